@@ -1,0 +1,33 @@
+"""The errors of qat-lightning: each says what was wrong, where, and what to type instead."""
+
+
+class QuantizationError(Exception):
+    """Base of every error that qat-lightning raises on purpose."""
+
+
+class ConfigurationError(QuantizationError, ValueError):
+    """A setting, or a combination of settings, is not possible."""
+
+
+class NetworkError(QuantizationError):
+    """The network to quantize cannot be found in the LightningModule, or cannot be run on an example."""
+
+
+class TraceError(QuantizationError):
+    """The network cannot be captured as a graph in the chosen mode."""
+
+
+class ConversionError(QuantizationError):
+    """A prepared network cannot be turned into an int8 network."""
+
+
+class VerificationError(ConversionError):
+    """The int8 network does not compute what fake-quant computed in training."""
+
+
+class CheckpointMismatchError(QuantizationError):
+    """A checkpoint was written by a run with another mode, backend, scheme or module set."""
+
+
+class MissingExtraError(QuantizationError, ImportError):
+    """An optional dependency is needed and not installed."""

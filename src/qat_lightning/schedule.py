@@ -1,0 +1,357 @@
+"""When fake-quant comes on and ranges and BatchNorm freeze: pure functions of step, epoch and plan.
+
+Nothing here looks at a Trainer or remembers an event, so a resumed run finds the same answer as one that was never
+interrupted.
+
+Example:
+    >>> schedule = QuantizationSchedule(start=0.3, freeze_observers={"step": 70}, freeze_batchnorm=8)
+    >>> plan = TrainingPlan(steps_per_epoch=10, max_epochs=10)
+    >>> schedule.phase(step=29, epoch=2, plan=plan)
+    Phase(fake_quant=False, observers=True, batchnorm_frozen=False)
+    >>> schedule.phase(step=80, epoch=8, plan=plan)
+    Phase(fake_quant=True, observers=False, batchnorm_frozen=True)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from numbers import Integral, Real
+from typing import Any, Literal, TypeAlias
+
+from qat_lightning.errors import ConfigurationError
+
+Unit: TypeAlias = Literal["epoch", "step", "fraction"]
+
+_HOW_TO_WRITE = (
+    "Write {epoch: n}, {step: n} or {fraction: f}, a bare whole number for an epoch, "
+    "a bare number from 0.0 to 1.0 for a fraction of the planned training, or null (None) for never."
+)
+
+
+@dataclass(frozen=True)
+class SchedulePoint:
+    """A moment of the training.
+
+    - ``{step: n}`` is reached before the n-th optimizer step, counted from 0.
+    - ``{epoch: n}`` is reached before the first batch of epoch n, counted from 0.
+    - ``{fraction: f}`` is reached before the first optimizer step that has at least the share f of the planned
+      optimizer steps behind it. The last step of a plan of 10 has 0.9 behind it, so ``{fraction: 1.0}`` is reached
+      only when the training is over: no training step sees it.
+
+    Args:
+        unit: ``"epoch"``, ``"step"`` or ``"fraction"``.
+        at: A whole number from 0 on; for a fraction a number from 0 to 1.
+
+    Raises:
+        ConfigurationError: If the unit is unknown, or the number is not possible for it.
+
+    Example:
+        >>> print(SchedulePoint("epoch", 3))
+        {epoch: 3}
+    """
+
+    unit: Unit
+    at: int | float
+
+    def __post_init__(self) -> None:
+        """Refuse what is no point of a training."""
+        if self.unit == "fraction":
+            object.__setattr__(self, "at", _share(self.at))
+        elif self.unit in ("epoch", "step"):
+            object.__setattr__(self, "at", _count(self.at, self.unit))
+        else:
+            raise ConfigurationError(f"{self.unit!r} is no unit of a schedule point. {_HOW_TO_WRITE}")
+
+    @classmethod
+    def parse(cls, value: PointLike, *, name: str = "schedule point") -> SchedulePoint | None:
+        """Read a schedule point as a person writes it, in Python or in YAML.
+
+        Args:
+            value: ``3`` (epoch 3), ``0.5`` (half of the planned training), a mapping with one of the keys ``epoch``,
+                ``step`` and ``fraction`` (OmegaConf's too), a ``SchedulePoint``, or ``None`` for never.
+            name: What the value is called in an error message.
+
+        Returns:
+            The point, or ``None`` for never.
+
+        Raises:
+            ConfigurationError: If the value is none of these. The message says what can be written.
+
+        Example:
+            >>> SchedulePoint.parse(3)
+            SchedulePoint(unit='epoch', at=3)
+            >>> SchedulePoint.parse({"step": 1200})
+            SchedulePoint(unit='step', at=1200)
+            >>> SchedulePoint.parse(0.5)
+            SchedulePoint(unit='fraction', at=0.5)
+        """
+        if value is None or isinstance(value, SchedulePoint):
+            return value
+        try:
+            if isinstance(value, Mapping):
+                return cls._from_mapping(value)
+            if isinstance(value, Integral) and not isinstance(value, bool):
+                return cls("epoch", int(value))
+            if isinstance(value, Real) and not isinstance(value, bool):
+                return cls("fraction", float(value))
+        except ConfigurationError as error:
+            raise ConfigurationError(f"{name}={_shown(value)}: {error}") from None
+        raise ConfigurationError(
+            f"{name}={_shown(value)}: a {type(value).__name__} is no point of a training. {_HOW_TO_WRITE}"
+        )
+
+    @classmethod
+    def _from_mapping(cls, value: Mapping[Any, Any]) -> SchedulePoint:
+        if len(value) != 1:
+            keys = ", ".join(map(str, value)) or "none"
+            raise ConfigurationError(
+                f"a point has exactly one key, and here are {len(value)} ({keys}). {_HOW_TO_WRITE}"
+            )
+        ((unit, at),) = value.items()
+        if unit not in ("epoch", "step", "fraction"):
+            raise ConfigurationError(f"unknown key {unit!r}. {_HOW_TO_WRITE}")
+        return cls(unit, at)
+
+    def __str__(self) -> str:
+        return f"{{{self.unit}: {self.at}}}"
+
+
+PointLike: TypeAlias = "int | float | Mapping[str, Any] | SchedulePoint | None"
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """How long the training is meant to be.
+
+    ``None``, ``-1`` and infinity all mean "no limit", or for ``steps_per_epoch`` "not known".
+
+    Args:
+        steps_per_epoch: Optimizer steps of an epoch, not batches: gradient accumulation makes them fewer.
+        max_steps: The limit on optimizer steps.
+        max_epochs: The limit on epochs.
+
+    Raises:
+        ConfigurationError: If one of them is no whole number from 0 on and does not mean "no limit" either.
+
+    Example:
+        >>> TrainingPlan(steps_per_epoch=10, max_steps=-1, max_epochs=3).total_steps
+        30
+    """
+
+    steps_per_epoch: int | None = None
+    max_steps: int | None = None
+    max_epochs: int | None = None
+
+    def __post_init__(self) -> None:
+        """Bring the ways to say "no limit" to one."""
+        for name in ("steps_per_epoch", "max_steps", "max_epochs"):
+            object.__setattr__(self, name, _limit(getattr(self, name), name))
+
+    @property
+    def total_steps(self) -> int | None:
+        """The planned optimizer steps, the lesser of the two limits, or ``None`` where neither can be told in steps.
+
+        An epoch limit counts where ``steps_per_epoch`` is known.
+        """
+        limits = []
+        if self.max_steps is not None:
+            limits.append(self.max_steps)
+        if self.max_epochs is not None and self.steps_per_epoch is not None:
+            limits.append(self.max_epochs * self.steps_per_epoch)
+        return min(limits, default=None)
+
+
+def resolve(point: SchedulePoint | None, plan: TrainingPlan, *, name: str = "schedule point") -> int | None:
+    """Say before which optimizer step a point is reached.
+
+    A fraction f of N planned steps is step ceil(f x N), f taken as the decimal number that was written: 0.07 of 100
+    steps is step 7, although the nearest binary number times 100 is a little more.
+
+    Args:
+        point: The point, or ``None`` for never.
+        plan: The planned training.
+        name: What the point is called in an error message.
+
+    Returns:
+        The step, or ``None`` where there is none (never) or it cannot be told beforehand (an epoch of unknown length).
+
+    Raises:
+        ConfigurationError: If the point is a fraction and the plan has no end.
+
+    Example:
+        >>> resolve(SchedulePoint("fraction", 0.25), TrainingPlan(steps_per_epoch=10, max_epochs=3))
+        8
+    """
+    if point is None:
+        return None
+    if point.unit == "step":
+        return int(point.at)
+    if point.unit == "epoch":
+        return None if plan.steps_per_epoch is None else int(point.at) * plan.steps_per_epoch
+    total = plan.total_steps
+    if total is None:
+        raise ConfigurationError(
+            f"{name}={point} is a share of the planned training, and this plan has no end that can be told in steps "
+            f"({plan}). Give the Trainer max_steps, or max_epochs with a loader that has a length, "
+            "or write the point as {step: n} or {epoch: n}."
+        )
+    return math.ceil(Fraction(repr(float(point.at))) * total)
+
+
+def reached(
+    point: SchedulePoint | None, *, step: int, epoch: int, plan: TrainingPlan, name: str = "schedule point"
+) -> bool:
+    """Say whether a point lies at or behind the coming optimizer step.
+
+    Args:
+        point: The point, or ``None`` for never.
+        step: Optimizer steps done so far, which is the number of the coming one.
+        epoch: The running epoch, counted from 0.
+        plan: The planned training.
+        name: What the point is called in an error message.
+
+    Returns:
+        Whether it is reached. For a fixed plan this never goes back from true to false as step and epoch grow.
+
+    Raises:
+        ConfigurationError: If the point is a fraction and the plan has no end.
+
+    Example:
+        >>> plan = TrainingPlan(steps_per_epoch=10, max_epochs=3)
+        >>> [reached(SchedulePoint("epoch", 1), step=step, epoch=step // 10, plan=plan) for step in (9, 10, 11)]
+        [False, True, True]
+    """
+    if point is None:
+        return False
+    if point.unit == "epoch":
+        return epoch >= point.at
+    at = resolve(point, plan, name=name)
+    return at is not None and step >= at
+
+
+@dataclass(frozen=True)
+class Phase:
+    """What is on for one optimizer step.
+
+    Args:
+        fake_quant: Whether weights and activations are rounded.
+        observers: Whether the ranges of activations still move.
+        batchnorm_frozen: Whether BatchNorm's running statistics stand still and are used for normalizing.
+    """
+
+    fake_quant: bool
+    observers: bool
+    batchnorm_frozen: bool
+
+    def latched(self, earlier: Phase) -> Phase:
+        """Keep what an earlier phase had reached, so that a longer plan does not undo it.
+
+        Args:
+            earlier: The phase before, for example from a checkpoint.
+
+        Returns:
+            A phase that has reached all that either has.
+
+        Example:
+            >>> now = Phase(fake_quant=False, observers=True, batchnorm_frozen=False)
+            >>> now.latched(Phase(fake_quant=True, observers=False, batchnorm_frozen=False))
+            Phase(fake_quant=True, observers=False, batchnorm_frozen=False)
+        """
+        return Phase(
+            fake_quant=self.fake_quant or earlier.fake_quant,
+            observers=self.observers and earlier.observers,
+            batchnorm_frozen=self.batchnorm_frozen or earlier.batchnorm_frozen,
+        )
+
+
+@dataclass(frozen=True, init=False)
+class QuantizationSchedule:
+    """The three points of quantization-aware training.
+
+    Observers run from the first step, whatever ``start`` is, so ranges are there when rounding comes on.
+
+    Args:
+        start: When fake-quant comes on. ``None``: never.
+        freeze_observers: When the ranges of activations stop. ``None``: never.
+        freeze_batchnorm: When BatchNorm's statistics stop. ``None``: never; 0 keeps a pretrained network's.
+
+    Raises:
+        ConfigurationError: If one of them is no schedule point, or the ranges would freeze before any data was seen.
+
+    Example:
+        >>> QuantizationSchedule(start={"epoch": 2}, freeze_observers=0.7).freeze_observers
+        SchedulePoint(unit='fraction', at=0.7)
+    """
+
+    start: SchedulePoint | None
+    freeze_observers: SchedulePoint | None
+    freeze_batchnorm: SchedulePoint | None
+
+    def __init__(
+        self, start: PointLike = 0, freeze_observers: PointLike = None, freeze_batchnorm: PointLike = None
+    ) -> None:
+        points = {"start": start, "freeze_observers": freeze_observers, "freeze_batchnorm": freeze_batchnorm}
+        for name, value in points.items():
+            object.__setattr__(self, name, SchedulePoint.parse(value, name=name))
+        if self.freeze_observers is not None and self.freeze_observers.at == 0:
+            raise ConfigurationError(
+                f"freeze_observers={self.freeze_observers} freezes the ranges of activations before any batch was "
+                "seen, so there would be none to quantize with. Write a later point, for example {epoch: 1} or "
+                "{fraction: 0.7}, or null (None) for never."
+            )
+
+    def phase(self, step: int, epoch: int, plan: TrainingPlan) -> Phase:
+        """Say what is on for the coming optimizer step.
+
+        Args:
+            step: Optimizer steps done so far, which is the number of the coming one.
+            epoch: The running epoch, counted from 0.
+            plan: The planned training.
+
+        Returns:
+            The phase, the same for the same arguments, whatever was asked before.
+
+        Raises:
+            ConfigurationError: If a point is a fraction and the plan has no end.
+
+        Example:
+            >>> plan = TrainingPlan(steps_per_epoch=10, max_epochs=2)
+            >>> QuantizationSchedule(start=1).phase(step=10, epoch=1, plan=plan)
+            Phase(fake_quant=True, observers=True, batchnorm_frozen=False)
+        """
+
+        def on(name: str) -> bool:
+            return reached(getattr(self, name), step=step, epoch=epoch, plan=plan, name=name)
+
+        return Phase(
+            fake_quant=on("start"), observers=not on("freeze_observers"), batchnorm_frozen=on("freeze_batchnorm")
+        )
+
+
+def _count(value: Any, unit: str) -> int:
+    if isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 0:
+        return int(value)
+    raise ConfigurationError(f"{{{unit}: n}} needs a whole number from 0 on, not {value!r}. {_HOW_TO_WRITE}")
+
+
+def _share(value: Any) -> float:
+    if isinstance(value, Real) and not isinstance(value, bool) and 0 <= float(value) <= 1:
+        return float(value)
+    raise ConfigurationError(f"a fraction is a number from 0.0 to 1.0, not {value!r}. {_HOW_TO_WRITE}")
+
+
+def _limit(value: Any, name: str) -> int | None:
+    if value is None or value == -1 or value == math.inf:
+        return None
+    if isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 0:
+        return int(value)
+    raise ConfigurationError(
+        f"{name}={value!r} is no length of a training: give a whole number from 0 on, or None or -1 for no limit."
+    )
+
+
+def _shown(value: Any) -> str:
+    return repr(dict(value)) if isinstance(value, Mapping) else repr(value)

@@ -1,0 +1,149 @@
+"""What each backend's int8 kernels need: one table, from which training and conversion both read.
+
+The activation range is a property of the kernel that will run, never of the CPU that trains. fbgemm adds pairs of
+uint8 x int8 products in 16 bits, which saturate unless activations keep to half the range
+(https://github.com/pytorch/FBGEMM, ``vpmaddubsw``); oneDNN on a CPU with VNNI, and QNNPACK, accumulate in 32 bits.
+The `x86` backend packs its weights for oneDNN and so has the full range whatever CPU trains.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from qat_lightning.errors import ConfigurationError, MissingExtraError
+
+MODES = ("eager", "fx", "pt2e")
+
+
+@dataclass(frozen=True)
+class Backend:
+    """What one target needs and supports.
+
+    Attributes:
+        name: What the user types.
+        modes: The modes that can produce networks for it.
+        about: Where it runs, for messages and docs.
+        engine: The quantized engine of PyTorch whose kernels pack and run the weights; None for PT2 export, whose
+            graphs hold no packed weights.
+        activation_dtype: ``torch.uint8`` or ``torch.int8``; the kernels clamp at its limits.
+        activation_steps: Steps that an activation's range is divided into: 255, or 127 where a kernel saturates on
+            the full range.
+        tolerance_db: SQNR, in dB, that every layer of a converted network must reach against fake-quant. Right
+            kernels give 50 dB and more, broken ones 6 to 27 dB.
+        extra: The optional dependency it needs, as ``pip install qat-lightning[extra]`` names it.
+    """
+
+    name: str
+    modes: tuple[str, ...]
+    about: str
+    engine: str | None
+    activation_dtype: torch.dtype = torch.uint8
+    activation_steps: int = 255
+    tolerance_db: float = 45.0
+    extra: str | None = None
+
+    @property
+    def activation_limits(self) -> tuple[int, int]:
+        """Smallest and largest integer of an activation."""
+        info = torch.iinfo(self.activation_dtype)
+        return info.min, info.max
+
+
+_TABLE = (
+    Backend("x86", ("eager", "fx", "pt2e"), "server CPUs with VNNI, through oneDNN (Inductor in pt2e)", "onednn"),
+    Backend("onednn", ("eager", "fx"), "server CPUs, through oneDNN", "onednn"),
+    Backend("fbgemm", ("eager", "fx"), "x86 CPUs without VNNI, through FBGEMM", "fbgemm", activation_steps=127),
+    Backend("qnnpack", ("eager", "fx"), "Arm CPUs, through QNNPACK", "qnnpack", tolerance_db=40.0),
+    Backend(
+        "xnnpack",
+        ("pt2e",),
+        "phones, through ExecuTorch and XNNPACK",
+        None,
+        activation_dtype=torch.int8,
+        extra="xnnpack",
+    ),
+)
+
+BACKENDS: dict[str, Backend] = {backend.name: backend for backend in _TABLE}
+
+
+def pairs() -> list[tuple[str, str]]:
+    """Every mode and backend that go together.
+
+    Example:
+        >>> ("pt2e", "xnnpack") in pairs()
+        True
+    """
+    return [(mode, backend.name) for mode in MODES for backend in _TABLE if mode in backend.modes]
+
+
+def get_backend(name: str, mode: str) -> Backend:
+    """The row of ``name``, if it goes with ``mode``.
+
+    Args:
+        name: A backend's name.
+        mode: ``"eager"``, ``"fx"``, ``"pt2e"``, or ``"auto"``, which goes with every backend.
+
+    Raises:
+        ConfigurationError: The mode or the backend is unknown, or they do not go together.
+
+    Example:
+        >>> get_backend("qnnpack", "fx").engine
+        'qnnpack'
+    """
+    if mode not in (*MODES, "auto"):
+        raise ConfigurationError(f"mode={mode!r} is unknown: use one of {', '.join((*MODES, 'auto'))}.")
+    if name not in BACKENDS:
+        raise ConfigurationError(f"backend={name!r} is unknown: use one of {', '.join(BACKENDS)}.")
+    backend = BACKENDS[name]
+    if mode != "auto" and mode not in backend.modes:
+        for_mode = ", ".join(row.name for row in _TABLE if mode in row.modes)
+        raise ConfigurationError(
+            f"mode={mode!r} has no backend={name!r}: use mode={' or mode='.join(backend.modes)} for {name}, "
+            f"or one of the backends of {mode}: {for_mode}."
+        )
+    return backend
+
+
+def require(backend: Backend) -> None:
+    """Check that this machine has what ``backend`` needs.
+
+    Raises:
+        MissingExtraError: An optional dependency is not installed.
+        ConfigurationError: This build of PyTorch has no such quantized engine.
+    """
+    if backend.name == "xnnpack":
+        try:
+            import executorch.backends.xnnpack.quantizer.xnnpack_quantizer  # noqa: F401
+        except ImportError as error:
+            raise MissingExtraError(
+                "backend='xnnpack' needs ExecuTorch: pip install 'qat-lightning[xnnpack]'."
+            ) from error
+    if backend.engine is not None and backend.engine not in torch.backends.quantized.supported_engines:
+        have = ", ".join(engine for engine in torch.backends.quantized.supported_engines if engine != "none")
+        raise ConfigurationError(
+            f"backend={backend.name!r} needs the quantized engine {backend.engine!r}, which this build of PyTorch does "
+            f"not have (it has {have}): choose another backend, or convert on another machine."
+        )
+
+
+@contextmanager
+def quantized_engine(name: str | None) -> Iterator[None]:
+    """Make ``name`` the engine that packs and runs quantized weights, for the length of a ``with`` block.
+
+    Packed weights keep the kernel they were packed with, but a copy or a load packs them anew for the engine of that
+    moment, so each of these has to happen inside such a block.
+    """
+    if name is None:
+        yield
+        return
+    before = torch.backends.quantized.engine
+    torch.backends.quantized.engine = name
+    try:
+        yield
+    finally:
+        torch.backends.quantized.engine = before

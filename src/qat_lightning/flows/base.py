@@ -1,0 +1,170 @@
+"""What the three modes have in common: one small protocol, and the switches that act on any prepared network."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from qat_lightning.fake_quantize import FakeQuantize
+from qat_lightning.qat_modules import FreezableBatchNorm
+from qat_lightning.recipe import PreparedState, Recipe
+
+
+@dataclass(frozen=True)
+class Example:
+    """One real call of the network: what it is traced, prepared and verified with.
+
+    Attributes:
+        args: Positional inputs, tensors on the CPU with a batch dimension of 2 or more.
+        kwargs: Keyword inputs.
+    """
+
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class LayerCheck:
+    """How well one int8 layer reproduces fake-quant, when fed fake-quant's own input.
+
+    Attributes:
+        name: The layer, as the float network names it.
+        op: The backend's op that ran.
+        sqnr_db: Signal to quantization noise ratio in dB; inf if equal.
+        max_steps: Largest difference, in steps of the output's grid; nan for a float output.
+    """
+
+    name: str
+    op: str
+    sqnr_db: float
+    max_steps: float = math.nan
+
+
+@dataclass(frozen=True)
+class LayerCoverage:
+    """Whether one layer of the float network became int8, and if not, why.
+
+    Attributes:
+        name: The layer.
+        kind: Its type.
+        quantized: Whether it is int8 now.
+        reason: Why it stayed float; empty if it did not.
+    """
+
+    name: str
+    kind: str
+    quantized: bool
+    reason: str = ""
+
+
+@dataclass
+class Converted:
+    """What a flow makes of a prepared network.
+
+    Attributes:
+        network: The int8 module, on the CPU.
+        coverage: What became int8 and what stayed float.
+        checks: The comparison with fake-quant, layer by layer.
+        notes: What a user should be told, such as a fallback taken.
+    """
+
+    network: nn.Module
+    coverage: list[LayerCoverage]
+    checks: list[LayerCheck] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+class Flow(Protocol):
+    """One mode: plain modules in, plain modules out, no Lightning."""
+
+    def prepare(self, network: nn.Module, example: Example, recipe: Recipe, *, prefix: str = "") -> nn.Module:
+        """Put fake-quant into ``network``.
+
+        Parameters are shared with ``network`` and keep their names, so that a float ``state_dict`` is a part of the
+        prepared one. The result has a child ``_quantization`` of type `PreparedState`, which keeps a float copy.
+
+        Raises:
+            TraceError: The network cannot be captured in this mode.
+            NetworkError: There is nothing in it to quantize.
+        """
+        ...
+
+    def convert(self, prepared: nn.Module, example: Example) -> Converted:
+        """Make an int8 network of ``prepared``, a CPU copy that may be used up, and verify it on ``example``.
+
+        Raises:
+            ConversionError: A range was never observed, or upstream's converter failed.
+            VerificationError: A layer does not reproduce fake-quant within the backend's tolerance.
+        """
+        ...
+
+
+def get_flow(mode: str) -> Flow:
+    """The flow of ``"eager"``, ``"fx"`` or ``"pt2e"``."""
+    # Imported here, so that one mode does not pay for the imports of another.
+    if mode == "fx":
+        from qat_lightning.flows.fx import FxFlow
+
+        return FxFlow()
+    if mode == "eager":
+        from qat_lightning.flows.eager import EagerFlow
+
+        return EagerFlow()
+    from qat_lightning.flows.pt2e import Pt2eFlow
+
+    return Pt2eFlow()
+
+
+def prepared_state(prepared: nn.Module) -> PreparedState:
+    """The recipe and the float copy that a prepared network carries."""
+    state: PreparedState = prepared._quantization  # type: ignore[assignment]
+    return state
+
+
+def is_prepared(network: nn.Module) -> bool:
+    """Whether ``network`` came out of a flow's ``prepare``."""
+    return isinstance(network._modules.get("_quantization"), PreparedState)
+
+
+def fake_quantizers(network: nn.Module) -> Iterable[tuple[str, FakeQuantize]]:
+    """Every FakeQuantize and its name, each once."""
+    for name, module in network.named_modules():
+        if isinstance(module, FakeQuantize):
+            yield name, module
+
+
+def set_phase(network: nn.Module, *, fake_quant: bool, observers: bool, batchnorm_frozen: bool) -> None:
+    """Switch rounding, the moving of ranges and the freezing of BatchNorm, in any prepared network."""
+    for module in network.modules():
+        if isinstance(module, FakeQuantize):
+            module.fake_quant_enabled = fake_quant
+            module.observer_enabled = observers
+        elif isinstance(module, FreezableBatchNorm):
+            module.frozen = batchnorm_frozen
+
+
+def float_keys(prepared: nn.Module) -> set[str]:
+    """The keys of a prepared network's ``state_dict`` that the float network has as well."""
+    return set(prepared_state(prepared).float_network.state_dict())
+
+
+def cpu_copy(prepared: nn.Module) -> nn.Module:
+    """A detached copy on the CPU, in eval mode and in float32, with rounding on: what conversion starts from."""
+    copied = copy.deepcopy(prepared).cpu().float().eval()
+    for parameter in copied.parameters():
+        parameter.requires_grad_(False)
+    set_phase(copied, fake_quant=True, observers=False, batchnorm_frozen=True)
+    return copied
+
+
+def sqnr_db(reference: torch.Tensor, actual: torch.Tensor) -> float:
+    """See `qat_lightning.measure.sqnr_db`; imported late because measuring imports torchmetrics."""
+    from qat_lightning.measure import sqnr_db as measure_sqnr_db
+
+    return float(measure_sqnr_db(reference, actual))

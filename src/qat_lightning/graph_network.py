@@ -1,0 +1,104 @@
+"""A network that runs a graph, and is otherwise an ordinary module.
+
+Unlike `torch.fx.GraphModule` it keeps children that the graph does not call (a BatchNorm that its convolution calls),
+leaves `train` and `eval` alone, and still answers to the attributes and methods of the network it was made from.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from qat_lightning.errors import NetworkError
+from qat_lightning.recipe import PreparedState
+
+
+class GraphNetwork(nn.Module):
+    """The prepared form of a network in the graph modes.
+
+    Args:
+        source: A graph module; its children, parameters and buffers are taken over under their names.
+    """
+
+    _quantization: PreparedState
+
+    def __init__(self, source: fx.GraphModule) -> None:
+        super().__init__()
+        for name in ("_modules", "_parameters", "_buffers"):
+            self.__dict__[name] = dict(source.__dict__[name])
+        self._non_persistent_buffers_set = set(source._non_persistent_buffers_set)
+        for name in ("_in_spec", "_out_spec"):
+            if name in source.__dict__:
+                self.__dict__[name] = source.__dict__[name]
+        self.set_graph(source.graph)
+        for module in self.modules():
+            if type(module) is nn.Module:
+                module.__class__ = GraphPart
+
+    def set_graph(self, graph: fx.Graph) -> None:
+        """Run ``graph`` from now on."""
+        self.__dict__["graph"] = graph
+        self.__dict__["_run"] = compile_graph(graph)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the graph on the inputs of the network it was made from."""
+        return self.__dict__["_run"](self, *args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        """Fall back on the float network's own attributes and methods."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            state = self.__dict__.get("_modules", {}).get("_quantization")
+            if state is None or name.startswith("__"):
+                raise
+            return _borrow(self, state.float_network, name)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but the compiled function, which is made from the graph again."""
+        state: dict[str, Any] = self.__dict__.copy()
+        del state["_run"]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self.set_graph(state["graph"])
+
+
+class GraphPart(nn.Module):
+    """Holds the layers of a submodule whose own ``forward`` was merged into the network's graph."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Say what to do instead."""
+        raise NetworkError(
+            "This part of the network was merged into one graph when it was prepared for quantization, and cannot be "
+            "called by itself. Call the whole network, give module='<the part that is called>' to the callback, or use "
+            "mode='eager', which keeps every submodule callable."
+        )
+
+
+def compile_graph(graph: fx.Graph) -> Callable[..., Any]:
+    """The Python function of a graph, whose first argument is the module that holds its layers."""
+    code = graph.python_code(root_module="self")
+    scope = dict(code.globals)
+    exec(compile(code.src, "<graph of the prepared network>", "exec"), scope)
+    function: Callable[..., Any] = scope["forward"]
+    return function
+
+
+def _borrow(network: nn.Module, original: nn.Module, name: str) -> Any:
+    if not hasattr(original, name):
+        raise AttributeError(f"{type(original).__name__!r} object has no attribute {name!r}")
+    value = getattr(original, name)
+    if isinstance(value, types.MethodType) and value.__self__ is original:
+        return types.MethodType(value.__func__, network)
+    if isinstance(value, (nn.Module, Tensor, torch.nn.Parameter)):
+        raise NetworkError(
+            f"{type(original).__name__}.{name} is not part of the network that was prepared for quantization, because "
+            "its forward does not use it. Call it on the float network, or use mode='eager', which keeps every submodule."
+        )
+    return value

@@ -1,0 +1,263 @@
+"""Layers of a network in training: weights rounded as the kernel will see them, BatchNorm that a flag freezes.
+
+A convolution followed by BatchNorm runs as one int8 kernel whose weight is ``weight * gamma / sigma``. Training rounds
+that folded weight, and divides by ``gamma / sigma`` again, so that BatchNorm itself still sees the convolution's plain
+output and learns from the batch (Jacob et al., 2018, section 3.2, with running statistics in the fold as upstream has
+it). Upstream divides the output, and fails where gamma is 0; here the weight is divided, which is smaller, and a
+channel whose fold is 0 keeps its plain weight: it reaches the output only when gamma leaves 0, and must learn to.
+
+Every parameter stays under its float name: the fused layers point to their BatchNorm, which stays where it was.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+import torch.ao.nn.intrinsic as nni
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
+
+from qat_lightning.fake_quantize import FakeQuantize
+
+
+def fold_factor(gamma: Tensor | None, running_var: Tensor, eps: float) -> Tensor:
+    """What folding BatchNorm multiplies each output channel of a weight by: ``gamma / sqrt(running_var + eps)``.
+
+    Returns:
+        float32, shape ``(channels,)``, without gradient: the straight-through gradient of the division cancels it.
+    """
+    inverse = torch.rsqrt(running_var.detach().float() + eps)
+    return inverse if gamma is None else gamma.detach().float() * inverse
+
+
+def fake_quantize_folded(weight: Tensor, factor: Tensor, fq: FakeQuantize, *, axis: int = 0) -> Tensor:
+    """Round ``weight * factor`` to the grid, and divide by ``factor`` again.
+
+    Args:
+        weight: The plain weight.
+        factor: ``fold_factor`` of the BatchNorm behind it, shape ``(channels,)``.
+        fq: The weight's FakeQuantize, which sees the folded weight.
+        axis: Dimension of the output channels.
+
+    Returns:
+        A weight of the shape and dtype of ``weight``. Where ``factor`` is 0 it is the plain weight.
+    """
+    if not fq.fake_quant_enabled:
+        return weight
+    shape = [1] * weight.dim()
+    shape[axis] = -1
+    factor = factor.reshape(shape)
+    dead = factor == 0
+    with torch.autocast(weight.device.type, enabled=False):
+        folded = fq(weight.float() * factor)
+        unfolded = folded / torch.where(dead, 1.0, factor)
+        return torch.where(dead, weight.float(), unfolded).to(weight.dtype)
+
+
+class FreezableBatchNorm(_BatchNorm):
+    """BatchNorm whose statistics a flag freezes, whatever `train` and `eval` are called with.
+
+    Frozen, it normalizes with the running statistics, as the int8 network will, and does not move them; gamma and beta
+    go on learning.
+    """
+
+    frozen: bool = False
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalize over the channels of ``input``, shape ``(N, C, ...)``."""
+        if self.frozen and self.running_mean is not None:
+            self._check_input_dim(input)
+            return F.batch_norm(
+                input, self.running_mean, self.running_var, self.weight, self.bias, training=False, eps=self.eps
+            )
+        return super().forward(input)
+
+
+class FreezableBatchNorm1d(FreezableBatchNorm, nn.BatchNorm1d):
+    """`FreezableBatchNorm` for ``(N, C)`` and ``(N, C, L)``."""
+
+
+class FreezableBatchNorm2d(FreezableBatchNorm, nn.BatchNorm2d):
+    """`FreezableBatchNorm` for ``(N, C, H, W)``."""
+
+
+class FreezableBatchNorm3d(FreezableBatchNorm, nn.BatchNorm3d):
+    """`FreezableBatchNorm` for ``(N, C, D, H, W)``."""
+
+
+_FREEZABLE: dict[type[nn.Module], type[FreezableBatchNorm]] = {
+    nn.BatchNorm1d: FreezableBatchNorm1d,
+    nn.BatchNorm2d: FreezableBatchNorm2d,
+    nn.BatchNorm3d: FreezableBatchNorm3d,
+}
+_PLAIN: dict[type[nn.Module], type[nn.Module]] = {freezable: plain for plain, freezable in _FREEZABLE.items()}
+
+
+def make_batchnorm_freezable(network: nn.Module) -> None:
+    """Give every BatchNorm in ``network`` the flag ``frozen``; parameters, names, hooks and identity stay."""
+    for module in network.modules():
+        if type(module) in _FREEZABLE:
+            module.__class__ = _FREEZABLE[type(module)]
+
+
+def make_batchnorm_plain(network: nn.Module) -> None:
+    """Undo `make_batchnorm_freezable`, for converters that match exact types."""
+    for module in network.modules():
+        if type(module) in _PLAIN:
+            module.__dict__.pop("frozen", None)
+            module.__class__ = _PLAIN[type(module)]
+
+
+class _FoldedLayer(nn.Module):
+    """A convolution or linear layer that rounds its BatchNorm-folded weight, and then calls that BatchNorm.
+
+    The BatchNorm is not a child: it stays registered where the float network has it.
+    """
+
+    _FUSED: ClassVar[type[nn.Module]]
+    _FLOAT: ClassVar[type[nn.Module]]
+    weight: Tensor
+    bias: Tensor | None
+    qconfig: Any
+
+    @property
+    def batchnorm(self) -> nn.Module:
+        """The BatchNorm behind this layer."""
+        found: nn.Module = self.__dict__["_batchnorm"]
+        return found
+
+    @classmethod
+    def from_float(cls, mod: Any, use_precomputed_fake_quant: bool = False) -> _FoldedLayer:
+        """Take over the layers of a fused float module (``nni.ConvBn2d`` and its like); called by upstream's prepare."""
+        layer, batchnorm = mod[0], mod[1]
+        relu = mod[2] if len(mod) > 2 else None
+        return cls.fuse(layer, batchnorm, relu, qconfig=mod.qconfig)
+
+    @classmethod
+    def fuse(cls, layer: Any, batchnorm: nn.Module, relu: nn.Module | None, *, qconfig: Any) -> _FoldedLayer:
+        """Make the folded layer of ``layer`` and ``batchnorm``, sharing their parameters."""
+        folded = cls.__new__(cls)
+        # The shapes and flags of the float layer, without building and throwing away a second weight.
+        folded.__dict__.update({k: v for k, v in layer.__dict__.items() if not k.startswith("_forward_")})
+        for name in ("_parameters", "_buffers", "_modules"):
+            folded.__dict__[name] = layer.__dict__[name].copy()
+        folded.__dict__["_batchnorm"] = batchnorm
+        folded.__dict__["_has_relu"] = relu is not None
+        folded.qconfig = qconfig
+        folded.weight_fake_quant = qconfig.weight()
+        return folded
+
+    def folded_weight(self) -> Tensor:
+        """The weight as the int8 kernel will have it, divided by BatchNorm's factor."""
+        bn: Any = self.batchnorm
+        factor = fold_factor(bn.weight, bn.running_var, bn.eps)
+        return fake_quantize_folded(self.weight, factor, self.weight_fake_quant)  # type: ignore[arg-type]
+
+    def refresh_weight_range(self) -> None:
+        """Observe the present folded weight: what conversion packs."""
+        bn: Any = self.batchnorm
+        factor = fold_factor(bn.weight, bn.running_var, bn.eps)
+        shape = (-1,) + (1,) * (self.weight.dim() - 1)
+        self.weight_fake_quant.observe(self.weight.float() * factor.reshape(shape))  # type: ignore[operator]
+
+    def to_float(self) -> nn.Module:
+        """The float layer with BatchNorm folded in, fused with ReLU if there is one; called by upstream's convert."""
+        bn: Any = self.batchnorm
+        layer = self._FLOAT.__new__(self._FLOAT)
+        layer.__dict__.update(
+            {k: v for k, v in self.__dict__.items() if k not in ("_batchnorm", "_has_relu", "qconfig")}
+        )
+        for name in ("_parameters", "_buffers", "_modules"):
+            layer.__dict__[name] = self.__dict__[name].copy()
+        del layer._modules["weight_fake_quant"]
+        fuse = fuse_linear_bn_weights if isinstance(layer, nn.Linear) else fuse_conv_bn_weights
+        weight, bias = fuse(
+            self.weight, self.bias, bn.running_mean, bn.running_var, bn.eps, bn.weight, bn.bias
+        )  # type: ignore[operator]
+        layer._parameters["weight"] = nn.Parameter(weight.detach())
+        layer._parameters["bias"] = nn.Parameter(bias.detach())
+        layer.__dict__["training"] = False
+        if not self.__dict__["_has_relu"]:
+            return layer
+        return _WITH_RELU[self._FLOAT](layer, nn.ReLU())
+
+    def _layer(self, input: Tensor, weight: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Layer, BatchNorm and, if fused, ReLU."""
+        output: Tensor = self.batchnorm(self._layer(input, self.folded_weight()))
+        return F.relu(output) if self.__dict__["_has_relu"] else output
+
+
+_WITH_RELU: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Conv1d: nni.ConvReLU1d,
+    nn.Conv2d: nni.ConvReLU2d,
+    nn.Conv3d: nni.ConvReLU3d,
+    nn.Linear: nni.LinearReLU,
+}
+
+
+class _FoldedConv(_FoldedLayer):
+    def _layer(self, input: Tensor, weight: Tensor) -> Tensor:
+        output: Tensor = self._conv_forward(input, weight, self.bias)  # type: ignore[operator]
+        return output
+
+
+class ConvBn1d(_FoldedConv, nn.Conv1d):
+    """`nn.Conv1d` and BatchNorm."""
+
+    _FLOAT = nn.Conv1d
+
+
+class ConvBn2d(_FoldedConv, nn.Conv2d):
+    """`nn.Conv2d` and BatchNorm."""
+
+    _FLOAT = nn.Conv2d
+
+
+class ConvBn3d(_FoldedConv, nn.Conv3d):
+    """`nn.Conv3d` and BatchNorm."""
+
+    _FLOAT = nn.Conv3d
+
+
+class LinearBn1d(_FoldedLayer, nn.Linear):
+    """`nn.Linear` and BatchNorm."""
+
+    _FLOAT = nn.Linear
+
+    def _layer(self, input: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(input, weight, self.bias)
+
+
+FOLDED_OF_FLOAT: dict[type[nn.Module], type[_FoldedLayer]] = {
+    nn.Conv1d: ConvBn1d,
+    nn.Conv2d: ConvBn2d,
+    nn.Conv3d: ConvBn3d,
+    nn.Linear: LinearBn1d,
+}
+"""The folded layer of each float layer."""
+
+FOLDED_OF_FUSED: dict[type[nn.Module], type[_FoldedLayer]] = {
+    nni.ConvBn1d: ConvBn1d,
+    nni.ConvBn2d: ConvBn2d,
+    nni.ConvBn3d: ConvBn3d,
+    nni.ConvBnReLU1d: ConvBn1d,
+    nni.ConvBnReLU2d: ConvBn2d,
+    nni.ConvBnReLU3d: ConvBn3d,
+    nni.LinearBn1d: LinearBn1d,
+}
+"""The folded layer of each module that upstream's fusion makes."""
+
+
+def refresh_weight_ranges(network: nn.Module) -> None:
+    """Observe every weight as it is now, so that conversion packs present weights and not those of a step ago."""
+    for module in network.modules():
+        if isinstance(module, _FoldedLayer):
+            module.refresh_weight_range()
+        elif isinstance(fq := getattr(module, "weight_fake_quant", None), FakeQuantize):
+            fq.observe(module.weight)  # type: ignore[arg-type]

@@ -1,0 +1,10 @@
+"""Settings that hold for every test."""
+
+import os
+
+from hypothesis import settings
+
+# a busy machine is no failure; and CI tries the same examples each time
+settings.register_profile("default", deadline=None)
+settings.register_profile("ci", deadline=None, derandomize=True)
+settings.load_profile("ci" if os.environ.get("CI") else "default")

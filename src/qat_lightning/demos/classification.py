@@ -1,0 +1,113 @@
+"""The LightningModule of the demos: image classification with any network."""
+
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torchmetrics.classification import MulticlassAccuracy
+
+from qat_lightning.errors import ConfigurationError
+
+SCHEDULERS = ("cosine", "constant")
+
+
+class ClassificationModule(LightningModule):
+    """Trains a network to classify, with AdamW and cross-entropy.
+
+    Logs `train/loss`, `train/acc`, `val/loss`, `val/acc`, `test/loss` and `test/acc`.
+
+    Args:
+        net: Images in, one score for each class out.
+        num_classes: How many classes there are.
+        lr: Learning rate, at its highest.
+        weight_decay: Of AdamW; biases and normalization have none.
+        scheduler: `cosine` falls to zero at the end of the planned training, step by step; `constant` stays.
+        label_smoothing: Share of the target that is spread over all classes, in training.
+
+    Raises:
+        ConfigurationError: `scheduler` is not one of these.
+
+    Example:
+        >>> module = ClassificationModule(nn.Sequential(nn.Flatten(), nn.Linear(4, 3)), num_classes=3)
+        >>> module(torch.zeros(5, 1, 2, 2)).shape
+        torch.Size([5, 3])
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        num_classes: int,
+        lr: float = 2e-3,
+        weight_decay: float = 1e-4,
+        scheduler: Literal["cosine", "constant"] = "cosine",
+        label_smoothing: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if scheduler not in SCHEDULERS:
+            raise ConfigurationError(f"scheduler={scheduler!r} is not possible: use one of {', '.join(SCHEDULERS)}.")
+        # not into the logger: train.py logs the whole configuration there
+        self.save_hyperparameters(ignore=["net"], logger=False)
+        self.net = net
+        self.lr = lr
+        self.weight_decay = weight_decay
+        self.scheduler = scheduler
+        self.label_smoothing = label_smoothing
+        self.train_acc = MulticlassAccuracy(num_classes, average="micro")
+        self.val_acc = MulticlassAccuracy(num_classes, average="micro")
+        self.test_acc = MulticlassAccuracy(num_classes, average="micro")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images in, one score for each class out."""
+        scores: Tensor = self.net(x)
+        return scores
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """One batch of training."""
+        images, labels = batch
+        scores = self(images)
+        loss = cross_entropy(scores, labels, label_smoothing=self.label_smoothing)
+        self.train_acc(scores, labels)
+        self.log("train/loss", loss, on_step=True, on_epoch=False, prog_bar=True)
+        self.log("train/acc", self.train_acc, on_step=False, on_epoch=True)
+        return loss
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """One batch of validation."""
+        self._evaluate("val", self.val_acc, batch)
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """One batch of the test."""
+        self._evaluate("test", self.test_acc, batch)
+
+    def predict_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """The most likely class of each image."""
+        most_likely: Tensor = self(batch[0]).argmax(-1)
+        return most_likely
+
+    def _evaluate(self, stage: str, accuracy: MulticlassAccuracy, batch: tuple[Tensor, Tensor]) -> None:
+        images, labels = batch
+        scores = self(images)
+        accuracy(scores, labels)
+        self.log(f"{stage}/loss", cross_entropy(scores, labels), batch_size=len(labels), sync_dist=True)
+        self.log(f"{stage}/acc", accuracy, batch_size=len(labels), prog_bar=stage == "val")
+
+    def configure_optimizers(self) -> Any:
+        """AdamW, and the schedule of its learning rate."""
+        trained = [p for p in self.parameters() if p.requires_grad]
+        groups = [
+            {"params": [p for p in trained if p.ndim > 1], "weight_decay": self.weight_decay},
+            {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+        optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=self.lr)
+        if self.scheduler == "constant":
+            return optimizer
+        steps = self.trainer.estimated_stepping_batches
+        if steps == float("inf"):
+            raise ConfigurationError(
+                "scheduler='cosine' needs to know when training ends: set trainer.max_epochs or trainer.max_steps, or "
+                "say model.module.scheduler=constant."
+            )
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=int(steps))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -1,0 +1,7 @@
+"""Networks of the demos, small enough for a laptop."""
+
+from qat_lightning.demos.networks.resnet20 import ResNet20
+from qat_lightning.demos.networks.small_mobilenet import SmallMobileNet
+from qat_lightning.demos.networks.vision_transformer import SmallViT
+
+__all__ = ["ResNet20", "SmallMobileNet", "SmallViT"]

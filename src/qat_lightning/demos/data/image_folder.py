@@ -117,8 +117,8 @@ class ImageFolderDataModule(ImageDataModule):
         self.classes = tuple(sorted(entry.name for entry in (self.path / "train").iterdir() if entry.is_dir()))
         if len(self.classes) != num_classes:
             raise ConfigurationError(
-                f"{self.path / 'train'} has {len(self.classes)} classes ({', '.join(self.classes)}), not {num_classes}: "
-                f"say data.num_classes={len(self.classes)}."
+                f"{self.path / 'train'} has {len(self.classes)} classes ({', '.join(self.classes)}), "
+                f"not {num_classes}: say data.num_classes={len(self.classes)}."
             )
 
     def load(self) -> Splits:

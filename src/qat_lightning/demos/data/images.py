@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from lightning.pytorch import LightningDataModule
+from lightning.pytorch import LightningDataModule, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -123,7 +123,7 @@ class ImageDataModule(LightningDataModule, ABC):
             shuffle=True,
             num_replicas=self.trainer.world_size,
             rank=self.trainer.global_rank,
-            epoch=self.trainer.fit_loop.epoch_progress.current.processed,
+            epoch=_epochs_done(self.trainer),
             batches_per_epoch=min(batches, limit) if isinstance(limit, int) else int(batches * limit),
         )
 
@@ -156,12 +156,14 @@ class ImageDataModule(LightningDataModule, ABC):
         if self.trainer is None or not self.trainer.training or not (self.crop_padding or self.flip):
             return batch
         images, labels = batch
-        progress = (
-            self.trainer.fit_loop.epoch_progress.current.processed,
-            self.trainer.fit_loop.epoch_loop.batch_idx + 1,
-        )
-        generator = batch_generator(self.seed, *progress, self.trainer.global_rank)
+        place = _epochs_done(self.trainer), self.trainer.fit_loop.epoch_loop.batch_idx + 1
+        generator = batch_generator(self.seed, *place, self.trainer.global_rank)
         return augment(images, generator, crop_padding=self.crop_padding, flip=self.flip), labels
+
+
+def _epochs_done(trainer: Trainer) -> int:
+    """What Lightning gives to samplers as the epoch. `trainer.current_epoch` lags behind while a fit is resumed."""
+    return int(trainer.fit_loop.epoch_progress.current.processed)  # type: ignore[attr-defined]
 
 
 def _as_it_is(batch: Any) -> Any:

@@ -32,7 +32,8 @@ class Attention(nn.Module):
         return result
 
     def _split(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        parts: Tensor = x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        return parts
 
 
 class Block(nn.Module):
@@ -56,7 +57,8 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Tokens in, tokens out."""
         x = x + self.dropout(self.attention(self.norm1(x)))
-        return x + self.dropout(self.mlp(self.norm2(x)))
+        result: Tensor = x + self.dropout(self.mlp(self.norm2(x)))
+        return result
 
 
 class SmallViT(nn.Module):
@@ -96,7 +98,8 @@ class SmallViT(nn.Module):
         super().__init__()
         if image_size % patch_size or dim % heads:
             raise ValueError(
-                f"image_size={image_size} must be a multiple of patch_size={patch_size}, and dim={dim} of heads={heads}."
+                f"image_size={image_size} must be a multiple of patch_size={patch_size}, "
+                f"and dim={dim} a multiple of heads={heads}."
             )
         self.patches = nn.Conv2d(in_channels, dim, patch_size, stride=patch_size)
         self.positions = nn.Parameter(0.02 * torch.randn(1, (image_size // patch_size) ** 2, dim))

@@ -1,0 +1,157 @@
+"""What train.py is made of: check a configuration, build its objects, and say in one panel what is wrong with it."""
+
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from rich.console import Console
+from rich.panel import Panel
+from rich.text import Text
+
+from qat_lightning.backends import get_backend, require
+from qat_lightning.errors import ConfigurationError, QuantizationError
+
+
+class Objects(NamedTuple):
+    """What a run works with."""
+
+    trainer: Trainer
+    model: LightningModule
+    datamodule: LightningDataModule
+    callbacks: list[Callback]
+    loggers: list[Logger]
+
+
+def check(cfg: DictConfig) -> None:
+    """Find what cannot work, before anything is built or trained.
+
+    Args:
+        cfg: The composed configuration of train.py.
+
+    Raises:
+        ConfigurationError: A value is missing, a file does not exist, or mode and backend do not go together.
+        MissingExtraError: The backend needs a package that is not installed.
+    """
+    if missing := list(_missing(cfg)):
+        raise ConfigurationError(f"Values are missing: give {' '.join(f'{key}=...' for key in missing)}")
+    quantization = cfg.get("quantization")
+    if quantization is not None:
+        require(get_backend(quantization.backend, quantization.mode))
+    elif cfg.float_checkpoint is not None:
+        raise ConfigurationError(
+            f"float_checkpoint={cfg.float_checkpoint} is what an int8 network is compared with, and "
+            f"method={cfg.method.name} makes none: leave it out, or choose method=qat."
+        )
+    for key in ("ckpt_path", "float_checkpoint"):
+        if cfg[key] is not None and not Path(cfg[key]).is_file():
+            raise ConfigurationError(
+                f"{key}={cfg[key]} does not exist. Expected a checkpoint of Lightning, as train.py leaves them in "
+                "outputs/<date>/<time>/checkpoints/last.ckpt"
+            )
+
+
+def build(cfg: DictConfig) -> Objects:
+    """Make everything that a run works with. Nothing is loaded, downloaded, logged or trained yet.
+
+    Args:
+        cfg: The composed configuration of train.py.
+
+    Returns:
+        The objects; the quantization callback, if there is one, is the last callback.
+
+    Raises:
+        ConfigurationError: An object cannot be made from its part of the configuration.
+    """
+    callbacks = [instantiate(part) for part in _parts(cfg, "callbacks")]
+    if cfg.get("quantization") is not None:
+        callbacks.append(instantiate(cfg.quantization))
+    datamodule = instantiate(cfg.data.datamodule)
+    model = instantiate(cfg.model.module)
+    loggers = [instantiate(part) for part in _parts(cfg, "logger")]
+    trainer = instantiate(cfg.trainer, callbacks=callbacks, logger=loggers)
+    return Objects(trainer, model, datamodule, callbacks, loggers)
+
+
+def log_configuration(cfg: DictConfig, loggers: list[Logger]) -> None:
+    """Write the whole configuration, with every reference resolved, into each logger."""
+    resolved = OmegaConf.to_container(cfg, resolve=True)
+    assert isinstance(resolved, dict)
+    for logger in loggers:
+        logger.log_hyperparams({str(key): value for key, value in resolved.items()})
+
+
+def quiet() -> None:
+    """Leave out two warnings of libraries about each other, which nobody who trains can do anything about."""
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*deprecated")  # lightning about torch
+    warnings.filterwarnings("ignore", message="'set_vital' is deprecated")  # torchdata about torch
+
+
+def close(loggers: list[Logger]) -> None:
+    """End the runs in the loggers, so that the next run of a sweep gets its own."""
+    for logger in loggers:
+        if isinstance(logger, WandbLogger):
+            logger.experiment.finish()
+        elif isinstance(logger, CSVLogger):
+            logger.save()
+
+
+@contextmanager
+def readable_errors() -> Iterator[None]:
+    """Show a mistake in the configuration as one panel on stderr and exit with 1.
+
+    Other errors are bugs, and keep their traceback. With ``HYDRA_FULL_ERROR=1`` all do.
+
+    Example:
+        >>> with readable_errors():
+        ...     raise ConfigurationError("mode=fxx is unknown")
+        Traceback (most recent call last):
+            ...
+        SystemExit: 1
+    """
+    try:
+        yield
+    except (QuantizationError, InstantiationException, OmegaConfBaseException, MisconfigurationException) as error:
+        if os.environ.get("HYDRA_FULL_ERROR") == "1":
+            raise
+        title, message = _explain(error)
+        hint = Text("\n\nHYDRA_FULL_ERROR=1 shows where it was raised.", style="dim")
+        panel = Panel(Text(message).append_text(hint), title=title, title_align="left", border_style="red")
+        Console(stderr=True).print(panel)
+        raise SystemExit(1) from error
+
+
+def _missing(node: Any, path: str = "") -> Iterator[str]:
+    """The keys that are ``???``. OmegaConf's own search stops with an error where one refers to another."""
+    if not OmegaConf.is_config(node) or node._is_none():
+        return
+    for key in node if OmegaConf.is_dict(node) else range(len(node)):
+        full = f"{path}.{key}" if path else str(key)
+        if OmegaConf.is_missing(node, key):
+            yield full
+        elif not OmegaConf.is_interpolation(node, key):
+            yield from _missing(node[key], full)
+
+
+def _parts(cfg: DictConfig, group: str) -> list[DictConfig]:
+    """The parts of a group that are not set to null."""
+    return [part for part in (cfg.get(group) or {}).values() if part is not None]
+
+
+def _explain(error: Exception) -> tuple[str, str]:
+    """A title and the message that says most: that of the mistake, not of what Hydra was doing when it met it."""
+    cause: BaseException = error
+    while isinstance(cause, InstantiationException) and cause.__cause__ is not None:
+        cause = cause.__cause__
+    where = str(error).rpartition("full_key: ")[2].strip() if isinstance(error, InstantiationException) else ""
+    message = str(cause).removesuffix(f"full_key: {where}").strip()
+    return type(cause).__name__, f"{message}\n\nIn the configuration: {where}" if where else message

@@ -1,0 +1,1 @@
+"""Configurations for Hydra: put ``pkg://qat_lightning.conf`` into ``hydra.searchpath``."""

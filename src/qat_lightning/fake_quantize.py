@@ -111,6 +111,7 @@ class FakeQuantize(_TorchFakeQuantizeBase, _TorchaoFakeQuantizeBase):  # type: i
         averaging_constant: Weight of the newest batch.
         fixed_range: Smallest and largest value for ``source="fixed"``.
         is_dynamic: Accepted because upstream's converters pass it; only False is possible.
+        factory_kwargs: The device that upstream's QAT layers pass, on which the buffers are made.
 
     Attributes:
         fake_quant_enabled: Whether `forward` rounds.
@@ -141,6 +142,7 @@ class FakeQuantize(_TorchFakeQuantizeBase, _TorchaoFakeQuantizeBase):  # type: i
         averaging_constant: float = 0.01,
         fixed_range: tuple[float, float] | None = None,
         is_dynamic: bool = False,
+        factory_kwargs: dict[str, Any] | None = None,
     ) -> None:
         # Upstream's __init__ makes tensors of the flags, which are then averaged by EMA and saved.
         nn.Module.__init__(self)
@@ -165,6 +167,7 @@ class FakeQuantize(_TorchFakeQuantizeBase, _TorchaoFakeQuantizeBase):  # type: i
         self.register_buffer("min_val", torch.tensor(low, dtype=torch.float32))
         self.register_buffer("max_val", torch.tensor(high, dtype=torch.float32))
         self.register_buffer("nonfinite_batches", torch.tensor(0), persistent=False)
+        self.to((factory_kwargs or {}).get("device"))
 
     @property
     def symmetric(self) -> bool:

@@ -141,7 +141,7 @@ class _FoldedLayer(nn.Module):
         """Make the folded layer of ``layer`` and ``batchnorm``, sharing their parameters."""
         folded = cls.__new__(cls)
         # The shapes and flags of the float layer, without building and throwing away a second weight.
-        folded.__dict__.update({k: v for k, v in layer.__dict__.items() if not k.startswith("_forward_")})
+        folded.__dict__.update(layer.__dict__)
         for name in ("_parameters", "_buffers", "_modules"):
             folded.__dict__[name] = layer.__dict__[name].copy()
         folded.__dict__["_batchnorm"] = batchnorm

@@ -1,0 +1,166 @@
+"""Tracing a network into a graph that trains and evaluates as the network does, or refusing with the line at fault."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import linecache
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import torchao
+import typing_extensions
+from torch import fx, nn
+from torch.ao.quantization.fx.tracer import QuantizationTracer
+
+from qat_lightning.errors import TraceError
+from qat_lightning.flows.base import Example
+
+_DROPOUTS: dict[Callable[..., Any], type[nn.Module]] = {
+    F.dropout: nn.Dropout,
+    F.dropout1d: nn.Dropout1d,
+    F.dropout2d: nn.Dropout2d,
+    F.dropout3d: nn.Dropout3d,
+    F.alpha_dropout: nn.AlphaDropout,
+    F.feature_alpha_dropout: nn.FeatureAlphaDropout,
+}
+
+WHAT_TO_DO = (
+    "What to do: give module='<a submodule that can be>' to quantize a part, or use mode='eager', which needs no graph, "
+    "or mode='auto', which takes the best mode that works."
+)
+
+
+def line_at_fault(error: BaseException) -> str:
+    """The innermost line of the user's code in an error's traceback, as ``file:line in function: code``."""
+    frames = traceback.extract_tb(error.__traceback__)
+    roots = (
+        str(torch.__path__[0]),
+        str(torchao.__path__[0]),
+        *(str(module.__file__) for module in (inspect, contextlib, typing_extensions)),
+    )
+    own = __file__.rsplit("/", 2)[0]
+    users = [f for f in frames if not f.filename.startswith((*roots, own, "<"))]
+    if not users:
+        return ""
+    frame = users[-1]
+    code = frame.line or linecache.getline(frame.filename, frame.lineno or 0).strip()
+    return f"{frame.filename}:{frame.lineno} in {frame.name}: {code}"
+
+
+def trace(network: nn.Module, example: Example, leaves: list[str]) -> tuple[fx.GraphModule, dict[str, Any]]:
+    """Trace ``network`` as FX does, in training mode.
+
+    Args:
+        network: The float network.
+        example: One call; parameters of ``forward`` that it does not give are fixed to their defaults.
+        leaves: Names of submodules to call as they are instead of looking inside.
+
+    Returns:
+        The graph module, whose layers are the network's own, and the scope of each node as upstream's prepare wants it.
+
+    Raises:
+        TraceError: It cannot be traced, or its evaluation takes another way through the code than its training.
+    """
+    training = _trace_once(network, example, leaves, train=True)
+    evaluation = _trace_once(network, example, leaves, train=False)
+    _refuse_other_way_in_eval(network, training[0], evaluation[0])
+    graph_module, scopes = training
+    _read_own_training_flag(graph_module, scopes)
+    return graph_module, scopes
+
+
+def _trace_once(
+    network: nn.Module, example: Example, leaves: list[str], *, train: bool
+) -> tuple[fx.GraphModule, dict[str, Any]]:
+    tracer = QuantizationTracer(leaves, [])  # type: ignore[no-untyped-call]
+    with _in_mode(network, train):
+        try:
+            graph = tracer.trace(network, concrete_args=_defaults_not_given(network, example))
+        except Exception as error:
+            where = line_at_fault(error)
+            raise TraceError(
+                f"mode='fx' cannot trace {type(network).__name__}"
+                + (f" at {where}" if where else "")
+                + f" ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}). {WHAT_TO_DO}"
+            ) from error
+    graph_module = fx.GraphModule(network, graph)
+    _drop_defaults(graph_module)
+    return graph_module, tracer.node_name_to_scope
+
+
+@contextmanager
+def _in_mode(network: nn.Module, train: bool) -> Iterator[None]:
+    before = {module: module.training for module in network.modules()}
+    network.train(train)
+    try:
+        yield
+    finally:
+        for module, flag in before.items():
+            module.training = flag
+
+
+def _defaults_not_given(network: nn.Module, example: Example) -> dict[str, Any]:
+    parameters = list(inspect.signature(network.forward).parameters.values())
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    given = {p.name for p in positional[: len(example.args)]} | set(example.kwargs)
+    return {
+        p.name: p.default
+        for p in parameters
+        if p.name not in given and p.default is not p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+    }
+
+
+def _drop_defaults(graph_module: fx.GraphModule) -> None:
+    """Remove the checks that tracing adds for a fixed parameter; `GraphNetwork` keeps the parameter out altogether."""
+    for node in list(graph_module.graph.nodes):
+        if node.op == "call_function" and node.target is torch._assert and "specialized" in str(node.args[-1]):
+            compared = node.args[0]
+            graph_module.graph.erase_node(node)
+            if isinstance(compared, fx.Node) and not compared.users:
+                graph_module.graph.erase_node(compared)
+        elif node.op == "call_function" and getattr(node.target, "__name__", "") == "_assert_is_none":
+            graph_module.graph.erase_node(node)
+    for node in list(graph_module.graph.nodes):
+        if node.op == "placeholder" and not node.users and ("_" in node.target) and node.target.rsplit("_", 1)[1] == "1":
+            graph_module.graph.erase_node(node)
+    graph_module.recompile()
+
+
+def _refuse_other_way_in_eval(network: nn.Module, training: fx.GraphModule, evaluation: fx.GraphModule) -> None:
+    ways = [[(node.op, str(node.target)) for node in gm.graph.nodes] for gm in (training, evaluation)]
+    if ways[0] == ways[1]:
+        return
+    different = next(
+        (node for node, other in zip(training.graph.nodes, ways[1], strict=False) if (node.op, str(node.target)) != other),
+        None,
+    )
+    raise TraceError(
+        f"mode='fx' keeps one way through {type(network).__name__}.forward, and it takes another way in training than in "
+        f"evaluation (it looks at self.training{f'; they part before {different.name!r}' if different else ''}). {WHAT_TO_DO}"
+    )
+
+
+def _read_own_training_flag(graph_module: fx.GraphModule, scopes: dict[str, Any]) -> None:
+    """Turn ``F.dropout(x, training=self.training)``, whose flag tracing has fixed, into modules with a flag."""
+    count = 0
+    for node in list(graph_module.graph.nodes):
+        if node.op != "call_function" or node.target not in _DROPOUTS:
+            continue
+        bound = inspect.signature(node.target).bind(*node.args, **node.kwargs)
+        bound.apply_defaults()
+        if not bound.arguments["training"]:
+            continue
+        name = f"_functional_dropout_{count}"
+        count += 1
+        setattr(graph_module, name, _DROPOUTS[node.target](p=bound.arguments["p"]))
+        with graph_module.graph.inserting_after(node):
+            module_node = graph_module.graph.call_module(name, (bound.arguments["input"],))
+        scopes[module_node.name] = scopes[node.name]
+        node.replace_all_uses_with(module_node)
+        graph_module.graph.erase_node(node)
+    graph_module.recompile()

@@ -1,0 +1,182 @@
+"""The comparison that every conversion ends with: each int8 layer, fed fake-quant's own input, against fake-quant.
+
+Right kernels then differ by rounding only (50 dB of SQNR and more), whatever the depth of the network; a kernel that
+saturates or misplaces values is at 6 to 27 dB and is named.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from qat_lightning.backends import Backend, quantized_engine
+from qat_lightning.errors import VerificationError
+from qat_lightning.fake_quantize import FakeQuantize
+from qat_lightning.flows.base import Example, LayerCheck, sqnr_db
+from qat_lightning.graph_network import GraphNetwork
+
+ONE_STEP = 1.01
+"""A layer that is off by one step somewhere has rounded the other way, which is no fault; more is."""
+
+
+class _Recorder(fx.Interpreter):
+    """Runs a graph against any module and keeps the value of each node."""
+
+    def __init__(self, module: nn.Module, graph: fx.Graph) -> None:
+        super().__init__(module, garbage_collect_values=False, graph=graph)  # type: ignore[arg-type]
+        self.values: dict[str, Any] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        self.values[n.name] = value
+        return value
+
+
+@torch.no_grad()
+def check_layers(prepared: GraphNetwork, int8: GraphNetwork, example: Example, target: Backend) -> list[LayerCheck]:
+    """Compare each op of an FX int8 graph with fake-quant.
+
+    Args:
+        prepared: The network with fake-quant, on the CPU, in eval mode, with rounding on.
+        int8: What it was converted to.
+        example: A real batch.
+        target: The backend, for its engine and tolerance.
+
+    Returns:
+        One row for each op that yields a quantized tensor, and for each float op in between.
+
+    Raises:
+        VerificationError: A layer is past the tolerance; the message names it, its op and the backend.
+    """
+    expected = _Recorder(prepared, prepared.graph)
+    expected.run(*_inputs(prepared.graph, example))
+    checks = []
+    with quantized_engine(target.engine):
+        actual = _Recorder(int8, int8.graph)
+        actual.run(*_inputs(int8.graph, example))
+        reference = _Reference(prepared, expected.values, int8, actual.values)
+        for node in int8.graph.nodes:
+            if node.op in ("placeholder", "output", "get_attr") or not isinstance(actual.values[node.name], Tensor):
+                continue
+            wanted = reference.value(node)
+            if wanted is None or not wanted.is_floating_point() and not wanted.is_quantized:
+                continue
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), reference.argument)
+            got = getattr(actual, node.op)(node.target, args, kwargs)
+            checks.append(_compare(node, _op_name(node, int8), wanted, got))
+    raise_if_faulty(checks, target)
+    return checks
+
+
+def raise_if_faulty(checks: list[LayerCheck], target: Backend) -> None:
+    """Raise for the worst layer that is past the tolerance of ``target`` by more than a rounding."""
+    faulty = [check for check in checks if is_faulty(check, target)]
+    if not faulty:
+        return
+    worst = min(faulty, key=lambda check: check.sqnr_db)
+    raise VerificationError(
+        f"Layer {worst.name!r} does not compute in int8 what fake-quant computed in training: {worst.sqnr_db:.1f} dB of SQNR "
+        f"on fake-quant's own input, up to {worst.max_steps:.0f} steps apart, where {target.tolerance_db:.0f} dB is the "
+        f"least for backend {target.name!r}. Its kernel is {worst.op}. {len(faulty)} of {len(checks)} layers are past the "
+        f"tolerance. What to do: exclude=['{worst.name}'], or another backend."
+    )
+
+
+def is_faulty(check: LayerCheck, target: Backend) -> bool:
+    """Whether a layer is past the tolerance, and not by single roundings of a small output only."""
+    return check.sqnr_db < target.tolerance_db and not check.max_steps <= ONE_STEP
+
+
+class _Reference:
+    """Fake-quant's value for each node of the int8 graph, on the grid of that node."""
+
+    def __init__(
+        self, prepared: GraphNetwork, expected: dict[str, Any], int8: GraphNetwork, actual: dict[str, Any]
+    ) -> None:
+        self.modules = dict(prepared.named_modules(remove_duplicate=False))
+        self.expected, self.actual = expected, actual
+        self.int8_names = {node.name for node in int8.graph.nodes}
+        self.prepared_nodes = {node.name: node for node in prepared.graph.nodes}
+        self.source: dict[fx.Node, fx.Node | None] = {}
+        for node in int8.graph.nodes:
+            self.source[node] = self._match(node)
+
+    def value(self, node: fx.Node) -> Tensor | None:
+        """The tensor that ``node`` should yield: quantized if it yields a quantized one; None if there is none."""
+        source = self.source[node]
+        if source is None:
+            return None
+        if node.target == "dequantize":
+            (quantized,) = node.all_input_nodes
+            value = self.value(quantized)
+            return None if value is None else value.dequantize()
+        return self._on_grid(self.expected[source.name], self.actual[node.name])
+
+    def argument(self, node: fx.Node) -> Any:
+        """What to feed for ``node``: fake-quant's value, or where it has none, what the int8 network computed."""
+        actual = self.actual[node.name]
+        if not isinstance(actual, Tensor) or node.op in ("placeholder", "get_attr"):
+            return actual
+        value = self.value(node)
+        return actual if value is None else value
+
+    def _match(self, node: fx.Node) -> fx.Node | None:
+        """The node of the prepared graph whose value, put on the grid, is the value of ``node``."""
+        if node.name in self.prepared_nodes:
+            return self._end_of_fusion(self.prepared_nodes[node.name])
+        inputs = [self.source[arg] for arg in node.all_input_nodes if self.source[arg] is not None]
+        if node.target in (torch.quantize_per_tensor, "dequantize"):
+            return inputs[0] if inputs else None
+        # Upstream makes a new node for a binary op: known by what it works on.
+        for candidate in self.prepared_nodes.values():
+            if candidate.name in self.int8_names or self._is_fake_quantize(candidate) or not inputs:
+                continue
+            if [self._behind_fake_quantize(arg) for arg in candidate.all_input_nodes] == inputs:
+                return self._end_of_fusion(candidate)
+        return None
+
+    def _behind_fake_quantize(self, node: fx.Node) -> fx.Node:
+        return node.all_input_nodes[0] if self._is_fake_quantize(node) else node
+
+    def _is_fake_quantize(self, node: fx.Node) -> bool:
+        return node.op == "call_module" and isinstance(self.modules.get(str(node.target)), FakeQuantize)
+
+    def _end_of_fusion(self, node: fx.Node) -> fx.Node:
+        """Follow ops that were fused into this one (a ReLU behind an addition, a ReLU6)."""
+        while len(node.users) == 1:
+            user = next(iter(node.users))
+            if user.name in self.int8_names or user.op == "output" or self._is_fake_quantize(user):
+                break
+            node = user
+        return node
+
+    @staticmethod
+    def _on_grid(value: Any, actual: Tensor) -> Tensor | None:
+        if not isinstance(value, Tensor):
+            return None
+        if not actual.is_quantized:
+            return value
+        return torch.quantize_per_tensor(value.float(), actual.q_scale(), actual.q_zero_point(), actual.dtype)
+
+
+def _inputs(graph: fx.Graph, example: Example) -> list[Any]:
+    names = [str(node.target) for node in graph.nodes if node.op == "placeholder"]
+    values = list(example.args)
+    return values + [example.kwargs[name] for name in names[len(values) :]]
+
+
+def _compare(node: fx.Node, op: str, wanted: Tensor, got: Tensor) -> LayerCheck:
+    name = str(node.target) if node.op == "call_module" else node.name
+    if not got.is_quantized:
+        return LayerCheck(name, op, sqnr_db(wanted, got))
+    steps = (wanted.int_repr().int() - got.int_repr().int()).abs().max().item() if got.numel() else 0
+    return LayerCheck(name, op, sqnr_db(wanted.dequantize(), got.dequantize()), float(steps))
+
+
+def _op_name(node: fx.Node, network: nn.Module) -> str:
+    if node.op == "call_module":
+        module = network.get_submodule(str(node.target))
+        return f"{type(module).__module__}.{type(module).__name__}"
+    return str(node.target)

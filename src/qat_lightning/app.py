@@ -1,5 +1,6 @@
 """What train.py is made of: check a configuration, build its objects, and say in one panel what is wrong with it."""
 
+import logging
 import os
 import warnings
 from collections.abc import Iterator
@@ -9,9 +10,9 @@ from typing import Any, NamedTuple
 
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
@@ -91,9 +92,12 @@ def log_configuration(cfg: DictConfig, loggers: list[Logger]) -> None:
 
 
 def quiet() -> None:
-    """Leave out two warnings of libraries about each other, which nobody who trains can do anything about."""
+    """Leave out warnings of one library about another, which no user can do anything about, and advertisements."""
     warnings.filterwarnings("ignore", message=".*LeafSpec.*deprecated")  # lightning about torch
     warnings.filterwarnings("ignore", message="'set_vital' is deprecated")  # torchdata about torch
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+        lambda record: "Tip:" not in record.getMessage()
+    )
 
 
 def close(loggers: list[Logger]) -> None:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -95,6 +96,8 @@ class ImageDataModule(LightningDataModule, ABC):
         self.flip = flip
         self.pin_memory = pin_memory
         self._splits: Splits | None = None
+        self._train_loader: DataLoader[Any] | None = None
+        self._resume_from: dict[str, Any] | None = None
 
     @abstractmethod
     def load(self) -> Splits:
@@ -113,6 +116,26 @@ class ImageDataModule(LightningDataModule, ABC):
 
     def train_dataloader(self) -> DataLoader[Any]:
         """The training set, in a new order each epoch."""
+        self._train_loader = self._make_train_loader()
+        if self._resume_from is not None:
+            self._train_loader.load_state_dict(self._resume_from)  # type: ignore[attr-defined]
+            self._resume_from = None
+        return self._train_loader
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the training loader is.
+
+        Lightning keeps that too, but does not give it back to a loader that was made before its loops were restored, as
+        a use of `trainer.estimated_stepping_batches` in `configure_optimizers` makes it.
+        """
+        return {} if self._train_loader is None else {"train_loader": self._train_loader.state_dict()}  # type: ignore[attr-defined]
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from there with the next training loader."""
+        if self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
+            self._resume_from = state_dict.get("train_loader")
+
+    def _make_train_loader(self) -> DataLoader[Any]:
         if self.trainer is None:
             return self._loader(self.splits.train, shuffle=True)
         share = self.trainer.world_size * self.batch_size

@@ -1,0 +1,224 @@
+"""Capturing a network with PT2 export, as one graph that holds for any batch size."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import re
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import fx, nn
+from torch.fx.graph import CodeGen
+
+from qat_lightning.errors import TraceError
+from qat_lightning.flows.base import Example
+from qat_lightning.flows.pt2e.signature import BATCH, CallSpec, batch_size, canonical, has_batch, inputs_of
+from qat_lightning.flows.tracing import WHAT_TO_DO, line_at_fault
+
+aten = torch.ops.aten
+
+FUNCTIONAL: dict[Any, Any] = {
+    aten.relu_.default: aten.relu.default,
+    aten.hardtanh_.default: aten.hardtanh.default,
+    aten.relu6_.default: aten.relu6.default,
+    aten.leaky_relu_.default: aten.leaky_relu.default,
+    aten.hardswish_.default: aten.hardswish.default,
+    aten.hardsigmoid_.default: aten.hardsigmoid.default,
+    aten.silu_.default: aten.silu.default,
+    aten.elu_.default: aten.elu.default,
+    aten.sigmoid_.default: aten.sigmoid.default,
+    aten.tanh_.default: aten.tanh.default,
+    aten.add_.Tensor: aten.add.Tensor,
+    aten.mul_.Tensor: aten.mul.Tensor,
+    aten.dropout_.default: aten.dropout.default,
+}
+"""In-place ops and what computes the same into a new tensor."""
+
+TRAINING_FLAG: dict[Any, tuple[int, Any]] = {
+    aten.dropout.default: (2, False),
+    aten.feature_dropout.default: (2, False),
+    aten.alpha_dropout.default: (2, False),
+    aten.feature_alpha_dropout.default: (2, False),
+    aten.native_dropout.default: (2, False),
+    aten.rrelu.default: (3, False),
+    aten.scaled_dot_product_attention.default: (4, 0.0),
+}
+"""Ops other than BatchNorm that do something else in training: which argument says so, and its value in evaluation."""
+
+
+def capture(network: nn.Module, example: Example) -> tuple[fx.GraphModule, CallSpec]:
+    """Export ``network`` in training mode.
+
+    Args:
+        network: The float network; its flags are as before when this returns.
+        example: One call, with a batch of 2 or more.
+
+    Returns:
+        A graph whose inputs are the tensors of a call and whose output is a flat tuple, and how it is called.
+
+    Raises:
+        TraceError: It cannot be exported, or only for one batch size, or it does other things in evaluation.
+    """
+    size = batch_size(example)
+    signature = inspect.signature(network.forward)
+    args, kwargs = canonical(signature, example.args, example.kwargs)
+    in_spec, inputs = inputs_of(network, example, size)
+    with _training(network), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"torch\..*")
+        try:
+            program = torch.export.export(
+                network, args, kwargs, dynamic_shapes=_dynamic_shapes(signature, args, kwargs, size), strict=True
+            )
+            graph_module: fx.GraphModule = program.module()  # type: ignore[assignment]
+        except Exception as error:
+            raise TraceError(_explain(network, error)) from error
+    out_spec = program.call_spec.out_spec
+    assert out_spec is not None
+    spec = CallSpec(type(network).__name__, signature, in_spec, inputs, out_spec)
+    _refuse_fixed_batch(graph_module.graph, spec)
+    _clean(graph_module.graph, spec)
+    _refuse_randomness(graph_module.graph, spec.name)
+    _make_functional(graph_module.graph)
+    graph_module.graph.lint()
+    graph_module.recompile()
+    return graph_module, spec
+
+
+@contextlib.contextmanager
+def _training(network: nn.Module) -> Iterator[None]:
+    before = {module: module.training for module in network.modules()}
+    network.train()
+    try:
+        yield
+    finally:
+        for module, flag in before.items():
+            module.training = flag
+
+
+def _dynamic_shapes(
+    signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any], size: int | None
+) -> dict[str, Any]:
+    # AUTO and not Dim("batch"): a network may use the batch in ways that a plain name forbids, such as size // 2.
+    arguments = signature.bind(*args, **kwargs).arguments
+    return {
+        name: pytree.tree_map(lambda leaf: {0: torch.export.Dim.AUTO} if has_batch(leaf, size) else None, value)
+        for name, value in arguments.items()
+    }
+
+
+def _explain(network: nn.Module, error: Exception) -> str:
+    where = _line_of_export(error) or line_at_fault(error)
+    text = re.split(r"\n\s*(?:from user code|Set TORCH|The above exception)", str(error))[0].strip()
+    reason = " ".join(text.split())[:300]
+    return (
+        f"mode='pt2e' cannot export {type(network).__name__}"
+        + (f" at {where}" if where else "")
+        + f" ({type(error).__name__}: {reason}). {WHAT_TO_DO}"
+    )
+
+
+def _line_of_export(error: Exception) -> str:
+    """The innermost user line that Dynamo was at: its own traceback has only its own frames."""
+    stack: Any = getattr(error, "real_stack", None) or []
+    root = str(torch.__path__[0])
+    users = [frame for frame in stack if not frame.filename.startswith(root)]
+    if not users:
+        return ""
+    frame: traceback.FrameSummary = users[-1]
+    return f"{frame.filename}:{frame.lineno} in {frame.name}: {frame.line}"
+
+
+def _refuse_fixed_batch(graph: fx.Graph, spec: CallSpec) -> None:
+    placeholders = graph.find_nodes(op="placeholder")
+    for node, given in zip(placeholders, spec.inputs, strict=True):
+        if given.shape is None or BATCH not in given.shape:
+            continue
+        if not isinstance(node.meta["val"].shape[0], torch.SymInt):
+            raise TraceError(
+                f"mode='pt2e' can export {spec.name} only for the batch size {node.meta['val'].shape[0]} of the example, "
+                f"because its forward computes with the size of {given.path} as a constant (such as int(x.shape[0]), "
+                f"a reshape to a fixed first dimension, or an assertion). {WHAT_TO_DO}"
+            )
+
+
+def _clean(graph: fx.Graph, spec: CallSpec) -> None:
+    """Leave only what computes: no guards for the example's sizes, no inputs that are constants."""
+    graph.set_codegen(CodeGen())  # type: ignore[no-untyped-call]
+    for node in reversed(list(graph.nodes)):
+        is_guard = node.op == "call_module" and node.target == "_guards_fn"
+        is_check = node.op == "call_function" and _name(node.target).startswith(
+            ("aten._assert", "aten.sym_constrain", "_assert", "_check")
+        )
+        if (is_guard or is_check) and not node.users:
+            graph.erase_node(node)
+    for node, given in zip(graph.find_nodes(op="placeholder"), spec.inputs, strict=True):
+        if given.shape is None:
+            graph.erase_node(node)
+    for node in reversed(list(graph.nodes)):
+        # What is left of the checks: sizes, comparisons, and attributes that only they used.
+        pure = node.op == "get_attr" or node.op == "call_function" and not node.is_impure() and not _mutates(node)
+        if pure and not node.users:
+            graph.erase_node(node)
+    output = graph.output_node()
+    values, _ = pytree.tree_flatten(output.args[0], is_leaf=lambda value: isinstance(value, fx.Node))
+    output.args = (tuple(values),)
+
+
+def _name(target: Any) -> str:
+    return str(target) if isinstance(target, torch._ops.OpOverload) else getattr(target, "__name__", str(target))
+
+
+def _mutates(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def _refuse_randomness(graph: fx.Graph, name: str) -> None:
+    """Random ops other than dropout are there in training only as a rule, and the graph would keep them for good."""
+    for node in graph.nodes:
+        target: Any = FUNCTIONAL.get(node.target, node.target)
+        if not isinstance(target, torch._ops.OpOverload) or target in TRAINING_FLAG:
+            continue
+        if torch.Tag.nondeterministic_seeded in target.tags:
+            raise TraceError(
+                f"mode='pt2e' keeps one graph for training and evaluation, and {name} draws random numbers "
+                f"({target}){source_line(node)}, which would go on in evaluation. Use nn.Dropout or F.dropout, or "
+                f"mode='eager'. {WHAT_TO_DO}"
+            )
+
+
+def source_line(node: fx.Node) -> str:
+    """`` at file:line``, where the network's code made this node."""
+    frames = re.findall(r'File "([^"]+)", line (\d+)', str(node.meta.get("stack_trace", "")))
+    root = str(torch.__path__[0])
+    users = [frame for frame in frames if not frame[0].startswith(root)]
+    return f" at {users[-1][0]}:{users[-1][1]}" if users else ""
+
+
+def _make_functional(graph: fx.Graph) -> None:
+    """Replace in-place activations and additions, so that a value once observed stays what it was.
+
+    Only where the old value is read by nobody under another name: a view, an input or a parameter may be.
+    """
+    for node in graph.nodes:
+        if node.op != "call_function" or node.target not in FUNCTIONAL:
+            continue
+        source = node.args[0]
+        if not isinstance(source, fx.Node) or source.op != "call_function" or _aliases(source):
+            continue
+        if any(_aliases(user) for user in source.users if user is not node):
+            continue
+        # Whoever read the old tensor after this op read the new value.
+        source.replace_all_uses_with(node, delete_user_cb=lambda user, node=node: user > node)  # type: ignore[misc]
+        node.target = FUNCTIONAL[node.target]
+
+
+def _aliases(node: fx.Node) -> bool:
+    target: Callable[..., Any] | str = node.target
+    if not isinstance(target, torch._ops.OpOverload) or target in FUNCTIONAL:
+        return False
+    return any(result.alias_info is not None for result in target._schema.returns)

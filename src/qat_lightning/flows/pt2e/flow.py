@@ -1,0 +1,74 @@
+"""PT2 export mode: the whole network as one graph of aten ops, annotated by the backend's own quantizer."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from qat_lightning.backends import require
+from qat_lightning.errors import TraceError
+from qat_lightning.flows.base import Converted, Example, fake_quantizers
+from qat_lightning.flows.pt2e.annotate import insert_fake_quantize
+from qat_lightning.flows.pt2e.capture import capture
+from qat_lightning.flows.pt2e.network import ExportedNetwork
+from qat_lightning.flows.pt2e.training import Plan, adopt, own_weight_quantizers, training_graph
+from qat_lightning.flows.tracing import WHAT_TO_DO
+from qat_lightning.recipe import PreparedState, Recipe
+
+
+class Pt2eFlow:
+    """Mode pt2e, for the backends x86 and xnnpack."""
+
+    def prepare(self, network: nn.Module, example: Example, recipe: Recipe, *, prefix: str = "") -> nn.Module:
+        """See `Flow.prepare`."""
+        require(recipe.target)
+        float_network = copy.deepcopy(network)
+        captured, spec = capture(network, example)
+        prepared, folded = insert_fake_quantize(captured, recipe, prefix=prefix, name=spec.name)
+        flags = {name: module.training for name, module in network.named_modules()}
+        root = adopt(network, prepared)
+        plan = Plan(prepared.graph, dict(prepared.meta), folded, {}, spec)
+        plan.weights = own_weight_quantizers(root, plan.graph, folded)
+        result = ExportedNetwork(root, training_graph(root, plan), spec)
+        result._quantization = PreparedState(recipe, float_network, prefix=prefix, plan=plan)
+        for name, module in result.named_modules():
+            module.training = flags.get(name, flags[""])
+        _refuse_other_way_in_eval(result, float_network, example)
+        return result
+
+    def convert(self, prepared: nn.Module, example: Example) -> Converted:
+        """See `Flow.convert`."""
+        raise NotImplementedError
+
+
+@torch.no_grad()
+def _refuse_other_way_in_eval(prepared: ExportedNetwork, float_network: nn.Module, example: Example) -> None:
+    """The graph is that of training; where the network does another thing in evaluation, it would not."""
+    ours, theirs = copy.deepcopy(prepared).eval(), copy.deepcopy(float_network).eval()
+    for _, fq in fake_quantizers(ours):
+        fq.enable_fake_quant(False)
+    wanted = theirs(*copy.deepcopy(example.args), **copy.deepcopy(example.kwargs))
+    got = ours(*copy.deepcopy(example.args), **copy.deepcopy(example.kwargs))
+    if not _close(wanted, got):
+        raise TraceError(
+            f"mode='pt2e' keeps one graph for training and evaluation, and {type(float_network).__name__}.forward returns "
+            f"another thing in evaluation than its graph of training does (it looks at self.training). {WHAT_TO_DO}"
+        )
+
+
+def _close(wanted: object, got: object) -> bool:
+    leaves, spec = torch.utils._pytree.tree_flatten(wanted)
+    others, other_spec = torch.utils._pytree.tree_flatten(got)
+    if spec != other_spec:
+        return False
+    for one, other in zip(leaves, others, strict=True):
+        if not isinstance(one, Tensor):
+            if one != other:
+                return False
+        elif one.shape != other.shape or not torch.allclose(
+            one.double(), other.double(), rtol=1e-3, atol=1e-4 * float(one.double().abs().max() + 1), equal_nan=True
+        ):
+            return False
+    return True

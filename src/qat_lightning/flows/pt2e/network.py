@@ -1,0 +1,49 @@
+"""The prepared network of mode pt2e: a graph, called like the network that it was captured from."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+from torch import fx, nn
+
+from qat_lightning.flows.pt2e.signature import CallSpec
+from qat_lightning.graph_network import GraphNetwork, GraphPart
+
+
+class ExportedNetwork(GraphNetwork):
+    """A captured network with fake-quant, which trains and evaluates as the float network does.
+
+    Its submodules are of the float network's classes and hold its parameters, but only those that the graph calls can
+    be called.
+
+    Args:
+        root: The tree of modules; used up.
+        graph: What runs: tensors in, a flat tuple out.
+        spec: How it is called.
+    """
+
+    spec: CallSpec
+
+    def __init__(self, root: nn.Module, graph: fx.Graph, spec: CallSpec) -> None:
+        root.__dict__["graph"] = graph
+        super().__init__(cast(fx.GraphModule, root))
+        self.__dict__["spec"] = spec
+        called = {id(self.get_submodule(str(node.target))) for node in graph.find_nodes(op="call_module")}
+        inside = {id(part) for module in self.modules() if id(module) in called for part in module.modules()}
+        for module in self.modules():
+            if module is not self and id(module) not in inside and not isinstance(module, GraphPart):
+                # On the instance: the class is still the user's, for whoever asks which layers are there.
+                module.__dict__["forward"] = refuse_call
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the graph on the inputs of the network it was captured from."""
+        return self.spec.unflatten(self.run(*self.spec.flatten(args, kwargs)))
+
+    def run(self, *tensors: Any) -> Any:
+        """Run the graph on the tensors of a call, in order."""
+        return self.__dict__["_run"](self, *tensors)
+
+
+def refuse_call(*args: Any, **kwargs: Any) -> Any:
+    """Stands in for the ``forward`` of a module that was merged into the graph."""
+    return GraphPart().forward(*args, **kwargs)

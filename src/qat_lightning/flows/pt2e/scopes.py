@@ -1,0 +1,23 @@
+"""Which module of the float network a node of a captured graph belongs to."""
+
+from __future__ import annotations
+
+from torch import fx
+
+
+def scope_of(node: fx.Node) -> str:
+    """Dotted name of the innermost module whose ``forward`` made ``node``; empty for the network's own.
+
+    A module called under several names goes by the first.
+    """
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return ""
+    name = str(list(stack.values())[-1][0]).removeprefix("L['self']").removeprefix(".")
+    # What export made itself, such as the size of an input, has a placeholder there.
+    return "" if name.startswith("_empty_nn_module_stack") else name.split("@")[0]
+
+
+def join(prefix: str, name: str) -> str:
+    """``prefix.name``, or the one that is not empty."""
+    return f"{prefix}.{name}" if prefix and name else prefix or name

@@ -1,0 +1,165 @@
+"""How a captured network is called: its arguments flattened to the graph's inputs, and the graph's outputs put together."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+
+from qat_lightning.errors import NetworkError
+from qat_lightning.flows.base import Example
+
+BATCH = -1
+"""Stands in a shape for the batch dimension, which may have any size."""
+
+
+@dataclass(frozen=True)
+class Input:
+    """One leaf of the arguments: a tensor, or a value that the graph was captured with.
+
+    Attributes:
+        path: Where it is in the arguments, as Python would write it.
+        shape: The shape of a tensor, with `BATCH` for the dimensions that may vary; None for a plain value.
+        value: The value, if it is not a tensor.
+    """
+
+    path: str
+    shape: tuple[int, ...] | None
+    value: Any = None
+
+
+@dataclass(frozen=True)
+class CallSpec:
+    """The signature of a network as it was captured, with the structure of its inputs and outputs.
+
+    Attributes:
+        name: The network's class, for messages.
+        signature: That of its ``forward``.
+        in_spec: Structure of ``(args, kwargs)`` as `canonical` gives them.
+        inputs: The leaves of that structure.
+        out_spec: Structure of the result.
+    """
+
+    name: str
+    signature: inspect.Signature
+    in_spec: pytree.TreeSpec
+    inputs: tuple[Input, ...]
+    out_spec: pytree.TreeSpec
+
+    def flatten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+        """The tensors of a call, in the order of the graph's inputs.
+
+        Raises:
+            NetworkError: The call has other arguments or shapes than the one the network was captured with.
+        """
+        try:
+            leaves = self.in_spec.flatten_up_to(canonical(self.signature, args, kwargs))
+        except (TypeError, ValueError) as error:
+            raise NetworkError(
+                f"{self.name} was captured with the inputs {self.describe()}, and called with others: {error} Call it "
+                "with the same arguments, or give example_inputs= that have them."
+            ) from error
+        tensors = []
+        for leaf, expected in zip(leaves, self.inputs, strict=True):
+            if expected.shape is None:
+                if isinstance(leaf, Tensor) or leaf != expected.value:
+                    _refuse(self.name, expected.path, repr(expected.value), _describe(leaf))
+                continue
+            if not isinstance(leaf, Tensor) or not _fits(leaf, expected.shape):
+                _refuse(self.name, expected.path, _shape(expected.shape), _describe(leaf))
+            tensors.append(leaf)
+        return tensors
+
+    def unflatten(self, outputs: Any) -> Any:
+        """What ``forward`` returns, from the graph's outputs."""
+        return pytree.tree_unflatten(list(outputs), self.out_spec)
+
+    def describe(self) -> str:
+        """The inputs and their shapes, for messages."""
+        return ", ".join(
+            f"{i.path}: {_shape(i.shape) if i.shape is not None else repr(i.value)}" for i in self.inputs
+        )
+
+
+def canonical(
+    signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """One form for all ways of passing the same arguments: by position where that is possible.
+
+    Example:
+        >>> canonical(inspect.signature(lambda x, y=1: None), (), {"y": 3, "x": 2})
+        ((2, 3), {})
+    """
+    bound = signature.bind(*args, **kwargs)
+    return bound.args, bound.kwargs
+
+
+def batch_size(example: Example) -> int | None:
+    """Size of the batch: the commonest first dimension of the tensors of a call, the first one of several such.
+
+    Example:
+        >>> import torch
+        >>> batch_size(Example((torch.zeros(4, 3), torch.zeros(2), torch.zeros(4))))
+        4
+    """
+    sizes = [leaf.shape[0] for leaf in pytree.tree_leaves((example.args, example.kwargs)) if _has_dims(leaf)]
+    return max(sizes, key=sizes.count) if sizes else None
+
+
+def has_batch(leaf: Any, size: int | None) -> bool:
+    """Whether the first dimension of ``leaf`` is the batch."""
+    return _has_dims(leaf) and leaf.shape[0] == size
+
+
+def inputs_of(network: nn.Module, example: Example, size: int | None) -> tuple[pytree.TreeSpec, tuple[Input, ...]]:
+    """Structure and leaves of the arguments of ``example``."""
+    arguments = canonical(inspect.signature(network.forward), example.args, example.kwargs)
+    paths, spec = pytree.tree_flatten_with_path(arguments)
+    names = list(inspect.signature(network.forward).parameters)
+    inputs = []
+    for path, leaf in paths:
+        where = _path(path, names)
+        if isinstance(leaf, Tensor):
+            shape = tuple(leaf.shape)
+            inputs.append(Input(where, (BATCH, *shape[1:]) if has_batch(leaf, size) else shape))
+        else:
+            inputs.append(Input(where, None, leaf))
+    return spec, tuple(inputs)
+
+
+def _path(path: tuple[Any, ...], names: list[str]) -> str:
+    keyword, argument = path[0].idx == 1, path[1]
+    if keyword:
+        start = str(argument.key)
+    else:
+        start = names[argument.idx] if argument.idx < len(names) else f"argument {argument.idx}"
+    return start + pytree.keystr(path[2:])
+
+
+def _has_dims(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.dim() > 0
+
+
+def _fits(leaf: Tensor, shape: tuple[int, ...]) -> bool:
+    return leaf.dim() == len(shape) and all(
+        want in (BATCH, have) for want, have in zip(shape, leaf.shape, strict=True)
+    )
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return "(" + ", ".join("batch" if size == BATCH else str(size) for size in shape) + ")"
+
+
+def _describe(leaf: Any) -> str:
+    return f"a tensor of shape {tuple(leaf.shape)}" if isinstance(leaf, Tensor) else repr(leaf)
+
+
+def _refuse(name: str, path: str, expected: str, got: str) -> None:
+    raise NetworkError(
+        f"{name} was captured for {path} = {expected} and is called with {got}. PT2 export keeps every dimension but the "
+        "batch and every value that is not a tensor: give example_inputs= like the ones it is used with, or use "
+        "mode='fx' or mode='eager'."
+    )

@@ -1,0 +1,93 @@
+"""The int8 network that a user holds: an ordinary module, on the CPU."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from qat_lightning.backends import quantized_engine
+from qat_lightning.errors import QuantizationError
+from qat_lightning.flows.base import Converted, Example, LayerCheck, LayerCoverage
+from qat_lightning.recipe import Recipe
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+class QuantizedNetwork(nn.Module):
+    """An int8 network with what is known about it; call it like the float network.
+
+    It runs on the CPU, takes any batch size, and is for inference: ``train()`` and ``eval()`` change nothing in it, a
+    deep copy computes the same, and it has no parameters to optimize.
+
+    Args:
+        converted: What a flow's ``convert`` made.
+        recipe: What the network was prepared with.
+        example: The call it was verified with.
+        source: Which weights it holds, in words.
+
+    Attributes:
+        recipe: Mode, backend and scheme.
+        coverage: Which layers are int8, and why others are not.
+        checks: Each int8 layer against fake-quant.
+        notes: What a user should know, such as a fallback taken.
+        source: Which weights it holds, in words.
+    """
+
+    recipe: Recipe
+
+    def __init__(self, converted: Converted, recipe: Recipe, example: Example, *, source: str = "") -> None:
+        super().__init__()
+        self.network = converted.network
+        self.recipe = recipe
+        self.coverage: Sequence[LayerCoverage] = list(converted.coverage)
+        self.checks: Sequence[LayerCheck] = list(converted.checks)
+        self.notes: Sequence[str] = list(converted.notes)
+        self.example = example
+        self.source = source
+        self.training = False
+
+    @torch.no_grad()
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the int8 kernels on CPU inputs of the float network's shapes and dtypes."""
+        with quantized_engine(self.recipe.target.engine):
+            return self.network(*args, **kwargs)
+
+    def train(self, mode: bool = True) -> QuantizedNetwork:
+        """Remember the flag only: int8 kernels do not train, and their layers stay in evaluation."""
+        self.training = mode
+        return self
+
+    def save(self, path: str | Path) -> None:
+        """Write the network to one file, whole or not at all; `qat_lightning.load_quantized` reads it."""
+        from qat_lightning.artifact import save_quantized
+
+        save_quantized(self, path)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> QuantizedNetwork:
+        """Copy with the weights packed for the same kernels."""
+        copied = QuantizedNetwork.__new__(QuantizedNetwork)
+        memo[id(self)] = copied
+        # Packed weights are packed anew by a copy, for the engine of that moment.
+        with quantized_engine(self.recipe.target.engine):
+            copied.__dict__.update({key: copy.deepcopy(value, memo) for key, value in self.__dict__.items()})
+        return copied
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> QuantizedNetwork:
+        """Stay on the CPU in the given integers: there is nothing to move or to cast."""
+        if fn(torch.zeros(1)).device.type not in ("cpu", "meta"):
+            raise QuantizationError(
+                f"The int8 network for backend {self.recipe.backend!r} runs on the CPU only: give it inputs on the CPU "
+                "instead of moving it."
+            )
+        return self
+
+    def extra_repr(self) -> str:
+        """What it is, for ``print``."""
+        count = sum(row.quantized for row in self.coverage)
+        return f"mode={self.recipe.mode}, backend={self.recipe.backend}, int8 layers={count}/{len(self.coverage)}"

@@ -6,15 +6,22 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol, cast
 
+import torch
+from lightning.fabric.utilities.apply_func import move_data_to_device
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger, WandbLogger
 from rich.console import Console
 from rich.table import Table
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 
+from qat_lightning.errors import NetworkError
 from qat_lightning.measure import latency_interleaved, size_mb
+from qat_lightning.network import OWN_FORWARD, Slot, find_networks
 
 TIMED = ("float", "int8")  # fake-quant is a step of training, nothing that is shipped
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class HasVariants(Protocol):
@@ -22,10 +29,10 @@ class HasVariants(Protocol):
 
     variants: tuple[str, ...]
     fidelity: Mapping[str, float]
-    example_inputs_: tuple[tuple[Any, ...], dict[str, Any]]
+    example_inputs_: Call
 
     def use_variant(self, name: str | None) -> None:
-        """Choose what the Trainer evaluates."""
+        """Choose what the Trainer evaluates; None for the default."""
 
     def network(self, name: str) -> nn.Module:
         """The network of a variant, on the CPU."""
@@ -42,24 +49,44 @@ def evaluate_variants(
     Every metric of `trainer.test` is logged behind the name of its variant (``int8/test/acc``), never bare. All that is
     returned is also in the loggers: in W&B in the run's summary, in others as metrics. A table goes to the terminal.
 
+    Without a callback that has variants, the run is tested as ``float``, and measured where it is clear which network
+    in the LightningModule is meant.
+
     Args:
-        trainer: The Trainer that fitted the model. Without a callback that has variants, only ``float`` is tested.
+        trainer: The Trainer that fitted the model.
         model: The fitted LightningModule.
         datamodule: As for `trainer.test`.
         dataloaders: As for `trainer.test`.
 
     Returns:
         The metrics of each variant, ``float/size_mb``, ``int8/size_mb``, ``size_ratio``, ``float/latency_ms``,
-        ``int8/latency_ms``, ``speedup``, ``int8/agreement`` and ``int8/sqnr_db``: those that exist.
+        ``int8/latency_ms`` (of one sample, on the CPU), ``speedup``, ``int8/agreement`` and ``int8/sqnr_db``: those that
+        exist. With several processes, sizes and latencies are those of the first one, and only it has them.
     """
+
+    def test(name: str) -> dict[str, float]:
+        with _logged_behind(name, trainer.loggers):
+            results = trainer.test(model, datamodule=datamodule, dataloaders=dataloaders, verbose=False)
+        return {f"{name}/{key}": value for result in results for key, value in result.items()}
+
     source = _source(trainer)
     summary: dict[str, float] = {}
-    for name in source.variants if source else ("float",):
-        summary |= _test(trainer, model, name, source, datamodule=datamodule, dataloaders=dataloaders)
-        if source and name == "int8":
-            summary |= {f"int8/{key}": value for key, value in source.fidelity.items()}
+    if source is None:
+        with _watched(model) as (networks, calls):
+            summary |= test("float")
+    else:
+        for name in source.variants:
+            source.use_variant(name)
+            try:
+                summary |= test(name)
+            finally:
+                source.use_variant(None)
+            if name == "int8":
+                summary |= {f"int8/{key}": value for key, value in source.fidelity.items()}
+        networks = {name: source.network(name) for name in source.variants if name in TIMED}
+        calls = [source.example_inputs_]
     if trainer.is_global_zero:
-        summary |= _measure(source)
+        summary |= _measure(networks, calls)
         _write(trainer.loggers, summary, trainer.global_step)
         Console().print(variants_table(summary))
     return summary
@@ -81,7 +108,8 @@ def variants_table(summary: Mapping[str, float]) -> Table:
     """
     names = list(dict.fromkeys(key.partition("/")[0] for key in summary if "/" in key))
     metrics = list(dict.fromkeys(key.partition("/")[2] for key in summary if key.partition("/")[2].count("/")))
-    table = Table(title="Float against int8" if len(names) > 1 else None, title_justify="left")
+    caption = f"latency: one sample on the CPU, {torch.get_num_threads()} threads"
+    table = Table(caption=caption, caption_justify="left")
     table.add_column("variant")
     for metric in (*metrics, "size", "latency", "speed-up"):
         table.add_column(metric, justify="right")
@@ -96,29 +124,36 @@ def variants_table(summary: Mapping[str, float]) -> Table:
     return table
 
 
-def _source(trainer: Trainer) -> HasVariants | None:
-    """The quantization callback, if there is one. Any callback with a `use_variant` of its own is one."""
-    callbacks = trainer.callbacks  # type: ignore[attr-defined]
-    return cast("HasVariants | None", next((c for c in callbacks if hasattr(type(c), "use_variant")), None))
-
-
 def _cell(value: float | None, layout: str) -> str:
     return "–" if value is None else layout.format(value)
 
 
-def _test(
-    trainer: Trainer, model: LightningModule, name: str, source: HasVariants | None, **data: Any
-) -> dict[str, float]:
-    """The metrics of one variant, behind its name."""
-    with _logged_behind(name, trainer.loggers):
-        if source:
-            source.use_variant(name)
-        try:
-            results = trainer.test(model, verbose=False, **data)
-        finally:
-            if source:
-                source.use_variant(None)
-    return {f"{name}/{key}": value for result in results for key, value in result.items()}
+def _source(trainer: Trainer) -> HasVariants | None:
+    """The quantization callback, if there is one: any callback with a `use_variant` of its own."""
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    return cast("HasVariants | None", next((c for c in callbacks if hasattr(type(c), "use_variant")), None))
+
+
+@contextmanager
+def _watched(model: LightningModule) -> Iterator[tuple[dict[str, nn.Module], list[Call]]]:
+    """The float network in a LightningModule, and what it is first called with meanwhile."""
+    calls: list[Call] = []
+
+    def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not calls:
+            calls.append(move_data_to_device((args, kwargs), "cpu"))
+
+    try:
+        name, *others = find_networks(model, None)
+    except NetworkError:
+        yield {}, calls
+        return
+    called = model if name == OWN_FORWARD else model.get_submodule(name)
+    handle = called.register_forward_pre_hook(keep, with_kwargs=True)
+    try:
+        yield ({} if others else {"float": Slot(model, name).get()}), calls
+    finally:
+        handle.remove()
 
 
 @contextmanager
@@ -145,20 +180,29 @@ def _logged_behind(name: str, loggers: Sequence[Logger]) -> Iterator[None]:
             del vars(logger)["log_metrics"]
 
 
-def _measure(source: HasVariants | None) -> dict[str, float]:
-    """Size and latency of the variants that are shipped, and their ratios."""
-    if source is None:
-        return {}
-    networks = {name: source.network(name) for name in source.variants if name in TIMED}
-    args, kwargs = source.example_inputs_
+def _measure(networks: Mapping[str, nn.Module], calls: Sequence[Call]) -> dict[str, float]:
+    """Size and latency of each network, and their ratios."""
     measured = {f"{name}/size_mb": size_mb(network) for name, network in networks.items()}
-    if all(f"{name}/size_mb" in measured for name in TIMED):
+    compared = all(name in networks for name in TIMED)
+    if compared:
         measured["size_ratio"] = measured["float/size_mb"] / measured["int8/size_mb"]
-    latencies = latency_interleaved(networks, args, kwargs)
-    measured |= {f"{name}/latency_ms": latency.median_ms for name, latency in latencies.items()}
-    if all(name in latencies for name in TIMED):
-        measured["speedup"] = latencies["float"].median_ms / latencies["int8"].median_ms
+    if networks and calls:
+        latencies = latency_interleaved(networks, *_one_sample(calls[0]))
+        measured |= {f"{name}/latency_ms": latency.median_ms for name, latency in latencies.items()}
+        if compared:
+            measured["speedup"] = latencies["float"].median_ms / latencies["int8"].median_ms
     return measured
+
+
+def _one_sample(call: Call) -> Call:
+    """The same call for the first sample of its batch; what has no batch axis stays."""
+    sizes = [leaf.shape[0] for leaf in tree_leaves(call) if isinstance(leaf, Tensor) and leaf.dim()]
+
+    def first(leaf: Any) -> Any:
+        batched = isinstance(leaf, Tensor) and leaf.dim() and leaf.shape[0] == sizes[0]
+        return leaf[:1].contiguous() if batched else leaf
+
+    return cast("Call", tree_map(first, call))
 
 
 def _write(loggers: Sequence[Logger], summary: Mapping[str, float], step: int) -> None:

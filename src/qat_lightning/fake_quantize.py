@@ -79,8 +79,13 @@ def fake_quantize(
         axis: The channel dimension of ``x``; None for one scale.
 
     Example:
-        >>> fake_quantize(torch.tensor([0.26, 9.0]), torch.tensor(0.1), torch.tensor(0, dtype=torch.int32),
-        ...               quant_min=-127, quant_max=127)
+        >>> fake_quantize(
+        ...     torch.tensor([0.26, 9.0]),
+        ...     torch.tensor(0.1),
+        ...     torch.tensor(0, dtype=torch.int32),
+        ...     quant_min=-127,
+        ...     quant_max=127,
+        ... )
         tensor([0.3000, 9.0000])
     """
     with torch.autocast(x.device.type, enabled=False):

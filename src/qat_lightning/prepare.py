@@ -51,7 +51,9 @@ def choose_mode(
             failed.append(f"{candidate}: {error}")
             continue
         why = f"{candidate} is the best that works for this network"
-        return candidate, why + (f" ({'; '.join(failed)})" if failed else " (the first of " + ", ".join(AUTO_ORDER) + ")")
+        return candidate, why + (
+            f" ({'; '.join(failed)})" if failed else " (the first of " + ", ".join(AUTO_ORDER) + ")"
+        )
     raise NetworkError(f"No mode of {', '.join(MODES)} works for {type(network).__name__}: " + " | ".join(failed))
 
 

@@ -174,9 +174,7 @@ class _FoldedLayer(nn.Module):
             layer.__dict__[name] = self.__dict__[name].copy()
         del layer._modules["weight_fake_quant"]
         fuse = fuse_linear_bn_weights if isinstance(layer, nn.Linear) else fuse_conv_bn_weights
-        weight, bias = fuse(
-            self.weight, self.bias, bn.running_mean, bn.running_var, bn.eps, bn.weight, bn.bias
-        )  # type: ignore[operator]
+        weight, bias = fuse(self.weight, self.bias, bn.running_mean, bn.running_var, bn.eps, bn.weight, bn.bias)  # type: ignore[operator]
         layer._parameters["weight"] = nn.Parameter(weight.detach())
         layer._parameters["bias"] = nn.Parameter(bias.detach())
         layer.__dict__["training"] = False

@@ -151,5 +151,6 @@ def check_recipe(recipe: Recipe, state: Mapping[str, Any]) -> None:
     differences = recipe.differences(Recipe.from_dict(state))
     if differences:
         raise CheckpointMismatchError(
-            "The checkpoint was written by a run with other settings of quantization ('there'): " + "; ".join(differences)
+            "The checkpoint was written by a run with other settings of quantization ('there'): "
+            + "; ".join(differences)
         )

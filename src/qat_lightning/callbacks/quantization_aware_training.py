@@ -2,48 +2,26 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import math
-import warnings
 from collections.abc import Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch import Tensor, nn
+from lightning.pytorch.utilities import rank_zero_warn
 
-from qat_lightning.backends import get_backend, require
-from qat_lightning.checkpoints import float_weights, guard_loading
-from qat_lightning.errors import ConfigurationError, ConversionError
-from qat_lightning.example import catch_examples, from_user
-from qat_lightning.flows.base import (
-    Example,
-    cpu_copy,
-    fake_quantizers,
-    float_keys,
-    get_flow,
-    is_prepared,
-    prepared_state,
-    set_phase,
-)
-from qat_lightning.network import OWN_FORWARD, Slot, find_networks
-from qat_lightning.prepare import choose_mode
-from qat_lightning.quantized import QuantizedNetwork
-from qat_lightning.recipe import Recipe, check_globs
+from qat_lightning.callbacks.base import QuantizationCallback
+from qat_lightning.checkpoints import float_weights
+from qat_lightning.errors import ConfigurationError
+from qat_lightning.flows.base import fake_quantizers, float_keys
 from qat_lightning.schedule import Phase, PointLike, QuantizationSchedule, TrainingPlan
 from qat_lightning.scheme import Scheme
-from qat_lightning.variants import VARIANTS, Fidelity, Stand, check_variant
-
-_BEFORE = Phase(fake_quant=False, observers=True, batchnorm_frozen=False)
-_EVALUATE = {"validate": "fake_quant", "test": "int8", "predict": "int8"}
 
 
-class QuantizationAwareTraining(Callback):
+class QuantizationAwareTraining(QuantizationCallback):
     """Trains the network of a LightningModule with fake-quant and converts it to int8.
 
     When the fit begins, fake-quantize modules go into the network (observers run from the first step), at ``start``
@@ -102,178 +80,15 @@ class QuantizationAwareTraining(Callback):
         float_checkpoint: str | Path | None = None,
         reset_best_on_start: bool = False,
     ) -> None:
-        target = get_backend(backend, mode)
-        require(target)
-        self.mode = mode
-        self.backend = backend
-        self.module = module
-        self.scheme = scheme if scheme is not None else Scheme()
-        if not isinstance(self.scheme, Scheme):
-            raise ConfigurationError(f"scheme={scheme!r} is not possible: give a qat_lightning.Scheme.")
+        super().__init__(mode, backend, module, example_inputs, scheme, include, exclude, convert=convert_on_fit_end)
         self.schedule = QuantizationSchedule(start, freeze_observers, freeze_batchnorm)
-        self.include, self.exclude = tuple(include or ()), tuple(exclude or ())
-        Recipe(target.modes[0] if mode == "auto" else mode, backend, self.scheme, self.include, self.exclude)
-        self.convert_on_fit_end = convert_on_fit_end
         self.float_checkpoint = None if float_checkpoint is None else Path(float_checkpoint)
         if self.float_checkpoint is not None and not self.float_checkpoint.is_file():
             raise ConfigurationError(f"float_checkpoint={str(float_checkpoint)!r} is not a file.")
         self.reset_best_on_start = reset_best_on_start
-        self.fidelity: dict[str, float] = {}
-        self._user_example = None if example_inputs is None else from_user(example_inputs)
-        self._slots: dict[str, Slot] = {}
-        self._prepared: dict[str, nn.Module] = {}
-        self._examples: dict[str, Example] = {}
-        self._quantized: dict[str, QuantizedNetwork] = {}
-        self._phase = _BEFORE
         self._plan: TrainingPlan | None = None
-        self._float_weights: dict[str, dict[str, Tensor]] = {}
         self._float_source = ""
         self._float_step: int | None = None
-        self._chosen: str | None = None
-        self._standing: dict[str, Any] = {}
-        self._stale = True
-        self._source = "the present weights"
-        self._guard: Any = None
-
-    # What a user asks for
-
-    @property
-    def prepared(self) -> Any:
-        """The network with fake-quant, a dict of them for several, or None before the fit."""
-        return _one_or_all(self._prepared)
-
-    @property
-    def quantized(self) -> Any:
-        """The int8 network, a dict of them for several, or None before there is one."""
-        return _one_or_all(self._quantized)
-
-    @property
-    def example_inputs_(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The call that the (first) network was prepared with: positional and keyword inputs, on the CPU."""
-        example = next(iter(self._examples.values()))
-        return example.args, example.kwargs
-
-    @property
-    def variants(self) -> tuple[str, ...]:
-        """The variants that can be evaluated now."""
-        there = {
-            "float": bool(self._float_weights),
-            "fake_quant": bool(self._prepared),
-            "int8": bool(self._prepared) and self.convert_on_fit_end and self._ranges_seen(),
-        }
-        return tuple(name for name in VARIANTS if there[name])
-
-    def use_variant(self, name: str | None) -> None:
-        """Choose what ``validate``, ``test`` and ``predict`` run.
-
-        Args:
-            name: ``"float"``, ``"fake_quant"``, ``"int8"``, or None for the default: fake-quant to validate, int8 to test
-                and predict.
-
-        Raises:
-            ConfigurationError: The name is unknown, or there is no such variant, with the reason.
-        """
-        check_variant(name)
-        if name is not None and self._prepared and name not in self.variants:
-            raise ConfigurationError(f"There is no variant {name!r} to use: {self._why_not(name)}")
-        self._chosen = name
-
-    def network(self, name: str) -> nn.Module:
-        """A variant as a plain module on the CPU, in evaluation, for measuring it or for exporting it.
-
-        Raises:
-            ConfigurationError: There is no such variant.
-        """
-        check_variant(name)
-        if name not in self.variants:
-            raise ConfigurationError(f"There is no variant {name!r}: {self._why_not(name)}")
-        slot = next(iter(self._prepared))
-        if name == "float":
-            return self._float_network(slot)
-        if name == "int8":
-            self._convert()
-            return self._quantized[slot]
-        return cpu_copy(self._prepared[slot])
-
-    def save(self, path: str | Path) -> None:
-        """Write the int8 network to a file that `qat_lightning.load_quantized` reads.
-
-        Raises:
-            ConversionError: There is no int8 network yet, or there are several (save each of ``quantized``).
-        """
-        if not isinstance(self.quantized, QuantizedNetwork):
-            raise ConversionError(
-                "There is no int8 network to save: fit first, with convert_on_fit_end=True."
-                if not self._quantized
-                else "There are several int8 networks: save each, qat.quantized['name'].save(path)."
-            )
-        self.quantized.save(path)
-
-    # Insert
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Arrange for the network to be prepared before weights restore, optimizers, DDP and the device see it.
-
-        Lightning calls ``configure_model`` next to last before it restores weights, when all layers exist.
-        """
-        _refuse_strategy(trainer)
-        if self._slots and next(iter(self._slots.values())).pl_module is pl_module:
-            self._guard_loading(trainer, pl_module)
-            return
-        original = pl_module.configure_model
-        had = pl_module.__dict__.get("configure_model")
-
-        def configure_model() -> None:
-            if had is None:
-                pl_module.__dict__.pop("configure_model", None)
-            else:
-                pl_module.__dict__["configure_model"] = had
-            original()
-            self._prepare(trainer, pl_module, stage)
-
-        pl_module.__dict__["configure_model"] = configure_model
-
-    def _prepare(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        names = find_networks(pl_module, self.module)
-        self._slots = {name: Slot(pl_module, name) for name in names}
-        self._prepared, self._quantized, self._stale = {}, {}, True
-        if all(is_prepared(pl_module if name == OWN_FORWARD else slot.get()) for name, slot in self._slots.items()):
-            raise ConfigurationError(
-                f"The network of this {type(pl_module).__name__} was prepared by another callback: use that one again, or "
-                "a new LightningModule."
-            )
-        if self._user_example is not None and len(names) == 1:
-            self._examples = {names[0]: self._user_example}
-        else:
-            self._examples = catch_examples(trainer, pl_module, list(self._slots.values()), stage)
-        for name, slot in self._slots.items():
-            network = slot.get()
-            example = self._examples[name]
-            mode, why = choose_mode(self.mode, network, example, self._recipe, prefix=slot.prefix)
-            if why:
-                rank_zero_info(f"mode='auto': {why}")
-            recipe = self._recipe(mode)
-            check_globs(recipe, [f"{slot.prefix}.{n}".strip(".") for n, _ in network.named_modules() if n or slot.prefix])
-            with _cpu_and_float32(), warnings.catch_warnings():
-                prepared = get_flow(mode).prepare(network, example, recipe, prefix=slot.prefix)
-            slot.install(prepared)
-            self._prepared[name] = prepared
-        self._apply(_BEFORE if stage == "fit" else dataclasses.replace(_BEFORE, fake_quant=True))
-        self._guard_loading(trainer, pl_module)
-        if self.float_checkpoint is not None:
-            self._take_float_checkpoint(self.float_checkpoint)
-
-    def _recipe(self, mode: str) -> Recipe:
-        return Recipe(mode, self.backend, self.scheme, self.include, self.exclude)
-
-    def _guard_loading(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        def loaded() -> None:
-            self._stale = True
-            self._source = f"checkpoint {trainer.ckpt_path}" if trainer.ckpt_path else "weights that were loaded"
-
-        if self._guard is not None:
-            self._guard.remove()
-        self._guard = guard_loading(pl_module, self._prepared, {n: s.prefix for n, s in self._slots.items()}, loaded)
 
     # Schedule
 
@@ -312,9 +127,7 @@ class QuantizationAwareTraining(Callback):
         phase = self.schedule.phase(step, trainer.current_epoch, self._plan).latched(self._phase)
         if phase.fake_quant and not self._phase.fake_quant:
             self._rounding_comes_on(trainer, step)
-        if phase != self._phase:
-            self._apply(phase)
-        elif not self._applied(phase):
+        if phase != self._phase or not self._applied(phase):
             self._apply(phase)
 
     def _applied(self, phase: Phase) -> bool:
@@ -324,11 +137,6 @@ class QuantizationAwareTraining(Callback):
             for _, fq in fake_quantizers(prepared)
         )
 
-    def _apply(self, phase: Phase) -> None:
-        self._phase = phase
-        for prepared in self._prepared.values():
-            set_phase(prepared, **dataclasses.asdict(phase))
-
     def _rounding_comes_on(self, trainer: Trainer, step: int) -> None:
         if self.float_checkpoint is None and step > 0:
             self._float_weights = {name: float_weights(prepared) for name, prepared in self._refreshed().items()}
@@ -337,6 +145,12 @@ class QuantizationAwareTraining(Callback):
         if self.reset_best_on_start and step > 0:
             for callback in trainer.callbacks:  # type: ignore[attr-defined]
                 _forget_best(callback)
+
+    # Float weights to compare with
+
+    def _was_prepared(self) -> None:
+        if self.float_checkpoint is not None:
+            self._take_float_checkpoint(self.float_checkpoint)
 
     def _take_float_checkpoint(self, path: Path) -> None:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
@@ -370,123 +184,6 @@ class QuantizationAwareTraining(Callback):
             )
         self._convert()
 
-    def _convert(self) -> None:
-        if not self._stale and self._quantized:
-            return
-        converted: dict[str, QuantizedNetwork] = {}
-        for name, prepared in self._refreshed().items():
-            state = prepared_state(prepared)
-            example = self._examples[name]
-            result = get_flow(state.recipe.mode).convert(cpu_copy(prepared), example)
-            for note in result.notes:
-                rank_zero_info(note)
-            converted[name] = QuantizedNetwork(result, state.recipe, example, source=self._source)
-            _report_float(converted[name])
-        self._quantized = converted
-        self._stale = False
-
-    def _refreshed(self) -> dict[str, nn.Module]:
-        for name, prepared in self._prepared.items():
-            self._slots[name].refresh(prepared)
-        return self._prepared
-
-    def _ranges_seen(self) -> bool:
-        return any(
-            fq.seen
-            for prepared in self._prepared.values()
-            for _, fq in fake_quantizers(prepared)
-            if fq.source == "moving_average"
-        )
-
-    # Evaluate
-
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Outside a fit, validate the chosen variant, by default fake-quant."""
-        if trainer.state.fn == "validate":
-            self._stand_in("validate", pl_module)
-
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Test the chosen variant, by default int8."""
-        self._stand_in("test", pl_module)
-
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Predict with the chosen variant, by default int8."""
-        self._stand_in("predict", pl_module)
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Put the prepared network back."""
-        self._stand_back()
-
-    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Put the prepared network back, and keep how close int8 was to fake-quant."""
-        self._stand_back()
-
-    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Put the prepared network back."""
-        self._stand_back()
-
-    def _stand_in(self, stage: str, pl_module: LightningModule) -> None:
-        variant = self._chosen or _EVALUATE[stage]
-        if variant == "int8" and self._chosen is None and "int8" not in self.variants:
-            if self.convert_on_fit_end:
-                rank_zero_warn(
-                    f"trainer.{stage} runs fake-quant, which rounds nothing yet: no range was ever observed. Fit first, or "
-                    "give ckpt_path= of a fit with this callback."
-                )
-            variant = "fake_quant"
-        if variant not in self.variants:
-            raise ConfigurationError(f"There is no variant {variant!r} to {stage}: {self._why_not(variant)}")
-        for prepared in self._prepared.values():
-            set_phase(prepared, fake_quant=True, observers=False, batchnorm_frozen=self._phase.batchnorm_frozen)
-        if variant == "fake_quant":
-            return
-        if variant == "int8":
-            self._convert()
-        fidelity = Fidelity() if variant == "int8" and stage == "test" else None
-        for name, prepared in self._prepared.items():
-            other = self._quantized[name] if variant == "int8" else self._float_network(name).to(pl_module.device)
-            plain = prepared if self._slots[name].name != OWN_FORWARD else _Bound(pl_module)
-            stand = Stand(other, plain, on_cpu=variant == "int8", fidelity=fidelity)
-            self._standing[name] = self._slots[name].run_instead(stand.eval()), fidelity
-
-    def _stand_back(self) -> None:
-        for name, (before, fidelity) in self._standing.items():
-            self._slots[name].run_again(before)
-            if fidelity is not None:
-                self.fidelity = fidelity.compute()
-        self._standing = {}
-        self._apply(self._phase)
-
-    def _float_network(self, name: str) -> nn.Module:
-        network = copy.deepcopy(prepared_state(self._prepared[name]).float_network)
-        network.load_state_dict(self._float_weights[name])
-        return network.eval()
-
-    def _why_not(self, name: str) -> str:
-        if not self._prepared:
-            return "nothing was fitted or tested with this callback yet."
-        if name == "float":
-            return (
-                "rounding came on with the first step, so there was no float training to compare with; give "
-                "float_checkpoint=, or a later start."
-            )
-        if not self.convert_on_fit_end:
-            return "convert_on_fit_end=False."
-        return "no range was ever observed; fit first, or give ckpt_path= of a fit with this callback."
-
-    # End
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leave the prepared network in its place, whatever happened."""
-        self._stand_back()
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Leave no hook and no patched method behind."""
-        self._stand_back()
-        if self._guard is not None:
-            self._guard.remove()
-            self._guard = None
-
     # Checkpoint: tensors and plain values only, which torch.load(weights_only=True) takes
 
     def state_dict(self) -> dict[str, Any]:
@@ -508,49 +205,6 @@ class QuantizationAwareTraining(Callback):
         self._apply(self._phase)
 
 
-class _Bound(nn.Module):
-    """The own forward of a LightningModule while another stands in for it."""
-
-    def __init__(self, pl_module: LightningModule) -> None:
-        super().__init__()
-        self.__dict__["_forward"] = pl_module.forward
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.__dict__["_forward"](*args, **kwargs)
-
-
-def _one_or_all(networks: dict[str, Any]) -> Any:
-    if not networks:
-        return None
-    return next(iter(networks.values())) if len(networks) == 1 else dict(networks)
-
-
-@contextmanager
-def _cpu_and_float32() -> Any:
-    """Make tensors as outside Lightning's contexts for building a model."""
-    dtype = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float32)
-    try:
-        with torch.device("cpu"):
-            yield
-    finally:
-        torch.set_default_dtype(dtype)
-
-
-def _refuse_strategy(trainer: Trainer) -> None:
-    name = type(trainer.strategy).__name__
-    if name in ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"):
-        raise ConfigurationError(
-            f"{name} shards the network before its ranges can be kept together, and does not go with quantization-aware "
-            "training yet: use strategy='ddp' or a single device."
-        )
-    if getattr(trainer.strategy, "_layer_sync", None) is not None:
-        raise ConfigurationError(
-            "sync_batchnorm=True replaces the BatchNorm layers that quantization has fused with their convolutions: use "
-            "sync_batchnorm=False."
-        )
-
-
 def _forget_best(callback: Callback) -> None:
     if isinstance(callback, ModelCheckpoint) and callback.monitor is not None:
         callback.best_k_models = {}
@@ -563,11 +217,3 @@ def _forget_best(callback: Callback) -> None:
         callback.wait_count = 0
         worst = torch.tensor(torch.inf)
         callback.best_score = worst if callback.monitor_op == torch.lt else -worst
-
-
-def _report_float(quantized: QuantizedNetwork) -> None:
-    left = [row for row in quantized.coverage if not row.quantized]
-    if left:
-        rows = "; ".join(f"{row.name or 'the network'} ({row.kind}): {row.reason}" for row in left[:8])
-        more = f"; and {len(left) - 8} more" if len(left) > 8 else ""
-        rank_zero_warn(f"{len(left)} of {len(quantized.coverage)} layers stayed float: {rows}{more}.")

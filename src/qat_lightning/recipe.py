@@ -133,6 +133,10 @@ class PreparedState(nn.Module):
         self.__dict__["float_network"] = float_network
         self.__dict__["plan"] = plan
 
+    def forward(self, input: Any) -> Any:
+        """``input`` itself: an ``nn.Sequential`` calls every child that it has."""
+        return input
+
     def get_extra_state(self) -> dict[str, Any]:
         """The recipe as plain values, which ``torch.load(weights_only=True)`` takes."""
         return self.recipe.to_dict()

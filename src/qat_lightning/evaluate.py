@@ -60,8 +60,8 @@ def evaluate_variants(
 
     Returns:
         The metrics of each variant, ``float/size_mb``, ``int8/size_mb``, ``size_ratio``, ``float/latency_ms``,
-        ``int8/latency_ms`` (of one sample, on the CPU), ``speedup``, ``int8/agreement`` and ``int8/sqnr_db``: those that
-        exist. With several processes, sizes and latencies are those of the first one, and only it has them.
+        ``int8/latency_ms`` (of one sample, on the CPU), ``speedup``, ``int8/agreement`` and ``int8/sqnr_db``: those
+        that exist. With several processes, sizes and latencies are those of the first one, and only it has them.
     """
 
     def test(name: str) -> dict[str, float]:

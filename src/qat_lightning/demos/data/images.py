@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from qat_lightning.demos.data.augment import augment, batch_generator
 from qat_lightning.demos.data.resumable import resumable_loader
@@ -96,7 +96,6 @@ class ImageDataModule(LightningDataModule, ABC):
         self.flip = flip
         self.pin_memory = pin_memory
         self._splits: Splits | None = None
-        self._train_loader: DataLoader[Any] | None = None
         self._resume_from: dict[str, Any] | None = None
 
     @abstractmethod
@@ -116,11 +115,10 @@ class ImageDataModule(LightningDataModule, ABC):
 
     def train_dataloader(self) -> DataLoader[Any]:
         """The training set, in a new order each epoch."""
-        self._train_loader = self._make_train_loader()
+        loader = self._make_train_loader()
         if self._resume_from is not None:
-            self._train_loader.load_state_dict(self._resume_from)  # type: ignore[attr-defined]
-            self._resume_from = None
-        return self._train_loader
+            loader.load_state_dict(self._resume_from)  # type: ignore[attr-defined]
+        return loader
 
     def state_dict(self) -> dict[str, Any]:
         """Where the training loader is.
@@ -128,7 +126,8 @@ class ImageDataModule(LightningDataModule, ABC):
         Lightning keeps that too, but does not give it back to a loader that was made before its loops were restored, as
         a use of `trainer.estimated_stepping_batches` in `configure_optimizers` makes it.
         """
-        return {} if self._train_loader is None else {"train_loader": self._train_loader.state_dict()}  # type: ignore[attr-defined]
+        loader: Any = None if self.trainer is None else self.trainer.train_dataloader
+        return {"train_loader": loader.state_dict()} if hasattr(loader, "state_dict") else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from there with the next training loader."""
@@ -170,13 +169,16 @@ class ImageDataModule(LightningDataModule, ABC):
             shuffle=shuffle,
             num_workers=self.num_workers,
             pin_memory=self.pin_memory,
-            collate_fn=_as_it_is if isinstance(dataset, ImageTensors) else None,
+            collate_fn=_collate,
             **where,
         )
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Augment training batches, on the device."""
-        if self.trainer is None or not self.trainer.training or not (self.crop_padding or self.flip):
+        if self.trainer is None or not self.trainer.training:
+            return batch
+        self._resume_from = None  # a training loader that is made from now on is for a later epoch
+        if not (self.crop_padding or self.flip):
             return batch
         images, labels = batch
         place = _epochs_done(self.trainer), self.trainer.fit_loop.epoch_loop.batch_idx + 1
@@ -189,9 +191,9 @@ def _epochs_done(trainer: Trainer) -> int:
     return int(trainer.fit_loop.epoch_progress.current.processed)  # type: ignore[attr-defined]
 
 
-def _as_it_is(batch: Any) -> Any:
+def _collate(samples: Any) -> Any:
     """`ImageTensors` makes whole batches itself. A function at the top of a module, since workers pickle it."""
-    return batch
+    return samples if isinstance(samples, tuple) else default_collate(samples)
 
 
 def hold_out(labels: Tensor, count: int) -> tuple[Tensor, Tensor]:

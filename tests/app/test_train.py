@@ -1,0 +1,178 @@
+"""train.py as a user runs it: in a process of its own, with tiny settings."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+
+from qat_lightning import app
+from qat_lightning.errors import ConfigurationError
+
+ROOT = Path(__file__).parents[2]
+FAST = ["debug=fast", "trainer=cpu", "data.datamodule.batch_size=16"]
+
+
+def run(folder: Path, script: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "WANDB_MODE": "offline", "COLUMNS": "120", "PYTHONPATH": str(ROOT / "src")}
+    environment.pop("HYDRA_FULL_ERROR", None)
+    return subprocess.run(
+        [sys.executable, str(script), *words], cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
+
+
+def train(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    return run(folder, ROOT / "train.py", "hydra.run.dir=out", *words)
+
+
+def wandb_run(folder: Path) -> dict[str, Any]:
+    """The run as W&B itself reads it back."""
+    (found,) = (folder / "out" / "wandb").glob("offline-run-*")
+    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--summary", "--json", str(found)]
+    result: dict[str, Any] = json.loads(subprocess.check_output(command, text=True))
+    return result
+
+
+def test_a_float_run_is_read_back_from_wandb(tmp_path: Path) -> None:
+    done = train(tmp_path, "method=float", "seed=3", *FAST)
+    assert done.returncode == 0, done.stderr
+    assert "float" in done.stdout
+    assert "test/acc" in done.stdout
+    assert (tmp_path / "out" / "checkpoints" / "last.ckpt").is_file()
+    found = wandb_run(tmp_path)
+    summary, text = found["summary"], json.dumps(found)
+    assert {"float/test/acc", "float/test/loss", "float/size_mb", "float/latency_ms", "val/acc"} <= summary.keys()
+    assert not [key for key in summary if key.startswith("test/")]
+    assert '"seed": 3' in text
+    assert "qat_lightning.demos.SmallMobileNet" in text
+    assert "digits-small_mobilenet" in text
+
+
+@pytest.mark.parametrize("pair", ["mode=fx backend=x86", "mode=eager backend=qnnpack", "mode=pt2e backend=x86"])
+def test_a_qat_run_leaves_the_whole_comparison_in_wandb(pair: str, tmp_path: Path) -> None:
+    done = train(tmp_path, *pair.split(), *FAST)
+    assert done.returncode == 0, done.stderr
+    for word in ("fake_quant", "int8", "speed-up"):
+        assert word in done.stdout
+    summary = wandb_run(tmp_path)["summary"]
+    variants = [f"{name}/test/acc" for name in ("float", "fake_quant", "int8")]
+    sizes = ["float/size_mb", "int8/size_mb", "size_ratio", "float/latency_ms", "int8/latency_ms", "speedup"]
+    schedule = ["quant/fake_quant_enabled", "quant/observers_enabled", "quant/batchnorm_frozen"]
+    assert {*variants, *sizes, *schedule, "int8/agreement", "int8/sqnr_db"} <= summary.keys()
+    assert summary["quant/fake_quant_enabled"] == 1
+    assert summary["quant/batchnorm_frozen"] == 1
+
+
+def test_a_run_with_the_csv_logger_keeps_metrics_and_configuration(tmp_path: Path) -> None:
+    done = train(tmp_path, "method=float", "logger=csv", *FAST)
+    assert done.returncode == 0, done.stderr
+    with (tmp_path / "out" / "csv" / "metrics.csv").open() as file:
+        names = {name for row in csv.DictReader(file) for name, value in row.items() if value}
+    assert {"train/loss", "val/acc", "float/test/acc", "float/size_mb"} <= names
+    assert "test/acc" not in names
+    assert OmegaConf.load(tmp_path / "out" / "csv" / "hparams.yaml").method.name == "float"
+
+
+def test_a_resumed_run_ends_where_the_uninterrupted_one_ends(tmp_path: Path) -> None:
+    settings = ["method=float", "logger=csv", *FAST, "trainer.log_every_n_steps=1"]
+    save = ["callbacks.model_checkpoint.every_n_train_steps=3", "callbacks.model_checkpoint.save_top_k=-1"]
+    assert train(tmp_path, *settings, *save, "callbacks.model_checkpoint.monitor=null").returncode == 0
+    (middle,) = (tmp_path / "out" / "checkpoints").glob("*step=3.ckpt")
+    done = train(tmp_path, *settings, "hydra.run.dir=again", f"ckpt_path={str(middle).replace('=', chr(92) + '=')}")
+    assert done.returncode == 0, done.stderr
+
+    def tested(folder: str) -> list[str]:
+        with (tmp_path / folder / "csv" / "metrics.csv").open() as file:
+            return [row["float/test/loss"] for row in csv.DictReader(file) if row["float/test/loss"]]
+
+    assert tested("out")
+    assert tested("again") == tested("out")
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["mode=pt2e", "backend=qnnpack"], ["mode=eager", "mode=fx", "x86, xnnpack"]),
+        (["mode=fxx"], ["auto", "eager", "fx", "pt2e"]),
+    ],
+)
+def test_a_wrong_option_is_one_message_that_lists_the_possible_ones(
+    words: list[str], says: list[str], tmp_path: Path
+) -> None:
+    done = train(tmp_path, *words)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr + done.stdout
+    for part in says:
+        assert part in done.stderr
+    assert not (tmp_path / "out" / "wandb").exists()
+
+
+CONFIG = {
+    "seed": 0,
+    "ckpt_path": None,
+    "float_checkpoint": None,
+    "method": {"name": "qat"},
+    "quantization": {"mode": "fx", "backend": "x86"},
+}
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({"ckpt_path": "none.ckpt"}, "ckpt_path=none.ckpt does not exist"),
+        ({"float_checkpoint": "none.ckpt"}, "float_checkpoint=none.ckpt does not exist"),
+        ({"quantization": None, "method": {"name": "float"}, "float_checkpoint": "x"}, "choose method=qat"),
+        ({"quantization": {"mode": "fx", "backend": "tpu"}}, "x86, onednn, fbgemm, qnnpack, xnnpack"),
+        ({"quantization": {"mode": "dynamic", "backend": "x86"}}, "eager, fx, pt2e, auto"),
+        ({"data": {"a": "???", "b": "${data.a}"}, "model": "???"}, "data.a=... model=..."),
+    ],
+)
+def test_check_says_what_to_type_instead(changed: dict[str, Any], says: str) -> None:
+    with pytest.raises(ConfigurationError) as error:
+        app.check(OmegaConf.create({**CONFIG, **changed}))
+    assert says in str(error.value)
+
+
+def test_the_panel_names_the_mistake_and_where_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    cfg = OmegaConf.create({"_target_": "qat_lightning.Scheme", "weight_bits": 1})
+    with pytest.raises(SystemExit) as stopped, app.readable_errors():
+        instantiate({"scheme": cfg})
+    assert stopped.value.code == 1
+    shown = " ".join(capsys.readouterr().err.split())
+    assert "ConfigurationError" in shown
+    assert "use an int from 2 to 8" in shown
+    assert "In the configuration: scheme" in shown
+
+
+def test_the_full_error_is_shown_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    with pytest.raises(InstantiationException), app.readable_errors():
+        instantiate({"_target_": "qat_lightning.Scheme", "weight_bits": 1})
+
+
+def test_a_bug_keeps_its_traceback() -> None:
+    with pytest.raises(ZeroDivisionError), app.readable_errors():
+        _ = 1 / 0
+
+
+def test_a_users_own_app_can_add_the_packaged_group(tmp_path: Path) -> None:
+    (tmp_path / "my_config.yaml").write_text("hydra:\n  searchpath: [pkg://qat_lightning.conf]\nlr: 0.1\n")
+    script = tmp_path / "my_app.py"
+    script.write_text(
+        "import hydra\n"
+        '@hydra.main(version_base="1.3", config_path=".", config_name="my_config")\n'
+        "def main(cfg):\n"
+        "    callback = hydra.utils.instantiate(cfg.quantization)\n"
+        "    print(type(callback).__name__, callback.mode, callback.backend)\n"
+        "main()\n"
+    )
+    done = run(tmp_path, script, "+quantization=pt2e_x86", "quantization.start={epoch:3}")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["QuantizationAwareTraining", "pt2e", "x86"]

@@ -1,0 +1,148 @@
+"""Every YAML file is composed, and held against the code that reads it."""
+
+import inspect
+import re
+import shlex
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra.utils import get_object, instantiate
+from lightning.pytorch import Callback, LightningDataModule, LightningModule
+from lightning.pytorch.loggers import Logger
+from omegaconf import DictConfig, OmegaConf
+from PIL import Image
+
+from qat_lightning import QuantizationAwareTraining, Scheme, app
+from qat_lightning.backends import BACKENDS, pairs
+
+ROOT = Path(__file__).parents[2]
+CONF = ROOT / "conf"
+PACKAGED = ROOT / "src" / "qat_lightning" / "conf"
+FILES = sorted([*CONF.rglob("*.yaml"), *PACKAGED.rglob("*.yaml")])
+NAMES = [str(path.relative_to(ROOT)) for path in FILES]
+Compose = Callable[..., DictConfig]
+
+
+def options(group: str, where: Path = CONF) -> list[str]:
+    return sorted(path.stem for path in (where / group).glob("*.yaml") if not path.stem.startswith("_"))
+
+
+def commands(path: Path) -> list[list[str]]:
+    opening = path.read_text().split("\n\n")[0].splitlines()
+    found = re.findall(r"python \w+\.py(.*)", "\n".join(line for line in opening if line.startswith("#")))
+    # two spaces and prose may follow a command
+    return [shlex.split(re.split(r" {2,}|;", command.strip())[0]) for command in found]
+
+
+@pytest.mark.parametrize("path", FILES, ids=NAMES)
+def test_a_file_opens_with_a_command_that_uses_it(path: Path) -> None:
+    assert path.read_text().startswith("#")
+    assert commands(path)
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if CONF in path.parents], ids=lambda path: path.stem)
+def test_the_commands_of_a_file_compose(path: Path, composed: Compose) -> None:
+    for words in commands(path):
+        composed(*(word for word in words if not word.startswith("-") and "," not in word))
+
+
+@pytest.mark.parametrize("path", FILES, ids=NAMES)
+def test_every_key_has_a_comment(path: Path) -> None:
+    lines = path.read_text().splitlines()
+    for number, line in enumerate(lines):
+        key, _, value = line.partition(":")
+        says_itself = key.strip() in ("", "_target_", "defaults") or key.strip().startswith(("#", "-"))
+        refers = value.strip().startswith("${")
+        opens_a_mapping = not value.strip()
+        if not (says_itself or refers or opens_a_mapping or "#" in value or lines[number - 1].lstrip().startswith("#")):
+            # the pairs' two keys and the experiments' repeat keys that are commented where they are introduced
+            assert path.parent.name in ("quantization", "experiment", "debug", "trainer"), f"{path}: {line}"
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    for split in ("train", "val", "test"):
+        for label in ("cat", "dog", "eel"):
+            folder = tmp_path / "photos" / split / label
+            folder.mkdir(parents=True)
+            Image.new("RGB", (9, 12)).save(folder / "1.png")
+    return tmp_path / "photos"
+
+
+EXTRA = {
+    "data=image_folder": ["data.num_classes=3"],
+    "model=custom": ["model.module.net._target_=qat_lightning.demos.ResNet20"],
+}
+CHOICES = [f"{group}={option}" for group in ("data", "model", "logger", "callbacks") for option in options(group)]
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_every_choice_becomes_objects(choice: str, composed: Compose, images: Path) -> None:
+    extra = [*EXTRA.get(choice, []), *([f"data.datamodule.path={images}"] if choice == "data=image_folder" else [])]
+    cfg = composed("method=float", "trainer=cpu", choice, *extra)
+    app.check(cfg)
+    run = app.build(cfg)
+    assert isinstance(run.model, LightningModule)
+    assert isinstance(run.datamodule, LightningDataModule)
+    assert all(isinstance(callback, Callback) for callback in run.callbacks)
+    assert all(isinstance(logger, Logger) for logger in run.loggers)
+    assert bool(run.loggers) == (choice != "logger=none")
+
+
+def targets(node: Any, path: str = "") -> Iterator[tuple[str, DictConfig]]:
+    if OmegaConf.is_dict(node) and not node._is_none():
+        if node.get("_target_"):
+            yield path, node
+        for key in node:
+            if not OmegaConf.is_missing(node, key):
+                yield from targets(node[key], f"{path}.{key}".strip("."))
+
+
+CHOICES_BY_SIGNATURE = [f"{group}={name}" for group in ("trainer", "method", "debug") for name in options(group)]
+
+
+@pytest.mark.parametrize("choice", [*CHOICES_BY_SIGNATURE, *(f"experiment={name}" for name in options("experiment"))])
+def test_every_key_is_a_parameter_of_what_reads_it(choice: str, composed: Compose) -> None:
+    for path, node in targets(composed(choice)):
+        parameters = inspect.signature(get_object(node._target_)).parameters
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+            unknown = {key for key in node if not str(key).startswith("_")} - parameters.keys()
+            assert not unknown, f"{path} of {choice}: {node._target_} does not take {unknown}"
+
+
+def test_the_packaged_group_has_every_setting_with_the_default_of_the_code() -> None:
+    cfg = OmegaConf.load(PACKAGED / "quantization" / "qat.yaml")
+    for node, code in ((cfg, QuantizationAwareTraining), (cfg.scheme, Scheme)):
+        values = {key: value for key, value in node.items() if not key.startswith("_") and key != "scheme"}
+        defaults = {
+            name: parameter.default
+            for name, parameter in inspect.signature(code).parameters.items()
+            if name != "scheme"
+        }
+        assert values == defaults
+    assert instantiate(cfg.scheme) == Scheme()
+
+
+def test_the_packaged_group_has_every_pair() -> None:
+    named = {f"{mode}_{backend}" for mode, backend in pairs()}
+    assert set(options("quantization", PACKAGED)) == {*named, "qat", "auto"}
+    for mode, backend in pairs():
+        cfg = OmegaConf.load(PACKAGED / "quantization" / f"{mode}_{backend}.yaml")
+        assert (cfg.mode, cfg.backend) == (mode, backend)
+
+
+def test_the_groups_have_every_mode_and_backend(composed: Compose) -> None:
+    assert options("mode") == sorted({"auto", *(mode for mode, _ in pairs())})
+    assert options("backend") == sorted(BACKENDS)
+    for mode, backend in pairs():
+        cfg = composed(f"mode={mode}", f"backend={backend}")
+        assert (cfg.quantization.mode, cfg.quantization.backend) == (mode, backend)
+        assert cfg.run.tags == ["qat", mode, backend, "small_mobilenet"]
+        assert isinstance(instantiate(cfg.quantization), QuantizationAwareTraining)
+
+
+@pytest.mark.parametrize("point", ["3", "0.5", "{epoch:3}", "{step:1200}", "{fraction:0.5}"])
+def test_a_schedule_point_can_be_written_in_every_way(point: str, composed: Compose) -> None:
+    instantiate(composed(f"quantization.start={point}").quantization)

@@ -125,6 +125,8 @@ class PreparedState(nn.Module):
 
     recipe: Recipe
     prefix: str
+    float_network: nn.Module
+    plan: Any
 
     def __init__(self, recipe: Recipe, float_network: nn.Module, *, prefix: str = "", plan: Any = None) -> None:
         super().__init__()

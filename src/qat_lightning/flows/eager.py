@@ -1,0 +1,316 @@
+"""Eager mode: the user's own ``forward`` runs in every phase, whatever its control flow; only layers are replaced.
+
+One run on the example shows which BatchNorm and activation follow which layer (`eager_chains`). Prepared, each of
+these layers rounds in its own place (`eager_layers`); converted, the int8 kernel of a chain sits in the place of its
+first layer, and integers go from one kernel to the next (`eager_int8`).
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from qat_lightning.backends import Backend, quantized_engine
+from qat_lightning.errors import CheckpointMismatchError, ConversionError, NetworkError, VerificationError
+from qat_lightning.fake_quantize import EPS
+from qat_lightning.flows.base import (
+    Converted,
+    Example,
+    LayerCheck,
+    LayerCoverage,
+    is_prepared,
+    prepared_state,
+    sqnr_db,
+)
+from qat_lightning.flows.eager_chains import Chain, find_chains, float_functions, join, observe
+from qat_lightning.flows.eager_int8 import Int8Layer, make_int8, plain_outputs
+from qat_lightning.flows.eager_layers import HEADS, LINKS, ChainHead, become, without_fast_paths
+from qat_lightning.flows.fx import make_qconfig
+from qat_lightning.flows.verify import raise_if_faulty
+from qat_lightning.qat_modules import make_batchnorm_freezable
+from qat_lightning.recipe import PreparedState, Recipe
+
+_REPORTED = (
+    nn.modules.conv._ConvNd,
+    nn.Linear,
+    nn.Bilinear,
+    nn.RNNBase,
+    nn.RNNCellBase,
+    nn.Embedding,
+    nn.EmbeddingBag,
+    nn.MultiheadAttention,
+)
+
+
+class EagerFlow:
+    """`Flow` for ``mode="eager"``."""
+
+    def prepare(self, network: nn.Module, example: Example, recipe: Recipe, *, prefix: str = "") -> nn.Module:
+        """Put fake-quant into the layers of ``network``, which stays the same object; see `Flow.prepare`."""
+        if is_prepared(network):
+            raise NetworkError(f"{type(network).__name__} is prepared for quantization already.")
+        without_fast_paths(network)
+        observation = observe(network, example)
+        float_network = copy.deepcopy(network)
+        chains, reasons = find_chains(network, observation, recipe, prefix)
+        if not chains:
+            why = "; ".join(f"{name or 'itself'}: {reason}" for name, reason in list(reasons.items())[:12])
+            raise NetworkError(
+                f"There is nothing to quantize in {type(network).__name__}: "
+                f"{why or 'it has no convolution and no linear layer'}. Look at include and exclude, or give another "
+                "module=."
+            )
+        make_batchnorm_freezable(network)
+        modules = _modules(network)
+        for chain in chains:
+            _make_head(modules, chain, recipe)
+        for chain in chains:
+            if chain.grid_of is not None:
+                modules[chain.name].__dict__["grid_of"] = (modules[chain.grid_of],)
+        plan = {
+            "chains": [chain.to_dict() for chain in chains],
+            "float": reasons,
+            "functions": float_functions(observation),
+        }
+        network._quantization = PreparedState(recipe, float_network, prefix=prefix, plan=plan)
+        return network
+
+    def convert(self, prepared: nn.Module, example: Example) -> Converted:
+        """Put int8 kernels into a copy of the float network, and verify each; see `Flow.convert`."""
+        state = prepared_state(prepared)
+        target = state.recipe.target
+        heads = {
+            chain.name: _head(prepared, chain.name) for chain in (Chain(**values) for values in state.plan["chains"])
+        }
+        plan = _plan_of_seen(state.plan, heads)
+        if not plan["chains"]:
+            raise ConversionError(
+                f"No range was ever observed in {type(state.float_network).__name__}: train at least one step on "
+                "finite values before converting."
+            )
+        network = self.skeleton(copy.deepcopy(state.float_network).float(), plan, state.recipe)
+        with quantized_engine(target.engine):
+            for layer in _int8_layers(network).values():
+                _fill(layer, heads[layer.chain.name])
+            _load_rest(network, prepared)
+            checks = _check_layers(prepared, network, heads, example, target)
+        notes = [*_notes(plan, checks), _end_to_end(prepared, network, example, target)]
+        return Converted(network, _coverage(state, plan), checks, notes)
+
+    def skeleton(self, network: nn.Module, plan: Mapping[str, Any], recipe: Recipe) -> nn.Module:
+        """Give a float network the structure of the int8 one, to load an int8 ``state_dict`` into.
+
+        Args:
+            network: The float network, freshly made by its code; changed in place.
+            plan: ``quantization_plan`` of the int8 network: plain values only.
+            recipe: What it was prepared with.
+
+        Returns:
+            ``network``, its weights and grids not yet filled in. Loading into it packs weights for the engine that is
+            current, so load inside `qat_lightning.backends.quantized_engine`.
+
+        Raises:
+            CheckpointMismatchError: The network has no such layers.
+        """
+        without_fast_paths(network)
+        modules = _modules(network)
+        dtype = torch.quint8 if recipe.target.activation_dtype is torch.uint8 else torch.qint8
+        with quantized_engine(recipe.target.engine):
+            for values in plan["chains"]:
+                chain = Chain(**values)
+                missing = [name for name in (chain.name, *chain.links) if name not in modules]
+                if missing or type(modules[chain.name]).__name__ != chain.kind:
+                    raise CheckpointMismatchError(
+                        f"{type(network).__name__} is not the network that was quantized: it should have a "
+                        f"{chain.kind} at {chain.name!r}{f' and modules at {missing}' if missing else ''}. Give the "
+                        "float network as its code makes it, with the arguments of then."
+                    )
+                make_int8(modules, chain, dtype)
+        for parameter in network.parameters():
+            parameter.requires_grad_(False)
+        network.register_forward_hook(plain_outputs)
+        network.__dict__["quantization_plan"] = dict(plan)
+        return network.eval()
+
+
+def _modules(network: nn.Module) -> dict[str, nn.Module]:
+    return dict(network.named_modules(remove_duplicate=False))
+
+
+def _int8_layers(network: nn.Module) -> dict[str, Int8Layer]:
+    return {name: module for name, module in _modules(network).items() if isinstance(module, Int8Layer)}
+
+
+def _head(prepared: nn.Module, name: str) -> ChainHead:
+    head = prepared.get_submodule(name)
+    assert isinstance(head, ChainHead)
+    return head
+
+
+def _make_head(modules: dict[str, nn.Module], chain: Chain, recipe: Recipe) -> None:
+    head: Any = modules[chain.name]
+    qconfig = make_qconfig(recipe)
+    for name in chain.links:
+        if type(modules[name]) in LINKS:
+            become(modules[name], LINKS[type(modules[name])])
+    become(head, HEADS[type(head)], links=tuple(modules[name] for name in chain.links), grid_of=(), taps=None)
+    # The same children whatever the example did, so that a checkpoint loads after another example.
+    head.weight_fake_quant = qconfig.weight()
+    head.input_fake_quant = qconfig.activation()
+    head.output_fake_quant = qconfig.activation()
+    for fq in (head.weight_fake_quant, head.input_fake_quant, head.output_fake_quant):
+        fq.to(head.weight.device).train(head.training)
+
+
+def _plan_of_seen(plan: Mapping[str, Any], heads: Mapping[str, ChainHead]) -> dict[str, Any]:
+    """The plan without the chains whose output was never observed: these stay float, and the reason says so."""
+    chains = [chain for chain in plan["chains"] if heads[chain["name"]].output_fake_quant.seen]
+    unseen = {
+        chain["name"]: "its range was never observed, because training did not run it"
+        for chain in plan["chains"]
+        if chain not in chains
+    }
+    return {**plan, "chains": chains, "float": {**plan["float"], **unseen}}
+
+
+@torch.no_grad()
+def _fill(layer: Int8Layer, head: ChainHead) -> None:
+    """Pack the present weight, rounded as training rounds it, and take over the grids."""
+    scale, zero_point = head.output_fake_quant.calculate_qparams()
+    layer.op.scale, layer.op.zero_point = float(scale), int(zero_point)
+    in_scale = None
+    if head.input_grid.seen:
+        in_scale, in_zero_point = head.input_grid.calculate_qparams()
+        layer.input_scale.copy_(in_scale)
+        layer.input_zero_point.copy_(in_zero_point)
+    weight, bias = head.folded()
+    fq = head.weight_fake_quant
+    fq.observe(weight)
+    scales, _ = fq.calculate_qparams()
+    scales = _holding(scales, weight, bias, in_scale if in_scale is not None else scale, scale)
+    if fq.per_channel:
+        zeros = torch.zeros_like(scales, dtype=torch.int64)
+        packed = torch.quantize_per_channel(weight, scales.double(), zeros, 0, torch.qint8)
+    else:
+        packed = torch.quantize_per_tensor(weight, float(scales), 0, torch.qint8)
+    layer.op.set_weight_bias(packed, bias)
+
+
+def _holding(scales: Tensor, weight: Tensor, bias: Tensor | None, in_scale: Tensor, out_scale: Tensor) -> Tensor:
+    """Weight scales with which the bias fits into 32 bits, in units of input scale times weight scale.
+
+    A channel whose weight is 0, as behind a BatchNorm weight of 0, is 0 on any grid; the smallest scale would let its
+    bias overflow in QNNPACK, which holds it as an int32.
+    """
+    largest = weight.abs().flatten(1).amax(1) if scales.dim() else weight.abs().max()
+    scales = torch.where(largest == 0, out_scale, scales)
+    if bias is None:
+        return scales
+    needed = bias.abs() / (in_scale * 2.0**30)
+    return torch.maximum(scales, needed if scales.dim() else needed.max()).clamp(min=EPS)
+
+
+def _load_rest(network: nn.Module, prepared: nn.Module) -> None:
+    """Give the int8 network all trained values that are not in int8 layers, through a strict ``state_dict``."""
+    # The dictionary of the int8 network itself: its versions say how packed weights are laid out.
+    trained, state = prepared.state_dict(), network.state_dict()
+    layers = tuple(f"{name}." if name else "" for name in _int8_layers(network))
+    state.update({key: trained[key] for key in state if not key.startswith(layers)})
+    network.load_state_dict(state)
+    buffers = dict(prepared.named_buffers())
+    for name, buffer in network.named_buffers():
+        if name not in state and name in buffers:
+            buffer.data = buffers[name].detach().clone()
+
+
+@torch.no_grad()
+def _check_layers(
+    prepared: nn.Module, network: nn.Module, heads: Mapping[str, ChainHead], example: Example, target: Backend
+) -> list[LayerCheck]:
+    layers = {id(layer): layer for layer in _int8_layers(network).values()}
+    for head in heads.values():
+        head.taps = []
+    _run(prepared, example)
+    checks = []
+    for layer in layers.values():
+        rows = [_check_call(layer, tap, target) for tap in heads[layer.chain.name].taps or () if tap.output is not None]
+        if rows:
+            checks.append(min(rows, key=lambda row: row.sqnr_db))
+    for head in heads.values():
+        head.taps = None
+    raise_if_faulty(checks, target)
+    return checks
+
+
+def _check_call(layer: Int8Layer, tap: Any, target: Backend) -> LayerCheck:
+    scale, zero_point = tap.grid.calculate_qparams()
+    quantized = torch.quantize_per_tensor(tap.input.float(), float(scale), int(zero_point), layer.activation_dtype)
+    output = layer.run(quantized)
+    difference = (output.dequantize() - tap.output).abs().max() if output.numel() else torch.zeros(())
+    kind = type(layer.op)
+    op = f"{kind.__module__}.{kind.__name__} ({target.engine})"
+    steps = float(difference) / output.q_scale()
+    return LayerCheck(layer.chain.name, op, sqnr_db(tap.output, output.dequantize()), steps)
+
+
+@torch.no_grad()
+def _run(network: nn.Module, example: Example) -> Any:
+    # Copies, because a forward may change its input in place.
+    args, kwargs = copy.deepcopy((example.args, example.kwargs))
+    return network(*args, **kwargs)
+
+
+def _end_to_end(prepared: nn.Module, network: nn.Module, example: Example, target: Backend) -> str:
+    """Run both networks whole; how close they are depends on depth and on the branches taken, so it is only told."""
+    with torch.random.fork_rng(devices=[]):
+        expected = _tensors(_run(prepared, example))
+    with torch.random.fork_rng(devices=[]), quantized_engine(target.engine):
+        actual = _tensors(_run(network, example))
+    shapes = [tuple(t.shape) for t in expected], [tuple(t.shape) for t in actual]
+    if shapes[0] != shapes[1]:
+        raise VerificationError(
+            f"On the example the int8 network returns float tensors of shapes {shapes[1]}, and fake-quant {shapes[0]}: "
+            "its forward took another branch, or reads what an int8 network does not have."
+        )
+    worst = min((sqnr_db(a, b) for a, b in zip(expected, actual, strict=True)), default=math.inf)
+    return f"On the example, the int8 network as a whole is {worst:.1f} dB from fake-quant."
+
+
+def _tensors(outputs: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+
+def _notes(plan: Mapping[str, Any], checks: list[LayerCheck]) -> list[str]:
+    notes = []
+    checked = {check.name for check in checks}
+    unchecked = [chain["name"] for chain in plan["chains"] if chain["name"] not in checked]
+    if unchecked:
+        notes.append(f"Not compared with fake-quant, because the example does not run them: {', '.join(unchecked)}.")
+    if plan["functions"]:
+        ran = ", ".join(f"{name} ({count})" for name, count in plan["functions"].items())
+        notes.append(f"Functions stay float in mode='eager': {ran}.")
+    return notes
+
+
+def _coverage(state: PreparedState, plan: Mapping[str, Any]) -> list[LayerCoverage]:
+    int8 = {chain["name"] for chain in plan["chains"]}
+    rows = []
+    for name, module in state.float_network.named_modules():
+        if isinstance(module, _REPORTED):
+            reason = "" if name in int8 else _why_float(state, plan, name, module)
+            rows.append(LayerCoverage(name, type(module).__name__, name in int8, reason))
+    return rows
+
+
+def _why_float(state: PreparedState, plan: Mapping[str, Any], name: str, module: nn.Module) -> str:
+    if name in plan["float"]:
+        return str(plan["float"][name])
+    if not state.recipe.selects(join(state.prefix, name)):
+        return "excluded"
+    return f"{type(module).__name__} is not quantized in mode='eager'"

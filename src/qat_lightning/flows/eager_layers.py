@@ -1,0 +1,281 @@
+"""Layers of a network prepared in eager mode: each does its part where the user's own ``forward`` calls it.
+
+A chain is a convolution or linear layer (its head) and the BatchNorm and activation that follow it (its links). In
+the int8 network the head runs the whole chain as one kernel, so training rounds the head's folded weight, and rounds
+activations only behind the last link. Which tensor is inside which chain is known from a mark on the tensor itself:
+the forward may branch, loop, and call a module for several chains, and a link that gets any other tensor is just the
+module that it was. A mark holds for one version of a tensor, so an in-place operation in between undoes it.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from qat_lightning.fake_quantize import FakeQuantize, fake_quantize
+from qat_lightning.qat_modules import (
+    FreezableBatchNorm,
+    FreezableBatchNorm1d,
+    FreezableBatchNorm2d,
+    FreezableBatchNorm3d,
+    fake_quantize_folded,
+    fold_factor,
+)
+
+
+@dataclass
+class Tap:
+    """One call of a chain, recorded for verification.
+
+    Attributes:
+        grid: What rounded the input.
+        input: The rounded input.
+        output: The rounded output; None if the call did not go through the whole chain.
+    """
+
+    grid: FakeQuantize
+    input: Tensor
+    output: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class _Mark:
+    """Where a tensor is: ``stage`` links of ``chain`` are behind it."""
+
+    chain: ChainHead
+    stage: int
+    version: int
+    tap: Tap | None
+
+    @property
+    def complete(self) -> bool:
+        """Whether the tensor is the rounded output of the chain."""
+        return self.stage == len(self.chain.links)
+
+
+# Beside the tensors and not on them: an attribute of a tensor would be copied, pickled and saved with it.
+_marks: Any = WeakTensorKeyDictionary()
+
+
+def _mark_of(x: Tensor) -> _Mark | None:
+    mark: _Mark | None = _marks.get(x)
+    return mark if mark is not None and mark.version == x._version else None
+
+
+def _versioned() -> AbstractContextManager[Any]:
+    """Leave inference mode, whose tensors count no versions; without grad all the same."""
+    if not torch.is_inference_mode_enabled():
+        return nullcontext()
+    stack = ExitStack()
+    stack.enter_context(torch.inference_mode(False))
+    stack.enter_context(torch.no_grad())
+    return stack
+
+
+def _round_only(x: Tensor, fq: FakeQuantize) -> Tensor:
+    """Round to the grid of another tensor, whose range must not be moved by this one."""
+    if not fq.fake_quant_enabled or not fq.seen:
+        return x
+    scale, zero_point = fq.calculate_qparams()
+    return fake_quantize(x, scale, zero_point, quant_min=fq.quant_min, quant_max=fq.quant_max)
+
+
+if TYPE_CHECKING:
+    _Layer = nn.Module
+else:
+    _Layer = object
+
+
+class ChainHead(_Layer):
+    """A convolution or linear layer with rounded weight and input, which its chain's output grid belongs to.
+
+    Attributes:
+        links: The BatchNorm and the activation behind it; they stay registered where the float network has them.
+        grid_of: The chain from which every input came through operations that keep values on its grid, such as
+            max-pooling, if there is one; rounding to a second grid would only add error.
+        taps: Where calls are recorded, while a list.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    weight_fake_quant: FakeQuantize
+    input_fake_quant: FakeQuantize
+    output_fake_quant: FakeQuantize
+    links: tuple[nn.Module, ...]
+    grid_of: tuple[ChainHead, ...]
+    taps: list[Tap] | None
+
+    @property
+    def batchnorm(self) -> FreezableBatchNorm | None:
+        """The BatchNorm that the int8 kernel has folded in."""
+        first = self.links[0] if self.links else None
+        return first if isinstance(first, FreezableBatchNorm) else None
+
+    @property
+    def input_grid(self) -> FakeQuantize:
+        """What rounds an input that is not on a grid yet."""
+        return self.grid_of[0].output_fake_quant if self.grid_of else self.input_fake_quant
+
+    @torch.no_grad()
+    def folded(self) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias with BatchNorm folded in, in float32: what the int8 kernel has."""
+        weight, bias = self.weight.float(), None if self.bias is None else self.bias.float()
+        bn = self.batchnorm
+        if bn is None:
+            return weight, bias
+        factor = fold_factor(bn.weight, bn.running_var, bn.eps)  # type: ignore[arg-type]
+        shift = -bn.running_mean.float() if bias is None else bias - bn.running_mean.float()  # type: ignore[union-attr]
+        bias = shift * factor if bn.bias is None else shift * factor + bn.bias.float()
+        return weight * factor.reshape(-1, *[1] * (weight.dim() - 1)), bias
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Round what is not on a grid yet, and run the layer with its rounded weight."""
+        with _versioned():
+            x, tap = self._on_grid(input)
+            return self.passed(self._apply_layer(x, self._rounded_weight()), 0, tap)
+
+    def passed(self, y: Tensor, stage: int, tap: Tap | None) -> Tensor:
+        """Mark the output of a module of the chain, rounded if it was the last."""
+        if stage == len(self.links):
+            y = self.output_fake_quant(y)
+            if tap is not None:
+                tap.output = y.detach().clone()
+        _marks[y] = _Mark(self, stage, y._version, tap)
+        return y
+
+    def _on_grid(self, input: Tensor) -> tuple[Tensor, Tap | None]:
+        mark = _mark_of(input)
+        if mark is not None and mark.complete:
+            grid, x = mark.chain.output_fake_quant, input
+        elif self.grid_of:
+            grid = self.grid_of[0].output_fake_quant
+            x = _round_only(input, grid)
+        else:
+            grid = self.input_fake_quant
+            x = grid(input)
+        if self.taps is None:
+            return x, None
+        tap = Tap(grid, x.detach().clone())
+        self.taps.append(tap)
+        return x, tap
+
+    def _rounded_weight(self) -> Tensor:
+        bn = self.batchnorm
+        if bn is None:
+            rounded: Tensor = self.weight_fake_quant(self.weight)
+            return rounded
+        factor = fold_factor(bn.weight, bn.running_var, bn.eps)  # type: ignore[arg-type]
+        return fake_quantize_folded(self.weight, factor, self.weight_fake_quant)
+
+    def _apply_layer(self, x: Tensor, weight: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class _ConvHead(ChainHead):
+    def _apply_layer(self, x: Tensor, weight: Tensor) -> Tensor:
+        y: Tensor = self._conv_forward(x, weight, self.bias)  # type: ignore[operator]
+        return y
+
+
+class ConvHead1d(_ConvHead, nn.Conv1d):
+    """`nn.Conv1d` at the head of a chain."""
+
+
+class ConvHead2d(_ConvHead, nn.Conv2d):
+    """`nn.Conv2d` at the head of a chain."""
+
+
+class ConvHead3d(_ConvHead, nn.Conv3d):
+    """`nn.Conv3d` at the head of a chain."""
+
+
+class LinearHead(ChainHead, nn.Linear):  # type: ignore[misc]
+    """`nn.Linear` at the head of a chain."""
+
+    def _apply_layer(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(x, weight, self.bias)
+
+
+class ChainLink(_Layer):
+    """A BatchNorm or an activation that may be part of a chain; for other tensors it is what it was."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Run the module, and let the chain that ``input`` is in go on."""
+        mark = _mark_of(input)
+        if mark is None or mark.complete or mark.chain.links[mark.stage] is not self or not _foldable(mark, input):
+            plain: Tensor = super().forward(input)
+            return plain
+        with _versioned():
+            return mark.chain.passed(super().forward(input), mark.stage + 1, mark.tap)
+
+
+def _foldable(mark: _Mark, x: Tensor) -> bool:
+    """A linear layer has its channels last, BatchNorm1d has them second: the same for matrices only."""
+    return mark.stage > 0 or mark.chain.batchnorm is None or not isinstance(mark.chain, LinearHead) or x.dim() == 2
+
+
+class LinkBatchNorm1d(ChainLink, FreezableBatchNorm1d):
+    """`nn.BatchNorm1d` in a chain."""
+
+
+class LinkBatchNorm2d(ChainLink, FreezableBatchNorm2d):
+    """`nn.BatchNorm2d` in a chain."""
+
+
+class LinkBatchNorm3d(ChainLink, FreezableBatchNorm3d):
+    """`nn.BatchNorm3d` in a chain."""
+
+
+class LinkReLU(ChainLink, nn.ReLU):
+    """`nn.ReLU` in a chain."""
+
+
+class LinkReLU6(ChainLink, nn.ReLU6):
+    """`nn.ReLU6` in a chain."""
+
+
+class LinkHardtanh(ChainLink, nn.Hardtanh):
+    """`nn.Hardtanh` from 0 in a chain."""
+
+
+HEADS: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Conv1d: ConvHead1d,
+    nn.Conv2d: ConvHead2d,
+    nn.Conv3d: ConvHead3d,
+    nn.Linear: LinearHead,
+}
+"""The head of each float layer."""
+
+LINKS: dict[type[nn.Module], type[nn.Module]] = {
+    nn.BatchNorm1d: LinkBatchNorm1d,
+    nn.BatchNorm2d: LinkBatchNorm2d,
+    nn.BatchNorm3d: LinkBatchNorm3d,
+    FreezableBatchNorm1d: LinkBatchNorm1d,
+    FreezableBatchNorm2d: LinkBatchNorm2d,
+    FreezableBatchNorm3d: LinkBatchNorm3d,
+    nn.ReLU: LinkReLU,
+    nn.ReLU6: LinkReLU6,
+    nn.Hardtanh: LinkHardtanh,
+}
+"""The link of each float module."""
+
+
+def become(module: nn.Module, kind: type[nn.Module], **attributes: Any) -> None:
+    """Make ``module`` a ``kind``: it stays the same object, wherever the network keeps or shares it."""
+    module.__class__ = kind
+    module.__dict__.update(attributes)
+
+
+def without_fast_paths(network: nn.Module) -> None:
+    """Keep torch's transformer layers calling their linear layers, instead of one kernel that reads their weights."""
+    for module in network.modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            module.activation_relu_or_gelu = 0
+        elif isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = module.enable_nested_tensor = False

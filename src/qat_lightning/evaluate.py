@@ -19,6 +19,7 @@ from qat_lightning.errors import NetworkError
 from qat_lightning.measure import latency_interleaved, size_mb
 from qat_lightning.network import OWN_FORWARD, Slot, find_networks
 
+MEASURED = ("size_mb", "latency_ms", "agreement", "sqnr_db")  # what is added to the model's own metrics
 TIMED = ("float", "int8")  # fake-quant is a step of training, nothing that is shipped
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -106,10 +107,10 @@ def variants_table(summary: Mapping[str, float]) -> Table:
         >>> table.row_count, [column.header for column in table.columns]
         (2, ['variant', 'test/acc', 'size', 'latency', 'speed-up'])
     """
-    names = list(dict.fromkeys(key.partition("/")[0] for key in summary if "/" in key))
-    metrics = list(dict.fromkeys(key.partition("/")[2] for key in summary if key.partition("/")[2].count("/")))
-    caption = f"latency: one sample on the CPU, {torch.get_num_threads()} threads"
-    table = Table(caption=caption, caption_justify="left")
+    keys = [key.partition("/")[::2] for key in summary if "/" in key]
+    names = list(dict.fromkeys(name for name, _ in keys))
+    metrics = list(dict.fromkeys(metric for _, metric in keys if metric not in MEASURED))
+    table = Table(caption=_caption(summary), caption_justify="left")
     table.add_column("variant")
     for metric in (*metrics, "size", "latency", "speed-up"):
         table.add_column(metric, justify="right")
@@ -122,6 +123,17 @@ def variants_table(summary: Mapping[str, float]) -> Table:
             _cell(summary.get("speedup") if name == "int8" else None, "{:.2f} x"),
         )
     return table
+
+
+def _caption(summary: Mapping[str, float]) -> str:
+    lines = []
+    if "int8/agreement" in summary:
+        lines.append(f"int8 chooses the same class as fake_quant for {summary['int8/agreement']:.2%} of the outputs")
+    if "int8/sqnr_db" in summary:
+        lines.append(f"int8 is {summary['int8/sqnr_db']:.1f} dB from fake_quant")
+    if any(key.endswith("/latency_ms") for key in summary):
+        lines.append(f"latency: one sample on the CPU, {torch.get_num_threads()} threads")
+    return "\n".join(lines)
 
 
 def _cell(value: float | None, layout: str) -> str:

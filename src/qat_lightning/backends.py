@@ -1,9 +1,11 @@
 """What each backend's int8 kernels need: one table, from which training and conversion both read.
 
-The activation range is a property of the kernel that will run, never of the CPU that trains. fbgemm adds pairs of
-uint8 x int8 products in 16 bits, which saturate unless activations keep to half the range
-(https://github.com/pytorch/FBGEMM, ``vpmaddubsw``); oneDNN on a CPU with VNNI, and QNNPACK, accumulate in 32 bits.
-The `x86` backend packs its weights for oneDNN and so has the full range whatever CPU trains.
+The ranges are a property of the kernel that will run, never of the CPU that trains. FBGEMM adds pairs of uint8 x int8
+products in 16 bits (``vpmaddubsw``), which saturate unless one of the two keeps to half its range; oneDNN on a CPU with
+VNNI, and QNNPACK, accumulate in 32 bits. Upstream halves the range of activations for FBGEMM, but its kernels do not
+clamp there, so that a value above the observed range still saturates. Here the weights are halved: they are packed once
+and can never exceed their range, and activations keep all of their 8 bits. The `x86` backend packs for oneDNN and so has
+the full range of both.
 """
 
 from __future__ import annotations
@@ -30,8 +32,7 @@ class Backend:
         engine: The quantized engine of PyTorch whose kernels pack and run the weights; None for PT2 export, whose
             graphs hold no packed weights.
         activation_dtype: ``torch.uint8`` or ``torch.int8``; the kernels clamp at its limits.
-        activation_steps: Steps that an activation's range is divided into: 255, or 127 where a kernel saturates on
-            the full range.
+        weight_limit: Largest absolute integer of a weight: 127, or 63 where a kernel saturates on the full range.
         tolerance_db: SQNR, in dB, that every layer of a converted network must reach against fake-quant. Right
             kernels give 50 dB and more, broken ones 6 to 27 dB.
         extra: The optional dependency it needs, as ``pip install qat-lightning[extra]`` names it.
@@ -42,7 +43,7 @@ class Backend:
     about: str
     engine: str | None
     activation_dtype: torch.dtype = torch.uint8
-    activation_steps: int = 255
+    weight_limit: int = 127
     tolerance_db: float = 45.0
     extra: str | None = None
 
@@ -56,7 +57,7 @@ class Backend:
 _TABLE = (
     Backend("x86", ("eager", "fx", "pt2e"), "server CPUs with VNNI, through oneDNN (Inductor in pt2e)", "onednn"),
     Backend("onednn", ("eager", "fx"), "server CPUs, through oneDNN", "onednn"),
-    Backend("fbgemm", ("eager", "fx"), "x86 CPUs without VNNI, through FBGEMM", "fbgemm", activation_steps=127),
+    Backend("fbgemm", ("eager", "fx"), "x86 CPUs without VNNI, through FBGEMM", "fbgemm", weight_limit=63),
     Backend("qnnpack", ("eager", "fx"), "Arm CPUs, through QNNPACK", "qnnpack", tolerance_db=40.0),
     Backend(
         "xnnpack",

@@ -23,21 +23,19 @@ _STORAGE = {torch.uint8: torch.quint8, torch.int8: torch.qint8, torch.quint8: to
 
 
 def choose_qparams(
-    min_val: Tensor, max_val: Tensor, *, quant_min: int, quant_max: int, steps: int, symmetric: bool
+    min_val: Tensor, max_val: Tensor, *, quant_min: int, quant_max: int, symmetric: bool
 ) -> tuple[Tensor, Tensor]:
     """Scale and zero point for a range, by the affine or the symmetric formula of Jacob et al., 2018, section 2.1.
 
-    Affine: ``scale = (max - min) / steps`` with the range widened to hold 0, and
+    Affine: ``scale = (max - min) / (quant_max - quant_min)`` with the range widened to hold 0, and
     ``zero_point = quant_min - round(min / scale)``, so that 0 is exactly representable. Symmetric:
-    ``scale = 2 * max(|min|, |max|) / steps`` and the zero point in the middle of the grid.
+    ``scale = max(|min|, |max|) / ((quant_max - quant_min) // 2)`` and the zero point in the middle of the grid.
 
     Args:
         min_val: Smallest value to represent, float32, shape ``()`` or ``(channels,)``.
         max_val: Largest value, of the same shape.
         quant_min: Smallest integer.
         quant_max: Largest integer.
-        steps: Steps that the range is divided into; ``quant_max - quant_min``, or fewer where a kernel saturates on
-            the full range but does not clamp to a smaller one.
         symmetric: Which of the two formulas.
 
     Returns:
@@ -45,12 +43,13 @@ def choose_qparams(
 
     Example:
         >>> scale, zero_point = choose_qparams(
-        ...     torch.tensor(-1.0), torch.tensor(1.55), quant_min=0, quant_max=255, steps=255, symmetric=False
+        ...     torch.tensor(-1.0), torch.tensor(1.55), quant_min=0, quant_max=255, symmetric=False
         ... )
         >>> round(scale.item(), 4), zero_point.item()
         (0.01, 100)
     """
     low, high = min_val.float().clamp(max=0.0), max_val.float().clamp(min=0.0)
+    steps = quant_max - quant_min
     if symmetric:
         half = steps // 2
         scale = (torch.maximum(-low, high) / half).clamp(min=EPS)
@@ -109,7 +108,6 @@ class FakeQuantize(_TorchFakeQuantizeBase, _TorchaoFakeQuantizeBase):  # type: i
         quant_max: Largest integer.
         qscheme: One of torch's four, as upstream's converters read it.
         ch_axis: Channel dimension of a per-channel scheme, else -1.
-        steps: See `choose_qparams`.
         source: ``"moving_average"`` of the batches' ranges, kept in the buffers ``min_val`` and ``max_val`` and moved
             only in training; ``"present"``: the range of the tensor at hand, for weights, so that it is never a step
             old; ``"fixed"``: a range known beforehand, given as ``fixed_range``.
@@ -142,7 +140,6 @@ class FakeQuantize(_TorchFakeQuantizeBase, _TorchaoFakeQuantizeBase):  # type: i
         quant_max: int,
         qscheme: torch.qscheme,
         ch_axis: int = -1,
-        steps: int | None = None,
         source: RangeSource = "moving_average",
         averaging_constant: float = 0.01,
         fixed_range: tuple[float, float] | None = None,
@@ -155,7 +152,6 @@ class FakeQuantize(_TorchFakeQuantizeBase, _TorchaoFakeQuantizeBase):  # type: i
             raise ValueError("FakeQuantize observes static ranges only; is_dynamic=True is not possible.")
         self.dtype = dtype
         self.quant_min, self.quant_max = quant_min, quant_max
-        self.steps = quant_max - quant_min if steps is None else steps
         self.qscheme = qscheme
         self.ch_axis = ch_axis
         self.source = source
@@ -239,6 +235,10 @@ class FakeQuantize(_TorchFakeQuantizeBase, _TorchaoFakeQuantizeBase):  # type: i
                 self.observe(x)
         elif self.observer_enabled and self.training and self.source == "moving_average":
             self.observe(x)
+        return self.round(x)
+
+    def round(self, x: Tensor) -> Tensor:
+        """`forward` without observing."""
         if not self.fake_quant_enabled or not self.seen:
             return x
         scale, zero_point = self.calculate_qparams()
@@ -253,7 +253,6 @@ class FakeQuantize(_TorchFakeQuantizeBase, _TorchaoFakeQuantizeBase):  # type: i
             high,
             quant_min=self.quant_min,
             quant_max=self.quant_max,
-            steps=self.steps,
             symmetric=self.symmetric,
         )
 
@@ -279,3 +278,23 @@ class FakeQuantize(_TorchFakeQuantizeBase, _TorchaoFakeQuantizeBase):  # type: i
     def storage_dtype(self) -> torch.dtype:
         """The quantized dtype of the same integers: ``torch.quint8`` or ``torch.qint8``."""
         return _STORAGE[self.dtype]
+
+
+class SharedRange(nn.Module):
+    """Rounds to the grid of a FakeQuantize elsewhere in the network, without moving its range.
+
+    For ops whose output has the grid of their input: only one place may observe a range, or a moving average would mix
+    the ranges of several tensors.
+
+    Args:
+        fq: Whose grid; not a child, since it is one of the network already.
+    """
+
+    def __init__(self, fq: FakeQuantize) -> None:
+        super().__init__()
+        self.__dict__["fq"] = fq
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x`` on the grid, in its shape and dtype."""
+        fq: FakeQuantize = self.__dict__["fq"]
+        return fq.round(x)

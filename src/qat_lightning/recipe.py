@@ -57,6 +57,11 @@ class Recipe:
         """The backend's row."""
         return get_backend(self.backend, self.mode)
 
+    @property
+    def weight_quant_max(self) -> int:
+        """The largest integer of a weight; the smallest is its negative."""
+        return min(self.scheme.weight_quant_max, self.target.weight_limit)
+
     def selects(self, name: str) -> bool:
         """Whether the module ``name`` is to be quantized: it or a parent of it is included, and none is excluded."""
         parts = name.split(".")

@@ -31,7 +31,7 @@ from torch.ao.quantization.quantize_fx import convert_fx
 
 from qat_lightning.backends import quantized_engine
 from qat_lightning.errors import ConversionError, NetworkError
-from qat_lightning.fake_quantize import FakeQuantize
+from qat_lightning.fake_quantize import FakeQuantize, SharedRange
 from qat_lightning.flows.base import Converted, Example, LayerCoverage, prepared_state
 from qat_lightning.flows.tracing import line_at_fault, trace
 from qat_lightning.flows.verify import check_layers
@@ -179,8 +179,12 @@ class FxFlow:
                 "addition. Look at include and exclude, or give another module=."
             )
         plan = FxPlan(prepared.graph, prepared.meta)
-        plan.dropped = _observe_only_after_relu6(prepared) + _observe_only_before_dropout(prepared)
+        plan.dropped = _observe_only_after_relu6(prepared)
+        dropouts, behind_dropout = _observe_only_before_dropout(prepared)
+        plan.dropped += dropouts
         result = GraphNetwork(prepared)
+        result.set_graph(_without(plan.graph, behind_dropout))
+        _observe_each_range_once(result)
         _restore_children(result, originals, parameters, float_keys)
         make_batchnorm_freezable(result)
         result._quantization = PreparedState(recipe, float_network, prefix=prefix, plan=plan)
@@ -201,6 +205,7 @@ class FxFlow:
             )
         refresh_weight_ranges(prepared)
         make_batchnorm_plain(prepared)
+        _observe_everywhere(prepared)
         graph = copy.deepcopy(plan.graph)
         _drop_nodes(graph, plan.dropped)
         graph_module = fx.GraphModule(prepared, graph)
@@ -218,7 +223,8 @@ class FxFlow:
                     f"Upstream's converter failed on {type(state.float_network).__name__} for backend "
                     f"{target.name!r}: {type(error).__name__}: {error}"
                 ) from error
-        show_float_ops(int8.graph)
+        show_float_ops(int8)
+        _reshape_views(int8.graph)
         network = GraphNetwork(int8)
         for parameter in network.parameters():
             parameter.requires_grad_(False)
@@ -239,15 +245,14 @@ def make_qconfig(recipe: Recipe) -> QConfig:
         dtype=torch.quint8 if target.activation_dtype is torch.uint8 else torch.qint8,
         quant_min=low,
         quant_max=high,
-        steps=target.activation_steps,
         qscheme=torch.per_tensor_symmetric if scheme.activation_symmetric else torch.per_tensor_affine,
         averaging_constant=scheme.averaging_constant,
     )
     weight = functools.partial(
         FakeQuantize,
         dtype=torch.qint8,
-        quant_min=-scheme.weight_quant_max,
-        quant_max=scheme.weight_quant_max,
+        quant_min=-recipe.weight_quant_max,
+        quant_max=recipe.weight_quant_max,
         qscheme=torch.per_channel_symmetric if scheme.per_channel else torch.per_tensor_symmetric,
         ch_axis=0 if scheme.per_channel else -1,
         source="present",
@@ -306,7 +311,7 @@ def _flat_example(graph_module: fx.GraphModule, example: Example) -> tuple[Any, 
     return tuple(values + [example.kwargs[name] for name in names[len(values) :] if name in example.kwargs])
 
 
-def _hide_float_ops(graph_module: fx.GraphModule) -> Callable[[fx.Graph], None]:
+def _hide_float_ops(graph_module: fx.GraphModule) -> Callable[[fx.GraphModule], None]:
     """Hide the ops that stay float from upstream's lowering, which has a list of its own and no way to change it.
 
     Returns:
@@ -320,12 +325,21 @@ def _hide_float_ops(graph_module: fx.GraphModule) -> Callable[[fx.Graph], None]:
             hidden[node.name] = (node.op, node.target)
             node.op, node.target = "call_function", _stays_float
 
-    def show(converted: fx.Graph) -> None:
-        for node in converted.nodes:
+    def show(converted: fx.GraphModule) -> None:
+        for node in converted.graph.nodes:
             if node.name in hidden:
                 node.op, node.target = hidden[node.name]
+                if node.op == "call_module":
+                    converted.add_submodule(node.target, modules[node.target])
 
     return show
+
+
+def _reshape_views(graph: fx.Graph) -> None:
+    """Int8 convolutions return channels-last tensors, which ``view`` may refuse where the float ones were contiguous."""
+    for node in graph.nodes:
+        if node.op == "call_method" and node.target == "view" and not isinstance(node.args[1], torch.dtype):
+            node.target = "reshape"
 
 
 def _stays_float(*args: Any, **kwargs: Any) -> Any:
@@ -352,10 +366,16 @@ def _observe_only_after_relu6(prepared: fx.GraphModule) -> list[str]:
     return folded
 
 
-def _observe_only_before_dropout(prepared: fx.GraphModule) -> list[str]:
-    """Round before dropout, not behind it: what it scales up in training never reaches the int8 network."""
+def _observe_only_before_dropout(prepared: fx.GraphModule) -> tuple[list[str], list[str]]:
+    """Round before dropout, not behind it: what it scales up in training never reaches the int8 network.
+
+    Returns:
+        The names of the dropouts, which the int8 graph does without, and of the roundings behind them that training does
+        without, because they share a range with the rounding before.
+    """
     modules = dict(prepared.named_modules(remove_duplicate=False))
-    dropped = []
+    dropped: list[str] = []
+    silent: list[str] = []
     for node in list(prepared.graph.nodes):
         if node.op != "call_module" or not isinstance(modules.get(str(node.target)), _DROPOUT_MODULES):
             continue
@@ -367,12 +387,60 @@ def _observe_only_before_dropout(prepared: fx.GraphModule) -> list[str]:
             with prepared.graph.inserting_before(node):
                 moved = prepared.graph.node_copy(behind[0], lambda _, arg=before: arg)
             node.replace_input_with(before, moved)
+            before = moved
         for fq in behind:
+            replaced = modules[str(fq.target)]
             fq.replace_all_uses_with(node)
             prepared.graph.erase_node(fq)
+            for other in prepared.graph.nodes:
+                if other is not before and other.op == "call_module" and modules.get(str(other.target)) is replaced:
+                    other.target = before.target
+                    silent.append(other.name)
         dropped.append(node.name)
     prepared.recompile()
-    return dropped
+    return dropped, silent
+
+
+def _without(graph: fx.Graph, names: list[str]) -> fx.Graph:
+    """A copy of ``graph`` without some nodes, whose input stands for them."""
+    graph = copy.deepcopy(graph)
+    _drop_nodes(graph, names)
+    return graph
+
+
+def _observe_each_range_once(network: GraphNetwork) -> None:
+    """Where several roundings share a range, let one of them observe it.
+
+    That is the output of a concatenation, which has the range of all its inputs, or else the first of them.
+    """
+    modules = dict(network.named_modules(remove_duplicate=False))
+    sharing: dict[nn.Module, list[fx.Node]] = {}
+    for node in network.graph.nodes:
+        if _is_fake_quantize(node, modules):
+            sharing.setdefault(modules[str(node.target)], []).append(node)
+    for fq, nodes in sharing.items():
+        assert isinstance(fq, FakeQuantize)
+        joined = [node for node in nodes if node.all_input_nodes[0].target in _CONCATENATIONS]
+        observing = joined[-1] if joined else nodes[0]
+        for node in nodes:
+            if node is observing:
+                continue
+            if node.target == observing.target:
+                node.target = f"{node.target}_shared_{node.name}"
+                network.add_module(str(node.target), SharedRange(fq))
+            else:
+                network._modules[str(node.target)] = SharedRange(fq)
+    network.set_graph(network.graph)
+
+
+def _observe_everywhere(network: nn.Module) -> None:
+    """Undo `_observe_each_range_once`: upstream's converter looks for a FakeQuantize at every place."""
+    for name, module in list(network._modules.items()):
+        if isinstance(module, SharedRange):
+            network._modules[name] = module.__dict__["fq"]
+
+
+_CONCATENATIONS = (torch.cat, torch.concat, torch.concatenate)
 
 
 def _is_fake_quantize(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
@@ -408,11 +476,11 @@ def _restore_children(
 ) -> None:
     """Put back what upstream's fusion took out of the tree, above all BatchNorm, so that every float key survives."""
     for name, module in originals.items():
-        if not name or not any(True for _ in module.named_parameters(recurse=False)) and not module._buffers:
+        if not name or (not any(True for _ in module.named_parameters(recurse=False)) and not module._buffers):
             continue
         parent, _, leaf = name.rpartition(".")
         holder = _holder(result, parent)
-        if leaf not in holder._modules or not holder._modules[leaf]._parameters and module._parameters:
+        if leaf not in holder._modules or (not holder._modules[leaf]._parameters and module._parameters):
             holder._modules[leaf] = module
     for name, parameter in parameters.items():
         parent, _, leaf = name.rpartition(".")
@@ -455,8 +523,12 @@ def _coverage(state: PreparedState, int8: nn.Module) -> list[LayerCoverage]:
         if not isinstance(module, _WEIGHTED):
             continue
         now = converted.get(name)
-        quantized = now is not None and type(now).__module__.startswith("torch.ao.nn") and "reference" not in str(type(now))
-        rows.append(LayerCoverage(name, type(module).__name__, quantized, "" if quantized else _why_float(state, name, module)))
+        quantized = (
+            now is not None and type(now).__module__.startswith("torch.ao.nn") and "reference" not in str(type(now))
+        )
+        rows.append(
+            LayerCoverage(name, type(module).__name__, quantized, "" if quantized else _why_float(state, name, module))
+        )
     return rows
 
 

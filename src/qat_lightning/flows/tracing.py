@@ -126,7 +126,12 @@ def _drop_defaults(graph_module: fx.GraphModule) -> None:
         elif node.op == "call_function" and getattr(node.target, "__name__", "") == "_assert_is_none":
             graph_module.graph.erase_node(node)
     for node in list(graph_module.graph.nodes):
-        if node.op == "placeholder" and not node.users and ("_" in node.target) and node.target.rsplit("_", 1)[1] == "1":
+        if (
+            node.op == "placeholder"
+            and not node.users
+            and ("_" in node.target)
+            and node.target.rsplit("_", 1)[1] == "1"
+        ):
             graph_module.graph.erase_node(node)
     graph_module.recompile()
 
@@ -136,7 +141,11 @@ def _refuse_other_way_in_eval(network: nn.Module, training: fx.GraphModule, eval
     if ways[0] == ways[1]:
         return
     different = next(
-        (node for node, other in zip(training.graph.nodes, ways[1], strict=False) if (node.op, str(node.target)) != other),
+        (
+            node
+            for node, other in zip(training.graph.nodes, ways[1], strict=False)
+            if (node.op, str(node.target)) != other
+        ),
         None,
     )
     raise TraceError(

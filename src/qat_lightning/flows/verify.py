@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 
 from qat_lightning.backends import Backend, quantized_engine
 from qat_lightning.errors import VerificationError
-from qat_lightning.fake_quantize import FakeQuantize
+from qat_lightning.fake_quantize import FakeQuantize, SharedRange
 from qat_lightning.flows.base import Example, LayerCheck, sqnr_db
 from qat_lightning.graph_network import GraphNetwork
 
@@ -61,7 +61,7 @@ def check_layers(prepared: GraphNetwork, int8: GraphNetwork, example: Example, t
             if node.op in ("placeholder", "output", "get_attr") or not isinstance(actual.values[node.name], Tensor):
                 continue
             wanted = reference.value(node)
-            if wanted is None or not wanted.is_floating_point() and not wanted.is_quantized:
+            if wanted is None or (not wanted.is_floating_point() and not wanted.is_quantized):
                 continue
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), reference.argument)
             got = getattr(actual, node.op)(node.target, args, kwargs)
@@ -141,7 +141,9 @@ class _Reference:
         return node.all_input_nodes[0] if self._is_fake_quantize(node) else node
 
     def _is_fake_quantize(self, node: fx.Node) -> bool:
-        return node.op == "call_module" and isinstance(self.modules.get(str(node.target)), FakeQuantize)
+        return node.op == "call_module" and isinstance(
+            self.modules.get(str(node.target)), (FakeQuantize, SharedRange)
+        )
 
     def _end_of_fusion(self, node: fx.Node) -> fx.Node:
         """Follow ops that were fused into this one (a ReLU behind an addition, a ReLU6)."""

@@ -75,13 +75,13 @@ def make_config(recipe: Recipe) -> QuantizationConfig:
         quant_max=high,
         qscheme=torch.per_tensor_symmetric if scheme.activation_symmetric else torch.per_tensor_affine,
         observer_or_fake_quant_ctr=_Constructor(
-            "FakeQuantize", steps=target.activation_steps, averaging_constant=scheme.averaging_constant
+            "FakeQuantize", averaging_constant=scheme.averaging_constant
         ),
     )
     weight = QuantizationSpec(
         dtype=torch.int8,
-        quant_min=-scheme.weight_quant_max,
-        quant_max=scheme.weight_quant_max,
+        quant_min=-recipe.weight_quant_max,
+        quant_max=recipe.weight_quant_max,
         qscheme=torch.per_channel_symmetric if scheme.per_channel else torch.per_tensor_symmetric,
         ch_axis=0 if scheme.per_channel else None,
         observer_or_fake_quant_ctr=_Constructor(

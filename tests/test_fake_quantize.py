@@ -1,0 +1,236 @@
+"""The arithmetic, against float64, against upstream's kernels, and against what the int8 kernels store."""
+
+from __future__ import annotations
+
+import copy
+import io
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from qat_lightning.backends import BACKENDS
+from qat_lightning.fake_quantize import EPS, FakeQuantize, SharedRange, choose_qparams, fake_quantize
+from qat_lightning.flows.fx import make_qconfig
+from qat_lightning.recipe import Recipe
+from qat_lightning.scheme import Scheme
+
+FINITE = st.floats(-(2.0**99), 2.0**99, width=32, allow_subnormal=False)
+GRIDS = st.sampled_from([(0, 255), (-128, 127), (-127, 127), (-63, 63), (-7, 7), (0, 15)])
+
+
+def activation(**changes: object) -> FakeQuantize:
+    """An affine uint8 FakeQuantize."""
+    settings = {"dtype": torch.uint8, "quant_min": 0, "quant_max": 255, "qscheme": torch.per_tensor_affine}
+    return FakeQuantize(**(settings | changes))  # type: ignore[arg-type]
+
+
+@given(FINITE, FINITE, GRIDS)
+def test_affine_qparams_equal_float64_arithmetic(a: float, b: float, grid: tuple[int, int]) -> None:
+    low, high = min(a, b, 0.0), max(a, b, 0.0)
+    quant_min, quant_max = grid
+    scale, zero_point = choose_qparams(
+        torch.tensor(min(a, b)), torch.tensor(max(a, b)), quant_min=quant_min, quant_max=quant_max, symmetric=False
+    )
+    exact = max((np.float64(high) - np.float64(low)) / (quant_max - quant_min), EPS)
+    assert scale.item() == pytest.approx(exact, rel=1e-6)
+    assert quant_min <= zero_point.item() <= quant_max
+    # Float32 may break a tie the other way than float64, by one.
+    assert abs(zero_point.item() - np.clip(quant_min - np.rint(low / exact), quant_min, quant_max)) <= 1
+
+
+@given(FINITE, FINITE, GRIDS)
+def test_symmetric_qparams_equal_float64_arithmetic(a: float, b: float, grid: tuple[int, int]) -> None:
+    quant_min, quant_max = grid
+    scale, zero_point = choose_qparams(
+        torch.tensor(min(a, b)), torch.tensor(max(a, b)), quant_min=quant_min, quant_max=quant_max, symmetric=True
+    )
+    largest = max(abs(np.float64(a)), abs(np.float64(b))) if a * b < 0 else max(abs(a), abs(b))
+    assert scale.item() == pytest.approx(max(largest / ((quant_max - quant_min) // 2), EPS), rel=1e-6)
+    assert zero_point.item() == quant_min + (quant_max - quant_min + 1) // 2
+
+
+@given(FINITE, FINITE, GRIDS, st.booleans())
+def test_zero_is_exactly_representable(a: float, b: float, grid: tuple[int, int], symmetric: bool) -> None:
+    scale, zero_point = choose_qparams(
+        torch.tensor(min(a, b)), torch.tensor(max(a, b)), quant_min=grid[0], quant_max=grid[1], symmetric=symmetric
+    )
+    zero = fake_quantize(torch.zeros(1), scale, zero_point, quant_min=grid[0], quant_max=grid[1])
+    assert zero.item() == 0.0
+
+
+@given(st.lists(st.floats(-100, 100, width=32, allow_subnormal=False), min_size=1, max_size=40), st.floats(1e-3, 10), st.integers(0, 255))
+def test_rounding_equals_the_integers_that_kernels_store(values: list[float], scale: float, zero_point: int) -> None:
+    """Training and ``quantize_per_tensor`` must agree on every tie, or int8 is not what was trained."""
+    x = torch.tensor(values)
+    rounded = fake_quantize(
+        x, torch.tensor(scale), torch.tensor(zero_point, dtype=torch.int32), quant_min=0, quant_max=255
+    )
+    stored = torch.quantize_per_tensor(x, torch.tensor(scale).item(), zero_point, torch.quint8).dequantize()
+    assert torch.equal(rounded, stored)
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(1, 5), st.integers(1, 20))
+def test_weights_equal_the_integers_that_kernels_store(seed: int, channels: int, size: int) -> None:
+    weight = torch.randn(channels, size, generator=torch.Generator().manual_seed(seed))
+    fq = make_qconfig(Recipe("fx", "x86")).weight()
+    rounded = fq(weight)
+    scale, zero_point = fq.calculate_qparams()
+    stored = torch.quantize_per_channel(weight, scale, zero_point, 0, torch.qint8)
+    assert torch.equal(rounded, stored.dequantize())
+    assert stored.int_repr().abs().amax(1).eq(127).all(), "each channel's largest weight is at the end of its grid"
+
+
+@given(st.integers(0, 2**32 - 1), st.floats(-5, 0), st.floats(0.1, 5))
+def test_gradient_passes_where_nothing_is_clamped(seed: int, low: float, high: float) -> None:
+    """Forward and gradient of torch's own unfused kernel, with the same settings."""
+    x = (torch.randn(64, generator=torch.Generator().manual_seed(seed)) * 4).requires_grad_()
+    fq = activation()
+    fq.min_val.fill_(low)
+    fq.max_val.fill_(high)
+    fq.eval()
+    fq(x).sum().backward()
+    scale, zero_point = fq.calculate_qparams()
+    integers = torch.round(x.detach() / scale) + zero_point
+    inside = (integers >= 0) & (integers <= 255)
+    assert x.grad is not None
+    near_edge = ((integers == 0) | (integers == 255)) & (
+        (x.detach() / scale - torch.round(x.detach() / scale)).abs() > 0.499
+    )
+    assume(not near_edge.any())
+    assert torch.equal(x.grad, inside.float())
+
+
+def test_range_moves_in_training_only_and_stops_when_frozen() -> None:
+    fq = activation()
+    fq(torch.tensor([0.0, 1.0]))
+    fq(torch.tensor([0.0, 3.0]))
+    assert fq.max_val.item() == pytest.approx(1.02)
+    fq.eval()
+    fq(torch.tensor([0.0, 100.0]))
+    assert fq.max_val.item() == pytest.approx(1.02)
+    fq.train()
+    fq.observer_enabled = False
+    fq(torch.tensor([0.0, 100.0]))
+    assert fq.max_val.item() == pytest.approx(1.02)
+
+
+def test_frozen_range_clamps() -> None:
+    fq = activation()
+    fq(torch.tensor([0.0, 2.55]))
+    fq.observer_enabled = False
+    assert fq(torch.tensor([5.0])).item() == pytest.approx(2.55)
+
+
+def test_observes_before_rounding_is_on_and_rounds_nothing() -> None:
+    fq = activation()
+    fq.fake_quant_enabled = False
+    x = torch.tensor([0.0, 0.1234567, 1.0])
+    assert torch.equal(fq(x), x)
+    assert fq.seen
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_nonfinite_batch_is_counted_and_leaves_the_range(bad: float) -> None:
+    fq = activation()
+    fq(torch.tensor([0.0, bad]))
+    assert not fq.seen
+    fq(torch.tensor([0.0, 1.0]))
+    fq(torch.tensor([bad, 1.0]))
+    assert (fq.min_val.item(), fq.max_val.item()) == (0.0, 1.0)
+    assert fq.nonfinite_batches.item() == 2
+
+
+def test_constant_and_empty_tensors_have_a_grid() -> None:
+    fq = activation()
+    fq(torch.empty(0))
+    assert not fq.seen
+    assert torch.isfinite(fq(torch.zeros(3))).all()
+    scale, _ = fq.calculate_qparams()
+    assert scale.item() > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_arithmetic_and_ranges_are_float32_in_any_precision(dtype: torch.dtype) -> None:
+    fq = activation()
+    x = torch.linspace(-1, 2, 50).to(dtype)
+    y = fq(x)
+    assert y.dtype == dtype
+    assert fq.min_val.dtype == torch.float32
+    reference = activation()
+    assert torch.equal(y, reference(x.float()).to(dtype))
+
+
+def test_autocast_leaves_the_arithmetic_in_float32() -> None:
+    x = torch.randn(100)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = activation()(x)
+    assert torch.equal(y, activation()(x))
+
+
+def test_state_reloads_strictly_and_holds_no_flags() -> None:
+    fq = activation()
+    fq(torch.randn(10))
+    fq.fake_quant_enabled = False
+    assert set(fq.state_dict()) == {"min_val", "max_val"}
+    buffer = io.BytesIO()
+    torch.save(fq.state_dict(), buffer)
+    buffer.seek(0)
+    other = activation()
+    other.load_state_dict(torch.load(buffer, weights_only=True), strict=True)
+    assert other.seen
+    assert other.fake_quant_enabled
+    x = torch.randn(10)
+    assert torch.equal(other.eval()(x), activation_like(fq)(x))
+
+
+def activation_like(fq: FakeQuantize) -> FakeQuantize:
+    """A copy that rounds."""
+    copied = copy.deepcopy(fq).eval()
+    copied.fake_quant_enabled = True
+    return copied
+
+
+def test_weight_range_is_of_the_present_weight_and_not_saved() -> None:
+    fq = make_qconfig(Recipe("eager", "x86")).weight()
+    assert not fq.state_dict()
+    for factor in (1.0, 10.0):
+        weight = torch.tensor([[factor, -factor / 2]])
+        fq(weight)
+        assert fq.calculate_qparams()[0].item() == pytest.approx(factor / 127)
+
+
+def test_fixed_range_is_never_moved() -> None:
+    fq = activation(source="fixed", fixed_range=(0.0, 1.0))
+    fq(torch.tensor([50.0]))
+    assert fq.seen
+    assert fq.max_val.item() == 1.0
+
+
+def test_shared_range_rounds_and_does_not_observe() -> None:
+    fq = activation()
+    fq(torch.tensor([0.0, 2.55]))
+    network = nn.ModuleDict({"fq": fq, "shared": SharedRange(fq)})
+    assert network["shared"](torch.tensor([9.0])).item() == pytest.approx(2.55)
+    assert fq.max_val.item() == pytest.approx(2.55)
+    copied = copy.deepcopy(network)
+    assert copied["shared"].__dict__["fq"] is copied["fq"]
+
+
+@pytest.mark.parametrize("backend", sorted(BACKENDS))
+def test_ranges_follow_the_kernel_of_the_backend(backend: str) -> None:
+    recipe = Recipe(BACKENDS[backend].modes[0], backend)
+    qconfig = make_qconfig(recipe)
+    act, weight = qconfig.activation(), qconfig.weight()
+    assert (act.quant_min, act.quant_max) == ((-128, 127) if backend == "xnnpack" else (0, 255))
+    assert weight.quant_max == (63 if backend == "fbgemm" else 127)
+    assert weight.quant_min == -weight.quant_max
+
+
+def test_fewer_bits_have_a_coarser_grid() -> None:
+    weight = make_qconfig(Recipe("fx", "x86", Scheme(weight_bits=4))).weight()
+    values: Tensor = weight(torch.linspace(-1, 1, 101)[None])
+    assert values.unique().numel() == 15

@@ -79,7 +79,7 @@ def capture(network: nn.Module, example: Example) -> tuple[fx.GraphModule, CallS
             raise TraceError(_explain(network, error)) from error
     out_spec = program.call_spec.out_spec
     assert out_spec is not None
-    spec = CallSpec(type(network).__name__, signature, in_spec, inputs, out_spec)
+    spec = CallSpec(type(network).__name__, signature, in_spec, inputs, out_spec, size or 1)
     _refuse_fixed_batch(graph_module.graph, spec)
     _clean(graph_module.graph, spec)
     _refuse_randomness(graph_module.graph, spec.name)

@@ -9,9 +9,12 @@ from torch import Tensor, nn
 
 from qat_lightning.backends import require
 from qat_lightning.errors import TraceError
-from qat_lightning.flows.base import Converted, Example, fake_quantizers
+from qat_lightning.flows.base import Converted, Example, fake_quantizers, prepared_state
 from qat_lightning.flows.pt2e.annotate import insert_fake_quantize
 from qat_lightning.flows.pt2e.capture import capture
+from qat_lightning.flows.pt2e.check import check_layers, coverage
+from qat_lightning.flows.pt2e.convert import decompose
+from qat_lightning.flows.pt2e.int8 import Int8Network
 from qat_lightning.flows.pt2e.network import ExportedNetwork
 from qat_lightning.flows.pt2e.training import Plan, adopt, own_weight_quantizers, training_graph
 from qat_lightning.flows.tracing import WHAT_TO_DO
@@ -40,7 +43,21 @@ class Pt2eFlow:
 
     def convert(self, prepared: nn.Module, example: Example) -> Converted:
         """See `Flow.convert`."""
-        raise NotImplementedError
+        assert isinstance(prepared, ExportedNetwork)
+        state = prepared_state(prepared)
+        plan: Plan = state.plan
+        result = decompose(copy.deepcopy(prepared), plan, plan.spec.name)
+        checks = check_layers(prepared, result.graph_module, plan, example, state.recipe.target)
+        network = Int8Network(result.graph_module, plan.spec, state.recipe.backend)
+        notes = []
+        if state.recipe.backend == "xnnpack":
+            notes.append(
+                "backend='xnnpack': on this machine the int8 network runs as a decomposed graph, with the values of the "
+                "phone's kernels and not their speed."
+            )
+        if result.unseen:
+            notes.append(f"No finite range was ever observed for {', '.join(result.unseen)}: what reads them stays float.")
+        return Converted(network, coverage(state, prepared, result), checks, notes)
 
 
 @torch.no_grad()

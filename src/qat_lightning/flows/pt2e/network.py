@@ -7,7 +7,7 @@ from typing import Any, cast
 from torch import fx, nn
 
 from qat_lightning.flows.pt2e.signature import CallSpec
-from qat_lightning.graph_network import GraphNetwork, GraphPart
+from qat_lightning.graph_network import GraphNetwork, GraphPart, compile_graph
 
 
 class ExportedNetwork(GraphNetwork):
@@ -25,9 +25,9 @@ class ExportedNetwork(GraphNetwork):
     spec: CallSpec
 
     def __init__(self, root: nn.Module, graph: fx.Graph, spec: CallSpec) -> None:
+        self.__dict__["spec"] = spec
         root.__dict__["graph"] = graph
         super().__init__(cast(fx.GraphModule, root))
-        self.__dict__["spec"] = spec
         called = {id(self.get_submodule(str(node.target))) for node in graph.find_nodes(op="call_module")}
         inside = {id(part) for module in self.modules() if id(module) in called for part in module.modules()}
         for module in self.modules():
@@ -35,13 +35,15 @@ class ExportedNetwork(GraphNetwork):
                 # On the instance: the class is still the user's, for whoever asks which layers are there.
                 module.__dict__["forward"] = refuse_call
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the graph on the inputs of the network it was captured from."""
-        return self.spec.unflatten(self.run(*self.spec.flatten(args, kwargs)))
+    def set_graph(self, graph: fx.Graph) -> None:
+        """Run ``graph``, which takes and returns flat tensors, on the inputs of the network it was captured from."""
+        spec, run = self.__dict__["spec"], compile_graph(graph)
 
-    def run(self, *tensors: Any) -> Any:
-        """Run the graph on the tensors of a call, in order."""
-        return self.__dict__["_run"](self, *tensors)
+        def call(holder: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            return spec.unflatten(run(holder, *spec.flatten(args, kwargs)))
+
+        self.__dict__["graph"] = graph
+        self.__dict__["_run"] = call
 
 
 def refuse_call(*args: Any, **kwargs: Any) -> Any:

@@ -41,6 +41,7 @@ class CallSpec:
         in_spec: Structure of ``(args, kwargs)`` as `canonical` gives them.
         inputs: The leaves of that structure.
         out_spec: Structure of the result.
+        batch: Size of the batch it was captured with.
     """
 
     name: str
@@ -48,6 +49,7 @@ class CallSpec:
     in_spec: pytree.TreeSpec
     inputs: tuple[Input, ...]
     out_spec: pytree.TreeSpec
+    batch: int
 
     def flatten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
         """The tensors of a call, in the order of the graph's inputs.

@@ -3,11 +3,13 @@
 import copy
 import io
 import json
+from dataclasses import dataclass
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from qat_lightning.backends import BACKENDS, pairs, quantized_engine
 from qat_lightning.errors import ConversionError, NetworkError, VerificationError
@@ -174,7 +176,7 @@ def test_int8_is_what_fake_quant_trained(make, backend, images):
 
 @pytest.mark.parametrize("make", NETWORKS)
 def test_state_dict_rebuilds_the_network(make, images):
-    prepared, converted = int8_of(make(), example_of(images), "qnnpack")
+    _, converted = int8_of(make(), example_of(images), "qnnpack")
     file = io.BytesIO()
     torch.save(converted.network.state_dict(), file)
     file.seek(0)
@@ -623,3 +625,78 @@ def test_the_target_engine_is_left_as_it_was(images):
     int8_of(conv_bn_relu(), example_of(images), "qnnpack")
     assert torch.backends.quantized.engine == before
     assert BACKENDS["qnnpack"].engine != before
+
+
+class ReadsWeights(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+        self.head = nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn(self.conv(x.to(self.conv.weight.dtype))).mean((2, 3))
+        return self.head(y.to(self.head.weight.device))
+
+
+def test_a_forward_may_ask_for_the_dtype_of_a_weight(images):
+    prepared, converted = int8_of(ReadsWeights(), example_of(images))
+    assert sqnr_db(prepared(images), converted.network(images)) > 60
+    assert torch.isfinite(converted.network.head.weight.sum())
+    with pytest.raises(NetworkError, match="'conv' has computed 'bn'"):
+        converted.network.conv.weight.sum()
+
+
+def test_batchnorm_folded_into_a_linear_layer_takes_matrices_only():
+    x = torch.randn(8, 6)
+    _, converted = int8_of(nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6)), example_of(x))
+    with pytest.raises(NetworkError, match="matrices only"):
+        converted.network(torch.randn(4, 6, 6))
+
+
+def test_bfloat16_networks_train_and_convert(images):
+    flow = EagerFlow()
+    example = example_of(images.bfloat16())
+    prepared = flow.prepare(conv_bn_relu().bfloat16(), example, Recipe("eager", "x86"))
+    train(prepared, example.args[0], steps=2)
+    converted = flow.convert(cpu_copy(prepared), example)
+    assert min(check.sqnr_db for check in converted.checks) > 60
+
+
+def test_training_under_autocast_and_activation_checkpoints(images):
+    class Checkpointed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.more, self.head = conv_bn_relu()[:3], nn.Conv2d(8, 8, 3), nn.Linear(8, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(checkpoint(self.more, self.body(x), use_reentrant=False).mean((2, 3)))
+
+    flow = EagerFlow()
+    prepared = flow.prepare(Checkpointed(), example_of(images), Recipe("eager", "x86"))
+    with torch.autocast("cpu", torch.bfloat16):
+        train(prepared, images, steps=2)
+    assert not prepared.more.input_fake_quant.seen
+    converted = flow.convert(cpu_copy(prepared), example_of(images))
+    assert sqnr_db(prepared(images), converted.network(images)) > 60
+
+
+@dataclass
+class Output:
+    logits: Tensor
+    features: list[Tensor]
+
+
+def test_any_batch_size_and_dataclass_outputs(images):
+    class Wrapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = conv_bn_relu()
+
+        def forward(self, x: Tensor) -> Output:
+            return Output(self.net(x), [self.net[0](x)])
+
+    _, converted = int8_of(Wrapped(), example_of(images))
+    for batch in (0, 1, 7):
+        output = converted.network(images[:batch])
+        assert output.logits.shape == (batch, 5)
+        assert type(output.logits) is type(output.features[0]) is Tensor

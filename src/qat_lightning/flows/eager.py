@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from qat_lightning.backends import Backend, quantized_engine
 from qat_lightning.errors import CheckpointMismatchError, ConversionError, NetworkError, VerificationError
@@ -261,9 +261,15 @@ def _check_call(layer: Int8Layer, tap: Any, target: Backend) -> LayerCheck:
 
 @torch.no_grad()
 def _run(network: nn.Module, example: Example) -> Any:
-    # Copies, because a forward may change its input in place.
-    args, kwargs = copy.deepcopy((example.args, example.kwargs))
+    args, kwargs = tree_map(_float_copy, (example.args, example.kwargs))
     return network(*args, **kwargs)
+
+
+def _float_copy(value: Any) -> Any:
+    """A copy, because a forward may change its input in place; float32, as the networks compared here are."""
+    if not isinstance(value, Tensor):
+        return value
+    return value.detach().clone().float() if value.is_floating_point() else value.detach().clone()
 
 
 def _end_to_end(prepared: nn.Module, network: nn.Module, example: Example, target: Backend) -> str:

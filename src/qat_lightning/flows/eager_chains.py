@@ -246,7 +246,7 @@ def find_chains(
         reason = why_not(module, recipe.target)
         if not recipe.selects(join(prefix, name)):
             reason = "excluded"
-        elif any(id(parameter) in used_by_functions for parameter in module._parameters.values()):
+        elif not reason and any(id(parameter) in used_by_functions for parameter in module._parameters.values()):
             reason = "its parameters are used by a function, and not by calling the layer"
         if reason:
             reasons[name] = reason

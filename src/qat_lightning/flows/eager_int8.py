@@ -125,10 +125,7 @@ class Int8Tensor(Tensor):
             if pooled is not None:
                 return pooled
         user = f"{name}()"
-        plain_args, plain_kwargs = tree_map(
-            lambda v: v.floating(user) if isinstance(v, Int8Tensor) else v, (tuple(args), kwargs)
-        )
-        result = func(*plain_args, **plain_kwargs)
+        result = func(*_floating(tuple(args), user), **_floating(kwargs, user))
         if first is not None:
             first._escaped |= name in _ESCAPES
             with torch._C.DisableTorchFunctionSubclass():
@@ -144,10 +141,7 @@ class Int8Tensor(Tensor):
             raise NetworkError(
                 f"{func} changes the output of an int8 layer in place from TorchScript or C++: copy it before."
             )
-        plain_args, plain_kwargs = tree_map(
-            lambda v: v.floating(str(func)) if isinstance(v, Int8Tensor) else v, (args, kwargs or {})
-        )
-        return func(*plain_args, **plain_kwargs)
+        return func(*_floating(args, str(func)), **_floating(kwargs or {}, str(func)))
 
     def __deepcopy__(self, memo: Any) -> Tensor:
         """A plain float tensor."""
@@ -156,6 +150,17 @@ class Int8Tensor(Tensor):
     def __reduce_ex__(self, protocol: Any) -> Any:
         """A plain float tensor."""
         return self.floating().__reduce_ex__(protocol)
+
+
+def _floating(values: Any, user: str) -> Any:
+    """Every `Int8Tensor` in lists, tuples and dictionaries as a float tensor; much faster than ``tree_map``."""
+    if isinstance(values, Int8Tensor):
+        return values.floating(user)
+    if type(values) in (tuple, list):
+        return type(values)(_floating(value, user) for value in values)
+    if type(values) is dict:
+        return {key: _floating(value, user) for key, value in values.items()}
+    return values
 
 
 def plain_outputs(module: nn.Module, args: Any, output: Any) -> Any:
@@ -215,6 +220,12 @@ class Int8Layer(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """Run the kernel; what comes out looks like a float tensor."""
+        if self.chain.kind == "Linear" and self.chain.batchnorm is not None and input.dim() != 2:
+            raise NetworkError(
+                f"The linear layer {self.chain.name!r} has the BatchNorm {self.chain.batchnorm!r} folded in, which is "
+                f"possible for matrices only, and now its input has {input.dim()} dimensions: keep the BatchNorm apart "
+                f"with exclude=['{self.chain.batchnorm}']."
+            )
         output = self.run(self._on_grid(input))
         return Int8Tensor(output, self.chain.name, self.chain.links, memory_format=_memory_format_of(input))
 
@@ -253,6 +264,12 @@ class Int8Layer(nn.Module):
                 f"takes this branch, or keep the layer float with exclude=['{self.chain.name}']."
             )
         return torch.quantize_per_tensor(input.float(), scale, zero_point, self.activation_dtype)
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight for a forward that asks for its dtype or device; one with BatchNorm folded in has no values."""
+        pending = () if self.chain.batchnorm is None else self.chain.links
+        return Int8Tensor(self.op.weight(), self.chain.name, pending)
 
     def extra_repr(self) -> str:
         """The chain."""

@@ -700,3 +700,34 @@ def test_any_batch_size_and_dataclass_outputs(images):
         output = converted.network(images[:batch])
         assert output.logits.shape == (batch, 5)
         assert type(output.logits) is type(output.features[0]) is Tensor
+
+
+def test_a_forward_that_counts_its_children_is_refused(images):
+    class Last(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            for layer in self[:-1]:
+                x = F.relu(layer(x))
+            return self[-1](x)
+
+    network = Last(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1))
+    with pytest.raises(NetworkError, match="computes something else once its layers are prepared"):
+        EagerFlow().prepare(network, example_of(images), Recipe("eager", "x86"))
+
+
+def test_random_numbers_in_the_forward_are_no_difference(images):
+    class Noisy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv(x + torch.randn_like(x))
+
+    _, converted = int8_of(Noisy(), example_of(images))
+    assert converted.checks[0].sqnr_db > 60
+
+
+def test_float_copies_keep_their_fast_path(images):
+    prepared = EagerFlow().prepare(Attention(), example_of(images), Recipe("eager", "x86"))
+    assert prepared_state(prepared).float_network.encoder.layers[0].activation_relu_or_gelu
+    assert not prepared.encoder.layers[0].activation_relu_or_gelu

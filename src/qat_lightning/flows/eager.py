@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from qat_lightning.backends import Backend, quantized_engine
-from qat_lightning.errors import CheckpointMismatchError, ConversionError, NetworkError, VerificationError
+from qat_lightning.errors import CheckpointMismatchError, ConversionError, NetworkError
 from qat_lightning.fake_quantize import EPS
 from qat_lightning.flows.base import (
     Converted,
@@ -26,9 +26,10 @@ from qat_lightning.flows.base import (
     LayerCoverage,
     is_prepared,
     prepared_state,
+    set_phase,
     sqnr_db,
 )
-from qat_lightning.flows.eager_chains import Chain, find_chains, float_functions, join, observe
+from qat_lightning.flows.eager_chains import Chain, find_chains, float_functions, join, observe, run_apart
 from qat_lightning.flows.eager_int8 import Int8Layer, make_int8, plain_outputs
 from qat_lightning.flows.eager_layers import HEADS, LINKS, ChainHead, become, without_fast_paths
 from qat_lightning.flows.fx import make_qconfig
@@ -55,7 +56,6 @@ class EagerFlow:
         """Put fake-quant into the layers of ``network``, which stays the same object; see `Flow.prepare`."""
         if is_prepared(network):
             raise NetworkError(f"{type(network).__name__} is prepared for quantization already.")
-        without_fast_paths(network)
         observation = observe(network, example)
         float_network = copy.deepcopy(network)
         chains, reasons = find_chains(network, observation, recipe, prefix)
@@ -66,6 +66,7 @@ class EagerFlow:
                 f"{why or 'it has no convolution and no linear layer'}. Look at include and exclude, or give another "
                 "module=."
             )
+        without_fast_paths(network)
         make_batchnorm_freezable(network)
         modules = _modules(network)
         for chain in chains:
@@ -79,6 +80,7 @@ class EagerFlow:
             "functions": float_functions(observation),
         }
         network._quantization = PreparedState(recipe, float_network, prefix=prefix, plan=plan)
+        _check_same(network, example, observation.result)
         return network
 
     def convert(self, prepared: nn.Module, example: Example) -> Converted:
@@ -166,6 +168,20 @@ def _make_head(modules: dict[str, nn.Module], chain: Chain, recipe: Recipe) -> N
     head.output_fake_quant = qconfig.activation()
     for fq in (head.weight_fake_quant, head.input_fake_quant, head.output_fake_quant):
         fq.to(head.weight.device).train(head.training)
+
+
+def _check_same(network: nn.Module, example: Example, expected: Any) -> None:
+    """Without rounding, a prepared network has to compute what the float network did."""
+    set_phase(network, fake_quant=False, observers=True, batchnorm_frozen=False)
+    actual = _tensors(run_apart(network, example))
+    set_phase(network, fake_quant=True, observers=True, batchnorm_frozen=False)
+    for one, other in zip(_tensors(expected), actual, strict=True):
+        if one.shape != other.shape or not torch.allclose(one, other, rtol=1e-3, atol=1e-4, equal_nan=True):
+            raise NetworkError(
+                f"{type(network).__name__}.forward computes something else once its layers are prepared for "
+                "quantization: it looks at the types or the number of its children (as self[-1] in an nn.Sequential "
+                "does: name the parts with module= instead), or it does not compute the same twice."
+            )
 
 
 def _plan_of_seen(plan: Mapping[str, Any], heads: Mapping[str, ChainHead]) -> dict[str, Any]:
@@ -278,12 +294,8 @@ def _end_to_end(prepared: nn.Module, network: nn.Module, example: Example, targe
         expected = _tensors(_run(prepared, example))
     with torch.random.fork_rng(devices=[]), quantized_engine(target.engine):
         actual = _tensors(_run(network, example))
-    shapes = [tuple(t.shape) for t in expected], [tuple(t.shape) for t in actual]
-    if shapes[0] != shapes[1]:
-        raise VerificationError(
-            f"On the example the int8 network returns float tensors of shapes {shapes[1]}, and fake-quant {shapes[0]}: "
-            "its forward took another branch, or reads what an int8 network does not have."
-        )
+    if [t.shape for t in expected] != [t.shape for t in actual]:
+        return "On the example, the int8 network and fake-quant take different branches: their outputs differ in shape."
     worst = min((sqnr_db(a, b) for a, b in zip(expected, actual, strict=True)), default=math.inf)
     return f"On the example, the int8 network as a whole is {worst:.1f} dB from fake-quant."
 

@@ -109,8 +109,11 @@ class Observation(TorchFunctionMode):
 
     Attributes:
         calls: In order.
-        returned: What the network returns.
+        result: What the network returns.
+        returned: The tensors in it.
     """
+
+    result: Any = None
 
     def __init__(self) -> None:
         super().__init__()
@@ -167,25 +170,20 @@ class Observation(TorchFunctionMode):
 
 
 def observe(network: nn.Module, example: Example) -> Observation:
-    """Run ``network`` once, in eval mode and without grad, and leave it, its buffers and the RNG as they were.
+    """Run ``network`` once and look on; see `run_apart`.
 
     Raises:
         NetworkError: The network does not run on the example.
     """
     observation = Observation()
-    watched = [m for m in network.modules() if type(m) in (*HEAD_TYPES, *_BATCHNORM_OF.values(), *_ACTIVATION_TYPES)]
-    device = next((p.device for p in network.parameters()), torch.device("cpu"))
-    # Copies: an in-place operation must not reach the caller's batch, nor inference tensors, which have no version.
-    args, kwargs = tree_map(
-        lambda v: v.detach().to(device).clone() if isinstance(v, Tensor) else v, (example.args, example.kwargs)
-    )
     handles = []
-    for module in watched:
-        handles.append(module.register_forward_pre_hook(observation.enter, with_kwargs=True))
-        handles.append(module.register_forward_hook(observation.leave, with_kwargs=True))
+    for module in network.modules():
+        if type(module) in (*HEAD_TYPES, *_BATCHNORM_OF.values(), *_ACTIVATION_TYPES):
+            handles.append(module.register_forward_pre_hook(observation.enter, with_kwargs=True))
+            handles.append(module.register_forward_hook(observation.leave, with_kwargs=True))
     try:
-        with _left_alone(network, device), torch.no_grad(), observation:
-            result = network(*args, **kwargs)
+        with observation:
+            observation.result = run_apart(network, example)
     except Exception as error:
         raise NetworkError(
             f"{type(network).__name__} does not run on its example inputs: {type(error).__name__}: {error}. Give "
@@ -194,8 +192,20 @@ def observe(network: nn.Module, example: Example) -> Observation:
     finally:
         for handle in handles:
             handle.remove()
-    observation.returned = set(observation.keys(result))
+    observation.returned = set(observation.keys(observation.result))
     return observation
+
+
+@torch.no_grad()
+def run_apart(network: nn.Module, example: Example) -> Any:
+    """Run ``network`` in eval mode without grad, and leave it, its buffers, the example and the RNG as they were."""
+    device = next((p.device for p in network.parameters()), torch.device("cpu"))
+    # Copies: an in-place operation must not reach the caller's batch, nor inference tensors, which have no version.
+    args, kwargs = tree_map(
+        lambda v: v.detach().to(device).clone() if isinstance(v, Tensor) else v, (example.args, example.kwargs)
+    )
+    with _left_alone(network, device):
+        return network(*args, **kwargs)
 
 
 @contextmanager

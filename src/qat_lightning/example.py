@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
-import numpy as np
 import torch
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature as takes
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import DataLoader, IterableDataset
@@ -47,10 +47,27 @@ def from_user(example_inputs: Any) -> Example:
         example = Example((example_inputs,), {})
     if not any(isinstance(leaf, Tensor) for leaf in tree_leaves((example.args, example.kwargs))):
         raise NetworkError(
-            f"example_inputs holds no tensor (it is a {type(example_inputs).__name__}): give one tensor, a tuple of the "
-            "positional inputs, or a dict of the keyword inputs of the network's forward."
+            f"example_inputs holds no tensor (it is a {type(example_inputs).__name__}): give one tensor, a tuple of "
+            "the positional inputs, or a dict of the keyword inputs of the network's forward."
         )
     return _tidy(example)
+
+
+def examples_from_user(example_inputs: Any, names: list[str]) -> dict[str, Example]:
+    """The example of each network: for one network as it is, for several a mapping by their names.
+
+    Raises:
+        NetworkError: An example holds no tensor, or the names are others.
+    """
+    if len(names) == 1:
+        return {names[0]: from_user(example_inputs)}
+    if not isinstance(example_inputs, Mapping) or set(example_inputs) != set(names):
+        given = list(example_inputs) if isinstance(example_inputs, Mapping) else f"a {type(example_inputs).__name__}"
+        raise NetworkError(
+            f"example_inputs is {given}: for several networks give a dict of each one's example, with the keys "
+            f"{', '.join(map(repr, names))}."
+        )
+    return {name: from_user(example_inputs[name]) for name in names}
 
 
 def catch_examples(
@@ -59,7 +76,8 @@ def catch_examples(
     """What each network is called with when the LightningModule takes a step on a real batch.
 
     The LightningModule's ``example_input_array`` comes first; else one batch of the stage's data goes through its step,
-    which is broken off as soon as the networks were called. Random states, buffers and training flags are left as found.
+    which is broken off as soon as the networks were called. Buffers and training flags are left as found; random states
+    are for the caller to keep.
 
     Raises:
         NetworkError: The step failed before a network was called, or called none; the message says to give
@@ -79,7 +97,7 @@ def catch_examples(
             continue
         try:
             batch = _one_batch(trainer, pl_module, name, loader)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - it is in the message, if nothing else gives an example
             reasons.append(f"no batch from {loader} ({type(error).__name__}: {error})")
             continue
         if batch is None:
@@ -96,14 +114,10 @@ def catch_examples(
 
 
 def _take_step(pl_module: pl.LightningModule, step: str, batch: Any) -> Any:
+    """Call a step as Lightning does: with ``batch_idx`` and ``dataloader_idx`` only where it takes them."""
     method = getattr(pl_module, step)
-    try:
-        return method(batch, 0)
-    except TypeError as error:
-        # A step may leave out batch_idx, as Lightning allows.
-        if "positional argument" not in str(error):
-            raise
-        return method(batch)
+    indices = [0 for n, name in enumerate(("batch_idx", "dataloader_idx")) if takes(method, name, min_args=n + 2)]
+    return method(batch, *indices)
 
 
 def _catch(slots: list[Slot], pl_module: pl.LightningModule, run: Any, reasons: list[str]) -> dict[str, Example]:
@@ -116,7 +130,7 @@ def _catch(slots: list[Slot], pl_module: pl.LightningModule, run: Any, reasons: 
             run()
         except _Caught:
             pass
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - it is in the message, if nothing else gives an example
             reasons.append(f"{type(error).__name__} before the network was called: {error}")
         else:
             missing = [slot.name for slot in slots if slot.name not in caught]
@@ -149,19 +163,16 @@ def _forward_watched(slot: Slot, caught: dict[str, Example], wanted: int) -> Ite
 
 @contextmanager
 def _nothing_moves(pl_module: pl.LightningModule) -> Iterator[None]:
-    """Fork every random state, silence logging, and put buffers and flags back."""
-    buffers = {name: buffer.clone() for name, buffer in pl_module.named_buffers() if isinstance(buffer, Tensor)}
+    """Silence logging, and put buffers and flags back."""
+    buffers = {name: buffer.clone() for name, buffer in pl_module.named_buffers()}
     flags = {module: module.training for module in pl_module.modules()}
-    python, numpy = random.getstate(), np.random.get_state()
     silenced = {name: pl_module.__dict__.get(name) for name in ("log", "log_dict")}
     for name in silenced:
         pl_module.__dict__[name] = lambda *args, **kwargs: None
     try:
-        with torch.random.fork_rng(), torch.no_grad():
+        with torch.no_grad():
             yield
     finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
         for name, value in silenced.items():
             if value is None:
                 del pl_module.__dict__[name]
@@ -176,47 +187,73 @@ def _nothing_moves(pl_module: pl.LightningModule) -> Iterator[None]:
 
 
 def _one_batch(trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str, loader_name: str) -> Any:
-    loops = {
+    loops: dict[str, Any] = {
         "fit": trainer.fit_loop,
         "validate": trainer.fit_loop.epoch_loop.val_loop if trainer.state.fn == "fit" else trainer.validate_loop,
         "test": trainer.test_loop,
         "predict": trainer.predict_loop,
     }
-    source: Any = loops[stage]._data_source
-    with torch.random.fork_rng():
-        states = random.getstate(), np.random.get_state()
-        try:
-            loader = source.instance if not source.is_module() else getattr(source.instance, loader_name)()
-            batch = _peek(_first_loader(loader))
-        finally:
-            random.setstate(states[0])
-            np.random.set_state(states[1])
+    source = loops[stage]._data_source
+    loader = source.instance if not source.is_module() else getattr(source.instance, loader_name)()
+    batch = _peek_all(loader) if stage == "fit" else _peek(_first_loader(loader))
     if batch is None:
         return None
     device = next((p.device for p in pl_module.parameters()), torch.device("cpu"))
-    batch = pl_module.on_before_batch_transfer(batch, 0)
-    batch = pl_module.transfer_batch_to_device(batch, device, 0)
-    return pl_module.on_after_batch_transfer(batch, 0)
+    # With the hooks of the LightningDataModule, if it has them.
+    batch = pl_module._on_before_batch_transfer(batch, dataloader_idx=0)
+    return pl_module._apply_batch_transfer_handler(batch, device=device, dataloader_idx=0)
+
+
+def _peek_all(loaders: Any) -> Any:
+    """One batch for training: of a collection of loaders the same collection of batches, as Lightning makes it."""
+    if isinstance(loaders, CombinedLoader):
+        if loaders._mode == "sequential":
+            return _peek(_first_loader(loaders))
+        loaders = loaders.iterables
+    return tree_map(_peek, loaders)
 
 
 def _first_loader(loaders: Any) -> Any:
-    if stage_loaders := getattr(loaders, "flattened", None):
-        return stage_loaders[0]
-    if isinstance(loaders, (list, tuple)):
-        return loaders[0] if loaders else None
-    return loaders
+    if isinstance(loaders, CombinedLoader):
+        loaders = loaders.iterables
+    leaves = tree_leaves(loaders)
+    return leaves[0] if leaves else None
 
 
 def _peek(loader: Any) -> Any:
     """One batch, without moving the position or the random state of a loader over a map-style dataset."""
     if loader is None:
         return None
-    if isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset) and loader.batch_size:
+    with _generators_kept(loader):
+        if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+            batches = iter(loader)
+            if batches is loader:
+                raise NetworkError("an iterator cannot be looked at without taking a batch from the training")
+            return next(batches, None)
         dataset: Any = loader.dataset
-        size = min(loader.batch_size, MAX_BATCH, len(dataset))
-        # Spread over the dataset, which may be sorted by class.
-        return loader.collate_fn([dataset[index * len(dataset) // size] for index in range(size)]) if size else None
-    return next(iter(loader), None)
+        if loader.batch_sampler is None:
+            return next(iter(loader), None)
+        if loader.batch_size is None:
+            indices = next(iter(loader.batch_sampler), None)
+        else:
+            # Spread over the dataset, which may be sorted by class.
+            size = min(loader.batch_size, MAX_BATCH, len(dataset))
+            indices = [index * len(dataset) // size for index in range(size)]
+        return loader.collate_fn([dataset[index] for index in indices]) if indices else None
+
+
+@contextmanager
+def _generators_kept(loader: Any) -> Iterator[None]:
+    """Put the random generators back that belong to a loader and its samplers."""
+    owners = [loader, *(getattr(loader, name, None) for name in ("sampler", "batch_sampler"))]
+    owners += [getattr(owner, "sampler", None) for owner in owners]
+    generators = [g for owner in owners if isinstance(g := getattr(owner, "generator", None), torch.Generator)]
+    states = [generator.get_state() for generator in generators]
+    try:
+        yield
+    finally:
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)
 
 
 def _tidy(example: Example) -> Example:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import types
 from collections.abc import Sequence
 from typing import Any
@@ -12,6 +13,7 @@ from torch.nn.modules.loss import _Loss
 from torchmetrics import Metric, MetricCollection
 
 from qat_lightning.errors import ConfigurationError, NetworkError
+from qat_lightning.flows.base import is_prepared
 from qat_lightning.graph_network import GraphNetwork
 
 OWN_FORWARD = "."
@@ -53,8 +55,8 @@ def find_networks(pl_module: LightningModule, module: str | Sequence[str] | None
     own_layers = [name for name, child in candidates.items() if isinstance(child, _QUANTIZABLE)]
     if not candidates:
         raise NetworkError(
-            f"{type(pl_module).__name__} holds no convolution or linear layer to quantize. If its network is built later "
-            "than in configure_model, build it there; if it is wrapped, name it with module='…'."
+            f"{type(pl_module).__name__} holds no convolution or linear layer to quantize. If its network is built "
+            "later than in configure_model, build it there; if it is wrapped, name it with module='…'."
         )
     if own_layers and has_forward:
         return [OWN_FORWARD]
@@ -78,8 +80,8 @@ def _check_named(pl_module: LightningModule, name: str) -> None:
     if not found:
         have = ", ".join(child for child, _ in pl_module.named_children())
         raise ConfigurationError(
-            f"module={name!r} does not exist in {type(pl_module).__name__}: use {OWN_FORWARD!r} for its own forward, or a "
-            f"dotted name beginning with one of: {have or '(it has no submodules)'}."
+            f"module={name!r} does not exist in {type(pl_module).__name__}: use {OWN_FORWARD!r} for its own forward, "
+            f"or a dotted name beginning with one of: {have or '(it has no submodules)'}."
         )
 
 
@@ -88,14 +90,22 @@ def _has_quantizable(module: nn.Module) -> bool:
 
 
 class OwnForward(nn.Module):
-    """The layers of a LightningModule and its ``forward``, as a plain module that flows can work on.
+    """The layers of a LightningModule and its ``forward``, as a module that flows can work on.
+
+    Its class derives from the LightningModule's own, so that ``forward`` finds its signature, ``super()`` and helper
+    methods as ever, but its parts are the layers only, and a copy of it copies these only.
 
     Args:
         pl_module: Its children, parameters and buffers are shared; metrics and losses are left out.
     """
 
+    def __new__(cls, pl_module: LightningModule | None = None) -> OwnForward:
+        """Make an object of the class that belongs to the LightningModule's; a blank one where none is given."""
+        made: OwnForward = object.__new__(cls if pl_module is None else _own_forward_class(type(pl_module)))
+        return made
+
     def __init__(self, pl_module: LightningModule) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         self.__dict__["_lightning_module"] = pl_module
         self._modules = {
             name: child
@@ -108,30 +118,47 @@ class OwnForward(nn.Module):
         self.training = pl_module.training
 
     def __getattr__(self, name: str) -> Any:
-        """What is no layer comes from the LightningModule: its hyperparameters, constants and helper methods."""
+        """What is no layer comes from the LightningModule: its hyperparameters and constants."""
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name.startswith("__"):
+            if name.startswith("__") or "_lightning_module" not in self.__dict__:
                 raise
-            value = getattr(self.__dict__["_lightning_module"], name)
-            bound = isinstance(value, types.MethodType) and value.__self__ is self.__dict__["_lightning_module"]
-            return types.MethodType(value.__func__, self) if bound else value
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The LightningModule's ``forward``, on the layers held here."""
-        return type(self.__dict__["_lightning_module"]).forward(self, *args, **kwargs)
+            return getattr(self.__dict__["_lightning_module"], name)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> OwnForward:
         """Copy the layers; the LightningModule, with its Trainer and data, is not copied along."""
-        import copy
-
-        copied = OwnForward.__new__(OwnForward)
-        memo[id(self)] = copied
-        memo[id(self.__dict__["_lightning_module"])] = self.__dict__["_lightning_module"]
+        pl_module = self.__dict__["_lightning_module"]
+        alone = id(pl_module) not in memo
+        if alone:
+            memo[id(pl_module)] = pl_module
+        copied = memo[id(self)] = _blank_own_forward(_lightning_class(type(self)))
         for key, value in self.__dict__.items():
-            copied.__dict__[key] = value if key == "_lightning_module" else copy.deepcopy(value, memo)
+            copied.__dict__[key] = copy.deepcopy(value, memo)
+        if alone:
+            del memo[id(pl_module)]
         return copied
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _blank_own_forward, (_lightning_class(type(self)),), self.__dict__.copy()
+
+
+def _blank_own_forward(lightning_class: type[LightningModule]) -> OwnForward:
+    return OwnForward.__new__(_own_forward_class(lightning_class))
+
+
+_CLASSES: dict[type[LightningModule], type[OwnForward]] = {}
+
+
+def _own_forward_class(lightning_class: type[LightningModule]) -> type[OwnForward]:
+    if lightning_class not in _CLASSES:
+        _CLASSES[lightning_class] = types.new_class(lightning_class.__name__, (OwnForward, lightning_class))
+    return _CLASSES[lightning_class]
+
+
+def _lightning_class(own_forward_class: type[OwnForward]) -> type[LightningModule]:
+    found: type[LightningModule] = own_forward_class.__bases__[1]
+    return found
 
 
 class Slot:
@@ -153,32 +180,31 @@ class Slot:
 
     def get(self) -> nn.Module:
         """The network that is there now."""
-        return OwnForward(self.pl_module) if self.name == OWN_FORWARD else self.pl_module.get_submodule(self.name)
+        if self.name != OWN_FORWARD:
+            return self.pl_module.get_submodule(self.name)
+        installed = getattr(self.pl_module.__dict__.get("forward"), "__self__", None)
+        if isinstance(installed, GraphNetwork):
+            return installed
+        own = OwnForward(self.pl_module)
+        return self._share(own) if is_prepared(self.pl_module) else own
 
     def install(self, network: nn.Module) -> None:
         """Put a prepared network in the place of the float one, for good."""
         if self.name != OWN_FORWARD:
             self._replace(network)
             return
-        for name, child in network._modules.items():
-            self.pl_module._modules[name] = child
-        for name, parameter in network._parameters.items():
-            self.pl_module._parameters[name] = parameter
-        for name, buffer in network._buffers.items():
-            self.pl_module._buffers[name] = buffer
+        for kind in ("_modules", "_parameters", "_buffers"):
+            self.pl_module.__dict__[kind].update(network.__dict__[kind])
+        self.pl_module._non_persistent_buffers_set |= network._non_persistent_buffers_set
+        self._share(network)
         if isinstance(network, GraphNetwork):
-            for name in ("_in_spec", "_out_spec"):
-                if name in network.__dict__:
-                    self.pl_module.__dict__[name] = network.__dict__[name]
-            self.pl_module.__dict__["forward"] = types.MethodType(network.__dict__["_run"], self.pl_module)
+            self.pl_module.__dict__["forward"] = network.forward
 
-    def refresh(self, network: nn.Module) -> None:
-        """Let a network that was installed as the own forward see tensors that were moved on the LightningModule."""
-        if self.name == OWN_FORWARD:
-            for name in network._buffers:
-                network._buffers[name] = self.pl_module._buffers[name]
-            for name in network._parameters:
-                network._parameters[name] = self.pl_module._parameters[name]
+    def _share(self, network: nn.Module) -> nn.Module:
+        """Let a network of the own forward see tensors that are moved or cast on the LightningModule."""
+        for kind in ("_parameters", "_buffers"):
+            network.__dict__[kind] = self.pl_module.__dict__[kind]
+        return network
 
     def run_instead(self, network: nn.Module) -> Any:
         """Run ``network`` for a while; give the result to `run_again` afterwards."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from qat_lightning.backends import get_backend, require
 from qat_lightning.checkpoints import guard_loading
 from qat_lightning.errors import ConfigurationError, ConversionError
-from qat_lightning.example import catch_examples, from_user
+from qat_lightning.example import catch_examples, examples_from_user, from_user
 from qat_lightning.flows.base import (
     Example,
     cpu_copy,
@@ -81,7 +82,9 @@ class QuantizationCallback(Callback):
         self._recipe(target.modes[0] if mode == "auto" else mode)
         self.convert_on_fit_end = convert
         self.fidelity: dict[str, float] = {}
-        self._user_example = None if example_inputs is None else from_user(example_inputs)
+        self._user_example = example_inputs
+        if example_inputs is not None and isinstance(module, (str, type(None))):
+            from_user(example_inputs)
         self._slots: dict[str, Slot] = {}
         self._prepared: dict[str, nn.Module] = {}
         self._examples: dict[str, Example] = {}
@@ -93,6 +96,7 @@ class QuantizationCallback(Callback):
         self._stale = True
         self._source = "the present weights"
         self._guard: RemovableHandle | None = None
+        self._put_back: Callable[[], None] | None = None
 
     # What a user asks for
 
@@ -109,6 +113,10 @@ class QuantizationCallback(Callback):
     @property
     def example_inputs_(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The call that the (first) network was prepared with: positional and keyword inputs, on the CPU."""
+        if not self._examples:
+            raise ConfigurationError(
+                "There are no example inputs yet: nothing was fitted or tested with this callback."
+            )
         example = next(iter(self._examples.values()))
         return example.args, example.kwargs
 
@@ -126,8 +134,8 @@ class QuantizationCallback(Callback):
         """Choose what ``validate``, ``test`` and ``predict`` run.
 
         Args:
-            name: ``"float"``, ``"fake_quant"``, ``"int8"``, or None for the default: fake-quant to validate, int8 to test
-                and predict.
+            name: ``"float"``, ``"fake_quant"``, ``"int8"``, or None for the default: fake-quant to validate, int8 to
+                test and predict.
 
         Raises:
             ConfigurationError: The name is unknown, or there is no such variant, with the reason.
@@ -176,52 +184,75 @@ class QuantizationCallback(Callback):
         Lightning calls ``configure_model`` next to last before it restores weights, when all layers exist.
         """
         _refuse_strategy(trainer)
-        if self._slots and next(iter(self._slots.values())).pl_module is pl_module:
+        self._leave_nothing()
+        if self._prepared and next(iter(self._slots.values())).pl_module is pl_module:
             self._guard_loading(trainer, pl_module)
             return
-        original = pl_module.configure_model
         had = pl_module.__dict__.get("configure_model")
 
-        def configure_model() -> None:
+        def put_back() -> None:
             if had is None:
                 pl_module.__dict__.pop("configure_model", None)
             else:
                 pl_module.__dict__["configure_model"] = had
-            original()
+            self._put_back = None
+
+        def configure_model() -> None:
+            put_back()
+            pl_module.configure_model()
             self._prepare(trainer, pl_module, stage)
 
         pl_module.__dict__["configure_model"] = configure_model
+        self._put_back = put_back
 
     def _prepare(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        names = find_networks(pl_module, self.module)
-        self._slots = {name: Slot(pl_module, name) for name in names}
-        self._prepared, self._quantized, self._stale = {}, {}, True
-        if all(is_prepared(pl_module if name == OWN_FORWARD else slot.get()) for name, slot in self._slots.items()):
-            raise ConfigurationError(
-                f"The network of this {type(pl_module).__name__} was prepared by another callback: use that one again, or "
-                "a new LightningModule."
-            )
-        if self._user_example is not None and len(names) == 1:
-            self._examples = {names[0]: self._user_example}
-        else:
-            self._examples = catch_examples(trainer, pl_module, list(self._slots.values()), stage)
-        for name, slot in self._slots.items():
-            network = slot.get()
-            example = self._examples[name]
-            mode, why = choose_mode(self.mode, network, example, self._recipe, prefix=slot.prefix)
-            if why:
-                rank_zero_info(f"mode='auto': {why}")
-            recipe = self._recipe(mode)
-            check_globs(
-                recipe, [f"{slot.prefix}.{n}".strip(".") for n, _ in network.named_modules() if n or slot.prefix]
-            )
-            with _cpu_and_float32(), warnings.catch_warnings():
-                prepared = get_flow(mode).prepare(network, example, recipe, prefix=slot.prefix)
-            slot.install(prepared)
-            self._prepared[name] = prepared
-        self._apply(BEFORE if stage == "fit" else dataclasses.replace(BEFORE, fake_quant=True))
+        slots = {name: Slot(pl_module, name) for name in find_networks(pl_module, self.module)}
+        # Lightning builds models on the device and in the precision of the training; this is before either.
+        with _cpu_and_float32(), isolate_rng(include_cuda=torch.cuda.is_initialized()):
+            examples = self._find_examples(trainer, pl_module, slots, stage)
+            prepared = {name: slot.get() for name, slot in slots.items()}
+            adopted = all(is_prepared(network) for network in prepared.values())
+            if adopted:
+                self._check_adopted(prepared)
+            else:
+                prepared = {name: self._prepare_one(slot, examples[name]) for name, slot in slots.items()}
+        if not (adopted and self._prepared):
+            self._float_weights = {}
+        self._slots, self._examples, self._prepared, self._quantized = slots, examples, prepared, {}
+        self._stale, self._source, self.fidelity = True, "the present weights", {}
+        self._apply(self._phase if adopted else BEFORE)
         self._guard_loading(trainer, pl_module)
         self._was_prepared()
+
+    def _prepare_one(self, slot: Slot, example: Example) -> nn.Module:
+        network = slot.get().cpu()
+        mode, why = choose_mode(self.mode, network, example, self._recipe, prefix=slot.prefix)
+        if why:
+            rank_zero_info(f"mode='auto': {why}")
+        recipe = self._recipe(mode)
+        check_globs(recipe, [f"{slot.prefix}.{n}".strip(".") for n, _ in network.named_modules() if n or slot.prefix])
+        with warnings.catch_warnings():
+            prepared = get_flow(mode).prepare(network, example, recipe, prefix=slot.prefix)
+        slot.install(prepared)
+        return prepared
+
+    def _check_adopted(self, prepared: Mapping[str, nn.Module]) -> None:
+        """Take over networks that are prepared already (by a copy of this callback, say), if they are as we would."""
+        for name, network in prepared.items():
+            recipe = prepared_state(network).recipe
+            differences = self._recipe(recipe.mode if self.mode == "auto" else self.mode).differences(recipe)
+            if differences:
+                raise ConfigurationError(
+                    f"{name!r} was prepared by another callback with other settings ('there'): "
+                    f"{'; '.join(differences)}. Give this callback the same, or use a new LightningModule."
+                )
+
+    def _find_examples(
+        self, trainer: Trainer, pl_module: LightningModule, slots: Mapping[str, Slot], stage: str
+    ) -> dict[str, Example]:
+        if self._user_example is None:
+            return catch_examples(trainer, pl_module, list(slots.values()), stage)
+        return examples_from_user(self._user_example, list(slots))
 
     def _was_prepared(self) -> None:
         """For a callback that has more to do once its networks are prepared."""
@@ -234,8 +265,6 @@ class QuantizationCallback(Callback):
             self._stale = True
             self._source = f"checkpoint {trainer.ckpt_path}" if trainer.ckpt_path else "weights that were loaded"
 
-        if self._guard is not None:
-            self._guard.remove()
         self._guard = guard_loading(pl_module, self._prepared, {n: s.prefix for n, s in self._slots.items()}, loaded)
 
     def _apply(self, phase: Phase) -> None:
@@ -249,21 +278,17 @@ class QuantizationCallback(Callback):
         if not self._stale and self._quantized:
             return
         converted: dict[str, QuantizedNetwork] = {}
-        for name, prepared in self._refreshed().items():
+        for name, prepared in self._prepared.items():
             state = prepared_state(prepared)
             example = self._examples[name]
-            result = get_flow(state.recipe.mode).convert(cpu_copy(prepared), example)
+            with isolate_rng(include_cuda=torch.cuda.is_initialized()):
+                result = get_flow(state.recipe.mode).convert(cpu_copy(prepared), example)
             for note in result.notes:
                 rank_zero_info(note)
             converted[name] = QuantizedNetwork(result, state.recipe, example, source=self._source)
             _report_float(converted[name])
         self._quantized = converted
         self._stale = False
-
-    def _refreshed(self) -> dict[str, nn.Module]:
-        for name, prepared in self._prepared.items():
-            self._slots[name].refresh(prepared)
-        return self._prepared
 
     def _ranges_seen(self) -> bool:
         return any(
@@ -294,6 +319,10 @@ class QuantizationCallback(Callback):
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put the prepared network back, and keep how close int8 was to fake-quant."""
+        # Several processes compute this together, so only where all of them come to.
+        for _, fidelity in self._standing.values():
+            if fidelity is not None:
+                self.fidelity = fidelity.compute()
         self._stand_back()
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -305,8 +334,8 @@ class QuantizationCallback(Callback):
         if variant == "int8" and self._chosen is None and "int8" not in self.variants:
             if self.convert_on_fit_end:
                 rank_zero_warn(
-                    f"trainer.{stage} runs fake-quant, which rounds nothing yet: no range was ever observed. Fit first, or "
-                    "give ckpt_path= of a fit with this callback."
+                    f"trainer.{stage} runs fake-quant, which rounds nothing yet: no range was ever observed. Fit "
+                    "first, or give ckpt_path= of a fit with this callback."
                 )
             variant = "fake_quant"
         if variant not in self.variants:
@@ -325,10 +354,8 @@ class QuantizationCallback(Callback):
             self._standing[name] = self._slots[name].run_instead(stand.eval()), fidelity
 
     def _stand_back(self) -> None:
-        for name, (before, fidelity) in self._standing.items():
+        for name, (before, _) in self._standing.items():
             self._slots[name].run_again(before)
-            if fidelity is not None:
-                self.fidelity = fidelity.compute()
         self._standing = {}
         self._apply(self._phase)
 
@@ -352,12 +379,18 @@ class QuantizationCallback(Callback):
     # End
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leave the prepared network in its place, whatever happened."""
+        """Leave the prepared network in its place, whatever happened, and no hook: ``teardown`` does not follow."""
         self._stand_back()
+        self._leave_nothing()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave no hook and no patched method behind."""
         self._stand_back()
+        self._leave_nothing()
+
+    def _leave_nothing(self) -> None:
+        if self._put_back is not None:
+            self._put_back()
         if self._guard is not None:
             self._guard.remove()
             self._guard = None
@@ -396,13 +429,13 @@ def _refuse_strategy(trainer: Trainer) -> None:
     name = type(trainer.strategy).__name__
     if name in ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"):
         raise ConfigurationError(
-            f"{name} shards the network before its ranges can be kept together, and does not go with quantization-aware "
-            "training yet: use strategy='ddp' or a single device."
+            f"{name} shards the network before its ranges can be kept together, and does not go with "
+            "quantization-aware training yet: use strategy='ddp' or a single device."
         )
     if getattr(trainer.strategy, "_layer_sync", None) is not None:
         raise ConfigurationError(
-            "sync_batchnorm=True replaces the BatchNorm layers that quantization has fused with their convolutions: use "
-            "sync_batchnorm=False."
+            "sync_batchnorm=True replaces the BatchNorm layers that quantization has fused with their convolutions: "
+            "use sync_batchnorm=False."
         )
 
 

@@ -26,7 +26,8 @@ class QuantizationAwareTraining(QuantizationCallback):
 
     When the fit begins, fake-quantize modules go into the network (observers run from the first step), at ``start``
     rounding comes on, at the two freezes ranges and BatchNorm statistics stop, and at the end of the fit a copy on the
-    CPU becomes int8. ``trainer.validate`` then runs fake-quant, ``trainer.test`` and ``trainer.predict`` the int8 network.
+    CPU becomes int8. ``trainer.validate`` then runs fake-quant, ``trainer.test`` and ``trainer.predict`` the int8
+    network.
 
     Args:
         mode: ``"fx"``, ``"eager"``, ``"pt2e"``, or ``"auto"`` for the best that works for this network.
@@ -44,8 +45,8 @@ class QuantizationAwareTraining(QuantizationCallback):
         include: Globs of module names, relative to the LightningModule; only these are quantized.
         exclude: Globs of module names that stay float.
         convert_on_fit_end: Make the int8 network at the end of the fit. If False, tests run fake-quant.
-        float_checkpoint: A checkpoint of a float run, whose weights are the ``"float"`` variant to compare with, instead
-            of the weights as they were when rounding came on.
+        float_checkpoint: A checkpoint of a float run, whose weights are the ``"float"`` variant to compare with,
+            instead of the weights as they were when rounding came on.
         reset_best_on_start: Let ``ModelCheckpoint`` and ``EarlyStopping`` begin anew when rounding comes on, so that a
             checkpoint of the float phase is not called the best.
 
@@ -139,7 +140,7 @@ class QuantizationAwareTraining(QuantizationCallback):
 
     def _rounding_comes_on(self, trainer: Trainer, step: int) -> None:
         if self.float_checkpoint is None and step > 0:
-            self._float_weights = {name: float_weights(prepared) for name, prepared in self._refreshed().items()}
+            self._float_weights = {name: float_weights(prepared) for name, prepared in self._prepared.items()}
             self._float_step = step
             self._float_source = f"the weights before step {step}, when rounding came on"
         if self.reset_best_on_start and step > 0:
@@ -179,8 +180,8 @@ class QuantizationAwareTraining(QuantizationCallback):
             return
         if not self._phase.fake_quant:
             rank_zero_warn(
-                f"The fit ended at step {trainer.global_step} before rounding came on (start={self.schedule.start}): the "
-                "int8 network was not trained for its grid. Train longer, or give an earlier start."
+                f"The fit ended at step {trainer.global_step} before rounding came on (start={self.schedule.start}): "
+                "the int8 network was not trained for its grid. Train longer, or give an earlier start."
             )
         self._convert()
 

@@ -12,7 +12,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.ao.quantization.fake_quantize import FakeQuantizeBase as _TorchFakeQuantizeBase
-from torchao.quantization.pt2e.fake_quantize import FakeQuantizeBase as _TorchaoFakeQuantizeBase
+
+from qat_lightning._torchao import FakeQuantizeBase as _TorchaoFakeQuantizeBase
 
 EPS = float(torch.finfo(torch.float32).eps)
 """The smallest scale: a constant tensor still has a grid."""

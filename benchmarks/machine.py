@@ -1,0 +1,21 @@
+"""What a figure is worth nothing without: the machine it was measured on."""
+
+from __future__ import annotations
+
+import os
+import platform
+from pathlib import Path
+
+import torch
+
+
+def describe() -> str:
+    """CPU, instruction sets that matter to int8, threads and versions, in one line."""
+    cpuinfo = Path("/proc/cpuinfo")
+    text = cpuinfo.read_text() if cpuinfo.exists() else ""
+    name = next((line.split(":", 1)[1].strip() for line in text.splitlines() if line.startswith("model name")), "")
+    sets = [flag for flag in ("avx2", "avx512_vnni", "avx_vnni", "amx_int8") if f" {flag}" in text]
+    return (
+        f"{name or platform.processor() or platform.machine()} ({', '.join(sets) or 'no int8 instructions known'}), "
+        f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    )

@@ -731,3 +731,8 @@ def test_float_copies_keep_their_fast_path(images):
     prepared = EagerFlow().prepare(Attention(), example_of(images), Recipe("eager", "x86"))
     assert prepared_state(prepared).float_network.encoder.layers[0].activation_relu_or_gelu
     assert not prepared.encoder.layers[0].activation_relu_or_gelu
+
+
+def test_functions_that_stay_float_are_told(images):
+    _, converted = int8_of(Functional(), example_of(images))
+    assert "Functions stay float in mode='eager': adaptive_avg_pool2d (1), mul (1)." in converted.notes

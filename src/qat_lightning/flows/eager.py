@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -85,6 +87,10 @@ class EagerFlow:
 
     def convert(self, prepared: nn.Module, example: Example) -> Converted:
         """Put int8 kernels into a copy of the float network, and verify each; see `Flow.convert`."""
+        with _quiet():
+            return self._convert(prepared, example)
+
+    def _convert(self, prepared: nn.Module, example: Example) -> Converted:
         state = prepared_state(prepared)
         target = state.recipe.target
         heads = {
@@ -123,7 +129,7 @@ class EagerFlow:
         without_fast_paths(network)
         modules = _modules(network)
         dtype = torch.quint8 if recipe.target.activation_dtype is torch.uint8 else torch.qint8
-        with quantized_engine(recipe.target.engine):
+        with quantized_engine(recipe.target.engine), _quiet():
             for values in plan["chains"]:
                 chain = Chain(**values)
                 missing = [name for name in (chain.name, *chain.links) if name not in modules]
@@ -139,6 +145,15 @@ class EagerFlow:
         network.register_forward_hook(plain_outputs)
         network.__dict__["quantization_plan"] = dict(plan)
         return network.eval()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Hold back what upstream says on every use of its quantized tensors: pyproject's range of torch is the answer."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*quantized tensor creation functions.*")
+        warnings.filterwarnings("ignore", message=".*torch\\.ao\\.quantization.*", category=DeprecationWarning)
+        yield
 
 
 def _modules(network: nn.Module) -> dict[str, nn.Module]:

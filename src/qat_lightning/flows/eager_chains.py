@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -182,8 +182,7 @@ def observe(network: nn.Module, example: Example) -> Observation:
             handles.append(module.register_forward_pre_hook(observation.enter, with_kwargs=True))
             handles.append(module.register_forward_hook(observation.leave, with_kwargs=True))
     try:
-        with observation:
-            observation.result = run_apart(network, example)
+        observation.result = run_apart(network, example, observation)
     except Exception as error:
         raise NetworkError(
             f"{type(network).__name__} does not run on its example inputs: {type(error).__name__}: {error}. Give "
@@ -197,14 +196,14 @@ def observe(network: nn.Module, example: Example) -> Observation:
 
 
 @torch.no_grad()
-def run_apart(network: nn.Module, example: Example) -> Any:
+def run_apart(network: nn.Module, example: Example, inside: AbstractContextManager[Any] | None = None) -> Any:
     """Run ``network`` in eval mode without grad, and leave it, its buffers, the example and the RNG as they were."""
     device = next((p.device for p in network.parameters()), torch.device("cpu"))
     # Copies: an in-place operation must not reach the caller's batch, nor inference tensors, which have no version.
     args, kwargs = tree_map(
         lambda v: v.detach().to(device).clone() if isinstance(v, Tensor) else v, (example.args, example.kwargs)
     )
-    with _left_alone(network, device):
+    with _left_alone(network, device), inside or nullcontext():
         return network(*args, **kwargs)
 
 

@@ -66,7 +66,7 @@ class Int8Tensor(Tensor):
         memory_format: torch.memory_format = torch.contiguous_format,
     ) -> Int8Tensor:
         """Wrap ``quantized``."""
-        strides = torch.empty(quantized.shape, device="meta", memory_format=memory_format).stride()
+        strides = _strides(quantized, memory_format)
         self: Int8Tensor = Tensor._make_wrapper_subclass(cls, quantized.shape, strides=strides, dtype=torch.float32)
         self.quantized, self.layer, self.pending, self.direct = quantized, layer, pending, direct
         self._memory_format = memory_format
@@ -152,6 +152,18 @@ class Int8Tensor(Tensor):
         return self.floating().__reduce_ex__(protocol)
 
 
+def _strides(quantized: Tensor, memory_format: torch.memory_format) -> tuple[int, ...]:
+    if quantized.is_contiguous(memory_format=memory_format):
+        return quantized.stride()
+    if memory_format is not torch.contiguous_format:
+        return torch.empty(quantized.shape, device="meta", memory_format=memory_format).stride()
+    strides, step = [], 1
+    for size in reversed(quantized.shape):
+        strides.append(step)
+        step *= max(size, 1)
+    return tuple(reversed(strides))
+
+
 def _floating(values: Any, user: str) -> Any:
     """Every `Int8Tensor` in lists, tuples and dictionaries as a float tensor; much faster than ``tree_map``."""
     if isinstance(values, Int8Tensor):
@@ -210,12 +222,14 @@ class Int8Layer(nn.Module):
         input_scale: Grid of an input that is a float tensor; 0 where there never was one.
         input_zero_point: Its zero point.
         chain: What the kernel does.
+        pending: The modules that it does the work of.
     """
 
     op: Any
     input_scale: Tensor
     input_zero_point: Tensor
     chain: Chain
+    pending: tuple[str, ...]
     activation_dtype: torch.dtype
 
     def forward(self, input: Tensor) -> Tensor:
@@ -227,7 +241,7 @@ class Int8Layer(nn.Module):
                 f"with exclude=['{self.chain.batchnorm}']."
             )
         output = self.run(self._on_grid(input))
-        return Int8Tensor(output, self.chain.name, self.chain.links, memory_format=_memory_format_of(input))
+        return Int8Tensor(output, self.chain.name, self.pending, memory_format=_memory_format_of(input))
 
     def run(self, quantized: Tensor) -> Tensor:
         """The kernel alone, from quantized to quantized tensor."""
@@ -249,13 +263,15 @@ class Int8Layer(nn.Module):
         return torch._make_per_tensor_quantized_tensor(integers, scale, zero_point)
 
     def _on_grid(self, input: Tensor) -> Tensor:
-        scale, zero_point = float(self.input_scale), int(self.input_zero_point)
+        integers = None
         if isinstance(input, Int8Tensor):
             integers = input.integers()
-            if integers is not None and (
-                input.direct or (integers.q_scale() == scale and integers.q_zero_point() == zero_point)
-            ):
+            if integers is not None and input.direct:
                 return integers
+        scale, zero_point = float(self.input_scale), int(self.input_zero_point)
+        if integers is not None and integers.q_scale() == scale and integers.q_zero_point() == zero_point:
+            return integers
+        if isinstance(input, Int8Tensor):
             input = input.floating(repr(self.chain.name))
         if not scale > 0:
             raise NetworkError(
@@ -268,7 +284,7 @@ class Int8Layer(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The weight for a forward that asks for its dtype or device; one with BatchNorm folded in has no values."""
-        pending = () if self.chain.batchnorm is None else self.chain.links
+        pending = () if self.chain.batchnorm is None else self.pending
         return Int8Tensor(self.op.weight(), self.chain.name, pending)
 
     def extra_repr(self) -> str:
@@ -277,6 +293,8 @@ class Int8Layer(nn.Module):
 
 
 def _memory_format_of(x: Tensor) -> torch.memory_format:
+    if isinstance(x, Int8Tensor):
+        return x._memory_format
     for dim, memory_format in ((4, torch.channels_last), (5, torch.channels_last_3d)):
         if x.dim() == dim and x.is_contiguous(memory_format=memory_format) and not x.is_contiguous():
             return memory_format
@@ -340,7 +358,7 @@ def make_int8(modules: dict[str, nn.Module], chain: Chain, activation_dtype: tor
     """
     head = modules[chain.name]
     op = _empty_op(head, chain)
-    become(head, Int8Layer, chain=chain, activation_dtype=activation_dtype)
+    become(head, Int8Layer, chain=chain, pending=chain.links, activation_dtype=activation_dtype)
     for contents in (head._parameters, head._buffers, head._modules):
         contents.clear()
     head.register_buffer("input_scale", torch.tensor(0.0))

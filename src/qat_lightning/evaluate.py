@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol, cast
@@ -130,7 +131,8 @@ def _caption(summary: Mapping[str, float]) -> str:
     if "int8/agreement" in summary:
         lines.append(f"int8 chooses the same class as fake_quant for {summary['int8/agreement']:.2%} of the outputs")
     if "int8/sqnr_db" in summary:
-        lines.append(f"int8 is {summary['int8/sqnr_db']:.1f} dB from fake_quant")
+        sqnr = summary["int8/sqnr_db"]
+        lines.append("int8 equals fake_quant" if math.isinf(sqnr) else f"int8 is {sqnr:.1f} dB from fake_quant")
     if any(key.endswith("/latency_ms") for key in summary):
         lines.append(f"latency: one sample on the CPU, {torch.get_num_threads()} threads")
     return "\n".join(lines)

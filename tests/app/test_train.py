@@ -47,12 +47,15 @@ def test_a_float_run_is_read_back_from_wandb(tmp_path: Path) -> None:
     assert "test/acc" in done.stdout
     assert (tmp_path / "out" / "checkpoints" / "last.ckpt").is_file()
     found = wandb_run(tmp_path)
-    summary, text = found["summary"], json.dumps(found)
+    summary, config = found["summary"], found["config"]
+    assert (found["name"], found["project"]) == ("float-small_mobilenet", "qat-lightning")
+    assert found["tags"] == ["float", "small_mobilenet"]
+    assert config["logger"]["wandb"]["group"] == "digits-small_mobilenet"
+    assert config["logger"]["wandb"]["job_type"] == "float"
+    assert config["model"]["module"]["net"]["_target_"] == "qat_lightning.demos.SmallMobileNet"
+    assert config["seed"] == config["data"]["datamodule"]["seed"] == 3
     assert {"float/test/acc", "float/test/loss", "float/size_mb", "float/latency_ms", "val/acc"} <= summary.keys()
     assert not [key for key in summary if key.startswith("test/")]
-    assert '"seed": 3' in text
-    assert "qat_lightning.demos.SmallMobileNet" in text
-    assert "digits-small_mobilenet" in text
 
 
 @pytest.mark.parametrize("pair", ["mode=fx backend=x86", "mode=eager backend=qnnpack", "mode=pt2e backend=x86"])
@@ -61,7 +64,9 @@ def test_a_qat_run_leaves_the_whole_comparison_in_wandb(pair: str, tmp_path: Pat
     assert done.returncode == 0, done.stderr
     for word in ("fake_quant", "int8", "speed-up"):
         assert word in done.stdout
-    summary = wandb_run(tmp_path)["summary"]
+    found = wandb_run(tmp_path)
+    summary = found["summary"]
+    assert found["tags"] == ["qat", *(word.partition("=")[2] for word in pair.split()), "small_mobilenet"]
     variants = [f"{name}/test/acc" for name in ("float", "fake_quant", "int8")]
     sizes = ["float/size_mb", "int8/size_mb", "size_ratio", "float/latency_ms", "int8/latency_ms", "speedup"]
     schedule = ["quant/fake_quant_enabled", "quant/observers_enabled", "quant/batchnorm_frozen"]

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, GradientAccumulationScheduler, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
 
 from qat_lightning.callbacks.base import QuantizationCallback
@@ -95,10 +95,7 @@ class QuantizationAwareTraining(QuantizationCallback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Work out how long the training is planned to be."""
-        batches = trainer.num_training_batches
-        known = isinstance(batches, int) or math.isfinite(batches)
-        per_epoch = math.ceil(batches / trainer.accumulate_grad_batches) if known else None
-        self._plan = TrainingPlan(per_epoch, trainer.max_steps, trainer.max_epochs)
+        self._plan = _plan(trainer)
         self._stale = True
         self._step_phase(trainer)
 
@@ -123,8 +120,7 @@ class QuantizationAwareTraining(QuantizationCallback):
 
     def _step_phase(self, trainer: Trainer) -> None:
         assert self._plan is not None
-        optimizers = 1 if trainer.lightning_module.automatic_optimization else max(1, len(trainer.optimizers))
-        step = trainer.global_step // optimizers
+        step = trainer.global_step // _optimizers(trainer)
         phase = self.schedule.phase(step, trainer.current_epoch, self._plan).latched(self._phase)
         if phase.fake_quant and not self._phase.fake_quant:
             self._rounding_comes_on(trainer, step)
@@ -170,6 +166,13 @@ class QuantizationAwareTraining(QuantizationCallback):
 
     # Convert
 
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Let all processes hold the ranges and statistics that checkpoints have: those of the first."""
+        if trainer.world_size > 1:
+            for prepared in self._prepared.values():
+                for buffer in prepared.buffers():
+                    torch.distributed.broadcast(buffer, src=0)
+
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make the int8 network of what was trained."""
         if not self._prepared or trainer.global_step == 0:
@@ -204,6 +207,28 @@ class QuantizationAwareTraining(QuantizationCallback):
             self._float_weights = state_dict["float_weights"]
             self._float_source = state_dict["float_source"]
         self._apply(self._phase)
+
+
+def _optimizers(trainer: Trainer) -> int:
+    """Optimizers that step for one batch: Lightning counts the steps of each."""
+    return 1 if trainer.lightning_module.automatic_optimization else max(1, len(trainer.optimizers))
+
+
+def _plan(trainer: Trainer) -> TrainingPlan:
+    max_steps = trainer.max_steps if trainer.max_steps < 0 else trainer.max_steps // _optimizers(trainer)
+    batches = trainer.num_training_batches
+    if not (isinstance(batches, int) or math.isfinite(batches)):
+        return TrainingPlan(None, max_steps, trainer.max_epochs)
+    per_epoch = math.ceil(batches / trainer.accumulate_grad_batches)
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    accumulation = next((c for c in callbacks if isinstance(c, GradientAccumulationScheduler)), None)
+    if accumulation is None or trainer.max_epochs is None or trainer.max_epochs < 0:
+        return TrainingPlan(per_epoch, max_steps, trainer.max_epochs)
+    # Epochs of several lengths: their sum, as a limit on steps.
+    total = sum(
+        math.ceil(batches / accumulation.get_accumulate_grad_batches(epoch)) for epoch in range(trainer.max_epochs)
+    )
+    return TrainingPlan(None, total if max_steps < 0 else min(total, max_steps), trainer.max_epochs)
 
 
 def _forget_best(callback: Callback) -> None:

@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import pickle
+import sys
 import tarfile
 from pathlib import Path
 
@@ -154,3 +155,12 @@ def test_augmentation_crops_and_mirrors_and_draws_the_same_again() -> None:
 def test_a_missing_package_names_the_extra() -> None:
     with pytest.raises(MissingExtraError, match=r"pip install 'qat-lightning\[demos\]'"):
         require("no_such_package.module", needed_for="data=digits")
+
+
+def test_a_data_module_says_at_once_which_package_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    with pytest.raises(
+        MissingExtraError, match=r"DigitsDataModule needs the package 'sklearn'.*qat-lightning\[demos\]"
+    ):
+        DigitsDataModule()

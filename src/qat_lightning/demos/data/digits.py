@@ -18,6 +18,8 @@ class DigitsDataModule(ImageDataModule):
         ([1077, 270, 450], (1, 8, 8))
     """
 
+    needs = (*ImageDataModule.needs, "sklearn.datasets")
+
     def load(self) -> Splits:
         """The three sets."""
         bunch = require("sklearn.datasets", needed_for="data=digits").load_digits()

@@ -82,6 +82,8 @@ class ImageFolderDataModule(ImageDataModule):
         ConfigurationError: A folder is missing, or the number of classes is another.
     """
 
+    needs = (*ImageDataModule.needs, "PIL.Image")
+
     def __init__(
         self,
         *,

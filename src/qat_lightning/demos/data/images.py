@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from lightning.pytorch import LightningDataModule, Trainer
@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from qat_lightning.demos.data.augment import augment, batch_generator
 from qat_lightning.demos.data.resumable import resumable_loader
+from qat_lightning.demos.extras import require
 from qat_lightning.errors import ConfigurationError
 
 
@@ -69,7 +70,15 @@ class ImageDataModule(LightningDataModule, ABC):
         crop_padding: Training images are padded by so many pixels and cropped at random to their size; 0 for not.
         flip: Mirror half of the training images.
         pin_memory: Copy batches to page-locked memory, for a GPU.
+
+    Raises:
+        ConfigurationError: A number is out of range.
+        MissingExtraError: A package that is needed to load the data is not installed; at construction, so before a run
+            begins.
     """
+
+    needs: ClassVar[tuple[str, ...]] = ("torchdata.stateful_dataloader",)
+    """Modules of the extra `demos`, without which nothing can be loaded."""
 
     def __init__(
         self,
@@ -82,6 +91,8 @@ class ImageDataModule(LightningDataModule, ABC):
         pin_memory: bool = False,
     ) -> None:
         super().__init__()
+        for module in self.needs:
+            require(module, needed_for=type(self).__name__)
         for name, value, least in (
             ("batch_size", batch_size, 1),
             ("num_workers", num_workers, 0),

@@ -9,12 +9,13 @@ https://github.com/pytorch/ao/blob/main/torchao/quantization/pt2e/qat_utils.py).
 from __future__ import annotations
 
 import functools
+import operator
 import warnings
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 from torchao.quantization.pt2e.prepare import prepare as upstream_prepare
 from torchao.quantization.pt2e.quantizer import QuantizationSpec, Quantizer, SharedQuantizationSpec
 from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY, QuantizationAnnotation
@@ -130,6 +131,8 @@ def insert_fake_quantize(
             # "The input of maxpool2d is not quantized": then it runs in float, as the coverage says.
             warnings.filterwarnings("ignore", message=".*maxpool2d.*")
             graph_module = quantizer.transform_for_annotation(graph_module)
+            _separate_weights(graph_module.graph)
+            _name_sources(graph_module.graph)
             pairs = _foldable(graph_module.graph)
             _leave_float(graph_module.graph, recipe, prefix)
             arguments = _bypass(pairs)
@@ -158,6 +161,50 @@ _KNOWN = {
     "xnnpack": "Conv1d, Conv2d, ConvTranspose, Linear, add, mul, cat, adaptive_avg_pool2d and reshaping between them",
 }
 """What each quantizer has rules for, in words."""
+
+
+_SOURCE: dict[Any, Any] = {
+    aten.conv1d.default: nn.Conv1d,
+    aten.conv2d.default: nn.Conv2d,
+    aten.linear.default: nn.Linear,
+    aten.relu.default: nn.ReLU,
+    aten.hardtanh.default: nn.Hardtanh,
+    aten.relu6.default: nn.ReLU6,
+    aten.hardswish.default: nn.Hardswish,
+    aten.silu.default: nn.SiLU,
+    aten.leaky_relu.default: nn.LeakyReLU,
+    aten.tanh.default: nn.Tanh,
+    aten.gelu.default: nn.GELU,
+    aten.adaptive_avg_pool2d.default: nn.AdaptiveAvgPool2d,
+    aten.add.Tensor: operator.add,
+}
+"""What x86's patterns are written in: the module or function that an op comes from."""
+
+
+def _name_sources(graph: fx.Graph) -> None:
+    """Tell the quantizers where each op comes from, one by one.
+
+    Export notes it from the network's code, and misses the linear layer inside attention, takes two calls of a module
+    for one, and calls ``conv(x) + 1`` a sum of two tensors, on which X86InductorQuantizer fails.
+    """
+    for node in graph.nodes:
+        source = _SOURCE.get(node.target, node.target)
+        if source is operator.add and (node.kwargs or not all(isinstance(arg, fx.Node) for arg in node.args)):
+            source = node.target
+        if node.op == "call_function":
+            node.meta["source_fn_stack"] = [(node.name, source)]
+        elif node.op == "get_attr":
+            node.meta.pop("source_fn_stack", None)
+
+
+def _separate_weights(graph: fx.Graph) -> None:
+    """Let each call of a layer read its weight by itself: XNNPACKQuantizer annotates a weight once."""
+    for weight in graph.find_nodes(op="get_attr"):
+        for user in list(weight.users)[1:]:
+            with graph.inserting_after(weight):
+                own = graph.get_attr(str(weight.target))
+            own.meta = dict(weight.meta)
+            user.replace_input_with(weight, own)
 
 
 def _leave_float(graph: fx.Graph, recipe: Recipe, prefix: str) -> None:

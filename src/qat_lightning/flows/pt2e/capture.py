@@ -81,6 +81,7 @@ def capture(network: nn.Module, example: Example) -> tuple[fx.GraphModule, CallS
     assert out_spec is not None
     spec = CallSpec(type(network).__name__, signature, in_spec, inputs, out_spec, size or 1)
     _refuse_fixed_batch(graph_module.graph, spec)
+    _inline_no_grad(graph_module)
     _clean(graph_module.graph, spec)
     _refuse_randomness(graph_module.graph, spec.name)
     _make_functional(graph_module.graph)
@@ -169,6 +170,36 @@ def _clean(graph: fx.Graph, spec: CallSpec) -> None:
     output.args = (tuple(values),)
 
 
+def _inline_no_grad(graph_module: fx.GraphModule) -> None:
+    """Put the body of ``with torch.no_grad()`` into the graph, where it can be quantized, and detach what leaves it."""
+    graph = graph_module.graph
+    operator = torch.ops.higher_order.wrap_with_set_grad_enabled
+    while regions := graph.find_nodes(op="call_function", target=operator):
+        region = regions[0]
+        enabled, body, *arguments = region.args
+        inside: fx.GraphModule = getattr(graph_module, body.target)
+        values: dict[fx.Node, Any] = dict(zip(inside.graph.find_nodes(op="placeholder"), arguments, strict=True))
+        results: Any = ()
+        with graph.inserting_before(region):
+            for node in inside.graph.nodes:
+                if node.op == "output":
+                    results = [values[result] for result in node.args[0]]
+                elif node.op != "placeholder":
+                    values[node] = graph.node_copy(node, lambda inner: values[inner])
+            if not enabled:
+                results = [_detached(graph, result) for result in results]
+        for user in list(region.users):
+            user.replace_all_uses_with(results[user.args[1]])
+            graph.erase_node(user)
+        graph.erase_node(region)
+
+
+def _detached(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    detached = graph.call_function(aten.detach.default, (node,))
+    detached.meta = {key: value for key, value in node.meta.items() if key not in ("source_fn_stack", "torch_fn")}
+    return detached
+
+
 def _name(target: Any) -> str:
     return str(target) if isinstance(target, torch._ops.OpOverload) else getattr(target, "__name__", str(target))
 
@@ -210,7 +241,7 @@ def _make_functional(graph: fx.Graph) -> None:
         source = node.args[0]
         if not isinstance(source, fx.Node) or source.op != "call_function" or _aliases(source):
             continue
-        if any(_aliases(user) for user in source.users if user is not node):
+        if any(_aliases(user) and user.target not in FUNCTIONAL for user in source.users):
             continue
         # Whoever read the old tensor after this op read the new value.
         source.replace_all_uses_with(node, delete_user_cb=lambda user, node=node: user > node)  # type: ignore[misc]
@@ -219,6 +250,6 @@ def _make_functional(graph: fx.Graph) -> None:
 
 def _aliases(node: fx.Node) -> bool:
     target: Callable[..., Any] | str = node.target
-    if not isinstance(target, torch._ops.OpOverload) or target in FUNCTIONAL:
+    if not isinstance(target, torch._ops.OpOverload):
         return False
     return any(result.alias_info is not None for result in target._schema.returns)

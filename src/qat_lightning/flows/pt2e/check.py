@@ -156,7 +156,7 @@ def coverage(state: PreparedState, prepared: ExportedNetwork, result: Decomposed
         if not isinstance(module, _WEIGHTED):
             continue
         weight = tensors.get(id(getattr(_submodule(prepared, name), "weight", None)), "")
-        calls = users.get(weight, [])
+        calls = users.get(weight) or [n for n in plan.graph.nodes if n.target in CHANNEL_AXIS and scope_of(n) == name]
         floats = [node for node in calls if not _is_int8(converted.get(node.name))]
         reason = "" if calls and not floats else _why_float(state, name, floats, result)
         rows.append(LayerCoverage(name, type(module).__name__, not reason, reason))

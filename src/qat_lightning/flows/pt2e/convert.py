@@ -225,17 +225,25 @@ def _upstream_convert(graph_module: fx.GraphModule) -> fx.GraphModule:
 
 
 def _tidy(converted: fx.GraphModule) -> fx.GraphModule:
-    """Only what the graph reads, as buffers; upstream leaves the float weights behind, and a raising ``eval``."""
-    tensors: dict[str, Tensor] = {}
+    """Only what the graph reads, as buffers, each once; upstream leaves the float weights behind."""
     root = nn.Module()
+    kept: dict[str, Tensor] = {}
     graph = copy.deepcopy(converted.graph)
     for node in graph.find_nodes(op="get_attr"):
         holder, _, leaf = str(node.target).rpartition(".")
         value: Any = getattr(converted.get_submodule(holder), leaf)
+        name = str(node.target).replace(".", "_")
         if isinstance(value, nn.Module):
-            root.add_module(str(node.target).replace(".", "_"), value)
+            root.add_module(name, value)
         else:
-            tensors[str(node.target)] = value
-            root.register_buffer(str(node.target).replace(".", "_"), value.detach())
-        node.target = str(node.target).replace(".", "_")
+            # A layer that is called twice has its weight rounded twice, to the same integers.
+            name = next((other for other, tensor in kept.items() if _same_weight(tensor, value)), name)
+            if name not in kept:
+                kept[name] = value
+                root.register_buffer(name, value.detach())
+        node.target = name
     return fx.GraphModule(root, graph).eval()
+
+
+def _same_weight(one: Tensor, other: Tensor) -> bool:
+    return one.dtype is other.dtype is torch.int8 and one.shape == other.shape and torch.equal(one, other)

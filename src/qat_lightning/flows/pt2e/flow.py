@@ -16,7 +16,7 @@ from qat_lightning.flows.pt2e.check import check_layers, coverage
 from qat_lightning.flows.pt2e.convert import decompose
 from qat_lightning.flows.pt2e.int8 import Int8Network
 from qat_lightning.flows.pt2e.network import ExportedNetwork
-from qat_lightning.flows.pt2e.training import Plan, adopt, own_weight_quantizers, training_graph
+from qat_lightning.flows.pt2e.training import Plan, adopt, training_graph, weight_quantizers
 from qat_lightning.flows.tracing import WHAT_TO_DO
 from qat_lightning.recipe import PreparedState, Recipe
 
@@ -32,8 +32,8 @@ class Pt2eFlow:
         prepared, folded = insert_fake_quantize(captured, recipe, prefix=prefix, name=spec.name)
         flags = {name: module.training for name, module in network.named_modules()}
         root = adopt(network, prepared)
-        plan = Plan(prepared.graph, dict(prepared.meta), folded, {}, spec)
-        plan.weights = own_weight_quantizers(root, plan.graph, folded)
+        plan = Plan(copy.deepcopy(prepared.graph), dict(prepared.meta), folded, {}, spec)
+        plan.weights = weight_quantizers(root, plan.graph)
         result = ExportedNetwork(root, training_graph(root, plan), spec)
         result._quantization = PreparedState(recipe, float_network, prefix=prefix, plan=plan)
         for name, module in result.named_modules():

@@ -162,15 +162,26 @@ def _compile(decomposed: fx.GraphModule, spec: CallSpec, tensors: list[Tensor]) 
     computed.graph.output_node().args = (
         tuple(value for value in computed.graph.output_node().args[0] if isinstance(value, fx.Node)),  # type: ignore[union-attr]
     )
+    _make_linear_inputs_contiguous(computed.graph)
     computed.recompile()
     with warnings.catch_warnings(), tempfile.TemporaryDirectory(prefix="qat-lightning-") as folder:
         warnings.simplefilter("ignore")
-        program = torch.export.export(computed, tuple(examples), dynamic_shapes=(tuple(dynamic),))
+        program = torch.export.export(computed, tuple(examples), dynamic_shapes=tuple(dynamic))
         package = torch._inductor.aoti_compile_and_package(
             program, package_path=str(Path(folder, "int8.pt2")), inductor_configs={"freezing": True}
         )
         runner = torch._inductor.aoti_load_package(package)
     return _Library(runner, outputs, [isinstance(value, Tensor) for value in decomposed(*examples)])
+
+
+def _make_linear_inputs_contiguous(graph: fx.Graph) -> None:
+    """Where attention hands a transposed tensor to a linear layer, oneDNN's patterns fail on a batch of any size."""
+    for linear in graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default):
+        quantize = linear.args[0].args[0] if linear.args[0].args else None
+        if isinstance(quantize, fx.Node) and quantize.args and isinstance(quantize.args[0], fx.Node):
+            with graph.inserting_before(quantize):
+                contiguous = graph.call_function(torch.ops.aten.contiguous.default, (quantize.args[0],))
+            quantize.update_arg(0, contiguous)
 
 
 class _Library:

@@ -6,6 +6,7 @@ from typing import Any, cast
 
 from torch import fx, nn
 
+from qat_lightning.fake_quantize import FakeQuantize
 from qat_lightning.flows.pt2e.signature import CallSpec
 from qat_lightning.graph_network import GraphNetwork, GraphPart, compile_graph
 
@@ -30,8 +31,10 @@ class ExportedNetwork(GraphNetwork):
         super().__init__(cast(fx.GraphModule, root))
         called = {id(self.get_submodule(str(node.target))) for node in graph.find_nodes(op="call_module")}
         inside = {id(part) for module in self.modules() if id(module) in called for part in module.modules()}
-        for module in self.modules():
-            if module is not self and id(module) not in inside and not isinstance(module, GraphPart):
+        for name, module in self.named_modules():
+            # Parametrizations are called by whoever looks at the weight that they compute.
+            ours = module is self or isinstance(module, (GraphPart, FakeQuantize)) or "parametrizations" in name
+            if not ours and id(module) not in inside:
                 # On the instance: the class is still the user's, for whoever asks which layers are there.
                 module.__dict__["forward"] = refuse_call
 

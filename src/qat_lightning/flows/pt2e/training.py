@@ -19,6 +19,7 @@ from qat_lightning.fake_quantize import FakeQuantize
 from qat_lightning.flows.pt2e.annotate import CHANNEL_AXIS, Folded
 from qat_lightning.flows.pt2e.capture import TRAINING_FLAG
 from qat_lightning.flows.pt2e.scopes import scope_of
+from qat_lightning.flows.pt2e.shared_ranges import observe_once
 from qat_lightning.qat_modules import (
     FreezableBatchNorm,
     fake_quantize_folded,
@@ -40,13 +41,13 @@ class FoldedWeight(nn.Module):
 
     def __init__(self, fq: FakeQuantize, eps: float, axis: int) -> None:
         super().__init__()
-        self.fq = fq
+        self.__dict__["fq"] = fq  # not a child: it is registered under the weight's name
         self.eps = eps
         self.axis = axis
 
     def forward(self, weight: Tensor, gamma: Tensor | None, running_var: Tensor) -> Tensor:
         """The rounded weight, unfolded again."""
-        return fake_quantize_folded(weight, fold_factor(gamma, running_var, self.eps), self.fq, axis=self.axis)
+        return fake_quantize_folded(weight, fold_factor(gamma, running_var, self.eps), self.__dict__["fq"], axis=self.axis)
 
 
 class FunctionalBatchNorm(FreezableBatchNorm):
@@ -197,29 +198,10 @@ def _adopt_attribute(root: nn.Module, prepared: fx.GraphModule, target: str) -> 
         holder.register_buffer(leaf, value, persistent=False)
 
 
-def own_weight_quantizers(root: nn.Module, graph: fx.Graph, folded: list[Folded]) -> dict[str, str]:
-    """Give each layer a FakeQuantize of its own for its weight, where BatchNorm changes that weight.
-
-    Returns:
-        The name of the FakeQuantize of each weighted op's weight, by the name of its node.
-    """
-    with_batchnorm = {pair.layer for pair in folded}
-    weights: dict[str, str] = {}
-    for node in graph.nodes:
-        quantizer = weight_quantizer(root, node)
-        if quantizer is None:
-            continue
-        if node.name in with_batchnorm and len(quantizer.users) > 1:
-            holder, _, name = str(quantizer.target).rpartition(".")
-            own = f"{name}_{node.name}"
-            root.get_submodule(holder).add_module(own, copy.deepcopy(root.get_submodule(str(quantizer.target))))
-            with graph.inserting_before(node):
-                mine = graph.call_module(f"{holder}.{own}", quantizer.args)
-            mine.meta = dict(quantizer.meta)
-            node.replace_input_with(quantizer, mine)
-            quantizer = mine
-        weights[node.name] = str(quantizer.target)
-    return weights
+def weight_quantizers(root: nn.Module, graph: fx.Graph) -> dict[str, str]:
+    """The name of the FakeQuantize of each weighted op's weight, by the name of its node."""
+    found = {node.name: weight_quantizer(root, node) for node in graph.nodes}
+    return {name: str(quantizer.target) for name, quantizer in found.items() if quantizer is not None}
 
 
 def weight_quantizer(root: nn.Module, node: fx.Node) -> fx.Node | None:
@@ -247,6 +229,7 @@ def training_graph(root: nn.Module, plan: Plan) -> fx.Graph:
         elif node.target in TRAINING_FLAG:
             _own_training_flag(root, node)
     _count_batches(root, graph)
+    observe_once(root, graph)
     _follow_device(graph)
     graph.lint()
     return graph

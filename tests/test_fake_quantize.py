@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from qat_lightning.backends import BACKENDS
 from qat_lightning.fake_quantize import EPS, FakeQuantize, SharedRange, choose_qparams, fake_quantize
-from qat_lightning.flows.fx import make_qconfig
+from qat_lightning.flows.qconfig import make_qconfig
 from qat_lightning.recipe import Recipe
 from qat_lightning.scheme import Scheme
 

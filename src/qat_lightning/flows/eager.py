@@ -34,7 +34,7 @@ from qat_lightning.flows.base import (
 from qat_lightning.flows.eager_chains import Chain, find_chains, float_functions, join, observe, run_apart
 from qat_lightning.flows.eager_int8 import Int8Layer, make_int8, plain_outputs
 from qat_lightning.flows.eager_layers import HEADS, LINKS, ChainHead, become, without_fast_paths
-from qat_lightning.flows.fx import make_qconfig
+from qat_lightning.flows.qconfig import make_qconfig
 from qat_lightning.flows.verify import raise_if_faulty
 from qat_lightning.qat_modules import make_batchnorm_freezable
 from qat_lightning.recipe import PreparedState, Recipe

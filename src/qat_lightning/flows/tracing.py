@@ -16,6 +16,7 @@ import torchao
 import typing_extensions
 from torch import fx, nn
 from torch.ao.quantization.fx.tracer import QuantizationTracer
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from qat_lightning.errors import TraceError
 from qat_lightning.flows.base import Example
@@ -71,6 +72,7 @@ def trace(network: nn.Module, example: Example, leaves: list[str]) -> tuple[fx.G
     _refuse_other_way_in_eval(network, training[0], evaluation[0])
     graph_module, scopes = training
     _read_own_training_flag(graph_module, scopes)
+    _one_module_a_call(graph_module)
     return graph_module, scopes
 
 
@@ -173,3 +175,41 @@ def _read_own_training_flag(graph_module: fx.GraphModule, scopes: dict[str, Any]
         node.replace_all_uses_with(module_node)
         graph_module.graph.erase_node(node)
     graph_module.recompile()
+
+
+_STATELESS = (nn.ReLU, nn.Identity, nn.modules.dropout._DropoutNd, nn.Flatten, nn.Unflatten)
+"""Layers that may be called from several places as one: they have no range of their own."""
+
+
+def _one_module_a_call(graph_module: fx.GraphModule) -> None:
+    """Give each call of a shared layer a module of its own, with the same parameters.
+
+    Every call has its own output range, and one may be followed by a BatchNorm to fold where another is not. Layers with
+    buffers (BatchNorm) stay one, since a buffer that moves to another device would part.
+    """
+    calls: dict[nn.Module, list[fx.Node]] = {}
+    for node in graph_module.graph.nodes:
+        if node.op == "call_module":
+            calls.setdefault(graph_module.get_submodule(str(node.target)), []).append(node)
+    for module, nodes in calls.items():
+        shareable = isinstance(module, _STATELESS) or any(True for _ in module.buffers())
+        if shareable or any(True for _ in module.children()):
+            continue
+        for number, node in enumerate(nodes[1:], start=1):
+            alias = module.__class__.__new__(module.__class__)
+            alias.__dict__.update(module.__dict__)
+            alias.__dict__["_parameters"] = module._parameters.copy()
+            name = f"{node.target}_call_{number}"
+            graph_module.add_submodule(name, alias)
+            node.target = name
+    graph_module.recompile()
+
+
+def shared_batchnorms(graph_module: fx.GraphModule) -> list[nn.Module]:
+    """The BatchNorms that are called from several places, and so cannot be folded into one layer."""
+    calls: dict[nn.Module, int] = {}
+    for node in graph_module.graph.nodes:
+        if node.op == "call_module":
+            module = graph_module.get_submodule(str(node.target))
+            calls[module] = calls.get(module, 0) + 1
+    return [module for module, count in calls.items() if count > 1 and isinstance(module, _BatchNorm)]

@@ -21,7 +21,7 @@ ONE_STEP = 1.01
 """A layer that is off by one step somewhere has rounded the other way, which is no fault; more is."""
 
 
-class _Recorder(fx.Interpreter):
+class Recorder(fx.Interpreter):
     """Runs a graph against any module and keeps the value of each node."""
 
     def __init__(self, module: nn.Module, graph: fx.Graph) -> None:
@@ -50,12 +50,12 @@ def check_layers(prepared: GraphNetwork, int8: GraphNetwork, example: Example, t
     Raises:
         VerificationError: A layer is past the tolerance; the message names it, its op and the backend.
     """
-    expected = _Recorder(prepared, prepared.graph)
-    expected.run(*_inputs(prepared.graph, example))
+    expected = Recorder(prepared, prepared.graph)
+    expected.run(*example_values(prepared.graph, example))
     checks = []
     with quantized_engine(target.engine):
-        actual = _Recorder(int8, int8.graph)
-        actual.run(*_inputs(int8.graph, example))
+        actual = Recorder(int8, int8.graph)
+        actual.run(*example_values(int8.graph, example))
         reference = _Reference(prepared, expected.values, int8, actual.values)
         for node in int8.graph.nodes:
             if node.op in ("placeholder", "output", "get_attr") or not isinstance(actual.values[node.name], Tensor):
@@ -141,9 +141,7 @@ class _Reference:
         return node.all_input_nodes[0] if self._is_fake_quantize(node) else node
 
     def _is_fake_quantize(self, node: fx.Node) -> bool:
-        return node.op == "call_module" and isinstance(
-            self.modules.get(str(node.target)), (FakeQuantize, SharedRange)
-        )
+        return node.op == "call_module" and isinstance(self.modules.get(str(node.target)), (FakeQuantize, SharedRange))
 
     def _end_of_fusion(self, node: fx.Node) -> fx.Node:
         """Follow ops that were fused into this one (a ReLU behind an addition, a ReLU6)."""
@@ -163,7 +161,7 @@ class _Reference:
         return torch.quantize_per_tensor(value.float(), actual.q_scale(), actual.q_zero_point(), actual.dtype)
 
 
-def _inputs(graph: fx.Graph, example: Example) -> list[Any]:
+def example_values(graph: fx.Graph, example: Example) -> list[Any]:
     names = [str(node.target) for node in graph.nodes if node.op == "placeholder"]
     values = list(example.args)
     return values + [example.kwargs[name] for name in names[len(values) :]]

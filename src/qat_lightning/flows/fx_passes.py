@@ -1,0 +1,257 @@
+"""Rewriting the graph that upstream prepared: where ranges are observed, and what the int8 graph does without."""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from qat_lightning.fake_quantize import FakeQuantize, SharedRange
+from qat_lightning.flows.base import Example
+from qat_lightning.flows.fx_config import LEFT_FLOAT
+from qat_lightning.flows.verify import Recorder, example_values
+from qat_lightning.graph_network import GraphNetwork
+
+
+@torch.no_grad()
+def round_tensors_only(prepared: fx.GraphModule, network: nn.Module, example: Example) -> list[str]:
+    """Take out what upstream put behind numbers and integer tensors, whose type a trace does not know.
+
+    Returns:
+        The names of the additions and products of a tensor and a number: int8 kernels for them have a grid of their own.
+    """
+    modules = dict(prepared.named_modules(remove_duplicate=False))
+    # A folded BatchNorm is at this point in the float network only.
+    flags = {module: module.training for root in (prepared, network) for module in root.modules()}
+    for module in flags:
+        module.training = False
+    recorder = Recorder(prepared, prepared.graph)
+    recorder.run(*example_values(prepared.graph, example))
+    for module, flag in flags.items():
+        module.training = flag
+    numbers = {
+        name
+        for name, value in recorder.values.items()
+        if isinstance(value, (int, float, torch.SymInt))
+        or (isinstance(value, torch.Tensor) and not value.is_floating_point())
+    }
+    for node in list(prepared.graph.nodes):
+        if _is_fake_quantize(node, modules) and node.args[0].name in numbers:
+            node.replace_all_uses_with(node.args[0])
+            prepared.graph.erase_node(node)
+    prepared.recompile()
+    return [
+        node.name
+        for node in prepared.graph.nodes
+        if node.op == "call_function"
+        and node.target in _BINARY
+        and node.name not in numbers
+        and sum(isinstance(arg, fx.Node) and arg.name not in numbers for arg in node.args) < 2
+    ]
+
+
+_BINARY = (
+    operator.add,
+    operator.mul,
+    torch.add,
+    torch.mul,
+    operator.iadd,
+    operator.imul,
+    operator.matmul,
+    torch.matmul,
+)
+
+
+def calls_of(prepared: fx.GraphModule, chosen: list[nn.Module]) -> list[str]:
+    modules = dict(prepared.named_modules(remove_duplicate=False))
+    return [
+        node.name
+        for node in prepared.graph.nodes
+        if node.op == "call_module" and any(modules[str(node.target)] is module for module in chosen)
+    ]
+
+
+def observe_only_after_relu(prepared: fx.GraphModule) -> list[str]:
+    """Take out the FakeQuantize between an op and its ReLU or ReLU6: the one behind has a finer grid, from 0 up.
+
+    Returns:
+        The names of those ReLUs: the int8 graph does without, because a grid from 0 up to what was observed clamps alike.
+    """
+    modules = dict(prepared.named_modules(remove_duplicate=False))
+    folded = []
+    for node in list(prepared.graph.nodes):
+        if not _is_relu(node, modules):
+            continue
+        before = node.args[0]
+        after = next((user for user in node.users if _is_fake_quantize(user, modules)), None)
+        if not (isinstance(before, fx.Node) and _is_fake_quantize(before, modules)) or after is None:
+            continue
+        behind = modules[str(after.target)]
+        if len(before.users) > 1 or len(node.users) > 1 or not isinstance(behind, FakeQuantize) or behind.symmetric:
+            continue
+        node.replace_input_with(before, before.args[0])
+        prepared.graph.erase_node(before)
+        folded.append(node.name)
+    prepared.recompile()
+    return folded
+
+
+def _is_relu(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    """Whether a node clamps to [0, something]: ReLU, ReLU6, Hardtanh from 0."""
+    if node.op == "call_module":
+        module = modules.get(str(node.target))
+        clamps = isinstance(module, nn.Hardtanh) and module.min_val == 0  # ReLU6 is a Hardtanh
+        return clamps or isinstance(module, nn.ReLU)
+    if node.op == "call_method":
+        return node.target in ("relu", "relu_")
+    if node.op == "call_function":
+        if node.target in (F.relu6, F.relu):
+            return True
+        if node.target in (F.hardtanh, F.hardtanh_):
+            low = node.args[1] if len(node.args) > 1 else node.kwargs.get("min_val", -1.0)
+            return low == 0
+    return False
+
+
+def clamps(graph: fx.Graph, modules: dict[str, nn.Module]) -> list[str]:
+    """The names of the nodes that QNNPACK's clamp kernel would run, which misplaces channels-last values."""
+    found = []
+    for node in graph.nodes:
+        kind = type(modules[str(node.target)]) if node.op == "call_module" else node.target
+        if kind in _CLAMPS:
+            found.append(node.name)
+    return found
+
+
+_CLAMPS = (nn.ReLU6, nn.Hardtanh, F.relu6, F.hardtanh, F.hardtanh_, torch.clamp, "clamp", "clamp_")
+
+
+def observe_only_before_dropout(prepared: fx.GraphModule) -> tuple[list[str], list[str]]:
+    """Round before dropout, not behind it: what it scales up in training never reaches the int8 network.
+
+    Returns:
+        The names of the dropouts, which the int8 graph does without, and of the roundings behind them that training does
+        without, because they share a range with the rounding before.
+    """
+    modules = dict(prepared.named_modules(remove_duplicate=False))
+    dropped: list[str] = []
+    silent: list[str] = []
+    for node in list(prepared.graph.nodes):
+        if node.op != "call_module" or not isinstance(modules.get(str(node.target)), _DROPOUT_MODULES):
+            continue
+        (before,) = node.all_input_nodes
+        behind = [user for user in node.users if _is_fake_quantize(user, modules)]
+        if not _is_fake_quantize(before, modules):
+            if len(behind) != 1 or len(node.users) != 1:
+                continue
+            with prepared.graph.inserting_before(node):
+                moved = prepared.graph.node_copy(behind[0], lambda _, arg=before: arg)
+            node.replace_input_with(before, moved)
+            before = moved
+        for fq in behind:
+            replaced = modules[str(fq.target)]
+            fq.replace_all_uses_with(node)
+            prepared.graph.erase_node(fq)
+            for other in prepared.graph.nodes:
+                if other is not before and other.op == "call_module" and modules.get(str(other.target)) is replaced:
+                    other.target = before.target
+                    silent.append(other.name)
+        dropped.append(node.name)
+    prepared.recompile()
+    return dropped, silent
+
+
+_DROPOUT_MODULES = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+
+
+def observe_each_range_once(network: GraphNetwork) -> None:
+    """Where several roundings share a range, let one of them observe it.
+
+    That is the output of a concatenation, which has the range of all its inputs, or else the first of them.
+    """
+    modules = dict(network.named_modules(remove_duplicate=False))
+    sharing: dict[nn.Module, list[fx.Node]] = {}
+    for node in network.graph.nodes:
+        if _is_fake_quantize(node, modules):
+            sharing.setdefault(modules[str(node.target)], []).append(node)
+    for fq, nodes in sharing.items():
+        assert isinstance(fq, FakeQuantize)
+        joined = [node for node in nodes if node.all_input_nodes[0].target in _CONCATENATIONS]
+        observing = joined[-1] if joined else nodes[0]
+        for node in nodes:
+            if node is observing:
+                continue
+            if node.target == observing.target:
+                node.target = f"{node.target}_shared_{node.name}"
+                network.add_module(str(node.target), SharedRange(fq))
+            else:
+                network._modules[str(node.target)] = SharedRange(fq)
+    network.set_graph(network.graph)
+
+
+_CONCATENATIONS = (torch.cat, torch.concat, torch.concatenate)
+
+
+def observe_everywhere(network: nn.Module) -> None:
+    """Undo `observe_each_range_once`: upstream's converter looks for a FakeQuantize at every place."""
+    for name, module in list(network._modules.items()):
+        if isinstance(module, SharedRange):
+            network._modules[name] = module.__dict__["fq"]
+
+
+def _is_fake_quantize(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    return node.op == "call_module" and isinstance(modules.get(str(node.target)), FakeQuantize)
+
+
+def without(graph: fx.Graph, names: list[str]) -> fx.Graph:
+    """A copy of ``graph`` without some nodes, whose input stands for them."""
+    graph = copy.deepcopy(graph)
+    drop_nodes(graph, names)
+    return graph
+
+
+def drop_nodes(graph: fx.Graph, names: list[str]) -> None:
+    for node in list(graph.nodes):
+        if node.name in names:
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+
+
+def hide_float_ops(graph_module: fx.GraphModule, names: list[str]) -> Callable[[fx.GraphModule], None]:
+    """Hide the ops that stay float from upstream's lowering, which has a list of its own and no way to change it.
+
+    Returns:
+        What shows them again in the converted graph.
+    """
+    modules = dict(graph_module.named_modules(remove_duplicate=False))
+    hidden: dict[str, tuple[str, Any]] = {}
+    for node in graph_module.graph.nodes:
+        kind = type(modules[str(node.target)]) if node.op == "call_module" else node.target
+        if kind in LEFT_FLOAT or node.name in names:
+            hidden[node.name] = (node.op, node.target)
+            node.op, node.target = "call_function", _stays_float
+
+    def show(converted: fx.GraphModule) -> None:
+        for node in converted.graph.nodes:
+            if node.name in hidden:
+                node.op, node.target = hidden[node.name]
+                if node.op == "call_module":
+                    converted.add_submodule(node.target, modules[node.target])
+
+    return show
+
+
+def _stays_float(*args: Any, **kwargs: Any) -> Any:
+    raise AssertionError("stands for an op while upstream lowers the graph, and is never run")
+
+
+def reshape_views(graph: fx.Graph) -> None:
+    """Int8 convolutions return channels-last tensors, which ``view`` may refuse where the float ones were contiguous."""
+    for node in graph.nodes:
+        if node.op == "call_method" and node.target == "view" and not isinstance(node.args[1], torch.dtype):
+            node.target = "reshape"

@@ -146,7 +146,7 @@ class Moves(Callback):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_ranges_and_statistics_move_in_training_only_and_until_they_freeze(mode: str) -> None:
-    """Validation lies between the epochs; ranges stop with epoch 2, BatchNorm, fused and standing alone, with epoch 3."""
+    """Validation lies between the epochs; ranges stop with epoch 2, BatchNorm, fused or alone, with epoch 3."""
     moves = Moves()
     callback = qat(mode, start=1, freeze_observers=2, freeze_batchnorm=3)
     trainer(callback, moves, max_epochs=4, num_sanity_val_steps=2).fit(Lit(), loader(), loader())
@@ -162,7 +162,7 @@ def test_until_it_starts_a_run_is_a_float_run(mode: str) -> None:
         torch.manual_seed(0)
         module, batches = Lit(), []
         module.net.drop.p = 0.3
-        module.on_train_batch_start = lambda batch, index, batches=batches: batches.append(batch[0])  # type: ignore
+        module.register_forward_pre_hook(lambda _, args, batches=batches: batches.append(args[0]))
         trainer(*callbacks).fit(module, loader(shuffle=True), loader())
         ended.append({k: v for k, v in module.state_dict().items() if isinstance(v, Tensor)})
         first_batches.append(batches)

@@ -60,7 +60,7 @@ def make_quantizer(recipe: Recipe) -> Quantizer:
         # The patterns with BatchNorm never match here, and to build them is an export each.
         xnnpack.SUPPORTED_PATTERNS = [p for p in xnnpack.SUPPORTED_PATTERNS if "_bn" not in p.name]
         xnnpack.set_global(make_config(recipe))
-        return xnnpack  # type: ignore[no-any-return]
+        return xnnpack
     from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import X86InductorQuantizer
 
     return X86InductorQuantizer().set_global(make_config(recipe))
@@ -75,9 +75,7 @@ def make_config(recipe: Recipe) -> QuantizationConfig:
         quant_min=low,
         quant_max=high,
         qscheme=torch.per_tensor_symmetric if scheme.activation_symmetric else torch.per_tensor_affine,
-        observer_or_fake_quant_ctr=_Constructor(
-            "FakeQuantize", averaging_constant=scheme.averaging_constant
-        ),
+        observer_or_fake_quant_ctr=_Constructor("FakeQuantize", averaging_constant=scheme.averaging_constant),
     )
     weight = QuantizationSpec(
         dtype=torch.int8,
@@ -144,8 +142,8 @@ def insert_fake_quantize(
             prepared = upstream_prepare(graph_module, scopes, is_qat=False)
     except (AssertionError, ValueError, RuntimeError, NotImplementedError, AttributeError, KeyError) as error:
         raise NetworkError(
-            f"{type(quantizer).__name__} fails on {name}: {type(error).__name__}: {error}. Use exclude= for the part at "
-            "fault, or mode='fx' or mode='eager'."
+            f"{type(quantizer).__name__} fails on {name}: {type(error).__name__}: {error}. Use exclude= for the part "
+            "at fault, or mode='fx' or mode='eager'."
         ) from error
     if not any(isinstance(module, FakeQuantize) for module in prepared.children()):
         raise NetworkError(
@@ -291,7 +289,7 @@ def _starts_at_zero(node: fx.Node) -> bool:
     if node.target is aten.relu6.default:
         return True
     low = node.args[1] if len(node.args) > 1 else node.kwargs.get("min_val", node.kwargs.get("min", -1.0))
-    return low == 0
+    return isinstance(low, (int, float)) and low == 0
 
 
 def _rename_in_annotations(graph: fx.Graph, old: fx.Node, new: fx.Node, *, of_users: bool = True) -> None:
@@ -316,4 +314,3 @@ def _rename_in_annotations(graph: fx.Graph, old: fx.Node, new: fx.Node, *, of_us
             (new if of_users and source is old else source): renamed(spec)
             for source, spec in annotation.input_qspec_map.items()
         }
-

@@ -74,7 +74,7 @@ def capture(network: nn.Module, example: Example) -> tuple[fx.GraphModule, CallS
             program = torch.export.export(
                 network, args, kwargs, dynamic_shapes=_dynamic_shapes(signature, args, kwargs, size), strict=True
             )
-            graph_module: fx.GraphModule = program.module()  # type: ignore[assignment]
+            graph_module: fx.GraphModule = program.module()
         except Exception as error:
             raise TraceError(_explain(network, error)) from error
     out_spec = program.call_spec.out_spec
@@ -139,17 +139,19 @@ def _refuse_fixed_batch(graph: fx.Graph, spec: CallSpec) -> None:
     for node, given in zip(placeholders, spec.inputs, strict=True):
         if given.shape is None or BATCH not in given.shape:
             continue
-        if not isinstance(node.meta["val"].shape[0], torch.SymInt):
+        size = node.meta["val"].shape[0]
+        # Export makes of AUTO a symbol that is known to be a constant.
+        if not isinstance(size, torch.SymInt) or size.node.maybe_as_int() is not None:
             raise TraceError(
-                f"mode='pt2e' can export {spec.name} only for the batch size {node.meta['val'].shape[0]} of the example, "
-                f"because its forward computes with the size of {given.path} as a constant (such as int(x.shape[0]), "
+                f"mode='pt2e' can export {spec.name} only for the batch size {size} of the example, "
+                f"because its forward takes the size of {given.path} for a constant (such as int(x.shape[0]), "
                 f"a reshape to a fixed first dimension, or an assertion). {WHAT_TO_DO}"
             )
 
 
 def _clean(graph: fx.Graph, spec: CallSpec) -> None:
     """Leave only what computes: no guards for the example's sizes, no inputs that are constants."""
-    graph.set_codegen(CodeGen())  # type: ignore[no-untyped-call]
+    graph.set_codegen(CodeGen())
     for node in reversed(list(graph.nodes)):
         is_guard = node.op == "call_module" and node.target == "_guards_fn"
         is_check = node.op == "call_function" and _name(node.target).startswith(
@@ -162,8 +164,8 @@ def _clean(graph: fx.Graph, spec: CallSpec) -> None:
             graph.erase_node(node)
     for node in reversed(list(graph.nodes)):
         # What is left of the checks: sizes, comparisons, and attributes that only they used.
-        pure = node.op == "get_attr" or node.op == "call_function" and not node.is_impure() and not _mutates(node)
-        if pure and not node.users:
+        computes = node.op == "call_function" and not node.is_impure() and not _mutates(node)
+        if (computes or node.op == "get_attr") and not node.users:
             graph.erase_node(node)
     output = graph.output_node()
     values, _ = pytree.tree_flatten(output.args[0], is_leaf=lambda value: isinstance(value, fx.Node))
@@ -185,7 +187,7 @@ def _inline_no_grad(graph_module: fx.GraphModule) -> None:
                 if node.op == "output":
                     results = [values[result] for result in node.args[0]]
                 elif node.op != "placeholder":
-                    values[node] = graph.node_copy(node, lambda inner: values[inner])
+                    values[node] = graph.node_copy(node, values.__getitem__)
             if not enabled:
                 results = [_detached(graph, result) for result in results]
         for user in list(region.users):

@@ -59,8 +59,7 @@ def decompose(root: nn.Module, plan: Plan, name: str) -> Decomposed:
     quantizers = [node for node in graph.nodes if _quantizer(graph_module, node) is not None]
     if not quantizers:
         raise ConversionError(
-            f"No finite range was ever observed in {name}: train at least one step, or validate one batch with the network "
-            "in training mode, before it is converted."
+            f"No finite range was ever observed in {name}: train at least one step before it is converted."
         )
     _observe_weights(graph_module)
     graph.lint()
@@ -69,8 +68,8 @@ def decompose(root: nn.Module, plan: Plan, name: str) -> Decomposed:
         converted = _upstream_convert(graph_module)
     except Exception as error:
         raise ConversionError(
-            f"Upstream's converter failed on {name} ({type(error).__name__}: {error}). Use exclude= for the part at fault, "
-            "or mode='fx' or mode='eager'."
+            f"Upstream's converter failed on {name} ({type(error).__name__}: {error}). Use exclude= for the part at "
+            "fault, or mode='fx' or mode='eager'."
         ) from error
     return Decomposed(_tidy(converted), unseen)
 
@@ -82,7 +81,8 @@ def _fold_batchnorm(graph_module: fx.GraphModule, plan: Plan) -> None:
     for pair in plan.folded:
         layer, batchnorm = nodes[pair.layer], nodes[pair.batchnorm]
         gamma, beta, mean, var = (_tensor(graph_module, arg) for arg in batchnorm.args[1:5])
-        assert mean is not None and var is not None
+        assert mean is not None
+        assert var is not None
         quantizer = weight_quantizer(graph_module, layer)
         weight_node: Any = layer.args[1] if quantizer is None else quantizer.args[0]
         weight = _tensor(graph_module, weight_node)
@@ -176,7 +176,7 @@ def _leave_unseen_float(graph_module: fx.GraphModule) -> list[str]:
         weight = weight_quantizer(graph_module, node)
         if weight is None or _quantizer(graph_module, node.args[0]) is not None:
             continue
-        node.replace_input_with(weight, weight.args[0])  # type: ignore[arg-type]
+        node.replace_input_with(weight, weight.args[0])
         if not weight.users:
             graph.erase_node(weight)
     return unseen
@@ -212,7 +212,7 @@ def _computed(graph_module: fx.GraphModule, node: fx.Node) -> Tensor:
     return value
 
 
-def _upstream_convert(graph_module: fx.GraphModule) -> fx.GraphModule:
+def _upstream_convert(graph_module: fx.GraphModule) -> Any:
     """What ``convert_pt2e`` does, less its folding of upstream's own conv-bn pattern, which is not there."""
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.filterwarnings("ignore", category=DeprecationWarning)
@@ -221,7 +221,7 @@ def _upstream_convert(graph_module: fx.GraphModule) -> fx.GraphModule:
         for step in (upstream.DuplicateDQPass(), upstream.PortNodeMetaForQDQ()):
             converted = PassManager([step])(converted).graph_module
         upstream.constant_fold(converted, upstream._quant_node_constraint)
-    return converted  # type: ignore[no-any-return]
+    return converted
 
 
 def _tidy(converted: fx.GraphModule) -> fx.GraphModule:

@@ -52,11 +52,12 @@ class Pt2eFlow:
         notes = []
         if state.recipe.backend == "xnnpack":
             notes.append(
-                "backend='xnnpack': on this machine the int8 network runs as a decomposed graph, with the values of the "
-                "phone's kernels and not their speed."
+                "backend='xnnpack': on this machine the int8 network runs as a decomposed graph, with the values of "
+                "the phone's kernels and not their speed."
             )
         if result.unseen:
-            notes.append(f"No finite range was ever observed for {', '.join(result.unseen)}: what reads them stays float.")
+            names = ", ".join(result.unseen)
+            notes.append(f"No finite range was ever observed for {names}: what reads them stays float.")
         return Converted(network, coverage(state, prepared, result), checks, notes)
 
 
@@ -70,8 +71,8 @@ def _refuse_other_way_in_eval(prepared: ExportedNetwork, float_network: nn.Modul
     got = ours(*copy.deepcopy(example.args), **copy.deepcopy(example.kwargs))
     if not _close(wanted, got):
         raise TraceError(
-            f"mode='pt2e' keeps one graph for training and evaluation, and {type(float_network).__name__}.forward returns "
-            f"another thing in evaluation than its graph of training does (it looks at self.training). {WHAT_TO_DO}"
+            f"mode='pt2e' keeps one graph for training and evaluation, and {type(float_network).__name__}.forward "
+            f"returns another thing in evaluation than its graph of training (it looks at self.training). {WHAT_TO_DO}"
         )
 
 

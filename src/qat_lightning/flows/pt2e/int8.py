@@ -83,14 +83,15 @@ class Int8Network(nn.Module):
                 return
             try:
                 compiled = _compile(self.decomposed, self.spec, tensors)
-                problem = _difference(self.decomposed, compiled, self.spec, tensors, BACKENDS[self.backend].tolerance_db)
-            except Exception as error:  # noqa: BLE001  the compiler may fail in any way, and there is something to fall back on
+                tolerance_db = BACKENDS[self.backend].tolerance_db
+                problem = _difference(self.decomposed, compiled, self.spec, tensors, tolerance_db)
+            except Exception as error:  # noqa: BLE001 (a compiler may fail in any way; the graph runs instead)
                 problem = f"it cannot be compiled ({type(error).__name__}: {_first_line(error)})"
             if problem:
                 self.runs, self.why_decomposed = "decomposed", problem
                 warnings.warn(
-                    f"The int8 network runs as a decomposed graph, slower than the float network, because {problem}. A C++ "
-                    "compiler is needed (g++ or clang on the PATH); set QAT_LIGHTNING_COMPILE=0 to stop trying.",
+                    f"The int8 network runs as a decomposed graph, slower than the float network, because {problem}. A "
+                    "C++ compiler is needed (g++ or clang on the PATH); set QAT_LIGHTNING_COMPILE=0 to stop trying.",
                     stacklevel=3,
                 )
             else:
@@ -199,7 +200,9 @@ class _Library:
         outputs = []
         for constant, is_computed, is_tensor in zip(self.constants, self.is_computed, self.is_tensor, strict=True):
             value = next(rest) if is_computed else constant
-            outputs.append(value if is_tensor or not is_computed else value.item() if isinstance(value, Tensor) else value)
+            if isinstance(value, Tensor) and not is_tensor:
+                value = value.item()
+            outputs.append(value)
         return outputs
 
 

@@ -1,8 +1,9 @@
 """One range for several tensors, observed once a batch.
 
 Upstream's quantizers let tensors share a range where a kernel needs it (the inputs of a concatenation, both sides of a
-pooling), and then every call of the shared FakeQuantize moves the average. So the average of a pooling's narrower output
-pulls the range of its input down, and a concatenation gets the mean of its inputs' ranges where it needs their union.
+pooling), and then every call of the shared FakeQuantize moves the average. So the narrower output of a
+pooling pulls the range of its input down, and a concatenation gets the mean of its inputs' ranges where it needs their
+union.
 """
 
 from __future__ import annotations

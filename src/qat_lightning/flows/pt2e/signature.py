@@ -1,4 +1,4 @@
-"""How a captured network is called: its arguments flattened to the graph's inputs, and the graph's outputs put together."""
+"""How a captured network is called: arguments flattened to the graph's inputs, and its outputs put together."""
 
 from __future__ import annotations
 
@@ -81,9 +81,7 @@ class CallSpec:
 
     def describe(self) -> str:
         """The inputs and their shapes, for messages."""
-        return ", ".join(
-            f"{i.path}: {_shape(i.shape) if i.shape is not None else repr(i.value)}" for i in self.inputs
-        )
+        return ", ".join(f"{i.path}: {_shape(i.shape) if i.shape is not None else repr(i.value)}" for i in self.inputs)
 
 
 def canonical(
@@ -146,9 +144,7 @@ def _has_dims(leaf: Any) -> bool:
 
 
 def _fits(leaf: Tensor, shape: tuple[int, ...]) -> bool:
-    return leaf.dim() == len(shape) and all(
-        want in (BATCH, have) for want, have in zip(shape, leaf.shape, strict=True)
-    )
+    return leaf.dim() == len(shape) and all(want in (BATCH, have) for want, have in zip(shape, leaf.shape, strict=True))
 
 
 def _shape(shape: tuple[int, ...]) -> str:
@@ -161,7 +157,7 @@ def _describe(leaf: Any) -> str:
 
 def _refuse(name: str, path: str, expected: str, got: str) -> None:
     raise NetworkError(
-        f"{name} was captured for {path} = {expected} and is called with {got}. PT2 export keeps every dimension but the "
-        "batch and every value that is not a tensor: give example_inputs= like the ones it is used with, or use "
+        f"{name} was captured for {path} = {expected} and is called with {got}. PT2 export keeps every dimension but "
+        "the batch and every value that is not a tensor: give example_inputs= like the ones it is used with, or use "
         "mode='fx' or mode='eager'."
     )

@@ -1,4 +1,4 @@
-"""The graph that trains: the prepared graph, with BatchNorm, dropout and folded weights as modules with their own flags.
+"""The graph that trains: the prepared one, with BatchNorm, dropout and folded weights as modules with flags.
 
 Conversion needs the graph as upstream prepared it, and training one in which `train` and `eval` work as in any
 module. Both run against the same modules, parameters and buffers, under the names of the float network.
@@ -47,7 +47,8 @@ class FoldedWeight(nn.Module):
 
     def forward(self, weight: Tensor, gamma: Tensor | None, running_var: Tensor) -> Tensor:
         """The rounded weight, unfolded again."""
-        return fake_quantize_folded(weight, fold_factor(gamma, running_var, self.eps), self.__dict__["fq"], axis=self.axis)
+        factor = fold_factor(gamma, running_var, self.eps)
+        return fake_quantize_folded(weight, factor, self.__dict__["fq"], axis=self.axis)
 
 
 class FunctionalBatchNorm(FreezableBatchNorm):
@@ -150,8 +151,11 @@ def adopt(network: nn.Module, prepared: fx.GraphModule) -> nn.Module:
     for node in prepared.graph.nodes:
         if node.op == "call_module" and isinstance(fq := prepared.get_submodule(node.target), FakeQuantize):
             if id(fq) not in names:
-                names[id(fq)] = f"{child}.{node.args[0].name}"
-                holder.add_module(node.args[0].name, fq)
+                leaf = node.args[0].name
+                while hasattr(holder, leaf):
+                    leaf += "_"  # such as the result of x.to(...), which no module can be called
+                names[id(fq)] = f"{child}.{leaf}"
+                holder.add_module(leaf, fq)
             node.target = names[id(fq)]
         elif node.op == "get_attr":
             _adopt_attribute(root, prepared, str(node.target))
@@ -337,9 +341,7 @@ def _put_in_scope(root: nn.Module, node: fx.Node, module: nn.Module) -> str:
     return name
 
 
-def _call_instead(
-    node: fx.Node, target: str, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
-) -> None:
+def _call_instead(node: fx.Node, target: str, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
     """Make ``node`` call the module ``target``."""
     # In place, so that the node keeps its name, by which conversion and verification find it.
     node.op, node.target = "call_module", target

@@ -110,6 +110,51 @@ class SeveralInputs(nn.Module):
         return {"logits": self.head(hidden) * scale, "side": self.side(hidden)}
 
 
+class SharedLayers(nn.Module):
+    """A convolution called twice, with a BatchNorm behind one call only, and a BatchNorm in front of its ReLU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.BatchNorm2d(3)
+        self.act = nn.ReLU()
+        self.widen = nn.Conv2d(3, 16, 1)
+        self.conv = nn.Conv2d(16, 16, 3, padding=1)
+        self.bn = nn.BatchNorm2d(16)
+        self.head = nn.Linear(16, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.widen(self.act(self.first(x)))
+        x = self.conv(x) + 0.5
+        x = self.act(self.bn(self.conv(x)))
+        return self.head(x.mean((2, 3)))
+
+
+class Attention(nn.Module):
+    """Patches, positions, LayerNorm, attention whose scale comes from a shape, residual adds, GELU and dropout."""
+
+    def __init__(self, dim: int = 32, heads: int = 4) -> None:
+        super().__init__()
+        self.heads = heads
+        self.patches = nn.Conv2d(3, dim, 2, stride=2)
+        self.positions = nn.Parameter(torch.randn(1, 16, dim) * 0.02)
+        self.norm1 = nn.LayerNorm(dim)
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.out = nn.Linear(dim, dim)
+        self.dropout = nn.Dropout(0.05)
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp = nn.Sequential(nn.Linear(dim, 2 * dim), nn.GELU(), nn.Linear(2 * dim, dim))
+        self.head = nn.Linear(dim, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patches(x).flatten(2).transpose(1, 2) + self.positions
+        batch, tokens, dim = x.shape
+        q, k, v = self.qkv(self.norm1(x)).reshape(batch, tokens, 3, self.heads, dim // self.heads).permute(2, 0, 3, 1, 4)
+        weights = ((q @ k.transpose(-2, -1)) * (dim // self.heads) ** -0.5).softmax(-1)
+        x = x + self.dropout(self.out((weights @ v).transpose(1, 2).reshape(batch, tokens, dim)))
+        x = x + self.mlp(self.norm2(x))
+        return self.head(x.mean(1))
+
+
 class ControlFlow(nn.Module):
     """Takes another way for bright images, which no graph can follow."""
 
@@ -132,7 +177,8 @@ def _image(count: int) -> tuple[tuple[Any, ...], dict[str, Any], Tensor]:
     # Each class is bright in a quarter of the image and tinted; learnt in a few steps.
     for label in range(CLASSES):
         rows, columns = divmod(label, 2)
-        images[labels == label, label % 3, rows * 4 : rows * 4 + 4, columns * 4 : columns * 4 + 4] += 2.0
+        for channel in [label] if label < 3 else [0, 1, 2]:
+            images[labels == label, channel, rows * 4 : rows * 4 + 4, columns * 4 : columns * 4 + 4] += 2.0
     return (images,), {}, labels
 
 
@@ -172,6 +218,8 @@ CASES = (
     Case("linear", LinearOnly, 2),
     Case("functional", Functional, 4),
     Case("several_inputs", SeveralInputs, 4, batch=_image_and_table),
+    Case("shared_layers", SharedLayers, 3),
+    Case("attention", Attention, 5),
     Case("control_flow", ControlFlow, 3, modes=("eager",)),
 )
 

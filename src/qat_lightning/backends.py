@@ -4,8 +4,8 @@ The ranges are a property of the kernel that will run, never of the CPU that tra
 products in 16 bits (``vpmaddubsw``), which saturate unless one of the two keeps to half its range; oneDNN on a CPU with
 VNNI, and QNNPACK, accumulate in 32 bits. Upstream halves the range of activations for FBGEMM, but its kernels do not
 clamp there, so that a value above the observed range still saturates. Here the weights are halved: they are packed once
-and can never exceed their range, and activations keep all of their 8 bits. The `x86` backend packs for oneDNN and so has
-the full range of both.
+and can never exceed their range, and activations keep all of their 8 bits. The `x86` backend packs for oneDNN and so
+has the full range of both.
 """
 
 from __future__ import annotations

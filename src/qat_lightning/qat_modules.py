@@ -131,7 +131,7 @@ class _FoldedLayer(nn.Module):
 
     @classmethod
     def from_float(cls, mod: Any, use_precomputed_fake_quant: bool = False) -> _FoldedLayer:
-        """Take over the layers of a fused float module (``nni.ConvBn2d`` and its like); called by upstream's prepare."""
+        """Take over the layers of a fused float module (``nni.ConvBn2d``, …); called by upstream's prepare."""
         layer, batchnorm = mod[0], mod[1]
         relu = mod[2] if len(mod) > 2 else None
         return cls.fuse(layer, batchnorm, relu, qconfig=mod.qconfig)

@@ -86,7 +86,7 @@ class Recipe:
         """Undo `to_dict`."""
         if values.get("format") != FORMAT:
             raise CheckpointMismatchError(
-                f"This file has format {values.get('format')!r}, and this release of qat-lightning reads format {FORMAT}."
+                f"This file has format {values.get('format')!r}; this release of qat-lightning reads format {FORMAT}."
             )
         return cls(
             mode=values["mode"],

@@ -209,7 +209,7 @@ def _restore_children(
     missing = float_keys - set(result.state_dict())
     if missing:
         raise NetworkError(
-            f"mode='fx' would lose these entries of the float state_dict: {', '.join(sorted(missing))}. Use mode='pt2e' "
+            f"mode='fx' would lose entries of the float state_dict: {', '.join(sorted(missing))}. Use mode='pt2e' "
             "or mode='eager' for this network."
         )
 

@@ -23,7 +23,7 @@ def round_tensors_only(prepared: fx.GraphModule, network: nn.Module, example: Ex
     """Take out what upstream put behind numbers and integer tensors, whose type a trace does not know.
 
     Returns:
-        The names of the additions and products of a tensor and a number: int8 kernels for them have a grid of their own.
+        The names of the additions and products of a tensor and a number: their int8 kernels have a grid of their own.
     """
     modules = dict(prepared.named_modules(remove_duplicate=False))
     # A folded BatchNorm is at this point in the float network only.
@@ -68,6 +68,7 @@ _BINARY = (
 
 
 def calls_of(prepared: fx.GraphModule, chosen: list[nn.Module]) -> list[str]:
+    """The names of the nodes that call one of ``chosen``."""
     modules = dict(prepared.named_modules(remove_duplicate=False))
     return [
         node.name
@@ -80,7 +81,7 @@ def observe_only_after_relu(prepared: fx.GraphModule) -> list[str]:
     """Take out the FakeQuantize between an op and its ReLU or ReLU6: the one behind has a finer grid, from 0 up.
 
     Returns:
-        The names of those ReLUs: the int8 graph does without, because a grid from 0 up to what was observed clamps alike.
+        The names of those ReLUs: the int8 graph does without, because a grid from 0 up to the observed clamps alike.
     """
     modules = dict(prepared.named_modules(remove_duplicate=False))
     folded = []
@@ -135,8 +136,8 @@ def observe_only_before_dropout(prepared: fx.GraphModule) -> tuple[list[str], li
     """Round before dropout, not behind it: what it scales up in training never reaches the int8 network.
 
     Returns:
-        The names of the dropouts, which the int8 graph does without, and of the roundings behind them that training does
-        without, because they share a range with the rounding before.
+        The names of the dropouts, which the int8 graph does without, and of the roundings behind them that training
+        does without, because they share a range with the rounding before.
     """
     modules = dict(prepared.named_modules(remove_duplicate=False))
     dropped: list[str] = []
@@ -216,6 +217,7 @@ def without(graph: fx.Graph, names: list[str]) -> fx.Graph:
 
 
 def drop_nodes(graph: fx.Graph, names: list[str]) -> None:
+    """Take nodes out of ``graph``; their input stands for them."""
     for node in list(graph.nodes):
         if node.name in names:
             node.replace_all_uses_with(node.args[0])
@@ -251,7 +253,7 @@ def _stays_float(*args: Any, **kwargs: Any) -> Any:
 
 
 def reshape_views(graph: fx.Graph) -> None:
-    """Int8 convolutions return channels-last tensors, which ``view`` may refuse where the float ones were contiguous."""
+    """Int8 convolutions return channels-last tensors, which ``view`` may refuse where float ones were contiguous."""
     for node in graph.nodes:
         if node.op == "call_method" and node.target == "view" and not isinstance(node.args[1], torch.dtype):
             node.target = "reshape"

@@ -31,8 +31,8 @@ _DROPOUTS: dict[Callable[..., Any], type[nn.Module]] = {
 }
 
 WHAT_TO_DO = (
-    "What to do: give module='<a submodule that can be>' to quantize a part, or use mode='eager', which needs no graph, "
-    "or mode='auto', which takes the best mode that works."
+    "What to do: give module='<a submodule that can be>' to quantize a part, or use mode='eager', which needs no "
+    "graph, or mode='auto', which takes the best mode that works."
 )
 
 
@@ -79,7 +79,7 @@ def trace(network: nn.Module, example: Example, leaves: list[str]) -> tuple[fx.G
 def _trace_once(
     network: nn.Module, example: Example, leaves: list[str], *, train: bool
 ) -> tuple[fx.GraphModule, dict[str, Any]]:
-    tracer = QuantizationTracer(leaves, [])  # type: ignore[no-untyped-call]
+    tracer = QuantizationTracer(leaves, [])
     with _in_mode(network, train):
         try:
             graph = tracer.trace(network, concrete_args=_defaults_not_given(network, example))
@@ -150,9 +150,10 @@ def _refuse_other_way_in_eval(network: nn.Module, training: fx.GraphModule, eval
         ),
         None,
     )
+    part = f"; they part before {different.name!r}" if different else ""
     raise TraceError(
-        f"mode='fx' keeps one way through {type(network).__name__}.forward, and it takes another way in training than in "
-        f"evaluation (it looks at self.training{f'; they part before {different.name!r}' if different else ''}). {WHAT_TO_DO}"
+        f"mode='fx' keeps one way through {type(network).__name__}.forward, and it takes another way in training than "
+        f"in evaluation (it looks at self.training{part}). {WHAT_TO_DO}"
     )
 
 
@@ -184,8 +185,8 @@ _STATELESS = (nn.ReLU, nn.Identity, nn.modules.dropout._DropoutNd, nn.Flatten, n
 def _one_module_a_call(graph_module: fx.GraphModule) -> None:
     """Give each call of a shared layer a module of its own, with the same parameters.
 
-    Every call has its own output range, and one may be followed by a BatchNorm to fold where another is not. Layers with
-    buffers (BatchNorm) stay one, since a buffer that moves to another device would part.
+    Every call has its own output range, and one may be followed by a BatchNorm to fold where another is not. Layers
+    with buffers (BatchNorm) stay one, since a buffer that moves to another device would part.
     """
     calls: dict[nn.Module, list[fx.Node]] = {}
     for node in graph_module.graph.nodes:

@@ -6,6 +6,7 @@ saturates or misplaces values is at 6 to 27 dB and is named.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -25,10 +26,11 @@ class Recorder(fx.Interpreter):
     """Runs a graph against any module and keeps the value of each node."""
 
     def __init__(self, module: nn.Module, graph: fx.Graph) -> None:
-        super().__init__(module, garbage_collect_values=False, graph=graph)  # type: ignore[arg-type]
+        super().__init__(module, garbage_collect_values=False, graph=graph)
         self.values: dict[str, Any] = {}
 
     def run_node(self, n: fx.Node) -> Any:
+        """Run one node and keep what it yields."""
         value = super().run_node(n)
         self.values[n.name] = value
         return value
@@ -76,11 +78,12 @@ def raise_if_faulty(checks: list[LayerCheck], target: Backend) -> None:
     if not faulty:
         return
     worst = min(faulty, key=lambda check: check.sqnr_db)
+    apart = "" if math.isnan(worst.max_steps) else f", up to {worst.max_steps:.0f} steps apart"
     raise VerificationError(
-        f"Layer {worst.name!r} does not compute in int8 what fake-quant computed in training: {worst.sqnr_db:.1f} dB of SQNR "
-        f"on fake-quant's own input, up to {worst.max_steps:.0f} steps apart, where {target.tolerance_db:.0f} dB is the "
-        f"least for backend {target.name!r}. Its kernel is {worst.op}. {len(faulty)} of {len(checks)} layers are past the "
-        f"tolerance. What to do: exclude=['{worst.name}'], or another backend."
+        f"Layer {worst.name!r} does not compute in int8 what fake-quant computed in training: {worst.sqnr_db:.1f} dB "
+        f"of SQNR on fake-quant's own input{apart}, where {target.tolerance_db:.0f} dB is the least for backend "
+        f"{target.name!r}. Its kernel is {worst.op}. {len(faulty)} of {len(checks)} layers are past the tolerance. "
+        f"What to do: exclude=['{worst.name}'], or another backend."
     )
 
 
@@ -138,7 +141,13 @@ class _Reference:
         return None
 
     def _behind_fake_quantize(self, node: fx.Node) -> fx.Node:
-        return node.all_input_nodes[0] if self._is_fake_quantize(node) else node
+        """The op whose value ``node`` has: through the rounding, and through a dropout that int8 does without."""
+        while True:
+            inputs = node.all_input_nodes
+            dropped = node.name not in self.int8_names and len(inputs) == 1 and self._is_fake_quantize(inputs[0])
+            if not (self._is_fake_quantize(node) or dropped):
+                return node
+            node = inputs[0]
 
     def _is_fake_quantize(self, node: fx.Node) -> bool:
         return node.op == "call_module" and isinstance(self.modules.get(str(node.target)), (FakeQuantize, SharedRange))
@@ -162,6 +171,7 @@ class _Reference:
 
 
 def example_values(graph: fx.Graph, example: Example) -> list[Any]:
+    """The example's inputs in the order of a graph's placeholders."""
     names = [str(node.target) for node in graph.nodes if node.op == "placeholder"]
     values = list(example.args)
     return values + [example.kwargs[name] for name in names[len(values) :]]

@@ -62,7 +62,11 @@ def test_zero_is_exactly_representable(a: float, b: float, grid: tuple[int, int]
     assert zero.item() == 0.0
 
 
-@given(st.lists(st.floats(-100, 100, width=32, allow_subnormal=False), min_size=1, max_size=40), st.floats(1e-3, 10), st.integers(0, 255))
+@given(
+    st.lists(st.floats(-100, 100, width=32, allow_subnormal=False), min_size=1, max_size=40),
+    st.floats(1e-3, 10),
+    st.integers(0, 255),
+)
 def test_rounding_equals_the_integers_that_kernels_store(values: list[float], scale: float, zero_point: int) -> None:
     """Training and ``quantize_per_tensor`` must agree on every tie, or int8 is not what was trained."""
     x = torch.tensor(values)

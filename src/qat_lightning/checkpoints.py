@@ -60,7 +60,8 @@ def guard_loading(
             )
         loaded()
 
-    return pl_module.register_load_state_dict_pre_hook(guard)
+    handle: RemovableHandle = pl_module.register_load_state_dict_pre_hook(guard)  # type: ignore[no-untyped-call]
+    return handle
 
 
 def _complete(state_dict: dict[str, Any], network: nn.Module, prefix: str) -> None:

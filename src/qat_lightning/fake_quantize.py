@@ -132,6 +132,9 @@ class FakeQuantize(_TorchFakeQuantizeBase, _TorchaoFakeQuantizeBase):  # type: i
     min_val: Tensor
     max_val: Tensor
     nonfinite_batches: Tensor
+    # Upstream has tensors here.
+    fake_quant_enabled: bool  # type: ignore[assignment]
+    observer_enabled: bool  # type: ignore[assignment]
 
     def __init__(
         self,
@@ -246,7 +249,7 @@ class FakeQuantize(_TorchFakeQuantizeBase, _TorchaoFakeQuantizeBase):  # type: i
         axis = self.ch_axis if self.per_channel else None
         return fake_quantize(x, scale, zero_point, quant_min=self.quant_min, quant_max=self.quant_max, axis=axis)
 
-    def calculate_qparams(self) -> tuple[Tensor, Tensor]:
+    def calculate_qparams(self, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Scale (float32) and zero point (int32) of the present range: what training rounds with and convert reads."""
         low, high = self.range()
         return choose_qparams(

@@ -99,6 +99,6 @@ def _borrow(network: nn.Module, original: nn.Module, name: str) -> Any:
     if isinstance(value, (nn.Module, Tensor, torch.nn.Parameter)):
         raise NetworkError(
             f"{type(original).__name__}.{name} is not part of the network that was prepared for quantization, because "
-            "its forward does not use it. Call it on the float network, or use mode='eager', which keeps all submodules."
+            "its forward does not use it. Call it on the float network, or use mode='eager', which keeps them all."
         )
     return value

@@ -69,7 +69,7 @@ class FreezableBatchNorm(_BatchNorm):
     def forward(self, input: Tensor) -> Tensor:
         """Normalize over the channels of ``input``, shape ``(N, C, ...)``."""
         if self.frozen and self.running_mean is not None:
-            self._check_input_dim(input)
+            self._check_input_dim(input)  # type: ignore[no-untyped-call]
             return F.batch_norm(
                 input, self.running_mean, self.running_var, self.weight, self.bias, training=False, eps=self.eps
             )
@@ -117,10 +117,9 @@ class _FoldedLayer(nn.Module):
     The BatchNorm is not a child: it stays registered where the float network has it.
     """
 
-    _FUSED: ClassVar[type[nn.Module]]
     _FLOAT: ClassVar[type[nn.Module]]
     weight: Tensor
-    bias: Tensor | None
+    bias: Any
     qconfig: Any
 
     @property
@@ -161,7 +160,8 @@ class _FoldedLayer(nn.Module):
         bn: Any = self.batchnorm
         factor = fold_factor(bn.weight, bn.running_var, bn.eps)
         shape = (-1,) + (1,) * (self.weight.dim() - 1)
-        self.weight_fake_quant.observe(self.weight.float() * factor.reshape(shape))  # type: ignore[operator]
+        fq: FakeQuantize = self.weight_fake_quant  # type: ignore[assignment]
+        fq.observe(self.weight.float() * factor.reshape(shape))
 
     def to_float(self) -> nn.Module:
         """The float layer with BatchNorm folded in, fused with ReLU if there is one; called by upstream's convert."""
@@ -174,7 +174,7 @@ class _FoldedLayer(nn.Module):
             layer.__dict__[name] = self.__dict__[name].copy()
         del layer._modules["weight_fake_quant"]
         fuse = fuse_linear_bn_weights if isinstance(layer, nn.Linear) else fuse_conv_bn_weights
-        weight, bias = fuse(self.weight, self.bias, bn.running_mean, bn.running_var, bn.eps, bn.weight, bn.bias)  # type: ignore[operator]
+        weight, bias = fuse(self.weight, self.bias, bn.running_mean, bn.running_var, bn.eps, bn.weight, bn.bias)
         layer._parameters["weight"] = nn.Parameter(weight.detach())
         layer._parameters["bias"] = nn.Parameter(bias.detach())
         layer.__dict__["training"] = False

@@ -64,9 +64,7 @@ def test_int8_agrees_with_fake_quant(fitted: dict, mode: str, backend: str, case
 
 
 @pytest.mark.parametrize(("mode", "backend", "case"), TABLE)
-def test_each_layer_reproduces_fake_quant_on_its_own_input(
-    fitted: dict, mode: str, backend: str, case: Case
-) -> None:
+def test_each_layer_reproduces_fake_quant_on_its_own_input(fitted: dict, mode: str, backend: str, case: Case) -> None:
     _, _, converted = _fit(fitted, mode, backend, case)
     assert len(converted.checks) >= case.layers
     below = [check for check in converted.checks if check.sqnr_db < LEAST_DB[backend]]

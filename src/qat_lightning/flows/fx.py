@@ -199,7 +199,8 @@ def _restore_children(
             continue
         parent, _, leaf = name.rpartition(".")
         holder = _holder(result, parent)
-        if leaf not in holder._modules or (not holder._modules[leaf]._parameters and module._parameters):
+        # Fusion leaves an Identity in the place of what it took.
+        if leaf not in holder._modules or isinstance(holder._modules[leaf], nn.Identity):
             holder._modules[leaf] = module
     for name, parameter in parameters.items():
         parent, _, leaf = name.rpartition(".")

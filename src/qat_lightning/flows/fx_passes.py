@@ -115,7 +115,7 @@ def _is_relu(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
             return True
         if node.target in (F.hardtanh, F.hardtanh_):
             low = node.args[1] if len(node.args) > 1 else node.kwargs.get("min_val", -1.0)
-            return low == 0
+            return bool(low == 0)
     return False
 
 
@@ -151,7 +151,7 @@ def observe_only_before_dropout(prepared: fx.GraphModule) -> tuple[list[str], li
             if len(behind) != 1 or len(node.users) != 1:
                 continue
             with prepared.graph.inserting_before(node):
-                moved = prepared.graph.node_copy(behind[0], lambda _, arg=before: arg)
+                moved = prepared.graph.call_module(str(behind[0].target), (before,))
             node.replace_input_with(before, moved)
             before = moved
         for fq in behind:

@@ -233,13 +233,19 @@ def _peek(loader: Any) -> Any:
         dataset: Any = loader.dataset
         if loader.batch_sampler is None:
             return next(iter(loader), None)
-        if loader.batch_size is None:
-            indices = next(iter(loader.batch_sampler), None)
-        else:
+        if loader.batch_size is not None:
             # Spread over the dataset, which may be sorted by class.
             size = min(loader.batch_size, MAX_BATCH, len(dataset))
             indices = [index * len(dataset) // size for index in range(size)]
-        return loader.collate_fn([dataset[index] for index in indices]) if indices else None
+            try:
+                return _collate(loader, indices)
+            except (LookupError, TypeError, ValueError):
+                pass  # It is not indexed by numbers: its sampler knows the keys.
+        return _collate(loader, next(iter(loader.batch_sampler), []))
+
+
+def _collate(loader: DataLoader[Any], indices: Any) -> Any:
+    return loader.collate_fn([loader.dataset[index] for index in indices]) if len(indices) else None
 
 
 @contextmanager

@@ -45,6 +45,7 @@ def find_networks(pl_module: LightningModule, module: str | Sequence[str] | None
         names = [module] if isinstance(module, str) else list(module)
         for name in names:
             _check_named(pl_module, name)
+        _refuse_overlap(names)
         return names
     candidates = {
         name: child
@@ -83,6 +84,18 @@ def _check_named(pl_module: LightningModule, name: str) -> None:
             f"module={name!r} does not exist in {type(pl_module).__name__}: use {OWN_FORWARD!r} for its own forward, "
             f"or a dotted name beginning with one of: {have or '(it has no submodules)'}."
         )
+
+
+def _refuse_overlap(names: Sequence[str]) -> None:
+    if not names:
+        raise ConfigurationError("module=[] names no network: give at least one name, or None to find the network.")
+    for index, name in enumerate(names):
+        for other in names[index + 1 :]:
+            if OWN_FORWARD in (name, other) or f"{name}.".startswith(f"{other}.") or f"{other}.".startswith(f"{name}."):
+                raise ConfigurationError(
+                    f"module={list(names)!r} is not possible: {name!r} and {other!r} overlap. Give each part of the "
+                    "LightningModule once."
+                )
 
 
 def _has_quantizable(module: nn.Module) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import EarlyStopping, GradientAccumulationScheduler, ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, GradientAccumulationScheduler, LambdaCallback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 
@@ -162,8 +162,8 @@ def test_until_it_starts_a_run_is_a_float_run(mode: str) -> None:
         torch.manual_seed(0)
         module, batches = Lit(), []
         module.net.drop.p = 0.3
-        module.register_forward_pre_hook(lambda _, args, batches=batches: batches.append(args[0]))
-        trainer(*callbacks).fit(module, loader(shuffle=True), loader())
+        keep = LambdaCallback(on_train_batch_start=lambda *args, batches=batches: batches.append(args[2][0]))
+        trainer(*callbacks, keep).fit(module, loader(shuffle=True), loader())
         ended.append({k: v for k, v in module.state_dict().items() if isinstance(v, Tensor)})
         first_batches.append(batches)
     plain, observed = ended

@@ -52,7 +52,7 @@ def check_whole_run(
     (metrics,) = fitting.test(module, loaders(), verbose=False)
     assert metrics["test/acc"] > learnt
     assert callback.fidelity["agreement"] > 0.99
-    shared.assert_same_state(state(module), before)
+    assert_same_state(state(module), before)
 
 
 class OwnForward(LightningModule):
@@ -490,7 +490,7 @@ def test_finding_an_example_moves_nothing(mode: str) -> None:
     first, second = watch.seen
     assert first == second
     now = state(module)
-    shared.assert_same_state({key: now[key] for key in before}, before)
+    assert_same_state({key: now[key] for key in before}, before)
     assert all(torch.isinf(value) for value in ranges(module).values())
     assert module.net.training
 

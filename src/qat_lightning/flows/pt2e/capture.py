@@ -18,7 +18,7 @@ from torch.fx.graph import CodeGen
 from qat_lightning.errors import TraceError
 from qat_lightning.flows.base import Example
 from qat_lightning.flows.pt2e.signature import BATCH, CallSpec, batch_size, canonical, has_batch, inputs_of
-from qat_lightning.flows.tracing import WHAT_TO_DO, line_at_fault
+from qat_lightning.flows.tracing import WHAT_TO_DO, check_names, line_at_fault
 
 aten = torch.ops.aten
 
@@ -68,6 +68,7 @@ def capture(network: nn.Module, example: Example) -> tuple[fx.GraphModule, CallS
     signature = inspect.signature(network.forward)
     args, kwargs = canonical(signature, example.args, example.kwargs)
     in_spec, inputs = inputs_of(network, example, size)
+    check_names(network, "pt2e")
     with _training(network), warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"torch\..*")
         try:

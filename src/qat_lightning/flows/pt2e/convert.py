@@ -229,6 +229,7 @@ def _tidy(converted: fx.GraphModule) -> fx.GraphModule:
     root = nn.Module()
     kept: dict[str, Tensor] = {}
     graph = copy.deepcopy(converted.graph)
+    graph._tracer_cls = None  # export's own, with which a graph module cannot be pickled
     for node in graph.find_nodes(op="get_attr"):
         holder, _, leaf = str(node.target).rpartition(".")
         value: Any = getattr(converted.get_submodule(holder), leaf)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from torch import fx
 
 
@@ -13,9 +15,12 @@ def scope_of(node: fx.Node) -> str:
     stack = node.meta.get("nn_module_stack")
     if not stack:
         return ""
-    name = str(list(stack.values())[-1][0]).removeprefix("L['self']").removeprefix(".")
+    name = str(list(stack.values())[-1][0]).split("@")[0].removeprefix("L['self']")
+    # A module with a __getattr__ of its own is noted as __dict__['_modules']['conv'].
+    name = re.sub(r"(?:__dict__\['_modules'\]|_modules)?\['([^']+)'\]", r".\1", name)
+    name = re.sub(r"\.+", ".", name).strip(".")
     # What export made itself, such as the size of an input, has a placeholder there.
-    return "" if name.startswith("_empty_nn_module_stack") else name.split("@")[0]
+    return "" if name.startswith("_empty_nn_module_stack") else name
 
 
 def join(prefix: str, name: str) -> str:

@@ -79,6 +79,10 @@ class CallSpec:
         """What ``forward`` returns, from the graph's outputs."""
         return pytree.tree_unflatten(list(outputs), self.out_spec)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> CallSpec:
+        """Itself: it never changes."""
+        return self
+
     def describe(self) -> str:
         """The inputs and their shapes, for messages."""
         return ", ".join(f"{i.path}: {_shape(i.shape) if i.shape is not None else repr(i.value)}" for i in self.inputs)

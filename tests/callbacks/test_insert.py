@@ -22,6 +22,7 @@ from tests.callbacks.lit import (
     MODES,
     Lit,
     Net,
+    assert_same_state,
     dataset,
     loader,
     qat,

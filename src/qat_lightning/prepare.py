@@ -9,7 +9,7 @@ from collections.abc import Callable
 from torch import nn
 
 from qat_lightning.backends import MODES
-from qat_lightning.errors import ConfigurationError, NetworkError, QuantizationError, TraceError
+from qat_lightning.errors import ConfigurationError, NetworkError, QuantizationError
 from qat_lightning.flows.base import Example, get_flow
 from qat_lightning.recipe import Recipe
 
@@ -47,14 +47,14 @@ def choose_mode(
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 get_flow(candidate).prepare(copy.deepcopy(network), example, trial, prefix=prefix)
-        except (TraceError, NetworkError) as error:
+        except QuantizationError as error:
             failed.append(f"{candidate}: {error}")
+            continue
+        except Exception as error:  # noqa: BLE001 - a mode that breaks upstream is one that does not work here
+            failed.append(f"{candidate}: {type(error).__name__}: {error}")
             continue
         why = f"{candidate} is the best that works for this network"
         return candidate, why + (
             f" ({'; '.join(failed)})" if failed else " (the first of " + ", ".join(AUTO_ORDER) + ")"
         )
     raise NetworkError(f"No mode of {', '.join(MODES)} works for {type(network).__name__}: " + " | ".join(failed))
-
-
-__all__ = ["AUTO_ORDER", "QuantizationError", "choose_mode"]

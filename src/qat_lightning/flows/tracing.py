@@ -53,6 +53,22 @@ def line_at_fault(error: BaseException) -> str:
     return f"{frame.filename}:{frame.lineno} in {frame.name}: {code}"
 
 
+def check_names(network: nn.Module, mode: str) -> None:
+    """Refuse children whose names a graph module needs for itself.
+
+    Raises:
+        TraceError: There is one; the message says which.
+    """
+    reserved = (set(dir(fx.GraphModule)) - set(dir(nn.Module))) | {"meta"}
+    for name in (*network._modules, *network._parameters, *network._buffers):
+        if name in reserved:
+            raise TraceError(
+                f"{type(network).__name__}.{name} has a name that torch.fx keeps for itself "
+                f"({', '.join(sorted(name for name in reserved if not name.startswith('_')))}), so that mode={mode!r} "
+                "cannot hold it. What to do: rename it, or use mode='eager' or mode='auto'."
+            )
+
+
 def trace(network: nn.Module, example: Example, leaves: list[str]) -> tuple[fx.GraphModule, dict[str, Any]]:
     """Trace ``network`` as FX does, in training mode.
 
@@ -67,6 +83,7 @@ def trace(network: nn.Module, example: Example, leaves: list[str]) -> tuple[fx.G
     Raises:
         TraceError: It cannot be traced, or its evaluation takes another way through the code than its training.
     """
+    check_names(network, "fx")
     training = _trace_once(network, example, leaves, train=True)
     evaluation = _trace_once(network, example, leaves, train=False)
     _refuse_other_way_in_eval(network, training[0], evaluation[0])

@@ -47,7 +47,8 @@ def check_layers(prepared: GraphNetwork, int8: GraphNetwork, example: Example, t
         target: The backend, for its engine and tolerance.
 
     Returns:
-        One row for each op that yields a quantized tensor, and for each float op in between.
+        One row for each op that yields a quantized tensor, and for each float op in between; quantizing and dequantizing
+        are no ops of their own.
 
     Raises:
         VerificationError: A layer is past the tolerance; the message names it, its op and the backend.
@@ -60,7 +61,12 @@ def check_layers(prepared: GraphNetwork, int8: GraphNetwork, example: Example, t
         actual.run(*example_values(int8.graph, example))
         reference = _Reference(prepared, expected.values, int8, actual.values)
         for node in int8.graph.nodes:
-            if node.op in ("placeholder", "output", "get_attr") or not isinstance(actual.values[node.name], Tensor):
+            if node.op in ("placeholder", "output", "get_attr") or node.target in (
+                torch.quantize_per_tensor,
+                "dequantize",
+            ):
+                continue
+            if not isinstance(actual.values[node.name], Tensor):
                 continue
             wanted = reference.value(node)
             if wanted is None or (not wanted.is_floating_point() and not wanted.is_quantized):
@@ -189,4 +195,6 @@ def _op_name(node: fx.Node, network: nn.Module) -> str:
     if node.op == "call_module":
         module = network.get_submodule(str(node.target))
         return f"{type(module).__module__}.{type(module).__name__}"
-    return str(node.target)
+    if isinstance(node.target, (str, torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
+        return str(node.target)
+    return getattr(node.target, "__name__", str(node.target))

@@ -47,8 +47,8 @@ def check_layers(prepared: GraphNetwork, int8: GraphNetwork, example: Example, t
         target: The backend, for its engine and tolerance.
 
     Returns:
-        One row for each op that yields a quantized tensor, and for each float op in between; quantizing and dequantizing
-        are no ops of their own.
+        One row for each op that yields a quantized tensor, and for each float op in between; quantizing and
+        dequantizing are no ops of their own.
 
     Raises:
         VerificationError: A layer is past the tolerance; the message names it, its op and the backend.

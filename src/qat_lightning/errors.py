@@ -31,3 +31,7 @@ class CheckpointMismatchError(QuantizationError):
 
 class MissingExtraError(QuantizationError, ImportError):
     """An optional dependency is needed and not installed."""
+
+
+class ArtifactError(QuantizationError):
+    """A file of an int8 network cannot be written, or is not one that this release reads."""

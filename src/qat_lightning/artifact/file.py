@@ -1,0 +1,288 @@
+"""The file of an int8 network: written whole or not at all, and read without running anything that is in it.
+
+The file is a zip of two entries: ``network.json``, plain values that say what the network is and what is known about
+it, and ``tensors.bin``, the bytes of its tensors. There is no pickle in it and no code. Graphs of the modes fx and pt2e
+are rebuilt node by node from lists of known operations and layers; in mode eager the network's own code runs, which the
+one who loads has to give.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import warnings
+import zipfile
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qat_lightning.artifact.graph import Reading, Writing
+from qat_lightning.artifact.network import decode_network, encode_network
+from qat_lightning.artifact.tensors import TensorReader
+from qat_lightning.artifact.values import decode, encode, no_tag
+from qat_lightning.backends import quantized_engine, require
+from qat_lightning.errors import ArtifactError, QuantizationError
+from qat_lightning.flows.base import Converted, Example, LayerCheck, LayerCoverage
+from qat_lightning.quantized import QuantizedNetwork
+from qat_lightning.recipe import Recipe
+
+FORMAT = 1
+_DESCRIPTION = "network.json"
+_TENSORS = "tensors.bin"
+_DAMAGE = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    MemoryError,
+    NotImplementedError,
+    RecursionError,
+    RuntimeError,
+    SyntaxError,
+    TypeError,
+    ValueError,
+)
+"""What reading a damaged or a hostile description may raise, deep in PyTorch."""
+
+
+def save_quantized(quantized: QuantizedNetwork, path: str | os.PathLike[str]) -> None:
+    """Write an int8 network to one file.
+
+    The file is written beside ``path`` and then renamed, so that whatever was at ``path`` stays until the new file is
+    complete. Folders on the way are made.
+
+    Args:
+        quantized: What the callback's ``quantized`` holds, or what `load_quantized` gave.
+        path: Where to; ``.int8`` is a good suffix.
+
+    Raises:
+        ArtifactError: The network holds what no file can, or the file cannot be written.
+    """
+    target = Path(path).resolve()
+    if target.exists() and not target.is_file():
+        raise ArtifactError(f"{path} is not a file: give the name of one to save the int8 network to.")
+    data = artifact_bytes(quantized)
+    beside = target.with_name(f".{target.name}.{os.getpid()}.part")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with beside.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            beside.replace(target)
+        finally:
+            beside.unlink(missing_ok=True)
+    except OSError as error:
+        raise ArtifactError(
+            f"{path} cannot be written ({error.strerror or error}): the int8 network takes {len(data) / 1e6:.2f} MB. "
+            "What was there is as it was; give another path, or make room."
+        ) from error
+
+
+def artifact_size_mb(quantized: QuantizedNetwork) -> float:
+    """Size of the file that `save_quantized` writes: what a user ships.
+
+    Returns:
+        MB of 1,000,000 bytes.
+    """
+    return len(artifact_bytes(quantized)) / 1e6
+
+
+def artifact_bytes(quantized: QuantizedNetwork) -> bytes:
+    """The contents of the file.
+
+    Raises:
+        ArtifactError: The network holds what no file can; the message names it.
+    """
+    writing = Writing()
+    try:
+        with quantized_engine(quantized.recipe.target.engine):
+            network = encode_network(quantized.network, quantized.recipe.mode, writing)
+    except ArtifactError as error:
+        raise ArtifactError(f"The int8 network cannot be saved: {error}.") from error
+    if writing.needs_trust:
+        warnings.warn(
+            f"The int8 network calls {', '.join(sorted(set(writing.needs_trust)))}, which not every file may call: "
+            "loading it needs load_quantized(path, trusted=True).",
+            stacklevel=3,
+        )
+    description = {
+        "format": FORMAT,
+        "qat_lightning": _version(),
+        "torch": str(torch.__version__),
+        "recipe": quantized.recipe.to_dict(),
+        "coverage": [[row.name, row.kind, row.quantized, row.reason] for row in quantized.coverage],
+        "checks": [[row.name, row.op, encode(row.sqnr_db), encode(row.max_steps)] for row in quantized.checks],
+        "notes": list(quantized.notes),
+        "source": quantized.source,
+        "example": _encode_example(quantized.example),
+        "needs_network": writing.needs_network,
+        "needs_trust": sorted(set(writing.needs_trust)),
+        "network": network,
+        "tensors": writing.tensors.table,
+    }
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        text = json.dumps(description, separators=(",", ":"), allow_nan=False)
+        # Fixed times: the same network makes the same file.
+        archive.writestr(zipfile.ZipInfo(_DESCRIPTION), text, zipfile.ZIP_DEFLATED)
+        archive.writestr(zipfile.ZipInfo(_TENSORS), bytes(writing.tensors.data), zipfile.ZIP_STORED)
+    return buffer.getvalue()
+
+
+def load_quantized(
+    path: str | os.PathLike[str], network: nn.Module | None = None, trusted: bool = False
+) -> QuantizedNetwork:
+    """Read an int8 network from its file, without a Trainer and without data.
+
+    Nothing that is in the file runs: its graph is rebuilt from lists of known operations and layers.
+
+    Args:
+        path: What `save_quantized` wrote.
+        network: The float network as its code makes it, trained or not; needed in mode eager, which keeps your Python
+            code, and where a graph calls a module of your own as a whole. It is copied, not changed.
+        trusted: Also import and call functions by the names that the file gives. Only a network that calls functions or
+            custom operators from outside of PyTorch needs it (saving says so), and only a file from someone you would
+            take code from should get it.
+
+    Returns:
+        The network as it was saved, bit for bit, with the weights packed for its backend.
+
+    Raises:
+        ArtifactError: The file is missing, damaged, of a newer format, or something else; or ``network`` or ``trusted``
+            is needed.
+        ConfigurationError: This build of PyTorch cannot run the backend.
+    """
+    description, data = _read(Path(path), path)
+    try:
+        return _decode(description, data, network, trusted)
+    except ArtifactError as error:
+        raise ArtifactError(f"{path} cannot be loaded: {error}.") from error
+    except QuantizationError:
+        raise
+    except _DAMAGE as error:
+        reason = str(error).strip().partition("\n")[0][:200]
+        raise ArtifactError(
+            f"{path} cannot be loaded: it is damaged, or was not written by qat-lightning "
+            f"({type(error).__name__}: {reason}). Save the network again."
+        ) from error
+
+
+def _decode(description: dict[str, Any], data: bytes, network: nn.Module | None, trusted: bool) -> QuantizedNetwork:
+    recipe = Recipe.from_dict(description["recipe"])
+    if recipe.mode != "pt2e":
+        require(recipe.target)
+    tensors = TensorReader(description["tensors"], data)
+    with quantized_engine(recipe.target.engine), torch.no_grad():
+        module = decode_network(description["network"], recipe, Reading(tensors, network, trusted))
+    converted = Converted(
+        network=module,
+        coverage=[LayerCoverage(str(n), str(k), bool(q), str(r)) for n, k, q, r in description["coverage"]],
+        checks=[LayerCheck(str(n), str(o), float(decode(s)), float(decode(m))) for n, o, s, m in description["checks"]],
+        notes=[str(note) for note in description["notes"]],
+    )
+    return QuantizedNetwork(
+        converted, recipe, _decode_example(description["example"]), source=str(description["source"])
+    )
+
+
+def _read(path: Path, shown: Any) -> tuple[dict[str, Any], bytes]:
+    """The two entries of the file, or an error that says what the file is instead."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+            if sorted(names) != sorted((_DESCRIPTION, _TENSORS)):
+                raise ArtifactError(_what_else(archive, shown))
+            if archive.getinfo(_TENSORS).compress_type != zipfile.ZIP_STORED:
+                raise ArtifactError(f"{shown} is damaged: its tensors are compressed, which no release writes.")
+            description = json.loads(archive.read(_DESCRIPTION))
+            _check_format(description, shown)
+            return description, archive.read(_TENSORS)
+    except FileNotFoundError as error:
+        raise ArtifactError(f"{shown} does not exist: give the path that the int8 network was saved to.") from error
+    except (zipfile.BadZipFile, EOFError, ValueError, RecursionError, NotImplementedError) as error:
+        raise ArtifactError(_what_is_no_zip(path, shown)) from error
+    except OSError as error:
+        raise ArtifactError(f"{shown} cannot be read: {error.strerror or error}.") from error
+
+
+def _check_format(description: Any, shown: Any) -> None:
+    found = description.get("format") if isinstance(description, dict) else None
+    if type(found) is not int or found < 1:
+        raise ArtifactError(f"{shown} is damaged: it has no format number. Save the network again.")
+    if found > FORMAT:
+        writer = str(description.get("qat_lightning"))[:40]
+        raise ArtifactError(
+            f"{shown} has format {found}, written by qat-lightning {writer}, and this release ({_version()}) reads "
+            f"formats up to {FORMAT}: pip install -U qat-lightning."
+        )
+
+
+def _what_else(archive: zipfile.ZipFile, shown: Any) -> str:
+    """What a zip that is not ours holds, found without unpickling it."""
+    pickles = [name for name in archive.namelist() if name.endswith("data.pkl")]
+    if not pickles:
+        return f"{shown} is a zip, and not the file of an int8 network: give what qat.save(path) wrote."
+    if any(b"pytorch-lightning_version" in archive.read(name) for name in pickles):
+        return (
+            f"{shown} is a Lightning checkpoint, which holds the network in training: restore it with "
+            "trainer.test(model, ckpt_path=...), then qat.save(path) writes the int8 network."
+        )
+    return (
+        f"{shown} was written by torch.save or torch.jit.save (a state_dict, perhaps), and is not the file of an int8 "
+        "network: give what qat.save(path) wrote."
+    )
+
+
+def _what_is_no_zip(path: Path, shown: Any) -> str:
+    try:
+        with path.open("rb") as file:
+            start = file.read(4)
+    except OSError:
+        start = b""
+    if start == b"PK\x03\x04":
+        return f"{shown} is damaged: it was cut off or changed after it was written. Copy it or save the network again."
+    return f"{shown} is not the file of an int8 network: give what qat.save(path) wrote."
+
+
+def _encode_example(example: Example) -> Any:
+    """Shapes and types of the inputs, not their values."""
+
+    def special(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return None
+        return {"input": [list(value.shape), encode(value.dtype)]}
+
+    try:
+        return [encode(example.args, special), encode(example.kwargs, special)]
+    except ArtifactError:
+        # Inputs of a class of the user's own: nothing but measuring latency wants them.
+        return None
+
+
+def _decode_example(data: Any) -> Example:
+    """Zeros of the shapes that were saved."""
+
+    def special(tag: str, content: Any) -> Any:
+        if tag != "input":
+            return no_tag(tag, content)
+        shape, dtype = content
+        return torch.zeros([int(size) for size in shape], dtype=decode(dtype))
+
+    if data is None:
+        return Example()
+    args, kwargs = (decode(part, special) for part in data)
+    return Example(args, kwargs)
+
+
+def _version() -> str:
+    try:
+        return version("qat-lightning")
+    except PackageNotFoundError:
+        return "unknown"

@@ -1,0 +1,332 @@
+"""A graph and its modules as plain data, and back: node by node, from lists of what there may be.
+
+Rebuilding a graph ends in generated Python code, so nothing of a file gets into it unchecked: names are plain names,
+functions, methods and attributes are on the lists of `operations`, classes on those of `layers`, and constants are of
+the types of `values`, whose ``repr`` is theirs.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.graph import CodeGen
+
+from qat_lightning.artifact import operations
+from qat_lightning.artifact.layers import decode_module, encode_module
+from qat_lightning.artifact.packed import decode_packed, encode_packed, is_packed
+from qat_lightning.artifact.tensors import TensorReader, TensorWriter
+from qat_lightning.artifact.values import decode, encode, identifier, namedtuple_type, no_tag
+from qat_lightning.errors import ArtifactError
+from qat_lightning.graph_network import GraphNetwork, GraphPart
+
+_PATH_PART = re.compile(r"[A-Za-z0-9_\-]+")
+
+
+@dataclass
+class Writing:
+    """What is collected while a graph is written.
+
+    Attributes:
+        tensors: Its tensors.
+        needs_network: Names of modules whose code the file cannot hold, and their classes.
+        needs_trust: Functions and methods that only a trusted file may call.
+    """
+
+    tensors: TensorWriter = field(default_factory=TensorWriter)
+    needs_network: dict[str, str] = field(default_factory=dict)
+    needs_trust: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a graph is rebuilt from besides its own data.
+
+    Attributes:
+        tensors: Its tensors.
+        network: The float network, for the modules whose code the file cannot hold.
+        trusted: Whether functions that are not listed may be called.
+    """
+
+    tensors: TensorReader
+    network: nn.Module | None = None
+    trusted: bool = False
+
+
+def encode_graph(root: nn.Module, graph: fx.Graph, writing: Writing) -> dict[str, Any]:
+    """Turn a graph, and what it uses of ``root``, into plain data.
+
+    Args:
+        root: The module that holds the graph's tensors and modules; what the graph does not use is left out.
+        graph: Of functions, methods, modules, tensors and constants.
+        writing: Collects tensors, and what loading will need.
+
+    Raises:
+        ArtifactError: A node cannot be held; the message names it.
+    """
+    if type(graph._codegen) is not CodeGen:
+        raise ArtifactError("its inputs are taken apart by generated code, which a file cannot hold")
+    nodes: list[dict[str, Any]] = []
+
+    def special(value: Any) -> Any:
+        return {"node": value.name} if isinstance(value, fx.Node) else writing.tensors.encode(value)
+
+    for node in graph.nodes:
+        with _blaming(node):
+            target: Any = node.target
+            if node.op == "call_function" and _is_namedtuple(target):
+                target = {"namedtuple": [target.__name__, list(target._fields)]}
+            elif node.op == "call_function":
+                target = operations.name_of(target)
+                if not operations.is_allowed(target) or _reads_unlisted_attribute(node):
+                    writing.needs_trust.append(f"{target} {node.args[1]}" if target == "getattr" else target)
+            elif node.op == "call_method" and target not in operations.METHODS:
+                writing.needs_trust.append(f"Tensor.{target}")
+            args = [encode(arg, special) for arg in node.args]
+            kwargs = {name: encode(arg, special) for name, arg in node.kwargs.items()}
+        nodes.append({"op": node.op, "name": node.name, "target": target, "args": args, "kwargs": kwargs})
+    return {"nodes": nodes, "used": _used(root, graph, writing)}
+
+
+def _used(root: nn.Module, graph: fx.Graph, writing: Writing) -> dict[str, Any]:
+    """Every module, tensor and constant that the graph uses, by its path."""
+    targets = {str(node.target): node for node in graph.nodes if node.op in ("get_attr", "call_module")}
+    called = {path for path, node in targets.items() if node.op == "call_module"}
+    used: dict[str, Any] = {}
+    for path, node in sorted(targets.items(), key=lambda item: item[0].count(".")):
+        with _blaming(node):
+            _check_path(path)
+            parts = path.split(".")
+            outer = {".".join(parts[:count]) for count in range(1, len(parts))} & called
+            used[path] = {"inside": True} if outer else _encode_attribute(_attribute(root, path), path, writing)
+    return used
+
+
+@contextmanager
+def _blaming(node: fx.Node) -> Iterator[None]:
+    try:
+        yield
+    except ArtifactError as error:
+        raise ArtifactError(f"its node {node.name!r} {error}") from error
+
+
+def decode_graph(data: dict[str, Any], reading: Reading) -> GraphNetwork:
+    """Undo `encode_graph`.
+
+    Raises:
+        ArtifactError: The data is not what `encode_graph` makes, or asks for more than ``reading`` allows.
+    """
+    root = nn.Module()
+    loose: dict[str, Any] = {}
+    for path, attribute in data["used"].items():
+        _check_path(path)
+        parent, _, leaf = path.rpartition(".")
+        if "inside" in attribute:
+            _check_inside(root, parent, leaf)
+        else:
+            _put(_holder(root, parent), leaf, _decode_attribute(attribute, reading), loose, path)
+    root.__dict__["graph"] = _decode_nodes(data["nodes"], data["used"], reading)
+    network = GraphNetwork(cast(fx.GraphModule, root))
+    for path, value in loose.items():
+        parent, _, leaf = path.rpartition(".")
+        network.get_submodule(parent).__dict__[leaf] = value
+    return network.eval()
+
+
+def _decode_nodes(records: list[dict[str, Any]], used: dict[str, Any], reading: Reading) -> fx.Graph:
+    graph = fx.Graph()
+    done: dict[str, fx.Node] = {}
+
+    def special(tag: str, content: Any) -> Any:
+        return done[content] if tag == "node" else reading.tensors.decode(tag, content)
+
+    for record in records:
+        name, op = identifier(record["name"]), record["op"]
+        args = tuple(decode(arg, special) for arg in record["args"])
+        kwargs = {identifier(key): decode(arg, special) for key, arg in record["kwargs"].items()}
+        target = _decode_target(op, record["target"], args, used, reading.trusted)
+        if name in done:
+            raise ArtifactError(f"there are two nodes {name!r}")
+        done[name] = graph.create_node(op, target, args, kwargs, name=name)
+    if [record["op"] for record in records].index("output") != len(records) - 1:
+        raise ArtifactError("its graph goes on behind its output")
+    graph.lint()
+    return graph
+
+
+def _decode_target(op: Any, target: Any, args: tuple[Any, ...], used: dict[str, Any], trusted: bool) -> Any:
+    """The checked target of a node."""
+    if op == "call_function" and type(target) is dict:
+        name, fields = target["namedtuple"]
+        return namedtuple_type(name, tuple(fields))
+    if type(target) is not str:
+        raise ArtifactError("the target of a node is no text")
+    if op == "placeholder":
+        identifier(target.removeprefix("*").removeprefix("*"))
+    elif op in ("get_attr", "call_module"):
+        if target not in used:
+            raise ArtifactError(f"it has no {target[:80]!r}, which its graph uses")
+        if op == "call_module" and not ({"module", "graph", "inside"} & used[target].keys()):
+            raise ArtifactError(f"it calls {target[:80]!r}, which is no module")
+    elif op == "call_method":
+        if not args or not isinstance(args[0], fx.Node):
+            raise ArtifactError("a method is called on something that is not computed")
+        if target not in operations.METHODS and not (trusted and identifier(target)):
+            raise ArtifactError(
+                f"it calls the method {target[:80]!r}, which is not among those that a file may call. If you trust the "
+                "file, say load_quantized(path, trusted=True)"
+            )
+    elif op == "call_function":
+        if target == "getattr" and not _is_plain_getattr(args, trusted):
+            raise ArtifactError("it reads an attribute that is not among those that a file may read")
+        return operations.function_of(target, trusted=trusted)
+    elif op != "output" or target != "output":
+        raise ArtifactError(f"there is no operation {str(op)[:80]!r} of {target[:80]!r}")
+    return target
+
+
+def _is_plain_getattr(args: tuple[Any, ...], trusted: bool) -> bool:
+    if len(args) != 2 or not isinstance(args[0], fx.Node) or type(args[1]) is not str:
+        return False
+    return args[1] in operations.ATTRIBUTES or (trusted and bool(identifier(args[1])))
+
+
+def _is_namedtuple(target: Any) -> bool:
+    return isinstance(target, type) and issubclass(target, tuple) and hasattr(target, "_fields")
+
+
+def _reads_unlisted_attribute(node: fx.Node) -> bool:
+    return node.target is getattr and node.args[1] not in operations.ATTRIBUTES
+
+
+def _attribute(root: nn.Module, path: str) -> Any:
+    parent, _, leaf = path.rpartition(".")
+    return getattr(root.get_submodule(parent), leaf)
+
+
+def _encode_attribute(value: Any, path: str, writing: Writing) -> dict[str, Any]:
+    if isinstance(value, (fx.GraphModule, GraphNetwork)):
+        return {"graph": encode_graph(value, value.graph, writing)}
+    if isinstance(value, nn.Module):
+        return {"module": encode_module(value, path, writing)}
+    if is_packed(value):
+        return {"packed": encode_packed(value, writing.tensors)}
+    kind = "parameter" if isinstance(value, nn.Parameter) else "buffer" if isinstance(value, Tensor) else "value"
+    return {kind: encode(value, writing.tensors.encode)}
+
+
+def _decode_attribute(data: dict[str, Any], reading: Reading) -> Any:
+    ((kind, content),) = data.items()
+    if kind == "graph":
+        return decode_graph(content, reading)
+    if kind == "module":
+        return decode_module(content, reading)
+    if kind == "packed":
+        return decode_packed(content, reading.tensors)
+    value = decode(content, reading.tensors.decode)
+    if kind == "parameter":
+        return nn.Parameter(value, requires_grad=False)
+    if kind not in ("buffer", "value") or isinstance(value, Tensor) != (kind == "buffer"):
+        raise ArtifactError(f"it holds a {str(kind)[:80]!r}, which is not known")
+    return value
+
+
+def _put(holder: nn.Module, leaf: str, value: Any, loose: dict[str, Any], path: str) -> None:
+    """Register under a name that nothing has yet: neither another part of the file, nor `nn.Module` itself."""
+    if hasattr(holder, leaf) or hasattr(GraphNetwork, leaf) or leaf in ("graph", "_run"):
+        raise ArtifactError(f"it has a part named {path[:80]!r}, which is the name of something else")
+    if isinstance(value, nn.Parameter):
+        holder.register_parameter(leaf, value)
+    elif isinstance(value, nn.Module):
+        holder.add_module(leaf, value)
+    elif isinstance(value, Tensor):
+        holder.register_buffer(leaf, value)
+    else:
+        loose[path] = value
+
+
+def _check_inside(root: nn.Module, parent: str, leaf: str) -> None:
+    """Raise unless ``leaf`` is a part of a module that was read before."""
+    try:
+        holder = root.get_submodule(parent)
+    except AttributeError:
+        holder = nn.Module()
+    if leaf not in {*holder._modules, *holder._parameters, *holder._buffers}:
+        raise ArtifactError(f"it has no {f'{parent}.{leaf}'[:80]!r}, which its graph uses")
+
+
+def _holder(root: nn.Module, path: str) -> nn.Module:
+    for part in filter(None, path.split(".")):
+        if part not in root._modules:
+            _put(root, part, GraphPart(), {}, path)
+        child = root._modules[part]
+        assert child is not None
+        root = child
+    return root
+
+
+def _check_path(path: Any) -> None:
+    if type(path) is not str or not all(_PATH_PART.fullmatch(part) for part in path.split(".")):
+        raise ArtifactError(
+            f"it has a part named {str(path)[:80]!r}: only A to Z, a to z, digits, _ and - can be in one"
+        )
+
+
+def encode_signature(signature: inspect.Signature) -> list[list[Any]]:
+    """The parameters of a function: name, kind, and whether one may be left out with which value."""
+    rows = []
+    for parameter in signature.parameters.values():
+        row: list[Any] = [parameter.name, parameter.kind.name]
+        if parameter.default is not parameter.empty:
+            row.append(_default(parameter.default))
+        rows.append(row)
+    return rows
+
+
+def _default(value: Any) -> Any:
+    try:
+        return encode(value)
+    except ArtifactError:
+        # Only that there is a default matters: what was captured with it is in the graph.
+        return encode(...)
+
+
+def decode_signature(rows: list[list[Any]]) -> inspect.Signature:
+    """Undo `encode_signature`."""
+    one = inspect.Parameter
+    kinds = (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD, one.VAR_POSITIONAL, one.KEYWORD_ONLY, one.VAR_KEYWORD)
+    by_name = {kind.name: kind for kind in kinds}
+    return inspect.Signature(
+        [
+            one(identifier(name), by_name[kind], default=decode(default[0]) if default else one.empty)
+            for name, kind, *default in rows
+        ]
+    )
+
+
+class _Leaf:
+    """Stands for a leaf of a structure."""
+
+
+def encode_structure(spec: Any) -> Any:
+    """The structure that a `torch.utils._pytree.TreeSpec` describes, as plain data."""
+    leaves = [_Leaf()] * spec.num_leaves
+    return encode(
+        torch.utils._pytree.tree_unflatten(leaves, spec),
+        lambda value: {"leaf": True} if isinstance(value, _Leaf) else None,
+    )
+
+
+def decode_structure(data: Any) -> Any:
+    """Undo `encode_structure`; upstream's own loader would import what a file names."""
+
+    def special(tag: str, content: Any) -> Any:
+        return _Leaf() if tag == "leaf" else no_tag(tag, content)
+
+    return torch.utils._pytree.tree_structure(decode(data, special))

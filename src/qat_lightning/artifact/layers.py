@@ -1,0 +1,221 @@
+"""A layer that a graph calls as plain data: its class by a name on a list, the constructor's arguments, its tensors."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+from collections import OrderedDict
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.ao.nn import quantized as nnq
+from torch.ao.nn.intrinsic import quantized as nniq
+
+from qat_lightning.artifact.packed import decode_packed_layer, encode_packed_layer, is_packed_layer
+from qat_lightning.artifact.values import decode, encode
+from qat_lightning.errors import ArtifactError
+
+if TYPE_CHECKING:
+    from qat_lightning.artifact.graph import Reading, Writing
+
+
+def _words(text: str) -> list[str]:
+    return text.split()
+
+
+_FLOAT = _words(
+    """
+    AdaptiveAvgPool1d AdaptiveAvgPool2d AdaptiveAvgPool3d AdaptiveMaxPool1d AdaptiveMaxPool2d AdaptiveMaxPool3d
+    AlphaDropout AvgPool1d AvgPool2d AvgPool3d BatchNorm1d BatchNorm2d BatchNorm3d Bilinear CELU ChannelShuffle
+    CircularPad1d CircularPad2d CircularPad3d ConstantPad1d ConstantPad2d ConstantPad3d Conv1d Conv2d Conv3d
+    ConvTranspose1d ConvTranspose2d ConvTranspose3d CosineSimilarity Dropout Dropout1d Dropout2d Dropout3d ELU
+    Embedding EmbeddingBag FeatureAlphaDropout Flatten Fold GELU GLU GRU GRUCell GroupNorm Hardshrink Hardsigmoid
+    Hardswish Hardtanh Identity InstanceNorm1d InstanceNorm2d InstanceNorm3d LPPool1d LPPool2d LPPool3d LSTM LSTMCell
+    LayerNorm LeakyReLU Linear LocalResponseNorm LogSigmoid LogSoftmax MaxPool1d MaxPool2d MaxPool3d MaxUnpool1d
+    MaxUnpool2d MaxUnpool3d Mish MultiheadAttention PReLU PairwiseDistance PixelShuffle PixelUnshuffle RMSNorm RNN
+    RNNCell RReLU ReLU ReLU6 ReflectionPad1d ReflectionPad2d ReflectionPad3d ReplicationPad1d ReplicationPad2d
+    ReplicationPad3d SELU SiLU Sigmoid Softmax Softmax2d Softmin Softplus Softshrink Softsign Tanh Tanhshrink Threshold
+    Unflatten Unfold Upsample UpsamplingBilinear2d UpsamplingNearest2d ZeroPad1d ZeroPad2d ZeroPad3d
+    """
+)
+_QUANTIZED = _words("BatchNorm2d BatchNorm3d Dropout ELU Hardswish LeakyReLU PReLU ReLU6 Sigmoid Softmax")
+_FUSED = _words("BNReLU2d BNReLU3d")
+_CLASSES: dict[str, type[nn.Module]] = {
+    **{f"torch.nn.{name}": getattr(nn, name) for name in _FLOAT if hasattr(nn, name)},
+    **{f"torch.ao.nn.quantized.{name}": getattr(nnq, name) for name in _QUANTIZED},
+    **{f"torch.ao.nn.intrinsic.quantized.{name}": getattr(nniq, name) for name in _FUSED},
+}
+_NAMES = {layer: name for name, layer in _CLASSES.items()}
+_OTHER_NAMES = {"output_scale": "scale", "output_zero_point": "zero_point", "_dtype": "dtype"}
+_NO_ARGUMENTS = frozenset({"self", "args", "kwargs", "device", "dtype"})
+_INTERNALS = frozenset(vars(nn.Module())) | {"training"}
+
+
+def encode_module(module: nn.Module, path: str, writing: Writing) -> dict[str, Any]:
+    """Turn a module into plain data; one whose code no file can hold into its name, its class and its tensors."""
+    if not _is_plain(module):
+        return _encode_foreign(module, path, writing)
+    if is_packed_layer(module):
+        return {"packed": encode_packed_layer(module, writing.tensors)}
+    if type(module) is nn.Sequential:
+        children = module.named_children()
+        return {"sequential": [[name, encode_module(child, f"{path}.{name}", writing)] for name, child in children]}
+    if type(module) not in _NAMES or not _rebuilds(module):
+        return _encode_foreign(module, path, writing)
+    data = {
+        "class": _NAMES[type(module)],
+        "arguments": {name: encode(value) for name, value in _arguments(module).items()},
+        "state": _encode_state(module, writing),
+    }
+    return {"layer": data}
+
+
+def decode_module(data: dict[str, Any], reading: Reading) -> nn.Module:
+    """Undo `encode_module`."""
+    ((kind, content),) = data.items()
+    if kind == "packed":
+        module = decode_packed_layer(content, reading.tensors)
+    elif kind == "sequential":
+        module = nn.Sequential(OrderedDict((name, decode_module(child, reading)) for name, child in content))
+    elif kind == "layer":
+        module = _decode_layer(content, reading)
+    elif kind == "foreign":
+        module = _decode_foreign(content, reading)
+    else:
+        raise ArtifactError(f"it holds a {str(kind)[:80]!r}, which is not known")
+    return module.eval()
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether the class alone says what the module does."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks)
+    return not any(hooks) and "forward" not in vars(module)
+
+
+@functools.cache
+def _argument_names(name: str) -> tuple[str, ...]:
+    """The arguments of the constructor of a listed class that say what to make."""
+    layer = _CLASSES[name]
+    # The constructors of LSTM and GRU pass on what they get.
+    bases: list[Any] = [base for base in layer.__mro__ if issubclass(base, nn.Module)]
+    signatures = [inspect.signature(base.__init__) for base in bases]
+    found = next((s for s in signatures if not {"args", "kwargs"} <= s.parameters.keys()), signatures[-1])
+    names = [name for name in found.parameters if name not in _NO_ARGUMENTS and not name.startswith("_")]
+    if issubclass(layer, nn.RNNBase):
+        names = [name for name in names if name != "mode" and (name != "proj_size" or layer is nn.LSTM)]
+        names += ["nonlinearity"] if layer is nn.RNN else []
+    return tuple(names)
+
+
+def _arguments(module: nn.Module) -> dict[str, Any]:
+    """What to construct an equal module with, read from its attributes."""
+    arguments: dict[str, Any] = {}
+    for name in _argument_names(_NAMES[type(module)]):
+        attribute = _OTHER_NAMES.get(name, name)
+        if name == "add_bias_kv":
+            arguments[name] = getattr(module, "bias_k", None) is not None
+        elif name == "bias" and isinstance(module, nn.MultiheadAttention):
+            arguments[name] = module.in_proj_bias is not None
+        elif hasattr(module, attribute):
+            value = getattr(module, attribute)
+            if name == "bias" and not isinstance(value, bool):
+                value = value is not None
+            arguments[name] = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
+    return arguments
+
+
+def _construct(layer: type[nn.Module], arguments: dict[str, Any], state: dict[str, Any]) -> nn.Module:
+    unknown = arguments.keys() - set(_argument_names(_NAMES[layer]))
+    if unknown:
+        raise ArtifactError(f"{layer.__name__} is not made with {', '.join(map(str, unknown))[:80]}")
+    # On meta no memory is taken for tensors that the state replaces, and no random numbers are drawn.
+    with torch.device("meta"):
+        module = layer(**arguments)
+    if isinstance(module, nnq.PReLU):
+        module.set_weight(state.pop("weight"))
+    module.load_state_dict(state, assign=True)
+    for tensor in (*module.parameters(), *module.buffers()):
+        tensor.requires_grad_(False)
+        if tensor.is_meta:
+            raise ArtifactError(f"a tensor of a {layer.__name__} is not there")
+    return module
+
+
+def _decode_layer(data: dict[str, Any], reading: Reading) -> nn.Module:
+    name = data["class"]
+    if name not in _CLASSES:
+        raise ArtifactError(
+            f"it holds a layer of the class {str(name)[:80]!r}, which is not among those that a file may hold"
+        )
+    arguments = {key: decode(value) for key, value in data["arguments"].items()}
+    return _construct(_CLASSES[name], arguments, _decode_state(data["state"], reading))
+
+
+def _state(module: nn.Module) -> dict[str, Any]:
+    state = dict(module.state_dict())
+    # A plain attribute upstream.
+    return state | {"weight": module.weight} if isinstance(module, nnq.PReLU) else state
+
+
+def _encode_state(module: nn.Module, writing: Writing) -> dict[str, Any]:
+    return {name: encode(value, writing.tensors.encode) for name, value in _state(module).items()}
+
+
+def _decode_state(data: dict[str, Any], reading: Reading) -> dict[str, Any]:
+    return {name: decode(value, reading.tensors.decode) for name, value in data.items()}
+
+
+def _rebuilds(module: nn.Module) -> bool:
+    """Whether construction gives the same module: nobody has changed an attribute that the constructor derives."""
+    try:
+        rebuilt = _construct(type(module), _arguments(module), _state(module))
+        encode(_arguments(module))
+    except (ArtifactError, TypeError, ValueError, RuntimeError, NotImplementedError):
+        return False
+    ours, theirs = _plain_attributes(module), _plain_attributes(rebuilt)
+    return all(name in ours and ours[name] == value for name, value in theirs.items())
+
+
+def _plain_attributes(module: nn.Module) -> dict[str, Any]:
+    return {
+        name: value
+        for name, value in vars(module).items()
+        if name not in _INTERNALS and isinstance(value, (bool, int, float, str, tuple, type(None)))
+    }
+
+
+def _encode_foreign(module: nn.Module, path: str, writing: Writing) -> dict[str, Any]:
+    kind = type(module).__name__
+    writing.needs_network[path] = kind
+    try:
+        state = _encode_state(module, writing)
+    except ArtifactError as error:
+        raise ArtifactError(f"calls the module {path!r} ({kind}), whose state_dict {error}") from error
+    return {"foreign": {"path": path, "class": kind, "state": state}}
+
+
+def _decode_foreign(data: dict[str, Any], reading: Reading) -> nn.Module:
+    path, kind = data["path"], data["class"]
+    if reading.network is None:
+        raise ArtifactError(
+            f"it calls the module {path!r} of class {kind}, whose code a file cannot hold: give the float network, "
+            "trained or not, as load_quantized(path, network=...)"
+        )
+    name = type(reading.network).__name__
+    try:
+        found = reading.network.get_submodule(path)
+    except AttributeError:
+        found = None
+    if found is None or type(found).__name__ != kind:
+        has = "nothing" if found is None else f"a {type(found).__name__}"
+        raise ArtifactError(f"it needs a {kind} at {path!r}, where the network given ({name}) has {has}")
+    module = copy.deepcopy(found).cpu().float().eval()
+    try:
+        module.load_state_dict(_decode_state(data["state"], reading))
+    except RuntimeError as error:
+        raise ArtifactError(
+            f"the {kind} at {path!r} of the network given ({name}) is of another shape: {error}"
+        ) from error
+    return module.requires_grad_(False)

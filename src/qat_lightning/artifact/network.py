@@ -1,0 +1,150 @@
+"""The network in the file of each mode: a graph for fx and pt2e, a plan and tensors for eager."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from qat_lightning.artifact.graph import (
+    Reading,
+    Writing,
+    decode_graph,
+    decode_signature,
+    decode_structure,
+    encode_graph,
+    encode_signature,
+    encode_structure,
+)
+from qat_lightning.artifact.values import decode, encode
+from qat_lightning.errors import ArtifactError, CheckpointMismatchError
+from qat_lightning.graph_network import GraphNetwork
+from qat_lightning.recipe import Recipe
+
+
+def encode_network(network: nn.Module, mode: str, writing: Writing) -> dict[str, Any]:
+    """The int8 network of a mode as plain data.
+
+    Raises:
+        ArtifactError: It holds what no file can.
+    """
+    if mode == "eager":
+        return _encode_eager(network, writing)
+    if mode == "pt2e":
+        return _encode_pt2e(network, writing)
+    assert isinstance(network, GraphNetwork)
+    return encode_graph(network, network.graph, writing)
+
+
+def decode_network(data: dict[str, Any], recipe: Recipe, reading: Reading) -> nn.Module:
+    """Undo `encode_network`, inside the engine for which weights are to be packed.
+
+    Raises:
+        ArtifactError: The data is damaged, or asks for more than ``reading`` gives.
+    """
+    if recipe.mode == "eager":
+        return _decode_eager(data, recipe, reading)
+    if recipe.mode == "pt2e":
+        return _decode_pt2e(data, recipe, reading)
+    return decode_graph(data, reading)
+
+
+def _encode_pt2e(network: Any, writing: Writing) -> dict[str, Any]:
+    spec = network.spec
+    try:
+        outputs = encode_structure(spec.out_spec)
+    except ArtifactError as error:
+        raise ArtifactError(
+            f"what its forward returns {error}, whose class no file can hold: return a tuple or a dict"
+        ) from error
+    return {
+        "graph": encode_graph(network.decomposed, network.decomposed.graph, writing),
+        "name": spec.name,
+        "signature": encode_signature(spec.signature),
+        "inputs": [[given.path, encode(given.shape), encode(given.value)] for given in spec.inputs],
+        "in": encode_structure(spec.in_spec),
+        "out": outputs,
+        "batch": spec.batch,
+    }
+
+
+def _decode_pt2e(data: dict[str, Any], recipe: Recipe, reading: Reading) -> nn.Module:
+    # Imported here, so that one mode does not pay for the imports of another.
+    from torch.fx import GraphModule
+
+    from qat_lightning.flows.pt2e.int8 import Int8Network
+    from qat_lightning.flows.pt2e.signature import CallSpec, Input
+
+    spec = CallSpec(
+        name=str(data["name"]),
+        signature=decode_signature(data["signature"]),
+        in_spec=decode_structure(data["in"]),
+        inputs=tuple(Input(str(path), decode(shape), decode(value)) for path, shape, value in data["inputs"]),
+        out_spec=decode_structure(data["out"]),
+        batch=int(data["batch"]),
+    )
+    if spec.in_spec.num_leaves != len(spec.inputs):
+        raise ArtifactError("its inputs are not those of its graph")
+    rebuilt = decode_graph(data["graph"], reading)
+    return Int8Network(GraphModule(rebuilt, rebuilt.graph).eval(), spec, recipe.backend)
+
+
+def _encode_eager(network: nn.Module, writing: Writing) -> dict[str, Any]:
+    writing.needs_network[""] = type(network).__name__
+    try:
+        state = network.state_dict()
+    except RuntimeError as error:
+        # QNNPACK packs convolutions of three dimensions, and does not give their weights back.
+        raise ArtifactError(f"its packed weights cannot be read ({error}): keep Conv3d float with exclude=") from error
+    buffers = {name: buffer for name, buffer in network.named_buffers() if name not in state}
+    try:
+        return {
+            "class": type(network).__name__,
+            "plan": encode(network.quantization_plan),
+            "state": [[name, encode(value, writing.tensors.encode)] for name, value in state.items()],
+            "buffers": [[name, encode(value, writing.tensors.encode)] for name, value in buffers.items()],
+        }
+    except ArtifactError as error:
+        raise ArtifactError(f"its state_dict {error}") from error
+
+
+def _decode_eager(data: dict[str, Any], recipe: Recipe, reading: Reading) -> nn.Module:
+    from qat_lightning.flows.eager import EagerFlow
+
+    kind = str(data["class"])
+    if reading.network is None:
+        raise ArtifactError(
+            f"mode='eager' keeps your Python code, which no file can hold: give the float network, a {kind} as its "
+            "code makes it, trained or not, as load_quantized(path, network=...)"
+        )
+    given = type(reading.network).__name__
+    try:
+        network = EagerFlow().skeleton(copy.deepcopy(reading.network).cpu().float(), decode(data["plan"]), recipe)
+    except CheckpointMismatchError as error:
+        raise ArtifactError(
+            f"it was saved from a {kind}, and the network given does not go with it. {str(error).removesuffix('.')}"
+        ) from error
+    saved: Mapping[str, Any] = {name: decode(value, reading.tensors.decode) for name, value in data["state"]}
+    # The network's own dictionary: its versions say how packed weights are laid out.
+    state = network.state_dict()
+    if state.keys() != saved.keys():
+        different = ", ".join(sorted(state.keys() ^ saved.keys())[:8])
+        raise ArtifactError(f"it was saved from a {kind} that has other tensors than the {given} given: {different}")
+    state.update(saved)
+    try:
+        network.load_state_dict(state)
+    except RuntimeError as error:
+        raise ArtifactError(f"it was saved from a {kind} of another shape than the {given} given: {error}") from error
+    _load_buffers(network, data["buffers"], reading)
+    return network
+
+
+def _load_buffers(network: nn.Module, saved: Any, reading: Reading) -> None:
+    """The buffers that no ``state_dict`` holds."""
+    buffers = dict(network.named_buffers())
+    for name, value in saved:
+        tensor = decode(value, reading.tensors.decode)
+        if name in buffers and isinstance(tensor, Tensor):
+            buffers[name].data = tensor

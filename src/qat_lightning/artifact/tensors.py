@@ -1,0 +1,138 @@
+"""Tensors as bytes with a table of what they are; quantized tensors as integers with their grid."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qat_lightning.artifact.values import decode, encode, no_tag
+from qat_lightning.errors import ArtifactError
+
+_ALIGNMENT = 64
+_INTEGERS = {"quint8": torch.uint8, "qint8": torch.int8, "qint32": torch.int32}
+
+
+class TensorWriter:
+    """Collects tensors; equal ones are held once.
+
+    Attributes:
+        table: For each tensor its dtype, shape, order of dimensions in memory, and place.
+        data: The bytes of all.
+    """
+
+    def __init__(self) -> None:
+        self.table: list[dict[str, Any]] = []
+        self.data = bytearray()
+        self._known: dict[Any, int] = {}
+
+    def encode(self, value: Any) -> Any:
+        """`values.Special` for tensors."""
+        if not isinstance(value, Tensor):
+            return None
+        if value.layout is not torch.strided or value.device.type != "cpu":
+            raise ArtifactError(
+                f"holds a {value.layout} tensor on {value.device}: only dense ones on the CPU can be held"
+            )
+        value = value.detach()
+        return self._quantized(value) if value.is_quantized else {"tensor": self._add(value)}
+
+    def _quantized(self, value: Tensor) -> Any:
+        parts: dict[str, Any] = {
+            "dtype": str(value.dtype).removeprefix("torch."),
+            "integers": self._add(value.int_repr()),
+        }
+        if value.qscheme() in (torch.per_channel_affine, torch.per_channel_symmetric):
+            parts["axis"] = value.q_per_channel_axis()
+            parts["scales"] = self._add(value.q_per_channel_scales())
+            parts["zero_points"] = self._add(value.q_per_channel_zero_points())
+        elif value.qscheme() in (torch.per_tensor_affine, torch.per_tensor_symmetric):
+            parts["scale"], parts["zero_point"] = value.q_scale(), value.q_zero_point()
+        else:
+            raise ArtifactError(f"holds a quantized tensor with {value.qscheme()}, which is not held")
+        return {"quantized": parts}
+
+    def _add(self, value: Tensor) -> int:
+        # Memory order is kept: a kernel may round otherwise on channels_last, and the copy has to be equal.
+        strides = value.stride()
+        order = sorted(range(value.dim()), key=lambda dim: (-strides[dim], dim))
+        flat = value.permute(order).contiguous().reshape(-1)
+        raw = flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
+        entry = {"dtype": encode(value.dtype)["dtype"], "shape": list(value.shape), "order": order}
+        key = (hashlib.sha256(raw).digest(), str(entry))
+        if key not in self._known:
+            self.data.extend(b"\0" * (-len(self.data) % _ALIGNMENT))
+            self._known[key] = len(self.table)
+            self.table.append({**entry, "start": len(self.data)})
+            self.data.extend(raw)
+        return self._known[key]
+
+
+class TensorReader:
+    """Gives back the tensors that a `TensorWriter` collected.
+
+    Each time a new one: two equal tensors are held once, and one of them may be changed in place.
+
+    Args:
+        table: The writer's.
+        data: The writer's.
+    """
+
+    def __init__(self, table: Sequence[dict[str, Any]], data: bytes) -> None:
+        self._table = table
+        self._data = data
+
+    def decode(self, tag: str, content: Any) -> Any:
+        """`values.SpecialTag` for tensors."""
+        if tag == "tensor":
+            return self._get(content)
+        if tag == "quantized":
+            return self._quantized(content)
+        return no_tag(tag, content)
+
+    def _quantized(self, parts: dict[str, Any]) -> Tensor:
+        integers, dtype = self._get(parts["integers"]), parts["dtype"]
+        if integers.dtype is not _INTEGERS[dtype]:
+            raise ArtifactError(f"a tensor of {dtype} is made of {integers.dtype}")
+        if "axis" not in parts:
+            scale, zero_point = float(parts["scale"]), int(parts["zero_point"])
+            whole: Tensor = torch._make_per_tensor_quantized_tensor(integers, scale, zero_point)
+            return whole
+        scales, zero_points, axis = self._get(parts["scales"]), self._get(parts["zero_points"]), parts["axis"]
+        if type(axis) is not int or not 0 <= axis < integers.dim():
+            raise ArtifactError("the axis of a quantized tensor is none of its dimensions")
+        if not scales.shape == zero_points.shape == (integers.shape[axis],):
+            raise ArtifactError("a quantized tensor has another number of channels than of scales")
+        made: Tensor = torch._make_per_channel_quantized_tensor(integers, scales, zero_points, axis)
+        return made
+
+    def _get(self, index: Any) -> Tensor:
+        if type(index) is not int or not 0 <= index < len(self._table):
+            raise ArtifactError("there is no tensor of such a number")
+        return self._make(self._table[index])
+
+    def _make(self, entry: dict[str, Any]) -> Tensor:
+        dtype = decode({"dtype": entry["dtype"]})
+        shape, order, start = entry["shape"], entry["order"], entry["start"]
+        numbers = [*shape, *order, start]
+        if any(type(number) is not int or number < 0 for number in numbers) or sorted(order) != list(range(len(shape))):
+            raise ArtifactError("the shape of a tensor is impossible")
+        if str(dtype).removeprefix("torch.") in _INTEGERS:
+            raise ArtifactError(f"{dtype} has no tensors by itself")
+        count = math.prod(shape)
+        if start + count * dtype.itemsize > len(self._data):
+            raise ArtifactError("a tensor reaches past the end of the data")
+        ordered = [shape[dim] for dim in order]
+        if not count:
+            return torch.empty(ordered, dtype=dtype).permute(_inverse(order))
+        raw = bytearray(self._data[start : start + count * dtype.itemsize])
+        flat: Tensor = torch.frombuffer(raw, dtype=dtype)
+        return flat.reshape(ordered).permute(_inverse(order)).clone()
+
+
+def _inverse(order: Sequence[int]) -> list[int]:
+    return [order.index(dim) for dim in range(len(order))]

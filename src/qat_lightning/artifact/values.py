@@ -1,0 +1,176 @@
+"""Values as JSON holds them: what a graph, a signature or a structure is made of, without pickle.
+
+JSON's own values stand for themselves (a list for a list); everything else is a dictionary with one key, its tag. What
+is not listed here cannot be written, and a tag that is not listed here cannot be read: there is no way from a file to
+an object of a class of the file's choosing.
+"""
+
+from __future__ import annotations
+
+import keyword
+import math
+from collections import OrderedDict, namedtuple
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.fx.immutable_collections import immutable_dict, immutable_list
+
+from qat_lightning.errors import ArtifactError
+
+
+def _table(kind: type) -> dict[str, Any]:
+    return {str(value).removeprefix("torch."): value for value in vars(torch).values() if isinstance(value, kind)}
+
+
+_CONSTANTS: dict[str, dict[str, Any]] = {
+    "dtype": _table(torch.dtype),
+    "layout": _table(torch.layout),
+    "memory_format": _table(torch.memory_format),
+    "qscheme": _table(torch.qscheme),
+}
+_KINDS: dict[type, str] = {
+    torch.dtype: "dtype",
+    torch.layout: "layout",
+    torch.memory_format: "memory_format",
+    torch.qscheme: "qscheme",
+}
+
+Special = Callable[[Any], Any]
+"""Encodes an object of the caller's own as ``{tag: value}``, or returns None if it is none."""
+SpecialTag = Callable[[str, Any], Any]
+"""Decodes a tag of the caller's own, or raises."""
+
+
+def no_special(value: Any) -> Any:
+    """No object beyond the plain ones."""
+    return None
+
+
+def no_tag(tag: str, value: Any) -> Any:
+    """No tag beyond the plain ones.
+
+    Raises:
+        ArtifactError: Always.
+    """
+    raise ArtifactError(f"it holds a value of the unknown kind {tag[:80]!r}")
+
+
+def encode(value: Any, special: Special = no_special) -> Any:
+    """Turn a value into what `json` writes.
+
+    Args:
+        value: Any nesting of plain values.
+        special: For objects of the caller's own.
+
+    Raises:
+        ArtifactError: A value of another type is in it.
+
+    Example:
+        >>> encode([1, (2.0, float("inf")), torch.float32, slice(None, 3)])
+        [1, {'tuple': [2.0, {'float': 'inf'}]}, {'dtype': 'float32'}, {'slice': [None, 3, None]}]
+    """
+    found = special(value)
+    if found is not None:
+        return found
+    if value is None or type(value) in (bool, int, str):
+        return value
+    if type(value) is float:
+        return value if math.isfinite(value) else {"float": str(value)}
+    if type(value) in (list, immutable_list):
+        return [encode(item, special) for item in value]
+    if type(value) in (tuple, torch.Size):
+        return {"tuple": [encode(item, special) for item in value]}
+    if type(value) in (dict, immutable_dict, OrderedDict):
+        tag = "ordered_dict" if type(value) is OrderedDict else "dict"
+        return {tag: [[encode(key), encode(item, special)] for key, item in value.items()]}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        items = [encode(item, special) for item in value]
+        return {"namedtuple": [type(value).__name__, list(value._fields), items]}
+    if type(value) is slice:
+        return {"slice": [encode(item, special) for item in (value.start, value.stop, value.step)]}
+    if type(value) in _KINDS:
+        return {_KINDS[type(value)]: str(value).removeprefix("torch.")}
+    if type(value) is torch.device:
+        return {"device": str(value)}
+    if type(value) is complex:
+        return {"complex": [encode(value.real), encode(value.imag)]}
+    if value is ...:
+        return {"ellipsis": True}
+    raise ArtifactError(f"holds a {type(value).__module__}.{type(value).__qualname__} ({str(value)[:60]!r})")
+
+
+def decode(data: Any, special: SpecialTag = no_tag) -> Any:
+    """Undo `encode`.
+
+    Args:
+        data: What `json` read.
+        special: For tags of the caller's own.
+
+    Raises:
+        ArtifactError: It is not what `encode` makes.
+
+    Example:
+        >>> decode({"tuple": [1, {"dtype": "int8"}]})
+        (1, torch.int8)
+    """
+    if data is None or type(data) in (bool, int, float, str):
+        return data
+    if type(data) is list:
+        return [decode(item, special) for item in data]
+    if type(data) is not dict or len(data) != 1:
+        raise ArtifactError("it holds a value of no known form")
+    ((tag, content),) = data.items()
+    if tag in _CONSTANTS:
+        return _CONSTANTS[tag][content]
+    if tag == "tuple":
+        return tuple(decode(item, special) for item in content)
+    if tag in ("dict", "ordered_dict"):
+        pairs = [(_key(key), decode(item, special)) for key, item in content]
+        return dict(pairs) if tag == "dict" else OrderedDict(pairs)
+    if tag == "slice":
+        start, stop, step = (decode(item, special) for item in content)
+        return slice(start, stop, step)
+    if tag == "float":
+        return {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}[content]
+    if tag == "complex":
+        real, imaginary = (decode(item) for item in content)
+        return complex(real, imaginary)
+    if tag == "device":
+        return torch.device(str(content))
+    if tag == "ellipsis":
+        return ...
+    if tag == "namedtuple":
+        name, fields, items = content
+        return namedtuple_type(name, tuple(fields))(*(decode(item, special) for item in items))
+    return special(tag, content)
+
+
+def _key(data: Any) -> Any:
+    key = decode(data)
+    if type(key) not in (str, int, bool, float):
+        raise ArtifactError(f"it holds a dictionary with the key {str(key)[:80]!r}")
+    return key
+
+
+_NAMEDTUPLES: dict[tuple[str, tuple[str, ...]], Any] = {}
+
+
+def namedtuple_type(name: str, fields: tuple[str, ...]) -> Any:
+    """A namedtuple class, the same one each time; the original class is code, which no file holds."""
+    for part in (name, *fields):
+        identifier(part)
+    if (name, fields) not in _NAMEDTUPLES:
+        _NAMEDTUPLES[name, fields] = namedtuple(name, fields)
+    return _NAMEDTUPLES[name, fields]
+
+
+def identifier(name: Any) -> str:
+    """``name`` itself, if it is a plain name in Python, so that generated code can hold it.
+
+    Raises:
+        ArtifactError: It is anything else.
+    """
+    if type(name) is not str or not name.isascii() or not name.isidentifier() or keyword.iskeyword(name):
+        raise ArtifactError(f"it holds the name {str(name)[:80]!r}, which is no plain name")
+    return name

@@ -1,0 +1,73 @@
+"""Int8 networks to save, made quickly: a few forward passes in place of training."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves
+
+from qat_lightning.flows.base import Example, cpu_copy, get_flow
+from qat_lightning.quantized import QuantizedNetwork
+from qat_lightning.recipe import Recipe
+from tests.networks import CASES, Case
+
+Batch = Callable[[int], tuple[tuple[Any, ...], dict[str, Any]]]
+
+
+def images(count: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return (torch.randn(count, 3, 8, 8),), {}
+
+
+def case_named(name: str) -> Case:
+    return next(case for case in CASES if case.name == name)
+
+
+def batch_of(case: Case) -> Batch:
+    return lambda count: case.batch(count)[:2]
+
+
+def quantize(
+    mode: str, backend: str, network: nn.Module, batch: Batch = images, exclude: tuple[str, ...] = ()
+) -> QuantizedNetwork:
+    recipe = Recipe(mode, backend, exclude=exclude)
+    example = Example(*batch(4))
+    flow = get_flow(mode)
+    prepared = flow.prepare(network, example, recipe)
+    prepared.train()
+    with torch.no_grad():
+        for _ in range(2):
+            args, kwargs = batch(16)
+            prepared(*args, **kwargs)
+    return QuantizedNetwork(flow.convert(cpu_copy(prepared), example), recipe, example, source="step 2")
+
+
+def assert_equal(one: Any, other: Any) -> None:
+    for left, right in zip(tree_leaves(one), tree_leaves(other), strict=True):
+        if isinstance(left, torch.Tensor):
+            assert left.dtype == right.dtype
+            assert torch.equal(left, right)
+        else:
+            assert left == right
+
+
+def assert_same_network(one: nn.Module, other: nn.Module, batch: Batch) -> None:
+    for size in (1, 4, 7):
+        args, kwargs = batch(size)
+        assert_equal(one(*args, **kwargs), other(*args, **kwargs))
+
+
+def read(path: Path) -> tuple[dict[str, Any], bytes]:
+    with zipfile.ZipFile(path) as archive:
+        return json.loads(archive.read("network.json")), archive.read("tensors.bin")
+
+
+def write(path: Path, description: Any, data: bytes) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("network.json", json.dumps(description))
+        archive.writestr("tensors.bin", data)

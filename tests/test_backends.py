@@ -37,7 +37,12 @@ def test_unknown_names_are_refused_with_the_known(name: str, mode: str) -> None:
 
 def test_the_engine_of_the_process_is_restored_also_after_an_error() -> None:
     before = torch.backends.quantized.engine
-    with pytest.raises(KeyError), quantized_engine("qnnpack"):
-        assert torch.backends.quantized.engine == "qnnpack"
-        raise KeyError
+
+    def fail() -> None:
+        with quantized_engine("qnnpack"):
+            assert torch.backends.quantized.engine == "qnnpack"
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
     assert torch.backends.quantized.engine == before

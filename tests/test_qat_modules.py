@@ -90,7 +90,7 @@ def test_a_channel_with_gamma_zero_is_finite_and_learns() -> None:
 
 
 def test_folding_does_not_change_a_per_channel_grid() -> None:
-    """Per channel, rounding weight * factor and dividing again is rounding the weight: the factor's size is no matter."""
+    """Per channel, rounding weight * factor and dividing again is rounding the weight, whatever the factor."""
     weight = torch.randn(4, 3, 3, 3)
     fq = make_qconfig(Recipe("fx", "x86")).weight()
     plain = fq(weight)

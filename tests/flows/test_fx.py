@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import qat_lightning.flows.fx as fx_flow
 from qat_lightning.errors import ConversionError, NetworkError, TraceError, VerificationError
 from qat_lightning.fake_quantize import FakeQuantize, SharedRange
-from qat_lightning.flows.base import Example, cpu_copy, get_flow
+from qat_lightning.flows.base import Example, cpu_copy, get_flow, sqnr_db
 from qat_lightning.flows.fx import FxFlow
 from qat_lightning.recipe import Recipe
 from qat_lightning.scheme import Scheme
@@ -75,7 +75,7 @@ def test_a_reserved_name_is_refused() -> None:
 
 def test_converting_without_ranges_is_refused_with_the_layers() -> None:
     prepared = FxFlow().prepare(Plain(), Example((IMAGES,)), X86)
-    with pytest.raises(ConversionError, match="No finite range was ever observed for .*conv"):
+    with pytest.raises(ConversionError, match=r"No finite range was ever observed for .*conv"):
         FxFlow().convert(cpu_copy(prepared), Example((IMAGES,)))
 
 
@@ -103,7 +103,7 @@ def test_relu6_is_folded_into_the_range_and_no_clamp_runs(backend: str) -> None:
     converted = FxFlow().convert(cpu_copy(prepared), Example((IMAGES,)))
     kinds = {type(module) for module in converted.network.modules()}
     assert nn.ReLU6 not in kinds
-    assert min(check.sqnr_db for check in converted.checks) > 50
+    assert all(check.sqnr_db > 50 or check.max_steps <= 1 for check in converted.checks)
     conv = converted.network.get_submodule("expand.0")
     assert conv.zero_point == 0
     assert 255 * conv.scale <= 6.001
@@ -142,9 +142,7 @@ def test_a_concatenation_has_the_range_of_all_its_inputs() -> None:
     converted = FxFlow().convert(cpu_copy(prepared), Example((IMAGES,)))
     with torch.no_grad():
         plain, int8 = prepared._quantization.float_network(IMAGES), converted.network(IMAGES)
-    assert (plain - int8).abs().max() < 0.05 * plain.abs().max(), (
-        "the large branch was clipped to the small one's range"
-    )
+    assert sqnr_db(plain, int8) > 20, "the large branch was clipped to the range of the small one"
 
 
 def test_default_arguments_that_the_example_leaves_out_are_fixed() -> None:

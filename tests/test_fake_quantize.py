@@ -35,7 +35,8 @@ def test_affine_qparams_equal_float64_arithmetic(a: float, b: float, grid: tuple
     scale, zero_point = choose_qparams(
         torch.tensor(min(a, b)), torch.tensor(max(a, b)), quant_min=quant_min, quant_max=quant_max, symmetric=False
     )
-    exact = max((np.float64(high) - np.float64(low)) / (quant_max - quant_min), EPS)
+    span = np.float64(high) - np.float64(low)
+    exact = max(span / (quant_max - quant_min), EPS) if span else 1 / (quant_max - quant_min)
     assert scale.item() == pytest.approx(exact, rel=1e-6)
     assert quant_min <= zero_point.item() <= quant_max
     # Float32 may break a tie the other way than float64, by one.
@@ -49,7 +50,8 @@ def test_symmetric_qparams_equal_float64_arithmetic(a: float, b: float, grid: tu
         torch.tensor(min(a, b)), torch.tensor(max(a, b)), quant_min=quant_min, quant_max=quant_max, symmetric=True
     )
     largest = max(abs(np.float64(a)), abs(np.float64(b))) if a * b < 0 else max(abs(a), abs(b))
-    assert scale.item() == pytest.approx(max(largest / ((quant_max - quant_min) // 2), EPS), rel=1e-6)
+    half = (quant_max - quant_min) // 2
+    assert scale.item() == pytest.approx(max(largest / half, EPS) if largest else 1 / half, rel=1e-6)
     assert zero_point.item() == quant_min + (quant_max - quant_min + 1) // 2
 
 

@@ -1,7 +1,9 @@
 """Quantization-aware training for PyTorch Lightning: one callback from a float model to int8."""
 
+from qat_lightning.artifact import load_quantized
 from qat_lightning.callbacks.quantization_aware_training import QuantizationAwareTraining
+from qat_lightning.evaluate import evaluate_variants
 from qat_lightning.quantized import QuantizedNetwork
 from qat_lightning.scheme import Scheme
 
-__all__ = ["QuantizationAwareTraining", "QuantizedNetwork", "Scheme"]
+__all__ = ["QuantizationAwareTraining", "QuantizedNetwork", "Scheme", "evaluate_variants", "load_quantized"]

@@ -16,9 +16,11 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from qat_lightning.artifact import artifact_size_mb
 from qat_lightning.errors import NetworkError
 from qat_lightning.measure import latency_interleaved, size_mb
 from qat_lightning.network import OWN_FORWARD, Slot, find_networks
+from qat_lightning.quantized import QuantizedNetwork
 
 MEASURED = ("size_mb", "latency_ms", "agreement", "sqnr_db")  # what is added to the model's own metrics
 TIMED = ("float", "int8")  # fake-quant is a step of training, nothing that is shipped
@@ -196,7 +198,7 @@ def _logged_behind(name: str, loggers: Sequence[Logger]) -> Iterator[None]:
 
 def _measure(networks: Mapping[str, nn.Module], calls: Sequence[Call]) -> dict[str, float]:
     """Size and latency of each network, and their ratios."""
-    measured = {f"{name}/size_mb": size_mb(network) for name, network in networks.items()}
+    measured = {f"{name}/size_mb": _size_mb(network) for name, network in networks.items()}
     compared = all(name in networks for name in TIMED)
     if compared:
         measured["size_ratio"] = measured["float/size_mb"] / measured["int8/size_mb"]
@@ -206,6 +208,11 @@ def _measure(networks: Mapping[str, nn.Module], calls: Sequence[Call]) -> dict[s
         if compared:
             measured["speedup"] = latencies["float"].median_ms / latencies["int8"].median_ms
     return measured
+
+
+def _size_mb(network: nn.Module) -> float:
+    """What a user ships: the file of an int8 network, the ``state_dict`` of any other."""
+    return artifact_size_mb(network) if isinstance(network, QuantizedNetwork) else size_mb(network)
 
 
 def _one_sample(call: Call) -> Call:

@@ -16,7 +16,7 @@ from torch.ao.quantization.fake_quantize import FakeQuantizeBase as _TorchFakeQu
 from qat_lightning._torchao import FakeQuantizeBase as _TorchaoFakeQuantizeBase
 
 EPS = float(torch.finfo(torch.float32).eps)
-"""The smallest scale: a constant tensor still has a grid."""
+"""The smallest scale of a range that is not 0."""
 
 RangeSource = Literal["moving_average", "present", "fixed"]
 
@@ -53,13 +53,21 @@ def choose_qparams(
     steps = quant_max - quant_min
     if symmetric:
         half = steps // 2
-        scale = (torch.maximum(-low, high) / half).clamp(min=EPS)
+        scale = _positive(torch.maximum(-low, high) / half, half)
         middle = quant_min + (steps + 1) // 2
         return scale, torch.full_like(scale, middle, dtype=torch.int32)
-    # The halves first: a range that reaches from one end of float32 to the other has no difference in float32.
-    scale = (high / steps - low / steps).clamp(min=EPS)
+    # The quotients first: a range that reaches from one end of float32 to the other has no difference in float32.
+    scale = _positive(high / steps - low / steps, steps)
     zero_point = quant_min - torch.round(low / scale)
     return scale, zero_point.clamp(quant_min, quant_max).to(torch.int32)
+
+
+def _positive(scale: Tensor, steps: int) -> Tensor:
+    """A scale that kernels can divide by: at least `EPS`, and that of the range [0, 1] for a tensor of zeros.
+
+    Any scale represents zeros; a tiny one would overflow the integers of a bias, or the ratios that QNNPACK allows.
+    """
+    return torch.where(scale > 0, scale.clamp(min=EPS), 1.0 / steps)
 
 
 def fake_quantize(

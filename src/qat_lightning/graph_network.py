@@ -34,6 +34,10 @@ class GraphNetwork(nn.Module):
         for name in ("_in_spec", "_out_spec"):
             if name in source.__dict__:
                 self.__dict__[name] = source.__dict__[name]
+        for node in source.graph.nodes:
+            # Packed weights of functional layers are neither tensors nor modules.
+            if node.op == "get_attr" and node.target in source.__dict__:
+                self.__dict__[node.target] = source.__dict__[node.target]
         self.set_graph(source.graph)
         for module in self.modules():
             if type(module) is nn.Module:

@@ -68,9 +68,14 @@ class FxFlow:
 
     def prepare(self, network: nn.Module, example: Example, recipe: Recipe, *, prefix: str = "") -> GraphNetwork:
         """See `Flow.prepare`."""
+        make_batchnorm_plain(network)  # of a preparation before
         float_network = copy.deepcopy(network)
         float_keys = set(float_network.state_dict())
-        selected = {name: recipe.selects(_join(prefix, name)) for name, _ in network.named_modules() if name}
+        selected = {
+            name: recipe.selects(_join(prefix, name)) and not _no_kernel(module, recipe)
+            for name, module in network.named_modules()
+            if name
+        }
         graph_module, scopes = trace(network, example, leaves=_leaves(network, selected))
         originals = dict(network.named_modules())
         parameters = dict(network.named_parameters(remove_duplicate=False))
@@ -165,12 +170,40 @@ class FxFlow:
         network = GraphNetwork(int8)
         for parameter in network.parameters():
             parameter.requires_grad_(False)
-        checks = check_layers(recording, network, example, target)
+        try:
+            checks = check_layers(recording, network, example, target)
+        except RuntimeError as error:
+            raise ConversionError(
+                f"A kernel of backend {target.name!r} refuses the int8 {type(state.float_network).__name__}: {error}"
+            ) from error
         return Converted(network=network, coverage=_coverage(state, network), checks=checks)
 
 
 def _join(prefix: str, name: str) -> str:
     return f"{prefix}.{name}" if prefix else name
+
+
+def _no_kernel(module: nn.Module, recipe: Recipe) -> str:
+    """Why a layer's type is quantized and this one cannot be; empty if it can."""
+    if isinstance(module, nn.Conv3d) and recipe.target.engine == "qnnpack":
+        return "QNNPACK cannot save the weight of a Conv3d"
+    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        if module.padding_mode != "zeros":
+            return f"padding_mode={module.padding_mode!r} has no int8 kernel"
+        if isinstance(module.padding, str) and not _pad_with_numbers(module):
+            return f"padding={module.padding!r} of an even kernel has no int8 kernel"
+    return ""
+
+
+def _pad_with_numbers(conv: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> bool:
+    """Write ``padding="same"`` or ``"valid"`` as the same numbers of both sides, if it is any."""
+    totals = [
+        0 if conv.padding == "valid" else d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)
+    ]
+    if any(total % 2 for total in totals):
+        return False
+    conv.padding = tuple(total // 2 for total in totals)
+    return True
 
 
 def _leaves(network: nn.Module, selected: dict[str, bool]) -> list[str]:
@@ -240,10 +273,8 @@ def _coverage(state: PreparedState, int8: nn.Module) -> list[LayerCoverage]:
     for name, module in state.float_network.named_modules():
         if not isinstance(module, _WEIGHTED):
             continue
-        now = converted.get(name)
-        quantized = (
-            now is not None and type(now).__module__.startswith("torch.ao.nn") and "reference" not in str(type(now))
-        )
+        kind = type(converted.get(name)).__module__
+        quantized = ".quantized." in kind and ".reference." not in kind
         rows.append(
             LayerCoverage(name, type(module).__name__, quantized, "" if quantized else _why_float(state, name, module))
         )
@@ -253,6 +284,8 @@ def _coverage(state: PreparedState, int8: nn.Module) -> list[LayerCoverage]:
 def _why_float(state: PreparedState, name: str, module: nn.Module) -> str:
     if not state.recipe.selects(_join(state.prefix, name)):
         return "excluded"
+    if why := _no_kernel(module, state.recipe):
+        return why
     if isinstance(module, (*(t for t in LEFT_FLOAT if isinstance(t, type)), nn.MultiheadAttention)):
         return f"{type(module).__name__} is not quantized in mode='fx'"
     return "not used by forward, or inside a module that is called as a whole"

@@ -70,6 +70,8 @@ LEFT_FLOAT: tuple[Any, ...] = (
     torch.mean,
     "mean",
     F.interpolate,
+    nn.PReLU,
+    F.prelu,
 )
 """Ops left float: the native kernels lack them for static quantization, run them on a grid fixed beforehand, or (means)
 round them to the grid of their input, coarser than what they hold, with ties that no two kernels break alike."""

@@ -90,6 +90,8 @@ def trace(network: nn.Module, example: Example, leaves: list[str]) -> tuple[fx.G
     graph_module, scopes = training
     _read_own_training_flag(graph_module, scopes)
     _one_module_a_call(graph_module)
+    _give_all_arguments(graph_module.graph)
+    graph_module.recompile()
     return graph_module, scopes
 
 
@@ -130,7 +132,10 @@ def _defaults_not_given(network: nn.Module, example: Example) -> dict[str, Any]:
     return {
         p.name: p.default
         for p in parameters
-        if p.name not in given and p.default is not p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+        if p.name not in given
+        and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+        # Others, such as a tuple of sizes, are traced as they come.
+        and (p.default is None or isinstance(p.default, (bool, int, float, str)))
     }
 
 
@@ -193,6 +198,23 @@ def _read_own_training_flag(graph_module: fx.GraphModule, scopes: dict[str, Any]
         node.replace_all_uses_with(module_node)
         graph_module.graph.erase_node(node)
     graph_module.recompile()
+
+
+_CONVOLUTION_ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+_CONVOLUTION_DEFAULTS = (None, None, None, 1, 0, 1, 1)
+
+
+def _give_all_arguments(graph: fx.Graph) -> None:
+    """Write functional convolutions with all their arguments in order, which upstream's lowering takes for granted."""
+    for node in graph.nodes:
+        if node.op == "call_function" and node.target in (F.conv1d, F.conv2d, F.conv3d):
+            given = dict(zip(_CONVOLUTION_ARGUMENTS, node.args, strict=False)) | node.kwargs
+            defaults = zip(_CONVOLUTION_ARGUMENTS, _CONVOLUTION_DEFAULTS, strict=True)
+            weight, bias, *rest = (given.get(name, default) for name, default in list(defaults)[1:])
+            dims = 1 + [F.conv1d, F.conv2d, F.conv3d].index(node.target)
+            each = [(value,) * dims if isinstance(value, int) else value for value in rest[:3]]
+            node.args = (given["input"], weight, bias, *each, rest[3])
+            node.kwargs = {}
 
 
 _STATELESS = (nn.ReLU, nn.Identity, nn.modules.dropout._DropoutNd, nn.Flatten, nn.Unflatten)

@@ -126,8 +126,12 @@ class _Reference:
     def argument(self, node: fx.Node) -> Any:
         """What to feed for ``node``: fake-quant's value, or where it has none, what the int8 network computed."""
         actual = self.actual[node.name]
-        if not isinstance(actual, Tensor) or node.op in ("placeholder", "get_attr"):
+        if node.op in ("placeholder", "get_attr"):
             return actual
+        if not isinstance(actual, Tensor):
+            # The outputs of a recurrent layer or of attention, which stay float; or a shape.
+            source = self.source[node]
+            return actual if source is None else self.expected[source.name]
         value = self.value(node)
         return actual if value is None else value
 
@@ -178,9 +182,12 @@ class _Reference:
 
 def example_values(graph: fx.Graph, example: Example) -> list[Any]:
     """The example's inputs in the order of a graph's placeholders."""
-    names = [str(node.target) for node in graph.nodes if node.op == "placeholder"]
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
     values = list(example.args)
-    return values + [example.kwargs[name] for name in names[len(values) :]]
+    for node in inputs[len(values) :]:
+        # What the example leaves out has its default, which a placeholder holds as its argument.
+        values.append(example.kwargs[node.target] if node.target in example.kwargs else node.args[0])
+    return values
 
 
 def _compare(node: fx.Node, op: str, wanted: Tensor, got: Tensor) -> LayerCheck:

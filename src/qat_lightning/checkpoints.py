@@ -43,16 +43,18 @@ def guard_loading(
         A handle that removes the guard.
     """
 
-    def guard(module: nn.Module, state_dict: dict[str, Any], *args: Any) -> None:
-        saved = {key for key in state_dict if key.endswith(_STATE_KEY)}
+    def guard(module: nn.Module, state_dict: dict[str, Any], outer: str, *args: Any) -> None:
+        # Another module may hold a copy of the LightningModule, hooks and all, under a prefix: averages of weights do.
+        saved = {key for key in state_dict if key.startswith(outer) and key.endswith(_STATE_KEY)}
+        inner = {name: outer + (f"{prefix}." if prefix else "") for name, prefix in prefixes.items()}
         for name, network in prepared.items():
-            prefix = f"{prefixes[name]}." if prefixes[name] else ""
+            prefix = inner[name]
             key = prefix + _STATE_KEY
             if key in state_dict:
                 check_recipe(prepared_state(network).recipe, state_dict[key])
             elif not saved:
                 _complete(state_dict, network, prefix)
-        expected = {(f"{prefix}." if prefix else "") + _STATE_KEY for prefix in prefixes.values()}
+        expected = {prefix + _STATE_KEY for prefix in inner.values()}
         if saved and saved != expected:
             raise CheckpointMismatchError(
                 "The checkpoint was written by a run that quantized other modules: "

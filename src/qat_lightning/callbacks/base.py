@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from qat_lightning.backends import get_backend, require
+from qat_lightning.callbacks.company import refuse_callbacks, refuse_strategy
 from qat_lightning.checkpoints import guard_loading
 from qat_lightning.errors import ConfigurationError, ConversionError
 from qat_lightning.example import catch_examples, examples_from_user, from_user
@@ -183,7 +184,8 @@ class QuantizationCallback(Callback):
 
         Lightning calls ``configure_model`` next to last before it restores weights, when all layers exist.
         """
-        _refuse_strategy(trainer)
+        refuse_strategy(trainer)
+        refuse_callbacks(trainer, self, self.mode)
         self._leave_nothing()
         if self._prepared and next(iter(self._slots.values())).pl_module is pl_module:
             self._guard_loading(trainer, pl_module)
@@ -226,6 +228,10 @@ class QuantizationCallback(Callback):
 
     def _prepare_one(self, slot: Slot, example: Example) -> nn.Module:
         network = slot.get().cpu()
+        # Networks are prepared in float32; one that was built in the precision of the training goes back to it.
+        dtype = next((p.dtype for p in network.parameters() if p.is_floating_point()), torch.float32)
+        if dtype != torch.float32:
+            network.float()
         mode, why = choose_mode(self.mode, network, example, self._recipe, prefix=slot.prefix)
         if why:
             rank_zero_info(f"mode='auto': {why}")
@@ -233,6 +239,8 @@ class QuantizationCallback(Callback):
         check_globs(recipe, [f"{slot.prefix}.{n}".strip(".") for n, _ in network.named_modules() if n or slot.prefix])
         with warnings.catch_warnings():
             prepared = get_flow(mode).prepare(network, example, recipe, prefix=slot.prefix)
+        if dtype != torch.float32:
+            prepared.to(dtype)
         slot.install(prepared)
         return prepared
 
@@ -423,20 +431,6 @@ def _cpu_and_float32() -> Iterator[None]:
             yield
     finally:
         torch.set_default_dtype(dtype)
-
-
-def _refuse_strategy(trainer: Trainer) -> None:
-    name = type(trainer.strategy).__name__
-    if name in ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"):
-        raise ConfigurationError(
-            f"{name} shards the network before its ranges can be kept together, and does not go with "
-            "quantization-aware training yet: use strategy='ddp' or a single device."
-        )
-    if getattr(trainer.strategy, "_layer_sync", None) is not None:
-        raise ConfigurationError(
-            "sync_batchnorm=True replaces the BatchNorm layers that quantization has fused with their convolutions: "
-            "use sync_batchnorm=False."
-        )
 
 
 def _report_float(quantized: QuantizedNetwork) -> None:

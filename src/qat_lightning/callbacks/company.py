@@ -1,0 +1,53 @@
+"""What of Lightning does not go together with quantization-aware training: refused before anything is changed."""
+
+from __future__ import annotations
+
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ModelPruning
+
+from qat_lightning.errors import ConfigurationError
+
+
+def refuse_strategy(trainer: Trainer) -> None:
+    """Refuse strategies that take a network apart, or put other layers into it.
+
+    Raises:
+        ConfigurationError: With what to use instead.
+    """
+    name = type(trainer.strategy).__name__
+    if name in ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"):
+        raise ConfigurationError(
+            f"{name} shards the network before its ranges can be kept together, and does not go with "
+            "quantization-aware training yet: use strategy='ddp' or a single device."
+        )
+    if getattr(trainer.strategy, "_layer_sync", None) is not None:
+        raise ConfigurationError(
+            "sync_batchnorm=True replaces the BatchNorm layers that quantization has fused with their convolutions: "
+            "use sync_batchnorm=False."
+        )
+
+
+def refuse_callbacks(trainer: Trainer, quantization: Callback, mode: str) -> None:
+    """Refuse callbacks that keep hold of the network as it was before its preparation.
+
+    Args:
+        trainer: Its callbacks are looked at.
+        quantization: The callback that quantizes.
+        mode: Its mode.
+
+    Raises:
+        ConfigurationError: With what to do instead.
+    """
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    for callback in callbacks[: callbacks.index(quantization)]:
+        # By name: older releases of Lightning have no such class.
+        if any(kind.__name__ == "WeightAveraging" for kind in type(callback).__mro__):
+            raise ConfigurationError(
+                f"{type(callback).__name__} comes before {type(quantization).__name__} in the Trainer's callbacks, and "
+                "would average the network as it was before its preparation: list it after."
+            )
+    if mode != "eager" and any(isinstance(callback, ModelPruning) for callback in callbacks):
+        raise ConfigurationError(
+            f"ModelPruning does not go with mode={mode!r}, which puts other layers in the place of those it prunes: "
+            "use mode='eager', or prune before."
+        )

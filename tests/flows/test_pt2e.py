@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qat_lightning.errors import ConversionError, NetworkError, TraceError, VerificationError
-from qat_lightning.flows.base import Converted, Example, cpu_copy, fake_quantizers, set_phase, sqnr_db
-from qat_lightning.flows.pt2e import Pt2eFlow, int8
+from qat_lightning.flows.base import Converted, Example, LayerCheck, cpu_copy, fake_quantizers, set_phase, sqnr_db
+from qat_lightning.flows.pt2e import Pt2eFlow, compiling, int8
 from qat_lightning.flows.pt2e.network import ExportedNetwork
 from qat_lightning.recipe import Recipe
 from qat_lightning.scheme import Scheme
@@ -450,7 +450,7 @@ def test_a_wrong_layer_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(*args: Any) -> Any:
         result = right(*args)
         buffers = dict(result.graph_module.named_buffers())
-        buffers["depthwise_bias" if "depthwise_bias" in buffers else "conv2d_2_bias"].add_(1.0)
+        buffers["depthwise_bias"].add_(1.0)
         return result
 
     monkeypatch.setattr(flow, "decompose", wrong)
@@ -497,6 +497,19 @@ def test_compiled_equals_decomposed_at_any_batch_size(monkeypatch: pytest.Monkey
     assert network.runs == "not compiled yet"
 
 
+def test_compiled_layers_equal_on_images_of_one_channel() -> None:
+    """Inductor reads the output of the first convolution in the wrong layout when the batch may have any size."""
+    layers = (nn.Conv2d(1, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU6(), nn.Conv2d(16, 8, 1), nn.ReLU())
+    example = Example((torch.randn(4, 1, 8, 8),))
+    prepared = prepare(nn.Sequential(*layers, nn.Conv2d(8, 8, 3, groups=8), nn.ReLU()), example)
+    fit(prepared, example)
+    network = convert(prepared, example).network
+    with torch.no_grad():
+        checks = compiling.check_kernels(network.decomposed, network.spec, list(example.args))
+    assert {check.name for check in checks} >= {"0", "3"}
+    assert min(check.sqnr_db for check in checks) > 60
+
+
 @pytest.mark.parametrize("failure", ["compiler", "values"])
 def test_falling_back_says_so_once(monkeypatch: pytest.MonkeyPatch, failure: str) -> None:
     prepared = prepare(Small())
@@ -509,10 +522,12 @@ def test_falling_back_says_so_once(monkeypatch: pytest.MonkeyPatch, failure: str
     def compile(decomposed: Any, spec: Any, tensors: list[Tensor]) -> Any:
         if failure == "compiler":
             raise RuntimeError("no g++")
-        return lambda *inputs: [torch.randn(4, 4), 4]
+        return lambda *inputs: [torch.randn(len(inputs[0]), 4), 4]
 
-    monkeypatch.setattr(int8, "_compile", compile)
-    with pytest.warns(UserWarning, match="no g\\+\\+" if failure == "compiler" else "dB of SQNR"):
+    monkeypatch.setattr(int8, "compile_library", compile)
+    wrong = [LayerCheck("head", "aten.linear.default", 9.0, 40.0)]
+    monkeypatch.setattr(compiling, "check_kernels", lambda *inputs: wrong)
+    with pytest.warns(UserWarning, match="no g\\+\\+" if failure == "compiler" else "layer 'head'.*9.0 dB"):
         assert torch.equal(network(x)["logits"], expected)
     assert network.runs == "decomposed"
     assert network.why_decomposed

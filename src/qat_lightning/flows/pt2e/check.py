@@ -119,7 +119,7 @@ def _runs_on_to_quantize(node: fx.Node) -> bool:
 
 
 def _compare(node: fx.Node, wanted: Tensor, got: Tensor) -> LayerCheck:
-    main = _main_op(node)
+    main = main_op(node)
     steps = math.nan
     for user in node.users:
         if user.target is QUANTIZE[0]:
@@ -128,7 +128,7 @@ def _compare(node: fx.Node, wanted: Tensor, got: Tensor) -> LayerCheck:
     return LayerCheck(scope_of(main) or main.name, str(main.target), sqnr_db(wanted, got), steps)
 
 
-def _main_op(node: fx.Node) -> fx.Node:
+def main_op(node: fx.Node) -> fx.Node:
     """The op with a weight among those that run as one with ``node``, else ``node``."""
     seen, waiting = set[fx.Node](), [node]
     while waiting:

@@ -18,6 +18,7 @@ from qat_lightning.errors import ConversionError
 from qat_lightning.fake_quantize import FakeQuantize
 from qat_lightning.flows.pt2e.annotate import CHANNEL_AXIS
 from qat_lightning.flows.pt2e.capture import TRAINING_FLAG
+from qat_lightning.flows.pt2e.scopes import scope_of
 from qat_lightning.flows.pt2e.training import Plan, weight_quantizer
 from qat_lightning.qat_modules import fold_factor
 
@@ -230,10 +231,11 @@ def _tidy(converted: fx.GraphModule) -> fx.GraphModule:
     kept: dict[str, Tensor] = {}
     graph = copy.deepcopy(converted.graph)
     graph._tracer_cls = None  # export's own, with which a graph module cannot be pickled
+    names = _readable_names(graph)
     for node in graph.find_nodes(op="get_attr"):
         holder, _, leaf = str(node.target).rpartition(".")
         value: Any = getattr(converted.get_submodule(holder), leaf)
-        name = str(node.target).replace(".", "_")
+        name = names.get(node, str(node.target).replace(".", "_"))
         if isinstance(value, nn.Module):
             root.add_module(name, value)
         else:
@@ -244,6 +246,36 @@ def _tidy(converted: fx.GraphModule) -> fx.GraphModule:
                 root.register_buffer(name, value.detach())
         node.target = name
     return fx.GraphModule(root, graph).eval()
+
+
+def _readable_names(graph: fx.Graph) -> dict[fx.Node, str]:
+    """Names for the tensors of each layer after the layer, where upstream counts.
+
+    Upstream's ``_frozen_param0`` is also what Inductor calls its own constants, and then it takes one for the other.
+    """
+    names: dict[fx.Node, str] = {}
+    for node in graph.nodes:
+        if node.op == "get_attr" and "_frozen_param" in str(node.target):
+            names[node] = str(node.target).replace("_frozen_param", "constant_")
+    for node in graph.nodes:
+        if node.target not in CHANNEL_AXIS:
+            continue
+        layer = (scope_of(node) or node.name).replace(".", "_")
+        for part, argument in zip(("weight", "scale", "zero_point"), node.args[1].args, strict=False):
+            if isinstance(argument, fx.Node) and argument.op == "get_attr":
+                names[argument] = _unused(f"{layer}_{part}", set(names.values()))
+        if len(node.args) > 2 and isinstance(node.args[2], fx.Node) and node.args[2].op == "get_attr":
+            names[node.args[2]] = _unused(f"{layer}_bias", set(names.values()))
+    return names
+
+
+def _unused(name: str, names: set[str]) -> str:
+    count = 1
+    unused = name
+    while unused in names:
+        count += 1
+        unused = f"{name}_{count}"
+    return unused
 
 
 def _same_weight(one: Tensor, other: Tensor) -> bool:

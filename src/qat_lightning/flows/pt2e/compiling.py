@@ -1,0 +1,180 @@
+"""Compiling a decomposed graph to int8 kernels with AOTInductor, and checking what comes out."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+from qat_lightning.backends import Backend
+from qat_lightning.flows.base import LayerCheck, sqnr_db
+from qat_lightning.flows.pt2e.check import DEQUANTIZE, QUANTIZE, main_op
+from qat_lightning.flows.pt2e.scopes import scope_of
+from qat_lightning.flows.pt2e.signature import BATCH, CallSpec
+from qat_lightning.flows.verify import is_faulty
+
+_ROWS_TO_COMPARE = 8
+
+
+def compile_library(decomposed: fx.GraphModule, spec: CallSpec, tensors: list[Tensor]) -> Callable[..., Any]:
+    """Compile with AOTInductor: one library for every batch size, loaded from a folder that is gone afterwards."""
+    # Registers the passes that turn dequantize, op, quantize into oneDNN's int8 ops.
+    import torchao.quantization.pt2e.quantizer.x86_inductor_quantizer  # noqa: F401
+
+    shapes = [given.shape for given in spec.inputs if given.shape is not None]
+    # As the network was captured, and not as it is called now: a batch of 1 would be taken for a constant.
+    examples = [
+        tensor.new_zeros([spec.batch if size == BATCH else size for size in shape])
+        for tensor, shape in zip(tensors, shapes, strict=True)
+    ]
+    dynamic = [{0: torch.export.Dim.AUTO} if shape[:1] == (BATCH,) else None for shape in shapes]
+    outputs = list(decomposed.graph.output_node().args[0])  # type: ignore[arg-type]
+    computed = fx.GraphModule(decomposed, copy.deepcopy(decomposed.graph))
+    computed.graph.output_node().args = (
+        tuple(value for value in computed.graph.output_node().args[0] if isinstance(value, fx.Node)),  # type: ignore[union-attr]
+    )
+    _make_linear_inputs_contiguous(computed.graph)
+    _pad_single_channels(computed)
+    computed.recompile()
+    with warnings.catch_warnings(), tempfile.TemporaryDirectory(prefix="qat-lightning-") as folder:
+        warnings.simplefilter("ignore")
+        program = torch.export.export(computed, tuple(examples), dynamic_shapes=tuple(dynamic))
+        package = torch._inductor.aoti_compile_and_package(
+            program, package_path=str(Path(folder, "int8.pt2")), inductor_configs={"freezing": True}
+        )
+        runner = torch._inductor.aoti_load_package(package)
+    return _Library(runner, outputs, [isinstance(value, Tensor) for value in decomposed(*examples)])
+
+
+def _make_linear_inputs_contiguous(graph: fx.Graph) -> None:
+    """Where attention hands a transposed tensor to a linear layer, oneDNN's patterns fail on a batch of any size."""
+    for linear in graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default):
+        quantize = linear.args[0].args[0] if linear.args[0].args else None
+        if isinstance(quantize, fx.Node) and quantize.args and isinstance(quantize.args[0], fx.Node):
+            with graph.inserting_before(quantize):
+                contiguous = graph.call_function(torch.ops.aten.contiguous.default, (quantize.args[0],))
+            quantize.update_arg(0, contiguous)
+
+
+def _pad_single_channels(graph_module: fx.GraphModule) -> None:
+    """Give images of one channel a second one, of zeros, with weights of zero.
+
+    For a batch of any size Inductor takes the output of a convolution to be laid out as its input is, and reads it so.
+    One channel is laid out in both ways at once; the kernel returns channels last, and what follows reads nonsense.
+    """
+    graph = graph_module.graph
+    conv2d = torch.ops.aten.conv2d.default
+    for conv in graph.find_nodes(op="call_function", target=conv2d):
+        activation, weight = conv.args[:2]
+        if activation.target is not DEQUANTIZE[0] or weight.target not in DEQUANTIZE or weight.args[0].op != "get_attr":
+            continue
+        integers: Tensor = getattr(graph_module, weight.args[0].target)
+        if integers.shape[1] != 1 or (conv.args[6] if len(conv.args) > 6 else 1) != 1:
+            continue
+        name = f"{weight.args[0].target}_of_two_channels"
+        graph_module.register_buffer(name, F.pad(integers, (0, 0, 0, 0, 0, 1)))
+        with graph.inserting_before(conv):
+            wider = graph.call_function(
+                torch.ops.aten.constant_pad_nd.default, (activation.args[0], [0, 0, 0, 0, 0, 1], activation.args[2])
+            )
+            inputs = graph.call_function(activation.target, (wider, *activation.args[1:]), activation.kwargs)
+            weights = graph.call_function(weight.target, (graph.get_attr(name), *weight.args[1:]), weight.kwargs)
+        conv.args = (inputs, weights, *conv.args[2:])
+
+
+class _Library:
+    """A compiled library, whose outputs are those of the graph: sizes as numbers, constants as they are."""
+
+    def __init__(self, runner: Callable[..., Any], outputs: list[Any], is_tensor: list[bool]) -> None:
+        self.runner = runner
+        self.constants = [None if isinstance(value, fx.Node) else value for value in outputs]
+        self.is_computed = [isinstance(value, fx.Node) for value in outputs]
+        self.is_tensor = is_tensor
+
+    def __call__(self, *tensors: Tensor) -> list[Any]:
+        computed = self.runner(*tensors)
+        rest = iter(computed if isinstance(computed, (list, tuple)) else [computed])
+        outputs = []
+        for constant, is_computed, is_tensor in zip(self.constants, self.is_computed, self.is_tensor, strict=True):
+            value = next(rest) if is_computed else constant
+            if isinstance(value, Tensor) and not is_tensor:
+                value = value.item()
+            outputs.append(value)
+        return outputs
+
+
+def difference(
+    decomposed: fx.GraphModule, compiled: Callable[..., Any], spec: CallSpec, tensors: list[Tensor], target: Backend
+) -> str:
+    """What is wrong with the compiled network on real inputs; empty if nothing is.
+
+    A deep network turns a difference in the last bit of a float into steps of its int8 layers, so that it can be right
+    and far from the decomposed graph. Where the outputs do not tell, it is compiled a second time, with what each layer
+    quantizes as an output, and each layer is compared on the compiled network's own inputs to it.
+    """
+    batched = [given.shape[:1] == (BATCH,) for given in spec.inputs if given.shape is not None]
+    few = [_several_rows(t) if b else t for t, b in zip(tensors, batched, strict=True)]
+    pairs = zip(decomposed(*few), compiled(*few), strict=True)
+    outputs = [(one, other) for one, other in pairs if isinstance(one, Tensor) and one.is_floating_point()]
+    if all(sqnr_db(one, other) >= target.tolerance_db for one, other in outputs):
+        return ""
+    faulty = [check for check in check_kernels(decomposed, spec, few) if is_faulty(check, target)]
+    if not faulty:
+        return ""
+    worst = min(faulty, key=lambda check: check.sqnr_db)
+    return (
+        f"the compiled layer {worst.name!r} ({worst.op}) is at {worst.sqnr_db:.1f} dB of SQNR from it on the same "
+        f"inputs, up to {worst.max_steps:.0f} steps apart"
+    )
+
+
+def _several_rows(tensor: Tensor) -> Tensor:
+    """As many rows as tell an error from chance; where there are fewer, the same ones shifted."""
+    rows = [tensor.roll(shift, -1) if shift else tensor for shift in range(_ROWS_TO_COMPARE)]
+    return torch.cat(rows)[:_ROWS_TO_COMPARE].contiguous()
+
+
+def check_kernels(decomposed: fx.GraphModule, spec: CallSpec, tensors: list[Tensor]) -> list[LayerCheck]:
+    """Compile, and compare each layer with the decomposed graph on what the compiled layers before it gave."""
+    graph = copy.deepcopy(decomposed.graph)
+    quantized = [node for node in graph.nodes if node.target is QUANTIZE[0]]
+    output = graph.output_node()
+    returned: list[Any] = list(output.args[0])  # type: ignore[arg-type]
+    output.args = ((*returned, *quantized),)
+    results = compile_library(fx.GraphModule(decomposed, graph), spec, tensors)(*tensors)
+    integers = dict(zip((node.name for node in quantized), results[len(returned) :], strict=True))
+    comparison = _Kernels(decomposed, integers)
+    for node, wanted, got in zip(returned, comparison.run(*tensors), results, strict=False):
+        if isinstance(wanted, Tensor) and wanted.is_floating_point():
+            layer = main_op(node)
+            comparison.checks.append(LayerCheck(scope_of(layer) or layer.name, str(layer.target), sqnr_db(wanted, got)))
+    return comparison.checks
+
+
+class _Kernels(fx.Interpreter):
+    """Runs a decomposed graph, and takes the integers that the compiled one has wherever something is quantized."""
+
+    def __init__(self, graph_module: fx.GraphModule, integers: dict[str, Tensor]) -> None:
+        super().__init__(graph_module)
+        self.integers = integers
+        self.checks: list[LayerCheck] = []
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if n.name not in self.integers:
+            return value
+        source: Any = n.args[0]
+        zero_point: Any = n.args[2]
+        actual = self.integers[n.name]
+        steps = float((actual.int() - value.int()).abs().max()) if value.numel() else 0.0
+        layer = main_op(source)
+        ratio = sqnr_db(value.float() - zero_point, actual.float() - zero_point)
+        self.checks.append(LayerCheck(scope_of(layer) or layer.name, str(layer.target), ratio, steps))
+        return actual

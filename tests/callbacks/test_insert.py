@@ -136,7 +136,7 @@ def test_an_unclear_network_is_an_error_that_names_the_candidates() -> None:
         assert part in str(caught.value)
 
 
-@pytest.mark.parametrize("module", ["net", ".", ["net", "teacher"], "net.features"])
+@pytest.mark.parametrize("module", ["net", ".", ["net", "teacher"], "net.features", "net.features.0"])
 @pytest.mark.parametrize("mode", MODES)
 def test_named(mode: str, module: Any) -> None:
     lit, callback = TwoNetworks(), qat(mode, module=module)

@@ -114,14 +114,24 @@ def test_range_moves_in_training_only_and_stops_when_frozen() -> None:
     fq = activation()
     fq(torch.tensor([0.0, 1.0]))
     fq(torch.tensor([0.0, 3.0]))
-    assert fq.max_val.item() == pytest.approx(1.02)
+    assert fq.max_val.item() == pytest.approx(2.0)
     fq.eval()
     fq(torch.tensor([0.0, 100.0]))
-    assert fq.max_val.item() == pytest.approx(1.02)
+    assert fq.max_val.item() == pytest.approx(2.0)
     fq.train()
     fq.observer_enabled = False
     fq(torch.tensor([0.0, 100.0]))
-    assert fq.max_val.item() == pytest.approx(1.02)
+    assert fq.max_val.item() == pytest.approx(2.0)
+
+
+def test_range_is_the_mean_of_the_first_batches_and_then_a_moving_average() -> None:
+    fq = activation(averaging_constant=0.25)
+    expected = 0.0
+    for count in range(1, 9):
+        fq(torch.tensor([0.0, float(count)]))
+        expected += max(0.25, 1 / count) * (count - expected)
+        assert fq.max_val.item() == pytest.approx(expected)
+    assert fq.batches.item() == 8
 
 
 def test_frozen_range_clamps() -> None:
@@ -177,11 +187,22 @@ def test_autocast_leaves_the_arithmetic_in_float32() -> None:
     assert torch.equal(y, activation()(x))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_ranges_stay_float32_when_the_network_is_cast(dtype: torch.dtype) -> None:
+    fq = activation()
+    fq(torch.tensor([0.0, 1.2345678]))
+    network = nn.Sequential(fq, nn.Linear(1, 1)).to(dtype)
+    assert network[1].weight.dtype == dtype
+    assert fq.max_val.dtype == torch.float32
+    assert fq.max_val.item() == pytest.approx(1.2345678)
+    assert fq.batches.dtype == torch.int64
+
+
 def test_state_reloads_strictly_and_holds_no_flags() -> None:
     fq = activation()
     fq(torch.randn(10))
     fq.fake_quant_enabled = False
-    assert set(fq.state_dict()) == {"min_val", "max_val"}
+    assert set(fq.state_dict()) == {"min_val", "max_val", "batches"}
     buffer = io.BytesIO()
     torch.save(fq.state_dict(), buffer)
     buffer.seek(0)

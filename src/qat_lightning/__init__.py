@@ -2,8 +2,17 @@
 
 from qat_lightning.artifact import load_quantized
 from qat_lightning.callbacks.quantization_aware_training import QuantizationAwareTraining
+from qat_lightning.checkpoints import LoadsQuantizedCheckpoints, float_state_dict
 from qat_lightning.evaluate import evaluate_variants
 from qat_lightning.quantized import QuantizedNetwork
 from qat_lightning.scheme import Scheme
 
-__all__ = ["QuantizationAwareTraining", "QuantizedNetwork", "Scheme", "evaluate_variants", "load_quantized"]
+__all__ = [
+    "LoadsQuantizedCheckpoints",
+    "QuantizationAwareTraining",
+    "QuantizedNetwork",
+    "Scheme",
+    "evaluate_variants",
+    "float_state_dict",
+    "load_quantized",
+]

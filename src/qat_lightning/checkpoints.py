@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from qat_lightning.errors import CheckpointMismatchError
 from qat_lightning.flows.base import float_keys, prepared_state
-from qat_lightning.recipe import check_recipe
+from qat_lightning.recipe import PreparedState, check_recipe
 
 _STATE_KEY = "_quantization._extra_state"
 
@@ -20,6 +22,52 @@ def float_weights(prepared: nn.Module) -> dict[str, Tensor]:
     """A detached copy, on the CPU, of the part of a prepared network's ``state_dict`` that the float network has."""
     keys = float_keys(prepared)
     return {key: value.detach().cpu().clone() for key, value in prepared.state_dict().items() if key in keys}
+
+
+def float_state_dict(checkpoint: Mapping[str, Any] | str | Path) -> dict[str, Any]:
+    """The part of a checkpoint that the float LightningModule has: for a model without any callback of ours.
+
+    Args:
+        checkpoint: A checkpoint of Lightning, its ``state_dict``, or the path of one, with or without quantization.
+
+    Returns:
+        A ``state_dict`` that the float LightningModule loads strictly.
+
+    Example:
+        >>> float_state_dict({"state_dict": {"net.weight": torch.ones(1)}})
+        {'net.weight': tensor([1.])}
+    """
+    if isinstance(checkpoint, (str, Path)):
+        return float_state_dict(torch.load(checkpoint, map_location="cpu", weights_only=True))
+    state: dict[str, Any] = dict(checkpoint.get("state_dict", checkpoint))
+    for key in [key for key in state if key.endswith(_STATE_KEY)]:
+        prefix = key.removesuffix(_STATE_KEY)
+        for added in state[key]["added_keys"]:
+            del state[prefix + added]
+    return state
+
+
+def note_added_keys(prepared: nn.Module) -> None:
+    """Let a prepared network's own entry in its ``state_dict`` say which keys preparation has added."""
+    prepared_state(prepared).added_keys = sorted(set(prepared.state_dict()) - float_keys(prepared))
+
+
+class LoadsQuantizedCheckpoints:
+    """Mixin that lets a LightningModule's ``load_from_checkpoint`` take a checkpoint of a quantization-aware run.
+
+    The LightningModule gets its float weights. Name it before LightningModule among the bases.
+
+    Example:
+        >>> class Model(LoadsQuantizedCheckpoints, LightningModule):
+        ...     pass
+    """
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Leave the float part, unless the networks are prepared already."""
+        prepared = any(isinstance(module, PreparedState) for module in self.modules())  # type: ignore[attr-defined]
+        if not prepared:
+            checkpoint["state_dict"] = float_state_dict(checkpoint)
+        super().on_load_checkpoint(checkpoint)  # type: ignore[misc]
 
 
 def guard_loading(

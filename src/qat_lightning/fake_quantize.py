@@ -7,6 +7,7 @@ another: https://github.com/pytorch/pytorch/blob/main/torch/ao/quantization/fake
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -120,7 +121,8 @@ class FakeQuantize(_TorchFakeQuantizeBase, _TorchaoFakeQuantizeBase):  # type: i
         source: ``"moving_average"`` of the batches' ranges, kept in the buffers ``min_val`` and ``max_val`` and moved
             only in training; ``"present"``: the range of the tensor at hand, for weights, so that it is never a step
             old; ``"fixed"``: a range known beforehand, given as ``fixed_range``.
-        averaging_constant: Weight of the newest batch.
+        averaging_constant: Weight of the newest batch, once there were many; the first batches count alike, so that a
+            short training is not left with the range of its first batch.
         fixed_range: Smallest and largest value for ``source="fixed"``.
         is_dynamic: Accepted because upstream's converters pass it; only False is possible.
         factory_kwargs: The device that upstream's QAT layers pass, on which the buffers are made.
@@ -128,6 +130,9 @@ class FakeQuantize(_TorchFakeQuantizeBase, _TorchaoFakeQuantizeBase):  # type: i
     Attributes:
         fake_quant_enabled: Whether `forward` rounds.
         observer_enabled: Whether `forward` moves the range (in training).
+        batches: Batches that the range was moved by, an int64 buffer.
+        reduce_across_processes: Whether every batch's range is taken over all processes of a distributed training. Only
+            where all of them run the same modules in the same order, or they wait for each other for ever.
         nonfinite_batches: Batches whose range was NaN or infinite and was left out, an int64 buffer that is not saved.
 
     Example:
@@ -139,6 +144,7 @@ class FakeQuantize(_TorchFakeQuantizeBase, _TorchaoFakeQuantizeBase):  # type: i
 
     min_val: Tensor
     max_val: Tensor
+    batches: Tensor
     nonfinite_batches: Tensor
     # Upstream has tensors here.
     fake_quant_enabled: bool  # type: ignore[assignment]
@@ -171,6 +177,7 @@ class FakeQuantize(_TorchFakeQuantizeBase, _TorchaoFakeQuantizeBase):  # type: i
         self.is_dynamic = False
         self.fake_quant_enabled = True
         self.observer_enabled = True
+        self.reduce_across_processes = False
         self._seen = source == "fixed"
         if source == "present":
             # Not buffers: a weight's range is worked out from the weight each time, and never loaded or averaged.
@@ -179,6 +186,7 @@ class FakeQuantize(_TorchFakeQuantizeBase, _TorchaoFakeQuantizeBase):  # type: i
         low, high = fixed_range if fixed_range is not None else (float("inf"), float("-inf"))
         self.register_buffer("min_val", torch.tensor(low, dtype=torch.float32))
         self.register_buffer("max_val", torch.tensor(high, dtype=torch.float32))
+        self.register_buffer("batches", torch.tensor(0))
         self.register_buffer("nonfinite_batches", torch.tensor(0), persistent=False)
         self.to((factory_kwargs or {}).get("device"))
 
@@ -224,13 +232,16 @@ class FakeQuantize(_TorchFakeQuantizeBase, _TorchaoFakeQuantizeBase):  # type: i
             return
         low, high = torch.aminmax(values)
         finite = torch.isfinite(low) & torch.isfinite(high)
-        first = self.min_val > self.max_val
-        constant = self.averaging_constant
+        self.nonfinite_batches.add_(~finite)
+        if self.reduce_across_processes and _processes() > 1:
+            low, high, finite = _over_all_processes(low, high, finite)
+        constant = (1.0 / (self.batches + 1)).clamp(min=self.averaging_constant)
+        first = self.batches == 0
         average_low = torch.where(first, low, self.min_val + constant * (low - self.min_val))
         average_high = torch.where(first, high, self.max_val + constant * (high - self.max_val))
         self.min_val.copy_(torch.where(finite, average_low, self.min_val))
         self.max_val.copy_(torch.where(finite, average_high, self.max_val))
-        self.nonfinite_batches.add_(~finite)
+        self.batches.add_(finite)
 
     def _range_of(self, values: Tensor) -> tuple[Tensor, Tensor]:
         if not self.per_channel:
@@ -276,6 +287,13 @@ class FakeQuantize(_TorchFakeQuantizeBase, _TorchaoFakeQuantizeBase):  # type: i
         """Switch the moving of the range on or off."""
         self.observer_enabled = bool(enabled)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FakeQuantize:
+        """Move to another device; ranges stay float32 in any precision of the network."""
+        for name, buffer in self._buffers.items():
+            if buffer is not None:
+                self._buffers[name] = buffer.to(fn(torch.empty(0, device=buffer.device)).device)
+        return self
+
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self._seen = self.source == "fixed"
@@ -290,6 +308,19 @@ class FakeQuantize(_TorchFakeQuantizeBase, _TorchaoFakeQuantizeBase):  # type: i
     def storage_dtype(self) -> torch.dtype:
         """The quantized dtype of the same integers: ``torch.quint8`` or ``torch.qint8``."""
         return _STORAGE[self.dtype]
+
+
+def _processes() -> int:
+    distributed = torch.distributed
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+
+
+def _over_all_processes(low: Tensor, high: Tensor, finite: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The least of the lows and the greatest of the highs, of the processes whose batch was finite."""
+    none = torch.full_like(low, -torch.inf)
+    bounds = torch.stack([torch.where(finite, -low, none), torch.where(finite, high, none)])
+    torch.distributed.all_reduce(bounds, op=torch.distributed.ReduceOp.MAX)
+    return -bounds[0], bounds[1], torch.isfinite(bounds).all()
 
 
 class SharedRange(nn.Module):

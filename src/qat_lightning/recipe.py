@@ -125,6 +125,7 @@ class PreparedState(nn.Module):
         recipe: What the network was prepared with.
         prefix: The network's dotted name in the LightningModule, to which the recipe's globs are relative.
         float_network: A copy of the network before it was prepared; not a child, so not trained and not saved here.
+        added_keys: The keys of the ``state_dict`` that the float network does not have.
         plan: What the flow that prepared it wants to remember for conversion.
     """
 
@@ -137,6 +138,7 @@ class PreparedState(nn.Module):
         super().__init__()
         self.recipe = recipe
         self.prefix = prefix
+        self.added_keys: list[str] = []
         self.__dict__["float_network"] = float_network
         self.__dict__["plan"] = plan
 
@@ -145,8 +147,8 @@ class PreparedState(nn.Module):
         return input
 
     def get_extra_state(self) -> dict[str, Any]:
-        """The recipe as plain values, which ``torch.load(weights_only=True)`` takes."""
-        return self.recipe.to_dict()
+        """The recipe and the added keys as plain values, which ``torch.load(weights_only=True)`` takes."""
+        return self.recipe.to_dict() | {"added_keys": self.added_keys}
 
     def set_extra_state(self, state: Any) -> None:
         """Refuse the ranges of another recipe."""

@@ -119,7 +119,7 @@ class SchedulePoint:
         return f"{{{self.unit}: {self.at}}}"
 
 
-PointLike: TypeAlias = "int | float | Mapping[str, Any] | SchedulePoint | None"
+PointLike: TypeAlias = int | float | Mapping[str, Any] | SchedulePoint | None
 
 
 @dataclass(frozen=True)

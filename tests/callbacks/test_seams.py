@@ -110,8 +110,11 @@ def test_with_settings_of_the_trainer(mode: str, settings: dict[str, Any]) -> No
     if settings.get("module") == "late":
         settings = settings | {"module": BuiltInConfigureModel()}
     module, _ = run(mode, **settings)
-    kinds = {value.dtype for value in module.state_dict().values() if isinstance(value, Tensor)} - {torch.int64}
-    assert kinds == {torch.float64 if settings.get("precision") == "64-true" else torch.float32}
+    state = {key: value for key, value in module.state_dict().items() if isinstance(value, Tensor)}
+    ranges = {key for key in state if key.endswith(("min_val", "max_val"))}
+    weights = {state[key].dtype for key in state.keys() - ranges} - {torch.int64}
+    assert weights == {torch.float64 if settings.get("precision") == "64-true" else torch.float32}
+    assert {state[key].dtype for key in ranges} == {torch.float32}
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 from qat_lightning.backends import get_backend, require
 from qat_lightning.callbacks.company import refuse_callbacks, refuse_strategy
-from qat_lightning.checkpoints import guard_loading
+from qat_lightning.checkpoints import guard_loading, note_added_keys
 from qat_lightning.errors import ConfigurationError, ConversionError
 from qat_lightning.example import catch_examples, examples_from_user, from_user
 from qat_lightning.flows.base import (
@@ -241,6 +241,7 @@ class QuantizationCallback(Callback):
             prepared = get_flow(mode).prepare(network, example, recipe, prefix=slot.prefix)
         if dtype != torch.float32:
             prepared.to(dtype)
+        note_added_keys(prepared)
         slot.install(prepared)
         return prepared
 

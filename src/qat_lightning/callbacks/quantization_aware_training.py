@@ -16,7 +16,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from qat_lightning.callbacks.base import QuantizationCallback
 from qat_lightning.checkpoints import float_weights
 from qat_lightning.errors import ConfigurationError
-from qat_lightning.flows.base import fake_quantizers, float_keys
+from qat_lightning.flows.base import fake_quantizers, float_keys, merge_ranges, prepared_state, reduce_ranges
 from qat_lightning.schedule import Phase, PointLike, QuantizationSchedule, TrainingPlan
 from qat_lightning.scheme import Scheme
 
@@ -97,6 +97,10 @@ class QuantizationAwareTraining(QuantizationCallback):
         """Work out how long the training is planned to be."""
         self._plan = _plan(trainer)
         self._stale = True
+        for prepared in self._prepared.values():
+            # In eager mode processes may take different ways through the network.
+            same_order = prepared_state(prepared).recipe.mode != "eager"
+            reduce_ranges(prepared, trainer.world_size > 1 and same_order)
         self._step_phase(trainer)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -163,6 +167,15 @@ class QuantizationAwareTraining(QuantizationCallback):
                 )
             self._float_weights[name] = {key: state[prefix + key] for key in keys}
         self._float_source = f"checkpoint {path}"
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Let all processes go on with the same ranges, where they are not reduced as they are observed."""
+        if trainer.world_size > 1 and self._phase.observers:
+            for prepared in self._prepared.values():
+                if prepared_state(prepared).recipe.mode == "eager":
+                    merge_ranges(prepared)
 
     # Convert
 

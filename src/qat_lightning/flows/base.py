@@ -149,6 +149,25 @@ def set_phase(network: nn.Module, *, fake_quant: bool, observers: bool, batchnor
             module.frozen = batchnorm_frozen
 
 
+def reduce_ranges(network: nn.Module, reduce: bool) -> None:
+    """Let every batch's ranges be taken over all processes of a distributed training, as they are observed, or not."""
+    for _, fq in fake_quantizers(network):
+        fq.reduce_across_processes = reduce
+
+
+@torch.no_grad()
+def merge_ranges(network: nn.Module) -> None:
+    """Give all processes the least of their lows and the greatest of their highs, in one collective."""
+    moving = [fq for _, fq in fake_quantizers(network) if fq.source == "moving_average"]
+    if not moving:
+        return
+    bounds = torch.stack([torch.stack([-fq.min_val, fq.max_val]) for fq in moving])
+    torch.distributed.all_reduce(bounds, op=torch.distributed.ReduceOp.MAX)
+    for fq, (low, high) in zip(moving, bounds, strict=True):
+        fq.min_val.copy_(-low)
+        fq.max_val.copy_(high)
+
+
 def float_keys(prepared: nn.Module) -> set[str]:
     """The keys of a prepared network's ``state_dict`` that the float network has as well."""
     return set(prepared_state(prepared).float_network.state_dict())

@@ -127,6 +127,7 @@ class FxFlow:
         result = GraphNetwork(prepared)
         result.set_graph(passes.without(plan.graph, behind_dropout))
         passes.observe_each_range_once(result)
+        passes.drop_unused(result, plan.graph)
         _restore_children(result, originals, parameters, float_keys)
         make_batchnorm_freezable(result)
         result._quantization = PreparedState(recipe, float_network, prefix=prefix, plan=plan)

@@ -198,6 +198,14 @@ def observe_each_range_once(network: GraphNetwork) -> None:
 _CONCATENATIONS = (torch.cat, torch.concat, torch.concatenate)
 
 
+def drop_unused(network: GraphNetwork, plan: fx.Graph) -> None:
+    """Drop the FakeQuantizes that no node calls any more: their ranges would stay empty in every checkpoint."""
+    called = {str(node.target) for graph in (network.graph, plan) for node in graph.nodes if node.op == "call_module"}
+    for name, module in list(network._modules.items()):
+        if isinstance(module, FakeQuantize) and name not in called:
+            del network._modules[name]
+
+
 def observe_everywhere(network: nn.Module) -> None:
     """Undo `observe_each_range_once`: upstream's converter looks for a FakeQuantize at every place."""
     for name, module in list(network._modules.items()):

@@ -1,9 +1,11 @@
-"""What of Lightning does not go together with quantization-aware training: refused before anything is changed."""
+"""What of Lightning does not go together with quantization-aware training, and what it needs to resume exactly."""
 
 from __future__ import annotations
 
+from typing import Any
+
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import ModelPruning
+from lightning.pytorch.callbacks import ModelCheckpoint, ModelPruning
 
 from qat_lightning.errors import ConfigurationError
 
@@ -51,3 +53,24 @@ def refuse_callbacks(trainer: Trainer, quantization: Callback, mode: str) -> Non
             f"ModelPruning does not go with mode={mode!r}, which puts other layers in the place of those it prunes: "
             "use mode='eager', or prune before."
         )
+
+
+def mend_resume(trainer: Trainer) -> None:
+    """Let a run that was resumed write checkpoints that can be resumed from in turn.
+
+    Lightning 2.6 loses count in two places, with or without quantization. Resumed from a checkpoint of the last batch
+    of an epoch, it counts the epoch as done and leaves the next one unannounced: no ``on_train_epoch_start``, and its
+    checkpoints say that it has ended, so that resuming from one of them begins it again. And ``every_n_train_steps``
+    forgets which step was saved, so that under accumulation the first batch makes a checkpoint of the same step, which
+    lacks that batch's gradients.
+
+    Args:
+        trainer: At the beginning of the training, its loops restored.
+    """
+    loop = trainer.fit_loop
+    epochs: Any = loop.epoch_progress.current
+    if getattr(loop, "restarted_mid_epoch", False) and epochs.processed == epochs.started:
+        loop.reset_restart_stage()
+    for callback in trainer.checkpoint_callbacks:
+        if isinstance(callback, ModelCheckpoint) and callback._every_n_train_steps >= 1 and trainer.ckpt_path:
+            callback._last_global_step_saved = trainer.global_step

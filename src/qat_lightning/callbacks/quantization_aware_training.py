@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import EarlyStopping, GradientAccumulationSched
 from lightning.pytorch.utilities import rank_zero_warn
 
 from qat_lightning.callbacks.base import QuantizationCallback
+from qat_lightning.callbacks.company import mend_resume
 from qat_lightning.checkpoints import float_weights
 from qat_lightning.errors import ConfigurationError
 from qat_lightning.flows.base import fake_quantizers, float_keys, merge_ranges, prepared_state, reduce_ranges
@@ -95,6 +96,7 @@ class QuantizationAwareTraining(QuantizationCallback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Work out how long the training is planned to be."""
+        mend_resume(trainer)
         self._plan = _plan(trainer)
         self._stale = True
         for prepared in self._prepared.values():

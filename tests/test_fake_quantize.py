@@ -114,24 +114,25 @@ def test_range_moves_in_training_only_and_stops_when_frozen() -> None:
     fq = activation()
     fq(torch.tensor([0.0, 1.0]))
     fq(torch.tensor([0.0, 3.0]))
-    assert fq.max_val.item() == pytest.approx(2.0)
+    assert fq.max_val.item() == pytest.approx(1 + 2 * 9 / 11)
     fq.eval()
     fq(torch.tensor([0.0, 100.0]))
-    assert fq.max_val.item() == pytest.approx(2.0)
+    assert fq.max_val.item() == pytest.approx(1 + 2 * 9 / 11)
     fq.train()
     fq.observer_enabled = False
     fq(torch.tensor([0.0, 100.0]))
-    assert fq.max_val.item() == pytest.approx(2.0)
+    assert fq.max_val.item() == pytest.approx(1 + 2 * 9 / 11)
 
 
-def test_range_is_the_mean_of_the_first_batches_and_then_a_moving_average() -> None:
+def test_range_follows_the_first_batches_closely_and_then_slowly() -> None:
     fq = activation(averaging_constant=0.25)
-    expected = 0.0
-    for count in range(1, 9):
-        fq(torch.tensor([0.0, float(count)]))
-        expected += max(0.25, 1 / count) * (count - expected)
+    expected = 1.0
+    fq(torch.tensor([0.0, 1.0]))
+    for seen in range(1, 60):
+        fq(torch.tensor([0.0, float(seen + 1)]))
+        expected += max(0.25, 9 / (10 + seen)) * (seen + 1 - expected)
         assert fq.max_val.item() == pytest.approx(expected)
-    assert fq.batches.item() == 8
+    assert fq.batches.item() == 60
 
 
 def test_frozen_range_clamps() -> None:

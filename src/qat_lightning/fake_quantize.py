@@ -121,8 +121,8 @@ class FakeQuantize(_TorchFakeQuantizeBase, _TorchaoFakeQuantizeBase):  # type: i
         source: ``"moving_average"`` of the batches' ranges, kept in the buffers ``min_val`` and ``max_val`` and moved
             only in training; ``"present"``: the range of the tensor at hand, for weights, so that it is never a step
             old; ``"fixed"``: a range known beforehand, given as ``fixed_range``.
-        averaging_constant: Weight of the newest batch, once there were many; the first batches count alike, so that a
-            short training is not left with the range of its first batch.
+        averaging_constant: Weight of the newest batch, once there were many. Before, it is 9 / (10 + batches seen), as
+            in ``tf.train.ExponentialMovingAverage(num_updates=…)``, so that ranges follow a network that still grows.
         fixed_range: Smallest and largest value for ``source="fixed"``.
         is_dynamic: Accepted because upstream's converters pass it; only False is possible.
         factory_kwargs: The device that upstream's QAT layers pass, on which the buffers are made.
@@ -235,7 +235,7 @@ class FakeQuantize(_TorchFakeQuantizeBase, _TorchaoFakeQuantizeBase):  # type: i
         self.nonfinite_batches.add_(~finite)
         if self.reduce_across_processes and _processes() > 1:
             low, high, finite = _over_all_processes(low, high, finite)
-        constant = (1.0 / (self.batches + 1)).clamp(min=self.averaging_constant)
+        constant = (9.0 / (self.batches + 10)).clamp(min=self.averaging_constant)
         first = self.batches == 0
         average_low = torch.where(first, low, self.min_val + constant * (low - self.min_val))
         average_high = torch.where(first, high, self.max_val + constant * (high - self.max_val))

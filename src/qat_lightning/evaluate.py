@@ -28,6 +28,10 @@ TIMED = ("float", "int8")  # fake-quant is a step of training, nothing that is s
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
+EQUAL_DB = 300.0
+"""What loggers get for the SQNR of equal outputs; the noise of float64 arithmetic itself is at about 310 dB."""
+
+
 class HasVariants(Protocol):
     """What a quantization callback offers for evaluation."""
 
@@ -227,10 +231,14 @@ def _one_sample(call: Call) -> Call:
 
 
 def _write(loggers: Sequence[Logger], summary: Mapping[str, float], step: int) -> None:
-    """Into W&B's summary, where runs are compared; other loggers know metrics only."""
+    """Into W&B's summary, where runs are compared; other loggers know metrics only.
+
+    Equal outputs have no noise, and W&B shows infinity as a word that no plot takes: `EQUAL_DB` stands for it.
+    """
+    finite = {key: value if math.isfinite(value) else EQUAL_DB for key, value in summary.items()}
     for logger in loggers:
         if isinstance(logger, WandbLogger):
-            logger.experiment.summary.update(dict(summary))
+            logger.experiment.summary.update(finite)
         else:
-            logger.log_metrics(dict(summary), step)
+            logger.log_metrics(finite, step)
             logger.save()

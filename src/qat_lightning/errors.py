@@ -35,3 +35,7 @@ class MissingExtraError(QuantizationError, ImportError):
 
 class ArtifactError(QuantizationError):
     """A file of an int8 network cannot be written, or is not one that this release reads."""
+
+
+class CheckpointFileError(QuantizationError, OSError):
+    """The file of a checkpoint cannot be read, or is none."""

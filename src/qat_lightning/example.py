@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -10,7 +11,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature as takes
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -37,7 +38,7 @@ def from_user(example_inputs: Any) -> Example:
     """The example a user gave: a tuple or list of positional inputs, a mapping of keyword inputs, or one tensor.
 
     Raises:
-        NetworkError: It is none of these, or holds no tensor.
+        NetworkError: It is none of these, or holds no tensor, or one without values.
     """
     if isinstance(example_inputs, Mapping) and all(isinstance(key, str) for key in example_inputs):
         example = Example((), dict(example_inputs))
@@ -45,11 +46,18 @@ def from_user(example_inputs: Any) -> Example:
         example = Example(tuple(example_inputs), {})
     else:
         example = Example((example_inputs,), {})
-    if not any(isinstance(leaf, Tensor) for leaf in tree_leaves((example.args, example.kwargs))):
+    tensors = [leaf for leaf in tree_leaves((example.args, example.kwargs)) if isinstance(leaf, Tensor)]
+    if not tensors:
         raise NetworkError(
             f"example_inputs holds no tensor (it is a {type(example_inputs).__name__}): give one tensor, a tuple of "
             "the positional inputs, or a dict of the keyword inputs of the network's forward."
         )
+    for tensor in tensors:
+        if tensor.layout != torch.strided or tensor.is_meta or not tensors[0].numel():
+            raise NetworkError(
+                f"example_inputs holds {describe(tensor)}, which no network can be prepared on: give dense tensors "
+                "with values, of two samples or more."
+            )
     return _tidy(example)
 
 
@@ -68,6 +76,50 @@ def examples_from_user(example_inputs: Any, names: list[str]) -> dict[str, Examp
             f"{', '.join(map(repr, names))}."
         )
     return {name: from_user(example_inputs[name]) for name in names}
+
+
+def check_example(network: nn.Module, example: Example, *, name: str, given: bool) -> None:
+    """Call a copy of the float network with its example, before anything is changed.
+
+    Args:
+        network: The float network.
+        example: One call of it.
+        name: Its name in the LightningModule.
+        given: Whether the example was the user's, or was caught from the data.
+
+    Raises:
+        NetworkError: The call fails; the message has the reason and the shapes.
+    """
+    try:
+        with torch.no_grad():
+            copy.deepcopy(network)(*copy.deepcopy(example.args), **copy.deepcopy(example.kwargs))
+    except Exception as error:  # a network may fail in any way
+        reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        source = "example_inputs" if given else "a batch of the data"
+        raise NetworkError(
+            f"{name!r} ({type(network).__name__}) fails when it is called with {source}, "
+            f"{describe((example.args, example.kwargs))} ({reason}). "
+            + ("Give" if given else "If the training calls it otherwise, give")
+            + " example_inputs=<a tensor, a tuple of the positional inputs, or a dict of the keyword inputs of its "
+            "forward>."
+        ) from error
+
+
+def describe(value: Any) -> str:
+    """Inputs in words: kinds, shapes and dtypes, without values.
+
+    Example:
+        >>> describe((torch.zeros(2, 3), {"scale": 1.0}))
+        '(float32 tensor [2, 3], {scale: float})'
+    """
+    if isinstance(value, Tensor):
+        kind = "meta " if value.is_meta else "" if value.layout == torch.strided else "sparse "
+        return f"{kind}{str(value.dtype).removeprefix('torch.')} tensor {list(value.shape)}"
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{key}: {describe(part)}" for key, part in value.items()) + "}"
+    if isinstance(value, (tuple, list)):
+        return "(" + ", ".join(map(describe, value)) + ")"
+    return type(value).__name__
 
 
 def catch_examples(

@@ -1,0 +1,120 @@
+"""Checkpoints that appear on the disk whole or not at all, and are read with a word on what is wrong with them."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.pytorch import Trainer
+
+from qat_lightning.errors import CheckpointFileError
+
+
+class WholeFileCheckpointIO(TorchCheckpointIO):
+    """Writes a checkpoint beside its place and renames it, so that what was there stays until the new one is complete.
+
+    Lightning writes to Python's folder for temporary files and moves from there. Where that folder is on another file
+    system, as ``/tmp`` often is, moving is copying: a process that is killed meanwhile, or a disk that is full, leaves
+    a part of a file in the place of ``last.ckpt``, and the checkpoint that was there is lost.
+
+    `QuantizationAwareTraining` uses it during a fit, unless the Trainer was given a plugin of another kind. For a
+    Trainer without that callback: ``Trainer(plugins=[WholeFileCheckpointIO()])``.
+    """
+
+    def load_checkpoint(self, path: Any, *args: Any, **options: Any) -> dict[str, Any]:
+        """Read a checkpoint, as Lightning does.
+
+        Raises:
+            CheckpointFileError: There is none at ``path``, or not all of it.
+        """
+        read = super().load_checkpoint
+        checkpoint = _mapping(f"ckpt_path={str(path)!r}", lambda: read(path, *args, **options))
+        lacking = [key for key in ("state_dict", "pytorch-lightning_version") if key not in checkpoint]
+        if lacking:
+            raise CheckpointFileError(
+                f"ckpt_path={str(path)!r} is no checkpoint of Lightning's: it has no {' and no '.join(lacking)}. "
+                "Weights by themselves are loaded into the LightningModule with load_state_dict, before the fit."
+            )
+        return checkpoint
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        """Save to a local file; paths of other file systems, and options for them, are left to Lightning.
+
+        Raises:
+            OSError: The file cannot be written; what was at ``path`` is as it was.
+        """
+        if storage_options is not None or "://" in str(path):
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        buffer = io.BytesIO()
+        torch.save(checkpoint, buffer)
+        target = Path(path)
+        # Always of the same name: what a killed process left is overwritten by the next that gets as far.
+        beside = target.with_name(f".{target.name}.part")
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                with beside.open("wb") as file:
+                    file.write(buffer.getbuffer())
+                    file.flush()
+                    os.fsync(file.fileno())
+                beside.replace(target)
+            finally:
+                beside.unlink(missing_ok=True)
+        except OSError as error:
+            size = buffer.getbuffer().nbytes / 1e6
+            raise OSError(
+                error.errno,
+                f"{error.strerror or error}: a checkpoint of {size:.2f} MB was not written, and what was in its place "
+                "is as it was",
+                str(path),
+            ) from error
+
+
+def read_float_state(path: Path) -> dict[str, Any]:
+    """The ``state_dict`` of ``float_checkpoint=``: a checkpoint of Lightning's, or the state by itself.
+
+    Raises:
+        CheckpointFileError: There is none at ``path``, or not all of it.
+    """
+    said = f"float_checkpoint={str(path)!r}"
+    checkpoint = _mapping(said, lambda: torch.load(path, map_location="cpu", weights_only=True))
+    return _mapping(said, lambda: checkpoint.get("state_dict", checkpoint))
+
+
+def _mapping(said: str, read: Callable[[], Any]) -> dict[str, Any]:
+    try:
+        found = read()
+    except FileNotFoundError as error:
+        raise CheckpointFileError(f"{said} does not exist.") from error
+    except Exception as error:  # unpickling what is no pickle may raise anything
+        reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        raise CheckpointFileError(
+            f"{said} cannot be read: it is no checkpoint, or only a part of one ({reason})."
+        ) from error
+    if not isinstance(found, dict):
+        raise CheckpointFileError(f"{said} is no checkpoint: it holds a {type(found).__name__}.")
+    return found
+
+
+def save_whole_files(trainer: Trainer) -> Callable[[], None]:
+    """Let a Trainer save through `WholeFileCheckpointIO`, if it saves as Lightning does by itself.
+
+    Returns:
+        What puts the Trainer's own way of saving back.
+    """
+    strategy = trainer.strategy
+    before = strategy.checkpoint_io
+    if type(before) is not TorchCheckpointIO:
+        return lambda: None
+    strategy.checkpoint_io = WholeFileCheckpointIO()
+
+    def put_back() -> None:
+        strategy.checkpoint_io = before
+
+    return put_back

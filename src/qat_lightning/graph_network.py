@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from qat_lightning.errors import NetworkError
+from qat_lightning.portable_graph import hold_graphs, release_graphs
 from qat_lightning.recipe import PreparedState
 
 
@@ -64,13 +65,11 @@ class GraphNetwork(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but the compiled function, which is made from the graph again."""
-        state: dict[str, Any] = self.__dict__.copy()
-        del state["_run"]
-        return state
+        return hold_graphs({name: value for name, value in self.__dict__.items() if name != "_run"})
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self.set_graph(state["graph"])
+        super().__setstate__(release_graphs(state))  # type: ignore[no-untyped-call]
+        self.set_graph(self.__dict__["graph"])
 
 
 class GraphPart(nn.Module):

@@ -78,6 +78,15 @@ class QuantizedNetwork(nn.Module):
             copied.__dict__.update({key: copy.deepcopy(value, memo) for key, value in self.__dict__.items()})
         return copied
 
+    def __getstate__(self) -> dict[str, Any]:
+        """All of it in mode pt2e; the packed layers of the other modes come out of a pickle as ruins."""
+        if self.recipe.mode != "pt2e":
+            raise QuantizationError(
+                f"An int8 network of mode={self.recipe.mode!r} does not pickle, since its packed layers do not: "
+                "write it with save(path), and read it with qat_lightning.load_quantized(path)."
+            )
+        return self.__dict__
+
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> QuantizedNetwork:
         """Stay on the CPU in the given integers: there is nothing to move or to cast."""
         if fn(torch.zeros(1)).device.type not in ("cpu", "meta"):

@@ -1,51 +1,30 @@
-"""What the quantizing callbacks share: preparing in time, the variants, and running one in the place of another."""
+"""What the quantizing callbacks share, second part: converting to int8, the variants, and running one of them."""
 
 from __future__ import annotations
 
 import copy
-import dataclasses
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
-from qat_lightning.backends import get_backend, require
-from qat_lightning.callbacks.company import refuse_callbacks, refuse_strategy
-from qat_lightning.checkpoints import guard_loading, note_added_keys
+from qat_lightning.callbacks.preparing import PreparingCallback, one_or_all
 from qat_lightning.errors import ConfigurationError, ConversionError
-from qat_lightning.example import catch_examples, examples_from_user, from_user
-from qat_lightning.flows.base import (
-    Example,
-    cpu_copy,
-    fake_quantizers,
-    get_flow,
-    is_prepared,
-    prepared_state,
-    set_phase,
-)
-from qat_lightning.network import OWN_FORWARD, Slot, find_networks
-from qat_lightning.prepare import choose_mode
+from qat_lightning.flows.base import cpu_copy, fake_quantizers, get_flow, prepared_state, set_phase
+from qat_lightning.network import OWN_FORWARD
 from qat_lightning.quantized import QuantizedNetwork
-from qat_lightning.recipe import Recipe, check_globs
-from qat_lightning.schedule import Phase
 from qat_lightning.scheme import Scheme
 from qat_lightning.variants import VARIANTS, Fidelity, Stand, check_variant
-
-BEFORE = Phase(fake_quant=False, observers=True, batchnorm_frozen=False)
-"""The phase in which every fit begins."""
 
 _EVALUATE = {"validate": "fake_quant", "test": "int8", "predict": "int8"}
 
 
-class QuantizationCallback(Callback):
+class QuantizationCallback(PreparingCallback):
     """Base of the callbacks that put fake-quant into the network of a LightningModule and convert it to int8.
 
     Args:
@@ -71,55 +50,25 @@ class QuantizationCallback(Callback):
         *,
         convert: bool,
     ) -> None:
-        target = get_backend(backend, mode)
-        require(target)
-        self.mode = mode
-        self.backend = backend
-        self.module = module
-        self.scheme = scheme if scheme is not None else Scheme()
-        if not isinstance(self.scheme, Scheme):
-            raise ConfigurationError(f"scheme={scheme!r} is not possible: give a qat_lightning.Scheme.")
-        self.include, self.exclude = tuple(include or ()), tuple(exclude or ())
-        self._recipe(target.modes[0] if mode == "auto" else mode)
+        super().__init__(mode, backend, module, example_inputs, scheme, include, exclude)
         self.convert_on_fit_end = convert
         self.fidelity: dict[str, float] = {}
-        self._user_example = example_inputs
-        if example_inputs is not None and isinstance(module, (str, type(None))):
-            from_user(example_inputs)
-        self._slots: dict[str, Slot] = {}
-        self._prepared: dict[str, nn.Module] = {}
-        self._examples: dict[str, Example] = {}
         self._quantized: dict[str, QuantizedNetwork] = {}
+        self._convert_when_asked = False
         self._float_weights: dict[str, dict[str, Tensor]] = {}
-        self._phase = BEFORE
         self._chosen: str | None = None
         self._standing: dict[str, tuple[Any, Fidelity | None]] = {}
         self._stale = True
         self._source = "the present weights"
-        self._guard: RemovableHandle | None = None
-        self._put_back: Callable[[], None] | None = None
 
     # What a user asks for
 
     @property
-    def prepared(self) -> Any:
-        """The network with fake-quant, a dict of them for several, or None before the fit."""
-        return _one_or_all(self._prepared)
-
-    @property
     def quantized(self) -> Any:
         """The int8 network, a dict of them for several, or None before there is one."""
-        return _one_or_all(self._quantized)
-
-    @property
-    def example_inputs_(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The call that the (first) network was prepared with: positional and keyword inputs, on the CPU."""
-        if not self._examples:
-            raise ConfigurationError(
-                "There are no example inputs yet: nothing was fitted or tested with this callback."
-            )
-        example = next(iter(self._examples.values()))
-        return example.args, example.kwargs
+        if self._convert_when_asked:
+            self._convert()
+        return one_or_all(self._quantized)
 
     @property
     def variants(self) -> tuple[str, ...]:
@@ -177,111 +126,17 @@ class QuantizationCallback(Callback):
             )
         self.quantized.save(path)
 
-    # Insert
+    # Convert
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Arrange for the network to be prepared before weights restore, optimizers, DDP and the device see it.
-
-        Lightning calls ``configure_model`` next to last before it restores weights, when all layers exist.
-        """
-        refuse_strategy(trainer)
-        refuse_callbacks(trainer, self, self.mode)
-        self._leave_nothing()
-        if self._prepared and next(iter(self._slots.values())).pl_module is pl_module:
-            self._guard_loading(trainer, pl_module)
-            return
-        had = pl_module.__dict__.get("configure_model")
-
-        def put_back() -> None:
-            if had is None:
-                pl_module.__dict__.pop("configure_model", None)
-            else:
-                pl_module.__dict__["configure_model"] = had
-            self._put_back = None
-
-        def configure_model() -> None:
-            put_back()
-            pl_module.configure_model()
-            self._prepare(trainer, pl_module, stage)
-
-        pl_module.__dict__["configure_model"] = configure_model
-        self._put_back = put_back
-
-    def _prepare(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        slots = {name: Slot(pl_module, name) for name in find_networks(pl_module, self.module)}
-        # Lightning builds models on the device and in the precision of the training; this is before either.
-        with _cpu_and_float32(), isolate_rng(include_cuda=torch.cuda.is_initialized()):
-            examples = self._find_examples(trainer, pl_module, slots, stage)
-            prepared = {name: slot.get() for name, slot in slots.items()}
-            adopted = all(is_prepared(network) for network in prepared.values())
-            if adopted:
-                self._check_adopted(prepared)
-            else:
-                prepared = {name: self._prepare_one(slot, examples[name]) for name, slot in slots.items()}
-        if not (adopted and self._prepared):
-            self._float_weights = {}
-        self._slots, self._examples, self._prepared, self._quantized = slots, examples, prepared, {}
-        self._stale, self._source, self.fidelity = True, "the present weights", {}
-        self._apply(self._phase if adopted else BEFORE)
-        self._guard_loading(trainer, pl_module)
-        self._was_prepared()
-
-    def _prepare_one(self, slot: Slot, example: Example) -> nn.Module:
-        network = slot.get().cpu()
-        # Networks are prepared in float32; one that was built in the precision of the training goes back to it.
-        dtype = next((p.dtype for p in network.parameters() if p.is_floating_point()), torch.float32)
-        if dtype != torch.float32:
-            network.float()
-        mode, why = choose_mode(self.mode, network, example, self._recipe, prefix=slot.prefix)
-        if why:
-            rank_zero_info(f"mode='auto': {why}")
-        recipe = self._recipe(mode)
-        check_globs(recipe, [f"{slot.prefix}.{n}".strip(".") for n, _ in network.named_modules() if n or slot.prefix])
-        with warnings.catch_warnings():
-            prepared = get_flow(mode).prepare(network, example, recipe, prefix=slot.prefix)
-        if dtype != torch.float32:
-            prepared.to(dtype)
-        note_added_keys(prepared)
-        slot.install(prepared)
-        return prepared
-
-    def _check_adopted(self, prepared: Mapping[str, nn.Module]) -> None:
-        """Take over networks that are prepared already (by a copy of this callback, say), if they are as we would."""
-        for name, network in prepared.items():
-            recipe = prepared_state(network).recipe
-            differences = self._recipe(recipe.mode if self.mode == "auto" else self.mode).differences(recipe)
-            if differences:
-                raise ConfigurationError(
-                    f"{name!r} was prepared by another callback with other settings ('there'): "
-                    f"{'; '.join(differences)}. Give this callback the same, or use a new LightningModule."
-                )
-
-    def _find_examples(
-        self, trainer: Trainer, pl_module: LightningModule, slots: Mapping[str, Slot], stage: str
-    ) -> dict[str, Example]:
-        if self._user_example is None:
-            return catch_examples(trainer, pl_module, list(slots.values()), stage)
-        return examples_from_user(self._user_example, list(slots))
+    def _new_networks(self) -> None:
+        self._float_weights = {}
 
     def _was_prepared(self) -> None:
-        """For a callback that has more to do once its networks are prepared."""
+        self._quantized, self._convert_when_asked = {}, False
+        self._stale, self._source, self.fidelity = True, "the present weights", {}
 
-    def _recipe(self, mode: str) -> Recipe:
-        return Recipe(mode, self.backend, self.scheme, self.include, self.exclude)
-
-    def _guard_loading(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        def loaded() -> None:
-            self._stale = True
-            self._source = f"checkpoint {trainer.ckpt_path}" if trainer.ckpt_path else "weights that were loaded"
-
-        self._guard = guard_loading(pl_module, self._prepared, {n: s.prefix for n, s in self._slots.items()}, loaded)
-
-    def _apply(self, phase: Phase) -> None:
-        self._phase = phase
-        for prepared in self._prepared.values():
-            set_phase(prepared, **dataclasses.asdict(phase))
-
-    # Convert
+    def _was_loaded(self, source: str) -> None:
+        self._stale, self._source = True, source
 
     def _convert(self) -> None:
         if not self._stale and self._quantized:
@@ -297,7 +152,7 @@ class QuantizationCallback(Callback):
             converted[name] = QuantizedNetwork(result, state.recipe, example, source=self._source)
             _report_float(converted[name])
         self._quantized = converted
-        self._stale = False
+        self._stale = self._convert_when_asked = False
 
     def _ranges_seen(self) -> bool:
         return any(
@@ -388,21 +243,20 @@ class QuantizationCallback(Callback):
     # End
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leave the prepared network in its place, whatever happened, and no hook: ``teardown`` does not follow."""
+        """Leave the prepared network in its place, whatever happened."""
         self._stand_back()
-        self._leave_nothing()
+        super().on_exception(trainer, pl_module, exception)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Leave no hook and no patched method behind."""
+        """Leave the prepared network in its place."""
         self._stand_back()
-        self._leave_nothing()
+        super().teardown(trainer, pl_module, stage)
 
-    def _leave_nothing(self) -> None:
-        if self._put_back is not None:
-            self._put_back()
-        if self._guard is not None:
-            self._guard.remove()
-            self._guard = None
+    def __getstate__(self) -> dict[str, Any]:
+        """Without int8 networks, whose packed weights do not pickle: they are made again when they are asked for."""
+        state = self.__dict__ | {"_quantized": {}, "_stale": True}
+        state["_convert_when_asked"] = self._convert_when_asked or bool(self._quantized)
+        return state
 
 
 class _Bound(nn.Module):
@@ -414,24 +268,6 @@ class _Bound(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.__dict__["_forward"](*args, **kwargs)
-
-
-def _one_or_all(networks: dict[str, Any]) -> Any:
-    if not networks:
-        return None
-    return next(iter(networks.values())) if len(networks) == 1 else dict(networks)
-
-
-@contextmanager
-def _cpu_and_float32() -> Iterator[None]:
-    """Make tensors as outside Lightning's contexts for building a model."""
-    dtype = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float32)
-    try:
-        with torch.device("cpu"):
-            yield
-    finally:
-        torch.set_default_dtype(dtype)
 
 
 def _report_float(quantized: QuantizedNetwork) -> None:

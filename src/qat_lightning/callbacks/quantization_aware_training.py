@@ -152,6 +152,7 @@ class QuantizationAwareTraining(QuantizationCallback):
     # Float weights to compare with
 
     def _was_prepared(self) -> None:
+        super()._was_prepared()
         if self.float_checkpoint is not None:
             self._take_float_checkpoint(self.float_checkpoint)
 

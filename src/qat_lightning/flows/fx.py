@@ -26,6 +26,7 @@ from qat_lightning.flows.fx_config import LEFT_FLOAT, backend_config, qconfig_ma
 from qat_lightning.flows.tracing import line_at_fault, shared_batchnorms, trace
 from qat_lightning.flows.verify import check_layers
 from qat_lightning.graph_network import GraphNetwork, GraphPart
+from qat_lightning.portable_graph import HoldsGraphs
 from qat_lightning.qat_modules import make_batchnorm_freezable, make_batchnorm_plain, refresh_weight_ranges
 from qat_lightning.recipe import PreparedState, Recipe
 
@@ -46,7 +47,7 @@ _WEIGHTED = (
 
 
 @dataclass
-class FxPlan:
+class FxPlan(HoldsGraphs):
     """What conversion needs of a prepared network besides its layers.
 
     Attributes:

@@ -20,6 +20,7 @@ from qat_lightning.flows.pt2e.annotate import CHANNEL_AXIS, Folded
 from qat_lightning.flows.pt2e.capture import TRAINING_FLAG
 from qat_lightning.flows.pt2e.scopes import scope_of
 from qat_lightning.flows.pt2e.shared_ranges import observe_once
+from qat_lightning.portable_graph import HoldsGraphs
 from qat_lightning.qat_modules import (
     FreezableBatchNorm,
     fake_quantize_folded,
@@ -114,7 +115,7 @@ class TrainingOnly(nn.Module):
 
 
 @dataclass
-class Plan:
+class Plan(HoldsGraphs):
     """What conversion needs of preparation.
 
     Attributes:

@@ -1,0 +1,234 @@
+"""What the quantizing callbacks share, first part: fake-quant goes into the networks of a LightningModule in time."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from qat_lightning.backends import get_backend, require
+from qat_lightning.callbacks.company import refuse_callbacks, refuse_strategy
+from qat_lightning.checkpoints import guard_loading, note_added_keys
+from qat_lightning.errors import ConfigurationError
+from qat_lightning.example import catch_examples, examples_from_user, from_user
+from qat_lightning.flows.base import Example, get_flow, is_prepared, prepared_state, set_phase
+from qat_lightning.network import Slot, find_networks
+from qat_lightning.prepare import choose_mode
+from qat_lightning.recipe import Recipe, check_globs
+from qat_lightning.schedule import Phase
+from qat_lightning.scheme import Scheme
+
+BEFORE = Phase(fake_quant=False, observers=True, batchnorm_frozen=False)
+"""The phase in which every fit begins."""
+
+
+class PreparingCallback(Callback):
+    """Puts fake-quant into the networks of a LightningModule, and leaves nothing else on it.
+
+    Args:
+        mode: See `QuantizationAwareTraining`, as for all that follows.
+        backend: The target.
+        module: Which networks.
+        example_inputs: One call.
+        scheme: Bits and granularity.
+        include: Globs of what to quantize.
+        exclude: Globs of what stays float.
+    """
+
+    def __init__(
+        self,
+        mode: str,
+        backend: str,
+        module: str | list[str] | None,
+        example_inputs: Any,
+        scheme: Scheme | None,
+        include: Sequence[str] | None,
+        exclude: Sequence[str] | None,
+    ) -> None:
+        target = get_backend(backend, mode)
+        require(target)
+        self.mode = mode
+        self.backend = backend
+        self.module = module
+        self.scheme = scheme if scheme is not None else Scheme()
+        if not isinstance(self.scheme, Scheme):
+            raise ConfigurationError(f"scheme={scheme!r} is not possible: give a qat_lightning.Scheme.")
+        self.include, self.exclude = tuple(include or ()), tuple(exclude or ())
+        self._recipe(target.modes[0] if mode == "auto" else mode)
+        self._user_example = example_inputs
+        if example_inputs is not None and isinstance(module, (str, type(None))):
+            from_user(example_inputs)
+        self._slots: dict[str, Slot] = {}
+        self._prepared: dict[str, nn.Module] = {}
+        self._examples: dict[str, Example] = {}
+        self._phase = BEFORE
+        self._guard: RemovableHandle | None = None
+        self._put_back: Callable[[], None] | None = None
+
+    @property
+    def prepared(self) -> Any:
+        """The network with fake-quant, a dict of them for several, or None before the fit."""
+        return one_or_all(self._prepared)
+
+    @property
+    def example_inputs_(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The call that the (first) network was prepared with: positional and keyword inputs, on the CPU."""
+        if not self._examples:
+            raise ConfigurationError(
+                "There are no example inputs yet: nothing was fitted or tested with this callback."
+            )
+        example = next(iter(self._examples.values()))
+        return example.args, example.kwargs
+
+    # Insert
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Arrange for the network to be prepared before weights restore, optimizers, DDP and the device see it.
+
+        Lightning calls ``configure_model`` next to last before it restores weights, when all layers exist.
+        """
+        refuse_strategy(trainer)
+        refuse_callbacks(trainer, self, self.mode)
+        self._leave_nothing()
+        if self._prepared and next(iter(self._slots.values())).pl_module is pl_module:
+            self._guard_loading(trainer, pl_module)
+            return
+        had = pl_module.__dict__.get("configure_model")
+
+        def put_back() -> None:
+            if had is None:
+                pl_module.__dict__.pop("configure_model", None)
+            else:
+                pl_module.__dict__["configure_model"] = had
+            self._put_back = None
+
+        def configure_model() -> None:
+            put_back()
+            pl_module.configure_model()
+            self._prepare(trainer, pl_module, stage)
+
+        pl_module.__dict__["configure_model"] = configure_model
+        self._put_back = put_back
+
+    def _prepare(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        slots = {name: Slot(pl_module, name) for name in find_networks(pl_module, self.module)}
+        # Lightning builds models on the device and in the precision of the training; this is before either.
+        with _cpu_and_float32(), isolate_rng(include_cuda=torch.cuda.is_initialized()):
+            examples = self._find_examples(trainer, pl_module, slots, stage)
+            prepared = {name: slot.get() for name, slot in slots.items()}
+            adopted = all(is_prepared(network) for network in prepared.values())
+            if adopted:
+                self._check_adopted(prepared)
+            else:
+                prepared = {name: self._prepare_one(slot, examples[name]) for name, slot in slots.items()}
+        if not (adopted and self._prepared):
+            self._new_networks()
+        self._slots, self._examples, self._prepared = slots, examples, prepared
+        self._apply(self._phase if adopted else BEFORE)
+        self._guard_loading(trainer, pl_module)
+        self._was_prepared()
+
+    def _prepare_one(self, slot: Slot, example: Example) -> nn.Module:
+        network = slot.get().cpu()
+        # Networks are prepared in float32; one that was built in the precision of the training goes back to it.
+        dtype = next((p.dtype for p in network.parameters() if p.is_floating_point()), torch.float32)
+        if dtype != torch.float32:
+            network.float()
+        mode, why = choose_mode(self.mode, network, example, self._recipe, prefix=slot.prefix)
+        if why:
+            rank_zero_info(f"mode='auto': {why}")
+        recipe = self._recipe(mode)
+        check_globs(recipe, [f"{slot.prefix}.{n}".strip(".") for n, _ in network.named_modules() if n or slot.prefix])
+        with warnings.catch_warnings():
+            prepared = get_flow(mode).prepare(network, example, recipe, prefix=slot.prefix)
+        if dtype != torch.float32:
+            prepared.to(dtype)
+        note_added_keys(prepared)
+        slot.install(prepared)
+        return prepared
+
+    def _check_adopted(self, prepared: Mapping[str, nn.Module]) -> None:
+        """Take over networks that are prepared already (by a copy of this callback, say), if they are as we would."""
+        for name, network in prepared.items():
+            recipe = prepared_state(network).recipe
+            differences = self._recipe(recipe.mode if self.mode == "auto" else self.mode).differences(recipe)
+            if differences:
+                raise ConfigurationError(
+                    f"{name!r} was prepared by another callback with other settings ('there'): "
+                    f"{'; '.join(differences)}. Give this callback the same, or use a new LightningModule."
+                )
+
+    def _find_examples(
+        self, trainer: Trainer, pl_module: LightningModule, slots: Mapping[str, Slot], stage: str
+    ) -> dict[str, Example]:
+        if self._user_example is None:
+            return catch_examples(trainer, pl_module, list(slots.values()), stage)
+        return examples_from_user(self._user_example, list(slots))
+
+    def _new_networks(self) -> None:
+        """For a callback that knows something of the networks that it had before."""
+
+    def _was_prepared(self) -> None:
+        """For a callback that has more to do once its networks are prepared."""
+
+    def _was_loaded(self, source: str) -> None:
+        """For a callback that has made something of the weights, which are now those of ``source``."""
+
+    def _recipe(self, mode: str) -> Recipe:
+        return Recipe(mode, self.backend, self.scheme, self.include, self.exclude)
+
+    def _guard_loading(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        def loaded() -> None:
+            self._was_loaded(f"checkpoint {trainer.ckpt_path}" if trainer.ckpt_path else "weights that were loaded")
+
+        self._guard = guard_loading(pl_module, self._prepared, {n: s.prefix for n, s in self._slots.items()}, loaded)
+
+    def _apply(self, phase: Phase) -> None:
+        self._phase = phase
+        for prepared in self._prepared.values():
+            set_phase(prepared, **dataclasses.asdict(phase))
+
+    # End
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave no hook and no patched method behind: ``teardown`` does not follow."""
+        self._leave_nothing()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leave no hook and no patched method behind."""
+        self._leave_nothing()
+
+    def _leave_nothing(self) -> None:
+        if self._put_back is not None:
+            self._put_back()
+        if self._guard is not None:
+            self._guard.remove()
+            self._guard = None
+
+
+def one_or_all(networks: dict[str, Any]) -> Any:
+    """What a user gets of networks by name: the only one by itself, or None."""
+    if not networks:
+        return None
+    return next(iter(networks.values())) if len(networks) == 1 else dict(networks)
+
+
+@contextmanager
+def _cpu_and_float32() -> Iterator[None]:
+    """Make tensors as outside Lightning's contexts for building a model."""
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.device("cpu"):
+            yield
+    finally:
+        torch.set_default_dtype(dtype)

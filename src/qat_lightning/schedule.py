@@ -96,7 +96,7 @@ class SchedulePoint:
             if isinstance(value, Integral) and not isinstance(value, bool):
                 return cls("epoch", int(value))
             if isinstance(value, Real) and not isinstance(value, bool):
-                return cls("fraction", float(value))
+                return cls("fraction", value)  # type: ignore[arg-type]
         except ConfigurationError as error:
             raise ConfigurationError(f"{name}={_shown(value)}: {error}") from None
         raise ConfigurationError(
@@ -338,7 +338,8 @@ def _count(value: Any, unit: str) -> int:
 
 
 def _share(value: Any) -> float:
-    if isinstance(value, Real) and not isinstance(value, bool) and 0 <= float(value) <= 1:
+    number = value  # which keeps its type: not every Real has a float
+    if isinstance(value, Real) and not isinstance(value, bool) and 0 <= number <= 1:
         return float(value)
     raise ConfigurationError(f"a fraction is a number from 0.0 to 1.0, not {value!r}. {_HOW_TO_WRITE}")
 

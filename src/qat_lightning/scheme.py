@@ -45,11 +45,13 @@ class Scheme:
 
     def __post_init__(self) -> None:
         """Refuse what no kernel can hold."""
-        if isinstance(self.weight_bits, bool) or self.weight_bits not in range(2, 9):
+        # By type first: arrays and tensors have no answer to a comparison.
+        if type(self.weight_bits) is not int or self.weight_bits not in range(2, 9):
             _refuse("weight_bits", self.weight_bits, "an int from 2 to 8")
-        if self.weight_granularity not in ("per_channel", "per_tensor"):
+        granularity: Any = self.weight_granularity
+        if not isinstance(granularity, str) or granularity not in ("per_channel", "per_tensor"):
             _refuse("weight_granularity", self.weight_granularity, "'per_channel' or 'per_tensor'")
-        if isinstance(self.activation_bits, bool) or self.activation_bits != 8:
+        if type(self.activation_bits) is not int or self.activation_bits != 8:
             _refuse("activation_bits", self.activation_bits, "8, since int8 kernels clamp activations at 8 bits")
         if not isinstance(self.activation_symmetric, bool):
             _refuse("activation_symmetric", self.activation_symmetric, "true or false")

@@ -228,12 +228,15 @@ class FakeQuantize(_TorchFakeQuantizeBase, _TorchaoFakeQuantizeBase):  # type: i
             self._present = self._range_of(values)
             self._seen = True
             return
-        if values.numel() == 0:
+        reduce = self.reduce_across_processes and _processes() > 1
+        empty = values.numel() == 0
+        if empty and not reduce:
             return
-        low, high = torch.aminmax(values)
+        # A process with nothing to show takes part all the same: the others wait for it.
+        low, high = torch.aminmax(values.new_full((1,), torch.nan) if empty else values)
         finite = torch.isfinite(low) & torch.isfinite(high)
-        self.nonfinite_batches.add_(~finite)
-        if self.reduce_across_processes and _processes() > 1:
+        self.nonfinite_batches.add_(~finite & (not empty))
+        if reduce:
             low, high, finite = _over_all_processes(low, high, finite)
         constant = (9.0 / (self.batches + 10)).clamp(min=self.averaging_constant)
         first = self.batches == 0

@@ -1,48 +1,153 @@
-"""What `test_seams` starts: fits and tests with two processes, and writes what each of them ends with."""
+"""What `test_processes` starts: fits and tests with two processes, and writes what each of them ends with."""
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
-from torch import Tensor
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Sampler
 
-from tests.callbacks.lit import MODES, Lit, dataset, loader, qat, ranges, trainer
+from qat_lightning.fake_quantize import FakeQuantize
+from qat_lightning.flows.base import fake_quantizers
+from tests.callbacks.lit import CLASSES, MODES, Lit, Net, dataset, loader, qat, ranges, statistics, trainer
 from tests.callbacks.test_insert import OwnForward
+
+IMAGES = dataset()[:32][0]
 
 
 def digest(values: dict[str, Any]) -> str:
     return repr([(key, value.double().sum().item()) for key, value in values.items() if isinstance(value, Tensor)])
 
 
-def run(mode: str, module: LightningModule) -> tuple[int, dict[str, Any]]:
+class EveryStep(Callback):
+    """Notes the ranges and what is on after each batch."""
+
+    def __init__(self) -> None:
+        self.seen: list[str] = []
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        quantizers = [fq for _, fq in fake_quantizers(pl_module)]
+        counts = [int(fq.batches) for fq in quantizers if fq.source == "moving_average"]
+        flags = [(fq.fake_quant_enabled, fq.observer_enabled) for fq in quantizers]
+        self.seen.append(f"{digest(ranges(pl_module))} {counts} {flags}")
+
+
+def run(mode: str, module: LightningModule) -> dict[str, Any]:
+    """A fit with all that can happen between the schedule's points, tests of every variant, and a fit after."""
     torch.manual_seed(0)
-    callback = qat(mode, start={"step": 1}, freeze_observers={"step": 3})
-    two = trainer(callback, strategy="ddp", devices=2, max_epochs=2, limit_train_batches=2)
+    callback = qat(mode, start={"step": 1}, freeze_observers={"step": 3}, freeze_batchnorm={"step": 3})
+    notes = EveryStep()
+    two = trainer(callback, notes, strategy="ddp", devices=2, max_epochs=2, limit_train_batches=2)
     two.fit(module, loader(128, shuffle=True), loader())
     found: dict[str, Any] = {"steps": two.global_step, "ranges": digest(ranges(module))}
+    found["statistics"] = digest(statistics(module))
     found["weights"] = digest(module.state_dict())
-    found["int8"] = callback.quantized(dataset()[:32][0]).sum().item()
+    found["int8"] = callback.quantized(IMAGES).sum().item()
     for variant in callback.variants:
         callback.use_variant(variant)
-        two.test(module, loader(), verbose=False)
+        found[variant] = two.test(module, loader(), verbose=False)[0]["test/acc"]
     found["variants"] = callback.variants
     found["fidelity"] = callback.fidelity
     callback.use_variant(None)
     two.validate(module, loader(), verbose=False)
     two.fit(module, loader(128), loader())
     found["again"] = digest(module.state_dict())
-    return two.global_rank, found
+    found["every step"] = notes.seen
+    return found
+
+
+class OneWayOrTheOther(Net):
+    """Which layers run depends on the data: in the first process other ones than in the second."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dark, self.bright = nn.Linear(72, 72), nn.Linear(72, 72)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.features(x).flatten(1)
+        first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+        x = self.dark(x) if first else self.bright(x)
+        return self.head(self.norm(x))
+
+
+def run_different_ways() -> dict[str, Any]:
+    torch.manual_seed(0)
+    callback, notes, module = qat("eager", start={"step": 1}), EveryStep(), Lit(OneWayOrTheOther())
+    two = trainer(callback, notes, strategy="ddp_find_unused_parameters_true", devices=2, max_epochs=1)
+    two.fit(module, loader(128))
+    return {"every step": notes.seen, "weights": digest(module.state_dict())}
+
+
+def observe_nothing() -> list[float]:
+    """The second process has an empty batch; then none has a finite one."""
+    rank = torch.distributed.get_rank()
+    fq = FakeQuantize(dtype=torch.uint8, quant_min=0, quant_max=255, qscheme=torch.per_tensor_affine)
+    fq.reduce_across_processes = True
+    fq(torch.tensor([-1.0, 2.0]) if rank == 0 else torch.empty(0))
+    fq(torch.tensor([torch.nan, 5.0]) if rank == 0 else torch.empty(0))
+    return [float(value) for value in (*fq.range(), fq.batches)]
+
+
+class Plain(nn.Module):
+    """Nothing in it depends on how samples are grouped into batches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 8, 3, stride=2)
+        self.other = nn.Conv2d(8, 8, 1)
+        self.head = nn.Linear(72, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x).relu()
+        return self.head((x + self.other(x)).flatten(1))
+
+
+class Halves(Sampler[list[int]]):
+    """Of each batch of 16, the part of one process."""
+
+    def __init__(self, rank: int, processes: int) -> None:
+        self.size, self.rank, self.processes = 16 // processes, rank, processes
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for batch in range(4):
+            start = (batch * self.processes + self.rank) * self.size
+            yield list(range(start, start + self.size))
+
+    def __len__(self) -> int:
+        return 4
+
+
+class LitHalves(Lit):
+    def train_dataloader(self) -> Any:
+        return DataLoader(dataset(), batch_sampler=Halves(self.trainer.global_rank, self.trainer.world_size))
+
+
+def run_halves(mode: str, devices: int) -> dict[str, Tensor]:
+    """A fit whose steps see the same samples for any number of processes; with what it ends."""
+    torch.manual_seed(0)
+    module = LitHalves(Plain())
+    # The example is given, since it would be caught from a half.
+    callback = qat(mode, start={"step": 2}, freeze_observers={"step": 6}, example_inputs=IMAGES)
+    settings: dict[str, Any] = {"strategy": "ddp", "devices": devices} if devices > 1 else {}
+    trainer(callback, **settings, use_distributed_sampler=False).fit(module)
+    tensors = {key: value for key, value in module.state_dict().items() if isinstance(value, Tensor)}
+    return tensors | {"int8": callback.quantized(IMAGES)}
 
 
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
-    results = {}
+    results: dict[str, Any] = {"different ways": run_different_ways()}
+    halves = {mode: run_halves(mode, 2) for mode in MODES}
     for mode in MODES:
         for make in (Lit, OwnForward):
-            rank, results[f"{mode} {make.__name__}"] = run(mode, make())
+            results[f"{mode} {make.__name__}"] = run(mode, make())
+    results["nothing"] = observe_nothing()
+    rank = torch.distributed.get_rank()
     (folder / f"{rank}.json").write_text(json.dumps(results))
+    torch.save(halves, folder / f"{rank}.pt")

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,7 +19,6 @@ from lightning.pytorch.callbacks import (
     RichModelSummary,
     StochasticWeightAveraging,
 )
-from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor
 
 from qat_lightning.callbacks.quantization_aware_training import QuantizationAwareTraining
@@ -32,29 +27,6 @@ from tests.callbacks.lit import MODES, Lit, loader, qat, trainer
 from tests.callbacks.test_insert import BuiltInConfigureModel
 
 ROOT = Path(__file__).parents[2]
-
-
-def test_two_processes(tmp_path: Path) -> None:
-    """They end with the same weights, ranges and int8 network, test every variant, and can go on."""
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(("PL_", "LOCAL_", "NODE_"))}
-    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "QAT_LIGHTNING_COMPILE": "0"}
-    ran = subprocess.run(
-        [sys.executable, "-m", "tests.callbacks.ddp_run", str(tmp_path)],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert ran.returncode == 0, ran.stderr[-3000:]
-    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
-    assert len(first) == 6
-    for name, ended in first.items():
-        assert ended == second[name], name
-        assert ended["steps"] == 4
-        assert ended["variants"] == ["float", "fake_quant", "int8"]
-        assert ended["fidelity"]["agreement"] == 1.0
 
 
 def run(mode: str, *others: Any, module: Lit | None = None, **settings: Any) -> tuple[Lit, QuantizationAwareTraining]:
@@ -141,17 +113,6 @@ def test_pruning(mode: str) -> None:
     else:
         with pytest.raises(ConfigurationError, match="mode='eager'"):
             trainer(qat(mode), pruning).fit(Lit(), loader())
-
-
-def test_strategies_that_do_not_go_together_are_refused() -> None:
-    callback = qat()
-    fitting = trainer(callback)
-    fitting._accelerator_connector.strategy = FSDPStrategy()
-    with pytest.raises(ConfigurationError, match="FSDPStrategy shards the network"):
-        callback.setup(fitting, Lit(), "fit")
-    fitting = trainer(callback, strategy="ddp", sync_batchnorm=True)
-    with pytest.raises(ConfigurationError, match="use sync_batchnorm=False"):
-        callback.setup(fitting, Lit(), "fit")
 
 
 @pytest.mark.parametrize("settings", [{"overfit_batches": 1}, {"fast_dev_run": 2}, {"limit_train_batches": 0}], ids=str)

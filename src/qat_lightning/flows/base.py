@@ -161,11 +161,12 @@ def merge_ranges(network: nn.Module) -> None:
     moving = [fq for _, fq in fake_quantizers(network) if fq.source == "moving_average"]
     if not moving:
         return
-    bounds = torch.stack([torch.stack([-fq.min_val, fq.max_val]) for fq in moving])
+    bounds = torch.stack([torch.stack([-fq.min_val, fq.max_val, fq.batches.to(fq.max_val)]) for fq in moving])
     torch.distributed.all_reduce(bounds, op=torch.distributed.ReduceOp.MAX)
-    for fq, (low, high) in zip(moving, bounds, strict=True):
+    for fq, (low, high, batches) in zip(moving, bounds, strict=True):
         fq.min_val.copy_(-low)
         fq.max_val.copy_(high)
+        fq.batches.copy_(batches)
 
 
 def float_keys(prepared: nn.Module) -> set[str]:

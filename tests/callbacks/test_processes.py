@@ -1,0 +1,106 @@
+"""Two processes on the CPU (gloo): what one process would have done, on the same samples."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
+
+from qat_lightning.errors import ConfigurationError
+from tests.callbacks.ddp_run import run_halves
+from tests.callbacks.lit import MODES, Lit, qat, state, trainer
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What both processes wrote."""
+    folder = tmp_path_factory.mktemp("processes")
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("PL_", "LOCAL_", "NODE_"))}
+    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "QAT_LIGHTNING_COMPILE": "0"}
+    ran = subprocess.run(
+        [sys.executable, "-m", "tests.callbacks.ddp_run", str(folder)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def both(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    first, second = (json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1))
+    return first, second
+
+
+@pytest.mark.parametrize("make", ["Lit", "OwnForward"])
+@pytest.mark.parametrize("mode", MODES)
+def test_both_end_alike(mode: str, make: str, both: tuple[dict[str, Any], dict[str, Any]]) -> None:
+    """Weights, statistics, ranges after every step and int8; both test every variant, and can go on."""
+    first, second = (found[f"{mode} {make}"] for found in both)
+    assert first == second
+    assert first["steps"] == 4
+    assert first["variants"] == ["float", "fake_quant", "int8"]
+    assert first["fidelity"]["agreement"] == 1.0
+    # Ranges move until they freeze, before the fourth batch of the first fit, and in both at once.
+    steps = first["every step"]
+    assert len(set(steps[:3])) == 3
+    assert steps[3].split("] [")[0] == steps[2].split("] [")[0]
+
+
+def test_processes_that_go_different_ways(both: tuple[dict[str, Any], dict[str, Any]]) -> None:
+    """In eager mode they may: each layer's range is there in both, whoever ran it."""
+    first, second = (found["different ways"] for found in both)
+    assert first == second
+    for layer in ("dark", "bright"):
+        assert f"'net.{layer}.output_fake_quant.max_val', inf" not in first["every step"][0]
+        assert f"'net.{layer}.output_fake_quant.max_val', -inf" not in first["every step"][0]
+
+
+def test_a_process_with_nothing_to_observe_takes_part(both: tuple[dict[str, Any], dict[str, Any]]) -> None:
+    assert both[0]["nothing"] == both[1]["nothing"] == [-1.0, 2.0, 1.0]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_two_processes_are_one_with_the_doubled_batch(mode: str, folder: Path) -> None:
+    """Weights, ranges and int8, for a network without BatchNorm, up to the rounding of sums."""
+    one = run_halves(mode, 1)
+    first, second = (torch.load(folder / f"{rank}.pt")[mode] for rank in (0, 1))
+    assert one.keys() == first.keys()
+    for key, expected in one.items():
+        assert torch.equal(first[key], second[key]), key
+        if mode != "eager":
+            torch.testing.assert_close(first[key], expected, rtol=1e-4, atol=1e-5, msg=key)
+        elif key.endswith("max_val") and expected.isfinite():
+            # There the averages are merged after the batch, and not what they are averages of: near, and not the same.
+            assert 0.9 * expected <= first[key] <= 1.2 * expected, key
+
+
+@pytest.mark.parametrize("name", ["FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"])
+def test_strategies_that_shard_are_refused(name: str) -> None:
+    callback, module = qat(), Lit()
+    before = state(module)
+    fitting = trainer(callback)
+    strategy = FSDPStrategy() if name == "FSDPStrategy" else type(name, (DDPStrategy,), {})()
+    fitting._accelerator_connector.strategy = strategy
+    with pytest.raises(ConfigurationError, match=rf"{name} shards the network .* use strategy='ddp'"):
+        callback.setup(fitting, module, "fit")
+    assert state(module).keys() == before.keys()
+
+
+def test_sync_batchnorm_is_refused() -> None:
+    fitting = trainer(qat(), strategy="ddp", sync_batchnorm=True)
+    with pytest.raises(ConfigurationError, match="use sync_batchnorm=False"):
+        fitting.callbacks[0].setup(fitting, Lit(), "fit")

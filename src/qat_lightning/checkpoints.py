@@ -11,7 +11,8 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from qat_lightning.errors import CheckpointMismatchError
+from qat_lightning.checkpoint_io import read_float_state
+from qat_lightning.errors import CheckpointMismatchError, ConfigurationError
 from qat_lightning.flows.base import float_keys, prepared_state
 from qat_lightning.recipe import PreparedState, check_recipe
 
@@ -45,6 +46,37 @@ def float_state_dict(checkpoint: Mapping[str, Any] | str | Path) -> dict[str, An
         for added in state[key]["added_keys"]:
             del state[prefix + added]
     return state
+
+
+def read_float_weights(path: Path, name: str, prefix: str, wanted: Mapping[str, Any]) -> dict[str, Any]:
+    """The weights of one network from the file ``float_checkpoint=``.
+
+    Args:
+        path: A checkpoint of Lightning's, or a ``state_dict``.
+        name: The network's name in the LightningModule, for the message.
+        prefix: What its keys begin with, without the last dot.
+        wanted: The float network's own ``state_dict``.
+
+    Raises:
+        CheckpointFileError: The file cannot be read.
+        ConfigurationError: It is of another model.
+    """
+    found = read_float_state(path)
+    prefix = f"{prefix}." if prefix else ""
+
+    def fits(key: str) -> bool:
+        if prefix + key not in found:
+            return False
+        value, own = found[prefix + key], wanted[key]
+        return not isinstance(own, Tensor) or (isinstance(value, Tensor) and value.shape == own.shape)
+
+    wrong = [key for key in wanted if not fits(key)]
+    if wrong:
+        raise ConfigurationError(
+            f"float_checkpoint={str(path)!r} lacks {len(wrong)} of the {len(wanted)} weights of {name!r}, or has them "
+            f"in another shape, for example {prefix + min(wrong)!r}: it is a checkpoint of another model."
+        )
+    return {key: found[prefix + key] for key in wanted}
 
 
 def note_added_keys(prepared: nn.Module) -> None:

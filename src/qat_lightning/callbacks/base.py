@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
+from qat_lightning.callbacks.arguments import check_flag
 from qat_lightning.callbacks.preparing import PreparingCallback, one_or_all
 from qat_lightning.errors import ConfigurationError, ConversionError
 from qat_lightning.flows.base import cpu_copy, fake_quantizers, get_flow, prepared_state, set_phase
@@ -51,6 +52,7 @@ class QuantizationCallback(PreparingCallback):
         convert: bool,
     ) -> None:
         super().__init__(mode, backend, module, example_inputs, scheme, include, exclude)
+        check_flag("convert_on_fit_end", convert)
         self.convert_on_fit_end = convert
         self.fidelity: dict[str, float] = {}
         self._quantized: dict[str, QuantizedNetwork] = {}

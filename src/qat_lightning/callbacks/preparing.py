@@ -16,10 +16,12 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from qat_lightning.backends import get_backend, require
+from qat_lightning.callbacks.arguments import check_names, check_word
 from qat_lightning.callbacks.company import refuse_callbacks, refuse_strategy
+from qat_lightning.checkpoint_io import save_whole_files
 from qat_lightning.checkpoints import guard_loading, note_added_keys
-from qat_lightning.errors import ConfigurationError
-from qat_lightning.example import catch_examples, examples_from_user, from_user
+from qat_lightning.errors import ConfigurationError, NetworkError
+from qat_lightning.example import catch_examples, check_example, examples_from_user, from_user
 from qat_lightning.flows.base import Example, get_flow, is_prepared, prepared_state, set_phase
 from qat_lightning.network import Slot, find_networks
 from qat_lightning.prepare import choose_mode
@@ -54,15 +56,21 @@ class PreparingCallback(Callback):
         include: Sequence[str] | None,
         exclude: Sequence[str] | None,
     ) -> None:
+        check_word("mode", mode)
+        check_word("backend", backend)
         target = get_backend(backend, mode)
         require(target)
+        # Which names there are is known at the fit only.
+        if module is not None and not isinstance(module, str):
+            check_names("module", module, example="['encoder', 'head']")
         self.mode = mode
         self.backend = backend
         self.module = module
         self.scheme = scheme if scheme is not None else Scheme()
         if not isinstance(self.scheme, Scheme):
             raise ConfigurationError(f"scheme={scheme!r} is not possible: give a qat_lightning.Scheme.")
-        self.include, self.exclude = tuple(include or ()), tuple(exclude or ())
+        self.include = check_names("include", include, example="['head.*']")
+        self.exclude = check_names("exclude", exclude, example="['head.*']")
         self._recipe(target.modes[0] if mode == "auto" else mode)
         self._user_example = example_inputs
         if example_inputs is not None and isinstance(module, (str, type(None))):
@@ -73,6 +81,7 @@ class PreparingCallback(Callback):
         self._phase = BEFORE
         self._guard: RemovableHandle | None = None
         self._put_back: Callable[[], None] | None = None
+        self._save_as_before: Callable[[], None] | None = None
 
     @property
     def prepared(self) -> Any:
@@ -99,6 +108,7 @@ class PreparingCallback(Callback):
         refuse_strategy(trainer)
         refuse_callbacks(trainer, self, self.mode)
         self._leave_nothing()
+        self._save_as_before = save_whole_files(trainer)
         if self._prepared and next(iter(self._slots.values())).pl_module is pl_module:
             self._guard_loading(trainer, pl_module)
             return
@@ -129,7 +139,11 @@ class PreparingCallback(Callback):
             if adopted:
                 self._check_adopted(prepared)
             else:
+                self._will_prepare(slots)
                 prepared = {name: self._prepare_one(slot, examples[name]) for name, slot in slots.items()}
+                # Only now, when all could be prepared.
+                for name, slot in slots.items():
+                    slot.install(prepared[name])
         if not (adopted and self._prepared):
             self._new_networks()
         self._slots, self._examples, self._prepared = slots, examples, prepared
@@ -143,18 +157,30 @@ class PreparingCallback(Callback):
         dtype = next((p.dtype for p in network.parameters() if p.is_floating_point()), torch.float32)
         if dtype != torch.float32:
             network.float()
+        try:
+            prepared = self._prepare_float32(network, slot, example)
+        except BaseException:
+            network.to(dtype)
+            raise
+        if dtype != torch.float32:
+            prepared.to(dtype)
+        note_added_keys(prepared)
+        return prepared
+
+    def _prepare_float32(self, network: nn.Module, slot: Slot, example: Example) -> nn.Module:
+        check_example(network, example, name=slot.name, given=self._user_example is not None)
         mode, why = choose_mode(self.mode, network, example, self._recipe, prefix=slot.prefix)
         if why:
             rank_zero_info(f"mode='auto': {why}")
         recipe = self._recipe(mode)
         check_globs(recipe, [f"{slot.prefix}.{n}".strip(".") for n, _ in network.named_modules() if n or slot.prefix])
-        with warnings.catch_warnings():
-            prepared = get_flow(mode).prepare(network, example, recipe, prefix=slot.prefix)
-        if dtype != torch.float32:
-            prepared.to(dtype)
-        note_added_keys(prepared)
-        slot.install(prepared)
-        return prepared
+        try:
+            with warnings.catch_warnings():
+                return get_flow(mode).prepare(network, example, recipe, prefix=slot.prefix)
+        except NetworkError as error:
+            if not (self.include or self.exclude):
+                raise
+            raise NetworkError(f"{error} (include={list(self.include)}, exclude={list(self.exclude)})") from error
 
     def _check_adopted(self, prepared: Mapping[str, nn.Module]) -> None:
         """Take over networks that are prepared already (by a copy of this callback, say), if they are as we would."""
@@ -173,6 +199,9 @@ class PreparingCallback(Callback):
         if self._user_example is None:
             return catch_examples(trainer, pl_module, list(slots.values()), stage)
         return examples_from_user(self._user_example, list(slots))
+
+    def _will_prepare(self, slots: Mapping[str, Slot]) -> None:
+        """For a callback that has more to check before anything is changed."""
 
     def _new_networks(self) -> None:
         """For a callback that knows something of the networks that it had before."""
@@ -210,6 +239,9 @@ class PreparingCallback(Callback):
     def _leave_nothing(self) -> None:
         if self._put_back is not None:
             self._put_back()
+        if self._save_as_before is not None:
+            self._save_as_before()
+            self._save_as_before = None
         if self._guard is not None:
             self._guard.remove()
             self._guard = None

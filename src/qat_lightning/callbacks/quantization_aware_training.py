@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,13 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, GradientAccumulationScheduler, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
 
+from qat_lightning.callbacks.arguments import check_file, check_flag
 from qat_lightning.callbacks.base import QuantizationCallback
 from qat_lightning.callbacks.company import mend_resume
-from qat_lightning.checkpoints import float_weights
-from qat_lightning.errors import ConfigurationError
-from qat_lightning.flows.base import fake_quantizers, float_keys, merge_ranges, prepared_state, reduce_ranges
+from qat_lightning.callbacks.nonfinite import NonFiniteReport
+from qat_lightning.checkpoints import float_weights, read_float_weights
+from qat_lightning.flows.base import fake_quantizers, merge_ranges, prepared_state, reduce_ranges
+from qat_lightning.network import Slot
 from qat_lightning.schedule import Phase, PointLike, QuantizationSchedule, TrainingPlan
 from qat_lightning.scheme import Scheme
 
@@ -84,13 +86,13 @@ class QuantizationAwareTraining(QuantizationCallback):
     ) -> None:
         super().__init__(mode, backend, module, example_inputs, scheme, include, exclude, convert=convert_on_fit_end)
         self.schedule = QuantizationSchedule(start, freeze_observers, freeze_batchnorm)
-        self.float_checkpoint = None if float_checkpoint is None else Path(float_checkpoint)
-        if self.float_checkpoint is not None and not self.float_checkpoint.is_file():
-            raise ConfigurationError(f"float_checkpoint={str(float_checkpoint)!r} is not a file.")
+        self.float_checkpoint = check_file("float_checkpoint", float_checkpoint)
+        check_flag("reset_best_on_start", reset_best_on_start)
         self.reset_best_on_start = reset_best_on_start
         self._plan: TrainingPlan | None = None
         self._float_source = ""
         self._float_step: int | None = None
+        self._nonfinite = NonFiniteReport()
 
     # Schedule
 
@@ -124,6 +126,15 @@ class QuantizationAwareTraining(QuantizationCallback):
                 batch_size=1,
             )
 
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say where activations were not finite; once an epoch, because it waits for the device."""
+        self._nonfinite.look(self._prepared)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Say where activations were not finite, which may be why, and leave nothing behind."""
+        super().on_exception(trainer, pl_module, exception)
+        self._nonfinite.look(self._prepared)
+
     def _step_phase(self, trainer: Trainer) -> None:
         assert self._plan is not None
         step = trainer.global_step // _optimizers(trainer)
@@ -151,25 +162,20 @@ class QuantizationAwareTraining(QuantizationCallback):
 
     # Float weights to compare with
 
+    def _will_prepare(self, slots: Mapping[str, Slot]) -> None:
+        super()._will_prepare(slots)
+        if self.float_checkpoint is not None:
+            for name, slot in slots.items():
+                read_float_weights(self.float_checkpoint, name, slot.prefix, slot.get().state_dict())
+
     def _was_prepared(self) -> None:
         super()._was_prepared()
         if self.float_checkpoint is not None:
-            self._take_float_checkpoint(self.float_checkpoint)
-
-    def _take_float_checkpoint(self, path: Path) -> None:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        state = checkpoint.get("state_dict", checkpoint)
-        for name, prepared in self._prepared.items():
-            prefix = f"{self._slots[name].prefix}." if self._slots[name].prefix else ""
-            keys = float_keys(prepared)
-            missing = [key for key in keys if prefix + key not in state]
-            if missing:
-                raise ConfigurationError(
-                    f"float_checkpoint={str(path)!r} lacks {len(missing)} of the {len(keys)} weights of "
-                    f"{name!r}, for example {prefix + min(missing)!r}: it is a checkpoint of another model."
-                )
-            self._float_weights[name] = {key: state[prefix + key] for key in keys}
-        self._float_source = f"checkpoint {path}"
+            for name, prepared in self._prepared.items():
+                state = prepared_state(prepared).float_network.state_dict()
+                prefix = self._slots[name].prefix
+                self._float_weights[name] = read_float_weights(self.float_checkpoint, name, prefix, state)
+            self._float_source = f"checkpoint {self.float_checkpoint}"
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -196,6 +202,12 @@ class QuantizationAwareTraining(QuantizationCallback):
         self._source = f"the fit that ended at step {trainer.global_step}"
         self._stale = True
         if not self.convert_on_fit_end:
+            return
+        if not self._ranges_seen():
+            rank_zero_warn(
+                "The fit trained nothing, so that no range was ever observed, and there is no int8 network: ckpt_path= "
+                "is of a run that was as long already. Give the Trainer more max_epochs or max_steps than that."
+            )
             return
         if not self._phase.fake_quant:
             rank_zero_warn(

@@ -1,0 +1,74 @@
+"""Checking arguments by their type, before anything is done with them: YAML and a shell send what they like."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from qat_lightning.errors import ConfigurationError
+
+
+def check_word(name: str, value: Any) -> None:
+    """Refuse what is no string, or an empty one.
+
+    Raises:
+        ConfigurationError: With the argument's name.
+    """
+    if not isinstance(value, str) or not value:
+        raise ConfigurationError(f"{name}={value!r} is not possible: give a name.")
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Refuse what is not true or false; the string 'false', for one, would count as true.
+
+    Raises:
+        ConfigurationError: With the argument's name.
+    """
+    if not isinstance(value, bool):
+        raise ConfigurationError(f"{name}={value!r} is not possible: give true or false.")
+
+
+def check_names(name: str, value: Any, *, example: str) -> tuple[str, ...]:
+    """A list of strings as a tuple; None as an empty one.
+
+    Raises:
+        ConfigurationError: With the argument's name.
+
+    Example:
+        >>> check_names("include", ["head.*"], example="['head.*']")
+        ('head.*',)
+        >>> check_names("include", "head.*", example="['head.*']")
+        Traceback (most recent call last):
+            ...
+        qat_lightning.errors.ConfigurationError: include='head.*' is not possible: give a list, like ['head.*'].
+    """
+    if value is None:
+        return ()
+    if isinstance(value, (str, bytes)) or not isinstance(value, Sequence) or not all(map(_is_name, value)):
+        raise ConfigurationError(f"{name}={value!r} is not possible: give a list, like {example}.")
+    return tuple(value)
+
+
+def check_file(name: str, value: Any) -> Path | None:
+    """The path of a file that exists; None for None.
+
+    Raises:
+        ConfigurationError: With the argument's name.
+    """
+    if value is None:
+        return None
+    if not isinstance(value, (str, os.PathLike)) or not str(value):
+        raise ConfigurationError(f"{name}={value!r} is not possible: give the path of a file.")
+    try:
+        found = Path(value).is_file()
+    except ValueError:  # a path with a null character
+        found = False
+    if not found:
+        raise ConfigurationError(f"{name}={str(value)!r} is not a file.")
+    return Path(value)
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and bool(value)

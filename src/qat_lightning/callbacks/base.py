@@ -206,8 +206,10 @@ class QuantizationCallback(PreparingCallback):
             variant = "fake_quant"
         if variant not in self.variants:
             raise ConfigurationError(f"There is no variant {variant!r} to {stage}: {self._why_not(variant)}")
+        # Without ranges nothing is rounded: the weights alone neither, which know theirs.
+        rounds = self._ranges_seen()
         for prepared in self._prepared.values():
-            set_phase(prepared, fake_quant=True, observers=False, batchnorm_frozen=self._phase.batchnorm_frozen)
+            set_phase(prepared, fake_quant=rounds, observers=False, batchnorm_frozen=self._phase.batchnorm_frozen)
         if variant == "fake_quant":
             return
         if variant == "int8":

@@ -5,7 +5,7 @@ import os
 # Tiny networks gain nothing from threads, which on a busy machine wait for each other; subprocesses inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from hypothesis import settings  # noqa: E402
+from hypothesis import settings
 
 # a busy machine is no failure; and CI tries the same examples each time
 settings.register_profile("default", deadline=None)

@@ -32,6 +32,7 @@ class Variants(Callback):
     """Scales the logged metric by the variant."""
 
     variants = ("float", "fake_quant", "int8")
+    chosen_variant = None
 
     def __init__(self, model: Model) -> None:
         self.model = model

@@ -22,7 +22,7 @@ from qat_lightning.measure import latency_interleaved, size_mb
 from qat_lightning.network import OWN_FORWARD, Slot, find_networks
 from qat_lightning.quantized import QuantizedNetwork
 
-MEASURED = ("size_mb", "latency_ms", "agreement", "sqnr_db")  # what is added to the model's own metrics
+MEASURED = ("size_mb", "latency_ms", "agreement", "sqnr_db", "step")  # what is added to the model's own metrics
 TIMED = ("float", "int8")  # fake-quant is a step of training, nothing that is shipped
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -36,6 +36,7 @@ class HasVariants(Protocol):
     """What a quantization callback offers for evaluation."""
 
     variants: tuple[str, ...]
+    chosen_variant: str | None
     fidelity: Mapping[str, float]
     example_inputs_: Call
 
@@ -83,28 +84,33 @@ def evaluate_variants(
         with _watched(model) as (networks, calls):
             summary |= test("float")
     else:
+        before = source.chosen_variant
         for name in source.variants:
             source.use_variant(name)
             try:
                 summary |= test(name)
             finally:
-                source.use_variant(None)
+                source.use_variant(before)
             if name == "int8":
                 summary |= {f"int8/{key}": value for key, value in source.fidelity.items()}
+        if "float" in source.variants and getattr(source, "float_step", None) is not None:
+            summary["float/step"] = float(source.float_step)  # type: ignore[attr-defined]
         networks = {name: source.network(name) for name in source.variants if name in TIMED}
         calls = [source.example_inputs_]
     if trainer.is_global_zero:
         summary |= _measure(networks, calls)
         _write(trainer.loggers, summary, trainer.global_step)
-        Console().print(variants_table(summary))
+        origin = getattr(source, "float_source", "") if "float" in networks else ""
+        Console().print(variants_table(summary, float_source=origin))
     return summary
 
 
-def variants_table(summary: Mapping[str, float]) -> Table:
+def variants_table(summary: Mapping[str, float], *, float_source: str = "") -> Table:
     """Lay out what `evaluate_variants` returns: a row for each variant.
 
     Args:
         summary: Its result, or a part of it.
+        float_source: Where the float weights come from, to say below the table.
 
     Returns:
         A table for `rich.print`.
@@ -117,7 +123,7 @@ def variants_table(summary: Mapping[str, float]) -> Table:
     keys = [key.partition("/")[::2] for key in summary if "/" in key]
     names = list(dict.fromkeys(name for name, _ in keys))
     metrics = list(dict.fromkeys(metric for _, metric in keys if metric not in MEASURED))
-    table = Table(caption=_caption(summary), caption_justify="left")
+    table = Table(caption=_caption(summary, float_source), caption_justify="left")
     table.add_column("variant")
     for metric in (*metrics, "size", "latency", "speed-up"):
         table.add_column(metric, justify="right")
@@ -132,8 +138,8 @@ def variants_table(summary: Mapping[str, float]) -> Table:
     return table
 
 
-def _caption(summary: Mapping[str, float]) -> str:
-    lines = []
+def _caption(summary: Mapping[str, float], float_source: str) -> str:
+    lines = [f"float: {float_source}"] if float_source else []
     if "int8/agreement" in summary:
         lines.append(f"int8 chooses the same class as fake_quant for {summary['int8/agreement']:.2%} of the outputs")
     if "int8/sqnr_db" in summary:

@@ -96,7 +96,7 @@ class SchedulePoint:
             if isinstance(value, Integral) and not isinstance(value, bool):
                 return cls("epoch", int(value))
             if isinstance(value, Real) and not isinstance(value, bool):
-                return cls("fraction", value)  # type: ignore[arg-type]
+                return cls("fraction", value)
         except ConfigurationError as error:
             raise ConfigurationError(f"{name}={_shown(value)}: {error}") from None
         raise ConfigurationError(

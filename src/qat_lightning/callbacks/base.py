@@ -82,6 +82,11 @@ class QuantizationCallback(PreparingCallback):
         }
         return tuple(name for name in VARIANTS if there[name])
 
+    @property
+    def chosen_variant(self) -> str | None:
+        """What `use_variant` chose; None for the default."""
+        return self._chosen
+
     def use_variant(self, name: str | None) -> None:
         """Choose what ``validate``, ``test`` and ``predict`` run.
 

@@ -57,6 +57,8 @@ class QuantizationAwareTraining(QuantizationCallback):
         prepared: The network with fake-quant (a dict of them by name, if ``module`` is a list of several), once the fit
             has begun.
         quantized: The int8 network (likewise), once there is one.
+        float_source: Where the weights of the ``"float"`` variant come from, in words; empty if there is none.
+        float_step: The step before which they were taken; None if from elsewhere.
         fidelity: After a test of the int8 network, its closeness to fake-quant: ``agreement`` and ``sqnr_db``.
 
     Raises:
@@ -90,8 +92,8 @@ class QuantizationAwareTraining(QuantizationCallback):
         check_flag("reset_best_on_start", reset_best_on_start)
         self.reset_best_on_start = reset_best_on_start
         self._plan: TrainingPlan | None = None
-        self._float_source = ""
-        self._float_step: int | None = None
+        self.float_source = ""
+        self.float_step: int | None = None
         self._nonfinite = NonFiniteReport()
 
     # Schedule
@@ -154,8 +156,8 @@ class QuantizationAwareTraining(QuantizationCallback):
     def _rounding_comes_on(self, trainer: Trainer, step: int) -> None:
         if self.float_checkpoint is None and step > 0:
             self._float_weights = {name: float_weights(prepared) for name, prepared in self._prepared.items()}
-            self._float_step = step
-            self._float_source = f"the weights before step {step}, when rounding came on"
+            self.float_step = step
+            self.float_source = f"the weights before step {step}, when rounding came on"
         if self.reset_best_on_start and step > 0:
             for callback in trainer.callbacks:  # type: ignore[attr-defined]
                 _forget_best(callback)
@@ -175,7 +177,7 @@ class QuantizationAwareTraining(QuantizationCallback):
                 state = prepared_state(prepared).float_network.state_dict()
                 prefix = self._slots[name].prefix
                 self._float_weights[name] = read_float_weights(self.float_checkpoint, name, prefix, state)
-            self._float_source = f"checkpoint {self.float_checkpoint}"
+            self.float_source = f"checkpoint {self.float_checkpoint}"
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -223,17 +225,17 @@ class QuantizationAwareTraining(QuantizationCallback):
         return {
             "phase": dataclasses.asdict(self._phase),
             "float_weights": self._float_weights,
-            "float_source": self._float_source,
-            "float_step": self._float_step,
+            "float_source": self.float_source,
+            "float_step": self.float_step,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Undo `state_dict`."""
         self._phase = Phase(**state_dict["phase"])
-        self._float_step = state_dict["float_step"]
+        self.float_step = state_dict["float_step"]
         if self.float_checkpoint is None:
             self._float_weights = state_dict["float_weights"]
-            self._float_source = state_dict["float_source"]
+            self.float_source = state_dict["float_source"]
         self._apply(self._phase)
 
 

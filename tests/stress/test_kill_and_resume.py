@@ -1,0 +1,88 @@
+"""A fit killed anywhere and resumed from its last checkpoint ends, bit by bit, where the uninterrupted one ends.
+
+The kill points are drawn; ``QAT_STRESS_SEED=n`` in the environment draws those of a run that failed.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.stress.campaign import MODES, Campaign, Life, campaign, differences
+from tests.stress.worker import Kill, Run
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+
+
+@pytest.fixture(scope="module")
+def lives() -> Iterator[Campaign]:
+    seed = int(os.environ.get("QAT_STRESS_SEED", random.SystemRandom().randrange(10**6)))
+    with campaign(seed) as drawn:
+        yield drawn
+
+
+def _killed_and_equal(lives: Campaign, mode: str, kills: int) -> None:
+    print(f"QAT_STRESS_SEED={lives.seed}")  # noqa: T201 - shown where a test fails
+    found: list[Life] = []
+    while sum(len(life.kills) for life in found) < kills:
+        found.append(lives.live(mode, lives.random.choice((1, 1, 2, 3))))
+    lost = [str(life) for life in found if life.differ]
+    assert not lost, f"QAT_STRESS_SEED={lives.seed}:\n" + "\n".join(lost)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_killed_anywhere(lives: Campaign, mode: str) -> None:
+    _killed_and_equal(lives, mode, 8)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", MODES)
+def test_killed_anywhere_many_times(lives: Campaign, mode: str) -> None:
+    _killed_and_equal(lives, mode, 25)
+
+
+def _after(lives: Campaign, run: Run, *kills: Kill) -> list[str]:
+    """What differs after these kills."""
+    run = replace(run, folder=tempfile.mkdtemp(dir=lives.folder))
+    reference = lives.reference(run)
+    for kill in kills:
+        outcome = lives.server.run(replace(run, kill=kill))
+        assert outcome.status == "killed", outcome
+    outcome = lives.server.run(run)
+    assert outcome.status == "ended", (Path(run.folder) / "log.txt").read_text()[-2000:]
+    return differences(reference, run)
+
+
+def test_resumed_at_the_end_of_an_epoch_and_killed_again(lives: Campaign) -> None:
+    """Lightning takes the checkpoints of such a run for those of an epoch that has ended."""
+    kills = Kill("validate", 0, calls=5), Kill("step", 6, calls=50)
+    assert not _after(lives, Run("eager", ""), *kills)
+
+
+def test_resumed_under_accumulation_and_killed_again(lives: Campaign) -> None:
+    """Lightning saves the step that it was resumed from once more, in the middle of the accumulation."""
+    kills = Kill("step", 5, calls=50), Kill("save_last", 6, calls=50)
+    assert not _after(lives, Run("eager", "", accumulate=2), *kills)
+
+
+def test_a_checkpoint_is_whole_wherever_its_writing_ends(lives: Campaign, tmp_path: Path) -> None:
+    """Also where temporary files are on another file system, from which Lightning would copy."""
+    memory = "/dev/shm" if Path("/dev/shm").is_dir() else None
+    with tempfile.TemporaryDirectory(dir=memory) as elsewhere:
+        run = Run("eager", "", temporary=elsewhere)
+        calls = lives.reference(run).calls["save_last 6"]
+        for left in range(4, 132, 4):
+            folder = tmp_path / str(left)
+            folder.mkdir()
+            kill = Kill("save_last", 6, calls=calls - left)
+            outcome = lives.server.run(replace(run, folder=str(folder), kill=kill))
+            assert outcome.where == "save_last 6"
+            for path in (folder / "last.ckpt", *folder.glob("*.ckpt")):
+                assert torch.load(path, weights_only=True)["global_step"] in (5, 6)

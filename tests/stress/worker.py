@@ -1,0 +1,256 @@
+"""One real fit in a process of its own, which may be told to die in the middle of it.
+
+`fit` trains a small network with everything that a resume could lose: BatchNorm statistics, dropout, ranges, Adam's
+moments, a learning rate that falls with each step, a shuffled loader, accumulated gradients. It saves all along,
+resumes from the last checkpoint in its folder if there is one, and at its end writes a digest of all that it ended
+with.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
+
+from qat_lightning.callbacks.quantization_aware_training import QuantizationAwareTraining
+from qat_lightning.demos.data.resumable import resumable_loader
+from tests.callbacks.lit import Lit, Net, dataset
+
+BATCHES = 4
+STEPS = 12
+START, FREEZE_BATCHNORM, FREEZE_OBSERVERS = 3, 6, 9
+EPOCHS = {1: 3, 2: 6, 3: 6}
+"""For each accumulation the epochs that make `STEPS` optimizer steps; 3 does not divide the batches of an epoch."""
+
+DIGEST = "digest.json"
+
+
+@dataclass(frozen=True)
+class Kill:
+    """Where a fit is to be killed.
+
+    Attributes:
+        part: ``"prepare"``, ``"step"``, ``"save"``, ``"save_last"``, ``"validate"`` or ``"convert"``.
+        at: Which part of that kind, counted from the beginning of a fit; for steps and saves the number of steps done.
+        calls: After how many calls of functions inside of it, Python's or C's, the fit kills itself; None to be killed
+            from outside.
+        seconds: How long after the beginning of the part it is killed from outside, unless ``calls`` is given.
+    """
+
+    part: str
+    at: int
+    calls: int | None = None
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Run:
+    """What to fit.
+
+    Attributes:
+        mode: Of quantization.
+        folder: Of its checkpoints and its digest.
+        accumulate: Batches to an optimizer step.
+        save_every: Optimizer steps to a checkpoint.
+        kill: Where it ends early.
+        count: Count the calls in each part, for later kills.
+        temporary: Where Python makes temporary files, if elsewhere than usual.
+    """
+
+    mode: str
+    folder: str
+    accumulate: int = 1
+    save_every: int = 1
+    kill: Kill | None = None
+    count: bool = False
+    temporary: str | None = None
+
+
+class Witness(Callback):
+    """Says where the fit is, and kills it there."""
+
+    def __init__(self, run: Run, tell: Callable[[str], None]) -> None:
+        self.run = run
+        self.tell = tell
+        self.calls: dict[str, int] = {}
+        self.seen: dict[str, int] = {}
+
+    def say(self, part: str, at: int) -> None:
+        """Enter a part."""
+        sys.setprofile(None)
+        self.tell(f"{part} {at}")
+        kill = self.run.kill
+        if kill is not None and kill.calls is not None and (kill.part, kill.at) == (part, at):
+            sys.setprofile(_Killer(kill.calls))
+        elif self.run.count:
+            sys.setprofile(_Counter(self.calls, f"{part} {at}"))
+
+    def next(self, part: str) -> None:
+        """Enter a part that is numbered by itself."""
+        self.seen[part] = self.seen.get(part, -1) + 1
+        self.say(part, self.seen[part])
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self.say("prepare", 0)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self.say("step", trainer.global_step)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.next("validate")
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.next("convert")
+
+
+@dataclass
+class _Killer:
+    left: int
+
+    def __call__(self, *event: Any) -> None:
+        self.left -= 1
+        if self.left < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+@dataclass
+class _Counter:
+    calls: dict[str, int]
+    key: str
+
+    def __call__(self, *event: Any) -> None:
+        self.calls[self.key] = self.calls.get(self.key, 0) + 1
+
+
+@dataclass
+class Saving:
+    """The Trainer's ``save_checkpoint``, with a word before and after."""
+
+    witness: Witness
+    save: Callable[..., None]
+    trainer: Trainer
+
+    def __call__(self, filepath: Any, *args: Any, **kwargs: Any) -> None:
+        self.witness.say("save_last" if Path(filepath).name.startswith("last") else "save", self.trainer.global_step)
+        self.save(filepath, *args, **kwargs)
+        self.witness.say("saved", self.trainer.global_step)
+
+
+class Task(Lit):
+    """Adam, a falling learning rate, and dropout whose random state goes into the checkpoint.
+
+    Lightning leaves random states to the user; a resumed run draws the same dropout only if they are restored.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(Net(dropout=0.3))
+        self._random: Tensor | None = None
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.Adam(self.parameters(), lr=0.01)
+        scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["random"] = torch.get_rng_state()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._random = checkpoint["random"]
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        if self._random is not None:
+            torch.set_rng_state(self._random)
+            self._random = None
+
+
+def fit(run: Run, tell: Callable[[str], None]) -> None:
+    """The fit, from the last checkpoint in its folder or from the beginning, and its digest.
+
+    Args:
+        run: What to fit.
+        tell: Told each part of the fit as it begins.
+    """
+    folder = Path(run.folder)
+    resumed = any(folder.glob("last*.ckpt"))
+    # A resumed run is seeded otherwise: what it ends with must come from the checkpoint.
+    seed_everything(1 if resumed else 0, verbose=False)
+    witness = Witness(run, tell)
+    callback = QuantizationAwareTraining(
+        run.mode,
+        start={"step": START},
+        freeze_batchnorm={"step": FREEZE_BATCHNORM},
+        freeze_observers={"step": FREEZE_OBSERVERS},
+    )
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=1,
+        max_epochs=EPOCHS[run.accumulate],
+        accumulate_grad_batches=run.accumulate,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        callbacks=[witness, callback, ModelCheckpoint(folder, every_n_train_steps=run.save_every, save_last=True)],
+    )
+    trainer.save_checkpoint = Saving(witness, trainer.save_checkpoint, trainer)  # type: ignore[method-assign]
+    train = resumable_loader(dataset(), batch_size=16, seed=1, shuffle=True)
+    validate = resumable_loader(dataset(32), batch_size=16, seed=1, shuffle=False)
+    module = Task()
+    trainer.fit(module, train, validate, ckpt_path="last")
+    sys.setprofile(None)
+    if trainer.global_step != STEPS:
+        raise RuntimeError(f"the fit ended at step {trainer.global_step}, not {STEPS}")
+    write(folder / DIGEST, {"digest": digest(trainer, module, callback), "calls": witness.calls})
+    tell("done 0")
+
+
+def digest(trainer: Trainer, module: LightningModule, callback: QuantizationAwareTraining) -> dict[str, str]:
+    """A hash of every tensor that a fit ends with."""
+    ended: dict[str, Any] = dict(module.state_dict())
+    for index, values in trainer.optimizers[0].state_dict()["state"].items():
+        ended |= {f"optimizer.{index}.{key}": torch.as_tensor(value) for key, value in values.items()}
+    ended["lr"] = torch.tensor(trainer.optimizers[0].param_groups[0]["lr"], dtype=torch.float64)
+    ended |= dict(_flat("callback", callback.state_dict()))
+    ended["int8"] = callback.quantized(dataset()[:32][0])
+    return {key: _hash(value) for key, value in ended.items()}
+
+
+def _flat(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict):
+        for key, part in value.items():
+            yield from _flat(f"{name}.{key}", part)
+    else:
+        yield name, value
+
+
+def _hash(value: Any) -> str:
+    data = value.detach().contiguous().numpy().tobytes() if isinstance(value, Tensor) else repr(value).encode()
+    return hashlib.sha256(data).hexdigest()[:16]
+
+
+def write(path: Path, values: Any) -> None:
+    """Whole or not at all."""
+    beside = path.with_suffix(".part")
+    beside.write_text(json.dumps(values))
+    beside.replace(path)
+
+
+@contextlib.contextmanager
+def output_to(path: Path) -> Any:
+    """All that this process prints, and what C prints, goes to a file."""
+    with path.open("ab") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+        yield

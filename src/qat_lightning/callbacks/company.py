@@ -6,8 +6,9 @@ from typing import Any
 
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, ModelPruning
+from torch import nn
 
-from qat_lightning.errors import ConfigurationError
+from qat_lightning.errors import ConfigurationError, NetworkError
 
 
 def refuse_strategy(trainer: Trainer) -> None:
@@ -52,6 +53,22 @@ def refuse_callbacks(trainer: Trainer, quantization: Callback, mode: str) -> Non
         raise ConfigurationError(
             f"ModelPruning does not go with mode={mode!r}, which puts other layers in the place of those it prunes: "
             "use mode='eager', or prune before."
+        )
+
+
+def refuse_compiled(network: nn.Module, name: str, mode: str) -> None:
+    """Refuse a network that is compiled itself, or holds a part that is, where a graph has to be captured of it.
+
+    Raises:
+        NetworkError: With the way that works.
+    """
+    # By name: the class is in torch._dynamo, whose import takes seconds.
+    compiled = [inner for inner, module in network.named_modules() if type(module).__name__ == "OptimizedModule"]
+    if mode != "eager" and compiled:
+        raise NetworkError(
+            f"{'.'.join(filter(None, (name, compiled[0])))!r} was given to torch.compile, and mode={mode!r} cannot "
+            "capture a graph of compiled code: compile the LightningModule instead, model = torch.compile(model), or "
+            "use mode='eager'."
         )
 
 

@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from qat_lightning.backends import get_backend, require
 from qat_lightning.callbacks.arguments import check_names, check_word
-from qat_lightning.callbacks.company import refuse_callbacks, refuse_strategy
+from qat_lightning.callbacks.company import refuse_callbacks, refuse_compiled, refuse_strategy
 from qat_lightning.checkpoint_io import save_whole_files
 from qat_lightning.checkpoints import guard_loading, note_added_keys
 from qat_lightning.errors import ConfigurationError, NetworkError
@@ -172,6 +172,7 @@ class PreparingCallback(Callback):
         mode, why = choose_mode(self.mode, network, example, self._recipe, prefix=slot.prefix)
         if why:
             rank_zero_info(f"mode='auto': {why}")
+        refuse_compiled(network, slot.prefix, mode)
         recipe = self._recipe(mode)
         check_globs(recipe, [f"{slot.prefix}.{n}".strip(".") for n, _ in network.named_modules() if n or slot.prefix])
         try:

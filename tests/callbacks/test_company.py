@@ -1,0 +1,364 @@
+"""The features of Lightning in one table: every row in every mode, each works or is refused with a message."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch import callbacks as others
+from lightning.pytorch.callbacks import (
+    BackboneFinetuning,
+    BaseFinetuning,
+    BatchSizeFinder,
+    EarlyStopping,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    ModelCheckpoint,
+    ModelPruning,
+    ModelSummary,
+    RichModelSummary,
+    StochasticWeightAveraging,
+)
+from torch import Tensor, nn
+
+from qat_lightning.callbacks.quantization_aware_training import QuantizationAwareTraining
+from qat_lightning.errors import ConfigurationError, NetworkError
+from qat_lightning.flows.base import fake_quantizers
+from tests.callbacks.lit import CLASSES, MODES, Lit, Net, dataset, loader, qat, trainer
+from tests.callbacks.test_insert import BuiltInConfigureModel, OwnForward
+
+IMAGES = dataset()[:32][0]
+
+
+class CalledByName(OwnForward):
+    """Its own forward is called with keywords in one step, and without in another."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:  # type: ignore[override]
+        return F.cross_entropy(self(x=batch[0]), batch[1])
+
+
+class Manual(Lit):
+    """Steps by itself; the example comes from validation, or the step would be taken in search of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
+        optimizers = self.optimizers()
+        loss = super().training_step(batch, batch_idx)
+        for optimizer in optimizers if isinstance(optimizers, list) else [optimizers]:
+            optimizer.zero_grad()
+        self.manual_backward(loss)
+        for optimizer in optimizers if isinstance(optimizers, list) else [optimizers]:
+            optimizer.step()
+
+
+class SeveralOptimizers(Manual):
+    """One for the features, another for the rest."""
+
+    def configure_optimizers(self) -> Any:
+        features = set(self.net.features.parameters())
+        rest = [parameter for parameter in self.parameters() if parameter not in features]
+        return [torch.optim.SGD(list(features), lr=0.05, momentum=0.9), torch.optim.SGD(rest, lr=0.05, momentum=0.9)]
+
+
+class TwoNetworks(Lit):
+    def __init__(self) -> None:
+        super().__init__()
+        self.other = nn.Sequential(nn.Flatten(), nn.Linear(64, CLASSES))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x) + self.other(x)
+
+
+class WithBackbone(OwnForward):
+    """As `BackboneFinetuning` wants it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = nn.Sequential(nn.Conv2d(1, 8, 3, stride=2), nn.BatchNorm2d(8), nn.ReLU())
+        del self.conv, self.norm
+
+    def embed(self, x: Tensor) -> Tensor:
+        return self.backbone(x).flatten(1)
+
+    def configure_optimizers(self) -> Any:
+        training = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        return torch.optim.SGD(training, lr=0.05, momentum=0.9)
+
+
+class Unfreezing(BaseFinetuning):
+    def freeze_before_training(self, pl_module: Any) -> None:
+        self.freeze(pl_module.net.features)
+
+    def finetune_function(self, pl_module: Any, epoch: int, optimizer: Any) -> None:
+        if epoch == 1:
+            self.unfreeze_and_add_param_group(pl_module.net.features, optimizer)
+
+
+class Reloading(Lit):
+    reloads = 0
+
+    def train_dataloader(self) -> Any:
+        self.reloads += 1
+        return loader()
+
+
+def averaging() -> Any:
+    if not hasattr(others, "EMAWeightAveraging"):
+        pytest.skip("this release of Lightning has no WeightAveraging")
+    return others.EMAWeightAveraging(decay=0.9)
+
+
+def compiled(module: Any) -> Any:
+    torch._dynamo.reset()
+    if isinstance(module, Lit):
+        # Metrics count in Python numbers, for each of which it would be compiled anew.
+        module._evaluate = torch.compiler.disable(module._evaluate)  # type: ignore[method-assign]
+    return torch.compile(module, backend="eager")
+
+
+class Compiled:
+    """A Lit whose network, or a part of it, was compiled."""
+
+    def __init__(self, part: str) -> None:
+        self.part = part
+
+    def __call__(self) -> Lit:
+        module, net = Lit(), Net()
+        module._evaluate = torch.compiler.disable(module._evaluate)  # type: ignore[method-assign]
+        if self.part == "net":
+            module.net = compiled(net)
+        else:
+            net.features = compiled(net.features)
+            module.net = net
+        return module
+
+
+@dataclass
+class Row:
+    """One feature.
+
+    Attributes:
+        name: In the table of ``docs/compatibility.md``.
+        module: Makes the LightningModule.
+        callbacks: Makes the other callbacks.
+        trainer: Settings of the Trainer.
+        qat: Settings of ours.
+        refused: The message, by mode, where it is refused.
+        accuracy: What the int8 network reaches.
+    """
+
+    name: str
+    module: Callable[[], Any] = Lit
+    callbacks: Callable[[], list[Any]] = list
+    trainer: dict[str, Any] = field(default_factory=dict)
+    qat: dict[str, Any] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
+    accuracy: float = 0.9
+
+
+GRAPH_MODES = ("fx", "pt2e")
+ROWS = [
+    Row("EMAWeightAveraging", callbacks=lambda: [averaging()]),
+    Row("StochasticWeightAveraging", callbacks=lambda: [StochasticWeightAveraging(0.01, swa_epoch_start=1)]),
+    Row("EarlyStopping", callbacks=lambda: [EarlyStopping("val/loss", patience=1)]),
+    Row("BackboneFinetuning", WithBackbone, lambda: [BackboneFinetuning(1, verbose=False)]),
+    Row("BaseFinetuning", callbacks=lambda: [Unfreezing()]),
+    Row("GradientAccumulationScheduler", callbacks=lambda: [GradientAccumulationScheduler({0: 1, 2: 2})]),
+    Row("ModelSummary", callbacks=lambda: [ModelSummary(2), RichModelSummary(2)]),
+    Row(
+        "ModelPruning",
+        callbacks=lambda: [ModelPruning("l1_unstructured", amount=0.2)],
+        refused=dict.fromkeys(GRAPH_MODES, "ModelPruning does not go with .* use mode='eager'"),
+    ),
+    Row("gradient_clip_val", trainer={"gradient_clip_val": 0.5}),
+    Row("accumulate_grad_batches", trainer={"accumulate_grad_batches": 2, "max_epochs": 5}),
+    Row("manual optimization", Manual),
+    Row("several optimizers", SeveralOptimizers),
+    Row("several networks", TwoNetworks, qat={"module": ["net", "other"]}),
+    Row("own forward", CalledByName),
+    Row("configure_model", BuiltInConfigureModel),
+    Row("overfit_batches", trainer={"overfit_batches": 2, "max_epochs": 8}),
+    Row("limit_train_batches", trainer={"limit_train_batches": 0.5, "max_epochs": 6}),
+    Row("inference_mode=False", trainer={"inference_mode": False}),
+    Row("deterministic", trainer={"deterministic": True}),
+    Row("detect_anomaly", trainer={"detect_anomaly": True}),
+    Row("precision bf16-mixed", trainer={"precision": "bf16-mixed"}),
+    Row("precision bf16-true", trainer={"precision": "bf16-true", "max_epochs": 5}),
+    Row("precision 64-true", trainer={"precision": "64-true"}),
+    Row("precision 64-true, configure_model", BuiltInConfigureModel, trainer={"precision": "64-true"}),
+    Row("reload_dataloaders_every_n_epochs", Reloading, trainer={"reload_dataloaders_every_n_epochs": 1}),
+    Row(
+        "torch.compile of the network",
+        Compiled("net"),
+        refused=dict.fromkeys(GRAPH_MODES, r"'net' was given to torch.compile.* model = torch.compile\(model\)"),
+    ),
+]
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+@pytest.mark.parametrize("mode", MODES)
+def test_row(mode: str, row: Row) -> None:
+    """It learns its task, the int8 network is that of the weights tested, and ranges are float32 and finite."""
+    torch.manual_seed(0)
+    module, callback = row.module(), qat(mode, **{"start": 1} | row.qat)
+    fitting = trainer(callback, *row.callbacks(), **{"max_epochs": 4} | row.trainer)
+    train = {} if isinstance(module, Reloading) else {"train_dataloaders": loader()}
+    if mode in row.refused:
+        with pytest.raises((ConfigurationError, NetworkError), match=row.refused[mode]):
+            fitting.fit(module, **train, val_dataloaders=loader())
+        return
+    fitting.fit(module, **train, val_dataloaders=loader())
+    (metrics,) = fitting.test(module, loader(), verbose=False)
+    assert metrics["test/acc"] >= row.accuracy
+    assert callback.fidelity["agreement"] > 0.95
+    lit = fitting.lightning_module
+    assert callback._phase.fake_quant
+    _same_weights(callback, lit)
+    _tidy_state(lit, fitting.precision)
+    if isinstance(module, Reloading):
+        assert module.reloads >= 4
+
+
+def _same_weights(callback: QuantizationAwareTraining, lit: Any) -> None:
+    """What was converted at the end of the fit is what is in the LightningModule now."""
+    quantized = callback.quantized if isinstance(callback.quantized, dict) else {"": callback.quantized}
+    outputs = [network(IMAGES) for network in quantized.values()]
+    callback._stale = True
+    callback._convert()
+    again = callback.quantized if isinstance(callback.quantized, dict) else {"": callback.quantized}
+    for one, network in zip(outputs, again.values(), strict=True):
+        assert torch.equal(one, network(IMAGES))
+
+
+def _tidy_state(lit: Any, precision: str | None) -> None:
+    found = [fq for _, fq in fake_quantizers(lit) if fq.source == "moving_average" and fq.seen]
+    assert found
+    for fq in found:
+        assert fq.fake_quant_enabled is True
+        assert fq.observer_enabled is True
+        assert fq.min_val.dtype == fq.max_val.dtype == torch.float32
+        assert fq.batches.dtype == torch.int64
+        assert fq.batches > 0
+        assert fq.min_val.isfinite()
+        assert fq.max_val.isfinite()
+        _, zero_point = fq.calculate_qparams()
+        assert fq.quant_min <= zero_point <= fq.quant_max
+    weights = {parameter.dtype for parameter in lit.parameters()}
+    assert weights == {{"64-true": torch.float64, "bf16-true": torch.bfloat16}.get(precision or "", torch.float32)}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_average_is_tested_from_a_checkpoint(mode: str, tmp_path: Path) -> None:
+    """The averaged network in the checkpoint is a copy, hooks and all, whose keys have another prefix."""
+    average, saving = averaging(), ModelCheckpoint(tmp_path, monitor="val/loss")
+    callback, module = qat(mode), Lit()
+    fitting = trainer(callback, average, saving, max_epochs=2, enable_checkpointing=True)
+    fitting.fit(module, loader(), loader())
+    fitting.test(module, loader(), ckpt_path="best", verbose=False)
+    assert saving.best_model_path in callback.quantized.source
+    saved = torch.load(saving.best_model_path, weights_only=True)
+    counts = [value for key, value in saved["state_dict"].items() if key.endswith("batches")]
+    assert counts
+    assert {count.dtype for count in counts} == {torch.int64}
+
+
+def test_an_average_that_would_miss_the_preparation_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match="EMAWeightAveraging comes before QuantizationAwareTraining"):
+        trainer(averaging(), qat()).fit(Lit(), loader())
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_compiled_training_is_training(mode: str) -> None:
+    """A compiled LightningModule follows the schedule: it ends where the plain one ends."""
+    ended = []
+    for compile in (False, True):
+        torch.manual_seed(0)
+        module, callback = Lit(), qat(mode, start={"step": 1}, freeze_observers={"step": 3})
+        fitting = trainer(callback, max_epochs=1)
+        fitting.fit(compiled(module) if compile else module, loader())
+        fitting.test(module, loader(), verbose=False)
+        assert callback.fidelity["agreement"] > 0.95
+        ended.append((module, callback.quantized(IMAGES)))
+    for key, value in ended[0][0].state_dict().items():
+        if isinstance(value, Tensor):
+            torch.testing.assert_close(ended[1][0].state_dict()[key], value, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(ended[1][1], ended[0][1], rtol=0.0, atol=0.05)
+
+
+@pytest.mark.parametrize("mode", GRAPH_MODES)
+def test_a_compiled_part_is_refused(mode: str) -> None:
+    module = Compiled("features")()
+    with pytest.raises(NetworkError, match=r"'net.features' was given to torch.compile"):
+        trainer(qat(mode)).fit(module, loader())
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_fast_dev_run(mode: str) -> None:
+    callback = qat(mode)
+    trainer(callback, fast_dev_run=2).fit(Lit(), loader(), loader())
+    assert callback.quantized is not None
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_no_batches(mode: str) -> None:
+    callback = qat(mode)
+    trainer(callback, limit_train_batches=0).fit(Lit(), loader(), loader())
+    assert callback.quantized is None
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_barebones(mode: str) -> None:
+    callback = qat(mode)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        Trainer(barebones=True, accelerator="cpu", max_epochs=1, callbacks=[callback]).fit(Lit(), loader())
+    assert callback.quantized is not None
+
+
+def test_auto() -> None:
+    """Under a Trainer it says what it took, and the recipe in the checkpoint is that of the mode taken."""
+    torch.manual_seed(0)
+    module, callback = Lit(), qat("auto", start=1)
+    fitting = trainer(callback, max_epochs=3)
+    fitting.fit(module, loader(), loader())
+    (metrics,) = fitting.test(module, loader(), verbose=False)
+    assert metrics["test/acc"] > 0.9
+    assert callback.quantized.recipe.mode == "fx"
+    again = trainer(qat("fx")).test(module, loader(), verbose=False)
+    assert again == [metrics]
+
+
+class Sized(LightningDataModule):
+    batch_size = 2
+
+    def train_dataloader(self) -> Any:
+        return loader(batch_size=self.batch_size)
+
+    def val_dataloader(self) -> Any:
+        return loader()
+
+
+@pytest.mark.parametrize("find", ["LearningRateFinder", "BatchSizeFinder"])
+@pytest.mark.parametrize("mode", MODES)
+def test_tuning_before_the_fit_reaches_nothing(mode: str, find: str, tmp_path: Path) -> None:
+    """Their trial steps are undone, and with them what the schedule had reached."""
+    tuner = (
+        LearningRateFinder(num_training_steps=6, attr_name="lr")
+        if find == "LearningRateFinder"
+        else BatchSizeFinder(max_trials=2, steps_per_trial=3)
+    )
+    module, callback = Lit(), qat(mode, start={"step": 3})
+    module.lr = 0.01  # type: ignore[assignment]
+    trainer(callback, tuner, default_root_dir=tmp_path, max_epochs=1).fit(module, datamodule=Sized())
+    assert callback.float_step == 3
+    assert callback.quantized is not None

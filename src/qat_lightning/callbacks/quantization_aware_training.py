@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, GradientAccumulationScheduler, ModelCheckpoint
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from qat_lightning.callbacks.arguments import check_file, check_flag
 from qat_lightning.callbacks.base import QuantizationCallback
@@ -133,9 +133,15 @@ class QuantizationAwareTraining(QuantizationCallback):
         self._nonfinite.look(self._prepared)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Say where activations were not finite, which may be why, and leave nothing behind."""
+        """Say how things stand, and where activations were not finite, which may be why; leave nothing behind."""
         super().on_exception(trainer, pl_module, exception)
         self._nonfinite.look(self._prepared)
+        if trainer.state.fn == "fit" and self._prepared:
+            rank_zero_info(
+                f"The fit was broken off at step {trainer.global_step} by {type(exception).__name__}. The network is "
+                "as trained so far, with fake-quant, and was not converted; another fit goes on from its last "
+                "checkpoint with ckpt_path='last'."
+            )
 
     def _step_phase(self, trainer: Trainer) -> None:
         assert self._plan is not None

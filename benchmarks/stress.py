@@ -1,0 +1,118 @@
+"""Fits that are killed, and settings that are wrong: ``python -m benchmarks.stress [--kills 200] [--malformed 200]``.
+
+Fits of a small network in the three modes are killed with SIGKILL at random points, resumed from their last checkpoint
+in another process, perhaps killed again, and compared bit by bit with the uninterrupted run: weights, ranges, BatchNorm
+statistics, optimizer, int8 outputs. And random wrong settings, networks, data and files are tried: each has to end in
+an error of ours that names it, with the LightningModule as it was. Both are drawn from the seed, and are what
+`tests/stress` does in CI with fewer; it exits with 1 if anything was lost or answered otherwise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import os
+import sys
+import tempfile
+import time
+import warnings
+from collections import Counter
+from pathlib import Path
+
+# Before torch is imported: one thread, so that equal means equal.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ.setdefault("QAT_LIGHTNING_COMPILE", "0")
+
+from hypothesis import HealthCheck, Phase, given, seed, settings
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from benchmarks.machine import describe
+from tests.stress.campaign import MODES, Life, campaign, tally
+from tests.stress.malformed import Files, Malformed, complaint, malformed
+
+
+def kill_fits(kills: int, seed_: int) -> list[Life]:
+    """Kill fits until there were as many kills, the modes in turn."""
+    lives: list[Life] = []
+    with campaign(seed_) as drawn:
+        for count in track(range(kills), "killing fits", transient=True):
+            while sum(len(life.kills) for life in lives) <= count:
+                left = kills - sum(len(life.kills) for life in lives)
+                lives.append(drawn.live(MODES[len(lives) % len(MODES)], min(left, drawn.random.choice((1, 1, 2, 3)))))
+    return lives
+
+
+def try_malformed(count: int, seed_: int) -> tuple[Counter[str], list[str]]:
+    """As many malformed cases of all kinds: how many of each, and what there was to complain of."""
+    tried: Counter[str] = Counter()
+    complaints: list[str] = []
+
+    with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as quiet:  # noqa: PTH123
+        files = Files(Path(folder))
+
+        @seed(seed_)
+        @settings(
+            max_examples=count,
+            deadline=None,
+            database=None,
+            phases=[Phase.generate],
+            suppress_health_check=list(HealthCheck),
+        )
+        @given(malformed)
+        def check(case: Malformed) -> None:
+            tried[case.kind] += 1
+            found = complaint(case, files)
+            if found:
+                complaints.append(f"{case.kind} | {case.what} | {found}")
+
+        # What Lightning and torch print along the way.
+        with contextlib.redirect_stderr(quiet):
+            check()
+    return tried, complaints
+
+
+def main() -> None:
+    """Run both and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--malformed", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore")
+    began = time.monotonic()
+    lives = kill_fits(options.kills, options.seed) if options.kills else []
+    between = time.monotonic()
+    tried, complaints = try_malformed(options.malformed, options.seed) if options.malformed else (Counter[str](), [])
+    ended = time.monotonic()
+
+    modes = Counter(life.run.mode for life in lives for _ in life.kills)
+    table = Table(title=f"Stress run, seed {options.seed}", caption=describe())
+    table.add_column("what")
+    for column in ("times", "as it should be", "not"):
+        table.add_column(column, justify="right")
+    for place, counts in tally(lives).items():
+        table.add_row(f"killed {place}", *(str(counts[key]) for key in ("killed", "equal", "lost")))
+    lost = sum(len(life.kills) for life in lives if life.differ)
+    total = sum(modes.values())
+    shares = ", ".join(f"{mode} {count}" for mode, count in modes.items())
+    table.add_row(f"killed, of {len(lives)} fits ({shares})", str(total), str(total - lost), str(lost), style="bold")
+    table.add_section()
+    wrong = Counter(line.split(" | ")[0] for line in complaints)
+    for kind, count in sorted(tried.items()):
+        table.add_row(f"malformed: {kind}", str(count), str(count - wrong[kind]), str(wrong[kind]))
+    count = tried.total()
+    table.add_row("malformed", str(count), str(count - len(complaints)), str(len(complaints)), style="bold")
+    console = Console(width=110)
+    console.print(table)
+    console.print(f"{between - began:.0f} s of kills, {ended - between:.0f} s of malformed cases.")
+    for line in [str(life) for life in lives if life.differ] + complaints:
+        console.print(line, markup=False)
+    sys.exit(bool(lost or complaints))
+
+
+if __name__ == "__main__":
+    main()

@@ -130,6 +130,7 @@ class FakeQuantize(_TorchFakeQuantizeBase, _TorchaoFakeQuantizeBase):  # type: i
     Attributes:
         fake_quant_enabled: Whether `forward` rounds.
         observer_enabled: Whether `forward` moves the range (in training).
+        observe_in_evaluation: Whether it does in evaluation as well.
         batches: Batches that the range was moved by, an int64 buffer.
         reduce_across_processes: Whether every batch's range is taken over all processes of a distributed training. Only
             where all of them run the same modules in the same order, or they wait for each other for ever.
@@ -177,6 +178,7 @@ class FakeQuantize(_TorchFakeQuantizeBase, _TorchaoFakeQuantizeBase):  # type: i
         self.is_dynamic = False
         self.fake_quant_enabled = True
         self.observer_enabled = True
+        self.observe_in_evaluation = False
         self.reduce_across_processes = False
         self._seen = source == "fixed"
         if source == "present":
@@ -259,9 +261,15 @@ class FakeQuantize(_TorchFakeQuantizeBase, _TorchaoFakeQuantizeBase):  # type: i
         if self.source == "present":
             if self.fake_quant_enabled:
                 self.observe(x)
-        elif self.observer_enabled and self.training and self.source == "moving_average":
+        elif self.observes:
             self.observe(x)
         return self.round(x)
+
+    @property
+    def observes(self) -> bool:
+        """Whether `forward` moves the range now."""
+        here = self.training or self.observe_in_evaluation
+        return self.observer_enabled and here and self.source == "moving_average"
 
     def round(self, x: Tensor) -> Tensor:
         """`forward` without observing."""

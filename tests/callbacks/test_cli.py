@@ -104,6 +104,7 @@ trainer:
         convert_on_fit_end: false
         float_checkpoint: null
         reset_best_on_start: false
+        observe_stages: [train, validate]
 model: {lr: 0.01}
 """
 
@@ -121,6 +122,7 @@ def test_from_yaml_and_back(tmp_path: Path) -> None:
         assert callback.schedule.freeze_batchnorm is None
         assert callback.include == ("net.*",)
         assert not callback.convert_on_fit_end
+        assert callback.observe_stages == ("train", "validate")
 
 
 @pytest.mark.parametrize("wrong", ["start=yesterday", "mode=[1]", "scheme.weight_bits=99", "nonsense=1"])

@@ -11,12 +11,25 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from qat_lightning.errors import ConfigurationError, ConversionError
 from qat_lightning.flows.base import fake_quantizers
 from qat_lightning.quantized import QuantizedNetwork
 from qat_lightning.variants import Stand
-from tests.callbacks.lit import CLASSES, MODES, Lit, assert_same_state, dataset, loader, qat, state, trainer
+from tests.callbacks.lit import (
+    CLASSES,
+    MODES,
+    Lit,
+    assert_same_state,
+    dataset,
+    loader,
+    qat,
+    ranges,
+    state,
+    statistics,
+    trainer,
+)
 
 IMAGES = dataset()[:32][0]
 
@@ -182,12 +195,68 @@ def test_validating_and_testing_between_fits_changes_no_fit(mode: str) -> None:
                 trainer(callback).validate(module, quiet_loader(), verbose=False)
                 trainer(callback).test(module, quiet_loader(), verbose=False)
             validation = quiet_loader() if evaluate else None
-            trainer(callback).fit(module, loader(shuffle=True), validation)
+            sanity = {"num_sanity_val_steps": 2, "val_check_interval": 2} if evaluate else {}
+            trainer(callback, **sanity).fit(module, loader(shuffle=True), validation)
         if evaluate:
             trainer(callback).predict(module, quiet_loader())
         ended.append((state(module), callback.quantized(IMAGES)))
     assert_same_state(ended[0][0], ended[1][0])
     assert torch.equal(ended[0][1], ended[1][1])
+
+
+BRIGHT = DataLoader(TensorDataset(9.0 * IMAGES, torch.zeros(32, dtype=torch.long)), batch_size=16)
+"""Wider than anything that training sees."""
+
+
+def widest(module: nn.Module) -> float:
+    return max(float(fq.max_val) for _, fq in fake_quantizers(module) if fq.source == "moving_average" and fq.seen)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_ranges_move_in_the_stages_that_are_asked_for(mode: str) -> None:
+    """Ranges only, until they freeze, and never in the sanity check."""
+    ends = {}
+    for stages in (("train",), ("train", "validate")):
+        torch.manual_seed(0)
+        module, callback = Lit(), qat(mode, observe_stages=stages, freeze_observers=1)
+        fitting = trainer(callback, max_epochs=1)
+        fitting.fit(module, loader(), BRIGHT)
+        ends[stages] = widest(module), statistics(module)
+        assert not any(fq.observe_in_evaluation for _, fq in fake_quantizers(module))
+        first = widest(module)
+        trainer(callback, max_epochs=2, num_sanity_val_steps=2, limit_val_batches=0.0).fit(module, loader(), BRIGHT)
+        before = ranges(module)
+        trainer(callback).validate(module, BRIGHT, verbose=False)
+        moved = any(not torch.equal(value, before[key]) for key, value in ranges(module).items())
+        assert first > 0
+        assert moved == (callback._phase.observers and "validate" in stages)
+    narrow, wide = ends.values()
+    assert wide[0] > 1.5 * narrow[0]
+    assert_same_state(wide[1], narrow[1])
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_ranges_move_in_a_test_of_fake_quant(mode: str) -> None:
+    module, callback = Lit(), qat(mode, observe_stages=["train", "test", "predict"])
+    fitting = trainer(callback, max_epochs=1)
+    fitting.fit(module, loader())
+    int8, before = callback.quantized, ranges(module)
+    fitting.test(module, BRIGHT, verbose=False)  # int8: its ranges are what they are
+    fitting.validate(module, BRIGHT, verbose=False)
+    assert_same_state(ranges(module), before)
+    assert callback.quantized is int8
+    callback.use_variant("fake_quant")
+    fitting.predict(module, BRIGHT)
+    predicted = widest(module)
+    fitting.test(module, BRIGHT, verbose=False)
+    assert widest(module) > predicted > max(float(value) for value in before.values() if value.isfinite())
+    assert not torch.equal(callback.network("int8")(IMAGES), int8(IMAGES))
+
+
+@pytest.mark.parametrize("stages", ["train", ["validate"], ["train", "sanity"], [1], 3])
+def test_stages_that_are_none_are_refused(stages: Any) -> None:
+    with pytest.raises(ConfigurationError, match="observe_stages"):
+        qat(observe_stages=stages)
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -104,3 +104,9 @@ def test_sync_batchnorm_is_refused() -> None:
     fitting = trainer(qat(), strategy="ddp", sync_batchnorm=True)
     with pytest.raises(ConfigurationError, match="use sync_batchnorm=False"):
         fitting.callbacks[0].setup(fitting, Lit(), "fit")
+
+
+def test_observing_evaluations_is_refused() -> None:
+    fitting = trainer(qat(observe_stages=["train", "validate"]), strategy="ddp", devices=2)
+    with pytest.raises(ConfigurationError, match=r"use observe_stages=\['train'\]"):
+        fitting.callbacks[0].setup(fitting, Lit(), "fit")

@@ -9,6 +9,8 @@ from typing import Any
 
 from qat_lightning.errors import ConfigurationError
 
+STAGES = ("train", "validate", "test", "predict")
+
 
 def check_word(name: str, value: Any) -> None:
     """Refuse what is no string, or an empty one.
@@ -49,6 +51,22 @@ def check_names(name: str, value: Any, *, example: str) -> tuple[str, ...]:
     if isinstance(value, (str, bytes)) or not isinstance(value, Sequence) or not all(map(_is_name, value)):
         raise ConfigurationError(f"{name}={value!r} is not possible: give a list, like {example}.")
     return tuple(value)
+
+
+def check_stages(name: str, value: Any) -> tuple[str, ...]:
+    """Stages of a Trainer in which ranges move; ``"train"`` is one of them.
+
+    Raises:
+        ConfigurationError: With the argument's name.
+    """
+    stages = check_names(name, value, example="['train', 'validate']")
+    unknown = [stage for stage in stages if stage not in STAGES]
+    if unknown or "train" not in stages:
+        raise ConfigurationError(
+            f"{name}={value!r} is not possible: "
+            + (f"{unknown[0]!r} is none of {', '.join(STAGES)}." if unknown else "'train' has to be one of them.")
+        )
+    return stages
 
 
 def check_file(name: str, value: Any) -> Path | None:

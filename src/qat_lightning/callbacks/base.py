@@ -16,7 +16,14 @@ from torch import Tensor, nn
 from qat_lightning.callbacks.arguments import check_flag
 from qat_lightning.callbacks.preparing import PreparingCallback, one_or_all
 from qat_lightning.errors import ConfigurationError, ConversionError
-from qat_lightning.flows.base import cpu_copy, fake_quantizers, get_flow, prepared_state, set_phase
+from qat_lightning.flows.base import (
+    cpu_copy,
+    fake_quantizers,
+    get_flow,
+    observe_in_evaluation,
+    prepared_state,
+    set_phase,
+)
 from qat_lightning.network import OWN_FORWARD
 from qat_lightning.quantized import QuantizedNetwork
 from qat_lightning.scheme import Scheme
@@ -54,6 +61,7 @@ class QuantizationCallback(PreparingCallback):
         super().__init__(mode, backend, module, example_inputs, scheme, include, exclude)
         check_flag("convert_on_fit_end", convert)
         self.convert_on_fit_end = convert
+        self.observe_stages: tuple[str, ...] = ("train",)
         self.fidelity: dict[str, float] = {}
         self._quantized: dict[str, QuantizedNetwork] = {}
         self._convert_when_asked = False
@@ -133,6 +141,15 @@ class QuantizationCallback(PreparingCallback):
             )
         self.quantized.save(path)
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse what needs every process to evaluate as many batches, and arrange for the preparation."""
+        if trainer.world_size > 1 and len(self.observe_stages) > 1:
+            raise ConfigurationError(
+                f"observe_stages={list(self.observe_stages)} is not possible in several processes, which need not "
+                "evaluate the same number of batches: use observe_stages=['train']."
+            )
+        super().setup(trainer, pl_module, stage)
+
     # Convert
 
     def _new_networks(self) -> None:
@@ -175,6 +192,8 @@ class QuantizationCallback(PreparingCallback):
         """Outside a fit, validate the chosen variant, by default fake-quant."""
         if trainer.state.fn == "validate":
             self._stand_in("validate", pl_module)
+        elif not trainer.sanity_checking:
+            self._observe("validate")
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Test the chosen variant, by default int8."""
@@ -212,9 +231,9 @@ class QuantizationCallback(PreparingCallback):
         if variant not in self.variants:
             raise ConfigurationError(f"There is no variant {variant!r} to {stage}: {self._why_not(variant)}")
         # Without ranges nothing is rounded: the weights alone neither, which know theirs.
-        rounds = self._ranges_seen()
+        rounds, observes = self._ranges_seen(), variant == "fake_quant" and self._observe(stage)
         for prepared in self._prepared.values():
-            set_phase(prepared, fake_quant=rounds, observers=False, batchnorm_frozen=self._phase.batchnorm_frozen)
+            set_phase(prepared, fake_quant=rounds, observers=observes, batchnorm_frozen=self._phase.batchnorm_frozen)
         if variant == "fake_quant":
             return
         if variant == "int8":
@@ -226,11 +245,22 @@ class QuantizationCallback(PreparingCallback):
             stand = Stand(other, plain, on_cpu=variant == "int8", fidelity=fidelity)
             self._standing[name] = self._slots[name].run_instead(stand.eval()), fidelity
 
+    def _observe(self, stage: str) -> bool:
+        """Let ranges move in an evaluation of fake-quant, if that was asked for and they are not frozen."""
+        if stage not in self.observe_stages or not self._phase.observers:
+            return False
+        for prepared in self._prepared.values():
+            observe_in_evaluation(prepared, True)
+        self._stale = True
+        return True
+
     def _stand_back(self) -> None:
         for name, (before, _) in self._standing.items():
             self._slots[name].run_again(before)
         self._standing = {}
         self._apply(self._phase)
+        for prepared in self._prepared.values():
+            observe_in_evaluation(prepared, False)
 
     def _float_network(self, name: str) -> nn.Module:
         network = copy.deepcopy(prepared_state(self._prepared[name]).float_network)

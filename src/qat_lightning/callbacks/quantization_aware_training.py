@@ -13,7 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, GradientAccumulationScheduler, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from qat_lightning.callbacks.arguments import check_file, check_flag
+from qat_lightning.callbacks.arguments import check_file, check_flag, check_stages
 from qat_lightning.callbacks.base import QuantizationCallback
 from qat_lightning.callbacks.company import mend_resume
 from qat_lightning.callbacks.nonfinite import NonFiniteReport
@@ -52,6 +52,9 @@ class QuantizationAwareTraining(QuantizationCallback):
             instead of the weights as they were when rounding came on.
         reset_best_on_start: Let ``ModelCheckpoint`` and ``EarlyStopping`` begin anew when rounding comes on, so that a
             checkpoint of the float phase is not called the best.
+        observe_stages: The stages in which ranges move until they freeze: ``"train"``, and if they are named
+            ``"validate"``, and ``"test"`` and ``"predict"`` where these run fake-quant. BatchNorm statistics move in
+            training only.
 
     Attributes:
         prepared: The network with fake-quant (a dict of them by name, if ``module`` is a list of several), once the fit
@@ -85,12 +88,14 @@ class QuantizationAwareTraining(QuantizationCallback):
         convert_on_fit_end: bool = True,
         float_checkpoint: str | Path | None = None,
         reset_best_on_start: bool = False,
+        observe_stages: Sequence[str] = ("train",),
     ) -> None:
         super().__init__(mode, backend, module, example_inputs, scheme, include, exclude, convert=convert_on_fit_end)
         self.schedule = QuantizationSchedule(start, freeze_observers, freeze_batchnorm)
         self.float_checkpoint = check_file("float_checkpoint", float_checkpoint)
         check_flag("reset_best_on_start", reset_best_on_start)
         self.reset_best_on_start = reset_best_on_start
+        self.observe_stages = check_stages("observe_stages", observe_stages)
         self._plan: TrainingPlan | None = None
         self.float_source = ""
         self.float_step: int | None = None

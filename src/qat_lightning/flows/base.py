@@ -149,6 +149,12 @@ def set_phase(network: nn.Module, *, fake_quant: bool, observers: bool, batchnor
             module.frozen = batchnorm_frozen
 
 
+def observe_in_evaluation(network: nn.Module, observe: bool) -> None:
+    """Let ranges move in evaluation as well while observers are on, or in training only."""
+    for _, fq in fake_quantizers(network):
+        fq.observe_in_evaluation = observe
+
+
 def reduce_ranges(network: nn.Module, reduce: bool) -> None:
     """Let every batch's ranges be taken over all processes of a distributed training, as they are observed, or not."""
     for _, fq in fake_quantizers(network):

@@ -71,9 +71,9 @@ class UnionObserver(nn.Module):
 
     @torch.no_grad()
     def forward(self, *tensors: Tensor) -> None:
-        """Observe, in training."""
+        """Observe, where the FakeQuantize would."""
         fq: FakeQuantize = self.__dict__["fq"]
-        if self.training and fq.observer_enabled:
+        if fq.observes:
             ends = [torch.stack(torch.aminmax(t.detach().float())) for t in tensors if t.numel()]
             if ends:
                 fq.observe(torch.cat(ends))

@@ -278,7 +278,6 @@ _NO_NETWORKS = [
     "net..head",
     "net.drop",
     "net.norm",
-    "net.features.2",
     "net.features.7",
     "net.head.weight",
     "..",

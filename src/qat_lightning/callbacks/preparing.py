@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -140,8 +141,15 @@ class PreparingCallback(Callback):
                 self._check_adopted(prepared)
             else:
                 self._will_prepare(slots)
-                prepared = {name: self._prepare_one(slot, examples[name]) for name, slot in slots.items()}
-                # Only now, when all could be prepared.
+                # Eager mode prepares in place: what would fail after the first network fails on a copy.
+                for name, slot in list(slots.items())[1:]:
+                    copied = copy.deepcopy(slot.get()).cpu().float()
+                    self._prepare_float32(copied, slot, examples[name])
+                if len(slots) > 1:
+                    # Preparing may work in place: that all can be prepared is tried on copies.
+                    for name, slot in slots.items():
+                        self._prepare_one(slot, copy.deepcopy(slot.get()), examples[name])
+                prepared = {name: self._prepare_one(slot, slot.get(), examples[name]) for name, slot in slots.items()}
                 for name, slot in slots.items():
                     slot.install(prepared[name])
         if not (adopted and self._prepared):
@@ -151,8 +159,8 @@ class PreparingCallback(Callback):
         self._guard_loading(trainer, pl_module)
         self._was_prepared()
 
-    def _prepare_one(self, slot: Slot, example: Example) -> nn.Module:
-        network = slot.get().cpu()
+    def _prepare_one(self, slot: Slot, network: nn.Module, example: Example) -> nn.Module:
+        network.cpu()
         # Networks are prepared in float32; one that was built in the precision of the training goes back to it.
         dtype = next((p.dtype for p in network.parameters() if p.is_floating_point()), torch.float32)
         if dtype != torch.float32:
@@ -160,7 +168,8 @@ class PreparingCallback(Callback):
         try:
             prepared = self._prepare_float32(network, slot, example)
         except BaseException:
-            network.to(dtype)
+            if dtype != torch.float32:
+                network.to(dtype)
             raise
         if dtype != torch.float32:
             prepared.to(dtype)

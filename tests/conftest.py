@@ -5,9 +5,17 @@ import os
 # Tiny networks gain nothing from threads, which on a busy machine wait for each other; subprocesses inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import pytest
+import torch
 from hypothesis import settings
 
 # a busy machine is no failure; and CI tries the same examples each time
 settings.register_profile("default", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "default")
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """What a test draws is the same whatever ran before it."""
+    torch.manual_seed(0)

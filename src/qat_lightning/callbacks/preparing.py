@@ -141,10 +141,6 @@ class PreparingCallback(Callback):
                 self._check_adopted(prepared)
             else:
                 self._will_prepare(slots)
-                # Eager mode prepares in place: what would fail after the first network fails on a copy.
-                for name, slot in list(slots.items())[1:]:
-                    copied = copy.deepcopy(slot.get()).cpu().float()
-                    self._prepare_float32(copied, slot, examples[name])
                 if len(slots) > 1:
                     # Preparing may work in place: that all can be prepared is tried on copies.
                     for name, slot in slots.items():

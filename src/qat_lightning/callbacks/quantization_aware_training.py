@@ -18,7 +18,7 @@ from qat_lightning.callbacks.base import QuantizationCallback
 from qat_lightning.callbacks.company import mend_resume
 from qat_lightning.callbacks.nonfinite import NonFiniteReport
 from qat_lightning.checkpoints import float_weights, read_float_weights
-from qat_lightning.flows.base import fake_quantizers, merge_ranges, prepared_state, reduce_ranges
+from qat_lightning.flows.base import merge_ranges, prepared_state, reduce_ranges
 from qat_lightning.network import Slot
 from qat_lightning.schedule import Phase, PointLike, QuantizationSchedule, TrainingPlan
 from qat_lightning.scheme import Scheme
@@ -117,6 +117,8 @@ class QuantizationAwareTraining(QuantizationCallback):
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Switch before the epoch's first batch."""
         self._step_phase(trainer)
+        # Anew, whatever else touched the flags since.
+        self._apply(self._phase)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Switch before the optimizer step that a point names, and log what is on."""
@@ -154,15 +156,8 @@ class QuantizationAwareTraining(QuantizationCallback):
         phase = self.schedule.phase(step, trainer.current_epoch, self._plan).latched(self._phase)
         if phase.fake_quant and not self._phase.fake_quant:
             self._rounding_comes_on(trainer, step)
-        if phase != self._phase or not self._applied(phase):
+        if phase != self._phase:
             self._apply(phase)
-
-    def _applied(self, phase: Phase) -> bool:
-        return all(
-            fq.fake_quant_enabled == phase.fake_quant and fq.observer_enabled == phase.observers
-            for prepared in self._prepared.values()
-            for _, fq in fake_quantizers(prepared)
-        )
 
     def _rounding_comes_on(self, trainer: Trainer, step: int) -> None:
         if self.float_checkpoint is None and step > 0:

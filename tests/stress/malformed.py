@@ -276,7 +276,6 @@ _NO_NETWORKS = [
     "net.",
     ".net",
     "net..head",
-    "net.drop",
     "net.norm",
     "net.features.7",
     "net.head.weight",

@@ -73,9 +73,12 @@ def test_to_float_folds_as_upstream_does(layer: nn.Module, batchnorm: nn.Module,
         return
     layer, batchnorm = _trained(layer, batchnorm)
     expected = fuse_conv_bn_eval(layer.eval(), batchnorm.eval())
-    actual = _folded(layer, batchnorm).to_float()
+    folded = _folded(layer, batchnorm)
+    actual = folded.to_float()
     assert type(actual) is type(layer)
-    assert torch.equal(actual.weight, expected.weight)
+    fq = folded.weight_fake_quant
+    fq.observe(expected.weight)
+    assert torch.equal(actual.weight, fq.round(expected.weight)), "folded, and on the grid that is packed"
     assert torch.equal(actual.bias, expected.bias)
 
 

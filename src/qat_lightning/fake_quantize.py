@@ -1,9 +1,4 @@
-"""The arithmetic of quantization, and the one FakeQuantize that every mode trains with and converts from.
-
-There is one formula for scale and zero point. Training rounds with it and conversion reads it, so that the integers a
-kernel sees are the integers that training saw. (Upstream's fused fake-quantize trains on one grid and converts with
-another: https://github.com/pytorch/pytorch/blob/main/torch/ao/quantization/fake_quantize.py.)
-"""
+"""The one FakeQuantize that every mode trains with and converts from."""
 
 from __future__ import annotations
 
@@ -15,95 +10,19 @@ from torch import Tensor, nn
 from torch.ao.quantization.fake_quantize import FakeQuantizeBase as _TorchFakeQuantizeBase
 
 from qat_lightning._torchao import FakeQuantizeBase as _TorchaoFakeQuantizeBase
+from qat_lightning.grid import choose_qparams, fake_quantize
+from qat_lightning.learned_step import LearnedStep, move_only
+from qat_lightning.observers import (
+    Histogram,
+    entropy_range,
+    least_squares_clip,
+    least_squares_range,
+    percentile_range,
+)
 
-EPS = float(torch.finfo(torch.float32).eps)
-"""The smallest scale of a range that is not 0."""
-
-RangeSource = Literal["moving_average", "present", "fixed"]
+RangeSource = Literal["moving_average", "min_max", "histogram_mse", "histogram_kl", "percentile", "present", "fixed"]
 
 _STORAGE = {torch.uint8: torch.quint8, torch.int8: torch.qint8, torch.quint8: torch.quint8, torch.qint8: torch.qint8}
-
-
-def choose_qparams(
-    min_val: Tensor, max_val: Tensor, *, quant_min: int, quant_max: int, symmetric: bool
-) -> tuple[Tensor, Tensor]:
-    """Scale and zero point for a range, by the affine or the symmetric formula of Jacob et al., 2018, section 2.1.
-
-    Affine: ``scale = (max - min) / (quant_max - quant_min)`` with the range widened to hold 0, and
-    ``zero_point = quant_min - round(min / scale)``, so that 0 is exactly representable. Symmetric:
-    ``scale = max(|min|, |max|) / ((quant_max - quant_min) // 2)`` and the zero point in the middle of the grid.
-
-    Args:
-        min_val: Smallest value to represent, float32, shape ``()`` or ``(channels,)``.
-        max_val: Largest value, of the same shape.
-        quant_min: Smallest integer.
-        quant_max: Largest integer.
-        symmetric: Which of the two formulas.
-
-    Returns:
-        Scale (float32) and zero point (int32), of the shape of ``min_val``.
-
-    Example:
-        >>> scale, zero_point = choose_qparams(
-        ...     torch.tensor(-1.0), torch.tensor(1.55), quant_min=0, quant_max=255, symmetric=False
-        ... )
-        >>> round(scale.item(), 4), zero_point.item()
-        (0.01, 100)
-    """
-    low, high = min_val.float().clamp(max=0.0), max_val.float().clamp(min=0.0)
-    steps = quant_max - quant_min
-    if symmetric:
-        half = steps // 2
-        scale = _positive(torch.maximum(-low, high) / half, half)
-        middle = quant_min + (steps + 1) // 2
-        return scale, torch.full_like(scale, middle, dtype=torch.int32)
-    # The quotients first: a range that reaches from one end of float32 to the other has no difference in float32.
-    scale = _positive(high / steps - low / steps, steps)
-    zero_point = quant_min - torch.round(low / scale)
-    return scale, zero_point.clamp(quant_min, quant_max).to(torch.int32)
-
-
-def _positive(scale: Tensor, steps: int) -> Tensor:
-    """A scale that kernels can divide by: at least `EPS`, and that of the range [0, 1] for a tensor of zeros.
-
-    Any scale represents zeros; a tiny one would overflow the integers of a bias, or the ratios that QNNPACK allows.
-    """
-    return torch.where(scale > 0, scale.clamp(min=EPS), 1.0 / steps)
-
-
-def fake_quantize(
-    x: Tensor, scale: Tensor, zero_point: Tensor, *, quant_min: int, quant_max: int, axis: int | None = None
-) -> Tensor:
-    """Round ``x`` to the grid and back; the gradient passes straight through where ``x`` was not clamped.
-
-    Straight-through estimator of Bengio et al., 2013. Arithmetic is in float32 whatever the dtype of ``x`` and whatever
-    autocast says; the result has the dtype of ``x``.
-
-    Args:
-        x: Values of any shape and floating dtype.
-        scale: float32, shape ``()``, or ``(x.shape[axis],)``.
-        zero_point: int32, of the shape of ``scale``.
-        quant_min: Smallest integer.
-        quant_max: Largest integer.
-        axis: The channel dimension of ``x``; None for one scale.
-
-    Example:
-        >>> fake_quantize(
-        ...     torch.tensor([0.26, 9.0]),
-        ...     torch.tensor(0.1),
-        ...     torch.tensor(0, dtype=torch.int32),
-        ...     quant_min=-127,
-        ...     quant_max=127,
-        ... )
-        tensor([0.3000, 9.0000])
-    """
-    with torch.autocast(x.device.type, enabled=False):
-        values = x.float()
-        if axis is None:
-            rounded = torch.fake_quantize_per_tensor_affine(values, scale, zero_point, quant_min, quant_max)
-        else:
-            rounded = torch.fake_quantize_per_channel_affine(values, scale, zero_point, axis, quant_min, quant_max)
-        return rounded.to(x.dtype)
 
 
 class FakeQuantize(_TorchFakeQuantizeBase, _TorchaoFakeQuantizeBase):  # type: ignore[misc]
@@ -119,10 +38,16 @@ class FakeQuantize(_TorchFakeQuantizeBase, _TorchaoFakeQuantizeBase):  # type: i
         qscheme: One of torch's four, as upstream's converters read it.
         ch_axis: Channel dimension of a per-channel scheme, else -1.
         source: ``"moving_average"`` of the batches' ranges, kept in the buffers ``min_val`` and ``max_val`` and moved
-            only in training; ``"present"``: the range of the tensor at hand, for weights, so that it is never a step
-            old; ``"fixed"``: a range known beforehand, given as ``fixed_range``.
+            only in training; ``"min_max"``: the smallest and largest value of all batches; ``"histogram_mse"``,
+            ``"histogram_kl"``, ``"percentile"``: a range that `settle` chooses from the histogram of all batches;
+            ``"present"``: the range of the tensor at hand, for weights, so that it is never a step old; ``"fixed"``: a
+            range known beforehand, given as ``fixed_range``.
         averaging_constant: Weight of the newest batch, once there were many. Before, it is 9 / (10 + batches seen), as
             in ``tf.train.ExponentialMovingAverage(num_updates=…)``, so that ranges follow a network that still grows.
+        percentile: Share of the values, in percent, that ``source="percentile"`` keeps on each side.
+        clipped: Whether ``source="present"`` takes the share of the range with the least mean squared error. The share
+            is chosen when rounding first comes on, and kept in the buffer ``clip``.
+        learned: ``"none"``, ``"lsq"`` or ``"lsq+"``: see `LearnedStep`.
         fixed_range: Smallest and largest value for ``source="fixed"``.
         is_dynamic: Accepted because upstream's converters pass it; only False is possible.
         factory_kwargs: The device that upstream's QAT layers pass, on which the buffers are made.
@@ -135,6 +60,7 @@ class FakeQuantize(_TorchFakeQuantizeBase, _TorchaoFakeQuantizeBase):  # type: i
         reduce_across_processes: Whether every batch's range is taken over all processes of a distributed training. Only
             where all of them run the same modules in the same order, or they wait for each other for ever.
         nonfinite_batches: Batches whose range was NaN or infinite and was left out, an int64 buffer that is not saved.
+        step: Scale and zero point as parameters, where they learn.
 
     Example:
         >>> fq = FakeQuantize(dtype=torch.uint8, quant_min=0, quant_max=255, qscheme=torch.per_tensor_affine)
@@ -147,6 +73,7 @@ class FakeQuantize(_TorchFakeQuantizeBase, _TorchaoFakeQuantizeBase):  # type: i
     max_val: Tensor
     batches: Tensor
     nonfinite_batches: Tensor
+    clip: Tensor
     # Upstream has tensors here.
     fake_quant_enabled: bool  # type: ignore[assignment]
     observer_enabled: bool  # type: ignore[assignment]
@@ -161,6 +88,9 @@ class FakeQuantize(_TorchFakeQuantizeBase, _TorchaoFakeQuantizeBase):  # type: i
         ch_axis: int = -1,
         source: RangeSource = "moving_average",
         averaging_constant: float = 0.01,
+        percentile: float = 99.99,
+        clipped: bool = False,
+        learned: Literal["none", "lsq", "lsq+"] = "none",
         fixed_range: tuple[float, float] | None = None,
         is_dynamic: bool = False,
         factory_kwargs: dict[str, Any] | None = None,
@@ -175,16 +105,25 @@ class FakeQuantize(_TorchFakeQuantizeBase, _TorchaoFakeQuantizeBase):  # type: i
         self.ch_axis = ch_axis
         self.source = source
         self.averaging_constant = averaging_constant
+        self.percentile = percentile
+        self.clipped = clipped
+        self.learned = learned
         self.is_dynamic = False
         self.fake_quant_enabled = True
         self.observer_enabled = True
         self.observe_in_evaluation = False
         self.reduce_across_processes = False
         self._seen = source == "fixed"
+        self.step: LearnedStep | None = None
+        self.histogram = Histogram() if source in ("histogram_mse", "histogram_kl", "percentile") else None
         if source == "present":
             # Not buffers: a weight's range is worked out from the weight each time, and never loaded or averaged.
             self._present: tuple[Tensor, Tensor] | None = None
+            self._clip_known = False
+            self._held = False
             return
+        if learned != "none":
+            self.step = self._learned_step(None)
         low, high = fixed_range if fixed_range is not None else (float("inf"), float("-inf"))
         self.register_buffer("min_val", torch.tensor(low, dtype=torch.float32))
         self.register_buffer("max_val", torch.tensor(high, dtype=torch.float32))
@@ -203,19 +142,49 @@ class FakeQuantize(_TorchFakeQuantizeBase, _TorchaoFakeQuantizeBase):  # type: i
         return self.qscheme in (torch.per_channel_symmetric, torch.per_channel_affine)
 
     @property
+    def observed(self) -> bool:
+        """Whether the range is that of batches, and not a weight's or fixed."""
+        return self.source not in ("present", "fixed")
+
+    @property
     def seen(self) -> bool:
         """Whether a range is known; without one nothing is rounded, and what needs it stays float."""
-        if not self._seen and self.source == "moving_average":
+        if not self._seen and self.observed:
             self._seen = bool(self.min_val <= self.max_val)
         return self._seen
+
+    @property
+    def learns(self) -> bool:
+        """Whether scale and zero point are parameters now."""
+        return self.step is not None and self.step.learns
 
     @property
     def activation_post_process(self) -> FakeQuantize:
         """Itself: upstream's converters look for the observer inside a fake-quantize."""
         return self
 
+    @torch.no_grad()
+    def materialize(self, weight: Tensor) -> None:
+        """Make what depends on the number of channels, for a FakeQuantize of weights that keeps something of its own.
+
+        Args:
+            weight: The weight as it will be given to `forward`.
+        """
+        channels = weight.shape[self.ch_axis] if self.per_channel else None
+        if self.clipped and "clip" not in self._buffers:
+            self.register_buffer("clip", torch.zeros(() if channels is None else channels, device=weight.device))
+        if self.learned != "none" and self.step is None:
+            self.step = self._learned_step(channels).to(weight.device)
+
+    def _learned_step(self, channels: int | None) -> LearnedStep:
+        moves = self.learned == "lsq+" and self.observed and not self.symmetric
+        return LearnedStep(channels, quant_min=self.quant_min, quant_max=self.quant_max, learn_zero_point=moves)
+
     def range(self) -> tuple[Tensor, Tensor]:
         """Smallest and largest value that is represented, float32, shape ``()`` or ``(channels,)``."""
+        if self.learns:
+            scale, zero_point = self.calculate_qparams()
+            return (self.quant_min - zero_point) * scale, (self.quant_max - zero_point) * scale
         if self.source == "present":
             if self._present is None:
                 raise RuntimeError("A weight's FakeQuantize has a range only after it was given the weight.")
@@ -227,7 +196,10 @@ class FakeQuantize(_TorchFakeQuantizeBase, _TorchaoFakeQuantizeBase):  # type: i
         """Take the range of ``x`` into account; a non-finite one is counted and left out."""
         values = x.detach().float()
         if self.source == "present":
-            self._present = self._range_of(values)
+            if self._held:
+                return
+            low, high = self._ends(values)
+            self._present = (low, high) if not self.clipped else self._clip(values, low, high)
             self._seen = True
             return
         reduce = self.reduce_across_processes and _processes() > 1
@@ -240,24 +212,91 @@ class FakeQuantize(_TorchFakeQuantizeBase, _TorchaoFakeQuantizeBase):  # type: i
         self.nonfinite_batches.add_(~finite & (not empty))
         if reduce:
             low, high, finite = _over_all_processes(low, high, finite)
+        if self.histogram is not None and bool(finite):
+            self.histogram.observe(values)
+        low, high = self._average(low, high) if self.source == "moving_average" else self._extend(low, high)
+        self.min_val.copy_(torch.where(finite, low, self.min_val))
+        self.max_val.copy_(torch.where(finite, high, self.max_val))
+        self.batches.add_(finite)
+
+    def _average(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
         constant = (9.0 / (self.batches + 10)).clamp(min=self.averaging_constant)
         first = self.batches == 0
         average_low = torch.where(first, low, self.min_val + constant * (low - self.min_val))
         average_high = torch.where(first, high, self.max_val + constant * (high - self.max_val))
-        self.min_val.copy_(torch.where(finite, average_low, self.min_val))
-        self.max_val.copy_(torch.where(finite, average_high, self.max_val))
-        self.batches.add_(finite)
+        return average_low, average_high
 
-    def _range_of(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        if not self.per_channel:
-            low, high = torch.aminmax(values)
-            return low, high
-        channels = values.movedim(self.ch_axis, 0).flatten(1)
-        low, high = torch.aminmax(channels, dim=1)
-        return low, high
+    def _extend(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.minimum(low, self.min_val), torch.maximum(high, self.max_val)
+
+    def _ends(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        low, high = torch.aminmax(self._by_channel(values), dim=1)
+        return (low, high) if self.per_channel else (low[0], high[0])
+
+    def _by_channel(self, values: Tensor) -> Tensor:
+        return values.movedim(self.ch_axis, 0).flatten(1) if self.per_channel else values.reshape(1, -1)
+
+    def _clip(self, values: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        if not self._clip_known:
+            self.materialize(values)
+            if not bool(self.clip.all()):
+                self.clip.copy_(
+                    least_squares_clip(
+                        self._by_channel(values),
+                        quant_min=self.quant_min,
+                        quant_max=self.quant_max,
+                        symmetric=self.symmetric,
+                    ).reshape(self.clip.shape)
+                )
+            self._clip_known = True
+        return low * self.clip, high * self.clip
+
+    def begins_at_zero(self, largest: float) -> None:
+        """Keep a learned grid to what a ReLU in front leaves, which conversion drops because the grid clamps alike.
+
+        Args:
+            largest: The largest value that the ReLU leaves, such as 6; inf for none.
+        """
+        if self.step is not None:
+            self.step.begins_at_zero(largest)
+
+    def hold(self) -> None:
+        """Keep the range of the present weight, whatever weight comes: conversion rounds it before it packs it."""
+        self._held = True
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Choose the range from the histogram of all batches, where that is the source; calibration ends with it."""
+        if self.histogram is None or not self.seen:
+            return
+        low, high = float(self.min_val), float(self.max_val)
+        grid = {"quant_min": self.quant_min, "quant_max": self.quant_max}
+        if self.source == "percentile":
+            inner = percentile_range(self.histogram, self.percentile)
+            chosen = max(low, inner[0]), min(high, inner[1])
+        elif self.source == "histogram_kl":
+            chosen = entropy_range(self.histogram, low, high, levels=self.quant_max - self.quant_min + 1)
+        else:
+            chosen = least_squares_range(self.histogram, low, high, symmetric=self.symmetric, **grid)
+        self.min_val.fill_(chosen[0])
+        self.max_val.fill_(chosen[1])
+
+    @torch.no_grad()
+    def forget(self) -> None:
+        """Forget the range of all batches, to observe anew."""
+        if not self.observed:
+            return
+        self.min_val.fill_(torch.inf)
+        self.max_val.fill_(-torch.inf)
+        self.batches.zero_()
+        self._seen = False
+        if self.histogram is not None:
+            self.histogram = Histogram().to(self.min_val.device)
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` itself before rounding is on; afterwards ``x`` on the grid, in the shape and dtype of ``x``."""
+        if self.learns:
+            return self.round(x)
         if self.source == "present":
             if self.fake_quant_enabled:
                 self.observe(x)
@@ -269,19 +308,28 @@ class FakeQuantize(_TorchFakeQuantizeBase, _TorchaoFakeQuantizeBase):  # type: i
     def observes(self) -> bool:
         """Whether `forward` moves the range now."""
         here = self.training or self.observe_in_evaluation
-        return self.observer_enabled and here and self.source == "moving_average"
+        return self.observer_enabled and here and self.observed
 
     def round(self, x: Tensor) -> Tensor:
         """`forward` without observing."""
         if not self.fake_quant_enabled or not self.seen:
             return x
-        scale, zero_point = self.calculate_qparams()
         axis = self.ch_axis if self.per_channel else None
+        if self.step is not None:
+            if self.training and not self.step.learns:
+                self.step.begin(*self.calculate_qparams())
+            if self.step.learns:
+                return self.step.round(x, axis=axis, is_weight=self.source == "present")
+        scale, zero_point = self.calculate_qparams()
         return fake_quantize(x, scale, zero_point, quant_min=self.quant_min, quant_max=self.quant_max, axis=axis)
 
     def calculate_qparams(self, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Scale (float32) and zero point (int32) of the present range: what training rounds with and convert reads."""
-        low, high = self.range()
+        if self.step is not None and self.step.learns:
+            return self.step.qparams()
+        return self._qparams_of(*self.range())
+
+    def _qparams_of(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
         return choose_qparams(
             low,
             high,
@@ -300,20 +348,22 @@ class FakeQuantize(_TorchFakeQuantizeBase, _TorchaoFakeQuantizeBase):  # type: i
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FakeQuantize:
         """Move to another device; ranges stay float32 in any precision of the network."""
-        for name, buffer in self._buffers.items():
-            if buffer is not None:
-                self._buffers[name] = buffer.to(fn(torch.empty(0, device=buffer.device)).device)
+        move_only(self, fn)
+        for child in self.children():
+            child._apply(fn)
         return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self._seen = self.source == "fixed"
+        self._clip_known = False
 
     def extra_repr(self) -> str:
         """Grid and range, for ``print(network)``."""
         grid = f"{str(self.dtype).removeprefix('torch.')} [{self.quant_min}, {self.quant_max}]"
         where = f"per channel {self.ch_axis}" if self.per_channel else "per tensor"
-        return f"{grid}, {'symmetric' if self.symmetric else 'affine'}, {where}, {self.source}"
+        learned = "" if self.learned == "none" else f", {self.learned}"
+        return f"{grid}, {'symmetric' if self.symmetric else 'affine'}, {where}, {self.source}{learned}"
 
     @property
     def storage_dtype(self) -> torch.dtype:

@@ -155,14 +155,6 @@ class _FoldedLayer(nn.Module):
         factor = fold_factor(bn.weight, bn.running_var, bn.eps)
         return fake_quantize_folded(self.weight, factor, self.weight_fake_quant)  # type: ignore[arg-type]
 
-    def refresh_weight_range(self) -> None:
-        """Observe the present folded weight: what conversion packs."""
-        bn: Any = self.batchnorm
-        factor = fold_factor(bn.weight, bn.running_var, bn.eps)
-        shape = (-1,) + (1,) * (self.weight.dim() - 1)
-        fq: FakeQuantize = self.weight_fake_quant  # type: ignore[assignment]
-        fq.observe(self.weight.float() * factor.reshape(shape))
-
     def to_float(self) -> nn.Module:
         """The float layer with BatchNorm folded in, fused with ReLU if there is one; called by upstream's convert."""
         bn: Any = self.batchnorm
@@ -175,7 +167,8 @@ class _FoldedLayer(nn.Module):
         del layer._modules["weight_fake_quant"]
         fuse = fuse_linear_bn_weights if isinstance(layer, nn.Linear) else fuse_conv_bn_weights
         weight, bias = fuse(self.weight, self.bias, bn.running_mean, bn.running_var, bn.eps, bn.weight, bn.bias)
-        layer._parameters["weight"] = nn.Parameter(weight.detach())
+        fq: FakeQuantize = self.weight_fake_quant  # type: ignore[assignment]
+        layer._parameters["weight"] = nn.Parameter(round_for_good(weight.detach(), fq))
         layer._parameters["bias"] = nn.Parameter(bias.detach())
         layer.__dict__["training"] = False
         if not self.__dict__["_has_relu"]:
@@ -252,10 +245,22 @@ FOLDED_OF_FUSED: dict[type[nn.Module], type[_FoldedLayer]] = {
 """The folded layer of each module that upstream's fusion makes."""
 
 
-def refresh_weight_ranges(network: nn.Module) -> None:
-    """Observe every weight as it is now, so that conversion packs present weights and not those of a step ago."""
+@torch.no_grad()
+def round_for_good(weight: Tensor, fq: FakeQuantize) -> Tensor:
+    """The weight on its grid, and the grid as it is from now on.
+
+    Upstream's converters pack a weight with the limits of its storage type, so a weight beyond a narrower grid (one of
+    fewer bits, or a learned one) has to be put on it before.
+    """
+    fq.observe(weight)
+    fq.hold()
+    fq.enable_fake_quant()
+    return fq.round(weight.float())
+
+
+def round_weights_for_good(network: nn.Module) -> None:
+    """Put the weights of all layers without BatchNorm on their grids; those with one are when it is folded in."""
     for module in network.modules():
-        if isinstance(module, _FoldedLayer):
-            module.refresh_weight_range()
-        elif isinstance(fq := getattr(module, "weight_fake_quant", None), FakeQuantize):
-            fq.observe(module.weight)  # type: ignore[arg-type]
+        fq = getattr(module, "weight_fake_quant", None)
+        if isinstance(fq, FakeQuantize) and not isinstance(module, _FoldedLayer):
+            module._parameters["weight"] = nn.Parameter(round_for_good(module.weight, fq))  # type: ignore[arg-type]

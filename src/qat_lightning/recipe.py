@@ -5,15 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, Literal, get_args
 
 from torch import nn
 
 from qat_lightning.backends import Backend, get_backend
 from qat_lightning.errors import CheckpointMismatchError, ConfigurationError
-from qat_lightning.scheme import Scheme
+from qat_lightning.scheme import CALIBRATION_ONLY, Scheme
 
 FORMAT = 1
+
+Kind = Literal["qat", "static", "dynamic", "weight_only"]
+"""How a network becomes int8: trained with fake-quant, calibrated, with ranges worked out anew for each input, or with
+integers for its weights only."""
 
 
 @dataclass(frozen=True)
@@ -27,8 +31,11 @@ class Recipe:
         include: Globs of module names; empty for all.
         exclude: Globs of module names that stay float, with all that is inside them.
 
+        kind: ``"qat"``, ``"static"``, ``"dynamic"`` or ``"weight_only"``.
+
     Raises:
-        ConfigurationError: The mode and the backend do not go together, or a glob is not a string.
+        ConfigurationError: The mode and the backend do not go together, a glob is not a string, or the scheme has what
+            this kind has not.
 
     Example:
         >>> recipe = Recipe("fx", "x86", exclude=("head*",))
@@ -41,16 +48,74 @@ class Recipe:
     scheme: Scheme = field(default_factory=Scheme)
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
+    kind: Kind = "qat"
 
     def __post_init__(self) -> None:
-        """Check the pair and the globs."""
+        """Check the pair, the globs, and what of the scheme the kind has."""
         get_backend(self.backend, self.mode)
+        if self.kind not in get_args(Kind):
+            raise ConfigurationError(f"kind={self.kind!r} is unknown: use one of {', '.join(get_args(Kind))}.")
+        self._check_scheme()
         for name in ("include", "exclude"):
             globs = getattr(self, name)
             if isinstance(globs, str) or not all(isinstance(glob, str) and glob for glob in globs):
                 raise ConfigurationError(
                     f"{name}={globs!r} is not possible: give a list of globs of module names, like ['head.*']."
                 )
+
+    def _check_scheme(self) -> None:
+        scheme = self.scheme
+        if scheme.weight_granularity == "per_group" and self.kind != "weight_only":
+            raise ConfigurationError(
+                f"scheme.weight_granularity='per_group' is for kind='weight_only', and this is kind={self.kind!r}: use "
+                "'per_channel' or 'per_tensor'."
+            )
+        if self.kind == "qat" and scheme.activation_observer in CALIBRATION_ONLY:
+            raise ConfigurationError(
+                f"scheme.activation_observer={scheme.activation_observer!r} chooses a range from a whole histogram, "
+                "which is for calibration (PostTrainingQuantization): use 'moving_average' or 'min_max' to train."
+            )
+        if self.kind != "qat" and scheme.learned:
+            raise ConfigurationError(
+                f"scheme.learned_step={scheme.learned_step!r} needs training, and this is kind={self.kind!r}: use "
+                "'none', or QuantizationAwareTraining."
+            )
+
+    @property
+    def simulated(self) -> str:
+        """Why no kernel of the backend can run this scheme; empty if one can.
+
+        Example:
+            >>> Recipe("fx", "x86", Scheme(activation_bits=4)).simulated
+            'int8 kernels clamp activations at 8 bits, and these have 4'
+        """
+        if self.scheme.activation_bits < 8:
+            return f"int8 kernels clamp activations at 8 bits, and these have {self.scheme.activation_bits}"
+        if not self.scheme.weight_symmetric and self.kind in ("qat", "static"):
+            return f"the int8 kernels of backend {self.target.name!r} take symmetric weights only"
+        return ""
+
+    @property
+    def activation_observer(self) -> str:
+        """What observes activations; ``"auto"`` resolved."""
+        if self.scheme.activation_observer != "auto":
+            return self.scheme.activation_observer
+        return "moving_average" if self.kind == "qat" else "histogram_mse"
+
+    @property
+    def activation_limits(self) -> tuple[int, int]:
+        """Smallest and largest integer of an activation: the backend's, or those of fewer bits."""
+        low, _ = self.target.activation_limits
+        bits = self.scheme.activation_bits
+        return (0, 2**bits - 1) if low == 0 else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+
+    @property
+    def weight_limits(self) -> tuple[int, int]:
+        """Smallest and largest integer of a weight."""
+        if self.scheme.weight_symmetric:
+            return -self.weight_quant_max, self.weight_quant_max
+        half = 2 ** (self.scheme.weight_bits - 1)
+        return -half, half - 1
 
     @property
     def target(self) -> Backend:
@@ -59,7 +124,7 @@ class Recipe:
 
     @property
     def weight_quant_max(self) -> int:
-        """The largest integer of a weight; the smallest is its negative."""
+        """The largest integer of a symmetric weight; the smallest is its negative."""
         return min(self.scheme.weight_quant_max, self.target.weight_limit)
 
     def selects(self, name: str) -> bool:
@@ -79,6 +144,7 @@ class Recipe:
             "scheme": self.scheme.to_dict(),
             "include": list(self.include),
             "exclude": list(self.exclude),
+            "kind": self.kind,
         }
 
     @classmethod
@@ -94,15 +160,20 @@ class Recipe:
             scheme=Scheme(**values["scheme"]),
             include=tuple(values["include"]),
             exclude=tuple(values["exclude"]),
+            kind=values.get("kind", "qat"),
         )
 
     def differences(self, other: Recipe) -> list[str]:
         """The fields in which two recipes differ, both sides named."""
-        return [
-            f"{f.name}: {getattr(self, f.name)!r} here, {getattr(other, f.name)!r} there"
-            for f in fields(self)
-            if getattr(self, f.name) != getattr(other, f.name)
-        ]
+        return [*_differences(self, other, leave_out="scheme"), *_differences(self.scheme, other.scheme, "scheme.")]
+
+
+def _differences(one: Any, other: Any, prefix: str = "", *, leave_out: str = "") -> list[str]:
+    return [
+        f"{prefix}{f.name}: {getattr(one, f.name)!r} here, {getattr(other, f.name)!r} there"
+        for f in fields(one)
+        if f.name != leave_out and getattr(one, f.name) != getattr(other, f.name)
+    ]
 
 
 def check_globs(recipe: Recipe, names: Sequence[str]) -> None:

@@ -2,28 +2,49 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from qat_lightning.errors import ConfigurationError
 
-Granularity = Literal["per_channel", "per_tensor"]
+Granularity = Literal["per_channel", "per_tensor", "per_group"]
+WeightObserver = Literal["auto", "min_max", "mse"]
+ActivationObserver = Literal["auto", "moving_average", "min_max", "histogram_mse", "histogram_kl", "percentile"]
+LearnedStep = Literal["none", "lsq", "lsq+"]
+
+CALIBRATION_ONLY = ("histogram_mse", "histogram_kl", "percentile")
+"""Observers that choose a range from a whole histogram: for calibration, too slow for every step of a training."""
 
 
 @dataclass(frozen=True)
 class Scheme:
     """How weights and activations are put on an integer grid.
 
-    Weights are symmetric (zero point 0) on ``[-(2**(bits-1) - 1), 2**(bits-1) - 1]``, which is what the int8 kernels of
-    every backend take. Activations are 8 bit: fewer bits cannot be held by an int8 kernel, which clamps at its storage
-    type. Weights of fewer than 8 bits are stored as int8, on a coarser grid.
+    Symmetric weights (zero point 0) are on ``[-(2**(bits-1) - 1), 2**(bits-1) - 1]``, which is what the int8 kernels of
+    every backend take. Weights of fewer than 8 bits are stored as int8, on a coarser grid. What no kernel of the
+    backend can hold (activations of fewer than 8 bits, affine weights) is simulated: it trains and evaluates as
+    fake-quant, and there is no int8 network of it. `Recipe.simulated` says why.
 
     Args:
         weight_bits: 2 to 8.
-        weight_granularity: one scale for each output channel, or one for the tensor.
-        activation_bits: 8.
+        weight_symmetric: zero point 0; False puts it where the weights need it.
+        weight_granularity: one scale for each output channel, for the tensor, or for each group of
+            ``weight_group_size`` input channels (weight-only quantization).
+        weight_group_size: 0, or the size of a group: a power of two from 16 to 1024.
+        weight_observer: ``"min_max"``: the grid reaches to the largest weight; ``"mse"``: to where the mean squared
+            error is least; ``"auto"``: ``"min_max"`` for 8 bits and ``"mse"`` for fewer.
+        activation_bits: 2 to 8.
         activation_symmetric: put the zero point in the middle of the range instead of where the data needs it.
+        activation_observer: ``"moving_average"`` of the batches' ranges, ``"min_max"`` of all batches; in calibration
+            also the range of a histogram with the least mean squared error (``"histogram_mse"``) or the least
+            Kullback-Leibler divergence (``"histogram_kl"``), or without its tails (``"percentile"``). ``"auto"``:
+            ``"moving_average"`` in training and ``"histogram_mse"`` in calibration.
+        activation_percentile: share of the values, in percent, that ``"percentile"`` keeps on each side.
         averaging_constant: weight of the newest batch in the moving average of activation ranges, in (0, 1].
+        learned_step: ``"lsq"``: scales are parameters that learn with the weights, once rounding is on
+            (Esser et al., 2020, https://arxiv.org/abs/1902.08153); ``"lsq+"``: the zero points of affine activations
+            as well (Bhalgat et al., 2020, https://arxiv.org/abs/2004.09576).
 
     Raises:
         ConfigurationError: A value is outside what is listed here.
@@ -38,30 +59,54 @@ class Scheme:
     """
 
     weight_bits: int = 8
+    weight_symmetric: bool = True
     weight_granularity: Granularity = "per_channel"
+    weight_group_size: int = 0
+    weight_observer: WeightObserver = "auto"
     activation_bits: int = 8
     activation_symmetric: bool = False
+    activation_observer: ActivationObserver = "auto"
+    activation_percentile: float = 99.99
     averaging_constant: float = 0.01
+    learned_step: LearnedStep = "none"
 
     def __post_init__(self) -> None:
-        """Refuse what no kernel can hold."""
+        """Refuse what cannot be."""
         # By type first: arrays and tensors have no answer to a comparison.
-        if type(self.weight_bits) is not int or self.weight_bits not in range(2, 9):
-            _refuse("weight_bits", self.weight_bits, "an int from 2 to 8")
-        granularity: Any = self.weight_granularity
-        if not isinstance(granularity, str) or granularity not in ("per_channel", "per_tensor"):
-            _refuse("weight_granularity", self.weight_granularity, "'per_channel' or 'per_tensor'")
-        if type(self.activation_bits) is not int or self.activation_bits != 8:
-            _refuse("activation_bits", self.activation_bits, "8, since int8 kernels clamp activations at 8 bits")
-        if not isinstance(self.activation_symmetric, bool):
-            _refuse("activation_symmetric", self.activation_symmetric, "true or false")
-        constant = self.averaging_constant
-        if isinstance(constant, bool) or not isinstance(constant, (int, float)) or not 0 < constant <= 1:
-            _refuse("averaging_constant", constant, "a number in (0, 1]")
+        for bits in ("weight_bits", "activation_bits"):
+            value = getattr(self, bits)
+            if type(value) is not int or value not in range(2, 9):
+                _refuse(bits, value, "an int from 2 to 8")
+        for flag in ("weight_symmetric", "activation_symmetric"):
+            if not isinstance(getattr(self, flag), bool):
+                _refuse(flag, getattr(self, flag), "true or false")
+        for field, kind in _WORDS.items():
+            value, words = getattr(self, field), get_args(kind)
+            if not isinstance(value, str) or value not in words:
+                _refuse(field, value, " or ".join(map(repr, words)))
+        for field, highest, possible in (
+            ("averaging_constant", 1.0, "a number in (0, 1]"),
+            ("activation_percentile", 100.0, "a number in (50, 100]"),
+        ):
+            value = getattr(self, field)
+            lowest = 50.0 if highest == 100.0 else 0.0
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not lowest < value <= highest:
+                _refuse(field, value, possible)
+        self._check_group()
+
+    def _check_group(self) -> None:
+        size = self.weight_group_size
+        grouped = self.weight_granularity == "per_group"
+        if type(size) is not int or (size != 0 and not (16 <= size <= 1024 and math.log2(size).is_integer())):
+            _refuse("weight_group_size", size, "0, or a power of two from 16 to 1024")
+        if grouped and not size:
+            _refuse("weight_group_size", size, "a power of two from 16 to 1024 with weight_granularity='per_group'")
+        if size and not grouped:
+            _refuse("weight_group_size", size, "0, or weight_granularity='per_group'")
 
     @property
     def weight_quant_max(self) -> int:
-        """The largest integer of a weight; the smallest is its negative."""
+        """The largest integer of a symmetric weight; the smallest is its negative."""
         return int(2 ** (self.weight_bits - 1) - 1)
 
     @property
@@ -69,9 +114,29 @@ class Scheme:
         """Whether each output channel of a weight has its own scale."""
         return self.weight_granularity == "per_channel"
 
+    @property
+    def learned(self) -> bool:
+        """Whether scales are parameters."""
+        return self.learned_step != "none"
+
+    @property
+    def chosen_weight_observer(self) -> Literal["min_max", "mse"]:
+        """What ``"auto"`` stands for."""
+        if self.weight_observer == "auto":
+            return "min_max" if self.weight_bits == 8 else "mse"
+        return self.weight_observer
+
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain values, as a checkpoint holds them."""
         return asdict(self)
+
+
+_WORDS: dict[str, Any] = {
+    "weight_granularity": Granularity,
+    "weight_observer": WeightObserver,
+    "activation_observer": ActivationObserver,
+    "learned_step": LearnedStep,
+}
 
 
 def _refuse(field: str, value: object, possible: str) -> None:

@@ -86,7 +86,7 @@ class QuantizationCallback(PreparingCallback):
         there = {
             "float": bool(self._float_weights),
             "fake_quant": bool(self._prepared),
-            "int8": bool(self._prepared) and self.convert_on_fit_end and self._ranges_seen(),
+            "int8": self.convert_on_fit_end and self._ranges_seen() and not self._simulated,
         }
         return tuple(name for name in VARIANTS if there[name])
 
@@ -178,12 +178,14 @@ class QuantizationCallback(PreparingCallback):
         self._quantized = converted
         self._stale = self._convert_when_asked = False
 
+    @property
+    def _simulated(self) -> str:
+        """Why there can be no int8 network; empty if there can."""
+        return next((why for p in self._prepared.values() if (why := prepared_state(p).recipe.simulated)), "")
+
     def _ranges_seen(self) -> bool:
         return any(
-            fq.seen
-            for prepared in self._prepared.values()
-            for _, fq in fake_quantizers(prepared)
-            if fq.source == "moving_average"
+            fq.seen for prepared in self._prepared.values() for _, fq in fake_quantizers(prepared) if fq.observed
         )
 
     # Evaluate
@@ -222,7 +224,9 @@ class QuantizationCallback(PreparingCallback):
     def _stand_in(self, stage: str, pl_module: LightningModule) -> None:
         variant = self._chosen or _EVALUATE[stage]
         if variant == "int8" and self._chosen is None and "int8" not in self.variants:
-            if self.convert_on_fit_end:
+            if self._simulated:
+                rank_zero_info(f"trainer.{stage} runs fake-quant: {self._simulated}.")
+            elif self.convert_on_fit_end:
                 rank_zero_warn(
                     f"trainer.{stage} runs fake-quant, which rounds nothing yet: no range was ever observed. Fit "
                     "first, or give ckpt_path= of a fit with this callback."
@@ -277,6 +281,8 @@ class QuantizationCallback(PreparingCallback):
             )
         if not self.convert_on_fit_end:
             return "convert_on_fit_end=False."
+        if self._simulated:
+            return f"{self._simulated}."
         return "no range was ever observed; fit first, or give ckpt_path= of a fit with this callback."
 
     # End

@@ -32,7 +32,7 @@ class NonFiniteReport:
         """
         places = {}
         for name, network in networks.items():
-            ours = [(key, fq) for key, fq in fake_quantizers(network) if fq.source == "moving_average"]
+            ours = [(key, fq) for key, fq in fake_quantizers(network) if fq.observed]
             if not ours:
                 continue
             counts = torch.stack([fq.nonfinite_batches for _, fq in ours]).tolist()

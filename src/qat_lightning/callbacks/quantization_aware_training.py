@@ -217,6 +217,11 @@ class QuantizationAwareTraining(QuantizationCallback):
                 "is of a run that was as long already. Give the Trainer more max_epochs or max_steps than that."
             )
             return
+        if self._simulated:
+            rank_zero_warn(
+                f"No int8 network is made: {self._simulated}. The scheme is simulated: trainer.test runs fake-quant."
+            )
+            return
         if not self._phase.fake_quant:
             rank_zero_warn(
                 f"The fit ended at step {trainer.global_step} before rounding came on (start={self.schedule.start}): "

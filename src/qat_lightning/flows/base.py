@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from qat_lightning.errors import ConversionError
 from qat_lightning.fake_quantize import FakeQuantize
 from qat_lightning.qat_modules import FreezableBatchNorm
 from qat_lightning.recipe import PreparedState, Recipe
@@ -139,6 +140,27 @@ def fake_quantizers(network: nn.Module) -> Iterable[tuple[str, FakeQuantize]]:
             yield name, module
 
 
+def materialize_weights(prepared: nn.Module) -> None:
+    """Let the FakeQuantizes of layers' weights make what they keep for each channel, before a training begins."""
+    for module in prepared.modules():
+        fq, weight = getattr(module, "weight_fake_quant", None), getattr(module, "weight", None)
+        if isinstance(fq, FakeQuantize) and isinstance(weight, torch.Tensor):
+            fq.materialize(weight)
+
+
+def refuse_simulated(recipe: Recipe) -> None:
+    """Refuse to convert what no kernel can run.
+
+    Raises:
+        ConversionError: With the reason.
+    """
+    if recipe.simulated:
+        raise ConversionError(
+            f"This scheme is simulated in training and has no int8 network: {recipe.simulated}. Use the prepared "
+            "network (fake-quant), or a scheme that the backend can run, such as Scheme()."
+        )
+
+
 def set_phase(network: nn.Module, *, fake_quant: bool, observers: bool, batchnorm_frozen: bool) -> None:
     """Switch rounding, the moving of ranges and the freezing of BatchNorm, in any prepared network."""
     for module in network.modules():
@@ -164,7 +186,7 @@ def reduce_ranges(network: nn.Module, reduce: bool) -> None:
 @torch.no_grad()
 def merge_ranges(network: nn.Module) -> None:
     """Give all processes the least of their lows and the greatest of their highs, in one collective."""
-    moving = [fq for _, fq in fake_quantizers(network) if fq.source == "moving_average"]
+    moving = [fq for _, fq in fake_quantizers(network) if fq.observed]
     if not moving:
         return
     bounds = torch.stack([torch.stack([-fq.min_val, fq.max_val, fq.batches.to(fq.max_val)]) for fq in moving])

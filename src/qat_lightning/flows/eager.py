@@ -20,7 +20,6 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from qat_lightning.backends import Backend, quantized_engine
 from qat_lightning.errors import CheckpointMismatchError, ConversionError, NetworkError
-from qat_lightning.fake_quantize import EPS
 from qat_lightning.flows.base import (
     Converted,
     Example,
@@ -28,6 +27,7 @@ from qat_lightning.flows.base import (
     LayerCoverage,
     is_prepared,
     prepared_state,
+    refuse_simulated,
     set_phase,
     sqnr_db,
 )
@@ -36,7 +36,8 @@ from qat_lightning.flows.eager_int8 import Int8Layer, make_int8, plain_outputs
 from qat_lightning.flows.eager_layers import HEADS, LINKS, ChainHead, become, without_fast_paths
 from qat_lightning.flows.qconfig import make_qconfig
 from qat_lightning.flows.verify import raise_if_faulty
-from qat_lightning.qat_modules import make_batchnorm_freezable
+from qat_lightning.grid import EPS
+from qat_lightning.qat_modules import make_batchnorm_freezable, round_for_good
 from qat_lightning.recipe import PreparedState, Recipe
 
 _REPORTED = (
@@ -87,6 +88,7 @@ class EagerFlow:
 
     def convert(self, prepared: nn.Module, example: Example) -> Converted:
         """Put int8 kernels into a copy of the float network, and verify each; see `Flow.convert`."""
+        refuse_simulated(prepared_state(prepared).recipe)
         with _quiet():
             return self._convert(prepared, example)
 
@@ -181,6 +183,9 @@ def _make_head(modules: dict[str, nn.Module], chain: Chain, recipe: Recipe) -> N
     head.weight_fake_quant = qconfig.weight()
     head.input_fake_quant = qconfig.activation()
     head.output_fake_quant = qconfig.activation()
+    head.weight_fake_quant.materialize(head.weight)
+    if chain.activation is not None:
+        head.output_fake_quant.begins_at_zero(math.inf if chain.limit is None else chain.limit)
     for fq in (head.weight_fake_quant, head.input_fake_quant, head.output_fake_quant):
         fq.to(head.weight.device).train(head.training)
 
@@ -222,7 +227,7 @@ def _fill(layer: Int8Layer, head: ChainHead) -> None:
         layer.input_zero_point.copy_(in_zero_point)
     weight, bias = head.folded()
     fq = head.weight_fake_quant
-    fq.observe(weight)
+    weight = round_for_good(weight, fq)
     scales, _ = fq.calculate_qparams()
     scales = _holding(scales, weight, bias, in_scale if in_scale is not None else scale, scale)
     if fq.per_channel:

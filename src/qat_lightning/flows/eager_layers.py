@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from qat_lightning.fake_quantize import FakeQuantize, fake_quantize
+from qat_lightning.fake_quantize import FakeQuantize
 from qat_lightning.qat_modules import (
     FreezableBatchNorm,
     FreezableBatchNorm1d,
@@ -76,14 +76,6 @@ def _versioned() -> AbstractContextManager[Any]:
     stack.enter_context(torch.inference_mode(False))
     stack.enter_context(torch.no_grad())
     return stack
-
-
-def _round_only(x: Tensor, fq: FakeQuantize) -> Tensor:
-    """Round to the grid of another tensor, whose range must not be moved by this one."""
-    if not fq.fake_quant_enabled or not fq.seen:
-        return x
-    scale, zero_point = fq.calculate_qparams()
-    return fake_quantize(x, scale, zero_point, quant_min=fq.quant_min, quant_max=fq.quant_max)
 
 
 if TYPE_CHECKING:
@@ -155,7 +147,7 @@ class ChainHead(_Layer):
             grid, x = mark.chain.output_fake_quant, input
         elif self.grid_of:
             grid = self.grid_of[0].output_fake_quant
-            x = _round_only(input, grid)
+            x = grid.round(input)  # whose range must not be moved by this tensor
         else:
             grid = self.input_fake_quant
             x = grid(input)

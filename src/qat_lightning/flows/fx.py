@@ -21,13 +21,20 @@ from qat_lightning.backends import quantized_engine
 from qat_lightning.errors import ConversionError, NetworkError
 from qat_lightning.fake_quantize import FakeQuantize
 from qat_lightning.flows import fx_passes as passes
-from qat_lightning.flows.base import Converted, Example, LayerCoverage, prepared_state
+from qat_lightning.flows.base import (
+    Converted,
+    Example,
+    LayerCoverage,
+    materialize_weights,
+    prepared_state,
+    refuse_simulated,
+)
 from qat_lightning.flows.fx_config import LEFT_FLOAT, backend_config, qconfig_mapping
 from qat_lightning.flows.tracing import line_at_fault, shared_batchnorms, trace
 from qat_lightning.flows.verify import check_layers
 from qat_lightning.graph_network import GraphNetwork, GraphPart
 from qat_lightning.portable_graph import HoldsGraphs
-from qat_lightning.qat_modules import make_batchnorm_freezable, make_batchnorm_plain, refresh_weight_ranges
+from qat_lightning.qat_modules import make_batchnorm_freezable, make_batchnorm_plain, round_weights_for_good
 from qat_lightning.recipe import PreparedState, Recipe
 
 _WEIGHTED = (
@@ -131,6 +138,8 @@ class FxFlow:
         passes.drop_unused(result, plan.graph)
         _restore_children(result, originals, parameters, float_keys)
         make_batchnorm_freezable(result)
+        materialize_weights(result)
+        passes.visit_functional_weights(result, passes.materialize_functional_weight)
         result._quantization = PreparedState(recipe, float_network, prefix=prefix, plan=plan)
         return result
 
@@ -139,6 +148,7 @@ class FxFlow:
         state = prepared_state(prepared)
         plan: FxPlan = state.plan
         target = state.recipe.target
+        refuse_simulated(state.recipe)
         assert isinstance(prepared, GraphNetwork)
         recording = copy.deepcopy(prepared)
         unseen = _never_observed(prepared)
@@ -147,7 +157,8 @@ class FxFlow:
                 f"No finite range was ever observed for {', '.join(unseen)}: train at least one step in which every "
                 "layer runs on finite values, or exclude the layers behind them."
             )
-        refresh_weight_ranges(prepared)
+        round_weights_for_good(prepared)
+        passes.visit_functional_weights(prepared, passes.round_functional_weight)
         make_batchnorm_plain(prepared)
         passes.observe_everywhere(prepared)
         graph = copy.deepcopy(plan.graph)
@@ -263,7 +274,7 @@ def _never_observed(prepared: GraphNetwork) -> list[str]:
     names = []
     for node in prepared.graph.nodes:
         fq = modules.get(str(node.target)) if node.op == "call_module" else None
-        if isinstance(fq, FakeQuantize) and fq.source == "moving_average" and not fq.seen:
+        if isinstance(fq, FakeQuantize) and fq.observed and not fq.seen:
             source = node.all_input_nodes[0]
             names.append(f"the output of {source.target if source.op == 'call_module' else source.name}")
     return names

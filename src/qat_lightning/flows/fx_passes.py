@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +17,7 @@ from qat_lightning.flows.base import Example
 from qat_lightning.flows.fx_config import LEFT_FLOAT
 from qat_lightning.flows.verify import Recorder, example_values
 from qat_lightning.graph_network import GraphNetwork
+from qat_lightning.qat_modules import round_for_good
 
 
 @torch.no_grad()
@@ -86,7 +88,8 @@ def observe_only_after_relu(prepared: fx.GraphModule) -> list[str]:
     modules = dict(prepared.named_modules(remove_duplicate=False))
     folded = []
     for node in list(prepared.graph.nodes):
-        if not _is_relu(node, modules):
+        largest = _relu_limit(node, modules)
+        if largest is None:
             continue
         before = node.args[0]
         after = next((user for user in node.users if _is_fake_quantize(user, modules)), None)
@@ -97,26 +100,30 @@ def observe_only_after_relu(prepared: fx.GraphModule) -> list[str]:
             continue
         node.replace_input_with(before, before.args[0])
         prepared.graph.erase_node(before)
+        behind.begins_at_zero(largest)
         folded.append(node.name)
     prepared.recompile()
     return folded
 
 
-def _is_relu(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
-    """Whether a node clamps to [0, something]: ReLU, ReLU6, Hardtanh from 0."""
+def _relu_limit(node: fx.Node, modules: dict[str, nn.Module]) -> float | None:
+    """The largest value that a node leaves which clamps to [0, something] (ReLU: inf, ReLU6: 6); None for others."""
     if node.op == "call_module":
         module = modules.get(str(node.target))
-        clamps = isinstance(module, nn.Hardtanh) and module.min_val == 0  # ReLU6 is a Hardtanh
-        return clamps or isinstance(module, nn.ReLU)
+        if isinstance(module, nn.Hardtanh):  # ReLU6 is a Hardtanh
+            return float(module.max_val) if module.min_val == 0 else None
+        return math.inf if isinstance(module, nn.ReLU) else None
     if node.op == "call_method":
-        return node.target in ("relu", "relu_")
-    if node.op == "call_function":
-        if node.target in (F.relu6, F.relu):
-            return True
-        if node.target in (F.hardtanh, F.hardtanh_):
-            low = node.args[1] if len(node.args) > 1 else node.kwargs.get("min_val", -1.0)
-            return bool(low == 0)
-    return False
+        return math.inf if node.target in ("relu", "relu_") else None
+    if node.target in (F.relu6, F.relu):
+        return 6.0 if node.target is F.relu6 else math.inf
+    if node.target in (F.hardtanh, F.hardtanh_):
+        low, high = (
+            node.args[n] if len(node.args) > n else node.kwargs.get(name, default)
+            for n, name, default in ((1, "min_val", -1.0), (2, "max_val", 1.0))
+        )
+        return float(high) if low == 0 else None  # type: ignore[arg-type]
+    return None
 
 
 def clamps(graph: fx.Graph, modules: dict[str, nn.Module]) -> list[str]:
@@ -204,6 +211,26 @@ def drop_unused(network: GraphNetwork, plan: fx.Graph) -> None:
     for name, module in list(network._modules.items()):
         if isinstance(module, FakeQuantize) and name not in called:
             del network._modules[name]
+
+
+def visit_functional_weights(network: GraphNetwork, visit: Callable[[FakeQuantize, nn.Module, str], None]) -> None:
+    """Show each FakeQuantize of a weight that a function is called with the module and the name of that weight."""
+    modules = dict(network.named_modules(remove_duplicate=False))
+    for node in network.graph.nodes:
+        fq = modules.get(str(node.target)) if node.op == "call_module" else None
+        if isinstance(fq, FakeQuantize) and fq.source == "present" and node.args[0].op == "get_attr":
+            holder, _, leaf = str(node.args[0].target).rpartition(".")
+            visit(fq, network.get_submodule(holder), leaf)
+
+
+def materialize_functional_weight(fq: FakeQuantize, holder: nn.Module, name: str) -> None:
+    """Let a FakeQuantize make what it keeps for each channel of a weight."""
+    fq.materialize(getattr(holder, name))
+
+
+def round_functional_weight(fq: FakeQuantize, holder: nn.Module, name: str) -> None:
+    """Put a weight on its grid, as conversion packs it."""
+    holder._parameters[name] = nn.Parameter(round_for_good(getattr(holder, name), fq))
 
 
 def observe_everywhere(network: nn.Module) -> None:

@@ -25,6 +25,7 @@ from torchao.quantization.pt2e.utils import _get_node_name_to_scope
 from qat_lightning.errors import NetworkError
 from qat_lightning.fake_quantize import FakeQuantize
 from qat_lightning.flows.pt2e.scopes import join, scope_of
+from qat_lightning.flows.qconfig import activation_qscheme, activation_settings, weight_qscheme, weight_settings
 from qat_lightning.recipe import Recipe
 
 aten = torch.ops.aten
@@ -68,23 +69,27 @@ def make_quantizer(recipe: Recipe) -> Quantizer:
 
 def make_config(recipe: Recipe) -> QuantizationConfig:
     """The recipe as upstream's quantizers want it, with our FakeQuantize."""
-    scheme, target = recipe.scheme, recipe.target
-    low, high = target.activation_limits
+    scheme = recipe.scheme
+    activation_low, activation_high = recipe.activation_limits
+    weight_low, weight_high = recipe.weight_limits
     activation = QuantizationSpec(
-        dtype=target.activation_dtype,
-        quant_min=low,
-        quant_max=high,
-        qscheme=torch.per_tensor_symmetric if scheme.activation_symmetric else torch.per_tensor_affine,
-        observer_or_fake_quant_ctr=_Constructor("FakeQuantize", averaging_constant=scheme.averaging_constant),
+        dtype=recipe.target.activation_dtype,
+        quant_min=activation_low,
+        quant_max=activation_high,
+        qscheme=activation_qscheme(scheme),
+        observer_or_fake_quant_ctr=_Constructor("FakeQuantize", **activation_settings(recipe)),
     )
     weight = QuantizationSpec(
         dtype=torch.int8,
-        quant_min=-recipe.weight_quant_max,
-        quant_max=recipe.weight_quant_max,
+        quant_min=weight_low,
+        quant_max=weight_high,
+        # The quantizers refuse affine weights, which are simulated only and never reach their converter.
         qscheme=torch.per_channel_symmetric if scheme.per_channel else torch.per_tensor_symmetric,
         ch_axis=0 if scheme.per_channel else None,
         observer_or_fake_quant_ctr=_Constructor(
-            "PerChannelFakeQuantize" if scheme.per_channel else "FakeQuantize", source="present"
+            "PerChannelFakeQuantize" if scheme.per_channel else "FakeQuantize",
+            qscheme=weight_qscheme(scheme),
+            **weight_settings(recipe),
         ),
     )
     # Not is_qat: that asks for the patterns with BatchNorm, which is not there when the quantizer looks.
@@ -102,7 +107,7 @@ class _Constructor:
         self.fixed = fixed
 
     def with_args(self, **given: Any) -> functools.partial[FakeQuantize]:
-        return functools.partial(FakeQuantize, **given, **self.fixed)
+        return functools.partial(FakeQuantize, **(given | self.fixed))
 
 
 def insert_fake_quantize(

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import io
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,7 +63,7 @@ def decompose(root: nn.Module, plan: Plan, name: str) -> Decomposed:
         raise ConversionError(
             f"No finite range was ever observed in {name}: train at least one step before it is converted."
         )
-    _observe_weights(graph_module)
+    visit_weights(graph_module, FakeQuantize.observe)
     graph.lint()
     graph_module.recompile()
     try:
@@ -183,15 +184,15 @@ def _leave_unseen_float(graph_module: fx.GraphModule) -> list[str]:
     return unseen
 
 
-def _observe_weights(graph_module: fx.GraphModule) -> None:
-    """Take the range of each weight as it is now, folded if it is folded."""
+def visit_weights(graph_module: fx.GraphModule, visit: Callable[[FakeQuantize, Tensor], None]) -> None:
+    """Show each FakeQuantize of a weight the weight as it is now, folded if it is folded."""
     for node in graph_module.graph.nodes:
         fq = _quantizer(graph_module, node)
         if fq is not None and fq.source == "present":
             value = _tensor(graph_module, node.args[0])
             if value is None:
                 value = _computed(graph_module, node.args[0])
-            fq.observe(value)
+            visit(fq, value)
 
 
 def _computed(graph_module: fx.GraphModule, node: fx.Node) -> Tensor:

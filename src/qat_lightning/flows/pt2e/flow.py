@@ -5,15 +5,16 @@ from __future__ import annotations
 import copy
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from qat_lightning.backends import require
 from qat_lightning.errors import TraceError
-from qat_lightning.flows.base import Converted, Example, fake_quantizers, prepared_state
+from qat_lightning.fake_quantize import FakeQuantize
+from qat_lightning.flows.base import Converted, Example, fake_quantizers, prepared_state, refuse_simulated
 from qat_lightning.flows.pt2e.annotate import insert_fake_quantize
 from qat_lightning.flows.pt2e.capture import capture
 from qat_lightning.flows.pt2e.check import check_layers, coverage
-from qat_lightning.flows.pt2e.convert import decompose
+from qat_lightning.flows.pt2e.convert import decompose, visit_weights
 from qat_lightning.flows.pt2e.int8 import Int8Network
 from qat_lightning.flows.pt2e.network import ExportedNetwork
 from qat_lightning.flows.pt2e.training import Plan, adopt, training_graph, weight_quantizers
@@ -34,6 +35,7 @@ class Pt2eFlow:
         root = adopt(network, prepared)
         plan = Plan(copy.deepcopy(prepared.graph), dict(prepared.meta), folded, {}, spec)
         plan.weights = weight_quantizers(root, plan.graph)
+        visit_weights(fx.GraphModule(root, copy.deepcopy(plan.graph)), FakeQuantize.materialize)
         result = ExportedNetwork(root, training_graph(root, plan), spec)
         result._quantization = PreparedState(recipe, float_network, prefix=prefix, plan=plan)
         for name, module in result.named_modules():
@@ -45,6 +47,7 @@ class Pt2eFlow:
         """See `Flow.convert`."""
         assert isinstance(prepared, ExportedNetwork)
         state = prepared_state(prepared)
+        refuse_simulated(state.recipe)
         plan: Plan = state.plan
         result = decompose(copy.deepcopy(prepared), plan, plan.spec.name)
         checks = check_layers(prepared, result.graph_module, plan, example, state.recipe.target)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from qat_lightning.fake_quantize import FakeQuantize, fake_quantize
+from qat_lightning.fake_quantize import FakeQuantize, SharedRange
 
 aten = torch.ops.aten
 
@@ -38,26 +38,6 @@ _WITHIN_RANGE = (
 """Ops whose output is never outside the range of their inputs and 0."""
 
 
-class Rounder(nn.Module):
-    """Rounds as a FakeQuantize that is elsewhere does, and leaves its range alone.
-
-    Args:
-        fq: Not a child: it is registered, moved and saved where it is.
-    """
-
-    def __init__(self, fq: FakeQuantize) -> None:
-        super().__init__()
-        self.__dict__["fq"] = fq
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``x`` on the grid, once rounding is on and a range is known."""
-        fq: FakeQuantize = self.__dict__["fq"]
-        if not fq.fake_quant_enabled or not fq.seen:
-            return x
-        scale, zero_point = fq.calculate_qparams()
-        return fake_quantize(x, scale, zero_point, quant_min=fq.quant_min, quant_max=fq.quant_max)
-
-
 class UnionObserver(nn.Module):
     """Moves the range of a FakeQuantize that is elsewhere by the union of the ranges of several tensors.
 
@@ -74,9 +54,11 @@ class UnionObserver(nn.Module):
         """Observe, where the FakeQuantize would."""
         fq: FakeQuantize = self.__dict__["fq"]
         if fq.observes:
-            ends = [torch.stack(torch.aminmax(t.detach().float())) for t in tensors if t.numel()]
-            if ends:
-                fq.observe(torch.cat(ends))
+            there = [tensor.detach().float().flatten() for tensor in tensors if tensor.numel()]
+            if fq.histogram is None:
+                there = [torch.stack(torch.aminmax(values)) for values in there]
+            if there:
+                fq.observe(torch.cat(there))
 
 
 def observe_once(root: nn.Module, graph: fx.Graph) -> None:
@@ -84,7 +66,7 @@ def observe_once(root: nn.Module, graph: fx.Graph) -> None:
     calls: dict[str, list[fx.Node]] = {}
     for node in graph.find_nodes(op="call_module"):
         fq = root.get_submodule(str(node.target))
-        if isinstance(fq, FakeQuantize) and fq.source == "moving_average":
+        if isinstance(fq, FakeQuantize) and fq.observed:
             calls.setdefault(str(node.target), []).append(node)
     for target, nodes in calls.items():
         if len(nodes) < 2:
@@ -96,7 +78,7 @@ def observe_once(root: nn.Module, graph: fx.Graph) -> None:
         rounding = f"{target}_again"
         for node in in_order:
             if len(sources) > 1 or node not in sources:
-                _add(root, rounding, Rounder)
+                _add(root, rounding, SharedRange)
                 node.target = rounding
 
 
@@ -121,7 +103,7 @@ def _is_float(node: fx.Node) -> bool:
     return not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)) and node.target is not aten.sym_size.int
 
 
-def _add(root: nn.Module, name: str, kind: type[Rounder] | type[UnionObserver]) -> None:
+def _add(root: nn.Module, name: str, kind: type[SharedRange] | type[UnionObserver]) -> None:
     holder, _, leaf = name.rpartition(".")
     parent = root.get_submodule(holder)
     if leaf not in parent._modules:

@@ -56,7 +56,7 @@ class Histogram(nn.Module):
                 self.counts.copy_(_coarser(self.counts, round(math.log2(wanted / present))))
             self.limit.fill_(wanted)
             present = wanted
-        # On the CPU: the count has no deterministic kernel elsewhere. The quotient is exact, by a power of two, and bins
+        # On the CPU: the count has no deterministic kernel elsewhere. The quotient by a power of two is exact, and bins
         # hold their end that is farther from 0, so that doubling merges what a wider bin would have counted.
         steps = values.detach().float().cpu().flatten() / (2.0 * present / BINS)
         bins = torch.where(steps < 0, steps.floor(), (steps.ceil() - 1).clamp(min=0)).long() + BINS // 2

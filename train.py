@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 
 from qat_lightning import app
 from qat_lightning.evaluate import evaluate_variants
+from qat_lightning.sweep.trial import Objective, run_trial
 
 
 def train(cfg: DictConfig) -> tuple[dict[str, float], app.Objects]:
@@ -26,18 +27,16 @@ def train(cfg: DictConfig) -> tuple[dict[str, float], app.Objects]:
     seed_everything(cfg.seed, workers=True, verbose=False)
     run = app.build(cfg)
     app.log_configuration(cfg, run.loggers)
-    run.trainer.fit(run.model, datamodule=run.datamodule, ckpt_path=cfg.ckpt_path)
+    app.fit(cfg, run)
     metrics = evaluate_variants(run.trainer, run.model, datamodule=run.datamodule)
     app.close(run.loggers)
     return metrics, run
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
-def main(cfg: DictConfig) -> None:
-    """Run `train`, and explain what is wrong with the configuration in one panel."""
-    app.quiet()
-    with app.readable_errors():
-        train(cfg)
+def main(cfg: DictConfig) -> Objective:
+    """One run, or one trial of a sweep, which ends with what a sweeper optimizes."""
+    return run_trial(train, cfg)
 
 
 if __name__ == "__main__":

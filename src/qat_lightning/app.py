@@ -20,7 +20,7 @@ from rich.panel import Panel
 from rich.text import Text
 
 from qat_lightning.backends import get_backend, require
-from qat_lightning.errors import ConfigurationError, QuantizationError
+from qat_lightning.errors import CombinationError, ConfigurationError, QuantizationError
 
 
 class Objects(NamedTuple):
@@ -31,6 +31,7 @@ class Objects(NamedTuple):
     datamodule: LightningDataModule
     callbacks: list[Callback]
     loggers: list[Logger]
+    fit_metrics: dict[str, float]  # what the fit had logged when it ended
 
 
 def check(cfg: DictConfig) -> None:
@@ -40,7 +41,8 @@ def check(cfg: DictConfig) -> None:
         cfg: The composed configuration of train.py.
 
     Raises:
-        ConfigurationError: A value is missing, a file does not exist, or mode and backend do not go together.
+        ConfigurationError: A value is missing, or a file does not exist.
+        CombinationError: Settings do not go together, like a mode and a backend.
         MissingExtraError: The backend needs a package that is not installed.
     """
     if missing := list(_missing(cfg)):
@@ -49,7 +51,7 @@ def check(cfg: DictConfig) -> None:
     if quantization is not None:
         require(get_backend(quantization.backend, quantization.mode))
     elif cfg.float_checkpoint is not None:
-        raise ConfigurationError(
+        raise CombinationError(
             f"float_checkpoint={cfg.float_checkpoint} is what an int8 network is compared with, and "
             f"method={cfg.method.name} makes none: leave it out, or choose method=qat."
         )
@@ -80,7 +82,13 @@ def build(cfg: DictConfig) -> Objects:
     model = instantiate(cfg.model.module)
     loggers = [instantiate(part) for part in _parts(cfg, "logger")]
     trainer = instantiate(cfg.trainer, callbacks=callbacks, logger=loggers)
-    return Objects(trainer, model, datamodule, callbacks, loggers)
+    return Objects(trainer, model, datamodule, callbacks, loggers, {})
+
+
+def fit(cfg: DictConfig, run: Objects) -> None:
+    """Train, and keep what was logged when training ended: a test afterwards writes over it."""
+    run.trainer.fit(run.model, datamodule=run.datamodule, ckpt_path=cfg.ckpt_path)
+    run.fit_metrics.update({name: float(value) for name, value in run.trainer.callback_metrics.items()})
 
 
 def log_configuration(cfg: DictConfig, loggers: list[Logger]) -> None:
@@ -127,11 +135,26 @@ def readable_errors() -> Iterator[None]:
     except (QuantizationError, InstantiationException, OmegaConfBaseException, MisconfigurationException) as error:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
-        title, message = _explain(error)
+        title, message = explain(error)
         hint = Text("\n\nHYDRA_FULL_ERROR=1 shows where it was raised.", style="dim")
         panel = Panel(Text(message).append_text(hint), title=title, title_align="left", border_style="red")
         Console(stderr=True).print(panel)
         raise SystemExit(1) from error
+
+
+def explain(error: BaseException) -> tuple[str, str]:
+    """A title and the message that says most: that of the mistake, not of what Hydra was doing when it met it.
+
+    Example:
+        >>> explain(ConfigurationError("mode=fxx is unknown"))
+        ('ConfigurationError', 'mode=fxx is unknown')
+    """
+    cause = error
+    while isinstance(cause, InstantiationException) and cause.__cause__ is not None:
+        cause = cause.__cause__
+    where = str(error).rpartition("full_key: ")[2].strip() if isinstance(error, InstantiationException) else ""
+    message = str(cause).removesuffix(f"full_key: {where}").strip()
+    return type(cause).__name__, f"{message}\n\nIn the configuration: {where}" if where else message
 
 
 def _missing(node: Any, path: str = "") -> Iterator[str]:
@@ -149,13 +172,3 @@ def _missing(node: Any, path: str = "") -> Iterator[str]:
 def _parts(cfg: DictConfig, group: str) -> list[DictConfig]:
     """The parts of a group that are not set to null."""
     return [part for part in (cfg.get(group) or {}).values() if part is not None]
-
-
-def _explain(error: Exception) -> tuple[str, str]:
-    """A title and the message that says most: that of the mistake, not of what Hydra was doing when it met it."""
-    cause: BaseException = error
-    while isinstance(cause, InstantiationException) and cause.__cause__ is not None:
-        cause = cause.__cause__
-    where = str(error).rpartition("full_key: ")[2].strip() if isinstance(error, InstantiationException) else ""
-    message = str(cause).removesuffix(f"full_key: {where}").strip()
-    return type(cause).__name__, f"{message}\n\nIn the configuration: {where}" if where else message

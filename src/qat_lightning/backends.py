@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
-from qat_lightning.errors import ConfigurationError, MissingExtraError
+from qat_lightning.errors import CombinationError, ConfigurationError, MissingExtraError
 
 MODES = ("eager", "fx", "pt2e")
 
@@ -90,7 +90,8 @@ def get_backend(name: str, mode: str) -> Backend:
         mode: ``"eager"``, ``"fx"``, ``"pt2e"``, or ``"auto"``, which goes with every backend.
 
     Raises:
-        ConfigurationError: The mode or the backend is unknown, or they do not go together.
+        ConfigurationError: The mode or the backend is unknown.
+        CombinationError: They do not go together.
 
     Example:
         >>> get_backend("qnnpack", "fx").engine
@@ -103,7 +104,7 @@ def get_backend(name: str, mode: str) -> Backend:
     backend = BACKENDS[name]
     if mode != "auto" and mode not in backend.modes:
         for_mode = ", ".join(row.name for row in _TABLE if mode in row.modes)
-        raise ConfigurationError(
+        raise CombinationError(
             f"mode={mode!r} has no backend={name!r}: use mode={' or mode='.join(backend.modes)} for {name}, "
             f"or one of the backends of {mode}: {for_mode}."
         )

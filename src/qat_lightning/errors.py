@@ -9,6 +9,10 @@ class ConfigurationError(QuantizationError, ValueError):
     """A setting, or a combination of settings, is not possible."""
 
 
+class CombinationError(ConfigurationError):
+    """Settings that are possible by themselves do not go together; a sweep skips such a trial and lists it."""
+
+
 class NetworkError(QuantizationError):
     """The network to quantize cannot be found in the LightningModule, or cannot be run on an example."""
 

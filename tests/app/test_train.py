@@ -56,6 +56,12 @@ def test_a_float_run_is_read_back_from_wandb(tmp_path: Path) -> None:
     assert config["seed"] == config["data"]["datamodule"]["seed"] == 3
     assert {"float/test/acc", "float/test/loss", "float/size_mb", "float/latency_ms", "val/acc"} <= summary.keys()
     assert not [key for key in summary if key.startswith("test/")]
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert result["status"] == "completed"
+    assert result["metrics"].items() <= summary.items()
+    assert result["fit_metrics"]["val/acc"] == summary["val/acc"]
+    assert result["wandb"]["id"] == found["run_id"]
+    assert Path(result["wandb"]["dir"]).is_dir()
 
 
 @pytest.mark.parametrize("pair", ["mode=fx backend=x86", "mode=eager backend=qnnpack", "mode=pt2e backend=x86"])

@@ -1,0 +1,250 @@
+"""One trial: who it is, where it goes on, and the record of how it ended."""
+
+from __future__ import annotations
+
+import json
+import logging
+import secrets
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.utilities import rank_zero_only
+from omegaconf import DictConfig, open_dict
+
+from qat_lightning import app
+from qat_lightning.errors import CombinationError, ConfigurationError
+from qat_lightning.sweep.process import run_apart
+from qat_lightning.sweep.result import FILE, TrialResult, write_json
+
+Train = Callable[[DictConfig], tuple[dict[str, float], app.Objects]]
+Objective = float | tuple[float, ...] | None
+
+IDENTITY = "trial.json"
+OUTPUT = "output.log"
+
+
+def run_trial(train: Train, cfg: DictConfig) -> Objective:
+    """Run `train` once, by itself or as a trial of a sweep, and record how it ended in ``result.json``.
+
+    By itself, a mistake in the configuration is shown in one panel, and ends the program with 1. In a sweep nothing is
+    raised, so that the other trials go on: settings that do not go together are skipped, whatever else goes wrong is
+    recorded, and a process that dies takes nothing with it. What a trial prints goes to ``output.log`` in its folder.
+
+    A trial that was broken off goes on from its last checkpoint, as the same W&B run, when it is launched again in its
+    folder: by a scheduler that requeues it, or with ``resume=true``.
+
+    Args:
+        train: Takes the configuration; returns the metrics and the objects.
+        cfg: The composed configuration of train.py.
+
+    Returns:
+        What ``objective=`` names, for a sweeper: a number, or a tuple of several. None without it, and for a trial
+        that has none.
+    """
+    app.quiet()
+    trial = Trial.current(cfg)
+    if getattr(rank_zero_only, "rank", 0) > 0:
+        with app.readable_errors():
+            train(trial.joined(cfg))
+        return None
+    if not trial.of_sweep:
+        with app.readable_errors():
+            return trial.attempt(train, cfg)
+    earlier = TrialResult.read(trial.folder)
+    if earlier is None or not earlier.done or not trial.owns_folder:
+        earlier = trial.run(train, cfg)
+    return _for_sweeper(earlier.objective)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A folder, and what runs in it.
+
+    Attributes:
+        folder: Hydra's output folder.
+        overrides: Hydra's overrides, without ``resume``.
+        of_sweep: Whether it is one of several.
+        resume: Whether to go on from what is in the folder.
+    """
+
+    folder: Path
+    overrides: list[str]
+    of_sweep: bool
+    resume: bool
+
+    @classmethod
+    def current(cls, cfg: DictConfig) -> Trial:
+        """The trial that Hydra runs now."""
+        hydra = HydraConfig.get()
+        of_sweep = hydra.mode == RunMode.MULTIRUN
+        # A trial of a sweep always goes on: the sweep refuses a folder with trials unless resume=true.
+        return cls(Path(hydra.runtime.output_dir), identity(hydra.overrides.task), of_sweep, of_sweep or cfg.resume)
+
+    @property
+    def owns_folder(self) -> bool:
+        """Whether what is in the folder is from a launch of this same trial."""
+        path = self.folder / IDENTITY
+        return path.is_file() and json.loads(path.read_text())["overrides"] == self.overrides
+
+    def run(self, train: Train, cfg: DictConfig) -> TrialResult:
+        """Run the trial as one of a sweep, in a process of its own where that is possible."""
+        began = time.monotonic()
+        (self.folder / FILE).unlink(missing_ok=True)
+        try:
+            app.check(cfg)
+        except CombinationError as error:
+            TrialResult("skipped", self.overrides, error=_explained(error)).write(self.folder)
+        except Exception as error:
+            logging.getLogger(__name__).exception("The configuration of this trial cannot be run.")
+            TrialResult("failed", self.overrides, error=_explained(error)).write(self.folder)
+        else:
+            died = run_apart(lambda: self._attempt_quietly(train, cfg), self.folder / OUTPUT, apart=cfg.isolate)
+            if not (self.folder / FILE).is_file():
+                why = {"type": "ProcessError", "message": died or "it ended without a result"}
+                seconds = time.monotonic() - began
+                TrialResult("failed", self.overrides, seconds=seconds, error=why).write(self.folder)
+        result = TrialResult.read(self.folder)
+        assert result is not None
+        return result
+
+    def attempt(self, train: Train, cfg: DictConfig) -> Objective:
+        """Run `train` in this process, and record how it ended.
+
+        Raises:
+            Exception: Whatever `train` raises, after it was recorded.
+        """
+        began = time.monotonic()
+        metrics: dict[str, float] = {}
+        fit_metrics: dict[str, float] = {}
+        wandb_run: dict[str, str] | None = None
+        try:
+            metrics, run = train(self.begun(cfg))
+            fit_metrics, wandb_run = run.fit_metrics, _wandb_run(run)
+            pruned = next((reason for c in run.callbacks if (reason := getattr(c, "pruned", None))), None)
+            objective = _objective(cfg.objective, fit_metrics | metrics)
+        except Exception as error:
+            failed = _explained(error)
+            seconds = time.monotonic() - began
+            wandb_run = wandb_run or _end_wandb()
+            TrialResult("failed", self.overrides, metrics, fit_metrics, None, seconds, failed, wandb_run).write(
+                self.folder
+            )
+            raise
+        why = {"type": "Pruned", "message": pruned} if pruned else None
+        TrialResult(
+            "pruned" if pruned else "completed",
+            self.overrides,
+            metrics,
+            fit_metrics,
+            objective,
+            time.monotonic() - began,
+            why,
+            wandb_run,
+        ).write(self.folder)
+        return _for_sweeper(objective)
+
+    def begun(self, cfg: DictConfig) -> DictConfig:
+        """The configuration with what this launch adds: the id of its W&B run, and the checkpoint to go on from."""
+        goes_on = self.resume and self.owns_folder
+        if self.of_sweep and not self.owns_folder:
+            _put_aside(self.folder)
+        begun: dict[str, Any] = json.loads((self.folder / IDENTITY).read_text()) if goes_on else {}
+        run_id = cfg.run.id or begun.get("wandb_id") or secrets.token_hex(4)
+        last = self.folder / "checkpoints" / "last.ckpt"
+        checkpoint = cfg.ckpt_path or (str(last) if goes_on and last.is_file() else None)
+        write_json(self.folder / IDENTITY, {"overrides": self.overrides, "wandb_id": run_id, "ckpt_path": checkpoint})
+        return _with(cfg, run_id, checkpoint)
+
+    def joined(self, cfg: DictConfig) -> DictConfig:
+        """What the first process of this trial begun with, for the others."""
+        begun = json.loads((self.folder / IDENTITY).read_text())
+        return _with(cfg, begun["wandb_id"], begun["ckpt_path"])
+
+    def _attempt_quietly(self, train: Train, cfg: DictConfig) -> bool:
+        try:
+            with app.readable_errors():
+                self.attempt(train, cfg)
+        except SystemExit:  # a mistake in the configuration, which was shown
+            return False
+        except Exception:
+            logging.getLogger(__name__).exception("The trial failed.")
+            return False
+        return True
+
+
+def identity(overrides: Any) -> list[str]:
+    """The overrides that make a trial what it is: all but those that only say how it is run.
+
+    Example:
+        >>> identity(["mode=fx", "resume=true"])
+        ['mode=fx']
+    """
+    return [str(word) for word in overrides if str(word).lstrip("+").partition("=")[0] not in ("resume", "isolate")]
+
+
+def _with(cfg: DictConfig, run_id: str, checkpoint: str | None) -> DictConfig:
+    begun = cfg.copy()
+    with open_dict(begun):
+        begun.run.id = run_id
+        begun.ckpt_path = checkpoint
+    return begun
+
+
+def _put_aside(folder: Path) -> None:
+    """Move what another trial left into a folder of its own, so that nothing of it is lost or taken up."""
+    left = [path for path in folder.iterdir() if path.name not in (".hydra", OUTPUT) and path.suffix != ".log"]
+    if not any(path.name == IDENTITY for path in left):
+        return
+    number = 1 + len([path for path in left if path.name.startswith("earlier-")])
+    aside = folder / f"earlier-{number}"
+    aside.mkdir()
+    for path in left:
+        if not path.name.startswith("earlier-"):
+            path.rename(aside / path.name)
+
+
+def _objective(names: Any, metrics: dict[str, float]) -> list[float] | None:
+    """The values of the metrics that ``objective=`` names."""
+    if names is None:
+        return None
+    wanted = [names] if isinstance(names, str) else list(names)
+    if lacking := [name for name in wanted if name not in metrics]:
+        raise ConfigurationError(
+            f"objective={lacking[0]} is no metric of this run: use {', '.join(sorted(metrics)) or 'none, it has none'}."
+        )
+    return [float(metrics[name]) for name in wanted]
+
+
+def _for_sweeper(values: list[float] | None) -> Objective:
+    if values is None:
+        return None
+    return values[0] if len(values) == 1 else tuple(values)
+
+
+def _wandb_run(run: app.Objects) -> dict[str, str] | None:
+    for logger in run.loggers:
+        if isinstance(logger, WandbLogger):
+            return {"id": str(logger.version), "dir": str(Path(logger.experiment.dir).parent)}
+    return None
+
+
+def _end_wandb() -> dict[str, str] | None:
+    """End the W&B run that a failed trial left open, so that it counts as failed and no other trial goes on with it."""
+    wandb = sys.modules.get("wandb")
+    if wandb is None or wandb.run is None:
+        return None
+    found = {"id": str(wandb.run.id), "dir": str(Path(wandb.run.dir).parent)}
+    wandb.finish(exit_code=1)
+    return found
+
+
+def _explained(error: BaseException) -> dict[str, str]:
+    kind, message = app.explain(error)
+    return {"type": kind, "message": message}

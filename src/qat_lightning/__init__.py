@@ -2,6 +2,7 @@
 
 from qat_lightning.artifact import load_quantized
 from qat_lightning.callbacks.quantization_aware_training import QuantizationAwareTraining
+from qat_lightning.callbacks.quantization_monitor import QuantizationMonitor
 from qat_lightning.checkpoints import LoadsQuantizedCheckpoints, float_state_dict
 from qat_lightning.evaluate import evaluate_variants
 from qat_lightning.quantized import QuantizedNetwork
@@ -10,6 +11,7 @@ from qat_lightning.scheme import Scheme
 __all__ = [
     "LoadsQuantizedCheckpoints",
     "QuantizationAwareTraining",
+    "QuantizationMonitor",
     "QuantizedNetwork",
     "Scheme",
     "evaluate_variants",

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from qat_lightning.artifact import artifact_size_mb
 from qat_lightning.errors import NetworkError
-from qat_lightning.measure import latency_interleaved, size_mb
+from qat_lightning.measure import EQUAL_DB, latency_interleaved, size_mb
 from qat_lightning.network import OWN_FORWARD, Slot, find_networks
 from qat_lightning.quantized import QuantizedNetwork
 
@@ -26,10 +26,6 @@ MEASURED = ("size_mb", "latency_ms", "agreement", "sqnr_db", "step")  # what is 
 TIMED = ("float", "int8")  # fake-quant is a step of training, nothing that is shipped
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
-
-
-EQUAL_DB = 300.0
-"""What loggers get for the SQNR of equal outputs; the noise of float64 arithmetic itself is at about 310 dB."""
 
 
 class HasVariants(Protocol):

@@ -21,6 +21,9 @@ from torchmetrics import Metric
 
 from qat_lightning.errors import ConfigurationError
 
+EQUAL_DB = 300.0
+"""What loggers get for the SQNR of equal outputs; the noise of float64 arithmetic itself is at about 310 dB."""
+
 _WARM_UP_CALLS = 3
 
 

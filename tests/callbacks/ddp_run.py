@@ -13,6 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 
+from qat_lightning import QuantizationMonitor
 from qat_lightning.fake_quantize import FakeQuantize
 from qat_lightning.flows.base import fake_quantizers
 from tests.callbacks.lit import CLASSES, MODES, Lit, Net, dataset, loader, qat, ranges, statistics, trainer
@@ -59,6 +60,19 @@ def run(mode: str, module: LightningModule) -> dict[str, Any]:
     two.fit(module, loader(128), loader())
     found["again"] = digest(module.state_dict())
     found["every step"] = notes.seen
+    return found
+
+
+def run_monitored(mode: str) -> dict[str, Any]:
+    """The same fit with and without the monitor; where the monitor measured."""
+    found: dict[str, Any] = {}
+    for name, more in (("alone", []), ("monitored", [QuantizationMonitor(every_n_steps=1)])):
+        torch.manual_seed(0)
+        module = Lit()
+        two = trainer(qat(mode, convert_on_fit_end=False), *more, strategy="ddp", devices=2, max_epochs=1)
+        two.fit(module, loader(64))
+        found[name] = digest(module.state_dict())
+        found["layers"] = [row.layer for monitor in more for row in monitor.layers]
     return found
 
 
@@ -147,6 +161,7 @@ if __name__ == "__main__":
     for mode in MODES:
         for make in (Lit, OwnForward):
             results[f"{mode} {make.__name__}"] = run(mode, make())
+        results[f"{mode} monitored"] = run_monitored(mode)
     results["nothing"] = observe_nothing()
     rank = torch.distributed.get_rank()
     (folder / f"{rank}.json").write_text(json.dumps(results))

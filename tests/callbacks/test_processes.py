@@ -60,6 +60,14 @@ def test_both_end_alike(mode: str, make: str, both: tuple[dict[str, Any], dict[s
     assert steps[3].split("] [")[0] == steps[2].split("] [")[0]
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_the_monitor_measures_in_the_first_and_changes_nothing(mode: str, both: tuple[dict[str, Any], ...]) -> None:
+    first, second = (found[f"{mode} monitored"] for found in both)
+    assert first["alone"] == first["monitored"] == second["monitored"]
+    assert {"features.0", "head"} <= set(first["layers"])
+    assert second["layers"] == []
+
+
 def test_processes_that_go_different_ways(both: tuple[dict[str, Any], dict[str, Any]]) -> None:
     """In eager mode they may: each layer's range is there in both, whoever ran it."""
     first, second = (found["different ways"] for found in both)

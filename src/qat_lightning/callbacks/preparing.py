@@ -90,6 +90,11 @@ class PreparingCallback(Callback):
         return one_or_all(self._prepared)
 
     @property
+    def prepared_networks(self) -> dict[str, nn.Module]:
+        """The networks with fake-quant by their names; empty before the fit."""
+        return dict(self._prepared)
+
+    @property
     def example_inputs_(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The call that the (first) network was prepared with: positional and keyword inputs, on the CPU."""
         if not self._examples:

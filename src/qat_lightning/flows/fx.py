@@ -63,12 +63,14 @@ class FxPlan(HoldsGraphs):
         float_ops: Names of nodes that upstream would lower and cannot, since they take a number that forward works out.
         dropped: Names of nodes that the int8 graph does without: ReLU6, which the output range of the op before stands
             for, and dropout.
+        scopes: The module whose ``forward`` made each node, by the node's name.
     """
 
     graph: fx.Graph
     meta: dict[str, Any]
     float_ops: list[str] = field(default_factory=list)
     dropped: list[str] = field(default_factory=list)
+    scopes: dict[str, str] = field(default_factory=dict)
 
 
 class FxFlow:
@@ -125,6 +127,7 @@ class FxFlow:
                 "addition. Look at include and exclude, or give another module=."
             )
         plan = FxPlan(prepared.graph, prepared.meta)
+        plan.scopes = {name: scope[0] for name, scope in scopes.items()}
         plan.float_ops = passes.round_tensors_only(prepared, network, example) + passes.calls_of(prepared, shared)
         plan.dropped = passes.observe_only_after_relu(prepared)
         if recipe.target.engine == "qnnpack":

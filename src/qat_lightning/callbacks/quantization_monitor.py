@@ -1,0 +1,206 @@
+"""The callback that shows what quantization does to each layer while it trains."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import CSVLogger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import nn
+
+from qat_lightning.callbacks.arguments import check_flag, check_names
+from qat_lightning.callbacks.preparing import PreparingCallback
+from qat_lightning.errors import ConfigurationError
+from qat_lightning.monitoring import COLUMNS, FIGURES, LayerFigures, Probe, totals
+
+FILE = "quantization_layers.csv"
+
+
+class QuantizationMonitor(Callback):
+    """Logs scale, range, clipping, dead channels and SQNR of every layer that a quantization callback prepared.
+
+    One training step in ``every_n_steps`` is measured, and the last of the fit: the first batch of it, in the first
+    process. Training goes on as without the monitor, bit by bit. Before rounding comes on, the figures of activations
+    are those that rounding would give; weights are measured once it is on.
+
+    In W&B: curves of the whole network (``quant/least_weight_sqnr_db``, ``quant/least_activation_sqnr_db``,
+    ``quant/most_clipped_share``, ``quant/most_gradient_cut_share``, ``quant/dead_channels``), the chosen ``curves`` of
+    each layer (``quant/<curve>/<layer>``), histograms (``quant/activations/<layer>`` of values,
+    ``quant/weight_integers/<layer>``), and at the end of the fit the table ``quant/layers`` with all figures of the
+    last measured step. Other loggers get the curves of the whole network, and the figures of each layer go to
+    ``quantization_layers.csv`` in the logger's folder.
+
+    Args:
+        every_n_steps: Optimizer steps from one measured step to the next.
+        samples: How many samples of a batch are measured; None for all. Dead channels are looked for in all of them.
+        curves: Which figures are curves of each layer in W&B: ``scale``, ``zero_point``, ``low``, ``high``,
+            ``clipped_share``, ``dead_channels``, ``weight_sqnr_db``, ``activation_sqnr_db``, ``gradient_cut_share``,
+            ``weight_clipped_share``. All are in the table.
+        histograms: Whether W&B gets histograms.
+
+    Attributes:
+        layers: The figures of the last measured step, a `qat_lightning.monitoring.LayerFigures` for each layer.
+
+    Raises:
+        ConfigurationError: An argument is not possible; at construction.
+
+    Example:
+        >>> QuantizationMonitor(every_n_steps=200, curves=["weight_sqnr_db"]).curves
+        ('weight_sqnr_db',)
+    """
+
+    def __init__(
+        self,
+        every_n_steps: int = 100,
+        samples: int | None = 8,
+        curves: Sequence[str] = ("clipped_share", "weight_sqnr_db", "activation_sqnr_db"),
+        histograms: bool = True,
+    ) -> None:
+        self.every_n_steps = _check_count("every_n_steps", every_n_steps)
+        self.samples = None if samples is None else _check_count("samples", samples)
+        self.curves = check_names("curves", curves, example="['weight_sqnr_db']")
+        unknown = [name for name in self.curves if name not in FIGURES]
+        if unknown:
+            raise ConfigurationError(f"curves: {unknown[0]!r} is unknown: use some of {', '.join(FIGURES)}.")
+        check_flag("histograms", histograms)
+        self.histograms = histograms
+        self.layers: list[LayerFigures] = []
+        self._probe: Probe | None = None
+        self._measuring: int | None = None
+        self._measured: int | None = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find the networks to look at."""
+        self._probe, self._measuring, self._measured, self.layers = None, None, None, []
+        networks = _prepared_networks(trainer)
+        if not networks:
+            rank_zero_warn(
+                "QuantizationMonitor has nothing to look at: no callback of this Trainer quantizes a network. Add "
+                "QuantizationAwareTraining, or leave the monitor out."
+            )
+        elif trainer.is_global_zero:
+            on_wandb = any(isinstance(logger, WandbLogger) for logger in trainer.loggers)
+            samples = self.samples if self.samples is not None else 2**62
+            self._probe = Probe(networks, samples=samples, histograms=self.histograms and on_wandb)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Begin to measure, if it is this step's turn."""
+        step = _step(trainer)
+        due = step % self.every_n_steps == 0 or _is_last(trainer)
+        if self._probe is not None and due and step != self._measured:
+            self._probe.attach()
+            self._measuring = step
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Read what was measured, and log it."""
+        if self._probe is None or self._measuring is None:
+            return
+        self._probe.detach()
+        self._measured, self._measuring = self._measuring, None
+        self.layers = self._probe.figures()
+        if self.layers:
+            self._log(trainer, self._measured)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log the table of the last measured step."""
+        if not self.layers:
+            return
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                import wandb
+
+                rows = [list(asdict(row).values()) for row in self.layers]
+                table = wandb.Table(columns=list(COLUMNS), data=rows, allow_mixed_types=True)
+                logger.log_metrics({"quant/layers": table}, self._measured)  # type: ignore[dict-item]
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave no hook behind."""
+        self._leave_nothing()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leave no hook behind."""
+        self._leave_nothing()
+
+    def _leave_nothing(self) -> None:
+        if self._probe is not None:
+            self._probe.detach()
+        self._probe, self._measuring = None, None
+
+    def _log(self, trainer: Trainer, step: int) -> None:
+        summary = {f"quant/{name}": value for name, value in totals(self.layers).items()}
+        per_layer = False
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                per_layer = True
+                logger.log_metrics(summary | self._wandb_curves() | self._wandb_histograms(), step)
+            else:
+                logger.log_metrics(summary, step)
+        folder = next((logger.log_dir for logger in trainer.loggers if isinstance(logger, CSVLogger)), None)
+        if folder is None and trainer.loggers and not per_layer:
+            folder = trainer.log_dir
+        if folder is not None:
+            _append(Path(folder) / FILE, step, self.layers)
+
+    def _wandb_curves(self) -> dict[str, float]:
+        return {
+            f"quant/{curve}/{row.layer}": float(value)
+            for row in self.layers
+            for curve in self.curves
+            if (value := getattr(row, curve)) is not None
+        }
+
+    def _wandb_histograms(self) -> dict[str, Any]:
+        if not self.histograms or self._probe is None:
+            return {}
+        import wandb
+
+        return {
+            f"quant/{name}": wandb.Histogram(np_histogram=(counts.numpy(), edges.numpy()))
+            for name, (counts, edges) in self._probe.histograms().items()
+        }
+
+
+def _check_count(name: str, value: Any) -> int:
+    if type(value) is not int or value < 1:
+        raise ConfigurationError(f"{name}={value!r} is not possible: give a whole number of 1 or more.")
+    return value
+
+
+def _prepared_networks(trainer: Trainer) -> Mapping[str, nn.Module]:
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    found: dict[str, nn.Module] = {}
+    for callback in callbacks:
+        if isinstance(callback, PreparingCallback):
+            found |= callback.prepared_networks
+    return found
+
+
+def _step(trainer: Trainer) -> int:
+    """Batches after which the optimizers stepped, however many optimizers there are; what Lightning logs by."""
+    return trainer.fit_loop.epoch_loop._batches_that_stepped
+
+
+def _is_last(trainer: Trainer) -> bool:
+    """Whether the step that begins is planned to be the fit's last."""
+    if trainer.max_steps > 0 and trainer.global_step + 1 >= trainer.max_steps:
+        return True
+    last_epoch = trainer.max_epochs is not None and trainer.current_epoch + 1 == trainer.max_epochs
+    return last_epoch and trainer.is_last_batch
+
+
+def _append(path: Path, step: int, rows: Sequence[LayerFigures]) -> None:
+    """Add the rows of a step to a CSV file, which begins with the names of its columns."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    begins = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.writer(file)
+        if begins:
+            writer.writerow(("step", *COLUMNS))
+        writer.writerows((step, *asdict(row).values()) for row in rows)

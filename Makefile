@@ -2,12 +2,14 @@
 #
 #   make train ARGS="mode=pt2e data=fashion_mnist"
 #   make test ARGS="-k schedule"
+#   make test WORKERS=0                          # in one process, where a debugger works
 #   make env PYTHON=python3.12 TORCH_INDEX=https://download.pytorch.org/whl/cpu    # torch without CUDA
 
 PYTHON ?= python3
 VENV ?= .venv
 TORCH_INDEX ?=
 ARGS ?=
+WORKERS ?= 2
 
 BIN := $(VENV)/bin
 # The environment is right when it holds the stamp of this very lock file. The stamp is written last: an install that
@@ -15,10 +17,13 @@ BIN := $(VENV)/bin
 LOCK_STAMP := $(VENV)/.lock-$(firstword $(shell cksum < requirements.lock))
 PACKAGE_STAMP := $(VENV)/.package-$(firstword $(shell cksum < pyproject.toml))
 
+# The tests of a file share what they made once, so that a file stays in one process.
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+
 .PHONY: help env train test slow lint format types clean
 
 help:
-	@echo "make train | test | slow | lint | format | types | env | clean      (options: ARGS, PYTHON, VENV, TORCH_INDEX)"
+	@echo "make train | test | slow | lint | format | types | env | clean      (options: ARGS, WORKERS, PYTHON, VENV, TORCH_INDEX)"
 
 env: $(PACKAGE_STAMP)
 
@@ -41,10 +46,10 @@ train: env
 	$(BIN)/python train.py $(ARGS)
 
 test: env
-	$(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 slow: env
-	$(BIN)/python -m pytest -m slow $(ARGS)
+	$(PYTEST) -m slow $(ARGS)
 
 lint: env
 	$(BIN)/ruff check .

@@ -9,6 +9,7 @@ nor clean up after, and whoever resumes is another process that knows nothing bu
 from __future__ import annotations
 
 import dataclasses
+import faulthandler
 import gc
 import importlib
 import json
@@ -21,12 +22,17 @@ import tempfile
 import time
 import traceback
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
-TIMEOUT = 120.0
+IDLE = 120.0
+"""Seconds in which a child that uses the processor for less than one of them is taken to hang. Time on the wall says
+little by itself: on a machine that is busy with other things a child gets on slowly, but it gets on."""
+WORK = 900.0
+"""Seconds on the processor after which a child is taken to go round in circles."""
+_LOOK = 2.0
 
 
 @dataclass(frozen=True)
@@ -34,7 +40,8 @@ class Outcome:
     """How a child ended.
 
     Attributes:
-        status: ``"killed"``, ``"ended"``, ``"failed"`` (by itself, with a traceback in its log) or ``"hung"``.
+        status: ``"killed"``, ``"ended"``, ``"failed"`` (by itself, with a traceback in its log) or ``"hung"`` (the log
+            then ends with where in the code it was).
         where: The part in which it was at the end.
         parts: All parts it went through, with the second at which each began.
         seconds: From fork to end.
@@ -49,16 +56,19 @@ class Outcome:
 class Server:
     """Starts the warm process; a context manager.
 
+    Args:
+        idle: See `IDLE`.
+
     Example:
         >>> from tests.stress.worker import Run  # doctest: +SKIP
         >>> with Server() as server:  # doctest: +SKIP
         ...     server.run(Run("fx", folder))
     """
 
-    def __init__(self) -> None:
+    def __init__(self, idle: float = IDLE) -> None:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "QAT_LIGHTNING_COMPILE": "0"}
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.stress.server"],
+            [sys.executable, "-m", "tests.stress.server", str(idle)],
             cwd=ROOT,
             env=environment,
             stdin=subprocess.PIPE,
@@ -86,7 +96,7 @@ class Server:
         self._process.wait(30)
 
 
-def serve() -> None:
+def serve(idle: float) -> None:
     """Read runs from the input, one a line, and write their outcomes."""
     import torch
 
@@ -104,11 +114,11 @@ def serve() -> None:
         threads = len(list(Path("/proc/self/task").iterdir())) if Path("/proc/self/task").exists() else 1
         if threads != 1:
             raise RuntimeError(f"{threads} threads: only a process of one can be forked safely")
-        answers.write(json.dumps(dataclasses.asdict(_fork(json.loads(line)))) + "\n")
+        answers.write(json.dumps(dataclasses.asdict(_fork(json.loads(line), idle))) + "\n")
         answers.flush()
 
 
-def _fork(request: dict[str, Any]) -> Outcome:
+def _fork(request: dict[str, Any], idle: float) -> Outcome:
     from tests.stress.worker import Kill, Run
 
     run = Run(**request | {"kill": Kill(**request["kill"]) if request["kill"] else None})
@@ -119,9 +129,8 @@ def _fork(request: dict[str, Any]) -> Outcome:
         os.close(reading)
         _child(run, writing)
     os.close(writing)
-    parts, hung = _watch(run, pid, reading, began)
+    parts, status, hung = _watch(run, _Child(pid, idle), reading, began)
     os.close(reading)
-    _, status = os.waitpid(pid, 0)
     if hung:
         how = "hung"
     elif os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL:
@@ -131,28 +140,76 @@ def _fork(request: dict[str, Any]) -> Outcome:
     return Outcome(how, parts[-1][0] if parts else "", parts, time.monotonic() - began)
 
 
-def _watch(run: Any, pid: int, reading: int, began: float) -> tuple[list[tuple[str, float]], bool]:
-    """Note the parts of a child until it ends, and kill it from outside where that is to be done."""
+@dataclass
+class _Child:
+    """A child, and when it was last seen to work."""
+
+    pid: int
+    idle: float
+    worked: float = 0.0
+    since: float = field(default_factory=time.monotonic)
+
+    def hangs(self) -> bool:
+        now, used = time.monotonic(), _processor_seconds(self.pid)
+        if used >= self.worked + 1.0:
+            self.worked, self.since = used, now
+        return now - self.since > self.idle or used > WORK
+
+    def kill(self) -> None:
+        os.kill(self.pid, signal.SIGKILL)
+
+    def kill_with_a_word(self) -> None:
+        """Let it write to its log where in the code it is, even if that is deep in C."""
+        os.kill(self.pid, signal.SIGUSR1)
+        time.sleep(1.0)
+        self.kill()
+
+    def ended(self) -> int | None:
+        """How, if it has."""
+        pid, status = os.waitpid(self.pid, os.WNOHANG)
+        return status if pid else None
+
+
+def _processor_seconds(pid: int) -> float:
+    """What all threads of a process used; without /proc the time on the wall has to do."""
+    stat = Path(f"/proc/{pid}/stat")
+    if not stat.exists():
+        return 0.0
+    fields = stat.read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def _watch(run: Any, child: _Child, reading: int, began: float) -> tuple[list[tuple[str, float]], int, bool]:
+    """Note the parts of a child until it ends, and kill it from outside where that is to be done, or where it hangs.
+
+    Its end is asked for as well as read from the pipe, which a process that it started might hold open.
+    """
     parts: list[tuple[str, float]] = []
-    kill = run.kill if run.kill is not None and run.kill.calls is None else None
-    deadline, killing, hung, rest = began + TIMEOUT, None, False, b""
+    kill = run.kill if run.kill is not None and run.kill.seconds is not None else None
+    killing, hung, rest = None, False, b""
     while True:
-        until = deadline if killing is None else min(deadline, killing)
-        ready, _, _ = select.select([reading], [], [], max(0.0, until - time.monotonic()))
+        pause = _LOOK if killing is None else min(_LOOK, max(0.0, killing - time.monotonic()))
+        ready, _, _ = select.select([reading], [], [], pause)
         now = time.monotonic()
-        if not ready:
-            hung = hung or killing is None
-            killing, deadline = None, now + TIMEOUT
-            os.kill(pid, signal.SIGKILL)
-            continue
-        read = os.read(reading, 65536)
-        if not read:
-            return parts, hung
+        read = os.read(reading, 65536) if ready else b""
         *lines, rest = (rest + read).split(b"\n")
         for line in lines:
             parts.append((line.decode(), now - began))
             if kill is not None and line.decode() == f"{kill.part} {kill.at}":
                 killing, kill = now + kill.seconds, None
+        if read:
+            continue
+        status = child.ended()
+        if status is not None:
+            return parts, status, hung
+        if killing is not None and now >= killing:
+            child.kill()
+            killing = None
+        elif not hung and child.hangs():
+            hung = True
+            child.kill_with_a_word()
+        elif ready:
+            time.sleep(0.01)  # the pipe is closed, and the process about to end
 
 
 def _child(run: Any, writing: int) -> None:
@@ -163,6 +220,7 @@ def _child(run: Any, writing: int) -> None:
     warnings.simplefilter("ignore")
     try:
         with output_to(Path(run.folder) / "log.txt"):
+            faulthandler.register(signal.SIGUSR1, file=2)
             try:
                 fit(run, lambda part: os.write(writing, f"{part}\n".encode()))
                 code = 0
@@ -175,4 +233,4 @@ def _child(run: Any, writing: int) -> None:
 
 
 if __name__ == "__main__":
-    serve()
+    serve(float(sys.argv[1]))

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from tests.stress.campaign import MODES, Campaign, Life, campaign, differences
+from tests.stress.server import Server
 from tests.stress.worker import Kill, Run
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
@@ -58,6 +59,14 @@ def _after(lives: Campaign, run: Run, *kills: Kill) -> list[str]:
     outcome = lives.server.run(run)
     assert outcome.status == "ended", (Path(run.folder) / "log.txt").read_text()[-2000:]
     return differences(reference, run)
+
+
+def test_a_fit_that_stops_is_found_and_says_where(tmp_path: Path) -> None:
+    """The watch itself."""
+    with Server(idle=4.0) as server:
+        outcome = server.run(Run("eager", str(tmp_path), kill=Kill("step", 2, stops=True)))
+    assert (outcome.status, outcome.where) == ("hung", "step 2")
+    assert "in on_train_batch_start" in (tmp_path / "log.txt").read_text()
 
 
 def test_resumed_at_the_end_of_an_epoch_and_killed_again(lives: Campaign) -> None:

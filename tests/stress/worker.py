@@ -14,6 +14,7 @@ import json
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,15 +45,16 @@ class Kill:
     Attributes:
         part: ``"prepare"``, ``"step"``, ``"save"``, ``"save_last"``, ``"validate"`` or ``"convert"``.
         at: Which part of that kind, counted from the beginning of a fit; for steps and saves the number of steps done.
-        calls: After how many calls of functions inside of it, Python's or C's, the fit kills itself; None to be killed
-            from outside.
-        seconds: How long after the beginning of the part it is killed from outside, unless ``calls`` is given.
+        calls: After how many calls of functions inside of it, Python's or C's, the fit kills itself.
+        seconds: How long after the beginning of the part it is killed from outside.
+        stops: It does not go on with the part, and waits to be found.
     """
 
     part: str
     at: int
     calls: int | None = None
-    seconds: float = 0.0
+    seconds: float | None = None
+    stops: bool = False
 
 
 @dataclass(frozen=True)
@@ -92,8 +94,11 @@ class Witness(Callback):
         sys.setprofile(None)
         self.tell(f"{part} {at}")
         kill = self.run.kill
-        if kill is not None and kill.calls is not None and (kill.part, kill.at) == (part, at):
+        here = kill is not None and (kill.part, kill.at) == (part, at)
+        if kill is not None and here and kill.calls is not None:
             sys.setprofile(_Killer(kill.calls))
+        elif kill is not None and here and kill.stops:
+            threading.Event().wait()
         elif self.run.count:
             sys.setprofile(_Counter(self.calls, f"{part} {at}"))
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import pickle
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -14,8 +17,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 
 from qat_lightning import QuantizationMonitor
+from qat_lightning.callbacks import base, sharing
+from qat_lightning.errors import QuantizationError, VerificationError
 from qat_lightning.fake_quantize import FakeQuantize
-from qat_lightning.flows.base import fake_quantizers
+from qat_lightning.flows.base import fake_quantizers, get_flow
 from tests.callbacks.lit import CLASSES, MODES, Lit, Net, dataset, loader, qat, ranges, statistics, trainer
 from tests.callbacks.test_insert import OwnForward
 
@@ -37,6 +42,27 @@ class EveryStep(Callback):
         counts = [int(fq.batches) for fq in quantizers if fq.source == "moving_average"]
         flags = [(fq.fake_quant_enabled, fq.observer_enabled) for fq in quantizers]
         self.seen.append(f"{digest(ranges(pl_module))} {counts} {flags}")
+
+
+CONVERSIONS: list[str] = []
+"""The modes of the conversions that this process made."""
+
+
+def counted(mode: str) -> Any:
+    """The flow of a mode, which notes when it converts."""
+    flow = get_flow(mode)
+    convert = flow.convert
+
+    def noting(*args: Any) -> Any:
+        CONVERSIONS.append(mode)
+        return convert(*args)
+
+    flow.convert = noting  # type: ignore[method-assign]
+    return flow
+
+
+def first() -> bool:
+    return torch.distributed.get_rank() == 0
 
 
 def run(mode: str, module: LightningModule) -> dict[str, Any]:
@@ -74,6 +100,82 @@ def run_monitored(mode: str) -> dict[str, Any]:
         found[name] = digest(module.state_dict())
         found["layers"] = [row.layer for monitor in more for row in monitor.layers]
     return found
+
+
+def run_asked_in_one(mode: str) -> dict[str, Any]:
+    """One process is asked for the int8 network by itself; then all test it."""
+    torch.manual_seed(0)
+    module, callback = Lit(), qat(mode)
+    trainer(callback, strategy="ddp", devices=2, max_epochs=1).fit(module, loader(128))
+    copied = pickle.loads(pickle.dumps(callback))
+    found: dict[str, Any] = {}
+    for asked in (0, 1):
+        copied = pickle.loads(pickle.dumps(copied))
+        if torch.distributed.get_rank() == asked:
+            assert copied.quantized is not None
+        two = trainer(copied, strategy="ddp", devices=2)
+        found[f"asked in {asked}"] = two.test(module, loader(), verbose=False)[0]["test/acc"]
+    found["int8"] = copied.quantized(IMAGES).sum().item()
+    return found
+
+
+@contextlib.contextmanager
+def failing(where: str) -> Iterator[None]:
+    """Something goes wrong in one process only."""
+    if where == "first" and first():
+        error = VerificationError("layer 'net.head' is at 9.0 dB")
+        with mock.patch.object(base, "get_flow", side_effect=error):
+            yield
+    elif where == "second" and not first():
+        with mock.patch.object(base, "unpack", side_effect=OSError("no memory")):
+            yield
+    else:
+        yield
+
+
+def run_failing(where: str) -> dict[str, Any]:
+    """The conversion fails; and what comes after does not wait for anybody."""
+    torch.manual_seed(0)
+    module, callback = Lit(), qat("fx")
+    found: dict[str, Any] = {"int8 before": callback.quantized is not None}
+    with failing(where):
+        try:
+            trainer(callback, strategy="ddp", devices=2, max_epochs=1).fit(module, loader(128))
+        except (QuantizationError, OSError) as error:
+            found["raised"] = f"{type(error).__name__}: {error}"
+    two = trainer(callback, strategy="ddp", devices=2)
+    found["acc"] = two.test(module, loader(), verbose=False)[0]["test/acc"]
+    found["int8"] = callback.quantized(IMAGES).sum().item()
+    return found
+
+
+def run_without_file(mode: str) -> dict[str, Any]:
+    """No file can hold the network: each process converts for itself."""
+    torch.manual_seed(0)
+    module, callback, before = Lit(), qat(mode), len(CONVERSIONS)
+    error = sharing.ArtifactError("The int8 network cannot be saved: it is of wood.")
+    with mock.patch.object(sharing, "artifact_bytes", side_effect=error):
+        trainer(callback, strategy="ddp", devices=2, max_epochs=1).fit(module, loader(128))
+    return {"int8": callback.quantized(IMAGES).sum().item(), "conversions": len(CONVERSIONS) - before}
+
+
+def run_compiled() -> dict[str, Any]:
+    """Both test the compiled network; which compiled it is counted."""
+    torch.manual_seed(0)
+    module, callback, compiled = Lit(), qat("pt2e"), []
+    really = torch._inductor.aoti_compile_and_package
+
+    def compile(*args: Any, **settings: Any) -> str:
+        compiled.append(True)
+        return really(*args, **settings)
+
+    torch._inductor.aoti_compile_and_package = compile  # type: ignore[assignment]
+    two = trainer(callback, strategy="ddp", devices=2, max_epochs=1)
+    two.fit(module, loader(128))
+    acc = two.test(module, loader(), verbose=False)[0]["test/acc"]
+    two.predict(module, loader())
+    network = callback.quantized.network
+    return {"acc": acc, "runs": network.runs, "compiled": len(compiled), "int8": network(IMAGES).sum().item()}
 
 
 class OneWayOrTheOther(Net):
@@ -154,15 +256,30 @@ def run_halves(mode: str, devices: int) -> dict[str, Tensor]:
     return tensors | {"int8": callback.quantized(IMAGES)}
 
 
-if __name__ == "__main__":
-    folder = Path(sys.argv[1])
+def run_all(folder: Path) -> None:
     results: dict[str, Any] = {"different ways": run_different_ways()}
     halves = {mode: run_halves(mode, 2) for mode in MODES}
+    base.get_flow = counted
     for mode in MODES:
         for make in (Lit, OwnForward):
             results[f"{mode} {make.__name__}"] = run(mode, make())
         results[f"{mode} monitored"] = run_monitored(mode)
+    results["conversions"] = list(CONVERSIONS)
+    base.get_flow = get_flow
     results["nothing"] = observe_nothing()
+    results["asked in one"] = {mode: run_asked_in_one(mode) for mode in MODES}
+    for where in ("first", "second"):
+        results[f"fails in the {where}"] = run_failing(where)
+    base.get_flow = counted
+    results["without file"] = run_without_file("fx")
     rank = torch.distributed.get_rank()
     (folder / f"{rank}.json").write_text(json.dumps(results))
     torch.save(halves, folder / f"{rank}.pt")
+
+
+if __name__ == "__main__":
+    if sys.argv[2:] == ["compiled"]:
+        found = run_compiled()
+        Path(sys.argv[1], f"{torch.distributed.get_rank()}.json").write_text(json.dumps(found))
+    else:
+        run_all(Path(sys.argv[1]))

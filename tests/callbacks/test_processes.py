@@ -23,11 +23,15 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What both processes wrote."""
-    folder = tmp_path_factory.mktemp("processes")
+    return _run_two(tmp_path_factory.mktemp("processes"), compile="0")
+
+
+def _run_two(folder: Path, *arguments: str, compile: str) -> Path:
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("PL_", "LOCAL_", "NODE_"))}
-    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "QAT_LIGHTNING_COMPILE": "0"}
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    environment |= {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "QAT_LIGHTNING_COMPILE": compile}
     ran = subprocess.run(
-        [sys.executable, "-m", "tests.callbacks.ddp_run", str(folder)],
+        [sys.executable, "-m", "tests.callbacks.ddp_run", str(folder), *arguments],
         cwd=ROOT,
         env=environment,
         capture_output=True,
@@ -41,6 +45,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def both(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    return _read(folder)
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     first, second = (json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1))
     return first, second
 
@@ -79,6 +87,49 @@ def test_processes_that_go_different_ways(both: tuple[dict[str, Any], dict[str, 
 
 def test_a_process_with_nothing_to_observe_takes_part(both: tuple[dict[str, Any], dict[str, Any]]) -> None:
     assert both[0]["nothing"] == both[1]["nothing"] == [-1.0, 2.0, 1.0]
+
+
+def test_only_the_first_process_converts(both: tuple[dict[str, Any], dict[str, Any]]) -> None:
+    """Once for each of the two fits of each run; the other gets what it made, and tests it."""
+    first, second = (found["conversions"] for found in both)
+    assert first == [mode for mode in MODES for _ in range(4)]
+    assert second == []
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_one_process_may_be_asked_for_int8_by_itself(mode: str, both: tuple[dict[str, Any], dict[str, Any]]) -> None:
+    first, second = (found["asked in one"][mode] for found in both)
+    assert first == second
+
+
+def test_an_error_of_the_first_process_is_raised_in_all(both: tuple[dict[str, Any], dict[str, Any]]) -> None:
+    first, second = (found["fails in the first"] for found in both)
+    assert first.pop("raised") == "VerificationError: layer 'net.head' is at 9.0 dB"
+    assert second.pop("raised") == "VerificationError: Process 0 of this training: layer 'net.head' is at 9.0 dB"
+    # The test after it converts, and all go on.
+    assert first == second
+
+
+def test_an_error_of_another_process_is_raised_in_all(both: tuple[dict[str, Any], dict[str, Any]]) -> None:
+    first, second = (found["fails in the second"] for found in both)
+    assert first.pop("raised") == "ConversionError: Process 1 of this training failed with OSError: no memory"
+    assert second.pop("raised") == "OSError: no memory"
+    assert first == second
+
+
+def test_what_no_file_can_hold_is_converted_in_every_process(both: tuple[dict[str, Any], dict[str, Any]]) -> None:
+    first, second = (found["without file"] for found in both)
+    assert first == second
+    assert first["conversions"] == 1
+
+
+@pytest.mark.slow
+def test_only_the_first_process_compiles(tmp_path: Path) -> None:
+    first, second = _read(_run_two(tmp_path, "compiled", compile="1"))
+    assert first.pop("compiled") == 1
+    assert second.pop("compiled") == 0
+    assert first["runs"] == "aotinductor"
+    assert first == second
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -159,7 +159,16 @@ def load_quantized(
             is needed.
         ConfigurationError: This build of PyTorch cannot run the backend.
     """
-    description, data = _read(Path(path), path)
+    return _load(Path(path), path, network, trusted)
+
+
+def quantized_from_bytes(data: bytes, network: nn.Module | None = None, trusted: bool = False) -> QuantizedNetwork:
+    """Undo `artifact_bytes`; arguments and errors are those of `load_quantized`."""
+    return _load(io.BytesIO(data), "what another process sent", network, trusted)
+
+
+def _load(source: Path | io.BytesIO, path: Any, network: nn.Module | None, trusted: bool) -> QuantizedNetwork:
+    description, data = _read(source, path)
     try:
         return _decode(description, data, network, trusted)
     except ArtifactError as error:
@@ -192,10 +201,10 @@ def _decode(description: dict[str, Any], data: bytes, network: nn.Module | None,
     )
 
 
-def _read(path: Path, shown: Any) -> tuple[dict[str, Any], bytes]:
+def _read(source: Path | io.BytesIO, shown: Any) -> tuple[dict[str, Any], bytes]:
     """The two entries of the file, or an error that says what the file is instead."""
     try:
-        with zipfile.ZipFile(path) as archive:
+        with zipfile.ZipFile(source) as archive:
             names = archive.namelist()
             if sorted(names) != sorted((_DESCRIPTION, _TENSORS)):
                 raise ArtifactError(_what_else(archive, shown))
@@ -207,7 +216,7 @@ def _read(path: Path, shown: Any) -> tuple[dict[str, Any], bytes]:
     except FileNotFoundError as error:
         raise ArtifactError(f"{shown} does not exist: give the path that the int8 network was saved to.") from error
     except (zipfile.BadZipFile, EOFError, ValueError, RecursionError, NotImplementedError) as error:
-        raise ArtifactError(_what_is_no_zip(path, shown)) from error
+        raise ArtifactError(_what_is_no_zip(source, shown)) from error
     except OSError as error:
         raise ArtifactError(f"{shown} cannot be read: {error.strerror or error}.") from error
 
@@ -240,10 +249,13 @@ def _what_else(archive: zipfile.ZipFile, shown: Any) -> str:
     )
 
 
-def _what_is_no_zip(path: Path, shown: Any) -> str:
+def _what_is_no_zip(source: Path | io.BytesIO, shown: Any) -> str:
     try:
-        with path.open("rb") as file:
-            start = file.read(4)
+        if isinstance(source, Path):
+            with source.open("rb") as file:
+                start = file.read(4)
+        else:
+            start = source.getvalue()[:4]
     except OSError:
         start = b""
     if start == b"PK\x03\x04":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from qat_lightning.callbacks.arguments import check_flag
 from qat_lightning.callbacks.preparing import PreparingCallback, one_or_all
+from qat_lightning.callbacks.sharing import compile_once, pack, several_processes, unpack
 from qat_lightning.errors import ConfigurationError, ConversionError
 from qat_lightning.flows.base import (
     cpu_copy,
@@ -25,6 +26,7 @@ from qat_lightning.flows.base import (
     set_phase,
 )
 from qat_lightning.network import OWN_FORWARD
+from qat_lightning.processes import any_process, in_all, in_first
 from qat_lightning.quantized import QuantizedNetwork
 from qat_lightning.scheme import Scheme
 from qat_lightning.variants import VARIANTS, Fidelity, Stand, check_variant
@@ -165,18 +167,50 @@ class QuantizationCallback(PreparingCallback):
     def _convert(self) -> None:
         if not self._stale and self._quantized:
             return
-        converted: dict[str, QuantizedNetwork] = {}
-        for name, prepared in self._prepared.items():
-            state = prepared_state(prepared)
-            example = self._examples[name]
-            with isolate_rng(include_cuda=torch.cuda.is_initialized()):
-                result = get_flow(state.recipe.mode).convert(cpu_copy(prepared), example)
-            for note in result.notes:
-                rank_zero_info(note)
-            converted[name] = QuantizedNetwork(result, state.recipe, example, source=self._source)
-            _report_float(converted[name])
+        self._have({name: self._convert_one(name) for name in self._prepared})
+
+    def _convert_one(self, name: str) -> QuantizedNetwork:
+        prepared, example = self._prepared[name], self._examples[name]
+        recipe = prepared_state(prepared).recipe
+        with isolate_rng(include_cuda=torch.cuda.is_initialized()):
+            result = get_flow(recipe.mode).convert(cpu_copy(prepared), example)
+        for note in result.notes:
+            rank_zero_info(note)
+        converted = QuantizedNetwork(result, recipe, example, source=self._source)
+        _report_float(converted)
+        return converted
+
+    def _have(self, converted: dict[str, QuantizedNetwork]) -> None:
         self._quantized = converted
         self._stale = self._convert_when_asked = False
+
+    def _convert_in_all(self, trainer: Trainer, *, to_run: bool) -> None:
+        """Convert, and compile if it is to run; in several processes only the first does, and the others get it."""
+        if not several_processes(trainer):
+            self._convert()
+            return
+        # Also where this one has it: one of the others may have been asked for it, and this one not.
+        if any_process(self._stale or not self._quantized):
+            packed = in_first(self._convert_and_pack)
+            in_all(lambda: self._unpack(packed))
+        if to_run:
+            compile_once(trainer, self._quantized)
+
+    def _convert_and_pack(self) -> dict[str, bytes]:
+        self._convert()
+        return {name: pack(quantized) for name, quantized in self._quantized.items()}
+
+    def _unpack(self, packed: Mapping[str, bytes]) -> None:
+        if not self._stale and self._quantized:
+            return
+        self._have(
+            {
+                name: unpack(packed[name], prepared_state(prepared).float_network, self._examples[name])
+                if packed[name]
+                else self._convert_one(name)
+                for name, prepared in self._prepared.items()
+            }
+        )
 
     @property
     def _simulated(self) -> str:
@@ -193,17 +227,17 @@ class QuantizationCallback(PreparingCallback):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Outside a fit, validate the chosen variant, by default fake-quant."""
         if trainer.state.fn == "validate":
-            self._stand_in("validate", pl_module)
+            self._stand_in("validate", trainer, pl_module)
         elif not trainer.sanity_checking:
             self._observe("validate")
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Test the chosen variant, by default int8."""
-        self._stand_in("test", pl_module)
+        self._stand_in("test", trainer, pl_module)
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Predict with the chosen variant, by default int8."""
-        self._stand_in("predict", pl_module)
+        self._stand_in("predict", trainer, pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put the prepared network back."""
@@ -221,7 +255,7 @@ class QuantizationCallback(PreparingCallback):
         """Put the prepared network back."""
         self._stand_back()
 
-    def _stand_in(self, stage: str, pl_module: LightningModule) -> None:
+    def _stand_in(self, stage: str, trainer: Trainer, pl_module: LightningModule) -> None:
         variant = self._chosen or _EVALUATE[stage]
         if variant == "int8" and self._chosen is None and "int8" not in self.variants:
             if self._simulated:
@@ -241,7 +275,7 @@ class QuantizationCallback(PreparingCallback):
         if variant == "fake_quant":
             return
         if variant == "int8":
-            self._convert()
+            self._convert_in_all(trainer, to_run=True)
         fidelity = Fidelity() if variant == "int8" and stage == "test" else None
         for name, prepared in self._prepared.items():
             other = self._quantized[name] if variant == "int8" else self._float_network(name).to(pl_module.device)

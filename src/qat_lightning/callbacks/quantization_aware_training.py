@@ -227,7 +227,7 @@ class QuantizationAwareTraining(QuantizationCallback):
                 f"The fit ended at step {trainer.global_step} before rounding came on (start={self.schedule.start}): "
                 "the int8 network was not trained for its grid. Train longer, or give an earlier start."
             )
-        self._convert()
+        self._convert_in_all(trainer, to_run=False)
 
     # Checkpoint: tensors and plain values only, which torch.load(weights_only=True) takes
 

@@ -23,19 +23,13 @@ from qat_lightning.flows.verify import is_faulty
 _ROWS_TO_COMPARE = 8
 
 
-def compile_library(decomposed: fx.GraphModule, spec: CallSpec, tensors: list[Tensor]) -> Callable[..., Any]:
-    """Compile with AOTInductor: one library for every batch size, loaded from a folder that is gone afterwards."""
+def compile_library(decomposed: fx.GraphModule, spec: CallSpec, tensors: list[Tensor]) -> Library:
+    """Compile with AOTInductor: one library for every batch size."""
     # Registers the passes that turn dequantize, op, quantize into oneDNN's int8 ops.
     import torchao.quantization.pt2e.quantizer.x86_inductor_quantizer  # noqa: F401
 
-    shapes = [given.shape for given in spec.inputs if given.shape is not None]
-    # As the network was captured, and not as it is called now: a batch of 1 would be taken for a constant.
-    examples = [
-        tensor.new_zeros([spec.batch if size == BATCH else size for size in shape])
-        for tensor, shape in zip(tensors, shapes, strict=True)
-    ]
-    dynamic = [{0: torch.export.Dim.AUTO} if shape[:1] == (BATCH,) else None for shape in shapes]
-    outputs = list(decomposed.graph.output_node().args[0])  # type: ignore[arg-type]
+    examples = _zeros(spec, tensors)
+    dynamic = [{0: torch.export.Dim.AUTO} if shape[:1] == (BATCH,) else None for shape in _shapes(spec)]
     computed = fx.GraphModule(decomposed, copy.deepcopy(decomposed.graph))
     computed.graph.output_node().args = (
         tuple(value for value in computed.graph.output_node().args[0] if isinstance(value, fx.Node)),  # type: ignore[union-attr]
@@ -49,8 +43,31 @@ def compile_library(decomposed: fx.GraphModule, spec: CallSpec, tensors: list[Te
         package = torch._inductor.aoti_compile_and_package(
             program, package_path=str(Path(folder, "int8.pt2")), inductor_configs={"freezing": True}
         )
-        runner = torch._inductor.aoti_load_package(package)
-    return _Library(runner, outputs, [isinstance(value, Tensor) for value in decomposed(*examples)])
+        compiled = Path(package).read_bytes()
+    return load_library(compiled, decomposed, spec, tensors)
+
+
+def load_library(package: bytes, decomposed: fx.GraphModule, spec: CallSpec, tensors: list[Tensor]) -> Library:
+    """Load what was compiled, here or in another process on this machine, from a folder that is gone afterwards."""
+    with tempfile.TemporaryDirectory(prefix="qat-lightning-") as folder:
+        path = Path(folder, "int8.pt2")
+        path.write_bytes(package)
+        runner = torch._inductor.aoti_load_package(str(path))
+    outputs = list(decomposed.graph.output_node().args[0])  # type: ignore[arg-type]
+    is_tensor = [isinstance(value, Tensor) for value in decomposed(*_zeros(spec, tensors))]
+    return Library(package, runner, outputs, is_tensor)
+
+
+def _shapes(spec: CallSpec) -> list[Any]:
+    return [given.shape for given in spec.inputs if given.shape is not None]
+
+
+def _zeros(spec: CallSpec, tensors: list[Tensor]) -> list[Tensor]:
+    # As the network was captured, and not as it is called now: a batch of 1 would be taken for a constant.
+    return [
+        tensor.new_zeros([spec.batch if size == BATCH else size for size in shape])
+        for tensor, shape in zip(tensors, _shapes(spec), strict=True)
+    ]
 
 
 def _make_linear_inputs_contiguous(graph: fx.Graph) -> None:
@@ -89,16 +106,25 @@ def _pad_single_channels(graph_module: fx.GraphModule) -> None:
         conv.args = (inputs, weights, *conv.args[2:])
 
 
-class _Library:
-    """A compiled library, whose outputs are those of the graph: sizes as numbers, constants as they are."""
+class Library:
+    """A compiled library, whose outputs are those of the graph: sizes as numbers, constants as they are.
 
-    def __init__(self, runner: Callable[..., Any], outputs: list[Any], is_tensor: list[bool]) -> None:
+    Args:
+        package: What the compiler made, to load in other processes.
+        runner: It, loaded.
+        outputs: Of the graph: nodes and constants.
+        is_tensor: Which of them are tensors.
+    """
+
+    def __init__(self, package: bytes, runner: Callable[..., Any], outputs: list[Any], is_tensor: list[bool]) -> None:
+        self.package = package
         self.runner = runner
         self.constants = [None if isinstance(value, fx.Node) else value for value in outputs]
         self.is_computed = [isinstance(value, fx.Node) for value in outputs]
         self.is_tensor = is_tensor
 
     def __call__(self, *tensors: Tensor) -> list[Any]:
+        """Run it; a flat list, as the graph returns it."""
         computed = self.runner(*tensors)
         rest = iter(computed if isinstance(computed, (list, tuple)) else [computed])
         outputs = []

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from qat_lightning.backends import BACKENDS
-from qat_lightning.flows.pt2e.compiling import compile_library, difference
+from qat_lightning.flows.pt2e.compiling import compile_library, difference, load_library
 from qat_lightning.flows.pt2e.signature import CallSpec
 
 Runs = Literal["not compiled yet", "aotinductor", "decomposed"]
@@ -69,6 +69,43 @@ class Int8Network(nn.Module):
         """Compile now, with the inputs of a real call to compare on; later calls may have any batch size."""
         with torch.no_grad():
             self._compile_on([_prepare(tensor) for tensor in self.spec.flatten(args, kwargs)])
+
+    def compiled_package(self, *args: Any, **kwargs: Any) -> bytes:
+        """What the compiler makes of it, to give to `use_package` in other processes; compiles if need be.
+
+        Returns:
+            Empty if the decomposed graph runs instead.
+        """
+        if compiling_enabled():
+            self.compile(*args, **kwargs)
+        library = self.__dict__["_compiled"]
+        return b"" if library is None else bytes(library.package)
+
+    def use_package(self, package: bytes, *args: Any, **kwargs: Any) -> None:
+        """Run what another process on this machine has compiled of the same network, instead of compiling it again.
+
+        It is compared with the decomposed graph on the inputs given, as what is compiled here would be. Where it cannot
+        be loaded or computes something else, it is not used, and the first call compiles, as it does without it.
+
+        Args:
+            package: What its `compiled_package` returned.
+            *args: A real call.
+            **kwargs: A real call.
+        """
+        with torch.no_grad(), self.__dict__["_lock"]:
+            tensors = [_prepare(tensor) for tensor in self.spec.flatten(args, kwargs)]
+            try:
+                library = load_library(package, self.decomposed, self.spec, tensors)
+                problem = difference(self.decomposed, library, self.spec, tensors, BACKENDS[self.backend])
+            except Exception as error:  # noqa: BLE001 (loading may fail in any way; it is compiled here instead)
+                problem = f"it cannot be loaded ({type(error).__name__}: {_first_line(error)})"
+            if problem:
+                warnings.warn(
+                    f"What another process compiled is not used: {problem}. It is compiled anew.", stacklevel=2
+                )
+            else:
+                self.runs = "aotinductor"
+                self.__dict__["_compiled"] = library
 
     def _compile_on(self, tensors: list[Tensor]) -> None:
         with self.__dict__["_lock"]:

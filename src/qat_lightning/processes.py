@@ -1,0 +1,76 @@
+"""Doing something in one process for all of a distributed training, with errors that reach every one of them.
+
+Each function here is a collective: every process has to call it, in the same order. Whatever goes wrong in one of them
+is raised in all, so that nobody waits for an answer that never comes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from qat_lightning import errors
+from qat_lightning.errors import QuantizationError
+
+T = TypeVar("T")
+
+
+def any_process(flag: bool) -> bool:
+    """Whether ``flag`` is true in one process at least."""
+    return any(_gather(flag))
+
+
+def in_first(do: Callable[[], T]) -> T:
+    """Call ``do`` in the first process only.
+
+    Args:
+        do: What it returns has to pickle.
+
+    Returns:
+        What it returned, in every process.
+
+    Raises:
+        QuantizationError: It failed; in the first process the error is its own.
+    """
+    made = in_all(lambda: do() if dist.get_rank() == 0 else None)
+    box: list[Any] = [made]
+    dist.broadcast_object_list(box, src=0)
+    result: T = box[0]
+    return result
+
+
+def in_all(do: Callable[[], T]) -> T:
+    """Call ``do`` in every process, and go on only if it succeeds in all.
+
+    Raises:
+        QuantizationError: It failed in another process, which the message names; where it failed, its own error.
+    """
+    error: Exception | None = None
+    try:
+        result = do()
+    except Exception as raised:  # noqa: BLE001 - raised again, once the others know
+        error = raised
+    failures = _gather(None if error is None else (type(error).__name__, str(error)))
+    if error is not None:
+        raise error
+    for rank, failure in enumerate(failures):
+        if failure is not None:
+            kind, message = failure
+            raise _as_ours(kind, message, rank)
+    return result
+
+
+def _gather(value: Any) -> list[Any]:
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def _as_ours(kind: str, message: str, rank: int) -> QuantizationError:
+    """The error of another process, of the same type if it is one of ours."""
+    found = getattr(errors, kind, None)
+    if isinstance(found, type) and issubclass(found, QuantizationError):
+        return found(f"Process {rank} of this training: {message}")
+    return errors.ConversionError(f"Process {rank} of this training failed with {kind}: {message}")

@@ -20,10 +20,11 @@ PACKAGE_STAMP := $(VENV)/.package-$(firstword $(shell cksum < pyproject.toml))
 # The tests of a file share what they made once, so that a file stays in one process.
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: help env train test slow lint format types clean
+.PHONY: help env train test slow lint format types browser clean
 
 help:
-	@echo "make train | test | slow | lint | format | types | env | clean      (options: ARGS, WORKERS, PYTHON, VENV, TORCH_INDEX)"
+	@echo "make train | test | slow | lint | format | types | browser | env | clean"
+	@echo "options: ARGS, WORKERS, PYTHON, VENV, TORCH_INDEX"
 
 env: $(PACKAGE_STAMP)
 
@@ -61,6 +62,15 @@ format: env
 
 types: env
 	$(BIN)/mypy
+
+# Chromium and its driver, in which tests open the page of a comparison; without them these tests are skipped.
+# Debian's package is taken where we may install it.
+SUDO := $(if $(filter 0,$(shell id -u)),,sudo -n)
+browser:
+	@if ! command -v chromedriver >/dev/null; then \
+		$(SUDO) apt-get update -qq && $(SUDO) apt-get install -y -qq --no-install-recommends chromium chromium-driver; fi
+	@command -v chromedriver >/dev/null || \
+		{ echo "there is no Chromium: install it and its chromedriver, and put both on the PATH"; exit 1; }
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -67,6 +67,6 @@ def test_the_wheel_holds_the_package_and_its_data_and_nothing_else(tmp_path):
     expected = {
         path.relative_to(package).as_posix()
         for path in (package / "qat_lightning").rglob("*")
-        if path.suffix in {".py", ".yaml"} or path.name == "py.typed"
+        if path.suffix in {".py", ".yaml", ".html", ".css", ".js"} or path.name == "py.typed"
     }
     assert packed == expected

@@ -43,3 +43,7 @@ class ArtifactError(QuantizationError):
 
 class CheckpointFileError(QuantizationError, OSError):
     """The file of a checkpoint cannot be read, or is none."""
+
+
+class RunFileError(QuantizationError, OSError):
+    """What a run left behind cannot be found or read."""

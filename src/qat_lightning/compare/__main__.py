@@ -1,0 +1,126 @@
+"""Compare runs on the command line: python -m qat_lightning.compare multirun/2026-01-31/12-00-00."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+from rich.console import Console
+from rich.text import Text
+
+from qat_lightning.compare.comparison import compare
+from qat_lightning.compare.decision import Limits, decide
+from qat_lightning.compare.find import find_runs
+from qat_lightning.compare.online import find_online
+from qat_lightning.compare.page import page
+from qat_lightning.compare.table import as_csv, as_json, markdown, rich_table
+from qat_lightning.errors import ConfigurationError, QuantizationError
+
+NONE_QUALIFIES = 1
+WRONG_INPUT = 2
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Read runs, compare them, and print and write what was asked for.
+
+    Args:
+        words: The command line; by default that of the process.
+
+    Returns:
+        The exit status: 0; 1 with ``--fail-if-none`` where nothing keeps the limits; 2 where there is nothing to
+        compare.
+    """
+    options = _parser().parse_args(words)
+    try:
+        return _run(options)
+    except QuantizationError as error:
+        Console(stderr=True).print(Text(f"{type(error).__name__}: {error}", style="red"))
+        return WRONG_INPUT
+
+
+def _run(options: argparse.Namespace) -> int:
+    if not options.paths and not options.wandb:
+        raise ConfigurationError("There is nothing to compare: name folders of runs, or --wandb entity/project.")
+    limits = Limits(options.max_drop, options.max_latency, options.max_size, options.prefer)
+    if options.fail_if_none and not limits.given:
+        raise ConfigurationError("--fail-if-none needs a limit: --max-drop, --max-latency or --max-size.")
+    runs = find_runs(options.paths) if options.paths else []
+    runs += [run for address in options.wandb for run in find_online(address)]
+    comparison = compare(runs, metric=options.metric, larger_is_better=_LARGER[options.goal], ignore=options.ignore)
+    decision = decide(comparison, limits)
+    targets = [options.json, options.csv, options.markdown, options.html]
+    if targets.count("-") > 1:
+        raise ConfigurationError(
+            "Only one of --json, --csv and --markdown can go to stdout: name files for the others."
+        )
+    writers: list[Callable[[], str]] = [
+        partial(as_json, comparison, decision),
+        partial(as_csv, comparison),
+        partial(markdown, comparison, decision),
+        partial(page, comparison, decision, limits, title=options.title),
+    ]
+    for target, text in zip(targets, writers, strict=True):
+        if target is not None:
+            _write(target, text())
+    if "-" not in targets:
+        Console().print(rich_table(comparison, decision))
+    return NONE_QUALIFIES if options.fail_if_none and decision.winner is None else 0
+
+
+_LARGER = {"max": True, "min": False, None: None}
+
+
+def _write(target: str, text: str) -> None:
+    if target == "-":
+        sys.stdout.write(text)
+        return
+    try:
+        Path(target).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigurationError(f"{target} cannot be written: {error}") from error
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m qat_lightning.compare",
+        description="Compare runs: mean and spread over seeds, the Pareto front, and which one to ship.",
+    )
+    parser.add_argument(
+        "paths", nargs="*", help="folders of sweeps, of single runs, of offline W&B runs or of CSV logs"
+    )
+    parser.add_argument(
+        "--wandb", action="append", default=[], metavar="ENTITY/PROJECT[/GROUP]", help="runs on W&B's server"
+    )
+    what = parser.add_argument_group("what is compared")
+    what.add_argument("--metric", help="behind the variant's name, as test/acc; an accuracy by default")
+    what.add_argument(
+        "--goal", choices=["max", "min"], help="which way the metric is better; by default as its name says"
+    )
+    what.add_argument(
+        "--ignore", action="append", default=[], metavar="GLOB", help="settings that do not count, as 'trainer.*'"
+    )
+    limits = parser.add_argument_group("limits, for the mean over seeds")
+    limits.add_argument(
+        "--max-drop", type=float, metavar="POINTS", help="worse than float by at most so many percentage points"
+    )
+    limits.add_argument("--max-latency", type=float, metavar="MS", help="of one sample on the CPU")
+    limits.add_argument("--max-size", type=float, metavar="MB", help="of what is shipped")
+    limits.add_argument(
+        "--prefer",
+        choices=["score", "latency", "size"],
+        help="what decides; by default latency where the drop is limited, else the score",
+    )
+    limits.add_argument("--fail-if-none", action="store_true", help="exit with 1 where nothing keeps the limits")
+    out = parser.add_argument_group("output besides the table; - for stdout, in place of the table")
+    for kind, text in (("json", "all figures"), ("csv", "a row for each configuration"), ("markdown", "for a comment")):
+        out.add_argument(f"--{kind}", nargs="?", const="-", metavar="FILE", help=text)
+    out.add_argument("--html", metavar="FILE", help="one page with everything in it, that needs no network")
+    out.add_argument("--title", default="Comparison of runs", help="of the page")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

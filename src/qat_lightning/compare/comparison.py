@@ -1,0 +1,244 @@
+"""Fold runs into configurations, and compare these."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from qat_lightning.compare.metric import Metric, choose_metric
+from qat_lightning.compare.pareto import pareto_front
+from qat_lightning.compare.run import Run
+from qat_lightning.compare.settings import ABSENT, Setting, differing, flatten, seed_of, settings_of
+from qat_lightning.compare.spread import Spread, spread
+from qat_lightning.errors import ConfigurationError
+from qat_lightning.variants import VARIANTS
+
+# What a float run has as well, but plays no part in its training
+_OF_QUANTIZATION = tuple(
+    glob for group in ("method", "mode", "backend", "quantization", "export") for glob in (group, f"{group}.*")
+)
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """Runs that differ in nothing but the seed, as one.
+
+    Args:
+        label: What tells it from the others, in few words.
+        values: The settings that differ, by label.
+        runs: The runs, in the order in which they were given.
+        variant: What is compared: ``int8`` where there is one, else ``fake_quant``, else ``float``.
+        score: The metric.
+        drop: How much worse than float, paired by seed, in the unit that is shown. Negative where it is better.
+        latency_ms: Of one sample on the CPU.
+        size_mb: Of what is shipped.
+        speedup: Times faster than float on the same machine, in the same run.
+        agreement: Share of outputs for which int8 chooses the class that fake-quant chooses.
+        baseline: What ``drop`` is against.
+        on_front: Whether no other configuration beats it in score, latency and size.
+    """
+
+    label: str
+    values: Mapping[str, str]
+    runs: tuple[Run, ...]
+    variant: str
+    score: Spread
+    drop: Spread | None = None
+    latency_ms: Spread | None = None
+    size_mb: Spread | None = None
+    speedup: Spread | None = None
+    agreement: Spread | None = None
+    baseline: str = ""
+    on_front: bool = False
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Configurations side by side.
+
+    Args:
+        metric: What is compared by.
+        settings: What the configurations differ in.
+        configurations: Best score first.
+        left_out: Runs that are not compared: failed, skipped, unfinished, unreadable, or without the metric.
+    """
+
+    metric: Metric
+    settings: tuple[Setting, ...]
+    configurations: tuple[Configuration, ...]
+    left_out: tuple[Run, ...]
+
+    @property
+    def front(self) -> tuple[Configuration, ...]:
+        """The configurations that no other beats in score, latency and size."""
+        return tuple(configuration for configuration in self.configurations if configuration.on_front)
+
+
+def compare(
+    runs: Sequence[Run], *, metric: str | None = None, larger_is_better: bool | None = None, ignore: Sequence[str] = ()
+) -> Comparison:
+    """Compare runs: by configuration, over seeds, with float, and with each other.
+
+    A run is compared with the float run of the same data, network, training and seed, if there is one among the runs;
+    else with the ``float`` variant that it has itself, which unless it came from a checkpoint is the network as it was
+    when rounding came on.
+
+    Args:
+        runs: The runs, from `qat_lightning.compare.find_runs`.
+        metric: The metric behind the variant's name; by default an accuracy.
+        larger_is_better: Which way it is better; by default as its name says.
+        ignore: Globs of settings that do not count as a difference.
+
+    Returns:
+        The comparison.
+
+    Raises:
+        ConfigurationError: The metric is not clear, or no run has it.
+
+    Example:
+        >>> runs = [
+        ...     Run(m, m, config={"mode": m, "seed": 0}, metrics={"int8/acc": a})
+        ...     for m, a in (("fx", 1.0), ("pt2e", 0.5))
+        ... ]
+        >>> [(c.label, c.score.mean) for c in compare(runs).configurations]
+        [('fx', 1.0), ('pt2e', 0.5)]
+    """
+    _check_any_finished(runs)
+    chosen = choose_metric(runs, metric, larger_is_better)
+    whole = [run for run in runs if run.status == "finished" and _variant(run, chosen)]
+    settings = differing(whole, ignore)
+    floats = _float_scores(whole, chosen, ignore)
+    folded: dict[tuple[str, ...], list[Run]] = {}
+    for row, run in enumerate(whole):
+        folded.setdefault(tuple(setting.values[row] for setting in settings), []).append(run)
+    found = [_configuration(tuple(same), settings, values, chosen, floats, ignore) for values, same in folded.items()]
+    sign = -1 if chosen.larger_is_better else 1
+    found.sort(key=lambda configuration: sign * configuration.score.mean)
+    front = pareto_front([_goals(configuration, chosen) for configuration in found])
+    return Comparison(
+        chosen,
+        tuple(settings),
+        tuple(replace(c, on_front=on, label=label) for c, on, label in zip(found, front, _labels(found), strict=True)),
+        tuple(_why_left_out(run, chosen) for run in runs if run not in whole),
+    )
+
+
+def _check_any_finished(runs: Sequence[Run]) -> None:
+    if any(run.status == "finished" for run in runs):
+        return
+    said = "".join(f"\n- {' '.join(run.overrides) or run.name} ({run.status}): {run.reason}" for run in runs[:10])
+    raise ConfigurationError(f"None of {len(runs)} runs finished, so there is nothing to compare.{said}")
+
+
+def _variant(run: Run, metric: Metric) -> str | None:
+    """What of a run would be shipped."""
+    return next((variant for variant in reversed(VARIANTS) if f"{variant}/{metric.name}" in run.metrics), None)
+
+
+def _why_left_out(run: Run, metric: Metric) -> Run:
+    return run if run.status != "finished" else replace(run, reason=f"it has no {metric.name} of a variant")
+
+
+def _goals(configuration: Configuration, metric: Metric) -> tuple[float, float, float] | None:
+    if configuration.latency_ms is None or configuration.size_mb is None:
+        return None
+    score = configuration.score.mean if metric.larger_is_better else -configuration.score.mean
+    return score, -configuration.latency_ms.mean, -configuration.size_mb.mean
+
+
+def _configuration(
+    runs: tuple[Run, ...],
+    settings: Sequence[Setting],
+    values: Sequence[str],
+    metric: Metric,
+    floats: Mapping[tuple[str, str], float],
+    ignore: Sequence[str],
+) -> Configuration:
+    # runs of one configuration in which conversion was on and off differ in a setting, so one stands for all
+    variant = _variant(runs[0], metric) or "float"
+
+    def over_seeds(value: Callable[[Run], float | None]) -> Spread | None:
+        return spread((seed_of(run), number) for run in runs if (number := value(run)) is not None)
+
+    score = over_seeds(lambda run: run.metrics.get(f"{variant}/{metric.name}"))
+    assert score is not None, "only runs with the metric are folded"
+    drop, baseline = _drop(runs, variant, metric, floats, ignore)
+    return Configuration(
+        label="",
+        values={setting.label: value for setting, value in zip(settings, values, strict=True)},
+        runs=runs,
+        variant=variant,
+        score=score,
+        drop=drop,
+        latency_ms=over_seeds(lambda run: run.metrics.get(f"{variant}/latency_ms")),
+        size_mb=over_seeds(lambda run: run.metrics.get(f"{variant}/size_mb")),
+        speedup=over_seeds(lambda run: run.metrics.get("speedup") if variant == "int8" else None),
+        agreement=over_seeds(lambda run: run.metrics.get("int8/agreement")),
+        baseline=baseline,
+    )
+
+
+def _drop(
+    runs: Sequence[Run], variant: str, metric: Metric, floats: Mapping[tuple[str, str], float], ignore: Sequence[str]
+) -> tuple[Spread | None, str]:
+    """How much worse than float, seed by seed, and which float that is."""
+    if variant == "float":
+        return None, ""
+    scores = _by_seed(runs, f"{variant}/{metric.name}")
+    keys = {seed_of(run): (_training(run, ignore), seed_of(run)) for run in runs}
+    trained = {seed: floats[key] for seed, key in keys.items() if key in floats}
+    own = _by_seed(runs, f"float/{metric.name}")
+    baselines, name = (trained, "float runs") if trained else (own, _own_float(runs))
+    # differences of pairs vary less than differences of means: what a seed does to both cancels
+    drop = spread((seed, metric.loss(score, baselines[seed])) for seed, score in scores.items() if seed in baselines)
+    return drop, name if drop else ""
+
+
+def _own_float(runs: Sequence[Run]) -> str:
+    if any(flatten(run.config).get("float_checkpoint", "null") != "null" for run in runs):
+        return "float_checkpoint"
+    return "float of the same run"
+
+
+def _by_seed(runs: Sequence[Run], key: str) -> dict[str, float]:
+    values: dict[str, list[float]] = {}
+    for run in runs:
+        if key in run.metrics:
+            values.setdefault(seed_of(run), []).append(run.metrics[key])
+    return {seed: statistics.fmean(same) for seed, same in values.items()}
+
+
+def _float_scores(runs: Sequence[Run], metric: Metric, ignore: Sequence[str]) -> dict[tuple[str, str], float]:
+    """The score of each float run, by what it was trained with and its seed."""
+    floats: dict[str, list[Run]] = {}
+    for run in runs:
+        if _variant(run, metric) == "float" and run.config:
+            floats.setdefault(_training(run, ignore), []).append(run)
+    return {
+        (training, seed): score
+        for training, same in floats.items()
+        for seed, score in _by_seed(same, f"float/{metric.name}").items()
+    }
+
+
+def _training(run: Run, ignore: Sequence[str]) -> str:
+    """All that a float training depends on but the seed."""
+    return repr(sorted(settings_of(run, (*ignore, *_OF_QUANTIZATION)).items()))
+
+
+def _labels(configurations: Sequence[Configuration]) -> list[str]:
+    """A name for each: the values that differ, with the setting's name before those that say nothing alone."""
+    labels = []
+    for configuration in configurations:
+        words = [
+            value if value.replace("_", "").isalnum() and not _is_number(value) else f"{label}={value}"
+            for label, value in configuration.values.items()
+            if value != ABSENT
+        ]
+        labels.append(" ".join(words) or configuration.runs[0].name)
+    return labels
+
+
+def _is_number(text: str) -> bool:
+    return text in ("true", "false", "null") or text.replace(".", "", 1).lstrip("-").replace("e-", "").isdigit()

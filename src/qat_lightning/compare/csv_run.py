@@ -1,0 +1,90 @@
+"""Read a run back from the folder of Lightning's CSVLogger."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from qat_lightning.callbacks.quantization_monitor import FILE as LAYERS
+from qat_lightning.compare.run import Run, curves_of, numbers
+from qat_lightning.errors import RunFileError
+
+METRICS = "metrics.csv"
+_HPARAMS = "hparams.yaml"
+
+
+def read_csv(folder: Path) -> Run:
+    """Read what a CSVLogger wrote.
+
+    Args:
+        folder: The folder of ``metrics.csv``, and of ``hparams.yaml`` if there is one.
+
+    Returns:
+        The run. CSV does not say whether a run ended: without metrics of a variant it is ``unfinished``.
+
+    Raises:
+        RunFileError: A file cannot be read.
+    """
+    rows = list(_rows(folder / METRICS))
+    metrics = {key: value for row in rows for key, value in row.items() if key != "step"}
+    tested = any(key.startswith(("float/", "int8/", "fake_quant/")) for key in metrics)
+    return Run(
+        name=folder.name,
+        folder=str(folder),
+        status="finished" if tested else "unfinished",
+        config=read_yaml(folder / _HPARAMS) if (folder / _HPARAMS).is_file() else {},
+        metrics=metrics,
+        curves=curves_of(rows, "step"),
+        layers=_last(list(_table(folder / LAYERS))),
+        reason="" if tested else "it was not tested: it was stopped, or still goes on",
+    )
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a mapping of plain data from YAML.
+
+    Raises:
+        RunFileError: The file is no YAML, holds no mapping, or asks for Python objects.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise RunFileError(f"{path} cannot be read: {error}") from error
+    if content is not None and not isinstance(content, dict):
+        raise RunFileError(f"{path} holds no mapping of settings.")
+    return content or {}
+
+
+def _last(rows: list[dict[str, Any]]) -> tuple[dict[str, Any], ...]:
+    """The rows of the last measured step."""
+    return tuple(
+        {k: v for k, v in row.items() if k != "step"} for row in rows if row.get("step") == rows[-1].get("step")
+    )
+
+
+def _rows(path: Path) -> Iterator[dict[str, float]]:
+    for row in _table(path):
+        yield numbers(row)
+
+
+def _table(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a CSV file, with numbers as such and without empty cells; none where there is no file."""
+    if not path.is_file():
+        return
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            for row in csv.DictReader(file):
+                yield {key: _value(text) for key, text in row.items() if key and text}
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise RunFileError(f"{path} cannot be read: {error}") from error
+
+
+def _value(text: str) -> Any:
+    try:
+        return float(text)
+    except (TypeError, ValueError):
+        return text

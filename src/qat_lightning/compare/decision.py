@@ -1,0 +1,190 @@
+"""Choose what to ship: the best that keeps within limits."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from qat_lightning.compare.comparison import Comparison, Configuration
+from qat_lightning.compare.spread import Spread
+from qat_lightning.errors import ConfigurationError
+
+Goal = Literal["score", "latency", "size"]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What has to be kept, by the mean over seeds.
+
+    Args:
+        max_drop: How much worse than float at most: percentage points for scores within 0 and 1, else in the metric's
+            own unit.
+        max_latency: Milliseconds at most.
+        max_size: MB at most.
+        prefer: What decides between those that keep the limits: ``score``, ``latency`` or ``size``. By default the
+            latency if the drop is limited, else the score.
+
+    Raises:
+        ConfigurationError: A limit is no number, or a latency or size is not above zero.
+
+    Example:
+        >>> Limits(max_drop=0.5).goal, Limits(max_latency=5).goal
+        ('latency', 'score')
+    """
+
+    max_drop: float | None = None
+    max_latency: float | None = None
+    max_size: float | None = None
+    prefer: Goal | None = None
+
+    def __post_init__(self) -> None:
+        for name, limit, least in (
+            ("max_drop", self.max_drop, -math.inf),
+            ("max_latency", self.max_latency, 0.0),
+            ("max_size", self.max_size, 0.0),
+        ):
+            is_number = isinstance(limit, int | float) and not isinstance(limit, bool)
+            if limit is not None and not (is_number and least < limit < math.inf):
+                above = "a number" if least < 0 else "a number above 0"
+                raise ConfigurationError(f"{name}={limit!r} is no limit: use {above}.")
+        if self.prefer is not None and self.prefer not in get_args(Goal):
+            raise ConfigurationError(f"prefer={self.prefer!r} is unknown: use one of {', '.join(get_args(Goal))}.")
+
+    @property
+    def given(self) -> bool:
+        """Whether anything was asked for."""
+        return any(value is not None for value in (self.max_drop, self.max_latency, self.max_size, self.prefer))
+
+    @property
+    def goal(self) -> Goal:
+        """What decides between those that keep the limits."""
+        return self.prefer or ("latency" if self.max_drop is not None else "score")
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What to ship, and why.
+
+    Args:
+        winner: The choice, None if nothing qualifies or nothing was asked for.
+        runner_up: The next best.
+        reason: In a sentence or two.
+    """
+
+    winner: Configuration | None
+    runner_up: Configuration | None
+    reason: str
+
+
+def decide(comparison: Comparison, limits: Limits) -> Decision:
+    """Choose the best configuration that keeps the limits.
+
+    A configuration without a figure that is limited does not qualify. Ties go to the better score, then to the lower
+    latency, then to the smaller size.
+
+    Args:
+        comparison: The configurations.
+        limits: What has to be kept, and what decides.
+
+    Returns:
+        The choice with its reason. If nothing qualifies, the reason names what came closest and what it misses.
+    """
+    if not limits.given:
+        front, total = len(comparison.front), len(comparison.configurations)
+        asked = f"{front} of {_count(total)} {'is' if front == 1 else 'are'} on the Pareto front"
+        return Decision(None, None, f"Nothing is chosen, because no limit was given: {asked}.")
+    shippable = [c for c in comparison.configurations if c.variant != "fake_quant"]
+    if not shippable:
+        return Decision(None, None, "Nothing can be shipped: there is no float and no int8 network with the metric.")
+    judged = [(configuration, _missed(configuration, comparison, limits)) for configuration in shippable]
+    ranked = sorted((c for c, missed in judged if not missed), key=lambda c: _rank(c, comparison, limits.goal))
+    if not ranked:
+        closest, missed = min(judged, key=lambda pair: (len(pair[1]), sum(excess for _, excess in pair[1])))
+        said = " and ".join(text for text, _ in missed)
+        kept = f"None of {_count(len(shippable))} keeps {_asked(comparison, limits)}."
+        return Decision(None, None, f"{kept} Closest is {closest.label}, whose {said}.")
+    winner, runner_up = ranked[0], ranked[1] if len(ranked) > 1 else None
+    kept = _asked(comparison, limits)
+    among = f"of {_count(len(shippable))}"
+    if kept:
+        part = f"{len(ranked)} (of {_count(len(shippable))}) that keep"
+        among = f"of the {part if len(ranked) < len(shippable) else f'{_count(len(ranked))}, which all keep'} {kept}"
+    best = f"{winner.label} has the {_BEST[limits.goal]} {among}: {_figure(winner, comparison, limits.goal)}."
+    return Decision(winner, runner_up, best + _against(winner, runner_up, comparison, limits.goal))
+
+
+_BEST = {"score": "best score", "latency": "lowest latency", "size": "smallest size"}
+_WORSE_THAN_ANY = math.inf
+
+
+def _count(number: int) -> str:
+    return f"{number} configuration{'' if number == 1 else 's'}"
+
+
+def _of(configuration: Configuration, goal: Goal) -> Spread | None:
+    return {"score": configuration.score, "latency": configuration.latency_ms, "size": configuration.size_mb}[goal]
+
+
+def _figure(configuration: Configuration, comparison: Comparison, goal: Goal) -> str:
+    figure = _of(configuration, goal)
+    if figure is None:
+        return "not measured"
+    if goal == "score":
+        return f"{comparison.metric.name} {comparison.metric.text(figure.mean)}"
+    return f"{figure.mean:.3g} {'ms' if goal == 'latency' else 'MB'}"
+
+
+def _rank(configuration: Configuration, comparison: Comparison, goal: Goal) -> tuple[float, ...]:
+    """What decides first, then score, latency and size; smaller is better on each."""
+
+    def cost(axis: Goal) -> float:
+        figure = _of(configuration, axis)
+        if figure is None:
+            return _WORSE_THAN_ANY
+        return -figure.mean if axis == "score" and comparison.metric.larger_is_better else figure.mean
+
+    return tuple(cost(axis) for axis in (goal, *get_args(Goal)))
+
+
+def _missed(configuration: Configuration, comparison: Comparison, limits: Limits) -> list[tuple[str, float]]:
+    """Each limit that is not kept: in words, and by which share."""
+    # float does not drop against itself
+    drop = 0.0 if configuration.variant == "float" else configuration.drop and configuration.drop.mean
+    latency, size = configuration.latency_ms, configuration.size_mb
+    missed = []
+    for name, value, limit, unit in (
+        ("drop", drop, limits.max_drop, comparison.metric.drop_unit),
+        ("latency", latency and latency.mean, limits.max_latency, "ms"),
+        ("size", size and size.mean, limits.max_size, "MB"),
+    ):
+        if limit is None or (value is not None and value <= limit):
+            continue
+        if value is None:
+            missed.append((f"{name} is not known", _WORSE_THAN_ANY))
+        else:
+            missed.append((f"{name} is {value:.3g} {unit}".rstrip(), (value - limit) / (abs(limit) or 1.0)))
+    return missed
+
+
+def _asked(comparison: Comparison, limits: Limits) -> str:
+    said = []
+    if limits.max_drop is not None:
+        said.append(f"a drop of at most {limits.max_drop:g} {comparison.metric.drop_unit}".rstrip())
+    if limits.max_latency is not None:
+        said.append(f"a latency of at most {limits.max_latency:g} ms")
+    if limits.max_size is not None:
+        said.append(f"a size of at most {limits.max_size:g} MB")
+    return " and ".join(said)
+
+
+def _against(winner: Configuration, runner_up: Configuration | None, comparison: Comparison, goal: Goal) -> str:
+    """What the runner-up has, and whether seeds differ by more than the two do."""
+    if runner_up is None:
+        return ""
+    said = f" Runner-up: {runner_up.label}, {_figure(runner_up, comparison, goal)}"
+    first, second = _of(winner, goal), _of(runner_up, goal)
+    deviations = [figure.deviation for figure in (first, second) if figure and figure.deviation is not None]
+    if first and second and deviations and abs(first.mean - second.mean) <= max(deviations):
+        said += ", which is within the spread over seeds"
+    return f"{said}."

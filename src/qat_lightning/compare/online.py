@@ -1,0 +1,57 @@
+"""Read runs from W&B's server, through its public API."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from qat_lightning.compare.offline import STEP
+from qat_lightning.compare.run import Run, Status, curves_of, numbers
+from qat_lightning.errors import ConfigurationError, RunFileError
+
+_STATUS: dict[str, Status] = {"finished": "finished", "running": "unfinished", "failed": "failed", "crashed": "failed"}
+_SAMPLES = 500
+
+
+def find_online(address: str, api: Any = None) -> list[Run]:
+    """Read the runs of a project, or of one group in it.
+
+    Args:
+        address: ``entity/project`` or ``entity/project/group``.
+        api: A `wandb.Api`; by default one made here, which wants `wandb login` first.
+
+    Returns:
+        The runs, oldest first. Per-layer tables stay on the server.
+
+    Raises:
+        ConfigurationError: The address has another form.
+        RunFileError: W&B does not answer, or refuses.
+    """
+    entity, _, rest = address.strip("/").partition("/")
+    project, _, group = rest.partition("/")
+    if not entity or not project:
+        raise ConfigurationError(f"--wandb {address!r} names no project: give entity/project or entity/project/group.")
+    import wandb  # here, because offline comparisons need none of it
+
+    try:
+        api = wandb.Api() if api is None else api
+        found = api.runs(f"{entity}/{project}", filters={"group": group} if group else None, order="+created_at")
+        return [_run(run) for run in found]
+    except (wandb.Error, ValueError, OSError) as error:
+        raise RunFileError(f"W&B gives no runs of {address}: {error}") from error
+
+
+def _run(run: Any) -> Run:
+    rows = list(run.history(samples=_SAMPLES, pandas=False))
+    summary = dict(run.summary)
+    state = str(run.state)
+    return Run(
+        name=str(run.name),
+        folder=str(run.url),
+        status=_STATUS.get(state, "failed"),
+        config=dict(run.config),
+        metrics=numbers({key: value for key, value in summary.items() if not key.startswith("_")}),
+        curves=curves_of(rows, STEP),
+        seconds=numbers(summary).get("_runtime"),
+        reason="" if state == "finished" else f"W&B says it is {state}",
+        wandb_id=str(run.id),
+    )

@@ -1,0 +1,171 @@
+"""What the configurations of some runs differ in, and how each is called for short."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+from qat_lightning.compare.run import Run
+
+ABSENT = "–"
+"""What stands for a setting that a run does not have."""
+
+# Where and under which name a run is kept, and from where it went on: nothing that it computes depends on it.
+_NO_SETTINGS = (
+    *("paths.*", "run.*", "logger.*", "hydra.*", "ckpt_path", "*float_checkpoint"),
+    *("resume", "isolate", "objective", "save_int8"),
+)
+_PLACES = ("dirpath", "save_dir", "output_dir", "default_root_dir", "root_dir", "log_dir", "cache_dir", "data_dir")
+SEED = "seed"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A setting that differs between runs.
+
+    Args:
+        key: Its dotted name in the configuration.
+        label: As short as it can be told from the others.
+        values: The value in each run as text, `ABSENT` where there is none.
+    """
+
+    key: str
+    label: str
+    values: tuple[str, ...]
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Lay a nested configuration out flat, values as text.
+
+    Example:
+        >>> flatten({"mode": {"name": "fx"}, "start": 0.3, "strides": [1, 2], "module": None})
+        {'mode.name': 'fx', 'start': '0.3', 'strides': '[1, 2]', 'module': 'null'}
+    """
+    flat: dict[str, str] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value if isinstance(value, str) else json.dumps(value, default=str)
+    return flat
+
+
+def settings_of(run: Run, ignore: Sequence[str] = ()) -> dict[str, str]:
+    """The flat configuration of a run without its seed, its name and its places.
+
+    Args:
+        run: The run.
+        ignore: Globs of further keys to leave out.
+
+    Example:
+        >>> settings_of(Run("a", "a", config={"seed": 0, "lr": 0.1, "paths": {"data_dir": "x"}}))
+        {'lr': '0.1'}
+    """
+    flat = flatten(run.config)
+    # train.py's groups of these names are read by `quantization` alone, and are there without any
+    ignore = (*_NO_SETTINGS, *ignore, *(("mode.name", "backend.name") if "method.name" in flat else ()))
+    return {
+        key: value
+        for key, value in flat.items()
+        if key.rpartition(".")[2] not in (SEED, *_PLACES) and not any(fnmatchcase(key, glob) for glob in ignore)
+    }
+
+
+def seed_of(run: Run) -> str:
+    """The seed of a run as text: its own setting ``seed``, else the first of that name, else empty.
+
+    Example:
+        >>> seed_of(Run("a", "a", config={"data": {"seed": 3}, "seed": 0})), seed_of(Run("b", "b"))
+        ('0', '')
+    """
+    flat = flatten(run.config)
+    seeds = [value for key, value in flat.items() if key.rpartition(".")[2] == SEED]
+    return flat.get(SEED, seeds[0] if seeds else "")
+
+
+def differing(runs: Sequence[Run], ignore: Sequence[str] = (), *, every: bool = False) -> list[Setting]:
+    """Find the settings that tell runs apart.
+
+    Of settings that follow from others only the others are given, unless both were said on the command line:
+    ``data.num_classes`` follows from ``data.name``, and all of ``quantization`` from whether there is any.
+
+    Args:
+        runs: The runs.
+        ignore: Globs of keys to leave out.
+        every: Give also those that follow from others.
+
+    Returns:
+        The settings; those said on the command line come first, in the order in which they were said. Runs that are
+        alike in the settings given are alike in all.
+
+    Example:
+        >>> runs = [Run(m, m, config={"mode": {"name": m}, "seed": 0}) for m in ("fx", "pt2e")]
+        >>> [(setting.label, setting.values) for setting in differing(runs)]
+        [('mode', ('fx', 'pt2e'))]
+    """
+    flat = [settings_of(run, ignore) for run in runs]
+    keys = dict.fromkeys(key for settings in flat for key in settings)
+    columns = {key: tuple(settings.get(key, ABSENT) for settings in flat) for key in keys}
+    columns = {key: values for key, values in columns.items() if len({*values}) > 1}
+    said = list(dict.fromkeys(_overridden(word) for run in runs for word in run.overrides))
+    kept: dict[str, tuple[str, ...]] = {}
+    for key in sorted(columns, key=lambda key: (_place(key, said), *_tells(key, columns[key]))):
+        free = _place(key, said) < len(said) and not only_present(columns[key])
+        if every or free or not _follows(key, columns[key], kept, said):
+            kept[key] = columns[key]
+    labels = _short(list(kept))
+    return [Setting(key, labels[key], tuple(map(_shown, values))) for key, values in kept.items()]
+
+
+def _overridden(word: str) -> str:
+    return word.lstrip("+~").partition("=")[0].partition("@")[0].replace("/", ".")
+
+
+def _place(key: str, said: Sequence[str]) -> int:
+    """Where on the command line a setting was said; ``mode=`` is what becomes ``quantization.mode``."""
+    names = (key, key.removesuffix(".name"), key.removeprefix("quantization."))
+    return next((place for place, name in enumerate(said) if name in names), len(said))
+
+
+def _tells(key: str, values: Sequence[str]) -> tuple[int, int]:
+    """What says most comes first: names, then values, then whether a part is there at all, best by its class."""
+    kind = 2 if only_present(values) else 0 if key.endswith(".name") else 1
+    return kind, int(not key.endswith("_target_") if kind == 2 else key.endswith("_target_"))
+
+
+def only_present(values: Sequence[str]) -> bool:
+    """Whether all that have a setting have it alike, and some do not have it."""
+    return ABSENT in values and len({*values}) == 2
+
+
+def _follows(key: str, values: Sequence[str], kept: Mapping[str, Sequence[str]], said: Sequence[str]) -> bool:
+    """Whether a setting is there because of another one, and has no value of its own choice."""
+    for other, column in kept.items():
+        if len({*zip(column, values, strict=True)}) == len({*column}):
+            named = other.endswith(".name") and other.partition(".")[0] == key.partition(".")[0]
+            alike = all(a == b for a, b in zip(column, values, strict=True) if ABSENT not in (a, b))
+            if named or alike or key.endswith("_target_") or only_present(values) or _place(other, said) < len(said):
+                return True
+    return False
+
+
+def _shown(value: str) -> str:
+    """A class by its last name; JSON's words as YAML has them are kept."""
+    return (
+        value.rpartition(".")[2] if value.count(".") > 1 and all(p.isidentifier() for p in value.split(".")) else value
+    )
+
+
+def _short(keys: Sequence[str]) -> dict[str, str]:
+    """For each key the shortest of its endings that no other key has; ``.name`` and ``._target_`` say nothing."""
+    parts = {key: key.removesuffix(".name").removesuffix("._target_").split(".") for key in keys}
+    labels = {}
+    for key, words in parts.items():
+        others = [other for name, other in parts.items() if name != key]
+        lengths = range(1, len(words) + 1)
+        alone = (n for n in lengths if all(words[-n:] != other[-n:] for other in others))
+        labels[key] = ".".join(words[-next(alone, len(words)) :])
+    return labels

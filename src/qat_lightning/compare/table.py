@@ -1,0 +1,202 @@
+"""The table of a comparison: on the terminal, and as Markdown, CSV and JSON."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from qat_lightning.compare.comparison import Comparison, Configuration
+from qat_lightning.compare.decision import Decision
+from qat_lightning.compare.run import Run
+from qat_lightning.compare.settings import ABSENT
+from qat_lightning.compare.spread import Spread
+
+FRONT = "●"  # on the Pareto front
+_FIGURES = ("score", "drop", "latency_ms", "size_mb", "speedup", "agreement")
+
+
+def rich_table(comparison: Comparison, decision: Decision) -> RenderableType:
+    """Lay a comparison out for the terminal.
+
+    Args:
+        comparison: What to show.
+        decision: What was chosen; its row is bold.
+
+    Returns:
+        The table, the decision, and what is not in the table with the reason. For `rich.print`.
+    """
+    header, rows = cells(comparison)
+    table = Table(box=box.SIMPLE_HEAD, caption=_caption(comparison), caption_justify="left")
+    settings = len(comparison.settings) or 1
+    for place, name in enumerate(header):
+        table.add_column(Text(name), justify="left" if place <= settings else "right", overflow="fold")
+    for configuration, row in zip(comparison.configurations, rows, strict=True):
+        style = "bold green" if configuration is decision.winner else "" if configuration.on_front else "dim"
+        table.add_row(*(Text(cell) for cell in row), style=style)
+    parts: list[RenderableType] = [table, Text(decision.reason, style="bold" if decision.winner else "")]
+    if decision.winner is not None:
+        parts += [Text(f"  {line}") for line in shipped(decision.winner)]
+    if comparison.left_out:
+        parts.append(_left_out(comparison.left_out))
+    return Group(*parts)
+
+
+def cells(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
+    """The table as text: a header, and a row for each configuration.
+
+    The first column marks the front.
+    """
+    metric = comparison.metric
+
+    def row(configuration: Configuration) -> list[str]:
+        named = list(configuration.values.values()) or [configuration.label]
+        return [
+            FRONT if configuration.on_front else "",
+            *named,
+            configuration.variant,
+            _with_spread(configuration.score, 2 if metric.is_share else 4, 100 if metric.is_share else 1),
+            _with_spread(configuration.drop, 2 if metric.is_share else 4),
+            _with_spread(configuration.latency_ms, 3),
+            _with_spread(configuration.size_mb, 3),
+            _with_spread(configuration.speedup, 2),
+            str(configuration.score.seeds),
+        ]
+
+    names = [setting.label for setting in comparison.settings] or ["run"]
+    score = f"{metric.name} (%)" if metric.is_share else metric.name
+    drop = f"drop ({metric.drop_unit})" if metric.is_share else "drop"
+    header = ["", *names, "variant", score, drop, "latency (ms)", "size (MB)", "speed-up", "n"]
+    return header, [row(configuration) for configuration in comparison.configurations]
+
+
+def _with_spread(figure: Spread | None, digits: int, factor: float = 1) -> str:
+    if figure is None:
+        return ABSENT
+    spread = "" if figure.deviation is None else f" ± {factor * figure.deviation:.{digits}f}"
+    return f"{factor * figure.mean:.{digits}f}{spread}"
+
+
+def markdown(comparison: Comparison, decision: Decision) -> str:
+    """The comparison as Markdown, for a comment on a pull request."""
+    header, rows = cells(comparison)
+    header[0] = "front"
+    lines = [_markdown_row(header), _markdown_row(["---"] * len(header)), *map(_markdown_row, rows)]
+    lines += ["", _escaped(_caption(comparison)), "", f"**{_escaped(decision.reason)}**"]
+    if comparison.left_out:
+        lines += ["", "Not compared:", ""]
+        lines += [f"- {_escaped(f'{run.name} ({run.status}): {run.reason}')}" for run in comparison.left_out]
+    return "\n".join(lines) + "\n"
+
+
+def as_csv(comparison: Comparison) -> str:
+    """The comparison as CSV: numbers without units, mean and deviation in columns of their own."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    labels = [setting.label for setting in comparison.settings]
+    figures = [f"{figure}_{part}" for figure in _FIGURES for part in ("mean", "deviation")]
+    writer.writerow(["configuration", *labels, "variant", "n", "on_front", *figures])
+    for configuration in comparison.configurations:
+        spreads = [getattr(configuration, figure) for figure in _FIGURES]
+        numbers = [number for spread in spreads for number in (spread[:2] if spread else ("", ""))]
+        writer.writerow(
+            [
+                *map(_harmless, (configuration.label, *configuration.values.values())),
+                configuration.variant,
+                configuration.score.seeds,
+                int(configuration.on_front),
+                *("" if number is None else number for number in numbers),
+            ]
+        )
+    return out.getvalue()
+
+
+def as_json(comparison: Comparison, decision: Decision) -> str:
+    """The comparison and the decision as JSON."""
+    return json.dumps(plain(comparison, decision), indent=2) + "\n"
+
+
+def plain(comparison: Comparison, decision: Decision) -> dict[str, Any]:
+    """The comparison and the decision as plain data."""
+    return {
+        "metric": {
+            "name": comparison.metric.name,
+            "larger_is_better": comparison.metric.larger_is_better,
+            "is_share": comparison.metric.is_share,
+        },
+        "settings": [{"key": setting.key, "label": setting.label} for setting in comparison.settings],
+        "configurations": [
+            {
+                "label": c.label,
+                "values": dict(c.values),
+                "variant": c.variant,
+                "on_front": c.on_front,
+                "baseline": c.baseline,
+                **{figure: spread and spread._asdict() for figure in _FIGURES for spread in [getattr(c, figure)]},
+                "runs": [{"name": run.name, "folder": run.folder, "wandb_id": run.wandb_id} for run in c.runs],
+            }
+            for c in comparison.configurations
+        ],
+        "winner": decision.winner and decision.winner.label,
+        "runner_up": decision.runner_up and decision.runner_up.label,
+        "reason": decision.reason,
+        "left_out": [
+            {"name": run.name, "folder": run.folder, "status": run.status, "reason": run.reason}
+            for run in comparison.left_out
+        ],
+    }
+
+
+def shipped(winner: Configuration) -> list[str]:
+    """Where the networks of the winner are: the saved int8 file of each run, else its folder."""
+    return [run.model_file or run.folder for run in winner.runs]
+
+
+def _caption(comparison: Comparison) -> str:
+    better = "larger" if comparison.metric.larger_is_better else "smaller"
+    lines = [f"{comparison.metric.name}: {better} is better. ± sample standard deviation over n seeds."]
+    if comparison.front:
+        lines.append(f"{FRONT} Pareto front of score, latency and size.")
+    baselines = list(dict.fromkeys(c.baseline for c in comparison.configurations if c.baseline))
+    if baselines:
+        lines.append(f"Drop against float, paired by seed: {', '.join(baselines)}.")
+    if any(c.baseline == "float of the same run" for c in comparison.configurations):
+        lines.append(
+            "Float of the same run is the network as it was when rounding came on, trained for a shorter time."
+        )
+    return "\n".join(lines)
+
+
+def _left_out(runs: Sequence[Run]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, title="Not compared", title_justify="left")
+    for name in ("run", "status", "reason"):
+        table.add_column(name, overflow="fold")
+    for run in runs:
+        what = " ".join(run.overrides) or run.name
+        table.add_row(
+            Text(what), Text(run.status, style="red" if run.status != "skipped" else "yellow"), Text(run.reason)
+        )
+    return table
+
+
+def _markdown_row(row: Sequence[str]) -> str:
+    return "| " + " | ".join(map(_escaped, row)) + " |"
+
+
+def _escaped(text: str) -> str:
+    """Text that Markdown and the HTML in it leave as it is."""
+    for character in "\\`*_[]|#":
+        text = text.replace(character, f"\\{character}")
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace("\n", " ")
+
+
+def _harmless(text: str) -> str:
+    """Text that no spreadsheet takes for a formula."""
+    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text

@@ -1,0 +1,89 @@
+import dataclasses
+
+import pytest
+
+from qat_lightning.compare import Run, compare
+from qat_lightning.errors import ConfigurationError
+from tests.compare.making import configuration, plain, qat
+
+
+def by_label(runs, **options):
+    return {configuration.label: configuration for configuration in compare(runs, **options).configurations}
+
+
+def test_seeds_are_folded_and_the_best_comes_first():
+    found = compare([qat("fx", 0, 0.96), qat("fx", 1, 0.98), qat("pt2e", 0, 0.99)]).configurations
+    assert [(c.label, c.score.seeds) for c in found] == [("pt2e", 1), ("fx", 2)]
+    assert found[1].score.mean == pytest.approx(0.97)
+    assert found[1].score.deviation == pytest.approx(0.02 / 2**0.5)
+    assert found[0].score.deviation is None
+
+
+def test_the_drop_is_paired_with_the_float_run_of_the_same_seed():
+    runs = [plain(0, 0.99), plain(1, 0.95), qat("fx", 0, 0.98), qat("fx", 1, 0.94), qat("fx", 2, 0.10)]
+    found = by_label(runs)["qat"]
+    assert found.baseline == "float runs"
+    assert found.drop.mean == pytest.approx(1.0)
+    assert found.drop.deviation == pytest.approx(0.0, abs=1e-9)
+    assert found.drop.seeds == 2
+
+
+def test_without_a_float_run_of_the_same_training_the_runs_own_float_is_the_baseline():
+    longer = dataclasses.replace(
+        plain(0, 0.99), config=configuration("float", 0, trainer={"max_epochs": 60}, mode={"name": "fx"})
+    )
+    found = by_label([longer, qat("fx", 0, 0.88)])
+    (label,) = (label for label in found if label.startswith("qat"))
+    assert found[label].baseline == "float of the same run"
+    assert found[label].drop.mean == pytest.approx(2.0)
+
+
+def test_a_float_checkpoint_is_named_as_the_baseline():
+    run = qat("fx")
+    run = dataclasses.replace(run, config=run.config | {"float_checkpoint": "last.ckpt"})
+    (found,) = compare([run]).configurations
+    assert found.baseline == "float_checkpoint"
+
+
+def test_float_runs_that_differ_in_a_mode_only_are_one_configuration():
+    other = dataclasses.replace(plain(1), config=configuration("float", 1, mode={"name": "pt2e"}))
+    found = by_label([plain(0), other, qat("fx")])
+    assert found["float"].score.seeds == 2
+
+
+def test_what_cannot_be_compared_is_left_out_with_the_reason():
+    failed = qat("pt2e", status="failed", reason="it broke")
+    without = dataclasses.replace(qat("eager"), metrics={"train/loss": 1.0})
+    found = compare([qat("fx"), failed, without])
+    assert len(found.configurations) == 1
+    assert [run.reason for run in found.left_out] == ["it broke", "it has no test/acc of a variant"]
+
+
+def test_where_nothing_finished_the_error_says_why():
+    with pytest.raises(ConfigurationError) as error:
+        compare([qat("fx", status="failed", reason="out of memory")])
+    assert "method=qat mode=fx seed=0 (failed): out of memory" in str(error.value)
+
+
+def test_the_front_has_no_configuration_that_another_beats_in_everything():
+    runs = [qat("fx", acc=0.98, latency=3.0), qat("pt2e", acc=0.97, latency=2.0), qat("eager", acc=0.96, latency=4.0)]
+    assert [c.label for c in compare(runs).front] == ["fx", "pt2e"]
+
+
+def test_what_has_no_size_or_latency_is_never_on_the_front():
+    run = qat("fx", acc=1.0)
+    simulated = dataclasses.replace(run, metrics={"fake_quant/test/acc": 1.0, "float/test/acc": 1.0})
+    found = by_label([simulated, qat("pt2e", acc=0.5)])
+    assert found["fx"].variant == "fake_quant"
+    assert [c.on_front for c in found.values()] == [False, True]
+
+
+def test_a_smaller_loss_is_better_when_it_is_the_metric():
+    found = compare([qat("fx", acc=0.9), qat("pt2e", acc=0.8)], metric="test/loss")
+    assert [c.label for c in found.configurations] == ["fx", "pt2e"]
+    assert [c.label for c in found.front] == ["fx"]
+
+
+def test_numbers_are_named_in_labels():
+    runs = [Run(str(bits), str(bits), config={"weight_bits": bits}, metrics={"int8/acc": 0.9}) for bits in (4, 8)]
+    assert set(by_label(runs)) == {"weight_bits=4", "weight_bits=8"}

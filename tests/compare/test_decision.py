@@ -1,0 +1,111 @@
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qat_lightning.compare import Limits, compare, decide
+from qat_lightning.errors import ConfigurationError
+from tests.compare.making import plain, qat
+
+RUNS = [
+    plain(acc=0.98),
+    qat("fx", acc=0.979, latency=3.0, size=1.0),
+    qat("pt2e", acc=0.976, latency=2.0, size=1.1),
+    qat("eager", acc=0.95, latency=1.0, size=0.9),
+]
+
+
+@pytest.mark.parametrize(
+    ("limits", "winner", "runner_up"),
+    [
+        ({"max_drop": 0.5}, "qat pt2e", "qat fx"),
+        ({"max_drop": 0.2}, "qat fx", "float"),
+        ({"max_drop": 0.0}, "float", None),
+        ({"max_latency": 2.5}, "qat pt2e", "qat eager"),
+        ({"max_size": 1.05}, "qat fx", "qat eager"),
+        ({"max_drop": 0.5, "max_latency": 2.5, "max_size": 1.2}, "qat pt2e", None),
+        ({"max_drop": 0.5, "prefer": "score"}, "float", "qat fx"),
+        ({"prefer": "size"}, "qat eager", "qat fx"),
+    ],
+)
+def test_the_best_that_keeps_the_limits_wins(limits, winner, runner_up):
+    decision = decide(compare(RUNS), Limits(**limits))
+    assert decision.winner.label == winner
+    assert (decision.runner_up and decision.runner_up.label) == runner_up
+    assert winner in decision.reason
+    assert runner_up is None or f"Runner-up: {runner_up}" in decision.reason
+
+
+def test_where_nothing_qualifies_the_closest_is_named_with_what_it_misses():
+    decision = decide(compare(RUNS), Limits(max_drop=0.2, max_latency=2.5))
+    assert decision.winner is None
+    assert decision.reason == (
+        "None of 4 configurations keeps a drop of at most 0.2 pp and a latency of at most 2.5 ms. "
+        "Closest is qat fx, whose latency is 3 ms."
+    )
+
+
+def test_without_limits_nothing_is_chosen():
+    decision = decide(compare(RUNS), Limits())
+    assert decision.winner is None
+    assert "no limit was given" in decision.reason
+
+
+def test_a_difference_within_the_spread_over_seeds_is_said():
+    runs = [qat("fx", seed, latency=2 + 0.5 * seed) for seed in (0, 1)]
+    runs += [qat("pt2e", seed, latency=2.1 + 0.5 * seed) for seed in (0, 1)]
+    assert "within the spread over seeds" in decide(compare(runs), Limits(max_drop=100)).reason
+    assert "within the spread" not in decide(compare(RUNS), Limits(max_drop=0.5)).reason
+
+
+def test_what_was_only_simulated_cannot_be_shipped():
+    simulated = qat("fx", metrics={"fake_quant/test/acc": 1.0, "float/test/acc": 1.0})
+    assert decide(compare([simulated]), Limits(max_drop=1)).winner is None
+    assert "Nothing can be shipped" in decide(compare([simulated]), Limits(max_drop=1)).reason
+
+
+def test_a_limited_figure_that_was_not_measured_does_not_pass():
+    unmeasured = qat("fx", metrics={"int8/test/acc": 0.9})
+    decision = decide(compare([unmeasured]), Limits(max_latency=100))
+    assert decision.winner is None
+    assert "latency is not known" in decision.reason
+
+
+@pytest.mark.parametrize(
+    "limits",
+    [
+        {"max_drop": math.nan},
+        {"max_latency": 0},
+        {"max_size": -1},
+        {"max_size": True},
+        {"prefer": "speed"},
+        {"max_drop": "1"},
+    ],
+)
+def test_impossible_limits_are_refused(limits):
+    with pytest.raises(ConfigurationError):
+        Limits(**limits)
+
+
+limit = st.none() | st.floats(0.01, 5)
+
+
+@given(limit, limit, limit, st.sampled_from([None, "score", "latency", "size"]))
+def test_the_winner_keeps_every_limit_and_nothing_that_does_is_better(max_drop, max_latency, max_size, prefer):
+    comparison = compare(RUNS)
+    limits = Limits(max_drop, max_latency, max_size, prefer)
+    decision = decide(comparison, limits)
+
+    def keeps(c):
+        drop = c.drop.mean if c.drop else 0.0
+        pairs = [(drop, max_drop), (c.latency_ms.mean, max_latency), (c.size_mb.mean, max_size)]
+        return all(bound is None or value <= bound for value, bound in pairs)
+
+    fit = [c for c in comparison.configurations if keeps(c)]
+    if not limits.given or not fit:
+        assert decision.winner is None
+        return
+    assert decision.winner in fit
+    best = {"score": lambda c: -c.score.mean, "latency": lambda c: c.latency_ms.mean, "size": lambda c: c.size_mb.mean}
+    assert best[limits.goal](decision.winner) == min(map(best[limits.goal], fit))

@@ -1,0 +1,148 @@
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import wandb
+from lightning.pytorch.loggers import CSVLogger
+
+from qat_lightning.compare import find_runs
+from qat_lightning.compare.offline import join
+from qat_lightning.compare.run import Curve, Run
+from qat_lightning.errors import RunFileError
+
+
+def log_offline(folder: Path, run_id: str, *, last_step: int = 3, finish: bool = True, **config: object) -> Path:
+    """An offline run written by W&B itself."""
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = wandb.Settings(mode="offline", quiet=True, silent=True)
+    run = wandb.init(project="p", dir=folder, id=run_id, name=f"run {run_id}", config=config, settings=settings)
+    for step in range(last_step):
+        run.log(
+            {"val/acc": 0.5 + 0.1 * step, "trainer/global_step": 10 * step, "quant/fake_quant_enabled": int(step > 0)}
+        )
+    run.log({"quant/layers": wandb.Table(columns=["layer", "weight_sqnr_db"], data=[["stem", 41.5], ["head", 38.25]])})
+    run.summary.update({"int8/test/acc": 0.75, "int8/latency_ms": 1.5, "int8/size_mb": 0.5})
+    written = Path(run.dir).parent
+    run.finish(exit_code=0 if finish else 1)
+    return written
+
+
+@pytest.fixture(scope="module")
+def offline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs")
+    log_offline(folder, "aaaa", lr=0.1, seed=0)
+    return folder
+
+
+def test_an_offline_run_is_read_with_wandbs_own_reader(offline: Path) -> None:
+    (run,) = find_runs([offline])
+    assert (run.name, run.status, run.wandb_id) == ("run aaaa", "finished", "aaaa")
+    assert run.config == {"lr": 0.1, "seed": 0}
+    assert run.metrics["int8/test/acc"] == 0.75
+    assert run.curves["val/acc"] == Curve([0.0, 10.0, 20.0], pytest.approx([0.5, 0.6, 0.7]))
+    assert run.layers == ({"layer": "stem", "weight_sqnr_db": 41.5}, {"layer": "head", "weight_sqnr_db": 38.25})
+
+
+def test_a_run_that_was_killed_is_unfinished_and_keeps_what_it_logged(offline: Path, tmp_path: Path) -> None:
+    (source,) = offline.glob("wandb/offline-run-*")
+    shutil.copytree(source, tmp_path / "cut")
+    (file,) = (tmp_path / "cut").glob("*.wandb")
+    file.write_bytes(file.read_bytes()[:-400])
+    (run,) = find_runs([tmp_path])
+    assert run.status == "unfinished"
+    assert run.config["lr"] == 0.1
+    assert "val/acc" in run.curves
+
+
+def test_a_run_that_ended_with_an_error_failed(tmp_path: Path) -> None:
+    log_offline(tmp_path, "bbbb", finish=False)
+    (run,) = find_runs([tmp_path])
+    assert (run.status, run.reason) == ("failed", "it ended with code 1")
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage" * 100])
+def test_a_broken_file_costs_its_run_only(content: bytes, offline: Path, tmp_path: Path) -> None:
+    (tmp_path / "offline-run-1-cccc").mkdir()
+    (tmp_path / "offline-run-1-cccc" / "run-cccc.wandb").write_bytes(content)
+    good, broken = find_runs([offline, tmp_path])
+    assert (good.status, broken.status) == ("finished", "unreadable")
+    assert "offline-run-1-cccc" in broken.reason
+
+
+def test_parts_of_a_resumed_run_are_one_run() -> None:
+    first = Run("a", "a", "unfinished", curves={"loss": Curve([0.0, 1.0, 2.0], [4.0, 3.0, 9.0])}, metrics={"x": 1.0})
+    second = Run("a", "b", curves={"loss": Curve([2.0, 3.0], [2.0, 1.0])}, metrics={"y": 2.0})
+    joined = join([first, second])
+    assert joined.curves["loss"] == Curve([0.0, 1.0, 2.0, 3.0], [4.0, 3.0, 2.0, 1.0])
+    assert (joined.status, joined.metrics) == ("finished", {"x": 1.0, "y": 2.0})
+
+
+def test_csv_logs_are_read(tmp_path: Path) -> None:
+    logger = CSVLogger(tmp_path, name="csv", version="")
+    logger.log_hyperparams({"lr": 0.1, "seed": 2})
+    for step in range(3):
+        logger.log_metrics({"val/acc": 0.5 + 0.1 * step}, step)
+    logger.log_metrics({"int8/test/acc": 0.75, "int8/size_mb": 0.5}, 3)
+    logger.save()
+    (run,) = find_runs([tmp_path])
+    assert (run.status, run.config) == ("finished", {"lr": 0.1, "seed": 2})
+    assert run.curves["val/acc"] == Curve([0.0, 1.0, 2.0], pytest.approx([0.5, 0.6, 0.7]))
+    assert run.metrics["int8/test/acc"] == 0.75
+
+
+def test_the_layers_of_the_last_measured_step_are_read_from_csv(tmp_path: Path) -> None:
+    (tmp_path / "metrics.csv").write_text("step,int8/test/acc\n0,0.5\n")
+    table = "step,layer,weight_sqnr_db\n1,stem,10\n1,head,11\n9,stem,40.5\n9,head,\n"
+    (tmp_path / "quantization_layers.csv").write_text(table)
+    (run,) = find_runs([tmp_path])
+    assert run.layers == ({"layer": "stem", "weight_sqnr_db": 40.5}, {"layer": "head"})
+
+
+def trial(folder: Path, **result: object) -> None:
+    (folder / ".hydra").mkdir(parents=True)
+    (folder / ".hydra" / "config.yaml").write_text(
+        "mode: {name: fx}\nlr: ${base}\nbase: 2\nout: ${hydra:runtime.output_dir}\n"
+    )
+    (folder / ".hydra" / "overrides.yaml").write_text("- mode=fx\n- seed=1\n")
+    if result:
+        (folder / "result.json").write_text(json.dumps(result))
+
+
+def test_a_trial_with_a_result_needs_no_logger(tmp_path: Path) -> None:
+    trial(tmp_path / "0", status="completed", metrics={"int8/test/acc": 0.9}, seconds=3.5)
+    trial(tmp_path / "1", status="failed", error={"type": "ValueError", "message": "no"})
+    trial(tmp_path / "2", status="skipped", error={"type": "CombinationError", "message": "no such pair"})
+    trial(tmp_path / "3", status="pruned", metrics={"int8/test/acc": 0.1})
+    trial(tmp_path / "10")
+    trial(tmp_path / "0" / "earlier-1", status="completed", metrics={"int8/test/acc": 0.1})
+    found = find_runs([tmp_path])
+    assert [run.status for run in found] == ["finished", "failed", "skipped", "pruned", "unfinished"]
+    assert found[0].metrics == {"int8/test/acc": 0.9}
+    assert (found[0].seconds, found[0].overrides) == (3.5, ("mode=fx", "seed=1"))
+    assert found[0].config == {"mode": {"name": "fx"}, "lr": 2, "base": 2}
+    assert [run.reason for run in found[1:3]] == ["ValueError: no", "CombinationError: no such pair"]
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"metrics": '])
+def test_a_broken_result_is_reported_with_its_file(content: str, tmp_path: Path) -> None:
+    trial(tmp_path / "0")
+    (tmp_path / "0" / "result.json").write_text(content)
+    (run,) = find_runs([tmp_path])
+    assert run.status == "unreadable"
+    assert "result.json" in run.reason
+
+
+def test_settings_that_ask_for_python_objects_are_not_obeyed(tmp_path: Path) -> None:
+    (tmp_path / "metrics.csv").write_text("step,int8/test/acc\n0,0.5\n")
+    (tmp_path / "hparams.yaml").write_text(f"x: !!python/object/apply:os.mkdir ['{tmp_path / 'made'}']\n")
+    (run,) = find_runs([tmp_path])
+    assert run.status == "unreadable"
+    assert not (tmp_path / "made").exists()
+
+
+def test_a_path_without_a_run_is_an_error_that_says_what_was_looked_for(tmp_path: Path) -> None:
+    with pytest.raises(RunFileError, match="no offline W&B run"):
+        find_runs([tmp_path])
+    with pytest.raises(RunFileError, match="does not exist"):
+        find_runs([tmp_path / "none"])

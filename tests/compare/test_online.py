@@ -1,0 +1,51 @@
+"""The public API answers from a server; here an object of its shape does."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import wandb
+
+from qat_lightning.compare import find_online
+from qat_lightning.compare.run import Curve
+from qat_lightning.errors import ConfigurationError, RunFileError
+
+
+class Api:
+    asked: tuple[Any, ...] = ()
+
+    def runs(self, path: str, filters: Any = None, order: str = "") -> list[Any]:
+        self.asked = (path, filters, order)
+        rows = [{"val/acc": 0.5, "trainer/global_step": 0}, {"val/acc": 0.75, "trainer/global_step": 9}]
+        run = {"name": "a", "url": "https://example.invalid/a", "id": "a1", "state": "finished", "config": {"seed": 1}}
+        run |= {"summary": {"int8/test/acc": 0.9, "_runtime": 12, "val/acc": {"max": 0.75}}}
+        made = SimpleNamespace(**run, history=lambda samples, pandas: rows)
+        return [made, SimpleNamespace(**run | {"id": "a2", "state": "crashed"}, history=lambda samples, pandas: [])]
+
+
+def test_runs_of_a_group_are_read() -> None:
+    api = Api()
+    found, crashed = find_online("me/project/group", api)
+    assert api.asked[:2] == ("me/project", {"group": "group"})
+    assert found.curves["val/acc"] == Curve([0.0, 9.0], [0.5, 0.75])
+    assert found.metrics == {"int8/test/acc": 0.9, "val/acc.max": 0.75}
+    assert (found.seconds, found.status, crashed.status, crashed.reason) == (
+        12.0,
+        "finished",
+        "failed",
+        "W&B says it is crashed",
+    )
+
+
+def test_an_address_without_a_project_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match="entity/project"):
+        find_online("project", Api())
+
+
+def test_what_wandb_refuses_is_an_error_of_ours() -> None:
+    class Refusing:
+        def runs(self, *_: Any, **__: Any) -> None:
+            raise wandb.errors.CommError("no such project")
+
+    with pytest.raises(RunFileError, match="no such project"):
+        find_online("me/project", Refusing())

@@ -1,0 +1,41 @@
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qat_lightning.compare.pareto import pareto_front
+
+# few values, so that there are ties
+points = st.lists(st.none() | st.tuples(*[st.integers(0, 3).map(float)] * 3), max_size=12)
+
+
+def beats(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
+    return one != other and all(a >= b for a, b in zip(one, other, strict=True))
+
+
+@given(points)
+def test_nothing_beats_the_front_and_something_on_it_beats_all_else(points):
+    front = pareto_front(points)
+    on = [point for point, is_on in zip(points, front, strict=True) if is_on]
+    for point, is_on in zip(points, front, strict=True):
+        if point is None:
+            assert not is_on
+        else:
+            assert is_on == (not any(beats(other, point) for other in on))
+
+
+@given(points)
+def test_equal_points_are_on_the_front_together(points):
+    front = pareto_front(points)
+    for point in {*points} - {None}:
+        assert len({is_on for other, is_on in zip(points, front, strict=True) if other == point}) == 1
+
+
+@given(points, st.randoms())
+def test_the_order_does_not_matter(points, random):
+    order = random.sample(range(len(points)), len(points))
+    front = pareto_front(points)
+    assert pareto_front([points[i] for i in order]) == [front[i] for i in order]
+
+
+@given(points.filter(lambda points: any(points)))
+def test_there_is_a_front_where_there_is_a_point(points):
+    assert any(pareto_front(points))

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from qat_lightning.errors import ConfigurationError
-from qat_lightning.evaluate import EQUAL_DB
+from qat_lightning.measure import EQUAL_DB
 
 FILE = "result.json"
 STATUSES = ("completed", "pruned", "skipped", "failed")

@@ -1,6 +1,8 @@
 """Quantization-aware training for PyTorch Lightning: one callback from a float model to int8."""
 
 from qat_lightning.artifact import load_quantized
+from qat_lightning.calibration import calibrate
+from qat_lightning.callbacks.post_training_quantization import PostTrainingQuantization
 from qat_lightning.callbacks.quantization_aware_training import QuantizationAwareTraining
 from qat_lightning.callbacks.quantization_monitor import QuantizationMonitor
 from qat_lightning.checkpoints import LoadsQuantizedCheckpoints, float_state_dict
@@ -10,10 +12,12 @@ from qat_lightning.scheme import Scheme
 
 __all__ = [
     "LoadsQuantizedCheckpoints",
+    "PostTrainingQuantization",
     "QuantizationAwareTraining",
     "QuantizationMonitor",
     "QuantizedNetwork",
     "Scheme",
+    "calibrate",
     "evaluate_variants",
     "float_state_dict",
     "load_quantized",

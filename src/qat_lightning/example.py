@@ -155,7 +155,7 @@ def catch_examples(
         if batch is None:
             reasons.append(f"no batch from {loader}")
             continue
-        caught = _catch(slots, pl_module, lambda batch=batch, step=step: _take_step(pl_module, step, batch), reasons)
+        caught = _catch(slots, pl_module, lambda batch=batch, step=step: take_step(pl_module, step, batch), reasons)
         if len(caught) == len(slots):
             return caught
     raise NetworkError(
@@ -165,7 +165,7 @@ def catch_examples(
     )
 
 
-def _take_step(pl_module: pl.LightningModule, step: str, batch: Any) -> Any:
+def take_step(pl_module: pl.LightningModule, step: str, batch: Any) -> Any:
     """Call a step as Lightning does: with ``batch_idx`` and ``dataloader_idx`` only where it takes them."""
     method = getattr(pl_module, step)
     indices = [0 for n, name in enumerate(("batch_idx", "dataloader_idx")) if takes(method, name, min_args=n + 2)]
@@ -175,7 +175,7 @@ def _take_step(pl_module: pl.LightningModule, step: str, batch: Any) -> Any:
 def _catch(slots: list[Slot], pl_module: pl.LightningModule, run: Any, reasons: list[str]) -> dict[str, Example]:
     caught: dict[str, Example] = {}
     with ExitStack() as stack:
-        stack.enter_context(_nothing_moves(pl_module))
+        stack.enter_context(nothing_moves(pl_module))
         for slot in slots:
             stack.enter_context(_forward_watched(slot, caught, len(slots)))
         try:
@@ -214,7 +214,7 @@ def _forward_watched(slot: Slot, caught: dict[str, Example], wanted: int) -> Ite
 
 
 @contextmanager
-def _nothing_moves(pl_module: pl.LightningModule) -> Iterator[None]:
+def nothing_moves(pl_module: pl.LightningModule) -> Iterator[None]:
     """Silence logging, and put buffers and flags back."""
     buffers = {name: buffer.clone() for name, buffer in pl_module.named_buffers()}
     flags = {module: module.training for module in pl_module.modules()}
@@ -276,7 +276,7 @@ def _peek(loader: Any) -> Any:
     """One batch, without moving the position or the random state of a loader over a map-style dataset."""
     if loader is None:
         return None
-    with _generators_kept(loader):
+    with generators_kept(loader):
         if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
             batches = iter(loader)
             if batches is loader:
@@ -301,7 +301,7 @@ def _collate(loader: DataLoader[Any], indices: Any) -> Any:
 
 
 @contextmanager
-def _generators_kept(loader: Any) -> Iterator[None]:
+def generators_kept(loader: Any) -> Iterator[None]:
     """Put the random generators back that belong to a loader and its samplers."""
     owners = [loader, *(getattr(loader, name, None) for name in ("sampler", "batch_sampler"))]
     owners += [getattr(owner, "sampler", None) for owner in owners]

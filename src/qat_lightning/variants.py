@@ -72,15 +72,23 @@ class Stand(nn.Module):
         prepared: The network that it stands in for; its attributes stay reachable, and it is a child, so that
             parameters and metrics keep their places.
         on_cpu: Run on the CPU and bring the outputs back to the inputs' device.
-        fidelity: If given, ``prepared`` runs as well and the outputs are compared.
+        fidelity: If given, ``reference`` runs as well and the outputs are compared.
+        reference: What to compare with; by default ``prepared``.
     """
 
     def __init__(
-        self, network: nn.Module, prepared: nn.Module, *, on_cpu: bool, fidelity: Fidelity | None = None
+        self,
+        network: nn.Module,
+        prepared: nn.Module,
+        *,
+        on_cpu: bool,
+        fidelity: Fidelity | None = None,
+        reference: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.__dict__["_network"] = network
         self.__dict__["_prepared"] = prepared
+        self.__dict__["_reference"] = prepared if reference is None else reference
         self.on_cpu = on_cpu
         self.fidelity = fidelity
 
@@ -94,7 +102,7 @@ class Stand(nn.Module):
         outputs = self.__dict__["_network"](*tree_map(_to_cpu, args), **tree_map(_to_cpu, kwargs))
         outputs = tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, outputs)
         if self.fidelity is not None:
-            self.fidelity.update(self.__dict__["_prepared"](*args, **kwargs), outputs)
+            self.fidelity.update(self.__dict__["_reference"](*args, **kwargs), outputs)
         return outputs
 
     def __getattr__(self, name: str) -> Any:

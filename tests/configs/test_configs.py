@@ -14,7 +14,7 @@ from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
-from qat_lightning import QuantizationAwareTraining, Scheme, app
+from qat_lightning import PostTrainingQuantization, QuantizationAwareTraining, Scheme, app
 from qat_lightning.backends import BACKENDS, pairs
 
 ROOT = Path(__file__).parents[2]
@@ -100,7 +100,9 @@ def targets(node: Any, path: str = "") -> Iterator[tuple[str, DictConfig]]:
                 yield from targets(node[key], f"{path}.{key}".strip("."))
 
 
-CHOICES_BY_SIGNATURE = [f"{group}={name}" for group in ("trainer", "method", "debug") for name in options(group)]
+CHOICES_BY_SIGNATURE = [
+    f"{group}={name}" for group in ("trainer", "method", "scheme", "debug") for name in options(group)
+]
 
 
 @pytest.mark.parametrize("choice", [*CHOICES_BY_SIGNATURE, *(f"experiment={name}" for name in options("experiment"))])
@@ -113,8 +115,12 @@ def test_every_key_is_a_parameter_of_what_reads_it(choice: str, composed: Compos
 
 
 def test_the_packaged_group_has_every_setting_with_the_default_of_the_code() -> None:
-    cfg = OmegaConf.load(PACKAGED / "quantization" / "qat.yaml")
-    for node, code in ((cfg, QuantizationAwareTraining), (cfg.scheme, Scheme)):
+    for name, callback in (("qat", QuantizationAwareTraining), ("ptq", PostTrainingQuantization)):
+        _has_every_setting(OmegaConf.load(PACKAGED / "quantization" / f"{name}.yaml"), callback)
+
+
+def _has_every_setting(cfg: Any, callback: Any) -> None:
+    for node, code in ((cfg, callback), (cfg.scheme, Scheme)):
         values = {key: value for key, value in node.items() if not key.startswith("_") and key != "scheme"}
         defaults = {
             name: parameter.default
@@ -127,7 +133,7 @@ def test_the_packaged_group_has_every_setting_with_the_default_of_the_code() -> 
 
 def test_the_packaged_group_has_every_pair() -> None:
     named = {f"{mode}_{backend}" for mode, backend in pairs()}
-    assert set(options("quantization", PACKAGED)) == {*named, "qat", "auto"}
+    assert set(options("quantization", PACKAGED)) == {*named, "qat", "ptq", "auto"}
     for mode, backend in pairs():
         cfg = OmegaConf.load(PACKAGED / "quantization" / f"{mode}_{backend}.yaml")
         assert (cfg.mode, cfg.backend) == (mode, backend)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -47,6 +47,9 @@ class QuantizationCallback(PreparingCallback):
         exclude: Globs of what stays float.
         convert: Whether there is to be an int8 network.
     """
+
+    _IN_PLACE: ClassVar[str] = "fake_quant"
+    """The variant that is in the LightningModule itself."""
 
     def __init__(
         self,
@@ -121,7 +124,7 @@ class QuantizationCallback(PreparingCallback):
         check_variant(name)
         if name not in self.variants:
             raise ConfigurationError(f"There is no variant {name!r}: {self._why_not(name)}")
-        slot = next(iter(self._prepared))
+        slot = next(iter(self._slots))
         if name == "float":
             return self._float_network(slot)
         if name == "int8":
@@ -167,7 +170,7 @@ class QuantizationCallback(PreparingCallback):
     def _convert(self) -> None:
         if not self._stale and self._quantized:
             return
-        self._have({name: self._convert_one(name) for name in self._prepared})
+        self._have({name: self._convert_one(name) for name in self._slots})
 
     def _convert_one(self, name: str) -> QuantizedNetwork:
         prepared, example = self._prepared[name], self._examples[name]
@@ -205,12 +208,16 @@ class QuantizationCallback(PreparingCallback):
             return
         self._have(
             {
-                name: unpack(packed[name], prepared_state(prepared).float_network, self._examples[name])
+                name: unpack(packed[name], self._untrained(name), self._examples[name])
                 if packed[name]
                 else self._convert_one(name)
-                for name, prepared in self._prepared.items()
+                for name in self._slots
             }
         )
+
+    def _untrained(self, name: str) -> nn.Module:
+        """The float network as its code makes it, with any weights: what an int8 file of eager mode is put into."""
+        return prepared_state(self._prepared[name]).float_network
 
     @property
     def _simulated(self) -> str:
@@ -256,7 +263,7 @@ class QuantizationCallback(PreparingCallback):
         self._stand_back()
 
     def _stand_in(self, stage: str, trainer: Trainer, pl_module: LightningModule) -> None:
-        variant = self._chosen or _EVALUATE[stage]
+        variant = self._chosen or self._default_variant(stage)
         if variant == "int8" and self._chosen is None and "int8" not in self.variants:
             if self._simulated:
                 rank_zero_info(f"trainer.{stage} runs fake-quant: {self._simulated}.")
@@ -272,16 +279,29 @@ class QuantizationCallback(PreparingCallback):
         rounds, observes = self._ranges_seen(), variant == "fake_quant" and self._observe(stage)
         for prepared in self._prepared.values():
             set_phase(prepared, fake_quant=rounds, observers=observes, batchnorm_frozen=self._phase.batchnorm_frozen)
-        if variant == "fake_quant":
+        if variant == self._IN_PLACE:
             return
         if variant == "int8":
             self._convert_in_all(trainer, to_run=True)
         fidelity = Fidelity() if variant == "int8" and stage == "test" else None
-        for name, prepared in self._prepared.items():
-            other = self._quantized[name] if variant == "int8" else self._float_network(name).to(pl_module.device)
-            plain = prepared if self._slots[name].name != OWN_FORWARD else _Bound(pl_module)
-            stand = Stand(other, plain, on_cpu=variant == "int8", fidelity=fidelity)
-            self._standing[name] = self._slots[name].run_instead(stand.eval()), fidelity
+        for name, slot in self._slots.items():
+            other = self._quantized[name] if variant == "int8" else self._variant(name, variant).to(pl_module.device)
+            plain = slot.get() if slot.name != OWN_FORWARD else _Bound(pl_module)
+            reference = self._reference(name, pl_module)
+            stand = Stand(other, plain, on_cpu=variant == "int8", fidelity=fidelity, reference=reference)
+            self._standing[name] = slot.run_instead(stand.eval()), fidelity
+
+    def _variant(self, name: str, variant: str) -> nn.Module:
+        """The network of a slot that is to stand in, other than int8."""
+        return self._float_network(name)
+
+    def _reference(self, name: str, pl_module: LightningModule) -> nn.Module | None:
+        """What int8 is compared with in a test, if it is not in the LightningModule itself."""
+        return None
+
+    def _default_variant(self, stage: str) -> str:
+        """What a stage runs if the user chose nothing."""
+        return _EVALUATE[stage]
 
     def _observe(self, stage: str) -> bool:
         """Let ranges move in an evaluation of fake-quant, if that was asked for and they are not frozen."""

@@ -26,7 +26,7 @@ from qat_lightning.example import catch_examples, check_example, examples_from_u
 from qat_lightning.flows.base import Example, get_flow, is_prepared, prepared_state, set_phase
 from qat_lightning.network import Slot, find_networks
 from qat_lightning.prepare import choose_mode
-from qat_lightning.recipe import Recipe, check_globs
+from qat_lightning.recipe import Kind, Recipe, check_globs
 from qat_lightning.schedule import Phase
 from qat_lightning.scheme import Scheme
 
@@ -46,6 +46,8 @@ class PreparingCallback(Callback):
         include: Globs of what to quantize.
         exclude: Globs of what stays float.
     """
+
+    _KIND: Kind = "qat"
 
     def __init__(
         self,
@@ -224,7 +226,7 @@ class PreparingCallback(Callback):
         """For a callback that has made something of the weights, which are now those of ``source``."""
 
     def _recipe(self, mode: str) -> Recipe:
-        return Recipe(mode, self.backend, self.scheme, self.include, self.exclude)
+        return Recipe(mode, self.backend, self.scheme, self.include, self.exclude, self._KIND)
 
     def _guard_loading(self, trainer: Trainer, pl_module: LightningModule) -> None:
         def loaded() -> None:

@@ -1,0 +1,235 @@
+"""The callback that trains nothing: int8 from a float network, with a few batches or none."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor, nn
+
+from qat_lightning.callbacks.base import QuantizationCallback
+from qat_lightning.callbacks.calibration_data import calibrate_in_steps, calibration_loader
+from qat_lightning.callbacks.company import refuse_strategy
+from qat_lightning.errors import ConfigurationError
+from qat_lightning.flows.base import is_prepared
+from qat_lightning.network import Slot, find_networks
+from qat_lightning.schedule import Phase
+from qat_lightning.scheme import Scheme
+
+_ROUNDING = Phase(fake_quant=True, observers=False, batchnorm_frozen=True)
+
+PostTrainingKind = Literal["static", "dynamic", "weight_only"]
+
+
+class PostTrainingQuantization(QuantizationCallback):
+    """Quantizes the network of a LightningModule without training it for the grid.
+
+    The LightningModule keeps its float network, and its checkpoints are those of a float run. After a fit, or before
+    ``validate``, ``test`` or ``predict`` of a Trainer that fitted nothing, a copy of the network is calibrated and
+    converted. It is made anew whenever the weights are others, so ``ckpt_path=`` of any float run works.
+    ``trainer.validate`` then runs fake-quant, ``trainer.test`` and ``trainer.predict`` int8; a validation during a fit
+    runs float.
+
+    Args:
+        mode: ``"fx"``, ``"eager"``, ``"pt2e"``, or ``"auto"``.
+        backend: As for `QuantizationAwareTraining`.
+        module: As for `QuantizationAwareTraining`.
+        example_inputs: As for `QuantizationAwareTraining`.
+        scheme: Bits, granularity and observers.
+        kind: ``"static"``: ranges of activations from ``calibration_batches``; ``"dynamic"``: ranges worked out for
+            each input; ``"weight_only"``: integers for weights, activations in float.
+        calibration_batches: Batches to calibrate with, for ``kind="static"``.
+        calibration_dataloader: Where they come from; by default the training's loader.
+        include: Globs of module names, relative to the LightningModule; only these are quantized.
+        exclude: Globs of module names that stay float.
+
+    Attributes:
+        prepared: The calibrated network with fake-quant, for ``kind="static"``, once there is one.
+        quantized: The int8 network, once there is one (a dict of them by name for several).
+        fidelity: After a test of int8, its closeness to fake-quant, or to float where there is no fake-quant.
+        float_source: Where the weights of the ``"float"`` variant come from, in words.
+
+    Raises:
+        ConfigurationError: A setting, or a pair of mode and backend, is not possible; at construction.
+
+    Example:
+        >>> ptq = PostTrainingQuantization(mode="fx", backend="x86", calibration_batches=16)
+        >>> ptq.kind
+        'static'
+    """
+
+    _IN_PLACE = "float"
+
+    def __init__(
+        self,
+        mode: str = "fx",
+        backend: str = "x86",
+        module: str | list[str] | None = None,
+        example_inputs: Any = None,
+        scheme: Scheme | None = None,
+        kind: PostTrainingKind = "static",
+        calibration_batches: int = 32,
+        calibration_dataloader: Any = None,
+        include: Sequence[str] | None = None,
+        exclude: Sequence[str] | None = None,
+    ) -> None:
+        if not isinstance(kind, str) or kind not in get_args(PostTrainingKind):
+            raise ConfigurationError(f"kind={kind!r} is unknown: use one of {', '.join(get_args(PostTrainingKind))}.")
+        if type(calibration_batches) is not int or calibration_batches < 1:
+            raise ConfigurationError(
+                f"calibration_batches={calibration_batches!r} is not possible: give an int from 1."
+            )
+        self.kind = self._KIND = kind
+        super().__init__(mode, backend, module, example_inputs, scheme, include, exclude, convert=True)
+        self.calibration_batches = calibration_batches
+        self.calibration_dataloader = calibration_dataloader
+        self.float_source = "the weights that were quantized"
+        self._phase = _ROUNDING
+        self._made_of: dict[str, dict[str, Tensor]] = {}
+
+    # Life cycle
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse what cannot be; the LightningModule stays as it is."""
+        refuse_strategy(trainer)
+        if any(slot.pl_module is not pl_module for slot in self._slots.values()):
+            self._slots, self._examples, self._prepared, self._quantized, self._made_of = {}, {}, {}, {}, {}
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Try the preparation on a copy, so that a network that cannot be quantized does not cost a training."""
+        self._find(trainer, pl_module, "fit")
+        for name, slot in self._slots.items():
+            self._prepare_copy(name, slot)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Calibrate, while the LightningModule is still on its device."""
+        if trainer.global_step:
+            self._source = f"the fit that ended at step {trainer.global_step}"
+            self._quantize(trainer, pl_module)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Make the int8 network of what was trained."""
+        if not self._made_of:
+            return
+        if self._simulated:
+            rank_zero_warn(f"No int8 network is made: {self._simulated}. trainer.test runs fake-quant.")
+            return
+        self._convert_in_all(trainer, to_run=False)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Outside a fit, quantize what is there, and validate the chosen variant, by default fake-quant."""
+        if trainer.state.fn == "validate":
+            self._ensure(trainer, pl_module, "validate")
+            self._stand_in("validate", trainer, pl_module)
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Quantize what is there, and test the chosen variant, by default int8."""
+        self._ensure(trainer, pl_module, "test")
+        super().on_test_start(trainer, pl_module)
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Quantize what is there, and predict with the chosen variant, by default int8."""
+        self._ensure(trainer, pl_module, "predict")
+        super().on_predict_start(trainer, pl_module)
+
+    # Quantize
+
+    def _find(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if self._slots:
+            return
+        slots = {name: Slot(pl_module, name) for name in find_networks(pl_module, self.module)}
+        trained = [name for name, slot in slots.items() if is_prepared(slot.get())]
+        if trained:
+            raise ConfigurationError(
+                f"{trained[0]!r} holds fake-quant already, from QuantizationAwareTraining: use one of the two."
+            )
+        with isolate_rng(include_cuda=torch.cuda.is_initialized()):
+            self._examples = self._find_examples(trainer, pl_module, slots, stage)
+        self._slots = slots
+
+    def _ensure(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Quantize the weights that are there now, unless that is what there is."""
+        # Lightning evaluates in inference mode, whose tensors a prepared network cannot keep.
+        with torch.inference_mode(False):
+            self._quantize_if_other(trainer, pl_module, stage)
+
+    def _quantize_if_other(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._find(trainer, pl_module, stage)
+        now = {name: _weights(slot.get()) for name, slot in self._slots.items()}
+        if self._made_of and all(_same(now[name], self._made_of[name]) for name in now):
+            return
+        self._source = f"checkpoint {trainer.ckpt_path}" if trainer.ckpt_path else "the present weights"
+        self._quantize(trainer, pl_module)
+
+    def _quantize(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._made_of, self._quantized, self._stale, self.fidelity = {}, {}, True, {}
+        self._prepared = {}
+        if self.kind == "static":
+            # Before anything is prepared: it may be missing.
+            loader = calibration_loader(trainer, pl_module, self.calibration_dataloader)
+            prepared = {name: self._prepare_copy(name, slot) for name, slot in self._slots.items()}
+            for network in prepared.values():
+                network.to(pl_module.device)
+            count = calibrate_in_steps(pl_module, self._slots, prepared, loader, self.calibration_batches)
+            if trainer.world_size > 1:
+                _take_over_from_first(prepared)
+            rank_zero_info(f"Calibrated on {count} batches.")
+            self._prepared = prepared
+        self._made_of = {name: _weights(slot.get()) for name, slot in self._slots.items()}
+
+    def _prepare_copy(self, name: str, slot: Slot) -> nn.Module:
+        return self._prepare_one(slot, copy.deepcopy(slot.get()), self._examples[name])
+
+    # Variants
+
+    @property
+    def variants(self) -> tuple[str, ...]:
+        """The variants that can be evaluated now."""
+        if not self._made_of:
+            return ()
+        names = ("float", "fake_quant", "int8") if self.kind == "static" else ("float", "int8")
+        return tuple(name for name in names if name != "int8" or not self._simulated)
+
+    def _ranges_seen(self) -> bool:
+        return bool(self._prepared)
+
+    def _default_variant(self, stage: str) -> str:
+        return super()._default_variant(stage) if self.kind == "static" else "int8"
+
+    def _variant(self, name: str, variant: str) -> nn.Module:
+        return self._prepared[name]
+
+    def _reference(self, name: str, pl_module: LightningModule) -> nn.Module | None:
+        return self._prepared.get(name)
+
+    def _untrained(self, name: str) -> nn.Module:
+        return self._float_network(name)
+
+    def _float_network(self, name: str) -> nn.Module:
+        return copy.deepcopy(self._slots[name].get()).cpu().float().eval()
+
+    def _why_not(self, name: str) -> str:
+        if not self._made_of:
+            return "nothing was quantized with this callback yet."
+        return f"{self._simulated}." if name == "int8" else f"kind={self.kind!r} has none."
+
+
+def _weights(network: nn.Module) -> dict[str, Tensor]:
+    state = network.state_dict()
+    return {key: value.detach().cpu().clone() for key, value in state.items() if isinstance(value, Tensor)}
+
+
+def _same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+def _take_over_from_first(prepared: dict[str, nn.Module]) -> None:
+    """Each process calibrates on its share of the data; all go on with the ranges of the first."""
+    for network in prepared.values():
+        for buffer in network.buffers():
+            torch.distributed.broadcast(buffer, src=0)

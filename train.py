@@ -28,7 +28,7 @@ def train(cfg: DictConfig) -> tuple[dict[str, float], app.Objects]:
     run = app.build(cfg)
     app.log_configuration(cfg, run.loggers)
     app.fit(cfg, run)
-    metrics = evaluate_variants(run.trainer, run.model, datamodule=run.datamodule)
+    metrics = evaluate_variants(run.trainer, run.model, datamodule=run.datamodule, fused=cfg.model.get("fused", False))
     app.close(run.loggers)
     return metrics, run
 

@@ -130,3 +130,29 @@ def test_the_table_has_a_row_for_each_variant_also_for_metrics_without_a_slash()
     table = variants_table({"float/accuracy": 0.9, "int8/accuracy": 0.8, "int8/size_mb": 1.0})
     assert [column.header for column in table.columns][:2] == ["variant", "accuracy"]
     assert table.row_count == 2
+
+
+class Folds(Model):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2))
+
+
+def test_a_float_run_also_measures_the_fused_network(capsys: pytest.CaptureFixture[str]) -> None:
+    model, trainer = Folds(), Trainer(accelerator="cpu", logger=False, enable_progress_bar=False)
+    network = model.net
+    summary = evaluate_variants(trainer, model, dataloaders=DATA, fused=True)
+    assert summary["fused/chains"] == 1
+    assert summary["fused/test/acc"] == summary["float/test/acc"]
+    assert summary["fused/size_mb"] < summary["float/size_mb"]
+    assert summary["fused/speedup"] == pytest.approx(summary["float/latency_ms"] / summary["fused/latency_ms"])
+    assert model.net is network
+    assert "BatchNorm folded into 1 layers" in capsys.readouterr().out
+
+
+def test_what_cannot_be_fused_does_not_cost_the_results() -> None:
+    model, trainer = Folds(), Trainer(accelerator="cpu", logger=False, enable_progress_bar=False)
+    model.other = nn.Linear(2, 2)
+    with pytest.warns(UserWarning, match="There is no fused variant"):
+        summary = evaluate_variants(trainer, model, dataloaders=DATA, fused=True)
+    assert "float/test/acc" in summary

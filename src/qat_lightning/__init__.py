@@ -7,6 +7,7 @@ from qat_lightning.callbacks.quantization_aware_training import QuantizationAwar
 from qat_lightning.callbacks.quantization_monitor import QuantizationMonitor
 from qat_lightning.checkpoints import LoadsQuantizedCheckpoints, float_state_dict
 from qat_lightning.evaluate import evaluate_variants
+from qat_lightning.fusion import fuse
 from qat_lightning.quantized import QuantizedNetwork
 from qat_lightning.scheme import Scheme
 
@@ -20,5 +21,6 @@ __all__ = [
     "calibrate",
     "evaluate_variants",
     "float_state_dict",
+    "fuse",
     "load_quantized",
 ]

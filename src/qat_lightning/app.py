@@ -55,6 +55,11 @@ def check(cfg: DictConfig) -> None:
         )
     if quantization is not None:
         require(get_backend(quantization.backend, quantization.mode))
+        if OmegaConf.select(cfg, "model.fused"):
+            raise CombinationError(
+                f"model.fused=true measures a float network with BatchNorm folded, and method={cfg.method.name} "
+                "folds it by itself: leave it out, or choose method=float."
+            )
     elif cfg.float_checkpoint is not None:
         raise CombinationError(
             f"float_checkpoint={cfg.float_checkpoint} is what an int8 network is compared with, and "

@@ -11,6 +11,7 @@ import torch
 from lightning.fabric.utilities.apply_func import move_data_to_device
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_warn
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -18,11 +19,21 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from qat_lightning.artifact import artifact_size_mb
 from qat_lightning.errors import NetworkError
+from qat_lightning.flows.base import Example
+from qat_lightning.fusion import fuse
 from qat_lightning.measure import EQUAL_DB, latency_interleaved, size_mb
 from qat_lightning.network import OWN_FORWARD, Slot, find_networks
 from qat_lightning.quantized import QuantizedNetwork
 
-MEASURED = ("size_mb", "latency_ms", "agreement", "sqnr_db", "step")  # what is added to the model's own metrics
+MEASURED = (
+    "size_mb",
+    "latency_ms",
+    "agreement",
+    "sqnr_db",
+    "step",
+    "speedup",
+    "chains",
+)  # what is added to the model's own metrics
 TIMED = ("float", "int8")  # fake-quant is a step of training, nothing that is shipped
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -48,6 +59,8 @@ def evaluate_variants(
     model: LightningModule,
     datamodule: LightningDataModule | None = None,
     dataloaders: Any = None,
+    *,
+    fused: bool = False,
 ) -> dict[str, float]:
     """Test the float, fake-quant and int8 variants that there are, measure float and int8, and compare.
 
@@ -62,6 +75,8 @@ def evaluate_variants(
         model: The fitted LightningModule.
         datamodule: As for `trainer.test`.
         dataloaders: As for `trainer.test`.
+        fused: Without such a callback, also test and measure the network with BatchNorm folded into the layers before
+            it (see `qat_lightning.fuse`), as ``fused``; ``fused/chains`` is how many were folded.
 
     Returns:
         The metrics of each variant, ``float/size_mb``, ``int8/size_mb``, ``size_ratio``, ``float/latency_ms``,
@@ -79,6 +94,14 @@ def evaluate_variants(
     if source is None:
         with _watched(model) as (networks, calls):
             summary |= test("float")
+        if fused:
+            try:
+                with _fused(model, calls) as (network, count):
+                    summary |= test("fused") | {"fused/chains": float(count)}
+                networks = networks | {"fused": network}
+            except NetworkError as error:
+                # After a whole training, what was asked for besides must not cost its results.
+                rank_zero_warn(f"There is no fused variant: {error}")
     else:
         before = source.chosen_variant
         for name in source.variants:
@@ -129,13 +152,15 @@ def variants_table(summary: Mapping[str, float], *, float_source: str = "") -> T
             *(_cell(summary.get(f"{name}/{metric}"), "{:.4f}") for metric in metrics),
             _cell(summary.get(f"{name}/size_mb"), "{:.3f} MB"),
             _cell(summary.get(f"{name}/latency_ms"), "{:.3f} ms"),
-            _cell(summary.get("speedup") if name == "int8" else None, "{:.2f} x"),
+            _cell(summary.get("speedup" if name == "int8" else f"{name}/speedup"), "{:.2f} x"),
         )
     return table
 
 
 def _caption(summary: Mapping[str, float], float_source: str) -> str:
     lines = [f"float: {float_source}"] if float_source else []
+    if "fused/chains" in summary:
+        lines.append(f"fused: BatchNorm folded into {summary['fused/chains']:.0f} layers")
     if "int8/agreement" in summary:
         lines.append(f"int8 chooses the same class as fake_quant for {summary['int8/agreement']:.2%} of the outputs")
     if "int8/sqnr_db" in summary:
@@ -179,6 +204,25 @@ def _watched(model: LightningModule) -> Iterator[tuple[dict[str, nn.Module], lis
 
 
 @contextmanager
+def _fused(model: LightningModule, calls: Sequence[Call]) -> Iterator[tuple[nn.Module, int]]:
+    """The float network of a LightningModule with BatchNorm folded, in its place meanwhile."""
+    names = find_networks(model, None)
+    if len(names) > 1 or not calls:
+        raise NetworkError(
+            f"Which network of {type(model).__name__} to fuse is not clear, or a test does not call it: "
+            f"{', '.join(names)}. Use qat_lightning.fuse(network, example_inputs) on it."
+        )
+    slot = Slot(model, names[0])
+    args, kwargs = calls[0]
+    network, count = fuse(slot.get(), Example(args, kwargs))
+    before = slot.run_instead(network)
+    try:
+        yield network, count
+    finally:
+        slot.run_again(before)
+
+
+@contextmanager
 def _logged_behind(name: str, loggers: Sequence[Logger]) -> Iterator[None]:
     """Put the variant's name before whatever the loggers are given, except Lightning's own count of epochs.
 
@@ -211,6 +255,8 @@ def _measure(networks: Mapping[str, nn.Module], calls: Sequence[Call]) -> dict[s
     if networks and calls:
         latencies = latency_interleaved(networks, *_one_sample(calls[0]))
         measured |= {f"{name}/latency_ms": latency.median_ms for name, latency in latencies.items()}
+        if "fused" in latencies:
+            measured["fused/speedup"] = latencies["float"].median_ms / latencies["fused"].median_ms
         if compared:
             measured["speedup"] = latencies["float"].median_ms / latencies["int8"].median_ms
     return measured

@@ -57,6 +57,22 @@ def fake_quantize_folded(weight: Tensor, factor: Tensor, fq: FakeQuantize, *, ax
         return torch.where(dead, weight.float(), unfolded).to(weight.dtype)
 
 
+@torch.no_grad()
+def folded_parameters(layer: Any, batchnorm: Any) -> tuple[nn.Parameter, nn.Parameter]:
+    """Weight and bias of a float layer that computes what ``layer`` and then ``batchnorm`` compute in evaluation.
+
+    Args:
+        layer: A convolution or a linear layer.
+        batchnorm: With running statistics; weight and bias may be None.
+    """
+    bn = batchnorm
+    fuse = fuse_linear_bn_weights if isinstance(layer, nn.Linear) else fuse_conv_bn_weights
+    gamma = torch.ones_like(bn.running_var) if bn.weight is None else bn.weight
+    beta = torch.zeros_like(bn.running_mean) if bn.bias is None else bn.bias
+    weight, bias = fuse(layer.weight, layer.bias, bn.running_mean, bn.running_var, bn.eps, gamma, beta)
+    return nn.Parameter(weight.detach()), nn.Parameter(bias.detach())
+
+
 class FreezableBatchNorm(_BatchNorm):
     """BatchNorm whose statistics a flag freezes, whatever `train` and `eval` are called with.
 
@@ -165,11 +181,10 @@ class _FoldedLayer(nn.Module):
         for name in ("_parameters", "_buffers", "_modules"):
             layer.__dict__[name] = self.__dict__[name].copy()
         del layer._modules["weight_fake_quant"]
-        fuse = fuse_linear_bn_weights if isinstance(layer, nn.Linear) else fuse_conv_bn_weights
-        weight, bias = fuse(self.weight, self.bias, bn.running_mean, bn.running_var, bn.eps, bn.weight, bn.bias)
+        weight, bias = folded_parameters(self, bn)
         fq: FakeQuantize = self.weight_fake_quant  # type: ignore[assignment]
         layer._parameters["weight"] = nn.Parameter(round_for_good(weight.detach(), fq))
-        layer._parameters["bias"] = nn.Parameter(bias.detach())
+        layer._parameters["bias"] = bias
         layer.__dict__["training"] = False
         if not self.__dict__["_has_relu"]:
             return layer

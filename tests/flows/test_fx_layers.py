@@ -146,11 +146,6 @@ def test_a_tuple_for_a_default_argument_is_traced() -> None:
     assert convert(SizeByDefault(), IMAGES).coverage[0].quantized
 
 
-def test_batchnorm_without_weight_and_bias_is_folded_into_a_linear_layer() -> None:
-    network = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5, affine=False), nn.ReLU(), nn.Linear(5, 2))
-    assert all(row.quantized for row in convert(network, (torch.randn(8, 6),)).coverage)
-
-
 @pytest.mark.parametrize("backend", ["x86", "qnnpack", "fbgemm"])
 def test_a_branch_that_is_zero_throughout(backend: str) -> None:
     class ZeroBranch(nn.Module):

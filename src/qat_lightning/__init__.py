@@ -2,6 +2,7 @@
 
 from qat_lightning.artifact import load_quantized
 from qat_lightning.calibration import calibrate
+from qat_lightning.callbacks.distillation import Distillation
 from qat_lightning.callbacks.post_training_quantization import PostTrainingQuantization
 from qat_lightning.callbacks.quantization_aware_training import QuantizationAwareTraining
 from qat_lightning.callbacks.quantization_monitor import QuantizationMonitor
@@ -12,6 +13,7 @@ from qat_lightning.quantized import QuantizedNetwork
 from qat_lightning.scheme import Scheme
 
 __all__ = [
+    "Distillation",
     "LoadsQuantizedCheckpoints",
     "PostTrainingQuantization",
     "QuantizationAwareTraining",

@@ -16,7 +16,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 
-from qat_lightning import QuantizationMonitor
+from qat_lightning import Distillation, QuantizationMonitor
 from qat_lightning.callbacks import base, sharing
 from qat_lightning.errors import QuantizationError, VerificationError
 from qat_lightning.fake_quantize import FakeQuantize
@@ -244,14 +244,14 @@ class LitHalves(Lit):
         return DataLoader(dataset(), batch_sampler=Halves(self.trainer.global_rank, self.trainer.world_size))
 
 
-def run_halves(mode: str, devices: int) -> dict[str, Tensor]:
+def run_halves(mode: str, devices: int, *others: Callback) -> dict[str, Tensor]:
     """A fit whose steps see the same samples for any number of processes; with what it ends."""
     torch.manual_seed(0)
     module = LitHalves(Plain())
     # The example is given, since it would be caught from a half.
     callback = qat(mode, start={"step": 2}, freeze_observers={"step": 6}, example_inputs=IMAGES)
     settings: dict[str, Any] = {"strategy": "ddp", "devices": devices} if devices > 1 else {}
-    trainer(callback, **settings, use_distributed_sampler=False).fit(module)
+    trainer(callback, *others, **settings, use_distributed_sampler=False).fit(module)
     tensors = {key: value for key, value in module.state_dict().items() if isinstance(value, Tensor)}
     return tensors | {"int8": callback.quantized(IMAGES)}
 
@@ -259,6 +259,7 @@ def run_halves(mode: str, devices: int) -> dict[str, Tensor]:
 def run_all(folder: Path) -> None:
     results: dict[str, Any] = {"different ways": run_different_ways()}
     halves = {mode: run_halves(mode, 2) for mode in MODES}
+    halves |= {f"{mode} distilled": run_halves(mode, 2, Distillation(2.0, 0.5)) for mode in MODES}
     base.get_flow = counted
     for mode in MODES:
         for make in (Lit, OwnForward):

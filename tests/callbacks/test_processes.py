@@ -13,6 +13,7 @@ import pytest
 import torch
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
 
+from qat_lightning import Distillation
 from qat_lightning.errors import ConfigurationError
 from tests.callbacks.ddp_run import run_halves
 from tests.callbacks.lit import MODES, Lit, qat, state, trainer
@@ -132,11 +133,13 @@ def test_only_the_first_process_compiles(tmp_path: Path) -> None:
     assert first == second
 
 
+@pytest.mark.parametrize("distilled", [False, True], ids=["plain", "distilled"])
 @pytest.mark.parametrize("mode", MODES)
-def test_two_processes_are_one_with_the_doubled_batch(mode: str, folder: Path) -> None:
+def test_two_processes_are_one_with_the_doubled_batch(mode: str, distilled: bool, folder: Path) -> None:
     """Weights, ranges and int8, for a network without BatchNorm, up to the rounding of sums."""
-    one = run_halves(mode, 1)
-    first, second = (torch.load(folder / f"{rank}.pt")[mode] for rank in (0, 1))
+    one = run_halves(mode, 1, *([Distillation(2.0, 0.5)] if distilled else []))
+    key = f"{mode} distilled" if distilled else mode
+    first, second = (torch.load(folder / f"{rank}.pt")[key] for rank in (0, 1))
     assert one.keys() == first.keys()
     for key, expected in one.items():
         assert torch.equal(first[key], second[key]), key

@@ -101,7 +101,7 @@ def targets(node: Any, path: str = "") -> Iterator[tuple[str, DictConfig]]:
 
 
 CHOICES_BY_SIGNATURE = [
-    f"{group}={name}" for group in ("trainer", "method", "scheme", "debug") for name in options(group)
+    f"{group}={name}" for group in ("trainer", "method", "recipe", "scheme", "debug") for name in options(group)
 ]
 
 
@@ -129,6 +129,16 @@ def _has_every_setting(cfg: Any, callback: Any) -> None:
         }
         assert values == defaults
     assert instantiate(cfg.scheme) == Scheme()
+
+
+@pytest.mark.parametrize("name", options("recipe"))
+def test_a_recipe_has_the_defaults_of_the_code(name: str, composed: Compose) -> None:
+    for path, node in targets(composed(f"recipe={name}").callbacks):
+        if path == name:
+            values = {key: value for key, value in node.items() if not str(key).startswith("_")}
+            parameters = inspect.signature(get_object(node._target_)).parameters
+            assert values == {key: parameter.default for key, parameter in parameters.items()}
+            assert isinstance(instantiate(node), Callback)
 
 
 def test_the_packaged_group_has_every_pair() -> None:

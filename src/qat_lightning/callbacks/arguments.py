@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,6 +31,30 @@ def check_flag(name: str, value: Any) -> None:
     """
     if not isinstance(value, bool):
         raise ConfigurationError(f"{name}={value!r} is not possible: give true or false.")
+
+
+def check_number(name: str, value: Any, *, above: float | None = None, least: float | None = None) -> None:
+    """Refuse what is no finite number, or too small a one.
+
+    Args:
+        name: The argument.
+        value: What was given.
+        above: What it has to be greater than.
+        least: What it must not be less than.
+
+    Raises:
+        ConfigurationError: With the argument's name and what is possible.
+
+    Example:
+        >>> check_number("temperature", 0, above=0)
+        Traceback (most recent call last):
+            ...
+        qat_lightning.errors.ConfigurationError: temperature=0 is not possible: give a number greater than 0.
+    """
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not number or (above is not None and value <= above) or (least is not None and value < least):
+        bound = f" greater than {above}" if above is not None else f" of at least {least}" if least is not None else ""
+        raise ConfigurationError(f"{name}={value!r} is not possible: give a number{bound}.")
 
 
 def check_names(name: str, value: Any, *, example: str) -> tuple[str, ...]:

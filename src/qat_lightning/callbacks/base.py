@@ -100,6 +100,10 @@ class QuantizationCallback(PreparingCallback):
         """What `use_variant` chose; None for the default."""
         return self._chosen
 
+    def float_weights(self, name: str) -> dict[str, Tensor] | None:
+        """The weights of a network's ``"float"`` variant, on the CPU; None if there is none."""
+        return self._float_weights.get(name)
+
     def use_variant(self, name: str | None) -> None:
         """Choose what ``validate``, ``test`` and ``predict`` run.
 

@@ -34,6 +34,21 @@ BEFORE = Phase(fake_quant=False, observers=True, batchnorm_frozen=False)
 """The phase in which every fit begins."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """One network of a LightningModule, for callbacks that go with the one that quantizes.
+
+    Attributes:
+        slot: Its place.
+        prepared: The network with fake-quant.
+        example: The call that it was prepared with.
+    """
+
+    slot: Slot
+    prepared: nn.Module
+    example: Example
+
+
 class PreparingCallback(Callback):
     """Puts fake-quant into the networks of a LightningModule, and leaves nothing else on it.
 
@@ -105,6 +120,19 @@ class PreparingCallback(Callback):
             )
         example = next(iter(self._examples.values()))
         return example.args, example.kwargs
+
+    @property
+    def phase(self) -> Phase:
+        """What is on now."""
+        return self._phase
+
+    def parts(self) -> dict[str, Part]:
+        """The networks by name; none before the fit has begun."""
+        return {
+            name: Part(slot, self._prepared[name], self._examples[name])
+            for name, slot in self._slots.items()
+            if name in self._prepared
+        }
 
     # Insert
 

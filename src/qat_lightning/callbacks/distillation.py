@@ -1,0 +1,283 @@
+"""The callback that adds distillation from the float network to whatever ``training_step`` returns."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
+
+from qat_lightning.callbacks.arguments import check_names, check_number, check_word
+from qat_lightning.callbacks.preparing import Part
+from qat_lightning.callbacks.quantization_aware_training import QuantizationAwareTraining
+from qat_lightning.checkpoints import float_weights
+from qat_lightning.errors import ConfigurationError
+from qat_lightning.network import OWN_FORWARD
+from qat_lightning.recipes.distillation import (
+    LOSSES,
+    DistillationSettings,
+    Distiller,
+    Loss,
+    check_distillation,
+    make_teacher,
+)
+
+
+class Distillation(Callback):
+    """Lets the network with fake-quant learn from the float network, while rounding is on.
+
+    Goes with `QuantizationAwareTraining`, before or after it in the Trainer's callbacks. The teacher is the network's
+    ``"float"`` variant: that of ``float_checkpoint=``, else the weights as they were when rounding came on. It runs in
+    evaluation, without gradient, on the inputs that ``training_step`` calls the network with; nothing in the
+    LightningModule has to change. What is added to the loss is logged as ``quant/distillation_loss``.
+
+    Sources: Hinton et al., 2015, https://arxiv.org/abs/1503.02531; for features Romero et al., 2015,
+    https://arxiv.org/abs/1412.6550; for quantization Mishra and Marr, 2017, https://arxiv.org/abs/1711.05852.
+
+    Args:
+        temperature: Softens the scores of both, above 0.
+        weight: Of the comparison of outputs, which already has the factor ``temperature**2``; 0 leaves it out.
+        task_weight: What the loss of ``training_step`` is multiplied by; 0 learns from the teacher alone.
+        loss: ``"kl"`` for scores of classes; ``"mse"``, relative to the teacher's mean square, for other outputs.
+        outputs: Which outputs of the network, by key or position; None for all that the loss can compare.
+        features: Names of modules, relative to the LightningModule, whose outputs are compared as well.
+        feature_weight: Of the mean of these comparisons, relative to the mean square of the teacher's features.
+        module: Which of the networks that are quantized, by name; None for all.
+
+    Raises:
+        ConfigurationError: A setting is not possible; at construction.
+
+    Example:
+        >>> Distillation(temperature=2.0, features=["net.layer3"]).settings.features
+        ('net.layer3',)
+    """
+
+    def __init__(
+        self,
+        temperature: float = 4.0,
+        weight: float = 1.0,
+        task_weight: float = 1.0,
+        loss: Loss = "kl",
+        outputs: Sequence[str] | None = None,
+        features: Sequence[str] | None = None,
+        feature_weight: float = 1.0,
+        module: str | list[str] | None = None,
+    ) -> None:
+        check_number("temperature", temperature, above=0)
+        check_number("weight", weight, least=0)
+        check_number("task_weight", task_weight, least=0)
+        check_number("feature_weight", feature_weight, above=0)
+        check_word("loss", loss)
+        if loss not in LOSSES:
+            raise ConfigurationError(f"loss={loss!r} is unknown: use one of {', '.join(LOSSES)}.")
+        self.settings = DistillationSettings(
+            temperature=float(temperature),
+            weight=float(weight),
+            loss=loss,
+            outputs=None if outputs is None else check_names("outputs", outputs, example="['logits']"),
+            features=check_names("features", features, example="['net.layer3']"),
+            feature_weight=float(feature_weight),
+        )
+        if not weight and not self.settings.features:
+            raise ConfigurationError("weight=0 without features leaves nothing to learn from the teacher.")
+        self.task_weight = float(task_weight)
+        self.module = (module,) if isinstance(module, str) else check_names("module", module, example="['head']")
+        self._weights: dict[str, dict[str, Tensor]] = {}
+        self._distillers: dict[str, Distiller] = {}
+        self._forwards: dict[str, Callable[..., Any]] = {}
+        self._of: LightningModule | None = None
+        self._put_back: Callable[[], None] | None = None
+        self._warned = False
+
+    # Insert
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse what cannot be served, before anything is changed."""
+        self._leave_nothing()
+        if self._of is not pl_module:
+            self._of, self._weights = pl_module, {}
+        if stage != "fit":
+            return
+        _partner(trainer)
+        if not pl_module.automatic_optimization:
+            raise ConfigurationError(
+                "Distillation adds to the loss that training_step returns, and with automatic_optimization=False it "
+                "returns none: add qat_lightning.recipes.distillation.distillation_loss(...) to your own loss there."
+            )
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Try what is asked for on the example, and stand around ``training_step``."""
+        for part, settings in self._chosen(_partner(trainer)).values():
+            check_distillation(part.prepared, part.example, settings)
+        plain, had = pl_module.training_step, pl_module.__dict__.get("training_step")
+
+        @functools.wraps(plain)
+        def training_step(*args: Any, **kwargs: Any) -> Any:
+            return self._step(trainer, pl_module, plain, *args, **kwargs)
+
+        def put_back() -> None:
+            if had is None:
+                pl_module.__dict__.pop("training_step", None)
+            else:
+                pl_module.__dict__["training_step"] = had
+
+        pl_module.__dict__["training_step"] = training_step
+        self._put_back = put_back
+
+    def _chosen(self, partner: QuantizationAwareTraining) -> dict[str, tuple[Part, DistillationSettings]]:
+        """The networks to distil, each with its settings, whose names are relative to it."""
+        parts = partner.parts()
+        unknown = [name for name in self.module if name not in parts]
+        if unknown:
+            raise ConfigurationError(
+                f"module={unknown[0]!r} of Distillation is not quantized: choose of {', '.join(map(repr, parts))}."
+            )
+        chosen = {name: part for name, part in parts.items() if not self.module or name in self.module}
+        found = {name: (part, self._settings_of(part)) for name, part in chosen.items()}
+        known = {feature for part, settings in found.values() for feature in _full(part, settings.features)}
+        for feature in self.settings.features:
+            if feature not in known:
+                raise ConfigurationError(
+                    f"features={list(self.settings.features)}: {feature!r} is in none of the networks "
+                    f"{', '.join(map(repr, chosen))}. Names are relative to the LightningModule, like "
+                    f"{_an_example(next(iter(chosen.values())))!r}."
+                )
+        return found
+
+    def _settings_of(self, part: Part) -> DistillationSettings:
+        prefix = f"{part.slot.prefix}." if part.slot.prefix else ""
+        inner = tuple(name.removeprefix(prefix) for name in self.settings.features if name.startswith(prefix))
+        return DistillationSettings(**self.settings.__dict__ | {"features": inner})
+
+    # Step
+
+    def _step(
+        self, trainer: Trainer, pl_module: LightningModule, plain: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        partner = _partner(trainer)
+        if not partner.phase.fake_quant:
+            return plain(*args, **kwargs)
+        if not self._distillers:
+            self._make_teachers(trainer, partner)
+        with ExitStack() as stack:
+            for name, distiller in self._distillers.items():
+                stack.enter_context(distiller.features())
+                stack.enter_context(self._watched(partner.parts()[name], distiller))
+            outputs = plain(*args, **kwargs)
+        losses = [loss for distiller in self._distillers.values() if (loss := distiller.take_loss()) is not None]
+        if outputs is None:
+            return None
+        if not losses:
+            self._warn_not_called()
+            return outputs
+        added = sum(losses[1:], losses[0])
+        if not trainer.barebones:
+            pl_module.log("quant/distillation_loss", added.detach(), on_step=True, on_epoch=False, batch_size=1)
+        return self._with_loss(outputs, added)
+
+    def _with_loss(self, outputs: Any, added: Tensor) -> Any:
+        if isinstance(outputs, Mapping):
+            if not isinstance(outputs.get("loss"), Tensor):
+                return outputs  # Lightning says what is wrong with it.
+            return {**outputs, "loss": self.task_weight * outputs["loss"] + added}
+        return self.task_weight * outputs + added if isinstance(outputs, Tensor) else outputs
+
+    def _make_teachers(self, trainer: Trainer, partner: QuantizationAwareTraining) -> None:
+        for name, (part, settings) in self._chosen(partner).items():
+            weights = partner.float_weights(name) or self._weights.get(name)
+            if weights is None:
+                if trainer.global_step > 0:
+                    raise ConfigurationError(
+                        f"Distillation has no float weights of {name!r} to learn from: this run goes on from step "
+                        f"{trainer.global_step} of one that rounded from its first step, without Distillation. Give "
+                        "QuantizationAwareTraining float_checkpoint=<a checkpoint of a float run>."
+                    )
+                weights = self._weights[name] = float_weights(part.prepared)
+            self._distillers[name] = Distiller(part.prepared, make_teacher(part.prepared, weights), settings)
+        source = partner.float_source or "the weights at the beginning of the fit"
+        rank_zero_info(f"Distillation: the teacher is {source}.")
+
+    @contextmanager
+    def _watched(self, part: Part, distiller: Distiller) -> Iterator[None]:
+        """Within the block, calls of a network pass by its teacher."""
+        owner: Any = part.slot.pl_module if part.slot.name == OWN_FORWARD else part.prepared
+        had = owner.__dict__.get("forward")
+        if part.slot.name not in self._forwards:
+            # One function for the whole fit: compiled steps are guarded on it.
+            self._forwards[part.slot.name] = functools.partial(distiller.run, owner.forward)
+        owner.__dict__["forward"] = self._forwards[part.slot.name]
+        try:
+            yield
+        finally:
+            if had is None:
+                del owner.__dict__["forward"]
+            else:
+                owner.__dict__["forward"] = had
+
+    def _warn_not_called(self) -> None:
+        if not self._warned:
+            self._warned = True
+            rank_zero_warn(
+                f"training_step did not call {', '.join(map(repr, self._distillers))} with gradient, so that there was "
+                "nothing to distil in this batch. This is said once."
+            )
+
+    # End
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leave nothing on the LightningModule."""
+        self._leave_nothing()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave nothing on the LightningModule."""
+        self._leave_nothing()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leave nothing on the LightningModule."""
+        self._leave_nothing()
+
+    def _leave_nothing(self) -> None:
+        if self._put_back is not None:
+            self._put_back()
+            self._put_back = None
+        for distiller in self._distillers.values():
+            distiller.close()
+        self._distillers, self._forwards = {}, {}
+
+    # Checkpoint
+
+    def state_dict(self) -> dict[str, Any]:
+        """The teacher's weights where the quantization callback does not keep them: with ``start=0``."""
+        return {"weights": self._weights}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Undo `state_dict`."""
+        self._weights = state_dict["weights"]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what belongs to a fit that runs."""
+        return self.__dict__ | {"_distillers": {}, "_forwards": {}, "_of": None, "_put_back": None}
+
+
+def _partner(trainer: Trainer) -> QuantizationAwareTraining:
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    found = [callback for callback in callbacks if isinstance(callback, QuantizationAwareTraining)]
+    if len(found) != 1:
+        raise ConfigurationError(
+            f"Distillation goes with one QuantizationAwareTraining, and the Trainer has {len(found)}: "
+            "callbacks=[QuantizationAwareTraining(...), Distillation(...)]."
+        )
+    return found[0]
+
+
+def _full(part: Part, names: Sequence[str]) -> list[str]:
+    return [f"{part.slot.prefix}.{name}" if part.slot.prefix else name for name in names]
+
+
+def _an_example(part: Part) -> str:
+    names = [name for name, _ in part.prepared.named_children() if not name.startswith("_")]
+    return _full(part, names[:1] or ["layer"])[0]

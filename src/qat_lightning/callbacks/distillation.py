@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
@@ -102,7 +103,7 @@ class Distillation(Callback):
             self._of, self._weights = pl_module, {}
         if stage != "fit":
             return
-        _partner(trainer)
+        QuantizationAwareTraining.of(trainer, self)
         if not pl_module.automatic_optimization:
             raise ConfigurationError(
                 "Distillation adds to the loss that training_step returns, and with automatic_optimization=False it "
@@ -111,7 +112,7 @@ class Distillation(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Try what is asked for on the example, and stand around ``training_step``."""
-        for part, settings in self._chosen(_partner(trainer)).values():
+        for part, settings in self._chosen(QuantizationAwareTraining.of(trainer, self)).values():
             check_distillation(part.prepared, part.example, settings)
         plain, had = pl_module.training_step, pl_module.__dict__.get("training_step")
 
@@ -158,8 +159,9 @@ class Distillation(Callback):
     def _step(
         self, trainer: Trainer, pl_module: LightningModule, plain: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Any:
-        partner = _partner(trainer)
-        if not partner.phase.fake_quant:
+        partner = QuantizationAwareTraining.of(trainer, self)
+        # Without gradients there is nothing to learn: another callback looks at the data.
+        if not partner.phase.fake_quant or not torch.is_grad_enabled():
             return plain(*args, **kwargs)
         if not self._distillers:
             self._make_teachers(trainer, partner)
@@ -261,17 +263,6 @@ class Distillation(Callback):
     def __getstate__(self) -> dict[str, Any]:
         """Without what belongs to a fit that runs."""
         return self.__dict__ | {"_distillers": {}, "_forwards": {}, "_of": None, "_put_back": None}
-
-
-def _partner(trainer: Trainer) -> QuantizationAwareTraining:
-    callbacks = trainer.callbacks  # type: ignore[attr-defined]
-    found = [callback for callback in callbacks if isinstance(callback, QuantizationAwareTraining)]
-    if len(found) != 1:
-        raise ConfigurationError(
-            f"Distillation goes with one QuantizationAwareTraining, and the Trainer has {len(found)}: "
-            "callbacks=[QuantizationAwareTraining(...), Distillation(...)]."
-        )
-    return found[0]
 
 
 def _full(part: Part, names: Sequence[str]) -> list[str]:

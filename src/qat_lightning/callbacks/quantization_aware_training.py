@@ -18,6 +18,7 @@ from qat_lightning.callbacks.base import QuantizationCallback
 from qat_lightning.callbacks.company import mend_resume
 from qat_lightning.callbacks.nonfinite import NonFiniteReport
 from qat_lightning.checkpoints import float_weights, read_float_weights
+from qat_lightning.errors import ConfigurationError
 from qat_lightning.flows.base import merge_ranges, prepared_state, reduce_ranges
 from qat_lightning.network import Slot
 from qat_lightning.schedule import Phase, PointLike, QuantizationSchedule, TrainingPlan
@@ -100,6 +101,23 @@ class QuantizationAwareTraining(QuantizationCallback):
         self.float_source = ""
         self.float_step: int | None = None
         self._nonfinite = NonFiniteReport()
+
+    @classmethod
+    def of(cls, trainer: Trainer, partner: Callback) -> QuantizationAwareTraining:
+        """The one of a Trainer, for a callback that goes with it.
+
+        Raises:
+            ConfigurationError: There is none, or there are several.
+        """
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        found = [callback for callback in callbacks if isinstance(callback, cls)]
+        if len(found) != 1:
+            name = type(partner).__name__
+            raise ConfigurationError(
+                f"{name} goes with one {cls.__name__}, and the Trainer has {len(found)}: "
+                f"callbacks=[{cls.__name__}(...), {name}(...)]."
+            )
+        return found[0]
 
     # Schedule
 

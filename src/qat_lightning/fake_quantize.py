@@ -149,8 +149,8 @@ class FakeQuantize(_TorchFakeQuantizeBase, _TorchaoFakeQuantizeBase):  # type: i
     @property
     def seen(self) -> bool:
         """Whether a range is known; without one nothing is rounded, and what needs it stays float."""
-        if not self._seen and self.observed:
-            self._seen = bool(self.min_val <= self.max_val)
+        if not self._seen:
+            self._seen = self.learns or (self.observed and bool(self.min_val <= self.max_val))
         return self._seen
 
     @property

@@ -16,7 +16,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 
-from qat_lightning import Distillation, QuantizationMonitor
+from qat_lightning import Distillation, QuantizationMonitor, Scheme
 from qat_lightning.callbacks import base, sharing
 from qat_lightning.errors import QuantizationError, VerificationError
 from qat_lightning.fake_quantize import FakeQuantize
@@ -25,6 +25,7 @@ from tests.callbacks.lit import CLASSES, MODES, Lit, Net, dataset, loader, qat, 
 from tests.callbacks.test_insert import OwnForward
 
 IMAGES = dataset()[:32][0]
+LEARNED = Scheme(weight_bits=4, learned_step="lsq+")
 
 
 def digest(values: dict[str, Any]) -> str:
@@ -244,12 +245,13 @@ class LitHalves(Lit):
         return DataLoader(dataset(), batch_sampler=Halves(self.trainer.global_rank, self.trainer.world_size))
 
 
-def run_halves(mode: str, devices: int, *others: Callback) -> dict[str, Tensor]:
+def run_halves(mode: str, devices: int, *others: Callback, **settings_of_callback: Any) -> dict[str, Tensor]:
     """A fit whose steps see the same samples for any number of processes; with what it ends."""
     torch.manual_seed(0)
     module = LitHalves(Plain())
     # The example is given, since it would be caught from a half.
-    callback = qat(mode, start={"step": 2}, freeze_observers={"step": 6}, example_inputs=IMAGES)
+    schedule = {"start": {"step": 2}, "freeze_observers": {"step": 6}}
+    callback = qat(mode, **schedule, example_inputs=IMAGES, **settings_of_callback)
     settings: dict[str, Any] = {"strategy": "ddp", "devices": devices} if devices > 1 else {}
     trainer(callback, *others, **settings, use_distributed_sampler=False).fit(module)
     tensors = {key: value for key, value in module.state_dict().items() if isinstance(value, Tensor)}
@@ -260,6 +262,7 @@ def run_all(folder: Path) -> None:
     results: dict[str, Any] = {"different ways": run_different_ways()}
     halves = {mode: run_halves(mode, 2) for mode in MODES}
     halves |= {f"{mode} distilled": run_halves(mode, 2, Distillation(2.0, 0.5)) for mode in MODES}
+    halves |= {f"learned {mode}": run_halves(mode, 2, scheme=LEARNED) for mode in ("fx", "pt2e")}
     base.get_flow = counted
     for mode in MODES:
         for make in (Lit, OwnForward):

@@ -15,7 +15,7 @@ from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
 
 from qat_lightning import Distillation
 from qat_lightning.errors import ConfigurationError
-from tests.callbacks.ddp_run import run_halves
+from tests.callbacks.ddp_run import LEARNED, run_halves
 from tests.callbacks.lit import MODES, Lit, qat, state, trainer
 
 ROOT = Path(__file__).parents[2]
@@ -148,6 +148,23 @@ def test_two_processes_are_one_with_the_doubled_batch(mode: str, distilled: bool
         elif key.endswith("max_val") and expected.isfinite():
             # There the averages are merged after the batch, and not what they are averages of: near, and not the same.
             assert 0.9 * expected <= first[key] <= 1.2 * expected, key
+
+
+@pytest.mark.parametrize("mode", ["fx", "pt2e"])
+def test_learned_scales_are_those_of_one_process_with_the_doubled_batch(mode: str, folder: Path) -> None:
+    one = run_halves(mode, 1, scheme=LEARNED)
+    first, second = (torch.load(folder / f"{rank}.pt")[f"learned {mode}"] for rank in (0, 1))
+    assert one.keys() == first.keys()
+    assert any(key.endswith("log_ratio") and bool(value.any()) for key, value in one.items())
+    for key, expected in one.items():
+        assert torch.equal(first[key], second[key]), key
+        torch.testing.assert_close(first[key], expected, rtol=1e-3, atol=1e-4, msg=key)
+
+
+def test_learned_scales_in_eager_mode_are_refused() -> None:
+    fitting = trainer(qat("eager", scheme=LEARNED), strategy="ddp", devices=2)
+    with pytest.raises(ConfigurationError, match="use mode='fx' or mode='pt2e'"):
+        fitting.callbacks[0].setup(fitting, Lit(), "fit")
 
 
 @pytest.mark.parametrize("name", ["FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"])

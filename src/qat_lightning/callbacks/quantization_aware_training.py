@@ -12,10 +12,12 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, GradientAccumulationScheduler, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch.optim import Optimizer
 
 from qat_lightning.callbacks.arguments import check_file, check_flag, check_stages
 from qat_lightning.callbacks.base import QuantizationCallback
 from qat_lightning.callbacks.company import mend_resume
+from qat_lightning.callbacks.learned import check_optimized, keep_from_ddp, reduce_gradients
 from qat_lightning.callbacks.nonfinite import NonFiniteReport
 from qat_lightning.checkpoints import float_weights, read_float_weights
 from qat_lightning.errors import ConfigurationError
@@ -121,6 +123,24 @@ class QuantizationAwareTraining(QuantizationCallback):
 
     # Schedule
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse what does not go together, and arrange for the preparation."""
+        if self.scheme.learned and self.mode == "eager" and trainer.world_size > 1:
+            raise ConfigurationError(
+                "learned_step in mode='eager' is not possible in several processes, which may take different ways "
+                "through the network and then begin to learn from different ranges: use mode='fx' or mode='pt2e'."
+            )
+        super().setup(trainer, pl_module, stage)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """See that learned scales are optimized."""
+        check_optimized(trainer, self._prepared)
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Reduce the gradients of learned scales, which are kept from DistributedDataParallel."""
+        if self.scheme.learned and trainer.world_size > 1 and self._phase.fake_quant:
+            reduce_gradients(self._prepared)
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Work out how long the training is planned to be."""
         mend_resume(trainer)
@@ -196,6 +216,7 @@ class QuantizationAwareTraining(QuantizationCallback):
 
     def _was_prepared(self) -> None:
         super()._was_prepared()
+        keep_from_ddp(next(iter(self._slots.values())).pl_module, self._prepared)
         if self.float_checkpoint is not None:
             for name, prepared in self._prepared.items():
                 state = prepared_state(prepared).float_network.state_dict()

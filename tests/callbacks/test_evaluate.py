@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
@@ -440,3 +441,27 @@ def test_several_networks_are_tested_together(mode: str) -> None:
     assert module.other is callback.prepared["other"]
     with pytest.raises(ConversionError, match=r"qat\.quantized\['name'\]\.save"):
         callback.save("nowhere")
+
+
+class OnlyOneInTraining(Ensemble):
+    """The other network is there for evaluations only."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return F.cross_entropy(self.net(batch[0]), batch[1])
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_network_that_training_never_runs_stays_float(mode: str) -> None:
+    module = OnlyOneInTraining()
+    callback = qat(mode, module=["net", "other"], example_inputs={"net": IMAGES, "other": IMAGES})
+    before = state(module.other)
+    fitting = trainer(callback)
+    with pytest.warns(UserWarning, match="'other' stayed float: training never ran it"):
+        fitting.fit(module, loader())
+    assert set(callback.quantized) == {"net"}
+    predicted = torch.cat(fitting.predict(module, loader(32, batch_size=16)))  # type: ignore[arg-type]
+    plain = Ensemble().other
+    plain.load_state_dict(before)
+    with torch.no_grad():
+        torch.testing.assert_close(predicted, callback.quantized["net"](IMAGES) + plain.eval()(IMAGES))
+    assert module.other is callback.prepared["other"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,17 @@ def test_resume_with_a_plain_loader_at_the_end_of_an_epoch(mode: str, epoch: int
     expected = end(fit(mode, saving, train=loader(), enable_checkpointing=True))
     checkpoint = tmp_path / f"epoch={epoch}.ckpt"
     assert_same_state(end(fit(mode, seed=7, train=loader(), ckpt_path=checkpoint)), expected)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_plain_loader_within_an_epoch_is_warned_of(mode: str, tmp_path: Path) -> None:
+    """By Lightning, and only there: what the loader would have to be able to."""
+    fit(mode, every_step(tmp_path), train=loader(), enable_checkpointing=True, max_steps=5)
+    with pytest.warns(UserWarning, match=r"dataloader is not resumable.*`state_dict` / `load_state_dict`"):
+        fit(mode, seed=7, train=loader(), ckpt_path=tmp_path / "step=5.ckpt")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*not resumable.*")
+        fit(mode, seed=7, train=loader(), ckpt_path=tmp_path / "step=4.ckpt")
 
 
 @pytest.mark.parametrize("mode", MODES)

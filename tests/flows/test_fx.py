@@ -73,9 +73,9 @@ def test_a_reserved_name_is_refused() -> None:
         prepare(network)
 
 
-def test_converting_without_ranges_is_refused_with_the_layers() -> None:
+def test_converting_without_ranges_is_refused() -> None:
     prepared = FxFlow().prepare(Plain(), Example((IMAGES,)), X86)
-    with pytest.raises(ConversionError, match=r"No finite range was ever observed for .*conv"):
+    with pytest.raises(ConversionError, match="No finite range was ever observed in Plain"):
         FxFlow().convert(cpu_copy(prepared), Example((IMAGES,)))
 
 

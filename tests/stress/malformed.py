@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import math
 import random
@@ -103,7 +104,8 @@ class Files:
 
     def checkpoint(self, mode: str | None, **settings: Any) -> Path:
         """A Lightning checkpoint of a fit with these settings; of a float fit for no mode."""
-        name = "_".join([str(mode), *(f"{k}_{v}" for k, v in settings.items())]).replace("/", "-").replace("*", "+")
+        # Settings in words may be too long for the name of a file.
+        name = f"{mode}_{hashlib.sha256(repr(sorted(settings.items())).encode()).hexdigest()[:16]}"
         path = self.folder / f"{name}.ckpt"
         if not path.exists():
             saving = ModelCheckpoint(self.folder, filename=name, every_n_train_steps=1)

@@ -131,6 +131,30 @@ def test_batches_of_one(mode: str) -> None:
     assert callback.fidelity["agreement"] == 1.0
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_batchnorm_weights_of_exactly_zero(mode: str) -> None:
+    """As many residual networks begin; one of them never learns."""
+
+    class Zero(Spatial):
+        def __init__(self) -> None:
+            super().__init__()
+            nn.init.zeros_(self.bn.weight)
+            nn.init.ones_(self.bn.bias)  # or ReLU would let no gradient through
+
+    module, callback = Lit(Zero()), qat(mode, start={"step": 1})
+    stuck: list[Any] = []
+    module.net.bn.weight.register_hook(lambda grad: stuck.append(1) or grad.index_fill(0, torch.tensor([0]), 0.0))
+    fitting = trainer(callback)
+    fitting.fit(module, loader())
+    weight = module.state_dict()["net.bn.weight"]
+    assert stuck
+    assert weight[0] == 0
+    assert (weight[1:] != 0).all()
+    assert all(torch.isfinite(value.double()).all() for value in module.state_dict().values() if torch.is_tensor(value))
+    fitting.test(module, loader(), verbose=False)
+    assert callback.fidelity["agreement"] == 1.0
+
+
 class Skips(nn.Module):
     """A layer that training never reaches."""
 

@@ -83,7 +83,8 @@ class QuantizationCallback(PreparingCallback):
         """The int8 network, a dict of them for several, or None before there is one."""
         if self._convert_when_asked:
             self._convert()
-        return one_or_all(self._quantized)
+        # Of several networks only one may have been run.
+        return dict(self._quantized) if len(self._prepared) > 1 and self._quantized else one_or_all(self._quantized)
 
     @property
     def variants(self) -> tuple[str, ...]:
@@ -174,7 +175,13 @@ class QuantizationCallback(PreparingCallback):
     def _convert(self) -> None:
         if not self._stale and self._quantized:
             return
-        self._have({name: self._convert_one(name) for name in self._slots})
+        never_run = self._never_run()
+        if never_run:
+            rank_zero_warn(
+                f"{', '.join(map(repr, never_run))} stayed float: training never ran it on finite values, so that no "
+                "range was observed. Leave it out of module= if that is meant."
+            )
+        self._have({name: self._convert_one(name) for name in self._slots if name not in never_run})
 
     def _convert_one(self, name: str) -> QuantizedNetwork:
         prepared, example = self._prepared[name], self._examples[name]
@@ -216,6 +223,7 @@ class QuantizationCallback(PreparingCallback):
                 if packed[name]
                 else self._convert_one(name)
                 for name in self._slots
+                if name in packed
             }
         )
 
@@ -229,9 +237,12 @@ class QuantizationCallback(PreparingCallback):
         return next((why for p in self._prepared.values() if (why := prepared_state(p).recipe.simulated)), "")
 
     def _ranges_seen(self) -> bool:
-        return any(
-            fq.seen for prepared in self._prepared.values() for _, fq in fake_quantizers(prepared) if fq.observed
-        )
+        return any(map(_knows_a_range, self._prepared.values()))
+
+    def _never_run(self) -> list[str]:
+        """Of several networks those that were never run on finite values, where others were."""
+        seen = {name: _knows_a_range(prepared) for name, prepared in self._prepared.items()}
+        return [name for name, there in seen.items() if not there and any(seen.values())]
 
     # Evaluate
 
@@ -280,8 +291,10 @@ class QuantizationCallback(PreparingCallback):
         if variant not in self.variants:
             raise ConfigurationError(f"There is no variant {variant!r} to {stage}: {self._why_not(variant)}")
         # Without ranges nothing is rounded: the weights alone neither, which know theirs.
-        rounds, observes = self._ranges_seen(), variant == "fake_quant" and self._observe(stage)
-        for prepared in self._prepared.values():
+        observes = variant == "fake_quant" and self._observe(stage)
+        never_run = self._never_run()
+        for name, prepared in self._prepared.items():
+            rounds = self._ranges_seen() and name not in never_run
             set_phase(prepared, fake_quant=rounds, observers=observes, batchnorm_frozen=self._phase.batchnorm_frozen)
         if variant == self._IN_PLACE:
             return
@@ -289,6 +302,8 @@ class QuantizationCallback(PreparingCallback):
             self._convert_in_all(trainer, to_run=True)
         fidelity = Fidelity() if variant == "int8" and stage == "test" else None
         for name, slot in self._slots.items():
+            if variant == "int8" and name not in self._quantized:
+                continue
             other = self._quantized[name] if variant == "int8" else self._variant(name, variant).to(pl_module.device)
             plain = slot.get() if slot.name != OWN_FORWARD else _Bound(pl_module)
             reference = self._reference(name, pl_module)
@@ -371,6 +386,10 @@ class _Bound(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.__dict__["_forward"](*args, **kwargs)
+
+
+def _knows_a_range(prepared: nn.Module) -> bool:
+    return any(fq.seen for _, fq in fake_quantizers(prepared) if fq.observed)
 
 
 def _report_float(quantized: QuantizedNetwork) -> None:

@@ -30,6 +30,7 @@ from qat_lightning.flows.base import (
     refuse_simulated,
 )
 from qat_lightning.flows.fx_config import LEFT_FLOAT, backend_config, qconfig_mapping
+from qat_lightning.flows.fx_unseen import in_words, knows_no_range, put_plain_layers, take_out_unseen
 from qat_lightning.flows.tracing import line_at_fault, shared_batchnorms, trace
 from qat_lightning.flows.verify import check_layers
 from qat_lightning.graph_network import GraphNetwork, GraphPart
@@ -154,18 +155,19 @@ class FxFlow:
         refuse_simulated(state.recipe)
         assert isinstance(prepared, GraphNetwork)
         recording = copy.deepcopy(prepared)
-        unseen = _never_observed(prepared)
-        if unseen:
+        if knows_no_range(prepared):
             raise ConversionError(
-                f"No finite range was ever observed for {', '.join(unseen)}: train at least one step in which every "
-                "layer runs on finite values, or exclude the layers behind them."
+                f"No finite range was ever observed in {type(state.float_network).__name__}: train at least one step "
+                "on finite values before it is converted."
             )
         round_weights_for_good(prepared)
         passes.visit_functional_weights(prepared, passes.round_functional_weight)
         make_batchnorm_plain(prepared)
         passes.observe_everywhere(prepared)
         graph = copy.deepcopy(plan.graph)
-        passes.drop_nodes(graph, plan.dropped)
+        unseen = take_out_unseen(graph, dict(prepared.named_modules(remove_duplicate=False)))
+        # A ReLU is dropped for the range behind it, where there is one.
+        passes.drop_nodes(graph, [name for name in plan.dropped if name not in {node.name for node in unseen}])
         graph_module = fx.GraphModule(prepared, graph)
         graph_module.meta = copy.copy(plan.meta)
         graph_module.eval()
@@ -182,6 +184,7 @@ class FxFlow:
                     f"{target.name!r}: {type(error).__name__}: {error}"
                 ) from error
         show_float_ops(int8)
+        left = put_plain_layers(int8) if unseen else set()
         passes.reshape_views(int8.graph)
         network = GraphNetwork(int8)
         for parameter in network.parameters():
@@ -192,7 +195,10 @@ class FxFlow:
             raise ConversionError(
                 f"A kernel of backend {target.name!r} refuses the int8 {type(state.float_network).__name__}: {error}"
             ) from error
-        return Converted(network=network, coverage=_coverage(state, network), checks=checks)
+        notes = (
+            [f"No finite range was ever observed for {in_words(unseen)}: what is there stays float."] if unseen else []
+        )
+        return Converted(network, _coverage(state, network, left), checks, notes)
 
 
 def _join(prefix: str, name: str) -> str:
@@ -272,18 +278,7 @@ def _holder(root: nn.Module, path: str) -> nn.Module:
     return root
 
 
-def _never_observed(prepared: GraphNetwork) -> list[str]:
-    modules = dict(prepared.named_modules(remove_duplicate=False))
-    names = []
-    for node in prepared.graph.nodes:
-        fq = modules.get(str(node.target)) if node.op == "call_module" else None
-        if isinstance(fq, FakeQuantize) and fq.observed and not fq.seen:
-            source = node.all_input_nodes[0]
-            names.append(f"the output of {source.target if source.op == 'call_module' else source.name}")
-    return names
-
-
-def _coverage(state: PreparedState, int8: nn.Module) -> list[LayerCoverage]:
+def _coverage(state: PreparedState, int8: nn.Module, unseen: set[str]) -> list[LayerCoverage]:
     converted = dict(int8.named_modules())
     rows = []
     for name, module in state.float_network.named_modules():
@@ -291,9 +286,13 @@ def _coverage(state: PreparedState, int8: nn.Module) -> list[LayerCoverage]:
             continue
         kind = type(converted.get(name)).__module__
         quantized = ".quantized." in kind and ".reference." not in kind
-        rows.append(
-            LayerCoverage(name, type(module).__name__, quantized, "" if quantized else _why_float(state, name, module))
-        )
+        if quantized:
+            why = ""
+        elif any(f"{left}.".startswith(f"{name}.") for left in unseen):
+            why = "no finite range was ever observed for its input or its output"
+        else:
+            why = _why_float(state, name, module)
+        rows.append(LayerCoverage(name, type(module).__name__, quantized, why))
     return rows
 
 

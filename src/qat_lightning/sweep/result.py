@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,8 @@ from qat_lightning.errors import ConfigurationError
 from qat_lightning.measure import EQUAL_DB
 
 FILE = "result.json"
+IDENTITY = "trial.json"
+"""What a trial is, and what it began with: its overrides, the id of its W&B run, the checkpoint it goes on from."""
 STATUSES = ("completed", "pruned", "skipped", "failed")
 DONE = ("completed", "pruned", "skipped")
 """How a trial ends that needs not be run again."""
@@ -81,9 +83,34 @@ class TrialResult:
         if not path.is_file():
             return None
         try:
-            return cls(**json.loads(path.read_text()))
-        except (ValueError, TypeError) as error:
+            return cls(**read_json(path))
+        except TypeError as error:
             raise ConfigurationError(f"{path} is not the result of a trial ({error}): remove it.") from error
+
+
+def identity(overrides: Iterable[Any]) -> list[str]:
+    """The overrides that make a trial what it is: all but those that only say how it is run.
+
+    Example:
+        >>> identity(["mode=fx", "resume=true"])
+        ['mode=fx']
+    """
+    return [str(word) for word in overrides if str(word).lstrip("+").partition("=")[0] not in ("resume", "isolate")]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The content of a file that `write_json` wrote.
+
+    Raises:
+        ConfigurationError: It is none.
+    """
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise ConfigurationError(f"{path} cannot be read ({error}): remove it.") from error
+    if not isinstance(content, dict):
+        raise ConfigurationError(f"{path} is of something else: remove it.")
+    return content
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import secrets
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,13 +21,16 @@ from omegaconf import DictConfig, open_dict
 from qat_lightning import app
 from qat_lightning.errors import CombinationError, ConfigurationError
 from qat_lightning.sweep.process import run_apart
-from qat_lightning.sweep.result import FILE, TrialResult, write_json
+from qat_lightning.sweep.result import FILE, IDENTITY, TrialResult, identity, read_json, write_json
 
 Train = Callable[[DictConfig], tuple[dict[str, float], app.Objects]]
 Objective = float | tuple[float, ...] | None
 
-IDENTITY = "trial.json"
 OUTPUT = "output.log"
+
+# conf/hydra/launcher has files of the names of the plugins' own configurations, which Hydra checks them against, and
+# warns about in each process. That is what is wanted here; and this module is what every process of a sweep imports.
+warnings.filterwarnings("ignore", message=r"\s*.*is validated against ConfigStore schema with the same name")
 
 
 def run_trial(train: Train, cfg: DictConfig) -> Objective:
@@ -91,7 +94,7 @@ class Trial:
     def owns_folder(self) -> bool:
         """Whether what is in the folder is from a launch of this same trial."""
         path = self.folder / IDENTITY
-        return path.is_file() and json.loads(path.read_text())["overrides"] == self.overrides
+        return path.is_file() and read_json(path)["overrides"] == self.overrides
 
     def run(self, train: Train, cfg: DictConfig) -> TrialResult:
         """Run the trial as one of a sweep, in a process of its own where that is possible."""
@@ -155,17 +158,18 @@ class Trial:
         goes_on = self.resume and self.owns_folder
         if self.of_sweep and not self.owns_folder:
             _put_aside(self.folder)
-        begun: dict[str, Any] = json.loads((self.folder / IDENTITY).read_text()) if goes_on else {}
+        begun: dict[str, Any] = read_json(self.folder / IDENTITY) if goes_on else {}
         run_id = cfg.run.id or begun.get("wandb_id") or secrets.token_hex(4)
         last = self.folder / "checkpoints" / "last.ckpt"
         checkpoint = cfg.ckpt_path or (str(last) if goes_on and last.is_file() else None)
         write_json(self.folder / IDENTITY, {"overrides": self.overrides, "wandb_id": run_id, "ckpt_path": checkpoint})
-        return _with(cfg, run_id, checkpoint)
+        group = cfg.run.group or (_sweep_name() if self.of_sweep else f"{cfg.data.name}-{cfg.model.name}")
+        return _with(cfg, run_id, group, checkpoint)
 
     def joined(self, cfg: DictConfig) -> DictConfig:
         """What the first process of this trial begun with, for the others."""
-        begun = json.loads((self.folder / IDENTITY).read_text())
-        return _with(cfg, begun["wandb_id"], begun["ckpt_path"])
+        begun = read_json(self.folder / IDENTITY)
+        return _with(cfg, begun["wandb_id"], cfg.run.group, begun["ckpt_path"])
 
     def _attempt_quietly(self, train: Train, cfg: DictConfig) -> bool:
         try:
@@ -179,20 +183,16 @@ class Trial:
         return True
 
 
-def identity(overrides: Any) -> list[str]:
-    """The overrides that make a trial what it is: all but those that only say how it is run.
-
-    Example:
-        >>> identity(["mode=fx", "resume=true"])
-        ['mode=fx']
-    """
-    return [str(word) for word in overrides if str(word).lstrip("+").partition("=")[0] not in ("resume", "isolate")]
+def _sweep_name() -> str:
+    """The last two parts of a sweep's folder, which are its day and its time unless one was given."""
+    return "-".join(Path(str(HydraConfig.get().sweep.dir)).resolve().parts[-2:])
 
 
-def _with(cfg: DictConfig, run_id: str, checkpoint: str | None) -> DictConfig:
+def _with(cfg: DictConfig, run_id: str, group: str | None, checkpoint: str | None) -> DictConfig:
     begun = cfg.copy()
     with open_dict(begun):
         begun.run.id = run_id
+        begun.run.group = group
         begun.ckpt_path = checkpoint
     return begun
 

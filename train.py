@@ -29,6 +29,7 @@ def train(cfg: DictConfig) -> tuple[dict[str, float], app.Objects]:
     app.log_configuration(cfg, run.loggers)
     app.fit(cfg, run)
     metrics = evaluate_variants(run.trainer, run.model, datamodule=run.datamodule, fused=cfg.model.get("fused", False))
+    app.keep_int8(cfg, run, metrics)
     app.close(run.loggers)
     return metrics, run
 

@@ -3,7 +3,7 @@
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +20,12 @@ from rich.panel import Panel
 from rich.text import Text
 
 from qat_lightning.backends import get_backend, require
-from qat_lightning.errors import CombinationError, ConfigurationError, QuantizationError
+from qat_lightning.callbacks.base import QuantizationCallback
+from qat_lightning.errors import ArtifactError, CombinationError, ConfigurationError, QuantizationError
+from qat_lightning.wandb_views import define_summaries, log_int8
+
+INT8_FILE = "model.int8"
+"""The int8 network in the folder of a run."""
 
 
 class Objects(NamedTuple):
@@ -97,8 +102,38 @@ def build(cfg: DictConfig) -> Objects:
 
 def fit(cfg: DictConfig, run: Objects) -> None:
     """Train, and keep what was logged when training ended: a test afterwards writes over it."""
+    for logger in run.loggers:
+        if isinstance(logger, WandbLogger):
+            define_summaries(logger, run.callbacks)
     run.trainer.fit(run.model, datamodule=run.datamodule, ckpt_path=cfg.ckpt_path)
     run.fit_metrics.update({name: float(value) for name, value in run.trainer.callback_metrics.items()})
+
+
+def keep_int8(cfg: DictConfig, run: Objects, metrics: Mapping[str, float]) -> None:
+    """Save the int8 network into the run's folder, and give it to W&B as an artifact with its figures.
+
+    A network that cannot be saved costs nothing but its file: a warning says why.
+
+    Args:
+        cfg: The configuration; with ``save_int8=false`` nothing is saved.
+        run: A run that was evaluated.
+        metrics: What the evaluation returned.
+    """
+    callback = next((c for c in run.callbacks if isinstance(c, QuantizationCallback)), None)
+    if not cfg.save_int8 or callback is None or not run.trainer.is_global_zero:
+        return
+    networks = callback.quantized
+    named = networks if isinstance(networks, dict) else {"": networks} if networks is not None else {}
+    for name, network in named.items():
+        path = Path(cfg.paths.output_dir) / (f"model-{name}.int8" if name else INT8_FILE)
+        try:
+            network.save(path)
+        except ArtifactError as error:
+            warnings.warn(f"The int8 network is not kept as a file: {error}", stacklevel=2)
+            continue
+        for logger in run.loggers:
+            if isinstance(logger, WandbLogger):
+                log_int8(logger, path, metrics, [f"seed-{cfg.seed}"])
 
 
 def log_configuration(cfg: DictConfig, loggers: list[Logger]) -> None:

@@ -24,6 +24,7 @@ from qat_lightning.fusion import fuse
 from qat_lightning.measure import EQUAL_DB, latency_interleaved, size_mb
 from qat_lightning.network import OWN_FORWARD, Slot, find_networks
 from qat_lightning.quantized import QuantizedNetwork
+from qat_lightning.wandb_views import log_variants
 
 MEASURED = (
     "size_mb",
@@ -286,7 +287,7 @@ def _write(loggers: Sequence[Logger], summary: Mapping[str, float], step: int) -
     finite = {key: value if math.isfinite(value) else EQUAL_DB for key, value in summary.items()}
     for logger in loggers:
         if isinstance(logger, WandbLogger):
-            logger.experiment.summary.update(finite)
+            log_variants(logger, finite, step)
         else:
             logger.log_metrics(finite, step)
             logger.save()

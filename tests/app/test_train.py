@@ -59,7 +59,7 @@ def test_a_float_run_is_read_back_from_wandb(tmp_path: Path) -> None:
     result = json.loads((tmp_path / "out" / "result.json").read_text())
     assert result["status"] == "completed"
     assert result["metrics"].items() <= summary.items()
-    assert result["fit_metrics"]["val/acc"] == summary["val/acc"]
+    assert result["fit_metrics"]["val/acc"] == summary["val/acc"]["last"]
     assert result["wandb"]["id"] == found["run_id"]
     assert Path(result["wandb"]["dir"]).is_dir()
 
@@ -77,6 +77,9 @@ def test_a_qat_run_leaves_the_whole_comparison_in_wandb(pair: str, tmp_path: Pat
     sizes = ["float/size_mb", "int8/size_mb", "size_ratio", "float/latency_ms", "int8/latency_ms", "speedup"]
     schedule = ["quant/fake_quant_enabled", "quant/observers_enabled", "quant/batchnorm_frozen"]
     assert {*variants, *sizes, *schedule, "int8/agreement", "int8/sqnr_db"} <= summary.keys()
+    assert {"max", "last"} <= summary["val/acc"].keys()
+    assert any(key.startswith("variants/table") for key in summary)
+    assert (tmp_path / "out" / "model.int8").is_file()
     assert summary["quant/fake_quant_enabled"] == 1
     assert summary["quant/batchnorm_frozen"] == 1
 

@@ -6,7 +6,9 @@ import pytest
 from selenium import webdriver
 from selenium.webdriver.common.by import By
 
+from qat_lightning import load_quantized
 from qat_lightning.compare import Limits, compare, decide, find_runs, page
+from qat_lightning.demos import SmallMobileNet
 
 
 def test_a_sweep_of_train_py_is_read_with_all_that_its_runs_kept(sweep: Path) -> None:
@@ -16,6 +18,8 @@ def test_a_sweep_of_train_py_is_read_with_all_that_its_runs_kept(sweep: Path) ->
     assert qat.config["quantization"]["mode"] == "eager"
     assert {"int8/test/acc", "int8/latency_ms", "int8/size_mb", "speedup", "float/test/acc"} <= qat.metrics.keys()
     assert {"train/loss", "quant/fake_quant_enabled", "quant/batchnorm_frozen"} <= qat.curves.keys()
+    assert load_quantized(qat.model_file, network=SmallMobileNet(in_channels=1, width=4)) is not None
+    assert plain.model_file == ""
     assert qat.layers
     assert {"layer", "weight_sqnr_db"} <= qat.layers[0].keys()
     assert "float/test/acc" in plain.metrics

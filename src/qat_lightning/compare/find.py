@@ -13,6 +13,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from qat_lightning.app import INT8_FILE
 from qat_lightning.compare.csv_run import METRICS, read_csv, read_yaml
 from qat_lightning.compare.offline import join, read_offline
 from qat_lightning.compare.run import Run, Status, numbers
@@ -20,7 +21,6 @@ from qat_lightning.errors import RunFileError
 from qat_lightning.sweep.result import FILE as RESULT
 
 HYDRA = ".hydra"
-MODEL = "model.int8"
 _STATUS: dict[str, Status] = {"completed": "finished", "pruned": "pruned", "skipped": "skipped", "failed": "failed"}
 _NOT_RUNS = (HYDRA, "checkpoints", "latest-run")  # and what a trial put aside: `earlier-1`
 
@@ -107,7 +107,7 @@ def _read(place: _Place) -> Run:
     )
     hydra = place.folder / HYDRA
     overrides = tuple(result.get("overrides") or _overrides(hydra / "overrides.yaml"))
-    model = place.folder / MODEL
+    model = place.folder / INT8_FILE
     run = replace(
         run,
         folder=str(place.folder),

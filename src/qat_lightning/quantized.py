@@ -13,6 +13,7 @@ from torch import nn
 from qat_lightning.backends import quantized_engine
 from qat_lightning.errors import QuantizationError
 from qat_lightning.flows.base import Converted, Example, LayerCheck, LayerCoverage
+from qat_lightning.kinds import DIRECT
 from qat_lightning.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -79,8 +80,8 @@ class QuantizedNetwork(nn.Module):
         return copied
 
     def __getstate__(self) -> dict[str, Any]:
-        """All of it in mode pt2e; the packed layers of the other modes come out of a pickle as ruins."""
-        if self.recipe.mode != "pt2e":
+        """All of it; the packed layers of static kernels in modes eager and fx come out of a pickle as ruins."""
+        if self.recipe.mode != "pt2e" and self.recipe.kind not in DIRECT:
             raise QuantizationError(
                 f"An int8 network of mode={self.recipe.mode!r} does not pickle, since its packed layers do not: "
                 "write it with save(path), and read it with qat_lightning.load_quantized(path)."

@@ -6,6 +6,7 @@ import copy
 import functools
 import inspect
 from collections import OrderedDict
+from dataclasses import astuple
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +17,11 @@ from torch.ao.nn.intrinsic import quantized as nniq
 from qat_lightning.artifact.packed import decode_packed_layer, encode_packed_layer, is_packed_layer
 from qat_lightning.artifact.values import decode, encode
 from qat_lightning.errors import ArtifactError
+from qat_lightning.integer_layers import IntegerLayer, WeightGrid
+from qat_lightning.integer_layers.attention import DynamicAttention
+from qat_lightning.integer_layers.dynamic import DynamicCell, DynamicLinear
+from qat_lightning.integer_layers.recurrent import DynamicRecurrent
+from qat_lightning.integer_layers.weight_only import WeightOnly, WeightOnlyEmbedding
 
 if TYPE_CHECKING:
     from qat_lightning.artifact.graph import Reading, Writing
@@ -48,6 +54,10 @@ _CLASSES: dict[str, type[nn.Module]] = {
     **{f"torch.ao.nn.intrinsic.quantized.{name}": getattr(nniq, name) for name in _FUSED},
 }
 _NAMES = {layer: name for name, layer in _CLASSES.items()}
+_INTEGER_LAYERS: dict[str, type[IntegerLayer]] = {
+    layer.__name__: layer
+    for layer in (DynamicLinear, DynamicCell, DynamicRecurrent, DynamicAttention, WeightOnlyEmbedding)
+}
 _OTHER_NAMES = {"output_scale": "scale", "output_zero_point": "zero_point", "_dtype": "dtype"}
 _NO_ARGUMENTS = frozenset({"self", "args", "kwargs", "device", "dtype"})
 _INTERNALS = frozenset(vars(nn.Module())) | {"training"}
@@ -62,6 +72,8 @@ def encode_module(module: nn.Module, path: str, writing: Writing) -> dict[str, A
     if type(module) is nn.Sequential:
         children = module.named_children()
         return {"sequential": [[name, encode_module(child, f"{path}.{name}", writing)] for name, child in children]}
+    if isinstance(module, IntegerLayer):
+        return {"integers": _encode_integer_layer(module, writing)}
     if type(module) not in _NAMES or not _rebuilds(module):
         return _encode_foreign(module, path, writing)
     data = {
@@ -81,11 +93,60 @@ def decode_module(data: dict[str, Any], reading: Reading) -> nn.Module:
         module = nn.Sequential(OrderedDict((name, decode_module(child, reading)) for name, child in content))
     elif kind == "layer":
         module = _decode_layer(content, reading)
+    elif kind == "integers":
+        module = _decode_integer_layer(content, reading)
     elif kind == "foreign":
         module = _decode_foreign(content, reading)
     else:
         raise ArtifactError(f"it holds a {str(kind)[:80]!r}, which is not known")
     return module.eval()
+
+
+def _encode_integer_layer(layer: IntegerLayer, writing: Writing) -> dict[str, Any]:
+    data: dict[str, Any] = {"class": type(layer).__name__}
+    if isinstance(layer, WeightOnly):
+        inner = layer.layer
+        arguments = _arguments(inner)
+        with torch.device("meta"):
+            rebuilt = _plain_attributes(type(inner)(**arguments))
+        if any(_plain_attributes(inner).get(name) != value for name, value in rebuilt.items()):
+            raise ArtifactError(f"holds the integers of a {type(inner).__name__} whose attributes were changed")
+        data["layer"], data["grid"] = _NAMES[type(inner)], encode(astuple(layer.grid))
+        data["arguments"] = {name: encode(value) for name, value in arguments.items()}
+    else:
+        names = inspect.signature(type(layer).__init__).parameters
+        data["arguments"] = {
+            name: encode(value if name != "bias" or isinstance(value, bool) else value is not None)
+            for name, value in ((name, getattr(layer, name)) for name in names if name != "self")
+        }
+    return {**data, "state": _encode_state(layer, writing)}
+
+
+def _decode_integer_layer(data: dict[str, Any], reading: Reading) -> nn.Module:
+    arguments = {name: decode(value) for name, value in data["arguments"].items()}
+    state = _decode_state(data["state"], reading)
+    # Each layer in a layer has tensors of its own in the file: no more are made than there are tensors for.
+    if type(arguments.get("num_layers", 1)) is not int or arguments.get("num_layers", 1) > len(state):
+        raise ArtifactError("it holds a layer with more layers in it than tensors")
+    with torch.device("meta"):
+        if data["class"] == WeightOnly.__name__:
+            if data["layer"] not in _CLASSES:
+                raise ArtifactError(f"it holds integers of the class {str(data['layer'])[:80]!r}, which is not known")
+            inner = _CLASSES[data["layer"]]
+            unknown = arguments.keys() - set(_argument_names(data["layer"]))
+            if unknown:
+                raise ArtifactError(f"{inner.__name__} is not made with {', '.join(map(str, unknown))[:80]}")
+            layer: nn.Module = WeightOnly.shell(inner(**arguments), WeightGrid(*decode(data["grid"])))
+        elif data["class"] in _INTEGER_LAYERS:
+            layer = _INTEGER_LAYERS[data["class"]](**arguments)
+        else:
+            raise ArtifactError(f"it holds a layer of integers {str(data['class'])[:80]!r}, which is not known")
+    layer.load_state_dict(state, assign=True)
+    for tensor in (*layer.parameters(), *layer.buffers()):
+        tensor.requires_grad_(False)
+        if tensor.is_meta:
+            raise ArtifactError(f"a tensor of a {type(layer).__name__} is not there")
+    return layer
 
 
 def _is_plain(module: nn.Module) -> bool:

@@ -21,6 +21,7 @@ from qat_lightning.artifact.graph import (
 from qat_lightning.artifact.values import decode, encode
 from qat_lightning.errors import ArtifactError, CheckpointMismatchError
 from qat_lightning.graph_network import GraphNetwork
+from qat_lightning.kinds import DIRECT
 from qat_lightning.recipe import Recipe
 
 
@@ -111,6 +112,7 @@ def _encode_eager(network: nn.Module, writing: Writing) -> dict[str, Any]:
 
 
 def _decode_eager(data: dict[str, Any], recipe: Recipe, reading: Reading) -> nn.Module:
+    from qat_lightning.flows.direct.eager import skeleton
     from qat_lightning.flows.eager import EagerFlow
 
     kind = str(data["class"])
@@ -120,8 +122,9 @@ def _decode_eager(data: dict[str, Any], recipe: Recipe, reading: Reading) -> nn.
             "code makes it, trained or not, as load_quantized(path, network=...)"
         )
     given = type(reading.network).__name__
+    make = skeleton if recipe.kind in DIRECT else EagerFlow().skeleton
     try:
-        network = EagerFlow().skeleton(copy.deepcopy(reading.network).cpu().float(), decode(data["plan"]), recipe)
+        network = make(copy.deepcopy(reading.network).cpu().float(), decode(data["plan"]), recipe)
     except CheckpointMismatchError as error:
         raise ArtifactError(
             f"it was saved from a {kind}, and the network given does not go with it. {str(error).removesuffix('.')}"

@@ -31,7 +31,7 @@ from qat_lightning.flows.base import (
 )
 from qat_lightning.flows.fx_config import LEFT_FLOAT, backend_config, qconfig_mapping
 from qat_lightning.flows.fx_unseen import in_words, knows_no_range, put_plain_layers, take_out_unseen
-from qat_lightning.flows.tracing import line_at_fault, shared_batchnorms, trace
+from qat_lightning.flows.tracing import line_at_fault, outer_parts, shared_batchnorms, trace
 from qat_lightning.flows.verify import check_layers
 from qat_lightning.graph_network import GraphNetwork, GraphPart
 from qat_lightning.portable_graph import HoldsGraphs
@@ -87,7 +87,7 @@ class FxFlow:
             for name, module in network.named_modules()
             if name
         }
-        graph_module, scopes = trace(network, example, leaves=_leaves(network, selected))
+        graph_module, scopes = trace(network, example, leaves=outer_parts(network, selected))
         originals = dict(network.named_modules())
         parameters = dict(network.named_parameters(remove_duplicate=False))
         flags = {module: module.training for module in network.modules()}
@@ -110,7 +110,7 @@ class FxFlow:
                     scopes,
                     example_inputs=_flat_example(graph_module, example),
                     prepare_custom_config=PrepareCustomConfig().set_non_traceable_module_names(
-                        _leaves(network, selected)
+                        outer_parts(network, selected)
                     ),
                     backend_config=config,
                 )
@@ -226,17 +226,6 @@ def _pad_with_numbers(conv: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> bool:
         return False
     conv.padding = tuple(total // 2 for total in totals)
     return True
-
-
-def _leaves(network: nn.Module, selected: dict[str, bool]) -> list[str]:
-    """Submodules that stay float as a whole are called as they are: what is inside need not be traceable."""
-    return [
-        name
-        for name, module in network.named_modules()
-        if name
-        and not any(selected[inner] for inner in selected if inner == name or inner.startswith(name + "."))
-        and any(True for _ in module.children())
-    ]
 
 
 def _flat_example(graph_module: fx.GraphModule, example: Example) -> tuple[Any, ...]:

@@ -95,6 +95,32 @@ def trace(network: nn.Module, example: Example, leaves: list[str]) -> tuple[fx.G
     return graph_module, scopes
 
 
+def trace_evaluation(network: nn.Module, example: Example, leaves: list[str]) -> fx.GraphModule:
+    """Trace the way that ``network`` takes in evaluation, whatever it does in training; see `trace`.
+
+    Raises:
+        TraceError: It cannot be traced.
+    """
+    check_names(network, "fx")
+    return _trace_once(network, example, leaves, train=False)[0]
+
+
+def outer_parts(network: nn.Module, selected: dict[str, bool]) -> list[str]:
+    """Submodules that stay float as a whole are called as they are: what is inside need not be traceable.
+
+    Args:
+        network: The float network.
+        selected: For each name of a module whether it is to be quantized.
+    """
+    return [
+        name
+        for name, module in network.named_modules()
+        if name
+        and not any(selected[inner] for inner in selected if inner == name or inner.startswith(name + "."))
+        and any(True for _ in module.children())
+    ]
+
+
 def _trace_once(
     network: nn.Module, example: Example, leaves: list[str], *, train: bool
 ) -> tuple[fx.GraphModule, dict[str, Any]]:

@@ -78,16 +78,22 @@ def check_layers(prepared: GraphNetwork, int8: GraphNetwork, example: Example, t
     return checks
 
 
-def raise_if_faulty(checks: list[LayerCheck], target: Backend) -> None:
-    """Raise for the worst layer that is past the tolerance of ``target`` by more than a rounding."""
+def raise_if_faulty(checks: list[LayerCheck], target: Backend, wanted: str = "fake-quant computed in training") -> None:
+    """Raise for the worst layer that is past the tolerance of ``target`` by more than a rounding.
+
+    Args:
+        checks: The rows.
+        target: The backend.
+        wanted: What the layers are compared with, for the message.
+    """
     faulty = [check for check in checks if is_faulty(check, target)]
     if not faulty:
         return
     worst = min(faulty, key=lambda check: check.sqnr_db)
     apart = "" if math.isnan(worst.max_steps) else f", up to {worst.max_steps:.0f} steps apart"
     raise VerificationError(
-        f"Layer {worst.name!r} does not compute in int8 what fake-quant computed in training: {worst.sqnr_db:.1f} dB "
-        f"of SQNR on fake-quant's own input{apart}, where {target.tolerance_db:.0f} dB is the least for backend "
+        f"Layer {worst.name!r} does not compute in int8 what {wanted}: {worst.sqnr_db:.1f} dB "
+        f"of SQNR on the same input{apart}, where {target.tolerance_db:.0f} dB is the least for backend "
         f"{target.name!r}. Its kernel is {worst.op}. {len(faulty)} of {len(checks)} layers are past the tolerance. "
         f"What to do: exclude=['{worst.name}'], or another backend."
     )

@@ -51,12 +51,13 @@ TRAINING_FLAG: dict[Any, tuple[int, Any]] = {
 """Ops other than BatchNorm that do something else in training: which argument says so, and its value in evaluation."""
 
 
-def capture(network: nn.Module, example: Example) -> tuple[fx.GraphModule, CallSpec]:
-    """Export ``network`` in training mode.
+def capture(network: nn.Module, example: Example, *, train: bool = True) -> tuple[fx.GraphModule, CallSpec]:
+    """Export ``network`` in training mode, or as it is in evaluation.
 
     Args:
         network: The float network; its flags are as before when this returns.
         example: One call, with a batch of 2 or more.
+        train: Whether the graph is to be trained. One of evaluation may draw random numbers, as the network then does.
 
     Returns:
         A graph whose inputs are the tensors of a call and whose output is a flat tuple, and how it is called.
@@ -69,7 +70,7 @@ def capture(network: nn.Module, example: Example) -> tuple[fx.GraphModule, CallS
     args, kwargs = canonical(signature, example.args, example.kwargs)
     in_spec, inputs = inputs_of(network, example, size)
     check_names(network, "pt2e")
-    with _training(network), warnings.catch_warnings():
+    with _in_mode(network, train), warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"torch\..*")
         try:
             program = torch.export.export(
@@ -84,7 +85,8 @@ def capture(network: nn.Module, example: Example) -> tuple[fx.GraphModule, CallS
     _refuse_fixed_batch(graph_module.graph, spec)
     _inline_no_grad(graph_module)
     _clean(graph_module.graph, spec)
-    _refuse_randomness(graph_module.graph, spec.name)
+    if train:
+        _refuse_randomness(graph_module.graph, spec.name)
     _make_functional(graph_module.graph)
     graph_module.graph.lint()
     graph_module.recompile()
@@ -92,9 +94,9 @@ def capture(network: nn.Module, example: Example) -> tuple[fx.GraphModule, CallS
 
 
 @contextlib.contextmanager
-def _training(network: nn.Module) -> Iterator[None]:
+def _in_mode(network: nn.Module, train: bool) -> Iterator[None]:
     before = {module: module.training for module in network.modules()}
-    network.train()
+    network.train(train)
     try:
         yield
     finally:

@@ -56,7 +56,7 @@ def decompose(root: nn.Module, plan: Plan, name: str) -> Decomposed:
     graph_module.meta = dict(plan.meta)
     graph_module.train(False)
     _fold_batchnorm(graph_module, plan)
-    _evaluate(graph)
+    evaluate(graph)
     unseen = _leave_unseen_float(graph_module)
     quantizers = [node for node in graph.nodes if _quantizer(graph_module, node) is not None]
     if not quantizers:
@@ -73,7 +73,7 @@ def decompose(root: nn.Module, plan: Plan, name: str) -> Decomposed:
             f"Upstream's converter failed on {name} ({type(error).__name__}: {error}). Use exclude= for the part at "
             "fault, or mode='fx' or mode='eager'."
         ) from error
-    return Decomposed(_tidy(converted), unseen)
+    return Decomposed(tidy(converted), unseen)
 
 
 def _fold_batchnorm(graph_module: fx.GraphModule, plan: Plan) -> None:
@@ -131,7 +131,7 @@ def _constant(graph_module: fx.GraphModule, before: fx.Node, name: str, value: T
     return node
 
 
-def _evaluate(graph: fx.Graph) -> None:
+def evaluate(graph: fx.Graph) -> None:
     """Put what is left into its form for evaluation."""
     for node in reversed(list(graph.nodes)):
         if node.op != "call_function":
@@ -226,7 +226,7 @@ def _upstream_convert(graph_module: fx.GraphModule) -> Any:
     return converted
 
 
-def _tidy(converted: fx.GraphModule) -> fx.GraphModule:
+def tidy(converted: fx.GraphModule) -> fx.GraphModule:
     """Only what the graph reads, as buffers, each once; upstream leaves the float weights behind."""
     root = nn.Module()
     kept: dict[str, Tensor] = {}

@@ -1,0 +1,120 @@
+"""FX graph mode: the network as a graph that a file can hold, its layers and linear functions replaced."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from qat_lightning.flows.base import Converted, Example, LayerCoverage
+from qat_lightning.flows.direct.checking import check_layers, end_to_end, refuse_nothing, run_float, run_integer
+from qat_lightning.flows.direct.eager import cover, float_copy
+from qat_lightning.flows.tracing import outer_parts, trace_evaluation
+from qat_lightning.graph_network import GraphNetwork
+from qat_lightning.integer_layers import integer_layer
+from qat_lightning.recipe import Recipe
+
+
+def quantize_fx(network: nn.Module, example: Example, recipe: Recipe, *, prefix: str = "") -> Converted:
+    """See `qat_lightning.flows.direct.quantize`."""
+    original = float_copy(network)
+    expected = run_float(original, example)
+    selected = {name: recipe.selects(_join(prefix, name)) for name, _ in original.named_modules() if name}
+    graph_module = trace_evaluation(original, example, outer_parts(original, selected))
+    coverage = [_in_graph(row, graph_module.graph) for row in cover(original, recipe, prefix)]
+    functional = _linear_functions(graph_module, recipe, prefix)
+    if not functional:
+        refuse_nothing(original, coverage, recipe)
+    for row in coverage:
+        if row.quantized:
+            _put(graph_module, row.name, integer_layer(original.get_submodule(row.name), recipe))
+    for node in functional:
+        coverage.append(_replace_function(graph_module, node, recipe))
+    graph_module.graph.lint()
+    graph_module.recompile()
+    graph_module.delete_all_unused_submodules()
+    integer = GraphNetwork(graph_module).eval()
+    _drop_unread(integer)
+    actual, calls = run_integer(integer, example)
+    checks, notes = check_layers(calls, recipe.target)
+    return Converted(integer, coverage, checks, [*notes, *end_to_end(expected, actual)])
+
+
+def _join(prefix: str, name: str) -> str:
+    return f"{prefix}.{name}" if prefix and name else prefix or name
+
+
+def _in_graph(row: LayerCoverage, graph: fx.Graph) -> LayerCoverage:
+    """Keep a layer float that the graph does not call, or whose weight it reads itself."""
+    if not row.quantized:
+        return row
+    if not any(node.target == row.name for node in graph.find_nodes(op="call_module")):
+        reason = (
+            "not used by forward, or inside a module that is called as a whole: mode='eager' and mode='pt2e' reach it"
+        )
+        return LayerCoverage(row.name, row.kind, False, reason)
+    if any(str(node.target).startswith(f"{row.name}.") for node in graph.find_nodes(op="get_attr")):
+        return LayerCoverage(row.name, row.kind, False, "forward reads its weight as well as calling it")
+    return row
+
+
+def _linear_functions(graph_module: fx.GraphModule, recipe: Recipe, prefix: str) -> list[fx.Node]:
+    """Calls of ``F.linear`` with a weight of the network's own."""
+    found = []
+    for node in graph_module.graph.find_nodes(op="call_function", target=F.linear):
+        bound = _linear_arguments(node)
+        weight, bias = bound.get("weight"), bound.get("bias")
+        attributes = [part for part in (weight, bias) if part is not None]
+        if not all(isinstance(part, fx.Node) and part.op == "get_attr" for part in attributes) or weight is None:
+            continue
+        if recipe.selects(_join(prefix, str(weight.target))):
+            found.append(node)
+    return found
+
+
+def _linear_arguments(node: fx.Node) -> dict[str, Any]:
+    return dict(zip(("input", "weight", "bias"), node.args, strict=False)) | dict(node.kwargs)
+
+
+def _replace_function(graph_module: fx.GraphModule, node: fx.Node, recipe: Recipe) -> LayerCoverage:
+    arguments = _linear_arguments(node)
+    weight = _value(graph_module, arguments["weight"])
+    bias = None if arguments.get("bias") is None else _value(graph_module, arguments["bias"])
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None)
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        layer.bias = nn.Parameter(bias, requires_grad=False)
+    name = f"functional_{node.name}"
+    graph_module.add_submodule(name, integer_layer(layer, recipe))
+    with graph_module.graph.inserting_after(node):
+        call = graph_module.graph.call_module(name, (arguments["input"],))
+    node.replace_all_uses_with(call)
+    graph_module.graph.erase_node(node)
+    for part in (arguments["weight"], arguments.get("bias")):
+        if isinstance(part, fx.Node) and not part.users:
+            graph_module.graph.erase_node(part)
+    return LayerCoverage(name, "F.linear", True)
+
+
+def _value(graph_module: fx.GraphModule, node: fx.Node) -> Tensor:
+    holder, _, leaf = str(node.target).rpartition(".")
+    value: Tensor = getattr(graph_module.get_submodule(holder), leaf)
+    return value.detach()
+
+
+def _put(graph_module: fx.GraphModule, name: str, layer: nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    graph_module.get_submodule(parent)._modules[leaf] = layer
+
+
+def _drop_unread(network: GraphNetwork) -> None:
+    """Parameters of functions that were replaced."""
+    read = {str(node.target) for node in network.graph.find_nodes(op="get_attr")}
+    called = tuple(f"{node.target}." for node in network.graph.find_nodes(op="call_module"))
+    for name, _ in [*network.named_parameters(), *network.named_buffers()]:
+        if name not in read and not name.startswith(called):
+            holder, _, leaf = name.rpartition(".")
+            module = network.get_submodule(holder)
+            module._parameters.pop(leaf, None)
+            module._buffers.pop(leaf, None)

@@ -71,7 +71,7 @@ def test_zero_is_exactly_representable(a: float, b: float, grid: tuple[int, int]
     st.integers(0, 255),
 )
 def test_rounding_equals_the_integers_that_kernels_store(values: list[float], scale: float, zero_point: int) -> None:
-    """Where there is no tie: there ``quantize_per_tensor`` adds the zero point first, so an odd one decides otherwise."""
+    """Where there is no tie: there ``quantize_per_tensor`` adds the zero point first, and an odd one turns it."""
     x = torch.tensor(values)
     assume(zero_point % 2 == 0 or not (x / scale * 2 % 2 == 1).any())
     rounded = fake_quantize(

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from qat_lightning.fake_quantize import FakeQuantize
 from qat_lightning.flows.base import Example, cpu_copy, get_flow, set_phase
 from qat_lightning.grid import fake_quantize
+from qat_lightning.learned_step import RATE
 from qat_lightning.recipe import Recipe
 from qat_lightning.scheme import Scheme
 from tests.networks import CASES, train
@@ -54,17 +55,16 @@ def test_sgd_moves_the_scale_as_lsq_does(seed: int) -> None:
     fq(weight)
     assert fq.step is not None
     with torch.no_grad():
-        fq.step.log_ratio.fill_(-0.5)  # so that some are clamped
+        fq.step.log_ratio.fill_(-0.5 / RATE)  # so that some are clamped
     scale = fq.calculate_qparams()[0].double()
-    optimizer = torch.optim.SGD(fq.step.parameters(), lr=1e-4)
+    optimizer = torch.optim.SGD(fq.step.parameters(), lr=2e-4)
     (fq(weight) * torch.arange(50.0)).sum().backward()
     optimizer.step()
     ratio = weight.double() / scale
     rounded = torch.round(ratio)
     slope = torch.where(rounded.abs() > 7, 7.0 * ratio.sign(), rounded - ratio)
-    expected = -1e-4 * float((slope * torch.arange(50.0)).sum()) / math.sqrt(50 * 7)
-    # exp(x) - 1 is x up to the square of a step that is small.
-    moved = float(scale) * math.expm1(float(fq.step.log_ratio.detach().double()) + 0.5)
+    expected = -2e-4 * float((slope * torch.arange(50.0)).sum()) / math.sqrt(50 * 7)
+    moved = float(scale) * (RATE * float(fq.step.log_ratio.detach().double()) + 0.5)
     assert moved == pytest.approx(expected, rel=2e-2, abs=1e-8)
 
 
@@ -97,15 +97,16 @@ def test_they_begin_at_the_observed_range_and_then_are_the_optimizers(learned: s
     assert fq.learns
     assert all(torch.equal(a, b) for a, b in zip(fq.calculate_qparams(), observed, strict=True))
     assert fq.step is not None
-    optimizer = torch.optim.Adam(fq.step.parameters(), lr=0.02)
-    for _ in range(20):
+    optimizer = torch.optim.Adam(fq.step.parameters(), lr=0.01)
+    for _ in range(60):
         loss = (fq(x) - x).square().mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     scale, zero_point = fq.calculate_qparams()
     assert scale != observed[0]
-    assert (zero_point != observed[1]) == (learned == "lsq+")
+    assert (fq.step.shift is not None and bool(fq.step.shift != 0)) == (learned == "lsq+")
+    assert zero_point == observed[1] or learned == "lsq+"
     before = fq.calculate_qparams()
     fq.observer_enabled = True
     fq(x * 100)
@@ -120,7 +121,7 @@ def test_they_learn_to_clip_what_plain_ranges_cannot() -> None:
     x[0, 0] = 40.0
     fq = activation_fq()
     first = (fq(x) - x).square().mean().item()
-    optimizer = torch.optim.Adam(fq.parameters(), lr=0.05)
+    optimizer = torch.optim.Adam(fq.parameters(), lr=0.005)
     for _ in range(100):
         loss = (fq(x) - x).square().mean()
         optimizer.zero_grad()
@@ -141,7 +142,7 @@ def test_state_reloads_and_goes_on_learning_where_it_was() -> None:
     fq = activation_fq()
     fq(torch.randn(4, 4))
     with torch.no_grad():
-        fq.step.log_ratio.add_(0.3)  # type: ignore[union-attr]
+        fq.step.log_ratio.add_(0.03)  # type: ignore[union-attr]
     buffer = io.BytesIO()
     torch.save(fq.state_dict(), buffer)
     buffer.seek(0)

@@ -22,7 +22,8 @@ LOCK = {
     )
 }
 EXTRAS = PROJECT["optional-dependencies"]
-APART = {"ray"}  # Ray's launcher wants cloudpickle 2.2.1, and joblib of the lock wants 3
+# Ray's launcher wants cloudpickle 2.2.1, and joblib of the lock wants 3; the benchmarks' weights are of no use to tests
+APART = {"ray", "benchmarks"}
 REQUIREMENTS = [
     requirement
     for text in chain(PROJECT["dependencies"], *(EXTRAS[name] for name in EXTRAS if name not in APART))

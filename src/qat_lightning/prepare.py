@@ -11,6 +11,8 @@ from torch import nn
 from qat_lightning.backends import MODES
 from qat_lightning.errors import ConfigurationError, NetworkError, QuantizationError
 from qat_lightning.flows.base import Example, get_flow
+from qat_lightning.flows.direct import quantize
+from qat_lightning.kinds import DIRECT
 from qat_lightning.recipe import Recipe
 
 AUTO_ORDER = ("fx", "pt2e", "eager")
@@ -46,7 +48,10 @@ def choose_mode(
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                get_flow(candidate).prepare(copy.deepcopy(network), example, trial, prefix=prefix)
+                if trial.kind in DIRECT:
+                    quantize(network, example, trial, prefix=prefix)
+                else:
+                    get_flow(candidate).prepare(copy.deepcopy(network), example, trial, prefix=prefix)
         except QuantizationError as error:
             failed.append(f"{candidate}: {error}")
             continue

@@ -12,7 +12,7 @@ from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
-from qat_lightning import PostTrainingQuantization, QuantizationAwareTraining, Scheme, evaluate_variants
+from qat_lightning import PostTrainingQuantization, QuantizationAwareTraining, Scheme, evaluate_variants, load_quantized
 from qat_lightning.errors import ConfigurationError, ConversionError, NetworkError
 from qat_lightning.flows.base import fake_quantizers
 from qat_lightning.variants import Stand
@@ -248,3 +248,40 @@ def test_after_quantization_aware_training_it_is_refused() -> None:
     trainer(QuantizationAwareTraining()).fit(module, loader())
     with pytest.raises(ConfigurationError, match="holds fake-quant already"):
         trainer(PostTrainingQuantization(calibration_dataloader=loader())).test(module, loader(), verbose=False)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "weight_only"])
+def test_kinds_without_calibration_need_no_data_but_what_they_are_tested_on(
+    mode: str, kind: Any, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    saved = ModelCheckpoint(tmp_path)
+    trainer(saved, enable_checkpointing=True).fit(Lit(), loader())
+    ptq = PostTrainingQuantization(mode=mode, kind=kind)
+    run, module = trainer(ptq), Lit()
+    results = run.test(module, loader(), ckpt_path=saved.best_model_path, verbose=False)
+    assert results[0]["test/acc"] > 0.9
+    assert ptq.variants == ("float", "int8")
+    assert ptq.quantized.recipe.kind == kind
+    assert any(row.quantized for row in ptq.quantized.coverage if row.name == "head")
+    assert ptq.fidelity["agreement"] >= 0.98
+    assert run.validate(module, loader(), verbose=False)[0]["val/acc"] == results[0]["test/acc"]
+    with pytest.raises(ConfigurationError, match=f"kind='{kind}' has none"):
+        ptq.use_variant("fake_quant")
+    path = tmp_path / "int8"
+    ptq.save(path)
+    x = loader().dataset[:4][0]
+    again = load_quantized(path, network=Lit().net if mode == "eager" else None)
+    assert torch.equal(again(x), ptq.quantized(x))
+
+
+@pytest.mark.parametrize("kind", ["static", "dynamic", "weight_only"])
+def test_auto_takes_a_mode_that_works(kind: Any) -> None:
+    module, ptq, run = _fit("auto", kind=kind)
+    assert ptq.quantized.recipe.mode == "fx"
+    assert ptq.quantized.recipe.kind == kind
+
+
+def test_a_kind_that_the_pair_has_not_is_refused_at_construction() -> None:
+    with pytest.raises(ConfigurationError, match="use kind='dynamic' or kind='static', or backend='x86'"):
+        PostTrainingQuantization(mode="pt2e", backend="xnnpack", kind="weight_only")

@@ -18,6 +18,7 @@ from qat_lightning.callbacks.preparing import PreparingCallback, one_or_all
 from qat_lightning.callbacks.sharing import compile_once, pack, several_processes, unpack
 from qat_lightning.errors import ConfigurationError, ConversionError
 from qat_lightning.flows.base import (
+    Converted,
     cpu_copy,
     fake_quantizers,
     get_flow,
@@ -28,6 +29,7 @@ from qat_lightning.flows.base import (
 from qat_lightning.network import OWN_FORWARD
 from qat_lightning.processes import any_process, in_all, in_first
 from qat_lightning.quantized import QuantizedNetwork
+from qat_lightning.recipe import Recipe
 from qat_lightning.scheme import Scheme
 from qat_lightning.variants import VARIANTS, Fidelity, Stand, check_variant
 
@@ -116,7 +118,7 @@ class QuantizationCallback(PreparingCallback):
             ConfigurationError: The name is unknown, or there is no such variant, with the reason.
         """
         check_variant(name)
-        if name is not None and self._prepared and name not in self.variants:
+        if name is not None and self.variants and name not in self.variants:
             raise ConfigurationError(f"There is no variant {name!r} to use: {self._why_not(name)}")
         self._chosen = name
 
@@ -184,15 +186,19 @@ class QuantizationCallback(PreparingCallback):
         self._have({name: self._convert_one(name) for name in self._slots if name not in never_run})
 
     def _convert_one(self, name: str) -> QuantizedNetwork:
-        prepared, example = self._prepared[name], self._examples[name]
-        recipe = prepared_state(prepared).recipe
         with isolate_rng(include_cuda=torch.cuda.is_initialized()):
-            result = get_flow(recipe.mode).convert(cpu_copy(prepared), example)
+            result, recipe = self._make_int8(name)
         for note in result.notes:
             rank_zero_info(note)
-        converted = QuantizedNetwork(result, recipe, example, source=self._source)
+        converted = QuantizedNetwork(result, recipe, self._examples[name], source=self._source)
         _report_float(converted)
         return converted
+
+    def _make_int8(self, name: str) -> tuple[Converted, Recipe]:
+        """What the flow makes of one network, and by which recipe."""
+        prepared = self._prepared[name]
+        recipe = prepared_state(prepared).recipe
+        return get_flow(recipe.mode).convert(cpu_copy(prepared), self._examples[name]), recipe
 
     def _have(self, converted: dict[str, QuantizedNetwork]) -> None:
         self._quantized = converted

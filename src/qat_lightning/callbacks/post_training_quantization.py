@@ -16,8 +16,11 @@ from qat_lightning.callbacks.base import QuantizationCallback
 from qat_lightning.callbacks.calibration_data import calibrate_in_steps, calibration_loader
 from qat_lightning.callbacks.company import refuse_strategy
 from qat_lightning.errors import ConfigurationError
-from qat_lightning.flows.base import is_prepared
+from qat_lightning.flows.base import Converted, is_prepared
+from qat_lightning.flows.direct import quantize
+from qat_lightning.kinds import check_kind
 from qat_lightning.network import Slot, find_networks
+from qat_lightning.recipe import Recipe
 from qat_lightning.schedule import Phase
 from qat_lightning.scheme import Scheme
 
@@ -86,6 +89,8 @@ class PostTrainingQuantization(QuantizationCallback):
             )
         self.kind = self._KIND = kind
         super().__init__(mode, backend, module, example_inputs, scheme, include, exclude, convert=True)
+        if mode != "auto":
+            check_kind(self._recipe(mode))
         self.calibration_batches = calibration_batches
         self.calibration_dataloader = calibration_dataloader
         self.float_source = "the weights that were quantized"
@@ -104,7 +109,10 @@ class PostTrainingQuantization(QuantizationCallback):
         """Try the preparation on a copy, so that a network that cannot be quantized does not cost a training."""
         self._find(trainer, pl_module, "fit")
         for name, slot in self._slots.items():
-            self._prepare_copy(name, slot)
+            if self.kind == "static":
+                self._prepare_copy(name, slot)
+            else:
+                self._make_int8(name)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Calibrate, while the LightningModule is still on its device."""
@@ -184,6 +192,13 @@ class PostTrainingQuantization(QuantizationCallback):
 
     def _prepare_copy(self, name: str, slot: Slot) -> nn.Module:
         return self._prepare_one(slot, copy.deepcopy(slot.get()), self._examples[name])
+
+    def _make_int8(self, name: str) -> tuple[Converted, Recipe]:
+        if self.kind == "static":
+            return super()._make_int8(name)
+        slot, example, network = self._slots[name], self._examples[name], self._float_network(name)
+        recipe = self._recipe_for(network, slot, example)
+        return quantize(network, example, recipe, prefix=slot.prefix), recipe
 
     # Variants
 

@@ -208,6 +208,17 @@ class PreparingCallback(Callback):
         return prepared
 
     def _prepare_float32(self, network: nn.Module, slot: Slot, example: Example) -> nn.Module:
+        recipe = self._recipe_for(network, slot, example)
+        try:
+            with warnings.catch_warnings():
+                return get_flow(recipe.mode).prepare(network, example, recipe, prefix=slot.prefix)
+        except NetworkError as error:
+            if not (self.include or self.exclude):
+                raise
+            raise NetworkError(f"{error} (include={list(self.include)}, exclude={list(self.exclude)})") from error
+
+    def _recipe_for(self, network: nn.Module, slot: Slot, example: Example) -> Recipe:
+        """The recipe of a network, once it is known to run, which mode suits it, and that the globs match."""
         check_example(network, example, name=slot.name, given=self._user_example is not None)
         mode, why = choose_mode(self.mode, network, example, self._recipe, prefix=slot.prefix)
         if why:
@@ -215,13 +226,7 @@ class PreparingCallback(Callback):
         refuse_compiled(network, slot.prefix, mode)
         recipe = self._recipe(mode)
         check_globs(recipe, [f"{slot.prefix}.{n}".strip(".") for n, _ in network.named_modules() if n or slot.prefix])
-        try:
-            with warnings.catch_warnings():
-                return get_flow(mode).prepare(network, example, recipe, prefix=slot.prefix)
-        except NetworkError as error:
-            if not (self.include or self.exclude):
-                raise
-            raise NetworkError(f"{error} (include={list(self.include)}, exclude={list(self.exclude)})") from error
+        return recipe
 
     def _check_adopted(self, prepared: Mapping[str, nn.Module]) -> None:
         """Take over networks that are prepared already (by a copy of this callback, say), if they are as we would."""

@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 
 from qat_lightning import app
 from qat_lightning.evaluate import evaluate_variants
+from qat_lightning.sweep.baseline import fit, with_baseline
 from qat_lightning.sweep.trial import Objective, run_trial
 
 
@@ -24,10 +25,11 @@ def train(cfg: DictConfig) -> tuple[dict[str, float], app.Objects]:
         Every metric of the comparison, and the objects of the run.
     """
     app.check(cfg)
+    cfg = with_baseline(cfg)
     seed_everything(cfg.seed, workers=True, verbose=False)
     run = app.build(cfg)
     app.log_configuration(cfg, run.loggers)
-    app.fit(cfg, run)
+    fit(cfg, run)
     metrics = evaluate_variants(run.trainer, run.model, datamodule=run.datamodule, fused=cfg.model.get("fused", False))
     app.keep_int8(cfg, run, metrics)
     app.close(run.loggers)

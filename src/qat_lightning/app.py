@@ -101,11 +101,16 @@ def build(cfg: DictConfig) -> Objects:
 
 
 def fit(cfg: DictConfig, run: Objects) -> None:
-    """Train, and keep what was logged when training ended: a test afterwards writes over it."""
+    """Train, and keep what was logged when training ended."""
     for logger in run.loggers:
         if isinstance(logger, WandbLogger):
             define_summaries(logger, run.callbacks)
     run.trainer.fit(run.model, datamodule=run.datamodule, ckpt_path=cfg.ckpt_path)
+    keep_metrics(run)
+
+
+def keep_metrics(run: Objects) -> None:
+    """Keep what was logged last; a test afterwards writes over it."""
     run.fit_metrics.update({name: float(value) for name, value in run.trainer.callback_metrics.items()})
 
 

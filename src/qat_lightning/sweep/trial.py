@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import secrets
 import sys
 import time
@@ -159,7 +160,9 @@ class Trial:
         if self.of_sweep and not self.owns_folder:
             _put_aside(self.folder)
         begun: dict[str, Any] = read_json(self.folder / IDENTITY) if goes_on else {}
-        run_id = cfg.run.id or begun.get("wandb_id") or secrets.token_hex(4)
+        # An agent of W&B's own sweeps says which run it is; for the trials of a sweep of Hydra's that would be one run.
+        agents = os.environ.get("WANDB_RUN_ID") if "WANDB_SWEEP_ID" in os.environ and not self.of_sweep else None
+        run_id = cfg.run.id or agents or begun.get("wandb_id") or secrets.token_hex(4)
         last = self.folder / "checkpoints" / "last.ckpt"
         checkpoint = cfg.ckpt_path or (str(last) if goes_on and last.is_file() else None)
         write_json(self.folder / IDENTITY, {"overrides": self.overrides, "wandb_id": run_id, "ckpt_path": checkpoint})

@@ -1,0 +1,122 @@
+"""Ends trials of a sweep that are no better than most were at the same point."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+
+from qat_lightning.callbacks.arguments import check_flag, check_word
+from qat_lightning.errors import ConfigurationError
+from qat_lightning.sweep.result import read_json, write_json
+
+_FILE = "curve.json"
+
+
+class MedianPruning(Callback):
+    """Ends the fit of a trial that is worse than the median of its siblings at the same epoch (Golovin et al., 2017).
+
+    After each validation the best value of ``monitor`` so far goes into a file in the trial's folder. From
+    ``warmup_epochs`` on it is compared with the median of what at least ``min_trials`` other trials of the sweep had
+    reached by then, whether they have ended or still run, in whatever process or machine: they are found by their
+    files. A trial that is worse ends its fit, is converted and measured as it is, and counts as pruned; a sweeper gets
+    its figures like any other's.
+
+    With `QuantizationAwareTraining` the median of trials with another schedule says little before rounding is on: give
+    ``warmup_epochs`` that lie behind ``start``. A trial by itself, without a sweep's folder, is never ended.
+
+    Args:
+        folder: The trial's own folder; its siblings are the numbered folders beside it.
+        monitor: A metric that is logged in validation.
+        mode: ``"max"`` if larger is better, or ``"min"``.
+        warmup_epochs: Epochs before the first comparison.
+        min_trials: How many other trials have to have got as far.
+        enabled: False turns it off.
+
+    Attributes:
+        pruned: Why the fit was ended; empty if it was not.
+
+    Raises:
+        ConfigurationError: A setting is not possible; at construction.
+
+    Example:
+        >>> MedianPruning("multirun/mine/3", warmup_epochs=2).pruned
+        ''
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        monitor: str = "val/acc",
+        mode: str = "max",
+        warmup_epochs: int = 1,
+        min_trials: int = 3,
+        enabled: bool = True,
+    ) -> None:
+        check_word("folder", str(folder))
+        check_word("monitor", monitor)
+        check_flag("enabled", enabled)
+        if mode not in ("min", "max"):
+            raise ConfigurationError(f"mode={mode!r} is not possible: use max or min.")
+        for name, value in (("warmup_epochs", warmup_epochs), ("min_trials", min_trials)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ConfigurationError(f"{name}={value!r} is not possible: use a whole number of at least 1.")
+        self.folder = Path(folder)
+        self.monitor = monitor
+        self.mode = mode
+        self.warmup_epochs = warmup_epochs
+        self.min_trials = min_trials
+        self.enabled = enabled
+        self.pruned = ""
+        self._curve: dict[str, float] = {}
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write down how far this trial is, and end its fit if most others were further."""
+        if trainer.sanity_checking or trainer.state.fn != "fit" or not self.enabled:
+            return
+        if self.monitor not in trainer.callback_metrics:
+            known = ", ".join(sorted(trainer.callback_metrics)) or "nothing"
+            raise ConfigurationError(f"monitor={self.monitor!r} was not logged in validation; {known} was.")
+        best = max if self.mode == "max" else min
+        value = best([float(trainer.callback_metrics[self.monitor]), *self._curve.values()])
+        epoch = trainer.current_epoch + 1
+        self._curve[str(epoch)] = value
+        if trainer.is_global_zero:
+            write_json(self.folder / _FILE, self._curve)
+        reason = self._hopeless(value, epoch)
+        # All processes end together, whoever read the files first.
+        if trainer.strategy.reduce_boolean_decision(bool(reason), all=False):
+            self.pruned = reason or "another process of this trial found it worse than the median"
+            trainer.should_stop = True
+            rank_zero_info(f"The fit ends here: {self.pruned}.")
+
+    def _hopeless(self, value: float, epoch: int) -> str:
+        others = self._others(str(epoch))
+        if epoch < self.warmup_epochs or len(others) < self.min_trials:
+            return ""
+        middle = median(others)
+        if value >= middle if self.mode == "max" else value <= middle:
+            return ""
+        return (
+            f"after epoch {epoch} the best {self.monitor} was {value:.4g}, and the median of {len(others)} others "
+            f"{middle:.4g}"
+        )
+
+    def _others(self, epoch: str) -> list[float]:
+        if not self.folder.name.isdecimal():
+            return []
+        beside = [path for path in self.folder.parent.glob(f"*/{_FILE}") if path.parent.name.isdecimal()]
+        curves = [read_json(path) for path in beside if path.parent.name != self.folder.name]
+        return [float(curve[epoch]) for curve in curves if epoch in curve]
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed trial had reached."""
+        return {"curve": json.dumps(self._curve)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Undo `state_dict`."""
+        self._curve = json.loads(state_dict["curve"])

@@ -167,3 +167,22 @@ def test_excluding_a_convolution_or_its_batchnorm_leaves_float_keys_and_values(e
     converted = convert(copy.deepcopy(network), IMAGES, exclude=exclude)
     assert keys <= set(FxFlow().prepare(network, Example(IMAGES), Recipe("fx", "x86", exclude=exclude)).state_dict())
     assert {row.name: row.quantized for row in converted.coverage}["3"]
+
+
+@pytest.mark.parametrize("backend", ["x86", "fbgemm", "qnnpack"])
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.ReLU6])
+def test_a_part_that_is_called_twice(activation: type[nn.Module], backend: str) -> None:
+    """Its BatchNorm is not folded and stays float; the activation behind it is what quantizing clamps to."""
+
+    class Siamese(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.part = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), activation())
+            self.head = nn.Linear(4, 2)
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return self.head((self.part(x) - self.part(y)).mean((2, 3)))
+
+    converted = convert(Siamese(), (*IMAGES, -2 * IMAGES[0]), backend)
+    assert all(row.quantized for row in converted.coverage)
+    assert any(check.op.endswith("BatchNorm2d") and check.sqnr_db > 60 for check in converted.checks)

@@ -112,6 +112,7 @@ class _Reference:
     ) -> None:
         self.modules = dict(prepared.named_modules(remove_duplicate=False))
         self.expected, self.actual = expected, actual
+        self.int8_modules = dict(int8.named_modules(remove_duplicate=False))
         self.int8_names = {node.name for node in int8.graph.nodes}
         self.prepared_nodes = {node.name: node for node in prepared.graph.nodes}
         self.source: dict[fx.Node, fx.Node | None] = {}
@@ -144,7 +145,9 @@ class _Reference:
     def _match(self, node: fx.Node) -> fx.Node | None:
         """The node of the prepared graph whose value, put on the grid, is the value of ``node``."""
         if node.name in self.prepared_nodes:
-            return self._end_of_fusion(self.prepared_nodes[node.name])
+            found = self.prepared_nodes[node.name]
+            # A float op has no ReLU in it: where the int8 network does without one, quantizing behind it clamps.
+            return found if self._stays_float(node) else self._end_of_fusion(found)
         inputs = [self.source[arg] for arg in node.all_input_nodes if self.source[arg] is not None]
         if node.target in (torch.quantize_per_tensor, "dequantize"):
             return inputs[0] if inputs else None
@@ -167,6 +170,12 @@ class _Reference:
 
     def _is_fake_quantize(self, node: fx.Node) -> bool:
         return node.op == "call_module" and isinstance(self.modules.get(str(node.target)), (FakeQuantize, SharedRange))
+
+    def _stays_float(self, node: fx.Node) -> bool:
+        """Whether an op yields float, and is no layer of upstream's with a ReLU in it."""
+        value = self.actual[node.name]
+        fused = node.op == "call_module" and isinstance(self.int8_modules.get(str(node.target)), nn.Sequential)
+        return isinstance(value, Tensor) and not value.is_quantized and not fused
 
     def _end_of_fusion(self, node: fx.Node) -> fx.Node:
         """Follow ops that were fused into this one (a ReLU behind an addition, a ReLU6)."""

@@ -9,6 +9,7 @@ from qat_lightning.callbacks.quantization_aware_training import QuantizationAwar
 from qat_lightning.callbacks.quantization_monitor import QuantizationMonitor
 from qat_lightning.checkpoints import LoadsQuantizedCheckpoints, float_state_dict
 from qat_lightning.evaluate import evaluate_variants
+from qat_lightning.flows.coverage import coverage_table
 from qat_lightning.fusion import fuse
 from qat_lightning.quantized import QuantizedNetwork
 from qat_lightning.scheme import Scheme
@@ -23,6 +24,7 @@ __all__ = [
     "QuantizedNetwork",
     "Scheme",
     "calibrate",
+    "coverage_table",
     "evaluate_variants",
     "float_state_dict",
     "fuse",

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from qat_lightning.artifact import artifact_size_mb
 from qat_lightning.errors import NetworkError
 from qat_lightning.flows.base import Example
+from qat_lightning.flows.coverage import coverage_table, int8_share
 from qat_lightning.fusion import fuse
 from qat_lightning.measure import EQUAL_DB, latency_interleaved, size_mb
 from qat_lightning.network import OWN_FORWARD, Slot, find_networks
@@ -34,6 +35,7 @@ MEASURED = (
     "step",
     "speedup",
     "chains",
+    "mac_share",
 )  # what is added to the model's own metrics
 TIMED = ("float", "int8")  # fake-quant is a step of training, nothing that is shipped
 
@@ -81,8 +83,9 @@ def evaluate_variants(
 
     Returns:
         The metrics of each variant, ``float/size_mb``, ``int8/size_mb``, ``size_ratio``, ``float/latency_ms``,
-        ``int8/latency_ms`` (of one sample, on the CPU), ``speedup``, ``int8/agreement`` and ``int8/sqnr_db``: those
-        that exist. With several processes, sizes and latencies are those of the first one, and only it has them.
+        ``int8/latency_ms`` (of one sample, on the CPU), ``speedup``, ``int8/agreement`` and ``int8/sqnr_db``, and
+        ``int8/mac_share`` (the share of the multiply-accumulates that int8 kernels do): those that exist. With several
+        processes, sizes and latencies are those of the first one, and only it has them.
     """
 
     def test(name: str) -> dict[str, float]:
@@ -119,9 +122,16 @@ def evaluate_variants(
         calls = [source.example_inputs_]
     if trainer.is_global_zero:
         summary |= _measure(networks, calls)
+        int8 = networks.get("int8")
+        rows = [*int8.coverage, *int8.operations] if isinstance(int8, QuantizedNetwork) else []
+        share = int8_share(rows)
+        if share is not None:
+            summary["int8/mac_share"] = share
         _write(trainer.loggers, summary, trainer.global_step)
         origin = getattr(source, "float_source", "") if "float" in networks else ""
         Console().print(variants_table(summary, float_source=origin))
+        if rows:
+            Console().print(coverage_table(rows, title="What is int8"))
     return summary
 
 

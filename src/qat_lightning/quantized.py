@@ -35,6 +35,7 @@ class QuantizedNetwork(nn.Module):
     Attributes:
         recipe: Mode, backend and scheme.
         coverage: Which layers are int8, and why others are not.
+        operations: Likewise for the ops between the layers.
         checks: Each int8 layer against fake-quant.
         notes: What a user should know, such as a fallback taken.
         source: Which weights it holds, in words.
@@ -47,6 +48,7 @@ class QuantizedNetwork(nn.Module):
         self.network = converted.network
         self.recipe = recipe
         self.coverage: Sequence[LayerCoverage] = list(converted.coverage)
+        self.operations: Sequence[LayerCoverage] = list(converted.operations)
         self.checks: Sequence[LayerCheck] = list(converted.checks)
         self.notes: Sequence[str] = list(converted.notes)
         self.example = example

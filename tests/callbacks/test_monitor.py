@@ -6,6 +6,7 @@ import csv
 import json
 import subprocess
 import sys
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -123,11 +124,27 @@ def test_wandb_gets_curves_histograms_and_a_table(mode: str, tmp_path: Path) -> 
     )
     assert found["quant/activations/features.0"]["_type"] == "histogram"
     assert sum(found["quant/weight_integers/head"]["values"]) == 72 * 4
-    table = json.loads(next(run.rglob("*.table.json")).read_text())
+    table = json.loads(next(run.rglob("layers_*.table.json")).read_text())
     assert found["quant/layers"]["_type"] == "table-file"
     assert table["columns"] == list(COLUMNS)
     assert [row[0] for row in table["data"]] == list(rows)
     assert not list(tmp_path.rglob("quantization_layers.csv"))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_wandb_gets_what_is_int8_before_and_after(mode: str, tmp_path: Path) -> None:
+    logger = WandbLogger(name=mode, save_dir=str(tmp_path), offline=True, project="coverage")
+    callback = qat(mode, exclude=["net.head"])
+    trainer(callback, logger=logger, max_epochs=1).fit(Lit(), loader())
+    logger.experiment.finish()
+    (said,), (done,) = (
+        list(tmp_path.rglob(f"{name}.table.json")) for name in ("coverage_prepared_*", "coverage_[0-9]*")
+    )
+    before, after = (json.loads(path.read_text())["data"] for path in (said, done))
+    rows = [*callback.quantized.coverage, *callback.quantized.operations]
+    assert before == after == [list(astuple(row)) for row in rows]
+    assert callback.coverage == rows
+    assert [row.reason for row in rows if row.name == "head"] == ["excluded"]
 
 
 def test_without_a_quantized_network_it_says_so() -> None:

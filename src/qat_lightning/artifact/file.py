@@ -13,9 +13,10 @@ import json
 import os
 import warnings
 import zipfile
+from dataclasses import astuple
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -117,7 +118,8 @@ def artifact_bytes(quantized: QuantizedNetwork) -> bytes:
         "qat_lightning": _version(),
         "torch": str(torch.__version__),
         "recipe": quantized.recipe.to_dict(),
-        "coverage": [[row.name, row.kind, row.quantized, row.reason] for row in quantized.coverage],
+        "coverage": [list(astuple(row)) for row in quantized.coverage],
+        "operations": [list(astuple(row)) for row in quantized.operations],
         "checks": [[row.name, row.op, encode(row.sqnr_db), encode(row.max_steps)] for row in quantized.checks],
         "notes": list(quantized.notes),
         "source": quantized.source,
@@ -183,6 +185,14 @@ def _load(source: Path | io.BytesIO, path: Any, network: nn.Module | None, trust
         ) from error
 
 
+def _decode_coverage(
+    name: Any, kind: Any, quantized: Any, reason: Any, what: Any = "layer", calls: Any = 1, macs: Any = None
+) -> LayerCoverage:
+    of_layer: Literal["layer", "op"] = "op" if what == "op" else "layer"
+    counted = None if macs is None else int(macs)
+    return LayerCoverage(str(name), str(kind), bool(quantized), str(reason), of_layer, int(calls), counted)
+
+
 def _decode(description: dict[str, Any], data: bytes, network: nn.Module | None, trusted: bool) -> QuantizedNetwork:
     recipe = Recipe.from_dict(description["recipe"])
     if recipe.mode != "pt2e":
@@ -192,9 +202,10 @@ def _decode(description: dict[str, Any], data: bytes, network: nn.Module | None,
         module = decode_network(description["network"], recipe, Reading(tensors, network, trusted))
     converted = Converted(
         network=module,
-        coverage=[LayerCoverage(str(n), str(k), bool(q), str(r)) for n, k, q, r in description["coverage"]],
+        coverage=[_decode_coverage(*values) for values in description["coverage"]],
         checks=[LayerCheck(str(n), str(o), float(decode(s)), float(decode(m))) for n, o, s, m in description["checks"]],
         notes=[str(note) for note in description["notes"]],
+        operations=[_decode_coverage(*values) for values in description.get("operations", [])],
     )
     return QuantizedNetwork(
         converted, recipe, _decode_example(description["example"]), source=str(description["source"])

@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
 from qat_lightning.callbacks.arguments import check_flag
+from qat_lightning.callbacks.coverage_report import log_coverage
 from qat_lightning.callbacks.preparing import PreparingCallback, one_or_all
 from qat_lightning.callbacks.sharing import compile_once, pack, several_processes, unpack
 from qat_lightning.errors import ConfigurationError, ConversionError
@@ -72,6 +73,7 @@ class QuantizationCallback(PreparingCallback):
         self.fidelity: dict[str, float] = {}
         self._quantized: dict[str, QuantizedNetwork] = {}
         self._convert_when_asked = False
+        self._reported: dict[str, QuantizedNetwork] = {}
         self._float_weights: dict[str, dict[str, Tensor]] = {}
         self._chosen: str | None = None
         self._standing: dict[str, tuple[Any, Fidelity | None]] = {}
@@ -208,13 +210,23 @@ class QuantizationCallback(PreparingCallback):
         """Convert, and compile if it is to run; in several processes only the first does, and the others get it."""
         if not several_processes(trainer):
             self._convert()
+            self._report(trainer)
             return
         # Also where this one has it: one of the others may have been asked for it, and this one not.
         if any_process(self._stale or not self._quantized):
             packed = in_first(self._convert_and_pack)
             in_all(lambda: self._unpack(packed))
+            self._report(trainer)
         if to_run:
             compile_once(trainer, self._quantized)
+
+    def _report(self, trainer: Trainer) -> None:
+        """Log what became int8, once for each conversion."""
+        if self._reported is self._quantized or not self._quantized:
+            return
+        self._reported = self._quantized
+        rows = [row for network in self._quantized.values() for row in (*network.coverage, *network.operations)]
+        log_coverage(trainer, "quant/coverage", rows)
 
     def _convert_and_pack(self) -> dict[str, bytes]:
         self._convert()
@@ -378,7 +390,7 @@ class QuantizationCallback(PreparingCallback):
 
     def __getstate__(self) -> dict[str, Any]:
         """Without int8 networks, whose packed weights do not pickle: they are made again when they are asked for."""
-        state = self.__dict__ | {"_quantized": {}, "_stale": True}
+        state = self.__dict__ | {"_quantized": {}, "_reported": {}, "_stale": True}
         state["_convert_when_asked"] = self._convert_when_asked or bool(self._quantized)
         return state
 

@@ -23,7 +23,15 @@ from qat_lightning.checkpoint_io import save_whole_files
 from qat_lightning.checkpoints import guard_loading, note_added_keys
 from qat_lightning.errors import ConfigurationError, NetworkError
 from qat_lightning.example import catch_examples, check_example, examples_from_user, from_user
-from qat_lightning.flows.base import Example, get_flow, is_prepared, prepared_state, set_phase
+from qat_lightning.flows.base import (
+    Example,
+    LayerCoverage,
+    cpu_copy,
+    get_flow,
+    is_prepared,
+    prepared_state,
+    set_phase,
+)
 from qat_lightning.network import Slot, find_networks
 from qat_lightning.prepare import choose_mode
 from qat_lightning.recipe import Kind, Recipe, check_globs
@@ -110,6 +118,21 @@ class PreparingCallback(Callback):
     def prepared_networks(self) -> dict[str, nn.Module]:
         """The networks with fake-quant by their names; empty before the fit."""
         return dict(self._prepared)
+
+    @property
+    def coverage(self) -> Any:
+        """What conversion is going to make int8, and why it leaves the rest: a list of `LayerCoverage` rows.
+
+        Worked out anew from the prepared network; a dict of lists for several networks, None before there is one. What
+        conversion did is in ``quantized.coverage`` (layers) and ``quantized.operations``.
+        """
+        return one_or_all({name: self._coverage(name) for name in self._prepared})
+
+    def _coverage(self, name: str) -> list[LayerCoverage]:
+        prepared = self._prepared[name]
+        flow = get_flow(prepared_state(prepared).recipe.mode)
+        with isolate_rng(include_cuda=torch.cuda.is_initialized()):
+            return flow.coverage(cpu_copy(prepared), self._examples[name])
 
     @property
     def example_inputs_(self) -> tuple[tuple[Any, ...], dict[str, Any]]:

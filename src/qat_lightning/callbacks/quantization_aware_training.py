@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from qat_lightning.callbacks.arguments import check_file, check_flag, check_stages
 from qat_lightning.callbacks.base import QuantizationCallback
 from qat_lightning.callbacks.company import mend_resume
+from qat_lightning.callbacks.coverage_report import log_coverage, wandb_loggers
 from qat_lightning.callbacks.learned import check_optimized, keep_from_ddp, reduce_gradients
 from qat_lightning.callbacks.nonfinite import NonFiniteReport
 from qat_lightning.checkpoints import float_weights, read_float_weights
@@ -150,6 +151,9 @@ class QuantizationAwareTraining(QuantizationCallback):
             # In eager mode processes may take different ways through the network.
             same_order = prepared_state(prepared).recipe.mode != "eager"
             reduce_ranges(prepared, trainer.world_size > 1 and same_order)
+        if wandb_loggers(trainer):
+            rows = [row for name in self._prepared for row in self._coverage(name)]
+            log_coverage(trainer, "quant/coverage_prepared", rows)
         self._step_phase(trainer)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -6,7 +6,7 @@ import copy
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import nn
@@ -49,19 +49,25 @@ class LayerCheck:
 
 @dataclass(frozen=True)
 class LayerCoverage:
-    """Whether one layer of the float network became int8, and if not, why.
+    """Whether one layer of the float network, or an op between layers, is int8, and if not, why.
 
     Attributes:
-        name: The layer.
+        name: The layer; the op, behind the name of the module whose ``forward`` calls it.
         kind: Its type.
-        quantized: Whether it is int8 now.
+        quantized: Whether it is int8.
         reason: Why it stayed float; empty if it did not.
+        what: A layer has weights; an op is all else that computes.
+        calls: How often it runs in one call of the network; of a layer, 1.
+        macs: Multiply-accumulates for one sample; None if it has none, or they were not counted.
     """
 
     name: str
     kind: str
     quantized: bool
     reason: str = ""
+    what: Literal["layer", "op"] = "layer"
+    calls: int = 1
+    macs: int | None = None
 
 
 @dataclass
@@ -70,15 +76,17 @@ class Converted:
 
     Attributes:
         network: The int8 module, on the CPU.
-        coverage: What became int8 and what stayed float.
+        coverage: Which layers became int8 and which stayed float.
         checks: The comparison with fake-quant, layer by layer.
         notes: What a user should be told, such as a fallback taken.
+        operations: Likewise for the ops between the layers.
     """
 
     network: nn.Module
     coverage: list[LayerCoverage]
     checks: list[LayerCheck] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    operations: list[LayerCoverage] = field(default_factory=list)
 
 
 class Flow(Protocol):
@@ -102,6 +110,15 @@ class Flow(Protocol):
         Raises:
             ConversionError: A range was never observed, or upstream's converter failed.
             VerificationError: A layer does not reproduce fake-quant within the backend's tolerance.
+        """
+        ...
+
+    def coverage(self, prepared: nn.Module, example: Example) -> list[LayerCoverage]:
+        """What of a prepared network conversion is going to make int8: a row for each layer, then one for each op.
+
+        Args:
+            prepared: A CPU copy in evaluation (`cpu_copy`), which may be used up.
+            example: One call.
         """
         ...
 

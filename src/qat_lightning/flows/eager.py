@@ -31,7 +31,9 @@ from qat_lightning.flows.base import (
     set_phase,
     sqnr_db,
 )
+from qat_lightning.flows.coverage import layers_with_macs, report
 from qat_lightning.flows.eager_chains import Chain, find_chains, float_functions, join, observe, run_apart
+from qat_lightning.flows.eager_coverage import eager_operations
 from qat_lightning.flows.eager_int8 import Int8Layer, make_int8, plain_outputs
 from qat_lightning.flows.eager_layers import HEADS, LINKS, ChainHead, become, without_fast_paths
 from qat_lightning.flows.qconfig import make_qconfig
@@ -111,7 +113,15 @@ class EagerFlow:
             _load_rest(network, prepared)
             checks = _check_layers(prepared, network, heads, example, target)
         notes = [*_notes(plan, checks), _end_to_end(prepared, network, example, target)]
-        return Converted(network, _coverage(state, plan), checks, notes)
+        rows = layers_with_macs(_coverage(state, plan), state.float_network, example)
+        operations = report(lambda: eager_operations(state.float_network, plan, example))
+        return Converted(network, rows, checks, notes, operations)
+
+    def coverage(self, prepared: nn.Module, example: Example) -> list[LayerCoverage]:
+        """See `Flow.coverage`."""
+        state = prepared_state(prepared)
+        rows = layers_with_macs(_coverage(state, state.plan), state.float_network, example)
+        return [*rows, *report(lambda: eager_operations(state.float_network, state.plan, example))]
 
     def skeleton(self, network: nn.Module, plan: Mapping[str, Any], recipe: Recipe) -> nn.Module:
         """Give a float network the structure of the int8 one, to load an int8 ``state_dict`` into.

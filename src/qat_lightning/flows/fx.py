@@ -29,7 +29,9 @@ from qat_lightning.flows.base import (
     prepared_state,
     refuse_simulated,
 )
+from qat_lightning.flows.coverage import layers_with_macs, report
 from qat_lightning.flows.fx_config import LEFT_FLOAT, backend_config, qconfig_mapping
+from qat_lightning.flows.fx_coverage import UNSEEN, FxOperations
 from qat_lightning.flows.fx_unseen import in_words, knows_no_range, put_plain_layers, take_out_unseen
 from qat_lightning.flows.tracing import line_at_fault, outer_parts, shared_batchnorms, trace
 from qat_lightning.flows.verify import check_layers
@@ -198,7 +200,17 @@ class FxFlow:
         notes = (
             [f"No finite range was ever observed for {in_words(unseen)}: what is there stays float."] if unseen else []
         )
-        return Converted(network, _coverage(state, network, left), checks, notes)
+        rows = layers_with_macs(_coverage(state, network, left), state.float_network, example)
+        names, without_range = {row.name for row in rows}, {node.name for node in unseen}
+        operations = report(lambda: FxOperations(recording, example, names).rows(network, without_range))
+        return Converted(network, rows, checks, notes, operations)
+
+    def coverage(self, prepared: nn.Module, example: Example) -> list[LayerCoverage]:
+        """See `Flow.coverage`."""
+        state = prepared_state(prepared)
+        rows = layers_with_macs(_coverage(state, prepared, set()), state.float_network, example)
+        names = {row.name for row in rows}
+        return [*rows, *report(lambda: FxOperations(prepared, example, names).rows())]
 
 
 def _join(prefix: str, name: str) -> str:
@@ -267,18 +279,21 @@ def _holder(root: nn.Module, path: str) -> nn.Module:
     return root
 
 
-def _coverage(state: PreparedState, int8: nn.Module, unseen: set[str]) -> list[LayerCoverage]:
-    converted = dict(int8.named_modules())
+def _coverage(state: PreparedState, network: nn.Module, unseen: set[str]) -> list[LayerCoverage]:
+    """The layers of a prepared network, or of the int8 one."""
+    modules = dict(network.named_modules())
     rows = []
     for name, module in state.float_network.named_modules():
         if not isinstance(module, _WEIGHTED):
             continue
-        kind = type(converted.get(name)).__module__
-        quantized = ".quantized." in kind and ".reference." not in kind
+        layer = modules.get(name)
+        kind = type(layer).__module__
+        is_int8 = ".quantized." in kind and ".reference." not in kind
+        quantized = is_int8 or (layer is not None and "weight_fake_quant" in layer._modules)
         if quantized:
             why = ""
         elif any(f"{left}.".startswith(f"{name}.") for left in unseen):
-            why = "no finite range was ever observed for its input or its output"
+            why = UNSEEN
         else:
             why = _why_float(state, name, module)
         rows.append(LayerCoverage(name, type(module).__name__, quantized, why))

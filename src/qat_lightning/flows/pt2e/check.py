@@ -12,6 +12,7 @@ from qat_lightning.backends import Backend
 from qat_lightning.flows.base import Example, LayerCheck, LayerCoverage, sqnr_db
 from qat_lightning.flows.pt2e.annotate import CHANNEL_AXIS, selects
 from qat_lightning.flows.pt2e.convert import Decomposed
+from qat_lightning.flows.pt2e.coverage import IN_BRANCH
 from qat_lightning.flows.pt2e.network import ExportedNetwork
 from qat_lightning.flows.pt2e.scopes import join, scope_of
 from qat_lightning.flows.pt2e.training import Plan
@@ -142,11 +143,12 @@ def main_op(node: fx.Node) -> fx.Node:
     return node
 
 
-def coverage(state: PreparedState, prepared: ExportedNetwork, result: Decomposed) -> list[LayerCoverage]:
-    """Whether each layer with a weight became int8, and why not."""
+def coverage(state: PreparedState, prepared: ExportedNetwork, result: Decomposed | None) -> list[LayerCoverage]:
+    """Whether each layer with a weight became int8 (without a result: is going to), and why not."""
     plan: Plan = state.plan
+    unseen = [] if result is None else result.unseen
     tensors = {id(parameter): name for name, parameter in prepared.named_parameters(remove_duplicate=True)}
-    converted = {node.name: node for node in result.graph_module.graph.nodes}
+    converted = {} if result is None else {node.name: node for node in result.graph_module.graph.nodes}
     users: dict[str, list[fx.Node]] = {}
     for node in plan.graph.nodes:
         for name in _weights_of(node, plan, prepared, tensors):
@@ -157,8 +159,12 @@ def coverage(state: PreparedState, prepared: ExportedNetwork, result: Decomposed
             continue
         weight = tensors.get(id(getattr(_submodule(prepared, name), "weight", None)), "")
         calls = users.get(weight) or [n for n in plan.graph.nodes if n.target in CHANNEL_AXIS and scope_of(n) == name]
-        floats = [node for node in calls if not _is_int8(converted.get(node.name))]
-        reason = "" if calls and not floats else _why_float(state, name, floats, result)
+        floats = [
+            node
+            for node in calls
+            if not (node.name in plan.weights if result is None else _is_int8(converted.get(node.name)))
+        ]
+        reason = "" if calls and not floats else _why_float(state, name, floats, unseen)
         rows.append(LayerCoverage(name, type(module).__name__, not reason, reason))
     return rows
 
@@ -191,7 +197,7 @@ def _is_int8(node: fx.Node | None) -> bool:
     return all(isinstance(arg, fx.Node) and arg.target in DEQUANTIZE for arg in node.args[:2])
 
 
-def _why_float(state: PreparedState, name: str, floats: list[fx.Node], result: Decomposed) -> str:
+def _why_float(state: PreparedState, name: str, floats: list[fx.Node], unseen: list[str]) -> str:
     if not state.recipe.selects(join(state.prefix, name)):
         return "excluded"
     if not floats:
@@ -199,6 +205,8 @@ def _why_float(state: PreparedState, name: str, floats: list[fx.Node], result: D
     node = floats[0]
     if not selects(state.recipe, state.prefix, node):
         return "excluded"
-    if node.name in state.plan.weights and result.unseen:
+    if node.target is torch.ops.higher_order.cond:
+        return IN_BRANCH
+    if node.name in state.plan.weights and unseen:
         return "no finite range was ever observed for its input"
     return f"the quantizer of backend {state.recipe.backend!r} has no rule for {node.target} here"

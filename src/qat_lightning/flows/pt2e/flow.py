@@ -10,11 +10,20 @@ from torch import Tensor, fx, nn
 from qat_lightning.backends import require
 from qat_lightning.errors import TraceError
 from qat_lightning.fake_quantize import FakeQuantize
-from qat_lightning.flows.base import Converted, Example, fake_quantizers, prepared_state, refuse_simulated
+from qat_lightning.flows.base import (
+    Converted,
+    Example,
+    LayerCoverage,
+    fake_quantizers,
+    prepared_state,
+    refuse_simulated,
+)
+from qat_lightning.flows.coverage import layers_with_macs, report
 from qat_lightning.flows.pt2e.annotate import insert_fake_quantize
 from qat_lightning.flows.pt2e.capture import capture
 from qat_lightning.flows.pt2e.check import check_layers, coverage
 from qat_lightning.flows.pt2e.convert import decompose, visit_weights
+from qat_lightning.flows.pt2e.coverage import pt2e_operations
 from qat_lightning.flows.pt2e.int8 import Int8Network
 from qat_lightning.flows.pt2e.network import ExportedNetwork
 from qat_lightning.flows.pt2e.training import Plan, adopt, training_graph, weight_quantizers
@@ -61,7 +70,18 @@ class Pt2eFlow:
         if result.unseen:
             names = ", ".join(result.unseen)
             notes.append(f"No finite range was ever observed for {names}: what reads them stays float.")
-        return Converted(network, coverage(state, prepared, result), checks, notes)
+        rows = layers_with_macs(coverage(state, prepared, result), state.float_network, example)
+        layers = {row.name for row in rows}
+        operations = report(lambda: pt2e_operations(state, prepared, example, layers, result.unseen))
+        return Converted(network, rows, checks, notes, operations)
+
+    def coverage(self, prepared: nn.Module, example: Example) -> list[LayerCoverage]:
+        """See `Flow.coverage`."""
+        assert isinstance(prepared, ExportedNetwork)
+        state = prepared_state(prepared)
+        rows = layers_with_macs(coverage(state, prepared, None), state.float_network, example)
+        layers = {row.name for row in rows}
+        return [*rows, *report(lambda: pt2e_operations(state, prepared, example, layers))]
 
 
 @torch.no_grad()

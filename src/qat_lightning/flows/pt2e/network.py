@@ -29,7 +29,9 @@ class ExportedNetwork(GraphNetwork):
         self.__dict__["spec"] = spec
         root.__dict__["graph"] = graph
         super().__init__(cast(fx.GraphModule, root))
-        called = {id(self.get_submodule(str(node.target))) for node in graph.find_nodes(op="call_module")}
+        # The branches of torch.cond are attributes, which the op calls.
+        nodes = [*graph.find_nodes(op="call_module"), *graph.find_nodes(op="get_attr")]
+        called = {id(module) for node in nodes if (module := self._modules_by(str(node.target))) is not None}
         inside = {id(part) for module in self.modules() if id(module) in called for part in module.modules()}
         for name, module in self.named_modules():
             # Parametrizations are called by whoever looks at the weight that they compute.
@@ -37,6 +39,12 @@ class ExportedNetwork(GraphNetwork):
             if not ours and id(module) not in inside:
                 # On the instance: the class is still the user's, for whoever asks which layers are there.
                 module.__dict__["forward"] = refuse_call
+
+    def _modules_by(self, name: str) -> nn.Module | None:
+        try:
+            return self.get_submodule(name)
+        except AttributeError:
+            return None  # a tensor
 
     def set_graph(self, graph: fx.Graph) -> None:
         """Run ``graph``, which takes and returns flat tensors, on the inputs of the network it was captured from."""

@@ -1,0 +1,37 @@
+"""Logging what became int8, and why the rest did not: a table in W&B, and the share of the work that is int8."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import astuple, fields
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import WandbLogger
+
+from qat_lightning.flows.base import LayerCoverage
+from qat_lightning.flows.coverage import int8_share
+
+
+def wandb_loggers(trainer: Trainer) -> list[WandbLogger]:
+    """The loggers that take tables, in the process that logs."""
+    return [logger for logger in trainer.loggers if isinstance(logger, WandbLogger)] if trainer.is_global_zero else []
+
+
+def log_coverage(trainer: Trainer, key: str, rows: Sequence[LayerCoverage]) -> None:
+    """Log coverage to W&B: ``key`` is the table, ``key_int8_macs`` the share of the multiply-accumulates.
+
+    Args:
+        trainer: Whose loggers.
+        key: Such as ``"quant/coverage"``.
+        rows: Layers and ops.
+    """
+    for logger in wandb_loggers(trainer):
+        import wandb
+
+        columns: list[str | int] = [field.name for field in fields(LayerCoverage)]
+        data = [list(astuple(row)) for row in rows]
+        logged: dict[str, object] = {key: wandb.Table(columns=columns, data=data, allow_mixed_types=True)}
+        share = int8_share(rows)
+        if share is not None:
+            logged[f"{key}_int8_macs"] = share
+        logger.log_metrics(logged, trainer.global_step)  # type: ignore[arg-type]

@@ -251,9 +251,7 @@ def test_after_quantization_aware_training_it_is_refused() -> None:
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "weight_only"])
-def test_kinds_without_calibration_need_no_data_but_what_they_are_tested_on(
-    mode: str, kind: Any, tmp_path: Path
-) -> None:
+def test_kinds_without_calibration_need_only_test_data(mode: str, kind: Any, tmp_path: Path) -> None:
     torch.manual_seed(0)
     saved = ModelCheckpoint(tmp_path)
     trainer(saved, enable_checkpointing=True).fit(Lit(), loader())
@@ -277,7 +275,7 @@ def test_kinds_without_calibration_need_no_data_but_what_they_are_tested_on(
 
 @pytest.mark.parametrize("kind", ["static", "dynamic", "weight_only"])
 def test_auto_takes_a_mode_that_works(kind: Any) -> None:
-    module, ptq, run = _fit("auto", kind=kind)
+    _, ptq, _ = _fit("auto", kind=kind)
     assert ptq.quantized.recipe.mode == "fx"
     assert ptq.quantized.recipe.kind == kind
 

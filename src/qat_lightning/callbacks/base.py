@@ -188,7 +188,8 @@ class QuantizationCallback(PreparingCallback):
         self._have({name: self._convert_one(name) for name in self._slots if name not in never_run})
 
     def _convert_one(self, name: str) -> QuantizedNetwork:
-        with isolate_rng(include_cuda=torch.cuda.is_initialized()):
+        # Lightning evaluates in inference mode, whose tensors can neither be saved nor copied into others.
+        with torch.inference_mode(False), isolate_rng(include_cuda=torch.cuda.is_initialized()):
             result, recipe = self._make_int8(name)
         for note in result.notes:
             rank_zero_info(note)
@@ -235,15 +236,15 @@ class QuantizationCallback(PreparingCallback):
     def _unpack(self, packed: Mapping[str, bytes]) -> None:
         if not self._stale and self._quantized:
             return
-        self._have(
-            {
+        with torch.inference_mode(False):
+            made = {
                 name: unpack(packed[name], self._untrained(name), self._examples[name])
                 if packed[name]
                 else self._convert_one(name)
                 for name in self._slots
                 if name in packed
             }
-        )
+        self._have(made)
 
     def _untrained(self, name: str) -> nn.Module:
         """The float network as its code makes it, with any weights: what an int8 file of eager mode is put into."""

@@ -15,6 +15,7 @@ from qat_lightning.checkpoint_io import read_float_state
 from qat_lightning.errors import CheckpointMismatchError, ConfigurationError
 from qat_lightning.flows.base import float_keys, prepared_state
 from qat_lightning.recipe import PreparedState, check_recipe
+from qat_lightning.recipes.folding import unfold_state
 
 _STATE_KEY = "_quantization._extra_state"
 
@@ -42,10 +43,16 @@ def float_state_dict(checkpoint: Mapping[str, Any] | str | Path) -> dict[str, An
         return float_state_dict(torch.load(checkpoint, map_location="cpu", weights_only=True))
     state: dict[str, Any] = dict(checkpoint.get("state_dict", checkpoint))
     for key in [key for key in state if key.endswith(_STATE_KEY)]:
-        prefix = key.removesuffix(_STATE_KEY)
-        for added in state[key]["added_keys"]:
+        prefix, extra = key.removesuffix(_STATE_KEY), state[key]
+        for added in extra["added_keys"]:
             del state[prefix + added]
+        unfold_state(state, extra.get("folded", {}), prefix)
     return state
+
+
+def holds_quantization(state: Mapping[str, Any]) -> bool:
+    """Whether a ``state_dict`` is of a LightningModule with a prepared network in it."""
+    return any(key.endswith(_STATE_KEY) for key in state)
 
 
 def read_float_weights(path: Path, name: str, prefix: str, wanted: Mapping[str, Any]) -> dict[str, Any]:
@@ -147,8 +154,13 @@ def guard_loading(
 
 
 def _complete(state_dict: dict[str, Any], network: nn.Module, prefix: str) -> None:
-    if not all(prefix + key in state_dict for key in float_keys(network)):
+    reworking = prepared_state(network).reworking
+    given = float_keys(network) if reworking is None else set(reworking.given.state_dict())
+    if not all(prefix + key in state_dict for key in given):
         return  # Not this network's float checkpoint: strict loading says what is missing.
+    if reworking is not None:
+        reworked = reworking.rework({key: state_dict.pop(prefix + key) for key in given})
+        state_dict.update({prefix + key: value for key, value in reworked.items()})
     for key, value in network.state_dict().items():
         state_dict.setdefault(prefix + key, value)
 

@@ -15,6 +15,12 @@ from qat_lightning.scheme import CALIBRATION_ONLY, Scheme
 
 FORMAT = 1
 
+Equalization = Literal["none", "exact", "replace_relu6"]
+"""Whether weights of neighbouring layers are made to share their range: see `qat_lightning.recipes.equalization`."""
+
+BatchNormHandling = Literal["fused", "fold"]
+"""BatchNorm stays, and the rounded weights are those it is folded into; or it is folded before anything trains."""
+
 Kind = Literal["qat", "static", "dynamic", "weight_only"]
 """How a network becomes int8: trained with fake-quant, calibrated, with ranges worked out anew for each input, or with
 integers for its weights only."""
@@ -32,6 +38,8 @@ class Recipe:
         exclude: Globs of module names that stay float, with all that is inside them.
 
         kind: ``"qat"``, ``"static"``, ``"dynamic"`` or ``"weight_only"``.
+        equalization: ``"none"``, ``"exact"`` or ``"replace_relu6"``.
+        batchnorm: ``"fused"`` or ``"fold"``.
 
     Raises:
         ConfigurationError: The mode and the backend do not go together, a glob is not a string, or the scheme has what
@@ -49,12 +57,16 @@ class Recipe:
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     kind: Kind = "qat"
+    equalization: Equalization = "none"
+    batchnorm: BatchNormHandling = "fused"
 
     def __post_init__(self) -> None:
         """Check the pair, the globs, and what of the scheme the kind has."""
         get_backend(self.backend, self.mode)
-        if self.kind not in get_args(Kind):
-            raise ConfigurationError(f"kind={self.kind!r} is unknown: use one of {', '.join(get_args(Kind))}.")
+        for name, possible in (("kind", Kind), ("equalization", Equalization), ("batchnorm", BatchNormHandling)):
+            value: Any = getattr(self, name)
+            if not isinstance(value, str) or value not in get_args(possible):
+                raise ConfigurationError(f"{name}={value!r} is unknown: use one of {', '.join(get_args(possible))}.")
         self._check_scheme()
         for name in ("include", "exclude"):
             globs = getattr(self, name)
@@ -145,6 +157,8 @@ class Recipe:
             "include": list(self.include),
             "exclude": list(self.exclude),
             "kind": self.kind,
+            "equalization": self.equalization,
+            "batchnorm": self.batchnorm,
         }
 
     @classmethod
@@ -161,6 +175,8 @@ class Recipe:
             include=tuple(values["include"]),
             exclude=tuple(values["exclude"]),
             kind=values.get("kind", "qat"),
+            equalization=values.get("equalization", "none"),
+            batchnorm=values.get("batchnorm", "fused"),
         )
 
     def differences(self, other: Recipe) -> list[str]:
@@ -198,12 +214,14 @@ class PreparedState(nn.Module):
         float_network: A copy of the network before it was prepared; not a child, so not trained and not saved here.
         added_keys: The keys of the ``state_dict`` that the float network does not have.
         plan: What the flow that prepared it wants to remember for conversion.
+        reworking: What was done to the float network before, and can be done to other weights; None if nothing.
     """
 
     recipe: Recipe
     prefix: str
     float_network: nn.Module
     plan: Any
+    reworking: Any
 
     def __init__(self, recipe: Recipe, float_network: nn.Module, *, prefix: str = "", plan: Any = None) -> None:
         super().__init__()
@@ -212,6 +230,7 @@ class PreparedState(nn.Module):
         self.added_keys: list[str] = []
         self.__dict__["float_network"] = float_network
         self.__dict__["plan"] = plan
+        self.__dict__["reworking"] = None
 
     def forward(self, input: Any) -> Any:
         """``input`` itself: an ``nn.Sequential`` calls every child that it has."""
@@ -219,7 +238,8 @@ class PreparedState(nn.Module):
 
     def get_extra_state(self) -> dict[str, Any]:
         """The recipe and the added keys as plain values, which ``torch.load(weights_only=True)`` takes."""
-        return self.recipe.to_dict() | {"added_keys": self.added_keys}
+        folded = self.reworking.folded if self.reworking is not None else {}
+        return self.recipe.to_dict() | {"added_keys": self.added_keys, "folded": folded}
 
     def set_extra_state(self, state: Any) -> None:
         """Refuse the ranges of another recipe."""

@@ -134,7 +134,7 @@ def test_a_batch_that_is_left_out_stays_left_out() -> None:
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "64-true"])
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", ["eager", "fx", pytest.param("pt2e", marks=pytest.mark.slow)])
 def test_precisions(mode: str, precision: str) -> None:
     logged = Logged()
     fit(Lit(), qat(mode, **START), Distillation(features=["net.features"]), logged, precision=precision)

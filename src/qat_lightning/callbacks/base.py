@@ -30,7 +30,7 @@ from qat_lightning.flows.base import (
 from qat_lightning.network import OWN_FORWARD
 from qat_lightning.processes import any_process, in_all, in_first
 from qat_lightning.quantized import QuantizedNetwork
-from qat_lightning.recipe import Recipe
+from qat_lightning.recipe import BatchNormHandling, Equalization, Recipe
 from qat_lightning.scheme import Scheme
 from qat_lightning.variants import VARIANTS, Fidelity, Stand, check_variant
 
@@ -49,6 +49,8 @@ class QuantizationCallback(PreparingCallback):
         include: Globs of what to quantize.
         exclude: Globs of what stays float.
         convert: Whether there is to be an int8 network.
+        equalization: Whether weights are equalized before.
+        batchnorm: Whether BatchNorm stays.
     """
 
     _IN_PLACE: ClassVar[str] = "fake_quant"
@@ -65,8 +67,20 @@ class QuantizationCallback(PreparingCallback):
         exclude: Sequence[str] | None,
         *,
         convert: bool,
+        equalization: Equalization = "none",
+        batchnorm: BatchNormHandling = "fused",
     ) -> None:
-        super().__init__(mode, backend, module, example_inputs, scheme, include, exclude)
+        super().__init__(
+            mode,
+            backend,
+            module,
+            example_inputs,
+            scheme,
+            include,
+            exclude,
+            equalization=equalization,
+            batchnorm=batchnorm,
+        )
         check_flag("convert_on_fit_end", convert)
         self.convert_on_fit_end = convert
         self.observe_stages: tuple[str, ...] = ("train",)

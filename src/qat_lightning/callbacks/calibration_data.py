@@ -12,12 +12,14 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.seed import isolate_rng
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 from torchmetrics import Metric
 
 from qat_lightning.calibration import calibrating
 from qat_lightning.errors import ConfigurationError, NetworkError
 from qat_lightning.example import generators_kept, nothing_moves, take_step
+from qat_lightning.flows.base import Example
 from qat_lightning.network import OWN_FORWARD, Slot
 from qat_lightning.variants import Stand
 
@@ -55,6 +57,36 @@ def calibrate_in_steps(
 ) -> int:
     """Calibrate networks on what the LightningModule's training step calls them with; see `run_in_steps`."""
     return run_in_steps(pl_module, slots, prepared, loader, batches, calibrating)
+
+
+def calls_in_steps(
+    pl_module: LightningModule, slots: Mapping[str, Slot], networks: Mapping[str, nn.Module], loader: Any, batches: int
+) -> dict[str, list[Example]]:
+    """What the LightningModule's training step calls each network with, in as many batches; see `run_in_steps`.
+
+    Returns:
+        By the networks' names, the calls in their order, on the device of the LightningModule.
+    """
+    calls: dict[nn.Module, list[Example]] = {network: [] for network in networks.values()}
+
+    @contextmanager
+    def keeping(network: nn.Module) -> Iterator[None]:
+        def keep(module: nn.Module, args: Any, kwargs: Any) -> None:
+            calls[network].append(Example(*tree_map(_copied, (args, kwargs))))
+
+        handle = network.register_forward_pre_hook(keep, with_kwargs=True)
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            handle.remove()
+
+    run_in_steps(pl_module, slots, networks, loader, batches, keeping)
+    return {name: calls[network] for name, network in networks.items()}
+
+
+def _copied(leaf: Any) -> Any:
+    return leaf.detach().clone() if isinstance(leaf, Tensor) else leaf
 
 
 def run_in_steps(

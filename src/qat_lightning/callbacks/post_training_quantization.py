@@ -12,15 +12,17 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
+from qat_lightning.callbacks.arguments import check_flag
 from qat_lightning.callbacks.base import QuantizationCallback
-from qat_lightning.callbacks.calibration_data import calibrate_in_steps, calibration_loader
+from qat_lightning.callbacks.calibration_data import calibrate_in_steps, calibration_loader, calls_in_steps
 from qat_lightning.callbacks.company import refuse_strategy
 from qat_lightning.errors import ConfigurationError
 from qat_lightning.flows.base import Converted, is_prepared
 from qat_lightning.flows.direct import quantize
 from qat_lightning.kinds import check_kind
 from qat_lightning.network import Slot, find_networks
-from qat_lightning.recipe import Recipe
+from qat_lightning.recipe import Equalization, Recipe
+from qat_lightning.recipes.bias_correction import correct_biases
 from qat_lightning.schedule import Phase
 from qat_lightning.scheme import Scheme
 
@@ -50,6 +52,10 @@ class PostTrainingQuantization(QuantizationCallback):
         calibration_dataloader: Where they come from; by default the training's loader.
         include: Globs of module names, relative to the LightningModule; only these are quantized.
         exclude: Globs of module names that stay float.
+        equalization: Make neighbouring layers share the range of their weights before anything is rounded:
+            ``"exact"`` where the network stays the same, ``"replace_relu6"`` also across ReLU6, which become ReLU.
+        bias_correction: Take the mean error of rounded weights out of each layer's output, on the batches of the
+            calibration.
 
     Attributes:
         prepared: The calibrated network with fake-quant, for ``kind="static"``, once there is one.
@@ -80,6 +86,8 @@ class PostTrainingQuantization(QuantizationCallback):
         calibration_dataloader: Any = None,
         include: Sequence[str] | None = None,
         exclude: Sequence[str] | None = None,
+        equalization: Equalization = "none",
+        bias_correction: bool = False,
     ) -> None:
         if not isinstance(kind, str) or kind not in get_args(PostTrainingKind):
             raise ConfigurationError(f"kind={kind!r} is unknown: use one of {', '.join(get_args(PostTrainingKind))}.")
@@ -88,9 +96,25 @@ class PostTrainingQuantization(QuantizationCallback):
                 f"calibration_batches={calibration_batches!r} is not possible: give an int from 1."
             )
         self.kind = self._KIND = kind
-        super().__init__(mode, backend, module, example_inputs, scheme, include, exclude, convert=True)
+        super().__init__(
+            mode,
+            backend,
+            module,
+            example_inputs,
+            scheme,
+            include,
+            exclude,
+            convert=True,
+            equalization=equalization,
+        )
         if mode != "auto":
             check_kind(self._recipe(mode))
+        check_flag("bias_correction", bias_correction)
+        if bias_correction and kind != "static":
+            raise ConfigurationError(
+                f"bias_correction=True needs data, which kind={kind!r} does without: use 'static'."
+            )
+        self.bias_correction = bias_correction
         self.calibration_batches = calibration_batches
         self.calibration_dataloader = calibration_dataloader
         self.float_source = "the weights that were quantized"
@@ -187,8 +211,17 @@ class PostTrainingQuantization(QuantizationCallback):
             if trainer.world_size > 1:
                 _take_over_from_first(prepared)
             rank_zero_info(f"Calibrated on {count} batches.")
+            if self.bias_correction:
+                self._win_back(pl_module, prepared, loader)
             self._prepared = prepared
         self._made_of = {name: _weights(slot.get()) for name, slot in self._slots.items()}
+
+    def _win_back(self, pl_module: LightningModule, prepared: dict[str, nn.Module], loader: Any) -> None:
+        """Bias correction, on the batches of the calibration."""
+        calls = calls_in_steps(pl_module, self._slots, prepared, loader, self.calibration_batches)
+        for name, network in prepared.items():
+            corrected = correct_biases(network, calls[name])
+            rank_zero_info(f"{name!r}: the biases of {len(corrected)} layers were corrected.")
 
     def _prepare_copy(self, name: str, slot: Slot) -> nn.Module:
         return self._prepare_one(slot, copy.deepcopy(slot.get()), self._examples[name])
@@ -197,6 +230,7 @@ class PostTrainingQuantization(QuantizationCallback):
         if self.kind == "static":
             return super()._make_int8(name)
         slot, example, network = self._slots[name], self._examples[name], self._float_network(name)
+        self._rework(network, slot, example)
         recipe = self._recipe_for(network, slot, example)
         return quantize(network, example, recipe, prefix=slot.prefix), recipe
 

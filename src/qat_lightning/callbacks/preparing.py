@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 from torch.utils.hooks import RemovableHandle
@@ -20,7 +20,7 @@ from qat_lightning.backends import get_backend, require
 from qat_lightning.callbacks.arguments import check_names, check_word
 from qat_lightning.callbacks.company import refuse_callbacks, refuse_compiled, refuse_strategy
 from qat_lightning.checkpoint_io import save_whole_files
-from qat_lightning.checkpoints import guard_loading, note_added_keys
+from qat_lightning.checkpoints import guard_loading, holds_quantization, note_added_keys
 from qat_lightning.errors import ConfigurationError, NetworkError
 from qat_lightning.example import catch_examples, check_example, examples_from_user, from_user
 from qat_lightning.flows.base import (
@@ -34,7 +34,8 @@ from qat_lightning.flows.base import (
 )
 from qat_lightning.network import Slot, find_networks
 from qat_lightning.prepare import choose_mode
-from qat_lightning.recipe import Kind, Recipe, check_globs
+from qat_lightning.recipe import BatchNormHandling, Equalization, Kind, Recipe, check_globs
+from qat_lightning.recipes.reworking import Reworking, reworks
 from qat_lightning.schedule import Phase
 from qat_lightning.scheme import Scheme
 
@@ -68,6 +69,8 @@ class PreparingCallback(Callback):
         scheme: Bits and granularity.
         include: Globs of what to quantize.
         exclude: Globs of what stays float.
+        equalization: Whether weights are equalized before.
+        batchnorm: Whether BatchNorm stays.
     """
 
     _KIND: Kind = "qat"
@@ -81,6 +84,9 @@ class PreparingCallback(Callback):
         scheme: Scheme | None,
         include: Sequence[str] | None,
         exclude: Sequence[str] | None,
+        *,
+        equalization: Equalization = "none",
+        batchnorm: BatchNormHandling = "fused",
     ) -> None:
         check_word("mode", mode)
         check_word("backend", backend)
@@ -97,6 +103,8 @@ class PreparingCallback(Callback):
             raise ConfigurationError(f"scheme={scheme!r} is not possible: give a qat_lightning.Scheme.")
         self.include = check_names("include", include, example="['head.*']")
         self.exclude = check_names("exclude", exclude, example="['head.*']")
+        self.equalization = equalization
+        self.batchnorm = batchnorm
         self._recipe(target.modes[0] if mode == "auto" else mode)
         self._user_example = example_inputs
         if example_inputs is not None and isinstance(module, (str, type(None))):
@@ -199,7 +207,7 @@ class PreparingCallback(Callback):
                 self._check_adopted(prepared)
             else:
                 self._will_prepare(slots)
-                if len(slots) > 1:
+                if len(slots) > 1 or reworks(self._recipe(get_backend(self.backend, self.mode).modes[0])):
                     # Preparing may work in place: that all can be prepared is tried on copies.
                     for name, slot in slots.items():
                         self._prepare_one(slot, copy.deepcopy(slot.get()), examples[name])
@@ -231,14 +239,17 @@ class PreparingCallback(Callback):
         return prepared
 
     def _prepare_float32(self, network: nn.Module, slot: Slot, example: Example) -> nn.Module:
+        reworking = self._rework(network, slot, example)
         recipe = self._recipe_for(network, slot, example)
         try:
             with warnings.catch_warnings():
-                return get_flow(recipe.mode).prepare(network, example, recipe, prefix=slot.prefix)
+                prepared = get_flow(recipe.mode).prepare(network, example, recipe, prefix=slot.prefix)
         except NetworkError as error:
             if not (self.include or self.exclude):
                 raise
             raise NetworkError(f"{error} (include={list(self.include)}, exclude={list(self.exclude)})") from error
+        prepared_state(prepared).__dict__["reworking"] = reworking
+        return prepared
 
     def _recipe_for(self, network: nn.Module, slot: Slot, example: Example) -> Recipe:
         """The recipe of a network, once it is known to run, which mode suits it, and that the globs match."""
@@ -250,6 +261,17 @@ class PreparingCallback(Callback):
         recipe = self._recipe(mode)
         check_globs(recipe, [f"{slot.prefix}.{n}".strip(".") for n, _ in network.named_modules() if n or slot.prefix])
         return recipe
+
+    def _rework(self, network: nn.Module, slot: Slot, example: Example) -> Reworking | None:
+        """Equalize and fold a float network, in place, as the settings say; None if they say nothing."""
+        recipe = self._recipe(get_backend(self.backend, self.mode).modes[0])
+        if not reworks(recipe):
+            return None
+        check_example(network, example, name=slot.name, given=self._user_example is not None)
+        reworking = Reworking(network, example, recipe)
+        for note in reworking.notes:
+            rank_zero_info(f"{slot.name!r}. {note}")
+        return reworking
 
     def _check_adopted(self, prepared: Mapping[str, nn.Module]) -> None:
         """Take over networks that are prepared already (by a copy of this callback, say), if they are as we would."""
@@ -282,7 +304,9 @@ class PreparingCallback(Callback):
         """For a callback that has made something of the weights, which are now those of ``source``."""
 
     def _recipe(self, mode: str) -> Recipe:
-        return Recipe(mode, self.backend, self.scheme, self.include, self.exclude, self._KIND)
+        return Recipe(
+            mode, self.backend, self.scheme, self.include, self.exclude, self._KIND, self.equalization, self.batchnorm
+        )
 
     def _guard_loading(self, trainer: Trainer, pl_module: LightningModule) -> None:
         def loaded() -> None:
@@ -294,6 +318,17 @@ class PreparingCallback(Callback):
         self._phase = phase
         for prepared in self._prepared.values():
             set_phase(prepared, **dataclasses.asdict(phase))
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Let the optimizer begin anew where a float checkpoint's parameters are other ones than those that train."""
+        if all(prepared_state(network).reworking is None for network in self._prepared.values()):
+            return
+        if "optimizer_states" in checkpoint and not holds_quantization(checkpoint["state_dict"]):
+            checkpoint["optimizer_states"] = []
+            rank_zero_warn(
+                "The checkpoint is of a float run, whose weights were equalized or folded as they were loaded: the "
+                "optimizer begins anew."
+            )
 
     # End
 

@@ -24,6 +24,7 @@ from qat_lightning.checkpoints import float_weights, read_float_weights
 from qat_lightning.errors import ConfigurationError
 from qat_lightning.flows.base import merge_ranges, prepared_state, reduce_ranges
 from qat_lightning.network import Slot
+from qat_lightning.recipe import BatchNormHandling, Equalization
 from qat_lightning.schedule import Phase, PointLike, QuantizationSchedule, TrainingPlan
 from qat_lightning.scheme import Scheme
 
@@ -59,6 +60,11 @@ class QuantizationAwareTraining(QuantizationCallback):
         observe_stages: The stages in which ranges move until they freeze: ``"train"``, and if they are named
             ``"validate"``, and ``"test"`` and ``"predict"`` where these run fake-quant. BatchNorm statistics move in
             training only.
+        equalization: Make neighbouring layers share the range of their weights before anything is prepared:
+            ``"exact"`` where the network stays the same, ``"replace_relu6"`` also across ReLU6, which become ReLU.
+        batchnorm: ``"fused"``: BatchNorm trains on, and weights are rounded as they will be with it folded in.
+            ``"fold"``: it is folded into the weights before anything trains, so that steps are cheaper; for networks
+            that were trained.
 
     Attributes:
         prepared: The network with fake-quant (a dict of them by name, if ``module`` is a list of several), once the fit
@@ -93,8 +99,21 @@ class QuantizationAwareTraining(QuantizationCallback):
         float_checkpoint: str | Path | None = None,
         reset_best_on_start: bool = False,
         observe_stages: Sequence[str] = ("train",),
+        equalization: Equalization = "none",
+        batchnorm: BatchNormHandling = "fused",
     ) -> None:
-        super().__init__(mode, backend, module, example_inputs, scheme, include, exclude, convert=convert_on_fit_end)
+        super().__init__(
+            mode,
+            backend,
+            module,
+            example_inputs,
+            scheme,
+            include,
+            exclude,
+            convert=convert_on_fit_end,
+            equalization=equalization,
+            batchnorm=batchnorm,
+        )
         self.schedule = QuantizationSchedule(start, freeze_observers, freeze_batchnorm)
         self.float_checkpoint = check_file("float_checkpoint", float_checkpoint)
         check_flag("reset_best_on_start", reset_best_on_start)
@@ -223,9 +242,11 @@ class QuantizationAwareTraining(QuantizationCallback):
         keep_from_ddp(next(iter(self._slots.values())).pl_module, self._prepared)
         if self.float_checkpoint is not None:
             for name, prepared in self._prepared.items():
-                state = prepared_state(prepared).float_network.state_dict()
-                prefix = self._slots[name].prefix
-                self._float_weights[name] = read_float_weights(self.float_checkpoint, name, prefix, state)
+                state = prepared_state(prepared)
+                reworking = state.reworking
+                given = (state.float_network if reworking is None else reworking.given).state_dict()
+                found = read_float_weights(self.float_checkpoint, name, self._slots[name].prefix, given)
+                self._float_weights[name] = found if reworking is None else reworking.rework(found)
             self.float_source = f"checkpoint {self.float_checkpoint}"
 
     def on_train_batch_end(

@@ -25,7 +25,7 @@ from qat_lightning.recipe import Recipe
 Key = tuple[int, int]
 
 HEAD_TYPES = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
-_BATCHNORM_OF = {
+BATCHNORM_OF = {
     nn.Conv1d: nn.BatchNorm1d,
     nn.Conv2d: nn.BatchNorm2d,
     nn.Conv3d: nn.BatchNorm3d,
@@ -178,7 +178,7 @@ def observe(network: nn.Module, example: Example) -> Observation:
     observation = Observation()
     handles = []
     for module in network.modules():
-        if type(module) in (*HEAD_TYPES, *_BATCHNORM_OF.values(), *_ACTIVATION_TYPES):
+        if type(module) in (*HEAD_TYPES, *BATCHNORM_OF.values(), *_ACTIVATION_TYPES):
             handles.append(module.register_forward_pre_hook(observation.enter, with_kwargs=True))
             handles.append(module.register_forward_hook(observation.leave, with_kwargs=True))
     try:
@@ -328,7 +328,7 @@ class _Links:
         return found.pop() if len(found) == 1 else None
 
     def _folds(self, head: nn.Module, calls: list[_Call], follower: nn.Module) -> bool:
-        if type(follower) is not _BATCHNORM_OF[type(head)] or not self._not_excluded(follower):
+        if type(follower) is not BATCHNORM_OF[type(head)] or not self._not_excluded(follower):
             return False
         bn: Any = follower
         if bn.running_mean is None or bn.running_var is None:

@@ -1,0 +1,101 @@
+"""Bias correction: rounded weights shift the mean of what a layer gives, and its bias takes the shift back.
+
+Nagel et al., 2019, https://arxiv.org/abs/1906.04721, section 4.2, with means from data (appendix D).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qat_lightning.calibration import call
+from qat_lightning.checkpoints import float_weights
+from qat_lightning.flows.base import prepared_state
+from qat_lightning.recipes.layers import RoundedLayer, rounded_layers
+
+
+class _Shift:
+    """The mean, over all that a layer of the float network gives, of what rounding its weight adds."""
+
+    def __init__(self, error: Tensor) -> None:
+        self.error = error
+        self.sum = torch.zeros(error.shape[0], dtype=torch.float64, device=error.device)
+        self.count = 0
+
+    def see(self, module: Any, args: tuple[Any, ...], output: Any) -> None:
+        """Forward hook on the float layer."""
+        added = apply_layer(module, args[0].float(), self.error)
+        channels = added.movedim(-1 if isinstance(module, nn.Linear) else 1, 0).flatten(1)
+        self.sum += channels.double().sum(1)
+        self.count += channels.shape[1]
+
+    def mean(self) -> Tensor:
+        return (self.sum / max(self.count, 1)).float()
+
+
+@torch.no_grad()
+def correct_biases(prepared: nn.Module, batches: Iterable[Any]) -> dict[str, float]:
+    """Take the mean error of rounded weights out of each layer's output, channel by channel, in place.
+
+    Each layer is seen on the float network's own inputs, so that errors of other layers do not come in. Where BatchNorm
+    is folded into a layer, its beta takes the correction. Weights and ranges of activations stay.
+
+    Args:
+        prepared: The network with fake-quant, calibrated or not; rounding is on.
+        batches: Calls of the network, as for `qat_lightning.calibrate`, on its device.
+
+    Returns:
+        By the names of the layers that were corrected, the largest correction of a channel, in the units of the layer's
+        output. Layers without a bias to correct are left out.
+
+    Example:
+        >>> from qat_lightning.flows.base import Example, get_flow
+        >>> from qat_lightning.recipe import Recipe
+        >>> network, x = nn.Sequential(nn.Linear(4, 2)), torch.rand(8, 4)
+        >>> prepared = get_flow("fx").prepare(network, Example((x,)), Recipe("fx", "x86"))
+        >>> list(correct_biases(prepared, [x]))
+        ['0']
+    """
+    network = copy.deepcopy(prepared_state(prepared).float_network)
+    network.load_state_dict(float_weights(prepared))
+    device = next((parameter.device for parameter in prepared.parameters()), torch.device("cpu"))
+    network.to(device).float().eval()
+    layers = [(layer, bias) for layer in rounded_layers(prepared) if (bias := _bias_of(layer)) is not None]
+    shifts = [_Shift(layer.rounded() - layer.folded()) for layer, _ in layers]
+    handles = [
+        network.get_submodule(layer.name).register_forward_hook(shift.see)
+        for (layer, _), shift in zip(layers, shifts, strict=True)
+    ]
+    try:
+        for batch in batches:
+            call(network, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    corrections = {}
+    for (layer, bias), shift in zip(layers, shifts, strict=True):
+        if shift.count:
+            correction = shift.mean()
+            bias.sub_(correction.to(bias.dtype))
+            corrections[layer.name] = float(correction.abs().max())
+    return corrections
+
+
+def apply_layer(module: Any, input: Tensor, weight: Tensor) -> Tensor:
+    """What a convolution or linear layer gives with another weight and without a bias."""
+    if isinstance(module, nn.Linear):
+        return F.linear(input, weight)
+    output: Tensor = module._conv_forward(input, weight, None)
+    return output
+
+
+def _bias_of(layer: RoundedLayer) -> Tensor | None:
+    """The parameter that is added to each channel of what the folded weight gives."""
+    owner: Any = layer.module if layer.batchnorm is None else layer.network.get_submodule(layer.batchnorm)
+    bias: Tensor | None = owner.bias
+    return bias

@@ -1,0 +1,314 @@
+"""Cross-layer equalization: weights of neighbouring layers share their range fairly, and the network stays the same.
+
+Nagel et al., 2019, "Data-free quantization through weight equalization and bias correction",
+https://arxiv.org/abs/1906.04721, section 4.1. ReLU lets a scale of a channel through, so what one layer's output
+channel is divided by, the next layer's input channel can be multiplied with. BatchNorm stays where it is: its gamma
+and beta take the scale, and the ranges are those of the weights that it is folded into.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from qat_lightning.errors import ConfigurationError, NetworkError
+from qat_lightning.flows.base import Example
+from qat_lightning.flows.eager_chains import HEAD_TYPES, Key, Observation, observe, run_apart
+from qat_lightning.qat_modules import fold_factor
+from qat_lightning.recipe import Equalization as Kind
+
+_BATCHNORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_CLIPPING = (nn.ReLU6, nn.Hardtanh)
+_CHANNELWISE = frozenset(
+    {
+        "relu", "relu_", "leaky_relu", "leaky_relu_", "dropout", "dropout1d", "dropout2d", "dropout3d",
+        "max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d",
+        "adaptive_avg_pool2d", "adaptive_avg_pool3d", "adaptive_max_pool1d", "adaptive_max_pool2d", "flatten", "mean",
+        "amax", "squeeze", "contiguous", "pad", "view", "reshape",
+    }
+)  # fmt: skip
+"""Functions that may act on each channel by itself and let a positive factor through; pairs are tried with numbers."""
+
+_SAME = 1e-4
+"""Largest relative change of outputs that counts as none: float32 rounds other products."""
+_ENOUGH = 1e-3
+
+
+def check_equalization(value: Any) -> None:
+    """Refuse what is no kind of equalization.
+
+    Raises:
+        ConfigurationError: With those there are.
+    """
+    if not isinstance(value, str) or value not in get_args(Kind):
+        kinds = ", ".join(map(repr, get_args(Kind)))
+        raise ConfigurationError(f"equalization={value!r} is not possible: use one of {kinds}.")
+
+
+@dataclass
+class Equalization:
+    """What was done to a network.
+
+    Attributes:
+        pairs: Names of the layers that were equalized with one another.
+        replaced: Names of the ReLU6 that became ReLU.
+        left: Of layers that another follows, why they were left alone.
+        change: Relative change of the outputs on the example, by replacing ReLU6; 0 if none was.
+    """
+
+    pairs: list[tuple[str, str]] = field(default_factory=list)
+    replaced: list[str] = field(default_factory=list)
+    left: dict[str, str] = field(default_factory=dict)
+    change: float = 0.0
+
+    def __str__(self) -> str:
+        """One sentence."""
+        text = f"{len(self.pairs)} pairs of layers were equalized"
+        if self.replaced:
+            text += f", {len(self.replaced)} ReLU6 became ReLU (outputs changed by {100 * self.change:.2g} %)"
+        clipped = sum(reason.startswith("ReLU6") for reason in self.left.values())
+        if clipped:
+            text += f"; {clipped} pairs have a ReLU6 between them and were left (equalization='replace_relu6')"
+        return text + "."
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """Two layers in a row; what is between them is ``batchnorm`` and functions that let a factor through."""
+
+    first: Any
+    batchnorm: Any
+    clipping: tuple[nn.Module, ...]
+    second: Any
+
+    def scale(self, factor: Tensor) -> None:
+        """Divide the output channels of the first by ``factor``, and multiply the input channels of the second."""
+        owner = self.first if self.batchnorm is None else self.batchnorm
+        owner.weight.div_(_along(factor, owner.weight))
+        if owner.bias is not None:
+            owner.bias.div_(factor)
+        grouped = _by_input(self.second, self.second.weight)
+        grouped.mul_(factor.reshape(grouped.shape[0], 1, grouped.shape[2], 1))
+
+    def ranges(self) -> tuple[Tensor, Tensor]:
+        """Largest absolute weight of each output channel of the first, and of each input channel of the second."""
+        first = _folded(self.first, self.batchnorm).flatten(1).abs().amax(1)
+        second = _by_input(self.second, self.second.weight).abs().amax((1, 3)).flatten()
+        return first, second
+
+
+@torch.no_grad()
+def equalize(network: nn.Module, example: Example, kind: Kind = "exact") -> Equalization:
+    """Equalize the weights of neighbouring layers, in place.
+
+    Which layers follow one another is seen by running the example; whether a factor passes between them is tried with
+    numbers. A layer whose output goes to several places, or that is called several times, is left alone.
+
+    Args:
+        network: A float network; names and shapes of its parameters stay.
+        example: One call of it.
+        kind: ``"exact"``, or ``"replace_relu6"``: a ReLU6 between two layers becomes a ReLU, without which there is
+            nothing to equalize in a MobileNet. That changes the network where activations are above 6.
+
+    Returns:
+        What was done. With ``"none"``, nothing.
+
+    Raises:
+        ConfigurationError: The kind is unknown.
+        NetworkError: The network does not run on the example, or computes something else afterwards, which is undone.
+
+    Example:
+        >>> network = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> equalize(network, Example((torch.randn(16, 4),))).pairs
+        [('0', '2')]
+    """
+    check_equalization(kind)
+    done = Equalization()
+    if kind == "none":
+        return done
+    names = {module: name for name, module in network.named_modules()}
+    pairs = list(_find_pairs(network, observe(network, example), names, done))
+    original = _outputs(network, example)
+    if kind == "replace_relu6":
+        _replace_clipping(network, pairs, done)
+        done.change = _distance(original, _outputs(network, example))
+    else:
+        for pair in pairs:
+            if pair.clipping:
+                done.left[names[pair.first]] = f"ReLU6 at {names[pair.clipping[0]]!r} lets no factor through"
+        pairs = [pair for pair in pairs if not pair.clipping]
+    pairs = _those_that_pass(network, example, pairs, names, done)
+    weights = copy.deepcopy(network.state_dict())
+    before = _outputs(network, example)
+    _balance(pairs)
+    done.pairs = [(names[pair.first], names[pair.second]) for pair in pairs]
+    distance = _distance(before, _outputs(network, example))
+    if not distance <= 10 * _SAME:
+        network.load_state_dict(weights)
+        raise NetworkError(
+            f"Equalization would change what {type(network).__name__} computes, by {distance:.1e} on the example, and "
+            "was undone. Use equalization='none' for it."
+        )
+    return done
+
+
+def _balance(pairs: list[_Pair], rounds: int = 40) -> None:
+    """Equation 11 of the paper for each pair in turn, until no factor is far from 1."""
+    for _ in range(rounds):
+        furthest = 0.0
+        for pair in pairs:
+            first, second = pair.ranges()
+            alive = (first > 0) & (second > 0)
+            factor = torch.where(alive, (first / torch.where(alive, second, 1.0)).sqrt(), 1.0)
+            pair.scale(factor)
+            furthest = max(furthest, float(factor.log().abs().max()))
+        if furthest < _ENOUGH:
+            break
+
+
+def _find_pairs(
+    network: nn.Module, observation: Observation, names: dict[nn.Module, str], done: Equalization
+) -> Iterator[_Pair]:
+    shared = _shared_parameters(network)
+    for first, name in names.items():
+        if type(first) not in HEAD_TYPES:
+            continue
+        found = _follow(first, observation)
+        if isinstance(found, str):
+            if found:
+                done.left[name] = found
+            continue
+        layers = [layer for layer in (found.first, found.batchnorm, found.second) if layer is not None]
+        if any("weight" not in layer._parameters for layer in layers):
+            done.left[name] = "a weight is computed (parametrized)"
+        elif any(id(parameter) in shared for layer in layers for parameter in layer._parameters.values()):
+            done.left[name] = "a parameter is shared with another layer"
+        elif found.second.weight.shape[1] * getattr(found.second, "groups", 1) != found.first.weight.shape[0]:
+            done.left[name] = "the next layer takes its channels in another form"
+        else:
+            yield found
+
+
+def _follow(first: Any, observation: Observation) -> _Pair | str:
+    """The pair that begins with a layer; else why there is none, empty if no layer follows."""
+    calls = observation.of(first)
+    if len(calls) != 1:
+        return "it is called several times" if calls else ""
+    batchnorm, clipping = None, list[nn.Module]()
+    outputs: tuple[Key, ...] = calls[0].outputs
+    while True:
+        if len(outputs) != 1 or outputs[0] in observation.returned:
+            return ""
+        # Dropout in evaluation gives back the tensor itself.
+        consumers = [call for call in observation.consumers(outputs[0]) if call.outputs != call.inputs]
+        if len(consumers) != 1:
+            return "its output goes to several places"
+        (call,) = consumers
+        module: Any = call.module
+        if module is None:
+            if call.function not in _CHANNELWISE or call.inputs != outputs:
+                return f"{call.function} is between it and the next layer"
+        elif type(module) in HEAD_TYPES:
+            single = len(observation.of(module)) == 1
+            return _Pair(first, batchnorm, tuple(clipping), module) if single else "the next is called several times"
+        elif type(module) in _BATCHNORM:
+            only = batchnorm is None and not clipping and call is observation.consumers(calls[0].outputs[0])[0]
+            if not only or len(observation.of(module)) != 1 or module.weight is None or module.running_var is None:
+                return "a BatchNorm is between it and the next layer, which does not fold into it"
+            batchnorm = module
+        elif isinstance(module, _CLIPPING):
+            clipping.append(module)
+        outputs = call.outputs
+
+
+def _shared_parameters(network: nn.Module) -> set[int]:
+    seen, shared = set[int](), set[int]()
+    for _, parameter in network.named_parameters(remove_duplicate=False):
+        (shared if id(parameter) in seen else seen).add(id(parameter))
+    return shared
+
+
+def _replace_clipping(network: nn.Module, pairs: list[_Pair], done: Equalization) -> None:
+    wanted: dict[nn.Module | None, nn.Module] = {
+        module: nn.ReLU(inplace=bool(module.inplace)).train(module.training)
+        for pair in pairs
+        for module in pair.clipping
+    }
+    done.replaced = [name for name, module in network.named_modules() if module in wanted]
+    for parent in list(network.modules()):
+        for name, child in list(parent._modules.items()):
+            if child in wanted:
+                parent._modules[name] = wanted[child]
+
+
+def _those_that_pass(
+    network: nn.Module, example: Example, pairs: list[_Pair], names: dict[nn.Module, str], done: Equalization
+) -> list[_Pair]:
+    """The pairs between which a factor of each channel passes; tried together, and one by one if that fails."""
+    before = _outputs(network, example)
+
+    def passes(tried: list[_Pair]) -> bool:
+        with _scaled(network, tried):
+            return _distance(before, _outputs(network, example)) <= _SAME
+
+    if passes(pairs):
+        return pairs
+    kept = []
+    for pair in pairs:
+        if passes([pair]):
+            kept.append(pair)
+        else:
+            done.left[names[pair.first]] = "a factor does not pass to the next layer"
+    return kept
+
+
+@contextmanager
+def _scaled(network: nn.Module, pairs: list[_Pair]) -> Iterator[None]:
+    """Scale channels by factors of 1/2, 1 and 2, and undo it."""
+    kept = [(parameter, parameter.clone()) for parameter in network.parameters()]
+    for pair in pairs:
+        channels = torch.arange(pair.first.weight.shape[0], device=pair.first.weight.device)
+        pair.scale(2.0 ** (channels % 3 - 1).to(pair.first.weight.dtype))
+    try:
+        yield
+    finally:
+        for parameter, value in kept:
+            parameter.copy_(value)
+
+
+def _folded(layer: Any, batchnorm: Any) -> Tensor:
+    weight: Tensor = layer.weight.float()
+    if batchnorm is None:
+        return weight
+    return weight * _along(fold_factor(batchnorm.weight, batchnorm.running_var, batchnorm.eps), weight)
+
+
+def _along(factor: Tensor, weight: Tensor) -> Tensor:
+    return factor.reshape(-1, *[1] * (weight.dim() - 1))
+
+
+def _by_input(layer: Any, weight: Tensor) -> Tensor:
+    """A view of a weight as (groups, outputs of a group, inputs of a group, positions)."""
+    groups = getattr(layer, "groups", 1)
+    return weight.view(groups, weight.shape[0] // groups, weight.shape[1], -1)
+
+
+def _outputs(network: nn.Module, example: Example) -> list[Tensor]:
+    leaves = tree_leaves(run_apart(network, example))
+    return [leaf.double() for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+
+def _distance(one: list[Tensor], other: list[Tensor]) -> float:
+    """Largest relative difference of two results; inf if they are not finite."""
+    distances = [
+        float((left - right).norm() / left.norm().clamp(min=1e-12)) for left, right in zip(one, other, strict=True)
+    ]
+    return max((d if math.isfinite(d) else math.inf for d in distances), default=0.0)

@@ -1,0 +1,115 @@
+"""The layers of a prepared network whose weights are rounded, in every mode."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from qat_lightning.fake_quantize import FakeQuantize
+from qat_lightning.flows.base import prepared_state
+from qat_lightning.flows.places import find_places
+from qat_lightning.graph_network import GraphNetwork
+from qat_lightning.qat_modules import fold_factor
+
+RECONSTRUCTED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+
+
+@dataclass(frozen=True)
+class RoundedLayer:
+    """A convolution or linear layer of a prepared network, and what its int8 weight is made of.
+
+    Attributes:
+        name: In the float network, where the same names lead to a layer of a plain type.
+        module: In the prepared network; it holds the weight and the bias.
+        batchnorm: The name of the BatchNorm that is folded into the weight; None if there is none.
+        fq: What rounds the (folded) weight.
+        network: The prepared network.
+    """
+
+    name: str
+    module: Any
+    batchnorm: str | None
+    fq: FakeQuantize
+    network: nn.Module
+
+    def factor(self) -> Tensor | None:
+        """What folding multiplies the weight with, float32, shaped to go with the weight; None without BatchNorm."""
+        if self.batchnorm is None:
+            return None
+        bn: Any = self.network.get_submodule(self.batchnorm)
+        factor = fold_factor(bn.weight, bn.running_var, bn.eps)
+        return factor.reshape(-1, *[1] * (self.module.weight.dim() - 1))
+
+    @torch.no_grad()
+    def folded(self) -> Tensor:
+        """The weight before it is rounded, as the kernel would have it, float32."""
+        factor = self.factor()
+        weight: Tensor = self.module.weight.detach().float()
+        return weight if factor is None else weight * factor
+
+    @torch.no_grad()
+    def rounded(self) -> Tensor:
+        """The weight that the kernel has, float32."""
+        folded = self.folded()
+        self.fq.observe(folded)
+        return self.fq.round(folded)
+
+
+def rounded_layers(prepared: nn.Module) -> list[RoundedLayer]:
+    """The convolutions and linear layers whose weights are rounded, in the order of the network.
+
+    Layers that were made in preparation (of one that is called from several places), functional ones, and computed
+    weights are left out.
+
+    Args:
+        prepared: What a flow's ``prepare`` made.
+
+    Example:
+        >>> from qat_lightning.flows.base import Example, get_flow
+        >>> from qat_lightning.recipe import Recipe
+        >>> network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+        >>> prepared = get_flow("fx").prepare(network, Example((torch.randn(2, 3, 8, 8),)), Recipe("fx", "x86"))
+        >>> [(layer.name, layer.batchnorm) for layer in rounded_layers(prepared)]
+        [('0', '1')]
+    """
+    original = dict(prepared_state(prepared).float_network.named_modules(remove_duplicate=False))
+    names = {module: name for name, module in prepared.named_modules()}
+    calls = _batchnorms_of_graph(prepared) if isinstance(prepared, GraphNetwork) else {}
+    found = []
+    for place in find_places(prepared):
+        if place.what != "weight" or type(original.get(place.layer)) not in RECONSTRUCTED:
+            continue
+        module: Any = prepared.get_submodule(place.layer)
+        if "weight" not in module._parameters or not place.fq.fake_quant_enabled:
+            continue
+        batchnorm = calls.get(place.layer) or _batchnorm_of(module, names)
+        found.append(RoundedLayer(place.layer, module, batchnorm, place.fq, prepared))
+    order = {name: index for index, name in enumerate(original)}
+    return sorted(found, key=lambda layer: order[layer.name])
+
+
+def _batchnorm_of(module: Any, names: dict[nn.Module, str]) -> str | None:
+    """In eager mode and fx, layers know their BatchNorm."""
+    batchnorm = getattr(module, "batchnorm", None)
+    return names.get(batchnorm) if isinstance(batchnorm, nn.Module) else None
+
+
+def _batchnorms_of_graph(prepared: GraphNetwork) -> dict[str, str]:
+    """In pt2e, a folded weight is made of the weight and BatchNorm's tensors: the layers, and their BatchNorms."""
+    return {
+        _owner(node.args[0]): _owner(node.args[2])
+        for node in _nodes(prepared)
+        if type(prepared.get_submodule(str(node.target))).__name__ == "FoldedWeight"
+    }
+
+
+def _nodes(prepared: GraphNetwork) -> Iterator[fx.Node]:
+    yield from prepared.__dict__["graph"].find_nodes(op="call_module")
+
+
+def _owner(node: Any) -> str:
+    return str(node.target).rpartition(".")[0]

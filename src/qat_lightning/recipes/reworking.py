@@ -1,0 +1,62 @@
+"""What recipes do to a float network before it is prepared, and to float weights that are loaded afterwards."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from qat_lightning.flows.base import Example
+from qat_lightning.recipe import Recipe
+from qat_lightning.recipes.equalization import equalize
+from qat_lightning.recipes.folding import Folded, fold_batchnorm
+
+
+def reworks(recipe: Recipe) -> bool:
+    """Whether a recipe changes the float network at all."""
+    return recipe.equalization != "none" or recipe.batchnorm != "fused"
+
+
+class Reworking:
+    """The float network as it was given, and what was made of it.
+
+    Args:
+        network: The float network, changed in place; a copy of it as it is now is kept.
+        example: One call of it.
+        recipe: Says what to do.
+
+    Attributes:
+        notes: What was done, in sentences.
+        folded: The BatchNorms that were folded, by name.
+
+    Raises:
+        NetworkError: The network would compute something else afterwards.
+        ConfigurationError: There is nothing to fold.
+    """
+
+    def __init__(self, network: nn.Module, example: Example, recipe: Recipe) -> None:
+        self.given = copy.deepcopy(network)
+        self.example = example
+        self.recipe = recipe
+        self.notes, self.folded = _rework(network, example, recipe)
+
+    def rework(self, weights: Mapping[str, Any]) -> dict[str, Any]:
+        """A ``state_dict`` of the network as it was given becomes one of the network that was made of it."""
+        network = copy.deepcopy(self.given)
+        network.load_state_dict(weights)
+        _rework(network, self.example, self.recipe)
+        return dict(network.state_dict())
+
+
+def _rework(network: nn.Module, example: Example, recipe: Recipe) -> tuple[list[str], Folded]:
+    notes: list[str] = []
+    folded: Folded = {}
+    # Equalized first: BatchNorm's beta and gamma take the factors, and are folded with them.
+    if recipe.equalization != "none":
+        notes.append(f"Before it was prepared: {equalize(network, example, recipe.equalization)}")
+    if recipe.batchnorm == "fold":
+        folded = fold_batchnorm(network, example)
+        notes.append(f"Before it was prepared: {len(folded)} BatchNorms were folded.")
+    return notes, folded

@@ -172,11 +172,13 @@ def _caption(summary: Mapping[str, float], float_source: str) -> str:
     lines = [f"float: {float_source}"] if float_source else []
     if "fused/chains" in summary:
         lines.append(f"fused: BatchNorm folded into {summary['fused/chains']:.0f} layers")
+    # The kinds without calibration have no fake-quant to be compared with.
+    other = "fake_quant" if any(key.startswith("fake_quant/") for key in summary) else "float"
     if "int8/agreement" in summary:
-        lines.append(f"int8 chooses the same class as fake_quant for {summary['int8/agreement']:.2%} of the outputs")
+        lines.append(f"int8 chooses the same class as {other} for {summary['int8/agreement']:.2%} of the outputs")
     if "int8/sqnr_db" in summary:
         sqnr = summary["int8/sqnr_db"]
-        lines.append("int8 equals fake_quant" if math.isinf(sqnr) else f"int8 is {sqnr:.1f} dB from fake_quant")
+        lines.append(f"int8 equals {other}" if math.isinf(sqnr) else f"int8 is {sqnr:.1f} dB from {other}")
     if any(key.endswith("/latency_ms") for key in summary):
         lines.append(f"latency: one sample on the CPU, {torch.get_num_threads()} threads")
     return "\n".join(lines)

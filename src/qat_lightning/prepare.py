@@ -24,6 +24,8 @@ def choose_mode(
 ) -> tuple[str, str]:
     """The mode to use, and why, if it was for us to choose.
 
+    It is the first that works; for the kinds without calibration the one that makes the most layers integer.
+
     Args:
         mode: What the user asked for.
         network: Tried on copies; left as it is.
@@ -40,6 +42,7 @@ def choose_mode(
     if mode != "auto":
         return mode, ""
     failed: list[str] = []
+    layers: dict[str, int] = {}
     for candidate in AUTO_ORDER:
         try:
             trial = recipe(candidate)
@@ -49,9 +52,10 @@ def choose_mode(
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 if trial.kind in DIRECT:
-                    quantize(network, example, trial, prefix=prefix)
-                else:
-                    get_flow(candidate).prepare(copy.deepcopy(network), example, trial, prefix=prefix)
+                    converted = quantize(network, example, trial, prefix=prefix)
+                    layers[candidate] = sum(row.quantized for row in converted.coverage)
+                    continue
+                get_flow(candidate).prepare(copy.deepcopy(network), example, trial, prefix=prefix)
         except QuantizationError as error:
             failed.append(f"{candidate}: {error}")
             continue
@@ -62,4 +66,8 @@ def choose_mode(
         return candidate, why + (
             f" ({'; '.join(failed)})" if failed else " (the first of " + ", ".join(AUTO_ORDER) + ")"
         )
+    if layers:
+        best = max(layers, key=lambda candidate: layers[candidate])
+        counts = [f"{candidate}: {count}" for candidate, count in layers.items()]
+        return best, f"{best} makes the most layers integer ({'; '.join([*counts, *failed])})"
     raise NetworkError(f"No mode of {', '.join(MODES)} works for {type(network).__name__}: " + " | ".join(failed))

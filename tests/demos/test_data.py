@@ -12,7 +12,13 @@ import pytest
 import torch
 from PIL import Image
 
-from qat_lightning.demos import Cifar10DataModule, DigitsDataModule, FashionMnistDataModule, ImageFolderDataModule
+from qat_lightning.demos import (
+    Cifar10DataModule,
+    DigitsDataModule,
+    DigitTokensDataModule,
+    FashionMnistDataModule,
+    ImageFolderDataModule,
+)
 from qat_lightning.demos.data import cifar10, fashion_mnist
 from qat_lightning.demos.data.augment import augment, batch_generator
 from qat_lightning.demos.extras import require
@@ -26,6 +32,15 @@ def test_digits_have_the_same_disjoint_splits_whatever_the_seed() -> None:
     for split in first:
         counts = split.labels.bincount()  # type: ignore[attr-defined]
         assert counts.max() - counts.min() <= 5
+
+
+def test_tokens_say_where_and_how_bright_each_pixel_of_a_digit_is() -> None:
+    images, tokens = DigitsDataModule().splits.test, DigitTokensDataModule().splits.test
+    assert torch.equal(images.labels, tokens.labels)  # type: ignore[attr-defined]
+    found = tokens.tokens  # type: ignore[attr-defined]
+    assert torch.equal(found // 17, torch.arange(64).expand_as(found))
+    bright = (found % 17 * 255 / 16).round().to(torch.uint8)
+    assert torch.equal(bright, images.images.flatten(1))  # type: ignore[attr-defined]
 
 
 def write_idx(path: Path, values: np.ndarray) -> None:

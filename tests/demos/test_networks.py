@@ -6,7 +6,14 @@ import pytest
 import torch
 from torch import nn
 
-from qat_lightning.demos import ClassificationModule, ResNet20, SmallMobileNet, SmallViT
+from qat_lightning.demos import (
+    BagOfTokens,
+    ClassificationModule,
+    RecurrentClassifier,
+    ResNet20,
+    SmallMobileNet,
+    SmallViT,
+)
 from qat_lightning.errors import ConfigurationError
 
 NETWORKS: list[tuple[type[nn.Module], dict[str, Any], tuple[int, int]]] = [
@@ -16,6 +23,8 @@ NETWORKS: list[tuple[type[nn.Module], dict[str, Any], tuple[int, int]]] = [
     (ResNet20, {}, (3, 32)),
     (SmallViT, {"in_channels": 1, "image_size": 8, "patch_size": 2}, (1, 8)),
     (SmallViT, {}, (3, 32)),
+    (RecurrentClassifier, {"num_classes": 10}, (1, 8)),
+    (RecurrentClassifier, {"num_classes": 7, "in_channels": 3, "cell": "gru", "bidirectional": True}, (3, 8)),
 ]
 
 
@@ -31,6 +40,12 @@ def test_a_network_scores_classes_and_can_be_captured(
     batch = ({0: torch.export.Dim.DYNAMIC},)
     exported = torch.export.export(net, (images,), dynamic_shapes=batch, strict=True).module()
     torch.testing.assert_close(exported(images[:1]), scores[:1])
+
+
+def test_a_bag_scores_classes_and_can_be_captured() -> None:
+    net, tokens = BagOfTokens(num_tokens=50, num_classes=7).eval(), torch.randint(0, 50, (3, 6))
+    assert net(tokens).shape == (3, 7)
+    torch.testing.assert_close(torch.fx.symbolic_trace(net)(tokens), net(tokens))
 
 
 def test_a_block_of_resnet20_uses_one_relu_module_twice() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -54,9 +55,10 @@ class IntegerLayer(nn.Module):
 def quantized_rows(integers: Tensor, scales: Tensor) -> Tensor:
     """Torch's quantized tensor of int8 rows, one scale each."""
     zeros = torch.zeros(scales.shape[0], dtype=torch.int64)
-    made: Tensor = torch._make_per_channel_quantized_tensor(
-        integers.contiguous(), scales.double().contiguous(), zeros, 0
-    )
+    with warnings.catch_warnings():
+        # Upstream warns on every use of its quantized tensors: pyproject's range of torch is the answer.
+        warnings.filterwarnings("ignore", message=".*quantized tensor creation functions.*")
+        made: Tensor = torch._make_per_channel_quantized_tensor(integers.contiguous(), scales.double(), zeros, 0)
     return made
 
 

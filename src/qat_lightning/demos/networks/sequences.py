@@ -1,0 +1,71 @@
+"""Networks of sequences and of tokens: what dynamic and weight-only quantization are for."""
+
+from typing import Literal
+
+from torch import Tensor, nn
+
+
+class RecurrentClassifier(nn.Module):
+    """Reads an image row by row with an LSTM or a GRU, and classifies what it holds at the end.
+
+    Args:
+        num_classes: Outputs.
+        in_channels: 1 for grey images, 3 for colour.
+        image_size: Side of the images, in pixels.
+        cell: `lstm` or `gru`.
+        hidden: Size of the state.
+        layers: One above the other.
+        bidirectional: Read from both ends.
+
+    Example:
+        >>> import torch
+        >>> RecurrentClassifier(num_classes=10)(torch.zeros(2, 1, 8, 8)).shape
+        torch.Size([2, 10])
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        in_channels: int = 1,
+        image_size: int = 8,
+        cell: Literal["lstm", "gru"] = "lstm",
+        hidden: int = 128,
+        layers: int = 1,
+        bidirectional: bool = False,
+    ) -> None:
+        super().__init__()
+        kind = {"lstm": nn.LSTM, "gru": nn.GRU}[cell]
+        self.recurrent = kind(in_channels * image_size, hidden, layers, batch_first=True, bidirectional=bidirectional)
+        self.head = nn.Linear(hidden * (2 if bidirectional else 1), num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images in, one score for each class out."""
+        rows = images.transpose(1, 2).flatten(2)
+        scores: Tensor = self.head(self.recurrent(rows)[0][:, -1])
+        return scores
+
+
+class BagOfTokens(nn.Module):
+    """Averages the embeddings of all tokens, and classifies the average with a perceptron.
+
+    Args:
+        num_tokens: Rows of the embedding.
+        num_classes: Outputs.
+        dim: Size of an embedding.
+        hidden: Units of the perceptron.
+
+    Example:
+        >>> import torch
+        >>> BagOfTokens(num_tokens=100, num_classes=10)(torch.zeros(2, 7, dtype=torch.int64)).shape
+        torch.Size([2, 10])
+    """
+
+    def __init__(self, num_tokens: int, num_classes: int, dim: int = 64, hidden: int = 128) -> None:
+        super().__init__()
+        self.embedding = nn.EmbeddingBag(num_tokens, dim, mode="mean")
+        self.layers = nn.Sequential(nn.Linear(dim, hidden), nn.ReLU(), nn.Linear(hidden, num_classes))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Tokens of shape `(batch, length)` in, one score for each class out."""
+        scores: Tensor = self.layers(self.embedding(tokens))
+        return scores

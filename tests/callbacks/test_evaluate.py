@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from qat_lightning.artifact import load_quantized
 from qat_lightning.errors import ConfigurationError, ConversionError
 from qat_lightning.flows.base import fake_quantizers
 from qat_lightning.quantized import QuantizedNetwork
@@ -22,6 +23,7 @@ from tests.callbacks.lit import (
     CLASSES,
     MODES,
     Lit,
+    Net,
     assert_same_state,
     dataset,
     loader,
@@ -465,3 +467,17 @@ def test_a_network_that_training_never_runs_stays_float(mode: str) -> None:
     with torch.no_grad():
         torch.testing.assert_close(predicted, callback.quantized["net"](IMAGES) + plain.eval()(IMAGES))
     assert module.other is callback.prepared["other"]
+
+
+@pytest.mark.parametrize("mode", ["eager", "fx"])
+def test_the_global_engine_is_as_it_was(mode: str, tmp_path: Path) -> None:
+    """After a fit, tests, saving and loading for another one."""
+    engine = torch.backends.quantized.engine
+    other = "qnnpack" if engine != "qnnpack" else "fbgemm"
+    module, callback = Lit(), qat(mode, backend=other)
+    fitting = trainer(callback, max_epochs=1)
+    fitting.fit(module, loader())
+    fitting.test(module, loader(), verbose=False)
+    callback.save(tmp_path / "network.int8")
+    assert torch.equal(load_quantized(tmp_path / "network.int8", Net())(IMAGES), callback.quantized(IMAGES))
+    assert torch.backends.quantized.engine == engine

@@ -52,15 +52,17 @@ function filter() {
 }
 
 function columns() {
-  const named = data.settings.map((label, place) => ({ key: `setting${place}`, name: label, text: (c) => c.values[place] }));
+  const named = data.settings.map((label, place) => ({ key: `setting${place}`, name: label, setting: true, text: (c) => c.values[place] }));
   return [
     { key: "label", name: "configuration", text: (c) => c.label },
-    ...(named.length > 2 ? named : []), // fewer are told well enough by the name
     { key: "variant", name: "variant", text: (c) => c.variant },
     ...FIGURES.filter(measured).map((f) => ({ key: f.key, name: f.name, number: (c) => mean(c, f.key), figure: f })),
     { key: "n", name: "n", number: (c) => c.score[2] },
+    ...(named.length > 2 ? named : []), // fewer are told well enough by the name
   ];
 }
+
+const kind = (column) => (column.number ? "num" : column.setting ? "setting" : null);
 
 function compareBy(column, down) {
   const sign = down ? -1 : 1;
@@ -91,7 +93,7 @@ function drawTable() {
   const head = el("tr", {}, shown.map((column) => {
     const sorted = state.sort.key === column.key ? (state.sort.down ? "descending" : "ascending") : "none";
     const button = el("button", { type: "button", on: { click: () => sortBy(column) } }, column.name);
-    return el("th", { scope: "col", "aria-sort": sorted, class: column.number ? "num" : null, "data-key": column.key }, button);
+    return el("th", { scope: "col", "aria-sort": sorted, class: kind(column), "data-key": column.key }, button);
   }));
   const rows = order().map((i) => row(i, shown));
   if (!rows.length) rows.push(el("tr", {}, el("td", { class: "empty", colspan: shown.length }, "No configuration passes the filters.")));
@@ -118,7 +120,7 @@ function row(i, shown) {
   ];
   const name = el("th", { scope: "row" }, el("label", {}, box, swatch(i), el("span", { class: "name", title: c.label }, c.label), badges));
   const cells = shown.slice(1).map((column) => {
-    if (!column.number) return el("td", {}, column.text(c));
+    if (!column.number) return el("td", { class: kind(column) }, column.text(c));
     const spread = column.figure ? deviation(c, column.key) : null;
     const text = column.figure ? digits(column.number(c), column.figure.digits) : column.number(c);
     const aside = column.figure ? el("small", {}, spread === null ? "" : `± ${digits(spread, column.figure.digits)}`) : null;

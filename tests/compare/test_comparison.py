@@ -38,6 +38,13 @@ def test_without_a_float_run_of_the_same_training_the_runs_own_float_is_the_base
     assert found[label].drop.mean == pytest.approx(2.0)
 
 
+def test_a_callback_that_only_watches_is_no_other_training() -> None:
+    run = qat("fx", 0, 0.97)
+    watched = {"callbacks": {"monitor": {"every_n_steps": 10}, "model_checkpoint": {"save_top_k": 3}}}
+    found = by_label([plain(0, 0.98), dataclasses.replace(run, config=run.config | watched)])
+    assert found["qat"].baseline == "float runs"
+
+
 def test_a_float_checkpoint_is_named_as_the_baseline():
     run = qat("fx")
     run = dataclasses.replace(run, config=run.config | {"float_checkpoint": "last.ckpt"})

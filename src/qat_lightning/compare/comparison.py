@@ -224,7 +224,8 @@ def _float_scores(runs: Sequence[Run], metric: Metric, ignore: Sequence[str]) ->
 
 def _training(run: Run, ignore: Sequence[str]) -> str:
     """All that a float training depends on but the seed."""
-    return repr(sorted(settings_of(run, (*ignore, *_OF_QUANTIZATION)).items()))
+    no_part = (*ignore, *_OF_QUANTIZATION, "callbacks.model_checkpoint.*")
+    return repr(sorted(settings_of(run, no_part).items()))
 
 
 def _labels(configurations: Sequence[Configuration]) -> list[str]:

@@ -13,10 +13,11 @@ from qat_lightning.compare.run import Run
 ABSENT = "–"
 """What stands for a setting that a run does not have."""
 
-# Where and under which name a run is kept, and from where it went on: nothing that it computes depends on it.
+# Where and under which name a run is kept, from where it went on, and what only watches: no result depends on these.
 _NO_SETTINGS = (
     *("paths.*", "run.*", "logger.*", "hydra.*", "ckpt_path", "*float_checkpoint"),
     *("resume", "isolate", "objective", "save_int8"),
+    *("callbacks.*monitor.*", "callbacks.*progress_bar.*"),
 )
 _PLACES = ("dirpath", "save_dir", "output_dir", "default_root_dir", "root_dir", "log_dir", "cache_dir", "data_dir")
 SEED = "seed"

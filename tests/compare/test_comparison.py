@@ -38,10 +38,11 @@ def test_without_a_float_run_of_the_same_training_the_runs_own_float_is_the_base
     assert found[label].drop.mean == pytest.approx(2.0)
 
 
-def test_a_callback_that_only_watches_is_no_other_training() -> None:
+def test_what_only_watches_or_shares_is_no_other_training() -> None:
     run = qat("fx", 0, 0.97)
     watched = {"callbacks": {"monitor": {"every_n_steps": 10}, "model_checkpoint": {"save_top_k": 3}}}
-    found = by_label([plain(0, 0.98), dataclasses.replace(run, config=run.config | watched)])
+    shared = {"baseline": {"use": "compare", "folder": "elsewhere"}}
+    found = by_label([plain(0, 0.98), dataclasses.replace(run, config=run.config | watched | shared)])
     assert found["qat"].baseline == "float runs"
 
 

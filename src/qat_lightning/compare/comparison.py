@@ -16,7 +16,9 @@ from qat_lightning.variants import VARIANTS
 
 # What a float run has as well, but plays no part in its training
 _OF_QUANTIZATION = tuple(
-    glob for group in ("method", "mode", "backend", "quantization", "export") for glob in (group, f"{group}.*")
+    glob
+    for group in ("method", "mode", "backend", "quantization", "export", "baseline")
+    for glob in (group, f"{group}.*")
 )
 
 

@@ -123,6 +123,13 @@ def test_layers_of_ones_own_and_parametrized_ones_stay_float() -> None:
     assert [row.quantized for row in rows] == [False, False, True]
 
 
+def test_a_layer_by_itself_is_a_network_in_mode_fx() -> None:
+    layer, x = nn.Linear(16, 4), torch.randn(3, 16)
+    converted = quantize(layer, Example((x,)), Recipe("fx", "x86", kind="dynamic"))
+    assert [row.quantized for row in converted.coverage] == [True]
+    assert torch.allclose(converted.network(x), layer(x), atol=0.05)
+
+
 def test_a_layer_by_itself_is_a_network() -> None:
     layer, x = nn.Linear(16, 4), torch.randn(3, 16)
     converted = quantize(layer, Example((x,)), Recipe("eager", "x86", kind="dynamic"))

@@ -24,6 +24,8 @@ def quantize_fx(network: nn.Module, example: Example, recipe: Recipe, *, prefix:
     graph_module = trace_evaluation(original, example, outer_parts(original, selected))
     coverage = [_in_graph(row, graph_module.graph) for row in cover(original, recipe, prefix)]
     functional = _linear_functions(graph_module, recipe, prefix)
+    # A layer that is the whole network is traced through: it is the function that its row is about.
+    coverage = [row for row in coverage if row.name or not functional]
     if not functional:
         refuse_nothing(original, coverage, recipe)
     for row in coverage:

@@ -13,6 +13,7 @@ from qat_lightning.flows.coverage import coverage_table
 from qat_lightning.fusion import fuse
 from qat_lightning.quantized import QuantizedNetwork
 from qat_lightning.scheme import Scheme
+from qat_lightning.sensitivity import sensitivity
 
 __all__ = [
     "BatchNormReestimation",
@@ -29,4 +30,5 @@ __all__ = [
     "float_state_dict",
     "fuse",
     "load_quantized",
+    "sensitivity",
 ]

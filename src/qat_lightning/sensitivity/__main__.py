@@ -1,0 +1,127 @@
+"""Which layers quantization hurts: python -m qat_lightning.sensitivity outputs/2026-01-31/12-00-00 --max-drop 0.003."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import logging
+import sys
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from lightning.pytorch import seed_everything
+from rich.console import Console
+from rich.text import Text
+
+from qat_lightning.app import quiet
+from qat_lightning.errors import ConfigurationError, QuantizationError
+from qat_lightning.sensitivity.budget import Budget
+from qat_lightning.sensitivity.draw import draw
+from qat_lightning.sensitivity.measured import Sensitivity
+from qat_lightning.sensitivity.run import Options, composed, config_of_run, measure_run
+
+NOT_REACHED = 1
+WRONG_INPUT = 2
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Measure, print the ranking, write it, and choose within a budget.
+
+    Args:
+        words: The command line; by default that of the process.
+
+    Returns:
+        The exit status: 0; 1 where the budget cannot be kept; 2 where something is wrong with the input.
+    """
+    options = _parser().parse_args(words)
+    try:
+        return _run(options)
+    except QuantizationError as error:
+        Console(stderr=True).print(Text(f"{type(error).__name__}: {error}", style="red"))
+        return WRONG_INPUT
+
+
+def _run(options: argparse.Namespace) -> int:
+    budget = None
+    if options.max_drop is not None or options.min_size_ratio is not None:
+        budget = Budget(options.max_drop, options.min_size_ratio)
+    folders = [word for word in options.words if "=" not in word]
+    overrides = [word for word in options.words if "=" in word]
+    if len(folders) > 1:
+        raise ConfigurationError(f"Give one run's folder, and not {', '.join(folders)}.")
+    if not folders and options.checkpoint is None:
+        raise ConfigurationError(
+            "There is nothing to measure: give a run's folder (outputs/2026-01-31/12-00-00), or --checkpoint with "
+            "--config-dir conf and the overrides that it was trained with."
+        )
+    run = Path(folders[0]) if folders else None
+    cfg = config_of_run(run, overrides) if run else composed(options.config_dir, overrides)
+    checkpoint = options.checkpoint or (run or Path()) / "checkpoints" / "last.ckpt"
+    quiet()
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=UserWarning, module="lightning")
+    seed_everything(cfg.get("seed", 0), workers=True, verbose=False)
+    found = measure_run(
+        cfg,
+        checkpoint,
+        Options(
+            options.metric,
+            options.smaller_is_better,
+            options.calibration_batches,
+            options.validation_batches,
+            options.rank_by,
+        ),
+    )
+    console = Console()
+    console.print(found.table())
+    out = options.out or (run / "sensitivity" if run else Path("sensitivity"))
+    out.mkdir(parents=True, exist_ok=True)
+    _write_csv(found, out / "layers.csv")
+    if not options.no_plot:
+        draw(found, out / "layers.png")
+    console.print(f"Written: {out}", soft_wrap=True)
+    if budget is None:
+        return 0
+    plan = found.within(budget)
+    plan.write(out / "mixed_precision.yaml")
+    console.print(Text(plan.summary(), style="" if plan.reached else "red"), soft_wrap=True)
+    console.print(Text(f"python train.py '{plan.override()}'"), soft_wrap=True)
+    return 0 if plan.reached else NOT_REACHED
+
+
+def _write_csv(found: Sensitivity, path: Path) -> None:
+    with path.open("w", newline="") as file:
+        rows = [asdict(row) for row in found.rows]
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m qat_lightning.sensitivity", description=__doc__)
+    add = parser.add_argument
+    add("words", nargs="*", metavar="RUN or KEY=VALUE", help="a run's folder, and overrides of its configuration")
+    add("--config-dir", type=Path, default=Path("conf"), help="without a run's folder: train.py's configurations")
+    add("--checkpoint", type=Path, help="by default the run's checkpoints/last.ckpt")
+    add("--metric", default="val/acc", help="what validation_step logs (default: val/acc)")
+    add("--smaller-is-better", action="store_true", help="the metric is a loss")
+    add("--rank-by", choices=["alone", "without"], default="alone", help="quantized alone, or all but it")
+    add("--max-drop", type=float, help="of the metric, in its own unit: 0.003 for 0.3 points of accuracy")
+    add("--min-size-ratio", type=float, help="how many times smaller the weights have to be")
+    add("--calibration-batches", type=_positive, default=8, help="of the training data (default: 8)")
+    add("--validation-batches", type=_positive, help="by default all")
+    add("--out", type=Path, help="folder of what is written (default: sensitivity, in the run's folder)")
+    add("--no-plot", action="store_true", help="leave out the picture, which needs matplotlib (the extra plots)")
+    return parser
+
+
+def _positive(word: str) -> int:
+    if not word.isdigit() or int(word) < 1:
+        raise argparse.ArgumentTypeError(f"{word!r} is not a whole number of 1 or more")
+    return int(word)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,125 @@
+"""What may be lost, and what has to be won: the limits of mixed precision, and the choice that keeps them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from qat_lightning.errors import ConfigurationError
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Limits: "at most 0.3 points", "at least 3 times smaller".
+
+    Args:
+        max_drop: How much of the float network's metric may be lost, in its own unit: 0.003 for 0.3 points of an
+            accuracy between 0 and 1.
+        min_size_ratio: How many times smaller the weights have to be.
+
+    Raises:
+        ConfigurationError: Neither is given, or one is not possible.
+
+    Example:
+        >>> Budget(max_drop=0.003)
+        Budget(max_drop=0.003, min_size_ratio=None)
+    """
+
+    max_drop: float | None = None
+    min_size_ratio: float | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what limits nothing."""
+        if self.max_drop is None and self.min_size_ratio is None:
+            raise ConfigurationError("A budget has a limit: give max_drop, min_size_ratio, or both.")
+        for name, least in (("max_drop", 0.0), ("min_size_ratio", 1.0)):
+            value = getattr(self, name)
+            if value is not None and (
+                isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= least
+            ):
+                raise ConfigurationError(f"{name}={value!r} is not possible: give a number of {least:g} or more.")
+
+
+@dataclass(frozen=True)
+class MixedPrecision:
+    """Which layers stay float, and what that gives.
+
+    Attributes:
+        exclude: Globs of the layers, for ``exclude=``.
+        budget: What was asked for.
+        metric_name: What was measured.
+        metric: Of a network that was prepared with ``exclude`` and calibrated.
+        float_metric: Of the float network.
+        quantized_metric: With everything quantized.
+        size_ratio: How many times smaller the weights are, at the scheme's bits.
+    """
+
+    exclude: tuple[str, ...]
+    budget: Budget
+    metric_name: str
+    metric: float
+    float_metric: float
+    quantized_metric: float
+    size_ratio: float
+
+    @property
+    def drop(self) -> float:
+        """What is lost of the float network's metric."""
+        return self.float_metric - self.metric
+
+    @property
+    def why_not(self) -> str:
+        """Why the budget is not kept; empty if it is."""
+        missed = []
+        if self.budget.max_drop is not None and self.drop > self.budget.max_drop:
+            missed.append(f"the drop is {self.drop:.4f}, where at most {self.budget.max_drop:g} is allowed")
+        if self.budget.min_size_ratio is not None and self.size_ratio < self.budget.min_size_ratio:
+            missed.append(
+                f"it is {self.size_ratio:.2f} times smaller, where {self.budget.min_size_ratio:g} is the least"
+            )
+        return "; ".join(missed)
+
+    @property
+    def reached(self) -> bool:
+        """Whether the budget is kept."""
+        return not self.why_not
+
+    def override(self) -> str:
+        """The exclude list for the command line of train.py."""
+        return f"quantization.exclude=[{','.join(self.exclude)}]"
+
+    def summary(self) -> str:
+        """What was found, in a sentence or two."""
+        layers = f"{len(self.exclude)} layer{'' if len(self.exclude) == 1 else 's'} left float"
+        found = (
+            f"{layers}: {self.metric_name} {self.metric:.4f} (float {self.float_metric:.4f}, all quantized "
+            f"{self.quantized_metric:.4f}), {self.size_ratio:.2f} times smaller."
+        )
+        return (
+            found if self.reached else f"No choice was found that keeps the budget: {self.why_not}. The best: {found}"
+        )
+
+    def write(self, path: str | Path) -> None:
+        """Write the exclude list as a file for a config group of Hydra, such as conf/experiment."""
+        lines = [f"  - {name}" for name in self.exclude]
+        text = "\n".join(
+            [
+                "# @package _global_",
+                f"# {self.summary()}",
+                "quantization:",
+                "  exclude: # the layers that stay float" if lines else "  exclude: [] # no layer stays float",
+                *([f"  {line}" for line in lines]),
+                "",
+            ]
+        )
+        Path(path).write_text(text)
+
+
+def size_ratio(total: int, quantized: int, bits: int) -> float:
+    """How many times smaller a network's parameters are, if some of them have fewer bits than 32.
+
+    Example:
+        >>> size_ratio(100, 100, 8), size_ratio(100, 50, 8)
+        (4.0, 1.6)
+    """
+    return 32 * total / (32 * (total - quantized) + bits * quantized) if total else 1.0

@@ -1,0 +1,308 @@
+"""Quantizing one layer at a time, and all but one: what each costs."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from rich.table import Table
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from qat_lightning.calibration import calibrate
+from qat_lightning.errors import ConfigurationError
+from qat_lightning.example import from_user
+from qat_lightning.flows.base import Example, get_flow
+from qat_lightning.measure import EQUAL_DB
+from qat_lightning.monitoring import decibel
+from qat_lightning.recipe import Recipe, check_globs
+from qat_lightning.scheme import Scheme
+from qat_lightning.sensitivity.budget import Budget, MixedPrecision, size_ratio
+from qat_lightning.sensitivity.switches import Switches, Unit
+
+Metric = Callable[[nn.Module], float]
+Calibrate = Callable[[nn.Module], Any]
+RankBy = Literal["alone", "without"]
+
+
+@dataclass(frozen=True)
+class LayerSensitivity:
+    """What quantizing one layer costs.
+
+    Attributes:
+        name: The layer, relative to the network; or an op.
+        kind: Its type.
+        parameters: How many numbers its weight has.
+        excludable: Whether it is a module, which ``exclude`` can name.
+        alone: The metric with this layer quantized and no other.
+        without: The metric with all but this layer quantized.
+        loss: What it costs: by ``alone``, the float metric minus that; by ``without``, that minus the metric with all.
+    """
+
+    name: str
+    kind: str
+    parameters: int
+    excludable: bool
+    alone: float
+    without: float
+    loss: float
+
+
+class Sensitivity:
+    """The layers of a network, the one that quantization hurts most first.
+
+    Attributes:
+        rows: A `LayerSensitivity` each.
+        metric_name: What was measured; larger is better.
+        float_metric: Of the float network.
+        quantized_metric: With everything quantized.
+        rank_by: What the order is by.
+        recipe: What was quantized how.
+        prefix: The network's name in the LightningModule, for overrides.
+    """
+
+    def __init__(
+        self, network: nn.Module, example: Example, recipe: Recipe, metric: Metric, calibrate_on: Calibrate, **told: Any
+    ) -> None:
+        self.recipe = recipe
+        self.metric_name: str = told["metric_name"]
+        self.rank_by: RankBy = told["rank_by"]
+        self.prefix: str = told["prefix"]
+        self._network, self._example = network, example
+        self._metric, self._calibrate = metric, calibrate_on
+        self.float_metric = _finite(metric(copy.deepcopy(network).eval()))
+        self._prepared = self._prepare(recipe)
+        self._switches = Switches(self._prepared)
+        self.quantized_metric = self._measure_without([])
+        self.rows = self._ranked()
+
+    def _prepare(self, recipe: Recipe) -> nn.Module:
+        prepared = get_flow(recipe.mode).prepare(
+            copy.deepcopy(self._network), self._example, recipe, prefix=self.prefix
+        )
+        device = next((p.device for p in self._network.parameters()), torch.device("cpu"))
+        prepared.to(device)
+        self._calibrate(prepared)
+        return prepared
+
+    def _measure_without(self, names: Sequence[str]) -> float:
+        self._switches.all_but(names)
+        return _finite(self._metric(self._prepared))
+
+    def _ranked(self) -> list[LayerSensitivity]:
+        rows = [self._row(unit) for unit in self._switches.units]
+        return sorted(rows, key=lambda row: row.loss, reverse=True)
+
+    def _row(self, unit: Unit) -> LayerSensitivity:
+        self._switches.only([unit.name])
+        alone = _finite(self._metric(self._prepared))
+        without = self._measure_without([unit.name])
+        loss = self.float_metric - alone if self.rank_by == "alone" else without - self.quantized_metric
+        return LayerSensitivity(unit.name, unit.kind, unit.parameters, unit.module, alone, without, loss)
+
+    def within(self, budget: Budget) -> MixedPrecision:
+        """The layers to leave float so that a budget is kept.
+
+        Layers are left float in the order of the ranking until the drop is small enough, and then each is quantized
+        again, the largest first, if the drop allows it. That is chosen with switches, and then verified: the float
+        network is prepared anew with that ``exclude``, calibrated and measured. If that does not keep the budget, more
+        layers are left float, until it does or there is none.
+
+        Args:
+            budget: A largest drop, a least ratio of sizes, or both.
+
+        Returns:
+            What to exclude, what was measured with it, and whether the budget is kept; if not, why.
+        """
+        layers = [row for row in self.rows if row.excludable]
+        if budget.min_size_ratio is not None:
+            if self._ratio(()) < budget.min_size_ratio:
+                return self._plan((), budget, self.quantized_metric)
+            layers = self._that_fit(layers, budget.min_size_ratio)
+        candidates = _prefixes(layers)
+        if budget.max_drop is None:
+            # As good as the size allows.
+            best = max(candidates, key=lambda c: (self._measure_without(c), -len(c)))
+            return self._plan(best, budget, self._verified(best))
+        tried = [(c, value) for c in candidates if (value := self._measure_without(c)) is not None]
+        enough = [c for c, value in tried if self.float_metric - value <= budget.max_drop]
+        rest = candidates[candidates.index(enough[0]) :] if enough else []
+        rest = [self._fewer(rest[0], budget), *rest] if rest else []
+        outcomes = []
+        for chosen in rest:
+            value = self._verified(chosen)
+            outcomes.append((chosen, value))
+            if self.float_metric - value <= budget.max_drop:
+                return self._plan(chosen, budget, value)
+        if not outcomes:
+            chosen = max(tried, key=lambda pair: pair[1])[0]
+            outcomes.append((chosen, self._verified(chosen)))
+        chosen, value = max(outcomes, key=lambda pair: pair[1])
+        return self._plan(chosen, budget, value)
+
+    def _that_fit(self, layers: Sequence[LayerSensitivity], least: float) -> list[LayerSensitivity]:
+        """The layers that can stay float together in the order of the ranking; one that is too large is passed over."""
+        fit: list[LayerSensitivity] = []
+        for row in layers:
+            if self._ratio([other.name for other in (*fit, row)]) >= least:
+                fit.append(row)
+        return fit
+
+    def _fewer(self, names: tuple[str, ...], budget: Budget) -> tuple[str, ...]:
+        """Quantize again what need not be float, the largest layers first."""
+        assert budget.max_drop is not None
+        sizes = {row.name: row.parameters for row in self.rows}
+        for name in sorted(names, key=lambda name: sizes[name], reverse=True):
+            trial = tuple(other for other in names if other != name)
+            if self.float_metric - self._measure_without(trial) <= budget.max_drop:
+                names = trial
+        return names
+
+    def _verified(self, names: Sequence[str]) -> float:
+        """The metric of a network that is prepared with these excluded."""
+        if len(names) == len([row for row in self.rows if row.excludable]):
+            return self.float_metric  # nothing is left to quantize
+        globs = tuple(f"{self.prefix}.{name}".strip(".") for name in names)
+        return _finite(self._metric(self._prepare(replace(self.recipe, exclude=(*self.recipe.exclude, *globs)))))
+
+    def _ratio(self, names: Sequence[str]) -> float:
+        quantized = [row.parameters for row in self.rows if row.name not in names]
+        total = sum(parameter.numel() for parameter in self._network.parameters())
+        return size_ratio(total, sum(quantized), self.recipe.scheme.weight_bits)
+
+    def _plan(self, names: Sequence[str], budget: Budget, value: float) -> MixedPrecision:
+        globs = tuple(f"{self.prefix}.{name}".strip(".") for name in names)
+        return MixedPrecision(
+            exclude=(*self.recipe.exclude, *globs),
+            budget=budget,
+            metric_name=self.metric_name,
+            metric=value,
+            float_metric=self.float_metric,
+            quantized_metric=self.quantized_metric,
+            size_ratio=self._ratio(names),
+        )
+
+    def table(self) -> Table:
+        """The ranking for `rich.print`."""
+        caption = f"{self.metric_name}: float {self.float_metric:.4f}, all quantized {self.quantized_metric:.4f}"
+        table = Table(title="Sensitivity", title_justify="left", caption=caption, caption_justify="left")
+        for column in ("layer", "kind", "parameters", "alone", "all but it", "loss"):
+            table.add_column(column, justify="left" if column in ("layer", "kind") else "right", overflow="fold")
+        for row in self.rows:
+            name = row.name if row.excludable else f"{row.name} (op)"
+            numbers = f"{row.alone:.4f}", f"{row.without:.4f}", f"{row.loss:+.4f}"
+            table.add_row(name, row.kind, str(row.parameters or ""), *numbers)
+        return table
+
+
+def sensitivity(
+    network: nn.Module,
+    batches: Iterable[Any],
+    *,
+    mode: str = "fx",
+    backend: str = "x86",
+    scheme: Scheme | None = None,
+    metric: Metric | None = None,
+    metric_name: str = "",
+    calibrate_on: Calibrate | None = None,
+    rank_by: RankBy = "alone",
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    prefix: str = "",
+) -> Sensitivity:
+    """Quantize one layer at a time, and all but one, and rank the layers by what that costs.
+
+    The network is prepared and calibrated once; then rounding is switched layer by layer. One layer at a time shows
+    what a layer costs by itself, all but one what leaving it float wins back (Wu et al., 2020, section 5.2,
+    https://arxiv.org/abs/2004.09602).
+
+    Args:
+        network: A trained float network; it is left as it is.
+        batches: Calls of it, to calibrate with and for the default metric: a tensor, a tuple of positional inputs or a
+            dict of keyword inputs each. Each is used often, so a few.
+        mode: ``"eager"``, ``"fx"`` or ``"pt2e"``.
+        backend: The target.
+        scheme: Bits and granularity.
+        metric: Called with a network in evaluation; larger is better. By default the SQNR of its outputs on
+            ``batches`` against the float network's, in dB.
+        metric_name: For tables.
+        calibrate_on: Called with the prepared network instead of calibrating on ``batches``.
+        rank_by: ``"alone"`` or ``"without"``.
+        include: Globs of what to quantize.
+        exclude: Globs of what stays float in any case.
+        prefix: The network's name in the LightningModule, to which globs are relative.
+
+    Raises:
+        ConfigurationError: An argument is not possible.
+
+    Example:
+        >>> torch.manual_seed(0) and None
+        >>> network = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+        >>> found = sensitivity(network, [torch.randn(32, 8)])
+        >>> sorted(row.name for row in found.rows if row.excludable), found.float_metric
+        (['0', '2'], 300.0)
+    """
+    if rank_by not in ("alone", "without"):
+        raise ConfigurationError(f"rank_by={rank_by!r} is not possible: use 'alone' or 'without'.")
+    if isinstance(batches, (Tensor, Mapping, str)) or not isinstance(batches, Iterable):
+        raise ConfigurationError(f"batches is a {type(batches).__name__}: give a list of calls, like [x].")
+    examples = [batch if isinstance(batch, Example) else _example(batch) for batch in batches]
+    if not examples:
+        raise ConfigurationError("batches is empty: give at least one call of the network.")
+    recipe = Recipe(mode, backend, scheme or Scheme(), tuple(include), tuple(exclude), kind="static")
+    check_globs(recipe, [f"{prefix}.{name}".strip(".") for name, _ in network.named_modules() if name])
+    return Sensitivity(
+        network,
+        from_user(examples[0].args) if not examples[0].kwargs else examples[0],
+        recipe,
+        metric or _OutputSqnr(network, examples),
+        calibrate_on or (lambda prepared: calibrate(prepared, examples)),
+        metric_name=metric_name or ("metric" if metric else "SQNR of the outputs in dB"),
+        rank_by=rank_by,
+        prefix=prefix,
+    )
+
+
+class _OutputSqnr:
+    """The default metric."""
+
+    def __init__(self, network: nn.Module, examples: Sequence[Example]) -> None:
+        self.examples = examples
+        self.expected = self._outputs(copy.deepcopy(network).eval())
+
+    @torch.no_grad()
+    def _outputs(self, network: nn.Module) -> list[Tensor]:
+        results = [network(*copy.deepcopy(e.args), **copy.deepcopy(e.kwargs)) for e in self.examples]
+        return [leaf for leaf in tree_leaves(results) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+    def __call__(self, network: nn.Module) -> float:
+        pairs = list(zip(self.expected, self._outputs(network), strict=True))
+        signal = sum(float(wanted.double().square().sum()) for wanted, _ in pairs)
+        noise = sum(float((wanted.double() - got.double()).square().sum()) for wanted, got in pairs)
+        found = decibel(signal, noise)
+        return -EQUAL_DB if found is None else found
+
+
+def _example(batch: Any) -> Example:
+    if isinstance(batch, Mapping):
+        return Example((), dict(batch))
+    return Example(tuple(batch) if isinstance(batch, (tuple, list)) else (batch,))
+
+
+def _prefixes(rows: Sequence[LayerSensitivity]) -> list[tuple[str, ...]]:
+    """No layer, the first, the first two, and so on."""
+    names = [row.name for row in rows]
+    return [tuple(names[:count]) for count in range(len(names) + 1)]
+
+
+def _finite(value: Any) -> float:
+    number = float(value)
+    if not math.isfinite(number):
+        raise ConfigurationError(
+            f"The metric is {number}: there is nothing to rank layers by. Give one that is finite."
+        )
+    return number

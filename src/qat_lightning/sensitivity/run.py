@@ -1,0 +1,175 @@
+"""Sensitivity of a network that train.py trained: its configuration and checkpoint in, its own validation metric."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.utils import instantiate
+from lightning.pytorch import LightningModule, Trainer
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+from torch.utils._pytree import tree_map
+
+from qat_lightning.callbacks.calibration_data import calibrate_in_steps
+from qat_lightning.checkpoints import float_state_dict
+from qat_lightning.errors import ConfigurationError
+from qat_lightning.flows.base import Example
+from qat_lightning.network import Slot, find_networks
+from qat_lightning.scheme import Scheme
+from qat_lightning.sensitivity.measured import RankBy, Sensitivity, sensitivity
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is measured, besides the configuration.
+
+    Attributes:
+        metric: The key that ``validation_step`` logs.
+        smaller_is_better: Whether that metric is a loss.
+        calibration_batches: Batches of the training data for the ranges.
+        validation_batches: Batches of the validation data; None for all.
+        rank_by: See `qat_lightning.sensitivity`.
+    """
+
+    metric: str = "val/acc"
+    smaller_is_better: bool = False
+    calibration_batches: int = 8
+    validation_batches: int | None = None
+    rank_by: RankBy = "alone"
+
+
+def config_of_run(folder: Path, overrides: Sequence[str]) -> DictConfig:
+    """The configuration that train.py left in a run's folder, with some of it changed.
+
+    Raises:
+        ConfigurationError: There is none.
+    """
+    saved = folder / ".hydra" / "config.yaml"
+    if not saved.is_file():
+        raise ConfigurationError(
+            f"{folder} is no run of train.py: it has no .hydra/config.yaml. Give a folder like "
+            "outputs/2026-01-31/12-00-00, or --config-dir conf and --checkpoint."
+        )
+    cfg = OmegaConf.load(saved)
+    assert isinstance(cfg, DictConfig)
+    merged = OmegaConf.merge(cfg, OmegaConf.from_dotlist(list(overrides)))
+    assert isinstance(merged, DictConfig)
+    return merged
+
+
+def composed(folder: Path, overrides: Sequence[str]) -> DictConfig:
+    """What train.py would get, composed from its folder of configurations."""
+    if not (folder / "config.yaml").is_file():
+        raise ConfigurationError(f"{folder} holds no config.yaml: give the folder conf of train.py.")
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(folder.resolve()), version_base="1.3"):
+        return compose("config", list(overrides))
+
+
+def measure_run(cfg: DictConfig, checkpoint: Path, options: Options) -> Sensitivity:
+    """Rank the layers of a trained LightningModule by its own validation metric.
+
+    Args:
+        cfg: Of train.py: ``model``, ``data``, and ``quantization`` for mode, backend, scheme, include and exclude.
+        checkpoint: With or without quantization: the weights are measured as float.
+        options: What to measure.
+
+    Raises:
+        ConfigurationError: The checkpoint does not fit, the metric is not logged, or several networks could be meant.
+    """
+    if not checkpoint.is_file():
+        raise ConfigurationError(f"{checkpoint} is not a file: give --checkpoint, a checkpoint of this model.")
+    model: LightningModule = instantiate(cfg.model.module)
+    _load(model, checkpoint)
+    quantization: Any = cfg.get("quantization") or OmegaConf.create({})
+    names = find_networks(model, quantization.get("module"))
+    if len(names) > 1:
+        raise ConfigurationError(f"Several networks could be meant: {', '.join(names)}. Give quantization.module=...")
+    validation = _Validation(model, instantiate(cfg.data.datamodule), Slot(model, names[0]), options)
+    scheme = quantization.get("scheme")
+    return sensitivity(
+        validation.slot.get(),
+        [validation.example()],
+        mode=quantization.get("mode", "fx"),
+        backend=quantization.get("backend", "x86"),
+        scheme=instantiate(scheme) if scheme is not None else Scheme(),
+        metric=validation,
+        metric_name=options.metric,
+        calibrate_on=validation.calibrate,
+        rank_by=options.rank_by,
+        include=tuple(quantization.get("include") or ()),
+        exclude=tuple(quantization.get("exclude") or ()),
+        prefix=validation.slot.prefix,
+    )
+
+
+def _load(model: LightningModule, checkpoint: Path) -> None:
+    try:
+        model.load_state_dict(float_state_dict(checkpoint))
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ConfigurationError(
+            f"{checkpoint} is not of this model: {reason}. Give the configuration that it was trained with."
+        ) from error
+
+
+class _Validation:
+    """Validates a network in its place in the LightningModule."""
+
+    def __init__(self, model: LightningModule, datamodule: Any, slot: Slot, options: Options) -> None:
+        self.model, self.datamodule, self.slot, self.options = model, datamodule, slot, options
+        self.trainer = Trainer(
+            accelerator="cpu",
+            devices=1,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            limit_val_batches=options.validation_batches,
+        )
+
+    def __call__(self, network: nn.Module) -> float:
+        before = self.slot.run_instead(network)
+        try:
+            return self._validate()
+        finally:
+            self.slot.run_again(before)
+
+    def _validate(self) -> float:
+        (found, *_) = self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
+        if self.options.metric not in found:
+            raise ConfigurationError(
+                f"--metric {self.options.metric}: validation_step logs {', '.join(found) or 'nothing'}."
+            )
+        value = float(found[self.options.metric])
+        return -value if self.options.smaller_is_better else value
+
+    def example(self) -> Example:
+        """The first call of the network in a validation."""
+        calls: list[Example] = []
+
+        def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if not calls:
+                calls.append(Example(*tree_map(copy.deepcopy, (args, kwargs))))
+
+        called = self.model.get_submodule(self.slot.prefix) if self.slot.prefix else self.model
+        handle = called.register_forward_pre_hook(keep, with_kwargs=True)
+        try:
+            self._validate()
+        finally:
+            handle.remove()
+        if not calls:
+            raise ConfigurationError(f"validation_step does not call {self.slot.name!r}: give quantization.module=...")
+        return calls[0]
+
+    def calibrate(self, prepared: nn.Module) -> None:
+        """Take the ranges from the training data, through the LightningModule's own step."""
+        self.datamodule.setup("fit")
+        loader, count = self.datamodule.train_dataloader(), self.options.calibration_batches
+        calibrate_in_steps(self.model, {self.slot.name: self.slot}, {self.slot.name: prepared}, loader, count)

@@ -1,0 +1,89 @@
+"""Rounding in chosen layers of a prepared network only: prepared once, then switched."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from torch import nn
+
+from qat_lightning.fake_quantize import FakeQuantize
+from qat_lightning.flows.base import fake_quantizers, prepared_state
+from qat_lightning.flows.places import find_places
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What is switched together: a layer's weight and the activation behind it, or the rounding of one op.
+
+    Attributes:
+        name: The layer, or the op.
+        kind: Its type.
+        module: Whether it is a module of the float network, which ``exclude`` can name.
+        parameters: How many numbers its weight has; 0 for an op.
+    """
+
+    name: str
+    kind: str
+    module: bool
+    parameters: int
+
+
+class Switches:
+    """Turns rounding on and off by unit.
+
+    Args:
+        prepared: A calibrated network; only its flags are changed.
+
+    Example:
+        >>> import torch
+        >>> from qat_lightning.calibration import calibrate
+        >>> from qat_lightning.flows.base import Example, get_flow
+        >>> from qat_lightning.recipe import Recipe
+        >>> x = torch.randn(8, 4)
+        >>> recipe = Recipe("eager", "x86", kind="static")
+        >>> prepared = get_flow("eager").prepare(nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)), Example((x,)), recipe)
+        >>> calibrate(prepared, [x])
+        1
+        >>> [unit.name for unit in Switches(prepared).units]
+        ['0', '1']
+    """
+
+    def __init__(self, prepared: nn.Module) -> None:
+        float_network = prepared_state(prepared).float_network
+        modules = dict(float_network.named_modules())
+        self._all = [fq for _, fq in fake_quantizers(prepared)]
+        self._of: dict[str, set[FakeQuantize]] = {}
+        kinds: dict[str, str] = {}
+        for place in find_places(prepared):
+            # In eager mode the input of a layer is rounded for that layer; a layer called twice is one module.
+            name = place.layer.removesuffix(".input") if place.layer not in modules else place.layer
+            name = name.partition("_call_")[0] if name.partition("_call_")[0] in modules else name
+            if not place.fq.seen and place.what == "activation":
+                continue
+            self._of.setdefault(name, set()).add(place.fq)
+            if kinds.get(name, "input") == "input":
+                kinds[name] = place.kind
+        self.units = [
+            Unit(name, kinds[name], name in modules, _weight_size(modules.get(name)))
+            for name in self._in_order(modules)
+        ]
+
+    def _in_order(self, modules: Collection[str]) -> list[str]:
+        order = {name: index for index, name in enumerate(modules)}
+        return sorted(self._of, key=lambda name: order.get(name, len(order)))
+
+    def only(self, names: Collection[str]) -> None:
+        """Round in these units and nowhere else."""
+        on = {fq for name in names for fq in self._of[name]}
+        for fq in self._all:
+            fq.fake_quant_enabled = fq in on
+
+    def all_but(self, names: Collection[str]) -> None:
+        """Round everywhere but in these units."""
+        self.only([unit.name for unit in self.units if unit.name not in names])
+
+
+def _weight_size(module: nn.Module | None) -> int:
+    weight = getattr(module, "weight", None)
+    return weight.numel() if weight is not None else 0

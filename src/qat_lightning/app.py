@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
@@ -21,6 +22,7 @@ from rich.text import Text
 
 from qat_lightning.backends import get_backend, require
 from qat_lightning.callbacks.base import QuantizationCallback
+from qat_lightning.checkpoint_io import WholeFileCheckpointIO
 from qat_lightning.errors import ArtifactError, CombinationError, ConfigurationError, QuantizationError
 from qat_lightning.wandb_views import define_summaries, log_int8
 
@@ -96,7 +98,7 @@ def build(cfg: DictConfig) -> Objects:
     datamodule = instantiate(cfg.data.datamodule)
     model = instantiate(cfg.model.module)
     loggers = [instantiate(part) for part in _parts(cfg, "logger")]
-    trainer = instantiate(cfg.trainer, callbacks=callbacks, logger=loggers)
+    trainer = instantiate(cfg.trainer, callbacks=callbacks, logger=loggers, plugins=_plugins())
     return Objects(trainer, model, datamodule, callbacks, loggers, {})
 
 
@@ -217,6 +219,14 @@ def _missing(node: Any, path: str = "") -> Iterator[str]:
             yield full
         elif not OmegaConf.is_interpolation(node, key):
             yield from _missing(node[key], full)
+
+
+def _plugins() -> list[Any]:
+    """Whole checkpoints only; and no requeueing of Lightning's own in a job of Slurm's that submitit queues again."""
+    plugins: list[Any] = [WholeFileCheckpointIO()]
+    if SLURMEnvironment.detect() and "SUBMITIT_EXECUTOR" in os.environ:
+        plugins.append(SLURMEnvironment(auto_requeue=False))
+    return plugins
 
 
 def _parts(cfg: DictConfig, group: str) -> list[DictConfig]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -263,11 +264,16 @@ def _code(package: str) -> str:
         return "unknown"
     origin = Path(spec.origin)
     if "site-packages" in origin.parts:
-        distributions = importlib.metadata.packages_distributions().get(package, [])
-        return " ".join(f"{name} {importlib.metadata.version(name)}" for name in sorted(set(distributions)))
+        return " ".join(f"{name} {importlib.metadata.version(name)}" for name in _distributions().get(package, ()))
     if package in sys.stdlib_module_names:
         return platform.python_version()
     return _digest(sorted(origin.parent.rglob("*.py")) if spec.submodule_search_locations else [origin])
+
+
+@functools.cache
+def _distributions() -> dict[str, list[str]]:
+    """The installed distributions that each importable package is of; reading that takes a second."""
+    return {name: sorted(set(found)) for name, found in importlib.metadata.packages_distributions().items()}
 
 
 def _digest(files: Iterable[Path]) -> str:

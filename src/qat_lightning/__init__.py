@@ -12,10 +12,12 @@ from qat_lightning.evaluate import evaluate_variants
 from qat_lightning.flows.coverage import coverage_table
 from qat_lightning.fusion import fuse
 from qat_lightning.quantized import QuantizedNetwork
+from qat_lightning.recipes.adaround import AdaRound
 from qat_lightning.scheme import Scheme
 from qat_lightning.sensitivity import sensitivity
 
 __all__ = [
+    "AdaRound",
     "BatchNormReestimation",
     "Distillation",
     "LoadsQuantizedCheckpoints",

@@ -13,7 +13,14 @@ from lightning.pytorch import seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
-from qat_lightning import BatchNormReestimation, Distillation, PostTrainingQuantization, Scheme, float_state_dict
+from qat_lightning import (
+    AdaRound,
+    BatchNormReestimation,
+    Distillation,
+    PostTrainingQuantization,
+    Scheme,
+    float_state_dict,
+)
 from qat_lightning.errors import CheckpointMismatchError, ConfigurationError
 from tests.callbacks.lit import CLASSES, MODES, Lit, assert_same_state, dataset, loader, qat, state, trainer
 from tests.callbacks.test_insert import OwnForward
@@ -163,6 +170,10 @@ def test_what_cannot_be_is_refused_and_changes_nothing() -> None:
             qat("fx", **settings)
     with pytest.raises(ConfigurationError, match="kind='dynamic' does without"):
         PostTrainingQuantization(kind="dynamic", bias_correction=True)
+    with pytest.raises(ConfigurationError, match=r"adaround=100 is not possible: give a qat_lightning.AdaRound"):
+        PostTrainingQuantization(adaround=100)  # type: ignore[arg-type]
+    with pytest.raises(ConfigurationError, match=r"adaround= needs data"):
+        PostTrainingQuantization(kind="weight_only", adaround=AdaRound())
     module = Lit(nn.Sequential(nn.Flatten(), nn.Linear(64, 4)))
     before = state(module)
     with pytest.raises(ConfigurationError, match="finds no BatchNorm in Sequential"):
@@ -188,6 +199,8 @@ def test_recipes_of_post_training_quantization(mode: str) -> None:
         "plain": {},
         "equalization": {"equalization": "replace_relu6"},
         "bias_correction": {"bias_correction": True},
+        "adaround": {"adaround": AdaRound(iterations=200)},
+        "both": {"adaround": AdaRound(iterations=200), "bias_correction": True},
     }.items():
         callback = PostTrainingQuantization(mode=mode, scheme=scheme, **settings)  # type: ignore[arg-type]
         evaluating = trainer(callback)
@@ -198,6 +211,8 @@ def test_recipes_of_post_training_quantization(mode: str) -> None:
     assert_same_state(state(module), before)
     assert errors["bias_correction"] < errors["plain"], errors
     assert errors["equalization"] < errors["plain"], errors
+    assert errors["adaround"] < errors["plain"], errors
+    assert errors["both"] < errors["plain"], errors
 
 
 class WithTraining(Lit):

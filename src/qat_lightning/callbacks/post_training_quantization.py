@@ -16,12 +16,15 @@ from qat_lightning.callbacks.arguments import check_flag
 from qat_lightning.callbacks.base import QuantizationCallback
 from qat_lightning.callbacks.calibration_data import calibrate_in_steps, calibration_loader, calls_in_steps
 from qat_lightning.callbacks.company import refuse_strategy
+from qat_lightning.checkpoints import float_weights
 from qat_lightning.errors import ConfigurationError
 from qat_lightning.flows.base import Converted, is_prepared
 from qat_lightning.flows.direct import quantize
 from qat_lightning.kinds import check_kind
 from qat_lightning.network import Slot, find_networks
 from qat_lightning.recipe import Equalization, Recipe
+from qat_lightning.recipes.adaround import AdaRound, Reconstruction
+from qat_lightning.recipes.adaround import adaround as learn_rounding
 from qat_lightning.recipes.bias_correction import correct_biases
 from qat_lightning.schedule import Phase
 from qat_lightning.scheme import Scheme
@@ -56,6 +59,8 @@ class PostTrainingQuantization(QuantizationCallback):
             ``"exact"`` where the network stays the same, ``"replace_relu6"`` also across ReLU6, which become ReLU.
         bias_correction: Take the mean error of rounded weights out of each layer's output, on the batches of the
             calibration.
+        adaround: Learn for each weight whether it is rounded up or down, on the same batches; None to round to the
+            nearest.
 
     Attributes:
         prepared: The calibrated network with fake-quant, for ``kind="static"``, once there is one.
@@ -88,6 +93,7 @@ class PostTrainingQuantization(QuantizationCallback):
         exclude: Sequence[str] | None = None,
         equalization: Equalization = "none",
         bias_correction: bool = False,
+        adaround: AdaRound | None = None,
     ) -> None:
         if not isinstance(kind, str) or kind not in get_args(PostTrainingKind):
             raise ConfigurationError(f"kind={kind!r} is unknown: use one of {', '.join(get_args(PostTrainingKind))}.")
@@ -114,7 +120,12 @@ class PostTrainingQuantization(QuantizationCallback):
             raise ConfigurationError(
                 f"bias_correction=True needs data, which kind={kind!r} does without: use 'static'."
             )
+        if adaround is not None and not isinstance(adaround, AdaRound):
+            raise ConfigurationError(f"adaround={adaround!r} is not possible: give a qat_lightning.AdaRound, or None.")
+        if adaround is not None and kind != "static":
+            raise ConfigurationError(f"adaround= needs data, which kind={kind!r} does without: use 'static'.")
         self.bias_correction = bias_correction
+        self.adaround = adaround
         self.calibration_batches = calibration_batches
         self.calibration_dataloader = calibration_dataloader
         self.float_source = "the weights that were quantized"
@@ -208,20 +219,24 @@ class PostTrainingQuantization(QuantizationCallback):
             for network in prepared.values():
                 network.to(pl_module.device)
             count = calibrate_in_steps(pl_module, self._slots, prepared, loader, self.calibration_batches)
+            rank_zero_info(f"Calibrated on {count} batches.")
+            if self.bias_correction or self.adaround is not None:
+                self._win_back(pl_module, prepared, loader)
             if trainer.world_size > 1:
                 _take_over_from_first(prepared)
-            rank_zero_info(f"Calibrated on {count} batches.")
-            if self.bias_correction:
-                self._win_back(pl_module, prepared, loader)
             self._prepared = prepared
         self._made_of = {name: _weights(slot.get()) for name, slot in self._slots.items()}
 
     def _win_back(self, pl_module: LightningModule, prepared: dict[str, nn.Module], loader: Any) -> None:
-        """Bias correction, on the batches of the calibration."""
+        """Learned rounding and corrected biases, on the batches of the calibration."""
         calls = calls_in_steps(pl_module, self._slots, prepared, loader, self.calibration_batches)
         for name, network in prepared.items():
-            corrected = correct_biases(network, calls[name])
-            rank_zero_info(f"{name!r}: the biases of {len(corrected)} layers were corrected.")
+            before = float_weights(network)
+            if self.adaround is not None:
+                learn_rounding(network, calls[name], self.adaround, progress=_say_progress)
+            if self.bias_correction:
+                corrected = correct_biases(network, calls[name], before)
+                rank_zero_info(f"{name!r}: the biases of {len(corrected)} layers were corrected.")
 
     def _prepare_copy(self, name: str, slot: Slot) -> nn.Module:
         return self._prepare_one(slot, copy.deepcopy(slot.get()), self._examples[name])
@@ -278,7 +293,14 @@ def _same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 
 
 def _take_over_from_first(prepared: dict[str, nn.Module]) -> None:
-    """Each process calibrates on its share of the data; all go on with the ranges of the first."""
+    """Each process calibrates on its share of the data; all go on with the ranges and weights of the first."""
     for network in prepared.values():
-        for buffer in network.buffers():
-            torch.distributed.broadcast(buffer, src=0)
+        for tensor in (*network.buffers(), *(parameter.data for parameter in network.parameters())):
+            torch.distributed.broadcast(tensor, src=0)
+
+
+def _say_progress(number: int, layers: int, name: str, result: Reconstruction) -> None:
+    rank_zero_info(
+        f"AdaRound, layer {number} of {layers}, {name}: error {result.nearest:.2e} with the nearest points, "
+        f"{result.learned:.2e} now."
+    )

@@ -6,7 +6,7 @@ Nagel et al., 2019, https://arxiv.org/abs/1906.04721, section 4.2, with means fr
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -39,7 +39,9 @@ class _Shift:
 
 
 @torch.no_grad()
-def correct_biases(prepared: nn.Module, batches: Iterable[Any]) -> dict[str, float]:
+def correct_biases(
+    prepared: nn.Module, batches: Iterable[Any], reference: Mapping[str, Any] | None = None
+) -> dict[str, float]:
     """Take the mean error of rounded weights out of each layer's output, channel by channel, in place.
 
     Each layer is seen on the float network's own inputs, so that errors of other layers do not come in. Where BatchNorm
@@ -48,6 +50,7 @@ def correct_biases(prepared: nn.Module, batches: Iterable[Any]) -> dict[str, flo
     Args:
         prepared: The network with fake-quant, calibrated or not; rounding is on.
         batches: Calls of the network, as for `qat_lightning.calibrate`, on its device.
+        reference: The float network's ``state_dict``, where the weights were moved since; by default the present ones.
 
     Returns:
         By the names of the layers that were corrected, the largest correction of a channel, in the units of the layer's
@@ -62,11 +65,11 @@ def correct_biases(prepared: nn.Module, batches: Iterable[Any]) -> dict[str, flo
         ['0']
     """
     network = copy.deepcopy(prepared_state(prepared).float_network)
-    network.load_state_dict(float_weights(prepared))
+    network.load_state_dict(reference if reference is not None else float_weights(prepared))
     device = next((parameter.device for parameter in prepared.parameters()), torch.device("cpu"))
     network.to(device).float().eval()
     layers = [(layer, bias) for layer in rounded_layers(prepared) if (bias := _bias_of(layer)) is not None]
-    shifts = [_Shift(layer.rounded() - layer.folded()) for layer, _ in layers]
+    shifts = [_Shift(layer.rounded() - layer.folded(network.get_submodule(layer.name))) for layer, _ in layers]
     handles = [
         network.get_submodule(layer.name).register_forward_hook(shift.see)
         for (layer, _), shift in zip(layers, shifts, strict=True)

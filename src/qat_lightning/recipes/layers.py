@@ -45,10 +45,10 @@ class RoundedLayer:
         return factor.reshape(-1, *[1] * (self.module.weight.dim() - 1))
 
     @torch.no_grad()
-    def folded(self) -> Tensor:
-        """The weight before it is rounded, as the kernel would have it, float32."""
+    def folded(self, of: Any = None) -> Tensor:
+        """The weight before it is rounded, as the kernel would have it, float32; or that of another module."""
         factor = self.factor()
-        weight: Tensor = self.module.weight.detach().float()
+        weight: Tensor = (self.module if of is None else of).weight.detach().float()
         return weight if factor is None else weight * factor
 
     @torch.no_grad()

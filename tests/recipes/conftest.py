@@ -1,0 +1,10 @@
+"""The decomposed graph stands for PT2E's compiled network, which takes seconds to compile; `tests/flows` compiles."""
+
+import pytest
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _no_compiler() -> object:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("QAT_LIGHTNING_COMPILE", "0")
+        yield

@@ -148,3 +148,26 @@ def test_pt2e_compiles(kind: str, case: SequenceCase, monkeypatch: pytest.Monkey
     assert converted.network.runs == "aotinductor", converted.network.why_decomposed
     assert sqnr_db(converted.network.decomposed(inputs)[0], actual) > 45
     assert quantized(inputs[:2]).shape == (2, 5)
+
+
+class ActivationsAndAdditions(nn.Module):
+    """Linear layers with activations that are added to something, which torchao's own fusion fails on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.first(x)) + x
+        x = torch.nn.functional.gelu(self.second(x)) + torch.tanh(self.first(x))
+        return x + self.second(x)
+
+
+@pytest.mark.slow
+def test_pt2e_compiles_activations_that_are_added(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QAT_LIGHTNING_COMPILE", "1")
+    x = torch.randn(4, 16)
+    converted = quantize(ActivationsAndAdditions(), Example((x,)), Recipe("pt2e", "x86", kind="dynamic"))
+    actual = converted.network(x)
+    assert converted.network.runs == "aotinductor", converted.network.why_decomposed
+    assert sqnr_db(converted.network.decomposed(x)[0], actual) > 45

@@ -35,6 +35,7 @@ def compile_library(decomposed: fx.GraphModule, spec: CallSpec, tensors: list[Te
         tuple(value for value in computed.graph.output_node().args[0] if isinstance(value, fx.Node)),  # type: ignore[union-attr]
     )
     _make_linear_inputs_contiguous(computed.graph)
+    _part_additions_from_activations(computed.graph)
     _pad_single_channels(computed)
     computed.recompile()
     with warnings.catch_warnings(), tempfile.TemporaryDirectory(prefix="qat-lightning-") as folder:
@@ -78,6 +79,30 @@ def _make_linear_inputs_contiguous(graph: fx.Graph) -> None:
             with graph.inserting_before(quantize):
                 contiguous = graph.call_function(torch.ops.aten.contiguous.default, (quantize.args[0],))
             quantize.update_arg(0, contiguous)
+
+
+def _part_additions_from_activations(graph: fx.Graph) -> None:
+    """Torchao's fusion fails on a dynamic linear layer with an activation that is then added to something.
+
+    It takes the activation into the layer, and then does not expect to find one when it takes the addition in. Written
+    as a difference, which gives the same numbers, the addition stays outside.
+    """
+    aten = torch.ops.aten
+    for add in graph.find_nodes(op="call_function", target=aten.add.Tensor):
+        activated = [arg for arg in add.args if isinstance(arg, fx.Node) and _is_dynamic_linear(arg.args[:1])]
+        if not activated or add.kwargs or not all(isinstance(arg, fx.Node) for arg in add.args):
+            continue
+        with graph.inserting_before(add):
+            negative = graph.call_function(aten.neg.default, (add.args[1],))
+        add.target, add.args = aten.sub.Tensor, (add.args[0], negative)
+
+
+def _is_dynamic_linear(nodes: Any) -> bool:
+    linear = nodes[0] if nodes else None
+    if not isinstance(linear, fx.Node) or linear.target is not torch.ops.aten.linear.default:
+        return False
+    rounded: Any = linear.args[0]
+    return bool(rounded.target is torch.ops.quantized_decomposed.dequantize_per_tensor.tensor)
 
 
 def _pad_single_channels(graph_module: fx.GraphModule) -> None:

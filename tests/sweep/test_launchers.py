@@ -71,7 +71,7 @@ def test_a_killed_trial_loses_no_other_and_resume_finishes_it_as_the_same_run(tm
     assert statuses(tmp_path) == {0: "completed", 1: "failed", 2: "completed"}, done.stdout
     assert "killed by SIGKILL" in " ".join(done.stdout.split())
     before = results(tmp_path)
-    (begun,) = offline_runs(tmp_path / "sweep" / "1")
+    (begun,) = (tmp_path / "sweep" / "1" / "wandb").glob("offline-run-*")
 
     refused = sweep(tmp_path, *words, script=script)
     assert refused.returncode == 1
@@ -83,6 +83,7 @@ def test_a_killed_trial_loses_no_other_and_resume_finishes_it_as_the_same_run(tm
     after = results(tmp_path)
     assert (after[0], after[2]) == (before[0], before[2])
     assert after[1]["status"] == "completed"
-    assert after[1]["wandb"]["id"] == begun["run_id"]
+    assert begun.name.endswith(f"-{after[1]['wandb']['id']}"), "the same W&B run"
+    assert Path(after[1]["wandb"]["dir"]) != begun
     printed = (tmp_path / "sweep" / "1" / "output.log").read_text()
     assert "checkpoints/last.ckpt" in printed, "it went on from its checkpoint"

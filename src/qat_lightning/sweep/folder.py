@@ -12,7 +12,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
 from qat_lightning.errors import ConfigurationError
-from qat_lightning.sweep.result import FILE, IDENTITY, TrialResult, identity, read_json
+from qat_lightning.sweep.result import FILE, IDENTITY, TrialResult, identity, read_json, written
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Plan:
         if not str(sweeper._target_).endswith(f".{BasicSweeper.__name__}"):
             return cls(sweeper.get("n_trials"))
         words = [f"{key}={value}" for key, value in (sweeper.params or {}).items()]
-        parsed = OverridesParser.create().parse_overrides([*words, *config.hydra.overrides.task])
+        parsed = OverridesParser.create().parse_overrides([*words, *written(config.hydra.overrides.task)])
         (trials,) = BasicSweeper.split_arguments(parsed, None)
         return cls(len(trials), tuple(tuple(identity(trial)) for trial in trials))
 

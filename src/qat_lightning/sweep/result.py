@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from omegaconf import OmegaConf
+
 from qat_lightning.errors import ConfigurationError
 from qat_lightning.measure import EQUAL_DB
 
@@ -96,6 +98,13 @@ def identity(overrides: Iterable[Any]) -> list[str]:
         ['mode=fx']
     """
     return [str(word) for word in overrides if str(word).lstrip("+").partition("=")[0] not in ("resume", "isolate")]
+
+
+def written(overrides: Any) -> list[str]:
+    """The overrides as they were written: iterating over them would resolve a reference like ``x=${seed}``."""
+    words = OmegaConf.to_container(overrides, resolve=False) if OmegaConf.is_config(overrides) else overrides
+    assert isinstance(words, list)
+    return [str(word) for word in words]
 
 
 def read_json(path: Path) -> dict[str, Any]:

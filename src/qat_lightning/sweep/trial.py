@@ -22,7 +22,7 @@ from omegaconf import DictConfig, open_dict
 from qat_lightning import app
 from qat_lightning.errors import CombinationError, ConfigurationError
 from qat_lightning.sweep.process import run_apart
-from qat_lightning.sweep.result import FILE, IDENTITY, TrialResult, identity, read_json, write_json
+from qat_lightning.sweep.result import FILE, IDENTITY, TrialResult, identity, read_json, write_json, written
 
 Train = Callable[[DictConfig], tuple[dict[str, float], app.Objects]]
 Objective = float | tuple[float, ...] | None
@@ -89,7 +89,9 @@ class Trial:
         hydra = HydraConfig.get()
         of_sweep = hydra.mode == RunMode.MULTIRUN
         # A trial of a sweep always goes on: the sweep refuses a folder with trials unless resume=true.
-        return cls(Path(hydra.runtime.output_dir), identity(hydra.overrides.task), of_sweep, of_sweep or cfg.resume)
+        return cls(
+            Path(hydra.runtime.output_dir), identity(written(hydra.overrides.task)), of_sweep, of_sweep or cfg.resume
+        )
 
     @property
     def owns_folder(self) -> bool:

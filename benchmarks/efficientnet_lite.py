@@ -40,7 +40,7 @@ class Row:
         method: ``"float"``, ``"ptq"`` or ``"qat"``.
         scheme: Bits and granularity.
         against: The row whose loss is to be won back.
-        lr: Of the weights in training, at its highest.
+        lr: Of training, at its highest, relative to the size of the weights.
         arguments: Further arguments of the callback.
         callbacks: What makes further callbacks; by default distillation, from which alone ``"qat"`` learns.
     """
@@ -48,7 +48,7 @@ class Row:
     method: Literal["float", "ptq", "qat"]
     scheme: Scheme = field(default_factory=Scheme)
     against: str = ""
-    lr: float = 3e-5
+    lr: float = 1e-3
     arguments: dict[str, Any] = field(default_factory=dict)
     callbacks: Callable[[], list[Callback]] = lambda: [Distillation(temperature=2.0, task_weight=0.0)]
 
@@ -62,21 +62,21 @@ ROWS = {
     "PTQ, 8 bit, per tensor": Row("ptq", PER_TENSOR),
     "QAT, 8 bit, per tensor": Row("qat", PER_TENSOR, "PTQ, 8 bit, per tensor"),
     "PTQ, 4-bit weights, per channel": Row("ptq", FOUR_BITS),
-    "QAT, 4-bit weights, per channel": Row("qat", FOUR_BITS, "PTQ, 4-bit weights, per channel", lr=1e-4),
+    "QAT, 4-bit weights, per channel": Row("qat", FOUR_BITS, "PTQ, 4-bit weights, per channel", lr=3e-3),
 }
 
 
 class Student(ClassificationModule):
-    """What is fine-tuned: vectors and scalars (BatchNorm, biases) learn faster than weights, which are many."""
+    """What is fine-tuned. Adam's steps are relative to the size of each tensor, as Adafactor's are.
 
-    def __init__(self, lr: float, vector_lr: float) -> None:
-        super().__init__(efficientnet_lite0(), num_classes=1000, lr=lr)
-        self.vector_lr = vector_lr
+    The weights of this network's layers differ in size by a factor of 20, and in number by one of 1,000: a step that
+    moves those of a depthwise layer to another integer ruins a pointwise one.
+    """
 
     def configure_optimizers(self) -> Any:
-        """Adam; both rates fall to zero."""
-        weights, vectors = ([p for p in self.parameters() if (p.ndim > 1) is many] for many in (True, False))
-        optimizer = torch.optim.Adam([{"params": weights}, {"params": vectors, "lr": self.vector_lr}], lr=self.lr)
+        """Adam, with rates that fall to zero; a tensor of zeros (steps that are learned) has the plain rate."""
+        sizes = [(p, p.detach().square().mean().sqrt().item() or 1.0) for p in self.parameters() if p.requires_grad]
+        optimizer = torch.optim.Adam([{"params": [p], "lr": self.lr * size} for p, size in sizes])
         steps = int(self.trainer.estimated_stepping_batches)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
@@ -85,7 +85,7 @@ class Student(ClassificationModule):
 def accuracy(row: Row, split: int, photos: tuple[Tensor, Tensor], options: argparse.Namespace) -> dict[str, float]:
     """The share of the test photos that the row's network gets right: the int8 network, unless it is fp32."""
     seed_everything(split, verbose=False)
-    model = Student(row.lr, options.vector_lr)
+    model = Student(efficientnet_lite0(), num_classes=1000, lr=row.lr)
     data = PhotosDataModule(*photos, split)
     callbacks: list[Callback] = []
     if row.method == "ptq":
@@ -103,6 +103,12 @@ def accuracy(row: Row, split: int, photos: tuple[Tensor, Tensor], options: argpa
     return {"accuracy": (chosen == data.test.labels).float().mean().item()}
 
 
+def with_bases(rows: Mapping[str, Row], names: Sequence[str]) -> dict[str, Row]:
+    """The rows of these names and those that they are compared with, in the order of the table."""
+    wanted = {*names, *(rows[name].against for name in names)}
+    return {name: row for name, row in rows.items() if name in wanted}
+
+
 def measure(
     rows: Mapping[str, Row], photos: tuple[Tensor, Tensor], splits: Sequence[int], options: argparse.Namespace
 ) -> dict[str, list[float]]:
@@ -111,9 +117,10 @@ def measure(
     figures: dict[str, list[float]] = {}
     for name, row in rows.items():
         for split in splits:
-            settings = {"row": name, "split": split, "scheme": row.scheme.to_dict(), "arguments": row.arguments}
+            settings = {"row": name, "split": split, "scheme": row.scheme.to_dict()}
+            settings["arguments"] = {key: repr(value) for key, value in row.arguments.items()}
             if row.method == "qat":
-                settings |= {"epochs": options.epochs, "lr": row.lr, "vector_lr": options.vector_lr}
+                settings |= {"epochs": options.epochs, "lr": row.lr}
             measured = results.once(settings, lambda row=row, split=split: accuracy(row, split, photos, options))
             figures.setdefault(name, []).append(measured["accuracy"])
     return figures
@@ -146,7 +153,6 @@ def parse(description: str, rows: Mapping[str, Row], results: str, splits: Seque
     parser.add_argument("--splits", type=int, nargs="+", default=list(splits))
     parser.add_argument("--rows", nargs="+", default=list(rows), choices=list(rows), help="some only")
     parser.add_argument("--epochs", type=int, default=4)
-    parser.add_argument("--vector-lr", type=float, default=1e-3, help="of BatchNorm and biases, at its highest")
     return parser.parse_args()
 
 
@@ -155,7 +161,7 @@ def main() -> None:
     options = parse(__doc__.splitlines()[0], ROWS, "efficientnet_lite.jsonl", [0, 1, 2])
     silent()
     photos = read_photos(options.data)
-    figures = measure({name: ROWS[name] for name in options.rows}, photos, options.splits, options)
+    figures = measure(with_bases(ROWS, ["fp32", *options.rows]), photos, options.splits, options)
     title = f"EfficientNet-Lite0 on {len(photos[1]) - 500} photos, top-1 in %, mode fx, backend x86"
     Console(width=130).print(make_table(figures, options.splits, title))
 

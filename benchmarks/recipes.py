@@ -6,27 +6,48 @@ post-training quantization to 8 bits per tensor or to 4-bit weights, or training
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
+from lightning.pytorch import Callback
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.efficientnet_lite import FOUR_BITS, PER_TENSOR, Row, measure, parse
+from benchmarks.efficientnet_lite import FOUR_BITS, PER_TENSOR, Row, measure, parse, with_bases
 from benchmarks.machine import describe
 from benchmarks.photos import read_photos
 from benchmarks.training import silent
-from qat_lightning import BatchNormReestimation, Distillation, Scheme
+from qat_lightning import AdaRound, BatchNormReestimation, Distillation, Scheme
 
 PTQ_8 = "PTQ, 8 bit, per tensor"
 PTQ_4 = "PTQ, 4-bit weights"
 QAT_4 = "QAT, 4-bit weights, on labels"
 
+
+def _ptq(against: str, **arguments: Any) -> Row:
+    return Row("ptq", ROWS[against].scheme, against, arguments=arguments)
+
+
+def _qat(*callbacks: Callable[[], Callback], scheme: Scheme = FOUR_BITS, **arguments: Any) -> Row:
+    return Row("qat", scheme, QAT_4, 3e-3, arguments, lambda: [make() for make in callbacks])
+
+
 ROWS = {
     PTQ_8: Row("ptq", PER_TENSOR),
     PTQ_4: Row("ptq", FOUR_BITS),
-    QAT_4: Row("qat", FOUR_BITS, lr=1e-4, callbacks=list),
-    "distillation": Row("qat", FOUR_BITS, QAT_4, 1e-4),
-    "distillation and labels": Row("qat", FOUR_BITS, QAT_4, 1e-4, callbacks=lambda: [Distillation(temperature=2.0)]),
-    "learned step size": Row("qat", Scheme(weight_bits=4, learned_step="lsq"), QAT_4, 1e-4, callbacks=list),
-    "BatchNorm re-estimation": Row("qat", FOUR_BITS, QAT_4, 1e-4, callbacks=lambda: [BatchNormReestimation()]),
+    QAT_4: Row("qat", FOUR_BITS, lr=3e-3, callbacks=list),
+}
+ROWS |= {
+    "equalization, exact": _ptq(PTQ_8, equalization="exact"),
+    "equalization, replace_relu6": _ptq(PTQ_8, equalization="replace_relu6"),
+    "bias correction": _ptq(PTQ_8, bias_correction=True),
+    "bias correction, 4 bit": _ptq(PTQ_4, bias_correction=True),
+    "AdaRound": _ptq(PTQ_4, adaround=AdaRound(iterations=200)),
+    "distillation instead of labels": _qat(lambda: Distillation(temperature=2.0, task_weight=0.0)),
+    "distillation and labels": _qat(lambda: Distillation(temperature=2.0)),
+    "learned step size": _qat(scheme=Scheme(weight_bits=4, learned_step="lsq")),
+    "BatchNorm folded": _qat(batchnorm="fold"),
+    "BatchNorm re-estimation": _qat(BatchNormReestimation),
 }
 
 
@@ -35,10 +56,7 @@ def main() -> None:
     options = parse(__doc__.splitlines()[0], ROWS, "recipes.jsonl", [0])
     silent()
     photos = read_photos(options.data)
-    plain = {row.against for row in map(ROWS.get, options.rows) if row.against}
-    figures = measure(
-        {n: r for n, r in ROWS.items() if n in options.rows or n in plain}, photos, options.splits, options
-    )
+    figures = measure(with_bases(ROWS, options.rows), photos, options.splits, options)
     table = Table(title="EfficientNet-Lite0, recipes one by one, top-1 in %", caption=describe())
     for column in ("recipe", "added to", "top-1", "gain"):
         table.add_column(column, justify="left" if column in ("recipe", "added to") else "right")

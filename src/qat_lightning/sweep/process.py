@@ -33,7 +33,8 @@ def run_apart(attempt: Callable[[], bool], output: Path, *, apart: bool) -> str 
     Returns:
         What became of the process, in words, if it died; else None.
     """
-    if not apart or "fork" not in multiprocessing.get_all_start_methods():
+    ray = "ray" in sys.modules  # its workers have threads, which a fork would break, and are processes of their own
+    if not apart or ray or "fork" not in multiprocessing.get_all_start_methods():
         attempt()
         return None
     process = multiprocessing.get_context("fork").Process(target=_trial, args=(attempt, output))

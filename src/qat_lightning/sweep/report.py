@@ -122,7 +122,8 @@ def _why(result: TrialResult | None, folder: Path) -> str:
     message = result.error["message"]
     if result.status != "failed":
         return message
-    return f"{result.error['type']}: {message}\nsee {folder / 'output.log'}"
+    printed = folder / "output.log"
+    return f"{result.error['type']}: {message}" + (f"\nsee {printed}" if printed.is_file() else "")
 
 
 def _words(folder: Path, plan: Plan) -> dict[int, list[str]]:

@@ -55,7 +55,7 @@ def check(cfg: DictConfig) -> None:
     if missing := list(_missing(cfg)):
         raise ConfigurationError(f"Values are missing: give {' '.join(f'{key}=...' for key in missing)}")
     quantization = cfg.get("quantization")
-    if quantization is not None and "_target_" not in quantization:
+    if quantization is not None and list(quantization) == ["scheme"]:
         raise CombinationError(
             f"scheme= is about quantization, and method={cfg.method.name} makes none: leave it out, or choose "
             "method=qat or method=ptq."

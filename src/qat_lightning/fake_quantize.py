@@ -19,6 +19,7 @@ from qat_lightning.observers import (
     least_squares_range,
     percentile_range,
 )
+from qat_lightning.processes import process_count, range_over_all
 
 RangeSource = Literal["moving_average", "min_max", "histogram_mse", "histogram_kl", "percentile", "present", "fixed"]
 
@@ -202,7 +203,7 @@ class FakeQuantize(_TorchFakeQuantizeBase, _TorchaoFakeQuantizeBase):  # type: i
             self._present = (low, high) if not self.clipped else self._clip(values, low, high)
             self._seen = True
             return
-        reduce = self.reduce_across_processes and _processes() > 1
+        reduce = self.reduce_across_processes and process_count() > 1
         empty = values.numel() == 0
         if empty and not reduce:
             return
@@ -211,7 +212,7 @@ class FakeQuantize(_TorchFakeQuantizeBase, _TorchaoFakeQuantizeBase):  # type: i
         finite = torch.isfinite(low) & torch.isfinite(high)
         self.nonfinite_batches.add_(~finite & (not empty))
         if reduce:
-            low, high, finite = _over_all_processes(low, high, finite)
+            low, high, finite = range_over_all(low, high, finite)
         if self.histogram is not None and bool(finite):
             self.histogram.observe(values)
         low, high = self._average(low, high) if self.source == "moving_average" else self._extend(low, high)
@@ -369,19 +370,6 @@ class FakeQuantize(_TorchFakeQuantizeBase, _TorchaoFakeQuantizeBase):  # type: i
     def storage_dtype(self) -> torch.dtype:
         """The quantized dtype of the same integers: ``torch.quint8`` or ``torch.qint8``."""
         return _STORAGE[self.dtype]
-
-
-def _processes() -> int:
-    distributed = torch.distributed
-    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
-
-
-def _over_all_processes(low: Tensor, high: Tensor, finite: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The least of the lows and the greatest of the highs, of the processes whose batch was finite."""
-    none = torch.full_like(low, -torch.inf)
-    bounds = torch.stack([torch.where(finite, -low, none), torch.where(finite, high, none)])
-    torch.distributed.all_reduce(bounds, op=torch.distributed.ReduceOp.MAX)
-    return -bounds[0], bounds[1], torch.isfinite(bounds).all()
 
 
 class SharedRange(nn.Module):

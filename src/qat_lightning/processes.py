@@ -1,7 +1,7 @@
 """Doing something in one process for all of a distributed training, with errors that reach every one of them.
 
-Each function here is a collective: every process has to call it, in the same order. Whatever goes wrong in one of them
-is raised in all, so that nobody waits for an answer that never comes.
+Each function here but `process_count` is a collective: every process has to call it, in the same order. Whatever goes
+wrong in one of them is raised in all, so that nobody waits for an answer that never comes.
 """
 
 from __future__ import annotations
@@ -9,12 +9,27 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from qat_lightning import errors
 from qat_lightning.errors import QuantizationError
 
 T = TypeVar("T")
+
+
+def process_count() -> int:
+    """How many processes train together; 1 outside of distributed training."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def range_over_all(low: Tensor, high: Tensor, finite: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The least of the lows and the greatest of the highs, of the processes whose batch was finite."""
+    none = torch.full_like(low, -torch.inf)
+    bounds = torch.stack([torch.where(finite, -low, none), torch.where(finite, high, none)])
+    dist.all_reduce(bounds, op=dist.ReduceOp.MAX)
+    return -bounds[0], bounds[1], torch.isfinite(bounds).all()
 
 
 def any_process(flag: bool) -> bool:

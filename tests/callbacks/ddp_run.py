@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 
 from qat_lightning import Distillation, QuantizationMonitor, Scheme
-from qat_lightning.callbacks import base, sharing
+from qat_lightning.callbacks import converting, sharing
 from qat_lightning.errors import QuantizationError, VerificationError
 from qat_lightning.fake_quantize import FakeQuantize
 from qat_lightning.flows.base import fake_quantizers, get_flow
@@ -125,10 +125,10 @@ def failing(where: str) -> Iterator[None]:
     """Something goes wrong in one process only."""
     if where == "first" and first():
         error = VerificationError("layer 'net.head' is at 9.0 dB")
-        with mock.patch.object(base, "get_flow", side_effect=error):
+        with mock.patch.object(converting, "get_flow", side_effect=error):
             yield
     elif where == "second" and not first():
-        with mock.patch.object(base, "unpack", side_effect=OSError("no memory")):
+        with mock.patch.object(converting, "unpack", side_effect=OSError("no memory")):
             yield
     else:
         yield
@@ -263,18 +263,18 @@ def run_all(folder: Path) -> None:
     halves = {mode: run_halves(mode, 2) for mode in MODES}
     halves |= {f"{mode} distilled": run_halves(mode, 2, Distillation(2.0, 0.5)) for mode in MODES}
     halves |= {f"learned {mode}": run_halves(mode, 2, scheme=LEARNED) for mode in ("fx", "pt2e")}
-    base.get_flow = counted
+    converting.get_flow = counted
     for mode in MODES:
         for make in (Lit, OwnForward):
             results[f"{mode} {make.__name__}"] = run(mode, make())
         results[f"{mode} monitored"] = run_monitored(mode)
     results["conversions"] = list(CONVERSIONS)
-    base.get_flow = get_flow
+    converting.get_flow = get_flow
     results["nothing"] = observe_nothing()
     results["asked in one"] = {mode: run_asked_in_one(mode) for mode in MODES}
     for where in ("first", "second"):
         results[f"fails in the {where}"] = run_failing(where)
-    base.get_flow = counted
+    converting.get_flow = counted
     results["without file"] = run_without_file("fx")
     rank = torch.distributed.get_rank()
     (folder / f"{rank}.json").write_text(json.dumps(results))

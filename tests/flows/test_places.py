@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pytest
+import torch
+from torch import Tensor, nn
 
 from qat_lightning.backends import pairs
 from qat_lightning.fake_quantize import FakeQuantize
@@ -45,6 +47,25 @@ def test_a_range_that_two_layers_share_has_a_place_at_each(mode: str) -> None:
     shared = {place.layer: place for place in found if place.what == "activation"}
     assert shared["left"].fq is shared["right"].fq
     assert (shared["left"].module, shared["left"].turn) != (shared["right"].module, shared["right"].turn)
+
+
+class SameName(nn.Module):
+    """A parameter of forward is called as a layer is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.head = nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, table: Tensor) -> Tensor:
+        return self.head(self.table(table))
+
+
+@pytest.mark.parametrize("mode", ["eager", "fx", "pt2e"])
+def test_an_input_is_not_taken_for_the_layer_of_its_name(mode: str) -> None:
+    prepared = get_flow(mode).prepare(SameName(), Example((torch.randn(4, 4),)), Recipe(mode, "x86"))
+    kinds = {place.layer: place.kind for place in find_places(prepared) if place.what == "activation"}
+    assert kinds["table"] == "Linear"
+    assert "input" in kinds.values()
 
 
 def test_ops_are_named_after_their_module_and_their_function() -> None:

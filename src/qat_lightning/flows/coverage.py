@@ -148,7 +148,7 @@ def coverage_table(rows: Iterable[LayerCoverage], *, title: str = "") -> Table:
     total = sum(row.macs or 0 for row in rows)
     table = Table(title=title or None, caption=_caption(rows), caption_justify="left", title_justify="left")
     for column in ("", "kind", "count", "MACs", "where", "why float"):
-        table.add_column(column, justify="right" if column in ("count", "MACs") else "left")
+        table.add_column(column, justify="right" if column in ("count", "MACs") else "left", overflow="fold")
     for (quantized, what, kind, reason), group in sorted(
         groups.items(), key=lambda item: (not item[0][0], item[0][1:])
     ):

@@ -16,8 +16,14 @@ from qat_lightning.flows.base import Example, LayerCoverage
 from qat_lightning.flows.coverage import MOVES, macs_of, merged
 from qat_lightning.flows.eager_chains import HEAD_TYPES, Observation, function_name, observe, run_apart
 
-_FUNCTION = "functions are float in mode='eager': mode='fx' and mode='pt2e' quantize them"
+_FUNCTION = "functions stay float in mode='eager'"
 _ALONE = "it does not follow one int8 layer directly, whose kernel would do it"
+
+
+_OF_LAYERS = frozenset(
+    {"embedding", "embedding_bag", "lstm", "gru", "rnn_tanh", "rnn_relu", "multi_head_attention_forward"}
+)
+"""What layers call that are reported as layers."""
 
 
 class _FunctionFlops(TorchFunctionMode):
@@ -55,7 +61,7 @@ def eager_operations(float_network: nn.Module, plan: Mapping[str, Any], example:
     on_grid = _outputs(observation, names, plan)
     rows = []
     for call in observation.calls:
-        if isinstance(call.module, HEAD_TYPES) or (call.module is None and call.function in MOVES):
+        if isinstance(call.module, HEAD_TYPES) or (call.module is None and call.function in MOVES | _OF_LAYERS):
             continue
         if call.module is not None:
             if names[call.module] not in in_chains:

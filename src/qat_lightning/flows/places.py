@@ -158,7 +158,9 @@ class _Names:
     def described(self, node: fx.Node) -> tuple[str, str]:
         """Name and kind of what a node computes."""
         if node.op == "placeholder":
-            return str(node.target), "input"
+            name = str(node.target)
+            # A parameter of forward may have the name of a layer.
+            return (f"{name}_input" if name in self.modules else name), "input"
         if node.op == "get_attr":
             return str(node.target), "parameter"
         module = self.called(node)

@@ -57,7 +57,7 @@ def _computes(node: fx.Node, values: dict[str, Any], layers: set[str]) -> bool:
     value = values.get(node.name, node.meta.get("val"))
     if not is_float(value) or op_name(node.target).strip("_") in MOVES or "num_batches_tracked" in str(node.args[:1]):
         return False
-    return not (node.target in CHANNEL_AXIS and scope_of(node) in layers)
+    return scope_of(node) not in layers
 
 
 def _name(node: fx.Node) -> str:

@@ -216,6 +216,7 @@ class PostTrainingQuantization(QuantizationCallback):
             # Before anything is prepared: it may be missing.
             loader = calibration_loader(trainer, pl_module, self.calibration_dataloader)
             prepared = {name: self._prepare_copy(name, slot) for name, slot in self._slots.items()}
+            self._say_what_was_done(prepared)
             for network in prepared.values():
                 network.to(pl_module.device)
             count = calibrate_in_steps(pl_module, self._slots, prepared, loader, self.calibration_batches)

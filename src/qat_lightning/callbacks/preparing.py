@@ -214,6 +214,7 @@ class PreparingCallback(Callback):
                 prepared = {name: self._prepare_one(slot, slot.get(), examples[name]) for name, slot in slots.items()}
                 for name, slot in slots.items():
                     slot.install(prepared[name])
+                self._say_what_was_done(prepared)
         if not (adopted and self._prepared):
             self._new_networks()
         self._slots, self._examples, self._prepared = slots, examples, prepared
@@ -268,10 +269,15 @@ class PreparingCallback(Callback):
         if not reworks(recipe):
             return None
         check_example(network, example, name=slot.name, given=self._user_example is not None)
-        reworking = Reworking(network, example, recipe)
-        for note in reworking.notes:
-            rank_zero_info(f"{slot.name!r}. {note}")
-        return reworking
+        return Reworking(network, example, recipe)
+
+    @staticmethod
+    def _say_what_was_done(prepared: Mapping[str, nn.Module]) -> None:
+        """Once the networks that stay are made; those that were tried are as others."""
+        for name, network in prepared.items():
+            reworking = prepared_state(network).reworking
+            for note in reworking.notes if reworking is not None else ():
+                rank_zero_info(f"{name!r}. {note}")
 
     def _check_adopted(self, prepared: Mapping[str, nn.Module]) -> None:
         """Take over networks that are prepared already (by a copy of this callback, say), if they are as we would."""

@@ -186,3 +186,11 @@ def test_a_part_that_is_called_twice(activation: type[nn.Module], backend: str) 
     converted = convert(Siamese(), (*IMAGES, -2 * IMAGES[0]), backend)
     assert all(row.quantized for row in converted.coverage)
     assert any(check.op.endswith("BatchNorm2d") and check.sqnr_db > 60 for check in converted.checks)
+
+
+@pytest.mark.parametrize("between", [nn.Identity(), nn.MaxPool2d(2), nn.AvgPool2d(2), nn.Dropout(0.1)], ids=str)
+@pytest.mark.parametrize("activation", [nn.ReLU(), nn.ReLU6(), nn.Hardtanh(0.0, 1.0)], ids=str)
+def test_an_activation_behind_an_op_that_keeps_its_grid(between: nn.Module, activation: nn.Module) -> None:
+    """Such an op cannot clamp, so the activation is not left to the grid behind it."""
+    network = nn.Sequential(nn.Conv2d(3, 8, 3), between, activation, nn.Conv2d(8, 4, 3))
+    convert(network, (torch.randn(8, 3, 12, 12),))

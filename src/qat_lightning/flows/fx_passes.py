@@ -98,12 +98,22 @@ def observe_only_after_relu(prepared: fx.GraphModule) -> list[str]:
         behind = modules[str(after.target)]
         if len(before.users) > 1 or len(node.users) > 1 or not isinstance(behind, FakeQuantize) or behind.symmetric:
             continue
+        if _keeps_the_grid(before.all_input_nodes[0], modules[str(before.target)], modules):
+            continue
         node.replace_input_with(before, before.args[0])
         prepared.graph.erase_node(before)
         behind.begins_at_zero(largest)
         folded.append(node.name)
     prepared.recompile()
     return folded
+
+
+def _keeps_the_grid(node: fx.Node, fq: nn.Module, modules: dict[str, nn.Module]) -> bool:
+    """Whether an op's output is on the grid of its input (Identity, pooling, dropout): it cannot clamp to another."""
+    if node.op == "call_module" and isinstance(modules.get(str(node.target)), _DROPOUT_MODULES):
+        return True
+    rounded = [source for source in node.all_input_nodes if _is_fake_quantize(source, modules)]
+    return any(modules[str(source.target)] is fq for source in rounded)
 
 
 def _relu_limit(node: fx.Node, modules: dict[str, nn.Module]) -> float | None:

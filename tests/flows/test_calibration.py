@@ -112,7 +112,9 @@ def test_scales_and_zero_points_are_those_of_the_flow_written_by_hand(observer: 
 
 
 @pytest.mark.parametrize("mode", ["eager", "fx", "pt2e"])
-@pytest.mark.parametrize("case", [case for case in CASES if case.name in ("depthwise", "several_inputs")], ids=lambda c: c.name)
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if case.name in ("depthwise", "several_inputs")], ids=lambda c: c.name
+)
 def test_calibration_sets_every_range_and_trains_nothing(mode: str, case: Any) -> None:
     torch.manual_seed(0)
     flow, network = get_flow(mode), case.network()

@@ -19,17 +19,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import Callback, seed_everything
+from lightning.pytorch import Callback, Trainer, seed_everything
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 from benchmarks.machine import describe
-from benchmarks.photos import PhotosDataModule, efficientnet_lite0, read_photos
+from benchmarks.photos import Photos, PhotosDataModule, efficientnet_lite0, read_photos
 from benchmarks.results import Results
 from benchmarks.training import silent, trainer
 from qat_lightning import Distillation, PostTrainingQuantization, QuantizationAwareTraining, Scheme
 from qat_lightning.demos import ClassificationModule
+from qat_lightning.recipes.bias_correction import correct_biases
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,8 @@ class Row:
         method: ``"float"``, ``"ptq"`` or ``"qat"``.
         scheme: Bits and granularity.
         against: The row whose loss is to be won back.
-        lr: Of training, at its highest, relative to the size of the weights.
+        epochs: Of training.
+        corrected: Whether training begins with corrected biases.
         arguments: Further arguments of the callback.
         callbacks: What makes further callbacks; by default distillation, from which alone ``"qat"`` learns.
     """
@@ -48,7 +50,8 @@ class Row:
     method: Literal["float", "ptq", "qat"]
     scheme: Scheme = field(default_factory=Scheme)
     against: str = ""
-    lr: float = 1e-3
+    epochs: int = 3
+    corrected: bool = False
     arguments: dict[str, Any] = field(default_factory=dict)
     callbacks: Callable[[], list[Callback]] = lambda: [Distillation(temperature=2.0, task_weight=0.0)]
 
@@ -60,32 +63,62 @@ ROWS = {
     "fp32": Row("float"),
     "PTQ, 8 bit, per channel": Row("ptq"),
     "PTQ, 8 bit, per tensor": Row("ptq", PER_TENSOR),
-    "QAT, 8 bit, per tensor": Row("qat", PER_TENSOR, "PTQ, 8 bit, per tensor"),
+    "QAT, 8 bit, per tensor": Row("qat", PER_TENSOR, "PTQ, 8 bit, per tensor", epochs=8),
     "PTQ, 4-bit weights, per channel": Row("ptq", FOUR_BITS),
-    "QAT, 4-bit weights, per channel": Row("qat", FOUR_BITS, "PTQ, 4-bit weights, per channel", lr=3e-3),
+    "QAT, 4-bit weights, per channel": Row("qat", FOUR_BITS, "PTQ, 4-bit weights, per channel", corrected=True),
 }
 
 
 class Student(ClassificationModule):
-    """What is fine-tuned. Adam's steps are relative to the size of each tensor, as Adafactor's are.
+    """What is fine-tuned. Adam moves a weight by a small part of a step of its grid, whatever the size of the layer.
 
-    The weights of this network's layers differ in size by a factor of 20, and in number by one of 1,000: a step that
-    moves those of a depthwise layer to another integer ruins a pointwise one.
+    The grids of this network's layers differ by a factor of 100: a rate that takes weights of a depthwise layer to
+    another integer ruins a pointwise one.
+
+    Args:
+        scheme: Whose grid.
+        lr: Steps of the grid that an update moves a weight by, at its highest.
+        vector_lr: The same of biases and the like, relative to their size.
     """
 
+    def __init__(self, scheme: Scheme, lr: float = 5e-3, vector_lr: float = 1e-3) -> None:
+        super().__init__(efficientnet_lite0(), num_classes=1000, lr=lr)
+        self.scheme, self.vector_lr = scheme, vector_lr
+
     def configure_optimizers(self) -> Any:
-        """Adam, with rates that fall to zero; a tensor of zeros (steps that are learned) has the plain rate."""
-        sizes = [(p, p.detach().square().mean().sqrt().item() or 1.0) for p in self.parameters() if p.requires_grad]
-        optimizer = torch.optim.Adam([{"params": [p], "lr": self.lr * size} for p, size in sizes])
+        """Adam, with rates that fall to zero."""
+        optimizer = torch.optim.Adam([{"params": [p], "lr": self._rate(p.detach())} for p in self.parameters()])
         steps = int(self.trainer.estimated_stepping_batches)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
+    def _rate(self, parameter: Tensor) -> float:
+        if parameter.ndim < 2:  # learned steps begin at 0 and are relative by themselves
+            return self.vector_lr * (parameter.square().mean().sqrt().item() or 1.0)
+        largest = parameter.flatten(1).abs().amax(1)
+        largest = largest.mean() if self.scheme.per_channel else largest.max()
+        return self.lr * largest.item() / self.scheme.weight_quant_max
 
-def accuracy(row: Row, split: int, photos: tuple[Tensor, Tensor], options: argparse.Namespace) -> dict[str, float]:
+
+class BiasCorrection(Callback):
+    """Takes the shift of rounded weights out of the biases, so that training begins near the float network.
+
+    After the first step, because `Distillation` takes the float network's weights for its teacher in it.
+    """
+
+    def __init__(self, qat: QuantizationAwareTraining, images: Tensor) -> None:
+        self.qat, self.images = qat, images
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        """Correct once."""
+        if trainer.global_step == 1:
+            correct_biases(self.qat.prepared, self.images.split(16))
+
+
+def accuracy(row: Row, split: int, photos: tuple[Tensor, Tensor]) -> dict[str, float]:
     """The share of the test photos that the row's network gets right: the int8 network, unless it is fp32."""
     seed_everything(split, verbose=False)
-    model = Student(efficientnet_lite0(), num_classes=1000, lr=row.lr)
+    model = Student(row.scheme)
     data = PhotosDataModule(*photos, split)
     callbacks: list[Callback] = []
     if row.method == "ptq":
@@ -93,10 +126,14 @@ def accuracy(row: Row, split: int, photos: tuple[Tensor, Tensor], options: argpa
         data = PhotosDataModule(*photos, split, batch_size=16, crop=0)
         callbacks = [PostTrainingQuantization(scheme=row.scheme, calibration_batches=8, **row.arguments)]
     elif row.method == "qat":
-        # BatchNorm keeps the statistics of the pretraining: 500 photos have no better ones.
-        schedule = {"freeze_observers": 0.7, "freeze_batchnorm": 0}
-        callbacks = [QuantizationAwareTraining(scheme=row.scheme, **schedule, **row.arguments), *row.callbacks()]
-    run = trainer(options.epochs, callbacks)
+        # BatchNorm is folded with the statistics of the pretraining: 500 photos have no better ones.
+        arguments = {"batchnorm": "fold", "freeze_observers": 0.7} | row.arguments
+        qat = QuantizationAwareTraining(scheme=row.scheme, **arguments)
+        callbacks = [qat, *row.callbacks()]
+        if row.corrected:
+            middles = Photos(data.train.images, data.train.labels)
+            callbacks.append(BiasCorrection(qat, torch.stack([middles[index][0] for index in range(64)])))
+    run = trainer(row.epochs, callbacks)
     if row.method == "qat":
         run.fit(model, datamodule=data)
     chosen = torch.cat(run.predict(model, datamodule=data))
@@ -110,18 +147,18 @@ def with_bases(rows: Mapping[str, Row], names: Sequence[str]) -> dict[str, Row]:
 
 
 def measure(
-    rows: Mapping[str, Row], photos: tuple[Tensor, Tensor], splits: Sequence[int], options: argparse.Namespace
+    rows: Mapping[str, Row], photos: tuple[Tensor, Tensor], options: argparse.Namespace
 ) -> dict[str, list[float]]:
     """Accuracies by split of each row, from the file of results where it has them."""
     results = Results(options.results)
     figures: dict[str, list[float]] = {}
     for name, row in rows.items():
-        for split in splits:
+        for split in options.splits:
             settings = {"row": name, "split": split, "scheme": row.scheme.to_dict()}
             settings["arguments"] = {key: repr(value) for key, value in row.arguments.items()}
             if row.method == "qat":
-                settings |= {"epochs": options.epochs, "lr": row.lr}
-            measured = results.once(settings, lambda row=row, split=split: accuracy(row, split, photos, options))
+                settings |= {"epochs": row.epochs} | ({"biases": "corrected"} if row.corrected else {})
+            measured = results.once(settings, lambda row=row, split=split: accuracy(row, split, photos))
             figures.setdefault(name, []).append(measured["accuracy"])
     return figures
 
@@ -152,7 +189,6 @@ def parse(description: str, rows: Mapping[str, Row], results: str, splits: Seque
     parser.add_argument("--results", type=Path, default=Path(results), help="file of results, read and appended to")
     parser.add_argument("--splits", type=int, nargs="+", default=list(splits))
     parser.add_argument("--rows", nargs="+", default=list(rows), choices=list(rows), help="some only")
-    parser.add_argument("--epochs", type=int, default=4)
     return parser.parse_args()
 
 
@@ -161,7 +197,7 @@ def main() -> None:
     options = parse(__doc__.splitlines()[0], ROWS, "efficientnet_lite.jsonl", [0, 1, 2])
     silent()
     photos = read_photos(options.data)
-    figures = measure(with_bases(ROWS, ["fp32", *options.rows]), photos, options.splits, options)
+    figures = measure(with_bases(ROWS, ["fp32", *options.rows]), photos, options)
     title = f"EfficientNet-Lite0 on {len(photos[1]) - 500} photos, top-1 in %, mode fx, backend x86"
     Console(width=130).print(make_table(figures, options.splits, title))
 

@@ -20,7 +20,7 @@ from benchmarks.training import silent
 from qat_lightning import AdaRound, BatchNormReestimation, Distillation, Scheme
 
 PTQ_8 = "PTQ, 8 bit, per tensor"
-PTQ_4 = "PTQ, 4-bit weights"
+PTQ_4 = "PTQ, 4-bit weights, per channel"
 QAT_4 = "QAT, 4-bit weights, on labels"
 
 
@@ -29,13 +29,13 @@ def _ptq(against: str, **arguments: Any) -> Row:
 
 
 def _qat(*callbacks: Callable[[], Callback], scheme: Scheme = FOUR_BITS, **arguments: Any) -> Row:
-    return Row("qat", scheme, QAT_4, 3e-3, arguments, lambda: [make() for make in callbacks])
+    return Row("qat", scheme, QAT_4, arguments=arguments, callbacks=lambda: [make() for make in callbacks])
 
 
 ROWS = {
     PTQ_8: Row("ptq", PER_TENSOR),
     PTQ_4: Row("ptq", FOUR_BITS),
-    QAT_4: Row("qat", FOUR_BITS, lr=3e-3, callbacks=list),
+    QAT_4: Row("qat", FOUR_BITS, callbacks=list),
 }
 ROWS |= {
     "equalization, exact": _ptq(PTQ_8, equalization="exact"),
@@ -45,9 +45,10 @@ ROWS |= {
     "AdaRound": _ptq(PTQ_4, adaround=AdaRound(iterations=200)),
     "distillation instead of labels": _qat(lambda: Distillation(temperature=2.0, task_weight=0.0)),
     "distillation and labels": _qat(lambda: Distillation(temperature=2.0)),
+    "bias correction before training": Row("qat", FOUR_BITS, QAT_4, corrected=True, callbacks=list),
     "learned step size": _qat(scheme=Scheme(weight_bits=4, learned_step="lsq")),
-    "BatchNorm folded": _qat(batchnorm="fold"),
-    "BatchNorm re-estimation": _qat(BatchNormReestimation),
+    "BatchNorm not folded, and frozen": _qat(batchnorm="fused", freeze_batchnorm=0),
+    "BatchNorm re-estimation": _qat(BatchNormReestimation, batchnorm="fused", freeze_batchnorm=0),
 }
 
 
@@ -56,7 +57,7 @@ def main() -> None:
     options = parse(__doc__.splitlines()[0], ROWS, "recipes.jsonl", [0])
     silent()
     photos = read_photos(options.data)
-    figures = measure(with_bases(ROWS, options.rows), photos, options.splits, options)
+    figures = measure(with_bases(ROWS, options.rows), photos, options)
     table = Table(title="EfficientNet-Lite0, recipes one by one, top-1 in %", caption=describe())
     for column in ("recipe", "added to", "top-1", "gain"):
         table.add_column(column, justify="left" if column in ("recipe", "added to") else "right")

@@ -12,7 +12,6 @@ from lightning.fabric.utilities.apply_func import move_data_to_device
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_warn
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
@@ -25,6 +24,7 @@ from qat_lightning.fusion import fuse
 from qat_lightning.measure import EQUAL_DB, latency_interleaved, size_mb
 from qat_lightning.network import OWN_FORWARD, Slot, find_networks
 from qat_lightning.quantized import QuantizedNetwork
+from qat_lightning.terminal import console
 from qat_lightning.wandb_views import log_variants
 
 MEASURED = (
@@ -129,9 +129,9 @@ def evaluate_variants(
             summary["int8/mac_share"] = share
         _write(trainer.loggers, summary, trainer.global_step)
         origin = getattr(source, "float_source", "") if "float" in networks else ""
-        Console().print(variants_table(summary, float_source=origin))
+        console().print(variants_table(summary, float_source=origin))
         if rows:
-            Console().print(coverage_table(rows, title="What is int8"))
+            console().print(coverage_table(rows, title="What is int8"))
     return summary
 
 

@@ -91,7 +91,13 @@ def test_arguments(good: dict[str, Content], tmp_path: Path) -> None:
             tmp_path,
             "cannot be loaded",
         )
-    refused(good["attention"], "DynamicAttention", lambda layer: layer["arguments"].update(num_heads=0), tmp_path, "")
+    refused(
+        good["attention"],
+        "DynamicAttention",
+        lambda layer: layer["arguments"].update(num_heads=0),
+        tmp_path,
+        "cannot be loaded",
+    )
 
 
 GRIDS = ([-300, 127, True, 0, False], [-7, 7, True, 3, False], [7, -7, True, 0, False], ["a", 7, True, 0, False], [1])

@@ -18,6 +18,7 @@ from qat_lightning.compare.online import find_online
 from qat_lightning.compare.page import page
 from qat_lightning.compare.table import as_csv, as_json, markdown, rich_table
 from qat_lightning.errors import ConfigurationError, QuantizationError
+from qat_lightning.terminal import console
 
 NONE_QUALIFIES = 1
 WRONG_INPUT = 2
@@ -66,7 +67,7 @@ def _run(options: argparse.Namespace) -> int:
         if target is not None:
             _write(target, text())
     if "-" not in targets:
-        Console().print(rich_table(comparison, decision))
+        console().print(rich_table(comparison, decision))
     return NONE_QUALIFIES if options.fail_if_none and decision.winner is None else 0
 
 

@@ -21,6 +21,7 @@ from qat_lightning.sensitivity.budget import Budget
 from qat_lightning.sensitivity.draw import draw
 from qat_lightning.sensitivity.measured import Sensitivity
 from qat_lightning.sensitivity.run import Options, composed, config_of_run, measure_run
+from qat_lightning.terminal import console
 
 NOT_REACHED = 1
 WRONG_INPUT = 2
@@ -74,20 +75,20 @@ def _run(options: argparse.Namespace) -> int:
             options.rank_by,
         ),
     )
-    console = Console()
-    console.print(found.table())
+    shown = console()
+    shown.print(found.table())
     out = options.out or (run / "sensitivity" if run else Path("sensitivity"))
     out.mkdir(parents=True, exist_ok=True)
     _write_csv(found, out / "layers.csv")
     if not options.no_plot:
         draw(found, out / "layers.png")
-    console.print(f"Written: {out}", soft_wrap=True)
+    shown.print(f"Written: {out}", soft_wrap=True)
     if budget is None:
         return 0
     plan = found.within(budget)
     plan.write(out / "mixed_precision.yaml")
-    console.print(Text(plan.summary(), style="" if plan.reached else "red"), soft_wrap=True)
-    console.print(Text(f"python train.py '{plan.override()}'"), soft_wrap=True)
+    shown.print(Text(plan.summary(), style="" if plan.reached else "red"), soft_wrap=True)
+    shown.print(Text(f"python train.py '{plan.override()}'"), soft_wrap=True)
     return 0 if plan.reached else NOT_REACHED
 
 

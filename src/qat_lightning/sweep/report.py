@@ -10,7 +10,6 @@ from typing import Any
 
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -19,6 +18,7 @@ from qat_lightning.errors import MissingExtraError
 from qat_lightning.sweep.folder import Plan, Standing, check_folder, numbered, sweep_folder, varying
 from qat_lightning.sweep.progress import SweepProgress
 from qat_lightning.sweep.result import IDENTITY, TrialResult, read_json
+from qat_lightning.terminal import console
 
 _STYLES = {"completed": "green", "pruned": "cyan", "skipped": "yellow", "failed": "red", "broken off": "red"}
 
@@ -68,7 +68,7 @@ class SweepReport(Callback):
         self._open.close()
         standing = Standing.of(self._folder, self._began)
         words = _words(self._folder, self._plan)
-        Console().print(sweep_table(words, standing.results, self._folder))
+        console().print(sweep_table(words, standing.results, self._folder))
         return not standing.failed and all(number in standing.results for number in words)
 
 

@@ -34,7 +34,10 @@ def trials(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_the_table_names_the_winner_and_what_failed(trials: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_table_names_the_winner_and_what_failed(
+    trials: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)  # which xdist sets
     assert main([str(trials), "--max-drop", "1"]) == 0
     shown = capsys.readouterr().out
     assert "97.50 ± 0.71" in shown

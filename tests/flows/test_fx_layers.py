@@ -193,4 +193,6 @@ def test_a_part_that_is_called_twice(activation: type[nn.Module], backend: str) 
 def test_an_activation_behind_an_op_that_keeps_its_grid(between: nn.Module, activation: nn.Module) -> None:
     """Such an op cannot clamp, so the activation is not left to the grid behind it."""
     network = nn.Sequential(nn.Conv2d(3, 8, 3), between, activation, nn.Conv2d(8, 4, 3))
-    convert(network, (torch.randn(8, 3, 12, 12),))
+    converted = convert(network, (torch.randn(8, 3, 12, 12),))
+    if isinstance(between, nn.Identity):
+        assert [check.name for check in converted.checks] == ["0", "3"], "it is one kernel with the convolution"

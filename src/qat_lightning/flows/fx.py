@@ -90,6 +90,7 @@ class FxFlow:
             if name
         }
         graph_module, scopes = trace(network, example, leaves=outer_parts(network, selected))
+        passes.pass_over_identities(graph_module)
         originals = dict(network.named_modules())
         parameters = dict(network.named_parameters(remove_duplicate=False))
         flags = {module: module.training for module in network.modules()}

@@ -69,6 +69,15 @@ _BINARY = (
 )
 
 
+def pass_over_identities(graph_module: fx.GraphModule) -> None:
+    """Connect what is before an ``nn.Identity`` with what is behind it, which can then be one kernel."""
+    for node in list(graph_module.graph.nodes):
+        if node.op == "call_module" and type(graph_module.get_submodule(str(node.target))) is nn.Identity:
+            node.replace_all_uses_with(node.args[0])
+            graph_module.graph.erase_node(node)
+    graph_module.recompile()
+
+
 def calls_of(prepared: fx.GraphModule, chosen: list[nn.Module]) -> list[str]:
     """The names of the nodes that call one of ``chosen``."""
     modules = dict(prepared.named_modules(remove_duplicate=False))

@@ -43,6 +43,7 @@ class Row:
         against: The row whose loss is to be won back.
         epochs: Of training.
         corrected: Whether training begins with corrected biases.
+        crop: Side of the random crops to train on, in pixels.
         arguments: Further arguments of the callback.
         callbacks: What makes further callbacks; by default distillation, from which alone ``"qat"`` learns.
     """
@@ -52,6 +53,7 @@ class Row:
     against: str = ""
     epochs: int = 3
     corrected: bool = False
+    crop: int = 192
     arguments: dict[str, Any] = field(default_factory=dict)
     callbacks: Callable[[], list[Callback]] = lambda: [Distillation(temperature=2.0, task_weight=0.0)]
 
@@ -63,7 +65,7 @@ ROWS = {
     "fp32": Row("float"),
     "PTQ, 8 bit, per channel": Row("ptq"),
     "PTQ, 8 bit, per tensor": Row("ptq", PER_TENSOR),
-    "QAT, 8 bit, per tensor": Row("qat", PER_TENSOR, "PTQ, 8 bit, per tensor", epochs=8),
+    "QAT, 8 bit, per tensor": Row("qat", PER_TENSOR, "PTQ, 8 bit, per tensor", epochs=4, corrected=True, crop=224),
     "PTQ, 4-bit weights, per channel": Row("ptq", FOUR_BITS),
     "QAT, 4-bit weights, per channel": Row("qat", FOUR_BITS, "PTQ, 4-bit weights, per channel", corrected=True),
 }
@@ -119,7 +121,7 @@ def accuracy(row: Row, split: int, photos: tuple[Tensor, Tensor]) -> dict[str, f
     """The share of the test photos that the row's network gets right: the int8 network, unless it is fp32."""
     seed_everything(split, verbose=False)
     model = Student(row.scheme)
-    data = PhotosDataModule(*photos, split)
+    data = PhotosDataModule(*photos, split, crop=row.crop)
     callbacks: list[Callback] = []
     if row.method == "ptq":
         # Calibrated on photos as they are tested: the middle of each.
@@ -157,7 +159,7 @@ def measure(
             settings = {"row": name, "split": split, "scheme": row.scheme.to_dict()}
             settings["arguments"] = {key: repr(value) for key, value in row.arguments.items()}
             if row.method == "qat":
-                settings |= {"epochs": row.epochs} | ({"biases": "corrected"} if row.corrected else {})
+                settings |= {"epochs": row.epochs, "crop": row.crop, "corrected": row.corrected}
             measured = results.once(settings, lambda row=row, split=split: accuracy(row, split, photos))
             figures.setdefault(name, []).append(measured["accuracy"])
     return figures

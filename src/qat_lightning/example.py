@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from qat_lightning.errors import NetworkError
 from qat_lightning.flows.base import Example
-from qat_lightning.network import OWN_FORWARD, Slot
+from qat_lightning.network import OWN_FORWARD, Slot, forward_replaced
 
 MAX_BATCH = 32
 """As many samples of a batch are kept: enough to verify with, and no burden to hold."""
@@ -202,15 +202,8 @@ def _forward_watched(slot: Slot, caught: dict[str, Example], wanted: int) -> Ite
             raise _Caught
         return plain(*args, **kwargs)
 
-    had = owner.__dict__.get("forward")
-    owner.__dict__["forward"] = watch
-    try:
+    with forward_replaced(owner, watch):
         yield
-    finally:
-        if had is None:
-            del owner.__dict__["forward"]
-        else:
-            owner.__dict__["forward"] = had
 
 
 @contextmanager

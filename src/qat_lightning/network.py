@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import types
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from lightning.pytorch import LightningModule
@@ -100,6 +101,20 @@ def _refuse_overlap(names: Sequence[str]) -> None:
 
 def _has_quantizable(module: nn.Module) -> bool:
     return any(isinstance(inner, _QUANTIZABLE) for inner in module.modules())
+
+
+@contextmanager
+def forward_replaced(owner: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Let ``forward`` be called instead of a module's own, within the block; what was on the instance comes back."""
+    had = owner.__dict__.get("forward")
+    owner.__dict__["forward"] = forward
+    try:
+        yield
+    finally:
+        if had is None:
+            del owner.__dict__["forward"]
+        else:
+            owner.__dict__["forward"] = had
 
 
 class OwnForward(nn.Module):

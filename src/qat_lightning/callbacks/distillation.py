@@ -17,7 +17,7 @@ from qat_lightning.callbacks.preparing import Part
 from qat_lightning.callbacks.quantization_aware_training import QuantizationAwareTraining
 from qat_lightning.checkpoints import float_weights
 from qat_lightning.errors import ConfigurationError
-from qat_lightning.network import OWN_FORWARD
+from qat_lightning.network import OWN_FORWARD, forward_replaced
 from qat_lightning.recipes.distillation import (
     LOSSES,
     DistillationSettings,
@@ -207,18 +207,11 @@ class Distillation(Callback):
     def _watched(self, part: Part, distiller: Distiller) -> Iterator[None]:
         """Within the block, calls of a network pass by its teacher."""
         owner: Any = part.slot.pl_module if part.slot.name == OWN_FORWARD else part.prepared
-        had = owner.__dict__.get("forward")
         if part.slot.name not in self._forwards:
             # One function for the whole fit: compiled steps are guarded on it.
             self._forwards[part.slot.name] = functools.partial(distiller.run, owner.forward)
-        owner.__dict__["forward"] = self._forwards[part.slot.name]
-        try:
+        with forward_replaced(owner, self._forwards[part.slot.name]):
             yield
-        finally:
-            if had is None:
-                del owner.__dict__["forward"]
-            else:
-                owner.__dict__["forward"] = had
 
     def _warn_not_called(self) -> None:
         if not self._warned:

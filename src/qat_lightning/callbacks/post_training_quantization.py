@@ -203,8 +203,7 @@ class PostTrainingQuantization(QuantizationCallback):
 
     def _quantize_if_other(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._find(trainer, pl_module, stage)
-        now = {name: _weights(slot.get()) for name, slot in self._slots.items()}
-        if self._made_of and all(_same(now[name], self._made_of[name]) for name in now):
+        if self._made_of and all(_has(slot.get(), self._made_of[name]) for name, slot in self._slots.items()):
             return
         self._source = f"checkpoint {trainer.ckpt_path}" if trainer.ckpt_path else "the present weights"
         self._quantize(trainer, pl_module)
@@ -284,13 +283,17 @@ class PostTrainingQuantization(QuantizationCallback):
         return f"{self._simulated}." if name == "int8" else f"kind={self.kind!r} has none."
 
 
+def _tensors(network: nn.Module) -> dict[str, Tensor]:
+    return {key: value.detach() for key, value in network.state_dict().items() if isinstance(value, Tensor)}
+
+
 def _weights(network: nn.Module) -> dict[str, Tensor]:
-    state = network.state_dict()
-    return {key: value.detach().cpu().clone() for key, value in state.items() if isinstance(value, Tensor)}
+    return {key: value.cpu().clone() for key, value in _tensors(network).items()}
 
 
-def _same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+def _has(network: nn.Module, weights: dict[str, Tensor]) -> bool:
+    now = _tensors(network)
+    return now.keys() == weights.keys() and all(torch.equal(now[key].cpu(), weights[key]) for key in now)
 
 
 def _take_over_from_first(prepared: dict[str, nn.Module]) -> None:

@@ -8,20 +8,16 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-from rich.console import Console
-from rich.text import Text
-
 from qat_lightning.compare.comparison import compare
 from qat_lightning.compare.decision import Limits, decide
 from qat_lightning.compare.find import find_runs
 from qat_lightning.compare.online import find_online
 from qat_lightning.compare.page import page
 from qat_lightning.compare.table import as_csv, as_json, markdown, rich_table
-from qat_lightning.errors import ConfigurationError, QuantizationError
-from qat_lightning.terminal import console
+from qat_lightning.errors import ConfigurationError
+from qat_lightning.terminal import console, status_of
 
 NONE_QUALIFIES = 1
-WRONG_INPUT = 2
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -35,11 +31,7 @@ def main(words: Sequence[str] | None = None) -> int:
         compare.
     """
     options = _parser().parse_args(words)
-    try:
-        return _run(options)
-    except QuantizationError as error:
-        Console(stderr=True).print(Text(f"{type(error).__name__}: {error}", style="red"))
-        return WRONG_INPUT
+    return status_of(lambda: _run(options))
 
 
 def _run(options: argparse.Namespace) -> int:

@@ -12,19 +12,17 @@ from dataclasses import asdict
 from pathlib import Path
 
 from lightning.pytorch import seed_everything
-from rich.console import Console
 from rich.text import Text
 
 from qat_lightning.app import quiet
-from qat_lightning.errors import ConfigurationError, QuantizationError
+from qat_lightning.errors import ConfigurationError
 from qat_lightning.sensitivity.budget import Budget
 from qat_lightning.sensitivity.draw import draw
 from qat_lightning.sensitivity.measured import Sensitivity
 from qat_lightning.sensitivity.run import Options, composed, config_of_run, measure_run
-from qat_lightning.terminal import console
+from qat_lightning.terminal import console, status_of
 
 NOT_REACHED = 1
-WRONG_INPUT = 2
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -37,11 +35,7 @@ def main(words: Sequence[str] | None = None) -> int:
         The exit status: 0; 1 where the budget cannot be kept; 2 where something is wrong with the input.
     """
     options = _parser().parse_args(words)
-    try:
-        return _run(options)
-    except QuantizationError as error:
-        Console(stderr=True).print(Text(f"{type(error).__name__}: {error}", style="red"))
-        return WRONG_INPUT
+    return status_of(lambda: _run(options))
 
 
 def _run(options: argparse.Namespace) -> int:

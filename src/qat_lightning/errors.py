@@ -41,6 +41,10 @@ class ArtifactError(QuantizationError):
     """A file of an int8 network cannot be written, or is not one that this release reads."""
 
 
+class ExportError(QuantizationError):
+    """An int8 network does not go into a format, or its runtime does not take what was written."""
+
+
 class CheckpointFileError(QuantizationError, OSError):
     """The file of a checkpoint cannot be read, or is none."""
 

@@ -1,0 +1,1 @@
+"""Int8 networks as files of real runtimes: one file here for each format."""

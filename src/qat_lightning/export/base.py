@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Protocol
+from typing import ClassVar, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from qat_lightning.flows.base import Example
@@ -15,24 +15,46 @@ from qat_lightning.quantized import QuantizedNetwork
 from qat_lightning.recipe import Recipe
 
 Runner = Callable[[list[Tensor]], list[Tensor]]
-"""A loaded artifact: flat input tensors in, flat output tensors out, both in the order of the program's signature."""
+"""A loaded artifact: the tensors of a call in, flat, and the tensors that come out, in the order of the signature."""
 
 
-@dataclass(frozen=True)
 class Source:
     """What is exported: an int8 network, or the float one that it is compared with in the same runtime.
 
+    Args:
+        network: The network, on the CPU.
+        example: One real call, with a batch of 2 or more.
+
     Attributes:
-        program: The network as one graph of aten ops with a dynamic batch; an int8 network has pairs of
-            ``quantized_decomposed`` quantize and dequantize ops where its kernels read and write integers, and int8
-            weights behind a dequantize op each.
-        example: One real call.
-        quantized: The int8 network; None for the float one.
+        network: As given.
+        example: As given.
     """
 
-    program: ExportedProgram
-    example: Example
-    quantized: QuantizedNetwork | None = None
+    def __init__(self, network: nn.Module, example: Example) -> None:
+        self.network = network
+        self.example = example
+
+    @property
+    def quantized(self) -> QuantizedNetwork | None:
+        """The int8 network; None for a float one."""
+        return self.network if isinstance(self.network, QuantizedNetwork) else None
+
+    @cached_property
+    def program(self) -> ExportedProgram:
+        """The network as one graph of aten ops with a dynamic batch; made when a format first asks for it.
+
+        An int8 network has pairs of ``quantized_decomposed`` quantize and dequantize ops where its kernels read and
+        write integers, and int8 weights behind a dequantize op each.
+
+        Raises:
+            ExportError: A kernel has no counterpart in such a graph.
+            TraceError: The network is no graph.
+        """
+        from qat_lightning.export.program import float_program, int8_program
+
+        if self.quantized is None:
+            return float_program(self.network, self.example)
+        return int8_program(self.quantized, self.example)
 
 
 class Format(Protocol):
@@ -43,12 +65,14 @@ class Format(Protocol):
         suffix: Of the file, such as ``".onnx"``.
         runtime: The runtime in words, such as ``"ONNX Runtime"``.
         extra: The optional dependency it needs, as ``pip install qat-lightning[extra]`` names it.
+        batch: The only batch size that its files take; None for any.
     """
 
-    name: str
-    suffix: str
-    runtime: str
-    extra: str | None
+    name: ClassVar[str]
+    suffix: ClassVar[str]
+    runtime: ClassVar[str]
+    extra: ClassVar[str | None]
+    batch: ClassVar[int | None]
 
     def require(self) -> None:
         """Check that the packages it needs are installed.
@@ -63,7 +87,7 @@ class Format(Protocol):
         ...
 
     def write(self, source: Source, path: Path) -> None:
-        """Write the file, which does not exist yet.
+        """Write the file, which does not exist yet; what else it needs goes beside it.
 
         Raises:
             ExportError: The format or its runtime has no such op; the message names it.

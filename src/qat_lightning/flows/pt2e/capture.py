@@ -74,7 +74,7 @@ def capture(network: nn.Module, example: Example, *, train: bool = True) -> tupl
         warnings.filterwarnings("ignore", module=r"torch\..*")
         try:
             program = torch.export.export(
-                network, args, kwargs, dynamic_shapes=_dynamic_shapes(signature, args, kwargs, size), strict=True
+                network, args, kwargs, dynamic_shapes=dynamic_shapes(signature, args, kwargs, size), strict=True
             )
             graph_module: fx.GraphModule = program.module()
         except Exception as error:
@@ -104,9 +104,10 @@ def _in_mode(network: nn.Module, train: bool) -> Iterator[None]:
             module.training = flag
 
 
-def _dynamic_shapes(
+def dynamic_shapes(
     signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any], size: int | None
 ) -> dict[str, Any]:
+    """Which dimensions of a call may vary, as `torch.export.export` takes it: the first, where it is the batch."""
     # AUTO and not Dim("batch"): a network may use the batch in ways that a plain name forbids, such as size // 2.
     arguments = signature.bind(*args, **kwargs).arguments
     return {
@@ -116,14 +117,15 @@ def _dynamic_shapes(
 
 
 def _explain(network: nn.Module, error: Exception) -> str:
+    return f"mode='pt2e' cannot export {type(network).__name__} {reason_of(error)}. {WHAT_TO_DO}"
+
+
+def reason_of(error: Exception) -> str:
+    """Where in the network's code and why an export failed, for messages."""
     where = _line_of_export(error) or line_at_fault(error)
     text = re.split(r"\n\s*(?:from user code|Set TORCH|The above exception)", str(error))[0].strip()
     reason = " ".join(text.split())[:300]
-    return (
-        f"mode='pt2e' cannot export {type(network).__name__}"
-        + (f" at {where}" if where else "")
-        + f" ({type(error).__name__}: {reason}). {WHAT_TO_DO}"
-    )
+    return (f"at {where} " if where else "") + f"({type(error).__name__}: {reason})"
 
 
 def _line_of_export(error: Exception) -> str:

@@ -1,0 +1,183 @@
+"""The int8 network of mode eager in plain ops, inside the user's own ``forward``.
+
+In the int8 network a tensor of a class of its own says what a kernel has done already. Here the float tensor itself is
+marked, as it goes from module to module.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qat_lightning.backends import Backend, quantized_engine
+from qat_lightning.errors import ExportError
+from qat_lightning.export.fx_program import plain_integer_layer, refuse_other
+from qat_lightning.export.grids import Grid, QdqLayer, on_grid
+from qat_lightning.flows.base import Example
+from qat_lightning.flows.eager_int8 import Int8BatchNorm, Int8Hardtanh, Int8Layer, Int8ReLU, Int8ReLU6, Int8Tensor
+from qat_lightning.flows.eager_layers import become
+from qat_lightning.integer_layers import IntegerLayer
+
+_MARK = "_qat_lightning_pending"
+
+
+class QdqChain(nn.Module):
+    """`Int8Layer` in plain ops.
+
+    Attributes:
+        kernel: The layer, up to where its output is on its grid.
+        input_grid: Grid of an input that is not the output of another such layer; None where there never was one.
+        pending: The modules that the kernel does the work of.
+        calls: While the kernels are compared: what the int8 layer gave, call by call.
+    """
+
+    kernel: QdqLayer
+    input_grid: Grid | None
+    pending: tuple[str, ...]
+    calls: list[Tensor] | None
+    where: str
+    target: Backend
+
+    def forward(self, input: Tensor) -> Tensor:
+        """From float to float, on the output's grid."""
+        if hasattr(input, _MARK):
+            self._refuse_pending(getattr(input, _MARK))
+        elif self.input_grid is None:
+            raise ExportError(f"{self.where!r} has no grid for a float input, and gets one.")
+        else:
+            input = on_grid(input.float(), self.input_grid)
+        output: Tensor = self.kernel(input)
+        if self.calls is not None:
+            wanted = self.calls.pop(0)
+            refuse_other(self.where, wanted, output, self.target)
+            output = wanted.dequantize().contiguous()
+        setattr(output, _MARK, self.pending)
+        return output
+
+    def _refuse_pending(self, pending: tuple[str, ...]) -> None:
+        if pending:
+            raise ExportError(f"{self.where!r} gets a tensor to which {pending[0]!r} is yet to be applied.")
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight for a forward that asks for its dtype or device."""
+        return self.kernel.weight()
+
+
+class _Passed(nn.Module):
+    """The place of a BatchNorm that a kernel has folded in."""
+
+    link: str
+
+    def forward(self, input: Tensor) -> Tensor:
+        """``input`` itself."""
+        pending = getattr(input, _MARK, ())
+        if pending[:1] != (self.link,):
+            raise ExportError(
+                f"The BatchNorm {self.link!r} is folded into a layer, and gets the output of another one."
+            )
+        setattr(input, _MARK, pending[1:])
+        return input
+
+
+class _PassedOr(nn.Module):
+    """An activation that kernels may have in them."""
+
+    link: str
+
+    def forward(self, input: Tensor) -> Tensor:
+        """``input`` itself if a kernel has run this activation already."""
+        pending = getattr(input, _MARK, ())
+        if pending[:1] == (self.link,):
+            setattr(input, _MARK, pending[1:])
+            return input
+        output: Tensor = super().forward(input)
+        return output
+
+
+class _ReLU(_PassedOr, nn.ReLU):
+    pass
+
+
+class _ReLU6(_PassedOr, nn.ReLU6):
+    pass
+
+
+class _Hardtanh(_PassedOr, nn.Hardtanh):
+    pass
+
+
+_ACTIVATIONS: dict[type[nn.Module], type[nn.Module]] = {Int8ReLU: _ReLU, Int8ReLU6: _ReLU6, Int8Hardtanh: _Hardtanh}
+
+
+@torch.no_grad()
+def eager_float_network(network: nn.Module, example: Example, target: Backend) -> nn.Module:
+    """Write the int8 layers of a network in plain ops, and check each of them against its kernel.
+
+    Args:
+        network: The int8 network; left as it is.
+        example: A real batch.
+        target: Its backend.
+
+    Raises:
+        ExportError: A layer has no translation, or one that does not compute the same.
+    """
+    with quantized_engine(target.engine):
+        copied = copy.deepcopy(network)
+        recorded = _record(network, example)
+    for name, module in list(copied.named_modules()):
+        if isinstance(module, Int8Layer):
+            _translate(module, name, target)
+        elif isinstance(module, Int8BatchNorm):
+            become(module, _Passed)
+        elif type(module) in _ACTIVATIONS:
+            become(module, _ACTIVATIONS[type(module)])
+        elif isinstance(module, IntegerLayer):
+            holder, _, leaf = name.rpartition(".")
+            setattr(copied.get_submodule(holder), leaf, plain_integer_layer(module, name))
+    chains = {name: module for name, module in copied.named_modules() if isinstance(module, QdqChain)}
+    for name, chain in chains.items():
+        chain.calls = recorded[name]
+    copied(*example.args, **example.kwargs)
+    for chain in chains.values():
+        chain.calls = None
+    return copied
+
+
+def _record(network: nn.Module, example: Example) -> dict[str, list[Tensor]]:
+    calls: dict[str, list[Tensor]] = {}
+    hooks = []
+    for name, module in network.named_modules():
+        if isinstance(module, Int8Layer):
+            rows = calls.setdefault(name, [])
+
+            def keep(module: nn.Module, args: Any, output: Int8Tensor, rows: list[Tensor] = rows) -> None:
+                rows.append(output.quantized)
+
+            hooks.append(module.register_forward_hook(keep))
+    try:
+        network(*example.args, **example.kwargs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return calls
+
+
+def _translate(module: Int8Layer, name: str, target: Backend) -> None:
+    kernel = QdqLayer.of(module.op)
+    kernel.output = kernel.output._replace(dtype=target.activation_dtype)
+    if module.chain.limit is not None:
+        scale, zero_point, _ = kernel.output
+        last = round(module.chain.limit / scale) + zero_point
+        if last < torch.iinfo(target.activation_dtype).max:
+            kernel.limit = (last - zero_point) * scale
+    scale, zero_point = float(module.input_scale), int(module.input_zero_point)
+    grid = Grid(scale, zero_point, target.activation_dtype) if scale > 0 else None
+    pending = module.pending
+    module._buffers.clear()
+    module._modules.clear()
+    become(module, QdqChain, input_grid=grid, pending=pending, calls=None, where=name, target=target)
+    module.kernel = kernel

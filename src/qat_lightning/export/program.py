@@ -1,0 +1,157 @@
+"""A network as one graph of plain ops with a dynamic batch: what every format is made from."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
+from torch.utils._pytree import tree_leaves, tree_map
+
+from qat_lightning.errors import ExportError, QuantizationError, TraceError
+from qat_lightning.flows.base import Example, cpu_copy, get_flow, is_prepared, prepared_state
+from qat_lightning.flows.pt2e.capture import dynamic_shapes, reason_of
+from qat_lightning.flows.pt2e.signature import CallSpec, batch_size, has_batch
+from qat_lightning.graph_network import GraphNetwork
+from qat_lightning.quantized import QuantizedNetwork
+
+_GRAPH_MODES = "mode='fx' or mode='pt2e', which keep one way through the network"
+
+
+def int8_program(network: nn.Module, example: Example | None = None) -> ExportedProgram:
+    """The int8 network as a graph of aten ops between pairs of quantize and dequantize ops.
+
+    Its inputs and outputs are those of the float network. Weights are int8 constants behind a dequantize op each,
+    BatchNorm is folded, and the batch may have any size. What it computes is what the int8 kernels compute, up to
+    single roundings; each op is compared with its kernel when the program is made.
+
+    Args:
+        network: A `QuantizedNetwork`, also one from `qat_lightning.load_quantized`, or a prepared network, which is
+            converted first.
+        example: A real call; by default the one that the int8 network was verified with.
+
+    Raises:
+        ExportError: A kernel has no counterpart in such a graph; the message names it.
+        TraceError: The network is no graph, which can be with ``mode="eager"``.
+
+    Example:
+        >>> from qat_lightning.flows.base import set_phase
+        >>> from qat_lightning.recipe import Recipe
+        >>> flow, call = get_flow("fx"), Example((torch.randn(4, 8),))
+        >>> prepared = flow.prepare(
+        ...     nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2)), call, Recipe("fx", "x86")
+        ... )
+        >>> _ = prepared.train()(*call.args)
+        >>> program = int8_program(prepared, call)
+        >>> [str(node.target).partition(".")[2] for node in program.graph.nodes if "quantized" in str(node.target)][:3]
+        ['quantize_per_tensor.default', 'dequantize_per_tensor.default', 'dequantize_per_channel.default']
+    """
+    quantized = _converted(network, example)
+    call = quantized.example if example is None else example
+    call = Example(*tree_map(_to_float32, (call.args, call.kwargs)))
+    inner: Any = quantized.network
+    target = quantized.recipe.target
+    if hasattr(inner, "decomposed"):
+        return _export(_Called(inner.decomposed, inner.spec), call, inner.spec.name)
+    if isinstance(inner, GraphNetwork):
+        from qat_lightning.export.fx_program import fx_float_graph
+
+        return _export(fx_float_graph(inner, call, target), call, "the int8 network")
+    from qat_lightning.export.eager_program import eager_float_network
+
+    return _export(eager_float_network(inner, call, target), call, type(inner).__name__)
+
+
+def float_program(network: nn.Module, example: Example) -> ExportedProgram:
+    """A float network in evaluation as a graph of aten ops with a dynamic batch.
+
+    Args:
+        network: The float network; left as it is.
+        example: A real call, with a batch of 2 or more.
+
+    Raises:
+        TraceError: The network cannot be exported, or only for one batch size.
+
+    Example:
+        >>> program = float_program(nn.Linear(8, 2), Example((torch.randn(4, 8),)))
+        >>> program.module()(torch.randn(3, 8)).shape
+        torch.Size([3, 2])
+    """
+    flags = {module: module.training for module in network.modules()}
+    network.eval()
+    try:
+        return _export(network, example, type(network).__name__)
+    finally:
+        for module, flag in flags.items():
+            module.training = flag
+
+
+def _converted(network: nn.Module, example: Example | None) -> QuantizedNetwork:
+    if isinstance(network, QuantizedNetwork):
+        return network
+    if not is_prepared(network):
+        raise ExportError(
+            f"{type(network).__name__} is neither an int8 network (a callback's quantized, or "
+            "qat_lightning.load_quantized(path)) nor one that was prepared for quantization."
+        )
+    if example is None:
+        raise ExportError("A prepared network is converted first, which takes a real call: give example=.")
+    recipe = prepared_state(network).recipe
+    converted = get_flow(recipe.mode).convert(cpu_copy(network), example)
+    return QuantizedNetwork(converted, recipe, example)
+
+
+def _to_float32(value: Any) -> Any:
+    return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+class _Called(nn.Module):
+    """A graph of flat tensors, called like the network that it was captured from."""
+
+    def __init__(self, graph_module: fx.GraphModule, spec: CallSpec) -> None:
+        super().__init__()
+        self.graph_module = graph_module
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return spec.unflatten(self.graph_module(*spec.flatten(args, kwargs)))
+
+        forward.__signature__ = spec.signature  # type: ignore[attr-defined]
+        self.__dict__["forward"] = forward
+
+
+@torch.no_grad()
+def _export(network: nn.Module, example: Example, name: str) -> ExportedProgram:
+    size = batch_size(example)
+    signature = inspect.signature(network.forward)
+    args, kwargs = example.args, example.kwargs
+    shapes = dynamic_shapes(signature, args, kwargs, size)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"torch\..*")
+        try:
+            program = torch.export.export(network, args, kwargs, dynamic_shapes=shapes, strict=False)
+        except QuantizationError:
+            raise
+        except Exception as error:
+            raise TraceError(
+                f"{name} cannot be exported as one graph {reason_of(error)}. What to do: {_GRAPH_MODES}, or keep it as "
+                "a file of qat_lightning, with save(path)."
+            ) from error
+    _refuse_fixed_batch(program, (args, kwargs), size, name)
+    return program
+
+
+def _refuse_fixed_batch(program: ExportedProgram, arguments: Any, size: int | None, name: str) -> None:
+    leaves = tree_leaves(arguments)
+    values = {node.name: node.meta["val"] for node in program.graph.find_nodes(op="placeholder")}
+    for leaf, given in zip(leaves, program.graph_signature.user_inputs, strict=False):
+        if not has_batch(leaf, size) or not isinstance(given, str):
+            continue
+        found = values[given].shape[0]
+        if not isinstance(found, torch.SymInt) or found.node.maybe_as_int() is not None:
+            raise TraceError(
+                f"{name} can be exported only for the batch size {size} of the example, because its forward takes the "
+                f"size of {given} for a constant (such as int(x.shape[0]), or a reshape to a fixed first dimension)."
+            )

@@ -8,7 +8,7 @@ import io
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -112,22 +112,116 @@ def test_gradient_passes_where_nothing_is_clamped(seed: int, low: float, high: f
     assert torch.equal(x.grad, inside.float())
 
 
-@given(st.integers(0, 2**32 - 1), st.floats(2**-13, 8.0, width=32), st.integers(0, 255))
-def test_values_are_those_of_torchs_kernel_also_at_ties(seed: int, scale: float, zero_point: int) -> None:
+LAYOUTS = st.sampled_from(["contiguous", "channels_last", "transposed", "every other"])
+
+
+def laid_out(x: Tensor, layout: str) -> Tensor:
+    """The same values in another memory format."""
+    if layout == "channels_last":
+        return x.to(memory_format=torch.channels_last)
+    if layout == "transposed":
+        return x.transpose(0, 3).contiguous().transpose(0, 3)
+    return torch.stack([x, x], -1).flatten(-2)[..., ::2] if layout == "every other" else x
+
+
+def border_values(seed: int, scale: Tensor) -> Tensor:
+    """Values all over the grid and beyond, among them every tie, and the next float32 on both sides of it."""
     generator = torch.Generator().manual_seed(seed)
-    halves = torch.randint(-600, 600, (2, 24, 5, 7), generator=generator) / 2
-    for x in (halves * scale, torch.randn(halves.shape, generator=generator) * 100 * scale):
-        x = x.to(memory_format=torch.channels_last)
-        qparams = torch.tensor(scale), torch.tensor(zero_point, dtype=torch.int32)
-        rounded = fake_quantize(x, *qparams, quant_min=0, quant_max=255)
-        assert torch.equal(rounded, torch.fake_quantize_per_tensor_affine(x, *qparams, 0, 255))
+    ties = torch.arange(-600, 601) / 2
+    ties = torch.stack([ties * scale, ties / (1.0 / scale)]).flatten()
+    ties = torch.cat([ties, torch.nextafter(ties, ties + 1), torch.nextafter(ties, ties - 1)])
+    x = torch.cat([ties, torch.randn(12 * 30 * 24 - len(ties), generator=generator) * 150 * scale])
+    return x[torch.randperm(len(x), generator=generator)].reshape(2, 6, 30, 24)
+
+
+@given(st.integers(0, 2**32 - 1), st.floats(2**-20, 1000.0, width=32), st.integers(0, 255), GRIDS, LAYOUTS)
+@settings(max_examples=60, deadline=None)
+def test_values_and_gradients_are_those_of_torchs_kernel_also_where_it_begins_to_clamp(
+    seed: int, scale: float, zero_point: int, grid: tuple[int, int], layout: str
+) -> None:
+    low, high = grid
+    zero_point = low + zero_point % (high - low + 1)
+    qparams = torch.tensor(scale), torch.tensor(zero_point, dtype=torch.int32)
+    x = laid_out(border_values(seed, qparams[0]), layout)
+    gradient = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed))
+    ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
+    rounded = fake_quantize(ours, *qparams, quant_min=low, quant_max=high)
+    expected = torch.fake_quantize_per_tensor_affine(theirs, *qparams, low, high)
+    rounded.backward(gradient)
+    expected.backward(gradient)
+    assert torch.equal(rounded, expected)
+    assert torch.equal(ours.grad, theirs.grad)
+    if layout == "channels_last":
         assert rounded.is_contiguous(memory_format=torch.channels_last)
+
+
+@given(st.integers(0, 2**32 - 1), st.booleans(), GRIDS, LAYOUTS, st.integers(0, 3))
+@settings(max_examples=40, deadline=None)
+def test_values_and_gradients_per_channel_are_those_of_torchs_kernel(
+    seed: int, symmetric: bool, grid: tuple[int, int], layout: str, axis: int
+) -> None:
+    low, high = grid
+    generator = torch.Generator().manual_seed(seed)
+    x = laid_out(border_values(seed, torch.tensor(0.01)), layout)
+    channels = x.shape[axis]
+    scale = torch.rand(channels, generator=generator) * 0.1 + 1e-3
+    scale[0] = 0.01
+    middle = low + (high - low + 1) // 2
+    zero_point = torch.randint(low, high + 1, (channels,), generator=generator).to(torch.int32)
+    if symmetric:
+        zero_point.fill_(middle)
+    gradient = torch.randn(x.shape, generator=generator)
+    ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
+    given_point = middle if symmetric else zero_point
+    rounded = fake_quantize(ours, scale, given_point, quant_min=low, quant_max=high, axis=axis)
+    expected = torch.fake_quantize_per_channel_affine(theirs, scale, zero_point, axis, low, high)
+    rounded.backward(gradient)
+    expected.backward(gradient)
+    assert torch.equal(rounded, expected)
+    assert torch.equal(ours.grad, theirs.grad)
+
+
+@given(st.integers(0, 2**32 - 1), st.floats(2**-30, 2**30, width=32), GRIDS, st.booleans(), LAYOUTS)
+@settings(max_examples=40, deadline=None)
+def test_nothing_of_a_weight_is_beyond_its_own_symmetric_range(
+    seed: int, size: float, grid: tuple[int, int], per_channel: bool, layout: str
+) -> None:
+    """So that nothing has to be clamped, and the whole gradient passes, as in torch's kernel."""
+    low, high = grid
+    x = laid_out(torch.randn(5, 4, 3, 6, generator=torch.Generator().manual_seed(seed)) * size, layout)
+    fq = FakeQuantize(
+        dtype=torch.int8,
+        quant_min=low,
+        quant_max=high,
+        qscheme=torch.per_channel_symmetric if per_channel else torch.per_tensor_symmetric,
+        ch_axis=0 if per_channel else -1,
+        source="present",
+    )
+    gradient = torch.randn(x.shape)
+    ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
+    rounded = fq(ours)
+    scale, zero_point = fq.calculate_qparams()
+    if per_channel:
+        expected = torch.fake_quantize_per_channel_affine(theirs, scale, zero_point, 0, low, high)
+    else:
+        expected = torch.fake_quantize_per_tensor_affine(theirs, scale, zero_point, low, high)
+    rounded.backward(gradient)
+    expected.backward(gradient)
+    assert torch.equal(rounded, expected)
+    assert torch.equal(ours.grad, theirs.grad)
 
 
 def test_smallest_and_largest_see_every_value_in_any_memory_format() -> None:
     values = torch.randn(2, 3, 4, 5)
     for same in (values, values.to(memory_format=torch.channels_last), values.transpose(1, 3), values.flatten()):
         assert smallest_and_largest(same) == (values.min(), values.max())
+    for same in (values, values.to(memory_format=torch.channels_last)):
+        low, high = smallest_and_largest(same, -2)
+        assert torch.equal(low, values.movedim(-2, 0).flatten(1).amin(1))
+        assert torch.equal(high, values.movedim(-2, 0).flatten(1).amax(1))
+    assert all(torch.equal(end, values[0, 0, 0]) for end in smallest_and_largest(values[0, 0, 0], 0))
+    values[1, 2, 3, 4] = torch.nan
+    assert all(end.isnan() for end in smallest_and_largest(values))
 
 
 def test_range_moves_in_training_only_and_stops_when_frozen() -> None:

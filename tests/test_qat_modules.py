@@ -6,6 +6,8 @@ import copy
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
@@ -99,6 +101,41 @@ def test_folding_does_not_change_a_per_channel_grid() -> None:
     plain = fq(weight)
     for factor in (torch.full((4,), 1e-3), torch.tensor([1.0, -2.0, 1e4, 0.25])):
         assert torch.allclose(fake_quantize_folded(weight, factor, fq), plain, atol=1e-6)
+
+
+@given(st.integers(0, 2**32 - 1), st.sampled_from(["per_channel", "per_tensor"]), st.booleans())
+@settings(max_examples=30)
+def test_a_folded_weight_has_the_integers_of_the_kernel_and_the_whole_gradient(
+    seed: int, granularity: str, channels_last: bool
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(6, 5, 3, 3, generator=generator)
+    factor = torch.randn(6, generator=generator) * 10 ** torch.randint(-3, 3, (6,), generator=generator)
+    factor[seed % 6] = 0.0
+    if channels_last:
+        weight = weight.to(memory_format=torch.channels_last)
+    weight.requires_grad_()
+    qconfig = make_qconfig(Recipe("fx", "x86", Scheme(weight_granularity=granularity)))  # type: ignore[arg-type]
+    fq = qconfig.weight()
+    rounded = fake_quantize_folded(weight, factor, fq)
+    alive = (factor != 0).reshape(-1, 1, 1, 1)
+    shaped = factor.reshape(-1, 1, 1, 1)
+    folded = (weight * shaped).detach()
+    other = qconfig.weight()
+    expected = other(folded)
+    scale, zero_point = fq.calculate_qparams()
+    assert torch.equal(scale, other.calculate_qparams()[0])
+    if granularity == "per_channel":
+        assert torch.equal(expected, torch.fake_quantize_per_channel_affine(folded, scale, zero_point, 0, -127, 127))
+    else:
+        assert torch.equal(expected, torch.fake_quantize_per_tensor_affine(folded, scale, zero_point, -127, 127))
+    torch.testing.assert_close(
+        rounded, torch.where(alive, expected / torch.where(alive, shaped, 1.0), weight), rtol=1e-6, atol=0.0
+    )
+    assert rounded.stride() == weight.stride()
+    gradient = torch.randn(weight.shape, generator=generator)
+    rounded.backward(gradient)
+    assert torch.equal(weight.grad, gradient), "nothing of a weight is beyond its own range"
 
 
 def test_fold_factor_without_gamma() -> None:

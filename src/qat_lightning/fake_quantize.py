@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.ao.quantization.fake_quantize import FakeQuantizeBase as _TorchFakeQuantizeBase
 
 from qat_lightning._torchao import FakeQuantizeBase as _TorchaoFakeQuantizeBase
-from qat_lightning.grid import choose_qparams, fake_quantize, smallest_and_largest
+from qat_lightning.grid import along, choose_qparams, fake_quantize, fake_quantize_folded, smallest_and_largest
 from qat_lightning.learned_step import LearnedStep, move_only
 from qat_lightning.observers import (
     Histogram,
@@ -197,11 +197,9 @@ class FakeQuantize(_TorchFakeQuantizeBase, _TorchaoFakeQuantizeBase):  # type: i
         """Take the range of ``x`` into account; a non-finite one is counted and left out."""
         values = x.detach().float()
         if self.source == "present":
-            if self._held:
-                return
-            low, high = self._ends(values)
-            self._present = (low, high) if not self.clipped else self._clip(values, low, high)
-            self._seen = True
+            if not self._held:
+                low, high = self._ends(values)
+                self._is_present(*((low, high) if not self.clipped else self._clip(values, low, high)))
             return
         reduce = self.reduce_across_processes and process_count() > 1
         empty = values.numel() == 0
@@ -220,6 +218,10 @@ class FakeQuantize(_TorchFakeQuantizeBase, _TorchaoFakeQuantizeBase):  # type: i
         self.max_val.copy_(torch.where(finite, high, self.max_val))
         self.batches.add_(finite)
 
+    def _is_present(self, low: Tensor, high: Tensor) -> None:
+        self._present = low, high
+        self._seen = True
+
     def _average(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
         constant = (9.0 / (self.batches + 10)).clamp(min=self.averaging_constant)
         first = self.batches == 0
@@ -231,8 +233,7 @@ class FakeQuantize(_TorchFakeQuantizeBase, _TorchaoFakeQuantizeBase):  # type: i
         return torch.minimum(low, self.min_val), torch.maximum(high, self.max_val)
 
     def _ends(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        low, high = torch.aminmax(self._by_channel(values), dim=1)
-        return (low, high) if self.per_channel else (low[0], high[0])
+        return smallest_and_largest(values, self.ch_axis if self.per_channel else None)
 
     def _by_channel(self, values: Tensor) -> Tensor:
         return values.movedim(self.ch_axis, 0).flatten(1) if self.per_channel else values.reshape(1, -1)
@@ -294,8 +295,17 @@ class FakeQuantize(_TorchFakeQuantizeBase, _TorchaoFakeQuantizeBase):  # type: i
         if self.histogram is not None:
             self.histogram = Histogram().to(self.min_val.device)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``x`` itself before rounding is on; afterwards ``x`` on the grid, in the shape and dtype of ``x``."""
+    def forward(self, x: Tensor, factor: Tensor | None = None, axis: int = 0) -> Tensor:
+        """``x`` itself before rounding is on; afterwards ``x`` on the grid, in the shape and dtype of ``x``.
+
+        Args:
+            x: Values of any shape and floating dtype.
+            factor: For a weight behind which BatchNorm is folded: float32, shape ``(channels,)``, without gradient.
+                What is rounded is ``x * factor``, and the result is divided by it again. Where it is 0, that is ``x``.
+            axis: The dimension of the channels that ``factor`` is for.
+        """
+        if factor is not None:
+            return self._round_folded(x, factor, axis) if self.fake_quant_enabled else x
         if self.learns:
             return self.round(x)
         if self.source == "present":
@@ -303,7 +313,30 @@ class FakeQuantize(_TorchFakeQuantizeBase, _TorchaoFakeQuantizeBase):  # type: i
                 self.observe(x)
         elif self.observes:
             self.observe(x)
-        return self.round(x)
+        return self._round(x, clamps=not self._holds_all)
+
+    @property
+    def _holds_all(self) -> bool:
+        """Whether the grid is that of all values of the present weight, so that none of them is beyond it."""
+        plain = self.source == "present" and not self.clipped and self.learned == "none"
+        return plain and self.symmetric and not self._held
+
+    def _round_folded(self, weight: Tensor, factor: Tensor, axis: int) -> Tensor:
+        if self._holds_all and (not self.per_channel or self.ch_axis == axis):
+            self._is_present(*self._folded_ends(weight.detach(), factor, axis))
+            scale, _ = self.calculate_qparams()
+            return fake_quantize_folded(weight, factor, scale, axis=axis)
+        factor = along(factor, weight, axis)
+        dead = factor == 0
+        folded = self.forward(weight.float() * factor)
+        return torch.where(dead, weight.float(), folded / torch.where(dead, 1.0, factor)).to(weight.dtype)
+
+    @torch.no_grad()
+    def _folded_ends(self, weight: Tensor, factor: Tensor, axis: int) -> tuple[Tensor, Tensor]:
+        """The range of ``weight * factor``, without that product: rounding to float32 keeps order."""
+        ends = [end.float() * factor for end in smallest_and_largest(weight, axis)]
+        low, high = torch.minimum(*ends), torch.maximum(*ends)
+        return (low, high) if self.per_channel else (low.amin(), high.amax())
 
     @property
     def observes(self) -> bool:
@@ -313,6 +346,9 @@ class FakeQuantize(_TorchFakeQuantizeBase, _TorchaoFakeQuantizeBase):  # type: i
 
     def round(self, x: Tensor) -> Tensor:
         """`forward` without observing."""
+        return self._round(x, clamps=True)
+
+    def _round(self, x: Tensor, *, clamps: bool) -> Tensor:
         if not self.fake_quant_enabled or not self.seen:
             return x
         axis = self.ch_axis if self.per_channel else None
@@ -322,7 +358,16 @@ class FakeQuantize(_TorchFakeQuantizeBase, _TorchaoFakeQuantizeBase):  # type: i
             if self.step.learns:
                 return self.step.round(x, axis=axis, is_weight=self.source == "present")
         scale, zero_point = self.calculate_qparams()
-        return fake_quantize(x, scale, zero_point, quant_min=self.quant_min, quant_max=self.quant_max, axis=axis)
+        middle = self.quant_min + (self.quant_max - self.quant_min + 1) // 2
+        return fake_quantize(
+            x,
+            scale,
+            middle if self.symmetric else zero_point,
+            quant_min=self.quant_min,
+            quant_max=self.quant_max,
+            axis=axis,
+            clamps=clamps,
+        )
 
     def calculate_qparams(self, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Scale (float32) and zero point (int32) of the present range: what training rounds with and convert reads."""

@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from qat_lightning.flows.base import prepared_state
 from qat_lightning.flows.places import Place, find_places
+from qat_lightning.grid import along
 from qat_lightning.measure import EQUAL_DB
 
 BINS = 64
@@ -95,15 +96,6 @@ def grid_of(
     integers = torch.round(x.float() * (1.0 / scale)) + zero_point
     kept = integers.clamp(quant_min, quant_max)
     return kept, kept != integers
-
-
-def along(values: Tensor, x: Tensor, axis: int | None) -> Tensor:
-    """Values of channels, shaped to go with ``x``."""
-    if axis is None or values.dim() == 0:
-        return values
-    shape = [1] * x.dim()
-    shape[axis] = -1
-    return values.reshape(shape)
 
 
 def decibel(signal: float, noise: float) -> float | None:
@@ -198,12 +190,12 @@ class Probe:
             for index in indices:
                 turn = self._places[index][-1].turn
                 if turn is None or turn == call % turns:
-                    self._look(index, args[0], output)
+                    self._look(index, args[0], output, *args[1:])
 
         return look
 
     @torch.no_grad()
-    def _look(self, index: int, x: Tensor, output: Tensor) -> None:
+    def _look(self, index: int, x: Tensor, output: Tensor, factor: Tensor | None = None, channels: int = 0) -> None:
         place = self._places[index][-1]
         fq, is_weight = place.fq, place.what == "weight"
         # A weight's range is that of the weight at hand, and there is none before rounding is on.
@@ -212,6 +204,9 @@ class Probe:
         tally = self._tallies.setdefault(index, _Tally())
         part = slice(None) if is_weight or x.dim() < 2 else slice(0, self.samples)
         seen = x.detach()[part].float()
+        if factor is not None:  # what is rounded is the weight with BatchNorm folded in
+            factor = along(factor, x, channels)
+            seen = seen * factor
         scale, zero_point = fq.calculate_qparams()
         axis = fq.ch_axis if fq.per_channel else None
         integers, clipped = grid_of(seen, scale, zero_point, quant_min=fq.quant_min, quant_max=fq.quant_max, axis=axis)
@@ -227,7 +222,11 @@ class Probe:
         if self.keep and len(tally.values) < 2:
             tally.values.append(integers if is_weight else seen)
         if output.requires_grad:
-            output.register_hook(lambda gradient: _count_gradient(tally, gradient, part, clipped))
+            output.register_hook(
+                lambda gradient: _count_gradient(
+                    tally, gradient if factor is None else gradient / factor, part, clipped
+                )
+            )
 
     def figures(self) -> list[LayerFigures]:
         """What was measured, a row for each layer that ran."""

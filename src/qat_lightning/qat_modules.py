@@ -45,16 +45,8 @@ def fake_quantize_folded(weight: Tensor, factor: Tensor, fq: FakeQuantize, *, ax
     Returns:
         A weight of the shape and dtype of ``weight``. Where ``factor`` is 0 it is the plain weight.
     """
-    if not fq.fake_quant_enabled:
-        return weight
-    shape = [1] * weight.dim()
-    shape[axis] = -1
-    factor = factor.reshape(shape)
-    dead = factor == 0
-    with torch.autocast(weight.device.type, enabled=False):
-        folded = fq(weight.float() * factor)
-        unfolded = folded / torch.where(dead, 1.0, factor)
-        return torch.where(dead, weight.float(), unfolded).to(weight.dtype)
+    rounded: Tensor = fq(weight, factor, axis)
+    return rounded
 
 
 @torch.no_grad()

@@ -1,0 +1,110 @@
+"""ONNX files with quantize and dequantize ops, which ONNX Runtime, TensorRT and others turn into int8 kernels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qat_lightning.errors import ExportError, MissingExtraError
+from qat_lightning.export.base import Runner, Source
+from qat_lightning.export.onnx_graph import onnx_model
+from qat_lightning.kinds import DIRECT
+from qat_lightning.recipe import Recipe
+
+
+class Onnx:
+    """`Format` of ONNX files, run by ONNX Runtime's CPU kernels.
+
+    Activations are uint8, as ONNX Runtime likes them, or int8 with zero point 0 from ``backend="tensorrt"``. Weights
+    are int8, one scale for each channel, biases int32. ONNX Runtime puts a layer into one int8 kernel where its output
+    has a grid of its own: networks of ``mode="fx"`` give it one everywhere, while those of ``mode="pt2e"`` leave a
+    convolution in front of a residual add without one, and it stays float there.
+
+    Example:
+        >>> Onnx().suffix, Onnx().refusal(Recipe("fx", "x86"))
+        ('.onnx', '')
+    """
+
+    name: ClassVar[str] = "onnx"
+    suffix: ClassVar[str] = ".onnx"
+    runtime: ClassVar[str] = "ONNX Runtime"
+    extra: ClassVar[str | None] = "onnx"
+    batch: ClassVar[int | None] = None
+
+    def require(self) -> None:
+        """See `Format.require`."""
+        try:
+            import onnx  # noqa: F401
+            import onnxruntime  # noqa: F401
+            import onnxscript  # noqa: F401
+        except ImportError as error:
+            raise MissingExtraError(
+                "The format 'onnx' needs ONNX and ONNX Runtime: pip install 'qat-lightning[onnx]'."
+            ) from error
+
+    def refusal(self, recipe: Recipe) -> str:
+        """See `Format.refusal`."""
+        return refuse_direct(recipe, "ONNX")
+
+    def write(self, source: Source, path: Path) -> None:
+        """See `Format.write`."""
+        import onnx
+
+        self.require()
+        model = onnx_model(source.program)
+        self._try(model)
+        onnx.save(model, path)
+
+    def load(self, path: Path) -> Runner:
+        """See `Format.load`. It takes as many threads as torch has."""
+        self.require()
+        return _runner(str(path))
+
+    def _try(self, model: Any) -> None:
+        """Refuse what ONNX has and its runtime has not."""
+        try:
+            _runner(model.SerializeToString())
+        except Exception as error:
+            text = " ".join(str(error).split())[:300]
+            raise ExportError(
+                f"ONNX Runtime does not take the file ({type(error).__name__}: {text}). Choose another format, such as "
+                "pt2, or keep the part at fault out of the network."
+            ) from error
+
+
+def refuse_direct(recipe: Recipe, what: str) -> str:
+    """Why a network without ranges of activations does not go into a file of quantize and dequantize ops."""
+    if recipe.kind not in DIRECT:
+        return ""
+    why = (
+        "has its ranges found anew in each call"
+        if recipe.kind == "dynamic"
+        else "has float activations, and the file would hold float weights"
+    )
+    return (
+        f"kind={recipe.kind!r} {why}, for which {what} has no form that its runtimes have int8 kernels for: use "
+        "kind='static' or 'qat', or for this network qat_lightning's own file, with save(path), or the format pt2 "
+        "with mode='pt2e'"
+    )
+
+
+def _runner(model: str | bytes) -> Runner:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    names = [given.name for given in session.get_inputs()]
+
+    def run(tensors: list[Tensor]) -> list[Tensor]:
+        arrays = [tensor.detach().cpu().contiguous() for tensor in tensors]
+        arrays = [tensor.float() if tensor.is_floating_point() else tensor for tensor in arrays]
+        feed = {name: tensor.numpy() for name, tensor in zip(names, arrays, strict=True)}
+        return [torch.from_numpy(np.ascontiguousarray(array)) for array in session.run(None, feed)]
+
+    return run

@@ -1,0 +1,332 @@
+"""An ExportedProgram as a clean ONNX model: what its runtimes look for when they put int8 kernels in.
+
+`torch.onnx.export <https://docs.pytorch.org/docs/stable/onnx_export.html>`_ translates the ops. What is rewritten here
+is what keeps ONNX Runtime, OpenVINO and TensorRT from taking a layer as one int8 kernel: a weight that is transposed
+behind its DequantizeLinear, a bias on no grid, a linear layer of more than two dimensions, pooling as a mean.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import re
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch.export import ExportedProgram
+from torch.utils._pytree import keystr, tree_flatten_with_path
+
+from qat_lightning.errors import ExportError
+
+OPSET = 20
+"""The opset of every file: ONNX Runtime 1.17 and later, OpenVINO 2024.0 and later, TensorRT 10."""
+_BATCH = "batch"
+_INT32 = 2**31 - 1
+
+
+def onnx_model(program: ExportedProgram, *, for_openvino: bool = False) -> Any:
+    """Translate a program.
+
+    Args:
+        program: Of `qat_lightning.export.program`.
+        for_openvino: Leave biases float and linear layers in their dimensions, which OpenVINO's int8 kernels take, and
+            weights without a zero point, which it would subtract.
+
+    Returns:
+        An ``onnx.ModelProto`` that the ONNX checker accepts.
+
+    Raises:
+        ExportError: ONNX has no such op.
+    """
+    import onnx
+    import onnx_ir as ir
+
+    inputs, outputs = _input_names(program), _output_names(program)
+    with _quiet():
+        try:
+            made = torch.onnx.export(
+                program,
+                dynamo=True,
+                optimize=True,
+                verbose=False,
+                opset_version=OPSET,
+                input_names=inputs,
+                output_names=outputs,
+            )
+        except Exception as error:
+            raise ExportError(_explain(error)) from error
+    assert made is not None
+    model = made.model
+    _name_batch(model, program)
+    graph = model.graph
+    _round_constants(graph)
+    _transpose_weights(graph)
+    _pools(graph)
+    if for_openvino:
+        _drop_zero_points(graph)
+    else:
+        _matrices(graph)
+        _round_biases(graph)
+    _tidy(model)
+    model.producer_name = "qat-lightning"
+    proto = ir.to_proto(model)
+    onnx.checker.check_model(proto, full_check=True)
+    return proto
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Hold back what upstream prints and warns of on every export."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        finally:
+            logging.disable(before)
+
+
+def _explain(error: BaseException) -> str:
+    found = None
+    cause: BaseException | None = error
+    while cause is not None and found is None:
+        found = re.search(r"OpOverload\(op='([^']+)'", str(cause)) or re.search(
+            r"No ONNX function.*?for (\S+)", str(cause)
+        )
+        cause = cause.__cause__
+    if found:
+        return (
+            f"ONNX has no translation of {found[1]}: write that part of the network with other ops, or choose a format "
+            "that runs PyTorch's own ops, such as pt2."
+        )
+    text = " ".join(str(error).split())[:300]
+    return f"torch.onnx.export failed ({type(error).__name__}: {text}). Choose another format, such as pt2."
+
+
+def _input_names(program: ExportedProgram) -> list[str]:
+    """The names of the tensors in the float network's signature."""
+    return [_plain(str(name)) for name in program.graph_signature.user_inputs if isinstance(name, str)]
+
+
+def _output_names(program: ExportedProgram) -> list[str]:
+    """The keys of a dict of outputs, else ``output``, or ``output_0`` and so on."""
+    spec = program.call_spec.out_spec
+    assert spec is not None
+    filled = torch.utils._pytree.tree_unflatten(list(range(spec.num_leaves)), spec)
+    paths = [keystr(path) for path, _ in tree_flatten_with_path(filled)[0]]
+    taken = set(_input_names(program))
+    names: list[str] = []
+    for path in paths:
+        parts = re.findall(r"\w+", path)
+        name = _plain("_".join(["output"] * (not parts or parts[0].isdigit()) + parts))
+        while name in taken:
+            name = f"{name}_output" if not name.endswith("_output") else f"{name}_"
+        taken.add(name)
+        names.append(name)
+    return names
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"\W", "_", name)
+
+
+def _name_batch(model: Any, program: ExportedProgram) -> None:
+    """Call the one dimension that may vary by its name."""
+    import onnx_ir as ir
+
+    symbols = {
+        str(dim)
+        for node in program.graph.find_nodes(op="placeholder")
+        if isinstance(node.meta.get("val"), torch.Tensor)
+        for dim in node.meta["val"].shape[:1]
+        if isinstance(dim, torch.SymInt)
+    }
+    if len(symbols) != 1:
+        return
+    (symbol,) = symbols
+    values = [*model.graph.inputs, *(value for node in model.graph.all_nodes() for value in node.outputs)]
+    for value in values:
+        if value.shape is not None:
+            value.shape = ir.Shape(
+                ir.SymbolicDim(_BATCH) if isinstance(dim, ir.SymbolicDim) and dim.value == symbol else dim
+                for dim in value.shape
+            )
+
+
+def _array(value: Any) -> Any:
+    """The constant that a value is; None if it is none."""
+    return None if value is None or value.const_value is None else value.const_value.numpy()
+
+
+def _constant(graph: Any, name: str, array: Any) -> Any:
+    """A new initializer."""
+    import onnx_ir as ir
+
+    while name in graph.initializers:
+        name += "_"
+    value = ir.val(name, const_value=ir.tensor(np.ascontiguousarray(array), name=name))
+    value.shape, value.dtype = ir.Shape(array.shape), ir.DataType.from_numpy(array.dtype)
+    graph.register_initializer(value)
+    return value
+
+
+def _node(graph: Any, before: Any, op_type: str, inputs: list[Any], **attributes: Any) -> Any:
+    """A new node, and its output."""
+    import onnx_ir as ir
+
+    node = ir.node(op_type, inputs, attributes=attributes)
+    graph.insert_before(before, node)
+    return node.outputs[0]
+
+
+def _producer(value: Any, op_type: str) -> Any:
+    """The node that computes a value, if it is of this type."""
+    node = None if value is None else value.producer()
+    return node if node is not None and node.op_type == op_type else None
+
+
+def _of_weight(value: Any) -> Any:
+    """The DequantizeLinear of a constant, behind which a value is; None if it is something else."""
+    node = _producer(value, "DequantizeLinear")
+    return node if node is not None and _array(node.inputs[0]) is not None else None
+
+
+def _round_constants(graph: Any) -> None:
+    """Keep a constant that is rounded, such as the embedding of positions, as its integers."""
+    for node in list(graph):
+        if node.op_type != "QuantizeLinear" or len(node.inputs) < 3:
+            continue
+        value, scale, zero = (_array(given) for given in node.inputs)
+        if value is None or scale is None or zero is None or scale.ndim:
+            continue
+        limits = np.iinfo(zero.dtype)
+        rounded = np.clip(np.rint(value / scale) + zero.astype(np.float32), limits.min, limits.max).astype(zero.dtype)
+        _replace(node.outputs[0], _constant(graph, f"{node.inputs[0].name}_integers", rounded))
+
+
+def _transpose_weights(graph: Any) -> None:
+    """Transpose the integers of a weight, and not what they are dequantized to."""
+    for node in list(graph):
+        weight = _of_weight(node.inputs[0]) if node.op_type == "Transpose" else None
+        if weight is None or _array(weight.inputs[0]).ndim != 2:
+            continue
+        integers, scale, *zero = weight.inputs
+        turned = _constant(graph, f"{integers.name}_transposed", _array(integers).T)
+        axis = 1 - weight.attributes.get_int("axis", 1)
+        made = _node(graph, node, "DequantizeLinear", [turned, scale, *zero], axis=axis)
+        _replace(node.outputs[0], made)
+
+
+def _drop_zero_points(graph: Any) -> None:
+    """Leave zero points of 0 out of weights: a DequantizeLinear has none by default."""
+    for node in graph:
+        if node.op_type == "DequantizeLinear" and _array(node.inputs[0]) is not None and len(node.inputs) > 2:
+            zero = _array(node.inputs[2])
+            if zero is not None and not zero.any():
+                node.replace_input_with(2, None)
+
+
+def _matrices(graph: Any) -> None:
+    """Linear layers of more than two dimensions as products of matrices, for which there are int8 kernels with bias."""
+    for node in list(graph):
+        if node.op_type != "MatMul" or _of_weight(node.inputs[1]) is None:
+            continue
+        users = list(node.outputs[0].uses())
+        add: Any = users[0].node if len(users) == 1 and users[0].node.op_type == "Add" else None
+        bias = None if add is None else next((v for v in add.inputs if v is not node.outputs[0]), None)
+        shape, weight = node.inputs[0].shape, node.inputs[1]
+        if _array(bias) is None or _array(bias).ndim != 1 or shape is None or len(shape) < 3:
+            continue
+        if not all(isinstance(dim, int) for dim in shape[1:]):
+            continue
+        outputs = _array(bias).shape[0]
+        rows = _constant(graph, "rows", np.array([-1, shape[-1]], dtype=np.int64))
+        back = _constant(graph, "back", np.array([-1, *shape[1:-1], outputs], dtype=np.int64))
+        flat = _node(graph, node, "Reshape", [node.inputs[0], rows])
+        grid = _producer(node.inputs[0], "DequantizeLinear")
+        if grid is not None:
+            # The integers are reshaped, and not the float values: the kernel reads them behind it.
+            integers = _node(graph, node, "Reshape", [grid.inputs[0], rows])
+            flat = _node(graph, node, "DequantizeLinear", [integers, *grid.inputs[1:]])
+        product = _node(graph, node, "Gemm", [flat, weight, bias])
+        after = list(add.outputs[0].uses())
+        rounded: Any = after[0].node if len(after) == 1 and after[0].node.op_type == "QuantizeLinear" else None
+        if rounded is not None:
+            integers = _node(graph, rounded, "QuantizeLinear", [product, *rounded.inputs[1:]])
+            _replace(rounded.outputs[0], _node(graph, rounded, "Reshape", [integers, back]))
+        else:
+            _replace(add.outputs[0], _node(graph, add, "Reshape", [product, back]))
+
+
+def _round_biases(graph: Any) -> None:
+    """Biases as int32 with the scale of input times weight, as the accumulators of int8 kernels have it.
+
+    Not with int8 activations, whose runtimes (TensorRT) take float biases only, and not where one does not fit.
+    """
+    for node in list(graph):
+        if node.op_type not in ("Conv", "Gemm") or len(node.inputs) < 3:
+            continue
+        grid, weight, bias = _producer(node.inputs[0], "DequantizeLinear"), _of_weight(node.inputs[1]), node.inputs[2]
+        if grid is None or weight is None or _array(bias) is None or bias.dtype.numpy() != np.float32:
+            continue
+        if len(grid.inputs) < 3 or _array(grid.inputs[1]) is None or _array(grid.inputs[2]).dtype != np.uint8:
+            continue
+        scales = _array(grid.inputs[1]).astype(np.float32) * _array(weight.inputs[1]).astype(np.float32)
+        integers = np.rint(_array(bias).astype(np.float64) / scales)
+        if not np.isfinite(integers).all() or np.abs(integers).max(initial=0) > _INT32:
+            continue
+        name = bias.name or "bias"
+        inputs = [
+            _constant(graph, f"{name}_integers", integers.astype(np.int32)),
+            _constant(graph, f"{name}_scale", scales),
+            _constant(graph, f"{name}_zero_point", np.zeros(scales.shape, dtype=np.int32)),
+        ]
+        axis = {"axis": 0} if scales.ndim else {}
+        node.replace_input_with(2, _node(graph, node, "DequantizeLinear", inputs, **axis))
+
+
+def _pools(graph: Any) -> None:
+    """The mean over an image as the pooling that runtimes have an int8 kernel for."""
+    for node in list(graph):
+        if node.op_type != "ReduceMean" or len(node.inputs) < 2 or _array(node.inputs[1]) is None:
+            continue
+        shape, axes = node.inputs[0].shape, _array(node.inputs[1])
+        if shape is None or len(shape) != 4 or sorted(int(axis) % 4 for axis in axes) != [2, 3]:
+            continue
+        pooled = _node(graph, node, "GlobalAveragePool", [node.inputs[0]])
+        if not node.attributes.get_int("keepdims", 1):
+            pooled = _node(graph, node, "Flatten", [pooled], axis=1)
+        _replace(node.outputs[0], pooled)
+
+
+def _replace(old: Any, new: Any) -> None:
+    """Let everything that reads one value read another one, which takes over its name, type and shape."""
+    new.shape, new.dtype = old.shape, old.dtype
+    graph = old.producer().graph
+    for index, output in enumerate(graph.outputs):
+        if output is old:
+            new.name, old.name = old.name, None
+            graph.outputs[index] = new
+    for use in list(old.uses()):
+        use.node.replace_input_with(use.idx, new)
+
+
+def _tidy(model: Any) -> None:
+    from onnx_ir.passes import common
+
+    for step in (
+        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        common.IdentityEliminationPass(),
+        common.CommonSubexpressionEliminationPass(),
+        common.RemoveUnusedNodesPass(),
+        common.DeduplicateInitializersPass(),
+        common.TopologicalSortPass(),
+        common.ClearMetadataAndDocStringPass(),
+        common.NameFixPass(),
+    ):
+        step(model)

@@ -1,0 +1,107 @@
+"""OpenVINO's intermediate representation: an ``.xml`` of the graph and a ``.bin`` of the weights beside it."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qat_lightning.errors import ExportError, MissingExtraError
+from qat_lightning.export.base import Runner, Source
+from qat_lightning.export.onnx import refuse_direct
+from qat_lightning.export.onnx_graph import onnx_model
+from qat_lightning.recipe import Recipe
+
+_SHAPES = 8
+"""For how many shapes of inputs a loaded network is kept compiled."""
+
+
+class OpenVino:
+    """`Format` of OpenVINO's files, run by its CPU plugin.
+
+    ``path`` is the ``.xml``; the weights are in a ``.bin`` of the same name beside it, and the two stay together. The
+    grids of training are kept as FakeQuantize ops, which OpenVINO's low-precision transformations turn into int8
+    kernels; convolutions take a residual add and an activation with them. Ops that are left float run in bfloat16 where
+    the CPU has it, as is OpenVINO's own default.
+
+    Example:
+        >>> OpenVino().suffix, OpenVino().refusal(Recipe("pt2e", "x86"))
+        ('.xml', '')
+    """
+
+    name: ClassVar[str] = "openvino"
+    suffix: ClassVar[str] = ".xml"
+    runtime: ClassVar[str] = "OpenVINO"
+    extra: ClassVar[str | None] = "openvino"
+    batch: ClassVar[int | None] = None
+
+    def require(self) -> None:
+        """See `Format.require`."""
+        try:
+            import onnx  # noqa: F401
+            import onnxscript  # noqa: F401
+            import openvino  # noqa: F401
+        except ImportError as error:
+            raise MissingExtraError(
+                "The format 'openvino' needs OpenVINO and ONNX: pip install 'qat-lightning[openvino]'."
+            ) from error
+
+    def refusal(self, recipe: Recipe) -> str:
+        """See `Format.refusal`."""
+        return refuse_direct(recipe, "OpenVINO")
+
+    def write(self, source: Source, path: Path) -> None:
+        """See `Format.write`."""
+        self.require()
+        import openvino
+
+        model = onnx_model(source.program, for_openvino=True)
+        try:
+            # Not convert_model, which reports its use over the network.
+            converted = openvino.Core().read_model(model.SerializeToString())
+            _compile(converted)
+        except Exception as error:
+            text = " ".join(str(error).split())[:300]
+            raise ExportError(
+                f"OpenVINO does not take the network ({type(error).__name__}: {text}). Choose another format, such as "
+                "onnx or pt2, or keep the part at fault out of the network."
+            ) from error
+        # Weights are not to be made float16: they are int8, and what is left is to be what was trained.
+        openvino.save_model(converted, str(path), compress_to_fp16=False)
+
+    def load(self, path: Path) -> Runner:
+        """See `Format.load`. It takes as many threads as torch has.
+
+        A network of fixed shapes is faster: it is compiled for each new shape of the inputs, at the first call.
+        """
+        self.require()
+        import openvino
+
+        model = openvino.Core().read_model(str(path))
+
+        @functools.lru_cache(maxsize=_SHAPES)
+        def request(shapes: tuple[tuple[int, ...], ...]) -> Any:
+            fixed = model.clone()
+            fixed.reshape(dict(enumerate(list(shape) for shape in shapes)))
+            return _compile(fixed).create_infer_request()
+
+        def run(tensors: list[Tensor]) -> list[Tensor]:
+            arrays = [tensor.detach().cpu().contiguous() for tensor in tensors]
+            arrays = [tensor.float() if tensor.is_floating_point() else tensor for tensor in arrays]
+            asked = request(tuple(tuple(tensor.shape) for tensor in arrays))
+            asked.infer([tensor.numpy() for tensor in arrays])
+            # The request keeps its buffers for the next call.
+            return [torch.from_numpy(np.array(output.data)) for output in asked.output_tensors]
+
+        return run
+
+
+def _compile(model: Any) -> Any:
+    import openvino
+
+    settings = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+    return openvino.Core().compile_model(model, "CPU", settings)

@@ -1,0 +1,193 @@
+"""ONNX files: what is in them, what ONNX Runtime makes of them, and what they compute."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from qat_lightning.errors import ExportError
+from qat_lightning.export.base import Source
+from qat_lightning.export.onnx import Onnx
+from qat_lightning.export.onnx_graph import OPSET
+from qat_lightning.flows.base import Example, sqnr_db
+from qat_lightning.quantized import QuantizedNetwork
+from qat_lightning.recipe import Recipe
+from tests.artifact.making import Batch, batch_of, case_named, images, quantize
+
+onnx = pytest.importorskip("onnx")
+onnxruntime = pytest.importorskip("onnxruntime")
+
+
+@pytest.fixture(autouse=True)
+def _uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QAT_LIGHTNING_COMPILE", "0")
+
+
+def _case(name: str, mode: str, backend: str = "x86") -> tuple[QuantizedNetwork, Batch]:
+    torch.manual_seed(0)
+    case = case_named(name)
+    return quantize(mode, backend, case.network(), batch_of(case)), batch_of(case)
+
+
+def _write(network: nn.Module, example: Example, path: Path) -> Any:
+    Onnx().write(Source(network, example), path)
+    return onnx.load(path)
+
+
+def _fused(path: Path, tmp_path: Path) -> Counter[str]:
+    """The ops that ONNX Runtime runs."""
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    options.log_severity_level = 3
+    onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return Counter(node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node)
+
+
+def _assert_same(quantized: nn.Module, run: Any, batch: Batch, least: float = 30.0) -> None:
+    for size in (1, 6):
+        args, kwargs = batch(size)
+        with torch.no_grad():
+            expected = tree_leaves(quantized(*args, **kwargs))
+        got = run([leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)])
+        for one, other in zip(expected, got, strict=True):
+            assert one.shape == other.shape
+            assert sqnr_db(one, other) > least
+
+
+@pytest.mark.parametrize("mode", ["eager", "fx", "pt2e"])
+@pytest.mark.parametrize("name", ["residual", "functional", "attention"])
+def test_file_computes_what_the_int8_network_does(name: str, mode: str, tmp_path: Path) -> None:
+    quantized, batch = _case(name, mode)
+    path = tmp_path / "model.onnx"
+    _write(quantized, quantized.example, path)
+    _assert_same(quantized, Onnx().load(path), batch)
+
+
+def test_every_layer_is_one_int8_kernel_in_onnx_runtime(tmp_path: Path) -> None:
+    quantized, _ = _case("residual", "fx")
+    _write(quantized, quantized.example, tmp_path / "model.onnx")
+    ops = _fused(tmp_path / "model.onnx", tmp_path)
+    assert ops["QLinearConv"] == 3
+    assert ops["QLinearAdd"] == 1
+    assert ops["QGemm"] == 1
+    assert ops["QLinearGlobalAveragePool"] == 1
+    assert not {"Conv", "FusedConv", "Gemm", "MatMul", "Add", "Relu"} & ops.keys()
+
+
+def test_depthwise_network_is_int8_throughout(tmp_path: Path) -> None:
+    quantized, _ = _case("depthwise", "fx")
+    _write(quantized, quantized.example, tmp_path / "model.onnx")
+    ops = _fused(tmp_path / "model.onnx", tmp_path)
+    assert ops["QLinearConv"] == 3
+    assert not {"Conv", "FusedConv", "Clip"} & ops.keys()
+
+
+@pytest.mark.parametrize("mode", ["fx", "pt2e"])
+def test_linear_layers_of_tokens_are_int8_kernels_with_their_bias(mode: str, tmp_path: Path) -> None:
+    quantized, _ = _case("attention", mode)
+    _write(quantized, quantized.example, tmp_path / "model.onnx")
+    ops = _fused(tmp_path / "model.onnx", tmp_path)
+    assert ops["QGemm"] == 5
+    assert ops["MatMul"] + ops["FusedMatMul"] <= 2
+
+
+@pytest.mark.parametrize("mode", ["eager", "fx", "pt2e"])
+def test_nothing_is_between_quantize_dequantize_and_the_op(mode: str, tmp_path: Path) -> None:
+    quantized, _ = _case("residual", mode)
+    model = _write(quantized, quantized.example, tmp_path / "model.onnx")
+    constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    ops = Counter(node.op_type for node in model.graph.node)
+    assert not {"Cast", "Constant", "Identity", "CastLike"} & ops.keys()
+    producers = {output: node for node in model.graph.node for output in node.output}
+    for node in model.graph.node:
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+            assert {*node.input[1:]} <= constants.keys(), "scales and zero points are initializers"
+        if node.op_type in ("Conv", "Gemm"):
+            # A bias of zeros is left out.
+            x, weight, *biases = (producers[name] for name in node.input)
+            assert {source.op_type for source in (x, weight, *biases)} == {"DequantizeLinear"}
+            assert constants[x.input[2]].data_type == onnx.TensorProto.UINT8
+            assert constants[weight.input[0]].data_type == onnx.TensorProto.INT8
+            x_scale, w_scale = (onnx.numpy_helper.to_array(constants[source.input[1]]) for source in (x, weight))
+            assert list(w_scale.shape) == constants[weight.input[0]].dims[:1]
+            for bias in biases:
+                assert constants[bias.input[0]].data_type == onnx.TensorProto.INT32
+                scale = onnx.numpy_helper.to_array(constants[bias.input[1]])
+                assert scale == pytest.approx(x_scale * w_scale)
+
+
+def test_signature_is_the_networks_own(tmp_path: Path) -> None:
+    quantized, batch = _case("several_inputs", "fx")
+    model = _write(quantized, quantized.example, tmp_path / "model.onnx")
+    assert [given.name for given in model.graph.input] == ["x", "table"]
+    assert [made.name for made in model.graph.output] == ["logits", "side"]
+    assert model.opset_import[0].version == OPSET
+    for value in (*model.graph.input, *model.graph.output):
+        assert value.type.tensor_type.shape.dim[0].dim_param == "batch"
+        assert all(dim.dim_value for dim in value.type.tensor_type.shape.dim[1:])
+    _assert_same(quantized, Onnx().load(tmp_path / "model.onnx"), batch)
+
+
+def test_float_network_goes_the_same_way(tmp_path: Path) -> None:
+    case = case_named("several_inputs")
+    network, (args, kwargs) = case.network().eval(), batch_of(case)(4)
+    _write(network, Example(args, kwargs), tmp_path / "float.onnx")
+    _assert_same(network, Onnx().load(tmp_path / "float.onnx"), batch_of(case), least=100)
+
+
+def test_int8_file_is_a_quarter_of_the_float_one(tmp_path: Path) -> None:
+    class Wide(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.Sequential(nn.Conv2d(3, 256, 3), nn.ReLU(), nn.Conv2d(256, 256, 3), nn.ReLU())
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layers(x)
+
+    torch.manual_seed(0)
+    _write(Wide().eval(), Example(*images(4)), tmp_path / "float.onnx")
+    quantized = quantize("fx", "x86", Wide())
+    _write(quantized, quantized.example, tmp_path / "int8.onnx")
+    sizes = [(tmp_path / f"{name}.onnx").stat().st_size for name in ("float", "int8")]
+    assert sizes[0] / sizes[1] > 3.8
+
+
+def test_no_output_and_no_warning(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    quantized, _ = _case("plain", "fx")
+    capfd.readouterr()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        _write(quantized, quantized.example, tmp_path / "model.onnx")
+    assert not [str(warning.message) for warning in caught]
+    assert capfd.readouterr() == ("", "")
+
+
+class _Odd(nn.Module):
+    """Ends in a function that ONNX has not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.special.i0(F.relu(self.conv(x)))
+
+
+def test_op_that_onnx_has_not_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=r"no translation of .*i0: write"):
+        _write(_Odd().eval(), Example(*images(4)), tmp_path / "model.onnx")
+    assert not (tmp_path / "model.onnx").exists()
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "weight_only"])
+def test_kinds_without_ranges_are_refused_with_what_to_use(kind: Any) -> None:
+    assert "kind='static'" in Onnx().refusal(Recipe("pt2e", "x86", kind=kind))
+    assert not Onnx().refusal(Recipe("pt2e", "x86", kind="static"))

@@ -1,0 +1,93 @@
+"""OpenVINO's files: what OpenVINO makes of them, and what they compute."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from qat_lightning.errors import ExportError
+from qat_lightning.export.base import Source
+from qat_lightning.export.openvino import OpenVino
+from qat_lightning.flows.base import Example
+from tests.artifact.making import batch_of, case_named, images, quantize
+from tests.export.test_onnx import _assert_same, _case, _Odd
+
+openvino = pytest.importorskip("openvino")
+pytest.importorskip("onnx")
+
+
+@pytest.fixture(autouse=True)
+def _uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QAT_LIGHTNING_COMPILE", "0")
+
+
+def _precisions(path: Path) -> dict[str, Counter[str]]:
+    """In which precision OpenVINO runs the layers of each type."""
+    found: dict[str, Counter[str]] = {}
+    compiled = openvino.Core().compile_model(str(path), "CPU")
+    for op in compiled.get_runtime_model().get_ops():
+        info = op.get_rt_info()
+        found.setdefault(info["layerType"].astype(str), Counter())[info["runtimePrecision"].astype(str)] += 1
+    return found
+
+
+@pytest.mark.parametrize(
+    ("name", "mode"), [("residual", "eager"), ("residual", "fx"), ("residual", "pt2e"), ("functional", "fx")]
+)
+def test_file_computes_what_the_int8_network_does_in_int8(name: str, mode: str, tmp_path: Path) -> None:
+    quantized, batch = _case(name, mode)
+    path = tmp_path / "model.xml"
+    OpenVino().write(Source(quantized, quantized.example), path)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["model.bin", "model.xml"]
+    _assert_same(quantized, OpenVino().load(path), batch)
+    precisions = _precisions(path)
+    assert precisions["Convolution"] == {"u8": 3}
+    assert precisions["FullyConnected"] == {"u8": 1}
+
+
+@pytest.mark.parametrize("mode", ["fx", "pt2e"])
+def test_linear_layers_of_tokens_are_int8(mode: str, tmp_path: Path) -> None:
+    quantized, batch = _case("attention", mode)
+    OpenVino().write(Source(quantized, quantized.example), tmp_path / "model.xml")
+    assert _precisions(tmp_path / "model.xml")["FullyConnected"] == {"u8": 5}
+    _assert_same(quantized, OpenVino().load(tmp_path / "model.xml"), batch, least=25.0)
+
+
+def test_several_inputs_keep_their_names(tmp_path: Path) -> None:
+    quantized, batch = _case("several_inputs", "fx")
+    OpenVino().write(Source(quantized, quantized.example), tmp_path / "model.xml")
+    model = openvino.Core().read_model(str(tmp_path / "model.xml"))
+    assert [given.get_any_name() for given in model.inputs] == ["x", "table"]
+    assert [made.get_any_name() for made in model.outputs] == ["logits", "side"]
+    assert all(given.partial_shape[0].is_dynamic for given in model.inputs)
+    _assert_same(quantized, OpenVino().load(tmp_path / "model.xml"), batch)
+
+
+def test_float_network_goes_the_same_way_with_float_weights(tmp_path: Path) -> None:
+    case = case_named("residual")
+    network, (args, kwargs) = case.network().eval(), batch_of(case)(4)
+    OpenVino().write(Source(network, Example(args, kwargs)), tmp_path / "float.xml")
+    _assert_same(network, OpenVino().load(tmp_path / "float.xml"), batch_of(case), least=35.0)
+    assert "f16" not in (tmp_path / "float.xml").read_text()
+
+
+def test_op_that_the_file_cannot_hold_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=r"no translation of .*i0: write"):
+        OpenVino().write(Source(_Odd().eval(), Example(*images(4))), tmp_path / "model.xml")
+    assert not any(tmp_path.iterdir())
+
+
+def test_outputs_stay_what_they_are_when_it_is_called_again(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    quantized = quantize("fx", "x86", nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(144, 2)))
+    OpenVino().write(Source(quantized, quantized.example), tmp_path / "model.xml")
+    run = OpenVino().load(tmp_path / "model.xml")
+    ((first,), _), ((other,), _) = images(2), images(2)
+    (kept,) = run([first])
+    copied = kept.clone()
+    run([other])
+    assert torch.equal(kept, copied)

@@ -25,27 +25,37 @@ _ROWS_TO_COMPARE = 8
 
 def compile_library(decomposed: fx.GraphModule, spec: CallSpec, tensors: list[Tensor]) -> Library:
     """Compile with AOTInductor: one library for every batch size."""
-    # Registers the passes that turn dequantize, op, quantize into oneDNN's int8 ops.
-    import torchao.quantization.pt2e.quantizer.x86_inductor_quantizer  # noqa: F401
-
-    examples = _zeros(spec, tensors)
-    dynamic = [{0: torch.export.Dim.AUTO} if shape[:1] == (BATCH,) else None for shape in _shapes(spec)]
+    dynamic = tuple({0: torch.export.Dim.AUTO} if shape[:1] == (BATCH,) else None for shape in _shapes(spec))
     computed = fx.GraphModule(decomposed, copy.deepcopy(decomposed.graph))
     computed.graph.output_node().args = (
         tuple(value for value in computed.graph.output_node().args[0] if isinstance(value, fx.Node)),  # type: ignore[union-attr]
     )
-    _make_linear_inputs_contiguous(computed.graph)
-    _part_additions_from_activations(computed.graph)
-    _pad_single_channels(computed)
-    computed.recompile()
+    compiled = compile_package(computed, tuple(_zeros(spec, tensors)), dynamic)
+    return load_library(compiled, decomposed, spec, tensors)
+
+
+def compile_package(graph_module: fx.GraphModule, examples: tuple[Tensor, ...], dynamic: tuple[Any, ...]) -> bytes:
+    """Compile a graph of flat tensors to int8 kernels, as the bytes of a package of AOTInductor.
+
+    Args:
+        graph_module: Quantize, dequantize and plain ops; used up.
+        examples: Its inputs.
+        dynamic: The dynamic shapes of each.
+    """
+    # Registers the passes that turn dequantize, op, quantize into oneDNN's int8 ops.
+    import torchao.quantization.pt2e.quantizer.x86_inductor_quantizer  # noqa: F401
+
+    _make_linear_inputs_contiguous(graph_module.graph)
+    _part_additions_from_activations(graph_module.graph)
+    _pad_single_channels(graph_module)
+    graph_module.recompile()
     with warnings.catch_warnings(), tempfile.TemporaryDirectory(prefix="qat-lightning-") as folder:
         warnings.simplefilter("ignore")
-        program = torch.export.export(computed, tuple(examples), dynamic_shapes=tuple(dynamic))
+        program = torch.export.export(graph_module, examples, dynamic_shapes=dynamic)
         package = torch._inductor.aoti_compile_and_package(
             program, package_path=str(Path(folder, "int8.pt2")), inductor_configs={"freezing": True}
         )
-        compiled = Path(package).read_bytes()
-    return load_library(compiled, decomposed, spec, tensors)
+        return Path(package).read_bytes()
 
 
 def load_library(package: bytes, decomposed: fx.GraphModule, spec: CallSpec, tensors: list[Tensor]) -> Library:
@@ -117,10 +127,11 @@ def _pad_single_channels(graph_module: fx.GraphModule) -> None:
         activation, weight = conv.args[:2]
         if activation.target is not DEQUANTIZE[0] or weight.target not in DEQUANTIZE or weight.args[0].op != "get_attr":
             continue
-        integers: Tensor = getattr(graph_module, weight.args[0].target)
+        holder, _, leaf = str(weight.args[0].target).rpartition(".")
+        integers: Tensor = getattr(graph_module.get_submodule(holder), leaf)
         if integers.shape[1] != 1 or (conv.args[6] if len(conv.args) > 6 else 1) != 1:
             continue
-        name = f"{weight.args[0].target}_of_two_channels"
+        name = f"{weight.args[0].target}_of_two_channels".replace(".", "_")
         graph_module.register_buffer(name, F.pad(integers, (0, 0, 0, 0, 0, 1)))
         with graph.inserting_before(conv):
             wider = graph.call_function(

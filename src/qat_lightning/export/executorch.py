@@ -1,0 +1,86 @@
+"""ExecuTorch: a ``.pte`` for phones, lowered to XNNPACK's int8 kernels and run by ExecuTorch's own runtime."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from qat_lightning.errors import ExportError, MissingExtraError
+from qat_lightning.export.base import Runner, Source
+from qat_lightning.export.pt2 import as_list, flat_graph
+from qat_lightning.recipe import Recipe
+
+
+class ExecuTorch:
+    """`Format` of ExecuTorch with XNNPACK. A file takes one sample at a time, for which its memory is planned."""
+
+    name: ClassVar[str] = "executorch"
+    suffix: ClassVar[str] = ".pte"
+    runtime: ClassVar[str] = "ExecuTorch XNNPACK"
+    extra: ClassVar[str | None] = "xnnpack"
+    batch: ClassVar[int | None] = 1
+
+    def require(self) -> None:
+        """See `Format.require`."""
+        try:
+            import executorch.exir
+            import executorch.runtime  # noqa: F401
+        except ImportError as error:
+            raise MissingExtraError(
+                "export='executorch' needs ExecuTorch: pip install 'qat-lightning[xnnpack]'."
+            ) from error
+
+    def refusal(self, recipe: Recipe) -> str:
+        """See `Format.refusal`."""
+        if recipe.target.activation_dtype is not torch.int8:
+            return (
+                f"XNNPACK's kernels take int8 activations, and backend={recipe.backend!r} has uint8 ones: use "
+                "mode='pt2e' with backend='xnnpack'."
+            )
+        return ""
+
+    def write(self, source: Source, path: Path) -> None:
+        """See `Format.write`."""
+        from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+        from executorch.exir import to_edge_transform_and_lower
+
+        graph_module, examples, dynamic = flat_graph(source)
+        one = tuple(
+            example[:1].contiguous() if axes and 0 in axes else example
+            for example, axes in zip(examples, dynamic, strict=True)
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                program = torch.export.export(graph_module, one, strict=True)
+                lowered = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()])
+                written = lowered.to_executorch()
+            except Exception as error:
+                raise ExportError(f"ExecuTorch cannot lower it: {type(error).__name__}: {error}") from error
+        with path.open("wb") as file:
+            written.write_to_file(file)
+
+    def load(self, path: Path) -> Runner:
+        """See `Format.load`."""
+        from executorch.runtime import Runtime
+
+        program = Runtime.get().load_program(path)
+        methods = [program.load_method("forward"), program]  # a method does not keep its program alive
+
+        def run(tensors: list[Tensor]) -> list[Tensor]:
+            # The outputs lie in memory that the next call writes over.
+            return [tensor.clone() for tensor in as_list(methods[0].execute([t.contiguous() for t in tensors]))]
+
+        return run
+
+
+def not_delegated(path: Path) -> list[str]:
+    """The ops of a file that run outside of XNNPACK, by ExecuTorch's portable kernels."""
+    from executorch.exir._serialize import _deserialize_pte_binary
+
+    plan: Any = _deserialize_pte_binary(path.read_bytes()).program.execution_plan[0]
+    return [f"{operator.name}.{operator.overload}".rstrip(".") for operator in plan.operators]

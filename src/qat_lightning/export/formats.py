@@ -1,0 +1,59 @@
+"""Every format there is, by name: a new one is a file here and a line in this table."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+
+from qat_lightning.errors import CombinationError, ConfigurationError
+from qat_lightning.export.base import Format
+from qat_lightning.recipe import Recipe
+
+_TABLE = {
+    "pt2": "pt2:AotInductor",
+    "exported_program": "pt2:PlainProgram",
+    "torchscript": "torchscript:TorchScript",
+    "executorch": "executorch:ExecuTorch",
+    "onnx": "onnx:Onnx",
+    "openvino": "openvino:OpenVino",
+}
+
+FORMATS = tuple(_TABLE)
+"""What ``formats=`` takes."""
+
+
+def get_format(name: str) -> Format:
+    """The format of this name.
+
+    Raises:
+        ConfigurationError: There is none.
+
+    Example:
+        >>> get_format("pt2").runtime
+        'AOTInductor'
+    """
+    if name not in _TABLE:
+        raise ConfigurationError(f"formats: {name!r} is unknown: use some of {', '.join(FORMATS)}.")
+    file, _, class_name = _TABLE[name].partition(":")
+    made: Format = getattr(importlib.import_module(f"qat_lightning.export.{file}"), class_name)()
+    return made
+
+
+def check_formats(names: Sequence[str], recipe: Recipe) -> None:
+    """Refuse formats that networks of a recipe do not go into, or whose packages are missing.
+
+    Raises:
+        ConfigurationError: There is no such format.
+        CombinationError: The format and the recipe do not go together.
+        MissingExtraError: A package is not installed; the message has the line that installs it.
+    """
+    for name in names:
+        chosen = get_format(name)
+        why = chosen.refusal(recipe)
+        if why:
+            possible = [other for other in FORMATS if not get_format(other).refusal(recipe)]
+            raise CombinationError(
+                f"export={name} does not go with mode={recipe.mode!r}, backend={recipe.backend!r}: {why} "
+                f"What goes with them: {', '.join(possible)}."
+            )
+        chosen.require()

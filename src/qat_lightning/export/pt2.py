@@ -1,0 +1,125 @@
+"""PyTorch's own formats: a package that AOTInductor compiled for this kind of CPU, and the plain exported program."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, fx
+
+from qat_lightning.errors import ExportError
+from qat_lightning.export.base import Runner, Source
+from qat_lightning.flows.pt2e.compiling import compile_package
+from qat_lightning.recipe import Recipe
+
+
+class AotInductor:
+    """`Format` of AOTInductor packages: a shared library of int8 kernels for the CPU it was made on.
+
+    ``torch._inductor.aoti_load_package(path)`` loads it without this package.
+    """
+
+    name: ClassVar[str] = "pt2"
+    suffix: ClassVar[str] = ".pt2"
+    runtime: ClassVar[str] = "AOTInductor"
+    extra: ClassVar[str | None] = None
+    batch: ClassVar[int | None] = None
+
+    def require(self) -> None:
+        """See `Format.require`: it comes with torch."""
+
+    def refusal(self, recipe: Recipe) -> str:
+        """See `Format.refusal`."""
+        if recipe.target.activation_dtype is not torch.uint8:
+            return (
+                f"AOTInductor's int8 kernels take uint8 activations, and backend={recipe.backend!r} has int8 ones: "
+                "use backend='x86', or a format of that backend."
+            )
+        return ""
+
+    def write(self, source: Source, path: Path) -> None:
+        """See `Format.write`."""
+        graph_module, examples, dynamic = flat_graph(source)
+        try:
+            package = compile_package(graph_module, examples, dynamic)
+        except Exception as error:
+            raise ExportError(f"AOTInductor cannot compile it: {type(error).__name__}: {error}") from error
+        path.write_bytes(package)
+
+    def load(self, path: Path) -> Runner:
+        """See `Format.load`."""
+        run = torch._inductor.aoti_load_package(str(path))
+
+        def call(tensors: list[Tensor]) -> list[Tensor]:
+            return as_list(run(*(tensor.contiguous() for tensor in tensors)))
+
+        return call
+
+
+class PlainProgram:
+    """`Format` of ``torch.export.save``: what other compilers of PyTorch's world start from; it has no int8 kernels."""
+
+    name: ClassVar[str] = "exported_program"
+    suffix: ClassVar[str] = ".program.pt2"
+    runtime: ClassVar[str] = "ExportedProgram"
+    extra: ClassVar[str | None] = None
+    batch: ClassVar[int | None] = None
+
+    def require(self) -> None:
+        """See `Format.require`: it comes with torch."""
+
+    def refusal(self, recipe: Recipe) -> str:
+        """See `Format.refusal`: it takes any."""
+        return ""
+
+    def write(self, source: Source, path: Path) -> None:
+        """See `Format.write`."""
+        graph_module, examples, dynamic = flat_graph(source)
+        torch.export.save(torch.export.export(graph_module, examples, dynamic_shapes=dynamic), str(path))
+
+    def load(self, path: Path) -> Runner:
+        """See `Format.load`. Loading unpickles: only files of people whom you trust."""
+        # Registers the ops between which the integers are.
+        import torch.ao.quantization.fx._decomposed
+
+        module = torch.export.load(str(path)).module()
+
+        def run(tensors: list[Tensor]) -> list[Tensor]:
+            with torch.no_grad():
+                return as_list(module(*tensors))
+
+        return run
+
+
+def flat_graph(source: Source) -> tuple[fx.GraphModule, tuple[Tensor, ...], tuple[Any, ...]]:
+    """The program of a source as a graph of flat tensors, with an example and its dynamic shapes."""
+    program = source.program
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        inner = program.module(check_guards=False)
+    graph = inner.graph
+    placeholders = list(graph.find_nodes(op="placeholder"))
+    leaves = torch.utils._pytree.tree_leaves(program.example_inputs)
+    kept: list[Tensor] = []
+    dynamic: list[Any] = []
+    for node, leaf in zip(placeholders, leaves, strict=True):
+        if not isinstance(leaf, Tensor):
+            node.replace_all_uses_with(leaf)
+            graph.erase_node(node)
+            continue
+        value: Any = node.meta["val"]
+        varies = {axis for axis, size in enumerate(value.shape) if isinstance(size, torch.SymInt)}
+        kept.append(leaf)
+        dynamic.append(dict.fromkeys(varies, torch.export.Dim.AUTO) or None)
+    results = torch.utils._pytree.tree_leaves(graph.output_node().args[0])
+    graph.output_node().args = (tuple(result for result in results if isinstance(result, fx.Node)),)
+    graph.set_codegen(fx.graph.CodeGen())
+    # A module of its own: that of the program checks how it is called.
+    return fx.GraphModule(inner, graph), tuple(kept), tuple(dynamic)
+
+
+def as_list(result: Any) -> list[Tensor]:
+    """What a runtime returns, as a list."""
+    return list(result) if isinstance(result, (list, tuple)) else [result]

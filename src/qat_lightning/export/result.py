@@ -1,0 +1,169 @@
+"""What became of each format: figures, files, and which is the fastest that may be shipped."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from qat_lightning.export.call import Call
+
+
+@dataclass
+class ExportResult:
+    """One artifact, loaded again in a fresh process, compared and timed.
+
+    Attributes:
+        format: The format's name.
+        runtime: What runs it.
+        files: The artifact's files, the one to load first; empty if it was not written.
+        size_mb: Their size, in 10^6 bytes.
+        size_ratio: How many times smaller they are than the float ``state_dict``.
+        agreement: Share of outputs whose top-1 is that of fake-quant, over the real batches; None without classes.
+        sqnr_db: Signal to quantization noise ratio against fake-quant's outputs, in dB.
+        max_difference: Largest absolute difference from fake-quant's outputs.
+        metric: What the metric that was given says of it; None without one.
+        latency_ms: Median time of one sample in its runtime.
+        float_latency_ms: The float network in the same runtime, in the same minute; None if that has no float form.
+        eager_latency_ms: The float network in PyTorch, in the same minute.
+        call: How the artifact is called, for `qat_lightning.export.run.open_artifact`.
+        error: Why there is no artifact, or why it must not be used; empty if there is none.
+    """
+
+    format: str
+    runtime: str
+    files: list[Path] = field(default_factory=list)
+    size_mb: float = math.nan
+    size_ratio: float = math.nan
+    agreement: float | None = None
+    sqnr_db: float = math.nan
+    max_difference: float = math.nan
+    metric: float | None = None
+    latency_ms: float = math.nan
+    float_latency_ms: float | None = None
+    eager_latency_ms: float | None = None
+    error: str = ""
+    call: Call | None = field(default=None, repr=False)
+
+    @property
+    def path(self) -> Path | None:
+        """The file to load; None if there is none."""
+        return self.files[0] if self.files else None
+
+    @property
+    def passed(self) -> bool:
+        """Whether it was written, loaded, and computes what fake-quant does."""
+        return bool(self.files) and not self.error
+
+    @property
+    def speedup(self) -> float | None:
+        """How many times faster than the float network in PyTorch."""
+        return None if self.eager_latency_ms is None else self.eager_latency_ms / self.latency_ms
+
+    @property
+    def speedup_in_runtime(self) -> float | None:
+        """How many times faster than the float network in the same runtime."""
+        return None if self.float_latency_ms is None else self.float_latency_ms / self.latency_ms
+
+    def figures(self) -> dict[str, float]:
+        """All numbers that there are."""
+        found = {
+            "size_mb": self.size_mb,
+            "size_ratio": self.size_ratio,
+            "agreement": self.agreement,
+            "sqnr_db": self.sqnr_db,
+            "max_difference": self.max_difference,
+            "metric": self.metric,
+            "latency_ms": self.latency_ms,
+            "float_latency_ms": self.float_latency_ms,
+            "eager_latency_ms": self.eager_latency_ms,
+            "speedup": self.speedup,
+            "speedup_in_runtime": self.speedup_in_runtime,
+        }
+        return {name: value for name, value in found.items() if value is not None and not math.isnan(value)}
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON, which knows no infinity."""
+        plain = {key: value for key, value in vars(self).items() if key != "call"} | {
+            "files": [file.name for file in self.files],
+            "passed": self.passed,
+        }
+        return {
+            key: str(value) if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in plain.items()
+        }
+
+
+def fastest(results: Sequence[ExportResult]) -> ExportResult | None:
+    """The artifact with the least latency of those that passed; None if none did.
+
+    Example:
+        >>> slow = ExportResult("onnx", "ONNX Runtime", [Path("a.onnx")], latency_ms=2.0)
+        >>> fast = ExportResult("pt2", "AOTInductor", [Path("a.pt2")], latency_ms=1.0)
+        >>> wrong = ExportResult("openvino", "OpenVINO", [Path("a.xml")], latency_ms=0.5, error="agreement 80 %")
+        >>> fastest([slow, fast, wrong]).format
+        'pt2'
+    """
+    passed = [result for result in results if result.passed and not math.isnan(result.latency_ms)]
+    return min(passed, key=lambda result: result.latency_ms, default=None)
+
+
+def export_table(results: Sequence[ExportResult]) -> Table:
+    """Lay out results: a row for each format, the fastest that passed in bold, and below it why others did not.
+
+    Example:
+        >>> export_table([ExportResult("onnx", "ONNX Runtime", error="no such op")]).row_count
+        1
+    """
+    best = fastest(results)
+    table = Table(title="Exported", caption=_caption(results), caption_justify="left")
+    for column in ("format", "file"):
+        table.add_column(column, overflow="fold")
+    for column in ("size", "agreement", "SQNR", "latency", "fp32 there", "faster", "than eager fp32"):
+        table.add_column(column, justify="right")
+    if any(result.metric is not None for result in results):
+        table.add_column("metric", justify="right")
+    for result in results:
+        cells = [
+            result.format,
+            result.path.name if result.path is not None else "–",
+            _cell(result.size_mb, "{:.2f} MB"),
+            _cell(result.agreement, "{:.2%}"),
+            "equal" if result.sqnr_db == math.inf else _cell(result.sqnr_db, "{:.1f} dB"),
+            _cell(result.latency_ms, "{:.3f} ms"),
+            _cell(result.float_latency_ms, "{:.3f} ms"),
+            _cell(result.speedup_in_runtime, "{:.2f} x"),
+            _cell(result.speedup, "{:.2f} x"),
+        ]
+        if len(table.columns) > len(cells):
+            cells.append(_cell(result.metric, "{:.4f}"))
+        style = "bold" if result is best else "red" if result.error else None
+        table.add_row(*cells, style=style)
+    return table
+
+
+def write_json(results: Sequence[ExportResult], path: Path) -> None:
+    """Keep the figures beside the artifacts, with the name of the fastest that passed."""
+    best = fastest(results)
+    content = {
+        "fastest": None if best is None else best.format,
+        "results": [result.to_dict() for result in results],
+    }
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _cell(value: float | None, layout: str) -> str:
+    return "–" if value is None or math.isnan(value) else layout.format(value)
+
+
+def _caption(results: Sequence[ExportResult]) -> str:
+    best = fastest(results)
+    lines = [f"{result.format}: {result.error}" for result in results if result.error]
+    if best is not None and len(results) > 1:
+        lines.append(f"fastest that passes: {best.format}")
+    return "\n".join(lines)

@@ -1,0 +1,255 @@
+"""Write int8 networks in formats of real runtimes, load each in a fresh process, compare it and time it."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from qat_lightning.checkpoints import present_float
+from qat_lightning.errors import ConfigurationError, ExportError, QuantizationError
+from qat_lightning.export.base import Format, Source
+from qat_lightning.export.call import Call
+from qat_lightning.export.formats import FORMATS, check_formats, get_format
+from qat_lightning.export.remote import RemoteNetwork, Server
+from qat_lightning.export.result import ExportResult, write_json
+from qat_lightning.flows.base import Example, cpu_copy, get_flow, is_prepared, prepared_state
+from qat_lightning.flows.pt2e.signature import batch_size
+from qat_lightning.measure import latency_interleaved, size_mb
+from qat_lightning.quantized import QuantizedNetwork
+from qat_lightning.variants import Fidelity
+
+FIGURES = "export.json"
+"""The file beside the artifacts that holds the figures."""
+
+_ROUNDS = 5
+
+
+def export_quantized(
+    network: nn.Module,
+    folder: str | Path,
+    formats: Sequence[str] = ("pt2",),
+    *,
+    example: Example | None = None,
+    batches: Sequence[Example] = (),
+    reference: nn.Module | None = None,
+    float_network: nn.Module | None = None,
+    metric: Callable[[nn.Module], float] | None = None,
+    min_agreement: float = 0.995,
+    name: str = "model",
+) -> list[ExportResult]:
+    """Write a quantized network in several formats; each is loaded again by its own runtime, compared and timed.
+
+    Each format has a fresh process, so that the threads of one runtime do not disturb another, and that nothing of this
+    process helps it. A format that fails costs the others nothing: its result says why. Files appear whole or not at
+    all; ``export.json`` beside them has the figures.
+
+    Args:
+        network: A prepared network, which is converted first, or an int8 one (`QuantizedNetwork`).
+        folder: Where the files go; made if need be.
+        formats: Some of `FORMATS`.
+        example: A call of the network with a batch of 2 or more; by default the one it was verified with.
+        batches: Real calls to compare on; by default the example.
+        reference: What the artifacts are compared with on them; by default the prepared network itself (fake-quant),
+            and the int8 network where there is no prepared one.
+        float_network: To time the float network in PyTorch and in each runtime, in turn with the int8 one; by default
+            that of the prepared network, and else none.
+        metric: Called with the artifact as a module that takes CPU tensors like the float network, returns the metric.
+        min_agreement: Least share of the outputs whose top-1 must be the reference's; an artifact below it fails.
+        name: Of the files, before the suffix of their format.
+
+    Returns:
+        A result for each format, in their order.
+
+    Raises:
+        ConfigurationError: A format is unknown, or there is no real call.
+        CombinationError: A format does not take networks of this mode and backend.
+        MissingExtraError: The package of a format is not installed.
+        ConversionError: A prepared network cannot be converted.
+
+    Example:
+        >>> from qat_lightning.recipe import Recipe
+        >>> flow, call = get_flow("fx"), Example((torch.randn(4, 8),))
+        >>> prepared = flow.prepare(nn.Sequential(nn.Linear(8, 2)), call, Recipe("fx", "x86"))
+        >>> _ = prepared.train()(*call.args)
+        >>> (result,) = export_quantized(prepared, tempfile.mkdtemp(), ["torchscript"], example=call)
+        >>> result.passed, result.path.name
+        (True, 'model.torchscript.pt')
+    """
+    if isinstance(formats, str) or not formats:
+        raise ConfigurationError(f"formats={formats!r} is not possible: give a list of some of {', '.join(FORMATS)}.")
+    if not 0 <= min_agreement <= 1:
+        raise ConfigurationError(f"min_agreement={min_agreement!r} is not possible: give a share from 0 to 1.")
+    if is_prepared(network):
+        state = prepared_state(network)
+        check_formats(formats, state.recipe)
+        if example is None:
+            raise ConfigurationError("A prepared network is converted first, which takes a real call: give example=.")
+        fake_quant = cpu_copy(network)
+        reference = fake_quant if reference is None else reference
+        float_network = present_float(network) if float_network is None else float_network
+        converted = get_flow(state.recipe.mode).convert(cpu_copy(network), example)
+        network = QuantizedNetwork(converted, state.recipe, example)
+    if not isinstance(network, QuantizedNetwork):
+        raise ConfigurationError(
+            f"{type(network).__name__} is not quantized: give a callback's `quantized` or `prepared`, or what "
+            "qat_lightning.load_quantized(path) returns."
+        )
+    check_formats(formats, network.recipe)
+    example = network.example if example is None else example
+    job = _Job(network, example, list(batches) or [example], reference or network, float_network, metric, min_agreement)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    results = [job.export(get_format(chosen), folder, name) for chosen in formats]
+    write_json(results, folder / FIGURES)
+    return results
+
+
+@contextmanager
+def open_artifact(result: ExportResult) -> Iterator[nn.Module]:
+    """Load an artifact in a process of its runtime, for the length of a ``with`` block, and call it like the network.
+
+    Args:
+        result: One that passed.
+
+    Raises:
+        ExportError: There is no artifact, or its runtime does not load it.
+    """
+    if result.path is None or result.call is None:
+        raise ExportError(f"There is no artifact of {result.format!r} to open: {result.error}")
+    with Server(result.format) as server:
+        server.ask("load", "int8", str(result.path))
+        yield RemoteNetwork(server, "int8", result.call)
+
+
+class _Job:
+    """What the formats of one export have in common."""
+
+    def __init__(
+        self,
+        network: QuantizedNetwork,
+        example: Example,
+        batches: list[Example],
+        reference: nn.Module,
+        float_network: nn.Module | None,
+        metric: Callable[[nn.Module], float] | None,
+        min_agreement: float,
+    ) -> None:
+        self.source = Source(network, example)
+        self.batches = batches
+        with torch.no_grad():
+            self.wanted = [reference(*batch.args, **batch.kwargs) for batch in batches]
+        self.float_network = float_network
+        self.metric = metric
+        self.min_agreement = min_agreement
+        self.call = Call.of(self.source)
+
+    def export(self, chosen: Format, folder: Path, name: str) -> ExportResult:
+        """Write, load in a fresh process, compare and time one format."""
+        result = ExportResult(chosen.name, chosen.runtime, call=self.call)
+        # Beside the place where the files go, so that they only have to be renamed.
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".") as apart, tempfile.TemporaryDirectory() as elsewhere:
+            try:
+                path = _write(chosen, self.source, Path(apart), name)
+                with Server(chosen.name) as server:
+                    server.ask("load", "int8", str(path))
+                    self._compare(server, result)
+                    self._time(server, chosen, Path(elsewhere), result)
+            except QuantizationError as error:
+                result.error = str(error)
+                return result
+            made = [path, *(other for other in sorted(Path(apart).iterdir()) if other != path)]
+            result.files = [_move(file, folder) for file in made]
+        result.size_mb = sum(file.stat().st_size for file in result.files) / 1e6
+        if self.float_network is not None:
+            result.size_ratio = size_mb(self.float_network) / result.size_mb
+        return result
+
+    def _compare(self, server: Server, result: ExportResult) -> None:
+        remote = RemoteNetwork(server, "int8", self.call)
+        fidelity = Fidelity()
+        largest = 0.0
+        for batch, wanted in zip(self.batches, self.wanted, strict=True):
+            got = remote(*batch.args, **batch.kwargs)
+            fidelity.update(wanted, got)
+            largest = max(largest, *_differences(wanted, got))
+        found = fidelity.compute()
+        result.agreement = found.get("agreement")
+        result.sqnr_db = found.get("sqnr_db", result.sqnr_db)
+        result.max_difference = largest
+        if self.metric is not None:
+            result.metric = float(self.metric(remote))
+        if result.agreement is not None and result.agreement < self.min_agreement:
+            raise ExportError(
+                f"{result.runtime} computes something else: the top-1 of {result.agreement:.2%} of the outputs is that "
+                f"of fake-quant, and at least {self.min_agreement:.2%} were asked for (min_agreement)."
+            )
+
+    def _time(self, server: Server, chosen: Format, folder: Path, result: ExportResult) -> None:
+        """One sample, in turn: the float network here, and both networks in the runtime."""
+        if self.float_network is not None:
+            try:
+                server.ask(
+                    "load", "float", str(_write(chosen, Source(self.float_network, self.source.example), folder))
+                )
+            except QuantizationError as error:
+                warnings.warn(f"The float network is not timed in {chosen.runtime}: {error}", stacklevel=4)
+        one = _one_sample(self.source.example)
+        tensors = [tensor.contiguous() for tensor in self.call.flatten(one.args, one.kwargs)]
+        times: dict[str, list[float]] = {}
+        for _ in range(_ROUNDS):
+            if self.float_network is not None:
+                eager = latency_interleaved({"eager": self.float_network}, one.args, one.kwargs, rounds=1)
+                times.setdefault("eager", []).append(eager["eager"].median_ms)
+            for key, value in server.ask("time", tensors, 3).items():
+                times.setdefault(key, []).append(value)
+        medians = {key: sorted(values)[len(values) // 2] for key, values in times.items()}
+        result.latency_ms = medians["int8"]
+        result.float_latency_ms = medians.get("float")
+        result.eager_latency_ms = medians.get("eager")
+
+
+def _write(chosen: Format, source: Source, folder: Path, name: str = "float") -> Path:
+    path = folder / f"{name}{chosen.suffix}"
+    try:
+        chosen.write(source, path)
+    except QuantizationError:
+        raise
+    except Exception as error:
+        raise ExportError(f"{chosen.runtime} does not take the network: {type(error).__name__}: {error}") from error
+    return path
+
+
+def _move(file: Path, folder: Path) -> Path:
+    target = folder / file.name
+    if file.is_dir():
+        shutil.rmtree(target, ignore_errors=True)
+    file.replace(target)
+    return target
+
+
+def _differences(wanted: Any, got: Any) -> list[float]:
+    return [
+        float((one.float() - other.float()).abs().max())
+        for one, other in zip(tree_leaves(wanted), tree_leaves(got), strict=True)
+        if isinstance(one, Tensor) and one.numel()
+    ]
+
+
+def _one_sample(example: Example) -> Example:
+    """The first sample of a call; what has no batch dimension stays."""
+    size = batch_size(example)
+
+    def first(leaf: Any) -> Any:
+        return leaf[:1] if isinstance(leaf, Tensor) and leaf.dim() and leaf.shape[0] == size else leaf
+
+    args, kwargs = torch.utils._pytree.tree_map(first, (example.args, example.kwargs))
+    return Example(args, kwargs)

@@ -1,0 +1,99 @@
+"""A fresh process that loads artifacts by their runtimes and runs them: ``python -m qat_lightning.export.server``.
+
+It knows of the network what the file has, and nothing more. What it is asked for comes pickled on its standard input,
+and what it answers goes out pickled on its standard output: see `qat_lightning.export.remote`.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor, nn
+
+from qat_lightning.export.base import Runner
+from qat_lightning.export.formats import get_format
+from qat_lightning.measure import latency_interleaved
+
+
+class Runtime:
+    """The artifacts of one format, loaded.
+
+    Args:
+        format_name: The format.
+        threads: Of torch, which the runtimes follow.
+    """
+
+    def __init__(self, format_name: str, threads: int) -> None:
+        torch.set_num_threads(threads)
+        self.format = get_format(format_name)
+        self.runners: dict[str, Runner] = {}
+
+    def load(self, key: str, path: str) -> None:
+        """Load a file under a name."""
+        self.runners[key] = self.format.load(Path(path))
+
+    def run(self, key: str, tensors: list[Tensor], batched: Sequence[bool]) -> list[Tensor]:
+        """Outputs for a batch; of a format that takes so many samples only, call by call.
+
+        Args:
+            key: Which of the loaded files.
+            tensors: The inputs.
+            batched: Which of them have a batch dimension.
+        """
+        run = self.runners[key]
+        size = self.format.batch
+        if size is None:
+            return run(tensors)
+        count = next(tensor.shape[0] for tensor, has in zip(tensors, batched, strict=True) if has)
+        parts = [
+            run([t[start : start + size] if has else t for t, has in zip(tensors, batched, strict=True)])
+            for start in range(0, count, size)
+        ]
+        return [torch.cat(part) for part in zip(*parts, strict=True)]
+
+    def time(self, tensors: list[Tensor], rounds: int) -> dict[str, float]:
+        """Median time of a call of each loaded file, in milliseconds, measured in turn."""
+        modules = {key: _Module(run) for key, run in self.runners.items()}
+        found = latency_interleaved(modules, (tensors,), rounds=rounds)
+        return {key: latency.median_ms for key, latency in found.items()}
+
+
+class _Module(nn.Module):
+    def __init__(self, run: Runner) -> None:
+        super().__init__()
+        self.run = run
+
+    def forward(self, tensors: list[Tensor]) -> list[Tensor]:
+        return self.run(tensors)
+
+
+def serve(requests: BinaryIO, answers: BinaryIO) -> None:
+    """Answer until the requests end."""
+    runtime = Runtime(*pickle.load(requests))
+    while True:
+        try:
+            method, *arguments = pickle.load(requests)
+        except EOFError:
+            return
+        answer: tuple[bool, Any]
+        try:
+            answer = True, getattr(runtime, method)(*arguments)
+        except Exception as error:  # noqa: BLE001 (a runtime may fail in any way; the other process raises it)
+            trace = traceback.format_exc(limit=-1)
+            answer = False, f"{type(error).__name__}: {error}" if str(error) else trace
+        pickle.dump(answer, answers)
+        answers.flush()
+
+
+if __name__ == "__main__":
+    # What a runtime prints must not get among the answers.
+    out = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    serve(sys.stdin.buffer, out)

@@ -1,0 +1,100 @@
+"""TorchScript: the packed int8 kernels of modes eager and fx, traced and frozen, for Python and C++ without us."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.jit._trace import TracerWarning
+
+from qat_lightning.backends import quantized_engine
+from qat_lightning.errors import ExportError
+from qat_lightning.export.base import Runner, Source
+from qat_lightning.export.call import Call
+from qat_lightning.recipe import Recipe
+
+_ENGINE = "quantized_engine"
+
+
+class TorchScript:
+    """`Format` of TorchScript, which PyTorch keeps and no longer develops.
+
+    Loading packs the weights for the quantized engine of that moment: the file says which one it is for in its extra
+    file ``quantized_engine``.
+    """
+
+    name: ClassVar[str] = "torchscript"
+    suffix: ClassVar[str] = ".torchscript.pt"
+    runtime: ClassVar[str] = "TorchScript"
+    extra: ClassVar[str | None] = None
+    batch: ClassVar[int | None] = None
+
+    def require(self) -> None:
+        """See `Format.require`: it comes with torch."""
+
+    def refusal(self, recipe: Recipe) -> str:
+        """See `Format.refusal`."""
+        if recipe.mode == "pt2e":
+            return "TorchScript holds packed kernels, which mode='pt2e' does not make: use 'pt2', or mode='fx'."
+        return ""
+
+    def write(self, source: Source, path: Path) -> None:
+        """See `Format.write`."""
+        call = Call.of(source)
+        engine = source.quantized.recipe.target.engine if source.quantized is not None else None
+        tensors = call.flatten(source.example.args, source.example.kwargs)
+        with torch.no_grad(), quantized_engine(engine), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=DeprecationWarning)
+            warnings.filterwarnings("ignore", category=UserWarning)
+            warnings.filterwarnings("ignore", category=TracerWarning)
+            # A branch of the network on data would be traced one way only, without a word in the file.
+            warnings.filterwarnings("error", ".*Python boolean.*", TracerWarning, module=r"(?!qat_lightning\.|torch\.)")
+            try:
+                traced = torch.jit.trace(_Flat(source.network, call).eval(), tuple(tensors), check_trace=False)
+                frozen = torch.jit.freeze(traced.eval())
+            except Exception as error:
+                why = (
+                    "its forward decides by what is in a tensor"
+                    if _is_branch(error)
+                    else f"{type(error).__name__}: {error}"
+                )
+                raise ExportError(f"TorchScript cannot trace the network: {why}.") from error
+            torch.jit.save(frozen, str(path), _extra_files={_ENGINE: engine or ""})
+
+    def load(self, path: Path) -> Runner:
+        """See `Format.load`."""
+        said: dict[str, Any] = {_ENGINE: ""}
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=DeprecationWarning)
+            torch.jit.load(str(path), _extra_files=said)
+            engine = said[_ENGINE]
+            engine = (engine.decode() if isinstance(engine, bytes) else engine) or None
+            with quantized_engine(engine):
+                loaded = torch.jit.load(str(path))
+
+        def run(tensors: list[Tensor]) -> list[Tensor]:
+            with torch.inference_mode(), quantized_engine(engine):
+                return list(loaded(*tensors))
+
+        return run
+
+
+def _is_branch(error: BaseException | None) -> bool:
+    return error is not None and (isinstance(error, TracerWarning) or _is_branch(error.__cause__))
+
+
+class _Flat(nn.Module):
+    """A network with flat tensors in and out, which is what TorchScript traces."""
+
+    def __init__(self, network: nn.Module, call: Call) -> None:
+        super().__init__()
+        self.network = network
+        self.__dict__["_call"] = call
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        call: Call = self.__dict__["_call"]
+        args, kwargs = call.arguments(list(tensors))
+        return tuple(call.tensors_of(self.network(*args, **kwargs)))

@@ -1,0 +1,223 @@
+"""Artifacts in real runtimes, in fresh processes, on real digits."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from qat_lightning import export_quantized, load_quantized
+from qat_lightning.backends import pairs
+from qat_lightning.demos import DigitsDataModule, SmallMobileNet
+from qat_lightning.errors import CombinationError, ConfigurationError, ExportError, MissingExtraError
+from qat_lightning.export import FORMATS, ExportResult, get_format
+from qat_lightning.export.formats import check_formats
+from qat_lightning.export.remote import Server
+from qat_lightning.export.run import open_artifact
+from qat_lightning.flows.base import Example, cpu_copy, get_flow, set_phase
+from qat_lightning.quantized import QuantizedNetwork
+from qat_lightning.recipe import Recipe
+
+_SLOW = pytest.mark.slow
+TAKEN = [
+    pytest.param(mode, backend, name, id=f"{mode}-{backend}-{name}", marks=() if quick else _SLOW)
+    for mode, backend in pairs()
+    for name in FORMATS
+    if not get_format(name).refusal(Recipe(mode, backend))
+    for quick in [(mode, backend, name) in {("fx", "x86", "torchscript"), ("pt2e", "xnnpack", "executorch")}]
+]
+"""Every format with every mode and backend that it takes."""
+
+
+@pytest.fixture(scope="module")
+def digits() -> tuple[list[tuple[Tensor, Tensor]], tuple[Tensor, Tensor]]:
+    """Batches to train on, and all of the test's images and labels."""
+    torch.manual_seed(0)
+    data = DigitsDataModule(batch_size=64)
+    data.setup("fit")
+    data.setup("test")
+    tests = list(data.test_dataloader())
+    return list(data.train_dataloader()), (torch.cat([x for x, _ in tests]), torch.cat([y for _, y in tests]))
+
+
+@pytest.fixture(scope="module")
+def trained(digits: Any) -> dict[tuple[str, str], nn.Module]:
+    """Prepared networks that know digits, made when they are asked for."""
+    return {}
+
+
+def prepared(cache: dict[tuple[str, str], nn.Module], digits: Any, mode: str, backend: str) -> nn.Module:
+    if (mode, backend) not in cache:
+        torch.manual_seed(0)
+        batches, (images, _) = digits
+        network = get_flow(mode).prepare(SmallMobileNet(), Example((images[:4],)), Recipe(mode, backend)).train()
+        optimizer = torch.optim.Adam(network.parameters(), lr=5e-3)
+        for epoch in range(5):
+            set_phase(network, fake_quant=epoch > 0, observers=True, batchnorm_frozen=False)
+            for x, y in batches:
+                optimizer.zero_grad()
+                nn.functional.cross_entropy(network(x), y).backward()
+                optimizer.step()
+        cache[mode, backend] = network
+    return cache[mode, backend]
+
+
+@pytest.mark.parametrize(("mode", "backend", "name"), TAKEN)
+def test_an_artifact_chooses_the_classes_of_fake_quant(
+    digits: Any, trained: Any, mode: str, backend: str, name: str, tmp_path: Path
+) -> None:
+    images, labels = digits[1]
+    network = prepared(trained, digits, mode, backend)
+    accuracy = (cpu_copy(network)(images).argmax(1) == labels).float().mean().item()
+
+    def measure(artifact: nn.Module) -> float:
+        return (artifact(images).argmax(1) == labels).float().mean().item()
+
+    example = Example((images[:4],))
+    (result,) = export_quantized(
+        network, tmp_path, [name], example=example, batches=[Example((images,))], metric=measure
+    )
+    assert not result.error
+    assert result.agreement is not None
+    assert result.agreement >= 0.995
+    assert result.metric == pytest.approx(accuracy, abs=0.01)
+    assert accuracy > 0.9
+    assert result.sqnr_db > 30
+    assert result.max_difference < 3
+    for figure in ("latency_ms", "float_latency_ms", "eager_latency_ms", "speedup", "speedup_in_runtime"):
+        assert result.figures()[figure] > 0
+    assert result.path is not None
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["export.json", *(f.name for f in result.files)])
+    kept = json.loads((tmp_path / "export.json").read_text())
+    assert kept["fastest"] == name
+    assert kept["results"][0]["agreement"] == result.agreement
+
+
+@pytest.fixture(scope="module")
+def exported(digits: Any, trained: Any, tmp_path_factory: pytest.TempPathFactory) -> ExportResult:
+    """A TorchScript file of an int8 network that was saved and loaded."""
+    images, _ = digits[1]
+    recipe, example = Recipe("fx", "x86"), Example((images[:4],))
+    network = prepared(trained, digits, "fx", "x86")
+    converted = get_flow("fx").convert(cpu_copy(network), example)
+    folder = tmp_path_factory.mktemp("exported")
+    QuantizedNetwork(converted, recipe, example).save(folder / "model.int8")
+    (result,) = export_quantized(load_quantized(folder / "model.int8"), folder, ["torchscript"])
+    return result
+
+
+def test_an_int8_network_from_a_file_is_compared_with_itself(exported: ExportResult) -> None:
+    assert exported.passed
+    assert exported.sqnr_db > 100
+    assert exported.float_latency_ms is None, "there is no float network to compare with"
+
+
+def test_a_damaged_file_is_refused_by_its_runtime(exported: ExportResult, tmp_path: Path) -> None:
+    assert exported.path is not None
+    content = bytearray(exported.path.read_bytes())
+    content[len(content) // 3 : len(content) // 2] = bytes(len(content) // 2 - len(content) // 3)
+    damaged = tmp_path / exported.path.name
+    damaged.write_bytes(bytes(content))
+    bad = ExportResult("torchscript", "TorchScript", [damaged], call=exported.call)
+    with pytest.raises(ExportError), open_artifact(bad) as network:
+        network(torch.zeros(1, 1, 8, 8))
+
+
+def test_an_artifact_that_computes_something_else_fails_and_leaves_no_file(
+    digits: Any, trained: Any, tmp_path: Path
+) -> None:
+    images, _ = digits[1]
+    network = prepared(trained, digits, "fx", "x86")
+    torch.manual_seed(1)
+    (result,) = export_quantized(
+        network, tmp_path, ["torchscript"], example=Example((images[:4],)), reference=SmallMobileNet().eval()
+    )
+    assert not result.passed
+    assert "min_agreement" in result.error
+    assert [path.name for path in tmp_path.iterdir()] == ["export.json"]
+    assert json.loads((tmp_path / "export.json").read_text())["fastest"] is None
+
+
+class Decides(nn.Module):
+    """Takes one of two ways by what is in the tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(4, 3), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.one(x) if x.sum() > 0 else self.two(x)
+
+
+def test_a_format_that_cannot_hold_the_network_says_why_and_costs_no_other(tmp_path: Path) -> None:
+    call = Example((torch.ones(4, 4),))
+    network = get_flow("eager").prepare(Decides(), call, Recipe("eager", "x86")).train()
+    for sign in (1, -1):
+        network(sign * torch.rand(8, 4))
+    results = export_quantized(network, tmp_path, ["exported_program", "torchscript"], example=call)
+    assert ["mode='fx'" in results[0].error, "decides by what is in a tensor" in results[1].error] == [True, True]
+    assert not any(result.files for result in results)
+
+
+class Several(nn.Module):
+    """Two inputs, one by name, a number, and a dict of outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(4, 8), nn.Linear(6, 8)
+
+    def forward(self, x: Tensor, table: Tensor, factor: float = 1.0) -> dict[str, Tensor]:
+        y = torch.relu(self.one(x) + self.two(table))
+        return {"scores": y * factor, "first": y[:, :1]}
+
+
+@pytest.mark.parametrize(("mode", "name"), [("fx", "torchscript"), ("pt2e", "exported_program")])
+def test_an_artifact_is_called_like_the_network(mode: str, name: str, tmp_path: Path) -> None:
+    call = Example((torch.rand(4, 4),), {"table": torch.rand(4, 6), "factor": 2.0})
+    network = get_flow(mode).prepare(Several(), call, Recipe(mode, "x86")).train()
+    network(*call.args, **call.kwargs)
+    (result,) = export_quantized(network, tmp_path, [name], example=call)
+    assert not result.error
+    x, table = torch.rand(7, 4), torch.rand(7, 6)
+    with open_artifact(result) as artifact:
+        got = artifact(x, table=table, factor=2.0)
+        with pytest.raises(ExportError, match=r"2\.0"):
+            artifact(x, table=table, factor=3.0)
+    wanted = cpu_copy(network)(x, table=table, factor=2.0)
+    assert got.keys() == {"scores", "first"}
+    assert torch.allclose(got["scores"], wanted["scores"], atol=0.05)
+
+
+def test_a_process_that_dies_is_an_error_with_its_last_words() -> None:
+    with Server("torchscript") as server:
+        server._process.kill()
+        with pytest.raises(ExportError, match="killed by signal 9"):
+            server.ask("load", "int8", "nowhere")
+
+
+def test_settings_that_cannot_be_are_refused_before_anything_is_written(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="is not quantized"):
+        export_quantized(nn.Linear(2, 2), tmp_path, ["pt2"])
+    with pytest.raises(ConfigurationError, match="'pt3' is unknown"):
+        check_formats(["pt3"], Recipe("fx", "x86"))
+    with pytest.raises(CombinationError, match="What goes with them: "):
+        check_formats(["executorch"], Recipe("fx", "x86"))
+    with pytest.raises(ConfigurationError, match="give a list"):
+        export_quantized(nn.Linear(2, 2), tmp_path, "pt2")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def _no_executorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "executorch.exir", None)
+
+
+@pytest.mark.usefixtures("_no_executorch")
+def test_a_missing_package_is_one_line_that_installs_it() -> None:
+    with pytest.raises(MissingExtraError, match=r"pip install 'qat-lightning\[xnnpack\]'"):
+        check_formats(["executorch"], Recipe("pt2e", "xnnpack"))

@@ -4,7 +4,7 @@ import os
 
 # Tiny networks gain nothing from threads, which on a busy machine wait for each other; subprocesses inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# wandb reads its mode once a process: whichever test comes first, no run may want to go online. Subprocesses inherit it.
+# wandb reads its mode once a process: whichever test comes first, no run goes online. Subprocesses inherit it.
 os.environ["WANDB_MODE"] = "offline"
 
 import pytest

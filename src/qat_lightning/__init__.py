@@ -7,8 +7,10 @@ from qat_lightning.callbacks.distillation import Distillation
 from qat_lightning.callbacks.post_training_quantization import PostTrainingQuantization
 from qat_lightning.callbacks.quantization_aware_training import QuantizationAwareTraining
 from qat_lightning.callbacks.quantization_monitor import QuantizationMonitor
+from qat_lightning.callbacks.quantized_model_export import QuantizedModelExport
 from qat_lightning.checkpoints import LoadsQuantizedCheckpoints, float_state_dict
 from qat_lightning.evaluate import evaluate_variants
+from qat_lightning.export.run import export_quantized
 from qat_lightning.flows.coverage import coverage_table
 from qat_lightning.fusion import fuse
 from qat_lightning.quantized import QuantizedNetwork
@@ -24,11 +26,13 @@ __all__ = [
     "PostTrainingQuantization",
     "QuantizationAwareTraining",
     "QuantizationMonitor",
+    "QuantizedModelExport",
     "QuantizedNetwork",
     "Scheme",
     "calibrate",
     "coverage_table",
     "evaluate_variants",
+    "export_quantized",
     "float_state_dict",
     "fuse",
     "load_quantized",

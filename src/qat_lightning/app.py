@@ -24,6 +24,8 @@ from qat_lightning.backends import get_backend, require
 from qat_lightning.callbacks.base import QuantizationCallback
 from qat_lightning.checkpoint_io import WholeFileCheckpointIO
 from qat_lightning.errors import ArtifactError, CombinationError, ConfigurationError, QuantizationError
+from qat_lightning.export.formats import check_formats
+from qat_lightning.recipe import Recipe
 from qat_lightning.wandb_views import define_summaries, log_int8
 
 INT8_FILE = "model.int8"
@@ -72,12 +74,26 @@ def check(cfg: DictConfig) -> None:
             f"float_checkpoint={cfg.float_checkpoint} is what an int8 network is compared with, and "
             f"method={cfg.method.name} makes none: leave it out, or choose method=qat."
         )
+    _check_export(cfg)
     for key in ("ckpt_path", "float_checkpoint"):
         if cfg[key] is not None and not Path(cfg[key]).is_file():
             raise ConfigurationError(
                 f"{key}={cfg[key]} does not exist. Expected a checkpoint of Lightning, as train.py leaves them in "
                 "outputs/<date>/<time>/checkpoints/last.ckpt"
             )
+
+
+def _check_export(cfg: DictConfig) -> None:
+    """Formats and what they are made of, found before anything is built; with mode=auto the callback finds it."""
+    formats = list(cfg.get("export_formats") or {})
+    quantization = cfg.get("quantization")
+    if formats and quantization is None:
+        raise CombinationError(
+            f"export={','.join(formats)} writes an int8 network, and method={cfg.method.name} makes none: leave it "
+            "out, or choose method=qat or method=ptq."
+        )
+    if formats and quantization.mode != "auto":
+        check_formats(formats, Recipe(quantization.mode, quantization.backend, kind=quantization.get("kind", "qat")))
 
 
 def build(cfg: DictConfig) -> Objects:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,13 @@ def float_weights(prepared: nn.Module) -> dict[str, Tensor]:
     """A detached copy, on the CPU, of the part of a prepared network's ``state_dict`` that the float network has."""
     keys = float_keys(prepared)
     return {key: value.detach().cpu().clone() for key, value in prepared.state_dict().items() if key in keys}
+
+
+def present_float(prepared: nn.Module) -> nn.Module:
+    """The float network with the weights that a prepared network has now: on the CPU, in float32 and in evaluation."""
+    network: nn.Module = copy.deepcopy(prepared_state(prepared).float_network).cpu().float()
+    network.load_state_dict(float_weights(prepared))
+    return network.eval()
 
 
 def float_state_dict(checkpoint: Mapping[str, Any] | str | Path) -> dict[str, Any]:

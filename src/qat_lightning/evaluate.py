@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol, cast
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from qat_lightning.artifact import artifact_size_mb
+from qat_lightning.callbacks.quantized_model_export import exported
 from qat_lightning.errors import NetworkError
 from qat_lightning.flows.base import Example
 from qat_lightning.flows.coverage import coverage_table, int8_share
@@ -29,11 +30,16 @@ from qat_lightning.wandb_views import log_variants
 
 MEASURED = (
     "size_mb",
+    "size_ratio",
     "latency_ms",
+    "float_latency_ms",
+    "eager_latency_ms",
     "agreement",
     "sqnr_db",
+    "max_difference",
     "step",
     "speedup",
+    "speedup_in_runtime",
     "chains",
     "mac_share",
 )  # what is added to the model's own metrics
@@ -56,6 +62,9 @@ class HasVariants(Protocol):
     def network(self, name: str) -> nn.Module:
         """The network of a variant, on the CPU."""
 
+    def running(self, network: nn.Module) -> AbstractContextManager[None]:
+        """Within the block, the Trainer tests this network."""
+
 
 def evaluate_variants(
     trainer: Trainer,
@@ -69,6 +78,8 @@ def evaluate_variants(
 
     Every metric of `trainer.test` is logged behind the name of its variant (``int8/test/acc``), never bare. All that is
     returned is also in the loggers: in W&B in the run's summary, in others as metrics. A table goes to the terminal.
+
+    What `QuantizedModelExport` wrote is tested as well, each artifact by its own runtime, behind the format's name.
 
     Without a callback that has variants, the run is tested as ``float``, and measured where it is clear which network
     in the LightningModule is meant.
@@ -116,6 +127,9 @@ def evaluate_variants(
                 source.use_variant(before)
             if name == "int8":
                 summary |= {f"int8/{key}": value for key, value in source.fidelity.items()}
+        for name, network, figures in exported(trainer):
+            with source.running(network):
+                summary |= test(name) | {f"{name}/{key}": value for key, value in figures.items()}
         if "float" in source.variants and getattr(source, "float_step", None) is not None:
             summary["float/step"] = float(source.float_step)  # type: ignore[attr-defined]
         networks = {name: source.network(name) for name in source.variants if name in TIMED}

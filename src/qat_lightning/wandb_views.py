@@ -80,17 +80,31 @@ def log_int8(logger: WandbLogger, path: Path, summary: Mapping[str, float], alia
         summary: Figures: those of int8 that are finite, which JSON has, become the artifact's metadata.
         aliases: By what it is found again, besides ``latest``: ``seed-0``.
     """
+    figures = {key: value for key, value in summary.items() if not key.startswith(("float/", "fake_quant/"))}
+    log_artifact(logger, "int8-network", [path], figures, aliases)
+
+
+def log_artifact(
+    logger: WandbLogger, kind: str, files: Sequence[Path], figures: Mapping[str, float], aliases: Sequence[str] = ()
+) -> None:
+    """Log files as one artifact of W&B, named after the run; they are uploaded from where they are.
+
+    Args:
+        logger: The logger.
+        kind: What they are: ``int8-network``, ``onnx-network``.
+        files: The files.
+        figures: Those that are finite, which JSON has, become its metadata.
+        aliases: By what it is found again, besides ``latest``.
+    """
     import wandb
 
     run = logger.experiment
-    name = re.sub(r"[^\w.-]+", "-", f"{run.group}-{run.name}" if run.group else run.name or run.id)
-    figures = {
-        key: value
-        for key, value in summary.items()
-        if math.isfinite(value) and not key.startswith(("float/", "fake_quant/"))
-    }
-    artifact = wandb.Artifact(name[:128], type="int8-network", metadata=figures)
-    artifact.add_file(str(path), policy="immutable")
+    of_run = f"{run.group}-{run.name}" if run.group else run.name or run.id
+    name = re.sub(r"[^\w.-]+", "-", of_run if kind == "int8-network" else f"{of_run}-{kind}")
+    finite = {key: value for key, value in figures.items() if math.isfinite(value)}
+    artifact = wandb.Artifact(name[-128:], type=kind, metadata=finite)
+    for file in files:
+        artifact.add_file(str(file), policy="immutable")
     run.log_artifact(artifact, aliases=["latest", *aliases])
 
 

@@ -66,7 +66,8 @@ def test_a_float_run_is_read_back_from_wandb(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("pair", ["mode=fx backend=x86", "mode=eager backend=qnnpack", "mode=pt2e backend=x86"])
 def test_a_qat_run_leaves_the_whole_comparison_in_wandb(pair: str, tmp_path: Path) -> None:
-    done = train(tmp_path, *pair.split(), *FAST)
+    export = "mode=fx" in pair
+    done = train(tmp_path, *pair.split(), *FAST, *(["export=torchscript"] if export else []))
     assert done.returncode == 0, done.stderr
     for word in ("fake_quant", "int8", "speed-up"):
         assert word in done.stdout
@@ -80,6 +81,8 @@ def test_a_qat_run_leaves_the_whole_comparison_in_wandb(pair: str, tmp_path: Pat
     assert {"max", "last"} <= summary["val/acc"].keys()
     assert any(key.startswith("variants/table") for key in summary)
     assert (tmp_path / "out" / "model.int8").is_file()
+    assert (tmp_path / "out" / "export" / "model.torchscript.pt").is_file() == export
+    assert ({"torchscript/test/acc", "torchscript/agreement"} <= summary.keys()) == export
     assert summary["quant/fake_quant_enabled"] == 1
     assert summary["quant/batchnorm_frozen"] == 1
 

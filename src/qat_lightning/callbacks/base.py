@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 from lightning.pytorch import LightningModule, Trainer
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from qat_lightning.callbacks.arguments import check_flag
 from qat_lightning.callbacks.converting import ConvertingCallback
+from qat_lightning.checkpoints import present_float
 from qat_lightning.errors import ConfigurationError
 from qat_lightning.flows.base import (
     cpu_copy,
@@ -78,6 +80,7 @@ class QuantizationCallback(ConvertingCallback):
         self._float_weights: dict[str, dict[str, Tensor]] = {}
         self._chosen: str | None = None
         self._standing: dict[str, tuple[Any, Fidelity | None]] = {}
+        self._guest: nn.Module | None = None
 
     # What a user asks for
 
@@ -131,6 +134,23 @@ class QuantizationCallback(ConvertingCallback):
             self._convert()
             return self._quantized[slot]
         return cpu_copy(self._prepared[slot])
+
+    def present_float(self, slot: str) -> nn.Module:
+        """The float network with the weights that int8 has, on the CPU, in evaluation."""
+        return present_float(self._prepared[slot])
+
+    def comparable(self, slot: str) -> nn.Module:
+        """What the int8 network of a slot has to compute: fake-quant, on the CPU, in evaluation."""
+        return cpu_copy(self._prepared[slot])
+
+    @contextmanager
+    def running(self, network: nn.Module) -> Iterator[None]:
+        """Within the block, ``test`` and ``predict`` run another network, on the CPU, in the place of the only one."""
+        self._guest = network
+        try:
+            yield
+        finally:
+            self._guest = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what needs every process to evaluate as many batches, and arrange for the preparation."""
@@ -187,6 +207,11 @@ class QuantizationCallback(ConvertingCallback):
         self._stand_back()
 
     def _stand_in(self, stage: str, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._guest is not None:
+            for name, slot in self._slots.items():
+                plain = slot.get() if slot.name != OWN_FORWARD else _Bound(pl_module)
+                self._standing[name] = slot.run_instead(Stand(self._guest, plain, on_cpu=True).eval()), None
+            return
         variant = self._chosen or self._default_variant(stage)
         if variant == "int8" and self._chosen is None and "int8" not in self.variants:
             if self._simulated:

@@ -274,6 +274,14 @@ class PostTrainingQuantization(QuantizationCallback):
     def _untrained(self, name: str) -> nn.Module:
         return self._float_network(name)
 
+    def present_float(self, slot: str) -> nn.Module:
+        """See `QuantizationCallback.present_float`."""
+        return self._float_network(slot)
+
+    def comparable(self, slot: str) -> nn.Module:
+        """See `QuantizationCallback.comparable`; the kinds without calibration are compared with float."""
+        return super().comparable(slot) if slot in self._prepared else self._float_network(slot)
+
     def _float_network(self, name: str) -> nn.Module:
         return copy.deepcopy(self._slots[name].get()).cpu().float().eval()
 

@@ -1,0 +1,200 @@
+"""The callback that writes the int8 network in formats of real runtimes when the fit ends."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import nn
+
+from qat_lightning.callbacks.arguments import check_count, check_names, check_number
+from qat_lightning.callbacks.base import QuantizationCallback
+from qat_lightning.callbacks.calibration_data import calibration_loader, calls_in_steps
+from qat_lightning.errors import CombinationError, ConfigurationError, QuantizationError
+from qat_lightning.export.formats import FORMATS, check_formats
+from qat_lightning.export.result import ExportResult, export_table, fastest
+from qat_lightning.export.run import export_quantized, open_artifact
+from qat_lightning.flows.base import Example
+from qat_lightning.quantized import QuantizedNetwork
+from qat_lightning.recipe import Recipe
+from qat_lightning.terminal import console
+from qat_lightning.wandb_views import log_artifact
+
+
+class QuantizedModelExport(Callback):
+    """Writes the int8 network in several formats when the fit ends, and shows what each is worth.
+
+    Goes with `QuantizationAwareTraining` or `PostTrainingQuantization`. Each artifact is loaded again in a fresh
+    process by its own runtime, compared with fake-quant on real batches, and timed against fp32 in the same runtime and
+    in PyTorch. The figures go to the loggers as ``<format>/latency_ms``, ``<format>/agreement`` and so on, to
+    ``export.json`` beside the files, and to W&B with each file as an artifact; `qat_lightning.evaluate_variants` adds
+    the LightningModule's own metrics. A format that fails costs neither the run nor the others: it is reported.
+
+    Args:
+        formats: Some of `qat_lightning.export.FORMATS`; docs/export.md says which mode and backend each takes.
+        dirpath: Where the files go; by default ``export`` in the Trainer's ``default_root_dir``.
+        batches: Real batches to compare on.
+        dataloader: Where they come from; by default the validation's loader, else the training's.
+        min_agreement: Least share of outputs whose top-1 must be fake-quant's.
+
+    Attributes:
+        results: By format, what became of it; for several networks in the LightningModule by ``format-network``.
+
+    Raises:
+        ConfigurationError: A setting is not possible; at construction.
+        CombinationError: A format does not take what the mode and the backend make; before the training.
+        MissingExtraError: The package of a format is not installed; before the training.
+
+    Example:
+        >>> QuantizedModelExport(["pt2", "torchscript"], batches=4).formats
+        ('pt2', 'torchscript')
+    """
+
+    def __init__(
+        self,
+        formats: Sequence[str] = ("pt2",),
+        dirpath: str | None = None,
+        batches: int = 8,
+        dataloader: Any = None,
+        min_agreement: float = 0.995,
+    ) -> None:
+        self.formats = check_names("formats", formats, example="['pt2', 'torchscript']")
+        unknown = [name for name in self.formats if name not in FORMATS]
+        if unknown or not self.formats:
+            raise ConfigurationError(
+                f"formats={list(self.formats)!r} is not possible: use some of {', '.join(FORMATS)}."
+            )
+        check_count("batches", batches)
+        check_number("min_agreement", min_agreement, least=0)
+        if min_agreement > 1:
+            raise ConfigurationError(f"min_agreement={min_agreement!r} is not possible: give a share from 0 to 1.")
+        self.dirpath = dirpath
+        self.batches = batches
+        self.dataloader = dataloader
+        self.min_agreement = min_agreement
+        self.results: dict[str, ExportResult] = {}
+
+    @property
+    def fastest(self) -> ExportResult | None:
+        """The artifact with the least latency of those that passed; None if none did."""
+        return fastest(list(self.results.values()))
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse what cannot become an artifact, before anything is trained."""
+        partner = self._partner(trainer)
+        if not partner.convert_on_fit_end:
+            raise CombinationError(
+                "QuantizedModelExport needs an int8 network, and convert_on_fit_end=False makes none: leave one out."
+            )
+        if partner.mode != "auto":
+            self._check(partner._recipe(partner.mode))
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """With ``mode="auto"`` the mode is known now."""
+        for network in self._partner(trainer).prepared_networks.values():
+            recipe: Recipe = network._quantization.recipe  # type: ignore[union-attr, assignment]
+            self._check(recipe)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Export, when all other callbacks have seen the end of the fit, and have converted."""
+        if stage != "fit" or not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        partner = self._partner(trainer)
+        if "int8" not in partner.variants:
+            rank_zero_warn("Nothing is exported: there is no int8 network, because no range was ever observed.")
+            return
+        networks = partner.quantized
+        named = networks if isinstance(networks, Mapping) else {"": networks}
+        self.results = {}
+        for name, network in named.items():
+            self._export(trainer, pl_module, partner, name, network)
+        console().print(export_table(list(self.results.values())))
+        for logger in trainer.loggers:
+            figures = {
+                f"{key}/{name}": value for key, one in self.results.items() for name, value in one.figures().items()
+            }
+            logger.log_metrics(figures, trainer.global_step)
+            if isinstance(logger, WandbLogger):
+                for key, result in self.results.items():
+                    if result.passed:
+                        log_artifact(logger, f"{key}-network", result.files, result.figures())
+
+    def _export(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        partner: QuantizationCallback,
+        name: str,
+        network: QuantizedNetwork,
+    ) -> None:
+        slot = name or next(iter(partner.parts() or partner._slots))
+        reference = partner.comparable(slot)
+        calls = self._calls(trainer, pl_module, partner, slot, reference)
+        results = export_quantized(
+            network,
+            self._folder(trainer),
+            self.formats,
+            batches=calls,
+            reference=reference,
+            float_network=partner.present_float(slot),
+            min_agreement=self.min_agreement,
+            name=f"model-{name}" if name else "model",
+        )
+        self.results |= {f"{result.format}-{name}" if name else result.format: result for result in results}
+
+    def _calls(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        partner: QuantizationCallback,
+        slot: str,
+        network: nn.Module,
+    ) -> list[Example]:
+        """What the LightningModule's step calls the network with on real batches."""
+        loader = self.dataloader or trainer.val_dataloaders or calibration_loader(trainer, pl_module, None)
+        try:
+            with torch.inference_mode(False):
+                found = calls_in_steps(pl_module, {slot: partner._slots[slot]}, {slot: network}, loader, self.batches)
+        except QuantizationError as error:
+            rank_zero_warn(f"Artifacts are compared on the example inputs alone, as no batch could be run: {error}")
+            return []
+        return found[slot]
+
+    def _check(self, recipe: Recipe) -> None:
+        if recipe.simulated:
+            raise CombinationError(
+                f"QuantizedModelExport needs an int8 network, and there is none: {recipe.simulated}."
+            )
+        check_formats(self.formats, recipe)
+
+    def _folder(self, trainer: Trainer) -> Path:
+        return Path(self.dirpath) if self.dirpath is not None else Path(trainer.default_root_dir, "export")
+
+    def _partner(self, trainer: Trainer) -> QuantizationCallback:
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        found = [callback for callback in callbacks if isinstance(callback, QuantizationCallback)]
+        if len(found) != 1:
+            raise ConfigurationError(
+                f"QuantizedModelExport goes with one QuantizationAwareTraining or PostTrainingQuantization, and the "
+                f"Trainer has {len(found)}: callbacks=[QuantizationAwareTraining(...), QuantizedModelExport(...)]."
+            )
+        return found[0]
+
+
+def exported(trainer: Trainer) -> Iterator[tuple[str, nn.Module, dict[str, float]]]:
+    """What a Trainer's `QuantizedModelExport` wrote and may be shipped: name, the artifact to call, its figures.
+
+    An artifact runs in its runtime's own process, which ends when the next one is asked for.
+    """
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if not isinstance(callback, QuantizedModelExport):
+            continue
+        for name, result in callback.results.items():
+            if name == result.format and result.passed:
+                with open_artifact(result) as network:
+                    yield name, network, result.figures()

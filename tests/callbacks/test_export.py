@@ -1,0 +1,83 @@
+"""Exporting at the end of a real fit."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lightning.pytorch.loggers import WandbLogger
+
+from qat_lightning import (
+    PostTrainingQuantization,
+    QuantizationAwareTraining,
+    QuantizedModelExport,
+    Scheme,
+    evaluate_variants,
+)
+from qat_lightning.errors import CombinationError, ConfigurationError
+from tests.callbacks.lit import Lit, loader, trainer
+
+
+def test_a_fit_leaves_artifacts_that_are_tested_like_the_variants(tmp_path: Path) -> None:
+    model, data = Lit(), loader()
+    logger = WandbLogger(save_dir=tmp_path, offline=True)
+    export = QuantizedModelExport(["torchscript"], dirpath=str(tmp_path / "export"), batches=2)
+    run = trainer(export, QuantizationAwareTraining("fx", "x86"), max_epochs=2, logger=logger)
+    run.fit(model, data, data)
+    result = export.results["torchscript"]
+    assert result.passed
+    assert export.fastest is result
+    assert (tmp_path / "export" / "model.torchscript.pt").is_file()
+    summary = evaluate_variants(run, model, dataloaders=data)
+    assert summary["torchscript/test/acc"] == pytest.approx(summary["fake_quant/test/acc"], abs=0.02)
+    assert summary["torchscript/latency_ms"] == result.latency_ms
+    logger.experiment.finish()
+    found = _read_back(tmp_path)
+    assert found["torchscript/agreement"] == result.agreement
+    assert found["torchscript/test/acc"] == summary["torchscript/test/acc"]
+
+
+def _read_back(folder: Path) -> dict[str, Any]:
+    (run,) = (folder / "wandb").glob("offline-run-*")
+    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--summary", "--json", str(run)]
+    found: dict[str, Any] = json.loads(subprocess.check_output(command, text=True))["summary"]
+    return found
+
+
+def test_post_training_quantization_is_exported_as_well(tmp_path: Path) -> None:
+    model, data = Lit(), loader()
+    export = QuantizedModelExport(["torchscript"], dirpath=str(tmp_path), batches=1)
+    trainer(PostTrainingQuantization("fx", "x86"), export, max_epochs=1).fit(model, data)
+    assert export.results["torchscript"].passed
+
+
+@pytest.mark.parametrize(
+    ("partner", "formats", "why"),
+    [
+        (QuantizationAwareTraining("fx", "x86"), ["executorch"], "int8 activations"),
+        (QuantizationAwareTraining("pt2e", "x86"), ["torchscript"], "mode='fx'"),
+        (QuantizationAwareTraining("fx", "x86", convert_on_fit_end=False), ["pt2"], "convert_on_fit_end"),
+        (QuantizationAwareTraining("fx", "x86", scheme=Scheme(activation_bits=4)), ["pt2"], "there is none"),
+        (QuantizationAwareTraining("auto", "x86"), ["executorch"], "int8 activations"),
+    ],
+)
+def test_what_cannot_be_exported_is_refused_before_a_step(partner: Any, formats: list[str], why: str) -> None:
+    run = trainer(partner, QuantizedModelExport(formats), max_epochs=1)
+    with pytest.raises(CombinationError, match=why):
+        run.fit(Lit(), loader())
+    assert run.global_step == 0
+
+
+@pytest.mark.parametrize("settings", [{"formats": ["exe"]}, {"formats": []}, {"batches": 0}, {"min_agreement": 2}])
+def test_settings_are_checked_at_construction(settings: dict[str, Any]) -> None:
+    with pytest.raises(ConfigurationError):
+        QuantizedModelExport(**settings)
+
+
+def test_it_goes_with_a_quantization_callback() -> None:
+    with pytest.raises(ConfigurationError, match="goes with one QuantizationAwareTraining"):
+        trainer(QuantizedModelExport(), max_epochs=1).fit(Lit(), loader())

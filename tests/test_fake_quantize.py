@@ -367,7 +367,7 @@ def test_ranges_follow_the_kernel_of_the_backend(backend: str) -> None:
     recipe = Recipe(BACKENDS[backend].modes[0], backend)
     qconfig = make_qconfig(recipe)
     act, weight = qconfig.activation(), qconfig.weight()
-    assert (act.quant_min, act.quant_max) == ((-128, 127) if backend == "xnnpack" else (0, 255))
+    assert (act.quant_min, act.quant_max) == ((-128, 127) if backend in ("xnnpack", "tensorrt") else (0, 255))
     assert weight.quant_max == (63 if backend == "fbgemm" else 127)
     assert weight.quant_min == -weight.quant_max
 

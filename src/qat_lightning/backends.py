@@ -32,6 +32,7 @@ class Backend:
         engine: The quantized engine of PyTorch whose kernels pack and run the weights; None for PT2 export, whose
             graphs hold no packed weights.
         activation_dtype: ``torch.uint8`` or ``torch.int8``; the kernels clamp at its limits.
+        symmetric: Whether its activations have zero point 0, whatever the scheme says.
         weight_limit: Largest absolute integer of a weight: 127, or 63 where a kernel saturates on the full range.
         tolerance_db: SQNR, in dB, that every layer of a converted network must reach against fake-quant. Right
             kernels give 50 dB and more, broken ones 6 to 27 dB.
@@ -43,6 +44,7 @@ class Backend:
     about: str
     engine: str | None
     activation_dtype: torch.dtype = torch.uint8
+    symmetric: bool = False
     weight_limit: int = 127
     tolerance_db: float = 45.0
     extra: str | None = None
@@ -66,6 +68,14 @@ _TABLE = (
         None,
         activation_dtype=torch.int8,
         extra="xnnpack",
+    ),
+    Backend(
+        "tensorrt",
+        ("pt2e",),
+        "NVIDIA GPUs, through TensorRT and ONNX",
+        None,
+        activation_dtype=torch.int8,
+        symmetric=True,
     ),
 )
 

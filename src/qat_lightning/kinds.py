@@ -14,7 +14,13 @@ _XNNPACK_WEIGHTS = (
     "XNNPACK has no kernel for float inputs and integer weights: use kind='dynamic' or kind='static', or backend='x86'"
 )
 
-UNSUPPORTED: dict[tuple[str, str, str], str] = {("weight_only", "pt2e", "xnnpack"): _XNNPACK_WEIGHTS}
+_TENSORRT_RANGES = "TensorRT's int8 kernels take ranges that are known beforehand: use kind='static', or backend='x86'"
+
+UNSUPPORTED: dict[tuple[str, str, str], str] = {
+    ("weight_only", "pt2e", "xnnpack"): _XNNPACK_WEIGHTS,
+    ("weight_only", "pt2e", "tensorrt"): _TENSORRT_RANGES,
+    ("dynamic", "pt2e", "tensorrt"): _TENSORRT_RANGES,
+}
 """(kind, mode, backend) of each pair of mode and backend that a kind has not, and why."""
 
 

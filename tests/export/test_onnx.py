@@ -191,3 +191,20 @@ def test_op_that_onnx_has_not_is_named(tmp_path: Path) -> None:
 def test_kinds_without_ranges_are_refused_with_what_to_use(kind: Any) -> None:
     assert "kind='static'" in Onnx().refusal(Recipe("pt2e", "x86", kind=kind))
     assert not Onnx().refusal(Recipe("pt2e", "x86", kind="static"))
+
+
+def test_tensorrt_gets_int8_with_zero_point_0_and_float_biases(tmp_path: Path) -> None:
+    """What TensorRT's parser takes: symmetric activations and weights, and no int32 behind a DequantizeLinear."""
+    for name in ("residual", "attention"):
+        quantized, batch = _case(name, "pt2e", "tensorrt")
+        model = _write(quantized, quantized.example, tmp_path / f"{name}.onnx")
+        constants = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+        zero_points = [
+            constants[node.input[2]]
+            for node in model.graph.node
+            if node.op_type in ("QuantizeLinear", "DequantizeLinear")
+        ]
+        assert len(zero_points) > 10
+        assert all(zero.dtype == "int8" and not zero.any() for zero in zero_points)
+        assert not any(array.dtype == "int32" for array in constants.values())
+        _assert_same(quantized, Onnx().load(tmp_path / f"{name}.onnx"), batch)

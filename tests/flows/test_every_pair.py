@@ -14,7 +14,7 @@ from qat_lightning.flows.base import Converted, Example, cpu_copy, float_keys, g
 from qat_lightning.recipe import Recipe
 from tests.networks import CASES, Case, train
 
-LEAST_DB = {"x86": 60.0, "onednn": 60.0, "xnnpack": 60.0, "fbgemm": 50.0, "qnnpack": 50.0}
+LEAST_DB = {"x86": 60.0, "onednn": 60.0, "xnnpack": 60.0, "tensorrt": 60.0, "fbgemm": 50.0, "qnnpack": 50.0}
 """What each layer must reach on fake-quant's own input, by backend."""
 
 TABLE = [

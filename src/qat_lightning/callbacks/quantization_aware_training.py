@@ -39,8 +39,8 @@ class QuantizationAwareTraining(QuantizationCallback):
 
     Args:
         mode: ``"fx"``, ``"eager"``, ``"pt2e"``, or ``"auto"`` for the best that works for this network.
-        backend: ``"x86"``, ``"fbgemm"``, ``"onednn"`` or ``"qnnpack"`` in eager and fx; ``"x86"`` or ``"xnnpack"`` in
-            pt2e.
+        backend: ``"x86"``, ``"fbgemm"``, ``"onednn"`` or ``"qnnpack"`` in eager and fx; ``"x86"``, ``"xnnpack"`` or
+            ``"tensorrt"`` in pt2e.
         module: Dotted name of the network in the LightningModule, or a list of them, or ``"."`` for the
             LightningModule's own ``forward``; found by itself where it is clear.
         example_inputs: A tensor, a tuple of positional inputs or a dict of keyword inputs of the network's ``forward``,

@@ -242,17 +242,15 @@ def _matrices(graph: Any) -> None:
         shape, weight = node.inputs[0].shape, node.inputs[1]
         if _array(bias) is None or _array(bias).ndim != 1 or shape is None or len(shape) < 3:
             continue
-        if not all(isinstance(dim, int) for dim in shape[1:]):
+        grid = _producer(node.inputs[0], "DequantizeLinear")
+        if grid is None or not _is_uint8(grid) or not all(isinstance(dim, int) for dim in shape[1:]):
             continue
         outputs = _array(bias).shape[0]
         rows = _constant(graph, "rows", np.array([-1, shape[-1]], dtype=np.int64))
         back = _constant(graph, "back", np.array([-1, *shape[1:-1], outputs], dtype=np.int64))
-        flat = _node(graph, node, "Reshape", [node.inputs[0], rows])
-        grid = _producer(node.inputs[0], "DequantizeLinear")
-        if grid is not None:
-            # The integers are reshaped, and not the float values: the kernel reads them behind it.
-            integers = _node(graph, node, "Reshape", [grid.inputs[0], rows])
-            flat = _node(graph, node, "DequantizeLinear", [integers, *grid.inputs[1:]])
+        # The integers are reshaped, and not the float values: the kernel reads them behind it.
+        integers = _node(graph, node, "Reshape", [grid.inputs[0], rows])
+        flat = _node(graph, node, "DequantizeLinear", [integers, *grid.inputs[1:]])
         product = _node(graph, node, "Gemm", [flat, weight, bias])
         after = list(add.outputs[0].uses())
         rounded: Any = after[0].node if len(after) == 1 and after[0].node.op_type == "QuantizeLinear" else None
@@ -261,6 +259,12 @@ def _matrices(graph: Any) -> None:
             _replace(rounded.outputs[0], _node(graph, rounded, "Reshape", [integers, back]))
         else:
             _replace(add.outputs[0], _node(graph, add, "Reshape", [product, back]))
+
+
+def _is_uint8(grid: Any) -> bool:
+    """Whether what is dequantized is on a known grid of uint8."""
+    zero = _array(grid.inputs[2]) if len(grid.inputs) > 2 else None
+    return zero is not None and zero.dtype == np.uint8 and _array(grid.inputs[1]) is not None
 
 
 def _round_biases(graph: Any) -> None:
@@ -274,7 +278,7 @@ def _round_biases(graph: Any) -> None:
         grid, weight, bias = _producer(node.inputs[0], "DequantizeLinear"), _of_weight(node.inputs[1]), node.inputs[2]
         if grid is None or weight is None or _array(bias) is None or bias.dtype.numpy() != np.float32:
             continue
-        if len(grid.inputs) < 3 or _array(grid.inputs[1]) is None or _array(grid.inputs[2]).dtype != np.uint8:
+        if not _is_uint8(grid):
             continue
         scales = _array(grid.inputs[1]).astype(np.float32) * _array(weight.inputs[1]).astype(np.float32)
         integers = np.rint(_array(bias).astype(np.float64) / scales)

@@ -23,7 +23,7 @@ def make_qconfig(recipe: Recipe) -> QConfig:
         dtype=torch.quint8 if recipe.target.activation_dtype is torch.uint8 else torch.qint8,
         quant_min=activation_low,
         quant_max=activation_high,
-        qscheme=activation_qscheme(scheme),
+        qscheme=activation_qscheme(recipe),
         **activation_settings(recipe),
     )
     weight = functools.partial(
@@ -38,9 +38,10 @@ def make_qconfig(recipe: Recipe) -> QConfig:
     return QConfig(activation=activation, weight=weight)
 
 
-def activation_qscheme(scheme: Scheme) -> torch.qscheme:
+def activation_qscheme(recipe: Recipe) -> torch.qscheme:
     """Symmetric or affine, as torch names it."""
-    return torch.per_tensor_symmetric if scheme.activation_symmetric else torch.per_tensor_affine
+    symmetric = recipe.scheme.activation_symmetric or recipe.target.symmetric
+    return torch.per_tensor_symmetric if symmetric else torch.per_tensor_affine
 
 
 def weight_qscheme(scheme: Scheme) -> torch.qscheme:

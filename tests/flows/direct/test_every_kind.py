@@ -126,8 +126,8 @@ def test_what_is_not_there_is_an_error_that_says_what_to_type(key: tuple[str, st
         quantize(nn.Linear(2, 2), Example((torch.randn(2, 2),)), Recipe(mode, backend, kind=kind))
 
 
-def test_every_pair_has_a_kind_without_calibration() -> None:
-    assert {pair for kind in DIRECT for pair in supported(kind)} == set(pairs())
+def test_every_pair_but_tensorrt_has_a_kind_without_calibration() -> None:
+    assert {pair for kind in DIRECT for pair in supported(kind)} == set(pairs()) - {("pt2e", "tensorrt")}
 
 
 def test_graph_modes_refuse_control_flow() -> None:

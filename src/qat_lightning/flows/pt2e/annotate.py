@@ -64,6 +64,7 @@ def make_quantizer(recipe: Recipe) -> Quantizer:
         return xnnpack
     from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import X86InductorQuantizer
 
+    # Also for TensorRT, whose kernels as well take a residual add and an activation with a convolution.
     return X86InductorQuantizer().set_global(make_config(recipe))
 
 
@@ -76,7 +77,7 @@ def make_config(recipe: Recipe) -> QuantizationConfig:
         dtype=recipe.target.activation_dtype,
         quant_min=activation_low,
         quant_max=activation_high,
-        qscheme=activation_qscheme(scheme),
+        qscheme=activation_qscheme(recipe),
         observer_or_fake_quant_ctr=_Constructor("FakeQuantize", **activation_settings(recipe)),
     )
     weight = QuantizationSpec(
@@ -159,8 +160,10 @@ def insert_fake_quantize(
     return prepared, folded
 
 
+_KNOWN_TO_X86 = "Conv1d with ReLU, Conv2d, Linear, products of equal shapes, and pooling, cat and flatten between them"
 _KNOWN = {
-    "x86": "Conv1d with ReLU, Conv2d, Linear, products of equal shapes, and pooling, cat and flatten between them",
+    "x86": _KNOWN_TO_X86,
+    "tensorrt": _KNOWN_TO_X86,
     "xnnpack": "Conv1d, Conv2d, ConvTranspose, Linear, add, mul, cat, adaptive_avg_pool2d and reshaping between them",
 }
 """What each quantizer has rules for, in words."""
@@ -213,7 +216,7 @@ def _separate_weights(graph: fx.Graph) -> None:
 def _leave_float(graph: fx.Graph, recipe: Recipe, prefix: str) -> None:
     """Mark what the recipe does not select as annotated with nothing, which both quantizers then leave alone."""
     empty: type[QuantizationAnnotation] = QuantizationAnnotation
-    if recipe.backend == "x86":
+    if recipe.backend != "xnnpack":
         from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import _X86InductorQuantizationAnnotation
 
         empty = _X86InductorQuantizationAnnotation

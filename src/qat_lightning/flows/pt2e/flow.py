@@ -30,9 +30,15 @@ from qat_lightning.flows.pt2e.training import Plan, adopt, training_graph, weigh
 from qat_lightning.flows.tracing import WHAT_TO_DO
 from qat_lightning.recipe import PreparedState, Recipe
 
+_ELSEWHERE = {
+    "xnnpack": ("the phone's kernels", ""),
+    "tensorrt": ("the GPU's kernels", "; export it as ONNX, from which TensorRT builds its engine"),
+}
+"""The backends whose kernels are on another machine: whose these are, and how the network gets there."""
+
 
 class Pt2eFlow:
-    """Mode pt2e, for the backends x86 and xnnpack."""
+    """Mode pt2e, for the backends x86, xnnpack and tensorrt."""
 
     def prepare(self, network: nn.Module, example: Example, recipe: Recipe, *, prefix: str = "") -> nn.Module:
         """See `Flow.prepare`."""
@@ -62,10 +68,11 @@ class Pt2eFlow:
         checks = check_layers(prepared, result.graph_module, plan, example, state.recipe.target)
         network = Int8Network(result.graph_module, plan.spec, state.recipe.backend)
         notes = []
-        if state.recipe.backend == "xnnpack":
+        if state.recipe.backend in _ELSEWHERE:
+            kernels, how = _ELSEWHERE[state.recipe.backend]
             notes.append(
-                "backend='xnnpack': on this machine the int8 network runs as a decomposed graph, with the values of "
-                "the phone's kernels and not their speed."
+                f"backend={state.recipe.backend!r}: on this machine the int8 network runs as a decomposed graph, with "
+                f"the values of {kernels} and not their speed{how}."
             )
         if result.unseen:
             names = ", ".join(result.unseen)

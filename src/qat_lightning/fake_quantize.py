@@ -150,7 +150,8 @@ class FakeQuantize(_TorchFakeQuantizeBase, _TorchaoFakeQuantizeBase):  # type: i
     @property
     def seen(self) -> bool:
         """Whether a range is known; without one nothing is rounded, and what needs it stays float."""
-        if not self._seen:
+        # To look at it breaks a compiled graph, which `_round` does without unless something has to begin to learn.
+        if not self._seen and (self.learned != "none" or not torch.compiler.is_compiling()):
             self._seen = self.learns or (self.observed and bool(self.min_val <= self.max_val))
         return self._seen
 
@@ -349,14 +350,21 @@ class FakeQuantize(_TorchFakeQuantizeBase, _TorchaoFakeQuantizeBase):  # type: i
         return self._round(x, clamps=True)
 
     def _round(self, x: Tensor, *, clamps: bool) -> Tensor:
-        if not self.fake_quant_enabled or not self.seen:
+        if not self.fake_quant_enabled:
             return x
-        axis = self.ch_axis if self.per_channel else None
+        if not self.seen:
+            # While a graph is traced, whether a range is known may change: then the graph looks.
+            known = self.min_val <= self.max_val if torch.compiler.is_compiling() and self.observed else None
+            return x if known is None else torch.where(known, self._on_grid(x, clamps=clamps), x)
         if self.step is not None:
             if self.training and not self.step.learns:
                 self.step.begin(*self.calculate_qparams())
             if self.step.learns:
+                axis = self.ch_axis if self.per_channel else None
                 return self.step.round(x, axis=axis, is_weight=self.source == "present")
+        return self._on_grid(x, clamps=clamps)
+
+    def _on_grid(self, x: Tensor, *, clamps: bool) -> Tensor:
         scale, zero_point = self.calculate_qparams()
         middle = self.quant_min + (self.quant_max - self.quant_min + 1) // 2
         return fake_quantize(
@@ -365,7 +373,7 @@ class FakeQuantize(_TorchFakeQuantizeBase, _TorchaoFakeQuantizeBase):  # type: i
             middle if self.symmetric else zero_point,
             quant_min=self.quant_min,
             quant_max=self.quant_max,
-            axis=axis,
+            axis=self.ch_axis if self.per_channel else None,
             clamps=clamps,
         )
 

@@ -193,6 +193,10 @@ class _Round(torch.autograd.Function):
             # Where the value was clamped, found without rounding again.
             passed = torch.ops.aten.hardtanh_backward(gradient, x, *first_clamped(float(scale), low, high))
             return passed, None, None, None
+        if x.device.type == "cpu" and scale.dim() == 0 and torch.compiler.is_compiling():
+            if ctx.ends:
+                low, high = (torch.full((), end, dtype=torch.int32, device=x.device) for end in (low, high))
+            return torch.ops.qat_lightning.pass_unclamped(gradient, x, scale, low, high), None, None, None
         integers = (x * (1.0 / scale)).round_()
         if ctx.ends:
             return torch.ops.aten.hardtanh_backward(gradient, integers, low - 0.5, high + 0.5), None, None, None
@@ -228,6 +232,25 @@ def _first_above(inverse: np.float32, integer: int) -> float:
     while x * inverse < target:
         x = np.nextafter(x, np.float32(np.inf))
     return float(x)
+
+
+# An op of its own in compiled graphs for CPUs: the compiler would keep the mask of what was clamped, as bytes, and the
+# code it generates for them is not vectorized, so that it takes ten times as long as all else around it.
+_LIBRARY = torch.library.Library("qat_lightning", "DEF")
+_LIBRARY.define("pass_unclamped(Tensor gradient, Tensor x, Tensor scale, Tensor low, Tensor high) -> Tensor")
+
+
+def _pass_unclamped(gradient: Tensor, x: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    ends = first_clamped(float(scale), int(low), int(high))
+    passed: Tensor = torch.empty_like(x)  # in the memory format that the compiler was told
+    torch.ops.aten.hardtanh_backward.grad_input(gradient, x, *ends, grad_input=passed)
+    return passed
+
+
+_LIBRARY.impl("pass_unclamped", _pass_unclamped, "CPU")
+torch.library.register_fake(
+    "qat_lightning::pass_unclamped", lambda gradient, x, scale, low, high: torch.empty_like(x), lib=_LIBRARY
+)
 
 
 def _round_on_gpu(

@@ -21,9 +21,10 @@ from qat_lightning.callbacks.coverage_report import log_coverage, wandb_loggers
 from qat_lightning.callbacks.learned import check_optimized, keep_from_ddp, reduce_gradients
 from qat_lightning.callbacks.nonfinite import NonFiniteReport
 from qat_lightning.checkpoints import float_weights, read_float_weights
+from qat_lightning.compiling import CompiledSteps, check_compiler
 from qat_lightning.errors import ConfigurationError
 from qat_lightning.flows.base import merge_ranges, prepared_state, reduce_ranges
-from qat_lightning.network import Slot
+from qat_lightning.network import OWN_FORWARD, Slot
 from qat_lightning.recipe import BatchNormHandling, Equalization
 from qat_lightning.schedule import Phase, PointLike, QuantizationSchedule, TrainingPlan
 from qat_lightning.scheme import Scheme
@@ -65,6 +66,8 @@ class QuantizationAwareTraining(QuantizationCallback):
         batchnorm: ``"fused"``: BatchNorm trains on, and weights are rounded as they will be with it folded in.
             ``"fold"``: it is folded into the weights before anything trains, so that steps are cheaper; for networks
             that were trained.
+        compile: Compile the training steps with ``torch.compile``, in one graph between two switches of the schedule.
+            Evaluation and conversion run the network as it is.
 
     Attributes:
         prepared: The network with fake-quant (a dict of them by name, if ``module`` is a list of several), once the fit
@@ -101,6 +104,7 @@ class QuantizationAwareTraining(QuantizationCallback):
         observe_stages: Sequence[str] = ("train",),
         equalization: Equalization = "none",
         batchnorm: BatchNormHandling = "fused",
+        compile: bool = False,
     ) -> None:
         super().__init__(
             mode,
@@ -118,6 +122,9 @@ class QuantizationAwareTraining(QuantizationCallback):
         self.float_checkpoint = check_file("float_checkpoint", float_checkpoint)
         check_flag("reset_best_on_start", reset_best_on_start)
         self.reset_best_on_start = reset_best_on_start
+        check_flag("compile", compile)
+        self.compile = compile
+        self._steps: list[CompiledSteps] = []
         self.observe_stages = check_stages("observe_stages", observe_stages)
         self._plan: TrainingPlan | None = None
         self.float_source = ""
@@ -150,6 +157,8 @@ class QuantizationAwareTraining(QuantizationCallback):
                 "learned_step in mode='eager' is not possible in several processes, which may take different ways "
                 "through the network and then begin to learn from different ranges: use mode='fx' or mode='pt2e'."
             )
+        if self.compile and stage == "fit":
+            check_compiler(trainer.strategy.root_device, trainer.world_size)
         super().setup(trainer, pl_module, stage)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -174,6 +183,11 @@ class QuantizationAwareTraining(QuantizationCallback):
             rows = [row for name in self._prepared for row in self._coverage(name)]
             log_coverage(trainer, "quant/coverage_prepared", rows)
         self._step_phase(trainer)
+        if self.compile:
+            # Last, so that nothing copies a compiled network.
+            for name, slot in self._slots.items():
+                owner = pl_module if slot.name == OWN_FORWARD else self._prepared[name]
+                self._steps.append(CompiledSteps(self._prepared[name], owner, name))
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Switch before the epoch's first batch."""
@@ -229,6 +243,21 @@ class QuantizationAwareTraining(QuantizationCallback):
             for callback in trainer.callbacks:  # type: ignore[attr-defined]
                 _forget_best(callback)
 
+    def _apply(self, phase: Phase) -> None:
+        if phase != self._phase:
+            for steps in self._steps:
+                steps.switched()
+        super()._apply(phase)
+
+    def _run_plain(self) -> None:
+        for steps in self._steps:
+            steps.remove()
+        self._steps = []
+
+    def _leave_nothing(self) -> None:
+        self._run_plain()
+        super()._leave_nothing()
+
     # Float weights to compare with
 
     def _will_prepare(self, slots: Mapping[str, Slot]) -> None:
@@ -262,6 +291,7 @@ class QuantizationAwareTraining(QuantizationCallback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Let all processes hold the ranges and statistics that checkpoints have: those of the first."""
+        self._run_plain()
         if trainer.world_size > 1:
             for prepared in self._prepared.values():
                 for buffer in prepared.buffers():

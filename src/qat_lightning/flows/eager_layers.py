@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from qat_lightning.fake_quantize import FakeQuantize
@@ -63,14 +64,51 @@ class _Mark:
 _marks: Any = WeakTensorKeyDictionary()
 
 
+# While a graph is traced, the only thing that can be said of two tensors is whether they are the same.
+_traced: list[tuple[Tensor, _Mark]] = []
+
+
+class MarksWhileTraced(TorchFunctionMode):
+    """Keeps marks while Dynamo traces a network, where tensors show no version: it sees what is changed in place."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call the function, and forget the mark of a tensor that it changes."""
+        output = func(*args, **(kwargs or {}))
+        if args and (output is args[0] or func is torch.relu_ or (kwargs or {}).get("inplace") is True):
+            _forget(args[0])
+        return output
+
+    def __exit__(self, *exception: Any) -> None:
+        """Forget all marks."""
+        _traced.clear()
+        super().__exit__(*exception)  # type: ignore[no-untyped-call]
+
+
+def _forget(x: Any) -> None:
+    kept = [(tensor, mark) for tensor, mark in _traced if tensor is not x]
+    if len(kept) < len(_traced):
+        _traced.clear()
+        _traced.extend(kept)
+
+
+def _set_mark(x: Tensor, chain: ChainHead, stage: int, tap: Tap | None) -> None:
+    if torch.compiler.is_compiling():
+        _forget(x)
+        _traced.append((x, _Mark(chain, stage, 0, None)))
+    else:
+        _marks[x] = _Mark(chain, stage, x._version, tap)
+
+
 def _mark_of(x: Tensor) -> _Mark | None:
+    if torch.compiler.is_compiling():
+        return next((mark for tensor, mark in _traced if tensor is x), None)
     mark: _Mark | None = _marks.get(x)
     return mark if mark is not None and mark.version == x._version else None
 
 
 def _versioned() -> AbstractContextManager[Any]:
     """Leave inference mode, whose tensors count no versions; without grad all the same."""
-    if not torch.is_inference_mode_enabled():
+    if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
         return nullcontext()
     stack = ExitStack()
     stack.enter_context(torch.inference_mode(False))
@@ -138,7 +176,7 @@ class ChainHead(_Layer):
             y = self.output_fake_quant(y)
             if tap is not None:
                 tap.output = y.detach().clone()
-        _marks[y] = _Mark(self, stage, y._version, tap)
+        _set_mark(y, self, stage, tap)
         return y
 
     def _on_grid(self, input: Tensor) -> tuple[Tensor, Tap | None]:

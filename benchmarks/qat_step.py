@@ -1,0 +1,223 @@
+"""A step of quantization-aware training against float's: ``python -m benchmarks.qat_step [--network mobilenetv2]``.
+
+Forward, backward and SGD in channels_last. Each row is a process of its own, in which its step and the plain float step
+take turns, so that a ratio is between two steps that were measured together; a row's figure is the median of its
+rounds' ratios. With ``--clock cpu`` the processor time of the process is counted, which other work on the machine does
+not lengthen as it does the time on the wall. What a peer needs is in the extra ``benchmarks``; ``--python`` names
+the interpreter of an environment that has them, if this one has not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.machine import describe
+
+OURS = {
+    f"{mode}{f', {what}' if what else ''}{', compile' if compiled else ''}": (mode, what, compiled)
+    for what in ("", "folded", "lsq")
+    for mode in ("eager", "fx", "pt2e")
+    for compiled in (False, True)
+}
+"""Rows of this library: mode, what is special, and whether it is compiled."""
+
+PEERS = {
+    "torch FX": "",
+    "torchao PT2E": "",
+    "ModelOpt": "pip install nvidia-modelopt",
+    "NNCF": "pip install nncf",
+}
+"""Rows of others, and how to get what they need."""
+
+ROWS = ["float, compile", *OURS, *PEERS]
+
+
+def prepare(row: str, network: Any, images: Any) -> Any:
+    """The network of a row, ready to train."""
+    import torch
+
+    if row == "float, compile":
+        return torch.compile(network)
+    if row in OURS:
+        return _ours(*OURS[row], network, images)
+    return {"torch FX": _torch_fx, "torchao PT2E": _torchao, "ModelOpt": _modelopt, "NNCF": _nncf}[row](network, images)
+
+
+def _ours(mode: str, what: str, compiled: bool, network: Any, images: Any) -> Any:
+    from qat_lightning.compiling import CompiledSteps
+    from qat_lightning.flows.base import Example, get_flow, set_phase
+    from qat_lightning.recipe import Recipe
+    from qat_lightning.recipes.folding import fold_batchnorm
+    from qat_lightning.scheme import Scheme
+
+    example = Example((images[:2].clone(),))
+    if what == "folded":
+        fold_batchnorm(network, example)
+    scheme = Scheme(learned_step="lsq") if what == "lsq" else Scheme()
+    prepared = get_flow(mode).prepare(network, example, Recipe(mode, "x86", scheme))
+    prepared.to(images.device).train()
+    set_phase(prepared, fake_quant=True, observers=True, batchnorm_frozen=False)
+    if compiled:
+        CompiledSteps(prepared, prepared, row_name(mode, what))
+    return prepared
+
+
+def row_name(mode: str, what: str) -> str:
+    """How messages call the network."""
+    return f"{mode} {what}".strip()
+
+
+def _torch_fx(network: Any, images: Any) -> Any:
+    from torch.ao.quantization import get_default_qat_qconfig_mapping
+    from torch.ao.quantization.quantize_fx import prepare_qat_fx
+
+    return prepare_qat_fx(network.train(), get_default_qat_qconfig_mapping("x86"), (images,))
+
+
+def _torchao(network: Any, images: Any) -> Any:
+    import torch
+    from torchao.quantization.pt2e.quantize_pt2e import prepare_qat_pt2e
+    from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
+
+    quantizer = x86.X86InductorQuantizer()
+    quantizer.set_global(x86.get_default_x86_inductor_quantization_config(is_qat=True))
+    return prepare_qat_pt2e(torch.export.export(network.train(), (images,), strict=True).module(), quantizer)
+
+
+def _modelopt(network: Any, images: Any) -> Any:
+    import modelopt.torch.quantization as mtq
+
+    return mtq.quantize(network, mtq.INT8_DEFAULT_CFG, lambda quantized: quantized(images)).train()
+
+
+def _nncf(network: Any, images: Any) -> Any:
+    import nncf
+    import nncf.torch
+
+    return nncf.quantize(network.eval(), nncf.Dataset([images]), subset_size=1).train()
+
+
+def step_of(network: Any, parameters: Any, images: Any, labels: Any, *, autocast: bool) -> Callable[[], None]:
+    """One step of training."""
+    import torch
+
+    optimizer = torch.optim.SGD(parameters, 1e-3)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=autocast):
+            loss = torch.nn.functional.cross_entropy(network(images), labels)
+        loss.backward()
+        optimizer.step()
+        if images.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    return step
+
+
+def worker(row: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Measure one row and the float step beside it, in turn."""
+    import torch
+
+    from benchmarks.networks import NETWORKS
+
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    device = torch.device(options.device)
+    images = torch.randn(options.batch, 3, options.size, options.size, device=device)
+    images = images.to(memory_format=torch.channels_last)
+    labels = torch.randint(0, 1000, (options.batch,), device=device)
+    plain = NETWORKS[options.network]().to(device, memory_format=torch.channels_last).train()
+    prepared = prepare(row, copy.deepcopy(plain), images)
+    steps = {
+        name: step_of(network, network.parameters(), images, labels, autocast=options.autocast)  # type: ignore[attr-defined]
+        for name, network in (("float", plain), ("row", prepared))
+    }
+    clock = time.process_time if options.clock == "cpu" else time.perf_counter
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for index in range(options.warmup + options.rounds):
+        for name, step in steps.items():
+            begin = clock()
+            step()
+            if index >= options.warmup:
+                times[name].append(1e3 * (clock() - begin))
+    return times
+
+
+def main() -> None:
+    """Measure and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--network", default="resnet18", choices=["resnet18", "mobilenetv2"])
+    parser.add_argument("--size", type=int, default=64, help="height and width of the images")
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--warmup", type=int, default=4, help="rounds that are not counted, in which graphs compile")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--autocast", action="store_true", help="in bfloat16")
+    parser.add_argument("--clock", default="wall", choices=["wall", "cpu"])
+    parser.add_argument("--rows", nargs="+", default=ROWS, choices=ROWS, metavar="ROW", help=f"of {', '.join(ROWS)}")
+    parser.add_argument("--python", default=sys.executable, help="interpreter of the environment with the peers")
+    parser.add_argument("--worker", metavar="ROW", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        print("result", json.dumps(worker(options.worker, options)), flush=True)
+        return
+    table = Table(
+        title=f"{options.network}, batch {options.batch}, {options.size}x{options.size}, {options.clock} time of a step",
+        caption=f"{describe()}; each row with {options.threads} thread(s)",
+    )
+    for column in ("step", "median ms", "float beside it", "ratio", "least", "most"):
+        table.add_column(column, justify="left" if column == "step" else "right")
+    given = sys.argv[1:]
+    for row in options.rows:
+        python = options.python if row in PEERS else sys.executable
+        command = [python, "-W", "ignore", "-m", "benchmarks.qat_step", *_without_rows(given), "--worker", row]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        found = [line for line in done.stdout.splitlines() if line.startswith("result ")]
+        if not found:
+            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            hint = f"{PEERS.get(row)}: " if "No module named" in last and PEERS.get(row) else ""
+            table.add_row(row, f"{hint}{last}"[:90], "", "", "", "")
+            continue
+        times = json.loads(found[0].removeprefix("result "))
+        ratios = [ours / plain for ours, plain in zip(times["row"], times["float"], strict=True)]
+        table.add_row(
+            row,
+            f"{statistics.median(times['row']):.1f}",
+            f"{statistics.median(times['float']):.1f}",
+            f"{statistics.median(ratios):.2f}",
+            f"{min(ratios):.2f}",
+            f"{max(ratios):.2f}",
+        )
+        print(row, f"{statistics.median(ratios):.3f}", flush=True)
+    Console(width=110).print(table)
+
+
+def _without_rows(given: list[str]) -> list[str]:
+    """The options for a worker: those of this command, without the choice of rows."""
+    kept: list[str] = []
+    skipping = False
+    for word in given:
+        if word.startswith("--"):
+            skipping = word == "--rows"
+        if not skipping:
+            kept.append(word)
+    return kept
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,186 @@
+"""Compiled training steps: the same training, one graph between two switches, and nothing left behind."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from qat_lightning import QuantizationMonitor, compiling
+from qat_lightning.compiling import CompiledSteps
+from qat_lightning.errors import ConfigurationError
+from qat_lightning.scheme import Scheme
+from tests.callbacks.lit import CLASSES, MODES, Lit, dataset, loader, qat, trainer
+from tests.callbacks.test_insert import OwnForward
+
+IMAGES = dataset()[:32][0]
+
+
+class Residual(nn.Module):
+    """What is added in place, and a ReLU that is used twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(1, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.conv2, self.bn2 = nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.relu = nn.ReLU(inplace=True)
+        self.head = nn.Linear(8, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu(self.bn1(self.conv1(x)))
+        y = self.bn2(self.conv2(x))
+        y += x
+        return self.head(self.relu(y).mean((2, 3)))
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> CompileCounterWithBackend:
+    """Counts compilations; AOTAutograd without the code generator, which takes long."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    monkeypatch.setattr(compiling, "BACKEND", counter)
+    return counter
+
+
+SOON = {"start": {"step": 1}, "freeze_observers": None, "freeze_batchnorm": None}
+"""A schedule without a switch after the first step that is compiled."""
+SCHEDULE = {"start": {"step": 3}, "freeze_observers": {"step": 6}, "freeze_batchnorm": {"step": 9}}
+
+
+def fitted(mode: str, make: Any, *, compile: bool, batches: Any = None, **settings: Any) -> tuple[Any, Any]:
+    torch.manual_seed(0)
+    module, callback = make(), qat(mode, compile=compile, **(SCHEDULE | settings))
+    fitting = trainer(callback, max_epochs=3)
+    fitting.fit(module, batches if batches is not None else loader(), loader(32, 8))
+    return callback, module
+
+
+def assert_alike(left: nn.Module, right: nn.Module, tolerance: float = 1e-3) -> None:
+    for key, value in left.state_dict().items():
+        if isinstance(value, Tensor):
+            torch.testing.assert_close(right.state_dict()[key], value, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("mode", "make"),
+    [
+        pytest.param("eager", lambda: Lit(Residual()), id="eager-in place"),
+        pytest.param("fx", OwnForward, id="fx-own forward"),
+        pytest.param("pt2e", lambda: Lit(Residual()), id="pt2e-in place"),
+        pytest.param("eager", OwnForward, id="eager-own forward", marks=pytest.mark.slow),
+        pytest.param("fx", lambda: Lit(Residual()), id="fx-in place", marks=pytest.mark.slow),
+        pytest.param("pt2e", OwnForward, id="pt2e-own forward", marks=pytest.mark.slow),
+    ],
+)
+def test_a_compiled_fit_is_the_same_fit_in_one_graph_between_two_switches(mode: str, make: Any, graphs: Any) -> None:
+    plain, expected = fitted(mode, make, compile=False)
+    assert graphs.frame_count == 0
+    callback, module = fitted(mode, make, compile=True)
+    assert graphs.frame_count == 4, "before rounding, with it, without observers, with BatchNorm frozen"
+    assert set(module.state_dict()) == set(expected.state_dict())
+    assert_alike(expected, module)
+    torch.testing.assert_close(callback.quantized(IMAGES), plain.quantized(IMAGES), rtol=0.0, atol=0.05)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_nothing_is_left_on_the_lightning_module(mode: str, graphs: Any) -> None:
+    callback, module = fitted(mode, Lit, compile=True, **SOON)
+    assert graphs.frame_count == 1
+    assert not any(isinstance(part.__dict__.get("forward"), CompiledSteps) for part in module.modules())
+    again, other = pickle.loads(pickle.dumps((callback, copy.deepcopy(module))))
+    assert torch.equal(again.quantized(IMAGES), callback.quantized(IMAGES))
+    assert torch.equal(other.eval().net(IMAGES), module.eval().net(IMAGES))
+    before = graphs.frame_count
+    trainer(callback).test(module, loader(), verbose=False)
+    assert callback.fidelity["agreement"] > 0.95
+    assert graphs.frame_count == before
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_nothing_is_left_after_an_exception(mode: str, graphs: Any) -> None:
+    class Failing(Lit):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            if self.global_step == 3:
+                raise RuntimeError("stop here")
+            return super().training_step(batch, batch_idx)
+
+    module = Failing()
+    with pytest.raises(RuntimeError, match="stop here"):
+        trainer(qat(mode, compile=True)).fit(module, loader())
+    assert graphs.frame_count == 1
+    assert not any(isinstance(part.__dict__.get("forward"), CompiledSteps) for part in module.modules())
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_last_batch_of_another_size_is_one_more_graph(mode: str, graphs: Any) -> None:
+    callback, _ = fitted(mode, Lit, compile=True, batches=loader(70), **SOON)
+    assert graphs.frame_count == 2
+    assert callback.quantized is not None
+
+
+@pytest.mark.parametrize("scheme", [Scheme(learned_step="lsq"), Scheme(weight_bits=4)], ids=["lsq", "4 bits"])
+@pytest.mark.parametrize("mode", MODES)
+def test_other_schemes(mode: str, scheme: Scheme, graphs: Any) -> None:
+    settings = SOON | {"scheme": scheme}
+    _, expected = fitted(mode, lambda: Lit(lr=0.005), compile=False, **settings)
+    _, module = fitted(mode, lambda: Lit(lr=0.005), compile=True, **settings)
+    assert graphs.frame_count == 1
+    assert_alike(expected, module, 1e-2)
+
+
+@pytest.mark.parametrize("mode", ["fx", *(pytest.param(mode, marks=pytest.mark.slow) for mode in ("eager", "pt2e"))])
+def test_a_resumed_fit_ends_where_the_uninterrupted_one_does(mode: str, graphs: Any, tmp_path: Any) -> None:
+    _, expected = fitted(mode, Lit, compile=True)
+    torch.manual_seed(0)
+    saving = ModelCheckpoint(dirpath=tmp_path, save_last=True)
+    broken_off = {"max_epochs": 3, "max_steps": 8, "enable_checkpointing": True}
+    trainer(qat(mode, compile=True, **SCHEDULE), saving, **broken_off).fit(Lit(), loader())
+    module = Lit()
+    trainer(qat(mode, compile=True, **SCHEDULE), max_epochs=3).fit(module, loader(), ckpt_path=tmp_path / "last.ckpt")
+    assert set(torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]) == set(expected.state_dict())
+    assert_alike(expected, module)
+
+
+def test_steps_that_are_looked_at_run_as_they_are(graphs: Any) -> None:
+    torch.manual_seed(0)
+    module, callback = Lit(), qat("fx", compile=True)
+    monitor = QuantizationMonitor(every_n_steps=2)
+    trainer(callback, monitor, max_epochs=2).fit(module, loader())
+    assert graphs.frame_count == 1
+
+
+def test_without_a_compiler_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor import config
+
+    monkeypatch.setattr(config.cpp, "cxx", ("no_such_compiler",))
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    getattr(get_cpp_compiler, "cache_clear", lambda: None)()
+    with pytest.raises(ConfigurationError, match=r"apt install g\+\+"):
+        trainer(qat(compile=True)).fit(Lit(), loader())
+
+
+def test_several_processes_are_refused() -> None:
+    with pytest.raises(ConfigurationError, match="compile=False, or one process"):
+        compiling.check_compiler(torch.device("cpu"), 2)
+
+
+def test_a_word_is_no_flag() -> None:
+    with pytest.raises(ConfigurationError, match="compile='yes' is not possible"):
+        qat(compile="yes")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", MODES)
+def test_generated_code_trains_alike(mode: str) -> None:
+    torch._dynamo.reset()
+    _, expected = fitted(mode, lambda: Lit(Residual()), compile=False)
+    callback, module = fitted(mode, lambda: Lit(Residual()), compile=True)
+    assert_alike(expected, module)
+    assert callback.quantized is not None

@@ -176,8 +176,9 @@ def main() -> None:
     if options.worker:
         print("result", json.dumps(worker(options.worker, options)), flush=True)
         return
+    shape = f"batch {options.batch}, {options.size}x{options.size}"
     table = Table(
-        title=f"{options.network}, batch {options.batch}, {options.size}x{options.size}, {options.clock} time of a step",
+        title=f"{options.network}, {shape}, {options.clock} time of a step",
         caption=f"{describe()}; each row with {options.threads} thread(s)",
     )
     for column in ("step", "median ms", "float beside it", "ratio", "least", "most"):

@@ -124,12 +124,12 @@ def test_a_last_batch_of_another_size_is_one_more_graph(mode: str, graphs: Any) 
     assert callback.quantized is not None
 
 
-@pytest.mark.parametrize("scheme", [Scheme(learned_step="lsq"), Scheme(weight_bits=4)], ids=["lsq", "4 bits"])
+@pytest.mark.parametrize("scheme", [Scheme(learned_step="lsq+"), Scheme(weight_bits=4)], ids=["lsq+", "4 bits"])
 @pytest.mark.parametrize("mode", MODES)
 def test_other_schemes(mode: str, scheme: Scheme, graphs: Any) -> None:
     settings = SOON | {"scheme": scheme}
-    _, expected = fitted(mode, lambda: Lit(lr=0.005), compile=False, **settings)
-    _, module = fitted(mode, lambda: Lit(lr=0.005), compile=True, **settings)
+    _, expected = fitted(mode, lambda: Lit(lr=0.0005), compile=False, **settings)
+    _, module = fitted(mode, lambda: Lit(lr=0.0005), compile=True, **settings)
     assert graphs.frame_count == 1
     assert_alike(expected, module, 1e-2)
 

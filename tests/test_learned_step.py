@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from qat_lightning.fake_quantize import FakeQuantize
 from qat_lightning.flows.base import Example, cpu_copy, get_flow, set_phase
-from qat_lightning.grid import fake_quantize
+from qat_lightning.grid import fake_quantize, fake_quantize_learned
 from qat_lightning.learned_step import RATE
 from qat_lightning.recipe import Recipe
 from qat_lightning.scheme import Scheme
@@ -81,6 +81,32 @@ def test_values_and_gradient_of_the_input_are_those_of_fixed_scales(seed: int, p
     (expected,) = torch.autograd.grad(fixed.square().sum(), weight)
     assert torch.equal(rounded, fixed)
     assert torch.equal(gradient, expected)
+
+
+@given(SEEDS, st.booleans(), st.floats(-3, 18))
+@settings(max_examples=30, deadline=None)
+def test_values_and_gradients_are_those_of_torchs_kernel(seed: int, per_channel: bool, zero_point: float) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x = (torch.randn(3, 4, 5, 6, generator=generator) * 2).to(memory_format=torch.channels_last)
+    shape = (4,) if per_channel else (1,)
+    scale = torch.rand(shape, generator=generator) * 0.3 + 0.05
+    point = torch.full(shape, zero_point).clamp(0, 15)
+    gradient = torch.randn(x.shape, generator=generator)
+    ours = [tensor.clone().requires_grad_() for tensor in (x, scale, point)]
+    theirs = [tensor.clone().requires_grad_() for tensor in (x, scale, point)]
+    if per_channel:
+        rounded = fake_quantize_learned(*ours, quant_min=0, quant_max=15, axis=1)
+        expected = torch._fake_quantize_learnable_per_channel_affine(*theirs, 1, 0, 15, 1.0)
+    else:
+        reshaped = [tensor if tensor.dim() > 1 else tensor.reshape(()) for tensor in ours]
+        rounded = fake_quantize_learned(*reshaped, quant_min=0, quant_max=15)
+        expected = torch._fake_quantize_learnable_per_tensor_affine(*theirs, 0, 15, 1.0)
+    rounded.backward(gradient)
+    expected.backward(gradient)
+    assert torch.equal(rounded, expected)
+    assert torch.equal(ours[0].grad, theirs[0].grad)
+    for one, other in zip(ours[1:], theirs[1:], strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("learned", ["lsq", "lsq+"])

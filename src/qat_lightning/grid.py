@@ -310,14 +310,36 @@ def fake_quantize_learned(
         quant_max: Largest integer.
         axis: The channel dimension of ``x``; None for one scale.
     """
-    with torch.autocast(x.device.type, enabled=False):
-        values = x.float()
-        if axis is None:
-            rounded = torch._fake_quantize_learnable_per_tensor_affine(
-                values, scale.reshape(1), zero_point.reshape(1), quant_min, quant_max, 1.0
-            )
+    scale, zero_point = along(scale, x, axis), along(zero_point, x, axis)
+    rounded: Tensor = _RoundLearned.apply(x.float(), scale, zero_point, quant_min, quant_max)  # type: ignore[no-untyped-call]
+    return rounded.to(x.dtype)
+
+
+class _RoundLearned(torch.autograd.Function):
+    """``torch._fake_quantize_learnable_per_{tensor,channel}_affine`` in vectorized passes."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int) -> Tensor:
+        zero_point = zero_point.round()
+        integers = (x * (1.0 / scale)).round_().add_(zero_point).clamp_(quant_min, quant_max)
+        rounded = integers.sub_(zero_point).mul_(scale)
+        ctx.save_for_backward(x, scale, zero_point, rounded)
+        ctx.limits = quant_min, quant_max
+        return rounded
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        x, scale, zero_point, rounded = ctx.saved_tensors
+        low, high = ctx.limits
+        inverse = 1.0 / scale
+        if x.device.type == "cpu" and scale.dim() == 0:
+            ends = [(end - zero_point).to(torch.int32) for end in (low, high)]
+            passed = torch.ops.qat_lightning.pass_unclamped(gradient, x, scale, *ends)
         else:
-            rounded = torch._fake_quantize_learnable_per_channel_affine(
-                values, scale, zero_point, axis, quant_min, quant_max, 1.0
-            )
-        return rounded.to(x.dtype)
+            integers = (x * inverse).round_().add_(zero_point)
+            passed = torch.ops.aten.hardtanh_backward(gradient, integers, low - 0.5, high + 0.5)
+        cut = gradient - passed
+        # Inside of the grid a step more moves a value by what it was rounded by, beyond it by its whole distance.
+        of_scale = (rounded - x).mul_(gradient).addcmul_(cut, x).sum_to_size(scale.shape) * inverse
+        of_zero_point = cut.sum_to_size(zero_point.shape) * -scale
+        return passed, of_scale, of_zero_point, None, None

@@ -71,7 +71,7 @@ def test_float_network_goes_the_same_way_with_float_weights(tmp_path: Path) -> N
     case = case_named("residual")
     network, (args, kwargs) = case.network().eval(), batch_of(case)(4)
     OpenVino().write(Source(network, Example(args, kwargs)), tmp_path / "float.xml")
-    _assert_same(network, OpenVino().load(tmp_path / "float.xml"), batch_of(case), least=35.0)
+    _assert_same(network, OpenVino().load(tmp_path / "float.xml"), batch_of(case), least=90.0)
     assert "f16" not in (tmp_path / "float.xml").read_text()
 
 

@@ -16,6 +16,8 @@ from qat_lightning.export.onnx import refuse_direct
 from qat_lightning.export.onnx_graph import onnx_model
 from qat_lightning.recipe import Recipe
 
+_PRECISION = ["qat_lightning", "inference_precision"]
+"""Where a file says in which precision its float ops are to run; nowhere in those of int8 networks."""
 _SHAPES = 8
 """For how many shapes of inputs a loaded network is kept compiled."""
 
@@ -25,8 +27,8 @@ class OpenVino:
 
     ``path`` is the ``.xml``; the weights are in a ``.bin`` of the same name beside it, and the two stay together. The
     grids of training are kept as FakeQuantize ops, which OpenVINO's low-precision transformations turn into int8
-    kernels; convolutions take a residual add and an activation with them. Ops that are left float run in bfloat16 where
-    the CPU has it, as is OpenVINO's own default.
+    kernels; convolutions take a residual add and an activation with them. What is left float in an int8 network runs
+    in bfloat16 where the CPU has it, as is OpenVINO's own default; a float network runs in float32 throughout.
 
     Example:
         >>> OpenVino().suffix, OpenVino().refusal(Recipe("pt2e", "x86"))
@@ -70,6 +72,8 @@ class OpenVino:
                 f"OpenVINO does not take the network ({type(error).__name__}: {text}). Choose another format, such as "
                 "onnx or pt2, or keep the part at fault out of the network."
             ) from error
+        if source.quantized is None:
+            converted.set_rt_info("f32", _PRECISION)
         # Weights are not to be made float16: they are int8, and what is left is to be what was trained.
         openvino.save_model(converted, str(path), compress_to_fp16=False)
 
@@ -82,12 +86,13 @@ class OpenVino:
         import openvino
 
         model = openvino.Core().read_model(str(path))
+        precision = model.get_rt_info(_PRECISION).astype(str) if model.has_rt_info(_PRECISION) else None
 
         @functools.lru_cache(maxsize=_SHAPES)
         def request(shapes: tuple[tuple[int, ...], ...]) -> Any:
             fixed = model.clone()
             fixed.reshape(dict(enumerate(list(shape) for shape in shapes)))
-            return _compile(fixed).create_infer_request()
+            return _compile(fixed, precision).create_infer_request()
 
         def run(tensors: list[Tensor]) -> list[Tensor]:
             arrays = [tensor.detach().cpu().contiguous() for tensor in tensors]
@@ -100,8 +105,10 @@ class OpenVino:
         return run
 
 
-def _compile(model: Any) -> Any:
+def _compile(model: Any, precision: str | None = None) -> Any:
     import openvino
 
     settings = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+    if precision is not None:
+        settings["INFERENCE_PRECISION_HINT"] = precision
     return openvino.Core().compile_model(model, "CPU", settings)

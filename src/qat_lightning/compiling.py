@@ -18,6 +18,7 @@ from torch import nn
 from qat_lightning.errors import ConfigurationError
 from qat_lightning.flows.base import fake_quantizers, prepared_state
 from qat_lightning.flows.eager_layers import MarksWhileTraced
+from qat_lightning.flows.pt2e.compiling import has_cpp_compiler
 
 BACKEND = "inductor"
 """Of ``torch.compile``."""
@@ -40,16 +41,11 @@ def check_compiler(device: torch.device, processes: int) -> None:
         )
     if device.type != "cpu":
         return
-    from torch._inductor.cpp_builder import get_cpp_compiler
-    from torch._inductor.exc import InvalidCxxCompiler
-
-    try:
-        get_cpp_compiler()
-    except (InvalidCxxCompiler, RuntimeError) as error:
+    if not has_cpp_compiler():
         raise ConfigurationError(
             "compile=True needs a C++ compiler, and none was found: install one (apt install g++), name it in the "
             "environment variable CXX, or use compile=False."
-        ) from error
+        )
 
 
 class CompiledSteps:

@@ -23,6 +23,18 @@ from qat_lightning.flows.verify import is_faulty
 _ROWS_TO_COMPARE = 8
 
 
+def has_cpp_compiler() -> bool:
+    """Whether there is a C++ compiler, which Inductor makes libraries for the CPU with."""
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except (InvalidCxxCompiler, RuntimeError):
+        return False
+    return True
+
+
 def compile_library(decomposed: fx.GraphModule, spec: CallSpec, tensors: list[Tensor]) -> Library:
     """Compile with AOTInductor: one library for every batch size."""
     dynamic = tuple({0: torch.export.Dim.AUTO} if shape[:1] == (BATCH,) else None for shape in _shapes(spec))

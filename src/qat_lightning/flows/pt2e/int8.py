@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from qat_lightning.backends import BACKENDS
-from qat_lightning.flows.pt2e.compiling import compile_library, difference, load_library
+from qat_lightning.flows.pt2e.compiling import compile_library, difference, has_cpp_compiler, load_library
 from qat_lightning.flows.pt2e.signature import CallSpec
 
 Runs = Literal["not compiled yet", "aotinductor", "decomposed"]
@@ -115,9 +115,9 @@ class Int8Network(nn.Module):
                 compiled = compile_library(self.decomposed, self.spec, tensors)
                 problem = difference(self.decomposed, compiled, self.spec, tensors, BACKENDS[self.backend])
             except Exception as error:  # noqa: BLE001 (a compiler may fail in any way; the graph runs instead)
-                problem = (
-                    f"it cannot be compiled ({type(error).__name__}: {_first_line(error)}); it takes a C++ compiler"
-                )
+                problem = f"it cannot be compiled ({type(error).__name__}: {_first_line(error)})"
+                if not has_cpp_compiler():
+                    problem = "there is no C++ compiler: install one (apt install g++), or name it in CXX"
             if problem:
                 self.runs, self.why_decomposed = "decomposed", problem
                 warnings.warn(

@@ -9,18 +9,16 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from qat_lightning.errors import ExportError
 from qat_lightning.export.base import Source
 from qat_lightning.export.onnx import Onnx
 from qat_lightning.export.onnx_graph import OPSET
-from qat_lightning.flows.base import Example, sqnr_db
-from qat_lightning.quantized import QuantizedNetwork
+from qat_lightning.flows.base import Example
 from qat_lightning.recipe import Recipe
-from tests.artifact.making import Batch, batch_of, case_named, images, quantize
+from tests.artifact.making import batch_of, case_named, images, quantize
+from tests.export.files import Odd, assert_same_outputs, quantized_case
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -29,12 +27,6 @@ onnxruntime = pytest.importorskip("onnxruntime")
 @pytest.fixture(autouse=True)
 def _uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QAT_LIGHTNING_COMPILE", "0")
-
-
-def _case(name: str, mode: str, backend: str = "x86") -> tuple[QuantizedNetwork, Batch]:
-    torch.manual_seed(0)
-    case = case_named(name)
-    return quantize(mode, backend, case.network(), batch_of(case)), batch_of(case)
 
 
 def _write(network: nn.Module, example: Example, path: Path) -> Any:
@@ -51,28 +43,19 @@ def _fused(path: Path, tmp_path: Path) -> Counter[str]:
     return Counter(node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node)
 
 
-def _assert_same(quantized: nn.Module, run: Any, batch: Batch, least: float = 30.0) -> None:
-    for size in (1, 6):
-        args, kwargs = batch(size)
-        with torch.no_grad():
-            expected = tree_leaves(quantized(*args, **kwargs))
-        got = run([leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)])
-        for one, other in zip(expected, got, strict=True):
-            assert one.shape == other.shape
-            assert sqnr_db(one, other) > least
-
-
-@pytest.mark.parametrize("mode", ["eager", "fx", "pt2e"])
-@pytest.mark.parametrize("name", ["residual", "functional", "attention"])
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    [("residual", "eager"), ("residual", "fx"), ("functional", "fx"), ("attention", "eager"), ("attention", "pt2e")],
+)
 def test_file_computes_what_the_int8_network_does(name: str, mode: str, tmp_path: Path) -> None:
-    quantized, batch = _case(name, mode)
+    quantized, batch = quantized_case(name, mode)
     path = tmp_path / "model.onnx"
     _write(quantized, quantized.example, path)
-    _assert_same(quantized, Onnx().load(path), batch)
+    assert_same_outputs(quantized, Onnx().load(path), batch)
 
 
 def test_every_layer_is_one_int8_kernel_in_onnx_runtime(tmp_path: Path) -> None:
-    quantized, _ = _case("residual", "fx")
+    quantized, _ = quantized_case("residual", "fx")
     _write(quantized, quantized.example, tmp_path / "model.onnx")
     ops = _fused(tmp_path / "model.onnx", tmp_path)
     assert ops["QLinearConv"] == 3
@@ -83,7 +66,7 @@ def test_every_layer_is_one_int8_kernel_in_onnx_runtime(tmp_path: Path) -> None:
 
 
 def test_depthwise_network_is_int8_throughout(tmp_path: Path) -> None:
-    quantized, _ = _case("depthwise", "fx")
+    quantized, _ = quantized_case("depthwise", "fx")
     _write(quantized, quantized.example, tmp_path / "model.onnx")
     ops = _fused(tmp_path / "model.onnx", tmp_path)
     assert ops["QLinearConv"] == 3
@@ -92,7 +75,7 @@ def test_depthwise_network_is_int8_throughout(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("mode", ["fx", "pt2e"])
 def test_linear_layers_of_tokens_are_int8_kernels_with_their_bias(mode: str, tmp_path: Path) -> None:
-    quantized, _ = _case("attention", mode)
+    quantized, _ = quantized_case("attention", mode)
     _write(quantized, quantized.example, tmp_path / "model.onnx")
     ops = _fused(tmp_path / "model.onnx", tmp_path)
     assert ops["QGemm"] == 5
@@ -101,7 +84,7 @@ def test_linear_layers_of_tokens_are_int8_kernels_with_their_bias(mode: str, tmp
 
 @pytest.mark.parametrize("mode", ["eager", "fx", "pt2e"])
 def test_nothing_is_between_quantize_dequantize_and_the_op(mode: str, tmp_path: Path) -> None:
-    quantized, _ = _case("residual", mode)
+    quantized, _ = quantized_case("residual", mode)
     model = _write(quantized, quantized.example, tmp_path / "model.onnx")
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
     ops = Counter(node.op_type for node in model.graph.node)
@@ -125,7 +108,7 @@ def test_nothing_is_between_quantize_dequantize_and_the_op(mode: str, tmp_path: 
 
 
 def test_signature_is_the_networks_own(tmp_path: Path) -> None:
-    quantized, batch = _case("several_inputs", "fx")
+    quantized, batch = quantized_case("several_inputs", "fx")
     model = _write(quantized, quantized.example, tmp_path / "model.onnx")
     assert [given.name for given in model.graph.input] == ["x", "table"]
     assert [made.name for made in model.graph.output] == ["logits", "side"]
@@ -133,14 +116,14 @@ def test_signature_is_the_networks_own(tmp_path: Path) -> None:
     for value in (*model.graph.input, *model.graph.output):
         assert value.type.tensor_type.shape.dim[0].dim_param == "batch"
         assert all(dim.dim_value for dim in value.type.tensor_type.shape.dim[1:])
-    _assert_same(quantized, Onnx().load(tmp_path / "model.onnx"), batch)
+    assert_same_outputs(quantized, Onnx().load(tmp_path / "model.onnx"), batch)
 
 
 def test_float_network_goes_the_same_way(tmp_path: Path) -> None:
     case = case_named("several_inputs")
     network, (args, kwargs) = case.network().eval(), batch_of(case)(4)
     _write(network, Example(args, kwargs), tmp_path / "float.onnx")
-    _assert_same(network, Onnx().load(tmp_path / "float.onnx"), batch_of(case), least=100)
+    assert_same_outputs(network, Onnx().load(tmp_path / "float.onnx"), batch_of(case), least=100)
 
 
 def test_int8_file_is_a_quarter_of_the_float_one(tmp_path: Path) -> None:
@@ -161,7 +144,7 @@ def test_int8_file_is_a_quarter_of_the_float_one(tmp_path: Path) -> None:
 
 
 def test_no_output_and_no_warning(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    quantized, _ = _case("plain", "fx")
+    quantized, _ = quantized_case("plain", "fx")
     capfd.readouterr()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -170,20 +153,9 @@ def test_no_output_and_no_warning(tmp_path: Path, capfd: pytest.CaptureFixture[s
     assert capfd.readouterr() == ("", "")
 
 
-class _Odd(nn.Module):
-    """Ends in a function that ONNX has not."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(3, 4, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.special.i0(F.relu(self.conv(x)))
-
-
 def test_op_that_onnx_has_not_is_named(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match=r"no translation of .*i0: write"):
-        _write(_Odd().eval(), Example(*images(4)), tmp_path / "model.onnx")
+        _write(Odd().eval(), Example(*images(4)), tmp_path / "model.onnx")
     assert not (tmp_path / "model.onnx").exists()
 
 
@@ -195,16 +167,13 @@ def test_kinds_without_ranges_are_refused_with_what_to_use(kind: Any) -> None:
 
 def test_tensorrt_gets_int8_with_zero_point_0_and_float_biases(tmp_path: Path) -> None:
     """What TensorRT's parser takes: symmetric activations and weights, and no int32 behind a DequantizeLinear."""
-    for name in ("residual", "attention"):
-        quantized, batch = _case(name, "pt2e", "tensorrt")
-        model = _write(quantized, quantized.example, tmp_path / f"{name}.onnx")
-        constants = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
-        zero_points = [
-            constants[node.input[2]]
-            for node in model.graph.node
-            if node.op_type in ("QuantizeLinear", "DequantizeLinear")
-        ]
-        assert len(zero_points) > 10
-        assert all(zero.dtype == "int8" and not zero.any() for zero in zero_points)
-        assert not any(array.dtype == "int32" for array in constants.values())
-        _assert_same(quantized, Onnx().load(tmp_path / f"{name}.onnx"), batch)
+    quantized, batch = quantized_case("attention", "pt2e", "tensorrt")
+    model = _write(quantized, quantized.example, tmp_path / "model.onnx")
+    constants = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    zero_points = [
+        constants[node.input[2]] for node in model.graph.node if node.op_type in ("QuantizeLinear", "DequantizeLinear")
+    ]
+    assert len(zero_points) > 10
+    assert all(zero.dtype == "int8" and not zero.any() for zero in zero_points)
+    assert not any(array.dtype == "int32" for array in constants.values())
+    assert_same_outputs(quantized, Onnx().load(tmp_path / "model.onnx"), batch)

@@ -14,7 +14,7 @@ from qat_lightning.export.base import Source
 from qat_lightning.export.openvino import OpenVino
 from qat_lightning.flows.base import Example
 from tests.artifact.making import batch_of, case_named, images, quantize
-from tests.export.test_onnx import _assert_same, _case, _Odd
+from tests.export.files import Odd, assert_same_outputs, quantized_case
 
 openvino = pytest.importorskip("openvino")
 pytest.importorskip("onnx")
@@ -35,15 +35,13 @@ def _precisions(path: Path) -> dict[str, Counter[str]]:
     return found
 
 
-@pytest.mark.parametrize(
-    ("name", "mode"), [("residual", "eager"), ("residual", "fx"), ("residual", "pt2e"), ("functional", "fx")]
-)
+@pytest.mark.parametrize(("name", "mode"), [("residual", "eager"), ("residual", "pt2e"), ("functional", "fx")])
 def test_file_computes_what_the_int8_network_does_in_int8(name: str, mode: str, tmp_path: Path) -> None:
-    quantized, batch = _case(name, mode)
+    quantized, batch = quantized_case(name, mode)
     path = tmp_path / "model.xml"
     OpenVino().write(Source(quantized, quantized.example), path)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["model.bin", "model.xml"]
-    _assert_same(quantized, OpenVino().load(path), batch)
+    assert_same_outputs(quantized, OpenVino().load(path), batch)
     precisions = _precisions(path)
     assert precisions["Convolution"] == {"u8": 3}
     assert precisions["FullyConnected"] == {"u8": 1}
@@ -51,33 +49,33 @@ def test_file_computes_what_the_int8_network_does_in_int8(name: str, mode: str, 
 
 @pytest.mark.parametrize("mode", ["fx", "pt2e"])
 def test_linear_layers_of_tokens_are_int8(mode: str, tmp_path: Path) -> None:
-    quantized, batch = _case("attention", mode)
+    quantized, batch = quantized_case("attention", mode)
     OpenVino().write(Source(quantized, quantized.example), tmp_path / "model.xml")
     assert _precisions(tmp_path / "model.xml")["FullyConnected"] == {"u8": 5}
-    _assert_same(quantized, OpenVino().load(tmp_path / "model.xml"), batch, least=25.0)
+    assert_same_outputs(quantized, OpenVino().load(tmp_path / "model.xml"), batch, least=25.0)
 
 
 def test_several_inputs_keep_their_names(tmp_path: Path) -> None:
-    quantized, batch = _case("several_inputs", "fx")
+    quantized, batch = quantized_case("several_inputs", "fx")
     OpenVino().write(Source(quantized, quantized.example), tmp_path / "model.xml")
     model = openvino.Core().read_model(str(tmp_path / "model.xml"))
     assert [given.get_any_name() for given in model.inputs] == ["x", "table"]
     assert [made.get_any_name() for made in model.outputs] == ["logits", "side"]
     assert all(given.partial_shape[0].is_dynamic for given in model.inputs)
-    _assert_same(quantized, OpenVino().load(tmp_path / "model.xml"), batch)
+    assert_same_outputs(quantized, OpenVino().load(tmp_path / "model.xml"), batch)
 
 
 def test_float_network_goes_the_same_way_with_float_weights(tmp_path: Path) -> None:
     case = case_named("residual")
     network, (args, kwargs) = case.network().eval(), batch_of(case)(4)
     OpenVino().write(Source(network, Example(args, kwargs)), tmp_path / "float.xml")
-    _assert_same(network, OpenVino().load(tmp_path / "float.xml"), batch_of(case), least=90.0)
+    assert_same_outputs(network, OpenVino().load(tmp_path / "float.xml"), batch_of(case), least=90.0)
     assert "f16" not in (tmp_path / "float.xml").read_text()
 
 
 def test_op_that_the_file_cannot_hold_is_named(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match=r"no translation of .*i0: write"):
-        OpenVino().write(Source(_Odd().eval(), Example(*images(4))), tmp_path / "model.xml")
+        OpenVino().write(Source(Odd().eval(), Example(*images(4))), tmp_path / "model.xml")
     assert not any(tmp_path.iterdir())
 
 

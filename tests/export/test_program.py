@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ TABLE = [
     for mode, backend in pairs()
     for case in CASES
     if mode in case.modes and case.name != "control_flow"
-    if backend == "x86" or case.name in ("residual", "depthwise", "functional")
+    if backend == "x86" or case.name in ("residual", "depthwise")
 ]
 """Every network with one backend, and with the other backends those that show what their kernels do."""
 
@@ -36,6 +38,7 @@ def _uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QAT_LIGHTNING_COMPILE", "0")
 
 
+@functools.cache
 def _quantized(mode: str, backend: str, case: Case) -> QuantizedNetwork:
     torch.manual_seed(0)
     return quantize(mode, backend, case.network(), batch_of(case))
@@ -101,7 +104,7 @@ def test_float_network_is_no_int8_network() -> None:
 
 
 def test_kernel_that_computes_something_else_is_named() -> None:
-    quantized = _quantized("fx", "x86", case_named("plain"))
+    quantized = copy.deepcopy(_quantized("fx", "x86", case_named("plain")))
     head = quantized.network.get_submodule("head")
     kernel = torch.ao.nn.quantized.Linear.forward
     head.forward = lambda x: _negated(kernel(head, x))
@@ -124,6 +127,11 @@ def test_float_program_takes_any_batch_and_leaves_the_network_in_training() -> N
         expected = network.eval()(*args, **kwargs)
         got = program.module()(*args, **kwargs)
     assert torch.allclose(expected["logits"], got["logits"], atol=1e-5)
+
+
+def test_example_of_one_sample_gives_a_program_for_any_batch() -> None:
+    program = float_program(nn.Linear(3, 2), Example((torch.zeros(1, 3),)))
+    assert program.module()(torch.zeros(5, 3)).shape == (5, 2)
 
 
 class _FixedBatch(nn.Module):

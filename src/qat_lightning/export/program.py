@@ -70,7 +70,7 @@ def float_program(network: nn.Module, example: Example) -> ExportedProgram:
 
     Args:
         network: The float network; left as it is.
-        example: A real call, with a batch of 2 or more.
+        example: A real call.
 
     Raises:
         TraceError: The network cannot be exported, or only for one batch size.
@@ -124,9 +124,9 @@ class _Called(nn.Module):
 
 @torch.no_grad()
 def _export(network: nn.Module, example: Example, name: str) -> ExportedProgram:
-    size = batch_size(example)
+    args, kwargs = _of_two(example)
+    size = batch_size(Example(args, kwargs))
     signature = inspect.signature(network.forward)
-    args, kwargs = example.args, example.kwargs
     shapes = dynamic_shapes(signature, args, kwargs, size)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"torch\..*")
@@ -141,6 +141,16 @@ def _export(network: nn.Module, example: Example, name: str) -> ExportedProgram:
             ) from error
     _refuse_fixed_batch(program, (args, kwargs), size, name)
     return program
+
+
+def _of_two(example: Example) -> tuple[Any, Any]:
+    """The arguments of a call; a batch of one twice, since export takes a size of 1 for a constant."""
+
+    def twice(leaf: Any) -> Any:
+        return torch.cat([leaf, leaf]) if has_batch(leaf, 1) else leaf
+
+    arguments: tuple[Any, Any] = (example.args, example.kwargs)
+    return tree_map(twice, arguments) if batch_size(example) == 1 else arguments
 
 
 def _refuse_fixed_batch(program: ExportedProgram, arguments: Any, size: int | None, name: str) -> None:

@@ -1,0 +1,46 @@
+"""What the tests of several formats share."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from qat_lightning.flows.base import sqnr_db
+from qat_lightning.quantized import QuantizedNetwork
+from tests.artifact.making import Batch, batch_of, case_named, quantize
+
+
+@functools.cache
+def quantized_case(name: str, mode: str, backend: str = "x86") -> tuple[QuantizedNetwork, Batch]:
+    """An int8 network of the table, made once, and what makes its batches."""
+    torch.manual_seed(0)
+    case = case_named(name)
+    return quantize(mode, backend, case.network(), batch_of(case)), batch_of(case)
+
+
+def assert_same_outputs(network: nn.Module, run: Any, batch: Batch, least: float = 30.0) -> None:
+    """Hold a loaded artifact to the network, at two batch sizes, by SQNR in dB."""
+    for size in (1, 6):
+        args, kwargs = batch(size)
+        with torch.no_grad():
+            expected = tree_leaves(network(*args, **kwargs))
+        got = run([leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)])
+        for one, other in zip(expected, got, strict=True):
+            assert one.shape == other.shape
+            assert sqnr_db(one, other) > least
+
+
+class Odd(nn.Module):
+    """Ends in a function that ONNX has not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.special.i0(F.relu(self.conv(x)))

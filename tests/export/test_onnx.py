@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import statistics
+import time
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -177,3 +179,58 @@ def test_tensorrt_gets_int8_with_zero_point_0_and_float_biases(tmp_path: Path) -
     assert all(zero.dtype == "int8" and not zero.any() for zero in zero_points)
     assert not any(array.dtype == "int32" for array in constants.values())
     assert_same_outputs(quantized, Onnx().load(tmp_path / "model.onnx"), batch)
+
+
+class _Blocks(nn.Module):
+    """Large enough that the time of a call is that of its convolutions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 64, 3, padding=1)
+        self.convs = nn.ModuleList(nn.Conv2d(64, 64, 3, padding=1) for _ in range(4))
+        self.head = nn.Linear(64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).relu()
+        for conv in self.convs:
+            x = (conv(x) + x).relu()
+        return self.head(x.mean((2, 3)))
+
+
+@pytest.mark.slow
+def test_file_is_as_fast_as_onnx_runtimes_own_static_quantization(tmp_path: Path) -> None:
+    quantization = pytest.importorskip("onnxruntime.quantization")
+
+    class Reader(quantization.CalibrationDataReader):  # type: ignore[misc,name-defined]
+        def __init__(self) -> None:
+            self.rows = iter([{"x": torch.randn(2, 3, 64, 64).numpy()} for _ in range(2)])
+
+        def get_next(self) -> Any:
+            return next(self.rows, None)
+
+    def batch(size: int) -> Any:
+        return (torch.randn(size, 3, 64, 64),), {}
+
+    torch.manual_seed(0)
+    network = _Blocks().eval()
+    _write(network, Example(*batch(4)), tmp_path / "float.onnx")
+    quantized = quantize("fx", "x86", network, batch)
+    _write(quantized, quantized.example, tmp_path / "ours.onnx")
+    kinds = {"activation_type": quantization.QuantType.QUInt8, "weight_type": quantization.QuantType.QInt8}
+    quantization.quantize_static(tmp_path / "float.onnx", tmp_path / "theirs.onnx", Reader(), per_channel=True, **kinds)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    sessions = {
+        name: onnxruntime.InferenceSession(tmp_path / f"{name}.onnx", options, providers=["CPUExecutionProvider"])
+        for name in ("float", "ours", "theirs")
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in sessions}
+    feed = {"x": torch.randn(1, 3, 64, 64).numpy()}
+    for _ in range(30):
+        for name, session in sessions.items():
+            before = time.thread_time()  # in turn, and of this thread's own: other work on the machine does not count
+            session.run(None, feed)
+            seconds[name].append(time.thread_time() - before)
+    medians = {name: statistics.median(times) for name, times in seconds.items()}
+    assert medians["ours"] < 1.1 * medians["theirs"]
+    assert medians["ours"] < medians["float"]

@@ -61,6 +61,8 @@ def test_int8_agrees_with_fake_quant(fitted: dict, mode: str, backend: str, case
         actual = case.logits(converted.network(*args, **kwargs))
     assert (expected.argmax(1) == actual.argmax(1)).float().mean() >= 0.995
     assert (actual.argmax(1) == labels).float().mean() > 0.8, "the int8 network did not learn the task"
+    if (mode, backend) == ("pt2e", "x86"):
+        assert converted.network.runs == "aotinductor", converted.network.why_decomposed
 
 
 @pytest.mark.parametrize(("mode", "backend", "case"), TABLE)

@@ -22,6 +22,8 @@ from qat_lightning.flows.verify import is_faulty
 
 _ROWS_TO_COMPARE = 8
 
+_FUSED_WITH_CONVOLUTIONS = (torch.ops.aten.relu.default, torch.ops.aten.hardtanh.default, QUANTIZE[0])
+
 
 def has_cpp_compiler() -> bool:
     """Whether there is a C++ compiler, which Inductor makes libraries for the CPU with."""
@@ -46,6 +48,7 @@ def compile_library(decomposed: fx.GraphModule, spec: CallSpec, tensors: list[Te
     return load_library(compiled, decomposed, spec, tensors)
 
 
+@torch.no_grad()  # with gradients, Inductor keeps the graph as it is for them, and not one layer becomes an int8 kernel
 def compile_package(graph_module: fx.GraphModule, examples: tuple[Tensor, ...], dynamic: tuple[Any, ...]) -> bytes:
     """Compile a graph of flat tensors to int8 kernels, as the bytes of a package of AOTInductor.
 
@@ -59,6 +62,7 @@ def compile_package(graph_module: fx.GraphModule, examples: tuple[Tensor, ...], 
 
     _make_linear_inputs_contiguous(graph_module.graph)
     _part_additions_from_activations(graph_module.graph)
+    _widen_conv1d(graph_module)
     _pad_single_channels(graph_module)
     graph_module.recompile()
     with warnings.catch_warnings(), tempfile.TemporaryDirectory(prefix="qat-lightning-") as folder:
@@ -104,14 +108,14 @@ def _make_linear_inputs_contiguous(graph: fx.Graph) -> None:
 
 
 def _part_additions_from_activations(graph: fx.Graph) -> None:
-    """Torchao's fusion fails on a dynamic linear layer with an activation that is then added to something.
+    """Torchao's fusion fails on a linear layer with an activation that is then added to something.
 
     It takes the activation into the layer, and then does not expect to find one when it takes the addition in. Written
     as a difference, which gives the same numbers, the addition stays outside.
     """
     aten = torch.ops.aten
     for add in graph.find_nodes(op="call_function", target=aten.add.Tensor):
-        activated = [arg for arg in add.args if isinstance(arg, fx.Node) and _is_dynamic_linear(arg.args[:1])]
+        activated = [arg for arg in add.args if isinstance(arg, fx.Node) and _is_quantized_linear(arg.args[:1])]
         if not activated or add.kwargs or not all(isinstance(arg, fx.Node) for arg in add.args):
             continue
         with graph.inserting_before(add):
@@ -119,12 +123,43 @@ def _part_additions_from_activations(graph: fx.Graph) -> None:
         add.target, add.args = aten.sub.Tensor, (add.args[0], negative)
 
 
-def _is_dynamic_linear(nodes: Any) -> bool:
+def _is_quantized_linear(nodes: Any) -> bool:
     linear = nodes[0] if nodes else None
     if not isinstance(linear, fx.Node) or linear.target is not torch.ops.aten.linear.default:
         return False
     rounded: Any = linear.args[0]
-    return bool(rounded.target is torch.ops.quantized_decomposed.dequantize_per_tensor.tensor)
+    return rounded.target in (DEQUANTIZE[0], torch.ops.quantized_decomposed.dequantize_per_tensor.tensor)
+
+
+def _widen_conv1d(graph_module: fx.GraphModule) -> None:
+    """Make convolutions of sequences those of images one row high.
+
+    Once the weights are packed, Inductor takes the kernel to be 1 long, so that what it expects of a padded convolution
+    is longer than what the kernel returns. The row goes again behind what is fused with the convolution.
+    """
+    aten = torch.ops.aten
+    graph = graph_module.graph
+    for conv in graph.find_nodes(op="call_function", target=aten.conv1d.default):
+        activation, weight = conv.args[:2]
+        if activation.target is not DEQUANTIZE[0] or weight.target not in DEQUANTIZE or weight.args[0].op != "get_attr":
+            continue
+        name = f"{weight.args[0].target}_of_one_row".replace(".", "_")
+        if not hasattr(graph_module, name):
+            graph_module.register_buffer(name, _attribute(graph_module, weight.args[0]).unsqueeze(2))
+        given: list[Any] = list(conv.args[2:])
+        bias, stride, padding, dilation, groups = given + [None, [1], [0], [1], 1][len(given) :]
+        with graph.inserting_before(conv):
+            row = graph.call_function(aten.unsqueeze.default, (activation.args[0], 2))
+            inputs = graph.call_function(activation.target, (row, *activation.args[1:]), activation.kwargs)
+            weights = graph.call_function(weight.target, (graph.get_attr(name), *weight.args[1:]), weight.kwargs)
+        conv.target = aten.conv2d.default
+        conv.args = (inputs, weights, bias, [1, *stride], [0, *padding], [1, *dilation], groups)
+        last = conv
+        while len(last.users) == 1 and next(iter(last.users)).target in _FUSED_WITH_CONVOLUTIONS:
+            last = next(iter(last.users))
+        with graph.inserting_after(last):
+            sequence = graph.call_function(aten.squeeze.dim, (last, 2))
+        last.replace_all_uses_with(sequence, delete_user_cb=lambda user, kept=sequence: user is not kept)
 
 
 def _pad_single_channels(graph_module: fx.GraphModule) -> None:
@@ -139,8 +174,7 @@ def _pad_single_channels(graph_module: fx.GraphModule) -> None:
         activation, weight = conv.args[:2]
         if activation.target is not DEQUANTIZE[0] or weight.target not in DEQUANTIZE or weight.args[0].op != "get_attr":
             continue
-        holder, _, leaf = str(weight.args[0].target).rpartition(".")
-        integers: Tensor = getattr(graph_module.get_submodule(holder), leaf)
+        integers = _attribute(graph_module, weight.args[0])
         if integers.shape[1] != 1 or (conv.args[6] if len(conv.args) > 6 else 1) != 1:
             continue
         name = f"{weight.args[0].target}_of_two_channels".replace(".", "_")
@@ -152,6 +186,12 @@ def _pad_single_channels(graph_module: fx.GraphModule) -> None:
             inputs = graph.call_function(activation.target, (wider, *activation.args[1:]), activation.kwargs)
             weights = graph.call_function(weight.target, (graph.get_attr(name), *weight.args[1:]), weight.kwargs)
         conv.args = (inputs, weights, *conv.args[2:])
+
+
+def _attribute(graph_module: fx.GraphModule, node: fx.Node) -> Tensor:
+    holder, _, leaf = str(node.target).rpartition(".")
+    value: Tensor = getattr(graph_module.get_submodule(holder), leaf)
+    return value
 
 
 class Library:

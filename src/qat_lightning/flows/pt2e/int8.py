@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import os
 import threading
+import traceback
 import warnings
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -173,5 +175,9 @@ def _prepare(tensor: Tensor) -> Tensor:
 
 
 def _first_line(error: Exception) -> str:
+    """Of its message or, where it has none, where it arose."""
     lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else ""
+    if lines:
+        return lines[0][:200]
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"in {frame.name}, {Path(frame.filename).name}:{frame.lineno}"

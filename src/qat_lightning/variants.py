@@ -28,6 +28,9 @@ def check_variant(name: str | None) -> None:
 class Fidelity:
     """How close the int8 outputs of a test are to fake-quant's: agreement of the top-1, and SQNR.
 
+    Args:
+        of_all_processes: Whether `compute` sums up over the processes of a distributed run, all of which then call it.
+
     Example:
         >>> fidelity = Fidelity()
         >>> fidelity.update(torch.eye(3), torch.eye(3))
@@ -35,9 +38,9 @@ class Fidelity:
         {'agreement': 1.0, 'sqnr_db': inf}
     """
 
-    def __init__(self) -> None:
-        self.agreement = Agreement()
-        self.sqnr = SignalToQuantizationNoiseRatio()
+    def __init__(self, *, of_all_processes: bool = True) -> None:
+        self.agreement = Agreement(sync_on_compute=of_all_processes)
+        self.sqnr = SignalToQuantizationNoiseRatio(sync_on_compute=of_all_processes)
 
     def update(self, reference: Any, actual: Any) -> None:
         """Take one pair of outputs into account: tensors, or containers of them."""

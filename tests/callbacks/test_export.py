@@ -21,6 +21,8 @@ from qat_lightning import (
 from qat_lightning.errors import CombinationError, ConfigurationError
 from tests.callbacks.lit import Lit, loader, trainer
 
+ROOT = Path(__file__).parents[2]
+
 
 def test_a_fit_leaves_artifacts_that_are_tested_like_the_variants(tmp_path: Path) -> None:
     model, data = Lit(), loader()
@@ -81,3 +83,13 @@ def test_settings_are_checked_at_construction(settings: dict[str, Any]) -> None:
 def test_it_goes_with_a_quantization_callback() -> None:
     with pytest.raises(ConfigurationError, match="goes with one QuantizationAwareTraining"):
         trainer(QuantizedModelExport(), max_epochs=1).fit(Lit(), loader())
+
+
+@pytest.mark.slow
+def test_of_two_processes_the_first_exports(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tests.callbacks.ddp_export", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "rank 0 [True] True" in done.stdout
+    assert "rank 1 [] True" in done.stdout + done.stderr
+    assert (tmp_path / "model.torchscript.pt").is_file()

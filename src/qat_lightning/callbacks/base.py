@@ -21,7 +21,7 @@ from qat_lightning.flows.base import (
     prepared_state,
     set_phase,
 )
-from qat_lightning.network import OWN_FORWARD
+from qat_lightning.network import OWN_FORWARD, Slot
 from qat_lightning.recipe import BatchNormHandling, Equalization
 from qat_lightning.scheme import Scheme
 from qat_lightning.variants import VARIANTS, Fidelity, Stand, check_variant
@@ -134,6 +134,11 @@ class QuantizationCallback(ConvertingCallback):
             self._convert()
             return self._quantized[slot]
         return cpu_copy(self._prepared[slot])
+
+    @property
+    def slots(self) -> dict[str, Slot]:
+        """Where the networks are, by name; none before the fit has begun."""
+        return dict(self._slots)
 
     def present_float(self, slot: str) -> nn.Module:
         """The float network with the weights that int8 has, on the CPU, in evaluation."""

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.apply_func import move_data_to_device
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_warn
@@ -102,17 +103,21 @@ class QuantizedModelExport(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Export, when all other callbacks have seen the end of the fit, and have converted."""
-        if stage != "fit" or not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if stage != "fit" or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         partner = self._partner(trainer)
         if "int8" not in partner.variants:
             rank_zero_warn("Nothing is exported: there is no int8 network, because no range was ever observed.")
             return
-        networks = partner.quantized
-        named = networks if isinstance(networks, Mapping) else {"": networks}
+        # In every process: a step may wait for the others.
+        calls = {slot: self._calls(trainer, pl_module, partner, slot) for slot in partner.slots}
         self.results = {}
-        for name, network in named.items():
-            self._export(trainer, pl_module, partner, name, network)
+        if not trainer.is_global_zero:
+            return
+        networks = partner.quantized
+        several = isinstance(networks, Mapping)
+        for slot, network in (networks if several else {next(iter(calls)): networks}).items():
+            self._export(trainer, partner, slot, network, calls[slot], suffix=f"-{slot}" if several else "")
         console().print(export_table(list(self.results.values())))
         for logger in trainer.loggers:
             figures = {
@@ -127,43 +132,38 @@ class QuantizedModelExport(Callback):
     def _export(
         self,
         trainer: Trainer,
-        pl_module: LightningModule,
         partner: QuantizationCallback,
-        name: str,
+        slot: str,
         network: QuantizedNetwork,
+        calls: list[Example],
+        *,
+        suffix: str,
     ) -> None:
-        slot = name or next(iter(partner.parts() or partner._slots))
-        reference = partner.comparable(slot)
-        calls = self._calls(trainer, pl_module, partner, slot, reference)
         results = export_quantized(
             network,
             self._folder(trainer),
             self.formats,
             batches=calls,
-            reference=reference,
+            reference=partner.comparable(slot),
             float_network=partner.present_float(slot),
             min_agreement=self.min_agreement,
-            name=f"model-{name}" if name else "model",
+            name=f"model{suffix}",
         )
-        self.results |= {f"{result.format}-{name}" if name else result.format: result for result in results}
+        self.results |= {f"{result.format}{suffix}": result for result in results}
 
     def _calls(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        partner: QuantizationCallback,
-        slot: str,
-        network: nn.Module,
+        self, trainer: Trainer, pl_module: LightningModule, partner: QuantizationCallback, slot: str
     ) -> list[Example]:
         """What the LightningModule's step calls the network with on real batches."""
+        network = partner.comparable(slot).to(pl_module.device)
         loader = self.dataloader or trainer.val_dataloaders or calibration_loader(trainer, pl_module, None)
         try:
             with torch.inference_mode(False):
-                found = calls_in_steps(pl_module, {slot: partner._slots[slot]}, {slot: network}, loader, self.batches)
+                found = calls_in_steps(pl_module, {slot: partner.slots[slot]}, {slot: network}, loader, self.batches)
         except QuantizationError as error:
             rank_zero_warn(f"Artifacts are compared on the example inputs alone, as no batch could be run: {error}")
             return []
-        return found[slot]
+        return [Example(*move_data_to_device((call.args, call.kwargs), "cpu")) for call in found[slot]]
 
     def _check(self, recipe: Recipe) -> None:
         if recipe.simulated:
@@ -189,8 +189,11 @@ class QuantizedModelExport(Callback):
 def exported(trainer: Trainer) -> Iterator[tuple[str, nn.Module, dict[str, float]]]:
     """What a Trainer's `QuantizedModelExport` wrote and may be shipped: name, the artifact to call, its figures.
 
-    An artifact runs in its runtime's own process, which ends when the next one is asked for.
+    An artifact runs in its runtime's own process, which ends when the next one is asked for. In several processes there
+    is none, since only the first has them and all test together.
     """
+    if trainer.world_size > 1:
+        return
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if not isinstance(callback, QuantizedModelExport):
             continue

@@ -119,6 +119,17 @@ def backend_config() -> BackendConfig:
     return config
 
 
+def shares_range(kind: Any) -> bool:
+    """Whether a function, a method or a class of modules yields values on the grid of its inputs."""
+    return kind in _sharing()
+
+
+@functools.cache
+def _sharing() -> frozenset[Any]:
+    shared = ObservationType.OUTPUT_SHARE_OBSERVER_WITH_INPUT
+    return frozenset(config.pattern for config in backend_config().configs if config.observation_type is shared)
+
+
 def qconfig_mapping(recipe: Recipe, selected: dict[str, bool]) -> QConfigMapping:
     """The recipe's QConfig for the modules that are selected, and none for the others."""
     qconfig = make_qconfig(recipe)

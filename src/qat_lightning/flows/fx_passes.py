@@ -14,7 +14,8 @@ from torch import fx, nn
 
 from qat_lightning.fake_quantize import FakeQuantize, SharedRange
 from qat_lightning.flows.base import Example
-from qat_lightning.flows.fx_config import LEFT_FLOAT
+from qat_lightning.flows.fx_config import LEFT_FLOAT, shares_range
+from qat_lightning.flows.union import UnionObserver
 from qat_lightning.flows.verify import Recorder, example_values
 from qat_lightning.graph_network import GraphNetwork
 from qat_lightning.qat_modules import round_for_good
@@ -149,8 +150,7 @@ def clamps(graph: fx.Graph, modules: dict[str, nn.Module]) -> list[str]:
     """The names of the nodes that QNNPACK's clamp kernel would run, which misplaces channels-last values."""
     found = []
     for node in graph.nodes:
-        kind = type(modules[str(node.target)]) if node.op == "call_module" else node.target
-        if kind in _CLAMPS:
+        if _kind(node, modules) in _CLAMPS:
             found.append(node.name)
     return found
 
@@ -187,7 +187,8 @@ def observe_only_before_dropout(prepared: fx.GraphModule) -> tuple[list[str], li
             for other in prepared.graph.nodes:
                 if other is not before and other.op == "call_module" and modules.get(str(other.target)) is replaced:
                     other.target = before.target
-                    silent.append(other.name)
+                    if _is_within(other.args[0], modules[str(before.target)], modules):
+                        silent.append(other.name)
         dropped.append(node.name)
     prepared.recompile()
     return dropped, silent
@@ -197,31 +198,51 @@ _DROPOUT_MODULES = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.Alp
 
 
 def observe_each_range_once(network: GraphNetwork) -> None:
-    """Where several roundings share a range, let one of them observe it.
+    """Where several roundings share a range, let it be observed once a batch.
 
-    That is the output of a concatenation, which has the range of all its inputs, or else the first of them.
+    The inputs of a concatenation, as they are before they are rounded, are observed together: rounded to the range so
+    far, they could never widen it. Of the others the first one observes, whose values the rest has.
     """
     modules = dict(network.named_modules(remove_duplicate=False))
     sharing: dict[nn.Module, list[fx.Node]] = {}
     for node in network.graph.nodes:
         if _is_fake_quantize(node, modules):
             sharing.setdefault(modules[str(node.target)], []).append(node)
+    source_nodes = {
+        fq: [node for node in nodes if not _is_within(node.args[0], fq, modules)] for fq, nodes in sharing.items()
+    }
     for fq, nodes in sharing.items():
         assert isinstance(fq, FakeQuantize)
-        joined = [node for node in nodes if node.all_input_nodes[0].target in _CONCATENATIONS]
-        observing = joined[-1] if joined else nodes[0]
+        name, sources = str(nodes[0].target), source_nodes[fq]
         for node in nodes:
-            if node is observing:
+            if [node] == sources:
                 continue
-            if node.target == observing.target:
-                node.target = f"{node.target}_shared_{node.name}"
+            if node.target == name:
+                node.target = f"{name}_shared_{node.name}"
                 network.add_module(str(node.target), SharedRange(fq))
             else:
                 network._modules[str(node.target)] = SharedRange(fq)
+        if len(sources) > 1:
+            network.add_module(f"{name}_union", UnionObserver(fq))
+            with network.graph.inserting_before(sources[-1]):
+                network.graph.call_module(f"{name}_union", tuple(node.args[0] for node in sources))
     network.set_graph(network.graph)
 
 
-_CONCATENATIONS = (torch.cat, torch.concat, torch.concatenate)
+def _is_within(value: Any, fq: nn.Module, modules: dict[str, nn.Module]) -> bool:
+    """Whether a value is made of what ``fq`` rounded, by ops that keep the grid, but for what dropout scales up."""
+    if not isinstance(value, fx.Node):
+        return False
+    if value.op == "call_module" and modules.get(str(value.target)) is fq:
+        return True
+    if not shares_range(_kind(value, modules)) and _kind(value, modules) not in _DROPOUT_MODULES:
+        return False
+    first = value.args[0] if value.args else next(iter(value.kwargs.values()))
+    return all(_is_within(part, fq, modules) for part in (first if isinstance(first, (list, tuple)) else [first]))
+
+
+def _kind(node: fx.Node, modules: dict[str, nn.Module]) -> Any:
+    return type(modules[str(node.target)]) if node.op == "call_module" else node.target
 
 
 def drop_unused(network: GraphNetwork, plan: fx.Graph) -> None:
@@ -287,8 +308,7 @@ def hide_float_ops(graph_module: fx.GraphModule, names: list[str]) -> Callable[[
     modules = dict(graph_module.named_modules(remove_duplicate=False))
     hidden: dict[str, tuple[str, Any]] = {}
     for node in graph_module.graph.nodes:
-        kind = type(modules[str(node.target)]) if node.op == "call_module" else node.target
-        if kind in LEFT_FLOAT or node.name in names:
+        if _kind(node, modules) in LEFT_FLOAT or node.name in names:
             hidden[node.name] = (node.op, node.target)
             node.op, node.target = "call_function", _stays_float
 

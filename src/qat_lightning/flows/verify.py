@@ -16,6 +16,7 @@ from qat_lightning.backends import Backend, quantized_engine
 from qat_lightning.errors import VerificationError
 from qat_lightning.fake_quantize import FakeQuantize, SharedRange
 from qat_lightning.flows.base import Example, LayerCheck, sqnr_db
+from qat_lightning.flows.union import UnionObserver
 from qat_lightning.graph_network import GraphNetwork
 
 ONE_STEP = 1.01
@@ -153,7 +154,7 @@ class _Reference:
             return inputs[0] if inputs else None
         # Upstream makes a new node for a binary op: known by what it works on.
         for candidate in self.prepared_nodes.values():
-            if candidate.name in self.int8_names or self._is_fake_quantize(candidate) or not inputs:
+            if candidate.name in self.int8_names or self._is_quantization(candidate) or not inputs:
                 continue
             if [self._behind_fake_quantize(arg) for arg in candidate.all_input_nodes] == inputs:
                 return self._end_of_fusion(candidate)
@@ -170,6 +171,11 @@ class _Reference:
 
     def _is_fake_quantize(self, node: fx.Node) -> bool:
         return node.op == "call_module" and isinstance(self.modules.get(str(node.target)), (FakeQuantize, SharedRange))
+
+    def _is_quantization(self, node: fx.Node) -> bool:
+        """Whether a node rounds or observes, and is no op of the float network."""
+        observes = node.op == "call_module" and isinstance(self.modules.get(str(node.target)), UnionObserver)
+        return observes or self._is_fake_quantize(node)
 
     def _stays_float(self, node: fx.Node) -> bool:
         """Whether an op yields float, and is no layer of upstream's with a ReLU in it."""

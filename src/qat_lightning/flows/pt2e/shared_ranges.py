@@ -11,9 +11,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from qat_lightning.fake_quantize import FakeQuantize, SharedRange
+from qat_lightning.flows.union import UnionObserver
 
 aten = torch.ops.aten
 
@@ -36,29 +37,6 @@ _WITHIN_RANGE = (
     aten.view.default,
 )
 """Ops whose output is never outside the range of their inputs and 0."""
-
-
-class UnionObserver(nn.Module):
-    """Moves the range of a FakeQuantize that is elsewhere by the union of the ranges of several tensors.
-
-    Args:
-        fq: Not a child: it is registered, moved and saved where it is.
-    """
-
-    def __init__(self, fq: FakeQuantize) -> None:
-        super().__init__()
-        self.__dict__["fq"] = fq
-
-    @torch.no_grad()
-    def forward(self, *tensors: Tensor) -> None:
-        """Observe, where the FakeQuantize would."""
-        fq: FakeQuantize = self.__dict__["fq"]
-        if fq.observes:
-            there = [tensor.detach().float().flatten() for tensor in tensors if tensor.numel()]
-            if fq.histogram is None:
-                there = [torch.stack(torch.aminmax(values)) for values in there]
-            if there:
-                fq.observe(torch.cat(there))
 
 
 def observe_once(root: nn.Module, graph: fx.Graph) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -64,8 +64,9 @@ class _Mark:
 _marks: Any = WeakTensorKeyDictionary()
 
 
-# While a graph is traced, the only thing that can be said of two tensors is whether they are the same.
-_traced: list[tuple[Tensor, _Mark]] = []
+# While a graph is traced, the only thing that can be said of two tensors is whether they are the same. Within
+# `MarksWhileTraced` the list is never empty; elsewhere it always is, or marks would outlive the step they belong to.
+_traced: list[tuple[Tensor | None, _Mark | None]] = []
 
 
 class MarksWhileTraced(TorchFunctionMode):
@@ -77,6 +78,11 @@ class MarksWhileTraced(TorchFunctionMode):
         if args and (output is args[0] or func is torch.relu_ or (kwargs or {}).get("inplace") is True):
             _forget(args[0])
         return output
+
+    def __enter__(self) -> MarksWhileTraced:
+        """Begin to keep marks."""
+        _traced.append((None, None))
+        return cast("MarksWhileTraced", super().__enter__())  # type: ignore[no-untyped-call]
 
     def __exit__(self, *exception: Any) -> None:
         """Forget all marks."""
@@ -92,7 +98,7 @@ def _forget(x: Any) -> None:
 
 
 def _set_mark(x: Tensor, chain: ChainHead, stage: int, tap: Tap | None) -> None:
-    if torch.compiler.is_compiling():
+    if _traced:
         _forget(x)
         _traced.append((x, _Mark(chain, stage, 0, None)))
     else:
@@ -100,7 +106,7 @@ def _set_mark(x: Tensor, chain: ChainHead, stage: int, tap: Tap | None) -> None:
 
 
 def _mark_of(x: Tensor) -> _Mark | None:
-    if torch.compiler.is_compiling():
+    if _traced:
         return next((mark for tensor, mark in _traced if tensor is x), None)
     mark: _Mark | None = _marks.get(x)
     return mark if mark is not None and mark.version == x._version else None
@@ -108,7 +114,7 @@ def _mark_of(x: Tensor) -> _Mark | None:
 
 def _versioned() -> AbstractContextManager[Any]:
     """Leave inference mode, whose tensors count no versions; without grad all the same."""
-    if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
+    if _traced or not torch.is_inference_mode_enabled():
         return nullcontext()
     stack = ExitStack()
     stack.enter_context(torch.inference_mode(False))

@@ -1,11 +1,16 @@
 """Settings that hold for every test."""
 
 import os
+import tempfile
+from pathlib import Path
 
 # Tiny networks gain nothing from threads, which on a busy machine wait for each other; subprocesses inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # wandb reads its mode once a process: whichever test comes first, no run goes online. Subprocesses inherit it.
 os.environ["WANDB_MODE"] = "offline"
+# Processes that compile side by side keep what they compile apart.
+_WORKER = os.environ.get("PYTEST_XDIST_WORKER", "alone")
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path(tempfile.gettempdir(), f"qat_lightning_inductor_{_WORKER}"))
 
 import pytest
 import torch

@@ -9,8 +9,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # wandb reads its mode once a process: whichever test comes first, no run goes online. Subprocesses inherit it.
 os.environ["WANDB_MODE"] = "offline"
 # Processes that compile side by side keep what they compile apart.
-_WORKER = os.environ.get("PYTEST_XDIST_WORKER", "alone")
-os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path(tempfile.gettempdir(), f"qat_lightning_inductor_{_WORKER}"))
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(
+    Path(tempfile.gettempdir(), f"qat_lightning_inductor_{os.environ.get('PYTEST_XDIST_WORKER', 'alone')}")
+)
 
 import pytest
 import torch

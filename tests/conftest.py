@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 # Tiny networks gain nothing from threads, which on a busy machine wait for each other; subprocesses inherit it.
@@ -24,6 +25,8 @@ settings.load_profile("ci" if os.environ.get("CI") else "default")
 
 
 @pytest.fixture(autouse=True)
-def _seeded() -> None:
-    """What a test draws is the same whatever ran before it."""
+def _seeded() -> Iterator[None]:
+    """What a test draws is the same whatever ran before it, and a Trainer's ``deterministic=True`` ends with it."""
     torch.manual_seed(0)
+    yield
+    torch.use_deterministic_algorithms(False)

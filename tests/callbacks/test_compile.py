@@ -155,14 +155,13 @@ def test_steps_that_are_looked_at_run_as_they_are(graphs: Any) -> None:
     assert graphs.frame_count == 1
 
 
-def test_without_a_compiler_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_compiler_the_error_says_what_to_install() -> None:
     from torch._inductor import config
 
-    monkeypatch.setattr(config.cpp, "cxx", ("no_such_compiler",))
-    from torch._inductor.cpp_builder import get_cpp_compiler
-
-    getattr(get_cpp_compiler, "cache_clear", lambda: None)()
-    with pytest.raises(ConfigurationError, match=r"apt install g\+\+"):
+    with (
+        config.patch({"cpp.cxx": ("no_such_compiler",)}),
+        pytest.raises(ConfigurationError, match=r"apt install g\+\+"),
+    ):
         trainer(qat(compile=True)).fit(Lit(), loader())
 
 

@@ -36,10 +36,10 @@ class ExecuTorch:
 
     def refusal(self, recipe: Recipe) -> str:
         """See `Format.refusal`."""
-        if recipe.target.activation_dtype is not torch.int8:
+        if recipe.backend != "xnnpack":
             return (
-                f"XNNPACK's kernels take int8 activations, and backend={recipe.backend!r} has uint8 ones: use "
-                "mode='pt2e' with backend='xnnpack'."
+                f"XNNPACK's kernels take int8 activations on grids of their own, and the network is for backend="
+                f"{recipe.backend!r}: use mode='pt2e' with backend='xnnpack'."
             )
         return ""
 

@@ -1,114 +1,175 @@
-"""Int8 against fp32 eager, batch 1: ``python -m benchmarks.latency [--network resnet18] [--rounds 7]``.
+"""Int8 against fp32 and the peers' int8: ``python -m benchmarks.latency [--networks …] [--batches 1 32] [--rounds 7]``.
 
 Each engine runs in a process of its own, so that no engine's threads disturb another's. The processes take turns, round
 after round, and a row's figure is the median of its rounds; a ratio is the median of the ratios within a round.
+Peers that are not installed have a row that says what installs them: ``pip install 'qat-lightning[benchmarks]'``.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
+import json
 import statistics
 import subprocess
 import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.engines import ENGINES, FOLDER, images
 from benchmarks.machine import describe
+from benchmarks.networks import NETWORKS
 
-ENGINES = {
-    "fp32 eager": ("float", ""),
-    "int8 fx x86": ("fx", "x86"),
-    "int8 pt2e x86": ("pt2e", "x86"),
-    "int8 eager x86": ("eager", "x86"),
-}
+_SECONDS = 0.7
+_READY = "ready"
 
 
-def worker(network_name: str, mode: str, backend: str, size: int) -> None:
-    """Build one engine, then measure once for each line on standard input."""
+def worker(engine: str, network: str) -> None:
+    """Make one engine, then measure a batch of the size in each line on standard input."""
+    warnings.filterwarnings("ignore")
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            run = ENGINES[engine].make(network)
+    except ImportError as error:
+        needs = ENGINES[engine].needs
+        print(f"not installed: pip install {needs}" if needs else f"{error}", flush=True)
+        return
+    except Exception as error:  # noqa: BLE001 (an engine that cannot take a network is a row of the table)
+        print(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}", flush=True)
+        return
+    size = sum(file.stat().st_size for file in FOLDER.glob("int8*"))
+    print(f"{_READY} {size}", flush=True)
+    for line in sys.stdin:
+        print(_median_ms(run, images(int(line))), flush=True)
+
+
+def _median_ms(run: Any, batch: Any) -> float:
     import torch
 
-    from benchmarks.networks import NETWORKS
-    from qat_lightning.flows.base import Example, cpu_copy, get_flow, set_phase
-    from qat_lightning.measure import latency_ms
-    from qat_lightning.quantized import QuantizedNetwork
-    from qat_lightning.recipe import Recipe
+    times: list[float] = []
+    with torch.inference_mode():
+        for _ in range(3):
+            run(batch)
+        end = time.perf_counter() + _SECONDS
+        while len(times) < 3 or time.perf_counter() < end:
+            start = time.perf_counter()
+            run(batch)
+            times.append(time.perf_counter() - start)
+    return 1e3 * statistics.median(times)
 
-    torch.manual_seed(0)
-    network = NETWORKS[network_name]()
-    images = torch.randn(4, 3, size, size)
-    runs = ""
-    if mode == "float":
-        engine = network.eval()
-    else:
-        flow = get_flow(mode)
-        recipe = Recipe(mode, backend)
-        prepared = flow.prepare(network, Example((images,)), recipe)
-        set_phase(prepared, fake_quant=False, observers=True, batchnorm_frozen=False)
-        prepared.train()
-        with torch.no_grad():
-            for _ in range(3):
-                prepared(torch.randn(4, 3, size, size))
-        converted = flow.convert(cpu_copy(prepared), Example((images,)))
-        engine = QuantizedNetwork(converted, recipe, Example((images,)))
-        with torch.inference_mode():
-            engine(images[:1])
-        runs = str(getattr(converted.network, "runs", ""))
-    print(f"ready {runs}".strip(), flush=True)
-    for _ in sys.stdin:
-        print(latency_ms(engine, (images[:1],), min_run_time=1.0).median_ms, flush=True)
+
+class Worker:
+    """The process of an engine.
+
+    Args:
+        engine: Its name.
+        network: What it runs.
+    """
+
+    def __init__(self, engine: str, network: str) -> None:
+        command = [sys.executable, "-m", "benchmarks.latency", "--worker", engine, network]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
+        self.says = self._line()
+
+    @property
+    def ready(self) -> bool:
+        """Whether it can measure; else `says` has the reason."""
+        return self.says.startswith(_READY)
+
+    @property
+    def size_mb(self) -> float:
+        """Of the files of the int8 network; 0 where it is not in files."""
+        return int(self.says.partition(" ")[2]) / 1e6
+
+    def measure(self, batch: int) -> float:
+        """Median time of a call in this round, in milliseconds."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"{batch}\n")
+        self.process.stdin.flush()
+        return float(self._line())
+
+    def end(self) -> None:
+        """Let the process end."""
+        self.process.communicate()
+
+    def _line(self) -> str:
+        assert self.process.stdout is not None
+        return self.process.stdout.readline().strip() or f"ended with exit code {self.process.wait()}"
+
+
+def measure(
+    network: str, options: argparse.Namespace
+) -> tuple[dict[int, dict[str, list[float] | str]], dict[str, str]]:
+    """By batch size and engine, the medians of the rounds, or why there are none; and the files' sizes in MB."""
+    workers = {engine: Worker(engine, network) for engine in options.engines}
+    sizes = {engine: f"{worker.size_mb:.1f}" for engine, worker in workers.items() if worker.ready and worker.size_mb}
+    figures: dict[int, dict[str, list[float] | str]] = {}
+    for batch in options.batches:
+        ready = [engine for engine, worker in workers.items() if worker.ready]
+        times: dict[str, list[float]] = {engine: [] for engine in ready}
+        for number in range(options.rounds):
+            for engine in ready if number % 2 == 0 else reversed(ready):
+                times[engine].append(workers[engine].measure(batch))
+        figures[batch] = {engine: times.get(engine, worker.says) for engine, worker in workers.items()}
+    for worker in workers.values():
+        worker.end()
+    return figures, sizes
+
+
+def make_table(network: str, batch: int, figures: dict[str, list[float] | str], sizes: dict[str, str]) -> Table:
+    """One line an engine; the fastest int8 engine of ours and of the peers are marked."""
+    table = Table(title=f"{network}, batch {batch}, 224x224", caption=describe())
+    for column in ("engine", "whose", "median ms", "fastest", "slowest", "times faster than fp32 eager", "file MB"):
+        table.add_column(column, justify="left" if column in ("engine", "whose") else "right")
+    medians = {engine: statistics.median(values) for engine, values in figures.items() if not isinstance(values, str)}
+    best = {
+        min(found, key=medians.__getitem__)
+        for whose in ("ours", "peer")
+        if (found := [engine for engine in medians if ENGINES[engine].whose == whose and ENGINES[engine].int8])
+    }
+    base = figures.get("fp32 eager")
+    for engine, values in figures.items():
+        name = f"[bold]{engine} *[/bold]" if engine in best else engine
+        if isinstance(values, str):
+            table.add_row(name, ENGINES[engine].whose, values)
+            continue
+        ratio = ""
+        if base and not isinstance(base, str):
+            ratio = f"{statistics.median(b / v for b, v in zip(base, values, strict=True)):.2f}"
+        numbers = (medians[engine], min(values), max(values))
+        table.add_row(name, ENGINES[engine].whose, *(f"{value:.2f}" for value in numbers), ratio, sizes.get(engine, ""))
+    return table
 
 
 def main() -> None:
-    """Measure and print the table."""
+    """Measure and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--network", default="resnet18", choices=["resnet18", "mobilenetv2"])
-    parser.add_argument("--size", type=int, default=224, help="height and width of the images")
+    parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=list(NETWORKS))
+    parser.add_argument("--engines", nargs="+", default=list(ENGINES), choices=list(ENGINES))
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 32])
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--worker", nargs=2, metavar=("MODE", "BACKEND"), help=argparse.SUPPRESS)
+    parser.add_argument("--json", type=Path, help="file to append the figures to, a line for each table")
+    parser.add_argument("--worker", nargs=2, metavar=("ENGINE", "NETWORK"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
-        worker(options.network, *options.worker, options.size)
+        worker(*options.worker)
         return
-    command = [sys.executable, "-m", "benchmarks.latency", "--network", options.network, "--size", str(options.size)]
-    workers = {}
-    for name, (mode, backend) in ENGINES.items():
-        process = subprocess.Popen(
-            [*command, "--worker", mode, backend], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        workers[name] = process, _line(process, name)
-    times: dict[str, list[float]] = {name: [] for name in workers}
-    for _ in range(options.rounds):
-        for name, (process, _) in workers.items():
-            assert process.stdin is not None
-            process.stdin.write("\n")
-            process.stdin.flush()
-            times[name].append(float(_line(process, name)))
-    for process, _ in workers.values():
-        process.communicate()
-    table = Table(title=f"{options.network}, batch 1, {options.size}x{options.size}", caption=describe())
-    for column in ("engine", "median ms", "fastest", "slowest", "times faster than fp32 eager"):
-        table.add_column(column, justify="left" if column == "engine" else "right")
-    base = times["fp32 eager"]
-    for name, values in times.items():
-        runs = workers[name][1].removeprefix("ready").strip()
-        ratio = statistics.median(b / v for b, v in zip(base, values, strict=True))
-        table.add_row(
-            f"{name}{f' ({runs})' if runs else ''}",
-            f"{statistics.median(values):.2f}",
-            f"{min(values):.2f}",
-            f"{max(values):.2f}",
-            f"{ratio:.2f}",
-        )
-    Console(width=110).print(table)
-
-
-def _line(process: subprocess.Popen[str], name: str) -> str:
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith("ready") or line.strip().replace(".", "", 1).replace("e-", "", 1).isdigit():
-            return line.strip()
-    raise SystemExit(f"{name} ended with exit code {process.wait()}; its messages are above.")
+    for network in options.networks:
+        measured, sizes = measure(network, options)
+        for batch, figures in measured.items():
+            Console(width=130).print(make_table(network, batch, figures, sizes))
+            if options.json:
+                row = {"network": network, "batch": batch, "figures": figures, "sizes_mb": sizes}
+                with options.json.open("a") as file:
+                    file.write(json.dumps(row) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,236 @@
+"""The engines of `benchmarks.latency`, ours and the peers': each makes a function of a batch of images.
+
+Every network has random weights, BatchNorm statistics of random batches, and is calibrated on the same random images:
+what a kernel costs depends on neither. Peers are called as their documentation shows for a server CPU.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.networks import NETWORKS
+
+Run = Callable[[Tensor], Any]
+_KEPT = tempfile.TemporaryDirectory()
+FOLDER = Path(_KEPT.name)
+"""Where this process keeps its files; those of int8 networks begin with ``int8``."""
+
+SIDE = 224
+CALIBRATION_BATCHES = 4
+
+
+def images(batch: int, seed: int = 0) -> Tensor:
+    """Random images, float32, of shape (batch, 3, `SIDE`, `SIDE`)."""
+    return torch.randn(batch, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(seed))
+
+
+def calibration() -> list[Tensor]:
+    """The batches that every int8 engine takes its ranges from."""
+    return [images(8, seed) for seed in range(1, 1 + CALIBRATION_BATCHES)]
+
+
+def network(name: str) -> nn.Module:
+    """The float network, in evaluation, with statistics that keep its activations in a range."""
+    torch.manual_seed(0)
+    made = NETWORKS[name]().train()
+    for module in made.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.momentum = None  # the plain average of the batches
+            module.reset_running_stats()
+    with torch.no_grad():
+        for batch in calibration():
+            made(batch)
+    return made.eval()
+
+
+# Ours
+
+
+def _int8(name: str, mode: str, backend: str) -> Any:
+    from qat_lightning.flows.base import Example, cpu_copy, get_flow, observe_in_evaluation, set_phase
+    from qat_lightning.quantized import QuantizedNetwork
+    from qat_lightning.recipe import Recipe
+
+    flow, recipe, example = get_flow(mode), Recipe(mode, backend), Example((images(4),))
+    prepared = flow.prepare(network(name), example, recipe).eval()
+    set_phase(prepared, fake_quant=False, observers=True, batchnorm_frozen=True)
+    observe_in_evaluation(prepared, True)
+    with torch.no_grad():
+        for batch in calibration():
+            prepared(batch)
+    return QuantizedNetwork(flow.convert(cpu_copy(prepared), example), recipe, example)
+
+
+def fp32_eager(name: str) -> Run:
+    """PyTorch as it is: the base of every ratio."""
+    return network(name)
+
+
+def int8_module(mode: str) -> Callable[[str], Run]:
+    """Our int8 module, as `trainer.test` runs it."""
+
+    def make(name: str) -> Run:
+        int8 = _int8(name, mode, "x86")
+        int8(images(2))
+        return int8
+
+    return make
+
+
+def artifact(format_name: str, mode: str, backend: str = "x86") -> Callable[[str], Run]:
+    """Our int8 network as a file of this format, run by its runtime."""
+
+    def make(name: str) -> Run:
+        from qat_lightning.export import get_format
+        from qat_lightning.export.base import Source
+
+        chosen, path = get_format(format_name), FOLDER / f"int8{get_format(format_name).suffix}"
+        int8 = _int8(name, mode, backend)
+        chosen.write(Source(int8, int8.example), path)
+        run = chosen.load(path)
+        if chosen.batch is None:
+            return lambda batch: run([batch])
+        return lambda batch: [run([one]) for one in batch.split(chosen.batch)]
+
+    return make
+
+
+# Peers
+
+
+def _onnx(name: str) -> Path:
+    path = FOLDER / "float.onnx"
+    dynamic = {"x": {0: torch.export.Dim.DYNAMIC}}
+    program = torch.onnx.export(network(name), (images(2),), dynamo=True, dynamic_shapes=dynamic, verbose=False)
+    program.save(str(path))
+    return path
+
+
+def _ort(path: Path) -> Run:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    given = session.get_inputs()[0].name
+    return lambda batch: session.run(None, {given: batch.numpy()})
+
+
+def ort_fp32(name: str) -> Run:
+    """ONNX Runtime on the float network."""
+    return _ort(_onnx(name))
+
+
+def ort_static(layout: str) -> Callable[[str], Run]:
+    """ONNX Runtime's own static quantization: uint8 activations, int8 weights per channel, its pre-processing first.
+
+    Args:
+        layout: ``"QDQ"`` or ``"QOperator"``.
+    """
+
+    def make(name: str) -> Run:
+        from onnxruntime import quantization as ort
+        from onnxruntime.quantization.shape_inference import quant_pre_process
+
+        class Reader(ort.CalibrationDataReader):
+            def __init__(self) -> None:
+                self.batches = iter(calibration())
+
+            def get_next(self) -> dict[str, Any] | None:
+                batch = next(self.batches, None)
+                return None if batch is None else {"x": batch.numpy()}
+
+        ready, int8 = FOLDER / "ready.onnx", FOLDER / "int8.onnx"
+        quant_pre_process(str(_onnx(name)), str(ready))
+        ort.quantize_static(
+            str(ready),
+            str(int8),
+            Reader(),
+            quant_format=ort.QuantFormat[layout],
+            per_channel=True,
+            activation_type=ort.QuantType.QUInt8,
+            weight_type=ort.QuantType.QInt8,
+        )
+        return _ort(int8)
+
+    return make
+
+
+def _openvino(model: Any) -> Run:
+    import openvino
+
+    settings = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+    compiled: dict[int, Any] = {}
+
+    def run(batch: Tensor) -> Any:
+        if len(batch) not in compiled:  # fixed shapes are faster, and ours are measured with them as well
+            fixed = model.clone()
+            fixed.reshape([len(batch), 3, SIDE, SIDE])
+            compiled[len(batch)] = openvino.Core().compile_model(fixed, "CPU", settings).create_infer_request()
+        return compiled[len(batch)].infer([batch.numpy()])
+
+    return run
+
+
+def _openvino_float(name: str) -> Any:
+    import openvino
+
+    return openvino.convert_model(network(name), example_input=images(2), input=[-1, 3, SIDE, SIDE])
+
+
+def openvino_fp32(name: str) -> Run:
+    """OpenVINO on the float network."""
+    return _openvino(_openvino_float(name))
+
+
+def openvino_nncf(name: str) -> Run:
+    """NNCF's post-training quantization of the OpenVINO model."""
+    import nncf
+    import openvino
+
+    model_type = nncf.ModelType.TRANSFORMER if "vit" in name else None
+    data = nncf.Dataset([batch.numpy() for batch in calibration()])
+    int8 = nncf.quantize(_openvino_float(name), data, model_type=model_type)
+    openvino.save_model(int8, str(FOLDER / "int8.xml"))
+    return _openvino(int8)
+
+
+@dataclass(frozen=True)
+class Engine:
+    """One row.
+
+    Attributes:
+        make: Makes it for a network of this name.
+        whose: ``"base"``, ``"ours"`` or ``"peer"``.
+        int8: Whether it is compared with int8 engines.
+        needs: What to install for it.
+    """
+
+    make: Callable[[str], Run]
+    whose: str
+    int8: bool = True
+    needs: str = ""
+
+
+ENGINES = {
+    "fp32 eager": Engine(fp32_eager, "base", int8=False),
+    "int8 fx": Engine(int8_module("fx"), "ours"),
+    "int8 pt2e (pt2)": Engine(int8_module("pt2e"), "ours"),
+    "torchscript (fx)": Engine(artifact("torchscript", "fx"), "ours"),
+    "executorch (pt2e, xnnpack)": Engine(artifact("executorch", "pt2e", "xnnpack"), "ours", needs="executorch"),
+    "onnx (fx)": Engine(artifact("onnx", "fx"), "ours", needs="onnx onnxscript onnxruntime"),
+    "openvino (fx)": Engine(artifact("openvino", "fx"), "ours", needs="openvino onnx onnxscript"),
+    "openvino (pt2e)": Engine(artifact("openvino", "pt2e"), "ours", needs="openvino onnx onnxscript"),
+    "ONNX Runtime fp32": Engine(ort_fp32, "peer", int8=False, needs="onnx onnxscript onnxruntime"),
+    "ONNX Runtime static PTQ, QDQ": Engine(ort_static("QDQ"), "peer", needs="onnx onnxscript onnxruntime"),
+    "ONNX Runtime static PTQ, QOperator": Engine(ort_static("QOperator"), "peer", needs="onnx onnxscript onnxruntime"),
+    "OpenVINO fp32": Engine(openvino_fp32, "peer", int8=False, needs="openvino"),
+    "NNCF int8, OpenVINO": Engine(openvino_nncf, "peer", needs="openvino nncf"),
+}

@@ -55,19 +55,34 @@ class Row:
     corrected: bool = False
     crop: int = 192
     arguments: dict[str, Any] = field(default_factory=dict)
-    callbacks: Callable[[], list[Callback]] = lambda: [Distillation(temperature=2.0, task_weight=0.0)]
+    callbacks: Callable[[], list[Callback]] = lambda: distillation()
 
 
 PER_TENSOR = Scheme(weight_granularity="per_tensor")
 FOUR_BITS = Scheme(weight_bits=4)
+FEATURES = [f"net._blocks.{block}" for block in (2, 5, 8, 11, 14, 15)]
+
+
+def distillation(feature_weight: float = 0.0) -> list[Callback]:
+    """From the float network's outputs alone, and from the ends of its stages where they have a weight."""
+    features = FEATURES if feature_weight else None
+    return [Distillation(temperature=2.0, task_weight=0.0, features=features, feature_weight=feature_weight or 1.0)]
+
 
 ROWS = {
     "fp32": Row("float"),
     "PTQ, 8 bit, per channel": Row("ptq"),
     "PTQ, 8 bit, per tensor": Row("ptq", PER_TENSOR),
-    "QAT, 8 bit, per tensor": Row("qat", PER_TENSOR, "PTQ, 8 bit, per tensor", epochs=4, corrected=True, crop=224),
+    "QAT, 8 bit, per tensor": Row("qat", PER_TENSOR, "PTQ, 8 bit, per tensor", epochs=8, corrected=True, crop=224),
     "PTQ, 4-bit weights, per channel": Row("ptq", FOUR_BITS),
-    "QAT, 4-bit weights, per channel": Row("qat", FOUR_BITS, "PTQ, 4-bit weights, per channel", corrected=True),
+    "QAT, 4-bit weights, per channel": Row(
+        "qat",
+        FOUR_BITS,
+        "PTQ, 4-bit weights, per channel",
+        epochs=6,
+        corrected=True,
+        callbacks=lambda: distillation(feature_weight=30.0),
+    ),
 }
 
 

@@ -13,7 +13,7 @@ from lightning.pytorch import Callback
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.efficientnet_lite import FOUR_BITS, PER_TENSOR, Row, measure, parse, with_bases
+from benchmarks.efficientnet_lite import FOUR_BITS, PER_TENSOR, Row, distillation, measure, parse, with_bases
 from benchmarks.machine import describe
 from benchmarks.photos import read_photos
 from benchmarks.training import silent
@@ -44,6 +44,9 @@ ROWS |= {
     "bias correction, 4 bit": _ptq(PTQ_4, bias_correction=True),
     "AdaRound": _ptq(PTQ_4, adaround=AdaRound(iterations=200)),
     "distillation instead of labels": _qat(lambda: Distillation(temperature=2.0, task_weight=0.0)),
+    "distillation of outputs and features": Row(
+        "qat", FOUR_BITS, QAT_4, callbacks=lambda: distillation(feature_weight=30.0)
+    ),
     "distillation and labels": _qat(lambda: Distillation(temperature=2.0)),
     "bias correction before training": Row("qat", FOUR_BITS, QAT_4, corrected=True, callbacks=list),
     "learned step size": _qat(scheme=Scheme(weight_bits=4, learned_step="lsq")),

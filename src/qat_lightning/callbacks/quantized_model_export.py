@@ -20,7 +20,7 @@ from qat_lightning.errors import CombinationError, ConfigurationError, Quantizat
 from qat_lightning.export.formats import FORMATS, check_formats
 from qat_lightning.export.result import ExportResult, export_table, fastest
 from qat_lightning.export.run import export_quantized, open_artifact
-from qat_lightning.flows.base import Example
+from qat_lightning.flows.base import Example, prepared_state
 from qat_lightning.quantized import QuantizedNetwork
 from qat_lightning.recipe import Recipe
 from qat_lightning.terminal import console
@@ -98,8 +98,7 @@ class QuantizedModelExport(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """With ``mode="auto"`` the mode is known now."""
         for network in self._partner(trainer).prepared_networks.values():
-            recipe: Recipe = network._quantization.recipe  # type: ignore[union-attr, assignment]
-            self._check(recipe)
+            self._check(prepared_state(network).recipe)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Export, when all other callbacks have seen the end of the fit, and have converted."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import statistics
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -12,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from qat_lightning.checkpoints import present_float
 from qat_lightning.errors import ConfigurationError, ExportError, QuantizationError
@@ -22,7 +23,7 @@ from qat_lightning.export.formats import FORMATS, check_formats, get_format
 from qat_lightning.export.remote import RemoteNetwork, Server
 from qat_lightning.export.result import ExportResult, write_json
 from qat_lightning.flows.base import Example, cpu_copy, get_flow, is_prepared, prepared_state
-from qat_lightning.flows.pt2e.signature import batch_size
+from qat_lightning.flows.pt2e.signature import batch_size, has_batch
 from qat_lightning.measure import latency_interleaved, size_mb
 from qat_lightning.quantized import QuantizedNetwork
 from qat_lightning.variants import Fidelity
@@ -93,8 +94,7 @@ def export_quantized(
         check_formats(formats, state.recipe)
         if example is None:
             raise ConfigurationError("A prepared network is converted first, which takes a real call: give example=.")
-        fake_quant = cpu_copy(network)
-        reference = fake_quant if reference is None else reference
+        reference = cpu_copy(network) if reference is None else reference
         float_network = present_float(network) if float_network is None else float_network
         converted = get_flow(state.recipe.mode).convert(cpu_copy(network), example)
         network = QuantizedNetwork(converted, state.recipe, example)
@@ -211,7 +211,7 @@ class _Job:
                 times.setdefault("eager", []).append(eager["eager"].median_ms)
             for key, value in server.ask("time", tensors, 3).items():
                 times.setdefault(key, []).append(value)
-        medians = {key: sorted(values)[len(values) // 2] for key, values in times.items()}
+        medians = {key: statistics.median(values) for key, values in times.items()}
         result.latency_ms = medians["int8"]
         result.float_latency_ms = medians.get("float")
         result.eager_latency_ms = medians.get("eager")
@@ -249,7 +249,7 @@ def _one_sample(example: Example) -> Example:
     size = batch_size(example)
 
     def first(leaf: Any) -> Any:
-        return leaf[:1] if isinstance(leaf, Tensor) and leaf.dim() and leaf.shape[0] == size else leaf
+        return leaf[:1] if has_batch(leaf, size) else leaf
 
-    args, kwargs = torch.utils._pytree.tree_map(first, (example.args, example.kwargs))
+    args, kwargs = tree_map(first, (example.args, example.kwargs))
     return Example(args, kwargs)

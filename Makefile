@@ -17,8 +17,9 @@ BIN := $(VENV)/bin
 LOCK_STAMP := $(VENV)/.lock-$(firstword $(shell cksum < requirements.lock))
 PACKAGE_STAMP := $(VENV)/.package-$(firstword $(shell cksum < pyproject.toml))
 
-# The tests of a file share what they made once, so that a file stays in one process.
-PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+# The tests of a file share what they made once, so that a file stays in one process. A process that dies ends the run
+# and names its test: started again, it would leave the other one waiting.
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 
 .PHONY: help env train test slow lint format types browser clean
 

@@ -166,6 +166,7 @@ def ort_static(layout: str) -> Callable[[str], Run]:
 def _openvino(model: Any) -> Run:
     import openvino
 
+    core = openvino.Core()
     settings = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
     compiled: dict[int, Any] = {}
 
@@ -173,7 +174,7 @@ def _openvino(model: Any) -> Run:
         if len(batch) not in compiled:  # fixed shapes are faster, and ours are measured with them as well
             fixed = model.clone()
             fixed.reshape([len(batch), 3, SIDE, SIDE])
-            compiled[len(batch)] = openvino.Core().compile_model(fixed, "CPU", settings).create_infer_request()
+            compiled[len(batch)] = core.compile_model(fixed, "CPU", settings).create_infer_request()
         return compiled[len(batch)].infer([batch.numpy()])
 
     return run

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -89,3 +91,32 @@ def test_outputs_stay_what_they_are_when_it_is_called_again(tmp_path: Path) -> N
     copied = kept.clone()
     run([other])
     assert torch.equal(kept, copied)
+
+
+_SIGNALLED = """
+import faulthandler, gc, os, signal, sys
+faulthandler.enable()  # its handlers, and Python's, run on a signal stack, which OpenVINO replaces by its own
+signal.signal(signal.SIGCHLD, lambda *_: None)
+import torch
+from qat_lightning.export.openvino import OpenVino
+runs = [OpenVino().load(path) for path in sys.argv[1:]]
+for run in runs:
+    run([torch.zeros(1, 3, 8, 8)])
+del run
+while runs:
+    runs.pop(0)  # the first goes first
+    gc.collect()
+os.kill(os.getpid(), signal.SIGCHLD)
+print("alive")
+"""
+
+
+def test_a_signal_after_several_networks_does_not_kill_the_process(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    paths = []
+    for name in ("one", "other"):
+        quantized = quantize("fx", "x86", nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(144, 2)))
+        paths.append(str(tmp_path / f"{name}.xml"))
+        OpenVino().write(Source(quantized, quantized.example), Path(paths[-1]))
+    done = subprocess.run([sys.executable, "-c", _SIGNALLED, *paths], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "alive\n"), done.stderr

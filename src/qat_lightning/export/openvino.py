@@ -64,7 +64,7 @@ class OpenVino:
         model = onnx_model(source.program, for_openvino=True)
         try:
             # Not convert_model, which reports its use over the network.
-            converted = openvino.Core().read_model(model.SerializeToString())
+            converted = _core().read_model(model.SerializeToString())
             _compile(converted)
         except Exception as error:
             text = " ".join(str(error).split())[:300]
@@ -83,9 +83,7 @@ class OpenVino:
         A network of fixed shapes is faster: it is compiled for each new shape of the inputs, at the first call.
         """
         self.require()
-        import openvino
-
-        model = openvino.Core().read_model(str(path))
+        model = _core().read_model(str(path))
         precision = model.get_rt_info(_PRECISION).astype(str) if model.has_rt_info(_PRECISION) else None
 
         @functools.lru_cache(maxsize=_SHAPES)
@@ -105,10 +103,21 @@ class OpenVino:
         return run
 
 
-def _compile(model: Any, precision: str | None = None) -> Any:
+@functools.cache
+def _core() -> Any:
+    """The one core of the process, kept to its end.
+
+    The CPU plugin of each core gives the thread a signal stack of its own, and frees it with the core: with two cores
+    the thread can be left with a stack that is gone, and the next signal (a data loader's worker that ends) kills the
+    process without a word.
+    """
     import openvino
 
+    return openvino.Core()
+
+
+def _compile(model: Any, precision: str | None = None) -> Any:
     settings = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
     if precision is not None:
         settings["INFERENCE_PRECISION_HINT"] = precision
-    return openvino.Core().compile_model(model, "CPU", settings)
+    return _core().compile_model(model, "CPU", settings)

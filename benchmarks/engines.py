@@ -47,6 +47,9 @@ def network(name: str) -> nn.Module:
     with torch.no_grad():
         for batch in calibration():
             made(batch)
+    for module in made.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.momentum = 0.1
     return made.eval()
 
 

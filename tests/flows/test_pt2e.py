@@ -336,6 +336,12 @@ def test_what_cannot_be_captured_is_refused(network: type[nn.Module], message: s
     assert not made.training
 
 
+def test_batchnorm_that_averages_over_all_batches_is_named() -> None:
+    network = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4, momentum=None))
+    with pytest.raises(TraceError, match=r"momentum=None.*: '1'\. .*momentum=0\.1.*mode='fx'"):
+        prepare(network, Example((torch.randn(4, 4),)))
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_nothing_to_quantize_is_an_error(backend: str) -> None:
     with pytest.raises(NetworkError, match=r"nothing to quantize.*Conv2d"):

@@ -70,6 +70,8 @@ def capture(network: nn.Module, example: Example, *, train: bool = True) -> tupl
     args, kwargs = canonical(signature, example.args, example.kwargs)
     in_spec, inputs = inputs_of(network, example, size)
     check_names(network, "pt2e")
+    if train:
+        _refuse_plain_averages(network)
     with _in_mode(network, train), warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"torch\..*")
         try:
@@ -91,6 +93,20 @@ def capture(network: nn.Module, example: Example, *, train: bool = True) -> tupl
     graph_module.graph.lint()
     graph_module.recompile()
     return graph_module, spec
+
+
+def _refuse_plain_averages(network: nn.Module) -> None:
+    names = [
+        repr(name)
+        for name, module in network.named_modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats and module.momentum is None
+    ]
+    if names:
+        raise TraceError(
+            f"mode='pt2e' cannot export BatchNorm with momentum=None, which divides by the count of batches so far: "
+            f"{', '.join(names[:5])}{f' and {len(names) - 5} more' if len(names) > 5 else ''}. Give it a number, such as "
+            "momentum=0.1, or use mode='fx' or mode='eager'."
+        )
 
 
 @contextlib.contextmanager

@@ -99,13 +99,15 @@ def _refuse_plain_averages(network: nn.Module) -> None:
     names = [
         repr(name)
         for name, module in network.named_modules()
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats and module.momentum is None
+        if isinstance(module, nn.modules.batchnorm._BatchNorm)
+        and module.track_running_stats
+        and module.momentum is None
     ]
     if names:
+        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
         raise TraceError(
-            f"mode='pt2e' cannot export BatchNorm with momentum=None, which divides by the count of batches so far: "
-            f"{', '.join(names[:5])}{f' and {len(names) - 5} more' if len(names) > 5 else ''}. Give it a number, such as "
-            "momentum=0.1, or use mode='fx' or mode='eager'."
+            "mode='pt2e' cannot export BatchNorm with momentum=None, which divides by the count of batches so far: "
+            f"{', '.join(names[:5])}{more}. Give it a number, such as momentum=0.1, or use mode='fx' or mode='eager'."
         )
 
 

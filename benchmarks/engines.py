@@ -110,8 +110,10 @@ def artifact(format_name: str, mode: str, backend: str = "x86") -> Callable[[str
 
 def _onnx(name: str) -> Path:
     path = FOLDER / "float.onnx"
-    dynamic = {"x": {0: torch.export.Dim.DYNAMIC}}
-    program = torch.onnx.export(network(name), (images(2),), dynamo=True, dynamic_shapes=dynamic, verbose=False)
+    dynamic = ({0: torch.export.Dim.DYNAMIC},)
+    program = torch.onnx.export(
+        network(name), (images(2),), dynamo=True, dynamic_shapes=dynamic, input_names=["x"], verbose=False
+    )
     program.save(str(path))
     return path
 

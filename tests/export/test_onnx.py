@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qat_lightning.errors import ExportError
@@ -73,6 +74,33 @@ def test_depthwise_network_is_int8_throughout(tmp_path: Path) -> None:
     ops = _fused(tmp_path / "model.onnx", tmp_path)
     assert ops["QLinearConv"] == 3
     assert not {"Conv", "FusedConv", "Clip"} & ops.keys()
+
+
+class Padded(nn.Module):
+    """Zeros around the image on two sides, as TensorFlow's networks have them; and around an output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 3, stride=2)
+        self.second = nn.Conv2d(8, 8, 3, stride=2, padding=(0, 1), groups=8)
+        self.pad = nn.ZeroPad2d((0, 1, 0, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.first(F.pad(x, (0, 1, 0, 1))))
+        return F.pad(self.second(self.pad(x)), (1, 0, 2, 0))
+
+
+@pytest.mark.parametrize("mode", ["eager", "fx", "pt2e"])
+def test_zeros_around_an_image_are_the_padding_of_its_convolution(mode: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    quantized = quantize(mode, "x86", Padded())
+    model = _write(quantized, quantized.example, tmp_path / "model.onnx")
+    ops = Counter(node.op_type for node in model.graph.node)
+    assert ops["Pad"] == 1, "those around the output"
+    pads = [list(one.ints) for node in model.graph.node for one in node.attribute if one.name == "pads"]
+    assert pads == [[0, 0, 1, 1], [0, 1, 1, 2]]
+    assert_same_outputs(quantized, Onnx().load(tmp_path / "model.onnx"), images)
+    assert _fused(tmp_path / "model.onnx", tmp_path)["QLinearConv"] == (1 if mode == "pt2e" else 2)
 
 
 @pytest.mark.parametrize("mode", ["fx", "pt2e"])

@@ -66,6 +66,7 @@ def onnx_model(program: ExportedProgram, *, for_openvino: bool = False) -> Any:
     _round_constants(graph)
     _transpose_weights(graph)
     _pools(graph)
+    _fold_zeros(graph)
     if for_openvino:
         _drop_zero_points(graph)
     else:
@@ -306,6 +307,63 @@ def _pools(graph: Any) -> None:
         if not node.attributes.get_int("keepdims", 1):
             pooled = _node(graph, node, "Flatten", [pooled], axis=1)
         _replace(node.outputs[0], pooled)
+
+
+def _fold_zeros(graph: Any) -> None:
+    """Zeros around an image as the padding of the convolutions that read it: every grid has zero."""
+    import onnx_ir as ir
+
+    for node in list(graph):
+        amounts = _zeros_around(node) if node.op_type == "Pad" else None
+        behind = _convolutions_behind(node.outputs[0])
+        if amounts is None or behind is None:
+            continue
+        values, convolutions = behind
+        for value in values:
+            value.shape = node.inputs[0].shape
+        for convolution in convolutions:
+            before = convolution.attributes.get_ints("pads", [0] * len(amounts))
+            added = [int(one + other) for one, other in zip(before, amounts, strict=True)]
+            convolution.attributes["pads"] = ir.AttrInt64s("pads", added)
+        for use in list(node.outputs[0].uses()):
+            use.node.replace_input_with(use.idx, node.inputs[0])
+
+
+def _zeros_around(node: Any) -> list[int] | None:
+    """How many zeros a Pad puts before and behind each dimension of an image; None if it does something else."""
+    shape, amounts = node.inputs[0].shape, _array(node.inputs[1])
+    fill, axes = (node.inputs[index] if index < len(node.inputs) else None for index in (2, 3))
+    if shape is None or amounts is None or node.attributes.get_string("mode", "constant") != "constant":
+        return None
+    if fill is not None and (_array(fill) is None or _array(fill).any()):
+        return None
+    over = range(len(shape)) if axes is None else _array(axes)
+    if over is None:
+        return None
+    each = {int(axis) % len(shape): pair for axis, pair in zip(over, amounts.reshape(2, -1).T, strict=True)}
+    pairs = np.array([each.get(axis, (0, 0)) for axis in range(len(shape))]).T
+    return None if pairs[:, :2].any() or (pairs < 0).any() else [int(amount) for amount in pairs[:, 2:].flatten()]
+
+
+def _convolutions_behind(value: Any) -> tuple[list[Any], list[Any]] | None:
+    """The Convs that read a value, straight or rounded, with the values on the way; None if anything else does."""
+    if value.is_graph_output():
+        return None
+    values, convolutions = [value], []
+    for use in value.uses():
+        if use.node.op_type == "Conv" and use.idx == 0:
+            if use.node.attributes.get_string("auto_pad", "NOTSET") != "NOTSET":
+                return None
+            convolutions.append(use.node)
+            continue
+        behind = None
+        if use.node.op_type in ("QuantizeLinear", "DequantizeLinear") and use.idx == 0:
+            behind = _convolutions_behind(use.node.outputs[0])
+        if behind is None:
+            return None
+        values += behind[0]
+        convolutions += behind[1]
+    return values, convolutions
 
 
 def _replace(old: Any, new: Any) -> None:

@@ -16,12 +16,14 @@ from qat_lightning.backends import pairs
 from qat_lightning.demos import DigitsDataModule, SmallMobileNet
 from qat_lightning.errors import CombinationError, ConfigurationError, ExportError, MissingExtraError
 from qat_lightning.export import FORMATS, ExportResult, get_format
+from qat_lightning.export.base import Source
 from qat_lightning.export.formats import check_formats
 from qat_lightning.export.remote import Server
 from qat_lightning.export.run import open_artifact
 from qat_lightning.flows.base import Example, cpu_copy, get_flow, set_phase
 from qat_lightning.quantized import QuantizedNetwork
 from qat_lightning.recipe import Recipe
+from tests.export.files import quantized_case
 
 _SLOW = pytest.mark.slow
 TAKEN = [
@@ -219,6 +221,24 @@ def test_settings_that_cannot_be_are_refused_before_anything_is_written(tmp_path
     with pytest.raises(ConfigurationError, match="give a list"):
         export_quantized(nn.Linear(2, 2), tmp_path, "pt2")
     assert not list(tmp_path.iterdir())
+
+
+def test_what_executorch_cannot_lower_is_said_by_the_pass_at_fault(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exir = pytest.importorskip("executorch.exir")
+    quantized, _ = quantized_case("residual", "pt2e", "xnnpack")
+
+    def lower(*_: object, **__: object) -> None:
+        try:
+            raise AssertionError("a constant cannot be read in two ways")
+        except AssertionError as error:
+            raise RuntimeError("An error occurred when running the 'Some' pass") from error
+
+    monkeypatch.setattr(exir, "to_edge_transform_and_lower", lower)
+    with pytest.raises(ExportError, match=r"\(AssertionError: a constant cannot .* choose another format"):
+        get_format("executorch").write(Source(quantized, quantized.example), tmp_path / "model.pte")
+    assert not any(tmp_path.iterdir())
 
 
 @pytest.fixture

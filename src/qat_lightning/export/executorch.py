@@ -60,7 +60,7 @@ class ExecuTorch:
                 lowered = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()])
                 written = lowered.to_executorch()
             except Exception as error:
-                raise ExportError(f"ExecuTorch cannot lower it: {type(error).__name__}: {error}") from error
+                raise ExportError(_explain(error)) from error
         with path.open("wb") as file:
             written.write_to_file(file)
 
@@ -76,6 +76,17 @@ class ExecuTorch:
             return [tensor.clone() for tensor in as_list(methods[0].execute([t.contiguous() for t in tensors]))]
 
         return run
+
+
+def _explain(error: BaseException) -> str:
+    """What the pass at fault said, which its caller wraps in where it was."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = " ".join(str(error).split())[:300]
+    return (
+        f"ExecuTorch cannot lower the network to XNNPACK ({type(error).__name__}: {text}). Write that part of it with "
+        "other ops, or choose another format, such as onnx or pt2."
+    )
 
 
 def not_delegated(path: Path) -> list[str]:

@@ -96,8 +96,8 @@ class OpenVino:
             arrays = [tensor.detach().cpu().contiguous() for tensor in tensors]
             arrays = [tensor.float() if tensor.is_floating_point() else tensor for tensor in arrays]
             asked = request(tuple(tuple(tensor.shape) for tensor in arrays))
-            asked.infer([tensor.numpy() for tensor in arrays])
-            # The request keeps its buffers for the next call.
+            # The inputs are read where they are. The request keeps its outputs' buffers for the next call.
+            asked.infer([tensor.numpy() for tensor in arrays], share_inputs=True, share_outputs=True)
             return [torch.from_numpy(np.array(output.data)) for output in asked.output_tensors]
 
         return run

@@ -7,9 +7,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from qat_lightning.callbacks.arguments import check_flag
 from qat_lightning.callbacks.converting import ConvertingCallback
@@ -81,6 +82,25 @@ class QuantizationCallback(ConvertingCallback):
         self._chosen: str | None = None
         self._standing: dict[str, tuple[Any, Fidelity | None]] = {}
         self._guest: nn.Module | None = None
+
+    @classmethod
+    def of(cls, trainer: Trainer, partner: Callback) -> Self:
+        """The one of a Trainer, for a callback that goes with it.
+
+        Raises:
+            ConfigurationError: There is none, or there are several.
+        """
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        found = [callback for callback in callbacks if isinstance(callback, cls)]
+        if len(found) != 1:
+            name, wanted = type(partner).__name__, cls.__name__
+            if cls is QuantizationCallback:
+                wanted = "QuantizationAwareTraining or PostTrainingQuantization"
+            raise ConfigurationError(
+                f"{name} goes with one {wanted}, and the Trainer has {len(found)}: "
+                f"callbacks=[{wanted.split()[0]}(...), {name}(...)]."
+            )
+        return found[0]
 
     # What a user asks for
 

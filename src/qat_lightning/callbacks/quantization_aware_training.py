@@ -131,23 +131,6 @@ class QuantizationAwareTraining(QuantizationCallback):
         self.float_step: int | None = None
         self._nonfinite = NonFiniteReport()
 
-    @classmethod
-    def of(cls, trainer: Trainer, partner: Callback) -> QuantizationAwareTraining:
-        """The one of a Trainer, for a callback that goes with it.
-
-        Raises:
-            ConfigurationError: There is none, or there are several.
-        """
-        callbacks = trainer.callbacks  # type: ignore[attr-defined]
-        found = [callback for callback in callbacks if isinstance(callback, cls)]
-        if len(found) != 1:
-            name = type(partner).__name__
-            raise ConfigurationError(
-                f"{name} goes with one {cls.__name__}, and the Trainer has {len(found)}: "
-                f"callbacks=[{cls.__name__}(...), {name}(...)]."
-            )
-        return found[0]
-
     # Schedule
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -87,7 +87,7 @@ class QuantizedModelExport(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot become an artifact, before anything is trained."""
-        partner = self._partner(trainer)
+        partner = QuantizationCallback.of(trainer, self)
         if not partner.convert_on_fit_end:
             raise CombinationError(
                 "QuantizedModelExport needs an int8 network, and convert_on_fit_end=False makes none: leave one out."
@@ -97,14 +97,14 @@ class QuantizedModelExport(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """With ``mode="auto"`` the mode is known now."""
-        for network in self._partner(trainer).prepared_networks.values():
+        for network in QuantizationCallback.of(trainer, self).prepared_networks.values():
             self._check(prepared_state(network).recipe)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Export, when all other callbacks have seen the end of the fit, and have converted."""
         if stage != "fit" or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        partner = self._partner(trainer)
+        partner = QuantizationCallback.of(trainer, self)
         if "int8" not in partner.variants:
             rank_zero_warn("Nothing is exported: there is no int8 network, because no range was ever observed.")
             return
@@ -173,16 +173,6 @@ class QuantizedModelExport(Callback):
 
     def _folder(self, trainer: Trainer) -> Path:
         return Path(self.dirpath) if self.dirpath is not None else Path(trainer.default_root_dir, "export")
-
-    def _partner(self, trainer: Trainer) -> QuantizationCallback:
-        callbacks = trainer.callbacks  # type: ignore[attr-defined]
-        found = [callback for callback in callbacks if isinstance(callback, QuantizationCallback)]
-        if len(found) != 1:
-            raise ConfigurationError(
-                f"QuantizedModelExport goes with one QuantizationAwareTraining or PostTrainingQuantization, and the "
-                f"Trainer has {len(found)}: callbacks=[QuantizationAwareTraining(...), QuantizedModelExport(...)]."
-            )
-        return found[0]
 
 
 def exported(trainer: Trainer) -> Iterator[tuple[str, nn.Module, dict[str, float]]]:

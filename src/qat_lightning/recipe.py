@@ -211,7 +211,8 @@ class PreparedState(nn.Module):
     Attributes:
         recipe: What the network was prepared with.
         prefix: The network's dotted name in the LightningModule, to which the recipe's globs are relative.
-        float_network: A copy of the network before it was prepared; not a child, so not trained and not saved here.
+        float_network: A copy of the network's modules before it was prepared. Its parameters are those of the prepared
+            network; it is no child, so nothing of it is saved. Copy it, and load `float_weights`, to run it.
         added_keys: The keys of the ``state_dict`` that the float network does not have.
         plan: What the flow that prepared it wants to remember for conversion.
         reworking: What was done to the float network before, and can be done to other weights; None if nothing.

@@ -231,3 +231,59 @@ def test_a_copy_of_the_prepared_network_is_independent() -> None:
 
 def test_flows_are_found_by_mode() -> None:
     assert isinstance(get_flow("fx"), FxFlow)
+
+
+class Padded(nn.Module):
+    """Zeros on one side, as networks that were ported from TensorFlow have them: by a module and by a function."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pad = nn.ZeroPad2d((0, 1, 0, 1))
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), nn.BatchNorm2d(8), nn.ReLU())
+        self.body = nn.Conv2d(8, 8, 3, stride=2, groups=8)
+        self.head = nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(self.pad(x))
+        return self.head(self.body(F.pad(x, [0, 1, 0, 1])))
+
+
+@pytest.mark.parametrize("backend", ["x86", "onednn", "fbgemm", "qnnpack"])
+def test_zeros_around_an_image_are_put_around_its_integers(backend: str) -> None:
+    prepared = prepare(Padded(), Recipe("fx", backend))
+    prepared.train()
+    for _ in range(20):
+        prepared(torch.randn(8, 3, 8, 8) + 0.5)
+    converted = FxFlow().convert(cpu_copy(prepared), Example((IMAGES,)))
+    padded = [node for node in converted.network.graph.nodes if node.target is F.pad]
+    dequantized = [node for node in converted.network.graph.nodes if node.target == "dequantize"]
+    assert len(padded) == 2
+    assert len(dequantized) == 1, "only the output is float"
+    rows = {row.kind: row.quantized for row in converted.operations if row.kind == "pad"}
+    assert rows == {"pad": True}
+    assert all(check.sqnr_db > 45 for check in converted.checks)
+    assert sqnr_db(cpu_copy(prepared)(IMAGES), converted.network(IMAGES)) > 45
+
+
+@pytest.mark.parametrize(
+    "padding",
+    [
+        lambda x: F.pad(x, [0, 1, 0, 1], value=1.0),
+        lambda x: F.pad(x, [0, 1, 0, 1], mode="reflect"),
+        lambda x: F.pad(x, [0, x.shape[2] % 7, 0, 1]),
+    ],
+    ids=["one", "reflect", "worked out"],
+)
+def test_padding_with_anything_else_stays_float(padding) -> None:
+    class Other(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv(padding(x))
+
+    prepared = prepare(Other())
+    converted = FxFlow().convert(cpu_copy(prepared), Example((IMAGES,)))
+    assert sqnr_db(cpu_copy(prepared)(IMAGES), converted.network(IMAGES)) > 45
+    assert [row.quantized for row in converted.operations if row.kind == "pad"] == [False]

@@ -214,6 +214,19 @@ def merge_ranges(network: nn.Module) -> None:
         fq.batches.copy_(batches)
 
 
+def copy_of_modules(network: nn.Module) -> nn.Module:
+    """A copy of all modules that shares their parameters and buffers: what it was, at the cost of no tensor.
+
+    Example:
+        >>> layer = nn.Linear(2, 3)
+        >>> copied = copy_of_modules(layer)
+        >>> copied is layer, copied.weight is layer.weight
+        (False, True)
+    """
+    tensors = [*network.parameters(), *network.buffers()]
+    return copy.deepcopy(network, {id(tensor): tensor for tensor in tensors})
+
+
 def float_keys(prepared: nn.Module) -> set[str]:
     """The keys of a prepared network's ``state_dict`` that the float network has as well."""
     return set(prepared_state(prepared).float_network.state_dict())

@@ -25,6 +25,7 @@ from qat_lightning.flows.base import (
     Example,
     LayerCheck,
     LayerCoverage,
+    copy_of_modules,
     is_prepared,
     prepared_state,
     refuse_simulated,
@@ -62,7 +63,7 @@ class EagerFlow:
         if is_prepared(network):
             raise NetworkError(f"{type(network).__name__} is prepared for quantization already.")
         observation = observe(network, example)
-        float_network = copy.deepcopy(network)
+        float_network = copy_of_modules(network)
         chains, reasons = find_chains(network, observation, recipe, prefix)
         if not chains:
             why = "; ".join(f"{name or 'itself'}: {reason}" for name, reason in list(reasons.items())[:12])

@@ -20,11 +20,13 @@ from torch.ao.quantization.quantize_fx import convert_fx
 from qat_lightning.backends import quantized_engine
 from qat_lightning.errors import ConversionError, NetworkError
 from qat_lightning.fake_quantize import FakeQuantize
+from qat_lightning.flows import fx_pads
 from qat_lightning.flows import fx_passes as passes
 from qat_lightning.flows.base import (
     Converted,
     Example,
     LayerCoverage,
+    copy_of_modules,
     materialize_weights,
     prepared_state,
     refuse_simulated,
@@ -82,7 +84,7 @@ class FxFlow:
     def prepare(self, network: nn.Module, example: Example, recipe: Recipe, *, prefix: str = "") -> GraphNetwork:
         """See `Flow.prepare`."""
         make_batchnorm_plain(network)  # of a preparation before
-        float_network = copy.deepcopy(network)
+        float_network = copy_of_modules(network)
         float_keys = set(float_network.state_dict())
         selected = {
             name: recipe.selects(_join(prefix, name)) and not _no_kernel(module, recipe)
@@ -91,6 +93,7 @@ class FxFlow:
         }
         graph_module, scopes = trace(network, example, leaves=outer_parts(network, selected))
         passes.pass_over_identities(graph_module)
+        fx_pads.name_zero_pads(graph_module, selected)
         originals = dict(network.named_modules())
         parameters = dict(network.named_parameters(remove_duplicate=False))
         flags = {module: module.training for module in network.modules()}
@@ -140,7 +143,7 @@ class FxFlow:
         dropouts, behind_dropout = passes.observe_only_before_dropout(prepared)
         plan.dropped += dropouts
         result = GraphNetwork(prepared)
-        result.set_graph(passes.without(plan.graph, behind_dropout))
+        result.set_graph(passes.without(plan.graph, [*behind_dropout, *fx_pads.roundings_behind(plan.graph)]))
         passes.observe_each_range_once(result)
         passes.drop_unused(result, plan.graph)
         _restore_children(result, originals, parameters, float_keys)
@@ -187,6 +190,7 @@ class FxFlow:
                     f"{target.name!r}: {type(error).__name__}: {error}"
                 ) from error
         show_float_ops(int8)
+        fx_pads.pad_integers(int8)
         left = put_plain_layers(int8) if unseen else set()
         passes.reshape_views(int8.graph)
         network = GraphNetwork(int8)

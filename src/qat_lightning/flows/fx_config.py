@@ -18,6 +18,7 @@ from torch.ao.quantization.backend_config import (
     get_native_backend_config,
 )
 
+from qat_lightning.flows.fx_pads import pad
 from qat_lightning.flows.qconfig import make_qconfig
 from qat_lightning.qat_modules import FOLDED_OF_FLOAT, FOLDED_OF_FUSED
 from qat_lightning.recipe import Recipe
@@ -92,7 +93,7 @@ _REFERENCE: dict[type[nn.Module], type[nn.Module]] = {
 def backend_config() -> BackendConfig:
     """Upstream's native config, with our folded layers in the place of its own and without the ops left float."""
     config = BackendConfig("qat-lightning")
-    weighted = None
+    weighted = moving = None
     for pattern in get_native_backend_config().configs:
         parts = pattern.pattern if isinstance(pattern.pattern, tuple) else (pattern.pattern,)
         batchnorm_relu = parts[0] in (nni.BNReLU2d, nni.BNReLU3d) or (parts[0] in _BATCHNORMS and len(parts) > 1)
@@ -106,8 +107,16 @@ def backend_config() -> BackendConfig:
             pattern._set_num_tensor_args_to_observation_type(every)
         if pattern.pattern is nn.Conv2d:
             weighted = pattern
+        if pattern.pattern is F.max_pool2d:
+            moving = pattern
         config.set_backend_pattern_config(pattern)
     assert weighted is not None
+    assert moving is not None
+    config.set_backend_pattern_config(
+        BackendPatternConfig(pad)
+        .set_observation_type(ObservationType.OUTPUT_SHARE_OBSERVER_WITH_INPUT)
+        .set_dtype_configs(moving.dtype_configs)
+    )
     for layer, folded in FOLDED_OF_FLOAT.items():
         config.set_backend_pattern_config(
             BackendPatternConfig(folded)

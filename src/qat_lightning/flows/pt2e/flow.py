@@ -14,6 +14,7 @@ from qat_lightning.flows.base import (
     Converted,
     Example,
     LayerCoverage,
+    copy_of_modules,
     fake_quantizers,
     prepared_state,
     refuse_simulated,
@@ -43,7 +44,7 @@ class Pt2eFlow:
     def prepare(self, network: nn.Module, example: Example, recipe: Recipe, *, prefix: str = "") -> nn.Module:
         """See `Flow.prepare`."""
         require(recipe.target)
-        float_network = copy.deepcopy(network)
+        float_network = copy_of_modules(network)
         captured, spec = capture(network, example)
         prepared, folded = insert_fake_quantize(captured, recipe, prefix=prefix, name=spec.name)
         flags = {name: module.training for name, module in network.named_modules()}

@@ -194,8 +194,13 @@ class FakeQuantize(_TorchFakeQuantizeBase, _TorchaoFakeQuantizeBase):  # type: i
         return self.min_val, self.max_val
 
     @torch.no_grad()
-    def observe(self, x: Tensor) -> None:
-        """Take the range of ``x`` into account; a non-finite one is counted and left out."""
+    def observe(self, x: Tensor, relu: float | None = None) -> None:
+        """Take the range of ``x`` into account; a non-finite one is counted and left out.
+
+        Args:
+            x: Values of any shape and floating dtype.
+            relu: The largest value that a ReLU leaves, through which ``x`` is still to go; None for no ReLU.
+        """
         values = x.detach().float()
         if self.source == "present":
             if not self._held:
@@ -208,6 +213,8 @@ class FakeQuantize(_TorchFakeQuantizeBase, _TorchaoFakeQuantizeBase):  # type: i
             return
         # A process with nothing to show takes part all the same: the others wait for it.
         low, high = smallest_and_largest(values.new_full((1,), torch.nan) if empty else values)
+        if relu is not None:
+            low, high = low.clamp(0.0, relu), high.clamp(0.0, relu)
         finite = torch.isfinite(low) & torch.isfinite(high)
         self.nonfinite_batches.add_(~finite & (not empty))
         if reduce:
@@ -296,7 +303,19 @@ class FakeQuantize(_TorchFakeQuantizeBase, _TorchaoFakeQuantizeBase):  # type: i
         if self.histogram is not None:
             self.histogram = Histogram().to(self.min_val.device)
 
-    def forward(self, x: Tensor, factor: Tensor | None = None, axis: int = 0) -> Tensor:
+    def takes_relu(self, x: Tensor) -> bool:
+        """Whether `forward` can do now, in its own passes over ``x``, what a ReLU in front of it does."""
+        on_one_grid = self.observed and not self.per_channel and self.histogram is None and self.learned == "none"
+        return on_one_grid and self.fake_quant_enabled and x.device.type == "cpu" and self.seen
+
+    def forward(
+        self,
+        x: Tensor,
+        factor: Tensor | None = None,
+        axis: int = 0,
+        *,
+        relu: float | None = None,
+    ) -> Tensor:
         """``x`` itself before rounding is on; afterwards ``x`` on the grid, in the shape and dtype of ``x``.
 
         Args:
@@ -304,6 +323,7 @@ class FakeQuantize(_TorchFakeQuantizeBase, _TorchaoFakeQuantizeBase):  # type: i
             factor: For a weight behind which BatchNorm is folded: float32, shape ``(channels,)``, without gradient.
                 What is rounded is ``x * factor``, and the result is divided by it again. Where it is 0, that is ``x``.
             axis: The dimension of the channels that ``factor`` is for.
+            relu: The largest value that a ReLU leaves, through which ``x`` goes first; only where `takes_relu`.
         """
         if factor is not None:
             return self._round_folded(x, factor, axis) if self.fake_quant_enabled else x
@@ -313,8 +333,8 @@ class FakeQuantize(_TorchFakeQuantizeBase, _TorchaoFakeQuantizeBase):  # type: i
             if self.fake_quant_enabled:
                 self.observe(x)
         elif self.observes:
-            self.observe(x)
-        return self._round(x, clamps=not self._holds_all)
+            self.observe(x, relu)
+        return self._round(x, clamps=not self._holds_all, relu=relu)
 
     @property
     def _holds_all(self) -> bool:
@@ -349,7 +369,7 @@ class FakeQuantize(_TorchFakeQuantizeBase, _TorchaoFakeQuantizeBase):  # type: i
         """`forward` without observing."""
         return self._round(x, clamps=True)
 
-    def _round(self, x: Tensor, *, clamps: bool) -> Tensor:
+    def _round(self, x: Tensor, *, clamps: bool, relu: float | None = None) -> Tensor:
         if not self.fake_quant_enabled:
             return x
         if not self.seen:
@@ -362,9 +382,9 @@ class FakeQuantize(_TorchFakeQuantizeBase, _TorchaoFakeQuantizeBase):  # type: i
             if self.step.learns:
                 axis = self.ch_axis if self.per_channel else None
                 return self.step.round(x, axis=axis, is_weight=self.source == "present")
-        return self._on_grid(x, clamps=clamps)
+        return self._on_grid(x, clamps=clamps, relu=relu)
 
-    def _on_grid(self, x: Tensor, *, clamps: bool) -> Tensor:
+    def _on_grid(self, x: Tensor, *, clamps: bool, relu: float | None = None) -> Tensor:
         scale, zero_point = self.calculate_qparams()
         middle = self.quant_min + (self.quant_max - self.quant_min + 1) // 2
         return fake_quantize(
@@ -375,6 +395,7 @@ class FakeQuantize(_TorchFakeQuantizeBase, _TorchaoFakeQuantizeBase):  # type: i
             quant_max=self.quant_max,
             axis=self.ch_axis if self.per_channel else None,
             clamps=clamps,
+            relu=relu,
         )
 
     def calculate_qparams(self, **kwargs: Any) -> tuple[Tensor, Tensor]:

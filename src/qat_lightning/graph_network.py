@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 from qat_lightning.errors import NetworkError
 from qat_lightning.portable_graph import hold_graphs, release_graphs
 from qat_lightning.recipe import PreparedState
+from qat_lightning.relu_rounding import with_relus_in_roundings
 
 
 class GraphNetwork(nn.Module):
@@ -47,7 +48,7 @@ class GraphNetwork(nn.Module):
     def set_graph(self, graph: fx.Graph) -> None:
         """Run ``graph`` from now on."""
         self.__dict__["graph"] = graph
-        self.__dict__["_run"] = compile_graph(graph)
+        self.__dict__["_run"] = compile_graph(with_relus_in_roundings(self, graph))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the graph on the inputs of the network it was made from."""

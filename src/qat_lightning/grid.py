@@ -8,6 +8,7 @@ another: https://github.com/pytorch/pytorch/blob/main/torch/ao/quantization/fake
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import numpy as np
@@ -74,6 +75,7 @@ def fake_quantize(
     quant_max: int,
     axis: int | None = None,
     clamps: bool = True,
+    relu: float | None = None,
 ) -> Tensor:
     """Round ``x`` to the grid and back; the gradient passes straight through where ``x`` was not clamped.
 
@@ -91,6 +93,8 @@ def fake_quantize(
         axis: The channel dimension of ``x``; None for one scale.
         clamps: False where it is known that no value rounds to an integer beyond the grid, as none of a weight does
             that is rounded to its own symmetric range.
+        relu: The largest value that a ReLU in front leaves, which is done in the same passes: 6 for ReLU6, inf for ReLU
+            itself. Values and gradient are those of ``fake_quantize(relu(x))``. On a CPU, with one scale.
 
     Example:
         >>> fake_quantize(
@@ -114,7 +118,7 @@ def fake_quantize(
     high: Any = quant_max - zero_point
     if isinstance(zero_point, Tensor):
         low, high = along(low, x, axis), along(high, x, axis)
-    rounded = _Round.apply(values, along(scale, x, axis), low, high)  # type: ignore[no-untyped-call]
+    rounded = _Round.apply(values, along(scale, x, axis), low, high, relu)  # type: ignore[no-untyped-call]
     return rounded.to(x.dtype)
 
 
@@ -178,29 +182,42 @@ class _Round(torch.autograd.Function):
     """``torch.fake_quantize_per_{tensor,channel}_affine``, bit for bit, in vectorized passes and without their mask."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, low: Any, high: Any) -> Tensor:
+    def forward(ctx: Any, x: Tensor, scale: Tensor, low: Any, high: Any, relu: float | None) -> Tensor:
         ends = [end for end in (low, high) if isinstance(end, Tensor)]
         ctx.save_for_backward(x, scale, *ends)
         ctx.ends = None if ends else (low, high)
+        ctx.limits = (-math.inf, math.inf) if relu is None else (0.0, relu)
         # The reciprocal in float32, as the kernels have it; low and high are seen from the zero point.
-        return (x * (1.0 / scale)).round_().clamp_(low, high).mul_(scale)
+        inverse = 1.0 / scale
+        if relu is not None:
+            low, high = _of_relu(low, high, inverse, relu)
+        return (x * inverse).round_().clamp_(low, high).mul_(scale)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
         x, scale, *ends = ctx.saved_tensors
         low, high = ctx.ends or ends
+        least, most = ctx.limits
+        nothing = None, None, None, None
         if ctx.ends and scale.dim() == 0 and _is_near(x):
             # Where the value was clamped, found without rounding again.
-            passed = torch.ops.aten.hardtanh_backward(gradient, x, *first_clamped(float(scale), low, high))
-            return passed, None, None, None
+            first, last = first_clamped(float(scale), low, high)
+            return torch.ops.aten.hardtanh_backward(gradient, x, max(first, least), min(last, most)), *nothing
         if x.device.type == "cpu" and scale.dim() == 0 and torch.compiler.is_compiling():
             if ctx.ends:
                 low, high = (torch.full((), end, dtype=torch.int32, device=x.device) for end in (low, high))
-            return torch.ops.qat_lightning.pass_unclamped(gradient, x, scale, low, high), None, None, None
+            return torch.ops.qat_lightning.pass_unclamped(gradient, x, scale, low, high, least, most), *nothing
         integers = (x * (1.0 / scale)).round_()
         if ctx.ends:
-            return torch.ops.aten.hardtanh_backward(gradient, integers, low - 0.5, high + 0.5), None, None, None
-        return torch.where((integers >= low) & (integers <= high), gradient, 0.0), None, None, None
+            return torch.ops.aten.hardtanh_backward(gradient, integers, low - 0.5, high + 0.5), *nothing
+        return torch.where((integers >= low) & (integers <= high), gradient, 0.0), *nothing
+
+
+def _of_relu(low: Any, high: Any, inverse: Tensor, largest: float) -> tuple[Any, Any]:
+    """The ends of the grid, none beyond what a ReLU's limits round to: rounding keeps order, so it may come first."""
+    if isinstance(low, Tensor):
+        return low.clamp(min=0), torch.minimum(high, (largest * inverse).round())
+    return max(low, 0), high if math.isinf(largest) else min(high, float((largest * inverse).round()))
 
 
 @functools.lru_cache(maxsize=1024)  # frozen ranges ask for the same again
@@ -237,11 +254,17 @@ def _first_above(inverse: np.float32, integer: int) -> float:
 # An op of its own in compiled graphs for CPUs: the compiler would keep the mask of what was clamped, as bytes, and the
 # code it generates for them is not vectorized, so that it takes ten times as long as all else around it.
 _LIBRARY = torch.library.Library("qat_lightning", "DEF")
-_LIBRARY.define("pass_unclamped(Tensor gradient, Tensor x, Tensor scale, Tensor low, Tensor high) -> Tensor")
+_LIBRARY.define(
+    "pass_unclamped(Tensor gradient, Tensor x, Tensor scale, Tensor low, Tensor high, float least, float most)"
+    " -> Tensor"
+)
 
 
-def _pass_unclamped(gradient: Tensor, x: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    ends = first_clamped(float(scale), int(low), int(high))
+def _pass_unclamped(
+    gradient: Tensor, x: Tensor, scale: Tensor, low: Tensor, high: Tensor, least: float, most: float
+) -> Tensor:
+    first, last = first_clamped(float(scale), int(low), int(high))
+    ends = max(first, least), min(last, most)
     passed: Tensor = torch.empty_like(x)  # in the memory format that the compiler was told
     torch.ops.aten.hardtanh_backward.grad_input(gradient, x, *ends, grad_input=passed)
     return passed
@@ -249,7 +272,7 @@ def _pass_unclamped(gradient: Tensor, x: Tensor, scale: Tensor, low: Tensor, hig
 
 _LIBRARY.impl("pass_unclamped", _pass_unclamped, "CPU")
 torch.library.register_fake(
-    "qat_lightning::pass_unclamped", lambda gradient, x, scale, low, high: torch.empty_like(x), lib=_LIBRARY
+    "qat_lightning::pass_unclamped", lambda gradient, x, *others: torch.empty_like(x), lib=_LIBRARY
 )
 
 
@@ -334,7 +357,7 @@ class _RoundLearned(torch.autograd.Function):
         inverse = 1.0 / scale
         if x.device.type == "cpu" and scale.dim() == 0:
             ends = [(end - zero_point).to(torch.int32) for end in (low, high)]
-            passed = torch.ops.qat_lightning.pass_unclamped(gradient, x, scale, *ends)
+            passed = torch.ops.qat_lightning.pass_unclamped(gradient, x, scale, *ends, -math.inf, math.inf)
         else:
             integers = (x * inverse).round_().add_(zero_point)
             passed = torch.ops.aten.hardtanh_backward(gradient, integers, low - 0.5, high + 0.5)

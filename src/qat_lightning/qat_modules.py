@@ -15,6 +15,8 @@ from typing import Any, ClassVar
 
 import torch
 import torch.ao.nn.intrinsic as nni
+import torch.ao.nn.intrinsic.qat as nniqat
+import torch.ao.nn.qat as nnqat
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -185,9 +187,14 @@ class _FoldedLayer(nn.Module):
     def _layer(self, input: Tensor, weight: Tensor) -> Tensor:
         raise NotImplementedError
 
+    def before_relu(self, input: Tensor) -> Tensor:
+        """Layer and BatchNorm."""
+        output: Tensor = self.batchnorm(self._layer(input, self.folded_weight()))
+        return output
+
     def forward(self, input: Tensor) -> Tensor:
         """Layer, BatchNorm and, if fused, ReLU."""
-        output: Tensor = self.batchnorm(self._layer(input, self.folded_weight()))
+        output = self.before_relu(input)
         return F.relu(output) if self.__dict__["_has_relu"] else output
 
 
@@ -230,6 +237,28 @@ class LinearBn1d(_FoldedLayer, nn.Linear):
 
     def _layer(self, input: Tensor, weight: Tensor) -> Tensor:
         return F.linear(input, weight, self.bias)
+
+
+_WITHOUT_RELU: dict[type[nn.Module], type[nn.Module]] = {
+    nniqat.ConvReLU1d: nnqat.Conv1d,
+    nniqat.ConvReLU2d: nnqat.Conv2d,
+    nniqat.ConvReLU3d: nnqat.Conv3d,
+    nniqat.LinearReLU: nnqat.Linear,
+}
+"""Upstream's layers with rounded weight and ReLU, and the same layers without."""
+
+
+def has_relu_inside(layer: nn.Module) -> bool:
+    """Whether `before_relu` knows what a layer with rounded weight computes before the ReLU that ends it."""
+    return type(layer) in _WITHOUT_RELU or (isinstance(layer, _FoldedLayer) and bool(layer.__dict__["_has_relu"]))
+
+
+def before_relu(layer: nn.Module, input: Tensor) -> Tensor:
+    """What a layer with a ReLU of its own computes before it."""
+    if isinstance(layer, _FoldedLayer):
+        return layer.before_relu(input)
+    output: Tensor = _WITHOUT_RELU[type(layer)].forward(layer, input)
+    return output
 
 
 FOLDED_OF_FLOAT: dict[type[nn.Module], type[_FoldedLayer]] = {

@@ -28,6 +28,7 @@ from qat_lightning.qat_modules import (
     fake_quantize_folded,
     fold_factor,
 )
+from qat_lightning.relu_rounding import relu_limit, rounds_relu
 
 
 @dataclass
@@ -176,10 +177,17 @@ class ChainHead(_Layer):
             x, tap = self._on_grid(input)
             return self.passed(self._apply_layer(x, self._rounded_weight()), 0, tap)
 
-    def passed(self, y: Tensor, stage: int, tap: Tap | None) -> Tensor:
-        """Mark the output of a module of the chain, rounded if it was the last."""
+    def passed(self, y: Tensor, stage: int, tap: Tap | None, *, relu: float | None = None) -> Tensor:
+        """Mark the output of a module of the chain, rounded if it was the last.
+
+        Args:
+            y: The output.
+            stage: How many links are behind it.
+            tap: Where this call is recorded.
+            relu: The largest value that the last link leaves, if ``y`` is its input and rounding does what it does.
+        """
         if stage == len(self.links):
-            y = self.output_fake_quant(y)
+            y = self.output_fake_quant(y) if relu is None else self.output_fake_quant(y, relu=relu)
             if tap is not None:
                 tap.output = y.detach().clone()
         _set_mark(y, self, stage, tap)
@@ -247,8 +255,13 @@ class ChainLink(_Layer):
         if mark is None or mark.complete or mark.chain.links[mark.stage] is not self or not _foldable(mark, input):
             plain: Tensor = super().forward(input)
             return plain
+        chain, stage = mark.chain, mark.stage + 1
         with _versioned():
-            return mark.chain.passed(super().forward(input), mark.stage + 1, mark.tap)
+            if stage == len(chain.links) and not getattr(self, "inplace", False):
+                largest = relu_limit(self)
+                if largest is not None and rounds_relu(chain.output_fake_quant, input):
+                    return chain.passed(input, stage, mark.tap, relu=largest)
+            return chain.passed(super().forward(input), stage, mark.tap)
 
 
 def _foldable(mark: _Mark, x: Tensor) -> bool:

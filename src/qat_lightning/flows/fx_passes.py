@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -19,6 +18,7 @@ from qat_lightning.flows.union import UnionObserver
 from qat_lightning.flows.verify import Recorder, example_values
 from qat_lightning.graph_network import GraphNetwork
 from qat_lightning.qat_modules import round_for_good
+from qat_lightning.relu_rounding import relu_limit
 
 
 @torch.no_grad()
@@ -98,8 +98,8 @@ def observe_only_after_relu(prepared: fx.GraphModule) -> list[str]:
     modules = dict(prepared.named_modules(remove_duplicate=False))
     folded = []
     for node in list(prepared.graph.nodes):
-        largest = _relu_limit(node, modules)
-        if largest is None:
+        largest = relu_limit(modules.get(str(node.target)) if node.op == "call_module" else None, node)
+        if largest is None or node.target in _UNKNOWN_RELUS:
             continue
         before = node.args[0]
         after = next((user for user in node.users if _is_fake_quantize(user, modules)), None)
@@ -118,32 +118,16 @@ def observe_only_after_relu(prepared: fx.GraphModule) -> list[str]:
     return folded
 
 
+_UNKNOWN_RELUS = (torch.relu, torch.relu_, F.relu_)
+"""ReLUs that upstream leaves float."""
+
+
 def _keeps_the_grid(node: fx.Node, fq: nn.Module, modules: dict[str, nn.Module]) -> bool:
     """Whether an op's output is on the grid of its input (Identity, pooling, dropout): it cannot clamp to another."""
     if node.op == "call_module" and isinstance(modules.get(str(node.target)), _DROPOUT_MODULES):
         return True
     rounded = [source for source in node.all_input_nodes if _is_fake_quantize(source, modules)]
     return any(modules[str(source.target)] is fq for source in rounded)
-
-
-def _relu_limit(node: fx.Node, modules: dict[str, nn.Module]) -> float | None:
-    """The largest value that a node leaves which clamps to [0, something] (ReLU: inf, ReLU6: 6); None for others."""
-    if node.op == "call_module":
-        module = modules.get(str(node.target))
-        if isinstance(module, nn.Hardtanh):  # ReLU6 is a Hardtanh
-            return float(module.max_val) if module.min_val == 0 else None
-        return math.inf if isinstance(module, nn.ReLU) else None
-    if node.op == "call_method":
-        return math.inf if node.target in ("relu", "relu_") else None
-    if node.target in (F.relu6, F.relu):
-        return 6.0 if node.target is F.relu6 else math.inf
-    if node.target in (F.hardtanh, F.hardtanh_):
-        low, high = (
-            node.args[n] if len(node.args) > n else node.kwargs.get(name, default)
-            for n, name, default in ((1, "min_val", -1.0), (2, "max_val", 1.0))
-        )
-        return float(high) if low == 0 else None  # type: ignore[arg-type]
-    return None
 
 
 def clamps(graph: fx.Graph, modules: dict[str, nn.Module]) -> list[str]:

@@ -9,6 +9,7 @@ from torch import fx, nn
 from qat_lightning.fake_quantize import FakeQuantize
 from qat_lightning.flows.pt2e.signature import CallSpec
 from qat_lightning.graph_network import GraphNetwork, GraphPart, compile_graph
+from qat_lightning.relu_rounding import with_relus_in_roundings
 
 
 class ExportedNetwork(GraphNetwork):
@@ -48,7 +49,7 @@ class ExportedNetwork(GraphNetwork):
 
     def set_graph(self, graph: fx.Graph) -> None:
         """Run ``graph``, which takes and returns flat tensors, on the inputs of the network it was captured from."""
-        spec, run = self.__dict__["spec"], compile_graph(graph)
+        spec, run = self.__dict__["spec"], compile_graph(with_relus_in_roundings(self, graph))
 
         def call(holder: nn.Module, *args: Any, **kwargs: Any) -> Any:
             return spec.unflatten(run(holder, *spec.flatten(args, kwargs)))

@@ -1,0 +1,152 @@
+"""ReLU done by the rounding behind it: the same values and gradients, in fewer passes over memory and with less kept.
+
+Rounding clamps to its grid anyway, and keeps order, so a ReLU in front of it only moves the ends of that clamp. Only
+what runs is changed. The graph that is looked at, converted and verified keeps its ReLUs, and a module with a hook is
+called as ever.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from qat_lightning.fake_quantize import FakeQuantize
+from qat_lightning.qat_modules import before_relu, has_relu_inside
+
+aten = torch.ops.aten
+
+_RELU6 = (F.relu6, aten.relu6.default)
+_RELU = (F.relu, F.relu_, torch.relu, torch.relu_, aten.relu.default, aten.relu_.default, "relu", "relu_")
+_HARDTANH = (F.hardtanh, F.hardtanh_, aten.hardtanh.default, aten.hardtanh_.default)
+_IN_PLACE = (F.relu_, torch.relu_, aten.relu_.default, "relu_", F.hardtanh_, aten.hardtanh_.default)
+
+
+def relu_limit(module: nn.Module | None, node: fx.Node | None = None) -> float | None:
+    """The largest value that what clamps to [0, something] leaves: inf for ReLU, 6 for ReLU6; None for anything else.
+
+    Args:
+        module: What is called; None for the function or method that ``node`` calls.
+        node: The call.
+
+    Example:
+        >>> relu_limit(nn.ReLU6()), relu_limit(nn.GELU())
+        (6.0, None)
+    """
+    if module is not None:
+        if isinstance(module, nn.Hardtanh):  # ReLU6 is a Hardtanh
+            return float(module.max_val) if module.min_val == 0 else None
+        return math.inf if isinstance(module, nn.ReLU) else None
+    if node is None or node.op not in ("call_function", "call_method"):
+        return None
+    if node.target in _RELU6:
+        return 6.0
+    if node.target in _HARDTANH:
+        low, high = (
+            node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
+            for position, name, default in ((1, "min_val", -1.0), (2, "max_val", 1.0))
+        )
+        return float(high) if low == 0 else None  # type: ignore[arg-type]
+    return math.inf if node.target in _RELU else None
+
+
+def rounds_relu(fq: FakeQuantize, x: Tensor, *others: nn.Module) -> bool:
+    """Whether ``fq`` can do now what a ReLU in front of it does to ``x``: nobody looks at what is in between.
+
+    Args:
+        fq: What rounds behind the ReLU.
+        x: For its device.
+        others: The modules that would not be called.
+    """
+    if not fq.takes_relu(x):
+        return False
+    if torch.compiler.is_compiling():  # steps with hooks are not compiled
+        return True
+    return not (_has_any_global_hook() or any(_is_hooked(module) for module in (fq, *others)))
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    before = module._forward_pre_hooks or module._backward_pre_hooks
+    return bool(before or module._forward_hooks or module._backward_hooks)
+
+
+def with_relus_in_roundings(network: nn.Module, graph: fx.Graph) -> fx.Graph:
+    """What to run for ``graph``: the graph itself, or a copy in which roundings do the ReLUs in front of them.
+
+    Args:
+        network: Holds the modules that the graph calls.
+        graph: Left as it is.
+    """
+    modules = dict(network.named_modules(remove_duplicate=False))
+    if not any(_fused(node, modules) for node in graph.nodes):
+        return graph
+    graph = copy.deepcopy(graph)
+    for node in list(graph.nodes):
+        fused = _fused(node, modules)
+        if fused is None:
+            continue
+        run, held = fused
+        before = node.args[0]
+        with graph.inserting_before(node):
+            parts = [graph.get_attr(name) for name in (str(node.target), *held)]
+            made = graph.call_function(run, (before.args[0], *parts))
+        node.replace_all_uses_with(made)
+        graph.erase_node(node)
+        graph.erase_node(before)
+    return graph
+
+
+def _fused(node: fx.Node, modules: dict[str, nn.Module]) -> tuple[Callable[..., Tensor], tuple[str, ...]] | None:
+    """For a rounding right behind a ReLU: what computes both, and the names of the modules that it takes as well."""
+    if node.op != "call_module" or type(modules.get(str(node.target))) is not FakeQuantize or len(node.args) != 1:
+        return None
+    before = node.args[0]
+    if not isinstance(before, fx.Node) or len(before.users) != 1 or not before.args:
+        return None
+    module = modules.get(str(before.target)) if before.op == "call_module" else None
+    if module is not None and has_relu_inside(module):
+        return _behind_layer, (str(before.target),)
+    largest, x = relu_limit(module, before), before.args[0]
+    if largest is None or not isinstance(x, fx.Node):
+        return None
+    in_place = before.target in _IN_PLACE or before.kwargs.get("inplace") or getattr(module, "inplace", False)
+    if (in_place or (before.op == "call_function" and True in before.args[1:])) and len(x.users) > 1:
+        return None  # the others read what ReLU left in its input
+    if module is not None:
+        return _behind_module(largest), (str(before.target),)
+    return _behind_function(largest, before), ()
+
+
+def _behind_layer(x: Tensor, fq: FakeQuantize, layer: nn.Module) -> Tensor:
+    """Round behind a layer with a ReLU of its own."""
+    rounded: Tensor = fq(before_relu(layer, x), relu=math.inf) if rounds_relu(fq, x, layer) else fq(layer(x))
+    return rounded
+
+
+def _behind_module(largest: float) -> Callable[[Tensor, FakeQuantize, nn.Module], Tensor]:
+    def round_relu(x: Tensor, fq: FakeQuantize, relu: nn.Module) -> Tensor:
+        rounded: Tensor = fq(x, relu=largest) if rounds_relu(fq, x, relu) else fq(relu(x))
+        return rounded
+
+    return round_relu
+
+
+def _behind_function(largest: float, node: fx.Node) -> Callable[[Tensor, FakeQuantize], Tensor]:
+    target: Any = node.target
+    others, kwargs, is_method = node.args[1:], node.kwargs, node.op == "call_method"
+
+    def clamp(x: Tensor) -> Tensor:
+        clamped: Tensor = getattr(x, target)(*others, **kwargs) if is_method else target(x, *others, **kwargs)
+        return clamped
+
+    def round_relu(x: Tensor, fq: FakeQuantize) -> Tensor:
+        rounded: Tensor = fq(x, relu=largest) if rounds_relu(fq, x) else fq(clamp(x))
+        return rounded
+
+    return round_relu

@@ -232,6 +232,7 @@ ENGINES = {
     "torchscript (fx)": Engine(artifact("torchscript", "fx"), "ours"),
     "executorch (pt2e, xnnpack)": Engine(artifact("executorch", "pt2e", "xnnpack"), "ours", needs="executorch"),
     "onnx (fx)": Engine(artifact("onnx", "fx"), "ours", needs="onnx onnxscript onnxruntime"),
+    "onnx (pt2e)": Engine(artifact("onnx", "pt2e"), "ours", needs="onnx onnxscript onnxruntime"),
     "openvino (fx)": Engine(artifact("openvino", "fx"), "ours", needs="openvino onnx onnxscript"),
     "openvino (pt2e)": Engine(artifact("openvino", "pt2e"), "ours", needs="openvino onnx onnxscript"),
     "ONNX Runtime fp32": Engine(ort_fp32, "peer", int8=False, needs="onnx onnxscript onnxruntime"),

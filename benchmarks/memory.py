@@ -13,8 +13,6 @@ import ctypes
 import gc
 import json
 import os
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -23,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.machine import describe
-from benchmarks.qat_step import OURS, PEERS, prepare, step_of
+from benchmarks.qat_step import OURS, PEERS, add_arguments, ask_worker, prepare, step_of
 
 ROWS = ["float", *(row for row in OURS if "compile" not in row), "fx, compile", *PEERS]
 
@@ -97,44 +95,24 @@ def _kept(step: Any) -> int:
 def main() -> None:
     """Measure and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--network", default="resnet18", choices=["resnet18", "mobilenetv2"])
-    parser.add_argument("--size", type=int, default=64, help="height and width of the images")
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--rows", nargs="+", default=ROWS, choices=ROWS, metavar="ROW", help=f"of {', '.join(ROWS)}")
-    parser.add_argument("--python", default=sys.executable, help="interpreter of the environment with the peers")
-    parser.add_argument("--worker", metavar="ROW", help=argparse.SUPPRESS)
+    add_arguments(parser, ROWS)
     options = parser.parse_args()
     if options.worker:
         print("result", json.dumps(worker(options.worker, options)), flush=True)
         return
-    rows = ["float", *(row for row in options.rows if row != "float")]
-    settings = ["--network", options.network, "--device", options.device]
-    for name in ("size", "batch", "threads"):
-        settings += [f"--{name}", str(getattr(options, name))]
     environment = os.environ | {"MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_MMAP_THRESHOLD_": "65536"}
-    found: dict[str, dict[str, int]] = {}
     table = Table(title=f"{options.network}, batch {options.batch}, {options.size}x{options.size}", caption=describe())
     for column in ("step", "peak MB", "ratio", "kept for backward MB", "ratio"):
         table.add_column(column, justify="left" if column == "step" else "right")
-    for row in rows:
-        python = options.python if row in PEERS else sys.executable
-        command = [python, "-W", "ignore", "-m", "benchmarks.memory", *settings, "--worker", row]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-        results = [line for line in done.stdout.splitlines() if line.startswith("result ")]
-        if not results:
-            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            hint = f"{PEERS.get(row)}: " if "No module named" in last and PEERS.get(row) else ""
-            table.add_row(row, f"{hint}{last}"[:60], "", "", "")
+    plain: dict[str, int] | None = None
+    for row in ["float", *(row for row in options.rows if row != "float")]:
+        found = ask_worker("benchmarks.memory", row, options, environment)
+        if isinstance(found, str):
+            table.add_row(row, found[:60])
             continue
-        found[row] = json.loads(results[0].removeprefix("result "))
-        cells = [
-            cell
-            for key in ("peak", "kept")
-            for cell in (f"{found[row][key] / 1e6:.0f}", f"{found[row][key] / found['float'][key]:.2f}")
-        ]
-        table.add_row(row, *cells)
+        plain = plain or found
+        cells = [(f"{found[key] / 1e6:.0f}", f"{found[key] / plain[key]:.2f}") for key in ("peak", "kept")]
+        table.add_row(row, *(cell for pair in cells for cell in pair))
     Console(width=110).print(table)
 
 

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -157,21 +157,51 @@ def worker(row: str, options: argparse.Namespace) -> dict[str, Any]:
     return times
 
 
-def main() -> None:
-    """Measure and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def add_arguments(parser: argparse.ArgumentParser, rows: Sequence[str]) -> None:
+    """What this benchmark and `benchmarks.memory` are told."""
     parser.add_argument("--network", default="resnet18", choices=["resnet18", "mobilenetv2"])
     parser.add_argument("--size", type=int, default=64, help="height and width of the images")
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--warmup", type=int, default=4, help="rounds that are not counted, in which graphs compile")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--autocast", action="store_true", help="in bfloat16")
-    parser.add_argument("--clock", default="wall", choices=["wall", "cpu"])
-    parser.add_argument("--rows", nargs="+", default=ROWS, choices=ROWS, metavar="ROW", help=f"of {', '.join(ROWS)}")
+    parser.add_argument("--rows", nargs="+", default=list(rows), choices=rows, metavar="ROW", help=", ".join(rows))
     parser.add_argument("--python", default=sys.executable, help="interpreter of the environment with the peers")
     parser.add_argument("--worker", metavar="ROW", help=argparse.SUPPRESS)
+
+
+def ask_worker(module: str, row: str, options: argparse.Namespace, environment: Any = None) -> dict[str, Any] | str:
+    """What a row's own process measures; or why it does not.
+
+    Args:
+        module: The benchmark, which is run with ``--worker``.
+        row: The row.
+        options: Those of the command, which the worker gets as well.
+        environment: Of the process; by default this one's.
+    """
+    given: list[str] = []
+    for name, value in vars(options).items():
+        if name not in ("rows", "python", "worker") and value is not False:
+            given += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+    python = options.python if row in PEERS else sys.executable
+    command = [python, "-W", "ignore", "-m", module, *given, "--worker", row]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    found = [line for line in done.stdout.splitlines() if line.startswith("result ")]
+    if found:
+        measured: dict[str, Any] = json.loads(found[0].removeprefix("result "))
+        return measured
+    last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+    hint = f"{PEERS[row]}: " if "No module named" in last and PEERS.get(row) else ""
+    return f"{hint}{last}"
+
+
+def main() -> None:
+    """Measure and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add_arguments(parser, ROWS)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--warmup", type=int, default=4, help="rounds that are not counted, in which graphs compile")
+    parser.add_argument("--autocast", action="store_true", help="in bfloat16")
+    parser.add_argument("--clock", default="wall", choices=["wall", "cpu"])
     options = parser.parse_args()
     if options.worker:
         print("result", json.dumps(worker(options.worker, options)), flush=True)
@@ -183,18 +213,11 @@ def main() -> None:
     )
     for column in ("step", "median ms", "float beside it", "ratio", "least", "most"):
         table.add_column(column, justify="left" if column == "step" else "right")
-    given = sys.argv[1:]
     for row in options.rows:
-        python = options.python if row in PEERS else sys.executable
-        command = [python, "-W", "ignore", "-m", "benchmarks.qat_step", *_without_rows(given), "--worker", row]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        found = [line for line in done.stdout.splitlines() if line.startswith("result ")]
-        if not found:
-            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            hint = f"{PEERS.get(row)}: " if "No module named" in last and PEERS.get(row) else ""
-            table.add_row(row, f"{hint}{last}"[:90], "", "", "", "")
+        times = ask_worker("benchmarks.qat_step", row, options)
+        if isinstance(times, str):
+            table.add_row(row, times[:90])
             continue
-        times = json.loads(found[0].removeprefix("result "))
         ratios = [ours / plain for ours, plain in zip(times["row"], times["float"], strict=True)]
         table.add_row(
             row,
@@ -206,18 +229,6 @@ def main() -> None:
         )
         print(row, f"{statistics.median(ratios):.3f}", flush=True)
     Console(width=110).print(table)
-
-
-def _without_rows(given: list[str]) -> list[str]:
-    """The options for a worker: those of this command, without the choice of rows."""
-    kept: list[str] = []
-    skipping = False
-    for word in given:
-        if word.startswith("--"):
-            skipping = word == "--rows"
-        if not skipping:
-            kept.append(word)
-    return kept
 
 
 if __name__ == "__main__":

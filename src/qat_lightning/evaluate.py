@@ -13,14 +13,14 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_warn
 from rich.table import Table
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch import nn
 
 from qat_lightning.artifact import artifact_size_mb
 from qat_lightning.callbacks.quantized_model_export import exported
 from qat_lightning.errors import NetworkError
 from qat_lightning.flows.base import Example
 from qat_lightning.flows.coverage import coverage_table, int8_share
+from qat_lightning.flows.pt2e.signature import one_sample
 from qat_lightning.fusion import fuse
 from qat_lightning.measure import EQUAL_DB, latency_interleaved, size_mb
 from qat_lightning.network import OWN_FORWARD, Slot, find_networks
@@ -280,7 +280,8 @@ def _measure(networks: Mapping[str, nn.Module], calls: Sequence[Call]) -> dict[s
     if compared:
         measured["size_ratio"] = measured["float/size_mb"] / measured["int8/size_mb"]
     if networks and calls:
-        latencies = latency_interleaved(networks, *_one_sample(calls[0]))
+        one = one_sample(Example(*calls[0]))
+        latencies = latency_interleaved(networks, one.args, one.kwargs)
         measured |= {f"{name}/latency_ms": latency.median_ms for name, latency in latencies.items()}
         if "fused" in latencies:
             measured["fused/speedup"] = latencies["float"].median_ms / latencies["fused"].median_ms
@@ -292,17 +293,6 @@ def _measure(networks: Mapping[str, nn.Module], calls: Sequence[Call]) -> dict[s
 def _size_mb(network: nn.Module) -> float:
     """What a user ships: the file of an int8 network, the ``state_dict`` of any other."""
     return artifact_size_mb(network) if isinstance(network, QuantizedNetwork) else size_mb(network)
-
-
-def _one_sample(call: Call) -> Call:
-    """The same call for the first sample of its batch; what has no batch axis stays."""
-    sizes = [leaf.shape[0] for leaf in tree_leaves(call) if isinstance(leaf, Tensor) and leaf.dim()]
-
-    def first(leaf: Any) -> Any:
-        batched = isinstance(leaf, Tensor) and leaf.dim() and leaf.shape[0] == sizes[0]
-        return leaf[:1].contiguous() if batched else leaf
-
-    return cast("Call", tree_map(first, call))
 
 
 def _write(loggers: Sequence[Logger], summary: Mapping[str, float], step: int) -> None:

@@ -13,7 +13,7 @@ from torch import nn
 
 from qat_lightning import load_quantized
 from qat_lightning.backends import pairs
-from qat_lightning.errors import ExportError, TraceError
+from qat_lightning.errors import ConfigurationError, ExportError, TraceError
 from qat_lightning.export.program import float_program, int8_program
 from qat_lightning.flows.base import Example, cpu_copy, get_flow, sqnr_db
 from qat_lightning.flows.direct import quantize as quantize_directly
@@ -85,7 +85,7 @@ def test_prepared_network_is_converted_first() -> None:
     flow, example = get_flow("fx"), Example(args, kwargs)
     prepared = flow.prepare(case.network(), example, recipe).train()
     prepared(*args)
-    with pytest.raises(ExportError, match="give example="):
+    with pytest.raises(ConfigurationError, match="give example="):
         int8_program(prepared)
     converted = flow.convert(cpu_copy(prepared), example)
     got = int8_program(prepared, example).module()(*args)
@@ -99,7 +99,7 @@ def test_control_flow_is_an_error_that_says_where() -> None:
 
 
 def test_float_network_is_no_int8_network() -> None:
-    with pytest.raises(ExportError, match="neither an int8 network"):
+    with pytest.raises(ConfigurationError, match="neither an int8 network"):
         int8_program(nn.Linear(2, 2))
 
 

@@ -212,7 +212,7 @@ def test_a_process_that_dies_is_an_error_with_its_last_words() -> None:
 
 
 def test_settings_that_cannot_be_are_refused_before_anything_is_written(tmp_path: Path) -> None:
-    with pytest.raises(ConfigurationError, match="is not quantized"):
+    with pytest.raises(ConfigurationError, match="neither an int8 network"):
         export_quantized(nn.Linear(2, 2), tmp_path, ["pt2"])
     with pytest.raises(ConfigurationError, match="'pt3' is unknown"):
         check_formats(["pt3"], Recipe("fx", "x86"))

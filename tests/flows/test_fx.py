@@ -10,10 +10,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import qat_lightning.flows.fx as fx_flow
+from qat_lightning.artifact import load_quantized
 from qat_lightning.errors import ConversionError, NetworkError, TraceError, VerificationError
+from qat_lightning.export.base import Source
+from qat_lightning.export.program import int8_program
+from qat_lightning.export.torchscript import TorchScript
 from qat_lightning.fake_quantize import FakeQuantize, SharedRange
 from qat_lightning.flows.base import Example, cpu_copy, get_flow, sqnr_db
 from qat_lightning.flows.fx import FxFlow
+from qat_lightning.padding import pad
+from qat_lightning.quantized import QuantizedNetwork
 from qat_lightning.recipe import Recipe
 from qat_lightning.scheme import Scheme
 from tests.networks import ControlFlow, Depthwise, Functional, Plain, Residual
@@ -255,7 +261,7 @@ def test_zeros_around_an_image_are_put_around_its_integers(backend: str) -> None
     for _ in range(20):
         prepared(torch.randn(8, 3, 8, 8) + 0.5)
     converted = FxFlow().convert(cpu_copy(prepared), Example((IMAGES,)))
-    padded = [node for node in converted.network.graph.nodes if node.target is F.pad]
+    padded = [node for node in converted.network.graph.nodes if node.target is pad]
     dequantized = [node for node in converted.network.graph.nodes if node.target == "dequantize"]
     assert len(padded) == 2
     assert len(dequantized) == 1, "only the output is float"
@@ -263,6 +269,32 @@ def test_zeros_around_an_image_are_put_around_its_integers(backend: str) -> None
     assert rows == {"pad": True}
     assert all(check.sqnr_db > 45 for check in converted.checks)
     assert sqnr_db(cpu_copy(prepared)(IMAGES), converted.network(IMAGES)) > 45
+
+
+def test_padded_integers_go_into_files(tmp_path) -> None:
+    prepared = prepare(Padded())
+    example = Example((IMAGES,))
+    quantized = QuantizedNetwork(FxFlow().convert(cpu_copy(prepared), example), X86, example)
+    expected = quantized(IMAGES)
+    quantized.save(tmp_path / "model.int8")
+    assert torch.equal(load_quantized(tmp_path / "model.int8")(IMAGES), expected)
+    program = int8_program(quantized, example)
+    assert sqnr_db(expected, program.module()(IMAGES)) > 45
+    TorchScript().write(Source(quantized, example), tmp_path / "model.pt")
+    (scripted,) = TorchScript().load(tmp_path / "model.pt")([IMAGES[:3]])
+    assert torch.equal(scripted, expected[:3])
+
+
+@pytest.mark.parametrize("amounts", [(0, 1, 0, 1), (2, 3, 1, 0), (1, 1), (0, 0, 0, 0, 1, 2)])
+@pytest.mark.parametrize("dtype", [torch.quint8, torch.qint8])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_padding_integers_is_padding_what_they_stand_for(amounts, dtype, layout) -> None:
+    x = torch.randn(2, 3, 4, 5).to(memory_format=layout)
+    integers = torch.quantize_per_tensor(x, 0.1, 7, dtype)
+    padded = pad(integers, amounts)
+    assert torch.equal(padded.dequantize(), F.pad(integers.dequantize(), list(amounts)))
+    assert padded.is_contiguous(memory_format=layout)
+    assert padded.q_scale() == integers.q_scale()
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 
 from qat_lightning.errors import ArtifactError
+from qat_lightning.padding import pad
 
 
 def _words(text: str) -> frozenset[str]:
@@ -140,7 +141,7 @@ def _functions() -> dict[str, Callable[..., Any]]:
         ("operator", operator, _OPERATORS),
         ("math", math, _MATH),
     ]
-    table: dict[str, Callable[..., Any]] = {"getattr": getattr}
+    table: dict[str, Callable[..., Any]] = {"getattr": getattr, "qat_lightning.pad": pad}
     for prefix, space, names in spaces:
         for base in sorted(names):
             for name in (base, f"{base}_"):

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.utils._pytree import tree_leaves, tree_map
 
-from qat_lightning.errors import ExportError, QuantizationError, TraceError
+from qat_lightning.errors import ConfigurationError, QuantizationError, TraceError
 from qat_lightning.flows.base import Example, cpu_copy, get_flow, is_prepared, prepared_state
 from qat_lightning.flows.pt2e.capture import dynamic_shapes, reason_of
 from qat_lightning.flows.pt2e.signature import CallSpec, batch_size, has_batch
@@ -34,6 +34,7 @@ def int8_program(network: nn.Module, example: Example | None = None) -> Exported
         example: A real call; by default the one that the int8 network was verified with.
 
     Raises:
+        ConfigurationError: The network is not quantized, or there is no real call.
         ExportError: A kernel has no counterpart in such a graph; the message names it.
         TraceError: The network is no graph, which can be with ``mode="eager"``.
 
@@ -49,7 +50,7 @@ def int8_program(network: nn.Module, example: Example | None = None) -> Exported
         >>> [str(node.target).partition(".")[2] for node in program.graph.nodes if "quantized" in str(node.target)][:3]
         ['quantize_per_tensor.default', 'dequantize_per_tensor.default', 'dequantize_per_channel.default']
     """
-    quantized = _converted(network, example)
+    quantized = int8_network(network, example)
     call = quantized.example if example is None else example
     call = Example(*tree_map(_to_float32, (call.args, call.kwargs)))
     inner: Any = quantized.network
@@ -89,16 +90,26 @@ def float_program(network: nn.Module, example: Example) -> ExportedProgram:
             module.training = flag
 
 
-def _converted(network: nn.Module, example: Example | None) -> QuantizedNetwork:
+def int8_network(network: nn.Module, example: Example | None) -> QuantizedNetwork:
+    """An int8 network as it is; a prepared one converted.
+
+    Args:
+        network: `QuantizedNetwork`, or what a flow's ``prepare`` made, which is left as it is.
+        example: A real call, with which a prepared network is verified.
+
+    Raises:
+        ConfigurationError: The network is not quantized, or there is no real call.
+        ConversionError: A prepared network cannot be converted.
+    """
     if isinstance(network, QuantizedNetwork):
         return network
     if not is_prepared(network):
-        raise ExportError(
-            f"{type(network).__name__} is neither an int8 network (a callback's quantized, or "
-            "qat_lightning.load_quantized(path)) nor one that was prepared for quantization."
+        raise ConfigurationError(
+            f"{type(network).__name__} is neither an int8 network (a callback's `quantized`, or what "
+            "qat_lightning.load_quantized(path) returns) nor one that was prepared for quantization."
         )
     if example is None:
-        raise ExportError("A prepared network is converted first, which takes a real call: give example=.")
+        raise ConfigurationError("A prepared network is converted first, which takes a real call: give example=.")
     recipe = prepared_state(network).recipe
     converted = get_flow(recipe.mode).convert(cpu_copy(network), example)
     return QuantizedNetwork(converted, recipe, example)

@@ -13,17 +13,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 from qat_lightning.checkpoints import present_float
 from qat_lightning.errors import ConfigurationError, ExportError, QuantizationError
 from qat_lightning.export.base import Format, Source
 from qat_lightning.export.call import Call
 from qat_lightning.export.formats import FORMATS, check_formats, get_format
+from qat_lightning.export.program import int8_network
 from qat_lightning.export.remote import RemoteNetwork, Server
 from qat_lightning.export.result import ExportResult, write_json
-from qat_lightning.flows.base import Example, cpu_copy, get_flow, is_prepared, prepared_state
-from qat_lightning.flows.pt2e.signature import batch_size, has_batch
+from qat_lightning.flows.base import Example, cpu_copy, is_prepared, prepared_state
+from qat_lightning.flows.pt2e.signature import one_sample
 from qat_lightning.measure import latency_interleaved, size_mb
 from qat_lightning.quantized import QuantizedNetwork
 from qat_lightning.variants import Fidelity
@@ -71,12 +72,13 @@ def export_quantized(
         A result for each format, in their order.
 
     Raises:
-        ConfigurationError: A format is unknown, or there is no real call.
+        ConfigurationError: A format is unknown, the network is not quantized, or there is no real call.
         CombinationError: A format does not take networks of this mode and backend.
         MissingExtraError: The package of a format is not installed.
         ConversionError: A prepared network cannot be converted.
 
     Example:
+        >>> from qat_lightning.flows.base import get_flow
         >>> from qat_lightning.recipe import Recipe
         >>> flow, call = get_flow("fx"), Example((torch.randn(4, 8),))
         >>> prepared = flow.prepare(nn.Sequential(nn.Linear(8, 2)), call, Recipe("fx", "x86"))
@@ -90,22 +92,13 @@ def export_quantized(
     if not 0 <= min_agreement <= 1:
         raise ConfigurationError(f"min_agreement={min_agreement!r} is not possible: give a share from 0 to 1.")
     if is_prepared(network):
-        state = prepared_state(network)
-        check_formats(formats, state.recipe)
-        if example is None:
-            raise ConfigurationError("A prepared network is converted first, which takes a real call: give example=.")
+        check_formats(formats, prepared_state(network).recipe)  # before the work of converting
         reference = cpu_copy(network) if reference is None else reference
         float_network = present_float(network) if float_network is None else float_network
-        converted = get_flow(state.recipe.mode).convert(cpu_copy(network), example)
-        network = QuantizedNetwork(converted, state.recipe, example)
-    if not isinstance(network, QuantizedNetwork):
-        raise ConfigurationError(
-            f"{type(network).__name__} is not quantized: give a callback's `quantized` or `prepared`, or what "
-            "qat_lightning.load_quantized(path) returns."
-        )
-    check_formats(formats, network.recipe)
-    example = network.example if example is None else example
-    job = _Job(network, example, list(batches) or [example], reference or network, float_network, metric, min_agreement)
+    int8 = int8_network(network, example)
+    check_formats(formats, int8.recipe)
+    example = int8.example if example is None else example
+    job = _Job(int8, example, list(batches) or [example], reference or int8, float_network, metric, min_agreement)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     results = [job.export(get_format(chosen), folder, name) for chosen in formats]
@@ -202,7 +195,7 @@ class _Job:
                 )
             except QuantizationError as error:
                 warnings.warn(f"The float network is not timed in {chosen.runtime}: {error}", stacklevel=4)
-        one = _one_sample(self.source.example)
+        one = one_sample(self.source.example)
         tensors = [tensor.contiguous() for tensor in self.call.flatten(one.args, one.kwargs)]
         times: dict[str, list[float]] = {}
         for _ in range(_ROUNDS):
@@ -242,14 +235,3 @@ def _differences(wanted: Any, got: Any) -> list[float]:
         for one, other in zip(tree_leaves(wanted), tree_leaves(got), strict=True)
         if isinstance(one, Tensor) and one.numel()
     ]
-
-
-def _one_sample(example: Example) -> Example:
-    """The first sample of a call; what has no batch dimension stays."""
-    size = batch_size(example)
-
-    def first(leaf: Any) -> Any:
-        return leaf[:1] if has_batch(leaf, size) else leaf
-
-    args, kwargs = tree_map(first, (example.args, example.kwargs))
-    return Example(args, kwargs)

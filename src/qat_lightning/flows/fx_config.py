@@ -18,8 +18,8 @@ from torch.ao.quantization.backend_config import (
     get_native_backend_config,
 )
 
-from qat_lightning.flows.fx_pads import pad
 from qat_lightning.flows.qconfig import make_qconfig
+from qat_lightning.padding import pad
 from qat_lightning.qat_modules import FOLDED_OF_FLOAT, FOLDED_OF_FUSED
 from qat_lightning.recipe import Recipe
 

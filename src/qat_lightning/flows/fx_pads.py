@@ -10,24 +10,16 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import fx, nn
+
+from qat_lightning.padding import pad
 
 _ZERO_PADS = (nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d)
 _CONSTANT_PADS = (nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d)
 
 
-def pad(input: Tensor, amounts: tuple[int, ...]) -> Tensor:
-    """Zeros around ``input``: `torch.nn.functional.pad` under a name that a table of patterns can hold.
-
-    Args:
-        input: Any tensor.
-        amounts: Before and behind each dimension, the last one first.
-    """
-    return F.pad(input, amounts)
-
-
 def name_zero_pads(graph_module: fx.GraphModule, selected: dict[str, bool]) -> None:
-    """Call `pad` where zeros are put around what only convolutions that become int8 read.
+    """Call `qat_lightning.padding.pad` where zeros are put around what only convolutions that become int8 read.
 
     Args:
         graph_module: The traced float network.
@@ -64,7 +56,7 @@ def _zeros_around(node: fx.Node, modules: dict[str, nn.Module]) -> tuple[fx.Node
 
 
 def _if_known(input: Any, amounts: Any) -> tuple[fx.Node, tuple[int, ...]] | None:
-    known = isinstance(amounts, (tuple, list)) and all(isinstance(amount, int) for amount in amounts)
+    known = isinstance(amounts, (tuple, list)) and all(isinstance(amount, int) and amount >= 0 for amount in amounts)
     return (input, tuple(amounts)) if known and isinstance(input, fx.Node) else None
 
 
@@ -78,7 +70,6 @@ def pad_integers(int8: fx.GraphModule) -> None:
     for node in list(int8.graph.nodes):
         if node.target is not pad:
             continue
-        node.target = F.pad
         source = node.args[0]
         if source.op != "call_method" or source.target != "dequantize":
             continue

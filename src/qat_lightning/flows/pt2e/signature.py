@@ -118,6 +118,23 @@ def has_batch(leaf: Any, size: int | None) -> bool:
     return _has_dims(leaf) and leaf.shape[0] == size
 
 
+def one_sample(example: Example) -> Example:
+    """The same call for the first sample of its batch; what has no batch dimension stays.
+
+    Example:
+        >>> import torch
+        >>> [tuple(tensor.shape) for tensor in one_sample(Example((torch.zeros(4, 3), torch.zeros(2)))).args]
+        [(1, 3), (2,)]
+    """
+    size = batch_size(example)
+
+    def first(leaf: Any) -> Any:
+        return leaf[:1].contiguous() if has_batch(leaf, size) else leaf
+
+    args, kwargs = pytree.tree_map(first, (example.args, example.kwargs))
+    return Example(args, kwargs)
+
+
 def inputs_of(network: nn.Module, example: Example, size: int | None) -> tuple[pytree.TreeSpec, tuple[Input, ...]]:
     """Structure and leaves of the arguments of ``example``."""
     arguments = canonical(inspect.signature(network.forward), example.args, example.kwargs)

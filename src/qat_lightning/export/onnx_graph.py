@@ -304,9 +304,16 @@ def _pools(graph: Any) -> None:
         if shape is None or len(shape) != 4 or sorted(int(axis) % 4 for axis in axes) != [2, 3]:
             continue
         pooled = _node(graph, node, "GlobalAveragePool", [node.inputs[0]])
-        if not node.attributes.get_int("keepdims", 1):
-            pooled = _node(graph, node, "Flatten", [pooled], axis=1)
-        _replace(node.outputs[0], pooled)
+        if node.attributes.get_int("keepdims", 1):
+            _replace(node.outputs[0], pooled)
+            continue
+        readers = [use.node for use in node.outputs[0].uses()]
+        if len(readers) == 1 and readers[0].op_type == "QuantizeLinear" and not node.outputs[0].is_graph_output():
+            # Rounded at once, so that one kernel reads and writes integers.
+            integers = _node(graph, readers[0], "QuantizeLinear", [pooled, *readers[0].inputs[1:]])
+            _replace(readers[0].outputs[0], _node(graph, readers[0], "Flatten", [integers], axis=1))
+        else:
+            _replace(node.outputs[0], _node(graph, node, "Flatten", [pooled], axis=1))
 
 
 def _fold_zeros(graph: Any) -> None:

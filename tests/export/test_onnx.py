@@ -73,6 +73,7 @@ def test_depthwise_network_is_int8_throughout(tmp_path: Path) -> None:
     _write(quantized, quantized.example, tmp_path / "model.onnx")
     ops = _fused(tmp_path / "model.onnx", tmp_path)
     assert ops["QLinearConv"] == 3
+    assert ops["QLinearGlobalAveragePool"] == 1
     assert not {"Conv", "FusedConv", "Clip"} & ops.keys()
 
 

@@ -68,3 +68,5 @@ def test_globs_that_are_none_are_refused(globs: Any) -> None:
 def test_a_glob_that_matches_nothing_is_refused_with_the_names_there_are() -> None:
     with pytest.raises(ConfigurationError, match=r"exclude='haed' matches no module: the network has stem, head"):
         check_globs(Recipe("fx", "x86", exclude=("haed",)), ["stem", "head"])
+    with pytest.raises(ConfigurationError, match=r"Did you mean 'net\.head'\?"):
+        check_globs(Recipe("fx", "x86", exclude=("head",)), ["net", "net.stem", "net.head"])

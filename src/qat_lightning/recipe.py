@@ -202,7 +202,9 @@ def check_globs(recipe: Recipe, names: Sequence[str]) -> None:
         for glob in getattr(recipe, kind):
             if not any(fnmatchcase(name, glob) for name in names):
                 some = ", ".join(names[:12]) + (", …" if len(names) > 12 else "")
-                raise ConfigurationError(f"{kind}={glob!r} matches no module: the network has {some}.")
+                meant = next((name for name in names if fnmatchcase(name, f"*.{glob}")), None)
+                hint = f" Did you mean {meant!r}?" if meant else ""
+                raise ConfigurationError(f"{kind}={glob!r} matches no module: the network has {some}.{hint}")
 
 
 class PreparedState(nn.Module):

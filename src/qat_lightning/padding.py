@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -34,9 +35,14 @@ def pad(input: Tensor, amounts: Sequence[int]) -> Tensor:
     for dim, last in ((4, torch.channels_last), (5, torch.channels_last_3d)):
         if input.dim() == dim and input.is_contiguous(memory_format=last):
             layout = last
-    grid = {"scale": input.q_scale(), "zero_point": input.q_zero_point(), "dtype": input.dtype, "device": input.device}
-    padded = torch._empty_affine_quantized(sizes, **grid, memory_format=layout)  # type: ignore[attr-defined]
-    zero = torch._empty_affine_quantized([1] * input.dim(), **grid).fill_(0)  # type: ignore[attr-defined]
+    grid: dict[str, Any] = {
+        "scale": input.q_scale(),
+        "zero_point": input.q_zero_point(),
+        "dtype": input.dtype,
+        "device": input.device,
+    }
+    padded: Tensor = torch._empty_affine_quantized(sizes, **grid, memory_format=layout)
+    zero = torch._empty_affine_quantized([1] * input.dim(), **grid).fill_(0)
     inner: Tensor = padded
     for dim, (before, behind) in enumerate(around):
         for start, amount in ((0, before), (before + input.shape[dim], behind)):

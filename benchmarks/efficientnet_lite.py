@@ -73,7 +73,7 @@ ROWS = {
     "fp32": Row("float"),
     "PTQ, 8 bit, per channel": Row("ptq"),
     "PTQ, 8 bit, per tensor": Row("ptq", PER_TENSOR),
-    "QAT, 8 bit, per tensor": Row("qat", PER_TENSOR, "PTQ, 8 bit, per tensor", epochs=12, corrected=True, crop=224),
+    "QAT, 8 bit, per tensor": Row("qat", PER_TENSOR, "PTQ, 8 bit, per tensor", epochs=8, corrected=True, crop=224),
     "PTQ, 4-bit weights, per channel": Row("ptq", FOUR_BITS),
     "QAT, 4-bit weights, per channel": Row(
         "qat",

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from qat_lightning.backends import BACKENDS
-from qat_lightning.fake_quantize import FakeQuantize, SharedRange
+from qat_lightning.fake_quantize import FakeQuantize
 from qat_lightning.flows.qconfig import make_qconfig
+from qat_lightning.flows.shared_range import SharedRange
 from qat_lightning.grid import EPS, choose_qparams, fake_quantize, smallest_and_largest
 from qat_lightning.recipe import Recipe
 from qat_lightning.scheme import Scheme

@@ -55,6 +55,37 @@ def test_values_and_gradients_are_those_of_relu_and_then_rounding(
     assert torch.equal(ours.grad, theirs.grad)
 
 
+def test_with_a_scale_for_each_channel_it_is_relu_and_then_rounding() -> None:
+    x, scale = torch.randn(4, 3, 5) * 9, torch.tensor([0.01, 0.1, 0.02])
+    grid = {"quant_min": 0, "quant_max": 255, "axis": 1}
+    zero = torch.zeros(3, dtype=torch.int32)
+    ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
+    rounded = fake_quantize(ours, scale, zero, relu=6.0, **grid)
+    expected = fake_quantize(F.relu6(theirs), scale, zero, **grid)
+    rounded.sum().backward()
+    expected.sum().backward()
+    assert torch.equal(rounded, expected)
+    assert torch.equal(ours.grad, theirs.grad)
+
+
+@pytest.mark.parametrize("largest", [math.inf, 6.0])
+@pytest.mark.parametrize(
+    ("settings_", "rounds"),
+    [({}, False), ({}, True), ({"learned": "lsq"}, True), ({"source": "histogram_mse"}, True)],
+    ids=["rounding off", "no range yet", "learned", "histogram"],
+)
+def test_a_relu_is_done_also_where_rounding_cannot_do_it(settings_: dict, rounds: bool, largest: float) -> None:
+    grid = {"dtype": torch.uint8, "quant_min": 0, "quant_max": 255, "qscheme": torch.per_tensor_affine}
+    ours, theirs = FakeQuantize(**grid, **settings_), FakeQuantize(**grid, **settings_)
+    for batch in range(3):
+        x = torch.randn(50, generator=torch.Generator().manual_seed(batch)) * 5
+        for fq in (ours, theirs):
+            fq.enable_fake_quant(rounds)
+        clamped = F.relu(x) if math.isinf(largest) else F.relu6(x)
+        assert torch.equal(ours(x, relu=largest), theirs(clamped))
+    assert ours.range() == theirs.range()
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_ranges_are_those_of_what_relu_leaves(bad: float) -> None:
     def fresh() -> FakeQuantize:

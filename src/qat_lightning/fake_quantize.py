@@ -10,7 +10,14 @@ from torch import Tensor, nn
 from torch.ao.quantization.fake_quantize import FakeQuantizeBase as _TorchFakeQuantizeBase
 
 from qat_lightning._torchao import FakeQuantizeBase as _TorchaoFakeQuantizeBase
-from qat_lightning.grid import along, choose_qparams, fake_quantize, fake_quantize_folded, smallest_and_largest
+from qat_lightning.grid import (
+    along,
+    choose_qparams,
+    fake_quantize,
+    fake_quantize_folded,
+    relu_up_to,
+    smallest_and_largest,
+)
 from qat_lightning.learned_step import LearnedStep, move_only
 from qat_lightning.observers import (
     Histogram,
@@ -303,19 +310,7 @@ class FakeQuantize(_TorchFakeQuantizeBase, _TorchaoFakeQuantizeBase):  # type: i
         if self.histogram is not None:
             self.histogram = Histogram().to(self.min_val.device)
 
-    def takes_relu(self, x: Tensor) -> bool:
-        """Whether `forward` can do now, in its own passes over ``x``, what a ReLU in front of it does."""
-        on_one_grid = self.observed and not self.per_channel and self.histogram is None and self.learned == "none"
-        return on_one_grid and self.fake_quant_enabled and x.device.type == "cpu" and self.seen
-
-    def forward(
-        self,
-        x: Tensor,
-        factor: Tensor | None = None,
-        axis: int = 0,
-        *,
-        relu: float | None = None,
-    ) -> Tensor:
+    def forward(self, x: Tensor, factor: Tensor | None = None, axis: int = 0, *, relu: float | None = None) -> Tensor:
         """``x`` itself before rounding is on; afterwards ``x`` on the grid, in the shape and dtype of ``x``.
 
         Args:
@@ -323,8 +318,10 @@ class FakeQuantize(_TorchFakeQuantizeBase, _TorchaoFakeQuantizeBase):  # type: i
             factor: For a weight behind which BatchNorm is folded: float32, shape ``(channels,)``, without gradient.
                 What is rounded is ``x * factor``, and the result is divided by it again. Where it is 0, that is ``x``.
             axis: The dimension of the channels that ``factor`` is for.
-            relu: The largest value that a ReLU leaves, through which ``x`` goes first; only where `takes_relu`.
+            relu: The largest value that a ReLU leaves, through which ``x`` goes first; None for no ReLU.
         """
+        if relu is not None and not self._rounds_relu:
+            x, relu = relu_up_to(x, relu), None
         if factor is not None:
             return self._round_folded(x, factor, axis) if self.fake_quant_enabled else x
         if self.learns:
@@ -335,6 +332,12 @@ class FakeQuantize(_TorchFakeQuantizeBase, _TorchaoFakeQuantizeBase):  # type: i
         elif self.observes:
             self.observe(x, relu)
         return self._round(x, clamps=not self._holds_all, relu=relu)
+
+    @property
+    def _rounds_relu(self) -> bool:
+        """Whether a ReLU in front can now be done in the passes of rounding."""
+        plain = self.observed and self.histogram is None and self.learned == "none"
+        return plain and self.fake_quant_enabled and self.seen
 
     @property
     def _holds_all(self) -> bool:
@@ -444,23 +447,3 @@ class FakeQuantize(_TorchFakeQuantizeBase, _TorchaoFakeQuantizeBase):  # type: i
     def storage_dtype(self) -> torch.dtype:
         """The quantized dtype of the same integers: ``torch.quint8`` or ``torch.qint8``."""
         return _STORAGE[self.dtype]
-
-
-class SharedRange(nn.Module):
-    """Rounds to the grid of a FakeQuantize elsewhere in the network, without moving its range.
-
-    For ops whose output has the grid of their input: only one place may observe a range, or a moving average would mix
-    the ranges of several tensors.
-
-    Args:
-        fq: Whose grid; not a child, since it is one of the network already.
-    """
-
-    def __init__(self, fq: FakeQuantize) -> None:
-        super().__init__()
-        self.__dict__["fq"] = fq
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``x`` on the grid, in its shape and dtype."""
-        fq: FakeQuantize = self.__dict__["fq"]
-        return fq.round(x)

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 EPS = float(torch.finfo(torch.float32).eps)
@@ -94,7 +95,7 @@ def fake_quantize(
         clamps: False where it is known that no value rounds to an integer beyond the grid, as none of a weight does
             that is rounded to its own symmetric range.
         relu: The largest value that a ReLU in front leaves, which is done in the same passes: 6 for ReLU6, inf for ReLU
-            itself. Values and gradient are those of ``fake_quantize(relu(x))``. On a CPU, with one scale.
+            itself. Values and gradient are those of ``fake_quantize(relu(x))``.
 
     Example:
         >>> fake_quantize(
@@ -106,6 +107,8 @@ def fake_quantize(
         ... )
         tensor([0.3000, 9.0000])
     """
+    if relu is not None and (axis is not None or x.device.type != "cpu"):
+        x, relu = relu_up_to(x, relu), None
     values = x.float()
     if not clamps:
         rounded: Tensor = _RoundWithin.apply(values, along(scale, x, axis))  # type: ignore[no-untyped-call]
@@ -120,6 +123,16 @@ def fake_quantize(
         low, high = along(low, x, axis), along(high, x, axis)
     rounded = _Round.apply(values, along(scale, x, axis), low, high, relu)  # type: ignore[no-untyped-call]
     return rounded.to(x.dtype)
+
+
+def relu_up_to(x: Tensor, largest: float) -> Tensor:
+    """ReLU that leaves nothing above ``largest``: 6 for ReLU6, inf for ReLU itself.
+
+    Example:
+        >>> relu_up_to(torch.tensor([-1.0, 2.0, 9.0]), 6.0)
+        tensor([0., 2., 6.])
+    """
+    return F.relu(x) if math.isinf(largest) else F.hardtanh(x, 0.0, largest)
 
 
 def _is_near(x: Tensor) -> bool:

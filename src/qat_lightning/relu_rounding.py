@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +17,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from qat_lightning.fake_quantize import FakeQuantize
+from qat_lightning.grid import relu_up_to
 from qat_lightning.qat_modules import before_relu, has_relu_inside
 
 aten = torch.ops.aten
@@ -52,28 +52,18 @@ def relu_limit(module: nn.Module | None, node: fx.Node | None = None) -> float |
             node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
             for position, name, default in ((1, "min_val", -1.0), (2, "max_val", 1.0))
         )
-        return float(high) if low == 0 else None  # type: ignore[arg-type]
+        return float(high) if low == 0 and isinstance(high, (int, float)) else None
     return math.inf if node.target in _RELU else None
 
 
-def rounds_relu(fq: FakeQuantize, x: Tensor, *others: nn.Module) -> bool:
-    """Whether ``fq`` can do now what a ReLU in front of it does to ``x``: nobody looks at what is in between.
-
-    Args:
-        fq: What rounds behind the ReLU.
-        x: For its device.
-        others: The modules that would not be called.
-    """
-    if not fq.takes_relu(x):
-        return False
+def is_looked_at(*modules: nn.Module) -> bool:
+    """Whether a hook would miss a call of one of these modules, or see another input than it would."""
     if torch.compiler.is_compiling():  # steps with hooks are not compiled
-        return True
-    return not (_has_any_global_hook() or any(_is_hooked(module) for module in (fq, *others)))
-
-
-def _is_hooked(module: nn.Module) -> bool:
-    before = module._forward_pre_hooks or module._backward_pre_hooks
-    return bool(before or module._forward_hooks or module._backward_hooks)
+        return False
+    return _has_any_global_hook() or any(
+        module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks or module._backward_hooks
+        for module in modules
+    )
 
 
 def with_relus_in_roundings(network: nn.Module, graph: fx.Graph) -> fx.Graph:
@@ -84,14 +74,14 @@ def with_relus_in_roundings(network: nn.Module, graph: fx.Graph) -> fx.Graph:
         graph: Left as it is.
     """
     modules = dict(network.named_modules(remove_duplicate=False))
-    if not any(_fused(node, modules) for node in graph.nodes):
+    found = {node.name: fused for node in graph.nodes if (fused := _fused(node, modules)) is not None}
+    if not found:
         return graph
     graph = copy.deepcopy(graph)
     for node in list(graph.nodes):
-        fused = _fused(node, modules)
-        if fused is None:
+        if node.name not in found:
             continue
-        run, held = fused
+        run, held = found[node.name]
         before = node.args[0]
         with graph.inserting_before(node):
             parts = [graph.get_attr(name) for name in (str(node.target), *held)]
@@ -115,38 +105,34 @@ def _fused(node: fx.Node, modules: dict[str, nn.Module]) -> tuple[Callable[..., 
     largest, x = relu_limit(module, before), before.args[0]
     if largest is None or not isinstance(x, fx.Node):
         return None
-    in_place = before.target in _IN_PLACE or before.kwargs.get("inplace") or getattr(module, "inplace", False)
-    if (in_place or (before.op == "call_function" and True in before.args[1:])) and len(x.users) > 1:
+    if len(x.users) > 1 and _in_place(before, module):
         return None  # the others read what ReLU left in its input
+    return (_behind_function(largest), ()) if module is None else (_behind_module(largest), (str(before.target),))
+
+
+def _in_place(relu: fx.Node, module: nn.Module | None) -> bool:
     if module is not None:
-        return _behind_module(largest), (str(before.target),)
-    return _behind_function(largest, before), ()
+        return bool(getattr(module, "inplace", False))
+    return relu.target in _IN_PLACE or any(given is True for given in (*relu.args, relu.kwargs.get("inplace")))
 
 
 def _behind_layer(x: Tensor, fq: FakeQuantize, layer: nn.Module) -> Tensor:
     """Round behind a layer with a ReLU of its own."""
-    rounded: Tensor = fq(before_relu(layer, x), relu=math.inf) if rounds_relu(fq, x, layer) else fq(layer(x))
+    rounded: Tensor = fq(layer(x)) if is_looked_at(fq, layer) else fq(before_relu(layer, x), relu=math.inf)
     return rounded
 
 
 def _behind_module(largest: float) -> Callable[[Tensor, FakeQuantize, nn.Module], Tensor]:
     def round_relu(x: Tensor, fq: FakeQuantize, relu: nn.Module) -> Tensor:
-        rounded: Tensor = fq(x, relu=largest) if rounds_relu(fq, x, relu) else fq(relu(x))
+        rounded: Tensor = fq(relu(x)) if is_looked_at(fq, relu) else fq(x, relu=largest)
         return rounded
 
     return round_relu
 
 
-def _behind_function(largest: float, node: fx.Node) -> Callable[[Tensor, FakeQuantize], Tensor]:
-    target: Any = node.target
-    others, kwargs, is_method = node.args[1:], node.kwargs, node.op == "call_method"
-
-    def clamp(x: Tensor) -> Tensor:
-        clamped: Tensor = getattr(x, target)(*others, **kwargs) if is_method else target(x, *others, **kwargs)
-        return clamped
-
+def _behind_function(largest: float) -> Callable[[Tensor, FakeQuantize], Tensor]:
     def round_relu(x: Tensor, fq: FakeQuantize) -> Tensor:
-        rounded: Tensor = fq(x, relu=largest) if rounds_relu(fq, x) else fq(clamp(x))
+        rounded: Tensor = fq(relu_up_to(x, largest)) if is_looked_at(fq) else fq(x, relu=largest)
         return rounded
 
     return round_relu

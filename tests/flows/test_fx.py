@@ -15,9 +15,10 @@ from qat_lightning.errors import ConversionError, NetworkError, TraceError, Veri
 from qat_lightning.export.base import Source
 from qat_lightning.export.program import int8_program
 from qat_lightning.export.torchscript import TorchScript
-from qat_lightning.fake_quantize import FakeQuantize, SharedRange
+from qat_lightning.fake_quantize import FakeQuantize
 from qat_lightning.flows.base import Example, cpu_copy, get_flow, sqnr_db
 from qat_lightning.flows.fx import FxFlow
+from qat_lightning.flows.shared_range import SharedRange
 from qat_lightning.padding import pad
 from qat_lightning.quantized import QuantizedNetwork
 from qat_lightning.recipe import Recipe

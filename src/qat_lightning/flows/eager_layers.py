@@ -28,7 +28,7 @@ from qat_lightning.qat_modules import (
     fake_quantize_folded,
     fold_factor,
 )
-from qat_lightning.relu_rounding import relu_limit, rounds_relu
+from qat_lightning.relu_rounding import is_looked_at, relu_limit
 
 
 @dataclass
@@ -184,10 +184,10 @@ class ChainHead(_Layer):
             y: The output.
             stage: How many links are behind it.
             tap: Where this call is recorded.
-            relu: The largest value that the last link leaves, if ``y`` is its input and rounding does what it does.
+            relu: The largest value that the last link leaves, if ``y`` is its input.
         """
         if stage == len(self.links):
-            y = self.output_fake_quant(y) if relu is None else self.output_fake_quant(y, relu=relu)
+            y = self.output_fake_quant(y, relu=relu)
             if tap is not None:
                 tap.output = y.detach().clone()
         _set_mark(y, self, stage, tap)
@@ -259,7 +259,7 @@ class ChainLink(_Layer):
         with _versioned():
             if stage == len(chain.links) and not getattr(self, "inplace", False):
                 largest = relu_limit(self)
-                if largest is not None and rounds_relu(chain.output_fake_quant, input):
+                if largest is not None and not is_looked_at(chain.output_fake_quant):
                     return chain.passed(input, stage, mark.tap, relu=largest)
             return chain.passed(super().forward(input), stage, mark.tap)
 

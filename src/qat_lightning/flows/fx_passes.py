@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from qat_lightning.fake_quantize import FakeQuantize, SharedRange
+from qat_lightning.fake_quantize import FakeQuantize
 from qat_lightning.flows.base import Example
 from qat_lightning.flows.fx_config import LEFT_FLOAT, shares_range
-from qat_lightning.flows.union import UnionObserver
+from qat_lightning.flows.shared_range import SharedRange, UnionObserver
 from qat_lightning.flows.verify import Recorder, example_values
 from qat_lightning.graph_network import GraphNetwork
 from qat_lightning.qat_modules import round_for_good

@@ -14,9 +14,9 @@ from torch import Tensor, fx, nn
 
 from qat_lightning.backends import Backend, quantized_engine
 from qat_lightning.errors import VerificationError
-from qat_lightning.fake_quantize import FakeQuantize, SharedRange
+from qat_lightning.fake_quantize import FakeQuantize
 from qat_lightning.flows.base import Example, LayerCheck, sqnr_db
-from qat_lightning.flows.union import UnionObserver
+from qat_lightning.flows.shared_range import SharedRange, UnionObserver
 from qat_lightning.graph_network import GraphNetwork
 
 ONE_STEP = 1.01

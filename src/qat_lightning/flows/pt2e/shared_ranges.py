@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from qat_lightning.fake_quantize import FakeQuantize, SharedRange
-from qat_lightning.flows.union import UnionObserver
+from qat_lightning.fake_quantize import FakeQuantize
+from qat_lightning.flows.shared_range import SharedRange, UnionObserver
 
 aten = torch.ops.aten
 

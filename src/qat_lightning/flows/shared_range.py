@@ -1,4 +1,4 @@
-"""One range for several tensors, as the inputs of a concatenation have it in the graph modes."""
+"""One range for several tensors: what rounds to it without observing, and what observes it without rounding."""
 
 from __future__ import annotations
 
@@ -6,6 +6,26 @@ import torch
 from torch import Tensor, nn
 
 from qat_lightning.fake_quantize import FakeQuantize
+
+
+class SharedRange(nn.Module):
+    """Rounds to the grid of a FakeQuantize elsewhere in the network, without moving its range.
+
+    For ops whose output has the grid of their input: only one place may observe a range, or a moving average would mix
+    the ranges of several tensors.
+
+    Args:
+        fq: Whose grid; not a child, since it is one of the network already.
+    """
+
+    def __init__(self, fq: FakeQuantize) -> None:
+        super().__init__()
+        self.__dict__["fq"] = fq
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x`` on the grid, in its shape and dtype."""
+        fq: FakeQuantize = self.__dict__["fq"]
+        return fq.round(x)
 
 
 class UnionObserver(nn.Module):

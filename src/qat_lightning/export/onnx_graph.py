@@ -2,7 +2,8 @@
 
 `torch.onnx.export <https://docs.pytorch.org/docs/stable/onnx_export.html>`_ translates the ops. What is rewritten here
 is what keeps ONNX Runtime, OpenVINO and TensorRT from taking a layer as one int8 kernel: a weight that is transposed
-behind its DequantizeLinear, a bias on no grid, a linear layer of more than two dimensions, pooling as a mean.
+behind its DequantizeLinear, a bias on no grid, a linear layer of more than two dimensions, pooling as a mean: see
+`qat_lightning.export.onnx_rewrites`.
 """
 
 from __future__ import annotations
@@ -15,17 +16,16 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import torch
 from torch.export import ExportedProgram
 from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from qat_lightning.errors import ExportError
+from qat_lightning.export.onnx_rewrites import rewrite
 
 OPSET = 20
 """The opset of every file: ONNX Runtime 1.17 and later, OpenVINO 2024.0 and later, TensorRT 10."""
 _BATCH = "batch"
-_INT32 = 2**31 - 1
 
 
 def onnx_model(program: ExportedProgram, *, for_openvino: bool = False) -> Any:
@@ -62,16 +62,7 @@ def onnx_model(program: ExportedProgram, *, for_openvino: bool = False) -> Any:
     assert made is not None
     model = made.model
     _name_batch(model, program)
-    graph = model.graph
-    _round_constants(graph)
-    _transpose_weights(graph)
-    _pools(graph)
-    _fold_zeros(graph)
-    if for_openvino:
-        _drop_zero_points(graph)
-    else:
-        _matrices(graph)
-        _round_biases(graph)
+    rewrite(model.graph, for_openvino=for_openvino)
     _tidy(model)
     model.producer_name = "qat-lightning"
     proto = ir.to_proto(model)
@@ -157,232 +148,6 @@ def _name_batch(model: Any, program: ExportedProgram) -> None:
                 ir.SymbolicDim(_BATCH) if isinstance(dim, ir.SymbolicDim) and dim.value == symbol else dim
                 for dim in value.shape
             )
-
-
-def _array(value: Any) -> Any:
-    """The constant that a value is; None if it is none."""
-    return None if value is None or value.const_value is None else value.const_value.numpy()
-
-
-def _constant(graph: Any, name: str, array: Any) -> Any:
-    """A new initializer."""
-    import onnx_ir as ir
-
-    while name in graph.initializers:
-        name += "_"
-    value = ir.val(name, const_value=ir.tensor(np.ascontiguousarray(array), name=name))
-    value.shape, value.dtype = ir.Shape(array.shape), ir.DataType.from_numpy(array.dtype)
-    graph.register_initializer(value)
-    return value
-
-
-def _node(graph: Any, before: Any, op_type: str, inputs: list[Any], **attributes: Any) -> Any:
-    """A new node, and its output."""
-    import onnx_ir as ir
-
-    node = ir.node(op_type, inputs, attributes=attributes)
-    graph.insert_before(before, node)
-    return node.outputs[0]
-
-
-def _producer(value: Any, op_type: str) -> Any:
-    """The node that computes a value, if it is of this type."""
-    node = None if value is None else value.producer()
-    return node if node is not None and node.op_type == op_type else None
-
-
-def _of_weight(value: Any) -> Any:
-    """The DequantizeLinear of a constant, behind which a value is; None if it is something else."""
-    node = _producer(value, "DequantizeLinear")
-    return node if node is not None and _array(node.inputs[0]) is not None else None
-
-
-def _round_constants(graph: Any) -> None:
-    """Keep a constant that is rounded, such as the embedding of positions, as its integers."""
-    for node in list(graph):
-        if node.op_type != "QuantizeLinear" or len(node.inputs) < 3:
-            continue
-        value, scale, zero = (_array(given) for given in node.inputs)
-        if value is None or scale is None or zero is None or scale.ndim:
-            continue
-        limits = np.iinfo(zero.dtype)
-        rounded = np.clip(np.rint(value / scale) + zero.astype(np.float32), limits.min, limits.max).astype(zero.dtype)
-        _replace(node.outputs[0], _constant(graph, f"{node.inputs[0].name}_integers", rounded))
-
-
-def _transpose_weights(graph: Any) -> None:
-    """Transpose the integers of a weight, and not what they are dequantized to."""
-    for node in list(graph):
-        weight = _of_weight(node.inputs[0]) if node.op_type == "Transpose" else None
-        if weight is None or _array(weight.inputs[0]).ndim != 2:
-            continue
-        integers, scale, *zero = weight.inputs
-        turned = _constant(graph, f"{integers.name}_transposed", _array(integers).T)
-        axis = 1 - weight.attributes.get_int("axis", 1)
-        made = _node(graph, node, "DequantizeLinear", [turned, scale, *zero], axis=axis)
-        _replace(node.outputs[0], made)
-
-
-def _drop_zero_points(graph: Any) -> None:
-    """Leave zero points of 0 out of weights: a DequantizeLinear has none by default."""
-    for node in graph:
-        if node.op_type == "DequantizeLinear" and _array(node.inputs[0]) is not None and len(node.inputs) > 2:
-            zero = _array(node.inputs[2])
-            if zero is not None and not zero.any():
-                node.replace_input_with(2, None)
-
-
-def _matrices(graph: Any) -> None:
-    """Linear layers of more than two dimensions as products of matrices, for which there are int8 kernels with bias."""
-    for node in list(graph):
-        if node.op_type != "MatMul" or _of_weight(node.inputs[1]) is None:
-            continue
-        users = list(node.outputs[0].uses())
-        add: Any = users[0].node if len(users) == 1 and users[0].node.op_type == "Add" else None
-        bias = None if add is None else next((v for v in add.inputs if v is not node.outputs[0]), None)
-        shape, weight = node.inputs[0].shape, node.inputs[1]
-        if _array(bias) is None or _array(bias).ndim != 1 or shape is None or len(shape) < 3:
-            continue
-        grid = _producer(node.inputs[0], "DequantizeLinear")
-        if grid is None or not _is_uint8(grid) or not all(isinstance(dim, int) for dim in shape[1:]):
-            continue
-        outputs = _array(bias).shape[0]
-        rows = _constant(graph, "rows", np.array([-1, shape[-1]], dtype=np.int64))
-        back = _constant(graph, "back", np.array([-1, *shape[1:-1], outputs], dtype=np.int64))
-        # The integers are reshaped, and not the float values: the kernel reads them behind it.
-        integers = _node(graph, node, "Reshape", [grid.inputs[0], rows])
-        flat = _node(graph, node, "DequantizeLinear", [integers, *grid.inputs[1:]])
-        product = _node(graph, node, "Gemm", [flat, weight, bias])
-        after = list(add.outputs[0].uses())
-        rounded: Any = after[0].node if len(after) == 1 and after[0].node.op_type == "QuantizeLinear" else None
-        if rounded is not None:
-            integers = _node(graph, rounded, "QuantizeLinear", [product, *rounded.inputs[1:]])
-            _replace(rounded.outputs[0], _node(graph, rounded, "Reshape", [integers, back]))
-        else:
-            _replace(add.outputs[0], _node(graph, add, "Reshape", [product, back]))
-
-
-def _is_uint8(grid: Any) -> bool:
-    """Whether what is dequantized is on a known grid of uint8."""
-    zero = _array(grid.inputs[2]) if len(grid.inputs) > 2 else None
-    return zero is not None and zero.dtype == np.uint8 and _array(grid.inputs[1]) is not None
-
-
-def _round_biases(graph: Any) -> None:
-    """Biases as int32 with the scale of input times weight, as the accumulators of int8 kernels have it.
-
-    Not with int8 activations, whose runtimes (TensorRT) take float biases only, and not where one does not fit.
-    """
-    for node in list(graph):
-        if node.op_type not in ("Conv", "Gemm") or len(node.inputs) < 3:
-            continue
-        grid, weight, bias = _producer(node.inputs[0], "DequantizeLinear"), _of_weight(node.inputs[1]), node.inputs[2]
-        if grid is None or weight is None or _array(bias) is None or bias.dtype.numpy() != np.float32:
-            continue
-        if not _is_uint8(grid):
-            continue
-        scales = _array(grid.inputs[1]).astype(np.float32) * _array(weight.inputs[1]).astype(np.float32)
-        integers = np.rint(_array(bias).astype(np.float64) / scales)
-        if not np.isfinite(integers).all() or np.abs(integers).max(initial=0) > _INT32:
-            continue
-        name = bias.name or "bias"
-        inputs = [
-            _constant(graph, f"{name}_integers", integers.astype(np.int32)),
-            _constant(graph, f"{name}_scale", scales),
-            _constant(graph, f"{name}_zero_point", np.zeros(scales.shape, dtype=np.int32)),
-        ]
-        axis = {"axis": 0} if scales.ndim else {}
-        node.replace_input_with(2, _node(graph, node, "DequantizeLinear", inputs, **axis))
-
-
-def _pools(graph: Any) -> None:
-    """The mean over an image as the pooling that runtimes have an int8 kernel for."""
-    for node in list(graph):
-        if node.op_type != "ReduceMean" or len(node.inputs) < 2 or _array(node.inputs[1]) is None:
-            continue
-        shape, axes = node.inputs[0].shape, _array(node.inputs[1])
-        if shape is None or len(shape) != 4 or sorted(int(axis) % 4 for axis in axes) != [2, 3]:
-            continue
-        pooled = _node(graph, node, "GlobalAveragePool", [node.inputs[0]])
-        if node.attributes.get_int("keepdims", 1):
-            _replace(node.outputs[0], pooled)
-            continue
-        readers = [use.node for use in node.outputs[0].uses()]
-        if len(readers) == 1 and readers[0].op_type == "QuantizeLinear" and not node.outputs[0].is_graph_output():
-            # Rounded at once, so that one kernel reads and writes integers.
-            integers = _node(graph, readers[0], "QuantizeLinear", [pooled, *readers[0].inputs[1:]])
-            _replace(readers[0].outputs[0], _node(graph, readers[0], "Flatten", [integers], axis=1))
-        else:
-            _replace(node.outputs[0], _node(graph, node, "Flatten", [pooled], axis=1))
-
-
-def _fold_zeros(graph: Any) -> None:
-    """Zeros around an image as the padding of the convolutions that read it: every grid has zero."""
-    import onnx_ir as ir
-
-    for node in list(graph):
-        amounts = _zeros_around(node) if node.op_type == "Pad" else None
-        behind = _convolutions_behind(node.outputs[0])
-        if amounts is None or behind is None:
-            continue
-        values, convolutions = behind
-        for value in values:
-            value.shape = node.inputs[0].shape
-        for convolution in convolutions:
-            before = convolution.attributes.get_ints("pads", [0] * len(amounts))
-            added = [int(one + other) for one, other in zip(before, amounts, strict=True)]
-            convolution.attributes["pads"] = ir.AttrInt64s("pads", added)
-        for use in list(node.outputs[0].uses()):
-            use.node.replace_input_with(use.idx, node.inputs[0])
-
-
-def _zeros_around(node: Any) -> list[int] | None:
-    """How many zeros a Pad puts before and behind each dimension of an image; None if it does something else."""
-    shape, amounts = node.inputs[0].shape, _array(node.inputs[1])
-    fill, axes = (node.inputs[index] if index < len(node.inputs) else None for index in (2, 3))
-    if shape is None or amounts is None or node.attributes.get_string("mode", "constant") != "constant":
-        return None
-    if fill is not None and (_array(fill) is None or _array(fill).any()):
-        return None
-    over = range(len(shape)) if axes is None else _array(axes)
-    if over is None:
-        return None
-    each = {int(axis) % len(shape): pair for axis, pair in zip(over, amounts.reshape(2, -1).T, strict=True)}
-    pairs = np.array([each.get(axis, (0, 0)) for axis in range(len(shape))]).T
-    return None if pairs[:, :2].any() or (pairs < 0).any() else [int(amount) for amount in pairs[:, 2:].flatten()]
-
-
-def _convolutions_behind(value: Any) -> tuple[list[Any], list[Any]] | None:
-    """The Convs that read a value, straight or rounded, with the values on the way; None if anything else does."""
-    if value.is_graph_output():
-        return None
-    values, convolutions = [value], []
-    for use in value.uses():
-        if use.node.op_type == "Conv" and use.idx == 0:
-            if use.node.attributes.get_string("auto_pad", "NOTSET") != "NOTSET":
-                return None
-            convolutions.append(use.node)
-            continue
-        behind = None
-        if use.node.op_type in ("QuantizeLinear", "DequantizeLinear") and use.idx == 0:
-            behind = _convolutions_behind(use.node.outputs[0])
-        if behind is None:
-            return None
-        values += behind[0]
-        convolutions += behind[1]
-    return values, convolutions
-
-
-def _replace(old: Any, new: Any) -> None:
-    """Let everything that reads one value read another one, which takes over its name, type and shape."""
-    new.shape, new.dtype = old.shape, old.dtype
-    graph = old.producer().graph
-    for index, output in enumerate(graph.outputs):
-        if output is old:
-            new.name, old.name = old.name, None
-            graph.outputs[index] = new
-    for use in list(old.uses()):
-        use.node.replace_input_with(use.idx, new)
 
 
 def _tidy(model: Any) -> None:

@@ -25,7 +25,7 @@ aten = torch.ops.aten
 _RELU6 = (F.relu6, aten.relu6.default)
 _RELU = (F.relu, F.relu_, torch.relu, torch.relu_, aten.relu.default, aten.relu_.default, "relu", "relu_")
 _HARDTANH = (F.hardtanh, F.hardtanh_, aten.hardtanh.default, aten.hardtanh_.default)
-_IN_PLACE = (F.relu_, torch.relu_, aten.relu_.default, "relu_", F.hardtanh_, aten.hardtanh_.default)
+_ASSIGNMENTS = {"iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor", "setitem"}
 
 
 def relu_limit(module: nn.Module | None, node: fx.Node | None = None) -> float | None:
@@ -105,15 +105,32 @@ def _fused(node: fx.Node, modules: dict[str, nn.Module]) -> tuple[Callable[..., 
     largest, x = relu_limit(module, before), before.args[0]
     if largest is None or not isinstance(x, fx.Node):
         return None
-    if len(x.users) > 1 and _in_place(before, module):
+    if len(x.users) > 1 and writes_in_place(before, module):
         return None  # the others read what ReLU left in its input
     return (_behind_function(largest), ()) if module is None else (_behind_module(largest), (str(before.target),))
 
 
-def _in_place(relu: fx.Node, module: nn.Module | None) -> bool:
-    if module is not None:
+def writes_in_place(node: fx.Node, module: nn.Module | None = None) -> bool:
+    """Whether a call changes what it is given: by its name (``relu_``, ``+=``) or by a flag that is set.
+
+    Args:
+        node: The call.
+        module: What is called; None for a function or method.
+
+    Example:
+        >>> graph = fx.Graph()
+        >>> writes_in_place(graph.call_method("relu_", (graph.placeholder("x"),)))
+        True
+    """
+    if node.op == "call_module":
         return bool(getattr(module, "inplace", False))
-    return relu.target in _IN_PLACE or any(given is True for given in (*relu.args, relu.kwargs.get("inplace")))
+    if node.op not in ("call_function", "call_method"):
+        return False
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    name = name.partition(".")[0]  # of an operator's overload
+    if name in _ASSIGNMENTS or (name.endswith("_") and not name.endswith("__")):
+        return True
+    return any(given is True for given in (*node.args, node.kwargs.get("inplace")))
 
 
 def _behind_layer(x: Tensor, fq: FakeQuantize, layer: nn.Module) -> Tensor:

@@ -18,13 +18,14 @@ from qat_lightning.fake_quantize import FakeQuantize
 from qat_lightning.flows.base import Example, LayerCheck, sqnr_db
 from qat_lightning.flows.shared_range import SharedRange, UnionObserver
 from qat_lightning.graph_network import GraphNetwork
+from qat_lightning.relu_rounding import writes_in_place
 
 ONE_STEP = 1.01
 """A layer that is off by one step somewhere has rounded the other way, which is no fault; more is."""
 
 
 class Recorder(fx.Interpreter):
-    """Runs a graph against any module and keeps the value of each node."""
+    """Runs a graph against any module and keeps the value of each node, as it was before anything wrote over it."""
 
     def __init__(self, module: nn.Module, graph: fx.Graph) -> None:
         super().__init__(module, garbage_collect_values=False, graph=graph)
@@ -32,9 +33,21 @@ class Recorder(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         """Run one node and keep what it yields."""
+        if writes_in_place(n, self.fetch_attr(str(n.target)) if n.op == "call_module" else None):
+            self._keep(n.all_input_nodes[0])
         value = super().run_node(n)
         self.values[n.name] = value
         return value
+
+    def _keep(self, written: fx.Node) -> None:
+        """Copy the values that share memory with the one that is about to be changed."""
+        changed = self.env[written]
+        if not isinstance(changed, Tensor):
+            return
+        memory = changed.untyped_storage().data_ptr()
+        for name, value in self.values.items():
+            if isinstance(value, Tensor) and value.untyped_storage().data_ptr() == memory:
+                self.values[name] = value.clone()
 
 
 @torch.no_grad()
@@ -180,8 +193,9 @@ class _Reference:
     def _stays_float(self, node: fx.Node) -> bool:
         """Whether an op yields float, and is no layer of upstream's with a ReLU in it."""
         value = self.actual[node.name]
-        fused = node.op == "call_module" and isinstance(self.int8_modules.get(str(node.target)), nn.Sequential)
-        return isinstance(value, Tensor) and not value.is_quantized and not fused
+        module = self.int8_modules.get(str(node.target)) if node.op == "call_module" else None
+        has_relu = isinstance(module, nn.Sequential) and any(isinstance(part, nn.ReLU) for part in module)
+        return isinstance(value, Tensor) and not value.is_quantized and not has_relu
 
     def _end_of_fusion(self, node: fx.Node) -> fx.Node:
         """Follow ops that were fused into this one (a ReLU behind an addition, a ReLU6)."""

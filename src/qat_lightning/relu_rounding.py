@@ -8,7 +8,9 @@ called as ever.
 from __future__ import annotations
 
 import copy
+import inspect
 import math
+import types
 from collections.abc import Callable
 
 import torch
@@ -25,7 +27,7 @@ aten = torch.ops.aten
 _RELU6 = (F.relu6, aten.relu6.default)
 _RELU = (F.relu, F.relu_, torch.relu, torch.relu_, aten.relu.default, aten.relu_.default, "relu", "relu_")
 _HARDTANH = (F.hardtanh, F.hardtanh_, aten.hardtanh.default, aten.hardtanh_.default)
-_ASSIGNMENTS = {"iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor", "setitem"}
+_ASSIGNMENTS = {"iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor"}
 
 
 def relu_limit(module: nn.Module | None, node: fx.Node | None = None) -> float | None:
@@ -111,7 +113,7 @@ def _fused(node: fx.Node, modules: dict[str, nn.Module]) -> tuple[Callable[..., 
 
 
 def writes_in_place(node: fx.Node, module: nn.Module | None = None) -> bool:
-    """Whether a call changes what it is given: by its name (``relu_``, ``+=``) or by a flag that is set.
+    """Whether a call changes what it is given, and returns it: by its name (``relu_``, ``+=``) or by a flag.
 
     Args:
         node: The call.
@@ -123,14 +125,17 @@ def writes_in_place(node: fx.Node, module: nn.Module | None = None) -> bool:
         True
     """
     if node.op == "call_module":
-        return bool(getattr(module, "inplace", False))
+        return type(module).__module__.startswith("torch.") and bool(getattr(module, "inplace", False))
     if node.op not in ("call_function", "call_method"):
         return False
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     name = name.partition(".")[0]  # of an operator's overload
     if name in _ASSIGNMENTS or (name.endswith("_") and not name.endswith("__")):
         return True
-    return any(given is True for given in (*node.args, node.kwargs.get("inplace")))
+    if not isinstance(node.target, types.FunctionType):
+        return False  # no other has a flag for it
+    given = inspect.signature(node.target).bind(*node.args, **node.kwargs)
+    return given.arguments.get("inplace") is True
 
 
 def _behind_layer(x: Tensor, fq: FakeQuantize, layer: nn.Module) -> Tensor:

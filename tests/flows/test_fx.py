@@ -104,32 +104,6 @@ def test_a_kernel_that_computes_something_else_is_an_error_that_names_it(monkeyp
         FxFlow().convert(cpu_copy(prepared), Example((IMAGES,)))
 
 
-@pytest.mark.parametrize("written", ["module", "operator", "view"])
-def test_what_a_float_layer_gives_may_be_written_over(written: str) -> None:
-    """The layer is compared by what it gave, not by what was made of it later."""
-
-    class InPlace(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.first, self.conv = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)
-            self.silu = nn.SiLU(inplace=True)
-
-        def forward(self, x: Tensor) -> Tensor:
-            y = self.first(x)
-            if written == "module":
-                y = self.silu(y)
-            elif written == "operator":
-                y += 1.0
-            else:
-                y.view(-1).mul_(-2.0)
-            return self.conv(y)
-
-    prepared = prepare(InPlace(), Recipe("fx", "x86", exclude=("first",)))
-    rows = {row.name: row.quantized for row in FxFlow().convert(cpu_copy(prepared), Example((IMAGES,))).coverage}
-    assert rows["conv"]
-    assert not rows["first"]
-
-
 @pytest.mark.parametrize("backend", ["x86", "qnnpack"])
 def test_relu6_is_folded_into_the_range_and_no_clamp_runs(backend: str) -> None:
     prepared = prepare(Depthwise(), Recipe("fx", backend))

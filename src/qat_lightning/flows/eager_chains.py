@@ -146,16 +146,25 @@ class Observation(TorchFunctionMode):
         """Forward pre-hook."""
         self._inside.append(self.keys((args, kwargs)))
 
-    def leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        """Forward hook."""
+    def leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        """Forward hook. A module that works in place gives another object: who reads which shows by that."""
+        if isinstance(output, Tensor) and any(output is given for given in args):
+            output = output.view_as(output)
         inputs = self._inside.pop()
         if not self._inside:
             dim = output.dim() if isinstance(output, Tensor) else 0
             self._note(_Call(module, type(module).__name__, inputs, self.keys(output), dim))
+        return output
 
     def of(self, module: nn.Module) -> list[_Call]:
         """The calls of one module."""
         return self._of[module]
+
+    def writes_over_its_input(self, module: nn.Module) -> bool:
+        """Whether somebody reads what a call of ``module`` was given after it, and so what it left there."""
+        given = {key for call in self._of[module] for key in call.inputs}
+        read = (*self._consumers, *self.returned)
+        return any(one == other and later > earlier for one, earlier in given for other, later in read)
 
     def consumers(self, key: Key) -> list[_Call]:
         """Every call that takes a tensor."""
@@ -307,6 +316,8 @@ class _Links:
             chain = replace(chain, batchnorm=self.names[follower])
             follower = self._follower(self.observation.of(follower))
         if follower is None or type(follower) not in _ACTIVATION_TYPES or not self._not_excluded(follower):
+            return chain
+        if self.observation.writes_over_its_input(follower):
             return chain
         limit = None
         if isinstance(follower, nn.Hardtanh):

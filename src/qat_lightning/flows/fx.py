@@ -35,7 +35,7 @@ from qat_lightning.flows.coverage import layers_with_macs, report
 from qat_lightning.flows.fx_config import LEFT_FLOAT, backend_config, qconfig_mapping
 from qat_lightning.flows.fx_coverage import UNSEEN, FxOperations
 from qat_lightning.flows.fx_unseen import in_words, knows_no_range, put_plain_layers, take_out_unseen
-from qat_lightning.flows.tracing import line_at_fault, outer_parts, shared_batchnorms, trace
+from qat_lightning.flows.tracing import line_at_fault, outer_parts, refuse_other_results, shared_batchnorms, trace
 from qat_lightning.flows.verify import check_layers
 from qat_lightning.graph_network import GraphNetwork, GraphPart
 from qat_lightning.portable_graph import HoldsGraphs
@@ -133,6 +133,7 @@ class FxFlow:
                 f"There is nothing to quantize in {type(network).__name__}: no selected convolution, linear layer or "
                 "addition. Look at include and exclude, or give another module=."
             )
+        passes.refuse_late_writes(prepared, network, example, scopes)
         plan = FxPlan(prepared.graph, prepared.meta)
         plan.scopes = {name: scope[0] for name, scope in scopes.items()}
         plan.float_ops = passes.round_tensors_only(prepared, network, example) + passes.calls_of(prepared, shared)
@@ -151,6 +152,14 @@ class FxFlow:
         materialize_weights(result)
         passes.visit_functional_weights(result, passes.materialize_functional_weight)
         result._quantization = PreparedState(recipe, float_network, prefix=prefix, plan=plan)
+        refuse_other_results(
+            result,
+            float_network,
+            example,
+            f"mode='fx' traces {type(network).__name__}.forward into a graph that returns another thing than the "
+            "network on the example. Tracing cannot see a function that changes its argument with += or the like (write "
+            "y = y + …, and return it), nor what is decided by values.",
+        )
         return result
 
     def convert(self, prepared: nn.Module, example: Example) -> Converted:

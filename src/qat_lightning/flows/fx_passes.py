@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from qat_lightning.errors import TraceError
 from qat_lightning.fake_quantize import FakeQuantize
 from qat_lightning.flows.base import Example
 from qat_lightning.flows.fx_config import LEFT_FLOAT, shares_range
+from qat_lightning.flows.late_writes import late_write, late_write_error
 from qat_lightning.flows.shared_range import SharedRange, UnionObserver
 from qat_lightning.flows.verify import Recorder, example_values
 from qat_lightning.graph_network import GraphNetwork
 from qat_lightning.qat_modules import round_for_good
-from qat_lightning.relu_rounding import relu_limit
+from qat_lightning.relu_rounding import relu_limit, writes_in_place
 
 
 @torch.no_grad()
@@ -29,14 +32,9 @@ def round_tensors_only(prepared: fx.GraphModule, network: nn.Module, example: Ex
         The names of the additions and products of a tensor and a number: their int8 kernels have a grid of their own.
     """
     modules = dict(prepared.named_modules(remove_duplicate=False))
-    # A folded BatchNorm is at this point in the float network only.
-    flags = {module: module.training for root in (prepared, network) for module in root.modules()}
-    for module in flags:
-        module.training = False
-    recorder = Recorder(prepared, prepared.graph)
-    recorder.run(*example_values(prepared.graph, example))
-    for module, flag in flags.items():
-        module.training = flag
+    with _evaluating(prepared, network):
+        recorder = Recorder(prepared, prepared.graph)
+        recorder.run(*example_values(prepared.graph, example))
     numbers = {
         name
         for name, value in recorder.values.items()
@@ -56,6 +54,67 @@ def round_tensors_only(prepared: fx.GraphModule, network: nn.Module, example: Ex
         and node.name not in numbers
         and sum(isinstance(arg, fx.Node) and arg.name not in numbers for arg in node.args) < 2
     ]
+
+
+@torch.no_grad()
+def refuse_late_writes(prepared: fx.GraphModule, network: nn.Module, example: Example, scopes: dict[str, Any]) -> None:
+    """Refuse what `late_write` finds.
+
+    Args:
+        prepared: As upstream's prepare made it.
+        network: The float network.
+        example: One call.
+        scopes: The module whose ``forward`` made each node.
+
+    Raises:
+        TraceError: It is written over what is rounded.
+    """
+    modules = dict(prepared.named_modules(remove_duplicate=False))
+    writes = {
+        node: node.all_input_nodes[0]
+        for node in prepared.graph.nodes
+        if writes_in_place(node, modules.get(str(node.target))) and node.all_input_nodes
+    }
+    if not writes:
+        return
+    with _evaluating(prepared, network):
+        memory = _Memory(prepared, garbage_collect_values=False)
+        memory.run(*(copy.deepcopy(value) for value in example_values(prepared.graph, example)))
+    found = late_write(prepared.graph, modules, writes, memory.of)
+    if found is not None:
+        rounded, write = found
+        scope = scopes[write.name][0] if write.name in scopes else ""
+        name = f"{write.name!r}{f' in {scope!r}' if scope else ''}"
+        raise TraceError(late_write_error("fx", type(network).__name__, rounded.name, name))
+
+
+class _Memory(fx.Interpreter):
+    """Runs a graph and notes where the memory of each value begins."""
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """Run it."""
+        self.of: dict[fx.Node, Any] = {}
+        return super().run(*args, **kwargs)
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Run one node."""
+        value = super().run_node(n)
+        if isinstance(value, torch.Tensor) and value.layout is torch.strided:
+            self.of[n] = value.untyped_storage().data_ptr()
+        return value
+
+
+@contextmanager
+def _evaluating(*roots: nn.Module) -> Iterator[None]:
+    """All modules in evaluation. A folded BatchNorm is at this point in the float network only."""
+    flags = {module: module.training for root in roots for module in root.modules()}
+    for module in flags:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module, flag in flags.items():
+            module.training = flag
 
 
 _BINARY = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 import linecache
 import traceback
@@ -14,12 +15,14 @@ import torch
 import torch.nn.functional as F
 import torchao
 import typing_extensions
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.ao.quantization.fx.tracer import QuantizationTracer
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from qat_lightning.errors import TraceError
-from qat_lightning.flows.base import Example
+from qat_lightning.flows.base import Example, fake_quantizers
+from qat_lightning.flows.eager_chains import run_apart
+from qat_lightning.relu_rounding import writes_in_place
 
 _DROPOUTS: dict[Callable[..., Any], type[nn.Module]] = {
     F.dropout: nn.Dropout,
@@ -91,6 +94,7 @@ def trace(network: nn.Module, example: Example, leaves: list[str]) -> tuple[fx.G
     _read_own_training_flag(graph_module, scopes)
     _one_module_a_call(graph_module)
     _give_all_arguments(graph_module.graph)
+    _read_what_was_written(graph_module)
     graph_module.recompile()
     return graph_module, scopes
 
@@ -119,6 +123,43 @@ def outer_parts(network: nn.Module, selected: dict[str, bool]) -> list[str]:
         and not any(selected[inner] for inner in selected if inner == name or inner.startswith(name + "."))
         and any(True for _ in module.children())
     ]
+
+
+@torch.no_grad()
+def refuse_other_results(prepared: nn.Module, network: nn.Module, example: Example, reason: str) -> None:
+    """Compare a prepared network, without rounding and in evaluation, with the float network that it was made of.
+
+    Args:
+        prepared: The network with fake-quant.
+        network: The float network.
+        example: One call.
+        reason: What to say if they differ.
+
+    Raises:
+        TraceError: They differ.
+    """
+    ours, theirs = copy.deepcopy(prepared), copy.deepcopy(network)
+    for _, fq in fake_quantizers(ours):
+        fq.enable_fake_quant(False)
+    wanted, got = (run_apart(module, copy.deepcopy(example)) for module in (theirs, ours))
+    if not _close(wanted, got):
+        raise TraceError(f"{reason} {WHAT_TO_DO}")
+
+
+def _close(wanted: object, got: object) -> bool:
+    leaves, spec = torch.utils._pytree.tree_flatten(wanted)
+    others, other_spec = torch.utils._pytree.tree_flatten(got)
+    if spec != other_spec:
+        return False
+    for one, other in zip(leaves, others, strict=True):
+        if not isinstance(one, Tensor):
+            if one != other:
+                return False
+        elif one.shape != other.shape or not torch.allclose(
+            one.double(), other.double(), rtol=1e-3, atol=1e-4 * float(one.double().abs().max() + 1), equal_nan=True
+        ):
+            return False
+    return True
 
 
 def _trace_once(
@@ -241,6 +282,22 @@ def _give_all_arguments(graph: fx.Graph) -> None:
             each = [(value,) * dims if isinstance(value, int) else value for value in rest[:3]]
             node.args = (given["input"], weight, bias, *each, rest[3])
             node.kwargs = {}
+
+
+def _read_what_was_written(graph_module: fx.GraphModule) -> None:
+    """Let whoever reads a tensor after ``x.relu_()`` or the like read the result of that call.
+
+    It is the same tensor. But what is put between a tensor and its readers, such as its rounding, stands where the
+    tensor is made, and would not see what was written later.
+    """
+    order = {node: number for number, node in enumerate(graph_module.graph.nodes)}
+    for node in graph_module.graph.nodes:
+        module = graph_module.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if writes_in_place(node, module) and node.args and isinstance(node.args[0], fx.Node):
+            node.args[0].replace_all_uses_with(
+                node,
+                delete_user_cb=lambda user, node=node: order[user] > order[node],  # type: ignore[misc]
+            )
 
 
 _STATELESS = (nn.ReLU, nn.Identity, nn.modules.dropout._DropoutNd, nn.Flatten, nn.Unflatten)

@@ -22,8 +22,10 @@ from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY, Quan
 from torchao.quantization.pt2e.quantizer.utils import QuantizationConfig
 from torchao.quantization.pt2e.utils import _get_node_name_to_scope
 
-from qat_lightning.errors import NetworkError
+from qat_lightning.errors import NetworkError, TraceError
 from qat_lightning.fake_quantize import FakeQuantize
+from qat_lightning.flows.late_writes import late_write, late_write_error
+from qat_lightning.flows.pt2e.capture import source_line
 from qat_lightning.flows.pt2e.scopes import join, scope_of
 from qat_lightning.flows.qconfig import activation_qscheme, activation_settings, weight_qscheme, weight_settings
 from qat_lightning.recipe import Recipe
@@ -157,7 +159,30 @@ def insert_fake_quantize(
             f"{_KNOWN[recipe.backend]}, and of these no selected module has any. Look at include and exclude, or give "
             "another module=."
         )
+    _refuse_late_writes(prepared, name)
     return prepared, folded
+
+
+def _refuse_late_writes(prepared: fx.GraphModule, name: str) -> None:
+    """Raise a TraceError for what `late_write` finds; each op's schema says what it writes to, and what is a view."""
+    writes: dict[fx.Node, fx.Node] = {}
+    memory: dict[fx.Node, fx.Node] = {}
+    for node in prepared.graph.nodes:
+        memory[node] = node
+        if not isinstance(node.target, torch._ops.OpOverload):
+            continue
+        schema = node.target._schema
+        for argument, given in zip(schema.arguments, node.args, strict=False):
+            if argument.alias_info is None or not isinstance(given, fx.Node):
+                continue
+            if argument.alias_info.is_write:
+                writes[node] = given
+            if any(result.alias_info is not None for result in schema.returns):
+                memory[node] = memory[given]
+    found = late_write(prepared.graph, dict(prepared.named_modules()), writes, memory)
+    if found is not None:
+        rounded, write = found
+        raise TraceError(late_write_error("pt2e", name, rounded.name, f"{write.name!r}{source_line(write)}"))
 
 
 _KNOWN_TO_X86 = "Conv1d with ReLU, Conv2d, Linear, products of equal shapes, and pooling, cat and flatten between them"

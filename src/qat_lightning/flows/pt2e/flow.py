@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import copy
 
-import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from qat_lightning.backends import require
-from qat_lightning.errors import TraceError
 from qat_lightning.fake_quantize import FakeQuantize
 from qat_lightning.flows.base import (
     Converted,
     Example,
     LayerCoverage,
     copy_of_modules,
-    fake_quantizers,
     prepared_state,
     refuse_simulated,
 )
@@ -28,7 +25,7 @@ from qat_lightning.flows.pt2e.coverage import pt2e_operations
 from qat_lightning.flows.pt2e.int8 import Int8Network
 from qat_lightning.flows.pt2e.network import ExportedNetwork
 from qat_lightning.flows.pt2e.training import Plan, adopt, training_graph, weight_quantizers
-from qat_lightning.flows.tracing import WHAT_TO_DO
+from qat_lightning.flows.tracing import refuse_other_results
 from qat_lightning.recipe import PreparedState, Recipe
 
 _ELSEWHERE = {
@@ -56,7 +53,13 @@ class Pt2eFlow:
         result._quantization = PreparedState(recipe, float_network, prefix=prefix, plan=plan)
         for name, module in result.named_modules():
             module.training = flags.get(name, flags[""])
-        _refuse_other_way_in_eval(result, float_network, example)
+        refuse_other_results(
+            result,
+            float_network,
+            example,
+            f"mode='pt2e' keeps one graph for training and evaluation, and {spec.name}.forward returns another thing "
+            "in evaluation than its graph of training (it looks at self.training).",
+        )
         return result
 
     def convert(self, prepared: nn.Module, example: Example) -> Converted:
@@ -90,34 +93,3 @@ class Pt2eFlow:
         rows = layers_with_macs(coverage(state, prepared, None), state.float_network, example)
         layers = {row.name for row in rows}
         return [*rows, *report(lambda: pt2e_operations(state, prepared, example, layers))]
-
-
-@torch.no_grad()
-def _refuse_other_way_in_eval(prepared: ExportedNetwork, float_network: nn.Module, example: Example) -> None:
-    """The graph is that of training; where the network does another thing in evaluation, it would not."""
-    ours, theirs = copy.deepcopy(prepared).eval(), copy.deepcopy(float_network).eval()
-    for _, fq in fake_quantizers(ours):
-        fq.enable_fake_quant(False)
-    wanted = theirs(*copy.deepcopy(example.args), **copy.deepcopy(example.kwargs))
-    got = ours(*copy.deepcopy(example.args), **copy.deepcopy(example.kwargs))
-    if not _close(wanted, got):
-        raise TraceError(
-            f"mode='pt2e' keeps one graph for training and evaluation, and {type(float_network).__name__}.forward "
-            f"returns another thing in evaluation than its graph of training (it looks at self.training). {WHAT_TO_DO}"
-        )
-
-
-def _close(wanted: object, got: object) -> bool:
-    leaves, spec = torch.utils._pytree.tree_flatten(wanted)
-    others, other_spec = torch.utils._pytree.tree_flatten(got)
-    if spec != other_spec:
-        return False
-    for one, other in zip(leaves, others, strict=True):
-        if not isinstance(one, Tensor):
-            if one != other:
-                return False
-        elif one.shape != other.shape or not torch.allclose(
-            one.double(), other.double(), rtol=1e-3, atol=1e-4 * float(one.double().abs().max() + 1), equal_nan=True
-        ):
-            return False
-    return True

@@ -157,8 +157,8 @@ class FxFlow:
             float_network,
             example,
             f"mode='fx' traces {type(network).__name__}.forward into a graph that returns another thing than the "
-            "network on the example. Tracing cannot see a function that changes its argument with += or the like (write "
-            "y = y + …, and return it), nor what is decided by values.",
+            "network on the example. Tracing cannot see a function that changes its argument with += or the like "
+            "(write y = y + …, and return it), nor what is decided by values.",
         )
         return result
 

@@ -19,18 +19,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch import Callback, seed_everything
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 from benchmarks.machine import describe
-from benchmarks.photos import Photos, PhotosDataModule, efficientnet_lite0, read_photos
+from benchmarks.photos import PhotosDataModule, efficientnet_lite0, read_photos
 from benchmarks.results import Results
 from benchmarks.training import silent, trainer
 from qat_lightning import Distillation, PostTrainingQuantization, QuantizationAwareTraining, Scheme
 from qat_lightning.demos import ClassificationModule
-from qat_lightning.recipes.bias_correction import correct_biases
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,6 @@ class Row:
         scheme: Bits and granularity.
         against: The row whose loss is to be won back.
         epochs: Of training.
-        corrected: Whether training begins with corrected biases.
         crop: Side of the random crops to train on, in pixels.
         arguments: Further arguments of the callback.
         callbacks: What makes further callbacks; by default distillation, from which alone ``"qat"`` learns.
@@ -52,7 +50,6 @@ class Row:
     scheme: Scheme = field(default_factory=Scheme)
     against: str = ""
     epochs: int = 3
-    corrected: bool = False
     crop: int = 192
     arguments: dict[str, Any] = field(default_factory=dict)
     callbacks: Callable[[], list[Callback]] = lambda: distillation()
@@ -60,6 +57,7 @@ class Row:
 
 PER_TENSOR = Scheme(weight_granularity="per_tensor")
 FOUR_BITS = Scheme(weight_bits=4)
+CORRECTED = {"bias_correction_batches": 8}
 FEATURES = [f"net._blocks.{block}" for block in (2, 5, 8, 11, 14, 15)]
 
 
@@ -73,14 +71,14 @@ ROWS = {
     "fp32": Row("float"),
     "PTQ, 8 bit, per channel": Row("ptq"),
     "PTQ, 8 bit, per tensor": Row("ptq", PER_TENSOR),
-    "QAT, 8 bit, per tensor": Row("qat", PER_TENSOR, "PTQ, 8 bit, per tensor", epochs=8, corrected=True, crop=224),
+    "QAT, 8 bit, per tensor": Row("qat", PER_TENSOR, "PTQ, 8 bit, per tensor", epochs=8, crop=224, arguments=CORRECTED),
     "PTQ, 4-bit weights, per channel": Row("ptq", FOUR_BITS),
     "QAT, 4-bit weights, per channel": Row(
         "qat",
         FOUR_BITS,
         "PTQ, 4-bit weights, per channel",
         epochs=6,
-        corrected=True,
+        arguments=CORRECTED,
         callbacks=lambda: distillation(feature_weight=30.0),
     ),
 }
@@ -117,21 +115,6 @@ class Student(ClassificationModule):
         return self.lr * largest.item() / self.scheme.weight_quant_max
 
 
-class BiasCorrection(Callback):
-    """Takes the shift of rounded weights out of the biases, so that training begins near the float network.
-
-    After the first step, because `Distillation` takes the float network's weights for its teacher in it.
-    """
-
-    def __init__(self, qat: QuantizationAwareTraining, images: Tensor) -> None:
-        self.qat, self.images = qat, images
-
-    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
-        """Correct once."""
-        if trainer.global_step == 1:
-            correct_biases(self.qat.prepared, self.images.split(16))
-
-
 def accuracy(row: Row, split: int, photos: tuple[Tensor, Tensor]) -> dict[str, float]:
     """The share of the test photos that the row's network gets right: the int8 network, unless it is fp32."""
     seed_everything(split, verbose=False)
@@ -147,9 +130,6 @@ def accuracy(row: Row, split: int, photos: tuple[Tensor, Tensor]) -> dict[str, f
         arguments = {"batchnorm": "fold", "freeze_observers": 0.7} | row.arguments
         qat = QuantizationAwareTraining(scheme=row.scheme, **arguments)
         callbacks = [qat, *row.callbacks()]
-        if row.corrected:
-            middles = Photos(data.train.images, data.train.labels)
-            callbacks.append(BiasCorrection(qat, torch.stack([middles[index][0] for index in range(64)])))
     run = trainer(row.epochs, callbacks)
     if row.method == "qat":
         run.fit(model, datamodule=data)
@@ -174,7 +154,7 @@ def measure(
             settings = {"row": name, "split": split, "scheme": row.scheme.to_dict()}
             settings["arguments"] = {key: repr(value) for key, value in row.arguments.items()}
             if row.method == "qat":
-                settings |= {"epochs": row.epochs, "crop": row.crop, "corrected": row.corrected}
+                settings |= {"epochs": row.epochs, "crop": row.crop}
             measured = results.once(settings, lambda row=row, split=split: accuracy(row, split, photos))
             figures.setdefault(name, []).append(measured["accuracy"])
     return figures

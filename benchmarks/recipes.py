@@ -48,7 +48,7 @@ ROWS |= {
         "qat", FOUR_BITS, QAT_4, callbacks=lambda: distillation(feature_weight=30.0)
     ),
     "distillation and labels": _qat(lambda: Distillation(temperature=2.0)),
-    "bias correction before training": Row("qat", FOUR_BITS, QAT_4, corrected=True, callbacks=list),
+    "bias correction before training": _qat(bias_correction_batches=8),
     "learned step size": _qat(scheme=Scheme(weight_bits=4, learned_step="lsq")),
     "BatchNorm not folded, and frozen": _qat(batchnorm="fused", freeze_batchnorm=0),
     "BatchNorm re-estimation": _qat(BatchNormReestimation, batchnorm="fused", freeze_batchnorm=0),

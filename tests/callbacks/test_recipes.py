@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import seed_everything
+from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from qat_lightning import (
     AdaRound,
@@ -49,9 +50,10 @@ RECIPES: dict[str, tuple[Callable[[], list[Any]], dict[str, Any]]] = {
     "equalization": (list, {"equalization": "exact"}),
     "equalization_relu6": (list, {"equalization": "replace_relu6"}),
     "fold": (list, {"batchnorm": "fold"}),
+    "bias_correction": (list, {"bias_correction_batches": 2}),
     "all": (
         lambda: [Distillation(), BatchNormReestimation(2)],
-        {"equalization": "replace_relu6", "batchnorm": "fold"},
+        {"equalization": "replace_relu6", "batchnorm": "fold", "bias_correction_batches": 2},
     ),
 }
 
@@ -226,3 +228,45 @@ class WithTraining(Lit):
 
     def test_dataloader(self) -> Any:
         return loader()
+
+
+class _Biases(Callback):
+    """The bias of the layer with one, before each batch; and how many batches there were."""
+
+    def __init__(self) -> None:
+        self.seen: list[Tensor] = []
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        self.seen.append(pl_module.net.head.bias.detach().clone())
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("start", [0, 4])
+def test_biases_are_corrected_once_when_rounding_comes_on(mode: str, start: int) -> None:
+    """With a learning rate of 0 nothing else moves them; what is float, and teaches, is what was there before."""
+    net, biases, distillation = Mobile(), _Biases(), Distillation()
+    callback = qat(
+        mode, start={"step": start}, bias_correction_batches=3, scheme=Scheme(3, weight_granularity="per_tensor")
+    )
+    before = net.head.bias.detach().clone()
+    # Last, so that they are seen when the callbacks before have done their work.
+    trainer(callback, distillation, biases, max_epochs=3).fit(Lit(net, lr=0.0), loader())
+    assert [torch.equal(bias, before) for bias in biases.seen] == [step < start for step in range(len(biases.seen))]
+    assert all(torch.equal(bias, biases.seen[-1]) for bias in biases.seen[start:])
+    assert torch.equal(callback.float_weights("net")["head.bias"], before)
+    assert "float" in callback.variants
+
+
+def test_correcting_biases_does_not_disturb_workers_that_persist() -> None:
+    """Their loader would begin its epoch anew."""
+    data = DataLoader(dataset(), 8, num_workers=1, persistent_workers=True)
+    seen = _Biases()
+    fitting = trainer(qat("fx", start={"step": 3}, bias_correction_batches=2), seen, max_epochs=2)
+    fitting.fit(Lit(), data)
+    assert fitting.global_step == len(seen.seen) == 16
+
+
+@pytest.mark.parametrize("batches", [-1, 1.5, True, "8"])
+def test_a_number_of_batches_that_is_none_is_refused(batches: Any) -> None:
+    with pytest.raises(ConfigurationError, match="bias_correction_batches="):
+        qat("fx", bias_correction_batches=batches)

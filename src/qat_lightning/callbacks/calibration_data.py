@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from itertools import islice
@@ -14,6 +15,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
+from torch.utils.data import DataLoader
 from torchmetrics import Metric
 
 from qat_lightning.calibration import calibrating
@@ -39,7 +41,7 @@ def calibration_loader(trainer: Trainer, pl_module: LightningModule, given: Any)
     datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
     if trainer.state.fn == "fit":
         source: Any = trainer.fit_loop._data_source
-        return source.instance.train_dataloader() if source.is_module() else source.instance
+        return _apart(source.instance.train_dataloader() if source.is_module() else source.instance)
     if datamodule is not None and is_overridden("train_dataloader", datamodule):
         datamodule.setup("fit")
         return datamodule.train_dataloader()
@@ -50,6 +52,14 @@ def calibration_loader(trainer: Trainer, pl_module: LightningModule, given: Any)
         "give PostTrainingQuantization(calibration_dataloader=<a DataLoader>), pass datamodule= to the Trainer, or use "
         "kind='dynamic' or 'weight_only', which need none."
     )
+
+
+def _apart(loader: Any) -> Any:
+    """A loader whose iteration does not begin anew when this one's does, as that of persistent workers would."""
+    if isinstance(loader, DataLoader) and loader.persistent_workers:
+        loader = copy.copy(loader)
+        loader._iterator = None
+    return loader
 
 
 def calibrate_in_steps(

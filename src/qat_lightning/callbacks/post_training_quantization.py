@@ -16,6 +16,7 @@ from qat_lightning.callbacks.arguments import check_flag
 from qat_lightning.callbacks.base import QuantizationCallback
 from qat_lightning.callbacks.calibration_data import calibrate_in_steps, calibration_loader, calls_in_steps
 from qat_lightning.callbacks.company import refuse_strategy
+from qat_lightning.callbacks.sharing import take_over_from_first
 from qat_lightning.checkpoints import float_weights
 from qat_lightning.errors import ConfigurationError
 from qat_lightning.flows.base import Converted, is_prepared
@@ -223,7 +224,7 @@ class PostTrainingQuantization(QuantizationCallback):
             if self.bias_correction or self.adaround is not None:
                 self._win_back(pl_module, prepared, loader)
             if trainer.world_size > 1:
-                _take_over_from_first(prepared)
+                take_over_from_first(prepared)
             self._prepared = prepared
         self._made_of = {name: _weights(slot.get()) for name, slot in self._slots.items()}
 
@@ -302,13 +303,6 @@ def _weights(network: nn.Module) -> dict[str, Tensor]:
 def _has(network: nn.Module, weights: dict[str, Tensor]) -> bool:
     now = _tensors(network)
     return now.keys() == weights.keys() and all(torch.equal(now[key].cpu(), weights[key]) for key in now)
-
-
-def _take_over_from_first(prepared: dict[str, nn.Module]) -> None:
-    """Each process calibrates on its share of the data; all go on with the ranges and weights of the first."""
-    for network in prepared.values():
-        for tensor in (*network.buffers(), *(parameter.data for parameter in network.parameters())):
-            torch.distributed.broadcast(tensor, src=0)
 
 
 def _say_progress(number: int, layers: int, name: str, result: Reconstruction) -> None:

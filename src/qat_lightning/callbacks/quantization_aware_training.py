@@ -14,18 +14,21 @@ from lightning.pytorch.callbacks import EarlyStopping, GradientAccumulationSched
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 
-from qat_lightning.callbacks.arguments import check_file, check_flag, check_stages
+from qat_lightning.callbacks.arguments import check_count, check_file, check_flag, check_stages
 from qat_lightning.callbacks.base import QuantizationCallback
+from qat_lightning.callbacks.calibration_data import calibration_loader, calls_in_steps
 from qat_lightning.callbacks.company import mend_resume
 from qat_lightning.callbacks.coverage_report import log_coverage, wandb_loggers
 from qat_lightning.callbacks.learned import check_optimized, keep_from_ddp, reduce_gradients
 from qat_lightning.callbacks.nonfinite import NonFiniteReport
+from qat_lightning.callbacks.sharing import take_over_from_first
 from qat_lightning.checkpoints import float_weights, read_float_weights
 from qat_lightning.compiling import CompiledSteps, check_compiler
 from qat_lightning.errors import ConfigurationError
 from qat_lightning.flows.base import merge_ranges, prepared_state, reduce_ranges
 from qat_lightning.network import OWN_FORWARD, Slot
 from qat_lightning.recipe import BatchNormHandling, Equalization
+from qat_lightning.recipes.bias_correction import correct_biases
 from qat_lightning.schedule import Phase, PointLike, QuantizationSchedule, TrainingPlan
 from qat_lightning.scheme import Scheme
 
@@ -66,6 +69,9 @@ class QuantizationAwareTraining(QuantizationCallback):
         batchnorm: ``"fused"``: BatchNorm trains on, and weights are rounded as they will be with it folded in.
             ``"fold"``: it is folded into the weights before anything trains, so that steps are cheaper; for networks
             that were trained.
+        bias_correction_batches: When rounding comes on, take the shift of the mean that rounded weights cause out of
+            the biases, measured on as many batches of the training's loader; 0 leaves the biases to the training. For
+            short trainings of networks that were trained, with one scale for the tensor or few bits.
         compile: Compile the training steps with ``torch.compile``, in one graph between two switches of the schedule.
             Evaluation and conversion run the network as it is.
 
@@ -104,6 +110,7 @@ class QuantizationAwareTraining(QuantizationCallback):
         observe_stages: Sequence[str] = ("train",),
         equalization: Equalization = "none",
         batchnorm: BatchNormHandling = "fused",
+        bias_correction_batches: int = 0,
         compile: bool = False,
     ) -> None:
         super().__init__(
@@ -122,6 +129,9 @@ class QuantizationAwareTraining(QuantizationCallback):
         self.float_checkpoint = check_file("float_checkpoint", float_checkpoint)
         check_flag("reset_best_on_start", reset_best_on_start)
         self.reset_best_on_start = reset_best_on_start
+        if bias_correction_batches != 0 or type(bias_correction_batches) is not int:
+            check_count("bias_correction_batches", bias_correction_batches)
+        self.bias_correction_batches = bias_correction_batches
         check_flag("compile", compile)
         self.compile = compile
         self._steps: list[CompiledSteps] = []
@@ -166,11 +176,7 @@ class QuantizationAwareTraining(QuantizationCallback):
             rows = [row for name in self._prepared for row in self._coverage(name)]
             log_coverage(trainer, "quant/coverage_prepared", rows)
         self._step_phase(trainer)
-        if self.compile:
-            # Last, so that nothing copies a compiled network.
-            for name, slot in self._slots.items():
-                owner = pl_module if slot.name == OWN_FORWARD else self._prepared[name]
-                self._steps.append(CompiledSteps(self._prepared[name], owner, name))
+        self._run_compiled(pl_module)  # last, so that nothing copies a compiled network
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Switch before the epoch's first batch."""
@@ -212,19 +218,43 @@ class QuantizationAwareTraining(QuantizationCallback):
         assert self._plan is not None
         step = trainer.global_step // _optimizers(trainer)
         phase = self.schedule.phase(step, trainer.current_epoch, self._plan).latched(self._phase)
-        if phase.fake_quant and not self._phase.fake_quant:
+        comes_on = phase.fake_quant and not self._phase.fake_quant
+        if comes_on:
             self._rounding_comes_on(trainer, step)
         if phase != self._phase:
             self._apply(phase)
+        if comes_on and self.bias_correction_batches:
+            self._correct_biases(trainer)
 
     def _rounding_comes_on(self, trainer: Trainer, step: int) -> None:
-        if self.float_checkpoint is None and step > 0:
+        # Otherwise they are those that the fit began with, of which nothing is changed before they can be copied.
+        if self.float_checkpoint is None and (step > 0 or self.bias_correction_batches):
             self._float_weights = {name: float_weights(prepared) for name, prepared in self._prepared.items()}
             self.float_step = step
             self.float_source = f"the weights before step {step}, when rounding came on"
         if self.reset_best_on_start and step > 0:
             for callback in trainer.callbacks:  # type: ignore[attr-defined]
                 _forget_best(callback)
+
+    def _correct_biases(self, trainer: Trainer) -> None:
+        compiled = bool(self._steps)
+        self._run_plain()
+        module = trainer.lightning_module
+        loader = calibration_loader(trainer, module, None)
+        calls = calls_in_steps(module, self._slots, self._prepared, loader, self.bias_correction_batches)
+        for name, prepared in self._prepared.items():
+            corrected = correct_biases(prepared, calls[name])
+            rank_zero_info(f"{name!r}: the biases of {len(corrected)} layers were corrected.")
+        if trainer.world_size > 1:
+            take_over_from_first(self._prepared)
+        if compiled:
+            self._run_compiled(module)
+
+    def _run_compiled(self, pl_module: LightningModule) -> None:
+        if self.compile:
+            for name, slot in self._slots.items():
+                owner = pl_module if slot.name == OWN_FORWARD else self._prepared[name]
+                self._steps.append(CompiledSteps(self._prepared[name], owner, name))
 
     def _apply(self, phase: Phase) -> None:
         if phase != self._phase:

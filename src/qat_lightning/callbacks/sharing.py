@@ -23,6 +23,13 @@ def several_processes(trainer: Trainer) -> bool:
     return trainer.world_size > 1 and dist.is_available() and dist.is_initialized()
 
 
+def take_over_from_first(prepared: Mapping[str, nn.Module]) -> None:
+    """Each process looked at its share of the data; all go on with the ranges and weights of the first."""
+    for network in prepared.values():
+        for tensor in (*network.buffers(), *(parameter.data for parameter in network.parameters())):
+            dist.broadcast(tensor, src=0)
+
+
 def pack(quantized: QuantizedNetwork) -> bytes:
     """An int8 network for the other processes, as its file holds it; empty if no file can hold it."""
     try:

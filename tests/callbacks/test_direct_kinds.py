@@ -106,6 +106,14 @@ def test_new_weights_are_quantized_anew() -> None:
     assert ptq.quantized is not before
 
 
+def test_coverage_is_that_of_the_conversion() -> None:
+    """There is no prepared network whose coverage it could be."""
+    ptq = PostTrainingQuantization(kind="dynamic", mode="eager", backend="fbgemm")
+    assert ptq.coverage is None
+    trainer(ptq).test(Lit(Rows()), loader(), verbose=False)
+    assert [(row.name, row.quantized) for row in ptq.coverage] == [("gru", True), ("head", True)]
+
+
 def test_auto_takes_the_mode_with_the_most_integer_layers() -> None:
     ptq = PostTrainingQuantization(mode="auto", kind="dynamic")
     trainer(ptq).test(Lit(Rows()), loader(), verbose=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -511,3 +512,22 @@ def test_a_stateful_loader_begins_at_its_beginning() -> None:
         trainer(*callbacks, Keep()).fit(Lit(), data)
         seen.append(batches)
     assert all(torch.equal(left, right) for left, right in zip(*seen, strict=True))
+
+
+class WithRecurrence(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows, self.head = nn.GRU(8, 8, batch_first=True), nn.Linear(8, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.rows(x.flatten(1, 2))[0][:, -1])
+
+
+def test_what_will_stay_float_is_said_before_the_training() -> None:
+    """What was left out on purpose is not."""
+    with pytest.warns(UserWarning, match=r"1 of \d layers will stay float: rows \(GRU\)"):
+        trainer(qat("fx"), max_steps=1).fit(Lit(WithRecurrence()), loader())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer(qat("fx", exclude=["net.head"]), max_steps=1).fit(Lit(), loader())
+    assert not [warning for warning in caught if "will stay float" in str(warning.message)]

@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 
-from qat_lightning.callbacks.coverage_report import log_coverage
+from qat_lightning.callbacks.coverage_report import log_coverage, warn_of_float
 from qat_lightning.callbacks.preparing import PreparingCallback, one_or_all
 from qat_lightning.callbacks.sharing import compile_once, pack, several_processes, unpack
 from qat_lightning.errors import ConversionError
@@ -78,7 +78,7 @@ class ConvertingCallback(PreparingCallback):
         for note in result.notes:
             rank_zero_info(note)
         converted = QuantizedNetwork(result, recipe, self._examples[name], source=self._source)
-        _report_float(converted)
+        warn_of_float(converted.coverage, "stayed float")
         return converted
 
     def _make_int8(self, name: str) -> tuple[Converted, Recipe]:
@@ -156,11 +156,3 @@ class ConvertingCallback(PreparingCallback):
 
 def _knows_a_range(prepared: nn.Module) -> bool:
     return any(fq.seen for _, fq in fake_quantizers(prepared) if fq.observed)
-
-
-def _report_float(quantized: QuantizedNetwork) -> None:
-    left = [row for row in quantized.coverage if not row.quantized]
-    if left:
-        rows = "; ".join(f"{row.name or 'the network'} ({row.kind}): {row.reason}" for row in left[:8])
-        more = f"; and {len(left) - 8} more" if len(left) > 8 else ""
-        rank_zero_warn(f"{len(left)} of {len(quantized.coverage)} layers stayed float: {rows}{more}.")

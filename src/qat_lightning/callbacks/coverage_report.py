@@ -7,6 +7,7 @@ from dataclasses import astuple, fields
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.utilities import rank_zero_warn
 
 from qat_lightning.flows.base import LayerCoverage
 from qat_lightning.flows.coverage import int8_share
@@ -15,6 +16,20 @@ from qat_lightning.flows.coverage import int8_share
 def wandb_loggers(trainer: Trainer) -> list[WandbLogger]:
     """The loggers that take tables, in the process that logs."""
     return [logger for logger in trainer.loggers if isinstance(logger, WandbLogger)] if trainer.is_global_zero else []
+
+
+def warn_of_float(layers: Sequence[LayerCoverage], verb: str) -> None:
+    """Say which layers are not int8, and why.
+
+    Args:
+        layers: Rows of layers.
+        verb: ``"stayed float"`` or ``"will stay float"``.
+    """
+    left = [row for row in layers if not row.quantized]
+    if left:
+        rows = "; ".join(f"{row.name or 'the network'} ({row.kind}): {row.reason}" for row in left[:8])
+        more = f"; and {len(left) - 8} more" if len(left) > 8 else ""
+        rank_zero_warn(f"{len(left)} of {len(layers)} layers {verb}: {rows}{more}.")
 
 
 def log_coverage(trainer: Trainer, key: str, rows: Sequence[LayerCoverage]) -> None:

@@ -16,6 +16,8 @@ from qat_lightning.callbacks.arguments import check_flag
 from qat_lightning.callbacks.base import QuantizationCallback
 from qat_lightning.callbacks.calibration_data import calibrate_in_steps, calibration_loader, calls_in_steps
 from qat_lightning.callbacks.company import refuse_strategy
+from qat_lightning.callbacks.coverage_report import log_coverage, wandb_loggers
+from qat_lightning.callbacks.preparing import one_or_all
 from qat_lightning.callbacks.sharing import take_over_from_first
 from qat_lightning.checkpoints import float_weights
 from qat_lightning.errors import ConfigurationError
@@ -226,6 +228,9 @@ class PostTrainingQuantization(QuantizationCallback):
             if trainer.world_size > 1:
                 take_over_from_first(prepared)
             self._prepared = prepared
+            if wandb_loggers(trainer):
+                rows = [row for name in prepared for row in self._coverage(name)]
+                log_coverage(trainer, "quant/coverage_prepared", rows)
         self._made_of = {name: _weights(slot.get()) for name, slot in self._slots.items()}
 
     def _win_back(self, pl_module: LightningModule, prepared: dict[str, nn.Module], loader: Any) -> None:
@@ -249,6 +254,13 @@ class PostTrainingQuantization(QuantizationCallback):
         self._rework(network, slot, example)
         recipe = self._recipe_for(network, slot, example)
         return quantize(network, example, recipe, prefix=slot.prefix), recipe
+
+    @property
+    def coverage(self) -> Any:
+        """Of kinds that prepare nothing, what conversion made integer; otherwise what it is going to make."""
+        if self.kind == "static":
+            return super().coverage
+        return one_or_all({name: list(quantized.coverage) for name, quantized in self._quantized.items()})
 
     # Variants
 

@@ -18,7 +18,7 @@ from qat_lightning.callbacks.arguments import check_count, check_file, check_fla
 from qat_lightning.callbacks.base import QuantizationCallback
 from qat_lightning.callbacks.calibration_data import calibration_loader, calls_in_steps
 from qat_lightning.callbacks.company import mend_resume
-from qat_lightning.callbacks.coverage_report import log_coverage, wandb_loggers
+from qat_lightning.callbacks.coverage_report import log_coverage, warn_of_float
 from qat_lightning.callbacks.learned import check_optimized, keep_from_ddp, reduce_gradients
 from qat_lightning.callbacks.nonfinite import NonFiniteReport
 from qat_lightning.callbacks.sharing import take_over_from_first
@@ -172,9 +172,8 @@ class QuantizationAwareTraining(QuantizationCallback):
             # In eager mode processes may take different ways through the network.
             same_order = prepared_state(prepared).recipe.mode != "eager"
             reduce_ranges(prepared, trainer.world_size > 1 and same_order)
-        if wandb_loggers(trainer):
-            rows = [row for name in self._prepared for row in self._coverage(name)]
-            log_coverage(trainer, "quant/coverage_prepared", rows)
+        if trainer.is_global_zero:
+            self._say_what_stays_float(trainer)
         self._step_phase(trainer)
         self._run_compiled(pl_module)  # last, so that nothing copies a compiled network
 
@@ -235,6 +234,13 @@ class QuantizationAwareTraining(QuantizationCallback):
         if self.reset_best_on_start and step > 0:
             for callback in trainer.callbacks:  # type: ignore[attr-defined]
                 _forget_best(callback)
+
+    def _say_what_stays_float(self, trainer: Trainer) -> None:
+        """Before the training, which may take days; what is left out on purpose needs no word."""
+        rows = [row for name in self._prepared for row in self._coverage(name)]
+        log_coverage(trainer, "quant/coverage_prepared", rows)
+        layers = [row for row in rows if row.what == "layer"]
+        warn_of_float([row for row in layers if row.reason != "excluded"], "will stay float")
 
     def _correct_biases(self, trainer: Trainer) -> None:
         compiled = bool(self._steps)

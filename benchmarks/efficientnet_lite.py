@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,6 +42,7 @@ class Row:
         against: The row whose loss is to be won back.
         epochs: Of training.
         crop: Side of the random crops to train on, in pixels.
+        rates: Learning rates of `Student`: of weights, and of biases and the like.
         arguments: Further arguments of the callback.
         callbacks: What makes further callbacks; by default distillation, from which alone ``"qat"`` learns.
     """
@@ -51,6 +52,7 @@ class Row:
     against: str = ""
     epochs: int = 3
     crop: int = 192
+    rates: tuple[float, float] = (5e-3, 1e-3)
     arguments: dict[str, Any] = field(default_factory=dict)
     callbacks: Callable[[], list[Callback]] = lambda: distillation()
 
@@ -61,17 +63,28 @@ CORRECTED = {"bias_correction_batches": 8}
 FEATURES = [f"net._blocks.{block}" for block in (2, 5, 8, 11, 14, 15)]
 
 
-def distillation(feature_weight: float = 0.0) -> list[Callback]:
+def distillation(feature_weight: float = 0.0, temperature: float = 2.0) -> list[Callback]:
     """From the float network's outputs alone, and from the ends of its stages where they have a weight."""
     features = FEATURES if feature_weight else None
-    return [Distillation(temperature=2.0, task_weight=0.0, features=features, feature_weight=feature_weight or 1.0)]
+    return [
+        Distillation(temperature=temperature, task_weight=0.0, features=features, feature_weight=feature_weight or 1.0)
+    ]
 
 
 ROWS = {
     "fp32": Row("float"),
     "PTQ, 8 bit, per channel": Row("ptq"),
     "PTQ, 8 bit, per tensor": Row("ptq", PER_TENSOR),
-    "QAT, 8 bit, per tensor": Row("qat", PER_TENSOR, "PTQ, 8 bit, per tensor", epochs=8, crop=224, arguments=CORRECTED),
+    "QAT, 8 bit, per tensor": Row(
+        "qat",
+        replace(PER_TENSOR, weight_observer="mse"),
+        "PTQ, 8 bit, per tensor",
+        epochs=12,
+        crop=224,
+        rates=(2e-3, 3e-4),
+        arguments=CORRECTED,
+        callbacks=lambda: distillation(temperature=4.0),
+    ),
     "PTQ, 4-bit weights, per channel": Row("ptq", FOUR_BITS),
     "QAT, 4-bit weights, per channel": Row(
         "qat",
@@ -96,7 +109,7 @@ class Student(ClassificationModule):
         vector_lr: The same of biases and the like, relative to their size.
     """
 
-    def __init__(self, scheme: Scheme, lr: float = 5e-3, vector_lr: float = 1e-3) -> None:
+    def __init__(self, scheme: Scheme, lr: float, vector_lr: float) -> None:
         super().__init__(efficientnet_lite0(), num_classes=1000, lr=lr)
         self.scheme, self.vector_lr = scheme, vector_lr
 
@@ -118,7 +131,7 @@ class Student(ClassificationModule):
 def accuracy(row: Row, split: int, photos: tuple[Tensor, Tensor]) -> dict[str, float]:
     """The share of the test photos that the row's network gets right: the int8 network, unless it is fp32."""
     seed_everything(split, verbose=False)
-    model = Student(row.scheme)
+    model = Student(row.scheme, *row.rates)
     data = PhotosDataModule(*photos, split, crop=row.crop)
     callbacks: list[Callback] = []
     if row.method == "ptq":
@@ -154,7 +167,7 @@ def measure(
             settings = {"row": name, "split": split, "scheme": row.scheme.to_dict()}
             settings["arguments"] = {key: repr(value) for key, value in row.arguments.items()}
             if row.method == "qat":
-                settings |= {"epochs": row.epochs, "crop": row.crop}
+                settings |= {"epochs": row.epochs, "crop": row.crop, "rates": row.rates}
             measured = results.once(settings, lambda row=row, split=split: accuracy(row, split, photos))
             figures.setdefault(name, []).append(measured["accuracy"])
     return figures

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from qat_lightning.fake_quantize import FakeQuantize, choose_qparams, fake_quantize
 from qat_lightning.flows.base import Example, fake_quantizers, get_flow, set_phase
 from qat_lightning.measure import sqnr_db
-from qat_lightning.monitoring import LayerFigures, Probe, along, decibel, grid_of
+from qat_lightning.monitoring import LayerFigures, Probe, along, decibel, grid_of, totals
 from qat_lightning.recipe import Recipe
+from qat_lightning.scheme import Scheme
 from tests.networks import CASES, Case, Plain, train
 
 floats = st.floats(-1e4, 1e4, width=32)
@@ -52,9 +53,14 @@ def test_there_is_no_ratio_without_a_finite_signal(signal: float, noise: float) 
     assert decibel(signal, noise) is None
 
 
-def prepared_plain(mode: str, network: nn.Module | None = None) -> nn.Module:
+def prepared_plain(mode: str, *, normal: bool = False, **scheme: Any) -> nn.Module:
     torch.manual_seed(0)
-    return get_flow(mode).prepare(network or Plain(), Example((torch.randn(4, 3, 8, 8),)), Recipe(mode, "x86"))
+    network = Plain()
+    if normal:
+        for layer in (network.conv, network.head):
+            nn.init.normal_(layer.weight)
+    recipe = Recipe(mode, "x86", Scheme(**scheme))
+    return get_flow(mode).prepare(network, Example((torch.randn(4, 3, 8, 8),)), recipe)
 
 
 def measured(prepared: nn.Module, *args: Tensor, **settings: Any) -> tuple[dict[str, LayerFigures], Probe]:
@@ -93,6 +99,57 @@ def test_a_layer_by_hand(mode: str) -> None:
 
 
 @pytest.mark.parametrize("mode", ["eager", "fx", "pt2e"])
+def test_the_gradient_cut_of_a_weight_stands_beside_that_of_its_activation(mode: str) -> None:
+    """3 bits clip the largest weights: what their gradient lacks was there in that of the rounded weight."""
+    prepared = prepared_plain(mode, normal=True, weight_bits=3)
+    x = torch.randn(16, 3, 8, 8)
+    places = {place.layer: place for *_, place in Probe({"net": prepared})._places if place.what == "weight"}
+    gradients: list[Tensor] = []
+
+    def watch(module: nn.Module, args: Any, output: Tensor) -> None:
+        output.register_hook(gradients.append)
+
+    handle = places["head"].module.register_forward_hook(watch)
+    rows, _ = measured(prepared, x)
+    handle.remove()
+    passed = prepared.get_parameter("head.weight").grad
+    share = 1 - float(passed.abs().sum() / gradients[0].abs().sum())
+    assert 0 < share < 1
+    assert rows["head"].weight_gradient_cut_share == pytest.approx(share, abs=1e-6)
+    assert rows["conv"].weight_gradient_cut_share > 0
+    assert rows["conv"].gradient_cut_share == 0
+    assert totals(rows.values())["most_weight_gradient_cut_share"] == max(
+        rows[name].weight_gradient_cut_share for name in ("conv", "head")
+    )
+
+
+@pytest.mark.parametrize("mode", ["eager", "fx", "pt2e"])
+def test_the_gradient_cut_leaves_out_channels_whose_batchnorm_is_0(mode: str) -> None:
+    prepared = prepared_plain(mode, normal=True, weight_bits=3)
+    with torch.no_grad():
+        prepared.get_parameter("bn.weight")[:2] = 0.0
+        prepared.get_parameter("bn.bias")[:2] = 1.0
+    rows, _ = measured(prepared, torch.randn(16, 3, 8, 8))
+    assert 0 < rows["conv"].weight_gradient_cut_share < 1
+
+
+@pytest.mark.parametrize("granularity", ["per_channel", "per_tensor"])
+@pytest.mark.parametrize("mode", ["eager", "fx", "pt2e"])
+def test_scale_and_range_of_weights(mode: str, granularity: str) -> None:
+    prepared = prepared_plain(mode, weight_granularity=granularity)
+    with torch.no_grad():
+        prepared.get_parameter("head.weight")[0] *= 10
+    rows, _ = measured(prepared, torch.randn(16, 3, 8, 8))
+    weight = prepared.get_parameter("head.weight").detach()
+    largest = weight.abs().amax(1) if granularity == "per_channel" else weight.abs().amax()
+    row = rows["head"]
+    assert row.weight_scale_min == pytest.approx(float((largest / 127).min()))
+    assert row.weight_scale_max == pytest.approx(float((largest / 127).max()))
+    assert (row.weight_scale_min < row.weight_scale_max) == (granularity == "per_channel")
+    assert (row.weight_low, row.weight_high) == pytest.approx((-float(largest.max()), float(largest.max())))
+
+
+@pytest.mark.parametrize("mode", ["eager", "fx", "pt2e"])
 def test_dead_channels_are_counted_once(mode: str) -> None:
     """Two channels whose BatchNorm weight is 0, and one of them has a bias below 0 besides, which ReLU makes 0."""
     prepared = prepared_plain(mode)
@@ -117,8 +174,6 @@ def test_before_rounding_comes_on_activations_are_measured_and_weights_are_not(m
 
 
 def test_fewer_bits_are_noisier() -> None:
-    from qat_lightning.scheme import Scheme
-
     ratios = []
     for bits in (8, 4):
         torch.manual_seed(0)

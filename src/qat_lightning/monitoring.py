@@ -1,4 +1,4 @@
-"""What quantization does to each layer of a prepared network, measured in one training step and left no trace.
+"""What quantization does to each layer of a prepared network, measured in one step and left no trace.
 
 For that step a hook is on each place that rounds (`qat_lightning.flows.places`). It reads what goes in and comes out,
 and what gradient comes back, and changes neither. All sums stay on the device until `Probe.figures` reads them, in one
@@ -41,9 +41,14 @@ class LayerFigures:
         dead_channels: Output channels whose weights all round to 0, or whose activation is the same everywhere.
         weight_sqnr_db: Weight against rounded weight, in dB.
         activation_sqnr_db: Activation against rounded activation, in dB.
-        gradient_cut_share: Share of the gradient, by absolute value, that the straight-through estimator cut off where
-            the activation (or, for a layer whose activation is not rounded, the weight) was clipped.
+        gradient_cut_share: Share of the activation's gradient, by absolute value, that the straight-through estimator
+            cut off where the activation was clipped.
         weight_clipped_share: Share of the weight's values that were clipped.
+        weight_gradient_cut_share: Share of the weight's gradient that was cut off where the weight was clipped.
+        weight_scale_min: Smallest scale of the weight over its channels; with one scale for all, that one.
+        weight_scale_max: Largest scale.
+        weight_low: Smallest value that the grid of the weight holds in any channel.
+        weight_high: Largest value.
     """
 
     layer: str
@@ -60,6 +65,11 @@ class LayerFigures:
     activation_sqnr_db: float | None = None
     gradient_cut_share: float | None = None
     weight_clipped_share: float | None = None
+    weight_gradient_cut_share: float | None = None
+    weight_scale_min: float | None = None
+    weight_scale_max: float | None = None
+    weight_low: float | None = None
+    weight_high: float | None = None
 
 
 COLUMNS = tuple(f.name for f in fields(LayerFigures))
@@ -120,6 +130,7 @@ class _Tally:
     clipped: Any = 0.0
     gradient: Any = 0.0
     gradient_cut: Any = 0.0
+    grid: list[Tensor] = field(default_factory=list)
     dead: Tensor | None = None
     values: list[Tensor] = field(default_factory=list)
     calls: int = 0
@@ -212,6 +223,7 @@ class Probe:
         integers, clipped = grid_of(seen, scale, zero_point, quant_min=fq.quant_min, quant_max=fq.quant_max, axis=axis)
         rounded = (integers - along(zero_point, seen, axis)) * along(scale, seen, axis)
         tally.calls += 1
+        tally.grid = _grid_figures(scale, zero_point, fq.quant_min, fq.quant_max)
         tally.elements += seen.numel()
         tally.signal = tally.signal + seen.square().sum()
         tally.noise = tally.noise + (seen - rounded).square().sum()
@@ -222,11 +234,7 @@ class Probe:
         if self.keep and len(tally.values) < 2:
             tally.values.append(integers if is_weight else seen)
         if output.requires_grad:
-            output.register_hook(
-                lambda gradient: _count_gradient(
-                    tally, gradient if factor is None else gradient / factor, part, clipped
-                )
-            )
+            output.register_hook(lambda gradient: _count_gradient(tally, _unfolded(gradient, factor), part, clipped))
 
     def figures(self) -> list[LayerFigures]:
         """What was measured, a row for each layer that ran."""
@@ -242,16 +250,14 @@ class Probe:
             if place.what == "weight":
                 row |= _weight_row(numbers[index], bits)
             else:
-                row |= _activation_row(numbers[index], row, place)
+                row |= _activation_row(numbers[index])
         dead = self._dead_channels(indices)
         return [LayerFigures(**row, dead_channels=dead.get(layer)) for layer, row in rows.items()]
 
     def _numbers(self, index: int) -> list[Any]:
-        tally, fq = self._tallies[index], self._places[index][-1].fq
-        scale, zero_point = fq.calculate_qparams()
-        grid = [scale, zero_point] if scale.dim() == 0 else [math.nan, math.nan]
+        tally = self._tallies[index]
         sums = [tally.signal, tally.noise, tally.clipped, tally.gradient, tally.gradient_cut]
-        return [*sums, float(tally.elements), *grid]
+        return [*sums, float(tally.elements), *tally.grid]
 
     def _dead_channels(self, indices: Sequence[int]) -> dict[str, int]:
         masks: dict[str, list[Tensor]] = {}
@@ -309,12 +315,26 @@ def totals(rows: Iterable[LayerFigures]) -> dict[str, float]:
         ("activation_sqnr_db", "least_", min),
         ("clipped_share", "most_", max),
         ("gradient_cut_share", "most_", max),
+        ("weight_gradient_cut_share", "most_", max),
         ("dead_channels", "", sum),
     ):
         values = [value for row in rows if (value := getattr(row, name)) is not None]
         if values:
             summary[prefix + name] = float(choose(values))
     return summary
+
+
+def _grid_figures(scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int) -> list[Tensor]:
+    """Smallest and largest scale, zero point, and the two ends; over all channels, if each has its own."""
+    low, high = (quant_min - zero_point) * scale, (quant_max - zero_point) * scale
+    return [scale.amin(), scale.amax(), zero_point.amin(), low.amin(), high.amax()]
+
+
+def _unfolded(gradient: Tensor, factor: Tensor | None) -> Tensor:
+    """The gradient of what was rounded, a weight times a factor; where that is 0, the weight itself passed by."""
+    if factor is None:
+        return gradient
+    return torch.where(factor == 0, 0.0, gradient / factor)
 
 
 @torch.no_grad()
@@ -355,24 +375,27 @@ def _share(part: float, whole: float) -> float | None:
 
 
 def _weight_row(numbers: list[float], bits: int) -> dict[str, Any]:
-    signal, noise, clipped, gradient, cut, elements, *_ = numbers
+    signal, noise, clipped, gradient, cut, elements, scale_min, scale_max, _, low, high = numbers
     return {
         "weight_bits": bits,
         "weight_sqnr_db": decibel(signal, noise),
         "weight_clipped_share": _share(clipped, elements),
-        "gradient_cut_share": _share(cut, gradient),
+        "weight_gradient_cut_share": _share(cut, gradient),
+        "weight_scale_min": scale_min,
+        "weight_scale_max": scale_max,
+        "weight_low": low,
+        "weight_high": high,
     }
 
 
-def _activation_row(numbers: list[float], row: Mapping[str, Any], place: Place) -> dict[str, Any]:
-    signal, noise, clipped, gradient, cut, elements, scale, zero_point = numbers
-    share = _share(cut, gradient)
+def _activation_row(numbers: list[float]) -> dict[str, Any]:
+    signal, noise, clipped, gradient, cut, elements, scale, _, zero_point, low, high = numbers
     return {
         "scale": scale,
         "zero_point": int(zero_point),
-        "low": (place.fq.quant_min - zero_point) * scale,
-        "high": (place.fq.quant_max - zero_point) * scale,
+        "low": low,
+        "high": high,
         "clipped_share": _share(clipped, elements),
         "activation_sqnr_db": decibel(signal, noise),
-        "gradient_cut_share": share if share is not None else row.get("gradient_cut_share"),
+        "gradient_cut_share": _share(cut, gradient),
     }

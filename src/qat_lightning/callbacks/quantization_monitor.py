@@ -1,24 +1,33 @@
-"""The callback that shows what quantization does to each layer while it trains."""
+"""The callback that shows what quantization does to each layer, while it trains or once it is calibrated."""
 
 from __future__ import annotations
 
+import copy
 import csv
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 
 from qat_lightning.callbacks.arguments import check_flag, check_names
+from qat_lightning.callbacks.calibration_data import calibration_loader, run_in_steps
+from qat_lightning.callbacks.post_training_quantization import PostTrainingQuantization
 from qat_lightning.callbacks.preparing import PreparingCallback
 from qat_lightning.errors import ConfigurationError
 from qat_lightning.monitoring import COLUMNS, FIGURES, LayerFigures, Probe, totals
 
 FILE = "quantization_layers.csv"
+CURVES = ("scale", "zero_point", "low", "high", "clipped_share", "weight_sqnr_db", "activation_sqnr_db")
+"""The figures that are curves of each layer by default."""
 
 
 class QuantizationMonitor(Callback):
@@ -28,19 +37,24 @@ class QuantizationMonitor(Callback):
     process. Training goes on as without the monitor, bit by bit. Before rounding comes on, the figures of activations
     are those that rounding would give; weights are measured once it is on.
 
+    With `PostTrainingQuantization` the calibrated network is measured, once for each calibration: at the end of a fit,
+    or in front of ``validate``, ``test`` or ``predict``, on the first batch of the data for calibration and without
+    gradients.
+
     In W&B: curves of the whole network (``quant/least_weight_sqnr_db``, ``quant/least_activation_sqnr_db``,
-    ``quant/most_clipped_share``, ``quant/most_gradient_cut_share``, ``quant/dead_channels``), the chosen ``curves`` of
-    each layer (``quant/<curve>/<layer>``), histograms (``quant/activations/<layer>`` of values,
-    ``quant/weight_integers/<layer>``), and at the end of the fit the table ``quant/layers`` with all figures of the
-    last measured step. Other loggers get the curves of the whole network, and the figures of each layer go to
-    ``quantization_layers.csv`` in the logger's folder.
+    ``quant/most_clipped_share``, ``quant/most_gradient_cut_share``, ``quant/most_weight_gradient_cut_share``,
+    ``quant/dead_channels``), the chosen ``curves`` of each layer (``quant/<curve>/<layer>``), histograms
+    (``quant/activations/<layer>`` of values, ``quant/weight_integers/<layer>``), and in the end the table
+    ``quant/layers`` with all figures of the last measured step. Other loggers get the curves of the whole network, and
+    the figures of each layer go to ``quantization_layers.csv`` in the logger's folder.
 
     Args:
         every_n_steps: Optimizer steps from one measured step to the next.
         samples: How many samples of a batch are measured; None for all. Dead channels are looked for in all of them.
         curves: Which figures are curves of each layer in W&B: ``scale``, ``zero_point``, ``low``, ``high``,
             ``clipped_share``, ``dead_channels``, ``weight_sqnr_db``, ``activation_sqnr_db``, ``gradient_cut_share``,
-            ``weight_clipped_share``. All are in the table.
+            ``weight_clipped_share``, ``weight_gradient_cut_share``, ``weight_scale_min``, ``weight_scale_max``,
+            ``weight_low``, ``weight_high``. All are in the table.
         histograms: Whether W&B gets histograms.
 
     Attributes:
@@ -58,7 +72,7 @@ class QuantizationMonitor(Callback):
         self,
         every_n_steps: int = 100,
         samples: int | None = 8,
-        curves: Sequence[str] = ("clipped_share", "weight_sqnr_db", "activation_sqnr_db"),
+        curves: Sequence[str] = CURVES,
         histograms: bool = True,
     ) -> None:
         self.every_n_steps = _check_count("every_n_steps", every_n_steps)
@@ -73,20 +87,37 @@ class QuantizationMonitor(Callback):
         self._probe: Probe | None = None
         self._measuring: int | None = None
         self._measured: int | None = None
+        self._known: list[nn.Module] = []
+        self._said_why_not = False
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Say which kinds of quantization there is nothing to measure of."""
+        kinds = [callback.kind for callback in _post_training(trainer) if callback.kind != "static"]
+        if kinds and not self._said_why_not:
+            self._said_why_not = True
+            rank_zero_warn(
+                f"QuantizationMonitor has nothing to look at: kind={kinds[0]!r} makes the int8 network without "
+                "fake-quant, which is what it measures. Use kind='static', or leave the monitor out."
+            )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the networks to look at."""
         self._probe, self._measuring, self._measured, self.layers = None, None, None, []
-        networks = _prepared_networks(trainer)
-        if not networks:
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        calibrated = _post_training(trainer)
+        # Those of an earlier fit, which are to be made anew.
+        self._known = [network for callback in calibrated for network in callback.prepared_networks.values()]
+        networks: dict[str, nn.Module] = {}
+        for callback in callbacks:
+            if isinstance(callback, PreparingCallback) and callback not in calibrated:
+                networks |= callback.prepared_networks
+        if networks and trainer.is_global_zero:
+            self._probe = self._new_probe(trainer, networks)
+        elif not networks and not calibrated:
             rank_zero_warn(
                 "QuantizationMonitor has nothing to look at: no callback of this Trainer quantizes a network. Add "
-                "QuantizationAwareTraining, or leave the monitor out."
+                "QuantizationAwareTraining or PostTrainingQuantization, or leave the monitor out."
             )
-        elif trainer.is_global_zero:
-            on_wandb = any(isinstance(logger, WandbLogger) for logger in trainer.loggers)
-            samples = self.samples if self.samples is not None else 2**62
-            self._probe = Probe(networks, samples=samples, histograms=self.histograms and on_wandb)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Begin to measure, if it is this step's turn."""
@@ -106,19 +137,58 @@ class QuantizationMonitor(Callback):
         self._measured, self._measuring = self._measuring, None
         self.layers = self._probe.figures()
         if self.layers:
-            self._log(trainer, self._measured)
+            self._log(trainer, self._measured, self._probe)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the table of the last measured step."""
-        if not self.layers:
-            return
-        for logger in trainer.loggers:
-            if isinstance(logger, WandbLogger):
-                import wandb
+        self._log_table(trainer)
+        self._look_at_calibrated(trainer, pl_module)
 
-                rows = [list(asdict(row).values()) for row in self.layers]
-                table = wandb.Table(columns=list(COLUMNS), data=rows, allow_mixed_types=True)
-                logger.log_metrics({"quant/layers": table}, self._measured)  # type: ignore[dict-item]
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure what was calibrated at the end of the training, by a callback that comes after this one."""
+        self._look_at_calibrated(trainer, pl_module)
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Outside a fit, measure what was calibrated for it."""
+        if trainer.state.fn == "validate":
+            self._look_at_calibrated(trainer, pl_module)
+
+    def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure what was calibrated for the test."""
+        self._look_at_calibrated(trainer, pl_module)
+
+    def on_predict_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure what was calibrated for the prediction."""
+        self._look_at_calibrated(trainer, pl_module)
+
+    def _look_at_calibrated(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure the networks that a callback calibrated, unless they are known."""
+        for callback in _post_training(trainer):
+            networks = callback.prepared_networks
+            if any(network not in self._known for network in networks.values()):
+                self._known = list(networks.values())
+                # Lightning evaluates in inference mode, whose tensors a prepared network cannot keep.
+                with torch.inference_mode(False), isolate_rng(include_cuda=torch.cuda.is_initialized()):
+                    self._measure_calibrated(trainer, pl_module, callback)
+
+    def _measure_calibrated(
+        self, trainer: Trainer, pl_module: LightningModule, callback: PostTrainingQuantization
+    ) -> None:
+        networks = {name: _on(network, pl_module.device) for name, network in callback.prepared_networks.items()}
+        probe = self._new_probe(trainer, networks)
+        loader = _calibration_loader(trainer, pl_module, callback.calibration_dataloader)
+        # A step may talk to other processes: all of them take it, and the first one looks.
+        with probe if trainer.is_global_zero else nullcontext():
+            run_in_steps(pl_module, callback.slots, networks, loader, 1, nullcontext)
+        self.layers, self._measured = probe.figures(), _step(trainer)
+        if self.layers:
+            self._log(trainer, self._measured, probe)
+            self._log_table(trainer)
+        elif trainer.is_global_zero:
+            rank_zero_warn(
+                "QuantizationMonitor measured nothing: the data for calibration gave no batch a second time. Give "
+                "calibration_dataloader= something that can be gone through again, such as a DataLoader."
+            )
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave no hook behind."""
@@ -133,20 +203,35 @@ class QuantizationMonitor(Callback):
             self._probe.detach()
         self._probe, self._measuring = None, None
 
-    def _log(self, trainer: Trainer, step: int) -> None:
+    def _new_probe(self, trainer: Trainer, networks: dict[str, nn.Module]) -> Probe:
+        on_wandb = any(isinstance(logger, WandbLogger) for logger in trainer.loggers)
+        samples = self.samples if self.samples is not None else 2**62
+        return Probe(networks, samples=samples, histograms=self.histograms and on_wandb)
+
+    def _log(self, trainer: Trainer, step: int, probe: Probe) -> None:
         summary = {f"quant/{name}": value for name, value in totals(self.layers).items()}
         per_layer = False
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 per_layer = True
-                logger.log_metrics(summary | self._wandb_curves() | self._wandb_histograms(), step)
+                logger.log_metrics(summary | self._wandb_curves() | self._wandb_histograms(probe), step)
             else:
                 logger.log_metrics(summary, step)
         folder = next((logger.log_dir for logger in trainer.loggers if isinstance(logger, CSVLogger)), None)
         if folder is None and trainer.loggers and not per_layer:
-            folder = trainer.log_dir
+            # Not trainer.log_dir, for which all processes have to ask together.
+            folder = trainer.loggers[0].log_dir or trainer.loggers[0].save_dir
         if folder is not None:
             _append(Path(folder) / FILE, step, self.layers)
+
+    def _log_table(self, trainer: Trainer) -> None:
+        for logger in trainer.loggers if self.layers else ():
+            if isinstance(logger, WandbLogger):
+                import wandb
+
+                rows = [list(asdict(row).values()) for row in self.layers]
+                table = wandb.Table(columns=list(COLUMNS), data=rows, allow_mixed_types=True)
+                logger.log_metrics({"quant/layers": table}, self._measured)  # type: ignore[dict-item]
 
     def _wandb_curves(self) -> dict[str, float]:
         return {
@@ -156,14 +241,14 @@ class QuantizationMonitor(Callback):
             if (value := getattr(row, curve)) is not None
         }
 
-    def _wandb_histograms(self) -> dict[str, Any]:
-        if not self.histograms or self._probe is None:
+    def _wandb_histograms(self, probe: Probe) -> dict[str, Any]:
+        if not self.histograms:
             return {}
         import wandb
 
         return {
             f"quant/{name}": wandb.Histogram(np_histogram=(counts.numpy(), edges.numpy()))
-            for name, (counts, edges) in self._probe.histograms().items()
+            for name, (counts, edges) in probe.histograms().items()
         }
 
 
@@ -173,13 +258,23 @@ def _check_count(name: str, value: Any) -> int:
     return value
 
 
-def _prepared_networks(trainer: Trainer) -> Mapping[str, nn.Module]:
+def _post_training(trainer: Trainer) -> list[PostTrainingQuantization]:
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
-    found: dict[str, nn.Module] = {}
-    for callback in callbacks:
-        if isinstance(callback, PreparingCallback):
-            found |= callback.prepared_networks
-    return found
+    return [callback for callback in callbacks if isinstance(callback, PostTrainingQuantization)]
+
+
+def _on(network: nn.Module, device: torch.device) -> nn.Module:
+    """A network, or a copy of it where it is on another device: after a fit the LightningModule is on the CPU again."""
+    here = next((tensor.device for tensor in (*network.parameters(), *network.buffers())), device)
+    return network if here == device else copy.deepcopy(network).to(device)
+
+
+def _calibration_loader(trainer: Trainer, pl_module: LightningModule, given: Any) -> Any:
+    """The loader that was calibrated with, of a datamodule that calibration has set up."""
+    datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
+    if given is None and trainer.state.fn != "fit" and is_overridden("train_dataloader", datamodule):
+        return datamodule.train_dataloader()
+    return calibration_loader(trainer, pl_module, given)
 
 
 def _step(trainer: Trainer) -> int:

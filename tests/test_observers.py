@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -115,6 +116,56 @@ def test_entropy_leaves_outliers_out_and_the_bulk_in(seed: int) -> None:
     assert values.min() <= low < -2
     assert 2 < high <= values.max()
     assert max(-low, high) < values.abs().max()
+
+
+def divergences(values: np.ndarray, width: float, levels: int) -> dict[int, float]:
+    """Of each threshold, in bins: its Kullback-Leibler divergence, as Migacz's slides write it down, step by step.
+
+    Args:
+        values: Magnitudes, of one sign or of both.
+        width: Of a bin.
+        levels: What the bins below a threshold are merged into.
+    """
+    last = int(np.ceil(values.max() / width))
+    counts, _ = np.histogram(values, bins=last, range=(0.0, last * width))
+    found = {}
+    for threshold in range(min(levels, last), last + 1):
+        reference = counts[:threshold].astype(float)
+        reference[-1] += counts[threshold:].sum()
+        merged = np.zeros(threshold)
+        for level in range(levels):
+            # as many bins for each level as divide evenly, rounded up
+            bins = slice(-(-level * threshold // levels), -(-(level + 1) * threshold // levels))
+            inside = counts[:threshold][bins]
+            if inside.any():
+                merged[bins] = np.where(inside > 0, inside.sum() / np.count_nonzero(inside), 0.0)
+        p, q = reference / reference.sum(), merged / merged.sum()
+        # where all of a bin's mass was clipped into it there is no q: a large divergence, and not an infinite one
+        found[threshold] = float(sum(a * np.log(a / max(b, 1e-10)) for a, b in zip(p, q, strict=True) if a > 0))
+    return found
+
+
+@pytest.mark.parametrize("levels", [16, 256])
+@pytest.mark.parametrize("signs", ["both", "positive", "negative"])
+def test_entropy_is_that_of_every_threshold_tried_by_hand(signs: str, levels: int) -> None:
+    values = heavy_tailed(levels)
+    if signs != "both":
+        values = values.abs() if signs == "positive" else -values.abs()
+    histogram = histogram_of(values)
+    low, high = values.min().item(), values.max().item()
+    width = 2 * float(histogram.limit) / BINS
+    # one threshold for both signs, each of which has half of the levels
+    by_hand = divergences(values.abs().double().numpy(), width, levels // 2 if signs == "both" else levels)
+
+    ends = entropy_range(histogram, low, high, levels=levels)
+    limit = max(-ends[0], ends[1])
+    assert ends == (max(min(low, 0.0), -limit), min(max(high, 0.0), limit))
+    threshold = round(limit / width)
+    assert limit == threshold * width
+    # not every threshold is tried, but one in each 256th part of the range
+    step = max(1, max(by_hand) // 256)
+    tried = {bins: by_hand[bins] for bins in range(min(by_hand), max(by_hand) + 1, step)}
+    assert threshold == min(tried, key=tried.__getitem__)
 
 
 def test_entropy_of_a_uniform_distribution_keeps_it() -> None:

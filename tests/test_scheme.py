@@ -52,6 +52,14 @@ def test_a_file_of_another_format_is_refused() -> None:
         Recipe.from_dict(Recipe("fx", "x86").to_dict() | {"format": 99})
 
 
+@pytest.mark.parametrize("scheme", [Scheme(activation_bits=4), Scheme(weight_symmetric=False)], ids=["w8a4", "affine"])
+def test_only_fixed_ranges_are_simulated(scheme: Scheme) -> None:
+    for kind in ("qat", "static"):
+        assert Recipe("fx", "x86", scheme, kind=kind).simulated
+    for kind in ("dynamic", "weight_only"):
+        assert not Recipe("fx", "x86", scheme, kind=kind).simulated
+
+
 def test_selection_follows_parents_and_exclusion_wins() -> None:
     recipe = Recipe("fx", "x86", include=("body",), exclude=("body.last*",))
     assert recipe.selects("body.first.conv")

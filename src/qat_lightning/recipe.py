@@ -97,13 +97,17 @@ class Recipe:
     def simulated(self) -> str:
         """Why no kernel of the backend can run this scheme; empty if one can.
 
+        Dynamic and weight-only networks simulate nothing: they put no activation on the scheme's grid.
+
         Example:
             >>> Recipe("fx", "x86", Scheme(activation_bits=4)).simulated
             'int8 kernels clamp activations at 8 bits, and these have 4'
         """
+        if self.kind not in ("qat", "static"):
+            return ""
         if self.scheme.activation_bits < 8:
             return f"int8 kernels clamp activations at 8 bits, and these have {self.scheme.activation_bits}"
-        if not self.scheme.weight_symmetric and self.kind in ("qat", "static"):
+        if not self.scheme.weight_symmetric:
             return f"the int8 kernels of backend {self.target.name!r} take symmetric weights only"
         return ""
 

@@ -131,6 +131,13 @@ def _has_every_setting(cfg: Any, callback: Any) -> None:
     assert instantiate(cfg.scheme) == Scheme()
 
 
+@pytest.mark.parametrize("name", options("scheme"))
+def test_a_scheme_goes_with_the_method_of_its_command(name: str, composed: Compose) -> None:
+    for words in commands(CONF / "scheme" / f"{name}.yaml"):
+        callback = instantiate(composed(*words).quantization)
+        assert callback.scheme != Scheme()
+
+
 @pytest.mark.parametrize("name", options("recipe"))
 def test_a_recipe_has_the_defaults_of_the_code(name: str, composed: Compose) -> None:
     for path, node in targets(composed(f"recipe={name}").callbacks):

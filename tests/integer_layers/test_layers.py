@@ -13,8 +13,10 @@ from torch import nn
 from torch.ao.quantization import PerChannelMinMaxObserver, PlaceholderObserver, QConfig, quantize_dynamic
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from qat_lightning.backends import quantized_engine
-from qat_lightning.integer_layers import WeightGrid, integer_layer
+from qat_lightning.backends import pairs, quantized_engine
+from qat_lightning.calibration import calibrate
+from qat_lightning.flows.base import Example, cpu_copy, get_flow
+from qat_lightning.integer_layers import WeightGrid, integer_layer, why_not
 from qat_lightning.integer_layers.weights import dequantize_rows, quantize_rows, restore, store
 from qat_lightning.recipe import Recipe
 
@@ -210,3 +212,18 @@ def test_grid_holds_every_weight(grid: WeightGrid, rows: int, values: int, seed:
 def test_grids_that_no_byte_holds(values: tuple) -> None:
     with pytest.raises(ValueError, match="no grid"):
         WeightGrid(*values)
+
+
+@pytest.mark.parametrize("kind", [nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d])
+def test_transposed_convolutions_name_the_one_pair_that_quantizes_them(kind: type[nn.Module]) -> None:
+    layer: nn.Module = kind(4, 4, 3)  # type: ignore[call-arg]
+    reason = why_not(layer, "dynamic")
+    assert "kind='static' with mode='pt2e' and backend='xnnpack' quantizes it, kind='weight_only' its weight" in reason
+    assert not why_not(layer, "weight_only")
+    example = Example((torch.randn(4, 4, *[5] * (layer.weight.dim() - 2)),))
+    for mode, backend in pairs():
+        flow, network = get_flow(mode), nn.Sequential(nn.Linear(5, 5), nn.ReLU(), nn.Linear(5, 5), copy.deepcopy(layer))
+        prepared = flow.prepare(network, example, Recipe(mode, backend, kind="static"))
+        calibrate(prepared, [example])
+        rows = {row.name: row.quantized for row in flow.coverage(cpu_copy(prepared), example)}
+        assert rows["3"] == ((mode, backend) == ("pt2e", "xnnpack")), (mode, backend)

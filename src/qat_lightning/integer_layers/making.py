@@ -15,14 +15,8 @@ from qat_lightning.integer_layers.weight_only import WeightOnly, WeightOnlyEmbed
 from qat_lightning.integer_layers.weights import WeightGrid
 from qat_lightning.recipe import Recipe
 
-_CONVOLUTIONS: tuple[type[nn.Module], ...] = (
-    nn.Conv1d,
-    nn.Conv2d,
-    nn.Conv3d,
-    nn.ConvTranspose1d,
-    nn.ConvTranspose2d,
-    nn.ConvTranspose3d,
-)
+_CONVOLUTIONS: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_TRANSPOSED: tuple[type[nn.Module], ...] = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _CELLS: tuple[type[nn.Module], ...] = (nn.LSTMCell, nn.GRUCell, nn.RNNCell)
 _RECURRENT: tuple[type[nn.Module], ...] = (nn.LSTM, nn.GRU, nn.RNN)
 _TABLES: tuple[type[nn.Module], ...] = (nn.Embedding, nn.EmbeddingBag)
@@ -32,6 +26,7 @@ WEIGHTED: tuple[type[nn.Module], ...] = (
     nn.Bilinear,
     nn.MultiheadAttention,
     *_CONVOLUTIONS,
+    *_TRANSPOSED,
     *_RECURRENT,
     *_CELLS,
     *_TABLES,
@@ -54,8 +49,7 @@ def why_not(module: nn.Module, kind: str) -> str:
     if type(module) not in WEIGHTED:
         return f"{name} is a class of its own, whose forward may do anything with its weight"
     if kind == "dynamic" and type(module) not in _DYNAMIC:
-        static = "kind='static' quantizes it, " if type(module) in _CONVOLUTIONS else ""
-        return f"{name} has no dynamic kernel: {static}kind='weight_only' its weight"
+        return f"{name} has no dynamic kernel: {_instead(module)}"
     if _is_reparametrized(module):
         return "its weight is computed from other parameters (a parametrization or a hook)"
     if isinstance(module, nn.LSTM) and module.proj_size and kind == "dynamic":
@@ -65,6 +59,15 @@ def why_not(module: nn.Module, kind: str) -> str:
     if kind == "dynamic" and isinstance(module, nn.MultiheadAttention) and _adds_positions(module):
         return "MultiheadAttention with add_bias_kv or add_zero_attn: kind='weight_only' quantizes its weights"
     return ""
+
+
+def _instead(module: nn.Module) -> str:
+    if type(module) in _CONVOLUTIONS:
+        return "kind='static' quantizes it, kind='weight_only' its weight"
+    if type(module) in _TRANSPOSED:
+        static = "kind='static' with mode='pt2e' and backend='xnnpack'"
+        return f"{static} quantizes it, kind='weight_only' its weight"
+    return "kind='weight_only' quantizes its weight"
 
 
 def integer_layer(module: nn.Module, recipe: Recipe) -> IntegerLayer:

@@ -35,7 +35,14 @@ from qat_lightning.flows.coverage import layers_with_macs, report
 from qat_lightning.flows.fx_config import LEFT_FLOAT, backend_config, qconfig_mapping
 from qat_lightning.flows.fx_coverage import UNSEEN, FxOperations
 from qat_lightning.flows.fx_unseen import in_words, knows_no_range, put_plain_layers, take_out_unseen
-from qat_lightning.flows.tracing import line_at_fault, outer_parts, refuse_other_results, shared_batchnorms, trace
+from qat_lightning.flows.tracing import (
+    leave_inside_float,
+    line_at_fault,
+    outer_parts,
+    refuse_other_results,
+    shared_batchnorms,
+    trace,
+)
 from qat_lightning.flows.verify import check_layers
 from qat_lightning.graph_network import GraphNetwork, GraphPart
 from qat_lightning.portable_graph import HoldsGraphs
@@ -52,9 +59,10 @@ _WEIGHTED = (
     nn.Linear,
     nn.Embedding,
     nn.EmbeddingBag,
+    nn.Bilinear,
     nn.MultiheadAttention,
-    nn.LSTM,
-    nn.GRU,
+    nn.RNNBase,
+    nn.RNNCellBase,
 )
 
 
@@ -92,6 +100,7 @@ class FxFlow:
             if name
         }
         graph_module, scopes = trace(network, example, leaves=outer_parts(network, selected))
+        leave_inside_float(graph_module, selected)
         passes.pass_over_identities(graph_module)
         fx_pads.name_zero_pads(graph_module, selected)
         originals = dict(network.named_modules())
@@ -321,4 +330,6 @@ def _why_float(state: PreparedState, name: str, module: nn.Module) -> str:
         return why
     if isinstance(module, (*(t for t in LEFT_FLOAT if isinstance(t, type)), nn.MultiheadAttention)):
         return f"{type(module).__name__} is not quantized in mode='fx'"
-    return "not used by forward, or inside a module that is called as a whole"
+    return (
+        "not used by forward, or inside a module that is called as a whole: mode='eager' and mode='pt2e' may reach it"
+    )

@@ -125,6 +125,19 @@ def outer_parts(network: nn.Module, selected: dict[str, bool]) -> list[str]:
     ]
 
 
+def leave_inside_float(graph_module: fx.GraphModule, selected: dict[str, bool]) -> None:
+    """Deselect the layers inside of what a graph calls as a whole, such as `nn.TransformerEncoderLayer`.
+
+    Args:
+        graph_module: A traced network.
+        selected: For each name of a module whether it is to be quantized; changed.
+    """
+    whole = tuple(f"{node.target}." for node in graph_module.graph.nodes if node.op == "call_module")
+    for name in selected:
+        if name.startswith(whole):
+            selected[name] = False
+
+
 @torch.no_grad()
 def refuse_other_results(prepared: nn.Module, network: nn.Module, example: Example, reason: str) -> None:
     """Compare a prepared network, without rounding and in evaluation, with the float network that it was made of.

@@ -171,7 +171,9 @@ def entropy_range(histogram: Histogram, low: float, high: float, *, levels: int)
     """The range whose quantized distribution is nearest to that of the values, by Kullback-Leibler divergence.
 
     For each threshold the values beyond it count as being at it, and the bins below it are merged into ``levels`` ones
-    (Migacz, 8-bit inference with TensorRT, GTC 2017). The threshold is one for both signs.
+    (Migacz, 8-bit inference with TensorRT, GTC 2017). The threshold is one for both signs. As in NVIDIA's
+    ``pytorch-quantization``, the bin at zero counts as much as the next, or the zeros that ReLU leaves would decide, and
+    of equal thresholds the largest is taken.
 
     Args:
         histogram: Of the values.
@@ -191,10 +193,13 @@ def entropy_range(histogram: Histogram, low: float, high: float, *, levels: int)
         sides = counts[half:] + counts[:half].flip(0)
         levels = levels // 2
     last = int(sides.nonzero().max()) + 1 if sides.any() else 1
+    sides = sides[:last].clone()
+    if last > 1 and sides[1:].any():
+        sides[0] = sides[1]
     best, threshold = math.inf, last
-    for bins in range(min(max(levels, 1), last), last + 1, max(1, last // 256)):
-        divergence = _divergence(sides[:last], bins, levels)
-        if divergence < best:
+    for bins in range(min(max(levels, 1), last), last + 1):
+        divergence = _divergence(sides, bins, levels)
+        if divergence <= best:
             best, threshold = divergence, bins
     limit = float(histogram.limit) * threshold / half
     return max(min(low, 0.0), -limit), min(max(high, 0.0), limit)

@@ -60,3 +60,18 @@ def test_it_stays_float_with_all_that_is_in_it(whole: str, kind: str, tmp_path: 
     saved.save(tmp_path / "model.int8")
     again = load_quantized(tmp_path / "model.int8", network=Network(WHOLE[whole]()))
     assert torch.equal(again(TOKENS), saved(TOKENS))
+
+
+@pytest.mark.filterwarnings("error")
+def test_functions_of_a_fixed_range_stay_float_without_a_word_of_upstreams() -> None:
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate, self.value = nn.Linear(16, 16), nn.Linear(16, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.hardsigmoid(self.gate(x)) * torch.sigmoid(self.value(x))
+
+    flow, example = get_flow("fx"), Example((TOKENS,))
+    rows = flow.coverage(flow.prepare(Gated(), example, Recipe("fx", "x86")), example)
+    assert {row.name for row in rows if not row.quantized} >= {"hardsigmoid", "sigmoid"}

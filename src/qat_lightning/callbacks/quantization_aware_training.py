@@ -206,7 +206,7 @@ class QuantizationAwareTraining(QuantizationCallback):
         """Say how things stand, and where activations were not finite, which may be why; leave nothing behind."""
         super().on_exception(trainer, pl_module, exception)
         self._nonfinite.look(self._prepared)
-        if trainer.state.fn == "fit" and self._prepared:
+        if trainer.state.fn == "fit" and self._prepared and trainer.global_step:
             rank_zero_info(
                 f"The fit was broken off at step {trainer.global_step} by {type(exception).__name__}. The network is "
                 "as trained so far, with fake-quant, and was not converted; another fit goes on from its last "

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch.ao.quantization.fx.custom_config import PrepareCustomConfig
 from torch.ao.quantization.fx.fuse import fuse
 from torch.ao.quantization.fx.prepare import prepare as upstream_prepare
 from torch.ao.quantization.quantize_fx import convert_fx
+from torch.nn.utils.parametrize import is_parametrized, remove_parametrizations
 
 from qat_lightning.backends import quantized_engine
 from qat_lightning.errors import ConversionError, NetworkError
@@ -41,10 +43,11 @@ from qat_lightning.flows.tracing import (
     outer_parts,
     refuse_other_results,
     shared_batchnorms,
+    take_out_constants,
     trace,
 )
 from qat_lightning.flows.verify import check_layers
-from qat_lightning.graph_network import GraphNetwork, GraphPart
+from qat_lightning.graph_network import GraphNetwork, GraphPart, KeepsExtraState, has_extra_state
 from qat_lightning.portable_graph import HoldsGraphs
 from qat_lightning.qat_modules import make_batchnorm_freezable, make_batchnorm_plain, round_weights_for_good
 from qat_lightning.recipe import PreparedState, Recipe
@@ -93,7 +96,6 @@ class FxFlow:
         """See `Flow.prepare`."""
         make_batchnorm_plain(network)  # of a preparation before
         float_network = copy_of_modules(network)
-        float_keys = set(float_network.state_dict())
         selected = {
             name: recipe.selects(_join(prefix, name)) and not _no_kernel(module, recipe)
             for name, module in network.named_modules()
@@ -103,6 +105,8 @@ class FxFlow:
         leave_inside_float(graph_module, selected)
         passes.pass_over_identities(graph_module)
         fx_pads.name_zero_pads(graph_module, selected)
+        put_constants_back = take_out_constants(graph_module.graph)
+        show_parametrized = _hide_parametrized(graph_module)
         originals = dict(network.named_modules())
         parameters = dict(network.named_parameters(remove_duplicate=False))
         flags = {module: module.training for module in network.modules()}
@@ -116,6 +120,8 @@ class FxFlow:
             # Upstream deprecates this API in favour of PT2 export on every call.
             warnings.filterwarnings("ignore", category=DeprecationWarning)
             warnings.filterwarnings("ignore", category=FutureWarning)
+            # Sigmoid and its like stay float, as the coverage says in our words.
+            warnings.filterwarnings("ignore", message="QConfig must specify a FixedQParams")
             try:
                 fused = fuse(graph_module, True, None, config)
                 prepared = upstream_prepare(
@@ -135,6 +141,8 @@ class FxFlow:
                     f"mode='fx' cannot prepare {type(network).__name__}{f' at {where}' if where else ''}: "
                     f"{type(error).__name__}: {error}. Try mode='pt2e' or mode='eager', or exclude the part at fault."
                 ) from error
+        show_parametrized(prepared)
+        put_constants_back(prepared.graph)
         for module, flag in flags.items():
             module.training = flag
         if not any(isinstance(module, FakeQuantize) for module in prepared.modules()):
@@ -156,7 +164,7 @@ class FxFlow:
         result.set_graph(passes.without(plan.graph, [*behind_dropout, *fx_pads.roundings_behind(plan.graph)]))
         passes.observe_each_range_once(result)
         passes.drop_unused(result, plan.graph)
-        _restore_children(result, originals, parameters, float_keys)
+        _restore_children(result, originals, parameters, float_network)
         make_batchnorm_freezable(result)
         materialize_weights(result)
         passes.visit_functional_weights(result, passes.materialize_functional_weight)
@@ -184,6 +192,7 @@ class FxFlow:
                 f"No finite range was ever observed in {type(state.float_network).__name__}: train at least one step "
                 "on finite values before it is converted."
             )
+        _compute_weights_for_good(prepared)
         round_weights_for_good(prepared)
         passes.visit_functional_weights(prepared, passes.round_functional_weight)
         make_batchnorm_plain(prepared)
@@ -242,6 +251,11 @@ def _join(prefix: str, name: str) -> str:
 
 def _no_kernel(module: nn.Module, recipe: Recipe) -> str:
     """Why a layer's type is quantized and this one cannot be; empty if it can."""
+    if is_parametrized(module):
+        return (
+            "its weight is computed (parametrized), and is no parameter; "
+            "torch.nn.utils.parametrize.remove_parametrizations makes it one"
+        )
     if isinstance(module, nn.Conv3d) and recipe.target.engine == "qnnpack":
         return "QNNPACK cannot save the weight of a Conv3d"
     if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
@@ -263,6 +277,28 @@ def _pad_with_numbers(conv: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> bool:
     return True
 
 
+def _hide_parametrized(graph_module: fx.GraphModule) -> Callable[[fx.GraphModule], None]:
+    """Hide the layers whose weight is computed from upstream, which would fuse them with what is behind them.
+
+    Returns:
+        What shows them again in the prepared graph.
+    """
+    nodes = graph_module.graph.find_nodes(op="call_module")
+    layers = {node.name: graph_module.get_submodule(str(node.target)) for node in nodes}
+    computed = {name: layer for name, layer in layers.items() if is_parametrized(layer)}
+    for layer in computed.values():
+        layer.qconfig = None  # type: ignore[assignment]  # as upstream marks what it leaves float
+    return passes.hide_float_ops(graph_module, list(computed))
+
+
+def _compute_weights_for_good(network: nn.Module) -> None:
+    """Make plain layers of those whose weight is computed, which a file can hold."""
+    for module in list(network.modules()):
+        if is_parametrized(module):
+            for name in list(module.parametrizations):  # type: ignore[arg-type]
+                remove_parametrizations(module, name)
+
+
 def _flat_example(graph_module: fx.GraphModule, example: Example) -> tuple[Any, ...]:
     names = [node.target for node in graph_module.graph.nodes if node.op == "placeholder"]
     values = list(example.args)
@@ -270,7 +306,7 @@ def _flat_example(graph_module: fx.GraphModule, example: Example) -> tuple[Any, 
 
 
 def _restore_children(
-    result: GraphNetwork, originals: dict[str, nn.Module], parameters: dict[str, nn.Parameter], float_keys: set[str]
+    result: GraphNetwork, originals: dict[str, nn.Module], parameters: dict[str, nn.Parameter], float_network: nn.Module
 ) -> None:
     """Put back what upstream's fusion took out of the tree, above all BatchNorm, so that every float key survives."""
     for name, module in originals.items():
@@ -286,7 +322,10 @@ def _restore_children(
         holder = _holder(result, parent)
         if leaf not in holder._parameters:
             holder.register_parameter(leaf, parameter)
-    missing = float_keys - set(result.state_dict())
+    for name, module in float_network.named_modules():
+        if has_extra_state(module) and isinstance(part := _holder(result, name), KeepsExtraState):
+            part.keep_extra_state_of(module)
+    missing = set(float_network.state_dict()) - set(result.state_dict())
     if missing:
         raise NetworkError(
             f"mode='fx' would lose entries of the float state_dict: {', '.join(sorted(missing))}. Use mode='pt2e' "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,10 +13,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qat_lightning import load_quantized
+from qat_lightning.calibration import calibrate
 from qat_lightning.errors import ConversionError, NetworkError, TraceError, VerificationError
-from qat_lightning.flows.base import Converted, Example, LayerCheck, cpu_copy, fake_quantizers, set_phase, sqnr_db
+from qat_lightning.flows.base import (
+    Converted,
+    Example,
+    LayerCheck,
+    cpu_copy,
+    fake_quantizers,
+    get_flow,
+    set_phase,
+    sqnr_db,
+)
 from qat_lightning.flows.pt2e import Pt2eFlow, compiling, int8
 from qat_lightning.flows.pt2e.network import ExportedNetwork
+from qat_lightning.quantized import QuantizedNetwork
 from qat_lightning.recipe import Recipe
 from qat_lightning.scheme import Scheme
 
@@ -476,6 +489,108 @@ def test_int8_is_an_ordinary_module() -> None:
     assert torch.equal(pickle.loads(pickle.dumps(network.decomposed))(x)[0], expected)
 
 
+# Recurrent layers
+
+
+class Sequence(nn.Module):
+    """A recurrent layer between two linear ones; what it is made with is given."""
+
+    def __init__(self, kind: type[nn.RNNBase], **settings: Any) -> None:
+        super().__init__()
+        self.embed = nn.Linear(6, 8)
+        self.rnn = kind(8, 12, **settings)
+        self.head = nn.Linear(24 if self.rnn.bidirectional else 12, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        if self.rnn.batch_first:
+            return self.head(self.rnn(x)[0].mean(1))
+        return self.head(self.rnn(x.transpose(0, 1))[0].mean(0))
+
+
+ROWS = Example((torch.randn(4, 5, 6, generator=torch.Generator().manual_seed(0)),))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"batch_first": True},
+        {"batch_first": True, "bidirectional": True},
+        {"num_layers": 2, "bias": False},
+        {"batch_first": True, "dropout": 0.3},  # behind each layer but the last, so behind none
+    ],
+    ids=["one way", "both ways", "two layers", "dropout"],
+)
+@pytest.mark.filterwarnings("ignore:dropout option adds dropout")
+def test_recurrent_layers_train_and_stay_float(
+    backend: str, kind: type[nn.RNNBase], settings: dict[str, Any], tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    network = Sequence(kind, **settings)
+    reference = copy.deepcopy(network)
+    prepared = off(prepare(network, ROWS, backend=backend))
+    for training, size in ((True, 7), (False, 3)):
+        x = torch.randn(size, 5, 6)
+        torch.testing.assert_close(prepared.train(training)(x), reference.train(training)(x), rtol=1e-5, atol=1e-6)
+    fit(prepared, ROWS)
+    trained = dict(prepared.named_parameters())
+    assert not any(torch.equal(trained[name], value) for name, value in reference.named_parameters())
+    converted = convert(prepared, ROWS)
+    rows = {row.name: row for row in converted.coverage}
+    assert {name for name, row in rows.items() if row.quantized} == {"embed", "head"}
+    assert rows["rnn"].kind == kind.__name__
+    assert "has no rule for aten." in rows["rnn"].reason
+    x = torch.randn(9, 5, 6)
+    with torch.no_grad():
+        assert sqnr_db(prepared.eval()(x), converted.network(x)) > 60
+    saved = QuantizedNetwork(converted, Recipe("pt2e", backend), ROWS)
+    saved.save(tmp_path / "model.int8")
+    assert torch.equal(load_quantized(tmp_path / "model.int8")(x), saved(x))
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_recurrent_layers_are_calibrated_around(kind: type[nn.RNNBase]) -> None:
+    prepared = prepare(Sequence(kind, num_layers=2, batch_first=True), ROWS, kind="static")
+    calibrate(prepared, [ROWS])
+    rows = {row.name: row for row in convert(prepared, ROWS).coverage}
+    assert {name for name, row in rows.items() if row.quantized} == {"embed", "head"}
+    excluded = prepare(Sequence(kind, batch_first=True), ROWS, exclude=("rnn", "embed"))
+    rows = {row.name: row for row in Pt2eFlow().coverage(excluded, ROWS) if row.what == "layer"}
+    assert rows["rnn"].reason == rows["embed"].reason == "excluded"
+    assert rows["head"].quantized
+
+
+def test_cells_are_reported_float() -> None:
+    class Step(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lstm, self.gru, self.rnn = nn.LSTMCell(6, 8), nn.GRUCell(8, 8), nn.RNNCell(8, 8)
+            self.head = nn.Linear(8, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.rnn(self.gru(self.lstm(x[:, 0])[0])))
+
+    prepared = prepare(Step(), ROWS)
+    fit(prepared, ROWS)
+    rows = {row.name: row for row in convert(prepared, ROWS).coverage}
+    assert {name for name, row in rows.items() if row.quantized} == {"head"}
+    assert "aten.lstm_cell" in rows["lstm"].reason
+    assert "aten.gru_cell" in rows["gru"].reason
+    assert "aten.rnn_tanh_cell" in rows["rnn"].reason
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_dropout_inside_a_recurrent_layer_is_refused(kind: type[nn.RNNBase]) -> None:
+    network = Sequence(kind, num_layers=2, batch_first=True, dropout=0.3)
+    with pytest.raises(TraceError, match=r"dropout=0\.3 between its layers.*fixed in the graph.*mode='fx'") as caught:
+        prepare(network, ROWS)
+    assert "random numbers" not in str(caught.value)
+    for mode in ("fx", "eager"):  # what the message says
+        assert get_flow(mode).prepare(copy.deepcopy(network), ROWS, Recipe(mode, "x86"))
+
+
 # Compiling
 
 
@@ -501,6 +616,22 @@ def test_compiled_equals_decomposed_at_any_batch_size(monkeypatch: pytest.Monkey
         assert sqnr_db(expected["logits"], actual["logits"]) > 45
     network.load_state_dict(network.state_dict())
     assert network.runs == "not compiled yet"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_recurrent_layers_are_compiled(monkeypatch: pytest.MonkeyPatch, kind: type[nn.RNNBase]) -> None:
+    torch.manual_seed(0)
+    prepared = prepare(Sequence(kind, batch_first=True, bidirectional=True), ROWS)
+    fit(prepared, ROWS)
+    network = convert(prepared, ROWS).network
+    reference = copy.deepcopy(network)
+    x = torch.randn(9, 5, 6)
+    expected = reference(x)
+    monkeypatch.setenv("QAT_LIGHTNING_COMPILE", "1")
+    network(*ROWS.args)
+    assert network.runs == "aotinductor", network.why_decomposed
+    assert sqnr_db(expected, network(x)) > 45
 
 
 def test_compiled_layers_equal_on_images_of_one_channel() -> None:

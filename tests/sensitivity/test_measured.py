@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,9 @@ from torch import Tensor, nn
 
 from qat_lightning import Scheme, sensitivity
 from qat_lightning.calibration import calibrate
+from qat_lightning.demos import SmallMobileNet
 from qat_lightning.errors import ConfigurationError
-from qat_lightning.flows.base import Example, get_flow
+from qat_lightning.flows.base import Example, cpu_copy, get_flow, sqnr_db
 from qat_lightning.recipe import Recipe
 from qat_lightning.sensitivity import Budget, Sensitivity
 from qat_lightning.sensitivity.draw import draw
@@ -171,6 +173,60 @@ def test_the_default_metric_is_the_outputs_noise() -> None:
     assert result.metric_name == "SQNR of the outputs in dB"
     assert result.rows[0].name == "second"
     assert result.table().row_count == len(result.rows)
+
+
+def test_steps_that_would_learn_are_calibrated() -> None:
+    found = [
+        sensitivity(network(), data(), scheme=Scheme(weight_bits=4, learned_step=step)) for step in ("lsq", "none")
+    ]
+    assert found[0].rows == found[1].rows
+    assert found[0].recipe == found[1].recipe
+    assert "instead of learned_step='lsq'" in found[0].notes[0]
+    assert not found[1].notes
+
+
+def mobile() -> tuple[nn.Module, list[Tensor]]:
+    """Inverted residuals with ReLU6, as if trained, and images."""
+    torch.manual_seed(0)
+    net = SmallMobileNet(width=8).eval()
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.running_mean, -0.5, 0.5)
+            nn.init.uniform_(module.running_var, 0.5, 2.0)
+            nn.init.uniform_(module.weight, 0.5, 4.0)
+    return net, [torch.randn(16, 1, 8, 8) for _ in range(2)]
+
+
+def convert_without(exclude: Sequence[str]) -> None:
+    """Prepare, calibrate and convert in mode fx, and hold the result to fake-quant."""
+    net, images = mobile()
+    recipe = Recipe("fx", "x86", Scheme(weight_bits=4), exclude=tuple(exclude), kind="static")
+    prepared = get_flow("fx").prepare(net, Example((images[0],)), recipe, prefix="net")
+    calibrate(prepared, images)
+    converted = get_flow("fx").convert(cpu_copy(prepared), Example((images[0],)))
+    rows = {f"net.{row.name}": row for row in converted.coverage}
+    assert {name for name, row in rows.items() if not row.quantized} == set(exclude) & set(rows)
+    with torch.no_grad():
+        assert sqnr_db(prepared(images[1]), converted.network(images[1])) > 40
+
+
+@pytest.fixture(scope="module")
+def ranked_mobile() -> Sensitivity:
+    net, images = mobile()
+    return sensitivity(net, images, mode="fx", scheme=Scheme(weight_bits=4), prefix="net")
+
+
+def test_what_is_chosen_converts(ranked_mobile: Sensitivity) -> None:
+    plan = ranked_mobile.within(Budget(min_size_ratio=3.0))
+    assert plan.reached
+    assert plan.exclude
+    convert_without(plan.exclude)
+
+
+def test_every_list_that_could_be_chosen_converts(ranked_mobile: Sensitivity) -> None:
+    names = [f"net.{row.name}" for row in ranked_mobile.rows if row.excludable]
+    for count in range(1, len(names)):
+        convert_without(names[:count])
 
 
 def test_names_are_relative_to_the_lightning_module(tmp_path: Path) -> None:

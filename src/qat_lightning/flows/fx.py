@@ -17,7 +17,7 @@ from torch.ao.quantization.fx.custom_config import PrepareCustomConfig
 from torch.ao.quantization.fx.fuse import fuse
 from torch.ao.quantization.fx.prepare import prepare as upstream_prepare
 from torch.ao.quantization.quantize_fx import convert_fx
-from torch.nn.utils.parametrize import is_parametrized, remove_parametrizations
+from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
 
 from qat_lightning.backends import quantized_engine
 from qat_lightning.errors import ConversionError, NetworkError
@@ -120,7 +120,7 @@ class FxFlow:
             # Upstream deprecates this API in favour of PT2 export on every call.
             warnings.filterwarnings("ignore", category=DeprecationWarning)
             warnings.filterwarnings("ignore", category=FutureWarning)
-            # Sigmoid and its like stay float, as the coverage says in our words.
+            # Hardsigmoid: its kernel has a grid of its own, whatever it is given.
             warnings.filterwarnings("ignore", message="QConfig must specify a FixedQParams")
             try:
                 fused = fuse(graph_module, True, None, config)
@@ -294,9 +294,15 @@ def _hide_parametrized(graph_module: fx.GraphModule) -> Callable[[fx.GraphModule
 def _compute_weights_for_good(network: nn.Module) -> None:
     """Make plain layers of those whose weight is computed, which a file can hold."""
     for module in list(network.modules()):
-        if is_parametrized(module):
-            for name in list(module.parametrizations):  # type: ignore[arg-type]
-                remove_parametrizations(module, name)
+        if not is_parametrized(module):
+            continue
+        names: Any = module._modules["parametrizations"]
+        computed = {name: getattr(module, name).detach().clone() for name in names}
+        # Upstream's remove_parametrizations changes the class as well, which the user's own layer still has.
+        module.__class__ = type_before_parametrizations(module)
+        del module._modules["parametrizations"]
+        for name, value in computed.items():
+            module._parameters[name] = nn.Parameter(value, requires_grad=False)
 
 
 def _flat_example(graph_module: fx.GraphModule, example: Example) -> tuple[Any, ...]:

@@ -155,6 +155,7 @@ def observe_only_after_relu(prepared: fx.GraphModule) -> list[str]:
         The names of those ReLUs: the int8 graph does without, because a grid from 0 up to the observed clamps alike.
     """
     modules = dict(prepared.named_modules(remove_duplicate=False))
+    configs = prepared.meta["_observed_graph_module_attrs"].node_name_to_qconfig
     folded = []
     for node in list(prepared.graph.nodes):
         largest = relu_limit(modules.get(str(node.target)) if node.op == "call_module" else None, node)
@@ -172,7 +173,9 @@ def observe_only_after_relu(prepared: fx.GraphModule) -> list[str]:
         node.replace_input_with(before, before.args[0])
         prepared.graph.erase_node(before)
         behind.begins_at_zero(largest)
-        folded.append(node.name)
+        # Without the ReLU, upstream's converter would leave out the rounding between two ops that stay float.
+        if any(configs.get(other.name, "") is not None for other in (node.args[0], *after.users)):
+            folded.append(node.name)
     prepared.recompile()
     return folded
 

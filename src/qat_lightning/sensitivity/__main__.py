@@ -19,7 +19,7 @@ from qat_lightning.errors import ConfigurationError
 from qat_lightning.sensitivity.budget import Budget
 from qat_lightning.sensitivity.draw import draw
 from qat_lightning.sensitivity.measured import Sensitivity
-from qat_lightning.sensitivity.run import Options, composed, config_of_run, measure_run
+from qat_lightning.sensitivity.run import SQNR_BATCHES, Options, composed, config_of_run, measure_run
 from qat_lightning.terminal import console, status_of
 
 NOT_REACHED = 1
@@ -34,7 +34,7 @@ def main(words: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0; 1 where the budget cannot be kept; 2 where something is wrong with the input.
     """
-    options = _parser().parse_args(words)
+    options = _parser().parse_intermixed_args(words)
     return status_of(lambda: _run(options))
 
 
@@ -71,6 +71,8 @@ def _run(options: argparse.Namespace) -> int:
     )
     shown = console()
     shown.print(found.table())
+    for note in found.notes:
+        shown.print(Text(note), soft_wrap=True)
     out = options.out or (run / "sensitivity" if run else Path("sensitivity"))
     out.mkdir(parents=True, exist_ok=True)
     _write_csv(found, out / "layers.csv")
@@ -100,13 +102,13 @@ def _parser() -> argparse.ArgumentParser:
     add("words", nargs="*", metavar="RUN or KEY=VALUE", help="a run's folder, and overrides of its configuration")
     add("--config-dir", type=Path, default=Path("conf"), help="without a run's folder: train.py's configurations")
     add("--checkpoint", type=Path, help="by default the run's checkpoints/last.ckpt")
-    add("--metric", default="val/acc", help="what validation_step logs (default: val/acc)")
+    add("--metric", default="val/acc", help="what validation_step logs, or sqnr of the outputs (default: val/acc)")
     add("--smaller-is-better", action="store_true", help="the metric is a loss")
     add("--rank-by", choices=["alone", "without"], default="alone", help="quantized alone, or all but it")
     add("--max-drop", type=float, help="of the metric, in its own unit: 0.003 for 0.3 points of accuracy")
     add("--min-size-ratio", type=float, help="how many times smaller the weights have to be")
     add("--calibration-batches", type=_positive, default=8, help="of the training data (default: 8)")
-    add("--validation-batches", type=_positive, help="by default all")
+    add("--validation-batches", type=_positive, help=f"by default all; {SQNR_BATCHES} for sqnr")
     add("--out", type=Path, help="folder of what is written (default: sensitivity, in the run's folder)")
     add("--no-plot", action="store_true", help="leave out the picture, which needs matplotlib (the extra plots)")
     return parser

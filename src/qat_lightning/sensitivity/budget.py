@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
+
+import yaml
 
 from qat_lightning.errors import ConfigurationError
 
@@ -86,7 +91,7 @@ class MixedPrecision:
 
     def override(self) -> str:
         """The exclude list for the command line of train.py."""
-        return f"quantization.exclude=[{','.join(self.exclude)}]"
+        return f"quantization.exclude=[{','.join(map(_word, self.exclude))}]"
 
     def summary(self) -> str:
         """What was found, in a sentence or two."""
@@ -101,18 +106,23 @@ class MixedPrecision:
 
     def write(self, path: str | Path) -> None:
         """Write the exclude list as a file for a config group of Hydra, such as conf/experiment."""
-        lines = [f"  - {name}" for name in self.exclude]
+        lines = yaml.safe_dump(list(self.exclude), width=math.inf).splitlines() if self.exclude else []
         text = "\n".join(
             [
                 "# @package _global_",
                 f"# {self.summary()}",
                 "quantization:",
                 "  exclude: # the layers that stay float" if lines else "  exclude: [] # no layer stays float",
-                *([f"  {line}" for line in lines]),
+                *(f"    {line}" for line in lines),
                 "",
             ]
         )
         Path(path).write_text(text)
+
+
+def _word(name: str) -> str:
+    """A glob as Hydra's command line takes it for a string: in quotes where it would be a number or something else."""
+    return name if re.fullmatch(r"[A-Za-z_*?][\w.*?]*", name) else json.dumps(name)
 
 
 def size_ratio(total: int, quantized: int, bits: int) -> float:

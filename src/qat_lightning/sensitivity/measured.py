@@ -63,6 +63,7 @@ class Sensitivity:
         rank_by: What the order is by.
         recipe: What was quantized how.
         prefix: The network's name in the LightningModule, for overrides.
+        notes: What was measured otherwise than asked, a sentence each.
     """
 
     def __init__(
@@ -72,6 +73,7 @@ class Sensitivity:
         self.metric_name: str = told["metric_name"]
         self.rank_by: RankBy = told["rank_by"]
         self.prefix: str = told["prefix"]
+        self.notes: Sequence[str] = told["notes"]
         self._network, self._example = network, example
         self._metric, self._calibrate = metric, calibrate_on
         self.float_metric = _finite(metric(copy.deepcopy(network).eval()))
@@ -226,7 +228,7 @@ def sensitivity(
             dict of keyword inputs each. Each is used often, so a few.
         mode: ``"eager"``, ``"fx"`` or ``"pt2e"``.
         backend: The target.
-        scheme: Bits and granularity.
+        scheme: Bits and granularity. Steps that would learn are calibrated, which `Sensitivity.notes` says.
         metric: Called with a network in evaluation; larger is better. By default the SQNR of its outputs on
             ``batches`` against the float network's, in dB.
         metric_name: For tables.
@@ -253,7 +255,8 @@ def sensitivity(
     examples = [batch if isinstance(batch, Example) else _example(batch) for batch in batches]
     if not examples:
         raise ConfigurationError("batches is empty: give at least one call of the network.")
-    recipe = Recipe(mode, backend, scheme or Scheme(), tuple(include), tuple(exclude), kind="static")
+    scheme, notes = _without_learning(scheme or Scheme())
+    recipe = Recipe(mode, backend, scheme, tuple(include), tuple(exclude), kind="static")
     check_globs(recipe, [f"{prefix}.{name}".strip(".") for name, _ in network.named_modules() if name])
     return Sensitivity(
         network,
@@ -264,7 +267,16 @@ def sensitivity(
         metric_name=metric_name or ("metric" if metric else "SQNR of the outputs in dB"),
         rank_by=rank_by,
         prefix=prefix,
+        notes=notes,
     )
+
+
+def _without_learning(scheme: Scheme) -> tuple[Scheme, list[str]]:
+    """The scheme as it can be calibrated, and a note if that is another one."""
+    if not scheme.learned:
+        return scheme, []
+    note = f"Measured with calibrated steps instead of learned_step={scheme.learned_step!r}, which needs training."
+    return replace(scheme, learned_step="none"), [note]
 
 
 class _OutputSqnr:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.utils import instantiate
@@ -24,17 +25,26 @@ from qat_lightning.network import Slot, find_networks
 from qat_lightning.scheme import Scheme
 from qat_lightning.sensitivity.measured import RankBy, Sensitivity, sensitivity
 
+SQNR = "sqnr"
+"""The metric that needs no label: the outputs' SQNR against the float network's."""
+
+SQNR_BATCHES = 8
+"""How many batches it is measured on where nothing else is said; their inputs are kept in memory."""
+
 
 @dataclass(frozen=True)
 class Options:
     """What is measured, besides the configuration.
 
     Attributes:
-        metric: The key that ``validation_step`` logs.
+        metric: The key that ``validation_step`` logs, or `SQNR`.
         smaller_is_better: Whether that metric is a loss.
         calibration_batches: Batches of the training data for the ranges.
-        validation_batches: Batches of the validation data; None for all.
+        validation_batches: Batches of the validation data; None for all, and for `SQNR_BATCHES` of them with `SQNR`.
         rank_by: See `qat_lightning.sensitivity`.
+
+    Raises:
+        ConfigurationError: A smaller SQNR is asked for.
     """
 
     metric: str = "val/acc"
@@ -42,6 +52,16 @@ class Options:
     calibration_batches: int = 8
     validation_batches: int | None = None
     rank_by: RankBy = "alone"
+
+    def __post_init__(self) -> None:
+        """Refuse an order by the least SQNR."""
+        if self.sqnr and self.smaller_is_better:
+            raise ConfigurationError("--metric sqnr is larger for a better network: leave out --smaller-is-better.")
+
+    @property
+    def sqnr(self) -> bool:
+        """Whether the outputs are compared with the float network's."""
+        return self.metric == SQNR
 
 
 def config_of_run(folder: Path, overrides: Sequence[str]) -> DictConfig:
@@ -73,7 +93,7 @@ def composed(folder: Path, overrides: Sequence[str]) -> DictConfig:
 
 
 def measure_run(cfg: DictConfig, checkpoint: Path, options: Options) -> Sensitivity:
-    """Rank the layers of a trained LightningModule by its own validation metric.
+    """Rank the layers of a trained LightningModule by its own validation metric, or by the SQNR of its outputs.
 
     Args:
         cfg: Of train.py: ``model``, ``data``, and ``quantization`` for mode, backend, scheme, include and exclude.
@@ -95,12 +115,12 @@ def measure_run(cfg: DictConfig, checkpoint: Path, options: Options) -> Sensitiv
     scheme = quantization.get("scheme")
     return sensitivity(
         validation.slot.get(),
-        [validation.example()],
+        validation.calls(),
         mode=quantization.get("mode", "fx"),
         backend=quantization.get("backend", "x86"),
         scheme=instantiate(scheme) if scheme is not None else Scheme(),
-        metric=validation,
-        metric_name=options.metric,
+        metric=None if options.sqnr else validation,
+        metric_name="" if options.sqnr else options.metric,
         calibrate_on=validation.calibrate,
         rank_by=options.rank_by,
         include=tuple(quantization.get("include") or ()),
@@ -124,6 +144,7 @@ class _Validation:
 
     def __init__(self, model: LightningModule, datamodule: Any, slot: Slot, options: Options) -> None:
         self.model, self.datamodule, self.slot, self.options = model, datamodule, slot, options
+        batches = options.validation_batches
         self.trainer = Trainer(
             accelerator="cpu",
             devices=1,
@@ -131,32 +152,35 @@ class _Validation:
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
-            limit_val_batches=options.validation_batches,
+            limit_val_batches=SQNR_BATCHES if batches is None and options.sqnr else batches,
         )
 
     def __call__(self, network: nn.Module) -> float:
         before = self.slot.run_instead(network)
         try:
-            return self._validate()
+            found = self._validate()
         finally:
             self.slot.run_again(before)
-
-    def _validate(self) -> float:
-        (found, *_) = self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
         if self.options.metric not in found:
             raise ConfigurationError(
-                f"--metric {self.options.metric}: validation_step logs {', '.join(found) or 'nothing'}."
+                f"--metric {self.options.metric}: validation_step logs {', '.join(found) or 'nothing'}. Use one of "
+                f"these, or {SQNR}."
             )
         value = float(found[self.options.metric])
         return -value if self.options.smaller_is_better else value
 
-    def example(self) -> Example:
-        """The first call of the network in a validation."""
+    def _validate(self) -> Mapping[str, float]:
+        (found, *_) = self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
+        return found
+
+    def calls(self) -> list[Example]:
+        """The calls of the network in a validation, which SQNR is measured on; otherwise the first."""
         calls: list[Example] = []
 
         def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if not calls:
-                calls.append(Example(*tree_map(copy.deepcopy, (args, kwargs))))
+            if not calls or self.options.sqnr:
+                with torch.inference_mode(False):  # the copies are used outside of the validation's inference mode
+                    calls.append(Example(*tree_map(copy.deepcopy, (args, kwargs))))
 
         called = self.model.get_submodule(self.slot.prefix) if self.slot.prefix else self.model
         handle = called.register_forward_pre_hook(keep, with_kwargs=True)
@@ -166,7 +190,7 @@ class _Validation:
             handle.remove()
         if not calls:
             raise ConfigurationError(f"validation_step does not call {self.slot.name!r}: give quantization.module=...")
-        return calls[0]
+        return calls
 
     def calibrate(self, prepared: nn.Module) -> None:
         """Take the ranges from the training data, through the LightningModule's own step."""

@@ -50,6 +50,9 @@ TRAINING_FLAG: dict[Any, tuple[int, Any]] = {
 }
 """Ops other than BatchNorm that do something else in training: which argument says so, and its value in evaluation."""
 
+RECURRENT = (aten.lstm, aten.gru, aten.rnn_tanh, aten.rnn_relu)
+"""Layers in one op, of which only the dropout between layers is random."""
+
 
 def capture(network: nn.Module, example: Example, *, train: bool = True) -> tuple[fx.GraphModule, CallSpec]:
     """Export ``network`` in training mode, or as it is in evaluation.
@@ -239,12 +242,36 @@ def _refuse_randomness(graph: fx.Graph, name: str) -> None:
         target: Any = FUNCTIONAL.get(node.target, node.target)
         if not isinstance(target, torch._ops.OpOverload) or target in TRAINING_FLAG:
             continue
-        if torch.Tag.nondeterministic_seeded in target.tags:
-            raise TraceError(
-                f"mode='pt2e' keeps one graph for training and evaluation, and {name} draws random numbers "
-                f"({target}){source_line(node)}, which would go on in evaluation. Use nn.Dropout or F.dropout, or "
-                f"mode='eager'. {WHAT_TO_DO}"
-            )
+        if torch.Tag.nondeterministic_seeded not in target.tags:
+            continue
+        if target.overloadpacket in RECURRENT:
+            _refuse_dropout_inside(node, name)
+            continue
+        raise TraceError(
+            f"mode='pt2e' keeps one graph for training and evaluation, and {name} draws random numbers "
+            f"({target}){source_line(node)}, which would go on in evaluation. Use nn.Dropout or F.dropout, or "
+            f"mode='eager'. {WHAT_TO_DO}"
+        )
+
+
+def _refuse_dropout_inside(node: fx.Node, name: str) -> None:
+    """Raise if a recurrent op drops values between its layers: its training flag is a constant of the graph."""
+    dropout = _argument(node, "dropout")
+    if dropout == 0 or _argument(node, "num_layers") == 1:
+        return
+    raise TraceError(
+        f"mode='pt2e' keeps one graph for training and evaluation, and {name} has {node.target} with dropout={dropout} "
+        f"between its layers{source_line(node)}: whether it trains is fixed in the graph, so that it would go on "
+        "dropping values in evaluation. Use mode='fx' or mode='eager', or dropout=0 and nn.Dropout between recurrent "
+        "layers of one layer each."
+    )
+
+
+def _argument(node: fx.Node, name: str) -> Any:
+    """The argument that an op's schema calls ``name``, given by position or by name."""
+    target: Any = node.target
+    position = [argument.name for argument in target._schema.arguments].index(name)
+    return node.args[position] if len(node.args) > position else node.kwargs.get(name)
 
 
 def source_line(node: fx.Node) -> str:

@@ -34,6 +34,8 @@ _WEIGHTED = (
     nn.Linear,
     nn.Embedding,
     nn.EmbeddingBag,
+    nn.RNNBase,
+    nn.RNNCellBase,
 )
 
 
@@ -157,7 +159,7 @@ def coverage(state: PreparedState, prepared: ExportedNetwork, result: Decomposed
     for name, module in state.float_network.named_modules():
         if not isinstance(module, _WEIGHTED):
             continue
-        weight = tensors.get(id(getattr(_submodule(prepared, name), "weight", None)), "")
+        weight = tensors.get(id(_weight(_submodule(prepared, name))), "")
         calls = users.get(weight) or [n for n in plan.graph.nodes if n.target in CHANNEL_AXIS and scope_of(n) == name]
         floats = [
             node
@@ -167,6 +169,12 @@ def coverage(state: PreparedState, prepared: ExportedNetwork, result: Decomposed
         reason = "" if calls and not floats else _why_float(state, name, floats, unseen)
         rows.append(LayerCoverage(name, type(module).__name__, not reason, reason))
     return rows
+
+
+def _weight(module: nn.Module | None) -> Tensor | None:
+    """A layer's weight; of a recurrent one, the first of its first layer."""
+    names = ("weight", "weight_ih_l0", "weight_ih")
+    return next((getattr(module, name) for name in names if isinstance(getattr(module, name, None), Tensor)), None)
 
 
 def _submodule(root: nn.Module, name: str) -> nn.Module | None:

@@ -172,8 +172,8 @@ def entropy_range(histogram: Histogram, low: float, high: float, *, levels: int)
 
     For each threshold the values beyond it count as being at it, and the bins below it are merged into ``levels`` ones
     (Migacz, 8-bit inference with TensorRT, GTC 2017). The threshold is one for both signs. As in NVIDIA's
-    ``pytorch-quantization``, the bin at zero counts as much as the next, or the zeros that ReLU leaves would decide, and
-    of equal thresholds the largest is taken.
+    ``pytorch-quantization``, the bin at zero counts as much as the next, or the zeros that ReLU leaves would decide,
+    and of equal thresholds the largest is taken.
 
     Args:
         histogram: Of the values.

@@ -265,3 +265,14 @@ def test_what_is_not_possible_is_refused(settings: dict[str, object], message: s
 def test_budgets_are_checked(limits: dict[str, object]) -> None:
     with pytest.raises(ConfigurationError):
         Budget(**limits)
+
+
+def test_batches_with_labels_are_refused_in_words() -> None:
+    with pytest.raises(ConfigurationError, match=r"too many positional arguments.*\[x for x, _ in loader\]"):
+        sensitivity(nn.Sequential(nn.Linear(4, 2)), [(torch.randn(8, 4), torch.zeros(8))])
+
+
+def test_the_best_mode_is_taken_where_it_is_left_open() -> None:
+    found = sensitivity(nn.Sequential(nn.Linear(4, 2)), [torch.randn(8, 4)], mode="auto")
+    assert found.recipe.mode in ("eager", "fx", "pt2e")
+    assert any(found.recipe.mode in note for note in found.notes)

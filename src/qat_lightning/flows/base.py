@@ -11,7 +11,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import nn
 
-from qat_lightning.errors import ConversionError
+from qat_lightning.errors import ConfigurationError, ConversionError
 from qat_lightning.fake_quantize import FakeQuantize
 from qat_lightning.qat_modules import FreezableBatchNorm
 from qat_lightning.recipe import PreparedState, Recipe
@@ -124,7 +124,11 @@ class Flow(Protocol):
 
 
 def get_flow(mode: str) -> Flow:
-    """The flow of ``"eager"``, ``"fx"`` or ``"pt2e"``."""
+    """The flow of ``"eager"``, ``"fx"`` or ``"pt2e"``.
+
+    Raises:
+        ConfigurationError: There is no such mode. For ``"auto"`` see `qat_lightning.prepare.choose_mode`.
+    """
     # Imported here, so that one mode does not pay for the imports of another.
     if mode == "fx":
         from qat_lightning.flows.fx import FxFlow
@@ -134,6 +138,8 @@ def get_flow(mode: str) -> Flow:
         from qat_lightning.flows.eager import EagerFlow
 
         return EagerFlow()
+    if mode != "pt2e":
+        raise ConfigurationError(f"mode={mode!r} has no flow: use 'eager', 'fx' or 'pt2e'.")
     from qat_lightning.flows.pt2e import Pt2eFlow
 
     return Pt2eFlow()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,6 +20,7 @@ from qat_lightning.example import from_user
 from qat_lightning.flows.base import Example, get_flow
 from qat_lightning.measure import EQUAL_DB
 from qat_lightning.monitoring import decibel
+from qat_lightning.prepare import choose_mode
 from qat_lightning.recipe import Recipe, check_globs
 from qat_lightning.scheme import Scheme
 from qat_lightning.sensitivity.budget import Budget, MixedPrecision, size_ratio
@@ -226,7 +228,7 @@ def sensitivity(
         network: A trained float network; it is left as it is.
         batches: Calls of it, to calibrate with and for the default metric: a tensor, a tuple of positional inputs or a
             dict of keyword inputs each. Each is used often, so a few.
-        mode: ``"eager"``, ``"fx"`` or ``"pt2e"``.
+        mode: ``"eager"``, ``"fx"`` or ``"pt2e"``, or ``"auto"`` for the best that works, which is in the notes.
         backend: The target.
         scheme: Bits and granularity. Steps that would learn are calibrated, which `Sensitivity.notes` says.
         metric: Called with a network in evaluation; larger is better. By default the SQNR of its outputs on
@@ -255,12 +257,20 @@ def sensitivity(
     examples = [batch if isinstance(batch, Example) else _example(batch) for batch in batches]
     if not examples:
         raise ConfigurationError("batches is empty: give at least one call of the network.")
+    _check_call(network, examples[0])
+    first = from_user(examples[0].args) if not examples[0].kwargs else examples[0]
     scheme, notes = _without_learning(scheme or Scheme())
-    recipe = Recipe(mode, backend, scheme, tuple(include), tuple(exclude), kind="static")
+
+    def recipe_of(mode: str) -> Recipe:
+        return Recipe(mode, backend, scheme, tuple(include), tuple(exclude), kind="static")
+
+    mode, why = choose_mode(mode, network, first, recipe_of, prefix=prefix)
+    notes += [f"{why}."] if why else []
+    recipe = recipe_of(mode)
     check_globs(recipe, [f"{prefix}.{name}".strip(".") for name, _ in network.named_modules() if name])
     return Sensitivity(
         network,
-        from_user(examples[0].args) if not examples[0].kwargs else examples[0],
+        first,
         recipe,
         metric or _OutputSqnr(network, examples),
         calibrate_on or (lambda prepared: calibrate(prepared, examples)),
@@ -303,6 +313,16 @@ def _example(batch: Any) -> Example:
     if isinstance(batch, Mapping):
         return Example((), dict(batch))
     return Example(tuple(batch) if isinstance(batch, (tuple, list)) else (batch,))
+
+
+def _check_call(network: nn.Module, example: Example) -> None:
+    try:
+        inspect.signature(network.forward).bind(*example.args, **example.kwargs)
+    except TypeError as error:
+        raise ConfigurationError(
+            f"batches does not hold calls of {type(network).__name__} ({error}): a tuple is its positional inputs, a "
+            "dict its keyword inputs. Leave labels out: [x for x, _ in loader]."
+        ) from error
 
 
 def _prefixes(rows: Sequence[LayerSensitivity]) -> list[tuple[str, ...]]:

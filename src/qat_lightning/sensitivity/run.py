@@ -120,7 +120,7 @@ def measure_run(cfg: DictConfig, checkpoint: Path, options: Options) -> Sensitiv
         backend=quantization.get("backend", "x86"),
         scheme=instantiate(scheme) if scheme is not None else Scheme(),
         metric=None if options.sqnr else validation,
-        metric_name="" if options.sqnr else options.metric,
+        metric_name="" if options.sqnr else f"{'-' if options.smaller_is_better else ''}{options.metric}",
         calibrate_on=validation.calibrate,
         rank_by=options.rank_by,
         include=tuple(quantization.get("include") or ()),

@@ -13,7 +13,7 @@ from lightning.pytorch import Callback
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.efficientnet_lite import FOUR_BITS, PER_TENSOR, Row, distillation, measure, parse, with_bases
+from benchmarks.efficientnet_lite import FEATURES, FOUR_BITS, PER_TENSOR, Row, distillation, measure, parse, with_bases
 from benchmarks.machine import describe
 from benchmarks.photos import read_photos
 from benchmarks.training import silent
@@ -47,9 +47,14 @@ ROWS |= {
     "distillation of outputs and features": Row(
         "qat", FOUR_BITS, QAT_4, callbacks=lambda: distillation(feature_weight=30.0)
     ),
+    "distillation of features alone": _qat(
+        lambda: Distillation(task_weight=0.0, weight=0.0, features=FEATURES, feature_weight=30.0)
+    ),
     "distillation and labels": _qat(lambda: Distillation(temperature=2.0)),
     "bias correction before training": _qat(bias_correction_batches=8),
+    "equalization before training": _qat(equalization="exact"),
     "learned step size": _qat(scheme=Scheme(weight_bits=4, learned_step="lsq")),
+    "learned step size and zero point": _qat(scheme=Scheme(weight_bits=4, learned_step="lsq+")),
     "BatchNorm not folded, and frozen": _qat(batchnorm="fused", freeze_batchnorm=0),
     "BatchNorm re-estimation": _qat(BatchNormReestimation, batchnorm="fused", freeze_batchnorm=0),
 }

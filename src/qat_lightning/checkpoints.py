@@ -21,10 +21,10 @@ from qat_lightning.recipes.folding import unfold_state
 _STATE_KEY = "_quantization._extra_state"
 
 
-def float_weights(prepared: nn.Module) -> dict[str, Tensor]:
+def float_weights(prepared: nn.Module) -> dict[str, Any]:
     """A detached copy, on the CPU, of the part of a prepared network's ``state_dict`` that the float network has."""
     keys = float_keys(prepared)
-    return {key: value.detach().cpu().clone() for key, value in prepared.state_dict().items() if key in keys}
+    return {key: _copied(value) for key, value in prepared.state_dict().items() if key in keys}
 
 
 def present_float(prepared: nn.Module) -> nn.Module:
@@ -159,6 +159,11 @@ def guard_loading(
 
     handle: RemovableHandle = pl_module.register_load_state_dict_pre_hook(guard)  # type: ignore[no-untyped-call]
     return handle
+
+
+def _copied(value: Any) -> Any:
+    """A tensor, detached and on the CPU, or what a network's ``get_extra_state`` gave."""
+    return value.detach().cpu().clone() if isinstance(value, Tensor) else copy.deepcopy(value)
 
 
 def _complete(state_dict: dict[str, Any], network: nn.Module, prefix: str) -> None:

@@ -12,6 +12,8 @@ import torch
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature as takes
 from torch import Tensor, nn
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -103,6 +105,31 @@ def check_example(network: nn.Module, example: Example, *, name: str, given: boo
             + " example_inputs=<a tensor, a tuple of the positional inputs, or a dict of the keyword inputs of its "
             "forward>."
         ) from error
+
+
+def refuse_old_norms(network: nn.Module, name: str) -> None:
+    """Refuse the hooks that compute a weight before each call: such a weight is no parameter and cannot be copied.
+
+    Args:
+        network: The float network.
+        name: Its name in the LightningModule.
+
+    Raises:
+        NetworkError: There are some; the message names the layers, and what to use instead.
+    """
+    layers = {
+        layer: "weight_norm" if isinstance(hook, WeightNorm) else "spectral_norm"
+        for layer, module in network.named_modules()
+        for hook in module._forward_pre_hooks.values()
+        if isinstance(hook, (WeightNorm, SpectralNorm))
+    }
+    if layers:
+        where = ", ".join(f"{function} on {layer!r}" for layer, function in layers.items())
+        instead = " and ".join(f"torch.nn.utils.parametrizations.{function}" for function in sorted({*layers.values()}))
+        raise NetworkError(
+            f"{name!r} ({type(network).__name__}) has hooks of torch.nn.utils ({where}), whose weight is no parameter "
+            f"and can be neither copied nor quantized. Use {instead} instead, with the same arguments."
+        )
 
 
 def describe(value: Any) -> str:

@@ -19,7 +19,52 @@ from qat_lightning.recipe import PreparedState
 from qat_lightning.relu_rounding import with_relus_in_roundings
 
 
-class GraphNetwork(nn.Module):
+class KeepsExtraState(nn.Module):
+    """Saves and loads the extra state of the module whose ``forward`` was merged into a graph."""
+
+    def keep_extra_state_of(self, original: nn.Module) -> None:
+        """Let the entry ``_extra_state`` be that of ``original``, if its class has one."""
+        if has_extra_state(original):
+            self.__dict__["_extra_state_of"] = original
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        original = self.__dict__.get("_extra_state_of")
+        if original is not None:
+            destination[prefix + _EXTRA_STATE] = original.get_extra_state()
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        original, key = self.__dict__.get("_extra_state_of"), prefix + _EXTRA_STATE
+        if original is None:
+            return
+        if key in state_dict:
+            original.set_extra_state(state_dict[key])
+            unexpected_keys[:] = [name for name in unexpected_keys if name != key]
+        elif strict:
+            missing_keys.append(key)
+
+
+def has_extra_state(module: nn.Module) -> bool:
+    """Whether a module's class has a ``get_extra_state`` of its own."""
+    return type(module).get_extra_state is not nn.Module.get_extra_state
+
+
+_EXTRA_STATE = "_extra_state"
+
+
+class GraphNetwork(KeepsExtraState):
     """The prepared form of a network in the graph modes.
 
     Args:
@@ -73,7 +118,7 @@ class GraphNetwork(nn.Module):
         self.set_graph(self.__dict__["graph"])
 
 
-class GraphPart(nn.Module):
+class GraphPart(KeepsExtraState):
     """Holds the layers of a submodule whose own ``forward`` was merged into the network's graph."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
+from qat_lightning.callbacks.post_training_quantization import PostTrainingQuantization
 from qat_lightning.callbacks.quantization_aware_training import QuantizationAwareTraining
 from qat_lightning.checkpoints import LoadsQuantizedCheckpoints, float_state_dict
 from tests.callbacks.lit import CLASSES, MODES, Lit, assert_same_state, dataset, loader, qat, state, trainer
@@ -131,3 +132,65 @@ def test_a_float_checkpoint_is_tested_and_fitted(mode: str, tmp_path: Path) -> N
         )
         (expected,) = getattr(trainer(), run)(plain, loader(), verbose=False)
         assert metrics == pytest.approx(expected, rel=1e-4)
+
+
+class Counting(nn.Module):
+    """Has a state that is no tensor."""
+
+    def __init__(self, start: int = 0) -> None:
+        super().__init__()
+        self.layer, self.count = nn.Linear(64, 8), {"start": start}
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.layer(x.flatten(1)))
+
+    def get_extra_state(self) -> dict[str, int]:
+        return self.count
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        self.count = dict(state)
+
+
+class OfCounting(Counting):
+    """Another one inside."""
+
+    def __init__(self, start: int = 0) -> None:
+        super().__init__(start)
+        self.inner, self.head = Counting(start + 1), nn.Linear(8, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(super().forward(x) + self.inner(x))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_extra_state_that_is_no_tensor(mode: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    module, callback = Child(OfCounting(5)), qat(mode, start=1)
+    fitting = trainer(callback)
+    fitting.fit(module, loader())
+    callback.use_variant("float")
+    fitting.test(module, loader(), verbose=False)
+    saved = {"net._extra_state": {"start": 5}, "net.inner._extra_state": {"start": 6}}
+    assert_same_state({key: state(module)[key] for key in saved}, saved)
+    assert callback.present_float("net").inner.count == {"start": 6}
+    fitting.save_checkpoint(tmp_path / "counting.ckpt")
+    # Into a float module, and into a prepared one.
+    plain = Child.load_from_checkpoint(tmp_path / "counting.ckpt", net=OfCounting())
+    assert (plain.net.count, plain.net.inner.count) == ({"start": 5}, {"start": 6})
+    other = Child(OfCounting())
+    trainer(qat(mode, start=1)).test(other, loader(), ckpt_path=str(tmp_path / "counting.ckpt"), verbose=False)
+    now = other.state_dict()
+    assert {key: now[key] for key in saved} == saved
+    del now["net._extra_state"]
+    with pytest.raises(RuntimeError, match=r"net\._extra_state"):
+        other.load_state_dict(now)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_bias_correction_with_extra_state_that_is_no_tensor(mode: str) -> None:
+    callback = PostTrainingQuantization(mode=mode, bias_correction=True)
+    fitting = trainer(callback)
+    module = Child(OfCounting(5))
+    fitting.fit(module, loader())
+    fitting.test(module, loader(), verbose=False)
+    assert callback.fidelity["agreement"] > 0.9

@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler
 from torchmetrics.classification import MulticlassAccuracy
 
-from qat_lightning.errors import ConfigurationError, NetworkError
+from qat_lightning.callbacks.post_training_quantization import PostTrainingQuantization
+from qat_lightning.callbacks.quantization_aware_training import QuantizationAwareTraining
+from qat_lightning.errors import ConfigurationError, ConversionError, NetworkError
 from qat_lightning.flows.base import is_prepared
 from tests.callbacks.lit import (
     CLASSES,
@@ -531,3 +533,41 @@ def test_what_will_stay_float_is_said_before_the_training() -> None:
         warnings.simplefilter("always")
         trainer(qat("fx", exclude=["net.head"]), max_steps=1).fit(Lit(), loader())
     assert not [warning for warning in caught if "will stay float" in str(warning.message)]
+
+
+class Hooked(nn.Module):
+    """Layers with the hooks that came before parametrizations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self.body = nn.Sequential(nn.Flatten(), nn.utils.weight_norm(nn.Linear(64, 8)))
+        self.head = nn.utils.spectral_norm(nn.Linear(8, CLASSES))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.relu(self.body(x)))
+
+
+@pytest.mark.parametrize("mode", [*MODES, "auto"])
+@pytest.mark.parametrize("callback", [QuantizationAwareTraining, PostTrainingQuantization])
+def test_hooks_that_compute_weights_are_refused_with_what_to_use(callback: Any, mode: str) -> None:
+    with pytest.raises(NetworkError) as caught:
+        trainer(callback(mode=mode)).fit(Lit(Hooked()), loader())
+    message = str(caught.value)
+    for part in ("weight_norm on 'body.1'", "spectral_norm on 'head'", "parametrizations.weight_norm"):
+        assert part in message
+    assert "example_inputs" not in message
+
+
+def test_there_is_nothing_to_save_before_a_fit() -> None:
+    for callback in (qat(), PostTrainingQuantization()):
+        with pytest.raises(ConversionError, match=r"run trainer\.fit with this callback first\.$"):
+            callback.save("never.int8")
+    with pytest.raises(ConversionError, match="with convert_on_fit_end=True"):
+        qat(convert_on_fit_end=False).save("never.int8")
+
+
+def test_calibration_without_data_names_the_method_of_the_trainer() -> None:
+    with pytest.raises(ConfigurationError, match=r"trainer\.test was given no training data"):
+        trainer(PostTrainingQuantization()).test(Lit(), loader(), verbose=False)

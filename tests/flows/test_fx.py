@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -320,3 +322,51 @@ def test_padding_with_anything_else_stays_float(padding) -> None:
     converted = FxFlow().convert(cpu_copy(prepared), Example((IMAGES,)))
     assert sqnr_db(cpu_copy(prepared)(IMAGES), converted.network(IMAGES)) > 45
     assert [row.quantized for row in converted.operations if row.kind == "pad"] == [False]
+
+
+class Mixed(nn.Module):
+    """Returns what is no tensor as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x: Tensor) -> list[object]:
+        y = self.conv(x)
+        return [y, None, 3.0, {"mean": (y.mean(), "name")}]
+
+
+def test_numbers_and_words_among_the_outputs(tmp_path: Path) -> None:
+    prepared = prepare(Mixed())
+    converted = FxFlow().convert(cpu_copy(prepared), Example((IMAGES,)))
+    QuantizedNetwork(converted, X86, Example((IMAGES,))).save(tmp_path / "mixed.int8")
+    for network in (prepared, converted.network, load_quantized(tmp_path / "mixed.int8")):
+        y, nothing, number, rest = network(IMAGES)
+        assert isinstance(y, Tensor)
+        assert (nothing, number, rest["mean"][1]) == (None, 3.0, "name")
+
+
+@dataclass
+class Scores:
+    """What a network returns."""
+
+    scores: Tensor
+    features: Tensor
+
+
+class InADataclass(nn.Module):
+    """Returns a dataclass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x: Tensor) -> Scores:
+        y = F.relu(self.conv(x))
+        return Scores(y.mean((2, 3)), y)
+
+
+def test_a_dataclass_of_tensors_is_returned() -> None:
+    prepared = prepare(InADataclass())
+    converted = FxFlow().convert(cpu_copy(prepared), Example((IMAGES,)))
+    assert isinstance(converted.network(IMAGES), Scores)

@@ -48,10 +48,15 @@ def calibration_loader(trainer: Trainer, pl_module: LightningModule, given: Any)
     if is_overridden("train_dataloader", pl_module):
         return pl_module.train_dataloader()
     raise ConfigurationError(
-        f"Static quantization takes its ranges from data, and trainer.{trainer.state.fn} was given no training data: "
+        f"Static quantization takes its ranges from data, and trainer.{_called(trainer)} was given no training data: "
         "give PostTrainingQuantization(calibration_dataloader=<a DataLoader>), pass datamodule= to the Trainer, or use "
         "kind='dynamic' or 'weight_only', which need none."
     )
+
+
+def _called(trainer: Trainer) -> str:
+    """The method of the Trainer that runs."""
+    return "fit" if trainer.state.fn is None else str(trainer.state.fn.value)
 
 
 def _apart(loader: Any) -> Any:

@@ -30,6 +30,8 @@ class ConvertingCallback(PreparingCallback):
         kwargs: As for `PreparingCallback`.
     """
 
+    convert_on_fit_end: bool
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._quantized: dict[str, QuantizedNetwork] = {}
@@ -54,7 +56,8 @@ class ConvertingCallback(PreparingCallback):
         """
         if not isinstance(self.quantized, QuantizedNetwork):
             raise ConversionError(
-                "There is no int8 network to save: fit first, with convert_on_fit_end=True."
+                "There is no int8 network to save: run trainer.fit with this callback first"
+                + ("." if self.convert_on_fit_end else ", and with convert_on_fit_end=True.")
                 if not self._quantized
                 else "There are several int8 networks: save each, qat.quantized['name'].save(path)."
             )

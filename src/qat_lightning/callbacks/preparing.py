@@ -22,7 +22,7 @@ from qat_lightning.callbacks.company import refuse_callbacks, refuse_compiled, r
 from qat_lightning.checkpoint_io import save_whole_files
 from qat_lightning.checkpoints import guard_loading, holds_quantization, note_added_keys
 from qat_lightning.errors import ConfigurationError, NetworkError
-from qat_lightning.example import catch_examples, check_example, examples_from_user, from_user
+from qat_lightning.example import catch_examples, check_example, examples_from_user, from_user, refuse_old_norms
 from qat_lightning.flows.base import (
     Example,
     LayerCoverage,
@@ -293,6 +293,8 @@ class PreparingCallback(Callback):
     def _find_examples(
         self, trainer: Trainer, pl_module: LightningModule, slots: Mapping[str, Slot], stage: str
     ) -> dict[str, Example]:
+        for name, slot in slots.items():
+            refuse_old_norms(slot.get(), name)
         if self._user_example is None:
             return catch_examples(trainer, pl_module, list(slots.values()), stage)
         return examples_from_user(self._user_example, list(slots))

@@ -192,7 +192,7 @@ class FxFlow:
                 f"No finite range was ever observed in {type(state.float_network).__name__}: train at least one step "
                 "on finite values before it is converted."
             )
-        _compute_weights_for_good(prepared)
+        _compute_weights_for_good(prepared, plan.graph)
         round_weights_for_good(prepared)
         passes.visit_functional_weights(prepared, passes.round_functional_weight)
         make_batchnorm_plain(prepared)
@@ -291,12 +291,13 @@ def _hide_parametrized(graph_module: fx.GraphModule) -> Callable[[fx.GraphModule
     return passes.hide_float_ops(graph_module, list(computed))
 
 
-def _compute_weights_for_good(network: nn.Module) -> None:
-    """Make plain layers of those whose weight is computed, which a file can hold."""
-    for module in list(network.modules()):
-        if not is_parametrized(module):
+def _compute_weights_for_good(network: nn.Module, graph: fx.Graph) -> None:
+    """Make plain layers of those whose weight is computed, which a file can hold, where the graph only calls them."""
+    called = {str(node.target) for node in graph.find_nodes(op="call_module")}
+    for path, module in list(network.named_modules()):
+        names: Any = module._modules.get("parametrizations")
+        if not is_parametrized(module) or any(f"{path}.parametrizations.{name}" in called for name in names):
             continue
-        names: Any = module._modules["parametrizations"]
         computed = {name: getattr(module, name).detach().clone() for name in names}
         # Upstream's remove_parametrizations changes the class as well, which the user's own layer still has.
         module.__class__ = type_before_parametrizations(module)

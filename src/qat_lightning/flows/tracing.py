@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import inspect
 import linecache
 import traceback
@@ -138,6 +139,39 @@ def leave_inside_float(graph_module: fx.GraphModule, selected: dict[str, bool]) 
             selected[name] = False
 
 
+def take_out_constants(graph: fx.Graph) -> Callable[[fx.Graph], None]:
+    """Put None in the place of what a graph returns as it is, such as a number, which upstream's prepare refuses.
+
+    Returns:
+        What puts the constants back, into the graph that was made of this one.
+    """
+    output = graph.output_node()
+    returned = output.args[0]
+    output.args = (_only_nodes(returned),)
+
+    def put_back(prepared: fx.Graph) -> None:
+        made = prepared.output_node()
+        made.args = (_with_constants(returned, made.args[0]),)
+
+    return put_back
+
+
+def _only_nodes(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return type(value)([_only_nodes(part) for part in value])
+    if isinstance(value, dict):
+        return {key: _only_nodes(part) for key, part in value.items()}
+    return value if isinstance(value, fx.Node) else None
+
+
+def _with_constants(constants: Any, made: Any) -> Any:
+    if isinstance(constants, (list, tuple)):
+        return type(constants)(_with_constants(one, other) for one, other in zip(constants, made, strict=True))
+    if isinstance(constants, dict):
+        return {key: _with_constants(one, made[key]) for key, one in constants.items()}
+    return made if isinstance(constants, fx.Node) else constants
+
+
 @torch.no_grad()
 def refuse_other_results(prepared: nn.Module, network: nn.Module, example: Example, reason: str) -> None:
     """Compare a prepared network, without rounding and in evaluation, with the float network that it was made of.
@@ -165,7 +199,10 @@ def _close(wanted: object, got: object) -> bool:
     if spec != other_spec:
         return False
     for one, other in zip(leaves, others, strict=True):
-        if not isinstance(one, Tensor):
+        if dataclasses.is_dataclass(one) and not isinstance(one, type):
+            if type(one) is not type(other) or not _close(vars(one), vars(other)):
+                return False
+        elif not isinstance(one, Tensor):
             if one != other:
                 return False
         elif one.shape != other.shape or not torch.allclose(

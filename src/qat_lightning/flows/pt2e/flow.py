@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 
 from torch import fx, nn
+from torch.nn.utils.parametrizations import _SpectralNorm
 
 from qat_lightning.backends import require
+from qat_lightning.errors import TraceError
 from qat_lightning.fake_quantize import FakeQuantize
 from qat_lightning.flows.base import (
     Converted,
@@ -41,6 +43,7 @@ class Pt2eFlow:
     def prepare(self, network: nn.Module, example: Example, recipe: Recipe, *, prefix: str = "") -> nn.Module:
         """See `Flow.prepare`."""
         require(recipe.target)
+        _refuse_spectral_norm(network)
         float_network = copy_of_modules(network)
         captured, spec = capture(network, example)
         prepared, folded = insert_fake_quantize(captured, recipe, prefix=prefix, name=spec.name)
@@ -51,6 +54,7 @@ class Pt2eFlow:
         visit_weights(fx.GraphModule(root, copy.deepcopy(plan.graph)), FakeQuantize.materialize)
         result = ExportedNetwork(root, training_graph(root, plan), spec)
         result._quantization = PreparedState(recipe, float_network, prefix=prefix, plan=plan)
+        result.keep_extra_state_of(float_network)
         for name, module in result.named_modules():
             module.training = flags.get(name, flags[""])
         refuse_other_results(
@@ -93,3 +97,23 @@ class Pt2eFlow:
         rows = layers_with_macs(coverage(state, prepared, None), state.float_network, example)
         layers = {row.name for row in rows}
         return [*rows, *report(lambda: pt2e_operations(state, prepared, example, layers))]
+
+
+def _refuse_spectral_norm(network: nn.Module) -> None:
+    """Refuse a parametrization that writes over its buffers in training only, which one graph cannot.
+
+    Raises:
+        TraceError: There is one; the message names the layers.
+    """
+    layers = [
+        name.partition(".parametrizations.")[0]
+        for name, module in network.named_modules()
+        if isinstance(module, _SpectralNorm)
+    ]
+    if layers:
+        raise TraceError(
+            f"mode='pt2e' keeps one graph for training and evaluation, and {', '.join(map(repr, layers))} in "
+            f"{type(network).__name__} has spectral_norm, which does another thing in training. What to do: use "
+            "mode='fx' or mode='eager', which leave such a layer float, or, to have it int8, take the norm away once "
+            "it is trained: torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight')."
+        )

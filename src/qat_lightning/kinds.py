@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 from qat_lightning.backends import BACKENDS, MODES, get_backend, pairs
 from qat_lightning.errors import ConfigurationError
 from qat_lightning.recipe import Recipe
@@ -35,7 +37,10 @@ def supported(kind: str) -> list[tuple[str, str]]:
 
 
 def check_kind(recipe: Recipe) -> None:
-    """Refuse a kind that the mode and the backend have not, and what of the scheme it cannot use.
+    """Refuse a kind that the mode and the backend have not, and what of the scheme its kernels cannot do.
+
+    What of the scheme is only about activations that the kind has not is no error, so that one scheme goes through a
+    sweep over methods: a warning names it.
 
     Raises:
         ConfigurationError: The message says what to type instead.
@@ -53,9 +58,13 @@ def check_kind(recipe: Recipe) -> None:
         raise ConfigurationError(
             f"kind={recipe.kind!r} is not there for mode={recipe.mode!r} and backend={recipe.backend!r}: {reason}."
         )
-    if recipe.kind != "dynamic":
-        return
-    scheme: Scheme = recipe.scheme
+    if recipe.kind == "dynamic":
+        _check_dynamic(recipe.scheme)
+    if recipe.kind in DIRECT:
+        _warn_of_unused(recipe)
+
+
+def _check_dynamic(scheme: Scheme) -> None:
     for field, value, usual in (
         ("weight_symmetric", scheme.weight_symmetric, True),
         ("activation_bits", scheme.activation_bits, 8),
@@ -66,6 +75,21 @@ def check_kind(recipe: Recipe) -> None:
                 f"scheme.{field}={value!r} is not possible with kind='dynamic', whose kernels take symmetric weights "
                 f"and find an affine 8-bit range in each call: use scheme.{field}={usual!r}."
             )
+
+
+def _warn_of_unused(recipe: Recipe) -> None:
+    usual = Scheme()
+    fields = ("activation_bits", "activation_symmetric", "activation_observer")
+    unused = [
+        f"scheme.{field}={getattr(recipe.scheme, field)!r}"
+        for field in fields
+        if getattr(recipe.scheme, field) != getattr(usual, field)
+    ]
+    if not unused:
+        return
+    why = "finds the range of activations in each call" if recipe.kind == "dynamic" else "leaves activations float"
+    # From here whoever asks, so that one recipe is warned of once.
+    warnings.warn(f"kind={recipe.kind!r} {why}, and does not use {', '.join(unused)}.", stacklevel=1)
 
 
 def table() -> dict[tuple[str, str, str], str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +14,15 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from qat_lightning.integer_layers.base import IntegerLayer
-from qat_lightning.integer_layers.weights import WeightGrid, dequantize_rows, quantize_rows, store
+from qat_lightning.integer_layers.weights import (
+    WeightGrid,
+    dequantize_rows,
+    quantize_rows,
+    store,
+    transposed_groups,
+    weight_of_rows,
+    weight_rows,
+)
 
 
 class WeightOnly(IntegerLayer):
@@ -28,16 +37,18 @@ class WeightOnly(IntegerLayer):
         layer: The float layer without these parameters.
         shapes: Of the rounded parameters.
         grid: The grid.
+        transposed_groups: See the function of this name.
     """
 
     def __init__(self, layer: nn.Module, weights: Sequence[str], grid: WeightGrid) -> None:
         super().__init__()
         self.grid = grid
+        self.transposed_groups = transposed_groups(layer)
         self.shapes: dict[str, tuple[int, ...]] = {}
         for name in weights:
             weight = layer.get_parameter(name)
             self.shapes[name] = tuple(weight.shape)
-            integers, scales, zero_points = quantize_rows(weight, grid)
+            integers, scales, zero_points = quantize_rows(weight_rows(weight, self.transposed_groups), grid)
             self._hold(name, store(integers, grid), scales, None if grid.symmetric else zero_points)
             holder, _, leaf = name.rpartition(".")
             layer.get_submodule(holder)._parameters[leaf] = None
@@ -52,10 +63,14 @@ class WeightOnly(IntegerLayer):
         return shell
 
     def _hold(self, name: str, stored: Tensor, scales: Tensor, zero_points: Tensor | None) -> None:
-        key = name.replace(".", "_")
+        key = self._key(name)
         self.register_buffer(f"{key}_integers", stored)
         self.register_buffer(f"{key}_scales", scales)
         self.register_buffer(f"{key}_zero_points", zero_points)
+
+    def _key(self, name: str) -> str:
+        # Square weights have the same shape in either order of their dimensions: the names tell the two apart.
+        return name.replace(".", "_") + ("_by_output" if self.transposed_groups else "")
 
     @property
     def op(self) -> str:  # type: ignore[override]
@@ -64,15 +79,14 @@ class WeightOnly(IntegerLayer):
 
     def dequantized(self, name: str) -> Tensor:
         """The float32 weight that the integers of a parameter stand for."""
-        key, shape = name.replace(".", "_"), self.shapes[name]
-        values = 1
-        for size in shape[1:]:
-            values *= size
+        key, shape = self._key(name), self.shapes[name]
         parts = (self._buffers[f"{key}_{part}"] for part in ("integers", "scales", "zero_points"))
         stored, scales, zero_points = parts
         assert stored is not None
         assert scales is not None
-        return dequantize_rows(stored, scales, zero_points, values, self.grid).reshape(shape)
+        values = math.prod(shape) // stored.shape[0]
+        rows = dequantize_rows(stored, scales, zero_points, values, self.grid)
+        return weight_of_rows(rows, shape, self.transposed_groups)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the float layer."""

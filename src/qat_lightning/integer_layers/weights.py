@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qat_lightning.grid import choose_qparams
 from qat_lightning.observers import least_squares_clip
@@ -14,7 +15,7 @@ from qat_lightning.recipe import Recipe
 
 @dataclass(frozen=True)
 class WeightGrid:
-    """How the rows of a weight are put on a grid; the row is the first dimension, the rest is one.
+    """How the rows of a weight (`weight_rows`) are put on a grid.
 
     Attributes:
         quant_min: Smallest integer.
@@ -61,6 +62,45 @@ class WeightGrid:
         """How many values of a row are stored: whole groups, and whole bytes."""
         step = max(self.group, 2 if self.packs else 1)
         return -(-values // step) * step
+
+
+def transposed_groups(layer: nn.Module) -> int:
+    """The groups of a transposed convolution, whose weight has the outputs in its second dimension; 0 of other layers.
+
+    Example:
+        >>> transposed_groups(nn.ConvTranspose2d(4, 6, 3, groups=2)), transposed_groups(nn.Conv2d(4, 6, 3))
+        (2, 0)
+    """
+    return layer.groups if isinstance(layer, nn.modules.conv._ConvTransposeNd) else 0
+
+
+def weight_rows(weight: Tensor, groups: int) -> Tensor:
+    """A weight as one row for each output of its layer.
+
+    Args:
+        weight: Of any shape with at least one dimension.
+        groups: What `transposed_groups` gives.
+
+    Returns:
+        Shape ``(outputs, values)``.
+
+    Example:
+        >>> weight_rows(torch.tensor([[1, 2, 3], [4, 5, 6]]), 1).tolist()
+        [[1, 4], [2, 5], [3, 6]]
+    """
+    if not groups:
+        return weight.reshape(weight.shape[0], -1)
+    inputs, outputs = weight.shape[:2]
+    parts = weight.reshape(groups, inputs // groups, outputs, -1)
+    return parts.transpose(1, 2).reshape(groups * outputs, -1)
+
+
+def weight_of_rows(rows: Tensor, shape: Sequence[int], groups: int) -> Tensor:
+    """Undo `weight_rows`."""
+    if not groups:
+        return rows.reshape(shape)
+    parts = rows.reshape(groups, shape[1], shape[0] // groups, -1)
+    return parts.transpose(1, 2).reshape(shape)
 
 
 def quantize_rows(weight: Tensor, grid: WeightGrid) -> tuple[Tensor, Tensor, Tensor]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import warnings
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -11,7 +14,8 @@ from qat_lightning.errors import ConfigurationError, ConversionError, NetworkErr
 from qat_lightning.flows.base import Example
 from qat_lightning.flows.direct import quantize
 from qat_lightning.integer_layers.dynamic import DynamicLinear
-from qat_lightning.recipe import Recipe
+from qat_lightning.kinds import DIRECT, check_kind
+from qat_lightning.recipe import Kind, Recipe
 from tests.sequence_networks import Perceptron, Recurrent
 
 EXAMPLE = Example((torch.randn(4, 7, 16),))
@@ -49,6 +53,28 @@ def test_pt2e_says_where_lstm_is_dynamic() -> None:
 def test_dynamic_refuses_what_its_kernels_cannot(scheme: Scheme, field: str) -> None:
     with pytest.raises(ConfigurationError, match=rf"scheme\.{field}=.*use scheme\.{field}="):
         quantize(Perceptron(), EXAMPLE, Recipe("eager", "x86", scheme, kind="dynamic"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "scheme", "named"),
+    [
+        ("dynamic", Scheme(activation_observer="percentile"), "scheme.activation_observer='percentile'"),
+        ("weight_only", Scheme(activation_observer="min_max"), "scheme.activation_observer='min_max'"),
+        ("weight_only", Scheme(activation_bits=4), "scheme.activation_bits=4"),
+        ("weight_only", Scheme(activation_symmetric=True), "scheme.activation_symmetric=True"),
+    ],
+)
+def test_what_has_no_effect_is_named(kind: Kind, scheme: Scheme, named: str) -> None:
+    with pytest.warns(UserWarning, match=rf"kind='{kind}' .*does not use {re.escape(named)}\.$"):
+        made = quantize(Perceptron(), EXAMPLE, Recipe("eager", "x86", scheme, kind=kind))
+    assert any(row.quantized for row in made.coverage)
+
+
+@pytest.mark.parametrize("kind", DIRECT)
+def test_what_has_an_effect_is_not_named(kind: Kind) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        check_kind(Recipe("eager", "x86", Scheme(weight_bits=4, weight_observer="min_max"), kind=kind))
 
 
 @pytest.mark.parametrize("kind", ["qat", "static"])

@@ -90,6 +90,17 @@ def run(network: nn.Module, example: Example) -> Any:
         return network(*args, **kwargs)
 
 
+@contextmanager
+def plain_attention() -> Iterator[None]:
+    """Attention as products of matrices and linear maps, and not as the one op that evaluation has for it."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
 def _copied(value: Any) -> Any:
     if not isinstance(value, Tensor):
         return value

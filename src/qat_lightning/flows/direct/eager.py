@@ -11,6 +11,7 @@ from torch import nn
 from qat_lightning.errors import CheckpointMismatchError
 from qat_lightning.flows.base import Converted, Example, LayerCoverage
 from qat_lightning.flows.direct.checking import check_layers, end_to_end, refuse_nothing, run_float, run_integer
+from qat_lightning.flows.direct.macs import with_macs
 from qat_lightning.flows.eager_layers import without_fast_paths
 from qat_lightning.integer_layers import IntegerLayer, integer_layer, why_not
 from qat_lightning.integer_layers.making import WEIGHTED
@@ -28,7 +29,8 @@ def quantize_eager(network: nn.Module, example: Example, recipe: Recipe, *, pref
     integer = skeleton(original, plan, recipe)
     actual, calls = run_integer(integer, example)
     checks, notes = check_layers(calls, recipe.target)
-    return Converted(integer, coverage, checks, [*notes, *end_to_end(expected, actual)])
+    coverage, between = with_macs(coverage, original, example, recipe)
+    return Converted(integer, coverage, checks, [*notes, *end_to_end(expected, actual)], between)
 
 
 def skeleton(network: nn.Module, plan: Mapping[str, Any], recipe: Recipe) -> nn.Module:

@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from qat_lightning.flows.base import Converted, Example, LayerCoverage
-from qat_lightning.flows.direct.checking import check_layers, end_to_end, refuse_nothing, run_float, run_integer
+from qat_lightning.flows.direct.checking import Call, check_layers, end_to_end, refuse_nothing, run_float, run_integer
 from qat_lightning.flows.direct.eager import cover, float_copy
+from qat_lightning.flows.direct.macs import with_macs
 from qat_lightning.flows.tracing import outer_parts, trace_evaluation
 from qat_lightning.graph_network import GraphNetwork
 from qat_lightning.integer_layers import integer_layer
@@ -40,7 +41,9 @@ def quantize_fx(network: nn.Module, example: Example, recipe: Recipe, *, prefix:
     _drop_unread(integer)
     actual, calls = run_integer(integer, example)
     checks, notes = check_layers(calls, recipe.target)
-    return Converted(integer, coverage, checks, [*notes, *end_to_end(expected, actual)])
+    functions = _flops_of_functions(calls, [f"functional_{node.name}" for node in functional])
+    coverage, between = with_macs(coverage, original, example, recipe, functions)
+    return Converted(integer, coverage, checks, [*notes, *end_to_end(expected, actual)], between)
 
 
 def _join(prefix: str, name: str) -> str:
@@ -97,6 +100,16 @@ def _replace_function(graph_module: fx.GraphModule, node: fx.Node, recipe: Recip
         if isinstance(part, fx.Node) and not part.users:
             graph_module.graph.erase_node(part)
     return LayerCoverage(name, "F.linear", True)
+
+
+def _flops_of_functions(calls: list[Call], names: list[str]) -> dict[str, int]:
+    """Of the layers that functions became, each of which is called once."""
+    found = {}
+    for call in calls:
+        if call.name in names and call.inputs is not None:
+            weight: Any = call.layer.weight
+            found[call.name] = 2 * call.inputs[0][0].numel() * weight.shape[0]
+    return found
 
 
 def _value(graph_module: fx.GraphModule, node: fx.Node) -> Tensor:

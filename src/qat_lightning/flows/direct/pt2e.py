@@ -6,10 +6,8 @@ Dynamic linear layers have the ops that X86InductorQuantizer and XNNPACKQuantize
 
 from __future__ import annotations
 
-import math
 import operator
-from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,15 +18,25 @@ from torch import Tensor, fx, nn
 from qat_lightning.backends import Backend
 from qat_lightning.errors import ConversionError
 from qat_lightning.flows.base import Converted, Example, LayerCheck, LayerCoverage
-from qat_lightning.flows.direct.checking import end_to_end, refuse_nothing, run, run_float, sqnr_of
+from qat_lightning.flows.direct.checking import end_to_end, plain_attention, refuse_nothing, run, run_float, sqnr_of
 from qat_lightning.flows.direct.eager import cover, float_copy
+from qat_lightning.flows.direct.macs import with_macs
 from qat_lightning.flows.eager_layers import without_fast_paths
 from qat_lightning.flows.pt2e.capture import capture
 from qat_lightning.flows.pt2e.convert import evaluate, tidy
 from qat_lightning.flows.pt2e.int8 import Int8Network
+from qat_lightning.flows.pt2e.scopes import scope_of
 from qat_lightning.flows.verify import Recorder, raise_if_faulty
 from qat_lightning.integer_layers.weight_only import weights_of
-from qat_lightning.integer_layers.weights import WeightGrid, dequantize_rows, quantize_rows, store
+from qat_lightning.integer_layers.weights import (
+    WeightGrid,
+    dequantize_rows,
+    quantize_rows,
+    store,
+    transposed_groups,
+    weight_of_rows,
+    weight_rows,
+)
 from qat_lightning.recipe import Recipe
 
 aten = torch.ops.aten
@@ -43,15 +51,16 @@ def quantize_pt2e(network: nn.Module, example: Example, recipe: Recipe, *, prefi
     expected = run_float(original, example)
     without_fast_paths(original)
     coverage = cover(original, recipe, prefix)
-    with _plain_attention():
+    with plain_attention():
         graph_module, spec = capture(original, example, train=False)
     evaluate(graph_module.graph)
-    weights = _weights(original, graph_module, coverage)
+    uses = _uses(original, graph_module, coverage)
     if recipe.kind == "dynamic":
-        done = _make_dynamic(graph_module, weights, recipe)
+        done = _make_dynamic(graph_module, uses, recipe)
     else:
-        done = _make_weight_only(graph_module, weights, WeightGrid.of(recipe))
-    coverage = [_after(row, original, weights, done, recipe) for row in coverage]
+        done = _make_weight_only(graph_module, uses, WeightGrid.of(recipe))
+    used = {use.name for found in uses.values() for use in found}
+    coverage = [_after(row, original, used, done, recipe) for row in coverage]
     refuse_nothing(original, coverage, recipe)
     graph_module.graph.eliminate_dead_code(lambda node: node.is_impure())
     graph_module.graph.lint()
@@ -66,7 +75,8 @@ def quantize_pt2e(network: nn.Module, example: Example, recipe: Recipe, *, prefi
         raise ConversionError(
             f"{spec.name} does not run once its weights are integers: {error}. Use exclude= for the part at fault."
         ) from error
-    return Converted(integer, coverage, checks, [*_notes(recipe), *end_to_end(expected, actual)])
+    coverage, between = with_macs(coverage, original, example, recipe)
+    return Converted(integer, coverage, checks, [*_notes(recipe), *end_to_end(expected, actual)], between)
 
 
 def _copies(example: Example) -> tuple[Any, Any]:
@@ -77,31 +87,53 @@ def _copies(example: Example) -> tuple[Any, Any]:
     return caught
 
 
-@contextmanager
-def _plain_attention() -> Iterator[None]:
-    """Attention as products of matrices and linear maps, and not as the one op that evaluation has for it."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
+@dataclass
+class _Use:
+    """A node that computes with a weight of a layer.
+
+    Attributes:
+        node: It.
+        layer: The layer whose weight it is; of several that share it, the one that the node belongs to.
+        name: The weight's full name.
+        wanted: Whether it is to be quantized.
+        transposed_groups: Of the layer; see the function of this name.
+    """
+
+    node: fx.Node
+    layer: str
+    name: str
+    wanted: bool
+    transposed_groups: int
 
 
-def _weights(network: nn.Module, graph_module: fx.GraphModule, coverage: list[LayerCoverage]) -> dict[fx.Node, str]:
-    """The nodes that read a weight of a layer to quantize, and the weight's full name."""
-    names: dict[int, str] = {}
+Uses = dict[fx.Node, list[_Use]]
+"""For each node that reads a weight what computes with it."""
+
+
+def _uses(network: nn.Module, graph_module: fx.GraphModule, coverage: list[LayerCoverage]) -> Uses:
+    owners: dict[int, list[tuple[LayerCoverage, str]]] = {}
     for row in coverage:
         module = network.get_submodule(row.name)
-        if row.quantized or "no dynamic kernel" in row.reason:
-            for name in weights_of(module):
-                names[module.get_parameter(name).data_ptr()] = f"{row.name}.{name}" if row.name else name
-    found = {}
+        for name in weights_of(module):
+            full = f"{row.name}.{name}" if row.name else name
+            owners.setdefault(module.get_parameter(name).data_ptr(), []).append((row, full))
+    found: Uses = {}
     for node in graph_module.graph.find_nodes(op="get_attr"):
         value = _value(graph_module, node)
-        if isinstance(value, Tensor) and value.data_ptr() in names:
-            found[node] = names[value.data_ptr()]
+        if not isinstance(value, Tensor) or value.data_ptr() not in owners:
+            continue
+        for user in node.users:
+            for row, name in _belonging(user, owners[value.data_ptr()]):
+                wanted = row.quantized or "no dynamic kernel" in row.reason
+                groups = transposed_groups(network.get_submodule(row.name))
+                found.setdefault(node, []).append(_Use(user, row.name, name, wanted, groups))
     return found
+
+
+def _belonging(user: fx.Node, owners: list[tuple[LayerCoverage, str]]) -> list[tuple[LayerCoverage, str]]:
+    """The layers in whose ``forward`` a node is; all that share the weight if it is in none of theirs."""
+    scope = f"{scope_of(user)}."
+    return [owner for owner in owners if scope.startswith(f"{owner[0].name}.")] or owners
 
 
 def _value(graph_module: fx.GraphModule, node: fx.Node) -> Any:
@@ -121,22 +153,24 @@ Done = dict[str, list[tuple[fx.Node, Any]]]
 """For each full name of a weight the nodes to check, and what their values are compared with."""
 
 
-def _make_dynamic(graph_module: fx.GraphModule, weights: dict[fx.Node, str], recipe: Recipe) -> Done:
+def _make_dynamic(graph_module: fx.GraphModule, uses: Uses, recipe: Recipe) -> Done:
     grid = WeightGrid.of(recipe)
     low, high = recipe.target.activation_limits
     limits = (low, high, recipe.target.activation_dtype)
     done: Done = {}
-    for node, name in weights.items():
-        for linear in list(node.users):
+    for node, found in uses.items():
+        for linear in dict.fromkeys(use.node for use in found if use.wanted):
             if linear.target is not aten.linear.default or linear.args[1] is not node or _value_dims(linear) == 1:
                 continue
+            names = [use.name for use in found if use.node is linear and use.wanted]
             integers, scales, _ = quantize_rows(_value(graph_module, node), grid)
             quantized = (integers, scales[:, 0].clone())
             with graph_module.graph.inserting_before(linear):
-                weight = _integer_weight(graph_module, name, quantized, grid)
+                weight = _integer_weight(graph_module, names[0], quantized, grid)
                 rounded = _rounded(graph_module.graph, linear.args[0], limits)
             linear.args = (rounded, weight, *linear.args[2:])
-            done.setdefault(name, []).append((linear, quantized))
+            for name in names:
+                done.setdefault(name, []).append((linear, quantized))
     return done
 
 
@@ -169,27 +203,38 @@ def _rounded(graph: fx.Graph, source: Any, limits: tuple[int, int, torch.dtype])
     return graph.call_function(ops.dequantize_per_tensor.tensor, (integers, *grid))
 
 
-def _make_weight_only(graph_module: fx.GraphModule, weights: dict[fx.Node, str], grid: WeightGrid) -> Done:
+def _make_weight_only(graph_module: fx.GraphModule, uses: Uses, grid: WeightGrid) -> Done:
     done: Done = {}
-    for node, name in weights.items():
+    for node, found in uses.items():
+        chosen = [use for use in found if use.wanted]
+        if not chosen:
+            continue
         weight: Tensor = _value(graph_module, node)
-        integers, scales, zero_points = quantize_rows(weight, grid)
+        groups = chosen[0].transposed_groups
+        integers, scales, zero_points = quantize_rows(weight_rows(weight, groups), grid)
         stored = store(integers, grid)
         points = None if grid.symmetric else zero_points
         with graph_module.graph.inserting_before(node):
-            made = _dequantized(graph_module, name, (stored, scales, points), tuple(weight.shape), grid)
-        node.replace_all_uses_with(made)
-        values = weight[0].numel()
-        done[name] = [(made, dequantize_rows(stored, scales, points, values, grid).reshape(weight.shape))]
+            made = _dequantized(graph_module, chosen[0].name, (stored, scales, points), weight.shape, groups, grid)
+        for use in chosen:
+            use.node.replace_input_with(node, made)
+        rows = dequantize_rows(stored, scales, points, integers.shape[1], grid)
+        for name in dict.fromkeys(use.name for use in chosen):
+            done.setdefault(name, []).append((made, weight_of_rows(rows, weight.shape, groups)))
     return done
 
 
 def _dequantized(
-    graph_module: fx.GraphModule, name: str, parts: tuple[Tensor, Tensor, Tensor | None], shape: Any, grid: WeightGrid
+    graph_module: fx.GraphModule,
+    name: str,
+    parts: tuple[Tensor, Tensor, Tensor | None],
+    shape: torch.Size,
+    groups: int,
+    grid: WeightGrid,
 ) -> fx.Node:
-    """`dequantize_rows` as nodes."""
+    """`dequantize_rows` and `weight_of_rows` as nodes."""
     stored, scales, points = parts
-    graph, rows, values = graph_module.graph, stored.shape[0], math.prod(shape[1:])
+    graph, rows = graph_module.graph, stored.shape[0]
     call = graph.call_function
     node = _constant(graph_module, f"{name}_integers", stored)
     if grid.packs:
@@ -205,7 +250,10 @@ def _dequantized(
         node = call(aten.sub.Tensor, (node, offset))
     node = call(aten.mul.Tensor, (node, _constant(graph_module, f"{name}_scales", scales[..., None])))
     node = call(aten.reshape.default, (node, [rows, -1]))
-    node = call(aten.slice.Tensor, (node, 1, 0, values))
+    node = call(aten.slice.Tensor, (node, 1, 0, shape.numel() // rows))
+    if groups:
+        node = call(aten.reshape.default, (node, [groups, shape[1], shape[0] // groups, -1]))
+        node = call(aten.transpose.int, (node, 1, 2))
     return call(aten.reshape.default, (node, list(shape)))
 
 
@@ -213,15 +261,13 @@ def _float(graph: fx.Graph, node: fx.Node) -> fx.Node:
     return graph.call_function(aten._to_copy.default, (node,), {"dtype": torch.float32})
 
 
-def _after(
-    row: LayerCoverage, network: nn.Module, weights: dict[fx.Node, str], done: Done, recipe: Recipe
-) -> LayerCoverage:
+def _after(row: LayerCoverage, network: nn.Module, used: set[str], done: Done, recipe: Recipe) -> LayerCoverage:
     """What became of a layer."""
     if not row.quantized:
         return row
     names = [f"{row.name}.{name}" if row.name else name for name in weights_of(network.get_submodule(row.name))]
-    if any(name not in weights.values() for name in names):
-        return LayerCoverage(row.name, row.kind, False, "not used by forward, or its weight is that of another layer")
+    if any(name not in used for name in names):
+        return LayerCoverage(row.name, row.kind, False, "not used by forward")
     if any(name not in done for name in names):
         reason = (
             f"backend {recipe.backend!r} has no dynamic kernel for {row.kind} in an exported graph: mode='eager' and "

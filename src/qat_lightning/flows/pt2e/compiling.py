@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -60,6 +61,7 @@ def compile_package(graph_module: fx.GraphModule, examples: tuple[Tensor, ...], 
     # Registers the passes that turn dequantize, op, quantize into oneDNN's int8 ops.
     import torchao.quantization.pt2e.quantizer.x86_inductor_quantizer  # noqa: F401
 
+    _choose_grids_that_hold_zero(graph_module.graph)
     _make_linear_inputs_contiguous(graph_module.graph)
     _part_additions_from_activations(graph_module.graph)
     _widen_conv1d(graph_module)
@@ -95,6 +97,32 @@ def _zeros(spec: CallSpec, tensors: list[Tensor]) -> list[Tensor]:
         tensor.new_zeros([spec.batch if size == BATCH else size for size in shape])
         for tensor, shape in zip(tensors, _shapes(spec), strict=True)
     ]
+
+
+def _choose_grids_that_hold_zero(graph: fx.Graph) -> None:
+    """Write out how a dynamic layer's grid is chosen, as the op does it: its range is widened to hold 0.
+
+    What Inductor makes of the op does not widen it, and would clamp the values of a tensor of one sign.
+    """
+    aten = torch.ops.aten
+    call = graph.call_function
+    for chosen in graph.find_nodes(op="call_function", target=torch.ops.quantized_decomposed.choose_qparams.tensor):
+        source, quant_min, quant_max, eps, _ = chosen.args
+        with graph.inserting_before(chosen):
+            low = call(aten.clamp.default, (call(aten.amin.default, (source,)), None, 0.0))
+            high = call(aten.clamp.default, (call(aten.amax.default, (source,)), 0.0))
+            steps = call(aten.div.Tensor, (call(aten.sub.Tensor, (high, low)), float(quant_max - quant_min)))
+            scale = call(aten.clamp.default, (steps, eps))
+            lowest = call(aten.round.default, (call(aten.div.Tensor, (low, scale)),))
+            zero_point = call(aten.clamp.default, (call(aten.rsub.Scalar, (lowest, quant_min)), quant_min, quant_max))
+            made = (
+                call(aten.to.dtype, (scale, torch.float64)),
+                call(aten.to.dtype, (zero_point, torch.int64)),
+            )
+        for part in list(chosen.users):
+            part.replace_all_uses_with(made[part.args[1]])
+            graph.erase_node(part)
+        graph.erase_node(chosen)
 
 
 def _make_linear_inputs_contiguous(graph: fx.Graph) -> None:
@@ -243,9 +271,10 @@ def difference(
     if not faulty:
         return ""
     worst = min(faulty, key=lambda check: check.sqnr_db)
+    steps = "" if math.isnan(worst.max_steps) else f", up to {worst.max_steps:.0f} steps apart"
     return (
         f"the compiled layer {worst.name!r} ({worst.op}) is at {worst.sqnr_db:.1f} dB of SQNR from it on the same "
-        f"inputs, up to {worst.max_steps:.0f} steps apart"
+        f"inputs{steps}"
     )
 
 

@@ -27,7 +27,7 @@ from qat_lightning.recipe import Recipe
 from qat_lightning.scheme import Scheme
 from tests.networks import ControlFlow, Depthwise, Functional, Plain, Residual
 
-IMAGES = torch.randn(8, 3, 8, 8)
+IMAGES = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 X86 = Recipe("fx", "x86")
 
 

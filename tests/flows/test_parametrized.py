@@ -20,7 +20,7 @@ from qat_lightning.flows.pt2e import Pt2eFlow
 from qat_lightning.quantized import QuantizedNetwork
 from qat_lightning.recipe import Recipe
 
-IMAGES = torch.randn(8, 3, 8, 8)
+IMAGES = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 EXAMPLE = Example((IMAGES,))
 
 

@@ -92,7 +92,7 @@ ROWS = {
         "PTQ, 4-bit weights, per channel",
         epochs=6,
         arguments=CORRECTED,
-        callbacks=lambda: distillation(feature_weight=30.0),
+        callbacks=lambda: [Distillation(task_weight=0.0, weight=0.0, features=FEATURES, feature_weight=30.0)],
     ),
 }
 

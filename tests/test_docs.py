@@ -141,6 +141,14 @@ def _only(layer: Callable[[], nn.Module]) -> dict[str, Callable[[], nn.Module]]:
     return {"layer": layer}
 
 
+ATTENTION = Row(
+    "`nn.MultiheadAttention`",
+    lambda net, x: net.layer(x, x, x)[0],
+    24,
+    _only(lambda: nn.MultiheadAttention(8, 2, batch_first=True)),
+    ("layer",),
+)
+
 FIXED = [
     Row(
         "`nn.Conv2d`, `nn.Linear`",
@@ -167,13 +175,7 @@ FIXED = [
         _IMAGE,
     ),
     Row("LSTM, GRU, `LSTMCell`, `GRUCell`", _recurrent, 8, _RECURRENT, tuple(_RECURRENT)),
-    Row(
-        "`nn.MultiheadAttention`",
-        lambda net, x: net.layer(x, x, x)[0],
-        24,
-        _only(lambda: nn.MultiheadAttention(8, 2, batch_first=True)),
-        ("layer",),
-    ),
+    ATTENTION,
     Row(
         "embeddings",
         _looked_up,
@@ -207,13 +209,7 @@ DYNAMIC = [
         {**_RECURRENT, "rnn_cell": lambda: nn.RNNCell(8, 8)},
         ("lstm", "gru", "lstm_cell", "gru_cell", "rnn_cell"),
     ),
-    Row(
-        "`nn.MultiheadAttention`",
-        lambda net, x: net.layer(x, x, x)[0],
-        24,
-        _only(lambda: nn.MultiheadAttention(8, 2, batch_first=True)),
-        ("layer",),
-    ),
+    ATTENTION,
 ]
 
 

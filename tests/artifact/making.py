@@ -68,6 +68,9 @@ def read(path: Path) -> tuple[dict[str, Any], bytes]:
 
 
 def write(path: Path, description: Any, data: bytes) -> None:
+    """A file whose contents were changed on purpose: without the digest, which would give that away."""
+    if isinstance(description, dict):
+        description = {key: value for key, value in description.items() if key != "digest"}
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("network.json", json.dumps(description))
         archive.writestr("tensors.bin", data)

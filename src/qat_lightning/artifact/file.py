@@ -8,6 +8,7 @@ one who loads has to give.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -34,6 +35,7 @@ from qat_lightning.recipe import Recipe
 FORMAT = 1
 _DESCRIPTION = "network.json"
 _TENSORS = "tensors.bin"
+_LARGEST_DESCRIPTION = 512_000_000
 _DAMAGE = (
     ArithmeticError,
     AssertionError,
@@ -129,6 +131,7 @@ def artifact_bytes(quantized: QuantizedNetwork) -> bytes:
         "network": network,
         "tensors": writing.tensors.table,
     }
+    description["digest"] = _digest(description, bytes(writing.tensors.data))
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
         text = json.dumps(description, separators=(",", ":"), allow_nan=False)
@@ -194,7 +197,7 @@ def _decode_coverage(
 
 
 def _decode(description: dict[str, Any], data: bytes, network: nn.Module | None, trusted: bool) -> QuantizedNetwork:
-    recipe = Recipe.from_dict(description["recipe"])
+    recipe = _decode_recipe(description["recipe"])
     if recipe.mode != "pt2e":
         require(recipe.target)
     tensors = TensorReader(description["tensors"], data)
@@ -212,6 +215,13 @@ def _decode(description: dict[str, Any], data: bytes, network: nn.Module | None,
     )
 
 
+def _decode_recipe(data: Any) -> Recipe:
+    try:
+        return Recipe.from_dict(data)
+    except QuantizationError as error:
+        raise ArtifactError(f"its recipe is not possible. {str(error).removesuffix('.')}") from error
+
+
 def _read(source: Path | io.BytesIO, shown: Any) -> tuple[dict[str, Any], bytes]:
     """The two entries of the file, or an error that says what the file is instead."""
     try:
@@ -219,17 +229,44 @@ def _read(source: Path | io.BytesIO, shown: Any) -> tuple[dict[str, Any], bytes]
             names = archive.namelist()
             if sorted(names) != sorted((_DESCRIPTION, _TENSORS)):
                 raise ArtifactError(_what_else(archive, shown))
-            if archive.getinfo(_TENSORS).compress_type != zipfile.ZIP_STORED:
-                raise ArtifactError(f"{shown} is damaged: its tensors are compressed, which no release writes.")
+            _check_entries(archive.getinfo(_DESCRIPTION), archive.getinfo(_TENSORS), shown)
             description = json.loads(archive.read(_DESCRIPTION))
             _check_format(description, shown)
-            return description, archive.read(_TENSORS)
+            data = archive.read(_TENSORS)
+    except ArtifactError:
+        raise
     except FileNotFoundError as error:
         raise ArtifactError(f"{shown} does not exist: give the path that the int8 network was saved to.") from error
-    except (zipfile.BadZipFile, EOFError, ValueError, RecursionError, NotImplementedError) as error:
-        raise ArtifactError(_what_is_no_zip(source, shown)) from error
     except OSError as error:
         raise ArtifactError(f"{shown} cannot be read: {error.strerror or error}.") from error
+    except Exception as error:  # each way of packing has errors of its own, and so has each damage to it
+        raise ArtifactError(_what_is_no_zip(source, shown)) from error
+    # Files of the first releases have none.
+    if "digest" in description and description["digest"] != _digest(description, data):
+        raise ArtifactError(f"{shown} is damaged: it was changed after it was written. Save the network again.")
+    return description, data
+
+
+def _check_entries(description: zipfile.ZipInfo, tensors: zipfile.ZipInfo, shown: Any) -> None:
+    """Raise before anything is unpacked that would not fit into memory."""
+    if tensors.compress_type != zipfile.ZIP_STORED:
+        raise ArtifactError(f"{shown} is damaged: its tensors are compressed, which no release writes.")
+    if description.file_size > _LARGEST_DESCRIPTION:
+        raise ArtifactError(
+            f"{shown} is damaged: its description would take {description.file_size / 1e6:.0f} MB, and none takes "
+            f"more than {_LARGEST_DESCRIPTION / 1e6:.0f} MB. Save the network again."
+        )
+
+
+def _digest(description: dict[str, Any], data: bytes) -> str:
+    """Of all that the file says, so that a value that was changed later is not taken for a trained one.
+
+    It keeps out damage and not an attacker, who can write it anew: what runs is on lists all the same.
+    """
+    said = {key: value for key, value in description.items() if key != "digest"}
+    digest = hashlib.sha256(json.dumps(said, sort_keys=True, separators=(",", ":")).encode())
+    digest.update(data)
+    return digest.hexdigest()
 
 
 def _check_format(description: Any, shown: Any) -> None:

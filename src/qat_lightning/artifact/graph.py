@@ -144,7 +144,8 @@ def _decode_nodes(records: list[dict[str, Any]], used: dict[str, Any], reading: 
     done: dict[str, fx.Node] = {}
 
     def special(tag: str, content: Any) -> Any:
-        return done[content] if tag == "node" else reading.tensors.decode(tag, content)
+        # No tensors: generated code would hold what is printed of one, and a graph has them as nodes of their own.
+        return done[content] if tag == "node" else no_tag(tag, content)
 
     for record in records:
         name, op = identifier(record["name"]), record["op"]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.ao.nn import quantized as nnq
 from torch.ao.nn.intrinsic import quantized as nniq
 
-from qat_lightning.artifact.tensors import TensorReader, TensorWriter
+from qat_lightning.artifact.tensors import TensorReader, TensorWriter, check_grid
 from qat_lightning.artifact.values import decode, encode
 from qat_lightning.errors import ArtifactError
 
@@ -78,6 +78,7 @@ def decode_packed_layer(data: dict[str, Any], tensors: TensorReader) -> nn.Modul
     numbers = {name: decode(value) for name, value in data["numbers"].items()}
     weight, bias = decode(data["weight"], tensors.decode), decode(data["bias"], tensors.decode)
     scale, zero_point = float(numbers.pop("scale")), int(numbers.pop("zero_point"))
+    check_grid(scale, zero_point, torch.uint8)
     _check_tensors(weight, bias, 2 if kind in _LINEAR else int(kind[-2]) + 2, transposed=kind in _TRANSPOSED)
     if kind in _LINEAR:
         # The constructor packs a weight of its own, for which the smallest will do.

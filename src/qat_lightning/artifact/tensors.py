@@ -100,6 +100,7 @@ class TensorReader:
             raise ArtifactError(f"a tensor of {dtype} is made of {integers.dtype}")
         if "axis" not in parts:
             scale, zero_point = float(parts["scale"]), int(parts["zero_point"])
+            check_grid(scale, zero_point, integers.dtype)
             whole: Tensor = torch._make_per_tensor_quantized_tensor(integers, scale, zero_point)
             return whole
         scales, zero_points, axis = self._get(parts["scales"]), self._get(parts["zero_points"]), parts["axis"]
@@ -107,6 +108,7 @@ class TensorReader:
             raise ArtifactError("the axis of a quantized tensor is none of its dimensions")
         if not scales.shape == zero_points.shape == (integers.shape[axis],):
             raise ArtifactError("a quantized tensor has another number of channels than of scales")
+        check_grid(scales, zero_points, integers.dtype)
         made: Tensor = torch._make_per_channel_quantized_tensor(integers, scales, zero_points, axis)
         return made
 
@@ -132,6 +134,29 @@ class TensorReader:
         raw = bytearray(self._data[start : start + count * dtype.itemsize])
         flat: Tensor = torch.frombuffer(raw, dtype=dtype)
         return flat.reshape(ordered).permute(_inverse(order)).clone()
+
+
+def check_grid(scale: float | Tensor, zero_point: int | Tensor, integers: torch.dtype) -> None:
+    """Raise unless these are scales and zero points of integers: kernels do not look before they run.
+
+    Args:
+        scale: One, or one for each channel.
+        zero_point: As many; of embeddings they are floats and may have any value.
+        integers: The dtype of what is stored.
+
+    Raises:
+        ArtifactError: A scale is negative, infinite or no number, or a zero point is none of the integers.
+    """
+    scales, zero_points = torch.as_tensor(scale, dtype=torch.float64), torch.as_tensor(zero_point)
+    if not bool(((scales >= 0) & scales.isfinite()).all()):
+        raise ArtifactError("it holds integers with a scale that is negative, infinite or no number")
+    if zero_points.dtype.is_floating_point:
+        possible = zero_points.isfinite()
+    else:
+        limits = torch.iinfo(integers)
+        possible = (zero_points >= limits.min) & (zero_points <= limits.max)
+    if not bool(possible.all()):
+        raise ArtifactError("it holds integers with a zero point that is none of them")
 
 
 def _inverse(order: Sequence[int]) -> list[int]:

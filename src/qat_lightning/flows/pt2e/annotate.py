@@ -26,6 +26,7 @@ from qat_lightning.errors import NetworkError, TraceError
 from qat_lightning.fake_quantize import FakeQuantize
 from qat_lightning.flows.late_writes import late_write, late_write_error
 from qat_lightning.flows.pt2e.capture import source_line
+from qat_lightning.flows.pt2e.dtypes import leave_other_dtypes
 from qat_lightning.flows.pt2e.scopes import join, scope_of
 from qat_lightning.flows.qconfig import activation_qscheme, activation_settings, weight_qscheme, weight_settings
 from qat_lightning.recipe import Recipe
@@ -145,6 +146,7 @@ def insert_fake_quantize(
             quantizer.annotate(graph_module)
             _undo_bypass(pairs, arguments)
             _annotate_after_clamp(graph_module.graph)
+            leave_other_dtypes(graph_module.graph)
             quantizer.validate(graph_module)
             folded = [Folded(layer.name, batchnorm.name) for layer, batchnorm in pairs]
             prepared = upstream_prepare(graph_module, scopes, is_qat=False)

@@ -13,6 +13,7 @@ from qat_lightning.flows.base import Example, LayerCheck, LayerCoverage, sqnr_db
 from qat_lightning.flows.pt2e.annotate import CHANNEL_AXIS, selects
 from qat_lightning.flows.pt2e.convert import Decomposed
 from qat_lightning.flows.pt2e.coverage import IN_BRANCH
+from qat_lightning.flows.pt2e.dtypes import other_dtype
 from qat_lightning.flows.pt2e.network import ExportedNetwork
 from qat_lightning.flows.pt2e.scopes import join, scope_of
 from qat_lightning.flows.pt2e.training import Plan
@@ -217,4 +218,6 @@ def _why_float(state: PreparedState, name: str, floats: list[fx.Node], unseen: l
         return IN_BRANCH
     if node.name in state.plan.weights and unseen:
         return "no finite range was ever observed for its input"
+    if dtype := other_dtype(node):
+        return f"one of its tensors is {dtype}, and only float32 can be on an int8 grid"
     return f"the quantizer of backend {state.recipe.backend!r} has no rule for {node.target} here"

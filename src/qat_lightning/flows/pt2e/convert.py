@@ -222,8 +222,19 @@ def _upstream_convert(graph_module: fx.GraphModule) -> Any:
         converted = upstream._convert_to_reference_decomposed_fx(graph_module)
         for step in (upstream.DuplicateDQPass(), upstream.PortNodeMetaForQDQ()):
             converted = PassManager([step])(converted).graph_module
+        _read_once(converted.graph)
         upstream.constant_fold(converted, upstream._quant_node_constraint)
     return converted
+
+
+def _read_once(graph: fx.Graph) -> None:
+    """Let one node read each attribute: folding deletes what a node without users read, whoever else reads it."""
+    first: dict[str, fx.Node] = {}
+    for node in graph.find_nodes(op="get_attr"):
+        kept = first.setdefault(str(node.target), node)
+        if kept is not node:
+            node.replace_all_uses_with(kept)
+            graph.erase_node(node)
 
 
 def tidy(converted: fx.GraphModule) -> fx.GraphModule:

@@ -13,6 +13,7 @@ from qat_lightning.flows.base import Example, LayerCoverage
 from qat_lightning.flows.coverage import MOVES, is_float, macs_of, merged, record
 from qat_lightning.flows.places import op_name, rounding_of
 from qat_lightning.flows.pt2e.annotate import CHANNEL_AXIS, selects
+from qat_lightning.flows.pt2e.dtypes import other_dtype
 from qat_lightning.flows.pt2e.network import ExportedNetwork
 from qat_lightning.flows.pt2e.scopes import scope_of
 from qat_lightning.flows.pt2e.training import Plan
@@ -90,6 +91,8 @@ def _why(state: PreparedState, node: fx.Node, *, lost: bool) -> str:
         return "no finite range was ever observed for its input"
     if node.target is aten.batch_norm.default:
         return "a BatchNorm that does not follow one layer directly folds into none"
+    if dtype := other_dtype(node):
+        return f"one of its tensors is {dtype}, and only float32 can be on an int8 grid"
     return f"the quantizer of backend {state.recipe.backend!r} has no rule for {node.target} here"
 
 

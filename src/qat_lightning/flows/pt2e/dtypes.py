@@ -1,0 +1,76 @@
+"""Which tensors of a captured graph can be on an int8 grid: those in float32, and no integers, masks or spectra."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torchao.quantization.pt2e.quantizer import SharedQuantizationSpec
+from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY
+
+
+def leave_other_dtypes(graph: fx.Graph) -> None:
+    """Take back the annotation of every op that is to read or write a tensor on a grid that is not float32.
+
+    Upstream's quantizers look at the kind of an op, and annotate a sum of integers or the concatenation of two spectra
+    like any other. Such an op stays as it is as a whole: there is no kernel for one operand on a grid and one off it.
+    What shares a range with one of its tensors is left as well.
+
+    Args:
+        graph: Annotated by a quantizer; each node knows the dtype of its value.
+    """
+    left = {node for node in graph.nodes if _is_annotated(node) and not _all_float(node)}
+    while left:
+        for node in left:
+            _take_back(node)
+        left = {node for node in graph.nodes if _is_annotated(node) and _shares_with_nothing(node)}
+
+
+def _is_annotated(node: fx.Node) -> bool:
+    annotation = node.meta.get(Q_ANNOTATION_KEY)
+    return annotation is not None and bool(annotation.input_qspec_map or annotation.output_qspec is not None)
+
+
+def _all_float(node: fx.Node) -> bool:
+    annotation = node.meta[Q_ANNOTATION_KEY]
+    tensors = [source for source, spec in annotation.input_qspec_map.items() if spec is not None]
+    if annotation.output_qspec is not None:
+        tensors.append(node)
+    return all(_is_float(tensor) for tensor in tensors)
+
+
+def _is_float(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    return not isinstance(value, Tensor) or value.dtype is torch.float32
+
+
+def other_dtype(node: fx.Node) -> str:
+    """The dtype, other than float32, of a tensor that an op reads or makes; empty if there is none."""
+    found = [tensor.meta["val"].dtype for tensor in [*node.all_input_nodes, node] if not _is_float(tensor)]
+    return str(found[0]).removeprefix("torch.") if found else ""
+
+
+def _take_back(node: fx.Node) -> None:
+    annotation = node.meta[Q_ANNOTATION_KEY]
+    annotation.input_qspec_map = {}
+    annotation.output_qspec = None
+    if hasattr(annotation, "_is_output_of_quantized_pattern"):
+        annotation._is_output_of_quantized_pattern = False
+
+
+def _shares_with_nothing(node: fx.Node) -> bool:
+    """Whether an annotation wants the range of a tensor that has none any more."""
+    annotation = node.meta[Q_ANNOTATION_KEY]
+    return any(
+        isinstance(spec, SharedQuantizationSpec) and _spec_at(spec.edge_or_node) is None
+        for spec in [*annotation.input_qspec_map.values(), annotation.output_qspec]
+    )
+
+
+def _spec_at(where: Any) -> Any:
+    source, user = where if isinstance(where, tuple) else (None, where)
+    annotation = user.meta.get(Q_ANNOTATION_KEY)
+    if annotation is None:
+        return None
+    return annotation.output_qspec if source is None else annotation.input_qspec_map.get(source)

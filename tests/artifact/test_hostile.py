@@ -310,6 +310,16 @@ def test_layers_off_the_list(good: dict, layer: Any) -> None:
     refused(changed(good["fx"], change))
 
 
+@pytest.mark.parametrize("kind", ["os.system", "ConvAdd2d", "_FusedModule", "ConvReLU2d", None])
+@pytest.mark.parametrize("parts", [[], [{"layer": {"class": "torch.nn.ReLU", "arguments": {}, "state": {}}}] * 2, CODE])
+def test_fused_layers_off_the_list(good: dict, kind: Any, parts: Any) -> None:
+    def change(network: dict[str, Any]) -> None:
+        network["used"]["evil"] = {"module": {"fused": {"class": kind, "parts": parts}}}
+        add_node("call_module", "evil", [{"node": "x"}])(network)
+
+    refused(changed(good["fx"], change))
+
+
 @pytest.mark.parametrize("backend", ["x86", "fbgemm", "qnnpack"])
 def test_impossible_convolutions(backend: str) -> None:
     """Kernels divide by these numbers, and would end the process."""

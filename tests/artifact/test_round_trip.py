@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qat_lightning.artifact import artifact_size_mb, load_quantized, save_quantized
@@ -184,6 +185,30 @@ def test_layers_that_stay_float(tmp_path: Path) -> None:
             return self.zoo.head(x)
 
     saved = quantize("fx", "x86", Mixed(), exclude=("zoo",))
+    save_quantized(saved, tmp_path / "net.int8")
+    assert_same_network(saved, load_quantized(tmp_path / "net.int8"), images)
+
+
+class Fusable(nn.Module):
+    """Layers that fusion makes one module of, whether they are quantized or not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1, padding_mode="reflect")
+        self.bn = nn.BatchNorm2d(8)
+        self.conv = nn.Conv2d(8, 8, 1)
+        self.norms = nn.Sequential(nn.BatchNorm2d(8), nn.ReLU())
+        self.middle, self.head = nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.bn(self.stem(x)))
+        x = self.norms(F.relu(self.conv(x)))
+        return self.head(F.relu(self.middle(x.mean((2, 3)))))
+
+
+@pytest.mark.parametrize("exclude", [(), ("stem", "norms"), ("stem", "bn", "conv", "middle")], ids=len)
+def test_fused_layers_that_stay_float(exclude: tuple[str, ...], tmp_path: Path) -> None:
+    saved = quantize("fx", "x86", Fusable(), exclude=exclude)
     save_quantized(saved, tmp_path / "net.int8")
     assert_same_network(saved, load_quantized(tmp_path / "net.int8"), images)
 

@@ -14,6 +14,7 @@ import torch.utils._pytree as pytree
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, fx, nn
+from torch.ao.nn import intrinsic as nni
 from torch.ao.nn import quantized as nnq
 
 from qat_lightning.artifact.graph import (
@@ -166,6 +167,14 @@ LAYERS = [
     nn.Identity(1, two=2),
     nn.CosineSimilarity(dim=2),
     nn.Sequential(OrderedDict(first=nn.Linear(4, 4), second=nn.Sequential(nn.Tanh()))),
+    nni.ConvReLU2d(nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect"), nn.ReLU()),
+    nni.ConvBn1d(nn.Conv1d(4, 6, 3), nn.BatchNorm1d(6)),
+    nni.ConvBnReLU3d(nn.Conv3d(4, 6, 1), nn.BatchNorm3d(6, affine=False), nn.ReLU()),
+    nni.LinearBn1d(nn.Linear(4, 6), nn.BatchNorm1d(6)),
+    nni.LinearReLU(nn.Linear(4, 6), nn.ReLU()),
+    nni.LinearLeakyReLU(nn.Linear(4, 6), nn.LeakyReLU(0.2)),
+    nni.LinearTanh(nn.Linear(4, 6), nn.Tanh()),
+    nni.BNReLU2d(nn.BatchNorm2d(4), nn.ReLU()),
     nnq.BatchNorm2d(4),
     nnq.ELU(0.1, 3, alpha=0.5),
     nnq.LeakyReLU(0.1, 3, negative_slope=0.2),

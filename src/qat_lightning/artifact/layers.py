@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.ao.nn import intrinsic as nni
 from torch.ao.nn import quantized as nnq
 from torch.ao.nn.intrinsic import quantized as nniq
 
@@ -53,6 +54,16 @@ _CLASSES: dict[str, type[nn.Module]] = {
     **{f"torch.ao.nn.quantized.{name}": getattr(nnq, name) for name in _QUANTIZED},
     **{f"torch.ao.nn.intrinsic.quantized.{name}": getattr(nniq, name) for name in _FUSED},
 }
+_FLOAT_FUSED: dict[str, Any] = {
+    name: getattr(nni, name)
+    for name in _words(
+        """
+        BNReLU2d BNReLU3d ConvBn1d ConvBn2d ConvBn3d ConvBnReLU1d ConvBnReLU2d ConvBnReLU3d ConvReLU1d ConvReLU2d
+        ConvReLU3d LinearBn1d LinearLeakyReLU LinearReLU LinearTanh
+        """
+    )
+}
+"""Sequences of float layers in one module, as fusion leaves them where they are not quantized."""
 _NAMES = {layer: name for name, layer in _CLASSES.items()}
 _INTEGER_LAYERS: dict[str, type[IntegerLayer]] = {
     layer.__name__: layer
@@ -72,6 +83,9 @@ def encode_module(module: nn.Module, path: str, writing: Writing) -> dict[str, A
     if type(module) is nn.Sequential:
         children = module.named_children()
         return {"sequential": [[name, encode_module(child, f"{path}.{name}", writing)] for name, child in children]}
+    if type(module) in _FLOAT_FUSED.values():
+        parts = [encode_module(child, f"{path}.{name}", writing) for name, child in module.named_children()]
+        return {"fused": {"class": type(module).__name__, "parts": parts}}
     if isinstance(module, IntegerLayer):
         return {"integers": _encode_integer_layer(module, writing)}
     if type(module) not in _NAMES or not _rebuilds(module):
@@ -91,6 +105,8 @@ def decode_module(data: dict[str, Any], reading: Reading) -> nn.Module:
         module = decode_packed_layer(content, reading.tensors)
     elif kind == "sequential":
         module = nn.Sequential(OrderedDict((name, decode_module(child, reading)) for name, child in content))
+    elif kind == "fused":
+        module = _decode_fused(content, reading)
     elif kind == "layer":
         module = _decode_layer(content, reading)
     elif kind == "integers":
@@ -100,6 +116,13 @@ def decode_module(data: dict[str, Any], reading: Reading) -> nn.Module:
     else:
         raise ArtifactError(f"it holds a {str(kind)[:80]!r}, which is not known")
     return module.eval()
+
+
+def _decode_fused(data: dict[str, Any], reading: Reading) -> nn.Module:
+    if data["class"] not in _FLOAT_FUSED:
+        raise ArtifactError(f"it holds fused layers of the class {str(data['class'])[:80]!r}, which is not known")
+    module: nn.Module = _FLOAT_FUSED[data["class"]](*(decode_module(part, reading) for part in data["parts"]))
+    return module
 
 
 def _encode_integer_layer(layer: IntegerLayer, writing: Writing) -> dict[str, Any]:

@@ -36,6 +36,7 @@ from qat_lightning.flows.base import (
 from qat_lightning.flows.coverage import layers_with_macs, report
 from qat_lightning.flows.fx_config import LEFT_FLOAT, backend_config, qconfig_mapping
 from qat_lightning.flows.fx_coverage import UNSEEN, FxOperations
+from qat_lightning.flows.fx_grids import one_grid_where_kernels_keep_it
 from qat_lightning.flows.fx_unseen import in_words, knows_no_range, put_plain_layers, take_out_unseen
 from qat_lightning.flows.tracing import (
     leave_inside_float,
@@ -154,6 +155,7 @@ class FxFlow:
         plan = FxPlan(prepared.graph, prepared.meta)
         plan.scopes = {name: scope[0] for name, scope in scopes.items()}
         plan.float_ops = passes.round_tensors_only(prepared, network, example) + passes.calls_of(prepared, shared)
+        one_grid_where_kernels_keep_it(prepared)
         plan.dropped = passes.observe_only_after_relu(prepared)
         if recipe.target.engine == "qnnpack":
             left = passes.clamps(prepared.graph, dict(prepared.named_modules(remove_duplicate=False)))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -26,6 +28,9 @@ class SharedRange(nn.Module):
         """``x`` on the grid, in its shape and dtype."""
         fq: FakeQuantize = self.__dict__["fq"]
         return fq.round(x)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        """Load nothing, whatever there is: a checkpoint of an earlier release may have a range of its own here."""
 
 
 class UnionObserver(nn.Module):

@@ -28,6 +28,7 @@ from lightning.pytorch.callbacks import (
 )
 from torch import Tensor, nn
 
+from qat_lightning.callbacks.post_training_quantization import PostTrainingQuantization
 from qat_lightning.callbacks.quantization_aware_training import QuantizationAwareTraining
 from qat_lightning.errors import ConfigurationError, NetworkError
 from qat_lightning.flows.base import fake_quantizers
@@ -362,3 +363,25 @@ def test_tuning_before_the_fit_reaches_nothing(mode: str, find: str, tmp_path: P
     trainer(callback, tuner, default_root_dir=tmp_path, max_epochs=1).fit(module, datamodule=Sized())
     assert callback.float_step == 3
     assert callback.quantized is not None
+
+
+@pytest.mark.parametrize("make", [qat, PostTrainingQuantization])
+def test_the_other_package_is_refused_in_one_line(make: Callable[[], Any]) -> None:
+    other = pytest.importorskip("pytorch_lightning")
+
+    class Other(other.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = Net()
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return F.cross_entropy(self.net(batch[0]), batch[1])
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    fitting = other.Trainer(callbacks=[make()], accelerator="cpu", logger=False, enable_checkpointing=False)
+    with pytest.raises(
+        ConfigurationError, match=r"^This Trainer is pytorch_lightning's, .* `import lightning.pytorch as pl`\.$"
+    ):
+        fitting.fit(Other(), loader())

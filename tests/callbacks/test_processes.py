@@ -6,17 +6,20 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
+from torch.multiprocessing import ProcessRaisedException
 
-from qat_lightning import Distillation
+from qat_lightning import Distillation, PostTrainingQuantization
 from qat_lightning.errors import ConfigurationError
 from tests.callbacks.ddp_run import LEARNED, run_halves
-from tests.callbacks.lit import MODES, Lit, qat, state, trainer
+from tests.callbacks.lit import MODES, Lit, loader, qat, state, trainer
 
 ROOT = Path(__file__).parents[2]
 
@@ -178,6 +181,30 @@ def test_strategies_that_shard_are_refused(name: str) -> None:
     with pytest.raises(ConfigurationError, match=rf"{name} shards the network .* use strategy='ddp'"):
         callback.setup(fitting, module, "fit")
     assert state(module).keys() == before.keys()
+
+
+@pytest.mark.parametrize("make", [qat, PostTrainingQuantization])
+def test_processes_that_bring_no_network_back_are_refused(make: Callable[[], Any]) -> None:
+    """Lightning hands on what was raised in them as text: the error is ours all the same, in this process."""
+    with pytest.raises(
+        ConfigurationError, match=r"^DDPStrategy\(start_method='fork'\) .* use strategy='ddp' in a script"
+    ):
+        trainer(make(), strategy="ddp_notebook", devices=2).fit(Lit(), loader())
+
+
+@pytest.mark.slow
+def test_processes_that_are_spawned_are_refused() -> None:
+    with pytest.raises(ConfigurationError, match=r"^DDPStrategy\(start_method='spawn'\)"):
+        trainer(qat(), strategy=DDPStrategy(start_method="spawn"), devices=1).fit(Lit(), loader())
+
+
+def test_another_error_in_started_processes_stays_what_it_is() -> None:
+    class Broken(Callback):
+        def setup(self, *_: Any, **__: Any) -> None:
+            raise LookupError("not ours")
+
+    with pytest.raises(ProcessRaisedException, match="not ours"):
+        trainer(Broken(), qat(), strategy="ddp_notebook", devices=1).fit(Lit(), loader())
 
 
 def test_sync_batchnorm_is_refused() -> None:

@@ -6,17 +6,26 @@ from typing import Any
 
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, ModelPruning
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from torch import nn
+from torch.multiprocessing import ProcessRaisedException
 
 from qat_lightning.errors import ConfigurationError, NetworkError
 
 
 def refuse_strategy(trainer: Trainer) -> None:
-    """Refuse strategies that take a network apart, or put other layers into it.
+    """Refuse a Trainer of the other package, and strategies that take a network apart, change or lose it.
 
     Raises:
         ConfigurationError: With what to use instead.
     """
+    if not isinstance(trainer, Trainer):
+        raise ConfigurationError(
+            f"This Trainer is {type(trainer).__module__.partition('.')[0]}'s, and qat_lightning's callbacks are for "
+            "lightning's: write `import lightning.pytorch as pl`."
+        )
+    if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+        raise ConfigurationError(_launched(trainer))
     name = type(trainer.strategy).__name__
     if name in ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"):
         raise ConfigurationError(
@@ -28,6 +37,36 @@ def refuse_strategy(trainer: Trainer) -> None:
             "sync_batchnorm=True replaces the BatchNorm layers that quantization has fused with their convolutions: "
             "use sync_batchnorm=False."
         )
+
+
+def _launched(trainer: Trainer) -> str:
+    method = getattr(trainer.strategy.launcher, "_start_method", "spawn")
+    return (
+        f"{type(trainer.strategy).__name__}(start_method={method!r}) trains in processes that it starts from this one "
+        "and brings only a state_dict back, no int8 network: use strategy='ddp' in a script, or devices=1 with "
+        "strategy='auto' in a notebook."
+    )
+
+
+def explain_launch(trainer: Trainer, exception: BaseException) -> None:
+    """Say in the user's process what `refuse_strategy` refused in one that the Trainer had started.
+
+    Lightning calls no hook before it starts processes, and what is raised in them arrives as text.
+
+    Args:
+        trainer: In the process that started the others.
+        exception: What it was broken off by.
+
+    Raises:
+        ConfigurationError: The same as in the other process.
+    """
+    if not isinstance(exception, ProcessRaisedException) or not isinstance(
+        trainer.strategy.launcher, _MultiProcessingLauncher
+    ):
+        return
+    reason = _launched(trainer)
+    if reason in str(exception):
+        raise ConfigurationError(reason) from None
 
 
 def refuse_callbacks(trainer: Trainer, quantization: Callback, mode: str) -> None:

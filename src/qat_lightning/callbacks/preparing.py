@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from qat_lightning.backends import get_backend, require
 from qat_lightning.callbacks.arguments import check_names, check_word
-from qat_lightning.callbacks.company import refuse_callbacks, refuse_compiled, refuse_strategy
+from qat_lightning.callbacks.company import explain_launch, refuse_callbacks, refuse_compiled, refuse_strategy
 from qat_lightning.checkpoint_io import save_whole_files
 from qat_lightning.checkpoints import guard_loading, holds_quantization, note_added_keys
 from qat_lightning.errors import ConfigurationError, NetworkError
@@ -343,6 +343,7 @@ class PreparingCallback(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave no hook and no patched method behind: ``teardown`` does not follow."""
         self._leave_nothing()
+        explain_launch(trainer, exception)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave no hook and no patched method behind."""

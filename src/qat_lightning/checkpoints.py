@@ -15,8 +15,10 @@ from torch.utils.hooks import RemovableHandle
 from qat_lightning.checkpoint_io import read_float_state
 from qat_lightning.errors import CheckpointMismatchError, ConfigurationError
 from qat_lightning.flows.base import float_keys, prepared_state
+from qat_lightning.module_order import order_by_keys
 from qat_lightning.recipe import PreparedState, check_recipe
 from qat_lightning.recipes.folding import unfold_state
+from qat_lightning.state_entries import from_entry
 
 _STATE_KEY = "_quantization._extra_state"
 
@@ -51,7 +53,7 @@ def float_state_dict(checkpoint: Mapping[str, Any] | str | Path) -> dict[str, An
         return float_state_dict(torch.load(checkpoint, map_location="cpu", weights_only=True))
     state: dict[str, Any] = dict(checkpoint.get("state_dict", checkpoint))
     for key in [key for key in state if key.endswith(_STATE_KEY)]:
-        prefix, extra = key.removesuffix(_STATE_KEY), state[key]
+        prefix, extra = key.removesuffix(_STATE_KEY), from_entry(state[key])
         for added in extra["added_keys"]:
             del state[prefix + added]
         unfold_state(state, extra.get("folded", {}), prefix)
@@ -97,6 +99,28 @@ def read_float_weights(path: Path, name: str, prefix: str, wanted: Mapping[str, 
 def note_added_keys(prepared: nn.Module) -> None:
     """Let a prepared network's own entry in its ``state_dict`` say which keys preparation has added."""
     prepared_state(prepared).added_keys = sorted(set(prepared.state_dict()) - float_keys(prepared))
+
+
+def _load_state_dict(self: LightningModule, state_dict: Mapping[str, Any], strict: bool = True, **kwargs: Any) -> Any:
+    """As `nn.Module.load_state_dict`, with a word on what to do where quantization is all that is unexpected.
+
+    Raises:
+        CheckpointMismatchError: A checkpoint of a quantized network is loaded strictly into one that is not.
+    """
+    if strict and holds_quantization(state_dict) and not any(isinstance(m, PreparedState) for m in self.modules()):
+        name = type(self).__name__
+        raise CheckpointMismatchError(
+            f"This checkpoint is of a run with quantization, and {name} is float: for its float weights write "
+            f"`class {name}(LoadsQuantizedCheckpoints, LightningModule)`, or load "
+            "qat_lightning.float_state_dict(path) with load_state_dict; to go on with its quantization give the "
+            "Trainer the callback of that run."
+        )
+    return nn.Module.load_state_dict(self, state_dict, strict=strict, **kwargs)
+
+
+if "load_state_dict" not in LightningModule.__dict__:
+    # `load_from_checkpoint` calls nothing else of a class that has no base of ours.
+    LightningModule.load_state_dict = _load_state_dict  # type: ignore[method-assign]
 
 
 class LoadsQuantizedCheckpoints:
@@ -147,6 +171,8 @@ def guard_loading(
             key = prefix + _STATE_KEY
             if key in state_dict:
                 check_recipe(prepared_state(network).recipe, state_dict[key])
+                here = network if module is pl_module else module.get_submodule(prefixes[name])
+                _take_order(here, state_dict, prefix)
             elif not saved:
                 _complete(state_dict, network, prefix)
         expected = {prefix + _STATE_KEY for prefix in inner.values()}
@@ -159,6 +185,20 @@ def guard_loading(
 
     handle: RemovableHandle = pl_module.register_load_state_dict_pre_hook(guard)  # type: ignore[no-untyped-call]
     return handle
+
+
+def _take_order(network: nn.Module, saved: Mapping[str, Any], prefix: str) -> None:
+    """Give a network the order of a checkpoint, if that is not the float network's.
+
+    The optimizer of that run, and whatever else pairs parameters by their order, goes on with it. So it was in ``fx``
+    before entries were tensors.
+    """
+    state, entry = prepared_state(network), saved[prefix + _STATE_KEY]
+    if isinstance(entry, Mapping) or from_entry(entry).get("own_order", False) or state.own_order:
+        order_by_keys(network, saved, prefix)
+        usual = [name for name, _ in state.float_network.named_parameters()]
+        now = [name for name, _ in network.named_parameters()]
+        state.own_order = usual != [name for name in now if name in set(usual)]
 
 
 def _copied(value: Any) -> Any:

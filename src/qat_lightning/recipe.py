@@ -7,11 +7,12 @@ from dataclasses import dataclass, field, fields
 from fnmatch import fnmatchcase
 from typing import Any, Literal, get_args
 
-from torch import nn
+from torch import Tensor, nn
 
 from qat_lightning.backends import Backend, get_backend
 from qat_lightning.errors import CheckpointMismatchError, ConfigurationError
 from qat_lightning.scheme import CALIBRATION_ONLY, Scheme
+from qat_lightning.state_entries import from_entry, to_tensor
 
 FORMAT = 1
 
@@ -220,6 +221,8 @@ class PreparedState(nn.Module):
         float_network: A copy of the network's modules before it was prepared. Its parameters are those of the prepared
             network; it is no child, so nothing of it is saved. Copy it, and load `float_weights`, to run it.
         added_keys: The keys of the ``state_dict`` that the float network does not have.
+        own_order: Whether the parameters come in another order than the float network's, as in a checkpoint that was
+            loaded.
         plan: What the flow that prepared it wants to remember for conversion.
         reworking: What was done to the float network before, and can be done to other weights; None if nothing.
     """
@@ -235,6 +238,7 @@ class PreparedState(nn.Module):
         self.recipe = recipe
         self.prefix = prefix
         self.added_keys: list[str] = []
+        self.own_order = False
         self.__dict__["float_network"] = float_network
         self.__dict__["plan"] = plan
         self.__dict__["reworking"] = None
@@ -243,23 +247,29 @@ class PreparedState(nn.Module):
         """``input`` itself: an ``nn.Sequential`` calls every child that it has."""
         return input
 
-    def get_extra_state(self) -> dict[str, Any]:
-        """The recipe and the added keys as plain values, which ``torch.load(weights_only=True)`` takes."""
+    def get_extra_state(self) -> Tensor:
+        """The recipe, the added keys and the like, as a tensor."""
         folded = self.reworking.folded if self.reworking is not None else {}
-        return self.recipe.to_dict() | {"added_keys": self.added_keys, "folded": folded}
+        return to_tensor(
+            self.recipe.to_dict() | {"added_keys": self.added_keys, "folded": folded, "own_order": self.own_order}
+        )
 
     def set_extra_state(self, state: Any) -> None:
         """Refuse the ranges of another recipe."""
         check_recipe(self.recipe, state)
 
 
-def check_recipe(recipe: Recipe, state: Mapping[str, Any]) -> None:
+def check_recipe(recipe: Recipe, entry: Any) -> None:
     """Raise unless a checkpoint's recipe is the one of the network it is loaded into.
+
+    Args:
+        recipe: The network's.
+        entry: The checkpoint's entry for it.
 
     Raises:
         CheckpointMismatchError: They differ; the message names both sides.
     """
-    differences = recipe.differences(Recipe.from_dict(state))
+    differences = recipe.differences(Recipe.from_dict(from_entry(entry)))
     if differences:
         raise CheckpointMismatchError(
             "The checkpoint was written by a run with other settings of quantization ('there'): "

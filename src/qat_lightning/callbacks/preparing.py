@@ -19,6 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from qat_lightning.backends import get_backend, require
 from qat_lightning.callbacks.arguments import check_names, check_word
 from qat_lightning.callbacks.company import explain_launch, refuse_callbacks, refuse_compiled, refuse_strategy
+from qat_lightning.callbacks.learned import learned_parameters
 from qat_lightning.checkpoint_io import save_whole_files
 from qat_lightning.checkpoints import guard_loading, holds_quantization, note_added_keys
 from qat_lightning.errors import ConfigurationError, NetworkError
@@ -329,13 +330,20 @@ class PreparingCallback(Callback):
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Let the optimizer begin anew where a float checkpoint's parameters are other ones than those that train."""
-        if all(prepared_state(network).reworking is None for network in self._prepared.values()):
+        reworked = any(prepared_state(network).reworking is not None for network in self._prepared.values())
+        learned = learned_parameters(self._prepared.values())
+        if not reworked and not learned:
             return
         if "optimizer_states" in checkpoint and not holds_quantization(checkpoint["state_dict"]):
             checkpoint["optimizer_states"] = []
             rank_zero_warn(
-                "The checkpoint is of a float run, whose weights were equalized or folded as they were loaded: the "
-                "optimizer begins anew."
+                "The checkpoint is of a float run, "
+                + (
+                    "whose weights were equalized or folded as they were loaded"
+                    if reworked
+                    else "without learned scales"
+                )
+                + ": the optimizer begins anew."
             )
 
     # End

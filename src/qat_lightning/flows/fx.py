@@ -49,6 +49,7 @@ from qat_lightning.flows.tracing import (
 )
 from qat_lightning.flows.verify import check_layers
 from qat_lightning.graph_network import GraphNetwork, GraphPart, KeepsExtraState, has_extra_state
+from qat_lightning.module_order import order_as
 from qat_lightning.portable_graph import HoldsGraphs
 from qat_lightning.qat_modules import make_batchnorm_freezable, make_batchnorm_plain, round_weights_for_good
 from qat_lightning.recipe import PreparedState, Recipe
@@ -340,6 +341,7 @@ def _restore_children(
             f"mode='fx' would lose entries of the float state_dict: {', '.join(sorted(missing))}. Use mode='pt2e' "
             "or mode='eager' for this network."
         )
+    order_as(result, float_network)
 
 
 def _holder(root: nn.Module, path: str) -> nn.Module:

@@ -120,7 +120,7 @@ def _load_state_dict(self: LightningModule, state_dict: Mapping[str, Any], stric
 
 if "load_state_dict" not in LightningModule.__dict__:
     # `load_from_checkpoint` calls nothing else of a class that has no base of ours.
-    LightningModule.load_state_dict = _load_state_dict  # type: ignore[method-assign]
+    LightningModule.load_state_dict = _load_state_dict  # type: ignore[method-assign, assignment]
 
 
 class LoadsQuantizedCheckpoints:

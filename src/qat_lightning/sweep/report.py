@@ -15,9 +15,11 @@ from rich.text import Text
 
 from qat_lightning.app import readable_errors
 from qat_lightning.errors import MissingExtraError
+from qat_lightning.sweep.claim import sweep_folder_of_its_own
 from qat_lightning.sweep.folder import Plan, Standing, check_folder, numbered, sweep_folder, varying
 from qat_lightning.sweep.progress import SweepProgress
 from qat_lightning.sweep.result import IDENTITY, TrialResult, read_json
+from qat_lightning.sweep.stopping import terminable
 from qat_lightning.terminal import console
 
 _STYLES = {"completed": "green", "pruned": "cyan", "skipped": "yellow", "failed": "red", "broken off": "red"}
@@ -47,8 +49,9 @@ class SweepReport(Callback):
         with readable_errors():
             _require_plugins(config)
             self._plan = Plan.of(config)
-            self._folder = sweep_folder(config)
+            self._folder = sweep_folder_of_its_own(config, sweep_folder(config))
             check_folder(self._folder, self._plan, resume=config.resume)
+        self._open.enter_context(terminable())
         self._began = self._open.enter_context(SweepProgress(self._folder, self._plan)).began
         atexit.register(self._end)
 

@@ -9,7 +9,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ from qat_lightning import app
 from qat_lightning.errors import CombinationError, ConfigurationError
 from qat_lightning.sweep.process import run_apart
 from qat_lightning.sweep.result import FILE, IDENTITY, TrialResult, identity, read_json, write_json, written
+from qat_lightning.sweep.stopping import as_failure, interrupted, terminable
+from qat_lightning.terminal import console
 
 Train = Callable[[DictConfig], tuple[dict[str, float], app.Objects]]
 Objective = float | tuple[float, ...] | None
@@ -42,7 +44,8 @@ def run_trial(train: Train, cfg: DictConfig) -> Objective:
     recorded, and a process that dies takes nothing with it. What a trial prints goes to ``output.log`` in its folder.
 
     A trial that was broken off goes on from its last checkpoint, as the same W&B run, when it is launched again in its
-    folder: by a scheduler that requeues it, or with ``resume=true``.
+    folder: by a scheduler that requeues it, or with ``resume=true``. One that is finished is left as it is. What ends
+    the program early, as SIGTERM, is recorded as a failure, and ends it with a status that is not 0.
 
     Args:
         train: Takes the configuration; returns the metrics and the objects.
@@ -58,10 +61,14 @@ def run_trial(train: Train, cfg: DictConfig) -> Objective:
         with app.readable_errors():
             train(trial.joined(cfg))
         return None
+    earlier = TrialResult.read(trial.folder)
     if not trial.of_sweep:
+        if earlier is not None and earlier.done and trial.owns_folder:
+            text = f"{trial.folder} is {earlier.status}, so nothing is left to do: another hydra.run.dir= starts anew."
+            console().print(text, highlight=False)
+            return _for_sweeper(earlier.objective)
         with app.readable_errors():
             return trial.attempt(train, cfg)
-    earlier = TrialResult.read(trial.folder)
     if earlier is None or not earlier.done or not trial.owns_folder:
         earlier = trial.run(train, cfg)
     return _for_sweeper(earlier.objective)
@@ -111,11 +118,15 @@ class Trial:
             logging.getLogger(__name__).exception("The configuration of this trial cannot be run.")
             TrialResult("failed", self.overrides, error=_explained(error)).write(self.folder)
         else:
-            died = run_apart(lambda: self._attempt_quietly(train, cfg), self.folder / OUTPUT, apart=cfg.isolate)
-            if not (self.folder / FILE).is_file():
-                why = {"type": "ProcessError", "message": died or "it ended without a result"}
-                seconds = time.monotonic() - began
-                TrialResult("failed", self.overrides, seconds=seconds, error=why).write(self.folder)
+            died: str | None = "the sweep was ended, and the trial with it"
+            try:
+                with terminable():
+                    died = run_apart(lambda: self._attempt_quietly(train, cfg), self.folder / OUTPUT, apart=cfg.isolate)
+            finally:
+                if not (self.folder / FILE).is_file():
+                    why = {"type": "ProcessError", "message": died or "it ended without a result"}
+                    seconds = time.monotonic() - began
+                    TrialResult("failed", self.overrides, seconds=seconds, error=why).write(self.folder)
         result = TrialResult.read(self.folder)
         assert result is not None
         return result
@@ -124,25 +135,30 @@ class Trial:
         """Run `train` in this process, and record how it ended.
 
         Raises:
-            Exception: Whatever `train` raises, after it was recorded.
+            BaseException: Whatever `train` raises, after it was recorded; what would end the program with a status of 0
+                ends it with another.
         """
         began = time.monotonic()
+        (self.folder / FILE).unlink(missing_ok=True)
         metrics: dict[str, float] = {}
         fit_metrics: dict[str, float] = {}
         wandb_run: dict[str, str] | None = None
         try:
-            metrics, run = train(self.begun(cfg))
-            fit_metrics, wandb_run = run.fit_metrics, _wandb_run(run)
-            pruned = next((reason for c in run.callbacks if (reason := getattr(c, "pruned", None))), None)
-            objective = _objective(cfg.objective, fit_metrics | metrics)
-        except Exception as error:
-            failed = _explained(error)
+            with terminable():
+                metrics, run = train(self.begun(cfg))
+                fit_metrics, wandb_run = run.fit_metrics, _wandb_run(run)
+                pruned = next((reason for c in run.callbacks if (reason := getattr(c, "pruned", None))), None)
+                objective = _objective(cfg.objective, fit_metrics | metrics)
+        except BaseException as error:
+            ended = as_failure(error)
             seconds = time.monotonic() - began
+            left = TrialResult("failed", self.overrides, metrics, fit_metrics, None, seconds, self._why(ended))
+            left.write(self.folder)  # first: there may be little time
             wandb_run = wandb_run or _end_wandb()
-            TrialResult("failed", self.overrides, metrics, fit_metrics, None, seconds, failed, wandb_run).write(
-                self.folder
-            )
-            raise
+            replace(left, wandb=wandb_run).write(self.folder)
+            if ended is error:
+                raise
+            raise ended from error
         why = {"type": "Pruned", "message": pruned} if pruned else None
         TrialResult(
             "pruned" if pruned else "completed",
@@ -155,6 +171,19 @@ class Trial:
             wandb_run,
         ).write(self.folder)
         return _for_sweeper(objective)
+
+    def _why(self, error: BaseException) -> dict[str, str]:
+        """What ended it, and how it goes on."""
+        if isinstance(error, Exception):
+            return _explained(error)
+        kind, message = type(error).__name__, str(error) or "it was ended"
+        if interrupted(error):
+            kind, message = "KeyboardInterrupt", "it was interrupted before it was done"
+        elif type(error) is SystemExit:
+            message = f"it ended with the status {error.code} before it was done"
+        place = "hydra.sweep.dir" if self.of_sweep else "hydra.run.dir"
+        folder = self.folder.parent if self.of_sweep else self.folder
+        return {"type": kind, "message": f"{message}: the same command with {place}={folder} resume=true goes on."}
 
     def begun(self, cfg: DictConfig) -> DictConfig:
         """The configuration with what this launch adds: the id of its W&B run, and the checkpoint to go on from."""

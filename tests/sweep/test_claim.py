@@ -64,7 +64,7 @@ def test_a_folder_in_use_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         RunFolder().on_run_start(composed("hydra.run.dir=mine"))
     assert "Another process is running in mine" in " ".join(capsys.readouterr().err.replace("│", " ").split())
-    with pytest.raises(ConfigurationError, match="give another hydra.sweep.dir="):
+    with pytest.raises(ConfigurationError, match=r"give another hydra\.sweep\.dir="):
         hold(Path("mine"), "hydra.sweep.dir")
 
 

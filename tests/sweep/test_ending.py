@@ -86,11 +86,14 @@ def test_a_run_that_is_ended_says_so_and_does_not_end_with_zero(
 
 
 def test_the_second_sigterm_does_not_keep_the_first_from_being_recorded() -> None:
-    with pytest.raises(Terminated), terminable():
+    def twice() -> None:
         try:
             os.kill(os.getpid(), signal.SIGTERM)
         finally:
             os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Terminated), terminable():
+        twice()
 
 
 def test_somebody_elses_handler_stays() -> None:

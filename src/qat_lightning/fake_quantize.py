@@ -27,6 +27,7 @@ from qat_lightning.observers import (
     percentile_range,
 )
 from qat_lightning.processes import process_count, range_over_all
+from qat_lightning.recomputation import decided_once, recomputes
 
 RangeSource = Literal["moving_average", "min_max", "histogram_mse", "histogram_kl", "percentile", "present", "fixed"]
 
@@ -320,10 +321,11 @@ class FakeQuantize(_TorchFakeQuantizeBase, _TorchaoFakeQuantizeBase):  # type: i
             axis: The dimension of the channels that ``factor`` is for.
             relu: The largest value that a ReLU leaves, through which ``x`` goes first; None for no ReLU.
         """
-        if relu is not None and not self._rounds_relu:
+        if relu is not None and not decided_once(lambda: self._rounds_relu):
             x, relu = relu_up_to(x, relu), None
         if factor is not None:
-            return self._round_folded(x, factor, axis) if self.fake_quant_enabled else x
+            given = factor
+            return self._round_folded(x, decided_once(lambda: given), axis) if self.fake_quant_enabled else x
         if self.learns:
             return self.round(x)
         if self.source == "present":
@@ -366,7 +368,7 @@ class FakeQuantize(_TorchFakeQuantizeBase, _TorchaoFakeQuantizeBase):  # type: i
     def observes(self) -> bool:
         """Whether `forward` moves the range now."""
         here = self.training or self.observe_in_evaluation
-        return self.observer_enabled and here and self.observed
+        return self.observer_enabled and here and self.observed and not recomputes()
 
     def round(self, x: Tensor) -> Tensor:
         """`forward` without observing."""
@@ -375,7 +377,7 @@ class FakeQuantize(_TorchFakeQuantizeBase, _TorchaoFakeQuantizeBase):  # type: i
     def _round(self, x: Tensor, *, clamps: bool, relu: float | None = None) -> Tensor:
         if not self.fake_quant_enabled:
             return x
-        if not self.seen:
+        if not decided_once(lambda: self.seen):
             # While a graph is traced, whether a range is known may change: then the graph looks.
             known = self.min_val <= self.max_val if torch.compiler.is_compiling() and self.observed else None
             return x if known is None else torch.where(known, self._on_grid(x, clamps=clamps), x)
@@ -388,7 +390,7 @@ class FakeQuantize(_TorchFakeQuantizeBase, _TorchaoFakeQuantizeBase):  # type: i
         return self._on_grid(x, clamps=clamps, relu=relu)
 
     def _on_grid(self, x: Tensor, *, clamps: bool, relu: float | None = None) -> Tensor:
-        scale, zero_point = self.calculate_qparams()
+        scale, zero_point = decided_once(self.calculate_qparams)
         middle = self.quant_min + (self.quant_max - self.quant_min + 1) // 2
         return fake_quantize(
             x,

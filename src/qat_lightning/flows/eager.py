@@ -42,6 +42,7 @@ from qat_lightning.flows.verify import raise_if_faulty
 from qat_lightning.grid import EPS
 from qat_lightning.qat_modules import make_batchnorm_freezable, round_for_good
 from qat_lightning.recipe import PreparedState, Recipe
+from qat_lightning.recomputation import keep_tapes
 
 _REPORTED = (
     nn.modules.conv._ConvNd,
@@ -62,6 +63,7 @@ class EagerFlow:
         """Put fake-quant into the layers of ``network``, which stays the same object; see `Flow.prepare`."""
         if is_prepared(network):
             raise NetworkError(f"{type(network).__name__} is prepared for quantization already.")
+        keep_tapes()
         observation = observe(network, example)
         float_network = copy_of_modules(network)
         chains, reasons = find_chains(network, observation, recipe, prefix)

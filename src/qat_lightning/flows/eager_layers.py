@@ -28,6 +28,7 @@ from qat_lightning.qat_modules import (
     fake_quantize_folded,
     fold_factor,
 )
+from qat_lightning.recomputation import decided_once
 from qat_lightning.relu_rounding import is_looked_at, relu_limit
 
 
@@ -109,6 +110,10 @@ def _set_mark(x: Tensor, chain: ChainHead, stage: int, tap: Tap | None) -> None:
 def _mark_of(x: Tensor) -> _Mark | None:
     if _traced:
         return next((mark for tensor, mark in _traced if tensor is x), None)
+    return decided_once(lambda: _mark_beside(x))
+
+
+def _mark_beside(x: Tensor) -> _Mark | None:
     mark: _Mark | None = _marks.get(x)
     return mark if mark is not None and mark.version == x._version else None
 

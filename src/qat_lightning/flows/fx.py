@@ -53,6 +53,7 @@ from qat_lightning.module_order import order_as
 from qat_lightning.portable_graph import HoldsGraphs
 from qat_lightning.qat_modules import make_batchnorm_freezable, make_batchnorm_plain, round_weights_for_good
 from qat_lightning.recipe import PreparedState, Recipe
+from qat_lightning.recomputation import keep_tapes
 
 _WEIGHTED = (
     nn.Conv1d,
@@ -96,6 +97,7 @@ class FxFlow:
 
     def prepare(self, network: nn.Module, example: Example, recipe: Recipe, *, prefix: str = "") -> GraphNetwork:
         """See `Flow.prepare`."""
+        keep_tapes()
         make_batchnorm_plain(network)  # of a preparation before
         float_network = copy_of_modules(network)
         selected = {

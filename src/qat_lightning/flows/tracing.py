@@ -22,7 +22,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from qat_lightning.errors import TraceError
 from qat_lightning.flows.base import Example, fake_quantizers
+from qat_lightning.flows.checkpointing import loses_checkpoints
 from qat_lightning.flows.eager_chains import run_apart
+from qat_lightning.recomputation import Checkpointed, no_checkpoints
 from qat_lightning.relu_rounding import writes_in_place
 
 _DROPOUTS: dict[Callable[..., Any], type[nn.Module]] = {
@@ -216,9 +218,11 @@ def _trace_once(
     network: nn.Module, example: Example, leaves: list[str], *, train: bool
 ) -> tuple[fx.GraphModule, dict[str, Any]]:
     tracer = QuantizationTracer(leaves, [])
-    with _in_mode(network, train):
+    with _in_mode(network, train), no_checkpoints() if train else contextlib.nullcontext():
         try:
             graph = tracer.trace(network, concrete_args=_defaults_not_given(network, example))
+        except Checkpointed as error:
+            raise loses_checkpoints(network, "fx", line_at_fault(error)) from None
         except Exception as error:
             where = line_at_fault(error)
             raise TraceError(

@@ -18,6 +18,7 @@ from qat_lightning.flows.base import (
     prepared_state,
     refuse_simulated,
 )
+from qat_lightning.flows.checkpointing import refuse_checkpoints
 from qat_lightning.flows.coverage import layers_with_macs, report
 from qat_lightning.flows.pt2e.annotate import insert_fake_quantize
 from qat_lightning.flows.pt2e.capture import capture
@@ -29,6 +30,7 @@ from qat_lightning.flows.pt2e.network import ExportedNetwork
 from qat_lightning.flows.pt2e.training import Plan, adopt, training_graph, weight_quantizers
 from qat_lightning.flows.tracing import refuse_other_results
 from qat_lightning.recipe import PreparedState, Recipe
+from qat_lightning.recomputation import keep_tapes
 
 _ELSEWHERE = {
     "xnnpack": ("the phone's kernels", ""),
@@ -44,6 +46,8 @@ class Pt2eFlow:
         """See `Flow.prepare`."""
         require(recipe.target)
         _refuse_spectral_norm(network)
+        refuse_checkpoints(network, example, "pt2e")
+        keep_tapes()
         float_network = copy_of_modules(network)
         captured, spec = capture(network, example)
         prepared, folded = insert_fake_quantize(captured, recipe, prefix=prefix, name=spec.name)

@@ -1,0 +1,160 @@
+"""Activation checkpointing: what is computed anew in the backward pass is rounded as it was in the forward pass.
+
+`torch.utils.checkpoint` drops the tensors of a part of a network, and runs that part again when the backward pass
+needs them. By then ranges have moved, BatchNorm has other statistics, and tensors are other objects. So what a part
+decides in its forward pass (whether and to which grid it rounds, by what a weight is folded, what a tensor is marked
+with) is kept in a tape of that part, in order, and read from it when the part runs again; and no range moves twice.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+import torch.utils.checkpoint as upstream
+
+_T = TypeVar("_T")
+
+
+class _Here(threading.local):
+    """The parts that run in this thread, the outermost first; a backward pass may have a thread of its own."""
+
+    def __init__(self) -> None:
+        self.running: list[_Run] = []
+
+
+class _Run:
+    """One run of a part: the first, which writes its tape, or a later one, which reads it."""
+
+    def __init__(self, tape: list[Any], *, again: bool) -> None:
+        self.tape, self.again, self.position = tape, again, 0
+
+
+_here = _Here()
+
+
+def recomputes() -> bool:
+    """Whether a part of a network runs a second time for the backward pass."""
+    return not torch.compiler.is_compiling() and any(run.again for run in _here.running)
+
+
+def decided_once(decide: Callable[[], _T]) -> _T:
+    """What ``decide`` gives; in a second run of a part of a network, what it gave in the first.
+
+    Args:
+        decide: Gives something that nobody changes afterwards. In each run of a part it is asked the same questions, in
+            the same order.
+    """
+    # While a graph is traced, upstream's compiler has its own way to compute anew.
+    if torch.compiler.is_compiling() or not _here.running:
+        return decide()
+    running = _here.running
+    replayed = next((run for run in running if run.again), None)
+    if replayed is None or replayed.position == len(replayed.tape):
+        value = decide()
+    else:
+        value = replayed.tape[replayed.position]
+        replayed.position += 1
+    for run in running:
+        if not run.again:
+            run.tape.append(value)
+    return value
+
+
+class _Tape:
+    """Lets a part of a network write its tape in its first run, and read it in all others."""
+
+    def __init__(self) -> None:
+        self.written: list[Any] | None = None
+        self.runs: list[_Run] = []
+
+    def __enter__(self) -> None:
+        again = self.written is not None
+        if self.written is None:
+            self.written = []
+        self.runs.append(_Run(self.written, again=again))
+        _here.running.append(self.runs[-1])
+
+    def __exit__(self, *exception: Any) -> None:
+        _here.running.remove(self.runs.pop())
+
+
+class _Both:
+    """Two contexts as one, which can be entered again."""
+
+    def __init__(self, outer: Any, inner: Any) -> None:
+        self.outer, self.inner = outer, inner
+
+    def __enter__(self) -> None:
+        self.outer.__enter__()
+        self.inner.__enter__()
+
+    def __exit__(self, *exception: Any) -> None:
+        self.inner.__exit__(*exception)
+        self.outer.__exit__(*exception)
+
+
+_non_reentrant = upstream._checkpoint_without_reentrant_generator
+_Reentrant = upstream.CheckpointFunction
+
+
+def _with_tape(
+    fn: Any, preserve: Any = True, context_fn: Any = upstream.noop_context_fn, *args: Any, **more: Any
+) -> Any:
+    tape = _Tape()
+
+    def contexts() -> tuple[Any, Any]:
+        forward, again = context_fn()
+        return _Both(forward, tape), _Both(again, tape)
+
+    return _non_reentrant(fn, preserve, contexts, *args, **more)
+
+
+class _ReentrantWithTape(_Reentrant):
+    """Upstream's function, which calls what it is given once in the forward and once in the backward pass."""
+
+    @classmethod
+    def apply(cls, function: Callable[..., Any], *args: Any) -> Any:  # type: ignore[override]
+        """Call ``function`` with a tape."""
+        tape = _Tape()
+
+        def with_tape(*inputs: Any) -> Any:
+            with tape:
+                return function(*inputs)
+
+        return _Reentrant.apply(with_tape, *args)  # type: ignore[no-untyped-call]
+
+
+def keep_tapes() -> None:
+    """Let every part that is checkpointed from now on keep a tape; for networks without fake-quant nothing changes."""
+    upstream._checkpoint_without_reentrant_generator = _with_tape
+    upstream.CheckpointFunction = _ReentrantWithTape  # type: ignore[misc]
+
+
+class Checkpointed(Exception):
+    """Activation checkpointing was met, where there must be none."""
+
+
+@contextmanager
+def no_checkpoints() -> Iterator[None]:
+    """Raise `Checkpointed` where a network in this block begins a part that is to be computed anew.
+
+    By whatever name it was imported: what is replaced is what `torch.utils.checkpoint.checkpoint` calls.
+    """
+
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        raise Checkpointed
+
+    class Refusing(_Reentrant):
+        apply = staticmethod(refuse)
+
+    before = upstream._checkpoint_without_reentrant_generator, upstream.CheckpointFunction
+    upstream._checkpoint_without_reentrant_generator = refuse
+    upstream.CheckpointFunction = Refusing  # type: ignore[misc]
+    try:
+        yield
+    finally:
+        upstream._checkpoint_without_reentrant_generator, upstream.CheckpointFunction = before  # type: ignore[misc]

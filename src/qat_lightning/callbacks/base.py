@@ -14,6 +14,7 @@ from typing_extensions import Self
 
 from qat_lightning.callbacks.arguments import check_flag
 from qat_lightning.callbacks.converting import ConvertingCallback
+from qat_lightning.callbacks.settings_log import log_settings
 from qat_lightning.checkpoints import present_float
 from qat_lightning.errors import ConfigurationError
 from qat_lightning.flows.base import (
@@ -185,6 +186,13 @@ class QuantizationCallback(ConvertingCallback):
                 "evaluate the same number of batches: use observe_stages=['train']."
             )
         super().setup(trainer, pl_module, stage)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log the settings, so that runs can be told apart in any logger."""
+        self._log_settings(trainer)
+
+    def _log_settings(self, trainer: Trainer) -> None:
+        log_settings(trainer, self, list(self.chosen_modes.values()))
 
     # Convert
 

@@ -134,6 +134,7 @@ class PostTrainingQuantization(QuantizationCallback):
         self.float_source = "the weights that were quantized"
         self._phase = _ROUNDING
         self._made_of: dict[str, dict[str, Tensor]] = {}
+        self._unlogged = False
 
     # Life cycle
 
@@ -151,6 +152,7 @@ class PostTrainingQuantization(QuantizationCallback):
                 self._prepare_copy(name, slot)
             else:
                 self._make_int8(name)
+        super().on_fit_start(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Calibrate, while the LightningModule is still on its device."""
@@ -172,16 +174,25 @@ class PostTrainingQuantization(QuantizationCallback):
         if trainer.state.fn == "validate":
             self._ensure(trainer, pl_module, "validate")
             self._stand_in("validate", trainer, pl_module)
+            self._log_unlogged(trainer)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Quantize what is there, and test the chosen variant, by default int8."""
         self._ensure(trainer, pl_module, "test")
         super().on_test_start(trainer, pl_module)
+        self._log_unlogged(trainer)
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Quantize what is there, and predict with the chosen variant, by default int8."""
         self._ensure(trainer, pl_module, "predict")
         super().on_predict_start(trainer, pl_module)
+        self._log_unlogged(trainer)
+
+    def _log_unlogged(self, trainer: Trainer) -> None:
+        """Log the settings of what no fit logged, once there is a network and its mode is chosen."""
+        if self._unlogged:
+            self._log_settings(trainer)
+        self._unlogged = False
 
     # Quantize
 
@@ -210,6 +221,7 @@ class PostTrainingQuantization(QuantizationCallback):
             return
         self._source = f"checkpoint {trainer.ckpt_path}" if trainer.ckpt_path else "the present weights"
         self._quantize(trainer, pl_module)
+        self._unlogged = trainer.state.fn != "fit"
 
     def _quantize(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._made_of, self._quantized, self._stale, self.fidelity = {}, {}, True, {}

@@ -113,6 +113,7 @@ class PreparingCallback(Callback):
         self._slots: dict[str, Slot] = {}
         self._prepared: dict[str, nn.Module] = {}
         self._examples: dict[str, Example] = {}
+        self._modes: dict[str, str] = {}
         self._phase = BEFORE
         self._guard: RemovableHandle | None = None
         self._put_back: Callable[[], None] | None = None
@@ -157,6 +158,12 @@ class PreparingCallback(Callback):
     def phase(self) -> Phase:
         """What is on now."""
         return self._phase
+
+    @property
+    def chosen_modes(self) -> dict[str, str]:
+        """The mode of each network, which ``mode="auto"`` leaves open; empty before it is chosen."""
+        made = {name: prepared_state(prepared).recipe.mode for name, prepared in self._prepared.items()}
+        return self._modes | made
 
     def parts(self) -> dict[str, Part]:
         """The networks by name; none before the fit has begun."""
@@ -260,6 +267,7 @@ class PreparingCallback(Callback):
         if why:
             rank_zero_info(f"mode='auto': {why}")
         refuse_compiled(network, slot.prefix, mode)
+        self._modes[slot.name] = mode
         recipe = self._recipe(mode)
         check_globs(recipe, [f"{slot.prefix}.{n}".strip(".") for n, _ in network.named_modules() if n or slot.prefix])
         return recipe

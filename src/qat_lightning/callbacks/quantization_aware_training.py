@@ -155,8 +155,9 @@ class QuantizationAwareTraining(QuantizationCallback):
         super().setup(trainer, pl_module, stage)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """See that learned scales are optimized."""
+        """See that learned scales are optimized, and log the settings."""
         check_optimized(trainer, self._prepared)
+        super().on_fit_start(trainer, pl_module)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Reduce the gradients of learned scales, which are kept from DistributedDataParallel."""

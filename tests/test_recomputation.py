@@ -73,7 +73,7 @@ def test_gradients_and_ranges_are_those_without(way: str) -> None:
     wanted, ranges = trained("none")
     gradients, found = trained(way)
     torch.testing.assert_close(gradients, wanted, rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(found, ranges, rtol=0, atol=0)
+    torch.testing.assert_close(found, ranges, rtol=1e-5, atol=1e-6)  # sums in another order
 
 
 @pytest.mark.parametrize("mode", ["fx", "pt2e"])

@@ -65,6 +65,8 @@ class FakeQuantize(_TorchFakeQuantizeBase, _TorchaoFakeQuantizeBase):  # type: i
         fake_quant_enabled: Whether `forward` rounds.
         observer_enabled: Whether `forward` moves the range (in training).
         observe_in_evaluation: Whether it does in evaluation as well.
+        left_float: Whether it never rounds, because what it belongs to cannot be int8: see
+            `qat_lightning.flows.left_float`.
         batches: Batches that the range was moved by, an int64 buffer.
         reduce_across_processes: Whether every batch's range is taken over all processes of a distributed training. Only
             where all of them run the same modules in the same order, or they wait for each other for ever.
@@ -122,6 +124,7 @@ class FakeQuantize(_TorchFakeQuantizeBase, _TorchaoFakeQuantizeBase):  # type: i
         self.observer_enabled = True
         self.observe_in_evaluation = False
         self.reduce_across_processes = False
+        self.left_float = False
         self._seen = source == "fixed"
         self.step: LearnedStep | None = None
         self.histogram = Histogram() if source in ("histogram_mse", "histogram_kl", "percentile") else None
@@ -311,6 +314,15 @@ class FakeQuantize(_TorchFakeQuantizeBase, _TorchaoFakeQuantizeBase):  # type: i
         if self.histogram is not None:
             self.histogram = Histogram().to(self.min_val.device)
 
+    @torch.no_grad()
+    def widen_to(self, other: FakeQuantize) -> None:
+        """Take the range of another place into its own, which holds both from now on."""
+        low, high = other.range()
+        self.min_val.copy_(torch.minimum(self.min_val, low))
+        self.max_val.copy_(torch.maximum(self.max_val, high))
+        self.batches.copy_(torch.maximum(self.batches, other.batches))
+        self._seen = False
+
     def forward(self, x: Tensor, factor: Tensor | None = None, axis: int = 0, *, relu: float | None = None) -> Tensor:
         """``x`` itself before rounding is on; afterwards ``x`` on the grid, in the shape and dtype of ``x``.
 
@@ -323,6 +335,8 @@ class FakeQuantize(_TorchFakeQuantizeBase, _TorchaoFakeQuantizeBase):  # type: i
         """
         if relu is not None and not decided_once(lambda: self._rounds_relu):
             x, relu = relu_up_to(x, relu), None
+        if self.left_float:
+            return x
         if factor is not None:
             given = factor
             return self._round_folded(x, decided_once(lambda: given), axis) if self.fake_quant_enabled else x
@@ -339,7 +353,7 @@ class FakeQuantize(_TorchFakeQuantizeBase, _TorchaoFakeQuantizeBase):  # type: i
     def _rounds_relu(self) -> bool:
         """Whether a ReLU in front can now be done in the passes of rounding."""
         plain = self.observed and self.histogram is None and self.learned == "none"
-        return plain and self.fake_quant_enabled and self.seen
+        return plain and self.fake_quant_enabled and not self.left_float and self.seen
 
     @property
     def _holds_all(self) -> bool:
@@ -375,7 +389,7 @@ class FakeQuantize(_TorchFakeQuantizeBase, _TorchaoFakeQuantizeBase):  # type: i
         return self._round(x, clamps=True)
 
     def _round(self, x: Tensor, *, clamps: bool, relu: float | None = None) -> Tensor:
-        if not self.fake_quant_enabled:
+        if not self.fake_quant_enabled or self.left_float:
             return x
         if not decided_once(lambda: self.seen):
             # While a graph is traced, whether a range is known may change: then the graph looks.

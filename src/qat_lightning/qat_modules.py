@@ -286,8 +286,10 @@ def round_for_good(weight: Tensor, fq: FakeQuantize) -> Tensor:
     """The weight on its grid, and the grid as it is from now on.
 
     Upstream's converters pack a weight with the limits of its storage type, so a weight beyond a narrower grid (one of
-    fewer bits, or a learned one) has to be put on it before.
+    fewer bits, or a learned one) has to be put on it before. The weight of a layer that is left float stays as it is.
     """
+    if fq.left_float:
+        return weight.float()
     fq.observe(weight)
     fq.hold()
     fq.enable_fake_quant()

@@ -41,6 +41,8 @@ class Recipe:
         kind: ``"qat"``, ``"static"``, ``"dynamic"`` or ``"weight_only"``.
         equalization: ``"none"``, ``"exact"`` or ``"replace_relu6"``.
         batchnorm: ``"fused"`` or ``"fold"``.
+        left_float: Names of layers that were found to be impossible in int8, each with the reason; no setting, and not
+            compared.
 
     Raises:
         ConfigurationError: The mode and the backend do not go together, a glob is not a string, or the scheme has what
@@ -60,6 +62,7 @@ class Recipe:
     kind: Kind = "qat"
     equalization: Equalization = "none"
     batchnorm: BatchNormHandling = "fused"
+    left_float: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
         """Check the pair, the globs, and what of the scheme the kind has."""
@@ -148,6 +151,8 @@ class Recipe:
         """Whether the module ``name`` is to be quantized: it or a parent of it is included, and none is excluded."""
         parts = name.split(".")
         lineage = [".".join(parts[: n + 1]) for n in range(len(parts))]
+        if any(left in lineage for left, _ in self.left_float):
+            return False
         if any(fnmatchcase(part, glob) for glob in self.exclude for part in lineage):
             return False
         return not self.include or any(fnmatchcase(part, glob) for glob in self.include for part in lineage)
@@ -164,6 +169,7 @@ class Recipe:
             "kind": self.kind,
             "equalization": self.equalization,
             "batchnorm": self.batchnorm,
+            "left_float": [list(pair) for pair in self.left_float],
         }
 
     @classmethod
@@ -182,18 +188,20 @@ class Recipe:
             kind=values.get("kind", "qat"),
             equalization=values.get("equalization", "none"),
             batchnorm=values.get("batchnorm", "fused"),
+            left_float=tuple((str(name), str(why)) for name, why in values.get("left_float", ())),
         )
 
     def differences(self, other: Recipe) -> list[str]:
         """The fields in which two recipes differ, both sides named."""
-        return [*_differences(self, other, leave_out="scheme"), *_differences(self.scheme, other.scheme, "scheme.")]
+        ours = _differences(self, other, leave_out=("scheme", "left_float"))
+        return [*ours, *_differences(self.scheme, other.scheme, "scheme.")]
 
 
-def _differences(one: Any, other: Any, prefix: str = "", *, leave_out: str = "") -> list[str]:
+def _differences(one: Any, other: Any, prefix: str = "", *, leave_out: Sequence[str] = ()) -> list[str]:
     return [
         f"{prefix}{f.name}: {getattr(one, f.name)!r} here, {getattr(other, f.name)!r} there"
         for f in fields(one)
-        if f.name != leave_out and getattr(one, f.name) != getattr(other, f.name)
+        if f.name not in leave_out and getattr(one, f.name) != getattr(other, f.name)
     ]
 
 
@@ -223,6 +231,7 @@ class PreparedState(nn.Module):
         added_keys: The keys of the ``state_dict`` that the float network does not have.
         own_order: Whether the parameters come in another order than the float network's, as in a checkpoint that was
             loaded.
+        left_float: What was found to be impossible in int8, by name, and why: see `qat_lightning.flows.left_float`.
         plan: What the flow that prepared it wants to remember for conversion.
         reworking: What was done to the float network before, and can be done to other weights; None if nothing.
     """
@@ -239,6 +248,7 @@ class PreparedState(nn.Module):
         self.prefix = prefix
         self.added_keys: list[str] = []
         self.own_order = False
+        self.left_float: dict[str, str] = {}
         self.__dict__["float_network"] = float_network
         self.__dict__["plan"] = plan
         self.__dict__["reworking"] = None
@@ -250,9 +260,13 @@ class PreparedState(nn.Module):
     def get_extra_state(self) -> Tensor:
         """The recipe, the added keys and the like, as a tensor."""
         folded = self.reworking.folded if self.reworking is not None else {}
-        return to_tensor(
-            self.recipe.to_dict() | {"added_keys": self.added_keys, "folded": folded, "own_order": self.own_order}
-        )
+        values = {
+            "added_keys": self.added_keys,
+            "folded": folded,
+            "own_order": self.own_order,
+            "left_float": [list(pair) for pair in self.left_float.items()],
+        }
+        return to_tensor(self.recipe.to_dict() | values)
 
     def set_extra_state(self, state: Any) -> None:
         """Refuse the ranges of another recipe."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -120,6 +120,14 @@ class Flow(Protocol):
             prepared: A CPU copy in evaluation (`cpu_copy`), which may be used up.
             example: One call.
         """
+        ...
+
+    def parts(self, prepared: nn.Module) -> list[str]:
+        """What of a prepared network can be left float by itself: layers by their names, and ops, as they run."""
+        ...
+
+    def leave_float(self, prepared: nn.Module, names: Collection[str], example: Example | None) -> None:
+        """Leave some of `parts` float; called by `qat_lightning.flows.left_float.leave_float`, which notes why."""
         ...
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,6 +26,7 @@ from qat_lightning.flows.base import (
     LayerCheck,
     LayerCoverage,
     copy_of_modules,
+    cpu_copy,
     is_prepared,
     prepared_state,
     refuse_simulated,
@@ -37,6 +38,7 @@ from qat_lightning.flows.eager_chains import Chain, find_chains, float_functions
 from qat_lightning.flows.eager_coverage import eager_operations
 from qat_lightning.flows.eager_int8 import Int8Layer, make_int8, plain_outputs
 from qat_lightning.flows.eager_layers import HEADS, LINKS, ChainHead, become, without_fast_paths
+from qat_lightning.flows.left_float import follow_checkpoints, leave_weights_float, with_reasons
 from qat_lightning.flows.qconfig import make_qconfig
 from qat_lightning.flows.verify import raise_if_faulty
 from qat_lightning.grid import EPS
@@ -88,6 +90,7 @@ class EagerFlow:
             "functions": float_functions(observation),
         }
         network._quantization = PreparedState(recipe, float_network, prefix=prefix, plan=plan)
+        follow_checkpoints(network)
         _check_same(network, example, observation.result)
         return network
 
@@ -100,11 +103,9 @@ class EagerFlow:
     def _convert(self, prepared: nn.Module, example: Example) -> Converted:
         state = prepared_state(prepared)
         target = state.recipe.target
-        heads = {
-            chain.name: _head(prepared, chain.name) for chain in (Chain(**values) for values in state.plan["chains"])
-        }
-        plan = _plan_of_seen(state.plan, heads)
-        if not plan["chains"]:
+        heads = _heads(prepared)
+        plan = _plan_of_seen(state.plan, heads, state.left_float)
+        if not plan["chains"] and not state.left_float:
             raise ConversionError(
                 f"No range was ever observed in {type(state.float_network).__name__}: train at least one step on "
                 "finite values before converting."
@@ -123,8 +124,19 @@ class EagerFlow:
     def coverage(self, prepared: nn.Module, example: Example) -> list[LayerCoverage]:
         """See `Flow.coverage`."""
         state = prepared_state(prepared)
-        rows = layers_with_macs(_coverage(state, state.plan), state.float_network, example)
+        rows = with_reasons(_coverage(state, state.plan), state.left_float)
+        rows = layers_with_macs(rows, state.float_network, example)
         return [*rows, *report(lambda: eager_operations(state.float_network, state.plan, example))]
+
+    def parts(self, prepared: nn.Module) -> list[str]:
+        """See `Flow.parts`."""
+        return [name for name, head in _heads(prepared).items() if not head.left_float]
+
+    def leave_float(self, prepared: nn.Module, names: Collection[str], example: Example | None) -> None:
+        """See `Flow.leave_float`."""
+        if example is not None:
+            _give_own_input_range(prepared, names, example)
+        leave_weights_float(prepared, names)
 
     def skeleton(self, network: nn.Module, plan: Mapping[str, Any], recipe: Recipe) -> nn.Module:
         """Give a float network the structure of the int8 one, to load an int8 ``state_dict`` into.
@@ -179,10 +191,29 @@ def _int8_layers(network: nn.Module) -> dict[str, Int8Layer]:
     return {name: module for name, module in _modules(network).items() if isinstance(module, Int8Layer)}
 
 
-def _head(prepared: nn.Module, name: str) -> ChainHead:
-    head = prepared.get_submodule(name)
-    assert isinstance(head, ChainHead)
-    return head
+def _heads(prepared: nn.Module) -> dict[str, ChainHead]:
+    """The heads of all chains of a prepared network, by name."""
+    heads = {}
+    for values in prepared_state(prepared).plan["chains"]:
+        head = prepared.get_submodule(values["name"])
+        assert isinstance(head, ChainHead)
+        heads[values["name"]] = head
+    return heads
+
+
+@torch.no_grad()
+def _give_own_input_range(prepared: nn.Module, names: Collection[str], example: Example) -> None:
+    """Copy the output range of layers that are about to be left float to the inputs that were on its grid so far."""
+    probe = cpu_copy(prepared)
+    heads, own = _heads(probe), _heads(prepared)
+    leaving = {id(heads[name].output_fake_quant) for name in names}
+    for head in heads.values():
+        head.taps = []
+    _run(probe, example)
+    for name, head in heads.items():
+        for tap in head.taps or ():
+            if id(tap.grid) in leaving:
+                own[name].input_fake_quant.widen_to(tap.grid)
 
 
 def _make_head(modules: dict[str, nn.Module], chain: Chain, recipe: Recipe) -> None:
@@ -217,11 +248,19 @@ def _check_same(network: nn.Module, example: Example, expected: Any) -> None:
             )
 
 
-def _plan_of_seen(plan: Mapping[str, Any], heads: Mapping[str, ChainHead]) -> dict[str, Any]:
-    """The plan without the chains whose output was never observed: these stay float, and the reason says so."""
-    chains = [chain for chain in plan["chains"] if heads[chain["name"]].output_fake_quant.seen]
+def _plan_of_seen(
+    plan: Mapping[str, Any], heads: Mapping[str, ChainHead], left_float: Mapping[str, str]
+) -> dict[str, Any]:
+    """The plan without the chains that are left float, or whose output was never observed; the reason says so."""
+    chains = [
+        chain
+        for chain in plan["chains"]
+        if heads[chain["name"]].output_fake_quant.seen and not heads[chain["name"]].left_float
+    ]
     unseen = {
-        chain["name"]: "its range was never observed, because training did not run it"
+        chain["name"]: left_float.get(
+            chain["name"], "its range was never observed, because training did not run it"
+        )
         for chain in plan["chains"]
         if chain not in chains
     }

@@ -160,9 +160,19 @@ class ChainHead(_Layer):
         return first if isinstance(first, FreezableBatchNorm) else None
 
     @property
+    def left_float(self) -> bool:
+        """Whether it is the plain layer that it was, with nothing rounded, because it cannot be int8."""
+        return self.weight_fake_quant.left_float
+
+    @property
+    def shares_grid(self) -> bool:
+        """Whether its input is on the grid of another chain's output."""
+        return bool(self.grid_of) and not self.grid_of[0].left_float
+
+    @property
     def input_grid(self) -> FakeQuantize:
         """What rounds an input that is not on a grid yet."""
-        return self.grid_of[0].output_fake_quant if self.grid_of else self.input_fake_quant
+        return self.grid_of[0].output_fake_quant if self.shares_grid else self.input_fake_quant
 
     @torch.no_grad()
     def folded(self) -> tuple[Tensor, Tensor | None]:
@@ -178,6 +188,8 @@ class ChainHead(_Layer):
 
     def forward(self, input: Tensor) -> Tensor:
         """Round what is not on a grid yet, and run the layer with its rounded weight."""
+        if self.left_float:
+            return self._apply_layer(input, self.weight)  # not marked: what follows is no part of a chain
         with _versioned():
             x, tap = self._on_grid(input)
             return self.passed(self._apply_layer(x, self._rounded_weight()), 0, tap)
@@ -202,7 +214,7 @@ class ChainHead(_Layer):
         mark = _mark_of(input)
         if mark is not None and mark.complete:
             grid, x = mark.chain.output_fake_quant, input
-        elif self.grid_of:
+        elif self.shares_grid:
             grid = self.grid_of[0].output_fake_quant
             x = grid.round(input)  # whose range must not be moved by this tensor
         else:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,7 +37,9 @@ from qat_lightning.flows.coverage import layers_with_macs, report
 from qat_lightning.flows.fx_config import LEFT_FLOAT, backend_config, qconfig_mapping
 from qat_lightning.flows.fx_coverage import UNSEEN, FxOperations
 from qat_lightning.flows.fx_grids import one_grid_where_kernels_keep_it
+from qat_lightning.flows.fx_left_float import float_nodes, layers_and_ops, put_float_layers, take_out_never_rounding
 from qat_lightning.flows.fx_unseen import in_words, knows_no_range, put_plain_layers, take_out_unseen
+from qat_lightning.flows.left_float import follow_checkpoints, leave_weights_float, with_reasons
 from qat_lightning.flows.tracing import (
     leave_inside_float,
     line_at_fault,
@@ -174,6 +176,7 @@ class FxFlow:
         materialize_weights(result)
         passes.visit_functional_weights(result, passes.materialize_functional_weight)
         result._quantization = PreparedState(recipe, float_network, prefix=prefix, plan=plan)
+        follow_checkpoints(result)
         refuse_other_results(
             result,
             float_network,
@@ -203,13 +206,16 @@ class FxFlow:
         make_batchnorm_plain(prepared)
         passes.observe_everywhere(prepared)
         graph = copy.deepcopy(plan.graph)
-        unseen = take_out_unseen(graph, dict(prepared.named_modules(remove_duplicate=False)))
+        modules = dict(prepared.named_modules(remove_duplicate=False))
+        take_out_never_rounding(graph, modules)
+        unseen = take_out_unseen(graph, modules)
         # A ReLU is dropped for the range behind it, where there is one.
         passes.drop_nodes(graph, [name for name in plan.dropped if name not in {node.name for node in unseen}])
         graph_module = fx.GraphModule(prepared, graph)
         graph_module.meta = copy.copy(plan.meta)
         graph_module.eval()
-        show_float_ops = passes.hide_float_ops(graph_module, plan.float_ops)
+        float_ops = [*plan.float_ops, *float_nodes(prepared, state.left_float)]
+        show_float_ops = passes.hide_float_ops(graph_module, float_ops)
         with warnings.catch_warnings(), quantized_engine(target.engine):
             warnings.filterwarnings("ignore", category=DeprecationWarning)
             warnings.filterwarnings("ignore", category=FutureWarning)
@@ -222,6 +228,7 @@ class FxFlow:
                     f"{target.name!r}: {type(error).__name__}: {error}"
                 ) from error
         show_float_ops(int8)
+        put_float_layers(int8)
         fx_pads.pad_integers(int8)
         left = put_plain_layers(int8) if unseen else set()
         passes.reshape_views(int8.graph)
@@ -237,7 +244,8 @@ class FxFlow:
         notes = (
             [f"No finite range was ever observed for {in_words(unseen)}: what is there stays float."] if unseen else []
         )
-        rows = layers_with_macs(_coverage(state, network, left), state.float_network, example)
+        rows = with_reasons(_coverage(state, network, left), state.left_float)
+        rows = layers_with_macs(rows, state.float_network, example)
         names, without_range = {row.name for row in rows}, {node.name for node in unseen}
         operations = report(lambda: FxOperations(recording, example, names).rows(network, without_range))
         return Converted(network, rows, checks, notes, operations)
@@ -245,9 +253,18 @@ class FxFlow:
     def coverage(self, prepared: nn.Module, example: Example) -> list[LayerCoverage]:
         """See `Flow.coverage`."""
         state = prepared_state(prepared)
-        rows = layers_with_macs(_coverage(state, prepared, set()), state.float_network, example)
+        rows = with_reasons(_coverage(state, prepared, set()), state.left_float)
+        rows = layers_with_macs(rows, state.float_network, example)
         names = {row.name for row in rows}
         return [*rows, *report(lambda: FxOperations(prepared, example, names).rows())]
+
+    def parts(self, prepared: nn.Module) -> list[str]:
+        """See `Flow.parts`."""
+        return [name for name in layers_and_ops(prepared) if name not in prepared_state(prepared).left_float]
+
+    def leave_float(self, prepared: nn.Module, names: Collection[str], example: Example | None) -> None:
+        """See `Flow.leave_float`: of an op nothing changes but what conversion makes of it."""
+        leave_weights_float(prepared, names)
 
 
 def _join(prefix: str, name: str) -> str:

@@ -123,7 +123,7 @@ class FxOperations:
         if node.name in self.plan.dropped:
             return True
         kind = self._kind(node)
-        if node.name in self.plan.float_ops or kind in LEFT_FLOAT or kind not in self.known or not self._selected(node):
+        if node.name in {*self.plan.float_ops, *self.state.left_float} or kind in LEFT_FLOAT or kind not in self.known or not self._selected(node):
             return False
         tensors = [source for source in node.all_input_nodes if is_float(self.recorder.values.get(source.name))]
         return all(self._on_grid(source) for source in tensors) and self._is_rounded(node)
@@ -151,6 +151,8 @@ class FxOperations:
 
     def _why(self, node: fx.Node) -> str:
         kind, name = self._kind(node), self._kind_name(node)
+        if node.name in self.state.left_float:
+            return self.state.left_float[node.name]
         if not self._selected(node):
             return "excluded"
         if kind in LEFT_FLOAT:

@@ -164,11 +164,15 @@ def _quantizer(module: nn.Module, node: fx.Node) -> FakeQuantize | None:
 
 
 def _leave_unseen_float(graph_module: fx.GraphModule) -> list[str]:
-    """Take out the FakeQuantizes that know no range, and those of the weights of ops whose input is then float."""
+    """Take out the FakeQuantizes that never round or know no range, and those of weights whose input is then float."""
     graph = graph_module.graph
     unseen = []
     for node in list(graph.nodes):
         fq = _quantizer(graph_module, node)
+        if fq is not None and fq.left_float:
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+            continue
         if fq is None or fq.source == "present" or fq.seen:
             continue
         unseen.append(node.args[0].name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Collection
 
 from torch import fx, nn
 from torch.nn.utils.parametrizations import _SpectralNorm
@@ -20,6 +21,7 @@ from qat_lightning.flows.base import (
 )
 from qat_lightning.flows.checkpointing import refuse_checkpoints
 from qat_lightning.flows.coverage import layers_with_macs, report
+from qat_lightning.flows.left_float import follow_checkpoints, leave_weights_float, weighted_layers, with_reasons
 from qat_lightning.flows.pt2e.annotate import insert_fake_quantize
 from qat_lightning.flows.pt2e.capture import capture
 from qat_lightning.flows.pt2e.check import check_layers, coverage
@@ -58,6 +60,7 @@ class Pt2eFlow:
         visit_weights(fx.GraphModule(root, copy.deepcopy(plan.graph)), FakeQuantize.materialize)
         result = ExportedNetwork(root, training_graph(root, plan), spec)
         result._quantization = PreparedState(recipe, float_network, prefix=prefix, plan=plan)
+        follow_checkpoints(result)
         result.keep_extra_state_of(float_network)
         for name, module in result.named_modules():
             module.training = flags.get(name, flags[""])
@@ -89,7 +92,8 @@ class Pt2eFlow:
         if result.unseen:
             names = ", ".join(result.unseen)
             notes.append(f"No finite range was ever observed for {names}: what reads them stays float.")
-        rows = layers_with_macs(coverage(state, prepared, result), state.float_network, example)
+        rows = with_reasons(coverage(state, prepared, result), state.left_float)
+        rows = layers_with_macs(rows, state.float_network, example)
         layers = {row.name for row in rows}
         operations = report(lambda: pt2e_operations(state, prepared, example, layers, result.unseen))
         return Converted(network, rows, checks, notes, operations)
@@ -98,9 +102,21 @@ class Pt2eFlow:
         """See `Flow.coverage`."""
         assert isinstance(prepared, ExportedNetwork)
         state = prepared_state(prepared)
-        rows = layers_with_macs(coverage(state, prepared, None), state.float_network, example)
+        rows = with_reasons(coverage(state, prepared, None), state.left_float)
+        rows = layers_with_macs(rows, state.float_network, example)
         layers = {row.name for row in rows}
         return [*rows, *report(lambda: pt2e_operations(state, prepared, example, layers))]
+
+    def parts(self, prepared: nn.Module) -> list[str]:
+        """See `Flow.parts`: layers; the ops between them are float in the decomposed graph already."""
+        plan: Plan = prepared_state(prepared).plan
+        ran = [prepared.get_submodule(plan.weights[node.name]) for node in plan.graph.nodes if node.name in plan.weights]
+        order = {id(fq): number for number, fq in reversed(list(enumerate(ran)))}
+        return weighted_layers(prepared, lambda fq: order.get(id(fq), len(ran)))
+
+    def leave_float(self, prepared: nn.Module, names: Collection[str], example: Example | None) -> None:
+        """See `Flow.leave_float`."""
+        leave_weights_float(prepared, names)
 
 
 def _refuse_spectral_norm(network: nn.Module) -> None:

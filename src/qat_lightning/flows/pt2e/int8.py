@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from qat_lightning.backends import BACKENDS
+from qat_lightning.flows.compile_switch import compiling_allowed
 from qat_lightning.flows.pt2e.compiling import compile_library, difference, has_cpp_compiler, load_library
 from qat_lightning.flows.pt2e.signature import CallSpec
 
@@ -165,7 +166,7 @@ def compiling_enabled() -> bool:
         ...     compiling_enabled()
         False
     """
-    return os.environ.get("QAT_LIGHTNING_COMPILE", "1") != "0"
+    return compiling_allowed() and os.environ.get("QAT_LIGHTNING_COMPILE", "1") != "0"
 
 
 def _prepare(tensor: Tensor) -> Tensor:

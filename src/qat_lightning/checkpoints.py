@@ -60,6 +60,17 @@ def float_state_dict(checkpoint: Mapping[str, Any] | str | Path) -> dict[str, An
     return state
 
 
+def prepared_entry(state: Mapping[str, Any], prefix: str) -> dict[str, Any] | None:
+    """What a prepared network says of itself in a ``state_dict``; None if the network there is float.
+
+    Args:
+        state: Of a LightningModule.
+        prefix: The network's dotted name in it.
+    """
+    extra = state.get(f"{prefix}.{_STATE_KEY}" if prefix else _STATE_KEY)
+    return None if extra is None else from_entry(extra)
+
+
 def holds_quantization(state: Mapping[str, Any]) -> bool:
     """Whether a ``state_dict`` is of a LightningModule with a prepared network in it."""
     return any(key.endswith(_STATE_KEY) for key in state)

@@ -317,10 +317,10 @@ class FakeQuantize(_TorchFakeQuantizeBase, _TorchaoFakeQuantizeBase):  # type: i
     @torch.no_grad()
     def widen_to(self, other: FakeQuantize) -> None:
         """Take the range of another place into its own, which holds both from now on."""
-        low, high = other.range()
+        low, high = (end.to(self.min_val.device) for end in other.range())
         self.min_val.copy_(torch.minimum(self.min_val, low))
         self.max_val.copy_(torch.maximum(self.max_val, high))
-        self.batches.copy_(torch.maximum(self.batches, other.batches))
+        self.batches.copy_(torch.maximum(self.batches, other.batches.to(self.batches.device)))
         self._seen = False
 
     def forward(self, x: Tensor, factor: Tensor | None = None, axis: int = 0, *, relu: float | None = None) -> Tensor:

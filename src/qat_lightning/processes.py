@@ -1,7 +1,7 @@
 """Doing something in one process for all of a distributed training, with errors that reach every one of them.
 
-Each function here but `process_count` is a collective: every process has to call it, in the same order. Whatever goes
-wrong in one of them is raised in all, so that nobody waits for an answer that never comes.
+Each function here but `process_count` and `several_processes` is a collective: every process has to call it, in the
+same order. Whatever goes wrong in one of them is raised in all, so that nobody waits for an answer that never comes.
 """
 
 from __future__ import annotations
@@ -22,6 +22,11 @@ T = TypeVar("T")
 def process_count() -> int:
     """How many processes train together; 1 outside of distributed training."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def several_processes(trainer: Any) -> bool:
+    """Whether the hooks of a Trainer run in several processes that can talk to each other."""
+    return trainer.world_size > 1 and process_count() > 1
 
 
 def range_over_all(low: Tensor, high: Tensor, finite: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -25,6 +25,7 @@ from qat_lightning.flows.base import (
 )
 from qat_lightning.network import OWN_FORWARD, Slot
 from qat_lightning.recipe import BatchNormHandling, Equalization
+from qat_lightning.rehearsal import OnFault
 from qat_lightning.scheme import Scheme
 from qat_lightning.variants import VARIANTS, Fidelity, Stand, check_variant
 
@@ -45,6 +46,8 @@ class QuantizationCallback(ConvertingCallback):
         convert: Whether there is to be an int8 network.
         equalization: Whether weights are equalized before.
         batchnorm: Whether BatchNorm stays.
+        rehearse: Whether all up to the int8 file is tried on a copy before a training.
+        on_fault: What becomes of what cannot be int8.
     """
 
     _IN_PLACE: ClassVar[str] = "fake_quant"
@@ -63,6 +66,8 @@ class QuantizationCallback(ConvertingCallback):
         convert: bool,
         equalization: Equalization = "none",
         batchnorm: BatchNormHandling = "fused",
+        rehearse: bool = True,
+        on_fault: OnFault = "leave_float",
     ) -> None:
         super().__init__(
             mode,
@@ -74,6 +79,8 @@ class QuantizationCallback(ConvertingCallback):
             exclude,
             equalization=equalization,
             batchnorm=batchnorm,
+            rehearse=rehearse,
+            on_fault=on_fault,
         )
         check_flag("convert_on_fit_end", convert)
         self.convert_on_fit_end = convert
@@ -111,7 +118,7 @@ class QuantizationCallback(ConvertingCallback):
         there = {
             "float": bool(self._float_weights),
             "fake_quant": bool(self._prepared),
-            "int8": self.convert_on_fit_end and self._ranges_seen() and not self._simulated,
+            "int8": self.convert_on_fit_end and self._ranges_seen() and not (self._simulated or self._impossible),
         }
         return tuple(name for name in VARIANTS if there[name])
 
@@ -201,10 +208,12 @@ class QuantizationCallback(ConvertingCallback):
 
     def _was_prepared(self) -> None:
         self._quantized, self._convert_when_asked = {}, False
-        self._stale, self._source, self.fidelity = True, "the present weights", {}
+        self._others_now()
+        self._source, self.fidelity = "the present weights", {}
 
     def _was_loaded(self, source: str) -> None:
-        self._stale, self._source = True, source
+        self._others_now()
+        self._source = source
 
     # Evaluate
 
@@ -246,9 +255,12 @@ class QuantizationCallback(ConvertingCallback):
                 self._standing[name] = slot.run_instead(Stand(self._guest, plain, on_cpu=True).eval()), None
             return
         variant = self._chosen or self._default_variant(stage)
-        if variant == "int8" and self._chosen is None and "int8" not in self.variants:
-            if self._simulated:
-                rank_zero_info(f"trainer.{stage} runs fake-quant: {self._simulated}.")
+        can_convert = "int8" in self.variants
+        if variant == "int8" and self._chosen is None and can_convert:
+            can_convert = self._convert_or_say(trainer, to_run=True)
+        if variant == "int8" and self._chosen is None and not can_convert:
+            if self._simulated or self._impossible:
+                rank_zero_info(f"trainer.{stage} runs fake-quant: {self._simulated or self._impossible}.")
             elif self.convert_on_fit_end:
                 rank_zero_warn(
                     f"trainer.{stage} runs fake-quant, which rounds nothing yet: no range was ever observed. Fit "
@@ -295,7 +307,7 @@ class QuantizationCallback(ConvertingCallback):
             return False
         for prepared in self._prepared.values():
             observe_in_evaluation(prepared, True)
-        self._stale = True
+        self._others_now()
         return True
 
     def _stand_back(self) -> None:
@@ -321,8 +333,8 @@ class QuantizationCallback(ConvertingCallback):
             )
         if not self.convert_on_fit_end:
             return "convert_on_fit_end=False."
-        if self._simulated:
-            return f"{self._simulated}."
+        if self._simulated or self._impossible:
+            return f"{self._simulated or self._impossible}."
         return "no range was ever observed; fit first, or give ckpt_path= of a fit with this callback."
 
     # End

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,15 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 
+from qat_lightning.callbacks.arguments import check_names
 from qat_lightning.callbacks.coverage_report import log_coverage, warn_of_float
 from qat_lightning.callbacks.preparing import PreparingCallback, one_or_all
-from qat_lightning.callbacks.sharing import compile_once, pack, several_processes, unpack
-from qat_lightning.errors import ConversionError
-from qat_lightning.flows.base import Converted, cpu_copy, fake_quantizers, get_flow, prepared_state
-from qat_lightning.processes import any_process, in_all, in_first
+from qat_lightning.callbacks.sharing import compile_once, pack, unpack
+from qat_lightning.errors import ConfigurationError, ConversionError
+from qat_lightning.faults import Conversion, convert_what_can_be, joined, leaving_float
+from qat_lightning.flows.base import fake_quantizers, get_flow, prepared_state
+from qat_lightning.flows.left_float import leave_float
+from qat_lightning.processes import any_process, in_all, in_first, several_processes
 from qat_lightning.quantized import QuantizedNetwork
 from qat_lightning.recipe import Recipe
 
@@ -38,6 +41,7 @@ class ConvertingCallback(PreparingCallback):
         self._convert_when_asked = False
         self._reported: dict[str, QuantizedNetwork] = {}
         self._stale = True
+        self._impossible = ""
         self._source = "the present weights"
 
     @property
@@ -47,6 +51,53 @@ class ConvertingCallback(PreparingCallback):
             self._convert()
         # Of several networks only one may have been run.
         return dict(self._quantized) if len(self._prepared) > 1 and self._quantized else one_or_all(self._quantized)
+
+    def convert(self, exclude: Sequence[str] = ()) -> Any:
+        """Convert the present weights and ranges now, and again whenever it is called.
+
+        A fit, a test and `quantized` do it by themselves; this is for weights that were changed by hand, and for
+        leaving more of a trained network float.
+
+        Args:
+            exclude: Globs of module names, relative to the LightningModule, that stay float from now on, in the
+                network with fake-quant too.
+
+        Returns:
+            `quantized`.
+
+        Raises:
+            ConversionError: There is nothing to convert yet, or it fails with everything float as well.
+            ConfigurationError: A glob matches nothing that is int8.
+
+        Example:
+            After a fit::
+
+                qat.convert(exclude=["net.head"]).save("model.int8")
+        """
+        if not self._slots:
+            raise ConversionError("There is nothing to convert yet: run trainer.fit with this callback first.")
+        self._leave_out(check_names("exclude", exclude, example="['head.*']"))
+        self._others_now()
+        self._convert()
+        return self.quantized
+
+    def _leave_out(self, globs: Sequence[str]) -> None:
+        for glob in globs:
+            left = [
+                name
+                for slot, prepared in self._prepared.items()
+                for name in leave_float(prepared, self._matching(slot, glob), self._examples[slot])
+            ]
+            if not left:
+                raise ConfigurationError(
+                    f"exclude={glob!r} matches nothing that is int8 now: qat.coverage names what is."
+                )
+
+    def _matching(self, slot: str, glob: str) -> dict[str, str]:
+        prefix = self._slots[slot].prefix
+        wanted = Recipe(self._any_recipe().mode, self.backend, exclude=(glob,))
+        names = get_flow(prepared_state(self._prepared[slot]).recipe.mode).parts(self._prepared[slot])
+        return {name: "excluded" for name in names if not wanted.selects(joined(prefix, name))}
 
     def save(self, path: str | Path) -> None:
         """Write the int8 network to a file that `qat_lightning.load_quantized` reads.
@@ -77,18 +128,29 @@ class ConvertingCallback(PreparingCallback):
     def _convert_one(self, name: str) -> QuantizedNetwork:
         # Lightning evaluates in inference mode, whose tensors can neither be saved nor copied into others.
         with torch.inference_mode(False), isolate_rng(include_cuda=torch.cuda.is_initialized()):
-            result, recipe = self._make_int8(name)
-        for note in result.notes:
+            conversion, recipe = self._make_int8(name)
+        for note in conversion.converted.notes:
             rank_zero_info(note)
-        converted = QuantizedNetwork(result, recipe, self._examples[name], source=self._source)
+        converted = QuantizedNetwork(conversion.converted, recipe, self._examples[name], source=self._source)
         warn_of_float(converted.coverage, "stayed float")
+        self._warn_of_ops(conversion, converted)
         return converted
 
-    def _make_int8(self, name: str) -> tuple[Converted, Recipe]:
-        """What the flow makes of one network, and by which recipe."""
-        prepared = self._prepared[name]
-        recipe = prepared_state(prepared).recipe
-        return get_flow(recipe.mode).convert(cpu_copy(prepared), self._examples[name]), recipe
+    @staticmethod
+    def _warn_of_ops(conversion: Conversion, converted: QuantizedNetwork) -> None:
+        """Layers at fault are in the warning of all that stayed float; ops are not."""
+        layers = {row.name for row in converted.coverage}
+        ops = {name: why for name, why in conversion.left_float.items() if name not in layers}
+        if ops:
+            rows = "; ".join(f"{name}: {why}" for name, why in ops.items())
+            rank_zero_warn(f"{len(ops)} ops between layers stayed float: {rows}.")
+
+    def _make_int8(self, name: str) -> tuple[Conversion, Recipe]:
+        """What the mode makes of one network, and by which recipe."""
+        prepared, prefix = self._prepared[name], self._slots[name].prefix
+        conversion = convert_what_can_be(prepared, self._examples[name])
+        state = prepared_state(prepared)
+        return conversion, leaving_float(state.recipe, state.left_float, prefix)
 
     def _have(self, converted: dict[str, QuantizedNetwork]) -> None:
         self._quantized = converted
@@ -102,11 +164,31 @@ class ConvertingCallback(PreparingCallback):
             return
         # Also where this one has it: one of the others may have been asked for it, and this one not.
         if any_process(self._stale or not self._quantized):
-            packed = in_first(self._convert_and_pack)
+            packed, left_float = in_first(self._convert_and_pack)
+            for name, left in left_float.items():
+                leave_float(self._prepared[name], left, self._examples[name])
             in_all(lambda: self._unpack(packed))
             self._report(trainer)
         if to_run:
             compile_once(trainer, self._quantized)
+
+    def _convert_or_say(self, trainer: Trainer, *, to_run: bool) -> bool:
+        """`_convert_in_all`, where a failure must not cost what is done already: a warning says why it failed."""
+        try:
+            self._convert_in_all(trainer, to_run=to_run)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the fit is done
+            lines = str(error).strip().splitlines()
+            self._impossible = f"{type(error).__name__}: {lines[0] if lines else ''}"
+            rank_zero_warn(
+                f"There is no int8 network of {self._source}: {error} The network with fake-quant is as it was "
+                "trained, and so are its checkpoints. convert(exclude=[...]) tries again with more left float."
+            )
+            return False
+        return True
+
+    def _others_now(self) -> None:
+        """The weights or the ranges are others now: what was made of those before is stale."""
+        self._stale, self._impossible = True, ""
 
     def _report(self, trainer: Trainer) -> None:
         """Log what became int8, once for each conversion."""
@@ -116,9 +198,11 @@ class ConvertingCallback(PreparingCallback):
         rows = [row for network in self._quantized.values() for row in (*network.coverage, *network.operations)]
         log_coverage(trainer, "quant/coverage", rows)
 
-    def _convert_and_pack(self) -> dict[str, bytes]:
+    def _convert_and_pack(self) -> tuple[dict[str, bytes], dict[str, dict[str, str]]]:
+        """The int8 networks, and what of the prepared ones is float, which has to be so in every process."""
         self._convert()
-        return {name: pack(quantized) for name, quantized in self._quantized.items()}
+        left_float = {name: prepared_state(prepared).left_float for name, prepared in self._prepared.items()}
+        return {name: pack(quantized) for name, quantized in self._quantized.items()}, left_float
 
     def _unpack(self, packed: Mapping[str, bytes]) -> None:
         if not self._stale and self._quantized:

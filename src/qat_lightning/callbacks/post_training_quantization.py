@@ -21,14 +21,16 @@ from qat_lightning.callbacks.preparing import one_or_all
 from qat_lightning.callbacks.sharing import take_over_from_first
 from qat_lightning.checkpoints import float_weights
 from qat_lightning.errors import ConfigurationError
-from qat_lightning.flows.base import Converted, is_prepared
-from qat_lightning.flows.direct import quantize
+from qat_lightning.faults import Conversion, leaving_float, quantize_what_can_be
+from qat_lightning.flows.base import is_prepared
 from qat_lightning.kinds import check_kind
 from qat_lightning.network import Slot, find_networks
+from qat_lightning.prepare import Decision
 from qat_lightning.recipe import Equalization, Recipe
 from qat_lightning.recipes.adaround import AdaRound, Reconstruction
 from qat_lightning.recipes.adaround import adaround as learn_rounding
 from qat_lightning.recipes.bias_correction import correct_biases
+from qat_lightning.rehearsal import OnFault
 from qat_lightning.schedule import Phase
 from qat_lightning.scheme import Scheme
 
@@ -64,6 +66,8 @@ class PostTrainingQuantization(QuantizationCallback):
             calibration.
         adaround: Learn for each weight whether it is rounded up or down, on the same batches; None to round to the
             nearest.
+        rehearse: As for `QuantizationAwareTraining`; it is rehearsed when a fit begins.
+        on_fault: As for `QuantizationAwareTraining`.
 
     Attributes:
         prepared: The calibrated network with fake-quant, for ``kind="static"``, once there is one.
@@ -97,6 +101,8 @@ class PostTrainingQuantization(QuantizationCallback):
         equalization: Equalization = "none",
         bias_correction: bool = False,
         adaround: AdaRound | None = None,
+        rehearse: bool = True,
+        on_fault: OnFault = "leave_float",
     ) -> None:
         if not isinstance(kind, str) or kind not in get_args(PostTrainingKind):
             raise ConfigurationError(f"kind={kind!r} is unknown: use one of {', '.join(get_args(PostTrainingKind))}.")
@@ -115,6 +121,8 @@ class PostTrainingQuantization(QuantizationCallback):
             exclude,
             convert=True,
             equalization=equalization,
+            rehearse=rehearse,
+            on_fault=on_fault,
         )
         if mode != "auto":
             check_kind(self._recipe(mode))
@@ -143,15 +151,15 @@ class PostTrainingQuantization(QuantizationCallback):
         refuse_strategy(trainer)
         if any(slot.pl_module is not pl_module for slot in self._slots.values()):
             self._slots, self._examples, self._prepared, self._quantized, self._made_of = {}, {}, {}, {}, {}
+            self._decisions = {}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Try the preparation on a copy, so that a network that cannot be quantized does not cost a training."""
+        """Rehearse on a copy, so that a network that cannot be quantized does not cost a training."""
         self._find(trainer, pl_module, "fit")
-        for name, slot in self._slots.items():
-            if self.kind == "static":
+        self._ensure_decided(trainer, "fit")
+        if self.kind == "static" and not all(decision.rehearsal for decision in self._decisions.values()):
+            for name, slot in self._slots.items():
                 self._prepare_copy(name, slot)
-            else:
-                self._make_int8(name)
         super().on_fit_start(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -167,7 +175,19 @@ class PostTrainingQuantization(QuantizationCallback):
         if self._simulated:
             rank_zero_warn(f"No int8 network is made: {self._simulated}. trainer.test runs fake-quant.")
             return
-        self._convert_in_all(trainer, to_run=False)
+        self._convert_or_say(trainer, to_run=False)
+
+    # Checkpoint: what was decided, so that a fit that goes on decides nothing anew
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was decided of each network."""
+        return {name: {"mode": d.mode, "left_float": dict(d.left_float)} for name, d in self._decisions.items()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Undo `state_dict`."""
+        self._decisions = {
+            name: Decision(values["mode"], left_float=values["left_float"]) for name, values in state_dict.items()
+        }
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Outside a fit, quantize what is there, and validate the chosen variant, by default fake-quant."""
@@ -223,9 +243,18 @@ class PostTrainingQuantization(QuantizationCallback):
         self._quantize(trainer, pl_module)
         self._unlogged = trainer.state.fn != "fit"
 
+    def _ensure_decided(self, trainer: Trainer, stage: str) -> None:
+        """Decide on the networks of which nothing is decided yet, by a checkpoint or in a fit before."""
+        new = {name: slot for name, slot in self._slots.items() if name not in self._decisions}
+        if new:
+            with isolate_rng(include_cuda=torch.cuda.is_initialized()):
+                self._decisions |= self._decide_all(trainer, new, self._examples, stage)
+
     def _quantize(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._made_of, self._quantized, self._stale, self.fidelity = {}, {}, True, {}
+        self._made_of, self._quantized, self.fidelity = {}, {}, {}
+        self._others_now()
         self._prepared = {}
+        self._ensure_decided(trainer, str(trainer.state.fn))
         if self.kind == "static":
             # Before anything is prepared: it may be missing.
             loader = calibration_loader(trainer, pl_module, self.calibration_dataloader)
@@ -259,13 +288,15 @@ class PostTrainingQuantization(QuantizationCallback):
     def _prepare_copy(self, name: str, slot: Slot) -> nn.Module:
         return self._prepare_one(slot, copy.deepcopy(slot.get()), self._examples[name])
 
-    def _make_int8(self, name: str) -> tuple[Converted, Recipe]:
+    def _make_int8(self, name: str) -> tuple[Conversion, Recipe]:
         if self.kind == "static":
             return super()._make_int8(name)
         slot, example, network = self._slots[name], self._examples[name], self._float_network(name)
+        decision = self._decisions[name]
         self._rework(network, slot, example)
-        recipe = self._recipe_for(network, slot, example)
-        return quantize(network, example, recipe, prefix=slot.prefix), recipe
+        recipe = leaving_float(self._recipe(decision.mode), decision.left_float, slot.prefix)
+        conversion = quantize_what_can_be(network, example, recipe, prefix=slot.prefix)
+        return conversion, leaving_float(recipe, conversion.left_float, slot.prefix)
 
     @property
     def coverage(self) -> Any:

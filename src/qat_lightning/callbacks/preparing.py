@@ -7,7 +7,7 @@ import dataclasses
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -17,9 +17,10 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from qat_lightning.backends import get_backend, require
-from qat_lightning.callbacks.arguments import check_names, check_word
+from qat_lightning.callbacks.arguments import check_flag, check_names, check_word
 from qat_lightning.callbacks.company import explain_launch, refuse_callbacks, refuse_compiled, refuse_strategy
 from qat_lightning.callbacks.learned import learned_parameters
+from qat_lightning.callbacks.resuming import checkpoint_to_restore, decision_in, peek, with_weights
 from qat_lightning.checkpoint_io import save_whole_files
 from qat_lightning.checkpoints import guard_loading, holds_quantization, note_added_keys
 from qat_lightning.errors import ConfigurationError, NetworkError
@@ -33,10 +34,14 @@ from qat_lightning.flows.base import (
     prepared_state,
     set_phase,
 )
+from qat_lightning.flows.left_float import leave_float
 from qat_lightning.network import Slot, find_networks
-from qat_lightning.prepare import choose_mode
+from qat_lightning.prepare import Decision, choose_mode, decide
+from qat_lightning.processes import in_first, several_processes
+from qat_lightning.quantized import QuantizedNetwork
 from qat_lightning.recipe import BatchNormHandling, Equalization, Kind, Recipe, check_globs
 from qat_lightning.recipes.reworking import Reworking, reworks
+from qat_lightning.rehearsal import Inspect, OnFault
 from qat_lightning.schedule import Phase
 from qat_lightning.scheme import Scheme
 
@@ -72,6 +77,8 @@ class PreparingCallback(Callback):
         exclude: Globs of what stays float.
         equalization: Whether weights are equalized before.
         batchnorm: Whether BatchNorm stays.
+        rehearse: Whether all up to the int8 file is tried on a copy before a training.
+        on_fault: What becomes of what cannot be int8.
     """
 
     _KIND: Kind = "qat"
@@ -88,6 +95,8 @@ class PreparingCallback(Callback):
         *,
         equalization: Equalization = "none",
         batchnorm: BatchNormHandling = "fused",
+        rehearse: bool = True,
+        on_fault: OnFault = "leave_float",
     ) -> None:
         check_word("mode", mode)
         check_word("backend", backend)
@@ -106,6 +115,11 @@ class PreparingCallback(Callback):
         self.exclude = check_names("exclude", exclude, example="['head.*']")
         self.equalization = equalization
         self.batchnorm = batchnorm
+        check_flag("rehearse", rehearse)
+        if on_fault not in get_args(OnFault):
+            raise ConfigurationError(f"on_fault={on_fault!r} is unknown: use one of {', '.join(get_args(OnFault))}.")
+        self.rehearse = rehearse
+        self.on_fault = on_fault
         self._recipe(target.modes[0] if mode == "auto" else mode)
         self._user_example = example_inputs
         if example_inputs is not None and isinstance(module, (str, type(None))):
@@ -113,7 +127,7 @@ class PreparingCallback(Callback):
         self._slots: dict[str, Slot] = {}
         self._prepared: dict[str, nn.Module] = {}
         self._examples: dict[str, Example] = {}
-        self._modes: dict[str, str] = {}
+        self._decisions: dict[str, Decision] = {}
         self._phase = BEFORE
         self._guard: RemovableHandle | None = None
         self._put_back: Callable[[], None] | None = None
@@ -163,7 +177,7 @@ class PreparingCallback(Callback):
     def chosen_modes(self) -> dict[str, str]:
         """The mode of each network, which ``mode="auto"`` leaves open; empty before it is chosen."""
         made = {name: prepared_state(prepared).recipe.mode for name, prepared in self._prepared.items()}
-        return self._modes | made
+        return {name: decision.mode for name, decision in self._decisions.items()} | made
 
     def parts(self) -> dict[str, Part]:
         """The networks by name; none before the fit has begun."""
@@ -215,7 +229,9 @@ class PreparingCallback(Callback):
                 self._check_adopted(prepared)
             else:
                 self._will_prepare(slots)
-                if len(slots) > 1 or reworks(self._recipe(get_backend(self.backend, self.mode).modes[0])):
+                self._decisions = self._decide_all(trainer, slots, examples, stage)
+                several = len(slots) > 1 or reworks(self._any_recipe())
+                if several and not all(decision.rehearsal for decision in self._decisions.values()):
                     # Preparing may work in place: that all can be prepared is tried on copies.
                     for name, slot in slots.items():
                         self._prepare_one(slot, copy.deepcopy(slot.get()), examples[name])
@@ -248,36 +264,112 @@ class PreparingCallback(Callback):
         return prepared
 
     def _prepare_float32(self, network: nn.Module, slot: Slot, example: Example) -> nn.Module:
+        decision = self._decisions[slot.name]
         reworking = self._rework(network, slot, example)
-        recipe = self._recipe_for(network, slot, example)
+        recipe = self._recipe(decision.mode)
         try:
             with warnings.catch_warnings():
                 prepared = get_flow(recipe.mode).prepare(network, example, recipe, prefix=slot.prefix)
         except NetworkError as error:
-            if not (self.include or self.exclude):
-                raise
-            raise NetworkError(f"{error} (include={list(self.include)}, exclude={list(self.exclude)})") from error
+            raise self._with_globs(error) from error
         prepared_state(prepared).__dict__["reworking"] = reworking
+        leave_float(prepared, decision.left_float, example)
         return prepared
 
-    def _recipe_for(self, network: nn.Module, slot: Slot, example: Example) -> Recipe:
-        """The recipe of a network, once it is known to run, which mode suits it, and that the globs match."""
+    def _with_globs(self, error: NetworkError) -> NetworkError:
+        """An error with the globs that may be why, if there are some."""
+        if not (self.include or self.exclude):
+            return error
+        return type(error)(f"{error} (include={list(self.include)}, exclude={list(self.exclude)})")
+
+    def _decide_all(
+        self, trainer: Trainer, slots: Mapping[str, Slot], examples: Mapping[str, Example], stage: str
+    ) -> dict[str, Decision]:
+        """What is decided of each network: by the checkpoint, else by the first process for all of them."""
+        state = peek(checkpoint_to_restore(trainer))
+        kept = {name: decision_in(state, slot.prefix) for name, slot in slots.items()}
+        found = {name: decision for name, decision in kept.items() if decision is not None}
+        waiting = [name for name in slots if name not in found]
+        for name in found:
+            check_example(slots[name].get(), examples[name], name=name, given=self._user_example is not None)
+            check_globs(self._any_recipe(), _module_names(slots[name]))
+
+        def decide_rest() -> dict[str, Decision]:
+            return {name: self._decide(trainer, slots[name], examples[name], state, stage) for name in waiting}
+
+        found |= in_first(decide_rest) if several_processes(trainer) and waiting else decide_rest()
+        for name in waiting:
+            self._say_decision(name, found[name])
+        return found
+
+    def _decide(self, trainer: Trainer, slot: Slot, example: Example, state: Mapping[str, Any], stage: str) -> Decision:
+        """The mode of a network and what of it stays float, rehearsed on a copy if it is going to be trained."""
+        network = copy.deepcopy(slot.get()).cpu().float()
         check_example(network, example, name=slot.name, given=self._user_example is not None)
-        mode, why = choose_mode(self.mode, network, example, self._recipe, prefix=slot.prefix)
-        if why:
-            rank_zero_info(f"mode='auto': {why}")
-        refuse_compiled(network, slot.prefix, mode)
-        self._modes[slot.name] = mode
-        recipe = self._recipe(mode)
-        check_globs(recipe, [f"{slot.prefix}.{n}".strip(".") for n, _ in network.named_modules() if n or slot.prefix])
-        return recipe
+        check_globs(self._any_recipe(), _module_names(slot))
+        with_weights(network, state or self._weights_to_rehearse(), slot.prefix)
+        self._rework(network, slot, example)
+
+        def admits(mode: str) -> None:
+            refuse_compiled(network, slot.prefix, mode)
+
+        try:
+            if not (self.rehearse and self._rehearses(stage)):
+                if self.mode != "auto":
+                    admits(self.mode)
+                return choose_mode(self.mode, network, example, self._recipe, prefix=slot.prefix)
+            return decide(
+                self.mode,
+                network,
+                example,
+                self._recipe,
+                prefix=slot.prefix,
+                on_fault=self.on_fault,
+                admits=admits,
+                inspect=self._inspecting(trainer, slot),
+            )
+        except NetworkError as error:
+            raise self._with_globs(error) from error
+
+    def _rehearses(self, stage: str) -> bool:
+        """Whether a stage is worth a rehearsal: the one that trains, and every one for which a mode is to be chosen."""
+        return stage == "fit" or self.mode == "auto"
+
+    def _weights_to_rehearse(self) -> Mapping[str, Any]:
+        """Weights that are nearer to the trained ones than those of the present network, if there are some."""
+        return {}
+
+    @staticmethod
+    def _inspecting(trainer: Trainer, slot: Slot) -> Inspect | None:
+        """Callbacks that try something with the int8 network of a rehearsal have a method ``on_rehearsal``."""
+        callbacks = [c for c in trainer.callbacks if hasattr(c, "on_rehearsal")]  # type: ignore[attr-defined]
+        if not callbacks:
+            return None
+
+        def inspect(quantized: QuantizedNetwork, reference: nn.Module) -> None:
+            for callback in callbacks:
+                callback.on_rehearsal(trainer, slot.name, quantized, reference)
+
+        return inspect
+
+    def _say_decision(self, name: str, decision: Decision) -> None:
+        if decision.why:
+            rank_zero_info(f"mode='auto', {name!r}: {decision.why}")
+        if decision.rehearsal is not None and decision.rehearsal.unsaved:
+            rank_zero_warn(
+                f"No file will hold the int8 network of {name!r}: {decision.rehearsal.unsaved} It can be run in this "
+                "process."
+            )
+
+    def _any_recipe(self) -> Recipe:
+        """The recipe, but for the mode."""
+        return self._recipe(get_backend(self.backend, self.mode).modes[0] if self.mode == "auto" else self.mode)
 
     def _rework(self, network: nn.Module, slot: Slot, example: Example) -> Reworking | None:
         """Equalize and fold a float network, in place, as the settings say; None if they say nothing."""
-        recipe = self._recipe(get_backend(self.backend, self.mode).modes[0])
+        recipe = self._any_recipe()
         if not reworks(recipe):
             return None
-        check_example(network, example, name=slot.name, given=self._user_example is not None)
         return Reworking(network, example, recipe)
 
     @staticmethod
@@ -381,6 +473,11 @@ def one_or_all(networks: dict[str, Any]) -> Any:
     if not networks:
         return None
     return next(iter(networks.values())) if len(networks) == 1 else dict(networks)
+
+
+def _module_names(slot: Slot) -> list[str]:
+    """The names of a network's modules in the LightningModule."""
+    return [f"{slot.prefix}.{name}".strip(".") for name, _ in slot.get().named_modules() if name or slot.prefix]
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from qat_lightning.callbacks.coverage_report import log_coverage, warn_of_float
 from qat_lightning.callbacks.learned import check_optimized, keep_from_ddp, reduce_gradients
 from qat_lightning.callbacks.nonfinite import NonFiniteReport
 from qat_lightning.callbacks.sharing import take_over_from_first
+from qat_lightning.checkpoint_io import read_float_state
 from qat_lightning.checkpoints import float_weights, read_float_weights
 from qat_lightning.compiling import CompiledSteps, check_compiler
 from qat_lightning.errors import ConfigurationError
@@ -29,6 +30,7 @@ from qat_lightning.flows.base import merge_ranges, prepared_state, reduce_ranges
 from qat_lightning.network import OWN_FORWARD, Slot
 from qat_lightning.recipe import BatchNormHandling, Equalization
 from qat_lightning.recipes.bias_correction import correct_biases
+from qat_lightning.rehearsal import OnFault
 from qat_lightning.schedule import Phase, PointLike, QuantizationSchedule, TrainingPlan
 from qat_lightning.scheme import Scheme
 
@@ -74,6 +76,12 @@ class QuantizationAwareTraining(QuantizationCallback):
             short trainings of networks that were trained, with one scale for the tensor or few bits.
         compile: Compile the training steps with ``torch.compile``, in one graph between two switches of the schedule.
             Evaluation and conversion run the network as it is.
+        rehearse: Try all that happens to the network up to its int8 file on a copy before the first step: prepare,
+            calibrate on one batch, convert, verify, save and load. It takes about three times as long as preparing,
+            and nothing fails after the training that could have been known before it.
+        on_fault: What becomes of a layer, or of an op, that cannot be int8: ``"leave_float"`` leaves it float, says so
+            in the coverage and in a warning, and converts the rest; ``"error"`` refuses the training. What only the
+            trained values bring is always left float, so that it costs a layer and not the fit.
 
     Attributes:
         prepared: The network with fake-quant (a dict of them by name, if ``module`` is a list of several), once the fit
@@ -112,6 +120,8 @@ class QuantizationAwareTraining(QuantizationCallback):
         batchnorm: BatchNormHandling = "fused",
         bias_correction_batches: int = 0,
         compile: bool = False,
+        rehearse: bool = True,
+        on_fault: OnFault = "leave_float",
     ) -> None:
         super().__init__(
             mode,
@@ -124,6 +134,8 @@ class QuantizationAwareTraining(QuantizationCallback):
             convert=convert_on_fit_end,
             equalization=equalization,
             batchnorm=batchnorm,
+            rehearse=rehearse,
+            on_fault=on_fault,
         )
         self.schedule = QuantizationSchedule(start, freeze_observers, freeze_batchnorm)
         self.float_checkpoint = check_file("float_checkpoint", float_checkpoint)
@@ -168,7 +180,7 @@ class QuantizationAwareTraining(QuantizationCallback):
         """Work out how long the training is planned to be."""
         mend_resume(trainer)
         self._plan = _plan(trainer)
-        self._stale = True
+        self._others_now()
         for prepared in self._prepared.values():
             # In eager mode processes may take different ways through the network.
             same_order = prepared_state(prepared).recipe.mode != "eager"
@@ -286,6 +298,12 @@ class QuantizationAwareTraining(QuantizationCallback):
             for name, slot in slots.items():
                 read_float_weights(self.float_checkpoint, name, slot.prefix, slot.get().state_dict())
 
+    def _rehearses(self, stage: str) -> bool:
+        return super()._rehearses(stage) and (self.convert_on_fit_end or self.mode == "auto")
+
+    def _weights_to_rehearse(self) -> Mapping[str, Any]:
+        return {} if self.float_checkpoint is None else read_float_state(self.float_checkpoint)
+
     def _was_prepared(self) -> None:
         super()._was_prepared()
         keep_from_ddp(next(iter(self._slots.values())).pl_module, self._prepared)
@@ -322,7 +340,7 @@ class QuantizationAwareTraining(QuantizationCallback):
         if not self._prepared or trainer.global_step == 0:
             return
         self._source = f"the fit that ended at step {trainer.global_step}"
-        self._stale = True
+        self._others_now()
         if not self.convert_on_fit_end:
             return
         if not self._ranges_seen():
@@ -341,7 +359,7 @@ class QuantizationAwareTraining(QuantizationCallback):
                 f"The fit ended at step {trainer.global_step} before rounding came on (start={self.schedule.start}): "
                 "the int8 network was not trained for its grid. Train longer, or give an earlier start."
             )
-        self._convert_in_all(trainer, to_run=False)
+        self._convert_or_say(trainer, to_run=False)
 
     # Checkpoint: tensors and plain values only, which torch.load(weights_only=True) takes
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from torch import nn
 from qat_lightning.callbacks.arguments import check_count, check_names, check_number
 from qat_lightning.callbacks.base import QuantizationCallback
 from qat_lightning.callbacks.calibration_data import calibration_loader, calls_in_steps
-from qat_lightning.errors import CombinationError, ConfigurationError, QuantizationError
+from qat_lightning.errors import CombinationError, ConfigurationError, ExportError, QuantizationError
 from qat_lightning.export.formats import FORMATS, check_formats
 from qat_lightning.export.result import ExportResult, export_table, fastest
 from qat_lightning.export.run import export_quantized, open_artifact
@@ -94,6 +95,28 @@ class QuantizedModelExport(Callback):
             )
         if partner.mode != "auto":
             self._check(partner._recipe(partner.mode))
+
+    def on_rehearsal(self, trainer: Trainer, slot: str, quantized: QuantizedNetwork, reference: nn.Module) -> None:
+        """Try every format on the int8 network of a rehearsal, each in its runtime's own process.
+
+        Raises:
+            ExportError: A format does not take it, and the callback that quantizes has ``on_fault="error"``.
+        """
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        partner = QuantizationCallback.of(trainer, self)
+        self._check(quantized.recipe)
+        with tempfile.TemporaryDirectory() as folder:
+            results = export_quantized(quantized, folder, self.formats, reference=reference, min_agreement=0)
+        failed = {result.format: result.error for result in results if result.error}
+        if not failed:
+            return
+        reasons = "; ".join(f"{name}: {why}" for name, why in failed.items())
+        what = f"{len(failed)} of {len(results)} formats do not take the int8 network of {slot!r}, as tried before the "
+        if partner.on_fault == "error":
+            rest = [name for name in self.formats if name not in failed]
+            raise ExportError(f"{what}training: {reasons}. Use formats={rest}, or on_fault='leave_float' to go on.")
+        rank_zero_warn(f"{what}training: {reasons}.")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """With ``mode="auto"`` the mode is known now."""

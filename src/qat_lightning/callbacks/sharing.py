@@ -18,11 +18,6 @@ from qat_lightning.processes import any_process, in_first
 from qat_lightning.quantized import QuantizedNetwork
 
 
-def several_processes(trainer: Trainer) -> bool:
-    """Whether the hooks of a Trainer run in several processes that can talk to each other."""
-    return trainer.world_size > 1 and dist.is_available() and dist.is_initialized()
-
-
 def take_over_from_first(prepared: Mapping[str, nn.Module]) -> None:
     """Each process looked at its share of the data; all go on with the ranges and weights of the first."""
     for network in prepared.values():

@@ -258,9 +258,7 @@ def _plan_of_seen(
         if heads[chain["name"]].output_fake_quant.seen and not heads[chain["name"]].left_float
     ]
     unseen = {
-        chain["name"]: left_float.get(
-            chain["name"], "its range was never observed, because training did not run it"
-        )
+        chain["name"]: left_float.get(chain["name"], "its range was never observed, because training did not run it")
         for chain in plan["chains"]
         if chain not in chains
     }

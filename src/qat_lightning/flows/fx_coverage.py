@@ -123,7 +123,9 @@ class FxOperations:
         if node.name in self.plan.dropped:
             return True
         kind = self._kind(node)
-        if node.name in {*self.plan.float_ops, *self.state.left_float} or kind in LEFT_FLOAT or kind not in self.known or not self._selected(node):
+        if node.name in {*self.plan.float_ops, *self.state.left_float} or not self._selected(node):
+            return False
+        if kind in LEFT_FLOAT or kind not in self.known:
             return False
         tensors = [source for source in node.all_input_nodes if is_float(self.recorder.values.get(source.name))]
         return all(self._on_grid(source) for source in tensors) and self._is_rounded(node)

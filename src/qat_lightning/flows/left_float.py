@@ -17,6 +17,7 @@ from torch import nn
 from qat_lightning.fake_quantize import FakeQuantize
 from qat_lightning.flows.base import Example, LayerCoverage, get_flow, prepared_state
 from qat_lightning.flows.places import find_places
+from qat_lightning.state_entries import from_entry
 
 
 def leave_float(prepared: nn.Module, reasons: Mapping[str, str], example: Example | None) -> list[str]:
@@ -82,11 +83,11 @@ def with_reasons(rows: Iterable[LayerCoverage], left_float: Mapping[str, str]) -
 
 def follow_checkpoints(prepared: nn.Module) -> None:
     """Let a prepared network leave float what a checkpoint that is loaded into it left float."""
-    prepared.register_load_state_dict_pre_hook(_take_over)  # type: ignore[no-untyped-call]
+    prepared.register_load_state_dict_pre_hook(_take_over)
 
 
 def _take_over(prepared: nn.Module, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
     extra = state_dict.get(f"{prefix}_quantization._extra_state")
     if extra is not None:
         # No example: the ranges are those of the checkpoint.
-        leave_float(prepared, dict(extra.get("left_float", ())), None)
+        leave_float(prepared, dict(from_entry(extra).get("left_float", ())), None)

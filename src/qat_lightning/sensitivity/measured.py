@@ -20,7 +20,7 @@ from qat_lightning.example import from_user
 from qat_lightning.flows.base import Example, get_flow
 from qat_lightning.measure import EQUAL_DB
 from qat_lightning.monitoring import decibel
-from qat_lightning.prepare import choose_mode
+from qat_lightning.prepare import Decision, decide
 from qat_lightning.recipe import Recipe, check_globs
 from qat_lightning.scheme import Scheme
 from qat_lightning.sensitivity.budget import Budget, MixedPrecision, size_ratio
@@ -264,9 +264,10 @@ def sensitivity(
     def recipe_of(mode: str) -> Recipe:
         return Recipe(mode, backend, scheme, tuple(include), tuple(exclude), kind="static")
 
-    mode, why = choose_mode(mode, network, first, recipe_of, prefix=prefix)
-    notes += [f"{why}."] if why else []
-    recipe = recipe_of(mode)
+    # What a fit would choose.
+    decision = decide(mode, network, first, recipe_of, prefix=prefix) if mode == "auto" else Decision(mode)
+    notes += [f"{decision.why}."] if decision.why else []
+    recipe = recipe_of(decision.mode)
     check_globs(recipe, [f"{prefix}.{name}".strip(".") for name, _ in network.named_modules() if name])
     return Sensitivity(
         network,

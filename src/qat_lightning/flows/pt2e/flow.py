@@ -110,7 +110,9 @@ class Pt2eFlow:
     def parts(self, prepared: nn.Module) -> list[str]:
         """See `Flow.parts`: layers; the ops between them are float in the decomposed graph already."""
         plan: Plan = prepared_state(prepared).plan
-        ran = [prepared.get_submodule(plan.weights[node.name]) for node in plan.graph.nodes if node.name in plan.weights]
+        ran = [
+            prepared.get_submodule(plan.weights[node.name]) for node in plan.graph.nodes if node.name in plan.weights
+        ]
         order = {id(fq): number for number, fq in reversed(list(enumerate(ran)))}
         return weighted_layers(prepared, lambda fq: order.get(id(fq), len(ran)))
 

@@ -1,3 +1,4 @@
+import dataclasses
 import math
 
 import pytest
@@ -20,12 +21,11 @@ RUNS = [
     ("limits", "winner", "runner_up"),
     [
         ({"max_drop": 0.5}, "qat pt2e", "qat fx"),
-        ({"max_drop": 0.2}, "qat fx", "float"),
-        ({"max_drop": 0.0}, "float", None),
+        ({"max_drop": 0.2}, "qat fx", None),
         ({"max_latency": 2.5}, "qat pt2e", "qat eager"),
         ({"max_size": 1.05}, "qat fx", "qat eager"),
         ({"max_drop": 0.5, "max_latency": 2.5, "max_size": 1.2}, "qat pt2e", None),
-        ({"max_drop": 0.5, "prefer": "score"}, "float", "qat fx"),
+        ({"max_drop": 0.5, "prefer": "score"}, "qat fx", "qat pt2e"),
         ({"prefer": "size"}, "qat eager", "qat fx"),
     ],
 )
@@ -41,9 +41,44 @@ def test_where_nothing_qualifies_the_closest_is_named_with_what_it_misses():
     decision = decide(compare(RUNS), Limits(max_drop=0.2, max_latency=2.5))
     assert decision.winner is None
     assert decision.reason == (
-        "None of 4 configurations keeps a drop of at most 0.2 pp and a latency of at most 2.5 ms. "
+        "None of 3 int8 configurations keeps a drop of at most 0.2 pp and a latency of at most 2.5 ms. "
         "Closest is qat fx, whose latency is 3 ms."
     )
+
+
+def test_a_float_run_is_no_candidate_and_where_it_beats_all_that_is_said():
+    decision = decide(compare(RUNS), Limits(max_drop=0.0))
+    assert decision.winner is None
+    assert "None of 3 int8 configurations" in decision.reason
+    fast = plain(metrics={"float/test/acc": 0.98, "float/latency_ms": 0.5, "float/size_mb": 4.2})
+    by_latency = decide(compare([fast, *RUNS[1:]]), Limits(max_drop=5, prefer="latency"))
+    assert by_latency.winner.label == "qat eager"
+    assert (
+        "Float beats every int8 network in latency, so there is nothing to gain in speed: 0.5 ms" in by_latency.reason
+    )
+    by_score = decide(compare(RUNS), Limits(prefer="score"))
+    assert "Float beats every int8 network in score: test/acc 98.00 %." in by_score.reason
+    assert "Float" not in decide(compare(RUNS), Limits(max_drop=0.5)).reason
+
+
+def busy(runs):
+    """As the same runs beside other work: the second measured everything five times as long."""
+    first, *rest = runs
+    slow = {k: 5 * v if k.endswith("latency_ms") else v for k, v in first.metrics.items()}
+    return [dataclasses.replace(first, metrics=slow), *rest]
+
+
+def test_latencies_measured_beside_other_work_decide_nothing():
+    comparison = compare([qat("pt2e", acc=0.976, latency=2.0), *busy([qat("fx", acc=0.979, latency=3.0)])])
+    assert comparison.noisy
+    assert decide(comparison, Limits(max_drop=0.5, prefer="latency")).winner is None
+    fallen_back = decide(comparison, Limits(max_drop=100))
+    assert fallen_back.winner.label == "fx"
+    assert "Latency decides nothing" in fallen_back.reason
+    assert "--remeasure" in fallen_back.reason
+    limited = decide(comparison, Limits(max_latency=100, prefer="score"))
+    assert limited.winner.label == "pt2e"
+    assert all(c.on_front for c in comparison.configurations if c.label == "fx"), "the front is that of score and size"
 
 
 def test_without_limits_nothing_is_chosen():
@@ -102,7 +137,7 @@ def test_the_winner_keeps_every_limit_and_nothing_that_does_is_better(max_drop, 
         pairs = [(drop, max_drop), (c.latency_ms.mean, max_latency), (c.size_mb.mean, max_size)]
         return all(bound is None or value <= bound for value, bound in pairs)
 
-    fit = [c for c in comparison.configurations if keeps(c)]
+    fit = [c for c in comparison.configurations if c.variant == "int8" and keeps(c)]
     if not limits.given or not fit:
         assert decision.winner is None
         return

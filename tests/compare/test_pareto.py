@@ -39,3 +39,15 @@ def test_the_order_does_not_matter(points, random):
 @given(points.filter(lambda points: any(points)))
 def test_there_is_a_front_where_there_is_a_point(points):
     assert any(pareto_front(points))
+
+
+def test_a_difference_within_the_tolerance_beats_nobody():
+    points = [(0.98, -1.000), (0.98, -1.001), (0.97, -1.0005), (0.98, -1.2)]
+    assert pareto_front(points) == [True, False, False, False]
+    assert pareto_front(points, (0.001, 0.01)) == [True, True, False, False]
+
+
+@given(points.filter(lambda points: any(points)), st.floats(0, 3))
+def test_there_is_a_front_with_any_tolerance(points, tolerance):
+    width = len(next(point for point in points if point))
+    assert any(pareto_front(points, [tolerance] * width))

@@ -8,11 +8,15 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
+from rich.console import Console
+from rich.text import Text
+
 from qat_lightning.compare.comparison import compare
 from qat_lightning.compare.decision import Limits, decide
 from qat_lightning.compare.find import find_runs
 from qat_lightning.compare.online import find_online
 from qat_lightning.compare.page import page
+from qat_lightning.compare.remeasure import remeasure
 from qat_lightning.compare.table import as_csv, as_json, markdown, rich_table
 from qat_lightning.errors import ConfigurationError
 from qat_lightning.terminal import console, status_of
@@ -42,6 +46,8 @@ def _run(options: argparse.Namespace) -> int:
         raise ConfigurationError("--fail-if-none needs a limit: --max-drop, --max-latency or --max-size.")
     runs = find_runs(options.paths) if options.paths else []
     runs += [run for address in options.wandb for run in find_online(address)]
+    if options.remeasure:
+        runs = remeasure(runs, lambda text: Console(stderr=True).print(Text(text), soft_wrap=True))
     comparison = compare(runs, metric=options.metric, larger_is_better=_LARGER[options.goal], ignore=options.ignore)
     decision = decide(comparison, limits)
     targets = [options.json, options.csv, options.markdown, options.html]
@@ -94,6 +100,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     what.add_argument(
         "--ignore", action="append", default=[], metavar="GLOB", help="settings that do not count, as 'trainer.*'"
+    )
+    what.add_argument(
+        "--remeasure",
+        action="store_true",
+        help="time the int8 files and float again, in turn, alone; runs the code that the configurations name",
     )
     limits = parser.add_argument_group("limits, for the mean over seeds")
     limits.add_argument(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from qat_lightning.compare.metric import Metric, choose_metric
+from qat_lightning.compare.noise import fastest_floats, why_noisy
 from qat_lightning.compare.pareto import pareto_front
 from qat_lightning.compare.run import Run
 from qat_lightning.compare.settings import ABSENT, Setting, differing, flatten, seed_of, settings_of
@@ -38,7 +40,8 @@ class Configuration:
         speedup: Times faster than float on the same machine, in the same run.
         agreement: Share of outputs for which int8 chooses the class that fake-quant chooses.
         baseline: What ``drop`` is against.
-        on_front: Whether no other configuration beats it in score, latency and size.
+        noise: Why its latency is none to decide by, in words; empty where nothing speaks against it.
+        on_front: Whether no other configuration beats it in score, latency and size, by more than a tolerance.
     """
 
     label: str
@@ -52,6 +55,7 @@ class Configuration:
     speedup: Spread | None = None
     agreement: Spread | None = None
     baseline: str = ""
+    noise: str = ""
     on_front: bool = False
 
 
@@ -70,6 +74,11 @@ class Comparison:
     settings: tuple[Setting, ...]
     configurations: tuple[Configuration, ...]
     left_out: tuple[Run, ...]
+
+    @property
+    def noisy(self) -> bool:
+        """Whether a latency was measured beside other work, so that none of them decides anything."""
+        return any(configuration.noise for configuration in self.configurations)
 
     @property
     def front(self) -> tuple[Configuration, ...]:
@@ -111,13 +120,15 @@ def compare(
     whole = [run for run in runs if run.status == "finished" and _variant(run, chosen)]
     settings = differing(whole, ignore)
     floats = _float_scores(whole, chosen, ignore)
+    fastest = fastest_floats(whole)
     folded: dict[tuple[str, ...], list[Run]] = {}
     for row, run in enumerate(whole):
         folded.setdefault(tuple(setting.values[row] for setting in settings), []).append(run)
     found = [_configuration(tuple(same), settings, values, chosen, floats, ignore) for values, same in folded.items()]
+    found = [replace(c, noise=why_noisy(c.runs, c.latency_ms, c.speedup, fastest)) for c in found]
     sign = -1 if chosen.larger_is_better else 1
     found.sort(key=lambda configuration: sign * configuration.score.mean)
-    front = pareto_front([_goals(configuration, chosen) for configuration in found])
+    front = _front(found, chosen)
     return Comparison(
         chosen,
         tuple(settings),
@@ -142,11 +153,30 @@ def _why_left_out(run: Run, metric: Metric) -> Run:
     return run if run.status != "finished" else replace(run, reason=f"it has no {metric.name} of a variant")
 
 
-def _goals(configuration: Configuration, metric: Metric) -> tuple[float, float, float] | None:
-    if configuration.latency_ms is None or configuration.size_mb is None:
+LATENCY, SIZE = 0.02, 0.01
+"""By which share a latency and a size have to be better to count: timers vary, and files hold names."""
+
+
+def score_tolerance(metric: Metric) -> float:
+    """By how much a score has to be better to count: 0.05 percentage points of a share, else nothing."""
+    return 0.0005 if metric.is_share else 0.0
+
+
+def _front(configurations: Sequence[Configuration], metric: Metric) -> list[bool]:
+    """Score, latency and size, where latencies say something; else score and size."""
+    noisy = any(configuration.noise for configuration in configurations)
+    points = [_goals(configuration, metric, noisy) for configuration in configurations]
+    tolerances = (score_tolerance(metric), *(() if noisy else (math.log1p(LATENCY),)), math.log1p(SIZE))
+    return pareto_front(points, tolerances)
+
+
+def _goals(configuration: Configuration, metric: Metric, noisy: bool) -> tuple[float, ...] | None:
+    """Larger is better on each; costs by their logarithm, whose differences are shares."""
+    costs = [configuration.size_mb] if noisy else [configuration.latency_ms, configuration.size_mb]
+    if any(cost is None or cost.mean <= 0 for cost in costs):
         return None
     score = configuration.score.mean if metric.larger_is_better else -configuration.score.mean
-    return score, -configuration.latency_ms.mean, -configuration.size_mb.mean
+    return score, *(-math.log(cost.mean) for cost in costs if cost is not None)
 
 
 def _configuration(
@@ -226,8 +256,14 @@ def _float_scores(runs: Sequence[Run], metric: Metric, ignore: Sequence[str]) ->
 
 def _training(run: Run, ignore: Sequence[str]) -> str:
     """All that a float training depends on but the seed."""
-    no_part = (*ignore, *_OF_QUANTIZATION, "callbacks.model_checkpoint.*")
+    ours = [key for key, value in flatten(run.config).items() if key.endswith("._target_") and _is_ours(value)]
+    parts = [f"{key.removesuffix('_target_')}*" for key in ours if not key.startswith(("model.", "data."))]
+    no_part = (*ignore, *_OF_QUANTIZATION, *parts, "callbacks.model_checkpoint.*", "callbacks.last_checkpoint.*")
     return repr(sorted(settings_of(run, no_part).items()))
+
+
+def _is_ours(target: str) -> bool:
+    return target.startswith("qat_lightning.")
 
 
 def _labels(configurations: Sequence[Configuration]) -> list[str]:
@@ -239,8 +275,14 @@ def _labels(configurations: Sequence[Configuration]) -> list[str]:
             for label, value in configuration.values.items()
             if value != ABSENT
         ]
-        labels.append(" ".join(words) or configuration.runs[0].name)
+        labels.append(" ".join(words) or _without_words(configuration))
     return labels
+
+
+def _without_words(configuration: Configuration) -> str:
+    """A name for one that has none of the settings that differ: what it is, before what a logger called it."""
+    run = configuration.runs[0]
+    return "float" if configuration.variant == "float" else " ".join(run.overrides) or run.name
 
 
 def _is_number(text: str) -> bool:

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from qat_lightning.compare.comparison import Comparison, Configuration
+from qat_lightning.compare.comparison import LATENCY, SIZE, Comparison, Configuration, score_tolerance
 from qat_lightning.compare.spread import Spread
 from qat_lightning.errors import ConfigurationError
 
@@ -78,10 +78,11 @@ class Decision:
 
 
 def decide(comparison: Comparison, limits: Limits) -> Decision:
-    """Choose the best configuration that keeps the limits.
+    """Choose the int8 network that keeps the limits best.
 
-    A configuration without a figure that is limited does not qualify. Ties go to the better score, then to the lower
-    latency, then to the smaller size.
+    A float run is no candidate: it is what int8 is compared with, and where it beats what is chosen, the reason says
+    so. A configuration without a figure that is limited does not qualify, and latencies that were measured beside other
+    work decide nothing. Ties go to the better score, then to the lower latency, then to the smaller size.
 
     Args:
         comparison: The configurations.
@@ -94,32 +95,80 @@ def decide(comparison: Comparison, limits: Limits) -> Decision:
         front, total = len(comparison.front), len(comparison.configurations)
         asked = f"{front} of {_count(total)} {'is' if front == 1 else 'are'} on the Pareto front"
         return Decision(None, None, f"Nothing is chosen, because no limit was given: {asked}.")
-    shippable = [c for c in comparison.configurations if c.variant != "fake_quant"]
+    shippable = [c for c in comparison.configurations if c.variant == "int8"]
     if not shippable:
-        return Decision(None, None, "Nothing can be shipped: there is no float and no int8 network with the metric.")
+        return Decision(None, None, "Nothing can be shipped: there is no int8 network with the metric.")
+    goal, fallen_back = _goal(comparison, limits)
+    if goal is None:
+        return Decision(None, None, f"Nothing is chosen by latency: {_noise(comparison)}")
     judged = [(configuration, _missed(configuration, comparison, limits)) for configuration in shippable]
-    ranked = sorted((c for c, missed in judged if not missed), key=lambda c: _rank(c, comparison, limits.goal))
+    ranked = sorted((c for c, missed in judged if not missed), key=lambda c: _rank(c, comparison, goal))
     if not ranked:
         closest, missed = min(judged, key=lambda pair: (len(pair[1]), sum(excess for _, excess in pair[1])))
         said = " and ".join(text for text, _ in missed)
-        kept = f"None of {_count(len(shippable))} keeps {_asked(comparison, limits)}."
+        kept = f"None of {_count(len(shippable), 'int8 ')} keeps {_asked(comparison, limits)}."
         return Decision(None, None, f"{kept} Closest is {closest.label}, whose {said}.")
     winner, runner_up = ranked[0], ranked[1] if len(ranked) > 1 else None
-    kept = _asked(comparison, limits)
-    among = f"of {_count(len(shippable))}"
-    if kept:
-        part = f"{len(ranked)} (of {_count(len(shippable))}) that keep"
-        among = f"of the {part if len(ranked) < len(shippable) else f'{_count(len(ranked))}, which all keep'} {kept}"
-    best = f"{winner.label} has the {_BEST[limits.goal]} {among}: {_figure(winner, comparison, limits.goal)}."
-    return Decision(winner, runner_up, best + _against(winner, runner_up, comparison, limits.goal))
+    best = f"{winner.label} has the {_BEST[goal]} {_among(len(ranked), len(shippable), comparison, limits)}"
+    reason = f"{best}: {_figure(winner, comparison, goal)}." + _against(winner, runner_up, comparison, goal)
+    if fallen_back:
+        reason += f" Latency decides nothing: {_noise(comparison)}"
+    return Decision(winner, runner_up, reason + _float_is_better(winner, comparison, goal))
 
 
+def _goal(comparison: Comparison, limits: Limits) -> tuple[Goal | None, bool]:
+    """What decides, and whether it does in the place of latencies that say nothing; None where nothing else may."""
+    if limits.goal != "latency" or not comparison.noisy:
+        return limits.goal, False
+    return (None, False) if limits.prefer == "latency" else ("score", True)
+
+
+def _noise(comparison: Comparison) -> str:
+    """Why, and what to do."""
+    noisy = next(c for c in comparison.configurations if c.noise)
+    return (
+        f"some were measured beside other work ({noisy.label}: {noisy.noise}). --remeasure times the int8 files and "
+        "float again, in turn."
+    )
+
+
+def _among(kept: int, total: int, comparison: Comparison, limits: Limits) -> str:
+    asked = _asked(comparison, limits)
+    if not asked:
+        return f"of {_count(total, 'int8 ')}"
+    if kept == total == 1:
+        return f"as the only int8 configuration, and keeps {asked}"
+    if kept < total:
+        return f"of the {kept} (of {_count(total, 'int8 ')}) that keep{'s' if kept == 1 else ''} {asked}"
+    return f"of the {_count(kept, 'int8 ')}, which all keep {asked}"
+
+
+def _float_is_better(winner: Configuration, comparison: Comparison, goal: Goal) -> str:
+    """That a float run, which is no candidate, beats every int8 network in what decides."""
+    floats = [c for c in comparison.configurations if c.variant == "float" and _of(c, goal) is not None]
+    if not floats:
+        return ""
+    best = min(floats, key=lambda c: _rank(c, comparison, goal))
+    ours, theirs = _of(winner, goal), _of(best, goal)
+    assert theirs is not None
+    larger = goal == "score" and comparison.metric.larger_is_better
+    by = 0.0 if ours is None else (theirs.mean - ours.mean) * (1 if larger else -1)
+    if by <= _tolerance(goal, theirs.mean, comparison):
+        return ""
+    return f" Float beats every int8 network in {_IN[goal]}: {_figure(best, comparison, goal)}."
+
+
+def _tolerance(goal: Goal, value: float, comparison: Comparison) -> float:
+    return {"score": score_tolerance(comparison.metric), "latency": LATENCY * value, "size": SIZE * value}[goal]
+
+
+_IN = {"score": "score", "latency": "latency, so there is nothing to gain in speed", "size": "size"}
 _BEST = {"score": "best score", "latency": "lowest latency", "size": "smallest size"}
 _WORSE_THAN_ANY = math.inf
 
 
-def _count(number: int) -> str:
-    return f"{number} configuration{'' if number == 1 else 's'}"
+def _count(number: int, kind: str = "") -> str:
+    return f"{number} {kind}configuration{'' if number == 1 else 's'}"
 
 
 def _of(configuration: Configuration, goal: Goal) -> Spread | None:
@@ -149,8 +198,7 @@ def _rank(configuration: Configuration, comparison: Comparison, goal: Goal) -> t
 
 def _missed(configuration: Configuration, comparison: Comparison, limits: Limits) -> list[tuple[str, float]]:
     """Each limit that is not kept: in words, and by which share."""
-    # float does not drop against itself
-    drop = 0.0 if configuration.variant == "float" else configuration.drop and configuration.drop.mean
+    drop = configuration.drop and configuration.drop.mean
     latency, size = configuration.latency_ms, configuration.size_mb
     missed = []
     for name, value, limit, unit in (
@@ -158,9 +206,12 @@ def _missed(configuration: Configuration, comparison: Comparison, limits: Limits
         ("latency", latency and latency.mean, limits.max_latency, "ms"),
         ("size", size and size.mean, limits.max_size, "MB"),
     ):
-        if limit is None or (value is not None and value <= limit):
+        busy = name == "latency" and configuration.noise
+        if limit is None or (value is not None and value <= limit and not busy):
             continue
-        if value is None:
+        if busy:
+            missed.append((f"latency was measured beside other work ({busy}): use --remeasure", _WORSE_THAN_ANY))
+        elif value is None:
             missed.append((f"{name} is not known", _WORSE_THAN_ANY))
         else:
             missed.append((f"{name} is {value:.3g} {unit}".rstrip(), (value - limit) / (abs(limit) or 1.0)))

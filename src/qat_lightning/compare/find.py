@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from qat_lightning.app import INT8_FILE
+from qat_lightning.callbacks.settings_log import PREFIX as QUANTIZATION
 from qat_lightning.compare.csv_run import METRICS, read_csv, read_yaml
 from qat_lightning.compare.offline import join, read_offline
 from qat_lightning.compare.run import Run, Status, numbers
@@ -111,7 +112,7 @@ def _read(place: _Place) -> Run:
     run = replace(
         run,
         folder=str(place.folder),
-        config=run.config or _config(hydra / "config.yaml"),
+        config=_of_both(run.config, _config(hydra / "config.yaml")),
         overrides=tuple(str(word) for word in overrides),
         model_file=str(model) if model.is_file() else "",
     )
@@ -164,6 +165,17 @@ def _config(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     return _resolved(OmegaConf.create(read_yaml(path)))
+
+
+def _of_both(logged: Mapping[str, Any], hydra: dict[str, Any]) -> Mapping[str, Any]:
+    """What Hydra composed, unless the logger holds all of it, as the run changed it.
+
+    A logger of somebody's own program holds hyperparameters of the LightningModule, say, which are the same in all
+    trials of a sweep over something else. What the callback said of itself is there in any case.
+    """
+    if not hydra or hydra.keys() <= logged.keys():
+        return logged
+    return {**{key: value for key, value in logged.items() if key.startswith(QUANTIZATION)}, **hydra}
 
 
 def _resolved(node: Any) -> dict[str, Any]:

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 
-def pareto_front(points: Sequence[Sequence[float] | None]) -> list[bool]:
+def pareto_front(points: Sequence[Sequence[float] | None], tolerances: Sequence[float] = ()) -> list[bool]:
     """Find the points that no other point dominates.
 
-    A point dominates another if it is at least as good on every axis and better on one. Equal points do not dominate
-    each other, so all of them are on the front or none.
+    A point dominates another if it is not worse on any axis and better on one, by more than a tolerance. Points that
+    are equal within the tolerances do not dominate each other, so a byte less beats nobody.
 
     Args:
         points: Coordinates, on every axis larger is better; None for what cannot be compared.
+        tolerances: For each axis the difference that is none; by default 0.
 
     Returns:
         Whether each point is on the front; never for None.
@@ -20,13 +21,18 @@ def pareto_front(points: Sequence[Sequence[float] | None]) -> list[bool]:
     Example:
         >>> pareto_front([(0.98, -3.0), (0.97, -1.0), (0.97, -2.0), (0.98, -3.0), None])
         [True, True, False, True, False]
+        >>> pareto_front([(0.98, -3.001), (0.98, -3.0)]), pareto_front([(0.98, -3.001), (0.98, -3.0)], (0.0, 0.01))
+        ([False, True], [True, True])
     """
-    return [
-        point is not None and not any(other is not None and _dominates(other, point) for other in points)
+    found = [
+        point is not None and not any(other is not None and _dominates(other, point, tolerances) for other in points)
         for point in points
     ]
+    # With tolerances, each of some points may be beaten by the next in a circle, which leaves nobody.
+    return found if not tolerances or any(found) else pareto_front(points)
 
 
-def _dominates(one: Sequence[float], other: Sequence[float]) -> bool:
-    pairs = list(zip(one, other, strict=True))
-    return all(a >= b for a, b in pairs) and any(a > b for a, b in pairs)
+def _dominates(one: Sequence[float], other: Sequence[float], tolerances: Sequence[float]) -> bool:
+    limits = tolerances or [0.0] * len(one)
+    gains = [(a - b, limit) for a, b, limit in zip(one, other, limits, strict=True)]
+    return all(gain >= -limit for gain, limit in gains) and any(gain > limit for gain, limit in gains)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
+from qat_lightning.callbacks.settings_log import CHOSEN_MODE, PREFIX
 from qat_lightning.compare.run import Run
 
 ABSENT = "–"
@@ -65,7 +66,7 @@ def settings_of(run: Run, ignore: Sequence[str] = ()) -> dict[str, str]:
         >>> settings_of(Run("a", "a", config={"seed": 0, "lr": 0.1, "paths": {"data_dir": "x"}}))
         {'lr': '0.1'}
     """
-    flat = flatten(run.config)
+    flat = _with_what_callbacks_said(flatten(run.config))
     # train.py's groups of these names are read by `quantization` alone, and are there without any
     ignore = (*_NO_SETTINGS, *ignore, *(("mode.name", "backend.name") if "method.name" in flat else ()))
     return {
@@ -73,6 +74,18 @@ def settings_of(run: Run, ignore: Sequence[str] = ()) -> dict[str, str]:
         for key, value in flat.items()
         if key.rpartition(".")[2] not in (SEED, *_PLACES) and not any(fnmatchcase(key, glob) for glob in ignore)
     }
+
+
+def _with_what_callbacks_said(flat: dict[str, str]) -> dict[str, str]:
+    """``quantization/mode``, as the callback logs it, under the name that it has in a configuration.
+
+    Where there is a configuration of quantization, that is what was asked for; only what followed is taken over.
+    """
+    said = {key.replace("/", "."): value for key, value in flat.items() if key.startswith(PREFIX)}
+    configured = any(key.startswith("quantization.") for key in flat)
+    chosen = CHOSEN_MODE.replace("/", ".")
+    taken = {key: value for key, value in said.items() if not configured or key == chosen}
+    return {**{key: value for key, value in flat.items() if not key.startswith(PREFIX)}, **taken}
 
 
 def seed_of(run: Run) -> str:
@@ -112,6 +125,7 @@ def differing(runs: Sequence[Run], ignore: Sequence[str] = (), *, every: bool = 
     columns = {key: tuple(settings.get(key, ABSENT) for settings in flat) for key in keys}
     columns = {key: values for key, values in columns.items() if len({*values}) > 1}
     said = list(dict.fromkeys(_overridden(word) for run in runs for word in run.overrides))
+    columns |= _choices(runs, columns, said)
     kept: dict[str, tuple[str, ...]] = {}
     for key in sorted(columns, key=lambda key: (_place(key, said), *_tells(key, columns[key]))):
         free = _place(key, said) < len(said) and not only_present(columns[key])
@@ -125,6 +139,23 @@ def _overridden(word: str) -> str:
     return word.lstrip("+~").partition("=")[0].partition("@")[0].replace("/", ".")
 
 
+def _choices(
+    runs: Sequence[Run], columns: Mapping[str, Sequence[str]], said: Sequence[str]
+) -> dict[str, tuple[str, ...]]:
+    """Choices of a config group on the command line, ``quantization=fx_x86``: the name of all that differs in it.
+
+    A group that says its name in its own part, as those of train.py do, has that one.
+    """
+    values = [{_overridden(word): word.partition("=")[2] or ABSENT for word in run.overrides} for run in runs]
+    return {
+        group: tuple(of_run.get(group, ABSENT) for of_run in values)
+        for group in said
+        if any(key.startswith(f"{group}.") for key in columns)
+        and f"{group}.name" not in columns
+        and len({of_run.get(group, ABSENT) for of_run in values}) > 1
+    }
+
+
 def _place(key: str, said: Sequence[str]) -> int:
     """Where on the command line a setting was said; ``mode=`` is what becomes ``quantization.mode``."""
     names = (key, key.removesuffix(".name"), key.removeprefix("quantization."))
@@ -133,7 +164,8 @@ def _place(key: str, said: Sequence[str]) -> int:
 
 def _tells(key: str, values: Sequence[str]) -> tuple[int, int]:
     """What says most comes first: names, then values, then whether a part is there at all, best by its class."""
-    kind = 2 if only_present(values) else 0 if key.endswith(".name") else 1
+    first = key.endswith(".name") or key in ("quantization.method", "quantization.mode", "quantization.backend")
+    kind = 2 if only_present(values) else 0 if first else 1
     return kind, int(not key.endswith("_target_") if kind == 2 else key.endswith("_target_"))
 
 
@@ -153,11 +185,14 @@ def _follows(key: str, values: Sequence[str], kept: Mapping[str, Sequence[str]],
     return False
 
 
+_CALLED = {"QuantizationAwareTraining": "qat", "PostTrainingQuantization": "ptq"}
+
+
 def _shown(value: str) -> str:
-    """A class by its last name; JSON's words as YAML has them are kept."""
-    return (
-        value.rpartition(".")[2] if value.count(".") > 1 and all(p.isidentifier() for p in value.split(".")) else value
-    )
+    """A class by its last name, and the two of this package as train.py calls their methods."""
+    parts = value.split(".")
+    last = parts[-1] if len(parts) > 1 and all(part.isidentifier() for part in parts) else value
+    return _CALLED.get(last, last)
 
 
 def _short(keys: Sequence[str]) -> dict[str, str]:

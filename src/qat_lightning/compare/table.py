@@ -20,6 +20,7 @@ from qat_lightning.compare.settings import ABSENT
 from qat_lightning.compare.spread import Spread
 
 FRONT = "●"  # on the Pareto front
+NOISY = "?"  # a latency that was measured beside other work
 _FIGURES = ("score", "drop", "latency_ms", "size_mb", "speedup", "agreement")
 
 
@@ -64,9 +65,9 @@ def cells(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
             configuration.variant,
             _with_spread(configuration.score, 2 if metric.is_share else 4, 100 if metric.is_share else 1),
             _with_spread(configuration.drop, 2 if metric.is_share else 4),
-            _with_spread(configuration.latency_ms, 3),
+            _marked(_with_spread(configuration.latency_ms, 3), configuration),
             _with_spread(configuration.size_mb, 3),
-            _with_spread(configuration.speedup, 2),
+            _marked(_with_spread(configuration.speedup, 2), configuration),
             str(configuration.score.seeds),
         ]
 
@@ -82,6 +83,10 @@ def _with_spread(figure: Spread | None, digits: int, factor: float = 1) -> str:
         return ABSENT
     spread = "" if figure.deviation is None else f" ± {factor * figure.deviation:.{digits}f}"
     return f"{factor * figure.mean:.{digits}f}{spread}"
+
+
+def _marked(figure: str, configuration: Configuration) -> str:
+    return f"{figure} {NOISY}" if configuration.noise and figure != ABSENT else figure
 
 
 def markdown(comparison: Comparison, decision: Decision) -> str:
@@ -139,6 +144,7 @@ def plain(comparison: Comparison, decision: Decision) -> dict[str, Any]:
                 "variant": c.variant,
                 "on_front": c.on_front,
                 "baseline": c.baseline,
+                "noise": c.noise,
                 **{figure: spread and spread._asdict() for figure in _FIGURES for spread in [getattr(c, figure)]},
                 "runs": [{"name": run.name, "folder": run.folder, "wandb_id": run.wandb_id} for run in c.runs],
             }
@@ -163,7 +169,13 @@ def _caption(comparison: Comparison) -> str:
     better = "larger" if comparison.metric.larger_is_better else "smaller"
     lines = [f"{comparison.metric.name}: {better} is better. ± sample standard deviation over n seeds."]
     if comparison.front:
-        lines.append(f"{FRONT} Pareto front of score, latency and size.")
+        axes = "score and size" if comparison.noisy else "score, latency and size"
+        lines.append(f"{FRONT} Pareto front of {axes}.")
+    for configuration in comparison.configurations:
+        if configuration.noise:
+            lines.append(f"{NOISY} {configuration.label}: measured beside other work, {configuration.noise}.")
+    if comparison.noisy:
+        lines.append("No latency decides anything here: --remeasure times the int8 files and float again, in turn.")
     baselines = list(dict.fromkeys(c.baseline for c in comparison.configurations if c.baseline))
     if baselines:
         lines.append(f"Drop against float, paired by seed: {', '.join(baselines)}.")

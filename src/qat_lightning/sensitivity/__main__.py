@@ -1,4 +1,4 @@
-"""Which layers quantization hurts: python -m qat_lightning.sensitivity outputs/2026-01-31/12-00-00 --max-drop 0.003."""
+"""Which layers quantization hurts: python -m qat_lightning.sensitivity outputs/2026-01-31/12-00-00 --max-drop 0.3."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    budget = None
-    if options.max_drop is not None or options.min_size_ratio is not None:
-        budget = Budget(options.max_drop, options.min_size_ratio)
+    wants = options.max_drop is not None or options.min_size_ratio is not None
+    if wants:
+        Budget(options.max_drop, options.min_size_ratio)  # what is not possible is refused before anything is measured
     folders = [word for word in options.words if "=" not in word]
     overrides = [word for word in options.words if "=" in word]
     if len(folders) > 1:
@@ -79,9 +79,10 @@ def _run(options: argparse.Namespace) -> int:
     if not options.no_plot:
         draw(found, out / "layers.png")
     shown.print(f"Written: {out}", soft_wrap=True)
-    if budget is None:
+    if not wants:
         return 0
-    plan = found.within(budget)
+    limit = None if options.max_drop is None else options.max_drop / found.points
+    plan = found.within(Budget(limit, options.min_size_ratio))
     plan.write(out / "mixed_precision.yaml")
     shown.print(Text(plan.summary(), style="" if plan.reached else "red"), soft_wrap=True)
     shown.print(Text(f"python train.py '{plan.override()}'"), soft_wrap=True)
@@ -105,7 +106,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--metric", default="val/acc", help="what validation_step logs, or sqnr of the outputs (default: val/acc)")
     add("--smaller-is-better", action="store_true", help="the metric is a loss")
     add("--rank-by", choices=["alone", "without"], default="alone", help="quantized alone, or all but it")
-    add("--max-drop", type=float, help="of the metric, in its own unit: 0.003 for 0.3 points of accuracy")
+    add("--max-drop", type=float, help="in percentage points of a score within 0 and 1, as compare has it")
     add("--min-size-ratio", type=float, help="how many times smaller the weights have to be")
     add("--calibration-batches", type=_positive, default=8, help="of the training data (default: 8)")
     add("--validation-batches", type=_positive, help=f"by default all; {SQNR_BATCHES} for sqnr")

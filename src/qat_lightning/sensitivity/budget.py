@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,7 +78,12 @@ class MixedPrecision:
         """Why the budget is not kept; empty if it is."""
         missed = []
         if self.budget.max_drop is not None and self.drop > self.budget.max_drop:
-            missed.append(f"the drop is {self.drop:.4f}, where at most {self.budget.max_drop:g} is allowed")
+            points = drop_points((self.float_metric, self.metric))
+            unit = " pp" if points > 1 else ""
+            missed.append(
+                f"the drop is {self.drop * points:.4g}{unit}, where at most {self.budget.max_drop * points:.4g}{unit} "
+                "is allowed"
+            )
         if self.budget.min_size_ratio is not None and self.size_ratio < self.budget.min_size_ratio:
             missed.append(
                 f"it is {self.size_ratio:.2f} times smaller, where {self.budget.min_size_ratio:g} is the least"
@@ -118,6 +124,32 @@ class MixedPrecision:
             ]
         )
         Path(path).write_text(text)
+
+
+def drop_points(metrics: Iterable[float]) -> float:
+    """What drops are multiplied by to be shown: in percentage points, as `qat_lightning.compare` has them.
+
+    Args:
+        metrics: The metric of some networks; larger is better.
+
+    Returns:
+        100 for a score within 0 and 1, and 1 for a loss (which is negated), an SQNR, or any other.
+
+    Example:
+        >>> drop_points([0.98, 0.97]), drop_points([300.0, 41.5]), drop_points([-0.2, -0.3])
+        (100.0, 1.0, 1.0)
+    """
+    return 100.0 if all(0 <= value <= 1 for value in metrics) else 1.0
+
+
+def shown_drop(drop: float, points: float) -> str:
+    """A drop as a table has it.
+
+    Example:
+        >>> shown_drop(0.0031, 100), shown_drop(1.25, 1)
+        ('+0.31', '+1.2500')
+    """
+    return f"{drop * points:+.2f}" if points > 1 else f"{drop:+.4f}"
 
 
 def _word(name: str) -> str:

@@ -23,7 +23,7 @@ from qat_lightning.monitoring import decibel
 from qat_lightning.prepare import Decision, decide
 from qat_lightning.recipe import Recipe, check_globs
 from qat_lightning.scheme import Scheme
-from qat_lightning.sensitivity.budget import Budget, MixedPrecision, size_ratio
+from qat_lightning.sensitivity.budget import Budget, MixedPrecision, drop_points, shown_drop, size_ratio
 from qat_lightning.sensitivity.switches import Switches, Unit
 
 Metric = Callable[[nn.Module], float]
@@ -83,6 +83,11 @@ class Sensitivity:
         self._switches = Switches(self._prepared)
         self.quantized_metric = self._measure_without([])
         self.rows = self._ranked()
+
+    @property
+    def points(self) -> float:
+        """What a drop is shown with: 100, in percentage points, for a score within 0 and 1; 1 for any other metric."""
+        return drop_points((self.float_metric, self.quantized_metric))
 
     def _prepare(self, recipe: Recipe) -> nn.Module:
         prepared = get_flow(recipe.mode).prepare(
@@ -194,11 +199,12 @@ class Sensitivity:
         """The ranking for `rich.print`."""
         caption = f"{self.metric_name}: float {self.float_metric:.4f}, all quantized {self.quantized_metric:.4f}"
         table = Table(title="Sensitivity", title_justify="left", caption=caption, caption_justify="left")
-        for column in ("layer", "kind", "parameters", "alone", "all but it", "loss"):
+        loss = "loss (pp)" if self.points > 1 else "loss"
+        for column in ("layer", "kind", "parameters", "alone", "all but it", loss):
             table.add_column(column, justify="left" if column in ("layer", "kind") else "right", overflow="fold")
         for row in self.rows:
             name = row.name if row.excludable else f"{row.name} (op)"
-            numbers = f"{row.alone:.4f}", f"{row.without:.4f}", f"{row.loss:+.4f}"
+            numbers = f"{row.alone:.4f}", f"{row.without:.4f}", shown_drop(row.loss, self.points)
             table.add_row(name, row.kind, str(row.parameters or ""), *numbers)
         return table
 

@@ -1,0 +1,172 @@
+"""Latencies of saved int8 networks and their float networks, in turn, after the training: alone, and so comparable."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+from lightning.pytorch import LightningModule
+from omegaconf import OmegaConf
+from torch import nn
+from torch.utils._pytree import tree_leaves
+
+from qat_lightning.artifact import load_quantized
+from qat_lightning.compare.noise import SPREAD
+from qat_lightning.compare.run import Run
+from qat_lightning.errors import ConfigurationError, QuantizationError
+from qat_lightning.flows.base import Example
+from qat_lightning.flows.pt2e.signature import one_sample
+from qat_lightning.measure import Latency, latency_interleaved
+from qat_lightning.network import Slot, find_networks
+from qat_lightning.quantized import QuantizedNetwork
+
+BUSY = 0.5
+"""Of the processors: a load of more than this before anything is timed is somebody else's."""
+
+
+@dataclass(frozen=True)
+class _Timed:
+    """What is timed of one run."""
+
+    run: int
+    int8: QuantizedNetwork
+    floating: nn.Module | None
+
+
+def remeasure(runs: Sequence[Run], say: Callable[[str], None], *, rounds: int = 15) -> list[Run]:
+    """Time the int8 files of runs and their float networks again, in turn, in this process.
+
+    All that take inputs of the same shapes are timed in the same rounds, so that whatever slows the machine slows all
+    of them. The float network is made from the configuration of the run, which imports the code that it names; where
+    it cannot be made, there is no new latency of float, and no speed-up.
+
+    Args:
+        runs: The runs.
+        say: Told what could not be timed, and how busy the machine is.
+        rounds: How often each is timed.
+
+    Returns:
+        The runs with the new figures; those of which nothing was timed keep none, for what was measured beside other
+        work is no figure to compare these with.
+
+    Raises:
+        ConfigurationError: No run has an int8 file that can be loaded.
+    """
+    load = os.getloadavg()[0] / (os.cpu_count() or 1) if hasattr(os, "getloadavg") else 0.0
+    if load > BUSY:
+        say(f"The machine is busy: a load of {load:.0%} of its processors. What is timed now varies with it.")
+    groups: dict[str, list[_Timed]] = {}
+    for place, run in enumerate(runs):
+        if run.status == "finished" and run.model_file:
+            timed = _load(place, run, say)
+            if timed is not None:
+                groups.setdefault(_inputs(timed.int8.example), []).append(timed)
+    if not groups:
+        raise ConfigurationError(
+            "--remeasure found no int8 file to time: train.py saves one as model.int8 in the folder of a run "
+            "(save_int8=true), and another program with qat.save('<folder of the run>/model.int8')."
+        )
+    found: dict[int, dict[str, float]] = {}
+    for group in groups.values():
+        found |= _time(group, rounds)
+    floats = _floats(runs, groups, found)
+    return [_with(run, found.get(place, floats.get(place))) for place, run in enumerate(runs)]
+
+
+def _load(place: int, run: Run, say: Callable[[str], None]) -> _Timed | None:
+    floating: nn.Module | None = None
+    try:
+        floating = float_network(run)
+    except Exception as error:  # noqa: BLE001 - code of the user's own is made from a configuration
+        say(f"{run.folder}: its float network cannot be made ({type(error).__name__}: {error}).")
+    try:
+        int8 = load_quantized(run.model_file, network=floating)
+    except QuantizationError as error:
+        say(f"{run.model_file} is not timed: {error}")
+        return None
+    if not tree_leaves((int8.example.args, int8.example.kwargs)):
+        say(f"{run.model_file} is not timed: it holds no shapes of inputs.")
+        return None
+    return _Timed(place, int8, floating)
+
+
+def float_network(run: Run) -> nn.Module | None:
+    """The float network of a run, untrained, from its configuration: how long it takes depends on no weight.
+
+    Returns:
+        The network; None where the configuration names no LightningModule under ``model`` or ``model.module``.
+    """
+    cfg = OmegaConf.create(dict(run.config))
+    parts = (OmegaConf.select(cfg, name, default=None) for name in ("model.module", "model"))
+    part = next((part for part in parts if OmegaConf.is_dict(part) and "_target_" in part), None)
+    if part is None:
+        return None
+    module: Any = instantiate(part)
+    if isinstance(module, LightningModule):
+        (name, *_) = find_networks(module, OmegaConf.select(cfg, "quantization.module", default=None))
+        module = Slot(module, name).get()
+    found: nn.Module = module
+    return found.cpu().float().eval()
+
+
+def _inputs(example: Example) -> str:
+    leaves = tree_leaves((example.args, example.kwargs))
+    return repr([(tuple(leaf.shape[1:]), leaf.dtype) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves])
+
+
+def _time(group: Sequence[_Timed], rounds: int) -> dict[int, dict[str, float]]:
+    """The new figures of each run: of runs with the same float network, one is timed for all."""
+    one = one_sample(group[0].int8.example)
+    networks: dict[str, nn.Module] = {f"int8 {timed.run}": timed.int8 for timed in group}
+    same: dict[str, str] = {}
+    for timed in group:
+        if timed.floating is not None:
+            networks.setdefault(same.setdefault(repr(timed.floating), f"float {timed.run}"), timed.floating)
+    latencies = latency_interleaved(networks, one.args, one.kwargs, rounds)
+    found = {}
+    for timed in group:
+        int8 = latencies[f"int8 {timed.run}"]
+        figures = {"int8/latency_ms": int8.median_ms, SPREAD: _spread(int8)}
+        if timed.floating is not None:
+            floating = latencies[same[repr(timed.floating)]]
+            figures |= {
+                "float/latency_ms": floating.median_ms,
+                "speedup": floating.median_ms / int8.median_ms,
+                SPREAD: max(_spread(int8), _spread(floating)),
+            }
+        found[timed.run] = figures
+    return found
+
+
+def _spread(latency: Latency) -> float:
+    return latency.iqr_ms / latency.median_ms
+
+
+def _floats(
+    runs: Sequence[Run], groups: Mapping[str, Sequence[_Timed]], found: Mapping[int, Mapping[str, float]]
+) -> dict[int, dict[str, float]]:
+    """For float runs, what the same network took beside int8 networks."""
+    timed = {
+        repr(part.floating): found[part.run] for group in groups.values() for part in group if part.floating is not None
+    }
+    figures = {}
+    for place, run in enumerate(runs):
+        if run.model_file or run.status != "finished":
+            continue
+        try:
+            known = timed.get(repr(float_network(run)))
+        except Exception:  # noqa: BLE001 - what cannot be made has no new figure, and says so in the table
+            known = None
+        if known is not None:
+            figures[place] = {"float/latency_ms": known["float/latency_ms"], SPREAD: known[SPREAD]}
+    return figures
+
+
+def _with(run: Run, figures: Mapping[str, float] | None) -> Run:
+    """A run with new latencies in the place of its own."""
+    kept = {k: v for k, v in run.metrics.items() if not k.endswith("/latency_ms") and k not in ("speedup", SPREAD)}
+    return replace(run, metrics={**kept, **(figures or {})})

@@ -1,0 +1,54 @@
+"""Latencies that were measured beside other work are known as such, and are no figures to decide by."""
+
+from __future__ import annotations
+
+import pytest
+
+from qat_lightning.compare import Limits, Run, compare, decide
+from qat_lightning.compare.noise import fastest_floats, why_noisy
+from qat_lightning.compare.spread import Spread
+from qat_lightning.compare.table import cells, markdown
+from tests.compare.making import qat
+
+
+def seeds(mode: str, latencies: list[float]) -> list[Run]:
+    return [qat(mode, seed, latency=latency) for seed, latency in enumerate(latencies)]
+
+
+def test_a_sweep_of_impossible_speed_ups_is_marked_and_not_decided_by() -> None:
+    """0.02 ± 0.01 and 16.6 ± 23, of which no network is either."""
+    runs = seeds("fx", [200.0, 400.0, 150.0]) + seeds("pt2e", [0.1, 0.5, 8.0])
+    comparison = compare(runs)
+    assert all("varies by" in c.noise for c in comparison.configurations)
+    assert all(c.on_front for c in comparison.configurations), "their scores and sizes are equal"
+    header, rows = cells(comparison)
+    assert all(row[header.index("latency (ms)")].endswith(" ?") for row in rows)
+    assert all(row[header.index("speed-up")].endswith(" ?") for row in rows)
+    text = markdown(comparison, decide(comparison, Limits(max_drop=50)))
+    assert "measured beside other work" in text
+    assert "No latency decides anything here" in text
+
+
+def test_latencies_that_repeat_are_not_marked() -> None:
+    comparison = compare(seeds("fx", [2.0, 2.2, 2.1]) + seeds("pt2e", [1.0, 1.1, 1.05]))
+    assert not comparison.noisy
+    _, rows = cells(comparison)
+    assert not any("?" in cell for row in rows for cell in row)
+
+
+@pytest.mark.parametrize(
+    ("metrics", "speedup", "says"),
+    [
+        ({"latency_spread": 0.4}, None, "it varied by 40% while it was measured"),
+        ({"float/latency_ms": 8.0, "float/size_mb": 4.0}, None, "float took 4.0 times as long in the same run"),
+        ({"float/latency_ms": 2.5, "float/size_mb": 4.0}, None, ""),
+        ({"float/latency_ms": 80.0, "float/size_mb": 40.0}, None, ""),
+        ({}, Spread(2.0, 1.0, 3), "the speed-up varies by 50% over seeds"),
+    ],
+)
+def test_each_sign_is_said(metrics: dict[str, float], speedup: Spread | None, says: str) -> None:
+    quiet = Run("quiet", "quiet", metrics={"float/latency_ms": 2.0, "float/size_mb": 4.0})
+    run = Run("run", "run", metrics=metrics)
+    found = why_noisy([run], None, speedup, fastest_floats([quiet, run]))
+    assert found.startswith(says)
+    assert bool(found) == bool(says)

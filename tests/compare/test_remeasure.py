@@ -1,0 +1,65 @@
+"""Saved int8 networks and their float networks are timed again, in turn."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from qat_lightning.artifact import save_quantized
+from qat_lightning.compare import Run, compare
+from qat_lightning.compare.remeasure import float_network, remeasure
+from qat_lightning.errors import ConfigurationError
+from tests.artifact.making import quantize
+from tests.compare.making import plain, qat
+from tests.networks import Plain
+
+MODEL = {"model": {"module": {"_target_": "tests.networks.Plain"}}}
+
+
+@pytest.fixture(autouse=True)
+def _not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QAT_LIGHTNING_COMPILE", "0")
+
+
+def saved(folder: Path, mode: str) -> Run:
+    path = folder / f"{mode}.int8"
+    save_quantized(quantize(mode, "x86", Plain()), path)
+    run = qat(mode, latency=500.0)
+    return replace(run, config=run.config | MODEL, model_file=str(path))
+
+
+def test_every_int8_file_and_float_get_new_latencies(tmp_path: Path) -> None:
+    floating = plain()
+    floating = replace(floating, config=floating.config | MODEL)
+    runs = [saved(tmp_path, "fx"), saved(tmp_path, "eager"), floating, qat("pt2e")]
+    said: list[str] = []
+    fx, eager, float_run, without = remeasure(runs, said.append, rounds=3)
+    for run in (fx, eager):
+        assert 0 < run.metrics["int8/latency_ms"] < 100
+        assert run.metrics["speedup"] == pytest.approx(run.metrics["float/latency_ms"] / run.metrics["int8/latency_ms"])
+        assert run.metrics["int8/test/acc"] == 0.97
+        assert "latency_spread" in run.metrics
+    assert fx.metrics["float/latency_ms"] == eager.metrics["float/latency_ms"] == float_run.metrics["float/latency_ms"]
+    assert not [key for key in without.metrics if "latency" in key], "it has no file, so what it has is of another time"
+    assert {c.label for c in compare([fx, eager, float_run]).configurations} == {"qat fx", "qat eager", "float"}
+
+
+def test_without_a_float_network_int8_is_timed_alone(tmp_path: Path) -> None:
+    run = saved(tmp_path, "fx")
+    broken = replace(run, config={"model": {"_target_": "tests.networks.Nothing"}})
+    said: list[str] = []
+    (found,) = remeasure([broken], said.append, rounds=3)
+    assert "int8/latency_ms" in found.metrics
+    assert "speedup" not in found.metrics
+    assert any("float network cannot be made" in text for text in said)
+    assert float_network(replace(run, config={"lr": 0.1})) is None
+
+
+def test_a_file_that_cannot_be_loaded_is_said_and_none_at_all_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "bad.int8").write_bytes(b"x")
+    said: list[str] = []
+    with pytest.raises(ConfigurationError, match="found no int8 file"):
+        remeasure([replace(qat("fx"), model_file=str(tmp_path / "bad.int8"))], said.append)
+    assert any("not the file of an int8 network" in text for text in said)

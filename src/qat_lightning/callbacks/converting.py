@@ -96,7 +96,9 @@ class ConvertingCallback(PreparingCallback):
     def _matching(self, slot: str, glob: str) -> dict[str, str]:
         prefix = self._slots[slot].prefix
         wanted = Recipe(self._any_recipe().mode, self.backend, exclude=(glob,))
-        names = get_flow(prepared_state(self._prepared[slot]).recipe.mode).parts(self._prepared[slot])
+        state = prepared_state(self._prepared[slot])
+        layers = dict(state.float_network.named_modules())
+        names = [name for name in get_flow(state.recipe.mode).parts(self._prepared[slot]) if name in layers]
         return {name: "excluded" for name in names if not wanted.selects(joined(prefix, name))}
 
     def save(self, path: str | Path) -> None:

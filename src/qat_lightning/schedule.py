@@ -41,6 +41,9 @@ class SchedulePoint:
       optimizer steps behind it. The last step of a plan of 10 has 0.9 behind it, so ``{fraction: 1.0}`` is reached
       only when the training is over: no training step sees it.
 
+    Under manual optimization ``{step: n}`` counts what the optimizers of the quantized network really stepped, and
+    ``{fraction: f}`` is a share of the planned batches, since nobody knows how many steps they will be.
+
     Args:
         unit: ``"epoch"``, ``"step"`` or ``"fraction"``.
         at: A whole number from 0 on; for a fraction a number from 0 to 1.
@@ -198,11 +201,27 @@ def resolve(point: SchedulePoint | None, plan: TrainingPlan, *, name: str = "sch
             f"({plan}). Give the Trainer max_steps, or max_epochs with a loader that has a length, "
             "or write the point as {step: n} or {epoch: n}."
         )
-    return math.ceil(Fraction(repr(float(point.at))) * total)
+    return math.ceil(exact(point.at) * total)
+
+
+def exact(share: float) -> Fraction:
+    """The decimal number that was written.
+
+    Example:
+        >>> exact(0.1)
+        Fraction(1, 10)
+    """
+    return Fraction(repr(float(share)))
 
 
 def reached(
-    point: SchedulePoint | None, *, step: int, epoch: int, plan: TrainingPlan, name: str = "schedule point"
+    point: SchedulePoint | None,
+    *,
+    step: int,
+    epoch: int,
+    plan: TrainingPlan,
+    done: Fraction | None = None,
+    name: str = "schedule point",
 ) -> bool:
     """Say whether a point lies at or behind the coming optimizer step.
 
@@ -211,6 +230,7 @@ def reached(
         step: Optimizer steps done so far, which is the number of the coming one.
         epoch: The running epoch, counted from 0.
         plan: The planned training.
+        done: The share of the planned training that is done, where steps do not tell it.
         name: What the point is called in an error message.
 
     Returns:
@@ -228,6 +248,8 @@ def reached(
         return False
     if point.unit == "epoch":
         return epoch >= point.at
+    if point.unit == "fraction" and done is not None:
+        return done >= exact(point.at)
     at = resolve(point, plan, name=name)
     return at is not None and step >= at
 
@@ -303,13 +325,14 @@ class QuantizationSchedule:
                 "{fraction: 0.7}, or null (None) for never."
             )
 
-    def phase(self, step: int, epoch: int, plan: TrainingPlan) -> Phase:
+    def phase(self, step: int, epoch: int, plan: TrainingPlan, done: Fraction | None = None) -> Phase:
         """Say what is on for the coming optimizer step.
 
         Args:
             step: Optimizer steps done so far, which is the number of the coming one.
             epoch: The running epoch, counted from 0.
             plan: The planned training.
+            done: The share of the planned training that is done, where steps do not tell it.
 
         Returns:
             The phase, the same for the same arguments, whatever was asked before.
@@ -324,7 +347,7 @@ class QuantizationSchedule:
         """
 
         def on(name: str) -> bool:
-            return reached(getattr(self, name), step=step, epoch=epoch, plan=plan, name=name)
+            return reached(getattr(self, name), step=step, epoch=epoch, plan=plan, done=done, name=name)
 
         return Phase(
             fake_quant=on("start"), observers=not on("freeze_observers"), batchnorm_frozen=on("freeze_batchnorm")

@@ -3,35 +3,36 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import EarlyStopping, GradientAccumulationScheduler, ModelCheckpoint
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 
 from qat_lightning.callbacks.arguments import check_count, check_file, check_flag, check_stages
 from qat_lightning.callbacks.base import QuantizationCallback
+from qat_lightning.callbacks.best import forget_best
 from qat_lightning.callbacks.calibration_data import calibration_loader, calls_in_steps
 from qat_lightning.callbacks.company import mend_resume
 from qat_lightning.callbacks.coverage_report import log_coverage, warn_of_float
 from qat_lightning.callbacks.learned import check_optimized, keep_from_ddp, reduce_gradients
 from qat_lightning.callbacks.nonfinite import NonFiniteReport
+from qat_lightning.callbacks.schedule_driver import ScheduleDriver
 from qat_lightning.callbacks.sharing import take_over_from_first
+from qat_lightning.callbacks.steps import estimates_batchnorm, has_trained
 from qat_lightning.checkpoint_io import read_float_state
 from qat_lightning.checkpoints import float_weights, read_float_weights
 from qat_lightning.compiling import CompiledSteps, check_compiler
 from qat_lightning.errors import ConfigurationError
-from qat_lightning.flows.base import merge_ranges, prepared_state, reduce_ranges
+from qat_lightning.flows.base import merge_ranges, prepared_state, reduce_ranges, set_phase
 from qat_lightning.network import OWN_FORWARD, Slot
 from qat_lightning.recipe import BatchNormHandling, Equalization
 from qat_lightning.recipes.bias_correction import correct_biases
 from qat_lightning.rehearsal import OnFault
-from qat_lightning.schedule import Phase, PointLike, QuantizationSchedule, TrainingPlan
+from qat_lightning.schedule import Phase, PointLike, QuantizationSchedule
 from qat_lightning.scheme import Scheme
 
 
@@ -148,7 +149,7 @@ class QuantizationAwareTraining(QuantizationCallback):
         self.compile = compile
         self._steps: list[CompiledSteps] = []
         self.observe_stages = check_stages("observe_stages", observe_stages)
-        self._plan: TrainingPlan | None = None
+        self._driver = ScheduleDriver(self.schedule)
         self.float_source = ""
         self.float_step: int | None = None
         self._nonfinite = NonFiniteReport()
@@ -164,6 +165,8 @@ class QuantizationAwareTraining(QuantizationCallback):
             )
         if self.compile and stage == "fit":
             check_compiler(trainer.strategy.root_device, trainer.world_size)
+        if stage == "fit":
+            self._driver.new_fit(trainer)
         super().setup(trainer, pl_module, stage)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -179,7 +182,7 @@ class QuantizationAwareTraining(QuantizationCallback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Work out how long the training is planned to be."""
         mend_resume(trainer)
-        self._plan = _plan(trainer)
+        self._driver.begin(trainer, self._phase)
         self._others_now()
         for prepared in self._prepared.values():
             # In eager mode processes may take different ways through the network.
@@ -199,6 +202,9 @@ class QuantizationAwareTraining(QuantizationCallback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Switch before the optimizer step that a point names, and log what is on."""
         self._step_phase(trainer)
+        self._driver.before_batch(trainer, self._prepared, self._phase)
+        if estimates_batchnorm(trainer):
+            self._let_batchnorm_move()
         if not trainer.barebones:
             pl_module.log_dict(
                 {
@@ -227,12 +233,13 @@ class QuantizationAwareTraining(QuantizationCallback):
             )
 
     def _step_phase(self, trainer: Trainer) -> None:
-        assert self._plan is not None
-        step = trainer.global_step // _optimizers(trainer)
-        phase = self.schedule.phase(step, trainer.current_epoch, self._plan).latched(self._phase)
+        step, phase = self._driver.phase(trainer, self._prepared)
+        phase = phase.latched(self._phase)
         comes_on = phase.fake_quant and not self._phase.fake_quant
         if comes_on:
             self._rounding_comes_on(trainer, step)
+        if phase.batchnorm_frozen and not self._phase.batchnorm_frozen:
+            self._driver.freeze_batchnorm(trainer, self._prepared, step)
         if phase != self._phase:
             self._apply(phase)
         if comes_on and self.bias_correction_batches:
@@ -245,8 +252,7 @@ class QuantizationAwareTraining(QuantizationCallback):
             self.float_step = step
             self.float_source = f"the weights before step {step}, when rounding came on"
         if self.reset_best_on_start and step > 0:
-            for callback in trainer.callbacks:  # type: ignore[attr-defined]
-                _forget_best(callback)
+            forget_best(trainer)
 
     def _say_what_stays_float(self, trainer: Trainer) -> None:
         """Before the training, which may take days; what is left out on purpose needs no word."""
@@ -281,6 +287,15 @@ class QuantizationAwareTraining(QuantizationCallback):
                 steps.switched()
         super()._apply(phase)
 
+    def _let_batchnorm_move(self) -> None:
+        """In the pass in which stochastic weight averaging estimates its statistics, also where they are frozen."""
+        phase = dataclasses.replace(self._phase, batchnorm_frozen=False)
+        if phase != self._phase:
+            for steps in self._steps:
+                steps.switched()
+            for prepared in self._prepared.values():
+                set_phase(prepared, **dataclasses.asdict(phase))
+
     def _run_plain(self) -> None:
         for steps in self._steps:
             steps.remove()
@@ -288,6 +303,7 @@ class QuantizationAwareTraining(QuantizationCallback):
 
     def _leave_nothing(self) -> None:
         self._run_plain()
+        self._driver.end()
         super()._leave_nothing()
 
     # Float weights to compare with
@@ -320,6 +336,7 @@ class QuantizationAwareTraining(QuantizationCallback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Let all processes go on with the same ranges, where they are not reduced as they are observed."""
+        self._driver.after_batch()
         if trainer.world_size > 1 and self._phase.observers:
             for prepared in self._prepared.values():
                 if prepared_state(prepared).recipe.mode == "eager":
@@ -330,6 +347,8 @@ class QuantizationAwareTraining(QuantizationCallback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Let all processes hold the ranges and statistics that checkpoints have: those of the first."""
         self._run_plain()
+        self._driver.end()
+        self._apply(self._phase)
         if trainer.world_size > 1:
             for prepared in self._prepared.values():
                 for buffer in prepared.buffers():
@@ -337,7 +356,7 @@ class QuantizationAwareTraining(QuantizationCallback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make the int8 network of what was trained."""
-        if not self._prepared or trainer.global_step == 0:
+        if not self._prepared or not has_trained(trainer):
             return
         self._source = f"the fit that ended at step {trainer.global_step}"
         self._others_now()
@@ -370,49 +389,15 @@ class QuantizationAwareTraining(QuantizationCallback):
             "float_weights": self._float_weights,
             "float_source": self.float_source,
             "float_step": self.float_step,
+            "schedule": self._driver.state_dict(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Undo `state_dict`."""
         self._phase = Phase(**state_dict["phase"])
         self.float_step = state_dict["float_step"]
+        self._driver.load_state_dict(state_dict.get("schedule", {}))
         if self.float_checkpoint is None:
             self._float_weights = state_dict["float_weights"]
             self.float_source = state_dict["float_source"]
         self._apply(self._phase)
-
-
-def _optimizers(trainer: Trainer) -> int:
-    """Optimizers that step for one batch: Lightning counts the steps of each."""
-    return 1 if trainer.lightning_module.automatic_optimization else max(1, len(trainer.optimizers))
-
-
-def _plan(trainer: Trainer) -> TrainingPlan:
-    max_steps = trainer.max_steps if trainer.max_steps < 0 else trainer.max_steps // _optimizers(trainer)
-    batches = trainer.num_training_batches
-    if not (isinstance(batches, int) or math.isfinite(batches)):
-        return TrainingPlan(None, max_steps, trainer.max_epochs)
-    per_epoch = math.ceil(batches / trainer.accumulate_grad_batches)
-    callbacks = trainer.callbacks  # type: ignore[attr-defined]
-    accumulation = next((c for c in callbacks if isinstance(c, GradientAccumulationScheduler)), None)
-    if accumulation is None or trainer.max_epochs is None or trainer.max_epochs < 0:
-        return TrainingPlan(per_epoch, max_steps, trainer.max_epochs)
-    # Epochs of several lengths: their sum, as a limit on steps.
-    total = sum(
-        math.ceil(batches / accumulation.get_accumulate_grad_batches(epoch)) for epoch in range(trainer.max_epochs)
-    )
-    return TrainingPlan(None, total if max_steps < 0 else min(total, max_steps), trainer.max_epochs)
-
-
-def _forget_best(callback: Callback) -> None:
-    if isinstance(callback, ModelCheckpoint) and callback.monitor is not None:
-        callback.best_k_models = {}
-        callback.best_model_path = ""
-        callback.best_model_score = None
-        callback.kth_best_model_path = ""
-        callback.kth_value = torch.tensor(torch.inf if callback.mode == "min" else -torch.inf)
-        callback.current_score = None
-    elif isinstance(callback, EarlyStopping):
-        callback.wait_count = 0
-        worst = torch.tensor(torch.inf)
-        callback.best_score = worst if callback.monitor_op == torch.lt else -worst

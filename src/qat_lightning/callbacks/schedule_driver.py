@@ -122,7 +122,7 @@ def unreached(
         point: SchedulePoint | None = getattr(schedule, name)
         if point is None or reached[name] or point.at == 0:
             continue
-        if _beyond(trainer, point, plan):
+        if _beyond(trainer, name, point, plan):
             message = (
                 f"{name}={point} is never reached: this training ends before ({_length(trainer, plan)}), and {left}. "
                 "Write an earlier point, train longer, or write null (None) if never is meant."
@@ -137,7 +137,7 @@ def unreached(
         yield message, name == "start"
 
 
-def _beyond(trainer: Trainer, point: SchedulePoint, plan: TrainingPlan) -> bool:
+def _beyond(trainer: Trainer, name: str, point: SchedulePoint, plan: TrainingPlan) -> bool:
     """Whether no step of the planned training comes at or after a point."""
     manual = not trainer.lightning_module.automatic_optimization
     if point.unit == "fraction" and manual:
@@ -145,7 +145,7 @@ def _beyond(trainer: Trainer, point: SchedulePoint, plan: TrainingPlan) -> bool:
         return batches is not None and exact(point.at) * batches > batches - 1
     if point.unit == "epoch" and plan.max_epochs is not None and point.at >= plan.max_epochs:
         return True
-    at, total = resolve(point, plan), plan.total_steps
+    at, total = resolve(point, plan, name=name), plan.total_steps
     # How many steps batches will be is not known under manual optimization.
     return at is not None and total is not None and at >= total and not (manual and point.unit == "step")
 

@@ -123,6 +123,92 @@ def test_filters_leave_only_what_passes_all_of_them(opened: Any) -> None:
     assert "0 of 4 shown" in browser.find_element(By.ID, "count").text
 
 
+def heads(browser: webdriver.Chrome) -> list[str]:
+    return [cell.text.strip() for cell in browser.find_elements(By.CSS_SELECTOR, "#table thead th")]
+
+
+def tick(browser: webdriver.Chrome, key: str) -> None:
+    browser.execute_script("document.getElementById('columns').open = true")
+    click(browser, f"#columns input[data-column='{key}']")
+
+
+def test_columns_are_chosen_and_any_logged_metric_can_be_one(opened: Any) -> None:
+    runs = [dataclasses.replace(run, metrics=run.metrics | {"val/loss": 0.1 * k}) for k, run in enumerate(RUNS[:8])]
+    browser = opened(runs, Limits())
+    assert "val/loss" not in heads(browser)
+    tick(browser, "metric:val/loss")
+    tick(browser, "size")
+    assert "val/loss" in heads(browser)
+    assert "size (MB)" not in heads(browser)
+    click(browser, "th[data-key='metric:val/loss'] button")
+    assert names(browser) == ["float", "qat fx", "qat pt2e", "qat eager"]
+    assert "Columns: " in browser.find_element(By.ID, "columns-count").text
+    browser.find_element(By.CSS_SELECTOR, "#columns input[type=search]").send_keys("agree test")
+    shown = [box for box in browser.find_elements(By.CSS_SELECTOR, "#columns label.tick") if box.is_displayed()]
+    assert shown == []
+
+
+def test_rows_are_grouped_by_a_setting_and_a_group_is_folded(opened: Any) -> None:
+    browser = opened(RUNS, Limits())
+    choose(browser, "#group-by", "0")
+    groups = [row.get_attribute("data-group") for row in browser.find_elements(By.CSS_SELECTOR, "#table tr.group")]
+    assert groups == ["method: float", "method: qat"]
+    click(browser, "#table tr[data-group='method: qat'] button")
+    assert names(browser) == ["float"]
+    assert "96.03" in browser.find_element(By.CSS_SELECTOR, "#table tr[data-group='method: qat']").text
+
+
+def test_what_is_said_to_be_drawn_is_among_what_is_shown(opened: Any) -> None:
+    browser = opened(RUNS)
+    assert browser.find_element(By.ID, "count").text == "2 of 4 shown, 2 of them drawn below"
+    assert len(browser.find_elements(By.CSS_SELECTOR, "#curve-legend > span")) == 2
+
+
+LONG = "a_setting.of_many_words=and_values"
+
+
+@pytest.mark.parametrize("width", [390, 820, 1440])
+def test_no_column_is_out_of_sight_without_a_word_and_no_label_is_cut_within_one(opened: Any, width: int) -> None:
+    runs = [
+        dataclasses.replace(run, config=run.config | {"model": {LONG: f"value_{k % 3}_of_this_setting"}})
+        for k, run in enumerate(RUNS[:8])
+    ]
+    browser = opened(runs, Limits())
+    device = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", device)
+    try:
+        browser.refresh()
+        assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+        for place in browser.find_elements(By.CSS_SELECTOR, ".scroll"):
+            wider, cue, said = browser.execute_script(
+                "const p = arguments[0], c = p.previousElementSibling;"
+                "return [p.scrollWidth > p.clientWidth + 1, !c.hidden, c.textContent]",
+                place,
+            )
+            assert wider == cue
+            assert not wider or re.search(r"\d+ columns? to the right →", said)
+        cut = browser.execute_script(
+            "return [...document.querySelectorAll('#table .name, #table .word, #verdict .word')]"
+            ".filter(n => n.scrollWidth > n.clientWidth + 1 && getComputedStyle(n).display !== 'inline')"
+            ".map(n => n.textContent)"
+        )
+        assert cut == []
+        labels = {cell.text for cell in browser.find_elements(By.CSS_SELECTOR, "#table tbody .name")}
+        words = {word for label in labels for word in re.split(r"[\s_=./,:-]+", label)}
+        for text in browser.find_elements(By.CSS_SELECTOR, "#latency text.name"):
+            assert set(re.split(r"[\s_=./,:-]+", text.text.replace("…", ""))) - {""} <= words
+    finally:
+        browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+def test_latencies_measured_beside_other_work_are_marked(opened: Any) -> None:
+    runs = [qat("fx", seed, latency=latency) for seed, latency in enumerate((1.0, 9.0, 2.0))]
+    browser = opened([*runs, qat("pt2e", 0)], Limits(max_drop=100))
+    assert len(browser.find_elements(By.CSS_SELECTOR, "#table .doubt")) == 2
+    assert not browser.find_elements(By.CSS_SELECTOR, "#latency .front-line")
+    assert "no latency decides anything here" in browser.find_element(By.ID, "table-note").text
+
+
 def test_points_are_drawn_with_their_front_and_explained_on_focus(opened: Any) -> None:
     browser = opened(RUNS, Limits())
     for chart in ("latency", "size"):

@@ -18,11 +18,11 @@ from qat_lightning.compare.decision import Decision, Limits
 from qat_lightning.compare.pareto import pareto_front
 from qat_lightning.compare.run import Curve, Run
 from qat_lightning.compare.settings import differing, only_present, seed_of, settings_of
-from qat_lightning.compare.spread import Spread
+from qat_lightning.compare.spread import Spread, spread
 from qat_lightning.compare.table import markdown, shipped
 from qat_lightning.variants import VARIANTS
 
-_SCRIPTS = ("core.js", "table.js", "scatter.js", "curves.js", "layers.js", "main.js")
+_SCRIPTS = ("core.js", "columns.js", "table.js", "scatter.js", "curves.js", "layers.js", "main.js")
 _POINTS = 240  # of a curve: more than a screen shows apart
 _EVENTS = (
     ("rounding on", "quant/fake_quant_enabled", 1.0),
@@ -65,6 +65,8 @@ def page_data(comparison: Comparison, decision: Decision, limits: Limits, title:
     """What the page's script draws, as plain data."""
     configurations = comparison.configurations
     fronts = {axis: _front(comparison, axis) for axis in ("latency_ms", "size_mb")}
+    if comparison.noisy:
+        fronts["latency_ms"] = [False] * len(configurations)
     firsts = [configuration.runs[0] for configuration in configurations]
     metric = comparison.metric
     return {
@@ -77,6 +79,8 @@ def page_data(comparison: Comparison, decision: Decision, limits: Limits, title:
         "runnerUp": _place(configurations, decision.runner_up),
         "shipped": shipped(decision.winner) if decision.winner else [],
         "settings": [setting.label for setting in comparison.settings],
+        "metrics": _metric_names(comparison),
+        "noisy": comparison.noisy,
         "configurations": [
             _configuration(configuration, fronts["latency_ms"][i], fronts["size_mb"][i])
             for i, configuration in enumerate(configurations)
@@ -140,6 +144,8 @@ def _configuration(configuration: Configuration, on_latency_front: bool, on_size
         "variant": configuration.variant,
         "baseline": configuration.baseline,
         "front": configuration.on_front,
+        "noise": configuration.noise,
+        "metrics": _metrics(configuration),
         "fronts": {"latency": on_latency_front, "size": on_size_front},
         "score": configuration.score,
         "drop": configuration.drop,
@@ -149,6 +155,22 @@ def _configuration(configuration: Configuration, on_latency_front: bool, on_size
         "agreement": configuration.agreement,
         "runs": [_run(run) for run in configuration.runs],
     }
+
+
+def _metric_names(comparison: Comparison) -> list[str]:
+    """Every metric that was logged, for the columns of the table."""
+    return sorted(
+        {key for configuration in comparison.configurations for run in configuration.runs for key in run.metrics}
+    )
+
+
+def _metrics(configuration: Configuration) -> dict[str, Spread]:
+    names = sorted({key for run in configuration.runs for key in run.metrics})
+    found = {
+        key: spread((seed_of(run), run.metrics[key]) for run in configuration.runs if key in run.metrics)
+        for key in names
+    }
+    return {key: figure for key, figure in found.items() if figure is not None}
 
 
 def _run(run: Run) -> dict[str, Any]:

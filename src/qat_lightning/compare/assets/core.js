@@ -7,7 +7,10 @@ const SHAPES = ["circle", "square", "diamond", "up", "cross", "down"];
 const byId = (id) => document.getElementById(id);
 
 // What is chosen, filtered and sorted; draw() in main.js shows it.
-const state = { picked: new Set(), visible: new Set(all.keys()), sort: { key: null, down: true }, hot: null };
+const state = { picked: new Set(), visible: new Set(all.keys()), sort: { key: null, down: true }, hot: null, columns: new Set(), group: "", folded: new Set() };
+
+// What is ticked and passes the filters.
+const drawn = () => [...state.picked].filter((i) => state.visible.has(i)).sort((a, b) => a - b);
 
 function fill(node, attributes, children) {
   for (const [name, value] of Object.entries(attributes || {})) {
@@ -42,6 +45,21 @@ function mark(i, x, y, r) {
 }
 const swatch = (i) => svg("svg", { width: 14, height: 14, viewBox: "0 0 14 14", class: "mark", "aria-hidden": "true" }, mark(i, 7, 7, 5));
 
+// Text that is broken between its words, and within one, at its signs, only where it is wider than its place.
+const wrapped = (text) => String(text).split(/(\s+)/).map((word) => (/^\s*$/.test(word) ? word : el("span", { class: "word" },
+  word.split(/(?<=[_=./,:\-])/).flatMap((part, k) => (k ? [el("wbr", {}), part] : [part])))));
+
+// As many whole words as there is room for.
+function shortened(text, room) {
+  if (text.length <= room) return text;
+  const parts = text.split(/(?<=[\s_=./,:\-])/);
+  let kept = "";
+  for (const part of parts) { if (kept && (kept + part).trimEnd().length > room - 1) break; kept += part; }
+  return kept.length < text.length ? `${kept.replace(/[\s_=./,:\-]+$/, "")} …` : text;
+}
+
+const doubted = (c, key) => Boolean(c.noise) && (key === "latency" || key === "speedup") && Boolean(c[key]);
+
 const scale = data.metric.share ? 100 : 1;
 const digits = (value, count) => (value === null || value === undefined ? "–" : value.toFixed(count));
 const short = (value) => (Math.abs(value) >= 1e5 || (value !== 0 && Math.abs(value) < 1e-4) ? value.toExponential(1) : String(+value.toPrecision(4)));
@@ -60,7 +78,7 @@ const deviation = (c, key) => (c[key] && c[key][1] !== null ? c[key][1] * figure
 function said(c, key) {
   const f = figure[key], value = mean(c, key), spread = deviation(c, key);
   if (value === null) return "–";
-  return f.text(spread === null ? digits(value, f.digits) : `${digits(value, f.digits)} ± ${digits(spread, f.digits)}`);
+  return f.text(spread === null ? digits(value, f.digits) : `${digits(value, f.digits)} ± ${digits(spread, f.digits)}`) + (doubted(c, key) ? " ?" : "");
 }
 
 function ticks(low, high, count) {

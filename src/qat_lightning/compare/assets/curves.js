@@ -28,7 +28,7 @@ function meanCurve(lines) {
 function drawCurves() {
   if (curveKey === null) return;
   const place = byId("curves");
-  const picked = [...state.picked].sort((a, b) => a - b);
+  const picked = drawn();
   const shown = picked.map((i) => ({ i, lines: all[i].runs.filter((run) => Object.hasOwn(run.curves, curveKey)).map((run) => run.curves[curveKey]) })).filter(({ lines }) => lines.length);
   legend(byId("curve-legend"), shown.map(({ i }) => i));
   if (!shown.length) {

@@ -23,7 +23,7 @@ const worded = (key) => key.replace(/_/g, " ").replace(/ db$/, " (dB)").replace(
 function drawLayers() {
   if (layerKey === null) return;
   const place = byId("layers");
-  const picked = [...state.picked].sort((a, b) => a - b);
+  const picked = drawn();
   const shown = picked.map((i) => ({ i, values: layerMeans(all[i]) })).filter(({ values }) => values.size);
   const names = [...new Set(shown.flatMap(({ values }) => [...values.keys()]))];
   legend(byId("layer-legend"), shown.map(({ i }) => i));
@@ -32,8 +32,10 @@ function drawLayers() {
     place.replaceChildren(el("p", { class: "muted" }, picked.length ? `None of the chosen configurations has ${worded(layerKey)} of its layers.` : "Tick configurations in the table to draw them here."));
     return;
   }
-  const tall = 26, narrow = place.clientWidth < 560;
-  const left = Math.min(narrow ? 120 : 260, 16 + 7.2 * Math.max(...names.map((name) => name.length)));
+  const tall = 26, small = place.clientWidth < 560;
+  const longest = (list) => Math.max(...list.map((text) => text.length));
+  const whole = 16 + 7.2 * longest(names), least = 16 + 7.2 * (2 + longest(names.map((name) => name.split(".").pop())));
+  const left = Math.min(whole, Math.max(small ? 120 : 260, least));
   const x = padded(shown.flatMap(({ values }) => [...values.values()]), 0.08);
   const height = names.length * tall + 56;
   const chart = plot(place, { height, x, y: [names.length, 0], xTitle: worded(layerKey), yTitle: "", left, label: `${worded(layerKey)} of ${names.length} layers` });
@@ -41,7 +43,7 @@ function drawLayers() {
   const room = Math.floor((left - 16) / 7.2);
   names.forEach((name, k) => {
     const y = chart.top + k * tall + tall / 2;
-    const text = name.length > room ? `…${name.slice(1 - room)}` : name;
+    const text = lastParts(name, room);
     const found = shown.filter(({ values }) => values.has(name));
     const about = found.map(({ i, values }) => `${all[i].label} ${short(values.get(name))}`).join(", ");
     const group = svg("g", { class: "layer", tabindex: 0, role: "img", "aria-label": `${name}: ${about}` },
@@ -56,6 +58,14 @@ function drawLayers() {
     };
     chart.root.append(fill(group, { on: { pointerenter: show, pointerleave: hideTip, focus: () => requestAnimationFrame(show), blur: hideTip } }));
   });
+}
+
+// The last whole parts of a dotted name that there is room for.
+function lastParts(name, room) {
+  const parts = name.split(".");
+  let kept = parts.pop();
+  while (parts.length && kept.length + parts.at(-1).length + 3 <= room) kept = `${parts.pop()}.${kept}`;
+  return parts.length ? `….${kept}` : kept;
 }
 
 function layerMeans(c) {

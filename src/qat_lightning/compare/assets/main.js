@@ -8,9 +8,9 @@ function buildVerdict() {
   if (winner) {
     place.classList.add("won");
     const figures = FIGURES.filter((f) => winner[f.key] && f.key !== "agreement").map((f) => el("div", {}, el("dt", {}, f.name.replace(/ \(.*/, "")),
-      el("dd", {}, f.text(digits(mean(winner, f.key), f.digits)), " ", deviation(winner, f.key) === null ? null : el("small", {}, `± ${digits(deviation(winner, f.key), f.digits)}`))));
-    place.append(el("p", { class: "kicker" }, "Ship this"), el("p", { class: "winner" }, winner.label), el("p", {}, data.reason),
-      el("dl", { class: "figures" }, figures), el("ul", { class: "files" }, data.shipped.map((path) => el("li", {}, path))));
+      el("dd", {}, f.text(digits(mean(winner, f.key), f.digits)), " ", deviation(winner, f.key) === null ? null : el("small", {}, `± ${digits(deviation(winner, f.key), f.digits)}`), doubted(winner, f.key) ? el("span", { class: "doubt", title: winner.noise }, "?") : null)));
+    place.append(el("p", { class: "kicker" }, "Ship this"), el("p", { class: "winner" }, wrapped(winner.label)), el("p", {}, data.reason),
+      el("dl", { class: "figures" }, figures), el("ul", { class: "files" }, data.shipped.map((path) => el("li", {}, wrapped(path)))));
   } else {
     place.classList.toggle("none", asked);
     place.append(el("p", { class: "kicker" }, asked ? "Nothing qualifies" : "No decision"), el("p", {}, data.reason));
@@ -18,7 +18,7 @@ function buildVerdict() {
 }
 
 function buildDifferences() {
-  const head = el("tr", {}, el("th", { scope: "col" }, el("span", {}, "setting")), all.map((c, i) => el("th", { scope: "col" }, el("span", {}, swatch(i), ` ${c.label}`))));
+  const head = el("tr", {}, el("th", { scope: "col" }, el("span", {}, "setting")), all.map((c, i) => el("th", { scope: "col" }, el("span", {}, swatch(i), " ", wrapped(c.label)))));
   const rows = data.differences.filter(({ part }) => !part).map(({ key, values }) => el("tr", {}, el("th", { scope: "row", class: "key" }, key), values.map((value) => el("td", { class: "key" }, value))));
   if (!rows.length) rows.push(el("tr", {}, el("td", { class: "empty", colspan: all.length + 1 }, "Nothing but the seed.")));
   byId("differences").append(el("thead", {}, head), el("tbody", {}, rows));
@@ -54,16 +54,20 @@ function start() {
   const better = data.metric.larger ? "larger" : "smaller";
   const baselines = [...new Set(all.map((c) => c.baseline).filter(Boolean))];
   byId("table-note").textContent = `${data.metric.name}: ${better} is better. ± sample standard deviation over n seeds.`
-    + (baselines.length ? ` Drop against float, paired by seed: ${baselines.join(", ")}.` : "");
+    + (baselines.length ? ` Drop against float, paired by seed: ${baselines.join(", ")}.` : "")
+    + (data.noisy ? " ?: measured beside other work; no latency decides anything here, and --remeasure times the int8 files and float again, in turn." : "");
   const first = [data.winner, data.runnerUp, ...[...all.keys()].filter((i) => all[i].front), ...all.keys()].filter((i) => i !== null);
   state.picked = new Set([...new Set(first)].slice(0, MAX_DRAWN));
   buildVerdict();
   buildFilters();
+  buildColumns();
+  buildCues();
   buildCurves();
   buildLayers();
   buildDifferences();
   buildLeftOut();
   filter();
+  leaveOutWhatDoesNotFit();
   let width = innerWidth;
   addEventListener("resize", () => { if (innerWidth !== width) { width = innerWidth; draw(); } });
 }

@@ -3,7 +3,7 @@
 function drawScatter(id, key, cheap) {
   const place = byId(id);
   const points = [...all.keys()].filter((i) => all[i][key]);
-  byId(`${id}-title`).textContent = `${data.metric.name} against ${key}`;
+  byId(`${id}-title`).textContent = `${data.metric.name} against ${key}${key === "latency" && data.noisy ? ", measured beside other work" : ""}`;
   if (!points.length) {
     place.replaceChildren(el("p", { class: "muted" }, `No run has a ${key}.`));
     return;
@@ -39,7 +39,7 @@ function pointOf(chart, i, key, x, y) {
   const node = svg("g", { class: "point", "data-i": i, tabindex: 0, role: "button", "aria-label": text, "aria-pressed": state.picked.has(i) });
   const line = (x1, y1, x2, y2) => svg("line", { class: "whisker", x1, y1, x2, y2, css: { stroke: colour(i) } });
   const dx = deviation(c, key), dy = deviation(c, "score");
-  if (dx) node.append(line(chart.px(mean(c, key) - dx), y, chart.px(mean(c, key) + dx), y));
+  if (dx) node.append(line(Math.max(chart.left, chart.px(mean(c, key) - dx)), y, chart.px(mean(c, key) + dx), y));
   if (dy) node.append(line(x, chart.py(mean(c, "score") - dy), x, chart.py(mean(c, "score") + dy)));
   node.append(svg("circle", { class: "halo", cx: x, cy: y, r: 18, css: { fill: colour(i) } }), mark(i, x, y, 6));
   if (c.front) node.append(svg("circle", { class: "ring", cx: x, cy: y, r: 10.5 }));
@@ -62,7 +62,7 @@ function nameFront(chart, which, points, at) {
   const taken = points.map(([x, y]) => [x - 11, y - 11, x + 11, y + 11]);
   for (const i of which) {
     const [x, y] = at(i);
-    const label = all[i].label.length > 28 ? `${all[i].label.slice(0, 27)}…` : all[i].label;
+    const label = shortened(all[i].label, 28);
     const node = svg("text", { class: "name", "aria-hidden": "true" }, label);
     chart.root.append(node);
     const wide = node.getComputedTextLength(), tall = 14;

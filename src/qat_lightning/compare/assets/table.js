@@ -28,6 +28,9 @@ function buildFilters() {
   inputs.front = front;
   front.addEventListener("input", filter);
   form.append(el("label", { class: "tick" }, front, "front only"));
+  const groups = [["", "nothing"], ...data.settings.map((label, place) => [String(place), label]), ["variant", "variant"]];
+  const select = el("select", { id: "group-by", on: { input: () => { state.group = select.value; state.folded.clear(); drawTable(); } } }, groups.map(([value, label]) => el("option", { value }, label)));
+  form.append(el("label", {}, "Group rows by", select));
 }
 
 function filter() {
@@ -51,17 +54,6 @@ function filter() {
   draw();
 }
 
-function columns() {
-  const named = data.settings.map((label, place) => ({ key: `setting${place}`, name: label, setting: true, text: (c) => c.values[place] }));
-  return [
-    { key: "label", name: "configuration", text: (c) => c.label },
-    { key: "variant", name: "variant", text: (c) => c.variant },
-    ...FIGURES.filter(measured).map((f) => ({ key: f.key, name: f.name, number: (c) => mean(c, f.key), figure: f })),
-    { key: "n", name: "n", number: (c) => c.score[2] },
-    ...(named.length > 2 ? named : []), // fewer are told well enough by the name
-  ];
-}
-
 const kind = (column) => (column.number ? "num" : column.setting ? "setting" : null);
 
 function compareBy(column, down) {
@@ -82,7 +74,7 @@ function order() {
 }
 
 function sortBy(column) {
-  const first = column.figure ? column.figure.down : false;
+  const first = column.figure ? column.figure.down : Boolean(column.down);
   const again = state.sort.key === column.key;
   state.sort = { key: column.key, down: again ? !state.sort.down : first };
   draw();
@@ -95,14 +87,44 @@ function drawTable() {
     const button = el("button", { type: "button", on: { click: () => sortBy(column) } }, column.name);
     return el("th", { scope: "col", "aria-sort": sorted, class: kind(column), "data-key": column.key }, button);
   }));
-  const rows = order().map((i) => row(i, shown));
+  const rows = groupsOf(order()).flatMap(({ name, which }) => (name === null ? which.map((i) => row(i, shown)) : groupRows(name, which, shown)));
   if (!rows.length) rows.push(el("tr", {}, el("td", { class: "empty", colspan: shown.length }, "No configuration passes the filters.")));
   const focused = document.activeElement && document.activeElement.closest("#table") ? focusKey(document.activeElement) : null;
   byId("table").replaceChildren(
     el("caption", { class: "hide" }, "Configurations, with the mean and the sample standard deviation over seeds"),
     el("thead", {}, head), el("tbody", {}, rows));
   if (focused) { const again = byId("table").querySelector(focused); if (again) again.focus({ preventScroll: true }); }
-  byId("count").textContent = `${state.visible.size} of ${all.length} shown, ${state.picked.size} drawn below`;
+  byId("count").textContent = `${state.visible.size} of ${all.length} shown, ${drawn().length} of them drawn below`;
+  countColumns(shown.length);
+  cue(byId("table").closest(".scroll"));
+}
+
+// Rows with the same setting together, in the order of the best of each.
+function groupsOf(rows) {
+  if (!state.group) return [{ name: null, which: rows }];
+  const value = (i) => (state.group === "variant" ? all[i].variant : all[i].values[Number(state.group)]);
+  const label = state.group === "variant" ? "variant" : data.settings[Number(state.group)];
+  const groups = new Map();
+  for (const i of rows) {
+    const name = `${label}: ${value(i)}`;
+    if (!groups.has(name)) groups.set(name, []);
+    groups.get(name).push(i);
+  }
+  return [...groups].map(([name, which]) => ({ name, which }));
+}
+
+function groupRows(name, which, shown) {
+  const folded = state.folded.has(name);
+  const fold = () => { if (!state.folded.delete(name)) state.folded.add(name); drawTable(); };
+  const button = el("button", { type: "button", class: "fold", "aria-expanded": String(!folded), on: { click: fold } }, `${folded ? "▸" : "▾"} `, wrapped(name), el("small", {}, ` ${which.length}`));
+  const cells = shown.slice(1).map((column) => {
+    if (!column.number || column.key === "n") return el("td", {});
+    const values = which.map((i) => column.number(all[i])).filter((v) => v !== null);
+    const middle = values.reduce((a, b) => a + b, 0) / values.length;
+    return el("td", { class: "num" }, values.length ? (column.figure ? digits(middle, column.figure.digits) : short(middle)) : "–", el("small", {}, "mean"));
+  });
+  const head = el("tr", { class: "group", "data-group": name }, el("th", { scope: "rowgroup" }, button), cells);
+  return [head, ...(folded ? [] : which.map((i) => row(i, shown)))];
 }
 
 function focusKey(node) {
@@ -118,12 +140,14 @@ function row(i, shown) {
     i === data.winner ? el("span", { class: "badge solid" }, "winner") : null,
     c.front ? el("span", { class: "badge" }, "front") : null,
   ];
-  const name = el("th", { scope: "row" }, el("label", {}, box, swatch(i), el("span", { class: "name", title: c.label }, c.label), badges));
+  const name = el("th", { scope: "row" }, el("label", {}, box, swatch(i), el("span", { class: "name" }, wrapped(c.label)), badges));
   const cells = shown.slice(1).map((column) => {
     if (!column.number) return el("td", { class: kind(column) }, column.text(c));
+    if (column.metric) return el("td", { class: "num" }, column.number(c) === null ? "–" : short(column.number(c)), el("small", {}, column.spread(c) === null ? "" : `± ${short(column.spread(c))}`));
     const spread = column.figure ? deviation(c, column.key) : null;
     const text = column.figure ? digits(column.number(c), column.figure.digits) : column.number(c);
-    const aside = column.figure ? el("small", {}, spread === null ? "" : `± ${digits(spread, column.figure.digits)}`) : null;
+    const doubt = doubted(c, column.key) ? el("span", { class: "doubt", title: `Measured beside other work: ${c.noise}` }, "?") : null;
+    const aside = column.figure ? el("small", {}, spread === null ? "" : `± ${digits(spread, column.figure.digits)}`, doubt) : null;
     return el("td", { class: "num" }, String(text), aside);
   });
   const handlers = { pointerenter: () => heat(i), pointerleave: () => heat(null) };

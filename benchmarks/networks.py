@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 
+import torch
 from torch import Tensor, nn
 
 from benchmarks.photos import SIDE, efficientnet_lite0
@@ -97,6 +98,24 @@ class MobileNetV2(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Images (N, 3, 224, 224) in, scores (N, classes) out."""
         return self.head(self.features(x).mean((2, 3)))
+
+
+class UNet(nn.Module):
+    """Two levels down and up again, with a skip that is pooled as well as joined."""
+
+    def __init__(self, classes: int = 8) -> None:
+        super().__init__()
+        self.first, self.second = _conv(3, 32, 3), _conv(32, 64, 3)
+        self.low, self.join, self.out = _conv(64, 64, 3), _conv(128, 32, 3), nn.Conv2d(64, classes, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Scores of each pixel."""
+        one = self.first(x)
+        two = self.second(nn.functional.max_pool2d(one, 2))
+        low = self.low(nn.functional.max_pool2d(two, 2))
+        up = self.join(torch.cat([nn.functional.interpolate(low, scale_factor=2.0), two], 1))
+        scores: Tensor = self.out(torch.cat([nn.functional.interpolate(up, scale_factor=2.0), one], 1))
+        return scores
 
 
 def _conv(inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1) -> nn.Sequential:

@@ -11,10 +11,14 @@ from qat_lightning.callbacks.quantized_model_export import QuantizedModelExport
 from qat_lightning.checkpoints import LoadsQuantizedCheckpoints, float_state_dict
 from qat_lightning.evaluate import evaluate_variants
 from qat_lightning.export.run import export_quantized
+from qat_lightning.flows.base import Example
 from qat_lightning.flows.coverage import coverage_table
 from qat_lightning.fusion import fuse
+from qat_lightning.plain import convert, prepare, quantize
 from qat_lightning.quantized import QuantizedNetwork
+from qat_lightning.recipe import Recipe
 from qat_lightning.recipes.adaround import AdaRound
+from qat_lightning.rehearsal import Rehearsal, rehearse
 from qat_lightning.scheme import Scheme
 from qat_lightning.sensitivity import sensitivity
 
@@ -22,19 +26,26 @@ __all__ = [
     "AdaRound",
     "BatchNormReestimation",
     "Distillation",
+    "Example",
     "LoadsQuantizedCheckpoints",
     "PostTrainingQuantization",
     "QuantizationAwareTraining",
     "QuantizationMonitor",
     "QuantizedModelExport",
     "QuantizedNetwork",
+    "Recipe",
+    "Rehearsal",
     "Scheme",
     "calibrate",
+    "convert",
     "coverage_table",
     "evaluate_variants",
     "export_quantized",
     "float_state_dict",
     "fuse",
     "load_quantized",
+    "prepare",
+    "quantize",
+    "rehearse",
     "sensitivity",
 ]

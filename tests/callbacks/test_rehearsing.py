@@ -14,7 +14,7 @@ import torch.ao.nn.quantized as nnq
 from lightning.pytorch import Callback
 from torch import Tensor, nn
 
-import qat_lightning.prepare as prepare_module
+import qat_lightning.decision as decision_module
 from qat_lightning import PostTrainingQuantization, QuantizationAwareTraining, QuantizedModelExport, load_quantized
 from qat_lightning.errors import ConfigurationError, ConversionError, QuantizationError
 from qat_lightning.flows.base import get_flow, prepared_state
@@ -48,13 +48,13 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Kernels]]:
 def rehearsals(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The modes that were rehearsed."""
     seen: list[str] = []
-    plain = prepare_module.rehearse
+    plain = decision_module.rehearse
 
     def rehearse(network: nn.Module, example: Any, recipe: Any, **settings: Any) -> Any:
         seen.append(recipe.mode)
         return plain(network, example, recipe, **settings)
 
-    monkeypatch.setattr(prepare_module, "rehearse", rehearse)
+    monkeypatch.setattr(decision_module, "rehearse", rehearse)
     return seen
 
 
@@ -176,13 +176,13 @@ def test_a_rehearsal_has_the_weights_that_are_known(
     run.save_checkpoint(tmp_path / "float.ckpt")
     wanted = module.net.head.weight.detach().clone()
     seen: list[Tensor] = []
-    plain = prepare_module.rehearse
+    plain = decision_module.rehearse
 
     def rehearse(network: Any, *args: Any, **settings: Any) -> Any:
         seen.append(network.head.weight.detach().clone())
         return plain(network, *args, **settings)
 
-    monkeypatch.setattr(prepare_module, "rehearse", rehearse)
+    monkeypatch.setattr(decision_module, "rehearse", rehearse)
     settings = {"float_checkpoint": tmp_path / "float.ckpt"} if source == "float_checkpoint" else {}
     ckpt = tmp_path / "float.ckpt" if source == "ckpt_path" else None
     trainer(qat("fx", **settings), max_epochs=2).fit(Lit(), loader(), ckpt_path=ckpt)

@@ -12,7 +12,7 @@ from lightning.pytorch import Trainer
 from torch import nn
 
 from qat_lightning.checkpoints import prepared_entry
-from qat_lightning.prepare import Decision
+from qat_lightning.decision import Decision
 from qat_lightning.recipe import Recipe
 
 

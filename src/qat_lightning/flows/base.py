@@ -135,7 +135,7 @@ def get_flow(mode: str) -> Flow:
     """The flow of ``"eager"``, ``"fx"`` or ``"pt2e"``.
 
     Raises:
-        ConfigurationError: There is no such mode. For ``"auto"`` see `qat_lightning.prepare.choose_mode`.
+        ConfigurationError: There is no such mode. For ``"auto"`` see `qat_lightning.decision.choose_mode`.
     """
     # Imported here, so that one mode does not pay for the imports of another.
     if mode == "fx":

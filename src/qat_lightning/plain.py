@@ -1,0 +1,88 @@
+"""The library without Lightning: networks in, networks out, for a training loop of your own."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from qat_lightning.faults import convert_what_can_be, leaving_float, quantize_what_can_be
+from qat_lightning.flows.base import Example, get_flow, prepared_state
+from qat_lightning.quantized import QuantizedNetwork
+from qat_lightning.recipe import Recipe
+
+
+def prepare(network: nn.Module, example: Example, recipe: Recipe) -> nn.Module:
+    """Put fake-quant into a network, to train it or to calibrate it.
+
+    Args:
+        network: The float network, on the CPU; used up in some modes, so go on with what is returned.
+        example: One call of it, with a batch of 2 or more.
+        recipe: Mode, backend, scheme, kind (``"qat"`` or ``"static"``) and choice of layers.
+
+    Returns:
+        A module that is called, trained, moved and saved like ``network``, and whose parameters are the same.
+
+    Raises:
+        TraceError: The network cannot be captured in this mode.
+        NetworkError: There is nothing in it to quantize.
+
+    Example:
+        >>> import torch
+        >>> x = torch.randn(16, 8)
+        >>> prepared = prepare(nn.Sequential(nn.Linear(8, 4)), Example((x,)), Recipe("fx", "x86"))
+        >>> optimizer = torch.optim.SGD(prepared.parameters(), 0.1)
+        >>> for _ in range(3):
+        ...     loss = prepared(x).pow(2).mean()
+        ...     loss.backward()
+        ...     optimizer.step()
+        ...     optimizer.zero_grad()
+        >>> convert(prepared, Example((x,)))(x).shape
+        torch.Size([16, 4])
+    """
+    return get_flow(recipe.mode).prepare(network, example, recipe)
+
+
+def convert(prepared: nn.Module, example: Example) -> QuantizedNetwork:
+    """Make the int8 network of a prepared one, and verify it; what cannot be int8 is left float in both.
+
+    Args:
+        prepared: What `prepare` made, trained or calibrated.
+        example: A real call, with which it is verified.
+
+    Returns:
+        The int8 network on the CPU; its ``coverage`` says what is int8, and why the rest is not.
+
+    Raises:
+        ConversionError: No range was ever observed, or it fails with everything float as well.
+        NetworkError: Nothing of it can be int8.
+    """
+    conversion = convert_what_can_be(prepared, example)
+    state = prepared_state(prepared)
+    return QuantizedNetwork(
+        conversion.converted, leaving_float(state.recipe, state.left_float, state.prefix), example, source="convert"
+    )
+
+
+def quantize(network: nn.Module, example: Example, recipe: Recipe) -> QuantizedNetwork:
+    """Make the integer network of a float one, without training and without calibration.
+
+    Args:
+        network: The float network; stays as it is.
+        example: One call of it.
+        recipe: Of kind ``"dynamic"`` or ``"weight_only"``.
+
+    Raises:
+        ConfigurationError: The recipe is of another kind, or the mode and the backend do not have it.
+        NetworkError: There is nothing to quantize.
+        TraceError: The network cannot be captured in this mode.
+
+    Example:
+        >>> import torch
+        >>> call = Example((torch.randn(8, 32),))
+        >>> network = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 4))
+        >>> [row.quantized for row in quantize(network, call, Recipe("eager", "x86", kind="dynamic")).coverage]
+        [True, True]
+    """
+    conversion = quantize_what_can_be(network, example, recipe)
+    return QuantizedNetwork(
+        conversion.converted, leaving_float(recipe, conversion.left_float, ""), example, source="the float network"
+    )

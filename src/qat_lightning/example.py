@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from qat_lightning.errors import NetworkError
 from qat_lightning.flows.base import Example
 from qat_lightning.network import OWN_FORWARD, Slot, forward_replaced
+from qat_lightning.structures import look_into
 
 MAX_BATCH = 32
 """As many samples of a batch are kept: enough to verify with, and no burden to hold."""
@@ -48,6 +49,7 @@ def from_user(example_inputs: Any) -> Example:
         example = Example(tuple(example_inputs), {})
     else:
         example = Example((example_inputs,), {})
+    look_into(example.args, example.kwargs)
     tensors = [leaf for leaf in tree_leaves((example.args, example.kwargs)) if isinstance(leaf, Tensor)]
     if not tensors:
         raise NetworkError(
@@ -336,6 +338,7 @@ def generators_kept(loader: Any) -> Iterator[None]:
 
 def _tidy(example: Example) -> Example:
     """Detached copies on the CPU, of at most `MAX_BATCH` and at least 2 samples (a batch of 1 is doubled)."""
+    look_into(example.args, example.kwargs)
     tensors = [leaf for leaf in tree_leaves((example.args, example.kwargs)) if isinstance(leaf, Tensor) and leaf.dim()]
     sizes = {tensor.shape[0] for tensor in tensors}
     batch = tensors[0].shape[0] if tensors else 0

@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from qat_lightning.errors import ConfigurationError
 from qat_lightning.measure import Agreement, SignalToQuantizationNoiseRatio, class_axis
+from qat_lightning.structures import look_into
 
 Variant = Literal["float", "fake_quant", "int8"]
 VARIANTS: tuple[Variant, ...] = ("float", "fake_quant", "int8")
@@ -99,10 +100,12 @@ class Stand(nn.Module):
         """Run the other network."""
         if not self.on_cpu:
             return self.__dict__["_network"](*args, **kwargs)
+        look_into(args, kwargs)
         device = next(
             (leaf.device for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)), torch.device("cpu")
         )
         outputs = self.__dict__["_network"](*tree_map(_to_cpu, args), **tree_map(_to_cpu, kwargs))
+        look_into(outputs)
         outputs = tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, outputs)
         if self.fidelity is not None:
             self.fidelity.update(self.__dict__["_reference"](*args, **kwargs), outputs)

@@ -8,6 +8,7 @@ the types of `values`, whose ``repr`` is theirs.
 from __future__ import annotations
 
 import inspect
+import keyword
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,12 +20,15 @@ from torch import Tensor, fx, nn
 from torch.fx.graph import CodeGen
 
 from qat_lightning.artifact import operations
+from qat_lightning.artifact.classes import decode_container, encode_class, encode_container, is_own_container, maker_of
 from qat_lightning.artifact.layers import decode_module, encode_module
 from qat_lightning.artifact.packed import decode_packed, encode_packed, is_packed
 from qat_lightning.artifact.tensors import TensorReader, TensorWriter
 from qat_lightning.artifact.values import decode, encode, identifier, namedtuple_type, no_tag
 from qat_lightning.errors import ArtifactError
+from qat_lightning.flows.structured_tracer import makes_container
 from qat_lightning.graph_network import GraphNetwork, GraphPart
+from qat_lightning.structures import given_fields, is_namedtuple, know
 
 _PATH_PART = re.compile(r"[A-Za-z0-9_\-]+")
 
@@ -75,13 +79,17 @@ def encode_graph(root: nn.Module, graph: fx.Graph, writing: Writing) -> dict[str
     nodes: list[dict[str, Any]] = []
 
     def special(value: Any) -> Any:
-        return {"node": value.name} if isinstance(value, fx.Node) else writing.tensors.encode(value)
+        if isinstance(value, fx.Node):
+            return {"node": value.name}
+        if is_own_container(value):
+            return encode_container(value, zip(value._fields, value, strict=True), special)
+        return writing.tensors.encode(value)
 
     for node in graph.nodes:
         with _blaming(node):
             target: Any = node.target
-            if node.op == "call_function" and _is_namedtuple(target):
-                target = {"namedtuple": [target.__name__, list(target._fields)]}
+            if node.op == "call_function" and (makes_container(node) or is_namedtuple(target)):
+                target = {"class": encode_class(getattr(target, "kind", target))}
             elif node.op == "call_function":
                 target = operations.name_of(target)
                 if not operations.is_allowed(target) or _reads_unlisted_attribute(node):
@@ -151,7 +159,7 @@ def _decode_nodes(records: list[dict[str, Any]], used: dict[str, Any], reading: 
         name, op = identifier(record["name"]), record["op"]
         args = tuple(decode(arg, special) for arg in record["args"])
         kwargs = {identifier(key): decode(arg, special) for key, arg in record["kwargs"].items()}
-        target = _decode_target(op, record["target"], args, used, reading.trusted)
+        target = _decode_target(op, record["target"], args, used, reading)
         if name in done:
             raise ArtifactError(f"there are two nodes {name!r}")
         done[name] = graph.create_node(op, target, args, kwargs, name=name)
@@ -161,8 +169,11 @@ def _decode_nodes(records: list[dict[str, Any]], used: dict[str, Any], reading: 
     return graph
 
 
-def _decode_target(op: Any, target: Any, args: tuple[Any, ...], used: dict[str, Any], trusted: bool) -> Any:
+def _decode_target(op: Any, target: Any, args: tuple[Any, ...], used: dict[str, Any], reading: Reading) -> Any:
     """The checked target of a node."""
+    trusted = reading.trusted
+    if op == "call_function" and type(target) is dict and "class" in target:
+        return maker_of(target["class"], reading.network)
     if op == "call_function" and type(target) is dict:
         name, fields = target["namedtuple"]
         return namedtuple_type(name, tuple(fields))
@@ -185,7 +196,10 @@ def _decode_target(op: Any, target: Any, args: tuple[Any, ...], used: dict[str, 
             )
     elif op == "call_function":
         if target == "getattr" and not _is_plain_getattr(args, trusted):
-            raise ArtifactError("it reads an attribute that is not among those that a file may read")
+            raise ArtifactError(
+                "it reads an attribute that is not among those that a file may read. If you trust the file, say "
+                "load_quantized(path, trusted=True)"
+            )
         return operations.function_of(target, trusted=trusted)
     elif op != "output" or target != "output":
         raise ArtifactError(f"there is no operation {str(op)[:80]!r} of {target[:80]!r}")
@@ -195,15 +209,17 @@ def _decode_target(op: Any, target: Any, args: tuple[Any, ...], used: dict[str, 
 def _is_plain_getattr(args: tuple[Any, ...], trusted: bool) -> bool:
     if len(args) != 2 or not isinstance(args[0], fx.Node) or type(args[1]) is not str:
         return False
-    return args[1] in operations.ATTRIBUTES or (trusted and bool(identifier(args[1])))
+    return _may_be_read(args[0], args[1]) or (trusted and bool(identifier(args[1])))
 
 
-def _is_namedtuple(target: Any) -> bool:
-    return isinstance(target, type) and issubclass(target, tuple) and hasattr(target, "_fields")
+def _may_be_read(node: fx.Node, name: str) -> bool:
+    """Whether an attribute is listed, or a field of an argument of the caller's, such as a dataclass."""
+    plain = name.isascii() and name.isidentifier() and not keyword.iskeyword(name) and not name.startswith("_")
+    return name in operations.ATTRIBUTES or (node.op == "placeholder" and plain and not hasattr(torch.Tensor, name))
 
 
 def _reads_unlisted_attribute(node: fx.Node) -> bool:
-    return node.target is getattr and node.args[1] not in operations.ATTRIBUTES
+    return node.target is getattr and not _may_be_read(cast(fx.Node, node.args[0]), str(node.args[1]))
 
 
 def _attribute(root: nn.Module, path: str) -> Any:
@@ -317,17 +333,37 @@ class _Leaf:
 
 def encode_structure(spec: Any) -> Any:
     """The structure that a `torch.utils._pytree.TreeSpec` describes, as plain data."""
-    leaves = [_Leaf()] * spec.num_leaves
-    return encode(
-        torch.utils._pytree.tree_unflatten(leaves, spec),
-        lambda value: {"leaf": True} if isinstance(value, _Leaf) else None,
-    )
+
+    def special(value: Any) -> Any:
+        if isinstance(value, _Leaf):
+            return {"leaf": True}
+        return encode_container(value, _one_level(value), special) if is_own_container(value) else None
+
+    return encode(torch.utils._pytree.tree_unflatten([_Leaf() for _ in range(spec.num_leaves)], spec), special)
 
 
-def decode_structure(data: Any) -> Any:
+def _one_level(value: Any) -> list[tuple[Any, Any]]:
+    """Keys and values of a container, in the order in which pytree takes it apart."""
+    if is_namedtuple(type(value)):
+        return list(zip(value._fields, value, strict=True))
+    inner, _ = torch.utils._pytree.SUPPORTED_NODES[type(value)].flatten_fn(value)
+    named = value.items() if isinstance(value, dict) else given_fields(value).items()
+    items = [(key, one) for part in inner for key, one in named if one is part]
+    if len(items) != len(inner):
+        raise ArtifactError(f"holds a {type(value).__qualname__}, which is made of other things than its fields")
+    return items
+
+
+def decode_structure(data: Any, network: nn.Module | None = None) -> Any:
     """Undo `encode_structure`; upstream's own loader would import what a file names."""
 
     def special(tag: str, content: Any) -> Any:
-        return _Leaf() if tag == "leaf" else no_tag(tag, content)
+        if tag == "leaf":
+            return _Leaf()
+        if tag != "container":
+            return no_tag(tag, content)
+        made = decode_container(content, special, network)
+        know(type(made))
+        return made
 
     return torch.utils._pytree.tree_structure(decode(data, special))

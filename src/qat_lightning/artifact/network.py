@@ -81,9 +81,9 @@ def _decode_pt2e(data: dict[str, Any], recipe: Recipe, reading: Reading) -> nn.M
     spec = CallSpec(
         name=str(data["name"]),
         signature=decode_signature(data["signature"]),
-        in_spec=decode_structure(data["in"]),
+        in_spec=decode_structure(data["in"], reading.network),
         inputs=tuple(Input(str(path), decode(shape), decode(value)) for path, shape, value in data["inputs"]),
-        out_spec=decode_structure(data["out"]),
+        out_spec=decode_structure(data["out"], reading.network),
         batch=int(data["batch"]),
     )
     if spec.in_spec.num_leaves != len(spec.inputs):

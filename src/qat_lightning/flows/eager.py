@@ -36,8 +36,9 @@ from qat_lightning.flows.base import (
 from qat_lightning.flows.coverage import layers_with_macs, report
 from qat_lightning.flows.eager_chains import Chain, find_chains, float_functions, join, observe, run_apart
 from qat_lightning.flows.eager_coverage import eager_operations
-from qat_lightning.flows.eager_int8 import Int8Layer, make_int8, plain_outputs
+from qat_lightning.flows.eager_int8 import Int8Layer, make_int8
 from qat_lightning.flows.eager_layers import HEADS, LINKS, ChainHead, become, without_fast_paths
+from qat_lightning.flows.eager_outputs import plain_outputs
 from qat_lightning.flows.left_float import follow_checkpoints, leave_weights_float, with_reasons
 from qat_lightning.flows.qconfig import make_qconfig
 from qat_lightning.flows.verify import raise_if_faulty

@@ -21,6 +21,7 @@ from qat_lightning.backends import Backend
 from qat_lightning.errors import NetworkError
 from qat_lightning.flows.base import Example
 from qat_lightning.recipe import Recipe
+from qat_lightning.structures import look_into
 
 Key = tuple[int, int]
 
@@ -208,12 +209,15 @@ def observe(network: nn.Module, example: Example) -> Observation:
 def run_apart(network: nn.Module, example: Example, inside: AbstractContextManager[Any] | None = None) -> Any:
     """Run ``network`` in eval mode without grad, and leave it, its buffers, the example and the RNG as they were."""
     device = next((p.device for p in network.parameters()), torch.device("cpu"))
+    look_into(example.args, example.kwargs)
     # Copies: an in-place operation must not reach the caller's batch, nor inference tensors, which have no version.
     args, kwargs = tree_map(
         lambda v: v.detach().to(device).clone() if isinstance(v, Tensor) else v, (example.args, example.kwargs)
     )
     with _left_alone(network, device), inside or nullcontext():
-        return network(*args, **kwargs)
+        result = network(*args, **kwargs)
+    look_into(result)
+    return result
 
 
 @contextmanager

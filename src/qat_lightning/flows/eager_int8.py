@@ -8,7 +8,6 @@ error, for the float network would compute something else there.
 
 from __future__ import annotations
 
-import dataclasses
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +15,6 @@ import torch.ao.nn.intrinsic.quantized as nniq
 import torch.ao.nn.quantized as nnq
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from qat_lightning.errors import NetworkError
 from qat_lightning.flows.eager_chains import Chain, function_name
@@ -173,23 +171,6 @@ def _floating(values: Any, user: str) -> Any:
     if type(values) is dict:
         return {key: _floating(value, user) for key, value in values.items()}
     return values
-
-
-def plain_outputs(module: nn.Module, args: Any, output: Any) -> Any:
-    """Forward hook of an int8 network: nothing but plain tensors leaves it."""
-    return tree_map(_plain, output)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Int8Tensor):
-        return value.floating("the caller of the network")
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        for field in dataclasses.fields(value):
-            inner = getattr(value, field.name)
-            plain = tree_map(_plain, inner)
-            if plain is not inner:
-                object.__setattr__(value, field.name, plain)
-    return value
 
 
 def _max_pool2d(

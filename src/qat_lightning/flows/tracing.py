@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import dataclasses
 import inspect
 import linecache
 import traceback
@@ -17,15 +16,16 @@ import torch.nn.functional as F
 import torchao
 import typing_extensions
 from torch import Tensor, fx, nn
-from torch.ao.quantization.fx.tracer import QuantizationTracer
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from qat_lightning.errors import TraceError
 from qat_lightning.flows.base import Example, fake_quantizers
 from qat_lightning.flows.checkpointing import loses_checkpoints
 from qat_lightning.flows.eager_chains import run_apart
+from qat_lightning.flows.structured_tracer import StructuredTracer
 from qat_lightning.recomputation import Checkpointed, no_checkpoints
 from qat_lightning.relu_rounding import writes_in_place
+from qat_lightning.structures import same
 
 _DROPOUTS: dict[Callable[..., Any], type[nn.Module]] = {
     F.dropout: nn.Dropout,
@@ -191,33 +191,20 @@ def refuse_other_results(prepared: nn.Module, network: nn.Module, example: Examp
     for _, fq in fake_quantizers(ours):
         fq.enable_fake_quant(False)
     wanted, got = (run_apart(module, copy.deepcopy(example)) for module in (theirs, ours))
-    if not _close(wanted, got):
+    if not same(wanted, got, _close):
         raise TraceError(f"{reason} {WHAT_TO_DO}")
 
 
-def _close(wanted: object, got: object) -> bool:
-    leaves, spec = torch.utils._pytree.tree_flatten(wanted)
-    others, other_spec = torch.utils._pytree.tree_flatten(got)
-    if spec != other_spec:
-        return False
-    for one, other in zip(leaves, others, strict=True):
-        if dataclasses.is_dataclass(one) and not isinstance(one, type):
-            if type(one) is not type(other) or not _close(vars(one), vars(other)):
-                return False
-        elif not isinstance(one, Tensor):
-            if one != other:
-                return False
-        elif one.shape != other.shape or not torch.allclose(
-            one.double(), other.double(), rtol=1e-3, atol=1e-4 * float(one.double().abs().max() + 1), equal_nan=True
-        ):
-            return False
-    return True
+def _close(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and torch.allclose(
+        one.double(), other.double(), rtol=1e-3, atol=1e-4 * float(one.double().abs().max() + 1), equal_nan=True
+    )
 
 
 def _trace_once(
     network: nn.Module, example: Example, leaves: list[str], *, train: bool
 ) -> tuple[fx.GraphModule, dict[str, Any]]:
-    tracer = QuantizationTracer(leaves, [])
+    tracer = StructuredTracer(leaves, [])
     with _in_mode(network, train), no_checkpoints() if train else contextlib.nullcontext():
         try:
             graph = tracer.trace(network, concrete_args=_defaults_not_given(network, example))

@@ -7,6 +7,7 @@ import inspect
 import re
 import traceback
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,8 +18,10 @@ from torch.fx.graph import CodeGen
 
 from qat_lightning.errors import TraceError
 from qat_lightning.flows.base import Example
+from qat_lightning.flows.eager_chains import run_apart
 from qat_lightning.flows.pt2e.signature import BATCH, CallSpec, batch_size, canonical, has_batch, inputs_of
 from qat_lightning.flows.tracing import WHAT_TO_DO, check_names, line_at_fault
+from qat_lightning.structures import look_into
 
 aten = torch.ops.aten
 
@@ -68,11 +71,13 @@ def capture(network: nn.Module, example: Example, *, train: bool = True) -> tupl
     Raises:
         TraceError: It cannot be exported, or only for one batch size, or it does other things in evaluation.
     """
+    look_into(example.args, example.kwargs)
     size = batch_size(example)
     signature = inspect.signature(network.forward)
     args, kwargs = canonical(signature, example.args, example.kwargs)
     in_spec, inputs = inputs_of(network, example, size)
     check_names(network, "pt2e")
+    run_apart(network, example)  # what it returns is known to pytree from now on
     if train:
         _refuse_plain_averages(network)
     with _in_mode(network, train), warnings.catch_warnings():
@@ -131,10 +136,19 @@ def dynamic_shapes(
     """Which dimensions of a call may vary, as `torch.export.export` takes it: the first, where it is the batch."""
     # AUTO and not Dim("batch"): a network may use the batch in ways that a plain name forbids, such as size // 2.
     arguments = signature.bind(*args, **kwargs).arguments
-    return {
-        name: pytree.tree_map(lambda leaf: {0: torch.export.Dim.AUTO} if has_batch(leaf, size) else None, value)
-        for name, value in arguments.items()
-    }
+    return {name: _dims(value, size) for name, value in arguments.items()}
+
+
+def _dims(value: Any, size: int | None) -> Any:
+    if isinstance(value, dict) and type(value) in (dict, OrderedDict):
+        return {key: _dims(inner, size) for key, inner in value.items()}
+    kind = pytree._get_node_type(value)
+    if kind not in pytree.SUPPORTED_NODES:
+        return {0: torch.export.Dim.AUTO} if has_batch(value, size) else None
+    inner, context = pytree.SUPPORTED_NODES[kind].flatten_fn(value)
+    dims = [_dims(part, size) for part in inner]
+    # Those of a container of one's own are given as a list.
+    return pytree.SUPPORTED_NODES[kind].unflatten_fn(dims, context) if isinstance(value, (list, tuple)) else dims
 
 
 def _explain(network: nn.Module, error: Exception) -> str:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from qat_lightning.errors import NetworkError
 from qat_lightning.flows.base import Example
+from qat_lightning.structures import look_into
 
 BATCH = -1
 """Stands in a shape for the batch dimension, which may have any size."""
@@ -57,8 +58,9 @@ class CallSpec:
         Raises:
             NetworkError: The call has other arguments or shapes than the one the network was captured with.
         """
+        look_into(args, kwargs)
         try:
-            leaves = self.in_spec.flatten_up_to(canonical(self.signature, args, kwargs))
+            leaves = self._leaves(canonical(self.signature, args, kwargs))
         except (TypeError, ValueError) as error:
             raise NetworkError(
                 f"{self.name} was captured with the inputs {self.describe()}, and called with others: {error} Call it "
@@ -74,6 +76,16 @@ class CallSpec:
                 _refuse(self.name, expected.path, _shape(expected.shape), _describe(leaf))
             tensors.append(leaf)
         return tensors
+
+    def _leaves(self, arguments: Any) -> list[Any]:
+        found, spec = pytree.tree_flatten(arguments)
+        if spec != self.in_spec:
+            # In a file a dataclass of one's own is a record of the same fields.
+            names = list(self.signature.parameters)
+            paths = [_path(path, names) for path, _ in pytree.tree_flatten_with_path(arguments)[0]]
+            if list(map(_as_key, paths)) != [_as_key(given.path) for given in self.inputs]:
+                found = self.in_spec.flatten_up_to(arguments)
+        return found
 
     def unflatten(self, outputs: Any) -> Any:
         """What ``forward`` returns, from the graph's outputs."""
@@ -149,6 +161,12 @@ def inputs_of(network: nn.Module, example: Example, size: int | None) -> tuple[p
         else:
             inputs.append(Input(where, None, leaf))
     return spec, tuple(inputs)
+
+
+def _as_key(path: str) -> str:
+    """A path by attributes written as one by keys."""
+    start, *names = path.split(".")
+    return start + "".join(f"[{name!r}]" for name in names)
 
 
 def _path(path: tuple[Any, ...], names: list[str]) -> str:

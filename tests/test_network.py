@@ -71,6 +71,11 @@ def perceptron() -> nn.Module:
         (HolderWithForward(stem=nn.Linear(2, 2), body=perceptron()), [OWN_FORWARD]),
         (Holder(net=nn.Linear(2, 2)), ["net"]),
         (Base(), [OWN_FORWARD]),
+        # Lists and dicts of modules are called by nobody.
+        (Holder(nets=nn.ModuleDict({"one": perceptron()})), ["nets.one"]),
+        (Holder(nets=nn.ModuleList([nn.ModuleList([perceptron()]), nn.ReLU()])), ["nets.0.0"]),
+        (HolderWithForward(layers=nn.ModuleList([nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2)])), [OWN_FORWARD]),
+        (HolderWithForward(blocks=nn.ModuleList([perceptron(), perceptron()])), [OWN_FORWARD]),
     ],
 )
 def test_found(module: LightningModule, names: list[str]) -> None:
@@ -83,6 +88,16 @@ def test_unclear(kind: type[Holder]) -> None:
         find_networks(kind(student=perceptron(), teacher=perceptron()), None)
     assert "'student' (Sequential), 'teacher' (Sequential)" in str(caught.value)
     assert ("own forward" in str(caught.value)) == (kind is HolderWithForward)
+
+
+def test_parts_of_a_list_are_named_where_it_is_not_clear() -> None:
+    module = Holder(layers=nn.ModuleList([nn.Linear(2, 2), nn.ReLU(), perceptron()]))
+    with pytest.raises(NetworkError, match=r"'layers.0' \(Linear\), 'layers.2' \(Sequential\)"):
+        find_networks(module, None)
+    with pytest.raises(ConfigurationError, match=r"is a ModuleList, .* module=\['layers.0', 'layers.2'\]"):
+        find_networks(module, "layers")
+    with pytest.raises(NetworkError, match=r"'nets.one' \(Sequential\), 'nets.other' \(Sequential\)"):
+        find_networks(HolderWithForward(nets=nn.ModuleDict({"one": perceptron(), "other": perceptron()})), None)
 
 
 def test_named() -> None:

@@ -16,6 +16,7 @@ from qat_lightning.flows.direct import quantize
 from qat_lightning.kinds import DIRECT
 from qat_lightning.recipe import Recipe
 from qat_lightning.rehearsal import Inspect, OnFault, Rehearsal, rehearse
+from qat_lightning.training_flags import plain_train
 
 AUTO_ORDER = ("fx", "eager", "pt2e")
 """Best first, where the share of int8 is the same: fx trains fastest and quantizes functions, pt2e needs a compiler."""
@@ -202,7 +203,8 @@ def choose_mode(
                     converted = quantize(network, example, trial, prefix=prefix)
                     layers[candidate] = sum(row.quantized for row in converted.coverage)
                     continue
-                get_flow(candidate).prepare(copy.deepcopy(network), example, trial, prefix=prefix)
+                with plain_train(network):
+                    get_flow(candidate).prepare(copy.deepcopy(network), example, trial, prefix=prefix)
         except Exception as error:  # noqa: BLE001 - a mode that breaks upstream is one that does not work here
             failed[candidate] = _short(str(error))
             continue

@@ -17,6 +17,7 @@ from qat_lightning.errors import NetworkError
 from qat_lightning.portable_graph import hold_graphs, release_graphs
 from qat_lightning.recipe import PreparedState
 from qat_lightning.relu_rounding import with_relus_in_roundings
+from qat_lightning.training_flags import overrides_train, set_training_flags, training_flags
 
 
 class KeepsExtraState(nn.Module):
@@ -98,6 +99,15 @@ class GraphNetwork(KeepsExtraState):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the graph on the inputs of the network it was made from."""
         return self.__dict__["_run"](self, *args, **kwargs)
+
+    def train(self, mode: bool = True) -> GraphNetwork:
+        """Set the flags as the network it was made from would, which may keep some of its parts in evaluation."""
+        super().train(mode)
+        state: Any = self._modules.get("_quantization")
+        if state is not None and overrides_train(state.float_network):
+            state.float_network.train(mode)
+            set_training_flags(self, training_flags(state.float_network))
+        return self
 
     def __getattr__(self, name: str) -> Any:
         """Fall back on the float network's own attributes and methods."""

@@ -15,7 +15,7 @@ from torchmetrics import Metric, MetricCollection
 
 from qat_lightning.errors import ConfigurationError, NetworkError
 from qat_lightning.flows.base import is_prepared
-from qat_lightning.graph_network import GraphNetwork
+from qat_lightning.graph_network import GraphNetwork, GraphPart
 
 OWN_FORWARD = "."
 """The name of the LightningModule's own ``forward``, where the layers sit on the LightningModule itself."""
@@ -48,13 +48,11 @@ def find_networks(pl_module: LightningModule, module: str | Sequence[str] | None
             _check_named(pl_module, name)
         _refuse_overlap(names)
         return names
-    candidates = {
-        name: child
-        for name, child in pl_module.named_children()
-        if not isinstance(child, (Metric, MetricCollection, _Loss)) and _has_quantizable(child)
-    }
+    candidates = _callable_parts(pl_module)
     has_forward = type(pl_module).forward is not LightningModule.forward
     own_layers = [name for name, child in candidates.items() if isinstance(child, _QUANTIZABLE)]
+    # Of a list that is called one by one, the LightningModule's own forward is the network.
+    own_layers += [name for name in candidates if len(candidates) > 1 and _in_list(pl_module, name)]
     if not candidates:
         raise NetworkError(
             f"{type(pl_module).__name__} holds no convolution or linear layer to quantize. If its network is built "
@@ -76,10 +74,17 @@ def _check_named(pl_module: LightningModule, name: str) -> None:
     if name == OWN_FORWARD:
         return
     try:
-        found = bool(name) and pl_module.get_submodule(name) is not None
+        found = pl_module.get_submodule(name) if name else None
     except AttributeError:
-        found = False
-    if not found:
+        found = None
+    if found is not None and not _can_be_called(found):
+        parts = list(_callable_parts(found, f"{name}."))
+        own = f"or module={OWN_FORWARD!r} for {type(pl_module).__name__}'s own forward" if parts else "which has none"
+        raise ConfigurationError(
+            f"module={name!r} is a {type(found).__name__}, which is never called itself and is no network: name the "
+            f"parts of it that are, module={parts!r}, {own}."
+        )
+    if found is None:
         have = ", ".join(child for child, _ in pl_module.named_children())
         raise ConfigurationError(
             f"module={name!r} does not exist in {type(pl_module).__name__}: use {OWN_FORWARD!r} for its own forward, "
@@ -97,6 +102,28 @@ def _refuse_overlap(names: Sequence[str]) -> None:
                     f"module={list(names)!r} is not possible: {name!r} and {other!r} overlap. Give each part of the "
                     "LightningModule once."
                 )
+
+
+def _callable_parts(module: nn.Module, prefix: str = "") -> dict[str, nn.Module]:
+    """The parts that can be called and hold something to quantize; of lists and dicts of modules, theirs."""
+    parts: dict[str, nn.Module] = {}
+    for name, child in module.named_children():
+        if isinstance(child, (Metric, MetricCollection, _Loss)) or not _has_quantizable(child):
+            continue
+        parts |= {prefix + name: child} if _can_be_called(child) else _callable_parts(child, f"{prefix}{name}.")
+    return parts
+
+
+def _in_list(pl_module: LightningModule, name: str) -> bool:
+    holder = name.rpartition(".")[0]
+    return bool(holder) and isinstance(pl_module.get_submodule(holder), nn.ModuleList)
+
+
+def _can_be_called(module: nn.Module) -> bool:
+    """Whether a module has a ``forward``, which ``nn.ModuleList`` and ``nn.ModuleDict`` do not."""
+    if isinstance(module, GraphPart):
+        return False
+    return getattr(type(module), "forward", None) is not nn.Module.forward or "forward" in vars(module)
 
 
 def _has_quantizable(module: nn.Module) -> bool:

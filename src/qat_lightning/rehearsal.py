@@ -25,6 +25,7 @@ from qat_lightning.flows.coverage import int8_share
 from qat_lightning.kinds import DIRECT
 from qat_lightning.quantized import QuantizedNetwork
 from qat_lightning.recipe import Recipe
+from qat_lightning.training_flags import plain_train
 
 OnFault = Literal["leave_float", "error"]
 """What becomes of a layer that cannot be int8: it stays float, or the training is refused."""
@@ -125,7 +126,8 @@ def share_of(rows: tuple[LayerCoverage, ...]) -> float:
 
 def _prepared(network: nn.Module, example: Example, recipe: Recipe, prefix: str) -> nn.Module:
     try:
-        return get_flow(recipe.mode).prepare(network, example, recipe, prefix=prefix)
+        with plain_train(network):
+            return get_flow(recipe.mode).prepare(network, example, recipe, prefix=prefix)
     except QuantizationError:
         raise
     except Exception as error:  # upstream may fail in any way

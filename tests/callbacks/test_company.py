@@ -26,13 +26,14 @@ from lightning.pytorch.callbacks import (
     RichModelSummary,
     StochasticWeightAveraging,
 )
+from lightning.pytorch.profilers import PyTorchProfiler
 from torch import Tensor, nn
 
 from qat_lightning.callbacks.post_training_quantization import PostTrainingQuantization
 from qat_lightning.callbacks.quantization_aware_training import QuantizationAwareTraining
 from qat_lightning.errors import ConfigurationError, NetworkError
 from qat_lightning.flows.base import fake_quantizers
-from tests.callbacks.lit import CLASSES, MODES, Lit, Net, dataset, loader, qat, trainer
+from tests.callbacks.lit import CLASSES, MODES, Lit, Net, assert_same_state, dataset, loader, qat, state, trainer
 from tests.callbacks.test_insert import BuiltInConfigureModel, OwnForward
 
 IMAGES = dataset()[:32][0]
@@ -175,6 +176,7 @@ ROWS = [
     Row("BackboneFinetuning", WithBackbone, lambda: [BackboneFinetuning(1, verbose=False)]),
     Row("BaseFinetuning", callbacks=lambda: [Unfreezing()]),
     Row("GradientAccumulationScheduler", callbacks=lambda: [GradientAccumulationScheduler({0: 1, 2: 2})]),
+    *(Row(f"profiler {name}", trainer={"profiler": name}) for name in ("simple", "advanced")),
     Row("ModelSummary", callbacks=lambda: [ModelSummary(2), RichModelSummary(2)]),
     Row(
         "ModelPruning",
@@ -271,6 +273,28 @@ def test_the_average_is_tested_from_a_checkpoint(mode: str, tmp_path: Path) -> N
     counts = [value for key, value in saved["state_dict"].items() if key.endswith("batches")]
     assert counts
     assert {count.dtype for count in counts} == {torch.int64}
+
+
+@pytest.mark.parametrize("make", [qat, PostTrainingQuantization])
+def test_a_profiler_that_hooks_every_layer(make: Callable[[], Any], tmp_path: Path) -> None:
+    """In a fit and in a test; hooks can be neither copied nor traced."""
+    module, callback = Lit(), make()
+    settings = {"profiler": PyTorchProfiler(dirpath=tmp_path, filename="profile"), "max_epochs": 1}
+    trainer(callback, **settings).fit(module, loader())
+    trainer(callback, **settings).test(module, loader(), verbose=False)
+    assert callback.quantized is not None
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_backbone_that_was_unfrozen_is_so_after_a_resume(mode: str, tmp_path: Path) -> None:
+    ended = []
+    for checkpoint in (None, tmp_path / "epoch=1.ckpt"):
+        torch.manual_seed(0)
+        module, saving = WithBackbone(), ModelCheckpoint(tmp_path, save_top_k=-1, filename="{epoch}")
+        callbacks = [qat(mode), BackboneFinetuning(1, verbose=False), saving]
+        trainer(*callbacks, max_epochs=3, enable_checkpointing=True).fit(module, loader(), ckpt_path=checkpoint)
+        ended.append(state(module))
+    assert_same_state(*ended)
 
 
 def test_an_average_that_would_miss_the_preparation_is_refused() -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint, ModelPruning
+from lightning.pytorch.callbacks import BackboneFinetuning, ModelCheckpoint, ModelPruning
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 from torch.multiprocessing.spawn import ProcessRaisedException
 
@@ -69,6 +70,21 @@ def explain_launch(trainer: Trainer, exception: BaseException) -> None:
         raise ConfigurationError(reason) from None
 
 
+def stop_recording_layers(trainer: Trainer) -> None:
+    """Take the hooks off that ``PyTorchProfiler`` has put on every layer, which can be neither copied nor traced.
+
+    Args:
+        trainer: It goes on recording all else.
+    """
+    recorder = getattr(trainer.profiler, "_register", None)  # type: ignore[attr-defined]
+    if recorder is not None and recorder._handles:
+        recorder.__exit__(None, None, None)
+        rank_zero_info(
+            "PyTorchProfiler records no layers by name in a network that is quantized, whose layers are other ones: "
+            "steps, hooks and operators are recorded as ever."
+        )
+
+
 def refuse_callbacks(trainer: Trainer, quantization: Callback, mode: str) -> None:
     """Refuse callbacks that keep hold of the network as it was before its preparation.
 
@@ -114,11 +130,11 @@ def refuse_compiled(network: nn.Module, name: str, mode: str) -> None:
 def mend_resume(trainer: Trainer) -> None:
     """Let a run that was resumed write checkpoints that can be resumed from in turn.
 
-    Lightning 2.6 loses count in two places, with or without quantization. Resumed from a checkpoint of the last batch
-    of an epoch, it counts the epoch as done and leaves the next one unannounced: no ``on_train_epoch_start``, and its
-    checkpoints say that it has ended, so that resuming from one of them begins it again. And ``every_n_train_steps``
+    Lightning 2.6 forgets something in three places, with or without quantization. Resumed from a checkpoint of the last
+    batch of an epoch, it counts the epoch as done and leaves the next one unannounced: no ``on_train_epoch_start``, and
+    its checkpoints say that it has ended, so that resuming from one of them begins it again. ``every_n_train_steps``
     forgets which step was saved, so that under accumulation the first batch makes a checkpoint of the same step, which
-    lacks that batch's gradients.
+    lacks that batch's gradients. And ``BackboneFinetuning`` freezes again what it had unfrozen, for good.
 
     Args:
         trainer: At the beginning of the training, its loops restored.
@@ -130,3 +146,7 @@ def mend_resume(trainer: Trainer) -> None:
     for callback in trainer.checkpoint_callbacks:
         if isinstance(callback, ModelCheckpoint) and callback._every_n_train_steps >= 1 and trainer.ckpt_path:
             callback._last_global_step_saved = trainer.global_step
+    for other in trainer.callbacks:  # type: ignore[attr-defined]
+        # Known once it has unfrozen.
+        if isinstance(other, BackboneFinetuning) and trainer.ckpt_path and other.previous_backbone_lr is not None:
+            other.make_trainable(trainer.lightning_module.backbone)

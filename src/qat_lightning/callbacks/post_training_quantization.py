@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from qat_lightning.callbacks.arguments import check_flag
 from qat_lightning.callbacks.base import QuantizationCallback
 from qat_lightning.callbacks.calibration_data import calibrate_in_steps, calibration_loader, calls_in_steps
-from qat_lightning.callbacks.company import refuse_strategy
+from qat_lightning.callbacks.company import refuse_strategy, stop_recording_layers
 from qat_lightning.callbacks.coverage_report import log_coverage, wandb_loggers
 from qat_lightning.callbacks.preparing import one_or_all
 from qat_lightning.callbacks.sharing import take_over_from_first
@@ -149,6 +149,7 @@ class PostTrainingQuantization(QuantizationCallback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot be; the LightningModule stays as it is."""
         refuse_strategy(trainer)
+        stop_recording_layers(trainer)
         if any(slot.pl_module is not pl_module for slot in self._slots.values()):
             self._slots, self._examples, self._prepared, self._quantized, self._made_of = {}, {}, {}, {}, {}
             self._decisions = {}

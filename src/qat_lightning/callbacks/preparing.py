@@ -18,7 +18,13 @@ from torch.utils.hooks import RemovableHandle
 
 from qat_lightning.backends import get_backend, require
 from qat_lightning.callbacks.arguments import check_flag, check_names, check_word
-from qat_lightning.callbacks.company import explain_launch, refuse_callbacks, refuse_compiled, refuse_strategy
+from qat_lightning.callbacks.company import (
+    explain_launch,
+    refuse_callbacks,
+    refuse_compiled,
+    refuse_strategy,
+    stop_recording_layers,
+)
 from qat_lightning.callbacks.learned import learned_parameters
 from qat_lightning.callbacks.resuming import checkpoint_to_restore, decision_in, peek, with_weights
 from qat_lightning.checkpoint_io import save_whole_files
@@ -44,6 +50,7 @@ from qat_lightning.recipes.reworking import Reworking, reworks
 from qat_lightning.rehearsal import Inspect, OnFault
 from qat_lightning.schedule import Phase
 from qat_lightning.scheme import Scheme
+from qat_lightning.training_flags import parts_keep_training
 
 BEFORE = Phase(fake_quant=False, observers=True, batchnorm_frozen=False)
 """The phase in which every fit begins."""
@@ -195,6 +202,7 @@ class PreparingCallback(Callback):
         Lightning calls ``configure_model`` next to last before it restores weights, when all layers exist.
         """
         refuse_strategy(trainer)
+        stop_recording_layers(trainer)
         refuse_callbacks(trainer, self, self.mode)
         self._leave_nothing()
         self._save_as_before = save_whole_files(trainer)
@@ -268,8 +276,8 @@ class PreparingCallback(Callback):
         reworking = self._rework(network, slot, example)
         recipe = self._recipe(decision.mode)
         try:
-            with warnings.catch_warnings():
-                prepared = get_flow(recipe.mode).prepare(network, example, recipe, prefix=slot.prefix)
+            with warnings.catch_warnings(), parts_keep_training(network) as keep:
+                prepared = keep(get_flow(recipe.mode).prepare(network, example, recipe, prefix=slot.prefix))
         except NetworkError as error:
             raise self._with_globs(error) from error
         prepared_state(prepared).__dict__["reworking"] = reworking

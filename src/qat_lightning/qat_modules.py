@@ -72,18 +72,27 @@ class FreezableBatchNorm(_BatchNorm):
 
     Frozen, it normalizes with the running statistics, as the int8 network will, and does not move them; gamma and beta
     go on learning.
+
+    Attributes:
+        frozen: The flag.
+        fixed: Whether it is frozen whatever the flag says, as the module in whose place it is.
+        counts: Whether it counts batches in training; the module in whose place it is may not.
     """
 
     frozen: bool = False
+    fixed: bool = False
+    counts: bool = True
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalize over the channels of ``input``, shape ``(N, C, ...)``."""
-        if self.frozen and self.running_mean is not None:
-            self._check_input_dim(input)  # type: ignore[no-untyped-call]
-            return F.batch_norm(
-                input, self.running_mean, self.running_var, self.weight, self.bias, training=False, eps=self.eps
-            )
-        return super().forward(input)
+        learns = self.training and not (self.frozen or self.fixed)
+        if self.running_mean is None or (learns and self.counts):
+            return super().forward(input)
+        self._check_input_dim(input)  # type: ignore[no-untyped-call]
+        mean, variance, momentum = self.running_mean, self.running_var, self.momentum
+        return F.batch_norm(
+            input, mean, variance, self.weight, self.bias, training=learns, momentum=momentum or 0.0, eps=self.eps
+        )
 
 
 class FreezableBatchNorm1d(FreezableBatchNorm, nn.BatchNorm1d):
@@ -96,6 +105,31 @@ class FreezableBatchNorm2d(FreezableBatchNorm, nn.BatchNorm2d):
 
 class FreezableBatchNorm3d(FreezableBatchNorm, nn.BatchNorm3d):
     """`FreezableBatchNorm` for ``(N, C, D, H, W)``."""
+
+
+class FunctionalBatchNorm(FreezableBatchNorm):
+    """``F.batch_norm`` on tensors that a network keeps where it likes; it reads its own flags."""
+
+    def __init__(self, momentum: float, eps: float) -> None:
+        super().__init__(0, eps=eps, momentum=momentum, affine=False, track_running_stats=False)
+
+    def forward(  # type: ignore[override]
+        self,
+        input: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        count: Tensor | None = None,
+    ) -> Tensor:
+        """Normalize over dimension 1; without running statistics always with the batch's."""
+        training = running_mean is None or (self.training and not self.frozen)
+        momentum = 0.0 if self.momentum is None else self.momentum
+        if count is not None and training:
+            count.add_(1)
+        return F.batch_norm(
+            input, running_mean, running_var, weight, bias, training=training, momentum=momentum, eps=self.eps
+        )
 
 
 _FREEZABLE: dict[type[nn.Module], type[FreezableBatchNorm]] = {
@@ -121,7 +155,7 @@ def make_batchnorm_plain(network: nn.Module) -> None:
             module.__class__ = _PLAIN[type(module)]
 
 
-class _FoldedLayer(nn.Module):
+class FoldedLayer(nn.Module):
     """A convolution or linear layer that rounds its BatchNorm-folded weight, and then calls that BatchNorm.
 
     The BatchNorm is not a child: it stays registered where the float network has it.
@@ -139,14 +173,14 @@ class _FoldedLayer(nn.Module):
         return found
 
     @classmethod
-    def from_float(cls, mod: Any, use_precomputed_fake_quant: bool = False) -> _FoldedLayer:
+    def from_float(cls, mod: Any, use_precomputed_fake_quant: bool = False) -> FoldedLayer:
         """Take over the layers of a fused float module (``nni.ConvBn2d``, …); called by upstream's prepare."""
         layer, batchnorm = mod[0], mod[1]
         relu = mod[2] if len(mod) > 2 else None
         return cls.fuse(layer, batchnorm, relu, qconfig=mod.qconfig)
 
     @classmethod
-    def fuse(cls, layer: Any, batchnorm: nn.Module, relu: nn.Module | None, *, qconfig: Any) -> _FoldedLayer:
+    def fuse(cls, layer: Any, batchnorm: nn.Module, relu: nn.Module | None, *, qconfig: Any) -> FoldedLayer:
         """Make the folded layer of ``layer`` and ``batchnorm``, sharing their parameters."""
         folded = cls.__new__(cls)
         # The shapes and flags of the float layer, without building and throwing away a second weight.
@@ -206,7 +240,7 @@ _WITH_RELU: dict[type[nn.Module], type[nn.Module]] = {
 }
 
 
-class _FoldedConv(_FoldedLayer):
+class _FoldedConv(FoldedLayer):
     def _layer(self, input: Tensor, weight: Tensor) -> Tensor:
         output: Tensor = self._conv_forward(input, weight, self.bias)  # type: ignore[operator]
         return output
@@ -230,7 +264,7 @@ class ConvBn3d(_FoldedConv, nn.Conv3d):
     _FLOAT = nn.Conv3d
 
 
-class LinearBn1d(_FoldedLayer, nn.Linear):
+class LinearBn1d(FoldedLayer, nn.Linear):
     """`nn.Linear` and BatchNorm."""
 
     _FLOAT = nn.Linear
@@ -250,18 +284,18 @@ _WITHOUT_RELU: dict[type[nn.Module], type[nn.Module]] = {
 
 def has_relu_inside(layer: nn.Module) -> bool:
     """Whether `before_relu` knows what a layer with rounded weight computes before the ReLU that ends it."""
-    return type(layer) in _WITHOUT_RELU or (isinstance(layer, _FoldedLayer) and bool(layer.__dict__["_has_relu"]))
+    return type(layer) in _WITHOUT_RELU or (isinstance(layer, FoldedLayer) and bool(layer.__dict__["_has_relu"]))
 
 
 def before_relu(layer: nn.Module, input: Tensor) -> Tensor:
     """What a layer with a ReLU of its own computes before it."""
-    if isinstance(layer, _FoldedLayer):
+    if isinstance(layer, FoldedLayer):
         return layer.before_relu(input)
     output: Tensor = _WITHOUT_RELU[type(layer)].forward(layer, input)
     return output
 
 
-FOLDED_OF_FLOAT: dict[type[nn.Module], type[_FoldedLayer]] = {
+FOLDED_OF_FLOAT: dict[type[nn.Module], type[FoldedLayer]] = {
     nn.Conv1d: ConvBn1d,
     nn.Conv2d: ConvBn2d,
     nn.Conv3d: ConvBn3d,
@@ -269,7 +303,7 @@ FOLDED_OF_FLOAT: dict[type[nn.Module], type[_FoldedLayer]] = {
 }
 """The folded layer of each float layer."""
 
-FOLDED_OF_FUSED: dict[type[nn.Module], type[_FoldedLayer]] = {
+FOLDED_OF_FUSED: dict[type[nn.Module], type[FoldedLayer]] = {
     nni.ConvBn1d: ConvBn1d,
     nni.ConvBn2d: ConvBn2d,
     nni.ConvBn3d: ConvBn3d,
@@ -300,5 +334,5 @@ def round_weights_for_good(network: nn.Module) -> None:
     """Put the weights of all layers without BatchNorm on their grids; those with one are when it is folded in."""
     for module in network.modules():
         fq = getattr(module, "weight_fake_quant", None)
-        if isinstance(fq, FakeQuantize) and not isinstance(module, _FoldedLayer):
+        if isinstance(fq, FakeQuantize) and not isinstance(module, FoldedLayer):
             module._parameters["weight"] = nn.Parameter(round_for_good(module.weight, fq))  # type: ignore[arg-type]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch.ao.quantization.fx.custom_config import PrepareCustomConfig
 from torch.ao.quantization.fx.fuse import fuse
 from torch.ao.quantization.fx.prepare import prepare as upstream_prepare
 from torch.ao.quantization.quantize_fx import convert_fx
-from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
+from torch.nn.utils.parametrize import is_parametrized
 
 from qat_lightning.backends import quantized_engine
 from qat_lightning.errors import ConversionError, NetworkError
@@ -34,24 +34,35 @@ from qat_lightning.flows.base import (
     refuse_simulated,
 )
 from qat_lightning.flows.coverage import layers_with_macs, report
+from qat_lightning.flows.fx_batchnorm import as_upstream_wants, give_parameters
+from qat_lightning.flows.fx_calls import unfoldable_batchnorms
 from qat_lightning.flows.fx_config import LEFT_FLOAT, backend_config, qconfig_mapping
 from qat_lightning.flows.fx_coverage import UNSEEN, FxOperations
+from qat_lightning.flows.fx_fused import hide_second_names, show_fused
 from qat_lightning.flows.fx_grids import one_grid_where_kernels_keep_it
 from qat_lightning.flows.fx_left_float import float_nodes, layers_and_ops, put_float_layers, take_out_never_rounding
+from qat_lightning.flows.fx_tree import restore_children, with_batchnorms
 from qat_lightning.flows.fx_unseen import in_words, knows_no_range, put_plain_layers, take_out_unseen
+from qat_lightning.flows.fx_weights import (
+    compute_weights_for_good,
+    hide_parametrized,
+    materialize_weights_of_functions,
+    put_back,
+    round_weights_of_functions,
+    set_aside,
+    weights_from_inputs,
+)
 from qat_lightning.flows.left_float import follow_checkpoints, leave_weights_float, with_reasons
 from qat_lightning.flows.tracing import (
     leave_inside_float,
     line_at_fault,
     outer_parts,
     refuse_other_results,
-    shared_batchnorms,
     take_out_constants,
     trace,
 )
 from qat_lightning.flows.verify import check_layers
-from qat_lightning.graph_network import GraphNetwork, GraphPart, KeepsExtraState, has_extra_state
-from qat_lightning.module_order import order_as
+from qat_lightning.graph_network import GraphNetwork
 from qat_lightning.portable_graph import HoldsGraphs
 from qat_lightning.qat_modules import make_batchnorm_freezable, make_batchnorm_plain, round_weights_for_good
 from qat_lightning.recipe import PreparedState, Recipe
@@ -111,15 +122,17 @@ class FxFlow:
         leave_inside_float(graph_module, selected)
         passes.pass_over_identities(graph_module)
         fx_pads.name_zero_pads(graph_module, selected)
+        read = set_aside(graph_module, graph_module.graph)
         put_constants_back = take_out_constants(graph_module.graph)
-        show_parametrized = _hide_parametrized(graph_module)
-        originals = dict(network.named_modules())
+        show_parametrized = hide_parametrized(graph_module)
+        originals = with_batchnorms(graph_module, dict(network.named_modules()))
         parameters = dict(network.named_parameters(remove_duplicate=False))
-        flags = {module: module.training for module in network.modules()}
-        network.train()
+        flags = {module: module.training for root in (network, graph_module) for module in root.modules()}
+        for module in flags:
+            module.training = True
         # A class that upstream's fusion does not match; the flag comes with it and stays.
-        shared = shared_batchnorms(graph_module)
-        for batchnorm in shared:
+        unfoldable = unfoldable_batchnorms(graph_module)
+        for batchnorm in unfoldable:
             make_batchnorm_freezable(batchnorm)
         config = backend_config()
         with warnings.catch_warnings():
@@ -129,7 +142,8 @@ class FxFlow:
             # Hardsigmoid: its kernel has a grid of its own, whatever it is given.
             warnings.filterwarnings("ignore", message="QConfig must specify a FixedQParams")
             try:
-                fused = fuse(graph_module, True, None, config)
+                with as_upstream_wants(graph_module):
+                    fused = fuse(graph_module, True, None, config)
                 prepared = upstream_prepare(
                     fused,
                     qconfig_mapping(recipe, selected),
@@ -159,7 +173,8 @@ class FxFlow:
         passes.refuse_late_writes(prepared, network, example, scopes)
         plan = FxPlan(prepared.graph, prepared.meta)
         plan.scopes = {name: scope[0] for name, scope in scopes.items()}
-        plan.float_ops = passes.round_tensors_only(prepared, network, example) + passes.calls_of(prepared, shared)
+        plan.float_ops = passes.round_tensors_only(prepared, network, example) + passes.calls_of(prepared, unfoldable)
+        plan.float_ops += weights_from_inputs(prepared)
         one_grid_where_kernels_keep_it(prepared)
         plan.dropped = passes.observe_only_after_relu(prepared)
         if recipe.target.engine == "qnnpack":
@@ -171,10 +186,14 @@ class FxFlow:
         result.set_graph(passes.without(plan.graph, [*behind_dropout, *fx_pads.roundings_behind(plan.graph)]))
         passes.observe_each_range_once(result)
         passes.drop_unused(result, plan.graph)
-        _restore_children(result, originals, parameters, float_network)
+        hide_second_names(result)
+        for graph in (result.graph, plan.graph):
+            put_back(result, graph, read)
+        result.set_graph(result.graph)
+        restore_children(result, originals, parameters, float_network)
         make_batchnorm_freezable(result)
         materialize_weights(result)
-        passes.visit_functional_weights(result, passes.materialize_functional_weight)
+        materialize_weights_of_functions(result, result.graph)
         result._quantization = PreparedState(recipe, float_network, prefix=prefix, plan=plan)
         follow_checkpoints(result)
         refuse_other_results(
@@ -200,15 +219,17 @@ class FxFlow:
                 f"No finite range was ever observed in {type(state.float_network).__name__}: train at least one step "
                 "on finite values before it is converted."
             )
-        _compute_weights_for_good(prepared, plan.graph)
-        round_weights_for_good(prepared)
-        passes.visit_functional_weights(prepared, passes.round_functional_weight)
-        make_batchnorm_plain(prepared)
-        passes.observe_everywhere(prepared)
         graph = copy.deepcopy(plan.graph)
-        modules = dict(prepared.named_modules(remove_duplicate=False))
-        take_out_never_rounding(graph, modules)
-        unseen = take_out_unseen(graph, modules)
+        show_fused(prepared)
+        take_out_never_rounding(graph, dict(prepared.named_modules(remove_duplicate=False)))
+        set_aside(prepared, graph)
+        round_weights_of_functions(prepared, graph)
+        compute_weights_for_good(prepared, graph)
+        round_weights_for_good(prepared)
+        make_batchnorm_plain(prepared)
+        give_parameters(prepared)
+        passes.observe_everywhere(prepared)
+        unseen = take_out_unseen(graph, dict(prepared.named_modules(remove_duplicate=False)))
         # A ReLU is dropped for the range behind it, where there is one.
         passes.drop_nodes(graph, [name for name in plan.dropped if name not in {node.name for node in unseen}])
         graph_module = fx.GraphModule(prepared, graph)
@@ -299,76 +320,10 @@ def _pad_with_numbers(conv: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> bool:
     return True
 
 
-def _hide_parametrized(graph_module: fx.GraphModule) -> Callable[[fx.GraphModule], None]:
-    """Hide the layers whose weight is computed from upstream, which would fuse them with what is behind them.
-
-    Returns:
-        What shows them again in the prepared graph.
-    """
-    nodes = graph_module.graph.find_nodes(op="call_module")
-    layers = {node.name: graph_module.get_submodule(str(node.target)) for node in nodes}
-    computed = {name: layer for name, layer in layers.items() if is_parametrized(layer)}
-    for layer in computed.values():
-        layer.qconfig = None  # type: ignore[assignment]  # as upstream marks what it leaves float
-    return passes.hide_float_ops(graph_module, list(computed))
-
-
-def _compute_weights_for_good(network: nn.Module, graph: fx.Graph) -> None:
-    """Make plain layers of those whose weight is computed, which a file can hold, where the graph only calls them."""
-    called = {str(node.target) for node in graph.find_nodes(op="call_module")}
-    for path, module in list(network.named_modules()):
-        names: Any = module._modules.get("parametrizations")
-        if not is_parametrized(module) or any(f"{path}.parametrizations.{name}" in called for name in names):
-            continue
-        computed = {name: getattr(module, name).detach().clone() for name in names}
-        # Upstream's remove_parametrizations changes the class as well, which the user's own layer still has.
-        module.__class__ = type_before_parametrizations(module)
-        del module._modules["parametrizations"]
-        for name, value in computed.items():
-            module._parameters[name] = nn.Parameter(value, requires_grad=False)
-
-
 def _flat_example(graph_module: fx.GraphModule, example: Example) -> tuple[Any, ...]:
     names = [node.target for node in graph_module.graph.nodes if node.op == "placeholder"]
     values = list(example.args)
     return tuple(values + [example.kwargs[name] for name in names[len(values) :] if name in example.kwargs])
-
-
-def _restore_children(
-    result: GraphNetwork, originals: dict[str, nn.Module], parameters: dict[str, nn.Parameter], float_network: nn.Module
-) -> None:
-    """Put back what upstream's fusion took out of the tree, above all BatchNorm, so that every float key survives."""
-    for name, module in originals.items():
-        if not name or (not any(True for _ in module.named_parameters(recurse=False)) and not module._buffers):
-            continue
-        parent, _, leaf = name.rpartition(".")
-        holder = _holder(result, parent)
-        # Fusion leaves an Identity in the place of what it took.
-        if leaf not in holder._modules or isinstance(holder._modules[leaf], nn.Identity):
-            holder._modules[leaf] = module
-    for name, parameter in parameters.items():
-        parent, _, leaf = name.rpartition(".")
-        holder = _holder(result, parent)
-        if leaf not in holder._parameters:
-            holder.register_parameter(leaf, parameter)
-    for name, module in float_network.named_modules():
-        if has_extra_state(module) and isinstance(part := _holder(result, name), KeepsExtraState):
-            part.keep_extra_state_of(module)
-    missing = set(float_network.state_dict()) - set(result.state_dict())
-    if missing:
-        raise NetworkError(
-            f"mode='fx' would lose entries of the float state_dict: {', '.join(sorted(missing))}. Use mode='pt2e' "
-            "or mode='eager' for this network."
-        )
-    order_as(result, float_network)
-
-
-def _holder(root: nn.Module, path: str) -> nn.Module:
-    for name in filter(None, path.split(".")):
-        if name not in root._modules:
-            root._modules[name] = GraphPart()
-        root = root._modules[name]  # type: ignore[assignment]
-    return root
 
 
 def _coverage(state: PreparedState, network: nn.Module, unseen: set[str]) -> list[LayerCoverage]:

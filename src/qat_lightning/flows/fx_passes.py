@@ -20,7 +20,8 @@ from qat_lightning.flows.late_writes import late_write, late_write_error
 from qat_lightning.flows.shared_range import SharedRange, UnionObserver
 from qat_lightning.flows.verify import Recorder, example_values
 from qat_lightning.graph_network import GraphNetwork
-from qat_lightning.qat_modules import round_for_good
+from qat_lightning.mode_layers import DropoutLike
+from qat_lightning.qat_modules import FoldedLayer
 from qat_lightning.relu_rounding import relu_limit, writes_in_place
 
 
@@ -106,8 +107,10 @@ class _Memory(fx.Interpreter):
 
 @contextmanager
 def _evaluating(*roots: nn.Module) -> Iterator[None]:
-    """All modules in evaluation. A folded BatchNorm is at this point in the float network only."""
+    """All modules in evaluation, also the folded BatchNorms, which are at this point in no tree of modules."""
     flags = {module: module.training for root in roots for module in root.modules()}
+    folded = [module.batchnorm for module in flags if isinstance(module, FoldedLayer)]
+    flags.update({module: module.training for module in folded})
     for module in flags:
         module.training = False
     try:
@@ -240,7 +243,15 @@ def observe_only_before_dropout(prepared: fx.GraphModule) -> tuple[list[str], li
     return dropped, silent
 
 
-_DROPOUT_MODULES = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+_DROPOUT_MODULES = (
+    nn.Dropout,
+    nn.Dropout1d,
+    nn.Dropout2d,
+    nn.Dropout3d,
+    nn.AlphaDropout,
+    nn.FeatureAlphaDropout,
+    DropoutLike,
+)
 
 
 def observe_each_range_once(network: GraphNetwork) -> None:
@@ -288,7 +299,10 @@ def _is_within(value: Any, fq: nn.Module, modules: dict[str, nn.Module]) -> bool
 
 
 def _kind(node: fx.Node, modules: dict[str, nn.Module]) -> Any:
-    return type(modules[str(node.target)]) if node.op == "call_module" else node.target
+    """The class, the function or the method that is called; None for an input or a tensor, whatever its name."""
+    if node.op == "call_module":
+        return type(modules[str(node.target)])
+    return node.target if node.op in ("call_function", "call_method") else None
 
 
 def drop_unused(network: GraphNetwork, plan: fx.Graph) -> None:
@@ -297,26 +311,6 @@ def drop_unused(network: GraphNetwork, plan: fx.Graph) -> None:
     for name, module in list(network._modules.items()):
         if isinstance(module, FakeQuantize) and name not in called:
             del network._modules[name]
-
-
-def visit_functional_weights(network: GraphNetwork, visit: Callable[[FakeQuantize, nn.Module, str], None]) -> None:
-    """Show each FakeQuantize of a weight that a function is called with the module and the name of that weight."""
-    modules = dict(network.named_modules(remove_duplicate=False))
-    for node in network.graph.nodes:
-        fq = modules.get(str(node.target)) if node.op == "call_module" else None
-        if isinstance(fq, FakeQuantize) and fq.source == "present" and node.args[0].op == "get_attr":
-            holder, _, leaf = str(node.args[0].target).rpartition(".")
-            visit(fq, network.get_submodule(holder), leaf)
-
-
-def materialize_functional_weight(fq: FakeQuantize, holder: nn.Module, name: str) -> None:
-    """Let a FakeQuantize make what it keeps for each channel of a weight."""
-    fq.materialize(getattr(holder, name))
-
-
-def round_functional_weight(fq: FakeQuantize, holder: nn.Module, name: str) -> None:
-    """Put a weight on its grid, as conversion packs it."""
-    holder._parameters[name] = nn.Parameter(round_for_good(getattr(holder, name), fq))
 
 
 def observe_everywhere(network: nn.Module) -> None:

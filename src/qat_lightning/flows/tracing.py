@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import torchao
 import typing_extensions
 from torch import Tensor, fx, nn
@@ -22,19 +21,12 @@ from qat_lightning.errors import TraceError
 from qat_lightning.flows.base import Example, fake_quantizers
 from qat_lightning.flows.checkpointing import loses_checkpoints
 from qat_lightning.flows.eager_chains import run_apart
-from qat_lightning.flows.structured_tracer import StructuredTracer
+from qat_lightning.flows.fx_batchnorm import name_batchnorms, plain_frozen
+from qat_lightning.flows.fx_calls import give_all_arguments, one_module_a_call, read_what_was_written
+from qat_lightning.flows.fx_modes import BY_MODE, flags_by_mode, mark_dropouts, owner_of_parting, parting, set_module
+from qat_lightning.flows.fx_tracer import CallAsWhole, DecidesByChance, NetworkTracer, Traced, counting, holds_no_layer
 from qat_lightning.recomputation import Checkpointed, no_checkpoints
-from qat_lightning.relu_rounding import writes_in_place
 from qat_lightning.structures import same
-
-_DROPOUTS: dict[Callable[..., Any], type[nn.Module]] = {
-    F.dropout: nn.Dropout,
-    F.dropout1d: nn.Dropout1d,
-    F.dropout2d: nn.Dropout2d,
-    F.dropout3d: nn.Dropout3d,
-    F.alpha_dropout: nn.AlphaDropout,
-    F.feature_alpha_dropout: nn.FeatureAlphaDropout,
-}
 
 WHAT_TO_DO = (
     "What to do: give module='<a submodule that can be>' to quantize a part, or use mode='eager', which needs no "
@@ -84,22 +76,57 @@ def trace(network: nn.Module, example: Example, leaves: list[str]) -> tuple[fx.G
         leaves: Names of submodules to call as they are instead of looking inside.
 
     Returns:
-        The graph module, whose layers are the network's own, and the scope of each node as upstream's prepare wants it.
+        The graph module, whose layers are the network's own but for what is a BatchNorm by what it does, and the scope
+        of each node as upstream's prepare wants it.
 
     Raises:
         TraceError: It cannot be traced, or its evaluation takes another way through the code than its training.
     """
     check_names(network, "fx")
-    training = _trace_once(network, example, leaves, train=True)
-    evaluation = _trace_once(network, example, leaves, train=False)
-    _refuse_other_way_in_eval(network, training[0], evaluation[0])
-    graph_module, scopes = training
-    _read_own_training_flag(graph_module, scopes)
-    _one_module_a_call(graph_module)
-    _give_all_arguments(graph_module.graph)
-    _read_what_was_written(graph_module)
+    frozen = plain_frozen(network)
+    traced, evaluation, whole = _both_ways(network, example, [*leaves, *frozen])
+    graph_module, scopes = traced.graph_module, traced.scopes
+    name_batchnorms(traced, evaluation, network, example)
+    called = {str(node.target) for node in graph_module.graph.find_nodes(op="call_module")}
+    for path in called & set(frozen):
+        set_module(graph_module, path, frozen[path])
+    mark_dropouts(traced, network, example, [path for path in called if path in whole or path.startswith(BY_MODE)])
+    one_module_a_call(graph_module)
+    give_all_arguments(graph_module.graph)
+    read_what_was_written(graph_module)
     graph_module.recompile()
     return graph_module, scopes
+
+
+def _both_ways(network: nn.Module, example: Example, leaves: list[str]) -> tuple[Traced, Traced, list[str]]:
+    """The ways through a network in training and in evaluation, node for node the same.
+
+    Returns:
+        Both, the first with flags where functions had constants of training, and the paths of the modules without
+        layers that had to be called as they are.
+    """
+    whole: list[str] = []
+    while True:
+        try:
+            training = _trace_once(network, example, [*leaves, *whole], train=True)
+            evaluation = _trace_once(network, example, [*leaves, *whole], train=False)
+        except CallAsWhole as found:
+            whole += _alike(network, found.path)
+            continue
+        parts = parting(training, evaluation)
+        if parts is None:
+            flags_by_mode(training, evaluation)
+            return training, evaluation, whole
+        path = owner_of_parting(network, parts, training, evaluation)
+        if path is None or path in whole:
+            raise _other_way(network, parts)
+        whole += _alike(network, path)
+
+
+def _alike(network: nn.Module, path: str) -> list[str]:
+    """A module, and the others of its class that hold no layer: what holds for one is found once for all."""
+    kind = type(network.get_submodule(path))
+    return [name for name, module in network.named_modules() if type(module) is kind and holds_no_layer(module)]
 
 
 def trace_evaluation(network: nn.Module, example: Example, leaves: list[str]) -> fx.GraphModule:
@@ -109,11 +136,18 @@ def trace_evaluation(network: nn.Module, example: Example, leaves: list[str]) ->
         TraceError: It cannot be traced.
     """
     check_names(network, "fx")
-    return _trace_once(network, example, leaves, train=False)[0]
+    whole: list[str] = []
+    while True:
+        try:
+            return _trace_once(network, example, [*leaves, *whole], train=False).graph_module
+        except CallAsWhole as found:
+            whole += _alike(network, found.path)
 
 
 def outer_parts(network: nn.Module, selected: dict[str, bool]) -> list[str]:
     """Submodules that stay float as a whole are called as they are: what is inside need not be traceable.
+
+    But for a BatchNorm with other layers inside, which is to be frozen as others are.
 
     Args:
         network: The float network.
@@ -125,6 +159,7 @@ def outer_parts(network: nn.Module, selected: dict[str, bool]) -> list[str]:
         if name
         and not any(selected[inner] for inner in selected if inner == name or inner.startswith(name + "."))
         and any(True for _ in module.children())
+        and not isinstance(module, _BatchNorm)
     ]
 
 
@@ -201,25 +236,51 @@ def _close(one: Tensor, other: Tensor) -> bool:
     )
 
 
-def _trace_once(
-    network: nn.Module, example: Example, leaves: list[str], *, train: bool
-) -> tuple[fx.GraphModule, dict[str, Any]]:
-    tracer = StructuredTracer(leaves, [])
-    with _in_mode(network, train), no_checkpoints() if train else contextlib.nullcontext():
+def _trace_once(network: nn.Module, example: Example, leaves: list[str], *, train: bool) -> Traced:
+    with (
+        _in_mode(network, train),
+        counting(network) as counted,
+        no_checkpoints() if train else contextlib.nullcontext(),
+    ):
         try:
-            graph = tracer.trace(network, concrete_args=_defaults_not_given(network, example))
+            graph, scopes = _graph(network, example, leaves)
+        except CallAsWhole:
+            raise
         except Checkpointed as error:
             raise loses_checkpoints(network, "fx", line_at_fault(error)) from None
         except Exception as error:
-            where = line_at_fault(error)
-            raise TraceError(
-                f"mode='fx' cannot trace {type(network).__name__}"
-                + (f" at {where}" if where else "")
-                + f" ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}). {WHAT_TO_DO}"
-            ) from error
+            raise _no_trace(network, error) from error
     graph_module = fx.GraphModule(network, graph)
     _drop_defaults(graph_module)
-    return graph_module, tracer.node_name_to_scope
+    return Traced(graph_module, scopes, counted)
+
+
+def _graph(network: nn.Module, example: Example, leaves: list[str]) -> tuple[fx.Graph, dict[str, Any]]:
+    fixed = _defaults_not_given(network, example)
+    tracer = NetworkTracer(leaves)
+    try:
+        return tracer.trace(network, concrete_args=fixed), tracer.node_name_to_scope
+    except (CallAsWhole, Checkpointed, DecidesByChance):
+        raise
+    except Exception:  # noqa: BLE001 - whatever it is, the second trace says it again if it is no buffer's
+        # A forward may look at what a buffer holds, which is then a constant.
+        tracer = NetworkTracer(leaves, buffers=False)
+        return tracer.trace(network, concrete_args=fixed), tracer.node_name_to_scope
+
+
+def _no_trace(network: nn.Module, error: Exception) -> TraceError:
+    if isinstance(error, DecidesByChance):
+        return TraceError(
+            f"mode='fx' keeps one way through {type(network).__name__}.forward, and {str(error) or 'forward'!r} draws "
+            "random numbers outside of the graph, to decide which way to go, or as a constant: put what is random into "
+            f"a module without layers, or draw it for a tensor (torch.rand_like). {WHAT_TO_DO}"
+        )
+    where = line_at_fault(error)
+    return TraceError(
+        f"mode='fx' cannot trace {type(network).__name__}"
+        + (f" at {where}" if where else "")
+        + f" ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}). {WHAT_TO_DO}"
+    )
 
 
 @contextmanager
@@ -268,112 +329,9 @@ def _drop_defaults(graph_module: fx.GraphModule) -> None:
     graph_module.recompile()
 
 
-def _refuse_other_way_in_eval(network: nn.Module, training: fx.GraphModule, evaluation: fx.GraphModule) -> None:
-    ways = [[(node.op, str(node.target)) for node in gm.graph.nodes] for gm in (training, evaluation)]
-    if ways[0] == ways[1]:
-        return
-    different = next(
-        (
-            node
-            for node, other in zip(training.graph.nodes, ways[1], strict=False)
-            if (node.op, str(node.target)) != other
-        ),
-        None,
-    )
-    part = f"; they part before {different.name!r}" if different else ""
-    raise TraceError(
+def _other_way(network: nn.Module, parts: tuple[fx.Node | None, fx.Node | None]) -> TraceError:
+    part = f"; they part before {parts[0].name!r}" if parts[0] is not None else ""
+    return TraceError(
         f"mode='fx' keeps one way through {type(network).__name__}.forward, and it takes another way in training than "
         f"in evaluation (it looks at self.training{part}). {WHAT_TO_DO}"
     )
-
-
-def _read_own_training_flag(graph_module: fx.GraphModule, scopes: dict[str, Any]) -> None:
-    """Turn ``F.dropout(x, training=self.training)``, whose flag tracing has fixed, into modules with a flag."""
-    count = 0
-    for node in list(graph_module.graph.nodes):
-        if node.op != "call_function" or node.target not in _DROPOUTS:
-            continue
-        bound = inspect.signature(node.target).bind(*node.args, **node.kwargs)
-        bound.apply_defaults()
-        if not bound.arguments["training"]:
-            continue
-        name = f"_functional_dropout_{count}"
-        count += 1
-        setattr(graph_module, name, _DROPOUTS[node.target](p=bound.arguments["p"]))
-        with graph_module.graph.inserting_after(node):
-            module_node = graph_module.graph.call_module(name, (bound.arguments["input"],))
-        scopes[module_node.name] = scopes[node.name]
-        node.replace_all_uses_with(module_node)
-        graph_module.graph.erase_node(node)
-    graph_module.recompile()
-
-
-_CONVOLUTION_ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
-_CONVOLUTION_DEFAULTS = (None, None, None, 1, 0, 1, 1)
-
-
-def _give_all_arguments(graph: fx.Graph) -> None:
-    """Write functional convolutions with all their arguments in order, which upstream's lowering takes for granted."""
-    for node in graph.nodes:
-        if node.op == "call_function" and node.target in (F.conv1d, F.conv2d, F.conv3d):
-            given = dict(zip(_CONVOLUTION_ARGUMENTS, node.args, strict=False)) | node.kwargs
-            defaults = zip(_CONVOLUTION_ARGUMENTS, _CONVOLUTION_DEFAULTS, strict=True)
-            weight, bias, *rest = (given.get(name, default) for name, default in list(defaults)[1:])
-            dims = 1 + [F.conv1d, F.conv2d, F.conv3d].index(node.target)
-            each = [(value,) * dims if isinstance(value, int) else value for value in rest[:3]]
-            node.args = (given["input"], weight, bias, *each, rest[3])
-            node.kwargs = {}
-
-
-def _read_what_was_written(graph_module: fx.GraphModule) -> None:
-    """Let whoever reads a tensor after ``x.relu_()`` or the like read the result of that call.
-
-    It is the same tensor. But what is put between a tensor and its readers, such as its rounding, stands where the
-    tensor is made, and would not see what was written later.
-    """
-    order = {node: number for number, node in enumerate(graph_module.graph.nodes)}
-    for node in graph_module.graph.nodes:
-        module = graph_module.get_submodule(str(node.target)) if node.op == "call_module" else None
-        if writes_in_place(node, module) and node.args and isinstance(node.args[0], fx.Node):
-            node.args[0].replace_all_uses_with(
-                node,
-                delete_user_cb=lambda user, node=node: order[user] > order[node],  # type: ignore[misc]
-            )
-
-
-_STATELESS = (nn.ReLU, nn.Identity, nn.modules.dropout._DropoutNd, nn.Flatten, nn.Unflatten)
-"""Layers that may be called from several places as one: they have no range of their own."""
-
-
-def _one_module_a_call(graph_module: fx.GraphModule) -> None:
-    """Give each call of a shared layer a module of its own, with the same parameters.
-
-    Every call has its own output range, and one may be followed by a BatchNorm to fold where another is not. Layers
-    with buffers (BatchNorm) stay one, since a buffer that moves to another device would part.
-    """
-    calls: dict[nn.Module, list[fx.Node]] = {}
-    for node in graph_module.graph.nodes:
-        if node.op == "call_module":
-            calls.setdefault(graph_module.get_submodule(str(node.target)), []).append(node)
-    for module, nodes in calls.items():
-        shareable = isinstance(module, _STATELESS) or any(True for _ in module.buffers())
-        if shareable or any(True for _ in module.children()):
-            continue
-        for number, node in enumerate(nodes[1:], start=1):
-            alias = module.__class__.__new__(module.__class__)
-            alias.__dict__.update(module.__dict__)
-            alias.__dict__["_parameters"] = module._parameters.copy()
-            name = f"{node.target}_call_{number}"
-            graph_module.add_submodule(name, alias)
-            node.target = name
-    graph_module.recompile()
-
-
-def shared_batchnorms(graph_module: fx.GraphModule) -> list[nn.Module]:
-    """The BatchNorms that are called from several places, and so cannot be folded into one layer."""
-    calls: dict[nn.Module, int] = {}
-    for node in graph_module.graph.nodes:
-        if node.op == "call_module":
-            module = graph_module.get_submodule(str(node.target))
-            calls[module] = calls.get(module, 0) + 1
-    return [module for module, count in calls.items() if count > 1 and isinstance(module, _BatchNorm)]

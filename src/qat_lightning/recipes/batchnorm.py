@@ -19,7 +19,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from qat_lightning.calibration import call
 from qat_lightning.errors import ConfigurationError
-from qat_lightning.flows.pt2e.training import Counter, FunctionalBatchNorm
+from qat_lightning.flows.pt2e.training import Counter
+from qat_lightning.qat_modules import FunctionalBatchNorm
 
 
 @dataclass
@@ -199,7 +200,7 @@ def has_batchnorm(network: nn.Module) -> bool:
 
 
 def _normalizes(module: nn.Module) -> bool:
-    if isinstance(module, Counter):
+    if isinstance(module, Counter) or getattr(module, "fixed", False):
         return False
     return isinstance(module, FunctionalBatchNorm) or (
         isinstance(module, _BatchNorm) and module.running_mean is not None and module.running_var is not None

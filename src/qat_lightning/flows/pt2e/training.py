@@ -23,6 +23,7 @@ from qat_lightning.flows.pt2e.shared_ranges import observe_once
 from qat_lightning.portable_graph import HoldsGraphs
 from qat_lightning.qat_modules import (
     FreezableBatchNorm,
+    FunctionalBatchNorm,
     fake_quantize_folded,
     fold_factor,
     make_batchnorm_freezable,
@@ -50,28 +51,6 @@ class FoldedWeight(nn.Module):
         """The rounded weight, unfolded again."""
         factor = fold_factor(gamma, running_var, self.eps)
         return fake_quantize_folded(weight, factor, self.__dict__["fq"], axis=self.axis)
-
-
-class FunctionalBatchNorm(FreezableBatchNorm):
-    """``F.batch_norm`` on tensors that a network keeps where it likes; it reads its own flags."""
-
-    def __init__(self, momentum: float, eps: float) -> None:
-        super().__init__(0, eps=eps, momentum=momentum, affine=False, track_running_stats=False)
-
-    def forward(  # type: ignore[override]
-        self,
-        input: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
-    ) -> Tensor:
-        """Normalize over dimension 1; without running statistics always with the batch's."""
-        training = running_mean is None or (self.training and not self.frozen)
-        momentum = 0.0 if self.momentum is None else self.momentum
-        return nn.functional.batch_norm(
-            input, running_mean, running_var, weight, bias, training=training, momentum=momentum, eps=self.eps
-        )
 
 
 class Counter(FreezableBatchNorm):

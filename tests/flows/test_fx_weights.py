@@ -22,8 +22,8 @@ class Twice(nn.Module):
         self.a, self.c, self.read = nn.Linear(16, 12), nn.Linear(12, 8), read
 
     def forward(self, x: Tensor) -> Tensor:
-        x = torch.relu(self.a(x))
-        return self.read(torch.relu(self.c(x)), x, self.c)
+        x = F.relu(self.a(x))
+        return self.read(F.relu(self.c(x)), x, self.c)
 
 
 READS = {

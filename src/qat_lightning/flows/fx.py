@@ -220,9 +220,9 @@ class FxFlow:
                 "on finite values before it is converted."
             )
         graph = copy.deepcopy(plan.graph)
-        show_fused(prepared)
         take_out_never_rounding(graph, dict(prepared.named_modules(remove_duplicate=False)))
         set_aside(prepared, graph)
+        show_fused(prepared)
         round_weights_of_functions(prepared, graph)
         compute_weights_for_good(prepared, graph)
         round_weights_for_good(prepared)

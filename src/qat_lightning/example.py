@@ -9,21 +9,17 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature as takes
 from torch import Tensor, nn
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.data import DataLoader, IterableDataset
 
 from qat_lightning.errors import NetworkError
 from qat_lightning.flows.base import Example
 from qat_lightning.network import OWN_FORWARD, Slot, forward_replaced
+from qat_lightning.peeking import MAX_BATCH, one_batch
 from qat_lightning.structures import look_into
-
-MAX_BATCH = 32
-"""As many samples of a batch are kept: enough to verify with, and no burden to hold."""
 
 _STEP_OF_STAGE = {
     "fit": ("training_step", "train_dataloader"),
@@ -177,7 +173,7 @@ def catch_examples(
         if name != stage and not (stage == "fit" and name == "validate"):
             continue
         try:
-            batch = _one_batch(trainer, pl_module, name, loader)
+            batch, _ = one_batch(trainer, pl_module, name)
         except Exception as error:  # noqa: BLE001 - it is in the message, if nothing else gives an example
             reasons.append(f"no batch from {loader} ({type(error).__name__}: {error})")
             continue
@@ -258,82 +254,6 @@ def nothing_moves(pl_module: pl.LightningModule) -> Iterator[None]:
         for name, buffer in buffers.items():
             if name in now and now[name].shape == buffer.shape:
                 now[name].copy_(buffer)
-
-
-def _one_batch(trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str, loader_name: str) -> Any:
-    loops: dict[str, Any] = {
-        "fit": trainer.fit_loop,
-        "validate": trainer.fit_loop.epoch_loop.val_loop if trainer.state.fn == "fit" else trainer.validate_loop,
-        "test": trainer.test_loop,
-        "predict": trainer.predict_loop,
-    }
-    source = loops[stage]._data_source
-    loader = source.instance if not source.is_module() else getattr(source.instance, loader_name)()
-    batch = _peek_all(loader) if stage == "fit" else _peek(_first_loader(loader))
-    if batch is None:
-        return None
-    device = next((p.device for p in pl_module.parameters()), torch.device("cpu"))
-    # With the hooks of the LightningDataModule, if it has them.
-    batch = pl_module._on_before_batch_transfer(batch, dataloader_idx=0)
-    return pl_module._apply_batch_transfer_handler(batch, device=device, dataloader_idx=0)
-
-
-def _peek_all(loaders: Any) -> Any:
-    """One batch for training: of a collection of loaders the same collection of batches, as Lightning makes it."""
-    if isinstance(loaders, CombinedLoader):
-        if loaders._mode == "sequential":
-            return _peek(_first_loader(loaders))
-        loaders = loaders.iterables
-    return tree_map(_peek, loaders)
-
-
-def _first_loader(loaders: Any) -> Any:
-    if isinstance(loaders, CombinedLoader):
-        loaders = loaders.iterables
-    leaves = tree_leaves(loaders)
-    return leaves[0] if leaves else None
-
-
-def _peek(loader: Any) -> Any:
-    """One batch, without moving the position or the random state of a loader over a map-style dataset."""
-    if loader is None:
-        return None
-    with generators_kept(loader):
-        if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
-            batches = iter(loader)
-            if batches is loader:
-                raise NetworkError("an iterator cannot be looked at without taking a batch from the training")
-            return next(batches, None)
-        dataset: Any = loader.dataset
-        if loader.batch_sampler is None:
-            return next(iter(loader), None)
-        if loader.batch_size is not None:
-            # Spread over the dataset, which may be sorted by class.
-            size = min(loader.batch_size, MAX_BATCH, len(dataset))
-            indices = [index * len(dataset) // size for index in range(size)]
-            try:
-                return _collate(loader, indices)
-            except (LookupError, TypeError, ValueError):
-                pass  # It is not indexed by numbers: its sampler knows the keys.
-        return _collate(loader, next(iter(loader.batch_sampler), []))
-
-
-def _collate(loader: DataLoader[Any], indices: Any) -> Any:
-    return loader.collate_fn([loader.dataset[index] for index in indices]) if len(indices) else None
-
-
-@contextmanager
-def generators_kept(loader: Any) -> Iterator[None]:
-    """Put the random generators back that belong to a loader and its samplers."""
-    owners = [loader, *(getattr(loader, name, None) for name in ("sampler", "batch_sampler"))]
-    owners += [getattr(owner, "sampler", None) for owner in owners]
-    generators = [g for owner in owners if isinstance(g := getattr(owner, "generator", None), torch.Generator)]
-    states = [generator.get_state() for generator in generators]
-    try:
-        yield
-    finally:
-        for generator, state in zip(generators, states, strict=True):
-            generator.set_state(state)
 
 
 def _tidy(example: Example) -> Example:

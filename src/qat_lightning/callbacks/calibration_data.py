@@ -20,9 +20,10 @@ from torchmetrics import Metric
 
 from qat_lightning.calibration import calibrating
 from qat_lightning.errors import ConfigurationError, NetworkError
-from qat_lightning.example import generators_kept, nothing_moves, take_step
+from qat_lightning.example import nothing_moves, take_step
 from qat_lightning.flows.base import Example
 from qat_lightning.network import OWN_FORWARD, Slot
+from qat_lightning.streams import generators_kept
 from qat_lightning.variants import Stand
 
 

@@ -1,0 +1,130 @@
+"""Looking at the first batch of loaders that may give each batch only once, and giving it back to them."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain, islice
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+
+from qat_lightning.errors import NetworkError
+
+
+@dataclass
+class FirstBatch:
+    """What a stream gave first.
+
+    Attributes:
+        batch: The batch; None of a stream without any.
+        once: Whether the stream gives each batch only once, as a second look has shown.
+        loader: What to iterate instead, which begins with that batch; of most streams the stream itself.
+    """
+
+    batch: Any
+    once: bool
+    loader: Any
+
+
+def is_stream(loader: Any) -> bool:
+    """Whether the first batch of a loader cannot be made from its dataset, but has to be taken from it."""
+    return not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset)
+
+
+def first_batch(stream: Any, again: Callable[[], Any] | None = None) -> FirstBatch:
+    """The first batch of a stream, which stays its first.
+
+    A stream that begins with the same batch when it is iterated again begins anew. One that does not has given away the
+    batches that were looked at: they are put in front of the rest, once.
+
+    Args:
+        stream: Anything that can be iterated.
+        again: Gives the stream that will be iterated afterwards; by default the same.
+
+    Raises:
+        NetworkError: The batches cannot be put back; the message says what to do without looking.
+    """
+    looked, kept = _look(stream)
+    first = kept[0] if kept else None
+    if looked is stream:
+        return FirstBatch(first, True, chain(kept, looked))
+    if not kept or getattr(stream, "num_workers", 0) > 0:
+        return FirstBatch(first, False, stream)  # workers iterate copies
+    later = stream if again is None else again()
+    looked_again, kept_again = _look(later)
+    if kept_again and _equal(first, kept_again[0]):
+        return FirstBatch(first, False, later)
+    if looked_again is later:
+        return FirstBatch(first, True, chain(kept, kept_again, looked))
+    # Two iterators of one source of batches: which of them goes on is all the same.
+    return FirstBatch(first, True, _begin_with(later, [*kept, *kept_again], looked))
+
+
+def _look(stream: Any) -> tuple[Iterator[Any], list[Any]]:
+    """An iterator and its first batch, if there is one, with random states as they are, as for a second look."""
+    with isolate_rng(), generators_kept(stream):
+        batches = iter(stream)
+        return batches, list(islice(batches, 1))
+
+
+@contextmanager
+def generators_kept(loader: Any) -> Iterator[None]:
+    """Put the random generators back that belong to a loader and its samplers."""
+    owners = [loader, *(getattr(loader, name, None) for name in ("sampler", "batch_sampler"))]
+    owners += [getattr(owner, "sampler", None) for owner in owners]
+    generators = [g for owner in owners if isinstance(g := getattr(owner, "generator", None), torch.Generator)]
+    states = [generator.get_state() for generator in generators]
+    try:
+        yield
+    finally:
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)
+
+
+class _Replay:
+    """Batches that a loader begins with, until they are used up."""
+
+    def __init__(self, rest: Iterable[Any]) -> None:
+        self.kept: deque[Any] = deque()
+        self.rest = rest
+
+    def batches(self, loader: Any, kind: type) -> Iterator[Any]:
+        # One after the other and not before: Lightning may ask for an iterator only to see that there is one.
+        while self.kept:
+            yield self.kept.popleft()
+        loader.__class__ = kind
+        yield from self.rest
+
+
+def _begin_with(loader: Any, kept: list[Any], rest: Iterable[Any]) -> Any:
+    replay: _Replay | None = getattr(type(loader), "_replay", None)
+    if replay is None:
+        kind, replay = type(loader), _Replay(rest)
+        functions = {"__iter__": lambda self: replay.batches(self, kind), "_replay": replay}
+        try:
+            # On its class, where iter() looks, and a class of its kind: Lightning treats a DataLoader as one.
+            loader.__class__ = type(kind.__name__, (kind,), functions | {"__module__": kind.__module__})
+        except TypeError as error:
+            raise NetworkError(
+                f"The loader ({kind.__name__}) gives each batch once, and the first cannot be given back to it: give "
+                "example_inputs=, so that none is looked at."
+            ) from error
+    replay.kept.extendleft(reversed(kept))
+    return loader
+
+
+def _equal(left: Any, right: Any) -> bool:
+    if isinstance(left, Tensor) and isinstance(right, Tensor):
+        return left.shape == right.shape and left.dtype == right.dtype and bool((left == right).all())
+    if isinstance(left, dict) and isinstance(right, dict):
+        return left.keys() == right.keys() and all(_equal(left[key], right[key]) for key in left)
+    if isinstance(left, (list, tuple)) and isinstance(right, (list, tuple)):
+        return len(left) == len(right) and all(map(_equal, left, right))
+    same = left == right
+    return bool(same.all() if hasattr(same, "all") else same)

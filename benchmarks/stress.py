@@ -2,8 +2,11 @@
 
 Fits of a small network in the three modes are killed with SIGKILL at random points, resumed from their last checkpoint
 in another process, perhaps killed again, and compared bit by bit with the uninterrupted run: weights, ranges, BatchNorm
-statistics, optimizer, int8 outputs. And random wrong settings, networks, data and files are tried: each has to end in
-an error of ours that names it, with the LightningModule as it was. Both are drawn from the seed, and are what
+statistics, optimizer, int8 outputs. The fits are of all kinds: plain, with manual optimization, with stochastic weight
+averaging, with a moving average of the weights, of two networks, and post-training quantization. And random wrong
+settings, networks, data and files are tried, saved int8 files with bytes flipped, members cut and values replaced among
+them: each has to end in an error of ours that names it, with the LightningModule as it was; a saved file may also give
+the network that was saved. Both are drawn from the seed, and are what
 `tests/stress` does in CI with fewer; it exits with 1 if anything was lost or answered otherwise.
 """
 
@@ -18,6 +21,7 @@ import tempfile
 import time
 import warnings
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 # Before torch is imported: one thread, so that equal means equal.
@@ -31,17 +35,19 @@ from rich.table import Table
 
 from benchmarks.machine import describe
 from tests.stress.campaign import MODES, Life, campaign, tally
+from tests.stress.kinds import KINDS
 from tests.stress.malformed import Files, Malformed, complaint, malformed
 
 
-def kill_fits(kills: int, seed_: int) -> list[Life]:
-    """Kill fits until there were as many kills, the modes in turn."""
+def kill_fits(kills: int, seed_: int, kinds: Sequence[str] = KINDS) -> list[Life]:
+    """Kill fits until there were as many kills, the kinds and the modes in turn."""
     lives: list[Life] = []
     with campaign(seed_) as drawn:
         for count in track(range(kills), "killing fits", transient=True):
             while sum(len(life.kills) for life in lives) <= count:
                 left = kills - sum(len(life.kills) for life in lives)
-                lives.append(drawn.live(MODES[len(lives) % len(MODES)], min(left, drawn.random.choice((1, 1, 2, 3)))))
+                kind, mode = kinds[len(lives) % len(kinds)], MODES[len(lives) // len(kinds) % len(MODES)]
+                lives.append(drawn.live(mode, min(left, drawn.random.choice((1, 1, 2, 3))), kind))
     return lives
 
 
@@ -79,12 +85,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--malformed", type=int, default=200)
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="of the fits; by default all")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
     began = time.monotonic()
-    lives = kill_fits(options.kills, options.seed) if options.kills else []
+    lives = kill_fits(options.kills, options.seed, options.kinds) if options.kills else []
     between = time.monotonic()
     tried, complaints = try_malformed(options.malformed, options.seed) if options.malformed else (Counter[str](), [])
     ended = time.monotonic()
@@ -96,6 +103,11 @@ def main() -> None:
         table.add_column(column, justify="right")
     for place, counts in tally(lives).items():
         table.add_row(f"killed {place}", *(str(counts[key]) for key in ("killed", "equal", "lost")))
+    table.add_section()
+    for kind in options.kinds:
+        of_kind = [life for life in lives if life.run.kind == kind]
+        killed, lost = (sum(len(life.kills) for life in some) for some in (of_kind, [x for x in of_kind if x.differ]))
+        table.add_row(f"of them {kind}", str(killed), str(killed - lost), str(lost))
     lost = sum(len(life.kills) for life in lives if life.differ)
     total = sum(modes.values())
     shares = ", ".join(f"{mode} {count}" for mode, count in modes.items())

@@ -12,8 +12,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from tests.stress.kinds import FREEZE_BATCHNORM, FREEZE_OBSERVERS, START
 from tests.stress.server import Outcome, Server
-from tests.stress.worker import DIGEST, FREEZE_BATCHNORM, FREEZE_OBSERVERS, START, Kill, Run
+from tests.stress.worker import DIGEST, Kill, Run
 
 MODES = ("eager", "fx", "pt2e")
 
@@ -63,7 +64,9 @@ class Life:
 
     def __str__(self) -> str:
         kills = "; ".join(f"{place}: {kill}" for kill, place in self.kills)
-        settings = f"mode={self.run.mode}, accumulate={self.run.accumulate}, save_every={self.run.save_every}"
+        settings = (
+            f"{self.run.kind}, mode={self.run.mode}, accumulate={self.run.accumulate}, save_every={self.run.save_every}"
+        )
         return f"{settings} | {kills} | differ: {', '.join(self.differ) or 'nothing'}"
 
 
@@ -83,18 +86,19 @@ class Campaign:
     folder: Path
     temporary: str | None = None
     random: random.Random = field(init=False)
-    _references: dict[tuple[str, int, int], Reference] = field(default_factory=dict)
+    _references: dict[tuple[str, int, int, str], Reference] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.random = random.Random(self.seed)
 
-    def live(self, mode: str, kills: int) -> Life:
+    def live(self, mode: str, kills: int, kind: str = "plain") -> Life:
         """One fit that is killed and resumed up to ``kills`` times, and compared at its end."""
         run = Run(
             mode,
             tempfile.mkdtemp(dir=self.folder),
-            accumulate=self.random.choice((1, 1, 2, 3)),
+            accumulate=1 if kind == "manual" else self.random.choice((1, 1, 2, 3)),
             save_every=self.random.choice((1, 2)),
+            kind=kind,
             temporary=self.temporary,
         )
         reference = self.reference(run)
@@ -115,7 +119,7 @@ class Campaign:
 
     def reference(self, run: Run) -> Reference:
         """The uninterrupted run of the same settings, made once."""
-        settings = (run.mode, run.accumulate, run.save_every)
+        settings = (run.mode, run.accumulate, run.save_every, run.kind)
         if settings not in self._references:
             whole = replace(run, folder=tempfile.mkdtemp(dir=self.folder), count=True)
             outcome = self.server.run(whole)

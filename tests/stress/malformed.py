@@ -23,13 +23,14 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from qat_lightning.artifact import load_quantized
+from qat_lightning.artifact import artifact_bytes, load_quantized
 from qat_lightning.backends import BACKENDS, MODES
 from qat_lightning.callbacks.quantization_aware_training import QuantizationAwareTraining
 from qat_lightning.errors import QuantizationError
 from qat_lightning.schedule import SchedulePoint
 from qat_lightning.scheme import Scheme
 from tests.callbacks.lit import Lit, loader, trainer
+from tests.stress.spoiling import spoil
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class Malformed:
         provoke: Makes it happen; is given files to use, and returns nothing.
         module: The LightningModule that must stay as it is, if there is one.
         prepared: Whether the network may be prepared by then; its weights must be the same in any case.
+        harmless: Whether it may also do no harm, of which ``provoke`` makes sure.
     """
 
     kind: str
@@ -51,6 +53,7 @@ class Malformed:
     provoke: Callable[[Files], Any]
     module: LightningModule | None = field(default=None, repr=False)
     prepared: bool = False
+    harmless: bool = False
 
 
 def complaint(case: Malformed, files: Files) -> str:
@@ -68,7 +71,7 @@ def complaint(case: Malformed, files: Files) -> str:
     except Exception as error:  # noqa: BLE001 - this is what is looked for
         return f"{type(error).__name__} instead of an error of ours: {str(error)[:500]}"
     else:
-        return "no error"
+        return "" if case.harmless else "no error"
     if case.module is None:
         return ""
     after = case.module.state_dict()
@@ -93,6 +96,7 @@ class Files:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._saved: dict[str, tuple[bytes, Any]] = {}
 
     @cached_property
     def quantized(self) -> bytes:
@@ -101,6 +105,14 @@ class Files:
         trainer(callback, max_steps=1).fit(Lit(), loader())
         callback.save(self.folder / "good.int8")
         return (self.folder / "good.int8").read_bytes()
+
+    def saved(self, mode: str) -> tuple[bytes, Any, Callable[[], Any]]:
+        """The file of an int8 network of a mode, the network, and the float network that loading it may need."""
+        if mode not in self._saved:
+            callback = QuantizationAwareTraining(mode)
+            trainer(callback, max_steps=1).fit(Lit(), loader())
+            self._saved[mode] = artifact_bytes(callback.quantized), callback.quantized
+        return (*self._saved[mode], lambda: Lit().net if mode == "eager" else None)
 
     def checkpoint(self, mode: str | None, **settings: Any) -> Path:
         """A Lightning checkpoint of a fit with these settings; of a float fit for no mode."""
@@ -579,6 +591,23 @@ def artifacts(draw: st.DrawFn) -> Malformed:
 
 
 @st.composite
+def saved_files(draw: st.DrawFn) -> Malformed:
+    """The file of an int8 network with bytes flipped, members cut, or values of its JSON replaced."""
+    mode, seed = draw(_modes), draw(st.integers(0, 10**9))
+
+    def provoke(files: Files) -> None:
+        good, network, given = files.saved(mode)
+        spoilt, _ = spoil(good, seed)
+        loaded = load_quantized(files.spoilt(spoilt), network=given())
+        images = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(seed))
+        if not torch.equal(loaded(images), network(images)):
+            raise AssertionError("what was loaded is another network")
+
+    names = ("cannot be", "damaged", "not the file")
+    return Malformed("saved files", f"{mode}, spoil(good, {seed})", names, provoke, harmless=True)
+
+
+@st.composite
 def variants(draw: st.DrawFn) -> Malformed:
     """A variant that there is not."""
     name = draw(st.one_of(st.text(max_size=8), st.just("int8 ")).filter(lambda v: v not in ("float", "int8")))
@@ -600,6 +629,8 @@ FAMILIES: Sequence[Callable[[], st.SearchStrategy[Malformed]]] = (
     float_checkpoints,
     resumes,
     artifacts,
+    saved_files,
+    saved_files,
     variants,
 )
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tests.stress import malformed
 from tests.stress.malformed import FAMILIES, Files, Malformed, complaint
 
-QUICK = {malformed.settings, malformed.schemes, malformed.pairs, malformed.variants}
+QUICK = {malformed.settings, malformed.schemes, malformed.pairs, malformed.variants, malformed.saved_files}
 
 
 @pytest.fixture(scope="module")

@@ -25,13 +25,13 @@ from lightning.pytorch import Callback, LightningModule, Trainer, seed_everythin
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
-from qat_lightning.callbacks.quantization_aware_training import QuantizationAwareTraining
+from qat_lightning.callbacks.base import QuantizationCallback
 from qat_lightning.demos.data.resumable import resumable_loader
-from tests.callbacks.lit import Lit, Net, dataset
+from tests.callbacks.lit import dataset
+from tests.stress.kinds import MORE_STEPS, parts
 
 BATCHES = 4
 STEPS = 12
-START, FREEZE_BATCHNORM, FREEZE_OBSERVERS = 3, 6, 9
 EPOCHS = {1: 3, 2: 6, 3: 6}
 """For each accumulation the epochs that make `STEPS` optimizer steps; 3 does not divide the batches of an epoch."""
 
@@ -66,6 +66,7 @@ class Run:
         folder: Of its checkpoints and its digest.
         accumulate: Batches to an optimizer step.
         save_every: Optimizer steps to a checkpoint.
+        kind: One of `kinds.KINDS`.
         kill: Where it ends early.
         count: Count the calls in each part, for later kills.
         temporary: Where Python makes temporary files, if elsewhere than usual.
@@ -75,6 +76,7 @@ class Run:
     folder: str
     accumulate: int = 1
     save_every: int = 1
+    kind: str = "plain"
     kill: Kill | None = None
     count: bool = False
     temporary: str | None = None
@@ -153,33 +155,6 @@ class Saving:
         self.witness.say("saved", self.trainer.global_step)
 
 
-class Task(Lit):
-    """Adam, a falling learning rate, and dropout whose random state goes into the checkpoint.
-
-    Lightning leaves random states to the user; a resumed run draws the same dropout only if they are restored.
-    """
-
-    def __init__(self) -> None:
-        super().__init__(Net(dropout=0.3))
-        self._random: Tensor | None = None
-
-    def configure_optimizers(self) -> Any:
-        optimizer = torch.optim.Adam(self.parameters(), lr=0.01)
-        scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["random"] = torch.get_rng_state()
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self._random = checkpoint["random"]
-
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        if self._random is not None:
-            torch.set_rng_state(self._random)
-            self._random = None
-
-
 def fit(run: Run, tell: Callable[[str], None]) -> None:
     """The fit, from the last checkpoint in its folder or from the beginning, and its digest.
 
@@ -192,12 +167,7 @@ def fit(run: Run, tell: Callable[[str], None]) -> None:
     # A resumed run is seeded otherwise: what it ends with must come from the checkpoint.
     seed_everything(1 if resumed else 0, verbose=False)
     witness = Witness(run, tell)
-    callback = QuantizationAwareTraining(
-        run.mode,
-        start={"step": START},
-        freeze_batchnorm={"step": FREEZE_BATCHNORM},
-        freeze_observers={"step": FREEZE_OBSERVERS},
-    )
+    module, callback, others = parts(run.kind, run.mode)
     trainer = Trainer(
         accelerator="cpu",
         devices=1,
@@ -207,28 +177,34 @@ def fit(run: Run, tell: Callable[[str], None]) -> None:
         enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
-        callbacks=[witness, callback, ModelCheckpoint(folder, every_n_train_steps=run.save_every, save_last=True)],
+        callbacks=[
+            witness,
+            callback,
+            *others,
+            ModelCheckpoint(folder, every_n_train_steps=run.save_every, save_last=True),
+        ],
     )
     trainer.save_checkpoint = Saving(witness, trainer.save_checkpoint, trainer)  # type: ignore[method-assign]
     train = resumable_loader(dataset(), batch_size=16, seed=1, shuffle=True)
     validate = resumable_loader(dataset(32), batch_size=16, seed=1, shuffle=False)
-    module = Task()
     trainer.fit(module, train, validate, ckpt_path="last")
     sys.setprofile(None)
-    if trainer.global_step != STEPS:
-        raise RuntimeError(f"the fit ended at step {trainer.global_step}, not {STEPS}")
+    wanted = STEPS + MORE_STEPS.get(run.kind, 0)
+    if trainer.global_step != wanted:
+        raise RuntimeError(f"the fit ended at step {trainer.global_step}, not {wanted}")
     write(folder / DIGEST, {"digest": digest(trainer, module, callback), "calls": witness.calls})
     tell("done 0")
 
 
-def digest(trainer: Trainer, module: LightningModule, callback: QuantizationAwareTraining) -> dict[str, str]:
+def digest(trainer: Trainer, module: LightningModule, callback: QuantizationCallback) -> dict[str, str]:
     """A hash of every tensor that a fit ends with."""
     ended: dict[str, Any] = dict(module.state_dict())
     for index, values in trainer.optimizers[0].state_dict()["state"].items():
         ended |= {f"optimizer.{index}.{key}": torch.as_tensor(value) for key, value in values.items()}
     ended["lr"] = torch.tensor(trainer.optimizers[0].param_groups[0]["lr"], dtype=torch.float64)
     ended |= dict(_flat("callback", callback.state_dict()))
-    ended["int8"] = callback.quantized(dataset()[:32][0])
+    networks = callback.quantized if isinstance(callback.quantized, dict) else {"": callback.quantized}
+    ended |= {f"int8 {name}".strip(): network(dataset()[:32][0]) for name, network in networks.items()}
     return {key: _hash(value) for key, value in ended.items()}
 
 

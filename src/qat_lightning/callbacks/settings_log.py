@@ -73,7 +73,7 @@ def settings_of_callback(callback: Callback, prefix: str = PREFIX) -> dict[str, 
 
 def _arguments(kind: type) -> list[str]:
     """Of its constructor and of those that it extends: a subclass may pass on what it gets."""
-    makers = [inspect.signature(base.__init__) for base in kind.__mro__ if "__init__" in vars(base)]
+    makers = [inspect.signature(vars(base)["__init__"]) for base in kind.__mro__ if "__init__" in vars(base)]
     return list(dict.fromkeys(name for maker in makers for name in maker.parameters))
 
 

@@ -1,0 +1,129 @@
+"""Ways to train that a resume could get wrong, each as what `worker.fit` puts together."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
+from torch import Tensor
+
+from qat_lightning.callbacks.post_training_quantization import PostTrainingQuantization
+from qat_lightning.callbacks.quantization_aware_training import QuantizationAwareTraining
+from tests.callbacks.lit import Lit, Net, loader
+
+START, FREEZE_BATCHNORM, FREEZE_OBSERVERS = 3, 6, 9
+
+KINDS = ("plain", "manual", "swa", "ema", "several", "ptq")
+"""Of training: as a user first would; with manual optimization; with stochastic weight averaging; with a moving average
+of the weights; of two networks; without training for the grid."""
+
+MORE_STEPS = {"swa": 1}
+"""Lightning counts the epoch in which stochastic weight averaging estimates statistics as a step."""
+
+
+class Parts(NamedTuple):
+    """What a fit is put together from.
+
+    Attributes:
+        module: The LightningModule.
+        callback: The one that quantizes.
+        others: Behind it in the Trainer's callbacks.
+    """
+
+    module: Task
+    callback: QuantizationAwareTraining | PostTrainingQuantization
+    others: list[Callback]
+
+
+class Task(Lit):
+    """Adam, a falling learning rate, and dropout whose random state goes into the checkpoint.
+
+    Lightning leaves random states to the user; a resumed run draws the same dropout only if they are restored.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(Net(dropout=0.3))
+        self._random: Tensor | None = None
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.Adam(self.parameters(), lr=0.01)
+        scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["random"] = torch.get_rng_state()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._random = checkpoint["random"]
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        if self._random is not None:
+            torch.set_rng_state(self._random)
+            self._random = None
+
+
+class Manual(Task):
+    """Steps its optimizer and its learning rate itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        optimizer: Any = self.optimizers()
+        scheduler: Any = self.lr_schedulers()
+        loss = super().training_step(batch, batch_idx)
+        optimizer.zero_grad()
+        self.manual_backward(loss)
+        optimizer.step()
+        scheduler.step()
+        return loss
+
+
+class Averaged(Task):
+    """Without a falling learning rate, which stochastic weight averaging has one of its own for."""
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.Adam(self.parameters(), lr=0.01)
+
+
+class Several(Task):
+    """Two networks, each quantized."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.other = Net(dropout=0.3)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return super().training_step(batch, batch_idx) + F.cross_entropy(self.other(batch[0]), batch[1])
+
+    def _evaluate(self, stage: str, batch: Any) -> None:
+        super()._evaluate(stage, batch)
+        self.log(f"{stage}/other", F.cross_entropy(self.other(batch[0]), batch[1]))
+
+
+def parts(kind: str, mode: str) -> Parts:
+    """The parts of a fit of one of `KINDS`."""
+    if kind == "ptq":
+        calibration = loader(32)
+        return Parts(
+            Task(),
+            PostTrainingQuantization(mode, calibration_batches=2, calibration_dataloader=calibration),
+            [],
+        )
+    module = {"manual": Manual, "swa": Averaged, "several": Several}.get(kind, Task)()
+    callback = QuantizationAwareTraining(
+        mode,
+        start={"step": START},
+        freeze_batchnorm={"step": FREEZE_BATCHNORM},
+        freeze_observers={"step": FREEZE_OBSERVERS},
+        module=["net", "other"] if kind == "several" else None,
+    )
+    others: dict[str, list[Callback]] = {
+        "swa": [StochasticWeightAveraging(0.01, swa_epoch_start=1, annealing_epochs=1)],
+        "ema": [EMAWeightAveraging(decay=0.9)],
+    }
+    return Parts(module, callback, others.get(kind, []))

@@ -275,18 +275,32 @@ def _logged_behind(name: str, loggers: Sequence[Logger]) -> Iterator[None]:
 
 def _measure(networks: Mapping[str, nn.Module], calls: Sequence[Call]) -> dict[str, float]:
     """Size and latency of each network, and their ratios."""
-    measured = {f"{name}/size_mb": _size_mb(network) for name, network in networks.items()}
-    compared = all(name in networks for name in TIMED)
-    if compared:
-        measured["size_ratio"] = measured["float/size_mb"] / measured["int8/size_mb"]
-    if networks and calls:
-        one = one_sample(Example(*calls[0]))
+    return _sizes(networks) | (_latencies(networks, calls[0]) if networks and calls else {})
+
+
+def _sizes(networks: Mapping[str, nn.Module]) -> dict[str, float]:
+    try:
+        sizes = {f"{name}/size_mb": _size_mb(network) for name, network in networks.items()}
+    except Exception as error:  # noqa: BLE001 (a measurement does not cost what was trained and tested)
+        rank_zero_warn(f"Sizes are not measured: {type(error).__name__}: {error}")
+        return {}
+    if all(name in networks for name in TIMED):
+        sizes["size_ratio"] = sizes["float/size_mb"] / sizes["int8/size_mb"]
+    return sizes
+
+
+def _latencies(networks: Mapping[str, nn.Module], call: Call) -> dict[str, float]:
+    try:
+        one = one_sample(Example(*call))
         latencies = latency_interleaved(networks, one.args, one.kwargs)
-        measured |= {f"{name}/latency_ms": latency.median_ms for name, latency in latencies.items()}
-        if "fused" in latencies:
-            measured["fused/speedup"] = latencies["float"].median_ms / latencies["fused"].median_ms
-        if compared:
-            measured["speedup"] = latencies["float"].median_ms / latencies["int8"].median_ms
+    except Exception as error:  # noqa: BLE001 (likewise: a network need not run on a single sample)
+        rank_zero_warn(f"The latency of one sample is not measured: {type(error).__name__}: {error}")
+        return {}
+    measured = {f"{name}/latency_ms": latency.median_ms for name, latency in latencies.items()}
+    if "fused" in latencies:
+        measured["fused/speedup"] = latencies["float"].median_ms / latencies["fused"].median_ms
+    if all(name in networks for name in TIMED):
+        measured["speedup"] = latencies["float"].median_ms / latencies["int8"].median_ms
     return measured
 
 

@@ -16,10 +16,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import keystr, tree_flatten_with_path
 from torch.utils.benchmark import Timer
 from torchmetrics import Metric
 
 from qat_lightning.errors import ConfigurationError
+from qat_lightning.structures import look_into
 
 EQUAL_DB = 300.0
 """What loggers get for the SQNR of equal outputs; the noise of float64 arithmetic itself is at about 310 dB."""
@@ -51,6 +53,21 @@ def sqnr_db(reference: Tensor, actual: Tensor) -> float:
     """
     signal, noise = _energies(reference.detach().cpu(), actual.detach().cpu())
     return float(_decibel(signal, noise))
+
+
+def outputs_by_path(result: Any) -> dict[str, Tensor]:
+    """The tensors of what a network returns, by where they are in it.
+
+    Args:
+        result: Tensors in any structure.
+
+    Example:
+        >>> list(outputs_by_path({"logits": torch.zeros(2), "count": 3, "both": [torch.ones(1), torch.zeros(0)]}))
+        ["['both'][0]", "['both'][1]", "['logits']"]
+    """
+    look_into(result)
+    leaves, _ = tree_flatten_with_path(result)
+    return {keystr(path): leaf for path, leaf in leaves if isinstance(leaf, Tensor)}
 
 
 def class_axis(output: Tensor) -> int | None:

@@ -250,3 +250,49 @@ def _no_executorch(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_missing_package_is_one_line_that_installs_it() -> None:
     with pytest.raises(MissingExtraError, match=r"pip install 'qat-lightning\[xnnpack\]'"):
         check_formats(["executorch"], Recipe("pt2e", "xnnpack"))
+
+
+class ConstantsAndSlices(nn.Module):
+    """Scalars that are equal integers on grids of their own, parts of one convolution, and a sum of the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.next = nn.Conv2d(3, 8, 3), nn.Conv2d(4, 2, 1)
+        self.scalars = nn.ParameterList([nn.Parameter(torch.tensor(float(i + 1))) for i in range(3)])
+
+    def forward(self, x: Tensor) -> dict[str, Any]:
+        y = self.conv(x)
+        parts = [y[:, :2], y[:, 3], self.next(y.narrow(1, 2, 4))]
+        return {"scaled": [y * scalar for scalar in self.scalars], "parts": parts, "sum": y.sum()}
+
+
+def test_executorch_keeps_constants_apart_and_takes_slices(tmp_path: Path) -> None:
+    pytest.importorskip("executorch.exir")
+    torch.manual_seed(0)
+    call = Example((torch.randn(4, 3, 8, 8),))
+    network = get_flow("pt2e").prepare(ConstantsAndSlices(), call, Recipe("pt2e", "xnnpack")).train()
+    network(*call.args)
+    (result,) = export_quantized(network, tmp_path, ["executorch"], example=call)
+    assert not result.error
+    assert len(result.sqnr_db_of_outputs) == 7
+    assert min(result.sqnr_db_of_outputs.values()) > 35
+
+
+def test_one_wrong_output_beside_right_ones_leaves_no_file(tmp_path: Path) -> None:
+    class Doubled(nn.Module):
+        def __init__(self, of: nn.Module) -> None:
+            super().__init__()
+            self.of = of
+
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            outputs = self.of(*args, **kwargs)
+            return {**outputs, "scores": 2 * outputs["scores"]}
+
+    call = Example((torch.rand(4, 4),), {"table": torch.rand(4, 6), "factor": 2.0})
+    network = get_flow("fx").prepare(Several(), call, Recipe("fx", "x86")).train()
+    network(*call.args, **call.kwargs)
+    reference = Doubled(cpu_copy(network))
+    (result,) = export_quantized(network, tmp_path, ["torchscript"], example=call, reference=reference)
+    assert "['scores']: 6.0 dB" in result.error
+    assert result.agreement == 1.0
+    assert [path.name for path in tmp_path.iterdir()] == ["export.json"]

@@ -43,6 +43,8 @@ class QuantizedModelExport(Callback):
         batches: Real batches to compare on.
         dataloader: Where they come from; by default the validation's loader, else the training's.
         min_agreement: Least share of outputs whose top-1 must be fake-quant's.
+        min_sqnr_db: Least SQNR of each float output against fake-quant's, in dB; less where the network itself makes
+            more than that of a change of its inputs by a thousandth.
 
     Attributes:
         results: By format, what became of it; for several networks in the LightningModule by ``format-network``.
@@ -64,6 +66,7 @@ class QuantizedModelExport(Callback):
         batches: int = 8,
         dataloader: Any = None,
         min_agreement: float = 0.995,
+        min_sqnr_db: float = 20.0,
     ) -> None:
         self.formats = check_names("formats", formats, example="['pt2', 'torchscript']")
         unknown = [name for name in self.formats if name not in FORMATS]
@@ -73,12 +76,14 @@ class QuantizedModelExport(Callback):
             )
         check_count("batches", batches)
         check_number("min_agreement", min_agreement, least=0)
+        check_number("min_sqnr_db", min_sqnr_db, least=0)
         if min_agreement > 1:
             raise ConfigurationError(f"min_agreement={min_agreement!r} is not possible: give a share from 0 to 1.")
         self.dirpath = dirpath
         self.batches = batches
         self.dataloader = dataloader
         self.min_agreement = min_agreement
+        self.min_sqnr_db = min_sqnr_db
         self.results: dict[str, ExportResult] = {}
 
     @property
@@ -107,7 +112,9 @@ class QuantizedModelExport(Callback):
         partner = QuantizationCallback.of(trainer, self)
         self._check(quantized.recipe)
         with tempfile.TemporaryDirectory() as folder:
-            results = export_quantized(quantized, folder, self.formats, reference=reference, min_agreement=0)
+            results = export_quantized(
+                quantized, folder, self.formats, reference=reference, min_agreement=0, min_sqnr_db=0
+            )
         failed = {result.format: result.error for result in results if result.error}
         if not failed:
             return
@@ -169,6 +176,7 @@ class QuantizedModelExport(Callback):
             reference=partner.comparable(slot),
             float_network=partner.present_float(slot),
             min_agreement=self.min_agreement,
+            min_sqnr_db=self.min_sqnr_db,
             name=f"model{suffix}",
         )
         self.results |= {f"{result.format}{suffix}": result for result in results}

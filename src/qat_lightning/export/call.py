@@ -30,6 +30,7 @@ class Call:
         out_spec: Structure of the result.
         results: Its leaves; `TENSOR` where there is one.
         batched: Which of the input tensors have a batch dimension.
+        batched_results: Which of the tensors of the result have one.
     """
 
     signature: inspect.Signature
@@ -38,6 +39,7 @@ class Call:
     out_spec: pytree.TreeSpec
     results: tuple[Any, ...]
     batched: tuple[bool, ...]
+    batched_results: tuple[bool, ...] = ()
 
     @classmethod
     def of(cls, source: Source) -> Call:
@@ -56,6 +58,7 @@ class Call:
             out_spec,
             tuple(map(_if_no_tensor, results)),
             tuple(has_batch(leaf, size) for leaf in leaves if isinstance(leaf, Tensor)),
+            tuple(has_batch(leaf, size) for leaf in results if isinstance(leaf, Tensor)),
         )
 
     def flatten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:

@@ -45,7 +45,6 @@ class ExecuTorch:
 
     def write(self, source: Source, path: Path) -> None:
         """See `Format.write`."""
-        from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
         from executorch.exir import to_edge_transform_and_lower
 
         graph_module, examples, dynamic = flat_graph(source)
@@ -57,7 +56,7 @@ class ExecuTorch:
             warnings.simplefilter("ignore")
             try:
                 program = torch.export.export(graph_module, one, strict=True)
-                lowered = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()])
+                lowered = to_edge_transform_and_lower(program, partitioner=[_partitioner()])
                 written = lowered.to_executorch()
             except Exception as error:
                 raise ExportError(_explain(error)) from error
@@ -76,6 +75,19 @@ class ExecuTorch:
             return [tensor.clone() for tensor in as_list(methods[0].execute([t.contiguous() for t in tensors]))]
 
         return run
+
+
+def _partitioner() -> Any:
+    """XNNPACK's, without slices.
+
+    A file with its kernel of a slice does not load where the two sides have grids of their own, and two slices of one
+    convolution come out wrong. ExecuTorch's own kernel copies what is there.
+    """
+    from executorch.backends.xnnpack.partition.config import ALL_PARTITIONER_CONFIGS
+    from executorch.backends.xnnpack.partition.config.generic_node_configs import SliceCopyConfig
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+
+    return XnnpackPartitioner(configs=[config for config in ALL_PARTITIONER_CONFIGS if config is not SliceCopyConfig])
 
 
 def _explain(error: BaseException) -> str:

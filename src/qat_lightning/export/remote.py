@@ -107,4 +107,5 @@ class RemoteNetwork(nn.Module):
         """Send the inputs, wait for the outputs."""
         call: Call = self.__dict__["_call"]
         tensors = [tensor.detach().contiguous() for tensor in call.flatten(args, kwargs)]
-        return call.result(self.__dict__["_server"].ask("run", self.key, tensors, call.batched))
+        server: Server = self.__dict__["_server"]
+        return call.result(server.ask("run", self.key, tensors, call.batched, call.batched_results))

@@ -26,6 +26,7 @@ class ExportResult:
         size_ratio: How many times smaller they are than the float ``state_dict``.
         agreement: Share of outputs whose top-1 is that of fake-quant, over the real batches; None without classes.
         sqnr_db: Signal to quantization noise ratio against fake-quant's outputs, in dB.
+        sqnr_db_of_outputs: Likewise for each output, by where it is in the result.
         max_difference: Largest absolute difference from fake-quant's outputs.
         metric: What the metric that was given says of it; None without one.
         latency_ms: Median time of one sample in its runtime.
@@ -42,6 +43,7 @@ class ExportResult:
     size_ratio: float = math.nan
     agreement: float | None = None
     sqnr_db: float = math.nan
+    sqnr_db_of_outputs: dict[str, float] = field(default_factory=dict)
     max_difference: float = math.nan
     metric: float | None = None
     latency_ms: float = math.nan
@@ -93,10 +95,13 @@ class ExportResult:
             "files": [file.name for file in self.files],
             "passed": self.passed,
         }
-        return {
-            key: str(value) if isinstance(value, float) and not math.isfinite(value) else value
-            for key, value in plain.items()
-        }
+        return {key: _finite(value) for key, value in plain.items()}
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def fastest(results: Sequence[ExportResult]) -> ExportResult | None:

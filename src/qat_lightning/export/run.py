@@ -8,24 +8,25 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch import nn
 
 from qat_lightning.checkpoints import present_float
 from qat_lightning.errors import ConfigurationError, ExportError, QuantizationError
 from qat_lightning.export.base import Format, Source
 from qat_lightning.export.call import Call
+from qat_lightning.export.comparison import Comparison, problem
 from qat_lightning.export.formats import FORMATS, check_formats, get_format
 from qat_lightning.export.program import int8_network
 from qat_lightning.export.remote import RemoteNetwork, Server
 from qat_lightning.export.result import ExportResult, write_json
 from qat_lightning.flows.base import Example, cpu_copy, is_prepared, prepared_state
-from qat_lightning.flows.pt2e.signature import one_sample
-from qat_lightning.measure import latency_interleaved, size_mb
+from qat_lightning.flows.pt2e.signature import one_sample, samples
+from qat_lightning.measure import latency_interleaved, outputs_by_path, size_mb
 from qat_lightning.quantized import QuantizedNetwork
 from qat_lightning.variants import Fidelity
 
@@ -46,6 +47,7 @@ def export_quantized(
     float_network: nn.Module | None = None,
     metric: Callable[[nn.Module], float] | None = None,
     min_agreement: float = 0.995,
+    min_sqnr_db: float = 20.0,
     name: str = "model",
 ) -> list[ExportResult]:
     """Write a quantized network in several formats; each is loaded again by its own runtime, compared and timed.
@@ -66,6 +68,9 @@ def export_quantized(
             that of the prepared network, and else none.
         metric: Called with the artifact as a module that takes CPU tensors like the float network, returns the metric.
         min_agreement: Least share of the outputs whose top-1 must be the reference's; an artifact below it fails.
+            An output of whole numbers has to be the reference's in this share of its elements, about.
+        min_sqnr_db: Least SQNR of each float output, in dB; less where the network itself is farther than that from
+            itself when its inputs are changed by a thousandth. An artifact with an output below it fails.
         name: Of the files, before the suffix of their format.
 
     Returns:
@@ -91,6 +96,8 @@ def export_quantized(
         raise ConfigurationError(f"formats={formats!r} is not possible: give a list of some of {', '.join(FORMATS)}.")
     if not 0 <= min_agreement <= 1:
         raise ConfigurationError(f"min_agreement={min_agreement!r} is not possible: give a share from 0 to 1.")
+    if not min_sqnr_db >= 0:
+        raise ConfigurationError(f"min_sqnr_db={min_sqnr_db!r} is not possible: give 0 or more, in dB.")
     if is_prepared(network):
         check_formats(formats, prepared_state(network).recipe)  # before the work of converting
         reference = cpu_copy(network) if reference is None else reference
@@ -98,7 +105,8 @@ def export_quantized(
     int8 = int8_network(network, example)
     check_formats(formats, int8.recipe)
     example = int8.example if example is None else example
-    job = _Job(int8, example, list(batches) or [example], reference or int8, float_network, metric, min_agreement)
+    limits = _Limits(min_agreement, min_sqnr_db)
+    job = _Job(int8, example, list(batches) or [example], reference or int8, float_network, metric, limits)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     results = [job.export(get_format(chosen), folder, name) for chosen in formats]
@@ -123,6 +131,12 @@ def open_artifact(result: ExportResult) -> Iterator[nn.Module]:
         yield RemoteNetwork(server, "int8", result.call)
 
 
+@dataclass(frozen=True)
+class _Limits:
+    agreement: float
+    sqnr_db: float
+
+
 class _Job:
     """What the formats of one export have in common."""
 
@@ -134,15 +148,15 @@ class _Job:
         reference: nn.Module,
         float_network: nn.Module | None,
         metric: Callable[[nn.Module], float] | None,
-        min_agreement: float,
+        limits: _Limits,
     ) -> None:
         self.source = Source(network, example)
         self.batches = batches
-        with torch.no_grad():
-            self.wanted = [reference(*batch.args, **batch.kwargs) for batch in batches]
+        self.reference = reference
+        self._returned: list[Any] = []
         self.float_network = float_network
         self.metric = metric
-        self.min_agreement = min_agreement
+        self.limits = limits
         self.call = Call.of(self.source)
 
     def export(self, chosen: Format, folder: Path, name: str) -> ExportResult:
@@ -154,10 +168,13 @@ class _Job:
                 path = _write(chosen, self.source, Path(apart), name)
                 with Server(chosen.name) as server:
                     server.ask("load", "int8", str(path))
-                    self._compare(server, result)
+                    self._compare(server, chosen, result)
                     self._time(server, chosen, Path(elsewhere), result)
             except QuantizationError as error:
                 result.error = str(error)
+                return result
+            except Exception as error:  # noqa: BLE001 (whatever it is, it costs neither the fit nor other formats)
+                result.error = f"{chosen.runtime}: {type(error).__name__}: {error}"
                 return result
             made = [path, *(other for other in sorted(Path(apart).iterdir()) if other != path)]
             result.files = [_move(file, folder) for file in made]
@@ -166,25 +183,52 @@ class _Job:
             result.size_ratio = size_mb(self.float_network) / result.size_mb
         return result
 
-    def _compare(self, server: Server, result: ExportResult) -> None:
+    def _compare(self, server: Server, chosen: Format, result: ExportResult) -> None:
         remote = RemoteNetwork(server, "int8", self.call)
+        calls = self._calls(chosen)
         fidelity = Fidelity(of_all_processes=False)  # the others do not export
+        found = Comparison()
         largest = 0.0
-        for batch, wanted in zip(self.batches, self.wanted, strict=True):
-            got = remote(*batch.args, **batch.kwargs)
+        for call, wanted in zip(calls, self._wanted(calls), strict=True):
+            got = remote(*call.args, **call.kwargs)
+            found.update(wanted, got)
             fidelity.update(wanted, got)
             largest = max(largest, *_differences(wanted, got))
-        found = fidelity.compute()
-        result.agreement = found.get("agreement")
-        result.sqnr_db = found.get("sqnr_db", result.sqnr_db)
+        values = fidelity.compute()
+        result.agreement = values.get("agreement")
+        result.sqnr_db = values.get("sqnr_db", result.sqnr_db)
+        result.sqnr_db_of_outputs = found.sqnr_db
         result.max_difference = largest
+        self._judge(found, calls, result)
         if self.metric is not None:
             result.metric = float(self.metric(remote))
-        if result.agreement is not None and result.agreement < self.min_agreement:
+
+    def _wanted(self, calls: list[Example]) -> list[Any]:
+        """What the reference returns; on the batches themselves it is the same for all formats."""
+        if calls is self.batches and self._returned:
+            return self._returned
+        with torch.no_grad():
+            returned = [self.reference(*call.args, **call.kwargs) for call in calls]
+        if calls is self.batches:
+            self._returned = returned
+        return returned
+
+    def _calls(self, chosen: Format) -> list[Example]:
+        """The batches; one by one where the file takes single samples and an output is of the whole batch."""
+        if chosen.batch is None or all(self.call.batched_results):
+            return self.batches
+        return [sample for batch in self.batches for sample in samples(batch)]
+
+    def _judge(self, found: Comparison, calls: list[Example], result: ExportResult) -> None:
+        limits = self.limits
+        if result.agreement is not None and result.agreement < limits.agreement:
             raise ExportError(
                 f"{result.runtime} computes something else: the top-1 of {result.agreement:.2%} of the outputs is that "
-                f"of fake-quant, and at least {self.min_agreement:.2%} were asked for (min_agreement)."
+                f"of fake-quant, and at least {limits.agreement:.2%} were asked for (min_agreement)."
             )
+        wrong = problem(found, self.reference, calls, min_sqnr_db=limits.sqnr_db, min_equal=limits.agreement)
+        if wrong:
+            raise ExportError(f"{result.runtime} computes something else than fake-quant: {wrong}.")
 
     def _time(self, server: Server, chosen: Format, folder: Path, result: ExportResult) -> None:
         """One sample, in turn: the float network here, and both networks in the runtime."""
@@ -230,8 +274,9 @@ def _move(file: Path, folder: Path) -> Path:
 
 
 def _differences(wanted: Any, got: Any) -> list[float]:
+    others = outputs_by_path(got)
     return [
-        float((one.float() - other.float()).abs().max())
-        for one, other in zip(tree_leaves(wanted), tree_leaves(got), strict=True)
-        if isinstance(one, Tensor) and one.numel()
-    ]
+        float((one.float() - others[path].float()).abs().max())
+        for path, one in outputs_by_path(wanted).items()
+        if path in others and one.shape == others[path].shape and one.numel()
+    ] or [0.0]

@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor, nn
 
+from qat_lightning.errors import ExportError
 from qat_lightning.export.base import Runner
 from qat_lightning.export.formats import get_format
 from qat_lightning.measure import latency_interleaved
@@ -39,30 +40,46 @@ class Runtime:
         """Load a file under a name."""
         self.runners[key] = self.format.load(Path(path))
 
-    def run(self, key: str, tensors: list[Tensor], batched: Sequence[bool]) -> list[Tensor]:
+    def run(
+        self, key: str, tensors: list[Tensor], batched: Sequence[bool], batched_results: Sequence[bool]
+    ) -> list[Tensor]:
         """Outputs for a batch; of a format that takes so many samples only, call by call.
 
         Args:
             key: Which of the loaded files.
             tensors: The inputs.
             batched: Which of them have a batch dimension.
+            batched_results: Which of the outputs have one.
+
+        Raises:
+            ExportError: The batch has to be given call by call, and an output without a batch dimension depends on it.
         """
         run = self.runners[key]
         size = self.format.batch
-        if size is None:
+        if size is None or not any(batched):
             return run(tensors)
         count = next(tensor.shape[0] for tensor, has in zip(tensors, batched, strict=True) if has)
         parts = [
             run([t[start : start + size] if has else t for t, has in zip(tensors, batched, strict=True)])
             for start in range(0, count, size)
         ]
-        return [torch.cat(part) for part in zip(*parts, strict=True)]
+        return [_of_batch(part, has) for part, has in zip(zip(*parts, strict=True), batched_results, strict=True)]
 
     def time(self, tensors: list[Tensor], rounds: int) -> dict[str, float]:
         """Median time of a call of each loaded file, in milliseconds, measured in turn."""
         modules = {key: _Module(run) for key, run in self.runners.items()}
         found = latency_interleaved(modules, (tensors,), rounds=rounds)
         return {key: latency.median_ms for key, latency in found.items()}
+
+
+def _of_batch(parts: Sequence[Tensor], batched: bool) -> Tensor:
+    if batched:
+        return torch.cat(list(parts))
+    if any(not torch.equal(part, parts[0]) for part in parts[1:]):
+        raise ExportError(
+            "an output has no batch dimension, and this format takes one sample at a time: call it with single samples"
+        )
+    return parts[0]
 
 
 class _Module(nn.Module):

@@ -244,21 +244,25 @@ def _read_once(graph: fx.Graph) -> None:
 def tidy(converted: fx.GraphModule) -> fx.GraphModule:
     """Only what the graph reads, as buffers, each once; upstream leaves the float weights behind."""
     root = nn.Module()
-    kept: dict[str, Tensor] = {}
+    kept: dict[str, tuple[Tensor, list[Any]]] = {}
     graph = copy.deepcopy(converted.graph)
     graph._tracer_cls = None  # export's own, with which a graph module cannot be pickled
     names = _readable_names(graph)
-    for node in graph.find_nodes(op="get_attr"):
+    attributes = graph.find_nodes(op="get_attr")
+    grids = {node: _grid_of(converted, node) for node in attributes}
+    for node in attributes:
         holder, _, leaf = str(node.target).rpartition(".")
         value: Any = getattr(converted.get_submodule(holder), leaf)
         name = names.get(node, str(node.target).replace(".", "_"))
         if isinstance(value, nn.Module):
             root.add_module(name, value)
         else:
-            # A layer that is called twice has its weight rounded twice, to the same integers.
-            name = next((other for other, tensor in kept.items() if _same_weight(tensor, value)), name)
+            # A layer that is called twice has its weight rounded twice, to the same integers on the same grid. Other
+            # constants stay apart: a runtime with grids for tensors, and not for ops, would give all of them one grid.
+            same = (other for other, known in kept.items() if _same_weight(known, (value, grids[node])))
+            name = next(same, name)
             if name not in kept:
-                kept[name] = value
+                kept[name] = value, grids[node]
                 root.register_buffer(name, value.detach())
         node.target = name
     return fx.GraphModule(root, graph).eval()
@@ -294,5 +298,21 @@ def _unused(name: str, names: set[str]) -> str:
     return unused
 
 
-def _same_weight(one: Tensor, other: Tensor) -> bool:
-    return one.dtype is other.dtype is torch.int8 and one.shape == other.shape and torch.equal(one, other)
+def _grid_of(converted: fx.GraphModule, node: fx.Node) -> list[Any]:
+    """What the ops that read integers take besides them, with the tensors among it as lists."""
+    integers = _tensor(converted, node)
+    if integers is None or integers.dtype is not torch.int8:
+        return []
+
+    def plain(value: Any) -> Any:
+        tensor = _tensor(converted, value)
+        return value if tensor is None else tensor.tolist()
+
+    return [user.target for user in node.users] + [plain(value) for user in node.users for value in user.args[1:]]
+
+
+def _same_weight(one: tuple[Tensor, list[Any]], other: tuple[Tensor, list[Any]]) -> bool:
+    (integers, grid), (others, other_grid) = one, other
+    if not integers.dtype is others.dtype is torch.int8 or integers.shape != others.shape:
+        return False
+    return grid == other_grid and torch.equal(integers, others)

@@ -147,6 +147,26 @@ def one_sample(example: Example) -> Example:
     return Example(args, kwargs)
 
 
+def samples(example: Example) -> list[Example]:
+    """The same call for each sample of its batch by itself.
+
+    Example:
+        >>> import torch
+        >>> [call.args[0].tolist() for call in samples(Example((torch.tensor([1.0, 2.0]),)))]
+        [[1.0], [2.0]]
+    """
+    size = batch_size(example)
+
+    def nth(number: int) -> Example:
+        args, kwargs = pytree.tree_map(
+            lambda leaf: leaf[number : number + 1].contiguous() if has_batch(leaf, size) else leaf,
+            (example.args, example.kwargs),
+        )
+        return Example(args, kwargs)
+
+    return [nth(number) for number in range(size or 1)]
+
+
 def inputs_of(network: nn.Module, example: Example, size: int | None) -> tuple[pytree.TreeSpec, tuple[Input, ...]]:
     """Structure and leaves of the arguments of ``example``."""
     arguments = canonical(inspect.signature(network.forward), example.args, example.kwargs)

@@ -1,0 +1,156 @@
+"""An artifact against fake-quant, output by output: a wrong one must not hide behind a right and larger one.
+
+How close a runtime can come depends on the network, which may make much of little. So where an output is not close,
+the reference is compared with itself, its inputs changed by less than a step of an 8-bit grid: no artifact has to be
+closer than that.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from qat_lightning.flows.base import Example
+from qat_lightning.measure import outputs_by_path
+
+DRAWS = 2
+MARGIN_DB = 6.0
+"""How much farther than the worst draw a right artifact may be by chance."""
+
+MARGIN_SHARE = 0.1
+"""Likewise for the share of whole numbers that are equal."""
+
+_DISTURBANCE = 1e-3
+_EQUAL = 1e-6  # float32 sums in another order
+
+
+class Comparison:
+    """How far outputs are from those of a reference, over batches.
+
+    Attributes:
+        others: Outputs that only one of them has, or that have another shape, by where they are in the result.
+
+    Example:
+        >>> found = Comparison()
+        >>> found.update({"a": torch.ones(2), "b": torch.ones(2)}, {"a": torch.ones(2), "b": torch.tensor([1.0, 1.1])})
+        >>> {path: round(ratio, 1) for path, ratio in found.sqnr_db.items()}
+        {"['a']": inf, "['b']": 23.0}
+    """
+
+    def __init__(self) -> None:
+        self.others: set[str] = set()
+        self._energies: dict[str, tuple[float, float]] = {}
+        self._counts: dict[str, tuple[int, int]] = {}
+
+    def update(self, reference: Any, actual: Any) -> None:
+        """Take the results of one call into account."""
+        wanted, got = outputs_by_path(reference), outputs_by_path(actual)
+        for path in wanted.keys() | got.keys():
+            if path not in wanted or path not in got or wanted[path].shape != got[path].shape:
+                self.others.add(path)
+            elif wanted[path].is_floating_point() or wanted[path].is_complex():
+                before = self._energies.get(path, (0.0, 0.0))
+                signal, noise = _energies(wanted[path], got[path])
+                self._energies[path] = before[0] + signal, before[1] + noise
+            else:
+                equal, count = self._counts.get(path, (0, 0))
+                same = int((wanted[path] == got[path]).sum())
+                self._counts[path] = equal + same, count + wanted[path].numel()
+
+    @property
+    def sqnr_db(self) -> dict[str, float]:
+        """Of each float output that could be compared."""
+        return {path: _decibels(*energies) for path, energies in sorted(self._energies.items())}
+
+    @property
+    def equal(self) -> dict[str, float]:
+        """The share of equal elements of each output of whole numbers or truth values."""
+        return {path: equal / count for path, (equal, count) in sorted(self._counts.items()) if count}
+
+
+def problem(
+    found: Comparison, reference: nn.Module, calls: Sequence[Example], *, min_sqnr_db: float, min_equal: float
+) -> str:
+    """What is wrong with an artifact; empty if nothing is.
+
+    Args:
+        found: Its outputs compared with those of the reference.
+        reference: To compare with itself, where an output is not close enough.
+        calls: On which they were compared.
+        min_sqnr_db: What is close enough for floats.
+        min_equal: What is close enough for whole numbers, as a share.
+    """
+    if not _far(found, [], min_sqnr_db, min_equal):
+        return ""
+    draws = [_disturbed(reference, calls, seed) for seed in range(DRAWS)]
+    far = _far(found, draws, min_sqnr_db, min_equal)
+    if not far:
+        return ""
+    itself = "; ".join(f"{path or 'the output'}: {how}" for path, how in far.items())
+    return (
+        f"{itself}. The same network with its inputs changed by a thousandth is closer than that to itself, so this is "
+        "no matter of rounding (min_sqnr_db)"
+    )
+
+
+def _far(found: Comparison, draws: Sequence[Comparison], min_sqnr_db: float, min_equal: float) -> dict[str, str]:
+    """The outputs that are too far, and how far."""
+    far = {
+        path: "of another shape than fake-quant's"
+        for path in sorted(found.others)
+        if not any(path in draw.others for draw in draws)
+    }
+    for path, ratio in found.sqnr_db.items():
+        least = min([min_sqnr_db, *(draw.sqnr_db.get(path, math.inf) - MARGIN_DB for draw in draws)])
+        if ratio < least:
+            far[path] = f"{ratio:.1f} dB of SQNR, where at least {least:.1f} dB are asked for"
+    for path, share in found.equal.items():
+        least = min([min_equal, *(draw.equal.get(path, 1.0) for draw in draws)]) - MARGIN_SHARE
+        if share < least:
+            far[path] = f"{share:.1%} of the whole numbers are equal, where at least {least:.1%} are asked for"
+    return far
+
+
+@torch.no_grad()
+def _disturbed(reference: nn.Module, calls: Sequence[Example], seed: int) -> Comparison:
+    """The reference compared with itself on other inputs."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def changed(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
+            return leaf
+        return leaf * (1 + _DISTURBANCE * torch.randn(leaf.shape, generator=generator).to(leaf))
+
+    found = Comparison()
+    for call in calls:
+        args, kwargs = tree_map(changed, (call.args, call.kwargs))
+        found.update(reference(*call.args, **call.kwargs), reference(*args, **kwargs))
+    return found
+
+
+def _energies(wanted: Tensor, got: Tensor) -> tuple[float, float]:
+    """Of the reference, and of the difference where there is one; equal infinities, as in masks, are no difference."""
+    wanted, got = (_plain(tensor) for tensor in (wanted, got))
+    same = (wanted == got) | (wanted.isnan() & got.isnan())
+    same |= (wanted - got).abs() <= _EQUAL
+    signal = torch.where(same & ~wanted.isfinite(), 0.0, wanted)
+    noise = torch.where(same, 0.0, wanted - got)
+    return float(signal.square().sum()), float(noise.square().sum())
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach().cpu()
+    return (torch.view_as_real(tensor) if tensor.is_complex() else tensor).double()
+
+
+def _decibels(signal: float, noise: float) -> float:
+    if noise == 0:
+        return math.inf
+    if not math.isfinite(noise) or not math.isfinite(signal) or signal == 0:
+        return -math.inf
+    return 10 * math.log10(signal / noise)

@@ -1,0 +1,69 @@
+"""When an artifact is too far from fake-quant, output by output."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qat_lightning.export.comparison import Comparison, problem
+from qat_lightning.flows.base import Example
+
+
+class Returns(nn.Module):
+    """Returns what a function makes of the input."""
+
+    def __init__(self, function: Any) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Any:
+        return self.function(x)
+
+
+def judge(wanted: Any, got: Any, x: Tensor | None = None) -> str:
+    """What is wrong with an artifact that computes ``got`` where ``wanted`` is right."""
+    call, found = Example((torch.randn(8, 4) if x is None else x,)), Comparison()
+    found.update(wanted(*call.args), got(*call.args))
+    return problem(found, Returns(wanted), [call], min_sqnr_db=20.0, min_equal=0.995)
+
+
+def test_a_wrong_output_is_seen_beside_a_larger_one_that_is_right() -> None:
+    assert not judge(lambda x: (1000 * x, x), lambda x: (1000 * x, x + 1e-3))
+    assert "[1]: 6.0 dB" in judge(lambda x: (1000 * x, x), lambda x: (1000 * x, 1.5 * x))
+
+
+def test_whole_numbers_and_masks_are_compared_by_what_is_equal() -> None:
+    assert "['count']: 0.0% of the whole numbers" in judge(
+        lambda x: {"count": (x > 0).sum(1)}, lambda x: {"count": (x > 0).sum(1) + 1}
+    )
+    assert not judge(lambda x: x > 0, lambda x: x > 0)
+
+
+def test_what_jumps_at_a_small_change_may_be_as_far_as_it_is_from_itself() -> None:
+    def jumps(x: Tensor) -> Tensor:
+        return (1e5 * x).sin()
+
+    def differently(x: Tensor) -> Tensor:
+        return (1e5 * x + 2).sin()
+
+    assert not judge(jumps, differently, torch.randn(64, 16))
+    assert judge(lambda x: x.sin(), lambda x: (x + 2).sin(), torch.randn(64, 16))
+
+
+def test_rows_that_are_found_may_differ_in_number_where_a_small_change_finds_others() -> None:
+    x = torch.linspace(-1e-4, 1e-4, 64)[:, None].repeat(1, 4) + 1
+    assert not judge(lambda x: x[x[:, 0] > 1.0], lambda x: x[x[:, 0] > 1.00005], x)
+    assert "another shape" in judge(lambda x: x, lambda x: x[1:])
+
+
+def test_masked_scores_and_outputs_without_rows_are_no_difference() -> None:
+    def masked(x: Tensor) -> tuple[Tensor, Tensor]:
+        return x.masked_fill(x > 0, -torch.inf), x[:0]
+
+    assert not judge(masked, masked)
+    found = Comparison()
+    found.update(torch.tensor([1.0, torch.nan]), torch.tensor([1.0, 2.0]))
+    assert found.sqnr_db == {"": -math.inf}

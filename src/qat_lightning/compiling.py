@@ -8,7 +8,7 @@ evaluation, conversion and whatever looks at the network through hooks run it as
 from __future__ import annotations
 
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import nn
 
 from qat_lightning.errors import ConfigurationError
 from qat_lightning.flows.base import fake_quantizers, prepared_state
+from qat_lightning.flows.eager_forwards import is_foreign
 from qat_lightning.flows.eager_layers import MarksWhileTraced
 from qat_lightning.flows.pt2e.compiling import has_cpp_compiler
 
@@ -70,13 +71,14 @@ class CompiledSteps:
         self._unseen = [fq for _, fq in fake_quantizers(network) if fq.observed]
         marks = prepared_state(network).recipe.mode == "eager"
         self._compiled = torch.compile(_function_of_its_own(self.plain, marks=marks), backend=BACKEND, fullgraph=True)
-        self._as_it_is = 1
+        self._learn = any(fq.step is not None for fq in self._unseen)
+        self.switched()
         self._said = False
         owner.__dict__["forward"] = self
 
     def switched(self) -> None:
-        """The schedule switched something: run one step as it is."""
-        self._as_it_is = 1
+        """The schedule switched something: run one step as it is; two, where a scale may begin to learn only then."""
+        self._as_it_is = 2 if self._learn else 1
 
     def remove(self) -> None:
         """Put back what was there."""
@@ -97,7 +99,7 @@ class CompiledSteps:
         if self._as_it_is:
             self._as_it_is -= 1
             return self.plain(*args, **kwargs)
-        if any(module._forward_hooks or module._forward_pre_hooks for module in self._modules):
+        if any(is_foreign(hook) for module in self._modules for hook in _hooks(module)):
             self._say_hooks()
             return self.plain(*args, **kwargs)
         # Whether a range is known is a constant of the graph, and found out outside of it.
@@ -118,6 +120,11 @@ class CompiledSteps:
         """In a copy of the network its plain forward, of the copy."""
         owner = memo.get(id(self.owner), self.owner)
         return types.MethodType(self.plain.__func__, memo.get(id(self.__self__), owner))  # type: ignore[attr-defined]
+
+
+def _hooks(module: nn.Module) -> Iterator[Any]:
+    yield from module._forward_hooks.values()
+    yield from module._forward_pre_hooks.values()
 
 
 def _function_of_its_own(plain: Callable[..., Any], *, marks: bool) -> Callable[..., Any]:

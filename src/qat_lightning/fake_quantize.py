@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.ao.quantization.fake_quantize import FakeQuantizeBase as _TorchFakeQuantizeBase
 
 from qat_lightning._torchao import FakeQuantizeBase as _TorchaoFakeQuantizeBase
+from qat_lightning.course import Course
 from qat_lightning.grid import (
     along,
     choose_qparams,
@@ -67,6 +68,8 @@ class FakeQuantize(_TorchFakeQuantizeBase, _TorchaoFakeQuantizeBase):  # type: i
         observe_in_evaluation: Whether it does in evaluation as well.
         left_float: Whether it never rounds, because what it belongs to cannot be int8: see
             `qat_lightning.flows.left_float`.
+        is_shared: Whether it comes by several times in a forward pass of the example.
+        course: What it knows of the network as a whole; None outside of a prepared network.
         batches: Batches that the range was moved by, an int64 buffer.
         reduce_across_processes: Whether every batch's range is taken over all processes of a distributed training. Only
             where all of them run the same modules in the same order, or they wait for each other for ever.
@@ -85,6 +88,7 @@ class FakeQuantize(_TorchFakeQuantizeBase, _TorchaoFakeQuantizeBase):  # type: i
     batches: Tensor
     nonfinite_batches: Tensor
     clip: Tensor
+    course: Course | None = None
     # Upstream has tensors here.
     fake_quant_enabled: bool  # type: ignore[assignment]
     observer_enabled: bool  # type: ignore[assignment]
@@ -125,6 +129,8 @@ class FakeQuantize(_TorchFakeQuantizeBase, _TorchaoFakeQuantizeBase):  # type: i
         self.observe_in_evaluation = False
         self.reduce_across_processes = False
         self.left_float = False
+        self.is_shared = False
+        self._passed: tuple[tuple[Tensor, Tensor, Tensor], Tensor, Tensor] | None = None
         self._seen = source == "fixed"
         self.step: LearnedStep | None = None
         self.histogram = Histogram() if source in ("histogram_mse", "histogram_kl", "percentile") else None
@@ -232,20 +238,44 @@ class FakeQuantize(_TorchFakeQuantizeBase, _TorchaoFakeQuantizeBase):  # type: i
             low, high, finite = range_over_all(low, high, finite)
         if self.histogram is not None and bool(finite):
             self.histogram.observe(values)
-        low, high = self._average(low, high) if self.source == "moving_average" else self._extend(low, high)
-        self.min_val.copy_(torch.where(finite, low, self.min_val))
-        self.max_val.copy_(torch.where(finite, high, self.max_val))
-        self.batches.add_(finite)
+        before = self.min_val, self.max_val, self.batches
+        if self.course is not None and self.course.in_forward:
+            low, high, finite, before = self._of_whole_forward(low, high, finite)
+        ends = self._average(low, high, *before) if self.source == "moving_average" else self._extend(low, high)
+        for buffer, old, new in zip((self.min_val, self.max_val), before, ends, strict=False):
+            buffer.copy_(torch.where(finite, new, old))
+        self.batches.copy_(before[2] + finite)
+
+    def _of_whole_forward(self, low: Tensor, high: Tensor, finite: Tensor) -> tuple[Tensor, Tensor, Tensor, Any]:
+        """The range of all that came by in this forward pass, and range and count of before it.
+
+        A layer that is called several times sees one batch, in parts: the average is moved once, by their union, and
+        with each part anew from where it was.
+        """
+        low, high = torch.where(finite, low, torch.inf), torch.where(finite, high, -torch.inf)
+        if self._passed is None:
+            before = self.min_val.clone(), self.max_val.clone(), self.batches.clone()
+        else:
+            before, others_low, others_high = self._passed
+            low, high = torch.minimum(low, others_low), torch.maximum(high, others_high)
+        self._passed = before, low, high
+        return low, high, low <= high, before
+
+    def begin_forward(self) -> None:
+        """From here on, what comes by belongs to another forward pass."""
+        self._passed = None
 
     def _is_present(self, low: Tensor, high: Tensor) -> None:
         self._present = low, high
         self._seen = True
 
-    def _average(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-        constant = (9.0 / (self.batches + 10)).clamp(min=self.averaging_constant)
-        first = self.batches == 0
-        average_low = torch.where(first, low, self.min_val + constant * (low - self.min_val))
-        average_high = torch.where(first, high, self.max_val + constant * (high - self.max_val))
+    def _average(
+        self, low: Tensor, high: Tensor, before_low: Tensor, before_high: Tensor, batches: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        constant = (9.0 / (batches + 10)).clamp(min=self.averaging_constant)
+        first = batches == 0
+        average_low = torch.where(first, low, before_low + constant * (low - before_low))
+        average_high = torch.where(first, high, before_high + constant * (high - before_high))
         return average_low, average_high
 
     def _extend(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
@@ -381,8 +411,23 @@ class FakeQuantize(_TorchFakeQuantizeBase, _TorchaoFakeQuantizeBase):  # type: i
     @property
     def observes(self) -> bool:
         """Whether `forward` moves the range now."""
-        here = self.training or self.observe_in_evaluation
+        here = self._trains or self.observe_in_evaluation
         return self.observer_enabled and here and self.observed and not recomputes()
+
+    @property
+    def _trains(self) -> bool:
+        """Whether what comes by belongs to the training, also of a part that is kept in evaluation."""
+        return self.training or (self.course is not None and self.course.trains)
+
+    def _beginning(self) -> tuple[Tensor, Tensor] | None:
+        """Scale and zero point with which the step begins to learn now; None if it does not."""
+        if self.step is None or self.step.learns or not self._trains:
+            return None
+        if self.is_shared and self._passed is not None:
+            # What this forward pass has shown so far is a part of the batch.
+            (low, high, batches), *_ = self._passed
+            return self._qparams_of(low, high) if bool(batches) else None
+        return self.calculate_qparams()
 
     def round(self, x: Tensor) -> Tensor:
         """`forward` without observing."""
@@ -396,8 +441,9 @@ class FakeQuantize(_TorchFakeQuantizeBase, _TorchaoFakeQuantizeBase):  # type: i
             known = self.min_val <= self.max_val if torch.compiler.is_compiling() and self.observed else None
             return x if known is None else torch.where(known, self._on_grid(x, clamps=clamps), x)
         if self.step is not None:
-            if self.training and not self.step.learns:
-                self.step.begin(*self.calculate_qparams())
+            beginning = self._beginning()
+            if beginning is not None:
+                self.step.begin(*beginning)
             if self.step.learns:
                 axis = self.ch_axis if self.per_channel else None
                 return self.step.round(x, axis=axis, is_weight=self.source == "present")

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 from torch import Tensor, nn
 
 from qat_lightning.backends import Backend, get_backend
+from qat_lightning.course import Course
 from qat_lightning.errors import CheckpointMismatchError, ConfigurationError
 from qat_lightning.scheme import CALIBRATION_ONLY, Scheme
 from qat_lightning.state_entries import from_entry, to_tensor
@@ -234,6 +235,7 @@ class PreparedState(nn.Module):
         left_float: What was found to be impossible in int8, by name, and why: see `qat_lightning.flows.left_float`.
         plan: What the flow that prepared it wants to remember for conversion.
         reworking: What was done to the float network before, and can be done to other weights; None if nothing.
+        course: Whether the network trains, and where its forward passes begin.
     """
 
     recipe: Recipe
@@ -252,6 +254,7 @@ class PreparedState(nn.Module):
         self.__dict__["float_network"] = float_network
         self.__dict__["plan"] = plan
         self.__dict__["reworking"] = None
+        self.course = Course()
 
     def forward(self, input: Any) -> Any:
         """``input`` itself: an ``nn.Sequential`` calls every child that it has."""

@@ -27,7 +27,7 @@ from qat_lightning.checkpoint_io import read_float_state
 from qat_lightning.checkpoints import float_weights, read_float_weights
 from qat_lightning.compiling import CompiledSteps, check_compiler
 from qat_lightning.errors import ConfigurationError
-from qat_lightning.flows.base import merge_ranges, prepared_state, reduce_ranges, set_phase
+from qat_lightning.flows.base import in_training_step, merge_ranges, prepared_state, reduce_ranges, set_phase
 from qat_lightning.network import OWN_FORWARD, Slot
 from qat_lightning.recipe import BatchNormHandling, Equalization
 from qat_lightning.recipes.bias_correction import correct_biases
@@ -205,6 +205,7 @@ class QuantizationAwareTraining(QuantizationCallback):
         self._driver.before_batch(trainer, self._prepared, self._phase)
         if estimates_batchnorm(trainer):
             self._let_batchnorm_move()
+        self._in_training_step(True)
         if not trainer.barebones:
             pl_module.log_dict(
                 {
@@ -224,6 +225,7 @@ class QuantizationAwareTraining(QuantizationCallback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Say how things stand, and where activations were not finite, which may be why; leave nothing behind."""
         super().on_exception(trainer, pl_module, exception)
+        self._in_training_step(False)
         self._nonfinite.look(self._prepared)
         if trainer.state.fn == "fit" and self._prepared and trainer.global_step:
             rank_zero_info(
@@ -231,6 +233,11 @@ class QuantizationAwareTraining(QuantizationCallback):
                 "as trained so far, with fake-quant, and was not converted; another fit goes on from its last "
                 "checkpoint with ckpt_path='last'."
             )
+
+    def _in_training_step(self, begins: bool) -> None:
+        """What a step computes belongs to the training, also where a part of the network is kept in evaluation."""
+        for prepared in self._prepared.values():
+            in_training_step(prepared, begins)
 
     def _step_phase(self, trainer: Trainer) -> None:
         step, phase = self._driver.phase(trainer, self._prepared)
@@ -337,6 +344,7 @@ class QuantizationAwareTraining(QuantizationCallback):
     ) -> None:
         """Let all processes go on with the same ranges, where they are not reduced as they are observed."""
         self._driver.after_batch()
+        self._in_training_step(False)
         if trainer.world_size > 1 and self._phase.observers:
             for prepared in self._prepared.values():
                 if prepared_state(prepared).recipe.mode == "eager":

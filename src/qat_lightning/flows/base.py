@@ -208,6 +208,21 @@ def observe_in_evaluation(network: nn.Module, observe: bool) -> None:
         fq.observe_in_evaluation = observe
 
 
+def follow_course(prepared: nn.Module) -> None:
+    """Let all FakeQuantizes of a prepared network know whether it trains as a whole."""
+    course = prepared_state(prepared).course
+    for _, fq in fake_quantizers(prepared):
+        fq.__dict__["course"] = course  # no child: it is one of the network already
+
+
+def in_training_step(prepared: nn.Module, begins: bool) -> None:
+    """Say that a training step begins, in which ranges move also where a part is kept in evaluation, or that it ended.
+
+    Between steps, and without these calls, a network trains while its own flag says so.
+    """
+    prepared_state(prepared).course.in_training_step = begins
+
+
 def reduce_ranges(network: nn.Module, reduce: bool) -> None:
     """Let every batch's ranges be taken over all processes of a distributed training, as they are observed, or not."""
     for _, fq in fake_quantizers(network):

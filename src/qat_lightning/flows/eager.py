@@ -27,6 +27,7 @@ from qat_lightning.flows.base import (
     LayerCoverage,
     copy_of_modules,
     cpu_copy,
+    follow_course,
     is_prepared,
     prepared_state,
     refuse_simulated,
@@ -36,6 +37,7 @@ from qat_lightning.flows.base import (
 from qat_lightning.flows.coverage import layers_with_macs, report
 from qat_lightning.flows.eager_chains import Chain, find_chains, float_functions, join, observe, run_apart
 from qat_lightning.flows.eager_coverage import eager_operations
+from qat_lightning.flows.eager_forwards import take_forwards_as_a_whole
 from qat_lightning.flows.eager_int8 import Int8Layer, make_int8
 from qat_lightning.flows.eager_layers import HEADS, LINKS, ChainHead, become, without_fast_paths
 from qat_lightning.flows.eager_outputs import plain_outputs
@@ -91,6 +93,8 @@ class EagerFlow:
             "functions": float_functions(observation),
         }
         network._quantization = PreparedState(recipe, float_network, prefix=prefix, plan=plan)
+        follow_course(network)
+        take_forwards_as_a_whole(network, observation)
         follow_checkpoints(network)
         _check_same(network, example, observation.result)
         return network

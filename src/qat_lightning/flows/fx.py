@@ -29,6 +29,7 @@ from qat_lightning.flows.base import (
     Example,
     LayerCoverage,
     copy_of_modules,
+    follow_course,
     materialize_weights,
     prepared_state,
     refuse_simulated,
@@ -195,6 +196,7 @@ class FxFlow:
         materialize_weights(result)
         materialize_weights_of_functions(result, result.graph)
         result._quantization = PreparedState(recipe, float_network, prefix=prefix, plan=plan)
+        follow_course(result)
         follow_checkpoints(result)
         refuse_other_results(
             result,

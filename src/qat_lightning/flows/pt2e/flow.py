@@ -16,6 +16,7 @@ from qat_lightning.flows.base import (
     Example,
     LayerCoverage,
     copy_of_modules,
+    follow_course,
     prepared_state,
     refuse_simulated,
 )
@@ -60,6 +61,7 @@ class Pt2eFlow:
         visit_weights(fx.GraphModule(root, copy.deepcopy(plan.graph)), FakeQuantize.materialize)
         result = ExportedNetwork(root, training_graph(root, plan), spec)
         result._quantization = PreparedState(recipe, float_network, prefix=prefix, plan=plan)
+        follow_course(result)
         follow_checkpoints(result)
         result.keep_extra_state_of(float_network)
         for name, module in result.named_modules():

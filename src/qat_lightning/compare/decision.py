@@ -128,7 +128,7 @@ def _noise(comparison: Comparison) -> str:
     noisy = next(c for c in comparison.configurations if c.noise)
     return (
         f"some were measured beside other work ({noisy.label}: {noisy.noise}). --remeasure times the int8 files and "
-        "float again, in turn."
+        "float again, in turn: where nothing else runs."
     )
 
 

@@ -58,7 +58,7 @@ def fuse(network: nn.Module, example_inputs: Any) -> tuple[nn.Module, int]:
     example = example_inputs if isinstance(example_inputs, Example) else from_user(example_inputs)
     fused = copy.deepcopy(network).eval()
     observation = observe(fused, example)
-    chains, _ = find_chains(fused, observation, Recipe("eager", "x86"), "")
+    chains, _ = find_chains(fused, observation, Recipe("eager", "x86"), "", int8=False)
     modules = dict(fused.named_modules(remove_duplicate=False))
     folded = [chain for chain in chains if chain.batchnorm is not None]
     for chain in folded:

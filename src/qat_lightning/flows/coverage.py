@@ -6,20 +6,24 @@ Each mode finds its own rows (`fx_coverage`, `eager_coverage`, `pt2e.coverage`);
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import torch
 from rich.table import Table
 from torch import Tensor, fx, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from qat_lightning.flows.base import Example, LayerCoverage
-from qat_lightning.flows.eager_chains import run_apart
+from qat_lightning.flows.eager_chains import function_name, run_apart
 from qat_lightning.flows.verify import Recorder
 
 MOVES = frozenset(
@@ -42,6 +46,63 @@ MOVING_MODULES = (
 )  # fmt: skip
 
 
+@contextmanager
+def in_single_products() -> Iterator[None]:
+    """Without the ops for a whole LSTM and for whole attention, of which nothing is counted."""
+    mkldnn, fast = torch._C._get_mkldnn_enabled(), torch.backends.mha.get_fastpath_enabled()
+    torch._C._set_mkldnn_enabled(False)
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch._C._set_mkldnn_enabled(mkldnn)
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
+def _flops_of_bilinear(first: Any, weight: Any, second: Any, *args: Any, **kwargs: Any) -> int:
+    # Flattened to (batch, in1), (out, in1, in2) and (batch, in2), one product of three for each of them.
+    return 2 * int(first[0]) * math.prod(weight)
+
+
+def counter() -> FlopCounterMode:
+    """Counts the products of matrices and tensors, by module and by op."""
+    return FlopCounterMode(display=False, custom_mapping={torch.ops.aten._trilinear: _flops_of_bilinear})
+
+
+class _Uses(TorchFunctionMode):
+    """Notes which parameters functions read."""
+
+    def __init__(self, owners: dict[int, str]) -> None:
+        super().__init__()
+        self.owners, self.used = owners, set[str]()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function_name(func) is not None:
+            read = [id(leaf) for leaf in tree_leaves((args, kwargs or {}))]
+            self.used |= {self.owners[key] for key in read if key in self.owners}
+        return func(*args, **(kwargs or {}))
+
+
+def used_modules(network: nn.Module, example: Example) -> set[str]:
+    """The names of the modules that one call of a network calls, or whose parameters it reads.
+
+    Args:
+        network: The float network; left as it is.
+        example: The call.
+    """
+    network = copy.deepcopy(network).cpu().float()
+    owners: dict[int, str] = {}
+    called: set[str] = set()
+    for name, module in network.named_modules():
+        owners |= {id(parameter): name for parameter in module.parameters(recurse=False)}
+        module.register_forward_pre_hook(lambda module, args, name=name: called.add(name))  # type: ignore[misc]
+    uses = _Uses(owners)
+    with in_single_products():
+        run_apart(network, example, uses)
+    return called | uses.used
+
+
 class FlopRecorder(Recorder):
     """Runs a graph, and keeps the value and the floating point operations of each node by its name."""
 
@@ -51,9 +112,9 @@ class FlopRecorder(Recorder):
 
     def run_node(self, n: fx.Node) -> Any:
         """Run one node and count."""
-        with FlopCounterMode(display=False) as counter:
+        with in_single_products(), counter() as counted:
             value = super().run_node(n)
-        self.flops[n.name] = counter.get_total_flops()
+        self.flops[n.name] = counted.get_total_flops()
         return value
 
 
@@ -85,13 +146,13 @@ def layers_with_macs(rows: Sequence[LayerCoverage], float_network: nn.Module, ex
     """
     network = copy.deepcopy(float_network).cpu().float()
     try:
-        with FlopCounterMode(display=False) as counter:
+        with in_single_products(), counter() as counted:
             run_apart(network, example)
     except Exception as error:  # noqa: BLE001 - whatever a custom op does to a counter must not cost the conversion
         warnings.warn(f"Multiply-accumulates were not counted: {type(error).__name__}: {error}", stacklevel=2)
         return list(rows)
     root = type(network).__name__
-    counts = {name.removeprefix(f"{root}."): sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
+    counts = {name.removeprefix(f"{root}."): sum(ops.values()) for name, ops in counted.get_flop_counts().items()}
     return [replace(row, macs=macs_of(counts.get(row.name or root, 0), example)) for row in rows]
 
 

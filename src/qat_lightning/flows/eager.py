@@ -36,7 +36,7 @@ from qat_lightning.flows.base import (
 )
 from qat_lightning.flows.coverage import layers_with_macs, report
 from qat_lightning.flows.eager_chains import Chain, find_chains, float_functions, join, observe, run_apart
-from qat_lightning.flows.eager_coverage import eager_operations
+from qat_lightning.flows.eager_coverage import REPORTED, eager_operations
 from qat_lightning.flows.eager_forwards import take_forwards_as_a_whole
 from qat_lightning.flows.eager_int8 import Int8Layer, make_int8
 from qat_lightning.flows.eager_layers import HEADS, LINKS, ChainHead, become, without_fast_paths
@@ -48,17 +48,6 @@ from qat_lightning.grid import EPS
 from qat_lightning.qat_modules import make_batchnorm_freezable, round_for_good
 from qat_lightning.recipe import PreparedState, Recipe
 from qat_lightning.recomputation import keep_tapes
-
-_REPORTED = (
-    nn.modules.conv._ConvNd,
-    nn.Linear,
-    nn.Bilinear,
-    nn.RNNBase,
-    nn.RNNCellBase,
-    nn.Embedding,
-    nn.EmbeddingBag,
-    nn.MultiheadAttention,
-)
 
 
 class EagerFlow:
@@ -395,7 +384,7 @@ def _coverage(state: PreparedState, plan: Mapping[str, Any]) -> list[LayerCovera
     int8 = {chain["name"] for chain in plan["chains"]}
     rows = []
     for name, module in state.float_network.named_modules():
-        if isinstance(module, _REPORTED):
+        if isinstance(module, REPORTED):
             reason = "" if name in int8 else _why_float(state, plan, name, module)
             rows.append(LayerCoverage(name, type(module).__name__, name in int8, reason))
     return rows

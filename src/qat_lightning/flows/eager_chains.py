@@ -245,7 +245,7 @@ def _left_alone(network: nn.Module, device: torch.device) -> Iterator[None]:
 
 
 def find_chains(
-    network: nn.Module, observation: Observation, recipe: Recipe, prefix: str
+    network: nn.Module, observation: Observation, recipe: Recipe, prefix: str, *, int8: bool = True
 ) -> tuple[list[Chain], dict[str, str]]:
     """The chains of a network, and why its other convolutions and linear layers are in none.
 
@@ -254,6 +254,7 @@ def find_chains(
         observation: One run of it.
         recipe: Says which layers are selected.
         prefix: The network's own name, to which the recipe's globs are not relative.
+        int8: Whether the chains are to run as int8 kernels, which not every layer has.
     """
     names = {module: name for name, module in network.named_modules()}
     used_by_functions = {
@@ -265,7 +266,7 @@ def find_chains(
     for module, name in names.items():
         if not isinstance(module, HEAD_TYPES):
             continue
-        reason = why_not(module, recipe.target)
+        reason = why_not(module, recipe.target) if int8 else _why_no_weight(module)
         if not recipe.selects(join(prefix, name)):
             reason = "excluded"
         elif not reason and any(id(parameter) in used_by_functions for parameter in module._parameters.values()):
@@ -283,11 +284,8 @@ def why_not(module: nn.Module, target: Backend) -> str:
         return f"{type(module).__name__} is not quantized in mode='eager'"
     if isinstance(module, nn.Conv3d) and target.engine == "qnnpack":
         return "QNNPACK cannot save the weight of a Conv3d"
-    weight = module._parameters.get("weight")
-    if weight is None:
-        return "its weight is computed (parametrized), and is no parameter"
-    if not weight.is_floating_point():
-        return f"its weight is {weight.dtype}"
+    if why := _why_no_weight(module):
+        return why
     if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         if module.padding_mode != "zeros":
             return f"int8 kernels do not have padding_mode={module.padding_mode!r}"
@@ -295,6 +293,13 @@ def why_not(module: nn.Module, target: Backend) -> str:
         if any(left != right for left, right in zip(pads[::2], pads[1::2], strict=True)):
             return "padding='same' is not the same on both sides here, which int8 kernels do not have"
     return ""
+
+
+def _why_no_weight(module: nn.Module) -> str:
+    weight = module._parameters.get("weight")
+    if weight is None:
+        return "its weight is computed (parametrized), and is no parameter"
+    return "" if weight.is_floating_point() else f"its weight is {weight.dtype}"
 
 
 def join(prefix: str, name: str) -> str:

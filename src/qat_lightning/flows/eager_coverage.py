@@ -4,42 +4,66 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from torch.utils.flop_counter import FlopCounterMode
 
 from qat_lightning.flows.base import Example, LayerCoverage
-from qat_lightning.flows.coverage import MOVES, macs_of, merged
+from qat_lightning.flows.coverage import MOVES, counter, in_single_products, macs_of, merged
 from qat_lightning.flows.eager_chains import HEAD_TYPES, Observation, function_name, observe, run_apart
 
 _FUNCTION = "functions stay float in mode='eager'"
 _ALONE = "it does not follow one int8 layer directly, whose kernel would do it"
 
 
-_OF_LAYERS = frozenset(
-    {"embedding", "embedding_bag", "lstm", "gru", "rnn_tanh", "rnn_relu", "multi_head_attention_forward"}
+REPORTED = (
+    nn.modules.conv._ConvNd,
+    nn.Linear,
+    nn.Bilinear,
+    nn.RNNBase,
+    nn.RNNCellBase,
+    nn.Embedding,
+    nn.EmbeddingBag,
+    nn.MultiheadAttention,
 )
-"""What layers call that are reported as layers."""
+"""Layers, which have rows of their own: what they call is not reported again."""
 
 
-class _FunctionFlops(TorchFunctionMode):
-    """Counts the floating point operations of each function, those that modules call included."""
+class _BetweenLayers(TorchFunctionMode):
+    """Notes the functions that are called between layers, and counts the floating point operations of each.
 
-    def __init__(self) -> None:
+    Args:
+        network: Hooks are put into its layers.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.flops: Counter[str] = Counter()
+        self.calls: list[str] = []
+        self._inside = 0
+        for module in network.modules():
+            if isinstance(module, REPORTED):
+                module.register_forward_pre_hook(self._enter)
+                module.register_forward_hook(self._leave, always_call=True)
+
+    def _enter(self, module: nn.Module, args: Any) -> None:
+        self._inside += 1
+
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._inside -= 1
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = function_name(func)
-        if name is None:
+        if name is None or self._inside:
             return func(*args, **(kwargs or {}))
-        with FlopCounterMode(display=False) as counter:
+        with counter() as counted:
             result = func(*args, **(kwargs or {}))
-        self.flops[name] += counter.get_total_flops()
+        self.flops[name] += counted.get_total_flops()
+        self.calls.append(name)
         return result
 
 
@@ -54,14 +78,12 @@ def eager_operations(float_network: nn.Module, plan: Mapping[str, Any], example:
     """
     network = copy.deepcopy(float_network).cpu().float()
     observation = observe(network, example)
-    counting = _FunctionFlops()
-    run_apart(network, example, counting)
     names = {module: name for name, module in network.named_modules()}
     in_chains = {name for chain in plan["chains"] for name in _parts(chain)}
     on_grid = _outputs(observation, names, plan)
     rows = []
     for call in observation.calls:
-        if isinstance(call.module, HEAD_TYPES) or (call.module is None and call.function in MOVES | _OF_LAYERS):
+        if isinstance(call.module, HEAD_TYPES) or (call.module is None and call.function in MOVES):
             continue
         if call.module is not None:
             if names[call.module] not in in_chains:
@@ -69,7 +91,24 @@ def eager_operations(float_network: nn.Module, plan: Mapping[str, Any], example:
             continue
         pooled = call.function == "max_pool2d" and set(call.inputs) <= on_grid
         rows.append(LayerCoverage(call.function, call.function, pooled, "" if pooled else _FUNCTION, what="op"))
-    return [_with_macs(row, counting.flops, example) for row in merged(rows)]
+    counted = copy.deepcopy(float_network).cpu().float()
+    between = _BetweenLayers(counted)
+    with in_single_products():
+        run_apart(counted, example, between)
+    outside = Counter(between.calls)
+    return [_with_macs(row, between.flops, example) for row in _outside(merged(rows), outside)]
+
+
+def _outside(rows: list[LayerCoverage], calls: Mapping[str, int]) -> Iterator[LayerCoverage]:
+    """The rows of modules, and those of functions with the calls that are in no layer."""
+    left = Counter(calls)
+    for row in rows:
+        if row.name != row.kind:
+            yield row
+        elif left[row.name]:
+            count = min(row.calls, left[row.name])
+            left[row.name] -= count
+            yield replace(row, calls=count)
 
 
 def _parts(chain: Mapping[str, Any]) -> list[str]:
@@ -88,10 +127,6 @@ def _outputs(observation: Observation, names: Mapping[nn.Module, str], plan: Map
 
 
 def _with_macs(row: LayerCoverage, flops: Mapping[str, int], example: Example) -> LayerCoverage:
-    # Those of linear and convolution functions are the layers' for the most part, which have them already.
-    if row.name.startswith(("linear", "conv")) or "." in row.name:
+    if row.name != row.kind:
         return row
-    return LayerCoverage(
-        row.name, row.kind, row.quantized, row.reason, what="op", calls=row.calls,
-        macs=macs_of(flops.get(row.name, 0), example),
-    )  # fmt: skip
+    return replace(row, macs=macs_of(flops.get(row.name, 0), example))

@@ -17,7 +17,6 @@ from torch.ao.quantization.fx.custom_config import PrepareCustomConfig
 from torch.ao.quantization.fx.fuse import fuse
 from torch.ao.quantization.fx.prepare import prepare as upstream_prepare
 from torch.ao.quantization.quantize_fx import convert_fx
-from torch.nn.utils.parametrize import is_parametrized
 
 from qat_lightning.backends import quantized_engine
 from qat_lightning.errors import ConversionError, NetworkError
@@ -37,10 +36,11 @@ from qat_lightning.flows.base import (
 from qat_lightning.flows.coverage import layers_with_macs, report
 from qat_lightning.flows.fx_batchnorm import as_upstream_wants, give_parameters
 from qat_lightning.flows.fx_calls import unfoldable_batchnorms
-from qat_lightning.flows.fx_config import LEFT_FLOAT, backend_config, qconfig_mapping
-from qat_lightning.flows.fx_coverage import UNSEEN, FxOperations
+from qat_lightning.flows.fx_config import backend_config, qconfig_mapping
+from qat_lightning.flows.fx_coverage import FxOperations
 from qat_lightning.flows.fx_fused import hide_second_names, show_fused
 from qat_lightning.flows.fx_grids import one_grid_where_kernels_keep_it
+from qat_lightning.flows.fx_layers import each_once, join, layer_rows, no_kernel
 from qat_lightning.flows.fx_left_float import float_nodes, layers_and_ops, put_float_layers, take_out_never_rounding
 from qat_lightning.flows.fx_tree import restore_children, with_batchnorms
 from qat_lightning.flows.fx_unseen import in_words, knows_no_range, put_plain_layers, take_out_unseen
@@ -68,22 +68,6 @@ from qat_lightning.portable_graph import HoldsGraphs
 from qat_lightning.qat_modules import make_batchnorm_freezable, make_batchnorm_plain, round_weights_for_good
 from qat_lightning.recipe import PreparedState, Recipe
 from qat_lightning.recomputation import keep_tapes
-
-_WEIGHTED = (
-    nn.Conv1d,
-    nn.Conv2d,
-    nn.Conv3d,
-    nn.ConvTranspose1d,
-    nn.ConvTranspose2d,
-    nn.ConvTranspose3d,
-    nn.Linear,
-    nn.Embedding,
-    nn.EmbeddingBag,
-    nn.Bilinear,
-    nn.MultiheadAttention,
-    nn.RNNBase,
-    nn.RNNCellBase,
-)
 
 
 @dataclass
@@ -115,7 +99,7 @@ class FxFlow:
         make_batchnorm_plain(network)  # of a preparation before
         float_network = copy_of_modules(network)
         selected = {
-            name: recipe.selects(_join(prefix, name)) and not _no_kernel(module, recipe)
+            name: recipe.selects(join(prefix, name)) and not no_kernel(module, recipe)
             for name, module in network.named_modules()
             if name
         }
@@ -267,19 +251,21 @@ class FxFlow:
         notes = (
             [f"No finite range was ever observed for {in_words(unseen)}: what is there stays float."] if unseen else []
         )
-        rows = with_reasons(_coverage(state, network, left), state.left_float)
+        rows = with_reasons(layer_rows(state, network, example, left), state.left_float)
         rows = layers_with_macs(rows, state.float_network, example)
         names, without_range = {row.name for row in rows}, {node.name for node in unseen}
         operations = report(lambda: FxOperations(recording, example, names).rows(network, without_range))
+        rows, operations = each_once(rows, operations)
         return Converted(network, rows, checks, notes, operations)
 
     def coverage(self, prepared: nn.Module, example: Example) -> list[LayerCoverage]:
         """See `Flow.coverage`."""
         state = prepared_state(prepared)
-        rows = with_reasons(_coverage(state, prepared, set()), state.left_float)
+        rows = with_reasons(layer_rows(state, prepared, example, set()), state.left_float)
         rows = layers_with_macs(rows, state.float_network, example)
         names = {row.name for row in rows}
-        return [*rows, *report(lambda: FxOperations(prepared, example, names).rows())]
+        rows, operations = each_once(rows, report(lambda: FxOperations(prepared, example, names).rows()))
+        return [*rows, *operations]
 
     def parts(self, prepared: nn.Module) -> list[str]:
         """See `Flow.parts`."""
@@ -290,72 +276,7 @@ class FxFlow:
         leave_weights_float(prepared, names)
 
 
-def _join(prefix: str, name: str) -> str:
-    return f"{prefix}.{name}" if prefix else name
-
-
-def _no_kernel(module: nn.Module, recipe: Recipe) -> str:
-    """Why a layer's type is quantized and this one cannot be; empty if it can."""
-    if is_parametrized(module):
-        return (
-            "its weight is computed (parametrized), and is no parameter; "
-            "torch.nn.utils.parametrize.remove_parametrizations makes it one"
-        )
-    if isinstance(module, nn.Conv3d) and recipe.target.engine == "qnnpack":
-        return "QNNPACK cannot save the weight of a Conv3d"
-    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-        if module.padding_mode != "zeros":
-            return f"padding_mode={module.padding_mode!r} has no int8 kernel"
-        if isinstance(module.padding, str) and not _pad_with_numbers(module):
-            return f"padding={module.padding!r} of an even kernel has no int8 kernel"
-    return ""
-
-
-def _pad_with_numbers(conv: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> bool:
-    """Write ``padding="same"`` or ``"valid"`` as the same numbers of both sides, if it is any."""
-    totals = [
-        0 if conv.padding == "valid" else d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)
-    ]
-    if any(total % 2 for total in totals):
-        return False
-    conv.padding = tuple(total // 2 for total in totals)
-    return True
-
-
 def _flat_example(graph_module: fx.GraphModule, example: Example) -> tuple[Any, ...]:
     names = [node.target for node in graph_module.graph.nodes if node.op == "placeholder"]
     values = list(example.args)
     return tuple(values + [example.kwargs[name] for name in names[len(values) :] if name in example.kwargs])
-
-
-def _coverage(state: PreparedState, network: nn.Module, unseen: set[str]) -> list[LayerCoverage]:
-    """The layers of a prepared network, or of the int8 one."""
-    modules = dict(network.named_modules())
-    rows = []
-    for name, module in state.float_network.named_modules():
-        if not isinstance(module, _WEIGHTED):
-            continue
-        layer = modules.get(name)
-        kind = type(layer).__module__
-        is_int8 = ".quantized." in kind and ".reference." not in kind
-        quantized = is_int8 or (layer is not None and "weight_fake_quant" in layer._modules)
-        if quantized:
-            why = ""
-        elif any(f"{left}.".startswith(f"{name}.") for left in unseen):
-            why = UNSEEN
-        else:
-            why = _why_float(state, name, module)
-        rows.append(LayerCoverage(name, type(module).__name__, quantized, why))
-    return rows
-
-
-def _why_float(state: PreparedState, name: str, module: nn.Module) -> str:
-    if not state.recipe.selects(_join(state.prefix, name)):
-        return "excluded"
-    if why := _no_kernel(module, state.recipe):
-        return why
-    if isinstance(module, (*(t for t in LEFT_FLOAT if isinstance(t, type)), nn.MultiheadAttention)):
-        return f"{type(module).__name__} is not quantized in mode='fx'"
-    return (
-        "not used by forward, or inside a module that is called as a whole: mode='eager' and mode='pt2e' may reach it"
-    )

@@ -14,11 +14,10 @@ from qat_lightning.backends import quantized_engine
 from qat_lightning.flows.base import Example, LayerCoverage, prepared_state
 from qat_lightning.flows.coverage import MOVES, MOVING_MODULES, is_float, macs_of, merged, record
 from qat_lightning.flows.fx_config import LEFT_FLOAT, backend_config
+from qat_lightning.flows.fx_layers import UNSEEN
 from qat_lightning.flows.places import op_name, rounding_of
 from qat_lightning.flows.verify import example_values
 from qat_lightning.graph_network import GraphNetwork
-
-UNSEEN = "no finite range was ever observed for its input or its output"
 
 _WRITE_INSTEAD: dict[Any, tuple[str, str]] = {
     torch.relu: ("torch.relu", "F.relu or nn.ReLU"),
@@ -50,7 +49,7 @@ class FxOperations:
         self.known = {config.pattern for config in backend_config().configs}
 
     def rows(self, int8: GraphNetwork | None = None, unseen: Collection[str] = ()) -> list[LayerCoverage]:
-        """A row for each op.
+        """A row for each op; those inside a layer have its name.
 
         Args:
             int8: What it was converted to; None for what conversion is going to make.
@@ -99,6 +98,8 @@ class FxOperations:
         if node.op == "call_module":
             return str(node.target)
         scope = self.plan.scopes.get(node.name, "")
+        if scope in self.layers:
+            return scope
         return f"{scope}.{node.name}" if scope else node.name
 
     def _kind(self, node: fx.Node) -> Any:
@@ -127,7 +128,9 @@ class FxOperations:
             return False
         if kind in LEFT_FLOAT or kind not in self.known:
             return False
-        tensors = [source for source in node.all_input_nodes if is_float(self.recorder.values.get(source.name))]
+        # Not a bias, which no rounding is for: kernels have it in float.
+        sources = [source for source in node.all_input_nodes if source.op != "get_attr"]
+        tensors = [source for source in sources if is_float(self.recorder.values.get(source.name))]
         return all(self._on_grid(source) for source in tensors) and self._is_rounded(node)
 
     def _on_grid(self, node: fx.Node) -> bool:

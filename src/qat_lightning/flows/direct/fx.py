@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from qat_lightning.flows.base import Converted, Example, LayerCoverage
+from qat_lightning.flows.coverage import used_modules
 from qat_lightning.flows.direct.checking import Call, check_layers, end_to_end, refuse_nothing, run_float, run_integer
 from qat_lightning.flows.direct.eager import cover, float_copy
 from qat_lightning.flows.direct.macs import with_macs
@@ -23,7 +25,8 @@ def quantize_fx(network: nn.Module, example: Example, recipe: Recipe, *, prefix:
     expected = run_float(original, example)
     selected = {name: recipe.selects(_join(prefix, name)) for name, _ in original.named_modules() if name}
     graph_module = trace_evaluation(original, example, outer_parts(original, selected))
-    coverage = [_in_graph(row, graph_module.graph) for row in cover(original, recipe, prefix)]
+    used = used_modules(original, example)
+    coverage = [_in_graph(row, graph_module.graph, used) for row in cover(original, recipe, prefix)]
     functional = _linear_functions(graph_module, recipe, prefix)
     # A layer that is the whole network is traced through: it is the function that its row is about.
     coverage = [row for row in coverage if row.name or not functional]
@@ -33,7 +36,13 @@ def quantize_fx(network: nn.Module, example: Example, recipe: Recipe, *, prefix:
         if row.quantized:
             _put(graph_module, row.name, integer_layer(original.get_submodule(row.name), recipe))
     for node in functional:
-        coverage.append(_replace_function(graph_module, node, recipe))
+        traced = _traced_through(node, graph_module.graph)
+        made = _replace_function(graph_module, node, recipe)
+        names = [row.name for row in coverage]
+        if traced in names:
+            coverage[names.index(traced)] = replace(coverage[names.index(traced)], quantized=True, reason="")
+        else:
+            coverage.append(made)
     graph_module.graph.lint()
     graph_module.recompile()
     graph_module.delete_all_unused_submodules()
@@ -50,18 +59,29 @@ def _join(prefix: str, name: str) -> str:
     return f"{prefix}.{name}" if prefix and name else prefix or name
 
 
-def _in_graph(row: LayerCoverage, graph: fx.Graph) -> LayerCoverage:
+def _in_graph(row: LayerCoverage, graph: fx.Graph, used: set[str]) -> LayerCoverage:
     """Keep a layer float that the graph does not call, or whose weight it reads itself."""
+    called = [str(node.target) for node in graph.find_nodes(op="call_module")]
+    if row.reason != "excluded" and row.name not in used:
+        return LayerCoverage(row.name, row.kind, False, "not used by forward")
     if not row.quantized:
         return row
-    if not any(node.target == row.name for node in graph.find_nodes(op="call_module")):
-        reason = (
-            "not used by forward, or inside a module that is called as a whole: mode='eager' and mode='pt2e' reach it"
-        )
-        return LayerCoverage(row.name, row.kind, False, reason)
+    if row.name not in called:
+        whole = next((outer for outer in called if row.name.startswith(f"{outer}.")), None)
+        reason = f"inside {whole!r}, which is called as a whole: mode='eager' and mode='pt2e' reach it"
+        return LayerCoverage(row.name, row.kind, False, reason if whole else "only its weight is read by forward")
     if any(str(node.target).startswith(f"{row.name}.") for node in graph.find_nodes(op="get_attr")):
         return LayerCoverage(row.name, row.kind, False, "forward reads its weight as well as calling it")
     return row
+
+
+def _traced_through(node: fx.Node, graph: fx.Graph) -> str:
+    """The layer of a class of one's own that a linear function is, which is all that reads its weight."""
+    weight = _linear_arguments(node)["weight"]
+    layer = str(weight.target).rpartition(".")[0]
+    called = any(other.target == layer for other in graph.find_nodes(op="call_module"))
+    readers = [u for other in graph.find_nodes(op="get_attr", target=weight.target) for u in other.users]
+    return "" if called or readers != [node] else layer
 
 
 def _linear_functions(graph_module: fx.GraphModule, recipe: Recipe, prefix: str) -> list[fx.Node]:

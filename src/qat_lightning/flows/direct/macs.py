@@ -9,13 +9,11 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from qat_lightning.flows.base import Example, LayerCoverage
-from qat_lightning.flows.coverage import macs_of
-from qat_lightning.flows.direct.checking import plain_attention, run
+from qat_lightning.flows.coverage import counter, in_single_products, macs_of
+from qat_lightning.flows.direct.checking import run
 from qat_lightning.flows.eager_layers import without_fast_paths
 from qat_lightning.recipe import Recipe
 
@@ -46,17 +44,17 @@ def with_macs(
     network = copy.deepcopy(network)
     without_fast_paths(network)
     try:
-        with _in_single_products(), _linear_maps(network) as attention, FlopCounterMode(display=False) as counter:
+        with in_single_products(), _linear_maps(network) as attention, counter() as counted:
             run(network, example)
     except Exception as error:  # noqa: BLE001 - whatever a custom op does to a counter must not cost the conversion
         warnings.warn(f"Multiply-accumulates were not counted: {type(error).__name__}: {error}", stacklevel=2)
         return rows, []
     root = type(network).__name__
-    counts = {name.removeprefix(f"{root}."): sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
+    counts = {name.removeprefix(f"{root}."): sum(ops.values()) for name, ops in counted.get_flop_counts().items()}
     counts |= attention | dict(functions or {})
     found = {row.name: counts.get(row.name or root, 0) for row in rows}
     rows = [replace(row, macs=macs_of(found[row.name], example)) for row in rows]
-    left = macs_of(max(0, counter.get_total_flops() - sum(found.values())), example)
+    left = macs_of(max(0, counted.get_total_flops() - sum(found.values())), example)
     reason = "kind='dynamic' quantizes layers, and not what is between them"
     return rows, [LayerCoverage("", "functions", False, reason, "op", macs=left)] if left else []
 
@@ -80,15 +78,3 @@ def _linear_maps(network: nn.Module) -> Iterator[dict[str, int]]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-@contextmanager
-def _in_single_products() -> Iterator[None]:
-    """Without the ops for a whole LSTM and for whole attention, of which nothing is counted."""
-    before = torch._C._get_mkldnn_enabled()
-    torch._C._set_mkldnn_enabled(False)
-    try:
-        with plain_attention():
-            yield
-    finally:
-        torch._C._set_mkldnn_enabled(before)

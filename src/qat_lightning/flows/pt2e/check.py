@@ -33,6 +33,7 @@ _WEIGHTED = (
     nn.ConvTranspose2d,
     nn.ConvTranspose3d,
     nn.Linear,
+    nn.Bilinear,
     nn.Embedding,
     nn.EmbeddingBag,
     nn.RNNBase,

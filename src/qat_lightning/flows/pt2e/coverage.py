@@ -37,6 +37,9 @@ def pt2e_operations(
         unseen: Names of nodes whose range was never observed.
     """
     plan: Plan = state.plan
+    names = list(state.float_network.named_modules(remove_duplicate=False))
+    shared = {id(module) for name, module in names if name in layers}
+    layers = {name for name, module in names if id(module) in shared}  # by any name
     recorder = record(prepared, prepared.graph, plan.spec.flatten(example.args, example.kwargs))
     folded = {pair.batchnorm: pair.layer for pair in plan.folded}
     rows = []

@@ -10,6 +10,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from qat_lightning.callbacks.arguments import check_count
 from qat_lightning.callbacks.calibration_data import calibration_loader, run_in_steps
 from qat_lightning.callbacks.quantization_aware_training import QuantizationAwareTraining
+from qat_lightning.callbacks.steps import has_trained
 from qat_lightning.errors import ConfigurationError
 from qat_lightning.recipes.batchnorm import BatchNormStatistics, has_batchnorm
 
@@ -52,7 +53,7 @@ class BatchNormReestimation(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Estimate, while the LightningModule is on its device and ``on_fit_end`` has not converted."""
         parts = QuantizationAwareTraining.of(trainer, self).parts()
-        if not trainer.global_step:
+        if not has_trained(trainer):
             return
         loader = calibration_loader(trainer, pl_module, self.dataloader)
         networks = {name: part.prepared for name, part in parts.items()}

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.seed import isolate_rng
@@ -23,6 +24,7 @@ from qat_lightning.errors import ConfigurationError, NetworkError
 from qat_lightning.example import nothing_moves, take_step
 from qat_lightning.flows.base import Example
 from qat_lightning.network import OWN_FORWARD, Slot
+from qat_lightning.peeking import one_batch
 from qat_lightning.streams import generators_kept
 from qat_lightning.variants import Stand
 
@@ -105,6 +107,10 @@ def _copied(leaf: Any) -> Any:
     return leaf.detach().clone() if isinstance(leaf, Tensor) else leaf
 
 
+class _StepFailed(Exception):
+    """A step cannot be used to call the networks."""
+
+
 def run_in_steps(
     pl_module: LightningModule,
     slots: Mapping[str, Slot],
@@ -115,12 +121,15 @@ def run_in_steps(
 ) -> int:
     """Call networks as the LightningModule's training step calls its own, and leave it as it was.
 
+    A step that needs training (a detector's, which gets no losses in evaluation) does so until it has called the
+    networks; one that does not come so far leaves them to ``validation_step`` and the validation's batches.
+
     Args:
-        pl_module: Its ``training_step`` runs in evaluation, without gradients, and logs nothing. Its buffers, also
-            those that networks share with it, are put back in the end.
+        pl_module: Its step runs in evaluation, without gradients, and logs nothing. Its buffers, also those that
+            networks share with it, are put back in the end.
         slots: Where the networks are.
         networks: By the same names, what is called, on the device of the LightningModule.
-        loader: Of batches.
+        loader: Of batches for ``training_step``.
         batches: As many at most.
         within: Gives the context in which each network is called.
 
@@ -131,7 +140,100 @@ def run_in_steps(
         NetworkError: The step failed, or called a network never; the message says what to do.
         ConversionError: There was nothing finite.
     """
+    failed: list[str] = []
+    for step, source in (("training_step", loader), *_instead(pl_module, loader)):
+        some = islice(_batches(pl_module, source), batches)
+        try:
+            count = _run(pl_module, slots, networks, some, step, within, source)
+        except _StepFailed as failure:
+            failed.append(str(failure))
+            continue
+        if failed:
+            rank_zero_info(f"{'; '.join(failed)}. Batches went through {step} instead.")
+        return count
+    raise _no_step(pl_module, failed)
+
+
+def _no_step(pl_module: LightningModule, failed: list[str]) -> NetworkError:
+    return NetworkError(
+        f"No step of {type(pl_module).__name__} calls its networks in evaluation and without gradients, as it has to "
+        f"for a calibration: {'; '.join(failed)}. Give PostTrainingQuantization(calls=<a list of calls of the network: "
+        "a tensor, a tuple or a dict each>), or calibrate by hand: qat_lightning.calibrate(prepared, calls)."
+    )
+
+
+def try_steps(trainer: Trainer, pl_module: LightningModule, slots: Mapping[str, Slot], given: Any) -> None:
+    """Try before a training, on one batch, that `run_in_steps` will be able to call the networks after it.
+
+    Args:
+        trainer: It fits.
+        pl_module: On its device.
+        slots: Where the networks are.
+        given: The loader that batches will come from, if it is not the training's.
+
+    Raises:
+        NetworkError: It will not, with what to do.
+    """
+    networks = {name: slot.get() for name, slot in slots.items()}
+    if given is not None:
+        run_in_steps(pl_module, slots, networks, given, 1, _as_it_is)
+        return
+    batch, once = one_batch(trainer, pl_module, "fit")
+    if once:
+        rank_zero_warn(
+            "The training's loader gives each batch only once, and after the training there may be none to calibrate "
+            "with: give PostTrainingQuantization(calibration_dataloader=) or (calls=)."
+        )
+    if batch is None:
+        return
+    failed: list[str] = []
+    for step in ("training_step", *(step for step, _ in _instead(pl_module, None))):
+        if step == "validation_step":
+            batch = one_batch(trainer, pl_module, "validate")[0] if _validation_loader(pl_module) is not None else batch
+        try:
+            _run(pl_module, slots, networks, iter([batch]), step, _as_it_is, None)
+        except _StepFailed as failure:
+            failed.append(str(failure))
+            continue
+        return
+    raise _no_step(pl_module, failed)
+
+
+def _instead(pl_module: LightningModule, loader: Any) -> Iterator[tuple[str, Any]]:
+    """What calls the networks where ``training_step`` does not, and the batches that it is for."""
+    if is_overridden("validation_step", pl_module):
+        validation = _validation_loader(pl_module)
+        yield "validation_step", loader if validation is None else validation
+
+
+def _validation_loader(pl_module: LightningModule) -> Any:
+    trainer = pl_module._trainer
+    if trainer is None:
+        return None
+    fits = trainer.state.fn == "fit"
+    source: Any = (trainer.fit_loop.epoch_loop.val_loop if fits else trainer.validate_loop)._data_source
+    if not source.is_module():
+        return source.instance
+    return _apart(source.instance.val_dataloader()) if source.is_defined() else None
+
+
+@contextmanager
+def _as_it_is(network: nn.Module) -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+def _run(
+    pl_module: LightningModule,
+    slots: Mapping[str, Slot],
+    networks: Mapping[str, nn.Module],
+    batches: Iterator[Any],
+    step: str,
+    within: Callable[[nn.Module], AbstractContextManager[Any]],
+    loader: Any,
+) -> int:
     called: set[str] = set()
+    ever: set[str] = set()
     count = 0
     with ExitStack() as stack:
         stack.enter_context(isolate_rng(include_cuda=torch.cuda.is_initialized()))
@@ -143,12 +245,14 @@ def run_in_steps(
             stack.enter_context(_standing(slots[name], network))
             stack.enter_context(_noted(network, name, called, len(slots), pl_module.automatic_optimization))
         pl_module.eval()
-        for batch in islice(_batches(pl_module, loader), batches):
-            _step(pl_module, batch)
+        for batch in batches:
+            called.clear()
+            _step(pl_module, step, batch, lambda: len(called) == len(networks))
+            ever |= called
             count += 1
-        missing = [name for name in networks if name not in called]
+        missing = [name for name in networks if name not in ever]
         if count and missing:
-            raise NetworkError(f"training_step did not call {', '.join(map(repr, missing))}, so it got no data.")
+            raise _StepFailed(f"{step} did not call {', '.join(map(repr, missing))}")
     return count
 
 
@@ -161,17 +265,15 @@ def _batches(pl_module: LightningModule, loader: Any) -> Iterator[Any]:
         yield pl_module._apply_batch_transfer_handler(moved, device=device, dataloader_idx=index)
 
 
-def _step(pl_module: LightningModule, batch: Any) -> None:
+def _step(pl_module: LightningModule, step: str, batch: Any, done: Callable[[], bool]) -> None:
     try:
-        take_step(pl_module, "training_step", batch)
+        take_step(pl_module, step, batch)
     except _Called:
         return
     except Exception as error:
-        raise NetworkError(
-            f"{type(pl_module).__name__}.training_step failed on a batch for calibration "
-            f"({type(error).__name__}: {error}). It runs in evaluation and without gradients there; if it cannot, "
-            "calibrate by hand: qat_lightning.calibrate(prepared, batches)."
-        ) from error
+        # What a step does with what it got is not asked for: in evaluation some networks return no losses.
+        if not done():
+            raise _StepFailed(f"{step} failed ({type(error).__name__}: {error})") from error
 
 
 @contextmanager

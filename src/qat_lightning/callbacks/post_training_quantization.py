@@ -14,11 +14,13 @@ from torch import Tensor, nn
 
 from qat_lightning.callbacks.arguments import check_flag
 from qat_lightning.callbacks.base import QuantizationCallback
-from qat_lightning.callbacks.calibration_data import calibrate_in_steps, calibration_loader, calls_in_steps
+from qat_lightning.callbacks.calibration_data import calibration_loader
+from qat_lightning.callbacks.calibration_source import CalibrationSource
 from qat_lightning.callbacks.company import refuse_strategy, stop_recording_layers
 from qat_lightning.callbacks.coverage_report import log_coverage, wandb_loggers
 from qat_lightning.callbacks.preparing import one_or_all
 from qat_lightning.callbacks.sharing import take_over_from_first
+from qat_lightning.callbacks.steps import has_trained
 from qat_lightning.checkpoints import float_weights
 from qat_lightning.decision import Decision
 from qat_lightning.errors import ConfigurationError
@@ -57,7 +59,10 @@ class PostTrainingQuantization(QuantizationCallback):
         kind: ``"static"``: ranges of activations from ``calibration_batches``; ``"dynamic"``: ranges worked out for
             each input; ``"weight_only"``: integers for weights, activations in float.
         calibration_batches: Batches to calibrate with, for ``kind="static"``.
-        calibration_dataloader: Where they come from; by default the training's loader.
+        calibration_dataloader: Where they come from; by default the training's loader. They go through
+            ``training_step`` in evaluation, or through ``validation_step`` where that does not call the network.
+        calls: Calls of the network to calibrate with instead, a tensor, a tuple or a dict each (a dict of such lists by
+            name for several networks): for a LightningModule whose steps do not call it in evaluation.
         include: Globs of module names, relative to the LightningModule; only these are quantized.
         exclude: Globs of module names that stay float.
         equalization: Make neighbouring layers share the range of their weights before anything is rounded:
@@ -103,6 +108,7 @@ class PostTrainingQuantization(QuantizationCallback):
         adaround: AdaRound | None = None,
         rehearse: bool = True,
         on_fault: OnFault = "leave_float",
+        calls: Any = None,
     ) -> None:
         if not isinstance(kind, str) or kind not in get_args(PostTrainingKind):
             raise ConfigurationError(f"kind={kind!r} is unknown: use one of {', '.join(get_args(PostTrainingKind))}.")
@@ -135,7 +141,11 @@ class PostTrainingQuantization(QuantizationCallback):
             raise ConfigurationError(f"adaround={adaround!r} is not possible: give a qat_lightning.AdaRound, or None.")
         if adaround is not None and kind != "static":
             raise ConfigurationError(f"adaround= needs data, which kind={kind!r} does without: use 'static'.")
+        if calls is not None and kind != "static":
+            raise ConfigurationError(f"calls= are for kind='static'; kind={kind!r} calibrates nothing.")
         self.bias_correction = bias_correction
+        self.calls = calls
+        self._data = CalibrationSource(calibration_batches, calibration_dataloader, calls)
         self.adaround = adaround
         self.calibration_batches = calibration_batches
         self.calibration_dataloader = calibration_dataloader
@@ -161,11 +171,13 @@ class PostTrainingQuantization(QuantizationCallback):
         if self.kind == "static" and not all(decision.rehearsal for decision in self._decisions.values()):
             for name, slot in self._slots.items():
                 self._prepare_copy(name, slot)
+        if self.kind == "static":
+            self._data.try_it(trainer, pl_module, self._slots)
         super().on_fit_start(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Calibrate, while the LightningModule is still on its device."""
-        if trainer.global_step:
+        if has_trained(trainer):
             self._source = f"the fit that ended at step {trainer.global_step}"
             self._quantize(trainer, pl_module)
 
@@ -227,6 +239,8 @@ class PostTrainingQuantization(QuantizationCallback):
                 f"{trained[0]!r} holds fake-quant already, from QuantizationAwareTraining: use one of the two."
             )
         with isolate_rng(include_cuda=torch.cuda.is_initialized()):
+            if self._user_example is None and self._data.has_calls:
+                self._user_example = self._data.examples(list(slots))
             self._examples = self._find_examples(trainer, pl_module, slots, stage)
         self._slots = slots
 
@@ -257,16 +271,16 @@ class PostTrainingQuantization(QuantizationCallback):
         self._prepared = {}
         self._ensure_decided(trainer, str(trainer.state.fn))
         if self.kind == "static":
-            # Before anything is prepared: it may be missing.
-            loader = calibration_loader(trainer, pl_module, self.calibration_dataloader)
+            if not self._data.has_calls:  # before anything is prepared: it may be missing
+                calibration_loader(trainer, pl_module, self.calibration_dataloader)
             prepared = {name: self._prepare_copy(name, slot) for name, slot in self._slots.items()}
             self._say_what_was_done(prepared)
             for network in prepared.values():
                 network.to(pl_module.device)
-            count = calibrate_in_steps(pl_module, self._slots, prepared, loader, self.calibration_batches)
+            count = self._data.calibrate(trainer, pl_module, self._slots, prepared)
             rank_zero_info(f"Calibrated on {count} batches.")
             if self.bias_correction or self.adaround is not None:
-                self._win_back(pl_module, prepared, loader)
+                self._win_back(trainer, pl_module, prepared)
             if trainer.world_size > 1:
                 take_over_from_first(prepared)
             self._prepared = prepared
@@ -275,9 +289,9 @@ class PostTrainingQuantization(QuantizationCallback):
                 log_coverage(trainer, "quant/coverage_prepared", rows)
         self._made_of = {name: _weights(slot.get()) for name, slot in self._slots.items()}
 
-    def _win_back(self, pl_module: LightningModule, prepared: dict[str, nn.Module], loader: Any) -> None:
+    def _win_back(self, trainer: Trainer, pl_module: LightningModule, prepared: dict[str, nn.Module]) -> None:
         """Learned rounding and corrected biases, on the batches of the calibration."""
-        calls = calls_in_steps(pl_module, self._slots, prepared, loader, self.calibration_batches)
+        calls = self._data.calls(trainer, pl_module, self._slots, prepared)
         for name, network in prepared.items():
             before = float_weights(network)
             if self.adaround is not None:

@@ -18,7 +18,7 @@ PREFIX = "quantization/"
 CHOSEN_MODE = f"{PREFIX}chosen_mode"
 """The mode itself, where ``mode="auto"`` was asked for."""
 
-_DATA = ("example_inputs", "dataloader", "calibration_dataloader")
+_DATA = ("example_inputs", "dataloader", "calibration_dataloader", "calls")
 
 
 def log_settings(trainer: Trainer, callback: Callback, modes: Sequence[str]) -> None:

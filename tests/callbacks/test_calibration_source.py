@@ -1,0 +1,123 @@
+"""Data for a calibration, where training_step does not call the network in evaluation or cannot go on from there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qat_lightning import PostTrainingQuantization
+from qat_lightning.errors import ConfigurationError, NetworkError
+from tests.callbacks.lit import CLASSES, Lit, Net, loader, trainer
+
+
+class Losses(Net):
+    """As a detector: losses while it trains, scores otherwise."""
+
+    def forward(self, x: Tensor, target: Tensor | None = None) -> Any:  # type: ignore[override]
+        scores = super().forward(x)
+        return {"loss": F.cross_entropy(scores, target)} if self.training else [scores]
+
+
+class Detector(Lit):
+    """Knows what to do with losses only."""
+
+    def __init__(self) -> None:
+        super().__init__(Losses())
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return sum(self.net(batch[0], batch[1]).values())  # type: ignore[return-value]
+
+    def _evaluate(self, stage: str, batch: Any) -> None:
+        self.log(f"{stage}/acc", (self.net(batch[0])[0].argmax(1) == batch[1]).float().mean())
+
+
+class TrainsOnly(Lit):
+    """Its step does not come as far as the network in evaluation."""
+
+    steps = 0
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        if not self.net.training:
+            raise LookupError("no student in evaluation")
+        self.steps += int(self.net.features[0].weight.requires_grad and torch.is_grad_enabled())
+        return super().training_step(batch, batch_idx)
+
+
+class NoValidation(TrainsOnly):
+    """And there is no other step."""
+
+    validation_step = None  # type: ignore[assignment]
+
+
+def test_a_step_that_fails_once_the_network_was_called_has_done_its_part() -> None:
+    torch.manual_seed(0)
+    module, callback = Detector(), PostTrainingQuantization("eager")
+    fitting = trainer(callback)
+    fitting.fit(module, loader())
+    assert fitting.test(module, loader(), verbose=False)[0]["test/acc"] > 0.9
+
+
+@pytest.mark.parametrize("bias_correction", [False, True])
+def test_batches_come_from_validation_where_the_training_step_does_not_call_the_network(bias_correction: bool) -> None:
+    """Of 7 samples each, which the training's loader does not give."""
+    module, callback = TrainsOnly(), PostTrainingQuantization(bias_correction=bias_correction)
+    sizes: list[int] = []
+    fitting = trainer(callback, max_epochs=1)
+    module.validation_step = lambda batch, batch_idx: (  # type: ignore[method-assign]
+        sizes.append(len(batch[0])),
+        TrainsOnly.validation_step(module, batch, batch_idx),
+    )
+    fitting.fit(module, loader(), loader(7, batch_size=7))
+    assert set(sizes) == {7}
+    assert callback.quantized is not None
+
+
+def test_what_will_not_calibrate_is_refused_before_the_training_and_the_remedy_works() -> None:
+    module = NoValidation()
+    with pytest.raises(NetworkError, match=r"training_step failed \(LookupError.*PostTrainingQuantization\(calls="):
+        trainer(PostTrainingQuantization()).fit(module, loader())
+    assert module.steps == 0
+    callback = PostTrainingQuantization(calls=[batch[0] for batch in loader()], bias_correction=True)
+    trainer(callback).fit(module, loader())
+    assert module.steps == 8
+    assert callback.quantized is not None
+
+
+def test_calls_of_several_networks() -> None:
+    class Two(Lit):
+        def __init__(self) -> None:
+            super().__init__(nn.Linear(64, 3))
+            self.other = nn.Linear(3, CLASSES)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.other(self.net(x.flatten(1)))
+
+    inputs = torch.randn(8, 3)
+    calls = {"net": (torch.randn(8, 64) for _ in range(3)), "other": [{"input": inputs}, (inputs,)]}
+    callback = PostTrainingQuantization(module=["net", "other"], calls=calls)
+    trainer(callback).test(Two(), loader(), verbose=False)
+    assert set(callback.quantized) == {"net", "other"}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"calls": torch.zeros(3)},
+        {"calls": 3},
+        {"calls": [torch.zeros(3)], "kind": "dynamic"},
+        {"calls": [torch.zeros(3)], "calibration_dataloader": [3]},
+    ],
+    ids=str,
+)
+def test_calls_that_are_not_possible(settings: dict[str, Any]) -> None:
+    with pytest.raises(ConfigurationError, match="calls="):
+        PostTrainingQuantization(**settings)
+
+
+def test_no_calls_are_refused() -> None:
+    with pytest.raises(ConfigurationError, match="holds no call of 'net'"):
+        trainer(PostTrainingQuantization(calls=[])).fit(Lit(), loader())

@@ -1,5 +1,13 @@
 """The errors of qat-lightning: each says what was wrong, where, and what to type instead."""
 
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from qat_lightning.flows.base import LayerCheck
+
 
 class QuantizationError(Exception):
     """Base of every error that qat-lightning raises on purpose."""
@@ -26,7 +34,24 @@ class ConversionError(QuantizationError):
 
 
 class VerificationError(ConversionError):
-    """The int8 network does not compute what fake-quant computed in training."""
+    """The int8 network does not compute what fake-quant computed in training.
+
+    Args:
+        message: What was found, and what to do.
+        layers: See below.
+        checks: See below.
+
+    Attributes:
+        layers: Names in the float network, as ``named_modules`` has them, worst first: the layers at fault; of an op in
+            a graph its name, then those of the nearest layers that feed it; if only the network as a whole is at fault,
+            the layers where the difference begins.
+        checks: A `LayerCheck` for each layer that was compared.
+    """
+
+    def __init__(self, message: str, layers: Sequence[str] = (), checks: Sequence[LayerCheck] = ()) -> None:
+        super().__init__(message)
+        self.layers = tuple(layers)
+        self.checks = tuple(checks)
 
 
 class CheckpointMismatchError(QuantizationError):

@@ -12,7 +12,7 @@ from torch import nn
 
 from qat_lightning.backends import quantized_engine
 from qat_lightning.errors import QuantizationError
-from qat_lightning.flows.base import Converted, Example, LayerCheck, LayerCoverage
+from qat_lightning.flows.base import Converted, Example, LayerCheck, LayerCoverage, WholeCheck
 from qat_lightning.kinds import DIRECT
 from qat_lightning.recipe import Recipe
 
@@ -37,6 +37,7 @@ class QuantizedNetwork(nn.Module):
         coverage: Which layers are int8, and why others are not.
         operations: Likewise for the ops between the layers.
         checks: Each int8 layer against fake-quant.
+        whole: The network as a whole against fake-quant; None where that is not known.
         notes: What a user should know, such as a fallback taken.
         source: Which weights it holds, in words.
     """
@@ -50,6 +51,7 @@ class QuantizedNetwork(nn.Module):
         self.coverage: Sequence[LayerCoverage] = list(converted.coverage)
         self.operations: Sequence[LayerCoverage] = list(converted.operations)
         self.checks: Sequence[LayerCheck] = list(converted.checks)
+        self.whole: WholeCheck | None = converted.whole
         self.notes: Sequence[str] = list(converted.notes)
         self.example = example
         self.source = source

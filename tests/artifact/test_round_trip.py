@@ -125,6 +125,7 @@ def test_what_is_known_is_kept(mode: str, tmp_path: Path) -> None:
     assert loaded.recipe == saved.recipe
     assert loaded.coverage == saved.coverage
     assert str(loaded.checks) == str(saved.checks)
+    assert loaded.whole == saved.whole
     assert loaded.notes == ["a note"]
     assert loaded.source == "step 2"
     assert loaded.example.args[0].shape == saved.example.args[0].shape

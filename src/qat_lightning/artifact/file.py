@@ -28,7 +28,7 @@ from qat_lightning.artifact.tensors import TensorReader
 from qat_lightning.artifact.values import decode, encode, no_tag
 from qat_lightning.backends import quantized_engine, require
 from qat_lightning.errors import ArtifactError, QuantizationError
-from qat_lightning.flows.base import Converted, Example, LayerCheck, LayerCoverage
+from qat_lightning.flows.base import Converted, Example, LayerCheck, LayerCoverage, WholeCheck
 from qat_lightning.quantized import QuantizedNetwork
 from qat_lightning.recipe import Recipe
 
@@ -123,6 +123,7 @@ def artifact_bytes(quantized: QuantizedNetwork) -> bytes:
         "coverage": [list(astuple(row)) for row in quantized.coverage],
         "operations": [list(astuple(row)) for row in quantized.operations],
         "checks": [[row.name, row.op, encode(row.sqnr_db), encode(row.max_steps)] for row in quantized.checks],
+        "whole": _encode_whole(quantized.whole),
         "notes": list(quantized.notes),
         "source": quantized.source,
         "example": _encode_example(quantized.example),
@@ -209,10 +210,24 @@ def _decode(description: dict[str, Any], data: bytes, network: nn.Module | None,
         checks=[LayerCheck(str(n), str(o), float(decode(s)), float(decode(m))) for n, o, s, m in description["checks"]],
         notes=[str(note) for note in description["notes"]],
         operations=[_decode_coverage(*values) for values in description.get("operations", [])],
+        whole=_decode_whole(description.get("whole")),
     )
     return QuantizedNetwork(
         converted, recipe, _decode_example(description["example"]), source=str(description["source"])
     )
+
+
+def _encode_whole(whole: WholeCheck | None) -> list[Any] | None:
+    if whole is None:
+        return None
+    return [encode(whole.sqnr_db), [encode(draw) for draw in whole.draws], whole.output]
+
+
+def _decode_whole(data: Any) -> WholeCheck | None:
+    if data is None:  # also in files of before it was kept
+        return None
+    ratio, draws, output = data
+    return WholeCheck(float(decode(ratio)), tuple(float(decode(draw)) for draw in draws), str(output))
 
 
 def _decode_recipe(data: Any) -> Recipe:

@@ -39,12 +39,34 @@ class LayerCheck:
         op: The backend's op that ran.
         sqnr_db: Signal to quantization noise ratio in dB; inf if equal.
         max_steps: Largest difference, in steps of the output's grid; nan for a float output.
+        fault: What is wrong with it, in words; empty if its differences are roundings.
+        chance_db: What disturbing its inputs by a millionth does to it, where that was asked; inf where not.
     """
 
     name: str
     op: str
     sqnr_db: float
     max_steps: float = math.nan
+    fault: str = ""
+    chance_db: float = field(default=math.inf, repr=False, compare=False)
+
+
+@dataclass(frozen=True)
+class WholeCheck:
+    """How well the int8 network as a whole reproduces fake-quant on the example.
+
+    A deep network can turn a difference in the last bit of a float into decibels. So where the two differ, fake-quant
+    is compared with itself as well, its values disturbed by a millionth: no right network does better than that.
+
+    Attributes:
+        sqnr_db: Of int8 against fake-quant, for the output that is farthest from what the draws explain.
+        draws: Of fake-quant against itself, disturbed, for the same output; empty if that was not needed.
+        output: Which one that is, as Python would write it behind the result; empty if there is only one.
+    """
+
+    sqnr_db: float
+    draws: tuple[float, ...] = ()
+    output: str = ""
 
 
 @dataclass(frozen=True)
@@ -80,6 +102,7 @@ class Converted:
         checks: The comparison with fake-quant, layer by layer.
         notes: What a user should be told, such as a fallback taken.
         operations: Likewise for the ops between the layers.
+        whole: The comparison of the whole; None if there is no output to compare.
     """
 
     network: nn.Module
@@ -87,6 +110,7 @@ class Converted:
     checks: list[LayerCheck] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     operations: list[LayerCoverage] = field(default_factory=list)
+    whole: WholeCheck | None = None
 
 
 class Flow(Protocol):

@@ -16,15 +16,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
-from qat_lightning.backends import Backend, quantized_engine
+from qat_lightning.backends import quantized_engine
 from qat_lightning.errors import CheckpointMismatchError, ConversionError, NetworkError
 from qat_lightning.flows.base import (
     Converted,
     Example,
     LayerCheck,
     LayerCoverage,
+    WholeCheck,
     copy_of_modules,
     cpu_copy,
     follow_course,
@@ -32,10 +33,10 @@ from qat_lightning.flows.base import (
     prepared_state,
     refuse_simulated,
     set_phase,
-    sqnr_db,
 )
 from qat_lightning.flows.coverage import layers_with_macs, report
 from qat_lightning.flows.eager_chains import Chain, find_chains, float_functions, join, observe, run_apart
+from qat_lightning.flows.eager_check import check_layers, run
 from qat_lightning.flows.eager_coverage import REPORTED, eager_operations
 from qat_lightning.flows.eager_forwards import take_forwards_as_a_whole
 from qat_lightning.flows.eager_int8 import Int8Layer, make_int8
@@ -43,7 +44,6 @@ from qat_lightning.flows.eager_layers import HEADS, LINKS, ChainHead, become, wi
 from qat_lightning.flows.eager_outputs import plain_outputs
 from qat_lightning.flows.left_float import follow_checkpoints, leave_weights_float, with_reasons
 from qat_lightning.flows.qconfig import make_qconfig
-from qat_lightning.flows.verify import raise_if_faulty
 from qat_lightning.grid import EPS
 from qat_lightning.qat_modules import make_batchnorm_freezable, round_for_good
 from qat_lightning.recipe import PreparedState, Recipe
@@ -109,11 +109,11 @@ class EagerFlow:
             for layer in _int8_layers(network).values():
                 _fill(layer, heads[layer.chain.name])
             _load_rest(network, prepared)
-            checks = _check_layers(prepared, network, heads, example, target)
-        notes = [*_notes(plan, checks), _end_to_end(prepared, network, example, target)]
+            checks, whole = check_layers(prepared, network, heads, _int8_layers(network), example, target)
+        notes = [*_notes(plan, checks), *_in_words(whole)]
         rows = layers_with_macs(_coverage(state, plan), state.float_network, example)
         operations = report(lambda: eager_operations(state.float_network, plan, example))
-        return Converted(network, rows, checks, notes, operations)
+        return Converted(network, rows, checks, notes, operations, whole)
 
     def coverage(self, prepared: nn.Module, example: Example) -> list[LayerCoverage]:
         """See `Flow.coverage`."""
@@ -203,7 +203,7 @@ def _give_own_input_range(prepared: nn.Module, names: Collection[str], example: 
     leaving = {id(heads[name].output_fake_quant) for name in names}
     for head in heads.values():
         head.taps = []
-    _run(probe, example)
+    run(probe, example)
     for name, head in heads.items():
         for tap in head.taps or ():
             if id(tap.grid) in leaving:
@@ -309,59 +309,10 @@ def _load_rest(network: nn.Module, prepared: nn.Module) -> None:
             buffer.data = buffers[name].detach().clone()
 
 
-@torch.no_grad()
-def _check_layers(
-    prepared: nn.Module, network: nn.Module, heads: Mapping[str, ChainHead], example: Example, target: Backend
-) -> list[LayerCheck]:
-    layers = {id(layer): layer for layer in _int8_layers(network).values()}
-    for head in heads.values():
-        head.taps = []
-    _run(prepared, example)
-    checks = []
-    for layer in layers.values():
-        rows = [_check_call(layer, tap, target) for tap in heads[layer.chain.name].taps or () if tap.output is not None]
-        if rows:
-            checks.append(min(rows, key=lambda row: row.sqnr_db))
-    for head in heads.values():
-        head.taps = None
-    raise_if_faulty(checks, target)
-    return checks
-
-
-def _check_call(layer: Int8Layer, tap: Any, target: Backend) -> LayerCheck:
-    scale, zero_point = tap.grid.calculate_qparams()
-    quantized = torch.quantize_per_tensor(tap.input.float(), float(scale), int(zero_point), layer.activation_dtype)
-    output = layer.run(quantized)
-    difference = (output.dequantize() - tap.output).abs().max() if output.numel() else torch.zeros(())
-    kind = type(layer.op)
-    op = f"{kind.__module__}.{kind.__name__} ({target.engine})"
-    steps = float(difference) / output.q_scale()
-    return LayerCheck(layer.chain.name, op, sqnr_db(tap.output, output.dequantize()), steps)
-
-
-@torch.no_grad()
-def _run(network: nn.Module, example: Example) -> Any:
-    args, kwargs = tree_map(_float_copy, (example.args, example.kwargs))
-    return network(*args, **kwargs)
-
-
-def _float_copy(value: Any) -> Any:
-    """A copy, because a forward may change its input in place; float32, as the networks compared here are."""
-    if not isinstance(value, Tensor):
-        return value
-    return value.detach().clone().float() if value.is_floating_point() else value.detach().clone()
-
-
-def _end_to_end(prepared: nn.Module, network: nn.Module, example: Example, target: Backend) -> str:
-    """Run both networks whole; how close they are depends on depth and on the branches taken, so it is only told."""
-    with torch.random.fork_rng(devices=[]):
-        expected = _tensors(_run(prepared, example))
-    with torch.random.fork_rng(devices=[]), quantized_engine(target.engine):
-        actual = _tensors(_run(network, example))
-    if [t.shape for t in expected] != [t.shape for t in actual]:
-        return "On the example, the int8 network and fake-quant take different branches: their outputs differ in shape."
-    worst = min((sqnr_db(a, b) for a, b in zip(expected, actual, strict=True)), default=math.inf)
-    return f"On the example, the int8 network as a whole is {worst:.1f} dB from fake-quant."
+def _in_words(whole: WholeCheck | None) -> list[str]:
+    if whole is None:
+        return []
+    return [f"On the example, the int8 network as a whole is {whole.sqnr_db:.1f} dB from fake-quant."]
 
 
 def _tensors(outputs: Any) -> list[Tensor]:

@@ -39,11 +39,15 @@ class Tap:
     Attributes:
         grid: What rounded the input.
         input: The rounded input.
+        source: What was rounded to that here; None if it was on the grid already, or on that of another chain.
+        exact: The output before it was rounded.
         output: The rounded output; None if the call did not go through the whole chain.
     """
 
     grid: FakeQuantize
     input: Tensor
+    source: Tensor | None = None
+    exact: Tensor | None = None
     output: Tensor | None = None
 
 
@@ -204,6 +208,8 @@ class ChainHead(_Layer):
             relu: The largest value that the last link leaves, if ``y`` is its input.
         """
         if stage == len(self.links):
+            if tap is not None:
+                tap.exact = y.detach().clone()
             y = self.output_fake_quant(y, relu=relu)
             if tap is not None:
                 tap.output = y.detach().clone()
@@ -222,7 +228,8 @@ class ChainHead(_Layer):
             x = grid(input)
         if self.taps is None:
             return x, None
-        tap = Tap(grid, x.detach().clone())
+        here = grid is self.input_fake_quant
+        tap = Tap(grid, x.detach().clone(), input.detach().clone() if here else None)
         self.taps.append(tap)
         return x, tap
 

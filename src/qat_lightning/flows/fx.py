@@ -34,6 +34,7 @@ from qat_lightning.flows.base import (
     refuse_simulated,
 )
 from qat_lightning.flows.coverage import layers_with_macs, report
+from qat_lightning.flows.fx_alignment import mark_origins, take_origins
 from qat_lightning.flows.fx_batchnorm import as_upstream_wants, give_parameters
 from qat_lightning.flows.fx_calls import unfoldable_batchnorms
 from qat_lightning.flows.fx_config import backend_config, qconfig_mapping
@@ -160,6 +161,7 @@ class FxFlow:
         plan.scopes = {name: scope[0] for name, scope in scopes.items()}
         plan.float_ops = passes.round_tensors_only(prepared, network, example) + passes.calls_of(prepared, unfoldable)
         plan.float_ops += weights_from_inputs(prepared)
+        plan.float_ops += passes.with_own_grids(prepared)
         one_grid_where_kernels_keep_it(prepared)
         plan.dropped = passes.observe_only_after_relu(prepared)
         if recipe.target.engine == "qnnpack":
@@ -223,6 +225,7 @@ class FxFlow:
         graph_module.eval()
         float_ops = [*plan.float_ops, *float_nodes(prepared, state.left_float)]
         show_float_ops = passes.hide_float_ops(graph_module, float_ops)
+        mark_origins(graph_module.graph)
         with warnings.catch_warnings(), quantized_engine(target.engine):
             warnings.filterwarnings("ignore", category=DeprecationWarning)
             warnings.filterwarnings("ignore", category=FutureWarning)
@@ -243,7 +246,7 @@ class FxFlow:
         for parameter in network.parameters():
             parameter.requires_grad_(False)
         try:
-            checks = check_layers(recording, network, example, target)
+            checks, whole = check_layers(recording, network, example, target, take_origins(network.graph))
         except RuntimeError as error:
             raise ConversionError(
                 f"A kernel of backend {target.name!r} refuses the int8 {type(state.float_network).__name__}: {error}"
@@ -256,7 +259,7 @@ class FxFlow:
         names, without_range = {row.name for row in rows}, {node.name for node in unseen}
         operations = report(lambda: FxOperations(recording, example, names).rows(network, without_range))
         rows, operations = each_once(rows, operations)
-        return Converted(network, rows, checks, notes, operations)
+        return Converted(network, rows, checks, notes, operations, whole)
 
     def coverage(self, prepared: nn.Module, example: Example) -> list[LayerCoverage]:
         """See `Flow.coverage`."""

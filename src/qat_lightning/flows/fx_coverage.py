@@ -15,6 +15,7 @@ from qat_lightning.flows.base import Example, LayerCoverage, prepared_state
 from qat_lightning.flows.coverage import MOVES, MOVING_MODULES, is_float, macs_of, merged, record
 from qat_lightning.flows.fx_config import LEFT_FLOAT, backend_config
 from qat_lightning.flows.fx_layers import UNSEEN
+from qat_lightning.flows.fx_passes import OWN_GRIDS
 from qat_lightning.flows.places import op_name, rounding_of
 from qat_lightning.flows.verify import example_values
 from qat_lightning.graph_network import GraphNetwork
@@ -170,7 +171,7 @@ class FxOperations:
         if node.name in self.plan.float_ops and self.state.recipe.target.engine == "qnnpack" and _clamps(kind):
             return "QNNPACK's clamp misplaces channels-last values"
         if node.name in self.plan.float_ops:
-            return "with a number, its int8 kernel has another grid"
+            return f"{'' if kind in OWN_GRIDS else 'with a number, '}its int8 kernel has another grid"
         if kind not in self.known:
             return f"mode='fx' has no int8 kernel for {name}"
         return "what it takes, or what it yields, is not rounded"

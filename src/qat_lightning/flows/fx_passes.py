@@ -204,6 +204,14 @@ def clamps(graph: fx.Graph, modules: dict[str, nn.Module]) -> list[str]:
     return found
 
 
+def with_own_grids(prepared: fx.GraphModule) -> list[str]:
+    """The names of the nodes whose int8 kernel has a grid of its own, whatever fake-quant rounded to in training."""
+    modules = dict(prepared.named_modules(remove_duplicate=False))
+    return [node.name for node in prepared.graph.nodes if _kind(node, modules) in OWN_GRIDS]
+
+
+OWN_GRIDS = (nn.Hardsigmoid, F.hardsigmoid, "hardsigmoid", "hardsigmoid_")
+
 _CLAMPS = (nn.ReLU6, nn.Hardtanh, F.relu6, F.hardtanh, F.hardtanh_, torch.clamp, "clamp", "clamp_")
 
 
@@ -236,7 +244,7 @@ def observe_only_before_dropout(prepared: fx.GraphModule) -> tuple[list[str], li
             for other in prepared.graph.nodes:
                 if other is not before and other.op == "call_module" and modules.get(str(other.target)) is replaced:
                     other.target = before.target
-                    if _is_within(other.args[0], modules[str(before.target)], modules):
+                    if _is_within(other.args[0], modules[str(before.target)], modules, but=_CLAMPS):
                         silent.append(other.name)
         dropped.append(node.name)
     prepared.recompile()
@@ -286,16 +294,25 @@ def observe_each_range_once(network: GraphNetwork) -> None:
     network.set_graph(network.graph)
 
 
-def _is_within(value: Any, fq: nn.Module, modules: dict[str, nn.Module]) -> bool:
-    """Whether a value is made of what ``fq`` rounded, by ops that keep the grid, but for what dropout scales up."""
+def _is_within(value: Any, fq: nn.Module, modules: dict[str, nn.Module], *, but: tuple[Any, ...] = ()) -> bool:
+    """Whether a value is made of what ``fq`` rounded, by ops that keep the grid, but for what dropout scales up.
+
+    Args:
+        value: A node's argument.
+        fq: The rounding.
+        modules: By name.
+        but: Ops that keep the range and not the grid: the end of a clamp is on no step of it.
+    """
     if not isinstance(value, fx.Node):
         return False
     if value.op == "call_module" and modules.get(str(value.target)) is fq:
         return True
-    if not shares_range(_kind(value, modules)) and _kind(value, modules) not in _DROPOUT_MODULES:
+    kind = _kind(value, modules)
+    if kind in but or (not shares_range(kind) and kind not in _DROPOUT_MODULES):
         return False
     first = value.args[0] if value.args else next(iter(value.kwargs.values()))
-    return all(_is_within(part, fq, modules) for part in (first if isinstance(first, (list, tuple)) else [first]))
+    parts = first if isinstance(first, (list, tuple)) else [first]
+    return all(_is_within(part, fq, modules, but=but) for part in parts)
 
 
 def _kind(node: fx.Node, modules: dict[str, nn.Module]) -> Any:

@@ -1,236 +1,228 @@
-"""The comparison that every conversion ends with: each int8 layer, fed fake-quant's own input, against fake-quant.
+"""The comparison that every conversion ends with: each int8 layer, fed fake-quant's own input, and then the whole.
 
-Right kernels then differ by rounding only (50 dB of SQNR and more), whatever the depth of the network; a kernel that
-saturates or misplaces values is at 6 to 27 dB and is named.
+Here for the graphs of mode fx; how values are judged is in `judging`, how the whole is in `whole`.
 """
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
 
 from qat_lightning.backends import Backend, quantized_engine
-from qat_lightning.errors import VerificationError
-from qat_lightning.fake_quantize import FakeQuantize
-from qat_lightning.flows.base import Example, LayerCheck, sqnr_db
-from qat_lightning.flows.shared_range import SharedRange, UnionObserver
+from qat_lightning.flows.base import Example, LayerCheck, WholeCheck, prepared_state
+from qat_lightning.flows.fx_alignment import Alignment
+from qat_lightning.flows.judging import (
+    Grid,
+    Names,
+    bias_rounding,
+    compare_integers,
+    decibels,
+    is_faulty,
+    raise_if_faulty,
+)
+from qat_lightning.flows.recording import (
+    Again,
+    Recorder,
+    SeededRecorder,
+    copies,
+    copy_of,
+    example_values,
+    feeding,
+    same_random_numbers,
+    seed,
+)
+from qat_lightning.flows.whole import DRAWS, Disturbance, check_whole, is_right, raise_if_wrong
 from qat_lightning.graph_network import GraphNetwork
 from qat_lightning.relu_rounding import writes_in_place
 
-ONE_STEP = 1.01
-"""A layer that is off by one step somewhere has rounded the other way, which is no fault; more is."""
-
-
-class Recorder(fx.Interpreter):
-    """Runs a graph against any module and keeps the value of each node, as it was before anything wrote over it."""
-
-    def __init__(self, module: nn.Module, graph: fx.Graph) -> None:
-        super().__init__(module, garbage_collect_values=False, graph=graph)
-        self.values: dict[str, Any] = {}
-
-    def run_node(self, n: fx.Node) -> Any:
-        """Run one node and keep what it yields."""
-        if writes_in_place(n, self.fetch_attr(str(n.target)) if n.op == "call_module" else None):
-            self._keep(n.all_input_nodes[0])
-        value = super().run_node(n)
-        self.values[n.name] = value
-        return value
-
-    def _keep(self, written: fx.Node) -> None:
-        """Copy the values that share memory with the one that is about to be changed."""
-        changed = self.env[written]
-        if not isinstance(changed, Tensor):
-            return
-        memory = changed.untyped_storage().data_ptr()
-        for name, value in self.values.items():
-            if isinstance(value, Tensor) and value.untyped_storage().data_ptr() == memory:
-                self.values[name] = value.clone()
+__all__ = ["Recorder", "check_layers", "example_values", "is_faulty"]
 
 
 @torch.no_grad()
-def check_layers(prepared: GraphNetwork, int8: GraphNetwork, example: Example, target: Backend) -> list[LayerCheck]:
-    """Compare each op of an FX int8 graph with fake-quant.
+def check_layers(
+    prepared: GraphNetwork, int8: GraphNetwork, example: Example, target: Backend, origins: dict[str, str]
+) -> tuple[list[LayerCheck], WholeCheck | None]:
+    """Compare each op of an FX int8 graph with fake-quant, and then the whole.
 
     Args:
         prepared: The network with fake-quant, on the CPU, in eval mode, with rounding on.
         int8: What it was converted to.
         example: A real batch.
         target: The backend, for its engine and tolerance.
+        origins: Of the nodes of ``int8``; see `fx_alignment.take_origins`.
 
     Returns:
         One row for each op that yields a quantized tensor, and for each float op in between; quantizing and
-        dequantizing are no ops of their own.
+        dequantizing are no ops of their own. And the row of the whole.
 
     Raises:
-        VerificationError: A layer is past the tolerance; the message names it, its op and the backend.
+        VerificationError: A layer is past the tolerance; the message names it, its op and the backend. Or all are
+            right and the whole is not.
     """
-    expected = Recorder(prepared, prepared.graph)
-    expected.run(*example_values(prepared.graph, example))
-    checks = []
-    with quantized_engine(target.engine):
-        actual = Recorder(int8, int8.graph)
-        actual.run(*example_values(int8.graph, example))
-        reference = _Reference(prepared, expected.values, int8, actual.values)
-        for node in int8.graph.nodes:
-            if node.op in ("placeholder", "output", "get_attr") or node.target in (
-                torch.quantize_per_tensor,
-                "dequantize",
-            ):
-                continue
-            if not isinstance(actual.values[node.name], Tensor):
-                continue
-            wanted = reference.value(node)
-            if wanted is None or (not wanted.is_floating_point() and not wanted.is_quantized):
-                continue
-            args, kwargs = fx.node.map_arg((node.args, node.kwargs), reference.argument)
-            got = getattr(actual, node.op)(node.target, args, kwargs)
-            checks.append(_compare(node, _op_name(node, int8), wanted, got))
-    raise_if_faulty(checks, target)
-    return checks
+    alignment = Alignment(prepared, prepared.graph, origins)
+    names = _names(prepared, alignment)
+    with same_random_numbers(), quantized_engine(target.engine):
+        values = example_values(prepared.graph, example)
+        expected = SeededRecorder(prepared, prepared.graph)
+        expected.run(*copies(values))
+        comparison = _Comparison(int8, alignment, expected, target)
+        comparison.run(*copies(example_values(int8.graph, example)))
+        raise_if_faulty(comparison.checks, target, names)
+        actual = SeededRecorder(int8, int8.graph, origins)
+        actual.run(*copies(example_values(int8.graph, example)))
+        again = Again(prepared, prepared.graph, values, alignment.observes, comparison.errors)
+        whole = check_whole(expected.values["output"], actual.values["output"], again.ways)
+        if whole is not None and not is_right(whole):
+            suspects = _where_it_begins(comparison, actual.values, again, names)
+            raise_if_wrong(whole, suspects, comparison.checks, names)
+    return comparison.checks, whole
 
 
-def raise_if_faulty(checks: list[LayerCheck], target: Backend, wanted: str = "fake-quant computed in training") -> None:
-    """Raise for the worst layer that is past the tolerance of ``target`` by more than a rounding.
+class _Comparison(fx.Interpreter):
+    """Runs an int8 graph, each op on the very values that fake-quant had for it, and compares what it gives."""
 
-    Args:
-        checks: The rows.
-        target: The backend.
-        wanted: What the layers are compared with, for the message.
-    """
-    faulty = [check for check in checks if is_faulty(check, target)]
-    if not faulty:
-        return
-    worst = min(faulty, key=lambda check: check.sqnr_db)
-    apart = "" if math.isnan(worst.max_steps) else f", up to {worst.max_steps:.0f} steps apart"
-    raise VerificationError(
-        f"Layer {worst.name!r} does not compute in int8 what {wanted}: {worst.sqnr_db:.1f} dB "
-        f"of SQNR on the same input{apart}, where {target.tolerance_db:.0f} dB is the least for backend "
-        f"{target.name!r}. Its kernel is {worst.op}. {len(faulty)} of {len(checks)} layers are past the tolerance. "
-        f"What to do: exclude=['{worst.name}'], or another backend."
-    )
+    def __init__(self, int8: GraphNetwork, alignment: Alignment, expected: Recorder, target: Backend) -> None:
+        super().__init__(int8, graph=int8.graph)
+        self.alignment, self.expected, self.target = alignment, expected, target
+        self.checks: list[LayerCheck] = []
+        self.source: dict[str, str] = {}
+        """The node of fake-quant whose value each node of the int8 graph should yield."""
+        self.errors: dict[str, Tensor] = {}
+        """By how much the kernel behind each node of fake-quant was off."""
+        self.origin: dict[fx.Node, fx.Node] = {}
 
+    def run_node(self, n: fx.Node) -> Any:
+        """Run one node, and go on with fake-quant's value."""
+        if n.op in ("placeholder", "get_attr", "output"):
+            origin = self.alignment.origin(n)
+            if origin is not None:
+                self.origin[n] = origin
+            return super().run_node(n)
+        if n.target == "dequantize" and n.all_input_nodes[0].name in self.source:
+            return self._dequantized(n, n.all_input_nodes[0])
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        in_place = writes_in_place(n, self.fetch_attr(str(n.target)) if n.op == "call_module" else None)
+        if in_place:
+            args, kwargs = copies((args, kwargs))
+        seed(self.alignment.origins.get(n.name, n.name))
+        value = self._judged(n, getattr(self, n.op)(n.target, args, kwargs))
+        if in_place and n.all_input_nodes[0] in self.env:
+            self.env[n.all_input_nodes[0]] = value  # for who reads it after it was written over
+        return value
 
-def is_faulty(check: LayerCheck, target: Backend) -> bool:
-    """Whether a layer is past the tolerance, and not by single roundings of a small output only."""
-    return check.sqnr_db < target.tolerance_db and not check.max_steps <= ONE_STEP
+    def _dequantized(self, n: fx.Node, quantized: fx.Node) -> Any:
+        """The very value that fake-quant had, and not what its integers stand for, which may be a bit off."""
+        self.origin[n], self.source[n.name] = self.origin[quantized], self.source[quantized.name]
+        return copy_of(self.expected.values[self.source[n.name]])
 
+    def _judged(self, n: fx.Node, got: Any) -> Any:
+        origin = self.alignment.origin(n)
+        quantizes = n.target is torch.quantize_per_tensor
+        if quantizes:
+            origin = self.origin.get(n.args[0])  # type: ignore[arg-type]
+        if origin is None:
+            return got
+        self.origin[n] = origin
+        if isinstance(got, Tensor) and got.is_quantized:
+            return got if got.qscheme() is not torch.per_tensor_affine else self._integers(n, origin, got, quantizes)
+        return self._floats(n, origin, got)
 
-class _Reference:
-    """Fake-quant's value for each node of the int8 graph, on the grid of that node."""
+    def _integers(self, n: fx.Node, origin: fx.Node, got: Tensor, quantizes: bool) -> Tensor:
+        place = self.alignment.rounding(origin, Grid(got.q_scale(), got.q_zero_point()))
+        exact, rounded = (self.expected.values[node.name] for node in (place.exact, place.rounded))
+        if not isinstance(rounded, Tensor) or not rounded.is_floating_point():
+            return got
+        wanted = torch.quantize_per_tensor(rounded.float(), got.q_scale(), got.q_zero_point(), got.dtype)
+        doubt = lambda: self._bias_rounding(n, got) + self._doubt(origin, place.exact, got.q_scale())  # noqa: E731
+        check = compare_integers(_name(origin), _op_name(n, self.module), exact, wanted, got, allowed=doubt)
+        if check.fault or not quantizes:
+            self.checks.append(check)
+        if check.max_steps and not check.fault and got.shape == wanted.shape:
+            self.errors[place.rounded.name] = got.dequantize() - wanted.dequantize()
+        self.source[n.name] = place.rounded.name
+        return wanted
 
-    def __init__(
-        self, prepared: GraphNetwork, expected: dict[str, Any], int8: GraphNetwork, actual: dict[str, Any]
-    ) -> None:
-        self.modules = dict(prepared.named_modules(remove_duplicate=False))
-        self.expected, self.actual = expected, actual
-        self.int8_modules = dict(int8.named_modules(remove_duplicate=False))
-        self.int8_names = {node.name for node in int8.graph.nodes}
-        self.prepared_nodes = {node.name: node for node in prepared.graph.nodes}
-        self.source: dict[fx.Node, fx.Node | None] = {}
-        for node in int8.graph.nodes:
-            self.source[node] = self._match(node)
+    def _floats(self, n: fx.Node, origin: fx.Node, got: Any) -> Any:
+        # A float op has no ReLU in it: where the int8 network does without one, quantizing behind it clamps.
+        source = self.alignment.end_of_fusion(origin) if self._has_relu(n) else origin
+        wanted = self.expected.values[source.name]
+        if not isinstance(got, Tensor) or not isinstance(wanted, Tensor):
+            on_grid = any(isinstance(leaf, Tensor) and leaf.is_quantized for leaf in tree_leaves(got))
+            return wanted if type(wanted) is type(got) and not on_grid else got
+        if wanted.is_floating_point() and got.is_floating_point():
+            self.checks.append(LayerCheck(_name(origin), _op_name(n, self.module), decibels(wanted, got)))
+            self.source[n.name] = source.name
+        return copy_of(wanted)
 
-    def value(self, node: fx.Node) -> Tensor | None:
-        """The tensor that ``node`` should yield: quantized if it yields a quantized one; None if there is none."""
-        source = self.source[node]
-        if source is None:
-            return None
-        if node.target == "dequantize":
-            (quantized,) = node.all_input_nodes
-            value = self.value(quantized)
-            return None if value is None else value.dequantize()
-        return self._on_grid(self.expected[source.name], self.actual[node.name])
+    def _has_relu(self, n: fx.Node) -> bool:
+        """Whether a node is a layer of upstream's with a ReLU in it."""
+        module = self.fetch_attr(str(n.target)) if n.op == "call_module" else None
+        return isinstance(module, nn.Sequential) and any(isinstance(part, nn.ReLU) for part in module)
 
-    def argument(self, node: fx.Node) -> Any:
-        """What to feed for ``node``: fake-quant's value, or where it has none, what the int8 network computed."""
-        actual = self.actual[node.name]
-        if node.op in ("placeholder", "get_attr"):
-            return actual
-        if not isinstance(actual, Tensor):
-            # The outputs of a recurrent layer or of attention, which stay float; or a shape.
-            source = self.source[node]
-            return actual if source is None else self.expected[source.name]
-        value = self.value(node)
-        return actual if value is None else value
+    def _bias_rounding(self, n: fx.Node, got: Tensor) -> float:
+        source = self.env[n.all_input_nodes[0]] if n.op == "call_module" else None
+        if not isinstance(source, Tensor) or not source.is_quantized:
+            return 0.0
+        layer = self.fetch_attr(str(n.target))
+        return bias_rounding(layer, source.q_scale(), got.q_scale(), self.target)
 
-    def _match(self, node: fx.Node) -> fx.Node | None:
-        """The node of the prepared graph whose value, put on the grid, is the value of ``node``."""
-        if node.name in self.prepared_nodes:
-            found = self.prepared_nodes[node.name]
-            # A float op has no ReLU in it: where the int8 network does without one, quantizing behind it clamps.
-            return found if self._stays_float(node) else self._end_of_fusion(found)
-        inputs = [self.source[arg] for arg in node.all_input_nodes if self.source[arg] is not None]
-        if node.target in (torch.quantize_per_tensor, "dequantize"):
-            return inputs[0] if inputs else None
-        # Upstream makes a new node for a binary op: known by what it works on.
-        for candidate in self.prepared_nodes.values():
-            if candidate.name in self.int8_names or self._is_quantization(candidate) or not inputs:
-                continue
-            if [self._behind_fake_quantize(arg) for arg in candidate.all_input_nodes] == inputs:
-                return self._end_of_fusion(candidate)
-        return None
+    def _doubt(self, first: fx.Node, last: fx.Node, scale: float) -> float:
+        """How far, in steps, fake-quant's own float arithmetic can be off, as where large numbers cancel out."""
+        nodes, node = [last], last
+        while node is not first and node.all_input_nodes:
+            node = node.all_input_nodes[0]
+            nodes.insert(0, node)
+        if node is not first:
+            return 0.0
+        off = 0.0
+        for draw in range(DRAWS):
+            disturb, values = Disturbance(draw), dict(self.expected.env)
+            for source in first.all_input_nodes:
+                values[source] = disturb(values[source])
+            for part in nodes:
+                values[part] = self._again(part, values)
+            off = max(off, float((values[last] - self.expected.values[last.name]).abs().max()))
+        return 2 * off / scale
 
-    def _behind_fake_quantize(self, node: fx.Node) -> fx.Node:
-        """The op whose value ``node`` has: through the rounding, and through a dropout that int8 does without."""
-        while True:
-            inputs = node.all_input_nodes
-            dropped = node.name not in self.int8_names and len(inputs) == 1 and self._is_fake_quantize(inputs[0])
-            if not (self._is_fake_quantize(node) or dropped):
-                return node
-            node = inputs[0]
-
-    def _is_fake_quantize(self, node: fx.Node) -> bool:
-        return node.op == "call_module" and isinstance(self.modules.get(str(node.target)), (FakeQuantize, SharedRange))
-
-    def _is_quantization(self, node: fx.Node) -> bool:
-        """Whether a node rounds or observes, and is no op of the float network."""
-        observes = node.op == "call_module" and isinstance(self.modules.get(str(node.target)), UnionObserver)
-        return observes or self._is_fake_quantize(node)
-
-    def _stays_float(self, node: fx.Node) -> bool:
-        """Whether an op yields float, and is no layer of upstream's with a ReLU in it."""
-        value = self.actual[node.name]
-        module = self.int8_modules.get(str(node.target)) if node.op == "call_module" else None
-        has_relu = isinstance(module, nn.Sequential) and any(isinstance(part, nn.ReLU) for part in module)
-        return isinstance(value, Tensor) and not value.is_quantized and not has_relu
-
-    def _end_of_fusion(self, node: fx.Node) -> fx.Node:
-        """Follow ops that were fused into this one (a ReLU behind an addition, a ReLU6)."""
-        while len(node.users) == 1:
-            user = next(iter(node.users))
-            if user.name in self.int8_names or user.op == "output" or self._is_fake_quantize(user):
-                break
-            node = user
-        return node
-
-    @staticmethod
-    def _on_grid(value: Any, actual: Tensor) -> Tensor | None:
-        if not isinstance(value, Tensor):
-            return None
-        if not actual.is_quantized:
-            return value
-        return torch.quantize_per_tensor(value.float(), actual.q_scale(), actual.q_zero_point(), actual.dtype)
+    def _again(self, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda arg: copy_of(values[arg]))
+        return getattr(self.expected, node.op)(node.target, args, kwargs)
 
 
-def example_values(graph: fx.Graph, example: Example) -> list[Any]:
-    """The example's inputs in the order of a graph's placeholders."""
-    inputs = [node for node in graph.nodes if node.op == "placeholder"]
-    values = list(example.args)
-    for node in inputs[len(values) :]:
-        # What the example leaves out has its default, which a placeholder holds as its argument.
-        values.append(example.kwargs[node.target] if node.target in example.kwargs else node.args[0])
-    return values
+def _where_it_begins(comparison: _Comparison, actual: dict[str, Any], again: Again, names: Names) -> tuple[str, ...]:
+    """What is around the first node at which int8 is farther from fake-quant than the draws are."""
+    for node in comparison.graph.nodes:
+        got, source = actual.get(node.name), comparison.source.get(node.name)
+        if source is None or not isinstance(got, Tensor):
+            continue
+        got = got.dequantize() if got.is_quantized else got
+        if again.is_unlike(comparison.expected.values[source], got, source):
+            return names.layers(_name(comparison.origin[node]))
+    return ()
 
 
-def _compare(node: fx.Node, op: str, wanted: Tensor, got: Tensor) -> LayerCheck:
-    name = str(node.target) if node.op == "call_module" else node.name
-    if not got.is_quantized:
-        return LayerCheck(name, op, sqnr_db(wanted, got))
-    steps = (wanted.int_repr().int() - got.int_repr().int()).abs().max().item() if got.numel() else 0
-    return LayerCheck(name, op, sqnr_db(wanted.dequantize(), got.dequantize()), float(steps))
+def _names(prepared: GraphNetwork, alignment: Alignment) -> Names:
+    state = prepared_state(prepared)
+    layers = _quantized_layers(prepared)
+
+    def layer_of(node: fx.Node) -> str:
+        return str(node.target) if node.op == "call_module" and node.target in layers else ""
+
+    def feeds(name: str) -> list[str]:
+        return feeding(alignment.nodes[name], layer_of) if name in alignment.nodes else []
+
+    return Names(state.prefix, {name for name, _ in state.float_network.named_modules()}, feeds)
+
+
+def _quantized_layers(prepared: nn.Module) -> set[str]:
+    return {name for name, module in prepared.named_modules() if "weight_fake_quant" in module._modules}
+
+
+def _name(node: fx.Node) -> str:
+    return str(node.target) if node.op == "call_module" else node.name
 
 
 def _op_name(node: fx.Node, network: nn.Module) -> str:

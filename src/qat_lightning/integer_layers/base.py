@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -62,6 +64,19 @@ def quantized_rows(integers: Tensor, scales: Tensor) -> Tensor:
     return made
 
 
+_disturbing: list[Callable[[Any], Any]] = []
+
+
+@contextmanager
+def disturbed_roundings(disturb: Callable[[Any], Any]) -> Iterator[None]:
+    """Let `round_dynamically` round what ``disturb`` makes of its input, to see what roundings alone can do."""
+    _disturbing.append(disturb)
+    try:
+        yield
+    finally:
+        _disturbing.pop()
+
+
 def round_dynamically(x: Tensor) -> Tensor:
     """Put ``x`` on the uint8 grid of its own range and back, as the dynamic kernels do.
 
@@ -73,6 +88,8 @@ def round_dynamically(x: Tensor) -> Tensor:
     """
     if not x.numel():
         return x.double()
+    if _disturbing:
+        x = _disturbing[-1](x)
     scale, zero_point = torch._choose_qparams_per_tensor(x.float(), False)
     integers = (torch.round(x.float() / scale) + zero_point).clamp(0, 255)
     return (integers.double() - zero_point) * scale

@@ -146,24 +146,31 @@ class DynamicRecurrent(IntegerLayer):
         state = self._initial(time_first, time_first.shape[1], hx)
         state = [h if h.dim() == 3 else h[:, None] for h in state]
         outputs, cells = time_first, self._cells()
+        ends: list[tuple[Tensor, ...]] = []
         for layer in range(self.num_layers):
             sides = []
             for side in range(len(self._directions)):
                 index = layer * len(self._directions) + side
-                sides.append(self._one_way(outputs, *cells[index], tuple(h[index] for h in state), backwards=side == 1))
+                start = tuple(h[index] for h in state)
+                steps, end = self._one_way(outputs, *cells[index], start, backwards=side == 1)
+                sides.append(steps)
+                ends.append(end)
             outputs = torch.cat(sides, -1)
         outputs = outputs.transpose(0, 1) if self.batch_first else outputs
-        return outputs if input.dim() == 3 else outputs.squeeze(0 if self.batch_first else 1)
+        last = tuple(torch.stack(part) for part in zip(*ends, strict=True))
+        if input.dim() == 2:
+            outputs, last = outputs.squeeze(0 if self.batch_first else 1), tuple(h[:, 0] for h in last)
+        return outputs, last if self.cell == "lstm" else last[0]
 
     def _one_way(
         self, data: Tensor, ih: DynamicLinear, hh: DynamicLinear, state: tuple[Tensor, ...], *, backwards: bool
-    ) -> Tensor:
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
         steps = ih.reference(data.float())
         outputs = []
         for step in reversed(steps) if backwards else steps:
             state = STEPS[self.cell](step, hh.reference(state[0].float()), state)
             outputs.append(state[0])
-        return torch.stack(outputs[::-1] if backwards else outputs)
+        return torch.stack(outputs[::-1] if backwards else outputs), state
 
     def extra_repr(self) -> str:
         """Sizes and engine, for ``print``."""

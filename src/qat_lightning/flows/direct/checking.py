@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -14,10 +14,15 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from qat_lightning.backends import Backend, quantized_engine
 from qat_lightning.errors import ConversionError, NetworkError
-from qat_lightning.flows.base import Example, LayerCheck, LayerCoverage, sqnr_db
-from qat_lightning.flows.verify import raise_if_faulty
+from qat_lightning.flows.base import Example, LayerCheck, LayerCoverage, WholeCheck, sqnr_db
+from qat_lightning.flows.judging import Names, decibels, raise_if_faulty
+from qat_lightning.flows.whole import DRAWS, Disturbance, check_whole, is_right, raise_if_wrong
 from qat_lightning.integer_layers import IntegerLayer
+from qat_lightning.integer_layers.base import disturbed_roundings
 from qat_lightning.recipe import Recipe
+
+EXACT = "its integers give in float64"
+"""What the layers are compared with."""
 
 
 @dataclass
@@ -139,14 +144,20 @@ def _recording(calls: list[Call]) -> Iterator[None]:
 
 
 @torch.no_grad()
-def check_layers(calls: list[Call], target: Backend) -> tuple[list[LayerCheck], list[str]]:
+def check_layers(calls: list[Call], target: Backend, names: Names) -> tuple[list[LayerCheck], list[str]]:
     """Compare the first call of each layer with its reference.
+
+    Args:
+        calls: Of the layers.
+        target: The backend.
+        names: Of the layers.
 
     Returns:
         One row for each layer that was called, and notes on the others.
 
     Raises:
-        VerificationError: A layer is past the tolerance of ``target``.
+        VerificationError: A layer is past the tolerance of ``target``, and farther from its reference than that is from
+            itself where its inputs and roundings are disturbed: many steps in time make much of little.
     """
     checks, unchecked = [], []
     with quantized_engine(target.engine):
@@ -156,20 +167,76 @@ def check_layers(calls: list[Call], target: Backend) -> tuple[list[LayerCheck], 
                 unchecked.append(call.name or "itself")
                 continue
             ratio = sqnr_of(wanted, call.output)
-            checks.append(LayerCheck(call.name, call.layer.op, ratio))
-    raise_if_faulty(checks, target, "its integers give in float64")
+            chance = _chance(call, wanted) if ratio < target.tolerance_db else math.inf
+            checks.append(LayerCheck(call.name, call.layer.op, ratio, chance_db=chance))
+    raise_if_faulty(checks, target, names, EXACT)
     notes = []
     if unchecked:
         notes.append(f"Not compared, because the example does not run them with tensors: {', '.join(unchecked)}.")
     return checks, notes
 
 
+def _chance(call: Call, wanted: Any) -> float:
+    """How far the reference of a layer is from itself, disturbed: the worst of a few draws."""
+    assert call.inputs is not None
+    draws = []
+    for seed in range(DRAWS):
+        disturb = Disturbance(seed)
+        with disturbed_roundings(disturb):
+            args, kwargs = tree_map(disturb, call.inputs)
+            draws.append(sqnr_of(wanted, call.layer.reference(*args, **kwargs)))
+    return min(draws)
+
+
 def sqnr_of(wanted: Any, got: Any) -> float:
-    """The SQNR in dB of the first floating tensors of two outputs."""
-    one, other = _floats(wanted)[0], _floats(got)[0]
-    if not one.numel():
-        return math.inf
-    return sqnr_db(one.double(), other.double())
+    """The SQNR in dB of the floating tensors of two outputs, of the worst; a reference may know the first ones only."""
+    return min(
+        (decibels(one, other) for one, other in zip(_floats(wanted), _floats(got), strict=False)), default=math.inf
+    )
+
+
+@torch.no_grad()
+def check_whole_of(
+    network: nn.Module, actual: Any, calls: list[Call], example: Example, checks: list[LayerCheck], names: Names
+) -> WholeCheck | None:
+    """Compare the integer network as a whole with itself, each layer computing its reference.
+
+    Raises:
+        VerificationError: It is farther from that than roundings explain.
+    """
+
+    def exact(disturb: Callable[[Any], Any] = lambda value: value) -> Any:
+        args, kwargs = tree_map(disturb, (example.args, example.kwargs))
+        with _computing_references(calls), disturbed_roundings(disturb):
+            return run(network, Example(args, kwargs))
+
+    whole = check_whole(exact(), actual, (exact,))
+    if whole is not None and not is_right(whole):
+        suspects = sorted(checks, key=lambda check: check.sqnr_db)[:1]
+        raise_if_wrong(whole, [check.name for check in suspects], checks, names, EXACT)
+    return whole
+
+
+@contextmanager
+def _computing_references(calls: list[Call]) -> Iterator[None]:
+    """Let layers return what their references give, as far as these know it."""
+
+    def replace(layer: IntegerLayer) -> Any:
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+            wanted = layer.reference(*args, **kwargs)
+            if wanted is None:
+                return output
+            known = iter(_floats(wanted))
+            return tree_map(lambda leaf: next(known, leaf).to(leaf) if _is_float(leaf) else leaf, output)
+
+        return hook
+
+    handles = [call.layer.register_forward_hook(replace(call.layer), with_kwargs=True) for call in calls]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def end_to_end(expected: Any, actual: Any) -> list[str]:
@@ -182,4 +249,8 @@ def end_to_end(expected: Any, actual: Any) -> list[str]:
 
 
 def _floats(outputs: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    return [leaf for leaf in tree_leaves(outputs) if _is_float(leaf)]
+
+
+def _is_float(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()

@@ -10,9 +10,17 @@ from torch import nn
 
 from qat_lightning.errors import CheckpointMismatchError
 from qat_lightning.flows.base import Converted, Example, LayerCoverage
-from qat_lightning.flows.direct.checking import check_layers, end_to_end, refuse_nothing, run_float, run_integer
+from qat_lightning.flows.direct.checking import (
+    check_layers,
+    check_whole_of,
+    end_to_end,
+    refuse_nothing,
+    run_float,
+    run_integer,
+)
 from qat_lightning.flows.direct.macs import with_macs
 from qat_lightning.flows.eager_layers import without_fast_paths
+from qat_lightning.flows.judging import Names
 from qat_lightning.integer_layers import IntegerLayer, integer_layer, why_not
 from qat_lightning.integer_layers.making import WEIGHTED
 from qat_lightning.recipe import Recipe
@@ -28,9 +36,11 @@ def quantize_eager(network: nn.Module, example: Example, recipe: Recipe, *, pref
     plan = {"layers": [[name, type(original.get_submodule(name)).__name__] for name in chosen]}
     integer = skeleton(original, plan, recipe)
     actual, calls = run_integer(integer, example)
-    checks, notes = check_layers(calls, recipe.target)
+    names = Names(prefix, {name for name, _ in original.named_modules()})
+    checks, notes = check_layers(calls, recipe.target, names)
+    whole = check_whole_of(integer, actual, calls, example, checks, names)
     coverage, between = with_macs(coverage, original, example, recipe)
-    return Converted(integer, coverage, checks, [*notes, *end_to_end(expected, actual)], between)
+    return Converted(integer, coverage, checks, [*notes, *end_to_end(expected, actual)], between, whole)
 
 
 def skeleton(network: nn.Module, plan: Mapping[str, Any], recipe: Recipe) -> nn.Module:

@@ -10,9 +10,18 @@ from torch import Tensor, fx, nn
 
 from qat_lightning.flows.base import Converted, Example, LayerCoverage
 from qat_lightning.flows.coverage import used_modules
-from qat_lightning.flows.direct.checking import Call, check_layers, end_to_end, refuse_nothing, run_float, run_integer
+from qat_lightning.flows.direct.checking import (
+    Call,
+    check_layers,
+    check_whole_of,
+    end_to_end,
+    refuse_nothing,
+    run_float,
+    run_integer,
+)
 from qat_lightning.flows.direct.eager import cover, float_copy
 from qat_lightning.flows.direct.macs import with_macs
+from qat_lightning.flows.judging import Names
 from qat_lightning.flows.tracing import outer_parts, trace_evaluation
 from qat_lightning.graph_network import GraphNetwork
 from qat_lightning.integer_layers import integer_layer
@@ -49,10 +58,12 @@ def quantize_fx(network: nn.Module, example: Example, recipe: Recipe, *, prefix:
     integer = GraphNetwork(graph_module).eval()
     _drop_unread(integer)
     actual, calls = run_integer(integer, example)
-    checks, notes = check_layers(calls, recipe.target)
+    names = Names(prefix, {name for name, _ in original.named_modules()})
+    checks, notes = check_layers(calls, recipe.target, names)
+    whole = check_whole_of(integer, actual, calls, example, checks, names)
     functions = _flops_of_functions(calls, [f"functional_{node.name}" for node in functional])
     coverage, between = with_macs(coverage, original, example, recipe, functions)
-    return Converted(integer, coverage, checks, [*notes, *end_to_end(expected, actual)], between)
+    return Converted(integer, coverage, checks, [*notes, *end_to_end(expected, actual)], between, whole)
 
 
 def _join(prefix: str, name: str) -> str:

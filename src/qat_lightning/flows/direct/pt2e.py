@@ -7,6 +7,7 @@ Dynamic linear layers have the ops that X86InductorQuantizer and XNNPACKQuantize
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,16 +18,27 @@ from torch import Tensor, fx, nn
 
 from qat_lightning.backends import Backend
 from qat_lightning.errors import ConversionError
-from qat_lightning.flows.base import Converted, Example, LayerCheck, LayerCoverage
-from qat_lightning.flows.direct.checking import end_to_end, plain_attention, refuse_nothing, run, run_float, sqnr_of
+from qat_lightning.flows.base import Converted, Example, LayerCheck, LayerCoverage, WholeCheck
+from qat_lightning.flows.direct.checking import (
+    EXACT,
+    end_to_end,
+    plain_attention,
+    refuse_nothing,
+    run,
+    run_float,
+    sqnr_of,
+)
 from qat_lightning.flows.direct.eager import cover, float_copy
 from qat_lightning.flows.direct.macs import with_macs
 from qat_lightning.flows.eager_layers import without_fast_paths
+from qat_lightning.flows.judging import Names, raise_if_faulty
 from qat_lightning.flows.pt2e.capture import capture
 from qat_lightning.flows.pt2e.convert import evaluate, tidy
 from qat_lightning.flows.pt2e.int8 import Int8Network
 from qat_lightning.flows.pt2e.scopes import scope_of
-from qat_lightning.flows.verify import Recorder, raise_if_faulty
+from qat_lightning.flows.pt2e.signature import CallSpec
+from qat_lightning.flows.verify import Recorder
+from qat_lightning.flows.whole import check_whole, is_right, raise_if_wrong
 from qat_lightning.integer_layers.weight_only import weights_of
 from qat_lightning.integer_layers.weights import (
     WeightGrid,
@@ -69,14 +81,16 @@ def quantize_pt2e(network: nn.Module, example: Example, recipe: Recipe, *, prefi
     integer = Int8Network(decomposed, spec, recipe.backend)
     tensors = spec.flatten(*_copies(example))
     try:
-        checks = _check(decomposed, tensors, done, coverage, recipe.target)
+        names = Names(prefix, {name for name, _ in original.named_modules()})
+        checks = _check(decomposed, tensors, done, coverage, recipe.target, names)
         actual = spec.unflatten(decomposed(*tensors))
+        whole = _check_whole(decomposed, tensors, done, spec, actual, (recipe.target, checks, names))
     except RuntimeError as error:
         raise ConversionError(
             f"{spec.name} does not run once its weights are integers: {error}. Use exclude= for the part at fault."
         ) from error
     coverage, between = with_macs(coverage, original, example, recipe)
-    return Converted(integer, coverage, checks, [*_notes(recipe), *end_to_end(expected, actual)], between)
+    return Converted(integer, coverage, checks, [*_notes(recipe), *end_to_end(expected, actual)], between, whole)
 
 
 def _copies(example: Example) -> tuple[Any, Any]:
@@ -279,7 +293,12 @@ def _after(row: LayerCoverage, network: nn.Module, used: set[str], done: Done, r
 
 @torch.no_grad()
 def _check(
-    decomposed: fx.GraphModule, tensors: list[Tensor], done: Done, coverage: list[LayerCoverage], target: Backend
+    decomposed: fx.GraphModule,
+    tensors: list[Tensor],
+    done: Done,
+    coverage: list[LayerCoverage],
+    target: Backend,
+    names: Names,
 ) -> list[LayerCheck]:
     """Compare linear layers with the same rounding in float64, and other weights with what their integers stand for."""
     recorder = Recorder(decomposed, decomposed.graph)
@@ -293,13 +312,62 @@ def _check(
             got = recorder.values[node.name]
             reference = _linear_in_float64(node, recorder, wanted, target) if isinstance(wanted, tuple) else wanted
             checks.append(LayerCheck(layer, str(node.target), sqnr_of(reference, got)))
-    raise_if_faulty(checks, target, "its integers give in float64")
+    raise_if_faulty(checks, target, names, EXACT)
     return checks
 
 
-def _linear_in_float64(node: fx.Node, recorder: Recorder, quantized: tuple[Tensor, Tensor], target: Backend) -> Tensor:
+def _check_whole(
+    decomposed: fx.GraphModule,
+    tensors: list[Tensor],
+    done: Done,
+    spec: CallSpec,
+    actual: Any,
+    checking: tuple[Backend, list[LayerCheck], Names],
+) -> WholeCheck | None:
+    """Compare the network as a whole with the one whose integer layers compute in float64."""
+    target, checks, names = checking
+    wanted = {original.name: value for rows in done.values() for original, value in rows}
+
+    def exact(disturb: Callable[[Any], Any] = lambda value: value) -> Any:
+        runner = _Exact(decomposed, wanted, target, disturb)
+        return spec.unflatten(runner.run(*(disturb(tensor.clone()) for tensor in tensors)))
+
+    whole = check_whole(exact(), actual, (exact,))
+    if whole is not None and not is_right(whole):
+        suspects = sorted(checks, key=lambda check: check.sqnr_db)[:1]
+        raise_if_wrong(whole, [check.name for check in suspects], checks, names, EXACT)
+    return whole
+
+
+class _Exact(Recorder):
+    """Runs a graph, its integer layers in float64."""
+
+    def __init__(
+        self, module: fx.GraphModule, wanted: dict[str, Any], target: Backend, disturb: Callable[[Any], Any]
+    ) -> None:
+        super().__init__(module, module.graph)
+        self.wanted, self.target, self.disturb = wanted, target, disturb
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if n.name not in self.wanted:
+            return value
+        exact = self.wanted[n.name]
+        if isinstance(exact, tuple):
+            exact = _linear_in_float64(n, self, exact, self.target, self.disturb)
+        self.values[n.name] = exact = exact.to(value)
+        return exact
+
+
+def _linear_in_float64(
+    node: fx.Node,
+    recorder: Recorder,
+    quantized: tuple[Tensor, Tensor],
+    target: Backend,
+    disturb: Callable[[Any], Any] = lambda value: value,
+) -> Tensor:
     rounded: Any = node.args[0]
-    x = recorder.values[rounded.args[0].args[0].name]
+    x = disturb(recorder.values[rounded.args[0].args[0].name])
     low, high = target.activation_limits
     scale, zero_point = (
         part.double() for part in ops.choose_qparams.tensor(x, low, high, _EPS, target.activation_dtype)

@@ -1,15 +1,11 @@
-"""What conversion reports: each layer against fake-quant on fake-quant's own input, and what became int8."""
+"""What conversion reports: which layers became int8, and why others did not."""
 
 from __future__ import annotations
-
-import math
-from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from qat_lightning.backends import Backend
-from qat_lightning.flows.base import Example, LayerCheck, LayerCoverage, sqnr_db
+from qat_lightning.flows.base import LayerCoverage
 from qat_lightning.flows.pt2e.annotate import CHANNEL_AXIS, selects
 from qat_lightning.flows.pt2e.convert import Decomposed
 from qat_lightning.flows.pt2e.coverage import IN_BRANCH
@@ -17,7 +13,6 @@ from qat_lightning.flows.pt2e.dtypes import other_dtype
 from qat_lightning.flows.pt2e.network import ExportedNetwork
 from qat_lightning.flows.pt2e.scopes import join, scope_of
 from qat_lightning.flows.pt2e.training import Plan
-from qat_lightning.flows.verify import raise_if_faulty
 from qat_lightning.recipe import PreparedState
 
 quantized_decomposed = torch.ops.quantized_decomposed
@@ -39,98 +34,6 @@ _WEIGHTED = (
     nn.RNNBase,
     nn.RNNCellBase,
 )
-
-
-class _Recorder(fx.Interpreter):
-    """Runs a graph and keeps the value of each node, by name."""
-
-    def __init__(self, module: nn.Module, graph: fx.Graph) -> None:
-        super().__init__(module, graph=graph)
-        self.values: dict[str, Any] = {}
-
-    def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
-        self.values[n.name] = value
-        return value
-
-
-class _Comparison(fx.Interpreter):
-    """Runs a decomposed graph, compares what goes into each quantize op, and goes on with fake-quant's value."""
-
-    def __init__(self, graph_module: fx.GraphModule, expected: dict[str, Any], renamed: dict[str, str]) -> None:
-        super().__init__(graph_module)
-        self.expected = expected
-        self.renamed = renamed
-        self.checks: list[LayerCheck] = []
-
-    def run_node(self, n: fx.Node) -> Any:
-        got = super().run_node(n)
-        if n.op != "call_function" or not isinstance(got, Tensor) or not got.is_floating_point() or not _ends_layer(n):
-            return got
-        wanted = self.expected.get(self.renamed.get(n.name, n.name))
-        if not isinstance(wanted, Tensor):
-            return got
-        self.checks.append(_compare(n, wanted, got))
-        return wanted
-
-
-@torch.no_grad()
-def check_layers(
-    prepared: ExportedNetwork, decomposed: fx.GraphModule, plan: Plan, example: Example, target: Backend
-) -> list[LayerCheck]:
-    """Compare each layer of the decomposed graph with fake-quant.
-
-    Args:
-        prepared: The network with fake-quant, on the CPU, in eval mode, with rounding on.
-        decomposed: What it was converted to.
-        plan: Of its preparation.
-        example: A real batch.
-        target: The backend, for its tolerance.
-
-    Returns:
-        One row for each layer: an op with the ops that run fused with it, up to where its output is quantized.
-
-    Raises:
-        VerificationError: A layer is past the tolerance.
-    """
-    tensors = plan.spec.flatten(example.args, example.kwargs)
-    recorder = _Recorder(prepared, prepared.graph)
-    recorder.run(*tensors)
-    comparison = _Comparison(decomposed, recorder.values, {pair.layer: pair.batchnorm for pair in plan.folded})
-    comparison.run(*tensors)
-    raise_if_faulty(comparison.checks, target)
-    return comparison.checks
-
-
-def _ends_layer(node: fx.Node) -> bool:
-    if node.target in DEQUANTIZE:
-        return False
-    if any(user.op == "output" or user.target in QUANTIZE for user in node.users):
-        return True
-    return node.target in CHANNEL_AXIS and not _runs_on_to_quantize(node)
-
-
-def _runs_on_to_quantize(node: fx.Node) -> bool:
-    """Whether what follows, up to where it is quantized, reads nothing else that is float."""
-    while len(node.users) == 1:
-        user = next(iter(node.users))
-        if user.target in QUANTIZE:
-            return True
-        others = [source for source in user.all_input_nodes if source is not node]
-        if user.op == "output" or user.target in CHANNEL_AXIS or any(o.target not in DEQUANTIZE for o in others):
-            return False
-        node = user
-    return False
-
-
-def _compare(node: fx.Node, wanted: Tensor, got: Tensor) -> LayerCheck:
-    main = main_op(node)
-    steps = math.nan
-    for user in node.users:
-        if user.target is QUANTIZE[0]:
-            integers = [user.target(value, *user.args[1:]).int() for value in (wanted, got)]
-            steps = float((integers[0] - integers[1]).abs().max()) if got.numel() else 0.0
-    return LayerCheck(scope_of(main) or main.name, str(main.target), sqnr_db(wanted, got), steps)
 
 
 def main_op(node: fx.Node) -> fx.Node:

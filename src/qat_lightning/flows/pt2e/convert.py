@@ -21,7 +21,7 @@ from qat_lightning.flows.pt2e.annotate import CHANNEL_AXIS
 from qat_lightning.flows.pt2e.capture import TRAINING_FLAG
 from qat_lightning.flows.pt2e.scopes import scope_of
 from qat_lightning.flows.pt2e.training import Plan, weight_quantizer
-from qat_lightning.qat_modules import fold_factor
+from qat_lightning.qat_modules import fold_factor, round_for_good
 
 aten = torch.ops.aten
 
@@ -182,7 +182,13 @@ def _leave_unseen_float(graph_module: fx.GraphModule) -> list[str]:
         weight = weight_quantizer(graph_module, node)
         if weight is None or _quantizer(graph_module, node.args[0]) is not None:
             continue
-        node.replace_input_with(weight, weight.args[0])
+        # As in training, on its grid: what is float here is its input.
+        fq, value = _quantizer(graph_module, weight), _tensor(graph_module, weight.args[0])
+        assert fq is not None
+        rounded: Any = weight.args[0]
+        if value is not None:
+            rounded = _constant(graph_module, weight, f"{node.name}_rounded", round_for_good(value, fq))
+        node.replace_input_with(weight, rounded)
         if not weight.users:
             graph.erase_node(weight)
     return unseen

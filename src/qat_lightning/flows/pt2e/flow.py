@@ -25,7 +25,8 @@ from qat_lightning.flows.coverage import layers_with_macs, report
 from qat_lightning.flows.left_float import follow_checkpoints, leave_weights_float, weighted_layers, with_reasons
 from qat_lightning.flows.pt2e.annotate import insert_fake_quantize
 from qat_lightning.flows.pt2e.capture import capture
-from qat_lightning.flows.pt2e.check import check_layers, coverage
+from qat_lightning.flows.pt2e.check import coverage
+from qat_lightning.flows.pt2e.comparison import check_layers
 from qat_lightning.flows.pt2e.convert import decompose, visit_weights
 from qat_lightning.flows.pt2e.coverage import pt2e_operations
 from qat_lightning.flows.pt2e.int8 import Int8Network
@@ -82,7 +83,7 @@ class Pt2eFlow:
         refuse_simulated(state.recipe)
         plan: Plan = state.plan
         result = decompose(copy.deepcopy(prepared), plan, plan.spec.name)
-        checks = check_layers(prepared, result.graph_module, plan, example, state.recipe.target)
+        checks, whole = check_layers(prepared, result.graph_module, plan, example, state.recipe.target)
         network = Int8Network(result.graph_module, plan.spec, state.recipe.backend)
         notes = []
         if state.recipe.backend in _ELSEWHERE:
@@ -98,7 +99,7 @@ class Pt2eFlow:
         rows = layers_with_macs(rows, state.float_network, example)
         layers = {row.name for row in rows}
         operations = report(lambda: pt2e_operations(state, prepared, example, layers, result.unseen))
-        return Converted(network, rows, checks, notes, operations)
+        return Converted(network, rows, checks, notes, operations, whole)
 
     def coverage(self, prepared: nn.Module, example: Example) -> list[LayerCoverage]:
         """See `Flow.coverage`."""

@@ -150,6 +150,28 @@ def test_signature_is_the_networks_own(tmp_path: Path) -> None:
     assert_same_outputs(quantized, Onnx().load(tmp_path / "model.onnx"), batch)
 
 
+class Scaled(nn.Module):
+    """A scalar parameter, and a scalar beside the output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.gain = nn.Linear(4, 8), nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.layer(x) * self.gain
+        return y, y.sum()
+
+
+@pytest.mark.parametrize("mode", ["fx", "pt2e"])
+def test_scalar_parameters_and_outputs_stay_scalars(mode: str, tmp_path: Path) -> None:
+    x = torch.randn(4, 4)
+    quantized = quantize(mode, "x86", Scaled(), lambda size: ((torch.randn(size, 4),), {}))
+    _write(quantized, quantized.example, tmp_path / "model.onnx")
+    for wanted, got in zip(quantized(x), Onnx().load(tmp_path / "model.onnx")([x]), strict=True):
+        assert got.shape == wanted.shape
+        torch.testing.assert_close(got, wanted, atol=0.05, rtol=0.05)
+
+
 def test_float_network_goes_the_same_way(tmp_path: Path) -> None:
     case = case_named("several_inputs")
     network, (args, kwargs) = case.network().eval(), batch_of(case)(4)

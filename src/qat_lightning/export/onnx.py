@@ -105,6 +105,6 @@ def _runner(model: str | bytes) -> Runner:
         arrays = [tensor.detach().cpu().contiguous() for tensor in tensors]
         arrays = [tensor.float() if tensor.is_floating_point() else tensor for tensor in arrays]
         feed = {name: tensor.numpy() for name, tensor in zip(names, arrays, strict=True)}
-        return [torch.from_numpy(np.ascontiguousarray(array)) for array in session.run(None, feed)]
+        return [torch.from_numpy(np.asarray(array, order="C")) for array in session.run(None, feed)]
 
     return run

@@ -41,7 +41,7 @@ def _constant(graph: Any, name: str, array: Any) -> Any:
 
     while name in graph.initializers:
         name += "_"
-    value = ir.val(name, const_value=ir.tensor(np.ascontiguousarray(array), name=name))
+    value = ir.val(name, const_value=ir.tensor(np.asarray(array, order="C"), name=name))
     value.shape, value.dtype = ir.Shape(array.shape), ir.DataType.from_numpy(array.dtype)
     graph.register_initializer(value)
     return value

@@ -43,6 +43,7 @@ from qat_lightning.flows.eager_int8 import Int8Layer, make_int8
 from qat_lightning.flows.eager_layers import HEADS, LINKS, ChainHead, become, without_fast_paths
 from qat_lightning.flows.eager_outputs import plain_outputs
 from qat_lightning.flows.left_float import follow_checkpoints, leave_weights_float, with_reasons
+from qat_lightning.flows.other_quantization import refuse_other_quantization
 from qat_lightning.flows.qconfig import make_qconfig
 from qat_lightning.grid import EPS
 from qat_lightning.qat_modules import make_batchnorm_freezable, round_for_good
@@ -57,6 +58,7 @@ class EagerFlow:
         """Put fake-quant into the layers of ``network``, which stays the same object; see `Flow.prepare`."""
         if is_prepared(network):
             raise NetworkError(f"{type(network).__name__} is prepared for quantization already.")
+        refuse_other_quantization(network)
         keep_tapes()
         observation = observe(network, example)
         float_network = copy_of_modules(network)

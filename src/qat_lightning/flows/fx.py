@@ -55,6 +55,7 @@ from qat_lightning.flows.fx_weights import (
     weights_from_inputs,
 )
 from qat_lightning.flows.left_float import follow_checkpoints, leave_weights_float, with_reasons
+from qat_lightning.flows.other_quantization import forget_qconfigs, refuse_other_quantization
 from qat_lightning.flows.tracing import (
     leave_inside_float,
     line_at_fault,
@@ -96,6 +97,8 @@ class FxFlow:
 
     def prepare(self, network: nn.Module, example: Example, recipe: Recipe, *, prefix: str = "") -> GraphNetwork:
         """See `Flow.prepare`."""
+        refuse_other_quantization(network)
+        forget_qconfigs(network)
         keep_tapes()
         make_batchnorm_plain(network)  # of a preparation before
         float_network = copy_of_modules(network)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections import OrderedDict, defaultdict
 from typing import Any
 
-from torch import fx
+from torch import fx, nn
 from torch.ao.quantization.fx.tracer import QuantizationTracer
 from torch.fx.immutable_collections import immutable_dict
 
+from qat_lightning.flows.other_quantization import is_fused_float
 from qat_lightning.structures import given_fields, is_record, make_mapping
 
 
@@ -39,6 +40,11 @@ class MakesMapping:
 
 class StructuredTracer(QuantizationTracer):
     """Upstream's tracer, which would make a plain dictionary of every dict-like."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Whether a module is called as a whole: what ``fuse_modules`` makes is traced through, as what it was."""
+        whole: bool = super().is_leaf_module(m, module_qualified_name)
+        return whole and (not is_fused_float(m) or module_qualified_name in self.skipped_module_names)
 
     def create_arg(self, a: Any) -> Any:
         """What stands for ``a`` in the graph."""

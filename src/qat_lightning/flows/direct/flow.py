@@ -7,6 +7,7 @@ from torch import nn
 from qat_lightning.backends import require
 from qat_lightning.errors import ConfigurationError
 from qat_lightning.flows.base import Converted, Example
+from qat_lightning.flows.other_quantization import refuse_other_quantization
 from qat_lightning.kinds import DIRECT, check_kind
 from qat_lightning.recipe import Recipe
 
@@ -44,6 +45,7 @@ def quantize(network: nn.Module, example: Example, recipe: Recipe, *, prefix: st
         raise ConfigurationError(f"kind={recipe.kind!r} needs ranges of activations: use one of {', '.join(DIRECT)}.")
     check_kind(recipe)
     require(recipe.target)
+    refuse_other_quantization(network)
     # Imported here, so that one mode does not pay for the imports of another.
     if recipe.mode == "eager":
         from qat_lightning.flows.direct.eager import quantize_eager

@@ -23,6 +23,7 @@ from qat_lightning.flows.base import (
 from qat_lightning.flows.checkpointing import refuse_checkpoints
 from qat_lightning.flows.coverage import layers_with_macs, report
 from qat_lightning.flows.left_float import follow_checkpoints, leave_weights_float, weighted_layers, with_reasons
+from qat_lightning.flows.other_quantization import refuse_other_quantization
 from qat_lightning.flows.pt2e.annotate import insert_fake_quantize
 from qat_lightning.flows.pt2e.capture import capture
 from qat_lightning.flows.pt2e.check import coverage
@@ -49,6 +50,7 @@ class Pt2eFlow:
     def prepare(self, network: nn.Module, example: Example, recipe: Recipe, *, prefix: str = "") -> nn.Module:
         """See `Flow.prepare`."""
         require(recipe.target)
+        refuse_other_quantization(network)
         _refuse_spectral_norm(network)
         refuse_checkpoints(network, example, "pt2e")
         keep_tapes()

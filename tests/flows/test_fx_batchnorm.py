@@ -26,7 +26,7 @@ class NormAct(nn.BatchNorm2d):
         self.act = nn.ReLU() if act is None else act
 
     def forward(self, x: Tensor) -> Tensor:
-        torch._assert(x.ndim == 4, "expected 4D input")
+        torch._assert(x.ndim == 4, f"expected 4D input (got {x.ndim}D input)")
         average = self.momentum
         if self.training and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
@@ -37,6 +37,17 @@ class NormAct(nn.BatchNorm2d):
             x, self.running_mean, self.running_var, self.weight, self.bias, batch, average or 0.0, self.eps
         )
         return self.act(x)
+
+
+class Derived(nn.BatchNorm2d):
+    """With its activation behind torch's own forward."""
+
+    def __init__(self, channels: int, act: nn.Module | None = None, **settings: Any) -> None:
+        super().__init__(channels, **settings)
+        self.act = nn.Hardswish() if act is None else act
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(super().forward(x))
 
 
 class Alike(nn.Module):
@@ -101,6 +112,8 @@ FOLDED = {
     "parameters in its activation": lambda: NormAct(8, nn.PReLU(8)),
     "subclass without parameters": lambda: NormAct(8, affine=False),
     "subclass with a cumulative average": lambda: NormAct(8, momentum=None),
+    "derived": lambda: Derived(8),
+    "derived with a cumulative average": lambda: Derived(8, momentum=None),
     "no class of torch's": lambda: Alike(8),
     "no counter": lambda: Alike(8, counts=False),
     "frozen": lambda: Frozen(8),
@@ -134,8 +147,28 @@ def test_runs_where_it_cannot_be_folded(make: Any) -> None:
 @pytest.mark.parametrize("exclude", [(), ("0",)])
 def test_runs_behind_no_layer_and_behind_one_that_stays_float(make: Any, exclude: tuple[str, ...]) -> None:
     torch.manual_seed(0)
+    carried_through(nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU(), make(), nn.Conv2d(3, 4, 1)), IMAGES, exclude=exclude)
     carried_through(nn.Sequential(nn.Conv2d(3, 3, 1), make(), nn.Conv2d(3, 4, 1)), IMAGES, exclude=exclude)
     carried_through(nn.Sequential(make(), nn.Conv2d(3, 4, 1)), IMAGES, exclude=exclude)
+
+
+class Gate(nn.Module):
+    """Squeezed and multiplied, as in MobileNetV3: an activation that two read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 8, 3), NormAct(8, nn.Hardswish())
+        self.squeeze, self.head = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.conv(x))
+        return self.head(x * F.hardsigmoid(self.squeeze(x.mean((2, 3), keepdim=True))))
+
+
+def test_an_activation_inside_of_it_is_int8() -> None:
+    torch.manual_seed(0)
+    converted = carried_through(Gate(), IMAGES)
+    assert {row.name: row.quantized for row in converted.operations}["norm.act"]
 
 
 def test_a_gamma_of_zero_trains() -> None:

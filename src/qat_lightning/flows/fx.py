@@ -46,6 +46,7 @@ from qat_lightning.flows.fx_left_float import float_nodes, layers_and_ops, put_f
 from qat_lightning.flows.fx_tree import restore_children, with_batchnorms
 from qat_lightning.flows.fx_unseen import in_words, knows_no_range, put_plain_layers, take_out_unseen
 from qat_lightning.flows.fx_weights import (
+    call_apart,
     compute_weights_for_good,
     hide_parametrized,
     materialize_weights_of_functions,
@@ -213,6 +214,7 @@ class FxFlow:
         graph = copy.deepcopy(plan.graph)
         take_out_never_rounding(graph, dict(prepared.named_modules(remove_duplicate=False)))
         set_aside(prepared, graph)
+        call_apart(prepared, graph)
         show_fused(prepared)
         round_weights_of_functions(prepared, graph)
         compute_weights_for_good(prepared, graph)

@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from qat_lightning.flows.base import Example
+from qat_lightning.flows.fx_calls import drop_unread
 from qat_lightning.flows.fx_modes import evaluating, replace_node, set_module
 from qat_lightning.flows.fx_tracer import Traced
 from qat_lightning.flows.verify import Recorder, example_values
@@ -69,7 +70,7 @@ def name_batchnorms(training: Traced, evaluation: Traced, network: nn.Module, ex
         set_module(root, path, layers[path])
         replace_node(training, node, path, given)
     _drop_assertions(training, set(layers))
-    _drop_unread(root.graph)
+    drop_unread(root.graph)
 
 
 def _counter(node: fx.Node, arguments: dict[str, Any], traced: Traced, network: nn.Module) -> tuple[fx.Node, ...]:
@@ -223,17 +224,6 @@ class _Ranks:
 def _drop_assertions(traced: Traced, paths: set[str]) -> None:
     """Drop what a BatchNorm says of its input's shape: the layer in its place says it, and fusion must not see it."""
     graph = traced.graph_module.graph
-    said = [node for node in graph.nodes if node.target is torch._assert]
-    dead = [node for node in said if traced.scopes.get(node.name, ("",))[0] in paths]
-    while dead:
-        node = dead.pop()
-        if node.users or node.op not in ("call_function", "call_method"):
-            continue
-        dead += node.all_input_nodes
-        graph.erase_node(node)
-
-
-def _drop_unread(graph: fx.Graph) -> None:
-    for node in reversed(list(graph.nodes)):
-        if node.op == "get_attr" and not node.users:
+    for node in list(graph.nodes):
+        if node.target is torch._assert and traced.scopes.get(node.name, ("",))[0] in paths:
             graph.erase_node(node)

@@ -81,3 +81,17 @@ def unfoldable_batchnorms(graph_module: fx.GraphModule) -> list[nn.Module]:
         for module, count in calls.items()
         if isinstance(module, _BatchNorm) and (count > 1 or module.running_mean is None)
     ]
+
+
+_LOOKS = {"size", "dim", "numel", "eq", "ne", "getattr", "getitem"}
+"""Names of functions and methods that only look at what they are given."""
+
+
+def drop_unread(graph: fx.Graph) -> None:
+    """Drop what is looked at for nothing, such as a shape for a message: it would stand between layers to be fused."""
+    for node in reversed(list(graph.nodes)):
+        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+        if not node.users and (
+            node.op == "get_attr" or (node.op in ("call_function", "call_method") and name in _LOOKS)
+        ):
+            graph.erase_node(node)

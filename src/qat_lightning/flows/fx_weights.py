@@ -26,16 +26,12 @@ def set_aside(root: nn.Module, graph: fx.Graph) -> dict[str, str]:
     Returns:
         For each name the path that was read.
     """
-    called = {str(node.target) for node in graph.find_nodes(op="call_module")}
     names: dict[str, str] = {}
-    for node in graph.find_nodes(op="get_attr"):
-        parts = str(node.target).split(".")
-        if not any(".".join(parts[:end]) in called for end in range(1, len(parts))):
-            continue
+    for node in _inside_called(graph, "get_attr"):
         value = operator.attrgetter(str(node.target))(root)
         if not isinstance(value, Tensor):
             continue
-        name = _fresh(root, "_read_" + "_".join(parts))
+        name = _fresh(root, "_read_" + str(node.target).replace(".", "_"))
         if isinstance(value, nn.Parameter):
             root.register_parameter(name, value)
         else:
@@ -43,6 +39,24 @@ def set_aside(root: nn.Module, graph: fx.Graph) -> dict[str, str]:
         names[name] = str(node.target)
         node.target = name
     return names
+
+
+def call_apart(root: nn.Module, graph: fx.Graph) -> None:
+    """Give modules inside of others that a graph calls, such as a BatchNorm's activation, names of their own."""
+    for node in _inside_called(graph, "call_module"):
+        name = _fresh(root, str(node.target).replace(".", "_"))
+        root.add_module(name, root.get_submodule(str(node.target)))
+        node.target = name
+
+
+def _inside_called(graph: fx.Graph, op: str) -> list[fx.Node]:
+    called = {str(node.target) for node in graph.find_nodes(op="call_module")}
+    found = []
+    for node in graph.find_nodes(op=op):
+        parts = str(node.target).split(".")
+        if any(".".join(parts[:end]) in called for end in range(1, len(parts))):
+            found.append(node)
+    return found
 
 
 def put_back(root: nn.Module, graph: fx.Graph, names: dict[str, str]) -> None:

@@ -22,9 +22,17 @@ from qat_lightning.flows.base import Example, fake_quantizers
 from qat_lightning.flows.checkpointing import loses_checkpoints
 from qat_lightning.flows.eager_chains import run_apart
 from qat_lightning.flows.fx_batchnorm import name_batchnorms, plain_frozen
-from qat_lightning.flows.fx_calls import give_all_arguments, one_module_a_call, read_what_was_written
+from qat_lightning.flows.fx_calls import drop_unread, give_all_arguments, one_module_a_call, read_what_was_written
 from qat_lightning.flows.fx_modes import BY_MODE, flags_by_mode, mark_dropouts, owner_of_parting, parting, set_module
-from qat_lightning.flows.fx_tracer import CallAsWhole, DecidesByChance, NetworkTracer, Traced, counting, holds_no_layer
+from qat_lightning.flows.fx_tracer import (
+    CallAsWhole,
+    DecidesByChance,
+    NetworkTracer,
+    Traced,
+    batchnorms_take_anything,
+    counting,
+    holds_no_layer,
+)
 from qat_lightning.recomputation import Checkpointed, no_checkpoints
 from qat_lightning.structures import same
 
@@ -170,9 +178,11 @@ def leave_inside_float(graph_module: fx.GraphModule, selected: dict[str, bool]) 
         graph_module: A traced network.
         selected: For each name of a module whether it is to be quantized; changed.
     """
-    whole = tuple(f"{node.target}." for node in graph_module.graph.nodes if node.op == "call_module")
+    called = {str(node.target) for node in graph_module.graph.nodes if node.op == "call_module"}
+    whole = tuple(f"{name}." for name in called)
     for name in selected:
-        if name.startswith(whole):
+        # The activation of a BatchNorm is called by itself.
+        if name.startswith(whole) and name not in called:
             selected[name] = False
 
 
@@ -254,20 +264,22 @@ def _trace_once(network: nn.Module, example: Example, leaves: list[str], *, trai
             raise _no_trace(network, error) from error
     graph_module = fx.GraphModule(network, graph)
     _drop_defaults(graph_module)
+    drop_unread(graph_module.graph)
     return Traced(graph_module, scopes, counted)
 
 
 def _graph(network: nn.Module, example: Example, leaves: list[str]) -> tuple[fx.Graph, dict[str, Any]]:
     fixed = _defaults_not_given(network, example)
     tracer = NetworkTracer(leaves)
-    try:
-        return tracer.trace(network, concrete_args=fixed), tracer.node_name_to_scope
-    except (CallAsWhole, Checkpointed, DecidesByChance):
-        raise
-    except Exception:  # noqa: BLE001 - whatever it is, the second trace says it again if it is no buffer's
-        # A forward may look at what a buffer holds, which is then a constant.
-        tracer = NetworkTracer(leaves, buffers=False)
-        return tracer.trace(network, concrete_args=fixed), tracer.node_name_to_scope
+    with batchnorms_take_anything():
+        try:
+            return tracer.trace(network, concrete_args=fixed), tracer.node_name_to_scope
+        except (CallAsWhole, Checkpointed, DecidesByChance):
+            raise
+        except Exception:  # noqa: BLE001 - whatever it is, the second trace says it again if it is no buffer's
+            # A forward may look at what a buffer holds, which is then a constant.
+            tracer = NetworkTracer(leaves, buffers=False)
+            return tracer.trace(network, concrete_args=fixed), tracer.node_name_to_scope
 
 
 def _no_trace(network: nn.Module, error: Exception) -> TraceError:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import logging
+import math
 import os
 import sys
 import tempfile
@@ -39,12 +40,13 @@ from tests.stress.kinds import KINDS
 from tests.stress.malformed import Files, Malformed, complaint, malformed
 
 
-def kill_fits(kills: int, seed_: int, kinds: Sequence[str] = KINDS) -> list[Life]:
-    """Kill fits until there were as many kills, the kinds and the modes in turn."""
+def kill_fits(kills: int, seed_: int, kinds: Sequence[str] = KINDS, minutes: float = math.inf) -> list[Life]:
+    """Kill fits until there were as many kills, or the time is up, the kinds and the modes in turn."""
+    end = time.monotonic() + 60 * minutes
     lives: list[Life] = []
     with campaign(seed_) as drawn:
         for count in track(range(kills), "killing fits", transient=True):
-            while sum(len(life.kills) for life in lives) <= count:
+            while sum(len(life.kills) for life in lives) <= count and time.monotonic() < end:
                 left = kills - sum(len(life.kills) for life in lives)
                 kind, mode = kinds[len(lives) % len(kinds)], MODES[len(lives) // len(kinds) % len(MODES)]
                 lives.append(drawn.live(mode, min(left, drawn.random.choice((1, 1, 2, 3))), kind))
@@ -86,12 +88,13 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--malformed", type=int, default=200)
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="of the fits; by default all")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="of kills at most; by default no limit")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
     began = time.monotonic()
-    lives = kill_fits(options.kills, options.seed, options.kinds) if options.kills else []
+    lives = kill_fits(options.kills, options.seed, options.kinds, options.minutes) if options.kills else []
     between = time.monotonic()
     tried, complaints = try_malformed(options.malformed, options.seed) if options.malformed else (Counter[str](), [])
     ended = time.monotonic()

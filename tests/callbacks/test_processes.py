@@ -94,9 +94,9 @@ def test_a_process_with_nothing_to_observe_takes_part(both: tuple[dict[str, Any]
 
 
 def test_only_the_first_process_converts(both: tuple[dict[str, Any], dict[str, Any]]) -> None:
-    """Once for each of the two fits of each run; the other gets what it made, and tests it."""
+    """In the rehearsal and for each of the two fits of each run; the other gets what it made, and tests it."""
     first, second = (found["conversions"] for found in both)
-    assert first == [mode for mode in MODES for _ in range(4)]
+    assert first == [mode for mode in MODES for _ in range(6)]
     assert second == []
 
 
@@ -106,18 +106,22 @@ def test_one_process_may_be_asked_for_int8_by_itself(mode: str, both: tuple[dict
     assert first == second
 
 
-def test_an_error_of_the_first_process_is_raised_in_all(both: tuple[dict[str, Any], dict[str, Any]]) -> None:
+def test_an_error_of_the_first_process_is_known_in_all_and_costs_no_fit(
+    both: tuple[dict[str, Any], dict[str, Any]],
+) -> None:
     first, second = (found["fails in the first"] for found in both)
-    assert first.pop("raised") == "VerificationError: layer 'net.head' is at 9.0 dB"
-    assert second.pop("raised") == "VerificationError: Process 0 of this training: layer 'net.head' is at 9.0 dB"
+    assert "VerificationError: layer 'net.head' is at 9.0 dB" in first.pop("why not")
+    assert "VerificationError: Process 0 of this training: layer 'net.head' is at 9.0 dB" in second.pop("why not")
     # The test after it converts, and all go on.
     assert first == second
 
 
-def test_an_error_of_another_process_is_raised_in_all(both: tuple[dict[str, Any], dict[str, Any]]) -> None:
+def test_an_error_of_another_process_is_known_in_all_and_costs_no_fit(
+    both: tuple[dict[str, Any], dict[str, Any]],
+) -> None:
     first, second = (found["fails in the second"] for found in both)
-    assert first.pop("raised") == "ConversionError: Process 1 of this training failed with OSError: no memory"
-    assert second.pop("raised") == "OSError: no memory"
+    assert "ConversionError: Process 1 of this training failed with OSError: no memory" in first.pop("why not")
+    assert "OSError: no memory" in second.pop("why not")
     assert first == second
 
 

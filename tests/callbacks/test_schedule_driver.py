@@ -34,7 +34,6 @@ def stop() -> EarlyStopping:
         (1, {"max_time": timedelta(hours=1)}, Lit, r"start={epoch: 1} may never be reached: max_time .*min_epochs="),
         (0.5, {"callbacks": stop}, Lit, "start={fraction: 0.5} may never be reached: EarlyStopping may end"),
     ],
-    ids=str,
 )
 def test_a_start_that_may_be_left_out_is_said(start: Any, settings: dict[str, Any], make: Any, said: str) -> None:
     settings = dict(settings)

@@ -118,7 +118,7 @@ class QuantizationCallback(ConvertingCallback):
         there = {
             "float": bool(self._float_weights),
             "fake_quant": bool(self._prepared),
-            "int8": self.convert_on_fit_end and self._ranges_seen() and not (self._simulated or self._impossible),
+            "int8": self._convertible and not self._impossible,
         }
         return tuple(name for name in VARIANTS if there[name])
 
@@ -255,18 +255,8 @@ class QuantizationCallback(ConvertingCallback):
                 self._standing[name] = slot.run_instead(Stand(self._guest, plain, on_cpu=True).eval()), None
             return
         variant = self._chosen or self._default_variant(stage)
-        can_convert = "int8" in self.variants
-        if variant == "int8" and self._chosen is None and can_convert:
-            can_convert = self._convert_or_say(trainer, to_run=True)
-        if variant == "int8" and self._chosen is None and not can_convert:
-            if self._simulated or self._impossible:
-                rank_zero_info(f"trainer.{stage} runs fake-quant: {self._simulated or self._impossible}.")
-            elif self.convert_on_fit_end:
-                rank_zero_warn(
-                    f"trainer.{stage} runs fake-quant, which rounds nothing yet: no range was ever observed. Fit "
-                    "first, or give ckpt_path= of a fit with this callback."
-                )
-            variant = "fake_quant"
+        if variant == "int8" and self._chosen is None:
+            variant = self._int8_or_instead(trainer, stage)
         if variant not in self.variants:
             raise ConfigurationError(f"There is no variant {variant!r} to {stage}: {self._why_not(variant)}")
         # Without ranges nothing is rounded: the weights alone neither, which know theirs.
@@ -288,6 +278,25 @@ class QuantizationCallback(ConvertingCallback):
             reference = self._reference(name, pl_module)
             stand = Stand(other, plain, on_cpu=variant == "int8", fidelity=fidelity, reference=reference)
             self._standing[name] = slot.run_instead(stand.eval()), fidelity
+
+    @property
+    def _convertible(self) -> bool:
+        """Whether an int8 network can be asked for, as far as is known without trying."""
+        return self.convert_on_fit_end and self._ranges_seen() and not self._simulated
+
+    def _int8_or_instead(self, trainer: Trainer, stage: str) -> str:
+        """What runs where nobody chose: int8, or what there is if there can be none, with a word on why."""
+        if self._convertible and self._convert_or_say(trainer, to_run=True):
+            return "int8"
+        instead = "fake_quant" if "fake_quant" in self.variants else "float"
+        if self._simulated or self._impossible:
+            rank_zero_info(f"trainer.{stage} runs {instead}: {self._simulated or self._impossible}.")
+        elif self.convert_on_fit_end:
+            rank_zero_warn(
+                f"trainer.{stage} runs fake-quant, which rounds nothing yet: no range was ever observed. Fit first, or "
+                "give ckpt_path= of a fit with this callback."
+            )
+        return instead
 
     def _variant(self, name: str, variant: str) -> nn.Module:
         """The network of a slot that is to stand in, other than int8."""

@@ -186,6 +186,7 @@ class ConvertingCallback(PreparingCallback):
                 "trained, and so are its checkpoints. convert(exclude=[...]) tries again with more left float."
             )
             return False
+        self._impossible = ""
         return True
 
     def _others_now(self) -> None:

@@ -328,7 +328,7 @@ class PostTrainingQuantization(QuantizationCallback):
         if not self._made_of:
             return ()
         names = ("float", "fake_quant", "int8") if self.kind == "static" else ("float", "int8")
-        return tuple(name for name in names if name != "int8" or not self._simulated)
+        return tuple(name for name in names if name != "int8" or not (self._simulated or self._impossible))
 
     def _ranges_seen(self) -> bool:
         return bool(self._prepared)
@@ -359,7 +359,7 @@ class PostTrainingQuantization(QuantizationCallback):
     def _why_not(self, name: str) -> str:
         if not self._made_of:
             return "nothing was quantized with this callback yet."
-        return f"{self._simulated}." if name == "int8" else f"kind={self.kind!r} has none."
+        return f"{self._simulated or self._impossible}." if name == "int8" else f"kind={self.kind!r} has none."
 
 
 def _tensors(network: nn.Module) -> dict[str, Tensor]:

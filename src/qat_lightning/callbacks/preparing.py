@@ -296,7 +296,7 @@ class PreparingCallback(Callback):
         """What is decided of each network: by the checkpoint, else by the first process for all of them."""
         state = peek(checkpoint_to_restore(trainer))
         kept = {name: decision_in(state, slot.prefix) for name, slot in slots.items()}
-        found = {name: decision for name, decision in kept.items() if decision is not None}
+        found = {name: d for name, d in kept.items() if d is not None and self.mode in ("auto", d.mode)}
         waiting = [name for name in slots if name not in found]
         for name in found:
             check_example(slots[name].get(), examples[name], name=name, given=self._user_example is not None)

@@ -20,7 +20,7 @@ from qat_lightning.callbacks.company import mend_resume
 from qat_lightning.callbacks.coverage_report import log_coverage, warn_of_float
 from qat_lightning.callbacks.learned import check_optimized, keep_from_ddp, reduce_gradients
 from qat_lightning.callbacks.nonfinite import NonFiniteReport
-from qat_lightning.callbacks.schedule_driver import ScheduleDriver
+from qat_lightning.callbacks.schedule_driver import ScheduleDriver, curves
 from qat_lightning.callbacks.sharing import take_over_from_first
 from qat_lightning.callbacks.steps import estimates_batchnorm, has_trained
 from qat_lightning.checkpoint_io import read_float_state
@@ -207,16 +207,7 @@ class QuantizationAwareTraining(QuantizationCallback):
             self._let_batchnorm_move()
         self._in_training_step(True)
         if not trainer.barebones:
-            pl_module.log_dict(
-                {
-                    "quant/fake_quant_enabled": float(self._phase.fake_quant),
-                    "quant/observers_enabled": float(self._phase.observers),
-                    "quant/batchnorm_frozen": float(self._phase.batchnorm_frozen),
-                },
-                on_step=True,
-                on_epoch=False,
-                batch_size=1,
-            )
+            pl_module.log_dict(curves(self._phase), on_step=True, on_epoch=False, batch_size=1)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say where activations were not finite; once an epoch, because it waits for the device."""
@@ -253,8 +244,7 @@ class QuantizationAwareTraining(QuantizationCallback):
             self._correct_biases(trainer)
 
     def _rounding_comes_on(self, trainer: Trainer, step: int) -> None:
-        # Otherwise they are those that the fit began with, of which nothing is changed before they can be copied.
-        if self.float_checkpoint is None and (step > 0 or self.bias_correction_batches):
+        if self.float_checkpoint is None and (step > 0 or self.bias_correction_batches):  # else as the fit began
             self._float_weights = {name: float_weights(prepared) for name, prepared in self._prepared.items()}
             self.float_step = step
             self.float_source = f"the weights before step {step}, when rounding came on"
@@ -262,7 +252,7 @@ class QuantizationAwareTraining(QuantizationCallback):
             forget_best(trainer)
 
     def _say_what_stays_float(self, trainer: Trainer) -> None:
-        """Before the training, which may take days; what is left out on purpose needs no word."""
+        """Before the training; what is left out on purpose needs no word."""
         rows = [row for name in self._prepared for row in self._coverage(name)]
         log_coverage(trainer, "quant/coverage_prepared", rows)
         layers = [row for row in rows if row.what == "layer"]
@@ -296,12 +286,11 @@ class QuantizationAwareTraining(QuantizationCallback):
 
     def _let_batchnorm_move(self) -> None:
         """In the pass in which stochastic weight averaging estimates its statistics, also where they are frozen."""
-        phase = dataclasses.replace(self._phase, batchnorm_frozen=False)
-        if phase != self._phase:
+        if self._phase.batchnorm_frozen:
             for steps in self._steps:
                 steps.switched()
             for prepared in self._prepared.values():
-                set_phase(prepared, **dataclasses.asdict(phase))
+                set_phase(prepared, **dataclasses.asdict(self._phase) | {"batchnorm_frozen": False})
 
     def _run_plain(self) -> None:
         for steps in self._steps:

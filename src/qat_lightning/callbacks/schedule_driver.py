@@ -91,6 +91,15 @@ class ScheduleDriver:
         return self.__dict__ | {"_counter": StepCounter(), "_batchnorm": BatchNormFreeze()}
 
 
+def curves(phase: Phase) -> dict[str, float]:
+    """What is on, as it is logged."""
+    return {
+        "quant/fake_quant_enabled": float(phase.fake_quant),
+        "quant/observers_enabled": float(phase.observers),
+        "quant/batchnorm_frozen": float(phase.batchnorm_frozen),
+    }
+
+
 _LEFT = {
     "start": "the int8 network would not be trained for its grid",
     "freeze_observers": "the ranges of activations would move until the end",

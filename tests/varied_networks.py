@@ -365,13 +365,13 @@ VARIED = (
     Varied("classifier with pooling", lambda: Head(Residual(), 8), IMAGE),
     Varied("mixer", Mixer, TOKENS),
     Varied("attention by hand", Attention, TOKENS, _all(0.7)),
-    Varied("transformer encoder", Encoder, TOKENS, _all(0.02)),
+    Varied("transformer encoder", Encoder, TOKENS, _all(0.02, fx=0.002)),
     Varied("patches with a class token", PatchesWithClassToken, IMAGE),
     Varied("LSTM between linear layers", Recurrent, TOKENS, _all(0.2)),
     Varied("gated linear unit", Gated, ROWS),
     Varied("dilated convolutions with tanh gates", WaveNet, SIGNAL, _all(pt2e=0.3)),
     Varied("dropout, permute and add", DropoutPermuteAdd, SIGNAL),
-    Varied("weight used again, transposed", TiedTransposed, ROWS, _all(0.6)),
+    Varied("weight used again, transposed", TiedTransposed, ROWS, _all(0.6, eager=0.5)),
     Varied("a buffer called mean", NormalizesByBuffer, IMAGE),
     Varied(
         "BatchNorm with its activation", _stack(lambda: [nn.Conv2d(3, 8, 3), NormAct(8), nn.Conv2d(8, 4, 1)]), IMAGE

@@ -113,7 +113,7 @@ def test_a_budget_that_cannot_be_kept_is_said_to_be() -> None:
     plan = found("fx")[0].within(Budget(max_drop=0.0, min_size_ratio=6.0))
     assert not plan.reached
     assert plan.size_ratio >= 6.0
-    assert "where at most 0 is allowed" in plan.why_not
+    assert "where at most 0 pp is allowed" in plan.why_not
     assert plan.summary().startswith("No choice was found that keeps the budget")
     impossible = found("fx")[0].within(Budget(min_size_ratio=9.0))
     assert "times smaller, where 9 is the least" in impossible.why_not

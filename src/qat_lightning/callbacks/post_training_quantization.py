@@ -330,6 +330,10 @@ class PostTrainingQuantization(QuantizationCallback):
         names = ("float", "fake_quant", "int8") if self.kind == "static" else ("float", "int8")
         return tuple(name for name in names if name != "int8" or not (self._simulated or self._impossible))
 
+    @property
+    def _convertible(self) -> bool:
+        return bool(self._made_of) and not self._simulated
+
     def _ranges_seen(self) -> bool:
         return bool(self._prepared)
 

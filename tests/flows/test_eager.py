@@ -602,8 +602,8 @@ def test_converting_before_training_is_an_error(images):
 def test_a_wrong_kernel_is_named(images, monkeypatch):
     run = Int8Layer.run
 
-    def broken(self: Int8Layer, quantized: Tensor) -> Tensor:
-        output = run(self, quantized)
+    def broken(self: Int8Layer, quantized: Tensor, call: int = 0) -> Tensor:
+        output = run(self, quantized, call)
         return output.flip(0) if self.chain.name == "4" else output
 
     monkeypatch.setattr(Int8Layer, "run", broken)

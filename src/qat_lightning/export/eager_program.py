@@ -7,6 +7,7 @@ marked, as it goes from module to module.
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from qat_lightning.errors import ExportError
 from qat_lightning.export.fx_program import plain_integer_layer, refuse_other
 from qat_lightning.export.grids import Grid, QdqLayer, on_grid
 from qat_lightning.flows.base import Example
+from qat_lightning.flows.eager_calls import CountsCalls
 from qat_lightning.flows.eager_int8 import Int8BatchNorm, Int8Hardtanh, Int8Layer, Int8ReLU, Int8ReLU6, Int8Tensor
 from qat_lightning.flows.eager_layers import become
 from qat_lightning.integer_layers import IntegerLayer
@@ -24,18 +26,19 @@ from qat_lightning.integer_layers import IntegerLayer
 _MARK = "_qat_lightning_pending"
 
 
-class QdqChain(nn.Module):
+class QdqChain(CountsCalls, nn.Module):
     """`Int8Layer` in plain ops.
 
     Attributes:
         kernel: The layer, up to where its output is on its grid.
-        input_grid: Grid of an input that is not the output of another such layer; None where there never was one.
+        grids: For each call within a forward pass, the grid of an input that is not the output of another such layer
+            (None where there never was one), that of the output, and where an activation ends it.
         pending: The modules that the kernel does the work of.
         calls: While the kernels are compared: what the int8 layer gave, call by call.
     """
 
     kernel: QdqLayer
-    input_grid: Grid | None
+    grids: tuple[tuple[Grid | None, Grid, float], ...]
     pending: tuple[str, ...]
     calls: list[Tensor] | None
     where: str
@@ -43,12 +46,13 @@ class QdqChain(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """From float to float, on the output's grid."""
+        input_grid, self.kernel.output, self.kernel.limit = self.grids[self.next_call(len(self.grids))]
         if hasattr(input, _MARK):
             self._refuse_pending(getattr(input, _MARK))
-        elif self.input_grid is None:
+        elif input_grid is None:
             raise ExportError(f"{self.where!r} has no grid for a float input, and gets one.")
         else:
-            input = on_grid(input.float(), self.input_grid)
+            input = on_grid(input.float(), input_grid)
         output: Tensor = self.kernel(input)
         if self.calls is not None:
             wanted = self.calls.pop(0)
@@ -168,16 +172,21 @@ def _record(network: nn.Module, example: Example) -> dict[str, list[Tensor]]:
 
 def _translate(module: Int8Layer, name: str, target: Backend) -> None:
     kernel = QdqLayer.of(module.op)
-    kernel.output = kernel.output._replace(dtype=target.activation_dtype)
-    if module.chain.limit is not None:
-        scale, zero_point, _ = kernel.output
-        last = round(module.chain.limit / scale) + zero_point
-        if last < torch.iinfo(target.activation_dtype).max:
-            kernel.limit = (last - zero_point) * scale
-    scale, zero_point = float(module.input_scale), int(module.input_zero_point)
-    grid = Grid(scale, zero_point, target.activation_dtype) if scale > 0 else None
+    grids = tuple(_grids(module, call, target) for call in range(module.chain.calls))
     pending = module.pending
     module._buffers.clear()
     module._modules.clear()
-    become(module, QdqChain, input_grid=grid, pending=pending, calls=None, where=name, target=target)
+    become(module, QdqChain, grids=grids, pending=pending, calls=None, where=name, target=target)
     module.kernel = kernel
+
+
+def _grids(module: Int8Layer, call: int, target: Backend) -> tuple[Grid | None, Grid, float]:
+    """What `QdqChain` takes for a call."""
+    in_scale, in_zero_point, scale, zero_point = module.grids(call)
+    limit = math.inf
+    if module.chain.limit is not None:
+        last = round(module.chain.limit / scale) + zero_point
+        if last < torch.iinfo(target.activation_dtype).max:
+            limit = (last - zero_point) * scale
+    input_grid = Grid(in_scale, in_zero_point, target.activation_dtype) if in_scale > 0 else None
+    return input_grid, Grid(scale, zero_point, target.activation_dtype), limit

@@ -35,10 +35,11 @@ from qat_lightning.flows.base import (
     set_phase,
 )
 from qat_lightning.flows.coverage import layers_with_macs, report
+from qat_lightning.flows.eager_calls import LATER, Grids, count_in, grids_of
 from qat_lightning.flows.eager_chains import Chain, find_chains, float_functions, join, observe, run_apart
 from qat_lightning.flows.eager_check import check_layers, run
 from qat_lightning.flows.eager_coverage import REPORTED, eager_operations
-from qat_lightning.flows.eager_forwards import take_forwards_as_a_whole
+from qat_lightning.flows.eager_forwards import take_forwards_as_a_whole, with_calls
 from qat_lightning.flows.eager_int8 import Int8Layer, make_int8
 from qat_lightning.flows.eager_layers import HEADS, LINKS, ChainHead, become, without_fast_paths
 from qat_lightning.flows.eager_outputs import plain_outputs
@@ -73,6 +74,7 @@ class EagerFlow:
         without_fast_paths(network)
         make_batchnorm_freezable(network)
         modules = _modules(network)
+        chains = with_calls(chains, observation, modules)
         for chain in chains:
             _make_head(modules, chain, recipe)
         for chain in chains:
@@ -166,6 +168,7 @@ class EagerFlow:
         for parameter in network.parameters():
             parameter.requires_grad_(False)
         network.register_forward_hook(plain_outputs)
+        count_in(network)
         network.__dict__["quantization_plan"] = dict(plan)
         return network.eval()
 
@@ -202,14 +205,14 @@ def _give_own_input_range(prepared: nn.Module, names: Collection[str], example: 
     """Copy the output range of layers that are about to be left float to the inputs that were on its grid so far."""
     probe = cpu_copy(prepared)
     heads, own = _heads(probe), _heads(prepared)
-    leaving = {id(heads[name].output_fake_quant) for name in names}
+    leaving = {id(grids.output_fake_quant) for name in names for grids in heads[name].grids}
     for head in heads.values():
         head.taps = []
     run(probe, example)
     for name, head in heads.items():
         for tap in head.taps or ():
             if id(tap.grid) in leaving:
-                own[name].input_fake_quant.widen_to(tap.grid)
+                own[name].grids[tap.number].input_fake_quant.widen_to(tap.grid)
 
 
 def _make_head(modules: dict[str, nn.Module], chain: Chain, recipe: Recipe) -> None:
@@ -219,15 +222,20 @@ def _make_head(modules: dict[str, nn.Module], chain: Chain, recipe: Recipe) -> N
         if type(modules[name]) in LINKS:
             become(modules[name], LINKS[type(modules[name])])
     become(head, HEADS[type(head)], links=tuple(modules[name] for name in chain.links), grid_of=(), taps=None)
-    # The same children whatever the example did, so that a checkpoint loads after another example.
+    # The same children whatever the example did, but for the number of its calls, which a checkpoint is adapted to.
     head.weight_fake_quant = qconfig.weight()
     head.input_fake_quant = qconfig.activation()
     head.output_fake_quant = qconfig.activation()
     head.weight_fake_quant.materialize(head.weight)
-    if chain.activation is not None:
-        head.output_fake_quant.begins_at_zero(math.inf if chain.limit is None else chain.limit)
-    for fq in (head.weight_fake_quant, head.input_fake_quant, head.output_fake_quant):
-        fq.to(head.weight.device).train(head.training)
+    if chain.calls > 1:
+        later = [Grids(number, qconfig.activation(), qconfig.activation()) for number in range(1, chain.calls)]
+        head.add_module(LATER, nn.ModuleList(later))
+    head.begin_forward(False)
+    for grids in head.grids:
+        if chain.activation is not None:
+            grids.output_fake_quant.begins_at_zero(math.inf if chain.limit is None else chain.limit)
+    for child in head.children():
+        child.to(head.weight.device).train(head.training)
 
 
 def _check_same(network: nn.Module, example: Example, expected: Any) -> None:
@@ -271,11 +279,16 @@ def _fill(layer: Int8Layer, head: ChainHead) -> None:
         in_scale, in_zero_point = head.input_grid.calculate_qparams()
         layer.input_scale.copy_(in_scale)
         layer.input_zero_point.copy_(in_zero_point)
+    in_scales = [] if in_scale is None else [in_scale]
+    for number, grids in enumerate(head.grids[1:]):
+        # What training never came to has the grids of the first call.
+        layer.later_grids[number] = grids_of(grids if grids.output_fake_quant.seen else head)
+        in_scales += [value for value in layer.later_grids[number, :1].float() if value > 0]
     weight, bias = head.folded()
     fq = head.weight_fake_quant
     weight = round_for_good(weight, fq)
     scales, _ = fq.calculate_qparams()
-    scales = _holding(scales, weight, bias, in_scale if in_scale is not None else scale, scale)
+    scales = _holding(scales, weight, bias, min(in_scales, default=scale), scale)
     if fq.per_channel:
         zeros = torch.zeros_like(scales, dtype=torch.int64)
         packed = torch.quantize_per_channel(weight, scales.double(), zeros, 0, torch.qint8)

@@ -74,6 +74,7 @@ class Chain:
         limit: The upper end of that activation; None for ReLU.
         grid_of: The chain on whose grid every input of the example was already.
         reached: Whether the example ran it.
+        calls: How many calls of it, within a forward pass, have grids of their own.
     """
 
     name: str
@@ -83,6 +84,7 @@ class Chain:
     limit: float | None = None
     grid_of: str | None = None
     reached: bool = True
+    calls: int = 1
 
     @property
     def links(self) -> tuple[str, ...]:

@@ -121,13 +121,14 @@ class _Comparison:
             return LayerCheck(layer.chain.name, op, -torch.inf, torch.nan, fault)
         assert tap.output is not None
         assert tap.exact is not None
-        got = layer.run(quantized)
+        got = layer.run(quantized, tap.number)
         wanted = torch.quantize_per_tensor(tap.output.float(), got.q_scale(), got.q_zero_point(), got.dtype)
         bias = bias_rounding(layer.op, quantized.q_scale(), got.q_scale(), self.target)
         doubt = lambda: bias + self._doubt(head, tap) / got.q_scale()  # noqa: E731
         check = compare_integers(layer.chain.name, op, tap.exact, wanted, got, allowed=doubt)
         if got.shape == wanted.shape:
-            self.errors.setdefault(head.output_fake_quant, []).append(got.dequantize() - wanted.dequantize())
+            difference = got.dequantize() - wanted.dequantize()
+            self.errors.setdefault(head.grids[tap.number].output_fake_quant, []).append(difference)
         return check
 
     def _input_fault(self, head: ChainHead, tap: Tap, wanted: Tensor) -> str:
@@ -135,7 +136,8 @@ class _Comparison:
         assert tap.source is not None
         grid = Grid(wanted.q_scale(), wanted.q_zero_point())
         got = torch.quantize_per_tensor(tap.source.float(), grid.scale, grid.zero_point, wanted.dtype)
-        self.errors.setdefault(head.input_fake_quant, []).append(got.dequantize() - wanted.dequantize())
+        difference = got.dequantize() - wanted.dequantize()
+        self.errors.setdefault(head.grids[tap.number].input_fake_quant, []).append(difference)
         beyond = beyond_rounding(tap.source, wanted.int_repr().int(), got.int_repr().int(), grid)
         return f"its input is rounded {beyond:.1f} steps farther than to the nearest one" if beyond > MIDDLE else ""
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
 from qat_lightning.fake_quantize import FakeQuantize
 from qat_lightning.flows.base import fake_quantizers, prepared_state
-from qat_lightning.flows.eager_chains import Observation
+from qat_lightning.flows.eager_calls import MOST_CALLS
+from qat_lightning.flows.eager_chains import Chain, Observation
 from qat_lightning.flows.eager_layers import ChainHead
 
 
@@ -22,24 +24,45 @@ def take_forwards_as_a_whole(prepared: nn.Module, observation: Observation) -> N
         prepared: Prepared in eager mode.
         observation: The run on the example, which shows the layers that it calls several times.
     """
-    times = Counter(id(call.module) for call in observation.calls if call.module is not None)
+    times = _times(observation)
     for module in prepared.modules():
-        if isinstance(module, ChainHead) and times[id(module)] > 1:
+        if isinstance(module, ChainHead) and times[id(module)] > MOST_CALLS:
             module.input_fake_quant.is_shared = module.output_fake_quant.is_shared = True
     prepared.register_forward_pre_hook(forward_begins, prepend=True)
     prepared.register_forward_hook(forward_ends, always_call=True)
 
 
+def with_calls(chains: list[Chain], observation: Observation, modules: dict[str, nn.Module]) -> list[Chain]:
+    """Give the chains that the example calls several times grids for each call.
+
+    Their grids are nobody else's, and they are on nobody else's.
+    """
+    times = _times(observation)
+    calls = {chain.name: times[id(modules[chain.name])] for chain in chains}
+    several = {name for name, count in calls.items() if 1 < count <= MOST_CALLS}
+    return [
+        replace(
+            chain,
+            calls=calls[chain.name] if chain.name in several else 1,
+            grid_of=None if chain.name in several or chain.grid_of in several else chain.grid_of,
+        )
+        for chain in chains
+    ]
+
+
+def _times(observation: Observation) -> Counter[int]:
+    """How often each module was called."""
+    return Counter(id(call.module) for call in observation.calls if call.module is not None)
+
+
 def forward_begins(prepared: nn.Module, args: Any) -> None:
     """Forward pre-hook of a prepared network."""
-    prepared_state(prepared).course.in_forward = True
-    _begin_anew(prepared)
+    _begin_anew(prepared, within=True)
 
 
 def forward_ends(prepared: nn.Module, args: Any, output: Any) -> None:
     """Forward hook of a prepared network, also where its forward raises."""
-    prepared_state(prepared).course.in_forward = False
-    _begin_anew(prepared)
+    _begin_anew(prepared, within=False)
 
 
 def is_foreign(hook: Any) -> bool:
@@ -47,12 +70,16 @@ def is_foreign(hook: Any) -> bool:
     return hook not in (forward_begins, forward_ends)
 
 
-def _begin_anew(prepared: nn.Module) -> None:
+def _begin_anew(prepared: nn.Module, *, within: bool) -> None:
     course = prepared_state(prepared).course
-    places: tuple[FakeQuantize, ...] | None = course.__dict__.get("places")
-    if places is None:
+    course.in_forward = within
+    found: tuple[list[FakeQuantize], list[ChainHead]] | None = course.__dict__.get("places")
+    if found is None:
         # Found once for each network, and by a copy of it anew.
-        places = tuple(fq for _, fq in fake_quantizers(prepared) if fq.observed)
-        course.__dict__["places"] = places
-    for fq in places:
+        places = [fq for _, fq in fake_quantizers(prepared) if fq.observed]
+        found = places, [head for head in prepared.modules() if isinstance(head, ChainHead)]
+        course.__dict__["places"] = found
+    for fq in found[0]:
         fq.begin_forward()
+    for head in found[1]:
+        head.begin_forward(within)

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qat_lightning.errors import NetworkError
+from qat_lightning.flows.eager_calls import CountsCalls
 from qat_lightning.flows.eager_chains import Chain, function_name
 from qat_lightning.flows.eager_layers import become
 
@@ -195,13 +196,14 @@ else:
     _Layer = object
 
 
-class Int8Layer(nn.Module):
+class Int8Layer(CountsCalls, nn.Module):
     """The int8 kernel of a chain, in the place of its convolution or linear layer.
 
     Attributes:
         op: torch's quantized module, which holds the packed weight and the grid of the output.
         input_scale: Grid of an input that is a float tensor; 0 where there never was one.
         input_zero_point: Its zero point.
+        later_grids: Scale and zero point of input and output, of each call after the first that has grids of its own.
         chain: What the kernel does.
         pending: The modules that it does the work of.
     """
@@ -209,6 +211,7 @@ class Int8Layer(nn.Module):
     op: Any
     input_scale: Tensor
     input_zero_point: Tensor
+    later_grids: Tensor
     chain: Chain
     pending: tuple[str, ...]
     activation_dtype: torch.dtype
@@ -221,11 +224,29 @@ class Int8Layer(nn.Module):
                 f"possible for matrices only, and now its input has {input.dim()} dimensions: keep the BatchNorm apart "
                 f"with exclude=['{self.chain.batchnorm}']."
             )
-        output = self.run(self._on_grid(input))
+        call = self.next_call(self.chain.calls)
+        output = self.run(self._on_grid(input, call), call)
         return Int8Tensor(output, self.chain.name, self.pending, memory_format=_memory_format_of(input))
 
-    def run(self, quantized: Tensor) -> Tensor:
-        """The kernel alone, from quantized to quantized tensor."""
+    def grids(self, call: int) -> tuple[float, int, float, int]:
+        """Scale and zero point of input and output in a call."""
+        if call == 0:
+            return float(self.input_scale), int(self.input_zero_point), float(self.op.scale), int(self.op.zero_point)
+        in_scale, in_zero_point, scale, zero_point = self.later_grids[call - 1].tolist()
+        return in_scale, int(in_zero_point), scale, int(zero_point)
+
+    def run(self, quantized: Tensor, call: int = 0) -> Tensor:
+        """The kernel alone, from quantized to quantized tensor, with the output's grid of a call."""
+        if call == 0:
+            return self._run(quantized)
+        first = self.op.scale, self.op.zero_point
+        self.op.scale, self.op.zero_point = self.grids(call)[2:]
+        try:
+            return self._run(quantized)
+        finally:
+            self.op.scale, self.op.zero_point = first
+
+    def _run(self, quantized: Tensor) -> Tensor:
         rank = {"Conv1d": 3, "Conv2d": 4, "Conv3d": 5}.get(self.chain.kind, max(2, quantized.dim()))
         single = quantized.dim() == rank - 1
         output: Tensor = self.op(quantized.unsqueeze(0) if single else quantized)
@@ -243,13 +264,13 @@ class Int8Layer(nn.Module):
         integers = output.int_repr().clamp_(max=last)
         return torch._make_per_tensor_quantized_tensor(integers, scale, zero_point)
 
-    def _on_grid(self, input: Tensor) -> Tensor:
+    def _on_grid(self, input: Tensor, call: int) -> Tensor:
         integers = None
         if isinstance(input, Int8Tensor):
             integers = input.integers()
             if integers is not None and input.direct:
                 return integers
-        scale, zero_point = float(self.input_scale), int(self.input_zero_point)
+        scale, zero_point, *_ = self.grids(call)
         if integers is not None and integers.q_scale() == scale and integers.q_zero_point() == zero_point:
             return integers
         if isinstance(input, Int8Tensor):
@@ -344,6 +365,8 @@ def make_int8(modules: dict[str, nn.Module], chain: Chain, activation_dtype: tor
         contents.clear()
     head.register_buffer("input_scale", torch.tensor(0.0))
     head.register_buffer("input_zero_point", torch.tensor(0))
+    if chain.calls > 1:
+        head.register_buffer("later_grids", torch.zeros(chain.calls - 1, 4, dtype=torch.float64))
     head.op = op
     for name in chain.links:
         link = modules[name]
@@ -354,6 +377,7 @@ def make_int8(modules: dict[str, nn.Module], chain: Chain, activation_dtype: tor
         elif type(link) in _LINKS:
             become(link, _LINKS[type(link)], link=name)
     assert isinstance(head, Int8Layer)
+    head.begin_forward(False)
     return head
 
 

@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from qat_lightning.fake_quantize import FakeQuantize
+from qat_lightning.flows.eager_calls import LATER, CountsCalls, Grids, adapt_entries
 from qat_lightning.qat_modules import (
     FreezableBatchNorm,
     FreezableBatchNorm1d,
@@ -42,6 +43,7 @@ class Tap:
         source: What was rounded to that here; None if it was on the grid already, or on that of another chain.
         exact: The output before it was rounded.
         output: The rounded output; None if the call did not go through the whole chain.
+        number: Which call of the layer it is, of those that have grids of their own.
     """
 
     grid: FakeQuantize
@@ -49,13 +51,15 @@ class Tap:
     source: Tensor | None = None
     exact: Tensor | None = None
     output: Tensor | None = None
+    number: int = 0
 
 
 @dataclass(frozen=True)
 class _Mark:
-    """Where a tensor is: ``stage`` links of ``chain`` are behind it."""
+    """Where a tensor is: ``stage`` links of ``chain`` are behind it, in the call that has these grids."""
 
     chain: ChainHead
+    grids: ChainHead | Grids
     stage: int
     version: int
     tap: Tap | None
@@ -103,12 +107,12 @@ def _forget(x: Any) -> None:
         _traced.extend(kept)
 
 
-def _set_mark(x: Tensor, chain: ChainHead, stage: int, tap: Tap | None) -> None:
+def _set_mark(x: Tensor, chain: ChainHead, grids: ChainHead | Grids, stage: int, tap: Tap | None) -> None:
     if _traced:
         _forget(x)
-        _traced.append((x, _Mark(chain, stage, 0, None)))
+        _traced.append((x, _Mark(chain, grids, stage, 0, None)))
     else:
-        _marks[x] = _Mark(chain, stage, x._version, tap)
+        _marks[x] = _Mark(chain, grids, stage, x._version, tap)
 
 
 def _mark_of(x: Tensor) -> _Mark | None:
@@ -138,13 +142,14 @@ else:
     _Layer = object
 
 
-class ChainHead(_Layer):
+class ChainHead(CountsCalls, _Layer):
     """A convolution or linear layer with rounded weight and input, which its chain's output grid belongs to.
 
     Attributes:
         links: The BatchNorm and the activation behind it; they stay registered where the float network has them.
         grid_of: The chain from which every input came through operations that keep values on its grid, such as
             max-pooling, if there is one; rounding to a second grid would only add error.
+        later_calls: The grids of its second and later calls within a forward pass, if it has any of its own.
         taps: Where calls are recorded, while a list.
     """
 
@@ -156,6 +161,13 @@ class ChainHead(_Layer):
     links: tuple[nn.Module, ...]
     grid_of: tuple[ChainHead, ...]
     taps: list[Tap] | None
+    number = 0  # the grids of its own are those of the first call
+
+    @property
+    def grids(self) -> tuple[ChainHead | Grids, ...]:
+        """What has the grids of each call, in order."""
+        later: Any = self._modules.get(LATER, ())
+        return (self, *later)
 
     @property
     def batchnorm(self) -> FreezableBatchNorm | None:
@@ -195,41 +207,46 @@ class ChainHead(_Layer):
         if self.left_float:
             return self._apply_layer(input, self.weight)  # not marked: what follows is no part of a chain
         with _versioned():
-            x, tap = self._on_grid(input)
-            return self.passed(self._apply_layer(x, self._rounded_weight()), 0, tap)
+            grids = self.grids
+            here = grids[decided_once(lambda: self.next_call(len(grids)))] if len(grids) > 1 else self
+            x, tap = self._on_grid(input, here)
+            return self.passed(self._apply_layer(x, self._rounded_weight()), 0, tap, here)
 
-    def passed(self, y: Tensor, stage: int, tap: Tap | None, *, relu: float | None = None) -> Tensor:
+    def passed(
+        self, y: Tensor, stage: int, tap: Tap | None, grids: ChainHead | Grids, *, relu: float | None = None
+    ) -> Tensor:
         """Mark the output of a module of the chain, rounded if it was the last.
 
         Args:
             y: The output.
             stage: How many links are behind it.
             tap: Where this call is recorded.
+            grids: What has the grids of this call.
             relu: The largest value that the last link leaves, if ``y`` is its input.
         """
         if stage == len(self.links):
             if tap is not None:
                 tap.exact = y.detach().clone()
-            y = self.output_fake_quant(y, relu=relu)
+            y = grids.output_fake_quant(y, relu=relu)
             if tap is not None:
                 tap.output = y.detach().clone()
-        _set_mark(y, self, stage, tap)
+        _set_mark(y, self, grids, stage, tap)
         return y
 
-    def _on_grid(self, input: Tensor) -> tuple[Tensor, Tap | None]:
+    def _on_grid(self, input: Tensor, grids: ChainHead | Grids) -> tuple[Tensor, Tap | None]:
         mark = _mark_of(input)
         if mark is not None and mark.complete:
-            grid, x = mark.chain.output_fake_quant, input
+            grid, x = mark.grids.output_fake_quant, input
         elif self.shares_grid:
             grid = self.grid_of[0].output_fake_quant
             x = grid.round(input)  # whose range must not be moved by this tensor
         else:
-            grid = self.input_fake_quant
+            grid = grids.input_fake_quant
             x = grid(input)
         if self.taps is None:
             return x, None
-        here = grid is self.input_fake_quant
-        tap = Tap(grid, x.detach().clone(), input.detach().clone() if here else None)
+        here = grid is grids.input_fake_quant
+        tap = Tap(grid, x.detach().clone(), input.detach().clone() if here else None, number=grids.number)
         self.taps.append(tap)
         return x, tap
 
@@ -243,6 +260,10 @@ class ChainHead(_Layer):
 
     def _apply_layer(self, x: Tensor, weight: Tensor) -> Tensor:
         raise NotImplementedError
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        adapt_entries(cast("nn.Module", self), state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 class _ConvHead(ChainHead):
@@ -283,9 +304,9 @@ class ChainLink(_Layer):
         with _versioned():
             if stage == len(chain.links) and not getattr(self, "inplace", False):
                 largest = relu_limit(self)
-                if largest is not None and not is_looked_at(chain.output_fake_quant):
-                    return chain.passed(input, stage, mark.tap, relu=largest)
-            return chain.passed(super().forward(input), stage, mark.tap)
+                if largest is not None and not is_looked_at(mark.grids.output_fake_quant):
+                    return chain.passed(input, stage, mark.tap, mark.grids, relu=largest)
+            return chain.passed(super().forward(input), stage, mark.tap, mark.grids)
 
 
 def _foldable(mark: _Mark, x: Tensor) -> bool:

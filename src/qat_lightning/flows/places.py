@@ -15,6 +15,7 @@ from torch import fx, nn
 
 from qat_lightning.fake_quantize import FakeQuantize
 from qat_lightning.flows.base import fake_quantizers, prepared_state
+from qat_lightning.flows.eager_calls import layer_of
 from qat_lightning.recipe import PreparedState
 
 
@@ -67,8 +68,10 @@ def find_places(prepared: nn.Module) -> list[Place]:
 def _in_layers(prepared: nn.Module) -> Iterator[Place]:
     float_network = prepared_state(prepared).float_network
     for name, fq in fake_quantizers(prepared):
-        layer, _, role = name.rpartition(".")
+        holder, _, role = name.rpartition(".")
+        layer, call = layer_of(holder)
         kind = type(float_network.get_submodule(layer)).__name__
+        layer = f"{layer}_call_{call}" if call else layer
         if role == "weight_fake_quant":
             yield Place(layer, kind, "weight", fq, fq)
         elif role == "output_fake_quant":

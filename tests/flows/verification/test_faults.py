@@ -106,8 +106,8 @@ def _inject_fx(monkeypatch: pytest.MonkeyPatch, layer: str, fault: Fault) -> Non
 def _inject_eager(monkeypatch: pytest.MonkeyPatch, layer: str, fault: Fault) -> None:
     right = Int8Layer.run
 
-    def run(self: Int8Layer, quantized: Tensor) -> Tensor:
-        y = right(self, quantized)
+    def run(self: Int8Layer, quantized: Tensor, call: int = 0) -> Tensor:
+        y = right(self, quantized, call)
         return _wrong(y, fault) if self.chain.name == layer else y
 
     monkeypatch.setattr(Int8Layer, "run", run)

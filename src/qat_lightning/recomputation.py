@@ -117,7 +117,7 @@ class _ReentrantWithTape(_Reentrant):
     """Upstream's function, which calls what it is given once in the forward and once in the backward pass."""
 
     @classmethod
-    def apply(cls, function: Callable[..., Any], *args: Any) -> Any:  # type: ignore[override]
+    def apply(cls, function: Callable[..., Any], *args: Any) -> Any:
         """Call ``function`` with a tape."""
         tape = _Tape()
 
@@ -125,12 +125,12 @@ class _ReentrantWithTape(_Reentrant):
             with tape:
                 return function(*inputs)
 
-        return _Reentrant.apply(with_tape, *args)  # type: ignore[no-untyped-call]
+        return _Reentrant.apply(with_tape, *args)
 
 
 def keep_tapes() -> None:
     """Let every part that is checkpointed from now on keep a tape; for networks without fake-quant nothing changes."""
-    upstream._checkpoint_without_reentrant_generator = _with_tape
+    upstream._checkpoint_without_reentrant_generator = _with_tape  # type: ignore[assignment]
     upstream.CheckpointFunction = _ReentrantWithTape  # type: ignore[misc]
 
 

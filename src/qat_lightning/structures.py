@@ -74,10 +74,10 @@ def is_record(kind: Any) -> bool:
 
 def made_of(kind: type) -> list[str]:
     """The fields that a dataclass is made with."""
-    return [field.name for field in dataclasses.fields(kind) if field.init]  # type: ignore[arg-type]
+    return [field.name for field in dataclasses.fields(kind) if field.init]
 
 
-def make_mapping(kind: type, items: Iterable[tuple[Any, Any]]) -> Any:
+def make_mapping(kind: Any, items: Iterable[tuple[Any, Any]]) -> Any:
     """An object of a subclass of dict, without its ``__init__``, which may want anything."""
     made = kind.__new__(kind)
     for key, value in items:

@@ -37,7 +37,7 @@ _PLAIN = (dict, OrderedDict, immutable_dict)
 def encode_class(kind: Any) -> dict[str, Any]:
     """The name of a dataclass, of a named tuple or of a subclass of dict, and how it is made."""
     form = "fields" if is_record(kind) else "tuple" if is_namedtuple(kind) else "mapping"
-    fields = {"fields": made_of, "tuple": lambda kind: kind._fields, "mapping": lambda kind: ()}[form](kind)
+    fields = made_of(kind) if form == "fields" else kind._fields if form == "tuple" else ()
     return {"module": kind.__module__, "name": kind.__qualname__, "form": form, "fields": list(fields)}
 
 
@@ -55,7 +55,7 @@ def maker_of(data: Any, network: nn.Module | None) -> Callable[..., Any]:
     fields = tuple(identifier(field) for field in data["fields"])
     if type(module) is not str or type(name) is not str or form not in ("fields", "tuple", "mapping"):
         raise ArtifactError("it holds a class that is none")
-    plain = {"OrderedDict": OrderedDict, "defaultdict": MakesMapping(defaultdict)}
+    plain: dict[str, Callable[..., Any]] = {"OrderedDict": OrderedDict, "defaultdict": MakesMapping(defaultdict)}
     if (module, form) == ("collections", "mapping") and name in plain:
         return plain[name]
     found = _of_network(module, name, network) or _of_transformers(module, name)

@@ -62,7 +62,7 @@ def in_single_products() -> Iterator[None]:
 
 def _flops_of_bilinear(first: Any, weight: Any, second: Any, *args: Any, **kwargs: Any) -> int:
     # Flattened to (batch, in1), (out, in1, in2) and (batch, in2), one product of three for each of them.
-    return 2 * int(first[0]) * math.prod(weight)
+    return int(2 * first[0] * math.prod(weight))
 
 
 def counter() -> FlopCounterMode:
@@ -96,7 +96,7 @@ def used_modules(network: nn.Module, example: Example) -> set[str]:
     called: set[str] = set()
     for name, module in network.named_modules():
         owners |= {id(parameter): name for parameter in module.parameters(recurse=False)}
-        module.register_forward_pre_hook(lambda module, args, name=name: called.add(name))  # type: ignore[misc]
+        module.register_forward_pre_hook(lambda module, args, name=name: called.add(name))
     uses = _Uses(owners)
     with in_single_products():
         run_apart(network, example, uses)

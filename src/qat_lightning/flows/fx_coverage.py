@@ -98,7 +98,7 @@ class FxOperations:
     def _name(self, node: fx.Node) -> str:
         if node.op == "call_module":
             return str(node.target)
-        scope = self.plan.scopes.get(node.name, "")
+        scope: str = self.plan.scopes.get(node.name, "")
         if scope in self.layers:
             return scope
         return f"{scope}.{node.name}" if scope else node.name

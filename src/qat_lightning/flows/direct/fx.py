@@ -47,9 +47,9 @@ def quantize_fx(network: nn.Module, example: Example, recipe: Recipe, *, prefix:
     for node in functional:
         traced = _traced_through(node, graph_module.graph)
         made = _replace_function(graph_module, node, recipe)
-        names = [row.name for row in coverage]
-        if traced in names:
-            coverage[names.index(traced)] = replace(coverage[names.index(traced)], quantized=True, reason="")
+        rows = [row.name for row in coverage]
+        if traced in rows:
+            coverage[rows.index(traced)] = replace(coverage[rows.index(traced)], quantized=True, reason="")
         else:
             coverage.append(made)
     graph_module.graph.lint()

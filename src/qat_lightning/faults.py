@@ -14,6 +14,9 @@ from qat_lightning.flows.left_float import layer_of, leave_float
 from qat_lightning.integer_layers.making import WEIGHTED
 from qat_lightning.recipe import Recipe
 
+_NEAR_DB = 45.0
+"""Below it, a layer that is at fault says by how much."""
+
 _ROUNDS = 12
 """Faults that are looked for one after the other; then everything up to the last one is left float."""
 
@@ -109,9 +112,11 @@ def joined(prefix: str, name: str) -> str:
 def reason_of(error: Exception, name: str = "") -> str:
     """Why something is left float, in a phrase for the coverage and for one warning."""
     if isinstance(error, VerificationError):
-        check = next((row for row in getattr(error, "checks", ()) if layer_of(row.name) == name), None)
-        figure = "" if check is None else f" ({check.sqnr_db:.1f} dB of SQNR on the same input)"
-        return f"in int8 it differs from fake-quant{figure}"
+        wrong = [row for row in error.checks if layer_of(row.name) == name and (row.fault or row.sqnr_db < _NEAR_DB)]
+        if not wrong:
+            return "in int8 what comes of it differs from fake-quant"
+        figure = f"{wrong[0].sqnr_db:.1f} dB of SQNR on the same input"
+        return f"in int8 it differs from fake-quant ({wrong[0].fault or figure})"
     lines = str(error).strip().splitlines()
     said = lines[0][:160] if lines else type(error).__name__
     return f"it cannot be converted: {said}"

@@ -78,7 +78,7 @@ class QuantizationAwareTraining(QuantizationCallback):
         compile: Compile the training steps with ``torch.compile``, in one graph between two switches of the schedule.
             Evaluation and conversion run the network as it is.
         rehearse: Try all that happens to the network up to its int8 file on a copy before the first step: prepare,
-            calibrate on one batch, convert, verify, save and load. It takes about three times as long as preparing,
+            calibrate on one batch, convert, verify, save and load. It takes two to five times as long as preparing,
             and nothing fails after the training that could have been known before it.
         on_fault: What becomes of a layer, or of an op, that cannot be int8: ``"leave_float"`` leaves it float, says so
             in the coverage and in a warning, and converts the rest; ``"error"`` refuses the training. What only the

@@ -65,7 +65,11 @@ class IntegersAndMasks(nn.Module):
         spectrum = torch.cat([spectrum[:2] * spectrum[:2], spectrum[2:] + spectrum[2:]])
         wide = y.double()
         wide = torch.cat([wide * wide, wide + wide], 1)[:, :8]
-        return self.b(torch.fft.irfft(spectrum, n=8) + wide.float()[:, [1, 0, 2, 3, 4, 5, 6, 7]]), count, mask
+        return (
+            self.b(F.normalize(torch.fft.irfft(spectrum, n=8)) + wide.float()[:, [1, 0, 2, 3, 4, 5, 6, 7]]),
+            count,
+            mask,
+        )
 
 
 def trained_and_converted(network: nn.Module, x: Tensor, backend: str) -> tuple[nn.Module, Converted, Recipe]:
@@ -76,7 +80,6 @@ def trained_and_converted(network: nn.Module, x: Tensor, backend: str) -> tuple[
     return fake_quant, get_flow("pt2e").convert(copy.deepcopy(fake_quant), example), recipe
 
 
-@pytest.mark.filterwarnings("ignore:The int8 network calls")
 @pytest.mark.parametrize("backend", ["x86", "xnnpack"])
 @pytest.mark.parametrize(
     ("make", "shape"), [(ConstantsReadTwice, (4, 3, 6, 6)), (WeightReadTwice, (4, 16)), (IntegersAndMasks, (4, 8))]
@@ -85,12 +88,24 @@ def test_int8_equals_fake_quant_and_is_saved(make: type[nn.Module], shape: tuple
     torch.manual_seed(0)
     x = torch.randn(shape)
     fake_quant, converted, recipe = trained_and_converted(make(), x, backend)
-    saved = artifact_bytes(QuantizedNetwork(converted, recipe, Example((x,))))
-    loaded = quantized_from_bytes(saved, trusted=True)  # Fourier transforms are not among what any file may call
+    loaded = quantized_from_bytes(artifact_bytes(QuantizedNetwork(converted, recipe, Example((x,)))))
     results = [network(x) for network in (fake_quant, converted.network, loaded)]
     for wanted, *others in zip(*(r if isinstance(r, tuple) else (r,) for r in results), strict=True):
         for other in others:
             torch.testing.assert_close(other, wanted)
+
+
+class Standardized(nn.Conv2d):
+    """A convolution whose weight is computed from its parameter."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        return F.conv2d(x, weight, self.bias)
+
+
+def test_a_layer_with_a_computed_weight_is_reported_as_what_it_is() -> None:
+    _, converted, _ = trained_and_converted(nn.Sequential(Standardized(3, 4, 3)), torch.randn(2, 3, 6, 6), "x86")
+    assert [(row.name, row.quantized) for row in converted.coverage] == [("0", True)]
 
 
 def test_nothing_but_float32_is_rounded() -> None:

@@ -80,13 +80,15 @@ _METHODS_ONLY = _words(
 _ATEN_ONLY = _words(
     """
     _adaptive_avg_pool2d _adaptive_avg_pool3d _local_scalar_dense _log_softmax _native_batch_norm_legit_no_training
-    _safe_softmax _softmax _to_copy _unsafe_view __and__ __or__ __xor__ __lshift__ __rshift__ alias bitwise_not col2im
-    contiguous copy expand expand_as fill grid_sampler gru gru_cell im2col index item lift_fresh_copy lstm lstm_cell
-    matmul native_dropout new_empty new_full new_ones new_zeros pixel_shuffle reflection_pad1d reflection_pad2d
-    reflection_pad3d repeat replication_pad1d replication_pad2d replication_pad3d reshape_as rnn_relu rnn_relu_cell
-    rnn_tanh rnn_tanh_cell scalar_tensor size slice sym_numel sym_size sym_storage_offset sym_stride to type_as
-    upsample_bicubic2d upsample_bilinear2d upsample_linear1d upsample_nearest1d upsample_nearest2d upsample_nearest3d
-    upsample_trilinear3d view view_as zero
+    _safe_softmax _softmax _to_copy _unsafe_view _upsample_bicubic2d_aa _upsample_bilinear2d_aa __and__ __or__ __xor__
+    __lshift__ __rshift__ alias bitwise_not col2im contiguous copy expand expand_as fft_fft fft_fft2 fft_fftn fft_ifft
+    fft_ifft2 fft_ifftn fft_irfft fft_irfft2 fft_irfftn fft_rfft fft_rfft2 fft_rfftn fill grid_sampler gru gru_cell
+    im2col index item lift_fresh_copy linalg_cross linalg_matrix_norm linalg_norm linalg_vecdot linalg_vector_norm lstm
+    lstm_cell matmul native_dropout new_empty new_full new_ones new_zeros pixel_shuffle reflection_pad1d
+    reflection_pad2d reflection_pad3d repeat replication_pad1d replication_pad2d replication_pad3d reshape_as rnn_relu
+    rnn_relu_cell rnn_tanh rnn_tanh_cell scalar_tensor size slice sym_numel sym_size sym_storage_offset sym_stride to
+    type_as upsample_bicubic2d upsample_bilinear2d upsample_linear1d upsample_nearest1d upsample_nearest2d
+    upsample_nearest3d upsample_trilinear3d view view_as zero
     """
 )
 _QUANTIZED = _words(

@@ -65,7 +65,10 @@ def coverage(state: PreparedState, prepared: ExportedNetwork, result: Decomposed
         if not isinstance(module, _WEIGHTED):
             continue
         weight = tensors.get(id(_weight(_submodule(prepared, name))), "")
-        calls = users.get(weight) or [n for n in plan.graph.nodes if n.target in CHANNEL_AXIS and scope_of(n) == name]
+        calls = users.get(weight, [])
+        own = [node for node in plan.graph.nodes if node.target in CHANNEL_AXIS and scope_of(node) == name]
+        if not any(node.target in CHANNEL_AXIS for node in calls) and own:
+            calls = own  # its weight is computed, such as that of a standardized convolution
         floats = [
             node
             for node in calls

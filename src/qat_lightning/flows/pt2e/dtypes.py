@@ -9,6 +9,8 @@ from torch import Tensor, fx
 from torchao.quantization.pt2e.quantizer import SharedQuantizationSpec
 from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY
 
+_OTHER = "qat_lightning_other_dtype"
+
 
 def leave_other_dtypes(graph: fx.Graph) -> None:
     """Take back the annotation of every op that is to read or write a tensor on a grid that is not float32.
@@ -21,6 +23,8 @@ def leave_other_dtypes(graph: fx.Graph) -> None:
         graph: Annotated by a quantizer; each node knows the dtype of its value.
     """
     left = {node for node in graph.nodes if _is_annotated(node) and not _all_float(node)}
+    for node in left:
+        node.meta[_OTHER] = next(_dtype(tensor) for tensor in [*node.all_input_nodes, node] if not _is_float(tensor))
     while left:
         for node in left:
             _take_back(node)
@@ -46,9 +50,12 @@ def _is_float(node: fx.Node) -> bool:
 
 
 def other_dtype(node: fx.Node) -> str:
-    """The dtype, other than float32, of a tensor that an op reads or makes; empty if there is none."""
-    found = [tensor.meta["val"].dtype for tensor in [*node.all_input_nodes, node] if not _is_float(tensor)]
-    return str(found[0]).removeprefix("torch.") if found else ""
+    """The dtype of a tensor because of which `leave_other_dtypes` left an op float; empty if it did not."""
+    return str(node.meta.get(_OTHER, ""))
+
+
+def _dtype(node: fx.Node) -> str:
+    return str(node.meta["val"].dtype).removeprefix("torch.")
 
 
 def _take_back(node: fx.Node) -> None:

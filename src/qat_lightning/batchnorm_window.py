@@ -97,7 +97,7 @@ def settle(network: nn.Module, then: Snapshot) -> list[Difference]:
         >>> for _ in range(3):
         ...     _ = network(torch.tensor([[4.0, 0.0], [6.0, 0.2]]))
         >>> [str(difference) for difference in settle(network, before)]
-        ["'0' by 2.87"]
+        ["'0' by 2.20"]
         >>> network[0].running_mean
         tensor([5.0000, 0.1000])
     """

@@ -62,7 +62,7 @@ def outputs_by_path(result: Any) -> dict[str, Tensor]:
         result: Tensors in any structure.
 
     Example:
-        >>> list(outputs_by_path({"logits": torch.zeros(2), "count": 3, "both": [torch.ones(1), torch.zeros(0)]}))
+        >>> sorted(outputs_by_path({"logits": torch.zeros(2), "count": 3, "both": [torch.ones(1), torch.zeros(0)]}))
         ["['both'][0]", "['both'][1]", "['logits']"]
     """
     look_into(result)

@@ -102,7 +102,7 @@ def outputs_of(result: Any) -> dict[str, Tensor]:
     """The float tensors of a result, by where they are in it.
 
     Example:
-        >>> list(outputs_of({"logits": torch.zeros(2), "count": 3, "both": [torch.ones(1), torch.zeros(0)]}))
+        >>> sorted(outputs_of({"logits": torch.zeros(2), "count": 3, "both": [torch.ones(1), torch.zeros(0)]}))
         ["['both'][0]", "['both'][1]", "['logits']"]
     """
     look_into(result)

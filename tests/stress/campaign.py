@@ -33,6 +33,11 @@ PARTS = {"step": 8, "save": 2, "save_last": 3, "validate": 1, "prepare": 1, "con
 """How often a fit is killed in each part."""
 
 
+NOT_RESUMED = {"swa": ("validate", "convert")}
+"""Parts in which fits of a kind are not killed: Lightning goes on with no fit, float ones neither, whose last checkpoint
+is of the end of the last epoch that stochastic weight averaging averages (its callback raises AttributeError)."""
+
+
 @dataclass(frozen=True)
 class Reference:
     """The uninterrupted run: what it ends with, and what its parts are made of.
@@ -104,7 +109,7 @@ class Campaign:
         reference = self.reference(run)
         hit: list[tuple[Kill, str]] = []
         while len(hit) < kills:
-            kill = self._draw(reference, after=_last_step(hit))
+            kill = self._draw(reference, run.kind, after=_last_step(hit))
             outcome = self.server.run(replace(run, kill=kill))
             if outcome.status == "ended":
                 break
@@ -131,8 +136,9 @@ class Campaign:
             self._references[settings] = Reference(read["digest"], read["calls"], seconds)
         return self._references[settings]
 
-    def _draw(self, reference: Reference, after: int) -> Kill:
-        name = self.random.choices(list(PARTS), list(PARTS.values()))[0]
+    def _draw(self, reference: Reference, kind: str, after: int) -> Kill:
+        weights = {name: weight for name, weight in PARTS.items() if name not in NOT_RESUMED.get(kind, ())}
+        name = self.random.choices(list(weights), list(weights.values()))[0]
         parts = [part for part in reference.seconds if part.split()[0] == name]
         if name in ("step", "save", "save_last"):
             parts = [part for part in parts if int(part.split()[1]) >= after] or parts[-1:]

@@ -34,8 +34,8 @@ PARTS = {"step": 8, "save": 2, "save_last": 3, "validate": 1, "prepare": 1, "con
 
 
 NOT_RESUMED = {"swa": ("validate", "convert")}
-"""Parts in which fits of a kind are not killed: Lightning goes on with no fit, float ones neither, whose last checkpoint
-is of the end of the last epoch that stochastic weight averaging averages (its callback raises AttributeError)."""
+"""Parts in which fits of a kind are not killed: Lightning goes on with no fit, float ones neither, whose last
+checkpoint is of the end of the last epoch that stochastic weight averaging averages (it raises AttributeError)."""
 
 
 @dataclass(frozen=True)

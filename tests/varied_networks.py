@@ -370,7 +370,8 @@ VARIED = (
     Varied("LSTM between linear layers", Recurrent, TOKENS, _all(0.2)),
     Varied("gated linear unit", Gated, ROWS),
     Varied("dilated convolutions with tanh gates", WaveNet, SIGNAL, _all(pt2e=0.3)),
-    Varied("dropout, permute and add", DropoutPermuteAdd, SIGNAL),
+    # torchao's quantizer for x86 has no rule for 1-d convolutions
+    Varied("dropout, permute and add", DropoutPermuteAdd, SIGNAL, _all(0.99, pt2e=0.1)),
     Varied("weight used again, transposed", TiedTransposed, ROWS, _all(0.6, eager=0.5)),
     Varied("a buffer called mean", NormalizesByBuffer, IMAGE),
     Varied(

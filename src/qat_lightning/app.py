@@ -22,6 +22,7 @@ from rich.text import Text
 
 from qat_lightning.backends import get_backend, require
 from qat_lightning.callbacks.base import QuantizationCallback
+from qat_lightning.callbacks.fit_metrics import FitMetrics
 from qat_lightning.checkpoint_io import WholeFileCheckpointIO
 from qat_lightning.errors import ArtifactError, CombinationError, ConfigurationError, QuantizationError
 from qat_lightning.export.formats import check_formats
@@ -108,7 +109,7 @@ def build(cfg: DictConfig) -> Objects:
     Raises:
         ConfigurationError: An object cannot be made from its part of the configuration.
     """
-    callbacks = [instantiate(part) for part in _parts(cfg, "callbacks")]
+    callbacks = [FitMetrics(), *(instantiate(part) for part in _parts(cfg, "callbacks"))]
     if cfg.get("quantization") is not None:
         callbacks.append(instantiate(cfg.quantization))
     datamodule = instantiate(cfg.data.datamodule)
@@ -124,12 +125,8 @@ def fit(cfg: DictConfig, run: Objects) -> None:
         if isinstance(logger, WandbLogger):
             define_summaries(logger, run.callbacks)
     run.trainer.fit(run.model, datamodule=run.datamodule, ckpt_path=cfg.ckpt_path)
-    keep_metrics(run)
-
-
-def keep_metrics(run: Objects) -> None:
-    """Keep what was logged last; a test afterwards writes over it."""
-    run.fit_metrics.update({name: float(value) for name, value in run.trainer.callback_metrics.items()})
+    kept = next(callback for callback in run.callbacks if isinstance(callback, FitMetrics))
+    run.fit_metrics.update(kept.metrics)
 
 
 def keep_int8(cfg: DictConfig, run: Objects, metrics: Mapping[str, float]) -> None:

@@ -59,7 +59,7 @@ def test_a_network_reaches_its_share_of_int8_or_is_refused_before_the_first_step
 ) -> None:
     monkeypatch.setenv("QAT_LIGHTNING_COMPILE", "0")
     if mode not in row.least:
-        with pytest.raises(QuantizationError, match="Tried on this network: mode='eager' works"):
+        with pytest.raises(QuantizationError, match=r"Tried on this network: .*mode='eager' works"):
             _fit(row, mode)
         assert "eager" in row.least  # the remedy is a row of its own
         return

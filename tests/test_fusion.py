@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from qat_lightning import fuse
 from qat_lightning.errors import NetworkError
 from qat_lightning.flows.base import Example, get_flow
-from qat_lightning.measure import sqnr_db
+from qat_lightning.numerics.sqnr import sqnr_db
 from qat_lightning.recipe import Recipe
 from tests.networks import CASES, Case, Plain, train
 

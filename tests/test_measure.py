@@ -20,8 +20,8 @@ from qat_lightning.measure import (
     latency_interleaved,
     latency_ms,
     size_mb,
-    sqnr_db,
 )
+from qat_lightning.numerics.sqnr import sqnr_db
 
 values = st.floats(-1e3, 1e3, width=32)
 pairs = st.lists(st.tuples(values, values), min_size=1, max_size=40)

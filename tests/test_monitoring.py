@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from qat_lightning.fake_quantize import FakeQuantize, choose_qparams, fake_quantize
 from qat_lightning.flows.base import Example, fake_quantizers, get_flow, set_phase
-from qat_lightning.measure import sqnr_db
 from qat_lightning.monitoring import LayerFigures, Probe, along, decibel, grid_of, totals
+from qat_lightning.numerics.sqnr import sqnr_db
 from qat_lightning.recipe import Recipe
 from qat_lightning.scheme import Scheme
 from tests.networks import CASES, Case, Plain, train

@@ -18,7 +18,7 @@ from qat_lightning.faults import convert_what_can_be, first_that
 from qat_lightning.flows.base import Example, cpu_copy, get_flow, prepared_state
 from qat_lightning.flows.compile_switch import without_compiling
 from qat_lightning.flows.left_float import leave_float
-from qat_lightning.measure import sqnr_db
+from qat_lightning.numerics.sqnr import sqnr_db
 from qat_lightning.quantized import QuantizedNetwork
 from qat_lightning.recipe import Recipe
 from qat_lightning.rehearsal import rehearse

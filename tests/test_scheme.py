@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qat_lightning.errors import CheckpointMismatchError, ConfigurationError
-from qat_lightning.recipe import Recipe, check_globs, check_recipe
+from qat_lightning.modes.prepared import check_recipe
+from qat_lightning.recipe import Recipe, check_globs
 from qat_lightning.scheme import Scheme
 
 ANY = st.one_of(st.none(), st.booleans(), st.integers(-3, 300), st.floats(), st.text(max_size=5))

@@ -125,8 +125,14 @@ def fit(cfg: DictConfig, run: Objects) -> None:
         if isinstance(logger, WandbLogger):
             define_summaries(logger, run.callbacks)
     run.trainer.fit(run.model, datamodule=run.datamodule, ckpt_path=cfg.ckpt_path)
+    keep_metrics(run)
+
+
+def keep_metrics(run: Objects) -> None:
+    """Keep what was logged last, by a fit that is resumed here too; a test afterwards writes over it."""
     kept = next(callback for callback in run.callbacks if isinstance(callback, FitMetrics))
-    run.fit_metrics.update(kept.metrics)
+    logged = {name: float(value) for name, value in run.trainer.callback_metrics.items()}
+    run.fit_metrics.update(kept.metrics | logged)
 
 
 def keep_int8(cfg: DictConfig, run: Objects, metrics: Mapping[str, float]) -> None:

@@ -15,8 +15,8 @@ from torch.utils.hooks import RemovableHandle
 from qat_lightning.checkpoint_io import read_float_state
 from qat_lightning.errors import CheckpointMismatchError, ConfigurationError
 from qat_lightning.flows.base import float_keys, prepared_state
+from qat_lightning.modes.prepared import PreparedState, check_recipe
 from qat_lightning.module_order import order_by_keys
-from qat_lightning.recipe import PreparedState, check_recipe
 from qat_lightning.recipes.folding import unfold_state
 from qat_lightning.state_entries import from_entry
 

@@ -22,8 +22,9 @@ from qat_lightning.flows.base import Example
 from qat_lightning.flows.coverage import coverage_table, int8_share
 from qat_lightning.flows.pt2e.signature import one_sample
 from qat_lightning.fusion import fuse
-from qat_lightning.measure import EQUAL_DB, latency_interleaved, size_mb
+from qat_lightning.measure import latency_interleaved, size_mb
 from qat_lightning.network import OWN_FORWARD, Slot, find_networks
+from qat_lightning.numerics.sqnr import EQUAL_DB
 from qat_lightning.quantized import QuantizedNetwork
 from qat_lightning.terminal import console
 from qat_lightning.wandb_views import log_variants

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from qat_lightning.errors import NetworkError
+from qat_lightning.modes.prepared import PreparedState
 from qat_lightning.portable_graph import hold_graphs, release_graphs
-from qat_lightning.recipe import PreparedState
 from qat_lightning.relu_rounding import with_relus_in_roundings
 from qat_lightning.training_flags import overrides_train, set_training_flags, training_flags
 

@@ -21,38 +21,10 @@ from torch.utils.benchmark import Timer
 from torchmetrics import Metric
 
 from qat_lightning.errors import ConfigurationError
+from qat_lightning.numerics.sqnr import decibel, dequantized, energies, refuse_other_shape
 from qat_lightning.structures import look_into
 
-EQUAL_DB = 300.0
-"""What loggers get for the SQNR of equal outputs; the noise of float64 arithmetic itself is at about 310 dB."""
-
 _WARM_UP_CALLS = 3
-
-
-def sqnr_db(reference: Tensor, actual: Tensor) -> float:
-    """Compute the signal-to-quantization-noise ratio: the energy of the reference over that of the difference.
-
-    The arithmetic is float64, so that 140 dB between float32 tensors can be told from 130.
-
-    Args:
-        reference: What should have come out. Quantized tensors are dequantized.
-        actual: What came out, of the same shape.
-
-    Returns:
-        The ratio in dB. Infinity where the two are equal (also where both are empty or zero), minus infinity where
-        the reference is all zero and the actual is not, NaN where one of them holds NaN or infinity.
-
-    Raises:
-        ConfigurationError: If the shapes differ.
-
-    Example:
-        >>> round(sqnr_db(torch.tensor([10.0, 0.0]), torch.tensor([10.0, 1.0])), 3)
-        20.0
-        >>> sqnr_db(torch.ones(2), torch.ones(2))
-        inf
-    """
-    signal, noise = _energies(reference.detach().cpu(), actual.detach().cpu())
-    return float(_decibel(signal, noise))
 
 
 def outputs_by_path(result: Any) -> dict[str, Tensor]:
@@ -193,13 +165,13 @@ class SignalToQuantizationNoiseRatio(Metric):
         Raises:
             ConfigurationError: If the shapes differ.
         """
-        signal, noise = _energies(reference.detach().to(self.device), actual.detach().to(self.device))
+        signal, noise = energies(reference.detach().to(self.device), actual.detach().to(self.device))
         self.signal += signal
         self.noise += noise
 
     def compute(self) -> Tensor:
         """Compute the ratio in dB, infinity where no difference was seen."""
-        return _decibel(self.signal, self.noise)
+        return decibel(self.signal, self.noise)
 
 
 def size_mb(module: nn.Module) -> float:
@@ -318,20 +290,8 @@ def latency_interleaved(
     }
 
 
-def _energies(reference: Tensor, actual: Tensor) -> tuple[Tensor, Tensor]:
-    _same_shape(reference, actual)
-    signal, other = (_dequantized(tensor).to(torch.float64) for tensor in (reference, actual))
-    return signal.square().sum(), (signal - other).square().sum()
-
-
-def _decibel(signal: Tensor, noise: Tensor) -> Tensor:
-    # 0/0 would be NaN, and equal zeros are as equal as other tensors. A NaN or infinite signal stays no answer.
-    ratio = torch.where((noise == 0) & signal.isfinite(), torch.full_like(signal, math.inf), signal / noise)
-    return 10 * ratio.log10()
-
-
 def _same_choices(reference: Tensor, actual: Tensor) -> tuple[Tensor, int]:
-    _same_shape(reference, actual)
+    refuse_other_shape(reference, actual)
     axis = class_axis(reference)
     if axis is None:
         raise ConfigurationError(
@@ -339,20 +299,8 @@ def _same_choices(reference: Tensor, actual: Tensor) -> tuple[Tensor, int]:
             "choices of. Agreement needs float scores of shape (rows, classes) or (N, classes, ...) with two classes "
             "or more; for other outputs use sqnr_db or SignalToQuantizationNoiseRatio."
         )
-    same = _dequantized(reference).argmax(axis) == _dequantized(actual).argmax(axis)
+    same = dequantized(reference).argmax(axis) == dequantized(actual).argmax(axis)
     return same.sum(), same.numel()
-
-
-def _same_shape(reference: Tensor, actual: Tensor) -> None:
-    if reference.shape != actual.shape:
-        raise ConfigurationError(
-            f"the reference has shape {tuple(reference.shape)} and the actual output {tuple(actual.shape)}: give two "
-            "outputs of the same shape, for the same batch."
-        )
-
-
-def _dequantized(tensor: Tensor) -> Tensor:
-    return tensor.dequantize() if tensor.is_quantized else tensor
 
 
 def _timer(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> Timer:

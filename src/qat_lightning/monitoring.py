@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from qat_lightning.flows.base import prepared_state
 from qat_lightning.flows.places import Place, find_places
 from qat_lightning.grid import along
-from qat_lightning.measure import EQUAL_DB
+from qat_lightning.numerics.sqnr import EQUAL_DB
 
 BINS = 64
 

@@ -1,4 +1,4 @@
-"""What a network was prepared with: kept inside it, and so in every checkpoint of it."""
+"""What decides how a network is prepared."""
 
 from __future__ import annotations
 
@@ -7,13 +7,9 @@ from dataclasses import dataclass, field, fields
 from fnmatch import fnmatchcase
 from typing import Any, Literal, get_args
 
-from torch import Tensor, nn
-
 from qat_lightning.backends import Backend, get_backend
-from qat_lightning.course import Course
 from qat_lightning.errors import CheckpointMismatchError, ConfigurationError
 from qat_lightning.scheme import CALIBRATION_ONLY, Scheme
-from qat_lightning.state_entries import from_entry, to_tensor
 
 FORMAT = 1
 
@@ -219,76 +215,3 @@ def check_globs(recipe: Recipe, names: Sequence[str]) -> None:
                 meant = next((name for name in names if fnmatchcase(name, f"*.{glob}")), None)
                 hint = f" Did you mean {meant!r}?" if meant else ""
                 raise ConfigurationError(f"{kind}={glob!r} matches no module: the network has {some}.{hint}")
-
-
-class PreparedState(nn.Module):
-    """The child ``_quantization`` of a prepared network: its recipe, saved as extra state, and what convert needs.
-
-    Attributes:
-        recipe: What the network was prepared with.
-        prefix: The network's dotted name in the LightningModule, to which the recipe's globs are relative.
-        float_network: A copy of the network's modules before it was prepared. Its parameters are those of the prepared
-            network; it is no child, so nothing of it is saved. Copy it, and load `float_weights`, to run it.
-        added_keys: The keys of the ``state_dict`` that the float network does not have.
-        own_order: Whether the parameters come in another order than the float network's, as in a checkpoint that was
-            loaded.
-        left_float: What was found to be impossible in int8, by name, and why: see `qat_lightning.flows.left_float`.
-        plan: What the flow that prepared it wants to remember for conversion.
-        reworking: What was done to the float network before, and can be done to other weights; None if nothing.
-        course: Whether the network trains, and where its forward passes begin.
-    """
-
-    recipe: Recipe
-    prefix: str
-    float_network: nn.Module
-    plan: Any
-    reworking: Any
-
-    def __init__(self, recipe: Recipe, float_network: nn.Module, *, prefix: str = "", plan: Any = None) -> None:
-        super().__init__()
-        self.recipe = recipe
-        self.prefix = prefix
-        self.added_keys: list[str] = []
-        self.own_order = False
-        self.left_float: dict[str, str] = {}
-        self.__dict__["float_network"] = float_network
-        self.__dict__["plan"] = plan
-        self.__dict__["reworking"] = None
-        self.course = Course()
-
-    def forward(self, input: Any) -> Any:
-        """``input`` itself: an ``nn.Sequential`` calls every child that it has."""
-        return input
-
-    def get_extra_state(self) -> Tensor:
-        """The recipe, the added keys and the like, as a tensor."""
-        folded = self.reworking.folded if self.reworking is not None else {}
-        values = {
-            "added_keys": self.added_keys,
-            "folded": folded,
-            "own_order": self.own_order,
-            "left_float": [list(pair) for pair in self.left_float.items()],
-        }
-        return to_tensor(self.recipe.to_dict() | values)
-
-    def set_extra_state(self, state: Any) -> None:
-        """Refuse the ranges of another recipe."""
-        check_recipe(self.recipe, state)
-
-
-def check_recipe(recipe: Recipe, entry: Any) -> None:
-    """Raise unless a checkpoint's recipe is the one of the network it is loaded into.
-
-    Args:
-        recipe: The network's.
-        entry: The checkpoint's entry for it.
-
-    Raises:
-        CheckpointMismatchError: They differ; the message names both sides.
-    """
-    differences = recipe.differences(Recipe.from_dict(from_entry(entry)))
-    if differences:
-        raise CheckpointMismatchError(
-            "The checkpoint was written by a run with other settings of quantization ('there'): "
-            + "; ".join(differences)
-        )

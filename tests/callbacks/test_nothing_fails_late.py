@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from qat_lightning import QuantizationAwareTraining, load_quantized
 from qat_lightning.errors import QuantizationError
 from qat_lightning.flows.coverage import int8_share
-from qat_lightning.measure import sqnr_db
+from qat_lightning.numerics.sqnr import sqnr_db
 from tests.callbacks.lit import trainer
 from tests.varied_networks import VARIED, Varied
 

@@ -18,7 +18,7 @@ import qat_lightning.decision as decision_module
 from qat_lightning import PostTrainingQuantization, QuantizationAwareTraining, QuantizedModelExport, load_quantized
 from qat_lightning.errors import ConfigurationError, ConversionError, QuantizationError
 from qat_lightning.flows.base import get_flow, prepared_state
-from qat_lightning.measure import sqnr_db
+from qat_lightning.numerics.sqnr import sqnr_db
 from tests.callbacks.lit import MODES, Lit, Net, assert_same_state, loader, qat, state, trainer
 
 

@@ -47,8 +47,9 @@ from qat_lightning.flows.left_float import follow_checkpoints, leave_weights_flo
 from qat_lightning.flows.other_quantization import refuse_other_quantization
 from qat_lightning.flows.qconfig import make_qconfig
 from qat_lightning.grid import EPS
+from qat_lightning.modes.prepared import PreparedState
 from qat_lightning.qat_modules import make_batchnorm_freezable, round_for_good
-from qat_lightning.recipe import PreparedState, Recipe
+from qat_lightning.recipe import Recipe
 from qat_lightning.recomputation import keep_tapes
 
 

@@ -67,9 +67,10 @@ from qat_lightning.flows.tracing import (
 )
 from qat_lightning.flows.verify import check_layers
 from qat_lightning.graph_network import GraphNetwork
+from qat_lightning.modes.prepared import PreparedState
 from qat_lightning.portable_graph import HoldsGraphs
 from qat_lightning.qat_modules import make_batchnorm_freezable, make_batchnorm_plain, round_weights_for_good
-from qat_lightning.recipe import PreparedState, Recipe
+from qat_lightning.recipe import Recipe
 from qat_lightning.recomputation import keep_tapes
 
 

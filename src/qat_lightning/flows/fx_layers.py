@@ -11,7 +11,8 @@ from torch.nn.utils.parametrize import is_parametrized
 from qat_lightning.flows.base import Example, LayerCoverage
 from qat_lightning.flows.coverage import used_modules
 from qat_lightning.flows.fx_config import LEFT_FLOAT
-from qat_lightning.recipe import PreparedState, Recipe
+from qat_lightning.modes.prepared import PreparedState
+from qat_lightning.recipe import Recipe
 
 UNSEEN = "no finite range was ever observed for its input or its output"
 

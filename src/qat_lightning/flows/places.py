@@ -16,7 +16,7 @@ from torch import fx, nn
 from qat_lightning.fake_quantize import FakeQuantize
 from qat_lightning.flows.base import fake_quantizers, prepared_state
 from qat_lightning.flows.eager_calls import layer_of
-from qat_lightning.recipe import PreparedState
+from qat_lightning.modes.prepared import PreparedState
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ from qat_lightning.decision import Decision, decide
 from qat_lightning.errors import ConfigurationError
 from qat_lightning.example import from_user
 from qat_lightning.flows.base import Example, get_flow
-from qat_lightning.measure import EQUAL_DB
 from qat_lightning.monitoring import decibel
+from qat_lightning.numerics.sqnr import EQUAL_DB
 from qat_lightning.recipe import Recipe, check_globs
 from qat_lightning.scheme import Scheme
 from qat_lightning.sensitivity.budget import Budget, MixedPrecision, drop_points, shown_drop, size_ratio

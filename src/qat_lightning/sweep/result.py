@@ -14,7 +14,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from qat_lightning.errors import ConfigurationError
-from qat_lightning.measure import EQUAL_DB
+from qat_lightning.numerics.sqnr import EQUAL_DB
 
 FILE = "result.json"
 IDENTITY = "trial.json"

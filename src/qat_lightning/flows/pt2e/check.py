@@ -13,7 +13,7 @@ from qat_lightning.flows.pt2e.dtypes import other_dtype
 from qat_lightning.flows.pt2e.network import ExportedNetwork
 from qat_lightning.flows.pt2e.scopes import join, scope_of
 from qat_lightning.flows.pt2e.training import Plan
-from qat_lightning.recipe import PreparedState
+from qat_lightning.modes.prepared import PreparedState
 
 quantized_decomposed = torch.ops.quantized_decomposed
 

@@ -34,7 +34,8 @@ from qat_lightning.flows.pt2e.int8 import Int8Network
 from qat_lightning.flows.pt2e.network import ExportedNetwork
 from qat_lightning.flows.pt2e.training import Plan, adopt, training_graph, weight_quantizers
 from qat_lightning.flows.tracing import refuse_other_results
-from qat_lightning.recipe import PreparedState, Recipe
+from qat_lightning.modes.prepared import PreparedState
+from qat_lightning.recipe import Recipe
 from qat_lightning.recomputation import keep_tapes
 
 _ELSEWHERE = {

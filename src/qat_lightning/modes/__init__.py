@@ -1,0 +1,1 @@
+"""The three ways from a float module to int8, on plain modules."""

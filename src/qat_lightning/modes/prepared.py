@@ -1,0 +1,207 @@
+"""What a prepared network carries in any mode, and the switches that act on it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qat_lightning.course import Course
+from qat_lightning.errors import CheckpointMismatchError, ConversionError
+from qat_lightning.fake_quantize import FakeQuantize
+from qat_lightning.qat_modules import FreezableBatchNorm
+from qat_lightning.recipe import Recipe
+from qat_lightning.state_entries import from_entry, to_tensor
+
+
+class PreparedState(nn.Module):
+    """The child ``_quantization`` of a prepared network: its recipe, saved as extra state, and what convert needs.
+
+    Attributes:
+        recipe: What the network was prepared with.
+        prefix: The network's dotted name in the LightningModule, to which the recipe's globs are relative.
+        float_network: A copy of the network's modules before it was prepared. Its parameters are those of the prepared
+            network; it is no child, so nothing of it is saved. Copy it, and load `float_weights`, to run it.
+        added_keys: The keys of the ``state_dict`` that the float network does not have.
+        own_order: Whether the parameters come in another order than the float network's, as in a checkpoint that was
+            loaded.
+        left_float: What was found to be impossible in int8, by name, and why: see `qat_lightning.flows.left_float`.
+        plan: What the flow that prepared it wants to remember for conversion.
+        reworking: What was done to the float network before, and can be done to other weights; None if nothing.
+        course: Whether the network trains, and where its forward passes begin.
+    """
+
+    recipe: Recipe
+    prefix: str
+    float_network: nn.Module
+    plan: Any
+    reworking: Any
+
+    def __init__(self, recipe: Recipe, float_network: nn.Module, *, prefix: str = "", plan: Any = None) -> None:
+        super().__init__()
+        self.recipe = recipe
+        self.prefix = prefix
+        self.added_keys: list[str] = []
+        self.own_order = False
+        self.left_float: dict[str, str] = {}
+        self.__dict__["float_network"] = float_network
+        self.__dict__["plan"] = plan
+        self.__dict__["reworking"] = None
+        self.course = Course()
+
+    def forward(self, input: Any) -> Any:
+        """``input`` itself: an ``nn.Sequential`` calls every child that it has."""
+        return input
+
+    def get_extra_state(self) -> Tensor:
+        """The recipe, the added keys and the like, as a tensor."""
+        folded = self.reworking.folded if self.reworking is not None else {}
+        values = {
+            "added_keys": self.added_keys,
+            "folded": folded,
+            "own_order": self.own_order,
+            "left_float": [list(pair) for pair in self.left_float.items()],
+        }
+        return to_tensor(self.recipe.to_dict() | values)
+
+    def set_extra_state(self, state: Any) -> None:
+        """Refuse the ranges of another recipe."""
+        check_recipe(self.recipe, state)
+
+
+def check_recipe(recipe: Recipe, entry: Any) -> None:
+    """Raise unless a checkpoint's recipe is the one of the network it is loaded into.
+
+    Args:
+        recipe: The network's.
+        entry: The checkpoint's entry for it.
+
+    Raises:
+        CheckpointMismatchError: They differ; the message names both sides.
+    """
+    differences = recipe.differences(Recipe.from_dict(from_entry(entry)))
+    if differences:
+        raise CheckpointMismatchError(
+            "The checkpoint was written by a run with other settings of quantization ('there'): "
+            + "; ".join(differences)
+        )
+
+
+def prepared_state(prepared: nn.Module) -> PreparedState:
+    """The recipe and the float copy that a prepared network carries."""
+    state: PreparedState = prepared._quantization  # type: ignore[assignment]
+    return state
+
+
+def is_prepared(network: nn.Module) -> bool:
+    """Whether ``network`` came out of a flow's ``prepare``."""
+    return isinstance(network._modules.get("_quantization"), PreparedState)
+
+
+def fake_quantizers(network: nn.Module) -> Iterable[tuple[str, FakeQuantize]]:
+    """Every FakeQuantize and its name, each once."""
+    for name, module in network.named_modules():
+        if isinstance(module, FakeQuantize):
+            yield name, module
+
+
+def materialize_weights(prepared: nn.Module) -> None:
+    """Let the FakeQuantizes of layers' weights make what they keep for each channel, before a training begins."""
+    for module in prepared.modules():
+        fq, weight = getattr(module, "weight_fake_quant", None), getattr(module, "weight", None)
+        if isinstance(fq, FakeQuantize) and isinstance(weight, torch.Tensor):
+            fq.materialize(weight)
+
+
+def refuse_simulated(recipe: Recipe) -> None:
+    """Refuse to convert what no kernel can run.
+
+    Raises:
+        ConversionError: With the reason.
+    """
+    if recipe.simulated:
+        raise ConversionError(
+            f"This scheme is simulated in training and has no int8 network: {recipe.simulated}. Use the prepared "
+            "network (fake-quant), or a scheme that the backend can run, such as Scheme()."
+        )
+
+
+def set_phase(network: nn.Module, *, fake_quant: bool, observers: bool, batchnorm_frozen: bool) -> None:
+    """Switch rounding, the moving of ranges and the freezing of BatchNorm, in any prepared network."""
+    for module in network.modules():
+        if isinstance(module, FakeQuantize):
+            module.fake_quant_enabled = fake_quant
+            module.observer_enabled = observers
+        elif isinstance(module, FreezableBatchNorm):
+            module.frozen = batchnorm_frozen
+
+
+def observe_in_evaluation(network: nn.Module, observe: bool) -> None:
+    """Let ranges move in evaluation as well while observers are on, or in training only."""
+    for _, fq in fake_quantizers(network):
+        fq.observe_in_evaluation = observe
+
+
+def follow_course(prepared: nn.Module) -> None:
+    """Let all FakeQuantizes of a prepared network know whether it trains as a whole."""
+    course = prepared_state(prepared).course
+    for _, fq in fake_quantizers(prepared):
+        fq.__dict__["course"] = course  # no child: it is one of the network already
+
+
+def in_training_step(prepared: nn.Module, begins: bool) -> None:
+    """Say that a training step begins, in which ranges move also where a part is kept in evaluation, or that it ended.
+
+    Between steps, and without these calls, a network trains while its own flag says so.
+    """
+    prepared_state(prepared).course.in_training_step = begins
+
+
+def reduce_ranges(network: nn.Module, reduce: bool) -> None:
+    """Let every batch's ranges be taken over all processes of a distributed training, as they are observed, or not."""
+    for _, fq in fake_quantizers(network):
+        fq.reduce_across_processes = reduce
+
+
+@torch.no_grad()
+def merge_ranges(network: nn.Module) -> None:
+    """Give all processes the least of their lows and the greatest of their highs, in one collective."""
+    moving = [fq for _, fq in fake_quantizers(network) if fq.observed]
+    if not moving:
+        return
+    bounds = torch.stack([torch.stack([-fq.min_val, fq.max_val, fq.batches.to(fq.max_val)]) for fq in moving])
+    torch.distributed.all_reduce(bounds, op=torch.distributed.ReduceOp.MAX)
+    for fq, (low, high, batches) in zip(moving, bounds, strict=True):
+        fq.min_val.copy_(-low)
+        fq.max_val.copy_(high)
+        fq.batches.copy_(batches)
+
+
+def copy_of_modules(network: nn.Module) -> nn.Module:
+    """A copy of all modules that shares their parameters and buffers: what it was, at the cost of no tensor.
+
+    Example:
+        >>> layer = nn.Linear(2, 3)
+        >>> copied = copy_of_modules(layer)
+        >>> copied is layer, copied.weight is layer.weight
+        (False, True)
+    """
+    tensors = [*network.parameters(), *network.buffers()]
+    return copy.deepcopy(network, {id(tensor): tensor for tensor in tensors})
+
+
+def float_keys(prepared: nn.Module) -> set[str]:
+    """The keys of a prepared network's ``state_dict`` that the float network has as well."""
+    return set(prepared_state(prepared).float_network.state_dict())
+
+
+def cpu_copy(prepared: nn.Module) -> nn.Module:
+    """A detached copy on the CPU, in eval mode and in float32, with rounding on: what conversion starts from."""
+    copied = copy.deepcopy(prepared).cpu().float().eval()
+    for parameter in copied.parameters():
+        parameter.requires_grad_(False)
+    set_phase(copied, fake_quant=True, observers=False, batchnorm_frozen=True)
+    return copied

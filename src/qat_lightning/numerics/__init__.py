@@ -1,0 +1,1 @@
+"""Grids, ranges, rounding, and how far two tensors are apart."""

@@ -1,0 +1,71 @@
+"""Signal-to-quantization-noise ratio."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from qat_lightning.errors import ConfigurationError
+
+EQUAL_DB = 300.0
+"""What loggers get for the SQNR of equal outputs; the noise of float64 arithmetic itself is at about 310 dB."""
+
+
+def sqnr_db(reference: Tensor, actual: Tensor) -> float:
+    """Compute the signal-to-quantization-noise ratio: the energy of the reference over that of the difference.
+
+    The arithmetic is float64, so that 140 dB between float32 tensors can be told from 130.
+
+    Args:
+        reference: What should have come out. Quantized tensors are dequantized.
+        actual: What came out, of the same shape.
+
+    Returns:
+        The ratio in dB. Infinity where the two are equal (also where both are empty or zero), minus infinity where
+        the reference is all zero and the actual is not, NaN where one of them holds NaN or infinity.
+
+    Raises:
+        ConfigurationError: If the shapes differ.
+
+    Example:
+        >>> round(sqnr_db(torch.tensor([10.0, 0.0]), torch.tensor([10.0, 1.0])), 3)
+        20.0
+        >>> sqnr_db(torch.ones(2), torch.ones(2))
+        inf
+    """
+    signal, noise = energies(reference.detach().cpu(), actual.detach().cpu())
+    return float(decibel(signal, noise))
+
+
+def energies(reference: Tensor, actual: Tensor) -> tuple[Tensor, Tensor]:
+    """The energy of a signal and that of the difference, as float64 scalars."""
+    refuse_other_shape(reference, actual)
+    signal, other = (dequantized(tensor).to(torch.float64) for tensor in (reference, actual))
+    return signal.square().sum(), (signal - other).square().sum()
+
+
+def decibel(signal: Tensor, noise: Tensor) -> Tensor:
+    """Ten times the logarithm of a ratio of energies; inf where there is no noise."""
+    # 0/0 would be NaN, and equal zeros are as equal as other tensors. A NaN or infinite signal stays no answer.
+    ratio = torch.where((noise == 0) & signal.isfinite(), torch.full_like(signal, math.inf), signal / noise)
+    return 10 * ratio.log10()
+
+
+def refuse_other_shape(reference: Tensor, actual: Tensor) -> None:
+    """Refuse to compare outputs of different shapes.
+
+    Raises:
+        ConfigurationError: The shapes differ.
+    """
+    if reference.shape != actual.shape:
+        raise ConfigurationError(
+            f"the reference has shape {tuple(reference.shape)} and the actual output {tuple(actual.shape)}: give two "
+            "outputs of the same shape, for the same batch."
+        )
+
+
+def dequantized(tensor: Tensor) -> Tensor:
+    """A float tensor, of a quantized one too."""
+    return tensor.dequantize() if tensor.is_quantized else tensor

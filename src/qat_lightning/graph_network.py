@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from qat_lightning.errors import NetworkError
+from qat_lightning.given_sizes import GivenSizes
 from qat_lightning.modes.prepared import PreparedState
 from qat_lightning.portable_graph import hold_graphs, release_graphs
 from qat_lightning.relu_rounding import with_relus_in_roundings
@@ -73,6 +74,8 @@ class GraphNetwork(KeepsExtraState):
     """
 
     _quantization: PreparedState
+    sizes: GivenSizes | None = None
+    """The inputs that the graph is for; None if it is for any."""
 
     def __init__(self, source: fx.GraphModule) -> None:
         super().__init__()
@@ -97,7 +100,13 @@ class GraphNetwork(KeepsExtraState):
         self.__dict__["_run"] = compile_graph(with_relus_in_roundings(self, graph))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the graph on the inputs of the network it was made from."""
+        """Run the graph on the inputs of the network it was made from.
+
+        Raises:
+            NetworkError: The graph is for inputs of other sizes.
+        """
+        if self.sizes is not None and (others := self.sizes.others(args, kwargs)):
+            raise NetworkError(self.sizes.refusal(others))
         return self.__dict__["_run"](self, *args, **kwargs)
 
     def train(self, mode: bool = True) -> GraphNetwork:

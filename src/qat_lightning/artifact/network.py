@@ -20,6 +20,7 @@ from qat_lightning.artifact.graph import (
 )
 from qat_lightning.artifact.values import decode, encode
 from qat_lightning.errors import ArtifactError, CheckpointMismatchError
+from qat_lightning.given_sizes import GivenInput, GivenSizes
 from qat_lightning.graph_network import GraphNetwork
 from qat_lightning.kinds import DIRECT
 from qat_lightning.recipe import Recipe
@@ -36,7 +37,8 @@ def encode_network(network: nn.Module, mode: str, writing: Writing) -> dict[str,
     if mode == "pt2e":
         return _encode_pt2e(network, writing)
     assert isinstance(network, GraphNetwork)
-    return encode_graph(network, network.graph, writing)
+    data = encode_graph(network, network.graph, writing)
+    return data if network.sizes is None else data | {"sizes": _encode_sizes(network.sizes)}
 
 
 def decode_network(data: dict[str, Any], recipe: Recipe, reading: Reading) -> nn.Module:
@@ -49,7 +51,20 @@ def decode_network(data: dict[str, Any], recipe: Recipe, reading: Reading) -> nn
         return _decode_eager(data, recipe, reading)
     if recipe.mode == "pt2e":
         return _decode_pt2e(data, recipe, reading)
-    return decode_graph(data, reading)
+    network = decode_graph(data, reading)
+    if "sizes" in data:
+        network.__dict__["sizes"] = _decode_sizes(data["sizes"])
+    return network
+
+
+def _encode_sizes(sizes: GivenSizes) -> dict[str, Any]:
+    inputs = [[given.path, encode(given.shape), encode(given.value)] for given in sizes.inputs]
+    return {"network": sizes.network, "names": list(sizes.names), "inputs": inputs}
+
+
+def _decode_sizes(data: dict[str, Any]) -> GivenSizes:
+    inputs = [GivenInput(str(path), decode(shape), decode(value)) for path, shape, value in data["inputs"]]
+    return GivenSizes(str(data["network"]), tuple(map(str, data["names"])), tuple(inputs))
 
 
 def _encode_pt2e(network: Any, writing: Writing) -> dict[str, Any]:
@@ -76,7 +91,7 @@ def _decode_pt2e(data: dict[str, Any], recipe: Recipe, reading: Reading) -> nn.M
     from torch.fx import GraphModule
 
     from qat_lightning.flows.pt2e.int8 import Int8Network
-    from qat_lightning.flows.pt2e.signature import CallSpec, Input
+    from qat_lightning.flows.signature import CallSpec, Input
 
     spec = CallSpec(
         name=str(data["name"]),

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from qat_lightning.errors import ConfigurationError, QuantizationError, TraceError
 from qat_lightning.flows.base import Example, cpu_copy, get_flow, is_prepared, prepared_state
 from qat_lightning.flows.pt2e.capture import dynamic_shapes, reason_of
-from qat_lightning.flows.pt2e.signature import CallSpec, batch_size, has_batch
+from qat_lightning.flows.signature import CallSpec, batch_size, has_batch
 from qat_lightning.graph_network import GraphNetwork
 from qat_lightning.quantized import QuantizedNetwork
 

@@ -25,7 +25,7 @@ from qat_lightning.export.program import int8_network
 from qat_lightning.export.remote import RemoteNetwork, Server
 from qat_lightning.export.result import ExportResult, write_json
 from qat_lightning.flows.base import Example, cpu_copy, is_prepared, prepared_state
-from qat_lightning.flows.pt2e.signature import one_sample, samples
+from qat_lightning.flows.signature import one_sample, samples
 from qat_lightning.measure import latency_interleaved, outputs_by_path, size_mb
 from qat_lightning.quantized import QuantizedNetwork
 from qat_lightning.variants import Fidelity

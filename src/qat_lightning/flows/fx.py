@@ -109,7 +109,7 @@ class FxFlow:
             for name, module in network.named_modules()
             if name
         }
-        graph_module, scopes = trace(network, example, leaves=outer_parts(network, selected))
+        graph_module, scopes, sizes = trace(network, example, leaves=outer_parts(network, selected))
         leave_inside_float(graph_module, selected)
         passes.pass_over_identities(graph_module)
         fx_pads.name_zero_pads(graph_module, selected)
@@ -182,6 +182,7 @@ class FxFlow:
         for graph in (result.graph, plan.graph):
             put_back(result, graph, read)
         result.set_graph(result.graph)
+        result.__dict__["sizes"] = sizes
         restore_children(result, originals, parameters, float_network)
         make_batchnorm_freezable(result)
         materialize_weights(result)
@@ -249,6 +250,7 @@ class FxFlow:
         left = put_plain_layers(int8) if unseen else set()
         passes.reshape_views(int8.graph)
         network = GraphNetwork(int8)
+        network.__dict__["sizes"] = prepared.sizes
         for parameter in network.parameters():
             parameter.requires_grad_(False)
         try:

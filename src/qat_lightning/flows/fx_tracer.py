@@ -44,11 +44,13 @@ class Traced:
         graph_module: The graph; its layers are the network's own.
         scopes: For the name of each node the path and the class of the module whose ``forward`` made it.
         counted: The paths of the modules that counted a batch in their ``num_batches_tracked`` by themselves.
+        fixed: Whether sizes of the inputs may be constants of the graph.
     """
 
     graph_module: fx.GraphModule
     scopes: dict[str, Any]
     counted: set[str]
+    fixed: bool = False
 
 
 _LAYERS = (

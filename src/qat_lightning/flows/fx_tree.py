@@ -32,6 +32,10 @@ def restore_children(
         holder = _holder(result, parent)
         if leaf not in holder._parameters:
             holder.register_parameter(leaf, parameter)
+    root = originals[""]
+    for name, buffer in root._buffers.items():
+        if name not in result._buffers:
+            result.register_buffer(name, buffer, persistent=name not in root._non_persistent_buffers_set)
     for name, module in float_network.named_modules():
         if has_extra_state(module) and isinstance(part := _holder(result, name), KeepsExtraState):
             part.keep_extra_state_of(module)

@@ -23,7 +23,10 @@ from qat_lightning.flows.checkpointing import loses_checkpoints
 from qat_lightning.flows.eager_chains import run_apart
 from qat_lightning.flows.fx_batchnorm import name_batchnorms, plain_frozen
 from qat_lightning.flows.fx_calls import drop_unread, give_all_arguments, one_module_a_call, read_what_was_written
+from qat_lightning.flows.fx_examples import Plan
 from qat_lightning.flows.fx_modes import BY_MODE, flags_by_mode, mark_dropouts, owner_of_parting, parting, set_module
+from qat_lightning.flows.fx_shapes import ShapesTracer
+from qat_lightning.flows.fx_sizes import attempts, given_sizes
 from qat_lightning.flows.fx_tracer import (
     CallAsWhole,
     DecidesByChance,
@@ -33,6 +36,7 @@ from qat_lightning.flows.fx_tracer import (
     counting,
     holds_no_layer,
 )
+from qat_lightning.given_sizes import GivenSizes
 from qat_lightning.recomputation import Checkpointed, no_checkpoints
 from qat_lightning.structures import same
 
@@ -75,8 +79,12 @@ def check_names(network: nn.Module, mode: str) -> None:
             )
 
 
-def trace(network: nn.Module, example: Example, leaves: list[str]) -> tuple[fx.GraphModule, dict[str, Any]]:
+def trace(
+    network: nn.Module, example: Example, leaves: list[str]
+) -> tuple[fx.GraphModule, dict[str, Any], GivenSizes | None]:
     """Trace ``network`` as FX does, in training mode.
+
+    If that cannot be done without the shapes of the example, it is done beside the example.
 
     Args:
         network: The float network.
@@ -84,15 +92,17 @@ def trace(network: nn.Module, example: Example, leaves: list[str]) -> tuple[fx.G
         leaves: Names of submodules to call as they are instead of looking inside.
 
     Returns:
-        The graph module, whose layers are the network's own but for what is a BatchNorm by what it does, and the scope
-        of each node as upstream's prepare wants it.
+        The graph module, whose layers are the network's own but for what is a BatchNorm by what it does; the scope of
+        each node as upstream's prepare wants it; and for which sizes it is, if not for any.
 
     Raises:
         TraceError: It cannot be traced, or its evaluation takes another way through the code than its training.
     """
     check_names(network, "fx")
     frozen = plain_frozen(network)
-    traced, evaluation, whole = _both_ways(network, example, [*leaves, *frozen])
+    (traced, evaluation, whole), plan = attempts(
+        network, lambda plan: _both_ways(network, example, [*leaves, *frozen], plan), example
+    )
     graph_module, scopes = traced.graph_module, traced.scopes
     name_batchnorms(traced, evaluation, network, example)
     called = {str(node.target) for node in graph_module.graph.find_nodes(op="call_module")}
@@ -103,10 +113,13 @@ def trace(network: nn.Module, example: Example, leaves: list[str]) -> tuple[fx.G
     give_all_arguments(graph_module.graph)
     read_what_was_written(graph_module)
     graph_module.recompile()
-    return graph_module, scopes
+    sizes = given_sizes(graph_module.graph, network, example, plan, fixed=traced.fixed or evaluation.fixed)
+    return graph_module, scopes, sizes
 
 
-def _both_ways(network: nn.Module, example: Example, leaves: list[str]) -> tuple[Traced, Traced, list[str]]:
+def _both_ways(
+    network: nn.Module, example: Example, leaves: list[str], plan: Plan | None
+) -> tuple[Traced, Traced, list[str]]:
     """The ways through a network in training and in evaluation, node for node the same.
 
     Returns:
@@ -116,8 +129,8 @@ def _both_ways(network: nn.Module, example: Example, leaves: list[str]) -> tuple
     whole: list[str] = []
     while True:
         try:
-            training = _trace_once(network, example, [*leaves, *whole], train=True)
-            evaluation = _trace_once(network, example, [*leaves, *whole], train=False)
+            training = _trace_once(network, example, [*leaves, *whole], plan, train=True)
+            evaluation = _trace_once(network, example, [*leaves, *whole], plan, train=False)
         except CallAsWhole as found:
             whole += _alike(network, found.path)
             continue
@@ -137,17 +150,25 @@ def _alike(network: nn.Module, path: str) -> list[str]:
     return [name for name, module in network.named_modules() if type(module) is kind and holds_no_layer(module)]
 
 
-def trace_evaluation(network: nn.Module, example: Example, leaves: list[str]) -> fx.GraphModule:
+def trace_evaluation(
+    network: nn.Module, example: Example, leaves: list[str]
+) -> tuple[fx.GraphModule, GivenSizes | None]:
     """Trace the way that ``network`` takes in evaluation, whatever it does in training; see `trace`.
 
     Raises:
         TraceError: It cannot be traced.
     """
     check_names(network, "fx")
+    traced, plan = attempts(network, lambda plan: _evaluation(network, example, leaves, plan), example)
+    graph = traced.graph_module.graph
+    return traced.graph_module, given_sizes(graph, network, example, plan, fixed=traced.fixed)
+
+
+def _evaluation(network: nn.Module, example: Example, leaves: list[str], plan: Plan | None) -> Traced:
     whole: list[str] = []
     while True:
         try:
-            return _trace_once(network, example, [*leaves, *whole], train=False).graph_module
+            return _trace_once(network, example, [*leaves, *whole], plan, train=False)
         except CallAsWhole as found:
             whole += _alike(network, found.path)
 
@@ -248,14 +269,14 @@ def _close(one: Tensor, other: Tensor) -> bool:
     )
 
 
-def _trace_once(network: nn.Module, example: Example, leaves: list[str], *, train: bool) -> Traced:
+def _trace_once(network: nn.Module, example: Example, leaves: list[str], plan: Plan | None, *, train: bool) -> Traced:
     with (
         _in_mode(network, train),
         counting(network) as counted,
         no_checkpoints() if train else contextlib.nullcontext(),
     ):
         try:
-            graph, scopes = _graph(network, example, leaves)
+            tracer, graph = _graph(network, example, leaves, plan)
         except CallAsWhole:
             raise
         except Checkpointed as error:
@@ -265,21 +286,29 @@ def _trace_once(network: nn.Module, example: Example, leaves: list[str], *, trai
     graph_module = fx.GraphModule(network, graph)
     _drop_defaults(graph_module)
     drop_unread(graph_module.graph)
-    return Traced(graph_module, scopes, counted)
+    return Traced(graph_module, tracer.node_name_to_scope, counted, fixed=getattr(tracer, "fixed", False))
 
 
-def _graph(network: nn.Module, example: Example, leaves: list[str]) -> tuple[fx.Graph, dict[str, Any]]:
+def _graph(
+    network: nn.Module, example: Example, leaves: list[str], plan: Plan | None
+) -> tuple[NetworkTracer, fx.Graph]:
     fixed = _defaults_not_given(network, example)
-    tracer = NetworkTracer(leaves)
+
+    def tracer(*, buffers: bool) -> NetworkTracer:
+        if plan is None:
+            return NetworkTracer(leaves, buffers=buffers)
+        return ShapesTracer(leaves, example, plan, buffers=buffers)
+
     with batchnorms_take_anything():
         try:
-            return tracer.trace(network, concrete_args=fixed), tracer.node_name_to_scope
+            first = tracer(buffers=True)
+            return first, first.trace(network, concrete_args=fixed)
         except (CallAsWhole, Checkpointed, DecidesByChance):
             raise
         except Exception:  # noqa: BLE001 - whatever it is, the second trace says it again if it is no buffer's
             # A forward may look at what a buffer holds, which is then a constant.
-            tracer = NetworkTracer(leaves, buffers=False)
-            return tracer.trace(network, concrete_args=fixed), tracer.node_name_to_scope
+            second = tracer(buffers=False)
+            return second, second.trace(network, concrete_args=fixed)
 
 
 def _no_trace(network: nn.Module, error: Exception) -> TraceError:

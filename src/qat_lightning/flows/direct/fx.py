@@ -33,7 +33,7 @@ def quantize_fx(network: nn.Module, example: Example, recipe: Recipe, *, prefix:
     original = float_copy(network)
     expected = run_float(original, example)
     selected = {name: recipe.selects(_join(prefix, name)) for name, _ in original.named_modules() if name}
-    graph_module = trace_evaluation(original, example, outer_parts(original, selected))
+    graph_module, sizes = trace_evaluation(original, example, outer_parts(original, selected))
     used = used_modules(original, example)
     coverage = [_in_graph(row, graph_module.graph, used) for row in cover(original, recipe, prefix)]
     functional = _linear_functions(graph_module, recipe, prefix)
@@ -56,6 +56,7 @@ def quantize_fx(network: nn.Module, example: Example, recipe: Recipe, *, prefix:
     graph_module.recompile()
     graph_module.delete_all_unused_submodules()
     integer = GraphNetwork(graph_module).eval()
+    integer.__dict__["sizes"] = sizes
     _drop_unread(integer)
     actual, calls = run_integer(integer, example)
     named = Names(prefix, {name for name, _ in original.named_modules()})

@@ -19,7 +19,7 @@ from torch.fx.graph import CodeGen
 from qat_lightning.errors import TraceError
 from qat_lightning.flows.base import Example
 from qat_lightning.flows.eager_chains import run_apart
-from qat_lightning.flows.pt2e.signature import BATCH, CallSpec, batch_size, canonical, has_batch, inputs_of
+from qat_lightning.flows.signature import BATCH, CallSpec, batch_size, canonical, has_batch, inputs_of
 from qat_lightning.flows.tracing import WHAT_TO_DO, check_names, line_at_fault
 from qat_lightning.structures import look_into
 

@@ -18,7 +18,7 @@ from qat_lightning.backends import Backend
 from qat_lightning.flows.base import LayerCheck, sqnr_db
 from qat_lightning.flows.pt2e.check import DEQUANTIZE, QUANTIZE, main_op
 from qat_lightning.flows.pt2e.scopes import scope_of
-from qat_lightning.flows.pt2e.signature import BATCH, CallSpec
+from qat_lightning.flows.signature import BATCH, CallSpec
 from qat_lightning.flows.verify import is_faulty
 
 _ROWS_TO_COMPARE = 8

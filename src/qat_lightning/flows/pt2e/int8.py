@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from qat_lightning.backends import BACKENDS
 from qat_lightning.flows.compile_switch import compiling_allowed
 from qat_lightning.flows.pt2e.compiling import compile_library, difference, has_cpp_compiler, load_library
-from qat_lightning.flows.pt2e.signature import CallSpec
+from qat_lightning.flows.signature import CallSpec
 
 Runs = Literal["not compiled yet", "aotinductor", "decomposed"]
 

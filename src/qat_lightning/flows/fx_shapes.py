@@ -1,0 +1,261 @@
+"""A tracer that runs beside the example, so that what depends on shapes, types and devices is a plain value.
+
+How many samples there are is never fixed: such a size stays a value of the graph, and so does what is computed with it.
+What is decided by it is refused, unless it is the same for any number of samples. Other sizes are values of the graph
+as well where nothing is decided by them, or are fixed to those of the example.
+"""
+
+from __future__ import annotations
+
+import operator
+from inspect import Parameter, signature
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.proxy import Proxy
+from torch.fx.proxy import TraceError as FxTraceError
+
+from qat_lightning.flows.base import Example
+from qat_lightning.flows.fx_examples import LARGER, CallFails, Calls, Plan
+from qat_lightning.flows.fx_known import KnownKind, KnownNumber, KnownTensor, Sizes
+from qat_lightning.flows.fx_patches import answering
+from qat_lightning.flows.fx_tracer import CallAsWhole, NetworkTracer, holds_no_layer
+from qat_lightning.structures import given_fields, is_namedtuple, is_record, make_mapping
+
+
+class SizesDecide(BaseException):
+    """Something is decided by a size that is not the number of samples; no `Exception`, which may be caught."""
+
+
+class ShapesTracer(NetworkTracer):
+    """Traces a network with an example beside it.
+
+    Args:
+        leaves: Paths of modules to call as they are.
+        example: One call.
+        plan: Which calls to follow.
+        buffers: See `NetworkTracer`.
+
+    Attributes:
+        fixed: Whether a size of the inputs other than the number of samples may be a constant of the graph.
+    """
+
+    def __init__(self, leaves: list[str], example: Example, plan: Plan, *, buffers: bool = True) -> None:
+        super().__init__(leaves, buffers=buffers)
+        self.example = example
+        self.fixed = False
+        self._calls = Calls(example, plan)
+        self._values: dict[fx.Node, tuple[Any, ...]] = {}
+        self._sized: set[fx.Node] = set()
+        self._whole: dict[int, tuple[Any, fx.Node]] = {}
+
+    def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
+        """See `NetworkTracer.trace`."""
+        with answering(self, root):
+            return super().trace(root, concrete_args)
+
+    def create_args_for_root(
+        self, root_fn: Any, is_module: bool, concrete_args: dict[str, Any] | tuple[Any, ...] | None = None
+    ) -> tuple[Any, list[Any]]:
+        """Placeholders as upstream makes them, and what the example gives for them."""
+        function, args = super().create_args_for_root(root_fn, is_module, concrete_args)
+        bound = [_bind(self.root, call) for call in self._calls.inputs]
+        return function, [self._given(arg, bound) for arg in args]
+
+    def _given(self, arg: Any, bound: list[dict[str, Any]]) -> Any:
+        if not isinstance(arg, Proxy) or arg.node.op != "placeholder":
+            return arg
+        name = str(arg.node.target)
+        if name.startswith("*"):
+            return self._rest(arg.node, name, bound)
+        if name not in bound[0]:
+            return arg.node.args[0] if arg.node.args else arg  # its default
+        return self._wrap(arg.node, tuple(call[name] for call in bound), arg)
+
+    def _rest(self, node: fx.Node, name: str, bound: list[dict[str, Any]]) -> Any:
+        """A placeholder by itself for each input among ``*args``, behind the others by position, or ``**kwargs``."""
+        keys: Any = bound[0][name] if name.startswith("**") else range(len(bound[0][name]))
+        by_keyword = {other for other, p in signature(self.root.forward).parameters.items() if p.kind is p.KEYWORD_ONLY}
+        places = (other for other in self.graph.find_nodes(op="placeholder") if str(other.target) in by_keyword)
+        made = {}
+        with self.graph.inserting_before(node if name.startswith("**") else next(places, node)):
+            for key in keys:
+                target = key if isinstance(key, str) else f"{name[1:]}_{key}"
+                # One with a default may stand before it.
+                each = super().create_proxy("placeholder", target, (None,), {})
+                made[key] = self._wrap(each.node, tuple(call[name][key] for call in bound), each)
+        self.graph.erase_node(node)
+        return made if name.startswith("**") else tuple(made.values())
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Proxy]) -> Any:
+        """As of the network, while something is only tried."""
+        return attr_val if self._calls.running else super().getattr(attr, attr_val, parameter_proxy_cache)
+
+    def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """See `NetworkTracer.call_module`."""
+        if self._calls.running:
+            return forward(*args, **kwargs)
+        try:
+            return super().call_module(m, forward, args, kwargs)
+        except SizesDecide:
+            if holds_no_layer(m):
+                raise CallAsWhole(self.path_of_module(m)) from None
+            raise
+
+    def create_arg(self, a: Any) -> Any:
+        """What stands for ``a`` in the graph; for a tuple that a node has yielded that node."""
+        if isinstance(a, tuple):
+            whole, node = self._whole.get(id(a), (None, None))
+            if whole is a and node is not None:
+                return node
+            if isinstance(a, Sizes) or (type(a) is not tuple and not is_namedtuple(type(a))):
+                a = tuple(a)
+        if isinstance(a, Tensor) and not isinstance(a, nn.Parameter) and a not in self.tensor_attrs:
+            # Evaluation comes to the constants that training came to.
+            name = next((name for kept, name in self.tensor_attrs.items() if _equal(kept, a)), None)
+            if name is not None:
+                self.tensor_attrs[a] = name
+        return super().create_arg(a)
+
+    def create_node(self, kind: str, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        """A node; of a tensor of the network it is known what it is."""
+        node = super().create_node(kind, target, *args, **kwargs)
+        if kind == "get_attr" and (values := self._calls.known(self.root, str(target))) is not None:
+            self._values[node] = values
+        return node
+
+    def create_proxy(
+        self,
+        kind: str,
+        target: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        name: str | None = None,
+        type_expr: Any | None = None,
+        proxy_factory_fn: Any = None,
+    ) -> Any:
+        """What a node yields: its plain value if that is known, containers of such, otherwise a proxy."""
+        proxy = super().create_proxy(kind, target, args, kwargs, name, type_expr, proxy_factory_fn)
+        node = proxy.node
+        if kind in ("placeholder", "output"):
+            return proxy
+        values = self._values.get(node) or self._calls.run(node, self._values, self.root)
+        return proxy if values is None else self._wrap(node, values, proxy)
+
+    def decide(self, number: KnownNumber) -> Any:
+        """The value of a number that something depends on.
+
+        Raises:
+            SizesDecide: It comes from a size of the inputs that is not the number of samples.
+            torch.fx.proxy.TraceError: It is not the same for any number of samples.
+        """
+        if number.node in self._sized:
+            raise SizesDecide
+        first = number.values[0]
+        if any(value != first for value in number.values):
+            raise FxTraceError("what is decided here depends on the number of samples, which may be any")
+        return first
+
+    def _wrap(self, node: fx.Node, values: tuple[Any, ...], proxy: Proxy) -> Any:
+        self._values[node] = values
+        self._note_sizes(node, values)
+        first = values[0]
+        if isinstance(first, Tensor):
+            self._alike(values, lambda value: value.ndim)
+            return KnownTensor(node, self, values)
+        if isinstance(first, (tuple, list, dict)) or is_record(type(first)):
+            return self._wrap_container(node, values)
+        if isinstance(first, (torch.dtype, torch.device)):
+            return KnownKind(node, self, values)
+        if first is None or isinstance(first, (bool, int, float, str, complex, torch.layout, torch.memory_format)):
+            return self._wrap_plain(node, values)
+        del self._values[node]
+        return proxy
+
+    def _note_sizes(self, node: fx.Node, values: tuple[Any, ...]) -> None:
+        """Remember numbers that come from another size than the number of samples."""
+        if LARGER in self._calls.names and isinstance(values[0], (bool, int, float)):
+            inherited = any(source in self._sized for source in node.all_input_nodes)
+            if inherited or values[-1] != values[0]:
+                self._sized.add(node)
+
+    def _wrap_plain(self, node: fx.Node, values: tuple[Any, ...]) -> Any:
+        first = values[0]
+        same = all(type(value) is type(first) and value == first for value in values)
+        computed = any(
+            isinstance(self._values.get(source, (None,))[0], (bool, int, float))
+            for source in node.args
+            if isinstance(source, fx.Node)
+        )
+        if isinstance(first, bool) and node in self._sized:
+            raise SizesDecide
+        if not same or (computed and not isinstance(first, bool)) or node in self._sized:
+            return KnownNumber(node, self, values)
+        if node.op in ("call_function", "call_method") and not node.users:
+            self.fixed = self.fixed or _is_size(node, first)
+            self.graph.erase_node(node)
+        return first
+
+    def _wrap_container(self, node: fx.Node, values: tuple[Any, ...]) -> Any:
+        first = values[0]
+        if isinstance(first, torch.Size):
+            self._alike(values, len)
+            if node.op == "placeholder" or node.all_input_nodes[0].op != "get_attr":
+                self.fixed = True
+            return self._whole_of(node, Sizes(self._sizes(node, values)))
+        if is_record(type(first)):
+            made = {name: self._part(node, getattr, name) for name in given_fields(first)}
+            return type(first)(**made)
+        if isinstance(first, dict):
+            self._alike(values, lambda value: list(value))
+            items = [(key, self._part(node, operator.getitem, key)) for key in first]
+            return dict(items) if type(first) is dict else make_mapping(type(first), items)
+        self._alike(values, len)
+        parts = [self._part(node, operator.getitem, position) for position in range(len(first))]
+        if isinstance(first, list):
+            return parts
+        return self._whole_of(node, type(first)(*parts) if is_namedtuple(type(first)) else type(first)(parts))
+
+    def _sizes(self, node: fx.Node, values: tuple[Any, ...]) -> list[Any]:
+        return [
+            sizes[0] if len(set(sizes)) == 1 else self._part(node, operator.getitem, dim)
+            for dim, sizes in enumerate(zip(*values, strict=True))
+        ]
+
+    def _part(self, node: fx.Node, look: Any, key: Any) -> Any:
+        return self.create_proxy("call_function", look, (Proxy(node, self), key), {})
+
+    def _whole_of(self, node: fx.Node, made: Any) -> Any:
+        self._whole[id(made)] = made, node
+        return made
+
+    def _alike(self, values: tuple[Any, ...], of: Any) -> None:
+        """Give up a call in which a value is of another kind than in the example."""
+        for name, value in zip(self._calls.names, values, strict=True):
+            if type(value) is not type(values[0]) or of(value) != of(values[0]):
+                raise CallFails(name)
+
+
+def _is_size(node: fx.Node, value: Any) -> bool:
+    return isinstance(value, int) and node.target in ("size", "numel", "nelement", "stride")
+
+
+def _equal(kept: Any, constant: Tensor) -> bool:
+    alike = isinstance(kept, Tensor) and (kept.shape, kept.dtype) == (constant.shape, constant.dtype)
+    return alike and torch.equal(kept, constant)
+
+
+def _bind(root: nn.Module, call: Example) -> dict[str, Any]:
+    """What a call gives, by the names of the placeholders."""
+    of_forward = signature(root.forward)
+    bound = of_forward.bind(*call.args, **call.kwargs).arguments
+    marks = {Parameter.VAR_POSITIONAL: "*", Parameter.VAR_KEYWORD: "**"}
+    empty: dict[Any, Any] = {Parameter.VAR_POSITIONAL: (), Parameter.VAR_KEYWORD: {}}
+    found = {}
+    for name, parameter in of_forward.parameters.items():
+        if parameter.kind in marks:
+            found[marks[parameter.kind] + name] = bound.get(name, empty[parameter.kind])
+        elif name in bound:
+            found[name] = bound[name]
+    return found

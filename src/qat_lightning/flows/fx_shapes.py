@@ -58,35 +58,29 @@ class ShapesTracer(NetworkTracer):
     def create_args_for_root(
         self, root_fn: Any, is_module: bool, concrete_args: dict[str, Any] | tuple[Any, ...] | None = None
     ) -> tuple[Any, list[Any]]:
-        """Placeholders as upstream makes them, and what the example gives for them."""
-        function, args = super().create_args_for_root(root_fn, is_module, concrete_args)
-        bound = [_bind(self.root, call) for call in self._calls.inputs]
-        return function, [self._given(arg, bound) for arg in args]
+        """A placeholder for each input of the example, and a function that calls ``root_fn`` as the example does."""
+        parameters = signature(self.root.forward).parameters
+        by_position = [p.name for p in parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+        rest = next((p.name for p in parameters.values() if p.kind is p.VAR_POSITIONAL), "")
+        args, kwargs = self.example.args, self.example.kwargs
+        names = [*by_position, *(f"{rest}{number}" for number in range(len(args)))][: len(args)]
+        given: dict[Any, Any] = {}
+        order = list(parameters)
+        for key in (*range(len(args)), *sorted(kwargs, key=lambda name: order.index(name) if name in order else 999)):
+            name = names[key] if isinstance(key, int) else key
+            default = parameters[name].default if name in parameters else Parameter.empty
+            # One without a default may not stand behind one with.
+            late = any(node.args for node in self.graph.find_nodes(op="placeholder"))
+            has = (default,) if default is not Parameter.empty else (None,) if late else ()
+            proxy = super().create_proxy("placeholder", name, has, {})
+            values = [(call.args if isinstance(key, int) else call.kwargs)[key] for call in self._calls.inputs]
+            given[key] = self._wrap(proxy.node, tuple(values), proxy)
 
-    def _given(self, arg: Any, bound: list[dict[str, Any]]) -> Any:
-        if not isinstance(arg, Proxy) or arg.node.op != "placeholder":
-            return arg
-        name = str(arg.node.target)
-        if name.startswith("*"):
-            return self._rest(arg.node, name, bound)
-        if name not in bound[0]:
-            return arg.node.args[0] if arg.node.args else arg  # its default
-        return self._wrap(arg.node, tuple(call[name] for call in bound), arg)
+        def call() -> Any:
+            by_keyword = {name: value for name, value in given.items() if isinstance(name, str)}
+            return root_fn(self.root, *(given[number] for number in range(len(args))), **by_keyword)
 
-    def _rest(self, node: fx.Node, name: str, bound: list[dict[str, Any]]) -> Any:
-        """A placeholder by itself for each input among ``*args``, behind the others by position, or ``**kwargs``."""
-        keys: Any = bound[0][name] if name.startswith("**") else range(len(bound[0][name]))
-        by_keyword = {other for other, p in signature(self.root.forward).parameters.items() if p.kind is p.KEYWORD_ONLY}
-        places = (other for other in self.graph.find_nodes(op="placeholder") if str(other.target) in by_keyword)
-        made = {}
-        with self.graph.inserting_before(node if name.startswith("**") else next(places, node)):
-            for key in keys:
-                target = key if isinstance(key, str) else f"{name[1:]}_{key}"
-                # One with a default may stand before it.
-                each = super().create_proxy("placeholder", target, (None,), {})
-                made[key] = self._wrap(each.node, tuple(call[name][key] for call in bound), each)
-        self.graph.erase_node(node)
-        return made if name.startswith("**") else tuple(made.values())
+        return call, []
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Proxy]) -> Any:
         """As of the network, while something is only tried."""
@@ -244,18 +238,3 @@ def _is_size(node: fx.Node, value: Any) -> bool:
 def _equal(kept: Any, constant: Tensor) -> bool:
     alike = isinstance(kept, Tensor) and (kept.shape, kept.dtype) == (constant.shape, constant.dtype)
     return alike and torch.equal(kept, constant)
-
-
-def _bind(root: nn.Module, call: Example) -> dict[str, Any]:
-    """What a call gives, by the names of the placeholders."""
-    of_forward = signature(root.forward)
-    bound = of_forward.bind(*call.args, **call.kwargs).arguments
-    marks = {Parameter.VAR_POSITIONAL: "*", Parameter.VAR_KEYWORD: "**"}
-    empty: dict[Any, Any] = {Parameter.VAR_POSITIONAL: (), Parameter.VAR_KEYWORD: {}}
-    found = {}
-    for name, parameter in of_forward.parameters.items():
-        if parameter.kind in marks:
-            found[marks[parameter.kind] + name] = bound.get(name, empty[parameter.kind])
-        elif name in bound:
-            found[name] = bound[name]
-    return found

@@ -56,7 +56,7 @@ DATA = DataLoader(torch.zeros(8, 4), batch_size=4)  # type: ignore[arg-type]
 EXPECTED = {
     *(f"{name}/test/acc" for name in Variants.variants),
     *(f"{name}/{measure}" for name in ("float", "int8") for measure in ("size_mb", "latency_ms")),
-    *("size_ratio", "speedup", "int8/agreement", "int8/sqnr_db"),
+    *("size_ratio", "speedup", "latency_spread", "int8/agreement", "int8/sqnr_db"),
 }
 
 
@@ -115,7 +115,7 @@ def test_a_run_without_quantization_is_float_alone() -> None:
     model = Model()
     trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False)
     summary = evaluate_variants(trainer, model, dataloaders=DATA)
-    assert summary.keys() == {"float/test/acc", "float/size_mb", "float/latency_ms"}
+    assert summary.keys() == {"float/test/acc", "float/size_mb", "float/latency_ms", "latency_spread"}
     assert not model.net._forward_pre_hooks
 
 

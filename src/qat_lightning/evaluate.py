@@ -44,6 +44,9 @@ MEASURED = (
     "chains",
     "mac_share",
 )  # what is added to the model's own metrics
+SPREAD = "latency_spread"
+"""The key of the interquartile range of a latency, as a share of the median; the largest of what was timed."""
+
 TIMED = ("float", "int8")  # fake-quant is a step of training, nothing that is shipped
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -95,7 +98,8 @@ def evaluate_variants(
 
     Returns:
         The metrics of each variant, ``float/size_mb``, ``int8/size_mb``, ``size_ratio``, ``float/latency_ms``,
-        ``int8/latency_ms`` (of one sample, on the CPU), ``speedup``, ``int8/agreement`` and ``int8/sqnr_db``, and
+        ``int8/latency_ms`` (of one sample, on the CPU), ``latency_spread`` (the larger of their interquartile ranges
+        while they were measured, as a share of the median), ``speedup``, ``int8/agreement`` and ``int8/sqnr_db``, and
         ``int8/mac_share`` (the share of the multiply-accumulates that int8 kernels do): those that exist. With several
         processes, sizes and latencies are those of the first one, and only it has them.
     """
@@ -298,6 +302,7 @@ def _latencies(networks: Mapping[str, nn.Module], call: Call) -> dict[str, float
         rank_zero_warn(f"The latency of one sample is not measured: {type(error).__name__}: {error}")
         return {}
     measured = {f"{name}/latency_ms": latency.median_ms for name, latency in latencies.items()}
+    measured[SPREAD] = max(latency.spread for latency in latencies.values())
     if "fused" in latencies:
         measured["fused/speedup"] = latencies["float"].median_ms / latencies["fused"].median_ms
     if all(name in networks for name in TIMED):

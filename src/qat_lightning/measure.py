@@ -206,6 +206,11 @@ class Latency:
     iqr_ms: float
     runs: int
 
+    @property
+    def spread(self) -> float:
+        """The interquartile range as a share of the median: what else the machine did meanwhile shows in it."""
+        return self.iqr_ms / self.median_ms
+
 
 def latency_ms(
     module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None, *, min_run_time: float = 0.5

@@ -15,6 +15,7 @@ from typing_extensions import Self
 from qat_lightning.callbacks.arguments import check_flag
 from qat_lightning.callbacks.converting import ConvertingCallback
 from qat_lightning.callbacks.settings_log import log_settings
+from qat_lightning.callbacks.tested import log_tested
 from qat_lightning.checkpoints import present_float
 from qat_lightning.errors import ConfigurationError
 from qat_lightning.flows.base import (
@@ -90,6 +91,7 @@ class QuantizationCallback(ConvertingCallback):
         self._chosen: str | None = None
         self._standing: dict[str, tuple[Any, Fidelity | None]] = {}
         self._guest: nn.Module | None = None
+        self._running = ""
 
     @classmethod
     def of(cls, trainer: Trainer, partner: Callback) -> Self:
@@ -237,18 +239,21 @@ class QuantizationCallback(ConvertingCallback):
         self._stand_back()
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Put the prepared network back, and keep how close int8 was to fake-quant."""
+        """Put the prepared network back, keep how close int8 was to fake-quant, and log what was tested."""
         # Several processes compute this together, so only where all of them come to.
         for _, fidelity in self._standing.values():
             if fidelity is not None:
                 self.fidelity = fidelity.compute()
         self._stand_back()
+        if self._running and self._chosen is None:  # what was chosen is logged by whoever chose it
+            log_tested(trainer, self._running)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put the prepared network back."""
         self._stand_back()
 
     def _stand_in(self, stage: str, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._running = ""
         if self._guest is not None:
             for name, slot in self._slots.items():
                 plain = slot.get() if slot.name != OWN_FORWARD else _Bound(pl_module)
@@ -259,6 +264,7 @@ class QuantizationCallback(ConvertingCallback):
             variant = self._int8_or_instead(trainer, stage)
         if variant not in self.variants:
             raise ConfigurationError(f"There is no variant {variant!r} to {stage}: {self._why_not(variant)}")
+        self._running = variant
         # Without ranges nothing is rounded: the weights alone neither, which know theirs.
         observes = variant == "fake_quant" and self._observe(stage)
         never_run = self._never_run()

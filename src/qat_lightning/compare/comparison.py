@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from qat_lightning.compare.bare import with_bare_tests
 from qat_lightning.compare.metric import Metric, choose_metric
 from qat_lightning.compare.noise import fastest_floats, why_noisy
 from qat_lightning.compare.pareto import pareto_front
@@ -116,6 +117,7 @@ def compare(
         [('fx', 1.0), ('pt2e', 0.5)]
     """
     _check_any_finished(runs)
+    runs = [with_bare_tests(run) for run in runs]
     chosen = choose_metric(runs, metric, larger_is_better)
     whole = [run for run in runs if run.status == "finished" and _variant(run, chosen)]
     settings = differing(whole, ignore)

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from qat_lightning.callbacks.quantization_monitor import FILE as LAYERS
+from qat_lightning.compare.bare import was_tested
 from qat_lightning.compare.run import Run, curves_of, numbers
 from qat_lightning.errors import RunFileError
 
@@ -24,14 +25,14 @@ def read_csv(folder: Path) -> Run:
         folder: The folder of ``metrics.csv``, and of ``hparams.yaml`` if there is one.
 
     Returns:
-        The run. CSV does not say whether a run ended: without metrics of a variant it is ``unfinished``.
+        The run. CSV does not say whether a run ended: without metrics of a test it is ``unfinished``.
 
     Raises:
         RunFileError: A file cannot be read.
     """
     rows = list(_rows(folder / METRICS))
     metrics = {key: value for row in rows for key, value in row.items() if key != "step"}
-    tested = any(key.startswith(("float/", "int8/", "fake_quant/")) for key in metrics)
+    tested = was_tested(metrics)
     return Run(
         name=folder.name,
         folder=str(folder),

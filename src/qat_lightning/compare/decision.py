@@ -94,6 +94,8 @@ def decide(comparison: Comparison, limits: Limits) -> Decision:
     if not limits.given:
         front, total = len(comparison.front), len(comparison.configurations)
         asked = f"{front} of {_count(total)} {'is' if front == 1 else 'are'} on the Pareto front"
+        if not front:
+            asked = "there is no Pareto front either, for no configuration has both a latency and a size"
         return Decision(None, None, f"Nothing is chosen, because no limit was given: {asked}.")
     shippable = [c for c in comparison.configurations if c.variant == "int8"]
     if not shippable:
@@ -109,7 +111,7 @@ def decide(comparison: Comparison, limits: Limits) -> Decision:
         kept = f"None of {_count(len(shippable), 'int8 ')} keeps {_asked(comparison, limits)}."
         return Decision(None, None, f"{kept} Closest is {closest.label}, whose {said}.")
     winner, runner_up = ranked[0], ranked[1] if len(ranked) > 1 else None
-    best = f"{winner.label} has the {_BEST[goal]} {_among(len(ranked), len(shippable), comparison, limits)}"
+    best = f"{winner.label} {_among(goal, len(ranked), len(shippable), comparison, limits)}"
     reason = f"{best}: {_figure(winner, comparison, goal)}." + _against(winner, runner_up, comparison, goal)
     if fallen_back:
         reason += f" Latency decides nothing: {_noise(comparison)}"
@@ -132,15 +134,18 @@ def _noise(comparison: Comparison) -> str:
     )
 
 
-def _among(kept: int, total: int, comparison: Comparison, limits: Limits) -> str:
+def _among(goal: Goal, kept: int, total: int, comparison: Comparison, limits: Limits) -> str:
+    """What the winner is among those that it was chosen from."""
     asked = _asked(comparison, limits)
     if not asked:
-        return f"of {_count(total, 'int8 ')}"
-    if kept == total == 1:
-        return f"as the only int8 configuration, and keeps {asked}"
+        return f"has the {_BEST[goal]} of {_count(total, 'int8 ')}"
+    if total == 1:
+        return f"has the {_BEST[goal]} as the only int8 configuration, and keeps {asked}"
+    if kept == 1:
+        return f"is the only one of {_count(total, 'int8 ')} that keeps {asked}, and so has the {_BEST[goal]}"
     if kept < total:
-        return f"of the {kept} (of {_count(total, 'int8 ')}) that keep{'s' if kept == 1 else ''} {asked}"
-    return f"of the {_count(kept, 'int8 ')}, which all keep {asked}"
+        return f"has the {_BEST[goal]} of the {kept} (of {_count(total, 'int8 ')}) that keep {asked}"
+    return f"has the {_BEST[goal]} of the {_count(kept, 'int8 ')}, which all keep {asked}"
 
 
 def _float_is_better(winner: Configuration, comparison: Comparison, goal: Goal) -> str:

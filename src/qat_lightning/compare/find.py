@@ -108,15 +108,22 @@ def _read(place: _Place) -> Run:
     )
     hydra = place.folder / HYDRA
     overrides = tuple(result.get("overrides") or _overrides(hydra / "overrides.yaml"))
-    model = place.folder / INT8_FILE
     run = replace(
         run,
         folder=str(place.folder),
         config=_of_both(run.config, _config(hydra / "config.yaml")),
         overrides=tuple(str(word) for word in overrides),
-        model_file=str(model) if model.is_file() else "",
     )
-    return _with_result(run, result) if result else run
+    return _with_file(_with_result(run, result) if result else run, place.folder / INT8_FILE)
+
+
+def _with_file(run: Run, path: Path) -> Run:
+    """The saved int8 network, whose size is that of int8 where no other was measured."""
+    if not path.is_file():
+        return run
+    size = {"int8/size_mb": path.stat().st_size / 1e6}
+    tested = any(key.startswith("int8/") for key in run.metrics)
+    return replace(run, model_file=str(path), metrics={**(size if tested else {}), **run.metrics})
 
 
 def _logged(place: _Place, wandb_id: str) -> Run | None:

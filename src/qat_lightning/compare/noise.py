@@ -6,15 +6,13 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from qat_lightning.compare.run import Run
 from qat_lightning.compare.spread import Spread
+from qat_lightning.evaluate import SPREAD
 
 LARGEST_SPREAD = 0.25
 """Of a latency: the largest deviation over seeds, and interquartile range while it was measured, as shares of it."""
 
 LARGEST_RATIO = 1.5
 """How many times longer than the fastest the same float network may take in another run."""
-
-SPREAD = "latency_spread"
-"""The key of the interquartile range while it was measured, as a share of the median; the largest over the variants."""
 
 
 def fastest_floats(runs: Iterable[Run]) -> dict[float, float]:

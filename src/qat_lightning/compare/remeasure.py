@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,12 +17,12 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from qat_lightning.artifact import load_quantized
-from qat_lightning.compare.noise import SPREAD
 from qat_lightning.compare.run import Run
 from qat_lightning.errors import ConfigurationError, QuantizationError
+from qat_lightning.evaluate import SPREAD
 from qat_lightning.flows.base import Example
 from qat_lightning.flows.signature import one_sample
-from qat_lightning.measure import Latency, latency_interleaved
+from qat_lightning.measure import latency_interleaved
 from qat_lightning.network import Slot, find_networks
 from qat_lightning.quantized import QuantizedNetwork
 
@@ -60,11 +62,16 @@ def remeasure(runs: Sequence[Run], say: Callable[[str], None], *, rounds: int = 
     if load > BUSY:
         say(f"The machine is busy: a load of {load:.0%} of its processors. What is timed now varies with it.")
     groups: dict[str, list[_Timed]] = {}
+    faults: dict[str, list[str]] = {}
     for place, run in enumerate(runs):
         if run.status == "finished" and run.model_file:
-            timed = _load(place, run, say)
+            timed, found_faults = _load(place, run)
+            for fault in found_faults:
+                faults.setdefault(fault, []).append(run.folder)
             if timed is not None:
                 groups.setdefault(_inputs(timed.int8.example), []).append(timed)
+    for fault, folders in faults.items():
+        say(f"{folders[0]}{f' and {len(folders) - 1} more' if len(folders) > 1 else ''}: {fault}")
     if not groups:
         raise ConfigurationError(
             "--remeasure found no int8 file to time: train.py saves one as model.int8 in the folder of a run "
@@ -77,21 +84,29 @@ def remeasure(runs: Sequence[Run], say: Callable[[str], None], *, rounds: int = 
     return [_with(run, found.get(place, floats.get(place))) for place, run in enumerate(runs)]
 
 
-def _load(place: int, run: Run, say: Callable[[str], None]) -> _Timed | None:
+def _load(place: int, run: Run) -> tuple[_Timed | None, list[str]]:
+    """The networks of a run, and a word on each that there is not; the same words for runs with the same fault."""
+    faults: list[str] = []
     floating: nn.Module | None = None
     try:
         floating = float_network(run)
     except Exception as error:  # noqa: BLE001 - code of the user's own is made from a configuration
-        say(f"{run.folder}: its float network cannot be made ({type(error).__name__}: {error}).")
+        why, *_ = str(error).splitlines() or [""]
+        faults.append(
+            f"the float network cannot be made ({type(error).__name__}: {why}), so it is not timed. If it is the code "
+            "that is not found: start this in the folder of the program, or put that folder into PYTHONPATH."
+        )
     try:
-        int8 = load_quantized(run.model_file, network=floating)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*quantized tensor creation functions.*")
+            int8 = load_quantized(run.model_file, network=floating)
     except QuantizationError as error:
-        say(f"{run.model_file} is not timed: {error}")
-        return None
+        faults.append(f"{Path(run.model_file).name} is not timed: {str(error).replace(run.model_file, 'it')}")
+        return None, faults
     if not tree_leaves((int8.example.args, int8.example.kwargs)):
-        say(f"{run.model_file} is not timed: it holds no shapes of inputs.")
-        return None
-    return _Timed(place, int8, floating)
+        faults.append(f"{Path(run.model_file).name} is not timed: it holds no shapes of inputs.")
+        return None, faults
+    return _Timed(place, int8, floating), faults
 
 
 def float_network(run: Run) -> nn.Module | None:
@@ -130,20 +145,16 @@ def _time(group: Sequence[_Timed], rounds: int) -> dict[int, dict[str, float]]:
     found = {}
     for timed in group:
         int8 = latencies[f"int8 {timed.run}"]
-        figures = {"int8/latency_ms": int8.median_ms, SPREAD: _spread(int8)}
+        figures = {"int8/latency_ms": int8.median_ms, SPREAD: int8.spread}
         if timed.floating is not None:
             floating = latencies[same[repr(timed.floating)]]
             figures |= {
                 "float/latency_ms": floating.median_ms,
                 "speedup": floating.median_ms / int8.median_ms,
-                SPREAD: max(_spread(int8), _spread(floating)),
+                SPREAD: max(int8.spread, floating.spread),
             }
         found[timed.run] = figures
     return found
-
-
-def _spread(latency: Latency) -> float:
-    return latency.iqr_ms / latency.median_ms
 
 
 def _floats(

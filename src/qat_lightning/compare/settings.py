@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
-from qat_lightning.callbacks.settings_log import CHOSEN_MODE, PREFIX
+from qat_lightning.compare.quantizing import NAME, part_of, renamed, under_one_name
 from qat_lightning.compare.run import Run
 
 ABSENT = "–"
@@ -66,7 +66,7 @@ def settings_of(run: Run, ignore: Sequence[str] = ()) -> dict[str, str]:
         >>> settings_of(Run("a", "a", config={"seed": 0, "lr": 0.1, "paths": {"data_dir": "x"}}))
         {'lr': '0.1'}
     """
-    flat = _with_what_callbacks_said(flatten(run.config))
+    flat = under_one_name(flatten(run.config))
     # train.py's groups of these names are read by `quantization` alone, and are there without any
     ignore = (*_NO_SETTINGS, *ignore, *(("mode.name", "backend.name") if "method.name" in flat else ()))
     return {
@@ -74,18 +74,6 @@ def settings_of(run: Run, ignore: Sequence[str] = ()) -> dict[str, str]:
         for key, value in flat.items()
         if key.rpartition(".")[2] not in (SEED, *_PLACES) and not any(fnmatchcase(key, glob) for glob in ignore)
     }
-
-
-def _with_what_callbacks_said(flat: dict[str, str]) -> dict[str, str]:
-    """``quantization/mode``, as the callback logs it, under the name that it has in a configuration.
-
-    Where there is a configuration of quantization, that is what was asked for; only what followed is taken over.
-    """
-    said = {key.replace("/", "."): value for key, value in flat.items() if key.startswith(PREFIX)}
-    configured = any(key.startswith("quantization.") for key in flat)
-    chosen = CHOSEN_MODE.replace("/", ".")
-    taken = {key: value for key, value in said.items() if not configured or key == chosen}
-    return {**{key: value for key, value in flat.items() if not key.startswith(PREFIX)}, **taken}
 
 
 def seed_of(run: Run) -> str:
@@ -124,8 +112,9 @@ def differing(runs: Sequence[Run], ignore: Sequence[str] = (), *, every: bool = 
     keys = dict.fromkeys(key for settings in flat for key in settings)
     columns = {key: tuple(settings.get(key, ABSENT) for settings in flat) for key in keys}
     columns = {key: values for key, values in columns.items() if len({*values}) > 1}
-    said = list(dict.fromkeys(_overridden(word) for run in runs for word in run.overrides))
-    columns |= _choices(runs, columns, said)
+    words = _words(runs)
+    said = list(dict.fromkeys(key for of_run in words for key in of_run))
+    columns |= _choices(runs, words, columns)
     kept: dict[str, tuple[str, ...]] = {}
     for key in sorted(columns, key=lambda key: (_place(key, said), *_tells(key, columns[key]))):
         free = _place(key, said) < len(said) and not only_present(columns[key])
@@ -135,24 +124,50 @@ def differing(runs: Sequence[Run], ignore: Sequence[str] = (), *, every: bool = 
     return [Setting(key, labels[key], tuple(map(_shown, values))) for key, values in kept.items()]
 
 
-def _overridden(word: str) -> str:
-    return word.lstrip("+~").partition("=")[0].partition("@")[0].replace("/", ".")
+def _words(runs: Sequence[Run]) -> list[dict[str, str]]:
+    """What was said on the command line of each run: settings, under the names that they have here, and values."""
+    parts = {part_of(flatten(run.config)) for run in runs}
+    found: list[dict[str, str]] = []
+    for run in runs:
+        found.append({})
+        for word in run.overrides:
+            key, _, value = word.lstrip("+~").partition("=")
+            name = key.partition("@")[0].replace("/", ".")
+            name = next((new for part in parts if (new := renamed(name, part)) != name), name)
+            found[-1][name] = value or ABSENT
+    return found
 
 
 def _choices(
-    runs: Sequence[Run], columns: Mapping[str, Sequence[str]], said: Sequence[str]
+    runs: Sequence[Run], words: Sequence[Mapping[str, str]], columns: Mapping[str, tuple[str, ...]]
 ) -> dict[str, tuple[str, ...]]:
-    """Choices of a config group on the command line, ``quantization=fx_x86``: the name of all that differs in it.
+    """Choices of a config group on the command line, ``callbacks=qat``: the name of all that differs in it.
 
-    A group that says its name in its own part, as those of train.py do, has that one.
+    A group that says its name in its own part, as those of train.py do, has that one. A group without a part of its
+    own, such as ``experiment``, sets what is in others. Where runs chose different ones and are alike in all settings,
+    as where they set the seed, it names nothing.
     """
-    values = [{_overridden(word): word.partition("=")[2] or ABSENT for word in run.overrides} for run in runs]
+    flat = [flatten(run.config) for run in runs]
+    everywhere = {key for config in flat for key in config}
+    differing = {*columns}
+    if any(key.startswith(f"{NAME}.") for key in columns):
+        differing |= {f"{part_of(config)}." for config in flat}
+
+    def is_group(name: str) -> bool:
+        if any(key.startswith(f"{name}.") for key in differing):
+            return f"{name}.name" not in columns
+        return "." not in name and name != "hydra" and not any(f"{key}.".startswith(f"{name}.") for key in everywhere)
+
+    alike = [*zip(*columns.values(), strict=True)] or [()] * len(runs)
+    chosen = {
+        name: tuple(of_run.get(name, ABSENT) for of_run in words)
+        for name in dict.fromkeys(name for of_run in words for name in of_run)
+        if is_group(name)
+    }
     return {
-        group: tuple(of_run.get(group, ABSENT) for of_run in values)
-        for group in said
-        if any(key.startswith(f"{group}.") for key in columns)
-        and f"{group}.name" not in columns
-        and len({of_run.get(group, ABSENT) for of_run in values}) > 1
+        name: values
+        for name, values in chosen.items()
+        if len({*values}) > 1 and len({*zip(alike, values, strict=True)}) == len({*alike})
     }
 
 

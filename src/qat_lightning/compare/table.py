@@ -82,7 +82,7 @@ def _with_spread(figure: Spread | None, digits: int, factor: float = 1) -> str:
     if figure is None:
         return ABSENT
     spread = "" if figure.deviation is None else f" ± {factor * figure.deviation:.{digits}f}"
-    return f"{factor * figure.mean:.{digits}f}{spread}"
+    return f"{round(factor * figure.mean, digits) + 0.0:.{digits}f}{spread}"  # + 0.0: never -0.00
 
 
 def _marked(figure: str, configuration: Configuration) -> str:

@@ -61,7 +61,7 @@ function shortened(text, room) {
 const doubted = (c, key) => Boolean(c.noise) && (key === "latency" || key === "speedup") && Boolean(c[key]);
 
 const scale = data.metric.share ? 100 : 1;
-const digits = (value, count) => (value === null || value === undefined ? "–" : value.toFixed(count));
+const digits = (value, count) => (value === null || value === undefined ? "–" : value.toFixed(count).replace(/^-(0(\.0+)?)$/, "$1"));
 const short = (value) => (Math.abs(value) >= 1e5 || (value !== 0 && Math.abs(value) < 1e-4) ? value.toExponential(1) : String(+value.toPrecision(4)));
 const FIGURES = [
   { key: "score", name: data.metric.name + (data.metric.share ? " (%)" : ""), factor: scale, digits: data.metric.share ? 2 : 4, down: data.metric.larger, text: (v) => (data.metric.share ? `${v} %` : v) },

@@ -1,0 +1,45 @@
+"""Metrics of a float run that nothing of ours tested: ``test/acc`` as ``trainer.test`` logs it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+
+from qat_lightning.callbacks.settings_log import PREFIX
+from qat_lightning.compare.quantizing import part_of
+from qat_lightning.compare.run import Run
+from qat_lightning.compare.settings import flatten
+from qat_lightning.variants import VARIANTS
+
+_TEST = re.compile(r"test(?![a-z])", re.IGNORECASE)
+
+
+def was_tested(metrics: Mapping[str, float]) -> bool:
+    """Whether there is a metric of a variant, or one that is called as that of a test.
+
+    Example:
+        >>> was_tested({"int8/acc": 0.9}), was_tested({"test_acc": 0.9}), was_tested({"val/acc": 0.9})
+        (True, True, False)
+    """
+    return _has_variant(metrics) or any(_TEST.match(key) for key in metrics)
+
+
+def with_bare_tests(run: Run) -> Run:
+    """A run with its bare test metrics as those of float, where no callback of ours says of which network they are.
+
+    Example:
+        >>> with_bare_tests(Run("a", "a", metrics={"test/acc": 0.9, "val/acc": 0.8})).metrics
+        {'test/acc': 0.9, 'val/acc': 0.8, 'float/test/acc': 0.9}
+    """
+    if _has_variant(run.metrics):
+        return run
+    flat = flatten(run.config)
+    if part_of(flat) or any(key.startswith((PREFIX, PREFIX.replace("/", "."))) for key in flat):
+        return run
+    found = {f"float/{key}": value for key, value in run.metrics.items() if _TEST.match(key)}
+    return replace(run, metrics={**run.metrics, **found}) if found else run
+
+
+def _has_variant(metrics: Mapping[str, float]) -> bool:
+    return any(key.startswith(tuple(f"{variant}/" for variant in VARIANTS)) for key in metrics)

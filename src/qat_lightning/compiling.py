@@ -99,6 +99,9 @@ class CompiledSteps:
         if self._as_it_is:
             self._as_it_is -= 1
             return self.plain(*args, **kwargs)
+        sizes = getattr(self.network, "sizes", None)
+        if sizes is not None and sizes.others(args, kwargs):
+            return self.plain(*args, **kwargs)
         if any(is_foreign(hook) for module in self._modules for hook in _hooks(module)):
             self._say_hooks()
             return self.plain(*args, **kwargs)

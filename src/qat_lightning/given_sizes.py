@@ -63,6 +63,20 @@ class GivenSizes:
                 found.append(f"{path}: {_shape(tuple(leaf.shape)) if isinstance(leaf, Tensor) else repr(leaf)}")
         return found
 
+    def key(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What of a call tells for which sizes it is, the same for all calls that one graph can take."""
+        free = {given.path: given.shape for given in self.inputs if given.shape is not None}
+        found = []
+        for path, leaf in leaves_by_path(self.names, args, kwargs):
+            if isinstance(leaf, Tensor):
+                shape = free.get(path, ())
+                found.append(
+                    (path, *(ANY if shape[dim : dim + 1] == (ANY,) else n for dim, n in enumerate(leaf.shape)))
+                )
+            else:
+                found.append((path, repr(leaf)))
+        return tuple(found)
+
     def refusal(self, others: list[str]) -> str:
         """What to say of a call of other sizes."""
         wanted = [str(given) for given in self.inputs if given.path in {other.partition(": ")[0] for other in others}]

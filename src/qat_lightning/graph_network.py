@@ -66,6 +66,10 @@ def has_extra_state(module: nn.Module) -> bool:
 _EXTRA_STATE = "_extra_state"
 
 
+OtherSizes = Callable[["GraphNetwork", tuple[Any, ...], dict[str, Any]], Callable[..., Any]]
+"""Given a network and a call of it, makes what runs the network on such inputs."""
+
+
 class GraphNetwork(KeepsExtraState):
     """The prepared form of a network in the graph modes.
 
@@ -103,11 +107,32 @@ class GraphNetwork(KeepsExtraState):
         """Run the graph on the inputs of the network it was made from.
 
         Raises:
-            NetworkError: The graph is for inputs of other sizes.
+            NetworkError: The graph is for inputs of other sizes, and none can be made for these.
         """
-        if self.sizes is not None and (others := self.sizes.others(args, kwargs)):
-            raise NetworkError(self.sizes.refusal(others))
-        return self.__dict__["_run"](self, *args, **kwargs)
+        run = self.__dict__["_run"]
+        # Compiled steps see to it that only inputs that fit are compiled for.
+        if self.sizes is not None and not torch.compiler.is_compiling():
+            run = self._run_for(self.sizes, args, kwargs)
+        return run(self, *args, **kwargs)
+
+    def give_sizes(self, sizes: GivenSizes | None, other_sizes: OtherSizes | None) -> None:
+        """Say for which inputs the graph is, and what makes one for others, if anything does."""
+        self.__dict__["sizes"] = sizes
+        self.__dict__["_other_sizes"] = other_sizes
+
+    def _run_for(self, sizes: GivenSizes, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[..., Any]:
+        others = sizes.others(args, kwargs)
+        if not others:
+            run: Callable[..., Any] = self.__dict__["_run"]
+            return run
+        make = self.__dict__.get("_other_sizes")
+        if make is None:
+            raise NetworkError(sizes.refusal(others))
+        made = self.__dict__.setdefault("_made_for", {})
+        key = sizes.key(args, kwargs)
+        if key not in made:
+            made[key] = make(self, args, kwargs)
+        return made[key]  # type: ignore[no-any-return]
 
     def train(self, mode: bool = True) -> GraphNetwork:
         """Set the flags as the network it was made from would, which may keep some of its parts in evaluation."""
@@ -129,8 +154,8 @@ class GraphNetwork(KeepsExtraState):
             return _borrow(self, state.float_network, name)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Everything but the compiled function, which is made from the graph again."""
-        return hold_graphs({name: value for name, value in self.__dict__.items() if name != "_run"})
+        """Everything but compiled functions, which are made from the graph, and for other sizes, again."""
+        return hold_graphs({name: value for name, value in self.__dict__.items() if name not in ("_run", "_made_for")})
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(release_graphs(state))  # type: ignore[no-untyped-call]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,10 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from qat_lightning.errors import NetworkError, TraceError
-from qat_lightning.flows.base import Example
+from qat_lightning import load_quantized
+from qat_lightning.errors import QuantizationError, TraceError
+from qat_lightning.flows.base import Example, cpu_copy, fake_quantizers, get_flow, set_phase
 from qat_lightning.flows.tracing import trace
 from qat_lightning.graph_network import compile_graph
+from qat_lightning.plain import convert
+from qat_lightning.recipe import Recipe
 from tests.flows.carried import carried_through
 
 IMAGES = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -249,8 +253,69 @@ def test_a_network_that_looks_at_shapes_trains_and_is_int8(kind: type[Base]) -> 
     converted = carried_through(kind(), IMAGES)
     assert all(row.quantized for row in converted.coverage)
     converted.network(torch.randn(9, 3, 8, 8))
-    if kind is Fixed:
-        with pytest.raises(NetworkError, match=r"traced for x: \(any, 3, 8, 8\).*called with x: \(2, 3, 10, 8\)"):
-            converted.network(torch.randn(2, 3, 10, 8))
-    else:
+    if kind is Tokens:
         converted.network(torch.randn(2, 3, 10, 8))
+
+
+class Positions(Base):
+    """A constant and a loop for each size, and as many steps for every one of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(8)
+        self.drop = nn.Dropout(0.3)
+
+    def between(self, x: Tensor) -> Tensor:
+        assert x.shape[2] in (6, 8, 12)
+        x = x + torch.linspace(0, 1, x.shape[2], device=x.device).view(1, 1, -1, 1)
+        return self.drop(self.norm(x.reshape(x.shape[0], 8, x.shape[2] * x.shape[3]).view(-1, 8, *x.shape[2:])))
+
+
+def test_another_size_takes_a_second_trace_with_the_same_layers_and_ranges() -> None:
+    network = Positions()
+    prepared: Any = get_flow("fx").prepare(copy.deepcopy(network).train(), Example((IMAGES,)), Recipe("fx", "x86"))
+    keys = list(prepared.state_dict())
+    set_phase(prepared, fake_quant=False, observers=True, batchnorm_frozen=False)
+    larger = torch.randn(3, 3, 12, 12)
+    network.train()
+    before = torch.get_rng_state()
+    outputs = []
+    for each in (network, prepared):
+        torch.set_rng_state(before)
+        outputs.append(each(larger))
+        outputs[-1].square().sum().backward()
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-4, atol=1e-5)
+    gradients = dict(prepared.named_parameters())
+    for name, parameter in network.named_parameters():
+        torch.testing.assert_close(gradients[name].grad, parameter.grad, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(prepared.norm.running_mean, network.norm.running_mean)
+    assert list(prepared.state_dict()) == keys
+    ranges = [fq.seen for _, fq in fake_quantizers(prepared) if fq.observed]
+    assert all(ranges), "the second trace moves the ranges of the first"
+    with torch.inference_mode():
+        copy.deepcopy(prepared).eval()(torch.randn(1, 3, 6, 6))
+    converted = get_flow("fx").convert(cpu_copy(prepared), Example((IMAGES,)))
+    for size in (6, 8, 12):
+        x = torch.randn(2, 3, size, size)
+        with torch.no_grad():
+            torch.testing.assert_close(converted.network(x), cpu_copy(prepared)(x), rtol=0.02, atol=0.02)
+
+
+def test_a_size_that_goes_another_way_is_refused_with_both_sizes() -> None:
+    prepared = get_flow("fx").prepare(Fixed(), Example((IMAGES,)), Recipe("fx", "x86"))
+    with pytest.raises(TraceError, match=r"\(any, 3, 8, 8\).*\(2, 3, 9, 8\).*part before"):
+        prepared(torch.randn(2, 3, 9, 8))
+
+
+def test_a_file_is_for_the_sizes_that_were_fixed_and_says_so(tmp_path: Path) -> None:
+    prepared = get_flow("fx").prepare(Positions(), Example((IMAGES,)), Recipe("fx", "x86"))
+    prepared(IMAGES)
+    quantized = convert(prepared, Example((IMAGES,)))
+    quantized.save(tmp_path / "net.int8")
+    loaded = load_quantized(tmp_path / "net.int8")
+    x = torch.randn(5, 3, 8, 8)
+    assert torch.equal(loaded(x), quantized(x))
+    with pytest.raises(
+        QuantizationError, match=r"Positions was traced for x: \(any, 3, 8, 8\).*with x: \(1, 3, 6, 6\)"
+    ):
+        loaded(torch.randn(1, 3, 6, 6))

@@ -53,7 +53,7 @@ def decode_network(data: dict[str, Any], recipe: Recipe, reading: Reading) -> nn
         return _decode_pt2e(data, recipe, reading)
     network = decode_graph(data, reading)
     if "sizes" in data:
-        network.__dict__["sizes"] = _decode_sizes(data["sizes"])
+        network.give_sizes(_decode_sizes(data["sizes"]), None)
     return network
 
 

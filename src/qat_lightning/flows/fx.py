@@ -43,6 +43,8 @@ from qat_lightning.flows.fx_fused import hide_second_names, show_fused
 from qat_lightning.flows.fx_grids import one_grid_where_kernels_keep_it
 from qat_lightning.flows.fx_layers import each_once, join, layer_rows, no_kernel
 from qat_lightning.flows.fx_left_float import float_nodes, layers_and_ops, put_float_layers, take_out_never_rounding
+from qat_lightning.flows.fx_other_sizes import ConvertsAgain, SharedLayers
+from qat_lightning.flows.fx_shapes import CONSTANT
 from qat_lightning.flows.fx_tree import restore_children, with_batchnorms
 from qat_lightning.flows.fx_unseen import in_words, knows_no_range, put_plain_layers, take_out_unseen
 from qat_lightning.flows.fx_weights import (
@@ -182,7 +184,8 @@ class FxFlow:
         for graph in (result.graph, plan.graph):
             put_back(result, graph, read)
         result.set_graph(result.graph)
-        result.__dict__["sizes"] = sizes
+        result.give_sizes(sizes, SharedLayers())
+        result._non_persistent_buffers_set.update(name for name in result._buffers if name.startswith(CONSTANT))
         restore_children(result, originals, parameters, float_network)
         make_batchnorm_freezable(result)
         materialize_weights(result)
@@ -250,7 +253,7 @@ class FxFlow:
         left = put_plain_layers(int8) if unseen else set()
         passes.reshape_views(int8.graph)
         network = GraphNetwork(int8)
-        network.__dict__["sizes"] = prepared.sizes
+        network.give_sizes(prepared.sizes, ConvertsAgain(recording) if prepared.sizes is not None else None)
         for parameter in network.parameters():
             parameter.requires_grad_(False)
         try:

@@ -23,6 +23,9 @@ from qat_lightning.flows.fx_patches import answering
 from qat_lightning.flows.fx_tracer import CallAsWhole, NetworkTracer, holds_no_layer
 from qat_lightning.structures import given_fields, is_namedtuple, is_record, make_mapping
 
+CONSTANT = "_example_constant"
+"""What the names of tensors begin with that a forward has computed without its inputs."""
+
 
 class SizesDecide(BaseException):
     """Something is decided by a size that is not the number of samples; no `Exception`, which may be caught."""
@@ -111,6 +114,10 @@ class ShapesTracer(NetworkTracer):
             if name is not None:
                 self.tensor_attrs[a] = name
         return super().create_arg(a)
+
+    def get_fresh_qualname(self, prefix: str) -> str:
+        """A name for a constant that says where it comes from."""
+        return super().get_fresh_qualname(CONSTANT if prefix == "_tensor_constant" else prefix)
 
     def create_node(self, kind: str, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         """A node; of a tensor of the network it is known what it is."""

@@ -56,7 +56,7 @@ def quantize_fx(network: nn.Module, example: Example, recipe: Recipe, *, prefix:
     graph_module.recompile()
     graph_module.delete_all_unused_submodules()
     integer = GraphNetwork(graph_module).eval()
-    integer.__dict__["sizes"] = sizes
+    integer.give_sizes(sizes, None)
     _drop_unread(integer)
     actual, calls = run_integer(integer, example)
     named = Names(prefix, {name for name, _ in original.named_modules()})

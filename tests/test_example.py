@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from qat_lightning.errors import NetworkError
-from qat_lightning.example import examples_from_user, from_user
-from qat_lightning.peeking import MAX_BATCH
+from qat_lightning.graph.example import MAX_BATCH, examples_from_user, from_user
 
 X = torch.arange(12.0).reshape(4, 3)
 

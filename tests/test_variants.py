@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qat_lightning.variants import Fidelity, Stand
+from qat_lightning.fidelity import Fidelity
+from qat_lightning.variants import Stand
 
 
 def test_outputs_that_cannot_be_compared_are_left_out_and_counted() -> None:

@@ -22,8 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from qat_lightning.flows.pt2e.training import Counter
-from qat_lightning.qat_modules import FreezableBatchNorm, FunctionalBatchNorm
+from qat_lightning.qat_modules import Counter, FreezableBatchNorm, FunctionalBatchNorm
 
 SETTLED = 0.1
 """Statistics that are nearer to the recent batches' than this share of a standard deviation are left as they are."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,19 +20,6 @@ from qat_lightning.recipes.folding import unfold_state
 from qat_lightning.state_entries import from_entry
 
 _STATE_KEY = "_quantization._extra_state"
-
-
-def float_weights(prepared: nn.Module) -> dict[str, Any]:
-    """A detached copy, on the CPU, of the part of a prepared network's ``state_dict`` that the float network has."""
-    keys = float_keys(prepared)
-    return {key: _copied(value) for key, value in prepared.state_dict().items() if key in keys}
-
-
-def present_float(prepared: nn.Module) -> nn.Module:
-    """The float network with the weights that a prepared network has now: on the CPU, in float32 and in evaluation."""
-    network: nn.Module = copy.deepcopy(prepared_state(prepared).float_network).cpu().float()
-    network.load_state_dict(float_weights(prepared))
-    return network.eval()
 
 
 def float_state_dict(checkpoint: Mapping[str, Any] | str | Path) -> dict[str, Any]:
@@ -210,11 +196,6 @@ def _take_order(network: nn.Module, saved: Mapping[str, Any], prefix: str) -> No
         usual = [name for name, _ in state.float_network.named_parameters()]
         now = [name for name, _ in network.named_parameters()]
         state.own_order = usual != [name for name in now if name in set(usual)]
-
-
-def _copied(value: Any) -> Any:
-    """A tensor, detached and on the CPU, or what a network's ``get_extra_state`` gave."""
-    return value.detach().cpu().clone() if isinstance(value, Tensor) else copy.deepcopy(value)
 
 
 def _complete(state_dict: dict[str, Any], network: nn.Module, prefix: str) -> None:

@@ -17,9 +17,9 @@ from torch import nn
 
 from qat_lightning.errors import ConfigurationError
 from qat_lightning.flows.base import fake_quantizers, prepared_state
+from qat_lightning.flows.compile_switch import has_cpp_compiler
 from qat_lightning.flows.eager_forwards import is_foreign
 from qat_lightning.flows.eager_layers import MarksWhileTraced
-from qat_lightning.flows.pt2e.compiling import has_cpp_compiler
 
 BACKEND = "inductor"
 """Of ``torch.compile``."""

@@ -20,8 +20,8 @@ from qat_lightning.callbacks.quantized_model_export import exported
 from qat_lightning.errors import NetworkError
 from qat_lightning.flows.base import Example
 from qat_lightning.flows.coverage import coverage_table, int8_share
-from qat_lightning.flows.signature import one_sample
 from qat_lightning.fusion import fuse
+from qat_lightning.graph.signature import one_sample
 from qat_lightning.measure import latency_interleaved, size_mb
 from qat_lightning.network import OWN_FORWARD, Slot, find_networks
 from qat_lightning.numerics.sqnr import EQUAL_DB

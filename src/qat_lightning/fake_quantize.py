@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.ao.quantization.fake_quantize import FakeQuantizeBase as _TorchFakeQuantizeBase
 
-from qat_lightning._torchao import FakeQuantizeBase as _TorchaoFakeQuantizeBase
 from qat_lightning.course import Course
 from qat_lightning.grid import (
     along,
@@ -35,11 +34,12 @@ RangeSource = Literal["moving_average", "min_max", "histogram_mse", "histogram_k
 _STORAGE = {torch.uint8: torch.quint8, torch.int8: torch.qint8, torch.quint8: torch.quint8, torch.qint8: torch.qint8}
 
 
-class FakeQuantize(_TorchFakeQuantizeBase, _TorchaoFakeQuantizeBase):  # type: ignore[misc]
+class FakeQuantize(_TorchFakeQuantizeBase):
     """Observes a range and rounds to the integer grid of that range, in every mode.
 
-    It is a `FakeQuantizeBase` to torch.ao and to torchao, so that both converters take it. Its flags are plain
-    attributes that a schedule sets: they are not part of a checkpoint, because what is on is a function of the step.
+    It is a `FakeQuantizeBase` to torch.ao, and to torchao once `qat_lightning.flows.pt2e` is imported, so that both
+    converters take it. Its flags are plain attributes that a schedule sets: they are not part of a checkpoint, because
+    what is on is a function of the step.
 
     Args:
         dtype: ``torch.uint8`` or ``torch.int8``: the integers that the kernel stores.

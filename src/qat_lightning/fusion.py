@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from qat_lightning.errors import NetworkError
-from qat_lightning.example import from_user
 from qat_lightning.flows.base import Example, is_prepared
 from qat_lightning.flows.eager_chains import Chain, find_chains, observe, run_apart
+from qat_lightning.graph.example import from_user
 from qat_lightning.numerics.sqnr import sqnr_db
 from qat_lightning.qat_modules import folded_parameters
 from qat_lightning.recipe import Recipe

@@ -10,10 +10,8 @@ from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from torch.utils.data import DataLoader
 
+from qat_lightning.graph.example import MAX_BATCH
 from qat_lightning.streams import first_batch, generators_kept, is_stream
-
-MAX_BATCH = 32
-"""As many samples of a batch are kept: enough to verify with, and no burden to hold."""
 
 _LOADER_OF_STAGE = {
     "fit": "train_dataloader",

@@ -336,3 +336,14 @@ def round_weights_for_good(network: nn.Module) -> None:
         fq = getattr(module, "weight_fake_quant", None)
         if isinstance(fq, FakeQuantize) and not isinstance(module, FoldedLayer):
             module._parameters["weight"] = nn.Parameter(round_for_good(module.weight, fq))  # type: ignore[arg-type]
+
+
+class Counter(FreezableBatchNorm):
+    """``num_batches_tracked += 1`` in training, and not when BatchNorm is frozen."""
+
+    def __init__(self) -> None:
+        super().__init__(0, affine=False, track_running_stats=False)
+
+    def forward(self, count: Tensor, by: int) -> Tensor:  # type: ignore[override]
+        """Count the batch."""
+        return count.add_(by) if self.training and not self.frozen else count

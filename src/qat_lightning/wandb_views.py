@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import WandbLogger
 
 from qat_lightning.errors import ConfigurationError, MissingExtraError
-from qat_lightning.variants import VARIANTS
+from qat_lightning.settings.variants import VARIANTS
 
 if TYPE_CHECKING:
     from wandb_workspaces.reports.v2.interface import Report

@@ -11,9 +11,10 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
 from qat_lightning.errors import ConfigurationError
+from qat_lightning.json_files import write_json
 from qat_lightning.sweep import claim
 from qat_lightning.sweep.claim import RunFolder, check_run_folder, hold, sweep_folder_of_its_own, unused
-from qat_lightning.sweep.result import IDENTITY, TrialResult, write_json
+from qat_lightning.sweep.result import IDENTITY, TrialResult
 
 CONF = Path(__file__).parents[2] / "conf"
 

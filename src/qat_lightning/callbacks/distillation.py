@@ -15,8 +15,8 @@ from torch import Tensor
 from qat_lightning.callbacks.arguments import check_names, check_number, check_word
 from qat_lightning.callbacks.preparing import Part
 from qat_lightning.callbacks.quantization_aware_training import QuantizationAwareTraining
-from qat_lightning.checkpoints import float_weights
 from qat_lightning.errors import ConfigurationError
+from qat_lightning.modes.float_state import float_weights
 from qat_lightning.network import OWN_FORWARD, forward_replaced
 from qat_lightning.recipes.distillation import (
     LOSSES,

@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from qat_lightning.callbacks.arguments import check_flag, check_word
 from qat_lightning.errors import ConfigurationError
-from qat_lightning.sweep.result import read_json, write_json
+from qat_lightning.json_files import read_json, write_json
 
 _FILE = "curve.json"
 

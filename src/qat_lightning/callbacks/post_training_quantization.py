@@ -21,12 +21,12 @@ from qat_lightning.callbacks.coverage_report import log_coverage, wandb_loggers
 from qat_lightning.callbacks.preparing import one_or_all
 from qat_lightning.callbacks.sharing import take_over_from_first
 from qat_lightning.callbacks.steps import has_trained
-from qat_lightning.checkpoints import float_weights
 from qat_lightning.decision import Decision
 from qat_lightning.errors import ConfigurationError
 from qat_lightning.faults import Conversion, leaving_float, quantize_what_can_be
 from qat_lightning.flows.base import is_prepared
 from qat_lightning.kinds import check_kind
+from qat_lightning.modes.float_state import float_weights
 from qat_lightning.network import Slot, find_networks
 from qat_lightning.recipe import Equalization, Recipe
 from qat_lightning.recipes.adaround import AdaRound, Reconstruction

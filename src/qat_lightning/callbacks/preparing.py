@@ -31,7 +31,7 @@ from qat_lightning.checkpoint_io import save_whole_files
 from qat_lightning.checkpoints import guard_loading, holds_quantization, note_added_keys
 from qat_lightning.decision import Decision, choose_mode, decide
 from qat_lightning.errors import ConfigurationError, NetworkError
-from qat_lightning.example import catch_examples, check_example, examples_from_user, from_user, refuse_old_norms
+from qat_lightning.example import catch_examples
 from qat_lightning.flows.base import (
     Example,
     LayerCoverage,
@@ -42,6 +42,7 @@ from qat_lightning.flows.base import (
     set_phase,
 )
 from qat_lightning.flows.left_float import leave_float
+from qat_lightning.graph.example import check_example, examples_from_user, from_user, refuse_old_norms
 from qat_lightning.network import Slot, find_networks
 from qat_lightning.processes import in_first, several_processes
 from qat_lightning.quantized import QuantizedNetwork

@@ -24,10 +24,11 @@ from qat_lightning.callbacks.schedule_driver import ScheduleDriver, curves
 from qat_lightning.callbacks.sharing import take_over_from_first
 from qat_lightning.callbacks.steps import estimates_batchnorm, has_trained
 from qat_lightning.checkpoint_io import read_float_state
-from qat_lightning.checkpoints import float_weights, read_float_weights
+from qat_lightning.checkpoints import read_float_weights
 from qat_lightning.compiling import CompiledSteps, check_compiler
 from qat_lightning.errors import ConfigurationError
 from qat_lightning.flows.base import in_training_step, merge_ranges, prepared_state, reduce_ranges, set_phase
+from qat_lightning.modes.float_state import float_weights
 from qat_lightning.network import OWN_FORWARD, Slot
 from qat_lightning.recipe import BatchNormHandling, Equalization
 from qat_lightning.recipes.bias_correction import correct_biases

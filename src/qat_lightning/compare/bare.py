@@ -10,7 +10,7 @@ from qat_lightning.callbacks.settings_log import PREFIX
 from qat_lightning.compare.quantizing import part_of
 from qat_lightning.compare.run import Run
 from qat_lightning.compare.settings import flatten
-from qat_lightning.variants import VARIANTS
+from qat_lightning.settings.variants import VARIANTS
 
 _TEST = re.compile(r"test(?![a-z])", re.IGNORECASE)
 

@@ -15,7 +15,7 @@ from qat_lightning.compare.run import Run
 from qat_lightning.compare.settings import ABSENT, Setting, differing, flatten, seed_of, settings_of
 from qat_lightning.compare.spread import Spread, spread
 from qat_lightning.errors import ConfigurationError
-from qat_lightning.variants import VARIANTS
+from qat_lightning.settings.variants import VARIANTS
 
 # What a float run has as well, but plays no part in its training
 _OF_QUANTIZATION = tuple(

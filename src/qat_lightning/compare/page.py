@@ -20,7 +20,7 @@ from qat_lightning.compare.run import Curve, Run
 from qat_lightning.compare.settings import differing, only_present, seed_of, settings_of
 from qat_lightning.compare.spread import Spread, spread
 from qat_lightning.compare.table import markdown, shipped
-from qat_lightning.variants import VARIANTS
+from qat_lightning.settings.variants import VARIANTS
 
 _SCRIPTS = ("core.js", "columns.js", "table.js", "scatter.js", "curves.js", "layers.js", "main.js")
 _POINTS = 240  # of a curve: more than a screen shows apart

@@ -21,7 +21,7 @@ from qat_lightning.compare.run import Run
 from qat_lightning.errors import ConfigurationError, QuantizationError
 from qat_lightning.evaluate import SPREAD
 from qat_lightning.flows.base import Example
-from qat_lightning.flows.signature import one_sample
+from qat_lightning.graph.signature import one_sample
 from qat_lightning.measure import latency_interleaved
 from qat_lightning.network import Slot, find_networks
 from qat_lightning.quantized import QuantizedNetwork

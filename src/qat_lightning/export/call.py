@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from qat_lightning.errors import ExportError
 from qat_lightning.export.base import Source
-from qat_lightning.flows.signature import batch_size, canonical, has_batch
+from qat_lightning.graph.signature import batch_size, canonical, has_batch
 
 TENSOR = object()
 """Stands for a tensor among the leaves of arguments or results."""

@@ -13,8 +13,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from qat_lightning.errors import ConfigurationError, QuantizationError, TraceError
 from qat_lightning.flows.base import Example, cpu_copy, get_flow, is_prepared, prepared_state
-from qat_lightning.flows.pt2e.capture import dynamic_shapes, reason_of
-from qat_lightning.flows.signature import CallSpec, batch_size, has_batch
+from qat_lightning.flows.source_lines import reason_of
+from qat_lightning.graph.signature import CallSpec, batch_size, dynamic_shapes, has_batch
 from qat_lightning.graph_network import GraphNetwork
 from qat_lightning.quantized import QuantizedNetwork
 

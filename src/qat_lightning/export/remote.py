@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import nn
 
-import qat_lightning
 from qat_lightning.errors import ExportError
 from qat_lightning.export.call import Call
 
@@ -31,7 +30,7 @@ class Server:
     def __init__(self, format_name: str) -> None:
         self.format_name = format_name
         self._said = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the process)
-        path = [str(Path(qat_lightning.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+        path = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
         self._process = subprocess.Popen(
             [sys.executable, "-m", "qat_lightning.export.server"],
             stdin=subprocess.PIPE,

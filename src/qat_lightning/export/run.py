@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from qat_lightning.checkpoints import present_float
 from qat_lightning.errors import ConfigurationError, ExportError, QuantizationError
 from qat_lightning.export.base import Format, Source
 from qat_lightning.export.call import Call
@@ -24,11 +23,12 @@ from qat_lightning.export.formats import FORMATS, check_formats, get_format
 from qat_lightning.export.program import int8_network
 from qat_lightning.export.remote import RemoteNetwork, Server
 from qat_lightning.export.result import ExportResult, write_json
+from qat_lightning.fidelity import Fidelity
 from qat_lightning.flows.base import Example, cpu_copy, is_prepared, prepared_state
-from qat_lightning.flows.signature import one_sample, samples
+from qat_lightning.graph.signature import one_sample, samples
 from qat_lightning.measure import latency_interleaved, outputs_by_path, size_mb
+from qat_lightning.modes.float_state import present_float
 from qat_lightning.quantized import QuantizedNetwork
-from qat_lightning.variants import Fidelity
 
 FIGURES = "export.json"
 """The file beside the artifacts that holds the figures."""

@@ -41,7 +41,7 @@ def refuse_checkpoints(network: nn.Module, example: Example, mode: str) -> None:
         TraceError: There is such a part.
     """
     # Imported here: tracing refuses as well.
-    from qat_lightning.flows.tracing import line_at_fault
+    from qat_lightning.flows.source_lines import line_at_fault
 
     cuda = [parameter.device for parameter in network.parameters() if parameter.is_cuda][:1]
     found = None

@@ -28,3 +28,15 @@ def without_compiling() -> Iterator[None]:
         yield
     finally:
         _ALLOWED.reset(token)
+
+
+def has_cpp_compiler() -> bool:
+    """Whether there is a C++ compiler, which Inductor makes libraries for the CPU with."""
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except (InvalidCxxCompiler, RuntimeError):
+        return False
+    return True

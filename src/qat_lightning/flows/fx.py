@@ -59,9 +59,9 @@ from qat_lightning.flows.fx_weights import (
 )
 from qat_lightning.flows.left_float import follow_checkpoints, leave_weights_float, with_reasons
 from qat_lightning.flows.other_quantization import forget_qconfigs, refuse_other_quantization
+from qat_lightning.flows.source_lines import line_at_fault
 from qat_lightning.flows.tracing import (
     leave_inside_float,
-    line_at_fault,
     outer_parts,
     refuse_other_results,
     take_out_constants,

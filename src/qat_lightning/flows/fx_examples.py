@@ -21,7 +21,7 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from qat_lightning.flows.base import Example, copy_of_modules
-from qat_lightning.flows.signature import batch_size, has_batch
+from qat_lightning.graph.signature import batch_size, has_batch
 from qat_lightning.structures import look_into
 
 _LOG = logging.getLogger("torch._subclasses.fake_tensor")

@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 from qat_lightning.errors import NetworkError, QuantizationError, TraceError
 from qat_lightning.flows.base import Example, cpu_copy, get_flow, prepared_state
 from qat_lightning.flows.fx_shapes import CONSTANT
-from qat_lightning.flows.signature import batch_size, has_batch
+from qat_lightning.graph.signature import batch_size, has_batch
 from qat_lightning.graph_network import GraphNetwork, compile_graph
 from qat_lightning.mode_layers import ByMode
 from qat_lightning.relu_rounding import with_relus_in_roundings

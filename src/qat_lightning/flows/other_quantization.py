@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+
 import torch.ao.nn.intrinsic as nni
 from torch import nn
 from torch.ao.nn.quantized import FloatFunctional, FXFloatFunctional
 from torch.ao.quantization import FakeQuantizeBase, ObserverBase
 
-from qat_lightning._torchao import FakeQuantizeBase as TorchaoFakeQuantizeBase
 from qat_lightning.errors import NetworkError
 from qat_lightning.fake_quantize import FakeQuantize
 
@@ -39,7 +40,7 @@ def refuse_other_quantization(network: nn.Module) -> None:
     """
     found = {}
     for name, module in network.named_modules():
-        observes = isinstance(module, (ObserverBase, FakeQuantizeBase, TorchaoFakeQuantizeBase))
+        observes = isinstance(module, (ObserverBase, FakeQuantizeBase, *_of_torchao()))
         foreign = type(module).__module__.startswith(_ELSEWHERE) and not isinstance(module, _FLOAT)
         if (observes and not isinstance(module, FakeQuantize)) or foreign:
             found[name or "itself"] = type(module).__name__
@@ -51,6 +52,12 @@ def refuse_other_quantization(network: nn.Module) -> None:
             "where a float network is expected. What to do: give the network as it was before prepare(), prepare_qat() "
             "or convert(); QuantStub, DeQuantStub, FloatFunctional and fuse_modules() may stay in it."
         )
+
+
+def _of_torchao() -> tuple[type, ...]:
+    """Torchao's own fake-quantize; where it was never imported, no network holds one."""
+    module = sys.modules.get("torchao.quantization.pt2e.fake_quantize")
+    return () if module is None else (module.FakeQuantizeBase,)
 
 
 def forget_qconfigs(network: nn.Module) -> None:

@@ -203,7 +203,7 @@ _STAND_FOR = ("SharedRange", "Rounder", "FoldedWeight")
 def node_scope(node: fx.Node, state: PreparedState) -> str:
     """Name of the innermost module whose ``forward`` made a node; empty if it is the network's own, or not known."""
     if hasattr(node.target, "_schema"):
-        from qat_lightning.flows.pt2e.scopes import scope_of
+        from qat_lightning.graph.scopes import scope_of
 
         return scope_of(node)
     return str(getattr(state.plan, "scopes", {}).get(node.name, ""))

@@ -5,15 +5,11 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
-import linecache
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torchao
-import typing_extensions
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -36,6 +32,7 @@ from qat_lightning.flows.fx_tracer import (
     counting,
     holds_no_layer,
 )
+from qat_lightning.flows.source_lines import line_at_fault
 from qat_lightning.given_sizes import GivenSizes
 from qat_lightning.recomputation import Checkpointed, no_checkpoints
 from qat_lightning.structures import same
@@ -44,23 +41,6 @@ WHAT_TO_DO = (
     "What to do: give module='<a submodule that can be>' to quantize a part, or use mode='eager', which needs no "
     "graph, or mode='auto', which takes the best mode that works."
 )
-
-
-def line_at_fault(error: BaseException) -> str:
-    """The innermost line of the user's code in an error's traceback, as ``file:line in function: code``."""
-    frames = traceback.extract_tb(error.__traceback__)
-    roots = (
-        str(torch.__path__[0]),
-        str(torchao.__path__[0]),
-        *(str(module.__file__) for module in (inspect, contextlib, typing_extensions)),
-    )
-    own = __file__.rsplit("/", 2)[0]
-    users = [f for f in frames if not f.filename.startswith((*roots, own, "<"))]
-    if not users:
-        return ""
-    frame = users[-1]
-    code = frame.line or linecache.getline(frame.filename, frame.lineno or 0).strip()
-    return f"{frame.filename}:{frame.lineno} in {frame.name}: {code}"
 
 
 def check_names(network: nn.Module, mode: str) -> None:

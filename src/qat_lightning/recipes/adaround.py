@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from qat_lightning.calibration import call
-from qat_lightning.checkpoints import float_weights
 from qat_lightning.errors import ConfigurationError, ConversionError
 from qat_lightning.fake_quantize import FakeQuantize
 from qat_lightning.flows.base import prepared_state
+from qat_lightning.modes.float_state import float_weights
 from qat_lightning.recipes.bias_correction import apply_layer
 from qat_lightning.recipes.layers import RoundedLayer, rounded_layers
 

@@ -19,8 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from qat_lightning.calibration import call
 from qat_lightning.errors import ConfigurationError
-from qat_lightning.flows.pt2e.training import Counter
-from qat_lightning.qat_modules import FunctionalBatchNorm
+from qat_lightning.qat_modules import Counter, FunctionalBatchNorm
 
 
 @dataclass

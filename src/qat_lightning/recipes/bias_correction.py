@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qat_lightning.calibration import call
-from qat_lightning.checkpoints import float_weights
 from qat_lightning.flows.base import prepared_state
+from qat_lightning.modes.float_state import float_weights
 from qat_lightning.recipes.layers import RoundedLayer, rounded_layers
 
 

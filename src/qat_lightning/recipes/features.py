@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 from qat_lightning.errors import ConfigurationError
 from qat_lightning.fake_quantize import FakeQuantize
 from qat_lightning.flows.base import prepared_state
-from qat_lightning.flows.pt2e.scopes import scope_of
+from qat_lightning.graph.scopes import scope_of
 from qat_lightning.graph_network import GraphNetwork, compile_graph
 
 _SHOWN = 12

@@ -17,8 +17,8 @@ from torch.utils._pytree import tree_leaves
 from qat_lightning.calibration import calibrate
 from qat_lightning.decision import Decision, decide
 from qat_lightning.errors import ConfigurationError
-from qat_lightning.example import from_user
 from qat_lightning.flows.base import Example, get_flow
+from qat_lightning.graph.example import from_user
 from qat_lightning.monitoring import decibel
 from qat_lightning.numerics.sqnr import EQUAL_DB
 from qat_lightning.recipe import Recipe, check_globs

@@ -13,7 +13,8 @@ from omegaconf import DictConfig, open_dict, read_write
 
 from qat_lightning.app import readable_errors
 from qat_lightning.errors import ConfigurationError
-from qat_lightning.sweep.result import FILE, IDENTITY, TrialResult, identity, read_json, written
+from qat_lightning.json_files import read_json
+from qat_lightning.sweep.result import FILE, IDENTITY, TrialResult, identity, written
 
 LOCK = "running.lock"
 

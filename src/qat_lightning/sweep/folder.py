@@ -12,7 +12,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
 from qat_lightning.errors import ConfigurationError
-from qat_lightning.sweep.result import FILE, IDENTITY, TrialResult, identity, read_json, written
+from qat_lightning.json_files import read_json
+from qat_lightning.sweep.result import FILE, IDENTITY, TrialResult, identity, written
 
 
 @dataclass(frozen=True)

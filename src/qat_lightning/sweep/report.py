@@ -15,10 +15,11 @@ from rich.text import Text
 
 from qat_lightning.app import readable_errors
 from qat_lightning.errors import MissingExtraError
+from qat_lightning.json_files import read_json
 from qat_lightning.sweep.claim import sweep_folder_of_its_own
 from qat_lightning.sweep.folder import Plan, Standing, check_folder, numbered, sweep_folder, varying
 from qat_lightning.sweep.progress import SweepProgress
-from qat_lightning.sweep.result import IDENTITY, TrialResult, read_json
+from qat_lightning.sweep.result import IDENTITY, TrialResult
 from qat_lightning.sweep.stopping import terminable
 from qat_lightning.terminal import console
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +12,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from qat_lightning.errors import ConfigurationError
+from qat_lightning.json_files import read_json, write_json
 from qat_lightning.numerics.sqnr import EQUAL_DB
 
 FILE = "result.json"
@@ -105,32 +104,6 @@ def written(overrides: Any) -> list[str]:
     words = OmegaConf.to_container(overrides, resolve=False) if OmegaConf.is_config(overrides) else overrides
     assert isinstance(words, list)
     return [str(word) for word in words]
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The content of a file that `write_json` wrote.
-
-    Raises:
-        ConfigurationError: It is none.
-    """
-    try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
-        raise ConfigurationError(f"{path} cannot be read ({error}): remove it.") from error
-    if not isinstance(content, dict):
-        raise ConfigurationError(f"{path} is of something else: remove it.")
-    return content
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write a file beside its place and rename it, so that it is there whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        beside.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def _finite(metrics: Mapping[str, float]) -> dict[str, float | None]:

@@ -35,10 +35,10 @@ from qat_lightning.flows.judging import Names, raise_if_faulty
 from qat_lightning.flows.pt2e.capture import capture
 from qat_lightning.flows.pt2e.convert import evaluate, tidy
 from qat_lightning.flows.pt2e.int8 import Int8Network
-from qat_lightning.flows.pt2e.scopes import scope_of
-from qat_lightning.flows.signature import CallSpec
 from qat_lightning.flows.verify import Recorder
 from qat_lightning.flows.whole import check_whole, is_right, raise_if_wrong
+from qat_lightning.graph.scopes import scope_of
+from qat_lightning.graph.signature import CallSpec
 from qat_lightning.integer_layers.weight_only import weights_of
 from qat_lightning.integer_layers.weights import (
     WeightGrid,

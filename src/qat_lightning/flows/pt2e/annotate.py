@@ -27,8 +27,8 @@ from qat_lightning.fake_quantize import FakeQuantize
 from qat_lightning.flows.late_writes import late_write, late_write_error
 from qat_lightning.flows.pt2e.capture import source_line
 from qat_lightning.flows.pt2e.dtypes import leave_other_dtypes
-from qat_lightning.flows.pt2e.scopes import join, scope_of
 from qat_lightning.flows.qconfig import activation_qscheme, activation_settings, weight_qscheme, weight_settings
+from qat_lightning.graph.scopes import join, scope_of
 from qat_lightning.recipe import Recipe
 
 aten = torch.ops.aten

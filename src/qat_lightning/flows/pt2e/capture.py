@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import re
-import traceback
 import warnings
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,8 +17,16 @@ from torch.fx.graph import CodeGen
 from qat_lightning.errors import TraceError
 from qat_lightning.flows.base import Example
 from qat_lightning.flows.eager_chains import run_apart
-from qat_lightning.flows.signature import BATCH, CallSpec, batch_size, canonical, has_batch, inputs_of
-from qat_lightning.flows.tracing import WHAT_TO_DO, check_names, line_at_fault
+from qat_lightning.flows.source_lines import reason_of
+from qat_lightning.flows.tracing import WHAT_TO_DO, check_names
+from qat_lightning.graph.signature import (
+    BATCH,
+    CallSpec,
+    batch_size,
+    canonical,
+    dynamic_shapes,
+    inputs_of,
+)
 from qat_lightning.structures import look_into
 
 aten = torch.ops.aten
@@ -130,48 +136,8 @@ def _in_mode(network: nn.Module, train: bool) -> Iterator[None]:
             module.training = flag
 
 
-def dynamic_shapes(
-    signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any], size: int | None
-) -> dict[str, Any]:
-    """Which dimensions of a call may vary, as `torch.export.export` takes it: the first, where it is the batch."""
-    # AUTO and not Dim("batch"): a network may use the batch in ways that a plain name forbids, such as size // 2.
-    arguments = signature.bind(*args, **kwargs).arguments
-    return {name: _dims(value, size) for name, value in arguments.items()}
-
-
-def _dims(value: Any, size: int | None) -> Any:
-    if isinstance(value, dict) and type(value) in (dict, OrderedDict):
-        return {key: _dims(inner, size) for key, inner in value.items()}
-    kind = pytree._get_node_type(value)
-    if kind not in pytree.SUPPORTED_NODES:
-        return {0: torch.export.Dim.AUTO} if has_batch(value, size) else None
-    inner, context = pytree.SUPPORTED_NODES[kind].flatten_fn(value)
-    dims = [_dims(part, size) for part in inner]
-    # Those of a container of one's own are given as a list.
-    return pytree.SUPPORTED_NODES[kind].unflatten_fn(dims, context) if isinstance(value, (list, tuple)) else dims
-
-
 def _explain(network: nn.Module, error: Exception) -> str:
     return f"mode='pt2e' cannot export {type(network).__name__} {reason_of(error)}. {WHAT_TO_DO}"
-
-
-def reason_of(error: Exception) -> str:
-    """Where in the network's code and why an export failed, for messages."""
-    where = _line_of_export(error) or line_at_fault(error)
-    text = re.split(r"\n\s*(?:from user code|Set TORCH|The above exception)", str(error))[0].strip()
-    reason = " ".join(text.split())[:300]
-    return (f"at {where} " if where else "") + f"({type(error).__name__}: {reason})"
-
-
-def _line_of_export(error: Exception) -> str:
-    """The innermost user line that Dynamo was at: its own traceback has only its own frames."""
-    stack: Any = getattr(error, "real_stack", None) or []
-    root = str(torch.__path__[0])
-    users = [frame for frame in stack if not frame.filename.startswith(root)]
-    if not users:
-        return ""
-    frame: traceback.FrameSummary = users[-1]
-    return f"{frame.filename}:{frame.lineno} in {frame.name}: {frame.line}"
 
 
 def _refuse_fixed_batch(graph: fx.Graph, spec: CallSpec) -> None:

@@ -11,8 +11,8 @@ from qat_lightning.flows.pt2e.convert import Decomposed
 from qat_lightning.flows.pt2e.coverage import IN_BRANCH
 from qat_lightning.flows.pt2e.dtypes import other_dtype
 from qat_lightning.flows.pt2e.network import ExportedNetwork
-from qat_lightning.flows.pt2e.scopes import join, scope_of
 from qat_lightning.flows.pt2e.training import Plan
+from qat_lightning.graph.scopes import join, scope_of
 from qat_lightning.modes.prepared import PreparedState
 
 quantized_decomposed = torch.ops.quantized_decomposed

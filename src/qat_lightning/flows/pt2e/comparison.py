@@ -14,10 +14,10 @@ from qat_lightning.flows.judging import MIDDLE, Grid, Names, beyond_rounding, de
 from qat_lightning.flows.pt2e.annotate import CHANNEL_AXIS
 from qat_lightning.flows.pt2e.check import DEQUANTIZE, QUANTIZE, main_op
 from qat_lightning.flows.pt2e.network import ExportedNetwork
-from qat_lightning.flows.pt2e.scopes import scope_of
 from qat_lightning.flows.pt2e.training import Plan
 from qat_lightning.flows.recording import Again, SeededRecorder, copies, copy_of, feeding, same_random_numbers, seed
 from qat_lightning.flows.whole import DRAWS, Disturbance, check_whole, is_right, raise_if_wrong
+from qat_lightning.graph.scopes import scope_of
 from qat_lightning.relu_rounding import writes_in_place
 
 _STEPS = 255

@@ -17,25 +17,13 @@ from torch import Tensor, fx
 from qat_lightning.backends import Backend
 from qat_lightning.flows.base import LayerCheck, sqnr_db
 from qat_lightning.flows.pt2e.check import DEQUANTIZE, QUANTIZE, main_op
-from qat_lightning.flows.pt2e.scopes import scope_of
-from qat_lightning.flows.signature import BATCH, CallSpec
 from qat_lightning.flows.verify import is_faulty
+from qat_lightning.graph.scopes import scope_of
+from qat_lightning.graph.signature import BATCH, CallSpec
 
 _ROWS_TO_COMPARE = 8
 
 _FUSED_WITH_CONVOLUTIONS = (torch.ops.aten.relu.default, torch.ops.aten.hardtanh.default, QUANTIZE[0])
-
-
-def has_cpp_compiler() -> bool:
-    """Whether there is a C++ compiler, which Inductor makes libraries for the CPU with."""
-    from torch._inductor.cpp_builder import get_cpp_compiler
-    from torch._inductor.exc import InvalidCxxCompiler
-
-    try:
-        get_cpp_compiler()
-    except (InvalidCxxCompiler, RuntimeError):
-        return False
-    return True
 
 
 def compile_library(decomposed: fx.GraphModule, spec: CallSpec, tensors: list[Tensor]) -> Library:

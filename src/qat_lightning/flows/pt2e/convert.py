@@ -19,8 +19,8 @@ from qat_lightning.errors import ConversionError
 from qat_lightning.fake_quantize import FakeQuantize
 from qat_lightning.flows.pt2e.annotate import CHANNEL_AXIS
 from qat_lightning.flows.pt2e.capture import TRAINING_FLAG
-from qat_lightning.flows.pt2e.scopes import scope_of
 from qat_lightning.flows.pt2e.training import Plan, weight_quantizer
+from qat_lightning.graph.scopes import scope_of
 from qat_lightning.qat_modules import fold_factor, round_for_good
 
 aten = torch.ops.aten

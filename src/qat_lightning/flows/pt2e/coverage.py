@@ -15,8 +15,8 @@ from qat_lightning.flows.places import op_name, rounding_of
 from qat_lightning.flows.pt2e.annotate import CHANNEL_AXIS, selects
 from qat_lightning.flows.pt2e.dtypes import other_dtype
 from qat_lightning.flows.pt2e.network import ExportedNetwork
-from qat_lightning.flows.pt2e.scopes import scope_of
 from qat_lightning.flows.pt2e.training import Plan
+from qat_lightning.graph.scopes import scope_of
 from qat_lightning.modes.prepared import PreparedState
 
 aten = torch.ops.aten

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from qat_lightning.backends import BACKENDS
-from qat_lightning.flows.compile_switch import compiling_allowed
-from qat_lightning.flows.pt2e.compiling import compile_library, difference, has_cpp_compiler, load_library
-from qat_lightning.flows.signature import CallSpec
+from qat_lightning.flows.compile_switch import compiling_allowed, has_cpp_compiler
+from qat_lightning.flows.pt2e.compiling import compile_library, difference, load_library
+from qat_lightning.graph.signature import CallSpec
 
 Runs = Literal["not compiled yet", "aotinductor", "decomposed"]
 

@@ -7,7 +7,7 @@ from typing import Any, cast
 from torch import fx, nn
 
 from qat_lightning.fake_quantize import FakeQuantize
-from qat_lightning.flows.signature import CallSpec
+from qat_lightning.graph.signature import CallSpec
 from qat_lightning.graph_network import GraphNetwork, GraphPart, compile_graph
 from qat_lightning.relu_rounding import with_relus_in_roundings
 

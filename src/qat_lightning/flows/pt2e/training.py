@@ -18,10 +18,11 @@ from qat_lightning.errors import NetworkError
 from qat_lightning.fake_quantize import FakeQuantize
 from qat_lightning.flows.pt2e.annotate import CHANNEL_AXIS, Folded
 from qat_lightning.flows.pt2e.capture import TRAINING_FLAG
-from qat_lightning.flows.pt2e.scopes import scope_of
 from qat_lightning.flows.pt2e.shared_ranges import observe_once
+from qat_lightning.graph.scopes import scope_of
 from qat_lightning.portable_graph import HoldsGraphs
 from qat_lightning.qat_modules import (
+    Counter,
     FreezableBatchNorm,
     FunctionalBatchNorm,
     fake_quantize_folded,
@@ -51,17 +52,6 @@ class FoldedWeight(nn.Module):
         """The rounded weight, unfolded again."""
         factor = fold_factor(gamma, running_var, self.eps)
         return fake_quantize_folded(weight, factor, self.__dict__["fq"], axis=self.axis)
-
-
-class Counter(FreezableBatchNorm):
-    """``num_batches_tracked += 1`` in training, and not when BatchNorm is frozen."""
-
-    def __init__(self) -> None:
-        super().__init__(0, affine=False, track_running_stats=False)
-
-    def forward(self, count: Tensor, by: int) -> Tensor:  # type: ignore[override]
-        """Count the batch."""
-        return count.add_(by) if self.training and not self.frozen else count
 
 
 class TrainingOnly(nn.Module):

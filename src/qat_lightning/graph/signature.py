@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
+from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
@@ -220,3 +222,24 @@ def _refuse(name: str, path: str, expected: str, got: str) -> None:
         "the batch and every value that is not a tensor: give example_inputs= like the ones it is used with, or use "
         "mode='fx' or mode='eager'."
     )
+
+
+def dynamic_shapes(
+    signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any], size: int | None
+) -> dict[str, Any]:
+    """Which dimensions of a call may vary, as `torch.export.export` takes it: the first, where it is the batch."""
+    # AUTO and not Dim("batch"): a network may use the batch in ways that a plain name forbids, such as size // 2.
+    arguments = signature.bind(*args, **kwargs).arguments
+    return {name: _dims(value, size) for name, value in arguments.items()}
+
+
+def _dims(value: Any, size: int | None) -> Any:
+    if isinstance(value, dict) and type(value) in (dict, OrderedDict):
+        return {key: _dims(inner, size) for key, inner in value.items()}
+    kind = pytree._get_node_type(value)
+    if kind not in pytree.SUPPORTED_NODES:
+        return {0: torch.export.Dim.AUTO} if has_batch(value, size) else None
+    inner, context = pytree.SUPPORTED_NODES[kind].flatten_fn(value)
+    dims = [_dims(part, size) for part in inner]
+    # Those of a container of one's own are given as a list.
+    return pytree.SUPPORTED_NODES[kind].unflatten_fn(dims, context) if isinstance(value, (list, tuple)) else dims

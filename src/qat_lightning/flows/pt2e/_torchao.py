@@ -1,8 +1,13 @@
-"""The first import of torchao, which warns about CUDA extensions that a CPU machine neither has nor needs."""
+"""The first import of torchao, to which our FakeQuantize is made known as one of its own.
+
+It warns about CUDA extensions that a CPU machine neither has nor needs.
+"""
 
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+from qat_lightning.fake_quantize import FakeQuantize
 
 
 @contextmanager
@@ -21,4 +26,4 @@ def _errors_only(*names: str) -> Iterator[None]:
 with _errors_only("torchao", "torch.utils._pytree"):
     from torchao.quantization.pt2e.fake_quantize import FakeQuantizeBase
 
-__all__ = ["FakeQuantizeBase"]
+FakeQuantizeBase.register(FakeQuantize)

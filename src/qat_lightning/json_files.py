@@ -1,0 +1,36 @@
+"""JSON files that are there whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from qat_lightning.errors import ConfigurationError
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The content of a file that `write_json` wrote.
+
+    Raises:
+        ConfigurationError: It is none.
+    """
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise ConfigurationError(f"{path} cannot be read ({error}): remove it.") from error
+    if not isinstance(content, dict):
+        raise ConfigurationError(f"{path} is of something else: remove it.")
+    return content
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a file beside its place and rename it, so that it is there whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        beside.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)

@@ -1,0 +1,1 @@
+"""What is chosen, as pure values: schemes, backends, schedules."""

@@ -1,0 +1,22 @@
+"""The three forms of a network that a test can run."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from qat_lightning.errors import ConfigurationError
+
+Variant = Literal["float", "fake_quant", "int8"]
+
+
+VARIANTS: tuple[Variant, ...] = ("float", "fake_quant", "int8")
+
+
+def check_variant(name: str | None) -> None:
+    """Refuse a name that is no variant.
+
+    Raises:
+        ConfigurationError: With the names that are.
+    """
+    if name is not None and name not in VARIANTS:
+        raise ConfigurationError(f"variant {name!r} is unknown: use one of {', '.join(VARIANTS)}, or None.")

@@ -57,8 +57,8 @@ def network(name: str) -> nn.Module:
 
 
 def _int8(name: str, mode: str, backend: str) -> Any:
+    from qat_lightning.artifact.quantized import QuantizedNetwork
     from qat_lightning.flows.base import Example, cpu_copy, get_flow, observe_in_evaluation, set_phase
-    from qat_lightning.quantized import QuantizedNetwork
     from qat_lightning.recipe import Recipe
 
     flow, recipe, example = get_flow(mode), Recipe(mode, backend), Example((images(4),))

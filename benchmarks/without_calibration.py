@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from benchmarks.machine import describe
 from qat_lightning.artifact import artifact_size_mb
+from qat_lightning.artifact.quantized import QuantizedNetwork
 from qat_lightning.flows.base import Example
 from qat_lightning.flows.direct import quantize
 from qat_lightning.measure import latency_interleaved
-from qat_lightning.quantized import QuantizedNetwork
 from qat_lightning.recipe import Recipe
 from qat_lightning.scheme import Scheme
 

@@ -12,6 +12,7 @@ import torch.ao.nn.intrinsic.quantized as nniq
 from torch import Tensor, nn
 
 from qat_lightning import calibrate
+from qat_lightning.artifact.quantized import QuantizedNetwork
 from qat_lightning.decision import Decision, decide
 from qat_lightning.errors import ConversionError, NetworkError, QuantizationError
 from qat_lightning.faults import convert_what_can_be, first_that
@@ -19,7 +20,6 @@ from qat_lightning.flows.base import Example, cpu_copy, get_flow, prepared_state
 from qat_lightning.flows.compile_switch import without_compiling
 from qat_lightning.flows.left_float import leave_float
 from qat_lightning.numerics.sqnr import sqnr_db
-from qat_lightning.quantized import QuantizedNetwork
 from qat_lightning.recipe import Recipe
 from qat_lightning.rehearsal import rehearse
 from tests.networks import Residual

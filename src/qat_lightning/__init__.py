@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from qat_lightning.artifact import load_quantized
+    from qat_lightning.artifact.quantized import QuantizedNetwork
     from qat_lightning.calibration import calibrate
     from qat_lightning.callbacks.batchnorm_reestimation import BatchNormReestimation
     from qat_lightning.callbacks.distillation import Distillation
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from qat_lightning.flows.coverage import coverage_table
     from qat_lightning.fusion import fuse
     from qat_lightning.plain import convert, prepare, quantize
-    from qat_lightning.quantized import QuantizedNetwork
     from qat_lightning.recipe import Recipe
     from qat_lightning.recipes.adaround import AdaRound
     from qat_lightning.rehearsal import Rehearsal, rehearse
@@ -39,7 +39,7 @@ _HOMES = {
     "QuantizationAwareTraining": "qat_lightning.callbacks.quantization_aware_training",
     "QuantizationMonitor": "qat_lightning.callbacks.quantization_monitor",
     "QuantizedModelExport": "qat_lightning.callbacks.quantized_model_export",
-    "QuantizedNetwork": "qat_lightning.quantized",
+    "QuantizedNetwork": "qat_lightning.artifact.quantized",
     "Recipe": "qat_lightning.recipe",
     "Rehearsal": "qat_lightning.rehearsal",
     "Scheme": "qat_lightning.scheme",

@@ -16,6 +16,7 @@ from rich.table import Table
 from torch import nn
 
 from qat_lightning.artifact import artifact_size_mb
+from qat_lightning.artifact.quantized import QuantizedNetwork
 from qat_lightning.callbacks.quantized_model_export import exported
 from qat_lightning.errors import NetworkError
 from qat_lightning.flows.base import Example
@@ -25,7 +26,6 @@ from qat_lightning.graph.signature import one_sample
 from qat_lightning.measure import latency_interleaved, size_mb
 from qat_lightning.network import OWN_FORWARD, Slot, find_networks
 from qat_lightning.numerics.sqnr import EQUAL_DB
-from qat_lightning.quantized import QuantizedNetwork
 from qat_lightning.terminal import console
 from qat_lightning.wandb_views import log_variants
 

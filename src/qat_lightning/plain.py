@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import nn
 
+from qat_lightning.artifact.quantized import QuantizedNetwork
 from qat_lightning.faults import convert_what_can_be, leaving_float, quantize_what_can_be
 from qat_lightning.flows.base import Example, get_flow, prepared_state
-from qat_lightning.quantized import QuantizedNetwork
 from qat_lightning.recipe import Recipe
 
 

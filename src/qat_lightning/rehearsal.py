@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from qat_lightning.artifact import artifact_bytes, quantized_from_bytes
+from qat_lightning.artifact.quantized import QuantizedNetwork
 from qat_lightning.calibration import calibrate
 from qat_lightning.errors import ArtifactError, ConversionError, NetworkError, QuantizationError
 from qat_lightning.faults import Conversion, convert_what_can_be, joined, leaving_float, quantize_what_can_be
@@ -23,7 +24,6 @@ from qat_lightning.flows.base import Example, LayerCoverage, get_flow
 from qat_lightning.flows.compile_switch import without_compiling
 from qat_lightning.flows.coverage import int8_share
 from qat_lightning.kinds import DIRECT
-from qat_lightning.quantized import QuantizedNetwork
 from qat_lightning.recipe import Recipe
 from qat_lightning.training_flags import plain_train
 

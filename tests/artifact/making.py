@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
+from qat_lightning.artifact.quantized import QuantizedNetwork
 from qat_lightning.flows.base import Example, cpu_copy, get_flow
-from qat_lightning.quantized import QuantizedNetwork
 from qat_lightning.recipe import Recipe
 from tests.networks import CASES, Case
 

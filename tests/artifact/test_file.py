@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from qat_lightning.artifact import artifact_bytes, load_quantized, save_quantized
+from qat_lightning.artifact.quantized import QuantizedNetwork
 from qat_lightning.errors import ArtifactError, QuantizationError
-from qat_lightning.quantized import QuantizedNetwork
 from tests.artifact.making import quantize, read, write
 from tests.networks import Plain
 

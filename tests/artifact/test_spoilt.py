@@ -107,7 +107,7 @@ def test_weights_with_an_impossible_grid(good: dict[str, Any], content: float, t
 
 
 def test_a_description_that_unpacks_to_more_than_any_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qat_lightning.artifact.file._LARGEST_DESCRIPTION", 1_000_000)
+    monkeypatch.setattr("qat_lightning.artifact.read._LARGEST_DESCRIPTION", 1_000_000)
     with zipfile.ZipFile(tmp_path / "net.int8", "w") as archive:
         archive.writestr("network.json", b" " * 2_000_000, zipfile.ZIP_DEFLATED)
         archive.writestr("tensors.bin", b"")

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from qat_lightning.artifact import load_quantized
+from qat_lightning.artifact.quantized import QuantizedNetwork
 from qat_lightning.errors import ConfigurationError, ConversionError
 from qat_lightning.flows.base import fake_quantizers
-from qat_lightning.quantized import QuantizedNetwork
 from qat_lightning.variants import Stand
 from tests.callbacks.lit import (
     CLASSES,

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from qat_lightning.artifact.quantized import QuantizedNetwork
 from qat_lightning.flows.base import sqnr_db
-from qat_lightning.quantized import QuantizedNetwork
 from tests.artifact.making import Batch, batch_of, case_named, quantize
 
 

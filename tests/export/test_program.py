@@ -12,12 +12,12 @@ import torch
 from torch import nn
 
 from qat_lightning import load_quantized
+from qat_lightning.artifact.quantized import QuantizedNetwork
 from qat_lightning.backends import pairs
 from qat_lightning.errors import ConfigurationError, ExportError, TraceError
 from qat_lightning.export.program import float_program, int8_program
 from qat_lightning.flows.base import Example, cpu_copy, get_flow, sqnr_db
 from qat_lightning.flows.direct import quantize as quantize_directly
-from qat_lightning.quantized import QuantizedNetwork
 from qat_lightning.recipe import Recipe
 from tests.artifact.making import batch_of, case_named, quantize
 from tests.networks import CASES, Case

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from qat_lightning import export_quantized, load_quantized
+from qat_lightning.artifact.quantized import QuantizedNetwork
 from qat_lightning.backends import pairs
 from qat_lightning.demos import DigitsDataModule, SmallMobileNet
 from qat_lightning.errors import CombinationError, ConfigurationError, ExportError, MissingExtraError
@@ -21,7 +22,6 @@ from qat_lightning.export.formats import check_formats
 from qat_lightning.export.remote import Server
 from qat_lightning.export.run import open_artifact
 from qat_lightning.flows.base import Example, cpu_copy, get_flow, set_phase
-from qat_lightning.quantized import QuantizedNetwork
 from qat_lightning.recipe import Recipe
 from tests.export.files import quantized_case
 

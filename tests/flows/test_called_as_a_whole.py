@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from qat_lightning.artifact import load_quantized
+from qat_lightning.artifact.quantized import QuantizedNetwork
 from qat_lightning.calibration import calibrate
 from qat_lightning.flows.base import Example, cpu_copy, get_flow, set_phase
-from qat_lightning.quantized import QuantizedNetwork
 from qat_lightning.recipe import Recipe
 
 TOKENS = torch.randn(4, 6, 16, generator=torch.Generator().manual_seed(0))

@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qat_lightning.artifact import artifact_bytes, quantized_from_bytes
+from qat_lightning.artifact.quantized import QuantizedNetwork
 from qat_lightning.export import export_quantized
 from qat_lightning.flows.base import Converted, Example, cpu_copy, get_flow, sqnr_db
 from qat_lightning.flows.eager_calls import MOST_CALLS
 from qat_lightning.flows.places import find_places
-from qat_lightning.quantized import QuantizedNetwork
 from qat_lightning.recipe import Recipe
 
 RECIPE = Recipe("eager", "x86")

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import qat_lightning.flows.fx as fx_flow
 from qat_lightning.artifact import load_quantized
+from qat_lightning.artifact.quantized import QuantizedNetwork
 from qat_lightning.errors import ConversionError, NetworkError, TraceError, VerificationError
 from qat_lightning.export.base import Source
 from qat_lightning.export.program import int8_program
@@ -22,7 +23,6 @@ from qat_lightning.flows.base import Example, cpu_copy, get_flow, sqnr_db
 from qat_lightning.flows.fx import FxFlow
 from qat_lightning.flows.shared_range import SharedRange
 from qat_lightning.padding import pad
-from qat_lightning.quantized import QuantizedNetwork
 from qat_lightning.recipe import Recipe
 from qat_lightning.scheme import Scheme
 from tests.networks import ControlFlow, Depthwise, Functional, Plain, Residual

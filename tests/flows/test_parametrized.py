@@ -13,11 +13,11 @@ from torch.nn.utils.parametrizations import orthogonal, spectral_norm, weight_no
 from torch.nn.utils.parametrize import is_parametrized
 
 from qat_lightning.artifact import load_quantized
+from qat_lightning.artifact.quantized import QuantizedNetwork
 from qat_lightning.errors import TraceError
 from qat_lightning.flows.base import Example, cpu_copy, get_flow
 from qat_lightning.flows.fx import FxFlow
 from qat_lightning.flows.pt2e import Pt2eFlow
-from qat_lightning.quantized import QuantizedNetwork
 from qat_lightning.recipe import Recipe
 
 IMAGES = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(0))

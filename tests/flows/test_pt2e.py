@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qat_lightning import load_quantized
+from qat_lightning.artifact.quantized import QuantizedNetwork
 from qat_lightning.calibration import calibrate
 from qat_lightning.errors import ConversionError, NetworkError, TraceError, VerificationError
 from qat_lightning.flows.base import (
@@ -28,7 +29,6 @@ from qat_lightning.flows.base import (
 )
 from qat_lightning.flows.pt2e import Pt2eFlow, compiling, int8
 from qat_lightning.flows.pt2e.network import ExportedNetwork
-from qat_lightning.quantized import QuantizedNetwork
 from qat_lightning.recipe import Recipe
 from qat_lightning.scheme import Scheme
 

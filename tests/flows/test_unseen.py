@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from qat_lightning.artifact import artifact_bytes, quantized_from_bytes
+from qat_lightning.artifact.quantized import QuantizedNetwork
 from qat_lightning.backends import pairs
 from qat_lightning.flows.base import Example, cpu_copy, get_flow, set_phase
-from qat_lightning.quantized import QuantizedNetwork
 from qat_lightning.recipe import Recipe
 
 

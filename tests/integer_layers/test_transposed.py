@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from qat_lightning import Scheme, load_quantized
+from qat_lightning.artifact.quantized import QuantizedNetwork
 from qat_lightning.flows.base import Example
 from qat_lightning.flows.direct import quantize
 from qat_lightning.integer_layers import integer_layer
 from qat_lightning.integer_layers.weights import weight_of_rows, weight_rows
-from qat_lightning.quantized import QuantizedNetwork
 from qat_lightning.recipe import Recipe
 
 LAYERS = {

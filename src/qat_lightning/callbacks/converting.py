@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 
+from qat_lightning.artifact.quantized import QuantizedNetwork
 from qat_lightning.callbacks.arguments import check_names
 from qat_lightning.callbacks.coverage_report import log_coverage, warn_of_float
 from qat_lightning.callbacks.preparing import PreparingCallback, one_or_all
@@ -21,7 +22,6 @@ from qat_lightning.faults import Conversion, convert_what_can_be, joined, leavin
 from qat_lightning.flows.base import fake_quantizers, get_flow, prepared_state
 from qat_lightning.flows.left_float import leave_float
 from qat_lightning.processes import any_process, in_all, in_first, several_processes
-from qat_lightning.quantized import QuantizedNetwork
 from qat_lightning.recipe import Recipe
 
 

@@ -16,6 +16,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from qat_lightning.artifact.quantized import QuantizedNetwork
 from qat_lightning.backends import get_backend, require
 from qat_lightning.callbacks.arguments import check_flag, check_names, check_word
 from qat_lightning.callbacks.company import (
@@ -45,7 +46,6 @@ from qat_lightning.flows.left_float import leave_float
 from qat_lightning.graph.example import check_example, examples_from_user, from_user, refuse_old_norms
 from qat_lightning.network import Slot, find_networks
 from qat_lightning.processes import in_first, several_processes
-from qat_lightning.quantized import QuantizedNetwork
 from qat_lightning.recipe import BatchNormHandling, Equalization, Kind, Recipe, check_globs
 from qat_lightning.recipes.reworking import Reworking, reworks
 from qat_lightning.rehearsal import Inspect, OnFault

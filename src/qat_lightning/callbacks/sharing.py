@@ -12,10 +12,10 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
 from qat_lightning.artifact import artifact_bytes, quantized_from_bytes
+from qat_lightning.artifact.quantized import QuantizedNetwork
 from qat_lightning.errors import ArtifactError
 from qat_lightning.flows.base import Example
 from qat_lightning.processes import any_process, in_first
-from qat_lightning.quantized import QuantizedNetwork
 
 
 def take_over_from_first(prepared: Mapping[str, nn.Module]) -> None:

@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from qat_lightning.artifact import load_quantized
+from qat_lightning.artifact.quantized import QuantizedNetwork
 from qat_lightning.compare.run import Run
 from qat_lightning.errors import ConfigurationError, QuantizationError
 from qat_lightning.evaluate import SPREAD
@@ -24,7 +25,6 @@ from qat_lightning.flows.base import Example
 from qat_lightning.graph.signature import one_sample
 from qat_lightning.measure import latency_interleaved
 from qat_lightning.network import Slot, find_networks
-from qat_lightning.quantized import QuantizedNetwork
 
 BUSY = 0.5
 """Of the processors: a load of more than this before anything is timed is somebody else's."""

@@ -10,8 +10,8 @@ from typing import ClassVar, Protocol
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
+from qat_lightning.artifact.quantized import QuantizedNetwork
 from qat_lightning.flows.base import Example
-from qat_lightning.quantized import QuantizedNetwork
 from qat_lightning.recipe import Recipe
 
 Runner = Callable[[list[Tensor]], list[Tensor]]

@@ -11,12 +11,12 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.utils._pytree import tree_leaves, tree_map
 
+from qat_lightning.artifact.quantized import QuantizedNetwork
 from qat_lightning.errors import ConfigurationError, QuantizationError, TraceError
 from qat_lightning.flows.base import Example, cpu_copy, get_flow, is_prepared, prepared_state
 from qat_lightning.flows.source_lines import reason_of
 from qat_lightning.graph.signature import CallSpec, batch_size, dynamic_shapes, has_batch
 from qat_lightning.graph_network import GraphNetwork
-from qat_lightning.quantized import QuantizedNetwork
 
 _GRAPH_MODES = "mode='fx' or mode='pt2e', which keep one way through the network"
 

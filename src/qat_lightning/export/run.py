@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from qat_lightning.artifact.quantized import QuantizedNetwork
 from qat_lightning.errors import ConfigurationError, ExportError, QuantizationError
 from qat_lightning.export.base import Format, Source
 from qat_lightning.export.call import Call
@@ -28,7 +29,6 @@ from qat_lightning.flows.base import Example, cpu_copy, is_prepared, prepared_st
 from qat_lightning.graph.signature import one_sample, samples
 from qat_lightning.measure import latency_interleaved, outputs_by_path, size_mb
 from qat_lightning.modes.float_state import present_float
-from qat_lightning.quantized import QuantizedNetwork
 
 FIGURES = "export.json"
 """The file beside the artifacts that holds the figures."""

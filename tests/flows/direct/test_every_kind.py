@@ -11,12 +11,12 @@ import torch
 from torch import nn
 
 from qat_lightning import Scheme, load_quantized
+from qat_lightning.artifact.quantized import QuantizedNetwork
 from qat_lightning.backends import pairs
 from qat_lightning.errors import ConfigurationError, TraceError
 from qat_lightning.flows.base import Converted, Example, sqnr_db
 from qat_lightning.flows.direct import quantize
 from qat_lightning.kinds import DIRECT, supported, table
-from qat_lightning.quantized import QuantizedNetwork
 from qat_lightning.recipe import Recipe
 from tests.sequence_networks import CASES, SequenceCase
 

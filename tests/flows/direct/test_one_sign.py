@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from qat_lightning import load_quantized
+from qat_lightning.artifact.quantized import QuantizedNetwork
 from qat_lightning.backends import BACKENDS
 from qat_lightning.export.base import Source
 from qat_lightning.export.pt2 import AotInductor
@@ -19,7 +20,6 @@ from qat_lightning.flows.base import Example, LayerCheck
 from qat_lightning.flows.direct import quantize
 from qat_lightning.flows.pt2e import compiling
 from qat_lightning.flows.pt2e.int8 import Int8Network
-from qat_lightning.quantized import QuantizedNetwork
 from qat_lightning.recipe import Recipe
 
 

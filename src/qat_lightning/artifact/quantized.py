@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from qat_lightning.artifact.write import save_quantized
 from qat_lightning.backends import quantized_engine
 from qat_lightning.errors import QuantizationError
 from qat_lightning.flows.base import Converted, Example, LayerCheck, LayerCoverage, WholeCheck
@@ -70,8 +71,6 @@ class QuantizedNetwork(nn.Module):
 
     def save(self, path: str | Path) -> None:
         """Write the network to one file, whole or not at all; `qat_lightning.load_quantized` reads it."""
-        from qat_lightning.artifact import save_quantized
-
         save_quantized(self, path)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> QuantizedNetwork:

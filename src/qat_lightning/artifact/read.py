@@ -8,33 +8,27 @@ one who loads has to give.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import os
-import warnings
 import zipfile
-from dataclasses import astuple
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from qat_lightning.artifact.graph import Reading, Writing
-from qat_lightning.artifact.network import decode_network, encode_network
+from qat_lightning.artifact.container import DESCRIPTION, FORMAT, TENSORS, digest, own_version
+from qat_lightning.artifact.graph import Reading
+from qat_lightning.artifact.network import decode_network
+from qat_lightning.artifact.quantized import QuantizedNetwork
 from qat_lightning.artifact.tensors import TensorReader
-from qat_lightning.artifact.values import decode, encode, no_tag
+from qat_lightning.artifact.values import decode, no_tag
 from qat_lightning.backends import quantized_engine, require
 from qat_lightning.errors import ArtifactError, QuantizationError
 from qat_lightning.flows.base import Converted, Example, LayerCheck, LayerCoverage, WholeCheck
-from qat_lightning.quantized import QuantizedNetwork
 from qat_lightning.recipe import Recipe
 
-FORMAT = 1
-_DESCRIPTION = "network.json"
-_TENSORS = "tensors.bin"
 _LARGEST_DESCRIPTION = 512_000_000
 _DAMAGE = (
     ArithmeticError,
@@ -51,95 +45,6 @@ _DAMAGE = (
     ValueError,
 )
 """What reading a damaged or a hostile description may raise, deep in PyTorch."""
-
-
-def save_quantized(quantized: QuantizedNetwork, path: str | os.PathLike[str]) -> None:
-    """Write an int8 network to one file.
-
-    The file is written beside ``path`` and then renamed, so that whatever was at ``path`` stays until the new file is
-    complete. Folders on the way are made.
-
-    Args:
-        quantized: What the callback's ``quantized`` holds, or what `load_quantized` gave.
-        path: Where to; ``.int8`` is a good suffix.
-
-    Raises:
-        ArtifactError: The network holds what no file can, or the file cannot be written.
-    """
-    target = Path(path).resolve()
-    if target.exists() and not target.is_file():
-        raise ArtifactError(f"{path} is not a file: give the name of one to save the int8 network to.")
-    data = artifact_bytes(quantized)
-    beside = target.with_name(f".{target.name}.{os.getpid()}.part")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with beside.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            beside.replace(target)
-        finally:
-            beside.unlink(missing_ok=True)
-    except OSError as error:
-        raise ArtifactError(
-            f"{path} cannot be written ({error.strerror or error}): the int8 network takes {len(data) / 1e6:.2f} MB. "
-            "What was there is as it was; give another path, or make room."
-        ) from error
-
-
-def artifact_size_mb(quantized: QuantizedNetwork) -> float:
-    """Size of the file that `save_quantized` writes: what a user ships.
-
-    Returns:
-        MB of 1,000,000 bytes.
-    """
-    return len(artifact_bytes(quantized)) / 1e6
-
-
-def artifact_bytes(quantized: QuantizedNetwork) -> bytes:
-    """The contents of the file.
-
-    Raises:
-        ArtifactError: The network holds what no file can; the message names it.
-    """
-    writing = Writing()
-    try:
-        with quantized_engine(quantized.recipe.target.engine):
-            network = encode_network(quantized.network, quantized.recipe.mode, writing)
-    except ArtifactError as error:
-        raise ArtifactError(f"The int8 network cannot be saved: {error}.") from error
-    if writing.needs_trust:
-        warnings.warn(
-            f"The int8 network calls {', '.join(sorted(set(writing.needs_trust)))}, which not every file may call: "
-            "loading it needs load_quantized(path, trusted=True).",
-            stacklevel=3,
-        )
-    description = {
-        "format": FORMAT,
-        "qat_lightning": _version(),
-        "torch": str(torch.__version__),
-        "recipe": quantized.recipe.to_dict(),
-        "coverage": [list(astuple(row)) for row in quantized.coverage],
-        "operations": [list(astuple(row)) for row in quantized.operations],
-        "checks": [[row.name, row.op, encode(row.sqnr_db), encode(row.max_steps)] for row in quantized.checks],
-        "whole": _encode_whole(quantized.whole),
-        "notes": list(quantized.notes),
-        "source": quantized.source,
-        "example": _encode_example(quantized.example),
-        "needs_network": writing.needs_network,
-        "needs_trust": sorted(set(writing.needs_trust)),
-        "network": network,
-        "tensors": writing.tensors.table,
-    }
-    description["digest"] = _digest(description, bytes(writing.tensors.data))
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w") as archive:
-        text = json.dumps(description, separators=(",", ":"), allow_nan=False)
-        # Fixed times: the same network makes the same file.
-        archive.writestr(zipfile.ZipInfo(_DESCRIPTION), text, zipfile.ZIP_DEFLATED)
-        archive.writestr(zipfile.ZipInfo(_TENSORS), bytes(writing.tensors.data), zipfile.ZIP_STORED)
-    return buffer.getvalue()
 
 
 def load_quantized(
@@ -217,12 +122,6 @@ def _decode(description: dict[str, Any], data: bytes, network: nn.Module | None,
     )
 
 
-def _encode_whole(whole: WholeCheck | None) -> list[Any] | None:
-    if whole is None:
-        return None
-    return [encode(whole.sqnr_db), [encode(draw) for draw in whole.draws], whole.output]
-
-
 def _decode_whole(data: Any) -> WholeCheck | None:
     if data is None:  # also in files of before it was kept
         return None
@@ -242,12 +141,12 @@ def _read(source: Path | io.BytesIO, shown: Any) -> tuple[dict[str, Any], bytes]
     try:
         with zipfile.ZipFile(source) as archive:
             names = archive.namelist()
-            if sorted(names) != sorted((_DESCRIPTION, _TENSORS)):
+            if sorted(names) != sorted((DESCRIPTION, TENSORS)):
                 raise ArtifactError(_what_else(archive, shown))
-            _check_entries(archive.getinfo(_DESCRIPTION), archive.getinfo(_TENSORS), shown)
-            description = json.loads(archive.read(_DESCRIPTION))
+            _check_entries(archive.getinfo(DESCRIPTION), archive.getinfo(TENSORS), shown)
+            description = json.loads(archive.read(DESCRIPTION))
             _check_format(description, shown)
-            data = archive.read(_TENSORS)
+            data = archive.read(TENSORS)
     except ArtifactError:
         raise
     except FileNotFoundError as error:
@@ -257,7 +156,7 @@ def _read(source: Path | io.BytesIO, shown: Any) -> tuple[dict[str, Any], bytes]
     except Exception as error:  # each way of packing has errors of its own, and so has each damage to it
         raise ArtifactError(_what_is_no_zip(source, shown)) from error
     # Files of the first releases have none.
-    if "digest" in description and description["digest"] != _digest(description, data):
+    if "digest" in description and description["digest"] != digest(description, data):
         raise ArtifactError(f"{shown} is damaged: it was changed after it was written. Save the network again.")
     return description, data
 
@@ -273,17 +172,6 @@ def _check_entries(description: zipfile.ZipInfo, tensors: zipfile.ZipInfo, shown
         )
 
 
-def _digest(description: dict[str, Any], data: bytes) -> str:
-    """Of all that the file says, so that a value that was changed later is not taken for a trained one.
-
-    It keeps out damage and not an attacker, who can write it anew: what runs is on lists all the same.
-    """
-    said = {key: value for key, value in description.items() if key != "digest"}
-    digest = hashlib.sha256(json.dumps(said, sort_keys=True, separators=(",", ":")).encode())
-    digest.update(data)
-    return digest.hexdigest()
-
-
 def _check_format(description: Any, shown: Any) -> None:
     found = description.get("format") if isinstance(description, dict) else None
     if type(found) is not int or found < 1:
@@ -291,7 +179,7 @@ def _check_format(description: Any, shown: Any) -> None:
     if found > FORMAT:
         writer = str(description.get("qat_lightning"))[:40]
         raise ArtifactError(
-            f"{shown} has format {found}, written by qat-lightning {writer}, and this release ({_version()}) reads "
+            f"{shown} has format {found}, written by qat-lightning {writer}, and this release ({own_version()}) reads "
             f"formats up to {FORMAT}: pip install -U qat-lightning."
         )
 
@@ -326,21 +214,6 @@ def _what_is_no_zip(source: Path | io.BytesIO, shown: Any) -> str:
     return f"{shown} is not the file of an int8 network: give what qat.save(path) wrote."
 
 
-def _encode_example(example: Example) -> Any:
-    """Shapes and types of the inputs, not their values."""
-
-    def special(value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return None
-        return {"input": [list(value.shape), encode(value.dtype)]}
-
-    try:
-        return [encode(example.args, special), encode(example.kwargs, special)]
-    except ArtifactError:
-        # Inputs of a class of the user's own: nothing but measuring latency wants them.
-        return None
-
-
 def _decode_example(data: Any) -> Example:
     """Zeros of the shapes that were saved."""
 
@@ -354,10 +227,3 @@ def _decode_example(data: Any) -> Example:
         return Example()
     args, kwargs = (decode(part, special) for part in data)
     return Example(args, kwargs)
-
-
-def _version() -> str:
-    try:
-        return version("qat-lightning")
-    except PackageNotFoundError:
-        return "unknown"

@@ -1,0 +1,136 @@
+"""Writing an int8 network to its file."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import warnings
+import zipfile
+from dataclasses import astuple
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from qat_lightning.artifact.container import DESCRIPTION, FORMAT, TENSORS, digest, own_version
+from qat_lightning.artifact.graph import Writing
+from qat_lightning.artifact.network import encode_network
+from qat_lightning.artifact.values import encode
+from qat_lightning.backends import quantized_engine
+from qat_lightning.errors import ArtifactError
+from qat_lightning.flows.base import Example, WholeCheck
+
+if TYPE_CHECKING:
+    from qat_lightning.artifact.quantized import QuantizedNetwork
+
+
+def save_quantized(quantized: QuantizedNetwork, path: str | os.PathLike[str]) -> None:
+    """Write an int8 network to one file.
+
+    The file is written beside ``path`` and then renamed, so that whatever was at ``path`` stays until the new file is
+    complete. Folders on the way are made.
+
+    Args:
+        quantized: What the callback's ``quantized`` holds, or what `load_quantized` gave.
+        path: Where to; ``.int8`` is a good suffix.
+
+    Raises:
+        ArtifactError: The network holds what no file can, or the file cannot be written.
+    """
+    target = Path(path).resolve()
+    if target.exists() and not target.is_file():
+        raise ArtifactError(f"{path} is not a file: give the name of one to save the int8 network to.")
+    data = artifact_bytes(quantized)
+    beside = target.with_name(f".{target.name}.{os.getpid()}.part")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with beside.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            beside.replace(target)
+        finally:
+            beside.unlink(missing_ok=True)
+    except OSError as error:
+        raise ArtifactError(
+            f"{path} cannot be written ({error.strerror or error}): the int8 network takes {len(data) / 1e6:.2f} MB. "
+            "What was there is as it was; give another path, or make room."
+        ) from error
+
+
+def artifact_size_mb(quantized: QuantizedNetwork) -> float:
+    """Size of the file that `save_quantized` writes: what a user ships.
+
+    Returns:
+        MB of 1,000,000 bytes.
+    """
+    return len(artifact_bytes(quantized)) / 1e6
+
+
+def artifact_bytes(quantized: QuantizedNetwork) -> bytes:
+    """The contents of the file.
+
+    Raises:
+        ArtifactError: The network holds what no file can; the message names it.
+    """
+    writing = Writing()
+    try:
+        with quantized_engine(quantized.recipe.target.engine):
+            network = encode_network(quantized.network, quantized.recipe.mode, writing)
+    except ArtifactError as error:
+        raise ArtifactError(f"The int8 network cannot be saved: {error}.") from error
+    if writing.needs_trust:
+        warnings.warn(
+            f"The int8 network calls {', '.join(sorted(set(writing.needs_trust)))}, which not every file may call: "
+            "loading it needs load_quantized(path, trusted=True).",
+            stacklevel=3,
+        )
+    description = {
+        "format": FORMAT,
+        "qat_lightning": own_version(),
+        "torch": str(torch.__version__),
+        "recipe": quantized.recipe.to_dict(),
+        "coverage": [list(astuple(row)) for row in quantized.coverage],
+        "operations": [list(astuple(row)) for row in quantized.operations],
+        "checks": [[row.name, row.op, encode(row.sqnr_db), encode(row.max_steps)] for row in quantized.checks],
+        "whole": _encode_whole(quantized.whole),
+        "notes": list(quantized.notes),
+        "source": quantized.source,
+        "example": _encode_example(quantized.example),
+        "needs_network": writing.needs_network,
+        "needs_trust": sorted(set(writing.needs_trust)),
+        "network": network,
+        "tensors": writing.tensors.table,
+    }
+    description["digest"] = digest(description, bytes(writing.tensors.data))
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        text = json.dumps(description, separators=(",", ":"), allow_nan=False)
+        # Fixed times: the same network makes the same file.
+        archive.writestr(zipfile.ZipInfo(DESCRIPTION), text, zipfile.ZIP_DEFLATED)
+        archive.writestr(zipfile.ZipInfo(TENSORS), bytes(writing.tensors.data), zipfile.ZIP_STORED)
+    return buffer.getvalue()
+
+
+def _encode_whole(whole: WholeCheck | None) -> list[Any] | None:
+    if whole is None:
+        return None
+    return [encode(whole.sqnr_db), [encode(draw) for draw in whole.draws], whole.output]
+
+
+def _encode_example(example: Example) -> Any:
+    """Shapes and types of the inputs, not their values."""
+
+    def special(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return None
+        return {"input": [list(value.shape), encode(value.dtype)]}
+
+    try:
+        return [encode(example.args, special), encode(example.kwargs, special)]
+    except ArtifactError:
+        # Inputs of a class of the user's own: nothing but measuring latency wants them.
+        return None

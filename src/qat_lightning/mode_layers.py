@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -23,15 +24,20 @@ class ByMode(nn.Module):
 
     def forward(self, *tensors: Any) -> Any:
         """Call the function on the tensors, in the order in which they come among its arguments."""
+        args, kwargs = self.arguments(tensors, training=self.training)
+        if isinstance(self.function, str):
+            return getattr(args[0], self.function)(*args[1:], **kwargs)
+        return self.function(*args, **kwargs)
+
+    def arguments(self, tensors: Iterable[Any], *, training: bool) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """What the function is called with, positional and by keyword."""
         given = iter(tensors)
 
         def fill(leaf: Any) -> Any:
             return next(given) if leaf is GIVEN else leaf
 
-        args, kwargs = fx.node.map_aggregate(self.by_mode[self.training], fill)
-        if isinstance(self.function, str):
-            return getattr(args[0], self.function)(*args[1:], **kwargs)
-        return self.function(*args, **kwargs)
+        args, kwargs = fx.node.map_aggregate(self.by_mode[training], fill)
+        return args, kwargs
 
 
 class _Given:

@@ -319,3 +319,30 @@ def test_a_file_is_for_the_sizes_that_were_fixed_and_says_so(tmp_path: Path) -> 
         QuantizationError, match=r"Positions was traced for x: \(any, 3, 8, 8\).*with x: \(1, 3, 6, 6\)"
     ):
         loaded(torch.randn(1, 3, 6, 6))
+
+
+class Attention(Base):
+    """A number that is another in evaluation is an argument of a function, and a bias that is computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.randn(4))
+        self.register_buffer("none", torch.zeros(4), persistent=False)
+        self.weight = nn.Parameter(torch.randn(8, 8))
+
+    def between(self, x: Tensor) -> Tensor:
+        tokens = x.flatten(2).transpose(1, 2)
+        assert tokens.ndim == 3
+        tokens = F.linear(tokens, weight=self.weight, bias=torch.cat((self.bias, self.none)))
+        share = 0.5 if self.training else 0.0
+        tokens = F.scaled_dot_product_attention(tokens, tokens, tokens, dropout_p=share)
+        return tokens.transpose(1, 2).unsqueeze(-1)
+
+
+def test_arguments_by_mode_and_computed_biases_go_into_a_file(tmp_path: Path) -> None:
+    prepared = get_flow("fx").prepare(Attention(), Example((IMAGES,)), Recipe("fx", "x86"))
+    prepared(IMAGES)
+    quantized = convert(prepared, Example((IMAGES,)))
+    assert [row.quantized for row in quantized.operations if row.kind == "linear"] == [True]
+    quantized.save(tmp_path / "net.int8")
+    assert torch.equal(load_quantized(tmp_path / "net.int8")(IMAGES), quantized(IMAGES))

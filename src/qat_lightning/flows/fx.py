@@ -43,12 +43,14 @@ from qat_lightning.flows.fx_fused import hide_second_names, show_fused
 from qat_lightning.flows.fx_grids import one_grid_where_kernels_keep_it
 from qat_lightning.flows.fx_layers import each_once, join, layer_rows, no_kernel
 from qat_lightning.flows.fx_left_float import float_nodes, layers_and_ops, put_float_layers, take_out_never_rounding
+from qat_lightning.flows.fx_modes import call_as_in_evaluation
 from qat_lightning.flows.fx_other_sizes import ConvertsAgain, SharedLayers
 from qat_lightning.flows.fx_shapes import CONSTANT
 from qat_lightning.flows.fx_tree import restore_children, with_batchnorms
 from qat_lightning.flows.fx_unseen import in_words, knows_no_range, put_plain_layers, take_out_unseen
 from qat_lightning.flows.fx_weights import (
     call_apart,
+    compute_biases_of_functions,
     compute_weights_for_good,
     hide_parametrized,
     materialize_weights_of_functions,
@@ -222,6 +224,7 @@ class FxFlow:
         call_apart(prepared, graph)
         show_fused(prepared)
         round_weights_of_functions(prepared, graph)
+        compute_biases_of_functions(prepared, graph)
         compute_weights_for_good(prepared, graph)
         round_weights_for_good(prepared)
         make_batchnorm_plain(prepared)
@@ -270,6 +273,7 @@ class FxFlow:
         names, without_range = {row.name for row in rows}, {node.name for node in unseen}
         operations = report(lambda: FxOperations(recording, example, names).rows(network, without_range))
         rows, operations = each_once(rows, operations)
+        call_as_in_evaluation(network)
         return Converted(network, rows, checks, notes, operations, whole)
 
     def coverage(self, prepared: nn.Module, example: Example) -> list[LayerCoverage]:

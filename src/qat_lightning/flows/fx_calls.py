@@ -13,8 +13,11 @@ _CONVOLUTION_DEFAULTS = (None, None, None, 1, 0, 1, 1)
 
 
 def give_all_arguments(graph: fx.Graph) -> None:
-    """Write functional convolutions with all their arguments in order, which upstream's lowering takes for granted."""
+    """Write functional layers with their arguments in order, which upstream's lowering takes for granted."""
     for node in graph.nodes:
+        if node.op == "call_function" and node.target is F.linear and ({"input", "weight"} & node.kwargs.keys()):
+            given = dict(zip(("input", "weight", "bias"), node.args, strict=False)) | node.kwargs
+            node.args, node.kwargs = (given["input"], given["weight"], given.get("bias")), {}
         if node.op == "call_function" and node.target in (F.conv1d, F.conv2d, F.conv3d):
             given = dict(zip(_CONVOLUTION_ARGUMENTS, node.args, strict=False)) | node.kwargs
             defaults = zip(_CONVOLUTION_ARGUMENTS, _CONVOLUTION_DEFAULTS, strict=True)

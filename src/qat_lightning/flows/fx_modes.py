@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 from qat_lightning.flows.base import Example
 from qat_lightning.flows.fx_tracer import Traced, holds_no_layer
 from qat_lightning.flows.verify import example_values
+from qat_lightning.graph_network import GraphNetwork
 from qat_lightning.mode_layers import GIVEN, ByMode, DropoutLike
 
 DROPOUTS: dict[Any, type[nn.Module]] = {
@@ -76,6 +77,21 @@ def flags_by_mode(training: Traced, evaluation: Traced) -> None:
         path = _fresh(traced.graph_module, BY_MODE if dropout is None else "_functional_dropout")
         traced.graph_module.add_module(path, dropout or ByMode(node.target, *ways))
         replace_node(traced, node, path, tuple(_nodes((node.args, node.kwargs))))
+
+
+def call_as_in_evaluation(network: GraphNetwork) -> None:
+    """Call the functions that look at a flag as they are called in evaluation, in a network that never trains again."""
+    for node in network.graph.find_nodes(op="call_module"):
+        module = network.get_submodule(str(node.target))
+        if isinstance(module, ByMode):
+            args, kwargs = module.arguments(node.args, training=False)
+            kind = "call_method" if isinstance(module.function, str) else "call_function"
+            with network.graph.inserting_before(node):
+                made = network.graph.create_node(kind, module.function, args, kwargs, name=node.name)
+            node.replace_all_uses_with(made)
+            network.graph.erase_node(node)
+            network._modules.pop(str(node.target), None)
+    network.set_graph(network.graph)
 
 
 def _dropout(node: fx.Node, other: fx.Node) -> nn.Module | None:

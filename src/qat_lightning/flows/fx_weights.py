@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
 
@@ -135,6 +136,26 @@ def round_weights_of_functions(root: nn.Module, graph: fx.Graph) -> None:
         before = node.all_input_nodes[0]
         node.replace_input_with(before, weight)
         _erase_unread(graph, before)
+
+
+@torch.no_grad()
+def compute_biases_of_functions(root: nn.Module, graph: fx.Graph) -> None:
+    """Compute each bias of a function that is computed of parameters, as of a concatenation of them, once for all.
+
+    It is as training has it, on its grid where it is on one; a kernel packs a plain one only.
+    """
+    for number, node in enumerate(node for node in graph.nodes if node.target in _WITH_BIAS):
+        bias = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
+        if not isinstance(bias, fx.Node) or bias.op == "get_attr" or not _is_constant(bias):
+            continue
+        name = _fresh(root, f"_bias_{number}")
+        root.register_parameter(name, nn.Parameter(_value(root, bias).detach().clone(), requires_grad=False))
+        with graph.inserting_before(node):
+            node.replace_input_with(bias, graph.get_attr(name))
+        _erase_unread(graph, bias)
+
+
+_WITH_BIAS = (F.linear, F.conv1d, F.conv2d, F.conv3d)
 
 
 def _weights(root: nn.Module, graph: fx.Graph) -> list[fx.Node]:

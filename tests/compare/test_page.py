@@ -89,7 +89,7 @@ def choose(browser: webdriver.Chrome, selector: str, value: str) -> None:
 
 def test_the_decision_is_said_with_its_figures(opened: Any) -> None:
     verdict = opened(RUNS).find_element(By.ID, "verdict").text
-    assert "qat fx has the lowest latency" in verdict
+    assert "qat fx is the only one of 3 int8 configurations" in verdict
     assert "2.000 ms" in verdict
     assert "out/fx-0" in verdict
 
@@ -187,8 +187,15 @@ def test_no_column_is_out_of_sight_without_a_word_and_no_label_is_cut_within_one
             )
             assert wider == cue
             assert not wider or re.search(r"\d+ columns? to the right →", said)
+            at_the_edge = browser.execute_script(
+                "const p = arguments[0], edge = p.getBoundingClientRect().left + p.clientLeft + p.clientWidth;"
+                "return [...p.querySelectorAll('thead th')].map(n => n.getBoundingClientRect())"
+                ".filter(r => r.left < edge - 2 && r.right > edge + 2).length",
+                place,
+            )
+            assert at_the_edge == 0, "a column is whole, or out of sight"
         cut = browser.execute_script(
-            "return [...document.querySelectorAll('#table .name, #table .word, #verdict .word')]"
+            "return [...document.querySelectorAll('#table .name, #table .word, #verdict .word, th > span')]"
             ".filter(n => n.scrollWidth > n.clientWidth + 1 && getComputedStyle(n).display !== 'inline')"
             ".map(n => n.textContent)"
         )

@@ -87,3 +87,4 @@ def test_a_run_that_goes_on_keeps_its_folder() -> None:
     config = composed("hydra.run.dir=mine", "seed=1", "resume=true")
     RunFolder().on_run_start(config)
     assert config.hydra.run.dir == "mine"
+    assert config.hydra.output_subdir is None, "what it began with is not written over"

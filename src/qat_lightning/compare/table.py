@@ -18,6 +18,7 @@ from qat_lightning.compare.decision import Decision
 from qat_lightning.compare.run import Run
 from qat_lightning.compare.settings import ABSENT
 from qat_lightning.compare.spread import Spread
+from qat_lightning.compare.terminal_table import TerminalTable
 
 FRONT = "●"  # on the Pareto front
 NOISY = "?"  # a latency that was measured beside other work
@@ -35,13 +36,10 @@ def rich_table(comparison: Comparison, decision: Decision) -> RenderableType:
         The table, the decision, and what is not in the table with the reason. For `rich.print`.
     """
     header, rows = cells(comparison)
-    table = Table(box=box.SIMPLE_HEAD, caption=_caption(comparison), caption_justify="left")
-    settings = len(comparison.settings) or 1
-    for place, name in enumerate(header):
-        table.add_column(Text(name), justify="left" if place <= settings else "right", overflow="fold")
-    for configuration, row in zip(comparison.configurations, rows, strict=True):
-        style = "bold green" if configuration is decision.winner else "" if configuration.on_front else "dim"
-        table.add_row(*(Text(cell) for cell in row), style=style)
+    configurations = comparison.configurations
+    styles = ["bold green" if c is decision.winner else "" if c.on_front else "dim" for c in configurations]
+    labels = [configuration.label for configuration in configurations]
+    table = TerminalTable(header, rows, labels, styles, len(comparison.settings) or 1, _caption(comparison))
     parts: list[RenderableType] = [table, Text(decision.reason, style="bold" if decision.winner else "")]
     if decision.winner is not None:
         parts += [Text(f"  {line}") for line in shipped(decision.winner)]
@@ -175,7 +173,9 @@ def _caption(comparison: Comparison) -> str:
         if configuration.noise:
             lines.append(f"{NOISY} {configuration.label}: measured beside other work, {configuration.noise}.")
     if comparison.noisy:
-        lines.append("No latency decides anything here: --remeasure times the int8 files and float again, in turn.")
+        lines.append(
+            "Latency decides nothing here: --remeasure times the int8 files and float again, where nothing else runs."
+        )
     baselines = list(dict.fromkeys(c.baseline for c in comparison.configurations if c.baseline))
     if baselines:
         lines.append(f"Drop against float, paired by seed: {', '.join(baselines)}.")

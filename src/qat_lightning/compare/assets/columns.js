@@ -3,10 +3,11 @@
 function allColumns() {
   const settings = data.settings.map((label, place) => ({ key: `setting${place}`, name: label, setting: true, text: (c) => c.values[place] }));
   const metrics = data.metrics.map((key) => ({ key: `metric:${key}`, name: key, metric: true, down: !/loss|err|latency|_ms|_mb|perplexity/i.test(key), number: (c) => (c.metrics[key] ? c.metrics[key][0] : null), spread: (c) => (c.metrics[key] ? c.metrics[key][1] : null) }));
+  const variant = { key: "variant", name: "variant", text: (c) => c.variant };
+  const figures = FIGURES.filter(measured).map((f) => ({ key: f.key, name: f.name, number: (c) => mean(c, f.key), figure: f }));
   return [
     { key: "label", name: "configuration", text: (c) => c.label },
-    { key: "variant", name: "variant", text: (c) => c.variant },
-    ...FIGURES.filter(measured).map((f) => ({ key: f.key, name: f.name, number: (c) => mean(c, f.key), figure: f })),
+    ...(innerWidth > 560 ? [variant, ...figures] : [...figures, variant]), // where there is room for one, it is the score
     { key: "n", name: "n", number: (c) => c.score[2] },
     ...settings,
     ...metrics,
@@ -60,8 +61,29 @@ function buildCues() {
     const button = el("button", { type: "button", class: "cue", on: { click: () => place.scrollBy({ left: (place.dataset.at === "end" ? -1 : 1) * place.clientWidth * 0.7, behavior: "smooth" }) } });
     place.before(button);
     place.addEventListener("scroll", () => cue(place), { passive: true });
-    new ResizeObserver(() => cue(place)).observe(place);
+    new ResizeObserver(() => fitEdge(place)).observe(place);
   }
+}
+
+const NARROWEST = 150; // of the column with names, on a phone
+
+// Where columns are out of sight, the first one takes the room behind the last that fits whole: none is cut at the edge.
+function fitEdge(place) {
+  const heads = [...place.querySelectorAll("thead th")];
+  if (heads.length < 2) return;
+  place.style.removeProperty("--first");
+  if (place.scrollWidth > place.clientWidth + 1) {
+    const least = innerWidth <= 560 ? Math.min(NARROWEST, heads[0].offsetWidth) : heads[0].offsetWidth;
+    let taken = 0;
+    for (const head of heads.slice(1)) {
+      const width = head.getBoundingClientRect().width;
+      if (least + taken + width > place.clientWidth) break;
+      taken += width;
+    }
+    if (taken) place.style.setProperty("--first", `${(place.clientWidth - taken).toFixed(2)}px`);
+  }
+  place.style.setProperty("--fixed", `${heads[0].offsetWidth}px`);
+  cue(place);
 }
 
 function cue(place) {

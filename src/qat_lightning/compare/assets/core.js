@@ -45,14 +45,16 @@ function mark(i, x, y, r) {
 }
 const swatch = (i) => svg("svg", { width: 14, height: 14, viewBox: "0 0 14 14", class: "mark", "aria-hidden": "true" }, mark(i, 7, 7, 5));
 
-// Text that is broken between its words, and within one, at its signs, only where it is wider than its place.
-const wrapped = (text) => String(text).split(/(\s+)/).map((word) => (/^\s*$/.test(word) ? word : el("span", { class: "word" },
-  word.split(/(?<=[_=./,:\-])/).flatMap((part, k) => (k ? [el("wbr", {}), part] : [part])))));
+// Text that is broken between its words, and within one, at its signs, only where it is wider than its place; words of at
+// most so many letters never.
+const wrapped = (text, whole = 0) => String(text).split(/(\s+)/).map((word) => (/^\s*$/.test(word) ? word : el("span", { class: "word" },
+  word.length <= whole ? word : word.split(/(?<=[_=./,:\-])/).flatMap((part, k) => (k ? [el("wbr", {}), part] : [part])))));
 
-// As many whole words as there is room for.
+// As many whole words as there is room for; of one that has no room alone, as many of its parts.
 function shortened(text, room) {
   if (text.length <= room) return text;
-  const parts = text.split(/(?<=[\s_=./,:\-])/);
+  const words = text.split(/(?<=\s)/);
+  const parts = words[0].trimEnd().length < room ? words : text.split(/(?<=[\s_=./,:\-])/);
   let kept = "";
   for (const part of parts) { if (kept && (kept + part).trimEnd().length > room - 1) break; kept += part; }
   return kept.length < text.length ? `${kept.replace(/[\s_=./,:\-]+$/, "")} …` : text;

@@ -9,17 +9,17 @@ function buildVerdict() {
     place.classList.add("won");
     const figures = FIGURES.filter((f) => winner[f.key] && f.key !== "agreement").map((f) => el("div", {}, el("dt", {}, f.name.replace(/ \(.*/, "")),
       el("dd", {}, f.text(digits(mean(winner, f.key), f.digits)), " ", deviation(winner, f.key) === null ? null : el("small", {}, `± ${digits(deviation(winner, f.key), f.digits)}`), doubted(winner, f.key) ? el("span", { class: "doubt", title: winner.noise }, "?") : null)));
-    place.append(el("p", { class: "kicker" }, "Ship this"), el("p", { class: "winner" }, wrapped(winner.label)), el("p", {}, data.reason),
+    place.append(el("p", { class: "kicker" }, "Ship this"), el("p", { class: "winner" }, wrapped(winner.label)), el("p", {}, wrapped(data.reason)),
       el("dl", { class: "figures" }, figures), el("ul", { class: "files" }, data.shipped.map((path) => el("li", {}, wrapped(path)))));
   } else {
     place.classList.toggle("none", asked);
-    place.append(el("p", { class: "kicker" }, asked ? "Nothing qualifies" : "No decision"), el("p", {}, data.reason));
+    place.append(el("p", { class: "kicker" }, asked ? "Nothing qualifies" : "No decision"), el("p", {}, wrapped(data.reason)));
   }
 }
 
 function buildDifferences() {
-  const head = el("tr", {}, el("th", { scope: "col" }, el("span", {}, "setting")), all.map((c, i) => el("th", { scope: "col" }, el("span", {}, swatch(i), " ", wrapped(c.label)))));
-  const rows = data.differences.filter(({ part }) => !part).map(({ key, values }) => el("tr", {}, el("th", { scope: "row", class: "key" }, key), values.map((value) => el("td", { class: "key" }, value))));
+  const head = el("tr", {}, el("th", { scope: "col" }, el("span", {}, "setting")), all.map((c, i) => el("th", { scope: "col" }, el("span", {}, swatch(i), " ", wrapped(c.label, 18)))));
+  const rows = data.differences.filter(({ part }) => !part).map(({ key, values }) => el("tr", {}, el("th", { scope: "row", class: "key" }, wrapped(key)), values.map((value) => el("td", { class: "key" }, wrapped(value, 18)))));
   if (!rows.length) rows.push(el("tr", {}, el("td", { class: "empty", colspan: all.length + 1 }, "Nothing but the seed.")));
   byId("differences").append(el("thead", {}, head), el("tbody", {}, rows));
   const parts = data.differences.filter(({ part }) => part).map(({ key, values }) => [key, values.find((value) => value !== "–")]);
@@ -50,12 +50,13 @@ function draw() {
 
 function start() {
   const runs = all.reduce((sum, c) => sum + c.runs.length, 0);
-  byId("about").textContent = `${runs} runs in ${all.length} configurations, written ${data.written}`;
+  byId("about").append(...wrapped(`${runs} runs in ${all.length} configurations, written ${data.written}`));
   const better = data.metric.larger ? "larger" : "smaller";
   const baselines = [...new Set(all.map((c) => c.baseline).filter(Boolean))];
-  byId("table-note").textContent = `${data.metric.name}: ${better} is better. ± sample standard deviation over n seeds.`
+  const note = `${data.metric.name}: ${better} is better. ± sample standard deviation over n seeds.`
     + (baselines.length ? ` Drop against float, paired by seed: ${baselines.join(", ")}.` : "")
-    + (data.noisy ? " ?: measured beside other work; no latency decides anything here, and --remeasure times the int8 files and float again, in turn." : "");
+    + (data.noisy ? " ?: measured beside other work; no latency decides anything here, and --remeasure times the int8 files and float again, where nothing else runs." : "");
+  byId("table-note").append(...wrapped(note));
   const first = [data.winner, data.runnerUp, ...[...all.keys()].filter((i) => all[i].front), ...all.keys()].filter((i) => i !== null);
   state.picked = new Set([...new Set(first)].slice(0, MAX_DRAWN));
   buildVerdict();

@@ -96,7 +96,7 @@ function drawTable() {
   if (focused) { const again = byId("table").querySelector(focused); if (again) again.focus({ preventScroll: true }); }
   byId("count").textContent = `${state.visible.size} of ${all.length} shown, ${drawn().length} of them drawn below`;
   countColumns(shown.length);
-  cue(byId("table").closest(".scroll"));
+  fitEdge(byId("table").closest(".scroll"));
 }
 
 // Rows with the same setting together, in the order of the best of each.

@@ -20,9 +20,11 @@ from qat_lightning.artifact.quantized import QuantizedNetwork
 from qat_lightning.calibration import calibrate
 from qat_lightning.errors import ArtifactError, ConversionError, NetworkError, QuantizationError
 from qat_lightning.faults import Conversion, convert_what_can_be, joined, leaving_float, quantize_what_can_be
-from qat_lightning.flows.base import Example, LayerCoverage, get_flow
+from qat_lightning.flows.base import Example, LayerCoverage, get_flow, in_float32
 from qat_lightning.flows.compile_switch import without_compiling
 from qat_lightning.flows.coverage import int8_share
+from qat_lightning.flows.precision import refuse_mixed
+from qat_lightning.flows.upstream_memory import give_back_memory
 from qat_lightning.kinds import DIRECT
 from qat_lightning.recipe import Recipe
 from qat_lightning.training_flags import plain_train
@@ -91,8 +93,18 @@ def rehearse(
         >>> found.left_float, found.int8_macs, found.unsaved
         ({}, 1.0, '')
     """
+    try:
+        return _rehearse(network, example, recipe, prefix, on_fault, inspect)
+    finally:
+        give_back_memory()
+
+
+def _rehearse(
+    network: nn.Module, example: Example, recipe: Recipe, prefix: str, on_fault: OnFault, inspect: Inspect | None
+) -> Rehearsal:
     with _nothing_moves(), without_compiling():
-        copied = copy.deepcopy(network).cpu().float()
+        refuse_mixed(network, example)
+        copied, example = copy.deepcopy(network).cpu().float(), in_float32(example)
         for parameter in copied.parameters():
             parameter.grad = None
         if recipe.kind in DIRECT:

@@ -80,8 +80,8 @@ def decode_packed_layer(data: dict[str, Any], tensors: TensorReader) -> nn.Modul
     scale, zero_point = float(numbers.pop("scale")), int(numbers.pop("zero_point"))
     check_grid(scale, zero_point, torch.uint8)
     _check_tensors(weight, bias, 2 if kind in _LINEAR else int(kind[-2]) + 2, transposed=kind in _TRANSPOSED)
+    # The constructors pack a weight of their own, for which the smallest will do.
     if kind in _LINEAR:
-        # The constructor packs a weight of its own, for which the smallest will do.
         layer = _CLASSES[kind](1, 1, **_slope(kind, numbers))
         layer.out_features, layer.in_features = weight.shape
     else:
@@ -105,7 +105,9 @@ def _convolution(kind: str, numbers: dict[str, Any], weight: Any) -> Any:
     else:
         first, second = weight.shape[1] * groups, weight.shape[0]
     kernel = tuple(weight.shape[2:])
-    return _CLASSES[kind](first, second, kernel, groups=groups, padding_mode=padding_mode, **sizes)
+    layer = _CLASSES[kind](1, 1, (1,) * len(kernel), padding_mode=padding_mode, **sizes)
+    layer.in_channels, layer.out_channels, layer.kernel_size, layer.groups = first, second, kernel, groups
+    return layer
 
 
 def _check_tensors(weight: Any, bias: Any, dims: int, *, transposed: bool = False) -> None:

@@ -1,6 +1,6 @@
 """Names that have moved: see `qat_lightning.modes` and `qat_lightning.graph`."""
 
-from qat_lightning.graph.example import Example
+from qat_lightning.graph.example import Example, in_float32
 from qat_lightning.modes.prepared import (
     copy_of_modules,
     cpu_copy,
@@ -34,6 +34,7 @@ __all__ = [
     "float_keys",
     "follow_course",
     "get_flow",
+    "in_float32",
     "in_training_step",
     "is_prepared",
     "materialize_weights",

@@ -5,13 +5,12 @@ Each mode finds its own rows (`fx_coverage`, `eager_coverage`, `pt2e.coverage`);
 
 from __future__ import annotations
 
-import copy
 import math
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,7 +23,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from qat_lightning.flows.base import Example, LayerCoverage
 from qat_lightning.flows.eager_chains import function_name, run_apart
-from qat_lightning.flows.verify import Recorder
+from qat_lightning.flows.recording import copy_of
+from qat_lightning.flows.without_arithmetic import nested, on_a_copy, shapes
 
 MOVES = frozenset(
     {
@@ -84,14 +84,36 @@ class _Uses(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def used_modules(network: nn.Module, example: Example) -> set[str]:
-    """The names of the modules that one call of a network calls, or whose parameters it reads.
+@dataclass(frozen=True)
+class FloatRun:
+    """What one run of a float network shows.
+
+    Attributes:
+        used: The names of the modules that it calls, or whose parameters it reads.
+        flops: The floating point operations in each module; None where they could not be counted.
+    """
+
+    used: set[str]
+    flops: dict[str, int] | None
+
+
+def float_run(network: nn.Module, example: Example) -> FloatRun:
+    """Run a float network and look on.
 
     Args:
-        network: The float network; left as it is.
+        network: Left as it is.
         example: The call.
     """
-    network = copy.deepcopy(network).cpu().float()
+    try:
+        return on_a_copy(network, lambda copied, context: _run(copied, context, example, counter()))
+    except Exception as error:  # noqa: BLE001 - whatever a custom op does to a counter must not cost the conversion
+        warnings.warn(f"Multiply-accumulates were not counted: {type(error).__name__}: {error}", stacklevel=2)
+        return on_a_copy(network, lambda copied, context: _run(copied, context, example, None))
+
+
+def _run(
+    network: nn.Module, context: AbstractContextManager[Any], example: Example, counted: FlopCounterMode | None
+) -> FloatRun:
     owners: dict[int, str] = {}
     called: set[str] = set()
     for name, module in network.named_modules():
@@ -99,23 +121,38 @@ def used_modules(network: nn.Module, example: Example) -> set[str]:
         module.register_forward_pre_hook(lambda module, args, name=name: called.add(name))
     uses = _Uses(owners)
     with in_single_products():
-        run_apart(network, example, uses)
-    return called | uses.used
+        run_apart(network, example, nested(context, counted or nullcontext(), uses))
+    return FloatRun(called | uses.used, None if counted is None else flops_by_module(network, counted))
 
 
-class FlopRecorder(Recorder):
-    """Runs a graph, and keeps the value and the floating point operations of each node by its name."""
+def flops_by_module(network: nn.Module, counted: FlopCounterMode) -> dict[str, int]:
+    """What was counted in each module of a network, by its name."""
+    root = type(network).__name__
+    counts = {name: sum(ops.values()) for name, ops in counted.get_flop_counts().items()}
+    return {"" if name == root else name.removeprefix(f"{root}."): count for name, count in counts.items()}
 
-    def __init__(self, module: nn.Module, graph: fx.Graph) -> None:
-        super().__init__(module, graph)
-        self.flops: dict[str, int] = {}
 
-    def run_node(self, n: fx.Node) -> Any:
-        """Run one node and count."""
-        with in_single_products(), counter() as counted:
-            value = super().run_node(n)
-        self.flops[n.name] = counted.get_total_flops()
-        return value
+@torch.no_grad()
+def flops_of(node: fx.Node, values: Mapping[str, Any], root: nn.Module) -> int:
+    """The floating point operations of one node of a graph.
+
+    Args:
+        node: It.
+        values: Of the nodes before it, in a run of the graph.
+        root: Holds the modules that the graph calls.
+    """
+    run = fx.Interpreter(root, graph=node.graph)
+
+    def count(context: AbstractContextManager[Any]) -> int:
+        arguments = fx.node.map_arg((node.args, node.kwargs), lambda source: copy_of(values[source.name]))
+        with context, in_single_products(), counter() as counted:
+            getattr(run, node.op)(node.target, *arguments)
+        return int(counted.get_total_flops())
+
+    try:
+        return count(shapes())
+    except Exception:  # noqa: BLE001 - whatever it is, a run on values says it again if it is the network's own
+        return count(nullcontext())
 
 
 def macs_of(flops: int, example: Example) -> int | None:
@@ -136,24 +173,17 @@ def is_float(value: Any) -> bool:
     return isinstance(value, Tensor) and (value.is_floating_point() or value.is_quantized)
 
 
-def layers_with_macs(rows: Sequence[LayerCoverage], float_network: nn.Module, example: Example) -> list[LayerCoverage]:
+def layers_with_macs(rows: Sequence[LayerCoverage], run: FloatRun, example: Example) -> list[LayerCoverage]:
     """The rows of layers with the multiply-accumulates that each has in one call of the float network.
 
     Args:
         rows: One for each layer.
-        float_network: Left as it is.
-        example: One call.
+        run: Of the float network.
+        example: Its call.
     """
-    network = copy.deepcopy(float_network).cpu().float()
-    try:
-        with in_single_products(), counter() as counted:
-            run_apart(network, example)
-    except Exception as error:  # noqa: BLE001 - whatever a custom op does to a counter must not cost the conversion
-        warnings.warn(f"Multiply-accumulates were not counted: {type(error).__name__}: {error}", stacklevel=2)
+    if run.flops is None:
         return list(rows)
-    root = type(network).__name__
-    counts = {name.removeprefix(f"{root}."): sum(ops.values()) for name, ops in counted.get_flop_counts().items()}
-    return [replace(row, macs=macs_of(counts.get(row.name or root, 0), example)) for row in rows]
+    return [replace(row, macs=macs_of(run.flops.get(row.name, 0), example)) for row in rows]
 
 
 def merged(rows: Iterable[LayerCoverage]) -> list[LayerCoverage]:
@@ -250,11 +280,3 @@ def report(find: Callable[[], list[LayerCoverage]]) -> list[LayerCoverage]:
     except Exception as error:  # noqa: BLE001
         warnings.warn(f"There is no report of the ops: {type(error).__name__}: {error}", stacklevel=2)
         return []
-
-
-@torch.no_grad()
-def record(module: nn.Module, graph: fx.Graph, inputs: Sequence[Any]) -> FlopRecorder:
-    """Run a graph once; see `FlopRecorder`."""
-    recorder = FlopRecorder(module, graph)
-    recorder.run(*inputs)
-    return recorder

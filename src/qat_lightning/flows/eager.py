@@ -29,22 +29,23 @@ from qat_lightning.flows.base import (
     copy_of_modules,
     cpu_copy,
     follow_course,
+    in_float32,
     is_prepared,
     prepared_state,
     refuse_simulated,
     set_phase,
 )
-from qat_lightning.flows.coverage import layers_with_macs, report
 from qat_lightning.flows.eager_calls import LATER, Grids, count_in, grids_of
 from qat_lightning.flows.eager_chains import Chain, find_chains, float_functions, join, observe, run_apart
 from qat_lightning.flows.eager_check import check_layers, run
-from qat_lightning.flows.eager_coverage import REPORTED, eager_operations
+from qat_lightning.flows.eager_coverage import REPORTED, eager_rows
 from qat_lightning.flows.eager_forwards import take_forwards_as_a_whole, with_calls
 from qat_lightning.flows.eager_int8 import Int8Layer, make_int8
 from qat_lightning.flows.eager_layers import HEADS, LINKS, ChainHead, become, without_fast_paths
 from qat_lightning.flows.eager_outputs import plain_outputs
 from qat_lightning.flows.left_float import follow_checkpoints, leave_weights_float, with_reasons
 from qat_lightning.flows.other_quantization import refuse_other_quantization
+from qat_lightning.flows.precision import refuse_mixed
 from qat_lightning.flows.qconfig import make_qconfig
 from qat_lightning.grid import EPS
 from qat_lightning.modes.prepared import PreparedState
@@ -61,16 +62,18 @@ class EagerFlow:
         if is_prepared(network):
             raise NetworkError(f"{type(network).__name__} is prepared for quantization already.")
         refuse_other_quantization(network)
+        refuse_mixed(network, example)
         keep_tapes()
         observation = observe(network, example)
         float_network = copy_of_modules(network)
         chains, reasons = find_chains(network, observation, recipe, prefix)
-        if not chains:
+        if not any(chain.reached for chain in chains):
+            reasons |= {chain.name: "the example does not run it" for chain in chains}
             why = "; ".join(f"{name or 'itself'}: {reason}" for name, reason in list(reasons.items())[:12])
             raise NetworkError(
                 f"There is nothing to quantize in {type(network).__name__}: "
-                f"{why or 'it has no convolution and no linear layer'}. Look at include and exclude, or give another "
-                "module=."
+                f"{why or 'it has no convolution and no linear layer'}. Look at include and exclude, or give "
+                "example_inputs= with which its forward runs such a layer, or another module=."
             )
         without_fast_paths(network)
         make_batchnorm_freezable(network)
@@ -97,7 +100,7 @@ class EagerFlow:
         """Put int8 kernels into a copy of the float network, and verify each; see `Flow.convert`."""
         refuse_simulated(prepared_state(prepared).recipe)
         with _quiet():
-            return self._convert(prepared, example)
+            return self._convert(prepared, in_float32(example))
 
     def _convert(self, prepared: nn.Module, example: Example) -> Converted:
         state = prepared_state(prepared)
@@ -116,16 +119,15 @@ class EagerFlow:
             _load_rest(network, prepared)
             checks, whole = check_layers(prepared, network, heads, _int8_layers(network), example, target)
         notes = [*_notes(plan, checks), *_in_words(whole)]
-        rows = layers_with_macs(_coverage(state, plan), state.float_network, example)
-        operations = report(lambda: eager_operations(state.float_network, plan, example))
+        rows, operations = eager_rows(_coverage(state, plan), state.float_network, plan, example)
         return Converted(network, rows, checks, notes, operations, whole)
 
     def coverage(self, prepared: nn.Module, example: Example) -> list[LayerCoverage]:
         """See `Flow.coverage`."""
         state = prepared_state(prepared)
         rows = with_reasons(_coverage(state, state.plan), state.left_float)
-        rows = layers_with_macs(rows, state.float_network, example)
-        return [*rows, *report(lambda: eager_operations(state.float_network, state.plan, example))]
+        rows, operations = eager_rows(rows, state.float_network, state.plan, example)
+        return [*rows, *operations]
 
     def parts(self, prepared: nn.Module) -> list[str]:
         """See `Flow.parts`."""
@@ -314,11 +316,16 @@ def _holding(scales: Tensor, weight: Tensor, bias: Tensor | None, in_scale: Tens
 
 def _load_rest(network: nn.Module, prepared: nn.Module) -> None:
     """Give the int8 network all trained values that are not in int8 layers, through a strict ``state_dict``."""
-    # The dictionary of the int8 network itself: its versions say how packed weights are laid out.
-    trained, state = prepared.state_dict(), network.state_dict()
-    layers = tuple(f"{name}." if name else "" for name in _int8_layers(network))
-    state.update({key: trained[key] for key in state if not key.startswith(layers)})
-    network.load_state_dict(state)
+    layers = _int8_layers(network)
+    inside = tuple(f"{name}." if name else "" for name in layers)
+    packed = {layer: layer._modules.pop("op") for layer in set(layers.values())}  # which loading would pack anew
+    try:
+        trained, state = prepared.state_dict(), network.state_dict()
+        state.update({key: trained[key] for key in state if not key.startswith(inside)})
+        network.load_state_dict(state)
+    finally:
+        for layer, op in packed.items():
+            layer._modules["op"] = op
     buffers = dict(prepared.named_buffers())
     for name, buffer in network.named_buffers():
         if name not in state and name in buffers:

@@ -20,10 +20,12 @@ from torch.utils._pytree import tree_leaves, tree_map
 from qat_lightning.backends import Backend
 from qat_lightning.errors import NetworkError
 from qat_lightning.flows.base import Example
+from qat_lightning.flows.without_arithmetic import nested
 from qat_lightning.recipe import Recipe
 from qat_lightning.structures import look_into
 
 Key = tuple[int, int]
+Inside = AbstractContextManager[Any] | None
 
 HEAD_TYPES = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 BATCHNORM_OF = {
@@ -64,7 +66,7 @@ def function_name(function: Any) -> str | None:
 
 @dataclass(frozen=True)
 class Chain:
-    """A layer and what its int8 kernel does besides; plain values, as an artifact holds them.
+    """A layer and what its int8 kernel does besides; plain values, as a file holds them.
 
     Attributes:
         name: The convolution or linear layer.
@@ -108,13 +110,7 @@ class _Call:
 
 
 class Observation(TorchFunctionMode):
-    """Everything that one run of a network calls.
-
-    Attributes:
-        calls: In order.
-        result: What the network returns.
-        returned: The tensors in it.
-    """
+    """Everything that one run of a network calls, in order; its result, and the tensors in it."""
 
     result: Any = None
 
@@ -126,6 +122,7 @@ class Observation(TorchFunctionMode):
         self.returned: set[Key] = set()
         self._alive: list[Tensor] = []
         self._inside: list[tuple[Key, ...]] = []
+        self._read: set[int] | None = None
 
     def keys(self, values: Any) -> tuple[Key, ...]:
         """The tensors in any structure."""
@@ -163,6 +160,13 @@ class Observation(TorchFunctionMode):
         """The calls of one module."""
         return self._of[module]
 
+    def reads(self, module: nn.Module) -> bool:
+        """Whether a function takes a tensor of ``module``'s, or the network returns it."""
+        if self._read is None:
+            functions = [call.inputs for call in self.calls if not call.module and call.function != "embedding"]
+            self._read = {key[0] for keys in (*functions, self.returned) for key in keys}
+        return any(id(own) in self._read for own in (*module._parameters.values(), *module._buffers.values()))
+
     def writes_over_its_input(self, module: nn.Module) -> bool:
         """Whether somebody reads what a call of ``module`` was given after it, and so what it left there."""
         given = {key for call in self._of[module] for key in call.inputs}
@@ -181,8 +185,8 @@ class Observation(TorchFunctionMode):
             self._consumers[key].append(call)
 
 
-def observe(network: nn.Module, example: Example) -> Observation:
-    """Run ``network`` once and look on; see `run_apart`.
+def observe(network: nn.Module, example: Example, context: Inside = None) -> Observation:
+    """Run ``network`` once and look on, within a context; see `run_apart`.
 
     Raises:
         NetworkError: The network does not run on the example.
@@ -194,7 +198,7 @@ def observe(network: nn.Module, example: Example) -> Observation:
             handles.append(module.register_forward_pre_hook(observation.enter, with_kwargs=True))
             handles.append(module.register_forward_hook(observation.leave, with_kwargs=True))
     try:
-        observation.result = run_apart(network, example, observation)
+        observation.result = run_apart(network, example, nested(context or nullcontext(), observation))
     except Exception as error:
         raise NetworkError(
             f"{type(network).__name__} does not run on its example inputs: {type(error).__name__}: {error}. Give "
@@ -208,7 +212,7 @@ def observe(network: nn.Module, example: Example) -> Observation:
 
 
 @torch.no_grad()
-def run_apart(network: nn.Module, example: Example, inside: AbstractContextManager[Any] | None = None) -> Any:
+def run_apart(network: nn.Module, example: Example, inside: Inside = None) -> Any:
     """Run ``network`` in eval mode without grad, and leave it, its buffers, the example and the RNG as they were."""
     device = next((p.device for p in network.parameters()), torch.device("cpu"))
     look_into(example.args, example.kwargs)
@@ -259,9 +263,6 @@ def find_chains(
         int8: Whether the chains are to run as int8 kernels, which not every layer has.
     """
     names = {module: name for name, module in network.named_modules()}
-    used_by_functions = {
-        key[0] for call in observation.calls if not call.module and call.function != "embedding" for key in call.inputs
-    }
     chains: list[Chain] = []
     reasons: dict[str, str] = {}
     links = _Links(names, observation, replace(recipe, include=()), prefix)
@@ -271,7 +272,7 @@ def find_chains(
         reason = why_not(module, recipe.target) if int8 else _why_no_weight(module)
         if not recipe.selects(join(prefix, name)):
             reason = "excluded"
-        elif not reason and any(id(parameter) in used_by_functions for parameter in module._parameters.values()):
+        elif not reason and observation.reads(module):
             reason = "its parameters are used by a function, and not by calling the layer"
         if reason:
             reasons[name] = reason
@@ -353,7 +354,7 @@ class _Links:
         if type(follower) is not BATCHNORM_OF[type(head)] or not self._not_excluded(follower):
             return False
         bn: Any = follower
-        if bn.running_mean is None or bn.running_var is None:
+        if bn.running_mean is None or bn.running_var is None or self.observation.reads(bn):
             return False
         if isinstance(head, nn.Linear) and any(call.output_dim != 2 for call in calls):
             return False

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import copy
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,8 +14,18 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from qat_lightning.flows.base import Example, LayerCoverage
-from qat_lightning.flows.coverage import MOVES, counter, in_single_products, macs_of, merged
-from qat_lightning.flows.eager_chains import HEAD_TYPES, Observation, function_name, observe, run_apart
+from qat_lightning.flows.coverage import (
+    MOVES,
+    FloatRun,
+    counter,
+    flops_by_module,
+    in_single_products,
+    layers_with_macs,
+    macs_of,
+    merged,
+)
+from qat_lightning.flows.eager_chains import HEAD_TYPES, Observation, function_name, observe
+from qat_lightning.flows.without_arithmetic import nested, on_a_copy
 
 _FUNCTION = "functions stay float in mode='eager'"
 _ALONE = "it does not follow one int8 layer directly, whose kernel would do it"
@@ -68,17 +79,39 @@ class _BetweenLayers(TorchFunctionMode):
 
 
 @torch.no_grad()
-def eager_operations(float_network: nn.Module, plan: Mapping[str, Any], example: Example) -> list[LayerCoverage]:
-    """A row for each activation and BatchNorm that is in no chain, and one for each function.
+def eager_rows(
+    layers: list[LayerCoverage], float_network: nn.Module, plan: Mapping[str, Any], example: Example
+) -> tuple[list[LayerCoverage], list[LayerCoverage]]:
+    """The rows of layers, with their multiply-accumulates, and of what is between them.
+
+    Between them there is a row for each activation and BatchNorm that is in no chain, and one for each function.
 
     Args:
+        layers: A row for each.
         float_network: Left as it is.
         plan: The chains that are int8.
         example: One call.
     """
-    network = copy.deepcopy(float_network).cpu().float()
-    observation = observe(network, example)
-    names = {module: name for name, module in network.named_modules()}
+    try:
+        seen = on_a_copy(float_network, lambda network, context: _look(network, context, example))
+    except Exception as error:  # noqa: BLE001 - a report must not cost a training or a conversion
+        warnings.warn(f"There is no report of the ops: {type(error).__name__}: {error}", stacklevel=2)
+        return layers, []
+    return layers_with_macs(layers, seen.run, example), _operations(seen, plan, example)
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What a network calls, the names of its modules, and what is between its layers and in them."""
+
+    observation: Observation
+    names: dict[nn.Module, str]
+    between: _BetweenLayers
+    run: FloatRun
+
+
+def _operations(seen: _Seen, plan: Mapping[str, Any], example: Example) -> list[LayerCoverage]:
+    observation, names, between = seen.observation, seen.names, seen.between
     in_chains = {name for chain in plan["chains"] for name in _parts(chain)}
     on_grid = _outputs(observation, names, plan)
     rows = []
@@ -91,12 +124,16 @@ def eager_operations(float_network: nn.Module, plan: Mapping[str, Any], example:
             continue
         pooled = call.function == "max_pool2d" and set(call.inputs) <= on_grid
         rows.append(LayerCoverage(call.function, call.function, pooled, "" if pooled else _FUNCTION, what="op"))
-    counted = copy.deepcopy(float_network).cpu().float()
-    between = _BetweenLayers(counted)
-    with in_single_products():
-        run_apart(counted, example, between)
     outside = Counter(between.calls)
     return [_with_macs(row, between.flops, example) for row in _outside(merged(rows), outside)]
+
+
+def _look(network: nn.Module, context: AbstractContextManager[Any], example: Example) -> _Seen:
+    between, counted = _BetweenLayers(network), counter()
+    with in_single_products():
+        observation = observe(network, example, nested(context, counted, between))
+    names = {module: name for name, module in network.named_modules()}
+    return _Seen(observation, names, between, FloatRun(set(), flops_by_module(network, counted)))
 
 
 def _outside(rows: list[LayerCoverage], calls: Mapping[str, int]) -> Iterator[LayerCoverage]:

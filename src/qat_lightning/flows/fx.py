@@ -29,16 +29,18 @@ from qat_lightning.flows.base import (
     LayerCoverage,
     copy_of_modules,
     follow_course,
+    in_float32,
     materialize_weights,
     prepared_state,
     refuse_simulated,
 )
-from qat_lightning.flows.coverage import layers_with_macs, report
+from qat_lightning.flows.coverage import float_run, layers_with_macs, report
 from qat_lightning.flows.fx_alignment import mark_origins, take_origins
 from qat_lightning.flows.fx_batchnorm import as_upstream_wants, give_parameters
 from qat_lightning.flows.fx_calls import unfoldable_batchnorms
 from qat_lightning.flows.fx_config import backend_config, qconfig_mapping
 from qat_lightning.flows.fx_coverage import FxOperations
+from qat_lightning.flows.fx_draws import hide_lasting_dropouts
 from qat_lightning.flows.fx_fused import hide_second_names, show_fused
 from qat_lightning.flows.fx_grids import one_grid_where_kernels_keep_it
 from qat_lightning.flows.fx_layers import each_once, join, layer_rows, no_kernel
@@ -61,6 +63,7 @@ from qat_lightning.flows.fx_weights import (
 )
 from qat_lightning.flows.left_float import follow_checkpoints, leave_weights_float, with_reasons
 from qat_lightning.flows.other_quantization import forget_qconfigs, refuse_other_quantization
+from qat_lightning.flows.precision import refuse_mixed
 from qat_lightning.flows.source_lines import line_at_fault
 from qat_lightning.flows.tracing import (
     leave_inside_float,
@@ -69,6 +72,7 @@ from qat_lightning.flows.tracing import (
     take_out_constants,
     trace,
 )
+from qat_lightning.flows.upstream_memory import nothing_remembered
 from qat_lightning.flows.verify import check_layers
 from qat_lightning.graph_network import GraphNetwork
 from qat_lightning.modes.prepared import PreparedState
@@ -101,9 +105,11 @@ class FxPlan(HoldsGraphs):
 class FxFlow:
     """`Flow` for ``mode="fx"``."""
 
+    @nothing_remembered()
     def prepare(self, network: nn.Module, example: Example, recipe: Recipe, *, prefix: str = "") -> GraphNetwork:
         """See `Flow.prepare`."""
         refuse_other_quantization(network)
+        refuse_mixed(network, example)
         forget_qconfigs(network)
         keep_tapes()
         make_batchnorm_plain(network)  # of a preparation before
@@ -117,6 +123,7 @@ class FxFlow:
         leave_inside_float(graph_module, selected)
         passes.pass_over_identities(graph_module)
         fx_pads.name_zero_pads(graph_module, selected)
+        show_dropouts = hide_lasting_dropouts(graph_module.graph)
         read = set_aside(graph_module, graph_module.graph)
         put_constants_back = take_out_constants(graph_module.graph)
         show_parametrized = hide_parametrized(graph_module)
@@ -157,6 +164,7 @@ class FxFlow:
                     f"{type(error).__name__}: {error}. Try mode='pt2e' or mode='eager', or exclude the part at fault."
                 ) from error
         show_parametrized(prepared)
+        lasting = show_dropouts(prepared.graph)
         put_constants_back(prepared.graph)
         for module, flag in flags.items():
             module.training = flag
@@ -169,7 +177,7 @@ class FxFlow:
         plan = FxPlan(prepared.graph, prepared.meta)
         plan.scopes = {name: scope[0] for name, scope in scopes.items()}
         plan.float_ops = passes.round_tensors_only(prepared, network, example) + passes.calls_of(prepared, unfoldable)
-        plan.float_ops += weights_from_inputs(prepared)
+        plan.float_ops += weights_from_inputs(prepared) + lasting
         plan.float_ops += passes.with_own_grids(prepared)
         one_grid_where_kernels_keep_it(prepared)
         plan.dropped = passes.observe_only_after_relu(prepared)
@@ -205,12 +213,14 @@ class FxFlow:
         )
         return result
 
+    @nothing_remembered()
     def convert(self, prepared: nn.Module, example: Example) -> Converted:
         """See `Flow.convert`."""
         state = prepared_state(prepared)
         plan: FxPlan = state.plan
         target = state.recipe.target
         refuse_simulated(state.recipe)
+        example = in_float32(example)
         assert isinstance(prepared, GraphNetwork)
         recording = copy.deepcopy(prepared)
         if knows_no_range(prepared):
@@ -260,7 +270,7 @@ class FxFlow:
         for parameter in network.parameters():
             parameter.requires_grad_(False)
         try:
-            checks, whole = check_layers(recording, network, example, target, take_origins(network.graph))
+            found = check_layers(recording, network, example, target, take_origins(network.graph))
         except RuntimeError as error:
             raise ConversionError(
                 f"A kernel of backend {target.name!r} refuses the int8 {type(state.float_network).__name__}: {error}"
@@ -268,19 +278,23 @@ class FxFlow:
         notes = (
             [f"No finite range was ever observed for {in_words(unseen)}: what is there stays float."] if unseen else []
         )
-        rows = with_reasons(layer_rows(state, network, example, left), state.left_float)
-        rows = layers_with_macs(rows, state.float_network, example)
+        seen = float_run(state.float_network, example)
+        rows = with_reasons(layer_rows(state, network, seen.used, left), state.left_float)
+        rows = layers_with_macs(rows, seen, example)
         names, without_range = {row.name for row in rows}, {node.name for node in unseen}
-        operations = report(lambda: FxOperations(recording, example, names).rows(network, without_range))
+        operations = report(
+            lambda: FxOperations(recording, example, names, found.values).rows(found.integers, without_range)
+        )
         rows, operations = each_once(rows, operations)
         call_as_in_evaluation(network)
-        return Converted(network, rows, checks, notes, operations, whole)
+        return Converted(network, rows, found.checks, notes, operations, found.whole)
 
     def coverage(self, prepared: nn.Module, example: Example) -> list[LayerCoverage]:
         """See `Flow.coverage`."""
         state = prepared_state(prepared)
-        rows = with_reasons(layer_rows(state, prepared, example, set()), state.left_float)
-        rows = layers_with_macs(rows, state.float_network, example)
+        seen = float_run(state.float_network, example)
+        rows = with_reasons(layer_rows(state, prepared, seen.used, set()), state.left_float)
+        rows = layers_with_macs(rows, seen, example)
         names = {row.name for row in rows}
         rows, operations = each_once(rows, report(lambda: FxOperations(prepared, example, names).rows()))
         return [*rows, *operations]

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from qat_lightning.backends import quantized_engine
 from qat_lightning.flows.base import Example, LayerCoverage, prepared_state
-from qat_lightning.flows.coverage import MOVES, MOVING_MODULES, is_float, macs_of, merged, record
+from qat_lightning.flows.coverage import MOVES, MOVING_MODULES, flops_of, is_float, macs_of, merged
 from qat_lightning.flows.fx_config import LEFT_FLOAT, backend_config
 from qat_lightning.flows.fx_layers import UNSEEN
 from qat_lightning.flows.fx_passes import OWN_GRIDS
 from qat_lightning.flows.places import op_name, rounding_of
-from qat_lightning.flows.verify import example_values
-from qat_lightning.graph_network import GraphNetwork
+from qat_lightning.flows.recording import example_values, run_of
 
 _WRITE_INSTEAD: dict[Any, tuple[str, str]] = {
     torch.relu: ("torch.relu", "F.relu or nn.ReLU"),
@@ -38,25 +36,29 @@ class FxOperations:
         prepared: The prepared network, on the CPU, in evaluation.
         example: One call of it.
         layers: The names of the layers, which have rows of their own.
+        values: Of the nodes of its graph in a call; None to run it for them.
     """
 
-    def __init__(self, prepared: nn.Module, example: Example, layers: set[str]) -> None:
+    def __init__(
+        self, prepared: nn.Module, example: Example, layers: set[str], values: Mapping[str, Any] | None = None
+    ) -> None:
         self.state = prepared_state(prepared)
         self.plan = self.state.plan
         self.example, self.layers = example, layers
         self.modules = dict(prepared.named_modules(remove_duplicate=False))
+        self.prepared = prepared
         graph: Any = prepared.graph
-        self.recorder = record(prepared, graph, example_values(graph, example))
+        self.values = run_of(prepared, graph, example_values(graph, example)) if values is None else values
         self.known = {config.pattern for config in backend_config().configs}
 
-    def rows(self, int8: GraphNetwork | None = None, unseen: Collection[str] = ()) -> list[LayerCoverage]:
+    def rows(self, done: Mapping[str, bool] | None = None, unseen: Collection[str] = ()) -> list[LayerCoverage]:
         """A row for each op; those inside a layer have its name.
 
         Args:
-            int8: What it was converted to; None for what conversion is going to make.
+            done: Whether each node that the int8 graph still has yields integers; the others went into kernels. None
+                for what conversion is going to make.
             unseen: Names of nodes behind which no range was ever observed.
         """
-        done = None if int8 is None else self._kernels(int8)
         found = []
         for node in self.plan.graph.nodes:
             if not self._computes(node):
@@ -64,17 +66,9 @@ class FxOperations:
             quantized = self._will_be(node) if done is None else done.get(node.name, True)
             name = self._name(node)
             reason = "" if quantized else UNSEEN if self._reads(node, unseen) else self._why(node)
-            macs = macs_of(self.recorder.flops.get(node.name, 0), self.example)
+            macs = macs_of(flops_of(node, self.values, self.prepared), self.example)
             found.append(LayerCoverage(name, self._kind_name(node), quantized, reason, what="op", macs=macs))
         return merged(found)
-
-    @torch.no_grad()
-    def _kernels(self, int8: GraphNetwork) -> dict[str, bool]:
-        """Whether each node that the int8 graph still has runs on integers; the others went into kernels."""
-        graph: Any = int8.graph
-        with quantized_engine(self.state.recipe.target.engine):
-            values = record(int8, graph, example_values(graph, self.example)).values
-        return {name: bool(getattr(value, "is_quantized", False)) for name, value in values.items()}
 
     def _reads(self, node: fx.Node, unseen: Collection[str]) -> bool:
         """Whether an op takes or yields a value whose range is not known."""
@@ -84,7 +78,7 @@ class FxOperations:
         return any(source.name in unseen for source in sources)
 
     def _computes(self, node: fx.Node) -> bool:
-        if node.op in ("placeholder", "get_attr", "output") or not is_float(self.recorder.values.get(node.name)):
+        if node.op in ("placeholder", "get_attr", "output") or not is_float(self.values.get(node.name)):
             return False
         module = self._module(node)
         if module is None:
@@ -131,7 +125,7 @@ class FxOperations:
             return False
         # Not a bias, which no rounding is for: kernels have it in float.
         sources = [source for source in node.all_input_nodes if source.op != "get_attr"]
-        tensors = [source for source in sources if is_float(self.recorder.values.get(source.name))]
+        tensors = [source for source in sources if is_float(self.values.get(source.name))]
         return all(self._on_grid(source) for source in tensors) and self._is_rounded(node)
 
     def _on_grid(self, node: fx.Node) -> bool:
@@ -141,7 +135,7 @@ class FxOperations:
             return True
         if self._computes(node) or node.op in ("placeholder", "get_attr"):
             return len(node.users) == 1 and node.op not in ("placeholder", "get_attr") and self._will_be(node)
-        sources = [s for s in node.all_input_nodes if is_float(self.recorder.values.get(s.name))]
+        sources = [s for s in node.all_input_nodes if is_float(self.values.get(s.name))]
         return bool(sources) and all(self._on_grid(source) for source in sources)
 
     def _is_rounded(self, node: fx.Node) -> bool:

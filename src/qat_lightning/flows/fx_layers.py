@@ -8,8 +8,7 @@ from dataclasses import replace
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from qat_lightning.flows.base import Example, LayerCoverage
-from qat_lightning.flows.coverage import used_modules
+from qat_lightning.flows.base import LayerCoverage
 from qat_lightning.flows.fx_config import LEFT_FLOAT
 from qat_lightning.modes.prepared import PreparedState
 from qat_lightning.recipe import Recipe
@@ -66,17 +65,16 @@ def _pad_with_numbers(conv: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> bool:
     return True
 
 
-def layer_rows(state: PreparedState, network: nn.Module, example: Example, unseen: set[str]) -> list[LayerCoverage]:
+def layer_rows(state: PreparedState, network: nn.Module, used: set[str], unseen: set[str]) -> list[LayerCoverage]:
     """The layers of a prepared network, or of the int8 one.
 
     Args:
         state: Of the prepared network.
         network: It, or what it was converted to.
-        example: One call.
+        used: The names of the modules that a call of the float network uses.
         unseen: Names of layers that no finite range was ever observed for.
     """
     modules = dict(network.named_modules())
-    used = used_modules(state.float_network, example)
     called = [str(node.target) for node in state.plan.graph.find_nodes(op="call_module")]
     rows = []
     for name, module in state.float_network.named_modules():

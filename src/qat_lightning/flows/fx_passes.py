@@ -27,20 +27,22 @@ from qat_lightning.relu_rounding import relu_limit, writes_in_place
 
 @torch.no_grad()
 def round_tensors_only(prepared: fx.GraphModule, network: nn.Module, example: Example) -> list[str]:
-    """Take out what upstream put behind numbers and integer tensors, whose type a trace does not know.
+    """Take out what upstream put behind numbers, integer tensors and those of another precision than the network's.
+
+    A trace does not know types; kernels round float32 only, which the network's own precision becomes.
 
     Returns:
         The names of the additions and products of a tensor and a number: their int8 kernels have a grid of their own.
     """
     modules = dict(prepared.named_modules(remove_duplicate=False))
+    own = next((p.dtype for p in network.parameters() if p.is_floating_point()), torch.float32)
     with _evaluating(prepared, network):
         recorder = Recorder(prepared, prepared.graph)
         recorder.run(*example_values(prepared.graph, example))
     numbers = {
         name
         for name, value in recorder.values.items()
-        if isinstance(value, (int, float, torch.SymInt))
-        or (isinstance(value, torch.Tensor) and not value.is_floating_point())
+        if isinstance(value, (int, float, torch.SymInt)) or (isinstance(value, torch.Tensor) and value.dtype != own)
     }
     for node in list(prepared.graph.nodes):
         if _is_fake_quantize(node, modules) and node.args[0].name in numbers:

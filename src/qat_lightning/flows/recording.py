@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -62,21 +62,49 @@ class SeededRecorder(Recorder):
         module: Holds the modules that the graph calls.
         graph: What to run.
         origins: What a node was called in the graph that this one was made from, where it is called otherwise.
+        drawing: The nodes that draw, by what they were called.
+
+    Attributes:
+        drawn: The nodes that drew random numbers in this run, by what they were called.
     """
 
-    def __init__(self, module: nn.Module, graph: fx.Graph, origins: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        graph: fx.Graph,
+        origins: Mapping[str, str] | None = None,
+        drawing: Collection[str] = (),
+    ) -> None:
         super().__init__(module, graph)
-        self.origins = origins or {}
+        self.origins, self.drawing = origins or {}, drawing
+        self.drawn: set[str] = set()
+        self._in_order = False
 
     def run_node(self, n: fx.Node) -> Any:
         """Run one node with its random numbers."""
-        seed(self.origins.get(n.name, n.name))
-        return super().run_node(n)
+        name = self.origins.get(n.name, n.name)
+        self._in_order = name in self.drawing
+        before = seed(name)
+        value = super().run_node(n)
+        if not torch.equal(before, torch.get_rng_state()):
+            self.drawn.add(name)
+        return value
+
+    def fetch_args_kwargs_from_env(self, n: fx.Node) -> Any:
+        """The arguments of a node; of one that draws, such that equal draws come to equal places."""
+        found = super().fetch_args_kwargs_from_env(n)
+        return in_order(found) if self._in_order else found
 
 
-def seed(name: str) -> None:
-    """Begin the random numbers of a node."""
+def in_order(values: Any) -> Any:
+    """The same tensors, row by row in memory: random numbers are drawn in the order in which values lie there."""
+    return tree_map(lambda v: v.contiguous() if isinstance(v, Tensor) and not v.is_quantized else v, values)
+
+
+def seed(name: str) -> Tensor:
+    """Begin the random numbers of a node, and return the state in which they begin."""
     torch.manual_seed(zlib.crc32(name.encode()))
+    return torch.get_rng_state()
 
 
 class Again:
@@ -88,6 +116,7 @@ class Again:
         inputs: The values of its placeholders.
         rounds: Whether a node rounds activations.
         errors: By how much the kernel behind a node was off, where it was; each such rounding is right.
+        drawing: The nodes that draw random numbers.
 
     Attributes:
         draws: The values of each run.
@@ -100,9 +129,10 @@ class Again:
         inputs: list[Any],
         rounds: Callable[[fx.Node], bool],
         errors: Mapping[str, Tensor],
+        drawing: Collection[str] = (),
     ) -> None:
         self.prepared, self.graph, self.inputs = prepared, graph, inputs
-        self.rounds, self.errors = rounds, errors
+        self.rounds, self.errors, self.drawing = rounds, errors, drawing
         self.draws: list[dict[str, Any]] = []
 
     def disturbed(self, disturb: Disturbance) -> Any:
@@ -129,7 +159,7 @@ class Again:
         return (self.disturbed, self.replayed) if self.errors else (self.disturbed,)
 
     def _run(self, change: Callable[[fx.Node, Any], Any]) -> Any:
-        run = _Changed(self.prepared, self.graph, change)
+        run = _Changed(self.prepared, self.graph, change, self.drawing)
         result = run.run(*copies(self.inputs))
         self.draws.append(run.values)
         return result
@@ -144,8 +174,10 @@ class Again:
 class _Changed(SeededRecorder):
     """Runs a graph and changes values on the way."""
 
-    def __init__(self, module: nn.Module, graph: fx.Graph, change: Callable[[fx.Node, Any], Any]) -> None:
-        super().__init__(module, graph)
+    def __init__(
+        self, module: nn.Module, graph: fx.Graph, change: Callable[[fx.Node, Any], Any], drawing: Collection[str]
+    ) -> None:
+        super().__init__(module, graph, None, drawing)
         self.change = change
 
     def run_node(self, n: fx.Node) -> Any:
@@ -182,6 +214,14 @@ def example_values(graph: fx.Graph, example: Example) -> list[Any]:
         # What the example leaves out has its default, which a placeholder holds as its argument.
         values.append(example.kwargs[node.target] if node.target in example.kwargs else node.args[0])
     return values
+
+
+@torch.no_grad()
+def run_of(network: nn.Module, graph: fx.Graph, inputs: Sequence[Any]) -> dict[str, Any]:
+    """What each node of a network's graph yields on inputs, which stay as they are."""
+    recorder = Recorder(network, graph)
+    recorder.run(*copies(list(inputs)))
+    return recorder.values
 
 
 def copy_of(value: Any) -> Any:

@@ -5,6 +5,7 @@ Here for the graphs of mode fx; how values are judged is in `judging`, how the w
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ from qat_lightning.flows.recording import (
     copy_of,
     example_values,
     feeding,
+    in_order,
     same_random_numbers,
     seed,
 )
@@ -41,10 +43,28 @@ from qat_lightning.relu_rounding import writes_in_place
 __all__ = ["Recorder", "check_layers", "example_values", "is_faulty"]
 
 
+@dataclass(frozen=True)
+class Checked:
+    """What a comparison finds.
+
+    Attributes:
+        checks: One row for each op that yields a quantized tensor, and for each float op in between; quantizing and
+            dequantizing are no ops of their own.
+        whole: The row of the whole; None if there is no output to compare.
+        values: What each node of the graph with fake-quant yields on the example.
+        integers: Whether each node of the int8 graph yields integers.
+    """
+
+    checks: list[LayerCheck]
+    whole: WholeCheck | None
+    values: dict[str, Any]
+    integers: dict[str, bool]
+
+
 @torch.no_grad()
 def check_layers(
     prepared: GraphNetwork, int8: GraphNetwork, example: Example, target: Backend, origins: dict[str, str]
-) -> tuple[list[LayerCheck], WholeCheck | None]:
+) -> Checked:
     """Compare each op of an FX int8 graph with fake-quant, and then the whole.
 
     Args:
@@ -55,8 +75,7 @@ def check_layers(
         origins: Of the nodes of ``int8``; see `fx_alignment.take_origins`.
 
     Returns:
-        One row for each op that yields a quantized tensor, and for each float op in between; quantizing and
-        dequantizing are no ops of their own. And the row of the whole.
+        What was found, and seen by the way.
 
     Raises:
         VerificationError: A layer is past the tolerance; the message names it, its op and the backend. Or all are
@@ -68,23 +87,28 @@ def check_layers(
         values = example_values(prepared.graph, example)
         expected = SeededRecorder(prepared, prepared.graph)
         expected.run(*copies(values))
+        drawing = expected.drawn
+        if drawing:
+            expected = SeededRecorder(prepared, prepared.graph, None, drawing)
+            expected.run(*copies(values))
         comparison = _Comparison(int8, alignment, expected, target)
         comparison.run(*copies(example_values(int8.graph, example)))
         raise_if_faulty(comparison.checks, target, names)
-        actual = SeededRecorder(int8, int8.graph, origins)
+        actual = SeededRecorder(int8, int8.graph, origins, drawing)
         actual.run(*copies(example_values(int8.graph, example)))
-        again = Again(prepared, prepared.graph, values, alignment.observes, comparison.errors)
+        again = Again(prepared, prepared.graph, values, alignment.observes, comparison.errors, drawing)
         whole = check_whole(expected.values["output"], actual.values["output"], again.ways)
         if whole is not None and not is_right(whole):
             suspects = _where_it_begins(comparison, actual.values, again, names)
             raise_if_wrong(whole, suspects, comparison.checks, names)
-    return comparison.checks, whole
+    integers = {name: isinstance(value, Tensor) and value.is_quantized for name, value in actual.values.items()}
+    return Checked(comparison.checks, whole, expected.values, integers)
 
 
 class _Comparison(fx.Interpreter):
     """Runs an int8 graph, each op on the very values that fake-quant had for it, and compares what it gives."""
 
-    def __init__(self, int8: GraphNetwork, alignment: Alignment, expected: Recorder, target: Backend) -> None:
+    def __init__(self, int8: GraphNetwork, alignment: Alignment, expected: SeededRecorder, target: Backend) -> None:
         super().__init__(int8, graph=int8.graph)
         self.alignment, self.expected, self.target = alignment, expected, target
         self.checks: list[LayerCheck] = []
@@ -107,7 +131,10 @@ class _Comparison(fx.Interpreter):
         in_place = writes_in_place(n, self.fetch_attr(str(n.target)) if n.op == "call_module" else None)
         if in_place:
             args, kwargs = copies((args, kwargs))
-        seed(self.alignment.origins.get(n.name, n.name))
+        name = self.alignment.origins.get(n.name, n.name)
+        if name in self.expected.drawing:
+            args, kwargs = in_order((args, kwargs))
+        seed(name)
         value = self._judged(n, getattr(self, n.op)(n.target, args, kwargs))
         if in_place and n.all_input_nodes[0] in self.env:
             self.env[n.all_input_nodes[0]] = value  # for who reads it after it was written over

@@ -33,6 +33,20 @@ class Example:
     kwargs: dict[str, Any] = field(default_factory=dict)
 
 
+def in_float32(example: Example) -> Example:
+    """An example for a network in float32: whatever precision its tensors had, they have that now.
+
+    Example:
+        >>> in_float32(Example((torch.ones(2, dtype=torch.float64), torch.ones(2, dtype=torch.int64)))).args
+        (tensor([1., 1.]), tensor([1, 1]))
+    """
+
+    def cast(leaf: Any) -> Any:
+        return leaf.float() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
+
+    return Example(tree_map(cast, example.args), tree_map(cast, example.kwargs))
+
+
 def from_user(example_inputs: Any) -> Example:
     """The example a user gave: a tuple or list of positional inputs, a mapping of keyword inputs, or one tensor.
 

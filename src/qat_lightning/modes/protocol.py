@@ -42,14 +42,17 @@ class WholeCheck:
     is compared with itself as well, its values disturbed by a millionth: no right network does better than that.
 
     Attributes:
-        sqnr_db: Of int8 against fake-quant, for the output that is farthest from what the draws explain.
+        sqnr_db: Of int8 against fake-quant, for the output that is farthest from what the draws explain. Of an output
+            of integers, such as classes, what is in the place of noise is the share of its values that differ.
         draws: Of fake-quant against itself, disturbed, for the same output; empty if that was not needed.
         output: Which one that is, as Python would write it behind the result; empty if there is only one.
+        enough_db: From where on it is right, whatever the draws are.
     """
 
     sqnr_db: float
     draws: tuple[float, ...] = ()
     output: str = ""
+    enough_db: float = field(default=50.0, repr=False, compare=False)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from qat_lightning.flows.base import Converted, Example, LayerCoverage
-from qat_lightning.flows.coverage import used_modules
+from qat_lightning.flows.coverage import float_run
 from qat_lightning.flows.direct.checking import (
     Call,
     check_layers,
@@ -34,7 +34,7 @@ def quantize_fx(network: nn.Module, example: Example, recipe: Recipe, *, prefix:
     expected = run_float(original, example)
     selected = {name: recipe.selects(_join(prefix, name)) for name, _ in original.named_modules() if name}
     graph_module, sizes = trace_evaluation(original, example, outer_parts(original, selected))
-    used = used_modules(original, example)
+    used = float_run(original, example).used
     coverage = [_in_graph(row, graph_module.graph, used) for row in cover(original, recipe, prefix)]
     functional = _linear_functions(graph_module, recipe, prefix)
     # A layer that is the whole network is traced through: it is the function that its row is about.

@@ -69,6 +69,8 @@ def coverage(state: PreparedState, prepared: ExportedNetwork, result: Decomposed
         own = [node for node in plan.graph.nodes if node.target in CHANNEL_AXIS and scope_of(node) == name]
         if not any(node.target in CHANNEL_AXIS for node in calls) and own:
             calls = own  # its weight is computed, such as that of a standardized convolution
+        # What else reads its weight, such as a penalty, has rows of its own.
+        calls = [node for node in calls if node.target in CHANNEL_AXIS] or calls
         floats = [
             node
             for node in calls

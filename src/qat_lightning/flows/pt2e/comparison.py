@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from qat_lightning.backends import Backend
-from qat_lightning.flows.base import Example, LayerCheck, WholeCheck, prepared_state
+from qat_lightning.flows.base import Example, LayerCheck, prepared_state
 from qat_lightning.flows.fx_alignment import Alignment
 from qat_lightning.flows.judging import MIDDLE, Grid, Names, beyond_rounding, decibels, raise_if_faulty
 from qat_lightning.flows.pt2e.annotate import CHANNEL_AXIS
@@ -16,6 +16,7 @@ from qat_lightning.flows.pt2e.check import DEQUANTIZE, QUANTIZE, main_op
 from qat_lightning.flows.pt2e.network import ExportedNetwork
 from qat_lightning.flows.pt2e.training import Plan
 from qat_lightning.flows.recording import Again, SeededRecorder, copies, copy_of, feeding, same_random_numbers, seed
+from qat_lightning.flows.verify import Checked
 from qat_lightning.flows.whole import DRAWS, Disturbance, check_whole, is_right, raise_if_wrong
 from qat_lightning.graph.scopes import scope_of
 from qat_lightning.relu_rounding import writes_in_place
@@ -27,7 +28,7 @@ _STEPS = 255
 @torch.no_grad()
 def check_layers(
     prepared: ExportedNetwork, decomposed: fx.GraphModule, plan: Plan, example: Example, target: Backend
-) -> tuple[list[LayerCheck], WholeCheck | None]:
+) -> Checked:
     """Compare each layer of the decomposed graph with fake-quant, and then the whole.
 
     Args:
@@ -38,8 +39,8 @@ def check_layers(
         target: The backend, for its tolerance.
 
     Returns:
-        One row for each layer: an op with the ops that run fused with it, up to where its output is quantized. And the
-        row of the whole.
+        What was found, and seen by the way: one row for each layer, which is an op with the ops that run fused with it,
+        up to where its output is quantized.
 
     Raises:
         VerificationError: A layer is past the tolerance, or all are right and the whole is not.
@@ -66,7 +67,7 @@ def check_layers(
         if whole is not None and not is_right(whole):
             suspects = _where_it_begins(comparison, actual.values, again, names)
             raise_if_wrong(whole, suspects, comparison.checks, names)
-    return comparison.checks, whole
+    return Checked(comparison.checks, whole, expected.values, {})
 
 
 class _Comparison(fx.Interpreter):

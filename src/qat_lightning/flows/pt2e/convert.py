@@ -279,19 +279,24 @@ def _readable_names(graph: fx.Graph) -> dict[fx.Node, str]:
 
     Upstream's ``_frozen_param0`` is also what Inductor calls its own constants, and then it takes one for the other.
     """
-    names: dict[fx.Node, str] = {}
-    for node in graph.nodes:
-        if node.op == "get_attr" and "_frozen_param" in str(node.target):
-            names[node] = str(node.target).replace("_frozen_param", "constant_")
+    attributes = graph.find_nodes(op="get_attr")
+    names = {
+        node: str(node.target).replace("_frozen_param", "constant_")
+        for node in attributes
+        if "_frozen_param" in str(node.target)
+    }
+    wanted: dict[fx.Node, str] = {}
     for node in graph.nodes:
         if node.target not in CHANNEL_AXIS:
             continue
         layer = (scope_of(node) or node.name).replace(".", "_")
-        for part, argument in zip(("weight", "scale", "zero_point"), node.args[1].args, strict=False):
-            if isinstance(argument, fx.Node) and argument.op == "get_attr":
-                names[argument] = _unused(f"{layer}_{part}", set(names.values()))
-        if len(node.args) > 2 and isinstance(node.args[2], fx.Node) and node.args[2].op == "get_attr":
-            names[node.args[2]] = _unused(f"{layer}_bias", set(names.values()))
+        parts = dict(zip(("weight", "scale", "zero_point"), node.args[1].args, strict=False))
+        parts |= {"bias": node.args[2]} if len(node.args) > 2 else {}
+        wanted |= {argument: f"{layer}_{part}" for part, argument in parts.items() if argument in attributes}
+    # A weight that other ops read as well stays in float under its own name.
+    taken = {str(node.target).replace(".", "_") for node in attributes if node not in {**names, **wanted}}
+    for node, name in wanted.items():
+        names[node] = _unused(name, {*names.values(), *taken})
     return names
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,12 +10,13 @@ from torch import Tensor, fx, nn
 from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY
 
 from qat_lightning.flows.base import Example, LayerCoverage
-from qat_lightning.flows.coverage import MOVES, is_float, macs_of, merged, record
+from qat_lightning.flows.coverage import MOVES, flops_of, is_float, macs_of, merged
 from qat_lightning.flows.places import op_name, rounding_of
 from qat_lightning.flows.pt2e.annotate import CHANNEL_AXIS, selects
 from qat_lightning.flows.pt2e.dtypes import other_dtype
 from qat_lightning.flows.pt2e.network import ExportedNetwork
 from qat_lightning.flows.pt2e.training import Plan
+from qat_lightning.flows.recording import run_of
 from qat_lightning.graph.scopes import scope_of
 from qat_lightning.modes.prepared import PreparedState
 
@@ -25,7 +26,12 @@ IN_BRANCH = "in a branch of torch.cond, into which the quantizer does not look"
 
 
 def pt2e_operations(
-    state: PreparedState, prepared: ExportedNetwork, example: Example, layers: set[str], unseen: Sequence[str] = ()
+    state: PreparedState,
+    prepared: ExportedNetwork,
+    example: Example,
+    layers: set[str],
+    values: Mapping[str, Any] | None = None,
+    unseen: Sequence[str] = (),
 ) -> list[LayerCoverage]:
     """A row for each op that computes and is no layer.
 
@@ -34,13 +40,15 @@ def pt2e_operations(
         prepared: On the CPU, in evaluation.
         example: One call.
         layers: The names of the layers, which have rows of their own.
+        values: Of the nodes of its graph in a call; None to run it for them.
         unseen: Names of nodes whose range was never observed.
     """
     plan: Plan = state.plan
     names = list(state.float_network.named_modules(remove_duplicate=False))
     shared = {id(module) for name, module in names if name in layers}
     layers = {name for name, module in names if id(module) in shared}  # by any name
-    recorder = record(prepared, prepared.graph, plan.spec.flatten(example.args, example.kwargs))
+    if values is None:
+        values = run_of(prepared, prepared.graph, plan.spec.flatten(example.args, example.kwargs))
     folded = {pair.batchnorm: pair.layer for pair in plan.folded}
     rows = []
     for node in plan.graph.nodes:
@@ -48,16 +56,16 @@ def pt2e_operations(
             continue
         if node.target is torch.ops.higher_order.cond:
             rows += list(_branches(prepared, node))
-        elif _computes(node, recorder.values, layers):
+        elif _computes(node, values, layers):
             quantized = folded[node.name] in plan.weights if node.name in folded else _is_annotated(node)
             lost = quantized and _lost(prepared, node, unseen)
             reason = "" if quantized and not lost else _why(state, node, lost=lost)
-            macs = macs_of(recorder.flops.get(node.name, 0), example)
+            macs = macs_of(flops_of(node, values, prepared), example)
             rows.append(LayerCoverage(_name(node), op_name(node.target), not reason, reason, what="op", macs=macs))
     return merged(rows)
 
 
-def _computes(node: fx.Node, values: dict[str, Any], layers: set[str]) -> bool:
+def _computes(node: fx.Node, values: Mapping[str, Any], layers: set[str]) -> bool:
     value = values.get(node.name, node.meta.get("val"))
     if not is_float(value) or op_name(node.target).strip("_") in MOVES or "num_batches_tracked" in str(node.args[:1]):
         return False

@@ -17,13 +17,15 @@ from qat_lightning.flows.base import (
     LayerCoverage,
     copy_of_modules,
     follow_course,
+    in_float32,
     prepared_state,
     refuse_simulated,
 )
 from qat_lightning.flows.checkpointing import refuse_checkpoints
-from qat_lightning.flows.coverage import layers_with_macs, report
+from qat_lightning.flows.coverage import float_run, layers_with_macs, report
 from qat_lightning.flows.left_float import follow_checkpoints, leave_weights_float, weighted_layers, with_reasons
 from qat_lightning.flows.other_quantization import refuse_other_quantization
+from qat_lightning.flows.precision import refuse_mixed, refuse_other_precision
 from qat_lightning.flows.pt2e.annotate import insert_fake_quantize
 from qat_lightning.flows.pt2e.capture import capture
 from qat_lightning.flows.pt2e.check import coverage
@@ -34,6 +36,7 @@ from qat_lightning.flows.pt2e.int8 import Int8Network
 from qat_lightning.flows.pt2e.network import ExportedNetwork
 from qat_lightning.flows.pt2e.training import Plan, adopt, training_graph, weight_quantizers
 from qat_lightning.flows.tracing import refuse_other_results
+from qat_lightning.flows.upstream_memory import nothing_remembered
 from qat_lightning.modes.prepared import PreparedState
 from qat_lightning.recipe import Recipe
 from qat_lightning.recomputation import keep_tapes
@@ -48,10 +51,13 @@ _ELSEWHERE = {
 class Pt2eFlow:
     """Mode pt2e, for the backends x86, xnnpack and tensorrt."""
 
+    @nothing_remembered()
     def prepare(self, network: nn.Module, example: Example, recipe: Recipe, *, prefix: str = "") -> nn.Module:
         """See `Flow.prepare`."""
         require(recipe.target)
         refuse_other_quantization(network)
+        refuse_other_precision(network)
+        refuse_mixed(network, example)
         _refuse_spectral_norm(network)
         refuse_checkpoints(network, example, "pt2e")
         keep_tapes()
@@ -79,14 +85,16 @@ class Pt2eFlow:
         )
         return result
 
+    @nothing_remembered()
     def convert(self, prepared: nn.Module, example: Example) -> Converted:
         """See `Flow.convert`."""
         assert isinstance(prepared, ExportedNetwork)
         state = prepared_state(prepared)
         refuse_simulated(state.recipe)
+        example = in_float32(example)
         plan: Plan = state.plan
         result = decompose(copy.deepcopy(prepared), plan, plan.spec.name)
-        checks, whole = check_layers(prepared, result.graph_module, plan, example, state.recipe.target)
+        found = check_layers(prepared, result.graph_module, plan, example, state.recipe.target)
         network = Int8Network(result.graph_module, plan.spec, state.recipe.backend)
         notes = []
         if state.recipe.backend in _ELSEWHERE:
@@ -99,17 +107,17 @@ class Pt2eFlow:
             names = ", ".join(result.unseen)
             notes.append(f"No finite range was ever observed for {names}: what reads them stays float.")
         rows = with_reasons(coverage(state, prepared, result), state.left_float)
-        rows = layers_with_macs(rows, state.float_network, example)
+        rows = layers_with_macs(rows, float_run(state.float_network, example), example)
         layers = {row.name for row in rows}
-        operations = report(lambda: pt2e_operations(state, prepared, example, layers, result.unseen))
-        return Converted(network, rows, checks, notes, operations, whole)
+        operations = report(lambda: pt2e_operations(state, prepared, example, layers, found.values, result.unseen))
+        return Converted(network, rows, found.checks, notes, operations, found.whole)
 
     def coverage(self, prepared: nn.Module, example: Example) -> list[LayerCoverage]:
         """See `Flow.coverage`."""
         assert isinstance(prepared, ExportedNetwork)
         state = prepared_state(prepared)
         rows = with_reasons(coverage(state, prepared, None), state.left_float)
-        rows = layers_with_macs(rows, state.float_network, example)
+        rows = layers_with_macs(rows, float_run(state.float_network, example), example)
         layers = {row.name for row in rows}
         return [*rows, *report(lambda: pt2e_operations(state, prepared, example, layers))]
 

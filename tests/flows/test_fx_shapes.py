@@ -346,3 +346,14 @@ def test_arguments_by_mode_and_computed_biases_go_into_a_file(tmp_path: Path) ->
     assert [row.quantized for row in quantized.operations if row.kind == "linear"] == [True]
     quantized.save(tmp_path / "net.int8")
     assert torch.equal(load_quantized(tmp_path / "net.int8")(IMAGES), quantized(IMAGES))
+
+
+class ShapePlusTuple(Base):
+    """Plus is no addition of tensors here."""
+
+    def between(self, x: Tensor) -> Tensor:
+        return F.relu(x).flatten(2).reshape(x.shape[:2] + (-1, 4))
+
+
+def test_sums_of_shapes_have_no_range() -> None:
+    carried_through(ShapePlusTuple(), IMAGES)

@@ -27,7 +27,7 @@ from qat_lightning.relu_rounding import relu_limit, writes_in_place
 
 @torch.no_grad()
 def round_tensors_only(prepared: fx.GraphModule, network: nn.Module, example: Example) -> list[str]:
-    """Take out what upstream put behind numbers, integer tensors and those of another precision than the network's.
+    """Take out what upstream put behind numbers, shapes, integers and tensors of another precision than the network's.
 
     A trace does not know types; kernels round float32 only, which the network's own precision becomes.
 
@@ -40,9 +40,7 @@ def round_tensors_only(prepared: fx.GraphModule, network: nn.Module, example: Ex
         recorder = Recorder(prepared, prepared.graph)
         recorder.run(*example_values(prepared.graph, example))
     numbers = {
-        name
-        for name, value in recorder.values.items()
-        if isinstance(value, (int, float, torch.SymInt)) or (isinstance(value, torch.Tensor) and value.dtype != own)
+        name for name, value in recorder.values.items() if not (isinstance(value, torch.Tensor) and value.dtype == own)
     }
     for node in list(prepared.graph.nodes):
         if _is_fake_quantize(node, modules) and node.args[0].name in numbers:

@@ -352,7 +352,7 @@ class ShapePlusTuple(Base):
     """Plus is no addition of tensors here."""
 
     def between(self, x: Tensor) -> Tensor:
-        return F.relu(x).flatten(2).reshape(x.shape[:2] + (-1, 4))
+        return F.relu(x).flatten(2).reshape(x.shape[:2] + (-1, 4))  # noqa: RUF005 - as networks have it
 
 
 def test_sums_of_shapes_have_no_range() -> None:

@@ -171,39 +171,50 @@ def _decode_nodes(records: list[dict[str, Any]], used: dict[str, Any], reading: 
 
 def _decode_target(op: Any, target: Any, args: tuple[Any, ...], used: dict[str, Any], reading: Reading) -> Any:
     """The checked target of a node."""
-    trusted = reading.trusted
-    if op == "call_function" and type(target) is dict and "class" in target:
-        return maker_of(target["class"], reading.network)
     if op == "call_function" and type(target) is dict:
+        if "class" in target:
+            return maker_of(target["class"], reading.network)
         name, fields = target["namedtuple"]
         return namedtuple_type(name, tuple(fields))
     if type(target) is not str:
         raise ArtifactError("the target of a node is no text")
+    if op == "call_function":
+        return _decode_function(target, args, reading.trusted)
     if op == "placeholder":
         identifier(target.removeprefix("*").removeprefix("*"))
     elif op in ("get_attr", "call_module"):
-        if target not in used:
-            raise ArtifactError(f"it has no {target[:80]!r}, which its graph uses")
-        if op == "call_module" and not ({"module", "graph", "inside"} & used[target].keys()):
-            raise ArtifactError(f"it calls {target[:80]!r}, which is no module")
+        _check_used(op, target, used)
     elif op == "call_method":
-        if not args or not isinstance(args[0], fx.Node):
-            raise ArtifactError("a method is called on something that is not computed")
-        if target not in operations.METHODS and not (trusted and identifier(target)):
-            raise ArtifactError(
-                f"it calls the method {target[:80]!r}, which is not among those that a file may call. If you trust the "
-                "file, say load_quantized(path, trusted=True)"
-            )
-    elif op == "call_function":
-        if target == "getattr" and not _is_plain_getattr(args, trusted):
-            raise ArtifactError(
-                "it reads an attribute that is not among those that a file may read. If you trust the file, say "
-                "load_quantized(path, trusted=True)"
-            )
-        return operations.function_of(target, trusted=trusted)
+        _check_method(target, args, reading.trusted)
     elif op != "output" or target != "output":
         raise ArtifactError(f"there is no operation {str(op)[:80]!r} of {target[:80]!r}")
     return target
+
+
+def _decode_function(target: str, args: tuple[Any, ...], trusted: bool) -> Any:
+    if target == "getattr" and not _is_plain_getattr(args, trusted):
+        raise ArtifactError(
+            "it reads an attribute that is not among those that a file may read. If you trust the file, say "
+            "load_quantized(path, trusted=True)"
+        )
+    return operations.function_of(target, trusted=trusted)
+
+
+def _check_used(op: str, target: str, used: dict[str, Any]) -> None:
+    if target not in used:
+        raise ArtifactError(f"it has no {target[:80]!r}, which its graph uses")
+    if op == "call_module" and not ({"module", "graph", "inside"} & used[target].keys()):
+        raise ArtifactError(f"it calls {target[:80]!r}, which is no module")
+
+
+def _check_method(target: str, args: tuple[Any, ...], trusted: bool) -> None:
+    if not args or not isinstance(args[0], fx.Node):
+        raise ArtifactError("a method is called on something that is not computed")
+    if target not in operations.METHODS and not (trusted and identifier(target)):
+        raise ArtifactError(
+            f"it calls the method {target[:80]!r}, which is not among those that a file may call. If you trust the "
+            "file, say load_quantized(path, trusted=True)"
+        )
 
 
 def _is_plain_getattr(args: tuple[Any, ...], trusted: bool) -> bool:

@@ -84,6 +84,10 @@ def encode(value: Any, special: Special = no_special) -> Any:
     if type(value) in (dict, immutable_dict, OrderedDict):
         tag = "ordered_dict" if type(value) is OrderedDict else "dict"
         return {tag: [[encode(key), encode(item, special)] for key, item in value.items()]}
+    return _encode_rare(value, special)
+
+
+def _encode_rare(value: Any, special: Special) -> Any:
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         items = [encode(item, special) for item in value]
         return {"namedtuple": [type(value).__name__, list(value._fields), items]}
@@ -123,27 +127,41 @@ def decode(data: Any, special: SpecialTag = no_tag) -> Any:
     ((tag, content),) = data.items()
     if tag in _CONSTANTS:
         return _CONSTANTS[tag][content]
-    if tag == "tuple":
-        return tuple(decode(item, special) for item in content)
-    if tag in ("dict", "ordered_dict"):
-        pairs = [(_key(key), decode(item, special)) for key, item in content]
-        return dict(pairs) if tag == "dict" else OrderedDict(pairs)
-    if tag == "slice":
-        start, stop, step = (decode(item, special) for item in content)
-        return slice(start, stop, step)
-    if tag == "float":
-        return {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}[content]
-    if tag == "complex":
-        real, imaginary = (decode(item) for item in content)
-        return complex(real, imaginary)
-    if tag == "device":
-        return torch.device(str(content))
-    if tag == "ellipsis":
-        return ...
-    if tag == "namedtuple":
-        name, fields, items = content
-        return namedtuple_type(name, tuple(fields))(*(decode(item, special) for item in items))
-    return special(tag, content)
+    made = _MADE_OF.get(tag)
+    return special(tag, content) if made is None else made(content, lambda item: decode(item, special))
+
+
+def _dict(content: Any, inner: Callable[[Any], Any]) -> dict[Any, Any]:
+    return {_key(key): inner(item) for key, item in content}
+
+
+def _slice(content: Any, inner: Callable[[Any], Any]) -> slice:
+    start, stop, step = (inner(item) for item in content)
+    return slice(start, stop, step)
+
+
+def _complex(content: Any, inner: Callable[[Any], Any]) -> complex:
+    real, imaginary = (decode(item) for item in content)
+    return complex(real, imaginary)
+
+
+def _namedtuple(content: Any, inner: Callable[[Any], Any]) -> Any:
+    name, fields, items = content
+    return namedtuple_type(name, tuple(fields))(*(inner(item) for item in items))
+
+
+_MADE_OF: dict[Any, Callable[[Any, Callable[[Any], Any]], Any]] = {
+    "tuple": lambda content, inner: tuple(inner(item) for item in content),
+    "dict": _dict,
+    "ordered_dict": lambda content, inner: OrderedDict(_dict(content, inner)),
+    "slice": _slice,
+    "float": lambda content, inner: {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}[content],
+    "complex": _complex,
+    "device": lambda content, inner: torch.device(str(content)),
+    "ellipsis": lambda content, inner: ...,
+    "namedtuple": _namedtuple,
+}
+"""For each tag, what makes a value of its content."""
 
 
 def _key(data: Any) -> Any:

@@ -213,20 +213,24 @@ def _follow(first: Any, observation: Observation) -> _Pair | str:
             return "its output goes to several places"
         (call,) = consumers
         module: Any = call.module
-        if module is None:
-            if call.function not in _CHANNELWISE or call.inputs != outputs:
-                return f"{call.function} is between it and the next layer"
-        elif type(module) in HEAD_TYPES:
+        if module is None and (call.function not in _CHANNELWISE or call.inputs != outputs):
+            return f"{call.function} is between it and the next layer"
+        if type(module) in HEAD_TYPES:
             single = len(observation.of(module)) == 1
             return _Pair(first, batchnorm, tuple(clipping), module) if single else "the next is called several times"
-        elif type(module) in _BATCHNORM:
+        if type(module) in _BATCHNORM:
             only = batchnorm is None and not clipping and call is observation.consumers(calls[0].outputs[0])[0]
-            if not only or len(observation.of(module)) != 1 or module.weight is None or module.running_var is None:
+            if not only or not _folds(module, observation):
                 return "a BatchNorm is between it and the next layer, which does not fold into it"
             batchnorm = module
         elif isinstance(module, _CLIPPING):
             clipping.append(module)
         outputs = call.outputs
+
+
+def _folds(batchnorm: Any, observation: Observation) -> bool:
+    once = len(observation.of(batchnorm)) == 1
+    return once and batchnorm.weight is not None and batchnorm.running_var is not None
 
 
 def _shared_parameters(network: nn.Module) -> set[int]:

@@ -357,3 +357,43 @@ class ShapePlusTuple(Base):
 
 def test_sums_of_shapes_have_no_range() -> None:
     carried_through(ShapePlusTuple(), IMAGES)
+
+
+class Assigns(Base):
+    def between(self, x: Tensor) -> Tensor:
+        y = torch.zeros_like(x)
+        y[:, :4] = x[:, 4:]
+        y[:, 4:, 1:] = 2.0
+        rows = torch.ones(8, dtype=torch.bool) & (y > 1)
+        return torch.where(rows, y, -x)
+
+
+class AssignsToView(Base):
+    """The view is read after what it looks at was written."""
+
+    def between(self, x: Tensor) -> Tensor:
+        y = x * 2
+        part = y[:, :4]
+        y[:, :2] = 0.0
+        return torch.cat((part, y[:, 4:]), 1)
+
+
+class AssignsToInput(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        x[:, 0] = 0.0
+        y: Tensor = self.head(self.conv(x).mean((2, 3)))
+        return y
+
+
+def test_assignments_to_parts_of_a_tensor_are_copies() -> None:
+    network = Assigns().eval()
+    graph_module, _, _ = trace(copy.deepcopy(network), Example((IMAGES,)), [])
+    torch.testing.assert_close(run(graph_module.eval(), IMAGES), network(IMAGES))
+    converted = carried_through(Assigns(), IMAGES)
+    assert "__and__" not in {node.target for node in converted.network.graph.nodes}
+
+
+@pytest.mark.parametrize("kind", [AssignsToView, AssignsToInput])
+def test_assignments_that_a_copy_would_lose_are_refused(kind: type[Base]) -> None:
+    with pytest.raises(TraceError, match="an assignment changes"):
+        trace(kind(), Example((IMAGES,)), [])

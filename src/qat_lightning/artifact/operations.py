@@ -18,6 +18,7 @@ import torch.ao.quantization.fx._decomposed  # registers quantized_decomposed
 import torch.nn.functional as F
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 
+from qat_lightning.assignment import assigned
 from qat_lightning.errors import ArtifactError
 from qat_lightning.padding import pad
 
@@ -143,7 +144,11 @@ def _functions() -> dict[str, Callable[..., Any]]:
         ("operator", operator, _OPERATORS),
         ("math", math, _MATH),
     ]
-    table: dict[str, Callable[..., Any]] = {"getattr": getattr, "qat_lightning.pad": pad}
+    table: dict[str, Callable[..., Any]] = {
+        "getattr": getattr,
+        "qat_lightning.pad": pad,
+        "qat_lightning.assigned": assigned,
+    }
     for prefix, space, names in spaces:
         for base in sorted(names):
             for name in (base, f"{base}_"):

@@ -39,6 +39,9 @@ class KnownTensor(Known):
             return Attribute(self, name)
         return self.tracer.create_proxy("call_function", getattr, (self, name), {})
 
+    def __setitem__(self, index: Any, value: Any) -> None:
+        self.tracer.assign(self, index, value)
+
     def __len__(self) -> int:
         return int(self.shape[0])
 

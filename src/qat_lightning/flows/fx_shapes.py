@@ -16,7 +16,9 @@ from torch import Tensor, fx, nn
 from torch.fx.proxy import Proxy
 from torch.fx.proxy import TraceError as FxTraceError
 
+from qat_lightning.assignment import assigned
 from qat_lightning.flows.base import Example
+from qat_lightning.flows.fx_assignments import Assignments
 from qat_lightning.flows.fx_examples import LARGER, CallFails, Calls, Plan
 from qat_lightning.flows.fx_known import KnownKind, KnownNumber, KnownTensor, Sizes
 from qat_lightning.flows.fx_patches import answering
@@ -52,11 +54,14 @@ class ShapesTracer(NetworkTracer):
         self._values: dict[fx.Node, tuple[Any, ...]] = {}
         self._sized: set[fx.Node] = set()
         self._whole: dict[int, tuple[Any, fx.Node]] = {}
+        self._assignments = Assignments()
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         """See `NetworkTracer.trace`."""
         with answering(self, root):
-            return super().trace(root, concrete_args)
+            graph = super().trace(root, concrete_args)
+        self._assignments.check(graph)
+        return graph
 
     def create_args_for_root(
         self, root_fn: Any, is_module: bool, concrete_args: dict[str, Any] | tuple[Any, ...] | None = None
@@ -137,12 +142,22 @@ class ShapesTracer(NetworkTracer):
         proxy_factory_fn: Any = None,
     ) -> Any:
         """What a node yields: its plain value if that is known, containers of such, otherwise a proxy."""
+        if kind == "call_method" and (function := _operator(str(target))) is not None:
+            kind, target, args = "call_function", function, args if hasattr(operator, str(target)) else args[::-1]
         proxy = super().create_proxy(kind, target, args, kwargs, name, type_expr, proxy_factory_fn)
         node = proxy.node
         if kind in ("placeholder", "output"):
             return proxy
         values = self._values.get(node) or self._calls.run(node, self._values, self.root)
         return proxy if values is None else self._wrap(node, values, proxy)
+
+    def assign(self, tensor: KnownTensor, index: Any, value: Any) -> None:
+        """Let ``tensor`` be a copy of itself from now on, with ``value`` at ``index``."""
+        made = self.create_proxy("call_function", assigned, (tensor, index, value), {})
+        if not isinstance(made, KnownTensor):
+            raise FxTraceError("an assignment by values")
+        self._assignments.note(tensor.node, made.node, self._values)
+        tensor.node, tensor.values = made.node, made.values
 
     def decide(self, number: KnownNumber) -> Any:
         """The value of a number that something depends on.
@@ -236,6 +251,13 @@ class ShapesTracer(NetworkTracer):
         for name, value in zip(self._calls.names, values, strict=True):
             if type(value) is not type(values[0]) or of(value) != of(values[0]):
                 raise CallFails(name)
+
+
+def _operator(name: str) -> Any:
+    """The function of an operator that is called as a method of a tensor which is none of the graph."""
+    if not (name.startswith("__") and name.endswith("__")):
+        return None
+    return getattr(operator, name, None) or getattr(operator, name.replace("__r", "__", 1), None)
 
 
 def _is_size(node: fx.Node, value: Any) -> bool:

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from selenium import webdriver
 
+from tests.compare.offline_runs import log_offline
+
 ROOT = Path(__file__).parents[2]
 TINY = ["debug=fast", "trainer=cpu", "data.datamodule.batch_size=16", "model.module.net.width=4", "callbacks=monitor"]
 
@@ -24,6 +26,14 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder / "multirun"
+
+
+@pytest.fixture(scope="session")
+def offline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with one offline W&B run, to be read only."""
+    folder = tmp_path_factory.mktemp("runs")
+    log_offline(folder, "aaaa", lr=0.1, seed=0)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,6 @@ import pytest
 import yaml
 
 from qat_lightning.compare import Limits, Run, compare, decide, find_runs
-from tests.compare.test_find import log_offline
 
 CONFIG = """
 task_name: train
@@ -73,15 +73,14 @@ def test_nine_different_runs_are_nine_rows_with_the_right_winner(nine: Path) -> 
     assert all(c.score.seeds == 1 for c in comparison.configurations)
 
 
-def test_they_are_nine_where_wandb_holds_the_hyperparameters(nine: Path) -> None:
-    for place in range(2):
-        (nine / str(place) / "csv" / "version_0" / "metrics.csv").unlink()
-        log_offline(nine / str(place), f"id{place}", lr=0.001)
+def test_they_are_nine_where_wandb_holds_the_hyperparameters(nine: Path, offline: Path) -> None:
+    (nine / "0" / "csv" / "version_0" / "metrics.csv").unlink()
+    shutil.copytree(offline / "wandb", nine / "0" / "wandb", symlinks=True)
     runs = find_runs([nine])
-    assert sorted(run.wandb_id for run in runs if run.wandb_id) == ["id0", "id1"]
+    assert [run.wandb_id for run in runs if run.wandb_id] == ["aaaa"]
     labels = [c.label for c in compare(runs).configurations]
     assert len(labels) == 9
-    assert not any("id" in label for label in labels)
+    assert not any("aaaa" in label for label in labels)
 
 
 def test_a_choice_of_a_config_group_is_the_name(tmp_path: Path) -> None:
@@ -126,3 +125,14 @@ def test_a_whole_configuration_in_the_logger_is_what_the_run_made_of_it(tmp_path
     (run,) = find_runs([tmp_path])
     assert run.config["trainer"] == {"max_epochs": 20}
     assert json.dumps(run.config, default=str)
+
+
+def test_the_saved_file_has_the_size_of_int8_where_nothing_measured_it(tmp_path: Path) -> None:
+    for name, metric in (("0", "int8/test/acc"), ("1", "fake_quant/test/acc")):
+        trial(tmp_path / name, [], qat("fx", 0.3), {})
+        logs = tmp_path / name / "csv" / "version_0"
+        (logs / "metrics.csv").write_text(f"step,{metric}\n9,0.9\n")
+        (tmp_path / name / "model.int8").write_bytes(bytes(250_000))
+    tested, simulated = find_runs([tmp_path])
+    assert tested.metrics["int8/size_mb"] == 0.25
+    assert "int8/size_mb" not in simulated.metrics

@@ -18,6 +18,7 @@ from qat_lightning.errors import ConversionError, NetworkError, QuantizationErro
 from qat_lightning.faults import convert_what_can_be, first_that
 from qat_lightning.flows.base import Example, cpu_copy, get_flow, prepared_state
 from qat_lightning.flows.compile_switch import without_compiling
+from qat_lightning.flows.eager import EagerFlow
 from qat_lightning.flows.left_float import leave_float
 from qat_lightning.numerics.sqnr import sqnr_db
 from qat_lightning.recipe import Recipe
@@ -221,3 +222,20 @@ def test_bisection_takes_as_many_trials_as_it_has_to() -> None:
 
     assert first_that(holds, 1000) == 700
     assert len(trials) == 10
+
+
+def test_auto_rehearses_each_mode_once_and_shows_the_chosen_networks_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    _refuse(monkeypatch, "fx", "2")
+    prepared, plain = [], EagerFlow.prepare
+
+    def prepare(self: Any, *args: Any, **kwargs: Any) -> nn.Module:
+        prepared.append(args)
+        return plain(self, *args, **kwargs)
+
+    monkeypatch.setattr(EagerFlow, "prepare", prepare)
+    seen: list[QuantizedNetwork] = []
+    found = decide(
+        "auto", _network(), CALL, lambda mode: Recipe(mode, "x86"), inspect=lambda int8, _: seen.append(int8)
+    )
+    assert (found.mode, len(prepared)) == ("eager", 1)
+    assert [network.recipe.mode for network in seen] == ["eager"]

@@ -9,14 +9,19 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from qat_lightning.artifact.quantized import QuantizedNetwork
 from qat_lightning.backends import MODES
 from qat_lightning.errors import ConfigurationError, MissingExtraError, NetworkError, QuantizationError
 from qat_lightning.flows.base import Example, get_flow
+from qat_lightning.flows.compile_switch import without_compiling
 from qat_lightning.flows.direct import quantize
 from qat_lightning.kinds import DIRECT
 from qat_lightning.recipe import Recipe
-from qat_lightning.rehearsal import Inspect, OnFault, Rehearsal, rehearse
+from qat_lightning.rehearsal import Inspect, OnFault, Rehearsal, nothing_moves, rehearse
 from qat_lightning.training_flags import plain_train
+
+Rehearsed = tuple[QuantizedNetwork, nn.Module]
+"""The int8 network of a rehearsal, and what it has to compute."""
 
 AUTO_ORDER = ("fx", "eager", "pt2e")
 """Best first, where the share of int8 is the same: fx trains fastest and quantizes functions, pt2e needs a compiler."""
@@ -91,7 +96,15 @@ def decide(
         except QuantizationError as error:
             raise type(error)(f"{error} {_other_modes(mode, recipe, attempt)}".strip()) from error
         return Decision(mode, "", found.left_float, found)
-    tried, failed = _try_all(recipe, attempt)
+    kept: dict[str, Rehearsed] = {}
+
+    def keeping(candidate: str) -> Rehearsal:
+        """Rehearse, and keep the networks for a look at them, of the best mode so far only."""
+        if inspect is None:
+            return attempt(candidate)
+        return attempt(candidate, lambda *networks: kept.update({candidate: networks}))
+
+    tried, failed = _try_all(recipe, keeping, lambda best: _keep_only(kept, best))
     if not tried:
         raise NetworkError(
             f"No mode of {', '.join(MODES)} works for {type(network).__name__}: "
@@ -99,15 +112,27 @@ def decide(
         )
     chosen = _best(tried)
     if inspect is not None:
-        attempt(chosen, inspect)
+        with nothing_moves(), without_compiling():
+            inspect(*kept.pop(chosen))
     found = tried[chosen]
     return Decision(chosen, _why(chosen, tried, failed), found.left_float, found)
 
 
+def _keep_only(kept: dict[str, Rehearsed], mode: str) -> None:
+    for other in [name for name in kept if name != mode]:
+        del kept[other]
+
+
 def _try_all(
-    recipe: Callable[[str], Recipe], attempt: Callable[[str], Rehearsal]
+    recipe: Callable[[str], Recipe], attempt: Callable[[str], Rehearsal], is_best: Callable[[str], None]
 ) -> tuple[dict[str, Rehearsal], dict[str, str]]:
-    """The rehearsals of the modes, until one is found that no other can be better than; and why others failed."""
+    """The rehearsals of the modes, until one is found that no other can be better than; and why others failed.
+
+    Args:
+        recipe: Makes the recipe of a mode.
+        attempt: Rehearses it.
+        is_best: Told the best mode so far after each.
+    """
     tried: dict[str, Rehearsal] = {}
     failed: dict[str, str] = {}
     for candidate in AUTO_ORDER:
@@ -119,6 +144,7 @@ def _try_all(
             ours = isinstance(error, QuantizationError)
             failed[candidate] = str(error) if ours else f"{type(error).__name__}: {error}"
             continue
+        is_best(_best(tried))
         if found.int8_macs >= 1 - WITHIN and not found.unsaved:
             break
     return tried, failed

@@ -33,7 +33,7 @@ OnFault = Literal["leave_float", "error"]
 """What becomes of a layer that cannot be int8: it stays float, or the training is refused."""
 
 Inspect = Callable[[QuantizedNetwork, nn.Module], None]
-"""Called with the rehearsed int8 network and what it has to compute, before both are thrown away."""
+"""Called with the rehearsed int8 network and what it has to compute, before both may be thrown away."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def rehearse(
 def _rehearse(
     network: nn.Module, example: Example, recipe: Recipe, prefix: str, on_fault: OnFault, inspect: Inspect | None
 ) -> Rehearsal:
-    with _nothing_moves(), without_compiling():
+    with nothing_moves(), without_compiling():
         refuse_mixed(network, example)
         copied, example = copy.deepcopy(network).cpu().float(), in_float32(example)
         for parameter in copied.parameters():
@@ -192,7 +192,7 @@ def _tensors(network: nn.Module, example: Example) -> list[torch.Tensor]:
 
 
 @contextlib.contextmanager
-def _nothing_moves() -> Iterator[None]:
+def nothing_moves() -> Iterator[None]:
     """Random states as they were, and no word of what is only tried."""
     states = random.getstate(), np.random.get_state()
     try:

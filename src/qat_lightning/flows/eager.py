@@ -89,7 +89,7 @@ class EagerFlow:
             "float": reasons,
             "functions": float_functions(observation),
         }
-        network._quantization = PreparedState(recipe, float_network, prefix=prefix, plan=plan)
+        network._quantization = PreparedState(self, recipe, float_network, prefix=prefix, plan=plan)
         follow_course(network)
         take_forwards_as_a_whole(network, observation)
         follow_checkpoints(network)

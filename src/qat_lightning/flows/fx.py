@@ -200,7 +200,7 @@ class FxFlow:
         make_batchnorm_freezable(result)
         materialize_weights(result)
         materialize_weights_of_functions(result, result.graph)
-        result._quantization = PreparedState(recipe, float_network, prefix=prefix, plan=plan)
+        result._quantization = PreparedState(self, recipe, float_network, prefix=prefix, plan=plan)
         follow_course(result)
         follow_checkpoints(result)
         refuse_other_results(

@@ -17,8 +17,9 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
 from qat_lightning.errors import NetworkError, QuantizationError, TraceError
-from qat_lightning.flows.base import Example, cpu_copy, get_flow, prepared_state
+from qat_lightning.flows.base import Example, cpu_copy, prepared_state
 from qat_lightning.flows.fx_shapes import CONSTANT
+from qat_lightning.flows.left_float import leave_float
 from qat_lightning.graph.signature import batch_size, has_batch
 from qat_lightning.graph_network import GraphNetwork, compile_graph
 from qat_lightning.mode_layers import ByMode
@@ -62,9 +63,6 @@ class ConvertsAgain:
         Raises:
             NetworkError: It cannot be made for them.
         """
-        # Imported here: it asks for the modes, of which this is a part.
-        from qat_lightning.flows.left_float import leave_float
-
         with _aside():
             other = _prepare_again(self.prepared, args, kwargs)
             example = _example(args, kwargs)
@@ -72,7 +70,7 @@ class ConvertsAgain:
                 raise _other_way(network, args, kwargs, parting)
             other.load_state_dict(self.prepared.state_dict())
             leave_float(other, prepared_state(self.prepared).left_float, example)
-            converted = get_flow("fx").convert(cpu_copy(other), example).network
+            converted = prepared_state(other).mode.convert(cpu_copy(other), example).network
         return lambda network, *args, **kwargs: converted(*args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ConvertsAgain:
@@ -88,7 +86,7 @@ def _prepare_again(network: GraphNetwork, args: tuple[Any, ...], kwargs: dict[st
     state = prepared_state(network)
     original = copy.deepcopy(state.float_network).cpu().float()
     try:
-        other = get_flow("fx").prepare(original, _example(args, kwargs), state.recipe, prefix=state.prefix)
+        other = state.mode.prepare(original, _example(args, kwargs), state.recipe, prefix=state.prefix)
     except QuantizationError as error:
         assert network.sizes is not None
         raise NetworkError(f"{network.sizes.refusal(network.sizes.others(args, kwargs))} ({error})") from error

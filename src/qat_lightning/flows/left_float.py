@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from qat_lightning.fake_quantize import FakeQuantize
-from qat_lightning.flows.base import Example, LayerCoverage, get_flow, prepared_state
+from qat_lightning.flows.base import Example, LayerCoverage, prepared_state
 from qat_lightning.flows.places import find_places
 from qat_lightning.state_entries import from_entry
 
@@ -32,11 +32,10 @@ def leave_float(prepared: nn.Module, reasons: Mapping[str, str], example: Exampl
         The names of those that were not float before.
     """
     state = prepared_state(prepared)
-    flow = get_flow(state.recipe.mode)
-    possible = set(flow.parts(prepared))
+    possible = set(state.mode.parts(prepared))
     names = [name for name in reasons if name in possible]
     if names:
-        flow.leave_float(prepared, names, example)
+        state.mode.leave_float(prepared, names, example)
         state.left_float.update({name: reasons[name] for name in names})
     return names
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from qat_lightning.course import Course
 from qat_lightning.errors import CheckpointMismatchError, ConversionError
 from qat_lightning.fake_quantize import FakeQuantize
+from qat_lightning.modes.protocol import Flow
 from qat_lightning.qat_modules import FreezableBatchNorm
 from qat_lightning.recipe import Recipe
 from qat_lightning.state_entries import from_entry, to_tensor
@@ -21,6 +22,7 @@ class PreparedState(nn.Module):
     """The child ``_quantization`` of a prepared network: its recipe, saved as extra state, and what convert needs.
 
     Attributes:
+        mode: What prepared the network, and can convert it.
         recipe: What the network was prepared with.
         prefix: The network's dotted name in the LightningModule, to which the recipe's globs are relative.
         float_network: A copy of the network's modules before it was prepared. Its parameters are those of the prepared
@@ -34,19 +36,23 @@ class PreparedState(nn.Module):
         course: Whether the network trains, and where its forward passes begin.
     """
 
+    mode: Flow
     recipe: Recipe
     prefix: str
     float_network: nn.Module
     plan: Any
     reworking: Any
 
-    def __init__(self, recipe: Recipe, float_network: nn.Module, *, prefix: str = "", plan: Any = None) -> None:
+    def __init__(
+        self, mode: Flow, recipe: Recipe, float_network: nn.Module, *, prefix: str = "", plan: Any = None
+    ) -> None:
         super().__init__()
         self.recipe = recipe
         self.prefix = prefix
         self.added_keys: list[str] = []
         self.own_order = False
         self.left_float: dict[str, str] = {}
+        self.__dict__["mode"] = mode
         self.__dict__["float_network"] = float_network
         self.__dict__["plan"] = plan
         self.__dict__["reworking"] = None

@@ -70,7 +70,7 @@ class Pt2eFlow:
         plan.weights = weight_quantizers(root, plan.graph)
         visit_weights(fx.GraphModule(root, copy.deepcopy(plan.graph)), FakeQuantize.materialize)
         result = ExportedNetwork(root, training_graph(root, plan), spec)
-        result._quantization = PreparedState(recipe, float_network, prefix=prefix, plan=plan)
+        result._quantization = PreparedState(self, recipe, float_network, prefix=prefix, plan=plan)
         follow_course(result)
         follow_checkpoints(result)
         result.keep_extra_state_of(float_network)

@@ -32,6 +32,10 @@ from qat_lightning.training_flags import plain_train
 OnFault = Literal["leave_float", "error"]
 """What becomes of a layer that cannot be int8: it stays float, or the training is refused."""
 
+_WORTH_COLLECTING = 16 * 2**20
+"""Bytes of weights from which on memory is given back at once: looking through all objects takes as long as it takes
+to rehearse a small network, whose copies Python finds by itself in time."""
+
 Inspect = Callable[[QuantizedNetwork, nn.Module], None]
 """Called with the rehearsed int8 network and what it has to compute, before both may be thrown away."""
 
@@ -96,7 +100,9 @@ def rehearse(
     try:
         return _rehearse(network, example, recipe, prefix, on_fault, inspect)
     finally:
-        give_back_memory()
+        held = sum(tensor.numel() * tensor.element_size() for tensor in network.parameters())
+        if held >= _WORTH_COLLECTING:
+            give_back_memory()
 
 
 def _rehearse(

@@ -29,4 +29,5 @@ def test_no_weight_of_a_rehearsed_copy_stays(mode: str) -> None:
     gc.collect()
     before = len(_weights())
     rehearse(network, Example((torch.randn(2, 3, 6, 6),)), Recipe(mode, "x86"))
+    gc.collect()
     assert len(_weights()) == before

@@ -397,3 +397,44 @@ def test_assignments_to_parts_of_a_tensor_are_copies() -> None:
 def test_assignments_that_a_copy_would_lose_are_refused(kind: type[Base]) -> None:
     with pytest.raises(TraceError, match="an assignment changes"):
         trace(kind(), Example((IMAGES,)), [])
+
+
+class Scaled(Base):
+    """A number is computed with."""
+
+    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        x = self.conv(x)
+        assert x.ndim == 4
+        y: Tensor = self.head(x.mean((2, 3))) * (scale / 2)
+        return y
+
+
+class Repeated(Base):
+    """Something is decided by a number."""
+
+    def forward(self, x: Tensor, rounds: int = 1) -> Tensor:
+        x = self.conv(x)
+        for _ in range(rounds):
+            x = x * 0.5
+        y: Tensor = self.head(x.mean((2, 3)))
+        return y
+
+
+@pytest.mark.parametrize(("kind", "given", "fixed"), [(Scaled, 0.5, []), (Repeated, 2, ["rounds: 3"])])
+def test_numbers_among_the_inputs_are_fixed_only_if_they_decide(kind: type[Base], given: Any, fixed: list[str]) -> None:
+    network = kind().eval()
+    graph_module, _, sizes = trace(copy.deepcopy(network), Example((IMAGES, given)), [])
+    for number in (given, given if fixed else 3):
+        torch.testing.assert_close(run(graph_module.eval(), IMAGES, number), network(IMAGES, number))
+    assert ([] if sizes is None else sizes.others((IMAGES, 3), {})) == fixed
+
+
+class FourSamples(Base):
+    def between(self, x: Tensor) -> Tensor:
+        return x.reshape(4, *x.shape[1:])
+
+
+def test_where_only_one_number_of_samples_can_be_it_is_fixed() -> None:
+    prepared = get_flow("fx").prepare(FourSamples(), Example((IMAGES,)), Recipe("fx", "x86"))
+    with pytest.raises(QuantizationError, match=r"traced for x: \(4, 3, .*called with x: \(6, 3, 8, 8\)"):
+        prepared(torch.randn(6, 3, 8, 8))

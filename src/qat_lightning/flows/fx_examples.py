@@ -27,8 +27,9 @@ from qat_lightning.structures import look_into
 _LOG = logging.getLogger("torch._subclasses.fake_tensor")
 """Upstream reports what fails there, which is expected here."""
 
-EXAMPLE, MORE, ONE, LARGER = "the example", "more samples", "one sample", "another size"
-"""The calls that are followed."""
+EXAMPLE, MORE, ONE = "the example", "more samples", "one sample"
+LARGER, NUMBERS = "another size", "other numbers"
+"""The calls that are followed; in the last one the numbers among the inputs are others."""
 
 
 class CallFails(BaseException):
@@ -51,26 +52,45 @@ class Plan:
         samples: Which of `MORE` and `ONE`.
         grows: Which dimensions are others in `LARGER`: ``"image"`` for all behind the second, ``"length"`` for all
             that are as the second of the first input; empty for no such call.
+        numbers: Whether `NUMBERS` is one.
     """
 
     samples: tuple[str, ...] = (MORE, ONE)
     grows: str = ""
+    numbers: bool = False
 
     @property
     def calls(self) -> tuple[str, ...]:
         """All of them, the example first."""
-        return (EXAMPLE, *self.samples, *([LARGER] if self.grows else []))
+        return (EXAMPLE, *self.samples, *([LARGER] if self.grows else []), *([NUMBERS] if self.numbers else []))
+
+    @property
+    def is_last(self) -> bool:
+        """Whether all but the number of samples is as in the example."""
+        return not (self.grows or self.numbers)
+
+    def fixing(self, call: str) -> Plan:
+        """The plan with what is another in `LARGER` or in `NUMBERS` as it is in the example."""
+        return Plan(self.samples, "" if call == LARGER else self.grows, self.numbers and call != NUMBERS)
 
     def without(self, call: str, example: Example) -> Plan:
         """The plan without a call that fails; without more samples no other number of them is tried."""
         if call == LARGER:
-            return Plan(self.samples, next((way for way in _ways(example, after=self.grows)), ""))
-        return Plan((MORE,) if call == ONE else (), self.grows)
+            return Plan(self.samples, next(_ways(example, after=self.grows), ""), self.numbers)
+        if call == NUMBERS:
+            return self.fixing(NUMBERS)
+        return Plan((MORE,) if call == ONE else (), self.grows, self.numbers)
 
 
-def grows(example: Example) -> str:
-    """The first way in which the inputs of an example can grow; empty if there is none."""
-    return next(_ways(example), "")
+def first_plan(example: Example) -> Plan:
+    """All calls that there are for an example."""
+    leaves = pytree.tree_leaves((example.args, example.kwargs))
+    return Plan(grows=next(_ways(example), ""), numbers=any(map(is_number, leaves)))
+
+
+def is_number(leaf: Any) -> bool:
+    """Whether an input is a number, and no flag."""
+    return isinstance(leaf, (int, float)) and not isinstance(leaf, bool)
 
 
 def _ways(example: Example, after: str = "") -> Iterator[str]:
@@ -101,13 +121,14 @@ class Calls:
             MORE: lambda leaf: _samples(leaf, example, lambda size: 2 * size + 3),
             ONE: lambda leaf: _samples(leaf, example, lambda size: 1),
             LARGER: lambda leaf: _larger(leaf, example, plan.grows),
+            NUMBERS: lambda leaf: leaf.shape,
         }
-        self.inputs = [self._as_fake(example, made[name]) for name in self.names]
+        self.inputs = [self._as_fake(example, made[name], other=name == NUMBERS) for name in self.names]
 
-    def _as_fake(self, example: Example, shape: Callable[[Tensor], Any]) -> Example:
+    def _as_fake(self, example: Example, shape: Callable[[Tensor], Any], *, other: bool) -> Example:
         def fake(leaf: Any) -> Any:
             if not isinstance(leaf, Tensor):
-                return leaf
+                return 2 * leaf + 1 if other and is_number(leaf) else leaf
             with self._mode:
                 return torch.empty(tuple(shape(leaf)), dtype=leaf.dtype)
 

@@ -7,6 +7,7 @@ saved, is converted once more. Both only once for each size that comes.
 from __future__ import annotations
 
 import copy
+import functools
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
-from qat_lightning.errors import NetworkError, QuantizationError, TraceError
+from qat_lightning.errors import NetworkError, TraceError
 from qat_lightning.flows.base import Example, cpu_copy, prepared_state
 from qat_lightning.flows.fx_shapes import CONSTANT
 from qat_lightning.flows.left_float import leave_float
@@ -65,7 +66,7 @@ class ConvertsAgain:
         """
         with _aside():
             other = _prepare_again(self.prepared, args, kwargs)
-            example = _example(args, kwargs)
+            example = _example(self.prepared, args, kwargs)
             if (parting := _parting(self.prepared, other)) is not None:
                 raise _other_way(network, args, kwargs, parting)
             other.load_state_dict(self.prepared.state_dict())
@@ -86,28 +87,38 @@ def _prepare_again(network: GraphNetwork, args: tuple[Any, ...], kwargs: dict[st
     state = prepared_state(network)
     original = copy.deepcopy(state.float_network).cpu().float()
     try:
-        other = state.mode.prepare(original, _example(args, kwargs), state.recipe, prefix=state.prefix)
-    except QuantizationError as error:
+        other = state.mode.prepare(original, _example(network, args, kwargs), state.recipe, prefix=state.prefix)
+    except Exception as error:  # a network may fail in any way with them
         assert network.sizes is not None
-        raise NetworkError(f"{network.sizes.refusal(network.sizes.others(args, kwargs))} ({error})") from error
+        lines = [*str(error).splitlines(), type(error).__name__]
+        raise NetworkError(f"{network.sizes.refusal(network.sizes.others(args, kwargs))} ({lines[0]})") from error
     assert isinstance(other, GraphNetwork)
     return other
 
 
-def _example(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Example:
-    """A call as an example: on the CPU, of a few samples, and of two at least."""
+def _example(network: GraphNetwork, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Example:
+    """A call as an example: on the CPU, and of a few samples, but of two at least, if their number is not fixed."""
     look_into(args, kwargs)
     size = batch_size(Example(args, kwargs))
+    for few in (_few, lambda leaf, size: leaf):
+        example = Example(*pytree.tree_map(functools.partial(_tidy, size=size, few=few), (args, kwargs)))
+        assert network.sizes is not None
+        if network.sizes.key(example.args, example.kwargs) == network.sizes.key(args, kwargs):
+            break
+    return example
 
-    def tidy(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor):
-            return leaf
-        leaf = leaf.detach().cpu().clone()
-        if has_batch(leaf, size):
-            leaf = torch.cat([leaf, leaf]) if size == 1 else leaf[:_SAMPLES]
-        return leaf.float() if leaf.is_floating_point() else leaf
 
-    return Example(*pytree.tree_map(tidy, (args, kwargs)))
+def _tidy(leaf: Any, size: int | None, few: Callable[[Tensor, int | None], Tensor]) -> Any:
+    if not isinstance(leaf, Tensor):
+        return leaf
+    leaf = few(leaf.detach().cpu().clone(), size)
+    return leaf.float() if leaf.is_floating_point() else leaf
+
+
+def _few(leaf: Tensor, size: int | None) -> Tensor:
+    if not has_batch(leaf, size):
+        return leaf
+    return torch.cat([leaf, leaf]) if size == 1 else leaf[:_SAMPLES]
 
 
 def _parting(network: GraphNetwork, other: GraphNetwork) -> str | None:

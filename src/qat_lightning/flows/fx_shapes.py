@@ -19,7 +19,7 @@ from torch.fx.proxy import TraceError as FxTraceError
 from qat_lightning.assignment import assigned
 from qat_lightning.flows.base import Example
 from qat_lightning.flows.fx_assignments import Assignments
-from qat_lightning.flows.fx_examples import LARGER, CallFails, Calls, Plan
+from qat_lightning.flows.fx_examples import LARGER, NUMBERS, CallFails, Calls, Plan
 from qat_lightning.flows.fx_known import KnownKind, KnownNumber, KnownTensor, Sizes
 from qat_lightning.flows.fx_patches import answering
 from qat_lightning.flows.fx_tracer import CallAsWhole, NetworkTracer, holds_no_layer
@@ -30,7 +30,17 @@ CONSTANT = "_example_constant"
 
 
 class SizesDecide(BaseException):
-    """Something is decided by a size that is not the number of samples; no `Exception`, which may be caught."""
+    """Something is decided by a size that is not the number of samples, or by a number among the inputs.
+
+    It is no `Exception`, which a ``forward`` may catch.
+
+    Args:
+        call: `LARGER` or `NUMBERS`.
+    """
+
+    def __init__(self, call: str) -> None:
+        super().__init__(call)
+        self.call = call
 
 
 class ShapesTracer(NetworkTracer):
@@ -52,7 +62,7 @@ class ShapesTracer(NetworkTracer):
         self.fixed = False
         self._calls = Calls(example, plan)
         self._values: dict[fx.Node, tuple[Any, ...]] = {}
-        self._sized: set[fx.Node] = set()
+        self._sized: dict[fx.Node, set[str]] = {}
         self._whole: dict[int, tuple[Any, fx.Node]] = {}
         self._assignments = Assignments()
 
@@ -163,11 +173,10 @@ class ShapesTracer(NetworkTracer):
         """The value of a number that something depends on.
 
         Raises:
-            SizesDecide: It comes from a size of the inputs that is not the number of samples.
+            SizesDecide: It comes from another size of the inputs, or is one of them.
             torch.fx.proxy.TraceError: It is not the same for any number of samples.
         """
-        if number.node in self._sized:
-            raise SizesDecide
+        self._refuse_free(number.node)
         first = number.values[0]
         if any(value != first for value in number.values):
             raise FxTraceError("what is decided here depends on the number of samples, which may be any")
@@ -190,11 +199,18 @@ class ShapesTracer(NetworkTracer):
         return proxy
 
     def _note_sizes(self, node: fx.Node, values: tuple[Any, ...]) -> None:
-        """Remember numbers that come from another size than the number of samples."""
-        if LARGER in self._calls.names and isinstance(values[0], (bool, int, float)):
-            inherited = any(source in self._sized for source in node.all_input_nodes)
-            if inherited or values[-1] != values[0]:
-                self._sized.add(node)
+        """Remember numbers that come from another size than the number of samples, or from a number that is given."""
+        if not isinstance(values[0], (bool, int, float)):
+            return
+        found = {call for source in node.all_input_nodes for call in self._sized.get(source, ())}
+        calls = zip(self._calls.names, values, strict=True)
+        found |= {call for call, value in calls if call in (LARGER, NUMBERS) and value != values[0]}
+        if found:
+            self._sized[node] = found
+
+    def _refuse_free(self, node: fx.Node) -> None:
+        if node in self._sized:
+            raise SizesDecide(max(self._sized[node]))
 
     def _wrap_plain(self, node: fx.Node, values: tuple[Any, ...]) -> Any:
         first = values[0]
@@ -204,8 +220,8 @@ class ShapesTracer(NetworkTracer):
             for source in node.args
             if isinstance(source, fx.Node)
         )
-        if isinstance(first, bool) and node in self._sized:
-            raise SizesDecide
+        if isinstance(first, bool):
+            self._refuse_free(node)
         if not same or (computed and not isinstance(first, bool)) or node in self._sized:
             return KnownNumber(node, self, values)
         if node.op in ("call_function", "call_method") and not node.users:

@@ -9,7 +9,7 @@ from torch import Tensor, fx, nn
 
 from qat_lightning.errors import TraceError
 from qat_lightning.flows.base import Example
-from qat_lightning.flows.fx_examples import CallFails, Calls, Plan, grows
+from qat_lightning.flows.fx_examples import CallFails, Calls, Plan, first_plan, is_number
 from qat_lightning.flows.fx_shapes import SizesDecide
 from qat_lightning.given_sizes import ANY, GivenInput, GivenSizes, leaves_by_path
 
@@ -38,15 +38,15 @@ def attempts(
         try:
             return trace(plan), plan
         except TraceError:
-            if plan is not None and not plan.grows:
+            if plan is not None and plan.is_last:
                 raise
-            plan = Plan(grows=grows(example)) if plan is None else Plan(plan.samples)
+            plan = first_plan(example) if plan is None else Plan(plan.samples)
         except CallFails as failed:
             assert plan is not None
             plan = plan.without(failed.call, example)
-        except SizesDecide:
+        except SizesDecide as decided:
             assert plan is not None
-            plan = Plan(plan.samples)
+            plan = plan.fixing(decided.call)
         for name in set(vars(network)) - before:
             delattr(network, name)  # constants of a trace that is given up
 
@@ -76,6 +76,8 @@ def given_sizes(
         if isinstance(leaf, Tensor):
             shapes = [leaf.shape, *(other.shape for _, other in others)]
             inputs.append(GivenInput(path, _common(shapes) if fixed else (ANY,) * leaf.ndim))
+        elif plan.numbers and is_number(leaf):
+            continue
         elif leaf is None or isinstance(leaf, (bool, int, float, str)):
             inputs.append(GivenInput(path, None, leaf))
     if all(given.shape is not None and set(given.shape) <= {ANY} for given in inputs):

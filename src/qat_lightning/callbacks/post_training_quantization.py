@@ -16,7 +16,7 @@ from qat_lightning.callbacks.arguments import check_flag
 from qat_lightning.callbacks.base import QuantizationCallback
 from qat_lightning.callbacks.calibration_data import calibration_loader
 from qat_lightning.callbacks.calibration_source import CalibrationSource
-from qat_lightning.callbacks.company import refuse_strategy, stop_recording_layers
+from qat_lightning.callbacks.company import mend_resume, refuse_strategy, stop_recording_layers
 from qat_lightning.callbacks.coverage_report import log_coverage, wandb_loggers
 from qat_lightning.callbacks.preparing import one_or_all
 from qat_lightning.callbacks.sharing import take_over_from_first
@@ -174,6 +174,10 @@ class PostTrainingQuantization(QuantizationCallback):
         if self.kind == "static":
             self._data.try_it(trainer, pl_module, self._slots)
         super().on_fit_start(trainer, pl_module)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Let a fit that was resumed write checkpoints that can be resumed from in turn."""
+        mend_resume(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Calibrate, while the LightningModule is still on its device."""

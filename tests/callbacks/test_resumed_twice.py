@@ -1,0 +1,48 @@
+"""A fit that is broken off, resumed, broken off again and resumed once more, with either callback."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from qat_lightning.callbacks.post_training_quantization import PostTrainingQuantization
+from tests.callbacks.lit import Lit, loader, qat, trainer
+
+
+class BreaksOff(Callback):
+    """Ends a fit as a signal would, in the middle of an epoch."""
+
+    def __init__(self, at: int | None) -> None:
+        self.at = at
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        if trainer.global_step == self.at:
+            raise SystemExit
+
+
+def fit(folder: Path, made: Callback, at: int | None) -> tuple[int, dict[str, torch.Tensor]]:
+    keeps = ModelCheckpoint(folder, every_n_train_steps=2, save_last=True)
+    module = Lit()
+    run = trainer(made, BreaksOff(at), keeps, enable_checkpointing=True, max_epochs=3)
+    try:
+        run.fit(module, loader(64, batch_size=16), ckpt_path="last")
+    except SystemExit:
+        assert at is not None
+    return run.global_step, module.state_dict()
+
+
+@pytest.mark.parametrize("make", [lambda: qat(), lambda: PostTrainingQuantization("fx")], ids=["qat", "ptq"])
+def test_every_step_is_taken_once(make: Callable[[], Callback], tmp_path: Path) -> None:
+    whole, wanted = fit(tmp_path / "whole", make(), None)
+    assert whole == 12
+    assert fit(tmp_path / "parts", make(), 6)[0] == 6  # its last checkpoint is of the end of the first epoch
+    assert fit(tmp_path / "parts", make(), 8)[0] == 8
+    steps, got = fit(tmp_path / "parts", make(), None)
+    assert steps == whole
+    assert got.keys() == wanted.keys()

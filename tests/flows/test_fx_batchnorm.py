@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qat_lightning.errors import NetworkError
 from qat_lightning.flows.base import Example, get_flow
 from qat_lightning.qat_modules import ConvBn2d, FunctionalBatchNorm
 from qat_lightning.recipe import Recipe
@@ -193,3 +194,36 @@ def test_tracing_counts_no_batch() -> None:
     prepared = get_flow("fx").prepare(network, Example((IMAGES,)), Recipe("fx", "x86"))
     assert all(torch.equal(value, prepared.state_dict()[key]) for key, value in before.items())
     assert not any(isinstance(module, FunctionalBatchNorm) for module in prepared.modules())
+
+
+class HoldsTheTensors(nn.Module):
+    """The network itself holds what its ``F.batch_norm`` reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 1)
+        self.weight, self.bias = nn.Parameter(torch.rand(8) + 0.5), nn.Parameter(torch.rand(8))
+        self.register_buffer("running_mean", torch.zeros(8))
+        self.register_buffer("running_var", torch.ones(8))
+        self.register_buffer("num_batches_tracked", torch.tensor(0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.num_batches_tracked.add_(1)
+        tensors = self.running_mean, self.running_var, self.weight, self.bias
+        return self.last(F.batch_norm(self.first(x), *tensors, self.training, 0.1, 1e-5))
+
+
+def test_the_network_itself_may_hold_the_tensors_of_its_batchnorm() -> None:
+    network = HoldsTheTensors()
+    prepared = get_flow("fx").prepare(network, Example((IMAGES,)), Recipe("fx", "x86")).train()
+    for _ in range(2):
+        prepared(IMAGES)
+    assert int(prepared.state_dict()["num_batches_tracked"]) == 2
+    assert prepared.state_dict()["running_mean"].abs().sum() > 0
+    assert set(network.state_dict()) <= set(prepared.state_dict())
+
+
+def test_a_network_that_is_a_batchnorm_has_nothing_to_quantize() -> None:
+    with pytest.raises(NetworkError, match="nothing to quantize in BatchNorm1d"):
+        get_flow("fx").prepare(nn.BatchNorm1d(8), Example((torch.randn(4, 8),)), Recipe("fx", "x86"))

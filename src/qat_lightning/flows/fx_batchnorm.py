@@ -56,7 +56,7 @@ def name_batchnorms(training: Traced, evaluation: Traced, network: nn.Module, ex
     for node, other in calls:
         arguments, in_evaluation = _arguments(node), _arguments(other)
         flags = arguments["training"], in_evaluation["training"]
-        path = _holder(in_evaluation, network)
+        path = _holder(in_evaluation, network) or None  # the network itself is no layer of its graph
         if flags == (True, True) or (path is None and flags[0] == flags[1]):
             continue  # the same function, whatever the mode
         given = (arguments["input"],)
@@ -81,7 +81,7 @@ def _counter(node: fx.Node, arguments: dict[str, Any], traced: Traced, network: 
     counter = network.get_submodule(owner)._buffers["num_batches_tracked"]
     traced.graph_module.get_submodule(owner).register_buffer("num_batches_tracked", counter)
     with traced.graph_module.graph.inserting_before(node):
-        return (traced.graph_module.graph.get_attr(f"{owner}.num_batches_tracked"),)
+        return (traced.graph_module.graph.get_attr(f"{owner}.num_batches_tracked".removeprefix(".")),)
 
 
 def _remember(layer: Any, *, fixed: bool, counts: bool) -> None:

@@ -64,6 +64,7 @@ def test_a_float_run_is_read_back_from_wandb(tmp_path: Path) -> None:
     assert Path(result["wandb"]["dir"]).is_dir()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pair", ["mode=fx backend=x86", "mode=eager backend=qnnpack", "mode=pt2e backend=x86"])
 def test_a_qat_run_leaves_the_whole_comparison_in_wandb(pair: str, tmp_path: Path) -> None:
     export = "mode=fx" in pair
@@ -97,6 +98,7 @@ def test_a_run_with_the_csv_logger_keeps_metrics_and_configuration(tmp_path: Pat
     assert OmegaConf.load(tmp_path / "out" / "csv" / "hparams.yaml").method.name == "float"
 
 
+@pytest.mark.slow
 def test_a_resumed_run_ends_where_the_uninterrupted_one_ends(tmp_path: Path) -> None:
     settings = ["method=float", "logger=csv", *FAST, "trainer.log_every_n_steps=1"]
     save = ["callbacks.model_checkpoint.every_n_train_steps=3", "callbacks.model_checkpoint.save_top_k=-1"]

@@ -208,7 +208,10 @@ ROWS = [
 ]
 
 
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+@pytest.mark.parametrize(
+    "row",
+    [pytest.param(row, id=row.name, marks=pytest.mark.slow if "torch.compile" in row.name else ()) for row in ROWS],
+)
 @pytest.mark.parametrize("mode", MODES)
 def test_row(mode: str, row: Row) -> None:
     """It learns its task, the int8 network is that of the weights tested, and ranges are float32 and finite."""
@@ -302,6 +305,7 @@ def test_an_average_that_would_miss_the_preparation_is_refused() -> None:
         trainer(averaging(), qat()).fit(Lit(), loader())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 def test_compiled_training_is_training(mode: str) -> None:
     """A compiled LightningModule follows the schedule: it ends where the plain one ends."""
@@ -320,6 +324,7 @@ def test_compiled_training_is_training(mode: str) -> None:
     torch.testing.assert_close(ended[1][1], ended[0][1], rtol=0.0, atol=0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", GRAPH_MODES)
 def test_a_compiled_part_is_refused(mode: str) -> None:
     module = Compiled("features")()

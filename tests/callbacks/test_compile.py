@@ -67,6 +67,7 @@ def assert_alike(left: nn.Module, right: nn.Module, tolerance: float = 1e-3) -> 
             torch.testing.assert_close(right.state_dict()[key], value, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mode", "make"),
     [
@@ -117,6 +118,7 @@ def test_nothing_is_left_after_an_exception(mode: str, graphs: Any) -> None:
     assert not any(isinstance(part.__dict__.get("forward"), CompiledSteps) for part in module.modules())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 def test_a_last_batch_of_another_size_is_one_more_graph(mode: str, graphs: Any) -> None:
     callback, _ = fitted(mode, Lit, compile=True, batches=loader(70), **SOON)
@@ -124,6 +126,7 @@ def test_a_last_batch_of_another_size_is_one_more_graph(mode: str, graphs: Any) 
     assert callback.quantized is not None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", [Scheme(learned_step="lsq+"), Scheme(weight_bits=4)], ids=["lsq+", "4 bits"])
 @pytest.mark.parametrize("mode", MODES)
 def test_other_schemes(mode: str, scheme: Scheme, graphs: Any) -> None:
@@ -134,6 +137,7 @@ def test_other_schemes(mode: str, scheme: Scheme, graphs: Any) -> None:
     assert_alike(expected, module, 1e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["fx", *(pytest.param(mode, marks=pytest.mark.slow) for mode in ("eager", "pt2e"))])
 def test_a_resumed_fit_ends_where_the_uninterrupted_one_does(mode: str, graphs: Any, tmp_path: Any) -> None:
     _, expected = fitted(mode, Lit, compile=True)

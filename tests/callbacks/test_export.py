@@ -24,6 +24,7 @@ from tests.callbacks.lit import Lit, loader, trainer
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 def test_a_fit_leaves_artifacts_that_are_tested_like_the_variants(tmp_path: Path) -> None:
     model, data = Lit(), loader()
     logger = WandbLogger(save_dir=tmp_path, offline=True)
@@ -50,6 +51,7 @@ def _read_back(folder: Path) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_post_training_quantization_is_exported_as_well(tmp_path: Path) -> None:
     model, data = Lit(), loader()
     export = QuantizedModelExport(["torchscript"], dirpath=str(tmp_path), batches=1)

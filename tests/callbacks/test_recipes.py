@@ -76,6 +76,7 @@ def fit(mode: str, name: str, *others: Any, net: Any = None, ckpt_path: Any = No
     return fitting, module, callback
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("mode", "name"), rows(*RECIPES))
 def test_a_fit_and_its_resumption(mode: str, name: str, tmp_path: Path) -> None:
     seed_everything(0, verbose=False)
@@ -183,6 +184,7 @@ def test_what_cannot_be_is_refused_and_changes_nothing() -> None:
     assert_same_state(state(module), before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 def test_recipes_of_post_training_quantization(mode: str) -> None:
     """Weights in few bits for the whole tensor: each recipe brings the outputs nearer, and the float network stays."""

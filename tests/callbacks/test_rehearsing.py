@@ -207,6 +207,7 @@ def test_the_copy_of_a_rehearsal_is_given_back(monkeypatch: pytest.MonkeyPatch) 
     assert [copy() is not None for copy in copies] == [False, True]
 
 
+@pytest.mark.slow
 def test_formats_are_tried_before_the_training(tmp_path: Path) -> None:
     said: list[str] = []
     export = QuantizedModelExport(["torchscript"], dirpath=str(tmp_path))

@@ -130,6 +130,7 @@ def _elsewhere(checkpoints: dict[str, Path], out: Path) -> None:
     torch.save(found, out)
 
 
+@pytest.mark.slow
 def test_in_a_fresh_process(tmp_path: Path) -> None:
     """Resumed there, and tested and validated there from the last checkpoint, all is as here."""
     expected: dict[str, Any] = {}

@@ -33,6 +33,7 @@ def fit(trainer: Trainer, workers: int = 0, checkpoint: Path | None = None) -> L
     return module
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("trainer", "checkpoint", "workers"),
     [

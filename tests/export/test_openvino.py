@@ -111,6 +111,7 @@ print("alive")
 """
 
 
+@pytest.mark.slow
 def test_a_signal_after_several_networks_does_not_kill_the_process(tmp_path: Path) -> None:
     torch.manual_seed(0)
     paths = []

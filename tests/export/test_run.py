@@ -72,6 +72,7 @@ def prepared(cache: dict[tuple[str, str], nn.Module], digits: Any, mode: str, ba
     return cache[mode, backend]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("mode", "backend", "name"), TAKEN)
 def test_an_artifact_chooses_the_classes_of_fake_quant(
     digits: Any, trained: Any, mode: str, backend: str, name: str, tmp_path: Path
@@ -187,6 +188,7 @@ class Several(nn.Module):
         return {"scores": y * factor, "first": y[:, :1]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("mode", "name"), [("fx", "torchscript"), ("pt2e", "exported_program")])
 def test_an_artifact_is_called_like_the_network(mode: str, name: str, tmp_path: Path) -> None:
     call = Example((torch.rand(4, 4),), {"table": torch.rand(4, 6), "factor": 2.0})
@@ -266,6 +268,7 @@ class ConstantsAndSlices(nn.Module):
         return {"scaled": [y * scalar for scalar in self.scalars], "parts": parts, "sum": y.sum()}
 
 
+@pytest.mark.slow
 def test_executorch_keeps_constants_apart_and_takes_slices(tmp_path: Path) -> None:
     pytest.importorskip("executorch.exir")
     torch.manual_seed(0)

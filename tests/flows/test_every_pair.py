@@ -18,7 +18,14 @@ LEAST_DB = {"x86": 60.0, "onednn": 60.0, "xnnpack": 60.0, "tensorrt": 60.0, "fbg
 """What each layer must reach on fake-quant's own input, by backend."""
 
 TABLE = [
-    pytest.param(mode, backend, case, id=f"{mode}-{backend}-{case.name}")
+    pytest.param(
+        mode,
+        backend,
+        case,
+        id=f"{mode}-{backend}-{case.name}",
+        # each of them is compiled
+        marks=pytest.mark.slow if (mode, backend) == ("pt2e", "x86") and case.name != "plain" else (),
+    )
     for mode, backend in pairs()
     for case in CASES
     if mode in case.modes

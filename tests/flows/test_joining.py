@@ -90,7 +90,10 @@ NETWORKS = (ImageAndTable, MapAndMean, SmallAndLarge, Dense)
 @pytest.mark.parametrize("exclude", [(), ("head",)], ids=["head-int8", "head-float"])
 @pytest.mark.parametrize(
     ("mode", "network"),
-    [(mode, network) for mode in ("eager", "fx") for network in NETWORKS] + [("pt2e", ImageAndTable)],
+    [
+        *((mode, network) for mode in ("eager", "fx") for network in NETWORKS),
+        pytest.param("pt2e", ImageAndTable, marks=pytest.mark.slow),
+    ],
 )
 def test_int8_joins_what_fake_quant_joins(mode: str, network: type[nn.Module], exclude: tuple[str, ...]) -> None:
     prepared, example = prepare(network(), Recipe(mode, "x86", exclude=exclude))

@@ -594,6 +594,7 @@ def test_dropout_inside_a_recurrent_layer_is_refused(kind: type[nn.RNNBase]) -> 
 # Compiling
 
 
+@pytest.mark.slow
 def test_compiled_equals_decomposed_at_any_batch_size(monkeypatch: pytest.MonkeyPatch) -> None:
     """One library for all batch sizes, which copies share."""
     torch.manual_seed(0)
@@ -634,6 +635,7 @@ def test_recurrent_layers_are_compiled(monkeypatch: pytest.MonkeyPatch, kind: ty
     assert sqnr_db(expected, network(x)) > 45
 
 
+@pytest.mark.slow
 def test_compiled_layers_equal_on_images_of_one_channel() -> None:
     """Inductor reads the output of the first convolution in the wrong layout when the batch may have any size."""
     layers = (nn.Conv2d(1, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU6(), nn.Conv2d(16, 8, 1), nn.ReLU())

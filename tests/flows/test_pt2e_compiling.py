@@ -45,6 +45,7 @@ def convert(network: nn.Module, example: Example) -> Int8Network:
     return converted
 
 
+@pytest.mark.slow
 def test_sequences_run_in_int8_kernels() -> None:
     """With residual adds, at any batch size, and where gradients are on as it is compiled."""
     torch.manual_seed(0)

@@ -21,6 +21,7 @@ def _weights() -> list[Tensor]:
     return [o for o in gc.get_objects() if type(o) in (Tensor, nn.Parameter) and tuple(o.shape) == shape]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["fx", "eager", "pt2e"])
 def test_no_weight_of_a_rehearsed_copy_stays(mode: str) -> None:
     network = nn.Sequential(

@@ -66,6 +66,7 @@ def test_a_layer_is_never_worse_and_its_grid_stays(
     assert (result.flipped == 0) == torch.equal(rounded, nearest)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["plain", "depthwise", "functional", "attention"])
 @pytest.mark.parametrize("mode", MODES)
 def test_networks_of_every_mode_come_nearer_and_convert(mode: str, name: str) -> None:

@@ -111,6 +111,7 @@ def test_sqnr_is_that_of_the_validation_data(run: Path) -> None:
     assert found.metric_name == "SQNR of the outputs in dB"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["lsq", "w4a8_lsq"])
 def test_learned_steps_are_calibrated_and_that_is_said(
     composed: Callable[..., DictConfig],  # noqa: F811

@@ -223,6 +223,7 @@ def test_what_is_chosen_converts(ranked_mobile: Sensitivity) -> None:
     convert_without(plan.exclude)
 
 
+@pytest.mark.slow
 def test_every_list_that_could_be_chosen_converts(ranked_mobile: Sensitivity) -> None:
     names = [f"net.{row.name}" for row in ranked_mobile.rows if row.excludable]
     for count in range(1, len(names)):

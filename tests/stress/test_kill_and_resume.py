@@ -38,6 +38,7 @@ def _killed_and_equal(lives: Campaign, mode: str, kills: int) -> None:
     assert not lost, f"QAT_STRESS_SEED={lives.seed}:\n" + "\n".join(lost)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 def test_killed_anywhere(lives: Campaign, mode: str) -> None:
     _killed_and_equal(lives, mode, 8)
@@ -61,6 +62,7 @@ def _after(lives: Campaign, run: Run, *kills: Kill) -> list[str]:
     return differences(reference, run)
 
 
+@pytest.mark.slow
 def test_a_fit_that_stops_is_found_and_says_where(tmp_path: Path) -> None:
     """The watch itself."""
     with Server(idle=4.0) as server:
@@ -81,6 +83,7 @@ def test_resumed_under_accumulation_and_killed_again(lives: Campaign) -> None:
     assert not _after(lives, Run("eager", "", accumulate=2), *kills)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_whole_wherever_its_writing_ends(lives: Campaign, tmp_path: Path) -> None:
     """Also where temporary files are on another file system, from which Lightning would copy."""
     memory = "/dev/shm" if Path("/dev/shm").is_dir() else None

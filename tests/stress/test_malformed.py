@@ -35,6 +35,7 @@ def _check(family: Any, files: Files, examples: int) -> None:
     check()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("family", dict.fromkeys(FAMILIES), ids=lambda family: family.__name__)
 def test_ends_in_an_error_that_names_it(family: Any, files: Files) -> None:

@@ -3,9 +3,12 @@
 import json
 from pathlib import Path
 
+import pytest
+
 from tests.sweep.running import results, statuses, sweep
 
 
+@pytest.mark.slow
 def test_combinations_are_skipped_and_the_float_run_is_trained_once(tmp_path: Path) -> None:
     words = ["method=qat,float,ptq", "backend=x86,xnnpack", "baseline=shared", "logger=csv"]
     done = sweep(tmp_path, *words)

@@ -83,6 +83,7 @@ def test_small_values_on_a_coarse_grid_are_no_alarm() -> None:
     assert all(check.sqnr_db > 100 for check in converted.checks if check.op in ("gelu", "sub"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["eager", "fx"])
 @pytest.mark.parametrize("cell", [nn.LSTM, nn.GRU])
 def test_a_stack_of_recurrent_layers_is_judged_by_what_disturbing_does(cell: type[nn.RNNBase], mode: str) -> None:

@@ -5,17 +5,19 @@ python train.py mode=pt2e model=resnet20 data=cifar10
 python train.py -m mode=eager,fx,pt2e seed=0,1,2
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import hydra
-from lightning.pytorch import seed_everything
 from omegaconf import DictConfig
 
-from qat_lightning import app
-from qat_lightning.evaluate import evaluate_variants
-from qat_lightning.sweep.baseline import fit, with_baseline
-from qat_lightning.sweep.trial import Objective, run_trial
+if TYPE_CHECKING:
+    from qat_lightning.app import Objects
+    from qat_lightning.sweep.trial import Objective
 
 
-def train(cfg: DictConfig) -> tuple[dict[str, float], app.Objects]:
+def train(cfg: DictConfig) -> tuple[dict[str, float], Objects]:
     """Fit, convert and compare.
 
     Args:
@@ -24,6 +26,12 @@ def train(cfg: DictConfig) -> tuple[dict[str, float], app.Objects]:
     Returns:
         Every metric of the comparison, and the objects of the run.
     """
+    from lightning.pytorch import seed_everything
+
+    from qat_lightning import app
+    from qat_lightning.evaluate import evaluate_variants
+    from qat_lightning.sweep.baseline import fit, with_baseline
+
     app.check(cfg)
     cfg = with_baseline(cfg)
     seed_everything(cfg.seed, workers=True, verbose=False)
@@ -39,6 +47,9 @@ def train(cfg: DictConfig) -> tuple[dict[str, float], app.Objects]:
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def main(cfg: DictConfig) -> Objective:
     """One run, or one trial of a sweep, which ends with what a sweeper optimizes."""
+    # Imported here: --help, --cfg and a misspelt group are answered without torch.
+    from qat_lightning.sweep.trial import run_trial
+
     return run_trial(train, cfg)
 
 

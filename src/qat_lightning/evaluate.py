@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol, cast
 
@@ -123,20 +123,10 @@ def evaluate_variants(
                 # After a whole training, what was asked for besides must not cost its results.
                 rank_zero_warn(f"There is no fused variant: {error}")
     else:
-        before = source.chosen_variant
-        for name in source.variants:
-            source.use_variant(name)
-            try:
-                summary |= test(name)
-            finally:
-                source.use_variant(before)
-            if name == "int8":
-                summary |= {f"int8/{key}": value for key, value in source.fidelity.items()}
+        summary |= _test_variants(source, test)
         for name, network, figures in exported(trainer):
             with source.running(network):
                 summary |= test(name) | {f"{name}/{key}": value for key, value in figures.items()}
-        if "float" in source.variants and getattr(source, "float_step", None) is not None:
-            summary["float/step"] = float(source.float_step)  # type: ignore[attr-defined]
         networks = {name: source.network(name) for name in source.variants if name in TIMED}
         calls = [source.example_inputs_]
     if trainer.is_global_zero:
@@ -151,6 +141,23 @@ def evaluate_variants(
         console().print(variants_table(summary, float_source=origin))
         if rows:
             console().print(coverage_table(rows, title="What is int8"))
+    return summary
+
+
+def _test_variants(source: HasVariants, test: Callable[[str], dict[str, float]]) -> dict[str, float]:
+    """Test what a callback can let the Trainer run, and choose what was chosen again."""
+    summary: dict[str, float] = {}
+    before = source.chosen_variant
+    for name in source.variants:
+        source.use_variant(name)
+        try:
+            summary |= test(name)
+        finally:
+            source.use_variant(before)
+        if name == "int8":
+            summary |= {f"int8/{key}": value for key, value in source.fidelity.items()}
+    if "float" in source.variants and getattr(source, "float_step", None) is not None:
+        summary["float/step"] = float(source.float_step)  # type: ignore[attr-defined]
     return summary
 
 

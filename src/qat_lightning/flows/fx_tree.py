@@ -15,18 +15,8 @@ def restore_children(
 ) -> None:
     """Put back what upstream's fusion took out of the tree, above all BatchNorm, so that every float key survives."""
     for name, module in originals.items():
-        if not name or (not any(True for _ in module.named_parameters(recurse=False)) and not module._buffers):
-            continue
-        parent, _, leaf = name.rpartition(".")
-        holder = _holder(result, parent)
-        present = holder._modules.get(leaf)
-        # Fusion leaves an Identity in the place of what it took.
-        if present is None or isinstance(present, nn.Identity):
-            holder._modules[leaf] = module
-        elif isinstance(module, _BatchNorm) and type(present) is GraphPart:
-            # Taken, and what else was called inside of it, such as its activation, left.
-            module._modules.update(present._modules)
-            holder._modules[leaf] = module
+        if name and (any(p is not None for p in module._parameters.values()) or module._buffers):
+            _restore(result, name, module)
     for name, parameter in parameters.items():
         parent, _, leaf = name.rpartition(".")
         holder = _holder(result, parent)
@@ -46,6 +36,19 @@ def restore_children(
             "or mode='eager' for this network."
         )
     order_as(result, float_network)
+
+
+def _restore(result: GraphNetwork, name: str, module: nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    holder = _holder(result, parent)
+    present = holder._modules.get(leaf)
+    # Fusion leaves an Identity in the place of what it took.
+    if present is None or isinstance(present, nn.Identity):
+        holder._modules[leaf] = module
+    elif isinstance(module, _BatchNorm) and type(present) is GraphPart:
+        # Taken, and what else was called inside of it, such as its activation, left.
+        module._modules.update(present._modules)
+        holder._modules[leaf] = module
 
 
 def with_batchnorms(graph_module: fx.GraphModule, modules: dict[str, nn.Module]) -> dict[str, nn.Module]:

@@ -13,7 +13,7 @@ import hydra
 from omegaconf import DictConfig
 
 if TYPE_CHECKING:
-    from qat_lightning.app import Objects
+    from qat_lightning.run.app import Objects
     from qat_lightning.sweep.trial import Objective
 
 
@@ -28,8 +28,8 @@ def train(cfg: DictConfig) -> tuple[dict[str, float], Objects]:
     """
     from lightning.pytorch import seed_everything
 
-    from qat_lightning import app
-    from qat_lightning.evaluate import evaluate_variants
+    from qat_lightning.run import app
+    from qat_lightning.run.evaluate import evaluate_variants
     from qat_lightning.sweep.baseline import fit, with_baseline
 
     app.check(cfg)

@@ -25,8 +25,10 @@ from torch.utils.data import DataLoader, TensorDataset
 from benchmarks.machine import describe
 from benchmarks.networks import ResNet18
 from qat_lightning import QuantizationAwareTraining
-from qat_lightning.flows.base import Example, get_flow, set_phase
-from qat_lightning.recipe import Recipe
+from qat_lightning.graph.example import Example
+from qat_lightning.modes.prepared import set_phase
+from qat_lightning.modes.registry import get_mode
+from qat_lightning.settings.recipe import Recipe
 
 
 class Classifier(LightningModule):
@@ -95,7 +97,7 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     example = Example((torch.randn(2, 3, options.size, options.size),))
     recipe = Recipe(options.mode, "x86")
-    prepared = get_flow(options.mode).prepare(ResNet18(), example, recipe)
+    prepared = get_mode(options.mode).prepare(ResNet18(), example, recipe)
     set_phase(prepared, fake_quant=True, observers=True, batchnorm_frozen=False)
     shape = options.steps, options.size, options.batch
     without, with_callback = [], []

@@ -58,10 +58,12 @@ def network(name: str) -> nn.Module:
 
 def _int8(name: str, mode: str, backend: str) -> Any:
     from qat_lightning.artifact.quantized import QuantizedNetwork
-    from qat_lightning.flows.base import Example, cpu_copy, get_flow, observe_in_evaluation, set_phase
-    from qat_lightning.recipe import Recipe
+    from qat_lightning.graph.example import Example
+    from qat_lightning.modes.prepared import cpu_copy, observe_in_evaluation, set_phase
+    from qat_lightning.modes.registry import get_mode
+    from qat_lightning.settings.recipe import Recipe
 
-    flow, recipe, example = get_flow(mode), Recipe(mode, backend), Example((images(4),))
+    flow, recipe, example = get_mode(mode), Recipe(mode, backend), Example((images(4),))
     prepared = flow.prepare(network(name), example, recipe).eval()
     set_phase(prepared, fake_quant=False, observers=True, batchnorm_frozen=True)
     observe_in_evaluation(prepared, True)

@@ -56,17 +56,19 @@ def prepare(row: str, network: Any, images: Any) -> Any:
 
 
 def _ours(mode: str, what: str, compiled: bool, network: Any, images: Any) -> Any:
-    from qat_lightning.compiling import CompiledSteps
-    from qat_lightning.flows.base import Example, get_flow, set_phase
-    from qat_lightning.recipe import Recipe
+    from qat_lightning.graph.example import Example
+    from qat_lightning.modes.compiling import CompiledSteps
+    from qat_lightning.modes.prepared import set_phase
+    from qat_lightning.modes.registry import get_mode
     from qat_lightning.recipes.folding import fold_batchnorm
-    from qat_lightning.scheme import Scheme
+    from qat_lightning.settings.recipe import Recipe
+    from qat_lightning.settings.scheme import Scheme
 
     example = Example((images[:2].clone(),))
     if what == "folded":
         fold_batchnorm(network, example)
     scheme = Scheme(learned_step="lsq") if what == "lsq" else Scheme()
-    prepared = get_flow(mode).prepare(network, example, Recipe(mode, "x86", scheme))
+    prepared = get_mode(mode).prepare(network, example, Recipe(mode, "x86", scheme))
     prepared.to(images.device).train()
     set_phase(prepared, fake_quant=True, observers=True, batchnorm_frozen=False)
     if compiled:

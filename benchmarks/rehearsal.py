@@ -28,10 +28,11 @@ from torch import nn
 from benchmarks.machine import describe
 from benchmarks.networks import NETWORKS, UNet
 from benchmarks.photos import SIDE
-from qat_lightning.decision import decide
-from qat_lightning.flows.base import Example, get_flow
-from qat_lightning.recipe import Recipe
-from qat_lightning.rehearsal import rehearse
+from qat_lightning.graph.example import Example
+from qat_lightning.modes.registry import get_mode
+from qat_lightning.rehearsal.auto import decide
+from qat_lightning.rehearsal.rehearse import rehearse
+from qat_lightning.settings.recipe import Recipe
 
 MODES = ("fx", "eager", "pt2e")
 REHEARSED: dict[str, Callable[[], nn.Module]] = {
@@ -57,7 +58,7 @@ def measure(network: nn.Module, example: Example, mode: str, rounds: int) -> tup
     pairs, held = [], []
     for _ in range(rounds + 1):
         copied = copy.deepcopy(network)
-        prepare = _seconds(lambda copied=copied: get_flow(mode).prepare(copied, example, recipe))
+        prepare = _seconds(lambda copied=copied: get_mode(mode).prepare(copied, example, recipe))
         del copied
         before = _resident_mb()
         pairs.append((prepare, _seconds(lambda: rehearse(network, example, recipe))))

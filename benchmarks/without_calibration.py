@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from benchmarks.machine import describe
 from qat_lightning.artifact import artifact_size_mb
 from qat_lightning.artifact.quantized import QuantizedNetwork
-from qat_lightning.flows.base import Example
-from qat_lightning.flows.direct import quantize
-from qat_lightning.measure import latency_interleaved
-from qat_lightning.recipe import Recipe
-from qat_lightning.scheme import Scheme
+from qat_lightning.graph.example import Example
+from qat_lightning.measure.metrics import latency_interleaved
+from qat_lightning.modes.uncalibrated import quantize
+from qat_lightning.settings.recipe import Recipe
+from qat_lightning.settings.scheme import Scheme
 
 FOUR_BITS = Scheme(weight_bits=4, weight_granularity="per_group", weight_group_size=32)
 VARIANTS = {

@@ -11,12 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qat_lightning.backends import MODES, pairs
-from qat_lightning.calibration import calibrate
-from qat_lightning.flows.base import Example, LayerCoverage, cpu_copy, get_flow
-from qat_lightning.flows.direct import quantize
-from qat_lightning.kinds import supported
-from qat_lightning.recipe import Recipe
+from qat_lightning.graph.example import Example
+from qat_lightning.modes.prepared import cpu_copy
+from qat_lightning.modes.protocol import LayerCoverage
+from qat_lightning.modes.registry import get_mode
+from qat_lightning.modes.uncalibrated import quantize
+from qat_lightning.rehearsal.calibration import calibrate
+from qat_lightning.settings.backends import MODES, pairs
+from qat_lightning.settings.kinds import supported
+from qat_lightning.settings.recipe import Recipe
 
 METHODS = Path(__file__).parents[1] / "docs" / "methods.md"
 
@@ -224,7 +227,7 @@ def test_every_row_of_the_docs_is_looked_at() -> None:
 @pytest.mark.parametrize("row", FIXED, ids=lambda row: row.label.replace("`", ""))
 def test_the_docs_have_what_fixed_ranges_reach(row: Row, mode: str) -> None:
     cell = dict(zip(MODES, table()[f"`static`, `qat`: {row.label}"], strict=True))[mode]
-    flow, example = get_flow(mode), Example((torch.randn(row.shape),))
+    flow, example = get_mode(mode), Example((torch.randn(row.shape),))
     found: dict[str, set[str]] = {name: set() for name in row.names}
     for backend in of_mode(mode):
         prepared = flow.prepare(row.network(), example, Recipe(mode, backend, kind="static"))

@@ -39,7 +39,7 @@ from qat_lightning import QuantizationAwareTraining
 QuantizationAwareTraining()
 print(time.process_time() - began)
 print([name for name in sys.modules if name.split(".")[0] in ("torchao", "executorch", "onnx", "openvino")])
-print([name for name in sys.modules if name.startswith("qat_lightning.flows.pt2e")])
+print([name for name in sys.modules if name.startswith("qat_lightning.modes.pt2e")])
 """
 
 

@@ -6,55 +6,59 @@ Names are imported when they are first asked for, so that nobody pays for the mo
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from qat_lightning._moved import install
+
 if TYPE_CHECKING:
     from qat_lightning.artifact import load_quantized
     from qat_lightning.artifact.quantized import QuantizedNetwork
-    from qat_lightning.calibration import calibrate
     from qat_lightning.callbacks.batchnorm_reestimation import BatchNormReestimation
     from qat_lightning.callbacks.distillation import Distillation
+    from qat_lightning.callbacks.parts.checkpoints import LoadsQuantizedCheckpoints, float_state_dict
     from qat_lightning.callbacks.post_training_quantization import PostTrainingQuantization
     from qat_lightning.callbacks.quantization_aware_training import QuantizationAwareTraining
     from qat_lightning.callbacks.quantization_monitor import QuantizationMonitor
     from qat_lightning.callbacks.quantized_model_export import QuantizedModelExport
-    from qat_lightning.checkpoints import LoadsQuantizedCheckpoints, float_state_dict
-    from qat_lightning.evaluate import evaluate_variants
     from qat_lightning.export.run import export_quantized
-    from qat_lightning.flows.base import Example
-    from qat_lightning.flows.coverage import coverage_table
-    from qat_lightning.fusion import fuse
+    from qat_lightning.graph.example import Example
+    from qat_lightning.modes.coverage import coverage_table
     from qat_lightning.plain import convert, prepare, quantize
-    from qat_lightning.recipe import Recipe
     from qat_lightning.recipes.adaround import AdaRound
-    from qat_lightning.rehearsal import Rehearsal, rehearse
-    from qat_lightning.scheme import Scheme
+    from qat_lightning.recipes.fusion import fuse
+    from qat_lightning.rehearsal.calibration import calibrate
+    from qat_lightning.rehearsal.rehearse import Rehearsal, rehearse
+    from qat_lightning.run.evaluate import evaluate_variants
     from qat_lightning.sensitivity import sensitivity
+    from qat_lightning.settings.recipe import Recipe
+    from qat_lightning.settings.scheme import Scheme
 
 _HOMES = {
     "AdaRound": "qat_lightning.recipes.adaround",
     "BatchNormReestimation": "qat_lightning.callbacks.batchnorm_reestimation",
     "Distillation": "qat_lightning.callbacks.distillation",
-    "Example": "qat_lightning.flows.base",
-    "LoadsQuantizedCheckpoints": "qat_lightning.checkpoints",
+    "Example": "qat_lightning.graph.example",
+    "LoadsQuantizedCheckpoints": "qat_lightning.callbacks.parts.checkpoints",
     "PostTrainingQuantization": "qat_lightning.callbacks.post_training_quantization",
     "QuantizationAwareTraining": "qat_lightning.callbacks.quantization_aware_training",
     "QuantizationMonitor": "qat_lightning.callbacks.quantization_monitor",
     "QuantizedModelExport": "qat_lightning.callbacks.quantized_model_export",
     "QuantizedNetwork": "qat_lightning.artifact.quantized",
-    "Recipe": "qat_lightning.recipe",
-    "Rehearsal": "qat_lightning.rehearsal",
-    "Scheme": "qat_lightning.scheme",
-    "calibrate": "qat_lightning.calibration",
+    "Recipe": "qat_lightning.settings.recipe",
+    "Rehearsal": "qat_lightning.rehearsal.rehearse",
+    "Scheme": "qat_lightning.settings.scheme",
+    "calibrate": "qat_lightning.rehearsal.calibration",
     "convert": "qat_lightning.plain",
-    "coverage_table": "qat_lightning.flows.coverage",
-    "evaluate_variants": "qat_lightning.evaluate",
+    "coverage_table": "qat_lightning.modes.coverage",
+    "evaluate_variants": "qat_lightning.run.evaluate",
     "export_quantized": "qat_lightning.export.run",
-    "float_state_dict": "qat_lightning.checkpoints",
-    "fuse": "qat_lightning.fusion",
+    "float_state_dict": "qat_lightning.callbacks.parts.checkpoints",
+    "fuse": "qat_lightning.recipes.fusion",
     "load_quantized": "qat_lightning.artifact",
     "prepare": "qat_lightning.plain",
     "quantize": "qat_lightning.plain",
-    "rehearse": "qat_lightning.rehearsal",
+    "rehearse": "qat_lightning.rehearsal.rehearse",
 }
+
+install()
 
 
 def __getattr__(name: str) -> Any:

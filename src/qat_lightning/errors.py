@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from qat_lightning.flows.base import LayerCheck
+    from qat_lightning.modes.protocol import LayerCheck
 
 
 class QuantizationError(Exception):

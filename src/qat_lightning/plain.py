@@ -5,9 +5,11 @@ from __future__ import annotations
 from torch import nn
 
 from qat_lightning.artifact.quantized import QuantizedNetwork
-from qat_lightning.faults import convert_what_can_be, leaving_float, quantize_what_can_be
-from qat_lightning.flows.base import Example, get_flow, prepared_state
-from qat_lightning.recipe import Recipe
+from qat_lightning.graph.example import Example
+from qat_lightning.modes.prepared import prepared_state
+from qat_lightning.modes.registry import get_mode
+from qat_lightning.rehearsal.faults import convert_what_can_be, leaving_float, quantize_what_can_be
+from qat_lightning.settings.recipe import Recipe
 
 
 def prepare(network: nn.Module, example: Example, recipe: Recipe) -> nn.Module:
@@ -38,7 +40,7 @@ def prepare(network: nn.Module, example: Example, recipe: Recipe) -> nn.Module:
         >>> convert(prepared, Example((x,)))(x).shape
         torch.Size([16, 4])
     """
-    return get_flow(recipe.mode).prepare(network, example, recipe)
+    return get_mode(recipe.mode).prepare(network, example, recipe)
 
 
 def convert(prepared: nn.Module, example: Example) -> QuantizedNetwork:

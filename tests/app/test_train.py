@@ -13,8 +13,8 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from qat_lightning import app
 from qat_lightning.errors import ConfigurationError
+from qat_lightning.run import app
 
 ROOT = Path(__file__).parents[2]
 FAST = ["debug=fast", "trainer=cpu", "data.datamodule.batch_size=16"]

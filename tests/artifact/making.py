@@ -13,9 +13,11 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from qat_lightning.artifact.quantized import QuantizedNetwork
-from qat_lightning.flows.base import Example, cpu_copy, get_flow
-from qat_lightning.recipe import Recipe
-from tests.networks import CASES, Case
+from qat_lightning.graph.example import Example
+from qat_lightning.modes.prepared import cpu_copy
+from qat_lightning.modes.registry import get_mode
+from qat_lightning.settings.recipe import Recipe
+from tests.support.networks import CASES, Case
 
 Batch = Callable[[int], tuple[tuple[Any, ...], dict[str, Any]]]
 
@@ -37,7 +39,7 @@ def quantize(
 ) -> QuantizedNetwork:
     recipe = Recipe(mode, backend, exclude=exclude)
     example = Example(*batch(4))
-    flow = get_flow(mode)
+    flow = get_mode(mode)
     prepared = flow.prepare(network, example, recipe)
     prepared.train()
     with torch.no_grad():

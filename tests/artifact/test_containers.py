@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from qat_lightning.artifact import load_quantized, save_quantized
 from qat_lightning.artifact.quantized import QuantizedNetwork
 from qat_lightning.errors import ArtifactError
-from qat_lightning.flows.base import Example
-from qat_lightning.flows.direct import quantize as quantize_directly
-from qat_lightning.recipe import Recipe
-from qat_lightning.structures import Record, parts, same
+from qat_lightning.graph.example import Example
+from qat_lightning.graph.structures import Record, parts, same
+from qat_lightning.modes.uncalibrated import quantize as quantize_directly
+from qat_lightning.settings.recipe import Recipe
 from tests.artifact.making import Batch, quantize, read, write
 
 

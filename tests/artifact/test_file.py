@@ -16,7 +16,7 @@ from qat_lightning.artifact import artifact_bytes, load_quantized, save_quantize
 from qat_lightning.artifact.quantized import QuantizedNetwork
 from qat_lightning.errors import ArtifactError, QuantizationError
 from tests.artifact.making import quantize, read, write
-from tests.networks import Plain
+from tests.support.networks import Plain
 
 
 @pytest.fixture(scope="module")

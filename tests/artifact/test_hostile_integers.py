@@ -18,11 +18,11 @@ from qat_lightning import Scheme, load_quantized
 from qat_lightning.artifact import artifact_bytes
 from qat_lightning.artifact.quantized import QuantizedNetwork
 from qat_lightning.errors import ArtifactError, QuantizationError
-from qat_lightning.flows.base import Example
-from qat_lightning.flows.direct import quantize
-from qat_lightning.recipe import Recipe
+from qat_lightning.graph.example import Example
+from qat_lightning.modes.uncalibrated import quantize
+from qat_lightning.settings.recipe import Recipe
 from tests.artifact.making import read, write
-from tests.sequence_networks import Attention, Recurrent, Tables
+from tests.support.sequence_networks import Attention, Recurrent, Tables
 
 Content = tuple[dict[str, Any], bytes]
 

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qat_lightning.artifact import artifact_size_mb, load_quantized, save_quantized
-from qat_lightning.backends import pairs
 from qat_lightning.errors import ArtifactError
+from qat_lightning.settings.backends import pairs
 from tests.artifact.making import (
     assert_equal,
     assert_same_network,
@@ -28,7 +28,7 @@ from tests.artifact.making import (
     quantize,
 )
 from tests.artifact.networks import Convolutions, FunctionalWeights, Large, Structures, WithOwnBlock, Zoo
-from tests.networks import CASES
+from tests.support.networks import CASES
 
 ROOT = Path(__file__).parents[2]
 
@@ -70,7 +70,7 @@ def test_fresh_process_without_trainer_and_data(tmp_path: Path) -> None:
         for path in sorted(Path(sys.argv[1]).glob("*.int8")):
             network = None
             if path.stem.startswith("eager"):
-                from tests.networks import Depthwise
+                from tests.support.networks import Depthwise
                 network = Depthwise()
             loaded = load_quantized(path, network=network)
             x, expected = torch.load(path.with_suffix(".pt"))

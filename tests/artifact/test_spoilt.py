@@ -14,8 +14,8 @@ from torch import nn
 from qat_lightning.artifact import artifact_bytes, load_quantized
 from qat_lightning.errors import ArtifactError
 from tests.artifact.making import assert_same_network, images, quantize, read, write
-from tests.networks import Plain
 from tests.stress.spoiling import members, packed, spoil
+from tests.support.networks import Plain
 
 
 @pytest.fixture(autouse=True)

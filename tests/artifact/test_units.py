@@ -32,8 +32,8 @@ from qat_lightning.artifact.operations import function_of, is_allowed, name_of
 from qat_lightning.artifact.packed import decode_packed, encode_packed, is_packed
 from qat_lightning.artifact.tensors import TensorReader, TensorWriter
 from qat_lightning.artifact.values import decode, encode
-from qat_lightning.backends import quantized_engine
 from qat_lightning.errors import ArtifactError
+from qat_lightning.settings.backends import quantized_engine
 
 PLAIN = st.recursive(
     st.one_of(

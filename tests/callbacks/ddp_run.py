@@ -16,11 +16,13 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 
-from qat_lightning import Distillation, QuantizationMonitor, Scheme, faults
-from qat_lightning.callbacks import converting, sharing
+from qat_lightning import Distillation, QuantizationMonitor, Scheme
+from qat_lightning.callbacks.parts import converting, sharing
 from qat_lightning.errors import QuantizationError, VerificationError
-from qat_lightning.fake_quantize import FakeQuantize
-from qat_lightning.flows.base import fake_quantizers, get_flow
+from qat_lightning.modes.prepared import fake_quantizers
+from qat_lightning.modes.registry import get_mode
+from qat_lightning.numerics.fake_quantize import FakeQuantize
+from qat_lightning.rehearsal import faults
 from tests.callbacks.lit import CLASSES, MODES, Lit, Net, dataset, loader, qat, ranges, statistics, trainer
 from tests.callbacks.test_insert import OwnForward
 
@@ -51,7 +53,7 @@ CONVERSIONS: list[str] = []
 
 def counted(mode: str) -> Any:
     """The flow of a mode, which notes when it converts."""
-    flow = get_flow(mode)
+    flow = get_mode(mode)
     convert = flow.convert
 
     def noting(*args: Any) -> Any:
@@ -125,7 +127,7 @@ def failing(where: str) -> Iterator[None]:
     """Something goes wrong in one process only."""
     if where == "first" and first():
         error = VerificationError("layer 'net.head' is at 9.0 dB")
-        with mock.patch.object(faults, "get_flow", side_effect=error):
+        with mock.patch.object(faults, "get_mode", side_effect=error):
             yield
     elif where == "second" and not first():
         with mock.patch.object(converting, "unpack", side_effect=OSError("no memory")):
@@ -264,18 +266,18 @@ def run_all(folder: Path) -> None:
     halves = {mode: run_halves(mode, 2) for mode in MODES}
     halves |= {f"{mode} distilled": run_halves(mode, 2, Distillation(2.0, 0.5)) for mode in MODES}
     halves |= {f"learned {mode}": run_halves(mode, 2, scheme=LEARNED) for mode in ("fx", "pt2e")}
-    faults.get_flow = counted
+    faults.get_mode = counted
     for mode in MODES:
         for make in (Lit, OwnForward):
             results[f"{mode} {make.__name__}"] = run(mode, make())
         results[f"{mode} monitored"] = run_monitored(mode)
     results["conversions"] = list(CONVERSIONS)
-    faults.get_flow = get_flow
+    faults.get_mode = get_mode
     results["nothing"] = observe_nothing()
     results["asked in one"] = {mode: run_asked_in_one(mode) for mode in MODES}
     for where in ("first", "second"):
         results[f"fails in the {where}"] = run_failing(where)
-    faults.get_flow = counted
+    faults.get_mode = counted
     results["without file"] = run_without_file("fx")
     rank = torch.distributed.get_rank()
     (folder / f"{rank}.json").write_text(json.dumps(results))

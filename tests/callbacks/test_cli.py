@@ -13,7 +13,7 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.cli import LightningCLI
 
 from qat_lightning import QuantizationAwareTraining, Scheme
-from qat_lightning.schedule import SchedulePoint
+from qat_lightning.settings.schedule import SchedulePoint
 from tests.callbacks.lit import Lit, loader
 
 QUIET = [

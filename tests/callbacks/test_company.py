@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from qat_lightning.callbacks.post_training_quantization import PostTrainingQuantization
 from qat_lightning.callbacks.quantization_aware_training import QuantizationAwareTraining
 from qat_lightning.errors import ConfigurationError, NetworkError
-from qat_lightning.flows.base import fake_quantizers
+from qat_lightning.modes.prepared import fake_quantizers
 from tests.callbacks.lit import CLASSES, MODES, Lit, Net, assert_same_state, dataset, loader, qat, state, trainer
 from tests.callbacks.test_insert import BuiltInConfigureModel, OwnForward
 

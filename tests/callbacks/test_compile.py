@@ -12,10 +12,11 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from qat_lightning import QuantizationMonitor, compiling
-from qat_lightning.compiling import CompiledSteps
+from qat_lightning import QuantizationMonitor
 from qat_lightning.errors import ConfigurationError
-from qat_lightning.scheme import Scheme
+from qat_lightning.modes import compiling
+from qat_lightning.modes.compiling import CompiledSteps
+from qat_lightning.settings.scheme import Scheme
 from tests.callbacks.lit import CLASSES, MODES, Lit, dataset, loader, qat, trainer
 from tests.callbacks.test_insert import OwnForward
 

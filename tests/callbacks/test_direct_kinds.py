@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from qat_lightning import PostTrainingQuantization, Scheme, evaluate_variants, load_quantized
 from qat_lightning.errors import ConfigurationError, NetworkError
-from qat_lightning.kinds import DIRECT
+from qat_lightning.settings.kinds import DIRECT
 from tests.callbacks.lit import CLASSES, MODES, Lit, assert_same_state, loader, state, trainer
 
 

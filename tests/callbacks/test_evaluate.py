@@ -16,9 +16,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from qat_lightning.artifact import load_quantized
 from qat_lightning.artifact.quantized import QuantizedNetwork
+from qat_lightning.callbacks.parts.variants import Stand
 from qat_lightning.errors import ConfigurationError, ConversionError
-from qat_lightning.flows.base import fake_quantizers
-from qat_lightning.variants import Stand
+from qat_lightning.modes.prepared import fake_quantizers
 from tests.callbacks.lit import (
     CLASSES,
     MODES,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from qat_lightning.callbacks.fit_metrics import FitMetrics
 from qat_lightning.callbacks.last_checkpoint import LastCheckpoint
+from qat_lightning.callbacks.parts.fit_metrics import FitMetrics
 from tests.callbacks.lit import Lit, loader, qat, trainer
 
 

@@ -11,9 +11,9 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
+from qat_lightning.callbacks.parts.checkpoints import LoadsQuantizedCheckpoints, float_state_dict
 from qat_lightning.callbacks.post_training_quantization import PostTrainingQuantization
 from qat_lightning.callbacks.quantization_aware_training import QuantizationAwareTraining
-from qat_lightning.checkpoints import LoadsQuantizedCheckpoints, float_state_dict
 from tests.callbacks.lit import CLASSES, MODES, Lit, assert_same_state, dataset, loader, qat, state, trainer
 from tests.callbacks.test_insert import OwnForward
 

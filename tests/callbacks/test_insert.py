@@ -19,7 +19,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from qat_lightning.callbacks.post_training_quantization import PostTrainingQuantization
 from qat_lightning.callbacks.quantization_aware_training import QuantizationAwareTraining
 from qat_lightning.errors import ConfigurationError, ConversionError, NetworkError
-from qat_lightning.flows.base import is_prepared
+from qat_lightning.modes.prepared import is_prepared
 from tests.callbacks.lit import (
     CLASSES,
     MODES,

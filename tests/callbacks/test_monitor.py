@@ -19,8 +19,8 @@ from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 
 from qat_lightning import AdaRound, PostTrainingQuantization, QuantizationMonitor, Scheme
 from qat_lightning.errors import ConfigurationError
-from qat_lightning.flows.base import fake_quantizers
-from qat_lightning.monitoring import COLUMNS
+from qat_lightning.measure.monitoring import COLUMNS
+from qat_lightning.modes.prepared import fake_quantizers
 from tests.callbacks.lit import MODES, Lit, assert_same_state, loader, qat, state, trainer
 from tests.callbacks.test_insert import OwnForward
 from tests.callbacks.test_post_training import Data

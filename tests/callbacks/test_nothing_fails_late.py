@@ -14,10 +14,10 @@ from torch.utils.data import DataLoader
 
 from qat_lightning import QuantizationAwareTraining, load_quantized
 from qat_lightning.errors import QuantizationError
-from qat_lightning.flows.coverage import int8_share
+from qat_lightning.modes.coverage import int8_share
 from qat_lightning.numerics.sqnr import sqnr_db
 from tests.callbacks.lit import trainer
-from tests.varied_networks import VARIED, Varied
+from tests.support.varied_networks import VARIED, Varied
 
 MODES = ("eager", "fx", pytest.param("pt2e", marks=pytest.mark.slow))
 STEPS = 3

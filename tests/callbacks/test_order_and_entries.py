@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from qat_lightning import LoadsQuantizedCheckpoints, Scheme, float_state_dict
 from qat_lightning.errors import CheckpointMismatchError
-from qat_lightning.flows.base import prepared_state
-from qat_lightning.state_entries import from_entry
+from qat_lightning.modes.prepared import prepared_state
+from qat_lightning.numerics.state_entries import from_entry
 from tests.callbacks.lit import CLASSES, MODES, Lit, assert_same_state, loader, qat, state, trainer
 
 

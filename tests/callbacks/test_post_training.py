@@ -13,9 +13,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from qat_lightning import PostTrainingQuantization, QuantizationAwareTraining, Scheme, evaluate_variants, load_quantized
+from qat_lightning.callbacks.parts.variants import Stand
 from qat_lightning.errors import ConfigurationError, ConversionError, NetworkError
-from qat_lightning.flows.base import fake_quantizers
-from qat_lightning.variants import Stand
+from qat_lightning.modes.prepared import fake_quantizers
 from tests.callbacks.lit import MODES, Lit, assert_same_state, loader, state, trainer
 
 

@@ -14,10 +14,11 @@ import torch.ao.nn.quantized as nnq
 from lightning.pytorch import Callback
 from torch import Tensor, nn
 
-import qat_lightning.decision as decision_module
+import qat_lightning.rehearsal.auto as decision_module
 from qat_lightning import PostTrainingQuantization, QuantizationAwareTraining, QuantizedModelExport, load_quantized
 from qat_lightning.errors import ConfigurationError, ConversionError, QuantizationError
-from qat_lightning.flows.base import get_flow, prepared_state
+from qat_lightning.modes.prepared import prepared_state
+from qat_lightning.modes.registry import get_mode
 from qat_lightning.numerics.sqnr import sqnr_db
 from tests.callbacks.lit import MODES, Lit, Net, assert_same_state, loader, qat, state, trainer
 
@@ -119,7 +120,7 @@ def test_a_fault_that_comes_with_the_trained_values_is_left_float_in_both_networ
 
 def test_what_nothing_can_convert_costs_no_fit_and_no_test(monkeypatch: pytest.MonkeyPatch) -> None:
     module, callback = Lit(), qat("fx", rehearse=False)
-    monkeypatch.setattr(type(get_flow("fx")), "convert", lambda *args: 1 / 0)
+    monkeypatch.setattr(type(get_mode("fx")), "convert", lambda *args: 1 / 0)
     run = trainer(callback, max_epochs=1)
     with pytest.warns(UserWarning, match="There is no int8 network of the fit that ended at step"):
         run.fit(module, loader())
@@ -192,7 +193,7 @@ def test_a_rehearsal_has_the_weights_that_are_known(
 
 def test_the_copy_of_a_rehearsal_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
     copies: list[Any] = []
-    flow = type(get_flow("fx"))
+    flow = type(get_mode("fx"))
     plain = flow.prepare
 
     def prepare(self: Any, network: nn.Module, *args: Any, **settings: Any) -> Any:

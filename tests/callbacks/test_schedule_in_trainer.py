@@ -15,8 +15,8 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 
 from qat_lightning.errors import ConfigurationError
-from qat_lightning.flows.base import fake_quantizers
-from qat_lightning.qat_modules import FreezableBatchNorm
+from qat_lightning.layers.qat_modules import FreezableBatchNorm
+from qat_lightning.modes.prepared import fake_quantizers
 from tests.callbacks.lit import MODES, Lit, assert_same_state, loader, qat, ranges, statistics, trainer
 
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from qat_lightning import PostTrainingQuantization, QuantizationAwareTraining, Scheme
 from qat_lightning.callbacks.distillation import Distillation
-from qat_lightning.callbacks.settings_log import settings_of_callback
+from qat_lightning.callbacks.parts.settings_log import settings_of_callback
 from tests.callbacks.lit import Lit, Net, loader, trainer
 
 WRITERS = [name for name in ("tensorboard", "tensorboardX") if importlib.util.find_spec(name)]

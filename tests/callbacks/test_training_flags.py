@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qat_lightning.flows.base import fake_quantizers
-from qat_lightning.training_flags import plain_train
+from qat_lightning.graph.training_flags import plain_train
+from qat_lightning.modes.prepared import fake_quantizers
 from tests.callbacks.lit import CLASSES, MODES, Lit, loader, qat, trainer
 
 

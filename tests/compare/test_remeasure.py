@@ -13,9 +13,9 @@ from qat_lightning.compare.remeasure import float_network, remeasure
 from qat_lightning.errors import ConfigurationError
 from tests.artifact.making import quantize
 from tests.compare.making import plain, qat
-from tests.networks import Plain
+from tests.support.networks import Plain
 
-MODEL = {"model": {"module": {"_target_": "tests.networks.Plain"}}}
+MODEL = {"model": {"module": {"_target_": "tests.support.networks.Plain"}}}
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +48,7 @@ def test_every_int8_file_and_float_get_new_latencies(tmp_path: Path) -> None:
 
 def test_without_a_float_network_int8_is_timed_alone(tmp_path: Path) -> None:
     run = saved(tmp_path, "fx")
-    broken = replace(run, config={"model": {"_target_": "tests.networks.Nothing"}})
+    broken = replace(run, config={"model": {"_target_": "tests.support.networks.Nothing"}})
     said: list[str] = []
     (found,) = remeasure([broken], said.append, rounds=3)
     assert "int8/latency_ms" in found.metrics

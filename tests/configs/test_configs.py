@@ -14,8 +14,9 @@ from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
-from qat_lightning import PostTrainingQuantization, QuantizationAwareTraining, Scheme, app
-from qat_lightning.backends import BACKENDS, pairs
+from qat_lightning import PostTrainingQuantization, QuantizationAwareTraining, Scheme
+from qat_lightning.run import app
+from qat_lightning.settings.backends import BACKENDS, pairs
 
 ROOT = Path(__file__).parents[2]
 CONF = ROOT / "conf"

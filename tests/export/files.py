@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from qat_lightning.artifact.quantized import QuantizedNetwork
-from qat_lightning.flows.base import sqnr_db
+from qat_lightning.numerics.sqnr import sqnr_db
 from tests.artifact.making import Batch, batch_of, case_named, quantize
 
 

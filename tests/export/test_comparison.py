@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from qat_lightning.export.comparison import Comparison, problem
-from qat_lightning.flows.base import Example
+from qat_lightning.graph.example import Example
 
 
 class Returns(nn.Module):

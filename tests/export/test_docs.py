@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from qat_lightning.backends import pairs
 from qat_lightning.export import FORMATS, get_format
-from qat_lightning.recipe import Recipe
+from qat_lightning.settings.backends import pairs
+from qat_lightning.settings.recipe import Recipe
 
 DOCS = Path(__file__).parents[2] / "docs" / "export.md"
 

@@ -18,8 +18,8 @@ from qat_lightning.errors import ExportError
 from qat_lightning.export.base import Source
 from qat_lightning.export.onnx import Onnx
 from qat_lightning.export.onnx_graph import OPSET
-from qat_lightning.flows.base import Example
-from qat_lightning.recipe import Recipe
+from qat_lightning.graph.example import Example
+from qat_lightning.settings.recipe import Recipe
 from tests.artifact.making import batch_of, case_named, images, quantize
 from tests.export.files import Odd, assert_same_outputs, quantized_case
 

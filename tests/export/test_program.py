@@ -13,14 +13,17 @@ from torch import nn
 
 from qat_lightning import load_quantized
 from qat_lightning.artifact.quantized import QuantizedNetwork
-from qat_lightning.backends import pairs
 from qat_lightning.errors import ConfigurationError, ExportError, TraceError
 from qat_lightning.export.program import float_program, int8_program
-from qat_lightning.flows.base import Example, cpu_copy, get_flow, sqnr_db
-from qat_lightning.flows.direct import quantize as quantize_directly
-from qat_lightning.recipe import Recipe
+from qat_lightning.graph.example import Example
+from qat_lightning.modes.prepared import cpu_copy
+from qat_lightning.modes.registry import get_mode
+from qat_lightning.modes.uncalibrated import quantize as quantize_directly
+from qat_lightning.numerics.sqnr import sqnr_db
+from qat_lightning.settings.backends import pairs
+from qat_lightning.settings.recipe import Recipe
 from tests.artifact.making import batch_of, case_named, quantize
-from tests.networks import CASES, Case
+from tests.support.networks import CASES, Case
 
 TABLE = [
     pytest.param(mode, backend, case, id=f"{mode}-{backend}-{case.name}")
@@ -82,7 +85,7 @@ def test_loaded_network_has_the_same_program(mode: str, tmp_path: Path) -> None:
 def test_prepared_network_is_converted_first() -> None:
     case, recipe = case_named("linear"), Recipe("fx", "x86")
     args, kwargs, _ = case.batch(8)
-    flow, example = get_flow("fx"), Example(args, kwargs)
+    flow, example = get_mode("fx"), Example(args, kwargs)
     prepared = flow.prepare(case.network(), example, recipe).train()
     prepared(*args)
     with pytest.raises(ConfigurationError, match="give example="):

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from qat_lightning import export_quantized, load_quantized
 from qat_lightning.artifact.quantized import QuantizedNetwork
-from qat_lightning.backends import pairs
 from qat_lightning.demos import DigitsDataModule, SmallMobileNet
 from qat_lightning.errors import CombinationError, ConfigurationError, ExportError, MissingExtraError
 from qat_lightning.export import FORMATS, ExportResult, get_format
@@ -21,8 +20,11 @@ from qat_lightning.export.base import Source
 from qat_lightning.export.formats import check_formats
 from qat_lightning.export.remote import Server
 from qat_lightning.export.run import open_artifact
-from qat_lightning.flows.base import Example, cpu_copy, get_flow, set_phase
-from qat_lightning.recipe import Recipe
+from qat_lightning.graph.example import Example
+from qat_lightning.modes.prepared import cpu_copy, set_phase
+from qat_lightning.modes.registry import get_mode
+from qat_lightning.settings.backends import pairs
+from qat_lightning.settings.recipe import Recipe
 from tests.export.files import quantized_case
 
 _SLOW = pytest.mark.slow
@@ -60,7 +62,7 @@ def prepared(cache: dict[tuple[str, str], nn.Module], digits: Any, mode: str, ba
     if (mode, backend) not in cache:
         torch.manual_seed(0)
         batches, (images, _) = digits
-        network = get_flow(mode).prepare(SmallMobileNet(), Example((images[:4],)), Recipe(mode, backend)).train()
+        network = get_mode(mode).prepare(SmallMobileNet(), Example((images[:4],)), Recipe(mode, backend)).train()
         optimizer = torch.optim.Adam(network.parameters(), lr=5e-3)
         for epoch in range(5):
             set_phase(network, fake_quant=epoch > 0, observers=True, batchnorm_frozen=False)
@@ -116,7 +118,7 @@ def exported(digits: Any, trained: Any, tmp_path_factory: pytest.TempPathFactory
     images, _ = digits[1]
     recipe, example = Recipe("fx", "x86"), Example((images[:4],))
     network = prepared(trained, digits, "fx", "x86")
-    converted = get_flow("fx").convert(cpu_copy(network), example)
+    converted = get_mode("fx").convert(cpu_copy(network), example)
     folder = tmp_path_factory.mktemp("exported")
     QuantizedNetwork(converted, recipe, example).save(folder / "model.int8")
     (result,) = export_quantized(load_quantized(folder / "model.int8"), folder, ["torchscript"])
@@ -168,7 +170,7 @@ class Decides(nn.Module):
 
 def test_a_format_that_cannot_hold_the_network_says_why_and_costs_no_other(tmp_path: Path) -> None:
     call = Example((torch.ones(4, 4),))
-    network = get_flow("eager").prepare(Decides(), call, Recipe("eager", "x86")).train()
+    network = get_mode("eager").prepare(Decides(), call, Recipe("eager", "x86")).train()
     for sign in (1, -1):
         network(sign * torch.rand(8, 4))
     results = export_quantized(network, tmp_path, ["exported_program", "torchscript"], example=call)
@@ -192,7 +194,7 @@ class Several(nn.Module):
 @pytest.mark.parametrize(("mode", "name"), [("fx", "torchscript"), ("pt2e", "exported_program")])
 def test_an_artifact_is_called_like_the_network(mode: str, name: str, tmp_path: Path) -> None:
     call = Example((torch.rand(4, 4),), {"table": torch.rand(4, 6), "factor": 2.0})
-    network = get_flow(mode).prepare(Several(), call, Recipe(mode, "x86")).train()
+    network = get_mode(mode).prepare(Several(), call, Recipe(mode, "x86")).train()
     network(*call.args, **call.kwargs)
     (result,) = export_quantized(network, tmp_path, [name], example=call)
     assert not result.error
@@ -273,7 +275,7 @@ def test_executorch_keeps_constants_apart_and_takes_slices(tmp_path: Path) -> No
     pytest.importorskip("executorch.exir")
     torch.manual_seed(0)
     call = Example((torch.randn(4, 3, 8, 8),))
-    network = get_flow("pt2e").prepare(ConstantsAndSlices(), call, Recipe("pt2e", "xnnpack")).train()
+    network = get_mode("pt2e").prepare(ConstantsAndSlices(), call, Recipe("pt2e", "xnnpack")).train()
     network(*call.args)
     (result,) = export_quantized(network, tmp_path, ["executorch"], example=call)
     assert not result.error
@@ -292,7 +294,7 @@ def test_one_wrong_output_beside_right_ones_leaves_no_file(tmp_path: Path) -> No
             return {**outputs, "scores": 2 * outputs["scores"]}
 
     call = Example((torch.rand(4, 4),), {"table": torch.rand(4, 6), "factor": 2.0})
-    network = get_flow("fx").prepare(Several(), call, Recipe("fx", "x86")).train()
+    network = get_mode("fx").prepare(Several(), call, Recipe("fx", "x86")).train()
     network(*call.args, **call.kwargs)
     reference = Doubled(cpu_copy(network))
     (result,) = export_quantized(network, tmp_path, ["torchscript"], example=call, reference=reference)

@@ -11,13 +11,15 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from qat_lightning.errors import ConfigurationError, ConversionError
-from qat_lightning.flows.base import Example, cpu_copy, get_flow
-from qat_lightning.recipe import Recipe
+from qat_lightning.graph.example import Example
+from qat_lightning.modes.prepared import cpu_copy
+from qat_lightning.modes.registry import get_mode
 from qat_lightning.recipes.adaround import AdaRound, adaround
 from qat_lightning.recipes.layers import rounded_layers
-from qat_lightning.scheme import Scheme
-from tests.networks import CASES
+from qat_lightning.settings.recipe import Recipe
+from qat_lightning.settings.scheme import Scheme
 from tests.recipes.test_bias_correction import MODES, prepare
+from tests.support.networks import CASES
 
 CASE = {case.name: case for case in CASES}
 
@@ -44,7 +46,7 @@ def test_a_layer_is_never_worse_and_its_grid_stays(
         weight_symmetric=symmetric,
         weight_observer=observer,
     )
-    prepared = get_flow("eager").prepare(network, Example((x,)), Recipe("eager", "x86", scheme, kind="static"))
+    prepared = get_mode("eager").prepare(network, Example((x,)), Recipe("eager", "x86", scheme, kind="static"))
     (layer,) = rounded_layers(prepared)
     reference = layer.folded()
     nearest = layer.rounded()
@@ -85,7 +87,7 @@ def test_networks_of_every_mode_come_nearer_and_convert(mode: str, name: str) ->
         for batch in batches:
             assert torch.isfinite(prepared(*batch.args)).all()
     before = {layer.name: layer.rounded() for layer in rounded_layers(prepared)}
-    converted = get_flow(mode).convert(cpu_copy(prepared), batches[0])
+    converted = get_mode(mode).convert(cpu_copy(prepared), batches[0])
     with torch.no_grad():
         expected, got = prepared(*batches[0].args), converted.network(*batches[0].args)
     assert float((expected - got).norm() / expected.norm()) < 0.1

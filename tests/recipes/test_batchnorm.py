@@ -13,12 +13,14 @@ from torch import Tensor, nn
 
 from qat_lightning import BatchNormReestimation, Distillation
 from qat_lightning.errors import ConfigurationError
-from qat_lightning.flows.base import Example, get_flow, set_phase
-from qat_lightning.recipe import Recipe
+from qat_lightning.graph.example import Example
+from qat_lightning.modes.prepared import set_phase
+from qat_lightning.modes.registry import get_mode
 from qat_lightning.recipes.batchnorm import reestimate_batchnorm
+from qat_lightning.settings.recipe import Recipe
 from tests.callbacks.lit import MODES, Lit, loader, qat, state, statistics, trainer
 from tests.callbacks.test_insert import OwnForward
-from tests.networks import CASES
+from tests.support.networks import CASES
 
 CASE = {case.name: case for case in CASES}
 
@@ -44,7 +46,7 @@ def test_a_prepared_network_has_those_of_its_own_layers(mode: str, name: str) ->
     case = CASE[name]
     network = case.network()
     args, kwargs, _ = case.batch(16)
-    flow = get_flow(mode)
+    flow = get_mode(mode)
     prepared = flow.prepare(network, Example(args, kwargs), Recipe(mode, "x86"))
     set_phase(prepared, fake_quant=False, observers=True, batchnorm_frozen=False)
     prepared.train()(*args, **kwargs)

@@ -9,14 +9,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qat_lightning.calibration import calibrate
-from qat_lightning.flows.base import Example, get_flow, prepared_state
-from qat_lightning.recipe import Recipe
+from qat_lightning.graph.example import Example
+from qat_lightning.modes.prepared import prepared_state
+from qat_lightning.modes.registry import get_mode
 from qat_lightning.recipes.bias_correction import apply_layer, correct_biases
 from qat_lightning.recipes.layers import rounded_layers
-from qat_lightning.scheme import Scheme
-from tests.networks import CASES, Case
+from qat_lightning.rehearsal.calibration import calibrate
+from qat_lightning.settings.recipe import Recipe
+from qat_lightning.settings.scheme import Scheme
 from tests.recipes.test_equalization import unfair
+from tests.support.networks import CASES, Case
 
 CASE = {case.name: case for case in CASES}
 MODES = ("eager", "fx", "pt2e")
@@ -33,7 +35,7 @@ def prepare(mode: str, case: Case, bits: int = 3) -> tuple[nn.Module, list[Examp
     network = unfair(case.network()).eval()
     batches = [Example(*case.batch(16)[:2]) for _ in range(3)]
     recipe = Recipe(mode, "x86", Scheme(weight_bits=bits, weight_granularity="per_tensor"), kind="static")
-    prepared = get_flow(mode).prepare(network, batches[0], recipe)
+    prepared = get_mode(mode).prepare(network, batches[0], recipe)
     calibrate(prepared, batches)
     return prepared, batches
 
@@ -91,6 +93,6 @@ def test_outputs_of_low_bits_come_nearer(mode: str) -> None:
 def test_layers_without_a_bias_are_left_out() -> None:
     network: Any = nn.Sequential(nn.Linear(4, 4, bias=False), nn.ReLU(), nn.Linear(4, 2))
     x = torch.rand(8, 4)
-    prepared = get_flow("eager").prepare(network, Example((x,)), Recipe("eager", "x86"))
+    prepared = get_mode("eager").prepare(network, Example((x,)), Recipe("eager", "x86"))
     assert set(correct_biases(prepared, [x])) == {"2"}
     assert correct_biases(prepared, []) == {}

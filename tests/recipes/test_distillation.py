@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from qat_lightning.errors import ConfigurationError
-from qat_lightning.flows.base import Example, get_flow, prepared_state, set_phase
-from qat_lightning.recipe import Recipe
+from qat_lightning.graph.example import Example
+from qat_lightning.modes.prepared import prepared_state, set_phase
+from qat_lightning.modes.registry import get_mode
 from qat_lightning.recipes.distillation import (
     DistillationSettings,
     Distiller,
@@ -25,7 +26,8 @@ from qat_lightning.recipes.distillation import (
     make_teacher,
 )
 from qat_lightning.recipes.features import Features
-from tests.networks import CASES, Case
+from qat_lightning.settings.recipe import Recipe
+from tests.support.networks import CASES, Case
 
 MODES = ("eager", "fx", "pt2e")
 
@@ -87,7 +89,7 @@ def prepare(mode: str, case: Case) -> tuple[nn.Module, Example]:
     # Statistics of the data, so that BatchNorm does something.
     network.train()(*args, **kwargs)
     example = Example(args, kwargs)
-    return get_flow(mode).prepare(network, example, Recipe(mode, "x86")), example
+    return get_mode(mode).prepare(network, example, Recipe(mode, "x86")), example
 
 
 CASE = {case.name: case for case in CASES}
@@ -153,7 +155,7 @@ def test_a_feature_that_is_no_tensor() -> None:
             return self.head(self.pair(self.layer(x))[0])
 
     example = Example((torch.randn(4, 4),))
-    prepared = get_flow("eager").prepare(Net(), example, Recipe("eager", "x86"))
+    prepared = get_mode("eager").prepare(Net(), example, Recipe("eager", "x86"))
     with pytest.raises(ConfigurationError, match="not one floating tensor"):
         check_distillation(prepared, example, DistillationSettings(features=("pair",)))
 

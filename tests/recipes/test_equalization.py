@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from qat_lightning.errors import ConfigurationError, NetworkError
-from qat_lightning.flows.base import Example
+from qat_lightning.graph.example import Example
 from qat_lightning.recipes import equalization
 from qat_lightning.recipes.equalization import equalize
-from tests.networks import CASES, Depthwise
+from tests.support.networks import CASES, Depthwise
 
 
 def unfair(network: nn.Module, seed: int = 0) -> nn.Module:

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from qat_lightning.errors import ConfigurationError
-from qat_lightning.flows.base import Example
+from qat_lightning.graph.example import Example
 from qat_lightning.recipes.folding import fold_batchnorm, unfold_state
-from tests.networks import CASES
 from tests.recipes.test_equalization import unfair
+from tests.support.networks import CASES
 
 CASE = {case.name: case for case in CASES}
 FOLDS = {"plain": 1, "residual": 2, "depthwise": 3, "control_flow": 1}

@@ -11,15 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from qat_lightning import Scheme, sensitivity
-from qat_lightning.calibration import calibrate
 from qat_lightning.demos import SmallMobileNet
 from qat_lightning.errors import ConfigurationError
-from qat_lightning.flows.base import Example, cpu_copy, get_flow, sqnr_db
-from qat_lightning.recipe import Recipe
+from qat_lightning.graph.example import Example
+from qat_lightning.modes.prepared import cpu_copy
+from qat_lightning.modes.registry import get_mode
+from qat_lightning.numerics.sqnr import sqnr_db
+from qat_lightning.rehearsal.calibration import calibrate
 from qat_lightning.sensitivity import Budget, Sensitivity
 from qat_lightning.sensitivity.draw import draw
 from qat_lightning.sensitivity.switches import Switches
-from tests.networks import Residual
+from qat_lightning.settings.recipe import Recipe
+from tests.support.networks import Residual
 
 COARSE = Scheme(weight_bits=4, weight_granularity="per_tensor", weight_observer="min_max")
 
@@ -75,7 +78,7 @@ def found(mode: str, **settings: object) -> tuple[Sensitivity, Agreement]:
 def measured_with(mode: str, metric: Agreement, **selection: tuple[str, ...]) -> float:
     """What a network that is prepared so, by hand, does."""
     recipe = Recipe(mode, "x86", COARSE, kind="static", **selection)
-    prepared = get_flow(mode).prepare(network(), Example((data()[0],)), recipe)
+    prepared = get_mode(mode).prepare(network(), Example((data()[0],)), recipe)
     calibrate(prepared, data())
     return metric(prepared)
 
@@ -155,7 +158,7 @@ def test_the_network_is_left_as_it_is_and_prepared_once() -> None:
 def test_switching_all_off_is_the_float_network(mode: str) -> None:
     torch.manual_seed(0)
     net, x = Residual().eval(), torch.randn(8, 3, 8, 8)
-    prepared = get_flow(mode).prepare(copy.deepcopy(net), Example((x,)), Recipe(mode, "x86", kind="static"))
+    prepared = get_mode(mode).prepare(copy.deepcopy(net), Example((x,)), Recipe(mode, "x86", kind="static"))
     calibrate(prepared, [x])
     switches = Switches(prepared)
     assert {unit.name for unit in switches.units if unit.parameters} == {"stem", "conv1", "conv2", "head"}
@@ -201,9 +204,9 @@ def convert_without(exclude: Sequence[str]) -> None:
     """Prepare, calibrate and convert in mode fx, and hold the result to fake-quant."""
     net, images = mobile()
     recipe = Recipe("fx", "x86", Scheme(weight_bits=4), exclude=tuple(exclude), kind="static")
-    prepared = get_flow("fx").prepare(net, Example((images[0],)), recipe, prefix="net")
+    prepared = get_mode("fx").prepare(net, Example((images[0],)), recipe, prefix="net")
     calibrate(prepared, images)
-    converted = get_flow("fx").convert(cpu_copy(prepared), Example((images[0],)))
+    converted = get_mode("fx").convert(cpu_copy(prepared), Example((images[0],)))
     rows = {f"net.{row.name}": row for row in converted.coverage}
     assert {name for name, row in rows.items() if not row.quantized} == set(exclude) & set(rows)
     with torch.no_grad():

@@ -24,11 +24,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from qat_lightning.artifact import artifact_bytes, load_quantized
-from qat_lightning.backends import BACKENDS, MODES
 from qat_lightning.callbacks.quantization_aware_training import QuantizationAwareTraining
 from qat_lightning.errors import QuantizationError
-from qat_lightning.schedule import SchedulePoint
-from qat_lightning.scheme import Scheme
+from qat_lightning.settings.backends import BACKENDS, MODES
+from qat_lightning.settings.schedule import SchedulePoint
+from qat_lightning.settings.scheme import Scheme
 from tests.callbacks.lit import Lit, loader, trainer
 from tests.stress.spoiling import spoil
 

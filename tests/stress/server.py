@@ -101,7 +101,7 @@ def serve(idle: float) -> None:
     import torch
 
     # Everything that a fit imports, so that a child need not.
-    for name in ("flows.eager", "flows.fx", "flows.pt2e"):
+    for name in ("modes.eager.mode", "modes.fx.mode", "modes.pt2e.mode"):
         importlib.import_module(f"qat_lightning.{name}")
     importlib.import_module("tests.stress.worker")
 

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from qat_lightning.artifact import load_quantized
 from qat_lightning.errors import ArtifactError, QuantizationError
-from qat_lightning.flows.base import fake_quantizers, is_prepared
+from qat_lightning.modes.prepared import fake_quantizers, is_prepared
 from tests.callbacks.lit import (
     CLASSES,
     MODES,

@@ -16,7 +16,7 @@ import pytest
 from lightning.pytorch import Callback, Trainer
 from omegaconf import DictConfig, OmegaConf
 
-from qat_lightning import app
+from qat_lightning.run import app
 from qat_lightning.sweep.stopping import Terminated, terminable
 from qat_lightning.sweep.trial import Trial
 from tests.callbacks.lit import Lit, loader, trainer

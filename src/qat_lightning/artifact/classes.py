@@ -2,7 +2,7 @@
 
 A file may name any class. It is looked for where the code is that the one who loads has chosen: in the modules of the
 network that was given, and among the outputs of Hugging Face's transformers, if that is installed. Nothing else is
-imported or called; what is not found there is a `qat_lightning.structures.Record`, which has the same keys.
+imported or called; what is not found there is a `qat_lightning.graph.structures.Record`, which has the same keys.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from torch.fx.immutable_collections import immutable_dict
 
 from qat_lightning.artifact.values import Special, SpecialTag, decode, encode, identifier, namedtuple_type
 from qat_lightning.errors import ArtifactError
-from qat_lightning.flows.structured_tracer import MakesMapping
-from qat_lightning.structures import MakesRecord, is_namedtuple, is_record, made_of
+from qat_lightning.graph.structures import MakesRecord, is_namedtuple, is_record, made_of
+from qat_lightning.modes.structured_tracer import MakesMapping
 
 _TRANSFORMERS = re.compile(r"transformers\.(modeling_outputs|models\.[a-z0-9_]+\.modeling_[a-z0-9_]+)")
 

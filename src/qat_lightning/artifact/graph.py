@@ -26,9 +26,9 @@ from qat_lightning.artifact.packed import decode_packed, encode_packed, is_packe
 from qat_lightning.artifact.tensors import TensorReader, TensorWriter
 from qat_lightning.artifact.values import decode, encode, identifier, namedtuple_type, no_tag
 from qat_lightning.errors import ArtifactError
-from qat_lightning.flows.structured_tracer import makes_container
-from qat_lightning.graph_network import GraphNetwork, GraphPart
-from qat_lightning.structures import given_fields, is_namedtuple, know
+from qat_lightning.graph.structures import given_fields, is_namedtuple, know
+from qat_lightning.modes.graph_network import GraphNetwork, GraphPart
+from qat_lightning.modes.structured_tracer import makes_container
 
 _PATH_PART = re.compile(r"[A-Za-z0-9_\-]+")
 

@@ -18,11 +18,11 @@ from torch.ao.nn.intrinsic import quantized as nniq
 from qat_lightning.artifact.packed import decode_packed_layer, encode_packed_layer, is_packed_layer
 from qat_lightning.artifact.values import decode, encode
 from qat_lightning.errors import ArtifactError
-from qat_lightning.integer_layers import IntegerLayer, WeightGrid
-from qat_lightning.integer_layers.attention import DynamicAttention
-from qat_lightning.integer_layers.dynamic import DynamicCell, DynamicLinear
-from qat_lightning.integer_layers.recurrent import DynamicRecurrent
-from qat_lightning.integer_layers.weight_only import WeightOnly, WeightOnlyEmbedding
+from qat_lightning.layers.integer import IntegerLayer, WeightGrid
+from qat_lightning.layers.integer.attention import DynamicAttention
+from qat_lightning.layers.integer.dynamic import DynamicCell, DynamicLinear
+from qat_lightning.layers.integer.recurrent import DynamicRecurrent
+from qat_lightning.layers.integer.weight_only import WeightOnly, WeightOnlyEmbedding
 
 if TYPE_CHECKING:
     from qat_lightning.artifact.graph import Reading, Writing

@@ -20,10 +20,10 @@ from qat_lightning.artifact.graph import (
 )
 from qat_lightning.artifact.values import decode, encode
 from qat_lightning.errors import ArtifactError, CheckpointMismatchError
-from qat_lightning.given_sizes import GivenInput, GivenSizes
-from qat_lightning.graph_network import GraphNetwork
-from qat_lightning.kinds import DIRECT
-from qat_lightning.recipe import Recipe
+from qat_lightning.graph.given_sizes import GivenInput, GivenSizes
+from qat_lightning.modes.graph_network import GraphNetwork
+from qat_lightning.settings.kinds import DIRECT
+from qat_lightning.settings.recipe import Recipe
 
 
 def encode_network(network: nn.Module, mode: str, writing: Writing) -> dict[str, Any]:
@@ -90,8 +90,8 @@ def _decode_pt2e(data: dict[str, Any], recipe: Recipe, reading: Reading) -> nn.M
     # Imported here, so that one mode does not pay for the imports of another.
     from torch.fx import GraphModule
 
-    from qat_lightning.flows.pt2e.int8 import Int8Network
     from qat_lightning.graph.signature import CallSpec, Input
+    from qat_lightning.modes.pt2e.int8 import Int8Network
 
     spec = CallSpec(
         name=str(data["name"]),
@@ -127,8 +127,8 @@ def _encode_eager(network: nn.Module, writing: Writing) -> dict[str, Any]:
 
 
 def _decode_eager(data: dict[str, Any], recipe: Recipe, reading: Reading) -> nn.Module:
-    from qat_lightning.flows.direct.eager import skeleton
-    from qat_lightning.flows.eager import EagerFlow
+    from qat_lightning.modes.eager.mode import EagerMode
+    from qat_lightning.modes.uncalibrated.eager import skeleton
 
     kind = str(data["class"])
     if reading.network is None:
@@ -137,7 +137,7 @@ def _decode_eager(data: dict[str, Any], recipe: Recipe, reading: Reading) -> nn.
             "code makes it, trained or not, as load_quantized(path, network=...)"
         )
     given = type(reading.network).__name__
-    make = skeleton if recipe.kind in DIRECT else EagerFlow().skeleton
+    make = skeleton if recipe.kind in DIRECT else EagerMode().skeleton
     try:
         network = make(copy.deepcopy(reading.network).cpu().float(), decode(data["plan"]), recipe)
     except CheckpointMismatchError as error:

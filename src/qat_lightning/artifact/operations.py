@@ -18,9 +18,9 @@ import torch.ao.quantization.fx._decomposed  # registers quantized_decomposed
 import torch.nn.functional as F
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 
-from qat_lightning.assignment import assigned
 from qat_lightning.errors import ArtifactError
-from qat_lightning.padding import pad
+from qat_lightning.graph.assignment import assigned
+from qat_lightning.layers.padding import pad
 
 
 def _words(text: str) -> frozenset[str]:

@@ -11,11 +11,12 @@ import torch
 from torch import nn
 
 from qat_lightning.artifact.write import save_quantized
-from qat_lightning.backends import quantized_engine
 from qat_lightning.errors import QuantizationError
-from qat_lightning.flows.base import Converted, Example, LayerCheck, LayerCoverage, WholeCheck
-from qat_lightning.kinds import DIRECT
-from qat_lightning.recipe import Recipe
+from qat_lightning.graph.example import Example
+from qat_lightning.modes.protocol import Converted, LayerCheck, LayerCoverage, WholeCheck
+from qat_lightning.settings.backends import quantized_engine
+from qat_lightning.settings.kinds import DIRECT
+from qat_lightning.settings.recipe import Recipe
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -28,7 +29,7 @@ class QuantizedNetwork(nn.Module):
     deep copy computes the same, and it has no parameters to optimize.
 
     Args:
-        converted: What a flow's ``convert`` made.
+        converted: What a mode's ``convert`` made.
         recipe: What the network was prepared with.
         example: The call it was verified with.
         source: Which weights it holds, in words.

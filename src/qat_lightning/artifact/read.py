@@ -24,10 +24,11 @@ from qat_lightning.artifact.network import decode_network
 from qat_lightning.artifact.quantized import QuantizedNetwork
 from qat_lightning.artifact.tensors import TensorReader
 from qat_lightning.artifact.values import decode, no_tag
-from qat_lightning.backends import quantized_engine, require
 from qat_lightning.errors import ArtifactError, QuantizationError
-from qat_lightning.flows.base import Converted, Example, LayerCheck, LayerCoverage, WholeCheck
-from qat_lightning.recipe import Recipe
+from qat_lightning.graph.example import Example
+from qat_lightning.modes.protocol import Converted, LayerCheck, LayerCoverage, WholeCheck
+from qat_lightning.settings.backends import quantized_engine, require
+from qat_lightning.settings.recipe import Recipe
 
 _LARGEST_DESCRIPTION = 512_000_000
 _DAMAGE = (

@@ -18,9 +18,10 @@ from qat_lightning.artifact.container import DESCRIPTION, FORMAT, TENSORS, diges
 from qat_lightning.artifact.graph import Writing
 from qat_lightning.artifact.network import encode_network
 from qat_lightning.artifact.values import encode
-from qat_lightning.backends import quantized_engine
 from qat_lightning.errors import ArtifactError
-from qat_lightning.flows.base import Example, WholeCheck
+from qat_lightning.graph.example import Example
+from qat_lightning.modes.protocol import WholeCheck
+from qat_lightning.settings.backends import quantized_engine
 
 if TYPE_CHECKING:
     from qat_lightning.artifact.quantized import QuantizedNetwork

@@ -1,1 +1,1 @@
-"""Lightning callbacks: life cycle only; the quantization itself is in `qat_lightning.flows`."""
+"""Lightning callbacks: life cycle only; the quantization itself is in `qat_lightning.modes`."""

@@ -12,25 +12,20 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from qat_lightning.callbacks.arguments import check_flag
-from qat_lightning.callbacks.converting import ConvertingCallback
-from qat_lightning.callbacks.settings_log import log_settings
-from qat_lightning.callbacks.tested import log_tested
+from qat_lightning.callbacks.parts.arguments import check_flag
+from qat_lightning.callbacks.parts.converting import ConvertingCallback
+from qat_lightning.callbacks.parts.network import OWN_FORWARD, Slot
+from qat_lightning.callbacks.parts.settings_log import log_settings
+from qat_lightning.callbacks.parts.tested import log_tested
+from qat_lightning.callbacks.parts.variants import Stand
 from qat_lightning.errors import ConfigurationError
-from qat_lightning.fidelity import Fidelity
-from qat_lightning.flows.base import (
-    cpu_copy,
-    observe_in_evaluation,
-    prepared_state,
-    set_phase,
-)
+from qat_lightning.measure.fidelity import Fidelity
 from qat_lightning.modes.float_state import present_float
-from qat_lightning.network import OWN_FORWARD, Slot
-from qat_lightning.recipe import BatchNormHandling, Equalization
-from qat_lightning.rehearsal import OnFault
-from qat_lightning.scheme import Scheme
+from qat_lightning.modes.prepared import cpu_copy, observe_in_evaluation, prepared_state, set_phase
+from qat_lightning.rehearsal.rehearse import OnFault
+from qat_lightning.settings.recipe import BatchNormHandling, Equalization
+from qat_lightning.settings.scheme import Scheme
 from qat_lightning.settings.variants import VARIANTS, check_variant
-from qat_lightning.variants import Stand
 
 _EVALUATE = {"validate": "fake_quant", "test": "int8", "predict": "int8"}
 

@@ -7,10 +7,10 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
-from qat_lightning.callbacks.arguments import check_count
-from qat_lightning.callbacks.calibration_data import calibration_loader, run_in_steps
+from qat_lightning.callbacks.parts.arguments import check_count
+from qat_lightning.callbacks.parts.calibration_data import calibration_loader, run_in_steps
+from qat_lightning.callbacks.parts.steps import has_trained
 from qat_lightning.callbacks.quantization_aware_training import QuantizationAwareTraining
-from qat_lightning.callbacks.steps import has_trained
 from qat_lightning.errors import ConfigurationError
 from qat_lightning.recipes.batchnorm import BatchNormStatistics, has_batchnorm
 

@@ -10,7 +10,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
-from qat_lightning.callbacks.arguments import check_flag, check_word
+from qat_lightning.callbacks.parts.arguments import check_flag, check_word
 from qat_lightning.errors import ConfigurationError
 from qat_lightning.json_files import read_json, write_json
 

@@ -12,29 +12,29 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
-from qat_lightning.callbacks.arguments import check_flag
 from qat_lightning.callbacks.base import QuantizationCallback
-from qat_lightning.callbacks.calibration_data import calibration_loader
-from qat_lightning.callbacks.calibration_source import CalibrationSource
-from qat_lightning.callbacks.company import mend_resume, refuse_strategy, stop_recording_layers
-from qat_lightning.callbacks.coverage_report import log_coverage, wandb_loggers
-from qat_lightning.callbacks.preparing import one_or_all
-from qat_lightning.callbacks.sharing import take_over_from_first
-from qat_lightning.callbacks.steps import has_trained
-from qat_lightning.decision import Decision
+from qat_lightning.callbacks.parts.arguments import check_flag
+from qat_lightning.callbacks.parts.calibration_data import calibration_loader
+from qat_lightning.callbacks.parts.calibration_source import CalibrationSource
+from qat_lightning.callbacks.parts.coverage_report import log_coverage, wandb_loggers
+from qat_lightning.callbacks.parts.network import Slot, find_networks
+from qat_lightning.callbacks.parts.preparing import one_or_all
+from qat_lightning.callbacks.parts.sharing import take_over_from_first
+from qat_lightning.callbacks.parts.steps import has_trained
+from qat_lightning.callbacks.parts.together import mend_resume, refuse_strategy, stop_recording_layers
 from qat_lightning.errors import ConfigurationError
-from qat_lightning.faults import Conversion, leaving_float, quantize_what_can_be
-from qat_lightning.flows.base import is_prepared
-from qat_lightning.kinds import check_kind
 from qat_lightning.modes.float_state import float_weights
-from qat_lightning.network import Slot, find_networks
-from qat_lightning.recipe import Equalization, Recipe
+from qat_lightning.modes.prepared import is_prepared
 from qat_lightning.recipes.adaround import AdaRound, Reconstruction
 from qat_lightning.recipes.adaround import adaround as learn_rounding
 from qat_lightning.recipes.bias_correction import correct_biases
-from qat_lightning.rehearsal import OnFault
-from qat_lightning.schedule import Phase
-from qat_lightning.scheme import Scheme
+from qat_lightning.rehearsal.auto import Decision
+from qat_lightning.rehearsal.faults import Conversion, leaving_float, quantize_what_can_be
+from qat_lightning.rehearsal.rehearse import OnFault
+from qat_lightning.settings.kinds import check_kind
+from qat_lightning.settings.recipe import Equalization, Recipe
+from qat_lightning.settings.schedule import Phase
+from qat_lightning.settings.scheme import Scheme
 
 _ROUNDING = Phase(fake_quant=True, observers=False, batchnorm_frozen=True)
 

@@ -12,29 +12,29 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 
-from qat_lightning.callbacks.arguments import check_count, check_file, check_flag, check_stages
 from qat_lightning.callbacks.base import QuantizationCallback
-from qat_lightning.callbacks.best import forget_best
-from qat_lightning.callbacks.calibration_data import calibration_loader, calls_in_steps
-from qat_lightning.callbacks.company import mend_resume
-from qat_lightning.callbacks.coverage_report import log_coverage, warn_of_float
-from qat_lightning.callbacks.learned import check_optimized, keep_from_ddp, reduce_gradients
-from qat_lightning.callbacks.nonfinite import NonFiniteReport
-from qat_lightning.callbacks.schedule_driver import ScheduleDriver, curves
-from qat_lightning.callbacks.sharing import take_over_from_first
-from qat_lightning.callbacks.steps import estimates_batchnorm, has_trained
-from qat_lightning.checkpoint_io import read_float_state
-from qat_lightning.checkpoints import read_float_weights
-from qat_lightning.compiling import CompiledSteps, check_compiler
+from qat_lightning.callbacks.parts.arguments import check_count, check_file, check_flag, check_stages
+from qat_lightning.callbacks.parts.best import forget_best
+from qat_lightning.callbacks.parts.calibration_data import calibration_loader, calls_in_steps
+from qat_lightning.callbacks.parts.checkpoint_io import read_float_state
+from qat_lightning.callbacks.parts.checkpoints import read_float_weights
+from qat_lightning.callbacks.parts.coverage_report import log_coverage, warn_of_float
+from qat_lightning.callbacks.parts.learned import check_optimized, keep_from_ddp, reduce_gradients
+from qat_lightning.callbacks.parts.network import OWN_FORWARD, Slot
+from qat_lightning.callbacks.parts.nonfinite import NonFiniteReport
+from qat_lightning.callbacks.parts.schedule_driver import ScheduleDriver, curves
+from qat_lightning.callbacks.parts.sharing import take_over_from_first
+from qat_lightning.callbacks.parts.steps import estimates_batchnorm, has_trained
+from qat_lightning.callbacks.parts.together import mend_resume
 from qat_lightning.errors import ConfigurationError
-from qat_lightning.flows.base import in_training_step, merge_ranges, prepared_state, reduce_ranges, set_phase
+from qat_lightning.modes.compiling import CompiledSteps, check_compiler
 from qat_lightning.modes.float_state import float_weights
-from qat_lightning.network import OWN_FORWARD, Slot
-from qat_lightning.recipe import BatchNormHandling, Equalization
+from qat_lightning.modes.prepared import in_training_step, merge_ranges, prepared_state, reduce_ranges, set_phase
 from qat_lightning.recipes.bias_correction import correct_biases
-from qat_lightning.rehearsal import OnFault
-from qat_lightning.schedule import Phase, PointLike, QuantizationSchedule
-from qat_lightning.scheme import Scheme
+from qat_lightning.rehearsal.rehearse import OnFault
+from qat_lightning.settings.recipe import BatchNormHandling, Equalization
+from qat_lightning.settings.schedule import Phase, PointLike, QuantizationSchedule
+from qat_lightning.settings.scheme import Scheme
 
 
 class QuantizationAwareTraining(QuantizationCallback):

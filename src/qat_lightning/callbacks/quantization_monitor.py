@@ -18,12 +18,12 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 
-from qat_lightning.callbacks.arguments import check_flag, check_names
-from qat_lightning.callbacks.calibration_data import calibration_loader, run_in_steps
+from qat_lightning.callbacks.parts.arguments import check_flag, check_names
+from qat_lightning.callbacks.parts.calibration_data import calibration_loader, run_in_steps
+from qat_lightning.callbacks.parts.preparing import PreparingCallback
 from qat_lightning.callbacks.post_training_quantization import PostTrainingQuantization
-from qat_lightning.callbacks.preparing import PreparingCallback
 from qat_lightning.errors import ConfigurationError
-from qat_lightning.monitoring import COLUMNS, FIGURES, LayerFigures, Probe, totals
+from qat_lightning.measure.monitoring import COLUMNS, FIGURES, LayerFigures, Probe, totals
 
 FILE = "quantization_layers.csv"
 CURVES = ("scale", "zero_point", "low", "high", "clipped_share", "weight_sqnr_db", "activation_sqnr_db")
@@ -58,7 +58,7 @@ class QuantizationMonitor(Callback):
         histograms: Whether W&B gets histograms.
 
     Attributes:
-        layers: The figures of the last measured step, a `qat_lightning.monitoring.LayerFigures` for each layer.
+        layers: The figures of the last measured step, a `qat_lightning.measure.monitoring.LayerFigures` for each layer.
 
     Raises:
         ConfigurationError: An argument is not possible; at construction.

@@ -15,17 +15,18 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from qat_lightning.artifact.quantized import QuantizedNetwork
-from qat_lightning.callbacks.arguments import check_count, check_names, check_number
 from qat_lightning.callbacks.base import QuantizationCallback
-from qat_lightning.callbacks.calibration_data import calibration_loader, calls_in_steps
+from qat_lightning.callbacks.parts.arguments import check_count, check_names, check_number
+from qat_lightning.callbacks.parts.calibration_data import calibration_loader, calls_in_steps
 from qat_lightning.errors import CombinationError, ConfigurationError, ExportError, QuantizationError
 from qat_lightning.export.formats import FORMATS, check_formats
 from qat_lightning.export.result import ExportResult, export_table, fastest
 from qat_lightning.export.run import export_quantized, open_artifact
-from qat_lightning.flows.base import Example, prepared_state
-from qat_lightning.recipe import Recipe
+from qat_lightning.graph.example import Example
+from qat_lightning.measure.wandb_views import log_artifact
+from qat_lightning.modes.prepared import prepared_state
+from qat_lightning.settings.recipe import Recipe
 from qat_lightning.terminal import console
-from qat_lightning.wandb_views import log_artifact
 
 
 class QuantizedModelExport(Callback):

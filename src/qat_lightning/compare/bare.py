@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 
-from qat_lightning.callbacks.settings_log import PREFIX
+from qat_lightning.callbacks.parts.settings_log import PREFIX
 from qat_lightning.compare.quantizing import part_of
 from qat_lightning.compare.run import Run
 from qat_lightning.compare.settings import flatten

@@ -13,12 +13,12 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from qat_lightning.app import INT8_FILE
-from qat_lightning.callbacks.settings_log import PREFIX as QUANTIZATION
+from qat_lightning.callbacks.parts.settings_log import PREFIX as QUANTIZATION
 from qat_lightning.compare.csv_run import METRICS, read_csv, read_yaml
 from qat_lightning.compare.offline import join, read_offline
 from qat_lightning.compare.run import Run, Status, numbers
 from qat_lightning.errors import RunFileError
+from qat_lightning.run.app import INT8_FILE
 from qat_lightning.sweep.result import FILE as RESULT
 
 HYDRA = ".hydra"

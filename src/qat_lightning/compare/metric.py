@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from qat_lightning.compare.run import Run
 from qat_lightning.errors import ConfigurationError
-from qat_lightning.evaluate import MEASURED
+from qat_lightning.run.evaluate import MEASURED
 from qat_lightning.settings.variants import VARIANTS
 
 _BEST_FIRST = ("acc", "accuracy", "top1", "f1", "auroc", "map", "iou", "miou", "dice", "r2", "psnr")

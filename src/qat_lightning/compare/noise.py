@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from qat_lightning.compare.run import Run
 from qat_lightning.compare.spread import Spread
-from qat_lightning.evaluate import SPREAD
+from qat_lightning.run.evaluate import SPREAD
 
 LARGEST_SPREAD = 0.25
 """Of a latency: the largest deviation over seeds, and interquartile range while it was measured, as shares of it."""

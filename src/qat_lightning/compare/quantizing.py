@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from qat_lightning.callbacks.settings_log import CHOSEN_MODE, PREFIX
+from qat_lightning.callbacks.parts.settings_log import CHOSEN_MODE, PREFIX
 
 QUANTIZING = ("QuantizationAwareTraining", "PostTrainingQuantization")
 """The classes whose settings are those of a run's quantization."""

@@ -18,13 +18,13 @@ from torch.utils._pytree import tree_leaves
 
 from qat_lightning.artifact import load_quantized
 from qat_lightning.artifact.quantized import QuantizedNetwork
+from qat_lightning.callbacks.parts.network import Slot, find_networks
 from qat_lightning.compare.run import Run
 from qat_lightning.errors import ConfigurationError, QuantizationError
-from qat_lightning.evaluate import SPREAD
-from qat_lightning.flows.base import Example
+from qat_lightning.graph.example import Example
 from qat_lightning.graph.signature import one_sample
-from qat_lightning.measure import latency_interleaved
-from qat_lightning.network import Slot, find_networks
+from qat_lightning.measure.metrics import latency_interleaved
+from qat_lightning.run.evaluate import SPREAD
 
 BUSY = 0.5
 """Of the processors: a load of more than this before anything is timed is somebody else's."""

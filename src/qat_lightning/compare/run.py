@@ -27,7 +27,7 @@ class Run:
         status: ``unfinished`` is a run that still goes on or was killed, ``pruned`` one that was not worth
             finishing.
         config: The whole configuration, nested.
-        metrics: What `qat_lightning.evaluate.evaluate_variants` returned, or as much of it as was logged.
+        metrics: What `qat_lightning.run.evaluate.evaluate_variants` returned, or as much of it as was logged.
         overrides: What was said on the command line, as ``key=value``.
         curves: What was logged while training, by metric.
         layers: The per-layer table, a mapping for each layer.

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from qat_lightning.artifact.quantized import QuantizedNetwork
-from qat_lightning.flows.base import Example
-from qat_lightning.recipe import Recipe
+from qat_lightning.graph.example import Example
+from qat_lightning.settings.recipe import Recipe
 
 Runner = Callable[[list[Tensor]], list[Tensor]]
 """A loaded artifact: the tensors of a call in, flat, and the tensors that come out, in the order of the signature."""

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from qat_lightning.flows.base import Example
-from qat_lightning.measure import outputs_by_path
+from qat_lightning.graph.example import Example
+from qat_lightning.measure.metrics import outputs_by_path
 
 DRAWS = 2
 MARGIN_DB = 6.0

@@ -13,15 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qat_lightning.backends import Backend, quantized_engine
 from qat_lightning.errors import ExportError
 from qat_lightning.export.fx_program import plain_integer_layer, refuse_other
 from qat_lightning.export.grids import Grid, QdqLayer, on_grid
-from qat_lightning.flows.base import Example
-from qat_lightning.flows.eager_calls import CountsCalls
-from qat_lightning.flows.eager_int8 import Int8BatchNorm, Int8Hardtanh, Int8Layer, Int8ReLU, Int8ReLU6, Int8Tensor
-from qat_lightning.flows.eager_layers import become
-from qat_lightning.integer_layers import IntegerLayer
+from qat_lightning.graph.example import Example
+from qat_lightning.layers.integer import IntegerLayer
+from qat_lightning.modes.eager.calls import CountsCalls
+from qat_lightning.modes.eager.int8 import Int8BatchNorm, Int8Hardtanh, Int8Layer, Int8ReLU, Int8ReLU6, Int8Tensor
+from qat_lightning.modes.eager.layers import become
+from qat_lightning.settings.backends import Backend, quantized_engine
 
 _MARK = "_qat_lightning_pending"
 

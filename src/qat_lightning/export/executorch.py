@@ -12,7 +12,7 @@ from torch import Tensor
 from qat_lightning.errors import ExportError, MissingExtraError
 from qat_lightning.export.base import Runner, Source
 from qat_lightning.export.pt2 import as_list, flat_graph
-from qat_lightning.recipe import Recipe
+from qat_lightning.settings.recipe import Recipe
 
 
 class ExecuTorch:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from qat_lightning.errors import CombinationError, ConfigurationError
 from qat_lightning.export.base import Format
-from qat_lightning.recipe import Recipe
+from qat_lightning.settings.recipe import Recipe
 
 _TABLE = {
     "pt2": "pt2:AotInductor",

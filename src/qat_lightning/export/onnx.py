@@ -12,8 +12,8 @@ from torch import Tensor
 from qat_lightning.errors import ExportError, MissingExtraError
 from qat_lightning.export.base import Runner, Source
 from qat_lightning.export.onnx_graph import onnx_model
-from qat_lightning.kinds import DIRECT
-from qat_lightning.recipe import Recipe
+from qat_lightning.settings.kinds import DIRECT
+from qat_lightning.settings.recipe import Recipe
 
 
 class Onnx:

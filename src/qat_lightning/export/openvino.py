@@ -14,7 +14,7 @@ from qat_lightning.errors import ExportError, MissingExtraError
 from qat_lightning.export.base import Runner, Source
 from qat_lightning.export.onnx import refuse_direct
 from qat_lightning.export.onnx_graph import onnx_model
-from qat_lightning.recipe import Recipe
+from qat_lightning.settings.recipe import Recipe
 
 _PRECISION = ["qat_lightning", "inference_precision"]
 """Where a file says in which precision its float ops are to run; nowhere in those of int8 networks."""

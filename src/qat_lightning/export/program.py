@@ -13,10 +13,12 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from qat_lightning.artifact.quantized import QuantizedNetwork
 from qat_lightning.errors import ConfigurationError, QuantizationError, TraceError
-from qat_lightning.flows.base import Example, cpu_copy, get_flow, is_prepared, prepared_state
-from qat_lightning.flows.source_lines import reason_of
+from qat_lightning.graph.example import Example
 from qat_lightning.graph.signature import CallSpec, batch_size, dynamic_shapes, has_batch
-from qat_lightning.graph_network import GraphNetwork
+from qat_lightning.modes.graph_network import GraphNetwork
+from qat_lightning.modes.prepared import cpu_copy, is_prepared, prepared_state
+from qat_lightning.modes.registry import get_mode
+from qat_lightning.modes.source_lines import reason_of
 
 _GRAPH_MODES = "mode='fx' or mode='pt2e', which keep one way through the network"
 
@@ -39,10 +41,10 @@ def int8_program(network: nn.Module, example: Example | None = None) -> Exported
         TraceError: The network is no graph, which can be with ``mode="eager"``.
 
     Example:
-        >>> from qat_lightning.flows.base import set_phase
-        >>> from qat_lightning.recipe import Recipe
-        >>> flow, call = get_flow("fx"), Example((torch.randn(4, 8),))
-        >>> prepared = flow.prepare(
+        >>> from qat_lightning.modes.prepared import set_phase
+        >>> from qat_lightning.settings.recipe import Recipe
+        >>> mode, call = get_mode("fx"), Example((torch.randn(4, 8),))
+        >>> prepared = mode.prepare(
         ...     nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2)), call, Recipe("fx", "x86")
         ... )
         >>> _ = prepared.train()(*call.args)
@@ -94,7 +96,7 @@ def int8_network(network: nn.Module, example: Example | None) -> QuantizedNetwor
     """An int8 network as it is; a prepared one converted.
 
     Args:
-        network: `QuantizedNetwork`, or what a flow's ``prepare`` made, which is left as it is.
+        network: `QuantizedNetwork`, or what a mode's ``prepare`` made, which is left as it is.
         example: A real call, with which a prepared network is verified.
 
     Raises:
@@ -111,7 +113,7 @@ def int8_network(network: nn.Module, example: Example | None) -> QuantizedNetwor
     if example is None:
         raise ConfigurationError("A prepared network is converted first, which takes a real call: give example=.")
     recipe = prepared_state(network).recipe
-    converted = get_flow(recipe.mode).convert(cpu_copy(network), example)
+    converted = get_mode(recipe.mode).convert(cpu_copy(network), example)
     return QuantizedNetwork(converted, recipe, example)
 
 

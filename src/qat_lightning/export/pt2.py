@@ -11,8 +11,8 @@ from torch import Tensor, fx
 
 from qat_lightning.errors import ExportError
 from qat_lightning.export.base import Runner, Source
-from qat_lightning.flows.pt2e.compiling import compile_package
-from qat_lightning.recipe import Recipe
+from qat_lightning.modes.pt2e.compiling import compile_package
+from qat_lightning.settings.recipe import Recipe
 
 
 class AotInductor:

@@ -24,11 +24,12 @@ from qat_lightning.export.formats import FORMATS, check_formats, get_format
 from qat_lightning.export.program import int8_network
 from qat_lightning.export.remote import RemoteNetwork, Server
 from qat_lightning.export.result import ExportResult, write_json
-from qat_lightning.fidelity import Fidelity
-from qat_lightning.flows.base import Example, cpu_copy, is_prepared, prepared_state
+from qat_lightning.graph.example import Example
 from qat_lightning.graph.signature import one_sample, samples
-from qat_lightning.measure import latency_interleaved, outputs_by_path, size_mb
+from qat_lightning.measure.fidelity import Fidelity
+from qat_lightning.measure.metrics import latency_interleaved, outputs_by_path, size_mb
 from qat_lightning.modes.float_state import present_float
+from qat_lightning.modes.prepared import cpu_copy, is_prepared, prepared_state
 
 FIGURES = "export.json"
 """The file beside the artifacts that holds the figures."""
@@ -83,10 +84,10 @@ def export_quantized(
         ConversionError: A prepared network cannot be converted.
 
     Example:
-        >>> from qat_lightning.flows.base import get_flow
-        >>> from qat_lightning.recipe import Recipe
-        >>> flow, call = get_flow("fx"), Example((torch.randn(4, 8),))
-        >>> prepared = flow.prepare(nn.Sequential(nn.Linear(8, 2)), call, Recipe("fx", "x86"))
+        >>> from qat_lightning.modes.registry import get_mode
+        >>> from qat_lightning.settings.recipe import Recipe
+        >>> mode, call = get_mode("fx"), Example((torch.randn(4, 8),))
+        >>> prepared = mode.prepare(nn.Sequential(nn.Linear(8, 2)), call, Recipe("fx", "x86"))
         >>> _ = prepared.train()(*call.args)
         >>> (result,) = export_quantized(prepared, tempfile.mkdtemp(), ["torchscript"], example=call)
         >>> result.passed, result.path.name

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from qat_lightning.errors import ExportError
 from qat_lightning.export.base import Runner
 from qat_lightning.export.formats import get_format
-from qat_lightning.measure import latency_interleaved
+from qat_lightning.measure.metrics import latency_interleaved
 
 
 class Runtime:

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.jit._trace import TracerWarning
 
-from qat_lightning.backends import quantized_engine
 from qat_lightning.errors import ExportError
 from qat_lightning.export.base import Runner, Source
 from qat_lightning.export.call import Call
-from qat_lightning.recipe import Recipe
+from qat_lightning.settings.backends import quantized_engine
+from qat_lightning.settings.recipe import Recipe
 
 _ENGINE = "quantized_engine"
 

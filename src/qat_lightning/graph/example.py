@@ -14,7 +14,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 from torch.utils._pytree import tree_leaves, tree_map
 
 from qat_lightning.errors import NetworkError
-from qat_lightning.structures import look_into
+from qat_lightning.graph.structures import look_into
 
 MAX_BATCH = 32
 """As many samples of a batch are kept: enough to verify with, and no burden to hold."""

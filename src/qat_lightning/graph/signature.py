@@ -12,8 +12,8 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from qat_lightning.errors import NetworkError
-from qat_lightning.flows.base import Example
-from qat_lightning.structures import look_into
+from qat_lightning.graph.example import Example
+from qat_lightning.graph.structures import look_into
 
 BATCH = -1
 """Stands in a shape for the batch dimension, which may have any size."""

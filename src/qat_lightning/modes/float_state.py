@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from qat_lightning.flows.base import float_keys, prepared_state
+from qat_lightning.modes.prepared import float_keys, prepared_state
 
 
 def float_weights(prepared: nn.Module) -> dict[str, Any]:

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qat_lightning.course import Course
 from qat_lightning.errors import CheckpointMismatchError, ConversionError
-from qat_lightning.fake_quantize import FakeQuantize
-from qat_lightning.modes.protocol import Flow
-from qat_lightning.qat_modules import FreezableBatchNorm
-from qat_lightning.recipe import Recipe
-from qat_lightning.state_entries import from_entry, to_tensor
+from qat_lightning.layers.qat_modules import FreezableBatchNorm
+from qat_lightning.modes.protocol import Mode
+from qat_lightning.numerics.course import Course
+from qat_lightning.numerics.fake_quantize import FakeQuantize
+from qat_lightning.numerics.state_entries import from_entry, to_tensor
+from qat_lightning.settings.recipe import Recipe
 
 
 class PreparedState(nn.Module):
@@ -30,13 +30,13 @@ class PreparedState(nn.Module):
         added_keys: The keys of the ``state_dict`` that the float network does not have.
         own_order: Whether the parameters come in another order than the float network's, as in a checkpoint that was
             loaded.
-        left_float: What was found to be impossible in int8, by name, and why: see `qat_lightning.flows.left_float`.
-        plan: What the flow that prepared it wants to remember for conversion.
+        left_float: What was found to be impossible in int8, by name, and why: see `qat_lightning.modes.left_float`.
+        plan: What the mode that prepared it wants to remember for conversion.
         reworking: What was done to the float network before, and can be done to other weights; None if nothing.
         course: Whether the network trains, and where its forward passes begin.
     """
 
-    mode: Flow
+    mode: Mode
     recipe: Recipe
     prefix: str
     float_network: nn.Module
@@ -44,7 +44,7 @@ class PreparedState(nn.Module):
     reworking: Any
 
     def __init__(
-        self, mode: Flow, recipe: Recipe, float_network: nn.Module, *, prefix: str = "", plan: Any = None
+        self, mode: Mode, recipe: Recipe, float_network: nn.Module, *, prefix: str = "", plan: Any = None
     ) -> None:
         super().__init__()
         self.recipe = recipe
@@ -103,7 +103,7 @@ def prepared_state(prepared: nn.Module) -> PreparedState:
 
 
 def is_prepared(network: nn.Module) -> bool:
-    """Whether ``network`` came out of a flow's ``prepare``."""
+    """Whether ``network`` came out of a mode's ``prepare``."""
     return isinstance(network._modules.get("_quantization"), PreparedState)
 
 

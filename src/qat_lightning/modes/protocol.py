@@ -10,7 +10,7 @@ from typing import Literal, Protocol
 from torch import nn
 
 from qat_lightning.graph.example import Example
-from qat_lightning.recipe import Recipe
+from qat_lightning.settings.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class LayerCoverage:
 
 @dataclass
 class Converted:
-    """What a flow makes of a prepared network.
+    """What a mode makes of a prepared network.
 
     Attributes:
         network: The int8 module, on the CPU.
@@ -99,7 +99,7 @@ class Converted:
     whole: WholeCheck | None = None
 
 
-class Flow(Protocol):
+class Mode(Protocol):
     """One mode: plain modules in, plain modules out, no Lightning."""
 
     def prepare(self, network: nn.Module, example: Example, recipe: Recipe, *, prefix: str = "") -> nn.Module:
@@ -137,5 +137,5 @@ class Flow(Protocol):
         ...
 
     def leave_float(self, prepared: nn.Module, names: Collection[str], example: Example | None) -> None:
-        """Leave some of `parts` float; called by `qat_lightning.flows.left_float.leave_float`, which notes why."""
+        """Leave some of `parts` float; called by `qat_lightning.modes.left_float.leave_float`, which notes why."""
         ...

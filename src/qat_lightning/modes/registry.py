@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 from qat_lightning.errors import ConfigurationError
-from qat_lightning.modes.protocol import Flow
+from qat_lightning.modes.protocol import Mode
 
 
-def get_flow(mode: str) -> Flow:
-    """The flow of ``"eager"``, ``"fx"`` or ``"pt2e"``.
+def get_mode(mode: str) -> Mode:
+    """The mode called ``"eager"``, ``"fx"`` or ``"pt2e"``.
 
     Raises:
-        ConfigurationError: There is no such mode. For ``"auto"`` see `qat_lightning.decision.choose_mode`.
+        ConfigurationError: There is no such mode. For ``"auto"`` see `qat_lightning.rehearsal.auto.choose_mode`.
     """
     # Imported here, so that one mode does not pay for the imports of another.
     if mode == "fx":
-        from qat_lightning.flows.fx import FxFlow
+        from qat_lightning.modes.fx.mode import FxMode
 
-        return FxFlow()
+        return FxMode()
     if mode == "eager":
-        from qat_lightning.flows.eager import EagerFlow
+        from qat_lightning.modes.eager.mode import EagerMode
 
-        return EagerFlow()
+        return EagerMode()
     if mode != "pt2e":
-        raise ConfigurationError(f"mode={mode!r} has no flow: use 'eager', 'fx' or 'pt2e'.")
-    from qat_lightning.flows.pt2e import Pt2eFlow
+        raise ConfigurationError(f"mode={mode!r} has no mode: use 'eager', 'fx' or 'pt2e'.")
+    from qat_lightning.modes.pt2e import Pt2eMode
 
-    return Pt2eFlow()
+    return Pt2eMode()

@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qat_lightning.calibration import call
 from qat_lightning.errors import ConfigurationError, ConversionError
-from qat_lightning.fake_quantize import FakeQuantize
-from qat_lightning.flows.base import prepared_state
 from qat_lightning.modes.float_state import float_weights
+from qat_lightning.modes.prepared import prepared_state
+from qat_lightning.numerics.fake_quantize import FakeQuantize
 from qat_lightning.recipes.bias_correction import apply_layer
 from qat_lightning.recipes.layers import RoundedLayer, rounded_layers
+from qat_lightning.rehearsal.calibration import call
 
 _LOW, _HIGH = -0.1, 1.1
 """The sigmoid is stretched to this interval and clipped to [0, 1], so that it reaches both ends."""
@@ -109,10 +109,11 @@ def adaround(
         ConversionError: There is no batch.
 
     Example:
-        >>> from qat_lightning.flows.base import Example, get_flow
-        >>> from qat_lightning.recipe import Recipe
+        >>> from qat_lightning.graph.example import Example
+        >>> from qat_lightning.modes.registry import get_mode
+        >>> from qat_lightning.settings.recipe import Recipe
         >>> network, x = nn.Sequential(nn.Linear(8, 4)), torch.randn(64, 8)
-        >>> prepared = get_flow("fx").prepare(network, Example((x,)), Recipe("fx", "x86", kind="static"))
+        >>> prepared = get_mode("fx").prepare(network, Example((x,)), Recipe("fx", "x86", kind="static"))
         >>> result = adaround(prepared, [x], AdaRound(iterations=50))["0"]
         >>> result.learned <= result.nearest
         True

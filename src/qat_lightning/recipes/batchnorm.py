@@ -17,9 +17,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from qat_lightning.calibration import call
 from qat_lightning.errors import ConfigurationError
-from qat_lightning.qat_modules import Counter, FunctionalBatchNorm
+from qat_lightning.layers.qat_modules import Counter, FunctionalBatchNorm
+from qat_lightning.rehearsal.calibration import call
 
 
 @dataclass

@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qat_lightning.calibration import call
-from qat_lightning.flows.base import prepared_state
 from qat_lightning.modes.float_state import float_weights
+from qat_lightning.modes.prepared import prepared_state
 from qat_lightning.recipes.layers import RoundedLayer, rounded_layers
+from qat_lightning.rehearsal.calibration import call
 
 
 class _Shift:
@@ -57,10 +57,11 @@ def correct_biases(
         output. Layers without a bias to correct are left out.
 
     Example:
-        >>> from qat_lightning.flows.base import Example, get_flow
-        >>> from qat_lightning.recipe import Recipe
+        >>> from qat_lightning.graph.example import Example
+        >>> from qat_lightning.modes.registry import get_mode
+        >>> from qat_lightning.settings.recipe import Recipe
         >>> network, x = nn.Sequential(nn.Linear(4, 2)), torch.rand(8, 4)
-        >>> prepared = get_flow("fx").prepare(network, Example((x,)), Recipe("fx", "x86"))
+        >>> prepared = get_mode("fx").prepare(network, Example((x,)), Recipe("fx", "x86"))
         >>> list(correct_biases(prepared, [x]))
         ['0']
     """

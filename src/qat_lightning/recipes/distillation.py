@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from qat_lightning.errors import ConfigurationError
-from qat_lightning.flows.base import Example, cpu_copy, prepared_state, set_phase
-from qat_lightning.measure import class_axis
+from qat_lightning.graph.example import Example
+from qat_lightning.measure.metrics import class_axis
+from qat_lightning.modes.prepared import cpu_copy, prepared_state, set_phase
 from qat_lightning.recipes.features import Features
 
 Loss = Literal["kl", "mse"]
@@ -177,7 +178,7 @@ def chosen_outputs(outputs: Any, chosen: Sequence[str] | None, loss: Loss) -> li
     Args:
         outputs: What the network returned: a tensor, or a mapping, sequence or object of them.
         chosen: Keys, positions or attributes; None for every tensor that the loss can compare.
-        loss: ``"kl"`` needs a class axis, see `qat_lightning.measure.class_axis`.
+        loss: ``"kl"`` needs a class axis, see `qat_lightning.measure.metrics.class_axis`.
 
     Raises:
         ConfigurationError: There is none, or one that was chosen is not there or has no classes.

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from qat_lightning.errors import ConfigurationError, NetworkError
-from qat_lightning.flows.base import Example
-from qat_lightning.flows.eager_chains import HEAD_TYPES, Key, Observation, observe, run_apart
-from qat_lightning.qat_modules import fold_factor
-from qat_lightning.recipe import Equalization as Kind
+from qat_lightning.graph.example import Example
+from qat_lightning.layers.qat_modules import fold_factor
+from qat_lightning.modes.eager.chains import HEAD_TYPES, Key, Observation, observe, run_apart
+from qat_lightning.settings.recipe import Equalization as Kind
 
 _BATCHNORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _CLIPPING = (nn.ReLU6, nn.Hardtanh)

@@ -10,10 +10,10 @@ from torch import Tensor, fx, nn
 from torch.utils.hooks import RemovableHandle
 
 from qat_lightning.errors import ConfigurationError
-from qat_lightning.fake_quantize import FakeQuantize
-from qat_lightning.flows.base import prepared_state
 from qat_lightning.graph.scopes import scope_of
-from qat_lightning.graph_network import GraphNetwork, compile_graph
+from qat_lightning.modes.graph_network import GraphNetwork, compile_graph
+from qat_lightning.modes.prepared import prepared_state
+from qat_lightning.numerics.fake_quantize import FakeQuantize
 
 _SHOWN = 12
 

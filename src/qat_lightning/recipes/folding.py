@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 
 from qat_lightning.errors import ConfigurationError
-from qat_lightning.flows.base import Example
-from qat_lightning.flows.eager_chains import BATCHNORM_OF, HEAD_TYPES, Observation, observe
+from qat_lightning.graph.example import Example
+from qat_lightning.modes.eager.chains import BATCHNORM_OF, HEAD_TYPES, Observation, observe
 
 
 class FoldedBatchNorm(nn.Module):

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from qat_lightning.fake_quantize import FakeQuantize
-from qat_lightning.flows.base import prepared_state
-from qat_lightning.flows.places import find_places
-from qat_lightning.graph_network import GraphNetwork
-from qat_lightning.qat_modules import fold_factor
+from qat_lightning.layers.qat_modules import fold_factor
+from qat_lightning.modes.graph_network import GraphNetwork
+from qat_lightning.modes.places import find_places
+from qat_lightning.modes.prepared import prepared_state
+from qat_lightning.numerics.fake_quantize import FakeQuantize
 
 RECONSTRUCTED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
@@ -66,13 +66,14 @@ def rounded_layers(prepared: nn.Module) -> list[RoundedLayer]:
     weights are left out.
 
     Args:
-        prepared: What a flow's ``prepare`` made.
+        prepared: What a mode's ``prepare`` made.
 
     Example:
-        >>> from qat_lightning.flows.base import Example, get_flow
-        >>> from qat_lightning.recipe import Recipe
+        >>> from qat_lightning.graph.example import Example
+        >>> from qat_lightning.modes.registry import get_mode
+        >>> from qat_lightning.settings.recipe import Recipe
         >>> network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
-        >>> prepared = get_flow("fx").prepare(network, Example((torch.randn(2, 3, 8, 8),)), Recipe("fx", "x86"))
+        >>> prepared = get_mode("fx").prepare(network, Example((torch.randn(2, 3, 8, 8),)), Recipe("fx", "x86"))
         >>> [(layer.name, layer.batchnorm) for layer in rounded_layers(prepared)]
         [('0', '1')]
     """

@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import nn
 
-from qat_lightning.flows.base import Example
-from qat_lightning.recipe import Recipe
+from qat_lightning.graph.example import Example
 from qat_lightning.recipes.equalization import equalize
 from qat_lightning.recipes.folding import Folded, fold_batchnorm
+from qat_lightning.settings.recipe import Recipe
 
 
 def reworks(recipe: Recipe) -> bool:

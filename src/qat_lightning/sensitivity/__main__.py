@@ -14,8 +14,8 @@ from pathlib import Path
 from lightning.pytorch import seed_everything
 from rich.text import Text
 
-from qat_lightning.app import quiet
 from qat_lightning.errors import ConfigurationError
+from qat_lightning.run.app import quiet
 from qat_lightning.sensitivity.budget import Budget
 from qat_lightning.sensitivity.draw import draw
 from qat_lightning.sensitivity.measured import Sensitivity

@@ -14,17 +14,17 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from qat_lightning.calibration import calibrate
-from qat_lightning.decision import Decision, decide
 from qat_lightning.errors import ConfigurationError
-from qat_lightning.flows.base import Example, get_flow
-from qat_lightning.graph.example import from_user
-from qat_lightning.monitoring import decibel
+from qat_lightning.graph.example import Example, from_user
+from qat_lightning.measure.monitoring import decibel
+from qat_lightning.modes.registry import get_mode
 from qat_lightning.numerics.sqnr import EQUAL_DB
-from qat_lightning.recipe import Recipe, check_globs
-from qat_lightning.scheme import Scheme
+from qat_lightning.rehearsal.auto import Decision, decide
+from qat_lightning.rehearsal.calibration import calibrate
 from qat_lightning.sensitivity.budget import Budget, MixedPrecision, drop_points, shown_drop, size_ratio
 from qat_lightning.sensitivity.switches import Switches, Unit
+from qat_lightning.settings.recipe import Recipe, check_globs
+from qat_lightning.settings.scheme import Scheme
 
 Metric = Callable[[nn.Module], float]
 Calibrate = Callable[[nn.Module], Any]
@@ -90,7 +90,7 @@ class Sensitivity:
         return drop_points((self.float_metric, self.quantized_metric))
 
     def _prepare(self, recipe: Recipe) -> nn.Module:
-        prepared = get_flow(recipe.mode).prepare(
+        prepared = get_mode(recipe.mode).prepare(
             copy.deepcopy(self._network), self._example, recipe, prefix=self.prefix
         )
         device = next((p.device for p in self._network.parameters()), torch.device("cpu"))

@@ -17,13 +17,13 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from torch.utils._pytree import tree_map
 
-from qat_lightning.callbacks.calibration_data import calibrate_in_steps
-from qat_lightning.checkpoints import float_state_dict
+from qat_lightning.callbacks.parts.calibration_data import calibrate_in_steps
+from qat_lightning.callbacks.parts.checkpoints import float_state_dict
+from qat_lightning.callbacks.parts.network import Slot, find_networks
 from qat_lightning.errors import ConfigurationError
-from qat_lightning.flows.base import Example
-from qat_lightning.network import Slot, find_networks
-from qat_lightning.scheme import Scheme
+from qat_lightning.graph.example import Example
 from qat_lightning.sensitivity.measured import RankBy, Sensitivity, sensitivity
+from qat_lightning.settings.scheme import Scheme
 
 SQNR = "sqnr"
 """The metric that needs no label: the outputs' SQNR against the float network's."""

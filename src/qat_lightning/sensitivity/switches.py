@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from qat_lightning.fake_quantize import FakeQuantize
-from qat_lightning.flows.base import fake_quantizers, prepared_state
-from qat_lightning.flows.places import find_places
+from qat_lightning.modes.places import find_places
+from qat_lightning.modes.prepared import fake_quantizers, prepared_state
+from qat_lightning.numerics.fake_quantize import FakeQuantize
 
 
 @dataclass(frozen=True)
@@ -37,12 +37,13 @@ class Switches:
 
     Example:
         >>> import torch
-        >>> from qat_lightning.calibration import calibrate
-        >>> from qat_lightning.flows.base import Example, get_flow
-        >>> from qat_lightning.recipe import Recipe
+        >>> from qat_lightning.rehearsal.calibration import calibrate
+        >>> from qat_lightning.graph.example import Example
+        >>> from qat_lightning.modes.registry import get_mode
+        >>> from qat_lightning.settings.recipe import Recipe
         >>> x = torch.randn(8, 4)
         >>> recipe = Recipe("eager", "x86", kind="static")
-        >>> prepared = get_flow("eager").prepare(nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)), Example((x,)), recipe)
+        >>> prepared = get_mode("eager").prepare(nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)), Example((x,)), recipe)
         >>> calibrate(prepared, [x])
         1
         >>> [unit.name for unit in Switches(prepared).units]

@@ -20,10 +20,10 @@ from filelock import FileLock
 from lightning.pytorch import seed_everything
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from qat_lightning import app
-from qat_lightning.checkpoint_io import read_float_state
+from qat_lightning.callbacks.parts.checkpoint_io import read_float_state
 from qat_lightning.errors import ConfigurationError
 from qat_lightning.json_files import read_json, write_json
+from qat_lightning.run import app
 
 USES = ("none", "compare", "start")
 _APART = (  # what cannot change a float run: what is done with it, how it is called, and where it is kept

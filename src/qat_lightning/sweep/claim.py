@@ -11,9 +11,9 @@ from hydra.experimental.callback import Callback
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, open_dict, read_write
 
-from qat_lightning.app import readable_errors
 from qat_lightning.errors import ConfigurationError
 from qat_lightning.json_files import read_json
+from qat_lightning.run.app import readable_errors
 from qat_lightning.sweep.result import FILE, IDENTITY, TrialResult, identity, written
 
 LOCK = "running.lock"

@@ -13,9 +13,9 @@ from omegaconf import DictConfig
 from rich.table import Table
 from rich.text import Text
 
-from qat_lightning.app import readable_errors
 from qat_lightning.errors import MissingExtraError
 from qat_lightning.json_files import read_json
+from qat_lightning.run.app import readable_errors
 from qat_lightning.sweep.claim import sweep_folder_of_its_own
 from qat_lightning.sweep.folder import Plan, Standing, check_folder, numbered, sweep_folder, varying
 from qat_lightning.sweep.progress import SweepProgress

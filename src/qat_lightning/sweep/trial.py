@@ -19,9 +19,9 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, open_dict
 
-from qat_lightning import app
 from qat_lightning.errors import CombinationError, ConfigurationError
 from qat_lightning.json_files import read_json, write_json
+from qat_lightning.run import app
 from qat_lightning.sweep.process import run_apart
 from qat_lightning.sweep.result import FILE, IDENTITY, TrialResult, identity, written
 from qat_lightning.sweep.stopping import as_failure, interrupted, terminable

@@ -1,0 +1,97 @@
+"""Modules that programs and configurations of earlier releases import by names that they no longer have."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+MOVED: dict[str, tuple[str, ...]] = {
+    "app": ("run.app",),
+    "backends": ("settings.backends",),
+    "calibration": ("rehearsal.calibration",),
+    "checkpoint_io": ("callbacks.parts.checkpoint_io",),
+    "checkpoints": ("callbacks.parts.checkpoints", "modes.float_state"),
+    "evaluate": ("run.evaluate",),
+    "example": ("callbacks.parts.example", "graph.example"),
+    "fake_quantize": ("numerics.fake_quantize",),
+    "flows": (),
+    "flows.base": ("modes.protocol", "modes.registry", "modes.prepared", "graph.example", "numerics.sqnr"),
+    "flows.coverage": ("modes.coverage",),
+    "fusion": ("recipes.fusion",),
+    "grid": ("numerics.grid",),
+    "kinds": ("settings.kinds",),
+    "learned_step": ("numerics.learned_step",),
+    "monitoring": ("measure.monitoring",),
+    "network": ("callbacks.parts.network",),
+    "observers": ("numerics.observers",),
+    "qat_modules": ("layers.qat_modules",),
+    "quantized": ("artifact.quantized",),
+    "recipe": ("settings.recipe", "modes.prepared"),
+    "schedule": ("settings.schedule",),
+    "scheme": ("settings.scheme",),
+    "variants": ("settings.variants", "measure.fidelity", "callbacks.parts.variants"),
+    "wandb_views": ("measure.wandb_views",),
+}
+"""Where what was in a module is now; all names are below ``qat_lightning``."""
+
+_RENAMED = {"Flow": "Mode", "get_flow": "get_mode"}
+_ROOT = f"{__package__}."
+
+
+class _Homes(Loader):
+    """Makes a module that looks its names up where they are now.
+
+    Args:
+        homes: The modules that have them.
+    """
+
+    def __init__(self, homes: Sequence[str]) -> None:
+        self.homes = homes
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        """An ordinary one."""
+        return None
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Give it a lookup in place of names."""
+
+        def lookup(name: str) -> Any:
+            for home in self.homes:
+                found = import_module(_ROOT + home)
+                if hasattr(found, _RENAMED.get(name, name)):
+                    return getattr(found, _RENAMED.get(name, name))
+            raise AttributeError(f"module {module.__name__!r} has no attribute {name!r}")
+
+        if self.homes:
+            warnings.warn(
+                f"{module.__name__} is {' and '.join(_ROOT + home for home in self.homes)} now; what users need has "
+                "its name in qat_lightning itself.",
+                DeprecationWarning,
+                stacklevel=2,
+            )
+        module.__getattr__ = lookup  # type: ignore[method-assign]
+
+
+class _Finder(MetaPathFinder):
+    """Finds the modules of `MOVED`, after all that are there."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """See `importlib.abc.MetaPathFinder`."""
+        name = fullname.removeprefix(_ROOT)
+        if name == fullname or name not in MOVED:
+            return None
+        is_package = any(other.startswith(f"{name}.") for other in MOVED)
+        return ModuleSpec(fullname, _Homes(MOVED[name]), is_package=is_package)
+
+
+def install() -> None:
+    """Let the earlier names be imported."""
+    sys.meta_path.append(_Finder())

@@ -1,0 +1,1 @@
+"""What the callbacks are put together from."""

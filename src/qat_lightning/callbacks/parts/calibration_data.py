@@ -1,0 +1,319 @@
+"""Batches to calibrate with, and a LightningModule's own step to send them through its networks."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from itertools import islice
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+from torch.utils.data import DataLoader
+from torchmetrics import Metric
+
+from qat_lightning.callbacks.parts.example import nothing_moves, take_step
+from qat_lightning.callbacks.parts.network import OWN_FORWARD, Slot
+from qat_lightning.callbacks.parts.peeking import one_batch
+from qat_lightning.callbacks.parts.streams import generators_kept
+from qat_lightning.callbacks.parts.variants import Stand
+from qat_lightning.errors import ConfigurationError, NetworkError
+from qat_lightning.graph.example import Example
+from qat_lightning.rehearsal.calibration import calibrating
+
+
+class _Called(Exception):
+    """All the networks were called: a step with optimizers of its own must not go on."""
+
+
+def calibration_loader(trainer: Trainer, pl_module: LightningModule, given: Any) -> Any:
+    """The loader to calibrate with: the one that was given, or the training's.
+
+    Raises:
+        ConfigurationError: There is none; the message says what to give.
+    """
+    if given is not None:
+        return given
+    datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
+    if trainer.state.fn == "fit":
+        source: Any = trainer.fit_loop._data_source
+        return _apart(source.instance.train_dataloader() if source.is_module() else source.instance)
+    if datamodule is not None and is_overridden("train_dataloader", datamodule):
+        datamodule.setup("fit")
+        return datamodule.train_dataloader()
+    if is_overridden("train_dataloader", pl_module):
+        return pl_module.train_dataloader()
+    raise ConfigurationError(
+        f"Static quantization takes its ranges from data, and trainer.{_called(trainer)} was given no training data: "
+        "give PostTrainingQuantization(calibration_dataloader=<a DataLoader>), pass datamodule= to the Trainer, or use "
+        "kind='dynamic' or 'weight_only', which need none."
+    )
+
+
+def _called(trainer: Trainer) -> str:
+    """The method of the Trainer that runs."""
+    return "fit" if trainer.state.fn is None else str(trainer.state.fn.value)
+
+
+def _apart(loader: Any) -> Any:
+    """A loader whose iteration does not begin anew when this one's does, as that of persistent workers would."""
+    if isinstance(loader, DataLoader) and loader.persistent_workers:
+        loader = copy.copy(loader)
+        loader._iterator = None
+    return loader
+
+
+def calibrate_in_steps(
+    pl_module: LightningModule, slots: Mapping[str, Slot], prepared: Mapping[str, nn.Module], loader: Any, batches: int
+) -> int:
+    """Calibrate networks on what the LightningModule's training step calls them with; see `run_in_steps`."""
+    return run_in_steps(pl_module, slots, prepared, loader, batches, calibrating)
+
+
+def calls_in_steps(
+    pl_module: LightningModule, slots: Mapping[str, Slot], networks: Mapping[str, nn.Module], loader: Any, batches: int
+) -> dict[str, list[Example]]:
+    """What the LightningModule's training step calls each network with, in as many batches; see `run_in_steps`.
+
+    Returns:
+        By the networks' names, the calls in their order, on the device of the LightningModule.
+    """
+    calls: dict[nn.Module, list[Example]] = {network: [] for network in networks.values()}
+
+    @contextmanager
+    def keeping(network: nn.Module) -> Iterator[None]:
+        def keep(module: nn.Module, args: Any, kwargs: Any) -> None:
+            calls[network].append(Example(*tree_map(_copied, (args, kwargs))))
+
+        handle = network.register_forward_pre_hook(keep, with_kwargs=True)
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            handle.remove()
+
+    run_in_steps(pl_module, slots, networks, loader, batches, keeping)
+    return {name: calls[network] for name, network in networks.items()}
+
+
+def _copied(leaf: Any) -> Any:
+    return leaf.detach().clone() if isinstance(leaf, Tensor) else leaf
+
+
+class _StepFailed(Exception):
+    """A step cannot be used to call the networks."""
+
+
+def run_in_steps(
+    pl_module: LightningModule,
+    slots: Mapping[str, Slot],
+    networks: Mapping[str, nn.Module],
+    loader: Any,
+    batches: int,
+    within: Callable[[nn.Module], AbstractContextManager[Any]],
+) -> int:
+    """Call networks as the LightningModule's training step calls its own, and leave it as it was.
+
+    A step that needs training (a detector's, which gets no losses in evaluation) does so until it has called the
+    networks; one that does not come so far leaves them to ``validation_step`` and the validation's batches.
+
+    Args:
+        pl_module: Its step runs in evaluation, without gradients, and logs nothing. Its buffers, also those that
+            networks share with it, are put back in the end.
+        slots: Where the networks are.
+        networks: By the same names, what is called, on the device of the LightningModule.
+        loader: Of batches for ``training_step``.
+        batches: As many at most.
+        within: Gives the context in which each network is called.
+
+    Returns:
+        How many batches there were.
+
+    Raises:
+        NetworkError: The step failed, or called a network never; the message says what to do.
+        ConversionError: There was nothing finite.
+    """
+    failed: list[str] = []
+    for step, source in (("training_step", loader), *_instead(pl_module, loader)):
+        some = islice(_batches(pl_module, source), batches)
+        try:
+            count = _run(pl_module, slots, networks, some, step, within, source)
+        except _StepFailed as failure:
+            failed.append(str(failure))
+            continue
+        if failed:
+            rank_zero_info(f"{'; '.join(failed)}. Batches went through {step} instead.")
+        return count
+    raise _no_step(pl_module, failed)
+
+
+def _no_step(pl_module: LightningModule, failed: list[str]) -> NetworkError:
+    return NetworkError(
+        f"No step of {type(pl_module).__name__} calls its networks in evaluation and without gradients, as it has to "
+        f"for a calibration: {'; '.join(failed)}. Give PostTrainingQuantization(calls=<a list of calls of the network: "
+        "a tensor, a tuple or a dict each>), or calibrate by hand: qat_lightning.calibrate(prepared, calls)."
+    )
+
+
+def try_steps(trainer: Trainer, pl_module: LightningModule, slots: Mapping[str, Slot], given: Any) -> None:
+    """Try before a training, on one batch, that `run_in_steps` will be able to call the networks after it.
+
+    Args:
+        trainer: It fits.
+        pl_module: On its device.
+        slots: Where the networks are.
+        given: The loader that batches will come from, if it is not the training's.
+
+    Raises:
+        NetworkError: It will not, with what to do.
+    """
+    networks = {name: slot.get() for name, slot in slots.items()}
+    if given is not None:
+        run_in_steps(pl_module, slots, networks, given, 1, _as_it_is)
+        return
+    batch, once = one_batch(trainer, pl_module, "fit")
+    if once:
+        rank_zero_warn(
+            "The training's loader gives each batch only once, and after the training there may be none to calibrate "
+            "with: give PostTrainingQuantization(calibration_dataloader=) or (calls=)."
+        )
+    if batch is None:
+        return
+    failed: list[str] = []
+    for step in ("training_step", *(step for step, _ in _instead(pl_module, None))):
+        if step == "validation_step":
+            batch = one_batch(trainer, pl_module, "validate")[0] if _validation_loader(pl_module) is not None else batch
+        try:
+            _run(pl_module, slots, networks, iter([batch]), step, _as_it_is, None)
+        except _StepFailed as failure:
+            failed.append(str(failure))
+            continue
+        return
+    raise _no_step(pl_module, failed)
+
+
+def _instead(pl_module: LightningModule, loader: Any) -> Iterator[tuple[str, Any]]:
+    """What calls the networks where ``training_step`` does not, and the batches that it is for."""
+    if is_overridden("validation_step", pl_module):
+        validation = _validation_loader(pl_module)
+        yield "validation_step", loader if validation is None else validation
+
+
+def _validation_loader(pl_module: LightningModule) -> Any:
+    trainer = pl_module._trainer
+    if trainer is None:
+        return None
+    fits = trainer.state.fn == "fit"
+    source: Any = (trainer.fit_loop.epoch_loop.val_loop if fits else trainer.validate_loop)._data_source
+    if not source.is_module():
+        return source.instance
+    return _apart(source.instance.val_dataloader()) if source.is_defined() else None
+
+
+@contextmanager
+def _as_it_is(network: nn.Module) -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+def _run(
+    pl_module: LightningModule,
+    slots: Mapping[str, Slot],
+    networks: Mapping[str, nn.Module],
+    batches: Iterator[Any],
+    step: str,
+    within: Callable[[nn.Module], AbstractContextManager[Any]],
+    loader: Any,
+) -> int:
+    called: set[str] = set()
+    ever: set[str] = set()
+    count = 0
+    with ExitStack() as stack:
+        stack.enter_context(isolate_rng(include_cuda=torch.cuda.is_initialized()))
+        stack.enter_context(generators_kept(loader))
+        stack.enter_context(nothing_moves(pl_module))
+        stack.enter_context(_metrics_kept(pl_module))
+        for name, network in networks.items():
+            stack.enter_context(within(network))
+            stack.enter_context(_standing(slots[name], network))
+            stack.enter_context(_noted(network, name, called, len(slots), pl_module.automatic_optimization))
+        pl_module.eval()
+        for batch in batches:
+            called.clear()
+            _step(pl_module, step, batch, lambda: len(called) == len(networks))
+            ever |= called
+            count += 1
+        missing = [name for name in networks if name not in ever]
+        if count and missing:
+            raise _StepFailed(f"{step} did not call {', '.join(map(repr, missing))}")
+    return count
+
+
+def _batches(pl_module: LightningModule, loader: Any) -> Iterator[Any]:
+    combined = loader if isinstance(loader, CombinedLoader) else CombinedLoader(loader, "max_size_cycle")
+    device = pl_module.device
+    for batch, _, index in combined:
+        # With the hooks of the LightningDataModule, if it has them.
+        moved = pl_module._on_before_batch_transfer(batch, dataloader_idx=index)
+        yield pl_module._apply_batch_transfer_handler(moved, device=device, dataloader_idx=index)
+
+
+def _step(pl_module: LightningModule, step: str, batch: Any, done: Callable[[], bool]) -> None:
+    try:
+        take_step(pl_module, step, batch)
+    except _Called:
+        return
+    except Exception as error:
+        # What a step does with what it got is not asked for: in evaluation some networks return no losses.
+        if not done():
+            raise _StepFailed(f"{step} failed ({type(error).__name__}: {error})") from error
+
+
+@contextmanager
+def _standing(slot: Slot, network: nn.Module) -> Iterator[None]:
+    plain = slot.get() if slot.name != OWN_FORWARD else network
+    before = slot.run_instead(Stand(network, plain, on_cpu=False))
+    try:
+        yield
+    finally:
+        slot.run_again(before)
+
+
+@contextmanager
+def _noted(network: nn.Module, name: str, called: set[str], wanted: int, whole: bool) -> Iterator[None]:
+    """Note that a network was called; where the step steps optimizers itself, break it off when all were."""
+
+    def note(*_: Any) -> None:
+        called.add(name)
+        if not whole and len(called) == wanted:
+            raise _Called
+
+    handle = network.register_forward_hook(note)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _metrics_kept(pl_module: LightningModule) -> Iterator[None]:
+    """Put back what metrics have counted, which are not all buffers."""
+    kept = [(metric, _state(metric)) for metric in pl_module.modules() if isinstance(metric, Metric)]
+    try:
+        yield
+    finally:
+        for metric, state in kept:
+            metric.__dict__.update(state)
+
+
+def _state(metric: Metric) -> dict[str, Any]:
+    states = {name: list(value) if isinstance(value, list) else value for name, value in metric.metric_state.items()}
+    private = {name: metric.__dict__[name] for name in ("_update_count", "_computed", "_forward_cache")}
+    return states | private

@@ -1,0 +1,125 @@
+"""Where the data of a calibration comes from: the LightningModule's steps, or calls that the user gave."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import islice
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from qat_lightning.callbacks.parts.calibration_data import (
+    calibrate_in_steps,
+    calibration_loader,
+    calls_in_steps,
+    try_steps,
+)
+from qat_lightning.callbacks.parts.network import Slot
+from qat_lightning.errors import ConfigurationError
+from qat_lightning.graph.example import Example
+from qat_lightning.rehearsal.calibration import calibrate
+
+
+class CalibrationSource:
+    """Calls networks as they will be called, as often as was asked for.
+
+    Args:
+        batches: As many at most.
+        loader: Batches for ``training_step``; None for the training's.
+        calls: Calls of the network instead, a mapping of them by name for several; None for steps.
+
+    Raises:
+        ConfigurationError: Both were given, or calls that are no collection.
+    """
+
+    def __init__(self, batches: int, loader: Any, calls: Any) -> None:
+        if loader is not None and calls is not None:
+            raise ConfigurationError(
+                "calibration_dataloader= and calls= are not possible together: batches for training_step, or calls of "
+                "the network."
+            )
+        if calls is not None and (isinstance(calls, (Tensor, str)) or not hasattr(calls, "__iter__")):
+            raise ConfigurationError(
+                f"calls={type(calls).__name__} is not possible: give a list of calls of the network, a tensor, a tuple "
+                "or a dict each; for several networks a dict of such lists by their names."
+            )
+        self.batches = batches
+        self.loader = loader
+        self._given = calls
+        self._calls: dict[str, list[Example]] = {}
+
+    @property
+    def has_calls(self) -> bool:
+        """Whether the user gave calls."""
+        return self._given is not None
+
+    def examples(self, names: list[str]) -> Any:
+        """What to find the networks' examples in, as a user writes it: the first call of each."""
+        first = {}
+        for name in names:
+            example = self._of(name, len(names))[0]
+            first[name] = example.kwargs if example.kwargs else example.args
+        return first if len(names) > 1 else first[names[0]]
+
+    def try_it(self, trainer: Trainer, pl_module: LightningModule, slots: Mapping[str, Slot]) -> None:
+        """Before a training, see that there will be data after it.
+
+        Raises:
+            NetworkError: There will be none, with what to do.
+        """
+        if not self.has_calls:
+            try_steps(trainer, pl_module, slots, self.loader)
+
+    def calibrate(
+        self, trainer: Trainer, pl_module: LightningModule, slots: Mapping[str, Slot], prepared: Mapping[str, nn.Module]
+    ) -> int:
+        """Take the ranges of networks, which are on the LightningModule's device; the number of batches is returned."""
+        if not self.has_calls:
+            loader = calibration_loader(trainer, pl_module, self.loader)
+            return calibrate_in_steps(pl_module, slots, prepared, loader, self.batches)
+        calls = self._on(pl_module.device, list(slots))
+        return max(calibrate(network, calls[name]) for name, network in prepared.items())
+
+    def calls(
+        self, trainer: Trainer, pl_module: LightningModule, slots: Mapping[str, Slot], networks: Mapping[str, nn.Module]
+    ) -> dict[str, list[Example]]:
+        """What `calibrate` calls networks with."""
+        if self.has_calls:
+            return self._on(pl_module.device, list(slots))
+        loader = calibration_loader(trainer, pl_module, self.loader)
+        return calls_in_steps(pl_module, slots, networks, loader, self.batches)
+
+    def _on(self, device: torch.device, names: list[str]) -> dict[str, list[Example]]:
+        def moved(leaf: Any) -> Any:
+            return leaf.to(device) if isinstance(leaf, Tensor) else leaf
+
+        return {
+            name: [Example(*tree_map(moved, (call.args, call.kwargs))) for call in self._of(name, len(names))]
+            for name in names
+        }
+
+    def _of(self, name: str, networks: int) -> list[Example]:
+        """The calls of one network; kept, because they may come from something that gives them once."""
+        if name in self._calls:
+            return self._calls[name]
+        given: Any = self._given
+        if networks > 1:
+            if not isinstance(given, Mapping) or name not in given:
+                raise ConfigurationError(f"calls= is for several networks: give a dict with the key {name!r} as well.")
+            given = given[name]
+        taken = [_example(call) for call in islice(given, self.batches)]
+        if not taken:
+            raise ConfigurationError(f"calls= holds no call of {name!r}: give one at least.")
+        self._calls[name] = taken
+        return taken
+
+
+def _example(call: Any) -> Example:
+    if isinstance(call, Example):
+        return call
+    if isinstance(call, Mapping):
+        return Example((), dict(call))
+    return Example(tuple(call) if isinstance(call, (tuple, list)) else (call,), {})

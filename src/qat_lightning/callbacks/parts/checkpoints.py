@@ -1,0 +1,213 @@
+"""Weights in and out of prepared networks: float into prepared, prepared into float, and no other into either."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from qat_lightning.callbacks.parts.checkpoint_io import read_float_state
+from qat_lightning.errors import CheckpointMismatchError, ConfigurationError
+from qat_lightning.graph.module_order import order_by_keys
+from qat_lightning.modes.prepared import PreparedState, check_recipe, float_keys, prepared_state
+from qat_lightning.numerics.state_entries import from_entry
+from qat_lightning.recipes.folding import unfold_state
+
+_STATE_KEY = "_quantization._extra_state"
+
+
+def float_state_dict(checkpoint: Mapping[str, Any] | str | Path) -> dict[str, Any]:
+    """The part of a checkpoint that the float LightningModule has: for a model without any callback of ours.
+
+    Args:
+        checkpoint: A checkpoint of Lightning, its ``state_dict``, or the path of one, with or without quantization.
+
+    Returns:
+        A ``state_dict`` that the float LightningModule loads strictly.
+
+    Example:
+        >>> float_state_dict({"state_dict": {"net.weight": torch.ones(1)}})
+        {'net.weight': tensor([1.])}
+    """
+    if isinstance(checkpoint, (str, Path)):
+        return float_state_dict(torch.load(checkpoint, map_location="cpu", weights_only=True))
+    state: dict[str, Any] = dict(checkpoint.get("state_dict", checkpoint))
+    for key in [key for key in state if key.endswith(_STATE_KEY)]:
+        prefix, extra = key.removesuffix(_STATE_KEY), from_entry(state[key])
+        for added in extra["added_keys"]:
+            del state[prefix + added]
+        unfold_state(state, extra.get("folded", {}), prefix)
+    return state
+
+
+def prepared_entry(state: Mapping[str, Any], prefix: str) -> dict[str, Any] | None:
+    """What a prepared network says of itself in a ``state_dict``; None if the network there is float.
+
+    Args:
+        state: Of a LightningModule.
+        prefix: The network's dotted name in it.
+    """
+    extra = state.get(f"{prefix}.{_STATE_KEY}" if prefix else _STATE_KEY)
+    return None if extra is None else from_entry(extra)
+
+
+def holds_quantization(state: Mapping[str, Any]) -> bool:
+    """Whether a ``state_dict`` is of a LightningModule with a prepared network in it."""
+    return any(key.endswith(_STATE_KEY) for key in state)
+
+
+def read_float_weights(path: Path, name: str, prefix: str, wanted: Mapping[str, Any]) -> dict[str, Any]:
+    """The weights of one network from the file ``float_checkpoint=``.
+
+    Args:
+        path: A checkpoint of Lightning's, or a ``state_dict``.
+        name: The network's name in the LightningModule, for the message.
+        prefix: What its keys begin with, without the last dot.
+        wanted: The float network's own ``state_dict``.
+
+    Raises:
+        CheckpointFileError: The file cannot be read.
+        ConfigurationError: It is of another model.
+    """
+    found = read_float_state(path)
+    prefix = f"{prefix}." if prefix else ""
+
+    def fits(key: str) -> bool:
+        if prefix + key not in found:
+            return False
+        value, own = found[prefix + key], wanted[key]
+        return not isinstance(own, Tensor) or (isinstance(value, Tensor) and value.shape == own.shape)
+
+    wrong = [key for key in wanted if not fits(key)]
+    if wrong:
+        raise ConfigurationError(
+            f"float_checkpoint={str(path)!r} lacks {len(wrong)} of the {len(wanted)} weights of {name!r}, or has them "
+            f"in another shape, for example {prefix + min(wrong)!r}: it is a checkpoint of another model."
+        )
+    return {key: found[prefix + key] for key in wanted}
+
+
+def note_added_keys(prepared: nn.Module) -> None:
+    """Let a prepared network's own entry in its ``state_dict`` say which keys preparation has added."""
+    prepared_state(prepared).added_keys = sorted(set(prepared.state_dict()) - float_keys(prepared))
+
+
+def _load_state_dict(self: LightningModule, state_dict: Mapping[str, Any], strict: bool = True, **kwargs: Any) -> Any:
+    """As `nn.Module.load_state_dict`, with a word on what to do where quantization is all that is unexpected.
+
+    Raises:
+        CheckpointMismatchError: A checkpoint of a quantized network is loaded strictly into one that is not.
+    """
+    if strict and holds_quantization(state_dict) and not any(isinstance(m, PreparedState) for m in self.modules()):
+        name = type(self).__name__
+        raise CheckpointMismatchError(
+            f"This checkpoint is of a run with quantization, and {name} is float: for its float weights write "
+            f"`class {name}(LoadsQuantizedCheckpoints, LightningModule)`, or load "
+            "qat_lightning.float_state_dict(path) with load_state_dict; to go on with its quantization give the "
+            "Trainer the callback of that run."
+        )
+    return nn.Module.load_state_dict(self, state_dict, strict=strict, **kwargs)
+
+
+if "load_state_dict" not in LightningModule.__dict__:
+    # `load_from_checkpoint` calls nothing else of a class that has no base of ours.
+    LightningModule.load_state_dict = _load_state_dict  # type: ignore[method-assign, assignment]
+
+
+class LoadsQuantizedCheckpoints:
+    """Mixin that lets a LightningModule's ``load_from_checkpoint`` take a checkpoint of a quantization-aware run.
+
+    The LightningModule gets its float weights. Name it before LightningModule among the bases.
+
+    Example:
+        >>> class Model(LoadsQuantizedCheckpoints, LightningModule):
+        ...     pass
+    """
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Leave the float part, unless the networks are prepared already."""
+        prepared = any(isinstance(module, PreparedState) for module in self.modules())  # type: ignore[attr-defined]
+        if not prepared:
+            checkpoint["state_dict"] = float_state_dict(checkpoint)
+        super().on_load_checkpoint(checkpoint)  # type: ignore[misc]
+
+
+def guard_loading(
+    pl_module: LightningModule,
+    prepared: Mapping[str, nn.Module],
+    prefixes: Mapping[str, str],
+    loaded: Callable[[], None],
+) -> RemovableHandle:
+    """Look at every ``state_dict`` before it is loaded into a LightningModule whose networks are prepared.
+
+    A checkpoint of another recipe is refused before anything is overwritten. A float checkpoint is completed with the
+    present ranges, so that it loads strictly and starts a quantization-aware run.
+
+    Args:
+        pl_module: The LightningModule.
+        prepared: Its prepared networks by name.
+        prefixes: The prefix of each in the ``state_dict``, without the last dot.
+        loaded: Called when a ``state_dict`` is about to be loaded.
+
+    Returns:
+        A handle that removes the guard.
+    """
+
+    def guard(module: nn.Module, state_dict: dict[str, Any], outer: str, *args: Any) -> None:
+        # Another module may hold a copy of the LightningModule, hooks and all, under a prefix: averages of weights do.
+        saved = {key for key in state_dict if key.startswith(outer) and key.endswith(_STATE_KEY)}
+        inner = {name: outer + (f"{prefix}." if prefix else "") for name, prefix in prefixes.items()}
+        for name, network in prepared.items():
+            prefix = inner[name]
+            key = prefix + _STATE_KEY
+            if key in state_dict:
+                check_recipe(prepared_state(network).recipe, state_dict[key])
+                here = network if module is pl_module else module.get_submodule(prefixes[name])
+                _take_order(here, state_dict, prefix)
+            elif not saved:
+                _complete(state_dict, network, prefix)
+        expected = {prefix + _STATE_KEY for prefix in inner.values()}
+        if saved and saved != expected:
+            raise CheckpointMismatchError(
+                "The checkpoint was written by a run that quantized other modules: "
+                f"{_names(saved)} there, {_names(expected)} here. Give module= the same names."
+            )
+        loaded()
+
+    handle: RemovableHandle = pl_module.register_load_state_dict_pre_hook(guard)  # type: ignore[no-untyped-call]
+    return handle
+
+
+def _take_order(network: nn.Module, saved: Mapping[str, Any], prefix: str) -> None:
+    """Give a network the order of a checkpoint, if that is not the float network's.
+
+    The optimizer of that run, and whatever else pairs parameters by their order, goes on with it. So it was in ``fx``
+    before entries were tensors.
+    """
+    state, entry = prepared_state(network), saved[prefix + _STATE_KEY]
+    if isinstance(entry, Mapping) or from_entry(entry).get("own_order", False) or state.own_order:
+        order_by_keys(network, saved, prefix)
+        usual = [name for name, _ in state.float_network.named_parameters()]
+        now = [name for name, _ in network.named_parameters()]
+        state.own_order = usual != [name for name in now if name in set(usual)]
+
+
+def _complete(state_dict: dict[str, Any], network: nn.Module, prefix: str) -> None:
+    reworking = prepared_state(network).reworking
+    given = float_keys(network) if reworking is None else set(reworking.given.state_dict())
+    if not all(prefix + key in state_dict for key in given):
+        return  # Not this network's float checkpoint: strict loading says what is missing.
+    if reworking is not None:
+        reworked = reworking.rework({key: state_dict.pop(prefix + key) for key in given})
+        state_dict.update({prefix + key: value for key, value in reworked.items()})
+    for key, value in network.state_dict().items():
+        state_dict.setdefault(prefix + key, value)
+
+
+def _names(keys: set[str]) -> str:
+    return ", ".join(repr(key.removesuffix(_STATE_KEY).strip(".") or ".") for key in sorted(keys))

@@ -1,0 +1,52 @@
+"""Logging what became int8, and why the rest did not: a table in W&B, and the share of the work that is int8."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import astuple, fields
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.utilities import rank_zero_warn
+
+from qat_lightning.modes.coverage import int8_share
+from qat_lightning.modes.protocol import LayerCoverage
+
+
+def wandb_loggers(trainer: Trainer) -> list[WandbLogger]:
+    """The loggers that take tables, in the process that logs."""
+    return [logger for logger in trainer.loggers if isinstance(logger, WandbLogger)] if trainer.is_global_zero else []
+
+
+def warn_of_float(layers: Sequence[LayerCoverage], verb: str) -> None:
+    """Say which layers are not int8, and why.
+
+    Args:
+        layers: Rows of layers.
+        verb: ``"stayed float"`` or ``"will stay float"``.
+    """
+    left = [row for row in layers if not row.quantized]
+    if left:
+        rows = "; ".join(f"{row.name or 'the network'} ({row.kind}): {row.reason}" for row in left[:8])
+        more = f"; and {len(left) - 8} more" if len(left) > 8 else ""
+        rank_zero_warn(f"{len(left)} of {len(layers)} layers {verb}: {rows}{more}.")
+
+
+def log_coverage(trainer: Trainer, key: str, rows: Sequence[LayerCoverage]) -> None:
+    """Log coverage to W&B: ``key`` is the table, ``key_int8_macs`` the share of the multiply-accumulates.
+
+    Args:
+        trainer: Whose loggers.
+        key: Such as ``"quant/coverage"``.
+        rows: Layers and ops.
+    """
+    for logger in wandb_loggers(trainer):
+        import wandb
+
+        columns: list[str | int] = [field.name for field in fields(LayerCoverage)]
+        data = [list(astuple(row)) for row in rows]
+        logged: dict[str, object] = {key: wandb.Table(columns=columns, data=data, allow_mixed_types=True)}
+        share = int8_share(rows)
+        if share is not None:
+            logged[f"{key}_int8_macs"] = share
+        logger.log_metrics(logged, trainer.global_step)  # type: ignore[arg-type]

@@ -1,0 +1,140 @@
+"""A real call of the network, caught before training: what it is prepared and verified with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature as takes
+
+from qat_lightning.callbacks.parts.network import OWN_FORWARD, Slot, forward_replaced
+from qat_lightning.callbacks.parts.peeking import one_batch
+from qat_lightning.errors import NetworkError
+from qat_lightning.graph.example import (
+    Example,
+    _tidy,
+    from_user,
+)
+
+_STEP_OF_STAGE = {
+    "fit": ("training_step", "train_dataloader"),
+    "validate": ("validation_step", "val_dataloader"),
+    "test": ("test_step", "test_dataloader"),
+    "predict": ("predict_step", "predict_dataloader"),
+}
+
+
+class _Caught(Exception):
+    """All the networks were called: the step need not go on."""
+
+
+def catch_examples(
+    trainer: pl.Trainer, pl_module: pl.LightningModule, slots: list[Slot], stage: str
+) -> dict[str, Example]:
+    """What each network is called with when the LightningModule takes a step on a real batch.
+
+    The LightningModule's ``example_input_array`` comes first; else one batch of the stage's data goes through its step,
+    which is broken off as soon as the networks were called. Buffers and training flags are left as found; random states
+    are for the caller to keep.
+
+    Raises:
+        NetworkError: The step failed before a network was called, or called none; the message says to give
+            ``example_inputs``.
+    """
+    reasons: list[str] = []
+    array = pl_module.example_input_array
+    if array is not None:
+        given = from_user(array)
+        if len(slots) == 1 and slots[0].name == OWN_FORWARD:
+            return {OWN_FORWARD: given}
+        caught = _catch(slots, pl_module, lambda: pl_module.forward(*given.args, **given.kwargs), reasons)
+        if len(caught) == len(slots):
+            return caught
+    for name, (step, loader) in sorted(_STEP_OF_STAGE.items(), key=lambda item: item[0] != stage):
+        if name != stage and not (stage == "fit" and name == "validate"):
+            continue
+        try:
+            batch, _ = one_batch(trainer, pl_module, name)
+        except Exception as error:  # noqa: BLE001 - it is in the message, if nothing else gives an example
+            reasons.append(f"no batch from {loader} ({type(error).__name__}: {error})")
+            continue
+        if batch is None:
+            reasons.append(f"no batch from {loader}")
+            continue
+        caught = _catch(slots, pl_module, lambda batch=batch, step=step: take_step(pl_module, step, batch), reasons)
+        if len(caught) == len(slots):
+            return caught
+    raise NetworkError(
+        f"No example of a call of {', '.join(repr(slot.name) for slot in slots)} could be found: {'; '.join(reasons)}. "
+        "Give example_inputs=<a tensor, a tuple of the positional inputs, or a dict of the keyword inputs>, or set "
+        "example_input_array on the LightningModule."
+    )
+
+
+def take_step(pl_module: pl.LightningModule, step: str, batch: Any) -> Any:
+    """Call a step as Lightning does: with ``batch_idx`` and ``dataloader_idx`` only where it takes them."""
+    method = getattr(pl_module, step)
+    indices = [0 for n, name in enumerate(("batch_idx", "dataloader_idx")) if takes(method, name, min_args=n + 2)]
+    return method(batch, *indices)
+
+
+def _catch(slots: list[Slot], pl_module: pl.LightningModule, run: Any, reasons: list[str]) -> dict[str, Example]:
+    caught: dict[str, Example] = {}
+    with ExitStack() as stack:
+        stack.enter_context(nothing_moves(pl_module))
+        for slot in slots:
+            stack.enter_context(_forward_watched(slot, caught, len(slots)))
+        try:
+            run()
+        except _Caught:
+            pass
+        except Exception as error:  # noqa: BLE001 - it is in the message, if nothing else gives an example
+            reasons.append(f"{type(error).__name__} before the network was called: {error}")
+        else:
+            missing = [slot.name for slot in slots if slot.name not in caught]
+            if missing:
+                reasons.append(f"the step did not call {', '.join(map(repr, missing))}")
+    return caught
+
+
+@contextmanager
+def _forward_watched(slot: Slot, caught: dict[str, Example], wanted: int) -> Iterator[None]:
+    owner: Any = slot.pl_module if slot.name == OWN_FORWARD else slot.get()
+    plain = owner.forward
+
+    def watch(*args: Any, **kwargs: Any) -> Any:
+        caught.setdefault(slot.name, _tidy(Example(args, kwargs)))
+        if len(caught) == wanted:
+            raise _Caught
+        return plain(*args, **kwargs)
+
+    with forward_replaced(owner, watch):
+        yield
+
+
+@contextmanager
+def nothing_moves(pl_module: pl.LightningModule) -> Iterator[None]:
+    """Silence logging, and put buffers and flags back."""
+    buffers = {name: buffer.clone() for name, buffer in pl_module.named_buffers()}
+    flags = {module: module.training for module in pl_module.modules()}
+    silenced = {name: pl_module.__dict__.get(name) for name in ("log", "log_dict")}
+    for name in silenced:
+        pl_module.__dict__[name] = lambda *args, **kwargs: None
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for name, value in silenced.items():
+            if value is None:
+                del pl_module.__dict__[name]
+            else:
+                pl_module.__dict__[name] = value
+        for module, flag in flags.items():
+            module.training = flag
+        now = dict(pl_module.named_buffers())
+        for name, buffer in buffers.items():
+            if name in now and now[name].shape == buffer.shape:
+                now[name].copy_(buffer)

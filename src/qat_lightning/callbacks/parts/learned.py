@@ -1,0 +1,69 @@
+"""Learned scales and zero points in a Trainer: who optimizes them, and their gradients in several processes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import nn
+from torch.optim import Optimizer
+
+from qat_lightning.errors import ConfigurationError
+from qat_lightning.numerics.learned_step import LearnedStep
+
+
+def learned_parameters(networks: Iterable[nn.Module]) -> list[nn.Parameter]:
+    """The scales and zero points that learn, each once."""
+    steps = [module for network in networks for module in network.modules() if isinstance(module, LearnedStep)]
+    return list(dict.fromkeys(parameter for step in steps for parameter in step.parameters()))
+
+
+def keep_from_ddp(pl_module: LightningModule, networks: Mapping[str, nn.Module]) -> None:
+    """Let DistributedDataParallel leave the learned parameters to `reduce_gradients`.
+
+    It waits for a gradient of every parameter in every step, and these have none before rounding is on.
+    """
+    ours = {id(parameter) for parameter in learned_parameters(networks.values())}
+    if ours:
+        names = [name for name, parameter in pl_module.named_parameters() if id(parameter) in ours]
+        others = pl_module.__dict__.get("_ddp_params_and_buffers_to_ignore", [])
+        pl_module.__dict__["_ddp_params_and_buffers_to_ignore"] = [*others, *(set(names) - set(others))]
+
+
+def reduce_gradients(networks: Mapping[str, nn.Module]) -> None:
+    """Give the learned parameters the mean of all processes' gradients, in one collective."""
+    parameters = [parameter for parameter in learned_parameters(networks.values()) if parameter.requires_grad]
+    if not parameters:
+        return
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    torch.distributed.all_reduce(flat)
+    flat /= torch.distributed.get_world_size()
+    for gradient, mean in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
+        gradient.copy_(mean.view_as(gradient))
+
+
+def check_optimized(trainer: Trainer, networks: Mapping[str, nn.Module]) -> None:
+    """Refuse a fit in which nobody would optimize the learned parameters.
+
+    Raises:
+        ConfigurationError: No optimizer has any; the message says how to give them.
+    """
+    ours = learned_parameters(networks.values())
+    optimizers: list[Optimizer] = trainer.optimizers
+    optimized = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    left_out = sum(id(parameter) not in optimized for parameter in ours)
+    if ours and left_out == len(ours):
+        raise ConfigurationError(
+            "learned_step: configure_optimizers gives none of the learned scales to an optimizer, so they would not "
+            "learn. Give it self.parameters() (when it is called, the scales are there), or use learned_step='none'."
+        )
+    if left_out:
+        rank_zero_warn(
+            f"{left_out} of {len(ours)} learned scales and zero points are in no optimizer, and stay where they begin."
+        )

@@ -1,0 +1,287 @@
+"""Finding the network inside a LightningModule, and putting another in its place."""
+
+from __future__ import annotations
+
+import copy
+import types
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from lightning.pytorch import LightningModule
+from torch import nn
+from torch.nn.modules.loss import _Loss
+from torchmetrics import Metric, MetricCollection
+
+from qat_lightning.errors import ConfigurationError, NetworkError
+from qat_lightning.modes.graph_network import GraphNetwork, GraphPart
+from qat_lightning.modes.prepared import is_prepared
+
+OWN_FORWARD = "."
+"""The name of the LightningModule's own ``forward``, where the layers sit on the LightningModule itself."""
+
+_QUANTIZABLE = (
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+    nn.Linear,
+)
+
+
+def find_networks(pl_module: LightningModule, module: str | Sequence[str] | None) -> list[str]:
+    """The dotted names of the networks to quantize; `OWN_FORWARD` for the LightningModule's own ``forward``.
+
+    Args:
+        pl_module: The LightningModule.
+        module: What the user named, or None to find the network.
+
+    Raises:
+        ConfigurationError: A named module does not exist.
+        NetworkError: None was named, and it is not clear which is meant; the message names the candidates.
+    """
+    if module is not None:
+        names = [module] if isinstance(module, str) else list(module)
+        for name in names:
+            _check_named(pl_module, name)
+        _refuse_overlap(names)
+        return names
+    candidates = _callable_parts(pl_module)
+    has_forward = type(pl_module).forward is not LightningModule.forward
+    own_layers = [name for name, child in candidates.items() if isinstance(child, _QUANTIZABLE)]
+    # Of a list that is called one by one, the LightningModule's own forward is the network.
+    own_layers += [name for name in candidates if len(candidates) > 1 and _in_list(pl_module, name)]
+    if not candidates:
+        raise NetworkError(
+            f"{type(pl_module).__name__} holds no convolution or linear layer to quantize. If its network is built "
+            "later than in configure_model, build it there; if it is wrapped, name it with module='…'."
+        )
+    if own_layers and has_forward:
+        return [OWN_FORWARD]
+    if len(candidates) == 1:
+        return list(candidates)
+    listed = ", ".join(f"{name!r} ({type(child).__name__})" for name, child in candidates.items())
+    own = f", or module={OWN_FORWARD!r} for {type(pl_module).__name__}'s own forward" if has_forward else ""
+    raise NetworkError(
+        f"{type(pl_module).__name__} holds {len(candidates)} networks: {listed}. Say which to quantize: "
+        f"module={next(iter(candidates))!r}, a list of names{own}."
+    )
+
+
+def _check_named(pl_module: LightningModule, name: str) -> None:
+    if name == OWN_FORWARD:
+        return
+    try:
+        found = pl_module.get_submodule(name) if name else None
+    except AttributeError:
+        found = None
+    if found is not None and not _can_be_called(found):
+        parts = list(_callable_parts(found, f"{name}."))
+        own = f"or module={OWN_FORWARD!r} for {type(pl_module).__name__}'s own forward" if parts else "which has none"
+        raise ConfigurationError(
+            f"module={name!r} is a {type(found).__name__}, which is never called itself and is no network: name the "
+            f"parts of it that are, module={parts!r}, {own}."
+        )
+    if found is None:
+        have = ", ".join(child for child, _ in pl_module.named_children())
+        raise ConfigurationError(
+            f"module={name!r} does not exist in {type(pl_module).__name__}: use {OWN_FORWARD!r} for its own forward, "
+            f"or a dotted name beginning with one of: {have or '(it has no submodules)'}."
+        )
+
+
+def _refuse_overlap(names: Sequence[str]) -> None:
+    if not names:
+        raise ConfigurationError("module=[] names no network: give at least one name, or None to find the network.")
+    for index, name in enumerate(names):
+        for other in names[index + 1 :]:
+            if OWN_FORWARD in (name, other) or f"{name}.".startswith(f"{other}.") or f"{other}.".startswith(f"{name}."):
+                raise ConfigurationError(
+                    f"module={list(names)!r} is not possible: {name!r} and {other!r} overlap. Give each part of the "
+                    "LightningModule once."
+                )
+
+
+def _callable_parts(module: nn.Module, prefix: str = "") -> dict[str, nn.Module]:
+    """The parts that can be called and hold something to quantize; of lists and dicts of modules, theirs."""
+    parts: dict[str, nn.Module] = {}
+    for name, child in module.named_children():
+        if isinstance(child, (Metric, MetricCollection, _Loss)) or not _has_quantizable(child):
+            continue
+        parts |= {prefix + name: child} if _can_be_called(child) else _callable_parts(child, f"{prefix}{name}.")
+    return parts
+
+
+def _in_list(pl_module: LightningModule, name: str) -> bool:
+    holder = name.rpartition(".")[0]
+    return bool(holder) and isinstance(pl_module.get_submodule(holder), nn.ModuleList)
+
+
+def _can_be_called(module: nn.Module) -> bool:
+    """Whether a module has a ``forward``, which ``nn.ModuleList`` and ``nn.ModuleDict`` do not."""
+    if isinstance(module, GraphPart):
+        return False
+    return getattr(type(module), "forward", None) is not nn.Module.forward or "forward" in vars(module)
+
+
+def _has_quantizable(module: nn.Module) -> bool:
+    return any(isinstance(inner, _QUANTIZABLE) for inner in module.modules())
+
+
+@contextmanager
+def forward_replaced(owner: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Let ``forward`` be called instead of a module's own, within the block; what was on the instance comes back."""
+    had = owner.__dict__.get("forward")
+    owner.__dict__["forward"] = forward
+    try:
+        yield
+    finally:
+        if had is None:
+            del owner.__dict__["forward"]
+        else:
+            owner.__dict__["forward"] = had
+
+
+class OwnForward(nn.Module):
+    """The layers of a LightningModule and its ``forward``, as a module that modes can work on.
+
+    Its class derives from the LightningModule's own, so that ``forward`` finds its signature, ``super()`` and helper
+    methods as ever, but its parts are the layers only, and a copy of it copies these only.
+
+    Args:
+        pl_module: Its children, parameters and buffers are shared; metrics and losses are left out.
+    """
+
+    def __new__(cls, pl_module: LightningModule | None = None) -> OwnForward:
+        """Make an object of the class that belongs to the LightningModule's; a blank one where none is given."""
+        made: OwnForward = object.__new__(cls if pl_module is None else _own_forward_class(type(pl_module)))
+        return made
+
+    def __init__(self, pl_module: LightningModule) -> None:
+        nn.Module.__init__(self)
+        self.__dict__["_lightning_module"] = pl_module
+        self._modules = {
+            name: child
+            for name, child in pl_module._modules.items()
+            if not isinstance(child, (Metric, MetricCollection, _Loss))
+        }
+        self._parameters = dict(pl_module._parameters)
+        self._buffers = dict(pl_module._buffers)
+        self._non_persistent_buffers_set = set(pl_module._non_persistent_buffers_set)
+        self.training = pl_module.training
+
+    def __getattr__(self, name: str) -> Any:
+        """What is no layer comes from the LightningModule: its hyperparameters and constants."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("__") or "_lightning_module" not in self.__dict__:
+                raise
+            return getattr(self.__dict__["_lightning_module"], name)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> OwnForward:
+        """Copy the layers; the LightningModule, with its Trainer and data, is not copied along."""
+        pl_module = self.__dict__["_lightning_module"]
+        alone = id(pl_module) not in memo
+        if alone:
+            memo[id(pl_module)] = pl_module
+        copied = memo[id(self)] = _blank_own_forward(_lightning_class(type(self)))
+        for key, value in self.__dict__.items():
+            copied.__dict__[key] = copy.deepcopy(value, memo)
+        if alone:
+            del memo[id(pl_module)]
+        return copied
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _blank_own_forward, (_lightning_class(type(self)),), self.__dict__.copy()
+
+
+def _blank_own_forward(lightning_class: type[LightningModule]) -> OwnForward:
+    return OwnForward.__new__(_own_forward_class(lightning_class))
+
+
+_CLASSES: dict[type[LightningModule], type[OwnForward]] = {}
+
+
+def _own_forward_class(lightning_class: type[LightningModule]) -> type[OwnForward]:
+    if lightning_class not in _CLASSES:
+        _CLASSES[lightning_class] = types.new_class(lightning_class.__name__, (OwnForward, lightning_class))
+    return _CLASSES[lightning_class]
+
+
+def _lightning_class(own_forward_class: type[OwnForward]) -> type[LightningModule]:
+    found: type[LightningModule] = own_forward_class.__bases__[1]
+    return found
+
+
+class Slot:
+    """The place of one network in a LightningModule.
+
+    Args:
+        pl_module: The LightningModule.
+        name: A dotted name, or `OWN_FORWARD`.
+    """
+
+    def __init__(self, pl_module: LightningModule, name: str) -> None:
+        self.pl_module = pl_module
+        self.name = name
+
+    @property
+    def prefix(self) -> str:
+        """What the network's keys begin with in the LightningModule's ``state_dict``, without the last dot."""
+        return "" if self.name == OWN_FORWARD else self.name
+
+    def get(self) -> nn.Module:
+        """The network that is there now."""
+        if self.name != OWN_FORWARD:
+            return self.pl_module.get_submodule(self.name)
+        installed = getattr(self.pl_module.__dict__.get("forward"), "__self__", None)
+        if isinstance(installed, GraphNetwork):
+            return installed
+        own = OwnForward(self.pl_module)
+        return self._share(own) if is_prepared(self.pl_module) else own
+
+    def install(self, network: nn.Module) -> None:
+        """Put a prepared network in the place of the float one, for good."""
+        if self.name != OWN_FORWARD:
+            self._replace(network)
+            return
+        for kind in ("_modules", "_parameters", "_buffers"):
+            self.pl_module.__dict__[kind].update(network.__dict__[kind])
+        self.pl_module._non_persistent_buffers_set |= network._non_persistent_buffers_set
+        self._share(network)
+        if isinstance(network, GraphNetwork):
+            self.pl_module.__dict__["forward"] = network.forward
+
+    def _share(self, network: nn.Module) -> nn.Module:
+        """Let a network of the own forward see tensors that are moved or cast on the LightningModule."""
+        for kind in ("_parameters", "_buffers"):
+            network.__dict__[kind] = self.pl_module.__dict__[kind]
+        return network
+
+    def run_instead(self, network: nn.Module) -> Any:
+        """Run ``network`` for a while; give the result to `run_again` afterwards."""
+        if self.name == OWN_FORWARD:
+            before = self.pl_module.__dict__.get("forward")
+            self.pl_module.__dict__["forward"] = network.forward
+            return before
+        before = self.pl_module.get_submodule(self.name)
+        self._replace(network)
+        return before
+
+    def run_again(self, before: Any) -> None:
+        """Undo `run_instead`."""
+        if self.name != OWN_FORWARD:
+            self._replace(before)
+        elif before is None:
+            self.pl_module.__dict__.pop("forward", None)
+        else:
+            self.pl_module.__dict__["forward"] = before
+
+    def _replace(self, network: nn.Module) -> None:
+        parent, _, leaf = self.name.rpartition(".")
+        holder = self.pl_module.get_submodule(parent)
+        # By the table of children, so that containers (Sequential, ModuleList, ModuleDict) are served as well.
+        holder._modules[leaf] = network

@@ -1,0 +1,57 @@
+"""Saying, once, that batches held NaN or infinite activations, and where."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import nn
+
+from qat_lightning.modes.places import Place, find_places
+from qat_lightning.modes.prepared import fake_quantizers
+
+_SHOWN = 8
+
+
+class NonFiniteReport:
+    """Reads the counts that fake-quantize modules keep of batches whose range was NaN or infinite.
+
+    These batches were left out of the ranges, so that training goes on with the ranges as they were, and nobody would
+    know. Each place is reported once.
+    """
+
+    def __init__(self) -> None:
+        self._said: set[tuple[str, str]] = set()
+
+    def look(self, networks: Mapping[str, nn.Module]) -> None:
+        """Warn of places that were not warned of yet; one transfer from the device for each network.
+
+        Args:
+            networks: Prepared networks by name.
+        """
+        places = {}
+        for name, network in networks.items():
+            ours = [(key, fq) for key, fq in fake_quantizers(network) if fq.observed]
+            if not ours:
+                continue
+            counts = torch.stack([fq.nonfinite_batches for _, fq in ours]).tolist()
+            found = {place.fq: place for place in reversed(find_places(network))} if any(counts) else {}
+            for (key, fq), count in zip(ours, counts, strict=True):
+                if count and (name, key) not in self._said:
+                    self._said.add((name, key))
+                    places[f"{_in_words(found[fq])} of {name!r}"] = count
+        if places:
+            more = f" and {len(places) - _SHOWN} more" if len(places) > _SHOWN else ""
+            rank_zero_warn(
+                f"NaN or infinite activations in {max(places.values())} batch(es), in "
+                f"{', '.join(list(places)[:_SHOWN])}{more}. The ranges are those of the other batches. Look at the "
+                "data and the loss of this epoch; this is said once for each place."
+            )
+
+
+def _in_words(place: Place) -> str:
+    if place.kind != "input":
+        return f"what comes out of layer {place.layer!r}"
+    layer = place.layer.removesuffix(".input")
+    return f"the input {layer!r}" if layer == place.layer else f"the input of layer {layer!r}"

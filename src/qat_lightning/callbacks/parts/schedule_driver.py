@@ -1,0 +1,181 @@
+"""Where a fit stands in its schedule: steps counted, the plan, and what happens when BatchNorm freezes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import EarlyStopping, Timer
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import nn
+
+from qat_lightning.callbacks.parts.batchnorm_freeze import BatchNormFreeze
+from qat_lightning.callbacks.parts.steps import (
+    StepCounter,
+    batches_trained,
+    planned_batches,
+    share_done,
+    training_plan,
+)
+from qat_lightning.settings.schedule import Phase, QuantizationSchedule, SchedulePoint, TrainingPlan, exact, resolve
+
+
+class ScheduleDriver:
+    """Works out the phase of a running fit, from what its checkpoints hold.
+
+    Args:
+        schedule: The three points.
+    """
+
+    def __init__(self, schedule: QuantizationSchedule) -> None:
+        self.schedule = schedule
+        self._plan: TrainingPlan | None = None
+        self._counter = StepCounter()
+        self._batchnorm = BatchNormFreeze()
+
+    def new_fit(self, trainer: Trainer) -> None:
+        """Forget an earlier fit, unless this one goes on with it."""
+        self.end()
+        if not batches_trained(trainer):
+            self._counter.forget()
+            self._batchnorm.forget()
+
+    def begin(self, trainer: Trainer, phase: Phase) -> None:
+        """Plan the training, count from here on, and say which points it may never reach.
+
+        Args:
+            trainer: At the beginning of the training, its loops restored.
+            phase: What was reached before.
+        """
+        self._plan = training_plan(trainer)
+        self._counter.begin(trainer)
+        for message, grave in unreached(trainer, self.schedule, self._plan, phase):
+            (rank_zero_warn if grave else rank_zero_info)(message)
+
+    def phase(self, trainer: Trainer, networks: Mapping[str, nn.Module]) -> tuple[int, Phase]:
+        """The number of the coming step, and what is on for it by the schedule alone."""
+        assert self._plan is not None
+        step = self._counter.steps(trainer, networks.values())
+        return step, self.schedule.phase(step, trainer.current_epoch, self._plan, share_done(trainer))
+
+    def before_batch(self, trainer: Trainer, networks: Mapping[str, nn.Module], phase: Phase) -> None:
+        """Keep what a later freeze of BatchNorm needs to know."""
+        if self.schedule.freeze_batchnorm is not None and not phase.batchnorm_frozen:
+            self._batchnorm.look(networks, batches_trained(trainer))
+
+    def freeze_batchnorm(self, trainer: Trainer, networks: Mapping[str, nn.Module], step: int) -> None:
+        """Before BatchNorm's statistics stop."""
+        self._batchnorm.freeze(networks, batches_trained(trainer), step, measure=trainer.is_global_zero)
+
+    def after_batch(self) -> None:
+        """Say what a freeze left."""
+        self._batchnorm.say()
+
+    def end(self) -> None:
+        """Leave no hook on optimizers and networks."""
+        self._counter.end()
+        self._batchnorm.end()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Steps counted and statistics of some batches ago."""
+        return {"optimizer_steps": self._counter.state_dict(), "batchnorm": self._batchnorm.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Undo `state_dict`; checkpoints of before there was one have nothing to undo."""
+        self._counter.load_state_dict(state.get("optimizer_steps", []))
+        self._batchnorm.load_state_dict(state.get("batchnorm", {}))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without hooks, which belong to the fit that runs."""
+        return self.__dict__ | {"_counter": StepCounter(), "_batchnorm": BatchNormFreeze()}
+
+
+def curves(phase: Phase) -> dict[str, float]:
+    """What is on, as it is logged."""
+    return {
+        "quant/fake_quant_enabled": float(phase.fake_quant),
+        "quant/observers_enabled": float(phase.observers),
+        "quant/batchnorm_frozen": float(phase.batchnorm_frozen),
+    }
+
+
+_LEFT = {
+    "start": "the int8 network would not be trained for its grid",
+    "freeze_observers": "the ranges of activations would move until the end",
+    "freeze_batchnorm": "BatchNorm's statistics would move until the end",
+}
+
+
+def unreached(
+    trainer: Trainer, schedule: QuantizationSchedule, plan: TrainingPlan, phase: Phase
+) -> Iterator[tuple[str, bool]]:
+    """What to say of the points that a training will not or may not come to.
+
+    Args:
+        trainer: At the beginning of the training.
+        schedule: The points.
+        plan: The planned training.
+        phase: What was reached before.
+
+    Yields:
+        The message, and whether it is about ``start``.
+    """
+    reached = {
+        "start": phase.fake_quant,
+        "freeze_observers": not phase.observers,
+        "freeze_batchnorm": phase.batchnorm_frozen,
+    }
+    stoppers = _stoppers(trainer)
+    for name, left in _LEFT.items():
+        point: SchedulePoint | None = getattr(schedule, name)
+        if point is None or reached[name] or point.at == 0:
+            continue
+        if _beyond(trainer, name, point, plan):
+            message = (
+                f"{name}={point} is never reached: this training ends before ({_length(trainer, plan)}), and {left}. "
+                "Write an earlier point, train longer, or write null (None) if never is meant."
+            )
+        elif stoppers and not _ensured(trainer, point, plan):
+            message = (
+                f"{name}={point} may never be reached: {' and '.join(stoppers)} may end this training before, and "
+                f"{left}. Trainer(min_epochs=) or (min_steps=) keeps it going; or write an earlier point."
+            )
+        else:
+            continue
+        yield message, name == "start"
+
+
+def _beyond(trainer: Trainer, name: str, point: SchedulePoint, plan: TrainingPlan) -> bool:
+    """Whether no step of the planned training comes at or after a point."""
+    manual = not trainer.lightning_module.automatic_optimization
+    if point.unit == "fraction" and manual:
+        batches = planned_batches(trainer)
+        return batches is not None and exact(point.at) * batches > batches - 1
+    if point.unit == "epoch" and plan.max_epochs is not None and point.at >= plan.max_epochs:
+        return True
+    at, total = resolve(point, plan, name=name), plan.total_steps
+    # How many steps batches will be is not known under manual optimization.
+    return at is not None and total is not None and at >= total and not (manual and point.unit == "step")
+
+
+def _ensured(trainer: Trainer, point: SchedulePoint, plan: TrainingPlan) -> bool:
+    """Whether the least length of the training contains a point."""
+    epochs, steps = trainer.min_epochs or 0, trainer.min_steps or 0
+    if point.unit == "epoch":
+        return point.at < epochs
+    at = resolve(point, plan)
+    return at is not None and at < max(steps, epochs * (plan.steps_per_epoch or 0))
+
+
+def _stoppers(trainer: Trainer) -> list[str]:
+    callbacks: Any = trainer.callbacks  # type: ignore[attr-defined]
+    names = [type(callback).__name__ for callback in callbacks if isinstance(callback, EarlyStopping)]
+    timed = any(isinstance(callback, Timer) and callback._duration is not None for callback in callbacks)
+    return [*names, *(["max_time"] if timed else [])]
+
+
+def _length(trainer: Trainer, plan: TrainingPlan) -> str:
+    limits = [f"max_epochs={plan.max_epochs}"] if plan.max_epochs is not None else []
+    limits += [f"max_steps={trainer.max_steps}"] if trainer.max_steps > 0 else []
+    return ", ".join(limits + ([f"{plan.total_steps} steps"] if plan.total_steps is not None else []))

@@ -1,0 +1,110 @@
+"""Settings of a quantizing callback in every logger, so that runs can be told apart whoever wrote the program."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_warn
+
+from qat_lightning.settings.schedule import SchedulePoint
+
+PREFIX = "quantization/"
+CHOSEN_MODE = f"{PREFIX}chosen_mode"
+"""The mode itself, where ``mode="auto"`` was asked for."""
+
+_DATA = ("example_inputs", "dataloader", "calibration_dataloader", "calls")
+
+
+def log_settings(trainer: Trainer, callback: Callback, modes: Sequence[str]) -> None:
+    """Log the settings of a callback as hyperparameters, under ``quantization/``, beside those that a logger has.
+
+    What a logger does not take costs a warning, and no training.
+
+    Args:
+        trainer: Whose loggers.
+        callback: The callback that quantizes; what others of this package are set to, such as `Distillation`, is
+            logged behind their names.
+        modes: The mode of each network, once it is chosen.
+    """
+    if not trainer.is_global_zero or not trainer.loggers:
+        return
+    others = [c for c in trainer.callbacks if c is not callback and _trains(c)]  # type: ignore[attr-defined]
+    found = settings_of_callback(callback) | {CHOSEN_MODE: ", ".join(dict.fromkeys(modes))}
+    for other in others:
+        found |= settings_of_callback(other, f"{PREFIX}{type(other).__name__}/")
+    for logger in trainer.loggers:
+        try:
+            _log(logger, trainer.lightning_module, found)
+        except Exception as error:  # noqa: BLE001 - a logger may be anybody's
+            rank_zero_warn(
+                f"{type(logger).__name__} did not take the settings of {type(callback).__name__} "
+                f"({type(error).__name__}: {error}), so that runs cannot be told apart by them there."
+            )
+
+
+def settings_of_callback(callback: Callback, prefix: str = PREFIX) -> dict[str, Any]:
+    """What a callback was made with, as plain values, flat.
+
+    Args:
+        callback: One whose attributes are called as the arguments of its constructor, or are in its ``schedule`` or
+            ``settings``.
+        prefix: Before each name.
+
+    Example:
+        >>> from qat_lightning import QuantizationAwareTraining
+        >>> settings = settings_of_callback(QuantizationAwareTraining(mode="fx", start=0.3))
+        >>> settings["quantization/method"], settings["quantization/start"], settings["quantization/scheme.weight_bits"]
+        ('QuantizationAwareTraining', 0.3, 8)
+    """
+    found: dict[str, Any] = {f"{prefix}method": type(callback).__name__}
+    holders = [callback, *(getattr(callback, name, None) for name in ("schedule", "settings"))]
+    for name in _arguments(type(callback)):
+        holder = next((h for h in holders if h is not None and hasattr(h, name)), None)
+        if name not in ("self", *_DATA) and holder is not None:
+            found |= _plain(f"{prefix}{name}", getattr(holder, name))
+    return found
+
+
+def _arguments(kind: type) -> list[str]:
+    """Of its constructor and of those that it extends: a subclass may pass on what it gets."""
+    makers = [inspect.signature(vars(base)["__init__"]) for base in kind.__mro__ if "__init__" in vars(base)]
+    return list(dict.fromkeys(name for maker in makers for name in maker.parameters))
+
+
+def _trains(callback: Callback) -> bool:
+    """Whether a result depends on it: it is of this package, and does more than watch or write."""
+    kind = type(callback)
+    watches = ("Monitor", "Export", "Checkpoint", "Pruning")
+    return kind.__module__.startswith("qat_lightning.") and not kind.__name__.endswith(watches)
+
+
+def _plain(name: str, value: Any) -> dict[str, Any]:
+    if isinstance(value, SchedulePoint):
+        return {name: value.at if value.unit == "fraction" else str(value)}
+    if is_dataclass(value) and not isinstance(value, type):
+        value = asdict(value)
+    if isinstance(value, Mapping):
+        return {key: part for inner, one in value.items() for key, part in _plain(f"{name}.{inner}", one).items()}
+    if isinstance(value, list | tuple | set):
+        return {name: ", ".join(map(str, value)) if value else None}
+    if value is None or isinstance(value, bool | int | float | str):
+        return {name: value}
+    return {name: str(value) if isinstance(value, Path) else type(value).__name__}
+
+
+def _log(logger: Logger, module: LightningModule, settings: dict[str, Any]) -> None:
+    if not isinstance(logger, TensorBoardLogger):
+        logger.log_hyperparams(settings)
+        return
+    # TensorBoard shows what was written first, and nothing of a second time: this comes before the module's own.
+    if logger.hparams:  # which were written already, perhaps with their metrics; these go into hparams.yaml
+        logger.log_hyperparams(settings, {})
+        return
+    own = dict(module.hparams_initial) if module._log_hyperparams else {}
+    logger.log_hyperparams(own | settings)

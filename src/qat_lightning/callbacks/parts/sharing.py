@@ -1,0 +1,82 @@
+"""What several processes send each other so that only the first has to convert, and to compile."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch.distributed as dist
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import rank_zero_info
+from torch import nn
+
+from qat_lightning.artifact import artifact_bytes, quantized_from_bytes
+from qat_lightning.artifact.quantized import QuantizedNetwork
+from qat_lightning.errors import ArtifactError
+from qat_lightning.graph.example import Example
+from qat_lightning.processes import any_process, in_first
+
+
+def take_over_from_first(prepared: Mapping[str, nn.Module]) -> None:
+    """Each process looked at its share of the data; all go on with the ranges and weights of the first."""
+    for network in prepared.values():
+        for tensor in (*network.buffers(), *(parameter.data for parameter in network.parameters())):
+            dist.broadcast(tensor, src=0)
+
+
+def pack(quantized: QuantizedNetwork) -> bytes:
+    """An int8 network for the other processes, as its file holds it; empty if no file can hold it."""
+    try:
+        with warnings.catch_warnings():
+            # What a file from elsewhere may not call, the code of this very training may.
+            warnings.simplefilter("ignore")
+            return artifact_bytes(quantized)
+    except ArtifactError as error:
+        rank_zero_info(f"{error} It is not sent to the other processes: each of them converts for itself.")
+        return b""
+
+
+def unpack(packed: bytes, float_network: nn.Module, example: Example) -> QuantizedNetwork:
+    """Undo `pack`.
+
+    Args:
+        packed: Not empty.
+        float_network: The code that runs the layers of mode eager, which every process has.
+        example: A real call, which the file does not hold.
+    """
+    quantized = quantized_from_bytes(packed, float_network, trusted=True)
+    quantized.example = example
+    return quantized
+
+
+def compile_once(trainer: Trainer, networks: Mapping[str, QuantizedNetwork]) -> None:
+    """Let the first process compile what is to be compiled, and the others on its machine load it; a collective.
+
+    Processes on other machines compile at their first call: what was compiled is for the first one's processor.
+    """
+    waiting = [name for name, quantized in networks.items() if _is_to_be_compiled(quantized)]
+    if not any_process(bool(waiting)):
+        return
+    packages = in_first(lambda: {name: _package(quantized) for name, quantized in networks.items()})
+    if trainer.node_rank > 0:
+        return
+    for name in waiting:
+        quantized = networks[name]
+        if packages[name] and _is_to_be_compiled(quantized):
+            _compiling(quantized).use_package(packages[name], *quantized.example.args, **quantized.example.kwargs)
+
+
+def _compiling(quantized: QuantizedNetwork) -> Any:
+    """The network inside, if it is of a kind that is compiled when it is first called."""
+    return quantized.network if hasattr(quantized.network, "compiled_package") else None
+
+
+def _is_to_be_compiled(quantized: QuantizedNetwork) -> bool:
+    return getattr(_compiling(quantized), "runs", "") == "not compiled yet"
+
+
+def _package(quantized: QuantizedNetwork) -> bytes:
+    network = _compiling(quantized)
+    example = quantized.example
+    return b"" if network is None else bytes(network.compiled_package(*example.args, **example.kwargs))

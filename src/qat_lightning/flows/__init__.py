@@ -1,1 +1,0 @@
-"""One file a mode: a float module becomes a prepared module, and a prepared module an int8 one, without Lightning."""

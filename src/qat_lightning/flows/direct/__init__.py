@@ -1,5 +1,0 @@
-"""Dynamic and weight-only quantization: the float network in, the integer network out, without calibration."""
-
-from qat_lightning.flows.direct.flow import quantize
-
-__all__ = ["quantize"]

@@ -1,7 +1,0 @@
-"""Layers that hold their weights as integers and need no calibration: those of the kinds dynamic and weight_only."""
-
-from qat_lightning.integer_layers.base import IntegerLayer
-from qat_lightning.integer_layers.making import integer_layer, why_not
-from qat_lightning.integer_layers.weights import WeightGrid
-
-__all__ = ["IntegerLayer", "WeightGrid", "integer_layer", "why_not"]

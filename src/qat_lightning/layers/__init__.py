@@ -1,0 +1,1 @@
+"""Layers: how they are trained, folded and called in any mode."""

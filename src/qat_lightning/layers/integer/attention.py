@@ -1,0 +1,156 @@
+"""``nn.MultiheadAttention`` with int8 weights and dynamic activations in its four linear maps."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qat_lightning.layers.integer.dynamic import DynamicLinear
+from qat_lightning.layers.integer.integer_layer import IntegerLayer
+from qat_lightning.layers.integer.weights import WeightGrid
+
+
+class DynamicAttention(IntegerLayer):
+    """Attention of Vaswani et al., 2017; the products of queries, keys and values stay float.
+
+    Args:
+        embed_dim: Size of a query and of an output.
+        num_heads: Heads.
+        kdim: Size of a key.
+        vdim: Size of a value.
+        bias: Whether the linear maps have biases.
+        batch_first: Whether the batch is the first dimension.
+        engine: The quantized engine.
+    """
+
+    op = "quantized::linear_dynamic"
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        kdim: int,
+        vdim: int,
+        bias: bool = True,
+        batch_first: bool = False,
+        engine: str = "onednn",
+    ) -> None:
+        super().__init__()
+        if num_heads < 1 or embed_dim % num_heads:
+            raise ValueError(f"{embed_dim} features do not make {num_heads} heads")
+        self.embed_dim, self.num_heads, self.kdim, self.vdim = embed_dim, num_heads, kdim, vdim
+        self.bias, self.batch_first, self.engine = bias, batch_first, engine
+        self.query = DynamicLinear(embed_dim, embed_dim, bias, engine)
+        self.key = DynamicLinear(kdim, embed_dim, bias, engine)
+        self.value = DynamicLinear(vdim, embed_dim, bias, engine)
+        self.out = DynamicLinear(embed_dim, embed_dim, bias, engine)
+
+    @classmethod
+    def of(cls, layer: nn.MultiheadAttention, grid: WeightGrid, engine: str) -> DynamicAttention:
+        """Round the weights of a layer without ``add_bias_kv`` and ``add_zero_attn``."""
+        bias = layer.in_proj_bias
+        made = cls(
+            layer.embed_dim, layer.num_heads, layer.kdim, layer.vdim, bias is not None, layer.batch_first, engine
+        )
+        separate = (layer.q_proj_weight, layer.k_proj_weight, layer.v_proj_weight)
+        weights = separate if layer.in_proj_weight is None else layer.in_proj_weight.chunk(3)
+        biases = (None,) * 3 if bias is None else bias.chunk(3)
+        for name, weight, part in zip(("query", "key", "value"), weights, biases, strict=True):
+            setattr(made, name, DynamicLinear.of(weight, part, grid, engine))
+        made.out = DynamicLinear.of(layer.out_proj.weight, layer.out_proj.bias, grid, engine)
+        return made
+
+    @property
+    def in_proj_bias(self) -> Tensor | None:
+        """What torch's transformer layers look at to choose their way."""
+        return self.query.bias
+
+    @property
+    def _qkv_same_embed_dim(self) -> bool:
+        return self.kdim == self.vdim == self.embed_dim
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """As ``nn.MultiheadAttention``."""
+        linear = (self.query, self.key, self.value, self.out)
+        masks = (key_padding_mask, attn_mask, is_causal)
+        return self._attend((query, key, value), linear, masks, need_weights, average_attn_weights)
+
+    def reference(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> Any:
+        """The same in float64."""
+        linear = tuple(part.reference for part in (self.query, self.key, self.value, self.out))
+        masks = (key_padding_mask, attn_mask, is_causal)
+        return self._attend((query, key, value), linear, masks, need_weights, average_attn_weights)[0]
+
+    def _attend(
+        self, inputs: Any, linear: Any, masks: Any, need_weights: bool, average: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        batched = inputs[0].dim() == 3
+        if not batched:
+            inputs = tuple(part.unsqueeze(0) for part in inputs)
+        elif not self.batch_first:
+            inputs = tuple(part.transpose(0, 1) for part in inputs)
+        projected = [run(part) for run, part in zip(linear[:3], inputs, strict=True)]
+        # (batch, heads, positions, size of a head)
+        q, k, v = (part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in projected)
+        scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
+        mask = self._mask(scores, *masks)
+        # Where a query may look at nothing the float layer gives NaN, which has no range: here it gives 0.
+        weights = torch._safe_softmax(scores if mask is None else scores + mask, -1)
+        output = linear[3]((weights @ v).transpose(1, 2).flatten(2))
+        if not need_weights:
+            shown = None
+        else:
+            shown = weights.mean(1) if average else weights
+            shown = shown if batched else shown[0]
+        if not batched:
+            return output[0], shown
+        return output if self.batch_first else output.transpose(0, 1), shown
+
+    def _mask(self, scores: Tensor, padding: Tensor | None, mask: Tensor | None, causal: bool) -> Tensor | None:
+        """Both masks as one that is added to the scores."""
+        if causal and mask is None:
+            raise RuntimeError("is_causal=True needs attn_mask, as in nn.MultiheadAttention.")
+        parts = []
+        if mask is not None:
+            added = _additive(mask, scores)
+            parts.append(added.unflatten(0, (-1, self.num_heads)) if added.dim() == 3 else added)
+        if padding is not None:
+            padding = padding if padding.dim() == 2 else padding[None]
+            parts.append(_additive(padding, scores)[:, None, None])
+        return sum(parts[1:], parts[0]) if parts else None
+
+    def extra_repr(self) -> str:
+        """Sizes and engine, for ``print``."""
+        return f"{self.embed_dim}, num_heads={self.num_heads}, engine={self.engine}"
+
+
+def _additive(mask: Tensor, scores: Tensor) -> Tensor:
+    converted = F._canonical_mask(
+        mask, "mask", other_type=None, other_name="", target_type=scores.dtype, check_other=False
+    )
+    assert converted is not None
+    return converted.to(scores.dtype)

@@ -1,0 +1,254 @@
+"""Weight-only quantization: integers are kept, and float kernels run what they stand for."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from qat_lightning.layers.integer.integer_layer import IntegerLayer
+from qat_lightning.layers.integer.weights import (
+    WeightGrid,
+    dequantize_rows,
+    quantize_rows,
+    store,
+    transposed_groups,
+    weight_of_rows,
+    weight_rows,
+)
+
+
+class WeightOnly(IntegerLayer):
+    """A layer of ``torch.nn`` whose weights are kept as integers, and made float for the length of a call.
+
+    Args:
+        layer: The float layer; used up.
+        weights: Which of its parameters to round, by their names in it.
+        grid: The grid.
+
+    Attributes:
+        layer: The float layer without these parameters.
+        shapes: Of the rounded parameters.
+        grid: The grid.
+        transposed_groups: See the function of this name.
+    """
+
+    def __init__(self, layer: nn.Module, weights: Sequence[str], grid: WeightGrid) -> None:
+        super().__init__()
+        self.grid = grid
+        self.transposed_groups = transposed_groups(layer)
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        for name in weights:
+            weight = layer.get_parameter(name)
+            self.shapes[name] = tuple(weight.shape)
+            integers, scales, zero_points = quantize_rows(weight_rows(weight, self.transposed_groups), grid)
+            self._hold(name, store(integers, grid), scales, None if grid.symmetric else zero_points)
+            holder, _, leaf = name.rpartition(".")
+            layer.get_submodule(holder)._parameters[leaf] = None
+        self.layer = layer.eval().requires_grad_(False)
+        _forget_flat_weights(layer)
+
+    @classmethod
+    def shell(cls, layer: nn.Module, grid: WeightGrid) -> WeightOnly:
+        """The same without its tensors: of a layer on ``meta``, to load a ``state_dict`` into."""
+        shell = cls(layer, weights_of(layer), dataclasses.replace(grid, clipped=False))
+        shell.grid = grid
+        return shell
+
+    def _hold(self, name: str, stored: Tensor, scales: Tensor, zero_points: Tensor | None) -> None:
+        key = self._key(name)
+        self.register_buffer(f"{key}_integers", stored)
+        self.register_buffer(f"{key}_scales", scales)
+        self.register_buffer(f"{key}_zero_points", zero_points)
+
+    def _key(self, name: str) -> str:
+        # Square weights have the same shape in either order of their dimensions: the names tell the two apart.
+        return name.replace(".", "_") + ("_by_output" if self.transposed_groups else "")
+
+    @property
+    def op(self) -> str:  # type: ignore[override]
+        """The layer that runs."""
+        return f"{type(self.layer).__name__} on dequantized weights"
+
+    def dequantized(self, name: str) -> Tensor:
+        """The float32 weight that the integers of a parameter stand for."""
+        key, shape = self._key(name), self.shapes[name]
+        parts = (self._buffers[f"{key}_{part}"] for part in ("integers", "scales", "zero_points"))
+        stored, scales, zero_points = parts
+        assert stored is not None
+        assert scales is not None
+        values = math.prod(shape) // stored.shape[0]
+        rows = dequantize_rows(stored, scales, zero_points, values, self.grid)
+        return weight_of_rows(rows, shape, self.transposed_groups)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the float layer."""
+        weights = {name: self.dequantized(name) for name in self.shapes}
+        return _call_with(self.layer, weights, args, kwargs)
+
+    def reference(self, *args: Any, **kwargs: Any) -> Any:
+        """The float layer with the dequantized weights, in float64."""
+        layer = copy.deepcopy(self.layer).double()
+        weights = {name: self.dequantized(name).double() for name in self.shapes}
+        args, kwargs = tree_map(_to_double, (args, kwargs))
+        return _call_with(layer, weights, args, kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        """The attributes of the float layer: its sizes, and its weights as the integers have them."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("__") or "layer" not in self.__dict__.get("_modules", {}):
+                raise
+            return self.dequantized(name) if name in self.shapes else getattr(self.layer, name)
+
+
+class WeightOnlyEmbedding(IntegerLayer):
+    """``nn.Embedding`` or ``nn.EmbeddingBag`` whose table is kept as integers; only the rows looked up become float.
+
+    Args:
+        num_embeddings: Rows of the table.
+        embedding_dim: Size of a row.
+        padding_idx: The row that a bag leaves out.
+        mode: ``""`` for ``nn.Embedding``; ``"sum"``, ``"mean"`` or ``"max"`` of a bag.
+        include_last_offset: As in ``nn.EmbeddingBag``.
+        grid: The grid as the values of a `WeightGrid`.
+    """
+
+    integers: Tensor
+    scales: Tensor
+    zero_points: Tensor | None
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        padding_idx: int | None = None,
+        mode: str = "",
+        include_last_offset: bool = False,
+        grid: tuple[Any, ...] = (-127, 127, True, 0, False),
+    ) -> None:
+        super().__init__()
+        self.num_embeddings, self.embedding_dim, self.padding_idx = num_embeddings, embedding_dim, padding_idx
+        self.mode, self.include_last_offset, self.grid = mode, include_last_offset, tuple(grid)
+        made = WeightGrid(*self.grid)
+        columns = made.columns(embedding_dim)
+        kind, width = (torch.uint8, columns // 2) if made.packs else (torch.int8, columns)
+        groups = columns // made.group if made.group > 0 else 1
+        self.register_buffer("integers", torch.zeros(num_embeddings, width, dtype=kind))
+        self.register_buffer("scales", torch.ones(num_embeddings, groups))
+        points = None if made.symmetric else torch.zeros(num_embeddings, groups, dtype=torch.int8)
+        self.register_buffer("zero_points", points)
+
+    @classmethod
+    def of(cls, table: nn.Embedding | nn.EmbeddingBag, grid: WeightGrid) -> WeightOnlyEmbedding:
+        """Round a table."""
+        values = (grid.quant_min, grid.quant_max, grid.symmetric, grid.group, grid.clipped)
+        mode, last = (table.mode, table.include_last_offset) if isinstance(table, nn.EmbeddingBag) else ("", False)
+        made = cls(table.num_embeddings, table.embedding_dim, table.padding_idx, mode, last, values)
+        integers, made.scales, zero_points = quantize_rows(table.weight, grid)
+        made.integers = store(integers, grid)
+        made.zero_points = None if grid.symmetric else zero_points
+        return made
+
+    @property
+    def op(self) -> str:  # type: ignore[override]
+        """What runs."""
+        return "embedding_bag on dequantized rows" if self.mode else "embedding on dequantized rows"
+
+    @property
+    def weight(self) -> Tensor:
+        """The table that the integers stand for, float32."""
+        return self._rows(torch.arange(self.num_embeddings))
+
+    def _rows(self, indices: Tensor) -> Tensor:
+        # index_select refuses what is no row; plain indexing takes negative numbers.
+        parts = (self.integers, self.scales, self.zero_points)
+        chosen = [None if part is None else part.index_select(0, indices) for part in parts]
+        assert chosen[0] is not None
+        assert chosen[1] is not None
+        return dequantize_rows(chosen[0], chosen[1], chosen[2], self.embedding_dim, WeightGrid(*self.grid))
+
+    def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
+        """As the float layer: indices of any shape, or bags."""
+        if not self.mode:
+            return self._rows(input.reshape(-1)).reshape(*input.shape, self.embedding_dim)
+        used, places = torch.unique(input, return_inverse=True)
+        return self._bags(self._rows(used), used, places, offsets, per_sample_weights)
+
+    def _bags(
+        self, rows: Tensor, used: Tensor, places: Tensor, offsets: Tensor | None, weights: Tensor | None
+    ) -> Tensor:
+        padding = None
+        if self.padding_idx is not None:
+            found = (used == self.padding_idx).nonzero()
+            padding = int(found) if found.numel() else None
+        return F.embedding_bag(
+            places.to(torch.int64),
+            rows,
+            None if offsets is None else offsets.to(torch.int64),
+            mode=self.mode,
+            per_sample_weights=weights,
+            include_last_offset=self.include_last_offset,
+            padding_idx=padding,
+        )
+
+    def reference(
+        self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None
+    ) -> Tensor:
+        """The float layer with the dequantized table, in float64."""
+        table = self.weight.double()
+        if not self.mode:
+            return F.embedding(input, table)
+        weights = None if per_sample_weights is None else per_sample_weights.double()
+        return F.embedding_bag(
+            input.to(torch.int64),
+            table,
+            None if offsets is None else offsets.to(torch.int64),
+            mode=self.mode,
+            per_sample_weights=weights,
+            include_last_offset=self.include_last_offset,
+            padding_idx=self.padding_idx,
+        )
+
+    def extra_repr(self) -> str:
+        """Sizes, for ``print``."""
+        return f"{self.num_embeddings}, {self.embedding_dim}" + (f", mode={self.mode}" if self.mode else "")
+
+
+def weights_of(module: nn.Module) -> list[str]:
+    """The parameters of a layer that are weights: those of two and more dimensions.
+
+    Example:
+        >>> weights_of(nn.MultiheadAttention(4, 2))
+        ['in_proj_weight', 'out_proj.weight']
+    """
+    names = [name for name, parameter in module.named_parameters() if parameter.dim() > 1]
+    # The learned positions of attention are activations rather than weights.
+    return [name for name in names if name not in ("bias_k", "bias_v")]
+
+
+def _to_double(value: Any) -> Any:
+    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def _call_with(layer: nn.Module, weights: dict[str, Tensor], args: Any, kwargs: Any) -> Any:
+    if isinstance(layer, nn.RNNBase):
+        # Recurrent layers read their weights from a list of their own.
+        layer._flat_weights = [weights.get(name, getattr(layer, name)) for name in layer._flat_weights_names]
+    try:
+        return torch.func.functional_call(layer, weights, args, kwargs)
+    finally:
+        _forget_flat_weights(layer)
+
+
+def _forget_flat_weights(layer: nn.Module) -> None:
+    if isinstance(layer, nn.RNNBase):
+        layer._init_flat_weights()

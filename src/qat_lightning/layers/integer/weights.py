@@ -1,0 +1,182 @@
+"""Weights on an integer grid: rounded, packed two to a byte where 4 bits hold them, and made float again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from qat_lightning.numerics.grid import choose_qparams
+from qat_lightning.numerics.observers import least_squares_clip
+from qat_lightning.settings.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class WeightGrid:
+    """How the rows of a weight (`weight_rows`) are put on a grid.
+
+    Attributes:
+        quant_min: Smallest integer.
+        quant_max: Largest integer.
+        symmetric: Whether the zero point is 0.
+        group: 0 for one scale a row, -1 for one a tensor, else the values of a row that share one.
+        clipped: Whether the range is the share of the whole with the least mean squared error.
+    """
+
+    quant_min: int = -127
+    quant_max: int = 127
+    symmetric: bool = True
+    group: int = 0
+    clipped: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse what no byte holds: a grid may come from a file."""
+        limits = type(self.quant_min) is type(self.quant_max) is int and -128 <= self.quant_min < self.quant_max <= 127
+        size = self.group
+        group = type(size) is int and (size in (-1, 0) or (2 <= size <= 1024 and size & (size - 1) == 0))
+        if not (limits and group and type(self.symmetric) is type(self.clipped) is bool):
+            raise ValueError(f"{self} is no grid of int8 weights")
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> WeightGrid:
+        """The grid that a recipe asks for."""
+        scheme = recipe.scheme
+        # Float kernels run weight-only layers, so that no int8 kernel's limit applies.
+        half = scheme.weight_quant_max if recipe.kind == "weight_only" else recipe.weight_quant_max
+        return cls(
+            quant_min=-half if scheme.weight_symmetric else -(2 ** (scheme.weight_bits - 1)),
+            quant_max=half,
+            symmetric=scheme.weight_symmetric,
+            group={"per_channel": 0, "per_tensor": -1}.get(scheme.weight_granularity, scheme.weight_group_size),
+            clipped=scheme.chosen_weight_observer == "mse",
+        )
+
+    @property
+    def packs(self) -> bool:
+        """Whether 4 bits hold a value."""
+        return self.quant_min >= -8 and self.quant_max <= 7
+
+    def columns(self, values: int) -> int:
+        """How many values of a row are stored: whole groups, and whole bytes."""
+        step = max(self.group, 2 if self.packs else 1)
+        return -(-values // step) * step
+
+
+def transposed_groups(layer: nn.Module) -> int:
+    """The groups of a transposed convolution, whose weight has the outputs in its second dimension; 0 of other layers.
+
+    Example:
+        >>> transposed_groups(nn.ConvTranspose2d(4, 6, 3, groups=2)), transposed_groups(nn.Conv2d(4, 6, 3))
+        (2, 0)
+    """
+    return layer.groups if isinstance(layer, nn.modules.conv._ConvTransposeNd) else 0
+
+
+def weight_rows(weight: Tensor, groups: int) -> Tensor:
+    """A weight as one row for each output of its layer.
+
+    Args:
+        weight: Of any shape with at least one dimension.
+        groups: What `transposed_groups` gives.
+
+    Returns:
+        Shape ``(outputs, values)``.
+
+    Example:
+        >>> weight_rows(torch.tensor([[1, 2, 3], [4, 5, 6]]), 1).tolist()
+        [[1, 4], [2, 5], [3, 6]]
+    """
+    if not groups:
+        return weight.reshape(weight.shape[0], -1)
+    inputs, outputs = weight.shape[:2]
+    parts = weight.reshape(groups, inputs // groups, outputs, -1)
+    return parts.transpose(1, 2).reshape(groups * outputs, -1)
+
+
+def weight_of_rows(rows: Tensor, shape: Sequence[int], groups: int) -> Tensor:
+    """Undo `weight_rows`."""
+    if not groups:
+        return rows.reshape(shape)
+    parts = rows.reshape(groups, shape[1], shape[0] // groups, -1)
+    return parts.transpose(1, 2).reshape(shape)
+
+
+def quantize_rows(weight: Tensor, grid: WeightGrid) -> tuple[Tensor, Tensor, Tensor]:
+    """Round a weight to its grid.
+
+    Args:
+        weight: Floating, of any shape with at least one dimension.
+        grid: The grid.
+
+    Returns:
+        Integers, int8 of shape ``(rows, values)``; scales, float32, and zero points, int8, of shape ``(rows, groups)``.
+
+    Example:
+        >>> integers, scales, _ = quantize_rows(torch.tensor([[-1.0, 0.5], [0.0, 2.54]]), WeightGrid())
+        >>> integers.tolist(), [round(scale, 4) for scale in scales.flatten().tolist()]
+        ([[-127, 64], [0, 127]], [0.0079, 0.02])
+    """
+    rows = weight.detach().float().reshape(weight.shape[0], -1)
+    count, values = rows.shape
+    if grid.group > 0:
+        padded = torch.nn.functional.pad(rows, (0, -values % grid.group))
+        ranges = padded.reshape(-1, grid.group)
+    else:
+        padded = rows
+        ranges = rows.reshape(1, -1) if grid.group < 0 else rows
+    low, high = torch.aminmax(ranges, dim=1)
+    limits = {"quant_min": grid.quant_min, "quant_max": grid.quant_max}
+    if grid.clipped:
+        share = least_squares_clip(ranges, symmetric=grid.symmetric, **limits)
+        low, high = low * share, high * share
+    scales, zero_points = choose_qparams(low, high, symmetric=grid.symmetric, **limits)
+    if grid.symmetric:
+        zero_points = torch.zeros_like(zero_points)
+    rounded = torch.round(ranges / scales[:, None]) + zero_points[:, None]
+    integers = rounded.clamp(grid.quant_min, grid.quant_max).to(torch.int8).reshape(count, -1)[:, :values]
+    if grid.group < 0:
+        scales, zero_points = scales.expand(count), zero_points.expand(count)
+    return integers.contiguous(), scales.reshape(count, -1).clone(), zero_points.reshape(count, -1).to(torch.int8)
+
+
+def store(integers: Tensor, grid: WeightGrid) -> Tensor:
+    """Pad rows to whole groups, and put two values into a byte where 4 bits hold them.
+
+    Args:
+        integers: int8, shape ``(rows, values)``.
+        grid: The grid they are on.
+
+    Returns:
+        int8 of shape ``(rows, columns)``, or uint8 of half as many columns.
+
+    Example:
+        >>> store(torch.tensor([[-7, 7, 1]], dtype=torch.int8), WeightGrid(-7, 7)).tolist()
+        [[241, 137]]
+    """
+    padded = torch.nn.functional.pad(integers, (0, grid.columns(integers.shape[1]) - integers.shape[1]))
+    if not grid.packs:
+        return padded
+    halves = (padded + 8).to(torch.uint8)
+    return halves[:, ::2] | (halves[:, 1::2] << 4)
+
+
+def restore(stored: Tensor, values: int, grid: WeightGrid) -> Tensor:
+    """Undo `store`: int8 of shape ``(rows, columns)`` with at least ``values`` columns."""
+    if not grid.packs:
+        return stored
+    return torch.stack([stored & 15, stored >> 4], -1).reshape(stored.shape[0], -1).to(torch.int8) - 8
+
+
+def dequantize_rows(
+    stored: Tensor, scales: Tensor, zero_points: Tensor | None, values: int, grid: WeightGrid
+) -> Tensor:
+    """Float32 rows of shape ``(rows, values)`` from what `store` gave."""
+    rows = restore(stored, values, grid).float()
+    if grid.group > 0:
+        rows = rows.reshape(rows.shape[0], -1, grid.group)
+        scales, zero_points = scales[..., None], None if zero_points is None else zero_points[..., None]
+    if zero_points is not None:
+        rows = rows - zero_points.float()
+    return (rows * scales).reshape(stored.shape[0], -1)[:, :values]

@@ -1,0 +1,349 @@
+"""Layers of a network in training: weights rounded as the kernel will see them, BatchNorm that a flag freezes.
+
+A convolution followed by BatchNorm runs as one int8 kernel whose weight is ``weight * gamma / sigma``. Training rounds
+that folded weight, and divides by ``gamma / sigma`` again, so that BatchNorm itself still sees the convolution's plain
+output and learns from the batch (Jacob et al., 2018, section 3.2, with running statistics in the fold as upstream has
+it). Upstream divides the output, and fails where gamma is 0; here the weight is divided, which is smaller, and a
+channel whose fold is 0 keeps its plain weight: it reaches the output only when gamma leaves 0, and must learn to.
+
+Every parameter stays under its float name: the fused layers point to their BatchNorm, which stays where it was.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+import torch.ao.nn.intrinsic as nni
+import torch.ao.nn.intrinsic.qat as nniqat
+import torch.ao.nn.qat as nnqat
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
+
+from qat_lightning.numerics.fake_quantize import FakeQuantize
+
+
+def fold_factor(gamma: Tensor | None, running_var: Tensor, eps: float) -> Tensor:
+    """What folding BatchNorm multiplies each output channel of a weight by: ``gamma / sqrt(running_var + eps)``.
+
+    Returns:
+        float32, shape ``(channels,)``, without gradient: the straight-through gradient of the division cancels it.
+    """
+    inverse = torch.rsqrt(running_var.detach().float() + eps)
+    return inverse if gamma is None else gamma.detach().float() * inverse
+
+
+def fake_quantize_folded(weight: Tensor, factor: Tensor, fq: FakeQuantize, *, axis: int = 0) -> Tensor:
+    """Round ``weight * factor`` to the grid, and divide by ``factor`` again.
+
+    Args:
+        weight: The plain weight.
+        factor: ``fold_factor`` of the BatchNorm behind it, shape ``(channels,)``.
+        fq: The weight's FakeQuantize, which sees the folded weight.
+        axis: Dimension of the output channels.
+
+    Returns:
+        A weight of the shape and dtype of ``weight``. Where ``factor`` is 0 it is the plain weight.
+    """
+    rounded: Tensor = fq(weight, factor, axis)
+    return rounded
+
+
+@torch.no_grad()
+def folded_parameters(layer: Any, batchnorm: Any) -> tuple[nn.Parameter, nn.Parameter]:
+    """Weight and bias of a float layer that computes what ``layer`` and then ``batchnorm`` compute in evaluation.
+
+    Args:
+        layer: A convolution or a linear layer.
+        batchnorm: With running statistics; weight and bias may be None.
+    """
+    bn = batchnorm
+    fuse = fuse_linear_bn_weights if isinstance(layer, nn.Linear) else fuse_conv_bn_weights
+    gamma = torch.ones_like(bn.running_var) if bn.weight is None else bn.weight
+    beta = torch.zeros_like(bn.running_mean) if bn.bias is None else bn.bias
+    weight, bias = fuse(layer.weight, layer.bias, bn.running_mean, bn.running_var, bn.eps, gamma, beta)
+    return nn.Parameter(weight.detach()), nn.Parameter(bias.detach())
+
+
+class FreezableBatchNorm(_BatchNorm):
+    """BatchNorm whose statistics a flag freezes, whatever `train` and `eval` are called with.
+
+    Frozen, it normalizes with the running statistics, as the int8 network will, and does not move them; gamma and beta
+    go on learning.
+
+    Attributes:
+        frozen: The flag.
+        fixed: Whether it is frozen whatever the flag says, as the module in whose place it is.
+        counts: Whether it counts batches in training; the module in whose place it is may not.
+    """
+
+    frozen: bool = False
+    fixed: bool = False
+    counts: bool = True
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalize over the channels of ``input``, shape ``(N, C, ...)``."""
+        learns = self.training and not (self.frozen or self.fixed)
+        if self.running_mean is None or (learns and self.counts):
+            return super().forward(input)
+        self._check_input_dim(input)  # type: ignore[no-untyped-call]
+        mean, variance, momentum = self.running_mean, self.running_var, self.momentum
+        return F.batch_norm(
+            input, mean, variance, self.weight, self.bias, training=learns, momentum=momentum or 0.0, eps=self.eps
+        )
+
+
+class FreezableBatchNorm1d(FreezableBatchNorm, nn.BatchNorm1d):
+    """`FreezableBatchNorm` for ``(N, C)`` and ``(N, C, L)``."""
+
+
+class FreezableBatchNorm2d(FreezableBatchNorm, nn.BatchNorm2d):
+    """`FreezableBatchNorm` for ``(N, C, H, W)``."""
+
+
+class FreezableBatchNorm3d(FreezableBatchNorm, nn.BatchNorm3d):
+    """`FreezableBatchNorm` for ``(N, C, D, H, W)``."""
+
+
+class FunctionalBatchNorm(FreezableBatchNorm):
+    """``F.batch_norm`` on tensors that a network keeps where it likes; it reads its own flags."""
+
+    def __init__(self, momentum: float, eps: float) -> None:
+        super().__init__(0, eps=eps, momentum=momentum, affine=False, track_running_stats=False)
+
+    def forward(  # type: ignore[override]
+        self,
+        input: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        count: Tensor | None = None,
+    ) -> Tensor:
+        """Normalize over dimension 1; without running statistics always with the batch's."""
+        training = running_mean is None or (self.training and not self.frozen)
+        momentum = 0.0 if self.momentum is None else self.momentum
+        if count is not None and training:
+            count.add_(1)
+        return F.batch_norm(
+            input, running_mean, running_var, weight, bias, training=training, momentum=momentum, eps=self.eps
+        )
+
+
+_FREEZABLE: dict[type[nn.Module], type[FreezableBatchNorm]] = {
+    nn.BatchNorm1d: FreezableBatchNorm1d,
+    nn.BatchNorm2d: FreezableBatchNorm2d,
+    nn.BatchNorm3d: FreezableBatchNorm3d,
+}
+_PLAIN: dict[type[nn.Module], type[nn.Module]] = {freezable: plain for plain, freezable in _FREEZABLE.items()}
+
+
+def make_batchnorm_freezable(network: nn.Module) -> None:
+    """Give every BatchNorm in ``network`` the flag ``frozen``; parameters, names, hooks and identity stay."""
+    for module in network.modules():
+        if type(module) in _FREEZABLE:
+            module.__class__ = _FREEZABLE[type(module)]
+
+
+def make_batchnorm_plain(network: nn.Module) -> None:
+    """Undo `make_batchnorm_freezable`, for converters that match exact types."""
+    for module in network.modules():
+        if type(module) in _PLAIN:
+            module.__dict__.pop("frozen", None)
+            module.__class__ = _PLAIN[type(module)]
+
+
+class FoldedLayer(nn.Module):
+    """A convolution or linear layer that rounds its BatchNorm-folded weight, and then calls that BatchNorm.
+
+    The BatchNorm is not a child: it stays registered where the float network has it.
+    """
+
+    _FLOAT: ClassVar[type[nn.Module]]
+    weight: Tensor
+    bias: Any
+    qconfig: Any
+
+    @property
+    def batchnorm(self) -> nn.Module:
+        """The BatchNorm behind this layer."""
+        found: nn.Module = self.__dict__["_batchnorm"]
+        return found
+
+    @classmethod
+    def from_float(cls, mod: Any, use_precomputed_fake_quant: bool = False) -> FoldedLayer:
+        """Take over the layers of a fused float module (``nni.ConvBn2d``, …); called by upstream's prepare."""
+        layer, batchnorm = mod[0], mod[1]
+        relu = mod[2] if len(mod) > 2 else None
+        return cls.fuse(layer, batchnorm, relu, qconfig=mod.qconfig)
+
+    @classmethod
+    def fuse(cls, layer: Any, batchnorm: nn.Module, relu: nn.Module | None, *, qconfig: Any) -> FoldedLayer:
+        """Make the folded layer of ``layer`` and ``batchnorm``, sharing their parameters."""
+        folded = cls.__new__(cls)
+        # The shapes and flags of the float layer, without building and throwing away a second weight.
+        folded.__dict__.update(layer.__dict__)
+        for name in ("_parameters", "_buffers", "_modules"):
+            folded.__dict__[name] = layer.__dict__[name].copy()
+        folded.__dict__["_batchnorm"] = batchnorm
+        folded.__dict__["_has_relu"] = relu is not None
+        folded.qconfig = qconfig
+        folded.weight_fake_quant = qconfig.weight()
+        return folded
+
+    def folded_weight(self) -> Tensor:
+        """The weight as the int8 kernel will have it, divided by BatchNorm's factor."""
+        bn: Any = self.batchnorm
+        factor = fold_factor(bn.weight, bn.running_var, bn.eps)
+        return fake_quantize_folded(self.weight, factor, self.weight_fake_quant)  # type: ignore[arg-type]
+
+    def to_float(self) -> nn.Module:
+        """The float layer with BatchNorm folded in, fused with ReLU if there is one; called by upstream's convert."""
+        bn: Any = self.batchnorm
+        layer = self._FLOAT.__new__(self._FLOAT)
+        layer.__dict__.update(
+            {k: v for k, v in self.__dict__.items() if k not in ("_batchnorm", "_has_relu", "qconfig")}
+        )
+        for name in ("_parameters", "_buffers", "_modules"):
+            layer.__dict__[name] = self.__dict__[name].copy()
+        del layer._modules["weight_fake_quant"]
+        weight, bias = folded_parameters(self, bn)
+        fq: FakeQuantize = self.weight_fake_quant  # type: ignore[assignment]
+        layer._parameters["weight"] = nn.Parameter(round_for_good(weight.detach(), fq))
+        layer._parameters["bias"] = bias
+        layer.__dict__["training"] = False
+        if not self.__dict__["_has_relu"]:
+            return layer
+        return _WITH_RELU[self._FLOAT](layer, nn.ReLU())
+
+    def _layer(self, input: Tensor, weight: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def before_relu(self, input: Tensor) -> Tensor:
+        """Layer and BatchNorm."""
+        output: Tensor = self.batchnorm(self._layer(input, self.folded_weight()))
+        return output
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Layer, BatchNorm and, if fused, ReLU."""
+        output = self.before_relu(input)
+        return F.relu(output) if self.__dict__["_has_relu"] else output
+
+
+_WITH_RELU: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Conv1d: nni.ConvReLU1d,
+    nn.Conv2d: nni.ConvReLU2d,
+    nn.Conv3d: nni.ConvReLU3d,
+    nn.Linear: nni.LinearReLU,
+}
+
+
+class _FoldedConv(FoldedLayer):
+    def _layer(self, input: Tensor, weight: Tensor) -> Tensor:
+        output: Tensor = self._conv_forward(input, weight, self.bias)  # type: ignore[operator]
+        return output
+
+
+class ConvBn1d(_FoldedConv, nn.Conv1d):
+    """`nn.Conv1d` and BatchNorm."""
+
+    _FLOAT = nn.Conv1d
+
+
+class ConvBn2d(_FoldedConv, nn.Conv2d):
+    """`nn.Conv2d` and BatchNorm."""
+
+    _FLOAT = nn.Conv2d
+
+
+class ConvBn3d(_FoldedConv, nn.Conv3d):
+    """`nn.Conv3d` and BatchNorm."""
+
+    _FLOAT = nn.Conv3d
+
+
+class LinearBn1d(FoldedLayer, nn.Linear):
+    """`nn.Linear` and BatchNorm."""
+
+    _FLOAT = nn.Linear
+
+    def _layer(self, input: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(input, weight, self.bias)
+
+
+_WITHOUT_RELU: dict[type[nn.Module], type[nn.Module]] = {
+    nniqat.ConvReLU1d: nnqat.Conv1d,
+    nniqat.ConvReLU2d: nnqat.Conv2d,
+    nniqat.ConvReLU3d: nnqat.Conv3d,
+    nniqat.LinearReLU: nnqat.Linear,
+}
+"""Upstream's layers with rounded weight and ReLU, and the same layers without."""
+
+
+def has_relu_inside(layer: nn.Module) -> bool:
+    """Whether `before_relu` knows what a layer with rounded weight computes before the ReLU that ends it."""
+    return type(layer) in _WITHOUT_RELU or (isinstance(layer, FoldedLayer) and bool(layer.__dict__["_has_relu"]))
+
+
+def before_relu(layer: nn.Module, input: Tensor) -> Tensor:
+    """What a layer with a ReLU of its own computes before it."""
+    if isinstance(layer, FoldedLayer):
+        return layer.before_relu(input)
+    output: Tensor = _WITHOUT_RELU[type(layer)].forward(layer, input)
+    return output
+
+
+FOLDED_OF_FLOAT: dict[type[nn.Module], type[FoldedLayer]] = {
+    nn.Conv1d: ConvBn1d,
+    nn.Conv2d: ConvBn2d,
+    nn.Conv3d: ConvBn3d,
+    nn.Linear: LinearBn1d,
+}
+"""The folded layer of each float layer."""
+
+FOLDED_OF_FUSED: dict[type[nn.Module], type[FoldedLayer]] = {
+    nni.ConvBn1d: ConvBn1d,
+    nni.ConvBn2d: ConvBn2d,
+    nni.ConvBn3d: ConvBn3d,
+    nni.ConvBnReLU1d: ConvBn1d,
+    nni.ConvBnReLU2d: ConvBn2d,
+    nni.ConvBnReLU3d: ConvBn3d,
+    nni.LinearBn1d: LinearBn1d,
+}
+"""The folded layer of each module that upstream's fusion makes."""
+
+
+@torch.no_grad()
+def round_for_good(weight: Tensor, fq: FakeQuantize) -> Tensor:
+    """The weight on its grid, and the grid as it is from now on.
+
+    Upstream's converters pack a weight with the limits of its storage type, so a weight beyond a narrower grid (one of
+    fewer bits, or a learned one) has to be put on it before. The weight of a layer that is left float stays as it is.
+    """
+    if fq.left_float:
+        return weight.float()
+    fq.observe(weight)
+    fq.hold()
+    fq.enable_fake_quant()
+    return fq.round(weight.float())
+
+
+def round_weights_for_good(network: nn.Module) -> None:
+    """Put the weights of all layers without BatchNorm on their grids; those with one are when it is folded in."""
+    for module in network.modules():
+        fq = getattr(module, "weight_fake_quant", None)
+        if isinstance(fq, FakeQuantize) and not isinstance(module, FoldedLayer):
+            module._parameters["weight"] = nn.Parameter(round_for_good(module.weight, fq))  # type: ignore[arg-type]
+
+
+class Counter(FreezableBatchNorm):
+    """``num_batches_tracked += 1`` in training, and not when BatchNorm is frozen."""
+
+    def __init__(self) -> None:
+        super().__init__(0, affine=False, track_running_stats=False)
+
+    def forward(self, count: Tensor, by: int) -> Tensor:  # type: ignore[override]
+        """Count the batch."""
+        return count.add_(by) if self.training and not self.frozen else count

@@ -1,0 +1,1 @@
+"""What an int8 network costs and how close it stays."""

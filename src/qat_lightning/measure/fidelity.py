@@ -1,0 +1,82 @@
+"""How close the int8 outputs of a test are to fake-quant."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qat_lightning.measure.metrics import Agreement, SignalToQuantizationNoiseRatio, class_axis, outputs_by_path
+from qat_lightning.processes import any_process, process_count
+
+
+class Fidelity:
+    """How close the int8 outputs of a test are to fake-quant's: agreement of the top-1, and SQNR.
+
+    It measures and never ends the test: outputs that cannot be compared, such as the rows that a detector finds in one
+    network and not in the other, are left out, which `compute` says.
+
+    Args:
+        of_all_processes: Whether `compute` sums up over the processes of a distributed run, all of which then call it.
+
+    Example:
+        >>> fidelity = Fidelity()
+        >>> fidelity.update(torch.eye(3), torch.eye(3))
+        >>> fidelity.compute()
+        {'agreement': 1.0, 'sqnr_db': inf}
+    """
+
+    def __init__(self, *, of_all_processes: bool = True) -> None:
+        self.of_all_processes = of_all_processes
+        self.agreement = Agreement(sync_on_compute=of_all_processes)
+        self.sqnr = SignalToQuantizationNoiseRatio(sync_on_compute=of_all_processes)
+        self._left_out: dict[str, int] = {}
+
+    def update(self, reference: Any, actual: Any) -> None:
+        """Take one pair of outputs into account: tensors, or containers of them."""
+        wanted, got = outputs_by_path(reference), outputs_by_path(actual)
+        predicted = False
+        for path in dict.fromkeys([*wanted, *got]):
+            if path not in wanted or path not in got or wanted[path].shape != got[path].shape:
+                self._leave_out("an output has another shape than fake-quant's, or only one of them has it")
+            elif wanted[path].numel() and (wanted[path].is_floating_point() or wanted[path].is_complex()):
+                one, other = _on_cpu(wanted[path]), _on_cpu(got[path])
+                self.sqnr.update(one, other)
+                # The first output with a class axis is taken for the prediction.
+                if not predicted and class_axis(wanted[path]) is not None:
+                    self.agreement.update(one, other)
+                    predicted = True
+
+    def compare(self, reference: Callable[[], Any], actual: Any) -> None:
+        """Likewise, where the reference is still to be computed; what goes wrong is left out, and said at the end."""
+        try:
+            self.update(reference(), actual)
+        except Exception as error:  # noqa: BLE001 (whatever it is, the user's test goes on)
+            self._leave_out(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
+
+    def compute(self) -> dict[str, float]:
+        """The values there are: no agreement without an output that has classes."""
+        for reason, times in self._left_out.items():
+            warnings.warn(f"Not in the agreement and SQNR of int8, {times} times: {reason}.", stacklevel=2)
+        values = {}
+        for name, metric in (("agreement", self.agreement), ("sqnr_db", self.sqnr)):
+            seen = metric.update_called
+            if self.of_all_processes and process_count() > 1:
+                seen = any_process(seen)
+            if seen:
+                with warnings.catch_warnings():
+                    # Of a process that had nothing to compare, while others had.
+                    warnings.filterwarnings("ignore", message=".*before the ``update`` method.*")
+                    values[name] = float(metric.compute())
+        return values
+
+    def _leave_out(self, reason: str) -> None:
+        self._left_out[reason] = self._left_out.get(reason, 0) + 1
+
+
+def _on_cpu(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach()
+    return (torch.view_as_real(tensor) if tensor.is_complex() else tensor).float().cpu()

@@ -1,0 +1,344 @@
+"""What an int8 network costs and how close it stays: size, latency, SQNR and agreement.
+
+The functions take plain modules and tensors. `Agreement` and `SignalToQuantizationNoiseRatio` are the same measures as
+`torchmetrics.Metric`, summed up over batches and processes.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import keystr, tree_flatten_with_path
+from torch.utils.benchmark import Timer
+from torchmetrics import Metric
+
+from qat_lightning.errors import ConfigurationError
+from qat_lightning.graph.structures import look_into
+from qat_lightning.numerics.sqnr import decibel, dequantized, energies, refuse_other_shape
+
+_WARM_UP_CALLS = 3
+
+
+def outputs_by_path(result: Any) -> dict[str, Tensor]:
+    """The tensors of what a network returns, by where they are in it.
+
+    Args:
+        result: Tensors in any structure.
+
+    Example:
+        >>> sorted(outputs_by_path({"logits": torch.zeros(2), "count": 3, "both": [torch.ones(1), torch.zeros(0)]}))
+        ["['both'][0]", "['both'][1]", "['logits']"]
+    """
+    look_into(result)
+    leaves, _ = tree_flatten_with_path(result)
+    return {keystr(path): leaf for path, leaf in leaves if isinstance(leaf, Tensor)}
+
+
+def class_axis(output: Tensor) -> int | None:
+    """Find the axis of an output that holds one score a class.
+
+    Args:
+        output: The output of a network.
+
+    Returns:
+        The last axis of a matrix (rows x classes), axis 1 of more dimensions (N, C, ... as for segmentation), and
+        ``None`` where there is none: fewer than two dimensions, whole numbers, or fewer than two classes.
+
+    Example:
+        >>> class_axis(torch.zeros(8, 10)), class_axis(torch.zeros(8, 21, 32, 32)), class_axis(torch.zeros(8, 1))
+        (1, 1, None)
+    """
+    if output.dim() < 2 or not (output.is_floating_point() or output.is_quantized):
+        return None
+    return 1 if output.size(1) > 1 else None
+
+
+def agreement(reference: Tensor, actual: Tensor) -> float:
+    """Compute the share of rows for which both outputs choose the same class.
+
+    A row is a sample, or for outputs (N, C, ...) a position of a sample. Where scores are equal, the first class wins
+    in both.
+
+    Args:
+        reference: Scores with a class axis (see `class_axis`).
+        actual: Scores of the same shape.
+
+    Returns:
+        The share from 0 to 1, NaN where there is no row.
+
+    Raises:
+        ConfigurationError: If the shapes differ or there is no class axis.
+
+    Example:
+        >>> agreement(torch.tensor([[0.1, 0.9], [0.6, 0.4]]), torch.tensor([[0.2, 0.8], [0.3, 0.7]]))
+        0.5
+    """
+    same, rows = _same_choices(reference.detach().cpu(), actual.detach().cpu())
+    return int(same) / rows if rows else math.nan
+
+
+class Agreement(Metric):
+    """The share of rows for which both outputs choose the same class, over all batches and processes.
+
+    See `agreement`.
+
+    Example:
+        >>> metric = Agreement()
+        >>> metric.update(torch.tensor([[0.1, 0.9]]), torch.tensor([[0.2, 0.8]]))
+        >>> metric.update(torch.tensor([[0.6, 0.4]]), torch.tensor([[0.3, 0.7]]))
+        >>> metric.compute()
+        tensor(0.5000)
+    """
+
+    higher_is_better = True
+    is_differentiable = False
+    full_state_update = False
+
+    same: Tensor
+    rows: Tensor
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.add_state("same", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state("rows", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, reference: Tensor, actual: Tensor) -> None:
+        """Add a batch.
+
+        Args:
+            reference: Scores with a class axis, on any device.
+            actual: Scores of the same shape, on any device.
+
+        Raises:
+            ConfigurationError: If the shapes differ or there is no class axis.
+        """
+        same, rows = _same_choices(reference.detach().to(self.device), actual.detach().to(self.device))
+        self.same += same
+        self.rows += rows
+
+    def compute(self) -> Tensor:
+        """Compute the share from 0 to 1, NaN before the first row."""
+        return self.same / self.rows
+
+
+class SignalToQuantizationNoiseRatio(Metric):
+    """The signal-to-quantization-noise ratio in dB over all batches and processes.
+
+    Energies are summed in float64 and divided at the end: the result is `sqnr_db` of all batches put together, not the
+    mean of the batches' ratios.
+
+    Example:
+        >>> metric = SignalToQuantizationNoiseRatio()
+        >>> metric.update(torch.tensor([10.0]), torch.tensor([10.0]))
+        >>> metric.update(torch.tensor([0.0]), torch.tensor([1.0]))
+        >>> metric.compute()
+        tensor(20., dtype=torch.float64)
+    """
+
+    higher_is_better = True
+    is_differentiable = False
+    full_state_update = False
+
+    signal: Tensor
+    noise: Tensor
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.add_state("signal", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("noise", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, reference: Tensor, actual: Tensor) -> None:
+        """Add a batch.
+
+        Args:
+            reference: What should have come out, on any device.
+            actual: What came out, of the same shape, on any device.
+
+        Raises:
+            ConfigurationError: If the shapes differ.
+        """
+        signal, noise = energies(reference.detach().to(self.device), actual.detach().to(self.device))
+        self.signal += signal
+        self.noise += noise
+
+    def compute(self) -> Tensor:
+        """Compute the ratio in dB, infinity where no difference was seen."""
+        return decibel(self.signal, self.noise)
+
+
+def size_mb(module: nn.Module) -> float:
+    """Measure how large the file of a module's weights is.
+
+    Args:
+        module: Any module; packed int8 weights count as they are saved.
+
+    Returns:
+        The size of ``torch.save(module.state_dict())`` in MB, of 1,000,000 bytes.
+
+    Example:
+        >>> 4.0 < size_mb(nn.Linear(1000, 1000)) < 4.01
+        True
+    """
+    buffer = io.BytesIO()
+    torch.save(module.state_dict(), buffer)
+    return buffer.tell() / 1e6
+
+
+@dataclass(frozen=True)
+class Latency:
+    """The time of one call of a module.
+
+    Args:
+        median_ms: The median over the blocks of calls that were timed, in milliseconds.
+        iqr_ms: The interquartile range over the blocks.
+        runs: How many calls were timed in all.
+    """
+
+    median_ms: float
+    iqr_ms: float
+    runs: int
+
+    @property
+    def spread(self) -> float:
+        """The interquartile range as a share of the median: what else the machine did meanwhile shows in it."""
+        return self.iqr_ms / self.median_ms
+
+
+def latency_ms(
+    module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None, *, min_run_time: float = 0.5
+) -> Latency:
+    """Measure how long one call of a module takes, in evaluation and inference mode.
+
+    Each submodule's ``training`` flag is as before afterwards. Torch's present number of threads is used.
+
+    Args:
+        module: The module.
+        args: Its positional arguments, as a tuple: ``(x,)``.
+        kwargs: Its keyword arguments.
+        min_run_time: Seconds to measure for at least, after a warm-up.
+
+    Returns:
+        The median time of a call, its spread and the number of calls.
+
+    Raises:
+        ConfigurationError: If ``args`` is no tuple or list.
+
+    Example:
+        >>> latency_ms(nn.Linear(4, 4), (torch.zeros(1, 4),), min_run_time=0.01).median_ms > 0
+        True
+    """
+    timer = _timer(module, args, kwargs)
+    with _evaluating(module):
+        _warm_up(timer)
+        measurement = timer.blocked_autorange(min_run_time=min_run_time)
+    runs = measurement.number_per_run * len(measurement.raw_times)
+    return Latency(median_ms=measurement.median * 1e3, iqr_ms=measurement.iqr * 1e3, runs=runs)
+
+
+def latency_interleaved(
+    modules: Mapping[str, nn.Module],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any] | None = None,
+    rounds: int = 15,
+    *,
+    block_time: float = 0.02,
+) -> dict[str, Latency]:
+    """Measure several modules in turn, so that their ratios are fair on a machine that others use too.
+
+    Each round times a block of calls of every module, one module after another, every second round in reverse order.
+    What slows the machine for a while then slows all of them, and the medians over the rounds leave it out.
+
+    Args:
+        modules: The modules by name.
+        args: The positional arguments of all of them, as a tuple: ``(x,)``.
+        kwargs: Their keyword arguments.
+        rounds: How many rounds to time.
+        block_time: Seconds that a block of calls takes, about; a block is one call at least.
+
+    Returns:
+        The latency of each module by its name, in the order given.
+
+    Raises:
+        ConfigurationError: If ``args`` is no tuple or list, or ``rounds`` is less than 1.
+
+    Example:
+        >>> sorted(latency_interleaved({"a": nn.ReLU(), "b": nn.Tanh()}, (torch.zeros(4),), rounds=3, block_time=0.001))
+        ['a', 'b']
+    """
+    if rounds < 1:
+        raise ConfigurationError(
+            f"rounds={rounds}: there is no median without a round. Give 1 or more, 15 for example."
+        )
+    timers = {name: _timer(module, args, kwargs) for name, module in modules.items()}
+    times: dict[str, list[float]] = {name: [] for name in modules}
+    with ExitStack() as stack:
+        for module in modules.values():
+            stack.enter_context(_evaluating(module))
+        calls = {}
+        for name, timer in timers.items():
+            _warm_up(timer)
+            calls[name] = max(1, round(block_time / max(timer.timeit(1).median, 1e-9)))
+        for number in range(rounds):
+            for name in list(timers) if number % 2 == 0 else reversed(timers):
+                times[name].append(timers[name].timeit(calls[name]).median * 1e3)
+    return {
+        name: Latency(median_ms=statistics.median(seen), iqr_ms=_interquartile_range(seen), runs=rounds * calls[name])
+        for name, seen in times.items()
+    }
+
+
+def _same_choices(reference: Tensor, actual: Tensor) -> tuple[Tensor, int]:
+    refuse_other_shape(reference, actual)
+    axis = class_axis(reference)
+    if axis is None:
+        raise ConfigurationError(
+            f"an output of shape {tuple(reference.shape)} and type {reference.dtype} has no class axis to compare the "
+            "choices of. Agreement needs float scores of shape (rows, classes) or (N, classes, ...) with two classes "
+            "or more; for other outputs use sqnr_db or SignalToQuantizationNoiseRatio."
+        )
+    same = dequantized(reference).argmax(axis) == dequantized(actual).argmax(axis)
+    return same.sum(), same.numel()
+
+
+def _timer(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> Timer:
+    if not isinstance(args, (tuple, list)):
+        # a bare tensor would be unpacked along its first axis
+        raise ConfigurationError(f"args is a {type(args).__name__} and must be a tuple: write (x,) for one input x.")
+    return Timer(
+        "module(*args, **kwargs)",
+        globals={"module": module, "args": tuple(args), "kwargs": dict(kwargs or {})},
+        num_threads=torch.get_num_threads(),
+    )
+
+
+def _warm_up(timer: Timer) -> None:
+    timer.timeit(_WARM_UP_CALLS)
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    # Flag by flag, not with eval(): exported graphs refuse eval(), and train(True) would wake frozen submodules.
+    training = {submodule: submodule.training for submodule in module.modules()}
+    try:
+        for submodule in training:
+            submodule.training = False
+        with torch.inference_mode():
+            yield
+    finally:
+        for submodule, flag in training.items():
+            submodule.training = flag
+
+
+def _interquartile_range(values: list[float]) -> float:
+    if len(values) < 2:
+        return 0.0
+    lower, _, upper = statistics.quantiles(values, n=4, method="inclusive")
+    return upper - lower

@@ -1,0 +1,56 @@
+"""Refusing activation checkpointing in the modes whose graph would lose it."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+
+import torch
+from torch import nn
+
+from qat_lightning.errors import TraceError
+from qat_lightning.graph.example import Example
+from qat_lightning.numerics.recomputation import Checkpointed, no_checkpoints
+
+
+def loses_checkpoints(network: nn.Module, mode: str, where: str) -> TraceError:
+    """The error for a network that computes parts of it anew in the backward pass.
+
+    Args:
+        network: The float network.
+        mode: The mode that has one graph of it.
+        where: The line that begins such a part, if it is known.
+    """
+    return TraceError(
+        f"{type(network).__name__} computes a part of it anew in the backward pass (torch.utils.checkpoint"
+        f"{f' at {where}' if where else ''}), which the graph of mode={mode!r} would not do: it would need the memory "
+        "that this saves. What to do: use mode='eager', which keeps it, or switch it off, if there is memory enough "
+        "(gradient_checkpointing_disable() in transformers, set_grad_checkpointing(False) in timm)."
+    )
+
+
+def refuse_checkpoints(network: nn.Module, example: Example, mode: str) -> None:
+    """Run a copy of a network in training up to where it begins a part that is to be computed anew.
+
+    Args:
+        network: The float network.
+        example: One call.
+        mode: For the message.
+
+    Raises:
+        TraceError: There is such a part.
+    """
+    # Imported here: tracing refuses as well.
+    from qat_lightning.modes.source_lines import line_at_fault
+
+    cuda = [parameter.device for parameter in network.parameters() if parameter.is_cuda][:1]
+    found = None
+    args, kwargs = copy.deepcopy((example.args, example.kwargs))
+    # Whatever else fails here fails in the export too, which says where.
+    with contextlib.suppress(Exception), torch.random.fork_rng(devices=cuda), torch.enable_grad(), no_checkpoints():
+        try:
+            copy.deepcopy(network).train()(*args, **kwargs)
+        except Checkpointed as error:
+            found = loses_checkpoints(network, mode, line_at_fault(error))
+    if found is not None:
+        raise found

@@ -1,0 +1,283 @@
+"""What of a network is int8, and why the rest is not: layers with weights, and the ops between them.
+
+Each mode finds its own rows (`fx_coverage`, `eager_coverage`, `pt2e.coverage`); here is what they share.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch import Tensor, fx, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from qat_lightning.graph.example import Example
+from qat_lightning.modes.eager.chains import function_name, run_apart
+from qat_lightning.modes.protocol import LayerCoverage
+from qat_lightning.modes.recording import copy_of
+from qat_lightning.modes.without_arithmetic import nested, on_a_copy, shapes
+
+MOVES = frozenset(
+    {
+        "flatten", "unflatten", "reshape", "view", "view_as", "reshape_as", "T", "mT", "permute", "transpose",
+        "swapaxes", "movedim", "t", "squeeze", "unsqueeze", "contiguous", "clone", "detach", "expand", "expand_as",
+        "repeat",
+        "chunk", "split", "unbind", "narrow", "select", "slice", "getitem", "__getitem__", "getattr", "flip", "roll",
+        "alias", "to", "float", "type_as", "_to_copy", "data", "size", "pixel_shuffle", "pixel_unshuffle",
+        "channel_shuffle", "dropout", "dropout_", "feature_dropout", "alpha_dropout", "feature_alpha_dropout",
+        "native_dropout", "lift_fresh_copy", "unsafe_chunk", "unsafe_split", "split_with_sizes", "zeros_like",
+        "ones_like", "new_zeros",
+    }
+)  # fmt: skip
+"""Ops that compute nothing in evaluation: they move values, and are left out of the report."""
+
+MOVING_MODULES = (
+    nn.Identity, nn.Flatten, nn.Unflatten, nn.modules.dropout._DropoutNd, nn.PixelShuffle, nn.PixelUnshuffle,
+    nn.ChannelShuffle,
+)  # fmt: skip
+
+
+@contextmanager
+def in_single_products() -> Iterator[None]:
+    """Without the ops for a whole LSTM and for whole attention, of which nothing is counted."""
+    mkldnn, fast = torch._C._get_mkldnn_enabled(), torch.backends.mha.get_fastpath_enabled()
+    torch._C._set_mkldnn_enabled(False)
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch._C._set_mkldnn_enabled(mkldnn)
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
+def _flops_of_bilinear(first: Any, weight: Any, second: Any, *args: Any, **kwargs: Any) -> int:
+    # Flattened to (batch, in1), (out, in1, in2) and (batch, in2), one product of three for each of them.
+    return int(2 * first[0] * math.prod(weight))
+
+
+def counter() -> FlopCounterMode:
+    """Counts the products of matrices and tensors, by module and by op."""
+    return FlopCounterMode(display=False, custom_mapping={torch.ops.aten._trilinear: _flops_of_bilinear})
+
+
+class _Uses(TorchFunctionMode):
+    """Notes which parameters functions read."""
+
+    def __init__(self, owners: dict[int, str]) -> None:
+        super().__init__()
+        self.owners, self.used = owners, set[str]()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function_name(func) is not None:
+            read = [id(leaf) for leaf in tree_leaves((args, kwargs or {}))]
+            self.used |= {self.owners[key] for key in read if key in self.owners}
+        return func(*args, **(kwargs or {}))
+
+
+@dataclass(frozen=True)
+class FloatRun:
+    """What one run of a float network shows.
+
+    Attributes:
+        used: The names of the modules that it calls, or whose parameters it reads.
+        flops: The floating point operations in each module; None where they could not be counted.
+    """
+
+    used: set[str]
+    flops: dict[str, int] | None
+
+
+def float_run(network: nn.Module, example: Example) -> FloatRun:
+    """Run a float network and look on.
+
+    Args:
+        network: Left as it is.
+        example: The call.
+    """
+    try:
+        return on_a_copy(network, lambda copied, context: _run(copied, context, example, counter()))
+    except Exception as error:  # noqa: BLE001 - whatever a custom op does to a counter must not cost the conversion
+        warnings.warn(f"Multiply-accumulates were not counted: {type(error).__name__}: {error}", stacklevel=2)
+        return on_a_copy(network, lambda copied, context: _run(copied, context, example, None))
+
+
+def _run(
+    network: nn.Module, context: AbstractContextManager[Any], example: Example, counted: FlopCounterMode | None
+) -> FloatRun:
+    owners: dict[int, str] = {}
+    called: set[str] = set()
+    for name, module in network.named_modules():
+        owners |= {id(parameter): name for parameter in module.parameters(recurse=False)}
+        module.register_forward_pre_hook(lambda module, args, name=name: called.add(name))
+    uses = _Uses(owners)
+    with in_single_products():
+        run_apart(network, example, nested(context, counted or nullcontext(), uses))
+    return FloatRun(called | uses.used, None if counted is None else flops_by_module(network, counted))
+
+
+def flops_by_module(network: nn.Module, counted: FlopCounterMode) -> dict[str, int]:
+    """What was counted in each module of a network, by its name."""
+    root = type(network).__name__
+    counts = {name: sum(ops.values()) for name, ops in counted.get_flop_counts().items()}
+    return {"" if name == root else name.removeprefix(f"{root}."): count for name, count in counts.items()}
+
+
+@torch.no_grad()
+def flops_of(node: fx.Node, values: Mapping[str, Any], root: nn.Module) -> int:
+    """The floating point operations of one node of a graph.
+
+    Args:
+        node: It.
+        values: Of the nodes before it, in a run of the graph.
+        root: Holds the modules that the graph calls.
+    """
+    run = fx.Interpreter(root, graph=node.graph)
+
+    def count(context: AbstractContextManager[Any]) -> int:
+        arguments = fx.node.map_arg((node.args, node.kwargs), lambda source: copy_of(values[source.name]))
+        with context, in_single_products(), counter() as counted:
+            getattr(run, node.op)(node.target, *arguments)
+        return int(counted.get_total_flops())
+
+    try:
+        return count(shapes())
+    except Exception:  # noqa: BLE001 - whatever it is, a run on values says it again if it is the network's own
+        return count(nullcontext())
+
+
+def macs_of(flops: int, example: Example) -> int | None:
+    """Multiply-accumulates of one sample; None for an op that has none.
+
+    Args:
+        flops: Of the whole example, as `torch.utils.flop_counter` counts them: of convolutions and products of matrices
+            only, two for each multiply-accumulate.
+        example: Its first tensor has the batch dimension.
+    """
+    first = next((leaf for leaf in tree_leaves((example.args, example.kwargs)) if isinstance(leaf, Tensor)), None)
+    batch = first.shape[0] if first is not None and first.dim() else 1
+    return round(flops / 2 / max(1, batch)) or None
+
+
+def is_float(value: Any) -> bool:
+    """Whether a value is what quantization is about."""
+    return isinstance(value, Tensor) and (value.is_floating_point() or value.is_quantized)
+
+
+def layers_with_macs(rows: Sequence[LayerCoverage], run: FloatRun, example: Example) -> list[LayerCoverage]:
+    """The rows of layers with the multiply-accumulates that each has in one call of the float network.
+
+    Args:
+        rows: One for each layer.
+        run: Of the float network.
+        example: Its call.
+    """
+    if run.flops is None:
+        return list(rows)
+    return [replace(row, macs=macs_of(run.flops.get(row.name, 0), example)) for row in rows]
+
+
+def merged(rows: Iterable[LayerCoverage]) -> list[LayerCoverage]:
+    """One row for equal ops of one place, with the count of their calls."""
+    counted: dict[tuple[str, str, bool, str], list[LayerCoverage]] = defaultdict(list)
+    for row in rows:
+        counted[row.name, row.kind, row.quantized, row.reason].append(row)
+    return [
+        replace(group[0], calls=sum(row.calls for row in group), macs=sum(row.macs or 0 for row in group) or None)
+        for group in counted.values()
+    ]
+
+
+def int8_share(rows: Iterable[LayerCoverage]) -> float | None:
+    """The share of a network's multiply-accumulates that is in int8, from 0 to 1; None where none were counted.
+
+    Example:
+        >>> rows = [
+        ...     LayerCoverage("a", "Conv2d", True, macs=900),
+        ...     LayerCoverage("b", "Linear", False, "excluded", macs=100),
+        ... ]
+        >>> int8_share(rows)
+        0.9
+    """
+    rows = list(rows)
+    total = sum(row.macs or 0 for row in rows)
+    return sum(row.macs or 0 for row in rows if row.quantized) / total if total else None
+
+
+def coverage_table(rows: Iterable[LayerCoverage], *, title: str = "") -> Table:
+    """Lay out coverage: what is int8 by kind, and what stayed float by kind and reason, with the names.
+
+    Args:
+        rows: ``qat.coverage``, or ``[*quantized.coverage, *quantized.operations]``.
+        title: For above the table.
+
+    Returns:
+        A table for `rich.print`.
+
+    Example:
+        >>> rows = [
+        ...     LayerCoverage("a", "Conv2d", True, macs=900),
+        ...     LayerCoverage("b", "Linear", False, "excluded", macs=100),
+        ... ]
+        >>> table = coverage_table(rows)
+        >>> table.row_count, table.caption
+        (2, 'int8: 1 of 1 Conv2d, 0 of 1 Linear; 90.0 % of the multiply-accumulates')
+    """
+    rows = list(rows)
+    groups: dict[tuple[bool, str, str, str], list[LayerCoverage]] = defaultdict(list)
+    for row in rows:
+        groups[row.quantized, row.what, row.kind, row.reason].append(row)
+    total = sum(row.macs or 0 for row in rows)
+    table = Table(title=title or None, caption=_caption(rows), caption_justify="left", title_justify="left")
+    for column in ("", "kind", "count", "MACs", "where", "why float"):
+        table.add_column(column, justify="right" if column in ("count", "MACs") else "left", overflow="fold")
+    for (quantized, what, kind, reason), group in sorted(
+        groups.items(), key=lambda item: (not item[0][0], item[0][1:])
+    ):
+        macs = sum(row.macs or 0 for row in group)
+        table.add_row(
+            "int8" if quantized else "float",
+            kind if what == "layer" else f"{kind} (op)",
+            str(sum(row.calls for row in group)),
+            f"{macs / total:.1%}" if macs and total else "",
+            _names(group),
+            reason,
+        )
+    return table
+
+
+def _names(group: Sequence[LayerCoverage]) -> str:
+    names = [row.name or "the network" for row in group]
+    return ", ".join(names[:3]) + (f", and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _caption(rows: Sequence[LayerCoverage]) -> str:
+    kinds = dict.fromkeys(row.kind for row in rows if row.what == "layer")
+    counts = [
+        f"{sum(row.quantized for row in rows if row.what == 'layer' and row.kind == kind)} of "
+        f"{sum(row.what == 'layer' and row.kind == kind for row in rows)} {kind}"
+        for kind in kinds
+    ]
+    share = int8_share(rows)
+    return f"int8: {', '.join(counts)}" + (
+        "" if share is None else f"; {share * 100:.1f} % of the multiply-accumulates"
+    )
+
+
+def report(find: Callable[[], list[LayerCoverage]]) -> list[LayerCoverage]:
+    """What ``find`` finds, or nothing and a warning: a report must not cost a training or a conversion."""
+    try:
+        return find()
+    except Exception as error:  # noqa: BLE001
+        warnings.warn(f"There is no report of the ops: {type(error).__name__}: {error}", stacklevel=2)
+        return []

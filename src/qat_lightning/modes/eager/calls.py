@@ -1,0 +1,124 @@
+"""The calls of a layer that a forward pass makes several times: each has grids of its own, in order.
+
+A detector's head sees levels of different sizes, and a grid for all of them would leave the smallest a few steps. The
+weight is one, and so is its grid; a kernel takes the grids of input and output with each call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qat_lightning.numerics.fake_quantize import FakeQuantize
+
+MOST_CALLS = 8
+"""A layer that the example calls more often, such as a cell that is unrolled, has one pair of grids for all calls."""
+
+LATER = "later_calls"
+"""The child of a layer that has the grids of its second and later calls."""
+
+_ROLES = ("input_fake_quant", "output_fake_quant")
+
+
+class Grids(nn.Module):
+    """What rounds input and output in one call of a layer, the second or a later one.
+
+    Args:
+        number: Which call, counted from 0.
+        input_fake_quant: For the input.
+        output_fake_quant: For the output of the layer's chain.
+    """
+
+    input_fake_quant: FakeQuantize
+    output_fake_quant: FakeQuantize
+
+    def __init__(self, number: int, input_fake_quant: nn.Module, output_fake_quant: nn.Module) -> None:
+        super().__init__()
+        self.number = number
+        self.input_fake_quant = input_fake_quant  # type: ignore[assignment]
+        self.output_fake_quant = output_fake_quant  # type: ignore[assignment]
+
+
+def layer_of(name: str) -> tuple[str, int]:
+    """The layer that grids belong to, and the number of the call that has them, by the name of what holds them.
+
+    Example:
+        >>> layer_of("net.head.later_calls.0"), layer_of("net.head")
+        (('net.head', 1), ('net.head', 0))
+    """
+    layer, found, later = f".{name}".rpartition(f".{LATER}.")
+    return (layer[1:], int(later) + 1) if found else (name, 0)
+
+
+def adapt_entries(head: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
+    """Let entries of a layer with another number of calls go into it: the grids of the first are those of new ones.
+
+    Args:
+        head: The layer.
+        state_dict: What it is about to load; changed.
+        prefix: Of its entries.
+    """
+    grids: Any = head._modules.get(LATER, ())
+    later = len(grids)
+    stored = {key: value for key, value in state_dict.items() if key.startswith(prefix)}
+    for key, value in stored.items():
+        inner = key.removeprefix(prefix)
+        if inner.startswith(f"{LATER}.") and int(inner.split(".")[1]) >= later:
+            del state_dict[key]
+        elif inner.startswith(_ROLES) and inner.partition(".")[0] in _ROLES:
+            for number in range(later):
+                state_dict.setdefault(f"{prefix}{LATER}.{number}.{inner}", value)
+
+
+class CountsCalls:
+    """Which call of a layer it is, within a forward pass of the network as a whole; elsewhere each is the first."""
+
+    calls_so_far: int | None
+
+    def begin_forward(self, within: bool) -> None:
+        """Count from 0, within a forward pass; or not at all, outside of one."""
+        self.calls_so_far = 0 if within else None
+
+    def next_call(self, known: int) -> int:
+        """The number of the call that begins, of so many that have grids; a later one is like the last of them."""
+        if self.calls_so_far is None or known <= 1:
+            return 0
+        number = min(self.calls_so_far, known - 1)
+        self.calls_so_far += 1
+        return number
+
+
+def count_in(network: nn.Module) -> None:
+    """Let the layers of an int8 network count their calls within its forward."""
+    network.register_forward_pre_hook(_begins, prepend=True)
+    network.register_forward_hook(_ends, always_call=True)
+
+
+def _begins(network: nn.Module, args: Any) -> None:
+    for layer in _counting(network):
+        layer.begin_forward(True)
+
+
+def _ends(network: nn.Module, args: Any, output: Any) -> None:
+    for layer in _counting(network):
+        layer.begin_forward(False)
+
+
+def _counting(network: nn.Module) -> Iterator[CountsCalls]:
+    return (module for module in network.modules() if isinstance(module, CountsCalls))
+
+
+def grids_of(fakes: Any) -> Tensor:
+    """Scale and zero point of input and output, as an int8 layer keeps them: float64, shape ``(4,)``.
+
+    Args:
+        fakes: What has the two FakeQuantizes; the input's scale is 0 where it was never observed.
+    """
+    found = [torch.zeros((), dtype=torch.float64)] * 2
+    if fakes.input_fake_quant.seen:
+        found = [value.double() for value in fakes.input_fake_quant.calculate_qparams()]
+    found += [value.double() for value in fakes.output_fake_quant.calculate_qparams()]
+    return torch.stack([value.detach().reshape(()).cpu() for value in found])

@@ -1,0 +1,170 @@
+"""Which modules and functions between the layers of an eager network are int8."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from qat_lightning.graph.example import Example
+from qat_lightning.modes.coverage import (
+    MOVES,
+    FloatRun,
+    counter,
+    flops_by_module,
+    in_single_products,
+    layers_with_macs,
+    macs_of,
+    merged,
+)
+from qat_lightning.modes.eager.chains import HEAD_TYPES, Observation, function_name, observe
+from qat_lightning.modes.protocol import LayerCoverage
+from qat_lightning.modes.without_arithmetic import nested, on_a_copy
+
+_FUNCTION = "functions stay float in mode='eager'"
+_ALONE = "it does not follow one int8 layer directly, whose kernel would do it"
+
+
+REPORTED = (
+    nn.modules.conv._ConvNd,
+    nn.Linear,
+    nn.Bilinear,
+    nn.RNNBase,
+    nn.RNNCellBase,
+    nn.Embedding,
+    nn.EmbeddingBag,
+    nn.MultiheadAttention,
+)
+"""Layers, which have rows of their own: what they call is not reported again."""
+
+
+class _BetweenLayers(TorchFunctionMode):
+    """Notes the functions that are called between layers, and counts the floating point operations of each.
+
+    Args:
+        network: Hooks are put into its layers.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.flops: Counter[str] = Counter()
+        self.calls: list[str] = []
+        self._inside = 0
+        for module in network.modules():
+            if isinstance(module, REPORTED):
+                module.register_forward_pre_hook(self._enter)
+                module.register_forward_hook(self._leave, always_call=True)
+
+    def _enter(self, module: nn.Module, args: Any) -> None:
+        self._inside += 1
+
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._inside -= 1
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = function_name(func)
+        if name is None or self._inside:
+            return func(*args, **(kwargs or {}))
+        with counter() as counted:
+            result = func(*args, **(kwargs or {}))
+        self.flops[name] += counted.get_total_flops()
+        self.calls.append(name)
+        return result
+
+
+@torch.no_grad()
+def eager_rows(
+    layers: list[LayerCoverage], float_network: nn.Module, plan: Mapping[str, Any], example: Example
+) -> tuple[list[LayerCoverage], list[LayerCoverage]]:
+    """The rows of layers, with their multiply-accumulates, and of what is between them.
+
+    Between them there is a row for each activation and BatchNorm that is in no chain, and one for each function.
+
+    Args:
+        layers: A row for each.
+        float_network: Left as it is.
+        plan: The chains that are int8.
+        example: One call.
+    """
+    try:
+        seen = on_a_copy(float_network, lambda network, context: _look(network, context, example))
+    except Exception as error:  # noqa: BLE001 - a report must not cost a training or a conversion
+        warnings.warn(f"There is no report of the ops: {type(error).__name__}: {error}", stacklevel=2)
+        return layers, []
+    return layers_with_macs(layers, seen.run, example), _operations(seen, plan, example)
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What a network calls, the names of its modules, and what is between its layers and in them."""
+
+    observation: Observation
+    names: dict[nn.Module, str]
+    between: _BetweenLayers
+    run: FloatRun
+
+
+def _operations(seen: _Seen, plan: Mapping[str, Any], example: Example) -> list[LayerCoverage]:
+    observation, names, between = seen.observation, seen.names, seen.between
+    in_chains = {name for chain in plan["chains"] for name in _parts(chain)}
+    on_grid = _outputs(observation, names, plan)
+    rows = []
+    for call in observation.calls:
+        if isinstance(call.module, HEAD_TYPES) or (call.module is None and call.function in MOVES):
+            continue
+        if call.module is not None:
+            if names[call.module] not in in_chains:
+                rows.append(LayerCoverage(names[call.module], call.function, False, _ALONE, what="op"))
+            continue
+        pooled = call.function == "max_pool2d" and set(call.inputs) <= on_grid
+        rows.append(LayerCoverage(call.function, call.function, pooled, "" if pooled else _FUNCTION, what="op"))
+    outside = Counter(between.calls)
+    return [_with_macs(row, between.flops, example) for row in _outside(merged(rows), outside)]
+
+
+def _look(network: nn.Module, context: AbstractContextManager[Any], example: Example) -> _Seen:
+    between, counted = _BetweenLayers(network), counter()
+    with in_single_products():
+        observation = observe(network, example, nested(context, counted, between))
+    names = {module: name for name, module in network.named_modules()}
+    return _Seen(observation, names, between, FloatRun(set(), flops_by_module(network, counted)))
+
+
+def _outside(rows: list[LayerCoverage], calls: Mapping[str, int]) -> Iterator[LayerCoverage]:
+    """The rows of modules, and those of functions with the calls that are in no layer."""
+    left = Counter(calls)
+    for row in rows:
+        if row.name != row.kind:
+            yield row
+        elif left[row.name]:
+            count = min(row.calls, left[row.name])
+            left[row.name] -= count
+            yield replace(row, calls=count)
+
+
+def _parts(chain: Mapping[str, Any]) -> list[str]:
+    return [name for name in (chain["name"], chain["batchnorm"], chain["activation"]) if name is not None]
+
+
+def _outputs(observation: Observation, names: Mapping[nn.Module, str], plan: Mapping[str, Any]) -> set[Any]:
+    """The tensors that come out of chains."""
+    ends = {_parts(chain)[-1] for chain in plan["chains"]}
+    return {
+        key
+        for call in observation.calls
+        if call.module is not None and names[call.module] in ends
+        for key in call.outputs
+    }
+
+
+def _with_macs(row: LayerCoverage, flops: Mapping[str, int], example: Example) -> LayerCoverage:
+    if row.name != row.kind:
+        return row
+    return replace(row, macs=macs_of(flops.get(row.name, 0), example))

@@ -1,0 +1,396 @@
+"""Layers of an int8 network of eager mode, and the tensors that go between them.
+
+The user's own ``forward`` runs. What an int8 layer returns is a float tensor to it, and turns into one as soon as any
+function touches it; an int8 layer takes the integers inside. A tensor that is inside a chain, whose kernel has done
+already what the BatchNorm and the activation behind it would do, can only be given to these: any other use of it is an
+error, for the float network would compute something else there.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.ao.nn.intrinsic.quantized as nniq
+import torch.ao.nn.quantized as nnq
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qat_lightning.errors import NetworkError
+from qat_lightning.modes.eager.calls import CountsCalls
+from qat_lightning.modes.eager.chains import Chain, function_name
+from qat_lightning.modes.eager.layers import become
+
+_OPS: dict[tuple[str, bool], type[nn.Module]] = {
+    ("Conv1d", False): nnq.Conv1d,
+    ("Conv2d", False): nnq.Conv2d,
+    ("Conv3d", False): nnq.Conv3d,
+    ("Linear", False): nnq.Linear,
+    ("Conv1d", True): nniq.ConvReLU1d,
+    ("Conv2d", True): nniq.ConvReLU2d,
+    ("Conv3d", True): nniq.ConvReLU3d,
+    ("Linear", True): nniq.LinearReLU,
+}
+_ESCAPES = frozenset({"data", "numpy", "__array__", "data_ptr", "untyped_storage", "storage", "__dlpack__"})
+"""Ways to the memory of a tensor that change it without a new version."""
+
+
+class Int8Tensor(Tensor):
+    """A float tensor to all that look at it, holding the integers that an int8 layer computed.
+
+    Args:
+        quantized: The integers and their grid.
+        layer: Name of the layer that made it.
+        pending: Names of the modules whose work the layer has done already, and which the forward has yet to call.
+        direct: Whether it comes from a layer, and not from a function on its output.
+        memory_format: Of the float tensor that it looks like.
+    """
+
+    quantized: Tensor
+    layer: str
+    pending: tuple[str, ...]
+    direct: bool
+    _memory_format: torch.memory_format
+    _float: Tensor | None
+    _float_version: int
+    _escaped: bool
+
+    @staticmethod
+    def __new__(
+        cls,
+        quantized: Tensor,
+        layer: str,
+        pending: tuple[str, ...] = (),
+        direct: bool = True,
+        memory_format: torch.memory_format = torch.contiguous_format,
+    ) -> Int8Tensor:
+        """Wrap ``quantized``."""
+        strides = _strides(quantized, memory_format)
+        self: Int8Tensor = Tensor._make_wrapper_subclass(cls, quantized.shape, strides=strides, dtype=torch.float32)
+        self.quantized, self.layer, self.pending, self.direct = quantized, layer, pending, direct
+        self._memory_format = memory_format
+        self._float, self._float_version, self._escaped = None, 0, False
+        return self
+
+    def integers(self) -> Tensor | None:
+        """The quantized tensor, or None if an in-place operation has changed the float one since."""
+        self._refuse_if_pending("another layer")
+        if self._float is None:
+            return self.quantized
+        if self._float._version != self._float_version:
+            return None
+        if not self._escaped:
+            return self.quantized
+        grid = self.quantized
+        return torch.quantize_per_tensor(self._float, grid.q_scale(), grid.q_zero_point(), grid.dtype)
+
+    def floating(self, user: str = "the caller") -> Tensor:
+        """The float tensor: the same one each time, so that views and in-place operations do what they do."""
+        self._refuse_if_pending(user)
+        if self._float is None:
+            # Outside inference mode, whose tensors count no versions.
+            with torch.inference_mode(False), torch.no_grad():
+                self._float = self.quantized.dequantize().contiguous(memory_format=self._memory_format)
+                self._float_version = self._float._version
+        return self._float
+
+    def passed(self, inplace: bool) -> Int8Tensor:
+        """The tensor behind the first pending module."""
+        if inplace:
+            self.pending = self.pending[1:]
+            return self
+        return Int8Tensor(self.quantized, self.layer, self.pending[1:], self.direct, self._memory_format)
+
+    def _refuse_if_pending(self, user: str) -> None:
+        if self.pending:
+            links = " and ".join(repr(name) for name in self.pending)
+            raise NetworkError(
+                f"The int8 layer {self.layer!r} has computed {links} as well, because they followed it when the "
+                f"network was prepared; this time its output goes to {user} instead. Give example_inputs= for which "
+                f"the forward takes this branch, or keep the layer float with exclude=['{self.layer}']."
+            )
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Turn float for every function but max-pooling, and questions of shape and type."""
+        kwargs = kwargs or {}
+        name = function_name(func)
+        first = args[0] if args and isinstance(args[0], Int8Tensor) else None
+        if name is None and first is not None and first._float is None:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        if name == "max_pool2d" and first is not None and not first.pending:
+            pooled = _max_pool2d(first, *args[1:], **kwargs)
+            if pooled is not None:
+                return pooled
+        user = f"{name}()"
+        result = func(*_floating(tuple(args), user), **_floating(kwargs, user))
+        if first is not None:
+            first._escaped |= name in _ESCAPES
+            with torch._C.DisableTorchFunctionSubclass():
+                # An in-place function returns the object it was called on, if that can still stand for it.
+                if first._float is not None and result is first._float and result.shape == first.shape:
+                    return first
+        return result
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        """Turn float for callers in C++ that know no torch functions, such as TorchScript."""
+        if func._schema.is_mutable:
+            raise NetworkError(
+                f"{func} changes the output of an int8 layer in place from TorchScript or C++: copy it before."
+            )
+        return func(*_floating(args, str(func)), **_floating(kwargs or {}, str(func)))
+
+    def __deepcopy__(self, memo: Any) -> Tensor:
+        """A plain float tensor."""
+        return self.floating().clone()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """A plain float tensor."""
+        return self.floating().__reduce_ex__(protocol)
+
+
+def _strides(quantized: Tensor, memory_format: torch.memory_format) -> tuple[int, ...]:
+    if quantized.is_contiguous(memory_format=memory_format):
+        return quantized.stride()
+    if memory_format is not torch.contiguous_format:
+        return torch.empty(quantized.shape, device="meta", memory_format=memory_format).stride()
+    strides, step = [], 1
+    for size in reversed(quantized.shape):
+        strides.append(step)
+        step *= max(size, 1)
+    return tuple(reversed(strides))
+
+
+def _floating(values: Any, user: str) -> Any:
+    """Every `Int8Tensor` in lists, tuples and dictionaries as a float tensor; much faster than ``tree_map``."""
+    if isinstance(values, Int8Tensor):
+        return values.floating(user)
+    if type(values) in (tuple, list):
+        return type(values)(_floating(value, user) for value in values)
+    if type(values) is dict:
+        return {key: _floating(value, user) for key, value in values.items()}
+    return values
+
+
+def _max_pool2d(
+    x: Int8Tensor,
+    kernel_size: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    dilation: Any = 1,
+    ceil_mode: bool = False,
+    return_indices: bool = False,
+) -> Int8Tensor | None:
+    integers = x.integers()
+    if integers is None or integers.dim() != 4 or ceil_mode or return_indices:
+        return None
+    pooled = F.max_pool2d(integers, kernel_size, stride, padding, dilation)
+    return Int8Tensor(pooled, x.layer, direct=False, memory_format=x._memory_format)
+
+
+if TYPE_CHECKING:
+    _Layer = nn.Module
+else:
+    _Layer = object
+
+
+class Int8Layer(CountsCalls, nn.Module):
+    """The int8 kernel of a chain, in the place of its convolution or linear layer.
+
+    Attributes:
+        op: torch's quantized module, which holds the packed weight and the grid of the output.
+        input_scale: Grid of an input that is a float tensor; 0 where there never was one.
+        input_zero_point: Its zero point.
+        later_grids: Scale and zero point of input and output, of each call after the first that has grids of its own.
+        chain: What the kernel does.
+        pending: The modules that it does the work of.
+    """
+
+    op: Any
+    input_scale: Tensor
+    input_zero_point: Tensor
+    later_grids: Tensor
+    chain: Chain
+    pending: tuple[str, ...]
+    activation_dtype: torch.dtype
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Run the kernel; what comes out looks like a float tensor."""
+        if self.chain.kind == "Linear" and self.chain.batchnorm is not None and input.dim() != 2:
+            raise NetworkError(
+                f"The linear layer {self.chain.name!r} has the BatchNorm {self.chain.batchnorm!r} folded in, which is "
+                f"possible for matrices only, and now its input has {input.dim()} dimensions: keep the BatchNorm apart "
+                f"with exclude=['{self.chain.batchnorm}']."
+            )
+        call = self.next_call(self.chain.calls)
+        output = self.run(self._on_grid(input, call), call)
+        return Int8Tensor(output, self.chain.name, self.pending, memory_format=_memory_format_of(input))
+
+    def grids(self, call: int) -> tuple[float, int, float, int]:
+        """Scale and zero point of input and output in a call."""
+        if call == 0:
+            return float(self.input_scale), int(self.input_zero_point), float(self.op.scale), int(self.op.zero_point)
+        in_scale, in_zero_point, scale, zero_point = self.later_grids[call - 1].tolist()
+        return in_scale, int(in_zero_point), scale, int(zero_point)
+
+    def run(self, quantized: Tensor, call: int = 0) -> Tensor:
+        """The kernel alone, from quantized to quantized tensor, with the output's grid of a call."""
+        if call == 0:
+            return self._run(quantized)
+        first = self.op.scale, self.op.zero_point
+        self.op.scale, self.op.zero_point = self.grids(call)[2:]
+        try:
+            return self._run(quantized)
+        finally:
+            self.op.scale, self.op.zero_point = first
+
+    def _run(self, quantized: Tensor) -> Tensor:
+        rank = {"Conv1d": 3, "Conv2d": 4, "Conv3d": 5}.get(self.chain.kind, max(2, quantized.dim()))
+        single = quantized.dim() == rank - 1
+        output: Tensor = self.op(quantized.unsqueeze(0) if single else quantized)
+        if self.chain.limit is not None:
+            output = self._limited(output, self.chain.limit)
+        return output.squeeze(0) if single else output
+
+    def _limited(self, output: Tensor, limit: float) -> Tensor:
+        """Clamp at the activation's end, where the grid goes on behind it; mostly the grid ends there itself."""
+        scale, zero_point = output.q_scale(), output.q_zero_point()
+        last = round(limit / scale) + zero_point
+        if last >= torch.iinfo(torch.uint8 if output.dtype is torch.quint8 else torch.int8).max:
+            return output
+        # On the integers: the quantized clamp of QNNPACK misplaces the values of channels_last tensors.
+        integers = output.int_repr().clamp_(max=last)
+        return torch._make_per_tensor_quantized_tensor(integers, scale, zero_point)
+
+    def _on_grid(self, input: Tensor, call: int) -> Tensor:
+        integers = None
+        if isinstance(input, Int8Tensor):
+            integers = input.integers()
+            if integers is not None and input.direct:
+                return integers
+        scale, zero_point, *_ = self.grids(call)
+        if integers is not None and integers.q_scale() == scale and integers.q_zero_point() == zero_point:
+            return integers
+        if isinstance(input, Int8Tensor):
+            input = input.floating(repr(self.chain.name))
+        if not scale > 0:
+            raise NetworkError(
+                f"The int8 layer {self.chain.name!r} got a float input, and in training it only ever got the output "
+                "of another quantized layer, so that there is no range for it. Train with data for which the forward "
+                f"takes this branch, or keep the layer float with exclude=['{self.chain.name}']."
+            )
+        return torch.quantize_per_tensor(input.float(), scale, zero_point, self.activation_dtype)
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight for a forward that asks for its dtype or device; one with BatchNorm folded in has no values."""
+        pending = () if self.chain.batchnorm is None else self.pending
+        return Int8Tensor(self.op.weight(), self.chain.name, pending)
+
+    def extra_repr(self) -> str:
+        """The chain."""
+        return " → ".join((self.chain.kind, *self.chain.links))
+
+
+def _memory_format_of(x: Tensor) -> torch.memory_format:
+    if isinstance(x, Int8Tensor):
+        return x._memory_format
+    for dim, memory_format in ((4, torch.channels_last), (5, torch.channels_last_3d)):
+        if x.dim() == dim and x.is_contiguous(memory_format=memory_format) and not x.is_contiguous():
+            return memory_format
+    return torch.contiguous_format
+
+
+class Int8BatchNorm(nn.Module):
+    """The place of a BatchNorm that an int8 layer has folded in."""
+
+    link: str
+
+    def forward(self, input: Tensor) -> Tensor:
+        """``input`` itself, which is normalized already."""
+        if isinstance(input, Int8Tensor) and input.pending[:1] == (self.link,):
+            return input.passed(inplace=False)
+        raise NetworkError(
+            f"The BatchNorm {self.link!r} is folded into an int8 layer, because it followed it when the network was "
+            "prepared; this time its input comes from elsewhere. Give example_inputs= for which the forward takes this "
+            f"branch, or keep the BatchNorm apart with exclude=['{self.link}']."
+        )
+
+
+class _Int8Activation(_Layer):
+    link: str
+    inplace: bool
+
+    def forward(self, input: Tensor) -> Tensor:
+        """``input`` itself if an int8 layer has run this activation already."""
+        if isinstance(input, Int8Tensor) and input.pending[:1] == (self.link,):
+            return input.passed(self.inplace)
+        output: Tensor = super().forward(input)
+        return output
+
+
+class Int8ReLU(_Int8Activation, nn.ReLU):
+    """`nn.ReLU` that int8 layers may have fused."""
+
+
+class Int8ReLU6(_Int8Activation, nn.ReLU6):
+    """`nn.ReLU6` that int8 layers may have fused."""
+
+
+class Int8Hardtanh(_Int8Activation, nn.Hardtanh):
+    """`nn.Hardtanh` that int8 layers may have fused."""
+
+
+_LINKS: dict[type[nn.Module], type[nn.Module]] = {
+    nn.ReLU: Int8ReLU,
+    nn.ReLU6: Int8ReLU6,
+    nn.Hardtanh: Int8Hardtanh,
+}
+
+
+def make_int8(modules: dict[str, nn.Module], chain: Chain, activation_dtype: torch.dtype) -> Int8Layer:
+    """Turn the layers of a chain, float ones, into int8 ones whose weights and grids are yet to be filled in.
+
+    Args:
+        modules: Every module of the network by its name.
+        chain: Which of them.
+        activation_dtype: ``torch.quint8`` or ``torch.qint8``.
+    """
+    head = modules[chain.name]
+    op = _empty_op(head, chain)
+    become(head, Int8Layer, chain=chain, pending=chain.links, activation_dtype=activation_dtype)
+    for contents in (head._parameters, head._buffers, head._modules):
+        contents.clear()
+    head.register_buffer("input_scale", torch.tensor(0.0))
+    head.register_buffer("input_zero_point", torch.tensor(0))
+    if chain.calls > 1:
+        head.register_buffer("later_grids", torch.zeros(chain.calls - 1, 4, dtype=torch.float64))
+    head.op = op
+    for name in chain.links:
+        link = modules[name]
+        if name == chain.batchnorm:
+            become(link, Int8BatchNorm, link=name)
+            link._parameters.clear()
+            link._buffers.clear()
+        elif type(link) in _LINKS:
+            become(link, _LINKS[type(link)], link=name)
+    assert isinstance(head, Int8Layer)
+    head.begin_forward(False)
+    return head
+
+
+def _empty_op(head: Any, chain: Chain) -> nn.Module:
+    kind = _OPS[chain.kind, chain.activation is not None]
+    # The constructor packs a weight, which another one takes the place of: the smallest will do.
+    if chain.kind == "Linear":
+        op = kind(1, 1)
+        op.in_features, op.out_features = head.in_features, head.out_features
+        return op
+    # The pads of every side, which are the same on both: also what padding='same' came to.
+    pads = tuple(head._reversed_padding_repeated_twice[::-2])
+    op = kind(1, 1, (1,) * len(pads), stride=head.stride, padding=pads, dilation=head.dilation)
+    for name in ("in_channels", "out_channels", "kernel_size", "groups"):
+        setattr(op, name, getattr(head, name))
+    return op

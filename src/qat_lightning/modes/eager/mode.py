@@ -1,0 +1,368 @@
+"""Eager mode: the user's own ``forward`` runs in every phase, whatever its control flow; only layers are replaced.
+
+One run on the example shows which BatchNorm and activation follow which layer (`eager_chains`). Prepared, each of
+these layers rounds in its own place (`eager_layers`); converted, the int8 kernel of a chain sits in the place of its
+first layer, and integers go from one kernel to the next (`eager_int8`).
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from qat_lightning.errors import CheckpointMismatchError, ConversionError, NetworkError
+from qat_lightning.graph.example import Example, in_float32
+from qat_lightning.layers.qat_modules import make_batchnorm_freezable, round_for_good
+from qat_lightning.modes.eager.calls import LATER, Grids, count_in, grids_of
+from qat_lightning.modes.eager.chains import Chain, find_chains, float_functions, join, observe, run_apart
+from qat_lightning.modes.eager.check import check_layers, run
+from qat_lightning.modes.eager.coverage import REPORTED, eager_rows
+from qat_lightning.modes.eager.forwards import take_forwards_as_a_whole, with_calls
+from qat_lightning.modes.eager.int8 import Int8Layer, make_int8
+from qat_lightning.modes.eager.layers import HEADS, LINKS, ChainHead, become, without_fast_paths
+from qat_lightning.modes.eager.outputs import plain_outputs
+from qat_lightning.modes.left_float import follow_checkpoints, leave_weights_float, with_reasons
+from qat_lightning.modes.other_quantization import refuse_other_quantization
+from qat_lightning.modes.precision import refuse_mixed
+from qat_lightning.modes.prepared import (
+    PreparedState,
+    copy_of_modules,
+    cpu_copy,
+    follow_course,
+    is_prepared,
+    prepared_state,
+    refuse_simulated,
+    set_phase,
+)
+from qat_lightning.modes.protocol import Converted, LayerCheck, LayerCoverage, WholeCheck
+from qat_lightning.modes.qconfig import make_qconfig
+from qat_lightning.numerics.grid import EPS
+from qat_lightning.numerics.recomputation import keep_tapes
+from qat_lightning.settings.backends import quantized_engine
+from qat_lightning.settings.recipe import Recipe
+
+
+class EagerMode:
+    """`Mode` for ``mode="eager"``."""
+
+    def prepare(self, network: nn.Module, example: Example, recipe: Recipe, *, prefix: str = "") -> nn.Module:
+        """Put fake-quant into the layers of ``network``, which stays the same object; see `Mode.prepare`."""
+        if is_prepared(network):
+            raise NetworkError(f"{type(network).__name__} is prepared for quantization already.")
+        refuse_other_quantization(network)
+        refuse_mixed(network, example)
+        keep_tapes()
+        observation = observe(network, example)
+        float_network = copy_of_modules(network)
+        chains, reasons = find_chains(network, observation, recipe, prefix)
+        if not any(chain.reached for chain in chains):
+            reasons |= {chain.name: "the example does not run it" for chain in chains}
+            why = "; ".join(f"{name or 'itself'}: {reason}" for name, reason in list(reasons.items())[:12])
+            raise NetworkError(
+                f"There is nothing to quantize in {type(network).__name__}: "
+                f"{why or 'it has no convolution and no linear layer'}. Look at include and exclude, or give "
+                "example_inputs= with which its forward runs such a layer, or another module=."
+            )
+        without_fast_paths(network)
+        make_batchnorm_freezable(network)
+        modules = _modules(network)
+        chains = with_calls(chains, observation, modules)
+        for chain in chains:
+            _make_head(modules, chain, recipe)
+        for chain in chains:
+            if chain.grid_of is not None:
+                modules[chain.name].__dict__["grid_of"] = (modules[chain.grid_of],)
+        plan = {
+            "chains": [chain.to_dict() for chain in chains],
+            "float": reasons,
+            "functions": float_functions(observation),
+        }
+        network._quantization = PreparedState(self, recipe, float_network, prefix=prefix, plan=plan)
+        follow_course(network)
+        take_forwards_as_a_whole(network, observation)
+        follow_checkpoints(network)
+        _check_same(network, example, observation.result)
+        return network
+
+    def convert(self, prepared: nn.Module, example: Example) -> Converted:
+        """Put int8 kernels into a copy of the float network, and verify each; see `Mode.convert`."""
+        refuse_simulated(prepared_state(prepared).recipe)
+        with _quiet():
+            return self._convert(prepared, in_float32(example))
+
+    def _convert(self, prepared: nn.Module, example: Example) -> Converted:
+        state = prepared_state(prepared)
+        target = state.recipe.target
+        heads = _heads(prepared)
+        plan = _plan_of_seen(state.plan, heads, state.left_float)
+        if not plan["chains"] and not state.left_float:
+            raise ConversionError(
+                f"No range was ever observed in {type(state.float_network).__name__}: train at least one step on "
+                "finite values before converting."
+            )
+        network = self.skeleton(copy.deepcopy(state.float_network).float(), plan, state.recipe)
+        with quantized_engine(target.engine):
+            for layer in _int8_layers(network).values():
+                _fill(layer, heads[layer.chain.name])
+            _load_rest(network, prepared)
+            checks, whole = check_layers(prepared, network, heads, _int8_layers(network), example, target)
+        notes = [*_notes(plan, checks), *_in_words(whole)]
+        rows, operations = eager_rows(_coverage(state, plan), state.float_network, plan, example)
+        return Converted(network, rows, checks, notes, operations, whole)
+
+    def coverage(self, prepared: nn.Module, example: Example) -> list[LayerCoverage]:
+        """See `Mode.coverage`."""
+        state = prepared_state(prepared)
+        rows = with_reasons(_coverage(state, state.plan), state.left_float)
+        rows, operations = eager_rows(rows, state.float_network, state.plan, example)
+        return [*rows, *operations]
+
+    def parts(self, prepared: nn.Module) -> list[str]:
+        """See `Mode.parts`."""
+        return [name for name, head in _heads(prepared).items() if not head.left_float]
+
+    def leave_float(self, prepared: nn.Module, names: Collection[str], example: Example | None) -> None:
+        """See `Mode.leave_float`."""
+        if example is not None:
+            _give_own_input_range(prepared, names, example)
+        leave_weights_float(prepared, names)
+
+    def skeleton(self, network: nn.Module, plan: Mapping[str, Any], recipe: Recipe) -> nn.Module:
+        """Give a float network the structure of the int8 one, to load an int8 ``state_dict`` into.
+
+        Args:
+            network: The float network, freshly made by its code; changed in place.
+            plan: ``quantization_plan`` of the int8 network: plain values only.
+            recipe: What it was prepared with.
+
+        Returns:
+            ``network``, its weights and grids not yet filled in. Loading into it packs weights for the engine that is
+            current, so load inside `qat_lightning.settings.backends.quantized_engine`.
+
+        Raises:
+            CheckpointMismatchError: The network has no such layers.
+        """
+        without_fast_paths(network)
+        modules = _modules(network)
+        dtype = torch.quint8 if recipe.target.activation_dtype is torch.uint8 else torch.qint8
+        with quantized_engine(recipe.target.engine), _quiet():
+            for values in plan["chains"]:
+                chain = Chain(**values)
+                missing = [name for name in (chain.name, *chain.links) if name not in modules]
+                if missing or type(modules[chain.name]).__name__ != chain.kind:
+                    raise CheckpointMismatchError(
+                        f"{type(network).__name__} is not the network that was quantized: it should have a "
+                        f"{chain.kind} at {chain.name!r}{f' and modules at {missing}' if missing else ''}. Give the "
+                        "float network as its code makes it, with the arguments of then."
+                    )
+                make_int8(modules, chain, dtype)
+        for parameter in network.parameters():
+            parameter.requires_grad_(False)
+        network.register_forward_hook(plain_outputs)
+        count_in(network)
+        network.__dict__["quantization_plan"] = dict(plan)
+        return network.eval()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Hold back what upstream says on every use of its quantized tensors: pyproject's range of torch is the answer."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*quantized tensor creation functions.*")
+        warnings.filterwarnings("ignore", message=".*torch\\.ao\\.quantization.*", category=DeprecationWarning)
+        yield
+
+
+def _modules(network: nn.Module) -> dict[str, nn.Module]:
+    return dict(network.named_modules(remove_duplicate=False))
+
+
+def _int8_layers(network: nn.Module) -> dict[str, Int8Layer]:
+    return {name: module for name, module in _modules(network).items() if isinstance(module, Int8Layer)}
+
+
+def _heads(prepared: nn.Module) -> dict[str, ChainHead]:
+    """The heads of all chains of a prepared network, by name."""
+    heads = {}
+    for values in prepared_state(prepared).plan["chains"]:
+        head = prepared.get_submodule(values["name"])
+        assert isinstance(head, ChainHead)
+        heads[values["name"]] = head
+    return heads
+
+
+@torch.no_grad()
+def _give_own_input_range(prepared: nn.Module, names: Collection[str], example: Example) -> None:
+    """Copy the output range of layers that are about to be left float to the inputs that were on its grid so far."""
+    probe = cpu_copy(prepared)
+    heads, own = _heads(probe), _heads(prepared)
+    leaving = {id(grids.output_fake_quant) for name in names for grids in heads[name].grids}
+    for head in heads.values():
+        head.taps = []
+    run(probe, example)
+    for name, head in heads.items():
+        for tap in head.taps or ():
+            if id(tap.grid) in leaving:
+                own[name].grids[tap.number].input_fake_quant.widen_to(tap.grid)
+
+
+def _make_head(modules: dict[str, nn.Module], chain: Chain, recipe: Recipe) -> None:
+    head: Any = modules[chain.name]
+    qconfig = make_qconfig(recipe)
+    for name in chain.links:
+        if type(modules[name]) in LINKS:
+            become(modules[name], LINKS[type(modules[name])])
+    become(head, HEADS[type(head)], links=tuple(modules[name] for name in chain.links), grid_of=(), taps=None)
+    # The same children whatever the example did, but for the number of its calls, which a checkpoint is adapted to.
+    head.weight_fake_quant = qconfig.weight()
+    head.input_fake_quant = qconfig.activation()
+    head.output_fake_quant = qconfig.activation()
+    head.weight_fake_quant.materialize(head.weight)
+    if chain.calls > 1:
+        later = [Grids(number, qconfig.activation(), qconfig.activation()) for number in range(1, chain.calls)]
+        head.add_module(LATER, nn.ModuleList(later))
+    head.begin_forward(False)
+    for grids in head.grids:
+        if chain.activation is not None:
+            grids.output_fake_quant.begins_at_zero(math.inf if chain.limit is None else chain.limit)
+    for child in head.children():
+        child.to(head.weight.device).train(head.training)
+
+
+def _check_same(network: nn.Module, example: Example, expected: Any) -> None:
+    """Without rounding, a prepared network has to compute what the float network did."""
+    set_phase(network, fake_quant=False, observers=True, batchnorm_frozen=False)
+    actual = _tensors(run_apart(network, example))
+    set_phase(network, fake_quant=True, observers=True, batchnorm_frozen=False)
+    for one, other in zip(_tensors(expected), actual, strict=True):
+        if one.shape != other.shape or not torch.allclose(one, other, rtol=1e-3, atol=1e-4, equal_nan=True):
+            raise NetworkError(
+                f"{type(network).__name__}.forward computes something else once its layers are prepared for "
+                "quantization: it looks at the types or the number of its children (as self[-1] in an nn.Sequential "
+                "does: name the parts with module= instead), or it does not compute the same twice."
+            )
+
+
+def _plan_of_seen(
+    plan: Mapping[str, Any], heads: Mapping[str, ChainHead], left_float: Mapping[str, str]
+) -> dict[str, Any]:
+    """The plan without the chains that are left float, or whose output was never observed; the reason says so."""
+    chains = [
+        chain
+        for chain in plan["chains"]
+        if heads[chain["name"]].output_fake_quant.seen and not heads[chain["name"]].left_float
+    ]
+    unseen = {
+        chain["name"]: left_float.get(chain["name"], "its range was never observed, because training did not run it")
+        for chain in plan["chains"]
+        if chain not in chains
+    }
+    return {**plan, "chains": chains, "float": {**plan["float"], **unseen}}
+
+
+@torch.no_grad()
+def _fill(layer: Int8Layer, head: ChainHead) -> None:
+    """Pack the present weight, rounded as training rounds it, and take over the grids."""
+    scale, zero_point = head.output_fake_quant.calculate_qparams()
+    layer.op.scale, layer.op.zero_point = float(scale), int(zero_point)
+    in_scale = None
+    if head.input_grid.seen:
+        in_scale, in_zero_point = head.input_grid.calculate_qparams()
+        layer.input_scale.copy_(in_scale)
+        layer.input_zero_point.copy_(in_zero_point)
+    in_scales = [] if in_scale is None else [in_scale]
+    for number, grids in enumerate(head.grids[1:]):
+        # What training never came to has the grids of the first call.
+        layer.later_grids[number] = grids_of(grids if grids.output_fake_quant.seen else head)
+        in_scales += [value for value in layer.later_grids[number, :1].float() if value > 0]
+    weight, bias = head.folded()
+    fq = head.weight_fake_quant
+    weight = round_for_good(weight, fq)
+    scales, _ = fq.calculate_qparams()
+    scales = _holding(scales, weight, bias, min(in_scales, default=scale), scale)
+    if fq.per_channel:
+        zeros = torch.zeros_like(scales, dtype=torch.int64)
+        packed = torch.quantize_per_channel(weight, scales.double(), zeros, 0, torch.qint8)
+    else:
+        packed = torch.quantize_per_tensor(weight, float(scales), 0, torch.qint8)
+    layer.op.set_weight_bias(packed, bias)
+
+
+def _holding(scales: Tensor, weight: Tensor, bias: Tensor | None, in_scale: Tensor, out_scale: Tensor) -> Tensor:
+    """Weight scales with which the bias fits into 32 bits, in units of input scale times weight scale.
+
+    A channel whose weight is 0, as behind a BatchNorm weight of 0, is 0 on any grid; the smallest scale would let its
+    bias overflow in QNNPACK, which holds it as an int32.
+    """
+    largest = weight.abs().flatten(1).amax(1) if scales.dim() else weight.abs().max()
+    scales = torch.where(largest == 0, out_scale, scales)
+    if bias is None:
+        return scales
+    needed = bias.abs() / (in_scale * 2.0**30)
+    return torch.maximum(scales, needed if scales.dim() else needed.max()).clamp(min=EPS)
+
+
+def _load_rest(network: nn.Module, prepared: nn.Module) -> None:
+    """Give the int8 network all trained values that are not in int8 layers, through a strict ``state_dict``."""
+    layers = _int8_layers(network)
+    inside = tuple(f"{name}." if name else "" for name in layers)
+    packed = {layer: layer._modules.pop("op") for layer in set(layers.values())}  # which loading would pack anew
+    try:
+        trained, state = prepared.state_dict(), network.state_dict()
+        state.update({key: trained[key] for key in state if not key.startswith(inside)})
+        network.load_state_dict(state)
+    finally:
+        for layer, op in packed.items():
+            layer._modules["op"] = op
+    buffers = dict(prepared.named_buffers())
+    for name, buffer in network.named_buffers():
+        if name not in state and name in buffers:
+            buffer.data = buffers[name].detach().clone()
+
+
+def _in_words(whole: WholeCheck | None) -> list[str]:
+    if whole is None:
+        return []
+    return [f"On the example, the int8 network as a whole is {whole.sqnr_db:.1f} dB from fake-quant."]
+
+
+def _tensors(outputs: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+
+def _notes(plan: Mapping[str, Any], checks: list[LayerCheck]) -> list[str]:
+    notes = []
+    checked = {check.name for check in checks}
+    unchecked = [chain["name"] for chain in plan["chains"] if chain["name"] not in checked]
+    if unchecked:
+        notes.append(f"Not compared with fake-quant, because the example does not run them: {', '.join(unchecked)}.")
+    if plan["functions"]:
+        ran = ", ".join(f"{name} ({count})" for name, count in plan["functions"].items())
+        notes.append(f"Functions stay float in mode='eager': {ran}.")
+    return notes
+
+
+def _coverage(state: PreparedState, plan: Mapping[str, Any]) -> list[LayerCoverage]:
+    int8 = {chain["name"] for chain in plan["chains"]}
+    rows = []
+    for name, module in state.float_network.named_modules():
+        if isinstance(module, REPORTED):
+            reason = "" if name in int8 else _why_float(state, plan, name, module)
+            rows.append(LayerCoverage(name, type(module).__name__, name in int8, reason))
+    return rows
+
+
+def _why_float(state: PreparedState, plan: Mapping[str, Any], name: str, module: nn.Module) -> str:
+    if name in plan["float"]:
+        return str(plan["float"][name])
+    if not state.recipe.selects(join(state.prefix, name)):
+        return "excluded"
+    return f"{type(module).__name__} is not quantized in mode='eager'"

@@ -1,0 +1,1 @@
+"""Mode fx: a symbolic trace, prepared and converted by PyTorch's FX passes."""

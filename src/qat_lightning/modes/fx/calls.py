@@ -1,0 +1,100 @@
+"""The calls of a traced graph in the form that upstream's prepare and convert take for granted."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from qat_lightning.layers.relu_rounding import writes_in_place
+
+_CONVOLUTION_ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+_CONVOLUTION_DEFAULTS = (None, None, None, 1, 0, 1, 1)
+
+
+def give_all_arguments(graph: fx.Graph) -> None:
+    """Write functional layers with their arguments in order, which upstream's lowering takes for granted."""
+    for node in graph.nodes:
+        if node.op == "call_function" and node.target is F.linear and ({"input", "weight"} & node.kwargs.keys()):
+            given = dict(zip(("input", "weight", "bias"), node.args, strict=False)) | node.kwargs
+            node.args, node.kwargs = (given["input"], given["weight"], given.get("bias")), {}
+        if node.op == "call_function" and node.target in (F.conv1d, F.conv2d, F.conv3d):
+            given = dict(zip(_CONVOLUTION_ARGUMENTS, node.args, strict=False)) | node.kwargs
+            defaults = zip(_CONVOLUTION_ARGUMENTS, _CONVOLUTION_DEFAULTS, strict=True)
+            weight, bias, *rest = (given.get(name, default) for name, default in list(defaults)[1:])
+            dims = 1 + [F.conv1d, F.conv2d, F.conv3d].index(node.target)
+            each = [(value,) * dims if isinstance(value, int) else value for value in rest[:3]]
+            node.args = (given["input"], weight, bias, *each, rest[3])
+            node.kwargs = {}
+
+
+def read_what_was_written(graph_module: fx.GraphModule) -> None:
+    """Let whoever reads a tensor after ``x.relu_()`` or the like read the result of that call.
+
+    It is the same tensor. But what is put between a tensor and its readers, such as its rounding, stands where the
+    tensor is made, and would not see what was written later.
+    """
+    order = {node: number for number, node in enumerate(graph_module.graph.nodes)}
+    for node in graph_module.graph.nodes:
+        module = graph_module.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if writes_in_place(node, module) and node.args and isinstance(node.args[0], fx.Node):
+            node.args[0].replace_all_uses_with(
+                node,
+                delete_user_cb=lambda user, node=node: order[user] > order[node],  # type: ignore[misc]
+            )
+
+
+_STATELESS = (nn.ReLU, nn.Identity, nn.modules.dropout._DropoutNd, nn.Flatten, nn.Unflatten)
+"""Layers that may be called from several places as one: they have no range of their own."""
+
+
+def one_module_a_call(graph_module: fx.GraphModule) -> None:
+    """Give each call of a shared layer a module of its own, with the same parameters.
+
+    Every call has its own output range, and one may be followed by a BatchNorm to fold where another is not. Layers
+    with buffers (BatchNorm) stay one, since a buffer that moves to another device would part.
+    """
+    calls: dict[nn.Module, list[fx.Node]] = {}
+    for node in graph_module.graph.nodes:
+        if node.op == "call_module":
+            calls.setdefault(graph_module.get_submodule(str(node.target)), []).append(node)
+    for module, nodes in calls.items():
+        shareable = isinstance(module, _STATELESS) or any(True for _ in module.buffers())
+        if shareable or any(True for _ in module.children()):
+            continue
+        for number, node in enumerate(nodes[1:], start=1):
+            alias = module.__class__.__new__(module.__class__)
+            alias.__dict__.update(module.__dict__)
+            alias.__dict__["_parameters"] = module._parameters.copy()
+            name = f"{node.target}_call_{number}"
+            graph_module.add_submodule(name, alias)
+            node.target = name
+    graph_module.recompile()
+
+
+def unfoldable_batchnorms(graph_module: fx.GraphModule) -> list[nn.Module]:
+    """The BatchNorms that fold into no layer: called from several places, or without running statistics."""
+    calls: dict[nn.Module, int] = {}
+    for node in graph_module.graph.nodes:
+        if node.op == "call_module":
+            module = graph_module.get_submodule(str(node.target))
+            calls[module] = calls.get(module, 0) + 1
+    return [
+        module
+        for module, count in calls.items()
+        if isinstance(module, _BatchNorm) and (count > 1 or module.running_mean is None)
+    ]
+
+
+_LOOKS = {"size", "dim", "numel", "eq", "ne", "getattr", "getitem"}
+"""Names of functions and methods that only look at what they are given."""
+
+
+def drop_unread(graph: fx.Graph) -> None:
+    """Drop what is looked at for nothing, such as a shape for a message: it would stand between layers to be fused."""
+    for node in reversed(list(graph.nodes)):
+        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+        if not node.users and (
+            node.op == "get_attr" or (node.op in ("call_function", "call_method") and name in _LOOKS)
+        ):
+            graph.erase_node(node)

@@ -1,0 +1,181 @@
+"""Which ops of an FX network are int8: of the prepared network what conversion will do, of the int8 one what it did."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from qat_lightning.graph.example import Example
+from qat_lightning.modes.coverage import MOVES, MOVING_MODULES, flops_of, is_float, macs_of, merged
+from qat_lightning.modes.fx.config import LEFT_FLOAT, backend_config
+from qat_lightning.modes.fx.layers import UNSEEN
+from qat_lightning.modes.fx.passes import OWN_GRIDS
+from qat_lightning.modes.places import op_name, rounding_of
+from qat_lightning.modes.prepared import prepared_state
+from qat_lightning.modes.protocol import LayerCoverage
+from qat_lightning.modes.recording import example_values, run_of
+
+_WRITE_INSTEAD: dict[Any, tuple[str, str]] = {
+    torch.relu: ("torch.relu", "F.relu or nn.ReLU"),
+    torch.relu_: ("torch.relu_", "F.relu or nn.ReLU"),
+    torch.max_pool2d: ("torch.max_pool2d", "F.max_pool2d or nn.MaxPool2d"),
+    torch.conv2d: ("torch.conv2d", "F.conv2d or nn.Conv2d"),
+    torch.batch_norm: ("torch.batch_norm", "nn.BatchNorm2d"),
+    operator.matmul: ("the operator @", "torch.matmul"),
+}
+"""Functions that mode fx does not know, and what it does."""
+
+
+class FxOperations:
+    """Finds the rows of the ops.
+
+    Args:
+        prepared: The prepared network, on the CPU, in evaluation.
+        example: One call of it.
+        layers: The names of the layers, which have rows of their own.
+        values: Of the nodes of its graph in a call; None to run it for them.
+    """
+
+    def __init__(
+        self, prepared: nn.Module, example: Example, layers: set[str], values: Mapping[str, Any] | None = None
+    ) -> None:
+        self.state = prepared_state(prepared)
+        self.plan = self.state.plan
+        self.example, self.layers = example, layers
+        self.modules = dict(prepared.named_modules(remove_duplicate=False))
+        self.prepared = prepared
+        graph: Any = prepared.graph
+        self.values = run_of(prepared, graph, example_values(graph, example)) if values is None else values
+        self.known = {config.pattern for config in backend_config().configs}
+
+    def rows(self, done: Mapping[str, bool] | None = None, unseen: Collection[str] = ()) -> list[LayerCoverage]:
+        """A row for each op; those inside a layer have its name.
+
+        Args:
+            done: Whether each node that the int8 graph still has yields integers; the others went into kernels. None
+                for what conversion is going to make.
+            unseen: Names of nodes behind which no range was ever observed.
+        """
+        found = []
+        for node in self.plan.graph.nodes:
+            if not self._computes(node):
+                continue
+            quantized = self._will_be(node) if done is None else done.get(node.name, True)
+            name = self._name(node)
+            reason = "" if quantized else UNSEEN if self._reads(node, unseen) else self._why(node)
+            macs = macs_of(flops_of(node, self.values, self.prepared), self.example)
+            found.append(LayerCoverage(name, self._kind_name(node), quantized, reason, what="op", macs=macs))
+        return merged(found)
+
+    def _reads(self, node: fx.Node, unseen: Collection[str]) -> bool:
+        """Whether an op takes or yields a value whose range is not known."""
+        sources = [node]
+        for source in node.all_input_nodes:
+            sources.append(source if rounding_of(self._module(source)) is None else source.all_input_nodes[0])
+        return any(source.name in unseen for source in sources)
+
+    def _computes(self, node: fx.Node) -> bool:
+        if node.op in ("placeholder", "get_attr", "output") or not is_float(self.values.get(node.name)):
+            return False
+        module = self._module(node)
+        if module is None:
+            return op_name(node.target) not in MOVES
+        name = str(node.target).partition("_call_")[0]
+        return rounding_of(module) is None and name not in self.layers and not isinstance(module, MOVING_MODULES)
+
+    def _module(self, node: fx.Node) -> nn.Module | None:
+        return self.modules.get(str(node.target)) if node.op == "call_module" else None
+
+    def _name(self, node: fx.Node) -> str:
+        if node.op == "call_module":
+            return str(node.target)
+        scope: str = self.plan.scopes.get(node.name, "")
+        if scope in self.layers:
+            return scope
+        return f"{scope}.{node.name}" if scope else node.name
+
+    def _kind(self, node: fx.Node) -> Any:
+        module = self._module(node)
+        if module is None:
+            return node.target
+        # A BatchNorm that a flag freezes is of a class of ours.
+        kind = type(module)
+        return next((base for base in kind.__mro__ if base in self.known or base in LEFT_FLOAT), kind)
+
+    def _kind_name(self, node: fx.Node) -> str:
+        module = self._module(node)
+        return op_name(node.target) if module is None else type(module).__name__.removeprefix("Freezable")
+
+    def _selected(self, node: fx.Node) -> bool:
+        scope = str(node.target) if node.op == "call_module" else self.plan.scopes.get(node.name, "")
+        recipe, prefix = self.state.recipe, self.state.prefix
+        name = ".".join(part for part in (prefix, scope) if part)
+        return recipe.selects(name) if scope else not recipe.include
+
+    def _will_be(self, node: fx.Node) -> bool:
+        if node.name in self.plan.dropped:
+            return True
+        kind = self._kind(node)
+        if node.name in {*self.plan.float_ops, *self.state.left_float} or not self._selected(node):
+            return False
+        if kind in LEFT_FLOAT or kind not in self.known:
+            return False
+        # Not a bias, which no rounding is for: kernels have it in float.
+        sources = [source for source in node.all_input_nodes if source.op != "get_attr"]
+        tensors = [source for source in sources if is_float(self.values.get(source.name))]
+        return all(self._on_grid(source) for source in tensors) and self._is_rounded(node)
+
+    def _on_grid(self, node: fx.Node) -> bool:
+        """Whether a value is one that was rounded, perhaps moved since, or what a ReLU takes from the op before it."""
+        module = self._module(node)
+        if module is not None and rounding_of(module) is not None:
+            return True
+        if self._computes(node) or node.op in ("placeholder", "get_attr"):
+            return len(node.users) == 1 and node.op not in ("placeholder", "get_attr") and self._will_be(node)
+        sources = [s for s in node.all_input_nodes if is_float(self.values.get(s.name))]
+        return bool(sources) and all(self._on_grid(source) for source in sources)
+
+    def _is_rounded(self, node: fx.Node) -> bool:
+        """Whether what an op yields is rounded, behind a ReLU and what only moves values if not at once."""
+        for user in node.users:
+            module = self._module(user)
+            if module is not None and rounding_of(module) is not None:
+                return True
+            follows = user.name in self.plan.dropped or _is_relu(user, module) or not self._computes(user)
+            if user.op != "output" and follows and self._is_rounded(user):
+                return True
+        return False
+
+    def _why(self, node: fx.Node) -> str:
+        kind, name = self._kind(node), self._kind_name(node)
+        if node.name in self.state.left_float:
+            return self.state.left_float[node.name]
+        if not self._selected(node):
+            return "excluded"
+        if kind in LEFT_FLOAT:
+            return f"{name} is not quantized in mode='fx'"
+        if kind in _WRITE_INSTEAD:
+            unknown, known = _WRITE_INSTEAD[kind]
+            return f"mode='fx' does not know {unknown}: write {known}"
+        if isinstance(self._module(node), nn.modules.batchnorm._BatchNorm):
+            return "a BatchNorm behind no layer, or called from several places, folds into no layer"
+        if node.name in self.plan.float_ops and self.state.recipe.target.engine == "qnnpack" and _clamps(kind):
+            return "QNNPACK's clamp misplaces channels-last values"
+        if node.name in self.plan.float_ops:
+            return f"{'' if kind in OWN_GRIDS else 'with a number, '}its int8 kernel has another grid"
+        if kind not in self.known:
+            return f"mode='fx' has no int8 kernel for {name}"
+        return "what it takes, or what it yields, is not rounded"
+
+
+def _is_relu(node: fx.Node, module: nn.Module | None) -> bool:
+    return isinstance(module, (nn.ReLU, nn.ReLU6)) or node.target in (F.relu, F.relu6, "relu", "relu_")
+
+
+def _clamps(kind: Any) -> bool:
+    return kind in (nn.ReLU6, nn.Hardtanh, F.relu6, F.hardtanh, F.hardtanh_, torch.clamp, "clamp", "clamp_")

@@ -1,0 +1,225 @@
+"""The example as metadata, in several sizes: shapes, types and devices of each value in a trace, without the values.
+
+A size on which all calls agree is the network's own. One that is another in another call comes from that: from the
+number of samples, or from the height, width or length of the inputs.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import operator
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from qat_lightning.graph.example import Example
+from qat_lightning.graph.signature import batch_size, has_batch
+from qat_lightning.graph.structures import look_into
+from qat_lightning.modes.prepared import copy_of_modules
+
+_LOG = logging.getLogger("torch._subclasses.fake_tensor")
+"""Upstream reports what fails there, which is expected here."""
+
+EXAMPLE, MORE, ONE = "the example", "more samples", "one sample"
+LARGER, NUMBERS = "another size", "other numbers"
+"""The calls that are followed; in the last one the numbers among the inputs are others."""
+
+
+class CallFails(BaseException):
+    """One of the calls fails where the example does not; no `Exception`, which a ``forward`` may catch.
+
+    Args:
+        call: Which one.
+    """
+
+    def __init__(self, call: str) -> None:
+        super().__init__(call)
+        self.call = call
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to follow through a network besides the example itself.
+
+    Attributes:
+        samples: Which of `MORE` and `ONE`.
+        grows: Which dimensions are others in `LARGER`: ``"image"`` for all behind the second, ``"length"`` for all
+            that are as the second of the first input; empty for no such call.
+        numbers: Whether `NUMBERS` is one.
+    """
+
+    samples: tuple[str, ...] = (MORE, ONE)
+    grows: str = ""
+    numbers: bool = False
+
+    @property
+    def calls(self) -> tuple[str, ...]:
+        """All of them, the example first."""
+        return (EXAMPLE, *self.samples, *([LARGER] if self.grows else []), *([NUMBERS] if self.numbers else []))
+
+    @property
+    def is_last(self) -> bool:
+        """Whether all but the number of samples is as in the example."""
+        return not (self.grows or self.numbers)
+
+    def fixing(self, call: str) -> Plan:
+        """The plan with what is another in `LARGER` or in `NUMBERS` as it is in the example."""
+        return Plan(self.samples, "" if call == LARGER else self.grows, self.numbers and call != NUMBERS)
+
+    def without(self, call: str, example: Example) -> Plan:
+        """The plan without a call that fails; without more samples no other number of them is tried."""
+        if call == LARGER:
+            return Plan(self.samples, next(_ways(example, after=self.grows), ""), self.numbers)
+        if call == NUMBERS:
+            return self.fixing(NUMBERS)
+        return Plan((MORE,) if call == ONE else (), self.grows, self.numbers)
+
+
+def first_plan(example: Example) -> Plan:
+    """All calls that there are for an example."""
+    leaves = pytree.tree_leaves((example.args, example.kwargs))
+    return Plan(grows=next(_ways(example), ""), numbers=any(map(is_number, leaves)))
+
+
+def is_number(leaf: Any) -> bool:
+    """Whether an input is a number, and no flag."""
+    return isinstance(leaf, (int, float)) and not isinstance(leaf, bool)
+
+
+def _ways(example: Example, after: str = "") -> Iterator[str]:
+    """Ways in which inputs are of another size, other than the ones up to ``after``."""
+    ways = ("image", "length")
+    tensors = [leaf for leaf in pytree.tree_leaves((example.args, example.kwargs)) if isinstance(leaf, Tensor)]
+    for way in ways[ways.index(after) + 1 if after else 0 :]:
+        if any(_larger(leaf, example, way) != list(leaf.shape) for leaf in tensors):
+            yield way
+
+
+class Calls:
+    """Runs single operations for each call of a plan, on tensors that have no values.
+
+    Args:
+        example: One call.
+        plan: The calls.
+    """
+
+    def __init__(self, example: Example, plan: Plan) -> None:
+        look_into(example.args, example.kwargs)
+        self.names = plan.calls
+        self._mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self._copies: dict[nn.Module, nn.Module] = {}
+        self.running = False
+        made = {
+            EXAMPLE: lambda leaf: leaf.shape,
+            MORE: lambda leaf: _samples(leaf, example, lambda size: 2 * size + 3),
+            ONE: lambda leaf: _samples(leaf, example, lambda size: 1),
+            LARGER: lambda leaf: _larger(leaf, example, plan.grows),
+            NUMBERS: lambda leaf: leaf.shape,
+        }
+        self.inputs = [self._as_fake(example, made[name], other=name == NUMBERS) for name in self.names]
+
+    def _as_fake(self, example: Example, shape: Callable[[Tensor], Any], *, other: bool) -> Example:
+        def fake(leaf: Any) -> Any:
+            if not isinstance(leaf, Tensor):
+                return 2 * leaf + 1 if other and is_number(leaf) else leaf
+            with self._mode:
+                return torch.empty(tuple(shape(leaf)), dtype=leaf.dtype)
+
+        return Example(*pytree.tree_map(fake, (example.args, example.kwargs)))
+
+    def known(self, root: nn.Module, path: str) -> tuple[Any, ...] | None:
+        """A tensor of the network in each call; None if it is no tensor."""
+        with self.aside():
+            tensor = operator.attrgetter(path)(root)
+        if not isinstance(tensor, Tensor):
+            return None
+        fake = tensor if isinstance(tensor, FakeTensor) else self._mode.from_tensor(tensor, static_shapes=True)
+        return tuple(fake for _ in self.names)
+
+    def run(self, node: fx.Node, values: dict[fx.Node, tuple[Any, ...]], root: nn.Module) -> tuple[Any, ...] | None:
+        """What a node yields in each call; None if that is not known without the values of tensors.
+
+        Raises:
+            CallFails: In one of the other calls it fails.
+        """
+        if any(source not in values for source in node.all_input_nodes):
+            return None
+        results = []
+        for number, name in enumerate(self.names):
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), _nth(values, number))
+            try:
+                results.append(self._run(node, args, kwargs, root))
+            except Exception as error:  # whatever it is, it is not known
+                if number == 0:
+                    return None
+                raise CallFails(name) from error
+        return tuple(results)
+
+    def _run(self, node: fx.Node, args: Any, kwargs: Any, root: nn.Module) -> Any:
+        with self.aside(), torch.no_grad():
+            if node.op == "call_module":
+                return self._call(root.get_submodule(str(node.target)), args, kwargs)
+            with self._mode:
+                if node.op == "call_method":
+                    return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+                target: Any = node.target
+                return target(*args, **kwargs)
+
+    def _call(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        """Call a module that is no part of the trace; what it notes in itself is noted in a copy."""
+        if not type(module).__module__.startswith("torch.nn."):
+            module = self._copies.setdefault(module, copy_of_modules(module))
+        try:
+            with self._mode:
+                return module(*args, **kwargs)
+        except Exception:  # noqa: BLE001 - it may look at values, or at the memory of tensors
+            given = pytree.tree_map(_with_values, (args, kwargs))
+            result = copy.deepcopy(module)(*given[0], **given[1])
+            look_into(result)
+            return pytree.tree_map(
+                lambda leaf: self._mode.from_tensor(leaf) if isinstance(leaf, Tensor) else leaf, result
+            )
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """What is called here is not traced, and draws from no generator of the process."""
+        state, before, silenced = random.getstate(), self.running, _LOG.disabled
+        self.running = _LOG.disabled = True
+        try:
+            with torch.random.fork_rng(devices=[]):
+                yield
+        finally:
+            self.running, _LOG.disabled = before, silenced
+            random.setstate(state)
+
+
+def _nth(values: dict[fx.Node, tuple[Any, ...]], number: int) -> Callable[[fx.Node], Any]:
+    return lambda node: values[node][number]
+
+
+def _samples(leaf: Tensor, example: Example, number: Callable[[int], int]) -> list[int]:
+    size = batch_size(example)
+    return [number(leaf.shape[0]), *leaf.shape[1:]] if has_batch(leaf, size) else list(leaf.shape)
+
+
+def _larger(leaf: Tensor, example: Example, grows: str) -> list[int]:
+    if grows == "image":
+        return [size if dim < 2 else 2 * size for dim, size in enumerate(leaf.shape)]
+    tensors = [other for other in pytree.tree_leaves((example.args, example.kwargs)) if isinstance(other, Tensor)]
+    length = next((other.shape[1] for other in tensors if other.ndim > 1), None)
+    return [2 * size if dim and size == length else size for dim, size in enumerate(leaf.shape)]
+
+
+def _with_values(leaf: Any) -> Any:
+    if not isinstance(leaf, FakeTensor):
+        return leaf
+    plain = torch.zeros(leaf.shape, dtype=leaf.dtype)
+    return torch.randn(leaf.shape, dtype=leaf.dtype) if leaf.is_floating_point() else plain

@@ -1,0 +1,52 @@
+"""Layers that upstream fuses with what is behind them and that stay float: under the float network's names only."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from torch.ao.nn.intrinsic.modules.fused import _FusedModule
+
+from qat_lightning.modes.fx.train_and_eval import set_module
+
+
+class FloatFused(nn.Module):
+    """In the place of upstream's fused module, whose children would show every tensor of theirs under a second name.
+
+    Args:
+        fused: A layer and what is behind it; the layer's tensors are those of this module, and a BatchNorm stays
+            registered where the float network has it.
+    """
+
+    def __init__(self, fused: Any) -> None:
+        super().__init__()
+        self.__dict__["fused"] = fused
+        layer: nn.Module = fused[0]
+        # The same tables: a tensor that is exchanged in one is so in the other.
+        for table in ("_parameters", "_buffers"):
+            self.__dict__[table] = layer.__dict__[table]
+        self._non_persistent_buffers_set = layer._non_persistent_buffers_set
+
+    def forward(self, *args: Any) -> Any:
+        """The layer and what is behind it."""
+        return self.__dict__["fused"](*args)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # Releases before saved the second names as well.
+        for key in [key for key in state_dict if key.startswith(prefix) and key[len(prefix)].isdigit()]:
+            del state_dict[key]
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def hide_second_names(network: nn.Module) -> None:
+    """Put `FloatFused` in the place of upstream's fused modules that hold no FakeQuantize."""
+    for path, module in list(network.named_modules()):
+        if isinstance(module, _FusedModule) and not hasattr(module, "weight_fake_quant") and len(module):
+            set_module(network, path, FloatFused(module))
+
+
+def show_fused(network: nn.Module) -> None:
+    """Undo `hide_second_names`, for upstream's converter."""
+    for path, module in list(network.named_modules()):
+        if isinstance(module, FloatFused):
+            set_module(network, path, module.__dict__["fused"])

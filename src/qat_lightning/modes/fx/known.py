@@ -1,0 +1,129 @@
+"""Values in a trace of which shape, type and device are known, and numbers that come from sizes."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, fx
+from torch.fx.proxy import Attribute, Proxy
+
+_NOT_KNOWN = frozenset({"requires_grad", "grad", "grad_fn", "is_leaf", "data_ptr", "_version", "item", "tolist"})
+"""What a tensor without values does not tell of the real one."""
+
+
+class Known(Proxy):
+    """A value of a trace that is known by example.
+
+    Args:
+        node: The node that yields it.
+        tracer: A `qat_lightning.modes.fx.shapes.ShapesTracer`.
+        values: What it is in each call that is followed.
+    """
+
+    def __init__(self, node: fx.Node, tracer: Any, values: tuple[Any, ...]) -> None:
+        super().__init__(node, tracer)
+        self.tracer: Any
+        self.values = values
+
+
+class KnownTensor(Known):
+    """A tensor: what depends on its shape, type and device is a plain value, and its values are not known."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name in _NOT_KNOWN and not (name == "requires_grad" and self.node.op == "get_attr"):
+            return Attribute(self, name)
+        value = getattr(self.values[0], name)  # and an AttributeError, as of a tensor
+        if callable(value):
+            return Attribute(self, name)
+        return self.tracer.create_proxy("call_function", getattr, (self, name), {})
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        self.tracer.assign(self, index, value)
+
+    def __len__(self) -> int:
+        return int(self.shape[0])
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter([operator.getitem(self, position) for position in range(len(self))])
+
+
+class KnownNumber(Known):
+    """A number, or what is asked of one, that is another in other calls: its arithmetic is part of the graph."""
+
+    def __bool__(self) -> bool:
+        return bool(self.tracer.decide(self))
+
+    def __int__(self) -> int:
+        return int(self.tracer.decide(self))
+
+    def __index__(self) -> int:
+        return int(self.tracer.decide(self))
+
+    def __float__(self) -> float:
+        return float(self.tracer.decide(self))
+
+    def __round__(self, digits: int | None = None) -> Any:
+        return round(self.tracer.decide(self), digits)
+
+    def __getattr__(self, name: str) -> Any:
+        getattr(self.values[0], name)  # a number has no others
+        return Attribute(self, name)
+
+
+class KnownKind(Known):
+    """A type or a device: as of the example where it is looked at, and of the tensor whenever the graph runs."""
+
+    @property
+    def value(self) -> Any:
+        """As of the example."""
+        return self.values[0]
+
+    def __eq__(self, other: object) -> bool:
+        return bool(self.value == plain(other))
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    def __hash__(self) -> int:
+        return hash(self.value)
+
+    def __str__(self) -> str:
+        return str(self.value)
+
+    def __format__(self, spec: str) -> str:
+        return format(self.value, spec)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.value, name)
+
+
+class Sizes(tuple[Any, ...]):
+    """The shape of a tensor in a trace: plain numbers, and those that come from the number of samples."""
+
+    __slots__ = ()
+
+    def numel(self) -> Any:
+        """The product, as of `torch.Size`."""
+        product: Any = 1
+        for size in self:
+            product = product * size
+        return product
+
+
+def plain(value: Any) -> Any:
+    """The type or device that stands behind a value; anything else as it is."""
+    return value.value if isinstance(value, KnownKind) else value
+
+
+def is_instance(value: Any, kinds: Any) -> bool:
+    """As ``isinstance``, for a value of a trace by what it stands for."""
+    if isinstance(value, kinds):
+        return True
+    if isinstance(value, Known):
+        return isinstance(value.values[0], kinds)
+    return isinstance(value, Sizes) and isinstance(_SIZE, kinds)
+
+
+_SIZE = Tensor().shape

@@ -1,0 +1,140 @@
+"""Which layers of an FX network are int8, and why others are not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
+
+from qat_lightning.modes.fx.config import LEFT_FLOAT
+from qat_lightning.modes.prepared import PreparedState
+from qat_lightning.modes.protocol import LayerCoverage
+from qat_lightning.settings.recipe import Recipe
+
+UNSEEN = "no finite range was ever observed for its input or its output"
+
+WEIGHTED = (
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+    nn.Linear,
+    nn.Embedding,
+    nn.EmbeddingBag,
+    nn.Bilinear,
+    nn.MultiheadAttention,
+    nn.RNNBase,
+    nn.RNNCellBase,
+)
+
+
+def join(prefix: str, name: str) -> str:
+    """A dotted name."""
+    return f"{prefix}.{name}" if prefix else name
+
+
+def no_kernel(module: nn.Module, recipe: Recipe) -> str:
+    """Why a layer's type is quantized and this one cannot be; empty if it can."""
+    if is_parametrized(module):
+        return (
+            "its weight is computed (parametrized), and is no parameter; "
+            "torch.nn.utils.parametrize.remove_parametrizations makes it one"
+        )
+    if isinstance(module, nn.Conv3d) and recipe.target.engine == "qnnpack":
+        return "QNNPACK cannot save the weight of a Conv3d"
+    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        if module.padding_mode != "zeros":
+            return f"padding_mode={module.padding_mode!r} has no int8 kernel"
+        if isinstance(module.padding, str) and not _pad_with_numbers(module):
+            return f"padding={module.padding!r} of an even kernel has no int8 kernel"
+    return ""
+
+
+def _pad_with_numbers(conv: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> bool:
+    """Write ``padding="same"`` or ``"valid"`` as the same numbers of both sides, if it is any."""
+    totals = [
+        0 if conv.padding == "valid" else d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)
+    ]
+    if any(total % 2 for total in totals):
+        return False
+    conv.padding = tuple(total // 2 for total in totals)
+    return True
+
+
+def layer_rows(state: PreparedState, network: nn.Module, used: set[str], unseen: set[str]) -> list[LayerCoverage]:
+    """The layers of a prepared network, or of the int8 one.
+
+    Args:
+        state: Of the prepared network.
+        network: It, or what it was converted to.
+        used: The names of the modules that a call of the float network uses.
+        unseen: Names of layers that no finite range was ever observed for.
+    """
+    modules = dict(network.named_modules())
+    called = [str(node.target) for node in state.plan.graph.find_nodes(op="call_module")]
+    rows = []
+    for name, module in state.float_network.named_modules():
+        if not isinstance(module, WEIGHTED):
+            continue
+        layer = modules.get(name)
+        kind = type(layer).__module__
+        is_int8 = ".quantized." in kind and ".reference." not in kind
+        quantized = is_int8 or (layer is not None and "weight_fake_quant" in layer._modules)
+        if quantized:
+            why = ""
+        elif any(f"{left}.".startswith(f"{name}.") for left in unseen):
+            why = UNSEEN
+        else:
+            why = _why_float(state, name, module, used, called)
+        rows.append(LayerCoverage(name, type(module).__name__, quantized, why))
+    return rows
+
+
+def _why_float(state: PreparedState, name: str, module: nn.Module, used: set[str], called: Sequence[str]) -> str:
+    if not state.recipe.selects(join(state.prefix, name)):
+        return "excluded"
+    if name not in used:
+        return "not used by forward"
+    if why := no_kernel(module, state.recipe):
+        return why
+    whole = next((outer for outer in called if name.startswith(f"{outer}.")), None)
+    if whole is not None:
+        return f"inside {whole!r}, which is called as a whole: mode='eager' and mode='pt2e' may reach it"
+    if isinstance(module, (*(t for t in LEFT_FLOAT if isinstance(t, type)), nn.MultiheadAttention)):
+        return f"{type(module).__name__} is not quantized in mode='fx'"
+    return f"mode='fx' has no int8 kernel for {type(module).__name__}"
+
+
+def each_once(
+    layers: Sequence[LayerCoverage], operations: Sequence[LayerCoverage]
+) -> tuple[list[LayerCoverage], list[LayerCoverage]]:
+    """Rows without anything twice.
+
+    A layer of a subclass is traced through: the ops in it, which have its name, say whether it is int8. And what a
+    module that is called as a whole multiplies is that of the layers in it for the most part.
+
+    Args:
+        layers: The rows of the layers, with their multiply-accumulates.
+        operations: The rows of the ops.
+    """
+    inside: dict[str, list[LayerCoverage]] = {row.name: [] for row in layers}
+    others = []
+    for row in operations:
+        if row.name in inside:
+            inside[row.name].append(row)
+            continue
+        counted = sum(layer.macs or 0 for layer in layers if layer.name.startswith(f"{row.name}."))
+        others.append(replace(row, macs=max(0, (row.macs or 0) - counted) or None))
+    return [_of_ops(row, inside[row.name]) for row in layers], others
+
+
+def _of_ops(layer: LayerCoverage, ops: Sequence[LayerCoverage]) -> LayerCoverage:
+    if layer.quantized or not ops or layer.reason == "excluded":
+        return layer
+    deciding = [row for row in ops if row.macs] or list(ops)
+    reason = next((row.reason for row in deciding if not row.quantized), "")
+    return replace(layer, quantized=not reason, reason=reason)

@@ -1,0 +1,102 @@
+"""Mode fx: a layer or an op that is left float runs between dequantizing and quantizing, on the grids around it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+import torch.ao.nn.intrinsic as nni
+from torch import fx, nn
+
+from qat_lightning.layers.qat_modules import has_relu_inside
+from qat_lightning.modes.fx.config import LEFT_FLOAT, backend_config
+from qat_lightning.modes.left_float import layer_of, weighted_layers
+from qat_lightning.modes.places import rounding_of
+from qat_lightning.modes.prepared import prepared_state
+from qat_lightning.numerics.fake_quantize import FakeQuantize
+
+_PLAIN: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+_WITH_RELU: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Conv1d: nni.ConvReLU1d,
+    nn.Conv2d: nni.ConvReLU2d,
+    nn.Conv3d: nni.ConvReLU3d,
+    nn.Linear: nni.LinearReLU,
+}
+
+
+def layers_and_ops(prepared: nn.Module) -> list[str]:
+    """What can be left float by itself, as it runs: layers by their names, ops by those of their nodes."""
+    modules = dict(prepared.named_modules(remove_duplicate=False))
+    layers = set(weighted_layers(prepared))
+    known = {config.pattern for config in backend_config().configs}
+    state = prepared_state(prepared)
+    found = []
+    for node in state.plan.graph.nodes:
+        if node.op not in ("call_module", "call_function", "call_method"):
+            continue
+        module = modules.get(str(node.target)) if node.op == "call_module" else None
+        names = [layer_of(str(node.target)), *_functional_weights(node, modules)]
+        own = next((name for name in names if name in layers), None)
+        if own is not None:
+            found.append(own)
+        elif rounding_of(module) is None and node.name not in {*state.plan.float_ops, *state.plan.dropped}:
+            kinds = [node.target] if module is None else list(type(module).__mro__)
+            if any(kind in known and kind not in LEFT_FLOAT for kind in kinds):
+                found.append(node.name)
+    return list(dict.fromkeys(found))
+
+
+def float_nodes(prepared: nn.Module, names: Collection[str]) -> list[str]:
+    """The names of the nodes that run what is left float."""
+    modules = dict(prepared.named_modules(remove_duplicate=False))
+    return [
+        node.name
+        for node in prepared_state(prepared).plan.graph.nodes
+        if node.name in names
+        or (node.op == "call_module" and layer_of(str(node.target)) in names)
+        or any(name in names for name in _functional_weights(node, modules))
+    ]
+
+
+def _functional_weights(node: fx.Node, modules: dict[str, nn.Module]) -> list[str]:
+    """The owners of the rounded weights that a function takes."""
+    if node.op != "call_function":
+        return []
+    owners = []
+    for source in node.all_input_nodes:
+        fq = rounding_of(modules.get(str(source.target))) if source.op == "call_module" else None
+        if fq is not None and fq.source == "present":
+            while source.op != "get_attr" and source.all_input_nodes:
+                source = source.all_input_nodes[0]
+            owners.append(str(source.target).rpartition(".")[0].partition(".parametrizations")[0])
+    return owners
+
+
+def take_out_never_rounding(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
+    """Take the FakeQuantizes of functions' weights that are left float out of a graph that is about to be converted."""
+    for node in list(graph.nodes):
+        fq = modules.get(str(node.target)) if node.op == "call_module" else None
+        if isinstance(fq, FakeQuantize) and fq.left_float:
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+
+
+def put_float_layers(int8: fx.GraphModule) -> None:
+    """Put the float layer, with BatchNorm folded in, in the place of each training layer that is left float."""
+    for name, layer in list(int8.named_modules()):
+        fq = layer._modules.get("weight_fake_quant")
+        if isinstance(fq, FakeQuantize) and fq.left_float:
+            int8.set_submodule(name, _float_layer(layer))
+
+
+def _float_layer(layer: Any) -> nn.Module:
+    if "_batchnorm" in layer.__dict__:
+        folded: nn.Module = layer.to_float()
+        return folded
+    kind = next(plain for plain in _PLAIN if isinstance(layer, plain))
+    plain = kind.__new__(kind)
+    plain.__dict__.update({key: value for key, value in layer.__dict__.items() if key != "qconfig"})
+    for contents in ("_parameters", "_buffers", "_modules"):
+        plain.__dict__[contents] = layer.__dict__[contents].copy()
+    del plain._modules["weight_fake_quant"]
+    return _WITH_RELU[kind](plain, nn.ReLU()).eval() if has_relu_inside(layer) else plain

@@ -1,0 +1,312 @@
+"""FX graph mode: functional ops are quantized as well, and the int8 network is a graph of packed kernels.
+
+Upstream's prepare and convert (https://docs.pytorch.org/docs/stable/quantization.html) do the matching and lowering.
+Ours are the FakeQuantize, the layers with folded BatchNorm, the folding of ReLU6 and the verification.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import fx, nn
+from torch.ao.quantization.fx.custom_config import PrepareCustomConfig
+from torch.ao.quantization.fx.fuse import fuse
+from torch.ao.quantization.fx.prepare import prepare as upstream_prepare
+from torch.ao.quantization.quantize_fx import convert_fx
+
+from qat_lightning.errors import ConversionError, NetworkError
+from qat_lightning.graph.example import Example, in_float32
+from qat_lightning.graph.portable_graph import HoldsGraphs
+from qat_lightning.layers.qat_modules import make_batchnorm_freezable, make_batchnorm_plain, round_weights_for_good
+from qat_lightning.modes.coverage import float_run, layers_with_macs, report
+from qat_lightning.modes.fx import pads as fx_pads
+from qat_lightning.modes.fx import passes
+from qat_lightning.modes.fx.alignment import mark_origins, take_origins
+from qat_lightning.modes.fx.batchnorm import as_upstream_wants, give_parameters
+from qat_lightning.modes.fx.calls import unfoldable_batchnorms
+from qat_lightning.modes.fx.config import backend_config, qconfig_mapping
+from qat_lightning.modes.fx.coverage import FxOperations
+from qat_lightning.modes.fx.draws import hide_lasting_dropouts
+from qat_lightning.modes.fx.fused import hide_second_names, show_fused
+from qat_lightning.modes.fx.grids import one_grid_where_kernels_keep_it
+from qat_lightning.modes.fx.layers import each_once, join, layer_rows, no_kernel
+from qat_lightning.modes.fx.left_float import float_nodes, layers_and_ops, put_float_layers, take_out_never_rounding
+from qat_lightning.modes.fx.other_sizes import ConvertsAgain, SharedLayers
+from qat_lightning.modes.fx.shapes import CONSTANT
+from qat_lightning.modes.fx.train_and_eval import call_as_in_evaluation
+from qat_lightning.modes.fx.tree import restore_children, with_batchnorms
+from qat_lightning.modes.fx.unseen import in_words, knows_no_range, put_plain_layers, take_out_unseen
+from qat_lightning.modes.fx.weights import (
+    call_apart,
+    compute_biases_of_functions,
+    compute_weights_for_good,
+    hide_parametrized,
+    materialize_weights_of_functions,
+    put_back,
+    round_weights_of_functions,
+    set_aside,
+    weights_from_inputs,
+)
+from qat_lightning.modes.graph_network import GraphNetwork
+from qat_lightning.modes.left_float import follow_checkpoints, leave_weights_float, with_reasons
+from qat_lightning.modes.other_quantization import forget_qconfigs, refuse_other_quantization
+from qat_lightning.modes.precision import refuse_mixed
+from qat_lightning.modes.prepared import (
+    PreparedState,
+    copy_of_modules,
+    follow_course,
+    materialize_weights,
+    prepared_state,
+    refuse_simulated,
+)
+from qat_lightning.modes.protocol import Converted, LayerCoverage
+from qat_lightning.modes.source_lines import line_at_fault
+from qat_lightning.modes.tracing import (
+    leave_inside_float,
+    outer_parts,
+    refuse_other_results,
+    take_out_constants,
+    trace,
+)
+from qat_lightning.modes.upstream_memory import nothing_remembered
+from qat_lightning.modes.verify import check_layers
+from qat_lightning.numerics.fake_quantize import FakeQuantize
+from qat_lightning.numerics.recomputation import keep_tapes
+from qat_lightning.settings.backends import quantized_engine
+from qat_lightning.settings.recipe import Recipe
+
+
+@dataclass
+class FxPlan(HoldsGraphs):
+    """What conversion needs of a prepared network besides its layers.
+
+    Attributes:
+        graph: The graph as upstream's prepare made it, ReLU6 folded.
+        meta: Upstream's notes on it.
+        float_ops: Names of nodes that upstream would lower and cannot, since they take a number that forward works out.
+        dropped: Names of nodes that the int8 graph does without: ReLU6, which the output range of the op before stands
+            for, and dropout.
+        scopes: The module whose ``forward`` made each node, by the node's name.
+    """
+
+    graph: fx.Graph
+    meta: dict[str, Any]
+    float_ops: list[str] = field(default_factory=list)
+    dropped: list[str] = field(default_factory=list)
+    scopes: dict[str, str] = field(default_factory=dict)
+
+
+class FxMode:
+    """`Mode` for ``mode="fx"``."""
+
+    @nothing_remembered()
+    def prepare(self, network: nn.Module, example: Example, recipe: Recipe, *, prefix: str = "") -> GraphNetwork:
+        """See `Mode.prepare`."""
+        refuse_other_quantization(network)
+        refuse_mixed(network, example)
+        forget_qconfigs(network)
+        keep_tapes()
+        make_batchnorm_plain(network)  # of a preparation before
+        float_network = copy_of_modules(network)
+        selected = {
+            name: recipe.selects(join(prefix, name)) and not no_kernel(module, recipe)
+            for name, module in network.named_modules()
+            if name
+        }
+        graph_module, scopes, sizes = trace(network, example, leaves=outer_parts(network, selected))
+        leave_inside_float(graph_module, selected)
+        passes.pass_over_identities(graph_module)
+        fx_pads.name_zero_pads(graph_module, selected)
+        show_dropouts = hide_lasting_dropouts(graph_module.graph)
+        read = set_aside(graph_module, graph_module.graph)
+        put_constants_back = take_out_constants(graph_module.graph)
+        show_parametrized = hide_parametrized(graph_module)
+        originals = with_batchnorms(graph_module, dict(network.named_modules()))
+        parameters = dict(network.named_parameters(remove_duplicate=False))
+        flags = {module: module.training for root in (network, graph_module) for module in root.modules()}
+        for module in flags:
+            module.training = True
+        # A class that upstream's fusion does not match; the flag comes with it and stays.
+        unfoldable = unfoldable_batchnorms(graph_module)
+        for batchnorm in unfoldable:
+            make_batchnorm_freezable(batchnorm)
+        config = backend_config()
+        with warnings.catch_warnings():
+            # Upstream deprecates this API in favour of PT2 export on every call.
+            warnings.filterwarnings("ignore", category=DeprecationWarning)
+            warnings.filterwarnings("ignore", category=FutureWarning)
+            # Hardsigmoid: its kernel has a grid of its own, whatever it is given.
+            warnings.filterwarnings("ignore", message="QConfig must specify a FixedQParams")
+            try:
+                with as_upstream_wants(graph_module):
+                    fused = fuse(graph_module, True, None, config)
+                prepared = upstream_prepare(
+                    fused,
+                    qconfig_mapping(recipe, selected),
+                    True,
+                    scopes,
+                    example_inputs=_flat_example(graph_module, example),
+                    prepare_custom_config=PrepareCustomConfig().set_non_traceable_module_names(
+                        outer_parts(network, selected)
+                    ),
+                    backend_config=config,
+                )
+            except Exception as error:
+                where = line_at_fault(error)
+                raise NetworkError(
+                    f"mode='fx' cannot prepare {type(network).__name__}{f' at {where}' if where else ''}: "
+                    f"{type(error).__name__}: {error}. Try mode='pt2e' or mode='eager', or exclude the part at fault."
+                ) from error
+        show_parametrized(prepared)
+        lasting = show_dropouts(prepared.graph)
+        put_constants_back(prepared.graph)
+        for module, flag in flags.items():
+            module.training = flag
+        if not any(isinstance(module, FakeQuantize) for module in prepared.modules()):
+            raise NetworkError(
+                f"There is nothing to quantize in {type(network).__name__}: no selected convolution, linear layer or "
+                "addition. Look at include and exclude, or give another module=."
+            )
+        passes.refuse_late_writes(prepared, network, example, scopes)
+        plan = FxPlan(prepared.graph, prepared.meta)
+        plan.scopes = {name: scope[0] for name, scope in scopes.items()}
+        plan.float_ops = passes.round_tensors_only(prepared, network, example) + passes.calls_of(prepared, unfoldable)
+        plan.float_ops += weights_from_inputs(prepared) + lasting
+        plan.float_ops += passes.with_own_grids(prepared)
+        one_grid_where_kernels_keep_it(prepared)
+        plan.dropped = passes.observe_only_after_relu(prepared)
+        if recipe.target.engine == "qnnpack":
+            left = passes.clamps(prepared.graph, dict(prepared.named_modules(remove_duplicate=False)))
+            plan.float_ops += [name for name in left if name not in plan.dropped]
+        dropouts, behind_dropout = passes.observe_only_before_dropout(prepared)
+        plan.dropped += dropouts
+        result = GraphNetwork(prepared)
+        result.set_graph(passes.without(plan.graph, [*behind_dropout, *fx_pads.roundings_behind(plan.graph)]))
+        passes.observe_each_range_once(result)
+        passes.drop_unused(result, plan.graph)
+        hide_second_names(result)
+        for graph in (result.graph, plan.graph):
+            put_back(result, graph, read)
+        result.set_graph(result.graph)
+        result.give_sizes(sizes, SharedLayers())
+        result._non_persistent_buffers_set.update(name for name in result._buffers if name.startswith(CONSTANT))
+        restore_children(result, originals, parameters, float_network)
+        make_batchnorm_freezable(result)
+        materialize_weights(result)
+        materialize_weights_of_functions(result, result.graph)
+        result._quantization = PreparedState(self, recipe, float_network, prefix=prefix, plan=plan)
+        follow_course(result)
+        follow_checkpoints(result)
+        refuse_other_results(
+            result,
+            float_network,
+            example,
+            f"mode='fx' traces {type(network).__name__}.forward into a graph that returns another thing than the "
+            "network on the example. Tracing cannot see a function that changes its argument with += or the like "
+            "(write y = y + …, and return it), nor what is decided by values.",
+        )
+        return result
+
+    @nothing_remembered()
+    def convert(self, prepared: nn.Module, example: Example) -> Converted:
+        """See `Mode.convert`."""
+        state = prepared_state(prepared)
+        plan: FxPlan = state.plan
+        target = state.recipe.target
+        refuse_simulated(state.recipe)
+        example = in_float32(example)
+        assert isinstance(prepared, GraphNetwork)
+        recording = copy.deepcopy(prepared)
+        if knows_no_range(prepared):
+            raise ConversionError(
+                f"No finite range was ever observed in {type(state.float_network).__name__}: train at least one step "
+                "on finite values before it is converted."
+            )
+        graph = copy.deepcopy(plan.graph)
+        take_out_never_rounding(graph, dict(prepared.named_modules(remove_duplicate=False)))
+        set_aside(prepared, graph)
+        call_apart(prepared, graph)
+        show_fused(prepared)
+        round_weights_of_functions(prepared, graph)
+        compute_biases_of_functions(prepared, graph)
+        compute_weights_for_good(prepared, graph)
+        round_weights_for_good(prepared)
+        make_batchnorm_plain(prepared)
+        give_parameters(prepared)
+        passes.observe_everywhere(prepared)
+        unseen = take_out_unseen(graph, dict(prepared.named_modules(remove_duplicate=False)))
+        # A ReLU is dropped for the range behind it, where there is one.
+        passes.drop_nodes(graph, [name for name in plan.dropped if name not in {node.name for node in unseen}])
+        graph_module = fx.GraphModule(prepared, graph)
+        graph_module.meta = copy.copy(plan.meta)
+        graph_module.eval()
+        float_ops = [*plan.float_ops, *float_nodes(prepared, state.left_float)]
+        show_float_ops = passes.hide_float_ops(graph_module, float_ops)
+        mark_origins(graph_module.graph)
+        with warnings.catch_warnings(), quantized_engine(target.engine):
+            warnings.filterwarnings("ignore", category=DeprecationWarning)
+            warnings.filterwarnings("ignore", category=FutureWarning)
+            warnings.filterwarnings("ignore", message=".*quantized tensor creation functions.*")
+            try:
+                int8 = convert_fx(graph_module, backend_config=backend_config())
+            except Exception as error:
+                raise ConversionError(
+                    f"Upstream's converter failed on {type(state.float_network).__name__} for backend "
+                    f"{target.name!r}: {type(error).__name__}: {error}"
+                ) from error
+        show_float_ops(int8)
+        put_float_layers(int8)
+        fx_pads.pad_integers(int8)
+        left = put_plain_layers(int8) if unseen else set()
+        passes.reshape_views(int8.graph)
+        network = GraphNetwork(int8)
+        network.give_sizes(prepared.sizes, ConvertsAgain(recording) if prepared.sizes is not None else None)
+        for parameter in network.parameters():
+            parameter.requires_grad_(False)
+        try:
+            found = check_layers(recording, network, example, target, take_origins(network.graph))
+        except RuntimeError as error:
+            raise ConversionError(
+                f"A kernel of backend {target.name!r} refuses the int8 {type(state.float_network).__name__}: {error}"
+            ) from error
+        notes = (
+            [f"No finite range was ever observed for {in_words(unseen)}: what is there stays float."] if unseen else []
+        )
+        seen = float_run(state.float_network, example)
+        rows = with_reasons(layer_rows(state, network, seen.used, left), state.left_float)
+        rows = layers_with_macs(rows, seen, example)
+        names, without_range = {row.name for row in rows}, {node.name for node in unseen}
+        operations = report(
+            lambda: FxOperations(recording, example, names, found.values).rows(found.integers, without_range)
+        )
+        rows, operations = each_once(rows, operations)
+        call_as_in_evaluation(network)
+        return Converted(network, rows, found.checks, notes, operations, found.whole)
+
+    def coverage(self, prepared: nn.Module, example: Example) -> list[LayerCoverage]:
+        """See `Mode.coverage`."""
+        state = prepared_state(prepared)
+        seen = float_run(state.float_network, example)
+        rows = with_reasons(layer_rows(state, prepared, seen.used, set()), state.left_float)
+        rows = layers_with_macs(rows, seen, example)
+        names = {row.name for row in rows}
+        rows, operations = each_once(rows, report(lambda: FxOperations(prepared, example, names).rows()))
+        return [*rows, *operations]
+
+    def parts(self, prepared: nn.Module) -> list[str]:
+        """See `Mode.parts`."""
+        return [name for name in layers_and_ops(prepared) if name not in prepared_state(prepared).left_float]
+
+    def leave_float(self, prepared: nn.Module, names: Collection[str], example: Example | None) -> None:
+        """See `Mode.leave_float`: of an op nothing changes but what conversion makes of it."""
+        leave_weights_float(prepared, names)
+
+
+def _flat_example(graph_module: fx.GraphModule, example: Example) -> tuple[Any, ...]:
+    names = [node.target for node in graph_module.graph.nodes if node.op == "placeholder"]
+    values = list(example.args)
+    return tuple(values + [example.kwargs[name] for name in names[len(values) :] if name in example.kwargs])

@@ -1,0 +1,191 @@
+"""What a network that was traced for given sizes does with others: a second trace, which shares all that is learned.
+
+The prepared network runs the graph of the other sizes on its own layers and ranges. The int8 network, until it is
+saved, is converted once more. Both only once for each size that comes.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, fx, nn
+
+from qat_lightning.errors import NetworkError, TraceError
+from qat_lightning.graph.example import Example
+from qat_lightning.graph.signature import batch_size, has_batch
+from qat_lightning.graph.structures import look_into
+from qat_lightning.layers.mode_layers import ByMode
+from qat_lightning.layers.relu_rounding import with_relus_in_roundings
+from qat_lightning.modes.fx.shapes import CONSTANT
+from qat_lightning.modes.graph_network import GraphNetwork, compile_graph
+from qat_lightning.modes.left_float import leave_float
+from qat_lightning.modes.prepared import cpu_copy, prepared_state
+
+_SAMPLES = 4
+
+
+class SharedLayers:
+    """Traces a prepared network for other sizes, with its own layers and ranges."""
+
+    def __call__(self, network: GraphNetwork, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[..., Any]:
+        """What runs ``network`` on inputs like these; its first argument is the network.
+
+        Raises:
+            NetworkError: It cannot be traced for them, or does something else with them.
+        """
+        with _aside():
+            other = _prepare_again(network, args, kwargs)
+            parting = _parting(network, other)
+            if parting is not None:
+                raise _other_way(network, args, kwargs, parting)
+            graph = _own_constants(network, other)
+        return compile_graph(with_relus_in_roundings(network, graph))
+
+
+class ConvertsAgain:
+    """Converts a prepared network once more, for other sizes than those that it was converted for.
+
+    Args:
+        prepared: A copy of the prepared network, on the CPU, from before its conversion.
+    """
+
+    def __init__(self, prepared: GraphNetwork) -> None:
+        self.prepared = prepared
+
+    def __call__(self, network: GraphNetwork, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[..., Any]:
+        """What runs the int8 network on inputs like these; its first argument is the network.
+
+        Raises:
+            NetworkError: It cannot be made for them.
+        """
+        with _aside():
+            other = _prepare_again(self.prepared, args, kwargs)
+            example = _example(self.prepared, args, kwargs)
+            if (parting := _parting(self.prepared, other)) is not None:
+                raise _other_way(network, args, kwargs, parting)
+            other.load_state_dict(self.prepared.state_dict())
+            leave_float(other, prepared_state(self.prepared).left_float, example)
+            converted = prepared_state(other).mode.convert(cpu_copy(other), example).network
+        return lambda network, *args, **kwargs: converted(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ConvertsAgain:
+        """Itself: it is only read."""
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Nothing: a file holds no network that trains."""
+        return type(None), ()
+
+
+def _prepare_again(network: GraphNetwork, args: tuple[Any, ...], kwargs: dict[str, Any]) -> GraphNetwork:
+    state = prepared_state(network)
+    original = copy.deepcopy(state.float_network).cpu().float()
+    try:
+        other = state.mode.prepare(original, _example(network, args, kwargs), state.recipe, prefix=state.prefix)
+    except Exception as error:  # a network may fail in any way with them
+        assert network.sizes is not None
+        lines = [*str(error).splitlines(), type(error).__name__]
+        raise NetworkError(f"{network.sizes.refusal(network.sizes.others(args, kwargs))} ({lines[0]})") from error
+    assert isinstance(other, GraphNetwork)
+    return other
+
+
+def _example(network: GraphNetwork, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Example:
+    """A call as an example: on the CPU, and of a few samples, but of two at least, if their number is not fixed."""
+    look_into(args, kwargs)
+    size = batch_size(Example(args, kwargs))
+    for few in (_few, lambda leaf, size: leaf):
+        example = Example(*pytree.tree_map(functools.partial(_tidy, size=size, few=few), (args, kwargs)))
+        assert network.sizes is not None
+        if network.sizes.key(example.args, example.kwargs) == network.sizes.key(args, kwargs):
+            break
+    return example
+
+
+def _tidy(leaf: Any, size: int | None, few: Callable[[Tensor, int | None], Tensor]) -> Any:
+    if not isinstance(leaf, Tensor):
+        return leaf
+    leaf = few(leaf.detach().cpu().clone(), size)
+    return leaf.float() if leaf.is_floating_point() else leaf
+
+
+def _few(leaf: Tensor, size: int | None) -> Tensor:
+    if not has_batch(leaf, size):
+        return leaf
+    return torch.cat([leaf, leaf]) if size == 1 else leaf[:_SAMPLES]
+
+
+def _parting(network: GraphNetwork, other: GraphNetwork) -> str | None:
+    """The name of the first node in which two traces differ in more than their constants; None if in none."""
+    ways = [list(each.graph.nodes) for each in (network, other)]
+    places = [{node: number for number, node in enumerate(way)} for way in ways]
+
+    def wiring(node: fx.Node, place: dict[fx.Node, int]) -> Any:
+        return node.op, node.target, [place[source] for source in node.all_input_nodes]
+
+    for one, two in zip(*ways, strict=False):
+        if wiring(one, places[0]) != wiring(two, places[1]) or not _same_kind(one, network, other):
+            return str(two.name)
+    return None if len(ways[0]) == len(ways[1]) else str(max(ways, key=len)[min(map(len, ways))].name)
+
+
+def _same_kind(node: fx.Node, *networks: nn.Module) -> bool:
+    kinds = {type(network.get_submodule(str(node.target))) for network in networks if node.op == "call_module"}
+    return len(kinds) < 2
+
+
+def _own_constants(network: GraphNetwork, other: GraphNetwork) -> fx.Graph:
+    """The graph of another trace, whose own constants ``network`` gets under names that it does not have yet."""
+    graph: fx.Graph = copy.deepcopy(other.graph)
+    device = next((tensor.device for tensor in network.parameters()), torch.device("cpu"))
+    names: dict[str, str] = {}
+    for node in graph.nodes:
+        target = str(node.target)
+        if node.op == "get_attr" and target.startswith(CONSTANT):
+            name = names.setdefault(target, _fresh(network, target))
+            network.register_buffer(name, getattr(other, target).to(device), persistent=False)
+            node.target = name
+        elif node.op == "call_module" and isinstance(other.get_submodule(target), ByMode):
+            name = names.setdefault(target, _fresh(network, target))
+            network.add_module(name, other.get_submodule(target).train(network.training))
+            node.target = name
+    return graph
+
+
+def _fresh(network: nn.Module, name: str) -> str:
+    number = 1
+    while f"{name}_size_{number}" in {*network._buffers, *network._modules}:
+        number += 1
+    return f"{name}_size_{number}"
+
+
+def _other_way(network: GraphNetwork, args: tuple[Any, ...], kwargs: dict[str, Any], node: str) -> TraceError:
+    assert network.sizes is not None
+    return TraceError(
+        f"{network.sizes.refusal(network.sizes.others(args, kwargs))} Layers and ranges can be shared between sizes "
+        f"that go the same way through forward, and these part before {node!r}. Or use mode='eager', which needs no "
+        "graph."
+    )
+
+
+@contextmanager
+def _aside() -> Iterator[None]:
+    """Random states as they were, and gradients, inference and autocast as where a network is prepared."""
+    state = random.getstate()
+    try:
+        with (
+            torch.random.fork_rng(),
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            torch.autocast("cpu", enabled=False),
+        ):
+            yield
+    finally:
+        random.setstate(state)

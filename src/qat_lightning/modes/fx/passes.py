@@ -1,0 +1,390 @@
+"""Rewriting the graph that upstream prepared: where ranges are observed, and what the int8 graph does without."""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from qat_lightning.errors import TraceError
+from qat_lightning.graph.example import Example
+from qat_lightning.layers.mode_layers import DropoutLike
+from qat_lightning.layers.qat_modules import FoldedLayer
+from qat_lightning.layers.relu_rounding import relu_limit, writes_in_place
+from qat_lightning.modes.fx.config import LEFT_FLOAT, shares_range
+from qat_lightning.modes.graph_network import GraphNetwork
+from qat_lightning.modes.late_writes import late_write, late_write_error
+from qat_lightning.modes.shared_range import SharedRange, UnionObserver
+from qat_lightning.modes.verify import Recorder, example_values
+from qat_lightning.numerics.fake_quantize import FakeQuantize
+
+
+@torch.no_grad()
+def round_tensors_only(prepared: fx.GraphModule, network: nn.Module, example: Example) -> list[str]:
+    """Take out what upstream put behind numbers, shapes, integers and tensors of another precision than the network's.
+
+    A trace does not know types; kernels round float32 only, which the network's own precision becomes.
+
+    Returns:
+        The names of the additions and products of a tensor and a number: their int8 kernels have a grid of their own.
+    """
+    modules = dict(prepared.named_modules(remove_duplicate=False))
+    own = next((p.dtype for p in network.parameters() if p.is_floating_point()), torch.float32)
+    with _evaluating(prepared, network):
+        recorder = Recorder(prepared, prepared.graph)
+        recorder.run(*example_values(prepared.graph, example))
+    numbers = {
+        name for name, value in recorder.values.items() if not (isinstance(value, torch.Tensor) and value.dtype == own)
+    }
+    for node in list(prepared.graph.nodes):
+        if _is_fake_quantize(node, modules) and node.args[0].name in numbers:
+            node.replace_all_uses_with(node.args[0])
+            prepared.graph.erase_node(node)
+    prepared.recompile()
+    return [
+        node.name
+        for node in prepared.graph.nodes
+        if node.op == "call_function"
+        and node.target in _BINARY
+        and node.name not in numbers
+        and sum(isinstance(arg, fx.Node) and arg.name not in numbers for arg in node.args) < 2
+    ]
+
+
+@torch.no_grad()
+def refuse_late_writes(prepared: fx.GraphModule, network: nn.Module, example: Example, scopes: dict[str, Any]) -> None:
+    """Refuse what `late_write` finds.
+
+    Args:
+        prepared: As upstream's prepare made it.
+        network: The float network.
+        example: One call.
+        scopes: The module whose ``forward`` made each node.
+
+    Raises:
+        TraceError: It is written over what is rounded.
+    """
+    modules = dict(prepared.named_modules(remove_duplicate=False))
+    writes = {
+        node: node.all_input_nodes[0]
+        for node in prepared.graph.nodes
+        if writes_in_place(node, modules.get(str(node.target))) and node.all_input_nodes
+    }
+    if not writes:
+        return
+    with _evaluating(prepared, network):
+        memory = _Memory(prepared, garbage_collect_values=False)
+        memory.run(*(copy.deepcopy(value) for value in example_values(prepared.graph, example)))
+    found = late_write(prepared.graph, modules, writes, memory.of)
+    if found is not None:
+        rounded, write = found
+        scope = scopes[write.name][0] if write.name in scopes else ""
+        name = f"{write.name!r}{f' in {scope!r}' if scope else ''}"
+        raise TraceError(late_write_error("fx", type(network).__name__, rounded.name, name))
+
+
+class _Memory(fx.Interpreter):
+    """Runs a graph and notes where the memory of each value begins."""
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """Run it."""
+        self.of: dict[fx.Node, Any] = {}
+        return super().run(*args, **kwargs)
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Run one node."""
+        value = super().run_node(n)
+        if isinstance(value, torch.Tensor) and value.layout is torch.strided:
+            self.of[n] = value.untyped_storage().data_ptr()
+        return value
+
+
+@contextmanager
+def _evaluating(*roots: nn.Module) -> Iterator[None]:
+    """All modules in evaluation, also the folded BatchNorms, which are at this point in no tree of modules."""
+    flags = {module: module.training for root in roots for module in root.modules()}
+    folded = [module.batchnorm for module in flags if isinstance(module, FoldedLayer)]
+    flags.update({module: module.training for module in folded})
+    for module in flags:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module, flag in flags.items():
+            module.training = flag
+
+
+_BINARY = (
+    operator.add,
+    operator.mul,
+    torch.add,
+    torch.mul,
+    operator.iadd,
+    operator.imul,
+    operator.matmul,
+    torch.matmul,
+)
+
+
+def pass_over_identities(graph_module: fx.GraphModule) -> None:
+    """Connect what is before an ``nn.Identity`` with what is behind it, which can then be one kernel."""
+    for node in list(graph_module.graph.nodes):
+        if node.op == "call_module" and type(graph_module.get_submodule(str(node.target))) is nn.Identity:
+            node.replace_all_uses_with(node.args[0])
+            graph_module.graph.erase_node(node)
+    graph_module.recompile()
+
+
+def calls_of(prepared: fx.GraphModule, chosen: list[nn.Module]) -> list[str]:
+    """The names of the nodes that call one of ``chosen``."""
+    modules = dict(prepared.named_modules(remove_duplicate=False))
+    return [
+        node.name
+        for node in prepared.graph.nodes
+        if node.op == "call_module" and any(modules[str(node.target)] is module for module in chosen)
+    ]
+
+
+def observe_only_after_relu(prepared: fx.GraphModule) -> list[str]:
+    """Take out the FakeQuantize between an op and its ReLU or ReLU6: the one behind has a finer grid, from 0 up.
+
+    Returns:
+        The names of those ReLUs: the int8 graph does without, because a grid from 0 up to the observed clamps alike.
+    """
+    modules = dict(prepared.named_modules(remove_duplicate=False))
+    configs = prepared.meta["_observed_graph_module_attrs"].node_name_to_qconfig
+    folded = []
+    for node in list(prepared.graph.nodes):
+        largest = relu_limit(modules.get(str(node.target)) if node.op == "call_module" else None, node)
+        if largest is None or node.target in _UNKNOWN_RELUS:
+            continue
+        before = node.args[0]
+        after = next((user for user in node.users if _is_fake_quantize(user, modules)), None)
+        if not (isinstance(before, fx.Node) and _is_fake_quantize(before, modules)) or after is None:
+            continue
+        behind = modules[str(after.target)]
+        if len(before.users) > 1 or len(node.users) > 1 or not isinstance(behind, FakeQuantize) or behind.symmetric:
+            continue
+        if _keeps_the_grid(before.all_input_nodes[0], modules[str(before.target)], modules):
+            continue
+        node.replace_input_with(before, before.args[0])
+        prepared.graph.erase_node(before)
+        behind.begins_at_zero(largest)
+        # Without the ReLU, upstream's converter would leave out the rounding between two ops that stay float.
+        if any(configs.get(other.name, "") is not None for other in (node.args[0], *after.users)):
+            folded.append(node.name)
+    prepared.recompile()
+    return folded
+
+
+_UNKNOWN_RELUS = (torch.relu, torch.relu_, F.relu_)
+"""ReLUs that upstream leaves float."""
+
+
+def _keeps_the_grid(node: fx.Node, fq: nn.Module, modules: dict[str, nn.Module]) -> bool:
+    """Whether an op's output is on the grid of its input (Identity, pooling, dropout): it cannot clamp to another."""
+    if node.op == "call_module" and isinstance(modules.get(str(node.target)), _DROPOUT_MODULES):
+        return True
+    rounded = [source for source in node.all_input_nodes if _is_fake_quantize(source, modules)]
+    return any(modules[str(source.target)] is fq for source in rounded)
+
+
+def clamps(graph: fx.Graph, modules: dict[str, nn.Module]) -> list[str]:
+    """The names of the nodes that QNNPACK's clamp kernel would run, which misplaces channels-last values."""
+    found = []
+    for node in graph.nodes:
+        if _kind(node, modules) in _CLAMPS:
+            found.append(node.name)
+    return found
+
+
+def with_own_grids(prepared: fx.GraphModule) -> list[str]:
+    """The names of the nodes whose int8 kernel has a grid of its own, whatever fake-quant rounded to in training."""
+    modules = dict(prepared.named_modules(remove_duplicate=False))
+    return [node.name for node in prepared.graph.nodes if _kind(node, modules) in OWN_GRIDS]
+
+
+OWN_GRIDS = (nn.Hardsigmoid, F.hardsigmoid, "hardsigmoid", "hardsigmoid_")
+
+_CLAMPS = (nn.ReLU6, nn.Hardtanh, F.relu6, F.hardtanh, F.hardtanh_, torch.clamp, "clamp", "clamp_")
+
+
+def observe_only_before_dropout(prepared: fx.GraphModule) -> tuple[list[str], list[str]]:
+    """Round before dropout, not behind it: what it scales up in training never reaches the int8 network.
+
+    Returns:
+        The names of the dropouts, which the int8 graph does without, and of the roundings behind them that training
+        does without, because they share a range with the rounding before.
+    """
+    modules = dict(prepared.named_modules(remove_duplicate=False))
+    dropped: list[str] = []
+    silent: list[str] = []
+    for node in list(prepared.graph.nodes):
+        if node.op != "call_module" or not isinstance(modules.get(str(node.target)), _DROPOUT_MODULES):
+            continue
+        (before,) = node.all_input_nodes
+        behind = [user for user in node.users if _is_fake_quantize(user, modules)]
+        if not _is_fake_quantize(before, modules):
+            if len(behind) != 1 or len(node.users) != 1:
+                continue
+            with prepared.graph.inserting_before(node):
+                moved = prepared.graph.call_module(str(behind[0].target), (before,))
+            node.replace_input_with(before, moved)
+            before = moved
+        for fq in behind:
+            replaced = modules[str(fq.target)]
+            fq.replace_all_uses_with(node)
+            prepared.graph.erase_node(fq)
+            for other in prepared.graph.nodes:
+                if other is not before and other.op == "call_module" and modules.get(str(other.target)) is replaced:
+                    other.target = before.target
+                    if _is_within(other.args[0], modules[str(before.target)], modules, but=_CLAMPS):
+                        silent.append(other.name)
+        dropped.append(node.name)
+    prepared.recompile()
+    return dropped, silent
+
+
+_DROPOUT_MODULES = (
+    nn.Dropout,
+    nn.Dropout1d,
+    nn.Dropout2d,
+    nn.Dropout3d,
+    nn.AlphaDropout,
+    nn.FeatureAlphaDropout,
+    DropoutLike,
+)
+
+
+def observe_each_range_once(network: GraphNetwork) -> None:
+    """Where several roundings share a range, let it be observed once a batch.
+
+    The inputs of a concatenation, as they are before they are rounded, are observed together: rounded to the range so
+    far, they could never widen it. Of the others the first one observes, whose values the rest has.
+    """
+    modules = dict(network.named_modules(remove_duplicate=False))
+    sharing: dict[nn.Module, list[fx.Node]] = {}
+    for node in network.graph.nodes:
+        if _is_fake_quantize(node, modules):
+            sharing.setdefault(modules[str(node.target)], []).append(node)
+    source_nodes = {
+        fq: [node for node in nodes if not _is_within(node.args[0], fq, modules)] for fq, nodes in sharing.items()
+    }
+    for fq, nodes in sharing.items():
+        assert isinstance(fq, FakeQuantize)
+        name, sources = str(nodes[0].target), source_nodes[fq]
+        for node in nodes:
+            if [node] == sources:
+                continue
+            if node.target == name:
+                node.target = f"{name}_shared_{node.name}"
+                network.add_module(str(node.target), SharedRange(fq))
+            else:
+                network._modules[str(node.target)] = SharedRange(fq)
+        if len(sources) > 1:
+            network.add_module(f"{name}_union", UnionObserver(fq))
+            with network.graph.inserting_before(sources[-1]):
+                network.graph.call_module(f"{name}_union", tuple(node.args[0] for node in sources))
+    network.set_graph(network.graph)
+
+
+def _is_within(value: Any, fq: nn.Module, modules: dict[str, nn.Module], *, but: tuple[Any, ...] = ()) -> bool:
+    """Whether a value is made of what ``fq`` rounded, by ops that keep the grid, but for what dropout scales up.
+
+    Args:
+        value: A node's argument.
+        fq: The rounding.
+        modules: By name.
+        but: Ops that keep the range and not the grid: the end of a clamp is on no step of it.
+    """
+    if not isinstance(value, fx.Node):
+        return False
+    if value.op == "call_module" and modules.get(str(value.target)) is fq:
+        return True
+    kind = _kind(value, modules)
+    if kind in but or (not shares_range(kind) and kind not in _DROPOUT_MODULES):
+        return False
+    first = value.args[0] if value.args else next(iter(value.kwargs.values()))
+    parts = first if isinstance(first, (list, tuple)) else [first]
+    return all(_is_within(part, fq, modules, but=but) for part in parts)
+
+
+def _kind(node: fx.Node, modules: dict[str, nn.Module]) -> Any:
+    """The class, the function or the method that is called; None for an input or a tensor, whatever its name."""
+    if node.op == "call_module":
+        return type(modules[str(node.target)])
+    return node.target if node.op in ("call_function", "call_method") else None
+
+
+def drop_unused(network: GraphNetwork, plan: fx.Graph) -> None:
+    """Drop the FakeQuantizes that no node calls any more: their ranges would stay empty in every checkpoint."""
+    called = {str(node.target) for graph in (network.graph, plan) for node in graph.nodes if node.op == "call_module"}
+    for name, module in list(network._modules.items()):
+        if isinstance(module, FakeQuantize) and name not in called:
+            del network._modules[name]
+
+
+def observe_everywhere(network: nn.Module) -> None:
+    """Undo `observe_each_range_once`: upstream's converter looks for a FakeQuantize at every place."""
+    for name, module in list(network._modules.items()):
+        if isinstance(module, SharedRange):
+            network._modules[name] = module.__dict__["fq"]
+
+
+def _is_fake_quantize(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    return node.op == "call_module" and isinstance(modules.get(str(node.target)), FakeQuantize)
+
+
+def without(graph: fx.Graph, names: list[str]) -> fx.Graph:
+    """A copy of ``graph`` without some nodes, whose input stands for them."""
+    graph = copy.deepcopy(graph)
+    drop_nodes(graph, names)
+    return graph
+
+
+def drop_nodes(graph: fx.Graph, names: list[str]) -> None:
+    """Take nodes out of ``graph``; their input stands for them."""
+    for node in list(graph.nodes):
+        if node.name in names:
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+
+
+def hide_float_ops(graph_module: fx.GraphModule, names: list[str]) -> Callable[[fx.GraphModule], None]:
+    """Hide the ops that stay float from upstream's lowering, which has a list of its own and no way to change it.
+
+    Returns:
+        What shows them again in the converted graph.
+    """
+    modules = dict(graph_module.named_modules(remove_duplicate=False))
+    hidden: dict[str, tuple[str, Any]] = {}
+    for node in graph_module.graph.nodes:
+        if _kind(node, modules) in LEFT_FLOAT or node.name in names:
+            hidden[node.name] = (node.op, node.target)
+            node.op, node.target = "call_function", _stays_float
+
+    def show(converted: fx.GraphModule) -> None:
+        for node in converted.graph.nodes:
+            if node.name in hidden:
+                node.op, node.target = hidden[node.name]
+                if node.op == "call_module":
+                    converted.add_submodule(node.target, modules[node.target])
+
+    return show
+
+
+def _stays_float(*args: Any, **kwargs: Any) -> Any:
+    raise AssertionError("stands for an op while upstream lowers the graph, and is never run")
+
+
+def reshape_views(graph: fx.Graph) -> None:
+    """Int8 convolutions return channels-last tensors, which ``view`` may refuse where float ones were contiguous."""
+    for node in graph.nodes:
+        if node.op == "call_method" and node.target == "view" and not isinstance(node.args[1], torch.dtype):
+            node.target = "reshape"

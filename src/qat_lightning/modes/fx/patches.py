@@ -1,0 +1,120 @@
+"""What Python and PyTorch answer by themselves, answered for the values of a trace while it is made.
+
+``isinstance(x, Tensor)`` and ``len(x)`` are plain functions, and ``torch.zeros(n)`` takes no number that is known only
+by its node: for the time of a trace they are replaced, the first two in the modules of the network's own code.
+"""
+
+from __future__ import annotations
+
+import builtins
+import functools
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+from torch.fx.proxy import Proxy
+from torch.overrides import is_tensor_method_or_property
+
+from qat_lightning.modes.fx.known import KnownKind, KnownTensor, is_instance, plain
+
+_FACTORIES = (
+    *("arange", "as_tensor", "empty", "eye", "full", "full_like", "linspace", "ones"),
+    *("rand", "randint", "randn", "tensor", "zeros"),
+)
+_SHAPING = ("broadcast_to", "chunk", "narrow", "permute", "reshape", "roll", "split", "tile", "unflatten")
+"""Functions that take sizes besides a tensor."""
+_METHODS = (
+    *("chunk", "expand", "narrow", "new_empty", "new_full", "new_ones", "new_zeros"),
+    *("repeat", "reshape", "to", "type", "view"),
+)
+"""Methods of a tensor that is no value of the graph, which may be given one."""
+
+
+@contextmanager
+def answering(tracer: Any, network: nn.Module) -> Iterator[None]:
+    """Within the block functions that are asked of values of ``tracer`` answer by example."""
+    is_tensor_method_or_property(Tensor.add)  # upstream remembers the methods that it finds the first time
+    with ExitStack() as stack:
+        for name in (*_FACTORIES, *_SHAPING):
+            stack.enter_context(_replaced(torch, name, _recording(tracer, getattr(torch, name), "call_function")))
+        for name in ("finfo", "iinfo"):
+            stack.enter_context(_replaced(torch, name, _of_plain(getattr(torch, name))))
+        stack.enter_context(_replaced(torch, "is_tensor", lambda value: is_instance(value, Tensor)))
+        for name in _METHODS:
+            stack.enter_context(_replaced(Tensor, name, _recording(tracer, getattr(Tensor, name), "call_method")))
+        for scope in _scopes(network):
+            stack.enter_context(_named(scope, "isinstance", is_instance))
+            stack.enter_context(_named(scope, "len", _length))
+        yield
+
+
+def _length(value: Any) -> Any:
+    return value.shape[0] if isinstance(value, KnownTensor) else builtins.len(value)
+
+
+def _recording(tracer: Any, function: Callable[..., Any], kind: str) -> Callable[..., Any]:
+    """``function``, or the node that calls it if it is given a value of the graph."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        leaves = pytree.tree_leaves((args, kwargs))
+        given = [leaf for leaf in leaves if isinstance(leaf, Proxy)]
+        if not given:
+            return function(*args, **kwargs)
+        if all(isinstance(leaf, KnownKind) for leaf in given):
+            args, kwargs = pytree.tree_map(plain, (args, kwargs))
+            return function(*args, **kwargs)
+        target: Any = function.__name__ if kind == "call_method" else function
+        return tracer.create_proxy(kind, target, args, kwargs)
+
+    return call
+
+
+def _of_plain(kind: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return kind(*map(plain, args), **{name: plain(value) for name, value in kwargs.items()})
+
+    return call
+
+
+@contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    own = name in vars(owner)
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        if own:
+            setattr(owner, name, before)
+        else:
+            delattr(owner, name)
+
+
+@contextmanager
+def _named(scope: dict[str, Any], name: str, value: Any) -> Iterator[None]:
+    if name in scope:
+        yield
+        return
+    scope[name] = value
+    try:
+        yield
+    finally:
+        scope.pop(name, None)
+
+
+def _scopes(network: nn.Module) -> list[dict[str, Any]]:
+    """The global names of the code that a network is made of: of its classes' modules, and of their packages."""
+    classes = {kind for module in network.modules() for kind in type(module).__mro__}
+    names = {kind.__module__ for kind in classes}
+    packages = {name.partition(".")[0] for name in names} - {"torch", "builtins", "qat_lightning", "lightning", "abc"}
+    found = [
+        vars(module)
+        for name, module in list(sys.modules.items())
+        if name in packages or name.partition(".")[0] in packages
+    ]
+    return list({id(scope): scope for scope in found}.values())

@@ -1,0 +1,89 @@
+"""How a network is traced without its sizes where that can be done, and for which sizes it was where it cannot."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from torch import Tensor, fx, nn
+
+from qat_lightning.errors import TraceError
+from qat_lightning.graph.example import Example
+from qat_lightning.graph.given_sizes import ANY, GivenInput, GivenSizes, leaves_by_path
+from qat_lightning.modes.fx.examples import CallFails, Calls, Plan, first_plan, is_number
+from qat_lightning.modes.fx.shapes import SizesDecide
+
+_Result = TypeVar("_Result")
+
+
+def attempts(
+    network: nn.Module, trace: Callable[[Plan | None], _Result], example: Example
+) -> tuple[_Result, Plan | None]:
+    """Trace a network without its sizes; else with those that decide nothing as values of the graph; else as given.
+
+    Args:
+        network: The float network; what a trace leaves on it is taken away.
+        trace: Traces it, following the calls of a plan, or none.
+        example: One call.
+
+    Returns:
+        The trace, and the plan that it was made with.
+
+    Raises:
+        TraceError: It cannot be traced in any of these ways.
+    """
+    plan: Plan | None = None
+    while True:
+        before = set(vars(network))
+        try:
+            return trace(plan), plan
+        except TraceError:
+            if plan is not None and plan.is_last:
+                raise
+            plan = first_plan(example) if plan is None else Plan(plan.samples)
+        except CallFails as failed:
+            assert plan is not None
+            plan = plan.without(failed.call, example)
+        except SizesDecide as decided:
+            assert plan is not None
+            plan = plan.fixing(decided.call)
+        for name in set(vars(network)) - before:
+            delattr(network, name)  # constants of a trace that is given up
+
+
+def given_sizes(
+    graph: fx.Graph, network: nn.Module, example: Example, plan: Plan | None, *, fixed: bool
+) -> GivenSizes | None:
+    """For which inputs a graph is.
+
+    Args:
+        graph: The graph.
+        network: What it was made of.
+        example: One call.
+        plan: The calls that were followed; None for a graph that knows no sizes.
+        fixed: Whether sizes may be constants of it.
+
+    Returns:
+        None if it is for inputs of any size.
+    """
+    if plan is None:
+        return None
+    calls = Calls(example, plan)
+    names = tuple(str(node.target) for node in graph.find_nodes(op="placeholder"))
+    leaves = [list(leaves_by_path(names, call.args, call.kwargs)) for call in calls.inputs]
+    inputs = []
+    for (path, leaf), *others in zip(*leaves, strict=True):
+        if isinstance(leaf, Tensor):
+            shapes = [leaf.shape, *(other.shape for _, other in others)]
+            inputs.append(GivenInput(path, _common(shapes) if fixed else (ANY,) * leaf.ndim))
+        elif plan.numbers and is_number(leaf):
+            continue
+        elif leaf is None or isinstance(leaf, (bool, int, float, str)):
+            inputs.append(GivenInput(path, None, leaf))
+    if all(given.shape is not None and set(given.shape) <= {ANY} for given in inputs):
+        return None
+    return GivenSizes(type(network).__name__, names, tuple(inputs))
+
+
+def _common(shapes: list[Any]) -> tuple[int, ...]:
+    return tuple(sizes[0] if len(set(sizes)) == 1 else ANY for sizes in zip(*shapes, strict=True))

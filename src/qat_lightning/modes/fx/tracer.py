@@ -1,0 +1,220 @@
+"""A tracer that sees what a network holds as it is, and calls as a whole what only touches what it is given.
+
+Parameters and buffers know their shape, so that a forward may ask for it; their device and type are asked for whenever
+the graph runs. A module that holds no layers and cannot be traced, or draws random numbers, is called as it is.
+"""
+
+from __future__ import annotations
+
+import operator
+import random
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.proxy import Proxy
+
+from qat_lightning.modes.structured_tracer import StructuredTracer
+from qat_lightning.numerics.recomputation import Checkpointed
+
+_COUNTER = "num_batches_tracked"
+
+
+class CallAsWhole(Exception):
+    """Stops a trace at a module that is to be called as it is."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(path)
+        self.path = path
+
+
+class DecidesByChance(Exception):
+    """Stops a trace at a module that holds layers and draws random numbers while it is traced."""
+
+
+@dataclass
+class Traced:
+    """One way through a network.
+
+    Attributes:
+        graph_module: The graph; its layers are the network's own.
+        scopes: For the name of each node the path and the class of the module whose ``forward`` made it.
+        counted: The paths of the modules that counted a batch in their ``num_batches_tracked`` by themselves.
+        fixed: Whether sizes of the inputs may be constants of the graph.
+    """
+
+    graph_module: fx.GraphModule
+    scopes: dict[str, Any]
+    counted: set[str]
+    fixed: bool = False
+
+
+_LAYERS = (
+    nn.modules.conv._ConvNd,
+    nn.modules.batchnorm._NormBase,
+    nn.Linear,
+    nn.Bilinear,
+    nn.Embedding,
+    nn.EmbeddingBag,
+    nn.MultiheadAttention,
+    nn.RNNBase,
+    nn.RNNCellBase,
+)
+
+
+def holds_no_layer(module: nn.Module) -> bool:
+    """Whether there is nothing to quantize, fold or freeze in a module, so that it may be called as a whole."""
+    return not any(isinstance(inner, _LAYERS) for inner in module.modules())
+
+
+class TensorProxy(Proxy):
+    """A parameter or buffer in a trace, whose shape is known."""
+
+    def __init__(self, node: fx.Node, tracer: Any, tensor: Tensor) -> None:
+        super().__init__(node, tracer)
+        self._tensor = tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        """As of the tensor."""
+        return self._tensor.shape
+
+    @property
+    def ndim(self) -> int:
+        """As of the tensor."""
+        return self._tensor.ndim
+
+    @property
+    def requires_grad(self) -> bool:
+        """As of the tensor."""
+        return self._tensor.requires_grad
+
+    def size(self, dim: int | None = None) -> Any:
+        """As of the tensor."""
+        return self._tensor.size() if dim is None else self._tensor.size(dim)
+
+    def dim(self) -> int:
+        """As of the tensor."""
+        return self._tensor.ndim
+
+    def numel(self) -> int:
+        """As of the tensor."""
+        return self._tensor.numel()
+
+    nelement = numel
+
+    def __len__(self) -> int:
+        return len(self._tensor)
+
+    def __iter__(self) -> Iterator[Proxy]:
+        return iter([operator.getitem(self, position) for position in range(len(self._tensor))])
+
+
+class NetworkTracer(StructuredTracer):
+    """Traces a network in the mode that it is in.
+
+    Args:
+        leaves: Paths of modules to call as they are.
+        buffers: Whether buffers are values of the graph too when they are computed with, or constants of it.
+    """
+
+    def __init__(self, leaves: list[str], *, buffers: bool = True) -> None:
+        super().__init__(leaves, [])
+        self._buffers = buffers
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Proxy]) -> Any:
+        """A value of the graph for each tensor of the network, but for counters: those count."""
+        if not isinstance(attr_val, Tensor) or attr == _COUNTER:
+            return attr_val
+        if not (self._buffers or isinstance(attr_val, nn.Parameter)):
+            return attr_val
+        name = self._names.get(id(attr_val))
+        if name is None:
+            return attr_val
+        if name not in parameter_proxy_cache:
+            parameter_proxy_cache[name] = self.create_proxy(
+                "get_attr", name, (), {}, proxy_factory_fn=lambda node: TensorProxy(node, self, attr_val)
+            )
+        return parameter_proxy_cache[name]
+
+    def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
+        """Trace ``root``; see `torch.fx.Tracer.trace`.
+
+        Raises:
+            CallAsWhole: A module in it is to be called as it is.
+            DecidesByChance: Random numbers were drawn.
+        """
+        self._names = {id(tensor): name for name, tensor in [*root.named_buffers(), *root.named_parameters()]}
+        before = _random_state()
+        graph = super().trace(root, concrete_args)
+        if _random_state() != before:
+            raise DecidesByChance("")
+        return graph
+
+    def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Trace what a module does, or call it.
+
+        Raises:
+            CallAsWhole: It cannot be traced, or draws random numbers, and holds no layer.
+            DecidesByChance: It draws random numbers, and holds layers.
+        """
+        path = self.path_of_module(m)
+        if self.is_leaf_module(m, path):
+            return super().call_module(m, forward, args, kwargs)
+        before = _random_state()
+        try:
+            result = super().call_module(m, forward, args, kwargs)
+        except (CallAsWhole, Checkpointed, DecidesByChance):
+            raise
+        except Exception as error:
+            if holds_no_layer(m):
+                raise CallAsWhole(path) from error
+            raise
+        if _random_state() != before:
+            raise CallAsWhole(path) if holds_no_layer(m) else DecidesByChance(path)
+        return result
+
+
+def _random_state() -> tuple[Any, ...]:
+    numpy = sys.modules.get("numpy")
+    drawn = () if numpy is None else numpy.random.get_state()
+    return (
+        random.getstate(),
+        bytes(torch.random.get_rng_state().numpy()),
+        tuple(part.tobytes() if hasattr(part, "tobytes") else part for part in drawn),
+    )
+
+
+@contextmanager
+def counting(network: nn.Module) -> Iterator[set[str]]:
+    """Note which modules count a batch within the block; buffers and random numbers are as before at its end."""
+    kept = {name: buffer.detach().clone() for name, buffer in network.named_buffers()}
+    counted: set[str] = set()
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        python = random.getstate()
+        try:
+            yield counted
+        finally:
+            random.setstate(python)
+            for name, buffer in network.named_buffers():
+                if name.rpartition(".")[2] == _COUNTER and not torch.equal(buffer, kept[name]):
+                    counted.add(name.rpartition(".")[0])
+                buffer.copy_(kept[name])
+
+
+@contextmanager
+def batchnorms_take_anything() -> Iterator[None]:
+    """Let ``super().forward`` of a class derived from BatchNorm be traced, which looks at its input's dimensions."""
+    kinds: list[Any] = [nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d]
+    before = [kind._check_input_dim for kind in kinds]
+    for kind in kinds:
+        kind._check_input_dim = lambda self, input: None
+    try:
+        yield
+    finally:
+        for kind, check in zip(kinds, before, strict=True):
+            kind._check_input_dim = check

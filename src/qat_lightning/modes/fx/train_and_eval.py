@@ -1,0 +1,208 @@
+"""One graph of a network's way in training and its way in evaluation, where they are one but for what drops out."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from qat_lightning.graph.example import Example
+from qat_lightning.layers.mode_layers import GIVEN, ByMode, DropoutLike
+from qat_lightning.modes.fx.tracer import Traced, holds_no_layer
+from qat_lightning.modes.graph_network import GraphNetwork
+from qat_lightning.modes.verify import example_values
+
+DROPOUTS: dict[Any, type[nn.Module]] = {
+    F.dropout: nn.Dropout,
+    F.dropout1d: nn.Dropout1d,
+    F.dropout2d: nn.Dropout2d,
+    F.dropout3d: nn.Dropout3d,
+    F.alpha_dropout: nn.AlphaDropout,
+    F.feature_alpha_dropout: nn.FeatureAlphaDropout,
+}
+
+
+BY_MODE = "_by_mode"
+"""What the names of modules begin with that stand for functions which look at a flag."""
+
+
+def parting(training: Traced, evaluation: Traced) -> tuple[fx.Node | None, fx.Node | None] | None:
+    """Where two ways through a network part: the first node of each that the other does not have; None if nowhere."""
+    ways = [list(way.graph_module.graph.nodes) for way in (training, evaluation)]
+    positions = [{node: number for number, node in enumerate(way)} for way in ways]
+
+    def wiring(node: fx.Node, position: dict[fx.Node, int]) -> Any:
+        return [position[source] for source in node.all_input_nodes]
+
+    for number in range(max(map(len, ways))):
+        one, other = (way[number] if number < len(way) else None for way in ways)
+        if one is None or other is None or (one.op, str(one.target)) != (other.op, str(other.target)):
+            return one, other
+        if wiring(one, positions[0]) != wiring(other, positions[1]):
+            return one, other
+    return None
+
+
+def owner_of_parting(
+    network: nn.Module, parts: tuple[fx.Node | None, fx.Node | None], training: Traced, evaluation: Traced
+) -> str | None:
+    """The path of a module that holds no layer and goes another way in evaluation, if that is why two ways part."""
+    for node, way in zip(parts, (training, evaluation), strict=True):
+        path = way.scopes[node.name][0] if node is not None and node.name in way.scopes else ""
+        if path and not path.startswith("torch.") and holds_no_layer(network.get_submodule(path)):
+            return str(path)
+    return None
+
+
+def flags_by_mode(training: Traced, evaluation: Traced) -> None:
+    """Let functions whose arguments are others in evaluation, such as ``training=self.training``, look at a flag.
+
+    ``F.batch_norm``, which has tensors to go with its flag, is left. The graphs stay node for node the same.
+    """
+    traced = training
+    pairs = zip(traced.graph_module.graph.nodes, evaluation.graph_module.graph.nodes, strict=True)
+    for node, other in list(pairs):
+        if node.op not in ("call_function", "call_method") or node.target is F.batch_norm:
+            continue
+        ways = [_with_places((each.args, each.kwargs)) for each in (node, other)]
+        if _same(*ways):
+            continue
+        dropout = _dropout(node, other)
+        path = _fresh(traced.graph_module, BY_MODE if dropout is None else "_functional_dropout")
+        traced.graph_module.add_module(path, dropout or ByMode(node.target, *ways))
+        replace_node(traced, node, path, tuple(_nodes((node.args, node.kwargs))))
+
+
+def call_as_in_evaluation(network: GraphNetwork) -> None:
+    """Call the functions that look at a flag as they are called in evaluation, in a network that never trains again."""
+    for node in network.graph.find_nodes(op="call_module"):
+        module = network.get_submodule(str(node.target))
+        if isinstance(module, ByMode):
+            args, kwargs = module.arguments(node.args, training=False)
+            kind = "call_method" if isinstance(module.function, str) else "call_function"
+            with network.graph.inserting_before(node):
+                made = network.graph.create_node(kind, module.function, args, kwargs, name=node.name)
+            node.replace_all_uses_with(made)
+            network.graph.erase_node(node)
+            network._modules.pop(str(node.target), None)
+    network.set_graph(network.graph)
+
+
+def _dropout(node: fx.Node, other: fx.Node) -> nn.Module | None:
+    """The layer that a function of dropout stands for; None if it is another function, or more than a flag differs."""
+    function: Any = node.target
+    if function not in DROPOUTS:
+        return None
+    ways = []
+    for each in (node, other):
+        bound = inspect.signature(function).bind(*each.args, **each.kwargs)
+        bound.apply_defaults()
+        ways.append(bound.arguments)
+    fits = ways[0]["training"] is True and ways[1]["training"] is False and isinstance(ways[0]["p"], (int, float))
+    return DROPOUTS[function](p=ways[0]["p"]) if fits else None
+
+
+@torch.no_grad()
+def mark_dropouts(traced: Traced, network: nn.Module, example: Example, paths: list[str]) -> None:
+    """Put `DropoutLike` in the place of each module that returns what it is given in evaluation.
+
+    Args:
+        traced: The graph; the modules of ``paths`` may be replaced.
+        network: The float network.
+        example: One call.
+        paths: Modules that hold no layer; one that holds tensors stays where these have their names.
+    """
+    root = traced.graph_module
+    if not paths:
+        return
+    with evaluating(network, root), torch.random.fork_rng(devices=[]):
+        run = _Compared(root, garbage_collect_values=False)
+        run.run(*copy.deepcopy(example_values(root.graph, example)))
+    for path in paths:
+        inner = root.get_submodule(path)
+        if path in run.same and path not in run.other and not inner.state_dict():
+            set_module(root, path, DropoutLike(inner).train(inner.training))
+
+
+@contextmanager
+def evaluating(*roots: nn.Module) -> Iterator[None]:
+    """All modules in evaluation within the block."""
+    flags = {module: module.training for root in roots for module in root.modules()}
+    for module in flags:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module, flag in flags.items():
+            module.training = flag
+
+
+class _Compared(fx.Interpreter):
+    """Runs a graph, and notes which modules return the one tensor that they are given."""
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        self.same: set[str] = set()
+        self.other: set[str] = set()
+        return super().run(*args, **kwargs)
+
+    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        given = args[0].clone() if len(args) == 1 and not kwargs and isinstance(args[0], Tensor) else None
+        result = super().call_module(target, args, kwargs)
+        same = given is not None and isinstance(result, Tensor) and torch.equal(result, given)
+        (self.same if same else self.other).add(str(target))
+        return result
+
+
+def replace_node(traced: Traced, node: fx.Node, path: str, args: tuple[Any, ...]) -> fx.Node:
+    """Call the module ``path`` in the place of ``node``."""
+    graph = traced.graph_module.graph
+    with graph.inserting_after(node):
+        made = graph.call_module(path, args)
+    if node.name in traced.scopes:
+        traced.scopes[made.name] = traced.scopes[node.name]
+    node.replace_all_uses_with(made)
+    graph.erase_node(node)
+    return made
+
+
+def set_module(root: nn.Module, path: str, module: nn.Module) -> None:
+    """Put a module at a dotted path."""
+    parent, _, leaf = path.rpartition(".")
+    root.get_submodule(parent)._modules[leaf] = module
+
+
+def _fresh(root: nn.Module, name: str) -> str:
+    number = 0
+    while hasattr(root, f"{name}_{number}"):
+        number += 1
+    return f"{name}_{number}"
+
+
+def _with_places(arguments: Any) -> Any:
+    def place(leaf: Any) -> Any:
+        return GIVEN if isinstance(leaf, fx.Node) else leaf
+
+    return fx.node.map_aggregate(arguments, place)
+
+
+def _nodes(arguments: Any) -> list[fx.Node]:
+    return [leaf for leaf in _leaves(arguments) if isinstance(leaf, fx.Node)]
+
+
+def _leaves(arguments: Any) -> list[Any]:
+    found: list[Any] = []
+    fx.node.map_aggregate(arguments, found.append)
+    return found
+
+
+def _same(one: Any, other: Any) -> bool:
+    left, right = _leaves(one), _leaves(other)
+    return len(left) == len(right) and all(
+        a is b or (type(a) is type(b) and a == b) for a, b in zip(left, right, strict=True)
+    )

@@ -1,0 +1,204 @@
+"""Parameters that a graph reads itself: weights of functions, computed weights, and what layers are read for as well.
+
+Upstream's preparation and conversion put other modules in the place of layers, in which what the graph reads is not
+found, or is a method; and conversion rounds the weights of layers for good, which other readers do not see rounded in
+training. So what is read has a name of its own meanwhile.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
+
+from qat_lightning.layers.qat_modules import round_for_good
+from qat_lightning.modes.fx.passes import hide_float_ops
+from qat_lightning.numerics.fake_quantize import FakeQuantize
+
+
+def set_aside(root: nn.Module, graph: fx.Graph) -> dict[str, str]:
+    """Give what a graph reads of modules that it calls names of its own, which ``root`` holds.
+
+    Returns:
+        For each name the path that was read.
+    """
+    names: dict[str, str] = {}
+    for node in _inside_called(graph, "get_attr"):
+        value = operator.attrgetter(str(node.target))(root)
+        if not isinstance(value, Tensor):
+            continue
+        name = _fresh(root, "_read_" + str(node.target).replace(".", "_"))
+        if isinstance(value, nn.Parameter):
+            root.register_parameter(name, value)
+        else:
+            root.register_buffer(name, value, persistent=False)
+        names[name] = str(node.target)
+        node.target = name
+    return names
+
+
+def call_apart(root: nn.Module, graph: fx.Graph) -> None:
+    """Give modules inside of others that a graph calls, such as a BatchNorm's activation, names of their own."""
+    for node in _inside_called(graph, "call_module"):
+        name = _fresh(root, str(node.target).replace(".", "_"))
+        root.add_module(name, root.get_submodule(str(node.target)))
+        node.target = name
+
+
+def _inside_called(graph: fx.Graph, op: str) -> list[fx.Node]:
+    called = {str(node.target) for node in graph.find_nodes(op="call_module")}
+    found = []
+    for node in graph.find_nodes(op=op):
+        parts = str(node.target).split(".")
+        if any(".".join(parts[:end]) in called for end in range(1, len(parts))):
+            found.append(node)
+    return found
+
+
+def put_back(root: nn.Module, graph: fx.Graph, names: dict[str, str]) -> None:
+    """Undo `set_aside`."""
+    for node in graph.find_nodes(op="get_attr"):
+        node.target = names.get(str(node.target), node.target)
+    for name in names:
+        if hasattr(root, name):
+            delattr(root, name)
+
+
+def weights_from_inputs(prepared: fx.GraphModule) -> list[str]:
+    """Take out the rounding of weights that are computed of what a network is given, which no kernel can pack.
+
+    Returns:
+        The names of the nodes that they are weights of, which stay float.
+    """
+    float_ops = []
+    for node in _weights(prepared, prepared.graph):
+        if not _is_constant(node.args[0]):
+            float_ops += [user.name for user in node.users]
+            node.replace_all_uses_with(node.all_input_nodes[0])
+            prepared.graph.erase_node(node)
+    prepared.recompile()
+    return float_ops
+
+
+def hide_parametrized(graph_module: fx.GraphModule) -> Callable[[fx.GraphModule], None]:
+    """Hide the layers whose weight is computed from upstream, which would fuse them with what is behind them.
+
+    Returns:
+        What shows them again in the prepared graph.
+    """
+    nodes = graph_module.graph.find_nodes(op="call_module")
+    layers = {node.name: graph_module.get_submodule(str(node.target)) for node in nodes}
+    computed = {name: layer for name, layer in layers.items() if is_parametrized(layer)}
+    for layer in computed.values():
+        layer.qconfig = None  # type: ignore[assignment]  # as upstream marks what it leaves float
+    return hide_float_ops(graph_module, list(computed))
+
+
+def compute_weights_for_good(network: nn.Module, graph: fx.Graph) -> None:
+    """Make plain layers of those whose weight is computed, which a file can hold, where the graph only calls them."""
+    called = {str(node.target) for node in graph.find_nodes(op="call_module")}
+    for path, module in list(network.named_modules()):
+        names: Any = module._modules.get("parametrizations")
+        if not is_parametrized(module) or any(f"{path}.parametrizations.{name}" in called for name in names):
+            continue
+        computed = {name: getattr(module, name).detach().clone() for name in names}
+        # Upstream's remove_parametrizations changes the class as well, which the user's own layer still has.
+        module.__class__ = type_before_parametrizations(module)
+        del module._modules["parametrizations"]
+        for name, value in computed.items():
+            module._parameters[name] = nn.Parameter(value, requires_grad=False)
+
+
+@torch.no_grad()
+def materialize_weights_of_functions(root: nn.Module, graph: fx.Graph) -> None:
+    """Let the FakeQuantizes of these weights make what they keep for each channel, before a training begins."""
+    for node in _weights(root, graph):
+        _fake_quantize(root, node).materialize(_value(root, node.args[0]))
+
+
+@torch.no_grad()
+def round_weights_of_functions(root: nn.Module, graph: fx.Graph) -> None:
+    """Compute each of these weights as training has it, and put it on its grid, as conversion packs it.
+
+    Whatever else reads the parameters goes on reading them as they are.
+    """
+    for number, node in enumerate(_weights(root, graph)):
+        name = _fresh(root, f"_weight_{number}")
+        rounded = round_for_good(_value(root, node.args[0]), _fake_quantize(root, node))
+        root.register_parameter(name, nn.Parameter(rounded, requires_grad=False))
+        with graph.inserting_before(node):
+            weight = graph.get_attr(name)
+        before = node.all_input_nodes[0]
+        node.replace_input_with(before, weight)
+        _erase_unread(graph, before)
+
+
+@torch.no_grad()
+def compute_biases_of_functions(root: nn.Module, graph: fx.Graph) -> None:
+    """Compute each bias of a function that is computed of parameters, as of a concatenation of them, once for all.
+
+    It is as training has it, on its grid where it is on one; a kernel packs a plain one only.
+    """
+    for number, node in enumerate(node for node in graph.nodes if node.target in _WITH_BIAS):
+        bias = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
+        if not isinstance(bias, fx.Node) or bias.op == "get_attr" or not _is_constant(bias):
+            continue
+        name = _fresh(root, f"_bias_{number}")
+        root.register_parameter(name, nn.Parameter(_value(root, bias).detach().clone(), requires_grad=False))
+        with graph.inserting_before(node):
+            node.replace_input_with(bias, graph.get_attr(name))
+        _erase_unread(graph, bias)
+
+
+_WITH_BIAS = (F.linear, F.conv1d, F.conv2d, F.conv3d)
+
+
+def _weights(root: nn.Module, graph: fx.Graph) -> list[fx.Node]:
+    """The nodes that round weights of functions: those of layers are rounded inside of them."""
+    modules = dict(root.named_modules(remove_duplicate=False))
+    called = [(node, modules.get(str(node.target))) for node in graph.find_nodes(op="call_module")]
+    return [node for node, module in called if isinstance(module, FakeQuantize) and module.source == "present"]
+
+
+def _fake_quantize(root: nn.Module, node: fx.Node) -> FakeQuantize:
+    found: FakeQuantize = root.get_submodule(str(node.target))  # type: ignore[assignment]
+    return found
+
+
+def _is_constant(node: Any) -> bool:
+    """Whether a value is computed of parameters and buffers only."""
+    if node.op == "get_attr":
+        return True
+    return node.op != "placeholder" and bool(node.all_input_nodes) and all(map(_is_constant, node.all_input_nodes))
+
+
+def _value(root: nn.Module, node: Any) -> Any:
+    if node.op == "get_attr":
+        return operator.attrgetter(str(node.target))(root)
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda source: _value(root, source))
+    if node.op == "call_module":
+        return root.get_submodule(str(node.target))(*args, **kwargs)
+    if node.op == "call_method":
+        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+    assert callable(node.target)
+    return node.target(*args, **kwargs)
+
+
+def _erase_unread(graph: fx.Graph, node: Any) -> None:
+    if not node.users and node.op != "placeholder":
+        sources = node.all_input_nodes
+        graph.erase_node(node)
+        for source in sources:
+            if source in graph.nodes:
+                _erase_unread(graph, source)
+
+
+def _fresh(root: nn.Module, name: str) -> str:
+    while hasattr(root, name):
+        name += "_"
+    return name

@@ -1,0 +1,197 @@
+"""A network that runs a graph, and is otherwise an ordinary module.
+
+Unlike `torch.fx.GraphModule` it keeps children that the graph does not call (a BatchNorm that its convolution calls),
+leaves `train` and `eval` alone, and still answers to the attributes and methods of the network it was made from.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from qat_lightning.errors import NetworkError
+from qat_lightning.graph.given_sizes import GivenSizes
+from qat_lightning.graph.portable_graph import hold_graphs, release_graphs
+from qat_lightning.graph.training_flags import overrides_train, set_training_flags, training_flags
+from qat_lightning.layers.relu_rounding import with_relus_in_roundings
+from qat_lightning.modes.prepared import PreparedState
+
+
+class KeepsExtraState(nn.Module):
+    """Saves and loads the extra state of the module whose ``forward`` was merged into a graph."""
+
+    def keep_extra_state_of(self, original: nn.Module) -> None:
+        """Let the entry ``_extra_state`` be that of ``original``, if its class has one."""
+        if has_extra_state(original):
+            self.__dict__["_extra_state_of"] = original
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        original = self.__dict__.get("_extra_state_of")
+        if original is not None:
+            destination[prefix + _EXTRA_STATE] = original.get_extra_state()
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        original, key = self.__dict__.get("_extra_state_of"), prefix + _EXTRA_STATE
+        if original is None:
+            return
+        if key in state_dict:
+            original.set_extra_state(state_dict[key])
+            unexpected_keys[:] = [name for name in unexpected_keys if name != key]
+        elif strict:
+            missing_keys.append(key)
+
+
+def has_extra_state(module: nn.Module) -> bool:
+    """Whether a module's class has a ``get_extra_state`` of its own."""
+    return type(module).get_extra_state is not nn.Module.get_extra_state
+
+
+_EXTRA_STATE = "_extra_state"
+
+
+OtherSizes = Callable[["GraphNetwork", tuple[Any, ...], dict[str, Any]], Callable[..., Any]]
+"""Given a network and a call of it, makes what runs the network on such inputs."""
+
+
+class GraphNetwork(KeepsExtraState):
+    """The prepared form of a network in the graph modes.
+
+    Args:
+        source: A graph module; its children, parameters and buffers are taken over under their names.
+    """
+
+    _quantization: PreparedState
+    sizes: GivenSizes | None = None
+    """The inputs that the graph is for; None if it is for any."""
+
+    def __init__(self, source: fx.GraphModule) -> None:
+        super().__init__()
+        for name in ("_modules", "_parameters", "_buffers"):
+            self.__dict__[name] = dict(source.__dict__[name])
+        self._non_persistent_buffers_set = set(source._non_persistent_buffers_set)
+        for name in ("_in_spec", "_out_spec"):
+            if name in source.__dict__:
+                self.__dict__[name] = source.__dict__[name]
+        for node in source.graph.nodes:
+            # Packed weights of functional layers are neither tensors nor modules.
+            if node.op == "get_attr" and node.target in source.__dict__:
+                self.__dict__[node.target] = source.__dict__[node.target]
+        self.set_graph(source.graph)
+        for module in self.modules():
+            if type(module) is nn.Module:
+                module.__class__ = GraphPart
+
+    def set_graph(self, graph: fx.Graph) -> None:
+        """Run ``graph`` from now on."""
+        self.__dict__["graph"] = graph
+        self.__dict__["_run"] = compile_graph(with_relus_in_roundings(self, graph))
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the graph on the inputs of the network it was made from.
+
+        Raises:
+            NetworkError: The graph is for inputs of other sizes, and none can be made for these.
+        """
+        run = self.__dict__["_run"]
+        # Compiled steps see to it that only inputs that fit are compiled for.
+        if self.sizes is not None and not torch.compiler.is_compiling():
+            run = self._run_for(self.sizes, args, kwargs)
+        return run(self, *args, **kwargs)
+
+    def give_sizes(self, sizes: GivenSizes | None, other_sizes: OtherSizes | None) -> None:
+        """Say for which inputs the graph is, and what makes one for others, if anything does."""
+        self.__dict__["sizes"] = sizes
+        self.__dict__["_other_sizes"] = other_sizes
+
+    def _run_for(self, sizes: GivenSizes, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[..., Any]:
+        others = sizes.others(args, kwargs)
+        if not others:
+            run: Callable[..., Any] = self.__dict__["_run"]
+            return run
+        make = self.__dict__.get("_other_sizes")
+        if make is None:
+            raise NetworkError(sizes.refusal(others))
+        made = self.__dict__.setdefault("_made_for", {})
+        key = sizes.key(args, kwargs)
+        if key not in made:
+            made[key] = make(self, args, kwargs)
+        return made[key]  # type: ignore[no-any-return]
+
+    def train(self, mode: bool = True) -> GraphNetwork:
+        """Set the flags as the network it was made from would, which may keep some of its parts in evaluation."""
+        super().train(mode)
+        state: Any = self._modules.get("_quantization")
+        if state is not None and overrides_train(state.float_network):
+            state.float_network.train(mode)
+            set_training_flags(self, training_flags(state.float_network))
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        """Fall back on the float network's own attributes and methods."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            state = self.__dict__.get("_modules", {}).get("_quantization")
+            if state is None or name.startswith("__"):
+                raise
+            return _borrow(self, state.float_network, name)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but compiled functions, which are made from the graph, and for other sizes, again."""
+        return hold_graphs({name: value for name, value in self.__dict__.items() if name not in ("_run", "_made_for")})
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(release_graphs(state))  # type: ignore[no-untyped-call]
+        self.set_graph(self.__dict__["graph"])
+
+
+class GraphPart(KeepsExtraState):
+    """Holds the layers of a submodule whose own ``forward`` was merged into the network's graph."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Say what to do instead."""
+        raise NetworkError(
+            "This part of the network was merged into one graph when it was prepared for quantization, and cannot be "
+            "called by itself. Call the whole network, give module='<the part that is called>' to the callback, or use "
+            "mode='eager', which keeps every submodule callable."
+        )
+
+
+def compile_graph(graph: fx.Graph) -> Callable[..., Any]:
+    """The Python function of a graph, whose first argument is the module that holds its layers."""
+    code = graph.python_code(root_module="self")
+    scope = dict(code.globals)
+    exec(compile(code.src, "<graph of the prepared network>", "exec"), scope)
+    function: Callable[..., Any] = scope["forward"]
+    return function
+
+
+def _borrow(network: nn.Module, original: nn.Module, name: str) -> Any:
+    if not hasattr(original, name):
+        raise AttributeError(f"{type(original).__name__!r} object has no attribute {name!r}")
+    value = getattr(original, name)
+    if isinstance(value, types.MethodType) and value.__self__ is original:
+        return types.MethodType(value.__func__, network)
+    if isinstance(value, (nn.Module, Tensor, torch.nn.Parameter)):
+        raise NetworkError(
+            f"{type(original).__name__}.{name} is not part of the network that was prepared for quantization, because "
+            "its forward does not use it. Call it on the float network, or use mode='eager', which keeps them all."
+        )
+    return value

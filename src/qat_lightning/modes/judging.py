@@ -1,0 +1,209 @@
+"""When two values that should be the same are: in decibels where they are float, in steps of their grid where not.
+
+A right int8 kernel rounds to the nearest step. Where the exact value is in the middle between two steps, the last bits
+of a float decide, and both are right. So a value that is a step off is judged by how far it is from what fake-quant had
+before it rounded, and not by decibels: one such value in a small output costs more of them than a kernel that is wrong
+in one channel of a large one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qat_lightning.errors import VerificationError
+from qat_lightning.modes.protocol import LayerCheck
+from qat_lightning.numerics.sqnr import sqnr_db
+from qat_lightning.settings.backends import Backend
+
+ONE_STEP = 1.01
+"""A layer that is off by one step somewhere has rounded the other way, which is no fault; more is."""
+
+MARGIN_DB = 6.0
+"""How much worse than the worst of a few draws something right can be by chance."""
+
+MIDDLE = 0.1
+"""How far from the middle between two steps, in steps, a kernel may still round the other way. Right ones of every
+engine do so within 0.004; one that is a step off, cuts off or has a scale that is a percent off does it anywhere."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Where a tensor was rounded to.
+
+    Attributes:
+        scale: One step.
+        zero_point: The integer that is 0.
+    """
+
+    scale: float
+    zero_point: int
+
+    def same(self, other: Grid) -> bool:
+        """Whether two grids are one, but for the last bit of a scale."""
+        return self.zero_point == other.zero_point and math.isclose(self.scale, other.scale, rel_tol=1e-6)
+
+
+def decibels(wanted: Tensor, got: Tensor) -> float:
+    """SQNR of tensors that may differ in shape (minus infinity), or be NaN or infinite in the same places (equal).
+
+    Example:
+        >>> decibels(torch.tensor([1.0, torch.nan]), torch.tensor([1.0, torch.nan]))
+        inf
+        >>> decibels(torch.tensor([1.0, 2.0]), torch.tensor([1.0, torch.nan]))
+        -inf
+    """
+    if wanted.shape != got.shape:
+        return -math.inf
+    wanted, got = wanted.double(), got.double()
+    same = (wanted == got) | (wanted.isnan() & got.isnan())
+    finite = wanted.isfinite() & got.isfinite()
+    if not bool((same | finite).all()):
+        return -math.inf
+    return sqnr_db(torch.where(finite, wanted, 0.0), torch.where(finite, got, 0.0))
+
+
+def beyond_rounding(exact: Tensor, wanted: Tensor, got: Tensor, grid: Grid) -> float:
+    """How many steps the worst value is farther from the exact one than rounding to the nearest step explains.
+
+    Args:
+        exact: What fake-quant had before it rounded.
+        wanted: The integers that it rounded that to. At an end of the grid they stand for all that is beyond.
+        got: Integers of the same shape.
+        grid: Of both.
+
+    Example:
+        >>> exact, wanted, got = torch.tensor([0.5, 0.75, 9.0]), torch.tensor([0, 1, 2]), torch.tensor([1, 1, 2])
+        >>> beyond_rounding(exact, wanted, got, Grid(1.0, 0))
+        0.0
+        >>> beyond_rounding(exact, wanted, torch.tensor([1, 0, 2]), Grid(1.0, 0))
+        0.25
+    """
+    off = wanted != got
+    if not bool(off.any()):
+        return 0.0
+    rounded = wanted[off].double()
+    position = exact[off].double() / grid.scale + grid.zero_point
+    position = torch.minimum(torch.maximum(position.nan_to_num(), rounded - 0.5), rounded + 0.5)
+    return max(0.0, float((got[off] - position).abs().max()) - 0.5)
+
+
+def bias_rounding(layer: Any, in_scale: float, out_scale: float, target: Backend) -> float:
+    """How far, in steps of its output, a layer may be off because QNNPACK holds its bias as a whole number.
+
+    Args:
+        layer: Torch's quantized layer, or anything else.
+        in_scale: Of its input.
+        out_scale: Of its output.
+        target: The backend.
+    """
+    if target.engine != "qnnpack" or not callable(getattr(layer, "weight", None)):
+        return 0.0
+    weight = layer.weight()
+    per_channel = weight.qscheme() in (torch.per_channel_affine, torch.per_channel_symmetric)
+    scale = float(weight.q_per_channel_scales().max()) if per_channel else weight.q_scale()
+    return 0.5 * in_scale * scale / out_scale
+
+
+def compare_integers(
+    name: str, op: str, exact: Tensor, wanted: Tensor, got: Tensor, *, allowed: Callable[[], float] = lambda: 0.0
+) -> LayerCheck:
+    """Compare two of torch's quantized tensors on one grid.
+
+    Args:
+        name: The layer.
+        op: What ran.
+        exact: What fake-quant had before it rounded.
+        wanted: What it rounded that to.
+        got: What the kernel gave.
+        allowed: How many steps more are no fault, asked only where there would be one.
+
+    Returns:
+        The row, with its fault if there is one.
+    """
+    if wanted.shape != got.shape:
+        return LayerCheck(name, op, -math.inf, math.inf, f"its shape is {tuple(got.shape)}, not {tuple(wanted.shape)}")
+    ratio = sqnr_db(wanted.dequantize(), got.dequantize())
+    one, other = wanted.int_repr().int(), got.int_repr().int()
+    steps = float((one - other).abs().max()) if got.numel() else 0.0
+    grid = Grid(got.q_scale(), got.q_zero_point())
+    beyond = beyond_rounding(exact, one, other, grid)
+    fault = ""
+    if beyond > MIDDLE and beyond > MIDDLE + allowed():
+        share = float((one != other).double().mean())
+        fault = f"{share:.2%} of its values are up to {steps:.0f} steps apart, {beyond:.1f} more than rounding explains"
+    return LayerCheck(name, op, ratio, steps, fault)
+
+
+def is_faulty(check: LayerCheck, target: Backend) -> bool:
+    """Whether a layer is past the tolerance, and not by single roundings of a small output only."""
+    least = min(target.tolerance_db, check.chance_db - MARGIN_DB)
+    return bool(check.fault) or (check.sqnr_db < least and not check.max_steps <= ONE_STEP)
+
+
+@dataclass(frozen=True)
+class Names:
+    """What the layers of a message are called, and what a user can type for them.
+
+    Attributes:
+        prefix: The network's name in the LightningModule, to which ``exclude`` is relative.
+        modules: The names of the float network's modules.
+        feeding: The nearest layers that feed an op, by the op's name.
+    """
+
+    prefix: str = ""
+    modules: Collection[str] = ()
+    feeding: Callable[[str], Sequence[str]] = lambda name: ()
+
+    def layers(self, name: str) -> tuple[str, ...]:
+        """A layer; or an op, and the layers that feed it."""
+        return (name,) if name in self.modules else (name, *self.feeding(name))
+
+    def excluding(self, names: Sequence[str]) -> str:
+        """The ``exclude`` that leaves these layers float; empty if it cannot be said."""
+        paths = [".".join(filter(None, (self.prefix, name))) for name in names if name in self.modules]
+        return f"exclude={paths}" if paths and all(paths) else ""
+
+
+def raise_if_faulty(
+    checks: Sequence[LayerCheck],
+    target: Backend,
+    names: Names = Names(),  # it is frozen
+    wanted: str = "fake-quant computed in training",
+) -> None:
+    """Raise for the worst layer that is past the tolerance of ``target`` by more than a rounding.
+
+    Args:
+        checks: The rows.
+        target: The backend.
+        names: Of the layers.
+        wanted: What the layers are compared with, for the message.
+
+    Raises:
+        VerificationError: There is one.
+    """
+    faulty = sorted((check for check in checks if is_faulty(check, target)), key=lambda check: check.sqnr_db)
+    if not faulty:
+        return
+    worst = faulty[0]
+    apart = "" if math.isnan(worst.max_steps) else f", up to {worst.max_steps:.0f} steps apart"
+    found = f"{worst.sqnr_db:.1f} dB of SQNR on the same input{apart}"
+    least = f", where {target.tolerance_db:.0f} dB is the least for backend {target.name!r}"
+    if worst.sqnr_db >= target.tolerance_db:
+        found, least = worst.fault, f" ({worst.sqnr_db:.1f} dB of SQNR on the same input, backend {target.name!r})"
+    layers = tuple(dict.fromkeys(name for check in faulty for name in names.layers(check.name)))
+    remedy = names.excluding(names.layers(worst.name))
+    if remedy and worst.name not in names.modules:
+        remedy += ", the layers around it"
+    raise VerificationError(
+        f"Layer {worst.name!r} does not compute in int8 what {wanted}: {found}{least}. Its kernel is {worst.op}. "
+        f"{len(faulty)} of {len(checks)} layers are past the tolerance. What to do: "
+        f"{f'{remedy}, or another backend' if remedy else 'another backend, or another mode'}.",
+        layers,
+        checks,
+    )

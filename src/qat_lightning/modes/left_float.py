@@ -1,0 +1,94 @@
+"""Leaving a layer or an op of a prepared network float, without preparing it anew.
+
+What was found to be impossible in int8, in a rehearsal before the training or when a trained network is converted, is
+left float in the prepared network itself, so that fake-quant and int8 stay equal. Every key of its ``state_dict`` stays
+too: only its weights are no longer rounded. Its name and the reason are in its `PreparedState`, and so in every
+checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from qat_lightning.graph.example import Example
+from qat_lightning.modes.places import find_places
+from qat_lightning.modes.prepared import prepared_state
+from qat_lightning.modes.protocol import LayerCoverage
+from qat_lightning.numerics.fake_quantize import FakeQuantize
+from qat_lightning.numerics.state_entries import from_entry
+
+
+def leave_float(prepared: nn.Module, reasons: Mapping[str, str], example: Example | None) -> list[str]:
+    """Leave layers and ops of a prepared network float, in training and in conversion.
+
+    Args:
+        prepared: What a mode's ``prepare`` made, changed in place.
+        reasons: For each name, as `Mode.parts` has them, why it cannot be int8. Others are ignored.
+        example: One call of the network; None if its ranges are about to be loaded.
+
+    Returns:
+        The names of those that were not float before.
+    """
+    state = prepared_state(prepared)
+    possible = set(state.mode.parts(prepared))
+    names = [name for name in reasons if name in possible]
+    if names:
+        state.mode.leave_float(prepared, names, example)
+        state.left_float.update({name: reasons[name] for name in names})
+    return names
+
+
+def leave_weights_float(prepared: nn.Module, names: Collection[str]) -> None:
+    """Never round the weights of these layers; what they take and what they yield stays on its grid."""
+    for place in find_places(prepared):
+        if place.what == "weight" and layer_of(place.layer) in names:
+            place.fq.left_float = True
+
+
+def weighted_layers(prepared: nn.Module, order: Callable[[FakeQuantize], int] = lambda fq: 0) -> list[str]:
+    """The layers whose weights a prepared network rounds.
+
+    Args:
+        prepared: What a mode's ``prepare`` made.
+        order: What to sort by, if not by how places are found.
+    """
+    places = [place for place in find_places(prepared) if place.what == "weight" and not place.fq.left_float]
+    places.sort(key=lambda place: order(place.fq))
+    return list(dict.fromkeys(layer_of(place.layer) for place in places))
+
+
+def layer_of(name: str) -> str:
+    """The layer that a call of it belongs to, where mode fx has a module for each call.
+
+    Example:
+        >>> layer_of("head.fc_call_1"), layer_of("head.fc")
+        ('head.fc', 'head.fc')
+    """
+    layer, called, number = name.rpartition("_call_")
+    return layer if called and number.isdigit() else name
+
+
+def with_reasons(rows: Iterable[LayerCoverage], left_float: Mapping[str, str]) -> list[LayerCoverage]:
+    """The rows of layers, those that are left float with the reason."""
+    return [
+        replace(row, quantized=False, reason=left_float[row.name])
+        if row.what == "layer" and row.name in left_float
+        else row
+        for row in rows
+    ]
+
+
+def follow_checkpoints(prepared: nn.Module) -> None:
+    """Let a prepared network leave float what a checkpoint that is loaded into it left float."""
+    prepared.register_load_state_dict_pre_hook(_take_over)
+
+
+def _take_over(prepared: nn.Module, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+    extra = state_dict.get(f"{prefix}_quantization._extra_state")
+    if extra is not None:
+        # No example: the ranges are those of the checkpoint.
+        leave_float(prepared, dict(from_entry(extra).get("left_float", ())), None)

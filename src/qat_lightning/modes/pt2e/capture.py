@@ -1,0 +1,287 @@
+"""Capturing a network with PT2 export, as one graph that holds for any batch size."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import re
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import fx, nn
+from torch.fx.graph import CodeGen
+
+from qat_lightning.errors import TraceError
+from qat_lightning.graph.example import Example
+from qat_lightning.graph.signature import (
+    BATCH,
+    CallSpec,
+    batch_size,
+    canonical,
+    dynamic_shapes,
+    inputs_of,
+)
+from qat_lightning.graph.structures import look_into
+from qat_lightning.modes.eager.chains import run_apart
+from qat_lightning.modes.source_lines import reason_of
+from qat_lightning.modes.tracing import WHAT_TO_DO, check_names
+
+aten = torch.ops.aten
+
+FUNCTIONAL: dict[Any, Any] = {
+    aten.relu_.default: aten.relu.default,
+    aten.hardtanh_.default: aten.hardtanh.default,
+    aten.relu6_.default: aten.relu6.default,
+    aten.leaky_relu_.default: aten.leaky_relu.default,
+    aten.hardswish_.default: aten.hardswish.default,
+    aten.hardsigmoid_.default: aten.hardsigmoid.default,
+    aten.silu_.default: aten.silu.default,
+    aten.elu_.default: aten.elu.default,
+    aten.sigmoid_.default: aten.sigmoid.default,
+    aten.tanh_.default: aten.tanh.default,
+    aten.add_.Tensor: aten.add.Tensor,
+    aten.mul_.Tensor: aten.mul.Tensor,
+    aten.dropout_.default: aten.dropout.default,
+}
+"""In-place ops and what computes the same into a new tensor."""
+
+TRAINING_FLAG: dict[Any, tuple[int, Any]] = {
+    aten.dropout.default: (2, False),
+    aten.feature_dropout.default: (2, False),
+    aten.alpha_dropout.default: (2, False),
+    aten.feature_alpha_dropout.default: (2, False),
+    aten.native_dropout.default: (2, False),
+    aten.rrelu.default: (3, False),
+    aten.scaled_dot_product_attention.default: (4, 0.0),
+}
+"""Ops other than BatchNorm that do something else in training: which argument says so, and its value in evaluation."""
+
+RECURRENT = (aten.lstm, aten.gru, aten.rnn_tanh, aten.rnn_relu)
+"""Layers in one op, of which only the dropout between layers is random."""
+
+
+def capture(network: nn.Module, example: Example, *, train: bool = True) -> tuple[fx.GraphModule, CallSpec]:
+    """Export ``network`` in training mode, or as it is in evaluation.
+
+    Args:
+        network: The float network; its flags are as before when this returns.
+        example: One call, with a batch of 2 or more.
+        train: Whether the graph is to be trained. One of evaluation may draw random numbers, as the network then does.
+
+    Returns:
+        A graph whose inputs are the tensors of a call and whose output is a flat tuple, and how it is called.
+
+    Raises:
+        TraceError: It cannot be exported, or only for one batch size, or it does other things in evaluation.
+    """
+    look_into(example.args, example.kwargs)
+    size = batch_size(example)
+    signature = inspect.signature(network.forward)
+    args, kwargs = canonical(signature, example.args, example.kwargs)
+    in_spec, inputs = inputs_of(network, example, size)
+    check_names(network, "pt2e")
+    run_apart(network, example)  # what it returns is known to pytree from now on
+    if train:
+        _refuse_plain_averages(network)
+    with _in_mode(network, train), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"torch\..*")
+        try:
+            program = torch.export.export(
+                network, args, kwargs, dynamic_shapes=dynamic_shapes(signature, args, kwargs, size), strict=True
+            )
+            graph_module: fx.GraphModule = program.module()
+        except Exception as error:
+            raise TraceError(_explain(network, error)) from error
+    out_spec = program.call_spec.out_spec
+    assert out_spec is not None
+    spec = CallSpec(type(network).__name__, signature, in_spec, inputs, out_spec, size or 1)
+    _refuse_fixed_batch(graph_module.graph, spec)
+    _inline_no_grad(graph_module)
+    _clean(graph_module.graph, spec)
+    if train:
+        _refuse_randomness(graph_module.graph, spec.name)
+    _make_functional(graph_module.graph)
+    graph_module.graph.lint()
+    graph_module.recompile()
+    return graph_module, spec
+
+
+def _refuse_plain_averages(network: nn.Module) -> None:
+    names = [
+        repr(name)
+        for name, module in network.named_modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm)
+        and module.track_running_stats
+        and module.momentum is None
+    ]
+    if names:
+        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+        raise TraceError(
+            "mode='pt2e' cannot export BatchNorm with momentum=None, which divides by the count of batches so far: "
+            f"{', '.join(names[:5])}{more}. Give it a number, such as momentum=0.1, or use mode='fx' or mode='eager'."
+        )
+
+
+@contextlib.contextmanager
+def _in_mode(network: nn.Module, train: bool) -> Iterator[None]:
+    before = {module: module.training for module in network.modules()}
+    network.train(train)
+    try:
+        yield
+    finally:
+        for module, flag in before.items():
+            module.training = flag
+
+
+def _explain(network: nn.Module, error: Exception) -> str:
+    return f"mode='pt2e' cannot export {type(network).__name__} {reason_of(error)}. {WHAT_TO_DO}"
+
+
+def _refuse_fixed_batch(graph: fx.Graph, spec: CallSpec) -> None:
+    placeholders = graph.find_nodes(op="placeholder")
+    for node, given in zip(placeholders, spec.inputs, strict=True):
+        if given.shape is None or BATCH not in given.shape:
+            continue
+        size = node.meta["val"].shape[0]
+        # Export makes of AUTO a symbol that is known to be a constant.
+        if not isinstance(size, torch.SymInt) or size.node.maybe_as_int() is not None:
+            raise TraceError(
+                f"mode='pt2e' can export {spec.name} only for the batch size {size} of the example, "
+                f"because its forward takes the size of {given.path} for a constant (such as int(x.shape[0]), "
+                f"a reshape to a fixed first dimension, or an assertion). {WHAT_TO_DO}"
+            )
+
+
+def _clean(graph: fx.Graph, spec: CallSpec) -> None:
+    """Leave only what computes: no guards for the example's sizes, no inputs that are constants."""
+    graph.set_codegen(CodeGen())
+    for node in reversed(list(graph.nodes)):
+        is_guard = node.op == "call_module" and node.target == "_guards_fn"
+        is_check = node.op == "call_function" and _name(node.target).startswith(
+            ("aten._assert", "aten.sym_constrain", "_assert", "_check")
+        )
+        if (is_guard or is_check) and not node.users:
+            graph.erase_node(node)
+    for node, given in zip(graph.find_nodes(op="placeholder"), spec.inputs, strict=True):
+        if given.shape is None:
+            graph.erase_node(node)
+    for node in reversed(list(graph.nodes)):
+        # What is left of the checks: sizes, comparisons, and attributes that only they used.
+        computes = node.op == "call_function" and not node.is_impure() and not _mutates(node)
+        if (computes or node.op == "get_attr") and not node.users:
+            graph.erase_node(node)
+    output = graph.output_node()
+    values, _ = pytree.tree_flatten(output.args[0], is_leaf=lambda value: isinstance(value, fx.Node))
+    output.args = (tuple(values),)
+
+
+def _inline_no_grad(graph_module: fx.GraphModule) -> None:
+    """Put the body of ``with torch.no_grad()`` into the graph, where it can be quantized, and detach what leaves it."""
+    graph = graph_module.graph
+    operator = torch.ops.higher_order.wrap_with_set_grad_enabled
+    while regions := graph.find_nodes(op="call_function", target=operator):
+        region = regions[0]
+        enabled, body, *arguments = region.args
+        inside: fx.GraphModule = getattr(graph_module, body.target)
+        values: dict[fx.Node, Any] = dict(zip(inside.graph.find_nodes(op="placeholder"), arguments, strict=True))
+        results: Any = ()
+        with graph.inserting_before(region):
+            for node in inside.graph.nodes:
+                if node.op == "output":
+                    results = [values[result] for result in node.args[0]]
+                elif node.op != "placeholder":
+                    values[node] = graph.node_copy(node, values.__getitem__)
+            if not enabled:
+                results = [_detached(graph, result) for result in results]
+        for user in list(region.users):
+            user.replace_all_uses_with(results[user.args[1]])
+            graph.erase_node(user)
+        graph.erase_node(region)
+
+
+def _detached(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    detached = graph.call_function(aten.detach.default, (node,))
+    detached.meta = {key: value for key, value in node.meta.items() if key not in ("source_fn_stack", "torch_fn")}
+    return detached
+
+
+def _name(target: Any) -> str:
+    return str(target) if isinstance(target, torch._ops.OpOverload) else getattr(target, "__name__", str(target))
+
+
+def _mutates(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def _refuse_randomness(graph: fx.Graph, name: str) -> None:
+    """Random ops other than dropout are there in training only as a rule, and the graph would keep them for good."""
+    for node in graph.nodes:
+        target: Any = FUNCTIONAL.get(node.target, node.target)
+        if not isinstance(target, torch._ops.OpOverload) or target in TRAINING_FLAG:
+            continue
+        if torch.Tag.nondeterministic_seeded not in target.tags:
+            continue
+        if target.overloadpacket in RECURRENT:
+            _refuse_dropout_inside(node, name)
+            continue
+        raise TraceError(
+            f"mode='pt2e' keeps one graph for training and evaluation, and {name} draws random numbers "
+            f"({target}){source_line(node)}, which would go on in evaluation. Use nn.Dropout or F.dropout, or "
+            f"mode='eager'. {WHAT_TO_DO}"
+        )
+
+
+def _refuse_dropout_inside(node: fx.Node, name: str) -> None:
+    """Raise if a recurrent op drops values between its layers: its training flag is a constant of the graph."""
+    dropout = _argument(node, "dropout")
+    if dropout == 0 or _argument(node, "num_layers") == 1:
+        return
+    raise TraceError(
+        f"mode='pt2e' keeps one graph for training and evaluation, and {name} has {node.target} with dropout={dropout} "
+        f"between its layers{source_line(node)}: whether it trains is fixed in the graph, so that it would go on "
+        "dropping values in evaluation. Use mode='fx' or mode='eager', or dropout=0 and nn.Dropout between recurrent "
+        "layers of one layer each."
+    )
+
+
+def _argument(node: fx.Node, name: str) -> Any:
+    """The argument that an op's schema calls ``name``, given by position or by name."""
+    target: Any = node.target
+    position = [argument.name for argument in target._schema.arguments].index(name)
+    return node.args[position] if len(node.args) > position else node.kwargs.get(name)
+
+
+def source_line(node: fx.Node) -> str:
+    """`` at file:line``, where the network's code made this node."""
+    frames = re.findall(r'File "([^"]+)", line (\d+)', str(node.meta.get("stack_trace", "")))
+    root = str(torch.__path__[0])
+    users = [frame for frame in frames if not frame[0].startswith(root)]
+    return f" at {users[-1][0]}:{users[-1][1]}" if users else ""
+
+
+def _make_functional(graph: fx.Graph) -> None:
+    """Replace in-place activations and additions, so that a value once observed stays what it was.
+
+    Only where the old value is read by nobody under another name: a view, an input or a parameter may be.
+    """
+    for node in graph.nodes:
+        if node.op != "call_function" or node.target not in FUNCTIONAL:
+            continue
+        source = node.args[0]
+        if not isinstance(source, fx.Node) or source.op != "call_function" or _aliases(source):
+            continue
+        if any(_aliases(user) and user.target not in FUNCTIONAL for user in source.users):
+            continue
+        # Whoever read the old tensor after this op read the new value.
+        source.replace_all_uses_with(node, delete_user_cb=lambda user, node=node: user > node)  # type: ignore[misc]
+        node.target = FUNCTIONAL[node.target]
+
+
+def _aliases(node: fx.Node) -> bool:
+    target: Callable[..., Any] | str = node.target
+    if not isinstance(target, torch._ops.OpOverload):
+        return False
+    return any(result.alias_info is not None for result in target._schema.returns)

@@ -1,0 +1,312 @@
+"""Compiling a decomposed graph to int8 kernels with AOTInductor, and checking what comes out."""
+
+from __future__ import annotations
+
+import copy
+import math
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+from qat_lightning.graph.scopes import scope_of
+from qat_lightning.graph.signature import BATCH, CallSpec
+from qat_lightning.modes.protocol import LayerCheck
+from qat_lightning.modes.pt2e.check import DEQUANTIZE, QUANTIZE, main_op
+from qat_lightning.modes.verify import is_faulty
+from qat_lightning.numerics.sqnr import sqnr_db
+from qat_lightning.settings.backends import Backend
+
+_ROWS_TO_COMPARE = 8
+
+_FUSED_WITH_CONVOLUTIONS = (torch.ops.aten.relu.default, torch.ops.aten.hardtanh.default, QUANTIZE[0])
+
+
+def compile_library(decomposed: fx.GraphModule, spec: CallSpec, tensors: list[Tensor]) -> Library:
+    """Compile with AOTInductor: one library for every batch size."""
+    dynamic = tuple({0: torch.export.Dim.AUTO} if shape[:1] == (BATCH,) else None for shape in _shapes(spec))
+    computed = fx.GraphModule(decomposed, copy.deepcopy(decomposed.graph))
+    computed.graph.output_node().args = (
+        tuple(value for value in computed.graph.output_node().args[0] if isinstance(value, fx.Node)),  # type: ignore[union-attr]
+    )
+    compiled = compile_package(computed, tuple(_zeros(spec, tensors)), dynamic)
+    return load_library(compiled, decomposed, spec, tensors)
+
+
+@torch.no_grad()  # with gradients, Inductor keeps the graph as it is for them, and not one layer becomes an int8 kernel
+def compile_package(graph_module: fx.GraphModule, examples: tuple[Tensor, ...], dynamic: tuple[Any, ...]) -> bytes:
+    """Compile a graph of flat tensors to int8 kernels, as the bytes of a package of AOTInductor.
+
+    Args:
+        graph_module: Quantize, dequantize and plain ops; used up.
+        examples: Its inputs.
+        dynamic: The dynamic shapes of each.
+    """
+    # Registers the passes that turn dequantize, op, quantize into oneDNN's int8 ops.
+    import torchao.quantization.pt2e.quantizer.x86_inductor_quantizer  # noqa: F401
+
+    _choose_grids_that_hold_zero(graph_module.graph)
+    _make_linear_inputs_contiguous(graph_module.graph)
+    _part_additions_from_activations(graph_module.graph)
+    _widen_conv1d(graph_module)
+    _pad_single_channels(graph_module)
+    graph_module.recompile()
+    with warnings.catch_warnings(), tempfile.TemporaryDirectory(prefix="qat-lightning-") as folder:
+        warnings.simplefilter("ignore")
+        program = torch.export.export(graph_module, examples, dynamic_shapes=dynamic)
+        package = torch._inductor.aoti_compile_and_package(
+            program, package_path=str(Path(folder, "int8.pt2")), inductor_configs={"freezing": True}
+        )
+        return Path(package).read_bytes()
+
+
+def load_library(package: bytes, decomposed: fx.GraphModule, spec: CallSpec, tensors: list[Tensor]) -> Library:
+    """Load what was compiled, here or in another process on this machine, from a folder that is gone afterwards."""
+    with tempfile.TemporaryDirectory(prefix="qat-lightning-") as folder:
+        path = Path(folder, "int8.pt2")
+        path.write_bytes(package)
+        runner = torch._inductor.aoti_load_package(str(path))
+    outputs = list(decomposed.graph.output_node().args[0])  # type: ignore[arg-type]
+    is_tensor = [isinstance(value, Tensor) for value in decomposed(*_zeros(spec, tensors))]
+    return Library(package, runner, outputs, is_tensor)
+
+
+def _shapes(spec: CallSpec) -> list[Any]:
+    return [given.shape for given in spec.inputs if given.shape is not None]
+
+
+def _zeros(spec: CallSpec, tensors: list[Tensor]) -> list[Tensor]:
+    # As the network was captured, and not as it is called now: a batch of 1 would be taken for a constant.
+    return [
+        tensor.new_zeros([spec.batch if size == BATCH else size for size in shape])
+        for tensor, shape in zip(tensors, _shapes(spec), strict=True)
+    ]
+
+
+def _choose_grids_that_hold_zero(graph: fx.Graph) -> None:
+    """Write out how a dynamic layer's grid is chosen, as the op does it: its range is widened to hold 0.
+
+    What Inductor makes of the op does not widen it, and would clamp the values of a tensor of one sign.
+    """
+    aten = torch.ops.aten
+    call = graph.call_function
+    for chosen in graph.find_nodes(op="call_function", target=torch.ops.quantized_decomposed.choose_qparams.tensor):
+        source, quant_min, quant_max, eps, _ = chosen.args
+        with graph.inserting_before(chosen):
+            low = call(aten.clamp.default, (call(aten.amin.default, (source,)), None, 0.0))
+            high = call(aten.clamp.default, (call(aten.amax.default, (source,)), 0.0))
+            steps = call(aten.div.Tensor, (call(aten.sub.Tensor, (high, low)), float(quant_max - quant_min)))
+            scale = call(aten.clamp.default, (steps, eps))
+            lowest = call(aten.round.default, (call(aten.div.Tensor, (low, scale)),))
+            zero_point = call(aten.clamp.default, (call(aten.rsub.Scalar, (lowest, quant_min)), quant_min, quant_max))
+            made = (
+                call(aten.to.dtype, (scale, torch.float64)),
+                call(aten.to.dtype, (zero_point, torch.int64)),
+            )
+        for part in list(chosen.users):
+            part.replace_all_uses_with(made[part.args[1]])
+            graph.erase_node(part)
+        graph.erase_node(chosen)
+
+
+def _make_linear_inputs_contiguous(graph: fx.Graph) -> None:
+    """Where attention hands a transposed tensor to a linear layer, oneDNN's patterns fail on a batch of any size."""
+    for linear in graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default):
+        quantize = linear.args[0].args[0] if linear.args[0].args else None
+        if isinstance(quantize, fx.Node) and quantize.args and isinstance(quantize.args[0], fx.Node):
+            with graph.inserting_before(quantize):
+                contiguous = graph.call_function(torch.ops.aten.contiguous.default, (quantize.args[0],))
+            quantize.update_arg(0, contiguous)
+
+
+def _part_additions_from_activations(graph: fx.Graph) -> None:
+    """Torchao's fusion fails on a linear layer with an activation that is then added to something.
+
+    It takes the activation into the layer, and then does not expect to find one when it takes the addition in. Written
+    as a difference, which gives the same numbers, the addition stays outside.
+    """
+    aten = torch.ops.aten
+    for add in graph.find_nodes(op="call_function", target=aten.add.Tensor):
+        activated = [arg for arg in add.args if isinstance(arg, fx.Node) and _is_quantized_linear(arg.args[:1])]
+        if not activated or add.kwargs or not all(isinstance(arg, fx.Node) for arg in add.args):
+            continue
+        with graph.inserting_before(add):
+            negative = graph.call_function(aten.neg.default, (add.args[1],))
+        add.target, add.args = aten.sub.Tensor, (add.args[0], negative)
+
+
+def _is_quantized_linear(nodes: Any) -> bool:
+    linear = nodes[0] if nodes else None
+    if not isinstance(linear, fx.Node) or linear.target is not torch.ops.aten.linear.default:
+        return False
+    rounded: Any = linear.args[0]
+    return rounded.target in (DEQUANTIZE[0], torch.ops.quantized_decomposed.dequantize_per_tensor.tensor)
+
+
+def _widen_conv1d(graph_module: fx.GraphModule) -> None:
+    """Make convolutions of sequences those of images one row high.
+
+    Once the weights are packed, Inductor takes the kernel to be 1 long, so that what it expects of a padded convolution
+    is longer than what the kernel returns. The row goes again behind what is fused with the convolution.
+    """
+    aten = torch.ops.aten
+    graph = graph_module.graph
+    for conv in graph.find_nodes(op="call_function", target=aten.conv1d.default):
+        activation, weight = conv.args[:2]
+        if activation.target is not DEQUANTIZE[0] or weight.target not in DEQUANTIZE or weight.args[0].op != "get_attr":
+            continue
+        name = f"{weight.args[0].target}_of_one_row".replace(".", "_")
+        if not hasattr(graph_module, name):
+            graph_module.register_buffer(name, _attribute(graph_module, weight.args[0]).unsqueeze(2))
+        given: list[Any] = list(conv.args[2:])
+        bias, stride, padding, dilation, groups = given + [None, [1], [0], [1], 1][len(given) :]
+        with graph.inserting_before(conv):
+            row = graph.call_function(aten.unsqueeze.default, (activation.args[0], 2))
+            inputs = graph.call_function(activation.target, (row, *activation.args[1:]), activation.kwargs)
+            weights = graph.call_function(weight.target, (graph.get_attr(name), *weight.args[1:]), weight.kwargs)
+        conv.target = aten.conv2d.default
+        conv.args = (inputs, weights, bias, [1, *stride], [0, *padding], [1, *dilation], groups)
+        last = conv
+        while len(last.users) == 1 and next(iter(last.users)).target in _FUSED_WITH_CONVOLUTIONS:
+            last = next(iter(last.users))
+        with graph.inserting_after(last):
+            sequence = graph.call_function(aten.squeeze.dim, (last, 2))
+        last.replace_all_uses_with(sequence, delete_user_cb=lambda user, kept=sequence: user is not kept)
+
+
+def _pad_single_channels(graph_module: fx.GraphModule) -> None:
+    """Give images of one channel a second one, of zeros, with weights of zero.
+
+    For a batch of any size Inductor takes the output of a convolution to be laid out as its input is, and reads it so.
+    One channel is laid out in both ways at once; the kernel returns channels last, and what follows reads nonsense.
+    """
+    graph = graph_module.graph
+    conv2d = torch.ops.aten.conv2d.default
+    for conv in graph.find_nodes(op="call_function", target=conv2d):
+        activation, weight = conv.args[:2]
+        if activation.target is not DEQUANTIZE[0] or weight.target not in DEQUANTIZE or weight.args[0].op != "get_attr":
+            continue
+        integers = _attribute(graph_module, weight.args[0])
+        if integers.shape[1] != 1 or (conv.args[6] if len(conv.args) > 6 else 1) != 1:
+            continue
+        name = f"{weight.args[0].target}_of_two_channels".replace(".", "_")
+        graph_module.register_buffer(name, F.pad(integers, (0, 0, 0, 0, 0, 1)))
+        with graph.inserting_before(conv):
+            wider = graph.call_function(
+                torch.ops.aten.constant_pad_nd.default, (activation.args[0], [0, 0, 0, 0, 0, 1], activation.args[2])
+            )
+            inputs = graph.call_function(activation.target, (wider, *activation.args[1:]), activation.kwargs)
+            weights = graph.call_function(weight.target, (graph.get_attr(name), *weight.args[1:]), weight.kwargs)
+        conv.args = (inputs, weights, *conv.args[2:])
+
+
+def _attribute(graph_module: fx.GraphModule, node: fx.Node) -> Tensor:
+    holder, _, leaf = str(node.target).rpartition(".")
+    value: Tensor = getattr(graph_module.get_submodule(holder), leaf)
+    return value
+
+
+class Library:
+    """A compiled library, whose outputs are those of the graph: sizes as numbers, constants as they are.
+
+    Args:
+        package: What the compiler made, to load in other processes.
+        runner: It, loaded.
+        outputs: Of the graph: nodes and constants.
+        is_tensor: Which of them are tensors.
+    """
+
+    def __init__(self, package: bytes, runner: Callable[..., Any], outputs: list[Any], is_tensor: list[bool]) -> None:
+        self.package = package
+        self.runner = runner
+        self.constants = [None if isinstance(value, fx.Node) else value for value in outputs]
+        self.is_computed = [isinstance(value, fx.Node) for value in outputs]
+        self.is_tensor = is_tensor
+
+    def __call__(self, *tensors: Tensor) -> list[Any]:
+        """Run it; a flat list, as the graph returns it."""
+        computed = self.runner(*tensors)
+        rest = iter(computed if isinstance(computed, (list, tuple)) else [computed])
+        outputs = []
+        for constant, is_computed, is_tensor in zip(self.constants, self.is_computed, self.is_tensor, strict=True):
+            value = next(rest) if is_computed else constant
+            if isinstance(value, Tensor) and not is_tensor:
+                value = value.item()
+            outputs.append(value)
+        return outputs
+
+
+def difference(
+    decomposed: fx.GraphModule, compiled: Callable[..., Any], spec: CallSpec, tensors: list[Tensor], target: Backend
+) -> str:
+    """What is wrong with the compiled network on real inputs; empty if nothing is.
+
+    A deep network turns a difference in the last bit of a float into steps of its int8 layers, so that it can be right
+    and far from the decomposed graph. Where the outputs do not tell, it is compiled a second time, with what each layer
+    quantizes as an output, and each layer is compared on the compiled network's own inputs to it.
+    """
+    batched = [given.shape[:1] == (BATCH,) for given in spec.inputs if given.shape is not None]
+    few = [_several_rows(t) if b else t for t, b in zip(tensors, batched, strict=True)]
+    pairs = zip(decomposed(*few), compiled(*few), strict=True)
+    outputs = [(one, other) for one, other in pairs if isinstance(one, Tensor) and one.is_floating_point()]
+    if all(sqnr_db(one, other) >= target.tolerance_db for one, other in outputs):
+        return ""
+    faulty = [check for check in check_kernels(decomposed, spec, few) if is_faulty(check, target)]
+    if not faulty:
+        return ""
+    worst = min(faulty, key=lambda check: check.sqnr_db)
+    steps = "" if math.isnan(worst.max_steps) else f", up to {worst.max_steps:.0f} steps apart"
+    return (
+        f"the compiled layer {worst.name!r} ({worst.op}) is at {worst.sqnr_db:.1f} dB of SQNR from it on the same "
+        f"inputs{steps}"
+    )
+
+
+def _several_rows(tensor: Tensor) -> Tensor:
+    """As many rows as tell an error from chance; where there are fewer, the same ones shifted."""
+    rows = [tensor.roll(shift, -1) if shift else tensor for shift in range(_ROWS_TO_COMPARE)]
+    return torch.cat(rows)[:_ROWS_TO_COMPARE].contiguous()
+
+
+def check_kernels(decomposed: fx.GraphModule, spec: CallSpec, tensors: list[Tensor]) -> list[LayerCheck]:
+    """Compile, and compare each layer with the decomposed graph on what the compiled layers before it gave."""
+    graph = copy.deepcopy(decomposed.graph)
+    quantized = [node for node in graph.nodes if node.target is QUANTIZE[0]]
+    output = graph.output_node()
+    returned: list[Any] = list(output.args[0])  # type: ignore[arg-type]
+    output.args = ((*returned, *quantized),)
+    results = compile_library(fx.GraphModule(decomposed, graph), spec, tensors)(*tensors)
+    integers = dict(zip((node.name for node in quantized), results[len(returned) :], strict=True))
+    comparison = _Kernels(decomposed, integers)
+    for node, wanted, got in zip(returned, comparison.run(*tensors), results, strict=False):
+        if isinstance(wanted, Tensor) and wanted.is_floating_point():
+            layer = main_op(node)
+            comparison.checks.append(LayerCheck(scope_of(layer) or layer.name, str(layer.target), sqnr_db(wanted, got)))
+    return comparison.checks
+
+
+class _Kernels(fx.Interpreter):
+    """Runs a decomposed graph, and takes the integers that the compiled one has wherever something is quantized."""
+
+    def __init__(self, graph_module: fx.GraphModule, integers: dict[str, Tensor]) -> None:
+        super().__init__(graph_module)
+        self.integers = integers
+        self.checks: list[LayerCheck] = []
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if n.name not in self.integers:
+            return value
+        source: Any = n.args[0]
+        zero_point: Any = n.args[2]
+        actual = self.integers[n.name]
+        steps = float((actual.int() - value.int()).abs().max()) if value.numel() else 0.0
+        layer = main_op(source)
+        ratio = sqnr_db(value.float() - zero_point, actual.float() - zero_point)
+        self.checks.append(LayerCheck(scope_of(layer) or layer.name, str(layer.target), ratio, steps))
+        return actual

@@ -1,0 +1,329 @@
+"""From a trained graph to a graph of quantize, dequantize and plain ops with int8 weights: PT2E's decomposed form."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torchao.quantization.pt2e.quantize_pt2e as upstream
+from torch import Tensor, fx, nn
+from torch.fx.passes.infra.pass_manager import PassManager
+
+from qat_lightning.errors import ConversionError
+from qat_lightning.graph.scopes import scope_of
+from qat_lightning.layers.qat_modules import fold_factor, round_for_good
+from qat_lightning.modes.pt2e.annotate import CHANNEL_AXIS
+from qat_lightning.modes.pt2e.capture import TRAINING_FLAG
+from qat_lightning.modes.pt2e.training import Plan, weight_quantizer
+from qat_lightning.numerics.fake_quantize import FakeQuantize
+
+aten = torch.ops.aten
+
+
+@dataclass
+class Decomposed:
+    """The result of conversion.
+
+    Attributes:
+        graph_module: The decomposed graph.
+        unseen: Names of nodes whose range was never observed, so that what reads them stayed float.
+    """
+
+    graph_module: fx.GraphModule
+    unseen: list[str] = field(default_factory=list)
+
+
+@torch.no_grad()
+def decompose(root: nn.Module, plan: Plan, name: str) -> Decomposed:
+    """Convert a prepared network, which is used up.
+
+    Args:
+        root: The prepared network, on the CPU, in eval mode.
+        plan: What was remembered when it was prepared.
+        name: The float network's class, for messages.
+
+    Raises:
+        ConversionError: No range was ever observed, or upstream's converter failed.
+    """
+    graph = copy.deepcopy(plan.graph)
+    graph_module = fx.GraphModule(root, graph)
+    graph_module.meta = dict(plan.meta)
+    graph_module.train(False)
+    _fold_batchnorm(graph_module, plan)
+    evaluate(graph)
+    unseen = _leave_unseen_float(graph_module)
+    quantizers = [node for node in graph.nodes if _quantizer(graph_module, node) is not None]
+    if not quantizers:
+        raise ConversionError(
+            f"No finite range was ever observed in {name}: train at least one step before it is converted."
+        )
+    visit_weights(graph_module, FakeQuantize.observe)
+    graph.lint()
+    graph_module.recompile()
+    try:
+        converted = _upstream_convert(graph_module)
+    except Exception as error:
+        raise ConversionError(
+            f"Upstream's converter failed on {name} ({type(error).__name__}: {error}). Use exclude= for the part at "
+            "fault, or mode='fx' or mode='eager'."
+        ) from error
+    return Decomposed(tidy(converted), unseen)
+
+
+def _fold_batchnorm(graph_module: fx.GraphModule, plan: Plan) -> None:
+    """Multiply BatchNorm into the weight and bias of the layer before it, with the arithmetic that training rounds."""
+    graph = graph_module.graph
+    nodes = {node.name: node for node in graph.nodes}
+    for pair in plan.folded:
+        layer, batchnorm = nodes[pair.layer], nodes[pair.batchnorm]
+        gamma, beta, mean, var = (_tensor(graph_module, arg) for arg in batchnorm.args[1:5])
+        assert mean is not None
+        assert var is not None
+        quantizer = weight_quantizer(graph_module, layer)
+        weight_node: Any = layer.args[1] if quantizer is None else quantizer.args[0]
+        weight = _tensor(graph_module, weight_node)
+        if weight is None:
+            # A weight that is itself computed (a parametrization): BatchNorm stays an op of its own.
+            continue
+        factor = fold_factor(gamma, var, float(batchnorm.args[7]))
+        shape = [1] * weight.dim()
+        shape[CHANNEL_AXIS[layer.target]] = -1
+        bias = _tensor(graph_module, layer.args[2] if len(layer.args) > 2 else None)
+        shift = (torch.zeros_like(mean) if bias is None else bias.float()) - mean
+        folded_bias = shift * factor + (0.0 if beta is None else beta.float())
+        folded_weight = weight.float() * factor.reshape(shape)
+        new_weight = _constant(graph_module, weight_node, f"{pair.layer}_weight", folded_weight)
+        new_bias = _constant(graph_module, weight_node, f"{pair.layer}_bias", folded_bias)
+        if quantizer is None:
+            layer.update_arg(1, new_weight)
+        else:
+            quantizer.update_arg(0, new_weight)
+            new_weight.append(quantizer)
+        layer.args = (*layer.args[:2], new_bias, *layer.args[3:])
+        batchnorm.replace_all_uses_with(layer)
+        graph.erase_node(batchnorm)
+
+
+def _tensor(module: nn.Module, node: Any) -> Tensor | None:
+    if not isinstance(node, fx.Node) or node.op != "get_attr":
+        return None
+    holder, _, leaf = str(node.target).rpartition(".")
+    value = getattr(module.get_submodule(holder), leaf)
+    return value.detach() if isinstance(value, Tensor) else None
+
+
+def _constant(graph_module: fx.GraphModule, before: fx.Node, name: str, value: Tensor) -> fx.Node:
+    """Add a tensor to the module, and a node that reads it."""
+    while hasattr(graph_module, name):
+        name += "_"
+    graph_module.register_buffer(name, value)
+    with graph_module.graph.inserting_before(before):
+        node = graph_module.graph.get_attr(name)
+    node.meta = dict(before.meta)
+    if "val" in node.meta:
+        node.meta["val"] = node.meta["val"].new_empty(value.shape)
+    return node
+
+
+def evaluate(graph: fx.Graph) -> None:
+    """Put what is left into its form for evaluation."""
+    for node in reversed(list(graph.nodes)):
+        if node.op != "call_function":
+            continue
+        if node.target is aten.batch_norm.default:
+            has_statistics = node.args[3] is not None
+            node.update_arg(5, not has_statistics)
+        elif node.target is aten.add_.Tensor and str(node.args[0].target).endswith("num_batches_tracked"):
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+        elif node.target in (aten.scaled_dot_product_attention.default, aten.rrelu.default):
+            argument, in_eval = TRAINING_FLAG[node.target]
+            if len(node.args) > argument:
+                node.update_arg(argument, in_eval)
+            node.kwargs = {name: value for name, value in node.kwargs.items() if name != "dropout_p"}
+        elif node.target in TRAINING_FLAG and node.target is not aten.native_dropout.default:
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+    # Attributes that only BatchNorm read; the rest of the graph is as it was captured.
+    for node in reversed(list(graph.nodes)):
+        if node.op == "get_attr" and not node.users:
+            graph.erase_node(node)
+
+
+def _quantizer(module: nn.Module, node: fx.Node) -> FakeQuantize | None:
+    if node.op != "call_module":
+        return None
+    fq = module.get_submodule(str(node.target))
+    return fq if isinstance(fq, FakeQuantize) else None
+
+
+def _leave_unseen_float(graph_module: fx.GraphModule) -> list[str]:
+    """Take out the FakeQuantizes that never round or know no range, and those of weights whose input is then float."""
+    graph = graph_module.graph
+    unseen = []
+    for node in list(graph.nodes):
+        fq = _quantizer(graph_module, node)
+        if fq is not None and fq.left_float:
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+            continue
+        if fq is None or fq.source == "present" or fq.seen:
+            continue
+        unseen.append(node.args[0].name)
+        node.replace_all_uses_with(node.args[0])
+        graph.erase_node(node)
+    for node in list(graph.nodes):
+        weight = weight_quantizer(graph_module, node)
+        if weight is None or _quantizer(graph_module, node.args[0]) is not None:
+            continue
+        # As in training, on its grid: what is float here is its input.
+        fq, value = _quantizer(graph_module, weight), _tensor(graph_module, weight.args[0])
+        assert fq is not None
+        rounded: Any = weight.args[0]
+        if value is not None:
+            rounded = _constant(graph_module, weight, f"{node.name}_rounded", round_for_good(value, fq))
+        node.replace_input_with(weight, rounded)
+        if not weight.users:
+            graph.erase_node(weight)
+    return unseen
+
+
+def visit_weights(graph_module: fx.GraphModule, visit: Callable[[FakeQuantize, Tensor], None]) -> None:
+    """Show each FakeQuantize of a weight the weight as it is now, folded if it is folded."""
+    for node in graph_module.graph.nodes:
+        fq = _quantizer(graph_module, node)
+        if fq is not None and fq.source == "present":
+            value = _tensor(graph_module, node.args[0])
+            if value is None:
+                value = _computed(graph_module, node.args[0])
+            visit(fq, value)
+
+
+def _computed(graph_module: fx.GraphModule, node: fx.Node) -> Tensor:
+    """The value of a node that depends on parameters only, such as a parametrized weight."""
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+
+    def copy_of(source: fx.Node) -> fx.Node:
+        if source.op == "placeholder":
+            raise ConversionError(f"The weight {node.name!r} is computed from the input, and has no fixed range.")
+        if source not in copies:
+            for argument in source.all_input_nodes:
+                copy_of(argument)
+            copies[source] = graph.node_copy(source, lambda inner: copies[inner])
+        return copies[source]
+
+    graph.output(copy_of(node))
+    value: Tensor = fx.GraphModule(graph_module, graph)()
+    return value
+
+
+def _upstream_convert(graph_module: fx.GraphModule) -> Any:
+    """What ``convert_pt2e`` does, less its folding of upstream's own conv-bn pattern, which is not there."""
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.filterwarnings("ignore", category=DeprecationWarning)
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        converted = upstream._convert_to_reference_decomposed_fx(graph_module)
+        for step in (upstream.DuplicateDQPass(), upstream.PortNodeMetaForQDQ()):
+            converted = PassManager([step])(converted).graph_module
+        _read_once(converted.graph)
+        upstream.constant_fold(converted, upstream._quant_node_constraint)
+    return converted
+
+
+def _read_once(graph: fx.Graph) -> None:
+    """Let one node read each attribute: folding deletes what a node without users read, whoever else reads it."""
+    first: dict[str, fx.Node] = {}
+    for node in graph.find_nodes(op="get_attr"):
+        kept = first.setdefault(str(node.target), node)
+        if kept is not node:
+            node.replace_all_uses_with(kept)
+            graph.erase_node(node)
+
+
+def tidy(converted: fx.GraphModule) -> fx.GraphModule:
+    """Only what the graph reads, as buffers, each once; upstream leaves the float weights behind."""
+    root = nn.Module()
+    kept: dict[str, tuple[Tensor, list[Any]]] = {}
+    graph = copy.deepcopy(converted.graph)
+    graph._tracer_cls = None  # export's own, with which a graph module cannot be pickled
+    names = _readable_names(graph)
+    attributes = graph.find_nodes(op="get_attr")
+    grids = {node: _grid_of(converted, node) for node in attributes}
+    for node in attributes:
+        holder, _, leaf = str(node.target).rpartition(".")
+        value: Any = getattr(converted.get_submodule(holder), leaf)
+        name = names.get(node, str(node.target).replace(".", "_"))
+        if isinstance(value, nn.Module):
+            root.add_module(name, value)
+        else:
+            # A layer that is called twice has its weight rounded twice, to the same integers on the same grid. Other
+            # constants stay apart: a runtime with grids for tensors, and not for ops, would give all of them one grid.
+            same = (other for other, known in kept.items() if _same_weight(known, (value, grids[node])))
+            name = next(same, name)
+            if name not in kept:
+                kept[name] = value, grids[node]
+                root.register_buffer(name, value.detach())
+        node.target = name
+    return fx.GraphModule(root, graph).eval()
+
+
+def _readable_names(graph: fx.Graph) -> dict[fx.Node, str]:
+    """Names for the tensors of each layer after the layer, where upstream counts.
+
+    Upstream's ``_frozen_param0`` is also what Inductor calls its own constants, and then it takes one for the other.
+    """
+    attributes = graph.find_nodes(op="get_attr")
+    names = {
+        node: str(node.target).replace("_frozen_param", "constant_")
+        for node in attributes
+        if "_frozen_param" in str(node.target)
+    }
+    wanted: dict[fx.Node, str] = {}
+    for node in graph.nodes:
+        if node.target not in CHANNEL_AXIS:
+            continue
+        layer = (scope_of(node) or node.name).replace(".", "_")
+        parts = dict(zip(("weight", "scale", "zero_point"), node.args[1].args, strict=False))
+        parts |= {"bias": node.args[2]} if len(node.args) > 2 else {}
+        wanted |= {argument: f"{layer}_{part}" for part, argument in parts.items() if argument in attributes}
+    # A weight that other ops read as well stays in float under its own name.
+    taken = {str(node.target).replace(".", "_") for node in attributes if node not in {**names, **wanted}}
+    for node, name in wanted.items():
+        names[node] = _unused(name, {*names.values(), *taken})
+    return names
+
+
+def _unused(name: str, names: set[str]) -> str:
+    count = 1
+    unused = name
+    while unused in names:
+        count += 1
+        unused = f"{name}_{count}"
+    return unused
+
+
+def _grid_of(converted: fx.GraphModule, node: fx.Node) -> list[Any]:
+    """What the ops that read integers take besides them, with the tensors among it as lists."""
+    integers = _tensor(converted, node)
+    if integers is None or integers.dtype is not torch.int8:
+        return []
+
+    def plain(value: Any) -> Any:
+        tensor = _tensor(converted, value)
+        return value if tensor is None else tensor.tolist()
+
+    return [user.target for user in node.users] + [plain(value) for user in node.users for value in user.args[1:]]
+
+
+def _same_weight(one: tuple[Tensor, list[Any]], other: tuple[Tensor, list[Any]]) -> bool:
+    (integers, grid), (others, other_grid) = one, other
+    if not integers.dtype is others.dtype is torch.int8 or integers.shape != others.shape:
+        return False
+    return grid == other_grid and torch.equal(integers, others)

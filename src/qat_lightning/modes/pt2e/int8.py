@@ -1,0 +1,184 @@
+"""The int8 network of mode pt2e: a decomposed graph, compiled for the backend when it is first called."""
+
+from __future__ import annotations
+
+import copy
+import os
+import threading
+import traceback
+import warnings
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, fx, nn
+
+from qat_lightning.graph.signature import CallSpec
+from qat_lightning.modes.compile_switch import compiling_allowed, has_cpp_compiler
+from qat_lightning.modes.pt2e.compiling import compile_library, difference, load_library
+from qat_lightning.settings.backends import BACKENDS
+
+Runs = Literal["not compiled yet", "aotinductor", "decomposed"]
+
+
+class Int8Network(nn.Module):
+    """A converted network. It runs int8 kernels that AOTInductor compiles at its first call, for any batch size.
+
+    Compiling takes seconds (`compile` does it at a moment of your choice) and needs a C++ compiler. The result is
+    compared with the decomposed graph on the inputs of that first call. Where it cannot be compiled, or computes
+    something else, the decomposed graph runs instead, slower than the float network, and a warning says why. The
+    environment variable ``QAT_LIGHTNING_COMPILE=0`` turns compiling off.
+
+    Args:
+        decomposed: A graph of quantize, dequantize and plain ops with int8 weights: tensors in, a flat tuple out.
+        spec: How it is called.
+        backend: The name of its backend; only x86 is compiled.
+
+    Attributes:
+        decomposed: As given: what is saved, exported, or looked at.
+        runs: What the next call runs.
+        why_decomposed: Why it is not compiled, if it is not.
+    """
+
+    decomposed: fx.GraphModule
+    runs: Runs
+
+    def __init__(self, decomposed: fx.GraphModule, spec: CallSpec, backend: str) -> None:
+        super().__init__()
+        self.decomposed = decomposed
+        self.spec = spec
+        self.backend = backend
+        self.why_decomposed = ""
+        self._reset()
+
+    def _reset(self) -> None:
+        self.runs = "not compiled yet"
+        self.__dict__["_compiled"] = None
+        self.__dict__["_lock"] = threading.Lock()
+        if self.backend != "x86":
+            self.runs = "decomposed"
+            self.why_decomposed = f"backend {self.backend!r} runs elsewhere ({BACKENDS[self.backend].about})"
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the int8 network on the inputs of the float network."""
+        with torch.no_grad():
+            tensors = [_prepare(tensor) for tensor in self.spec.flatten(args, kwargs)]
+            if self.runs == "not compiled yet" and compiling_enabled():
+                self._compile_on(tensors)
+            run = self.__dict__["_compiled"] or self.decomposed
+            return self.spec.unflatten(run(*tensors))
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile now, with the inputs of a real call to compare on; later calls may have any batch size."""
+        with torch.no_grad():
+            self._compile_on([_prepare(tensor) for tensor in self.spec.flatten(args, kwargs)])
+
+    def compiled_package(self, *args: Any, **kwargs: Any) -> bytes:
+        """What the compiler makes of it, to give to `use_package` in other processes; compiles if need be.
+
+        Returns:
+            Empty if the decomposed graph runs instead.
+        """
+        if compiling_enabled():
+            self.compile(*args, **kwargs)
+        library = self.__dict__["_compiled"]
+        return b"" if library is None else bytes(library.package)
+
+    def use_package(self, package: bytes, *args: Any, **kwargs: Any) -> None:
+        """Run what another process on this machine has compiled of the same network, instead of compiling it again.
+
+        It is compared with the decomposed graph on the inputs given, as what is compiled here would be. Where it cannot
+        be loaded or computes something else, it is not used, and the first call compiles, as it does without it.
+
+        Args:
+            package: What its `compiled_package` returned.
+            *args: A real call.
+            **kwargs: A real call.
+        """
+        with torch.no_grad(), self.__dict__["_lock"]:
+            tensors = [_prepare(tensor) for tensor in self.spec.flatten(args, kwargs)]
+            try:
+                library = load_library(package, self.decomposed, self.spec, tensors)
+                problem = difference(self.decomposed, library, self.spec, tensors, BACKENDS[self.backend])
+            except Exception as error:  # noqa: BLE001 (loading may fail in any way; it is compiled here instead)
+                problem = f"it cannot be loaded ({type(error).__name__}: {_first_line(error)})"
+            if problem:
+                warnings.warn(
+                    f"What another process compiled is not used: {problem}. It is compiled anew.", stacklevel=2
+                )
+            else:
+                self.runs = "aotinductor"
+                self.__dict__["_compiled"] = library
+
+    def _compile_on(self, tensors: list[Tensor]) -> None:
+        with self.__dict__["_lock"]:
+            if self.runs != "not compiled yet":
+                return
+            try:
+                compiled = compile_library(self.decomposed, self.spec, tensors)
+                problem = difference(self.decomposed, compiled, self.spec, tensors, BACKENDS[self.backend])
+            except Exception as error:  # noqa: BLE001 (a compiler may fail in any way; the graph runs instead)
+                problem = f"it cannot be compiled ({type(error).__name__}: {_first_line(error)})"
+                if not has_cpp_compiler():
+                    problem = "there is no C++ compiler: install one (apt install g++), or name it in CXX"
+            if problem:
+                self.runs, self.why_decomposed = "decomposed", problem
+                warnings.warn(
+                    "The int8 network runs as a decomposed graph, slower than the float network, because "
+                    f"{problem}. QAT_LIGHTNING_COMPILE=0 in the environment stops the attempt.",
+                    stacklevel=3,
+                )
+            else:
+                self.runs = "aotinductor"
+                self.__dict__["_compiled"] = compiled
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._reset()  # what is compiled holds the old weights
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Int8Network:
+        """A copy with its own graph; compiled code holds no state and is shared."""
+        copied = type(self)(copy.deepcopy(self.decomposed, memo), self.spec, self.backend)
+        copied.training = self.training
+        copied.runs, copied.why_decomposed = self.runs, self.why_decomposed
+        copied.__dict__["_compiled"] = self.__dict__["_compiled"]
+        return copied
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what is compiled."""
+        return {name: value for name, value in self.__dict__.items() if name not in ("_compiled", "_lock")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._reset()
+
+    def extra_repr(self) -> str:
+        """Backend and what runs."""
+        return f"backend={self.backend!r}, runs={self.runs!r}"
+
+
+def compiling_enabled() -> bool:
+    """Whether int8 networks are compiled at their first call.
+
+    Example:
+        >>> import unittest.mock
+        >>> with unittest.mock.patch.dict("os.environ", QAT_LIGHTNING_COMPILE="0"):
+        ...     compiling_enabled()
+        False
+    """
+    return compiling_allowed() and os.environ.get("QAT_LIGHTNING_COMPILE", "1") != "0"
+
+
+def _prepare(tensor: Tensor) -> Tensor:
+    # Compiled code reads memory as laid out at compile time; and bf16 training hands over bf16 batches.
+    tensor = tensor.detach().contiguous()
+    return tensor.float() if tensor.is_floating_point() else tensor
+
+
+def _first_line(error: Exception) -> str:
+    """Of its message or, where it has none, where it arose."""
+    lines = str(error).strip().splitlines()
+    if lines:
+        return lines[0][:200]
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"in {frame.name}, {Path(frame.filename).name}:{frame.lineno}"

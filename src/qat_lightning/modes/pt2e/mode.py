@@ -1,0 +1,147 @@
+"""PT2 export mode: the whole network as one graph of aten ops, annotated by the backend's own quantizer."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection
+
+from torch import fx, nn
+from torch.nn.utils.parametrizations import _SpectralNorm
+
+from qat_lightning.errors import TraceError
+from qat_lightning.graph.example import Example, in_float32
+from qat_lightning.modes.checkpointing import refuse_checkpoints
+from qat_lightning.modes.coverage import float_run, layers_with_macs, report
+from qat_lightning.modes.left_float import follow_checkpoints, leave_weights_float, weighted_layers, with_reasons
+from qat_lightning.modes.other_quantization import refuse_other_quantization
+from qat_lightning.modes.precision import refuse_mixed, refuse_other_precision
+from qat_lightning.modes.prepared import PreparedState, copy_of_modules, follow_course, prepared_state, refuse_simulated
+from qat_lightning.modes.protocol import Converted, LayerCoverage
+from qat_lightning.modes.pt2e.annotate import insert_fake_quantize
+from qat_lightning.modes.pt2e.capture import capture
+from qat_lightning.modes.pt2e.check import coverage
+from qat_lightning.modes.pt2e.comparison import check_layers
+from qat_lightning.modes.pt2e.convert import decompose, visit_weights
+from qat_lightning.modes.pt2e.coverage import pt2e_operations
+from qat_lightning.modes.pt2e.int8 import Int8Network
+from qat_lightning.modes.pt2e.network import ExportedNetwork
+from qat_lightning.modes.pt2e.training import Plan, adopt, training_graph, weight_quantizers
+from qat_lightning.modes.tracing import refuse_other_results
+from qat_lightning.modes.upstream_memory import nothing_remembered
+from qat_lightning.numerics.fake_quantize import FakeQuantize
+from qat_lightning.numerics.recomputation import keep_tapes
+from qat_lightning.settings.backends import require
+from qat_lightning.settings.recipe import Recipe
+
+_ELSEWHERE = {
+    "xnnpack": ("the phone's kernels", ""),
+    "tensorrt": ("the GPU's kernels", "; export it as ONNX, from which TensorRT builds its engine"),
+}
+"""The backends whose kernels are on another machine: whose these are, and how the network gets there."""
+
+
+class Pt2eMode:
+    """Mode pt2e, for the backends x86, xnnpack and tensorrt."""
+
+    @nothing_remembered()
+    def prepare(self, network: nn.Module, example: Example, recipe: Recipe, *, prefix: str = "") -> nn.Module:
+        """See `Mode.prepare`."""
+        require(recipe.target)
+        refuse_other_quantization(network)
+        refuse_other_precision(network)
+        refuse_mixed(network, example)
+        _refuse_spectral_norm(network)
+        refuse_checkpoints(network, example, "pt2e")
+        keep_tapes()
+        float_network = copy_of_modules(network)
+        captured, spec = capture(network, example)
+        prepared, folded = insert_fake_quantize(captured, recipe, prefix=prefix, name=spec.name)
+        flags = {name: module.training for name, module in network.named_modules()}
+        root = adopt(network, prepared)
+        plan = Plan(copy.deepcopy(prepared.graph), dict(prepared.meta), folded, {}, spec)
+        plan.weights = weight_quantizers(root, plan.graph)
+        visit_weights(fx.GraphModule(root, copy.deepcopy(plan.graph)), FakeQuantize.materialize)
+        result = ExportedNetwork(root, training_graph(root, plan), spec)
+        result._quantization = PreparedState(self, recipe, float_network, prefix=prefix, plan=plan)
+        follow_course(result)
+        follow_checkpoints(result)
+        result.keep_extra_state_of(float_network)
+        for name, module in result.named_modules():
+            module.training = flags.get(name, flags[""])
+        refuse_other_results(
+            result,
+            float_network,
+            example,
+            f"mode='pt2e' keeps one graph for training and evaluation, and {spec.name}.forward returns another thing "
+            "in evaluation than its graph of training (it looks at self.training).",
+        )
+        return result
+
+    @nothing_remembered()
+    def convert(self, prepared: nn.Module, example: Example) -> Converted:
+        """See `Mode.convert`."""
+        assert isinstance(prepared, ExportedNetwork)
+        state = prepared_state(prepared)
+        refuse_simulated(state.recipe)
+        example = in_float32(example)
+        plan: Plan = state.plan
+        result = decompose(copy.deepcopy(prepared), plan, plan.spec.name)
+        found = check_layers(prepared, result.graph_module, plan, example, state.recipe.target)
+        network = Int8Network(result.graph_module, plan.spec, state.recipe.backend)
+        notes = []
+        if state.recipe.backend in _ELSEWHERE:
+            kernels, how = _ELSEWHERE[state.recipe.backend]
+            notes.append(
+                f"backend={state.recipe.backend!r}: on this machine the int8 network runs as a decomposed graph, with "
+                f"the values of {kernels} and not their speed{how}."
+            )
+        if result.unseen:
+            names = ", ".join(result.unseen)
+            notes.append(f"No finite range was ever observed for {names}: what reads them stays float.")
+        rows = with_reasons(coverage(state, prepared, result), state.left_float)
+        rows = layers_with_macs(rows, float_run(state.float_network, example), example)
+        layers = {row.name for row in rows}
+        operations = report(lambda: pt2e_operations(state, prepared, example, layers, found.values, result.unseen))
+        return Converted(network, rows, found.checks, notes, operations, found.whole)
+
+    def coverage(self, prepared: nn.Module, example: Example) -> list[LayerCoverage]:
+        """See `Mode.coverage`."""
+        assert isinstance(prepared, ExportedNetwork)
+        state = prepared_state(prepared)
+        rows = with_reasons(coverage(state, prepared, None), state.left_float)
+        rows = layers_with_macs(rows, float_run(state.float_network, example), example)
+        layers = {row.name for row in rows}
+        return [*rows, *report(lambda: pt2e_operations(state, prepared, example, layers))]
+
+    def parts(self, prepared: nn.Module) -> list[str]:
+        """See `Mode.parts`: layers; the ops between them are float in the decomposed graph already."""
+        plan: Plan = prepared_state(prepared).plan
+        ran = [
+            prepared.get_submodule(plan.weights[node.name]) for node in plan.graph.nodes if node.name in plan.weights
+        ]
+        order = {id(fq): number for number, fq in reversed(list(enumerate(ran)))}
+        return weighted_layers(prepared, lambda fq: order.get(id(fq), len(ran)))
+
+    def leave_float(self, prepared: nn.Module, names: Collection[str], example: Example | None) -> None:
+        """See `Mode.leave_float`."""
+        leave_weights_float(prepared, names)
+
+
+def _refuse_spectral_norm(network: nn.Module) -> None:
+    """Refuse a parametrization that writes over its buffers in training only, which one graph cannot.
+
+    Raises:
+        TraceError: There is one; the message names the layers.
+    """
+    layers = [
+        name.partition(".parametrizations.")[0]
+        for name, module in network.named_modules()
+        if isinstance(module, _SpectralNorm)
+    ]
+    if layers:
+        raise TraceError(
+            f"mode='pt2e' keeps one graph for training and evaluation, and {', '.join(map(repr, layers))} in "
+            f"{type(network).__name__} has spectral_norm, which does another thing in training. What to do: use "
+            "mode='fx' or mode='eager', which leave such a layer float, or, to have it int8, take the norm away once "
+            "it is trained: torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight')."
+        )

@@ -1,0 +1,63 @@
+"""The prepared network of mode pt2e: a graph, called like the network that it was captured from."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+from torch import fx, nn
+
+from qat_lightning.graph.signature import CallSpec
+from qat_lightning.layers.relu_rounding import with_relus_in_roundings
+from qat_lightning.modes.graph_network import GraphNetwork, GraphPart, compile_graph
+from qat_lightning.numerics.fake_quantize import FakeQuantize
+
+
+class ExportedNetwork(GraphNetwork):
+    """A captured network with fake-quant, which trains and evaluates as the float network does.
+
+    Its submodules are of the float network's classes and hold its parameters, but only those that the graph calls can
+    be called.
+
+    Args:
+        root: The tree of modules; used up.
+        graph: What runs: tensors in, a flat tuple out.
+        spec: How it is called.
+    """
+
+    spec: CallSpec
+
+    def __init__(self, root: nn.Module, graph: fx.Graph, spec: CallSpec) -> None:
+        self.__dict__["spec"] = spec
+        root.__dict__["graph"] = graph
+        super().__init__(cast(fx.GraphModule, root))
+        # The branches of torch.cond are attributes, which the op calls.
+        nodes = [*graph.find_nodes(op="call_module"), *graph.find_nodes(op="get_attr")]
+        called = {id(module) for node in nodes if (module := self._modules_by(str(node.target))) is not None}
+        inside = {id(part) for module in self.modules() if id(module) in called for part in module.modules()}
+        for name, module in self.named_modules():
+            # Parametrizations are called by whoever looks at the weight that they compute.
+            ours = module is self or isinstance(module, (GraphPart, FakeQuantize)) or "parametrizations" in name
+            if not ours and id(module) not in inside:
+                # On the instance: the class is still the user's, for whoever asks which layers are there.
+                module.__dict__["forward"] = refuse_call
+
+    def _modules_by(self, name: str) -> nn.Module | None:
+        try:
+            return self.get_submodule(name)
+        except AttributeError:
+            return None  # a tensor
+
+    def set_graph(self, graph: fx.Graph) -> None:
+        """Run ``graph``, which takes and returns flat tensors, on the inputs of the network it was captured from."""
+        spec, run = self.__dict__["spec"], compile_graph(with_relus_in_roundings(self, graph))
+
+        def call(holder: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            return spec.unflatten(run(holder, *spec.flatten(args, kwargs)))
+
+        self.__dict__["graph"] = graph
+        self.__dict__["_run"] = call
+
+
+def refuse_call(*args: Any, **kwargs: Any) -> Any:
+    """Stands in for the ``forward`` of a module that was merged into the graph."""
+    return GraphPart().forward(*args, **kwargs)

@@ -1,0 +1,235 @@
+"""Running graphs to compare their values: what each node yields, the same once more with small differences."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_map
+
+from qat_lightning.graph.example import Example
+from qat_lightning.layers.relu_rounding import writes_in_place
+from qat_lightning.modes.judging import MARGIN_DB, decibels
+from qat_lightning.modes.whole import ENOUGH_DB, Disturbance
+
+
+class Recorder(fx.Interpreter):
+    """Runs a graph against any module and keeps the value of each node, as it was before anything wrote over it."""
+
+    def __init__(self, module: nn.Module, graph: fx.Graph) -> None:
+        super().__init__(module, garbage_collect_values=False, graph=graph)
+        self.values: dict[str, Any] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Run one node and keep what it yields."""
+        if writes_in_place(n, self.fetch_attr(str(n.target)) if n.op == "call_module" else None):
+            self._keep(n.all_input_nodes[0])
+        value = super().run_node(n)
+        self.values[n.name] = value
+        return value
+
+    def _keep(self, written: fx.Node) -> None:
+        """Copy the values that share memory with the one that is about to be changed."""
+        changed = self.env[written]
+        if not isinstance(changed, Tensor):
+            return
+        memory = changed.untyped_storage().data_ptr()
+        for name, value in self.values.items():
+            if isinstance(value, Tensor) and value.untyped_storage().data_ptr() == memory:
+                self.values[name] = value.clone()
+
+
+@contextmanager
+def same_random_numbers(what: str = "") -> Iterator[None]:
+    """Let what draws random numbers draw the same ones each time, and leave the state of the generator as it was.
+
+    Args:
+        what: The node or the network that draws.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(zlib.crc32(what.encode()))
+        yield
+
+
+class SeededRecorder(Recorder):
+    """Records, and lets each node draw random numbers of its own, the same ones in every graph.
+
+    Args:
+        module: Holds the modules that the graph calls.
+        graph: What to run.
+        origins: What a node was called in the graph that this one was made from, where it is called otherwise.
+        drawing: The nodes that draw, by what they were called.
+
+    Attributes:
+        drawn: The nodes that drew random numbers in this run, by what they were called.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        graph: fx.Graph,
+        origins: Mapping[str, str] | None = None,
+        drawing: Collection[str] = (),
+    ) -> None:
+        super().__init__(module, graph)
+        self.origins, self.drawing = origins or {}, drawing
+        self.drawn: set[str] = set()
+        self._in_order = False
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Run one node with its random numbers."""
+        name = self.origins.get(n.name, n.name)
+        self._in_order = name in self.drawing
+        before = seed(name)
+        value = super().run_node(n)
+        if not torch.equal(before, torch.get_rng_state()):
+            self.drawn.add(name)
+        return value
+
+    def fetch_args_kwargs_from_env(self, n: fx.Node) -> Any:
+        """The arguments of a node; of one that draws, such that equal draws come to equal places."""
+        found = super().fetch_args_kwargs_from_env(n)
+        return in_order(found) if self._in_order else found
+
+
+def in_order(values: Any) -> Any:
+    """The same tensors, row by row in memory: random numbers are drawn in the order in which values lie there."""
+    return tree_map(lambda v: v.contiguous() if isinstance(v, Tensor) and not v.is_quantized else v, values)
+
+
+def seed(name: str) -> Tensor:
+    """Begin the random numbers of a node, and return the state in which they begin."""
+    # Not torch.manual_seed, which takes a traceback for each accelerator: it all runs on the CPU.
+    torch.default_generator.manual_seed(zlib.crc32(name.encode()))
+    return torch.get_rng_state()
+
+
+class Again:
+    """Runs fake-quant anew, with small differences.
+
+    Args:
+        prepared: The prepared network.
+        graph: Its graph.
+        inputs: The values of its placeholders.
+        rounds: Whether a node rounds activations.
+        errors: By how much the kernel behind a node was off, where it was; each such rounding is right.
+        drawing: The nodes that draw random numbers.
+
+    Attributes:
+        draws: The values of each run.
+    """
+
+    def __init__(
+        self,
+        prepared: nn.Module,
+        graph: fx.Graph,
+        inputs: list[Any],
+        rounds: Callable[[fx.Node], bool],
+        errors: Mapping[str, Tensor],
+        drawing: Collection[str] = (),
+    ) -> None:
+        self.prepared, self.graph, self.inputs = prepared, graph, inputs
+        self.rounds, self.errors, self.drawing = rounds, errors, drawing
+        self.draws: list[dict[str, Any]] = []
+
+    def disturbed(self, disturb: Disturbance) -> Any:
+        """With its inputs, and what is rounded, off by a millionth."""
+
+        def change(node: fx.Node, value: Any) -> Any:
+            near = node.op == "placeholder" or any(self.rounds(user) for user in node.users)
+            return disturb(value) if near else value
+
+        return self._run(change)
+
+    def replayed(self, disturb: Disturbance) -> Any:
+        """With its inputs off by a millionth, and with the roundings that the kernels had."""
+
+        def change(node: fx.Node, value: Any) -> Any:
+            value = disturb(value) if node.op == "placeholder" else value
+            return value + self.errors[node.name] if node.name in self.errors else value
+
+        return self._run(change)
+
+    @property
+    def ways(self) -> tuple[Callable[[Disturbance], Any], ...]:
+        """What to hand to `check_whole`."""
+        return (self.disturbed, self.replayed) if self.errors else (self.disturbed,)
+
+    def _run(self, change: Callable[[fx.Node, Any], Any]) -> Any:
+        run = _Changed(self.prepared, self.graph, change, self.drawing)
+        result = run.run(*copies(self.inputs))
+        self.draws.append(run.values)
+        return result
+
+    def is_unlike(self, wanted: Tensor, got: Tensor, source: str) -> bool:
+        """Whether a value is farther from fake-quant's than the draws of it are."""
+        ratio = decibels(wanted, got)
+        least = min((decibels(wanted, draw[source]) for draw in self.draws if source in draw), default=ENOUGH_DB)
+        return ratio < ENOUGH_DB and ratio < least - MARGIN_DB
+
+
+class _Changed(SeededRecorder):
+    """Runs a graph and changes values on the way."""
+
+    def __init__(
+        self, module: nn.Module, graph: fx.Graph, change: Callable[[fx.Node, Any], Any], drawing: Collection[str]
+    ) -> None:
+        super().__init__(module, graph, None, drawing)
+        self.change = change
+
+    def run_node(self, n: fx.Node) -> Any:
+        self.values[n.name] = value = self.change(n, super().run_node(n))
+        return value
+
+
+def feeding(node: fx.Node, layer_of: Callable[[fx.Node], str]) -> list[str]:
+    """The nearest layers among those that an op's inputs come from.
+
+    Args:
+        node: The op.
+        layer_of: The name of the layer that a node is a call of; empty if it is none.
+    """
+    found: dict[str, None] = {}
+    seen, waiting = set[fx.Node](), list(node.all_input_nodes)
+    while waiting:
+        source = waiting.pop(0)
+        if source in seen:
+            continue
+        seen.add(source)
+        if name := layer_of(source):
+            found[name] = None
+        else:
+            waiting += source.all_input_nodes
+    return list(found)
+
+
+def example_values(graph: fx.Graph, example: Example) -> list[Any]:
+    """The example's inputs in the order of a graph's placeholders."""
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    values = list(example.args)
+    for node in inputs[len(values) :]:
+        # What the example leaves out has its default, which a placeholder holds as its argument.
+        values.append(example.kwargs[node.target] if node.target in example.kwargs else node.args[0])
+    return values
+
+
+@torch.no_grad()
+def run_of(network: nn.Module, graph: fx.Graph, inputs: Sequence[Any]) -> dict[str, Any]:
+    """What each node of a network's graph yields on inputs, which stay as they are."""
+    recorder = Recorder(network, graph)
+    recorder.run(*copies(list(inputs)))
+    return recorder.values
+
+
+def copy_of(value: Any) -> Any:
+    """A tensor that may be written over."""
+    return value.clone() if isinstance(value, Tensor) else value
+
+
+def copies(values: Any) -> Any:
+    """Inputs that a forward may change in place."""
+    return tree_map(copy_of, values)

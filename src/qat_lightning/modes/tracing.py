@@ -1,0 +1,368 @@
+"""Tracing a network into a graph that trains and evaluates as the network does, or refusing with the line at fault."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from qat_lightning.errors import TraceError
+from qat_lightning.graph.example import Example
+from qat_lightning.graph.given_sizes import GivenSizes
+from qat_lightning.graph.structures import same
+from qat_lightning.modes.checkpointing import loses_checkpoints
+from qat_lightning.modes.eager.chains import run_apart
+from qat_lightning.modes.fx.batchnorm import name_batchnorms, plain_frozen
+from qat_lightning.modes.fx.calls import drop_unread, give_all_arguments, one_module_a_call, read_what_was_written
+from qat_lightning.modes.fx.examples import Plan
+from qat_lightning.modes.fx.shapes import ShapesTracer
+from qat_lightning.modes.fx.sizes import attempts, given_sizes
+from qat_lightning.modes.fx.tracer import (
+    CallAsWhole,
+    DecidesByChance,
+    NetworkTracer,
+    Traced,
+    batchnorms_take_anything,
+    counting,
+    holds_no_layer,
+)
+from qat_lightning.modes.fx.train_and_eval import (
+    BY_MODE,
+    flags_by_mode,
+    mark_dropouts,
+    owner_of_parting,
+    parting,
+    set_module,
+)
+from qat_lightning.modes.prepared import fake_quantizers
+from qat_lightning.modes.source_lines import line_at_fault
+from qat_lightning.numerics.recomputation import Checkpointed, no_checkpoints
+
+WHAT_TO_DO = (
+    "What to do: give module='<a submodule that can be>' to quantize a part, or use mode='eager', which needs no "
+    "graph, or mode='auto', which takes the best mode that works."
+)
+
+
+def check_names(network: nn.Module, mode: str) -> None:
+    """Refuse children whose names a graph module needs for itself.
+
+    Raises:
+        TraceError: There is one; the message says which.
+    """
+    reserved = (set(dir(fx.GraphModule)) - set(dir(nn.Module))) | {"meta"}
+    for name in (*network._modules, *network._parameters, *network._buffers):
+        if name in reserved:
+            raise TraceError(
+                f"{type(network).__name__}.{name} has a name that torch.fx keeps for itself "
+                f"({', '.join(sorted(name for name in reserved if not name.startswith('_')))}), so that mode={mode!r} "
+                "cannot hold it. What to do: rename it, or use mode='eager' or mode='auto'."
+            )
+
+
+def trace(
+    network: nn.Module, example: Example, leaves: list[str]
+) -> tuple[fx.GraphModule, dict[str, Any], GivenSizes | None]:
+    """Trace ``network`` as FX does, in training mode.
+
+    If that cannot be done without the shapes of the example, it is done beside the example.
+
+    Args:
+        network: The float network.
+        example: One call; parameters of ``forward`` that it does not give are fixed to their defaults.
+        leaves: Names of submodules to call as they are instead of looking inside.
+
+    Returns:
+        The graph module, whose layers are the network's own but for what is a BatchNorm by what it does; the scope of
+        each node as upstream's prepare wants it; and for which sizes it is, if not for any.
+
+    Raises:
+        TraceError: It cannot be traced, or its evaluation takes another way through the code than its training.
+    """
+    check_names(network, "fx")
+    frozen = plain_frozen(network)
+    (traced, evaluation, whole), plan = attempts(
+        network, lambda plan: _both_ways(network, example, [*leaves, *frozen], plan), example
+    )
+    graph_module, scopes = traced.graph_module, traced.scopes
+    name_batchnorms(traced, evaluation, network, example)
+    called = {str(node.target) for node in graph_module.graph.find_nodes(op="call_module")}
+    for path in called & set(frozen):
+        set_module(graph_module, path, frozen[path])
+    mark_dropouts(traced, network, example, [path for path in called if path in whole or path.startswith(BY_MODE)])
+    one_module_a_call(graph_module)
+    give_all_arguments(graph_module.graph)
+    read_what_was_written(graph_module)
+    graph_module.recompile()
+    sizes = given_sizes(graph_module.graph, network, example, plan, fixed=traced.fixed or evaluation.fixed)
+    return graph_module, scopes, sizes
+
+
+def _both_ways(
+    network: nn.Module, example: Example, leaves: list[str], plan: Plan | None
+) -> tuple[Traced, Traced, list[str]]:
+    """The ways through a network in training and in evaluation, node for node the same.
+
+    Returns:
+        Both, the first with flags where functions had constants of training, and the paths of the modules without
+        layers that had to be called as they are.
+    """
+    whole: list[str] = []
+    while True:
+        try:
+            training = _trace_once(network, example, [*leaves, *whole], plan, train=True)
+            evaluation = _trace_once(network, example, [*leaves, *whole], plan, train=False)
+        except CallAsWhole as found:
+            whole += _alike(network, found.path)
+            continue
+        parts = parting(training, evaluation)
+        if parts is None:
+            flags_by_mode(training, evaluation)
+            return training, evaluation, whole
+        path = owner_of_parting(network, parts, training, evaluation)
+        if path is None or path in whole:
+            raise _other_way(network, parts)
+        whole += _alike(network, path)
+
+
+def _alike(network: nn.Module, path: str) -> list[str]:
+    """A module, and the others of its class that hold no layer: what holds for one is found once for all."""
+    kind = type(network.get_submodule(path))
+    return [name for name, module in network.named_modules() if type(module) is kind and holds_no_layer(module)]
+
+
+def trace_evaluation(
+    network: nn.Module, example: Example, leaves: list[str]
+) -> tuple[fx.GraphModule, GivenSizes | None]:
+    """Trace the way that ``network`` takes in evaluation, whatever it does in training; see `trace`.
+
+    Raises:
+        TraceError: It cannot be traced.
+    """
+    check_names(network, "fx")
+    traced, plan = attempts(network, lambda plan: _evaluation(network, example, leaves, plan), example)
+    graph = traced.graph_module.graph
+    return traced.graph_module, given_sizes(graph, network, example, plan, fixed=traced.fixed)
+
+
+def _evaluation(network: nn.Module, example: Example, leaves: list[str], plan: Plan | None) -> Traced:
+    whole: list[str] = []
+    while True:
+        try:
+            return _trace_once(network, example, [*leaves, *whole], plan, train=False)
+        except CallAsWhole as found:
+            whole += _alike(network, found.path)
+
+
+def outer_parts(network: nn.Module, selected: dict[str, bool]) -> list[str]:
+    """Submodules that stay float as a whole are called as they are: what is inside need not be traceable.
+
+    But for a BatchNorm with other layers inside, which is to be frozen as others are.
+
+    Args:
+        network: The float network.
+        selected: For each name of a module whether it is to be quantized.
+    """
+    return [
+        name
+        for name, module in network.named_modules()
+        if name
+        and not any(selected[inner] for inner in selected if inner == name or inner.startswith(name + "."))
+        and any(True for _ in module.children())
+        and not isinstance(module, _BatchNorm)
+    ]
+
+
+def leave_inside_float(graph_module: fx.GraphModule, selected: dict[str, bool]) -> None:
+    """Deselect the layers inside of what a graph calls as a whole, such as `nn.TransformerEncoderLayer`.
+
+    Args:
+        graph_module: A traced network.
+        selected: For each name of a module whether it is to be quantized; changed.
+    """
+    called = {str(node.target) for node in graph_module.graph.nodes if node.op == "call_module"}
+    whole = tuple(f"{name}." for name in called)
+    for name in selected:
+        # The activation of a BatchNorm is called by itself.
+        if name.startswith(whole) and name not in called:
+            selected[name] = False
+
+
+def take_out_constants(graph: fx.Graph) -> Callable[[fx.Graph], None]:
+    """Put None in the place of what a graph returns as it is, such as a number, which upstream's prepare refuses.
+
+    Returns:
+        What puts the constants back, into the graph that was made of this one.
+    """
+    output = graph.output_node()
+    returned = output.args[0]
+    output.args = (_only_nodes(returned),)
+
+    def put_back(prepared: fx.Graph) -> None:
+        made = prepared.output_node()
+        made.args = (_with_constants(returned, made.args[0]),)
+
+    return put_back
+
+
+def _only_nodes(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return type(value)([_only_nodes(part) for part in value])
+    if isinstance(value, dict):
+        return {key: _only_nodes(part) for key, part in value.items()}
+    return value if isinstance(value, fx.Node) else None
+
+
+def _with_constants(constants: Any, made: Any) -> Any:
+    if isinstance(constants, (list, tuple)):
+        return type(constants)(_with_constants(one, other) for one, other in zip(constants, made, strict=True))
+    if isinstance(constants, dict):
+        return {key: _with_constants(one, made[key]) for key, one in constants.items()}
+    return made if isinstance(constants, fx.Node) else constants
+
+
+@torch.no_grad()
+def refuse_other_results(prepared: nn.Module, network: nn.Module, example: Example, reason: str) -> None:
+    """Compare a prepared network, without rounding and in evaluation, with the float network that it was made of.
+
+    Args:
+        prepared: The network with fake-quant.
+        network: The float network.
+        example: One call.
+        reason: What to say if they differ.
+
+    Raises:
+        TraceError: They differ.
+    """
+    ours, theirs = copy.deepcopy(prepared), copy.deepcopy(network)
+    for _, fq in fake_quantizers(ours):
+        fq.enable_fake_quant(False)
+    wanted, got = (run_apart(module, copy.deepcopy(example)) for module in (theirs, ours))
+    if not same(wanted, got, _close):
+        raise TraceError(f"{reason} {WHAT_TO_DO}")
+
+
+def _close(one: Tensor, other: Tensor) -> bool:
+    if one.shape != other.shape or not one.numel():
+        return one.shape == other.shape
+    return torch.allclose(
+        one.double(), other.double(), rtol=1e-3, atol=1e-4 * float(one.double().abs().max() + 1), equal_nan=True
+    )
+
+
+def _trace_once(network: nn.Module, example: Example, leaves: list[str], plan: Plan | None, *, train: bool) -> Traced:
+    with (
+        _in_mode(network, train),
+        counting(network) as counted,
+        no_checkpoints() if train else contextlib.nullcontext(),
+    ):
+        try:
+            tracer, graph = _graph(network, example, leaves, plan)
+        except CallAsWhole:
+            raise
+        except Checkpointed as error:
+            raise loses_checkpoints(network, "fx", line_at_fault(error)) from None
+        except Exception as error:
+            raise _no_trace(network, error) from error
+    graph_module = fx.GraphModule(network, graph)
+    _drop_defaults(graph_module)
+    drop_unread(graph_module.graph)
+    return Traced(graph_module, tracer.node_name_to_scope, counted, fixed=getattr(tracer, "fixed", False))
+
+
+def _graph(
+    network: nn.Module, example: Example, leaves: list[str], plan: Plan | None
+) -> tuple[NetworkTracer, fx.Graph]:
+    fixed = _defaults_not_given(network, example)
+
+    def tracer(*, buffers: bool) -> NetworkTracer:
+        if plan is None:
+            return NetworkTracer(leaves, buffers=buffers)
+        return ShapesTracer(leaves, example, plan, buffers=buffers)
+
+    with batchnorms_take_anything():
+        try:
+            first = tracer(buffers=True)
+            return first, first.trace(network, concrete_args=fixed)
+        except (CallAsWhole, Checkpointed, DecidesByChance):
+            raise
+        except Exception:  # noqa: BLE001 - whatever it is, the second trace says it again if it is no buffer's
+            # A forward may look at what a buffer holds, which is then a constant.
+            second = tracer(buffers=False)
+            return second, second.trace(network, concrete_args=fixed)
+
+
+def _no_trace(network: nn.Module, error: Exception) -> TraceError:
+    if isinstance(error, DecidesByChance):
+        return TraceError(
+            f"mode='fx' keeps one way through {type(network).__name__}.forward, and {str(error) or 'forward'!r} draws "
+            "random numbers outside of the graph, to decide which way to go, or as a constant: put what is random into "
+            f"a module without layers, or draw it for a tensor (torch.rand_like). {WHAT_TO_DO}"
+        )
+    where = line_at_fault(error)
+    return TraceError(
+        f"mode='fx' cannot trace {type(network).__name__}"
+        + (f" at {where}" if where else "")
+        + f" ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}). {WHAT_TO_DO}"
+    )
+
+
+@contextmanager
+def _in_mode(network: nn.Module, train: bool) -> Iterator[None]:
+    before = {module: module.training for module in network.modules()}
+    network.train(train)
+    try:
+        yield
+    finally:
+        for module, flag in before.items():
+            module.training = flag
+
+
+def _defaults_not_given(network: nn.Module, example: Example) -> dict[str, Any]:
+    parameters = list(inspect.signature(network.forward).parameters.values())
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    given = {p.name for p in positional[: len(example.args)]} | set(example.kwargs)
+    return {
+        p.name: p.default
+        for p in parameters
+        if p.name not in given
+        and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+        # Others, such as a tuple of sizes, are traced as they come.
+        and (p.default is None or isinstance(p.default, (bool, int, float, str)))
+    }
+
+
+def _drop_defaults(graph_module: fx.GraphModule) -> None:
+    """Remove the checks that tracing adds for a fixed parameter; `GraphNetwork` keeps the parameter out altogether."""
+    for node in list(graph_module.graph.nodes):
+        if node.op == "call_function" and node.target is torch._assert and "specialized" in str(node.args[-1]):
+            compared = node.args[0]
+            graph_module.graph.erase_node(node)
+            if isinstance(compared, fx.Node) and not compared.users:
+                graph_module.graph.erase_node(compared)
+        elif node.op == "call_function" and getattr(node.target, "__name__", "") == "_assert_is_none":
+            graph_module.graph.erase_node(node)
+    for node in list(graph_module.graph.nodes):
+        if (
+            node.op == "placeholder"
+            and not node.users
+            and ("_" in node.target)
+            and node.target.rsplit("_", 1)[1] == "1"
+        ):
+            graph_module.graph.erase_node(node)
+    graph_module.recompile()
+
+
+def _other_way(network: nn.Module, parts: tuple[fx.Node | None, fx.Node | None]) -> TraceError:
+    part = f"; they part before {parts[0].name!r}" if parts[0] is not None else ""
+    return TraceError(
+        f"mode='fx' keeps one way through {type(network).__name__}.forward, and it takes another way in training than "
+        f"in evaluation (it looks at self.training{part}). {WHAT_TO_DO}"
+    )

@@ -1,0 +1,258 @@
+"""What the modes share at the end: running both networks on the example, and comparing each layer on its own input."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from qat_lightning.errors import ConversionError, NetworkError
+from qat_lightning.graph.example import Example
+from qat_lightning.layers.integer import IntegerLayer
+from qat_lightning.layers.integer.integer_layer import disturbed_roundings
+from qat_lightning.modes.judging import Names, decibels, raise_if_faulty
+from qat_lightning.modes.protocol import LayerCheck, LayerCoverage, WholeCheck
+from qat_lightning.modes.whole import DRAWS, Disturbance, check_whole, is_right, raise_if_wrong
+from qat_lightning.numerics.sqnr import sqnr_db
+from qat_lightning.settings.backends import Backend, quantized_engine
+from qat_lightning.settings.recipe import Recipe
+
+EXACT = "its integers give in float64"
+"""What the layers are compared with."""
+
+
+@dataclass
+class Call:
+    """One layer and its first call on the example.
+
+    Attributes:
+        name: The layer.
+        layer: It.
+        inputs: Positional and keyword arguments; None if it was not called.
+        output: What it gave.
+    """
+
+    name: str
+    layer: IntegerLayer
+    inputs: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+    output: Any = None
+
+
+def refuse_nothing(network: nn.Module, coverage: list[LayerCoverage], recipe: Recipe) -> None:
+    """Raise if no layer becomes integer; the reasons are in the message."""
+    if any(row.quantized for row in coverage):
+        return
+    why = "; ".join(f"{row.name or 'itself'}: {row.reason}" for row in coverage[:12])
+    raise NetworkError(
+        f"There is nothing to quantize in {type(network).__name__} with kind={recipe.kind!r} and mode={recipe.mode!r}: "
+        f"{why or 'it has no layer with a weight'}. Look at include and exclude, or choose another kind= or mode=."
+    )
+
+
+def run_float(network: nn.Module, example: Example) -> Any:
+    """The outputs of the float network.
+
+    Raises:
+        NetworkError: It does not run on the example.
+    """
+    try:
+        return run(network, example)
+    except Exception as error:
+        raise NetworkError(
+            f"{type(network).__name__} does not run on its example inputs: {type(error).__name__}: {error}. Give "
+            "example_inputs= that its forward takes."
+        ) from error
+
+
+def run_integer(network: nn.Module, example: Example) -> tuple[Any, list[Call]]:
+    """The outputs of the integer network, and the first call of each of its layers.
+
+    Raises:
+        ConversionError: It does not run.
+    """
+    calls = _outermost(network)
+    try:
+        with _recording(calls):
+            outputs = run(network, example)
+    except Exception as error:
+        raise ConversionError(
+            f"{type(network).__name__} does not run once its layers hold integers: {type(error).__name__}: {error}. "
+            "Use exclude= for the part at fault."
+        ) from error
+    return outputs, calls
+
+
+@torch.no_grad()
+def run(network: nn.Module, example: Example) -> Any:
+    """Run on copies of the inputs, which a forward may change in place; random numbers go on as before."""
+    args, kwargs = tree_map(_copied, (example.args, example.kwargs))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return network(*args, **kwargs)
+
+
+@contextmanager
+def plain_attention() -> Iterator[None]:
+    """Attention as products of matrices and linear maps, and not as the one op that evaluation has for it."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+def _copied(value: Any) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    value = value.detach().cpu().clone()
+    return value.float() if value.is_floating_point() else value
+
+
+def _outermost(network: nn.Module) -> list[Call]:
+    calls: list[Call] = []
+    for name, module in network.named_modules():
+        if isinstance(module, IntegerLayer) and not any(
+            not call.name or name.startswith(f"{call.name}.") for call in calls
+        ):
+            calls.append(Call(name, module))
+    return calls
+
+
+@contextmanager
+def _recording(calls: list[Call]) -> Iterator[None]:
+    handles = []
+
+    def keep(call: Call) -> Any:
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            if call.inputs is None:
+                call.inputs, call.output = tree_map(_copied, (args, kwargs)), tree_map(_copied, output)
+
+        return hook
+
+    try:
+        for call in calls:
+            handles.append(call.layer.register_forward_hook(keep(call), with_kwargs=True))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def check_layers(calls: list[Call], target: Backend, names: Names) -> tuple[list[LayerCheck], list[str]]:
+    """Compare the first call of each layer with its reference.
+
+    Args:
+        calls: Of the layers.
+        target: The backend.
+        names: Of the layers.
+
+    Returns:
+        One row for each layer that was called, and notes on the others.
+
+    Raises:
+        VerificationError: A layer is past the tolerance of ``target``, and farther from its reference than that is from
+            itself where its inputs and roundings are disturbed: many steps in time make much of little.
+    """
+    checks, unchecked = [], []
+    with quantized_engine(target.engine):
+        for call in calls:
+            wanted = None if call.inputs is None else call.layer.reference(*call.inputs[0], **call.inputs[1])
+            if wanted is None:
+                unchecked.append(call.name or "itself")
+                continue
+            ratio = sqnr_of(wanted, call.output)
+            chance = _chance(call, wanted) if ratio < target.tolerance_db else math.inf
+            checks.append(LayerCheck(call.name, call.layer.op, ratio, chance_db=chance))
+    raise_if_faulty(checks, target, names, EXACT)
+    notes = []
+    if unchecked:
+        notes.append(f"Not compared, because the example does not run them with tensors: {', '.join(unchecked)}.")
+    return checks, notes
+
+
+def _chance(call: Call, wanted: Any) -> float:
+    """How far the reference of a layer is from itself, disturbed: the worst of a few draws."""
+    assert call.inputs is not None
+    draws = []
+    for seed in range(DRAWS):
+        disturb = Disturbance(seed)
+        with disturbed_roundings(disturb):
+            args, kwargs = tree_map(disturb, call.inputs)
+            draws.append(sqnr_of(wanted, call.layer.reference(*args, **kwargs)))
+    return min(draws)
+
+
+def sqnr_of(wanted: Any, got: Any) -> float:
+    """The SQNR in dB of the floating tensors of two outputs, of the worst; a reference may know the first ones only."""
+    return min(
+        (decibels(one, other) for one, other in zip(_floats(wanted), _floats(got), strict=False)), default=math.inf
+    )
+
+
+@torch.no_grad()
+def check_whole_of(
+    network: nn.Module, actual: Any, calls: list[Call], example: Example, checks: list[LayerCheck], names: Names
+) -> WholeCheck | None:
+    """Compare the integer network as a whole with itself, each layer computing its reference.
+
+    Raises:
+        VerificationError: It is farther from that than roundings explain.
+    """
+
+    def exact(disturb: Callable[[Any], Any] = lambda value: value) -> Any:
+        args, kwargs = tree_map(disturb, (example.args, example.kwargs))
+        with _computing_references(calls), disturbed_roundings(disturb):
+            return run(network, Example(args, kwargs))
+
+    whole = check_whole(exact(), actual, (exact,))
+    if whole is not None and not is_right(whole):
+        suspects = sorted(checks, key=lambda check: check.sqnr_db)[:1]
+        raise_if_wrong(whole, [check.name for check in suspects], checks, names, EXACT)
+    return whole
+
+
+@contextmanager
+def _computing_references(calls: list[Call]) -> Iterator[None]:
+    """Let layers return what their references give, as far as these know it."""
+
+    def replace(layer: IntegerLayer) -> Any:
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+            wanted = layer.reference(*args, **kwargs)
+            if wanted is None:
+                return output
+            known = iter(_floats(wanted))
+            return tree_map(lambda leaf: next(known, leaf).to(leaf) if _is_float(leaf) else leaf, output)
+
+        return hook
+
+    handles = [call.layer.register_forward_hook(replace(call.layer), with_kwargs=True) for call in calls]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def end_to_end(expected: Any, actual: Any) -> list[str]:
+    """How far the integer network is from the float one; no promise, since rounding is what the kind costs."""
+    pairs = list(zip(_floats(expected), _floats(actual), strict=False))
+    if any(one.shape != other.shape for one, other in pairs):
+        return ["On the example, the integer network takes another branch than the float one."]
+    worst = min((sqnr_db(one, other) for one, other in pairs if one.numel()), default=math.inf)
+    return [f"On the example, the integer network as a whole is {worst:.1f} dB from the float one."]
+
+
+def _floats(outputs: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(outputs) if _is_float(leaf)]
+
+
+def _is_float(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()

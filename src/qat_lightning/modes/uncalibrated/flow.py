@@ -1,0 +1,61 @@
+"""The one function that the modes share: choose what the mode has for it, and check what can be checked before it runs."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from qat_lightning.errors import ConfigurationError
+from qat_lightning.graph.example import Example
+from qat_lightning.modes.other_quantization import refuse_other_quantization
+from qat_lightning.modes.protocol import Converted
+from qat_lightning.settings.backends import require
+from qat_lightning.settings.kinds import DIRECT, check_kind
+from qat_lightning.settings.recipe import Recipe
+
+
+def quantize(network: nn.Module, example: Example, recipe: Recipe, *, prefix: str = "") -> Converted:
+    """Quantize a float network as it is, without training and without calibration.
+
+    Every layer of the result is compared on ``example`` with what it should compute: a dynamic one with the same
+    rounding in float64, a weight-only one with the float layer that has the dequantized weights.
+
+    Args:
+        network: The float network; stays as it is.
+        example: One call; its batch may be any.
+        recipe: Kind (``"dynamic"`` or ``"weight_only"``), mode, backend and scheme.
+        prefix: The network's dotted name in the LightningModule, to which the recipe's globs are relative.
+
+    Returns:
+        The integer network on the CPU in evaluation, with coverage, checks and notes.
+
+    Raises:
+        ConfigurationError: The kind is not there for this mode and backend.
+        NetworkError: There is nothing to quantize, or the network does not run on the example.
+        TraceError: The network cannot be captured in this mode.
+        ConversionError: The network does not run once its layers are replaced.
+        VerificationError: A layer is past the backend's tolerance.
+
+    Example:
+        >>> import torch
+        >>> network = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 4))
+        >>> converted = quantize(network, Example((torch.randn(8, 32),)), Recipe("eager", "x86", kind="dynamic"))
+        >>> [row.quantized for row in converted.coverage]
+        [True, True]
+    """
+    if recipe.kind not in DIRECT:
+        raise ConfigurationError(f"kind={recipe.kind!r} needs ranges of activations: use one of {', '.join(DIRECT)}.")
+    check_kind(recipe)
+    require(recipe.target)
+    refuse_other_quantization(network)
+    # Imported here, so that one mode does not pay for the imports of another.
+    if recipe.mode == "eager":
+        from qat_lightning.modes.uncalibrated.eager import quantize_eager
+
+        return quantize_eager(network, example, recipe, prefix=prefix)
+    if recipe.mode == "fx":
+        from qat_lightning.modes.uncalibrated.fx import quantize_fx
+
+        return quantize_fx(network, example, recipe, prefix=prefix)
+    from qat_lightning.modes.uncalibrated.pt2e import quantize_pt2e
+
+    return quantize_pt2e(network, example, recipe, prefix=prefix)

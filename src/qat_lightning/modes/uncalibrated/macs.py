@@ -1,0 +1,81 @@
+"""How many multiply-accumulates a dynamic network does in integers, and how many in float."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from qat_lightning.graph.example import Example
+from qat_lightning.modes.coverage import counter, in_single_products, macs_of
+from qat_lightning.modes.eager.layers import without_fast_paths
+from qat_lightning.modes.protocol import LayerCoverage
+from qat_lightning.modes.uncalibrated.checking import run
+from qat_lightning.settings.recipe import Recipe
+
+
+def with_macs(
+    rows: list[LayerCoverage],
+    network: nn.Module,
+    example: Example,
+    recipe: Recipe,
+    functions: Mapping[str, int] | None = None,
+) -> tuple[list[LayerCoverage], list[LayerCoverage]]:
+    """Count what each layer multiplies in one call of the float network; nothing of a weight-only one is in integers.
+
+    Of attention it is its linear maps, which are what becomes integer; its other products count as between layers.
+
+    Args:
+        rows: One for each layer.
+        network: The float network; stays as it is.
+        example: One call.
+        recipe: What it is quantized with.
+        functions: The floating point operations of rows that are no layers of the network.
+
+    Returns:
+        The rows, and one for the products between layers, where there are any.
+    """
+    if recipe.kind != "dynamic":
+        return rows, []
+    network = copy.deepcopy(network)
+    without_fast_paths(network)
+    try:
+        with in_single_products(), _linear_maps(network) as attention, counter() as counted:
+            run(network, example)
+    except Exception as error:  # noqa: BLE001 - whatever a custom op does to a counter must not cost the conversion
+        warnings.warn(f"Multiply-accumulates were not counted: {type(error).__name__}: {error}", stacklevel=2)
+        return rows, []
+    root = type(network).__name__
+    counts = {name.removeprefix(f"{root}."): sum(ops.values()) for name, ops in counted.get_flop_counts().items()}
+    counts |= attention | dict(functions or {})
+    found = {row.name: counts.get(row.name or root, 0) for row in rows}
+    rows = [replace(row, macs=macs_of(found[row.name], example)) for row in rows]
+    left = macs_of(max(0, counted.get_total_flops() - sum(found.values())), example)
+    reason = "kind='dynamic' quantizes layers, and not what is between them"
+    return rows, [LayerCoverage("", "functions", False, reason, "op", macs=left)] if left else []
+
+
+@contextmanager
+def _linear_maps(network: nn.Module) -> Iterator[dict[str, int]]:
+    """The floating point operations of the four linear maps of attention, by its names: two for each product."""
+    counts: dict[str, int] = {}
+
+    def count(name: str, layer: nn.MultiheadAttention) -> Any:
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+            query, key, value = (*args, *(kwargs[part] for part in ("query", "key", "value")[len(args) :]))[:3]
+            values = 2 * query.numel() + key.numel() + value.numel()
+            counts[name] = counts.get(name, 0) + 2 * values * layer.embed_dim
+
+        return layer.register_forward_pre_hook(hook, with_kwargs=True)
+
+    handles = [count(name, part) for name, part in network.named_modules() if isinstance(part, nn.MultiheadAttention)]
+    try:
+        yield counts
+    finally:
+        for handle in handles:
+            handle.remove()

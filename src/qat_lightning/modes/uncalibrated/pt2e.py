@@ -1,0 +1,391 @@
+"""PT2 export mode: the network as one graph of aten ops, with integer weights in it, compiled by Inductor.
+
+Dynamic linear layers have the ops that X86InductorQuantizer and XNNPACKQuantizer make of them
+(https://docs.pytorch.org/ao/stable/pt2e_quantization/index.html), which Inductor and ExecuTorch turn into int8 kernels.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.ao.quantization.fx._decomposed  # registers quantized_decomposed
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from qat_lightning.errors import ConversionError
+from qat_lightning.graph.example import Example
+from qat_lightning.graph.scopes import scope_of
+from qat_lightning.graph.signature import CallSpec
+from qat_lightning.layers.integer.weight_only import weights_of
+from qat_lightning.layers.integer.weights import (
+    WeightGrid,
+    dequantize_rows,
+    quantize_rows,
+    store,
+    transposed_groups,
+    weight_of_rows,
+    weight_rows,
+)
+from qat_lightning.modes.eager.layers import without_fast_paths
+from qat_lightning.modes.judging import Names, raise_if_faulty
+from qat_lightning.modes.protocol import Converted, LayerCheck, LayerCoverage, WholeCheck
+from qat_lightning.modes.pt2e.capture import capture
+from qat_lightning.modes.pt2e.convert import evaluate, tidy
+from qat_lightning.modes.pt2e.int8 import Int8Network
+from qat_lightning.modes.uncalibrated.checking import (
+    EXACT,
+    end_to_end,
+    plain_attention,
+    refuse_nothing,
+    run,
+    run_float,
+    sqnr_of,
+)
+from qat_lightning.modes.uncalibrated.eager import cover, float_copy
+from qat_lightning.modes.uncalibrated.macs import with_macs
+from qat_lightning.modes.verify import Recorder
+from qat_lightning.modes.whole import check_whole, is_right, raise_if_wrong
+from qat_lightning.settings.backends import Backend
+from qat_lightning.settings.recipe import Recipe
+
+aten = torch.ops.aten
+ops = torch.ops.quantized_decomposed
+
+_EPS = float(torch.finfo(torch.float32).eps)
+
+
+def quantize_pt2e(network: nn.Module, example: Example, recipe: Recipe, *, prefix: str = "") -> Converted:
+    """See `qat_lightning.modes.uncalibrated.quantize`."""
+    original = float_copy(network)
+    expected = run_float(original, example)
+    without_fast_paths(original)
+    coverage = cover(original, recipe, prefix)
+    with plain_attention():
+        graph_module, spec = capture(original, example, train=False)
+    evaluate(graph_module.graph)
+    uses = _uses(original, graph_module, coverage)
+    if recipe.kind == "dynamic":
+        done = _make_dynamic(graph_module, uses, recipe)
+    else:
+        done = _make_weight_only(graph_module, uses, WeightGrid.of(recipe))
+    used = {use.name for found in uses.values() for use in found}
+    coverage = [_after(row, original, used, done, recipe) for row in coverage]
+    refuse_nothing(original, coverage, recipe)
+    graph_module.graph.eliminate_dead_code(lambda node: node.is_impure())
+    graph_module.graph.lint()
+    graph_module.recompile()
+    decomposed = tidy(graph_module)
+    integer = Int8Network(decomposed, spec, recipe.backend)
+    tensors = spec.flatten(*_copies(example))
+    try:
+        names = Names(prefix, {name for name, _ in original.named_modules()})
+        checks = _check(decomposed, tensors, done, coverage, recipe.target, names)
+        actual = spec.unflatten(decomposed(*tensors))
+        whole = _check_whole(decomposed, tensors, done, spec, actual, (recipe.target, checks, names))
+    except RuntimeError as error:
+        raise ConversionError(
+            f"{spec.name} does not run once its weights are integers: {error}. Use exclude= for the part at fault."
+        ) from error
+    coverage, between = with_macs(coverage, original, example, recipe)
+    return Converted(integer, coverage, checks, [*_notes(recipe), *end_to_end(expected, actual)], between, whole)
+
+
+def _copies(example: Example) -> tuple[Any, Any]:
+    def keep(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        return args, kwargs
+
+    caught: tuple[Any, Any] = run(keep, example)  # type: ignore[arg-type]
+    return caught
+
+
+@dataclass
+class _Use:
+    """A node that computes with a weight of a layer.
+
+    Attributes:
+        node: It.
+        layer: The layer whose weight it is; of several that share it, the one that the node belongs to.
+        name: The weight's full name.
+        wanted: Whether it is to be quantized.
+        transposed_groups: Of the layer; see the function of this name.
+    """
+
+    node: fx.Node
+    layer: str
+    name: str
+    wanted: bool
+    transposed_groups: int
+
+
+Uses = dict[fx.Node, list[_Use]]
+"""For each node that reads a weight what computes with it."""
+
+
+def _uses(network: nn.Module, graph_module: fx.GraphModule, coverage: list[LayerCoverage]) -> Uses:
+    owners: dict[int, list[tuple[LayerCoverage, str]]] = {}
+    for row in coverage:
+        module = network.get_submodule(row.name)
+        for name in weights_of(module):
+            full = f"{row.name}.{name}" if row.name else name
+            owners.setdefault(module.get_parameter(name).data_ptr(), []).append((row, full))
+    found: Uses = {}
+    for node in graph_module.graph.find_nodes(op="get_attr"):
+        value = _value(graph_module, node)
+        if not isinstance(value, Tensor) or value.data_ptr() not in owners:
+            continue
+        for user in node.users:
+            for row, name in _belonging(user, owners[value.data_ptr()]):
+                wanted = row.quantized or "no dynamic kernel" in row.reason
+                groups = transposed_groups(network.get_submodule(row.name))
+                found.setdefault(node, []).append(_Use(user, row.name, name, wanted, groups))
+    return found
+
+
+def _belonging(user: fx.Node, owners: list[tuple[LayerCoverage, str]]) -> list[tuple[LayerCoverage, str]]:
+    """The layers in whose ``forward`` a node is; all that share the weight if it is in none of theirs."""
+    scope = f"{scope_of(user)}."
+    return [owner for owner in owners if scope.startswith(f"{owner[0].name}.")] or owners
+
+
+def _value(graph_module: fx.GraphModule, node: fx.Node) -> Any:
+    holder, _, leaf = str(node.target).rpartition(".")
+    return getattr(graph_module.get_submodule(holder), leaf)
+
+
+def _constant(graph_module: fx.GraphModule, name: str, value: Tensor) -> fx.Node:
+    name = name.replace(".", "_")
+    while hasattr(graph_module, name):
+        name += "_"
+    graph_module.register_buffer(name, value)
+    return graph_module.graph.get_attr(name)
+
+
+Done = dict[str, list[tuple[fx.Node, Any]]]
+"""For each full name of a weight the nodes to check, and what their values are compared with."""
+
+
+def _make_dynamic(graph_module: fx.GraphModule, uses: Uses, recipe: Recipe) -> Done:
+    grid = WeightGrid.of(recipe)
+    low, high = recipe.target.activation_limits
+    limits = (low, high, recipe.target.activation_dtype)
+    done: Done = {}
+    for node, found in uses.items():
+        for linear in dict.fromkeys(use.node for use in found if use.wanted):
+            if linear.target is not aten.linear.default or linear.args[1] is not node or _value_dims(linear) == 1:
+                continue
+            names = [use.name for use in found if use.node is linear and use.wanted]
+            integers, scales, _ = quantize_rows(_value(graph_module, node), grid)
+            quantized = (integers, scales[:, 0].clone())
+            with graph_module.graph.inserting_before(linear):
+                weight = _integer_weight(graph_module, names[0], quantized, grid)
+                rounded = _rounded(graph_module.graph, linear.args[0], limits)
+            linear.args = (rounded, weight, *linear.args[2:])
+            for name in names:
+                done.setdefault(name, []).append((linear, quantized))
+    return done
+
+
+def _value_dims(node: fx.Node) -> int:
+    value = node.meta.get("val")
+    return value.dim() if isinstance(value, Tensor) else 2
+
+
+def _integer_weight(
+    graph_module: fx.GraphModule, name: str, quantized: tuple[Tensor, Tensor], grid: WeightGrid
+) -> fx.Node:
+    integers, scales = quantized
+    parts = [
+        _constant(graph_module, f"{name}_integers", integers),
+        _constant(graph_module, f"{name}_scales", scales),
+        _constant(graph_module, f"{name}_zero_points", torch.zeros_like(scales, dtype=torch.int64)),
+    ]
+    return graph_module.graph.call_function(
+        ops.dequantize_per_channel.default, (*parts, 0, grid.quant_min, grid.quant_max, torch.int8)
+    )
+
+
+def _rounded(graph: fx.Graph, source: Any, limits: tuple[int, int, torch.dtype]) -> fx.Node:
+    low, high, dtype = limits
+    qparams = graph.call_function(ops.choose_qparams.tensor, (source, low, high, _EPS, dtype))
+    scale = graph.call_function(operator.getitem, (qparams, 0))
+    zero_point = graph.call_function(operator.getitem, (qparams, 1))
+    grid = (scale, zero_point, low, high, dtype)
+    integers = graph.call_function(ops.quantize_per_tensor.tensor, (source, *grid))
+    return graph.call_function(ops.dequantize_per_tensor.tensor, (integers, *grid))
+
+
+def _make_weight_only(graph_module: fx.GraphModule, uses: Uses, grid: WeightGrid) -> Done:
+    done: Done = {}
+    for node, found in uses.items():
+        chosen = [use for use in found if use.wanted]
+        if not chosen:
+            continue
+        weight: Tensor = _value(graph_module, node)
+        groups = chosen[0].transposed_groups
+        integers, scales, zero_points = quantize_rows(weight_rows(weight, groups), grid)
+        stored = store(integers, grid)
+        points = None if grid.symmetric else zero_points
+        with graph_module.graph.inserting_before(node):
+            made = _dequantized(graph_module, chosen[0].name, (stored, scales, points), weight.shape, groups, grid)
+        for use in chosen:
+            use.node.replace_input_with(node, made)
+        rows = dequantize_rows(stored, scales, points, integers.shape[1], grid)
+        for name in dict.fromkeys(use.name for use in chosen):
+            done.setdefault(name, []).append((made, weight_of_rows(rows, weight.shape, groups)))
+    return done
+
+
+def _dequantized(
+    graph_module: fx.GraphModule,
+    name: str,
+    parts: tuple[Tensor, Tensor, Tensor | None],
+    shape: torch.Size,
+    groups: int,
+    grid: WeightGrid,
+) -> fx.Node:
+    """`dequantize_rows` and `weight_of_rows` as nodes."""
+    stored, scales, points = parts
+    graph, rows = graph_module.graph, stored.shape[0]
+    call = graph.call_function
+    node = _constant(graph_module, f"{name}_integers", stored)
+    if grid.packs:
+        low = call(aten.bitwise_and.Scalar, (node, 15))
+        high = call(aten.bitwise_right_shift.Tensor_Scalar, (node, 4))
+        both = call(aten.stack.default, ([low, high], -1))
+        node = call(aten.sub.Scalar, (_float(graph, both), 8.0))
+    else:
+        node = _float(graph, node)
+    node = call(aten.reshape.default, (node, [rows, scales.shape[1], -1]))
+    if points is not None:
+        offset = _float(graph, _constant(graph_module, f"{name}_zero_points", points[..., None]))
+        node = call(aten.sub.Tensor, (node, offset))
+    node = call(aten.mul.Tensor, (node, _constant(graph_module, f"{name}_scales", scales[..., None])))
+    node = call(aten.reshape.default, (node, [rows, -1]))
+    node = call(aten.slice.Tensor, (node, 1, 0, shape.numel() // rows))
+    if groups:
+        node = call(aten.reshape.default, (node, [groups, shape[1], shape[0] // groups, -1]))
+        node = call(aten.transpose.int, (node, 1, 2))
+    return call(aten.reshape.default, (node, list(shape)))
+
+
+def _float(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    return graph.call_function(aten._to_copy.default, (node,), {"dtype": torch.float32})
+
+
+def _after(row: LayerCoverage, network: nn.Module, used: set[str], done: Done, recipe: Recipe) -> LayerCoverage:
+    """What became of a layer."""
+    if not row.quantized:
+        return row
+    names = [f"{row.name}.{name}" if row.name else name for name in weights_of(network.get_submodule(row.name))]
+    if any(name not in used for name in names):
+        return LayerCoverage(row.name, row.kind, False, "not used by forward")
+    if any(name not in done for name in names):
+        reason = (
+            f"backend {recipe.backend!r} has no dynamic kernel for {row.kind} in an exported graph: mode='eager' and "
+            "mode='fx' have"
+        )
+        return LayerCoverage(row.name, row.kind, False, reason)
+    return row
+
+
+@torch.no_grad()
+def _check(
+    decomposed: fx.GraphModule,
+    tensors: list[Tensor],
+    done: Done,
+    coverage: list[LayerCoverage],
+    target: Backend,
+    names: Names,
+) -> list[LayerCheck]:
+    """Compare linear layers with the same rounding in float64, and other weights with what their integers stand for."""
+    recorder = Recorder(decomposed, decomposed.graph)
+    recorder.run(*tensors)
+    checks = []
+    for name, rows in done.items():
+        # The weight of attention's last linear layer is one of attention's.
+        layer = max((row.name for row in coverage if name.startswith(f"{row.name}.")), key=len, default="")
+        for original, wanted in rows:
+            node = next(node for node in decomposed.graph.nodes if node.name == original.name)
+            got = recorder.values[node.name]
+            reference = _linear_in_float64(node, recorder, wanted, target) if isinstance(wanted, tuple) else wanted
+            checks.append(LayerCheck(layer, str(node.target), sqnr_of(reference, got)))
+    raise_if_faulty(checks, target, names, EXACT)
+    return checks
+
+
+def _check_whole(
+    decomposed: fx.GraphModule,
+    tensors: list[Tensor],
+    done: Done,
+    spec: CallSpec,
+    actual: Any,
+    checking: tuple[Backend, list[LayerCheck], Names],
+) -> WholeCheck | None:
+    """Compare the network as a whole with the one whose integer layers compute in float64."""
+    target, checks, names = checking
+    wanted = {original.name: value for rows in done.values() for original, value in rows}
+
+    def exact(disturb: Callable[[Any], Any] = lambda value: value) -> Any:
+        runner = _Exact(decomposed, wanted, target, disturb)
+        return spec.unflatten(runner.run(*(disturb(tensor.clone()) for tensor in tensors)))
+
+    whole = check_whole(exact(), actual, (exact,))
+    if whole is not None and not is_right(whole):
+        suspects = sorted(checks, key=lambda check: check.sqnr_db)[:1]
+        raise_if_wrong(whole, [check.name for check in suspects], checks, names, EXACT)
+    return whole
+
+
+class _Exact(Recorder):
+    """Runs a graph, its integer layers in float64."""
+
+    def __init__(
+        self, module: fx.GraphModule, wanted: dict[str, Any], target: Backend, disturb: Callable[[Any], Any]
+    ) -> None:
+        super().__init__(module, module.graph)
+        self.wanted, self.target, self.disturb = wanted, target, disturb
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if n.name not in self.wanted:
+            return value
+        exact = self.wanted[n.name]
+        if isinstance(exact, tuple):
+            exact = _linear_in_float64(n, self, exact, self.target, self.disturb)
+        self.values[n.name] = exact = exact.to(value)
+        return exact
+
+
+def _linear_in_float64(
+    node: fx.Node,
+    recorder: Recorder,
+    quantized: tuple[Tensor, Tensor],
+    target: Backend,
+    disturb: Callable[[Any], Any] = lambda value: value,
+) -> Tensor:
+    rounded: Any = node.args[0]
+    x = disturb(recorder.values[rounded.args[0].args[0].name])
+    low, high = target.activation_limits
+    scale, zero_point = (
+        part.double() for part in ops.choose_qparams.tensor(x, low, high, _EPS, target.activation_dtype)
+    )
+    integers = (torch.round(x.double() / scale) + zero_point).clamp(low, high)
+    bias: Any = node.args[2] if len(node.args) > 2 else None
+    weight = quantized[0].double() * quantized[1].double()[:, None]
+    bias = None if bias is None else recorder.values[bias.name].double()
+    return F.linear((integers - zero_point) * scale, weight, bias)
+
+
+def _notes(recipe: Recipe) -> list[str]:
+    if recipe.backend == "xnnpack":
+        return [
+            "backend='xnnpack': on this machine the int8 network runs as a decomposed graph, and not at the speed of "
+            "the phone's kernels."
+        ]
+    if recipe.kind == "weight_only":
+        return ["Compiled code holds the weights as float: the file is smaller, and the speed is that of float."]
+    return []

@@ -1,0 +1,143 @@
+"""Scale and zero point as parameters that learn with the weights: learned step size."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qat_lightning.numerics.grid import EPS, fake_quantize_learned
+
+RATE = 10.0
+"""How much faster than weights the parameters move: with Adam and a learning rate of 0.001, scales by 1 % a step."""
+
+
+def move_only(module: nn.Module, fn: Callable[[Tensor], Tensor]) -> None:
+    """Move a module's own tensors to the device that ``fn`` moves to, and leave their dtypes as they are."""
+
+    def moved(tensor: Tensor) -> Tensor:
+        return tensor.to(fn(torch.empty(0, device=tensor.device)).device)
+
+    for name, buffer in module._buffers.items():
+        if buffer is not None:
+            module._buffers[name] = moved(buffer)
+    for parameter in module._parameters.values():
+        if parameter is not None:
+            parameter.data = moved(parameter.data)
+            if parameter.grad is not None:
+                parameter.grad.data = moved(parameter.grad.data)
+
+
+class LearnedStep(nn.Module):
+    """Scale, and perhaps zero point, of one grid as parameters.
+
+    Esser et al., 2020, https://arxiv.org/abs/1902.08153 (scale), and Bhalgat et al., 2020,
+    https://arxiv.org/abs/2004.09576 (zero point). They begin at the observed range when rounding comes on.
+
+    The parameters are relative, ``scale = base_scale * exp(RATE * log_ratio)`` and
+    ``zero_point = base_zero_point + RATE * shift * (quant_max - quant_min)``, so that one learning rate suits scales of
+    any size with optimizers that normalize the gradient (Adam), and weight decay pulls to the observed range instead of
+    0. Gradients are scaled so that plain SGD moves the scale as in the papers.
+
+    Args:
+        channels: How many scales there are; None for one, of shape ``()``.
+        quant_min: Smallest integer of the grid.
+        quant_max: Largest integer.
+        learn_zero_point: Whether the zero point is a parameter as well.
+
+    Attributes:
+        log_ratio: float32 parameter of shape ``()`` or ``(channels,)``, 0 in the beginning.
+        shift: float32 parameter of the same shape, 0 in the beginning; None if only the scale learns.
+        base_scale: float32 buffer.
+        base_zero_point: float32 buffer.
+        learning: int64 buffer, 1 once they learn.
+    """
+
+    log_ratio: nn.Parameter
+    shift: nn.Parameter | None
+    base_scale: Tensor
+    base_zero_point: Tensor
+    learning: Tensor
+
+    def __init__(self, channels: int | None, *, quant_min: int, quant_max: int, learn_zero_point: bool) -> None:
+        super().__init__()
+        shape = () if channels is None else (channels,)
+        self.quant_min, self.quant_max = quant_min, quant_max
+        self.largest_scale: float | None = None
+        self.log_ratio = nn.Parameter(torch.zeros(shape))
+        self.shift = nn.Parameter(torch.zeros(shape)) if learn_zero_point else None
+        self.register_buffer("base_scale", torch.ones(shape))
+        self.register_buffer("base_zero_point", torch.zeros(shape))
+        self.register_buffer("learning", torch.tensor(0))
+        self._learns: bool | None = None
+
+    def begins_at_zero(self, largest: float) -> None:
+        """Keep the grid to what a ReLU leaves, from 0 to ``largest``, so that it can stand for the ReLU."""
+        self.shift = None
+        self.largest_scale = largest / (self.quant_max - self.quant_min) if math.isfinite(largest) else None
+
+    @property
+    def learns(self) -> bool:
+        """Whether scale and zero point are the parameters' now, and not the observed range's."""
+        if self._learns is None:
+            self._learns = bool(self.learning)
+        return self._learns
+
+    @torch.no_grad()
+    def begin(self, scale: Tensor, zero_point: Tensor) -> None:
+        """From now on the values are the optimizer's, beginning with these."""
+        self.base_scale.copy_(scale)
+        self.base_zero_point.copy_(zero_point)
+        self.learning.fill_(1)
+        self._learns = True
+
+    def qparams(self) -> tuple[Tensor, Tensor]:
+        """Scale (float32) and zero point (int32), detached."""
+        with torch.no_grad():
+            scale, zero_point = self._values(1.0)
+            return scale, torch.round(zero_point).to(torch.int32)
+
+    def round(self, x: Tensor, *, axis: int | None, is_weight: bool) -> Tensor:
+        """``x`` on the grid, with gradients for scale and zero point, scaled as in section 2.2 of LSQ."""
+        values = x.numel() // (self.log_ratio.numel() if is_weight else max(1, x.shape[0] if x.dim() else 1))
+        scale, zero_point = self._values(1.0 / math.sqrt(max(1, values) * self.quant_max))
+        grid = {"quant_min": self.quant_min, "quant_max": self.quant_max}
+        return fake_quantize_learned(x, scale, zero_point, axis=axis, **grid)
+
+    def _values(self, factor: float) -> tuple[Tensor, Tensor]:
+        """Scale and zero point, whose gradients reach the parameters multiplied by what makes SGD's steps LSQ's."""
+        present = (self.base_scale * (RATE * self.log_ratio.detach()).exp()).square()
+        scale = self.base_scale * (RATE * _scaled_gradient(self.log_ratio, factor / (present * RATE**2))).exp()
+        zero_point = self.base_zero_point
+        if self.shift is not None:
+            steps = RATE * float(self.quant_max - self.quant_min)
+            zero_point = zero_point + steps * _scaled_gradient(self.shift, factor / (present * steps**2))
+        return scale.clamp(min=EPS, max=self.largest_scale), zero_point.clamp(self.quant_min, self.quant_max)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LearnedStep:
+        move_only(self, fn)
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._learns = None
+
+
+def _scaled_gradient(x: Tensor, factor: Tensor) -> Tensor:
+    result: Tensor = _ScaledGradient.apply(x, factor)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _ScaledGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: Tensor) -> Tensor:
+        ctx.save_for_backward(factor)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        (factor,) = ctx.saved_tensors
+        return gradient * factor, None

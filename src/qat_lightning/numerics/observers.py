@@ -1,0 +1,252 @@
+"""Which range to put on the grid: histograms that batches add to exactly, and the ranges that are chosen from them.
+
+A histogram has an even number of equal bins around 0, and its limit is a power of two, which doubles when a value lies
+beyond it: pairs of bins then merge exactly. So histograms of several batches, or of several processes, add up to the
+histogram of all of their values, whatever their order.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from qat_lightning.numerics.grid import choose_qparams
+from qat_lightning.numerics.learned_step import move_only
+
+BINS = 4096
+"""Half of them on each side of 0. The side with the largest value fills more than half of its bins."""
+
+_STEPS = 100
+"""Ranges that are tried for the least error, on each side."""
+
+
+class Histogram(nn.Module):
+    """Counts values in equal bins on both sides of 0.
+
+    Attributes:
+        counts: float64 buffer of shape ``(BINS,)``.
+        limit: float32 buffer of shape ``()``: bins are on ``[-limit, limit]``; 0 before the first value.
+
+    Example:
+        >>> histogram = Histogram()
+        >>> histogram.observe(torch.tensor([0.5, 3.0]))
+        >>> histogram.limit.item(), int(histogram.counts.sum())
+        (4.0, 2)
+    """
+
+    counts: Tensor
+    limit: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("counts", torch.zeros(BINS, dtype=torch.float64))
+        self.register_buffer("limit", torch.zeros(()))
+
+    @torch.no_grad()
+    def observe(self, values: Tensor) -> None:
+        """Count finite float32 values of any shape."""
+        largest = float(values.abs().max()) if values.numel() else 0.0
+        wanted = power_of_two_above(largest)
+        present = float(self.limit)
+        if wanted > present:
+            if present:
+                self.counts.copy_(_coarser(self.counts, round(math.log2(wanted / present))))
+            self.limit.fill_(wanted)
+            present = wanted
+        # On the CPU: the count has no deterministic kernel elsewhere. The quotient by a power of two is exact, and bins
+        # hold their end that is farther from 0, so that doubling merges what a wider bin would have counted.
+        steps = values.detach().float().cpu().flatten() / (2.0 * present / BINS)
+        bins = torch.where(steps < 0, steps.floor(), (steps.ceil() - 1).clamp(min=0)).long() + BINS // 2
+        self.counts.add_(torch.bincount(bins, minlength=BINS).to(self.counts))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Histogram:
+        """Move to another device; the counts stay float64 in any precision of the network."""
+        move_only(self, fn)
+        return self
+
+    def centers(self) -> Tensor:
+        """The middle of each bin, float64, shape ``(BINS,)``."""
+        width = 2.0 * float(self.limit) / BINS
+        return (torch.arange(BINS, dtype=torch.float64) - BINS / 2 + 0.5) * width
+
+
+def power_of_two_above(value: float) -> float:
+    """The least power of two that is at least ``value``; that of 1e-30 for less.
+
+    Example:
+        >>> power_of_two_above(3.0), power_of_two_above(4.0)
+        (4.0, 4.0)
+    """
+    mantissa, exponent = math.frexp(max(value, 1e-30))
+    return float(2.0 ** (exponent - 1 if mantissa == 0.5 else exponent))
+
+
+def _coarser(counts: Tensor, doublings: int) -> Tensor:
+    """The same counts in bins that are ``2**doublings`` times as wide, around the same 0."""
+    factor = 2 ** min(doublings, round(math.log2(BINS // 2)))
+    merged = counts.reshape(-1, factor).sum(1)
+    result = torch.zeros_like(counts)
+    start = (BINS - merged.numel()) // 2
+    result[start : start + merged.numel()] = merged
+    return result
+
+
+def percentile_range(histogram: Histogram, percentile: float) -> tuple[float, float]:
+    """The range that leaves ``100 - percentile`` percent of the values out on each side.
+
+    Args:
+        histogram: Of the values.
+        percentile: In percent, above 50.
+
+    Returns:
+        Smallest and largest value, interpolated within their bins.
+    """
+    total = histogram.counts.cpu().cumsum(0)
+    width = 2.0 * float(histogram.limit) / BINS
+    ends = []
+    for share, is_low in ((1.0 - percentile / 100.0, True), (percentile / 100.0, False)):
+        wanted = share * float(total[-1])
+        # From the left the first bin with something in it, also for a share of 0.
+        index = int(torch.searchsorted(total, torch.tensor(wanted, dtype=total.dtype), right=is_low))
+        index = min(index, BINS - 1)
+        before = float(total[index - 1]) if index else 0.0
+        inside = (wanted - before) / max(float(total[index]) - before, 1e-12)
+        ends.append((index - BINS / 2 + min(max(inside, 0.0), 1.0)) * width)
+    return ends[0], ends[1]
+
+
+def least_squares_range(
+    histogram: Histogram, low: float, high: float, *, quant_min: int, quant_max: int, symmetric: bool
+) -> tuple[float, float]:
+    """The range whose grid has the least mean squared error on the values of a histogram.
+
+    Both ends are tried in turn, from the smallest and largest value inwards (Choukroun et al., 2019, section 3;
+    upstream's ``HistogramObserver`` searches for the same minimum).
+
+    Args:
+        histogram: Of the values.
+        low: Smallest value seen.
+        high: Largest value seen.
+        quant_min: Smallest integer of the grid.
+        quant_max: Largest integer.
+        symmetric: Whether the zero point is in the middle of the grid.
+
+    Returns:
+        Smallest and largest value to represent.
+    """
+    counts = histogram.counts.cpu()
+    used = counts > 0
+    centers, counts = histogram.centers()[used], counts[used]
+    # Bins are wider than what is in them: no value lies beyond what was seen.
+    centers = centers.clamp(low, high)
+
+    def best(lows: Tensor, highs: Tensor) -> int:
+        scale, zero_point = choose_qparams(
+            lows.float(), highs.float(), quant_min=quant_min, quant_max=quant_max, symmetric=symmetric
+        )
+        scale, zero_point = scale.double()[:, None], zero_point.double()[:, None]
+        integers = (torch.round(centers / scale) + zero_point).clamp(quant_min, quant_max)
+        error = ((integers - zero_point) * scale - centers).square()
+        return int((error * counts).sum(1).argmin())
+
+    shares = torch.linspace(1.0, 1.0 / _STEPS, _STEPS, dtype=torch.float64)
+    at_low, at_high = min(low, 0.0), max(high, 0.0)
+    if symmetric:
+        largest = max(-at_low, at_high)
+        chosen = float(shares[best(-largest * shares, largest * shares)]) * largest
+        return max(at_low, -chosen), min(at_high, chosen)
+    whole_low, whole_high = at_low, at_high
+    for _ in range(3):
+        if whole_high > 0:
+            at_high = float(shares[best(torch.full_like(shares, at_low), whole_high * shares)]) * whole_high
+        if whole_low < 0:
+            at_low = float(shares[best(whole_low * shares, torch.full_like(shares, at_high))]) * whole_low
+    return at_low, at_high
+
+
+def entropy_range(histogram: Histogram, low: float, high: float, *, levels: int) -> tuple[float, float]:
+    """The range whose quantized distribution is nearest to that of the values, by Kullback-Leibler divergence.
+
+    For each threshold the values beyond it count as being at it, and the bins below it are merged into ``levels`` ones
+    (Migacz, 8-bit inference with TensorRT, GTC 2017). The threshold is one for both signs. As in NVIDIA's
+    ``pytorch-quantization``, the bin at zero counts as much as the next, or the zeros that ReLU leaves would decide,
+    and of equal thresholds the largest is taken.
+
+    Args:
+        histogram: Of the values.
+        low: Smallest value seen.
+        high: Largest value seen.
+        levels: Integers of the grid.
+
+    Returns:
+        Smallest and largest value to represent.
+    """
+    counts = histogram.counts.cpu()
+    half = BINS // 2
+    one_sided = low >= 0 or high <= 0
+    if one_sided:
+        sides = counts[half:] if low >= 0 else counts[:half].flip(0)
+    else:
+        sides = counts[half:] + counts[:half].flip(0)
+        levels = levels // 2
+    last = int(sides.nonzero().max()) + 1 if sides.any() else 1
+    sides = sides[:last].clone()
+    if last > 1 and sides[1:].any():
+        sides[0] = sides[1]
+    best, threshold = math.inf, last
+    for bins in range(min(max(levels, 1), last), last + 1):
+        divergence = _divergence(sides, bins, levels)
+        if divergence <= best:
+            best, threshold = divergence, bins
+    limit = float(histogram.limit) * threshold / half
+    return max(min(low, 0.0), -limit), min(max(high, 0.0), limit)
+
+
+def _divergence(counts: Tensor, bins: int, levels: int) -> float:
+    """Of the first ``bins`` bins merged into ``levels``, from the same bins with what lies beyond put into the last."""
+    inside = counts[:bins]
+    reference = inside.clone()
+    reference[-1] += counts[bins:].sum()
+    level = (torch.arange(bins, dtype=torch.float64) * levels / bins).long().clamp(max=levels - 1)
+    there = inside > 0
+    sums = torch.zeros(levels, dtype=torch.float64).index_add_(0, level, inside)
+    members = torch.zeros(levels, dtype=torch.float64).index_add_(0, level, there.double())
+    merged = torch.where(there, (sums / members.clamp(min=1))[level], 0.0)
+    p, q = reference / reference.sum(), merged / merged.sum().clamp(min=1e-30)
+    both = p > 0
+    return float((p[both] * (p[both] / q[both].clamp(min=1e-10)).log()).sum())
+
+
+def least_squares_clip(weight: Tensor, *, quant_min: int, quant_max: int, symmetric: bool) -> Tensor:
+    """The share of each channel's range whose grid has the least mean squared error.
+
+    Args:
+        weight: float32, shape ``(channels, values)``.
+        quant_min: Smallest integer of the grid.
+        quant_max: Largest integer.
+        symmetric: Whether the zero point is 0.
+
+    Returns:
+        float32 of shape ``(channels,)`` in (0, 1]: 1 for the range from the smallest to the largest value.
+
+    Example:
+        >>> weight = torch.cat([torch.linspace(-1, 1, 1000), torch.tensor([4.0])])[None]
+        >>> bool(least_squares_clip(weight, quant_min=-7, quant_max=7, symmetric=True) < 0.6)
+        True
+    """
+    low, high = torch.aminmax(weight, dim=1)
+    best = torch.full_like(low, torch.inf)
+    clip = torch.ones_like(low)
+    for share in torch.linspace(1.0, 0.2, 81).tolist():
+        scale, zero_point = choose_qparams(
+            low * share, high * share, quant_min=quant_min, quant_max=quant_max, symmetric=symmetric
+        )
+        scale, zero_point = scale[:, None], zero_point[:, None]
+        integers = (torch.round(weight / scale) + zero_point).clamp(quant_min, quant_max)
+        error = ((integers - zero_point) * scale - weight).square().sum(1)
+        better = error < best
+        best, clip = torch.where(better, error, best), torch.where(better, share, clip)
+    return clip

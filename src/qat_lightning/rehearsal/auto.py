@@ -1,0 +1,248 @@
+"""Deciding, before the training, in which mode a network is quantized and what of it stays float."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from qat_lightning.artifact.quantized import QuantizedNetwork
+from qat_lightning.errors import ConfigurationError, MissingExtraError, NetworkError, QuantizationError
+from qat_lightning.graph.example import Example
+from qat_lightning.graph.training_flags import plain_train
+from qat_lightning.modes.compile_switch import without_compiling
+from qat_lightning.modes.registry import get_mode
+from qat_lightning.modes.uncalibrated import quantize
+from qat_lightning.rehearsal.rehearse import Inspect, OnFault, Rehearsal, nothing_moves, rehearse
+from qat_lightning.settings.backends import MODES
+from qat_lightning.settings.kinds import DIRECT
+from qat_lightning.settings.recipe import Recipe
+
+Rehearsed = tuple[QuantizedNetwork, nn.Module]
+"""The int8 network of a rehearsal, and what it has to compute."""
+
+AUTO_ORDER = ("fx", "eager", "pt2e")
+"""Best first, where the share of int8 is the same: fx trains fastest and quantizes functions, pt2e needs a compiler."""
+
+WITHIN = 0.01
+"""Shares of int8 that are as close as this count as the same."""
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What was decided of a network before it is prepared.
+
+    Attributes:
+        mode: ``"eager"``, ``"fx"`` or ``"pt2e"``.
+        why: Why this mode, in two lines at most; empty if it was not for us to choose.
+        left_float: What stays float because it cannot be int8, by its name in the network, and why.
+        rehearsal: What the rehearsal found; None if there was none.
+    """
+
+    mode: str
+    why: str = ""
+    left_float: Mapping[str, str] = field(default_factory=dict)
+    rehearsal: Rehearsal | None = None
+
+
+def decide(
+    mode: str,
+    network: nn.Module,
+    example: Example,
+    recipe: Callable[[str], Recipe],
+    *,
+    prefix: str = "",
+    on_fault: OnFault = "leave_float",
+    admits: Callable[[str], None] = lambda mode: None,
+    inspect: Inspect | None = None,
+) -> Decision:
+    """Rehearse a network, in every mode that may be the best if ``mode="auto"``.
+
+    The best mode has the largest share of multiply-accumulates in int8. Within one point, one whose int8 network a file
+    can hold comes first, and then the order of `AUTO_ORDER`. A mode that none of the rest can be better than is taken
+    without trying these.
+
+    Args:
+        mode: What the user asked for.
+        network: Tried on copies; left as it is.
+        example: One call of it.
+        recipe: Makes the recipe of a mode.
+        prefix: The network's name in the LightningModule.
+        on_fault: See `rehearse`.
+        admits: Raises what speaks against a mode besides the network.
+        inspect: See `rehearse`; called for the mode that is chosen only.
+
+    Raises:
+        QuantizationError: The mode, or every mode, fails; the message says what was tried instead.
+
+    Example:
+        >>> import torch
+        >>> network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1))
+        >>> decide("auto", network, Example((torch.randn(4, 3, 8, 8),)), lambda mode: Recipe(mode, "x86")).mode
+        'fx'
+    """
+
+    def attempt(candidate: str, inspect: Inspect | None = None) -> Rehearsal:
+        admits(candidate)
+        return rehearse(network, example, recipe(candidate), prefix=prefix, on_fault=on_fault, inspect=inspect)
+
+    if mode != "auto":
+        try:
+            found = attempt(mode, inspect)
+        except (ConfigurationError, MissingExtraError):
+            raise
+        except QuantizationError as error:
+            raise type(error)(f"{error} {_other_modes(mode, recipe, attempt)}".strip()) from error
+        return Decision(mode, "", found.left_float, found)
+    kept: dict[str, Rehearsed] = {}
+
+    def keeping(candidate: str) -> Rehearsal:
+        """Rehearse, and keep the networks for a look at them, of the best mode so far only."""
+        if inspect is None:
+            return attempt(candidate)
+        return attempt(candidate, lambda *networks: kept.update({candidate: networks}))
+
+    tried, failed = _try_all(recipe, keeping, lambda best: _keep_only(kept, best))
+    if not tried:
+        raise NetworkError(
+            f"No mode of {', '.join(MODES)} works for {type(network).__name__}: "
+            + " | ".join(f"{candidate}: {reason}" for candidate, reason in failed.items())
+        )
+    chosen = _best(tried)
+    if inspect is not None:
+        with nothing_moves(), without_compiling():
+            inspect(*kept.pop(chosen))
+    found = tried[chosen]
+    return Decision(chosen, _why(chosen, tried, failed), found.left_float, found)
+
+
+def _keep_only(kept: dict[str, Rehearsed], mode: str) -> None:
+    for other in [name for name in kept if name != mode]:
+        del kept[other]
+
+
+def _try_all(
+    recipe: Callable[[str], Recipe], attempt: Callable[[str], Rehearsal], is_best: Callable[[str], None]
+) -> tuple[dict[str, Rehearsal], dict[str, str]]:
+    """The rehearsals of the modes, until one is found that no other can be better than; and why others failed.
+
+    Args:
+        recipe: Makes the recipe of a mode.
+        attempt: Rehearses it.
+        is_best: Told the best mode so far after each.
+    """
+    tried: dict[str, Rehearsal] = {}
+    failed: dict[str, str] = {}
+    for candidate in AUTO_ORDER:
+        if not _there(recipe, candidate):
+            continue  # The backend has no such mode, which is no failure of the network.
+        try:
+            found = tried[candidate] = attempt(candidate)
+        except Exception as error:  # noqa: BLE001 - a mode that breaks upstream is one that does not work here
+            ours = isinstance(error, QuantizationError)
+            failed[candidate] = str(error) if ours else f"{type(error).__name__}: {error}"
+            continue
+        is_best(_best(tried))
+        if found.int8_macs >= 1 - WITHIN and not found.unsaved:
+            break
+    return tried, failed
+
+
+def _there(recipe: Callable[[str], Recipe], mode: str) -> bool:
+    try:
+        recipe(mode)
+    except ConfigurationError:
+        return False
+    return True
+
+
+def _best(tried: Mapping[str, Rehearsal]) -> str:
+    largest = max(found.int8_macs for found in tried.values())
+    close = [mode for mode, found in tried.items() if largest - found.int8_macs <= WITHIN]
+    return min(close, key=lambda mode: (bool(tried[mode].unsaved), AUTO_ORDER.index(mode)))
+
+
+def _why(chosen: str, tried: Mapping[str, Rehearsal], failed: Mapping[str, str]) -> str:
+    """Two lines: what was chosen, and what the others came to."""
+
+    def share(mode: str) -> str:
+        unsaved = ", and no file can hold it" if tried[mode].unsaved else ""
+        return f"{tried[mode].int8_macs * 100:.1f} % of the multiply-accumulates in int8{unsaved}"
+
+    others = [f"{mode}: {share(mode)}" for mode in tried if mode != chosen]
+    others += [f"{mode}: {_short(reason)}" for mode, reason in failed.items()]
+    first = f"{chosen} is the best that works for this network ({share(chosen)})"
+    return f"{first}\n{'; '.join(others)}" if others else first
+
+
+def _short(reason: str) -> str:
+    line = reason.strip().splitlines()[0] if reason.strip() else ""
+    return line if len(line) <= 160 else f"{line[:159]}…"
+
+
+def _other_modes(mode: str, recipe: Callable[[str], Recipe], attempt: Callable[[str], Rehearsal]) -> str:
+    """Which other mode works, as tried; pt2e is left out, whose preparation takes long."""
+    tried = []
+    for candidate in ("fx", "eager"):
+        if candidate == mode or not _there(recipe, candidate):
+            continue
+        try:
+            found = attempt(candidate)
+        except Exception:  # noqa: BLE001
+            tried.append(f"mode={candidate!r} fails as well")
+            continue
+        share = f"{found.int8_macs * 100:.0f} % of the multiply-accumulates in int8"
+        tried.append(f"mode={candidate!r} works ({share})")
+        break
+    return f"Tried on this network: {'; '.join(tried)}." if tried else ""
+
+
+def choose_mode(
+    mode: str, network: nn.Module, example: Example, recipe: Callable[[str], Recipe], *, prefix: str = ""
+) -> Decision:
+    """The mode to use without a rehearsal: the first that prepares; of kinds without calibration the most int8 layers.
+
+    Args:
+        mode: What the user asked for.
+        network: Tried on copies; left as it is.
+        example: One call of it.
+        recipe: Makes the recipe of a mode.
+        prefix: The network's name in the LightningModule.
+
+    Raises:
+        NetworkError: No mode works; the message has each one's reason.
+    """
+    if mode != "auto":
+        return Decision(mode)
+    failed: dict[str, str] = {}
+    layers: dict[str, int] = {}
+    for candidate in AUTO_ORDER:
+        if not _there(recipe, candidate):
+            continue
+        trial = recipe(candidate)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                if trial.kind in DIRECT:
+                    converted = quantize(network, example, trial, prefix=prefix)
+                    layers[candidate] = sum(row.quantized for row in converted.coverage)
+                    continue
+                with plain_train(network):
+                    get_mode(candidate).prepare(copy.deepcopy(network), example, trial, prefix=prefix)
+        except Exception as error:  # noqa: BLE001 - a mode that breaks upstream is one that does not work here
+            failed[candidate] = _short(str(error))
+            continue
+        others = "; ".join(f"{other}: {reason}" for other, reason in failed.items())
+        first = f"{candidate} is the first of {', '.join(AUTO_ORDER)} that prepares this network"
+        return Decision(candidate, f"{first}\n{others}" if others else first)
+    if layers:
+        best = max(layers, key=lambda candidate: layers[candidate])
+        counts = [f"{candidate}: {count}" for candidate, count in layers.items()]
+        return Decision(best, f"{best} makes the most layers integer ({'; '.join(counts)})")
+    raise NetworkError(
+        f"No mode of {', '.join(MODES)} works for {type(network).__name__}: "
+        + " | ".join(f"{candidate}: {reason}" for candidate, reason in failed.items())
+    )

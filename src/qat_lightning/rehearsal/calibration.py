@@ -1,0 +1,89 @@
+"""Calibration: the ranges of activations from a few batches, without any training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from qat_lightning.errors import ConversionError
+from qat_lightning.graph.example import Example
+from qat_lightning.modes.prepared import fake_quantizers, observe_in_evaluation, set_phase
+
+
+@contextmanager
+def calibrating(prepared: nn.Module) -> Iterator[None]:
+    """Let a prepared network take its ranges from all that it is called with, anew.
+
+    Inside, it computes as the float network does in evaluation. Afterwards the ranges are chosen, rounding is on, and
+    ranges and BatchNorm statistics are frozen; it stays in evaluation.
+
+    Args:
+        prepared: What a mode's ``prepare`` made.
+
+    Raises:
+        ConversionError: It was called with nothing that is finite.
+    """
+    for _, fq in fake_quantizers(prepared):
+        fq.forget()
+    prepared.eval()
+    set_phase(prepared, fake_quant=False, observers=True, batchnorm_frozen=True)
+    observe_in_evaluation(prepared, True)
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        observe_in_evaluation(prepared, False)
+        set_phase(prepared, fake_quant=True, observers=False, batchnorm_frozen=True)
+    observed = [fq for _, fq in fake_quantizers(prepared) if fq.observed]
+    if not any(fq.seen for fq in observed):
+        raise ConversionError(
+            "Calibration saw no finite activation: give it at least one batch of real data, and look for NaN in the "
+            "data and the weights."
+        )
+    for fq in observed:
+        fq.settle()
+
+
+def calibrate(prepared: nn.Module, batches: Iterable[Any]) -> int:
+    """Take the ranges of a prepared network from batches.
+
+    Args:
+        prepared: What a mode's ``prepare`` made; changed in place, and in evaluation afterwards.
+        batches: Calls of the network: an `Example`, a tuple of positional inputs, a mapping of keyword inputs, or one
+            tensor each, on the device of the network.
+
+    Returns:
+        How many batches there were.
+
+    Raises:
+        ConversionError: There was no batch, or nothing finite in any.
+
+    Example:
+        >>> from qat_lightning.modes.registry import get_mode
+        >>> from qat_lightning.settings.recipe import Recipe
+        >>> network, x = nn.Sequential(nn.Linear(4, 2)), torch.randn(8, 4)
+        >>> prepared = get_mode("fx").prepare(network, Example((x,)), Recipe("fx", "x86", kind="static"))
+        >>> calibrate(prepared, [x, torch.randn(8, 4)])
+        2
+    """
+    count = 0
+    with calibrating(prepared):
+        for batch in batches:
+            call(prepared, batch)
+            count += 1
+    return count
+
+
+def call(network: nn.Module, batch: Any) -> Any:
+    """Call a network with an `Example`, a tuple of positional inputs, a mapping of keyword inputs, or one tensor."""
+    if isinstance(batch, Example):
+        return network(*batch.args, **batch.kwargs)
+    if isinstance(batch, Mapping):
+        return network(**batch)
+    if isinstance(batch, (tuple, list)):
+        return network(*batch)
+    return network(batch)

@@ -1,0 +1,215 @@
+"""Converting what can be converted: a layer or an op at fault stays float, and costs neither the fit nor the others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+from torch import nn
+
+from qat_lightning.errors import ConfigurationError, MissingExtraError, NetworkError, VerificationError
+from qat_lightning.graph.example import Example
+from qat_lightning.layers.integer.make import WEIGHTED
+from qat_lightning.modes.left_float import layer_of, leave_float
+from qat_lightning.modes.prepared import cpu_copy, prepared_state
+from qat_lightning.modes.protocol import Converted
+from qat_lightning.modes.registry import get_mode
+from qat_lightning.modes.uncalibrated import quantize
+from qat_lightning.settings.recipe import Recipe
+
+_NEAR_DB = 45.0
+"""Below it, a layer that is at fault says by how much."""
+
+_ROUNDS = 12
+"""Faults that are looked for one after the other; then everything up to the last one is left float."""
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """An int8 network, and what had to stay float for it.
+
+    Attributes:
+        converted: What the mode made.
+        left_float: What was found to be impossible in int8 this time, by its name in the network, and why.
+    """
+
+    converted: Converted
+    left_float: dict[str, str]
+
+
+def convert_what_can_be(prepared: nn.Module, example: Example) -> Conversion:
+    """Convert a prepared network; what cannot be int8 is left float, in the prepared network too.
+
+    What an error names is left float first. Where it names nothing, the part at fault is found by bisection: the first
+    one in the order in which they run that has to be float, with all before it, for the conversion to succeed.
+
+    Args:
+        prepared: What a mode's ``prepare`` made, with ranges; it is changed only where something is left float.
+        example: One call of it.
+
+    Raises:
+        QuantizationError: It fails with everything float as well; then the prepared network is as it was.
+        NetworkError: Nothing would be left to quantize.
+
+    Example:
+        >>> import torch
+        >>> from qat_lightning import calibrate
+        >>> call = Example((torch.randn(4, 8),))
+        >>> prepared = get_mode("fx").prepare(nn.Sequential(nn.Linear(8, 2)), call, Recipe("fx", "x86"))
+        >>> _ = calibrate(prepared, [call])
+        >>> convert_what_can_be(prepared, call).left_float
+        {}
+    """
+    state = prepared_state(prepared)
+    mode = get_mode(state.recipe.mode)
+
+    def attempt(left: Mapping[str, str]) -> Converted:
+        trial = cpu_copy(prepared)
+        leave_float(trial, left, example)
+        return mode.convert(trial, example)
+
+    def parts() -> list[str]:
+        return mode.parts(prepared)
+
+    conversion = _search(attempt, parts, state.float_network, state.recipe)
+    leave_float(prepared, conversion.left_float, example)
+    return conversion
+
+
+def quantize_what_can_be(network: nn.Module, example: Example, recipe: Recipe, *, prefix: str = "") -> Conversion:
+    """The same for the kinds without calibration.
+
+    Args:
+        network: The float network; stays as it is.
+        example: One call of it.
+        recipe: Kind ``"dynamic"`` or ``"weight_only"``; what it leaves float already stays float.
+        prefix: The network's dotted name in the LightningModule.
+
+    Raises:
+        QuantizationError: It fails with everything float as well.
+        NetworkError: Nothing would be left to quantize.
+    """
+
+    def attempt(left: Mapping[str, str]) -> Converted:
+        return quantize(network, example, leaving_float(recipe, left, prefix), prefix=prefix)
+
+    def parts() -> list[str]:
+        layers = [name for name, module in network.named_modules() if isinstance(module, WEIGHTED)]
+        return [name for name in layers if recipe.selects(joined(prefix, name))]
+
+    return _search(attempt, parts, network, recipe)
+
+
+def leaving_float(recipe: Recipe, left: Mapping[str, str], prefix: str) -> Recipe:
+    """A recipe that leaves more layers float, by their names in the LightningModule."""
+    more = tuple((joined(prefix, name), why) for name, why in left.items())
+    known = {name for name, _ in recipe.left_float}
+    return replace(recipe, left_float=(*recipe.left_float, *(pair for pair in more if pair[0] not in known)))
+
+
+def joined(prefix: str, name: str) -> str:
+    """A name in the network as a name in the LightningModule."""
+    return f"{prefix}.{name}" if prefix and name else prefix or name
+
+
+def reason_of(error: Exception, name: str = "") -> str:
+    """Why something is left float, in a phrase for the coverage and for one warning."""
+    if isinstance(error, VerificationError):
+        wrong = [row for row in error.checks if layer_of(row.name) == name and (row.fault or row.sqnr_db < _NEAR_DB)]
+        if not wrong:
+            return "in int8 what comes of it differs from fake-quant"
+        figure = f"{wrong[0].sqnr_db:.1f} dB of SQNR on the same input"
+        return f"in int8 it differs from fake-quant ({wrong[0].fault or figure})"
+    lines = str(error).strip().splitlines()
+    said = lines[0][:160] if lines else type(error).__name__
+    return f"it cannot be converted: {said}"
+
+
+def _search(
+    attempt: Callable[[Mapping[str, str]], Converted],
+    parts: Callable[[], list[str]],
+    network: nn.Module,
+    recipe: Recipe,
+) -> Conversion:
+    """Leave float what is at fault, until a conversion succeeds."""
+    left: dict[str, str] = {}
+    first: Exception | None = None
+    for turn in range(_ROUNDS):
+        try:
+            return Conversion(attempt(left), left)
+        except (ConfigurationError, MissingExtraError):
+            raise  # no fault of a layer's
+        except Exception as error:  # noqa: BLE001 - upstream's converters and kernels may fail in any way
+            first = first or error
+            possible = [name for name in parts() if name not in left]
+            found = _named(error, possible) or _bisected(attempt, left, possible, error, to_the_end=turn == _ROUNDS - 2)
+        if not found:
+            break
+        left |= found
+        if not any(_is_layer(network, name) for name in possible if name not in left):
+            raise _nothing_left(network, recipe, left) from first
+    assert first is not None
+    raise first
+
+
+def _named(error: Exception, possible: list[str]) -> dict[str, str]:
+    """What an error says is at fault, as far as it can be left float."""
+    names = dict.fromkeys(name if name in possible else layer_of(name) for name in getattr(error, "layers", ()))
+    return {name: reason_of(error, name) for name in names if name in possible}
+
+
+def _bisected(
+    attempt: Callable[[Mapping[str, str]], Converted],
+    left: Mapping[str, str],
+    possible: list[str],
+    error: Exception,
+    *,
+    to_the_end: bool,
+) -> dict[str, str]:
+    """The first part that has to be float, with all before it; nothing if none helps."""
+
+    def converts(count: int) -> bool:
+        try:
+            attempt({**left, **dict.fromkeys(possible[:count], "")})
+        except Exception:  # noqa: BLE001
+            return False
+        return True
+
+    if not possible or not converts(len(possible)):
+        return {}
+    last = first_that(converts, len(possible))
+    chosen = possible[:last] if to_the_end else possible[last - 1 : last]
+    return dict.fromkeys(chosen, reason_of(error))
+
+
+def first_that(holds: Callable[[int], bool], end: int) -> int:
+    """The least number from 1 to ``end`` for which ``holds`` is true, where it stays true from there on.
+
+    Example:
+        >>> first_that(lambda n: n >= 5, 12)
+        5
+    """
+    low, high = 1, end
+    while low < high:
+        middle = (low + high) // 2
+        if holds(middle):
+            high = middle
+        else:
+            low = middle + 1
+    return low
+
+
+def _nothing_left(network: nn.Module, recipe: Recipe, left: Mapping[str, str]) -> NetworkError:
+    why = "; ".join(f"{name or 'itself'}: {reason}" for name, reason in list(left.items())[:8])
+    return NetworkError(
+        f"Nothing of {type(network).__name__} can be int8 with mode={recipe.mode!r}, backend={recipe.backend!r} and "
+        f"kind={recipe.kind!r} ({why})."
+    )
+
+
+def _is_layer(network: nn.Module, name: str) -> bool:
+    try:
+        network.get_submodule(name)
+    except AttributeError:
+        return False
+    return True

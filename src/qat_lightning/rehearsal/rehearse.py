@@ -1,0 +1,218 @@
+"""A rehearsal: all that happens to a network up to its int8 file, on a copy, before the training has cost anything."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import random
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves
+
+from qat_lightning.artifact import artifact_bytes, quantized_from_bytes
+from qat_lightning.artifact.quantized import QuantizedNetwork
+from qat_lightning.errors import ArtifactError, ConversionError, NetworkError, QuantizationError
+from qat_lightning.graph.example import Example, in_float32
+from qat_lightning.graph.training_flags import plain_train
+from qat_lightning.modes.compile_switch import without_compiling
+from qat_lightning.modes.coverage import int8_share
+from qat_lightning.modes.precision import refuse_mixed
+from qat_lightning.modes.protocol import LayerCoverage
+from qat_lightning.modes.registry import get_mode
+from qat_lightning.modes.upstream_memory import give_back_memory
+from qat_lightning.rehearsal.calibration import calibrate
+from qat_lightning.rehearsal.faults import (
+    Conversion,
+    convert_what_can_be,
+    joined,
+    leaving_float,
+    quantize_what_can_be,
+)
+from qat_lightning.settings.kinds import DIRECT
+from qat_lightning.settings.recipe import Recipe
+
+OnFault = Literal["leave_float", "error"]
+"""What becomes of a layer that cannot be int8: it stays float, or the training is refused."""
+
+_WORTH_COLLECTING = 16 * 2**20
+"""Bytes of weights from which on memory is given back at once: looking through all objects takes as long as it takes
+to rehearse a small network, whose copies Python finds by itself in time."""
+
+Inspect = Callable[[QuantizedNetwork, nn.Module], None]
+"""Called with the rehearsed int8 network and what it has to compute, before both may be thrown away."""
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """What is known of a network before it is trained.
+
+    Attributes:
+        recipe: Mode, backend, scheme and choice of layers that were rehearsed.
+        left_float: What cannot be int8, by its name in the network, and why; the rest was converted and verified.
+        coverage: What became int8, and why the rest did not: layers, then the ops between them.
+        int8_macs: The share of the multiply-accumulates that is in int8, from 0 to 1; of the layers where none were
+            counted.
+        unsaved: Why no file can hold the int8 network; empty if one can.
+    """
+
+    recipe: Recipe
+    left_float: dict[str, str] = field(default_factory=dict)
+    coverage: tuple[LayerCoverage, ...] = ()
+    int8_macs: float = 0.0
+    unsaved: str = ""
+
+
+def rehearse(
+    network: nn.Module,
+    example: Example,
+    recipe: Recipe,
+    *,
+    prefix: str = "",
+    on_fault: OnFault = "leave_float",
+    inspect: Inspect | None = None,
+) -> Rehearsal:
+    """Prepare, calibrate, convert, verify, save and load a copy of a network, and say what cannot be int8.
+
+    Nothing is compiled: in mode pt2e the decomposed graph runs. Random states stay as they are.
+
+    Args:
+        network: The float network, with the weights that the training begins with; stays as it is.
+        example: One call of it, with which the copy is also calibrated.
+        recipe: Mode, backend, scheme, kind and choice of layers.
+        prefix: The network's dotted name in the LightningModule, to which the recipe's globs are relative.
+        on_fault: ``"leave_float"``: what is at fault stays float; ``"error"``: it is refused.
+        inspect: Called at the end with the int8 network and the prepared one (the float one for kinds without
+            calibration).
+
+    Returns:
+        What was found; the copy's memory is given back.
+
+    Raises:
+        TraceError: The network cannot be captured in this mode.
+        NetworkError: It cannot be prepared, or nothing of it can be int8.
+        ConversionError: It cannot be converted, whatever stays float; or something is at fault and
+            ``on_fault="error"``.
+
+    Example:
+        >>> network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1))
+        >>> found = rehearse(network, Example((torch.randn(4, 3, 8, 8),)), Recipe("fx", "x86"))
+        >>> found.left_float, found.int8_macs, found.unsaved
+        ({}, 1.0, '')
+    """
+    try:
+        return _rehearse(network, example, recipe, prefix, on_fault, inspect)
+    finally:
+        held = sum(tensor.numel() * tensor.element_size() for tensor in network.parameters())
+        if held >= _WORTH_COLLECTING:
+            give_back_memory()
+
+
+def _rehearse(
+    network: nn.Module, example: Example, recipe: Recipe, prefix: str, on_fault: OnFault, inspect: Inspect | None
+) -> Rehearsal:
+    with nothing_moves(), without_compiling():
+        refuse_mixed(network, example)
+        copied, example = copy.deepcopy(network).cpu().float(), in_float32(example)
+        for parameter in copied.parameters():
+            parameter.grad = None
+        if recipe.kind in DIRECT:
+            conversion = quantize_what_can_be(copied, example, recipe, prefix=prefix)
+            prepared = copied
+        else:
+            prepared = _prepared(copied, example, recipe, prefix)
+            if recipe.simulated:
+                return Rehearsal(recipe)
+            calibrate(prepared, [example])
+            conversion = convert_what_can_be(prepared, example)
+        if conversion.left_float and on_fault == "error":
+            raise _refusal(network, example, recipe, conversion, prefix)
+        found = leaving_float(recipe, conversion.left_float, prefix)
+        quantized = QuantizedNetwork(conversion.converted, found, example, source="a rehearsal")
+        unsaved = _why_unsaved(quantized, network)
+        if inspect is not None:
+            inspect(quantized, prepared)
+    rows = (*quantized.coverage, *quantized.operations)
+    return Rehearsal(recipe, conversion.left_float, rows, share_of(rows), unsaved)
+
+
+def share_of(rows: tuple[LayerCoverage, ...]) -> float:
+    """The share of the multiply-accumulates that is int8, or of the layers where none were counted."""
+    share = int8_share(rows)
+    if share is not None:
+        return share
+    layers = [row for row in rows if row.what == "layer"]
+    return sum(row.quantized for row in layers) / len(layers) if layers else 0.0
+
+
+def _prepared(network: nn.Module, example: Example, recipe: Recipe, prefix: str) -> nn.Module:
+    try:
+        with plain_train(network):
+            return get_mode(recipe.mode).prepare(network, example, recipe, prefix=prefix)
+    except QuantizationError:
+        raise
+    except Exception as error:  # upstream may fail in any way
+        lines = str(error).strip().splitlines()
+        raise NetworkError(
+            f"mode={recipe.mode!r} cannot prepare {type(network).__name__} ({type(error).__name__}: "
+            f"{lines[0] if lines else ''})."
+        ) from error
+
+
+def _refusal(
+    network: nn.Module, example: Example, recipe: Recipe, conversion: Conversion, prefix: str
+) -> QuantizationError:
+    """Why ``on_fault="error"`` refuses, with the remedies that were tried."""
+    names = [joined(prefix, name) for name in conversion.left_float]
+    faults = "; ".join(f"{joined(prefix, name)}: {why}" for name, why in conversion.left_float.items())
+    remedy = "on_fault='leave_float', which leaves this float and converts the rest"
+    excluding = replace(recipe, exclude=(*recipe.exclude, *names))
+    with contextlib.suppress(QuantizationError):
+        rehearse(network, example, excluding, prefix=prefix, on_fault="error")
+        remedy += f"; or exclude={list(excluding.exclude)}"
+    return ConversionError(
+        f"{len(names)} of what {type(network).__name__} is made of cannot be int8 with mode={recipe.mode!r} and "
+        f"backend={recipe.backend!r}: {faults}. What to do (tried on this network): {remedy}."
+    )
+
+
+def _why_unsaved(quantized: QuantizedNetwork, float_network: nn.Module) -> str:
+    """Why no file can hold an int8 network, found by writing one in memory and loading it again."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            loaded = quantized_from_bytes(artifact_bytes(quantized), float_network, trusted=True)
+        outputs = [_tensors(module, quantized.example) for module in (quantized, loaded)]
+    except ArtifactError as error:
+        return str(error)
+    except Exception as error:  # noqa: BLE001 - whatever it is, the network itself is right
+        return f"{type(error).__name__}: {error}"
+    same = len(outputs[0]) == len(outputs[1]) and all(
+        torch.equal(torch.nan_to_num(one), torch.nan_to_num(other)) for one, other in zip(*outputs, strict=True)
+    )
+    return "" if same else "loaded again, it computes something else"
+
+
+def _tensors(network: nn.Module, example: Example) -> list[torch.Tensor]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        result = network(*copy.deepcopy(example.args), **copy.deepcopy(example.kwargs))
+    return [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+
+
+@contextlib.contextmanager
+def nothing_moves() -> Iterator[None]:
+    """Random states as they were, and no word of what is only tried."""
+    states = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(), torch.inference_mode(False), torch.enable_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])

@@ -1,0 +1,253 @@
+"""What train.py is made of: check a configuration, build its objects, and say in one panel what is wrong with it."""
+
+import logging
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from rich.console import Console
+from rich.panel import Panel
+from rich.text import Text
+
+from qat_lightning.callbacks.base import QuantizationCallback
+from qat_lightning.callbacks.parts.checkpoint_io import WholeFileCheckpointIO
+from qat_lightning.callbacks.parts.fit_metrics import FitMetrics
+from qat_lightning.errors import ArtifactError, CombinationError, ConfigurationError, QuantizationError
+from qat_lightning.export.formats import check_formats
+from qat_lightning.measure.wandb_views import define_summaries, log_int8
+from qat_lightning.settings.backends import get_backend, require
+from qat_lightning.settings.recipe import Recipe
+
+INT8_FILE = "model.int8"
+"""The int8 network in the folder of a run."""
+
+
+class Objects(NamedTuple):
+    """What a run works with."""
+
+    trainer: Trainer
+    model: LightningModule
+    datamodule: LightningDataModule
+    callbacks: list[Callback]
+    loggers: list[Logger]
+    fit_metrics: dict[str, float]  # what the fit had logged when it ended
+
+
+def check(cfg: DictConfig) -> None:
+    """Find what cannot work, before anything is built or trained.
+
+    Args:
+        cfg: The composed configuration of train.py.
+
+    Raises:
+        ConfigurationError: A value is missing, or a file does not exist.
+        CombinationError: Settings do not go together, like a mode and a backend.
+        MissingExtraError: The backend needs a package that is not installed.
+    """
+    if missing := list(_missing(cfg)):
+        raise ConfigurationError(f"Values are missing: give {' '.join(f'{key}=...' for key in missing)}")
+    quantization = cfg.get("quantization")
+    if quantization is not None and list(quantization) == ["scheme"]:
+        raise CombinationError(
+            f"scheme= is about quantization, and method={cfg.method.name} makes none: leave it out, or choose "
+            "method=qat or method=ptq."
+        )
+    if quantization is not None:
+        require(get_backend(quantization.backend, quantization.mode))
+        if OmegaConf.select(cfg, "model.fused"):
+            raise CombinationError(
+                f"model.fused=true measures a float network with BatchNorm folded, and method={cfg.method.name} "
+                "folds it by itself: leave it out, or choose method=float."
+            )
+    elif cfg.float_checkpoint is not None:
+        raise CombinationError(
+            f"float_checkpoint={cfg.float_checkpoint} is what an int8 network is compared with, and "
+            f"method={cfg.method.name} makes none: leave it out, or choose method=qat."
+        )
+    _check_export(cfg)
+    for key in ("ckpt_path", "float_checkpoint"):
+        if cfg[key] is not None and not Path(cfg[key]).is_file():
+            raise ConfigurationError(
+                f"{key}={cfg[key]} does not exist. Expected a checkpoint of Lightning, as train.py leaves them in "
+                "outputs/<date>/<time>/checkpoints/last.ckpt"
+            )
+
+
+def _check_export(cfg: DictConfig) -> None:
+    """Formats and what they are made of, found before anything is built; with mode=auto the callback finds it."""
+    formats = list(cfg.get("export_formats") or {})
+    quantization = cfg.get("quantization")
+    if formats and quantization is None:
+        raise CombinationError(
+            f"export={','.join(formats)} writes an int8 network, and method={cfg.method.name} makes none: leave it "
+            "out, or choose method=qat or method=ptq."
+        )
+    if formats and quantization.mode != "auto":
+        check_formats(formats, Recipe(quantization.mode, quantization.backend, kind=quantization.get("kind", "qat")))
+
+
+def build(cfg: DictConfig) -> Objects:
+    """Make everything that a run works with. Nothing is loaded, downloaded, logged or trained yet.
+
+    Args:
+        cfg: The composed configuration of train.py.
+
+    Returns:
+        The objects; the quantization callback, if there is one, is the last callback.
+
+    Raises:
+        ConfigurationError: An object cannot be made from its part of the configuration.
+    """
+    callbacks = [FitMetrics(), *(instantiate(part) for part in _parts(cfg, "callbacks"))]
+    if cfg.get("quantization") is not None:
+        callbacks.append(instantiate(cfg.quantization))
+    datamodule = instantiate(cfg.data.datamodule)
+    model = instantiate(cfg.model.module)
+    loggers = [instantiate(part) for part in _parts(cfg, "logger")]
+    trainer = instantiate(cfg.trainer, callbacks=callbacks, logger=loggers, plugins=_plugins())
+    return Objects(trainer, model, datamodule, callbacks, loggers, {})
+
+
+def fit(cfg: DictConfig, run: Objects) -> None:
+    """Train, and keep what was logged when training ended."""
+    for logger in run.loggers:
+        if isinstance(logger, WandbLogger):
+            define_summaries(logger, run.callbacks)
+    run.trainer.fit(run.model, datamodule=run.datamodule, ckpt_path=cfg.ckpt_path)
+    keep_metrics(run)
+
+
+def keep_metrics(run: Objects) -> None:
+    """Keep what was logged last, by a fit that is resumed here too; a test afterwards writes over it."""
+    kept = next(callback for callback in run.callbacks if isinstance(callback, FitMetrics))
+    logged = {name: float(value) for name, value in run.trainer.callback_metrics.items()}
+    run.fit_metrics.update(kept.metrics | logged)
+
+
+def keep_int8(cfg: DictConfig, run: Objects, metrics: Mapping[str, float]) -> None:
+    """Save the int8 network into the run's folder, and give it to W&B as an artifact with its figures.
+
+    A network that cannot be saved costs nothing but its file: a warning says why.
+
+    Args:
+        cfg: The configuration; with ``save_int8=false`` nothing is saved.
+        run: A run that was evaluated.
+        metrics: What the evaluation returned.
+    """
+    callback = next((c for c in run.callbacks if isinstance(c, QuantizationCallback)), None)
+    if not cfg.save_int8 or callback is None or not run.trainer.is_global_zero:
+        return
+    networks = callback.quantized
+    named = networks if isinstance(networks, dict) else {"": networks} if networks is not None else {}
+    for name, network in named.items():
+        path = Path(cfg.paths.output_dir) / (f"model-{name}.int8" if name else INT8_FILE)
+        try:
+            network.save(path)
+        except ArtifactError as error:
+            warnings.warn(f"The int8 network is not kept as a file: {error}", stacklevel=2)
+            continue
+        for logger in run.loggers:
+            if isinstance(logger, WandbLogger):
+                log_int8(logger, path, metrics, [f"seed-{cfg.seed}"])
+
+
+def log_configuration(cfg: DictConfig, loggers: list[Logger]) -> None:
+    """Write the whole configuration, with every reference resolved, into each logger."""
+    resolved = OmegaConf.to_container(cfg, resolve=True)
+    assert isinstance(resolved, dict)
+    for logger in loggers:
+        logger.log_hyperparams({str(key): value for key, value in resolved.items()})
+
+
+def quiet() -> None:
+    """Leave out warnings of one library about another, which no user can do anything about, and advertisements."""
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*deprecated")  # lightning about torch
+    warnings.filterwarnings("ignore", message="'set_vital' is deprecated")  # torchdata about torch
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+        lambda record: "Tip:" not in record.getMessage()
+    )
+
+
+def close(loggers: list[Logger]) -> None:
+    """End the runs in the loggers, so that the next run of a sweep gets its own."""
+    for logger in loggers:
+        if isinstance(logger, WandbLogger):
+            logger.experiment.finish()
+        elif isinstance(logger, CSVLogger):
+            logger.save()
+
+
+@contextmanager
+def readable_errors() -> Iterator[None]:
+    """Show a mistake in the configuration as one panel on stderr and exit with 1.
+
+    Other errors are bugs, and keep their traceback. With ``HYDRA_FULL_ERROR=1`` all do.
+
+    Example:
+        >>> with readable_errors():
+        ...     raise ConfigurationError("mode=fxx is unknown")
+        Traceback (most recent call last):
+            ...
+        SystemExit: 1
+    """
+    try:
+        yield
+    except (QuantizationError, InstantiationException, OmegaConfBaseException, MisconfigurationException) as error:
+        if os.environ.get("HYDRA_FULL_ERROR") == "1":
+            raise
+        title, message = explain(error)
+        hint = Text("\n\nHYDRA_FULL_ERROR=1 shows where it was raised.", style="dim")
+        panel = Panel(Text(message).append_text(hint), title=title, title_align="left", border_style="red")
+        Console(stderr=True).print(panel)
+        raise SystemExit(1) from error
+
+
+def explain(error: BaseException) -> tuple[str, str]:
+    """A title and the message that says most: that of the mistake, not of what Hydra was doing when it met it.
+
+    Example:
+        >>> explain(ConfigurationError("mode=fxx is unknown"))
+        ('ConfigurationError', 'mode=fxx is unknown')
+    """
+    cause = error
+    while isinstance(cause, InstantiationException) and cause.__cause__ is not None:
+        cause = cause.__cause__
+    where = str(error).rpartition("full_key: ")[2].strip() if isinstance(error, InstantiationException) else ""
+    message = str(cause).removesuffix(f"full_key: {where}").strip()
+    return type(cause).__name__, f"{message}\n\nIn the configuration: {where}" if where else message
+
+
+def _missing(node: Any, path: str = "") -> Iterator[str]:
+    """The keys that are ``???``. OmegaConf's own search stops with an error where one refers to another."""
+    if not OmegaConf.is_config(node) or node._is_none():
+        return
+    for key in node if OmegaConf.is_dict(node) else range(len(node)):
+        full = f"{path}.{key}" if path else str(key)
+        if OmegaConf.is_missing(node, key):
+            yield full
+        elif not OmegaConf.is_interpolation(node, key):
+            yield from _missing(node[key], full)
+
+
+def _plugins() -> list[Any]:
+    """Whole checkpoints only; and no requeueing of Lightning's own in a job of Slurm's that submitit queues again."""
+    plugins: list[Any] = [WholeFileCheckpointIO()]
+    if SLURMEnvironment.detect() and "SUBMITIT_EXECUTOR" in os.environ:
+        plugins.append(SLURMEnvironment(auto_requeue=False))
+    return plugins
+
+
+def _parts(cfg: DictConfig, group: str) -> list[DictConfig]:
+    """The parts of a group that are not set to null."""
+    return [part for part in (cfg.get(group) or {}).values() if part is not None]

@@ -1,0 +1,107 @@
+"""Which kind of quantization there is for which mode and backend: one table, read by errors, docs and tests."""
+
+from __future__ import annotations
+
+import warnings
+
+from qat_lightning.errors import ConfigurationError
+from qat_lightning.settings.backends import BACKENDS, MODES, get_backend, pairs
+from qat_lightning.settings.recipe import Recipe
+from qat_lightning.settings.scheme import Scheme
+
+DIRECT = ("dynamic", "weight_only")
+"""The kinds that need no range of activations: float network in, integer network out."""
+
+_XNNPACK_WEIGHTS = (
+    "XNNPACK has no kernel for float inputs and integer weights: use kind='dynamic' or kind='static', or backend='x86'"
+)
+
+_TENSORRT_RANGES = "TensorRT's int8 kernels take ranges that are known beforehand: use kind='static', or backend='x86'"
+
+UNSUPPORTED: dict[tuple[str, str, str], str] = {
+    ("weight_only", "pt2e", "xnnpack"): _XNNPACK_WEIGHTS,
+    ("weight_only", "pt2e", "tensorrt"): _TENSORRT_RANGES,
+    ("dynamic", "pt2e", "tensorrt"): _TENSORRT_RANGES,
+}
+"""(kind, mode, backend) of each pair of mode and backend that a kind has not, and why."""
+
+
+def supported(kind: str) -> list[tuple[str, str]]:
+    """Every mode and backend that a kind has.
+
+    Example:
+        >>> ("pt2e", "xnnpack") in supported("dynamic"), ("pt2e", "xnnpack") in supported("weight_only")
+        (True, False)
+    """
+    return [pair for pair in pairs() if (kind, *pair) not in UNSUPPORTED]
+
+
+def check_kind(recipe: Recipe) -> None:
+    """Refuse a kind that the mode and the backend have not, and what of the scheme its kernels cannot do.
+
+    What of the scheme is only about activations that the kind has not is no error, so that one scheme goes through a
+    sweep over methods: a warning names it.
+
+    Raises:
+        ConfigurationError: The message says what to type instead.
+
+    Example:
+        >>> check_kind(Recipe("pt2e", "x86", Scheme(weight_symmetric=False), kind="weight_only"))
+        >>> try:
+        ...     check_kind(Recipe("pt2e", "xnnpack", kind="weight_only"))
+        ... except ConfigurationError as error:
+        ...     str(error)[:77]
+        "kind='weight_only' is not there for mode='pt2e' and backend='xnnpack': XNNPAC"
+    """
+    reason = UNSUPPORTED.get((recipe.kind, recipe.mode, recipe.backend))
+    if reason:
+        raise ConfigurationError(
+            f"kind={recipe.kind!r} is not there for mode={recipe.mode!r} and backend={recipe.backend!r}: {reason}."
+        )
+    if recipe.kind == "dynamic":
+        _check_dynamic(recipe.scheme)
+    if recipe.kind in DIRECT:
+        _warn_of_unused(recipe)
+
+
+def _check_dynamic(scheme: Scheme) -> None:
+    for field, value, usual in (
+        ("weight_symmetric", scheme.weight_symmetric, True),
+        ("activation_bits", scheme.activation_bits, 8),
+        ("activation_symmetric", scheme.activation_symmetric, False),
+    ):
+        if value != usual:
+            raise ConfigurationError(
+                f"scheme.{field}={value!r} is not possible with kind='dynamic', whose kernels take symmetric weights "
+                f"and find an affine 8-bit range in each call: use scheme.{field}={usual!r}."
+            )
+
+
+def _warn_of_unused(recipe: Recipe) -> None:
+    usual = Scheme()
+    fields = ("activation_bits", "activation_symmetric", "activation_observer")
+    unused = [
+        f"scheme.{field}={getattr(recipe.scheme, field)!r}"
+        for field in fields
+        if getattr(recipe.scheme, field) != getattr(usual, field)
+    ]
+    if not unused:
+        return
+    why = "finds the range of activations in each call" if recipe.kind == "dynamic" else "leaves activations float"
+    # From here whoever asks, so that one recipe is warned of once.
+    warnings.warn(f"kind={recipe.kind!r} {why}, and does not use {', '.join(unused)}.", stacklevel=1)
+
+
+def table() -> dict[tuple[str, str, str], str]:
+    """For each kind without calibration, mode and backend: an empty string, or why it is not there."""
+    rows = {}
+    for kind in DIRECT:
+        for mode in MODES:
+            for backend in BACKENDS:
+                try:
+                    get_backend(backend, mode)
+                except ConfigurationError as error:
+                    rows[kind, mode, backend] = str(error)
+                else:
+                    rows[kind, mode, backend] = UNSUPPORTED.get((kind, mode, backend), "")
+    return rows

@@ -1,0 +1,217 @@
+"""What decides how a network is prepared."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from fnmatch import fnmatchcase
+from typing import Any, Literal, get_args
+
+from qat_lightning.errors import CheckpointMismatchError, ConfigurationError
+from qat_lightning.settings.backends import Backend, get_backend
+from qat_lightning.settings.scheme import CALIBRATION_ONLY, Scheme
+
+FORMAT = 1
+
+Equalization = Literal["none", "exact", "replace_relu6"]
+"""Whether weights of neighbouring layers are made to share their range: see `qat_lightning.recipes.equalization`."""
+
+BatchNormHandling = Literal["fused", "fold"]
+"""BatchNorm stays, and the rounded weights are those it is folded into; or it is folded before anything trains."""
+
+Kind = Literal["qat", "static", "dynamic", "weight_only"]
+"""How a network becomes int8: trained with fake-quant, calibrated, with ranges worked out anew for each input, or with
+integers for its weights only."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Mode, backend, scheme and choice of layers: all that decides what prepare makes of a network.
+
+    Args:
+        mode: ``"eager"``, ``"fx"`` or ``"pt2e"``.
+        backend: A name in `qat_lightning.settings.backends.BACKENDS`.
+        scheme: Bits and granularity.
+        include: Globs of module names; empty for all.
+        exclude: Globs of module names that stay float, with all that is inside them.
+
+        kind: ``"qat"``, ``"static"``, ``"dynamic"`` or ``"weight_only"``.
+        equalization: ``"none"``, ``"exact"`` or ``"replace_relu6"``.
+        batchnorm: ``"fused"`` or ``"fold"``.
+        left_float: Names of layers that were found to be impossible in int8, each with the reason; no setting, and not
+            compared.
+
+    Raises:
+        ConfigurationError: The mode and the backend do not go together, a glob is not a string, or the scheme has what
+            this kind has not.
+
+    Example:
+        >>> recipe = Recipe("fx", "x86", exclude=("head*",))
+        >>> recipe.selects("head.fc"), recipe.selects("stem.conv")
+        (False, True)
+    """
+
+    mode: str
+    backend: str
+    scheme: Scheme = field(default_factory=Scheme)
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    kind: Kind = "qat"
+    equalization: Equalization = "none"
+    batchnorm: BatchNormHandling = "fused"
+    left_float: tuple[tuple[str, str], ...] = ()
+
+    def __post_init__(self) -> None:
+        """Check the pair, the globs, and what of the scheme the kind has."""
+        get_backend(self.backend, self.mode)
+        for name, possible in (("kind", Kind), ("equalization", Equalization), ("batchnorm", BatchNormHandling)):
+            value: Any = getattr(self, name)
+            if not isinstance(value, str) or value not in get_args(possible):
+                raise ConfigurationError(f"{name}={value!r} is unknown: use one of {', '.join(get_args(possible))}.")
+        self._check_scheme()
+        for name in ("include", "exclude"):
+            globs = getattr(self, name)
+            if isinstance(globs, str) or not all(isinstance(glob, str) and glob for glob in globs):
+                raise ConfigurationError(
+                    f"{name}={globs!r} is not possible: give a list of globs of module names, like ['head.*']."
+                )
+
+    def _check_scheme(self) -> None:
+        scheme = self.scheme
+        if scheme.weight_granularity == "per_group" and self.kind != "weight_only":
+            raise ConfigurationError(
+                f"scheme.weight_granularity='per_group' is for kind='weight_only', and this is kind={self.kind!r}: use "
+                "'per_channel' or 'per_tensor'."
+            )
+        if self.kind == "qat" and scheme.activation_observer in CALIBRATION_ONLY:
+            raise ConfigurationError(
+                f"scheme.activation_observer={scheme.activation_observer!r} chooses a range from a whole histogram, "
+                "which is for calibration (PostTrainingQuantization): use 'moving_average' or 'min_max' to train."
+            )
+        if self.kind != "qat" and scheme.learned:
+            raise ConfigurationError(
+                f"scheme.learned_step={scheme.learned_step!r} needs training, and this is kind={self.kind!r}: use "
+                "'none', or QuantizationAwareTraining."
+            )
+
+    @property
+    def simulated(self) -> str:
+        """Why no kernel of the backend can run this scheme; empty if one can.
+
+        Dynamic and weight-only networks simulate nothing: they put no activation on the scheme's grid.
+
+        Example:
+            >>> Recipe("fx", "x86", Scheme(activation_bits=4)).simulated
+            'int8 kernels clamp activations at 8 bits, and these have 4'
+        """
+        if self.kind not in ("qat", "static"):
+            return ""
+        if self.scheme.activation_bits < 8:
+            return f"int8 kernels clamp activations at 8 bits, and these have {self.scheme.activation_bits}"
+        if not self.scheme.weight_symmetric:
+            return f"the int8 kernels of backend {self.target.name!r} take symmetric weights only"
+        return ""
+
+    @property
+    def activation_observer(self) -> str:
+        """What observes activations; ``"auto"`` resolved."""
+        if self.scheme.activation_observer != "auto":
+            return self.scheme.activation_observer
+        return "moving_average" if self.kind == "qat" else "histogram_mse"
+
+    @property
+    def activation_limits(self) -> tuple[int, int]:
+        """Smallest and largest integer of an activation: the backend's, or those of fewer bits."""
+        low, _ = self.target.activation_limits
+        bits = self.scheme.activation_bits
+        return (0, 2**bits - 1) if low == 0 else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+
+    @property
+    def weight_limits(self) -> tuple[int, int]:
+        """Smallest and largest integer of a weight."""
+        if self.scheme.weight_symmetric:
+            return -self.weight_quant_max, self.weight_quant_max
+        half = 2 ** (self.scheme.weight_bits - 1)
+        return -half, half - 1
+
+    @property
+    def target(self) -> Backend:
+        """The backend's row."""
+        return get_backend(self.backend, self.mode)
+
+    @property
+    def weight_quant_max(self) -> int:
+        """The largest integer of a symmetric weight; the smallest is its negative."""
+        return min(self.scheme.weight_quant_max, self.target.weight_limit)
+
+    def selects(self, name: str) -> bool:
+        """Whether the module ``name`` is to be quantized: it or a parent of it is included, and none is excluded."""
+        parts = name.split(".")
+        lineage = [".".join(parts[: n + 1]) for n in range(len(parts))]
+        if any(left in lineage for left, _ in self.left_float):
+            return False
+        if any(fnmatchcase(part, glob) for glob in self.exclude for part in lineage):
+            return False
+        return not self.include or any(fnmatchcase(part, glob) for glob in self.include for part in lineage)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for a checkpoint."""
+        return {
+            "format": FORMAT,
+            "mode": self.mode,
+            "backend": self.backend,
+            "scheme": self.scheme.to_dict(),
+            "include": list(self.include),
+            "exclude": list(self.exclude),
+            "kind": self.kind,
+            "equalization": self.equalization,
+            "batchnorm": self.batchnorm,
+            "left_float": [list(pair) for pair in self.left_float],
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Recipe:
+        """Undo `to_dict`."""
+        if values.get("format") != FORMAT:
+            raise CheckpointMismatchError(
+                f"This file has format {values.get('format')!r}; this release of qat-lightning reads format {FORMAT}."
+            )
+        return cls(
+            mode=values["mode"],
+            backend=values["backend"],
+            scheme=Scheme(**values["scheme"]),
+            include=tuple(values["include"]),
+            exclude=tuple(values["exclude"]),
+            kind=values.get("kind", "qat"),
+            equalization=values.get("equalization", "none"),
+            batchnorm=values.get("batchnorm", "fused"),
+            left_float=tuple((str(name), str(why)) for name, why in values.get("left_float", ())),
+        )
+
+    def differences(self, other: Recipe) -> list[str]:
+        """The fields in which two recipes differ, both sides named."""
+        ours = _differences(self, other, leave_out=("scheme", "left_float"))
+        return [*ours, *_differences(self.scheme, other.scheme, "scheme.")]
+
+
+def _differences(one: Any, other: Any, prefix: str = "", *, leave_out: Sequence[str] = ()) -> list[str]:
+    return [
+        f"{prefix}{f.name}: {getattr(one, f.name)!r} here, {getattr(other, f.name)!r} there"
+        for f in fields(one)
+        if f.name not in leave_out and getattr(one, f.name) != getattr(other, f.name)
+    ]
+
+
+def check_globs(recipe: Recipe, names: Sequence[str]) -> None:
+    """Refuse a glob that matches no module: a typing error would otherwise quantize what should stay float.
+
+    Raises:
+        ConfigurationError: A glob matches nothing; the message lists names that exist.
+    """
+    for kind in ("include", "exclude"):
+        for glob in getattr(recipe, kind):
+            if not any(fnmatchcase(name, glob) for name in names):
+                some = ", ".join(names[:12]) + (", …" if len(names) > 12 else "")
+                meant = next((name for name in names if fnmatchcase(name, f"*.{glob}")), None)
+                hint = f" Did you mean {meant!r}?" if meant else ""
+                raise ConfigurationError(f"{kind}={glob!r} matches no module: the network has {some}.{hint}")

@@ -1,0 +1,135 @@
+"""What a network does by chance, or in training only, in mode fx."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qat_lightning.errors import TraceError
+from qat_lightning.graph.example import Example
+from qat_lightning.layers.mode_layers import DropoutLike
+from qat_lightning.modes.registry import get_mode
+from qat_lightning.settings.recipe import Recipe
+from tests.modes.carried import carried_through, prepared_as_float
+
+IMAGES = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+class DropPath(nn.Module):
+    """As timm's: whole samples, by a shape that a trace does not know."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return x
+        shape = (x.shape[0],) + (1,) * (x.ndim - 1)
+        return x * x.new_empty(shape).bernoulli_(0.7).div_(0.7)
+
+
+class Mask(nn.Module):
+    """Values, by random numbers that a trace could make a constant of; with a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("share", torch.tensor(0.3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (torch.rand(1, x.shape[1], 1, 1) > self.share) if self.training else x
+
+
+class Noise(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + 0.1 * torch.randn_like(x) if self.training else x
+
+
+class Halves(nn.Module):
+    """No dropout: it does something in evaluation too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.rand(1) if self.training else x * 0.5
+
+
+class Leaky(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rrelu(x, training=self.training)
+
+
+class Residual(nn.Module):
+    def __init__(self, inner: Any) -> None:
+        super().__init__()
+        self.a, self.norm, self.b = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3, padding=1)
+        self.inner, self.again, self.head = inner(), inner(), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.norm(self.a(x)))
+        x = F.relu(x + self.inner(self.b(x)))
+        return self.head(self.again(x))
+
+
+@pytest.mark.parametrize("inner", [DropPath, Mask, Noise, Halves, Leaky])
+def test_random_layers_train_as_in_float_and_evaluate(inner: Any) -> None:
+    torch.manual_seed(0)
+    assert all(row.quantized for row in carried_through(Residual(inner), IMAGES).coverage)
+
+
+def test_what_drops_out_costs_the_int8_network_nothing_and_keeps_its_attributes() -> None:
+    network = Residual(DropPath)
+    network.inner.probability = 0.3
+    prepared = prepared_as_float(network, IMAGES)
+    assert isinstance(prepared.inner, DropoutLike)
+    assert prepared.inner.probability == 0.3
+    assert any(isinstance(module, DropPath) for module in prepared.modules())
+    converted = carried_through(Residual(DropPath), IMAGES)
+    assert all(row.quantized for row in converted.operations)
+    assert not any(isinstance(module, DropoutLike) for module in converted.network.modules())
+
+
+class Attention(nn.Module):
+    """An argument that is another number in evaluation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(8, 24), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = self.qkv(x).chunk(3, -1)
+        share = 0.3 if self.training else 0.0
+        return self.out(F.scaled_dot_product_attention(query, key, value, dropout_p=share))
+
+
+def test_a_function_whose_argument_depends_on_the_mode() -> None:
+    torch.manual_seed(0)
+    carried_through(Attention(), torch.randn(2, 5, 8))
+
+
+class ByChance(Residual):
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.norm(self.a(x)))
+        if self.training and random.random() < 2:
+            x = F.relu(x + self.b(x))
+        return self.head(x)
+
+
+def test_a_way_that_is_chosen_by_chance_is_refused() -> None:
+    state = random.getstate()
+    with pytest.raises(TraceError, match="draws random numbers outside of the graph"):
+        get_mode("fx").prepare(ByChance(DropPath), Example((IMAGES,)), Recipe("fx", "x86"))
+    assert random.getstate() == state
+
+
+class Sampled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = ByChance(DropPath)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x)
+
+
+def test_the_part_that_decides_by_chance_is_named() -> None:
+    with pytest.raises(TraceError, match="'inner' draws random numbers"):
+        get_mode("fx").prepare(Sampled(), Example((IMAGES,)), Recipe("fx", "x86"))

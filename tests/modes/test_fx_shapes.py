@@ -1,0 +1,442 @@
+"""What a trace of mode fx knows of shapes, types and devices by its example; it is for any number of samples."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from qat_lightning import load_quantized
+from qat_lightning.errors import QuantizationError, TraceError
+from qat_lightning.graph.example import Example
+from qat_lightning.modes.graph_network import compile_graph
+from qat_lightning.modes.prepared import cpu_copy, fake_quantizers, set_phase
+from qat_lightning.modes.registry import get_mode
+from qat_lightning.modes.tracing import trace
+from qat_lightning.plain import convert
+from qat_lightning.settings.recipe import Recipe
+from tests.modes.carried import carried_through
+
+IMAGES = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+class Base(nn.Module):
+    """Two layers, and between them what a subclass does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv = nn.Conv2d(3, 8, 3, padding=1)
+        self.head = nn.Linear(8, 4)
+        self.size = 8
+        self.register_buffer("position", torch.randn(1, 8, 8, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.head(self.between(self.conv(x)).mean((2, 3)))
+        return y
+
+    def between(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class Chunks(Base):
+    def between(self, x: Tensor) -> Tensor:
+        parts = list(x.chunk(2, 1))
+        parts.extend(F.relu(part) for part in parts[:1])
+        assert len(parts) == 3
+        return torch.cat(parts, 1)[:, 4:]
+
+
+class Kinds(Base):
+    """What networks ask of types and devices."""
+
+    def between(self, x: Tensor) -> Tensor:
+        assert x.ndim == len(x.shape) == 4
+        assert isinstance(x, Tensor)
+        if torch.jit.is_scripting() or x.is_cuda or x.device.type == "mps" or x.dtype == torch.float16:
+            return x * 2
+        if x.is_floating_point() and torch.is_tensor(x):
+            x = x.clamp(min=torch.finfo(x.dtype).min)
+        return x + torch.arange(8, device=x.device).to(x.dtype).view(1, 8, 1, 1)
+
+
+class Tokens(Base):
+    def between(self, x: Tensor) -> Tensor:
+        samples, channels, height, width = x.shape
+        tokens = x.flatten(2).transpose(1, 2)
+        assert len(tokens.shape) == 3
+        assert tokens.shape[-1] == channels
+        return F.relu(tokens.reshape(samples, height, width, channels).permute(0, 3, 1, 2))
+
+
+class Zeros(Base):
+    """Made for the number of samples."""
+
+    def between(self, x: Tensor) -> Tensor:
+        samples = len(x)
+        if samples == 0:
+            raise ValueError("there is nothing")
+        extra = torch.zeros(samples, 8, 1, x.shape[3], dtype=x.dtype, device=x.device)
+        half = torch.ones(int(x.shape[1] / 2)).expand(samples, 4)
+        return torch.cat([x, extra + half.sum(1).view(samples, 1, 1, 1)], 2)
+
+
+class Fixed(Base):
+    """Decides by height and width."""
+
+    def between(self, x: Tensor) -> Tensor:
+        if x.shape[2] != self.size or x.shape[-1] % 2:
+            position = F.interpolate(self.position, size=x.shape[-2:])
+        else:
+            position = self.position
+        for row in range(x.shape[2] // 4):
+            x = x + position[:, :, row : row + 1]
+        return x
+
+
+class BySamples(Base):
+    def between(self, x: Tensor) -> Tensor:
+        return x * 2 if x.shape[0] == 1 else x
+
+
+class ByMore(Base):
+    def between(self, x: Tensor) -> Tensor:
+        return x * 2 if len(x) > 5 else x
+
+
+class ByValue(Base):
+    def between(self, x: Tensor) -> Tensor:
+        assert x.ndim == 4
+        return x * 2 if x.mean() > 0 else x
+
+
+class LoopOverSamples(Base):
+    def between(self, x: Tensor) -> Tensor:
+        return torch.stack([x[sample] for sample in range(x.shape[0])])
+
+
+class Unlabelled(nn.Module):
+    """No layer, and its way depends on values."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x if bool((x < 1e9).all()) else x.clamp(max=1e9)
+
+
+class CalledAsAWhole(Base):
+    def __init__(self) -> None:
+        super().__init__()
+        self.odd = Unlabelled()
+
+    def between(self, x: Tensor) -> Tensor:
+        x = self.odd(x)
+        return x * 2 if x.shape[1] == 8 else x
+
+
+def run(graph_module: fx.GraphModule, *args: Any, **kwargs: Any) -> Any:
+    return compile_graph(graph_module.graph)(graph_module, *args, **kwargs)
+
+
+@pytest.mark.parametrize("kind", [Chunks, Kinds, Tokens, Zeros])
+def test_a_trace_beside_the_example_is_for_any_number_of_samples_and_any_size(kind: type[Base]) -> None:
+    network = kind().eval()
+    kept = {name: buffer.clone() for name, buffer in network.named_buffers()}
+    graph_module, _, sizes = trace(copy.deepcopy(network), Example((IMAGES,)), [])
+    graph_module.eval()
+    for shape in ((4, 3, 8, 8), (1, 3, 8, 8), (7, 3, 8, 8), (2, 3, 6, 10)):
+        x = torch.randn(shape)
+        torch.testing.assert_close(run(graph_module, x), network(x))
+    assert sizes is None or not sizes.others((torch.zeros(5, 3, 9, 9),), {})
+    assert all(torch.equal(buffer, kept[name]) for name, buffer in network.named_buffers())
+
+
+def test_what_is_decided_by_height_and_width_is_fixed_to_them_and_not_to_the_number_of_samples() -> None:
+    network = Fixed().eval()
+    graph_module, _, sizes = trace(copy.deepcopy(network), Example((IMAGES,)), [])
+    graph_module.eval()
+    for samples in (1, 3, 9):
+        x = torch.randn(samples, 3, 8, 8)
+        torch.testing.assert_close(run(graph_module, x), network(x))
+    assert sizes is not None
+    assert [str(given) for given in sizes.inputs] == ["x: (any, 3, 8, 8)"]
+    assert sizes.others((torch.zeros(1, 3, 9, 8),), {}) == ["x: (1, 3, 9, 8)"]
+
+
+@pytest.mark.parametrize("kind", [BySamples, ByMore, LoopOverSamples])
+def test_what_is_decided_by_the_number_of_samples_is_refused_with_the_line(kind: type[Base]) -> None:
+    with pytest.raises(TraceError, match=r"test_fx_shapes\.py:\d+ in between: .*(shape\[0\]|len)"):
+        trace(kind(), Example((IMAGES,)), [])
+
+
+def test_what_is_decided_by_values_is_refused_with_the_line() -> None:
+    with pytest.raises(TraceError, match=r"in between: return x \* 2 if x\.mean\(\) > 0 else x"):
+        trace(ByValue(), Example((IMAGES,)), [])
+
+
+def test_what_holds_no_layer_and_looks_at_values_is_called_as_a_whole_beside_the_example() -> None:
+    graph_module, _, _ = trace(CalledAsAWhole(), Example((IMAGES,)), [])
+    assert "odd" in {node.target for node in graph_module.graph.find_nodes(op="call_module")}
+
+
+class Counting(Base):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(8)
+        self.drop = nn.Dropout(0.5)
+
+    def between(self, x: Tensor) -> Tensor:
+        assert x.ndim == 4
+        return self.drop(self.norm(x)) if x.shape[1] > 4 else x
+
+
+def test_nothing_of_the_network_or_the_process_moves_while_it_is_traced() -> None:
+    network = Counting().train()
+    names, state = set(vars(network)), copy.deepcopy(network.state_dict())
+    before = torch.get_rng_state()
+    trace(network, Example((IMAGES,)), [])
+    assert torch.equal(torch.get_rng_state(), before)
+    assert set(vars(network)) == names
+    assert all(torch.equal(value, state[name]) for name, value in network.state_dict().items())
+    assert not {"isinstance", "len"} & set(globals())
+    assert type(torch.zeros) is type(torch.relu)
+    assert "view" not in vars(Tensor)
+
+
+@dataclass
+class Given:
+    images: Tensor
+    scale: float | None = None
+
+
+class Structured(nn.Module):
+    """Containers in, containers out, and what decides is neither a tensor nor a size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(
+        self, given: Given, extra: dict[str, Any], *rest: Tensor, double: bool = False, **more: Tensor
+    ) -> dict[str, Any]:
+        y = self.conv(given.images)
+        for value in (*extra.values(), *rest, *more.values()):
+            if value is not None:
+                y = y + value
+        if double and given.scale is None:
+            y = y * 2
+        return {"y": y, "parts": Given(F.relu(y), given.scale), "number": len(extra)}
+
+
+def test_containers_flags_and_none_are_taken_apart_and_what_they_decided_is_known() -> None:
+    network = Structured().eval()
+    one = torch.randn(1)
+    args = (Given(IMAGES), {"a": one, "b": None}, one)
+    kwargs = {"double": True, "shift": one}
+    graph_module, _, sizes = trace(copy.deepcopy(network), Example(args, kwargs), [])
+    wanted, got = network(*args, **kwargs), run(graph_module, *args, **kwargs)
+    assert got["number"] == 2
+    assert got["parts"].scale is None
+    torch.testing.assert_close(got["y"], wanted["y"])
+    torch.testing.assert_close(got["parts"].images, wanted["parts"].images)
+    assert sizes is not None
+    assert not sizes.others(args, kwargs)
+    assert sizes.others(args, kwargs | {"double": False}) == ["double: False"]
+    assert sizes.others((Given(IMAGES, 0.5), *args[1:]), kwargs) == ["given.scale: 0.5"]
+
+
+@pytest.mark.parametrize("kind", [Tokens, Fixed])
+def test_a_network_that_looks_at_shapes_trains_and_is_int8(kind: type[Base]) -> None:
+    converted = carried_through(kind(), IMAGES)
+    assert all(row.quantized for row in converted.coverage)
+    converted.network(torch.randn(9, 3, 8, 8))
+    if kind is Tokens:
+        converted.network(torch.randn(2, 3, 10, 8))
+
+
+class Positions(Base):
+    """A constant and a loop for each size, and as many steps for every one of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(8)
+        self.drop = nn.Dropout(0.3)
+
+    def between(self, x: Tensor) -> Tensor:
+        assert x.shape[2] in (6, 8, 12)
+        x = x + torch.linspace(0, 1, x.shape[2], device=x.device).view(1, 1, -1, 1)
+        return self.drop(self.norm(x.reshape(x.shape[0], 8, x.shape[2] * x.shape[3]).view(-1, 8, *x.shape[2:])))
+
+
+def test_another_size_takes_a_second_trace_with_the_same_layers_and_ranges() -> None:
+    network = Positions()
+    prepared: Any = get_mode("fx").prepare(copy.deepcopy(network).train(), Example((IMAGES,)), Recipe("fx", "x86"))
+    keys = list(prepared.state_dict())
+    set_phase(prepared, fake_quant=False, observers=True, batchnorm_frozen=False)
+    larger = torch.randn(3, 3, 12, 12)
+    network.train()
+    before = torch.get_rng_state()
+    outputs = []
+    for each in (network, prepared):
+        torch.set_rng_state(before)
+        outputs.append(each(larger))
+        outputs[-1].square().sum().backward()
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-4, atol=1e-5)
+    gradients = dict(prepared.named_parameters())
+    for name, parameter in network.named_parameters():
+        torch.testing.assert_close(gradients[name].grad, parameter.grad, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(prepared.norm.running_mean, network.norm.running_mean)
+    assert list(prepared.state_dict()) == keys
+    ranges = [fq.seen for _, fq in fake_quantizers(prepared) if fq.observed]
+    assert all(ranges), "the second trace moves the ranges of the first"
+    with torch.inference_mode():
+        copy.deepcopy(prepared).eval()(torch.randn(1, 3, 6, 6))
+    converted = get_mode("fx").convert(cpu_copy(prepared), Example((IMAGES,)))
+    for size in (6, 8, 12):
+        x = torch.randn(2, 3, size, size)
+        with torch.no_grad():
+            torch.testing.assert_close(converted.network(x), cpu_copy(prepared)(x), rtol=0.02, atol=0.02)
+
+
+def test_a_size_that_goes_another_way_is_refused_with_both_sizes() -> None:
+    prepared = get_mode("fx").prepare(Fixed(), Example((IMAGES,)), Recipe("fx", "x86"))
+    with pytest.raises(TraceError, match=r"\(any, 3, 8, 8\).*\(2, 3, 9, 8\).*part before"):
+        prepared(torch.randn(2, 3, 9, 8))
+
+
+def test_a_file_is_for_the_sizes_that_were_fixed_and_says_so(tmp_path: Path) -> None:
+    prepared = get_mode("fx").prepare(Positions(), Example((IMAGES,)), Recipe("fx", "x86"))
+    prepared(IMAGES)
+    quantized = convert(prepared, Example((IMAGES,)))
+    quantized.save(tmp_path / "net.int8")
+    loaded = load_quantized(tmp_path / "net.int8")
+    x = torch.randn(5, 3, 8, 8)
+    assert torch.equal(loaded(x), quantized(x))
+    with pytest.raises(
+        QuantizationError, match=r"Positions was traced for x: \(any, 3, 8, 8\).*with x: \(1, 3, 6, 6\)"
+    ):
+        loaded(torch.randn(1, 3, 6, 6))
+
+
+class Attention(Base):
+    """A number that is another in evaluation is an argument of a function, and a bias that is computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.randn(4))
+        self.register_buffer("none", torch.zeros(4), persistent=False)
+        self.weight = nn.Parameter(torch.randn(8, 8))
+
+    def between(self, x: Tensor) -> Tensor:
+        tokens = x.flatten(2).transpose(1, 2)
+        assert tokens.ndim == 3
+        tokens = F.linear(tokens, weight=self.weight, bias=torch.cat((self.bias, self.none)))
+        share = 0.5 if self.training else 0.0
+        tokens = F.scaled_dot_product_attention(tokens, tokens, tokens, dropout_p=share)
+        return tokens.transpose(1, 2).unsqueeze(-1)
+
+
+def test_arguments_by_mode_and_computed_biases_go_into_a_file(tmp_path: Path) -> None:
+    prepared = get_mode("fx").prepare(Attention(), Example((IMAGES,)), Recipe("fx", "x86"))
+    prepared(IMAGES)
+    quantized = convert(prepared, Example((IMAGES,)))
+    assert [row.quantized for row in quantized.operations if row.kind == "linear"] == [True]
+    quantized.save(tmp_path / "net.int8")
+    assert torch.equal(load_quantized(tmp_path / "net.int8")(IMAGES), quantized(IMAGES))
+
+
+class ShapePlusTuple(Base):
+    """Plus is no addition of tensors here."""
+
+    def between(self, x: Tensor) -> Tensor:
+        return F.relu(x).flatten(2).reshape(x.shape[:2] + (-1, 4))  # noqa: RUF005 - as networks have it
+
+
+def test_sums_of_shapes_have_no_range() -> None:
+    carried_through(ShapePlusTuple(), IMAGES)
+
+
+class Assigns(Base):
+    def between(self, x: Tensor) -> Tensor:
+        y = torch.zeros_like(x)
+        y[:, :4] = x[:, 4:]
+        y[:, 4:, 1:] = 2.0
+        rows = torch.ones(8, dtype=torch.bool) & (y > 1)
+        return torch.where(rows, y, -x)
+
+
+class AssignsToView(Base):
+    """The view is read after what it looks at was written."""
+
+    def between(self, x: Tensor) -> Tensor:
+        y = x * 2
+        part = y[:, :4]
+        y[:, :2] = 0.0
+        return torch.cat((part, y[:, 4:]), 1)
+
+
+class AssignsToInput(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        x[:, 0] = 0.0
+        y: Tensor = self.head(self.conv(x).mean((2, 3)))
+        return y
+
+
+def test_assignments_to_parts_of_a_tensor_are_copies() -> None:
+    network = Assigns().eval()
+    graph_module, _, _ = trace(copy.deepcopy(network), Example((IMAGES,)), [])
+    torch.testing.assert_close(run(graph_module.eval(), IMAGES), network(IMAGES))
+    converted = carried_through(Assigns(), IMAGES)
+    assert "__and__" not in {node.target for node in converted.network.graph.nodes}
+
+
+@pytest.mark.parametrize("kind", [AssignsToView, AssignsToInput])
+def test_assignments_that_a_copy_would_lose_are_refused(kind: type[Base]) -> None:
+    with pytest.raises(TraceError, match="an assignment changes"):
+        trace(kind(), Example((IMAGES,)), [])
+
+
+class Scaled(Base):
+    """A number is computed with."""
+
+    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        x = self.conv(x)
+        assert x.ndim == 4
+        y: Tensor = self.head(x.mean((2, 3))) * (scale / 2)
+        return y
+
+
+class Repeated(Base):
+    """Something is decided by a number."""
+
+    def forward(self, x: Tensor, rounds: int = 1) -> Tensor:
+        x = self.conv(x)
+        for _ in range(rounds):
+            x = x * 0.5
+        y: Tensor = self.head(x.mean((2, 3)))
+        return y
+
+
+@pytest.mark.parametrize(("kind", "given", "fixed"), [(Scaled, 0.5, []), (Repeated, 2, ["rounds: 3"])])
+def test_numbers_among_the_inputs_are_fixed_only_if_they_decide(kind: type[Base], given: Any, fixed: list[str]) -> None:
+    network = kind().eval()
+    graph_module, _, sizes = trace(copy.deepcopy(network), Example((IMAGES, given)), [])
+    for number in (given, given if fixed else 3):
+        torch.testing.assert_close(run(graph_module.eval(), IMAGES, number), network(IMAGES, number))
+    assert ([] if sizes is None else sizes.others((IMAGES, 3), {})) == fixed
+
+
+class FourSamples(Base):
+    def between(self, x: Tensor) -> Tensor:
+        return x.reshape(4, *x.shape[1:])
+
+
+def test_where_only_one_number_of_samples_can_be_it_is_fixed() -> None:
+    prepared = get_mode("fx").prepare(FourSamples(), Example((IMAGES,)), Recipe("fx", "x86"))
+    with pytest.raises(QuantizationError, match=r"traced for x: \(4, 3, .*called with x: \(6, 3, 8, 8\)"):
+        prepared(torch.randn(6, 3, 8, 8))

@@ -1,0 +1,227 @@
+"""Scales and zero points that learn: values and gradients of the papers, and when they are whose."""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qat_lightning.graph.example import Example
+from qat_lightning.modes.prepared import cpu_copy, set_phase
+from qat_lightning.modes.registry import get_mode
+from qat_lightning.numerics.fake_quantize import FakeQuantize
+from qat_lightning.numerics.grid import fake_quantize, fake_quantize_learned
+from qat_lightning.numerics.learned_step import RATE
+from qat_lightning.settings.recipe import Recipe
+from qat_lightning.settings.scheme import Scheme
+from tests.support.networks import CASES, train
+
+SEEDS = st.integers(0, 2**31)
+
+
+def weight_fq(channels: int | None = None) -> FakeQuantize:
+    fq = FakeQuantize(
+        dtype=torch.int8,
+        quant_min=-7,
+        quant_max=7,
+        qscheme=torch.per_channel_symmetric if channels else torch.per_tensor_symmetric,
+        ch_axis=0 if channels else -1,
+        source="present",
+        learned="lsq",
+    )
+    fq.materialize(torch.ones(channels or 1, 2))
+    return fq
+
+
+def activation_fq(learned: str = "lsq+") -> FakeQuantize:
+    return FakeQuantize(
+        dtype=torch.uint8,
+        quant_min=0,
+        quant_max=15,
+        qscheme=torch.per_tensor_affine,
+        learned=learned,  # type: ignore[arg-type]
+    )
+
+
+@given(SEEDS)
+@settings(max_examples=20)
+def test_sgd_moves_the_scale_as_lsq_does(seed: int) -> None:
+    """Esser et al., equation 3, with the gradient scale of section 2.2."""
+    weight = torch.randn(50, generator=torch.Generator().manual_seed(seed))
+    fq = weight_fq()
+    fq(weight)
+    assert fq.step is not None
+    with torch.no_grad():
+        fq.step.log_ratio.fill_(-0.5 / RATE)  # so that some are clamped
+    scale = fq.calculate_qparams()[0].double()
+    optimizer = torch.optim.SGD(fq.step.parameters(), lr=2e-4)
+    (fq(weight) * torch.arange(50.0)).sum().backward()
+    optimizer.step()
+    ratio = weight.double() / scale
+    rounded = torch.round(ratio)
+    slope = torch.where(rounded.abs() > 7, 7.0 * ratio.sign(), rounded - ratio)
+    expected = -2e-4 * float((slope * torch.arange(50.0)).sum()) / math.sqrt(50 * 7)
+    moved = float(scale) * (RATE * float(fq.step.log_ratio.detach().double()) + 0.5)
+    assert moved == pytest.approx(expected, rel=2e-2, abs=1e-8)
+
+
+@given(SEEDS, st.booleans())
+@settings(max_examples=20)
+def test_values_and_gradient_of_the_input_are_those_of_fixed_scales(seed: int, per_channel: bool) -> None:
+    weight = torch.randn(4, 30, generator=torch.Generator().manual_seed(seed)).requires_grad_()
+    fq = weight_fq(4 if per_channel else None)
+    rounded = fq(weight)
+    scale, zero_point = fq.calculate_qparams()
+    (gradient,) = torch.autograd.grad(rounded.square().sum(), weight)
+    axis = 0 if per_channel else None
+    fixed = fake_quantize(weight, scale, zero_point, quant_min=-7, quant_max=7, axis=axis)
+    (expected,) = torch.autograd.grad(fixed.square().sum(), weight)
+    assert torch.equal(rounded, fixed)
+    assert torch.equal(gradient, expected)
+
+
+@given(SEEDS, st.booleans(), st.floats(-3, 18))
+@settings(max_examples=30, deadline=None)
+def test_values_and_gradients_are_those_of_torchs_kernel(seed: int, per_channel: bool, zero_point: float) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x = (torch.randn(3, 4, 5, 6, generator=generator) * 2).to(memory_format=torch.channels_last)
+    shape = (4,) if per_channel else (1,)
+    scale = torch.rand(shape, generator=generator) * 0.3 + 0.05
+    point = torch.full(shape, zero_point).clamp(0, 15)
+    gradient = torch.randn(x.shape, generator=generator)
+    ours = [tensor.clone().requires_grad_() for tensor in (x, scale, point)]
+    theirs = [tensor.clone().requires_grad_() for tensor in (x, scale, point)]
+    if per_channel:
+        rounded = fake_quantize_learned(*ours, quant_min=0, quant_max=15, axis=1)
+        expected = torch._fake_quantize_learnable_per_channel_affine(*theirs, 1, 0, 15, 1.0)
+    else:
+        reshaped = [tensor if tensor.dim() > 1 else tensor.reshape(()) for tensor in ours]
+        rounded = fake_quantize_learned(*reshaped, quant_min=0, quant_max=15)
+        expected = torch._fake_quantize_learnable_per_tensor_affine(*theirs, 0, 15, 1.0)
+    rounded.backward(gradient)
+    expected.backward(gradient)
+    assert torch.equal(rounded, expected)
+    assert torch.equal(ours[0].grad, theirs[0].grad)
+    for one, other in zip(ours[1:], theirs[1:], strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("learned", ["lsq", "lsq+"])
+def test_they_begin_at_the_observed_range_and_then_are_the_optimizers(learned: str) -> None:
+    fq = activation_fq(learned)
+    fq.fake_quant_enabled = False
+    x = torch.randn(8, 64) + 1
+    assert fq(x) is x
+    observed = fq.calculate_qparams()
+    assert not fq.learns
+    fq.fake_quant_enabled = True
+    fq.observer_enabled = False
+    fq(x)
+    assert fq.learns
+    assert all(torch.equal(a, b) for a, b in zip(fq.calculate_qparams(), observed, strict=True))
+    assert fq.step is not None
+    optimizer = torch.optim.Adam(fq.step.parameters(), lr=0.01)
+    for _ in range(60):
+        loss = (fq(x) - x).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    scale, zero_point = fq.calculate_qparams()
+    assert scale != observed[0]
+    assert (fq.step.shift is not None and bool(fq.step.shift != 0)) == (learned == "lsq+")
+    assert zero_point == observed[1] or learned == "lsq+"
+    before = fq.calculate_qparams()
+    fq.observer_enabled = True
+    fq(x * 100)
+    assert all(torch.equal(a, b) for a, b in zip(fq.calculate_qparams(), before, strict=True))
+    low, high = fq.range()
+    assert (high - low) / 15 == pytest.approx(float(scale))
+
+
+def test_they_learn_to_clip_what_plain_ranges_cannot() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(16, 512)
+    x[0, 0] = 40.0
+    fq = activation_fq()
+    first = (fq(x) - x).square().mean().item()
+    optimizer = torch.optim.Adam(fq.parameters(), lr=0.005)
+    for _ in range(100):
+        loss = (fq(x) - x).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.6 * first
+
+
+def test_evaluation_before_the_training_begins_nothing() -> None:
+    fq = activation_fq()
+    fq.observe(torch.randn(4, 4))
+    fq.eval()
+    fq(torch.randn(4, 4))
+    assert not fq.learns
+
+
+def test_state_reloads_and_goes_on_learning_where_it_was() -> None:
+    fq = activation_fq()
+    fq(torch.randn(4, 4))
+    with torch.no_grad():
+        fq.step.log_ratio.add_(0.03)  # type: ignore[union-attr]
+    buffer = io.BytesIO()
+    torch.save(fq.state_dict(), buffer)
+    buffer.seek(0)
+    other = activation_fq()
+    other.load_state_dict(torch.load(buffer, weights_only=True))
+    x = torch.randn(4, 4)
+    assert other.learns
+    assert torch.equal(other(x), fq(x))
+    assert all(torch.equal(a, b) for a, b in zip(other.calculate_qparams(), fq.calculate_qparams(), strict=True))
+
+
+def test_parameters_stay_the_same_float32_objects_in_any_precision() -> None:
+    fq = activation_fq()
+    before = dict(fq.named_parameters())
+    fq.to(torch.bfloat16)
+    assert all(parameter is before[name] for name, parameter in fq.named_parameters())
+    assert {parameter.dtype for parameter in fq.parameters()} == {torch.float32}
+    assert copy.deepcopy(fq)(torch.randn(3, 3, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+def test_a_grid_that_stands_for_a_relu6_stays_within_it() -> None:
+    fq = activation_fq()
+    fq.begins_at_zero(6.0)
+    fq(torch.linspace(0, 6, 64).reshape(4, 16))
+    assert fq.step is not None
+    with torch.no_grad():
+        fq.step.log_ratio.fill_(1.0)
+    scale, zero_point = fq.calculate_qparams()
+    assert zero_point == 0
+    assert float(scale) * 15 <= 6.0 + 1e-5
+
+
+@pytest.mark.parametrize("mode", ["eager", "fx", "pt2e"])
+@pytest.mark.parametrize(
+    "scheme", [Scheme(weight_bits=4, learned_step="lsq"), Scheme(learned_step="lsq+")], ids=["lsq", "lsq+"]
+)
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if case.name in ("depthwise", "functional")], ids=lambda c: c.name
+)
+def test_int8_equals_what_learned(mode: str, scheme: Scheme, case: object) -> None:
+    torch.manual_seed(0)
+    flow, network = get_mode(mode), case.network()  # type: ignore[attr-defined]
+    args, kwargs, _ = case.batch(8)  # type: ignore[attr-defined]
+    prepared = flow.prepare(network, Example(args, kwargs), Recipe(mode, "x86", scheme))
+    set_phase(prepared, fake_quant=False, observers=True, batchnorm_frozen=False)
+    train(prepared, case, steps=8)  # type: ignore[arg-type]
+    set_phase(prepared, fake_quant=True, observers=True, batchnorm_frozen=False)
+    train(prepared, case, steps=12)  # type: ignore[arg-type]
+    ratios = [p for name, p in prepared.named_parameters() if name.endswith("log_ratio")]
+    assert ratios
+    assert any(bool(ratio.any()) for ratio in ratios)
+    args, kwargs, _ = case.batch(64)  # type: ignore[attr-defined]
+    converted = flow.convert(cpu_copy(prepared), Example(args, kwargs))
+    assert min(check.sqnr_db for check in converted.checks) > 55

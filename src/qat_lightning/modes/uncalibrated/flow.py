@@ -1,4 +1,4 @@
-"""The one function that the modes share: choose what the mode has for it, and check what can be checked before it runs."""
+"""The one function that the modes share: choose what the mode has, and check what can be checked before it runs."""
 
 from __future__ import annotations
 

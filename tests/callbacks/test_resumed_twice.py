@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging
 
 from qat_lightning.callbacks.post_training_quantization import PostTrainingQuantization
+from qat_lightning.demos.data.resumable import resumable_loader
 from tests.callbacks.lit import Lit, loader, qat, trainer
 
 
@@ -46,3 +47,26 @@ def test_every_step_is_taken_once(make: Callable[[], Callback], tmp_path: Path) 
     steps, got = fit(tmp_path / "parts", make(), None)
     assert steps == whole
     assert got.keys() == wanted.keys()
+
+
+def averaged(folder: Path, at: int | None) -> dict[str, torch.Tensor]:
+    """The weights that a fit with stochastic weight averaging ends with."""
+    seed_everything(0, verbose=False)
+    averaging = StochasticWeightAveraging(0.01, swa_epoch_start=1, annealing_epochs=1)
+    keeps = ModelCheckpoint(folder, every_n_train_steps=1, save_last=True)
+    module = Lit()
+    run = trainer(qat(), averaging, BreaksOff(at), keeps, enable_checkpointing=True, max_epochs=3)
+    data = resumable_loader(loader(64).dataset, batch_size=16, seed=1, shuffle=True)
+    try:
+        run.fit(module, data, ckpt_path="last")
+    except SystemExit:
+        assert at is not None
+    return module.state_dict()
+
+
+def test_averaging_of_weights_goes_on_in_the_middle_of_an_epoch(tmp_path: Path) -> None:
+    wanted = averaged(tmp_path / "whole", None)
+    for at in (3, 5):
+        averaged(tmp_path / "parts", at)
+    got = averaged(tmp_path / "parts", None)
+    assert all(torch.equal(wanted[name], got[name]) for name in wanted if wanted[name].is_floating_point())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import BackboneFinetuning, ModelCheckpoint, ModelPruning
+from lightning.pytorch.callbacks import BackboneFinetuning, ModelCheckpoint, ModelPruning, StochasticWeightAveraging
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
@@ -130,11 +130,13 @@ def refuse_compiled(network: nn.Module, name: str, mode: str) -> None:
 def mend_resume(trainer: Trainer) -> None:
     """Let a run that was resumed write checkpoints that can be resumed from in turn.
 
-    Lightning 2.6 forgets something in three places, with or without quantization. Resumed from a checkpoint of the last
+    Lightning 2.6 forgets something in four places, with or without quantization. Resumed from a checkpoint of the last
     batch of an epoch, it counts the epoch as done and leaves the next one unannounced: no ``on_train_epoch_start``, and
     its checkpoints say that it has ended, so that resuming from one of them begins it again. ``every_n_train_steps``
     forgets which step was saved, so that under accumulation the first batch makes a checkpoint of the same step, which
-    lacks that batch's gradients. And ``BackboneFinetuning`` freezes again what it had unfrozen, for good.
+    lacks that batch's gradients. ``BackboneFinetuning`` freezes again what it had unfrozen, for good. And
+    ``StochasticWeightAveraging``, resumed within an epoch, sets its learning rate again only when the next one begins,
+    so that checkpoints in between lose it.
 
     Args:
         trainer: At the beginning of the training, its loops restored.
@@ -143,6 +145,10 @@ def mend_resume(trainer: Trainer) -> None:
     epochs: Any = loop.epoch_progress.current
     if getattr(loop, "restarted_mid_epoch", False) and epochs.processed == epochs.started:
         loop.reset_restart_stage()
+    elif getattr(loop, "restarted_mid_epoch", False):
+        for averaging in (c for c in trainer.callbacks if isinstance(c, StochasticWeightAveraging)):  # type: ignore[attr-defined]
+            if averaging.swa_start <= trainer.current_epoch <= averaging.swa_end:
+                averaging.on_train_epoch_start(trainer, trainer.lightning_module)
     for callback in trainer.checkpoint_callbacks:
         if isinstance(callback, ModelCheckpoint) and callback._every_n_train_steps >= 1 and trainer.ckpt_path:
             callback._last_global_step_saved = trainer.global_step

@@ -199,3 +199,19 @@ def test_an_activation_behind_an_op_that_keeps_its_grid(between: nn.Module, acti
     converted = convert(network, (torch.randn(8, 3, 12, 12),))
     if isinstance(between, nn.Identity):
         assert [check.name for check in converted.checks] == ["0", "3"], "it is one kernel with the convolution"
+
+
+def test_a_buffer_of_an_inner_module_that_forward_does_not_read_is_kept() -> None:
+    class Inner(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+            self.register_buffer("unread", torch.ones(3))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.linear(x)
+
+    network = nn.Sequential(Inner(), nn.ReLU())
+    keys = list(network.state_dict())
+    prepared = FxMode().prepare(network, Example((torch.randn(2, 4),)), Recipe("fx", "x86"))
+    assert [key for key in prepared.state_dict() if key in keys] == keys

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -15,6 +14,7 @@ from qat_lightning.modes.coverage import MOVES, MOVING_MODULES, flops_of, is_flo
 from qat_lightning.modes.fx.config import LEFT_FLOAT, backend_config
 from qat_lightning.modes.fx.layers import UNSEEN
 from qat_lightning.modes.fx.passes import OWN_GRIDS
+from qat_lightning.modes.fx.products import PRODUCTS
 from qat_lightning.modes.places import op_name, rounding_of
 from qat_lightning.modes.prepared import prepared_state
 from qat_lightning.modes.protocol import LayerCoverage
@@ -26,7 +26,6 @@ _WRITE_INSTEAD: dict[Any, tuple[str, str]] = {
     torch.max_pool2d: ("torch.max_pool2d", "F.max_pool2d or nn.MaxPool2d"),
     torch.conv2d: ("torch.conv2d", "F.conv2d or nn.Conv2d"),
     torch.batch_norm: ("torch.batch_norm", "nn.BatchNorm2d"),
-    operator.matmul: ("the operator @", "torch.matmul"),
 }
 """Functions that mode fx does not know, and what it does."""
 
@@ -159,6 +158,8 @@ class FxOperations:
             return "excluded"
         if kind in LEFT_FLOAT:
             return f"{name} is not quantized in mode='fx'"
+        if kind in PRODUCTS:
+            return "its int8 kernel takes two matrices, or as many of them on either side"
         if kind in _WRITE_INSTEAD:
             unknown, known = _WRITE_INSTEAD[kind]
             return f"mode='fx' does not know {unknown}: write {known}"

@@ -36,6 +36,7 @@ from qat_lightning.modes.fx.grids import one_grid_where_kernels_keep_it
 from qat_lightning.modes.fx.layers import each_once, join, layer_rows, no_kernel
 from qat_lightning.modes.fx.left_float import float_nodes, layers_and_ops, put_float_layers, take_out_never_rounding
 from qat_lightning.modes.fx.other_sizes import ConvertsAgain, SharedLayers
+from qat_lightning.modes.fx.products import follow_earlier_checkpoints, quantize_products, selected_scopes
 from qat_lightning.modes.fx.shapes import CONSTANT
 from qat_lightning.modes.fx.train_and_eval import call_as_in_evaluation
 from qat_lightning.modes.fx.tree import restore_children, with_batchnorms
@@ -64,6 +65,7 @@ from qat_lightning.modes.prepared import (
     refuse_simulated,
 )
 from qat_lightning.modes.protocol import Converted, LayerCoverage
+from qat_lightning.modes.qconfig import make_qconfig
 from qat_lightning.modes.source_lines import line_at_fault
 from qat_lightning.modes.tracing import (
     leave_inside_float,
@@ -91,6 +93,7 @@ class FxPlan(HoldsGraphs):
         dropped: Names of nodes that the int8 graph does without: ReLU6, which the output range of the op before stands
             for, and dropout.
         scopes: The module whose ``forward`` made each node, by the node's name.
+        products: The names of the products that upstream would leave float.
     """
 
     graph: fx.Graph
@@ -98,6 +101,7 @@ class FxPlan(HoldsGraphs):
     float_ops: list[str] = field(default_factory=list)
     dropped: list[str] = field(default_factory=list)
     scopes: dict[str, str] = field(default_factory=dict)
+    products: list[str] = field(default_factory=list)
 
 
 class FxMode:
@@ -171,8 +175,11 @@ class FxMode:
                 f"There is nothing to quantize in {type(network).__name__}: no selected convolution, linear layer or "
                 "addition. Look at include and exclude, or give another module=."
             )
+        qconfig, selects = make_qconfig(recipe), selected_scopes(recipe, prefix)
+        products = quantize_products(prepared, network, example, scopes, selects, qconfig)
         passes.refuse_late_writes(prepared, network, example, scopes)
         plan = FxPlan(prepared.graph, prepared.meta)
+        plan.products = products
         plan.scopes = {name: scope[0] for name, scope in scopes.items()}
         plan.float_ops = passes.round_tensors_only(prepared, network, example) + passes.calls_of(prepared, unfoldable)
         plan.float_ops += weights_from_inputs(prepared) + lasting
@@ -201,6 +208,7 @@ class FxMode:
         result._quantization = PreparedState(self, recipe, float_network, prefix=prefix, plan=plan)
         follow_course(result)
         follow_checkpoints(result)
+        follow_earlier_checkpoints(result)
         refuse_other_results(
             result,
             float_network,

@@ -20,6 +20,7 @@ from qat_lightning.layers.relu_rounding import relu_limit, writes_in_place
 from qat_lightning.modes.fx.config import LEFT_FLOAT, shares_range
 from qat_lightning.modes.graph_network import GraphNetwork
 from qat_lightning.modes.late_writes import late_write, late_write_error
+from qat_lightning.modes.places import op_name
 from qat_lightning.modes.shared_range import SharedRange, UnionObserver
 from qat_lightning.modes.verify import Recorder, example_values
 from qat_lightning.numerics.fake_quantize import FakeQuantize
@@ -36,7 +37,7 @@ def round_tensors_only(prepared: fx.GraphModule, network: nn.Module, example: Ex
     """
     modules = dict(prepared.named_modules(remove_duplicate=False))
     own = next((p.dtype for p in network.parameters() if p.is_floating_point()), torch.float32)
-    with _evaluating(prepared, network):
+    with evaluating(prepared, network):
         recorder = Recorder(prepared, prepared.graph)
         recorder.run(*example_values(prepared.graph, example))
     numbers = {
@@ -78,7 +79,7 @@ def refuse_late_writes(prepared: fx.GraphModule, network: nn.Module, example: Ex
     }
     if not writes:
         return
-    with _evaluating(prepared, network):
+    with evaluating(prepared, network):
         memory = _Memory(prepared, garbage_collect_values=False)
         memory.run(*(copy.deepcopy(value) for value in example_values(prepared.graph, example)))
     found = late_write(prepared.graph, modules, writes, memory.of)
@@ -106,7 +107,7 @@ class _Memory(fx.Interpreter):
 
 
 @contextmanager
-def _evaluating(*roots: nn.Module) -> Iterator[None]:
+def evaluating(*roots: nn.Module) -> Iterator[None]:
     """All modules in evaluation, also the folded BatchNorms, which are at this point in no tree of modules."""
     flags = {module: module.training for root in roots for module in root.modules()}
     folded = [module.batchnorm for module in flags if isinstance(module, FoldedLayer)]
@@ -308,11 +309,16 @@ def _is_within(value: Any, fq: nn.Module, modules: dict[str, nn.Module], *, but:
     if value.op == "call_module" and modules.get(str(value.target)) is fq:
         return True
     kind = _kind(value, modules)
-    if kind in but or (not shares_range(kind) and kind not in _DROPOUT_MODULES):
+    if kind in but or (not shares_range(kind) and kind not in _DROPOUT_MODULES and not is_part(kind)):
         return False
     first = value.args[0] if value.args else next(iter(value.kwargs.values()))
     parts = first if isinstance(first, (list, tuple)) else [first]
     return all(_is_within(part, fq, modules, but=but) for part in parts)
+
+
+def is_part(kind: Any) -> bool:
+    """Whether a function or a method yields parts of what it is given, or one of several parts."""
+    return op_name(kind) in ("getitem", "unbind", "chunk", "split", "narrow", "select", "tensor_split")
 
 
 def _kind(node: fx.Node, modules: dict[str, nn.Module]) -> Any:

@@ -22,10 +22,7 @@ def restore_children(
         holder = _holder(result, parent)
         if leaf not in holder._parameters:
             holder.register_parameter(leaf, parameter)
-    root = originals[""]
-    for name, buffer in root._buffers.items():
-        if name not in result._buffers:
-            result.register_buffer(name, buffer, persistent=name not in root._non_persistent_buffers_set)
+    _keep_buffers(result, originals)
     for name, module in float_network.named_modules():
         if has_extra_state(module) and isinstance(part := _holder(result, name), KeepsExtraState):
             part.keep_extra_state_of(module)
@@ -36,6 +33,15 @@ def restore_children(
             "or mode='eager' for this network."
         )
     order_as(result, float_network)
+
+
+def _keep_buffers(result: GraphNetwork, originals: dict[str, nn.Module]) -> None:
+    """What was traced through keeps its buffers too, whether or not the graph reads them."""
+    for name, module in originals.items():
+        for leaf, buffer in module._buffers.items():
+            holder = _holder(result, name)
+            if leaf not in holder._buffers:
+                holder.register_buffer(leaf, buffer, persistent=leaf not in module._non_persistent_buffers_set)
 
 
 def _restore(result: GraphNetwork, name: str, module: nn.Module) -> None:

@@ -1,0 +1,96 @@
+"""``F.scaled_dot_product_attention`` as the two products and the softmax that it stands for."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from qat_lightning.layers.mode_layers import ByMode
+
+_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
+
+_MASKED = -65504.0
+"""What a masked score becomes: nothing is left of it after softmax, and a row of nothing else has finite gradients."""
+
+
+def attention_of(node: fx.Node, modules: Mapping[str, nn.Module]) -> dict[str, Any] | None:
+    """The arguments of attention, with ``dropout_p`` as in training; None if a node is something else.
+
+    Args:
+        node: It may call the function, or `ByMode` where dropout is another in evaluation.
+        modules: By name.
+    """
+    if node.op == "call_function" and node.target is F.scaled_dot_product_attention:
+        given = _named(node.args, node.kwargs)
+    else:
+        module = modules.get(str(node.target)) if node.op == "call_module" else None
+        if not isinstance(module, ByMode) or module.function is not F.scaled_dot_product_attention:
+            return None
+        given, evaluation = (_named(*module.arguments(node.args, training=train)) for train in (True, False))
+        if evaluation.pop("dropout_p", 0.0) != 0.0 or evaluation != {
+            k: v for k, v in given.items() if k != "dropout_p"
+        }:
+            return None
+    if given.get("enable_gqa") or not isinstance(given.get("dropout_p", 0.0), (int, float)):
+        return None
+    return given if all(isinstance(given.get(part), fx.Node) for part in ("query", "key", "value")) else None
+
+
+def _named(args: Any, kwargs: Any) -> dict[str, Any]:
+    return dict(zip(_ARGUMENTS, args, strict=False)) | dict(kwargs)
+
+
+def spread(
+    prepared: fx.GraphModule, node: fx.Node, given: Mapping[str, Any], values: Mapping[str, Any]
+) -> tuple[list[fx.Node], list[fx.Node]]:
+    """Put the products and the softmax in the place of attention.
+
+    Args:
+        prepared: The network; changed.
+        node: The call of attention; erased.
+        given: Its arguments.
+        values: Of the nodes, on the example.
+
+    Returns:
+        The new nodes, and the two products among them.
+    """
+    graph, made = prepared.graph, list[fx.Node]()
+
+    def add(kind: str, target: Any, *args: Any, name: str = "", **kwargs: Any) -> fx.Node:
+        made.append(graph.create_node(kind, target, args, kwargs, name=f"{node.name}_{name or target}"))
+        return made[-1]
+
+    scale = given.get("scale")
+    if scale is None:
+        scale = 1 / math.sqrt(values[given["query"].name].shape[-1])
+    with graph.inserting_before(node):
+        key = add("call_method", "transpose", given["key"], -2, -1)
+        scores = add("call_function", torch.matmul, given["query"], key, name="scores")
+        weights, masked = add("call_function", operator.mul, scores, scale, name="scaled"), None
+        mask = given.get("attn_mask")
+        if given.get("is_causal"):
+            ones = add("call_function", torch.ones_like, weights, name="ones", dtype=torch.bool)
+            masked = add("call_method", "logical_not", add("call_method", "tril", ones))
+        elif isinstance(mask, fx.Node) and values[mask.name].dtype == torch.bool:
+            masked = add("call_method", "logical_not", mask)
+        elif mask is not None:
+            weights = add("call_function", operator.add, weights, mask, name="biased")
+        if masked is not None:
+            weights = add("call_method", "masked_fill", weights, masked, _MASKED)
+        weights = add("call_method", "softmax", weights, -1)
+        if masked is not None:
+            weights = add("call_method", "masked_fill", weights, masked, 0.0, name="without")
+        if given.get("dropout_p"):
+            name = f"_{node.name}_dropout"
+            prepared.add_module(name, nn.Dropout(given["dropout_p"]))
+            weights = add("call_module", name, weights, name="dropout")
+        mixed = add("call_function", torch.matmul, weights, given["value"], name="mixed")
+    node.replace_all_uses_with(mixed)
+    graph.erase_node(node)
+    return made, [scores, mixed]

@@ -1,0 +1,223 @@
+"""Products of two tensors that upstream's table does not have: attention as one function, the operator ``@``, ``bmm``.
+
+Each becomes ``torch.matmul`` between roundings, which has an int8 kernel. It is done behind upstream's prepare, and the
+new ranges have names of their own: the numbers of all others stay as they were in releases that left these products
+float, whose checkpoints still load, and leave them float.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.ao.quantization import QConfig
+
+from qat_lightning.graph.example import Example
+from qat_lightning.modes.coverage import MOVES
+from qat_lightning.modes.fx.attention import attention_of, spread
+from qat_lightning.modes.fx.config import shares_range
+from qat_lightning.modes.fx.layers import join
+from qat_lightning.modes.fx.passes import evaluating, is_part
+from qat_lightning.modes.left_float import leave_float
+from qat_lightning.modes.places import op_name
+from qat_lightning.modes.prepared import prepared_state
+from qat_lightning.modes.recording import Recorder, example_values
+from qat_lightning.numerics.fake_quantize import FakeQuantize
+from qat_lightning.settings.recipe import Recipe
+
+ROUNDING = "product_rounding"
+"""What the names of the ranges begin with that are made here."""
+
+PRODUCTS = (operator.matmul, torch.bmm, "matmul", "bmm")
+
+
+@torch.no_grad()
+def quantize_products(
+    prepared: fx.GraphModule,
+    network: nn.Module,
+    example: Example,
+    scopes: dict[str, Any],
+    selects: Callable[[str], bool],
+    qconfig: QConfig,
+) -> list[str]:
+    """Let products that upstream left float be rounded, where their kernel takes them.
+
+    Args:
+        prepared: As upstream's prepare made it; changed.
+        network: The float network.
+        example: One call.
+        scopes: The path and class of the module whose ``forward`` made each node; those of new nodes are added.
+        selects: Whether what a module of this name computes is to be quantized.
+        qconfig: What makes the roundings.
+
+    Returns:
+        The names of these products.
+    """
+    modules = dict(prepared.named_modules(remove_duplicate=False))
+    found = [
+        node
+        for node in prepared.graph.nodes
+        if (_is_product(node) or attention_of(node, modules)) and selects(_scope(node, scopes))
+    ]
+    if not found:
+        return []
+    with evaluating(prepared, network):
+        recorder = Recorder(prepared, prepared.graph)
+        recorder.run(*example_values(prepared.graph, example))
+    own = next((p.dtype for p in network.parameters() if p.is_floating_point()), torch.float32)
+    roundings, products = _Roundings(prepared, recorder.values, qconfig), list[fx.Node]()
+    for node in found:
+        if _is_product(node):
+            sources = [recorder.values[source.name] for source in node.all_input_nodes]
+            if len(node.args) == 2 and len(sources) in (1, 2) and _kernel_takes(sources[0], sources[-1], own):
+                node.op, node.target = "call_function", torch.matmul
+                products.append(node)
+            continue
+        given = attention_of(node, modules)
+        assert given is not None
+        query, key, value = (recorder.values[given[part].name] for part in ("query", "key", "value"))
+        if _kernel_takes(query, key.transpose(-2, -1), own) and value.shape[:-2] == query.shape[:-2]:
+            made, both = spread(prepared, node, given, recorder.values)
+            products += both
+            for new in made:
+                scopes[new.name] = scopes.get(node.name, ("", None))
+                roundings.configs[new.name] = qconfig
+    for product in products:
+        roundings.around(product)
+    prepared.graph.lint()
+    prepared.recompile()
+    return [product.name for product in products]
+
+
+def selected_scopes(recipe: Recipe, prefix: str) -> Callable[[str], bool]:
+    """Whether what a module computes between its layers is to be quantized, by its name in the network."""
+
+    def selects(scope: str) -> bool:
+        return recipe.selects(join(prefix, scope)) if scope else not recipe.include
+
+    return selects
+
+
+def _is_product(node: fx.Node) -> bool:
+    return node.op in ("call_function", "call_method") and node.target in PRODUCTS and not node.kwargs
+
+
+def _scope(node: fx.Node, scopes: Mapping[str, Any]) -> str:
+    return str(scopes[node.name][0]) if node.name in scopes else ""
+
+
+def _kernel_takes(one: Any, other: Any, own: torch.dtype) -> bool:
+    """Whether the int8 kernel takes both: matrices, or as many of them on either side, which it does not broadcast."""
+    if not (isinstance(one, Tensor) and isinstance(other, Tensor) and one.dtype == other.dtype == own):
+        return False
+    return one.ndim > 1 and one.ndim == other.ndim and one.shape[:-2] == other.shape[:-2]
+
+
+class _Roundings:
+    """Rounds what products take and yield: on a grid that is there already where the values are on one.
+
+    Args:
+        prepared: The network; changed.
+        values: Of its nodes, on the example.
+        qconfig: What makes the roundings.
+    """
+
+    def __init__(self, prepared: fx.GraphModule, values: Mapping[str, Any], qconfig: QConfig) -> None:
+        self.prepared, self.values, self.qconfig = prepared, values, qconfig
+        self.graph = prepared.graph
+        self.configs = prepared.meta["_observed_graph_module_attrs"].node_name_to_qconfig
+        self.device = next((p.device for p in prepared.parameters()), torch.device("cpu"))
+
+    def around(self, product: fx.Node) -> None:
+        """Round both factors of a product and the product."""
+        self.configs[product.name] = self.qconfig
+        for source in product.all_input_nodes:
+            product.replace_input_with(source, self._rounded(source))
+        movers, grid = self._grid_behind(product)
+        for node in (product, *movers):
+            self._behind(node, grid)
+
+    def _rounded(self, source: fx.Node) -> fx.Node:
+        """The node that rounds a factor."""
+        if self._is_rounding(source):
+            return source
+        there = next((user for user in source.users if self._is_rounding(user)), None)
+        if there is not None:
+            return there
+        movers, before = [source], source
+        while _moves(before) and isinstance(before.args[0], fx.Node):
+            before = before.args[0]
+            if self._is_rounding(before):
+                for mover in reversed(movers):
+                    if isinstance(self.values.get(mover.name, before), (Tensor, fx.Node)):
+                        made = self._behind(mover, str(before.target))
+                return made
+            movers.append(before)
+        return self._behind(source, self._new())
+
+    def _grid_behind(self, product: fx.Node) -> tuple[list[fx.Node], str]:
+        """The grid that a product comes to by ops that only move it, and these ops; else a new one, and none."""
+        movers: list[fx.Node] = []
+        node = product
+        while len(node.users) == 1:
+            (user,) = node.users
+            if self._is_rounding(user):
+                return movers[:-1], str(user.target)
+            if not _moves(user) or user.args[0] is not node:
+                break
+            movers.append(user)
+            node = user
+        return [], self._new()
+
+    def _behind(self, node: fx.Node, grid: str) -> fx.Node:
+        """Round what ``node`` yields for all who read it."""
+        there = next((user for user in node.users if self._is_rounding(user)), None)
+        if there is not None:
+            return there
+        with self.graph.inserting_after(node):
+            made = self.graph.call_module(grid, (node,))
+        node.replace_all_uses_with(made, delete_user_cb=lambda user: user is not made)
+        return made
+
+    def _is_rounding(self, node: fx.Node) -> bool:
+        return node.op == "call_module" and isinstance(self.prepared.get_submodule(str(node.target)), FakeQuantize)
+
+    def _new(self) -> str:
+        number = sum(name.startswith(ROUNDING) for name in self.prepared._modules)
+        name = f"{ROUNDING}_{number}"
+        self.prepared.add_module(name, self.qconfig.activation().to(self.device))
+        return name
+
+
+def _moves(node: fx.Node) -> bool:
+    """Whether a node yields values that it is given, in another place."""
+    if node.op not in ("call_function", "call_method") or not node.args:
+        return False
+    return is_part(node.target) or (op_name(node.target) in MOVES and shares_range(node.target))
+
+
+def follow_earlier_checkpoints(prepared: nn.Module) -> None:
+    """Let a prepared network leave its products float if a checkpoint of an earlier release, which did, is loaded."""
+    if any(name.startswith(ROUNDING) for name in prepared._modules):
+        prepared.register_load_state_dict_pre_hook(_without_products)
+
+
+def _without_products(prepared: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    if f"{prefix}_quantization._extra_state" not in state_dict:
+        return  # of a float network
+    state = prepared_state(prepared)
+    lacking = not any(key.startswith(f"{prefix}{ROUNDING}") for key in state_dict)
+    if not lacking and _EARLIER not in state.left_float.values():
+        return
+    leave_float(prepared, dict.fromkeys(state.plan.products, _EARLIER), None)
+    for name, module in prepared._modules.items():
+        if name.startswith(ROUNDING) and isinstance(module, FakeQuantize):
+            module.left_float = True
+            if lacking:
+                state_dict.update(module.state_dict(prefix=f"{prefix}{name}."))
+
+
+_EARLIER = "the checkpoint is of a release that left this product float"

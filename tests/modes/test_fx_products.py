@@ -1,0 +1,116 @@
+"""Products of two tensors in mode fx: attention as one function, the operator ``@``, ``bmm``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qat_lightning.graph.example import Example
+from qat_lightning.modes.fx import mode as fx_mode
+from qat_lightning.modes.prepared import cpu_copy
+from qat_lightning.modes.registry import get_mode
+from qat_lightning.rehearsal.rehearse import rehearse
+from qat_lightning.settings.recipe import Recipe
+
+RECIPE = Recipe("fx", "x86")
+
+
+class Attention(nn.Module):
+    """Self-attention of four heads, in the way that is asked for."""
+
+    def __init__(self, way: str, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.qkv, self.proj, self.norm = nn.Linear(16, 48), nn.Linear(16, 16), nn.LayerNorm(4)
+        self.bias = nn.Parameter(torch.randn(1, 4, 8, 8))
+        self.register_buffer("mask", (torch.rand(8, 8) > 0.3).logical_or(torch.eye(8, dtype=torch.bool)))
+        self.way, self.dropout = way, dropout
+
+    def forward(self, x: Tensor) -> Any:
+        """Attend."""
+        batch, length, width = x.shape
+        q, k, v = self.qkv(x).reshape(batch, length, 3, 4, 4).permute(2, 0, 3, 1, 4).unbind(0)
+        p = self.dropout if self.training else 0.0
+        if self.way == "operator":
+            mixed = (q * 0.5 @ k.transpose(-2, -1)).softmax(-1) @ v
+        elif self.way == "bmm":
+            weights = torch.bmm(q.flatten(0, 1), k.flatten(0, 1).mT).softmax(-1)
+            mixed = weights.bmm(v.flatten(0, 1)).reshape(batch, 4, length, 4)
+        elif self.way == "normed":
+            mixed = F.scaled_dot_product_attention(self.norm(q), self.norm(k), v, dropout_p=p)
+        elif self.way == "causal":
+            mixed = F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=True)
+        elif self.way == "bias":
+            mixed = F.scaled_dot_product_attention(q, k, v, self.bias, p)
+        elif self.way == "mask":
+            mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask, dropout_p=p, scale=0.3)
+        else:
+            mixed = F.scaled_dot_product_attention(q, k, v, dropout_p=p)
+        return self.proj(mixed.transpose(1, 2).reshape(batch, length, width))
+
+
+def made(way: str, dropout: float = 0.0) -> tuple[nn.Module, Example]:
+    torch.manual_seed(0)
+    return Attention(way, dropout), Example((torch.randn(4, 8, 16),))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("way", ["plain", "normed", "causal", "bias", "mask"])
+def test_attention_is_int8(way: str, dropout: float) -> None:
+    found = rehearse(*made(way, dropout), RECIPE)
+    assert (found.left_float, found.int8_macs, found.unsaved) == ({}, 1.0, "")
+
+
+@pytest.mark.parametrize("way", ["operator", "bmm"])
+def test_products_are_int8_however_they_are_written(way: str) -> None:
+    found = rehearse(*made(way), RECIPE)
+    assert (found.left_float, found.int8_macs, found.unsaved) == ({}, 1.0, "")
+
+
+def test_a_product_that_no_kernel_takes_stays_float() -> None:
+    class Broadcast(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.weight = nn.Linear(4, 4), nn.Parameter(torch.randn(4, 4))
+
+        def forward(self, x: Tensor) -> Any:
+            return self.linear(x) @ self.weight
+
+    found = rehearse(Broadcast(), Example((torch.randn(2, 3, 4),)), RECIPE)
+    (row,) = [row for row in found.coverage if row.kind == "matmul"]
+    assert not found.left_float
+    assert not row.quantized
+
+
+def test_attention_drops_out_in_training_and_not_in_evaluation() -> None:
+    network, example = made("plain", 0.5)
+    prepared = get_mode("fx").prepare(network, example, RECIPE)
+    one, other = prepared(*example.args), prepared(*example.args)
+    assert not torch.equal(one, other)
+    prepared.eval()
+    assert torch.equal(prepared(*example.args), prepared(*example.args))
+
+
+def test_what_is_excluded_stays_one_function() -> None:
+    network, example = made("plain")
+    prepared = get_mode("fx").prepare(nn.Sequential(network), example, Recipe("fx", "x86", include=("0.proj",)))
+    assert any(node.target is F.scaled_dot_product_attention for node in prepared.graph.nodes)  # type: ignore[union-attr]
+
+
+def test_a_checkpoint_from_before_loads_and_leaves_products_float(monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(fx_mode, "quantize_products", lambda *args: [])
+        network, example = made("plain")
+        earlier = get_mode("fx").prepare(network, example, RECIPE)
+    earlier(*example.args)
+    later = [get_mode("fx").prepare(*made("plain"), RECIPE) for _ in range(2)]
+    later[0].load_state_dict(earlier.state_dict())
+    later[1].load_state_dict(later[0].state_dict())
+    for prepared in later:
+        assert torch.allclose(prepared.eval()(*example.args), earlier.eval()(*example.args), atol=1e-6)
+        converted = get_mode("fx").convert(cpu_copy(prepared), example)
+        assert not any(row.quantized for row in converted.operations if row.kind == "matmul")
+        assert all(row.quantized for row in converted.coverage if row.kind == "Linear")

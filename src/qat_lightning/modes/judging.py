@@ -60,12 +60,25 @@ def decibels(wanted: Tensor, got: Tensor) -> float:
     """
     if wanted.shape != got.shape:
         return -math.inf
+    if wanted.dtype == got.dtype == torch.float32 and not math.isnan(ratio := _in_float32(wanted, got)):
+        return ratio
     wanted, got = wanted.double(), got.double()
     same = (wanted == got) | (wanted.isnan() & got.isnan())
     finite = wanted.isfinite() & got.isfinite()
     if not bool((same | finite).all()):
         return -math.inf
     return sqnr_db(torch.where(finite, wanted, 0.0), torch.where(finite, got, 0.0))
+
+
+_RIGHT_IN_FLOAT32 = (1e-20, 1e30)
+"""Between them, an energy in float32 is right to six digits: nothing that counts under- or overflowed."""
+
+
+def _in_float32(wanted: Tensor, got: Tensor) -> float:
+    """SQNR to four digits of a decibel, in an eighth of the time of `sqnr_db`; NaN where float32 is not enough."""
+    least, most = _RIGHT_IN_FLOAT32
+    signal, noise = (float(values.square().sum()) for values in (wanted, wanted - got))
+    return 10 * math.log10(signal / noise) if least < signal < most and least < noise < most else math.nan
 
 
 def beyond_rounding(exact: Tensor, wanted: Tensor, got: Tensor, grid: Grid) -> float:
@@ -128,10 +141,13 @@ def compare_integers(
     """
     if wanted.shape != got.shape:
         return LayerCheck(name, op, -math.inf, math.inf, f"its shape is {tuple(got.shape)}, not {tuple(wanted.shape)}")
-    ratio = sqnr_db(wanted.dequantize(), got.dequantize())
-    one, other = wanted.int_repr().int(), got.int_repr().int()
-    steps = float((one - other).abs().max()) if got.numel() else 0.0
+    one, other = wanted.int_repr(), got.int_repr()
+    if torch.equal(one, other):
+        return LayerCheck(name, op, math.inf, 0.0)
+    one, other = one.int(), other.int()
     grid = Grid(got.q_scale(), got.q_zero_point())
+    ratio = decibels((one - grid.zero_point).float(), (other - grid.zero_point).float())
+    steps = float((one - other).abs().max())
     beyond = beyond_rounding(exact, one, other, grid)
     fault = ""
     if beyond > MIDDLE and beyond > MIDDLE + allowed():

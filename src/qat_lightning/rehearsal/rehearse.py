@@ -25,7 +25,7 @@ from qat_lightning.modes.coverage import int8_share
 from qat_lightning.modes.precision import refuse_mixed
 from qat_lightning.modes.protocol import LayerCoverage
 from qat_lightning.modes.registry import get_mode
-from qat_lightning.modes.upstream_memory import give_back_memory
+from qat_lightning.modes.upstream_memory import memory_given_back
 from qat_lightning.rehearsal.calibration import calibrate
 from qat_lightning.rehearsal.faults import (
     Conversion,
@@ -39,10 +39,6 @@ from qat_lightning.settings.recipe import Recipe
 
 OnFault = Literal["leave_float", "error"]
 """What becomes of a layer that cannot be int8: it stays float, or the training is refused."""
-
-_WORTH_COLLECTING = 16 * 2**20
-"""Bytes of weights from which on memory is given back at once: looking through all objects takes as long as it takes
-to rehearse a small network, whose copies Python finds by itself in time."""
 
 Inspect = Callable[[QuantizedNetwork, nn.Module], None]
 """Called with the rehearsed int8 network and what it has to compute, before both may be thrown away."""
@@ -105,12 +101,8 @@ def rehearse(
         >>> found.left_float, found.int8_macs, found.unsaved
         ({}, 1.0, '')
     """
-    try:
+    with memory_given_back():
         return _rehearse(network, example, recipe, prefix, on_fault, inspect)
-    finally:
-        held = sum(tensor.numel() * tensor.element_size() for tensor in network.parameters())
-        if held >= _WORTH_COLLECTING:
-            give_back_memory()
 
 
 def _rehearse(

@@ -85,7 +85,7 @@ def ours(name: str, mode: str, small: bool, note: Note) -> None:
     torch.manual_seed(1)
     batches = [torch.randn(BATCH, *size) for _ in range(2)]
     qat, clock = QuantizationAwareTraining(mode=mode, backend="x86"), _Clock(note)
-    trainer(1, [qat, clock]).fit(_Lit(network), DataLoader(batches, batch_size=None))  # type: ignore[arg-type]
+    trainer(1, [qat, clock], gradient_clip_val=1.0).fit(_Lit(network), DataLoader(batches, batch_size=None))  # type: ignore[arg-type]
     quantized = qat.quantized
     assert quantized is not None, "the fit made no int8 network"
     rows = [*quantized.coverage, *quantized.operations]

@@ -20,6 +20,7 @@ from qat_lightning.modes.prepared import cpu_copy, fake_quantizers, set_phase
 from qat_lightning.modes.registry import get_mode
 from qat_lightning.modes.tracing import trace
 from qat_lightning.plain import convert
+from qat_lightning.rehearsal.rehearse import rehearse
 from qat_lightning.settings.recipe import Recipe
 from tests.modes.carried import carried_through
 
@@ -440,3 +441,35 @@ def test_where_only_one_number_of_samples_can_be_it_is_fixed() -> None:
     prepared = get_mode("fx").prepare(FourSamples(), Example((IMAGES,)), Recipe("fx", "x86"))
     with pytest.raises(QuantizationError, match=r"traced for x: \(4, 3, .*called with x: \(6, 3, 8, 8\)"):
         prepared(torch.randn(6, 3, 8, 8))
+
+
+class KeepsTables(nn.Module):
+    """Makes a table for the size that comes, keeps it as a buffer, and counts its calls."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.linear, self.kind, self.calls, self.last = nn.Linear(4, 4), kind, 0, None
+        self.table: Tensor | None = None
+        if kind == "buffer":
+            del self.table
+            self.register_buffer("table", torch.zeros(1), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        self.last = x
+        if self.table is None or self.table.shape[0] != x.shape[1]:
+            self.table = torch.arange(x.shape[1], dtype=torch.float32)
+        return self.linear(x) + self.table.unsqueeze(-1)
+
+
+@pytest.mark.parametrize("kind", ["buffer", "attribute"])
+def test_what_a_forward_keeps_is_made_by_each_trace_and_left_as_it_was(kind: str) -> None:
+    network = nn.Sequential(KeepsTables(kind))
+    x = torch.randn(2, 3, 4)
+    expected = copy.deepcopy(network)(x)
+    prepared = get_mode("fx").prepare(network, Example((x,)), Recipe("fx", "x86"))
+    set_phase(prepared, fake_quant=False, observers=True, batchnorm_frozen=False)
+    assert torch.allclose(prepared(x), expected, atol=1e-6)
+    inner = network[0]
+    assert (inner.calls, inner.last) == (0, None)
+    assert rehearse(nn.Sequential(KeepsTables(kind)), Example((x,)), Recipe("fx", "x86")).unsaved == ""

@@ -40,7 +40,7 @@ class NonFiniteReport:
             for (key, fq), count in zip(ours, counts, strict=True):
                 if count and (name, key) not in self._said:
                     self._said.add((name, key))
-                    places[f"{_in_words(found[fq])} of {name!r}"] = count
+                    places[f"{_in_words(found.get(fq), key)} of {name!r}"] = count
         if places:
             more = f" and {len(places) - _SHOWN} more" if len(places) > _SHOWN else ""
             rank_zero_warn(
@@ -50,7 +50,10 @@ class NonFiniteReport:
             )
 
 
-def _in_words(place: Place) -> str:
+def _in_words(place: Place | None, key: str) -> str:
+    """What is in a place; of a range that several tensors share, which is in none of them, its name in the network."""
+    if place is None:
+        return f"the shared range {key!r}"
     if place.kind != "input":
         return f"what comes out of layer {place.layer!r}"
     layer = place.layer.removesuffix(".input")

@@ -30,6 +30,7 @@ from qat_lightning.modes.fx.batchnorm import as_upstream_wants, give_parameters
 from qat_lightning.modes.fx.calls import unfoldable_batchnorms
 from qat_lightning.modes.fx.config import backend_config, qconfig_mapping
 from qat_lightning.modes.fx.coverage import FxOperations
+from qat_lightning.modes.fx.divisors import leave_divisors_unrounded
 from qat_lightning.modes.fx.draws import hide_lasting_dropouts
 from qat_lightning.modes.fx.fused import hide_second_names, show_fused
 from qat_lightning.modes.fx.grids import one_grid_where_kernels_keep_it
@@ -176,7 +177,8 @@ class FxMode:
                 "addition. Look at include and exclude, or give another module=."
             )
         qconfig, selects = make_qconfig(recipe), selected_scopes(recipe, prefix)
-        products = quantize_products(prepared, network, example, scopes, selects, qconfig)
+        divisors = leave_divisors_unrounded(prepared)
+        products = quantize_products(prepared, network, example, scopes, selects, qconfig, divisors)
         passes.refuse_late_writes(prepared, network, example, scopes)
         plan = FxPlan(prepared.graph, prepared.meta)
         plan.products = products

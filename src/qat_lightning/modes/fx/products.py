@@ -42,6 +42,7 @@ def quantize_products(
     scopes: dict[str, Any],
     selects: Callable[[str], bool],
     qconfig: QConfig,
+    divisors: set[fx.Node],
 ) -> list[str]:
     """Let products that upstream left float be rounded, where their kernel takes them.
 
@@ -52,6 +53,7 @@ def quantize_products(
         scopes: The path and class of the module whose ``forward`` made each node; those of new nodes are added.
         selects: Whether what a module of this name computes is to be quantized.
         qconfig: What makes the roundings.
+        divisors: What is divided by, which stays as it is.
 
     Returns:
         The names of these products.
@@ -60,7 +62,7 @@ def quantize_products(
     found = [
         node
         for node in prepared.graph.nodes
-        if (_is_product(node) or attention_of(node, modules)) and selects(_scope(node, scopes))
+        if (_is_product(node) or attention_of(node, modules)) and node not in divisors and selects(_scope(node, scopes))
     ]
     if not found:
         return []

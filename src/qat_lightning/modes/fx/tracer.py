@@ -23,6 +23,9 @@ from qat_lightning.numerics.recomputation import Checkpointed
 
 _COUNTER = "num_batches_tracked"
 
+CONSTANTS = ("_example_constant", "_tensor_constant")
+"""What the names begin with under which a trace keeps tensors that a forward has made without its inputs."""
+
 
 class CallAsWhole(Exception):
     """Stops a trace at a module that is to be called as it is."""
@@ -191,7 +194,11 @@ def _random_state() -> tuple[Any, ...]:
 
 @contextmanager
 def counting(network: nn.Module) -> Iterator[set[str]]:
-    """Note which modules count a batch within the block; buffers and random numbers are as before at its end."""
+    """Note which modules count a batch within the block; all else is as before at its end, and random numbers are.
+
+    What a forward keeps in its module, such as a table for the size that came, is made anew by each trace.
+    """
+    attributes = {module: (dict(vars(module)), dict(module._buffers)) for module in network.modules()}
     kept = {name: buffer.detach().clone() for name, buffer in network.named_buffers()}
     counted: set[str] = set()
     with torch.random.fork_rng(devices=[]), torch.no_grad():
@@ -203,7 +210,19 @@ def counting(network: nn.Module) -> Iterator[set[str]]:
             for name, buffer in network.named_buffers():
                 if name.rpartition(".")[2] == _COUNTER and not torch.equal(buffer, kept[name]):
                     counted.add(name.rpartition(".")[0])
+            for module, before in attributes.items():
+                _give_back(module, *before)
+            for name, buffer in network.named_buffers():
                 buffer.copy_(kept[name])
+
+
+def _give_back(module: nn.Module, attributes: dict[str, Any], buffers: dict[str, Any]) -> None:
+    """Let a module have the attributes and buffers that it had, besides constants of the trace."""
+    made = {name: value for name, value in vars(module).items() if name.startswith(CONSTANTS)}
+    module.__dict__.clear()
+    module.__dict__.update(attributes | made)
+    module._buffers.clear()
+    module._buffers.update(buffers)
 
 
 @contextmanager

@@ -473,3 +473,43 @@ def test_what_a_forward_keeps_is_made_by_each_trace_and_left_as_it_was(kind: str
     inner = network[0]
     assert (inner.calls, inner.last) == (0, None)
     assert rehearse(nn.Sequential(KeepsTables(kind)), Example((x,)), Recipe("fx", "x86")).unsaved == ""
+
+
+def table_of(rows: int, columns: int) -> Tensor:
+    """What a library tells torch.fx to call as a whole."""
+    return torch.arange(rows).unsqueeze(1) * columns + torch.arange(columns)
+
+
+def by_values(x: Tensor) -> Tensor:
+    """A function that no trace can follow."""
+    return x if float(x.detach().sum()) > 0 else -x
+
+
+fx.wrap("table_of")
+fx.wrap("by_values")
+
+
+class Wrapped(Base):
+    """Adds a table of the size that comes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Add it."""
+        x = self.conv(x)
+        return x + table_of(x.shape[2], x.shape[3]).to(x.dtype)
+
+
+def test_a_wrapped_function_is_traced_through_so_that_a_file_loads_by_itself(tmp_path: Path) -> None:
+    prepared = get_mode("fx").prepare(Wrapped(), Example((IMAGES,)), Recipe("fx", "x86"))
+    prepared(IMAGES)
+    quantized = convert(prepared, Example((IMAGES,)))
+    quantized.save(tmp_path / "a.int8")
+    assert torch.equal(load_quantized(tmp_path / "a.int8")(IMAGES), quantized(IMAGES))
+
+
+def test_a_wrapped_function_that_no_trace_can_follow_is_called_as_it_is() -> None:
+    class Opaque(Base):
+        def forward(self, x: Tensor) -> Tensor:
+            return by_values(self.conv(x))
+
+    graph, *_ = trace(Opaque(), Example((IMAGES,)), [])
+    assert [node.target for node in graph.graph.nodes if node.op == "call_function"] == [by_values]

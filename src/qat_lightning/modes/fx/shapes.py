@@ -21,7 +21,7 @@ from qat_lightning.graph.example import Example
 from qat_lightning.graph.structures import given_fields, is_namedtuple, is_record, make_mapping
 from qat_lightning.modes.fx.assignments import Assignments
 from qat_lightning.modes.fx.examples import LARGER, NUMBERS, CallFails, Calls, Plan
-from qat_lightning.modes.fx.known import KnownKind, KnownNumber, KnownTensor, Sizes
+from qat_lightning.modes.fx.known import Known, KnownKind, KnownNumber, KnownTensor, Sizes
 from qat_lightning.modes.fx.patches import answering
 from qat_lightning.modes.fx.tracer import CallAsWhole, NetworkTracer, holds_no_layer
 
@@ -155,6 +155,8 @@ class ShapesTracer(NetworkTracer):
         if kind == "call_method" and (function := _operator(str(target))) is not None:
             kind, target, args = "call_function", function, args if hasattr(operator, str(target)) else args[::-1]
         proxy = super().create_proxy(kind, target, args, kwargs, name, type_expr, proxy_factory_fn)
+        if not isinstance(proxy, Proxy) or isinstance(proxy, Known):
+            return proxy  # of a function that was traced through
         node = proxy.node
         if kind in ("placeholder", "output"):
             return proxy

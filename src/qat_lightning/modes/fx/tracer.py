@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -74,6 +75,12 @@ def holds_no_layer(module: nn.Module) -> bool:
     return not any(isinstance(inner, _LAYERS) for inner in module.modules())
 
 
+def is_foreign(target: Any) -> bool:
+    """Whether a function is Python code of somebody else, which is in a graph if it was given to ``torch.fx.wrap``."""
+    ours = ("torch", "qat_lightning", "operator", "builtins", "math", "_operator")
+    return isinstance(target, FunctionType) and target.__module__.partition(".")[0] not in ours
+
+
 class TensorProxy(Proxy):
     """A parameter or buffer in a trace, whose shape is known."""
 
@@ -128,6 +135,7 @@ class NetworkTracer(StructuredTracer):
     def __init__(self, leaves: list[str], *, buffers: bool = True) -> None:
         super().__init__(leaves, [])
         self._buffers = buffers
+        self._opaque = set[Any]()
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Proxy]) -> Any:
         """A value of the graph for each tensor of the network, but for counters: those count."""
@@ -143,6 +151,42 @@ class NetworkTracer(StructuredTracer):
                 "get_attr", name, (), {}, proxy_factory_fn=lambda node: TensorProxy(node, self, attr_val)
             )
         return parameter_proxy_cache[name]
+
+    def create_proxy(
+        self,
+        kind: str,
+        target: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        name: str | None = None,
+        type_expr: Any | None = None,
+        proxy_factory_fn: Any = None,
+    ) -> Any:
+        """What a node yields; a function that somebody told torch.fx to call as a whole is traced through if it can be.
+
+        A file may call the functions of torch only.
+        """
+        if kind == "call_function" and is_foreign(target) and target not in self._opaque:
+            found, result = self._traced_through(target, args, kwargs)
+            if found:
+                return result
+        return super().create_proxy(kind, target, args, kwargs, name, type_expr, proxy_factory_fn)
+
+    def _traced_through(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[bool, Any]:
+        last, before = next(iter(reversed(self.graph.nodes))), _random_state()
+        try:
+            result = function(*args, **kwargs)
+        except Exception:  # noqa: BLE001 - whatever it does that no trace can follow, it is called as a whole
+            result = None
+        else:
+            if _random_state() == before:
+                return True, result
+        self._opaque.add(function)
+        for node in reversed(self.graph.nodes):
+            if node is last:
+                break
+            self.graph.erase_node(node)
+        return False, None
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         """Trace ``root``; see `torch.fx.Tracer.trace`.

@@ -94,7 +94,7 @@ def artifact(format_name: str, mode: str, backend: str = "x86") -> Callable[[str
 
     def make(name: str) -> Run:
         from qat_lightning.export import get_format
-        from qat_lightning.export.base import Source
+        from qat_lightning.export.protocol import Source
 
         chosen, path = get_format(format_name), FOLDER / f"int8{get_format(format_name).suffix}"
         int8 = _int8(name, mode, backend)

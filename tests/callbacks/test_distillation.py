@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from qat_lightning import Distillation
 from qat_lightning.errors import ConfigurationError
 from tests.callbacks.lit import MODES, Lit, Net, assert_same_state, dataset, loader, qat, state, trainer
-from tests.callbacks.test_company import Manual, TwoNetworks
 from tests.callbacks.test_insert import OwnForward
+from tests.callbacks.test_together import Manual, TwoNetworks
 
 START = {"start": {"step": 2}}
 

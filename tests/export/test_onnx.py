@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qat_lightning.errors import ExportError
-from qat_lightning.export.base import Source
 from qat_lightning.export.onnx import Onnx
 from qat_lightning.export.onnx_graph import OPSET
+from qat_lightning.export.protocol import Source
 from qat_lightning.graph.example import Example
 from qat_lightning.settings.recipe import Recipe
 from tests.artifact.making import batch_of, case_named, images, quantize

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from qat_lightning.errors import ExportError
-from qat_lightning.export.base import Source
 from qat_lightning.export.openvino import OpenVino
+from qat_lightning.export.protocol import Source
 from qat_lightning.graph.example import Example
 from tests.artifact.making import batch_of, case_named, images, quantize
 from tests.export.files import Odd, assert_same_outputs, quantized_case

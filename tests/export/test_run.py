@@ -16,8 +16,8 @@ from qat_lightning.artifact.quantized import QuantizedNetwork
 from qat_lightning.demos import DigitsDataModule, SmallMobileNet
 from qat_lightning.errors import CombinationError, ConfigurationError, ExportError, MissingExtraError
 from qat_lightning.export import FORMATS, ExportResult, get_format
-from qat_lightning.export.base import Source
 from qat_lightning.export.formats import check_formats
+from qat_lightning.export.protocol import Source
 from qat_lightning.export.remote import Server
 from qat_lightning.export.run import open_artifact
 from qat_lightning.graph.example import Example

@@ -15,8 +15,8 @@ import qat_lightning.modes.fx.mode as fx_flow
 from qat_lightning.artifact import load_quantized
 from qat_lightning.artifact.quantized import QuantizedNetwork
 from qat_lightning.errors import ConversionError, NetworkError, TraceError, VerificationError
-from qat_lightning.export.base import Source
 from qat_lightning.export.program import int8_program
+from qat_lightning.export.protocol import Source
 from qat_lightning.export.torchscript import TorchScript
 from qat_lightning.graph.example import Example
 from qat_lightning.layers.padding import pad

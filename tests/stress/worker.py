@@ -25,7 +25,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer, seed_everythin
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
-from qat_lightning.callbacks.base import QuantizationCallback
+from qat_lightning.callbacks.quantization_callback import QuantizationCallback
 from qat_lightning.demos.data.resumable import resumable_loader
 from tests.callbacks.lit import dataset
 from tests.stress.kinds import MORE_STEPS, parts

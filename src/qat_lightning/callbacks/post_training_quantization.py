@@ -12,16 +12,16 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
-from qat_lightning.callbacks.base import QuantizationCallback
 from qat_lightning.callbacks.parts.arguments import check_flag
+from qat_lightning.callbacks.parts.between_processes import take_over_from_first
 from qat_lightning.callbacks.parts.calibration_data import calibration_loader
 from qat_lightning.callbacks.parts.calibration_source import CalibrationSource
 from qat_lightning.callbacks.parts.coverage_report import log_coverage, wandb_loggers
 from qat_lightning.callbacks.parts.network import Slot, find_networks
 from qat_lightning.callbacks.parts.preparing import one_or_all
-from qat_lightning.callbacks.parts.sharing import take_over_from_first
 from qat_lightning.callbacks.parts.steps import has_trained
 from qat_lightning.callbacks.parts.together import mend_resume, refuse_strategy, stop_recording_layers
+from qat_lightning.callbacks.quantization_callback import QuantizationCallback
 from qat_lightning.errors import ConfigurationError
 from qat_lightning.modes.float_state import float_weights
 from qat_lightning.modes.prepared import is_prepared

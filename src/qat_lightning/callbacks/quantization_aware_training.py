@@ -12,9 +12,9 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 
-from qat_lightning.callbacks.base import QuantizationCallback
 from qat_lightning.callbacks.parts.arguments import check_count, check_file, check_flag, check_stages
 from qat_lightning.callbacks.parts.best import forget_best
+from qat_lightning.callbacks.parts.between_processes import take_over_from_first
 from qat_lightning.callbacks.parts.calibration_data import calibration_loader, calls_in_steps
 from qat_lightning.callbacks.parts.checkpoint_io import read_float_state
 from qat_lightning.callbacks.parts.checkpoints import read_float_weights
@@ -23,9 +23,9 @@ from qat_lightning.callbacks.parts.learned import check_optimized, keep_from_ddp
 from qat_lightning.callbacks.parts.network import OWN_FORWARD, Slot
 from qat_lightning.callbacks.parts.nonfinite import NonFiniteReport
 from qat_lightning.callbacks.parts.schedule_driver import ScheduleDriver, curves
-from qat_lightning.callbacks.parts.sharing import take_over_from_first
 from qat_lightning.callbacks.parts.steps import estimates_batchnorm, has_trained
 from qat_lightning.callbacks.parts.together import mend_resume
+from qat_lightning.callbacks.quantization_callback import QuantizationCallback
 from qat_lightning.errors import ConfigurationError
 from qat_lightning.modes.compiling import CompiledSteps, check_compiler
 from qat_lightning.modes.float_state import float_weights

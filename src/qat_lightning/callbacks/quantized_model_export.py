@@ -15,9 +15,9 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from qat_lightning.artifact.quantized import QuantizedNetwork
-from qat_lightning.callbacks.base import QuantizationCallback
 from qat_lightning.callbacks.parts.arguments import check_count, check_names, check_number
 from qat_lightning.callbacks.parts.calibration_data import calibration_loader, calls_in_steps
+from qat_lightning.callbacks.quantization_callback import QuantizationCallback
 from qat_lightning.errors import CombinationError, ConfigurationError, ExportError, QuantizationError
 from qat_lightning.export.formats import FORMATS, check_formats
 from qat_lightning.export.result import ExportResult, export_table, fastest

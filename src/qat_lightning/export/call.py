@@ -12,7 +12,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from qat_lightning.errors import ExportError
-from qat_lightning.export.base import Source
+from qat_lightning.export.protocol import Source
 from qat_lightning.graph.signature import batch_size, canonical, has_batch
 
 TENSOR = object()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from qat_lightning.errors import ExportError, MissingExtraError
-from qat_lightning.export.base import Runner, Source
+from qat_lightning.export.protocol import Runner, Source
 from qat_lightning.export.pt2 import as_list, flat_graph
 from qat_lightning.settings.recipe import Recipe
 

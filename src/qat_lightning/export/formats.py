@@ -6,7 +6,7 @@ import importlib
 from collections.abc import Sequence
 
 from qat_lightning.errors import CombinationError, ConfigurationError
-from qat_lightning.export.base import Format
+from qat_lightning.export.protocol import Format
 from qat_lightning.settings.recipe import Recipe
 
 _TABLE = {

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from qat_lightning.errors import ExportError, MissingExtraError
-from qat_lightning.export.base import Runner, Source
 from qat_lightning.export.onnx_graph import onnx_model
+from qat_lightning.export.protocol import Runner, Source
 from qat_lightning.settings.kinds import DIRECT
 from qat_lightning.settings.recipe import Recipe
 

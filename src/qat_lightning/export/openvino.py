@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from qat_lightning.errors import ExportError, MissingExtraError
-from qat_lightning.export.base import Runner, Source
 from qat_lightning.export.onnx import refuse_direct
 from qat_lightning.export.onnx_graph import onnx_model
+from qat_lightning.export.protocol import Runner, Source
 from qat_lightning.settings.recipe import Recipe
 
 _PRECISION = ["qat_lightning", "inference_precision"]

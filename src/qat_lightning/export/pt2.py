@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from qat_lightning.errors import ExportError
-from qat_lightning.export.base import Runner, Source
+from qat_lightning.export.protocol import Runner, Source
 from qat_lightning.modes.pt2e.compiling import compile_package
 from qat_lightning.settings.recipe import Recipe
 

@@ -17,11 +17,11 @@ from torch import nn
 
 from qat_lightning.artifact.quantized import QuantizedNetwork
 from qat_lightning.errors import ConfigurationError, ExportError, QuantizationError
-from qat_lightning.export.base import Format, Source
 from qat_lightning.export.call import Call
 from qat_lightning.export.comparison import Comparison, problem
 from qat_lightning.export.formats import FORMATS, check_formats, get_format
 from qat_lightning.export.program import int8_network
+from qat_lightning.export.protocol import Format, Source
 from qat_lightning.export.remote import RemoteNetwork, Server
 from qat_lightning.export.result import ExportResult, write_json
 from qat_lightning.graph.example import Example

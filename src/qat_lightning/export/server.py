@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from qat_lightning.errors import ExportError
-from qat_lightning.export.base import Runner
 from qat_lightning.export.formats import get_format
+from qat_lightning.export.protocol import Runner
 from qat_lightning.measure.metrics import latency_interleaved
 
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.jit._trace import TracerWarning
 
 from qat_lightning.errors import ExportError
-from qat_lightning.export.base import Runner, Source
 from qat_lightning.export.call import Call
+from qat_lightning.export.protocol import Runner, Source
 from qat_lightning.settings.backends import quantized_engine
 from qat_lightning.settings.recipe import Recipe
 

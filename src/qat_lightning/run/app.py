@@ -20,9 +20,9 @@ from rich.console import Console
 from rich.panel import Panel
 from rich.text import Text
 
-from qat_lightning.callbacks.base import QuantizationCallback
 from qat_lightning.callbacks.parts.checkpoint_io import WholeFileCheckpointIO
 from qat_lightning.callbacks.parts.fit_metrics import FitMetrics
+from qat_lightning.callbacks.quantization_callback import QuantizationCallback
 from qat_lightning.errors import ArtifactError, CombinationError, ConfigurationError, QuantizationError
 from qat_lightning.export.formats import check_formats
 from qat_lightning.measure.wandb_views import define_summaries, log_int8

@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 
 from qat_lightning import load_quantized
 from qat_lightning.artifact.quantized import QuantizedNetwork
-from qat_lightning.export.base import Source
+from qat_lightning.export.protocol import Source
 from qat_lightning.export.pt2 import AotInductor
 from qat_lightning.graph.example import Example
 from qat_lightning.modes.protocol import LayerCheck

@@ -14,9 +14,9 @@ from torch import nn
 
 from qat_lightning.artifact.quantized import QuantizedNetwork
 from qat_lightning.callbacks.parts.arguments import check_names
+from qat_lightning.callbacks.parts.between_processes import compile_once, pack, unpack
 from qat_lightning.callbacks.parts.coverage_report import log_coverage, warn_of_float
 from qat_lightning.callbacks.parts.preparing import PreparingCallback, one_or_all
-from qat_lightning.callbacks.parts.sharing import compile_once, pack, unpack
 from qat_lightning.errors import ConfigurationError, ConversionError
 from qat_lightning.modes.left_float import leave_float
 from qat_lightning.modes.prepared import fake_quantizers, prepared_state

@@ -123,6 +123,7 @@ class ShapesTracer(NetworkTracer):
                 return node
             if isinstance(a, Sizes) or (type(a) is not tuple and not is_namedtuple(type(a))):
                 a = tuple(a)
+        a = self.as_constant(a)
         if isinstance(a, Tensor) and not isinstance(a, nn.Parameter) and a not in self.tensor_attrs:
             # Evaluation comes to the constants that training came to.
             name = next((name for kept, name in self.tensor_attrs.items() if _equal(kept, a)), None)

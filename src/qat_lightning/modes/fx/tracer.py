@@ -136,6 +136,7 @@ class NetworkTracer(StructuredTracer):
         super().__init__(leaves, [])
         self._buffers = buffers
         self._opaque = set[Any]()
+        self._replaced: dict[int, tuple[Tensor, Tensor]] = {}
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Proxy]) -> Any:
         """A value of the graph for each tensor of the network, but for counters: those count."""
@@ -151,6 +152,18 @@ class NetworkTracer(StructuredTracer):
                 "get_attr", name, (), {}, proxy_factory_fn=lambda node: TensorProxy(node, self, attr_val)
             )
         return parameter_proxy_cache[name]
+
+    def create_arg(self, a: Any) -> Any:
+        """What stands for ``a`` in the graph."""
+        return super().create_arg(self.as_constant(a))
+
+    def as_constant(self, a: Any) -> Any:
+        """For a tensor that a forward has put in the place of a buffer since the trace began one that is no buffer."""
+        if not isinstance(a, Tensor) or isinstance(a, nn.Parameter) or id(a) in self._names:
+            return a
+        if id(a) not in self._replaced and any(a is buffer for buffer in self.root.buffers()):
+            self._replaced[id(a)] = a, a.detach()
+        return self._replaced.get(id(a), (a, a))[1]
 
     def create_proxy(
         self,

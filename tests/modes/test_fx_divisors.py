@@ -58,3 +58,10 @@ def test_training_stays_finite_and_all_layers_are_int8(way: str) -> None:
     found = rehearse(Divides(way), example, RECIPE)
     assert not found.unsaved
     assert all(row.quantized for row in found.coverage if row.kind == "Linear")
+
+
+def test_a_product_that_is_divided_by_is_named_with_the_reason() -> None:
+    torch.manual_seed(0)
+    found = rehearse(Divides("product"), Example((torch.randn(4, 16, 8),)), RECIPE)
+    reasons = {row.reason for row in found.coverage if row.kind == "matmul" and not row.quantized}
+    assert reasons == {"what is divided by is not rounded"}

@@ -159,7 +159,9 @@ class FxOperations:
         if kind in LEFT_FLOAT:
             return f"{name} is not quantized in mode='fx'"
         if kind in PRODUCTS:
-            return "its int8 kernel takes two matrices, or as many of them on either side"
+            divides = node.name in self.plan.divisors
+            shapes = "its int8 kernel takes two matrices, or as many of them on either side"
+            return "what is divided by is not rounded" if divides else shapes
         if kind in _WRITE_INSTEAD:
             unknown, known = _WRITE_INSTEAD[kind]
             return f"mode='fx' does not know {unknown}: write {known}"

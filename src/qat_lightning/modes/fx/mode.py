@@ -95,6 +95,7 @@ class FxPlan(HoldsGraphs):
             for, and dropout.
         scopes: The module whose ``forward`` made each node, by the node's name.
         products: The names of the products that upstream would leave float.
+        divisors: The names of the nodes that are not rounded, because they are divided by.
     """
 
     graph: fx.Graph
@@ -103,6 +104,7 @@ class FxPlan(HoldsGraphs):
     dropped: list[str] = field(default_factory=list)
     scopes: dict[str, str] = field(default_factory=dict)
     products: list[str] = field(default_factory=list)
+    divisors: list[str] = field(default_factory=list)
 
 
 class FxMode:
@@ -181,7 +183,7 @@ class FxMode:
         products = quantize_products(prepared, network, example, scopes, selects, qconfig, divisors)
         passes.refuse_late_writes(prepared, network, example, scopes)
         plan = FxPlan(prepared.graph, prepared.meta)
-        plan.products = products
+        plan.products, plan.divisors = products, [node.name for node in divisors]
         plan.scopes = {name: scope[0] for name, scope in scopes.items()}
         plan.float_ops = passes.round_tensors_only(prepared, network, example) + passes.calls_of(prepared, unfoldable)
         plan.float_ops += weights_from_inputs(prepared) + lasting

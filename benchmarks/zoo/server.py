@@ -80,12 +80,15 @@ def _in_child(work: Callable[[Callable[..., None]], None], path: Path, log: Path
         with log.open("w") as file:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
-            faulthandler.register(signal.SIGUSR1, file=sys.stderr, all_threads=False)
-            work(note)
+            sys.stdout = sys.stderr = file
+            faulthandler.register(signal.SIGUSR1, file=file, all_threads=False)
+            try:
+                work(note)
+            except BaseException:
+                traceback.print_exc()
+                raise
             code = 0
     except BaseException as error:  # noqa: BLE001 - whatever it is, it is this network's result
-        traceback.print_exc()
         note(error=f"{type(error).__name__}: {error}"[:2000])
     finally:
-        sys.stderr.flush()
         os._exit(code)

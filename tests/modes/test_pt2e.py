@@ -443,9 +443,7 @@ def test_unseen_ranges_leave_layers_float() -> None:
     fit(prepared)
     names = [name for name, fq in fake_quantizers(prepared) if fq.source == "moving_average"]
     fq = prepared.get_submodule(names[-1])
-    fq.min_val.fill_(float("inf"))
-    fq.max_val.fill_(float("-inf"))
-    fq._seen = False
+    fq.forget()
     converted = convert(prepared)
     rows = {row.name: row for row in converted.coverage}
     assert rows["stem.0"].quantized

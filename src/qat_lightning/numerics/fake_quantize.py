@@ -12,26 +12,22 @@ from torch.ao.quantization.fake_quantize import FakeQuantizeBase as _TorchFakeQu
 from qat_lightning.numerics.course import Course
 from qat_lightning.numerics.grid import (
     along,
-    choose_qparams,
-    fake_quantize,
     fake_quantize_folded,
     relu_up_to,
     smallest_and_largest,
 )
+from qat_lightning.numerics.integer_grid import IntegerGrid
 from qat_lightning.numerics.learned_step import LearnedStep, move_only
-from qat_lightning.numerics.observers import (
-    Histogram,
-    entropy_range,
-    least_squares_clip,
-    least_squares_range,
-    percentile_range,
+from qat_lightning.numerics.observers import Histogram
+from qat_lightning.numerics.ranges import (
+    FROM_HISTOGRAM,
+    ObservedRange,
+    PresentRange,
+    RangeSource,
+    range_of,
 )
 from qat_lightning.numerics.recomputation import decided_once, recomputes
 from qat_lightning.processes import process_count, range_over_all
-
-RangeSource = Literal["moving_average", "min_max", "histogram_mse", "histogram_kl", "percentile", "present", "fixed"]
-
-_STORAGE = {torch.uint8: torch.quint8, torch.int8: torch.qint8, torch.quint8: torch.quint8, torch.qint8: torch.qint8}
 
 
 class FakeQuantize(_TorchFakeQuantizeBase):
@@ -42,21 +38,18 @@ class FakeQuantize(_TorchFakeQuantizeBase):
     what is on is a function of the step.
 
     Args:
-        dtype: ``torch.uint8`` or ``torch.int8``: the integers that the kernel stores.
+        dtype: With the next four, the integers that are rounded to; see `IntegerGrid`.
         quant_min: Smallest integer.
         quant_max: Largest integer.
         qscheme: One of torch's four, as upstream's converters read it.
         ch_axis: Channel dimension of a per-channel scheme, else -1.
-        source: ``"moving_average"`` of the batches' ranges, kept in the buffers ``min_val`` and ``max_val`` and moved
-            only in training; ``"min_max"``: the smallest and largest value of all batches; ``"histogram_mse"``,
-            ``"histogram_kl"``, ``"percentile"``: a range that `settle` chooses from the histogram of all batches;
-            ``"present"``: the range of the tensor at hand, for weights, so that it is never a step old; ``"fixed"``: a
-            range known beforehand, given as ``fixed_range``.
-        averaging_constant: Weight of the newest batch, once there were many. Before, it is 9 / (10 + batches seen), as
-            in ``tf.train.ExponentialMovingAverage(num_updates=…)``, so that ranges follow a network that still grows.
+        source: Of the range. ``"moving_average"`` of the batches' ranges, moved only in training; ``"min_max"`` of all
+            batches; ``"histogram_mse"``, ``"histogram_kl"``, ``"percentile"``: what `settle` chooses from all batches;
+            ``"present"``: of the tensor at hand, for weights; ``"fixed"``: given as ``fixed_range``.
+        averaging_constant: Weight of the newest batch, once there were many; see `ObservedRange`.
         percentile: Share of the values, in percent, that ``source="percentile"`` keeps on each side.
-        clipped: Whether ``source="present"`` takes the share of the range with the least mean squared error. The share
-            is chosen when rounding first comes on, and kept in the buffer ``clip``.
+        clipped: Whether ``source="present"`` takes the share of the range with the least mean squared error, which is
+            chosen when rounding first comes on, and kept in the buffer ``clip``.
         learned: ``"none"``, ``"lsq"`` or ``"lsq+"``: see `LearnedStep`.
         fixed_range: Smallest and largest value for ``source="fixed"``.
         is_dynamic: Accepted because upstream's converters pass it; only False is possible.
@@ -74,6 +67,7 @@ class FakeQuantize(_TorchFakeQuantizeBase):
         reduce_across_processes: Whether every batch's range is taken over all processes of a distributed training. Only
             where all of them run the same modules in the same order, or they wait for each other for ever.
         nonfinite_batches: Batches whose range was NaN or infinite and was left out, an int64 buffer that is not saved.
+        origin: Where the range comes from; what it keeps of it is in the buffers.
         step: Scale and zero point as parameters, where they learn.
 
     Example:
@@ -114,10 +108,9 @@ class FakeQuantize(_TorchFakeQuantizeBase):
         nn.Module.__init__(self)
         if is_dynamic:
             raise ValueError("FakeQuantize observes static ranges only; is_dynamic=True is not possible.")
-        self.dtype = dtype
+        self.grid = IntegerGrid(dtype, quant_min, quant_max, qscheme, ch_axis)
+        self.dtype, self.qscheme, self.ch_axis = dtype, qscheme, ch_axis
         self.quant_min, self.quant_max = quant_min, quant_max
-        self.qscheme = qscheme
-        self.ch_axis = ch_axis
         self.source = source
         self.averaging_constant = averaging_constant
         self.percentile = percentile
@@ -130,15 +123,10 @@ class FakeQuantize(_TorchFakeQuantizeBase):
         self.reduce_across_processes = False
         self.left_float = False
         self.is_shared = False
-        self._passed: tuple[tuple[Tensor, Tensor, Tensor], Tensor, Tensor] | None = None
-        self._seen = source == "fixed"
+        self.origin = range_of(source, constant=averaging_constant, percentile=percentile, grid=self.grid)
         self.step: LearnedStep | None = None
-        self.histogram = Histogram() if source in ("histogram_mse", "histogram_kl", "percentile") else None
+        self.histogram = Histogram() if source in FROM_HISTOGRAM else None
         if source == "present":
-            # Not buffers: a weight's range is worked out from the weight each time, and never loaded or averaged.
-            self._present: tuple[Tensor, Tensor] | None = None
-            self._clip_known = False
-            self._held = False
             return
         if learned != "none":
             self.step = self._learned_step(None)
@@ -152,25 +140,25 @@ class FakeQuantize(_TorchFakeQuantizeBase):
     @property
     def symmetric(self) -> bool:
         """Whether the zero point is in the middle of the grid."""
-        return self.qscheme in (torch.per_tensor_symmetric, torch.per_channel_symmetric)
+        return self.grid.symmetric
 
     @property
     def per_channel(self) -> bool:
         """Whether each channel has its own scale."""
-        return self.qscheme in (torch.per_channel_symmetric, torch.per_channel_affine)
+        return self.grid.per_channel
 
     @property
     def observed(self) -> bool:
         """Whether the range is that of batches, and not a weight's or fixed."""
-        return self.source not in ("present", "fixed")
+        return isinstance(self.origin, ObservedRange)
 
     @property
     def seen(self) -> bool:
         """Whether a range is known; without one nothing is rounded, and what needs it stays float."""
         # To look at it breaks a compiled graph, which `_round` does without unless something has to begin to learn.
-        if not self._seen and (self.learned != "none" or not torch.compiler.is_compiling()):
-            self._seen = self.learns or (self.observed and bool(self.min_val <= self.max_val))
-        return self._seen
+        if not self.origin.known and (self.learned != "none" or not torch.compiler.is_compiling()):
+            self.origin.known = self.learns or self.origin.is_in(self)
+        return self.origin.known
 
     @property
     def learns(self) -> bool:
@@ -204,10 +192,10 @@ class FakeQuantize(_TorchFakeQuantizeBase):
         if self.learns:
             scale, zero_point = self.calculate_qparams()
             return (self.quant_min - zero_point) * scale, (self.quant_max - zero_point) * scale
-        if self.source == "present":
-            if self._present is None:
+        if isinstance(self.origin, PresentRange):
+            if self.origin.ends is None:
                 raise RuntimeError("A weight's FakeQuantize has a range only after it was given the weight.")
-            return self._present
+            return self.origin.ends
         return self.min_val, self.max_val
 
     @torch.no_grad()
@@ -219,11 +207,14 @@ class FakeQuantize(_TorchFakeQuantizeBase):
             relu: The largest value that a ReLU leaves, through which ``x`` is still to go; None for no ReLU.
         """
         values = x.detach().float()
-        if self.source == "present":
-            if not self._held:
-                low, high = self._ends(values)
-                self._is_present(*((low, high) if not self.clipped else self._clip(values, low, high)))
-            return
+        if isinstance(self.origin, PresentRange):
+            if self.clipped and not self.origin.share_known:
+                self.materialize(values)
+            self.origin.observe(values, self.grid, self.clip if self.clipped else None)
+        elif isinstance(self.origin, ObservedRange):
+            self._observe_batch(self.origin, values, relu)
+
+    def _observe_batch(self, origin: ObservedRange, values: Tensor, relu: float | None) -> None:
         reduce = self.reduce_across_processes and process_count() > 1
         empty = values.numel() == 0
         if empty and not reduce:
@@ -238,69 +229,13 @@ class FakeQuantize(_TorchFakeQuantizeBase):
             low, high, finite = range_over_all(low, high, finite)
         if self.histogram is not None and bool(finite):
             self.histogram.observe(values)
-        before = self.min_val, self.max_val, self.batches
-        if self.course is not None and self.course.in_forward:
-            low, high, finite, before = self._of_whole_forward(low, high, finite)
-        ends = self._average(low, high, *before) if self.source == "moving_average" else self._extend(low, high)
-        for buffer, old, new in zip((self.min_val, self.max_val), before, ends, strict=False):
-            buffer.copy_(torch.where(finite, new, old))
-        self.batches.copy_(before[2] + finite)
-
-    def _of_whole_forward(self, low: Tensor, high: Tensor, finite: Tensor) -> tuple[Tensor, Tensor, Tensor, Any]:
-        """The range of all that came by in this forward pass, and range and count of before it.
-
-        A layer that is called several times sees one batch, in parts: the average is moved once, by their union, and
-        with each part anew from where it was.
-        """
-        low, high = torch.where(finite, low, torch.inf), torch.where(finite, high, -torch.inf)
-        if self._passed is None:
-            before = self.min_val.clone(), self.max_val.clone(), self.batches.clone()
-        else:
-            before, others_low, others_high = self._passed
-            low, high = torch.minimum(low, others_low), torch.maximum(high, others_high)
-        self._passed = before, low, high
-        return low, high, low <= high, before
+        in_forward = self.course is not None and self.course.in_forward
+        origin.move(self, low, high, finite, in_forward=in_forward)
 
     def begin_forward(self) -> None:
         """From here on, what comes by belongs to another forward pass."""
-        self._passed = None
-
-    def _is_present(self, low: Tensor, high: Tensor) -> None:
-        self._present = low, high
-        self._seen = True
-
-    def _average(
-        self, low: Tensor, high: Tensor, before_low: Tensor, before_high: Tensor, batches: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        constant = (9.0 / (batches + 10)).clamp(min=self.averaging_constant)
-        first = batches == 0
-        average_low = torch.where(first, low, before_low + constant * (low - before_low))
-        average_high = torch.where(first, high, before_high + constant * (high - before_high))
-        return average_low, average_high
-
-    def _extend(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.minimum(low, self.min_val), torch.maximum(high, self.max_val)
-
-    def _ends(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        return smallest_and_largest(values, self.ch_axis if self.per_channel else None)
-
-    def _by_channel(self, values: Tensor) -> Tensor:
-        return values.movedim(self.ch_axis, 0).flatten(1) if self.per_channel else values.reshape(1, -1)
-
-    def _clip(self, values: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-        if not self._clip_known:
-            self.materialize(values)
-            if not bool(self.clip.all()):
-                self.clip.copy_(
-                    least_squares_clip(
-                        self._by_channel(values),
-                        quant_min=self.quant_min,
-                        quant_max=self.quant_max,
-                        symmetric=self.symmetric,
-                    ).reshape(self.clip.shape)
-                )
-            self._clip_known = True
-        return low * self.clip, high * self.clip
+        if isinstance(self.origin, ObservedRange):
+            self.origin.passed = None
 
     def begins_at_zero(self, largest: float) -> None:
         """Keep a learned grid to what a ReLU in front leaves, which conversion drops because the grid clamps alike.
@@ -313,45 +248,30 @@ class FakeQuantize(_TorchFakeQuantizeBase):
 
     def hold(self) -> None:
         """Keep the range of the present weight, whatever weight comes: conversion rounds it before it packs it."""
-        self._held = True
+        if isinstance(self.origin, PresentRange):
+            self.origin.held = True
 
     @torch.no_grad()
     def settle(self) -> None:
         """Choose the range from the histogram of all batches, where that is the source; calibration ends with it."""
-        if self.histogram is None or not self.seen:
-            return
-        low, high = float(self.min_val), float(self.max_val)
-        grid = {"quant_min": self.quant_min, "quant_max": self.quant_max}
-        if self.source == "percentile":
-            inner = percentile_range(self.histogram, self.percentile)
-            chosen = max(low, inner[0]), min(high, inner[1])
-        elif self.source == "histogram_kl":
-            chosen = entropy_range(self.histogram, low, high, levels=self.quant_max - self.quant_min + 1)
-        else:
-            chosen = least_squares_range(self.histogram, low, high, symmetric=self.symmetric, **grid)
-        self.min_val.fill_(chosen[0])
-        self.max_val.fill_(chosen[1])
+        if isinstance(self.origin, ObservedRange) and self.histogram is not None and self.seen:
+            self.origin.settle(self, self.histogram)
 
     @torch.no_grad()
     def forget(self) -> None:
         """Forget the range of all batches, to observe anew."""
-        if not self.observed:
+        if not isinstance(self.origin, ObservedRange):
             return
-        self.min_val.fill_(torch.inf)
-        self.max_val.fill_(-torch.inf)
-        self.batches.zero_()
-        self._seen = False
+        self.origin.forget(self)
         if self.histogram is not None:
             self.histogram = Histogram().to(self.min_val.device)
 
     @torch.no_grad()
     def widen_to(self, other: FakeQuantize) -> None:
         """Take the range of another place into its own, which holds both from now on."""
+        assert isinstance(self.origin, ObservedRange)
         low, high = (end.to(self.min_val.device) for end in other.range())
-        self.min_val.copy_(torch.minimum(self.min_val, low))
-        self.max_val.copy_(torch.maximum(self.max_val, high))
-        self.batches.copy_(torch.maximum(self.batches, other.batches.to(self.batches.device)))
-        self._seen = False
+        self.origin.widen(self, low, high, other.batches.to(self.batches.device))
 
     def forward(self, x: Tensor, factor: Tensor | None = None, axis: int = 0, *, relu: float | None = None) -> Tensor:
         """``x`` itself before rounding is on; afterwards ``x`` on the grid, in the shape and dtype of ``x``.
@@ -372,7 +292,7 @@ class FakeQuantize(_TorchFakeQuantizeBase):
             return self._round_folded(x, decided_once(lambda: given), axis) if self.fake_quant_enabled else x
         if self.learns:
             return self.round(x)
-        if self.source == "present":
+        if isinstance(self.origin, PresentRange):
             if self.fake_quant_enabled:
                 self.observe(x)
         elif self.observes:
@@ -388,25 +308,19 @@ class FakeQuantize(_TorchFakeQuantizeBase):
     @property
     def _holds_all(self) -> bool:
         """Whether the grid is that of all values of the present weight, so that none of them is beyond it."""
-        plain = self.source == "present" and not self.clipped and self.learned == "none"
-        return plain and self.symmetric and not self._held
+        held = not isinstance(self.origin, PresentRange) or self.origin.held
+        return not held and not self.clipped and self.learned == "none" and self.symmetric
 
     def _round_folded(self, weight: Tensor, factor: Tensor, axis: int) -> Tensor:
         if self._holds_all and (not self.per_channel or self.ch_axis == axis):
-            self._is_present(*self._folded_ends(weight.detach(), factor, axis))
+            assert isinstance(self.origin, PresentRange)
+            self.origin.take(*self.grid.folded_ends(weight.detach(), factor, axis))
             scale, _ = self.calculate_qparams()
             return fake_quantize_folded(weight, factor, scale, axis=axis)
         factor = along(factor, weight, axis)
         dead = factor == 0
         folded = self.forward(weight.float() * factor)
         return torch.where(dead, weight.float(), folded / torch.where(dead, 1.0, factor)).to(weight.dtype)
-
-    @torch.no_grad()
-    def _folded_ends(self, weight: Tensor, factor: Tensor, axis: int) -> tuple[Tensor, Tensor]:
-        """The range of ``weight * factor``, without that product: rounding to float32 keeps order."""
-        ends = [end.float() * factor for end in smallest_and_largest(weight, axis)]
-        low, high = torch.minimum(*ends), torch.maximum(*ends)
-        return (low, high) if self.per_channel else (low.amin(), high.amax())
 
     @property
     def observes(self) -> bool:
@@ -423,10 +337,10 @@ class FakeQuantize(_TorchFakeQuantizeBase):
         """Scale and zero point with which the step begins to learn now; None if it does not."""
         if self.step is None or self.step.learns or not self._trains:
             return None
-        if self.is_shared and self._passed is not None:
+        if self.is_shared and isinstance(self.origin, ObservedRange) and self.origin.passed is not None:
             # What this forward pass has shown so far is a part of the batch.
-            (low, high, batches), *_ = self._passed
-            return self._qparams_of(low, high) if bool(batches) else None
+            (low, high, batches), *_ = self.origin.passed
+            return self.grid.qparams(low, high) if bool(batches) else None
         return self.calculate_qparams()
 
     def round(self, x: Tensor) -> Tensor:
@@ -445,38 +359,18 @@ class FakeQuantize(_TorchFakeQuantizeBase):
             if beginning is not None:
                 self.step.begin(*beginning)
             if self.step.learns:
-                axis = self.ch_axis if self.per_channel else None
-                return self.step.round(x, axis=axis, is_weight=self.source == "present")
+                return self.step.round(x, axis=self.grid.axis, is_weight=self.source == "present")
         return self._on_grid(x, clamps=clamps, relu=relu)
 
     def _on_grid(self, x: Tensor, *, clamps: bool, relu: float | None = None) -> Tensor:
         scale, zero_point = decided_once(self.calculate_qparams)
-        middle = self.quant_min + (self.quant_max - self.quant_min + 1) // 2
-        return fake_quantize(
-            x,
-            scale,
-            middle if self.symmetric else zero_point,
-            quant_min=self.quant_min,
-            quant_max=self.quant_max,
-            axis=self.ch_axis if self.per_channel else None,
-            clamps=clamps,
-            relu=relu,
-        )
+        return self.grid.round(x, scale, zero_point, clamps=clamps, relu=relu)
 
     def calculate_qparams(self, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Scale (float32) and zero point (int32) of the present range: what training rounds with and convert reads."""
         if self.step is not None and self.step.learns:
             return self.step.qparams()
-        return self._qparams_of(*self.range())
-
-    def _qparams_of(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-        return choose_qparams(
-            low,
-            high,
-            quant_min=self.quant_min,
-            quant_max=self.quant_max,
-            symmetric=self.symmetric,
-        )
+        return self.grid.qparams(*self.range())
 
     def enable_fake_quant(self, enabled: bool = True) -> None:
         """Switch rounding on or off."""
@@ -495,17 +389,13 @@ class FakeQuantize(_TorchFakeQuantizeBase):
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self._seen = self.source == "fixed"
-        self._clip_known = False
+        self.origin.look_again()
 
     def extra_repr(self) -> str:
         """Grid and range, for ``print(network)``."""
-        grid = f"{str(self.dtype).removeprefix('torch.')} [{self.quant_min}, {self.quant_max}]"
-        where = f"per channel {self.ch_axis}" if self.per_channel else "per tensor"
-        learned = "" if self.learned == "none" else f", {self.learned}"
-        return f"{grid}, {'symmetric' if self.symmetric else 'affine'}, {where}, {self.source}{learned}"
+        return f"{self.grid}, {self.source}{'' if self.learned == 'none' else f', {self.learned}'}"
 
     @property
     def storage_dtype(self) -> torch.dtype:
         """The quantized dtype of the same integers: ``torch.quint8`` or ``torch.qint8``."""
-        return _STORAGE[self.dtype]
+        return self.grid.storage_dtype

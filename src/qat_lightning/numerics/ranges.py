@@ -1,0 +1,246 @@
+"""Where the range of a FakeQuantize comes from: the weight at hand, the batches so far, or what is known beforehand.
+
+What a checkpoint holds of a range is in buffers of the FakeQuantize; what is here is how it moves, and what is known of
+it between two calls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from qat_lightning.numerics.integer_grid import IntegerGrid
+from qat_lightning.numerics.observers import (
+    Histogram,
+    entropy_range,
+    least_squares_clip,
+    least_squares_range,
+    percentile_range,
+)
+
+RangeSource = Literal["moving_average", "min_max", "histogram_mse", "histogram_kl", "percentile", "present", "fixed"]
+
+Choose = Callable[[Histogram, float, float], tuple[float, float]]
+"""Chooses a range from the histogram of all values, and the smallest and the largest of them."""
+
+FROM_HISTOGRAM = ("histogram_mse", "histogram_kl", "percentile")
+"""The sources that choose a range from the histogram of all batches."""
+
+
+class Kept(Protocol):
+    """What an observed range is kept in: buffers of a FakeQuantize, float32 and int64, of shape ``()``."""
+
+    min_val: Tensor
+    max_val: Tensor
+    batches: Tensor
+
+
+class FixedRange:
+    """A range that is known beforehand."""
+
+    known = True
+    """Whether a range is known: without one nothing is rounded."""
+
+    def is_in(self, kept: Kept) -> bool:
+        """Whether the buffers hold a range."""
+        return True
+
+    def look_again(self) -> None:
+        """The buffers were loaded or changed: what was known of them is not any more."""
+
+
+class PresentRange:
+    """The range of the weight at hand, which is never a step old, and never loaded or averaged.
+
+    Attributes:
+        known: Whether a weight was seen since the last load.
+        held: Whether it stays, whatever weight comes: conversion rounds a weight before it packs it.
+        share_known: Whether the share of the range that is represented was looked up since the last load.
+        ends: Smallest and largest value; None before the first weight.
+    """
+
+    def __init__(self) -> None:
+        self.known = False
+        self.held = False
+        self.share_known = False
+        self.ends: tuple[Tensor, Tensor] | None = None
+
+    def observe(self, weight: Tensor, grid: IntegerGrid, share: Tensor | None) -> None:
+        """Look at a weight, unless the range is held.
+
+        Args:
+            weight: Float32.
+            grid: What it is rounded to.
+            share: The share of the range that is represented, of each channel that has a scale of its own, 0 where it
+                is yet to be chosen (by the least mean squared error of this weight); None for all of it.
+        """
+        if self.held:
+            return None
+        low, high = grid.ends(weight)
+        if share is None:
+            return self.take(low, high)
+        if not self.share_known:
+            if not bool(share.all()):
+                values = grid.by_channel(weight)
+                chosen = least_squares_clip(
+                    values, quant_min=grid.quant_min, quant_max=grid.quant_max, symmetric=grid.symmetric
+                )
+                share.copy_(chosen.reshape(share.shape))
+            self.share_known = True
+        return self.take(low * share, high * share)
+
+    def take(self, low: Tensor, high: Tensor) -> None:
+        """Take these ends, as they are."""
+        self.ends = low, high
+        self.known = True
+
+    def is_in(self, kept: Kept) -> bool:
+        """No buffer holds it."""
+        return False
+
+    def look_again(self) -> None:
+        """A weight was loaded."""
+        self.known = self.share_known = False
+
+
+class ObservedRange:
+    """The range of the batches so far.
+
+    Args:
+        constant: Weight of the newest batch in a moving average, once there were many. Before, it is
+            9 / (10 + batches seen), as in ``tf.train.ExponentialMovingAverage(num_updates=…)``, so that ranges follow a
+            network that still grows. None for the smallest and the largest value of all batches.
+        choose: What chooses the range from a histogram of all batches and its ends; None if these are the range.
+
+    Attributes:
+        known: Whether the buffers were seen to hold a range, which is looked at only once: that stops a GPU.
+        passed: What came by in this forward pass: the buffers before it, and the ends of all since; None before the
+            first.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> kept = SimpleNamespace(
+        ...     min_val=torch.tensor(torch.inf), max_val=torch.tensor(-torch.inf), batches=torch.tensor(0)
+        ... )
+        >>> averaged, finite = ObservedRange(constant=0.01), torch.tensor(True)
+        >>> for high in (1.0, 2.0):
+        ...     averaged.move(kept, torch.tensor(0.0), torch.tensor(high), finite, in_forward=False)
+        >>> round(float(kept.max_val), 3), averaged.is_in(kept)
+        (1.818, True)
+    """
+
+    def __init__(self, constant: float | None, choose: Choose | None = None) -> None:
+        self.constant, self.choose = constant, choose
+        self.known = False
+        self.passed: tuple[tuple[Tensor, Tensor, Tensor], Tensor, Tensor] | None = None
+
+    def is_in(self, kept: Kept) -> bool:
+        """Whether the buffers hold a range."""
+        return bool(kept.min_val <= kept.max_val)
+
+    def look_again(self) -> None:
+        """The buffers were loaded or changed."""
+        self.known = False
+
+    def move(self, kept: Kept, low: Tensor, high: Tensor, finite: Tensor, *, in_forward: bool) -> None:
+        """Take a batch into account.
+
+        Args:
+            kept: The buffers.
+            low: Its smallest value.
+            high: Its largest value.
+            finite: Whether both are finite; if not, nothing moves.
+            in_forward: Whether it may be one of several parts of a forward pass.
+        """
+        before = kept.min_val, kept.max_val, kept.batches
+        if in_forward:
+            low, high, finite, before = self._of_whole_forward(kept, low, high, finite)
+        if self.constant is None:
+            ends = torch.minimum(low, kept.min_val), torch.maximum(high, kept.max_val)
+        else:
+            ends = self._average(self.constant, low, high, *before)
+        for buffer, old, new in zip((kept.min_val, kept.max_val), before, ends, strict=False):
+            buffer.copy_(torch.where(finite, new, old))
+        kept.batches.copy_(before[2] + finite)
+
+    def _of_whole_forward(
+        self, kept: Kept, low: Tensor, high: Tensor, finite: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]:
+        """The range of all that came by in this forward pass, and range and count of before it.
+
+        A layer that is called several times sees one batch, in parts: the average is moved once, by their union, and
+        with each part anew from where it was.
+        """
+        low, high = torch.where(finite, low, torch.inf), torch.where(finite, high, -torch.inf)
+        if self.passed is None:
+            before = kept.min_val.clone(), kept.max_val.clone(), kept.batches.clone()
+        else:
+            before, others_low, others_high = self.passed
+            low, high = torch.minimum(low, others_low), torch.maximum(high, others_high)
+        self.passed = before, low, high
+        return low, high, low <= high, before
+
+    def _average(
+        self, constant: float, low: Tensor, high: Tensor, before_low: Tensor, before_high: Tensor, batches: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        weight = (9.0 / (batches + 10)).clamp(min=constant)
+        first = batches == 0
+        average_low = torch.where(first, low, before_low + weight * (low - before_low))
+        average_high = torch.where(first, high, before_high + weight * (high - before_high))
+        return average_low, average_high
+
+    def settle(self, kept: Kept, histogram: Histogram) -> None:
+        """Choose the range from the histogram of all batches."""
+        assert self.choose is not None
+        low, high = self.choose(histogram, float(kept.min_val), float(kept.max_val))
+        kept.min_val.fill_(low)
+        kept.max_val.fill_(high)
+
+    def forget(self, kept: Kept) -> None:
+        """Forget all batches."""
+        kept.min_val.fill_(torch.inf)
+        kept.max_val.fill_(-torch.inf)
+        kept.batches.zero_()
+        self.known = False
+
+    def widen(self, kept: Kept, low: Tensor, high: Tensor, batches: Tensor) -> None:
+        """Hold another range as well."""
+        kept.min_val.copy_(torch.minimum(kept.min_val, low))
+        kept.max_val.copy_(torch.maximum(kept.max_val, high))
+        kept.batches.copy_(torch.maximum(kept.batches, batches))
+        self.known = False
+
+
+def range_of(
+    source: RangeSource, *, constant: float, percentile: float, grid: IntegerGrid
+) -> FixedRange | PresentRange | ObservedRange:
+    """What makes the range of a source.
+
+    Args:
+        source: Where the range comes from.
+        constant: Of a moving average; see `ObservedRange`.
+        percentile: Share of the values, in percent, that ``"percentile"`` keeps on each side.
+        grid: What is rounded to.
+    """
+    least, most = grid.quant_min, grid.quant_max
+    choose: dict[RangeSource, Choose] = {
+        "percentile": partial(_within_percentile, percentile=percentile),
+        "histogram_kl": partial(entropy_range, levels=most - least + 1),
+        "histogram_mse": partial(
+            least_squares_range, symmetric=grid.symmetric, quant_min=grid.quant_min, quant_max=grid.quant_max
+        ),
+    }
+    if source == "fixed":
+        return FixedRange()
+    if source == "present":
+        return PresentRange()
+    return ObservedRange(constant if source == "moving_average" else None, choose.get(source))
+
+
+def _within_percentile(histogram: Histogram, low: float, high: float, percentile: float) -> tuple[float, float]:
+    inner = percentile_range(histogram, percentile)
+    return max(low, inner[0]), min(high, inner[1])

@@ -27,25 +27,6 @@ from qat_lightning.modes.protocol import LayerCoverage
 from qat_lightning.modes.recording import copy_of
 from qat_lightning.modes.without_arithmetic import nested, on_a_copy, shapes
 
-MOVES = frozenset(
-    {
-        "flatten", "unflatten", "reshape", "view", "view_as", "reshape_as", "T", "mT", "permute", "transpose",
-        "swapaxes", "movedim", "t", "squeeze", "unsqueeze", "contiguous", "clone", "detach", "expand", "expand_as",
-        "repeat",
-        "chunk", "split", "unbind", "narrow", "select", "slice", "getitem", "__getitem__", "getattr", "flip", "roll",
-        "alias", "to", "float", "type_as", "_to_copy", "data", "size", "pixel_shuffle", "pixel_unshuffle",
-        "channel_shuffle", "dropout", "dropout_", "feature_dropout", "alpha_dropout", "feature_alpha_dropout",
-        "native_dropout", "lift_fresh_copy", "unsafe_chunk", "unsafe_split", "split_with_sizes", "zeros_like",
-        "ones_like", "new_zeros",
-    }
-)  # fmt: skip
-"""Ops that compute nothing in evaluation: they move values, and are left out of the report."""
-
-MOVING_MODULES = (
-    nn.Identity, nn.Flatten, nn.Unflatten, nn.modules.dropout._DropoutNd, nn.PixelShuffle, nn.PixelUnshuffle,
-    nn.ChannelShuffle,
-)  # fmt: skip
-
 
 @contextmanager
 def in_single_products() -> Iterator[None]:

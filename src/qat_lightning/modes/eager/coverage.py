@@ -14,8 +14,8 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from qat_lightning.graph.example import Example
+from qat_lightning.layers.operators import MOVES
 from qat_lightning.modes.coverage import (
-    MOVES,
     FloatRun,
     counter,
     flops_by_module,

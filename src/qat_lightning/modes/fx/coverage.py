@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from qat_lightning.graph.example import Example
-from qat_lightning.modes.coverage import MOVES, MOVING_MODULES, flops_of, is_float, macs_of, merged
+from qat_lightning.layers.operators import MOVES, MOVING_MODULES
+from qat_lightning.modes.coverage import flops_of, is_float, macs_of, merged
 from qat_lightning.modes.fx.config import LEFT_FLOAT, backend_config
 from qat_lightning.modes.fx.layers import UNSEEN
 from qat_lightning.modes.fx.passes import OWN_GRIDS

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from qat_lightning.modes.coverage import MOVES
+from qat_lightning.layers.operators import MOVES
 from qat_lightning.modes.places import op_name
 from qat_lightning.numerics.fake_quantize import FakeQuantize
 

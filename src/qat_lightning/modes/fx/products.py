@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from torch.ao.quantization import QConfig
 
 from qat_lightning.graph.example import Example
-from qat_lightning.modes.coverage import MOVES
+from qat_lightning.layers.operators import MOVES
 from qat_lightning.modes.fx.attention import attention_of, spread
 from qat_lightning.modes.fx.config import shares_range
 from qat_lightning.modes.fx.layers import join

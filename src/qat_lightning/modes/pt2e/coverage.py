@@ -11,7 +11,8 @@ from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY
 
 from qat_lightning.graph.example import Example
 from qat_lightning.graph.scopes import scope_of
-from qat_lightning.modes.coverage import MOVES, flops_of, is_float, macs_of, merged
+from qat_lightning.layers.operators import MOVES
+from qat_lightning.modes.coverage import flops_of, is_float, macs_of, merged
 from qat_lightning.modes.places import op_name, rounding_of
 from qat_lightning.modes.prepared import PreparedState
 from qat_lightning.modes.protocol import LayerCoverage

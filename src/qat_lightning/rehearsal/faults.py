@@ -9,7 +9,7 @@ from torch import nn
 
 from qat_lightning.errors import ConfigurationError, MissingExtraError, NetworkError, VerificationError
 from qat_lightning.graph.example import Example
-from qat_lightning.layers.integer.make import WEIGHTED
+from qat_lightning.layers.operators import WEIGHTED
 from qat_lightning.modes.left_float import layer_of, leave_float
 from qat_lightning.modes.prepared import cpu_copy, prepared_state
 from qat_lightning.modes.protocol import Converted

@@ -13,27 +13,10 @@ from qat_lightning.layers.integer.integer_layer import IntegerLayer
 from qat_lightning.layers.integer.recurrent import DynamicRecurrent
 from qat_lightning.layers.integer.weight_only import WeightOnly, WeightOnlyEmbedding, weights_of
 from qat_lightning.layers.integer.weights import WeightGrid
+from qat_lightning.layers.operators import WEIGHTED, module_types
 from qat_lightning.settings.recipe import Recipe
 
-_CONVOLUTIONS: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_TRANSPOSED: tuple[type[nn.Module], ...] = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_CELLS: tuple[type[nn.Module], ...] = (nn.LSTMCell, nn.GRUCell, nn.RNNCell)
-_RECURRENT: tuple[type[nn.Module], ...] = (nn.LSTM, nn.GRU, nn.RNN)
-_TABLES: tuple[type[nn.Module], ...] = (nn.Embedding, nn.EmbeddingBag)
-
-WEIGHTED: tuple[type[nn.Module], ...] = (
-    nn.Linear,
-    nn.Bilinear,
-    nn.MultiheadAttention,
-    *_CONVOLUTIONS,
-    *_TRANSPOSED,
-    *_RECURRENT,
-    *_CELLS,
-    *_TABLES,
-)
-"""Layers with weights worth quantizing; coverage reports on these."""
-
-_DYNAMIC: tuple[type[nn.Module], ...] = (nn.Linear, nn.MultiheadAttention, nn.LSTM, nn.GRU, *_CELLS)
+_DYNAMIC = (*module_types("linear", "attention", "cell"), nn.LSTM, nn.GRU)
 
 
 def why_not(module: nn.Module, kind: str) -> str:
@@ -62,9 +45,9 @@ def why_not(module: nn.Module, kind: str) -> str:
 
 
 def _instead(module: nn.Module) -> str:
-    if type(module) in _CONVOLUTIONS:
+    if type(module) in module_types("convolution"):
         return "kind='static' quantizes it, kind='weight_only' its weight"
-    if type(module) in _TRANSPOSED:
+    if type(module) in module_types("transposed"):
         static = "kind='static' with mode='pt2e' and backend='xnnpack'"
         return f"{static} quantizes it, kind='weight_only' its weight"
     return "kind='weight_only' quantizes its weight"

@@ -14,7 +14,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from qat_lightning.graph.example import Example
-from qat_lightning.layers.operators import MOVES
+from qat_lightning.layers.operators import MOVES, WEIGHTED
 from qat_lightning.modes.coverage import (
     FloatRun,
     counter,
@@ -32,19 +32,6 @@ _FUNCTION = "functions stay float in mode='eager'"
 _ALONE = "it does not follow one int8 layer directly, whose kernel would do it"
 
 
-REPORTED = (
-    nn.modules.conv._ConvNd,
-    nn.Linear,
-    nn.Bilinear,
-    nn.RNNBase,
-    nn.RNNCellBase,
-    nn.Embedding,
-    nn.EmbeddingBag,
-    nn.MultiheadAttention,
-)
-"""Layers, which have rows of their own: what they call is not reported again."""
-
-
 class _BetweenLayers(TorchFunctionMode):
     """Notes the functions that are called between layers, and counts the floating point operations of each.
 
@@ -58,7 +45,7 @@ class _BetweenLayers(TorchFunctionMode):
         self.calls: list[str] = []
         self._inside = 0
         for module in network.modules():
-            if isinstance(module, REPORTED):
+            if isinstance(module, WEIGHTED):  # what they call is not reported again
                 module.register_forward_pre_hook(self._enter)
                 module.register_forward_hook(self._leave, always_call=True)
 

@@ -20,11 +20,12 @@ from torch.utils._pytree import tree_leaves
 
 from qat_lightning.errors import CheckpointMismatchError, ConversionError, NetworkError
 from qat_lightning.graph.example import Example, in_float32
+from qat_lightning.layers.operators import WEIGHTED
 from qat_lightning.layers.qat_modules import make_batchnorm_freezable, round_for_good
 from qat_lightning.modes.eager.calls import LATER, Grids, count_in, grids_of
 from qat_lightning.modes.eager.chains import Chain, find_chains, float_functions, join, observe, run_apart
 from qat_lightning.modes.eager.check import check_layers, run
-from qat_lightning.modes.eager.coverage import REPORTED, eager_rows
+from qat_lightning.modes.eager.coverage import eager_rows
 from qat_lightning.modes.eager.forwards import take_forwards_as_a_whole, with_calls
 from qat_lightning.modes.eager.int8 import Int8Layer, make_int8
 from qat_lightning.modes.eager.layers import HEADS, LINKS, ChainHead, become, without_fast_paths
@@ -354,7 +355,7 @@ def _coverage(state: PreparedState, plan: Mapping[str, Any]) -> list[LayerCovera
     int8 = {chain["name"] for chain in plan["chains"]}
     rows = []
     for name, module in state.float_network.named_modules():
-        if isinstance(module, REPORTED):
+        if isinstance(module, WEIGHTED):
             reason = "" if name in int8 else _why_float(state, plan, name, module)
             rows.append(LayerCoverage(name, type(module).__name__, name in int8, reason))
     return rows

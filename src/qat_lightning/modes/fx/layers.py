@@ -8,28 +8,13 @@ from dataclasses import replace
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from qat_lightning.layers.operators import WEIGHTED
 from qat_lightning.modes.fx.config import LEFT_FLOAT
 from qat_lightning.modes.prepared import PreparedState
 from qat_lightning.modes.protocol import LayerCoverage
 from qat_lightning.settings.recipe import Recipe
 
 UNSEEN = "no finite range was ever observed for its input or its output"
-
-WEIGHTED = (
-    nn.Conv1d,
-    nn.Conv2d,
-    nn.Conv3d,
-    nn.ConvTranspose1d,
-    nn.ConvTranspose2d,
-    nn.ConvTranspose3d,
-    nn.Linear,
-    nn.Embedding,
-    nn.EmbeddingBag,
-    nn.Bilinear,
-    nn.MultiheadAttention,
-    nn.RNNBase,
-    nn.RNNCellBase,
-)
 
 
 def join(prefix: str, name: str) -> str:

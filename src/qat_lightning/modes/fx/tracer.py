@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.proxy import Proxy
 
+from qat_lightning.layers.operators import WEIGHTED
 from qat_lightning.modes.structured_tracer import StructuredTracer
 from qat_lightning.numerics.recomputation import Checkpointed
 
@@ -57,17 +58,7 @@ class Traced:
     fixed: bool = False
 
 
-_LAYERS = (
-    nn.modules.conv._ConvNd,
-    nn.modules.batchnorm._NormBase,
-    nn.Linear,
-    nn.Bilinear,
-    nn.Embedding,
-    nn.EmbeddingBag,
-    nn.MultiheadAttention,
-    nn.RNNBase,
-    nn.RNNCellBase,
-)
+_LAYERS = (*WEIGHTED, nn.modules.batchnorm._NormBase)
 
 
 def holds_no_layer(module: nn.Module) -> bool:

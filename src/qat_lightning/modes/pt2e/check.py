@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from qat_lightning.graph.scopes import join, scope_of
+from qat_lightning.layers.operators import WEIGHTED, module_types
 from qat_lightning.modes.prepared import PreparedState
 from qat_lightning.modes.protocol import LayerCoverage
 from qat_lightning.modes.pt2e.annotate import CHANNEL_AXIS, selects
@@ -20,20 +21,8 @@ quantized_decomposed = torch.ops.quantized_decomposed
 QUANTIZE = (quantized_decomposed.quantize_per_tensor.default, quantized_decomposed.quantize_per_channel.default)
 DEQUANTIZE = (quantized_decomposed.dequantize_per_tensor.default, quantized_decomposed.dequantize_per_channel.default)
 
-_WEIGHTED = (
-    nn.Conv1d,
-    nn.Conv2d,
-    nn.Conv3d,
-    nn.ConvTranspose1d,
-    nn.ConvTranspose2d,
-    nn.ConvTranspose3d,
-    nn.Linear,
-    nn.Bilinear,
-    nn.Embedding,
-    nn.EmbeddingBag,
-    nn.RNNBase,
-    nn.RNNCellBase,
-)
+_WEIGHTED = tuple(kind for kind in WEIGHTED if kind not in module_types("attention"))
+"""Attention is exported as products, and as the linear layer in it, which has a row."""
 
 
 def main_op(node: fx.Node) -> fx.Node:

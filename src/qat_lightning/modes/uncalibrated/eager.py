@@ -11,7 +11,7 @@ from torch import nn
 from qat_lightning.errors import CheckpointMismatchError
 from qat_lightning.graph.example import Example
 from qat_lightning.layers.integer import IntegerLayer, integer_layer, why_not
-from qat_lightning.layers.integer.make import WEIGHTED
+from qat_lightning.layers.operators import WEIGHTED
 from qat_lightning.modes.eager.layers import without_fast_paths
 from qat_lightning.modes.judging import Names
 from qat_lightning.modes.protocol import Converted, LayerCoverage

@@ -257,7 +257,7 @@ class QuantizationAwareTraining(QuantizationCallback):
         rows = [row for name in self._prepared for row in self._coverage(name)]
         log_coverage(trainer, "quant/coverage_prepared", rows)
         layers = [row for row in rows if row.what == "layer"]
-        warn_of_float([row for row in layers if row.reason != "excluded"], "will stay float")
+        warn_of_float([row for row in layers if not row.excluded], "will stay float")
 
     def _correct_biases(self, trainer: Trainer) -> None:
         compiled = bool(self._steps)

@@ -55,6 +55,10 @@ class WholeCheck:
     enough_db: float = field(default=50.0, repr=False, compare=False)
 
 
+EXCLUDED = "excluded"
+"""The reason of a row that the recipe leaves out; nothing but `LayerCoverage.excluded` reads it."""
+
+
 @dataclass(frozen=True)
 class LayerCoverage:
     """Whether one layer of the float network, or an op between layers, is int8, and if not, why.
@@ -76,6 +80,11 @@ class LayerCoverage:
     what: Literal["layer", "op"] = "layer"
     calls: int = 1
     macs: int | None = None
+
+    @property
+    def excluded(self) -> bool:
+        """Whether it is float because the recipe leaves it out."""
+        return self.reason == EXCLUDED
 
 
 @dataclass

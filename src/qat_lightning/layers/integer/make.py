@@ -35,13 +35,29 @@ def why_not(module: nn.Module, kind: str) -> str:
         return f"{name} has no dynamic kernel: {_instead(module)}"
     if _is_reparametrized(module):
         return "its weight is computed from other parameters (a parametrization or a hook)"
-    if isinstance(module, nn.LSTM) and module.proj_size and kind == "dynamic":
+    if kind == "dynamic" and _projects(module):
         return "LSTM with proj_size has no dynamic kernel: kind='weight_only' quantizes its weights"
     if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None:
         return f"{name} with max_norm rescales its rows in every call"
     if kind == "dynamic" and isinstance(module, nn.MultiheadAttention) and _adds_positions(module):
         return "MultiheadAttention with add_bias_kv or add_zero_attn: kind='weight_only' quantizes its weights"
     return ""
+
+
+def lacks_kernel(module: nn.Module, kind: str) -> bool:
+    """Whether a layer stays float for want of a kernel only: of the ops that it is exported as, some may have one.
+
+    Example:
+        >>> lacks_kernel(nn.Bilinear(2, 2, 2), "dynamic"), lacks_kernel(nn.Linear(2, 2), "dynamic")
+        (True, False)
+    """
+    if kind != "dynamic" or type(module) not in WEIGHTED:
+        return False
+    return type(module) not in _DYNAMIC or (_projects(module) and not _is_reparametrized(module))
+
+
+def _projects(module: nn.Module) -> bool:
+    return isinstance(module, nn.LSTM) and bool(module.proj_size)
 
 
 def _instead(module: nn.Module) -> str:

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from qat_lightning.errors import NetworkError
 from qat_lightning.graph.example import Example
 from qat_lightning.graph.structures import look_into
+from qat_lightning.modes.protocol import EXCLUDED
 from qat_lightning.modes.without_arithmetic import nested
 from qat_lightning.settings.backends import Backend
 from qat_lightning.settings.recipe import Recipe
@@ -271,7 +272,7 @@ def find_chains(
             continue
         reason = why_not(module, recipe.target) if int8 else _why_no_weight(module)
         if not recipe.selects(join(prefix, name)):
-            reason = "excluded"
+            reason = EXCLUDED
         elif not reason and observation.reads(module):
             reason = "its parameters are used by a function, and not by calling the layer"
         if reason:

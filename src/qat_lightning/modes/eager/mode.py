@@ -43,7 +43,7 @@ from qat_lightning.modes.prepared import (
     refuse_simulated,
     set_phase,
 )
-from qat_lightning.modes.protocol import Converted, LayerCheck, LayerCoverage, WholeCheck
+from qat_lightning.modes.protocol import EXCLUDED, Converted, LayerCheck, LayerCoverage, WholeCheck
 from qat_lightning.modes.qconfig import make_qconfig
 from qat_lightning.numerics.grid import EPS
 from qat_lightning.numerics.recomputation import keep_tapes
@@ -365,5 +365,5 @@ def _why_float(state: PreparedState, plan: Mapping[str, Any], name: str, module:
     if name in plan["float"]:
         return str(plan["float"][name])
     if not state.recipe.selects(join(state.prefix, name)):
-        return "excluded"
+        return EXCLUDED
     return f"{type(module).__name__} is not quantized in mode='eager'"

@@ -18,7 +18,7 @@ from qat_lightning.modes.fx.passes import OWN_GRIDS
 from qat_lightning.modes.fx.products import PRODUCTS
 from qat_lightning.modes.places import op_name, rounding_of
 from qat_lightning.modes.prepared import prepared_state
-from qat_lightning.modes.protocol import LayerCoverage
+from qat_lightning.modes.protocol import EXCLUDED, LayerCoverage
 from qat_lightning.modes.recording import example_values, run_of
 
 _WRITE_INSTEAD: dict[Any, tuple[str, str]] = {
@@ -156,7 +156,7 @@ class FxOperations:
         if node.name in self.state.left_float:
             return self.state.left_float[node.name]
         if not self._selected(node):
-            return "excluded"
+            return EXCLUDED
         if kind in LEFT_FLOAT:
             return f"{name} is not quantized in mode='fx'"
         if kind in PRODUCTS:

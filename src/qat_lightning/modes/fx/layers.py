@@ -11,7 +11,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from qat_lightning.layers.operators import WEIGHTED
 from qat_lightning.modes.fx.config import LEFT_FLOAT
 from qat_lightning.modes.prepared import PreparedState
-from qat_lightning.modes.protocol import LayerCoverage
+from qat_lightning.modes.protocol import EXCLUDED, LayerCoverage
 from qat_lightning.settings.recipe import Recipe
 
 UNSEEN = "no finite range was ever observed for its input or its output"
@@ -81,7 +81,7 @@ def layer_rows(state: PreparedState, network: nn.Module, used: set[str], unseen:
 
 def _why_float(state: PreparedState, name: str, module: nn.Module, used: set[str], called: Sequence[str]) -> str:
     if not state.recipe.selects(join(state.prefix, name)):
-        return "excluded"
+        return EXCLUDED
     if name not in used:
         return "not used by forward"
     if why := no_kernel(module, state.recipe):
@@ -118,7 +118,7 @@ def each_once(
 
 
 def _of_ops(layer: LayerCoverage, ops: Sequence[LayerCoverage]) -> LayerCoverage:
-    if layer.quantized or not ops or layer.reason == "excluded":
+    if layer.quantized or not ops or layer.excluded:
         return layer
     deciding = [row for row in ops if row.macs] or list(ops)
     reason = next((row.reason for row in deciding if not row.quantized), "")

@@ -8,7 +8,7 @@ from torch import Tensor, fx, nn
 from qat_lightning.graph.scopes import join, scope_of
 from qat_lightning.layers.operators import WEIGHTED, module_types
 from qat_lightning.modes.prepared import PreparedState
-from qat_lightning.modes.protocol import LayerCoverage
+from qat_lightning.modes.protocol import EXCLUDED, LayerCoverage
 from qat_lightning.modes.pt2e.annotate import CHANNEL_AXIS, selects
 from qat_lightning.modes.pt2e.convert import Decomposed
 from qat_lightning.modes.pt2e.coverage import IN_BRANCH
@@ -106,12 +106,12 @@ def _is_int8(node: fx.Node | None) -> bool:
 
 def _why_float(state: PreparedState, name: str, floats: list[fx.Node], unseen: list[str]) -> str:
     if not state.recipe.selects(join(state.prefix, name)):
-        return "excluded"
+        return EXCLUDED
     if not floats:
         return "not used by forward"
     node = floats[0]
     if not selects(state.recipe, state.prefix, node):
-        return "excluded"
+        return EXCLUDED
     if node.target is torch.ops.higher_order.cond:
         return IN_BRANCH
     if node.name in state.plan.weights and unseen:

@@ -15,7 +15,7 @@ from qat_lightning.layers.operators import MOVES
 from qat_lightning.modes.coverage import flops_of, is_float, macs_of, merged
 from qat_lightning.modes.places import op_name, rounding_of
 from qat_lightning.modes.prepared import PreparedState
-from qat_lightning.modes.protocol import LayerCoverage
+from qat_lightning.modes.protocol import EXCLUDED, LayerCoverage
 from qat_lightning.modes.pt2e.annotate import CHANNEL_AXIS, selects
 from qat_lightning.modes.pt2e.dtypes import other_dtype
 from qat_lightning.modes.pt2e.network import ExportedNetwork
@@ -99,7 +99,7 @@ def _lost(prepared: nn.Module, node: fx.Node, unseen: Sequence[str]) -> bool:
 
 def _why(state: PreparedState, node: fx.Node, *, lost: bool) -> str:
     if not selects(state.recipe, state.prefix, node):
-        return "excluded"
+        return EXCLUDED
     if lost:
         return "no finite range was ever observed for its input"
     if node.target is aten.batch_norm.default:

@@ -14,7 +14,7 @@ from qat_lightning.layers.integer import IntegerLayer, integer_layer, why_not
 from qat_lightning.layers.operators import WEIGHTED
 from qat_lightning.modes.eager.layers import without_fast_paths
 from qat_lightning.modes.judging import Names
-from qat_lightning.modes.protocol import Converted, LayerCoverage
+from qat_lightning.modes.protocol import EXCLUDED, Converted, LayerCoverage
 from qat_lightning.modes.uncalibrated.checking import (
     check_layers,
     check_whole_of,
@@ -95,6 +95,6 @@ def cover(network: nn.Module, recipe: Recipe, prefix: str) -> list[LayerCoverage
         if isinstance(module, nn.MultiheadAttention):
             inside.append(f"{name}." if name else "")
         full = f"{prefix}.{name}" if prefix and name else prefix or name
-        reason = "excluded" if not recipe.selects(full) else why_not(module, recipe.kind)
+        reason = EXCLUDED if not recipe.selects(full) else why_not(module, recipe.kind)
         rows.append(LayerCoverage(name, type(module).__name__, not reason, reason))
     return rows

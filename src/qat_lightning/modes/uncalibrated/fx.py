@@ -75,7 +75,7 @@ def _join(prefix: str, name: str) -> str:
 def _in_graph(row: LayerCoverage, graph: fx.Graph, used: set[str]) -> LayerCoverage:
     """Keep a layer float that the graph does not call, or whose weight it reads itself."""
     called = [str(node.target) for node in graph.find_nodes(op="call_module")]
-    if row.reason != "excluded" and row.name not in used:
+    if not row.excluded and row.name not in used:
         return LayerCoverage(row.name, row.kind, False, "not used by forward")
     if not row.quantized:
         return row

@@ -20,6 +20,7 @@ from qat_lightning.errors import ConversionError
 from qat_lightning.graph.example import Example
 from qat_lightning.graph.scopes import scope_of
 from qat_lightning.graph.signature import CallSpec
+from qat_lightning.layers.integer import lacks_kernel
 from qat_lightning.layers.integer.weight_only import weights_of
 from qat_lightning.layers.integer.weights import (
     WeightGrid,
@@ -67,7 +68,7 @@ def quantize_pt2e(network: nn.Module, example: Example, recipe: Recipe, *, prefi
     with plain_attention():
         graph_module, spec = capture(original, example, train=False)
     evaluate(graph_module.graph)
-    uses = _uses(original, graph_module, coverage)
+    uses = _uses(original, graph_module, coverage, recipe.kind)
     if recipe.kind == "dynamic":
         done = _make_dynamic(graph_module, uses, recipe)
     else:
@@ -125,7 +126,7 @@ Uses = dict[fx.Node, list[_Use]]
 """For each node that reads a weight what computes with it."""
 
 
-def _uses(network: nn.Module, graph_module: fx.GraphModule, coverage: list[LayerCoverage]) -> Uses:
+def _uses(network: nn.Module, graph_module: fx.GraphModule, coverage: list[LayerCoverage], kind: str) -> Uses:
     owners: dict[int, list[tuple[LayerCoverage, str]]] = {}
     for row in coverage:
         module = network.get_submodule(row.name)
@@ -139,8 +140,9 @@ def _uses(network: nn.Module, graph_module: fx.GraphModule, coverage: list[Layer
             continue
         for user in node.users:
             for row, name in _belonging(user, owners[value.data_ptr()]):
-                wanted = row.quantized or "no dynamic kernel" in row.reason
-                groups = transposed_groups(network.get_submodule(row.name))
+                layer = network.get_submodule(row.name)
+                wanted = row.quantized or (not row.excluded and lacks_kernel(layer, kind))
+                groups = transposed_groups(layer)
                 found.setdefault(node, []).append(_Use(user, row.name, name, wanted, groups))
     return found
 

@@ -24,6 +24,7 @@ from torchao.quantization.pt2e.utils import _get_node_name_to_scope
 
 from qat_lightning.errors import NetworkError, TraceError
 from qat_lightning.graph.scopes import join, scope_of
+from qat_lightning.layers.operators import OPERATORS, rows
 from qat_lightning.modes.late_writes import late_write, late_write_error
 from qat_lightning.modes.pt2e.capture import source_line
 from qat_lightning.modes.pt2e.dtypes import leave_other_dtypes
@@ -34,17 +35,11 @@ from qat_lightning.settings.recipe import Recipe
 aten = torch.ops.aten
 
 CHANNEL_AXIS: dict[Any, int] = {
-    aten.conv1d.default: 0,
-    aten.conv2d.default: 0,
-    aten.conv3d.default: 0,
-    aten.linear.default: 0,
-    aten.conv_transpose1d.default: 1,
-    aten.conv_transpose2d.input: 1,
-    aten.conv_transpose3d.input: 1,
+    overload: row.channel_axis for row in OPERATORS if row.channel_axis is not None for overload in row.overloads
 }
 """The ops with a weight, and the dimension of that weight that counts output channels."""
 
-_CLAMPS = (aten.hardtanh.default, aten.relu6.default, aten.clamp.default)
+_CLAMPS = tuple(overload for row in rows("clamp") for overload in row.overloads)
 
 
 @dataclass(frozen=True)

@@ -25,37 +25,18 @@ from qat_lightning.graph.signature import (
     inputs_of,
 )
 from qat_lightning.graph.structures import look_into
+from qat_lightning.layers.operators import OPERATORS
 from qat_lightning.modes.eager.chains import run_apart
 from qat_lightning.modes.source_lines import reason_of
 from qat_lightning.modes.tracing import WHAT_TO_DO, check_names
 
 aten = torch.ops.aten
 
-FUNCTIONAL: dict[Any, Any] = {
-    aten.relu_.default: aten.relu.default,
-    aten.hardtanh_.default: aten.hardtanh.default,
-    aten.relu6_.default: aten.relu6.default,
-    aten.leaky_relu_.default: aten.leaky_relu.default,
-    aten.hardswish_.default: aten.hardswish.default,
-    aten.hardsigmoid_.default: aten.hardsigmoid.default,
-    aten.silu_.default: aten.silu.default,
-    aten.elu_.default: aten.elu.default,
-    aten.sigmoid_.default: aten.sigmoid.default,
-    aten.tanh_.default: aten.tanh.default,
-    aten.add_.Tensor: aten.add.Tensor,
-    aten.mul_.Tensor: aten.mul.Tensor,
-    aten.dropout_.default: aten.dropout.default,
-}
+FUNCTIONAL: dict[Any, Any] = {in_place: row.overloads[0] for row in OPERATORS for in_place in row.in_place}
 """In-place ops and what computes the same into a new tensor."""
 
 TRAINING_FLAG: dict[Any, tuple[int, Any]] = {
-    aten.dropout.default: (2, False),
-    aten.feature_dropout.default: (2, False),
-    aten.alpha_dropout.default: (2, False),
-    aten.feature_alpha_dropout.default: (2, False),
-    aten.native_dropout.default: (2, False),
-    aten.rrelu.default: (3, False),
-    aten.scaled_dot_product_attention.default: (4, 0.0),
+    overload: row.training_flag for row in OPERATORS if row.training_flag is not None for overload in row.overloads
 }
 """Ops other than BatchNorm that do something else in training: which argument says so, and its value in evaluation."""
 

@@ -13,29 +13,13 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from qat_lightning.layers.operators import OPERATORS
 from qat_lightning.modes.shared_range import SharedRange, UnionObserver
 from qat_lightning.numerics.fake_quantize import FakeQuantize
 
 aten = torch.ops.aten
 
-_WITHIN_RANGE = (
-    aten.adaptive_avg_pool2d.default,
-    aten.avg_pool2d.default,
-    aten.cat.default,
-    aten.contiguous.default,
-    aten.flatten.using_ints,
-    aten.max_pool2d.default,
-    aten.mean.default,
-    aten.mean.dim,
-    aten.permute.default,
-    aten.relu.default,
-    aten.reshape.default,
-    aten.slice.Tensor,
-    aten.squeeze.dim,
-    aten.transpose.int,
-    aten.unsqueeze.default,
-    aten.view.default,
-)
+_WITHIN_RANGE = frozenset(overload for row in OPERATORS if row.within_range for overload in row.overloads)
 """Ops whose output is never outside the range of their inputs and 0."""
 
 

@@ -17,7 +17,6 @@ from qat_lightning.errors import ExportError
 ops = torch.ops.quantized_decomposed
 
 _PLAIN = {torch.quint8: torch.uint8, torch.qint8: torch.int8}
-_CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _LAYERS: dict[type[nn.Module], tuple[int, bool]] = {
     nnq.Linear: (0, False),
     nniq.LinearReLU: (0, True),
@@ -133,7 +132,8 @@ class QdqLayer(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         """From dequantized to dequantized tensor."""
         if self.sizes:
-            output = _CONVOLUTIONS[self.integers.dim() - 2](input, self.weight(), self.bias, *self.sizes)
+            convolution = getattr(F, f"conv{self.integers.dim() - 2}d")
+            output = convolution(input, self.weight(), self.bias, *self.sizes)
         else:
             output = F.linear(input, self.weight(), self.bias)
         if self.relu:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -295,7 +295,7 @@ def operator_of(face: Any) -> Operator | None:
         >>> operator_of(nn.Conv2d).name, operator_of(torch.ops.aten.relu_.default).name, operator_of("relu").name
         ('conv2d', 'relu', 'relu')
     """
-    return _by_face().get(face)
+    return _by_face().get(face) if isinstance(face, Hashable) else None
 
 
 def rows(*families: Family) -> tuple[Operator, ...]:
@@ -311,6 +311,16 @@ def module_types(*families: Family) -> tuple[type[nn.Module], ...]:
         ['LSTMCell', 'GRUCell', 'RNNCell']
     """
     return tuple(kind for row in rows(*families) for kind in row.modules)
+
+
+def faces_of(*names: str) -> tuple[Any, ...]:
+    """The faces of the rows of these names.
+
+    Example:
+        >>> faces_of("batch_norm2d")
+        (<class 'torch.nn.modules.batchnorm.BatchNorm2d'>,)
+    """
+    return tuple(face for row in OPERATORS if row.name in names for face in row.faces)
 
 
 def names_of(trait: Callable[[Operator], Any]) -> frozenset[str]:

@@ -14,19 +14,16 @@ import types
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.module import _has_any_global_hook
 
+from qat_lightning.layers.operators import operator_of
 from qat_lightning.layers.qat_modules import before_relu, has_relu_inside
 from qat_lightning.numerics.fake_quantize import FakeQuantize
 from qat_lightning.numerics.grid import relu_up_to
 
 aten = torch.ops.aten
 
-_RELU6 = (F.relu6, aten.relu6.default)
-_RELU = (F.relu, F.relu_, torch.relu, torch.relu_, aten.relu.default, aten.relu_.default, "relu", "relu_")
-_HARDTANH = (F.hardtanh, F.hardtanh_, aten.hardtanh.default, aten.hardtanh_.default)
 _ASSIGNMENTS = {"iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor"}
 
 
@@ -47,15 +44,14 @@ def relu_limit(module: nn.Module | None, node: fx.Node | None = None) -> float |
         return math.inf if isinstance(module, nn.ReLU) else None
     if node is None or node.op not in ("call_function", "call_method"):
         return None
-    if node.target in _RELU6:
-        return 6.0
-    if node.target in _HARDTANH:
+    row = operator_of(node.target)
+    if row is not None and row.name == "hardtanh":
         low, high = (
             node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
             for position, name, default in ((1, "min_val", -1.0), (2, "max_val", 1.0))
         )
         return float(high) if low == 0 and isinstance(high, (int, float)) else None
-    return math.inf if node.target in _RELU else None
+    return None if row is None else row.relu_limit
 
 
 def is_looked_at(*modules: nn.Module) -> bool:

@@ -21,20 +21,12 @@ from torch.utils._pytree import tree_leaves
 
 from qat_lightning.errors import ConfigurationError, NetworkError
 from qat_lightning.graph.example import Example
+from qat_lightning.layers.operators import module_types, names_of
 from qat_lightning.layers.qat_modules import fold_factor
 from qat_lightning.modes.eager.chains import HEAD_TYPES, Key, Observation, observe, run_apart
 from qat_lightning.settings.recipe import Equalization as Kind
 
-_BATCHNORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-_CLIPPING = (nn.ReLU6, nn.Hardtanh)
-_CHANNELWISE = frozenset(
-    {
-        "relu", "relu_", "leaky_relu", "leaky_relu_", "dropout", "dropout1d", "dropout2d", "dropout3d",
-        "max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d",
-        "adaptive_avg_pool2d", "adaptive_avg_pool3d", "adaptive_max_pool1d", "adaptive_max_pool2d", "flatten", "mean",
-        "amax", "squeeze", "contiguous", "pad", "view", "reshape",
-    }
-)  # fmt: skip
+_CHANNELWISE = names_of(lambda row: row.channelwise)
 """Functions that may act on each channel by itself and let a positive factor through; pairs are tried with numbers."""
 
 _SAME = 1e-4
@@ -218,12 +210,12 @@ def _follow(first: Any, observation: Observation) -> _Pair | str:
         if type(module) in HEAD_TYPES:
             single = len(observation.of(module)) == 1
             return _Pair(first, batchnorm, tuple(clipping), module) if single else "the next is called several times"
-        if type(module) in _BATCHNORM:
+        if type(module) in module_types("batchnorm"):
             only = batchnorm is None and not clipping and call is observation.consumers(calls[0].outputs[0])[0]
             if not only or not _folds(module, observation):
                 return "a BatchNorm is between it and the next layer, which does not fold into it"
             batchnorm = module
-        elif isinstance(module, _CLIPPING):
+        elif isinstance(module, module_types("clamp")):
             clipping.append(module)
         outputs = call.outputs
 

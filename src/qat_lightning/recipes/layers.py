@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from qat_lightning.layers.operators import module_types
 from qat_lightning.layers.qat_modules import fold_factor
 from qat_lightning.modes.graph_network import GraphNetwork
 from qat_lightning.modes.places import find_places
 from qat_lightning.modes.prepared import prepared_state
 from qat_lightning.numerics.fake_quantize import FakeQuantize
 
-RECONSTRUCTED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+RECONSTRUCTED = module_types("convolution", "linear")
 
 
 @dataclass(frozen=True)

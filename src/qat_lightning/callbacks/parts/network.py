@@ -14,21 +14,14 @@ from torch.nn.modules.loss import _Loss
 from torchmetrics import Metric, MetricCollection
 
 from qat_lightning.errors import ConfigurationError, NetworkError
+from qat_lightning.layers.operators import module_types
 from qat_lightning.modes.graph_network import GraphNetwork, GraphPart
 from qat_lightning.modes.prepared import is_prepared
 
 OWN_FORWARD = "."
 """The name of the LightningModule's own ``forward``, where the layers sit on the LightningModule itself."""
 
-_QUANTIZABLE = (
-    nn.Conv1d,
-    nn.Conv2d,
-    nn.Conv3d,
-    nn.ConvTranspose1d,
-    nn.ConvTranspose2d,
-    nn.ConvTranspose3d,
-    nn.Linear,
-)
+_QUANTIZABLE = module_types("convolution", "transposed", "linear")
 
 
 def find_networks(pl_module: LightningModule, module: str | Sequence[str] | None) -> list[str]:

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from qat_lightning.errors import NetworkError
 from qat_lightning.graph.example import Example
 from qat_lightning.graph.structures import look_into
+from qat_lightning.layers.operators import KEEPS_GRID, module_types
 from qat_lightning.modes.protocol import EXCLUDED
 from qat_lightning.modes.without_arithmetic import nested
 from qat_lightning.settings.backends import Backend
@@ -28,14 +29,14 @@ from qat_lightning.settings.recipe import Recipe
 Key = tuple[int, int]
 Inside = AbstractContextManager[Any] | None
 
-HEAD_TYPES = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+HEAD_TYPES = module_types("convolution", "linear")
 BATCHNORM_OF = {
     nn.Conv1d: nn.BatchNorm1d,
     nn.Conv2d: nn.BatchNorm2d,
     nn.Conv3d: nn.BatchNorm3d,
     nn.Linear: nn.BatchNorm1d,
 }
-_ACTIVATION_TYPES = (nn.ReLU, nn.ReLU6, nn.Hardtanh)
+_ACTIVATION_TYPES = module_types("relu", "clamp")
 
 _VALUE_GETTERS = frozenset({"T", "mT", "H", "mH", "data", "real", "imag"})
 _METADATA = frozenset(
@@ -44,16 +45,6 @@ _METADATA = frozenset(
         "is_complex", "is_signed", "is_inference", "get_device", "element_size", "__hash__", "requires_grad_",
     }
 )  # fmt: skip
-_EXACT = frozenset(
-    {
-        "max_pool1d", "max_pool2d", "max_pool3d", "adaptive_max_pool1d", "adaptive_max_pool2d", "adaptive_max_pool3d",
-        "amax", "relu", "relu_", "dropout", "flatten", "unflatten", "reshape", "view", "view_as", "reshape_as", "T",
-        "mT", "permute", "transpose", "swapaxes", "movedim", "t", "squeeze", "unsqueeze", "contiguous", "clone",
-        "detach", "expand", "expand_as", "repeat", "repeat_interleave", "chunk", "split", "unbind", "narrow", "select",
-        "__getitem__", "flip", "roll", "cat", "concat", "stack", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle",
-    }
-)  # fmt: skip
-"""Functions that only move values, or put in zeros: what is on a grid stays on it."""
 
 
 def function_name(function: Any) -> str | None:
@@ -379,7 +370,7 @@ def _with_grids(chains: list[Chain], names: Mapping[nn.Module, str], observation
             source[outputs[0]] = chain.name
             direct.add(outputs[0])
     for call in observation.calls:
-        exact = call.function in (*_EXACT, "ReLU")
+        exact = call.function in (*KEEPS_GRID, "ReLU")
         origins = {source.get(key) for key in call.inputs}
         if exact and len(origins) == 1 and None not in origins:
             source.update({key: o for o in origins if o for key in call.outputs if key not in source})
@@ -395,4 +386,4 @@ def _with_grids(chains: list[Chain], names: Mapping[nn.Module, str], observation
 def float_functions(observation: Observation) -> dict[str, int]:
     """The functions that compute in float, and how often the example ran each."""
     counts = Counter(call.function for call in observation.calls if call.module is None)
-    return {name: count for name, count in sorted(counts.items()) if name not in _EXACT}
+    return {name: count for name, count in sorted(counts.items()) if name not in KEEPS_GRID}

@@ -14,7 +14,7 @@ from qat_lightning.layers.operators import MOVES, MOVING_MODULES
 from qat_lightning.modes.coverage import flops_of, is_float, macs_of, merged
 from qat_lightning.modes.fx.config import LEFT_FLOAT, backend_config
 from qat_lightning.modes.fx.layers import UNSEEN
-from qat_lightning.modes.fx.passes import OWN_GRIDS
+from qat_lightning.modes.fx.passes import CLAMPS, OWN_GRIDS
 from qat_lightning.modes.fx.products import PRODUCTS
 from qat_lightning.modes.places import op_name, rounding_of
 from qat_lightning.modes.prepared import prepared_state
@@ -168,7 +168,7 @@ class FxOperations:
             return f"mode='fx' does not know {unknown}: write {known}"
         if isinstance(self._module(node), nn.modules.batchnorm._BatchNorm):
             return "a BatchNorm behind no layer, or called from several places, folds into no layer"
-        if node.name in self.plan.float_ops and self.state.recipe.target.engine == "qnnpack" and _clamps(kind):
+        if node.name in self.plan.float_ops and self.state.recipe.target.engine == "qnnpack" and kind in CLAMPS:
             return "QNNPACK's clamp misplaces channels-last values"
         if node.name in self.plan.float_ops:
             return f"{'' if kind in OWN_GRIDS else 'with a number, '}its int8 kernel has another grid"
@@ -179,7 +179,3 @@ class FxOperations:
 
 def _is_relu(node: fx.Node, module: nn.Module | None) -> bool:
     return isinstance(module, (nn.ReLU, nn.ReLU6)) or node.target in (F.relu, F.relu6, "relu", "relu_")
-
-
-def _clamps(kind: Any) -> bool:
-    return kind in (nn.ReLU6, nn.Hardtanh, F.relu6, F.hardtanh, F.hardtanh_, torch.clamp, "clamp", "clamp_")

@@ -15,7 +15,6 @@ from qat_lightning.modes.places import rounding_of
 from qat_lightning.modes.prepared import prepared_state
 from qat_lightning.numerics.fake_quantize import FakeQuantize
 
-_PLAIN: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 _WITH_RELU: dict[type[nn.Module], type[nn.Module]] = {
     nn.Conv1d: nni.ConvReLU1d,
     nn.Conv2d: nni.ConvReLU2d,
@@ -93,7 +92,7 @@ def _float_layer(layer: Any) -> nn.Module:
     if "_batchnorm" in layer.__dict__:
         folded: nn.Module = layer.to_float()
         return folded
-    kind = next(plain for plain in _PLAIN if isinstance(layer, plain))
+    kind = next(plain for plain in _WITH_RELU if isinstance(layer, plain))
     plain = kind.__new__(kind)
     plain.__dict__.update({key: value for key, value in layer.__dict__.items() if key != "qconfig"})
     for contents in ("_parameters", "_buffers", "_modules"):

@@ -15,6 +15,7 @@ from torch import fx, nn
 from qat_lightning.errors import TraceError
 from qat_lightning.graph.example import Example
 from qat_lightning.layers.mode_layers import DropoutLike
+from qat_lightning.layers.operators import faces_of, module_types
 from qat_lightning.layers.qat_modules import FoldedLayer
 from qat_lightning.layers.relu_rounding import relu_limit, writes_in_place
 from qat_lightning.modes.fx.config import LEFT_FLOAT, shares_range
@@ -200,7 +201,7 @@ def clamps(graph: fx.Graph, modules: dict[str, nn.Module]) -> list[str]:
     """The names of the nodes that QNNPACK's clamp kernel would run, which misplaces channels-last values."""
     found = []
     for node in graph.nodes:
-        if _kind(node, modules) in _CLAMPS:
+        if _kind(node, modules) in CLAMPS:
             found.append(node.name)
     return found
 
@@ -211,9 +212,9 @@ def with_own_grids(prepared: fx.GraphModule) -> list[str]:
     return [node.name for node in prepared.graph.nodes if _kind(node, modules) in OWN_GRIDS]
 
 
-OWN_GRIDS = (nn.Hardsigmoid, F.hardsigmoid, "hardsigmoid", "hardsigmoid_")
+OWN_GRIDS = faces_of("hardsigmoid")
 
-_CLAMPS = (nn.ReLU6, nn.Hardtanh, F.relu6, F.hardtanh, F.hardtanh_, torch.clamp, "clamp", "clamp_")
+CLAMPS = faces_of("relu6", "hardtanh", "clamp")
 
 
 def observe_only_before_dropout(prepared: fx.GraphModule) -> tuple[list[str], list[str]]:
@@ -245,22 +246,14 @@ def observe_only_before_dropout(prepared: fx.GraphModule) -> tuple[list[str], li
             for other in prepared.graph.nodes:
                 if other is not before and other.op == "call_module" and modules.get(str(other.target)) is replaced:
                     other.target = before.target
-                    if _is_within(other.args[0], modules[str(before.target)], modules, but=_CLAMPS):
+                    if _is_within(other.args[0], modules[str(before.target)], modules, but=CLAMPS):
                         silent.append(other.name)
         dropped.append(node.name)
     prepared.recompile()
     return dropped, silent
 
 
-_DROPOUT_MODULES = (
-    nn.Dropout,
-    nn.Dropout1d,
-    nn.Dropout2d,
-    nn.Dropout3d,
-    nn.AlphaDropout,
-    nn.FeatureAlphaDropout,
-    DropoutLike,
-)
+_DROPOUT_MODULES = (*module_types("dropout"), DropoutLike)
 
 
 def observe_each_range_once(network: GraphNetwork) -> None:

@@ -14,17 +14,13 @@ from torch import Tensor, fx, nn
 
 from qat_lightning.graph.example import Example
 from qat_lightning.layers.mode_layers import GIVEN, ByMode, DropoutLike
+from qat_lightning.layers.operators import rows
 from qat_lightning.modes.fx.tracer import Traced, holds_no_layer
 from qat_lightning.modes.graph_network import GraphNetwork
 from qat_lightning.modes.verify import example_values
 
 DROPOUTS: dict[Any, type[nn.Module]] = {
-    F.dropout: nn.Dropout,
-    F.dropout1d: nn.Dropout1d,
-    F.dropout2d: nn.Dropout2d,
-    F.dropout3d: nn.Dropout3d,
-    F.alpha_dropout: nn.AlphaDropout,
-    F.feature_alpha_dropout: nn.FeatureAlphaDropout,
+    function: row.modules[0] for row in rows("dropout") for function in row.functions
 }
 
 

@@ -12,10 +12,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
 
+from qat_lightning.layers.operators import rows
 from qat_lightning.layers.qat_modules import round_for_good
 from qat_lightning.modes.fx.passes import hide_float_ops
 from qat_lightning.numerics.fake_quantize import FakeQuantize
@@ -155,7 +155,7 @@ def compute_biases_of_functions(root: nn.Module, graph: fx.Graph) -> None:
         _erase_unread(graph, bias)
 
 
-_WITH_BIAS = (F.linear, F.conv1d, F.conv2d, F.conv3d)
+_WITH_BIAS = tuple(function for row in rows("convolution", "linear") for function in row.functions)
 
 
 def _weights(root: nn.Module, graph: fx.Graph) -> list[fx.Node]:

@@ -20,51 +20,9 @@ import torch.ao.nn.qat as nnqat
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 
+from qat_lightning.layers.batchnorm import factor_of, fake_quantize_folded, folded_parameters
 from qat_lightning.numerics.fake_quantize import FakeQuantize
-
-
-def fold_factor(gamma: Tensor | None, running_var: Tensor, eps: float) -> Tensor:
-    """What folding BatchNorm multiplies each output channel of a weight by: ``gamma / sqrt(running_var + eps)``.
-
-    Returns:
-        float32, shape ``(channels,)``, without gradient: the straight-through gradient of the division cancels it.
-    """
-    inverse = torch.rsqrt(running_var.detach().float() + eps)
-    return inverse if gamma is None else gamma.detach().float() * inverse
-
-
-def fake_quantize_folded(weight: Tensor, factor: Tensor, fq: FakeQuantize, *, axis: int = 0) -> Tensor:
-    """Round ``weight * factor`` to the grid, and divide by ``factor`` again.
-
-    Args:
-        weight: The plain weight.
-        factor: ``fold_factor`` of the BatchNorm behind it, shape ``(channels,)``.
-        fq: The weight's FakeQuantize, which sees the folded weight.
-        axis: Dimension of the output channels.
-
-    Returns:
-        A weight of the shape and dtype of ``weight``. Where ``factor`` is 0 it is the plain weight.
-    """
-    rounded: Tensor = fq(weight, factor, axis)
-    return rounded
-
-
-@torch.no_grad()
-def folded_parameters(layer: Any, batchnorm: Any) -> tuple[nn.Parameter, nn.Parameter]:
-    """Weight and bias of a float layer that computes what ``layer`` and then ``batchnorm`` compute in evaluation.
-
-    Args:
-        layer: A convolution or a linear layer.
-        batchnorm: With running statistics; weight and bias may be None.
-    """
-    bn = batchnorm
-    fuse = fuse_linear_bn_weights if isinstance(layer, nn.Linear) else fuse_conv_bn_weights
-    gamma = torch.ones_like(bn.running_var) if bn.weight is None else bn.weight
-    beta = torch.zeros_like(bn.running_mean) if bn.bias is None else bn.bias
-    weight, bias = fuse(layer.weight, layer.bias, bn.running_mean, bn.running_var, bn.eps, gamma, beta)
-    return nn.Parameter(weight.detach()), nn.Parameter(bias.detach())
 
 
 class FreezableBatchNorm(_BatchNorm):
@@ -196,7 +154,7 @@ class FoldedLayer(nn.Module):
     def folded_weight(self) -> Tensor:
         """The weight as the int8 kernel will have it, divided by BatchNorm's factor."""
         bn: Any = self.batchnorm
-        factor = fold_factor(bn.weight, bn.running_var, bn.eps)
+        factor = factor_of(bn)
         return fake_quantize_folded(self.weight, factor, self.weight_fake_quant)  # type: ignore[arg-type]
 
     def to_float(self) -> nn.Module:

@@ -21,8 +21,8 @@ from torch.utils._pytree import tree_leaves
 
 from qat_lightning.errors import ConfigurationError, NetworkError
 from qat_lightning.graph.example import Example
+from qat_lightning.layers.batchnorm import along, factor_of, folded_weight, has_statistics
 from qat_lightning.layers.operators import module_types, names_of
-from qat_lightning.layers.qat_modules import fold_factor
 from qat_lightning.modes.eager.chains import HEAD_TYPES, Key, Observation, observe, run_apart
 from qat_lightning.settings.recipe import Equalization as Kind
 
@@ -84,7 +84,7 @@ class _Pair:
     def scale(self, factor: Tensor) -> None:
         """Divide the output channels of the first by ``factor``, and multiply the input channels of the second."""
         owner = self.first if self.batchnorm is None else self.batchnorm
-        owner.weight.div_(_along(factor, owner.weight))
+        owner.weight.div_(along(factor, owner.weight))
         if owner.bias is not None:
             owner.bias.div_(factor)
         grouped = _by_input(self.second, self.second.weight)
@@ -222,7 +222,7 @@ def _follow(first: Any, observation: Observation) -> _Pair | str:
 
 def _folds(batchnorm: Any, observation: Observation) -> bool:
     once = len(observation.of(batchnorm)) == 1
-    return once and batchnorm.weight is not None and batchnorm.running_var is not None
+    return once and batchnorm.weight is not None and has_statistics(batchnorm)
 
 
 def _shared_parameters(network: nn.Module) -> set[int]:
@@ -281,14 +281,8 @@ def _scaled(network: nn.Module, pairs: list[_Pair]) -> Iterator[None]:
 
 
 def _folded(layer: Any, batchnorm: Any) -> Tensor:
-    weight: Tensor = layer.weight.float()
-    if batchnorm is None:
-        return weight
-    return weight * _along(fold_factor(batchnorm.weight, batchnorm.running_var, batchnorm.eps), weight)
-
-
-def _along(factor: Tensor, weight: Tensor) -> Tensor:
-    return factor.reshape(-1, *[1] * (weight.dim() - 1))
+    weight: Tensor = layer.weight
+    return weight.float() if batchnorm is None else folded_weight(weight, factor_of(batchnorm))
 
 
 def _by_input(layer: Any, weight: Tensor) -> Tensor:

@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 
 from qat_lightning.errors import ConfigurationError
 from qat_lightning.graph.example import Example
-from qat_lightning.modes.eager.chains import BATCHNORM_OF, HEAD_TYPES, Observation, observe
+from qat_lightning.layers.batchnorm import folded_parameters
+from qat_lightning.modes.eager.chains import HEAD_TYPES, Observation, observe
+from qat_lightning.modes.eager.following import batchnorm_behind
 
 
 class FoldedBatchNorm(nn.Module):
@@ -62,7 +63,7 @@ def fold_batchnorm(network: nn.Module, example: Example) -> Folded:
     names = {module: name for name, module in network.named_modules()}
     folded: Folded = {}
     for layer, name in names.items():
-        batchnorm = _follower(layer, observation) if type(layer) in HEAD_TYPES else None
+        batchnorm = _behind(layer, observation)
         if batchnorm is not None and "weight" in layer._parameters:
             folded[names[batchnorm]] = _fold(layer, batchnorm, name)
     if not folded:
@@ -79,25 +80,15 @@ def fold_batchnorm(network: nn.Module, example: Example) -> Folded:
     return folded
 
 
-def _follower(layer: nn.Module, observation: Observation) -> Any:
-    """The BatchNorm that takes all that one call of the layer gives, and nothing else."""
-    calls = observation.of(layer)
-    if len(calls) != 1 or len(calls[0].outputs) != 1 or calls[0].outputs[0] in observation.returned:
-        return None
-    consumers = observation.consumers(calls[0].outputs[0])
-    module: Any = consumers[0].module if len(consumers) == 1 else None
-    fits = type(module) is BATCHNORM_OF[type(layer)] and consumers[0].inputs == calls[0].outputs
-    if not fits or len(observation.of(module)) != 1 or module.running_mean is None or module.running_var is None:
-        return None
-    return None if isinstance(layer, nn.Linear) and calls[0].output_dim != 2 else module
+def _behind(layer: nn.Module, observation: Observation) -> Any:
+    """The BatchNorm that a layer which is called once takes in; None where somebody else reads the layer's weight."""
+    once = type(layer) in HEAD_TYPES and len(observation.of(layer)) == 1 and not observation.reads(layer)
+    return batchnorm_behind(layer, observation) if once else None
 
 
 def _fold(layer: Any, bn: Any, name: str) -> dict[str, Any]:
-    fuse = fuse_linear_bn_weights if isinstance(layer, nn.Linear) else fuse_conv_bn_weights
     had_bias = layer.bias is not None
-    gamma = torch.ones_like(bn.running_var) if bn.weight is None else bn.weight
-    beta = torch.zeros_like(bn.running_mean) if bn.bias is None else bn.bias
-    weight, bias = fuse(layer.weight, layer.bias, bn.running_mean, bn.running_var, bn.eps, gamma, beta)
+    weight, bias = folded_parameters(layer, bn)
     # The weight stays the same parameter.
     layer.weight.copy_(weight)
     if had_bias:

@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 from qat_lightning.errors import NetworkError
 from qat_lightning.graph.example import Example, from_user
-from qat_lightning.layers.qat_modules import folded_parameters
+from qat_lightning.layers.batchnorm import folded_parameters
 from qat_lightning.modes.eager.chains import Chain, find_chains, observe, run_apart
 from qat_lightning.modes.prepared import is_prepared
 from qat_lightning.numerics.sqnr import sqnr_db

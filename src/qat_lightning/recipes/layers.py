@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from qat_lightning.layers.batchnorm import along, factor_of
 from qat_lightning.layers.operators import module_types
-from qat_lightning.layers.qat_modules import fold_factor
 from qat_lightning.modes.graph_network import GraphNetwork
 from qat_lightning.modes.places import find_places
 from qat_lightning.modes.prepared import prepared_state
@@ -42,8 +42,7 @@ class RoundedLayer:
         if self.batchnorm is None:
             return None
         bn: Any = self.network.get_submodule(self.batchnorm)
-        factor = fold_factor(bn.weight, bn.running_var, bn.eps)
-        return factor.reshape(-1, *[1] * (self.module.weight.dim() - 1))
+        return along(factor_of(bn), self.module.weight)
 
     @torch.no_grad()
     def folded(self, of: Any = None) -> Tensor:

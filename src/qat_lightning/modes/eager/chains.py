@@ -21,6 +21,7 @@ from qat_lightning.errors import NetworkError
 from qat_lightning.graph.example import Example
 from qat_lightning.graph.structures import look_into
 from qat_lightning.layers.operators import KEEPS_GRID, module_types
+from qat_lightning.modes.eager.following import batchnorm_behind, follower
 from qat_lightning.modes.protocol import EXCLUDED
 from qat_lightning.modes.without_arithmetic import nested
 from qat_lightning.settings.backends import Backend
@@ -30,12 +31,6 @@ Key = tuple[int, int]
 Inside = AbstractContextManager[Any] | None
 
 HEAD_TYPES = module_types("convolution", "linear")
-BATCHNORM_OF = {
-    nn.Conv1d: nn.BatchNorm1d,
-    nn.Conv2d: nn.BatchNorm2d,
-    nn.Conv3d: nn.BatchNorm3d,
-    nn.Linear: nn.BatchNorm1d,
-}
 _ACTIVATION_TYPES = module_types("relu", "clamp")
 
 _VALUE_GETTERS = frozenset({"T", "mT", "H", "mH", "data", "real", "imag"})
@@ -186,7 +181,7 @@ def observe(network: nn.Module, example: Example, context: Inside = None) -> Obs
     observation = Observation()
     handles = []
     for module in network.modules():
-        if type(module) in (*HEAD_TYPES, *BATCHNORM_OF.values(), *_ACTIVATION_TYPES):
+        if type(module) in (*HEAD_TYPES, *module_types("batchnorm"), *_ACTIVATION_TYPES):
             handles.append(module.register_forward_pre_hook(observation.enter, with_kwargs=True))
             handles.append(module.register_forward_hook(observation.leave, with_kwargs=True))
     try:
@@ -315,42 +310,22 @@ class _Links:
         """The chain that begins with ``head``."""
         calls = self.observation.of(head)
         chain = Chain(name, type(head).__name__, reached=bool(calls))
-        follower = self._follower(calls)
-        if follower is not None and self._folds(head, calls, follower):
-            chain = replace(chain, batchnorm=self.names[follower])
-            follower = self._follower(self.observation.of(follower))
-        if follower is None or type(follower) not in _ACTIVATION_TYPES or not self._not_excluded(follower):
+        batchnorm = batchnorm_behind(head, self.observation)
+        if batchnorm is not None and self._not_excluded(batchnorm):
+            chain = replace(chain, batchnorm=self.names[batchnorm])
+            behind = follower(batchnorm, self.observation)
+        else:
+            behind = follower(head, self.observation)
+        if behind is None or type(behind) not in _ACTIVATION_TYPES or not self._not_excluded(behind):
             return chain
-        if self.observation.writes_over_its_input(follower):
+        if self.observation.writes_over_its_input(behind):
             return chain
         limit = None
-        if isinstance(follower, nn.Hardtanh):
-            if follower.min_val != 0 or follower.max_val <= 0:
+        if isinstance(behind, nn.Hardtanh):
+            if behind.min_val != 0 or behind.max_val <= 0:
                 return chain
-            limit = float(follower.max_val)
-        return replace(chain, activation=self.names[follower], limit=limit)
-
-    def _follower(self, calls: list[_Call]) -> nn.Module | None:
-        """The one module that takes the output of every one of ``calls``, and nothing else does."""
-        found: set[nn.Module] = set()
-        for call in calls:
-            if len(call.outputs) != 1 or call.outputs[0] in self.observation.returned:
-                return None
-            consumers = self.observation.consumers(call.outputs[0])
-            if len(consumers) != 1 or consumers[0].module is None or consumers[0].inputs != call.outputs:
-                return None
-            found.add(consumers[0].module)
-        return found.pop() if len(found) == 1 else None
-
-    def _folds(self, head: nn.Module, calls: list[_Call], follower: nn.Module) -> bool:
-        if type(follower) is not BATCHNORM_OF[type(head)] or not self._not_excluded(follower):
-            return False
-        bn: Any = follower
-        if bn.running_mean is None or bn.running_var is None or self.observation.reads(bn):
-            return False
-        if isinstance(head, nn.Linear) and any(call.output_dim != 2 for call in calls):
-            return False
-        return {c.outputs for c in calls} == {c.inputs for c in self.observation.of(follower)}
+            limit = float(behind.max_val)
+        return replace(chain, activation=self.names[behind], limit=limit)
 
     def _not_excluded(self, module: nn.Module) -> bool:
         return self.excluding.selects(join(self.prefix, self.names[module]))

@@ -19,13 +19,12 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from qat_lightning.layers.batchnorm import factor_of, fake_quantize_folded, folded_bias, folded_weight
 from qat_lightning.layers.qat_modules import (
     FreezableBatchNorm,
     FreezableBatchNorm1d,
     FreezableBatchNorm2d,
     FreezableBatchNorm3d,
-    fake_quantize_folded,
-    fold_factor,
 )
 from qat_lightning.layers.relu_rounding import is_looked_at, relu_limit
 from qat_lightning.modes.eager.calls import LATER, CountsCalls, Grids, adapt_entries
@@ -197,10 +196,8 @@ class ChainHead(CountsCalls, _Layer):
         bn = self.batchnorm
         if bn is None:
             return weight, bias
-        factor = fold_factor(bn.weight, bn.running_var, bn.eps)  # type: ignore[arg-type]
-        shift = -bn.running_mean.float() if bias is None else bias - bn.running_mean.float()  # type: ignore[union-attr]
-        bias = shift * factor if bn.bias is None else shift * factor + bn.bias.float()
-        return weight * factor.reshape(-1, *[1] * (weight.dim() - 1)), bias
+        factor = factor_of(bn)
+        return folded_weight(weight, factor), folded_bias(bias, bn.running_mean, factor, bn.bias)  # type: ignore[arg-type]
 
     def forward(self, input: Tensor) -> Tensor:
         """Round what is not on a grid yet, and run the layer with its rounded weight."""
@@ -255,7 +252,7 @@ class ChainHead(CountsCalls, _Layer):
         if bn is None:
             rounded: Tensor = self.weight_fake_quant(self.weight)
             return rounded
-        factor = fold_factor(bn.weight, bn.running_var, bn.eps)  # type: ignore[arg-type]
+        factor = factor_of(bn)
         return fake_quantize_folded(self.weight, factor, self.weight_fake_quant)
 
     def _apply_layer(self, x: Tensor, weight: Tensor) -> Tensor:

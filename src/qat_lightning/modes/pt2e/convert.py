@@ -17,7 +17,8 @@ from torch.fx.passes.infra.pass_manager import PassManager
 
 from qat_lightning.errors import ConversionError
 from qat_lightning.graph.scopes import scope_of
-from qat_lightning.layers.qat_modules import fold_factor, round_for_good
+from qat_lightning.layers.batchnorm import fold_factor, folded_bias, folded_weight
+from qat_lightning.layers.qat_modules import round_for_good
 from qat_lightning.modes.pt2e.annotate import CHANNEL_AXIS
 from qat_lightning.modes.pt2e.capture import TRAINING_FLAG
 from qat_lightning.modes.pt2e.training import Plan, weight_quantizer
@@ -92,14 +93,11 @@ def _fold_batchnorm(graph_module: fx.GraphModule, plan: Plan) -> None:
             # A weight that is itself computed (a parametrization): BatchNorm stays an op of its own.
             continue
         factor = fold_factor(gamma, var, float(batchnorm.args[7]))
-        shape = [1] * weight.dim()
-        shape[CHANNEL_AXIS[layer.target]] = -1
         bias = _tensor(graph_module, layer.args[2] if len(layer.args) > 2 else None)
-        shift = (torch.zeros_like(mean) if bias is None else bias.float()) - mean
-        folded_bias = shift * factor + (0.0 if beta is None else beta.float())
-        folded_weight = weight.float() * factor.reshape(shape)
-        new_weight = _constant(graph_module, weight_node, f"{pair.layer}_weight", folded_weight)
-        new_bias = _constant(graph_module, weight_node, f"{pair.layer}_bias", folded_bias)
+        multiplied = folded_weight(weight, factor, axis=CHANNEL_AXIS[layer.target])
+        new_weight = _constant(graph_module, weight_node, f"{pair.layer}_weight", multiplied)
+        shifted = folded_bias(bias, mean, factor, beta)
+        new_bias = _constant(graph_module, weight_node, f"{pair.layer}_bias", shifted)
         if quantizer is None:
             layer.update_arg(1, new_weight)
         else:

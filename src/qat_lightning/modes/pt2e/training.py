@@ -17,12 +17,11 @@ from torch.nn.modules.dropout import _DropoutNd
 from qat_lightning.errors import NetworkError
 from qat_lightning.graph.portable_graph import HoldsGraphs
 from qat_lightning.graph.scopes import scope_of
+from qat_lightning.layers.batchnorm import fake_quantize_folded, fold_factor
 from qat_lightning.layers.qat_modules import (
     Counter,
     FreezableBatchNorm,
     FunctionalBatchNorm,
-    fake_quantize_folded,
-    fold_factor,
     make_batchnorm_freezable,
 )
 from qat_lightning.modes.pt2e.annotate import CHANNEL_AXIS, Folded

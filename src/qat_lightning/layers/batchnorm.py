@@ -1,0 +1,115 @@
+"""BatchNorm: what is one, into which layer it folds, and what folding computes, for every mode and recipe."""
+
+from __future__ import annotations
+
+from typing import Any, TypeGuard
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
+
+from qat_lightning.layers.operators import operator_of
+from qat_lightning.numerics.fake_quantize import FakeQuantize
+
+
+def is_batchnorm(module: object) -> TypeGuard[_BatchNorm]:
+    """Whether a module is a BatchNorm of any number of dimensions, or of a class made from one."""
+    return isinstance(module, _BatchNorm)
+
+
+def has_statistics(module: Any) -> bool:
+    """Whether a BatchNorm normalizes with running statistics in evaluation; without, nothing can be folded.
+
+    Example:
+        >>> has_statistics(nn.BatchNorm2d(3)), has_statistics(nn.BatchNorm2d(3, track_running_stats=False))
+        (True, False)
+    """
+    return module.running_mean is not None and module.running_var is not None
+
+
+def folds_into(batchnorm: nn.Module, layer: nn.Module) -> bool:
+    """Whether a BatchNorm behind a layer, and behind it alone, is part of that layer in evaluation.
+
+    Linear layers put channels last, and BatchNorm normalizes dimension 1: there, outputs have to have two dimensions.
+
+    Example:
+        >>> folds_into(nn.BatchNorm2d(3), nn.Conv2d(3, 3, 1)), folds_into(nn.BatchNorm1d(3), nn.Conv2d(3, 3, 1))
+        (True, False)
+    """
+    row = operator_of(type(layer))
+    return row is not None and type(batchnorm) is row.batchnorm and has_statistics(batchnorm)
+
+
+def fold_factor(gamma: Tensor | None, running_var: Tensor, eps: float) -> Tensor:
+    """What folding BatchNorm multiplies each output channel of a weight by: ``gamma / sqrt(running_var + eps)``.
+
+    Returns:
+        float32, shape ``(channels,)``, without gradient: the straight-through gradient of the division cancels it.
+    """
+    inverse = torch.rsqrt(running_var.detach().float() + eps)
+    return inverse if gamma is None else gamma.detach().float() * inverse
+
+
+def factor_of(batchnorm: Any) -> Tensor:
+    """`fold_factor` of a layer."""
+    return fold_factor(batchnorm.weight, batchnorm.running_var, batchnorm.eps)
+
+
+def along(factor: Tensor, weight: Tensor, axis: int = 0) -> Tensor:
+    """A factor for each output channel, shaped to go with a weight that has these in dimension ``axis``."""
+    shape = [1] * weight.dim()
+    shape[axis] = -1
+    return factor.reshape(shape)
+
+
+def fake_quantize_folded(weight: Tensor, factor: Tensor, fq: FakeQuantize, *, axis: int = 0) -> Tensor:
+    """Round ``weight * factor`` to the grid, and divide by ``factor`` again.
+
+    Args:
+        weight: The plain weight.
+        factor: ``fold_factor`` of the BatchNorm behind it, shape ``(channels,)``.
+        fq: The weight's FakeQuantize, which sees the folded weight.
+        axis: Dimension of the output channels.
+
+    Returns:
+        A weight of the shape and dtype of ``weight``. Where ``factor`` is 0 it is the plain weight.
+    """
+    rounded: Tensor = fq(weight, factor, axis)
+    return rounded
+
+
+def folded_weight(weight: Tensor, factor: Tensor, *, axis: int = 0) -> Tensor:
+    """A weight with BatchNorm multiplied in, in float32: what training rounds."""
+    return weight.float() * along(factor, weight, axis)
+
+
+def folded_bias(bias: Tensor | None, running_mean: Tensor, factor: Tensor, beta: Tensor | None) -> Tensor:
+    """The bias that goes with `folded_weight`, in float32.
+
+    Args:
+        bias: The layer's.
+        running_mean: BatchNorm's.
+        factor: Its `fold_factor`.
+        beta: Its bias.
+    """
+    shift = -running_mean.float() if bias is None else bias.float() - running_mean.float()
+    return shift * factor if beta is None else shift * factor + beta.float()
+
+
+@torch.no_grad()
+def folded_parameters(layer: Any, batchnorm: Any) -> tuple[nn.Parameter, nn.Parameter]:
+    """Weight and bias of a float layer that computes what ``layer`` and then ``batchnorm`` compute in evaluation.
+
+    The weight is `folded_weight`. The bias is multiplied in the order that upstream has, whose kernels it is for.
+
+    Args:
+        layer: A convolution or a linear layer.
+        batchnorm: With running statistics; weight and bias may be None.
+    """
+    bn = batchnorm
+    fuse = fuse_linear_bn_weights if isinstance(layer, nn.Linear) else fuse_conv_bn_weights
+    gamma = torch.ones_like(bn.running_var) if bn.weight is None else bn.weight
+    beta = torch.zeros_like(bn.running_mean) if bn.bias is None else bn.bias
+    weight, bias = fuse(layer.weight, layer.bias, bn.running_mean, bn.running_var, bn.eps, gamma, beta)
+    return nn.Parameter(weight.detach()), nn.Parameter(bias.detach())

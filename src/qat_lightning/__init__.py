@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from qat_lightning.modes.coverage import coverage_table
     from qat_lightning.plain import convert, prepare, quantize
     from qat_lightning.recipes.adaround import AdaRound
-    from qat_lightning.recipes.fusion import fuse
+    from qat_lightning.recipes.folding import fuse
     from qat_lightning.rehearsal.calibration import calibrate
     from qat_lightning.rehearsal.rehearse import Rehearsal, rehearse
     from qat_lightning.run.evaluate import evaluate_variants
@@ -51,7 +51,7 @@ _HOMES = {
     "evaluate_variants": "qat_lightning.run.evaluate",
     "export_quantized": "qat_lightning.export.run",
     "float_state_dict": "qat_lightning.callbacks.parts.checkpoints",
-    "fuse": "qat_lightning.recipes.fusion",
+    "fuse": "qat_lightning.recipes.folding",
     "load_quantized": "qat_lightning.artifact",
     "prepare": "qat_lightning.plain",
     "quantize": "qat_lightning.plain",

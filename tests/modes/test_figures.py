@@ -16,7 +16,7 @@ from qat_lightning.modes.prepared import cpu_copy
 from qat_lightning.modes.protocol import LayerCoverage
 from qat_lightning.modes.registry import get_mode
 from qat_lightning.modes.uncalibrated import quantize
-from qat_lightning.recipes.fusion import fuse
+from qat_lightning.recipes.folding import fuse
 from qat_lightning.settings.recipe import Recipe
 
 

@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from qat_lightning.layers.batchnorm import is_batchnorm
 from qat_lightning.layers.qat_modules import Counter, FreezableBatchNorm, FunctionalBatchNorm
 
 SETTLED = 0.1
@@ -150,7 +150,7 @@ def differs(difference: Difference) -> bool:
 
 
 def _holds_statistics(module: Any) -> bool:
-    if not isinstance(module, _BatchNorm) or module.running_mean is None or module.num_batches_tracked is None:
+    if not is_batchnorm(module) or module.running_mean is None or module.num_batches_tracked is None:
         return False
     return isinstance(module, FreezableBatchNorm) or any(isinstance(m, FunctionalBatchNorm) for m in module.children())
 

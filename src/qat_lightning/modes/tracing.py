@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from qat_lightning.errors import TraceError
 from qat_lightning.graph.example import Example
 from qat_lightning.graph.given_sizes import GivenSizes
 from qat_lightning.graph.structures import same
+from qat_lightning.layers.batchnorm import is_batchnorm
 from qat_lightning.modes.checkpointing import loses_checkpoints
 from qat_lightning.modes.eager.chains import run_apart
 from qat_lightning.modes.fx.batchnorm import name_batchnorms, plain_frozen
@@ -176,7 +176,7 @@ def outer_parts(network: nn.Module, selected: dict[str, bool]) -> list[str]:
         if name
         and not any(selected[inner] for inner in selected if inner == name or inner.startswith(name + "."))
         and any(True for _ in module.children())
-        and not isinstance(module, _BatchNorm)
+        and not is_batchnorm(module)
     ]
 
 

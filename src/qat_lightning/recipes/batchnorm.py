@@ -15,9 +15,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from qat_lightning.errors import ConfigurationError
+from qat_lightning.layers.batchnorm import has_statistics, is_batchnorm
 from qat_lightning.layers.qat_modules import Counter, FunctionalBatchNorm
 from qat_lightning.rehearsal.calibration import call
 
@@ -201,9 +201,7 @@ def has_batchnorm(network: nn.Module) -> bool:
 def _normalizes(module: nn.Module) -> bool:
     if isinstance(module, Counter) or getattr(module, "fixed", False):
         return False
-    return isinstance(module, FunctionalBatchNorm) or (
-        isinstance(module, _BatchNorm) and module.running_mean is not None and module.running_var is not None
-    )
+    return isinstance(module, FunctionalBatchNorm) or (is_batchnorm(module) and has_statistics(module))
 
 
 def _running(module: Any, args: tuple[Any, ...]) -> tuple[Tensor, Tensor]:

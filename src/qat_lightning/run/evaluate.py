@@ -26,7 +26,7 @@ from qat_lightning.measure.metrics import latency_interleaved, size_mb
 from qat_lightning.measure.wandb_views import log_variants
 from qat_lightning.modes.coverage import coverage_table, int8_share
 from qat_lightning.numerics.sqnr import EQUAL_DB
-from qat_lightning.recipes.fusion import fuse
+from qat_lightning.recipes.folding import fuse
 from qat_lightning.terminal import console
 
 MEASURED = (

@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from qat_lightning.graph.example import Example
+from qat_lightning.layers.batchnorm import has_statistics, is_batchnorm
 from qat_lightning.layers.qat_modules import FunctionalBatchNorm
 from qat_lightning.modes.fx.calls import drop_unread
 from qat_lightning.modes.fx.tracer import Traced
@@ -102,7 +103,7 @@ def plain_frozen(network: nn.Module) -> dict[str, nn.Module]:
 @torch.no_grad()
 def _as_frozen(module: nn.Module) -> nn.Module | None:
     tensors = [module._buffers.get(name) for name in _TENSORS]
-    if isinstance(module, _BatchNorm) or any(tensor is None or tensor.ndim != 1 for tensor in tensors):
+    if is_batchnorm(module) or any(tensor is None or tensor.ndim != 1 for tensor in tensors):
         return None
     eps = getattr(module, "eps", None)
     if any(True for _ in module.parameters()) or any(True for _ in module.children()) or not isinstance(eps, float):
@@ -127,7 +128,7 @@ def _as_frozen(module: nn.Module) -> nn.Module | None:
 @contextmanager
 def as_upstream_wants(graph_module: fx.GraphModule) -> Iterator[None]:
     """Let upstream's fusion take BatchNorms whatever parameters they have; our folded layers do."""
-    layers = [module for module in graph_module.modules() if isinstance(module, _BatchNorm)]
+    layers = [module for module in graph_module.modules() if is_batchnorm(module)]
     before = [(layer.affine, layer.track_running_stats) for layer in layers]
     for layer in layers:
         layer.affine = layer.track_running_stats = True
@@ -141,7 +142,7 @@ def as_upstream_wants(graph_module: fx.GraphModule) -> Iterator[None]:
 def give_parameters(network: nn.Module) -> None:
     """Let BatchNorms without gamma and beta of their own have them as parameters, as int8 kernels take them."""
     for module in network.modules():
-        if not isinstance(module, _BatchNorm) or module.running_var is None:
+        if not is_batchnorm(module) or not has_statistics(module):
             continue
         for name, value in (("weight", 1.0), ("bias", 0.0)):
             given = module._buffers.pop(name, None)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch.nn.functional as F
 from torch import fx, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from qat_lightning.layers.batchnorm import has_statistics, is_batchnorm
 from qat_lightning.layers.relu_rounding import writes_in_place
 
 _CONVOLUTION_ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
@@ -80,9 +80,7 @@ def unfoldable_batchnorms(graph_module: fx.GraphModule) -> list[nn.Module]:
             module = graph_module.get_submodule(str(node.target))
             calls[module] = calls.get(module, 0) + 1
     return [
-        module
-        for module, count in calls.items()
-        if isinstance(module, _BatchNorm) and (count > 1 or module.running_mean is None)
+        module for module, count in calls.items() if is_batchnorm(module) and (count > 1 or not has_statistics(module))
     ]
 
 

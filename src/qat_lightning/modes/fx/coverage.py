@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from qat_lightning.graph.example import Example
+from qat_lightning.layers.batchnorm import is_batchnorm
 from qat_lightning.layers.operators import MOVES, MOVING_MODULES
 from qat_lightning.modes.coverage import flops_of, is_float, macs_of, merged
 from qat_lightning.modes.fx.config import LEFT_FLOAT, backend_config
@@ -166,7 +167,7 @@ class FxOperations:
         if kind in _WRITE_INSTEAD:
             unknown, known = _WRITE_INSTEAD[kind]
             return f"mode='fx' does not know {unknown}: write {known}"
-        if isinstance(self._module(node), nn.modules.batchnorm._BatchNorm):
+        if is_batchnorm(self._module(node)):
             return "a BatchNorm behind no layer, or called from several places, folds into no layer"
         if node.name in self.plan.float_ops and self.state.recipe.target.engine == "qnnpack" and kind in CLAMPS:
             return "QNNPACK's clamp misplaces channels-last values"

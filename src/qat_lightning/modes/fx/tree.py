@@ -7,6 +7,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from qat_lightning.errors import NetworkError
 from qat_lightning.graph.module_order import order_as
+from qat_lightning.layers.batchnorm import is_batchnorm
 from qat_lightning.modes.graph_network import GraphNetwork, GraphPart, KeepsExtraState, has_extra_state
 
 
@@ -51,7 +52,7 @@ def _restore(result: GraphNetwork, name: str, module: nn.Module) -> None:
     # Fusion leaves an Identity in the place of what it took.
     if present is None or isinstance(present, nn.Identity):
         holder._modules[leaf] = module
-    elif isinstance(module, _BatchNorm) and type(present) is GraphPart:
+    elif is_batchnorm(module) and type(present) is GraphPart:
         # Taken, and what else was called inside of it, such as its activation, left.
         module._modules.update(present._modules)
         holder._modules[leaf] = module

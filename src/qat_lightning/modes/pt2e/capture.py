@@ -25,6 +25,7 @@ from qat_lightning.graph.signature import (
     inputs_of,
 )
 from qat_lightning.graph.structures import look_into
+from qat_lightning.layers.batchnorm import is_batchnorm
 from qat_lightning.layers.operators import OPERATORS
 from qat_lightning.modes.eager.chains import run_apart
 from qat_lightning.modes.source_lines import reason_of
@@ -94,9 +95,7 @@ def _refuse_plain_averages(network: nn.Module) -> None:
     names = [
         repr(name)
         for name, module in network.named_modules()
-        if isinstance(module, nn.modules.batchnorm._BatchNorm)
-        and module.track_running_stats
-        and module.momentum is None
+        if is_batchnorm(module) and module.track_running_stats and module.momentum is None
     ]
     if names:
         more = f" and {len(names) - 5} more" if len(names) > 5 else ""

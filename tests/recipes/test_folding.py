@@ -81,3 +81,29 @@ def test_what_does_not_fold_stays() -> None:
 
     with pytest.raises(ConfigurationError, match="finds no BatchNorm in Standing"):
         fold_batchnorm(Standing(), Example((torch.randn(2, 3, 4, 4),)))
+
+
+class Reads(nn.Module):
+    """Also reads what folding would change."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+        self.other, self.other_bn = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+        self.what = what
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.other_bn(self.other(self.bn(self.conv(x))))
+        if self.what == "batchnorm":
+            return y, self.bn.weight.abs().sum()
+        return y, torch.nn.functional.conv2d(x, self.conv.weight)
+
+
+@pytest.mark.parametrize("what", ["batchnorm", "layer"])
+def test_what_the_network_reads_besides_is_not_folded(what: str) -> None:
+    torch.manual_seed(0)
+    network = unfair(Reads(what), 0).eval()
+    x = torch.randn(2, 3, 8, 8)
+    expected = network(x)
+    assert set(fold_batchnorm(network, Example((x,)))) == {"other_bn"}
+    torch.testing.assert_close(network(x), expected, atol=1e-4, rtol=1e-4)

@@ -11,10 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from qat_lightning.layers.batchnorm import fake_quantize_folded, fold_factor
 from qat_lightning.layers.qat_modules import (
     FOLDED_OF_FLOAT,
-    fake_quantize_folded,
-    fold_factor,
     make_batchnorm_freezable,
     make_batchnorm_plain,
 )

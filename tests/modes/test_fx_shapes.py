@@ -477,7 +477,7 @@ def test_what_a_forward_keeps_is_made_by_each_trace_and_left_as_it_was(kind: str
 
 def table_of(rows: int, columns: int) -> Tensor:
     """What a library tells torch.fx to call as a whole."""
-    return torch.arange(rows).unsqueeze(1) * columns + torch.arange(columns)
+    return torch.arange(float(rows)).unsqueeze(1) * columns + torch.arange(columns)
 
 
 def by_values(x: Tensor) -> Tensor:

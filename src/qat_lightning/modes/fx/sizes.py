@@ -12,6 +12,7 @@ from qat_lightning.graph.example import Example
 from qat_lightning.graph.given_sizes import ANY, GivenInput, GivenSizes, leaves_by_path
 from qat_lightning.modes.fx.examples import CallFails, Calls, Plan, first_plan, is_number
 from qat_lightning.modes.fx.shapes import SizesDecide
+from qat_lightning.modes.fx.tracer import Traced, is_foreign
 
 _Result = TypeVar("_Result")
 
@@ -20,6 +21,8 @@ def attempts(
     network: nn.Module, trace: Callable[[Plan | None], _Result], example: Example
 ) -> tuple[_Result, Plan | None]:
     """Trace a network without its sizes; else with those that decide nothing as values of the graph; else as given.
+
+    Where functions that no file may call could not be traced through without sizes, it is tried with them.
 
     Args:
         network: The float network; what a trace leaves on it is taken away.
@@ -33,12 +36,20 @@ def attempts(
         TraceError: It cannot be traced in any of these ways.
     """
     plan: Plan | None = None
+    plain: list[_Result] = []
     while True:
         before = set(vars(network))
         try:
-            return trace(plan), plan
+            result = trace(plan)
+            if not _calls_foreign(result):
+                return result, plan
+            if plan is not None or plain:
+                return (plain[0], None) if plain else (result, plan)
+            plain, plan = [result], first_plan(example)
         except TraceError:
             if plan is not None and plan.is_last:
+                if plain:
+                    return plain[0], None
                 raise
             plan = first_plan(example) if plan is None else Plan(plan.samples)
         except CallFails as failed:
@@ -49,6 +60,12 @@ def attempts(
             plan = plan.fixing(decided.call)
         for name in set(vars(network)) - before:
             delattr(network, name)  # constants of a trace that is given up
+
+
+def _calls_foreign(result: Any) -> bool:
+    """Whether a trace, or one of the two that are returned, calls Python functions of somebody else."""
+    ways = [result] if isinstance(result, Traced) else [way for way in result if isinstance(way, Traced)]
+    return any(is_foreign(node.target) for way in ways for node in way.graph_module.graph.nodes)
 
 
 def given_sizes(

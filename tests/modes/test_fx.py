@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import qat_lightning.modes.fx.mode as fx_flow
+import qat_lightning.modes.fx.upstream as fx_upstream
 from qat_lightning.artifact import load_quantized
 from qat_lightning.artifact.quantized import QuantizedNetwork
 from qat_lightning.errors import ConversionError, NetworkError, TraceError, VerificationError
@@ -93,7 +93,7 @@ def test_converting_without_ranges_is_refused() -> None:
 
 def test_a_kernel_that_computes_something_else_is_an_error_that_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """One weight of the int8 network is packed wrong, as a saturating kernel would have it."""
-    upstream = fx_flow.convert_fx
+    upstream = fx_upstream.convert_fx
 
     def convert_wrong(*args: object, **kwargs: object) -> nn.Module:
         int8 = upstream(*args, **kwargs)
@@ -104,7 +104,7 @@ def test_a_kernel_that_computes_something_else_is_an_error_that_names_it(monkeyp
 
     prepared = prepare(Residual())
     nn.init.ones_(prepared.get_parameter("bn2.weight"))
-    monkeypatch.setattr(fx_flow, "convert_fx", convert_wrong)
+    monkeypatch.setattr(fx_upstream, "convert_fx", convert_wrong)
     with pytest.raises(VerificationError, match=r"'conv2'.*dB.*exclude=\['conv2'\]"):
         FxMode().convert(cpu_copy(prepared), Example((IMAGES,)))
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qat_lightning.graph.example import Example
-from qat_lightning.modes.fx import mode as fx_mode
+from qat_lightning.modes.fx import plan as fx_plan
 from qat_lightning.modes.prepared import cpu_copy
 from qat_lightning.modes.registry import get_mode
 from qat_lightning.rehearsal.rehearse import rehearse
@@ -102,7 +102,7 @@ def test_what_is_excluded_stays_one_function() -> None:
 
 def test_a_checkpoint_from_before_loads_and_leaves_products_float(monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(fx_mode, "quantize_products", lambda *args: [])
+        patch.setattr(fx_plan, "quantize_products", lambda *args: [])
         network, example = made("plain")
         earlier = get_mode("fx").prepare(network, example, RECIPE)
     earlier(*example.args)

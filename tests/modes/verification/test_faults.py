@@ -15,7 +15,7 @@ from qat_lightning.graph.example import Example
 from qat_lightning.layers.integer.dynamic import DynamicLinear
 from qat_lightning.modes.eager import check as eager_check
 from qat_lightning.modes.eager.int8 import Int8Layer
-from qat_lightning.modes.fx import mode as fx_flow
+from qat_lightning.modes.fx import upstream as fx_upstream
 from qat_lightning.modes.prepared import cpu_copy
 from qat_lightning.modes.protocol import Converted
 from qat_lightning.modes.pt2e import mode as pt2e_flow
@@ -87,7 +87,7 @@ def _wrong(quantized: Tensor, fault: Fault) -> Tensor:
 
 
 def _inject_fx(monkeypatch: pytest.MonkeyPatch, layer: str, fault: Fault) -> None:
-    upstream = fx_flow.convert_fx
+    upstream = fx_upstream.convert_fx
 
     def convert_wrong(*args: Any, **kwargs: Any) -> Any:
         int8 = upstream(*args, **kwargs)
@@ -103,7 +103,7 @@ def _inject_fx(monkeypatch: pytest.MonkeyPatch, layer: str, fault: Fault) -> Non
             module.register_forward_hook(lambda _, __, y: _wrong(y, fault))
         return int8
 
-    monkeypatch.setattr(fx_flow, "convert_fx", convert_wrong)
+    monkeypatch.setattr(fx_upstream, "convert_fx", convert_wrong)
 
 
 def _inject_eager(monkeypatch: pytest.MonkeyPatch, layer: str, fault: Fault) -> None:
@@ -177,8 +177,8 @@ def test_outputs_in_each_others_place_are_caught_by_the_whole(monkeypatch: pytes
             output.args = ((results[1], results[0], *results[2:]),)
 
     if mode == "fx":
-        right = fx_flow.convert_fx
-        monkeypatch.setattr(fx_flow, "convert_fx", lambda *a, **k: (swap((made := right(*a, **k)).graph), made)[1])
+        right = fx_upstream.convert_fx
+        monkeypatch.setattr(fx_upstream, "convert_fx", lambda *a, **k: (swap((made := right(*a, **k)).graph), made)[1])
     elif mode == "pt2e":
         decompose = pt2e_flow.decompose
         monkeypatch.setattr(
@@ -194,7 +194,7 @@ def test_outputs_in_each_others_place_are_caught_by_the_whole(monkeypatch: pytes
 
 def test_two_grids_for_one_tensor_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """The int8 graph rounds once more, to a grid that fake-quant does not have."""
-    upstream = fx_flow.convert_fx
+    upstream = fx_upstream.convert_fx
 
     def convert_wrong(*args: Any, **kwargs: Any) -> Any:
         int8 = upstream(*args, **kwargs)
@@ -207,7 +207,7 @@ def test_two_grids_for_one_tensor_are_caught(monkeypatch: pytest.MonkeyPatch) ->
         int8.recompile()
         return int8
 
-    monkeypatch.setattr(fx_flow, "convert_fx", convert_wrong)
+    monkeypatch.setattr(fx_upstream, "convert_fx", convert_wrong)
     with pytest.raises(VerificationError) as caught:
         convert("fx")
     assert {"first", "second"} & set(caught.value.layers)

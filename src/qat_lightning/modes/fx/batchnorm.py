@@ -147,6 +147,7 @@ def give_parameters(network: nn.Module) -> None:
         for name, value in (("weight", 1.0), ("bias", 0.0)):
             given = module._buffers.pop(name, None)
             if module._parameters.get(name) is None:
+                assert module.running_var is not None
                 held = torch.full_like(module.running_var, value) if given is None else given
                 module._parameters[name] = nn.Parameter(held, requires_grad=False)
 

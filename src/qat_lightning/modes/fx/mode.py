@@ -7,51 +7,38 @@ Ours are the FakeQuantize, the layers with folded BatchNorm, the folding of ReLU
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Collection
-from dataclasses import dataclass, field
-from typing import Any
 
 from torch import fx, nn
-from torch.ao.quantization.fx.custom_config import PrepareCustomConfig
-from torch.ao.quantization.fx.fuse import fuse
-from torch.ao.quantization.fx.prepare import prepare as upstream_prepare
-from torch.ao.quantization.quantize_fx import convert_fx
 
 from qat_lightning.errors import ConversionError, NetworkError
 from qat_lightning.graph.example import Example, in_float32
-from qat_lightning.graph.portable_graph import HoldsGraphs
 from qat_lightning.layers.qat_modules import make_batchnorm_freezable, make_batchnorm_plain, round_weights_for_good
 from qat_lightning.modes.coverage import float_run, layers_with_macs, report
 from qat_lightning.modes.fx import pads as fx_pads
 from qat_lightning.modes.fx import passes
 from qat_lightning.modes.fx.alignment import mark_origins, take_origins
-from qat_lightning.modes.fx.batchnorm import as_upstream_wants, give_parameters
-from qat_lightning.modes.fx.calls import unfoldable_batchnorms
-from qat_lightning.modes.fx.config import backend_config, qconfig_mapping
+from qat_lightning.modes.fx.batchnorm import give_parameters
 from qat_lightning.modes.fx.coverage import FxOperations
-from qat_lightning.modes.fx.divisors import leave_divisors_unrounded
-from qat_lightning.modes.fx.draws import hide_lasting_dropouts
 from qat_lightning.modes.fx.fused import hide_second_names, show_fused
-from qat_lightning.modes.fx.grids import one_grid_where_kernels_keep_it
 from qat_lightning.modes.fx.layers import each_once, join, layer_rows, no_kernel
 from qat_lightning.modes.fx.left_float import float_nodes, layers_and_ops, put_float_layers, take_out_never_rounding
 from qat_lightning.modes.fx.other_sizes import ConvertsAgain, SharedLayers
-from qat_lightning.modes.fx.products import follow_earlier_checkpoints, quantize_products, selected_scopes
+from qat_lightning.modes.fx.plan import FxPlan, make_plan
+from qat_lightning.modes.fx.products import follow_earlier_checkpoints
 from qat_lightning.modes.fx.shapes import CONSTANT
 from qat_lightning.modes.fx.train_and_eval import call_as_in_evaluation
-from qat_lightning.modes.fx.tree import restore_children, with_batchnorms
+from qat_lightning.modes.fx.tree import restore_children
 from qat_lightning.modes.fx.unseen import in_words, knows_no_range, put_plain_layers, take_out_unseen
+from qat_lightning.modes.fx.upstream import Hidden, convert_upstream, prepare_upstream
 from qat_lightning.modes.fx.weights import (
     call_apart,
     compute_biases_of_functions,
     compute_weights_for_good,
-    hide_parametrized,
     materialize_weights_of_functions,
     put_back,
     round_weights_of_functions,
     set_aside,
-    weights_from_inputs,
 )
 from qat_lightning.modes.graph_network import GraphNetwork
 from qat_lightning.modes.left_float import follow_checkpoints, leave_weights_float, with_reasons
@@ -66,45 +53,17 @@ from qat_lightning.modes.prepared import (
     refuse_simulated,
 )
 from qat_lightning.modes.protocol import Converted, LayerCoverage
-from qat_lightning.modes.qconfig import make_qconfig
-from qat_lightning.modes.source_lines import line_at_fault
 from qat_lightning.modes.tracing import (
     leave_inside_float,
     outer_parts,
     refuse_other_results,
-    take_out_constants,
     trace,
 )
 from qat_lightning.modes.upstream_memory import nothing_remembered
-from qat_lightning.modes.verify import check_layers
+from qat_lightning.modes.verify import Checked, check_layers
 from qat_lightning.numerics.fake_quantize import FakeQuantize
 from qat_lightning.numerics.recomputation import keep_tapes
-from qat_lightning.settings.backends import quantized_engine
 from qat_lightning.settings.recipe import Recipe
-
-
-@dataclass
-class FxPlan(HoldsGraphs):
-    """What conversion needs of a prepared network besides its layers.
-
-    Attributes:
-        graph: The graph as upstream's prepare made it, ReLU6 folded.
-        meta: Upstream's notes on it.
-        float_ops: Names of nodes that upstream would lower and cannot, since they take a number that forward works out.
-        dropped: Names of nodes that the int8 graph does without: ReLU6, which the output range of the op before stands
-            for, and dropout.
-        scopes: The module whose ``forward`` made each node, by the node's name.
-        products: The names of the products that upstream would leave float.
-        divisors: The names of the nodes that are not rounded, because they are divided by.
-    """
-
-    graph: fx.Graph
-    meta: dict[str, Any]
-    float_ops: list[str] = field(default_factory=list)
-    dropped: list[str] = field(default_factory=list)
-    scopes: dict[str, str] = field(default_factory=dict)
-    products: list[str] = field(default_factory=list)
-    divisors: list[str] = field(default_factory=list)
 
 
 class FxMode:
@@ -128,84 +87,20 @@ class FxMode:
         leave_inside_float(graph_module, selected)
         passes.pass_over_identities(graph_module)
         fx_pads.name_zero_pads(graph_module, selected)
-        show_dropouts = hide_lasting_dropouts(graph_module.graph)
-        read = set_aside(graph_module, graph_module.graph)
-        put_constants_back = take_out_constants(graph_module.graph)
-        show_parametrized = hide_parametrized(graph_module)
-        originals = with_batchnorms(graph_module, dict(network.named_modules()))
+        hidden = Hidden(network, graph_module)
         parameters = dict(network.named_parameters(remove_duplicate=False))
-        flags = {module: module.training for root in (network, graph_module) for module in root.modules()}
-        for module in flags:
-            module.training = True
-        # A class that upstream's fusion does not match; the flag comes with it and stays.
-        unfoldable = unfoldable_batchnorms(graph_module)
-        for batchnorm in unfoldable:
-            make_batchnorm_freezable(batchnorm)
-        config = backend_config()
-        with warnings.catch_warnings():
-            # Upstream deprecates this API in favour of PT2 export on every call.
-            warnings.filterwarnings("ignore", category=DeprecationWarning)
-            warnings.filterwarnings("ignore", category=FutureWarning)
-            # Hardsigmoid: its kernel has a grid of its own, whatever it is given.
-            warnings.filterwarnings("ignore", message="QConfig must specify a FixedQParams")
-            try:
-                with as_upstream_wants(graph_module):
-                    fused = fuse(graph_module, True, None, config)
-                prepared = upstream_prepare(
-                    fused,
-                    qconfig_mapping(recipe, selected),
-                    True,
-                    scopes,
-                    example_inputs=_flat_example(graph_module, example),
-                    prepare_custom_config=PrepareCustomConfig().set_non_traceable_module_names(
-                        outer_parts(network, selected)
-                    ),
-                    backend_config=config,
-                )
-            except Exception as error:
-                where = line_at_fault(error)
-                raise NetworkError(
-                    f"mode='fx' cannot prepare {type(network).__name__}{f' at {where}' if where else ''}: "
-                    f"{type(error).__name__}: {error}. Try mode='pt2e' or mode='eager', or exclude the part at fault."
-                ) from error
-        show_parametrized(prepared)
-        lasting = show_dropouts(prepared.graph)
-        put_constants_back(prepared.graph)
-        for module, flag in flags.items():
-            module.training = flag
+        prepared = prepare_upstream(graph_module, network, example, recipe, selected, scopes)
+        lasting = hidden.show(prepared)
         if not any(isinstance(module, FakeQuantize) for module in prepared.modules()):
             raise NetworkError(
                 f"There is nothing to quantize in {type(network).__name__}: no selected convolution, linear layer or "
                 "addition. Look at include and exclude, or give another module=."
             )
-        qconfig, selects = make_qconfig(recipe), selected_scopes(recipe, prefix)
-        divisors = leave_divisors_unrounded(prepared)
-        products = quantize_products(prepared, network, example, scopes, selects, qconfig, divisors)
-        passes.refuse_late_writes(prepared, network, example, scopes)
-        plan = FxPlan(prepared.graph, prepared.meta)
-        plan.products, plan.divisors = products, [node.name for node in divisors]
-        plan.scopes = {name: scope[0] for name, scope in scopes.items()}
-        plan.float_ops = passes.round_tensors_only(prepared, network, example) + passes.calls_of(prepared, unfoldable)
-        plan.float_ops += weights_from_inputs(prepared) + lasting
-        plan.float_ops += passes.with_own_grids(prepared)
-        one_grid_where_kernels_keep_it(prepared)
-        plan.dropped = passes.observe_only_after_relu(prepared)
-        if recipe.target.engine == "qnnpack":
-            left = passes.clamps(prepared.graph, dict(prepared.named_modules(remove_duplicate=False)))
-            plan.float_ops += [name for name in left if name not in plan.dropped]
-        dropouts, behind_dropout = passes.observe_only_before_dropout(prepared)
-        plan.dropped += dropouts
-        result = GraphNetwork(prepared)
-        result.set_graph(passes.without(plan.graph, [*behind_dropout, *fx_pads.roundings_behind(plan.graph)]))
-        passes.observe_each_range_once(result)
-        passes.drop_unused(result, plan.graph)
-        hide_second_names(result)
-        for graph in (result.graph, plan.graph):
-            put_back(result, graph, read)
-        result.set_graph(result.graph)
+        plan, unrounded = make_plan(prepared, network, example, recipe, scopes, prefix=prefix)
+        plan.float_ops += passes.calls_of(prepared, hidden.unfoldable) + lasting
+        result = _as_network(prepared, plan, unrounded, hidden.read)
         result.give_sizes(sizes, SharedLayers())
-        result._non_persistent_buffers_set.update(name for name in result._buffers if name.startswith(CONSTANT))
-        restore_children(result, originals, parameters, float_network)
+        restore_children(result, hidden.originals, parameters, float_network)
         make_batchnorm_freezable(result)
         materialize_weights(result)
         materialize_weights_of_functions(result, result.graph)
@@ -239,18 +134,7 @@ class FxMode:
                 "on finite values before it is converted."
             )
         graph = copy.deepcopy(plan.graph)
-        take_out_never_rounding(graph, dict(prepared.named_modules(remove_duplicate=False)))
-        set_aside(prepared, graph)
-        call_apart(prepared, graph)
-        show_fused(prepared)
-        round_weights_of_functions(prepared, graph)
-        compute_biases_of_functions(prepared, graph)
-        compute_weights_for_good(prepared, graph)
-        round_weights_for_good(prepared)
-        make_batchnorm_plain(prepared)
-        give_parameters(prepared)
-        passes.observe_everywhere(prepared)
-        unseen = take_out_unseen(graph, dict(prepared.named_modules(remove_duplicate=False)))
+        unseen = _for_good(prepared, graph)
         # A ReLU is dropped for the range behind it, where there is one.
         passes.drop_nodes(graph, [name for name in plan.dropped if name not in {node.name for node in unseen}])
         graph_module = fx.GraphModule(prepared, graph)
@@ -259,17 +143,7 @@ class FxMode:
         float_ops = [*plan.float_ops, *float_nodes(prepared, state.left_float)]
         show_float_ops = passes.hide_float_ops(graph_module, float_ops)
         mark_origins(graph_module.graph)
-        with warnings.catch_warnings(), quantized_engine(target.engine):
-            warnings.filterwarnings("ignore", category=DeprecationWarning)
-            warnings.filterwarnings("ignore", category=FutureWarning)
-            warnings.filterwarnings("ignore", message=".*quantized tensor creation functions.*")
-            try:
-                int8 = convert_fx(graph_module, backend_config=backend_config())
-            except Exception as error:
-                raise ConversionError(
-                    f"Upstream's converter failed on {type(state.float_network).__name__} for backend "
-                    f"{target.name!r}: {type(error).__name__}: {error}"
-                ) from error
+        int8 = convert_upstream(graph_module, target, type(state.float_network).__name__)
         show_float_ops(int8)
         put_float_layers(int8)
         fx_pads.pad_integers(int8)
@@ -285,18 +159,11 @@ class FxMode:
             raise ConversionError(
                 f"A kernel of backend {target.name!r} refuses the int8 {type(state.float_network).__name__}: {error}"
             ) from error
+        rows, operations = _rows(state, recording, network, example, found, unseen, left)
+        call_as_in_evaluation(network)
         notes = (
             [f"No finite range was ever observed for {in_words(unseen)}: what is there stays float."] if unseen else []
         )
-        seen = float_run(state.float_network, example)
-        rows = with_reasons(layer_rows(state, network, seen.used, left), state.left_float)
-        rows = layers_with_macs(rows, seen, example)
-        names, without_range = {row.name for row in rows}, {node.name for node in unseen}
-        operations = report(
-            lambda: FxOperations(recording, example, names, found.values).rows(found.integers, without_range)
-        )
-        rows, operations = each_once(rows, operations)
-        call_as_in_evaluation(network)
         return Converted(network, rows, found.checks, notes, operations, found.whole)
 
     def coverage(self, prepared: nn.Module, example: Example) -> list[LayerCoverage]:
@@ -318,7 +185,55 @@ class FxMode:
         leave_weights_float(prepared, names)
 
 
-def _flat_example(graph_module: fx.GraphModule, example: Example) -> tuple[Any, ...]:
-    names = [node.target for node in graph_module.graph.nodes if node.op == "placeholder"]
-    values = list(example.args)
-    return tuple(values + [example.kwargs[name] for name in names[len(values) :] if name in example.kwargs])
+def _as_network(prepared: fx.GraphModule, plan: FxPlan, unrounded: list[str], read: dict[str, str]) -> GraphNetwork:
+    """The network that trains: the graph with what is in the plan, and each range observed in one place."""
+    result = GraphNetwork(prepared)
+    result.set_graph(passes.without(plan.graph, [*unrounded, *fx_pads.roundings_behind(plan.graph)]))
+    passes.observe_each_range_once(result)
+    passes.drop_unused(result, plan.graph)
+    hide_second_names(result)
+    for graph in (result.graph, plan.graph):
+        put_back(result, graph, read)
+    result.set_graph(result.graph)
+    result._non_persistent_buffers_set.update(name for name in result._buffers if name.startswith(CONSTANT))
+    return result
+
+
+def _for_good(prepared: GraphNetwork, graph: fx.Graph) -> list[fx.Node]:
+    """Round and fold the weights for good, and take out of the graph to convert what never rounds.
+
+    Returns:
+        The nodes whose range was never observed.
+    """
+    take_out_never_rounding(graph, dict(prepared.named_modules(remove_duplicate=False)))
+    set_aside(prepared, graph)
+    call_apart(prepared, graph)
+    show_fused(prepared)
+    round_weights_of_functions(prepared, graph)
+    compute_biases_of_functions(prepared, graph)
+    compute_weights_for_good(prepared, graph)
+    round_weights_for_good(prepared)
+    make_batchnorm_plain(prepared)
+    give_parameters(prepared)
+    passes.observe_everywhere(prepared)
+    return take_out_unseen(graph, dict(prepared.named_modules(remove_duplicate=False)))
+
+
+def _rows(
+    state: PreparedState,
+    recording: GraphNetwork,
+    network: GraphNetwork,
+    example: Example,
+    found: Checked,
+    unseen: list[fx.Node],
+    left: set[str],
+) -> tuple[list[LayerCoverage], list[LayerCoverage]]:
+    """What became of the layers and of the ops between them."""
+    seen = float_run(state.float_network, example)
+    rows = with_reasons(layer_rows(state, network, seen.used, left), state.left_float)
+    rows = layers_with_macs(rows, seen, example)
+    names, without_range = {row.name for row in rows}, {node.name for node in unseen}
+    operations = report(
+        lambda: FxOperations(recording, example, names, found.values).rows(found.integers, without_range)
+    )
+    return each_once(rows, operations)

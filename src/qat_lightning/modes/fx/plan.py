@@ -1,0 +1,83 @@
+"""What mode fx decides of a prepared graph, and conversion follows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import fx, nn
+
+from qat_lightning.graph.example import Example
+from qat_lightning.graph.portable_graph import HoldsGraphs
+from qat_lightning.modes.fx import passes
+from qat_lightning.modes.fx.divisors import leave_divisors_unrounded
+from qat_lightning.modes.fx.grids import one_grid_where_kernels_keep_it
+from qat_lightning.modes.fx.products import quantize_products, selected_scopes
+from qat_lightning.modes.fx.weights import weights_from_inputs
+from qat_lightning.modes.qconfig import make_qconfig
+from qat_lightning.settings.recipe import Recipe
+
+
+@dataclass
+class FxPlan(HoldsGraphs):
+    """What conversion needs of a prepared network besides its layers.
+
+    Attributes:
+        graph: The graph as upstream's prepare made it, ReLU6 folded.
+        meta: Upstream's notes on it.
+        float_ops: Names of nodes that upstream would lower and cannot, since they take a number that forward works out.
+        dropped: Names of nodes that the int8 graph does without: ReLU6, which the output range of the op before stands
+            for, and dropout.
+        scopes: The module whose ``forward`` made each node, by the node's name.
+        products: The names of the products that upstream would leave float.
+        divisors: The names of the nodes that are not rounded, because they are divided by.
+    """
+
+    graph: fx.Graph
+    meta: dict[str, Any]
+    float_ops: list[str] = field(default_factory=list)
+    dropped: list[str] = field(default_factory=list)
+    scopes: dict[str, str] = field(default_factory=dict)
+    products: list[str] = field(default_factory=list)
+    divisors: list[str] = field(default_factory=list)
+
+
+def make_plan(
+    prepared: fx.GraphModule,
+    network: nn.Module,
+    example: Example,
+    recipe: Recipe,
+    scopes: dict[str, Any],
+    *,
+    prefix: str,
+) -> tuple[FxPlan, list[str]]:
+    """Decide which values are rounded on which grid, and what stays float.
+
+    Args:
+        prepared: As upstream's prepare made it; its graph and its ranges are changed.
+        network: The float network.
+        example: One call of it.
+        recipe: What to quantize, and for which kernels.
+        scopes: The module whose ``forward`` made each node, as upstream has it.
+        prefix: The network's name in the LightningModule.
+
+    Returns:
+        The plan, and the names of the roundings that training does without, since one in front does their work.
+    """
+    qconfig, selects = make_qconfig(recipe), selected_scopes(recipe, prefix)
+    divisors = leave_divisors_unrounded(prepared)
+    products = quantize_products(prepared, network, example, scopes, selects, qconfig, divisors)
+    passes.refuse_late_writes(prepared, network, example, scopes)
+    plan = FxPlan(prepared.graph, prepared.meta)
+    plan.products, plan.divisors = products, [node.name for node in divisors]
+    plan.scopes = {name: scope[0] for name, scope in scopes.items()}
+    plan.float_ops = passes.round_tensors_only(prepared, network, example)
+    plan.float_ops += weights_from_inputs(prepared) + passes.with_own_grids(prepared)
+    one_grid_where_kernels_keep_it(prepared)
+    plan.dropped = passes.observe_only_after_relu(prepared)
+    if recipe.target.engine == "qnnpack":
+        left = passes.clamps(prepared.graph, dict(prepared.named_modules(remove_duplicate=False)))
+        plan.float_ops += [name for name in left if name not in plan.dropped]
+    dropouts, behind_dropout = passes.observe_only_before_dropout(prepared)
+    plan.dropped += dropouts
+    return plan, behind_dropout

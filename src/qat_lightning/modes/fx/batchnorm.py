@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from qat_lightning.graph.example import Example
-from qat_lightning.layers.batchnorm import has_statistics, is_batchnorm
+from qat_lightning.layers.batchnorm import is_batchnorm
 from qat_lightning.layers.qat_modules import FunctionalBatchNorm
 from qat_lightning.modes.fx.calls import drop_unread
 from qat_lightning.modes.fx.tracer import Traced
@@ -142,7 +142,7 @@ def as_upstream_wants(graph_module: fx.GraphModule) -> Iterator[None]:
 def give_parameters(network: nn.Module) -> None:
     """Let BatchNorms without gamma and beta of their own have them as parameters, as int8 kernels take them."""
     for module in network.modules():
-        if not is_batchnorm(module) or not has_statistics(module):
+        if not is_batchnorm(module) or module.running_var is None:
             continue
         for name, value in (("weight", 1.0), ("bias", 0.0)):
             given = module._buffers.pop(name, None)

@@ -125,6 +125,10 @@ _NORMALIZING = (
     Operator("batch_norm1d", "batchnorm", (nn.BatchNorm1d,)),
     Operator("batch_norm2d", "batchnorm", (nn.BatchNorm2d,)),
     Operator("batch_norm3d", "batchnorm", (nn.BatchNorm3d,)),
+    Operator("layer_norm", None, (nn.LayerNorm,), (F.layer_norm,)),
+    Operator("group_norm", None, (nn.GroupNorm,), (F.group_norm,)),
+    Operator("instance_norm", None, (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d), (F.instance_norm,)),
+    Operator("softmax", None, (nn.Softmax,), (F.softmax,), ("softmax",)),
 )
 
 _ACTIVATIONS = (
@@ -161,6 +165,7 @@ _ACTIVATIONS = (
         "sigmoid", None, (nn.Sigmoid,), (torch.sigmoid,), ("sigmoid", "sigmoid_"), (aten.sigmoid.default,),
         (aten.sigmoid_.default,),
     ),
+    Operator("prelu", None, (nn.PReLU,), (F.prelu,)),
     Operator("tanh", None, (nn.Tanh,), (torch.tanh,), ("tanh", "tanh_"), (aten.tanh.default,), (aten.tanh_.default,)),
 )  # fmt: skip
 
@@ -171,6 +176,7 @@ _COMPUTING = (
         "scaled_dot_product_attention", None, (), (F.scaled_dot_product_attention,),
         overloads=(aten.scaled_dot_product_attention.default,), training_flag=(4, 0.0),
     ),
+    Operator("interpolate", None, (), (F.interpolate,)),
     Operator("mean", None, (), (torch.mean,), ("mean",), (aten.mean.default, aten.mean.dim),
              within_range=True, channelwise=True),
     *(
@@ -320,7 +326,8 @@ def faces_of(*names: str) -> tuple[Any, ...]:
         >>> faces_of("batch_norm2d")
         (<class 'torch.nn.modules.batchnorm.BatchNorm2d'>,)
     """
-    return tuple(face for row in OPERATORS if row.name in names for face in row.faces)
+    by_name = {row.name: row for row in OPERATORS}
+    return tuple(face for name in names for face in by_name[name].faces)
 
 
 def names_of(trait: Callable[[Operator], Any]) -> frozenset[str]:

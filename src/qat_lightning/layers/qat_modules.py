@@ -174,7 +174,7 @@ class FoldedLayer(nn.Module):
         layer.__dict__["training"] = False
         if not self.__dict__["_has_relu"]:
             return layer
-        return _WITH_RELU[self._FLOAT](layer, nn.ReLU())
+        return WITH_RELU[self._FLOAT](layer, nn.ReLU())
 
     def _layer(self, input: Tensor, weight: Tensor) -> Tensor:
         raise NotImplementedError
@@ -190,12 +190,13 @@ class FoldedLayer(nn.Module):
         return F.relu(output) if self.__dict__["_has_relu"] else output
 
 
-_WITH_RELU: dict[type[nn.Module], type[nn.Module]] = {
+WITH_RELU: dict[type[nn.Module], type[nn.Module]] = {
     nn.Conv1d: nni.ConvReLU1d,
     nn.Conv2d: nni.ConvReLU2d,
     nn.Conv3d: nni.ConvReLU3d,
     nn.Linear: nni.LinearReLU,
 }
+"""What upstream calls a float layer that a ReLU ends."""
 
 
 class _FoldedConv(FoldedLayer):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-import torch
 import torch.ao.nn.intrinsic as nni
 import torch.ao.nn.quantized.reference as nnqr
 import torch.nn.functional as F
@@ -18,65 +17,24 @@ from torch.ao.quantization.backend_config import (
     get_native_backend_config,
 )
 
+from qat_lightning.layers.operators import faces_of
 from qat_lightning.layers.padding import pad
 from qat_lightning.layers.qat_modules import FOLDED_OF_FLOAT, FOLDED_OF_FUSED
 from qat_lightning.modes.qconfig import make_qconfig
 from qat_lightning.settings.recipe import Recipe
 
-LEFT_FLOAT: tuple[Any, ...] = (
-    nn.ConvTranspose1d,
-    nn.ConvTranspose2d,
-    nn.ConvTranspose3d,
-    F.conv_transpose1d,
-    F.conv_transpose2d,
-    F.conv_transpose3d,
-    nn.LayerNorm,
-    F.layer_norm,
-    nn.GroupNorm,
-    F.group_norm,
-    nn.InstanceNorm1d,
-    nn.InstanceNorm2d,
-    nn.InstanceNorm3d,
-    F.instance_norm,
-    nn.Embedding,
-    nn.EmbeddingBag,
-    nn.LSTM,
-    nn.GRU,
-    nn.LSTMCell,
-    nn.GRUCell,
-    nn.RNNCell,
-    nn.Sigmoid,
-    torch.sigmoid,
-    "sigmoid",
-    "sigmoid_",
-    nn.Tanh,
-    torch.tanh,
-    "tanh",
-    "tanh_",
-    nn.Softmax,
-    F.softmax,
-    "softmax",
-    nn.AdaptiveAvgPool1d,
-    nn.AdaptiveAvgPool2d,
-    nn.AdaptiveAvgPool3d,
-    nn.AvgPool1d,
-    nn.AvgPool2d,
-    nn.AvgPool3d,
-    F.adaptive_avg_pool1d,
-    F.adaptive_avg_pool2d,
-    F.adaptive_avg_pool3d,
-    F.avg_pool1d,
-    F.avg_pool2d,
-    F.avg_pool3d,
-    torch.mean,
-    "mean",
-    F.interpolate,
-    nn.PReLU,
-    F.prelu,
-)
+LEFT_FLOAT = faces_of(
+    "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "layer_norm", "group_norm", "instance_norm",
+    "embedding", "embedding_bag", "lstm", "gru", "lstm_cell", "gru_cell", "rnn_cell", "sigmoid", "tanh", "softmax",
+    "avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d",
+    "mean", "interpolate", "prelu",
+)  # fmt: skip
 """Ops left float: the native kernels lack them for static quantization, run them on a grid fixed beforehand, or (means)
 round them to the grid of their input, coarser than what they hold, with ties that no two kernels break alike."""
 
+
+_KEEP_GRID: tuple[Any, ...] = (pad,)
+"""What upstream does not know, and has kernels that keep the grid of their input."""
 
 _BATCHNORMS = (nn.BatchNorm2d, nn.BatchNorm3d)
 """Not fused with a ReLU behind, which would rename its parameters; the ReLU is folded into the range all the same."""
@@ -112,11 +70,12 @@ def backend_config() -> BackendConfig:
         config.set_backend_pattern_config(pattern)
     assert weighted is not None
     assert moving is not None
-    config.set_backend_pattern_config(
-        BackendPatternConfig(pad)
-        .set_observation_type(ObservationType.OUTPUT_SHARE_OBSERVER_WITH_INPUT)
-        .set_dtype_configs(moving.dtype_configs)
-    )
+    for kind in _KEEP_GRID:
+        config.set_backend_pattern_config(
+            BackendPatternConfig(kind)
+            .set_observation_type(ObservationType.OUTPUT_SHARE_OBSERVER_WITH_INPUT)
+            .set_dtype_configs(moving.dtype_configs)
+        )
     for layer, folded in FOLDED_OF_FLOAT.items():
         config.set_backend_pattern_config(
             BackendPatternConfig(folded)

@@ -5,22 +5,14 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
-import torch.ao.nn.intrinsic as nni
 from torch import fx, nn
 
-from qat_lightning.layers.qat_modules import has_relu_inside
+from qat_lightning.layers.qat_modules import WITH_RELU, has_relu_inside
 from qat_lightning.modes.fx.config import LEFT_FLOAT, backend_config
 from qat_lightning.modes.left_float import layer_of, weighted_layers
 from qat_lightning.modes.places import rounding_of
 from qat_lightning.modes.prepared import prepared_state
 from qat_lightning.numerics.fake_quantize import FakeQuantize
-
-_WITH_RELU: dict[type[nn.Module], type[nn.Module]] = {
-    nn.Conv1d: nni.ConvReLU1d,
-    nn.Conv2d: nni.ConvReLU2d,
-    nn.Conv3d: nni.ConvReLU3d,
-    nn.Linear: nni.LinearReLU,
-}
 
 
 def layers_and_ops(prepared: nn.Module) -> list[str]:
@@ -92,10 +84,10 @@ def _float_layer(layer: Any) -> nn.Module:
     if "_batchnorm" in layer.__dict__:
         folded: nn.Module = layer.to_float()
         return folded
-    kind = next(plain for plain in _WITH_RELU if isinstance(layer, plain))
+    kind = next(plain for plain in WITH_RELU if isinstance(layer, plain))
     plain = kind.__new__(kind)
     plain.__dict__.update({key: value for key, value in layer.__dict__.items() if key != "qconfig"})
     for contents in ("_parameters", "_buffers", "_modules"):
         plain.__dict__[contents] = layer.__dict__[contents].copy()
     del plain._modules["weight_fake_quant"]
-    return _WITH_RELU[kind](plain, nn.ReLU()).eval() if has_relu_inside(layer) else plain
+    return WITH_RELU[kind](plain, nn.ReLU()).eval() if has_relu_inside(layer) else plain

@@ -15,7 +15,7 @@ from torch import fx, nn
 from qat_lightning.errors import TraceError
 from qat_lightning.graph.example import Example
 from qat_lightning.layers.mode_layers import DropoutLike
-from qat_lightning.layers.operators import faces_of, module_types
+from qat_lightning.layers.operators import faces_of, module_types, rows
 from qat_lightning.layers.qat_modules import FoldedLayer
 from qat_lightning.layers.relu_rounding import relu_limit, writes_in_place
 from qat_lightning.modes.fx.config import LEFT_FLOAT, shares_range
@@ -214,7 +214,7 @@ def with_own_grids(prepared: fx.GraphModule) -> list[str]:
 
 OWN_GRIDS = faces_of("hardsigmoid")
 
-CLAMPS = faces_of("relu6", "hardtanh", "clamp")
+CLAMPS = tuple(face for row in rows("clamp") for face in row.faces)
 
 
 def observe_only_before_dropout(prepared: fx.GraphModule) -> tuple[list[str], list[str]]:

@@ -100,6 +100,23 @@ def test_reasons_in_pt2e() -> None:
     assert "has no rule for aten.layer_norm" in rows["norm.layer_norm"].reason
 
 
+class Moves(nn.Module):
+    """Between its layers nothing is computed in evaluation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 4, 3)
+
+    def forward(self, x: Tensor) -> Any:
+        x = F.dropout(self.first(x), 0.1, self.training).transpose(2, 3)
+        return self.last(F.dropout2d(x, 0.2, self.training).repeat_interleave(2, 2))
+
+
+@pytest.mark.parametrize("mode", ["eager", "fx"])
+def test_what_only_moves_values_is_not_reported(mode: str) -> None:
+    assert set(rows_of(mode, Moves(), torch.randn(2, 3, 8, 8))) == {"first", "last"}
+
+
 class Branches(nn.Module):
     """A layer in a branch of torch.cond."""
 

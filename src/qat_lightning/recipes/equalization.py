@@ -54,21 +54,22 @@ class Equalization:
         replaced: Names of the ReLU6 that became ReLU.
         left: Of layers that another follows, why they were left alone.
         change: Relative change of the outputs on the example, by replacing ReLU6; 0 if none was.
+        clipped: How many of those that were left have a ReLU6 behind them.
     """
 
     pairs: list[tuple[str, str]] = field(default_factory=list)
     replaced: list[str] = field(default_factory=list)
     left: dict[str, str] = field(default_factory=dict)
     change: float = 0.0
+    clipped: int = 0
 
     def __str__(self) -> str:
         """One sentence."""
         text = f"{len(self.pairs)} pairs of layers were equalized"
         if self.replaced:
             text += f", {len(self.replaced)} ReLU6 became ReLU (outputs changed by {100 * self.change:.2g} %)"
-        clipped = sum(reason.startswith("ReLU6") for reason in self.left.values())
-        if clipped:
-            text += f"; {clipped} pairs have a ReLU6 between them and were left (equalization='replace_relu6')"
+        if self.clipped:
+            text += f"; {self.clipped} pairs have a ReLU6 between them and were left (equalization='replace_relu6')"
         return text + "."
 
 
@@ -135,6 +136,7 @@ def equalize(network: nn.Module, example: Example, kind: Kind = "exact") -> Equa
     else:
         for pair in pairs:
             if pair.clipping:
+                done.clipped += 1
                 done.left[names[pair.first]] = f"ReLU6 at {names[pair.clipping[0]]!r} lets no factor through"
         pairs = [pair for pair in pairs if not pair.clipping]
     pairs = _those_that_pass(network, example, pairs, names, done)

@@ -16,6 +16,13 @@ MOVED: dict[str, tuple[str, ...]] = {
     "backends": ("settings.backends",),
     "calibration": ("rehearsal.calibration",),
     "callbacks.base": ("callbacks.quantization_callback",),
+    "callbacks.parts.converting": ("callbacks.parts.int8_networks", "callbacks.quantization_callback"),
+    "callbacks.parts.preparing": (
+        "callbacks.parts.networks",
+        "callbacks.parts.placement",
+        "callbacks.parts.preparation",
+        "callbacks.quantization_callback",
+    ),
     "callbacks.parts.sharing": ("callbacks.parts.between_processes",),
     "checkpoint_io": ("callbacks.parts.checkpoint_io",),
     "checkpoints": ("callbacks.parts.checkpoints", "modes.float_state"),
@@ -44,7 +51,12 @@ MOVED: dict[str, tuple[str, ...]] = {
 }
 """Where what was in a module is now; all names are below ``qat_lightning``."""
 
-_RENAMED = {"Flow": "Mode", "get_flow": "get_mode"}
+_RENAMED = {
+    "ConvertingCallback": "QuantizationCallback",
+    "Flow": "Mode",
+    "PreparingCallback": "QuantizationCallback",
+    "get_flow": "get_mode",
+}
 _ROOT = f"{__package__}."
 
 

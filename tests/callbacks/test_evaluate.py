@@ -137,7 +137,7 @@ def test_int8_is_close_to_fake_quant(fitted: Fitted) -> None:
 
 def test_evaluating_moves_nothing(fitted: Fitted) -> None:
     """No parameter, range or statistic, no flag, no random number, in any stage and variant."""
-    before, phase = state(fitted.module), fitted.callback._phase
+    before, phase = state(fitted.module), fitted.callback.phase
     flags = [(fq.fake_quant_enabled, fq.observer_enabled) for _, fq in fake_quantizers(fitted.module)]
     engine, random = torch.backends.quantized.engine, torch.get_rng_state()
     for variant in ("float", "fake_quant", "int8", None):
@@ -146,7 +146,7 @@ def test_evaluating_moves_nothing(fitted: Fitted) -> None:
         fitted.trainer.test(fitted.module, quiet_loader(), verbose=False)
         fitted.trainer.predict(fitted.module, quiet_loader())
     assert_same_state(state(fitted.module), before)
-    assert fitted.callback._phase == phase
+    assert fitted.callback.phase == phase
     assert [(fq.fake_quant_enabled, fq.observer_enabled) for _, fq in fake_quantizers(fitted.module)] == flags
     assert torch.backends.quantized.engine == engine
     assert torch.equal(torch.get_rng_state(), random)
@@ -232,7 +232,7 @@ def test_ranges_move_in_the_stages_that_are_asked_for(mode: str) -> None:
         trainer(callback).validate(module, BRIGHT, verbose=False)
         moved = any(not torch.equal(value, before[key]) for key, value in ranges(module).items())
         assert first > 0
-        assert moved == (callback._phase.observers and "validate" in stages)
+        assert moved == (callback.phase.observers and "validate" in stages)
     narrow, wide = ends.values()
     assert wide[0] > 1.5 * narrow[0]
     assert_same_state(wide[1], narrow[1])
@@ -412,7 +412,7 @@ def test_one_callback_serves_one_module_after_another(mode: str) -> None:
     second = Lit()
     trainer(callback, max_epochs=1).fit(second, loader())
     assert callback.prepared is second.net
-    assert not callback._phase.fake_quant
+    assert not callback.phase.fake_quant
     assert "float" not in callback.variants
     torch.manual_seed(1)
     alone = Lit()

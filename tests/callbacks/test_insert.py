@@ -340,7 +340,7 @@ def test_given_for_several_networks() -> None:
     module = TwoNetworks()
     callback = qat(module=["net", "teacher"], example_inputs={"net": IMAGES, "teacher": (IMAGES[:4],)})
     trainer(callback).fit(module, loader())
-    assert callback._examples["teacher"].args[0].shape[0] == 4
+    assert callback.parts()["teacher"].example.args[0].shape[0] == 4
     with pytest.raises(NetworkError, match=r"'net', 'teacher'"):
         trainer(qat(module=["net", "teacher"], example_inputs=IMAGES)).fit(TwoNetworks(), loader())
 

@@ -57,8 +57,9 @@ def end(run: tuple[Trainer, Decaying, QuantizationAwareTraining]) -> dict[str, A
     for index, values in fitting.optimizers[0].state_dict()["state"].items():
         ended |= {f"optimizer.{index}.{key}": torch.as_tensor(value) for key, value in values.items()}
     ended["int8"] = callback.quantized(dataset()[:32][0])
-    assert callback._float_weights
-    ended |= {f"float.{key}": value for key, value in callback._float_weights["net"].items()}
+    kept = callback.float_weights("net")
+    assert kept
+    ended |= {f"float.{key}": value for key, value in kept.items()}
     return ended
 
 

@@ -228,7 +228,7 @@ def test_row(mode: str, row: Row) -> None:
     assert metrics["test/acc"] >= row.accuracy
     assert callback.fidelity["agreement"] > 0.95
     lit = fitting.lightning_module
-    assert callback._phase.fake_quant
+    assert callback.phase.fake_quant
     _same_weights(callback, lit)
     _tidy_state(lit, fitting.precision)
     if isinstance(module, Reloading):
@@ -239,8 +239,7 @@ def _same_weights(callback: QuantizationAwareTraining, lit: Any) -> None:
     """What was converted at the end of the fit is what is in the LightningModule now."""
     quantized = callback.quantized if isinstance(callback.quantized, dict) else {"": callback.quantized}
     outputs = [network(IMAGES) for network in quantized.values()]
-    callback._stale = True
-    callback._convert()
+    callback.convert()
     again = callback.quantized if isinstance(callback.quantized, dict) else {"": callback.quantized}
     for one, network in zip(outputs, again.values(), strict=True):
         assert torch.equal(one, network(IMAGES))

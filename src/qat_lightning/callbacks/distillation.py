@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qat_lightning.callbacks.parts.arguments import check_names, check_number, check_word
 from qat_lightning.callbacks.parts.network import OWN_FORWARD, forward_replaced
-from qat_lightning.callbacks.parts.preparing import Part
+from qat_lightning.callbacks.parts.networks import Part
 from qat_lightning.callbacks.quantization_aware_training import QuantizationAwareTraining
 from qat_lightning.errors import ConfigurationError
 from qat_lightning.modes.float_state import float_weights

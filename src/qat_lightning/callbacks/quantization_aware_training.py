@@ -3,34 +3,46 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim import Optimizer
 
 from qat_lightning.callbacks.parts.arguments import check_count, check_file, check_flag, check_stages
 from qat_lightning.callbacks.parts.best import forget_best
-from qat_lightning.callbacks.parts.between_processes import take_over_from_first
-from qat_lightning.callbacks.parts.calibration_data import calibration_loader, calls_in_steps
-from qat_lightning.callbacks.parts.checkpoint_io import read_float_state
-from qat_lightning.callbacks.parts.checkpoints import read_float_weights
-from qat_lightning.callbacks.parts.coverage_report import log_coverage, warn_of_float
-from qat_lightning.callbacks.parts.learned import check_optimized, keep_from_ddp, reduce_gradients
-from qat_lightning.callbacks.parts.network import OWN_FORWARD, Slot
+from qat_lightning.callbacks.parts.between_processes import (
+    merge_ranges_of_eager,
+    reduce_ranges_while_observed,
+    take_over_buffers_from_first,
+)
+from qat_lightning.callbacks.parts.bias_correction import correct_biases_in_fit
+from qat_lightning.callbacks.parts.compiled_training import CompiledTraining
+from qat_lightning.callbacks.parts.coverage_report import report_prepared
+from qat_lightning.callbacks.parts.float_weights import FloatWeights
+from qat_lightning.callbacks.parts.learned import check_optimized, reduce_gradients
+from qat_lightning.callbacks.parts.networks import Networks
 from qat_lightning.callbacks.parts.nonfinite import NonFiniteReport
+from qat_lightning.callbacks.parts.placement import Placement
+from qat_lightning.callbacks.parts.preparation import Preparation
 from qat_lightning.callbacks.parts.schedule_driver import ScheduleDriver, curves
+from qat_lightning.callbacks.parts.settings import QuantizationSettings
+from qat_lightning.callbacks.parts.settings_log import log_settings
 from qat_lightning.callbacks.parts.steps import estimates_batchnorm, has_trained
-from qat_lightning.callbacks.parts.together import mend_resume
+from qat_lightning.callbacks.parts.together import (
+    explain_launch,
+    mend_resume,
+    refuse_callbacks,
+    refuse_in_processes,
+    refuse_strategy,
+    say_broken_off,
+    stop_recording_layers,
+)
+from qat_lightning.callbacks.parts.variant_source import TrainedVariants
 from qat_lightning.callbacks.quantization_callback import QuantizationCallback
-from qat_lightning.errors import ConfigurationError
-from qat_lightning.modes.compiling import CompiledSteps, check_compiler
-from qat_lightning.modes.float_state import float_weights
-from qat_lightning.modes.prepared import in_training_step, merge_ranges, prepared_state, reduce_ranges, set_phase
-from qat_lightning.recipes.bias_correction import correct_biases
+from qat_lightning.modes.compiling import check_compiler
 from qat_lightning.rehearsal.rehearse import OnFault
 from qat_lightning.settings.recipe import BatchNormHandling, Equalization
 from qat_lightning.settings.schedule import Phase, PointLike, QuantizationSchedule
@@ -125,22 +137,24 @@ class QuantizationAwareTraining(QuantizationCallback):
         rehearse: bool = True,
         on_fault: OnFault = "leave_float",
     ) -> None:
-        super().__init__(
+        settings = QuantizationSettings(
             mode,
             backend,
+            "qat",
             module,
             example_inputs,
             scheme,
             include,
             exclude,
-            convert=convert_on_fit_end,
-            equalization=equalization,
-            batchnorm=batchnorm,
-            rehearse=rehearse,
-            on_fault=on_fault,
+            equalization,
+            batchnorm,
+            rehearse,
+            on_fault,
+            convert_on_fit_end,
         )
-        self.schedule = QuantizationSchedule(start, freeze_observers, freeze_batchnorm)
-        self.float_checkpoint = check_file("float_checkpoint", float_checkpoint)
+        networks = Networks(settings)
+        self._driver = ScheduleDriver(QuantizationSchedule(start, freeze_observers, freeze_batchnorm))
+        floats = FloatWeights(networks, check_file("float_checkpoint", float_checkpoint))
         check_flag("reset_best_on_start", reset_best_on_start)
         self.reset_best_on_start = reset_best_on_start
         if bias_correction_batches != 0 or type(bias_correction_batches) is not int:
@@ -148,254 +162,237 @@ class QuantizationAwareTraining(QuantizationCallback):
         self.bias_correction_batches = bias_correction_batches
         check_flag("compile", compile)
         self.compile = compile
-        self._steps: list[CompiledSteps] = []
+        super().__init__(networks, TrainedVariants(networks, floats), floats)
         self.observe_stages = check_stages("observe_stages", observe_stages)
-        self._driver = ScheduleDriver(self.schedule)
-        self.float_source = ""
-        self.float_step: int | None = None
+        self._placement = Placement(networks, Preparation(networks, floats), floats)
+        self._compiled = CompiledTraining(networks)
         self._nonfinite = NonFiniteReport()
 
-    # Schedule
+    @property
+    def schedule(self) -> QuantizationSchedule:
+        """When rounding comes on, and when ranges and statistics stop."""
+        return self._driver.schedule
+
+    @property
+    def float_checkpoint(self) -> Path | None:
+        """Where the weights of the ``"float"`` variant are read from, if not kept in the fit."""
+        return self._floats.checkpoint
+
+    @property
+    def float_source(self) -> str:
+        """Where the weights of the ``"float"`` variant come from, in words; empty if there is none."""
+        return self._floats.source
+
+    @property
+    def float_step(self) -> int | None:
+        """The step before which they were taken; None if from elsewhere."""
+        return self._floats.step
+
+    # Insert
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what does not go together, and arrange for the preparation."""
-        if self.scheme.learned and self.mode == "eager" and trainer.world_size > 1:
-            raise ConfigurationError(
-                "learned_step in mode='eager' is not possible in several processes, which may take different ways "
-                "through the network and then begin to learn from different ranges: use mode='fx' or mode='pt2e'."
-            )
+        if trainer.world_size > 1:
+            refuse_in_processes(self.settings, self.observe_stages)
         if self.compile and stage == "fit":
             check_compiler(trainer.strategy.root_device, trainer.world_size)
+        refuse_strategy(trainer)
+        stop_recording_layers(trainer)
+        refuse_callbacks(trainer, self, self.mode)
         if stage == "fit":
             self._driver.new_fit(trainer)
-        super().setup(trainer, pl_module, stage)
+        self._leave_nothing()
+        self._placement.arrange(trainer, pl_module, stage, prepared=self._was_prepared, loaded=self._was_loaded)
+
+    def _was_prepared(self) -> None:
+        self._int8.forget()
+        self._int8.made_from, self.fidelity = "the present weights", {}
+
+    def _was_loaded(self, source: str) -> None:
+        self._int8.outdate()
+        self._int8.made_from = source
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Let the optimizer begin anew where a float checkpoint's parameters are other ones than those that train."""
+        self._placement.renew_optimizer(checkpoint)
+
+    # Train
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """See that learned scales are optimized, and log the settings."""
-        check_optimized(trainer, self._prepared)
-        super().on_fit_start(trainer, pl_module)
+        """See that learned scales are optimized, and log the settings, so that runs can be told apart."""
+        check_optimized(trainer, self._networks.prepared)
+        log_settings(trainer, self, list(self.chosen_modes.values()))
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Reduce the gradients of learned scales, which are kept from DistributedDataParallel."""
-        if self.scheme.learned and trainer.world_size > 1 and self._phase.fake_quant:
-            reduce_gradients(self._prepared)
+        if self.scheme.learned and trainer.world_size > 1 and self.phase.fake_quant:
+            reduce_gradients(self._networks.prepared)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Work out how long the training is planned to be."""
         mend_resume(trainer)
-        self._driver.begin(trainer, self._phase)
-        self._others_now()
-        for prepared in self._prepared.values():
-            # In eager mode processes may take different ways through the network.
-            same_order = prepared_state(prepared).recipe.mode != "eager"
-            reduce_ranges(prepared, trainer.world_size > 1 and same_order)
+        self._driver.begin(trainer, self.phase)
+        self._int8.outdate()
+        reduce_ranges_while_observed(self._networks.prepared, trainer.world_size)
         if trainer.is_global_zero:
-            self._say_what_stays_float(trainer)
+            report_prepared(trainer, self._networks.coverage_rows())
         self._step_phase(trainer)
-        self._run_compiled(pl_module)  # last, so that nothing copies a compiled network
+        if self.compile:
+            self._compiled.begin(pl_module)  # last, so that nothing copies a compiled network
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Switch before the epoch's first batch."""
         self._step_phase(trainer)
         # Anew, whatever else touched the flags since.
-        self._apply(self._phase)
+        self._apply(self.phase)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Switch before the optimizer step that a point names, and log what is on."""
         self._step_phase(trainer)
-        self._driver.before_batch(trainer, self._prepared, self._phase)
-        if estimates_batchnorm(trainer):
-            self._let_batchnorm_move()
-        self._in_training_step(True)
+        self._driver.before_batch(trainer, self._networks.prepared, self.phase)
+        if estimates_batchnorm(trainer) and self.phase.batchnorm_frozen:
+            # In the pass in which stochastic weight averaging estimates its statistics, they move all the same.
+            self._compiled.switched()
+            self._networks.let_batchnorm_move()
+        self._networks.in_training_step(True)
         if not trainer.barebones:
-            pl_module.log_dict(curves(self._phase), on_step=True, on_epoch=False, batch_size=1)
+            pl_module.log_dict(curves(self.phase), on_step=True, on_epoch=False, batch_size=1)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say where activations were not finite; once an epoch, because it waits for the device."""
-        self._nonfinite.look(self._prepared)
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Say how things stand, and where activations were not finite, which may be why; leave nothing behind."""
-        super().on_exception(trainer, pl_module, exception)
-        self._in_training_step(False)
-        self._nonfinite.look(self._prepared)
-        if trainer.state.fn == "fit" and self._prepared and trainer.global_step:
-            rank_zero_info(
-                f"The fit was broken off at step {trainer.global_step} by {type(exception).__name__}. The network is "
-                "as trained so far, with fake-quant, and was not converted; another fit goes on from its last "
-                "checkpoint with ckpt_path='last'."
-            )
-
-    def _in_training_step(self, begins: bool) -> None:
-        """What a step computes belongs to the training, also where a part of the network is kept in evaluation."""
-        for prepared in self._prepared.values():
-            in_training_step(prepared, begins)
-
-    def _step_phase(self, trainer: Trainer) -> None:
-        step, phase = self._driver.phase(trainer, self._prepared)
-        phase = phase.latched(self._phase)
-        comes_on = phase.fake_quant and not self._phase.fake_quant
-        if comes_on:
-            self._rounding_comes_on(trainer, step)
-        if phase.batchnorm_frozen and not self._phase.batchnorm_frozen:
-            self._driver.freeze_batchnorm(trainer, self._prepared, step)
-        if phase != self._phase:
-            self._apply(phase)
-        if comes_on and self.bias_correction_batches:
-            self._correct_biases(trainer)
-
-    def _rounding_comes_on(self, trainer: Trainer, step: int) -> None:
-        if self.float_checkpoint is None and (step > 0 or self.bias_correction_batches):  # else as the fit began
-            self._float_weights = {name: float_weights(prepared) for name, prepared in self._prepared.items()}
-            self.float_step = step
-            self.float_source = f"the weights before step {step}, when rounding came on"
-        if self.reset_best_on_start and step > 0:
-            forget_best(trainer)
-
-    def _say_what_stays_float(self, trainer: Trainer) -> None:
-        """Before the training; what is left out on purpose needs no word."""
-        rows = [row for name in self._prepared for row in self._coverage(name)]
-        log_coverage(trainer, "quant/coverage_prepared", rows)
-        layers = [row for row in rows if row.what == "layer"]
-        warn_of_float([row for row in layers if not row.excluded], "will stay float")
-
-    def _correct_biases(self, trainer: Trainer) -> None:
-        compiled = bool(self._steps)
-        self._run_plain()
-        module = trainer.lightning_module
-        loader = calibration_loader(trainer, module, None)
-        calls = calls_in_steps(module, self._slots, self._prepared, loader, self.bias_correction_batches)
-        for name, prepared in self._prepared.items():
-            corrected = correct_biases(prepared, calls[name])
-            rank_zero_info(f"{name!r}: the biases of {len(corrected)} layers were corrected.")
-        if trainer.world_size > 1:
-            take_over_from_first(self._prepared)
-        if compiled:
-            self._run_compiled(module)
-
-    def _run_compiled(self, pl_module: LightningModule) -> None:
-        if self.compile:
-            for name, slot in self._slots.items():
-                owner = pl_module if slot.name == OWN_FORWARD else self._prepared[name]
-                self._steps.append(CompiledSteps(self._prepared[name], owner, name))
-
-    def _apply(self, phase: Phase) -> None:
-        if phase != self._phase:
-            for steps in self._steps:
-                steps.switched()
-        super()._apply(phase)
-
-    def _let_batchnorm_move(self) -> None:
-        """In the pass in which stochastic weight averaging estimates its statistics, also where they are frozen."""
-        if self._phase.batchnorm_frozen:
-            for steps in self._steps:
-                steps.switched()
-            for prepared in self._prepared.values():
-                set_phase(prepared, **dataclasses.asdict(self._phase) | {"batchnorm_frozen": False})
-
-    def _run_plain(self) -> None:
-        for steps in self._steps:
-            steps.remove()
-        self._steps = []
-
-    def _leave_nothing(self) -> None:
-        self._run_plain()
-        self._driver.end()
-        super()._leave_nothing()
-
-    # Float weights to compare with
-
-    def _will_prepare(self, slots: Mapping[str, Slot]) -> None:
-        super()._will_prepare(slots)
-        if self.float_checkpoint is not None:
-            for name, slot in slots.items():
-                read_float_weights(self.float_checkpoint, name, slot.prefix, slot.get().state_dict())
-
-    def _rehearses(self, stage: str) -> bool:
-        return super()._rehearses(stage) and (self.convert_on_fit_end or self.mode == "auto")
-
-    def _weights_to_rehearse(self) -> Mapping[str, Any]:
-        return {} if self.float_checkpoint is None else read_float_state(self.float_checkpoint)
-
-    def _was_prepared(self) -> None:
-        super()._was_prepared()
-        keep_from_ddp(next(iter(self._slots.values())).pl_module, self._prepared)
-        if self.float_checkpoint is not None:
-            for name, prepared in self._prepared.items():
-                state = prepared_state(prepared)
-                reworking = state.reworking
-                given = (state.float_network if reworking is None else reworking.given).state_dict()
-                found = read_float_weights(self.float_checkpoint, name, self._slots[name].prefix, given)
-                self._float_weights[name] = found if reworking is None else reworking.rework(found)
-            self.float_source = f"checkpoint {self.float_checkpoint}"
+        self._nonfinite.look(self._networks.prepared)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Let all processes go on with the same ranges, where they are not reduced as they are observed."""
         self._driver.after_batch()
-        self._in_training_step(False)
-        if trainer.world_size > 1 and self._phase.observers:
-            for prepared in self._prepared.values():
-                if prepared_state(prepared).recipe.mode == "eager":
-                    merge_ranges(prepared)
+        self._networks.in_training_step(False)
+        if trainer.world_size > 1 and self.phase.observers:
+            merge_ranges_of_eager(self._networks.prepared)
+
+    def _step_phase(self, trainer: Trainer) -> None:
+        step, phase = self._driver.phase(trainer, self._networks.prepared)
+        phase = phase.latched(self.phase)
+        comes_on = phase.fake_quant and not self.phase.fake_quant
+        if comes_on:
+            self._rounding_comes_on(trainer, step)
+        if phase.batchnorm_frozen and not self.phase.batchnorm_frozen:
+            self._driver.freeze_batchnorm(trainer, self._networks.prepared, step)
+        if phase != self.phase:
+            self._apply(phase)
+        if comes_on and self.bias_correction_batches:
+            with self._compiled.paused(trainer.lightning_module):
+                correct_biases_in_fit(trainer, self._networks, self.bias_correction_batches)
+
+    def _rounding_comes_on(self, trainer: Trainer, step: int) -> None:
+        if step > 0 or self.bias_correction_batches:  # else they are as the fit began
+            self._floats.keep(step)
+        if self.reset_best_on_start and step > 0:
+            forget_best(trainer)
+
+    def _apply(self, phase: Phase) -> None:
+        if phase != self.phase:
+            self._compiled.switched()
+        self._networks.apply(phase)
 
     # Convert
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Let all processes hold the ranges and statistics that checkpoints have: those of the first."""
-        self._run_plain()
+        self._compiled.end()
         self._driver.end()
-        self._apply(self._phase)
+        self._apply(self.phase)
         if trainer.world_size > 1:
-            for prepared in self._prepared.values():
-                for buffer in prepared.buffers():
-                    torch.distributed.broadcast(buffer, src=0)
+            take_over_buffers_from_first(self._networks.prepared)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make the int8 network of what was trained."""
-        if not self._prepared or not has_trained(trainer):
+        if not self._networks.prepared or not has_trained(trainer):
             return
-        self._source = f"the fit that ended at step {trainer.global_step}"
-        self._others_now()
+        self._int8.made_from = f"the fit that ended at step {trainer.global_step}"
+        self._int8.outdate()
         if not self.convert_on_fit_end:
             return
-        if not self._ranges_seen():
+        if not self._networks.know_a_range():
             rank_zero_warn(
                 "The fit trained nothing, so that no range was ever observed, and there is no int8 network: ckpt_path= "
                 "is of a run that was as long already. Give the Trainer more max_epochs or max_steps than that."
             )
             return
-        if self._simulated:
+        if self._networks.simulated:
             rank_zero_warn(
-                f"No int8 network is made: {self._simulated}. The scheme is simulated: trainer.test runs fake-quant."
+                f"No int8 network is made: {self._networks.simulated}. The scheme is simulated: trainer.test runs "
+                "fake-quant."
             )
             return
-        if not self._phase.fake_quant:
+        if not self.phase.fake_quant:
             rank_zero_warn(
                 f"The fit ended at step {trainer.global_step} before rounding came on (start={self.schedule.start}): "
                 "the int8 network was not trained for its grid. Train longer, or give an earlier start."
             )
-        self._convert_or_say(trainer, to_run=False)
+        self._int8.convert_or_say(trainer, to_run=False)
+
+    # Evaluate
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Outside a fit, validate the chosen variant, by default fake-quant."""
+        if trainer.state.fn == "validate":
+            self._switch.stand_in("validate", trainer, pl_module)
+        elif not trainer.sanity_checking:
+            self._switch.observe("validate")
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Put the prepared network back."""
+        self._switch.stand_back()
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Test the chosen variant, by default int8."""
+        self._switch.stand_in("test", trainer, pl_module)
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Put the prepared network back, keep how close int8 was to fake-quant, and log what was tested."""
+        self._switch.end_test(trainer)
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Predict with the chosen variant, by default int8."""
+        self._switch.stand_in("predict", trainer, pl_module)
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Put the prepared network back."""
+        self._switch.stand_back()
 
     # Checkpoint: tensors and plain values only, which torch.load(weights_only=True) takes
 
     def state_dict(self) -> dict[str, Any]:
         """What was reached of the schedule, and the float weights to compare with."""
-        return {
-            "phase": dataclasses.asdict(self._phase),
-            "float_weights": self._float_weights,
-            "float_source": self.float_source,
-            "float_step": self.float_step,
-            "schedule": self._driver.state_dict(),
-        }
+        phase = dataclasses.asdict(self.phase)
+        return {"phase": phase, **self._floats.state_dict(), "schedule": self._driver.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Undo `state_dict`."""
-        self._phase = Phase(**state_dict["phase"])
-        self.float_step = state_dict["float_step"]
         self._driver.load_state_dict(state_dict.get("schedule", {}))
-        if self.float_checkpoint is None:
-            self._float_weights = state_dict["float_weights"]
-            self.float_source = state_dict["float_source"]
-        self._apply(self._phase)
+        self._floats.load_state_dict(state_dict)
+        self._apply(Phase(**state_dict["phase"]))
+
+    # End
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Say how things stand, and where activations were not finite, which may be why; leave nothing behind."""
+        self._switch.stand_back()
+        self._leave_nothing()
+        explain_launch(trainer, exception)
+        self._networks.in_training_step(False)
+        self._nonfinite.look(self._networks.prepared)
+        if trainer.state.fn == "fit" and self._networks.prepared and trainer.global_step:
+            say_broken_off(trainer, exception)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leave the prepared network in its place, and no hook and no patched method behind."""
+        self._switch.stand_back()
+        self._leave_nothing()
+
+    def _leave_nothing(self) -> None:
+        self._compiled.end()
+        self._driver.end()
+        self._placement.leave_nothing()

@@ -20,8 +20,8 @@ from torch import nn
 
 from qat_lightning.callbacks.parts.arguments import check_flag, check_names
 from qat_lightning.callbacks.parts.calibration_data import calibration_loader, run_in_steps
-from qat_lightning.callbacks.parts.preparing import PreparingCallback
 from qat_lightning.callbacks.post_training_quantization import PostTrainingQuantization
+from qat_lightning.callbacks.quantization_callback import QuantizationCallback
 from qat_lightning.errors import ConfigurationError
 from qat_lightning.measure.monitoring import COLUMNS, FIGURES, LayerFigures, Probe, totals
 
@@ -109,7 +109,7 @@ class QuantizationMonitor(Callback):
         self._known = [network for callback in calibrated for network in callback.prepared_networks.values()]
         networks: dict[str, nn.Module] = {}
         for callback in callbacks:
-            if isinstance(callback, PreparingCallback) and callback not in calibrated:
+            if isinstance(callback, QuantizationCallback) and callback not in calibrated:
                 networks |= callback.prepared_networks
         if networks and trainer.is_global_zero:
             self._probe = self._new_probe(trainer, networks)

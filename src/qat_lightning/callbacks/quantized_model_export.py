@@ -100,7 +100,7 @@ class QuantizedModelExport(Callback):
                 "QuantizedModelExport needs an int8 network, and convert_on_fit_end=False makes none: leave one out."
             )
         if partner.mode != "auto":
-            self._check(partner._recipe(partner.mode))
+            self._check(partner.settings.recipe)
 
     def on_rehearsal(self, trainer: Trainer, slot: str, quantized: QuantizedNetwork, reference: nn.Module) -> None:
         """Try every format on the int8 network of a rehearsal, each in its runtime's own process.

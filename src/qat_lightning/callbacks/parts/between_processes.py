@@ -1,4 +1,4 @@
-"""What several processes send each other so that only the first has to convert, and to compile."""
+"""What several processes send each other: ranges, and what only the first has to convert and to compile."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from qat_lightning.artifact import artifact_bytes, quantized_from_bytes
 from qat_lightning.artifact.quantized import QuantizedNetwork
 from qat_lightning.errors import ArtifactError
 from qat_lightning.graph.example import Example
+from qat_lightning.modes.prepared import merge_ranges, prepared_state, reduce_ranges
 from qat_lightning.processes import any_process, in_first
 
 
@@ -23,6 +24,31 @@ def take_over_from_first(prepared: Mapping[str, nn.Module]) -> None:
     for network in prepared.values():
         for tensor in (*network.buffers(), *(parameter.data for parameter in network.parameters())):
             dist.broadcast(tensor, src=0)
+
+
+def take_over_buffers_from_first(prepared: Mapping[str, nn.Module]) -> None:
+    """All hold the ranges and statistics that checkpoints have: those of the first."""
+    for network in prepared.values():
+        for buffer in network.buffers():
+            dist.broadcast(buffer, src=0)
+
+
+def reduce_ranges_while_observed(prepared: Mapping[str, nn.Module], processes: int) -> None:
+    """Let observers of several processes agree at every call; not in eager mode, see `merge_ranges_of_eager`."""
+    for network in prepared.values():
+        reduce_ranges(network, processes > 1 and not _takes_ways(network))
+
+
+def merge_ranges_of_eager(prepared: Mapping[str, nn.Module]) -> None:
+    """After a step let all go on with the same ranges, where they are not reduced as they are observed."""
+    for network in prepared.values():
+        if _takes_ways(network):
+            merge_ranges(network)
+
+
+def _takes_ways(network: nn.Module) -> bool:
+    """In eager mode processes may take different ways through a network."""
+    return prepared_state(network).recipe.mode == "eager"
 
 
 def pack(quantized: QuantizedNetwork) -> bytes:

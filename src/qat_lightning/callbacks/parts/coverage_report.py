@@ -50,3 +50,9 @@ def log_coverage(trainer: Trainer, key: str, rows: Sequence[LayerCoverage]) -> N
         if share is not None:
             logged[f"{key}_int8_macs"] = share
         logger.log_metrics(logged, trainer.global_step)  # type: ignore[arg-type]
+
+
+def report_prepared(trainer: Trainer, rows: Sequence[LayerCoverage]) -> None:
+    """Before a training, in the process that logs; what is left out on purpose needs no word."""
+    log_coverage(trainer, "quant/coverage_prepared", rows)
+    warn_of_float([row for row in rows if row.what == "layer" and not row.excluded], "will stay float")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from lightning.pytorch import Callback, Trainer
@@ -11,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 from torch.multiprocessing.spawn import ProcessRaisedException
 
+from qat_lightning.callbacks.parts.settings import QuantizationSettings
 from qat_lightning.errors import ConfigurationError, NetworkError
 
 
@@ -111,6 +113,24 @@ def refuse_callbacks(trainer: Trainer, quantization: Callback, mode: str) -> Non
         )
 
 
+def refuse_in_processes(settings: QuantizationSettings, observe_stages: Sequence[str]) -> None:
+    """Refuse what several processes cannot do together.
+
+    Raises:
+        ConfigurationError: Learned scales in mode eager, or ranges that move in an evaluation.
+    """
+    if settings.recipe.scheme.learned and settings.mode == "eager":
+        raise ConfigurationError(
+            "learned_step in mode='eager' is not possible in several processes, which may take different ways "
+            "through the network and then begin to learn from different ranges: use mode='fx' or mode='pt2e'."
+        )
+    if len(observe_stages) > 1:
+        raise ConfigurationError(
+            f"observe_stages={list(observe_stages)} is not possible in several processes, which need not "
+            "evaluate the same number of batches: use observe_stages=['train']."
+        )
+
+
 def refuse_compiled(network: nn.Module, name: str, mode: str) -> None:
     """Refuse a network that is compiled itself, or holds a part that is, where a graph has to be captured of it.
 
@@ -156,3 +176,12 @@ def mend_resume(trainer: Trainer) -> None:
         # Known once it has unfrozen.
         if isinstance(other, BackboneFinetuning) and trainer.ckpt_path and other.previous_backbone_lr is not None:
             other.make_trainable(trainer.lightning_module.backbone)
+
+
+def say_broken_off(trainer: Trainer, exception: BaseException) -> None:
+    """Say how things stand when a fit does not come to its end."""
+    rank_zero_info(
+        f"The fit was broken off at step {trainer.global_step} by {type(exception).__name__}. The network is as "
+        "trained so far, with fake-quant, and was not converted; another fit goes on from its last checkpoint with "
+        "ckpt_path='last'."
+    )

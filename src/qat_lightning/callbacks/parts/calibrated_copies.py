@@ -1,0 +1,212 @@
+"""Copies of float networks that are quantized without training: found, decided on, calibrated, and made anew."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor, nn
+
+from qat_lightning.callbacks.parts.arguments import check_flag
+from qat_lightning.callbacks.parts.between_processes import take_over_from_first
+from qat_lightning.callbacks.parts.calibration_data import calibration_loader
+from qat_lightning.callbacks.parts.calibration_source import CalibrationSource
+from qat_lightning.callbacks.parts.coverage_report import log_coverage, wandb_loggers
+from qat_lightning.callbacks.parts.network import Slot, find_networks
+from qat_lightning.callbacks.parts.networks import Networks
+from qat_lightning.callbacks.parts.preparation import Preparation
+from qat_lightning.errors import ConfigurationError
+from qat_lightning.modes.float_state import float_weights
+from qat_lightning.modes.prepared import is_prepared
+from qat_lightning.recipes.adaround import AdaRound, Reconstruction
+from qat_lightning.recipes.adaround import adaround as learn_rounding
+from qat_lightning.recipes.bias_correction import correct_biases
+
+PostTrainingKind = Literal["static", "dynamic", "weight_only"]
+
+
+@dataclass(frozen=True, eq=False)
+class CalibrationSettings:
+    """The arguments that `PostTrainingQuantization` has for itself; see there.
+
+    Raises:
+        ConfigurationError: One is not possible, or not with the kind.
+    """
+
+    kind: PostTrainingKind = "static"
+    calibration_batches: int = 32
+    calibration_dataloader: Any = None
+    calls: Any = None
+    bias_correction: bool = False
+    adaround: AdaRound | None = None
+
+    def __post_init__(self) -> None:
+        """Check the values, and what needs data."""
+        kind, batches = self.kind, self.calibration_batches
+        if not isinstance(kind, str) or kind not in get_args(PostTrainingKind):
+            raise ConfigurationError(f"kind={kind!r} is unknown: use one of {', '.join(get_args(PostTrainingKind))}.")
+        if type(batches) is not int or batches < 1:
+            raise ConfigurationError(f"calibration_batches={batches!r} is not possible: give an int from 1.")
+        check_flag("bias_correction", self.bias_correction)
+        if self.adaround is not None and not isinstance(self.adaround, AdaRound):
+            raise ConfigurationError(
+                f"adaround={self.adaround!r} is not possible: give a qat_lightning.AdaRound, or None."
+            )
+        if kind == "static":
+            return
+        if self.bias_correction:
+            raise ConfigurationError(
+                f"bias_correction=True needs data, which kind={kind!r} does without: use 'static'."
+            )
+        if self.adaround is not None:
+            raise ConfigurationError(f"adaround= needs data, which kind={kind!r} does without: use 'static'.")
+        if self.calls is not None:
+            raise ConfigurationError(f"calls= are for kind='static'; kind={kind!r} calibrates nothing.")
+
+
+class CalibratedCopies:
+    """Quantizes copies of the networks of a LightningModule, which stays as it is.
+
+    Args:
+        networks: What the callback knows; it learns what was found, decided and calibrated.
+        preparation: What decides on a network and prepares it.
+        settings: What to calibrate with.
+
+    Attributes:
+        made_of: The float weights that the copies have, by name of the network; empty before there are some.
+    """
+
+    def __init__(self, networks: Networks, preparation: Preparation, settings: CalibrationSettings) -> None:
+        self.networks = networks
+        self.preparation = preparation
+        self.settings = settings
+        self.made_of: dict[str, dict[str, Tensor]] = {}
+
+    @property
+    def settings(self) -> CalibrationSettings:
+        """What to calibrate with."""
+        return self._settings
+
+    @settings.setter
+    def settings(self, settings: CalibrationSettings) -> None:
+        self._data = CalibrationSource(settings.calibration_batches, settings.calibration_dataloader, settings.calls)
+        self._settings = settings
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether the copies get fake-quant and see data; the other kinds convert float networks."""
+        return self.settings.kind == "static"
+
+    def forget_others(self, pl_module: LightningModule) -> bool:
+        """Forget the networks of another LightningModule; whether there were some."""
+        networks = self.networks
+        others = any(slot.pl_module is not pl_module for slot in networks.slots.values())
+        if others:
+            networks.slots, networks.examples, networks.prepared, networks.decisions = {}, {}, {}, {}
+            self.made_of = {}
+        return others
+
+    def find(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Find the networks and a call of each, unless they are known."""
+        if self.networks.slots:
+            return
+        slots = {name: Slot(pl_module, name) for name in find_networks(pl_module, self.networks.settings.module)}
+        trained = [name for name, slot in slots.items() if is_prepared(slot.get())]
+        if trained:
+            raise ConfigurationError(
+                f"{trained[0]!r} holds fake-quant already, from QuantizationAwareTraining: use one of the two."
+            )
+        with isolate_rng(include_cuda=torch.cuda.is_initialized()):
+            if self.preparation.given is None and self._data.has_calls:
+                self.preparation.given = self._data.examples(list(slots))
+            self.networks.examples = self.preparation.find_examples(trainer, pl_module, slots, stage)
+        self.networks.slots = slots
+
+    def try_before_fit(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find out before a training what would fail after it: preparing, converting and calibrating."""
+        self.find(trainer, pl_module, "fit")
+        self._ensure_decided(trainer, "fit")
+        if not self.calibrates:
+            return
+        if not all(decision.rehearsal for decision in self.networks.decisions.values()):
+            for name in self.networks.slots:
+                self._prepare_copy(name)
+        self._data.try_it(trainer, pl_module, self.networks.slots)
+
+    def are_present(self) -> bool:
+        """Whether the copies are of the weights that the networks have now."""
+        slots = self.networks.slots
+        return bool(self.made_of) and all(_has(slot.get(), self.made_of[name]) for name, slot in slots.items())
+
+    def make(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Quantize copies of the networks as they are now."""
+        self.made_of, self.networks.prepared = {}, {}
+        self._ensure_decided(trainer, str(trainer.state.fn))
+        if self.calibrates:
+            self.networks.prepared = self._calibrated(trainer, pl_module)
+            if wandb_loggers(trainer):
+                log_coverage(trainer, "quant/coverage_prepared", self.networks.coverage_rows())
+        self.made_of = {name: _weights(slot.get()) for name, slot in self.networks.slots.items()}
+
+    def _ensure_decided(self, trainer: Trainer, stage: str) -> None:
+        """Decide on the networks of which nothing is decided yet, by a checkpoint or in a fit before."""
+        networks = self.networks
+        new = {name: slot for name, slot in networks.slots.items() if name not in networks.decisions}
+        if new:
+            with isolate_rng(include_cuda=torch.cuda.is_initialized()):
+                networks.decisions |= self.preparation.decide_all(trainer, new, networks.examples, stage)
+
+    def _calibrated(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, nn.Module]:
+        if not self._data.has_calls:  # before anything is prepared: it may be missing
+            calibration_loader(trainer, pl_module, self.settings.calibration_dataloader)
+        prepared = {name: self._prepare_copy(name) for name in self.networks.slots}
+        self.preparation.say_what_was_done(prepared)
+        for network in prepared.values():
+            network.to(pl_module.device)
+        count = self._data.calibrate(trainer, pl_module, self.networks.slots, prepared)
+        rank_zero_info(f"Calibrated on {count} batches.")
+        if self.settings.bias_correction or self.settings.adaround is not None:
+            self._win_back(trainer, pl_module, prepared)
+        if trainer.world_size > 1:
+            take_over_from_first(prepared)
+        return prepared
+
+    def _prepare_copy(self, name: str) -> nn.Module:
+        slot = self.networks.slots[name]
+        return self.preparation.prepare_one(slot, copy.deepcopy(slot.get()), self.networks.examples[name])
+
+    def _win_back(self, trainer: Trainer, pl_module: LightningModule, prepared: dict[str, nn.Module]) -> None:
+        """Learned rounding and corrected biases, on the batches of the calibration."""
+        calls = self._data.calls(trainer, pl_module, self.networks.slots, prepared)
+        for name, network in prepared.items():
+            before = float_weights(network)
+            if self.settings.adaround is not None:
+                learn_rounding(network, calls[name], self.settings.adaround, progress=_say_progress)
+            if self.settings.bias_correction:
+                corrected = correct_biases(network, calls[name], before)
+                rank_zero_info(f"{name!r}: the biases of {len(corrected)} layers were corrected.")
+
+
+def _tensors(network: nn.Module) -> dict[str, Tensor]:
+    return {key: value.detach() for key, value in network.state_dict().items() if isinstance(value, Tensor)}
+
+
+def _weights(network: nn.Module) -> dict[str, Tensor]:
+    return {key: value.cpu().clone() for key, value in _tensors(network).items()}
+
+
+def _has(network: nn.Module, weights: dict[str, Tensor]) -> bool:
+    now = _tensors(network)
+    return now.keys() == weights.keys() and all(torch.equal(now[key].cpu(), weights[key]) for key in now)
+
+
+def _say_progress(number: int, layers: int, name: str, result: Reconstruction) -> None:
+    rank_zero_info(
+        f"AdaRound, layer {number} of {layers}, {name}: error {result.nearest:.2e} with the nearest points, "
+        f"{result.learned:.2e} now."
+    )

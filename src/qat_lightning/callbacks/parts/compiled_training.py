@@ -1,0 +1,51 @@
+"""Training steps that run compiled, in one graph between two switches of the schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from lightning.pytorch import LightningModule
+
+from qat_lightning.callbacks.parts.network import OWN_FORWARD
+from qat_lightning.callbacks.parts.networks import Networks
+from qat_lightning.modes.compiling import CompiledSteps
+
+
+class CompiledTraining:
+    """Lets the training steps of networks run compiled for a while.
+
+    Args:
+        networks: The networks.
+    """
+
+    def __init__(self, networks: Networks) -> None:
+        self.networks = networks
+        self._steps: list[CompiledSteps] = []
+
+    def begin(self, pl_module: LightningModule) -> None:
+        """From here on run compiled."""
+        for name, slot in self.networks.slots.items():
+            prepared = self.networks.prepared[name]
+            owner = pl_module if slot.name == OWN_FORWARD else prepared
+            self._steps.append(CompiledSteps(prepared, owner, name))
+
+    def switched(self) -> None:
+        """Something is on or off now that was otherwise: the next step has another graph."""
+        for steps in self._steps:
+            steps.switched()
+
+    def end(self) -> None:
+        """From here on run as they are."""
+        for steps in self._steps:
+            steps.remove()
+        self._steps = []
+
+    @contextmanager
+    def paused(self, pl_module: LightningModule) -> Iterator[None]:
+        """Within the block run as they are, and compiled again after it if they did before."""
+        compiled = bool(self._steps)
+        self.end()
+        yield
+        if compiled:
+            self.begin(pl_module)

@@ -1,0 +1,150 @@
+"""Where networks with fake-quant stand in a LightningModule: put there in time, guarded, and nothing left behind."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch.utils.hooks import RemovableHandle
+
+from qat_lightning.callbacks.parts.checkpoint_io import save_whole_files
+from qat_lightning.callbacks.parts.checkpoints import guard_loading, holds_quantization
+from qat_lightning.callbacks.parts.float_weights import FloatWeights
+from qat_lightning.callbacks.parts.learned import keep_from_ddp, learned_parameters
+from qat_lightning.callbacks.parts.network import Slot, find_networks
+from qat_lightning.callbacks.parts.networks import BEFORE, Networks
+from qat_lightning.callbacks.parts.preparation import Preparation, cpu_and_float32
+from qat_lightning.modes.prepared import is_prepared, prepared_state
+from qat_lightning.recipes.reworking import reworks
+
+
+class Placement:
+    """Puts fake-quant into the networks of a LightningModule before anything of Lightning's has looked at them.
+
+    Args:
+        networks: What the callback knows; it learns what was found and prepared.
+        preparation: What prepares a network.
+        floats: The float weights to compare with, which go with the networks.
+    """
+
+    def __init__(self, networks: Networks, preparation: Preparation, floats: FloatWeights) -> None:
+        self.networks = networks
+        self._preparation = preparation
+        self._floats = floats
+        self._guard: RemovableHandle | None = None
+        self._put_back: Callable[[], None] | None = None
+        self._save_as_before: Callable[[], None] | None = None
+
+    def arrange(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        stage: str,
+        *,
+        prepared: Callable[[], None],
+        loaded: Callable[[str], None],
+    ) -> None:
+        """Arrange for the networks to be prepared before weights restore, optimizers, DDP and the device see them.
+
+        Lightning calls ``configure_model`` next to last before it restores weights, when all layers exist.
+
+        Args:
+            trainer: While it sets up.
+            pl_module: Whose networks.
+            stage: The stage it sets up for.
+            prepared: Called when the networks are in their places.
+            loaded: Called when weights are about to be loaded into them, with where they come from.
+        """
+        self._save_as_before = save_whole_files(trainer)
+        networks = self.networks
+        if networks.prepared and next(iter(networks.slots.values())).pl_module is pl_module:
+            self._guard_loading(trainer, pl_module, loaded)
+            return
+        had = pl_module.__dict__.get("configure_model")
+
+        def put_back() -> None:
+            if had is None:
+                pl_module.__dict__.pop("configure_model", None)
+            else:
+                pl_module.__dict__["configure_model"] = had
+            self._put_back = None
+
+        def configure_model() -> None:
+            put_back()
+            pl_module.configure_model()
+            self._prepare(trainer, pl_module, stage)
+            self._guard_loading(trainer, pl_module, loaded)
+            prepared()
+
+        pl_module.__dict__["configure_model"] = configure_model
+        self._put_back = put_back
+
+    def _prepare(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        networks, preparation = self.networks, self._preparation
+        slots = {name: Slot(pl_module, name) for name in find_networks(pl_module, networks.settings.module)}
+        # Lightning builds models on the device and in the precision of the training; this is before either.
+        with cpu_and_float32(), isolate_rng(include_cuda=torch.cuda.is_initialized()):
+            examples = preparation.find_examples(trainer, pl_module, slots, stage)
+            prepared = {name: slot.get() for name, slot in slots.items()}
+            adopted = all(is_prepared(network) for network in prepared.values())
+            if adopted:
+                preparation.check_adopted(prepared)
+            else:
+                self._floats.check(slots)
+                networks.decisions = preparation.decide_all(trainer, slots, examples, stage)
+                several = len(slots) > 1 or reworks(networks.settings.recipe)
+                if several and not all(decision.rehearsal for decision in networks.decisions.values()):
+                    # Preparing may work in place: that all can be prepared is tried on copies.
+                    for name, slot in slots.items():
+                        preparation.prepare_one(slot, copy.deepcopy(slot.get()), examples[name])
+                prepared = {n: preparation.prepare_one(slot, slot.get(), examples[n]) for n, slot in slots.items()}
+                for name, slot in slots.items():
+                    slot.install(prepared[name])
+                preparation.say_what_was_done(prepared)
+        if not (adopted and networks.prepared):
+            self._floats.weights = {}
+        networks.slots, networks.examples, networks.prepared = slots, examples, prepared
+        networks.apply(networks.phase if adopted else BEFORE)
+        keep_from_ddp(pl_module, prepared)
+        self._floats.read()
+
+    def _guard_loading(self, trainer: Trainer, pl_module: LightningModule, loaded: Callable[[str], None]) -> None:
+        def loading() -> None:
+            loaded(f"checkpoint {trainer.ckpt_path}" if trainer.ckpt_path else "weights that were loaded")
+
+        prefixes = {name: slot.prefix for name, slot in self.networks.slots.items()}
+        self._guard = guard_loading(pl_module, self.networks.prepared, prefixes, loading)
+
+    def renew_optimizer(self, checkpoint: dict[str, Any]) -> None:
+        """Let the optimizer begin anew where a float checkpoint's parameters are other ones than those that train."""
+        reworked = any(prepared_state(network).reworking is not None for network in self.networks.prepared.values())
+        learned = learned_parameters(self.networks.prepared.values())
+        if not reworked and not learned:
+            return
+        if "optimizer_states" in checkpoint and not holds_quantization(checkpoint["state_dict"]):
+            checkpoint["optimizer_states"] = []
+            rank_zero_warn(
+                "The checkpoint is of a float run, "
+                + (
+                    "whose weights were equalized or folded as they were loaded"
+                    if reworked
+                    else "without learned scales"
+                )
+                + ": the optimizer begins anew."
+            )
+
+    def leave_nothing(self) -> None:
+        """Leave no hook and no patched method behind."""
+        if self._put_back is not None:
+            self._put_back()
+        if self._save_as_before is not None:
+            self._save_as_before()
+            self._save_as_before = None
+        if self._guard is not None:
+            self._guard.remove()
+            self._guard = None

@@ -1,0 +1,222 @@
+"""What is decided of each network, rehearsed on a copy, and how it gets its fake-quant."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import nn
+
+from qat_lightning.artifact.quantized import QuantizedNetwork
+from qat_lightning.callbacks.parts.checkpoints import note_added_keys
+from qat_lightning.callbacks.parts.example import catch_examples
+from qat_lightning.callbacks.parts.float_weights import FloatWeights
+from qat_lightning.callbacks.parts.network import Slot
+from qat_lightning.callbacks.parts.networks import Networks
+from qat_lightning.callbacks.parts.resuming import checkpoint_to_restore, decision_in, peek, with_weights
+from qat_lightning.callbacks.parts.together import refuse_compiled
+from qat_lightning.errors import ConfigurationError, NetworkError
+from qat_lightning.graph.example import Example, check_example, examples_from_user, refuse_old_norms
+from qat_lightning.graph.training_flags import parts_keep_training
+from qat_lightning.modes.left_float import leave_float
+from qat_lightning.modes.prepared import prepared_state
+from qat_lightning.modes.registry import get_mode
+from qat_lightning.processes import in_first, several_processes
+from qat_lightning.recipes.reworking import Reworking, reworks
+from qat_lightning.rehearsal.auto import Decision, choose_mode, decide
+from qat_lightning.rehearsal.rehearse import Inspect
+from qat_lightning.settings.recipe import check_globs
+
+
+class Preparation:
+    """Decides on networks and prepares them, one by one; places nothing.
+
+    Args:
+        networks: What the callback knows; decisions are read there.
+        floats: Float weights that are nearer to the trained ones than the present, if there are some.
+
+    Attributes:
+        given: The example inputs that the user gave; None to catch them from a batch.
+    """
+
+    def __init__(self, networks: Networks, floats: FloatWeights | None = None) -> None:
+        self.networks = networks
+        self.given = networks.settings.example_inputs
+        self._floats = floats
+
+    def find_examples(
+        self, trainer: Trainer, pl_module: LightningModule, slots: Mapping[str, Slot], stage: str
+    ) -> dict[str, Example]:
+        """A call of each network, as given, or caught from a real batch."""
+        for name, slot in slots.items():
+            refuse_old_norms(slot.get(), name)
+        if self.given is None:
+            return catch_examples(trainer, pl_module, list(slots.values()), stage)
+        return examples_from_user(self.given, list(slots))
+
+    def decide_all(
+        self, trainer: Trainer, slots: Mapping[str, Slot], examples: Mapping[str, Example], stage: str
+    ) -> dict[str, Decision]:
+        """What is decided of each network: by the checkpoint, else by the first process for all of them."""
+        settings = self.networks.settings
+        state = peek(checkpoint_to_restore(trainer))
+        kept = {name: decision_in(state, slot.prefix) for name, slot in slots.items()}
+        found = {name: d for name, d in kept.items() if d is not None and settings.mode in ("auto", d.mode)}
+        waiting = [name for name in slots if name not in found]
+        for name in found:
+            check_example(slots[name].get(), examples[name], name=name, given=self.given is not None)
+            check_globs(settings.recipe, _module_names(slots[name]))
+
+        def decide_rest() -> dict[str, Decision]:
+            return {name: self._decide(trainer, slots[name], examples[name], state, stage) for name in waiting}
+
+        found |= in_first(decide_rest) if several_processes(trainer) and waiting else decide_rest()
+        for name in waiting:
+            self._say_decision(name, found[name])
+        return found
+
+    def _decide(self, trainer: Trainer, slot: Slot, example: Example, state: Mapping[str, Any], stage: str) -> Decision:
+        """The mode of a network and what of it stays float, rehearsed on a copy if it is going to be trained."""
+        settings = self.networks.settings
+        network = copy.deepcopy(slot.get()).cpu().float()
+        check_example(network, example, name=slot.name, given=self.given is not None)
+        check_globs(settings.recipe, _module_names(slot))
+        with_weights(network, state or (self._floats.to_rehearse() if self._floats is not None else {}), slot.prefix)
+        self.rework(network, slot, example)
+
+        def admits(mode: str) -> None:
+            refuse_compiled(network, slot.prefix, mode)
+
+        try:
+            if not self._rehearses(stage):
+                if settings.mode != "auto":
+                    admits(settings.mode)
+                return choose_mode(settings.mode, network, example, settings.recipe_for, prefix=slot.prefix)
+            return decide(
+                settings.mode,
+                network,
+                example,
+                settings.recipe_for,
+                prefix=slot.prefix,
+                on_fault=settings.on_fault,
+                admits=admits,
+                inspect=self._inspecting(trainer, slot),
+            )
+        except NetworkError as error:
+            raise self._with_globs(error) from error
+
+    def _rehearses(self, stage: str) -> bool:
+        """Whether a stage is worth a rehearsal: training for int8 is, and whatever has to choose a mode."""
+        settings = self.networks.settings
+        return settings.rehearse and (settings.mode == "auto" or (stage == "fit" and settings.convert_on_fit_end))
+
+    @staticmethod
+    def _inspecting(trainer: Trainer, slot: Slot) -> Inspect | None:
+        """Callbacks that try something with the int8 network of a rehearsal have a method ``on_rehearsal``."""
+        callbacks = [c for c in trainer.callbacks if hasattr(c, "on_rehearsal")]  # type: ignore[attr-defined]
+        if not callbacks:
+            return None
+
+        def inspect(quantized: QuantizedNetwork, reference: nn.Module) -> None:
+            for callback in callbacks:
+                callback.on_rehearsal(trainer, slot.name, quantized, reference)
+
+        return inspect
+
+    def _say_decision(self, name: str, decision: Decision) -> None:
+        if decision.why:
+            rank_zero_info(f"mode='auto', {name!r}: {decision.why}")
+        if decision.rehearsal is not None and decision.rehearsal.unsaved:
+            rank_zero_warn(
+                f"No file will hold the int8 network of {name!r}: {decision.rehearsal.unsaved} It can be run in this "
+                "process."
+            )
+
+    def rework(self, network: nn.Module, slot: Slot, example: Example) -> Reworking | None:
+        """Equalize and fold a float network, in place, as the settings say; None if they say nothing."""
+        recipe = self.networks.settings.recipe
+        if not reworks(recipe):
+            return None
+        return Reworking(network, example, recipe)
+
+    def prepare_one(self, slot: Slot, network: nn.Module, example: Example) -> nn.Module:
+        """Put fake-quant into a network, as was decided of it; perhaps in place."""
+        network.cpu()
+        # Networks are prepared in float32; one that was built in the precision of the training goes back to it.
+        dtype = next((p.dtype for p in network.parameters() if p.is_floating_point()), torch.float32)
+        if dtype != torch.float32:
+            network.float()
+        try:
+            prepared = self._prepare_float32(network, slot, example)
+        except BaseException:
+            if dtype != torch.float32:
+                network.to(dtype)
+            raise
+        if dtype != torch.float32:
+            prepared.to(dtype)
+        note_added_keys(prepared)
+        return prepared
+
+    def _prepare_float32(self, network: nn.Module, slot: Slot, example: Example) -> nn.Module:
+        decision = self.networks.decisions[slot.name]
+        reworking = self.rework(network, slot, example)
+        recipe = self.networks.settings.recipe_for(decision.mode)
+        try:
+            with warnings.catch_warnings(), parts_keep_training(network) as keep:
+                prepared = keep(get_mode(recipe.mode).prepare(network, example, recipe, prefix=slot.prefix))
+        except NetworkError as error:
+            raise self._with_globs(error) from error
+        prepared_state(prepared).__dict__["reworking"] = reworking
+        leave_float(prepared, decision.left_float, example)
+        return prepared
+
+    def _with_globs(self, error: NetworkError) -> NetworkError:
+        """An error with the globs that may be why, if there are some."""
+        recipe = self.networks.settings.recipe
+        if not (recipe.include or recipe.exclude):
+            return error
+        return type(error)(f"{error} (include={list(recipe.include)}, exclude={list(recipe.exclude)})")
+
+    @staticmethod
+    def say_what_was_done(prepared: Mapping[str, nn.Module]) -> None:
+        """Once the networks that stay are made; those that were tried are as others."""
+        for name, network in prepared.items():
+            reworking = prepared_state(network).reworking
+            for note in reworking.notes if reworking is not None else ():
+                rank_zero_info(f"{name!r}. {note}")
+
+    def check_adopted(self, prepared: Mapping[str, nn.Module]) -> None:
+        """Take over networks that are prepared already (by a copy of this callback, say), if they are as we would."""
+        for name, network in prepared.items():
+            recipe = prepared_state(network).recipe
+            settings = self.networks.settings
+            wanted = settings.recipe_for(recipe.mode if settings.mode == "auto" else settings.mode)
+            differences = wanted.differences(recipe)
+            if differences:
+                raise ConfigurationError(
+                    f"{name!r} was prepared by another callback with other settings ('there'): "
+                    f"{'; '.join(differences)}. Give this callback the same, or use a new LightningModule."
+                )
+
+
+def _module_names(slot: Slot) -> list[str]:
+    """The names of a network's modules in the LightningModule."""
+    return [f"{slot.prefix}.{name}".strip(".") for name, _ in slot.get().named_modules() if name or slot.prefix]
+
+
+@contextmanager
+def cpu_and_float32() -> Iterator[None]:
+    """Make tensors as outside Lightning's contexts for building a model."""
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.device("cpu"):
+            yield
+    finally:
+        torch.set_default_dtype(dtype)

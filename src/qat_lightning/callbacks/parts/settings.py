@@ -1,0 +1,125 @@
+"""What a quantizing callback was told, as one frozen value, from which the recipe is made once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Generic, TypeVar, get_args
+
+from qat_lightning.callbacks.parts.arguments import check_flag, check_names, check_word
+from qat_lightning.errors import ConfigurationError
+from qat_lightning.graph.example import from_user
+from qat_lightning.rehearsal.rehearse import OnFault
+from qat_lightning.settings.backends import get_backend, require
+from qat_lightning.settings.recipe import BatchNormHandling, Equalization, Kind, Recipe
+from qat_lightning.settings.scheme import Scheme
+
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizationSettings:
+    """The arguments that both quantizing callbacks have; see `QuantizationAwareTraining`.
+
+    Args:
+        mode: The mode, or ``"auto"``.
+        backend: The target.
+        kind: How the network becomes int8.
+        module: Which networks.
+        example_inputs: One call.
+        scheme: Bits and granularity; None for the default.
+        include: Globs of what to quantize; None for everything.
+        exclude: Globs of what stays float; None for nothing.
+        equalization: Whether weights are equalized before.
+        batchnorm: Whether BatchNorm stays.
+        rehearse: Whether all up to the int8 file is tried on a copy before a training.
+        on_fault: What becomes of what cannot be int8.
+        convert_on_fit_end: Whether there is to be an int8 network.
+
+    Attributes:
+        scheme: As given, or the default; as ``include`` and ``exclude`` it is in the recipe.
+        recipe: What prepares the networks; with ``mode="auto"`` for the first mode that the backend has.
+
+    Raises:
+        ConfigurationError: A setting, or a pair of mode and backend, is not possible.
+
+    Example:
+        >>> settings = QuantizationSettings("auto", "x86", exclude=["head"])
+        >>> settings.recipe_for("pt2e").exclude
+        ('head',)
+    """
+
+    mode: str
+    backend: str
+    kind: Kind = "qat"
+    module: str | list[str] | None = None
+    example_inputs: Any = None
+    scheme: Scheme | None = None
+    include: Sequence[str] | None = None
+    exclude: Sequence[str] | None = None
+    equalization: Equalization = "none"
+    batchnorm: BatchNormHandling = "fused"
+    rehearse: bool = True
+    on_fault: OnFault = "leave_float"
+    convert_on_fit_end: bool = True
+    recipe: Recipe = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Check everything that can be known without a network."""
+        check_word("mode", self.mode)
+        check_word("backend", self.backend)
+        target = get_backend(self.backend, self.mode)
+        require(target)
+        # Which names there are is known at the fit only.
+        if self.module is not None and not isinstance(self.module, str):
+            check_names("module", self.module, example="['encoder', 'head']")
+        scheme = self.scheme if self.scheme is not None else Scheme()
+        if not isinstance(scheme, Scheme):
+            raise ConfigurationError(f"scheme={scheme!r} is not possible: give a qat_lightning.Scheme.")
+        include = check_names("include", self.include, example="['head.*']")
+        exclude = check_names("exclude", self.exclude, example="['head.*']")
+        check_flag("rehearse", self.rehearse)
+        if self.on_fault not in get_args(OnFault):
+            raise ConfigurationError(
+                f"on_fault={self.on_fault!r} is unknown: use one of {', '.join(get_args(OnFault))}."
+            )
+        mode = target.modes[0] if self.mode == "auto" else self.mode
+        recipe = Recipe(mode, self.backend, scheme, include, exclude, self.kind, self.equalization, self.batchnorm)
+        if self.example_inputs is not None and isinstance(self.module, (str, type(None))):
+            from_user(self.example_inputs)
+        check_flag("convert_on_fit_end", self.convert_on_fit_end)
+        for name, value in (("scheme", scheme), ("include", include), ("exclude", exclude), ("recipe", recipe)):
+            object.__setattr__(self, name, value)
+
+    def recipe_for(self, mode: str) -> Recipe:
+        """The recipe with a mode that ``mode="auto"`` leaves open.
+
+        Raises:
+            ConfigurationError: The backend has no such mode.
+        """
+        return self.recipe if mode == self.recipe.mode else replace(self.recipe, mode=mode)
+
+
+class Setting(Generic[Value]):
+    """An attribute of a callback that is a field of a frozen value; to set it replaces that value, checked anew.
+
+    Args:
+        holder: The callback's attribute whose ``settings`` is that value.
+    """
+
+    def __init__(self, holder: str) -> None:
+        self.holder = holder
+        self.name = ""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, callback: Any, owner: type | None = None) -> Value:
+        if callback is None:
+            return self  # type: ignore[return-value]
+        value: Value = getattr(getattr(callback, self.holder).settings, self.name)
+        return value
+
+    def __set__(self, callback: Any, value: Value) -> None:
+        holder = getattr(callback, self.holder)
+        holder.settings = replace(holder.settings, **{self.name: value})

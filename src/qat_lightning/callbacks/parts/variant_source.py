@@ -1,0 +1,216 @@
+"""What the variants of networks are made of: after a training with fake-quant, and after a calibration of copies."""
+
+from __future__ import annotations
+
+import copy
+from typing import Protocol
+
+from torch import nn
+
+from qat_lightning.callbacks.parts.calibrated_copies import CalibratedCopies
+from qat_lightning.callbacks.parts.float_weights import FloatWeights
+from qat_lightning.callbacks.parts.networks import Networks
+from qat_lightning.modes.float_state import present_float
+from qat_lightning.modes.prepared import cpu_copy, prepared_state
+from qat_lightning.rehearsal.faults import Conversion, convert_what_can_be, leaving_float, quantize_what_can_be
+from qat_lightning.settings.recipe import Recipe
+
+_EVALUATE = {"validate": "fake_quant", "test": "int8", "predict": "int8"}
+
+
+class VariantSource(Protocol):
+    """What the parts ask of one of the two ways to have variants.
+
+    Attributes:
+        in_place: The variant that is in the LightningModule itself.
+    """
+
+    in_place: str
+
+    def has(self, variant: str) -> bool:
+        """Whether there is a variant, or could be: that a conversion failed is not known here."""
+
+    def why_not(self, variant: str) -> str:
+        """Why there is no variant, in words."""
+
+    def default(self, stage: str) -> str:
+        """What a stage runs if the user chose nothing."""
+
+    def ranges_seen(self) -> bool:
+        """Whether fake-quant has ranges to round with."""
+
+    def to_stand_in(self, name: str) -> nn.Module:
+        """The network of the variant that is neither int8 nor in its place."""
+
+    def float_network(self, name: str) -> nn.Module:
+        """The ``"float"`` variant, on the CPU, in evaluation."""
+
+    def present_float(self, name: str) -> nn.Module:
+        """The float network with the weights that int8 has."""
+
+    def comparable(self, name: str) -> nn.Module:
+        """What the int8 network has to compute."""
+
+    def reference(self, name: str) -> nn.Module | None:
+        """What int8 is compared with in a test, if it is not in the LightningModule itself."""
+
+    def untrained(self, name: str) -> nn.Module:
+        """The float network as its code makes it, with any weights: what an int8 file of eager mode is put into."""
+
+    def make_int8(self, name: str) -> tuple[Conversion, Recipe]:
+        """What the mode makes of a network, and by which recipe."""
+
+
+class TrainedVariants:
+    """Networks with fake-quant are in the LightningModule; float is what they were, int8 what they are.
+
+    Args:
+        networks: What the callback knows.
+        floats: The float weights to compare with.
+    """
+
+    in_place = "fake_quant"
+
+    def __init__(self, networks: Networks, floats: FloatWeights) -> None:
+        self.networks = networks
+        self._floats = floats
+
+    def has(self, variant: str) -> bool:
+        """See `VariantSource`."""
+        if variant == "float":
+            return bool(self._floats.weights)
+        if variant == "fake_quant":
+            return bool(self.networks.prepared)
+        return self.networks.settings.convert_on_fit_end and self.ranges_seen() and not self.networks.simulated
+
+    def why_not(self, variant: str) -> str:
+        """See `VariantSource`."""
+        if not self.networks.prepared:
+            return "nothing was fitted or tested with this callback yet."
+        if variant == "float":
+            return (
+                "rounding came on with the first step, so there was no float training to compare with; give "
+                "float_checkpoint=, or a later start."
+            )
+        if not self.networks.settings.convert_on_fit_end:
+            return "convert_on_fit_end=False."
+        return "no range was ever observed; fit first, or give ckpt_path= of a fit with this callback."
+
+    def default(self, stage: str) -> str:
+        """See `VariantSource`."""
+        return _EVALUATE[stage]
+
+    def ranges_seen(self) -> bool:
+        """See `VariantSource`."""
+        return self.networks.know_a_range()
+
+    def to_stand_in(self, name: str) -> nn.Module:
+        """See `VariantSource`."""
+        return self.float_network(name)
+
+    def float_network(self, name: str) -> nn.Module:
+        """See `VariantSource`."""
+        return self._floats.network(name)
+
+    def present_float(self, name: str) -> nn.Module:
+        """See `VariantSource`."""
+        return present_float(self.networks.prepared[name])
+
+    def comparable(self, name: str) -> nn.Module:
+        """See `VariantSource`."""
+        return cpu_copy(self.networks.prepared[name])
+
+    def reference(self, name: str) -> nn.Module | None:
+        """See `VariantSource`."""
+        return None
+
+    def untrained(self, name: str) -> nn.Module:
+        """See `VariantSource`."""
+        return prepared_state(self.networks.prepared[name]).float_network
+
+    def make_int8(self, name: str) -> tuple[Conversion, Recipe]:
+        """See `VariantSource`."""
+        return _converted(self.networks, name)
+
+
+class CalibratedVariants:
+    """The float network is in the LightningModule; copies of it are calibrated, or quantized without data.
+
+    Args:
+        networks: What the callback knows.
+        copies: What makes the copies.
+    """
+
+    in_place = "float"
+
+    def __init__(self, networks: Networks, copies: CalibratedCopies) -> None:
+        self.networks = networks
+        self._copies = copies
+
+    @property
+    def _calibrates(self) -> bool:
+        return self.networks.settings.kind == "static"
+
+    def has(self, variant: str) -> bool:
+        """See `VariantSource`."""
+        if not self._copies.made_of or (variant == "fake_quant" and not self._calibrates):
+            return False
+        return variant != "int8" or not self.networks.simulated
+
+    def why_not(self, variant: str) -> str:
+        """See `VariantSource`."""
+        if not self._copies.made_of:
+            return "nothing was quantized with this callback yet."
+        return f"kind={self.networks.settings.kind!r} has none."
+
+    def default(self, stage: str) -> str:
+        """See `VariantSource`."""
+        return _EVALUATE[stage] if self._calibrates else "int8"
+
+    def ranges_seen(self) -> bool:
+        """See `VariantSource`."""
+        return bool(self.networks.prepared)
+
+    def to_stand_in(self, name: str) -> nn.Module:
+        """See `VariantSource`."""
+        return self.networks.prepared[name]
+
+    def float_network(self, name: str) -> nn.Module:
+        """See `VariantSource`."""
+        return copy.deepcopy(self.networks.slots[name].get()).cpu().float().eval()
+
+    def present_float(self, name: str) -> nn.Module:
+        """See `VariantSource`."""
+        return self.float_network(name)
+
+    def comparable(self, name: str) -> nn.Module:
+        """See `VariantSource`; the kinds without calibration are compared with float."""
+        prepared = self.networks.prepared
+        return cpu_copy(prepared[name]) if name in prepared else self.float_network(name)
+
+    def reference(self, name: str) -> nn.Module | None:
+        """See `VariantSource`."""
+        return self.networks.prepared.get(name)
+
+    def untrained(self, name: str) -> nn.Module:
+        """See `VariantSource`."""
+        return self.float_network(name)
+
+    def make_int8(self, name: str) -> tuple[Conversion, Recipe]:
+        """See `VariantSource`."""
+        if self._calibrates:
+            return _converted(self.networks, name)
+        slot, example, network = self.networks.slots[name], self.networks.examples[name], self.float_network(name)
+        decision = self.networks.decisions[name]
+        self._copies.preparation.rework(network, slot, example)
+        recipe = leaving_float(self.networks.settings.recipe_for(decision.mode), decision.left_float, slot.prefix)
+        conversion = quantize_what_can_be(network, example, recipe, prefix=slot.prefix)
+        return conversion, leaving_float(recipe, conversion.left_float, slot.prefix)
+
+
+def _converted(networks: Networks, name: str) -> tuple[Conversion, Recipe]:
+    """What conversion makes of a network with fake-quant."""
+    prepared = networks.prepared[name]
+    conversion = convert_what_can_be(prepared, networks.examples[name])
+    state = prepared_state(prepared)
+    return conversion, leaving_float(state.recipe, state.left_float, networks.slots[name].prefix)

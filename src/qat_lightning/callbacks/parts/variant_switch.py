@@ -1,0 +1,193 @@
+"""Which variant of the networks an evaluation runs: stood in for it, compared, and put back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import nn
+
+from qat_lightning.callbacks.parts.int8_networks import Int8Networks
+from qat_lightning.callbacks.parts.network import OWN_FORWARD, Slot
+from qat_lightning.callbacks.parts.networks import Networks
+from qat_lightning.callbacks.parts.tested import log_tested
+from qat_lightning.callbacks.parts.variant_source import VariantSource
+from qat_lightning.callbacks.parts.variants import Stand
+from qat_lightning.errors import ConfigurationError
+from qat_lightning.measure.fidelity import Fidelity
+from qat_lightning.modes.prepared import cpu_copy, observe_in_evaluation, set_phase
+from qat_lightning.settings.variants import VARIANTS, check_variant
+
+
+class VariantSwitch:
+    """Lets evaluations run the variant that was chosen, or the default, and puts back what was there.
+
+    Args:
+        networks: What the callback knows.
+        int8: The int8 networks.
+        source: The other variants.
+
+    Attributes:
+        chosen: What the user chose; None for the default.
+        fidelity: How close int8 was to fake-quant in the last test of it.
+        observe_stages: The stages in which ranges move.
+    """
+
+    def __init__(self, networks: Networks, int8: Int8Networks, source: VariantSource) -> None:
+        self.networks = networks
+        self.chosen: str | None = None
+        self.fidelity: dict[str, float] = {}
+        self.observe_stages: tuple[str, ...] = ("train",)
+        self._int8 = int8
+        self._source = source
+        self._standing: dict[str, tuple[Any, Fidelity | None]] = {}
+        self._guest: nn.Module | None = None
+        self._running = ""
+
+    # What a user asks for
+
+    @property
+    def variants(self) -> tuple[str, ...]:
+        """The variants that can be evaluated now."""
+        return tuple(v for v in VARIANTS if self._source.has(v) and not (v == "int8" and self._int8.impossible))
+
+    def why_not(self, variant: str) -> str:
+        """Why a variant cannot be evaluated, in words."""
+        why = self.networks.simulated or self._int8.impossible
+        possible = self.networks.settings.convert_on_fit_end and self.networks.slots
+        return f"{why}." if variant == "int8" and why and possible else self._source.why_not(variant)
+
+    def choose(self, variant: str | None) -> None:
+        """See `QuantizationCallback.use_variant`."""
+        check_variant(variant)
+        if variant is not None and self.variants and variant not in self.variants:
+            raise ConfigurationError(f"There is no variant {variant!r} to use: {self.why_not(variant)}")
+        self.chosen = variant
+
+    def network(self, variant: str) -> nn.Module:
+        """See `QuantizationCallback.network`."""
+        check_variant(variant)
+        if variant not in self.variants:
+            raise ConfigurationError(f"There is no variant {variant!r}: {self.why_not(variant)}")
+        name = next(iter(self.networks.slots))
+        if variant == "float":
+            return self._source.float_network(name)
+        if variant == "int8":
+            self._int8.make()
+            return self._int8[name]
+        return cpu_copy(self.networks.prepared[name])
+
+    @contextmanager
+    def running(self, network: nn.Module) -> Iterator[None]:
+        """See `QuantizationCallback.running`."""
+        self._guest = network
+        try:
+            yield
+        finally:
+            self._guest = None
+
+    # Evaluate
+
+    def stand_in(self, stage: str, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Let a stage run a guest, or the chosen variant, or the default."""
+        self._running = ""
+        if self._guest is not None:
+            for name, slot in self.networks.slots.items():
+                self._run_instead(name, Stand(self._guest, _plain(slot, pl_module), on_cpu=True))
+            return
+        variant = self._variant_of(stage, trainer)
+        self._running = variant
+        # Without ranges nothing is rounded: the weights alone neither, which know theirs.
+        self._set_phase(observers=variant == "fake_quant" and self.observe(stage))
+        if variant == self._source.in_place:
+            return
+        if variant == "int8":
+            self._int8.convert_in_all(trainer, to_run=True)
+        fidelity = Fidelity() if variant == "int8" and stage == "test" else None
+        for name, slot in self.networks.slots.items():
+            if variant == "int8" and name not in self._int8:
+                continue
+            int8 = variant == "int8"
+            other = self._int8[name] if int8 else self._source.to_stand_in(name).to(pl_module.device)
+            plain, reference = _plain(slot, pl_module), self._source.reference(name)
+            stand = Stand(other, plain, on_cpu=int8, fidelity=fidelity, reference=reference)
+            self._run_instead(name, stand, fidelity)
+
+    def _run_instead(self, name: str, stand: Stand, fidelity: Fidelity | None = None) -> None:
+        self._standing[name] = self.networks.slots[name].run_instead(stand.eval()), fidelity
+
+    def _variant_of(self, stage: str, trainer: Trainer) -> str:
+        variant = self.chosen or self._source.default(stage)
+        if variant == "int8" and self.chosen is None:
+            variant = self._int8_or_instead(trainer, stage)
+        if variant not in self.variants:
+            raise ConfigurationError(f"There is no variant {variant!r} to {stage}: {self.why_not(variant)}")
+        return variant
+
+    def _set_phase(self, *, observers: bool) -> None:
+        never_run = self.networks.never_run()
+        frozen = self.networks.phase.batchnorm_frozen
+        for name, prepared in self.networks.prepared.items():
+            rounds = self._source.ranges_seen() and name not in never_run
+            set_phase(prepared, fake_quant=rounds, observers=observers, batchnorm_frozen=frozen)
+
+    def _int8_or_instead(self, trainer: Trainer, stage: str) -> str:
+        """What runs where nobody chose: int8, or what there is if there can be none, with a word on why."""
+        if self._source.has("int8") and self._int8.convert_or_say(trainer, to_run=True):
+            return "int8"
+        instead = "fake_quant" if "fake_quant" in self.variants else "float"
+        if self.networks.simulated or self._int8.impossible:
+            rank_zero_info(f"trainer.{stage} runs {instead}: {self.networks.simulated or self._int8.impossible}.")
+        elif self.networks.settings.convert_on_fit_end:
+            rank_zero_warn(
+                f"trainer.{stage} runs fake-quant, which rounds nothing yet: no range was ever observed. Fit first, or "
+                "give ckpt_path= of a fit with this callback."
+            )
+        return instead
+
+    def observe(self, stage: str) -> bool:
+        """Let ranges move in an evaluation of fake-quant, if that was asked for and they are not frozen."""
+        if stage not in self.observe_stages or not self.networks.phase.observers:
+            return False
+        for prepared in self.networks.prepared.values():
+            observe_in_evaluation(prepared, True)
+        self._int8.outdate()
+        return True
+
+    def end_test(self, trainer: Trainer) -> None:
+        """Keep how close int8 was to fake-quant, put back what was there, and log what was tested."""
+        # Several processes compute this together, so only where all of them come to.
+        for _, fidelity in self._standing.values():
+            if fidelity is not None:
+                self.fidelity = fidelity.compute()
+        self.stand_back()
+        if self._running and self.chosen is None:  # what was chosen is logged by whoever chose it
+            log_tested(trainer, self._running)
+
+    def stand_back(self) -> None:
+        """Put back what was there, and switch it to the phase that it was in."""
+        for name, (before, _) in self._standing.items():
+            self.networks.slots[name].run_again(before)
+        self._standing = {}
+        self.networks.apply(self.networks.phase)
+        for prepared in self.networks.prepared.values():
+            observe_in_evaluation(prepared, False)
+
+
+def _plain(slot: Slot, pl_module: LightningModule) -> nn.Module:
+    """What stands in a slot, as a module."""
+    return slot.get() if slot.name != OWN_FORWARD else _Bound(pl_module)
+
+
+class _Bound(nn.Module):
+    """The own forward of a LightningModule while another stands in for it."""
+
+    def __init__(self, pl_module: LightningModule) -> None:
+        super().__init__()
+        self.__dict__["_forward"] = pl_module.forward
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.__dict__["_forward"](*args, **kwargs)

@@ -1,0 +1,1 @@
+"""Tests of what the callbacks are put together from, most of them without a fit."""

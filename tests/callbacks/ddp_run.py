@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 
 from qat_lightning import Distillation, QuantizationMonitor, Scheme
-from qat_lightning.callbacks.parts import converting, sharing
+from qat_lightning.callbacks.parts import between_processes, int8_networks
 from qat_lightning.errors import QuantizationError, VerificationError
 from qat_lightning.modes.prepared import fake_quantizers
 from qat_lightning.modes.registry import get_mode
@@ -130,7 +130,7 @@ def failing(where: str) -> Iterator[None]:
         with mock.patch.object(faults, "get_mode", side_effect=error):
             yield
     elif where == "second" and not first():
-        with mock.patch.object(converting, "unpack", side_effect=OSError("no memory")):
+        with mock.patch.object(int8_networks, "unpack", side_effect=OSError("no memory")):
             yield
     else:
         yield
@@ -157,8 +157,8 @@ def run_without_file(mode: str) -> dict[str, Any]:
     """No file can hold the network: each process converts for itself."""
     torch.manual_seed(0)
     module, callback, before = Lit(), qat(mode, rehearse=False), len(CONVERSIONS)
-    error = sharing.ArtifactError("The int8 network cannot be saved: it is of wood.")
-    with mock.patch.object(sharing, "artifact_bytes", side_effect=error):
+    error = between_processes.ArtifactError("The int8 network cannot be saved: it is of wood.")
+    with mock.patch.object(between_processes, "artifact_bytes", side_effect=error):
         trainer(callback, strategy="ddp", devices=2, max_epochs=1).fit(module, loader(128))
     return {"int8": callback.quantized(IMAGES).sum().item(), "conversions": len(CONVERSIONS) - before}
 

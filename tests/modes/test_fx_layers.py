@@ -215,3 +215,20 @@ def test_a_buffer_of_an_inner_module_that_forward_does_not_read_is_kept() -> Non
     keys = list(network.state_dict())
     prepared = FxMode().prepare(network, Example((torch.randn(2, 4),)), Recipe("fx", "x86"))
     assert [key for key in prepared.state_dict() if key in keys] == keys
+
+
+@pytest.mark.parametrize("module", [False, True])
+def test_a_pad_of_minus_infinity_in_front_of_a_max_pool_leaves_the_layer_behind_int8(module: bool) -> None:
+    class PadsForPooling(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1)
+            self.pad = nn.ConstantPad2d((0, 1, 0, 1), float("-inf"))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = F.relu(self.first(x))
+            x = self.pad(x) if module else F.pad(x, (0, 1, 0, 1), value=float("-inf"))
+            return self.last(F.max_pool2d(x, 3, 2))
+
+    converted = convert(PadsForPooling(), (torch.randn(2, 3, 8, 8),))
+    assert all(row.quantized for row in converted.coverage)

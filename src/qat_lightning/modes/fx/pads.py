@@ -6,6 +6,7 @@ of torch does by itself. Left float, each such pad would cost a dequantization a
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from qat_lightning.layers.padding import pad
+from qat_lightning.numerics.fake_quantize import FakeQuantize
 
 _ZERO_PADS = (nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d)
 _CONSTANT_PADS = (nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d)
@@ -58,6 +60,36 @@ def _zeros_around(node: fx.Node, modules: dict[str, nn.Module]) -> tuple[fx.Node
 def _if_known(input: Any, amounts: Any) -> tuple[fx.Node, tuple[int, ...]] | None:
     known = isinstance(amounts, (tuple, list)) and all(isinstance(amount, int) and amount >= 0 for amount in amounts)
     return (input, tuple(amounts)) if known and isinstance(input, fx.Node) else None
+
+
+def observe_behind_infinite_pads(prepared: fx.GraphModule) -> None:
+    """Observe and round behind the max-pool, and not between a pad of minus infinity and it: that has no finite range.
+
+    Args:
+        prepared: As upstream's prepare made it; changed. The range keeps the name that checkpoints have it under.
+    """
+    modules = dict(prepared.named_modules(remove_duplicate=False))
+    for node in list(prepared.graph.nodes):
+        fq = modules.get(str(node.target)) if node.op == "call_module" else None
+        if not isinstance(fq, FakeQuantize) or not _pads_with_infinity(node.args[0], modules):
+            continue
+        for other in prepared.graph.find_nodes(op="call_module"):
+            if modules.get(str(other.target)) is fq:
+                other.target = node.target
+        node.replace_all_uses_with(node.args[0])
+        prepared.graph.erase_node(node)
+    prepared.recompile()
+
+
+def _pads_with_infinity(node: Any, modules: dict[str, nn.Module]) -> bool:
+    if node.op == "call_module":
+        module = modules.get(str(node.target))
+        value: Any = module.value if isinstance(module, _CONSTANT_PADS) else 0
+    else:
+        padded = node.op == "call_function" and node.target is F.pad
+        given = dict(zip(("input", "pad", "mode", "value"), node.args, strict=False)) | node.kwargs
+        value = given.get("value") if padded else 0
+    return isinstance(value, float) and math.isinf(value)
 
 
 def roundings_behind(graph: fx.Graph) -> list[str]:

@@ -9,7 +9,7 @@ from torch import fx, nn
 
 from qat_lightning.graph.example import Example
 from qat_lightning.graph.portable_graph import HoldsGraphs
-from qat_lightning.modes.fx import passes
+from qat_lightning.modes.fx import pads, passes
 from qat_lightning.modes.fx.divisors import leave_divisors_unrounded
 from qat_lightning.modes.fx.grids import one_grid_where_kernels_keep_it
 from qat_lightning.modes.fx.products import quantize_products, selected_scopes
@@ -65,6 +65,7 @@ def make_plan(
         The plan, and the names of the roundings that training does without, since one in front does their work.
     """
     qconfig, selects = make_qconfig(recipe), selected_scopes(recipe, prefix)
+    pads.observe_behind_infinite_pads(prepared)
     divisors = leave_divisors_unrounded(prepared)
     products = quantize_products(prepared, network, example, scopes, selects, qconfig, divisors)
     passes.refuse_late_writes(prepared, network, example, scopes)

@@ -47,7 +47,10 @@ def train(cfg: DictConfig) -> tuple[dict[str, float], Objects]:
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def main(cfg: DictConfig) -> Objective:
     """One run, or one trial of a sweep, which ends with what a sweeper optimizes."""
-    # Imported here: --help, --cfg and a misspelt group are answered without torch.
+    # Imported here: --help, --cfg, a misspelt group and an impossible pair are answered without torch.
+    from qat_lightning.sweep.refusal import refuse_impossible_pair
+
+    refuse_impossible_pair(cfg)
     from qat_lightning.sweep.trial import run_trial
 
     return run_trial(train, cfg)

@@ -25,8 +25,9 @@ runpy.run_path(sys.argv[0], run_name="__main__")
         (["--cfg", "job", "mode=fx"], 0, "output_dir"),
         (["mode=fxx"], 1, "Could not find 'mode/fxx'"),
         (["trainer.max_epoch=3"], 1, "max_epoch"),
+        (["mode=pt2e", "backend=qnnpack"], 1, "mode=eager or mode=fx"),
     ],
-    ids=["help", "configuration", "misspelt group", "misspelt key"],
+    ids=["help", "configuration", "misspelt group", "misspelt key", "impossible pair"],
 )
 def test_without_torch(words: list[str], code: int, says: str, tmp_path: Path) -> None:
     command = [sys.executable, "-c", PROGRAM, str(ROOT / "train.py"), *words]

@@ -4,28 +4,24 @@ import logging
 import os
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from rich.console import Console
-from rich.panel import Panel
-from rich.text import Text
 
 from qat_lightning.callbacks.parts.checkpoint_io import WholeFileCheckpointIO
 from qat_lightning.callbacks.parts.fit_metrics import FitMetrics
 from qat_lightning.callbacks.quantization_callback import QuantizationCallback
-from qat_lightning.errors import ArtifactError, CombinationError, ConfigurationError, QuantizationError
+from qat_lightning.errors import ArtifactError, CombinationError, ConfigurationError
 from qat_lightning.export.formats import check_formats
 from qat_lightning.measure.wandb_views import define_summaries, log_int8
+from qat_lightning.run.mistakes import in_one_panel
 from qat_lightning.settings.backends import get_backend, require
 from qat_lightning.settings.recipe import Recipe
 
@@ -188,11 +184,8 @@ def close(loggers: list[Logger]) -> None:
             logger.save()
 
 
-@contextmanager
-def readable_errors() -> Iterator[None]:
-    """Show a mistake in the configuration as one panel on stderr and exit with 1.
-
-    Other errors are bugs, and keep their traceback. With ``HYDRA_FULL_ERROR=1`` all do.
+def readable_errors() -> AbstractContextManager[None]:
+    """Show a mistake in the configuration, Lightning's complaints among them, as one panel, and exit with 1.
 
     Example:
         >>> with readable_errors():
@@ -201,31 +194,7 @@ def readable_errors() -> Iterator[None]:
             ...
         SystemExit: 1
     """
-    try:
-        yield
-    except (QuantizationError, InstantiationException, OmegaConfBaseException, MisconfigurationException) as error:
-        if os.environ.get("HYDRA_FULL_ERROR") == "1":
-            raise
-        title, message = explain(error)
-        hint = Text("\n\nHYDRA_FULL_ERROR=1 shows where it was raised.", style="dim")
-        panel = Panel(Text(message).append_text(hint), title=title, title_align="left", border_style="red")
-        Console(stderr=True).print(panel)
-        raise SystemExit(1) from error
-
-
-def explain(error: BaseException) -> tuple[str, str]:
-    """A title and the message that says most: that of the mistake, not of what Hydra was doing when it met it.
-
-    Example:
-        >>> explain(ConfigurationError("mode=fxx is unknown"))
-        ('ConfigurationError', 'mode=fxx is unknown')
-    """
-    cause = error
-    while isinstance(cause, InstantiationException) and cause.__cause__ is not None:
-        cause = cause.__cause__
-    where = str(error).rpartition("full_key: ")[2].strip() if isinstance(error, InstantiationException) else ""
-    message = str(cause).removesuffix(f"full_key: {where}").strip()
-    return type(cause).__name__, f"{message}\n\nIn the configuration: {where}" if where else message
+    return in_one_panel(MisconfigurationException)
 
 
 def _missing(node: Any, path: str = "") -> Iterator[str]:

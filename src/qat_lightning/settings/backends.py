@@ -6,6 +6,8 @@ VNNI, and QNNPACK, accumulate in 32 bits. Upstream halves the range of activatio
 clamp there, so that a value above the observed range still saturates. Here the weights are halved: they are packed once
 and can never exceed their range, and activations keep all of their 8 bits. The `x86` backend packs for oneDNN and so
 has the full range of both.
+
+The table is read without torch, which takes seconds to import: train.py refuses an impossible pair before that.
 """
 
 from __future__ import annotations
@@ -13,8 +15,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 from qat_lightning.errors import CombinationError, ConfigurationError, MissingExtraError
 
@@ -31,7 +35,7 @@ class Backend:
         about: Where it runs, for messages and docs.
         engine: The quantized engine of PyTorch whose kernels pack and run the weights; None for PT2 export, whose
             graphs hold no packed weights.
-        activation_dtype: ``torch.uint8`` or ``torch.int8``; the kernels clamp at its limits.
+        activations: ``"uint8"`` or ``"int8"``; the kernels clamp at its limits.
         symmetric: Whether its activations have zero point 0, whatever the scheme says.
         weight_limit: Largest absolute integer of a weight: 127, or 63 where a kernel saturates on the full range.
         tolerance_db: SQNR, in dB, that every layer of a converted network must reach against fake-quant. Right
@@ -43,17 +47,23 @@ class Backend:
     modes: tuple[str, ...]
     about: str
     engine: str | None
-    activation_dtype: torch.dtype = torch.uint8
+    activations: Literal["uint8", "int8"] = "uint8"
     symmetric: bool = False
     weight_limit: int = 127
     tolerance_db: float = 45.0
     extra: str | None = None
 
     @property
+    def activation_dtype(self) -> torch.dtype:
+        """``torch.uint8`` or ``torch.int8``."""
+        import torch
+
+        return torch.uint8 if self.activations == "uint8" else torch.int8
+
+    @property
     def activation_limits(self) -> tuple[int, int]:
         """Smallest and largest integer of an activation."""
-        info = torch.iinfo(self.activation_dtype)
-        return info.min, info.max
+        return (0, 255) if self.activations == "uint8" else (-128, 127)
 
 
 _TABLE = (
@@ -66,7 +76,7 @@ _TABLE = (
         ("pt2e",),
         "phones, through ExecuTorch and XNNPACK",
         None,
-        activation_dtype=torch.int8,
+        activations="int8",
         extra="xnnpack",
     ),
     Backend(
@@ -74,7 +84,7 @@ _TABLE = (
         ("pt2e",),
         "NVIDIA GPUs, through TensorRT and ONNX",
         None,
-        activation_dtype=torch.int8,
+        activations="int8",
         symmetric=True,
     ),
 )
@@ -128,6 +138,8 @@ def require(backend: Backend) -> None:
         MissingExtraError: An optional dependency is not installed.
         ConfigurationError: This build of PyTorch has no such quantized engine.
     """
+    import torch
+
     if backend.name == "xnnpack":
         try:
             import executorch.backends.xnnpack.quantizer.xnnpack_quantizer  # noqa: F401
@@ -153,6 +165,8 @@ def quantized_engine(name: str | None) -> Iterator[None]:
     if name is None:
         yield
         return
+    import torch
+
     before = torch.backends.quantized.engine
     torch.backends.quantized.engine = name
     try:

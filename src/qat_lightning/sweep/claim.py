@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 from hydra.experimental.callback import Callback
-from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, open_dict, read_write
 
 from qat_lightning.errors import ConfigurationError
 from qat_lightning.json_files import read_json
-from qat_lightning.run.app import readable_errors
+from qat_lightning.run.mistakes import in_one_panel
 from qat_lightning.sweep.result import FILE, IDENTITY, TrialResult, identity, written
 
 LOCK = "running.lock"
@@ -33,9 +33,9 @@ class RunFolder(Callback):
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Choose the folder, or refuse it."""
-        if getattr(rank_zero_only, "rank", 0) > 0:  # a process of a run whose first process has the folder
+        if _follows_another_process():  # which has the folder
             return
-        with readable_errors():
+        with in_one_panel():
             folder = Path(str(config.hydra.run.dir))
             goes_on = config.resume and (folder / IDENTITY).is_file()
             if not _was_given(config, "hydra.run.dir") and not goes_on:
@@ -66,6 +66,15 @@ def sweep_folder_of_its_own(config: DictConfig, folder: Path) -> Path:
             config.hydra.overrides.hydra.append(f"hydra.sweep.dir='{folder}'")
     hold(folder, "hydra.sweep.dir")
     return folder
+
+
+def _follows_another_process() -> bool:
+    """Whether this is a process of a distributed run, and not its first."""
+    if not {"RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK"} & os.environ.keys():
+        return False  # said without Lightning, which brings torch
+    from lightning.pytorch.utilities import rank_zero_only
+
+    return getattr(rank_zero_only, "rank", 0) > 0
 
 
 def unused(folder: Path) -> Path:

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from qat_lightning.errors import MissingExtraError
 from qat_lightning.json_files import read_json
-from qat_lightning.run.app import readable_errors
+from qat_lightning.run.mistakes import in_one_panel
 from qat_lightning.sweep.claim import sweep_folder_of_its_own
 from qat_lightning.sweep.folder import Plan, Standing, check_folder, numbered, sweep_folder, varying
 from qat_lightning.sweep.progress import SweepProgress
@@ -47,7 +47,7 @@ class SweepReport(Callback):
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Check what is going to run, and begin to show it."""
-        with readable_errors():
+        with in_one_panel():
             _require_plugins(config)
             self._plan = Plan.of(config)
             self._folder = sweep_folder_of_its_own(config, sweep_folder(config))

@@ -13,7 +13,6 @@ from omegaconf import OmegaConf
 
 from qat_lightning.errors import ConfigurationError
 from qat_lightning.json_files import read_json, write_json
-from qat_lightning.numerics.sqnr import EQUAL_DB
 
 FILE = "result.json"
 IDENTITY = "trial.json"
@@ -107,6 +106,10 @@ def written(overrides: Any) -> list[str]:
 
 
 def _finite(metrics: Mapping[str, float]) -> dict[str, float | None]:
+    if not metrics:
+        return {}
+    from qat_lightning.numerics.sqnr import EQUAL_DB  # torch comes with it
+
     return {
         name: value if math.isfinite(value) else None if math.isnan(value) else math.copysign(EQUAL_DB, value)
         for name, value in metrics.items()

@@ -9,8 +9,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from lightning.pytorch.utilities.exceptions import SIGTERMException
-
 
 class Terminated(SystemExit):
     """SIGTERM ended the program. Its exit status is the one that shells give: 143."""
@@ -53,6 +51,8 @@ def terminable() -> Iterator[None]:
 
 def as_failure(error: BaseException) -> BaseException:
     """The error to end with: Lightning leaves fits that SIGTERM ended with an exit status of 0, which says success."""
+    from lightning.pytorch.utilities.exceptions import SIGTERMException  # torch comes with it
+
     if isinstance(error, SIGTERMException):
         return Terminated()
     if isinstance(error, SystemExit) and not error.code:

@@ -22,6 +22,7 @@ from omegaconf import DictConfig, open_dict
 from qat_lightning.errors import CombinationError, ConfigurationError
 from qat_lightning.json_files import read_json, write_json
 from qat_lightning.run import app
+from qat_lightning.run.mistakes import explain
 from qat_lightning.sweep.process import run_apart
 from qat_lightning.sweep.result import FILE, IDENTITY, TrialResult, identity, written
 from qat_lightning.sweep.stopping import as_failure, interrupted, terminable
@@ -281,5 +282,5 @@ def _end_wandb() -> dict[str, str] | None:
 
 
 def _explained(error: BaseException) -> dict[str, str]:
-    kind, message = app.explain(error)
+    kind, message = explain(error)
     return {"type": kind, "message": message}

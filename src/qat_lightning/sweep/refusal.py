@@ -1,0 +1,41 @@
+"""What is answered before torch is imported, which takes seconds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from qat_lightning.errors import QuantizationError
+from qat_lightning.run.mistakes import explain, in_one_panel
+from qat_lightning.settings.backends import get_backend
+from qat_lightning.sweep.result import FILE, TrialResult
+
+
+def refuse_impossible_pair(cfg: DictConfig) -> None:
+    """Answer a mode and a backend that do not go together, in a run by itself.
+
+    In a sweep such a trial is skipped, and the others go on.
+
+    Args:
+        cfg: The composed configuration of train.py.
+
+    Raises:
+        SystemExit: They do not. The folder has a ``result.json`` that says so, unless a finished run has left one.
+    """
+    hydra = HydraConfig.get()
+    mode, backend = (OmegaConf.select(cfg, f"quantization.{name}") for name in ("mode", "backend"))
+    if hydra.mode != RunMode.RUN or mode is None or backend is None:
+        return
+    with in_one_panel():
+        try:
+            get_backend(backend, mode)
+        except QuantizationError as error:
+            folder = Path(hydra.runtime.output_dir)
+            if not (folder / FILE).exists():
+                kind, message = explain(error)
+                why = {"type": kind, "message": message}
+                TrialResult("failed", list(hydra.overrides.task), error=why).write(folder)
+            raise

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from qat_lightning.graph.example import Example
-from qat_lightning.measure.monitoring import LayerFigures, Probe, along, decibel, grid_of, totals
+from qat_lightning.measure.layer_figures import LayerFigures, decibel
+from qat_lightning.measure.monitoring import Probe, along, grid_of, totals
 from qat_lightning.modes.prepared import fake_quantizers, set_phase
 from qat_lightning.modes.registry import get_mode
 from qat_lightning.numerics.fake_quantize import FakeQuantize, choose_qparams, fake_quantize

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -32,13 +32,7 @@ def encode_network(network: nn.Module, mode: str, writing: Writing) -> dict[str,
     Raises:
         ArtifactError: It holds what no file can.
     """
-    if mode == "eager":
-        return _encode_eager(network, writing)
-    if mode == "pt2e":
-        return _encode_pt2e(network, writing)
-    assert isinstance(network, GraphNetwork)
-    data = encode_graph(network, network.graph, writing)
-    return data if network.sizes is None else data | {"sizes": _encode_sizes(network.sizes)}
+    return _CODECS[mode][0](network, writing)
 
 
 def decode_network(data: dict[str, Any], recipe: Recipe, reading: Reading) -> nn.Module:
@@ -47,10 +41,16 @@ def decode_network(data: dict[str, Any], recipe: Recipe, reading: Reading) -> nn
     Raises:
         ArtifactError: The data is damaged, or asks for more than ``reading`` gives.
     """
-    if recipe.mode == "eager":
-        return _decode_eager(data, recipe, reading)
-    if recipe.mode == "pt2e":
-        return _decode_pt2e(data, recipe, reading)
+    return _CODECS[recipe.mode][1](data, recipe, reading)
+
+
+def _encode_fx(network: nn.Module, writing: Writing) -> dict[str, Any]:
+    assert isinstance(network, GraphNetwork)
+    data = encode_graph(network, network.graph, writing)
+    return data if network.sizes is None else data | {"sizes": _encode_sizes(network.sizes)}
+
+
+def _decode_fx(data: dict[str, Any], recipe: Recipe, reading: Reading) -> nn.Module:
     network = decode_graph(data, reading)
     if "sizes" in data:
         network.give_sizes(_decode_sizes(data["sizes"]), None)
@@ -166,3 +166,11 @@ def _load_buffers(network: nn.Module, saved: Any, reading: Reading) -> None:
         tensor = decode(value, reading.tensors.decode)
         if name in buffers and isinstance(tensor, Tensor):
             buffers[name].data = tensor
+
+
+_CODECS: dict[str, tuple[Callable[..., dict[str, Any]], Callable[..., nn.Module]]] = {
+    "eager": (_encode_eager, _decode_eager),
+    "fx": (_encode_fx, _decode_fx),
+    "pt2e": (_encode_pt2e, _decode_pt2e),
+}
+"""What writes and what reads the int8 network of each mode."""

@@ -16,6 +16,7 @@ from qat_lightning.graph.example import Example
 from qat_lightning.modes.protocol import Converted, LayerCheck, LayerCoverage, WholeCheck
 from qat_lightning.settings.backends import quantized_engine
 from qat_lightning.settings.kinds import DIRECT
+from qat_lightning.settings.modes import traits_of
 from qat_lightning.settings.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ class QuantizedNetwork(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """All of it; the packed layers of static kernels in modes eager and fx come out of a pickle as ruins."""
-        if self.recipe.mode != "pt2e" and self.recipe.kind not in DIRECT:
+        if traits_of(self.recipe.mode).packs and self.recipe.kind not in DIRECT:
             raise QuantizationError(
                 f"An int8 network of mode={self.recipe.mode!r} does not pickle, since its packed layers do not: "
                 "write it with save(path), and read it with qat_lightning.load_quantized(path)."

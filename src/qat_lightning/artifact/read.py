@@ -28,6 +28,7 @@ from qat_lightning.errors import ArtifactError, QuantizationError
 from qat_lightning.graph.example import Example
 from qat_lightning.modes.protocol import Converted, LayerCheck, LayerCoverage, WholeCheck
 from qat_lightning.settings.backends import quantized_engine, require
+from qat_lightning.settings.modes import traits_of
 from qat_lightning.settings.recipe import Recipe
 
 _LARGEST_DESCRIPTION = 512_000_000
@@ -105,7 +106,7 @@ def _decode_coverage(
 
 def _decode(description: dict[str, Any], data: bytes, network: nn.Module | None, trusted: bool) -> QuantizedNetwork:
     recipe = _decode_recipe(description["recipe"])
-    if recipe.mode != "pt2e":
+    if traits_of(recipe.mode).packs:
         require(recipe.target)
     tensors = TensorReader(description["tensors"], data)
     with quantized_engine(recipe.target.engine), torch.no_grad():

@@ -23,7 +23,8 @@ from qat_lightning.callbacks.parts.calibration_data import calibration_loader, r
 from qat_lightning.callbacks.post_training_quantization import PostTrainingQuantization
 from qat_lightning.callbacks.quantization_callback import QuantizationCallback
 from qat_lightning.errors import ConfigurationError
-from qat_lightning.measure.monitoring import COLUMNS, FIGURES, LayerFigures, Probe, totals
+from qat_lightning.measure.layer_figures import LayerFigures
+from qat_lightning.measure.monitoring import COLUMNS, FIGURES, Probe, totals
 
 FILE = "quantization_layers.csv"
 CURVES = ("scale", "zero_point", "low", "high", "clipped_share", "weight_sqnr_db", "activation_sqnr_db")

@@ -14,6 +14,7 @@ from qat_lightning.errors import ExportError
 from qat_lightning.export.call import Call
 from qat_lightning.export.protocol import Runner, Source
 from qat_lightning.settings.backends import quantized_engine
+from qat_lightning.settings.modes import traits_of
 from qat_lightning.settings.recipe import Recipe
 
 _ENGINE = "quantized_engine"
@@ -37,7 +38,7 @@ class TorchScript:
 
     def refusal(self, recipe: Recipe) -> str:
         """See `Format.refusal`."""
-        if recipe.mode == "pt2e":
+        if not traits_of(recipe.mode).packs:
             return "TorchScript holds packed kernels, which mode='pt2e' does not make: use 'pt2', or mode='fx'."
         return ""
 

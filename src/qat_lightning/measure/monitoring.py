@@ -7,7 +7,6 @@ transfer.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -16,60 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from qat_lightning.measure.layer_figures import LayerFigures, activation_row, weight_row
 from qat_lightning.modes.places import Place, find_places
 from qat_lightning.modes.prepared import prepared_state
 from qat_lightning.numerics.grid import along
-from qat_lightning.numerics.sqnr import EQUAL_DB
 
 BINS = 64
-
-
-@dataclass(frozen=True)
-class LayerFigures:
-    """What quantization does to one layer, or to an op that is none; None where it does not apply or was not seen.
-
-    Attributes:
-        layer: Its name in the float network.
-        kind: Its type.
-        mode: The mode of its network.
-        weight_bits: Of the scheme.
-        scale: Of the activation behind it.
-        zero_point: Likewise.
-        low: Smallest value that the grid of the activation holds.
-        high: Largest value.
-        clipped_share: Share of the activation's values outside of that, from 0 to 1.
-        dead_channels: Output channels whose weights all round to 0, or whose activation is the same everywhere.
-        weight_sqnr_db: Weight against rounded weight, in dB.
-        activation_sqnr_db: Activation against rounded activation, in dB.
-        gradient_cut_share: Share of the activation's gradient, by absolute value, that the straight-through estimator
-            cut off where the activation was clipped.
-        weight_clipped_share: Share of the weight's values that were clipped.
-        weight_gradient_cut_share: Share of the weight's gradient that was cut off where the weight was clipped.
-        weight_scale_min: Smallest scale of the weight over its channels; with one scale for all, that one.
-        weight_scale_max: Largest scale.
-        weight_low: Smallest value that the grid of the weight holds in any channel.
-        weight_high: Largest value.
-    """
-
-    layer: str
-    kind: str
-    mode: str
-    weight_bits: int | None = None
-    scale: float | None = None
-    zero_point: int | None = None
-    low: float | None = None
-    high: float | None = None
-    clipped_share: float | None = None
-    dead_channels: int | None = None
-    weight_sqnr_db: float | None = None
-    activation_sqnr_db: float | None = None
-    gradient_cut_share: float | None = None
-    weight_clipped_share: float | None = None
-    weight_gradient_cut_share: float | None = None
-    weight_scale_min: float | None = None
-    weight_scale_max: float | None = None
-    weight_low: float | None = None
-    weight_high: float | None = None
 
 
 COLUMNS = tuple(f.name for f in fields(LayerFigures))
@@ -106,18 +57,6 @@ def grid_of(
     integers = torch.round(x.float() * (1.0 / scale)) + zero_point
     kept = integers.clamp(quant_min, quant_max)
     return kept, kept != integers
-
-
-def decibel(signal: float, noise: float) -> float | None:
-    """A ratio of energies in dB, at most `EQUAL_DB`; None where there is no signal, or one that is not finite.
-
-    Example:
-        >>> decibel(100.0, 1.0), decibel(1.0, 0.0), decibel(0.0, 0.0)
-        (20.0, 300.0, None)
-    """
-    if not (math.isfinite(signal) and math.isfinite(noise)) or signal <= 0:
-        return None
-    return EQUAL_DB if noise <= 0 else min(EQUAL_DB, 10 * math.log10(signal / noise))
 
 
 @dataclass
@@ -249,9 +188,9 @@ class Probe:
             layer, mode, bits, place = self._places[index]
             row = rows.setdefault(layer, {"layer": layer, "kind": place.kind, "mode": mode})
             if place.what == "weight":
-                row |= _weight_row(numbers[index], bits)
+                row |= weight_row(numbers[index], bits)
             else:
-                row |= _activation_row(numbers[index])
+                row |= activation_row(numbers[index])
         dead = self._dead_channels(indices)
         return [LayerFigures(**row, dead_channels=dead.get(layer)) for layer, row in rows.items()]
 
@@ -369,34 +308,3 @@ def _read(rows: list[list[Any]]) -> list[list[float]]:
     values = iter(torch.stack([t.detach().double() for t in tensors]).tolist() if tensors else [])
     read = iter([next(values) if isinstance(value, Tensor) else float(value) for value in flat])
     return [[next(read) for _ in row] for row in rows]
-
-
-def _share(part: float, whole: float) -> float | None:
-    return part / whole if whole > 0 and math.isfinite(whole) and math.isfinite(part) else None
-
-
-def _weight_row(numbers: list[float], bits: int) -> dict[str, Any]:
-    signal, noise, clipped, gradient, cut, elements, scale_min, scale_max, _, low, high = numbers
-    return {
-        "weight_bits": bits,
-        "weight_sqnr_db": decibel(signal, noise),
-        "weight_clipped_share": _share(clipped, elements),
-        "weight_gradient_cut_share": _share(cut, gradient),
-        "weight_scale_min": scale_min,
-        "weight_scale_max": scale_max,
-        "weight_low": low,
-        "weight_high": high,
-    }
-
-
-def _activation_row(numbers: list[float]) -> dict[str, Any]:
-    signal, noise, clipped, gradient, cut, elements, scale, _, zero_point, low, high = numbers
-    return {
-        "scale": scale,
-        "zero_point": int(zero_point),
-        "low": low,
-        "high": high,
-        "clipped_share": _share(clipped, elements),
-        "activation_sqnr_db": decibel(signal, noise),
-        "gradient_cut_share": _share(cut, gradient),
-    }

@@ -22,7 +22,7 @@ def get_mode(mode: str) -> Mode:
 
         return EagerMode()
     if mode != "pt2e":
-        raise ConfigurationError(f"mode={mode!r} has no mode: use 'eager', 'fx' or 'pt2e'.")
+        raise ConfigurationError(f"mode={mode!r} is unknown: use 'eager', 'fx' or 'pt2e'.")
     from qat_lightning.modes.pt2e import Pt2eMode
 
     return Pt2eMode()

@@ -38,7 +38,7 @@ class FakeQuantize(_TorchFakeQuantizeBase):
     what is on is a function of the step.
 
     Args:
-        dtype: With the next four, the integers that are rounded to; see `IntegerGrid`.
+        dtype: The integers that are rounded to, with the next four; see `IntegerGrid`.
         quant_min: Smallest integer.
         quant_max: Largest integer.
         qscheme: One of torch's four, as upstream's converters read it.
@@ -59,15 +59,14 @@ class FakeQuantize(_TorchFakeQuantizeBase):
         fake_quant_enabled: Whether `forward` rounds.
         observer_enabled: Whether `forward` moves the range (in training).
         observe_in_evaluation: Whether it does in evaluation as well.
-        left_float: Whether it never rounds, because what it belongs to cannot be int8: see
-            `qat_lightning.modes.left_float`.
+        left_float: Whether it never rounds, because what it belongs to cannot be int8.
         is_shared: Whether it comes by several times in a forward pass of the example.
         course: What it knows of the network as a whole; None outside of a prepared network.
         batches: Batches that the range was moved by, an int64 buffer.
         reduce_across_processes: Whether every batch's range is taken over all processes of a distributed training. Only
             where all of them run the same modules in the same order, or they wait for each other for ever.
         nonfinite_batches: Batches whose range was NaN or infinite and was left out, an int64 buffer that is not saved.
-        origin: Where the range comes from; what it keeps of it is in the buffers.
+        origin: Where the range comes from.
         step: Scale and zero point as parameters, where they learn.
 
     Example:

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from qat_lightning.errors import ConfigurationError
 from qat_lightning.graph.example import Example, from_user
-from qat_lightning.measure.monitoring import decibel
+from qat_lightning.measure.layer_figures import decibel
 from qat_lightning.modes.registry import get_mode
 from qat_lightning.numerics.sqnr import EQUAL_DB
 from qat_lightning.rehearsal.auto import Decision, decide

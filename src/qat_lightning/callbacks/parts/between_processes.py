@@ -17,6 +17,7 @@ from qat_lightning.errors import ArtifactError
 from qat_lightning.graph.example import Example
 from qat_lightning.modes.prepared import merge_ranges, prepared_state, reduce_ranges
 from qat_lightning.processes import any_process, in_first
+from qat_lightning.settings.modes import traits_of
 
 
 def take_over_from_first(prepared: Mapping[str, nn.Module]) -> None:
@@ -48,7 +49,7 @@ def merge_ranges_of_eager(prepared: Mapping[str, nn.Module]) -> None:
 
 def _takes_ways(network: nn.Module) -> bool:
     """In eager mode processes may take different ways through a network."""
-    return prepared_state(network).recipe.mode == "eager"
+    return not traits_of(prepared_state(network).recipe.mode).captures
 
 
 def pack(quantized: QuantizedNetwork) -> bytes:

@@ -88,6 +88,7 @@ def test_a_qat_run_leaves_the_whole_comparison_in_wandb(pair: str, tmp_path: Pat
     assert summary["quant/batchnorm_frozen"] == 1
 
 
+@pytest.mark.slow
 def test_a_run_with_the_csv_logger_keeps_metrics_and_configuration(tmp_path: Path) -> None:
     done = train(tmp_path, "method=float", "logger=csv", *FAST)
     assert done.returncode == 0, done.stderr
@@ -183,6 +184,7 @@ def test_a_bug_keeps_its_traceback() -> None:
         _ = 1 / 0
 
 
+@pytest.mark.slow
 def test_a_users_own_app_can_add_the_packaged_group(tmp_path: Path) -> None:
     (tmp_path / "my_config.yaml").write_text("hydra:\n  searchpath: [pkg://qat_lightning.conf]\nlr: 0.1\n")
     script = tmp_path / "my_app.py"

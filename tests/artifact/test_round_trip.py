@@ -169,6 +169,7 @@ def test_layers_without_a_module(tmp_path: Path) -> None:
     assert_same_network(saved, load_quantized(tmp_path / "net.int8"), images)
 
 
+@pytest.mark.slow
 def test_layers_that_stay_float(tmp_path: Path) -> None:
     class Mixed(nn.Module):
         def __init__(self) -> None:

@@ -59,6 +59,7 @@ class Seen(Callback):
         self.running.append(net.state_dict()["features.1.running_var"].clone())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mode", "make"), [*((mode, Scaled) for mode in MODES), ("pt2e", Functional)], ids=lambda value: str(value)
 )

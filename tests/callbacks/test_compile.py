@@ -90,6 +90,7 @@ def test_a_compiled_fit_is_the_same_fit_in_one_graph_between_two_switches(mode: 
     torch.testing.assert_close(callback.quantized(IMAGES), plain.quantized(IMAGES), rtol=0.0, atol=0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 def test_nothing_is_left_on_the_lightning_module(mode: str, graphs: Any) -> None:
     callback, module = fitted(mode, Lit, compile=True, **SOON)
@@ -104,6 +105,7 @@ def test_nothing_is_left_on_the_lightning_module(mode: str, graphs: Any) -> None
     assert graphs.frame_count == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 def test_nothing_is_left_after_an_exception(mode: str, graphs: Any) -> None:
     class Failing(Lit):

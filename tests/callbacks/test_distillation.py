@@ -166,6 +166,7 @@ def test_float_checkpoint_is_the_teacher(tmp_path: Path) -> None:
     assert (scores - 0.25).abs().max() < 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", [{"start": 0}, START], ids=["from the first step", "later"])
 @pytest.mark.parametrize("mode", MODES)
 def test_a_resumed_run_has_the_same_teacher(mode: str, start: dict[str, Any], tmp_path: Path) -> None:

@@ -185,6 +185,7 @@ def test_a_test_that_fails_leaves_the_prepared_network_in_place(mode: str) -> No
     assert any(not torch.equal(before[k], v) for k, v in state(module).items() if isinstance(v, Tensor))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 def test_validating_and_testing_between_fits_changes_no_fit(mode: str) -> None:
     """Two fits, with all evaluations before, between and during them, end where they end without."""
@@ -215,6 +216,7 @@ def widest(module: nn.Module) -> float:
     return max(float(fq.max_val) for _, fq in fake_quantizers(module) if fq.source == "moving_average" and fq.seen)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 def test_ranges_move_in_the_stages_that_are_asked_for(mode: str) -> None:
     """Ranges only, until they freeze, and never in the sanity check."""
@@ -403,6 +405,7 @@ def test_a_prepared_network_is_not_taken_over_with_other_settings() -> None:
         trainer(qat("fx", backend="qnnpack")).fit(fitted.module, loader())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 def test_one_callback_serves_one_module_after_another(mode: str) -> None:
     """The second run is as if the callback were new: nothing is latched, and no float weights are left over."""

@@ -49,6 +49,7 @@ def checkpoint_of(
     return folder / "last.ckpt", module, callback
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("make", "settings"),
     [(Child, {}), (Own, {}), (Both, {"module": ["net", "other"]})],

@@ -34,6 +34,7 @@ def test_scales_learn_once_rounding_is_on_and_int8_has_them(mode: str) -> None:
     assert callback.fidelity["agreement"] >= 0.995
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("at", [2, 6])
 def test_a_run_resumes_where_it_was(mode: str, at: int, tmp_path: Path) -> None:

@@ -119,6 +119,7 @@ def kept_by_wandb(logger: WandbLogger, folder: Path) -> tuple[Path, dict[str, An
     return run, json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)["summary"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 def test_wandb_gets_curves_histograms_and_a_table(mode: str, tmp_path: Path) -> None:
     logger = WandbLogger(name=mode, save_dir=str(tmp_path), offline=True, project="monitor")
@@ -218,6 +219,7 @@ def complaints(caught: list[warnings.WarningMessage]) -> list[str]:
     return [str(warning.message) for warning in caught if "QuantizationMonitor" in str(warning.message)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", [True, False], ids=["before", "behind"])
 @pytest.mark.parametrize("mode", MODES)
 def test_what_a_fit_calibrates_is_measured_at_its_end(mode: str, first: bool, tmp_path: Path) -> None:

@@ -185,6 +185,7 @@ def test_own_forward_and_several_networks() -> None:
         assert all(not isinstance(inner, Stand) for inner in module.modules())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("observer", ["min_max", "moving_average", "histogram_kl", "percentile"])
 def test_every_observer_reaches_the_accuracy(observer: Any) -> None:
     module, ptq, run = _fit("fx", scheme=Scheme(activation_observer=observer))

@@ -242,6 +242,7 @@ class _Biases(Callback):
         self.seen.append(pl_module.net.head.bias.detach().clone())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("start", [0, 4])
 def test_biases_are_corrected_once_when_rounding_comes_on(mode: str, start: int) -> None:

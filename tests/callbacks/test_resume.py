@@ -102,6 +102,7 @@ def test_a_plain_loader_within_an_epoch_is_warned_of(mode: str, tmp_path: Path) 
         fit(mode, seed=7, train=loader(), ckpt_path=tmp_path / "step=4.ckpt")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 def test_resume_under_accumulation(mode: str, tmp_path: Path) -> None:
     settings = {"max_epochs": 6, "accumulate_grad_batches": 2}

@@ -377,6 +377,7 @@ class Sized(LightningDataModule):
         return loader()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("find", ["LearningRateFinder", "BatchSizeFinder"])
 @pytest.mark.parametrize("mode", MODES)
 def test_tuning_before_the_fit_reaches_nothing(mode: str, find: str, tmp_path: Path) -> None:

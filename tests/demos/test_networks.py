@@ -28,6 +28,7 @@ NETWORKS: list[tuple[type[nn.Module], dict[str, Any], tuple[int, int]]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("network", "settings", "shape"), NETWORKS)
 def test_a_network_scores_classes_and_can_be_captured(
     network: type[nn.Module], settings: dict[str, Any], shape: tuple[int, int]

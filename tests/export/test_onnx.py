@@ -46,6 +46,7 @@ def _fused(path: Path, tmp_path: Path) -> Counter[str]:
     return Counter(node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "mode"),
     [("residual", "eager"), ("residual", "fx"), ("functional", "fx"), ("attention", "eager"), ("attention", "pt2e")],
@@ -91,6 +92,7 @@ class Padded(nn.Module):
         return F.pad(self.second(self.pad(x)), (1, 0, 2, 0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["eager", "fx", "pt2e"])
 def test_zeros_around_an_image_are_the_padding_of_its_convolution(mode: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
@@ -104,6 +106,7 @@ def test_zeros_around_an_image_are_the_padding_of_its_convolution(mode: str, tmp
     assert _fused(tmp_path / "model.onnx", tmp_path)["QLinearConv"] == (1 if mode == "pt2e" else 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["fx", "pt2e"])
 def test_linear_layers_of_tokens_are_int8_kernels_with_their_bias(mode: str, tmp_path: Path) -> None:
     quantized, _ = quantized_case("attention", mode)
@@ -113,6 +116,7 @@ def test_linear_layers_of_tokens_are_int8_kernels_with_their_bias(mode: str, tmp
     assert ops["MatMul"] + ops["FusedMatMul"] <= 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["eager", "fx", "pt2e"])
 def test_nothing_is_between_quantize_dequantize_and_the_op(mode: str, tmp_path: Path) -> None:
     quantized, _ = quantized_case("residual", mode)
@@ -218,6 +222,7 @@ def test_kinds_without_ranges_are_refused_with_what_to_use(kind: Any) -> None:
     assert not Onnx().refusal(Recipe("pt2e", "x86", kind="static"))
 
 
+@pytest.mark.slow
 def test_tensorrt_gets_int8_with_zero_point_0_and_float_biases(tmp_path: Path) -> None:
     """What TensorRT's parser takes: symmetric activations and weights, and no int32 behind a DequantizeLinear."""
     quantized, batch = quantized_case("attention", "pt2e", "tensorrt")

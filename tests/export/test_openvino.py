@@ -37,6 +37,7 @@ def _precisions(path: Path) -> dict[str, Counter[str]]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "mode"), [("residual", "eager"), ("residual", "pt2e"), ("functional", "fx")])
 def test_file_computes_what_the_int8_network_does_in_int8(name: str, mode: str, tmp_path: Path) -> None:
     quantized, batch = quantized_case(name, mode)
@@ -49,6 +50,7 @@ def test_file_computes_what_the_int8_network_does_in_int8(name: str, mode: str, 
     assert precisions["FullyConnected"] == {"u8": 1}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["fx", "pt2e"])
 def test_linear_layers_of_tokens_are_int8(mode: str, tmp_path: Path) -> None:
     quantized, batch = quantized_case("attention", mode)

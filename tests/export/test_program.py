@@ -47,6 +47,7 @@ def _quantized(mode: str, backend: str, case: Case) -> QuantizedNetwork:
     return quantize(mode, backend, case.network(), batch_of(case))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("mode", "backend", "case"), TABLE)
 def test_program_computes_what_the_int8_network_does(mode: str, backend: str, case: Case) -> None:
     quantized = _quantized(mode, backend, case)

@@ -142,6 +142,7 @@ def test_a_damaged_file_is_refused_by_its_runtime(exported: ExportResult, tmp_pa
         network(torch.zeros(1, 1, 8, 8))
 
 
+@pytest.mark.slow
 def test_an_artifact_that_computes_something_else_fails_and_leaves_no_file(
     digits: Any, trained: Any, tmp_path: Path
 ) -> None:
@@ -227,6 +228,7 @@ def test_settings_that_cannot_be_are_refused_before_anything_is_written(tmp_path
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_what_executorch_cannot_lower_is_said_by_the_pass_at_fault(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

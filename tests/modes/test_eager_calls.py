@@ -87,6 +87,7 @@ def test_a_small_level_keeps_its_precision() -> None:
     assert sqnr_db(wanted, converted(prepared, x).network(x)[1]) > 30
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["exported_program", "torchscript"])
 def test_files_have_the_grids_of_each_call(name: str, tmp_path: Path) -> None:
     x = torch.randn(4, 3, 10, 10)

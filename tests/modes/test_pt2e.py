@@ -504,6 +504,7 @@ class Sequence(nn.Module):
 ROWS = Example((torch.randn(4, 5, 6, generator=torch.Generator().manual_seed(0)),))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
 @pytest.mark.parametrize(
@@ -543,6 +544,7 @@ def test_recurrent_layers_train_and_stay_float(
     assert torch.equal(load_quantized(tmp_path / "model.int8")(x), saved(x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
 def test_recurrent_layers_are_calibrated_around(kind: type[nn.RNNBase]) -> None:
     prepared = prepare(Sequence(kind, num_layers=2, batch_first=True), ROWS, kind="static")
@@ -574,6 +576,7 @@ def test_cells_are_reported_float() -> None:
     assert "aten.rnn_tanh_cell" in rows["rnn"].reason
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
 def test_dropout_inside_a_recurrent_layer_is_refused(kind: type[nn.RNNBase]) -> None:
     network = Sequence(kind, num_layers=2, batch_first=True, dropout=0.3)
@@ -642,6 +645,7 @@ def test_compiled_layers_equal_on_images_of_one_channel() -> None:
     assert min(check.sqnr_db for check in checks) > 60
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("failure", ["compiler", "values"])
 def test_falling_back_says_so_once(monkeypatch: pytest.MonkeyPatch, failure: str) -> None:
     prepared = prepare(Small())

@@ -44,6 +44,7 @@ def fit(mode: str, backend: str, scheme: Scheme) -> Any:
     return prepared
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES.keys())
 @pytest.mark.parametrize(("mode", "backend"), pairs())
 def test_int8_is_what_fake_quant_was(mode: str, backend: str, scheme: Scheme, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,6 +77,7 @@ def _integers(network: Any) -> list[torch.Tensor]:
     return packed or plain
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", SIMULATED.values(), ids=SIMULATED.keys())
 @pytest.mark.parametrize("mode", ["eager", "fx", "pt2e"])
 def test_what_no_kernel_runs_trains_on_its_grid_and_is_not_converted(mode: str, scheme: Scheme) -> None:

@@ -108,6 +108,7 @@ def test_least_squares_is_no_worse_than_upstreams_histogram_observer() -> None:
         assert error(values, low, high, bits=8) <= 1.02 * theirs
 
 
+@pytest.mark.slow
 @given(SEEDS)
 @settings(max_examples=10)
 def test_entropy_leaves_outliers_out_and_the_bulk_in(seed: int) -> None:
@@ -146,6 +147,7 @@ def divergences(values: np.ndarray, width: float, levels: int) -> dict[int, floa
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("levels", [16, 256])
 @pytest.mark.parametrize("signs", ["both", "positive", "negative"])
 def test_entropy_is_that_of_every_threshold_tried_by_hand(signs: str, levels: int) -> None:

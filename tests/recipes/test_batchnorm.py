@@ -87,6 +87,7 @@ def test_no_batches_and_no_batchnorm() -> None:
         reestimate_batchnorm(nn.Linear(2, 2), [torch.randn(2, 2)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [Lit, OwnForward])
 @pytest.mark.parametrize("mode", MODES)
 def test_in_a_fit(mode: str, make: Any) -> None:

@@ -67,6 +67,7 @@ def test_what_is_wrong_with_the_input_is_said(run: Path, tmp_path: Path, capsys:
         assert says in " ".join(capsys.readouterr().err.split())
 
 
+@pytest.mark.slow
 def test_overrides_stand_where_they_like(run: Path) -> None:
     overrides = ("mode.name=eager", "quantization.mode=eager")
     for words in (
@@ -83,6 +84,7 @@ def layers(run: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["eager", "fx", "pt2e"])
 def test_layers_are_ranked_by_the_noise_of_the_outputs(
     run: Path, mode: str, capsys: pytest.CaptureFixture[str]

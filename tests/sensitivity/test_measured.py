@@ -219,6 +219,7 @@ def ranked_mobile() -> Sensitivity:
     return sensitivity(net, images, mode="fx", scheme=Scheme(weight_bits=4), prefix="net")
 
 
+@pytest.mark.slow
 def test_what_is_chosen_converts(ranked_mobile: Sensitivity) -> None:
     plan = ranked_mobile.within(Budget(min_size_ratio=3.0))
     assert plan.reached

@@ -71,12 +71,14 @@ def test_a_fit_that_stops_is_found_and_says_where(tmp_path: Path) -> None:
     assert "in on_train_batch_start" in (tmp_path / "log.txt").read_text()
 
 
+@pytest.mark.slow
 def test_resumed_at_the_end_of_an_epoch_and_killed_again(lives: Campaign) -> None:
     """Lightning takes the checkpoints of such a run for those of an epoch that has ended."""
     kills = Kill("validate", 0, calls=5), Kill("step", 6, calls=50)
     assert not _after(lives, Run("eager", ""), *kills)
 
 
+@pytest.mark.slow
 def test_resumed_under_accumulation_and_killed_again(lives: Campaign) -> None:
     """Lightning saves the step that it was resumed from once more, in the middle of the accumulation."""
     kills = Kill("step", 5, calls=50), Kill("save_last", 6, calls=50)

@@ -109,6 +109,7 @@ def _train(cfg: DictConfig) -> None:
     Baseline.of(cfg).ensure()
 
 
+@pytest.mark.slow
 def test_of_two_processes_one_trains_it(composed: Compose, tmp_path: Path) -> None:  # noqa: F811
     cfg = composed(*SHARED, f"baseline.folder={tmp_path}", "paths.output_dir=out")
     with Baseline.of(cfg).lock():

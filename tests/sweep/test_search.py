@@ -48,6 +48,7 @@ def agent_command() -> list[str]:
     return words
 
 
+@pytest.mark.slow
 def test_the_command_of_a_wandb_agent_runs_as_the_run_that_the_agent_names(tmp_path: Path) -> None:
     environment = {**ENVIRONMENT, "WANDB_RUN_ID": "agent123", "WANDB_SWEEP_ID": "sweep123"}
     command = [*agent_command(), *TINY]

@@ -216,6 +216,7 @@ def test_grids_that_no_byte_holds(values: tuple) -> None:
         WeightGrid(*values)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d])
 def test_transposed_convolutions_name_the_one_pair_that_quantizes_them(kind: type[nn.Module]) -> None:
     layer: nn.Module = kind(4, 4, 3)  # type: ignore[call-arg]

@@ -49,6 +49,7 @@ def _quantize(
     return network, quantize(network, example, recipe), recipe, example
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "mode", "backend", "case"), TABLE)
 def test_network_is_integer_close_to_float_and_travels(
     kind: str, mode: str, backend: str, case: SequenceCase, tmp_path: Path
@@ -78,6 +79,7 @@ def test_network_is_integer_close_to_float_and_travels(
         assert torch.equal(pickle.loads(pickle.dumps(quantized))(inputs), actual)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["eager", "fx", "pt2e"])
 @pytest.mark.parametrize("case", [CASES[0], CASES[5], CASES[6]], ids=lambda case: case.name)
 @pytest.mark.parametrize(

@@ -96,6 +96,7 @@ BETWEEN = LENGTH * LENGTH * 4 + 2 * LENGTH * LENGTH * 8
 """The product by hand, and the two of attention."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 def test_dynamic_counts_what_is_multiplied_in_integers(mode: str) -> None:
     network = Mixed().eval()

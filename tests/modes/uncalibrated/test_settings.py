@@ -36,6 +36,7 @@ def test_nothing_to_quantize_says_why(mode: str) -> None:
         quantize(network, EXAMPLE, Recipe(mode, "x86", kind="dynamic"))
 
 
+@pytest.mark.slow
 def test_pt2e_says_where_lstm_is_dynamic() -> None:
     recipe = Recipe("pt2e", "x86", kind="dynamic")
     rows = {row.name: row for row in quantize(Recurrent(nn.LSTM), EXAMPLE, recipe).coverage}

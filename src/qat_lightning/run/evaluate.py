@@ -100,8 +100,9 @@ def evaluate_variants(
         The metrics of each variant, ``float/size_mb``, ``int8/size_mb``, ``size_ratio``, ``float/latency_ms``,
         ``int8/latency_ms`` (of one sample, on the CPU), ``latency_spread`` (the larger of their interquartile ranges
         while they were measured, as a share of the median), ``speedup``, ``int8/agreement`` and ``int8/sqnr_db``, and
-        ``int8/mac_share`` (the share of the multiply-accumulates that int8 kernels do): those that exist. With several
-        processes, sizes and latencies are those of the first one, and only it has them.
+        ``int8/mac_share`` (the share of the multiply-accumulates in int8, products of two computed matrices among them,
+        for which torch's own kernel is float inside): those that exist. With several processes, sizes and latencies are
+        those of the first one, and only it has them.
     """
 
     def test(name: str) -> dict[str, float]:

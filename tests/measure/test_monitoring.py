@@ -16,7 +16,8 @@ from qat_lightning.measure.layer_figures import LayerFigures, decibel
 from qat_lightning.measure.monitoring import Probe, along, grid_of, totals
 from qat_lightning.modes.prepared import fake_quantizers, set_phase
 from qat_lightning.modes.registry import get_mode
-from qat_lightning.numerics.fake_quantize import FakeQuantize, choose_qparams, fake_quantize
+from qat_lightning.numerics.fake_quantize import FakeQuantize
+from qat_lightning.numerics.grid import choose_qparams, fake_quantize
 from qat_lightning.numerics.sqnr import sqnr_db
 from qat_lightning.settings.recipe import Recipe
 from qat_lightning.settings.scheme import Scheme

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from qat_lightning.graph.example import Example
-from qat_lightning.modes.eager.chains import function_name, run_apart
+from qat_lightning.modes.eager.observation import function_name, run_apart
 from qat_lightning.modes.protocol import LayerCoverage
 from qat_lightning.modes.recording import copy_of
 from qat_lightning.modes.without_arithmetic import nested, on_a_copy, shapes

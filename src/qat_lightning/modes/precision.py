@@ -9,7 +9,7 @@ from torch import nn
 
 from qat_lightning.errors import NetworkError
 from qat_lightning.graph.example import Example, in_float32
-from qat_lightning.modes.eager.chains import run_apart
+from qat_lightning.modes.eager.observation import run_apart
 
 
 def refuse_mixed(network: nn.Module, example: Example) -> None:

@@ -18,7 +18,7 @@ from qat_lightning.graph.given_sizes import GivenSizes
 from qat_lightning.graph.structures import same
 from qat_lightning.layers.batchnorm import is_batchnorm
 from qat_lightning.modes.checkpointing import loses_checkpoints
-from qat_lightning.modes.eager.chains import run_apart
+from qat_lightning.modes.eager.observation import run_apart
 from qat_lightning.modes.fx.batchnorm import name_batchnorms, plain_frozen
 from qat_lightning.modes.fx.calls import drop_unread, give_all_arguments, one_module_a_call, read_what_was_written
 from qat_lightning.modes.fx.examples import Plan

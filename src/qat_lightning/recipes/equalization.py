@@ -23,7 +23,7 @@ from qat_lightning.errors import ConfigurationError, NetworkError
 from qat_lightning.graph.example import Example
 from qat_lightning.layers.batchnorm import along, factor_of, folded_weight, has_statistics
 from qat_lightning.layers.operators import module_types, names_of
-from qat_lightning.modes.eager.chains import HEAD_TYPES, Key, Observation, observe, run_apart
+from qat_lightning.modes.eager.observation import HEAD_TYPES, Key, Observation, observe, run_apart
 from qat_lightning.settings.recipe import Equalization as Kind
 
 _CHANNELWISE = names_of(lambda row: row.channelwise)

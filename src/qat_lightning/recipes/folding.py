@@ -18,8 +18,9 @@ from torch.utils._pytree import tree_leaves
 from qat_lightning.errors import ConfigurationError, NetworkError
 from qat_lightning.graph.example import Example, from_user
 from qat_lightning.layers.batchnorm import folded_parameters
-from qat_lightning.modes.eager.chains import HEAD_TYPES, Chain, Observation, find_chains, observe, run_apart
+from qat_lightning.modes.eager.chains import Chain, find_chains
 from qat_lightning.modes.eager.following import batchnorm_behind
+from qat_lightning.modes.eager.observation import HEAD_TYPES, Observation, observe, run_apart
 from qat_lightning.modes.prepared import is_prepared
 from qat_lightning.numerics.sqnr import sqnr_db
 from qat_lightning.settings.recipe import Recipe

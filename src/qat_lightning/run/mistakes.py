@@ -52,3 +52,9 @@ def explain(error: BaseException) -> tuple[str, str]:
     where = str(error).rpartition("full_key: ")[2].strip() if isinstance(error, InstantiationException) else ""
     message = str(cause).removesuffix(f"full_key: {where}").strip()
     return type(cause).__name__, f"{message}\n\nIn the configuration: {where}" if where else message
+
+
+def explained(error: BaseException) -> dict[str, str]:
+    """`explain` as ``result.json`` holds it."""
+    kind, message = explain(error)
+    return {"type": kind, "message": message}

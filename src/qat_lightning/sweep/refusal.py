@@ -9,9 +9,9 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from qat_lightning.errors import QuantizationError
-from qat_lightning.run.mistakes import explain, in_one_panel
+from qat_lightning.run.mistakes import explained, in_one_panel
 from qat_lightning.settings.backends import get_backend
-from qat_lightning.sweep.result import FILE, TrialResult
+from qat_lightning.sweep.result import FILE, TrialResult, identity, written
 
 
 def refuse_impossible_pair(cfg: DictConfig) -> None:
@@ -35,7 +35,6 @@ def refuse_impossible_pair(cfg: DictConfig) -> None:
         except QuantizationError as error:
             folder = Path(hydra.runtime.output_dir)
             if not (folder / FILE).exists():
-                kind, message = explain(error)
-                why = {"type": kind, "message": message}
-                TrialResult("failed", list(hydra.overrides.task), error=why).write(folder)
+                overrides = identity(written(hydra.overrides.task))
+                TrialResult("failed", overrides, error=explained(error)).write(folder)
             raise

@@ -22,7 +22,7 @@ from omegaconf import DictConfig, open_dict
 from qat_lightning.errors import CombinationError, ConfigurationError
 from qat_lightning.json_files import read_json, write_json
 from qat_lightning.run import app
-from qat_lightning.run.mistakes import explain
+from qat_lightning.run.mistakes import explained
 from qat_lightning.sweep.process import run_apart
 from qat_lightning.sweep.result import FILE, IDENTITY, TrialResult, identity, written
 from qat_lightning.sweep.stopping import as_failure, interrupted, terminable
@@ -115,10 +115,10 @@ class Trial:
         try:
             app.check(cfg)
         except CombinationError as error:
-            TrialResult("skipped", self.overrides, error=_explained(error)).write(self.folder)
+            TrialResult("skipped", self.overrides, error=explained(error)).write(self.folder)
         except Exception as error:
             logging.getLogger(__name__).exception("The configuration of this trial cannot be run.")
-            TrialResult("failed", self.overrides, error=_explained(error)).write(self.folder)
+            TrialResult("failed", self.overrides, error=explained(error)).write(self.folder)
         else:
             died: str | None = "the sweep was ended, and the trial with it"
             try:
@@ -177,7 +177,7 @@ class Trial:
     def _why(self, error: BaseException) -> dict[str, str]:
         """What ended it, and how it goes on."""
         if isinstance(error, Exception):
-            return _explained(error)
+            return explained(error)
         kind, message = type(error).__name__, str(error) or "it was ended"
         if interrupted(error):
             kind, message = "KeyboardInterrupt", "it was interrupted before it was done"
@@ -279,8 +279,3 @@ def _end_wandb() -> dict[str, str] | None:
     found = {"id": str(wandb.run.id), "dir": str(Path(wandb.run.dir).parent)}
     wandb.finish(exit_code=1)
     return found
-
-
-def _explained(error: BaseException) -> dict[str, str]:
-    kind, message = explain(error)
-    return {"type": kind, "message": message}

@@ -24,7 +24,7 @@ from qat_lightning.modes.coverage import (
     macs_of,
     merged,
 )
-from qat_lightning.modes.eager.chains import HEAD_TYPES, Observation, function_name, observe
+from qat_lightning.modes.eager.observation import HEAD_TYPES, Observation, function_name, observe
 from qat_lightning.modes.protocol import LayerCoverage
 from qat_lightning.modes.without_arithmetic import nested, on_a_copy
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
 from qat_lightning.layers.batchnorm import folds_into
-
-if TYPE_CHECKING:
-    from qat_lightning.modes.eager.chains import Observation
+from qat_lightning.modes.eager.observation import Observation
 
 
 def follower(module: nn.Module, observation: Observation) -> nn.Module | None:

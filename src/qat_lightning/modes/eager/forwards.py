@@ -9,8 +9,9 @@ from typing import Any
 from torch import nn
 
 from qat_lightning.modes.eager.calls import MOST_CALLS
-from qat_lightning.modes.eager.chains import Chain, Observation
+from qat_lightning.modes.eager.chains import Chain
 from qat_lightning.modes.eager.layers import ChainHead
+from qat_lightning.modes.eager.observation import Observation
 from qat_lightning.modes.prepared import fake_quantizers, prepared_state
 from qat_lightning.numerics.fake_quantize import FakeQuantize
 

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from qat_lightning.errors import NetworkError
 from qat_lightning.modes.eager.calls import CountsCalls
-from qat_lightning.modes.eager.chains import Chain, function_name
+from qat_lightning.modes.eager.chains import Chain
 from qat_lightning.modes.eager.layers import become
+from qat_lightning.modes.eager.observation import function_name
 
 _OPS: dict[tuple[str, bool], type[nn.Module]] = {
     ("Conv1d", False): nnq.Conv1d,

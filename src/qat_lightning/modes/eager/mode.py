@@ -23,12 +23,13 @@ from qat_lightning.graph.example import Example, in_float32
 from qat_lightning.layers.operators import WEIGHTED
 from qat_lightning.layers.qat_modules import make_batchnorm_freezable, round_for_good
 from qat_lightning.modes.eager.calls import LATER, Grids, count_in, grids_of
-from qat_lightning.modes.eager.chains import Chain, find_chains, float_functions, join, observe, run_apart
+from qat_lightning.modes.eager.chains import Chain, find_chains, float_functions, join
 from qat_lightning.modes.eager.check import check_layers, run
 from qat_lightning.modes.eager.coverage import eager_rows
 from qat_lightning.modes.eager.forwards import take_forwards_as_a_whole, with_calls
 from qat_lightning.modes.eager.int8 import Int8Layer, make_int8
 from qat_lightning.modes.eager.layers import HEADS, LINKS, ChainHead, become, without_fast_paths
+from qat_lightning.modes.eager.observation import observe, run_apart
 from qat_lightning.modes.eager.outputs import plain_outputs
 from qat_lightning.modes.left_float import follow_checkpoints, leave_weights_float, with_reasons
 from qat_lightning.modes.other_quantization import refuse_other_quantization

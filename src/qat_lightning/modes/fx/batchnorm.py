@@ -142,13 +142,12 @@ def as_upstream_wants(graph_module: fx.GraphModule) -> Iterator[None]:
 def give_parameters(network: nn.Module) -> None:
     """Let BatchNorms without gamma and beta of their own have them as parameters, as int8 kernels take them."""
     for module in network.modules():
-        if not is_batchnorm(module) or module.running_var is None:
+        if not is_batchnorm(module) or (variance := module.running_var) is None:
             continue
         for name, value in (("weight", 1.0), ("bias", 0.0)):
             given = module._buffers.pop(name, None)
             if module._parameters.get(name) is None:
-                assert module.running_var is not None
-                held = torch.full_like(module.running_var, value) if given is None else given
+                held = torch.full_like(variance, value) if given is None else given
                 module._parameters[name] = nn.Parameter(held, requires_grad=False)
 
 

@@ -7,7 +7,7 @@ Ours are the FakeQuantize, the layers with folded BatchNorm, the folding of ReLU
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 from torch import fx, nn
 
@@ -60,7 +60,7 @@ from qat_lightning.modes.tracing import (
     trace,
 )
 from qat_lightning.modes.upstream_memory import nothing_remembered
-from qat_lightning.modes.verify import Checked, check_layers
+from qat_lightning.modes.verify import check_layers
 from qat_lightning.numerics.fake_quantize import FakeQuantize
 from qat_lightning.numerics.recomputation import keep_tapes
 from qat_lightning.settings.recipe import Recipe
@@ -159,7 +159,14 @@ class FxMode:
             raise ConversionError(
                 f"A kernel of backend {target.name!r} refuses the int8 {type(state.float_network).__name__}: {error}"
             ) from error
-        rows, operations = _rows(state, recording, network, example, found, unseen, left)
+        without_range = {node.name for node in unseen}
+        rows, operations = _rows(
+            state,
+            network,
+            example,
+            left,
+            lambda names: FxOperations(recording, example, names, found.values).rows(found.integers, without_range),
+        )
         call_as_in_evaluation(network)
         notes = (
             [f"No finite range was ever observed for {in_words(unseen)}: what is there stays float."] if unseen else []
@@ -169,11 +176,9 @@ class FxMode:
     def coverage(self, prepared: nn.Module, example: Example) -> list[LayerCoverage]:
         """See `Mode.coverage`."""
         state = prepared_state(prepared)
-        seen = float_run(state.float_network, example)
-        rows = with_reasons(layer_rows(state, prepared, seen.used, set()), state.left_float)
-        rows = layers_with_macs(rows, seen, example)
-        names = {row.name for row in rows}
-        rows, operations = each_once(rows, report(lambda: FxOperations(prepared, example, names).rows()))
+        rows, operations = _rows(
+            state, prepared, example, set(), lambda names: FxOperations(prepared, example, names).rows()
+        )
         return [*rows, *operations]
 
     def parts(self, prepared: nn.Module) -> list[str]:
@@ -221,19 +226,14 @@ def _for_good(prepared: GraphNetwork, graph: fx.Graph) -> list[fx.Node]:
 
 def _rows(
     state: PreparedState,
-    recording: GraphNetwork,
-    network: GraphNetwork,
+    network: nn.Module,
     example: Example,
-    found: Checked,
-    unseen: list[fx.Node],
     left: set[str],
+    operations: Callable[[set[str]], list[LayerCoverage]],
 ) -> tuple[list[LayerCoverage], list[LayerCoverage]]:
-    """What became of the layers and of the ops between them."""
+    """What becomes of the layers, and of the ops between them, which are told the names of the layers."""
     seen = float_run(state.float_network, example)
     rows = with_reasons(layer_rows(state, network, seen.used, left), state.left_float)
     rows = layers_with_macs(rows, seen, example)
-    names, without_range = {row.name for row in rows}, {node.name for node in unseen}
-    operations = report(
-        lambda: FxOperations(recording, example, names, found.values).rows(found.integers, without_range)
-    )
-    return each_once(rows, operations)
+    names = {row.name for row in rows}
+    return each_once(rows, report(lambda: operations(names)))

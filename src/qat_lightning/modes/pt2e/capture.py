@@ -27,7 +27,7 @@ from qat_lightning.graph.signature import (
 from qat_lightning.graph.structures import look_into
 from qat_lightning.layers.batchnorm import is_batchnorm
 from qat_lightning.layers.operators import OPERATORS
-from qat_lightning.modes.eager.chains import run_apart
+from qat_lightning.modes.eager.observation import run_apart
 from qat_lightning.modes.source_lines import reason_of
 from qat_lightning.modes.tracing import WHAT_TO_DO, check_names
 

@@ -1,0 +1,199 @@
+"""One run of a network on an example, looked on: which modules and functions it calls, with which tensors.
+
+Forward hooks see the modules, a `TorchFunctionMode` sees every function. A tensor is known by its id and its version,
+so that an in-place ReLU is a step of its own; all are kept alive, so that no id comes twice.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from qat_lightning.errors import NetworkError
+from qat_lightning.graph.example import Example
+from qat_lightning.graph.structures import look_into
+from qat_lightning.layers.operators import module_types
+from qat_lightning.modes.without_arithmetic import nested
+
+HEAD_TYPES = module_types("convolution", "linear")
+ACTIVATION_TYPES = module_types("relu", "clamp")
+
+Key = tuple[int, int]
+Inside = AbstractContextManager[Any] | None
+
+_VALUE_GETTERS = frozenset({"T", "mT", "H", "mH", "data", "real", "imag"})
+_METADATA = frozenset(
+    {
+        "size", "dim", "ndimension", "numel", "nelement", "stride", "__len__", "is_contiguous", "is_floating_point",
+        "is_complex", "is_signed", "is_inference", "get_device", "element_size", "__hash__", "requires_grad_",
+    }
+)  # fmt: skip
+
+
+def function_name(function: Any) -> str | None:
+    """The name of a function that a torch-function handler gets; None if it asks for shapes and the like only."""
+    name: str = getattr(function, "__name__", str(function))
+    if name in ("__get__", "__set__"):
+        owner: str = getattr(getattr(function, "__self__", None), "__name__", "")
+        return owner if owner in _VALUE_GETTERS or name == "__set__" else None
+    return None if name in _METADATA else name
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One call of a module, or of a function."""
+
+    module: nn.Module | None
+    function: str
+    inputs: tuple[Key, ...]
+    outputs: tuple[Key, ...]
+    output_dim: int = 0
+
+
+class Observation(TorchFunctionMode):
+    """Everything that one run of a network calls, in order; its result, and the tensors in it."""
+
+    result: Any = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[_Call] = []
+        self._of: defaultdict[nn.Module, list[_Call]] = defaultdict(list)
+        self._consumers: defaultdict[Key, list[_Call]] = defaultdict(list)
+        self.returned: set[Key] = set()
+        self._alive: list[Tensor] = []
+        self._inside: list[tuple[Key, ...]] = []
+        self._read: set[int] | None = None
+
+    def keys(self, values: Any) -> tuple[Key, ...]:
+        """The tensors in any structure."""
+        tensors = [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
+        self._alive.extend(tensors)
+        return tuple((id(tensor), tensor._version) for tensor in tensors)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Note a function that the network calls, unless it is part of a module that is watched."""
+        kwargs = kwargs or {}
+        name = function_name(func)
+        if self._inside or name is None:
+            return func(*args, **kwargs)
+        inputs = self.keys((args, kwargs))
+        result = func(*args, **kwargs)
+        if inputs:
+            self._note(_Call(None, name, inputs, self.keys(result)))
+        return result
+
+    def enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """Forward pre-hook."""
+        self._inside.append(self.keys((args, kwargs)))
+
+    def leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        """Forward hook. A module that works in place gives another object: who reads which shows by that."""
+        if isinstance(output, Tensor) and any(output is given for given in args):
+            output = output.view_as(output)
+        inputs = self._inside.pop()
+        if not self._inside:
+            dim = output.dim() if isinstance(output, Tensor) else 0
+            self._note(_Call(module, type(module).__name__, inputs, self.keys(output), dim))
+        return output
+
+    def of(self, module: nn.Module) -> list[_Call]:
+        """The calls of one module."""
+        return self._of[module]
+
+    def reads(self, module: nn.Module) -> bool:
+        """Whether a function takes a tensor of ``module``'s, or the network returns it."""
+        if self._read is None:
+            functions = [call.inputs for call in self.calls if not call.module and call.function != "embedding"]
+            self._read = {key[0] for keys in (*functions, self.returned) for key in keys}
+        return any(id(own) in self._read for own in (*module._parameters.values(), *module._buffers.values()))
+
+    def writes_over_its_input(self, module: nn.Module) -> bool:
+        """Whether somebody reads what a call of ``module`` was given after it, and so what it left there."""
+        given = {key for call in self._of[module] for key in call.inputs}
+        read = (*self._consumers, *self.returned)
+        return any(one == other and later > earlier for one, earlier in given for other, later in read)
+
+    def consumers(self, key: Key) -> list[_Call]:
+        """Every call that takes a tensor."""
+        return self._consumers[key]
+
+    def _note(self, call: _Call) -> None:
+        self.calls.append(call)
+        if call.module is not None:
+            self._of[call.module].append(call)
+        for key in set(call.inputs):
+            self._consumers[key].append(call)
+
+
+def observe(network: nn.Module, example: Example, context: Inside = None) -> Observation:
+    """Run ``network`` once and look on, within a context; see `run_apart`.
+
+    Raises:
+        NetworkError: The network does not run on the example.
+    """
+    observation = Observation()
+    handles = []
+    for module in network.modules():
+        if type(module) in (*HEAD_TYPES, *module_types("batchnorm"), *ACTIVATION_TYPES):
+            handles.append(module.register_forward_pre_hook(observation.enter, with_kwargs=True))
+            handles.append(module.register_forward_hook(observation.leave, with_kwargs=True))
+    try:
+        observation.result = run_apart(network, example, nested(context or nullcontext(), observation))
+    except Exception as error:
+        raise NetworkError(
+            f"{type(network).__name__} does not run on its example inputs: {type(error).__name__}: {error}. Give "
+            "example_inputs= that its forward takes."
+        ) from error
+    finally:
+        for handle in handles:
+            handle.remove()
+    observation.returned = set(observation.keys(observation.result))
+    return observation
+
+
+@torch.no_grad()
+def run_apart(network: nn.Module, example: Example, inside: Inside = None) -> Any:
+    """Run ``network`` in eval mode without grad, and leave it, its buffers, the example and the RNG as they were."""
+    device = next((p.device for p in network.parameters()), torch.device("cpu"))
+    look_into(example.args, example.kwargs)
+    # Copies: an in-place operation must not reach the caller's batch, nor inference tensors, which have no version.
+    args, kwargs = tree_map(
+        lambda v: v.detach().to(device).clone() if isinstance(v, Tensor) else v, (example.args, example.kwargs)
+    )
+    with _left_alone(network, device), inside or nullcontext():
+        result = network(*args, **kwargs)
+    look_into(result)
+    return result
+
+
+@contextmanager
+def _left_alone(network: nn.Module, device: torch.device) -> Iterator[None]:
+    """Eval mode; flags, buffers and random numbers are as before when the block ends."""
+    flags = {module: module.training for module in network.modules()}
+    buffers = [
+        (module, name, buffer, None if buffer is None else buffer.detach().clone())
+        for module in network.modules()
+        for name, buffer in module._buffers.items()
+    ]
+    for module in flags:
+        module.training = False
+    try:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            yield
+    finally:
+        for module, flag in flags.items():
+            module.training = flag
+        for module, name, buffer, value in buffers:
+            module._buffers[name] = buffer
+            if buffer is not None and value is not None:
+                with torch.no_grad():
+                    buffer.copy_(value)

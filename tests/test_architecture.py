@@ -1,9 +1,8 @@
-"""The rooms of the package: arrows run down, in functions too, and there is no circle."""
+"""The rooms of the package: arrows run down, in functions and for types too, and there is no circle."""
 
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
 from pathlib import Path
 
 import qat_lightning
@@ -11,7 +10,7 @@ import qat_lightning
 PACKAGE = Path(qat_lightning.__file__).parent
 
 ROOMS = (
-    ("errors", "processes", "json_files", "terminal"),
+    ("errors", "checks", "processes", "json_files", "terminal"),
     ("settings",),
     ("numerics",),
     ("layers",),
@@ -44,21 +43,10 @@ def name_of(path: Path) -> str:
 MODULES = {name_of(path): path for path in PACKAGE.rglob("*.py")}
 
 
-def is_for_types_only(node: ast.AST) -> bool:
-    return isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
-
-
-def nodes(tree: ast.AST) -> Iterator[ast.AST]:
-    for child in ast.iter_child_nodes(tree):
-        if not is_for_types_only(child):
-            yield child
-            yield from nodes(child)
-
-
 def imported(name: str) -> set[str]:
     """The modules of this package that a module imports, anywhere in it."""
     found = set[str]()
-    for node in nodes(ast.parse(MODULES[name].read_text())):
+    for node in ast.walk(ast.parse(MODULES[name].read_text())):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:

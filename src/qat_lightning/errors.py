@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from qat_lightning.modes.protocol import LayerCheck
+from qat_lightning.checks import LayerCheck
 
 
 class QuantizationError(Exception):

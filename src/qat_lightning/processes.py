@@ -77,8 +77,8 @@ def in_all(do: Callable[[], T]) -> T:
         raise error
     for rank, failure in enumerate(failures):
         if failure is not None:
-            kind, message = failure
-            raise _as_ours(kind, message, rank)
+            name, message = failure
+            raise _as_ours(name, message, rank)
     return result
 
 
@@ -88,9 +88,9 @@ def _gather(value: Any) -> list[Any]:
     return values
 
 
-def _as_ours(kind: str, message: str, rank: int) -> QuantizationError:
+def _as_ours(name: str, message: str, rank: int) -> QuantizationError:
     """The error of another process, of the same type if it is one of ours."""
-    found = getattr(errors, kind, None)
+    found = getattr(errors, name, None)
     if isinstance(found, type) and issubclass(found, QuantizationError):
         return found(f"Process {rank} of this training: {message}")
-    return errors.ConversionError(f"Process {rank} of this training failed with {kind}: {message}")
+    return errors.ConversionError(f"Process {rank} of this training failed with {name}: {message}")

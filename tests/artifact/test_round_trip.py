@@ -56,6 +56,7 @@ def test_loaded_network_is_equal(mode: str, backend: str, case, tmp_path: Path) 
     assert type(loaded.network) is type(saved.network)
 
 
+@pytest.mark.slow
 def test_fresh_process_without_trainer_and_data(tmp_path: Path) -> None:
     case = case_named("depthwise")
     for mode, backend in pairs():

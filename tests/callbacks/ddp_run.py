@@ -288,5 +288,8 @@ if __name__ == "__main__":
     if sys.argv[2:] == ["compiled"]:
         found = run_compiled()
         Path(sys.argv[1], f"{torch.distributed.get_rank()}.json").write_text(json.dumps(found))
+    elif sys.argv[2:] == ["halves"]:
+        ended = {"fx": run_halves("fx", 2)}
+        torch.save(ended, Path(sys.argv[1], f"{torch.distributed.get_rank()}.pt"))
     else:
         run_all(Path(sys.argv[1]))

@@ -154,6 +154,7 @@ def test_a_resumed_fit_ends_where_the_uninterrupted_one_does(mode: str, graphs: 
     assert_alike(expected, module)
 
 
+@pytest.mark.slow
 def test_steps_that_are_looked_at_run_as_they_are(graphs: Any) -> None:
     torch.manual_seed(0)
     module, callback = Lit(), qat("fx", compile=True)

@@ -14,6 +14,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
+from torch import Tensor
 from torch.multiprocessing import ProcessRaisedException
 
 from qat_lightning import Distillation, PostTrainingQuantization
@@ -57,6 +58,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return first, second
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", ["Lit", "OwnForward"])
 @pytest.mark.parametrize("mode", MODES)
 def test_both_end_alike(mode: str, make: str, both: tuple[dict[str, Any], dict[str, Any]]) -> None:
@@ -72,6 +74,7 @@ def test_both_end_alike(mode: str, make: str, both: tuple[dict[str, Any], dict[s
     assert steps[3].split("] [")[0] == steps[2].split("] [")[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 def test_the_monitor_measures_in_the_first_and_changes_nothing(mode: str, both: tuple[dict[str, Any], ...]) -> None:
     first, second = (found[f"{mode} monitored"] for found in both)
@@ -80,6 +83,7 @@ def test_the_monitor_measures_in_the_first_and_changes_nothing(mode: str, both: 
     assert second["layers"] == []
 
 
+@pytest.mark.slow
 def test_processes_that_go_different_ways(both: tuple[dict[str, Any], dict[str, Any]]) -> None:
     """In eager mode they may: each layer's range is there in both, whoever ran it."""
     first, second = (found["different ways"] for found in both)
@@ -89,10 +93,12 @@ def test_processes_that_go_different_ways(both: tuple[dict[str, Any], dict[str, 
         assert f"'net.{layer}.output_fake_quant.max_val', -inf" not in first["every step"][0]
 
 
+@pytest.mark.slow
 def test_a_process_with_nothing_to_observe_takes_part(both: tuple[dict[str, Any], dict[str, Any]]) -> None:
     assert both[0]["nothing"] == both[1]["nothing"] == [-1.0, 2.0, 1.0]
 
 
+@pytest.mark.slow
 def test_only_the_first_process_converts(both: tuple[dict[str, Any], dict[str, Any]]) -> None:
     """In the rehearsal and for each of the two fits of each run; the other gets what it made, and tests it."""
     first, second = (found["conversions"] for found in both)
@@ -100,12 +106,14 @@ def test_only_the_first_process_converts(both: tuple[dict[str, Any], dict[str, A
     assert second == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 def test_one_process_may_be_asked_for_int8_by_itself(mode: str, both: tuple[dict[str, Any], dict[str, Any]]) -> None:
     first, second = (found["asked in one"][mode] for found in both)
     assert first == second
 
 
+@pytest.mark.slow
 def test_an_error_of_the_first_process_is_known_in_all_and_costs_no_fit(
     both: tuple[dict[str, Any], dict[str, Any]],
 ) -> None:
@@ -116,6 +124,7 @@ def test_an_error_of_the_first_process_is_known_in_all_and_costs_no_fit(
     assert first == second
 
 
+@pytest.mark.slow
 def test_an_error_of_another_process_is_known_in_all_and_costs_no_fit(
     both: tuple[dict[str, Any], dict[str, Any]],
 ) -> None:
@@ -125,6 +134,7 @@ def test_an_error_of_another_process_is_known_in_all_and_costs_no_fit(
     assert first == second
 
 
+@pytest.mark.slow
 def test_what_no_file_can_hold_is_converted_in_every_process(both: tuple[dict[str, Any], dict[str, Any]]) -> None:
     first, second = (found["without file"] for found in both)
     assert first == second
@@ -140,23 +150,35 @@ def test_only_the_first_process_compiles(tmp_path: Path) -> None:
     assert first == second
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("distilled", [False, True], ids=["plain", "distilled"])
 @pytest.mark.parametrize("mode", MODES)
 def test_two_processes_are_one_with_the_doubled_batch(mode: str, distilled: bool, folder: Path) -> None:
     """Weights, ranges and int8, for a network without BatchNorm, up to the rounding of sums."""
-    one = run_halves(mode, 1, *([Distillation(2.0, 0.5)] if distilled else []))
     key = f"{mode} distilled" if distilled else mode
-    first, second = (torch.load(folder / f"{rank}.pt")[key] for rank in (0, 1))
+    one = run_halves(mode, 1, *([Distillation(2.0, 0.5)] if distilled else []))
+    assert_one_fit(folder, key, one, near=mode == "eager")
+
+
+def test_two_processes_end_as_one_with_the_doubled_batch(tmp_path: Path) -> None:
+    """Quick; the slow tests have every mode, and what else two processes do."""
+    assert_one_fit(_run_two(tmp_path, "halves", compile="0"), "fx", run_halves("fx", 1))
+
+
+def assert_one_fit(folder: Path, fit: str, one: dict[str, Tensor], *, near: bool = False) -> None:
+    """Both processes ended alike, and as one process did."""
+    first, second = (torch.load(folder / f"{rank}.pt")[fit] for rank in (0, 1))
     assert one.keys() == first.keys()
     for key, expected in one.items():
         assert torch.equal(first[key], second[key]), key
-        if mode != "eager":
+        if not near:
             torch.testing.assert_close(first[key], expected, rtol=1e-4, atol=1e-5, msg=key)
         elif key.endswith("max_val") and expected.isfinite():
             # There the averages are merged after the batch, and not what they are averages of: near, and not the same.
             assert 0.9 * expected <= first[key] <= 1.2 * expected, key
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["fx", "pt2e"])
 def test_learned_scales_are_those_of_one_process_with_the_doubled_batch(mode: str, folder: Path) -> None:
     one = run_halves(mode, 1, scheme=LEARNED)

@@ -191,6 +191,7 @@ def test_a_rehearsal_has_the_weights_that_are_known(
     assert torch.equal(found, wanted)
 
 
+@pytest.mark.slow
 def test_the_copy_of_a_rehearsal_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
     copies: list[Any] = []
     flow = type(get_mode("fx"))

@@ -59,6 +59,7 @@ def test_linear_layers_of_tokens_are_int8(mode: str, tmp_path: Path) -> None:
     assert_same_outputs(quantized, OpenVino().load(tmp_path / "model.xml"), batch, least=25.0)
 
 
+@pytest.mark.slow
 def test_several_inputs_keep_their_names(tmp_path: Path) -> None:
     quantized, batch = quantized_case("several_inputs", "fx")
     OpenVino().write(Source(quantized, quantized.example), tmp_path / "model.xml")

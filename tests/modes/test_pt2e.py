@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from qat_lightning import load_quantized
 from qat_lightning.artifact.quantized import QuantizedNetwork
+from qat_lightning.checks import LayerCheck
 from qat_lightning.errors import ConversionError, NetworkError, TraceError, VerificationError
 from qat_lightning.graph.example import Example
 from qat_lightning.modes.prepared import cpu_copy, fake_quantizers, set_phase
-from qat_lightning.modes.protocol import Converted, LayerCheck
+from qat_lightning.modes.protocol import Converted
 from qat_lightning.modes.pt2e import Pt2eMode, compiling, int8
 from qat_lightning.modes.pt2e.network import ExportedNetwork
 from qat_lightning.modes.registry import get_mode

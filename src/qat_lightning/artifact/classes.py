@@ -27,18 +27,18 @@ _TRANSFORMERS = re.compile(r"transformers\.(modeling_outputs|models\.[a-z0-9_]+\
 
 def is_own_container(value: Any) -> bool:
     """Whether a value is a container of another class than Python's own."""
-    kind = type(value)
-    return is_record(kind) or is_namedtuple(kind) or (isinstance(value, dict) and kind not in _PLAIN)
+    cls = type(value)
+    return is_record(cls) or is_namedtuple(cls) or (isinstance(value, dict) and cls not in _PLAIN)
 
 
 _PLAIN = (dict, OrderedDict, immutable_dict)
 
 
-def encode_class(kind: Any) -> dict[str, Any]:
+def encode_class(cls: Any) -> dict[str, Any]:
     """The name of a dataclass, of a named tuple or of a subclass of dict, and how it is made."""
-    form = "fields" if is_record(kind) else "tuple" if is_namedtuple(kind) else "mapping"
-    fields = made_of(kind) if form == "fields" else kind._fields if form == "tuple" else ()
-    return {"module": kind.__module__, "name": kind.__qualname__, "form": form, "fields": list(fields)}
+    form = "fields" if is_record(cls) else "tuple" if is_namedtuple(cls) else "mapping"
+    fields = made_of(cls) if form == "fields" else cls._fields if form == "tuple" else ()
+    return {"module": cls.__module__, "name": cls.__qualname__, "form": form, "fields": list(fields)}
 
 
 def maker_of(data: Any, network: nn.Module | None) -> Callable[..., Any]:

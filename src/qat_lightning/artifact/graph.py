@@ -12,7 +12,6 @@ import keyword
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -23,7 +22,7 @@ from qat_lightning.artifact import operations
 from qat_lightning.artifact.classes import decode_container, encode_class, encode_container, is_own_container, maker_of
 from qat_lightning.artifact.layers import decode_module, encode_module
 from qat_lightning.artifact.packed import decode_packed, encode_packed, is_packed
-from qat_lightning.artifact.tensors import TensorReader, TensorWriter
+from qat_lightning.artifact.progress import Reading, Writing
 from qat_lightning.artifact.values import decode, encode, identifier, namedtuple_type, no_tag
 from qat_lightning.errors import ArtifactError
 from qat_lightning.graph.structures import given_fields, is_namedtuple, know
@@ -31,36 +30,6 @@ from qat_lightning.modes.graph_network import GraphNetwork, GraphPart
 from qat_lightning.modes.structured_tracer import makes_container
 
 _PATH_PART = re.compile(r"[A-Za-z0-9_\-]+")
-
-
-@dataclass
-class Writing:
-    """What is collected while a graph is written.
-
-    Attributes:
-        tensors: Its tensors.
-        needs_network: Names of modules whose code the file cannot hold, and their classes.
-        needs_trust: Functions and methods that only a trusted file may call.
-    """
-
-    tensors: TensorWriter = field(default_factory=TensorWriter)
-    needs_network: dict[str, str] = field(default_factory=dict)
-    needs_trust: list[str] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class Reading:
-    """What a graph is rebuilt from besides its own data.
-
-    Attributes:
-        tensors: Its tensors.
-        network: The float network, for the modules whose code the file cannot hold.
-        trusted: Whether functions that are not listed may be called.
-    """
-
-    tensors: TensorReader
-    network: nn.Module | None = None
-    trusted: bool = False
 
 
 def encode_graph(root: nn.Module, graph: fx.Graph, writing: Writing) -> dict[str, Any]:
@@ -245,23 +214,23 @@ def _encode_attribute(value: Any, path: str, writing: Writing) -> dict[str, Any]
         return {"module": encode_module(value, path, writing)}
     if is_packed(value):
         return {"packed": encode_packed(value, writing.tensors)}
-    kind = "parameter" if isinstance(value, nn.Parameter) else "buffer" if isinstance(value, Tensor) else "value"
-    return {kind: encode(value, writing.tensors.encode)}
+    tag = "parameter" if isinstance(value, nn.Parameter) else "buffer" if isinstance(value, Tensor) else "value"
+    return {tag: encode(value, writing.tensors.encode)}
 
 
 def _decode_attribute(data: dict[str, Any], reading: Reading) -> Any:
-    ((kind, content),) = data.items()
-    if kind == "graph":
+    ((tag, content),) = data.items()
+    if tag == "graph":
         return decode_graph(content, reading)
-    if kind == "module":
+    if tag == "module":
         return decode_module(content, reading)
-    if kind == "packed":
+    if tag == "packed":
         return decode_packed(content, reading.tensors)
     value = decode(content, reading.tensors.decode)
-    if kind == "parameter":
+    if tag == "parameter":
         return nn.Parameter(value, requires_grad=False)
-    if kind not in ("buffer", "value") or isinstance(value, Tensor) != (kind == "buffer"):
-        raise ArtifactError(f"it holds a {str(kind)[:80]!r}, which is not known")
+    if tag not in ("buffer", "value") or isinstance(value, Tensor) != (tag == "buffer"):
+        raise ArtifactError(f"it holds a {str(tag)[:80]!r}, which is not known")
     return value
 
 

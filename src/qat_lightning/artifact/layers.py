@@ -7,7 +7,7 @@ import functools
 import inspect
 from collections import OrderedDict
 from dataclasses import astuple
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from torch.ao.nn import quantized as nnq
 from torch.ao.nn.intrinsic import quantized as nniq
 
 from qat_lightning.artifact.packed import decode_packed_layer, encode_packed_layer, is_packed_layer
+from qat_lightning.artifact.progress import Reading, Writing
 from qat_lightning.artifact.values import decode, encode
 from qat_lightning.errors import ArtifactError
 from qat_lightning.layers.integer import IntegerLayer, WeightGrid
@@ -23,9 +24,6 @@ from qat_lightning.layers.integer.attention import DynamicAttention
 from qat_lightning.layers.integer.dynamic import DynamicCell, DynamicLinear
 from qat_lightning.layers.integer.recurrent import DynamicRecurrent
 from qat_lightning.layers.integer.weight_only import WeightOnly, WeightOnlyEmbedding
-
-if TYPE_CHECKING:
-    from qat_lightning.artifact.graph import Reading, Writing
 
 
 def _words(text: str) -> list[str]:
@@ -100,21 +98,21 @@ def encode_module(module: nn.Module, path: str, writing: Writing) -> dict[str, A
 
 def decode_module(data: dict[str, Any], reading: Reading) -> nn.Module:
     """Undo `encode_module`."""
-    ((kind, content),) = data.items()
-    if kind == "packed":
+    ((tag, content),) = data.items()
+    if tag == "packed":
         module = decode_packed_layer(content, reading.tensors)
-    elif kind == "sequential":
+    elif tag == "sequential":
         module = nn.Sequential(OrderedDict((name, decode_module(child, reading)) for name, child in content))
-    elif kind == "fused":
+    elif tag == "fused":
         module = _decode_fused(content, reading)
-    elif kind == "layer":
+    elif tag == "layer":
         module = _decode_layer(content, reading)
-    elif kind == "integers":
+    elif tag == "integers":
         module = _decode_integer_layer(content, reading)
-    elif kind == "foreign":
+    elif tag == "foreign":
         module = _decode_foreign(content, reading)
     else:
-        raise ArtifactError(f"it holds a {str(kind)[:80]!r}, which is not known")
+        raise ArtifactError(f"it holds a {str(tag)[:80]!r}, which is not known")
     return module.eval()
 
 
@@ -271,35 +269,35 @@ def _plain_attributes(module: nn.Module) -> dict[str, Any]:
 
 
 def _encode_foreign(module: nn.Module, path: str, writing: Writing) -> dict[str, Any]:
-    kind = type(module).__name__
-    writing.needs_network[path] = kind
+    class_name = type(module).__name__
+    writing.needs_network[path] = class_name
     try:
         state = _encode_state(module, writing)
     except ArtifactError as error:
-        raise ArtifactError(f"calls the module {path!r} ({kind}), whose state_dict {error}") from error
-    return {"foreign": {"path": path, "class": kind, "state": state}}
+        raise ArtifactError(f"calls the module {path!r} ({class_name}), whose state_dict {error}") from error
+    return {"foreign": {"path": path, "class": class_name, "state": state}}
 
 
 def _decode_foreign(data: dict[str, Any], reading: Reading) -> nn.Module:
-    path, kind = data["path"], data["class"]
+    path, class_name = data["path"], data["class"]
     if reading.network is None:
         raise ArtifactError(
-            f"it calls the module {path!r} of class {kind}, whose code a file cannot hold: give the float network, "
-            "trained or not, as load_quantized(path, network=...)"
+            f"it calls the module {path!r} of class {class_name}, whose code a file cannot hold: give the float "
+            "network, trained or not, as load_quantized(path, network=...)"
         )
     name = type(reading.network).__name__
     try:
         found = reading.network.get_submodule(path)
     except AttributeError:
         found = None
-    if found is None or type(found).__name__ != kind:
+    if found is None or type(found).__name__ != class_name:
         has = "nothing" if found is None else f"a {type(found).__name__}"
-        raise ArtifactError(f"it needs a {kind} at {path!r}, where the network given ({name}) has {has}")
+        raise ArtifactError(f"it needs a {class_name} at {path!r}, where the network given ({name}) has {has}")
     module = copy.deepcopy(found).cpu().float().eval()
     try:
         module.load_state_dict(_decode_state(data["state"], reading))
     except RuntimeError as error:
         raise ArtifactError(
-            f"the {kind} at {path!r} of the network given ({name}) is of another shape: {error}"
+            f"the {class_name} at {path!r} of the network given ({name}) is of another shape: {error}"
         ) from error
     return module.requires_grad_(False)

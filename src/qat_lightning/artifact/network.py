@@ -9,8 +9,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from qat_lightning.artifact.graph import (
-    Reading,
-    Writing,
     decode_graph,
     decode_signature,
     decode_structure,
@@ -18,6 +16,7 @@ from qat_lightning.artifact.graph import (
     encode_signature,
     encode_structure,
 )
+from qat_lightning.artifact.progress import Reading, Writing
 from qat_lightning.artifact.values import decode, encode
 from qat_lightning.errors import ArtifactError, CheckpointMismatchError
 from qat_lightning.graph.given_sizes import GivenInput, GivenSizes

@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 from qat_lightning.artifact.write import save_quantized
+from qat_lightning.checks import LayerCheck, WholeCheck
 from qat_lightning.errors import QuantizationError
 from qat_lightning.graph.example import Example
-from qat_lightning.modes.protocol import Converted, LayerCheck, LayerCoverage, WholeCheck
+from qat_lightning.modes.protocol import Converted, LayerCoverage
 from qat_lightning.settings.backends import quantized_engine
 from qat_lightning.settings.kinds import DIRECT
 from qat_lightning.settings.modes import traits_of

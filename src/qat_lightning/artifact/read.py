@@ -19,14 +19,15 @@ import torch
 from torch import nn
 
 from qat_lightning.artifact.container import DESCRIPTION, FORMAT, TENSORS, digest, own_version
-from qat_lightning.artifact.graph import Reading
 from qat_lightning.artifact.network import decode_network
+from qat_lightning.artifact.progress import Reading
 from qat_lightning.artifact.quantized import QuantizedNetwork
 from qat_lightning.artifact.tensors import TensorReader
 from qat_lightning.artifact.values import decode, no_tag
+from qat_lightning.checks import LayerCheck, WholeCheck
 from qat_lightning.errors import ArtifactError, QuantizationError
 from qat_lightning.graph.example import Example
-from qat_lightning.modes.protocol import Converted, LayerCheck, LayerCoverage, WholeCheck
+from qat_lightning.modes.protocol import Converted, LayerCoverage
 from qat_lightning.settings.backends import quantized_engine, require
 from qat_lightning.settings.modes import traits_of
 from qat_lightning.settings.recipe import Recipe

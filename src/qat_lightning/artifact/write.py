@@ -7,27 +7,41 @@ import json
 import os
 import warnings
 import zipfile
+from collections.abc import Sequence
 from dataclasses import astuple
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qat_lightning.artifact.container import DESCRIPTION, FORMAT, TENSORS, digest, own_version
-from qat_lightning.artifact.graph import Writing
 from qat_lightning.artifact.network import encode_network
+from qat_lightning.artifact.progress import Writing
 from qat_lightning.artifact.values import encode
+from qat_lightning.checks import LayerCheck, WholeCheck
 from qat_lightning.errors import ArtifactError
 from qat_lightning.graph.example import Example
-from qat_lightning.modes.protocol import WholeCheck
+from qat_lightning.modes.protocol import LayerCoverage
 from qat_lightning.settings.backends import quantized_engine
-
-if TYPE_CHECKING:
-    from qat_lightning.artifact.quantized import QuantizedNetwork
+from qat_lightning.settings.recipe import Recipe
 
 
-def save_quantized(quantized: QuantizedNetwork, path: str | os.PathLike[str]) -> None:
+class Savable(Protocol):
+    """What a file is written from: a `QuantizedNetwork`."""
+
+    network: nn.Module
+    recipe: Recipe
+    coverage: Sequence[LayerCoverage]
+    operations: Sequence[LayerCoverage]
+    checks: Sequence[LayerCheck]
+    whole: WholeCheck | None
+    notes: Sequence[str]
+    source: str
+    example: Example
+
+
+def save_quantized(quantized: Savable, path: str | os.PathLike[str]) -> None:
     """Write an int8 network to one file.
 
     The file is written beside ``path`` and then renamed, so that whatever was at ``path`` stays until the new file is
@@ -62,7 +76,7 @@ def save_quantized(quantized: QuantizedNetwork, path: str | os.PathLike[str]) ->
         ) from error
 
 
-def artifact_size_mb(quantized: QuantizedNetwork) -> float:
+def artifact_size_mb(quantized: Savable) -> float:
     """Size of the file that `save_quantized` writes: what a user ships.
 
     Returns:
@@ -71,7 +85,7 @@ def artifact_size_mb(quantized: QuantizedNetwork) -> float:
     return len(artifact_bytes(quantized)) / 1e6
 
 
-def artifact_bytes(quantized: QuantizedNetwork) -> bytes:
+def artifact_bytes(quantized: Savable) -> bytes:
     """The contents of the file.
 
     Raises:

@@ -172,8 +172,8 @@ _BEST = {"score": "best score", "latency": "lowest latency", "size": "smallest s
 _WORSE_THAN_ANY = math.inf
 
 
-def _count(number: int, kind: str = "") -> str:
-    return f"{number} {kind}configuration{'' if number == 1 else 's'}"
+def _count(number: int, which: str = "") -> str:
+    return f"{number} {which}configuration{'' if number == 1 else 's'}"
 
 
 def _of(configuration: Configuration, goal: Goal) -> Spread | None:

@@ -35,13 +35,13 @@ def read_offline(folder: Path) -> Run:
     config: dict[str, Any] = {}
     summary: dict[str, Any] = {}
     for record in records:
-        kind = record["type"]
-        body = record.get(kind) or {}
-        if kind == "run":
+        record_type = record["type"]
+        body = record.get(record_type) or {}
+        if record_type == "run":
             run |= body
-        if kind in ("run", "config"):
+        if record_type in ("run", "config"):
             config |= (body.get("config", body)).get("update") or {}
-        elif kind == "summary":
+        elif record_type == "summary":
             summary |= body.get("update") or {}
     if not run:
         raise RunFileError(f"{folder} holds no run: W&B wrote nothing into it before it was stopped.")

@@ -28,8 +28,8 @@ def part_of(flat: Mapping[str, str]) -> str:
     targets = {key: value.rpartition(".") for key, value in flat.items() if key.endswith(f".{_TARGET}")}
     parts = [
         key.removesuffix(f".{_TARGET}")
-        for key, (module, _, kind) in targets.items()
-        if kind == own or (kind in QUANTIZING and module.partition(".")[0] == "qat_lightning")
+        for key, (module, _, class_name) in targets.items()
+        if class_name == own or (class_name in QUANTIZING and module.partition(".")[0] == "qat_lightning")
     ]
     return parts[0] if len(parts) == 1 else ""
 
@@ -62,6 +62,6 @@ def under_one_name(flat: Mapping[str, str]) -> dict[str, str]:
         return config | {key: value for key, value in said.items() if key == chosen}
     part = part_of(config)
     if part:
-        kind = config.pop(f"{part}.{_TARGET}").rpartition(".")[2]
-        config = {f"{NAME}.method": kind, **{renamed(key, part): value for key, value in config.items()}}
+        class_name = config.pop(f"{part}.{_TARGET}").rpartition(".")[2]
+        config = {f"{NAME}.method": class_name, **{renamed(key, part): value for key, value in config.items()}}
     return said | config

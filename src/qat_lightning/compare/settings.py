@@ -180,8 +180,8 @@ def _place(key: str, said: Sequence[str]) -> int:
 def _tells(key: str, values: Sequence[str]) -> tuple[int, int]:
     """What says most comes first: names, then values, then whether a part is there at all, best by its class."""
     first = key.endswith(".name") or key in ("quantization.method", "quantization.mode", "quantization.backend")
-    kind = 2 if only_present(values) else 0 if first else 1
-    return kind, int(not key.endswith("_target_") if kind == 2 else key.endswith("_target_"))
+    order = 2 if only_present(values) else 0 if first else 1
+    return order, int(not key.endswith("_target_") if order == 2 else key.endswith("_target_"))
 
 
 def only_present(values: Sequence[str]) -> bool:

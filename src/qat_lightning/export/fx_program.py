@@ -13,13 +13,13 @@ from torch.ao.nn import quantized as nnq
 from torch.ao.nn.intrinsic import quantized as nniq
 
 from qat_lightning.artifact.packed import is_packed, is_packed_layer
+from qat_lightning.checks import LayerCheck
 from qat_lightning.errors import ExportError
 from qat_lightning.export.grids import Grid, QdqLayer, on_grid
 from qat_lightning.graph.example import Example
 from qat_lightning.layers.integer import IntegerLayer
 from qat_lightning.layers.integer.dynamic import DynamicLinear
 from qat_lightning.modes.graph_network import GraphNetwork
-from qat_lightning.modes.protocol import LayerCheck
 from qat_lightning.modes.verify import Recorder, example_values, is_faulty
 from qat_lightning.numerics.sqnr import sqnr_db
 from qat_lightning.settings.backends import Backend, quantized_engine

@@ -152,8 +152,8 @@ def describe(value: Any) -> str:
         '(float32 tensor [2, 3], {scale: float})'
     """
     if isinstance(value, Tensor):
-        kind = "meta " if value.is_meta else "" if value.layout == torch.strided else "sparse "
-        return f"{kind}{str(value.dtype).removeprefix('torch.')} tensor {list(value.shape)}"
+        layout = "meta " if value.is_meta else "" if value.layout == torch.strided else "sparse "
+        return f"{layout}{str(value.dtype).removeprefix('torch.')} tensor {list(value.shape)}"
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{key}: {describe(part)}" for key, part in value.items()) + "}"
     if isinstance(value, (tuple, list)):

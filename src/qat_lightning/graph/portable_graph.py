@@ -124,12 +124,12 @@ def _notes(node: fx.Node) -> dict[str, Any]:
     """Those that conversion reads: where the node comes from, and which of its arguments is the weight."""
     notes: dict[str, Any] = {}
     if stack := node.meta.get("nn_module_stack"):
-        notes["nn_module_stack"] = {key: (name, _type_name(kind)) for key, (name, kind) in stack.items()}
+        notes["nn_module_stack"] = {key: (name, _type_name(cls)) for key, (name, cls) in stack.items()}
     if wanted := node.meta.get("target_dtype_info"):
         kept = ("weight_index", "bias_index")
         notes["target_dtype_info"] = {key: value for key, value in wanted.items() if key in kept}
     return notes
 
 
-def _type_name(kind: Any) -> str:
-    return f"{kind.__module__}.{kind.__qualname__}" if isinstance(kind, type) else str(kind)
+def _type_name(cls: Any) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}" if isinstance(cls, type) else str(cls)

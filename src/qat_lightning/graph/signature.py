@@ -236,10 +236,10 @@ def dynamic_shapes(
 def _dims(value: Any, size: int | None) -> Any:
     if isinstance(value, dict) and type(value) in (dict, OrderedDict):
         return {key: _dims(inner, size) for key, inner in value.items()}
-    kind = pytree._get_node_type(value)
-    if kind not in pytree.SUPPORTED_NODES:
+    node_type = pytree._get_node_type(value)
+    if node_type not in pytree.SUPPORTED_NODES:
         return {0: torch.export.Dim.AUTO} if has_batch(value, size) else None
-    inner, context = pytree.SUPPORTED_NODES[kind].flatten_fn(value)
+    inner, context = pytree.SUPPORTED_NODES[node_type].flatten_fn(value)
     dims = [_dims(part, size) for part in inner]
     # Those of a container of one's own are given as a list.
-    return pytree.SUPPORTED_NODES[kind].unflatten_fn(dims, context) if isinstance(value, (list, tuple)) else dims
+    return pytree.SUPPORTED_NODES[node_type].unflatten_fn(dims, context) if isinstance(value, (list, tuple)) else dims

@@ -43,14 +43,14 @@ def _look(value: Any) -> bool:
     return holds
 
 
-def know(kind: type) -> None:
+def know(cls: type) -> None:
     """Let pytree look into objects of a class, if it is a dataclass or a subclass of dict and not known yet."""
-    if kind in pytree.SUPPORTED_NODES:
+    if cls in pytree.SUPPORTED_NODES:
         return
-    if is_record(kind):
-        _register(kind)
-    elif issubclass(kind, dict):
-        _register_mapping(kind)
+    if is_record(cls):
+        _register(cls)
+    elif issubclass(cls, dict):
+        _register_mapping(cls)
 
 
 def parts(value: Any) -> Iterable[Any]:
@@ -62,24 +62,24 @@ def parts(value: Any) -> Iterable[Any]:
     return value if isinstance(value, (list, tuple)) else ()
 
 
-def is_namedtuple(kind: Any) -> bool:
+def is_namedtuple(cls: Any) -> bool:
     """Whether a class is that of a named tuple."""
-    return isinstance(kind, type) and issubclass(kind, tuple) and hasattr(kind, "_fields")
+    return isinstance(cls, type) and issubclass(cls, tuple) and hasattr(cls, "_fields")
 
 
-def is_record(kind: Any) -> bool:
+def is_record(cls: Any) -> bool:
     """Whether a class is a dataclass, which its fields make."""
-    return isinstance(kind, type) and dataclasses.is_dataclass(kind)
+    return isinstance(cls, type) and dataclasses.is_dataclass(cls)
 
 
-def made_of(kind: type) -> list[str]:
+def made_of(cls: type) -> list[str]:
     """The fields that a dataclass is made with."""
-    return [field.name for field in dataclasses.fields(kind) if field.init]
+    return [field.name for field in dataclasses.fields(cls) if field.init]
 
 
-def make_mapping(kind: Any, items: Iterable[tuple[Any, Any]]) -> Any:
+def make_mapping(cls: Any, items: Iterable[tuple[Any, Any]]) -> Any:
     """An object of a subclass of dict, without its ``__init__``, which may want anything."""
-    made = kind.__new__(kind)
+    made = cls.__new__(cls)
     for key, value in items:
         put_item(made, key, value)
     return made
@@ -100,9 +100,9 @@ def _given(value: Any, names: list[str], is_dict: bool) -> dict[str, Any]:
     return {name: field for name, field in fields.items() if field is not None or not is_dict}
 
 
-def _register(kind: type) -> None:
+def _register(cls: type) -> None:
     # Known beforehand, since a capture goes through what is below and cannot ask a class for its fields.
-    names, is_dict = made_of(kind), issubclass(kind, dict)
+    names, is_dict = made_of(cls), issubclass(cls, dict)
 
     def flatten(value: Any) -> tuple[list[Any], list[str]]:
         given = _given(value, names, is_dict)
@@ -113,12 +113,12 @@ def _register(kind: type) -> None:
         return [(pytree.GetAttrKey(name), field) for name, field in given.items()], list(given)
 
     def unflatten(values: Iterable[Any], context: list[str]) -> Any:
-        return kind(**dict(zip(context, values, strict=True)))
+        return cls(**dict(zip(context, values, strict=True)))
 
-    _add(kind, flatten, flatten_with_keys, unflatten)
+    _add(cls, flatten, flatten_with_keys, unflatten)
 
 
-def _register_mapping(kind: type) -> None:
+def _register_mapping(cls: type) -> None:
     def flatten(value: Any) -> tuple[list[Any], list[Any]]:
         return list(value.values()), list(value.keys())
 
@@ -126,17 +126,17 @@ def _register_mapping(kind: type) -> None:
         return [(pytree.MappingKey(key), inner) for key, inner in value.items()], list(value.keys())
 
     def unflatten(values: Iterable[Any], context: list[Any]) -> Any:
-        return make_mapping(kind, zip(context, values, strict=True))
+        return make_mapping(cls, zip(context, values, strict=True))
 
-    _add(kind, flatten, flatten_with_keys, unflatten)
+    _add(cls, flatten, flatten_with_keys, unflatten)
 
 
-def _add(kind: type, flatten: Any, flatten_with_keys: Any, unflatten: Any) -> None:
+def _add(cls: type, flatten: Any, flatten_with_keys: Any, unflatten: Any) -> None:
     pytree.register_pytree_node(
-        kind,
+        cls,
         flatten,
         unflatten,
-        serialized_type_name=f"{kind.__module__}.{kind.__qualname__}",
+        serialized_type_name=f"{cls.__module__}.{cls.__qualname__}",
         flatten_with_keys_fn=flatten_with_keys,
     )
 

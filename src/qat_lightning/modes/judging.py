@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qat_lightning.checks import LayerCheck
 from qat_lightning.errors import VerificationError
-from qat_lightning.modes.protocol import LayerCheck
 from qat_lightning.numerics.sqnr import sqnr_db
 from qat_lightning.settings.backends import Backend
 

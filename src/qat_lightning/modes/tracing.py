@@ -134,8 +134,8 @@ def _both_ways(
 
 def _alike(network: nn.Module, path: str) -> list[str]:
     """A module, and the others of its class that hold no layer: what holds for one is found once for all."""
-    kind = type(network.get_submodule(path))
-    return [name for name, module in network.named_modules() if type(module) is kind and holds_no_layer(module)]
+    cls = type(network.get_submodule(path))
+    return [name for name, module in network.named_modules() if type(module) is cls and holds_no_layer(module)]
 
 
 def trace_evaluation(

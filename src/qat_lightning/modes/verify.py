@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
+from qat_lightning.checks import LayerCheck, WholeCheck
 from qat_lightning.graph.example import Example
 from qat_lightning.layers.relu_rounding import writes_in_place
 from qat_lightning.modes.fx.alignment import Alignment
@@ -26,7 +27,6 @@ from qat_lightning.modes.judging import (
     raise_if_faulty,
 )
 from qat_lightning.modes.prepared import prepared_state
-from qat_lightning.modes.protocol import LayerCheck, WholeCheck
 from qat_lightning.modes.recording import (
     Again,
     Recorder,

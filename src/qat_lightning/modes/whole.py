@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import SequenceKey, keystr, tree_flatten_with_path, tree_leaves
 
+from qat_lightning.checks import LayerCheck, WholeCheck
 from qat_lightning.errors import VerificationError
 from qat_lightning.graph.structures import look_into
 from qat_lightning.modes.judging import MARGIN_DB, Names, decibels
-from qat_lightning.modes.protocol import LayerCheck, WholeCheck
 
 ENOUGH_DB = 50.0
 """A network that is this close to fake-quant needs no further look."""

@@ -13,10 +13,10 @@ from torch import Tensor, fx, nn
 
 from qat_lightning import load_quantized
 from qat_lightning.artifact.quantized import QuantizedNetwork
+from qat_lightning.checks import LayerCheck
 from qat_lightning.export.protocol import Source
 from qat_lightning.export.pt2 import AotInductor
 from qat_lightning.graph.example import Example
-from qat_lightning.modes.protocol import LayerCheck
 from qat_lightning.modes.pt2e import compiling
 from qat_lightning.modes.pt2e.int8 import Int8Network
 from qat_lightning.modes.uncalibrated import quantize

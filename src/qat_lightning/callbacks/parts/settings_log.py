@@ -71,17 +71,17 @@ def settings_of_callback(callback: Callback, prefix: str = PREFIX) -> dict[str, 
     return found
 
 
-def _arguments(kind: type) -> list[str]:
+def _arguments(cls: type) -> list[str]:
     """Of its constructor and of those that it extends: a subclass may pass on what it gets."""
-    makers = [inspect.signature(vars(base)["__init__"]) for base in kind.__mro__ if "__init__" in vars(base)]
+    makers = [inspect.signature(vars(base)["__init__"]) for base in cls.__mro__ if "__init__" in vars(base)]
     return list(dict.fromkeys(name for maker in makers for name in maker.parameters))
 
 
 def _trains(callback: Callback) -> bool:
     """Whether a result depends on it: it is of this package, and does more than watch or write."""
-    kind = type(callback)
+    cls = type(callback)
     watches = ("Monitor", "Export", "Checkpoint", "Pruning")
-    return kind.__module__.startswith("qat_lightning.") and not kind.__name__.endswith(watches)
+    return cls.__module__.startswith("qat_lightning.") and not cls.__name__.endswith(watches)
 
 
 def _plain(name: str, value: Any) -> dict[str, Any]:

@@ -94,25 +94,25 @@ class _Replay:
         self.kept: deque[Any] = deque()
         self.rest = rest
 
-    def batches(self, loader: Any, kind: type) -> Iterator[Any]:
+    def batches(self, loader: Any, cls: type) -> Iterator[Any]:
         # One after the other and not before: Lightning may ask for an iterator only to see that there is one.
         while self.kept:
             yield self.kept.popleft()
-        loader.__class__ = kind
+        loader.__class__ = cls
         yield from self.rest
 
 
 def _begin_with(loader: Any, kept: list[Any], rest: Iterable[Any]) -> Any:
     replay: _Replay | None = getattr(type(loader), "_replay", None)
     if replay is None:
-        kind, replay = type(loader), _Replay(rest)
-        functions = {"__iter__": lambda self: replay.batches(self, kind), "_replay": replay}
+        cls, replay = type(loader), _Replay(rest)
+        functions = {"__iter__": lambda self: replay.batches(self, cls), "_replay": replay}
         try:
             # On its class, where iter() looks, and a class of its kind: Lightning treats a DataLoader as one.
-            loader.__class__ = type(kind.__name__, (kind,), functions | {"__module__": kind.__module__})
+            loader.__class__ = type(cls.__name__, (cls,), functions | {"__module__": cls.__module__})
         except TypeError as error:
             raise NetworkError(
-                f"The loader ({kind.__name__}) gives each batch once, and the first cannot be given back to it: give "
+                f"The loader ({cls.__name__}) gives each batch once, and the first cannot be given back to it: give "
                 "example_inputs=, so that none is looked at."
             ) from error
     replay.kept.extendleft(reversed(kept))

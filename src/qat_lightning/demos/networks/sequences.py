@@ -34,8 +34,8 @@ class RecurrentClassifier(nn.Module):
         bidirectional: bool = False,
     ) -> None:
         super().__init__()
-        kind = {"lstm": nn.LSTM, "gru": nn.GRU}[cell]
-        self.recurrent = kind(in_channels * image_size, hidden, layers, batch_first=True, bidirectional=bidirectional)
+        cls = {"lstm": nn.LSTM, "gru": nn.GRU}[cell]
+        self.recurrent = cls(in_channels * image_size, hidden, layers, batch_first=True, bidirectional=bidirectional)
         self.head = nn.Linear(hidden * (2 if bidirectional else 1), num_classes)
 
     def forward(self, images: Tensor) -> Tensor:

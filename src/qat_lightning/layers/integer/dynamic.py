@@ -111,8 +111,8 @@ class DynamicCell(IntegerLayer):
     @classmethod
     def of(cls, cell: nn.RNNCellBase, grid: WeightGrid, engine: str) -> DynamicCell:
         """Round the weights of a cell."""
-        kind = {nn.LSTMCell: "lstm", nn.GRUCell: "gru"}.get(type(cell)) or f"rnn_{cell.nonlinearity}"
-        made = cls(kind, cell.input_size, cell.hidden_size, cell.bias, engine)
+        cell_type = {nn.LSTMCell: "lstm", nn.GRUCell: "gru"}.get(type(cell)) or f"rnn_{cell.nonlinearity}"
+        made = cls(cell_type, cell.input_size, cell.hidden_size, cell.bias, engine)
         for name in ("ih", "hh"):
             bias = getattr(cell, f"bias_{name}") if cell.bias else None
             setattr(made, name, DynamicLinear.of(getattr(cell, f"weight_{name}"), bias, grid, engine))

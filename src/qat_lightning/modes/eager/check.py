@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from qat_lightning.checks import LayerCheck, WholeCheck
 from qat_lightning.graph.example import Example
 from qat_lightning.modes.eager.int8 import Int8Layer, Int8Tensor
 from qat_lightning.modes.eager.layers import ChainHead, Tap
@@ -25,7 +26,6 @@ from qat_lightning.modes.judging import (
     raise_if_faulty,
 )
 from qat_lightning.modes.prepared import prepared_state
-from qat_lightning.modes.protocol import LayerCheck, WholeCheck
 from qat_lightning.modes.recording import same_random_numbers
 from qat_lightning.modes.whole import DRAWS, ENOUGH_DB, Disturbance, check_whole, is_right, raise_if_wrong
 from qat_lightning.numerics.fake_quantize import FakeQuantize

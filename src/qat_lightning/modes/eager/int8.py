@@ -383,15 +383,15 @@ def make_int8(modules: dict[str, nn.Module], chain: Chain, activation_dtype: tor
 
 
 def _empty_op(head: Any, chain: Chain) -> nn.Module:
-    kind = _OPS[chain.kind, chain.activation is not None]
+    cls = _OPS[chain.kind, chain.activation is not None]
     # The constructor packs a weight, which another one takes the place of: the smallest will do.
     if chain.kind == "Linear":
-        op = kind(1, 1)
+        op = cls(1, 1)
         op.in_features, op.out_features = head.in_features, head.out_features
         return op
     # The pads of every side, which are the same on both: also what padding='same' came to.
     pads = tuple(head._reversed_padding_repeated_twice[::-2])
-    op = kind(1, 1, (1,) * len(pads), stride=head.stride, padding=pads, dilation=head.dilation)
+    op = cls(1, 1, (1,) * len(pads), stride=head.stride, padding=pads, dilation=head.dilation)
     for name in ("in_channels", "out_channels", "kernel_size", "groups"):
         setattr(op, name, getattr(head, name))
     return op

@@ -357,9 +357,9 @@ LINKS: dict[type[nn.Module], type[nn.Module]] = {
 """The link of each float module."""
 
 
-def become(module: nn.Module, kind: type[nn.Module], **attributes: Any) -> None:
-    """Make ``module`` a ``kind``: it stays the same object, wherever the network keeps or shares it."""
-    module.__class__ = kind
+def become(module: nn.Module, cls: type[nn.Module], **attributes: Any) -> None:
+    """Make ``module`` a ``cls``: it stays the same object, wherever the network keeps or shares it."""
+    module.__class__ = cls
     module.__dict__.update(attributes)
 
 

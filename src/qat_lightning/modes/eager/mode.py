@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from qat_lightning.checks import LayerCheck, WholeCheck
 from qat_lightning.errors import CheckpointMismatchError, ConversionError, NetworkError
 from qat_lightning.graph.example import Example, in_float32
 from qat_lightning.layers.operators import WEIGHTED
@@ -44,7 +45,7 @@ from qat_lightning.modes.prepared import (
     refuse_simulated,
     set_phase,
 )
-from qat_lightning.modes.protocol import EXCLUDED, Converted, LayerCheck, LayerCoverage, WholeCheck
+from qat_lightning.modes.protocol import EXCLUDED, Converted, LayerCoverage
 from qat_lightning.modes.qconfig import make_qconfig
 from qat_lightning.numerics.grid import EPS
 from qat_lightning.numerics.recomputation import keep_tapes

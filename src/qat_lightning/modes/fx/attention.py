@@ -62,8 +62,8 @@ def spread(
     """
     graph, made = prepared.graph, list[fx.Node]()
 
-    def add(kind: str, target: Any, *args: Any, name: str = "", **kwargs: Any) -> fx.Node:
-        made.append(graph.create_node(kind, target, args, kwargs, name=f"{node.name}_{name or target}"))
+    def add(op: str, target: Any, *args: Any, name: str = "", **kwargs: Any) -> fx.Node:
+        made.append(graph.create_node(op, target, args, kwargs, name=f"{node.name}_{name or target}"))
         return made[-1]
 
     scale = given.get("scale")

@@ -181,10 +181,10 @@ def _holder(arguments: dict[str, Any], network: nn.Module) -> str | None:
 
 def _plain(holder: nn.Module, arguments: dict[str, Any], rank: Callable[[], int]) -> nn.Module:
     """A plain BatchNorm with the tensors, and the children, of ``holder``."""
-    kind: Any = next((k for k in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d) if isinstance(holder, k)), None)
+    cls: Any = next((k for k in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d) if isinstance(holder, k)), None)
     source: Any = holder
     momentum = None if getattr(holder, "momentum", 0) is None else arguments["momentum"]
-    layer: Any = (kind or _PLAIN[rank()])(0, eps=arguments["eps"], momentum=momentum, affine=False)
+    layer: Any = (cls or _PLAIN[rank()])(0, eps=arguments["eps"], momentum=momentum, affine=False)
     layer.num_features = source.running_mean.numel()
     for table in ("_parameters", "_buffers", "_modules"):
         layer.__dict__[table] = dict(holder.__dict__[table])

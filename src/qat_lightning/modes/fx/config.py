@@ -70,9 +70,9 @@ def backend_config() -> BackendConfig:
         config.set_backend_pattern_config(pattern)
     assert weighted is not None
     assert moving is not None
-    for kind in _KEEP_GRID:
+    for face in _KEEP_GRID:
         config.set_backend_pattern_config(
-            BackendPatternConfig(kind)
+            BackendPatternConfig(face)
             .set_observation_type(ObservationType.OUTPUT_SHARE_OBSERVER_WITH_INPUT)
             .set_dtype_configs(moving.dtype_configs)
         )
@@ -87,9 +87,9 @@ def backend_config() -> BackendConfig:
     return config
 
 
-def shares_range(kind: Any) -> bool:
+def shares_range(face: Any) -> bool:
     """Whether a function, a method or a class of modules yields values on the grid of its inputs."""
-    return kind in _sharing()
+    return face in _sharing()
 
 
 @functools.cache

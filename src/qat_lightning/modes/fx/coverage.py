@@ -105,8 +105,8 @@ class FxOperations:
         if module is None:
             return node.target
         # A BatchNorm that a flag freezes is of a class of ours.
-        kind = type(module)
-        return next((base for base in kind.__mro__ if base in self.known or base in LEFT_FLOAT), kind)
+        face = type(module)
+        return next((base for base in face.__mro__ if base in self.known or base in LEFT_FLOAT), face)
 
     def _kind_name(self, node: fx.Node) -> str:
         module = self._module(node)
@@ -121,10 +121,10 @@ class FxOperations:
     def _will_be(self, node: fx.Node) -> bool:
         if node.name in self.plan.dropped:
             return True
-        kind = self._kind(node)
+        face = self._kind(node)
         if node.name in {*self.plan.float_ops, *self.state.left_float} or not self._selected(node):
             return False
-        if kind in LEFT_FLOAT or kind not in self.known:
+        if face in LEFT_FLOAT or face not in self.known:
             return False
         # Not a bias, which no rounding is for: kernels have it in float.
         sources = [source for source in node.all_input_nodes if source.op != "get_attr"]
@@ -153,27 +153,27 @@ class FxOperations:
         return False
 
     def _why(self, node: fx.Node) -> str:
-        kind, name = self._kind(node), self._kind_name(node)
+        face, name = self._kind(node), self._kind_name(node)
         if node.name in self.state.left_float:
             return self.state.left_float[node.name]
         if not self._selected(node):
             return EXCLUDED
-        if kind in LEFT_FLOAT:
+        if face in LEFT_FLOAT:
             return f"{name} is not quantized in mode='fx'"
-        if kind in PRODUCTS:
+        if face in PRODUCTS:
             divides = node.name in self.plan.divisors
             shapes = "its int8 kernel takes two matrices, or as many of them on either side"
             return "what is divided by is not rounded" if divides else shapes
-        if kind in _WRITE_INSTEAD:
-            unknown, known = _WRITE_INSTEAD[kind]
+        if face in _WRITE_INSTEAD:
+            unknown, known = _WRITE_INSTEAD[face]
             return f"mode='fx' does not know {unknown}: write {known}"
         if is_batchnorm(self._module(node)):
             return "a BatchNorm behind no layer, or called from several places, folds into no layer"
-        if node.name in self.plan.float_ops and self.state.recipe.target.engine == "qnnpack" and kind in CLAMPS:
+        if node.name in self.plan.float_ops and self.state.recipe.target.engine == "qnnpack" and face in CLAMPS:
             return "QNNPACK's clamp misplaces channels-last values"
         if node.name in self.plan.float_ops:
-            return f"{'' if kind in OWN_GRIDS else 'with a number, '}its int8 kernel has another grid"
-        if kind not in self.known:
+            return f"{'' if face in OWN_GRIDS else 'with a number, '}its int8 kernel has another grid"
+        if face not in self.known:
             return f"mode='fx' has no int8 kernel for {name}"
         return "what it takes, or what it yields, is not rounded"
 

@@ -66,8 +66,8 @@ def layer_rows(state: PreparedState, network: nn.Module, used: set[str], unseen:
         if not isinstance(module, WEIGHTED):
             continue
         layer = modules.get(name)
-        kind = type(layer).__module__
-        is_int8 = ".quantized." in kind and ".reference." not in kind
+        module_name = type(layer).__module__
+        is_int8 = ".quantized." in module_name and ".reference." not in module_name
         quantized = is_int8 or (layer is not None and "weight_fake_quant" in layer._modules)
         if quantized:
             why = ""

@@ -32,7 +32,7 @@ def layers_and_ops(prepared: nn.Module) -> list[str]:
             found.append(own)
         elif rounding_of(module) is None and node.name not in {*state.plan.float_ops, *state.plan.dropped}:
             kinds = [node.target] if module is None else list(type(module).__mro__)
-            if any(kind in known and kind not in LEFT_FLOAT for kind in kinds):
+            if any(cls in known and cls not in LEFT_FLOAT for cls in kinds):
                 found.append(node.name)
     return list(dict.fromkeys(found))
 
@@ -84,10 +84,10 @@ def _float_layer(layer: Any) -> nn.Module:
     if "_batchnorm" in layer.__dict__:
         folded: nn.Module = layer.to_float()
         return folded
-    kind = next(plain for plain in WITH_RELU if isinstance(layer, plain))
-    plain = kind.__new__(kind)
+    cls = next(plain for plain in WITH_RELU if isinstance(layer, plain))
+    plain = cls.__new__(cls)
     plain.__dict__.update({key: value for key, value in layer.__dict__.items() if key != "qconfig"})
     for contents in ("_parameters", "_buffers", "_modules"):
         plain.__dict__[contents] = layer.__dict__[contents].copy()
     del plain._modules["weight_fake_quant"]
-    return WITH_RELU[kind](plain, nn.ReLU()).eval() if has_relu_inside(layer) else plain
+    return WITH_RELU[cls](plain, nn.ReLU()).eval() if has_relu_inside(layer) else plain

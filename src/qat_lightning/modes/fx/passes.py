@@ -301,17 +301,17 @@ def _is_within(value: Any, fq: nn.Module, modules: dict[str, nn.Module], *, but:
         return False
     if value.op == "call_module" and modules.get(str(value.target)) is fq:
         return True
-    kind = _kind(value, modules)
-    if kind in but or (not shares_range(kind) and kind not in _DROPOUT_MODULES and not is_part(kind)):
+    face = _kind(value, modules)
+    if face in but or (not shares_range(face) and face not in _DROPOUT_MODULES and not is_part(face)):
         return False
     first = value.args[0] if value.args else next(iter(value.kwargs.values()))
     parts = first if isinstance(first, (list, tuple)) else [first]
     return all(_is_within(part, fq, modules, but=but) for part in parts)
 
 
-def is_part(kind: Any) -> bool:
+def is_part(face: Any) -> bool:
     """Whether a function or a method yields parts of what it is given, or one of several parts."""
-    return op_name(kind) in ("getitem", "unbind", "chunk", "split", "narrow", "select", "tensor_split")
+    return op_name(face) in ("getitem", "unbind", "chunk", "split", "narrow", "select", "tensor_split")
 
 
 def _kind(node: fx.Node, modules: dict[str, nn.Module]) -> Any:

@@ -56,7 +56,7 @@ def _length(value: Any) -> Any:
     return value.shape[0] if isinstance(value, KnownTensor) else builtins.len(value)
 
 
-def _recording(tracer: Any, function: Callable[..., Any], kind: str) -> Callable[..., Any]:
+def _recording(tracer: Any, function: Callable[..., Any], op: str) -> Callable[..., Any]:
     """``function``, or the node that calls it if it is given a value of the graph."""
 
     @functools.wraps(function)
@@ -68,15 +68,15 @@ def _recording(tracer: Any, function: Callable[..., Any], kind: str) -> Callable
         if all(isinstance(leaf, KnownKind) for leaf in given):
             args, kwargs = pytree.tree_map(plain, (args, kwargs))
             return function(*args, **kwargs)
-        target: Any = function.__name__ if kind == "call_method" else function
-        return tracer.create_proxy(kind, target, args, kwargs)
+        target: Any = function.__name__ if op == "call_method" else function
+        return tracer.create_proxy(op, target, args, kwargs)
 
     return call
 
 
-def _of_plain(kind: Callable[..., Any]) -> Callable[..., Any]:
+def _of_plain(function: Callable[..., Any]) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
-        return kind(*map(plain, args), **{name: plain(value) for name, value in kwargs.items()})
+        return function(*map(plain, args), **{name: plain(value) for name, value in kwargs.items()})
 
     return call
 
@@ -109,8 +109,8 @@ def _named(scope: dict[str, Any], name: str, value: Any) -> Iterator[None]:
 
 def _scopes(network: nn.Module) -> list[dict[str, Any]]:
     """The global names of the code that a network is made of: of its classes' modules, and of their packages."""
-    classes = {kind for module in network.modules() for kind in type(module).__mro__}
-    names = {kind.__module__ for kind in classes}
+    classes = {cls for module in network.modules() for cls in type(module).__mro__}
+    names = {cls.__module__ for cls in classes}
     packages = {name.partition(".")[0] for name in names} - {"torch", "builtins", "qat_lightning", "lightning", "abc"}
     found = [
         vars(module)

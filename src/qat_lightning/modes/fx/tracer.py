@@ -277,11 +277,11 @@ def _give_back(module: nn.Module, attributes: dict[str, Any], buffers: dict[str,
 def batchnorms_take_anything() -> Iterator[None]:
     """Let ``super().forward`` of a class derived from BatchNorm be traced, which looks at its input's dimensions."""
     kinds: list[Any] = [nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d]
-    before = [kind._check_input_dim for kind in kinds]
-    for kind in kinds:
-        kind._check_input_dim = lambda self, input: None
+    before = [cls._check_input_dim for cls in kinds]
+    for cls in kinds:
+        cls._check_input_dim = lambda self, input: None
     try:
         yield
     finally:
-        for kind, check in zip(kinds, before, strict=True):
-            kind._check_input_dim = check
+        for cls, check in zip(kinds, before, strict=True):
+            cls._check_input_dim = check

@@ -81,9 +81,9 @@ def call_as_in_evaluation(network: GraphNetwork) -> None:
         module = network.get_submodule(str(node.target))
         if isinstance(module, ByMode):
             args, kwargs = module.arguments(node.args, training=False)
-            kind = "call_method" if isinstance(module.function, str) else "call_function"
+            op = "call_method" if isinstance(module.function, str) else "call_function"
             with network.graph.inserting_before(node):
-                made = network.graph.create_node(kind, module.function, args, kwargs, name=node.name)
+                made = network.graph.create_node(op, module.function, args, kwargs, name=node.name)
             node.replace_all_uses_with(made)
             network.graph.erase_node(node)
             network._modules.pop(str(node.target), None)

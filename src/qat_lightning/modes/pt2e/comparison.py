@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from qat_lightning.checks import LayerCheck
 from qat_lightning.graph.example import Example
 from qat_lightning.graph.scopes import scope_of
 from qat_lightning.layers.relu_rounding import writes_in_place
 from qat_lightning.modes.fx.alignment import Alignment
 from qat_lightning.modes.judging import MIDDLE, Grid, Names, beyond_rounding, decibels, raise_if_faulty
 from qat_lightning.modes.prepared import prepared_state
-from qat_lightning.modes.protocol import LayerCheck
 from qat_lightning.modes.pt2e.annotate import CHANNEL_AXIS
 from qat_lightning.modes.pt2e.check import DEQUANTIZE, QUANTIZE, main_op
 from qat_lightning.modes.pt2e.network import ExportedNetwork

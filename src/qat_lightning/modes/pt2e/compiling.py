@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
+from qat_lightning.checks import LayerCheck
 from qat_lightning.graph.scopes import scope_of
 from qat_lightning.graph.signature import BATCH, CallSpec
-from qat_lightning.modes.protocol import LayerCheck
 from qat_lightning.modes.pt2e.check import DEQUANTIZE, QUANTIZE, main_op
 from qat_lightning.modes.verify import is_faulty
 from qat_lightning.numerics.sqnr import sqnr_db

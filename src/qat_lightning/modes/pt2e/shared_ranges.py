@@ -65,10 +65,10 @@ def _is_float(node: fx.Node) -> bool:
     return not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)) and node.target is not aten.sym_size.int
 
 
-def _add(root: nn.Module, name: str, kind: type[SharedRange] | type[UnionObserver]) -> None:
+def _add(root: nn.Module, name: str, cls: type[SharedRange] | type[UnionObserver]) -> None:
     holder, _, leaf = name.rpartition(".")
     parent = root.get_submodule(holder)
     if leaf not in parent._modules:
         fq = root.get_submodule(name.removesuffix("_again").removesuffix("_union"))
         assert isinstance(fq, FakeQuantize)
-        parent.add_module(leaf, kind(fq))
+        parent.add_module(leaf, cls(fq))

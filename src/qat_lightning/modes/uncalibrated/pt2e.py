@@ -16,6 +16,7 @@ import torch.ao.quantization.fx._decomposed  # registers quantized_decomposed
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from qat_lightning.checks import LayerCheck, WholeCheck
 from qat_lightning.errors import ConversionError
 from qat_lightning.graph.example import Example
 from qat_lightning.graph.scopes import scope_of
@@ -33,7 +34,7 @@ from qat_lightning.layers.integer.weights import (
 )
 from qat_lightning.modes.eager.layers import without_fast_paths
 from qat_lightning.modes.judging import Names, raise_if_faulty
-from qat_lightning.modes.protocol import Converted, LayerCheck, LayerCoverage, WholeCheck
+from qat_lightning.modes.protocol import Converted, LayerCoverage
 from qat_lightning.modes.pt2e.capture import capture
 from qat_lightning.modes.pt2e.convert import evaluate, tidy
 from qat_lightning.modes.pt2e.int8 import Int8Network

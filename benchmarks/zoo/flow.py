@@ -94,7 +94,7 @@ def ours(name: str, mode: str, small: bool, note: Note) -> None:
         stage="save",
         convert_s=round(time.monotonic() - clock.ended, 1),
         took=quantized.recipe.mode,
-        why="\n".join(decision.why for decision in qat._decisions.values()),
+        why="\n".join(decision.why for decision in qat._networks.decisions.values()),
         share=int8_share(rows),
         left=_largest_float(rows),
         layers=[sum(row.quantized for row in quantized.coverage), len(quantized.coverage)],

@@ -25,6 +25,7 @@ from qat_lightning.graph.example import Example
 from qat_lightning.modes.protocol import LayerCoverage
 from qat_lightning.settings.backends import quantized_engine
 from qat_lightning.settings.recipe import Recipe
+from qat_lightning.whole_files import write_whole
 
 
 class Savable(Protocol):
@@ -58,17 +59,8 @@ def save_quantized(quantized: Savable, path: str | os.PathLike[str]) -> None:
     if target.exists() and not target.is_file():
         raise ArtifactError(f"{path} is not a file: give the name of one to save the int8 network to.")
     data = artifact_bytes(quantized)
-    beside = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with beside.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            beside.replace(target)
-        finally:
-            beside.unlink(missing_ok=True)
+        write_whole(target, data)
     except OSError as error:
         raise ArtifactError(
             f"{path} cannot be written ({error.strerror or error}): the int8 network takes {len(data) / 1e6:.2f} MB. "

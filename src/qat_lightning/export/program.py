@@ -15,6 +15,7 @@ from qat_lightning.artifact.quantized import QuantizedNetwork
 from qat_lightning.errors import ConfigurationError, QuantizationError, TraceError
 from qat_lightning.graph.example import Example
 from qat_lightning.graph.signature import CallSpec, batch_size, dynamic_shapes, has_batch
+from qat_lightning.graph.training_flags import flags_kept
 from qat_lightning.modes.graph_network import GraphNetwork
 from qat_lightning.modes.prepared import cpu_copy, is_prepared, prepared_state
 from qat_lightning.modes.registry import get_mode
@@ -83,13 +84,9 @@ def float_program(network: nn.Module, example: Example) -> ExportedProgram:
         >>> program.module()(torch.randn(3, 8)).shape
         torch.Size([3, 2])
     """
-    flags = {module: module.training for module in network.modules()}
-    network.eval()
-    try:
+    with flags_kept(network):
+        network.eval()
         return _export(network, example, type(network).__name__)
-    finally:
-        for module, flag in flags.items():
-            module.training = flag
 
 
 def int8_network(network: nn.Module, example: Example | None) -> QuantizedNetwork:

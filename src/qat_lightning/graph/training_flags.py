@@ -32,6 +32,33 @@ def set_training_flags(network: nn.Module, flags: Mapping[str, bool]) -> None:
             module.training = flags[_nearest(name, flags)]
 
 
+@contextmanager
+def flags_kept(*roots: nn.Module) -> Iterator[list[nn.Module]]:
+    """Put every module's flag back when the block ends, one by one: a part that evaluates by itself goes on doing so.
+
+    Args:
+        roots: Networks, with all that is in them.
+
+    Yields:
+        The modules.
+    """
+    flags = {module: module.training for root in roots for module in root.modules()}
+    try:
+        yield list(flags)
+    finally:
+        for module, flag in flags.items():
+            module.training = flag
+
+
+@contextmanager
+def evaluating(*roots: nn.Module) -> Iterator[None]:
+    """All modules in evaluation within the block, flag by flag: exported graphs refuse ``eval()``."""
+    with flags_kept(*roots) as modules:
+        for module in modules:
+            module.training = False
+        yield
+
+
 def overrides_train(network: nn.Module) -> bool:
     """Whether a part of a network decides itself what trains."""
     return any(type(module).train is not nn.Module.train for module in network.modules())

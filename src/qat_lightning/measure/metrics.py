@@ -22,6 +22,7 @@ from torchmetrics import Metric
 
 from qat_lightning.errors import ConfigurationError
 from qat_lightning.graph.structures import look_into
+from qat_lightning.graph.training_flags import evaluating
 from qat_lightning.numerics.sqnr import decibel, dequantized, energies, refuse_other_shape
 
 _WARM_UP_CALLS = 3
@@ -325,16 +326,8 @@ def _warm_up(timer: Timer) -> None:
 
 @contextmanager
 def _evaluating(module: nn.Module) -> Iterator[None]:
-    # Flag by flag, not with eval(): exported graphs refuse eval(), and train(True) would wake frozen submodules.
-    training = {submodule: submodule.training for submodule in module.modules()}
-    try:
-        for submodule in training:
-            submodule.training = False
-        with torch.inference_mode():
-            yield
-    finally:
-        for submodule, flag in training.items():
-            submodule.training = flag
+    with evaluating(module), torch.inference_mode():
+        yield
 
 
 def _interquartile_range(values: list[float]) -> float:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from qat_lightning.errors import TraceError
 from qat_lightning.graph.example import Example
 from qat_lightning.graph.given_sizes import GivenSizes
 from qat_lightning.graph.structures import same
+from qat_lightning.graph.training_flags import flags_kept
 from qat_lightning.layers.batchnorm import is_batchnorm
 from qat_lightning.modes.checkpointing import loses_checkpoints
 from qat_lightning.modes.eager.observation import run_apart
@@ -259,10 +259,11 @@ def _close(one: Tensor, other: Tensor) -> bool:
 
 def _trace_once(network: nn.Module, example: Example, leaves: list[str], plan: Plan | None, *, train: bool) -> Traced:
     with (
-        _in_mode(network, train),
+        flags_kept(network),
         counting(network) as counted,
         no_checkpoints() if train else contextlib.nullcontext(),
     ):
+        network.train(train)
         try:
             tracer, graph = _graph(network, example, leaves, plan)
         except CallAsWhole:
@@ -312,17 +313,6 @@ def _no_trace(network: nn.Module, error: Exception) -> TraceError:
         + (f" at {where}" if where else "")
         + f" ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}). {WHAT_TO_DO}"
     )
-
-
-@contextmanager
-def _in_mode(network: nn.Module, train: bool) -> Iterator[None]:
-    before = {module: module.training for module in network.modules()}
-    network.train(train)
-    try:
-        yield
-    finally:
-        for module, flag in before.items():
-            module.training = flag
 
 
 def _defaults_not_given(network: nn.Module, example: Example) -> dict[str, Any]:

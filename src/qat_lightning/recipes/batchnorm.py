@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from qat_lightning.errors import ConfigurationError
+from qat_lightning.graph.training_flags import flags_kept
 from qat_lightning.layers.batchnorm import has_statistics, is_batchnorm
 from qat_lightning.layers.qat_modules import Counter, FunctionalBatchNorm
 from qat_lightning.rehearsal.calibration import call
@@ -116,8 +117,6 @@ class BatchNormStatistics:
 
         The rest of the network is in evaluation, without gradients.
         """
-        flags = {module: module.training for module in self.network.modules()}
-        self.network.eval()
         handles = [module.register_forward_pre_hook(self._before) for module in self._modules]
         handles += [module.register_forward_hook(self._after) for module in self._modules]
         counts = {
@@ -127,13 +126,12 @@ class BatchNormStatistics:
         }
         frozen = {module: getattr(module, "frozen", None) for module in self._modules}
         try:
-            with torch.no_grad():
+            with flags_kept(self.network), torch.no_grad():
+                self.network.eval()
                 yield
         finally:
             for handle in handles:
                 handle.remove()
-            for module, flag in flags.items():
-                module.training = flag
             for module, was_frozen in frozen.items():
                 if was_frozen is not None:
                     module.frozen = was_frozen

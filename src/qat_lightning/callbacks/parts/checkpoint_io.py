@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import Trainer
 
 from qat_lightning.errors import CheckpointFileError
+from qat_lightning.whole_files import write_whole
 
 
 class WholeFileCheckpointIO(TorchCheckpointIO):
@@ -54,18 +54,9 @@ class WholeFileCheckpointIO(TorchCheckpointIO):
         buffer = io.BytesIO()
         torch.save(checkpoint, buffer)
         target = Path(path)
-        # Always of the same name: what a killed process left is overwritten by the next that gets as far.
-        beside = target.with_name(f".{target.name}.part")
         try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                with beside.open("wb") as file:
-                    file.write(buffer.getbuffer())
-                    file.flush()
-                    os.fsync(file.fileno())
-                beside.replace(target)
-            finally:
-                beside.unlink(missing_ok=True)
+            # Always of the same name: what a killed process left is overwritten by the next that gets as far.
+            write_whole(target, buffer.getbuffer(), beside=f".{target.name}.part")
         except OSError as error:
             size = buffer.getbuffer().nbytes / 1e6
             raise OSError(

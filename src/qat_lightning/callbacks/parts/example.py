@@ -18,6 +18,7 @@ from qat_lightning.graph.example import (
     _tidy,
     from_user,
 )
+from qat_lightning.graph.training_flags import flags_kept
 
 _STEP_OF_STAGE = {
     "fit": ("training_step", "train_dataloader"),
@@ -119,12 +120,11 @@ def _forward_watched(slot: Slot, caught: dict[str, Example], wanted: int) -> Ite
 def nothing_moves(pl_module: pl.LightningModule) -> Iterator[None]:
     """Silence logging, and put buffers and flags back."""
     buffers = {name: buffer.clone() for name, buffer in pl_module.named_buffers()}
-    flags = {module: module.training for module in pl_module.modules()}
     silenced = {name: pl_module.__dict__.get(name) for name in ("log", "log_dict")}
     for name in silenced:
         pl_module.__dict__[name] = lambda *args, **kwargs: None
     try:
-        with torch.no_grad():
+        with flags_kept(pl_module), torch.no_grad():
             yield
     finally:
         for name, value in silenced.items():
@@ -132,8 +132,6 @@ def nothing_moves(pl_module: pl.LightningModule) -> Iterator[None]:
                 del pl_module.__dict__[name]
             else:
                 pl_module.__dict__[name] = value
-        for module, flag in flags.items():
-            module.training = flag
         now = dict(pl_module.named_buffers())
         for name, buffer in buffers.items():
             if name in now and now[name].shape == buffer.shape:

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from qat_lightning.errors import NetworkError
 from qat_lightning.graph.example import Example
 from qat_lightning.graph.structures import look_into
+from qat_lightning.graph.training_flags import evaluating
 from qat_lightning.layers.operators import module_types
 from qat_lightning.modes.without_arithmetic import nested
 
@@ -178,20 +179,15 @@ def run_apart(network: nn.Module, example: Example, inside: Inside = None) -> An
 @contextmanager
 def _left_alone(network: nn.Module, device: torch.device) -> Iterator[None]:
     """Eval mode; flags, buffers and random numbers are as before when the block ends."""
-    flags = {module: module.training for module in network.modules()}
     buffers = [
         (module, name, buffer, None if buffer is None else buffer.detach().clone())
         for module in network.modules()
         for name, buffer in module._buffers.items()
     ]
-    for module in flags:
-        module.training = False
     try:
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        with evaluating(network), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             yield
     finally:
-        for module, flag in flags.items():
-            module.training = flag
         for module, name, buffer, value in buffers:
             module._buffers[name] = buffer
             if buffer is not None and value is not None:

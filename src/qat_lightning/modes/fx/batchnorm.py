@@ -19,11 +19,12 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from qat_lightning.graph.example import Example
+from qat_lightning.graph.training_flags import evaluating
 from qat_lightning.layers.batchnorm import is_batchnorm
 from qat_lightning.layers.qat_modules import FunctionalBatchNorm
 from qat_lightning.modes.fx.calls import drop_unread
 from qat_lightning.modes.fx.tracer import Traced
-from qat_lightning.modes.fx.train_and_eval import evaluating, replace_node, set_module
+from qat_lightning.modes.fx.train_and_eval import replace_node, set_module
 from qat_lightning.modes.verify import Recorder, example_values
 
 _PLAIN: dict[int, type[_BatchNorm]] = {

@@ -14,6 +14,7 @@ from torch import fx, nn
 
 from qat_lightning.errors import TraceError
 from qat_lightning.graph.example import Example
+from qat_lightning.graph.training_flags import evaluating
 from qat_lightning.layers.mode_layers import DropoutLike
 from qat_lightning.layers.operators import faces_of, module_types, rows
 from qat_lightning.layers.qat_modules import FoldedLayer
@@ -38,7 +39,7 @@ def round_tensors_only(prepared: fx.GraphModule, network: nn.Module, example: Ex
     """
     modules = dict(prepared.named_modules(remove_duplicate=False))
     own = next((p.dtype for p in network.parameters() if p.is_floating_point()), torch.float32)
-    with evaluating(prepared, network):
+    with evaluating_with_folded(prepared, network):
         recorder = Recorder(prepared, prepared.graph)
         recorder.run(*example_values(prepared.graph, example))
     numbers = {
@@ -80,7 +81,7 @@ def refuse_late_writes(prepared: fx.GraphModule, network: nn.Module, example: Ex
     }
     if not writes:
         return
-    with evaluating(prepared, network):
+    with evaluating_with_folded(prepared, network):
         memory = _Memory(prepared, garbage_collect_values=False)
         memory.run(*(copy.deepcopy(value) for value in example_values(prepared.graph, example)))
     found = late_write(prepared.graph, modules, writes, memory.of)
@@ -108,18 +109,11 @@ class _Memory(fx.Interpreter):
 
 
 @contextmanager
-def evaluating(*roots: nn.Module) -> Iterator[None]:
+def evaluating_with_folded(*roots: nn.Module) -> Iterator[None]:
     """All modules in evaluation, also the folded BatchNorms, which are at this point in no tree of modules."""
-    flags = {module: module.training for root in roots for module in root.modules()}
-    folded = [module.batchnorm for module in flags if isinstance(module, FoldedLayer)]
-    flags.update({module: module.training for module in folded})
-    for module in flags:
-        module.training = False
-    try:
+    layers = [module for root in roots for module in root.modules() if isinstance(module, FoldedLayer)]
+    with evaluating(*roots, *(layer.batchnorm for layer in layers)):
         yield
-    finally:
-        for module, flag in flags.items():
-            module.training = flag
 
 
 _BINARY = (

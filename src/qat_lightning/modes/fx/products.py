@@ -20,7 +20,7 @@ from qat_lightning.layers.operators import MOVES
 from qat_lightning.modes.fx.attention import attention_of, spread
 from qat_lightning.modes.fx.config import shares_range
 from qat_lightning.modes.fx.layers import join
-from qat_lightning.modes.fx.passes import evaluating, is_part
+from qat_lightning.modes.fx.passes import evaluating_with_folded, is_part
 from qat_lightning.modes.left_float import leave_float
 from qat_lightning.modes.places import op_name
 from qat_lightning.modes.prepared import prepared_state
@@ -66,7 +66,7 @@ def quantize_products(
     ]
     if not found:
         return []
-    with evaluating(prepared, network):
+    with evaluating_with_folded(prepared, network):
         recorder = Recorder(prepared, prepared.graph)
         recorder.run(*example_values(prepared.graph, example))
     own = next((p.dtype for p in network.parameters() if p.is_floating_point()), torch.float32)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from qat_lightning.graph.example import Example
+from qat_lightning.graph.training_flags import evaluating
 from qat_lightning.layers.mode_layers import GIVEN, ByMode, DropoutLike
 from qat_lightning.layers.operators import rows
 from qat_lightning.modes.fx.tracer import Traced, holds_no_layer
@@ -124,19 +123,6 @@ def mark_dropouts(traced: Traced, network: nn.Module, example: Example, paths: l
         inner = root.get_submodule(path)
         if path in run.same and path not in run.other and not inner.state_dict():
             set_module(root, path, DropoutLike(inner).train(inner.training))
-
-
-@contextmanager
-def evaluating(*roots: nn.Module) -> Iterator[None]:
-    """All modules in evaluation within the block."""
-    flags = {module: module.training for root in roots for module in root.modules()}
-    for module in flags:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module, flag in flags.items():
-            module.training = flag
 
 
 class _Compared(fx.Interpreter):

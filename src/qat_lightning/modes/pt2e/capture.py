@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ from qat_lightning.graph.signature import (
     inputs_of,
 )
 from qat_lightning.graph.structures import look_into
+from qat_lightning.graph.training_flags import flags_kept
 from qat_lightning.layers.batchnorm import is_batchnorm
 from qat_lightning.layers.operators import OPERATORS
 from qat_lightning.modes.eager.observation import run_apart
@@ -68,7 +68,8 @@ def capture(network: nn.Module, example: Example, *, train: bool = True) -> tupl
     run_apart(network, example)  # what it returns is known to pytree from now on
     if train:
         _refuse_plain_averages(network)
-    with _in_mode(network, train), warnings.catch_warnings():
+    with flags_kept(network), warnings.catch_warnings():
+        network.train(train)
         warnings.filterwarnings("ignore", module=r"torch\..*")
         try:
             program = torch.export.export(
@@ -103,17 +104,6 @@ def _refuse_plain_averages(network: nn.Module) -> None:
             "mode='pt2e' cannot export BatchNorm with momentum=None, which divides by the count of batches so far: "
             f"{', '.join(names[:5])}{more}. Give it a number, such as momentum=0.1, or use mode='fx' or mode='eager'."
         )
-
-
-@contextlib.contextmanager
-def _in_mode(network: nn.Module, train: bool) -> Iterator[None]:
-    before = {module: module.training for module in network.modules()}
-    network.train(train)
-    try:
-        yield
-    finally:
-        for module, flag in before.items():
-            module.training = flag
 
 
 def _explain(network: nn.Module, error: Exception) -> str:

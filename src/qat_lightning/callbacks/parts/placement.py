@@ -19,6 +19,7 @@ from qat_lightning.callbacks.parts.learned import keep_from_ddp, learned_paramet
 from qat_lightning.callbacks.parts.network import Slot, find_networks
 from qat_lightning.callbacks.parts.networks import BEFORE, Networks
 from qat_lightning.callbacks.parts.preparation import Preparation, cpu_and_float32
+from qat_lightning.modes.captured_once import captured_once
 from qat_lightning.modes.prepared import is_prepared, prepared_state
 from qat_lightning.recipes.reworking import reworks
 
@@ -88,7 +89,7 @@ class Placement:
         networks, preparation = self.networks, self._preparation
         slots = {name: Slot(pl_module, name) for name in find_networks(pl_module, networks.settings.module)}
         # Lightning builds models on the device and in the precision of the training; this is before either.
-        with cpu_and_float32(), isolate_rng(include_cuda=torch.cuda.is_initialized()):
+        with cpu_and_float32(), captured_once(), isolate_rng(include_cuda=torch.cuda.is_initialized()):
             examples = preparation.find_examples(trainer, pl_module, slots, stage)
             prepared = {name: slot.get() for name, slot in slots.items()}
             adopted = all(is_prepared(network) for network in prepared.values())

@@ -18,6 +18,7 @@ from qat_lightning.checks import LayerCheck
 from qat_lightning.graph.scopes import scope_of
 from qat_lightning.graph.signature import BATCH, CallSpec
 from qat_lightning.modes.pt2e.check import DEQUANTIZE, QUANTIZE, main_op
+from qat_lightning.modes.pt2e.progress import said_while_it_lasts
 from qat_lightning.modes.verify import is_faulty
 from qat_lightning.numerics.sqnr import sqnr_db
 from qat_lightning.settings.backends import Backend
@@ -58,10 +59,11 @@ def compile_package(graph_module: fx.GraphModule, examples: tuple[Tensor, ...], 
     graph_module.recompile()
     with warnings.catch_warnings(), tempfile.TemporaryDirectory(prefix="qat-lightning-") as folder:
         warnings.simplefilter("ignore")
-        program = torch.export.export(graph_module, examples, dynamic_shapes=dynamic)
-        package = torch._inductor.aoti_compile_and_package(
-            program, package_path=str(Path(folder, "int8.pt2")), inductor_configs={"freezing": True}
-        )
+        with said_while_it_lasts("AOTInductor compiles the int8 network for this CPU, once for every batch size"):
+            program = torch.export.export(graph_module, examples, dynamic_shapes=dynamic)
+            package = torch._inductor.aoti_compile_and_package(
+                program, package_path=str(Path(folder, "int8.pt2")), inductor_configs={"freezing": True}
+            )
         return Path(package).read_bytes()
 
 

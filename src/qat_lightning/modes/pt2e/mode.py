@@ -10,6 +10,7 @@ from torch.nn.utils.parametrizations import _SpectralNorm
 
 from qat_lightning.errors import TraceError
 from qat_lightning.graph.example import Example, in_float32
+from qat_lightning.modes.captured_once import captured
 from qat_lightning.modes.checkpointing import refuse_checkpoints
 from qat_lightning.modes.coverage import float_run, layers_with_macs, report
 from qat_lightning.modes.left_float import follow_checkpoints, leave_weights_float, weighted_layers, with_reasons
@@ -54,8 +55,8 @@ class Pt2eMode:
         refuse_checkpoints(network, example, "pt2e")
         keep_tapes()
         float_network = copy_of_modules(network)
-        captured, spec = capture(network, example)
-        prepared, folded = insert_fake_quantize(captured, recipe, prefix=prefix, name=spec.name)
+        graph_module, spec = captured(network, example, prefix, lambda: capture(network, example))
+        prepared, folded = insert_fake_quantize(graph_module, recipe, prefix=prefix, name=spec.name)
         flags = {name: module.training for name, module in network.named_modules()}
         root = adopt(network, prepared)
         plan = Plan(copy.deepcopy(prepared.graph), dict(prepared.meta), folded, {}, spec)

@@ -126,6 +126,8 @@ def test_auto_takes_the_mode_with_the_most_integers_and_of_equal_ones_the_first_
             self.head = nn.Linear(8, CLASSES)
 
         def forward(self, x: Tensor) -> Tensor:
+            if float(x.sum()) > 1e9:  # which no graph follows
+                x = -x
             return self.head(self.encoder(x.flatten(1, 2)).mean(1))
 
     trainer(ptq).test(Lit(Encoder()), loader(), verbose=False)

@@ -18,9 +18,6 @@ from qat_lightning.settings.recipe import Recipe
 
 TOKENS = torch.randn(4, 6, 16, generator=torch.Generator().manual_seed(0))
 WHOLE = {
-    "encoder layer": lambda: nn.TransformerEncoderLayer(16, 4, 32, dropout=0.0, batch_first=True),
-    "encoder": lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 4, 32, batch_first=True), 1),
-    "attention": lambda: nn.MultiheadAttention(16, 4, batch_first=True),
     "gru": lambda: nn.GRU(16, 16, batch_first=True),
     "bilinear": lambda: nn.Bilinear(16, 16, 16),
 }
@@ -33,9 +30,7 @@ class Network(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.before(x)
-        if isinstance(self.part, nn.MultiheadAttention):
-            x = self.part(x, x, x)[0]
-        elif isinstance(self.part, nn.GRU):
+        if isinstance(self.part, nn.GRU):
             x = self.part(x)[0]
         else:
             x = self.part(x, x) if isinstance(self.part, nn.Bilinear) else self.part(x)

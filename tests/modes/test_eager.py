@@ -415,14 +415,21 @@ def test_transformer_with_keyword_inputs(backend, images):
     rows = {row.name: row for row in converted.coverage}
     assert [name for name, row in rows.items() if row.quantized] == [
         "patches",
+        "attention",
+        "attention.out_proj",
         "mlp.0",
         "mlp.3",
+        "encoder.layers.0.self_attn",
+        "encoder.layers.0.self_attn.out_proj",
         "encoder.layers.0.linear1",
         "encoder.layers.0.linear2",
         "head",
     ]
-    assert "MultiheadAttention is not quantized" in rows["attention"].reason
-    assert {check.name for check in converted.checks} == {name for name, row in rows.items() if row.quantized}
+    maps = {
+        f"{name}.{part}" for name in ("attention", "encoder.layers.0.self_attn") for part in ("query", "key", "value")
+    }
+    layers = {name for name, row in rows.items() if row.quantized and row.kind != "MultiheadAttention"}
+    assert {check.name for check in converted.checks} == layers | maps
     with torch.inference_mode():
         expected, actual = prepared(*example.args, **example.kwargs), converted.network(*example.args, **example.kwargs)
     assert isinstance(actual, tuple)

@@ -117,7 +117,9 @@ def test_layers_by_classes_of_their_own_are_int8_in_fx() -> None:
 
 def test_what_is_inside_a_module_that_is_called_as_a_whole_is_said_to_be_there() -> None:
     network = nn.Sequential(nn.Linear(8, 8), nn.TransformerEncoderLayer(8, 2, 16, batch_first=True))
-    rows = {row.name: row for row in coverage("fx", "qat", network, (torch.randn(2, 3, 8),))}
+    example, earlier = Example((torch.randn(2, 3, 8),)), Recipe("fx", "x86", families=())
+    prepared = get_mode("fx").prepare(network, example, earlier)
+    rows = {row.name: row for row in get_mode("fx").coverage(cpu_copy(prepared), example)}
     assert rows["1.linear1"].reason.startswith("inside '1', which is called as a whole")
     assert rows["1"].macs is None, "what is inside has it"
 

@@ -70,7 +70,7 @@ def _in_layers(prepared: nn.Module) -> Iterator[Place]:
     for name, fq in fake_quantizers(prepared):
         holder, _, role = name.rpartition(".")
         layer, call = layer_of(holder)
-        kind = type(float_network.get_submodule(layer)).__name__
+        kind = _kind_in(float_network, layer)
         layer = f"{layer}_call_{call}" if call else layer
         if role == "weight_fake_quant":
             yield Place(layer, kind, "weight", fq, fq)
@@ -78,6 +78,13 @@ def _in_layers(prepared: nn.Module) -> Iterator[Place]:
             yield Place(layer, kind, "activation", fq, fq)
         else:
             yield Place(f"{layer}.input" if layer else "input", "input", "activation", fq, fq)
+
+
+def _kind_in(float_network: nn.Module, layer: str) -> str:
+    try:
+        return type(float_network.get_submodule(layer)).__name__
+    except AttributeError:  # made in preparation: a linear map of attention
+        return nn.Linear.__name__
 
 
 class _Names:

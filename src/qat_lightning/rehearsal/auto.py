@@ -19,7 +19,7 @@ from qat_lightning.modes.uncalibrated import quantize
 from qat_lightning.rehearsal.rehearse import Inspect, OnFault, Rehearsal, nothing_moves, rehearse
 from qat_lightning.settings.backends import MODES
 from qat_lightning.settings.kinds import DIRECT
-from qat_lightning.settings.recipe import Recipe
+from qat_lightning.settings.recipe import FAMILIES, Recipe
 
 Rehearsed = tuple[QuantizedNetwork, nn.Module]
 """The int8 network of a rehearsal, and what it has to compute."""
@@ -40,12 +40,14 @@ class Decision:
         why: Why this mode, in two lines at most; empty if it was not for us to choose.
         left_float: What stays float because it cannot be int8, by its name in the network, and why.
         rehearsal: What the rehearsal found; None if there was none.
+        families: As of `Recipe`, of the run that decided.
     """
 
     mode: str
     why: str = ""
     left_float: Mapping[str, str] = field(default_factory=dict)
     rehearsal: Rehearsal | None = None
+    families: tuple[str, ...] = FAMILIES
 
 
 def decide(

@@ -19,6 +19,9 @@ Equalization = Literal["none", "exact", "replace_relu6"]
 BatchNormHandling = Literal["fused", "fold"]
 """BatchNorm stays, and the rounded weights are those it is folded into; or it is folded before anything trains."""
 
+FAMILIES = ("attention",)
+"""Families of layers that earlier releases left float, so that their checkpoints have no ranges for them."""
+
 Kind = Literal["qat", "static", "dynamic", "weight_only"]
 """How a network becomes int8: trained with fake-quant, calibrated, with ranges worked out anew for each input, or with
 integers for its weights only."""
@@ -40,6 +43,8 @@ class Recipe:
         batchnorm: ``"fused"`` or ``"fold"``.
         left_float: Names of layers that were found to be impossible in int8, each with the reason; no setting, and not
             compared.
+        families: Which of `FAMILIES` are quantized: all, but when a checkpoint of an earlier release is resumed; no
+            setting, and not compared.
 
     Raises:
         ConfigurationError: The mode and the backend do not go together, a glob is not a string, or the scheme has what
@@ -60,6 +65,7 @@ class Recipe:
     equalization: Equalization = "none"
     batchnorm: BatchNormHandling = "fused"
     left_float: tuple[tuple[str, str], ...] = ()
+    families: tuple[str, ...] = FAMILIES
 
     def __post_init__(self) -> None:
         """Check the pair, the globs, and what of the scheme the kind has."""
@@ -167,6 +173,7 @@ class Recipe:
             "equalization": self.equalization,
             "batchnorm": self.batchnorm,
             "left_float": [list(pair) for pair in self.left_float],
+            "families": list(self.families),
         }
 
     @classmethod
@@ -186,11 +193,12 @@ class Recipe:
             equalization=values.get("equalization", "none"),
             batchnorm=values.get("batchnorm", "fused"),
             left_float=tuple((str(name), str(why)) for name, why in values.get("left_float", ())),
+            families=tuple(str(name) for name in values.get("families", ())),
         )
 
     def differences(self, other: Recipe) -> list[str]:
         """The fields in which two recipes differ, both sides named."""
-        ours = _differences(self, other, leave_out=("scheme", "left_float"))
+        ours = _differences(self, other, leave_out=("scheme", "left_float", "families"))
         return [*ours, *_differences(self.scheme, other.scheme, "scheme.")]
 
 

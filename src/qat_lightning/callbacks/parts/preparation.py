@@ -6,6 +6,7 @@ import copy
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -166,7 +167,7 @@ class Preparation:
     def _prepare_float32(self, network: nn.Module, slot: Slot, example: Example) -> nn.Module:
         decision = self.networks.decisions[slot.name]
         reworking = self.rework(network, slot, example)
-        recipe = self.networks.settings.recipe_for(decision.mode)
+        recipe = replace(self.networks.settings.recipe_for(decision.mode), families=decision.families)
         try:
             with warnings.catch_warnings(), parts_keep_training(network) as keep:
                 prepared = keep(get_mode(recipe.mode).prepare(network, example, recipe, prefix=slot.prefix))

@@ -58,7 +58,7 @@ def decision_in(state: Mapping[str, Any], prefix: str) -> Decision | None:
     if entry is None:
         return None
     recipe = Recipe.from_dict(entry)
-    return Decision(recipe.mode, left_float=dict(entry.get("left_float", ())))
+    return Decision(recipe.mode, left_float=dict(entry.get("left_float", ())), families=recipe.families)
 
 
 def with_weights(network: nn.Module, state: Mapping[str, Any], prefix: str) -> None:

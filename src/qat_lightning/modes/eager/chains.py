@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from qat_lightning.layers.operators import KEEPS_GRID
+from qat_lightning.layers.transformer import Projection
 from qat_lightning.modes.eager.following import batchnorm_behind, follower
 from qat_lightning.modes.eager.observation import ACTIVATION_TYPES, HEAD_TYPES, Key, Observation
 from qat_lightning.modes.protocol import EXCLUDED
@@ -99,8 +100,13 @@ def why_not(module: nn.Module, target: Backend) -> str:
     return ""
 
 
+def kind_of(head: nn.Module) -> str:
+    """The type of a layer at the head of a chain, as its plan has it."""
+    return nn.Linear.__name__ if isinstance(head, Projection) else type(head).__name__
+
+
 def _why_no_weight(module: nn.Module) -> str:
-    weight = module._parameters.get("weight")
+    weight = module.weight if isinstance(module, Projection) else module._parameters.get("weight")
     if weight is None:
         return "its weight is computed (parametrized), and is no parameter"
     return "" if weight.is_floating_point() else f"its weight is {weight.dtype}"
@@ -123,7 +129,7 @@ class _Links:
     def chain(self, head: nn.Module, name: str) -> Chain:
         """The chain that begins with ``head``."""
         calls = self.observation.of(head)
-        chain = Chain(name, type(head).__name__, reached=bool(calls))
+        chain = Chain(name, kind_of(head), reached=bool(calls))
         batchnorm = batchnorm_behind(head, self.observation)
         if batchnorm is not None and self._not_excluded(batchnorm):
             chain = replace(chain, batchnorm=self.names[batchnorm])

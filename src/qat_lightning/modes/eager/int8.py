@@ -364,6 +364,7 @@ def make_int8(modules: dict[str, nn.Module], chain: Chain, activation_dtype: tor
     become(head, Int8Layer, chain=chain, pending=chain.links, activation_dtype=activation_dtype)
     for contents in (head._parameters, head._buffers, head._modules):
         contents.clear()
+    head.__dict__.pop("attention", None)
     head.register_buffer("input_scale", torch.tensor(0.0))
     head.register_buffer("input_zero_point", torch.tensor(0))
     if chain.calls > 1:

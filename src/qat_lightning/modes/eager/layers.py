@@ -27,6 +27,7 @@ from qat_lightning.layers.qat_modules import (
     FreezableBatchNorm3d,
 )
 from qat_lightning.layers.relu_rounding import is_looked_at, relu_limit
+from qat_lightning.layers.transformer import Projection, RowsOfAttention
 from qat_lightning.modes.eager.calls import LATER, CountsCalls, Grids, adapt_entries
 from qat_lightning.numerics.fake_quantize import FakeQuantize
 from qat_lightning.numerics.recomputation import decided_once
@@ -288,6 +289,10 @@ class LinearHead(ChainHead, nn.Linear):  # type: ignore[misc]
         return F.linear(x, weight, self.bias)
 
 
+class ProjectionHead(RowsOfAttention, LinearHead):  # type: ignore[misc, override]
+    """A linear map of attention at the head of a chain."""
+
+
 class ChainLink(_Layer):
     """A BatchNorm or an activation that may be part of a chain; for other tensors it is what it was."""
 
@@ -340,6 +345,7 @@ HEADS: dict[type[nn.Module], type[nn.Module]] = {
     nn.Conv2d: ConvHead2d,
     nn.Conv3d: ConvHead3d,
     nn.Linear: LinearHead,
+    Projection: ProjectionHead,
 }
 """The head of each float layer."""
 

@@ -23,14 +23,15 @@ from qat_lightning.errors import CheckpointMismatchError, ConversionError, Netwo
 from qat_lightning.graph.example import Example, in_float32
 from qat_lightning.layers.operators import WEIGHTED
 from qat_lightning.layers.qat_modules import make_batchnorm_freezable, round_for_good
+from qat_lightning.layers.transformer import MAPS, attentions, give_layers, take_layers
 from qat_lightning.modes.eager.calls import LATER, Grids, count_in, grids_of
-from qat_lightning.modes.eager.chains import Chain, find_chains, float_functions, join
+from qat_lightning.modes.eager.chains import Chain, find_chains, float_functions, join, kind_of
 from qat_lightning.modes.eager.check import check_layers, run
 from qat_lightning.modes.eager.coverage import eager_rows
 from qat_lightning.modes.eager.forwards import take_forwards_as_a_whole, with_calls
 from qat_lightning.modes.eager.int8 import Int8Layer, make_int8
 from qat_lightning.modes.eager.layers import HEADS, LINKS, ChainHead, become, without_fast_paths
-from qat_lightning.modes.eager.observation import observe, run_apart
+from qat_lightning.modes.eager.observation import Observation, observe, run_apart
 from qat_lightning.modes.eager.outputs import plain_outputs
 from qat_lightning.modes.left_float import follow_checkpoints, leave_weights_float, with_reasons
 from qat_lightning.modes.other_quantization import refuse_other_quantization
@@ -63,8 +64,28 @@ class EagerMode:
         refuse_other_quantization(network)
         refuse_mixed(network, example)
         keep_tapes()
-        observation = observe(network, example)
         float_network = copy_of_modules(network)
+        opened = attentions(network, lambda name: "attention" in recipe.families and recipe.selects(join(prefix, name)))
+        for attention in opened:
+            give_layers(attention)
+        try:
+            observation = observe(network, example)
+            return self._prepare(network, float_network, observation, example, recipe, prefix)
+        except NetworkError:
+            if not is_prepared(network):
+                for attention in opened:
+                    take_layers(attention)
+            raise
+
+    def _prepare(
+        self,
+        network: nn.Module,
+        float_network: nn.Module,
+        observation: Observation,
+        example: Example,
+        recipe: Recipe,
+        prefix: str,
+    ) -> nn.Module:
         chains, reasons = find_chains(network, observation, recipe, prefix)
         if not any(chain.reached for chain in chains):
             reasons |= {chain.name: "the example does not run it" for chain in chains}
@@ -154,19 +175,25 @@ class EagerMode:
             CheckpointMismatchError: The network has no such layers.
         """
         without_fast_paths(network)
+        inside = [values["name"] for values in plan["chains"]]
+        opened = attentions(network, lambda name: any(chain.startswith(f"{name}." if name else "") for chain in inside))
+        for attention in opened:
+            give_layers(attention)
         modules = _modules(network)
         dtype = torch.quint8 if recipe.target.activation_dtype is torch.uint8 else torch.qint8
         with quantized_engine(recipe.target.engine), _quiet():
             for values in plan["chains"]:
                 chain = Chain(**values)
                 missing = [name for name in (chain.name, *chain.links) if name not in modules]
-                if missing or type(modules[chain.name]).__name__ != chain.kind:
+                if missing or kind_of(modules[chain.name]) != chain.kind:
                     raise CheckpointMismatchError(
                         f"{type(network).__name__} is not the network that was quantized: it should have a "
                         f"{chain.kind} at {chain.name!r}{f' and modules at {missing}' if missing else ''}. Give the "
                         "float network as its code makes it, with the arguments of then."
                     )
                 make_int8(modules, chain, dtype)
+        for attention in opened:
+            attention.drop_parameters()
         for parameter in network.parameters():
             parameter.requires_grad_(False)
         network.register_forward_hook(plain_outputs)
@@ -358,8 +385,10 @@ def _coverage(state: PreparedState, plan: Mapping[str, Any]) -> list[LayerCovera
     rows = []
     for name, module in state.float_network.named_modules():
         if isinstance(module, WEIGHTED):
-            reason = "" if name in int8 else _why_float(state, plan, name, module)
-            rows.append(LayerCoverage(name, type(module).__name__, name in int8, reason))
+            parts = [f"{name}.{part}".strip(".") for part in MAPS] if type(module) is nn.MultiheadAttention else [name]
+            missing = [part for part in parts if part not in int8]
+            reason = _why_float(state, plan, missing[0], module) if missing else ""
+            rows.append(LayerCoverage(name, type(module).__name__, not missing, reason))
     return rows
 
 

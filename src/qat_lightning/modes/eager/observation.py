@@ -22,9 +22,10 @@ from qat_lightning.graph.example import Example
 from qat_lightning.graph.structures import look_into
 from qat_lightning.graph.training_flags import evaluating
 from qat_lightning.layers.operators import module_types
+from qat_lightning.layers.transformer import Projection
 from qat_lightning.modes.without_arithmetic import nested
 
-HEAD_TYPES = module_types("convolution", "linear")
+HEAD_TYPES: tuple[type[nn.Module], ...] = (*module_types("convolution", "linear"), Projection)
 ACTIVATION_TYPES = module_types("relu", "clamp")
 
 Key = tuple[int, int]

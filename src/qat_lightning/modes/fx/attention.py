@@ -1,4 +1,4 @@
-"""``F.scaled_dot_product_attention`` as the two products and the softmax that it stands for."""
+"""Attention as one function, spread into the two products and the softmax that it stands for."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from qat_lightning.layers.mode_layers import ByMode
+from qat_lightning.layers.transformer import attend
 
+_FUNCTIONS = (F.scaled_dot_product_attention, attend)
 _ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
 
 _MASKED = -65504.0
@@ -26,11 +28,11 @@ def attention_of(node: fx.Node, modules: Mapping[str, nn.Module]) -> dict[str, A
         node: It may call the function, or `ByMode` where dropout is another in evaluation.
         modules: By name.
     """
-    if node.op == "call_function" and node.target is F.scaled_dot_product_attention:
+    if node.op == "call_function" and node.target in _FUNCTIONS:
         given = _named(node.args, node.kwargs)
     else:
         module = modules.get(str(node.target)) if node.op == "call_module" else None
-        if not isinstance(module, ByMode) or module.function is not F.scaled_dot_product_attention:
+        if not isinstance(module, ByMode) or module.function not in _FUNCTIONS:
             return None
         given, evaluation = (_named(*module.arguments(node.args, training=train)) for train in (True, False))
         if evaluation.pop("dropout_p", 0.0) != 0.0 or evaluation != {
@@ -40,6 +42,11 @@ def attention_of(node: fx.Node, modules: Mapping[str, nn.Module]) -> dict[str, A
     if given.get("enable_gqa") or not isinstance(given.get("dropout_p", 0.0), (int, float)):
         return None
     return given if all(isinstance(given.get(part), fx.Node) for part in ("query", "key", "value")) else None
+
+
+def yields_weights(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether a node is attention that yields its weights as well, which no file can call."""
+    return attend in (node.target, getattr(modules.get(str(node.target)), "function", None))
 
 
 def _named(args: Any, kwargs: Any) -> dict[str, Any]:
@@ -80,6 +87,7 @@ def spread(
         elif isinstance(mask, fx.Node) and values[mask.name].dtype == torch.bool:
             masked = add("call_method", "logical_not", mask)
         elif mask is not None:
+            masked = add("call_function", torch.eq, mask, -math.inf, name="masked")
             weights = add("call_function", operator.add, weights, mask, name="biased")
         if masked is not None:
             weights = add("call_method", "masked_fill", weights, masked, _MASKED)
@@ -91,6 +99,15 @@ def spread(
             prepared.add_module(name, nn.Dropout(given["dropout_p"]))
             weights = add("call_module", name, weights, name="dropout")
         mixed = add("call_function", torch.matmul, weights, given["value"], name="mixed")
-    node.replace_all_uses_with(mixed)
-    graph.erase_node(node)
+    _take_place(prepared, node, mixed, weights)
     return made, [scores, mixed]
+
+
+def _take_place(prepared: fx.GraphModule, node: fx.Node, mixed: fx.Node, weights: fx.Node) -> None:
+    """Let what was made stand for a call of attention, and for its weights where it yields them."""
+    if yields_weights(node, dict(prepared.named_modules(remove_duplicate=False))):
+        for part in list(node.users):
+            part.replace_all_uses_with(weights if part.args[1] else mixed)
+            prepared.graph.erase_node(part)
+    node.replace_all_uses_with(mixed)
+    prepared.graph.erase_node(node)

@@ -14,6 +14,7 @@ from torch import fx, nn
 from qat_lightning.errors import ConversionError, NetworkError
 from qat_lightning.graph.example import Example, in_float32
 from qat_lightning.layers.qat_modules import make_batchnorm_freezable, make_batchnorm_plain, round_weights_for_good
+from qat_lightning.layers.transformer import written_out
 from qat_lightning.modes.coverage import float_run, layers_with_macs, report
 from qat_lightning.modes.fx import pads as fx_pads
 from qat_lightning.modes.fx import passes
@@ -78,6 +79,12 @@ class FxMode:
         keep_tapes()
         make_batchnorm_plain(network)  # of a preparation before
         float_network = copy_of_modules(network)
+        with written_out(network, lambda name: recipe.selects(join(prefix, name)), "attention" in recipe.families):
+            return self._prepare(network, float_network, example, recipe, prefix)
+
+    def _prepare(
+        self, network: nn.Module, float_network: nn.Module, example: Example, recipe: Recipe, prefix: str
+    ) -> GraphNetwork:
         selected = {
             name: recipe.selects(join(prefix, name)) and not no_kernel(module, recipe)
             for name, module in network.named_modules()

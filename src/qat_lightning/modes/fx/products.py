@@ -17,7 +17,7 @@ from torch.ao.quantization import QConfig
 
 from qat_lightning.graph.example import Example
 from qat_lightning.layers.operators import MOVES
-from qat_lightning.modes.fx.attention import attention_of, spread
+from qat_lightning.modes.fx.attention import attention_of, spread, yields_weights
 from qat_lightning.modes.fx.config import shares_range
 from qat_lightning.modes.fx.layers import join
 from qat_lightning.modes.fx.passes import evaluating_with_folded, is_part
@@ -62,7 +62,12 @@ def quantize_products(
     found = [
         node
         for node in prepared.graph.nodes
-        if (_is_product(node) or attention_of(node, modules)) and node not in divisors and selects(_scope(node, scopes))
+        if (
+            (_is_product(node) or attention_of(node, modules))
+            and node not in divisors
+            and selects(_scope(node, scopes))
+        )
+        or yields_weights(node, modules)
     ]
     if not found:
         return []
@@ -81,9 +86,11 @@ def quantize_products(
         given = attention_of(node, modules)
         assert given is not None
         query, key, value = (recorder.values[given[part].name] for part in ("query", "key", "value"))
-        if _kernel_takes(query, key.transpose(-2, -1), own) and value.shape[:-2] == query.shape[:-2]:
+        takes = _kernel_takes(query, key.transpose(-2, -1), own) and value.shape[:-2] == query.shape[:-2]
+        if takes or yields_weights(node, modules):
+            takes &= node not in divisors and selects(_scope(node, scopes))
             made, both = spread(prepared, node, given, recorder.values)
-            products += both
+            products += both if takes else []
             for new in made:
                 scopes[new.name] = scopes.get(node.name, ("", None))
                 roundings.configs[new.name] = qconfig

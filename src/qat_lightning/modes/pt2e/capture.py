@@ -27,6 +27,7 @@ from qat_lightning.graph.structures import look_into
 from qat_lightning.graph.training_flags import flags_kept
 from qat_lightning.layers.batchnorm import is_batchnorm
 from qat_lightning.layers.operators import OPERATORS
+from qat_lightning.layers.transformer import CONTAINERS, written_out
 from qat_lightning.modes.eager.observation import run_apart
 from qat_lightning.modes.source_lines import reason_of
 from qat_lightning.modes.tracing import WHAT_TO_DO, check_names
@@ -71,13 +72,8 @@ def capture(network: nn.Module, example: Example, *, train: bool = True) -> tupl
     with flags_kept(network), warnings.catch_warnings():
         network.train(train)
         warnings.filterwarnings("ignore", module=r"torch\..*")
-        try:
-            program = torch.export.export(
-                network, args, kwargs, dynamic_shapes=dynamic_shapes(signature, args, kwargs, size), strict=True
-            )
-            graph_module: fx.GraphModule = program.module()
-        except Exception as error:
-            raise TraceError(_explain(network, error)) from error
+        program = _export(network, args, kwargs, dynamic_shapes(signature, args, kwargs, size))
+        graph_module: fx.GraphModule = program.module()
     out_spec = program.call_spec.out_spec
     assert out_spec is not None
     spec = CallSpec(type(network).__name__, signature, in_spec, inputs, out_spec, size or 1)
@@ -90,6 +86,20 @@ def capture(network: nn.Module, example: Example, *, train: bool = True) -> tupl
     graph_module.graph.lint()
     graph_module.recompile()
     return graph_module, spec
+
+
+def _export(network: nn.Module, args: Any, kwargs: Any, shapes: Any) -> Any:
+    """Export, also what torch's transformers cannot: there they look at what a mask holds, to choose a kernel."""
+    try:
+        return torch.export.export(network, args, kwargs, dynamic_shapes=shapes, strict=True)
+    except Exception as error:
+        if not any(type(module) in CONTAINERS for module in network.modules()):
+            raise TraceError(_explain(network, error)) from error
+    try:
+        with written_out(network, lambda name: False):
+            return torch.export.export(network, args, kwargs, dynamic_shapes=shapes, strict=True)
+    except Exception as error:
+        raise TraceError(_explain(network, error)) from error
 
 
 def _refuse_plain_averages(network: nn.Module) -> None:

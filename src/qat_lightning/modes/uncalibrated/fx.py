@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 
 from qat_lightning.graph.example import Example
 from qat_lightning.layers.integer import integer_layer
+from qat_lightning.layers.transformer import written_out
 from qat_lightning.modes.coverage import float_run
 from qat_lightning.modes.graph_network import GraphNetwork
 from qat_lightning.modes.judging import Names
@@ -34,7 +35,8 @@ def quantize_fx(network: nn.Module, example: Example, recipe: Recipe, *, prefix:
     original = float_copy(network)
     expected = run_float(original, example)
     selected = {name: recipe.selects(_join(prefix, name)) for name, _ in original.named_modules() if name}
-    graph_module, sizes = trace_evaluation(original, example, outer_parts(original, selected))
+    with written_out(original, lambda name: False):  # attention is one integer layer
+        graph_module, sizes = trace_evaluation(original, example, outer_parts(original, selected))
     used = float_run(original, example).used
     coverage = [_in_graph(row, graph_module.graph, used) for row in cover(original, recipe, prefix)]
     functional = _linear_functions(graph_module, recipe, prefix)

@@ -1,0 +1,353 @@
+"""Torch's attention and transformer layers written out: the same parameters and names, in ops that can be quantized.
+
+``nn.MultiheadAttention`` is one function that reads the weights of its four linear maps, and ``nn.TransformerEncoder``
+has a fast path that is one kernel. Where a mode can do more, the modules get these classes, and stay the same objects.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
+from torch.overrides import handle_torch_function, has_torch_function
+
+
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, dropout_p: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """Attention that yields its weights as well.
+
+    Args:
+        query: ``(…, positions, size of a head)``.
+        key: Likewise.
+        value: Likewise.
+        mask: Added to the scores; of a boolean one, True takes part.
+        dropout_p: Of the weights.
+
+    Returns:
+        What is mixed, and the weights.
+    """
+    if has_torch_function((query, key, value)):
+        given = (query, key, value)
+        found: tuple[Tensor, Tensor] = handle_torch_function(attend, given, query, key, value, mask, dropout_p)
+        return found
+    scores = query @ key.transpose(-2, -1) / math.sqrt(query.shape[-1])
+    if mask is not None:
+        scores = scores.masked_fill(mask.logical_not(), -math.inf) if mask.dtype == torch.bool else scores + mask
+    weights = F.dropout(scores.softmax(-1), dropout_p)
+    return weights @ value, weights
+
+
+class WrittenAttention(nn.MultiheadAttention):
+    """``nn.MultiheadAttention`` in plain ops; its linear maps are functions of slices of its parameters."""
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """As ``nn.MultiheadAttention``; where a query may look at nothing its weights are 0, not NaN."""
+        if is_causal and attn_mask is None:
+            raise RuntimeError("is_causal=True needs attn_mask, as in nn.MultiheadAttention.")
+        batched = query.dim() == 3
+        q, k, v = (self._heads(part, batched) for part in self.projected(query, key, value))
+        mask = self._mask(attn_mask, key_padding_mask, batched)
+        k, v, mask = self._with_positions(k, v, mask)
+        dropout_p, weights = (self.dropout if self.training else 0.0), None
+        if need_weights:
+            both = attend(q, k, v, mask, dropout_p)
+            mixed, weights = both[0], both[1]
+            weights = weights.mean(1) if average_attn_weights else weights
+            weights = weights if batched else weights.squeeze(0)
+        else:
+            mixed = F.scaled_dot_product_attention(q, k, v, mask, dropout_p)
+        return self.out_proj(self._joined(mixed, batched)), weights
+
+    def projected(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The three linear maps of what goes in; one where all three are the same tensor."""
+        size, weight, bias = self.embed_dim, self.in_proj_weight, self.in_proj_bias
+        if weight is not None and query is key and key is value:
+            packed = F.linear(query, weight, bias)
+            return packed[..., :size], packed[..., size : 2 * size], packed[..., 2 * size :]
+        maps = []
+        for number, (part, separate) in enumerate(
+            ((query, self.q_proj_weight), (key, self.k_proj_weight), (value, self.v_proj_weight))
+        ):
+            rows = slice(number * size, (number + 1) * size)
+            maps.append(
+                F.linear(part, separate if weight is None else weight[rows], None if bias is None else bias[rows])
+            )
+        return maps[0], maps[1], maps[2]
+
+    def _heads(self, x: Tensor, batched: bool) -> Tensor:
+        """``(samples, heads, positions, size of a head)``."""
+        if not batched:
+            x = x.unsqueeze(0)
+        x = x.reshape(x.shape[0], x.shape[1], self.num_heads, self.head_dim)
+        return x.transpose(1, 2) if self.batch_first or not batched else x.permute(1, 2, 0, 3)
+
+    def _joined(self, x: Tensor, batched: bool) -> Tensor:
+        """The heads side by side again, in the order of dimensions that came in."""
+        x = (x.transpose(1, 2) if self.batch_first or not batched else x.permute(2, 0, 1, 3)).flatten(2)
+        return x if batched else x.squeeze(0)
+
+    def _mask(self, mask: Tensor | None, padding: Tensor | None, batched: bool) -> Tensor | None:
+        """Both masks as one, as `attend` takes it: of a boolean one, True takes part."""
+        parts = []
+        if mask is not None:
+            parts.append(mask.reshape(-1, self.num_heads, *mask.shape[1:]) if mask.dim() == 3 else mask)
+        if padding is not None:
+            parts.append(padding[:, None, None] if batched else padding[None, None, None])
+        if not parts:
+            return None
+        if all(part.dtype == torch.bool for part in parts):
+            return (parts[0] if len(parts) == 1 else parts[0].logical_or(parts[1])).logical_not()
+        added = [part if part.is_floating_point() else _additive(part, self.out_proj.weight) for part in parts]
+        return added[0] if len(added) == 1 else added[0] + added[1]
+
+    def _with_positions(self, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """What ``add_bias_kv`` and ``add_zero_attn`` put behind the keys and values, which everyone may look at."""
+        added = 0
+        if self.bias_k is not None and self.bias_v is not None:
+            shape = 1, 1, self.num_heads, self.head_dim
+            more = (
+                bias.reshape(shape).transpose(1, 2).expand(k.shape[0], -1, -1, -1)
+                for bias in (self.bias_k, self.bias_v)
+            )
+            k, v = (torch.cat([part, one], 2) for part, one in zip((k, v), more, strict=True))
+            added += 1
+        if self.add_zero_attn:
+            k, v = (torch.cat([part, torch.zeros_like(part[:, :, :1])], 2) for part in (k, v))
+            added += 1
+        if mask is not None and added:
+            mask = F.pad(mask, (0, added), value=True) if mask.dtype == torch.bool else F.pad(mask, (0, added))
+        return k, v, mask
+
+
+class RowsOfAttention:
+    """The weight and the bias of one of the three linear maps that an attention has in a parameter of its own.
+
+    Attributes:
+        attention: Whose parameters they are.
+        which: Which of query, key and value.
+    """
+
+    attention: tuple[nn.MultiheadAttention]
+    which: int
+
+    @property
+    def weight(self) -> Tensor:
+        """Rows of the attention's parameter, or one that is for this map alone."""
+        attention = self.attention[0]
+        if attention.in_proj_weight is None:
+            return (attention.q_proj_weight, attention.k_proj_weight, attention.v_proj_weight)[self.which]
+        return attention.in_proj_weight[self._rows]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """Rows of the attention's parameter."""
+        bias = self.attention[0].in_proj_bias
+        return None if bias is None else bias[self._rows]
+
+    @property
+    def _rows(self) -> slice:
+        size = self.attention[0].embed_dim
+        return slice(self.which * size, (self.which + 1) * size)
+
+
+class Projection(RowsOfAttention, nn.Linear):  # type: ignore[misc, override]
+    """A linear map of attention as a layer that has no parameters of its own.
+
+    Args:
+        attention: What has them.
+        which: Which of query, key and value.
+    """
+
+    def __init__(self, attention: nn.MultiheadAttention, which: int) -> None:
+        nn.Module.__init__(self)
+        self.in_features = (attention.embed_dim, attention.kdim, attention.vdim)[which]
+        self.out_features, self.which = attention.embed_dim, which
+        self.__dict__["attention"] = (attention,)  # no child: it is the parent
+
+
+class LayeredAttention(WrittenAttention):
+    """Attention that calls a layer for each of its linear maps."""
+
+    def projected(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The three linear maps of what goes in."""
+        children: dict[str, Any] = dict(self.named_children())
+        return children["query"](query), children["key"](key), children["value"](value)
+
+    def drop_parameters(self) -> None:
+        """Keep none of those that `Projection` reads, if no child does any more."""
+        if not any(isinstance(child, Projection) for child in self.children()):
+            for name in ("in_proj_weight", "in_proj_bias", "q_proj_weight", "k_proj_weight", "v_proj_weight"):
+                self._parameters[name] = None
+
+
+def attentions(network: nn.Module, chosen: Callable[[str], bool]) -> list[Any]:
+    """The attentions of a network that can be written out and are chosen by their names."""
+    found = []
+    for name, module in network.named_modules():
+        if type(module) is nn.MultiheadAttention and chosen(name):
+            found.append(module)
+    return found
+
+
+def give_layers(attention: nn.MultiheadAttention) -> None:
+    """Make an attention a `LayeredAttention`, and stay the same object; `take_layers` undoes it."""
+    attention.__class__ = LayeredAttention
+    attention.out_proj.__class__ = nn.Linear  # type: ignore[assignment]
+    for number, name in enumerate(MAPS):
+        attention.add_module(name, Projection(attention, number).train(attention.training))
+
+
+def take_layers(attention: nn.MultiheadAttention) -> None:
+    """Undo `give_layers`."""
+    attention.__class__ = nn.MultiheadAttention
+    attention.out_proj.__class__ = nn.modules.linear.NonDynamicallyQuantizableLinear
+    for name in MAPS:
+        del attention._modules[name]
+
+
+MAPS = ("query", "key", "value")
+"""The names of the layers that `give_layers` makes."""
+
+
+def _additive(mask: Tensor, like: Tensor) -> Tensor:
+    return torch.zeros_like(mask, dtype=like.dtype).masked_fill(mask, -math.inf)
+
+
+class WrittenEncoderLayer(nn.TransformerEncoderLayer):
+    """``nn.TransformerEncoderLayer`` without its fast path."""
+
+    def forward(
+        self,
+        src: Tensor,
+        src_mask: Tensor | None = None,
+        src_key_padding_mask: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> Tensor:
+        """As ``nn.TransformerEncoderLayer`` in training."""
+        masks = (src_mask, src_key_padding_mask)
+        if self.norm_first:
+            src = src + self._sa_block(self.norm1(src), *masks, is_causal=is_causal)
+            return src + self._ff_block(self.norm2(src))
+        src = self.norm1(src + self._sa_block(src, *masks, is_causal=is_causal))
+        normalized: Tensor = self.norm2(src + self._ff_block(src))
+        return normalized
+
+
+class WrittenDecoderLayer(nn.TransformerDecoderLayer):
+    """``nn.TransformerDecoderLayer``, to be looked into and not called as a whole."""
+
+
+class WrittenEncoder(nn.TransformerEncoder):
+    """``nn.TransformerEncoder`` without nested tensors, and without looking at what a mask holds."""
+
+    def forward(
+        self,
+        src: Tensor,
+        mask: Tensor | None = None,
+        src_key_padding_mask: Tensor | None = None,
+        is_causal: bool | None = None,
+    ) -> Tensor:
+        """As ``nn.TransformerEncoder``; whether a mask is causal only chooses a kernel there."""
+        for layer in self.layers:
+            src = layer(src, src_mask=mask, src_key_padding_mask=src_key_padding_mask, is_causal=is_causal is True)
+        return src if self.norm is None else self.norm(src)
+
+
+class WrittenDecoder(nn.TransformerDecoder):
+    """``nn.TransformerDecoder`` without looking at what a mask holds."""
+
+    def forward(
+        self,
+        tgt: Tensor,
+        memory: Tensor,
+        tgt_mask: Tensor | None = None,
+        memory_mask: Tensor | None = None,
+        tgt_key_padding_mask: Tensor | None = None,
+        memory_key_padding_mask: Tensor | None = None,
+        tgt_is_causal: bool | None = None,
+        memory_is_causal: bool = False,
+    ) -> Tensor:
+        """As ``nn.TransformerDecoder``; whether a mask is causal only chooses a kernel there."""
+        for layer in self.layers:
+            tgt = layer(
+                tgt,
+                memory,
+                tgt_mask=tgt_mask,
+                memory_mask=memory_mask,
+                tgt_key_padding_mask=tgt_key_padding_mask,
+                memory_key_padding_mask=memory_key_padding_mask,
+                tgt_is_causal=tgt_is_causal is True,
+                memory_is_causal=memory_is_causal,
+            )
+        return tgt if self.norm is None else self.norm(tgt)
+
+
+class WrittenTransformer(nn.Transformer):
+    """``nn.Transformer``, to be looked into and not called as a whole."""
+
+
+CONTAINERS: dict[type[nn.Module], type[nn.Module]] = {
+    nn.TransformerEncoderLayer: WrittenEncoderLayer,
+    nn.TransformerDecoderLayer: WrittenDecoderLayer,
+    nn.TransformerEncoder: WrittenEncoder,
+    nn.TransformerDecoder: WrittenDecoder,
+    nn.Transformer: WrittenTransformer,
+}
+"""What each of torch's modules around attention is, written out."""
+
+
+def _written(module: nn.Module) -> type[nn.Module] | None:
+    """The class of a module written out; of a class of somebody's own as well, if it has no ``forward`` of its own."""
+    own: Any = type(module)
+    known: dict[Any, type[nn.Module]] = {**CONTAINERS, nn.MultiheadAttention: WrittenAttention}
+    for plain, written in known.items():
+        if own is plain:
+            return written
+        if isinstance(module, plain) and own.forward is plain.forward and not is_parametrized(module):
+            return type(own.__name__, (written, own), {"__module__": __name__})
+    return None
+
+
+@contextmanager
+def written_out(network: nn.Module, attention: Callable[[str], bool], when: bool = True) -> Iterator[None]:
+    """Within the block the network's transformer layers are written out, and those attentions that are chosen.
+
+    Args:
+        network: Its modules have their own classes again behind the block.
+        attention: Whether an attention is written out as well, by its name.
+        when: If it is not, nothing is.
+    """
+    before: list[tuple[Any, type[nn.Module]]] = []
+    for name, module in network.named_modules() if when else ():
+        kind = _written(module)
+        if isinstance(module, nn.MultiheadAttention) and kind is not None:
+            kind = kind if attention(name) else None
+            before += [(module.out_proj, type(module.out_proj))] if kind else []
+        if kind is not None:
+            before.append((module, type(module)))
+            module.__class__ = kind
+    for module, _ in before:
+        if type(module) is nn.modules.linear.NonDynamicallyQuantizableLinear:
+            module.__class__ = nn.Linear  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for module, kind in before:
+            module.__class__ = kind

@@ -60,7 +60,7 @@ def _networks(path: Path) -> dict[str, tuple[str, int]]:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--results", type=Path, default=Path("zoo.jsonl"), help="a line for each network is added")
-    parser.add_argument("--modes", nargs="+", default=["auto"], choices=["auto", "fx", "pt2e", "eager"])
+    parser.add_argument("--modes", nargs="*", default=["auto"], choices=["auto", "fx", "pt2e", "eager"])
     parser.add_argument("--peers", action="store_true", help="bare upstream FX and PT2E as well")
     parser.add_argument("--families", nargs="+", help="by default all")
     parser.add_argument("--shard", default="0/1", metavar="I/N", help="every N-th family, from the I-th (from 0)")

@@ -133,8 +133,8 @@ def _upstream_fx(network: nn.Module, batches: list[Tensor]) -> nn.Module:
 
 def _upstream_pt2e(network: nn.Module, batches: list[Tensor]) -> nn.Module:
     import torchao.quantization.pt2e.quantizer.x86_inductor_quantizer as x86
+    from torchao.quantization.pt2e import move_exported_model_to_eval
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_qat_pt2e
-    from torchao.quantization.pt2e.utils import move_exported_model_to_eval
 
     exported = torch.export.export(network, (batches[0],), strict=True).module()
     quantizer = x86.X86InductorQuantizer()

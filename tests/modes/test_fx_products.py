@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -68,6 +69,51 @@ def test_attention_is_int8(way: str, dropout: float) -> None:
 def test_products_are_int8_however_they_are_written(way: str) -> None:
     found = rehearse(*made(way), RECIPE)
     assert (found.left_float, found.int8_macs, found.unsaved) == ({}, 1.0, "")
+
+
+class ReadsTheShape(nn.Module):
+    """As attention of transformers does: heads are joined by the shape of the product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key, self.value, self.out = (nn.Linear(8, 8) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = (
+            layer(x).unflatten(2, (2, 4)).transpose(1, 2) for layer in (self.query, self.key, self.value)
+        )
+        mixed = F.scaled_dot_product_attention(query, key, value)
+        samples, heads, length, width = mixed.shape
+        y: Tensor = self.out(mixed.transpose(1, 2).reshape(samples, length, heads * width))
+        return y
+
+
+def test_a_product_whose_shape_is_read_is_int8() -> None:
+    found = rehearse(ReadsTheShape(), Example((torch.randn(2, 6, 8),)), Recipe("fx", "x86"))
+    assert found.int8_macs == 1
+    assert not found.left_float
+
+
+class LinearInAllButName(nn.Module):
+    """As GPT-2's layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(8, 16) / 3), nn.Parameter(torch.randn(16))
+        self.second, self.head = nn.Parameter(torch.randn(16, 16) / 4), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.head(torch.mm(torch.addmm(self.bias, x, self.weight).relu(), self.second).relu())
+        return y
+
+
+def test_addmm_and_mm_with_a_weight_are_linear_layers() -> None:
+    network, example = LinearInAllButName(), Example((torch.randn(4, 8),))
+    found = rehearse(network, example, Recipe("fx", "x86"))
+    assert found.int8_macs == 1
+    assert {row.kind for row in found.coverage if row.macs} == {"linear", "Linear"}
+    prepared = get_mode("fx").prepare(copy.deepcopy(network), example, Recipe("fx", "x86"))
+    assert set(network.state_dict()) <= set(prepared.state_dict())
 
 
 def test_a_product_that_no_kernel_takes_stays_float() -> None:

@@ -168,7 +168,46 @@ def test_what_is_decided_by_height_and_width_is_fixed_to_them_and_not_to_the_num
     assert sizes.others((torch.zeros(1, 3, 9, 8),), {}) == ["x: (1, 3, 9, 8)"]
 
 
-@pytest.mark.parametrize("kind", [BySamples, ByMore, LoopOverSamples])
+class SpreadOverSamples(Base):
+    """As decoders do with their positions: one row for all samples is spread, if there are several."""
+
+    def between(self, x: Tensor) -> Tensor:
+        position = torch.arange(8, device=x.device)[None]
+        if x.shape[0] != position.shape[0]:
+            position = position.expand(x.shape[0], -1)
+        return x + position[:, :, None, None] * torch.ones(x.shape[2:], device=x.device)
+
+
+def test_what_is_another_way_for_one_sample_is_tried_with_one() -> None:
+    network = SpreadOverSamples().eval()
+    get_mode("fx").prepare(copy.deepcopy(network), Example((IMAGES,)), Recipe("fx", "x86"))
+    graph_module, _, _ = trace(copy.deepcopy(network), Example((IMAGES,)), [])
+    for samples in (1, 2, 7):
+        x = torch.randn(samples, 3, 8, 8)
+        torch.testing.assert_close(run(graph_module.eval(), x), network(x))
+
+
+def test_another_result_for_one_sample_is_refused() -> None:
+    with pytest.raises(TraceError, match="for one sample it returns another thing"):
+        get_mode("fx").prepare(BySamples(), Example((IMAGES,)), Recipe("fx", "x86"))
+
+
+class Factories(Base):
+    """Tensors of the shape of an input, number of samples included, on its device."""
+
+    def between(self, x: Tensor) -> Tensor:
+        shape = x.size()
+        return x * torch.ones(shape, device=x.device) + torch.zeros(shape[:2], device=x.device)[:, :, None, None]
+
+
+def test_tensors_of_the_shape_of_an_input_have_as_many_samples() -> None:
+    network = Factories().eval()
+    graph_module, _, _ = trace(copy.deepcopy(network), Example((IMAGES,)), [])
+    x = torch.randn(7, 3, 8, 8)
+    torch.testing.assert_close(run(graph_module.eval(), x), network(x))
+
+
+@pytest.mark.parametrize("kind", [ByMore, LoopOverSamples])
 def test_what_is_decided_by_the_number_of_samples_is_refused_with_the_line(kind: type[Base]) -> None:
     with pytest.raises(TraceError, match=r"test_fx_shapes\.py:\d+ in between: .*(shape\[0\]|len)"):
         trace(kind(), Example((IMAGES,)), [])

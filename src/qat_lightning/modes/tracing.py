@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 from qat_lightning.errors import TraceError
 from qat_lightning.graph.example import Example
 from qat_lightning.graph.given_sizes import GivenSizes
+from qat_lightning.graph.signature import one_sample
 from qat_lightning.graph.structures import same
 from qat_lightning.graph.training_flags import flags_kept
 from qat_lightning.layers.batchnorm import is_batchnorm
@@ -21,7 +22,7 @@ from qat_lightning.modes.checkpointing import loses_checkpoints
 from qat_lightning.modes.eager.observation import run_apart
 from qat_lightning.modes.fx.batchnorm import name_batchnorms, plain_frozen
 from qat_lightning.modes.fx.calls import drop_unread, give_all_arguments, one_module_a_call, read_what_was_written
-from qat_lightning.modes.fx.examples import Plan
+from qat_lightning.modes.fx.examples import ONE, Plan
 from qat_lightning.modes.fx.shapes import ShapesTracer
 from qat_lightning.modes.fx.sizes import attempts, given_sizes
 from qat_lightning.modes.fx.tracer import (
@@ -67,6 +68,10 @@ def check_names(network: nn.Module, mode: str) -> None:
             )
 
 
+TWO_AND_MORE = "two samples and more"
+"""In the ``meta`` of a trace: whether one sample was not followed, so that it has to be tried."""
+
+
 def trace(
     network: nn.Module, example: Example, leaves: list[str]
 ) -> tuple[fx.GraphModule, dict[str, Any], GivenSizes | None]:
@@ -101,6 +106,7 @@ def trace(
     give_all_arguments(graph_module.graph)
     read_what_was_written(graph_module)
     graph_module.recompile()
+    graph_module.meta[TWO_AND_MORE] = plan is not None and ONE not in plan.samples
     sizes = given_sizes(graph_module.graph, network, example, plan, fixed=traced.fixed or evaluation.fixed)
     return graph_module, scopes, sizes
 
@@ -226,6 +232,29 @@ def _with_constants(constants: Any, made: Any) -> Any:
     if isinstance(constants, dict):
         return {key: _with_constants(one, made[key]) for key, one in constants.items()}
     return made if isinstance(constants, fx.Node) else constants
+
+
+def refuse_another_for_one(prepared: nn.Module, network: nn.Module, example: Example) -> None:
+    """Compare as `refuse_other_results` does for the first sample of the example, if the float network takes one.
+
+    Raises:
+        TraceError: They differ, or the prepared network does not take one sample.
+    """
+    one = one_sample(example)
+    try:
+        run_apart(copy.deepcopy(network), copy.deepcopy(one))
+    except Exception:  # noqa: BLE001 - a network that takes no single sample has none to agree on
+        return
+    reason = (
+        f"{type(network).__name__}.forward decides something by the number of samples, and for one sample it returns "
+        "another thing than the graph of mode='fx', which is that for two and more."
+    )
+    try:
+        refuse_other_results(prepared, network, one, reason)
+    except TraceError:
+        raise
+    except Exception as error:
+        raise TraceError(f"{reason} ({type(error).__name__}: {error}) {WHAT_TO_DO}") from error
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ from qat_lightning.layers.transformer import written_out
 from qat_lightning.modes.coverage import float_run, layers_with_macs, report
 from qat_lightning.modes.fx import pads as fx_pads
 from qat_lightning.modes.fx import passes
+from qat_lightning.modes.fx.addmm import name_linear
 from qat_lightning.modes.fx.alignment import mark_origins, take_origins
 from qat_lightning.modes.fx.batchnorm import give_parameters
 from qat_lightning.modes.fx.coverage import FxOperations
@@ -55,8 +56,10 @@ from qat_lightning.modes.prepared import (
 )
 from qat_lightning.modes.protocol import Converted, LayerCoverage
 from qat_lightning.modes.tracing import (
+    TWO_AND_MORE,
     leave_inside_float,
     outer_parts,
+    refuse_another_for_one,
     refuse_other_results,
     trace,
 )
@@ -91,9 +94,11 @@ class FxMode:
             if name
         }
         graph_module, scopes, sizes = trace(network, example, leaves=outer_parts(network, selected))
+        two_and_more = graph_module.meta.pop(TWO_AND_MORE)
         leave_inside_float(graph_module, selected)
         passes.pass_over_identities(graph_module)
         fx_pads.name_zero_pads(graph_module, selected)
+        name_linear(graph_module, scopes)
         hidden = Hidden(network, graph_module)
         parameters = dict(network.named_parameters(remove_duplicate=False))
         prepared = prepare_upstream(graph_module, network, example, recipe, selected, scopes)
@@ -123,6 +128,8 @@ class FxMode:
             "network on the example. Tracing cannot see a function that changes its argument with += or the like "
             "(write y = y + …, and return it), nor what is decided by values.",
         )
+        if two_and_more:
+            refuse_another_for_one(result, float_network, example)
         return result
 
     @nothing_remembered()

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.fx.proxy import Proxy
 from torch.overrides import is_tensor_method_or_property
 
-from qat_lightning.modes.fx.known import KnownKind, KnownTensor, is_instance, plain
+from qat_lightning.modes.fx.known import KnownKind, KnownTensor, Sizes, is_instance, plain
 
 _FACTORIES = (
     *("arange", "as_tensor", "empty", "eye", "full", "full_like", "linspace", "ones"),
@@ -61,8 +61,7 @@ def _recording(tracer: Any, function: Callable[..., Any], op: str) -> Callable[.
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        leaves = pytree.tree_leaves((args, kwargs))
-        given = [leaf for leaf in leaves if isinstance(leaf, Proxy)]
+        given = [leaf for leaf in _leaves((args, kwargs)) if isinstance(leaf, Proxy)]
         if not given:
             return function(*args, **kwargs)
         if all(isinstance(leaf, KnownKind) for leaf in given):
@@ -72,6 +71,12 @@ def _recording(tracer: Any, function: Callable[..., Any], op: str) -> Callable[.
         return tracer.create_proxy(op, target, args, kwargs)
 
     return call
+
+
+def _leaves(value: Any) -> list[Any]:
+    """Of a shape its sizes as well, which pytree takes for one value."""
+    leaves = pytree.tree_leaves(value)
+    return [part for leaf in leaves for part in (leaf if isinstance(leaf, Sizes) else [leaf])]
 
 
 def _of_plain(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -182,14 +182,15 @@ class _Roundings:
         return [], self._new()
 
     def _behind(self, node: fx.Node, grid: str) -> fx.Node:
-        """Round what ``node`` yields for all who read it."""
-        there = next((user for user in node.users if self._is_rounding(user)), None)
-        if there is not None:
-            return there
-        with self.graph.inserting_after(node):
-            made = self.graph.call_module(grid, (node,))
-        node.replace_all_uses_with(made, delete_user_cb=lambda user: user is not made)
-        return made
+        """Round what ``node`` yields for all who read it, be it for its shape."""
+        rounding = next((user for user in node.users if self._is_rounding(user)), None)
+        if rounding is None:
+            with self.graph.inserting_after(node):
+                rounding = self.graph.call_module(grid, (node,))
+        else:
+            node.append(rounding)  # it may stand behind others who read the value
+        node.replace_all_uses_with(rounding, delete_user_cb=lambda user: not self._is_rounding(user))
+        return rounding
 
     def _is_rounding(self, node: fx.Node) -> bool:
         return node.op == "call_module" and isinstance(self.prepared.get_submodule(str(node.target)), FakeQuantize)

@@ -1,7 +1,8 @@
 """A tracer that runs beside the example, so that what depends on shapes, types and devices is a plain value.
 
 How many samples there are is never fixed: such a size stays a value of the graph, and so does what is computed with it.
-What is decided by it is refused, unless it is the same for any number of samples. Other sizes are values of the graph
+What is decided by it is refused, unless it is the same for any number of samples, or for any but one: then the network
+is tried with one. Other sizes are values of the graph
 as well where nothing is decided by them, or are fixed to those of the example.
 """
 
@@ -20,7 +21,7 @@ from qat_lightning.graph.assignment import assigned
 from qat_lightning.graph.example import Example
 from qat_lightning.graph.structures import given_fields, is_namedtuple, is_record, make_mapping
 from qat_lightning.modes.fx.assignments import Assignments
-from qat_lightning.modes.fx.examples import LARGER, NUMBERS, CallFails, Calls, Plan
+from qat_lightning.modes.fx.examples import LARGER, MORE, NUMBERS, ONE, CallFails, Calls, Plan
 from qat_lightning.modes.fx.known import Known, KnownKind, KnownNumber, KnownTensor, Sizes
 from qat_lightning.modes.fx.patches import answering
 from qat_lightning.modes.fx.tracer import CallAsWhole, NetworkTracer, holds_no_layer
@@ -177,11 +178,15 @@ class ShapesTracer(NetworkTracer):
 
         Raises:
             SizesDecide: It comes from another size of the inputs, or is one of them.
+            CallFails: It is another for one sample only.
             torch.fx.proxy.TraceError: It is not the same for any number of samples.
         """
         self._refuse_free(number.node)
         first = number.values[0]
-        if any(value != first for value in number.values):
+        others = [name for name, value in zip(self._calls.names, number.values, strict=True) if value != first]
+        if others == [ONE] and MORE in self._calls.names:
+            raise CallFails(ONE)  # what is decided for two and more is taken, and tried with one
+        if others:
             raise FxTraceError("what is decided here depends on the number of samples, which may be any")
         return first
 

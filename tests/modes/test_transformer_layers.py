@@ -87,7 +87,7 @@ CASES: dict[str, Case] = {
         CAUSAL,
     ),
 }
-QUICK = ("with weights", "encoder layer")
+QUICK = ("with weights", "decoder layer")
 
 
 class Network(nn.Module):
@@ -116,7 +116,7 @@ def train(prepared: nn.Module, example: Example) -> None:
         prepared(*example.args).square().sum().backward()
 
 
-class Own(nn.TransformerEncoderLayer):
+class Own(nn.TransformerDecoderLayer):
     """A class of one's own that changes a part of torch's."""
 
     def _ff_block(self, x: Tensor) -> Tensor:
@@ -125,7 +125,7 @@ class Own(nn.TransformerEncoderLayer):
 
 CASES["a class of one's own"] = (
     lambda: Own(16, 4, 32, batch_first=True),
-    lambda part, x, mask: part(x),
+    lambda part, x, mask: part(x, x.flip(1)),
     None,
 )
 

@@ -144,7 +144,9 @@ _ACTIVATIONS = (
         "hardtanh", "clamp", (nn.Hardtanh,), (F.hardtanh, F.hardtanh_), (), (aten.hardtanh.default,),
         (aten.hardtanh_.default,),
     ),
-    Operator("clamp", "clamp", (), (torch.clamp,), ("clamp", "clamp_"), (aten.clamp.default,)),
+    Operator(
+        "clamp", "clamp", (), (torch.clamp, torch.clamp_min), ("clamp", "clamp_", "clamp_min"), (aten.clamp.default,),
+    ),
     Operator(
         "leaky_relu", None, (nn.LeakyReLU,), (F.leaky_relu, F.leaky_relu_), (), (aten.leaky_relu.default,),
         (aten.leaky_relu_.default,), channelwise=True,
@@ -160,7 +162,7 @@ _ACTIVATIONS = (
         (aten.hardsigmoid.default,), (aten.hardsigmoid_.default,),
     ),
     Operator("silu", None, (nn.SiLU,), (F.silu,), (), (aten.silu.default,), (aten.silu_.default,)),
-    Operator("elu", None, (nn.ELU,), (F.elu,), (), (aten.elu.default,), (aten.elu_.default,)),
+    Operator("elu", None, (nn.ELU,), (F.elu, F.elu_), (), (aten.elu.default,), (aten.elu_.default,)),
     Operator(
         "sigmoid", None, (nn.Sigmoid,), (torch.sigmoid,), ("sigmoid", "sigmoid_"), (aten.sigmoid.default,),
         (aten.sigmoid_.default,),
@@ -171,7 +173,10 @@ _ACTIVATIONS = (
 
 _COMPUTING = (
     Operator("add", None, (), (torch.add, operator.add), ("add",), (aten.add.Tensor,), (aten.add_.Tensor,)),
-    Operator("mul", None, (), (torch.mul, operator.mul), ("mul",), (aten.mul.Tensor,), (aten.mul_.Tensor,)),
+    Operator(
+        "mul", None, (), (torch.mul, torch.multiply, operator.mul), ("mul", "multiply"), (aten.mul.Tensor,),
+        (aten.mul_.Tensor,),
+    ),
     Operator(
         "scaled_dot_product_attention", None, (), (F.scaled_dot_product_attention,),
         overloads=(aten.scaled_dot_product_attention.default,), training_flag=(4, 0.0),
@@ -195,19 +200,19 @@ def _chooses(name: str, **faces: Any) -> Operator:
 
 
 _CHOOSING = (
-    _chooses("max_pool1d", modules=(nn.MaxPool1d,), functions=(F.max_pool1d,), channelwise=True),
+    _chooses("max_pool1d", modules=(nn.MaxPool1d,), functions=(F.max_pool1d, torch.max_pool1d), channelwise=True),
     _chooses(
-        "max_pool2d", modules=(nn.MaxPool2d,), functions=(F.max_pool2d,), overloads=(aten.max_pool2d.default,),
-        channelwise=True,
+        "max_pool2d", modules=(nn.MaxPool2d,), functions=(F.max_pool2d, torch.max_pool2d),
+        overloads=(aten.max_pool2d.default,), channelwise=True,
     ),
-    _chooses("max_pool3d", modules=(nn.MaxPool3d,), functions=(F.max_pool3d,), channelwise=True),
+    _chooses("max_pool3d", modules=(nn.MaxPool3d,), functions=(F.max_pool3d, torch.max_pool3d), channelwise=True),
     *(
         _chooses(f"adaptive_max_pool{dims}d", modules=(getattr(nn, f"AdaptiveMaxPool{dims}d"),),
                  functions=(getattr(F, f"adaptive_max_pool{dims}d"),), channelwise=True)
         for dims in (1, 2, 3)
     ),
     _chooses("amax", functions=(torch.amax,), methods=("amax",), channelwise=True),
-    _chooses("cat", functions=(torch.cat, torch.concat), overloads=(aten.cat.default,)),
+    _chooses("cat", functions=(torch.cat, torch.concat, torch.concatenate), overloads=(aten.cat.default,)),
     _chooses("stack", functions=(torch.stack,)),
     Operator("pad", None, (), (F.pad,), channelwise=True),
 )  # fmt: skip

@@ -17,6 +17,7 @@ from qat_lightning.modes.fx.config import LEFT_FLOAT, backend_config
 from qat_lightning.modes.fx.layers import UNSEEN
 from qat_lightning.modes.fx.passes import CLAMPS, OWN_GRIDS
 from qat_lightning.modes.fx.products import PRODUCTS
+from qat_lightning.modes.fx.weights import is_constant
 from qat_lightning.modes.places import op_name, rounding_of
 from qat_lightning.modes.prepared import prepared_state
 from qat_lightning.modes.protocol import EXCLUDED, LayerCoverage
@@ -127,7 +128,11 @@ class FxOperations:
         if face in LEFT_FLOAT or face not in self.known:
             return False
         # Not a bias, which no rounding is for: kernels have it in float.
-        sources = [source for source in node.all_input_nodes if source.op != "get_attr"]
+        sources = [
+            source
+            for source in node.all_input_nodes
+            if rounding_of(self._module(source)) is not None or not is_constant(source)
+        ]
         tensors = [source for source in sources if is_float(self.values.get(source.name))]
         return all(self._on_grid(source) for source in tensors) and self._is_rounded(node)
 

@@ -31,6 +31,7 @@ from qat_lightning.modes.fx.products import follow_earlier_checkpoints
 from qat_lightning.modes.fx.shapes import CONSTANT
 from qat_lightning.modes.fx.train_and_eval import call_as_in_evaluation
 from qat_lightning.modes.fx.tree import restore_children
+from qat_lightning.modes.fx.twins import use_known_names
 from qat_lightning.modes.fx.unseen import in_words, knows_no_range, put_plain_layers, take_out_unseen
 from qat_lightning.modes.fx.upstream import Hidden, convert_upstream, prepare_upstream
 from qat_lightning.modes.fx.weights import (
@@ -96,6 +97,8 @@ class FxMode:
         graph_module, scopes, sizes = trace(network, example, leaves=outer_parts(network, selected))
         two_and_more = graph_module.meta.pop(TWO_AND_MORE)
         leave_inside_float(graph_module, selected)
+        if "twins" in recipe.families:
+            use_known_names(graph_module.graph)
         passes.pass_over_identities(graph_module)
         fx_pads.name_zero_pads(graph_module, selected)
         name_linear(graph_module, scopes)

@@ -77,7 +77,7 @@ def weights_from_inputs(prepared: fx.GraphModule) -> list[str]:
     """
     float_ops = []
     for node in _weights(prepared, prepared.graph):
-        if not _is_constant(node.args[0]):
+        if not is_constant(node.args[0]):
             float_ops += [user.name for user in node.users]
             node.replace_all_uses_with(node.all_input_nodes[0])
             prepared.graph.erase_node(node)
@@ -146,7 +146,7 @@ def compute_biases_of_functions(root: nn.Module, graph: fx.Graph) -> None:
     """
     for number, node in enumerate(node for node in graph.nodes if node.target in _WITH_BIAS):
         bias = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
-        if not isinstance(bias, fx.Node) or bias.op == "get_attr" or not _is_constant(bias):
+        if not isinstance(bias, fx.Node) or bias.op == "get_attr" or not is_constant(bias):
             continue
         name = _fresh(root, f"_bias_{number}")
         root.register_parameter(name, nn.Parameter(_value(root, bias).detach().clone(), requires_grad=False))
@@ -170,11 +170,11 @@ def _fake_quantize(root: nn.Module, node: fx.Node) -> FakeQuantize:
     return found
 
 
-def _is_constant(node: Any) -> bool:
+def is_constant(node: Any) -> bool:
     """Whether a value is computed of parameters and buffers only."""
     if node.op == "get_attr":
         return True
-    return node.op != "placeholder" and bool(node.all_input_nodes) and all(map(_is_constant, node.all_input_nodes))
+    return node.op != "placeholder" and bool(node.all_input_nodes) and all(map(is_constant, node.all_input_nodes))
 
 
 def _value(root: nn.Module, node: Any) -> Any:

@@ -52,7 +52,10 @@ class FxOperations:
         self.modules = dict(prepared.named_modules(remove_duplicate=False))
         self.prepared = prepared
         graph: Any = prepared.graph
-        self.values = run_of(prepared, graph, example_values(graph, example)) if values is None else values
+        self.values = dict(run_of(prepared, graph, example_values(graph, example)) if values is None else values)
+        for node in self.plan.graph.nodes:  # roundings that training does without: their input stands for them
+            if node.name not in self.values and node.op == "call_module" and node.args[0].name in self.values:
+                self.values[node.name] = self.values[node.args[0].name]
         self.known = {config.pattern for config in backend_config().configs}
 
     def rows(self, done: Mapping[str, bool] | None = None, unseen: Collection[str] = ()) -> list[LayerCoverage]:

@@ -65,6 +65,14 @@ def test_twins_are_of_one_row() -> None:
             assert operator_of(name) is operator_of(twin) is not None, name
 
 
+def test_an_average_is_said_to_have_a_coarser_kernel() -> None:
+    prepared = get_mode("fx").prepare(
+        Network(lambda x, y: F.adaptive_avg_pool2d(x, 1)), Example((IMAGES,)), Recipe("fx", "x86")
+    )
+    (row,) = [row for row in get_mode("fx").coverage(cpu_copy(prepared), Example((IMAGES,))) if row.what == "op"]
+    assert row.reason.endswith("rounds to the coarser grid of its input")
+
+
 def test_what_takes_more_than_its_twin_stays_what_it_is() -> None:
     prepared = get_mode("fx").prepare(Network(lambda x, y: x.add(y, alpha=2)), Example((IMAGES,)), Recipe("fx", "x86"))
     assert [node.target for node in prepared.graph.nodes if node.op == "call_method"] == ["add"]

@@ -11,7 +11,7 @@ from torch import fx, nn
 
 from qat_lightning.graph.example import Example
 from qat_lightning.layers.batchnorm import is_batchnorm
-from qat_lightning.layers.operators import MOVES, MOVING_MODULES
+from qat_lightning.layers.operators import MOVES, MOVING_MODULES, faces_of
 from qat_lightning.modes.coverage import flops_of, is_float, macs_of, merged
 from qat_lightning.modes.fx.config import LEFT_FLOAT, backend_config
 from qat_lightning.modes.fx.layers import UNSEEN
@@ -31,6 +31,9 @@ _WRITE_INSTEAD: dict[Any, tuple[str, str]] = {
     torch.batch_norm: ("torch.batch_norm", "nn.BatchNorm2d"),
 }
 """Functions that mode fx does not know, and what it does."""
+
+
+_AVERAGES = faces_of("mean", *(f"{name}{dims}d" for name in ("avg_pool", "adaptive_avg_pool") for dims in (1, 2, 3)))
 
 
 class FxOperations:
@@ -167,7 +170,8 @@ class FxOperations:
         if not self._selected(node):
             return EXCLUDED
         if face in LEFT_FLOAT:
-            return f"{name} is not quantized in mode='fx'"
+            coarser = ": its int8 kernel rounds to the coarser grid of its input" if face in _AVERAGES else ""
+            return f"{name} is not quantized in mode='fx'{coarser}"
         if face in PRODUCTS:
             divides = node.name in self.plan.divisors
             shapes = "its int8 kernel takes two matrices, or as many of them on either side"

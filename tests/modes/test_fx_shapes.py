@@ -192,6 +192,31 @@ def test_another_result_for_one_sample_is_refused() -> None:
         get_mode("fx").prepare(BySamples(), Example((IMAGES,)), Recipe("fx", "x86"))
 
 
+class InstallsHooks(Base):
+    """As transformers does: what layers yield is collected by hooks that the first call installs, and marks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block, self.collected = nn.Sequential(self.conv, nn.ReLU()), list[Tensor]()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not hasattr(self, "installed"):
+            self.block.register_forward_hook(lambda module, args, output: self.collected.append(output))
+            self.installed = True
+        self.collected.clear()
+        self.block(x)
+        (only,) = self.collected
+        y: Tensor = self.head(only.reshape(x.shape[0], 8, int(x.shape[2]), -1).mean((2, 3)))
+        return y
+
+
+def test_hooks_that_a_forward_installs_are_installed_anew_by_each_trace() -> None:
+    network = InstallsHooks()
+    graph_module, _, _ = trace(network, Example((IMAGES,)), [])
+    assert not network.block._forward_hooks
+    torch.testing.assert_close(run(graph_module.eval(), IMAGES), InstallsHooks().eval()(IMAGES))
+
+
 class Factories(Base):
     """Tensors of the shape of an input, number of samples included, on its device."""
 

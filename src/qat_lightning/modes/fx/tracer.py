@@ -240,13 +240,18 @@ def _random_state() -> tuple[Any, ...]:
     )
 
 
+_HOOKS = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs")
+
+
 @contextmanager
 def counting(network: nn.Module) -> Iterator[set[str]]:
     """Note which modules count a batch within the block; all else is as before at its end, and random numbers are.
 
-    What a forward keeps in its module, such as a table for the size that came, is made anew by each trace.
+    What a forward keeps in its module, such as a table for the size that came, is made anew by each trace; so are hooks
+    that it installs the first time, as transformers does to collect what layers yield.
     """
     attributes = {module: (dict(vars(module)), dict(module._buffers)) for module in network.modules()}
+    hooks = [(vars(module)[name], dict(vars(module)[name])) for module in attributes for name in _HOOKS]
     kept = {name: buffer.detach().clone() for name, buffer in network.named_buffers()}
     counted: set[str] = set()
     with torch.random.fork_rng(devices=[]), torch.no_grad():
@@ -260,6 +265,9 @@ def counting(network: nn.Module) -> Iterator[set[str]]:
                     counted.add(name.rpartition(".")[0])
             for module, before in attributes.items():
                 _give_back(module, *before)
+            for now, had in hooks:
+                for added in now.keys() - had.keys():
+                    del now[added]
             for name, buffer in network.named_buffers():
                 buffer.copy_(kept[name])
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from qat_lightning.graph.example import Example
 from qat_lightning.modes.fx import plan as fx_plan
-from qat_lightning.modes.prepared import cpu_copy
+from qat_lightning.modes.prepared import cpu_copy, fake_quantizers
 from qat_lightning.modes.registry import get_mode
 from qat_lightning.rehearsal.rehearse import rehearse
 from qat_lightning.settings.recipe import Recipe
@@ -107,6 +107,32 @@ class LinearInAllButName(nn.Module):
         return y
 
 
+class Transposed(nn.Module):
+    """As Falcon's layers, which derive from ``nn.Linear``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(16, 8) / 3), nn.Parameter(torch.randn(16))
+        self.other, self.head = nn.Parameter(torch.randn(16, 16) / 4), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = (x @ self.weight.T + self.bias).relu()
+        y: Tensor = self.head((self.bias + x.matmul(self.other)).relu())
+        return y
+
+
+def test_products_with_a_weight_are_linear_layers_with_their_bias() -> None:
+    network, example = Transposed(), Example((torch.randn(4, 3, 8),))
+    found = rehearse(network, example, RECIPE)
+    assert found.int8_macs == 1
+    assert [row.kind for row in found.coverage if row.macs] == ["Linear", "linear", "linear"]
+    assert not [row for row in found.coverage if row.kind == "add"]
+    prepared = get_mode("fx").prepare(copy.deepcopy(network), example, RECIPE)
+    for _, fq in fake_quantizers(prepared):
+        fq.enable_fake_quant(False)
+    torch.testing.assert_close(prepared.eval()(*example.args), network(*example.args))
+
+
 def test_addmm_and_mm_with_a_weight_are_linear_layers() -> None:
     network, example = LinearInAllButName(), Example((torch.randn(4, 8),))
     found = rehearse(network, example, Recipe("fx", "x86"))
@@ -120,10 +146,10 @@ def test_a_product_that_no_kernel_takes_stays_float() -> None:
     class Broadcast(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.linear, self.weight = nn.Linear(4, 4), nn.Parameter(torch.randn(4, 4))
+            self.linear = nn.Linear(4, 4)
 
         def forward(self, x: Tensor) -> Any:
-            return self.linear(x) @ self.weight
+            return self.linear(x) @ x[0].t()
 
     found = rehearse(Broadcast(), Example((torch.randn(2, 3, 4),)), RECIPE)
     (row,) = [row for row in found.coverage if row.kind == "matmul"]

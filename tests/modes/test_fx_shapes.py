@@ -217,6 +217,37 @@ def test_hooks_that_a_forward_installs_are_installed_anew_by_each_trace() -> Non
     torch.testing.assert_close(run(graph_module.eval(), IMAGES), InstallsHooks().eval()(IMAGES))
 
 
+class MakesItsLoss(Base):
+    """As networks of transformers that are given labels; and an activation by its name."""
+
+    def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
+        logits = self.head(nn.SiLU()(self.conv(x)).mean((2, 3)))
+        return {"loss": nn.CrossEntropyLoss()(logits.view(-1, 4), labels.view(-1)), "logits": logits}
+
+
+def test_modules_that_a_forward_makes_are_traced_through() -> None:
+    example = Example((IMAGES, torch.tensor([0, 1, 2, 3])))
+    found = rehearse(MakesItsLoss(), example, Recipe("fx", "x86"))
+    assert (found.int8_macs, found.left_float, found.unsaved) == (1, {}, "")
+    graph_module, _, _ = trace(MakesItsLoss(), example, [])
+    got, wanted = graph_module.eval()(*example.args), MakesItsLoss().eval()(*example.args)
+    torch.testing.assert_close(got["loss"], wanted["loss"])
+
+
+class Cache:
+    pass
+
+
+class ReturnsACache(Base):
+    def forward(self, x: Tensor) -> Any:  # type: ignore[override]
+        return self.head(self.conv(x).mean((2, 3))), Cache()
+
+
+def test_what_no_graph_holds_is_refused_with_what_to_do() -> None:
+    with pytest.raises(TraceError, match=r"here is a Cache: leave it out of .*use_cache=False"):
+        trace(ReturnsACache(), Example((IMAGES,)), [])
+
+
 class Factories(Base):
     """Tensors of the shape of an input, number of samples included, on its device."""
 

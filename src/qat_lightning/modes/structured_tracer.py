@@ -56,7 +56,15 @@ class StructuredTracer(QuantizationTracer):
             factory = a.default_factory if isinstance(a, defaultdict) else None
             make = OrderedDict if type(a) is OrderedDict else MakesMapping(type(a), factory)
             return self.create_node("call_function", make, (pairs,), {})
-        return super().create_arg(a)
+        try:
+            return super().create_arg(a)
+        except NotImplementedError as error:
+            if not str(error).startswith("argument of type"):
+                raise  # of a part of it
+            raise NotImplementedError(
+                f"a graph holds tensors, numbers and containers of them, and here is a {type(a).__name__}: leave it "
+                "out of what forward is given and returns (a cache of transformers with use_cache=False)"
+            ) from error
 
 
 def makes_container(node: fx.Node) -> bool:

@@ -1,4 +1,4 @@
-"""Products with a parameter that are linear layers in all but name, such as those of GPT-2: ``addmm(b, x, w)``."""
+"""Products with a weight that are linear layers in all but name, such as ``addmm(b, x, w)`` or ``x @ w.T + b``."""
 
 from __future__ import annotations
 
@@ -9,38 +9,97 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+_PRODUCTS = (torch.mm, torch.matmul, operator.matmul, "matmul", "mm")
+_SUMS = (operator.add, torch.add, "add")
+_TURNS = {("t",), ("transpose", 0, 1), ("transpose", 1, 0), ("transpose", -1, -2), ("transpose", -2, -1)}
+"""Ways to transpose a matrix: a method and its arguments."""
+
 
 def name_linear(graph_module: fx.GraphModule, scopes: dict[str, Any]) -> None:
-    """Let ``addmm`` and ``mm`` with a weight be ``F.linear`` with its transpose, which has an int8 kernel.
+    """Let products with a weight be ``F.linear``, which has an int8 kernel with one scale an output channel.
 
     Args:
         graph_module: A trace; changed in place.
         scopes: Of its nodes; those that are added get the scope of the product.
     """
-    for node in list(graph_module.graph.nodes):
-        if node.op != "call_function" or node.target not in (torch.addmm, torch.mm) or node.kwargs:
+    graph = graph_module.graph
+    for node in list(graph.nodes):
+        found = _factors(graph_module, node)
+        if found is None:
             continue
-        *bias, given, weight = node.args
-        if not isinstance(given, fx.Node) or not _is_weight(graph_module, weight):
-            continue
-        if bias and not _is_parameter(graph_module, bias[0]):
-            continue
-        with graph_module.graph.inserting_before(node):
-            transposed = graph_module.graph.call_method("t", (weight,))
-        if node.name in scopes:
-            scopes[transposed.name] = scopes[node.name]
-        node.target, node.args = F.linear, (given, transposed, *bias)
+        given, weight, bias = found
+        turned = _turned(weight)
+        if turned is None:
+            with graph.inserting_before(node):
+                turned = graph.call_method("t", (weight,))
+            if node.name in scopes:
+                scopes[turned.name] = scopes[node.name]
+        node.op, node.target, node.args = "call_function", F.linear, (given, turned, *bias)
+        if not bias:
+            _take_bias(graph_module, node)
+    graph.eliminate_dead_code()
     graph_module.recompile()
 
 
-def _is_weight(root: nn.Module, node: Any) -> bool:
-    return _is_parameter(root, node) and _read(root, node).ndim == 2
+def _factors(root: fx.GraphModule, node: fx.Node) -> tuple[fx.Node, fx.Node, list[fx.Node]] | None:
+    """What is multiplied, the weight (input by output channels) and the bias of a product; None if it has no weight."""
+    if node.kwargs or node.op not in ("call_function", "call_method"):
+        return None
+    if node.target is torch.addmm:
+        bias, *factors = node.args
+        if not _is_parameter(root, bias, 1):
+            return None
+        given_bias: list[Any] = [bias]
+    elif node.target in _PRODUCTS:
+        factors, given_bias = list(node.args), []
+    else:
+        return None
+    given, weight = factors
+    if not isinstance(given, fx.Node) or not isinstance(weight, fx.Node) or given.op == "get_attr":
+        return None
+    source = _turned(weight) or weight
+    return (given, weight, given_bias) if _is_parameter(root, source, 2) else None
 
 
-def _is_parameter(root: nn.Module, node: Any) -> bool:
-    return isinstance(node, fx.Node) and node.op == "get_attr" and isinstance(_read(root, node), nn.Parameter)
+def _turned(node: fx.Node) -> fx.Node | None:
+    """What a node is the transposed of."""
+    if node.op == "call_method" and (node.target, *node.args[1:]) in _TURNS:
+        source: Any = node.args[0]
+    elif node.op == "call_function" and node.target is getattr and node.args[1] in ("T", "mT"):
+        source = node.args[0]
+    else:
+        return None
+    return source if isinstance(source, fx.Node) else None
 
 
-def _read(root: nn.Module, node: fx.Node) -> Tensor:
+def _take_bias(root: fx.GraphModule, linear: fx.Node) -> None:
+    """Take a vector of parameters that is added to what a linear layer yields, and to nothing else, for its bias."""
+    users = list(linear.users)
+    if len(users) != 1 or users[0].target not in _SUMS or users[0].kwargs or len(users[0].args) != 2:
+        return
+    total = users[0]
+    bias = next((arg for arg in total.args if arg is not linear), None)
+    if not isinstance(bias, fx.Node) or not _is_parameter(root, bias, 1):
+        return
+    if _read(root, bias).shape != _read(root, linear.args[1]).shape[:1]:
+        return
+    with root.graph.inserting_before(linear):
+        first = root.graph.node_copy(bias)
+    linear.args = (*linear.args, first)
+    total.replace_all_uses_with(linear)
+    root.graph.erase_node(total)
+
+
+def _is_parameter(root: nn.Module, node: Any, dimensions: int) -> bool:
+    if not isinstance(node, fx.Node) or node.op != "get_attr":
+        return False
+    value = _read(root, node)
+    return isinstance(value, nn.Parameter) and value.ndim == dimensions
+
+
+def _read(root: nn.Module, node: Any) -> Tensor:
+    """The tensor of an attribute; of one that is transposed likewise, turned."""
+    if node.op != "get_attr":
+        return _read(root, _turned(node)).t()
     value: Tensor = operator.attrgetter(str(node.target))(root)
     return value

@@ -112,7 +112,7 @@ class ShapesTracer(NetworkTracer):
         try:
             return super().call_module(m, forward, args, kwargs)
         except SizesDecide:
-            if holds_no_layer(m):
+            if holds_no_layer(m) and not self.is_of_no_network(m):
                 raise CallAsWhole(self.path_of_module(m)) from None
             raise
 

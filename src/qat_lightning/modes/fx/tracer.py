@@ -206,6 +206,12 @@ class NetworkTracer(StructuredTracer):
             raise DecidesByChance("")
         return graph
 
+    def is_of_no_network(self, module: nn.Module) -> bool:
+        """Whether a module was made by a forward, such as a loss, and holds nothing: what it does is traced."""
+        if any(True for _ in module.parameters()) or any(True for _ in module.buffers()):
+            return False
+        return not any(other is module for other in self.root.modules())
+
     def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Trace what a module does, or call it.
 
@@ -213,6 +219,8 @@ class NetworkTracer(StructuredTracer):
             CallAsWhole: It cannot be traced, or draws random numbers, and holds no layer.
             DecidesByChance: It draws random numbers, and holds layers.
         """
+        if self.is_of_no_network(m):
+            return forward(*args, **kwargs)
         path = self.path_of_module(m)
         if self.is_leaf_module(m, path):
             return super().call_module(m, forward, args, kwargs)

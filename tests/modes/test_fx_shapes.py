@@ -234,6 +234,19 @@ def test_modules_that_a_forward_makes_are_traced_through() -> None:
     torch.testing.assert_close(got["loss"], wanted["loss"])
 
 
+class TakesMore(Base):
+    """As networks of transformers, whose forwards take whatever else is given by name, and do nothing with it."""
+
+    def forward(self, x: Tensor | None = None, more: bool | None = None, **kwargs: Any) -> Tensor:  # type: ignore[override]
+        y: Tensor = self.head(self.conv(x).relu().mean((2, 3)))
+        return y
+
+
+def test_a_forward_with_more_arguments_than_it_uses_is_called_by_name() -> None:
+    found = rehearse(TakesMore(), Example((), {"x": IMAGES}), Recipe("fx", "x86"))
+    assert (found.int8_macs, found.left_float, found.unsaved) == (1, {}, "")
+
+
 class Cache:
     pass
 

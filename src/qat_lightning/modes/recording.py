@@ -212,6 +212,8 @@ def example_values(graph: fx.Graph, example: Example) -> list[Any]:
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
     values = list(example.args)
     for node in inputs[len(values) :]:
+        if str(node.target).startswith("*"):
+            continue  # *args and **kwargs, which take what is left over, and here that is nothing
         # What the example leaves out has its default, which a placeholder holds as its argument.
         values.append(example.kwargs[node.target] if node.target in example.kwargs else node.args[0])
     return values

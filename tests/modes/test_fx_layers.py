@@ -128,7 +128,6 @@ def test_padding_by_name_is_int8(padding: str) -> None:
     [
         (nn.Conv2d(3, 4, 4, padding="same"), "even kernel"),
         (nn.Conv2d(3, 4, 3, padding=1, padding_mode="circular"), "circular"),
-        (nn.ConvTranspose2d(3, 4, 2), "ConvTranspose2d"),
     ],
 )
 def test_layers_without_a_kernel_stay_float_with_the_reason(layer: nn.Module, reason: str) -> None:

@@ -1,0 +1,79 @@
+"""Transposed convolutions in a trace: the convolution that stands for each, of its parameters, and a shuffle."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.nn.utils.parametrize import is_parametrized
+
+from qat_lightning.layers.subpixel import Subpixel, subpixel_of
+
+_CONVOLUTIONS: dict[type[nn.Module], Any] = {
+    nn.ConvTranspose1d: F.conv1d,
+    nn.ConvTranspose2d: F.conv2d,
+    nn.ConvTranspose3d: F.conv3d,
+}
+
+
+def subpixel_weight(weight: Tensor, subpixel: tuple[Any, ...]) -> Tensor:
+    """`Subpixel.weight`, as a graph calls it."""
+    return Subpixel(*subpixel).weight(weight)
+
+
+def subpixel_bias(bias: Tensor, subpixel: tuple[Any, ...]) -> Tensor:
+    """`Subpixel.bias`, as a graph calls it."""
+    return Subpixel(*subpixel).bias(bias)
+
+
+def write_as_convolutions(
+    graph_module: fx.GraphModule, selected: Mapping[str, bool], scopes: dict[str, Any], *, three: bool
+) -> None:
+    """Put the convolution and the moves that stand for them in the place of transposed convolutions.
+
+    Their weights and biases are computed of the layers' parameters, which stay theirs: the weight is rounded with one
+    scale for each output channel and phase.
+
+    Args:
+        graph_module: A trace; changed in place.
+        selected: Whether a layer is to be quantized.
+        scopes: The module whose ``forward`` made each node; what is made here has that of the layer.
+        three: Whether the backend has convolutions in three dimensions.
+    """
+    for node in graph_module.graph.find_nodes(op="call_module"):
+        module = graph_module.get_submodule(str(node.target))
+        convolution = _CONVOLUTIONS.get(type(module))
+        if convolution is None or (convolution is F.conv3d and not three):
+            continue
+        if not selected.get(str(node.target), False) or is_parametrized(module) or len(node.args) > 1 or node.kwargs:
+            continue
+        _write(graph_module.graph, node, module, convolution, scopes)
+    graph_module.recompile()
+
+
+def _write(graph: fx.Graph, node: fx.Node, module: Any, convolution: Any, scopes: dict[str, Any]) -> None:
+    subpixel = subpixel_of(module)
+    settings = (
+        *(subpixel.stride, subpixel.dilation, subpixel.taps, subpixel.padding),
+        *(subpixel.first, subpixel.behind, subpixel.groups),
+    )
+    path, ones = str(node.target), (1,) * len(subpixel.stride)
+    with graph.inserting_before(node):
+        weight = graph.call_function(subpixel_weight, (graph.get_attr(f"{path}.weight"), settings))
+        bias = None
+        if module.bias is not None:
+            bias = graph.call_function(subpixel_bias, (graph.get_attr(f"{path}.bias"), settings))
+        arguments = (node.args[0], weight, bias, ones, subpixel.padding, ones, subpixel.groups)
+        made = [graph.call_function(convolution, arguments)]
+        for name, given in subpixel.moves():
+            if name == "getitem":
+                made.append(graph.call_function(operator.getitem, (made[-1], *given)))
+            else:
+                made.append(graph.call_method(name, (made[-1], *given)))
+    for new in (*made, *(n for n in (weight, bias) if n is not None)):
+        scopes[new.name] = path, type(module)
+    node.replace_all_uses_with(made[-1])
+    graph.erase_node(node)

@@ -1,0 +1,1 @@
+"""Submodules of a network, each prepared by the best mode that takes it."""

@@ -1,4 +1,4 @@
-"""The network in the file of each mode: a graph for fx and pt2e, a plan and tensors for eager."""
+"""The network in the file of each mode: a graph for fx and pt2e, a plan and tensors for eager, both by parts."""
 
 from __future__ import annotations
 
@@ -167,9 +167,65 @@ def _load_buffers(network: nn.Module, saved: Any, reading: Reading) -> None:
             buffers[name].data = tensor
 
 
+def _encode_parts(network: nn.Module, writing: Writing) -> dict[str, Any]:
+    """The graph of each part, and the tensors of the rest, whose code is the network's own."""
+    from qat_lightning.modes.parts.int8 import rest_of
+
+    known = network.__dict__["quantization_parts"]
+    state, buffers = rest_of(network)
+    parts = []
+    for name in known["names"]:
+        inside = Writing(writing.tensors, needs_trust=writing.needs_trust)
+        parts.append([name, _encode_fx(network.get_submodule(name), inside)])
+        writing.needs_network |= {f"{name}.{inner}": kind for inner, kind in inside.needs_network.items()}
+    writing.needs_network[""] = type(network).__name__
+    try:
+        return {
+            "class": type(network).__name__,
+            "parts": parts,
+            "forms": list(map(list, known["forms"].items())),
+            "state": [[key, encode(value, writing.tensors.encode)] for key, value in state.items()],
+            "buffers": [[key, encode(v, writing.tensors.encode)] for key, v in buffers.items()],
+        }
+    except ArtifactError as error:
+        raise ArtifactError(f"its state_dict {error}") from error
+
+
+def _decode_parts(data: dict[str, Any], recipe: Recipe, reading: Reading) -> nn.Module:
+    from qat_lightning.modes.parts.int8 import forms_of, with_parts
+
+    kind = str(data["class"])
+    if reading.network is None:
+        raise ArtifactError(
+            f"mode='parts' keeps your Python code around the parts, which no file can hold: give the float network, a "
+            f"{kind} as its code makes it, trained or not, as load_quantized(path, network=...)"
+        )
+    network = copy.deepcopy(reading.network).cpu().float()
+    _check_forms(forms_of(network), {str(key): shape for key, shape in data["forms"]}, kind, type(network).__name__)
+    parts = {}
+    for name, graph in data["parts"]:
+        inside = Reading(reading.tensors, network.get_submodule(str(name)), reading.trusted)
+        parts[str(name)] = _decode_fx(graph, recipe, inside)
+    rest = {str(key): decode(value, reading.tensors.decode) for key, value in data["state"]}
+    network = with_parts(network, parts, rest)
+    _load_buffers(network, data["buffers"], reading)
+    return network
+
+
+def _check_forms(own: Mapping[str, list[int]], forms: Mapping[str, list[int]], kind: str, given: str) -> None:
+    """Refuse a network that has other tensors than the one that was quantized, also where graphs replace them."""
+    if own.keys() != forms.keys():
+        different = ", ".join(sorted(own.keys() ^ forms.keys())[:8])
+        raise ArtifactError(f"it was saved from a {kind} that has other tensors than the {given} given: {different}")
+    wrong = [f"{key}: {forms[key]} there, {own[key]} here" for key in own if own[key] != forms[key]]
+    if wrong:
+        raise ArtifactError(f"it was saved from a {kind} of another shape than the {given} given: {wrong[0]}")
+
+
 _CODECS: dict[str, tuple[Callable[..., dict[str, Any]], Callable[..., nn.Module]]] = {
     "eager": (_encode_eager, _decode_eager),
     "fx": (_encode_fx, _decode_fx),
+    "parts": (_encode_parts, _decode_parts),
     "pt2e": (_encode_pt2e, _decode_pt2e),
 }
 """What writes and what reads the int8 network of each mode."""

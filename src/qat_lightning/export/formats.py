@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from qat_lightning.errors import CombinationError, ConfigurationError
 from qat_lightning.export.protocol import Format
+from qat_lightning.settings.modes import traits_of
 from qat_lightning.settings.recipe import Recipe
 
 _TABLE = {
@@ -49,6 +50,11 @@ def check_formats(names: Sequence[str], recipe: Recipe) -> None:
     """
     for name in names:
         chosen = get_format(name)
+        if not traits_of(recipe.mode).exports:
+            raise CombinationError(
+                f"export={name} does not go with mode={recipe.mode!r}, which keeps Python code between its graphs: "
+                "write the int8 network with save(path), or use a mode that takes the whole network."
+            )
         why = chosen.refusal(recipe)
         if why:
             possible = [other for other in FORMATS if not get_format(other).refusal(recipe)]

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from torch import fx, nn
 
 from qat_lightning.modes.eager.calls import layer_of
-from qat_lightning.modes.prepared import PreparedState, fake_quantizers, prepared_state
+from qat_lightning.modes.prepared import PreparedState, fake_quantizers, joined, prepared_parts, prepared_state
 from qat_lightning.numerics.fake_quantize import FakeQuantize
 
 
@@ -58,6 +58,9 @@ def find_places(prepared: nn.Module) -> list[Place]:
         >>> [(place.layer, place.kind, place.what) for place in find_places(prepared)]
         [('0', 'Conv2d', 'weight'), ('input', 'input', 'activation'), ('0', 'Conv2d', 'activation')]
     """
+    parts = prepared_parts(prepared)
+    if parts:
+        return [replace(place, layer=joined(name, place.layer)) for name in parts for place in find_places(parts[name])]
     graph = getattr(prepared, "graph", None)
     if not isinstance(graph, fx.Graph):
         return list(_in_layers(prepared))

@@ -55,6 +55,7 @@ class Converted:
         notes: What a user should be told, such as a fallback taken.
         operations: Likewise for the ops between the layers.
         whole: The comparison of the whole; None if there is no output to compare.
+        parts: The names of the submodules that were converted, where not the whole was.
     """
 
     network: nn.Module
@@ -63,6 +64,7 @@ class Converted:
     notes: list[str] = field(default_factory=list)
     operations: list[LayerCoverage] = field(default_factory=list)
     whole: WholeCheck | None = None
+    parts: tuple[str, ...] = ()
 
 
 class Mode(Protocol):

@@ -7,7 +7,7 @@ from qat_lightning.modes.protocol import Mode
 
 
 def get_mode(mode: str) -> Mode:
-    """The mode called ``"eager"``, ``"fx"`` or ``"pt2e"``.
+    """The mode called ``"eager"``, ``"fx"``, ``"pt2e"`` or ``"parts"``.
 
     Raises:
         ConfigurationError: There is no such mode. For ``"auto"`` see `qat_lightning.rehearsal.auto.choose_mode`.
@@ -21,8 +21,12 @@ def get_mode(mode: str) -> Mode:
         from qat_lightning.modes.eager.mode import EagerMode
 
         return EagerMode()
+    if mode == "parts":
+        from qat_lightning.modes.parts.mode import PartsMode
+
+        return PartsMode()
     if mode != "pt2e":
-        raise ConfigurationError(f"mode={mode!r} is unknown: use 'eager', 'fx' or 'pt2e'.")
+        raise ConfigurationError(f"mode={mode!r} is unknown: use 'eager', 'fx', 'pt2e' or 'parts'.")
     from qat_lightning.modes.pt2e import Pt2eMode
 
     return Pt2eMode()

@@ -19,13 +19,15 @@ from qat_lightning.modes.uncalibrated import quantize
 from qat_lightning.rehearsal.rehearse import Inspect, OnFault, Rehearsal, nothing_moves, rehearse
 from qat_lightning.settings.backends import MODES
 from qat_lightning.settings.kinds import DIRECT
+from qat_lightning.settings.modes import traits_of
 from qat_lightning.settings.recipe import FAMILIES, Recipe
 
 Rehearsed = tuple[QuantizedNetwork, nn.Module]
 """The int8 network of a rehearsal, and what it has to compute."""
 
-AUTO_ORDER = ("fx", "eager", "pt2e")
-"""Best first, where the share of int8 is the same: fx trains fastest and quantizes functions, pt2e needs a compiler."""
+AUTO_ORDER = ("fx", "parts", "eager", "pt2e")
+"""Best first, where the share of int8 is the same: fx trains fastest and quantizes functions, as do
+its parts; pt2e needs a compiler."""
 
 WITHIN = 0.01
 """Shares of int8 that are as close as this count as the same."""
@@ -36,7 +38,7 @@ class Decision:
     """What was decided of a network before it is prepared.
 
     Attributes:
-        mode: ``"eager"``, ``"fx"`` or ``"pt2e"``.
+        mode: ``"eager"``, ``"fx"``, ``"pt2e"`` or ``"parts"``.
         why: Why this mode, in two lines at most; empty if it was not for us to choose.
         left_float: What stays float because it cannot be int8, by its name in the network, and why.
         rehearsal: What the rehearsal found; None if there was none.
@@ -139,8 +141,8 @@ def _try_all(
     tried: dict[str, Rehearsal] = {}
     failed: dict[str, str] = {}
     for candidate in AUTO_ORDER:
-        if not _there(recipe, candidate):
-            continue  # The backend has no such mode, which is no failure of the network.
+        if traits_of(candidate).instead_of in tried or not _there(recipe, candidate):
+            continue  # It is not needed; or the backend has no such mode, which is no failure of the network.
         try:
             found = tried[candidate] = attempt(candidate)
         except Exception as error:  # noqa: BLE001 - a mode that breaks upstream is one that does not work here
@@ -177,6 +179,8 @@ def _why(chosen: str, tried: Mapping[str, Rehearsal], failed: Mapping[str, str])
     others = [f"{mode}: {share(mode)}" for mode in tried if mode != chosen]
     others += [f"{mode}: {_short(reason)}" for mode, reason in failed.items()]
     first = f"{chosen} is the best that works for this network ({share(chosen)})"
+    if tried[chosen].parts:
+        first += f": its parts {', '.join(map(repr, tried[chosen].parts))}, while the code around them stays Python"
     return f"{first}\n{'; '.join(others)}" if others else first
 
 
@@ -222,7 +226,8 @@ def choose_mode(
     failed: dict[str, str] = {}
     layers: dict[str, int] = {}
     for candidate in AUTO_ORDER:
-        if not _there(recipe, candidate):
+        # How much of it is int8 by parts, only a rehearsal shows.
+        if traits_of(candidate).instead_of or not _there(recipe, candidate):
             continue
         trial = recipe(candidate)
         try:
@@ -238,7 +243,8 @@ def choose_mode(
             failed[candidate] = _short(str(error))
             continue
         others = "; ".join(f"{other}: {reason}" for other, reason in failed.items())
-        first = f"{candidate} is the first of {', '.join(AUTO_ORDER)} that prepares this network"
+        order = ", ".join(mode for mode in AUTO_ORDER if not traits_of(mode).instead_of)
+        first = f"{candidate} is the first of {order} that prepares this network"
         return Decision(candidate, f"{first}\n{others}" if others else first)
     if layers:
         best = max(layers, key=lambda candidate: layers[candidate])

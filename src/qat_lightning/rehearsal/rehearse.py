@@ -55,6 +55,7 @@ class Rehearsal:
         int8_macs: The share of the multiply-accumulates that is in int8, from 0 to 1; of the layers where none were
             counted.
         unsaved: Why no file can hold the int8 network; empty if one can.
+        parts: The submodules that are int8, where the network is quantized by parts.
     """
 
     recipe: Recipe
@@ -62,6 +63,7 @@ class Rehearsal:
     coverage: tuple[LayerCoverage, ...] = ()
     int8_macs: float = 0.0
     unsaved: str = ""
+    parts: tuple[str, ...] = ()
 
 
 def rehearse(
@@ -130,7 +132,7 @@ def _rehearse(
         if inspect is not None:
             inspect(quantized, prepared)
     rows = (*quantized.coverage, *quantized.operations)
-    return Rehearsal(recipe, conversion.left_float, rows, share_of(rows), unsaved)
+    return Rehearsal(recipe, conversion.left_float, rows, share_of(rows), unsaved, conversion.converted.parts)
 
 
 def share_of(rows: tuple[LayerCoverage, ...]) -> float:

@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 from qat_lightning.errors import CombinationError, ConfigurationError, MissingExtraError
 
 MODES = ("eager", "fx", "pt2e")
+"""The modes that take a network as a whole."""
+
+NAMES = (*MODES, "auto", "parts")
+"""All that ``mode=`` may be."""
 
 
 @dataclass(frozen=True)
@@ -67,10 +71,12 @@ class Backend:
 
 
 _TABLE = (
-    Backend("x86", ("eager", "fx", "pt2e"), "server CPUs with VNNI, through oneDNN (Inductor in pt2e)", "onednn"),
-    Backend("onednn", ("eager", "fx"), "server CPUs, through oneDNN", "onednn"),
-    Backend("fbgemm", ("eager", "fx"), "x86 CPUs without VNNI, through FBGEMM", "fbgemm", weight_limit=63),
-    Backend("qnnpack", ("eager", "fx"), "Arm CPUs, through QNNPACK", "qnnpack", tolerance_db=40.0),
+    Backend(
+        "x86", ("eager", "fx", "pt2e", "parts"), "server CPUs with VNNI, through oneDNN (Inductor in pt2e)", "onednn"
+    ),
+    Backend("onednn", ("eager", "fx", "parts"), "server CPUs, through oneDNN", "onednn"),
+    Backend("fbgemm", ("eager", "fx", "parts"), "x86 CPUs without VNNI, through FBGEMM", "fbgemm", weight_limit=63),
+    Backend("qnnpack", ("eager", "fx", "parts"), "Arm CPUs, through QNNPACK", "qnnpack", tolerance_db=40.0),
     Backend(
         "xnnpack",
         ("pt2e",),
@@ -107,7 +113,7 @@ def get_backend(name: str, mode: str) -> Backend:
 
     Args:
         name: A backend's name.
-        mode: ``"eager"``, ``"fx"``, ``"pt2e"``, or ``"auto"``, which goes with every backend.
+        mode: ``"eager"``, ``"fx"``, ``"pt2e"``, ``"parts"``, or ``"auto"``, which goes with every backend.
 
     Raises:
         ConfigurationError: The mode or the backend is unknown.
@@ -117,8 +123,8 @@ def get_backend(name: str, mode: str) -> Backend:
         >>> get_backend("qnnpack", "fx").engine
         'qnnpack'
     """
-    if mode not in (*MODES, "auto"):
-        raise ConfigurationError(f"mode={mode!r} is unknown: use one of {', '.join((*MODES, 'auto'))}.")
+    if mode not in NAMES:
+        raise ConfigurationError(f"mode={mode!r} is unknown: use one of {', '.join(NAMES)}.")
     if name not in BACKENDS:
         raise ConfigurationError(f"backend={name!r} is unknown: use one of {', '.join(BACKENDS)}.")
     backend = BACKENDS[name]

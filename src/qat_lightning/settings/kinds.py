@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 
-from qat_lightning.errors import ConfigurationError
+from qat_lightning.errors import CombinationError, ConfigurationError
 from qat_lightning.settings.backends import BACKENDS, MODES, get_backend, pairs
 from qat_lightning.settings.recipe import Recipe
 from qat_lightning.settings.scheme import Scheme
@@ -18,7 +18,10 @@ _XNNPACK_WEIGHTS = (
 
 _TENSORRT_RANGES = "TensorRT's int8 kernels take ranges that are known beforehand: use kind='static', or backend='x86'"
 
+_BY_PARTS = "by parts, networks are calibrated or trained: use mode='eager', which reaches every layer of Python code"
+
 UNSUPPORTED: dict[tuple[str, str, str], str] = {
+    **{(kind, "parts", backend): _BY_PARTS for kind in DIRECT for backend in BACKENDS},
     ("weight_only", "pt2e", "xnnpack"): _XNNPACK_WEIGHTS,
     ("weight_only", "pt2e", "tensorrt"): _TENSORRT_RANGES,
     ("dynamic", "pt2e", "tensorrt"): _TENSORRT_RANGES,
@@ -43,7 +46,8 @@ def check_kind(recipe: Recipe) -> None:
     sweep over methods: a warning names it.
 
     Raises:
-        ConfigurationError: The message says what to type instead.
+        CombinationError: The kind is not there for this mode and backend; the message says what to type instead.
+        ConfigurationError: Likewise for a scheme that the kind cannot do.
 
     Example:
         >>> check_kind(Recipe("pt2e", "x86", Scheme(weight_symmetric=False), kind="weight_only"))
@@ -55,7 +59,7 @@ def check_kind(recipe: Recipe) -> None:
     """
     reason = UNSUPPORTED.get((recipe.kind, recipe.mode, recipe.backend))
     if reason:
-        raise ConfigurationError(
+        raise CombinationError(
             f"kind={recipe.kind!r} is not there for mode={recipe.mode!r} and backend={recipe.backend!r}: {reason}."
         )
     if recipe.kind == "dynamic":

@@ -13,22 +13,28 @@ class ModeTraits:
 
     Attributes:
         captures: Whether it captures a graph of ``forward``, which then runs instead of the user's code: the same way
-            through the network in every process, whatever the values are; with layers of its own in the place of the
-            user's.
+            through the network in every process, whatever the values are.
+        replaces: Whether it puts layers of its own in the place of the user's.
         packs: Whether its static int8 layers hold weights packed for a kernel of torch's quantized engine: they do not
             pickle, and are part of a TorchScript file.
+        instead_of: The mode in whose place ``mode="auto"`` tries it, where that refuses the network.
+        exports: Whether its int8 networks go into the formats of `qat_lightning.export`.
     """
 
     captures: bool
+    replaces: bool
     packs: bool
+    instead_of: str = ""
+    exports: bool = True
 
 
 _TRAITS = {
-    "eager": ModeTraits(captures=False, packs=True),
-    "fx": ModeTraits(captures=True, packs=True),
-    "pt2e": ModeTraits(captures=True, packs=False),
+    "eager": ModeTraits(captures=False, replaces=False, packs=True),
+    "fx": ModeTraits(captures=True, replaces=True, packs=True),
+    "pt2e": ModeTraits(captures=True, replaces=True, packs=False),
     # As long as it is not decided, a graph may be captured.
-    "auto": ModeTraits(captures=True, packs=True),
+    "auto": ModeTraits(captures=True, replaces=True, packs=True),
+    "parts": ModeTraits(captures=False, replaces=True, packs=True, instead_of="fx", exports=False),
 }
 
 

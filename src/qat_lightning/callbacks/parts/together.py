@@ -107,7 +107,7 @@ def refuse_callbacks(trainer: Trainer, quantization: Callback, mode: str) -> Non
                 f"{type(callback).__name__} comes before {type(quantization).__name__} in the Trainer's callbacks, and "
                 "would average the network as it was before its preparation: list it after."
             )
-    if traits_of(mode).captures and any(isinstance(callback, ModelPruning) for callback in callbacks):
+    if traits_of(mode).replaces and any(isinstance(callback, ModelPruning) for callback in callbacks):
         raise ConfigurationError(
             f"ModelPruning does not go with mode={mode!r}, which puts other layers in the place of those it prunes: "
             "use mode='eager', or prune before."
@@ -122,8 +122,8 @@ def refuse_in_processes(settings: QuantizationSettings, observe_stages: Sequence
     """
     if settings.recipe.scheme.learned and not traits_of(settings.mode).captures:
         raise ConfigurationError(
-            "learned_step in mode='eager' is not possible in several processes, which may take different ways "
-            "through the network and then begin to learn from different ranges: use mode='fx' or mode='pt2e'."
+            f"learned_step in mode={settings.mode!r} is not possible in several processes, which may take different "
+            "ways through the network and then begin to learn from different ranges: use mode='fx' or mode='pt2e'."
         )
     if len(observe_stages) > 1:
         raise ConfigurationError(
@@ -140,7 +140,7 @@ def refuse_compiled(network: nn.Module, name: str, mode: str) -> None:
     """
     # By name: the class is in torch._dynamo, whose import takes seconds.
     compiled = [inner for inner, module in network.named_modules() if type(module).__name__ == "OptimizedModule"]
-    if traits_of(mode).captures and compiled:
+    if traits_of(mode).replaces and compiled:
         raise NetworkError(
             f"{'.'.join(filter(None, (name, compiled[0])))!r} was given to torch.compile, and mode={mode!r} cannot "
             "capture a graph of compiled code: compile the LightningModule instead, model = torch.compile(model), or "

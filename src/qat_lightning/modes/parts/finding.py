@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
-import torch
 from torch import nn
 
-from qat_lightning.errors import QuantizationError
+from qat_lightning.errors import ConfigurationError, MissingExtraError
 from qat_lightning.graph.example import Example
+from qat_lightning.modes.eager.observation import run_apart
+from qat_lightning.modes.prepared import copy_of_modules
+from qat_lightning.modes.tracing import same_results
+
+Attempt = Callable[[str, nn.Module, list[Example]], object]
+"""Prepares a copy of a module, given its name and its calls; raises to refuse it."""
 
 
 @dataclass(frozen=True)
@@ -18,51 +24,77 @@ class Found:
     """What a search for parts came to.
 
     Attributes:
-        parts: The largest submodules that are taken, by name, with the calls that one call of the network makes.
-        refused: The modules that were tried and descended into, and why; the whole is ``""``.
-        uncalled: The submodules that hold parameters and were never called through ``forward``.
+        parts: The largest submodules that are taken, by their first names, with the calls that one call of the network
+            makes.
+        refused: The modules that were tried and descended into, and why.
     """
 
     parts: dict[str, list[Example]] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
-    uncalled: list[str] = field(default_factory=list)
 
 
-def find_parts(network: nn.Module, example: Example, attempt: Callable[[str, nn.Module, Example], object]) -> Found:
-    """Try a network as a whole, and where it is refused its children, and so on down.
+def find_parts(network: nn.Module, example: Example, attempt: Attempt) -> Found:
+    """Try the children of a network, and where one is refused its children, and so on down.
+
+    A module of which the code outside needs more than its ``forward`` is not taken: nothing else is left of it once it
+    is a graph.
 
     Args:
         network: Tried on copies; left as it is.
         example: One call of it.
-        attempt: Prepares a module, given its name and its first call; raises a `QuantizationError` to refuse it.
+        attempt: Prepares a module.
     """
-    calls = catch_calls(network, example)
-    found = Found()
-    seen: set[nn.Module] = set()
+    search = _Search(network, example, attempt)
+    for name, module in network.named_children():
+        search.visit(name, module)
+    return search.found
 
-    def visit(name: str, module: nn.Module) -> None:
-        if module in seen or next(module.parameters(), None) is None:
+
+class _Search:
+    """One search for parts: a run of the network, what was seen of it, and what was found so far."""
+
+    def __init__(self, network: nn.Module, example: Example, attempt: Attempt) -> None:
+        self.network, self.example, self.attempt = network, example, attempt
+        self.calls = catch_calls(network, example)
+        self.wanted = run_apart(network, example)
+        self.names = _names(network)
+        self.found, self._seen = Found(), set[nn.Module]()
+
+    def visit(self, name: str, module: nn.Module) -> None:
+        """Take a module, or look at its children."""
+        if module in self._seen or next(module.parameters(), None) is None:
             return
-        seen.add(module)
-        if name not in calls:
-            found.uncalled.append(name)
-        else:
-            try:
-                attempt(name, copy.deepcopy(module), calls[name][0])
-            except QuantizationError as error:
-                found.refused[name] = str(error)
-            else:
-                found.parts[name] = calls[name]
+        self._seen.add(module)
+        if name in self.calls:
+            why = self._why_not(name, module)
+            if not why:
+                self.found.parts[name] = self.calls[name]
                 return
+            self.found.refused[name] = why
         for child, inner in module.named_children():
-            visit(f"{name}.{child}" if name else child, inner)
+            self.visit(f"{name}.{child}", inner)
 
-    visit("", network)
-    return found
+    def _why_not(self, name: str, module: nn.Module) -> str:
+        why = _shared(module, self.names)
+        if why:
+            return why
+        try:
+            self.attempt(name, copy.deepcopy(module), self.calls[name])
+        except (ConfigurationError, MissingExtraError):
+            raise  # no fault of the module's
+        except Exception as error:  # noqa: BLE001 - upstream may fail in any way
+            return str(error) or type(error).__name__
+        return _needed_beside_forward(self.network, name, len(self.calls[name]), self.example, self.wanted)
 
 
-def catch_calls(network: nn.Module, example: Example) -> dict[str, list[Example]]:
-    """The calls of every module in one run of a copy of ``network``, by its first name, in their order."""
+def catch_calls(network: nn.Module, example: Example, only: Collection[str] | None = None) -> dict[str, list[Example]]:
+    """The calls of modules in one run of a copy of ``network``, in evaluation, by their first names, in their order.
+
+    Args:
+        network: Left as it is.
+        example: One call of it.
+        only: The names of the modules to look at; None for all of them.
+    """
     copied = copy.deepcopy(network)
     calls: dict[str, list[Example]] = {}
     for name, module in copied.named_modules():
@@ -71,7 +103,64 @@ def catch_calls(network: nn.Module, example: Example) -> dict[str, list[Example]
             # Copied, because what runs behind it may write into its input.
             calls.setdefault(name, []).append(Example(*copy.deepcopy((args, kwargs))))
 
-        module.register_forward_pre_hook(catch, with_kwargs=True)
-    with torch.no_grad():
-        copied(*copy.deepcopy(example.args), **copy.deepcopy(example.kwargs))
+        if only is None or name in only:
+            module.register_forward_pre_hook(catch, with_kwargs=True)
+    run_apart(copied, example)
     return calls
+
+
+def replace_modules(network: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
+    """Put other modules in the places of some submodules of a network, under all of their names."""
+    for module in list(network.modules()):
+        for name, child in module._modules.items():
+            if child is not None and child in replacements:
+                module._modules[name] = replacements[child]
+
+
+class _Sealed(nn.Module):
+    """Stands in the place of a part, and has nothing of it but its ``forward``."""
+
+    def __init__(self, part: nn.Module) -> None:
+        super().__init__()
+        self.__dict__["_inside"] = part
+        self.__dict__["_count"] = 0
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the part."""
+        self.__dict__["_count"] += 1
+        return self.__dict__["_inside"](*args, **kwargs)
+
+
+def _needed_beside_forward(network: nn.Module, name: str, count: int, example: Example, wanted: Any) -> str:
+    """What the code outside of a module needs of it besides its ``forward``; empty if nothing."""
+    copied = copy_of_modules(network).eval()
+    part = copied.get_submodule(name)
+    sealed = _Sealed(part)
+    replace_modules(copied, {part: sealed})
+    try:
+        got = run_apart(copied, example)
+    except Exception as error:  # noqa: BLE001 - code that does not find what it needs may fail in any way
+        lines = str(error).strip().splitlines()
+        return f"code outside of it needs more of it than its forward ({lines[0] if lines else type(error).__name__})"
+    if sealed.__dict__["_count"] != count or not same_results(wanted, got):
+        return "code outside of it reaches it in another way than by its name and its forward"
+    return ""
+
+
+def _names(network: nn.Module) -> dict[nn.Module, list[str]]:
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in network.named_modules(remove_duplicate=False):
+        names.setdefault(module, []).append(name)
+    return names
+
+
+def _shared(module: nn.Module, names: Mapping[nn.Module, list[str]]) -> str:
+    """Which module in this one is elsewhere in the network as well; empty if none is."""
+    own = tuple(f"{name}." for name in names[module])
+    for inner in module.modules():
+        if inner is module or next(inner.parameters(), None) is None:
+            continue
+        other = next((name for name in names[inner] if not f"{name}.".startswith(own)), None)
+        if other is not None:
+            return f"it holds {names[inner][0]!r}, which is {other!r} outside of it as well"
+    return ""

@@ -1,0 +1,113 @@
+"""What of a network by parts is int8: the rows of each part as in the whole, and why all the rest is float."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from torch import nn
+
+from qat_lightning.graph.example import Example
+from qat_lightning.layers.operators import WEIGHTED
+from qat_lightning.modes.coverage import FloatRun, float_run, macs_of
+from qat_lightning.modes.prepared import PreparedState, joined
+from qat_lightning.modes.protocol import EXCLUDED, LayerCoverage
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part, as it was prepared or converted.
+
+    Attributes:
+        float_network: What it was before.
+        example: Its first call.
+        layers: The rows of its layers, by their names in it.
+        operations: Likewise of its ops.
+        why: Why all of it stays float; empty if it does not.
+    """
+
+    float_network: nn.Module
+    example: Example
+    layers: Sequence[LayerCoverage] = ()
+    operations: Sequence[LayerCoverage] = ()
+    why: str = ""
+
+
+def rows_of_parts(
+    state: PreparedState, refused: Mapping[str, str], parts: Mapping[str, Part], example: Example
+) -> tuple[list[LayerCoverage], list[LayerCoverage]]:
+    """The rows of all layers of a network, and of the ops in its parts and between them.
+
+    Multiply-accumulates are those of one call of the whole: of a part that it calls several times, of all these calls.
+
+    Args:
+        state: Of the prepared network.
+        refused: What else was tried, and why it was not taken.
+        parts: By their names.
+        example: One call of the network.
+    """
+    whole = _Whole(state, float_run(state.float_network, example), example)
+    of_parts = {joined(name, row.name): row for name, part in parts.items() for row in part.layers}
+    layers = []
+    for name, module in state.float_network.named_modules():
+        if not isinstance(module, WEIGHTED):
+            continue
+        outer = next((part for part in parts if f"{name}.".startswith(f"{part}.")), None)
+        if name in of_parts:
+            row = replace(of_parts[name], name=name)
+        else:
+            why = whole.why_outside(name, list(parts), refused) if outer is None else parts[outer].why
+            row = LayerCoverage(name, type(module).__name__, False, why)
+        layers.append(replace(row, macs=whole.macs(name)))
+    operations = [row for name, part in parts.items() for row in whole.operations(name, part)]
+    return layers, [*operations, *whole.between([*layers, *operations])]
+
+
+class _Whole:
+    """One run of the float network as a whole."""
+
+    def __init__(self, state: PreparedState, run: FloatRun, example: Example) -> None:
+        self.state, self.run, self.example = state, run, example
+        network = state.float_network
+        self.names: dict[nn.Module, list[str]] = {}
+        for name, module in network.named_modules(remove_duplicate=False):
+            self.names.setdefault(module, []).append(name)
+
+    def macs(self, name: str) -> int | None:
+        """Of a module, in all its calls; None if it has none, or they were not counted."""
+        if self.run.flops is None:
+            return None
+        names = self.names[self.state.float_network.get_submodule(name)]
+        return macs_of(max(self.run.flops.get(known, 0) for known in names), self.example)
+
+    def why_outside(self, name: str, parts: list[str], refused: Mapping[str, str]) -> str:
+        """Why a layer outside of the parts stays float."""
+        if not self.state.recipe.selects(joined(self.state.prefix, name)):
+            return EXCLUDED
+        if name not in self.run.used:
+            return "not used by forward"
+        above = [name[:end] for end in range(len(name), 0, -1) if end == len(name) or name[end] == "."]
+        why = next((refused[outer] for outer in above if outer in refused), "its code is that of the whole")
+        line = why.strip().splitlines()[0]
+        short = line if len(line) <= 160 else f"{line[:159]}…"
+        return f"outside of the parts {', '.join(map(repr, parts))}: {short}"
+
+    def operations(self, name: str, part: Part) -> list[LayerCoverage]:
+        """The ops in a part, with what they multiply in all of its calls."""
+        rows = [replace(row, name=joined(name, row.name)) for row in part.operations]
+        if not any(row.macs for row in rows):
+            return rows
+        own = float_run(part.float_network, part.example).flops or {}
+        once, often = macs_of(own.get("", 0), part.example), self.macs(name)
+        factor = often / once if once and often else 1.0
+        return [replace(row, macs=row.macs and round(row.macs * factor)) for row in rows]
+
+    def between(self, rows: Sequence[LayerCoverage]) -> list[LayerCoverage]:
+        """What the code around the parts multiplies by itself: all that is in none of the rows."""
+        layers = [row for row in rows if row.what == "layer"]
+        within = {row.name for row in layers if any(row.name.startswith(f"{outer.name}.") for outer in layers)}
+        own = (self.macs("") or 0) - sum(row.macs or 0 for row in rows if row.name not in within)
+        if own <= 0:
+            return []
+        why = "products in the code around the parts stay float in mode='parts'"
+        return [LayerCoverage("", type(self.state.float_network).__name__, False, why, what="op", macs=own)]

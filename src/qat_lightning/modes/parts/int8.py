@@ -1,0 +1,76 @@
+"""The int8 network by parts: the user's own code, with an int8 graph in the place of each part."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qat_lightning.modes.parts.finding import replace_modules
+
+
+@torch.no_grad()
+def assemble(float_network: nn.Module, parts: Mapping[str, nn.Module], prepared: nn.Module) -> nn.Module:
+    """Put int8 parts into a copy of the float network, with the trained values of all the rest.
+
+    Args:
+        float_network: Left as it is.
+        parts: By their first names.
+        prepared: The network with fake-quant.
+    """
+    network = copy.deepcopy(float_network).float()
+    trained, buffers = prepared.state_dict(), dict(prepared.named_buffers())
+    own, inside = set(network.state_dict()), _inside(network, parts)
+    for name, buffer in network.named_buffers():
+        if name not in own and name in buffers:
+            buffer.data = buffers[name].detach().clone()
+    return with_parts(network, parts, {key: trained[key] for key in own if not key.startswith(inside)})
+
+
+def with_parts(network: nn.Module, parts: Mapping[str, nn.Module], rest: Mapping[str, Any]) -> nn.Module:
+    """Put int8 parts into a float network, under all of their names; what else it holds is in evaluation, for good.
+
+    Args:
+        network: The float network, changed in place.
+        parts: By their first names.
+        rest: The ``state_dict`` of what is outside of them.
+
+    Raises:
+        RuntimeError: The rest is of another network.
+    """
+    forms = forms_of(network)
+    inside = _inside(network, parts)
+    found = network.load_state_dict(dict(rest), strict=False)
+    missing = [key for key in found.missing_keys if not key.startswith(inside)]
+    if missing or found.unexpected_keys:
+        raise RuntimeError(f"its tensors are others: {', '.join([*missing, *found.unexpected_keys][:8])}")
+    replace_modules(network, {network.get_submodule(name): part for name, part in parts.items()})
+    for parameter in network.parameters():
+        parameter.requires_grad_(False)
+    network.__dict__["quantization_parts"] = {"names": list(parts), "forms": forms}
+    return network.eval()
+
+
+def forms_of(network: nn.Module) -> dict[str, list[int]]:
+    """The tensors of a float network, by which a file knows it."""
+    return {key: list(value.shape) for key, value in network.state_dict().items() if isinstance(value, Tensor)}
+
+
+def rest_of(network: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The ``state_dict`` of an int8 network outside of its parts, and the buffers there that are not in it."""
+    inside = _inside(network, network.__dict__["quantization_parts"]["names"])
+    state = network.state_dict()
+    rest = {key: value for key, value in state.items() if not key.startswith(inside)}
+    buffers = {
+        name: buffer for name, buffer in network.named_buffers() if name not in state and not name.startswith(inside)
+    }
+    return rest, buffers
+
+
+def _inside(network: nn.Module, parts: Iterable[str]) -> tuple[str, ...]:
+    """What the keys in the parts begin with, under each of their names."""
+    modules = {network.get_submodule(name) for name in parts}
+    return tuple(f"{name}." for name, module in network.named_modules(remove_duplicate=False) if module in modules)

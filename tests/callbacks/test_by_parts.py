@@ -125,3 +125,8 @@ def test_static_quantization_by_parts() -> None:
 def test_kinds_without_calibration_are_refused_in_words(kind: Any) -> None:
     with pytest.raises(CombinationError, match="use mode='eager'"):
         trainer(PostTrainingQuantization("parts", kind=kind)).validate(Detects(), loader(3, 16, 16), verbose=False)
+
+
+def test_compiled_steps_are_refused_before_the_training() -> None:
+    with pytest.raises(CombinationError, match="use compile=False"):
+        trainer(qat("parts", compile=True)).fit(Decodes(), loader(6))

@@ -45,7 +45,7 @@ class PostTrainingQuantization(QuantizationCallback):
     runs float.
 
     Args:
-        mode: ``"fx"``, ``"eager"``, ``"pt2e"``, or ``"auto"``.
+        mode: ``"fx"``, ``"eager"``, ``"pt2e"``, ``"parts"``, or ``"auto"``.
         backend: As for `QuantizationAwareTraining`.
         module: As for `QuantizationAwareTraining`.
         example_inputs: As for `QuantizationAwareTraining`.

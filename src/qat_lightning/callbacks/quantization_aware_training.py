@@ -58,9 +58,9 @@ class QuantizationAwareTraining(QuantizationCallback):
     network.
 
     Args:
-        mode: ``"fx"``, ``"eager"``, ``"pt2e"``, or ``"auto"`` for the best that works for this network.
-        backend: ``"x86"``, ``"fbgemm"``, ``"onednn"`` or ``"qnnpack"`` in eager and fx; ``"x86"``, ``"xnnpack"`` or
-            ``"tensorrt"`` in pt2e.
+        mode: ``"fx"``, ``"eager"``, ``"pt2e"``, ``"parts"``, or ``"auto"`` for the best that works for this network.
+        backend: ``"x86"``, ``"fbgemm"``, ``"onednn"`` or ``"qnnpack"`` in eager, fx and parts; ``"x86"``, ``"xnnpack"``
+            or ``"tensorrt"`` in pt2e.
         module: Dotted name of the network in the LightningModule, or a list of them, or ``"."`` for the
             LightningModule's own ``forward``; found by itself where it is clear.
         example_inputs: A tensor, a tuple of positional inputs or a dict of keyword inputs of the network's ``forward``,
@@ -166,6 +166,7 @@ class QuantizationAwareTraining(QuantizationCallback):
         self.observe_stages = check_stages("observe_stages", observe_stages)
         self._placement = Placement(networks, Preparation(networks, floats), floats)
         self._compiled = CompiledTraining(networks)
+        networks.compiled = compile
         self._nonfinite = NonFiniteReport()
 
     @property

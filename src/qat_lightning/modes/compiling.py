@@ -15,11 +15,12 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
-from qat_lightning.errors import ConfigurationError
+from qat_lightning.errors import CombinationError, ConfigurationError
 from qat_lightning.modes.compile_switch import has_cpp_compiler
 from qat_lightning.modes.eager.forwards import is_foreign
 from qat_lightning.modes.eager.layers import MarksWhileTraced
 from qat_lightning.modes.prepared import fake_quantizers, prepared_state
+from qat_lightning.settings.modes import traits_of
 
 BACKEND = "inductor"
 """Of ``torch.compile``."""
@@ -46,6 +47,19 @@ def check_compiler(device: torch.device, processes: int) -> None:
         raise ConfigurationError(
             "compile=True needs a C++ compiler, and none was found: install one (apt install g++), name it in the "
             "environment variable CXX, or use compile=False."
+        )
+
+
+def refuse_compile(mode: str) -> None:
+    """Refuse to compile the training steps of a network whose own code is in the way of one graph.
+
+    Raises:
+        CombinationError: With what to set instead.
+    """
+    if not traits_of(mode).compiles:
+        raise CombinationError(
+            f"compile=True does not go with mode={mode!r}, where code that no graph can be made of runs between the "
+            "parts: use compile=False."
         )
 
 

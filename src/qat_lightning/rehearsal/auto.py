@@ -66,8 +66,8 @@ def decide(
     """Rehearse a network, in every mode that may be the best if ``mode="auto"``.
 
     The best mode has the largest share of multiply-accumulates in int8. Within one point, one whose int8 network a file
-    can hold comes first, and then the order of `AUTO_ORDER`. A mode that none of the rest can be better than is taken
-    without trying these.
+    can hold comes first, and then the order of `AUTO_ORDER`. Parts are tried where no graph is made of the whole. A
+    mode that none of the rest can be better than is taken without trying these.
 
     Args:
         mode: What the user asked for.

@@ -18,6 +18,7 @@ class ModeTraits:
         packs: Whether its static int8 layers hold weights packed for a kernel of torch's quantized engine: they do not
             pickle, and are part of a TorchScript file.
         instead_of: The mode in whose place ``mode="auto"`` tries it, where that refuses the network.
+        compiles: Whether a training step can be one graph of ``torch.compile``.
         exports: Whether its int8 networks go into the formats of `qat_lightning.export`.
     """
 
@@ -25,6 +26,7 @@ class ModeTraits:
     replaces: bool
     packs: bool
     instead_of: str = ""
+    compiles: bool = True
     exports: bool = True
 
 
@@ -34,7 +36,7 @@ _TRAITS = {
     "pt2e": ModeTraits(captures=True, replaces=True, packs=False),
     # As long as it is not decided, a graph may be captured.
     "auto": ModeTraits(captures=True, replaces=True, packs=True),
-    "parts": ModeTraits(captures=False, replaces=True, packs=True, instead_of="fx", exports=False),
+    "parts": ModeTraits(captures=False, replaces=True, packs=True, instead_of="fx", compiles=False, exports=False),
 }
 
 

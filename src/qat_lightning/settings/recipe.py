@@ -33,7 +33,7 @@ class Recipe:
     """Mode, backend, scheme and choice of layers: all that decides what prepare makes of a network.
 
     Args:
-        mode: ``"eager"``, ``"fx"`` or ``"pt2e"``.
+        mode: ``"eager"``, ``"fx"``, ``"pt2e"`` or ``"parts"``.
         backend: A name in `qat_lightning.settings.backends.BACKENDS`.
         scheme: Bits and granularity.
         include: Globs of module names; empty for all.

@@ -9,7 +9,8 @@ from lightning.pytorch import LightningModule
 
 from qat_lightning.callbacks.parts.network import OWN_FORWARD
 from qat_lightning.callbacks.parts.networks import Networks
-from qat_lightning.modes.compiling import CompiledSteps
+from qat_lightning.modes.compiling import CompiledSteps, refuse_compile
+from qat_lightning.modes.prepared import prepared_state
 
 
 class CompiledTraining:
@@ -27,6 +28,7 @@ class CompiledTraining:
         """From here on run compiled."""
         for name, slot in self.networks.slots.items():
             prepared = self.networks.prepared[name]
+            refuse_compile(prepared_state(prepared).recipe.mode)  # also of a checkpoint of a run without compiling
             owner = pl_module if slot.name == OWN_FORWARD else prepared
             self._steps.append(CompiledSteps(prepared, owner, name))
 

@@ -52,6 +52,7 @@ class Networks:
         examples: A call of each.
         decisions: The mode of each, and what of it stays float.
         prepared: The networks with fake-quant; empty before there are some.
+        compiled: Whether their training steps are going to be compiled.
     """
 
     def __init__(self, settings: QuantizationSettings, phase: Phase = BEFORE) -> None:
@@ -61,6 +62,7 @@ class Networks:
         self.examples: dict[str, Example] = {}
         self.decisions: dict[str, Decision] = {}
         self.prepared: dict[str, nn.Module] = {}
+        self.compiled = False
 
     def apply(self, phase: Phase) -> None:
         """Switch all networks to a phase, whatever else touched their flags."""

@@ -25,6 +25,7 @@ from qat_lightning.callbacks.parts.together import refuse_compiled
 from qat_lightning.errors import ConfigurationError, NetworkError
 from qat_lightning.graph.example import Example, check_example, examples_from_user, refuse_old_norms
 from qat_lightning.graph.training_flags import parts_keep_training
+from qat_lightning.modes.compiling import refuse_compile
 from qat_lightning.modes.left_float import leave_float
 from qat_lightning.modes.prepared import prepared_state
 from qat_lightning.modes.registry import get_mode
@@ -93,6 +94,8 @@ class Preparation:
 
         def admits(mode: str) -> None:
             refuse_compiled(network, slot.prefix, mode)
+            if self.networks.compiled and stage == "fit":
+                refuse_compile(mode)
 
         try:
             if not self._rehearses(stage):

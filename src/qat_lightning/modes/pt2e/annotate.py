@@ -139,6 +139,8 @@ def insert_fake_quantize(
             _leave_float(graph_module.graph, recipe, prefix)
             arguments = _bypass(pairs)
             quantizer.annotate(graph_module)
+            if "convolutions" in recipe.families:
+                _annotate_conv1d(quantizer, graph_module.graph)
             _undo_bypass(pairs, arguments)
             _annotate_after_clamp(graph_module.graph)
             leave_other_dtypes(graph_module.graph)
@@ -158,6 +160,16 @@ def insert_fake_quantize(
         )
     _refuse_late_writes(prepared, name)
     return prepared, folded
+
+
+def _annotate_conv1d(quantizer: Any, graph: fx.Graph) -> None:
+    """Quantize convolutions of sequences as those of images, for which x86's quantizer has a rule without ReLU too."""
+    annotate = getattr(quantizer, "_annotate_conv_node_helper", None)
+    if annotate is None:
+        return  # XNNPACK's has one of its own
+    for conv in graph.find_nodes(op="call_function", target=aten.conv1d.default):
+        if not getattr(conv.meta.get(Q_ANNOTATION_KEY), "_annotated", False):
+            annotate(conv, True, quantizer.global_config)
 
 
 def _refuse_late_writes(prepared: fx.GraphModule, name: str) -> None:
@@ -182,7 +194,7 @@ def _refuse_late_writes(prepared: fx.GraphModule, name: str) -> None:
         raise TraceError(late_write_error("pt2e", name, rounded.name, f"{write.name!r}{source_line(write)}"))
 
 
-_KNOWN_TO_X86 = "Conv1d with ReLU, Conv2d, Linear, products of equal shapes, and pooling, cat and flatten between them"
+_KNOWN_TO_X86 = "Conv1d, Conv2d, Linear, products of equal shapes, and pooling, cat and flatten between them"
 _KNOWN = {
     "x86": _KNOWN_TO_X86,
     "tensorrt": _KNOWN_TO_X86,

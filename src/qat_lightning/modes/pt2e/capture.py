@@ -29,6 +29,7 @@ from qat_lightning.layers.batchnorm import is_batchnorm
 from qat_lightning.layers.operators import OPERATORS
 from qat_lightning.layers.transformer import CONTAINERS, written_out
 from qat_lightning.modes.eager.observation import run_apart
+from qat_lightning.modes.pt2e.padding import pad_by_numbers
 from qat_lightning.modes.source_lines import reason_of
 from qat_lightning.modes.tracing import WHAT_TO_DO, check_names
 
@@ -46,13 +47,16 @@ RECURRENT = (aten.lstm, aten.gru, aten.rnn_tanh, aten.rnn_relu)
 """Layers in one op, of which only the dropout between layers is random."""
 
 
-def capture(network: nn.Module, example: Example, *, train: bool = True) -> tuple[fx.GraphModule, CallSpec]:
+def capture(
+    network: nn.Module, example: Example, *, train: bool = True, by_numbers: bool = True
+) -> tuple[fx.GraphModule, CallSpec]:
     """Export ``network`` in training mode, or as it is in evaluation.
 
     Args:
         network: The float network; its flags are as before when this returns.
         example: One call, with a batch of 2 or more.
         train: Whether the graph is to be trained. One of evaluation may draw random numbers, as the network then does.
+        by_numbers: Whether convolutions that are padded by name become such that quantizers have rules for.
 
     Returns:
         A graph whose inputs are the tensors of a call and whose output is a flat tuple, and how it is called.
@@ -83,6 +87,8 @@ def capture(network: nn.Module, example: Example, *, train: bool = True) -> tupl
     if train:
         _refuse_randomness(graph_module.graph, spec.name)
     _make_functional(graph_module.graph)
+    if by_numbers:
+        pad_by_numbers(graph_module.graph)
     graph_module.graph.lint()
     graph_module.recompile()
     return graph_module, spec

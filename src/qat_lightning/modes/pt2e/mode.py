@@ -55,7 +55,12 @@ class Pt2eMode:
         refuse_checkpoints(network, example, "pt2e")
         keep_tapes()
         float_network = copy_of_modules(network)
-        graph_module, spec = captured(network, example, prefix, lambda: capture(network, example))
+        graph_module, spec = captured(
+            network,
+            example,
+            prefix,
+            lambda: capture(network, example, by_numbers="convolutions" in recipe.families),
+        )
         prepared, folded = insert_fake_quantize(graph_module, recipe, prefix=prefix, name=spec.name)
         flags = {name: module.training for name, module in network.named_modules()}
         root = adopt(network, prepared)

@@ -35,9 +35,10 @@ def name_linear(graph_module: fx.GraphModule, scopes: dict[str, Any]) -> None:
             if node.name in scopes:
                 scopes[turned.name] = scopes[node.name]
         node.op, node.target, node.args = "call_function", F.linear, (given, turned, *bias)
+        if not weight.users:
+            graph.erase_node(weight)  # only that: a write through a view has no reader either, and is no dead code
         if not bias:
             _take_bias(graph_module, node)
-    graph.eliminate_dead_code()
     graph_module.recompile()
 
 

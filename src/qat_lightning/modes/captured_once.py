@@ -8,12 +8,12 @@ way.
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, TypeVar
 
-import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
@@ -84,18 +84,16 @@ class _Template:
         self._graph, self._meta = _copy_of(graph_module.graph), copy.copy(graph_module.meta)
         own = _tensors(network)
         targets = {str(node.target) for node in self._graph.nodes if node.op in ("get_attr", "call_module")}
-        self._constants = {name: copy.deepcopy(_get(graph_module, name)) for name in targets - own.keys()}
+        self._constants = {
+            name: copy.deepcopy(operator.attrgetter(name)(graph_module)) for name in targets - own.keys()
+        }
         self._own = targets & own.keys()
 
     def of(self, network: nn.Module) -> fx.GraphModule:
         """The graph with the tensors of a network."""
-        root = nn.Module()
         own = _tensors(network)
-        for name in self._own:
-            _put(root, name, own[name])
-        for name, value in self._constants.items():
-            _put(root, name, copy.deepcopy(value))
-        graph_module = fx.GraphModule(root, _copy_of(self._graph))
+        held = {name: own[name] for name in self._own} | copy.deepcopy(self._constants)
+        graph_module = fx.GraphModule(held, _copy_of(self._graph))
         graph_module.meta = copy.copy(self._meta)
         return graph_module
 
@@ -113,21 +111,3 @@ def _copy_of(graph: fx.Graph) -> fx.Graph:
     for node, copied in nodes.items():
         copied._rename(node.name)
     return made
-
-
-def _get(root: Any, name: str) -> Any:
-    for part in name.split("."):
-        root = getattr(root, part)
-    return root
-
-
-def _put(root: nn.Module, name: str, value: Any) -> None:
-    *path, leaf = name.split(".")
-    for part in path:
-        if part not in root._modules:
-            root.add_module(part, nn.Module())
-        root = root.get_submodule(part)
-    if isinstance(value, (nn.Parameter, nn.Module)) or not isinstance(value, torch.Tensor):
-        setattr(root, leaf, value)
-    else:
-        root.register_buffer(leaf, value)

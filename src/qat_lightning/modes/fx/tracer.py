@@ -208,9 +208,9 @@ class NetworkTracer(StructuredTracer):
 
     def is_of_no_network(self, module: nn.Module) -> bool:
         """Whether a module was made by a forward, such as a loss, and holds nothing: what it does is traced."""
-        if any(True for _ in module.parameters()) or any(True for _ in module.buffers()):
+        if module in (self.submodule_paths or {}):
             return False
-        return not any(other is module for other in self.root.modules())
+        return next(module.parameters(), None) is None and next(module.buffers(), None) is None
 
     def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Trace what a module does, or call it.

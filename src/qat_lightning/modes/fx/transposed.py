@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping
+from dataclasses import astuple
 from typing import Any
 
 import torch.nn.functional as F
@@ -56,10 +57,7 @@ def write_as_convolutions(
 
 def _write(graph: fx.Graph, node: fx.Node, module: Any, convolution: Any, scopes: dict[str, Any]) -> None:
     subpixel = subpixel_of(module)
-    settings = (
-        *(subpixel.stride, subpixel.dilation, subpixel.taps, subpixel.padding),
-        *(subpixel.first, subpixel.behind, subpixel.groups),
-    )
+    settings = astuple(subpixel)
     path, ones = str(node.target), (1,) * len(subpixel.stride)
     with graph.inserting_before(node):
         weight = graph.call_function(subpixel_weight, (graph.get_attr(f"{path}.weight"), settings))

@@ -13,8 +13,9 @@ from typing import Any, Literal
 
 from torch import fx, nn
 
+from qat_lightning.graph.scopes import join
 from qat_lightning.modes.eager.calls import layer_of
-from qat_lightning.modes.prepared import PreparedState, fake_quantizers, joined, prepared_parts, prepared_state
+from qat_lightning.modes.prepared import PreparedState, fake_quantizers, prepared_parts, prepared_state
 from qat_lightning.numerics.fake_quantize import FakeQuantize
 
 
@@ -60,7 +61,7 @@ def find_places(prepared: nn.Module) -> list[Place]:
     """
     parts = prepared_parts(prepared)
     if parts:
-        return [replace(place, layer=joined(name, place.layer)) for name in parts for place in find_places(parts[name])]
+        return [replace(place, layer=join(name, place.layer)) for name in parts for place in find_places(parts[name])]
     graph = getattr(prepared, "graph", None)
     if not isinstance(graph, fx.Graph):
         return list(_in_layers(prepared))

@@ -107,11 +107,6 @@ def is_prepared(network: nn.Module) -> bool:
     return isinstance(network._modules.get("_quantization"), PreparedState)
 
 
-def joined(outer: str, name: str) -> str:
-    """The name of what is called ``name`` in a submodule, or of the submodule itself for an empty one."""
-    return f"{outer}.{name}" if outer and name else outer or name
-
-
 def prepared_parts(prepared: nn.Module) -> dict[str, nn.Module]:
     """The submodules that were prepared by themselves, by their first names; none where the whole was."""
     return {name: module for name, module in prepared.named_modules() if name and is_prepared(module)}

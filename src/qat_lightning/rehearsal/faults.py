@@ -9,6 +9,7 @@ from torch import nn
 
 from qat_lightning.errors import ConfigurationError, MissingExtraError, NetworkError, VerificationError
 from qat_lightning.graph.example import Example
+from qat_lightning.graph.scopes import join
 from qat_lightning.layers.operators import WEIGHTED
 from qat_lightning.modes.left_float import layer_of, leave_float
 from qat_lightning.modes.prepared import cpu_copy, prepared_state
@@ -95,21 +96,16 @@ def quantize_what_can_be(network: nn.Module, example: Example, recipe: Recipe, *
 
     def parts() -> list[str]:
         layers = [name for name, module in network.named_modules() if isinstance(module, WEIGHTED)]
-        return [name for name in layers if recipe.selects(joined(prefix, name))]
+        return [name for name in layers if recipe.selects(join(prefix, name))]
 
     return _search(attempt, parts, network, recipe)
 
 
 def leaving_float(recipe: Recipe, left: Mapping[str, str], prefix: str) -> Recipe:
     """A recipe that leaves more layers float, by their names in the LightningModule."""
-    more = tuple((joined(prefix, name), why) for name, why in left.items())
+    more = tuple((join(prefix, name), why) for name, why in left.items())
     known = {name for name, _ in recipe.left_float}
     return replace(recipe, left_float=(*recipe.left_float, *(pair for pair in more if pair[0] not in known)))
-
-
-def joined(prefix: str, name: str) -> str:
-    """A name in the network as a name in the LightningModule."""
-    return f"{prefix}.{name}" if prefix and name else prefix or name
 
 
 def reason_of(error: Exception, name: str = "") -> str:

@@ -19,6 +19,7 @@ from qat_lightning.artifact import artifact_bytes, quantized_from_bytes
 from qat_lightning.artifact.quantized import QuantizedNetwork
 from qat_lightning.errors import ArtifactError, ConversionError, NetworkError, QuantizationError
 from qat_lightning.graph.example import Example, in_float32
+from qat_lightning.graph.scopes import join
 from qat_lightning.graph.training_flags import plain_train
 from qat_lightning.modes.compile_switch import without_compiling
 from qat_lightning.modes.coverage import int8_share
@@ -30,7 +31,6 @@ from qat_lightning.rehearsal.calibration import calibrate
 from qat_lightning.rehearsal.faults import (
     Conversion,
     convert_what_can_be,
-    joined,
     leaving_float,
     quantize_what_can_be,
 )
@@ -162,8 +162,8 @@ def _refusal(
     network: nn.Module, example: Example, recipe: Recipe, conversion: Conversion, prefix: str
 ) -> QuantizationError:
     """Why ``on_fault="error"`` refuses, with the remedies that were tried."""
-    names = [joined(prefix, name) for name in conversion.left_float]
-    faults = "; ".join(f"{joined(prefix, name)}: {why}" for name, why in conversion.left_float.items())
+    names = [join(prefix, name) for name in conversion.left_float]
+    faults = "; ".join(f"{join(prefix, name)}: {why}" for name, why in conversion.left_float.items())
     remedy = "on_fault='leave_float', which leaves this float and converts the rest"
     excluding = replace(recipe, exclude=(*recipe.exclude, *names))
     with contextlib.suppress(QuantizationError):

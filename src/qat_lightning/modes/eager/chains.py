@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from qat_lightning.graph.scopes import join
 from qat_lightning.layers.operators import KEEPS_GRID
 from qat_lightning.layers.transformer import Projection
 from qat_lightning.modes.eager.following import batchnorm_behind, follower
@@ -110,11 +111,6 @@ def _why_no_weight(module: nn.Module) -> str:
     if weight is None:
         return "its weight is computed (parametrized), and is no parameter"
     return "" if weight.is_floating_point() else f"its weight is {weight.dtype}"
-
-
-def join(prefix: str, name: str) -> str:
-    """A dotted name."""
-    return ".".join(part for part in (prefix, name) if part)
 
 
 class _Links:

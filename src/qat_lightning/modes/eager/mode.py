@@ -21,11 +21,12 @@ from torch.utils._pytree import tree_leaves
 from qat_lightning.checks import LayerCheck, WholeCheck
 from qat_lightning.errors import CheckpointMismatchError, ConversionError, NetworkError
 from qat_lightning.graph.example import Example, in_float32
+from qat_lightning.graph.scopes import join
 from qat_lightning.layers.operators import WEIGHTED
 from qat_lightning.layers.qat_modules import make_batchnorm_freezable, round_for_good
 from qat_lightning.layers.transformer import MAPS, attentions, give_layers, take_layers
 from qat_lightning.modes.eager.calls import LATER, Grids, count_in, grids_of
-from qat_lightning.modes.eager.chains import Chain, find_chains, float_functions, join, kind_of
+from qat_lightning.modes.eager.chains import Chain, find_chains, float_functions, kind_of
 from qat_lightning.modes.eager.check import check_layers, run
 from qat_lightning.modes.eager.coverage import eager_rows
 from qat_lightning.modes.eager.forwards import take_forwards_as_a_whole, with_calls
@@ -71,7 +72,7 @@ class EagerMode:
         try:
             observation = observe(network, example)
             return self._prepare(network, float_network, observation, example, recipe, prefix)
-        except NetworkError:
+        except Exception:
             if not is_prepared(network):
                 for attention in opened:
                     take_layers(attention)

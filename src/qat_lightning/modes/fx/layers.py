@@ -8,6 +8,7 @@ from dataclasses import replace
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from qat_lightning.graph.scopes import join
 from qat_lightning.layers.operators import WEIGHTED
 from qat_lightning.modes.fx.config import LEFT_FLOAT
 from qat_lightning.modes.prepared import PreparedState
@@ -15,11 +16,6 @@ from qat_lightning.modes.protocol import EXCLUDED, LayerCoverage
 from qat_lightning.settings.recipe import Recipe
 
 UNSEEN = "no finite range was ever observed for its input or its output"
-
-
-def join(prefix: str, name: str) -> str:
-    """A dotted name."""
-    return f"{prefix}.{name}" if prefix else name
 
 
 def no_kernel(module: nn.Module, recipe: Recipe) -> str:

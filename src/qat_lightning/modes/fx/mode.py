@@ -13,6 +13,7 @@ from torch import fx, nn
 
 from qat_lightning.errors import ConversionError, NetworkError
 from qat_lightning.graph.example import Example, in_float32
+from qat_lightning.graph.scopes import join
 from qat_lightning.layers.qat_modules import make_batchnorm_freezable, make_batchnorm_plain, round_weights_for_good
 from qat_lightning.layers.transformer import written_out
 from qat_lightning.modes.coverage import float_run, layers_with_macs, report
@@ -23,7 +24,7 @@ from qat_lightning.modes.fx.alignment import mark_origins, take_origins
 from qat_lightning.modes.fx.batchnorm import give_parameters
 from qat_lightning.modes.fx.coverage import FxOperations
 from qat_lightning.modes.fx.fused import hide_second_names, show_fused
-from qat_lightning.modes.fx.layers import each_once, join, layer_rows, no_kernel
+from qat_lightning.modes.fx.layers import each_once, layer_rows, no_kernel
 from qat_lightning.modes.fx.left_float import float_nodes, layers_and_ops, put_float_layers, take_out_never_rounding
 from qat_lightning.modes.fx.other_sizes import ConvertsAgain, SharedLayers
 from qat_lightning.modes.fx.plan import FxPlan, make_plan

@@ -16,10 +16,10 @@ from torch import Tensor, fx, nn
 from torch.ao.quantization import QConfig
 
 from qat_lightning.graph.example import Example
+from qat_lightning.graph.scopes import join
 from qat_lightning.layers.operators import MOVES
 from qat_lightning.modes.fx.attention import attention_of, spread, yields_weights
 from qat_lightning.modes.fx.config import shares_range
-from qat_lightning.modes.fx.layers import join
 from qat_lightning.modes.fx.passes import evaluating_with_folded, is_part
 from qat_lightning.modes.left_float import leave_float
 from qat_lightning.modes.places import op_name

@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from qat_lightning.graph.example import Example
+from qat_lightning.graph.scopes import join
 from qat_lightning.layers.operators import WEIGHTED
 from qat_lightning.modes.coverage import FloatRun, float_run, macs_of
-from qat_lightning.modes.prepared import PreparedState, joined
+from qat_lightning.modes.prepared import PreparedState
 from qat_lightning.modes.protocol import EXCLUDED, LayerCoverage
 
 
@@ -47,7 +48,7 @@ def rows_of_parts(
         example: One call of the network.
     """
     whole = _Whole(state, float_run(state.float_network, example), example)
-    of_parts = {joined(name, row.name): row for name, part in parts.items() for row in part.layers}
+    of_parts = {join(name, row.name): row for name, part in parts.items() for row in part.layers}
     layers = []
     for name, module in state.float_network.named_modules():
         if not isinstance(module, WEIGHTED):
@@ -82,7 +83,7 @@ class _Whole:
 
     def why_outside(self, name: str, parts: list[str], refused: Mapping[str, str]) -> str:
         """Why a layer outside of the parts stays float."""
-        if not self.state.recipe.selects(joined(self.state.prefix, name)):
+        if not self.state.recipe.selects(join(self.state.prefix, name)):
             return EXCLUDED
         if name not in self.run.used:
             return "not used by forward"
@@ -94,7 +95,7 @@ class _Whole:
 
     def operations(self, name: str, part: Part) -> list[LayerCoverage]:
         """The ops in a part, with what they multiply in all of its calls."""
-        rows = [replace(row, name=joined(name, row.name)) for row in part.operations]
+        rows = [replace(row, name=join(name, row.name)) for row in part.operations]
         if not any(row.macs for row in rows):
             return rows
         own = float_run(part.float_network, part.example).flops or {}

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from qat_lightning.errors import ConversionError, NetworkError, TraceError, VerificationError
 from qat_lightning.graph.example import Example, in_float32
+from qat_lightning.graph.scopes import join
 from qat_lightning.layers.operators import WEIGHTED
 from qat_lightning.layers.qat_modules import make_batchnorm_freezable
 from qat_lightning.modes.eager.forwards import forward_begins, forward_ends
@@ -35,7 +36,6 @@ from qat_lightning.modes.prepared import (
     fake_quantizers,
     follow_course,
     is_prepared,
-    joined,
     prepared_parts,
     prepared_state,
     refuse_simulated,
@@ -78,14 +78,14 @@ class PartsMode:
         refuse_mixed(network, example)
         inner = replace(recipe, mode=FX)
         found = find_parts(
-            network, example, lambda name, module, calls: _attempt(module, calls, inner, joined(prefix, name))
+            network, example, lambda name, module, calls: _attempt(module, calls, inner, join(prefix, name))
         )
         if not any(_layers(network.get_submodule(name)) > 1 for name in found.parts):
             raise _no_parts(network, found)
         float_network = copy_of_modules(network)
         modules = {name: network.get_submodule(name) for name in found.parts}
         prepared = {
-            name: FxMode().prepare(module, found.parts[name][0], inner, prefix=joined(prefix, name))
+            name: FxMode().prepare(module, found.parts[name][0], inner, prefix=join(prefix, name))
             for name, module in modules.items()
         }
         replace_modules(network, {module: prepared[name] for name, module in modules.items()})
@@ -139,7 +139,7 @@ class PartsMode:
             converted = _convert_part(name, part, first)
             int8[name] = converted.network
             done[name] = Part(prepared_state(part).float_network, first, converted.coverage, converted.operations)
-            checks += [replace(row, name=joined(name, row.name)) for row in converted.checks]
+            checks += [replace(row, name=join(name, row.name)) for row in converted.checks]
             notes += [f"In {name!r}: {note}" for note in converted.notes]
         network = assemble(state.float_network, int8, recording)
         whole = check_whole_network(recording, network, list(int8), checks, example)
@@ -162,7 +162,7 @@ class PartsMode:
     def parts(self, prepared: nn.Module) -> list[str]:
         """See `Mode.parts`: those of each part, behind its name."""
         parts = _parts_of(prepared)
-        return [joined(name, inner) for name, part in parts.items() for inner in FxMode().parts(part)]
+        return [join(name, inner) for name, part in parts.items() for inner in FxMode().parts(part)]
 
     def leave_float(self, prepared: nn.Module, names: Collection[str], example: Example | None) -> None:
         """See `Mode.leave_float`."""
@@ -239,8 +239,8 @@ def _convert_part(name: str, part: nn.Module, example: Example) -> Converted:
     try:
         return FxMode().convert(part, example)
     except VerificationError as error:
-        checks = [replace(row, name=joined(name, row.name)) for row in error.checks]
-        raise VerificationError(str(error), [joined(name, layer) for layer in error.layers], checks) from error
+        checks = [replace(row, name=join(name, row.name)) for row in error.checks]
+        raise VerificationError(str(error), [join(name, layer) for layer in error.layers], checks) from error
 
 
 def _note(state: PreparedState, parts: Collection[str]) -> str:

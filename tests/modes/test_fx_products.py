@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -140,6 +141,17 @@ def test_addmm_and_mm_with_a_weight_are_linear_layers() -> None:
     assert {row.kind for row in found.coverage if row.macs} == {"linear", "Linear"}
     prepared = get_mode("fx").prepare(copy.deepcopy(network), example, Recipe("fx", "x86"))
     assert set(network.state_dict()) <= set(prepared.state_dict())
+
+
+def test_a_checkpoint_from_before_they_were_linear_layers_loads() -> None:
+    """It has no ranges for them; what it says of itself tells how to prepare for it."""
+    example = Example((torch.randn(4, 8),))
+    earlier = replace(RECIPE, families=tuple(name for name in RECIPE.families if name != "linear"))
+    before = get_mode("fx").prepare(LinearInAllButName(), example, earlier)
+    again = get_mode("fx").prepare(LinearInAllButName(), example, Recipe.from_dict(earlier.to_dict()))
+    again.load_state_dict(before.state_dict())
+    rows = {row.kind: row.quantized for row in get_mode("fx").coverage(again, example) if row.macs}
+    assert rows == {"Linear": True, "addmm": False, "mm": False}
 
 
 def test_a_product_that_no_kernel_takes_stays_float() -> None:

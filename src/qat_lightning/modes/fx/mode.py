@@ -19,13 +19,13 @@ from qat_lightning.layers.transformer import written_out
 from qat_lightning.modes.coverage import float_run, layers_with_macs, report
 from qat_lightning.modes.fx import pads as fx_pads
 from qat_lightning.modes.fx import passes
-from qat_lightning.modes.fx.addmm import name_linear
 from qat_lightning.modes.fx.alignment import mark_origins, take_origins
 from qat_lightning.modes.fx.batchnorm import give_parameters
 from qat_lightning.modes.fx.coverage import FxOperations
 from qat_lightning.modes.fx.fused import hide_second_names, show_fused
 from qat_lightning.modes.fx.layers import each_once, layer_rows, no_kernel
 from qat_lightning.modes.fx.left_float import float_nodes, layers_and_ops, put_float_layers, take_out_never_rounding
+from qat_lightning.modes.fx.linear_products import name_linear
 from qat_lightning.modes.fx.other_sizes import ConvertsAgain, SharedLayers
 from qat_lightning.modes.fx.plan import FxPlan, make_plan
 from qat_lightning.modes.fx.products import follow_earlier_checkpoints
@@ -103,7 +103,8 @@ class FxMode:
             use_known_names(graph_module.graph)
         passes.pass_over_identities(graph_module)
         fx_pads.name_zero_pads(graph_module, selected)
-        name_linear(graph_module, scopes)
+        if "linear" in recipe.families:
+            name_linear(graph_module, scopes)
         if "transposed" in recipe.families:
             write_as_convolutions(graph_module, selected, scopes, three=recipe.target.engine != "qnnpack")
         hidden = Hidden(network, graph_module)

@@ -44,6 +44,7 @@ def write_as_convolutions(
         scopes: The module whose ``forward`` made each node; what is made here has that of the layer.
         three: Whether the backend has convolutions in three dimensions.
     """
+    written = False
     for node in graph_module.graph.find_nodes(op="call_module"):
         module = graph_module.get_submodule(str(node.target))
         convolution = _CONVOLUTIONS.get(type(module))
@@ -52,7 +53,9 @@ def write_as_convolutions(
         if not selected.get(str(node.target), False) or is_parametrized(module) or len(node.args) > 1 or node.kwargs:
             continue
         _write(graph_module.graph, node, module, convolution, scopes)
-    graph_module.recompile()
+        written = True
+    if written:
+        graph_module.recompile()
 
 
 def _write(graph: fx.Graph, node: fx.Node, module: Any, convolution: Any, scopes: dict[str, Any]) -> None:

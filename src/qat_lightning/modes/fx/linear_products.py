@@ -23,11 +23,8 @@ def name_linear(graph_module: fx.GraphModule, scopes: dict[str, Any]) -> None:
         scopes: Of its nodes; those that are added get the scope of the product.
     """
     graph = graph_module.graph
-    for node in list(graph.nodes):
-        found = _factors(graph_module, node)
-        if found is None:
-            continue
-        given, weight, bias = found
+    found = {node: factors for node in graph.nodes if (factors := _factors(graph_module, node)) is not None}
+    for node, (given, weight, bias) in found.items():
         turned = _turned(weight)
         if turned is None:
             with graph.inserting_before(node):
@@ -39,7 +36,8 @@ def name_linear(graph_module: fx.GraphModule, scopes: dict[str, Any]) -> None:
             graph.erase_node(weight)  # only that: a write through a view has no reader either, and is no dead code
         if not bias:
             _take_bias(graph_module, node)
-    graph_module.recompile()
+    if found:
+        graph_module.recompile()
 
 
 def _factors(root: fx.GraphModule, node: fx.Node) -> tuple[fx.Node, fx.Node, list[fx.Node]] | None:

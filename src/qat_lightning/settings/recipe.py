@@ -21,8 +21,8 @@ BatchNormHandling = Literal["fused", "fold"]
 
 FAMILIES = ("attention", "twins", "linear", "transposed", "convolutions")
 """What earlier releases left float, so that their checkpoints have no ranges for it: attention; functions under names
-that upstream does not know; products with a weight, as linear layers; transposed convolutions; in mode pt2e convolutions
-of sequences without a ReLU, and those that are padded by name."""
+that upstream does not know; products with a weight, as linear layers; transposed convolutions; in mode pt2e
+convolutions of sequences without a ReLU, and those that are padded by name."""
 
 Kind = Literal["qat", "static", "dynamic", "weight_only"]
 """How a network becomes int8: trained with fake-quant, calibrated, with ranges worked out anew for each input, or with

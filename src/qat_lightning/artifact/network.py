@@ -114,10 +114,14 @@ def _encode_eager(network: nn.Module, writing: Writing) -> dict[str, Any]:
         # QNNPACK packs convolutions of three dimensions, and does not give their weights back.
         raise ArtifactError(f"its packed weights cannot be read ({error}): keep Conv3d float with exclude=") from error
     buffers = {name: buffer for name, buffer in network.named_buffers() if name not in state}
+    plan = {"class": type(network).__name__, "plan": encode(network.quantization_plan)}
+    return plan | _encode_state(state, buffers, writing)
+
+
+def _encode_state(state: Mapping[str, Any], buffers: Mapping[str, Tensor], writing: Writing) -> dict[str, Any]:
+    """The tensors of a network whose code the file does not hold."""
     try:
         return {
-            "class": type(network).__name__,
-            "plan": encode(network.quantization_plan),
             "state": [[name, encode(value, writing.tensors.encode)] for name, value in state.items()],
             "buffers": [[name, encode(value, writing.tensors.encode)] for name, value in buffers.items()],
         }
@@ -125,20 +129,26 @@ def _encode_eager(network: nn.Module, writing: Writing) -> dict[str, Any]:
         raise ArtifactError(f"its state_dict {error}") from error
 
 
+def _given(reading: Reading, cls: str, mode: str, what: str) -> nn.Module:
+    """A copy of the float network, whose code the file does not hold."""
+    if reading.network is None:
+        raise ArtifactError(
+            f"mode={mode!r} keeps your Python code{what}, which no file can hold: give the float network, a {cls} as "
+            "its code makes it, trained or not, as load_quantized(path, network=...)"
+        )
+    return copy.deepcopy(reading.network).cpu().float()
+
+
 def _decode_eager(data: dict[str, Any], recipe: Recipe, reading: Reading) -> nn.Module:
     from qat_lightning.modes.eager.mode import EagerMode
     from qat_lightning.modes.uncalibrated.eager import skeleton
 
     kind = str(data["class"])
-    if reading.network is None:
-        raise ArtifactError(
-            f"mode='eager' keeps your Python code, which no file can hold: give the float network, a {kind} as its "
-            "code makes it, trained or not, as load_quantized(path, network=...)"
-        )
-    given = type(reading.network).__name__
+    float_network = _given(reading, kind, "eager", "")
+    given = type(float_network).__name__
     make = skeleton if recipe.kind in DIRECT else EagerMode().skeleton
     try:
-        network = make(copy.deepcopy(reading.network).cpu().float(), decode(data["plan"]), recipe)
+        network = make(float_network, decode(data["plan"]), recipe)
     except CheckpointMismatchError as error:
         raise ArtifactError(
             f"it was saved from a {kind}, and the network given does not go with it. {str(error).removesuffix('.')}"
@@ -179,28 +189,16 @@ def _encode_parts(network: nn.Module, writing: Writing) -> dict[str, Any]:
         parts.append([name, _encode_fx(network.get_submodule(name), inside)])
         writing.needs_network |= {f"{name}.{inner}": kind for inner, kind in inside.needs_network.items()}
     writing.needs_network[""] = type(network).__name__
-    try:
-        return {
-            "class": type(network).__name__,
-            "parts": parts,
-            "forms": list(map(list, known["forms"].items())),
-            "state": [[key, encode(value, writing.tensors.encode)] for key, value in state.items()],
-            "buffers": [[key, encode(v, writing.tensors.encode)] for key, v in buffers.items()],
-        }
-    except ArtifactError as error:
-        raise ArtifactError(f"its state_dict {error}") from error
+    forms = list(map(list, known["forms"].items()))
+    plan = {"class": type(network).__name__, "parts": parts, "forms": forms}
+    return plan | _encode_state(state, buffers, writing)
 
 
 def _decode_parts(data: dict[str, Any], recipe: Recipe, reading: Reading) -> nn.Module:
     from qat_lightning.modes.parts.int8 import forms_of, with_parts
 
     kind = str(data["class"])
-    if reading.network is None:
-        raise ArtifactError(
-            f"mode='parts' keeps your Python code around the parts, which no file can hold: give the float network, a "
-            f"{kind} as its code makes it, trained or not, as load_quantized(path, network=...)"
-        )
-    network = copy.deepcopy(reading.network).cpu().float()
+    network = _given(reading, kind, "parts", " around the parts")
     _check_forms(forms_of(network), {str(key): shape for key, shape in data["forms"]}, kind, type(network).__name__)
     parts = {}
     for name, graph in data["parts"]:

@@ -81,15 +81,9 @@ class WrittenAttention(nn.MultiheadAttention):
         if weight is not None and query is key and key is value:
             packed = F.linear(query, weight, bias)
             return packed[..., :size], packed[..., size : 2 * size], packed[..., 2 * size :]
-        maps = []
-        for number, (part, separate) in enumerate(
-            ((query, self.q_proj_weight), (key, self.k_proj_weight), (value, self.v_proj_weight))
-        ):
-            rows = slice(number * size, (number + 1) * size)
-            maps.append(
-                F.linear(part, separate if weight is None else weight[rows], None if bias is None else bias[rows])
-            )
-        return maps[0], maps[1], maps[2]
+        inputs = enumerate((query, key, value))
+        q, k, v = (F.linear(part, _weight_of(self, which), _bias_of(self, which)) for which, part in inputs)
+        return q, k, v
 
     def _heads(self, x: Tensor, batched: bool) -> Tensor:
         """``(samples, heads, positions, size of a head)``."""
@@ -136,6 +130,22 @@ class WrittenAttention(nn.MultiheadAttention):
         return k, v, mask
 
 
+def _weight_of(attention: nn.MultiheadAttention, which: int) -> Tensor:
+    """Of one of the linear maps: rows of the packed parameter, or one that is for this map alone."""
+    if attention.in_proj_weight is None:
+        return (attention.q_proj_weight, attention.k_proj_weight, attention.v_proj_weight)[which]
+    return attention.in_proj_weight[_rows_of(attention, which)]
+
+
+def _bias_of(attention: nn.MultiheadAttention, which: int) -> Tensor | None:
+    """Likewise, of the bias."""
+    return None if attention.in_proj_bias is None else attention.in_proj_bias[_rows_of(attention, which)]
+
+
+def _rows_of(attention: nn.MultiheadAttention, which: int) -> slice:
+    return slice(which * attention.embed_dim, (which + 1) * attention.embed_dim)
+
+
 class RowsOfAttention:
     """The weight and the bias of one of the three linear maps that an attention has in a parameter of its own.
 
@@ -150,21 +160,12 @@ class RowsOfAttention:
     @property
     def weight(self) -> Tensor:
         """Rows of the attention's parameter, or one that is for this map alone."""
-        attention = self.attention[0]
-        if attention.in_proj_weight is None:
-            return (attention.q_proj_weight, attention.k_proj_weight, attention.v_proj_weight)[self.which]
-        return attention.in_proj_weight[self._rows]
+        return _weight_of(self.attention[0], self.which)
 
     @property
     def bias(self) -> Tensor | None:
         """Rows of the attention's parameter."""
-        bias = self.attention[0].in_proj_bias
-        return None if bias is None else bias[self._rows]
-
-    @property
-    def _rows(self) -> slice:
-        size = self.attention[0].embed_dim
-        return slice(self.which * size, (self.which + 1) * size)
+        return _bias_of(self.attention[0], self.which)
 
 
 class Projection(RowsOfAttention, nn.Linear):  # type: ignore[misc, override]

@@ -2,10 +2,11 @@
 
 For each network and mode, in turn, round after round: the preparation alone, and the whole rehearsal (prepare a copy,
 calibrate it, convert, verify, save and load in memory; nothing is compiled). The figure is the median of the ratios
-within a round. Seconds are those of the processor, with one thread, so that what else runs on the machine counts
-little. ``auto`` has a row of its own: it rehearses as many modes as it has to. Also printed is how much memory the
-process holds after a rehearsal that it did not hold before. The ViT takes images of its own size, whatever ``--size``
-says.
+within a round. Then the preparation of a fit, which takes over what the rehearsal captured, and 20 training steps of
+the float network with batches of 32, as a measure of what both are worth. Seconds are those of the processor, with one
+thread, so that what else runs on the machine counts little. ``auto`` has a row of its own: it rehearses as many modes
+as it has to. Also printed is how much memory the process holds after a rehearsal that it did not hold before. The ViT
+takes images of its own size, whatever ``--size`` says.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from benchmarks.machine import describe
 from benchmarks.networks import NETWORKS, UNet
 from benchmarks.photos import SIDE
 from qat_lightning.graph.example import Example
+from qat_lightning.modes.captured_once import captured_once
 from qat_lightning.modes.registry import get_mode
 from qat_lightning.rehearsal.auto import decide
 from qat_lightning.rehearsal.rehearse import rehearse
@@ -52,26 +54,40 @@ def _resident_mb() -> float:
     return pages * resource.getpagesize() / 1e6
 
 
-def measure(network: nn.Module, example: Example, mode: str, rounds: int) -> tuple[float, float, float, float]:
-    """Median seconds of prepare and of rehearse, the median of their ratios, and the MB that stay."""
+def measure(network: nn.Module, example: Example, mode: str, rounds: int) -> tuple[float, float, float, float, float]:
+    """Medians of the seconds of prepare, rehearse and prepare after it, of the ratios, and of the MB that stay."""
     recipe = Recipe(mode, "x86")
     pairs, held = [], []
     for _ in range(rounds + 1):
         copied = copy.deepcopy(network)
         prepare = _seconds(lambda copied=copied: get_mode(mode).prepare(copied, example, recipe))
         del copied
-        before = _resident_mb()
-        pairs.append((prepare, _seconds(lambda: rehearse(network, example, recipe))))
+        before, copied = _resident_mb(), copy.deepcopy(network)
+        with captured_once():
+            whole = _seconds(lambda: rehearse(network, example, recipe))
+            after = _seconds(lambda copied=copied: get_mode(mode).prepare(copied, example, recipe))
+        pairs.append((prepare, whole, after))
+        del copied
         gc.collect()
         held.append(_resident_mb() - before)
     pairs, held = pairs[1:], held[1:]  # the first warms up
-    ratio = statistics.median(whole / alone for alone, whole in pairs)
-    return (
-        statistics.median(p for p, _ in pairs),
-        statistics.median(r for _, r in pairs),
-        ratio,
-        statistics.median(held),
-    )
+    alone, whole, after = (statistics.median(seconds) for seconds in zip(*pairs, strict=True))
+    ratio = statistics.median(rehearsed / prepared for prepared, rehearsed, _ in pairs)
+    return alone, whole, after, ratio, statistics.median(held)
+
+
+def training_steps(network: nn.Module, shape: torch.Size, count: int = 20) -> float:
+    """Seconds of ``count`` steps of the float network with batches of 32, from two of them after one to warm up."""
+    copied, x = copy.deepcopy(network).train(), torch.randn(32, *shape[1:])
+    optimizer = torch.optim.SGD(copied.parameters(), lr=1e-4)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        copied(x).mean().backward()
+        optimizer.step()
+
+    step()
+    return count * statistics.median(_seconds(step) for _ in range(2))
 
 
 def main() -> None:
@@ -86,19 +102,21 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     table = Table(title=f"rehearse against prepare, batch {options.batch}, {options.size}x{options.size}")
-    for column in ("network", "mode", "prepare, s", "rehearse, s", "ratio", "MB that stay"):
+    for column in ("network", "mode", "prepare, s", "rehearse, s", "prepare then, s", "ratio", "MB that stay"):
         table.add_column(column)
     for name in options.networks:
         torch.manual_seed(0)
         size = SIDE if name == "vit_tiny" else options.size
         network, example = REHEARSED[name](), Example((torch.randn(options.batch, 3, size, size),))
+        table.add_row(name, "20 steps", f"{training_steps(network, example.args[0].shape):.1f}", "", "", "", "")
         for mode in options.modes:
             if mode == "auto":
                 seconds = _seconds(lambda n=network, e=example: decide("auto", n, e, lambda m: Recipe(m, "x86")))
-                table.add_row(name, mode, "", f"{seconds:.1f}", "", "")
+                table.add_row(name, mode, "", f"{seconds:.1f}", "", "", "")
                 continue
-            alone, whole, ratio, held = measure(network, example, mode, options.rounds)
-            table.add_row(name, mode, f"{alone:.2f}", f"{whole:.2f}", f"{ratio:.2f}", f"{held:.0f}")
+            alone, whole, after, ratio, held = measure(network, example, mode, options.rounds)
+            figures = f"{alone:.2f}", f"{whole:.2f}", f"{after:.2f}", f"{ratio:.2f}", f"{held:.0f}"
+            table.add_row(name, mode, *figures)
     Console().print(table)
     print(describe())
 

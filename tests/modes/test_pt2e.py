@@ -400,11 +400,11 @@ def test_batchnorm_folds_into_every_kind_of_layer() -> None:
         prepared = prepare(Kinds(), example, backend=backend)
         fit(prepared, example)
         converted = convert(prepared, example)
-        assert not any("batch_norm" in str(node.target) for node in converted.network.decomposed.graph.nodes)
+        left = [node for node in converted.network.decomposed.graph.nodes if "batch_norm" in str(node.target)]
+        assert len(left) == (backend == "x86"), "behind the shuffle of a transposed convolution it is an op of its own"
         assert min(check.sqnr_db for check in converted.checks) > 100
         reasons = {row.name: row.reason for row in converted.coverage}
-        assert reasons["conv1"] == reasons["linear"] == ""
-        assert backend == "xnnpack" or "no rule for aten.conv_transpose1d" in reasons["up"]
+        assert reasons["conv1"] == reasons["linear"] == reasons["up"] == ""
 
 
 def test_a_layer_called_twice_is_stored_once() -> None:

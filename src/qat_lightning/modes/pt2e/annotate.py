@@ -28,6 +28,7 @@ from qat_lightning.layers.operators import OPERATORS, rows
 from qat_lightning.modes.late_writes import late_write, late_write_error
 from qat_lightning.modes.pt2e.capture import source_line
 from qat_lightning.modes.pt2e.dtypes import leave_other_dtypes
+from qat_lightning.modes.pt2e.transposed import COMPUTED, write_as_convolutions
 from qat_lightning.modes.qconfig import activation_qscheme, activation_settings, weight_qscheme, weight_settings
 from qat_lightning.numerics.fake_quantize import FakeQuantize
 from qat_lightning.settings.recipe import Recipe
@@ -133,6 +134,8 @@ def insert_fake_quantize(
             # "The input of maxpool2d is not quantized": then it runs in float, as the coverage says.
             warnings.filterwarnings("ignore", message=".*maxpool2d.*")
             graph_module = quantizer.transform_for_annotation(graph_module)
+            if "transposed" in recipe.families and recipe.backend == "x86":
+                write_as_convolutions(graph_module.graph, lambda node: selects(recipe, prefix, node))
             _separate_weights(graph_module.graph)
             _name_sources(graph_module.graph)
             pairs = _foldable(graph_module.graph)
@@ -271,6 +274,8 @@ def _foldable(graph: fx.Graph) -> list[tuple[fx.Node, fx.Node]]:
     for batchnorm in graph.find_nodes(op="call_function", target=aten.batch_norm.default):
         layer, mean = batchnorm.args[0], batchnorm.args[3]
         if not isinstance(layer, fx.Node) or layer.target not in CHANNEL_AXIS or mean is None or len(layer.users) > 1:
+            continue
+        if COMPUTED in layer.meta:
             continue
         weight = layer.args[1]
         shape = weight.meta["val"].shape if isinstance(weight, fx.Node) else ()

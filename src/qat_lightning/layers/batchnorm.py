@@ -63,6 +63,19 @@ def along(factor: Tensor, weight: Tensor, axis: int = 0) -> Tensor:
     return factor.reshape(shape)
 
 
+def for_each_row(values: Tensor, weight: Tensor, axis: int = 0) -> Tensor:
+    """A value for each channel of BatchNorm, for each output channel of a weight that has several for each of these.
+
+    The convolution that stands for a transposed one has the phases of a channel side by side.
+
+    Example:
+        >>> for_each_row(torch.tensor([1.0, 2.0]), torch.zeros(4, 3, 2)).tolist()
+        [1.0, 1.0, 2.0, 2.0]
+    """
+    phases = weight.shape[axis] // values.shape[0]
+    return values if phases == 1 else values.repeat_interleave(phases)
+
+
 def fake_quantize_folded(weight: Tensor, factor: Tensor, fq: FakeQuantize, *, axis: int = 0) -> Tensor:
     """Round ``weight * factor`` to the grid, and divide by ``factor`` again.
 

@@ -28,7 +28,7 @@ from qat_lightning.layers.operators import OPERATORS, rows
 from qat_lightning.modes.late_writes import late_write, late_write_error
 from qat_lightning.modes.pt2e.capture import source_line
 from qat_lightning.modes.pt2e.dtypes import leave_other_dtypes
-from qat_lightning.modes.pt2e.transposed import COMPUTED, write_as_convolutions
+from qat_lightning.modes.pt2e.transposed import Shuffled, write_as_convolutions
 from qat_lightning.modes.qconfig import activation_qscheme, activation_settings, weight_qscheme, weight_settings
 from qat_lightning.numerics.fake_quantize import FakeQuantize
 from qat_lightning.settings.recipe import Recipe
@@ -45,10 +45,17 @@ _CLAMPS = tuple(overload for row in rows("clamp") for overload in row.overloads)
 
 @dataclass(frozen=True)
 class Folded:
-    """A layer and the BatchNorm that will be folded into it, by the names of their nodes."""
+    """A layer and the BatchNorm that will be folded into it, by the names of their nodes.
+
+    Attributes:
+        layer: The layer.
+        batchnorm: The BatchNorm.
+        moves: What brings the layer's outputs to their places before BatchNorm reads them, in order.
+    """
 
     layer: str
     batchnorm: str
+    moves: tuple[str, ...] = ()
 
 
 def make_quantizer(recipe: Recipe) -> Quantizer:
@@ -134,11 +141,12 @@ def insert_fake_quantize(
             # "The input of maxpool2d is not quantized": then it runs in float, as the coverage says.
             warnings.filterwarnings("ignore", message=".*maxpool2d.*")
             graph_module = quantizer.transform_for_annotation(graph_module)
-            if "transposed" in recipe.families and recipe.backend == "x86":
-                write_as_convolutions(graph_module.graph, lambda node: selects(recipe, prefix, node))
+            shuffled: list[Shuffled] = []
+            if "subpixel" in recipe.families and recipe.backend == "x86":
+                shuffled = write_as_convolutions(graph_module.graph, lambda node: selects(recipe, prefix, node))
             _separate_weights(graph_module.graph)
             _name_sources(graph_module.graph)
-            pairs = _foldable(graph_module.graph)
+            pairs = _foldable(graph_module.graph, shuffled)
             _leave_float(graph_module.graph, recipe, prefix)
             arguments = _bypass(pairs)
             quantizer.annotate(graph_module)
@@ -148,7 +156,7 @@ def insert_fake_quantize(
             _annotate_after_clamp(graph_module.graph)
             leave_other_dtypes(graph_module.graph)
             quantizer.validate(graph_module)
-            folded = [Folded(layer.name, batchnorm.name) for layer, batchnorm in pairs]
+            folded = _folded(pairs)
             prepared = upstream_prepare(graph_module, scopes, is_qat=False)
     except (AssertionError, ValueError, RuntimeError, NotImplementedError, AttributeError, KeyError) as error:
         raise NetworkError(
@@ -197,10 +205,10 @@ def _refuse_late_writes(prepared: fx.GraphModule, name: str) -> None:
         raise TraceError(late_write_error("pt2e", name, rounded.name, f"{write.name!r}{source_line(write)}"))
 
 
-_KNOWN_TO_X86 = "Conv1d, Conv2d, Linear, products of equal shapes, and pooling, cat and flatten between them"
+_KNOWN_TO_X86 = "Conv1d, Conv2d, {}Linear, products of equal shapes, and pooling, cat and flatten between them"
 _KNOWN = {
-    "x86": _KNOWN_TO_X86,
-    "tensorrt": _KNOWN_TO_X86,
+    "x86": _KNOWN_TO_X86.format("ConvTranspose1d, ConvTranspose2d, "),
+    "tensorrt": _KNOWN_TO_X86.format(""),
     "xnnpack": "Conv1d, Conv2d, ConvTranspose, Linear, add, mul, cat, adaptive_avg_pool2d and reshaping between them",
 }
 """What each quantizer has rules for, in words."""
@@ -268,14 +276,17 @@ def selects(recipe: Recipe, prefix: str, node: fx.Node) -> bool:
     return recipe.selects(name) if name else not recipe.include
 
 
-def _foldable(graph: fx.Graph) -> list[tuple[fx.Node, fx.Node]]:
+def _foldable(graph: fx.Graph, shuffled: list[Shuffled]) -> list[tuple[Shuffled, fx.Node]]:
     """Layers whose output goes to one BatchNorm with running statistics, and nowhere else."""
+    by_last = {one.last: one for one in shuffled}
     pairs = []
     for batchnorm in graph.find_nodes(op="call_function", target=aten.batch_norm.default):
-        layer, mean = batchnorm.args[0], batchnorm.args[3]
-        if not isinstance(layer, fx.Node) or layer.target not in CHANNEL_AXIS or mean is None or len(layer.users) > 1:
+        source, mean = batchnorm.args[0], batchnorm.args[3]
+        if not isinstance(source, fx.Node) or mean is None or len(source.users) > 1:
             continue
-        if COMPUTED in layer.meta:
+        found = by_last.get(source, Shuffled(source, (), 1))
+        layer = found.convolution
+        if layer.target not in CHANNEL_AXIS:
             continue
         weight = layer.args[1]
         shape = weight.meta["val"].shape if isinstance(weight, fx.Node) else ()
@@ -284,34 +295,42 @@ def _foldable(graph: fx.Graph) -> list[tuple[fx.Node, fx.Node]]:
         # rows than channels.
         if layer.target is aten.linear.default and layer.meta["val"].dim() != 2:
             continue
-        if not shape or shape[CHANNEL_AXIS[layer.target]] != channels:
+        if not shape or shape[CHANNEL_AXIS[layer.target]] != channels * found.phases:
             continue
-        pairs.append((layer, batchnorm))
+        pairs.append((found, batchnorm))
     return pairs
 
 
-def _bypass(pairs: list[tuple[fx.Node, fx.Node]]) -> list[tuple[Any, ...]]:
+def _folded(pairs: list[tuple[Shuffled, fx.Node]]) -> list[Folded]:
+    return [
+        Folded(found.convolution.name, batchnorm.name, tuple(move.name for move in found.moves))
+        for found, batchnorm in pairs
+    ]
+
+
+def _bypass(pairs: list[tuple[Shuffled, fx.Node]]) -> list[tuple[Any, ...]]:
     """Connect each layer to what follows its BatchNorm, for as long as the quantizer looks."""
     arguments = []
-    for layer, batchnorm in pairs:
+    for found, batchnorm in pairs:
         arguments.append(batchnorm.args)
         batchnorm.args = (None, *batchnorm.args[1:])
-        batchnorm.replace_all_uses_with(layer)
+        batchnorm.replace_all_uses_with(found.last)
     return arguments
 
 
-def _undo_bypass(pairs: list[tuple[fx.Node, fx.Node]], arguments: list[tuple[Any, ...]]) -> None:
+def _undo_bypass(pairs: list[tuple[Shuffled, fx.Node]], arguments: list[tuple[Any, ...]]) -> None:
     """Put BatchNorm back, and move what was annotated for the layer's output to BatchNorm's."""
-    for (layer, batchnorm), args in zip(pairs, arguments, strict=True):
-        layer.replace_all_uses_with(batchnorm)
+    for (found, batchnorm), args in zip(pairs, arguments, strict=True):
+        last = found.last
+        last.replace_all_uses_with(batchnorm)
         batchnorm.args = args
-        annotation = layer.meta.get(Q_ANNOTATION_KEY)
+        annotation = last.meta.get(Q_ANNOTATION_KEY)
         if annotation is not None and annotation.output_qspec is not None:
             batchnorm.meta[Q_ANNOTATION_KEY] = QuantizationAnnotation(
                 output_qspec=annotation.output_qspec, _annotated=True
             )
             annotation.output_qspec = None
-        _rename_in_annotations(layer.graph, layer, batchnorm)
+        _rename_in_annotations(last.graph, last, batchnorm)
 
 
 def _annotate_after_clamp(graph: fx.Graph) -> None:

@@ -48,8 +48,10 @@ def check_layers(
         VerificationError: A layer is past the tolerance, or all are right and the whole is not.
     """
     graph: Any = prepared.graph
-    renamed = {pair.layer: pair.batchnorm for pair in plan.folded}
-    there = {node.name for node in graph.nodes}
+    renamed = {(pair.layer, *pair.moves)[-1]: pair.batchnorm for pair in plan.folded}
+    # Between a layer and its BatchNorm, the values of fake-quant are not yet normalized.
+    before = {name for pair in plan.folded for name in (pair.layer, *pair.moves)} - set(renamed)
+    there = {node.name for node in graph.nodes} - before
     origins = {node.name: renamed.get(node.name, node.name) for node in decomposed.graph.nodes}
     alignment = Alignment(prepared, graph, {name: origin for name, origin in origins.items() if origin in there})
     tensors = plan.spec.flatten(example.args, example.kwargs)
@@ -57,7 +59,7 @@ def check_layers(
     with same_random_numbers():
         expected = SeededRecorder(prepared, graph)
         expected.run(*copies(tensors))
-        comparison = _Comparison(decomposed, alignment, expected)
+        comparison = _Comparison(decomposed, alignment, expected, ends=set(renamed))
         comparison.run(*copies(tensors))
         raise_if_faulty(comparison.checks, target, names)
         actual = SeededRecorder(decomposed, decomposed.graph, alignment.origins)
@@ -75,9 +77,11 @@ def check_layers(
 class _Comparison(fx.Interpreter):
     """Runs a decomposed graph, each op on the very values that fake-quant had for it, and compares what it gives."""
 
-    def __init__(self, graph_module: fx.GraphModule, alignment: Alignment, expected: SeededRecorder) -> None:
+    def __init__(
+        self, graph_module: fx.GraphModule, alignment: Alignment, expected: SeededRecorder, ends: set[str]
+    ) -> None:
         super().__init__(graph_module)
-        self.alignment, self.expected = alignment, expected
+        self.alignment, self.expected, self.ends = alignment, expected, ends
         self.checks: list[LayerCheck] = []
         self.source: dict[str, str] = {}
         """The node of fake-quant whose value each node should yield, float."""
@@ -141,7 +145,7 @@ class _Comparison(fx.Interpreter):
             return copy_of(wanted)
         self.source[n.name] = origin.name
         check = self._compare(n, wanted, got)
-        if check.fault or _ends_layer(n):
+        if check.fault or _ends_layer(n, n.target in CHANNEL_AXIS or n.name in self.ends):
             self.checks.append(check)
         return copy_of(wanted)
 
@@ -176,12 +180,12 @@ class _Comparison(fx.Interpreter):
         return 2 * off
 
 
-def _ends_layer(node: fx.Node) -> bool:
+def _ends_layer(node: fx.Node, has_weight: bool) -> bool:
     if node.target in DEQUANTIZE:
         return False
     if any(user.op == "output" or user.target in QUANTIZE for user in node.users):
         return True
-    return node.target in CHANNEL_AXIS and not _runs_on_to_quantize(node)
+    return has_weight and not _runs_on_to_quantize(node)
 
 
 def _runs_on_to_quantize(node: fx.Node) -> bool:

@@ -17,7 +17,7 @@ from torch.fx.passes.infra.pass_manager import PassManager
 
 from qat_lightning.errors import ConversionError
 from qat_lightning.graph.scopes import scope_of
-from qat_lightning.layers.batchnorm import fold_factor, folded_bias, folded_weight
+from qat_lightning.layers.batchnorm import fold_factor, folded_bias, folded_weight, for_each_row
 from qat_lightning.layers.qat_modules import round_for_good
 from qat_lightning.modes.pt2e.annotate import CHANNEL_AXIS
 from qat_lightning.modes.pt2e.capture import TRAINING_FLAG
@@ -83,18 +83,20 @@ def _fold_batchnorm(graph_module: fx.GraphModule, plan: Plan) -> None:
     nodes = {node.name: node for node in graph.nodes}
     for pair in plan.folded:
         layer, batchnorm = nodes[pair.layer], nodes[pair.batchnorm]
-        gamma, beta, mean, var = (_tensor(graph_module, arg) for arg in batchnorm.args[1:5])
-        assert mean is not None
-        assert var is not None
+        axis = CHANNEL_AXIS[layer.target]
         quantizer = weight_quantizer(graph_module, layer)
         weight_node: Any = layer.args[1] if quantizer is None else quantizer.args[0]
-        weight = _tensor(graph_module, weight_node)
-        if weight is None:
-            # A weight that is itself computed (a parametrization): BatchNorm stays an op of its own.
-            continue
+        weight = _fixed(graph_module, weight_node)
+        assert weight is not None
+        gamma, beta, mean, var = (
+            None if value is None else for_each_row(value, weight, axis)
+            for value in (_tensor(graph_module, arg) for arg in batchnorm.args[1:5])
+        )
+        assert mean is not None
+        assert var is not None
         factor = fold_factor(gamma, var, float(batchnorm.args[7]))
-        bias = _tensor(graph_module, layer.args[2] if len(layer.args) > 2 else None)
-        multiplied = folded_weight(weight, factor, axis=CHANNEL_AXIS[layer.target])
+        bias = _fixed(graph_module, layer.args[2] if len(layer.args) > 2 else None)
+        multiplied = folded_weight(weight, factor, axis=axis)
         new_weight = _constant(graph_module, weight_node, f"{pair.layer}_weight", multiplied)
         shifted = folded_bias(bias, mean, factor, beta)
         new_bias = _constant(graph_module, weight_node, f"{pair.layer}_bias", shifted)
@@ -104,7 +106,7 @@ def _fold_batchnorm(graph_module: fx.GraphModule, plan: Plan) -> None:
             quantizer.update_arg(0, new_weight)
             new_weight.append(quantizer)
         layer.args = (*layer.args[:2], new_bias, *layer.args[3:])
-        batchnorm.replace_all_uses_with(layer)
+        batchnorm.replace_all_uses_with(batchnorm.args[0])
         graph.erase_node(batchnorm)
 
 
@@ -114,6 +116,14 @@ def _tensor(module: nn.Module, node: Any) -> Tensor | None:
     holder, _, leaf = str(node.target).rpartition(".")
     value = getattr(module.get_submodule(holder), leaf)
     return value.detach() if isinstance(value, Tensor) else None
+
+
+def _fixed(graph_module: fx.GraphModule, node: Any) -> Tensor | None:
+    """A weight or a bias, which may be computed of parameters: of a parametrization's, or of a transposed layer's."""
+    if node is None:
+        return None
+    value = _tensor(graph_module, node)
+    return _computed(graph_module, node) if value is None else value
 
 
 def _constant(graph_module: fx.GraphModule, before: fx.Node, name: str, value: Tensor) -> fx.Node:
@@ -197,9 +207,8 @@ def visit_weights(graph_module: fx.GraphModule, visit: Callable[[FakeQuantize, T
     for node in graph_module.graph.nodes:
         fq = _quantizer(graph_module, node)
         if fq is not None and fq.source == "present":
-            value = _tensor(graph_module, node.args[0])
-            if value is None:
-                value = _computed(graph_module, node.args[0])
+            value = _fixed(graph_module, node.args[0])
+            assert value is not None
             visit(fq, value)
 
 

@@ -17,7 +17,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from qat_lightning.errors import NetworkError
 from qat_lightning.graph.portable_graph import HoldsGraphs
 from qat_lightning.graph.scopes import scope_of
-from qat_lightning.layers.batchnorm import fake_quantize_folded, fold_factor
+from qat_lightning.layers.batchnorm import fake_quantize_folded, fold_factor, for_each_row
 from qat_lightning.layers.qat_modules import (
     Counter,
     FreezableBatchNorm,
@@ -49,7 +49,7 @@ class FoldedWeight(nn.Module):
 
     def forward(self, weight: Tensor, gamma: Tensor | None, running_var: Tensor) -> Tensor:
         """The rounded weight, unfolded again."""
-        factor = fold_factor(gamma, running_var, self.eps)
+        factor = for_each_row(fold_factor(gamma, running_var, self.eps), weight, self.axis)
         return fake_quantize_folded(weight, factor, self.__dict__["fq"], axis=self.axis)
 
 

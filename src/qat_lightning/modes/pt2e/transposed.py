@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,25 +23,66 @@ _MOVES: dict[str, Any] = {
     "permute": aten.permute.default,
     "flatten": aten.flatten.using_ints,
 }
-COMPUTED = "weight_of_transposed"
-"""Marks a convolution whose weight is computed of a transposed one's, into which no BatchNorm is folded."""
+_ANY_LAYOUT = {aten.view.default: aten.reshape.default, aten._unsafe_view.default: aten.reshape.default}
+"""What a trace with one layout of memory makes of ``reshape``, and what holds for a parameter of any layout."""
 
 _END = torch.iinfo(torch.int64).max
 
 
-def write_as_convolutions(graph: fx.Graph, selects: Callable[[fx.Node], bool]) -> None:
+@dataclass(frozen=True)
+class Shuffled:
+    """What was put in the place of a transposed convolution.
+
+    Attributes:
+        convolution: Its channels are the phases of each channel of the transposed one, side by side.
+        moves: What brings its outputs to their places, in order; empty where they are there.
+        phases: How many channels of it there are for one of the transposed one.
+    """
+
+    convolution: fx.Node
+    moves: tuple[fx.Node, ...]
+    phases: int
+
+    @property
+    def last(self) -> fx.Node:
+        """The node whose value is that of the transposed convolution."""
+        return (self.convolution, *self.moves)[-1]
+
+
+def write_as_convolutions(graph: fx.Graph, selects: Callable[[fx.Node], bool]) -> list[Shuffled]:
     """Put the convolution and the moves that stand for them in the place of transposed convolutions.
 
     Args:
         graph: As exported, with the shapes of the example in its nodes; changed in place.
         selects: Whether what made a node is to be quantized.
+
+    Returns:
+        What was put there. A weight that depends on the network's input has no fixed grid, and stays where it is.
     """
-    for node in list(graph.nodes):
-        if node.op == "call_function" and node.target in _CONVOLUTIONS and selects(node) and not node.kwargs:
-            _write(graph, node)
+    return [
+        _write(graph, node)
+        for node in list(graph.nodes)
+        if node.op == "call_function"
+        and node.target in _CONVOLUTIONS
+        and not node.kwargs
+        and selects(node)
+        and not _depends_on_input(node.args[1])
+    ]
 
 
-def _write(graph: fx.Graph, node: fx.Node) -> None:
+def _depends_on_input(node: Any) -> bool:
+    seen, waiting = set[fx.Node](), [node]
+    while waiting:
+        source = waiting.pop()
+        if source.op == "placeholder":
+            return True
+        if source not in seen:
+            seen.add(source)
+            waiting += source.all_input_nodes
+    return False
+
+
+def _write(graph: fx.Graph, node: fx.Node) -> Shuffled:
     convolution, dims = _CONVOLUTIONS[node.target]
     ones, zeros = [1] * dims, [0] * dims
     given: list[Any] = list(node.args)
@@ -51,45 +93,53 @@ def _write(graph: fx.Graph, node: fx.Node) -> None:
     numbers = ([*sizes] * dims if len(sizes) == 1 else [*sizes] for sizes in (stride, padding, more, dilation))
     steps, pads, further, spread = (tuple(sizes) for sizes in numbers)
     subpixel = Subpixel.of(kernel, steps, pads, further, spread, groups)
+    moves: list[fx.Node] = []
     with graph.inserting_before(node):
         weight = _computed(graph, subpixel.weight, weight)
         bias = None if bias is None else _computed(graph, subpixel.bias, bias)
-        pads_of = list(subpixel.padding)
-        last = _call(graph, node, convolution, (x, weight, bias, ones, pads_of, ones, groups))
-        last.meta[COMPUTED] = True
-        for name, arguments in subpixel.moves():
-            if name != "getitem":
-                sizes = (arguments,) if name == "permute" else arguments
-                last = _call(graph, node, _MOVES[name], (last, *map(_listed, sizes)))
-                continue
-            for dim, kept in enumerate(arguments[0]):
-                if kept != slice(None):
-                    end = _END if kept.stop is None else kept.stop
-                    last = _call(graph, node, aten.slice.Tensor, (last, dim, kept.start or 0, end))
+        arguments = (x, weight, bias, ones, list(subpixel.padding), ones, groups)
+        last = layer = _call(graph, node, convolution, arguments)
+        for name, values in subpixel.moves():
+            for target, others in _ops(name, values):
+                last = _call(graph, node, target, (last, *others))
+                moves.append(last)
     node.replace_all_uses_with(last)
     graph.erase_node(node)
+    return Shuffled(layer, tuple(moves), subpixel.phases)
 
 
-def _listed(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
+def _ops(name: str, values: tuple[Any, ...]) -> list[tuple[Any, tuple[Any, ...]]]:
+    """The ops of one of `Subpixel.moves`, and what each takes besides its input."""
+    if name == "getitem":
+        return [
+            (aten.slice.Tensor, (dim, kept.start or 0, _END if kept.stop is None else kept.stop))
+            for dim, kept in enumerate(values[0])
+            if kept != slice(None)
+        ]
+    given = (values,) if name == "permute" else values
+    return [(_MOVES[name], tuple(list(value) if isinstance(value, tuple) else value for value in given))]
 
 
 def _computed(graph: fx.Graph, function: Callable[[Tensor], Tensor], source: fx.Node) -> fx.Node:
-    """What a function makes of a parameter, op by op."""
+    """What a function makes of a parameter, op by op; the result is named after the parameter."""
     value = source.meta["val"]
     traced = make_fx(lambda parameter: function(parameter))(torch.empty(value.shape, dtype=value.dtype))
     (given,) = traced.graph.find_nodes(op="placeholder")
+    result = traced.graph.output_node().args[0]
     nodes = {given: source}
     for op in traced.graph.nodes:
         if op.op == "call_function":
             arguments = fx.node.map_arg((op.args, op.kwargs), nodes.__getitem__)
-            nodes[op] = _call(graph, source, op.target, *arguments)
-    return nodes[traced.graph.output_node().args[0]]
+            name = f"{source.name}_of_phases" if op is result else None
+            nodes[op] = _call(graph, source, _ANY_LAYOUT.get(op.target, op.target), *arguments, name=name)
+    return nodes[result]
 
 
-def _call(graph: fx.Graph, like: fx.Node, target: Any, args: Any, kwargs: Any = None) -> fx.Node:
+def _call(
+    graph: fx.Graph, like: fx.Node, target: Any, args: Any, kwargs: Any = None, name: str | None = None
+) -> fx.Node:
     """Add an op, with its shape, to the module that made another node."""
-    new = graph.call_function(target, args, kwargs or {})
+    new = graph.create_node("call_function", target, args, kwargs or {}, name=name)
     new.meta = {key: value for key, value in like.meta.items() if key not in ("source_fn_stack", "torch_fn", "val")}
     values = fx.node.map_arg((new.args, new.kwargs), lambda node: node.meta["val"])
     fake_mode = next(iter(new.all_input_nodes)).meta["val"].fake_mode

@@ -38,6 +38,15 @@ def make_qconfig(recipe: Recipe) -> QConfig:
     return QConfig(activation=activation, weight=weight)
 
 
+def table_fake_quantize(recipe: Recipe) -> FakeQuantize:
+    """The FakeQuantize of one embedding's table, whose integers no int8 kernel limits."""
+    low, high = recipe.weight_limits
+    if recipe.scheme.weight_symmetric:
+        low, high = -recipe.scheme.weight_quant_max, recipe.scheme.weight_quant_max
+    made: FakeQuantize = make_qconfig(recipe).weight(quant_min=low, quant_max=high)
+    return made
+
+
 def activation_qscheme(recipe: Recipe) -> torch.qscheme:
     """Symmetric or affine, as torch names it."""
     symmetric = recipe.scheme.activation_symmetric or recipe.target.symmetric

@@ -148,11 +148,16 @@ class WeightOnlyEmbedding(IntegerLayer):
         self.register_buffer("zero_points", points)
 
     @classmethod
-    def of(cls, table: nn.Embedding | nn.EmbeddingBag, grid: WeightGrid) -> WeightOnlyEmbedding:
-        """Round a table."""
+    def empty(cls, table: nn.Embedding | nn.EmbeddingBag, grid: WeightGrid) -> WeightOnlyEmbedding:
+        """One of the sizes of a float table, its integers not yet filled in."""
         values = (grid.quant_min, grid.quant_max, grid.symmetric, grid.group, grid.clipped)
         mode, last = (table.mode, table.include_last_offset) if isinstance(table, nn.EmbeddingBag) else ("", False)
-        made = cls(table.num_embeddings, table.embedding_dim, table.padding_idx, mode, last, values)
+        return cls(table.num_embeddings, table.embedding_dim, table.padding_idx, mode, last, values)
+
+    @classmethod
+    def of(cls, table: nn.Embedding | nn.EmbeddingBag, grid: WeightGrid) -> WeightOnlyEmbedding:
+        """Round a table."""
+        made = cls.empty(table, grid)
         integers, made.scales, zero_points = quantize_rows(table.weight, grid)
         made.integers = store(integers, grid)
         made.zero_points = None if grid.symmetric else zero_points

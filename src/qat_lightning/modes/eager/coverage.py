@@ -14,7 +14,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from qat_lightning.graph.example import Example
-from qat_lightning.layers.operators import MOVES, WEIGHTED
+from qat_lightning.layers.operators import MOVES, WEIGHTED, module_types
 from qat_lightning.modes.coverage import (
     FloatRun,
     counter,
@@ -28,6 +28,8 @@ from qat_lightning.modes.eager.observation import HEAD_TYPES, Observation, funct
 from qat_lightning.modes.protocol import LayerCoverage
 from qat_lightning.modes.without_arithmetic import nested, on_a_copy
 
+_LAYERS = (*HEAD_TYPES, *module_types("table"))
+"""What an observation watches that has a row as a layer."""
 _FUNCTION = "functions stay float in mode='eager'"
 _ALONE = "it does not follow one int8 layer directly, whose kernel would do it"
 
@@ -104,7 +106,7 @@ def _operations(seen: _Seen, plan: Mapping[str, Any], example: Example) -> list[
     on_grid = _outputs(observation, names, plan)
     rows = []
     for call in observation.calls:
-        if isinstance(call.module, HEAD_TYPES) or (call.module is None and call.function in MOVES):
+        if isinstance(call.module, _LAYERS) or (call.module is None and call.function in MOVES):
             continue
         if call.module is not None:
             if names[call.module] not in in_chains:

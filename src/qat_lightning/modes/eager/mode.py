@@ -23,17 +23,20 @@ from qat_lightning.errors import CheckpointMismatchError, ConversionError, Netwo
 from qat_lightning.graph.example import Example, in_float32
 from qat_lightning.graph.scopes import join
 from qat_lightning.layers.operators import WEIGHTED
-from qat_lightning.layers.qat_modules import make_batchnorm_freezable, round_for_good
+from qat_lightning.layers.qat_modules import make_batchnorm_freezable
+from qat_lightning.layers.tables import make_tables_plain, why_float
 from qat_lightning.layers.transformer import MAPS, attentions, give_layers, take_layers
-from qat_lightning.modes.eager.calls import LATER, Grids, count_in, grids_of
+from qat_lightning.modes.eager.calls import LATER, Grids, count_in
 from qat_lightning.modes.eager.chains import Chain, find_chains, float_functions, kind_of
 from qat_lightning.modes.eager.check import check_layers, run
 from qat_lightning.modes.eager.coverage import eager_rows
+from qat_lightning.modes.eager.filling import fill, int8_layers, load_rest
 from qat_lightning.modes.eager.forwards import take_forwards_as_a_whole, with_calls
-from qat_lightning.modes.eager.int8 import Int8Layer, make_int8
+from qat_lightning.modes.eager.int8 import make_int8
 from qat_lightning.modes.eager.layers import HEADS, LINKS, ChainHead, become, without_fast_paths
 from qat_lightning.modes.eager.observation import Observation, observe, run_apart
 from qat_lightning.modes.eager.outputs import plain_outputs
+from qat_lightning.modes.eager.tables import fill_tables, make_integer, round_tables, rounded_tables
 from qat_lightning.modes.left_float import follow_checkpoints, leave_weights_float, with_reasons
 from qat_lightning.modes.other_quantization import refuse_other_quantization
 from qat_lightning.modes.precision import refuse_mixed
@@ -49,7 +52,6 @@ from qat_lightning.modes.prepared import (
 )
 from qat_lightning.modes.protocol import EXCLUDED, Converted, LayerCoverage
 from qat_lightning.modes.qconfig import make_qconfig
-from qat_lightning.numerics.grid import EPS
 from qat_lightning.numerics.recomputation import keep_tapes
 from qat_lightning.settings.backends import quantized_engine
 from qat_lightning.settings.recipe import Recipe
@@ -65,6 +67,7 @@ class EagerMode:
         refuse_other_quantization(network)
         refuse_mixed(network, example)
         keep_tapes()
+        make_tables_plain(network)  # of a preparation before
         float_network = copy_of_modules(network)
         opened = attentions(network, lambda name: "attention" in recipe.families and recipe.selects(join(prefix, name)))
         for attention in opened:
@@ -105,10 +108,13 @@ class EagerMode:
         for chain in chains:
             if chain.grid_of is not None:
                 modules[chain.name].__dict__["grid_of"] = (modules[chain.grid_of],)
+        if "tables" in recipe.families:
+            reasons |= round_tables(network, observation, recipe, prefix)
         plan = {
             "chains": [chain.to_dict() for chain in chains],
             "float": reasons,
             "functions": float_functions(observation),
+            "tables": [[name, type(float_network.get_submodule(name)).__name__] for name in rounded_tables(network)],
         }
         network._quantization = PreparedState(self, recipe, float_network, prefix=prefix, plan=plan)
         follow_course(network)
@@ -135,10 +141,12 @@ class EagerMode:
             )
         network = self.skeleton(copy.deepcopy(state.float_network).float(), plan, state.recipe)
         with quantized_engine(target.engine):
-            for layer in _int8_layers(network).values():
-                _fill(layer, heads[layer.chain.name])
-            _load_rest(network, prepared)
-            checks, whole = check_layers(prepared, network, heads, _int8_layers(network), example, target)
+            for layer in int8_layers(network).values():
+                fill(layer, heads[layer.chain.name])
+            load_rest(network, prepared)
+            tables = fill_tables(network, prepared, [name for name, _ in plan["tables"]])
+            checks, whole = check_layers(prepared, network, heads, int8_layers(network), example, target)
+            checks = [*tables, *checks]
         notes = [*_notes(plan, checks), *_in_words(whole)]
         rows, operations = eager_rows(_coverage(state, plan), state.float_network, plan, example)
         return Converted(network, rows, checks, notes, operations, whole)
@@ -152,12 +160,12 @@ class EagerMode:
 
     def parts(self, prepared: nn.Module) -> list[str]:
         """See `Mode.parts`."""
-        return [name for name, head in _heads(prepared).items() if not head.left_float]
+        return [*(name for name, head in _heads(prepared).items() if not head.left_float), *rounded_tables(prepared)]
 
     def leave_float(self, prepared: nn.Module, names: Collection[str], example: Example | None) -> None:
         """See `Mode.leave_float`."""
         if example is not None:
-            _give_own_input_range(prepared, names, example)
+            _give_own_input_range(prepared, _heads(prepared).keys() & set(names), example)
         leave_weights_float(prepared, names)
 
     def skeleton(self, network: nn.Module, plan: Mapping[str, Any], recipe: Recipe) -> nn.Module:
@@ -187,12 +195,13 @@ class EagerMode:
                 chain = Chain(**values)
                 missing = [name for name in (chain.name, *chain.links) if name not in modules]
                 if missing or kind_of(modules[chain.name]) != chain.kind:
-                    raise CheckpointMismatchError(
-                        f"{type(network).__name__} is not the network that was quantized: it should have a "
-                        f"{chain.kind} at {chain.name!r}{f' and modules at {missing}' if missing else ''}. Give the "
-                        "float network as its code makes it, with the arguments of then."
-                    )
+                    also = f" and modules at {missing}" if missing else ""
+                    raise _other_network(network, f"a {chain.kind} at {chain.name!r}{also}")
                 make_int8(modules, chain, dtype)
+        for name, kind in plan.get("tables", ()):
+            if type(modules.get(name)).__name__ != kind or why_float(modules[name]):
+                raise _other_network(network, f"an {kind} at {name!r}")
+            make_integer(modules[name], recipe)
         for attention in opened:
             attention.drop_parameters()
         for parameter in network.parameters():
@@ -212,12 +221,15 @@ def _quiet() -> Iterator[None]:
         yield
 
 
+def _other_network(network: nn.Module, wanted: str) -> CheckpointMismatchError:
+    return CheckpointMismatchError(
+        f"{type(network).__name__} is not the network that was quantized: it should have {wanted}. Give the float "
+        "network as its code makes it, with the arguments of then."
+    )
+
+
 def _modules(network: nn.Module) -> dict[str, nn.Module]:
     return dict(network.named_modules(remove_duplicate=False))
-
-
-def _int8_layers(network: nn.Module) -> dict[str, Int8Layer]:
-    return {name: module for name, module in _modules(network).items() if isinstance(module, Int8Layer)}
 
 
 def _heads(prepared: nn.Module) -> dict[str, ChainHead]:
@@ -296,67 +308,9 @@ def _plan_of_seen(
         for chain in plan["chains"]
         if chain not in chains
     }
-    return {**plan, "chains": chains, "float": {**plan["float"], **unseen}}
-
-
-@torch.no_grad()
-def _fill(layer: Int8Layer, head: ChainHead) -> None:
-    """Pack the present weight, rounded as training rounds it, and take over the grids."""
-    scale, zero_point = head.output_fake_quant.calculate_qparams()
-    layer.op.scale, layer.op.zero_point = float(scale), int(zero_point)
-    in_scale = None
-    if head.input_grid.seen:
-        in_scale, in_zero_point = head.input_grid.calculate_qparams()
-        layer.input_scale.copy_(in_scale)
-        layer.input_zero_point.copy_(in_zero_point)
-    in_scales = [] if in_scale is None else [in_scale]
-    for number, grids in enumerate(head.grids[1:]):
-        # What training never came to has the grids of the first call.
-        layer.later_grids[number] = grids_of(grids if grids.output_fake_quant.seen else head)
-        in_scales += [value for value in layer.later_grids[number, :1].float() if value > 0]
-    weight, bias = head.folded()
-    fq = head.weight_fake_quant
-    weight = round_for_good(weight, fq)
-    scales, _ = fq.calculate_qparams()
-    scales = _holding(scales, weight, bias, min(in_scales, default=scale), scale)
-    if fq.per_channel:
-        zeros = torch.zeros_like(scales, dtype=torch.int64)
-        packed = torch.quantize_per_channel(weight, scales.double(), zeros, 0, torch.qint8)
-    else:
-        packed = torch.quantize_per_tensor(weight, float(scales), 0, torch.qint8)
-    layer.op.set_weight_bias(packed, bias)
-
-
-def _holding(scales: Tensor, weight: Tensor, bias: Tensor | None, in_scale: Tensor, out_scale: Tensor) -> Tensor:
-    """Weight scales with which the bias fits into 32 bits, in units of input scale times weight scale.
-
-    A channel whose weight is 0, as behind a BatchNorm weight of 0, is 0 on any grid; the smallest scale would let its
-    bias overflow in QNNPACK, which holds it as an int32.
-    """
-    largest = weight.abs().flatten(1).amax(1) if scales.dim() else weight.abs().max()
-    scales = torch.where(largest == 0, out_scale, scales)
-    if bias is None:
-        return scales
-    needed = bias.abs() / (in_scale * 2.0**30)
-    return torch.maximum(scales, needed if scales.dim() else needed.max()).clamp(min=EPS)
-
-
-def _load_rest(network: nn.Module, prepared: nn.Module) -> None:
-    """Give the int8 network all trained values that are not in int8 layers, through a strict ``state_dict``."""
-    layers = _int8_layers(network)
-    inside = tuple(f"{name}." if name else "" for name in layers)
-    packed = {layer: layer._modules.pop("op") for layer in set(layers.values())}  # which loading would pack anew
-    try:
-        trained, state = prepared.state_dict(), network.state_dict()
-        state.update({key: trained[key] for key in state if not key.startswith(inside)})
-        network.load_state_dict(state)
-    finally:
-        for layer, op in packed.items():
-            layer._modules["op"] = op
-    buffers = dict(prepared.named_buffers())
-    for name, buffer in network.named_buffers():
-        if name not in state and name in buffers:
-            buffer.data = buffers[name].detach().clone()
+    unseen |= {name: left_float[name] for name, _ in plan["tables"] if name in left_float}
+    tables = [row for row in plan["tables"] if row[0] not in left_float]
+    return {**plan, "chains": chains, "tables": tables, "float": {**plan["float"], **unseen}}
 
 
 def _in_words(whole: WholeCheck | None) -> list[str]:
@@ -382,7 +336,7 @@ def _notes(plan: Mapping[str, Any], checks: list[LayerCheck]) -> list[str]:
 
 
 def _coverage(state: PreparedState, plan: Mapping[str, Any]) -> list[LayerCoverage]:
-    int8 = {chain["name"] for chain in plan["chains"]}
+    int8 = {*(chain["name"] for chain in plan["chains"]), *(name for name, _ in plan["tables"])}
     rows = []
     for name, module in state.float_network.named_modules():
         if isinstance(module, WEIGHTED):

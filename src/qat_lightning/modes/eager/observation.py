@@ -73,7 +73,7 @@ class Observation(TorchFunctionMode):
         self.returned: set[Key] = set()
         self._alive: list[Tensor] = []
         self._inside: list[tuple[Key, ...]] = []
-        self._read: set[int] | None = None
+        self._read: dict[bool, set[int]] | None = None
 
     def keys(self, values: Any) -> tuple[Key, ...]:
         """The tensors in any structure."""
@@ -111,12 +111,21 @@ class Observation(TorchFunctionMode):
         """The calls of one module."""
         return self._of[module]
 
-    def reads(self, module: nn.Module) -> bool:
-        """Whether a function takes a tensor of ``module``'s, or the network returns it."""
+    def reads(self, module: nn.Module, *, looked_up: bool = False) -> bool:
+        """Whether a function takes a tensor of ``module``'s, or the network returns it.
+
+        Args:
+            module: One of the network's.
+            looked_up: Whether looking up rows of it, as ``F.embedding`` does, counts.
+        """
         if self._read is None:
-            functions = [call.inputs for call in self.calls if not call.module and call.function != "embedding"]
-            self._read = {key[0] for keys in (*functions, self.returned) for key in keys}
-        return any(id(own) in self._read for own in (*module._parameters.values(), *module._buffers.values()))
+            self._read = {False: self._tensors_of_functions(but=("embedding",)), True: self._tensors_of_functions()}
+        read = self._read[looked_up]
+        return any(id(own) in read for own in (*module._parameters.values(), *module._buffers.values()))
+
+    def _tensors_of_functions(self, but: tuple[str, ...] = ()) -> set[int]:
+        functions = [call.inputs for call in self.calls if not call.module and call.function not in but]
+        return {key[0] for keys in (*functions, self.returned) for key in keys}
 
     def writes_over_its_input(self, module: nn.Module) -> bool:
         """Whether somebody reads what a call of ``module`` was given after it, and so what it left there."""
@@ -145,7 +154,7 @@ def observe(network: nn.Module, example: Example, context: Inside = None) -> Obs
     observation = Observation()
     handles = []
     for module in network.modules():
-        if type(module) in (*HEAD_TYPES, *module_types("batchnorm"), *ACTIVATION_TYPES):
+        if type(module) in (*HEAD_TYPES, *module_types("batchnorm", "table"), *ACTIVATION_TYPES):
             handles.append(module.register_forward_pre_hook(observation.enter, with_kwargs=True))
             handles.append(module.register_forward_hook(observation.leave, with_kwargs=True))
     try:

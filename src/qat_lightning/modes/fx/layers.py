@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from qat_lightning.graph.scopes import join
+from qat_lightning.layers.integer import IntegerLayer
 from qat_lightning.layers.operators import WEIGHTED
 from qat_lightning.modes.fx.config import LEFT_FLOAT
 from qat_lightning.modes.prepared import PreparedState
@@ -63,7 +64,7 @@ def layer_rows(state: PreparedState, network: nn.Module, used: set[str], unseen:
             continue
         layer = modules.get(name)
         module_name = type(layer).__module__
-        is_int8 = ".quantized." in module_name and ".reference." not in module_name
+        is_int8 = (".quantized." in module_name and ".reference." not in module_name) or isinstance(layer, IntegerLayer)
         quantized = is_int8 or (layer is not None and "weight_fake_quant" in layer._modules)
         if quantized:
             why = ""
@@ -80,7 +81,7 @@ def _why_float(state: PreparedState, name: str, module: nn.Module, used: set[str
         return EXCLUDED
     if name not in used:
         return "not used by forward"
-    if why := no_kernel(module, state.recipe):
+    if why := no_kernel(module, state.recipe) or state.plan.tables.get(name, ""):
         return why
     whole = next((outer for outer in called if name.startswith(f"{outer}.")), None)
     if whole is not None:

@@ -15,6 +15,7 @@ from qat_lightning.errors import ConversionError, NetworkError
 from qat_lightning.graph.example import Example, in_float32
 from qat_lightning.graph.scopes import join
 from qat_lightning.layers.qat_modules import make_batchnorm_freezable, make_batchnorm_plain, round_weights_for_good
+from qat_lightning.layers.tables import make_tables_plain
 from qat_lightning.layers.transformer import written_out
 from qat_lightning.modes.coverage import float_run, layers_with_macs, report
 from qat_lightning.modes.fx import pads as fx_pads
@@ -30,6 +31,7 @@ from qat_lightning.modes.fx.other_sizes import ConvertsAgain, SharedLayers
 from qat_lightning.modes.fx.plan import FxPlan, make_plan
 from qat_lightning.modes.fx.products import follow_earlier_checkpoints
 from qat_lightning.modes.fx.shapes import CONSTANT
+from qat_lightning.modes.fx.tables import put_integer_tables, round_tables, take_integer_tables
 from qat_lightning.modes.fx.train_and_eval import call_as_in_evaluation
 from qat_lightning.modes.fx.transposed import write_as_convolutions
 from qat_lightning.modes.fx.tree import restore_children
@@ -84,6 +86,7 @@ class FxMode:
         forget_qconfigs(network)
         keep_tapes()
         make_batchnorm_plain(network)  # of a preparation before
+        make_tables_plain(network)
         float_network = copy_of_modules(network)
         with written_out(network, lambda name: recipe.selects(join(prefix, name)), "attention" in recipe.families):
             return self._prepare(network, float_network, example, recipe, prefix)
@@ -111,6 +114,7 @@ class FxMode:
         parameters = dict(network.named_parameters(remove_duplicate=False))
         prepared = prepare_upstream(graph_module, network, example, recipe, selected, scopes)
         lasting = hidden.show(prepared)
+        tables = round_tables(prepared, recipe, lambda name: selected[name]) if "tables" in recipe.families else {}
         if not any(isinstance(module, FakeQuantize) for module in prepared.modules()):
             raise NetworkError(
                 f"There is nothing to quantize in {type(network).__name__}: no selected convolution, linear layer or "
@@ -118,6 +122,7 @@ class FxMode:
             )
         plan, unrounded = make_plan(prepared, network, example, recipe, scopes, prefix=prefix)
         plan.float_ops += passes.calls_of(prepared, hidden.unfoldable) + lasting
+        plan.tables = tables
         result = _as_network(prepared, plan, unrounded, hidden.read)
         result.give_sizes(sizes, SharedLayers())
         restore_children(result, hidden.originals, parameters, float_network)
@@ -156,6 +161,7 @@ class FxMode:
                 "on finite values before it is converted."
             )
         graph = copy.deepcopy(plan.graph)
+        tables = take_integer_tables(prepared)
         unseen = _for_good(prepared, graph)
         # A ReLU is dropped for the range behind it, where there is one.
         passes.drop_nodes(graph, [name for name in plan.dropped if name not in {node.name for node in unseen}])
@@ -167,6 +173,7 @@ class FxMode:
         mark_origins(graph_module.graph)
         int8 = convert_upstream(graph_module, target, type(state.float_network).__name__)
         show_float_ops(int8)
+        put_integer_tables(int8, tables)
         put_float_layers(int8)
         fx_pads.pad_integers(int8)
         left = put_plain_layers(int8) if unseen else set()

@@ -31,6 +31,7 @@ class FxPlan(HoldsGraphs):
         scopes: The module whose ``forward`` made each node, by the node's name.
         products: The names of the products that upstream would leave float.
         divisors: The names of the nodes that are not rounded, because they are divided by.
+        tables: Why the tables of embeddings stay float that do, by the names of the layers.
     """
 
     graph: fx.Graph
@@ -40,6 +41,7 @@ class FxPlan(HoldsGraphs):
     scopes: dict[str, str] = field(default_factory=dict)
     products: list[str] = field(default_factory=list)
     divisors: list[str] = field(default_factory=list)
+    tables: dict[str, str] = field(default_factory=dict)
 
 
 def make_plan(

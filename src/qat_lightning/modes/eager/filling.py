@@ -1,0 +1,80 @@
+"""What an int8 network of mode eager takes over from the one that trained: packed weights, grids, and all the rest."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from qat_lightning.layers.integer import IntegerLayer
+from qat_lightning.layers.qat_modules import round_for_good
+from qat_lightning.modes.eager.calls import grids_of
+from qat_lightning.modes.eager.int8 import Int8Layer
+from qat_lightning.modes.eager.layers import ChainHead
+from qat_lightning.numerics.grid import EPS
+
+
+def int8_layers(network: nn.Module) -> dict[str, Int8Layer]:
+    """The int8 layers of a network by name, also by the second names of one."""
+    modules = network.named_modules(remove_duplicate=False)
+    return {name: module for name, module in modules if isinstance(module, Int8Layer)}
+
+
+@torch.no_grad()
+def fill(layer: Int8Layer, head: ChainHead) -> None:
+    """Pack the present weight, rounded as training rounds it, and take over the grids."""
+    scale, zero_point = head.output_fake_quant.calculate_qparams()
+    layer.op.scale, layer.op.zero_point = float(scale), int(zero_point)
+    in_scale = None
+    if head.input_grid.seen:
+        in_scale, in_zero_point = head.input_grid.calculate_qparams()
+        layer.input_scale.copy_(in_scale)
+        layer.input_zero_point.copy_(in_zero_point)
+    in_scales = [] if in_scale is None else [in_scale]
+    for number, grids in enumerate(head.grids[1:]):
+        # What training never came to has the grids of the first call.
+        layer.later_grids[number] = grids_of(grids if grids.output_fake_quant.seen else head)
+        in_scales += [value for value in layer.later_grids[number, :1].float() if value > 0]
+    weight, bias = head.folded()
+    fq = head.weight_fake_quant
+    weight = round_for_good(weight, fq)
+    scales, _ = fq.calculate_qparams()
+    scales = _holding(scales, weight, bias, min(in_scales, default=scale), scale)
+    if fq.per_channel:
+        zeros = torch.zeros_like(scales, dtype=torch.int64)
+        packed = torch.quantize_per_channel(weight, scales.double(), zeros, 0, torch.qint8)
+    else:
+        packed = torch.quantize_per_tensor(weight, float(scales), 0, torch.qint8)
+    layer.op.set_weight_bias(packed, bias)
+
+
+def _holding(scales: Tensor, weight: Tensor, bias: Tensor | None, in_scale: Tensor, out_scale: Tensor) -> Tensor:
+    """Weight scales with which the bias fits into 32 bits, in units of input scale times weight scale.
+
+    A channel whose weight is 0, as behind a BatchNorm weight of 0, is 0 on any grid; the smallest scale would let its
+    bias overflow in QNNPACK, which holds it as an int32.
+    """
+    largest = weight.abs().flatten(1).amax(1) if scales.dim() else weight.abs().max()
+    scales = torch.where(largest == 0, out_scale, scales)
+    if bias is None:
+        return scales
+    needed = bias.abs() / (in_scale * 2.0**30)
+    return torch.maximum(scales, needed if scales.dim() else needed.max()).clamp(min=EPS)
+
+
+def load_rest(network: nn.Module, prepared: nn.Module) -> None:
+    """Give the int8 network all trained values that are not in int8 layers, through a strict ``state_dict``."""
+    layers = int8_layers(network)
+    tables = [n for n, module in network.named_modules(remove_duplicate=False) if isinstance(module, IntegerLayer)]
+    inside = tuple(f"{name}." if name else "" for name in (*layers, *tables))
+    packed = {layer: layer._modules.pop("op") for layer in set(layers.values())}  # which loading would pack anew
+    try:
+        trained, state = prepared.state_dict(), network.state_dict()
+        state.update({key: trained[key] for key in state if not key.startswith(inside)})
+        network.load_state_dict(state)
+    finally:
+        for layer, op in packed.items():
+            layer._modules["op"] = op
+    buffers = dict(prepared.named_buffers())
+    for name, buffer in network.named_buffers():
+        if name not in state and name in buffers:
+            buffer.data = buffers[name].detach().clone()

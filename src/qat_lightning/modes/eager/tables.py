@@ -1,0 +1,80 @@
+"""Embeddings in mode eager: their tables are fake-quantized in the layers, which become integer ones where they are."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from qat_lightning.checks import LayerCheck
+from qat_lightning.graph.scopes import join
+from qat_lightning.layers.integer.weight_only import WeightOnlyEmbedding
+from qat_lightning.layers.tables import TABLES, is_rounded_table, round_table, table_grid
+from qat_lightning.modes.eager.layers import ChainHead, become
+from qat_lightning.modes.eager.observation import Observation
+from qat_lightning.modes.judging import decibels
+from qat_lightning.modes.qconfig import table_fake_quantize
+from qat_lightning.modes.tables import READ, choose_tables, integer_tables, tied_to
+from qat_lightning.settings.recipe import Recipe
+
+
+def round_tables(network: nn.Module, observation: Observation, recipe: Recipe, prefix: str) -> dict[str, str]:
+    """Fake-quantize the tables of embeddings.
+
+    Args:
+        network: Its other layers prepared.
+        observation: One run of it as it was before.
+        recipe: Says which and how.
+        prefix: The network's own name, to which the recipe's globs are not relative.
+
+    Returns:
+        Why others stay float, by name.
+    """
+    tables = {name: module for name, module in network.named_modules() if isinstance(module, TABLES)}
+    read = {}
+    for name, module in network.named_modules():
+        if name not in tables and not isinstance(module, ChainHead):
+            read |= {id(parameter): tied_to(name) for parameter in module.parameters(recurse=False)}
+    read |= {id(module.weight): READ for module in tables.values() if observation.reads(module, looked_up=True)}
+    chosen, reasons = choose_tables(tables, lambda name: recipe.selects(join(prefix, name)), read)
+    for name in chosen:
+        round_table(tables[name], table_fake_quantize(recipe))
+    return reasons
+
+
+def rounded_tables(prepared: nn.Module) -> dict[str, Any]:
+    """The embeddings of a prepared network whose tables are fake-quantized, by name, but for those left float."""
+    return {
+        name: module
+        for name, module in prepared.named_modules()
+        if is_rounded_table(module) and not module.weight_fake_quant.left_float  # type: ignore[union-attr]
+    }
+
+
+def make_integer(module: nn.Module, recipe: Recipe) -> None:
+    """Turn a float embedding into an integer one whose integers are yet to be filled in; it stays the same object."""
+    made = WeightOnlyEmbedding.empty(module, table_grid(table_fake_quantize(recipe)))  # type: ignore[arg-type]
+    module.__dict__.clear()
+    become(module, WeightOnlyEmbedding, **made.__dict__)
+
+
+@torch.no_grad()
+def fill_tables(network: nn.Module, prepared: nn.Module, names: Collection[str]) -> list[LayerCheck]:
+    """Give the embeddings of an int8 network the integers of those that trained, and compare what they yield.
+
+    Args:
+        network: The int8 network.
+        prepared: The network that trained, on the CPU, in float32.
+        names: Of the embeddings.
+    """
+    trained: Mapping[str, Any] = {name: prepared.get_submodule(name) for name in names}
+    checks = []
+    for name, made in integer_tables(trained.items()).items():
+        table: Any = network.get_submodule(name)
+        table.integers, table.scales = made.integers, made.scales
+        wanted = trained[name].weight_fake_quant.round(trained[name].weight.float())
+        op = f"{type(table).__module__}.{type(table).__name__}"
+        checks.append(LayerCheck(name, op, decibels(wanted, table.weight)))
+    return checks

@@ -1,0 +1,82 @@
+"""Embeddings in mode fx: their tables are fake-quantized where the graph calls them, and become integers."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+from torch import fx, nn
+
+from qat_lightning.layers.integer.weight_only import WeightOnlyEmbedding
+from qat_lightning.layers.tables import TABLES, is_rounded_table, make_tables_plain, round_table
+from qat_lightning.modes.left_float import layer_of
+from qat_lightning.modes.qconfig import table_fake_quantize
+from qat_lightning.modes.tables import READ, choose_tables, integer_tables, tied_to
+from qat_lightning.numerics.fake_quantize import FakeQuantize
+from qat_lightning.settings.recipe import Recipe
+
+
+def round_tables(prepared: fx.GraphModule, recipe: Recipe, selects: Callable[[str], bool]) -> dict[str, str]:
+    """Fake-quantize the tables of embeddings that the graph calls.
+
+    Args:
+        prepared: As upstream's prepare made it.
+        recipe: Says how.
+        selects: Whether it selects a layer, by its name in the float network.
+
+    Returns:
+        Why others stay float, by name.
+    """
+    modules = dict(prepared.named_modules(remove_duplicate=False))
+    called = dict.fromkeys(str(node.target) for node in prepared.graph.find_nodes(op="call_module"))
+    tables = {name: modules[name] for name in called if isinstance(modules[name], TABLES)}
+    read = _read_by_functions(prepared, modules)
+    for name in called:
+        if name not in tables:
+            read |= {key: tied_to(owner) for key, owner in _kept_float(name, modules[name]).items()}
+    chosen, reasons = choose_tables(tables, lambda name: selects(layer_of(name)), read)
+    for name in chosen:
+        round_table(modules[name], table_fake_quantize(recipe))
+    return {layer_of(name): reason for name, reason in reasons.items()}
+
+
+def _read_by_functions(prepared: fx.GraphModule, modules: dict[str, nn.Module]) -> dict[int, str]:
+    """The tensors that the graph reads itself, but for weights that are rounded at once."""
+
+    def rounds(node: fx.Node) -> bool:
+        module = modules.get(str(node.target)) if node.op == "call_module" else None
+        return isinstance(module, FakeQuantize) and module.source == "present"
+
+    attributes = prepared.graph.find_nodes(op="get_attr")
+    read = [node for node in attributes if not all(rounds(user) for user in node.users)]
+    return {id(operator.attrgetter(str(node.target))(prepared)): READ for node in read}
+
+
+def _kept_float(name: str, called: nn.Module) -> dict[int, str]:
+    """The parameters in a module that is called, but for those that are rounded, and the layers that have them."""
+    found = {}
+    for inner, module in called.named_modules():
+        if "weight_fake_quant" not in module._modules:
+            owner = ".".join(part for part in (name, inner) if part)
+            found |= {id(parameter): layer_of(owner) for parameter in module.parameters(recurse=False)}
+    return found
+
+
+def take_integer_tables(prepared: nn.Module) -> dict[str, WeightOnlyEmbedding]:
+    """The integer embeddings of a network that is about to be converted, in which plain ones stand for them.
+
+    Upstream's converter knows no fake-quantize inside of an embedding, and leaves a plain one alone.
+    """
+    tables: list[tuple[str, Any]] = [
+        (name, module) for name, module in prepared.named_modules() if is_rounded_table(module)
+    ]
+    made = integer_tables((name, table) for name, table in tables if not table.weight_fake_quant.left_float)
+    make_tables_plain(prepared)
+    return made
+
+
+def put_integer_tables(int8: fx.GraphModule, tables: dict[str, WeightOnlyEmbedding]) -> None:
+    """Put integer embeddings in the place of those that trained."""
+    for name, table in tables.items():
+        int8.set_submodule(name, table)

@@ -456,7 +456,7 @@ def test_several_inputs_and_dicts(images):
     assert [(row.name, row.quantized) for row in converted.coverage] == [
         ("image", True),
         ("table", True),
-        ("embedding", False),
+        ("embedding", True),
         ("head", True),
     ]
 

@@ -33,7 +33,7 @@ def round_tables(network: nn.Module, observation: Observation, recipe: Recipe, p
         Why others stay float, by name.
     """
     tables = {name: module for name, module in network.named_modules() if isinstance(module, TABLES)}
-    read = {}
+    read: dict[int, str] = {}
     for name, module in network.named_modules():
         if name not in tables and not isinstance(module, ChainHead):
             read |= {id(parameter): tied_to(name) for parameter in module.parameters(recurse=False)}
@@ -46,16 +46,13 @@ def round_tables(network: nn.Module, observation: Observation, recipe: Recipe, p
 
 def rounded_tables(prepared: nn.Module) -> dict[str, Any]:
     """The embeddings of a prepared network whose tables are fake-quantized, by name, but for those left float."""
-    return {
-        name: module
-        for name, module in prepared.named_modules()
-        if is_rounded_table(module) and not module.weight_fake_quant.left_float  # type: ignore[union-attr]
-    }
+    tables: dict[str, Any] = {name: module for name, module in prepared.named_modules() if is_rounded_table(module)}
+    return {name: table for name, table in tables.items() if not table.weight_fake_quant.left_float}
 
 
-def make_integer(module: nn.Module, recipe: Recipe) -> None:
+def make_integer(module: Any, recipe: Recipe) -> None:
     """Turn a float embedding into an integer one whose integers are yet to be filled in; it stays the same object."""
-    made = WeightOnlyEmbedding.empty(module, table_grid(table_fake_quantize(recipe)))  # type: ignore[arg-type]
+    made = WeightOnlyEmbedding.empty(module, table_grid(table_fake_quantize(recipe)))
     module.__dict__.clear()
     become(module, WeightOnlyEmbedding, **made.__dict__)
 

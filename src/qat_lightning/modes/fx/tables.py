@@ -55,7 +55,7 @@ def _read_by_functions(prepared: fx.GraphModule, modules: dict[str, nn.Module]) 
 
 def _kept_float(name: str, called: nn.Module) -> dict[int, str]:
     """The parameters in a module that is called, but for those that are rounded, and the layers that have them."""
-    found = {}
+    found: dict[int, str] = {}
     for inner, module in called.named_modules():
         if "weight_fake_quant" not in module._modules:
             owner = ".".join(part for part in (name, inner) if part)

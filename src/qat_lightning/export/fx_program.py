@@ -19,6 +19,7 @@ from qat_lightning.export.grids import Grid, QdqLayer, on_grid
 from qat_lightning.graph.example import Example
 from qat_lightning.layers.integer import IntegerLayer
 from qat_lightning.layers.integer.dynamic import DynamicLinear
+from qat_lightning.layers.integer.weight_only import WeightOnlyEmbedding
 from qat_lightning.modes.graph_network import GraphNetwork
 from qat_lightning.modes.verify import Recorder, example_values, is_faulty
 from qat_lightning.numerics.sqnr import sqnr_db
@@ -257,6 +258,8 @@ def plain_integer_layer(module: IntegerLayer, name: str) -> nn.Module:
     """
     if isinstance(module, DynamicLinear):
         return QdqDynamicLinear(module)
+    if isinstance(module, WeightOnlyEmbedding) and module.mode:
+        return PlainBag(module)
     if type(module).__name__.startswith("WeightOnly"):
         return module
     raise ExportError(
@@ -294,6 +297,35 @@ class QdqDynamicLinear(nn.Module):
             self.integers, self.scales, self.zero_points, 0, -127, 127, torch.int8
         )
         return F.linear(rounded, weight, self.bias)  # type: ignore[arg-type]
+
+
+class PlainBag(nn.Module):
+    """`WeightOnlyEmbedding` of bags of one size in plain ops: what other runtimes have for bags takes few forms of it.
+
+    Args:
+        layer: The layer.
+    """
+
+    def __init__(self, layer: WeightOnlyEmbedding) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
+        """As the float layer; bags that offsets tell apart go to torch's own op."""
+        layer = self.layer
+        if input.dim() != 2 or layer.mode not in ("sum", "mean", "max"):
+            output: Tensor = layer(input, offsets, per_sample_weights)
+            return output
+        rows = layer.rows(input.reshape(-1)).reshape(*input.shape, layer.embedding_dim)
+        padding = -1 if layer.padding_idx is None else layer.padding_idx
+        counted = (input != padding)[..., None]
+        if layer.mode == "max":
+            largest = rows.masked_fill(~counted, -torch.inf).amax(1)
+            return torch.where(counted.any(1), largest, torch.zeros_like(largest))
+        if per_sample_weights is not None:
+            rows = rows * per_sample_weights[..., None]
+        total = (rows * counted).sum(1)
+        return total / counted.sum(1).clamp(min=1) if layer.mode == "mean" else total
 
 
 def _batchnorm(module: Any) -> nn.Module:

@@ -171,9 +171,14 @@ class WeightOnlyEmbedding(IntegerLayer):
     @property
     def weight(self) -> Tensor:
         """The table that the integers stand for, float32."""
-        return self._rows(torch.arange(self.num_embeddings))
+        return self.table()
 
-    def _rows(self, indices: Tensor) -> Tensor:
+    def table(self) -> Tensor:
+        """`weight`, as a call that a graph can have in it."""
+        return dequantize_rows(self.integers, self.scales, self.zero_points, self.embedding_dim, WeightGrid(*self.grid))
+
+    def rows(self, indices: Tensor) -> Tensor:
+        """The float32 rows at some indices, in one dimension."""
         # index_select refuses what is no row; plain indexing takes negative numbers.
         parts = (self.integers, self.scales, self.zero_points)
         chosen = [None if part is None else part.index_select(0, indices) for part in parts]
@@ -184,23 +189,21 @@ class WeightOnlyEmbedding(IntegerLayer):
     def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
         """As the float layer: indices of any shape, or bags."""
         if not self.mode:
-            return self._rows(input.reshape(-1)).reshape(*input.shape, self.embedding_dim)
-        used, places = torch.unique(input, return_inverse=True)
-        return self._bags(self._rows(used), used, places, offsets, per_sample_weights)
-
-    def _bags(
-        self, rows: Tensor, used: Tensor, places: Tensor, offsets: Tensor | None, weights: Tensor | None
-    ) -> Tensor:
+            return self.rows(input.reshape(-1)).reshape(*input.shape, self.embedding_dim)
+        # A row for each index, and one for the padding, so that nothing depends on values, which a trace would fix.
+        rows = self.rows(input.reshape(-1))
+        places = torch.arange(rows.shape[0], device=rows.device).reshape(input.shape)
         padding = None
         if self.padding_idx is not None:
-            found = (used == self.padding_idx).nonzero()
-            padding = int(found) if found.numel() else None
+            padding = rows.shape[0]
+            places = torch.where(input == self.padding_idx, padding, places)
+            rows = torch.cat([rows, rows.new_zeros(1, self.embedding_dim)])
         return F.embedding_bag(
-            places.to(torch.int64),
+            places,
             rows,
             None if offsets is None else offsets.to(torch.int64),
             mode=self.mode,
-            per_sample_weights=weights,
+            per_sample_weights=per_sample_weights,
             include_last_offset=self.include_last_offset,
             padding_idx=padding,
         )

@@ -6,9 +6,10 @@ from torch import nn
 
 from qat_lightning.artifact.quantized import QuantizedNetwork
 from qat_lightning.graph.example import Example
+from qat_lightning.modes.left_float import leaving_float
 from qat_lightning.modes.prepared import prepared_state
-from qat_lightning.modes.registry import get_mode
-from qat_lightning.rehearsal.faults import convert_what_can_be, leaving_float, quantize_what_can_be
+from qat_lightning.modes.registry import mode_for
+from qat_lightning.rehearsal.faults import convert_what_can_be, quantize_what_can_be
 from qat_lightning.settings.recipe import Recipe
 
 
@@ -18,7 +19,8 @@ def prepare(network: nn.Module, example: Example, recipe: Recipe) -> nn.Module:
     Args:
         network: The float network, on the CPU; used up in some modes, so go on with what is returned.
         example: One call of it, with a batch of 2 or more.
-        recipe: Mode, backend, scheme, kind (``"qat"`` or ``"static"``) and choice of layers.
+        recipe: Mode, backend, scheme, kind and choice of layers: ``"qat"`` to train, ``"static"`` to calibrate, and the
+            other kinds, with ``trained=True``, to train.
 
     Returns:
         A module that is called, trained, moved and saved like ``network``, and whose parameters are the same.
@@ -40,7 +42,7 @@ def prepare(network: nn.Module, example: Example, recipe: Recipe) -> nn.Module:
         >>> convert(prepared, Example((x,)))(x).shape
         torch.Size([16, 4])
     """
-    return get_mode(recipe.mode).prepare(network, example, recipe)
+    return mode_for(recipe).prepare(network, example, recipe)
 
 
 def convert(prepared: nn.Module, example: Example) -> QuantizedNetwork:

@@ -22,6 +22,7 @@ from qat_lightning.errors import ArtifactError
 from qat_lightning.layers.integer import IntegerLayer, WeightGrid
 from qat_lightning.layers.integer.attention import DynamicAttention
 from qat_lightning.layers.integer.dynamic import DynamicCell, DynamicLinear
+from qat_lightning.layers.integer.plain_dynamic import PlainDynamicLinear
 from qat_lightning.layers.integer.recurrent import DynamicRecurrent
 from qat_lightning.layers.integer.weight_only import WeightOnly, WeightOnlyEmbedding
 
@@ -65,7 +66,14 @@ _FLOAT_FUSED: dict[str, Any] = {
 _NAMES = {layer: name for name, layer in _CLASSES.items()}
 _INTEGER_LAYERS: dict[str, type[IntegerLayer]] = {
     layer.__name__: layer
-    for layer in (DynamicLinear, DynamicCell, DynamicRecurrent, DynamicAttention, WeightOnlyEmbedding)
+    for layer in (
+        DynamicLinear,
+        PlainDynamicLinear,
+        DynamicCell,
+        DynamicRecurrent,
+        DynamicAttention,
+        WeightOnlyEmbedding,
+    )
 }
 _OTHER_NAMES = {"output_scale": "scale", "output_zero_point": "zero_point", "_dtype": "dtype"}
 _NO_ARGUMENTS = frozenset({"self", "args", "kwargs", "device", "dtype"})

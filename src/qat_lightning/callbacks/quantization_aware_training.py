@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast, get_args
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
@@ -42,11 +42,27 @@ from qat_lightning.callbacks.parts.together import (
 )
 from qat_lightning.callbacks.parts.variant_source import TrainedVariants
 from qat_lightning.callbacks.quantization_callback import QuantizationCallback
+from qat_lightning.errors import ConfigurationError
 from qat_lightning.modes.compiling import check_compiler
 from qat_lightning.rehearsal.rehearse import OnFault
-from qat_lightning.settings.recipe import BatchNormHandling, Equalization
+from qat_lightning.settings.kinds import check_kind
+from qat_lightning.settings.recipe import BatchNormHandling, Equalization, Kind
 from qat_lightning.settings.schedule import Phase, PointLike, QuantizationSchedule
 from qat_lightning.settings.scheme import Scheme
+
+TrainedKind = Literal["static", "dynamic", "weight_only"]
+"""What a network can be trained for."""
+
+
+def kind_of_training(kind: str) -> Kind:
+    """The recipe's word for a kind that is trained.
+
+    Raises:
+        ConfigurationError: There is no such kind.
+    """
+    if kind not in get_args(TrainedKind):
+        raise ConfigurationError(f"kind={kind!r} is unknown: use one of {', '.join(get_args(TrainedKind))}.")
+    return "qat" if kind == "static" else cast("Kind", kind)
 
 
 class QuantizationAwareTraining(QuantizationCallback):
@@ -66,6 +82,9 @@ class QuantizationAwareTraining(QuantizationCallback):
         example_inputs: A tensor, a tuple of positional inputs or a dict of keyword inputs of the network's ``forward``,
             with a batch dimension; by default ``example_input_array``, or caught from a real batch.
         scheme: Bits and granularity.
+        kind: What it is trained for: ``"static"``: fixed ranges of activations; ``"dynamic"``: ranges that are found in
+            each call, for the tensor or for each token; ``"weight_only"``: integers for weights, activations in float.
+            The user's own ``forward`` trains in the last two, whatever the mode, which decides on the int8 network.
         start: When rounding comes on: an epoch (int), a share of the planned training (float), or
             ``{"epoch": n}``, ``{"step": n}``, ``{"fraction": f}``.
         freeze_observers: When activation ranges stop; None for never.
@@ -136,11 +155,12 @@ class QuantizationAwareTraining(QuantizationCallback):
         compile: bool = False,
         rehearse: bool = True,
         on_fault: OnFault = "leave_float",
+        kind: TrainedKind = "static",
     ) -> None:
         settings = QuantizationSettings(
             mode,
             backend,
-            "qat",
+            kind_of_training(kind),
             module,
             example_inputs,
             scheme,
@@ -151,7 +171,15 @@ class QuantizationAwareTraining(QuantizationCallback):
             rehearse,
             on_fault,
             convert_on_fit_end,
+            trained=kind != "static",
         )
+        if mode != "auto":
+            check_kind(settings.recipe)
+        if kind != "static" and bias_correction_batches:
+            raise ConfigurationError(
+                f"bias_correction_batches={bias_correction_batches!r} corrects biases where activations have fixed "
+                f"ranges, and this is kind={kind!r}: use 0."
+            )
         networks = Networks(settings)
         self._driver = ScheduleDriver(QuantizationSchedule(start, freeze_observers, freeze_batchnorm))
         floats = FloatWeights(networks, check_file("float_checkpoint", float_checkpoint))
@@ -168,6 +196,12 @@ class QuantizationAwareTraining(QuantizationCallback):
         self._compiled = CompiledTraining(networks)
         networks.compiled = compile
         self._nonfinite = NonFiniteReport()
+
+    @property
+    def kind(self) -> TrainedKind:
+        """What the network is trained for."""
+        kind = self.settings.kind
+        return "static" if kind == "qat" else kind
 
     @property
     def schedule(self) -> QuantizationSchedule:

@@ -18,7 +18,7 @@ from qat_lightning.graph.signature import CallSpec, batch_size, dynamic_shapes, 
 from qat_lightning.graph.training_flags import flags_kept
 from qat_lightning.modes.graph_network import GraphNetwork
 from qat_lightning.modes.prepared import cpu_copy, is_prepared, prepared_state
-from qat_lightning.modes.registry import get_mode
+from qat_lightning.modes.registry import mode_for
 from qat_lightning.modes.source_lines import reason_of
 
 _GRAPH_MODES = "mode='fx' or mode='pt2e', which keep one way through the network"
@@ -110,7 +110,7 @@ def int8_network(network: nn.Module, example: Example | None) -> QuantizedNetwor
     if example is None:
         raise ConfigurationError("A prepared network is converted first, which takes a real call: give example=.")
     recipe = prepared_state(network).recipe
-    converted = get_mode(recipe.mode).convert(cpu_copy(network), example)
+    converted = mode_for(recipe).convert(cpu_copy(network), example)
     return QuantizedNetwork(converted, recipe, example)
 
 

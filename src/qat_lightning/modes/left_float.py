@@ -15,11 +15,13 @@ from typing import Any
 from torch import nn
 
 from qat_lightning.graph.example import Example
+from qat_lightning.graph.scopes import join
 from qat_lightning.modes.places import find_places
 from qat_lightning.modes.prepared import prepared_state
 from qat_lightning.modes.protocol import LayerCoverage
 from qat_lightning.numerics.fake_quantize import FakeQuantize
 from qat_lightning.numerics.state_entries import from_entry
+from qat_lightning.settings.recipe import Recipe
 
 
 def leave_float(prepared: nn.Module, reasons: Mapping[str, str], example: Example | None) -> list[str]:
@@ -40,6 +42,13 @@ def leave_float(prepared: nn.Module, reasons: Mapping[str, str], example: Exampl
         state.mode.leave_float(prepared, names, example)
         state.left_float.update({name: reasons[name] for name in names})
     return names
+
+
+def leaving_float(recipe: Recipe, left: Mapping[str, str], prefix: str) -> Recipe:
+    """A recipe that leaves more layers float, by their names in the LightningModule."""
+    more = tuple((join(prefix, name), why) for name, why in left.items())
+    known = {name for name, _ in recipe.left_float}
+    return replace(recipe, left_float=(*recipe.left_float, *(pair for pair in more if pair[0] not in known)))
 
 
 def leave_weights_float(prepared: nn.Module, names: Collection[str]) -> None:

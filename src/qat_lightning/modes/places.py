@@ -76,7 +76,7 @@ def _in_layers(prepared: nn.Module) -> Iterator[Place]:
         layer, call = layer_of(holder)
         kind = _kind_in(float_network, layer)
         layer = f"{layer}_call_{call}" if call else layer
-        if role == "weight_fake_quant":
+        if fq.source == "present":
             yield Place(layer, kind, "weight", fq, fq)
         elif role == "output_fake_quant":
             yield Place(layer, kind, "activation", fq, fq)

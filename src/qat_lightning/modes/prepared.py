@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from qat_lightning.errors import CheckpointMismatchError, ConversionError
 from qat_lightning.layers.qat_modules import FreezableBatchNorm
+from qat_lightning.layers.rounded import RoundedLayer
 from qat_lightning.modes.protocol import Mode
 from qat_lightning.numerics.course import Course
+from qat_lightning.numerics.dynamic_fake_quantize import DynamicFakeQuantize
 from qat_lightning.numerics.fake_quantize import FakeQuantize
 from qat_lightning.numerics.state_entries import from_entry, to_tensor
 from qat_lightning.settings.recipe import Recipe
@@ -122,6 +124,9 @@ def fake_quantizers(network: nn.Module) -> Iterable[tuple[str, FakeQuantize]]:
 def materialize_weights(prepared: nn.Module) -> None:
     """Let the FakeQuantizes of layers' weights make what they keep for each channel, before a training begins."""
     for module in prepared.modules():
+        if isinstance(module, RoundedLayer):
+            module.materialize()
+            continue
         fq, weight = getattr(module, "weight_fake_quant", None), getattr(module, "weight", None)
         if isinstance(fq, FakeQuantize) and isinstance(weight, torch.Tensor):
             fq.materialize(weight)
@@ -146,6 +151,8 @@ def set_phase(network: nn.Module, *, fake_quant: bool, observers: bool, batchnor
         if isinstance(module, FakeQuantize):
             module.fake_quant_enabled = fake_quant
             module.observer_enabled = observers
+        elif isinstance(module, DynamicFakeQuantize):
+            module.fake_quant_enabled = fake_quant
         elif isinstance(module, FreezableBatchNorm):
             module.frozen = batchnorm_frozen
 

@@ -4,6 +4,17 @@ from __future__ import annotations
 
 from qat_lightning.errors import ConfigurationError
 from qat_lightning.modes.protocol import Mode
+from qat_lightning.settings.kinds import DIRECT
+from qat_lightning.settings.recipe import Recipe
+
+
+def mode_for(recipe: Recipe) -> Mode:
+    """What prepares and converts networks by a recipe: its mode, for the kind that it has."""
+    if recipe.kind in DIRECT:
+        from qat_lightning.modes.uncalibrated.training import DirectMode
+
+        return DirectMode()
+    return get_mode(recipe.mode)
 
 
 def get_mode(mode: str) -> Mode:

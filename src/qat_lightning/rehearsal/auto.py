@@ -14,7 +14,7 @@ from qat_lightning.errors import ConfigurationError, MissingExtraError, NetworkE
 from qat_lightning.graph.example import Example
 from qat_lightning.graph.training_flags import plain_train
 from qat_lightning.modes.compile_switch import without_compiling
-from qat_lightning.modes.registry import get_mode
+from qat_lightning.modes.registry import mode_for
 from qat_lightning.modes.uncalibrated import quantize
 from qat_lightning.rehearsal.rehearse import Inspect, OnFault, Rehearsal, nothing_moves, rehearse
 from qat_lightning.settings.backends import MODES
@@ -233,12 +233,12 @@ def choose_mode(
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                if trial.kind in DIRECT:
+                if trial.kind in DIRECT and not trial.trained:
                     converted = quantize(network, example, trial, prefix=prefix)
                     layers[candidate] = sum(row.quantized for row in converted.coverage)
                     continue
                 with plain_train(network):
-                    get_mode(candidate).prepare(copy.deepcopy(network), example, trial, prefix=prefix)
+                    mode_for(trial).prepare(copy.deepcopy(network), example, trial, prefix=prefix)
         except Exception as error:  # noqa: BLE001 - a mode that breaks upstream is one that does not work here
             failed[candidate] = _short(str(error))
             continue

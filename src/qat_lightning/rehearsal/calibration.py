@@ -39,7 +39,7 @@ def calibrating(prepared: nn.Module) -> Iterator[None]:
         observe_in_evaluation(prepared, False)
         set_phase(prepared, fake_quant=True, observers=False, batchnorm_frozen=True)
     observed = [fq for _, fq in fake_quantizers(prepared) if fq.observed]
-    if not any(fq.seen for fq in observed):
+    if observed and not any(fq.seen for fq in observed):
         raise ConversionError(
             "Calibration saw no finite activation: give it at least one batch of real data, and look for NaN in the "
             "data and the weights."

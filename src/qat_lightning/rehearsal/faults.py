@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from torch import nn
 
@@ -11,10 +11,10 @@ from qat_lightning.errors import ConfigurationError, MissingExtraError, NetworkE
 from qat_lightning.graph.example import Example
 from qat_lightning.graph.scopes import join
 from qat_lightning.layers.operators import WEIGHTED
-from qat_lightning.modes.left_float import layer_of, leave_float
+from qat_lightning.modes.left_float import layer_of, leave_float, leaving_float
 from qat_lightning.modes.prepared import cpu_copy, prepared_state
 from qat_lightning.modes.protocol import Converted
-from qat_lightning.modes.registry import get_mode
+from qat_lightning.modes.registry import mode_for
 from qat_lightning.modes.uncalibrated import quantize
 from qat_lightning.settings.recipe import Recipe
 
@@ -55,6 +55,7 @@ def convert_what_can_be(prepared: nn.Module, example: Example) -> Conversion:
     Example:
         >>> import torch
         >>> from qat_lightning import calibrate
+        >>> from qat_lightning.modes.registry import get_mode
         >>> call = Example((torch.randn(4, 8),))
         >>> prepared = get_mode("fx").prepare(nn.Sequential(nn.Linear(8, 2)), call, Recipe("fx", "x86"))
         >>> _ = calibrate(prepared, [call])
@@ -62,7 +63,7 @@ def convert_what_can_be(prepared: nn.Module, example: Example) -> Conversion:
         {}
     """
     state = prepared_state(prepared)
-    mode = get_mode(state.recipe.mode)
+    mode = mode_for(state.recipe)
 
     def attempt(left: Mapping[str, str]) -> Converted:
         trial = cpu_copy(prepared)
@@ -99,13 +100,6 @@ def quantize_what_can_be(network: nn.Module, example: Example, recipe: Recipe, *
         return [name for name in layers if recipe.selects(join(prefix, name))]
 
     return _search(attempt, parts, network, recipe)
-
-
-def leaving_float(recipe: Recipe, left: Mapping[str, str], prefix: str) -> Recipe:
-    """A recipe that leaves more layers float, by their names in the LightningModule."""
-    more = tuple((join(prefix, name), why) for name, why in left.items())
-    known = {name for name, _ in recipe.left_float}
-    return replace(recipe, left_float=(*recipe.left_float, *(pair for pair in more if pair[0] not in known)))
 
 
 def reason_of(error: Exception, name: str = "") -> str:

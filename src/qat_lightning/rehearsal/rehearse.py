@@ -23,15 +23,15 @@ from qat_lightning.graph.scopes import join
 from qat_lightning.graph.training_flags import plain_train
 from qat_lightning.modes.compile_switch import without_compiling
 from qat_lightning.modes.coverage import int8_share
+from qat_lightning.modes.left_float import leaving_float
 from qat_lightning.modes.precision import refuse_mixed
 from qat_lightning.modes.protocol import LayerCoverage
-from qat_lightning.modes.registry import get_mode
+from qat_lightning.modes.registry import mode_for
 from qat_lightning.modes.upstream_memory import memory_given_back
 from qat_lightning.rehearsal.calibration import calibrate
 from qat_lightning.rehearsal.faults import (
     Conversion,
     convert_what_can_be,
-    leaving_float,
     quantize_what_can_be,
 )
 from qat_lightning.settings.kinds import DIRECT
@@ -115,7 +115,7 @@ def _rehearse(
         copied, example = copy.deepcopy(network).cpu().float(), in_float32(example)
         for parameter in copied.parameters():
             parameter.grad = None
-        if recipe.kind in DIRECT:
+        if recipe.kind in DIRECT and not recipe.trained:
             conversion = quantize_what_can_be(copied, example, recipe, prefix=prefix)
             prepared = copied
         else:
@@ -147,7 +147,7 @@ def share_of(rows: tuple[LayerCoverage, ...]) -> float:
 def _prepared(network: nn.Module, example: Example, recipe: Recipe, prefix: str) -> nn.Module:
     try:
         with plain_train(network):
-            return get_mode(recipe.mode).prepare(network, example, recipe, prefix=prefix)
+            return mode_for(recipe).prepare(network, example, recipe, prefix=prefix)
     except QuantizationError:
         raise
     except Exception as error:  # upstream may fail in any way

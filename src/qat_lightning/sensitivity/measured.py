@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from qat_lightning.errors import ConfigurationError
 from qat_lightning.graph.example import Example, from_user
 from qat_lightning.measure.layer_figures import decibel
-from qat_lightning.modes.registry import get_mode
+from qat_lightning.modes.registry import mode_for
 from qat_lightning.numerics.sqnr import EQUAL_DB
 from qat_lightning.rehearsal.auto import Decision, decide
 from qat_lightning.rehearsal.calibration import calibrate
@@ -90,9 +90,7 @@ class Sensitivity:
         return drop_points((self.float_metric, self.quantized_metric))
 
     def _prepare(self, recipe: Recipe) -> nn.Module:
-        prepared = get_mode(recipe.mode).prepare(
-            copy.deepcopy(self._network), self._example, recipe, prefix=self.prefix
-        )
+        prepared = mode_for(recipe).prepare(copy.deepcopy(self._network), self._example, recipe, prefix=self.prefix)
         device = next((p.device for p in self._network.parameters()), torch.device("cpu"))
         prepared.to(device)
         self._calibrate(prepared)

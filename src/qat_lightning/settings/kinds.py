@@ -18,7 +18,7 @@ _XNNPACK_WEIGHTS = (
 
 _TENSORRT_RANGES = "TensorRT's int8 kernels take ranges that are known beforehand: use kind='static', or backend='x86'"
 
-_BY_PARTS = "by parts, networks are calibrated or trained: use mode='eager', which reaches every layer of Python code"
+_BY_PARTS = "this kind needs no graph to be captured: use mode='eager', which reaches every layer of Python code"
 
 UNSUPPORTED: dict[tuple[str, str, str], str] = {
     **{(kind, "parts", backend): _BY_PARTS for kind in DIRECT for backend in BACKENDS},
@@ -63,16 +63,23 @@ def check_kind(recipe: Recipe) -> None:
             f"kind={recipe.kind!r} is not there for mode={recipe.mode!r} and backend={recipe.backend!r}: {reason}."
         )
     if recipe.kind == "dynamic":
-        _check_dynamic(recipe.scheme)
+        _check_dynamic(recipe)
     if recipe.kind in DIRECT:
         _warn_of_unused(recipe)
 
 
-def _check_dynamic(scheme: Scheme) -> None:
+def _check_dynamic(recipe: Recipe) -> None:
+    scheme = recipe.scheme
+    if recipe.by_token_or_group and recipe.mode == "pt2e":
+        field = "activation_granularity" if scheme.activation_granularity == "per_token" else "weight_granularity"
+        raise CombinationError(
+            f"scheme.{field}={getattr(scheme, field)!r} is not there for kind='dynamic' in mode='pt2e', whose kernels "
+            "take one range for a tensor of activations and one scale for an output channel: use mode='fx' or 'eager'."
+        )
     for field, value, usual in (
         ("weight_symmetric", scheme.weight_symmetric, True),
         ("activation_bits", scheme.activation_bits, 8),
-        ("activation_symmetric", scheme.activation_symmetric, False),
+        ("activation_symmetric", scheme.activation_symmetric and scheme.activation_granularity != "per_token", False),
     ):
         if value != usual:
             raise ConfigurationError(
@@ -83,7 +90,11 @@ def _check_dynamic(scheme: Scheme) -> None:
 
 def _warn_of_unused(recipe: Recipe) -> None:
     usual = Scheme()
-    fields = ("activation_bits", "activation_symmetric", "activation_observer")
+    fields = ["activation_bits", "activation_symmetric", "activation_observer"]
+    if recipe.kind == "weight_only":
+        fields.append("activation_granularity")
+    elif recipe.scheme.activation_granularity == "per_token":
+        fields.remove("activation_symmetric")
     unused = [
         f"scheme.{field}={getattr(recipe.scheme, field)!r}"
         for field in fields

@@ -42,6 +42,8 @@ class Recipe:
         exclude: Globs of module names that stay float, with all that is inside them.
 
         kind: ``"qat"``, ``"static"``, ``"dynamic"`` or ``"weight_only"``.
+        trained: Whether a network of kind ``"dynamic"`` or ``"weight_only"`` trains with fake-quant of its grids;
+            ``"qat"`` always does.
         equalization: ``"none"``, ``"exact"`` or ``"replace_relu6"``.
         batchnorm: ``"fused"`` or ``"fold"``.
         left_float: Names of layers that were found to be impossible in int8, each with the reason; no setting, and not
@@ -67,6 +69,7 @@ class Recipe:
     kind: Kind = "qat"
     equalization: Equalization = "none"
     batchnorm: BatchNormHandling = "fused"
+    trained: bool = False
     left_float: tuple[tuple[str, str], ...] = ()
     families: tuple[str, ...] = FAMILIES
 
@@ -87,10 +90,15 @@ class Recipe:
 
     def _check_scheme(self) -> None:
         scheme = self.scheme
-        if scheme.weight_granularity == "per_group" and self.kind != "weight_only":
+        if scheme.weight_granularity == "per_group" and self.kind not in ("weight_only", "dynamic"):
             raise ConfigurationError(
-                f"scheme.weight_granularity='per_group' is for kind='weight_only', and this is kind={self.kind!r}: use "
-                "'per_channel' or 'per_tensor'."
+                f"scheme.weight_granularity='per_group' is for kind='weight_only' and kind='dynamic', and this is "
+                f"kind={self.kind!r}: use 'per_channel' or 'per_tensor'."
+            )
+        if scheme.activation_granularity == "per_token" and self.kind in ("qat", "static"):
+            raise ConfigurationError(
+                "scheme.activation_granularity='per_token' finds a range in each call, which is kind='dynamic', and "
+                f"this is kind={self.kind!r}: use kind='dynamic', or 'per_tensor'."
             )
         if self.kind == "qat" and scheme.activation_observer in CALIBRATION_ONLY:
             raise ConfigurationError(
@@ -120,6 +128,14 @@ class Recipe:
         if not self.scheme.weight_symmetric:
             return f"the int8 kernels of backend {self.target.name!r} take symmetric weights only"
         return ""
+
+    @property
+    def by_token_or_group(self) -> bool:
+        """Whether no dynamic kernel of PyTorch's has the grids, so that layers of our own compute on plain tensors."""
+        scheme = self.scheme
+        return self.kind == "dynamic" and (
+            scheme.activation_granularity == "per_token" or scheme.weight_granularity == "per_group"
+        )
 
     @property
     def activation_observer(self) -> str:
@@ -175,6 +191,7 @@ class Recipe:
             "kind": self.kind,
             "equalization": self.equalization,
             "batchnorm": self.batchnorm,
+            "trained": self.trained,
             "left_float": [list(pair) for pair in self.left_float],
             "families": list(self.families),
         }
@@ -195,6 +212,7 @@ class Recipe:
             kind=values.get("kind", "qat"),
             equalization=values.get("equalization", "none"),
             batchnorm=values.get("batchnorm", "fused"),
+            trained=bool(values.get("trained", False)),
             left_float=tuple((str(name), str(why)) for name, why in values.get("left_float", ())),
             families=tuple(str(name) for name in values.get("families", ())),
         )

@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 from qat_lightning.errors import ConfigurationError
 
 Granularity = Literal["per_channel", "per_tensor", "per_group"]
+ActivationGranularity = Literal["per_tensor", "per_token"]
 WeightObserver = Literal["auto", "min_max", "mse"]
 ActivationObserver = Literal["auto", "moving_average", "min_max", "histogram_mse", "histogram_kl", "percentile"]
 LearnedStep = Literal["none", "lsq", "lsq+"]
@@ -30,12 +31,14 @@ class Scheme:
         weight_bits: 2 to 8.
         weight_symmetric: zero point 0; False puts it where the weights need it.
         weight_granularity: one scale for each output channel, for the tensor, or for each group of
-            ``weight_group_size`` input channels (weight-only quantization).
+            ``weight_group_size`` input channels (kinds ``"weight_only"`` and ``"dynamic"``).
         weight_group_size: 0, or the size of a group: a power of two from 16 to 1024.
         weight_observer: ``"min_max"``: the grid reaches to the largest weight; ``"mse"``: to where the mean squared
             error is least; ``"auto"``: ``"min_max"`` for 8 bits and ``"mse"`` for fewer.
         activation_bits: 2 to 8.
         activation_symmetric: put the zero point in the middle of the range instead of where the data needs it.
+        activation_granularity: one range for all values of a call, or one for each token, which is what lies along the
+            last dimension (kind ``"dynamic"``).
         activation_observer: ``"moving_average"`` of the batches' ranges, ``"min_max"`` of all batches; in calibration
             also the range of a histogram with the least mean squared error (``"histogram_mse"``) or the least
             Kullback-Leibler divergence (``"histogram_kl"``), or without its tails (``"percentile"``). ``"auto"``:
@@ -69,6 +72,7 @@ class Scheme:
     activation_percentile: float = 99.99
     averaging_constant: float = 0.01
     learned_step: LearnedStep = "none"
+    activation_granularity: ActivationGranularity = "per_tensor"
 
     def __post_init__(self) -> None:
         """Refuse what cannot be."""
@@ -135,6 +139,7 @@ _WORDS: dict[str, Any] = {
     "weight_granularity": Granularity,
     "weight_observer": WeightObserver,
     "activation_observer": ActivationObserver,
+    "activation_granularity": ActivationGranularity,
     "learned_step": LearnedStep,
 }
 

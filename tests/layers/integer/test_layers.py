@@ -220,11 +220,11 @@ def test_grids_that_no_byte_holds(values: tuple) -> None:
 @pytest.mark.parametrize("kind", [nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d])
 def test_transposed_convolutions_name_what_quantizes_them(kind: type[nn.Module]) -> None:
     layer: nn.Module = kind(4, 4, 3)  # type: ignore[call-arg]
-    reason = why_not(layer, "dynamic")
+    reason = why_not(layer, Recipe("eager", "x86", kind="dynamic"))
     in_pt2e = ("xnnpack",) if kind is nn.ConvTranspose3d else ("xnnpack", "x86")
     named = " or ".join(repr(backend) for backend in in_pt2e)
     assert f"mode='fx', or with mode='pt2e' and backend={named}, quantizes it, kind='weight_only' its weight" in reason
-    assert not why_not(layer, "weight_only")
+    assert not why_not(layer, Recipe("eager", "x86", kind="weight_only"))
     example = Example((torch.randn(4, 4, *[5] * (layer.weight.dim() - 2)),))
     for mode, backend in pairs():
         flow, network = get_mode(mode), nn.Sequential(nn.Linear(5, 5), nn.ReLU(), nn.Linear(5, 5), copy.deepcopy(layer))

@@ -21,7 +21,7 @@ from qat_lightning.errors import ConfigurationError, ConversionError
 from qat_lightning.graph.scopes import join
 from qat_lightning.modes.left_float import leave_float
 from qat_lightning.modes.prepared import prepared_state
-from qat_lightning.modes.registry import get_mode
+from qat_lightning.modes.registry import mode_for
 from qat_lightning.processes import any_process, in_all, in_first, several_processes
 from qat_lightning.rehearsal.faults import Conversion
 from qat_lightning.settings.recipe import Recipe
@@ -105,7 +105,7 @@ class Int8Networks:
         wanted = Recipe(self.networks.settings.recipe.mode, self.networks.settings.backend, exclude=(glob,))
         state = prepared_state(self.networks.prepared[slot])
         layers = dict(state.float_network.named_modules())
-        names = [name for name in get_mode(state.recipe.mode).parts(self.networks.prepared[slot]) if name in layers]
+        names = [name for name in mode_for(state.recipe).parts(self.networks.prepared[slot]) if name in layers]
         return {name: "excluded" for name in names if not wanted.selects(join(prefix, name))}
 
     def save(self, path: str | Path) -> None:

@@ -15,7 +15,7 @@ from qat_lightning.errors import ConfigurationError
 from qat_lightning.graph.example import Example
 from qat_lightning.modes.prepared import cpu_copy, fake_quantizers, in_training_step, prepared_state, set_phase
 from qat_lightning.modes.protocol import LayerCoverage
-from qat_lightning.modes.registry import get_mode
+from qat_lightning.modes.registry import mode_for
 from qat_lightning.rehearsal.auto import Decision
 from qat_lightning.settings.schedule import Phase
 
@@ -83,7 +83,7 @@ class Networks:
     def coverage(self, name: str) -> list[LayerCoverage]:
         """What conversion is going to make int8 of a network, worked out anew."""
         prepared = self.prepared[name]
-        mode = get_mode(prepared_state(prepared).recipe.mode)
+        mode = mode_for(prepared_state(prepared).recipe)
         with isolate_rng(include_cuda=torch.cuda.is_initialized()):
             return mode.coverage(cpu_copy(prepared), self.examples[name])
 
@@ -135,7 +135,9 @@ class Networks:
 
 
 def _knows_a_range(prepared: nn.Module) -> bool:
-    return any(fq.seen for _, fq in fake_quantizers(prepared) if fq.observed)
+    """A network that observes none, such as one of weight-only layers, needs none."""
+    observed = [fq for _, fq in fake_quantizers(prepared) if fq.observed]
+    return not observed or any(fq.seen for fq in observed)
 
 
 def one_or_all(networks: dict[str, Any]) -> Any:

@@ -28,7 +28,7 @@ from qat_lightning.graph.training_flags import parts_keep_training
 from qat_lightning.modes.compiling import refuse_compile
 from qat_lightning.modes.left_float import leave_float
 from qat_lightning.modes.prepared import prepared_state
-from qat_lightning.modes.registry import get_mode
+from qat_lightning.modes.registry import mode_for
 from qat_lightning.processes import in_first, several_processes
 from qat_lightning.recipes.reworking import Reworking, reworks
 from qat_lightning.rehearsal.auto import Decision, choose_mode, decide
@@ -173,7 +173,7 @@ class Preparation:
         recipe = replace(self.networks.settings.recipe_for(decision.mode), families=decision.families)
         try:
             with warnings.catch_warnings(), parts_keep_training(network) as keep:
-                prepared = keep(get_mode(recipe.mode).prepare(network, example, recipe, prefix=slot.prefix))
+                prepared = keep(mode_for(recipe).prepare(network, example, recipe, prefix=slot.prefix))
         except NetworkError as error:
             raise self._with_globs(error) from error
         prepared_state(prepared).__dict__["reworking"] = reworking

@@ -35,6 +35,7 @@ class QuantizationSettings:
         rehearse: Whether all up to the int8 file is tried on a copy before a training.
         on_fault: What becomes of what cannot be int8.
         convert_on_fit_end: Whether there is to be an int8 network.
+        trained: Whether a network of kind ``"dynamic"`` or ``"weight_only"`` trains for it.
 
     Attributes:
         scheme: As given, or the default; as ``include`` and ``exclude`` it is in the recipe.
@@ -62,6 +63,7 @@ class QuantizationSettings:
     rehearse: bool = True
     on_fault: OnFault = "leave_float"
     convert_on_fit_end: bool = True
+    trained: bool = False
     recipe: Recipe = field(init=False)
 
     def __post_init__(self) -> None:
@@ -84,7 +86,17 @@ class QuantizationSettings:
                 f"on_fault={self.on_fault!r} is unknown: use one of {', '.join(get_args(OnFault))}."
             )
         mode = target.modes[0] if self.mode == "auto" else self.mode
-        recipe = Recipe(mode, self.backend, scheme, include, exclude, self.kind, self.equalization, self.batchnorm)
+        recipe = Recipe(
+            mode,
+            self.backend,
+            scheme,
+            include,
+            exclude,
+            self.kind,
+            self.equalization,
+            self.batchnorm,
+            self.trained,
+        )
         if self.example_inputs is not None and isinstance(self.module, (str, type(None))):
             from_user(self.example_inputs)
         check_flag("convert_on_fit_end", self.convert_on_fit_end)

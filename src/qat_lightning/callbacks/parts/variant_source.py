@@ -11,8 +11,9 @@ from qat_lightning.callbacks.parts.calibrated_copies import CalibratedCopies
 from qat_lightning.callbacks.parts.float_weights import FloatWeights
 from qat_lightning.callbacks.parts.networks import Networks
 from qat_lightning.modes.float_state import present_float
+from qat_lightning.modes.left_float import leaving_float
 from qat_lightning.modes.prepared import cpu_copy, prepared_state
-from qat_lightning.rehearsal.faults import Conversion, convert_what_can_be, leaving_float, quantize_what_can_be
+from qat_lightning.rehearsal.faults import Conversion, convert_what_can_be, quantize_what_can_be
 from qat_lightning.settings.recipe import Recipe
 
 _EVALUATE = {"validate": "fake_quant", "test": "int8", "predict": "int8"}

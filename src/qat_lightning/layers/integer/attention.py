@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -50,18 +51,23 @@ class DynamicAttention(IntegerLayer):
         self.out = DynamicLinear(embed_dim, embed_dim, bias, engine)
 
     @classmethod
-    def of(cls, layer: nn.MultiheadAttention, grid: WeightGrid, engine: str) -> DynamicAttention:
-        """Round the weights of a layer without ``add_bias_kv`` and ``add_zero_attn``."""
+    def of(
+        cls, layer: nn.MultiheadAttention, grid: WeightGrid, engine: str, shares: Mapping[str, Tensor] | None = None
+    ) -> DynamicAttention:
+        """Round the weights of a layer without ``add_bias_kv`` and ``add_zero_attn``.
+
+        Args:
+            layer: The layer.
+            grid: Of the weights.
+            engine: The quantized engine.
+            shares: Those of `quantize_rows`, by the names of `linear_maps`.
+        """
         bias = layer.in_proj_bias
         made = cls(
             layer.embed_dim, layer.num_heads, layer.kdim, layer.vdim, bias is not None, layer.batch_first, engine
         )
-        separate = (layer.q_proj_weight, layer.k_proj_weight, layer.v_proj_weight)
-        weights = separate if layer.in_proj_weight is None else layer.in_proj_weight.chunk(3)
-        biases = (None,) * 3 if bias is None else bias.chunk(3)
-        for name, weight, part in zip(("query", "key", "value"), weights, biases, strict=True):
-            setattr(made, name, DynamicLinear.of(weight, part, grid, engine))
-        made.out = DynamicLinear.of(layer.out_proj.weight, layer.out_proj.bias, grid, engine)
+        for name, (weight, part) in linear_maps(layer).items():
+            setattr(made, name, DynamicLinear.of(weight, part, grid, engine, (shares or {}).get(name)))
         return made
 
     @property
@@ -87,7 +93,14 @@ class DynamicAttention(IntegerLayer):
         """As ``nn.MultiheadAttention``."""
         linear = (self.query, self.key, self.value, self.out)
         masks = (key_padding_mask, attn_mask, is_causal)
-        return self._attend((query, key, value), linear, masks, need_weights, average_attn_weights)
+        return attend(
+            (query, key, value),
+            linear,
+            masks,
+            self.num_heads,
+            batch_first=self.batch_first,
+            shown="none" if not need_weights else "mean" if average_attn_weights else "all",
+        )
 
     def reference(
         self,
@@ -103,49 +116,80 @@ class DynamicAttention(IntegerLayer):
         """The same in float64."""
         linear = tuple(part.reference for part in (self.query, self.key, self.value, self.out))
         masks = (key_padding_mask, attn_mask, is_causal)
-        return self._attend((query, key, value), linear, masks, need_weights, average_attn_weights)[0]
-
-    def _attend(
-        self, inputs: Any, linear: Any, masks: Any, need_weights: bool, average: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        batched = inputs[0].dim() == 3
-        if not batched:
-            inputs = tuple(part.unsqueeze(0) for part in inputs)
-        elif not self.batch_first:
-            inputs = tuple(part.transpose(0, 1) for part in inputs)
-        projected = [run(part) for run, part in zip(linear[:3], inputs, strict=True)]
-        # (batch, heads, positions, size of a head)
-        q, k, v = (part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in projected)
-        scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
-        mask = self._mask(scores, *masks)
-        # Where a query may look at nothing the float layer gives NaN, which has no range: here it gives 0.
-        weights = torch._safe_softmax(scores if mask is None else scores + mask, -1)
-        output = linear[3]((weights @ v).transpose(1, 2).flatten(2))
-        if not need_weights:
-            shown = None
-        else:
-            shown = weights.mean(1) if average else weights
-            shown = shown if batched else shown[0]
-        if not batched:
-            return output[0], shown
-        return output if self.batch_first else output.transpose(0, 1), shown
-
-    def _mask(self, scores: Tensor, padding: Tensor | None, mask: Tensor | None, causal: bool) -> Tensor | None:
-        """Both masks as one that is added to the scores."""
-        if causal and mask is None:
-            raise RuntimeError("is_causal=True needs attn_mask, as in nn.MultiheadAttention.")
-        parts = []
-        if mask is not None:
-            added = _additive(mask, scores)
-            parts.append(added.unflatten(0, (-1, self.num_heads)) if added.dim() == 3 else added)
-        if padding is not None:
-            padding = padding if padding.dim() == 2 else padding[None]
-            parts.append(_additive(padding, scores)[:, None, None])
-        return sum(parts[1:], parts[0]) if parts else None
+        return attend((query, key, value), linear, masks, self.num_heads, batch_first=self.batch_first)[0]
 
     def extra_repr(self) -> str:
         """Sizes and engine, for ``print``."""
         return f"{self.embed_dim}, num_heads={self.num_heads}, engine={self.engine}"
+
+
+def linear_maps(layer: nn.MultiheadAttention) -> dict[str, tuple[Tensor, Tensor | None]]:
+    """Weight and bias of the four linear maps of attention, which are views of the layer's parameters."""
+    separate = (layer.q_proj_weight, layer.k_proj_weight, layer.v_proj_weight)
+    weights = separate if layer.in_proj_weight is None else layer.in_proj_weight.chunk(3)
+    biases = (None,) * 3 if layer.in_proj_bias is None else layer.in_proj_bias.chunk(3)
+    maps = dict(zip(("query", "key", "value"), zip(weights, biases, strict=True), strict=True))
+    return {**maps, "out": (layer.out_proj.weight, layer.out_proj.bias)}
+
+
+def attend(
+    inputs: Any,
+    linear: Any,
+    masks: tuple[Tensor | None, Tensor | None, bool],
+    num_heads: int,
+    *,
+    batch_first: bool,
+    shown: Literal["none", "mean", "all"] = "none",
+    dropout: float = 0.0,
+) -> tuple[Tensor, Tensor | None]:
+    """What ``nn.MultiheadAttention`` computes, with linear maps of one's own.
+
+    Args:
+        inputs: Query, key and value.
+        linear: The maps of these three, and that of the output.
+        masks: ``key_padding_mask``, ``attn_mask`` and ``is_causal``.
+        num_heads: Heads.
+        batch_first: Whether the batch is the first dimension.
+        shown: Which weights of attention are returned beside the output.
+        dropout: The share of these that is dropped.
+    """
+    batched = inputs[0].dim() == 3
+    if not batched:
+        inputs = tuple(part.unsqueeze(0) for part in inputs)
+    elif not batch_first:
+        inputs = tuple(part.transpose(0, 1) for part in inputs)
+    projected = [run(part) for run, part in zip(linear[:3], inputs, strict=True)]
+    # (batch, heads, positions, size of a head)
+    q, k, v = (part.unflatten(-1, (num_heads, -1)).transpose(1, 2) for part in projected)
+    scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
+    mask = _both_masks(scores, num_heads, *masks)
+    # Where a query may look at nothing the float layer gives NaN, which has no range: here it gives 0.
+    weights = torch._safe_softmax(scores if mask is None else scores + mask, -1)
+    weights = F.dropout(weights, dropout) if dropout else weights
+    output = linear[3]((weights @ v).transpose(1, 2).flatten(2))
+    found = None
+    if shown != "none":
+        found = weights.mean(1) if shown == "mean" else weights
+        found = found if batched else found[0]
+    if not batched:
+        return output[0], found
+    return output if batch_first else output.transpose(0, 1), found
+
+
+def _both_masks(
+    scores: Tensor, num_heads: int, padding: Tensor | None, mask: Tensor | None, causal: bool
+) -> Tensor | None:
+    """Both masks as one that is added to the scores."""
+    if causal and mask is None:
+        raise RuntimeError("is_causal=True needs attn_mask, as in nn.MultiheadAttention.")
+    parts = []
+    if mask is not None:
+        added = _additive(mask, scores)
+        parts.append(added.unflatten(0, (-1, num_heads)) if added.dim() == 3 else added)
+    if padding is not None:
+        padding = padding if padding.dim() == 2 else padding[None]
+        parts.append(_additive(padding, scores)[:, None, None])
+    return sum(parts[1:], parts[0]) if parts else None
 
 
 def _additive(mask: Tensor, scores: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ upstream's layers these use all 8 bits of activations: the weights keep to the b
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -46,10 +47,12 @@ class DynamicLinear(IntegerLayer):
         self.register_buffer("bias", torch.zeros(out_features) if bias else None)
 
     @classmethod
-    def of(cls, weight: Tensor, bias: Tensor | None, grid: WeightGrid, engine: str) -> DynamicLinear:
-        """Round a weight of shape ``(out_features, in_features)``."""
+    def of(
+        cls, weight: Tensor, bias: Tensor | None, grid: WeightGrid, engine: str, share: Tensor | None = None
+    ) -> DynamicLinear:
+        """Round a weight of shape ``(out_features, in_features)``; ``share`` is that of `quantize_rows`."""
         layer = cls(weight.shape[1], weight.shape[0], bias is not None, engine)
-        layer.integers, scales, _ = quantize_rows(weight, grid)
+        layer.integers, scales, _ = quantize_rows(weight, grid, share)
         layer.scales = scales[:, 0].clone()
         layer.bias = None if bias is None else bias.detach().float().clone()
         return layer
@@ -109,35 +112,52 @@ class DynamicCell(IntegerLayer):
         self.hh = DynamicLinear(hidden_size, rows, bias, engine)
 
     @classmethod
-    def of(cls, cell: nn.RNNCellBase, grid: WeightGrid, engine: str) -> DynamicCell:
-        """Round the weights of a cell."""
-        cell_type = {nn.LSTMCell: "lstm", nn.GRUCell: "gru"}.get(type(cell)) or f"rnn_{cell.nonlinearity}"
-        made = cls(cell_type, cell.input_size, cell.hidden_size, cell.bias, engine)
+    def of(
+        cls, cell: nn.RNNCellBase, grid: WeightGrid, engine: str, shares: Mapping[str, Tensor] | None = None
+    ) -> DynamicCell:
+        """Round the weights of a cell; ``shares`` are those of `quantize_rows`, by the names of the weights."""
+        made = cls(name_of_cell(cell), cell.input_size, cell.hidden_size, cell.bias, engine)
         for name in ("ih", "hh"):
             bias = getattr(cell, f"bias_{name}") if cell.bias else None
-            setattr(made, name, DynamicLinear.of(getattr(cell, f"weight_{name}"), bias, grid, engine))
+            weight, share = getattr(cell, f"weight_{name}"), (shares or {}).get(f"weight_{name}")
+            setattr(made, name, DynamicLinear.of(weight, bias, grid, engine, share))
         return made
 
     def forward(self, input: Tensor, hx: Any = None) -> Any:
         """As the float cell: ``(batch, input_size)`` or ``(input_size,)``, and the state."""
-        return self._step(input, hx, self.ih, self.hh)
+        return step_of_cell(self.cell, self.hidden_size, input, hx, (self.ih, self.hh))
 
     def reference(self, input: Tensor, hx: Any = None) -> Any:
         """The same in float64."""
-        return self._step(input, hx, self.ih.reference, self.hh.reference)
+        return step_of_cell(self.cell, self.hidden_size, input, hx, (self.ih.reference, self.hh.reference))
 
-    def _step(self, input: Tensor, hx: Any, ih: Any, hh: Any) -> Any:
-        unbatched = input.dim() == 1
-        batch = input[None] if unbatched else input
-        if hx is None:
-            zeros = batch.new_zeros(batch.shape[0], self.hidden_size)
-            state: tuple[Tensor, ...] = (zeros, zeros)
-        else:
-            parts = tuple(hx) if self.cell == "lstm" else (hx,)
-            state = tuple(part[None] for part in parts) if unbatched else parts
-        result = STEPS[self.cell](ih(batch), hh(state[0]), state)
-        result = tuple(part[0] for part in result) if unbatched else result
-        return result if self.cell == "lstm" else result[0]
+
+def name_of_cell(cell: nn.RNNCellBase) -> str:
+    """A key of `GATES`."""
+    return {nn.LSTMCell: "lstm", nn.GRUCell: "gru"}.get(type(cell)) or f"rnn_{cell.nonlinearity}"
+
+
+def step_of_cell(cell: str, hidden_size: int, input: Tensor, hx: Any, linear: tuple[Any, Any]) -> Any:
+    """What a cell computes, with linear maps of one's own.
+
+    Args:
+        cell: A key of `GATES`.
+        hidden_size: Size of a state.
+        input: ``(batch, input_size)`` or ``(input_size,)``.
+        hx: The state, as the float cell takes it; None for zeros.
+        linear: Of the input, and of the state.
+    """
+    unbatched = input.dim() == 1
+    batch = input[None] if unbatched else input
+    if hx is None:
+        zeros = batch.new_zeros(batch.shape[0], hidden_size)
+        state: tuple[Tensor, ...] = (zeros, zeros)
+    else:
+        parts = tuple(hx) if cell == "lstm" else (hx,)
+        state = tuple(part[None] for part in parts) if unbatched else parts
+    result = STEPS[cell](linear[0](batch), linear[1](state[0]), state)
+    result = tuple(part[0] for part in result) if unbatched else result
+    return result if cell == "lstm" else result[0]
 
 
 GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}

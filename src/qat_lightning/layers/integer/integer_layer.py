@@ -77,6 +77,12 @@ def disturbed_roundings(disturb: Callable[[Any], Any]) -> Iterator[None]:
         _disturbing.pop()
 
 
+def disturbed(x: Tensor) -> Tensor:
+    """``x``, or what `disturbed_roundings` makes of it."""
+    changed: Tensor = _disturbing[-1](x) if _disturbing else x
+    return changed
+
+
 def round_dynamically(x: Tensor) -> Tensor:
     """Put ``x`` on the uint8 grid of its own range and back, as the dynamic kernels do.
 
@@ -88,8 +94,7 @@ def round_dynamically(x: Tensor) -> Tensor:
     """
     if not x.numel():
         return x.double()
-    if _disturbing:
-        x = _disturbing[-1](x)
+    x = disturbed(x)
     scale, zero_point = torch._choose_qparams_per_tensor(x.float(), False)
     integers = (torch.round(x.float() / scale) + zero_point).clamp(0, 255)
     return (integers.double() - zero_point) * scale

@@ -3,32 +3,41 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from qat_lightning.layers.integer.attention import DynamicAttention
 from qat_lightning.layers.integer.dynamic import DynamicCell, DynamicLinear
 from qat_lightning.layers.integer.integer_layer import IntegerLayer
+from qat_lightning.layers.integer.plain_dynamic import PlainDynamicLinear
 from qat_lightning.layers.integer.recurrent import DynamicRecurrent
 from qat_lightning.layers.integer.weight_only import WeightOnly, WeightOnlyEmbedding, weights_of
 from qat_lightning.layers.integer.weights import WeightGrid
 from qat_lightning.layers.operators import WEIGHTED, module_types
 from qat_lightning.settings.recipe import Recipe
 
+TOO_SLOW = "a step in single operations takes several times as long as float's, use kind='weight_only'"
+
 _DYNAMIC = (*module_types("linear", "attention", "cell"), nn.LSTM, nn.GRU)
 
 
-def why_not(module: nn.Module, kind: str) -> str:
-    """Why a layer stays float in ``kind``; empty if it becomes integer.
+def why_not(module: nn.Module, recipe: Recipe) -> str:
+    """Why a layer stays float; empty if it becomes integer.
+
+    Args:
+        module: The float layer.
+        recipe: Its kind and scheme, and whether it is trained.
 
     Example:
-        >>> why_not(nn.Linear(2, 2), "dynamic")
+        >>> dynamic = Recipe("eager", "x86", kind="dynamic")
+        >>> why_not(nn.Linear(2, 2), dynamic)
         ''
-        >>> why_not(nn.Conv2d(2, 2, 1), "dynamic")
+        >>> why_not(nn.Conv2d(2, 2, 1), dynamic)
         "Conv2d has no dynamic kernel: kind='static' quantizes it, kind='weight_only' its weight"
     """
-    name = type(module).__name__
+    name, kind = type(module).__name__, recipe.kind
     if type(module) not in WEIGHTED:
         return f"{name} is a class of its own, whose forward may do anything with its weight"
     if kind == "dynamic" and type(module) not in _DYNAMIC:
@@ -41,6 +50,18 @@ def why_not(module: nn.Module, kind: str) -> str:
         return f"{name} with max_norm rescales its rows in every call"
     if kind == "dynamic" and isinstance(module, nn.MultiheadAttention) and _adds_positions(module):
         return "MultiheadAttention with add_bias_kv or add_zero_attn: kind='weight_only' quantizes its weights"
+    return _why_not_these_grids(module, recipe)
+
+
+def _why_not_these_grids(module: nn.Module, recipe: Recipe) -> str:
+    name = type(module).__name__
+    if recipe.by_token_or_group and not isinstance(module, nn.Linear):
+        return (
+            f"{name} has its dynamic kernel for one range a tensor and one scale a channel: use "
+            "activation_granularity='per_tensor' and weight_granularity='per_channel'"
+        )
+    if recipe.kind == "dynamic" and recipe.trained and isinstance(module, nn.RNNBase):
+        return f"{name} does not train for its dynamic kernel: {TOO_SLOW}"
     return ""
 
 
@@ -71,26 +92,36 @@ def _instead(module: nn.Module) -> str:
     return "kind='weight_only' quantizes its weight"
 
 
-def integer_layer(module: nn.Module, recipe: Recipe) -> IntegerLayer:
+def integer_layer(module: nn.Module, recipe: Recipe, shares: Mapping[str, Tensor] | None = None) -> IntegerLayer:
     """The integer layer of a float one for which `why_not` has no reason; ``module`` stays as it is.
 
     Args:
         module: The float layer.
         recipe: Its kind, scheme and backend.
+        shares: Of clipped grids, the share of each range that training chose, by the names of `rounded_parts`.
     """
-    grid, engine = WeightGrid.of(recipe), recipe.target.engine or "onednn"
+    grid, engine, shares = WeightGrid.of(recipe), recipe.target.engine or "onednn", shares or {}
     if recipe.kind == "weight_only":
         if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
-            return WeightOnlyEmbedding.of(module, grid)
-        return WeightOnly(copy.deepcopy(module).cpu().float(), weights_of(module), grid)
+            return WeightOnlyEmbedding.of(module, grid, shares.get("weight"))
+        return WeightOnly(copy.deepcopy(module).cpu().float(), weights_of(module), grid, shares)
     if isinstance(module, nn.Linear):
-        return DynamicLinear.of(module.weight, module.bias, grid, engine)
+        return _linear(module, recipe, grid, engine, shares.get("weight"))
     if isinstance(module, nn.MultiheadAttention):
-        return DynamicAttention.of(module, grid, engine)
+        return DynamicAttention.of(module, grid, engine, shares)
     if isinstance(module, nn.RNNCellBase):
-        return DynamicCell.of(module, grid, engine)
+        return DynamicCell.of(module, grid, engine, shares)
     assert isinstance(module, nn.RNNBase)
     return DynamicRecurrent.of(module, grid, engine)
+
+
+def _linear(module: nn.Linear, recipe: Recipe, grid: WeightGrid, engine: str, share: Tensor | None) -> IntegerLayer:
+    if recipe.by_token_or_group:
+        scheme = recipe.scheme
+        return PlainDynamicLinear.of(
+            module.weight, module.bias, grid, scheme.activation_granularity, scheme.activation_symmetric, share
+        )
+    return DynamicLinear.of(module.weight, module.bias, grid, engine, share)
 
 
 def _is_reparametrized(module: nn.Module) -> bool:

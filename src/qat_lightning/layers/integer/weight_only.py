@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ class WeightOnly(IntegerLayer):
         layer: The float layer; used up.
         weights: Which of its parameters to round, by their names in it.
         grid: The grid.
+        shares: Those of `quantize_rows`, by the names of the weights.
 
     Attributes:
         layer: The float layer without these parameters.
@@ -40,7 +41,13 @@ class WeightOnly(IntegerLayer):
         transposed_groups: See the function of this name.
     """
 
-    def __init__(self, layer: nn.Module, weights: Sequence[str], grid: WeightGrid) -> None:
+    def __init__(
+        self,
+        layer: nn.Module,
+        weights: Sequence[str],
+        grid: WeightGrid,
+        shares: Mapping[str, Tensor] | None = None,
+    ) -> None:
         super().__init__()
         self.grid = grid
         self.transposed_groups = transposed_groups(layer)
@@ -48,7 +55,8 @@ class WeightOnly(IntegerLayer):
         for name in weights:
             weight = layer.get_parameter(name)
             self.shapes[name] = tuple(weight.shape)
-            integers, scales, zero_points = quantize_rows(weight_rows(weight, self.transposed_groups), grid)
+            rows = weight_rows(weight, self.transposed_groups)
+            integers, scales, zero_points = quantize_rows(rows, grid, (shares or {}).get(name))
             self._hold(name, store(integers, grid), scales, None if grid.symmetric else zero_points)
             holder, _, leaf = name.rpartition(".")
             layer.get_submodule(holder)._parameters[leaf] = None
@@ -155,10 +163,12 @@ class WeightOnlyEmbedding(IntegerLayer):
         return cls(table.num_embeddings, table.embedding_dim, table.padding_idx, mode, last, values)
 
     @classmethod
-    def of(cls, table: nn.Embedding | nn.EmbeddingBag, grid: WeightGrid) -> WeightOnlyEmbedding:
-        """Round a table."""
+    def of(
+        cls, table: nn.Embedding | nn.EmbeddingBag, grid: WeightGrid, share: Tensor | None = None
+    ) -> WeightOnlyEmbedding:
+        """Round a table; ``share`` is that of `quantize_rows`."""
         made = cls.empty(table, grid)
-        integers, made.scales, zero_points = quantize_rows(table.weight, grid)
+        integers, made.scales, zero_points = quantize_rows(table.weight, grid, share)
         made.integers = store(integers, grid)
         made.zero_points = None if grid.symmetric else zero_points
         return made

@@ -43,8 +43,9 @@ class WeightGrid:
     def of(cls, recipe: Recipe) -> WeightGrid:
         """The grid that a recipe asks for."""
         scheme = recipe.scheme
-        # Float kernels run weight-only layers, so that no int8 kernel's limit applies.
-        half = scheme.weight_quant_max if recipe.kind == "weight_only" else recipe.weight_quant_max
+        # Float kernels run these layers, so that no int8 kernel's limit applies.
+        on_float = recipe.kind == "weight_only" or recipe.by_token_or_group
+        half = scheme.weight_quant_max if on_float else recipe.weight_quant_max
         return cls(
             quant_min=-half if scheme.weight_symmetric else -(2 ** (scheme.weight_bits - 1)),
             quant_max=half,
@@ -103,12 +104,14 @@ def weight_of_rows(rows: Tensor, shape: Sequence[int], groups: int) -> Tensor:
     return parts.transpose(1, 2).reshape(shape)
 
 
-def quantize_rows(weight: Tensor, grid: WeightGrid) -> tuple[Tensor, Tensor, Tensor]:
-    """Round a weight to its grid.
+def quantize_rows(weight: Tensor, grid: WeightGrid, share: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Round a weight to its grid, by the arithmetic of `fake_quantize`, so that both give the same values.
 
     Args:
         weight: Floating, of any shape with at least one dimension.
         grid: The grid.
+        share: Of a clipped grid, the share of each range that is represented, as training chose it; None to choose it
+            now by the least mean squared error.
 
     Returns:
         Integers, int8 of shape ``(rows, values)``; scales, float32, and zero points, int8, of shape ``(rows, groups)``.
@@ -129,12 +132,14 @@ def quantize_rows(weight: Tensor, grid: WeightGrid) -> tuple[Tensor, Tensor, Ten
     low, high = torch.aminmax(ranges, dim=1)
     limits = {"quant_min": grid.quant_min, "quant_max": grid.quant_max}
     if grid.clipped:
-        share = least_squares_clip(ranges, symmetric=grid.symmetric, **limits)
+        if share is None:
+            share = least_squares_clip(ranges, symmetric=grid.symmetric, **limits)
+        share = share.reshape(-1).to(low)
         low, high = low * share, high * share
     scales, zero_points = choose_qparams(low, high, symmetric=grid.symmetric, **limits)
     if grid.symmetric:
         zero_points = torch.zeros_like(zero_points)
-    rounded = torch.round(ranges / scales[:, None]) + zero_points[:, None]
+    rounded = torch.round(ranges * (1.0 / scales)[:, None]) + zero_points[:, None]
     integers = rounded.clamp(grid.quant_min, grid.quant_max).to(torch.int8).reshape(count, -1)[:, :values]
     if grid.group < 0:
         scales, zero_points = scales.expand(count), zero_points.expand(count)

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from qat_lightning.errors import CheckpointMismatchError
 from qat_lightning.graph.example import Example
@@ -26,8 +26,13 @@ from qat_lightning.modes.uncalibrated.checking import (
 from qat_lightning.modes.uncalibrated.macs import with_macs
 from qat_lightning.settings.recipe import Recipe
 
+Shares = Mapping[str, Mapping[str, Tensor]]
+"""For each layer, the shares of their ranges that its clipped weights represent: see `quantize_rows`."""
 
-def quantize_eager(network: nn.Module, example: Example, recipe: Recipe, *, prefix: str = "") -> Converted:
+
+def quantize_eager(
+    network: nn.Module, example: Example, recipe: Recipe, *, prefix: str = "", shares: Shares
+) -> Converted:
     """See `qat_lightning.modes.uncalibrated.quantize`."""
     original = float_copy(network)
     expected = run_float(original, example)
@@ -35,7 +40,7 @@ def quantize_eager(network: nn.Module, example: Example, recipe: Recipe, *, pref
     refuse_nothing(original, coverage, recipe)
     chosen = [row.name for row in coverage if row.quantized]
     plan = {"layers": [[name, type(original.get_submodule(name)).__name__] for name in chosen]}
-    integer = skeleton(original, plan, recipe)
+    integer = skeleton(original, plan, recipe, shares)
     actual, calls = run_integer(integer, example)
     names = Names(prefix, {name for name, _ in original.named_modules()})
     checks, notes = check_layers(calls, recipe.target, names)
@@ -44,13 +49,14 @@ def quantize_eager(network: nn.Module, example: Example, recipe: Recipe, *, pref
     return Converted(integer, coverage, checks, [*notes, *end_to_end(expected, actual)], between, whole)
 
 
-def skeleton(network: nn.Module, plan: Mapping[str, Any], recipe: Recipe) -> nn.Module:
+def skeleton(network: nn.Module, plan: Mapping[str, Any], recipe: Recipe, shares: Shares | None = None) -> nn.Module:
     """Give a float network the structure of the integer one, to load its ``state_dict`` into.
 
     Args:
         network: The float network; a copy is changed.
         plan: ``quantization_plan`` of the integer network: plain values only.
         recipe: What it was quantized with.
+        shares: What training chose of the ranges of clipped weights.
 
     Returns:
         The copy, its layers rounded from the weights that it has.
@@ -63,12 +69,12 @@ def skeleton(network: nn.Module, plan: Mapping[str, Any], recipe: Recipe) -> nn.
     modules = dict(network.named_modules(remove_duplicate=False))
     made: dict[nn.Module, IntegerLayer] = {}
     for name, kind in plan["layers"]:
-        if name not in modules or type(modules[name]).__name__ != kind or why_not(modules[name], recipe.kind):
+        if name not in modules or type(modules[name]).__name__ != kind or why_not(modules[name], recipe):
             raise CheckpointMismatchError(
                 f"{type(network).__name__} is not the network that was quantized: it should have a {kind} at {name!r}. "
                 "Give the float network as its code makes it, with the arguments of then."
             )
-        made[modules[name]] = integer_layer(modules[name], recipe)
+        made[modules[name]] = integer_layer(modules[name], recipe, (shares or {}).get(name))
     for name, module in modules.items():
         # A layer under several names becomes one layer under the same names.
         if module in made and name:
@@ -95,6 +101,6 @@ def cover(network: nn.Module, recipe: Recipe, prefix: str) -> list[LayerCoverage
         if isinstance(module, nn.MultiheadAttention):
             inside.append(f"{name}." if name else "")
         full = f"{prefix}.{name}" if prefix and name else prefix or name
-        reason = EXCLUDED if not recipe.selects(full) else why_not(module, recipe.kind)
+        reason = EXCLUDED if not recipe.selects(full) else why_not(module, recipe)
         rows.append(LayerCoverage(name, type(module).__name__, not reason, reason))
     return rows

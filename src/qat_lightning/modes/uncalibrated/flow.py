@@ -8,12 +8,15 @@ from qat_lightning.errors import ConfigurationError
 from qat_lightning.graph.example import Example
 from qat_lightning.modes.other_quantization import refuse_other_quantization
 from qat_lightning.modes.protocol import Converted
+from qat_lightning.modes.uncalibrated.eager import Shares
 from qat_lightning.settings.backends import require
 from qat_lightning.settings.kinds import DIRECT, check_kind
 from qat_lightning.settings.recipe import Recipe
 
 
-def quantize(network: nn.Module, example: Example, recipe: Recipe, *, prefix: str = "") -> Converted:
+def quantize(
+    network: nn.Module, example: Example, recipe: Recipe, *, prefix: str = "", shares: Shares | None = None
+) -> Converted:
     """Quantize a float network as it is, without training and without calibration.
 
     Every layer of the result is compared on ``example`` with what it should compute: a dynamic one with the same
@@ -24,6 +27,8 @@ def quantize(network: nn.Module, example: Example, recipe: Recipe, *, prefix: st
         example: One call; its batch may be any.
         recipe: Kind (``"dynamic"`` or ``"weight_only"``), mode, backend and scheme.
         prefix: The network's dotted name in the LightningModule, to which the recipe's globs are relative.
+        shares: What training chose of the ranges of clipped weights; None for a network that was not trained for its
+            grids.
 
     Returns:
         The integer network on the CPU in evaluation, with coverage, checks and notes.
@@ -51,11 +56,11 @@ def quantize(network: nn.Module, example: Example, recipe: Recipe, *, prefix: st
     if recipe.mode == "eager":
         from qat_lightning.modes.uncalibrated.eager import quantize_eager
 
-        return quantize_eager(network, example, recipe, prefix=prefix)
+        return quantize_eager(network, example, recipe, prefix=prefix, shares=shares or {})
     if recipe.mode == "fx":
         from qat_lightning.modes.uncalibrated.fx import quantize_fx
 
-        return quantize_fx(network, example, recipe, prefix=prefix)
+        return quantize_fx(network, example, recipe, prefix=prefix, shares=shares or {})
     from qat_lightning.modes.uncalibrated.pt2e import quantize_pt2e
 
-    return quantize_pt2e(network, example, recipe, prefix=prefix)
+    return quantize_pt2e(network, example, recipe, prefix=prefix, shares=shares or {})

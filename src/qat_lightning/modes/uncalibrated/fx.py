@@ -25,12 +25,12 @@ from qat_lightning.modes.uncalibrated.checking import (
     run_float,
     run_integer,
 )
-from qat_lightning.modes.uncalibrated.eager import cover, float_copy
+from qat_lightning.modes.uncalibrated.eager import Shares, cover, float_copy
 from qat_lightning.modes.uncalibrated.macs import with_macs
 from qat_lightning.settings.recipe import Recipe
 
 
-def quantize_fx(network: nn.Module, example: Example, recipe: Recipe, *, prefix: str = "") -> Converted:
+def quantize_fx(network: nn.Module, example: Example, recipe: Recipe, *, prefix: str = "", shares: Shares) -> Converted:
     """See `qat_lightning.modes.uncalibrated.quantize`."""
     original = float_copy(network)
     expected = run_float(original, example)
@@ -39,14 +39,15 @@ def quantize_fx(network: nn.Module, example: Example, recipe: Recipe, *, prefix:
         graph_module, sizes = trace_evaluation(original, example, outer_parts(original, selected))
     used = float_run(original, example).used
     coverage = [_in_graph(row, graph_module.graph, used) for row in cover(original, recipe, prefix)]
-    functional = _linear_functions(graph_module, recipe, prefix)
+    # Training rounds layers, and a network is converted as it was trained.
+    functional = [] if recipe.trained else _linear_functions(graph_module, recipe, prefix)
     # A layer that is the whole network is traced through: it is the function that its row is about.
     coverage = [row for row in coverage if row.name or not functional]
     if not functional:
         refuse_nothing(original, coverage, recipe)
     for row in coverage:
         if row.quantized:
-            _put(graph_module, row.name, integer_layer(original.get_submodule(row.name), recipe))
+            _put(graph_module, row.name, integer_layer(original.get_submodule(row.name), recipe, shares.get(row.name)))
     for node in functional:
         traced = _traced_through(node, graph_module.graph)
         made = _replace_function(graph_module, node, recipe)

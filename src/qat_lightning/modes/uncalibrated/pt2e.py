@@ -7,7 +7,7 @@ Dynamic linear layers have the ops that X86InductorQuantizer and XNNPACKQuantize
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,7 +47,7 @@ from qat_lightning.modes.uncalibrated.checking import (
     run_float,
     sqnr_of,
 )
-from qat_lightning.modes.uncalibrated.eager import cover, float_copy
+from qat_lightning.modes.uncalibrated.eager import Shares, cover, float_copy
 from qat_lightning.modes.uncalibrated.macs import with_macs
 from qat_lightning.modes.verify import Recorder
 from qat_lightning.modes.whole import check_whole, is_right, raise_if_wrong
@@ -60,7 +60,9 @@ ops = torch.ops.quantized_decomposed
 _EPS = float(torch.finfo(torch.float32).eps)
 
 
-def quantize_pt2e(network: nn.Module, example: Example, recipe: Recipe, *, prefix: str = "") -> Converted:
+def quantize_pt2e(
+    network: nn.Module, example: Example, recipe: Recipe, *, prefix: str = "", shares: Shares
+) -> Converted:
     """See `qat_lightning.modes.uncalibrated.quantize`."""
     original = float_copy(network)
     expected = run_float(original, example)
@@ -69,11 +71,12 @@ def quantize_pt2e(network: nn.Module, example: Example, recipe: Recipe, *, prefi
     with plain_attention():
         graph_module, spec = capture(original, example, train=False)
     evaluate(graph_module.graph)
-    uses = _uses(original, graph_module, coverage, recipe.kind)
+    uses = _uses(original, graph_module, coverage, recipe)
+    chosen = {f"{layer}.{name}" if layer else name: share for layer, of in shares.items() for name, share in of.items()}
     if recipe.kind == "dynamic":
-        done = _make_dynamic(graph_module, uses, recipe)
+        done = _make_dynamic(graph_module, uses, recipe, chosen)
     else:
-        done = _make_weight_only(graph_module, uses, WeightGrid.of(recipe))
+        done = _make_weight_only(graph_module, uses, WeightGrid.of(recipe), chosen)
     used = {use.name for found in uses.values() for use in found}
     coverage = [_after(row, original, used, done, recipe) for row in coverage]
     refuse_nothing(original, coverage, recipe)
@@ -127,7 +130,7 @@ Uses = dict[fx.Node, list[_Use]]
 """For each node that reads a weight what computes with it."""
 
 
-def _uses(network: nn.Module, graph_module: fx.GraphModule, coverage: list[LayerCoverage], kind: str) -> Uses:
+def _uses(network: nn.Module, graph_module: fx.GraphModule, coverage: list[LayerCoverage], recipe: Recipe) -> Uses:
     owners: dict[int, list[tuple[LayerCoverage, str]]] = {}
     for row in coverage:
         module = network.get_submodule(row.name)
@@ -142,7 +145,9 @@ def _uses(network: nn.Module, graph_module: fx.GraphModule, coverage: list[Layer
         for user in node.users:
             for row, name in _belonging(user, owners[value.data_ptr()]):
                 layer = network.get_submodule(row.name)
-                wanted = row.quantized or (not row.excluded and lacks_kernel(layer, kind))
+                # Without a kernel for the whole layer; training rounds whole layers only.
+                in_parts = not recipe.trained and not row.excluded and lacks_kernel(layer, recipe.kind)
+                wanted = row.quantized or in_parts
                 groups = transposed_groups(layer)
                 found.setdefault(node, []).append(_Use(user, row.name, name, wanted, groups))
     return found
@@ -171,7 +176,7 @@ Done = dict[str, list[tuple[fx.Node, Any]]]
 """For each full name of a weight the nodes to check, and what their values are compared with."""
 
 
-def _make_dynamic(graph_module: fx.GraphModule, uses: Uses, recipe: Recipe) -> Done:
+def _make_dynamic(graph_module: fx.GraphModule, uses: Uses, recipe: Recipe, shares: Mapping[str, Tensor]) -> Done:
     grid = WeightGrid.of(recipe)
     low, high = recipe.target.activation_limits
     limits = (low, high, recipe.target.activation_dtype)
@@ -181,7 +186,7 @@ def _make_dynamic(graph_module: fx.GraphModule, uses: Uses, recipe: Recipe) -> D
             if linear.target is not aten.linear.default or linear.args[1] is not node or _value_dims(linear) == 1:
                 continue
             names = [use.name for use in found if use.node is linear and use.wanted]
-            integers, scales, _ = quantize_rows(_value(graph_module, node), grid)
+            integers, scales, _ = quantize_rows(_value(graph_module, node), grid, shares.get(names[0]))
             quantized = (integers, scales[:, 0].clone())
             with graph_module.graph.inserting_before(linear):
                 weight = _integer_weight(graph_module, names[0], quantized, grid)
@@ -221,7 +226,7 @@ def _rounded(graph: fx.Graph, source: Any, limits: tuple[int, int, torch.dtype])
     return graph.call_function(ops.dequantize_per_tensor.tensor, (integers, *grid))
 
 
-def _make_weight_only(graph_module: fx.GraphModule, uses: Uses, grid: WeightGrid) -> Done:
+def _make_weight_only(graph_module: fx.GraphModule, uses: Uses, grid: WeightGrid, shares: Mapping[str, Tensor]) -> Done:
     done: Done = {}
     for node, found in uses.items():
         chosen = [use for use in found if use.wanted]
@@ -229,7 +234,8 @@ def _make_weight_only(graph_module: fx.GraphModule, uses: Uses, grid: WeightGrid
             continue
         weight: Tensor = _value(graph_module, node)
         groups = chosen[0].transposed_groups
-        integers, scales, zero_points = quantize_rows(weight_rows(weight, groups), grid)
+        rows = weight_rows(weight, groups)
+        integers, scales, zero_points = quantize_rows(rows, grid, shares.get(chosen[0].name))
         stored = store(integers, grid)
         points = None if grid.symmetric else zero_points
         with graph_module.graph.inserting_before(node):

@@ -1,0 +1,127 @@
+"""Training for the kinds without calibration: the user's own ``forward`` runs, with layers rounded as they will be."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection
+from typing import Any
+
+from torch import nn
+from torch.utils._pytree import tree_map
+
+from qat_lightning.errors import NetworkError, VerificationError
+from qat_lightning.graph.example import Example, in_float32
+from qat_lightning.layers.qat_modules import make_batchnorm_freezable
+from qat_lightning.layers.rounded import RoundedLayer, round_layer
+from qat_lightning.modes.eager.layers import without_fast_paths
+from qat_lightning.modes.float_state import present_float
+from qat_lightning.modes.judging import Names
+from qat_lightning.modes.left_float import follow_checkpoints, leaving_float, with_reasons
+from qat_lightning.modes.other_quantization import refuse_other_quantization
+from qat_lightning.modes.precision import refuse_mixed
+from qat_lightning.modes.prepared import (
+    PreparedState,
+    copy_of_modules,
+    follow_course,
+    is_prepared,
+    materialize_weights,
+    prepared_state,
+)
+from qat_lightning.modes.protocol import Converted, LayerCoverage
+from qat_lightning.modes.uncalibrated.checking import refuse_nothing, run, run_float
+from qat_lightning.modes.uncalibrated.eager import cover
+from qat_lightning.modes.uncalibrated.flow import quantize
+from qat_lightning.modes.uncalibrated.macs import with_macs
+from qat_lightning.modes.whole import Disturbance, check_whole, is_right, raise_if_wrong
+from qat_lightning.numerics.recomputation import keep_tapes
+from qat_lightning.settings.kinds import check_kind
+from qat_lightning.settings.recipe import Recipe
+
+
+class DirectMode:
+    """`Mode` for ``kind="dynamic"`` and ``kind="weight_only"``, whatever the mode: that one converts.
+
+    Layers are rounded where they are, so that any network trains, its control flow included.
+    """
+
+    def prepare(self, network: nn.Module, example: Example, recipe: Recipe, *, prefix: str = "") -> nn.Module:
+        """Let the layers of ``network``, which stays the same object, train for their grids; see `Mode.prepare`."""
+        if is_prepared(network):
+            raise NetworkError(f"{type(network).__name__} is prepared for quantization already.")
+        check_kind(recipe)
+        refuse_other_quantization(network)
+        refuse_mixed(network, example)
+        keep_tapes()
+        float_network = copy_of_modules(network)
+        rows = cover(float_network, recipe, prefix)
+        refuse_nothing(float_network, rows, recipe)
+        without_fast_paths(network)
+        make_batchnorm_freezable(network)
+        for row in rows:
+            if row.quantized:
+                round_layer(network.get_submodule(row.name), recipe)
+        network._quantization = PreparedState(self, recipe, float_network, prefix=prefix)
+        follow_course(network)
+        follow_checkpoints(network)
+        materialize_weights(network)
+        return network
+
+    def convert(self, prepared: nn.Module, example: Example) -> Converted:
+        """Make the integer network of the present weights, and compare it with what was trained; see `Mode.convert`."""
+        state, example = prepared_state(prepared), in_float32(example)
+        rounded = rounded_layers(prepared)
+        shares = {name: layer.shares() for name, layer in rounded.items()}
+        recipe = leaving_float(state.recipe, state.left_float, state.prefix)
+        network = present_float(prepared)
+        converted = quantize(network, example, recipe, prefix=state.prefix, shares=shares)
+        names = Names(state.prefix, {name for name, _ in network.named_modules()})
+        _refuse_other_layers(converted, rounded, recipe)
+        self._compare(prepared, converted, example, names)
+        converted.coverage = with_reasons(converted.coverage, state.left_float)
+        return converted
+
+    @staticmethod
+    def _compare(prepared: nn.Module, converted: Converted, example: Example, names: Names) -> None:
+        def trained(disturb: Disturbance) -> Any:
+            return run(prepared, Example(*tree_map(disturb, (example.args, example.kwargs))))
+
+        row = check_whole(run(prepared, example), run(converted.network, example), (trained,))
+        if row is not None and not is_right(row):
+            raise_if_wrong(row, [], converted.checks, names)
+        converted.whole = row
+
+    def coverage(self, prepared: nn.Module, example: Example) -> list[LayerCoverage]:
+        """See `Mode.coverage`."""
+        state = prepared_state(prepared)
+        network = copy.deepcopy(state.float_network).cpu().float().eval()
+        run_float(network, example)
+        rows, between = with_macs(cover(network, state.recipe, state.prefix), network, example, state.recipe)
+        return [*with_reasons(rows, state.left_float), *between]
+
+    def parts(self, prepared: nn.Module) -> list[str]:
+        """See `Mode.parts`: the layers that are rounded."""
+        return list(rounded_layers(prepared))
+
+    def leave_float(self, prepared: nn.Module, names: Collection[str], example: Example | None) -> None:
+        """See `Mode.leave_float`."""
+        for name in names:
+            layer = prepared.get_submodule(name)
+            assert isinstance(layer, RoundedLayer)
+            layer.leave_float()
+
+
+def rounded_layers(prepared: nn.Module) -> dict[str, RoundedLayer]:
+    """The layers of a prepared network that are rounded, by their names."""
+    layers = {name: module for name, module in prepared.named_modules() if isinstance(module, RoundedLayer)}
+    return {name: layer for name, layer in layers.items() if not all(part.left_float for part in layer.roundings())}
+
+
+def _refuse_other_layers(converted: Converted, rounded: Collection[str], recipe: Recipe) -> None:
+    """Name what trained with rounding and stays float all the same, so that it is left float in both."""
+    stayed = {row.name: row.reason for row in converted.coverage if not row.quantized and row.name in rounded}
+    if stayed:
+        why = "; ".join(f"{name or 'itself'}: {reason}" for name, reason in stayed.items())
+        raise VerificationError(
+            f"{len(stayed)} layers trained for kind={recipe.kind!r} stay float in mode={recipe.mode!r} ({why}).",
+            tuple(stayed),
+        )

@@ -1,0 +1,89 @@
+"""Rounding of activations to a grid whose range is found anew in each call, as dynamic kernels do it."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from qat_lightning.numerics.grid import choose_qparams, fake_quantize, smallest_and_largest
+
+DynamicGranularity = Literal["per_tensor", "per_token"]
+"""Whether all values of a call share one range, or those of each token (along the last dimension) have their own."""
+
+_LOW, _HIGH = -128, 127
+
+
+def round_dynamically(x: Tensor, granularity: DynamicGranularity = "per_tensor", *, symmetric: bool = False) -> Tensor:
+    """Put ``x`` on the 8-bit grid of its own range and back; the gradient passes straight through.
+
+    Per tensor and affine, the grid is that of PyTorch's dynamic kernels, chosen by the same function. Per token, it is
+    that of ExecuTorch's and torchao's ``8da4w``: affine on -128..127, or symmetric on -127..127.
+
+    Args:
+        x: Values of any shape and floating dtype; a token is what lies along the last dimension.
+        granularity: What shares one range.
+        symmetric: Whether the zero point is 0.
+
+    Returns:
+        The rounded values, in the shape and dtype of ``x``. A range that is not finite rounds nothing sensible, as in
+        the kernels.
+
+    Example:
+        >>> x = torch.tensor([[0.0, 1.0, 2.55], [0.0, 10.0, 25.5]])
+        >>> torch.allclose(round_dynamically(x, "per_token"), x, atol=1e-5)
+        True
+        >>> torch.allclose(round_dynamically(x, "per_tensor"), x, atol=1e-5)
+        False
+    """
+    if not x.numel():
+        return x
+    low, high = (_LOW + 1, _HIGH) if symmetric else (_LOW, _HIGH)
+    rows = x.reshape(-1, x.shape[-1]) if granularity == "per_token" and x.dim() else x
+    axis = 0 if granularity == "per_token" and x.dim() else None
+    scale, zero_point = _qparams(rows.detach().float(), axis, low, high, symmetric=symmetric)
+    rounded = fake_quantize(
+        rows, scale, 0 if symmetric else zero_point, quant_min=low, quant_max=high, axis=axis, clamps=not symmetric
+    )
+    return rounded.reshape(x.shape)
+
+
+@torch.no_grad()
+def _qparams(rows: Tensor, axis: int | None, low: int, high: int, *, symmetric: bool) -> tuple[Tensor, Tensor]:
+    if axis is None and not symmetric and rows.device.type == "cpu" and not torch.compiler.is_compiling():
+        # The kernels' own choice, whose zero point may be another one where two are as good.
+        scale, zero_point = torch._choose_qparams_per_tensor(rows, False)
+        return torch.tensor(scale), torch.tensor(int(zero_point) + low, dtype=torch.int32)
+    ends = smallest_and_largest(rows, axis)
+    return choose_qparams(*ends, quant_min=low, quant_max=high, symmetric=symmetric)
+
+
+class DynamicFakeQuantize(nn.Module):
+    """`round_dynamically` as a module with a switch; it keeps nothing, so that a checkpoint has nothing of it.
+
+    Args:
+        granularity: What shares one range.
+        symmetric: Whether the zero point is 0.
+
+    Attributes:
+        fake_quant_enabled: Whether `forward` rounds.
+        left_float: Whether it never rounds, because the layer cannot be converted.
+    """
+
+    def __init__(self, granularity: DynamicGranularity = "per_tensor", *, symmetric: bool = False) -> None:
+        super().__init__()
+        self.granularity: DynamicGranularity = granularity
+        self.symmetric = symmetric
+        self.fake_quant_enabled = True
+        self.left_float = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x`` itself before fake-quantization is enabled; afterwards ``x`` on the grid of its range."""
+        if not self.fake_quant_enabled or self.left_float:
+            return x
+        return round_dynamically(x, self.granularity, symmetric=self.symmetric)
+
+    def extra_repr(self) -> str:
+        """What shares a range, for ``print``."""
+        return f"8 bits, {'symmetric' if self.symmetric else 'affine'}, {self.granularity}"

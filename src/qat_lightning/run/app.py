@@ -90,7 +90,8 @@ def _check_export(cfg: DictConfig) -> None:
             "out, or choose method=qat or method=ptq."
         )
     if formats and quantization.mode != "auto":
-        check_formats(formats, Recipe(quantization.mode, quantization.backend, kind=quantization.get("kind", "qat")))
+        kind: Any = "qat" if quantization.get("kind", "static") == "static" else quantization.kind
+        check_formats(formats, Recipe(quantization.mode, quantization.backend, kind=kind))
 
 
 def build(cfg: DictConfig) -> Objects:

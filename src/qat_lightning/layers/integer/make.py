@@ -18,7 +18,7 @@ from qat_lightning.layers.integer.weights import WeightGrid
 from qat_lightning.layers.operators import WEIGHTED, module_types
 from qat_lightning.settings.recipe import Recipe
 
-TOO_SLOW = "a step in single operations takes several times as long as float's, use kind='weight_only'"
+TOO_SLOW = "a step in single operations takes four times as long as float's, use kind='weight_only'"
 
 _DYNAMIC = (*module_types("linear", "attention", "cell"), nn.LSTM, nn.GRU)
 

@@ -19,8 +19,11 @@ from qat_lightning.layers.integer.weights import WeightGrid, store
 from qat_lightning.layers.operators import module_types
 from qat_lightning.layers.qat_modules import round_for_good
 from qat_lightning.numerics.fake_quantize import FakeQuantize
+from qat_lightning.settings.recipe import Recipe
 
 TABLES: Any = module_types("table")
+
+_TRAINED = Recipe("eager", "x86", kind="weight_only", trained=True)
 
 
 class RoundedEmbedding(nn.Embedding):
@@ -72,11 +75,7 @@ def why_float(module: nn.Module) -> str:
         >>> why_float(nn.Embedding(4, 2)), why_float(nn.Embedding(4, 2, max_norm=1.0))
         ('', 'Embedding with max_norm rescales its rows in every call')
     """
-    if why := why_not(module, "weight_only"):
-        return why
-    if getattr(module, "sparse", False):
-        return f"{type(module).__name__} with sparse=True: rounding its table makes the gradients dense"
-    return ""
+    return why_not(module, _TRAINED)
 
 
 def round_table(module: nn.Module, fake_quantize: FakeQuantize) -> None:

@@ -60,6 +60,8 @@ def _why_not_these_grids(module: nn.Module, recipe: Recipe) -> str:
             f"{name} has its dynamic kernel for one range a tensor and one scale a channel: use "
             "activation_granularity='per_tensor' and weight_granularity='per_channel'"
         )
+    if recipe.trained and getattr(module, "sparse", False):
+        return f"{name} with sparse=True: rounding its table makes the gradients dense"
     if recipe.kind == "dynamic" and recipe.trained and isinstance(module, nn.RNNBase):
         return f"{name} does not train for its dynamic kernel: {TOO_SLOW}"
     return ""

@@ -42,8 +42,8 @@ CALLS: dict[str, tuple[Callable[[], nn.Module], Callable[[Any, Tensor, Tensor], 
 """For each weighted row of the table how a layer of it is made, and called."""
 
 INT8 = {
-    ("eager", "static"): {"convolution", "linear", "table"},
-    ("fx", "static"): {"convolution", "linear", "table"},
+    ("eager", "static"): {"convolution", "linear", "transposed", "table"},
+    ("fx", "static"): {"convolution", "linear", "transposed", "table"},
     ("pt2e", "static"): {"linear"},
     ("eager", "dynamic"): {"linear", "attention", "cell"},
     ("fx", "dynamic"): {"linear", "attention", "cell"},

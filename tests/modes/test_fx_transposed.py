@@ -30,6 +30,7 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
     "3x3 with output padding, grouped": (lambda: nn.ConvTranspose2d(8, 8, 3, 2, 1, 1, groups=4, bias=False), IMAGES),
     "dilated, without stride": (lambda: nn.ConvTranspose2d(8, 6, 3, 1, 2, dilation=2), IMAGES),
     "uneven": (lambda: nn.ConvTranspose2d(8, 6, (3, 5), (2, 3), (1, 0)), IMAGES),
+    "below the stride": (lambda: nn.ConvTranspose2d(8, 6, 2, 3, output_padding=1), IMAGES),
     "1d": (lambda: nn.ConvTranspose1d(8, 6, 5, 3, 1, 2), SEQUENCES),
 }
 

@@ -413,7 +413,6 @@ VARIED = (
         "transposed convolution",
         _stack(lambda: [conv(3, 8), nn.ConvTranspose2d(8, 8, 2, 2), nn.ReLU(), nn.Conv2d(8, 4, 3)]),
         IMAGE,
-        _all(0.3),
     ),
     Varied(
         "leaky ReLU and PReLU",

@@ -18,6 +18,7 @@ from qat_lightning.export.fx_program import plain_integer_layer, refuse_other
 from qat_lightning.export.grids import Grid, QdqLayer, on_grid
 from qat_lightning.graph.example import Example
 from qat_lightning.layers.integer import IntegerLayer
+from qat_lightning.layers.subpixel import Subpixel
 from qat_lightning.modes.eager.calls import CountsCalls
 from qat_lightning.modes.eager.int8 import Int8BatchNorm, Int8Hardtanh, Int8Layer, Int8ReLU, Int8ReLU6, Int8Tensor
 from qat_lightning.modes.eager.layers import become
@@ -34,12 +35,14 @@ class QdqChain(CountsCalls, nn.Module):
         grids: For each call within a forward pass, the grid of an input that is not the output of another such layer
             (None where there never was one), that of the output, and where an activation ends it.
         pending: The modules that the kernel does the work of.
+        subpixel: Of a transposed convolution, for which the kernel stands.
         calls: While the kernels are compared: what the int8 layer gave, call by call.
     """
 
     kernel: QdqLayer
     grids: tuple[tuple[Grid | None, Grid, float], ...]
     pending: tuple[str, ...]
+    subpixel: Subpixel | None
     calls: list[Tensor] | None
     where: str
     target: Backend
@@ -54,6 +57,8 @@ class QdqChain(CountsCalls, nn.Module):
         else:
             input = on_grid(input.float(), input_grid)
         output: Tensor = self.kernel(input)
+        if self.subpixel is not None:
+            output = self.subpixel.shuffled(output)
         if self.calls is not None:
             wanted = self.calls.pop(0)
             refuse_other(self.where, wanted, output, self.target)
@@ -173,10 +178,10 @@ def _record(network: nn.Module, example: Example) -> dict[str, list[Tensor]]:
 def _translate(module: Int8Layer, name: str, target: Backend) -> None:
     kernel = QdqLayer.of(module.op)
     grids = tuple(_grids(module, call, target) for call in range(module.chain.calls))
-    pending = module.pending
+    kept = {"pending": module.pending, "subpixel": module.subpixel}
     module._buffers.clear()
     module._modules.clear()
-    become(module, QdqChain, grids=grids, pending=pending, calls=None, where=name, target=target)
+    become(module, QdqChain, grids=grids, calls=None, where=name, target=target, **kept)
     module.kernel = kernel
 
 

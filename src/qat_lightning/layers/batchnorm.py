@@ -41,6 +41,17 @@ def folds_into(batchnorm: nn.Module, layer: nn.Module) -> bool:
     return row is not None and type(batchnorm) is row.batchnorm and has_statistics(batchnorm)
 
 
+def folds_into_phases(batchnorm: nn.Module, layer: nn.Module) -> bool:
+    """Whether a BatchNorm behind a transposed convolution is part of the convolution that stands for that.
+
+    Example:
+        >>> folds_into_phases(nn.BatchNorm2d(3), nn.ConvTranspose2d(3, 3, 2))
+        True
+    """
+    dims = {nn.ConvTranspose1d: nn.BatchNorm1d, nn.ConvTranspose2d: nn.BatchNorm2d, nn.ConvTranspose3d: nn.BatchNorm3d}
+    return type(layer) in dims and type(batchnorm) is dims[type(layer)] and has_statistics(batchnorm)  # type: ignore[index]
+
+
 def fold_factor(gamma: Tensor | None, running_var: Tensor, eps: float) -> Tensor:
     """What folding BatchNorm multiplies each output channel of a weight by: ``gamma / sqrt(running_var + eps)``.
 

@@ -111,6 +111,14 @@ class Subpixel:
             found.append(("getitem", ((slice(None), slice(None), *ends),)))
         return found
 
+    def shuffled(self, outputs: Tensor) -> Tensor:
+        """Bring the convolution's outputs, which may be integers and of one sample without a batch, to their places."""
+        single = outputs.dim() == 1 + len(self.stride)
+        outputs = outputs.unsqueeze(0) if single else outputs
+        for name, arguments in self.moves():
+            outputs = outputs[arguments[0]] if name == "getitem" else getattr(outputs, name)(*arguments)
+        return outputs.squeeze(0) if single else outputs
+
 
 def subpixel_of(module: TransposedConvolution) -> Subpixel:
     """What stands for a layer."""

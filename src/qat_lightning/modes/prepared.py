@@ -129,7 +129,9 @@ def materialize_weights(prepared: nn.Module) -> None:
             continue
         fq, weight = getattr(module, "weight_fake_quant", None), getattr(module, "weight", None)
         if isinstance(fq, FakeQuantize) and isinstance(weight, torch.Tensor):
-            fq.materialize(weight)
+            # In eager mode, of another form than the parameter may be.
+            kernel: Any = getattr(module, "kernel", None)
+            fq.materialize(weight if kernel is None else kernel()[0])
 
 
 def refuse_simulated(recipe: Recipe) -> None:

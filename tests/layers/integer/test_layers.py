@@ -223,7 +223,10 @@ def test_transposed_convolutions_name_what_quantizes_them(kind: type[nn.Module])
     reason = why_not(layer, Recipe("eager", "x86", kind="dynamic"))
     in_pt2e = ("xnnpack",) if kind is nn.ConvTranspose3d else ("xnnpack", "x86")
     named = " or ".join(repr(backend) for backend in in_pt2e)
-    assert f"mode='fx', or with mode='pt2e' and backend={named}, quantizes it, kind='weight_only' its weight" in reason
+    assert (
+        "mode='fx' or mode='eager', "
+        f"or with mode='pt2e' and backend={named}, quantizes it, kind='weight_only' its weight" in reason
+    )
     assert not why_not(layer, Recipe("eager", "x86", kind="weight_only"))
     example = Example((torch.randn(4, 4, *[5] * (layer.weight.dim() - 2)),))
     for mode, backend in pairs():
@@ -231,5 +234,5 @@ def test_transposed_convolutions_name_what_quantizes_them(kind: type[nn.Module])
         prepared = flow.prepare(network, example, Recipe(mode, backend, kind="static"))
         calibrate(prepared, [example])
         rows = {row.name: row.quantized for row in flow.coverage(cpu_copy(prepared), example)}
-        in_fx = mode == "fx" and (kind is not nn.ConvTranspose3d or backend != "qnnpack")
-        assert rows["3"] == (in_fx or (mode == "pt2e" and backend in in_pt2e)), (mode, backend)
+        everywhere = mode != "pt2e" and (kind is not nn.ConvTranspose3d or backend != "qnnpack")
+        assert rows["3"] == (everywhere or (mode == "pt2e" and backend in in_pt2e)), (mode, backend)

@@ -87,7 +87,7 @@ def _instead(module: nn.Module) -> str:
     if type(module) in module_types("convolution"):
         return "kind='static' quantizes it, kind='weight_only' its weight"
     if type(module) in module_types("transposed"):
-        static = "kind='static' with mode='fx', or with mode='pt2e' and backend='xnnpack'"
+        static = "kind='static' with mode='fx' or mode='eager', or with mode='pt2e' and backend='xnnpack'"
         if type(module) is not nn.ConvTranspose3d:
             static += " or 'x86'"
         return f"{static}, quantizes it, kind='weight_only' its weight"

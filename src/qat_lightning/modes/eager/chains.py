@@ -13,7 +13,7 @@ from qat_lightning.graph.scopes import join
 from qat_lightning.layers.operators import KEEPS_GRID
 from qat_lightning.layers.transformer import Projection
 from qat_lightning.modes.eager.following import batchnorm_behind, follower
-from qat_lightning.modes.eager.observation import ACTIVATION_TYPES, HEAD_TYPES, Key, Observation
+from qat_lightning.modes.eager.observation import ACTIVATION_TYPES, CHAIN_TYPES, Key, Observation
 from qat_lightning.modes.protocol import EXCLUDED
 from qat_lightning.settings.backends import Backend
 from qat_lightning.settings.recipe import Recipe
@@ -70,13 +70,15 @@ def find_chains(
     reasons: dict[str, str] = {}
     links = _Links(names, observation, replace(recipe, include=()), prefix)
     for module, name in names.items():
-        if not isinstance(module, HEAD_TYPES):
+        if not isinstance(module, observation.heads):
             continue
         reason = why_not(module, recipe.target) if int8 else _why_no_weight(module)
         if not recipe.selects(join(prefix, name)):
             reason = EXCLUDED
         elif not reason and observation.reads(module):
             reason = "its parameters are used by a function, and not by calling the layer"
+        elif not reason and module in observation.sized:
+            reason = "it is called with output_size=, and an int8 kernel has one size: give output_padding= instead"
         if reason:
             reasons[name] = reason
             continue
@@ -86,10 +88,10 @@ def find_chains(
 
 def why_not(module: nn.Module, target: Backend) -> str:
     """Why a convolution or linear layer has no int8 kernel in eager mode; empty if it has one."""
-    if type(module) not in HEAD_TYPES:
+    if type(module) not in CHAIN_TYPES:
         return f"{type(module).__name__} is not quantized in mode='eager'"
-    if isinstance(module, nn.Conv3d) and target.engine == "qnnpack":
-        return "QNNPACK cannot save the weight of a Conv3d"
+    if isinstance(module, nn.Conv3d | nn.ConvTranspose3d) and target.engine == "qnnpack":
+        return f"QNNPACK cannot save the weight of a {type(module).__name__}"
     if why := _why_no_weight(module):
         return why
     if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):

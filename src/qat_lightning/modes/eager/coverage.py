@@ -24,11 +24,11 @@ from qat_lightning.modes.coverage import (
     macs_of,
     merged,
 )
-from qat_lightning.modes.eager.observation import HEAD_TYPES, Observation, function_name, observe
+from qat_lightning.modes.eager.observation import CHAIN_TYPES, Observation, function_name, observe
 from qat_lightning.modes.protocol import LayerCoverage
 from qat_lightning.modes.without_arithmetic import nested, on_a_copy
 
-_LAYERS = (*HEAD_TYPES, *module_types("table"))
+_LAYERS = (*CHAIN_TYPES, *module_types("table"))
 """What an observation watches that has a row as a layer."""
 _FUNCTION = "functions stay float in mode='eager'"
 _ALONE = "it does not follow one int8 layer directly, whose kernel would do it"
@@ -121,7 +121,7 @@ def _operations(seen: _Seen, plan: Mapping[str, Any], example: Example) -> list[
 def _look(network: nn.Module, context: AbstractContextManager[Any], example: Example) -> _Seen:
     between, counted = _BetweenLayers(network), counter()
     with in_single_products():
-        observation = observe(network, example, nested(context, counted, between))
+        observation = observe(network, example, nested(context, counted, between), heads=CHAIN_TYPES)
     names = {module: name for name, module in network.named_modules()}
     return _Seen(observation, names, between, FloatRun(set(), flops_by_module(network, counted)))
 

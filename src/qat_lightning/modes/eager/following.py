@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from qat_lightning.layers.batchnorm import folds_into
+from qat_lightning.layers.batchnorm import folds_into, folds_into_phases
 from qat_lightning.modes.eager.observation import Observation
 
 
@@ -29,11 +29,13 @@ def batchnorm_behind(layer: nn.Module, observation: Observation) -> nn.Module | 
     """The BatchNorm that folds into a layer: it takes all that the layer gives and nothing else, as one with it.
 
     Args:
-        layer: A convolution or a linear layer.
+        layer: A convolution, transposed or not, or a linear layer.
         observation: Of a run of the network that both are in.
     """
     found = follower(layer, observation)
-    if found is None or not folds_into(found, layer) or observation.reads(found):
+    if found is None or observation.reads(found):
+        return None
+    if not folds_into(found, layer) and not folds_into_phases(found, layer):
         return None
     calls = observation.of(layer)
     if isinstance(layer, nn.Linear) and any(call.output_dim != 2 for call in calls):

@@ -11,27 +11,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.ao.nn.intrinsic.quantized as nniq
-import torch.ao.nn.quantized as nnq
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qat_lightning.errors import NetworkError
+from qat_lightning.layers.subpixel import Subpixel
 from qat_lightning.modes.eager.calls import CountsCalls
 from qat_lightning.modes.eager.chains import Chain
-from qat_lightning.modes.eager.layers import become
 from qat_lightning.modes.eager.observation import function_name
 
-_OPS: dict[tuple[str, bool], type[nn.Module]] = {
-    ("Conv1d", False): nnq.Conv1d,
-    ("Conv2d", False): nnq.Conv2d,
-    ("Conv3d", False): nnq.Conv3d,
-    ("Linear", False): nnq.Linear,
-    ("Conv1d", True): nniq.ConvReLU1d,
-    ("Conv2d", True): nniq.ConvReLU2d,
-    ("Conv3d", True): nniq.ConvReLU3d,
-    ("Linear", True): nniq.LinearReLU,
-}
 _ESCAPES = frozenset({"data", "numpy", "__array__", "data_ptr", "untyped_storage", "storage", "__dlpack__"})
 """Ways to the memory of a tensor that change it without a new version."""
 
@@ -207,6 +195,7 @@ class Int8Layer(CountsCalls, nn.Module):
         later_grids: Scale and zero point of input and output, of each call after the first that has grids of its own.
         chain: What the kernel does.
         pending: The modules that it does the work of.
+        subpixel: Of a transposed convolution, for which ``op`` stands.
     """
 
     op: Any
@@ -216,6 +205,7 @@ class Int8Layer(CountsCalls, nn.Module):
     chain: Chain
     pending: tuple[str, ...]
     activation_dtype: torch.dtype
+    subpixel: Subpixel | None
 
     def forward(self, input: Tensor) -> Tensor:
         """Run the kernel; what comes out looks like a float tensor."""
@@ -248,11 +238,13 @@ class Int8Layer(CountsCalls, nn.Module):
             self.op.scale, self.op.zero_point = first
 
     def _run(self, quantized: Tensor) -> Tensor:
-        rank = {"Conv1d": 3, "Conv2d": 4, "Conv3d": 5}.get(self.chain.kind, max(2, quantized.dim()))
+        rank = max(2, quantized.dim()) if self.chain.kind == "Linear" else 2 + int(self.chain.kind[-2])
         single = quantized.dim() == rank - 1
         output: Tensor = self.op(quantized.unsqueeze(0) if single else quantized)
         if self.chain.limit is not None:
             output = self._limited(output, self.chain.limit)
+        if self.subpixel is not None:
+            output = self.subpixel.shuffled(output)
         return output.squeeze(0) if single else output
 
     def _limited(self, output: Tensor, limit: float) -> Tensor:
@@ -342,57 +334,3 @@ class Int8ReLU6(_Int8Activation, nn.ReLU6):
 
 class Int8Hardtanh(_Int8Activation, nn.Hardtanh):
     """`nn.Hardtanh` that int8 layers may have fused."""
-
-
-_LINKS: dict[type[nn.Module], type[nn.Module]] = {
-    nn.ReLU: Int8ReLU,
-    nn.ReLU6: Int8ReLU6,
-    nn.Hardtanh: Int8Hardtanh,
-}
-
-
-def make_int8(modules: dict[str, nn.Module], chain: Chain, activation_dtype: torch.dtype) -> Int8Layer:
-    """Turn the layers of a chain, float ones, into int8 ones whose weights and grids are yet to be filled in.
-
-    Args:
-        modules: Every module of the network by its name.
-        chain: Which of them.
-        activation_dtype: ``torch.quint8`` or ``torch.qint8``.
-    """
-    head = modules[chain.name]
-    op = _empty_op(head, chain)
-    become(head, Int8Layer, chain=chain, pending=chain.links, activation_dtype=activation_dtype)
-    for contents in (head._parameters, head._buffers, head._modules):
-        contents.clear()
-    head.__dict__.pop("attention", None)
-    head.register_buffer("input_scale", torch.tensor(0.0))
-    head.register_buffer("input_zero_point", torch.tensor(0))
-    if chain.calls > 1:
-        head.register_buffer("later_grids", torch.zeros(chain.calls - 1, 4, dtype=torch.float64))
-    head.op = op
-    for name in chain.links:
-        link = modules[name]
-        if name == chain.batchnorm:
-            become(link, Int8BatchNorm, link=name)
-            link._parameters.clear()
-            link._buffers.clear()
-        elif type(link) in _LINKS:
-            become(link, _LINKS[type(link)], link=name)
-    assert isinstance(head, Int8Layer)
-    head.begin_forward(False)
-    return head
-
-
-def _empty_op(head: Any, chain: Chain) -> nn.Module:
-    cls = _OPS[chain.kind, chain.activation is not None]
-    # The constructor packs a weight, which another one takes the place of: the smallest will do.
-    if chain.kind == "Linear":
-        op = cls(1, 1)
-        op.in_features, op.out_features = head.in_features, head.out_features
-        return op
-    # The pads of every side, which are the same on both: also what padding='same' came to.
-    pads = tuple(head._reversed_padding_repeated_twice[::-2])
-    op = cls(1, 1, (1,) * len(pads), stride=head.stride, padding=pads, dilation=head.dilation)
-    for name in ("in_channels", "out_channels", "kernel_size", "groups"):
-        setattr(op, name, getattr(head, name))
-    return op

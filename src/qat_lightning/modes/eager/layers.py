@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from qat_lightning.layers.batchnorm import factor_of, fake_quantize_folded, folded_bias, folded_weight
+from qat_lightning.layers.batchnorm import factor_of, fake_quantize_folded, folded_bias, folded_weight, for_each_row
 from qat_lightning.layers.qat_modules import (
     FreezableBatchNorm,
     FreezableBatchNorm1d,
@@ -27,7 +27,7 @@ from qat_lightning.layers.qat_modules import (
     FreezableBatchNorm3d,
 )
 from qat_lightning.layers.relu_rounding import is_looked_at, relu_limit
-from qat_lightning.layers.transformer import Projection, RowsOfAttention
+from qat_lightning.layers.transformer import RowsOfAttention
 from qat_lightning.modes.eager.calls import LATER, CountsCalls, Grids, adapt_entries
 from qat_lightning.numerics.fake_quantize import FakeQuantize
 from qat_lightning.numerics.recomputation import decided_once
@@ -193,17 +193,24 @@ class ChainHead(CountsCalls, _Layer):
     @torch.no_grad()
     def folded(self) -> tuple[Tensor, Tensor | None]:
         """Weight and bias with BatchNorm folded in, in float32: what the int8 kernel has."""
-        weight, bias = self.weight.float(), None if self.bias is None else self.bias.float()
+        weight, bias = (None if value is None else value.float() for value in self.kernel())
+        assert weight is not None
         bn = self.batchnorm
         if bn is None:
             return weight, bias
-        factor = factor_of(bn)
-        return folded_weight(weight, factor), folded_bias(bias, bn.running_mean, factor, bn.bias)  # type: ignore[arg-type]
+        assert bn.running_mean is not None
+        factor, mean = for_each_row(factor_of(bn), weight), for_each_row(bn.running_mean, weight)
+        beta = None if bn.bias is None else for_each_row(bn.bias, weight)
+        return folded_weight(weight, factor), folded_bias(bias, mean, factor, beta)
+
+    def kernel(self) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias in the form in which the int8 kernel has them."""
+        return self.weight, self.bias
 
     def forward(self, input: Tensor) -> Tensor:
         """Round what is not on a grid yet, and run the layer with its rounded weight."""
         if self.left_float:
-            return self._apply_layer(input, self.weight)  # not marked: what follows is no part of a chain
+            return self._run_float(input)  # not marked: what follows is no part of a chain
         with _versioned():
             grids = self.grids
             here = grids[decided_once(lambda: self.next_call(len(grids)))] if len(grids) > 1 else self
@@ -249,15 +256,17 @@ class ChainHead(CountsCalls, _Layer):
         return x, tap
 
     def _rounded_weight(self) -> Tensor:
-        bn = self.batchnorm
+        bn, (weight, _) = self.batchnorm, self.kernel()
         if bn is None:
-            rounded: Tensor = self.weight_fake_quant(self.weight)
+            rounded: Tensor = self.weight_fake_quant(weight)
             return rounded
-        factor = factor_of(bn)
-        return fake_quantize_folded(self.weight, factor, self.weight_fake_quant)
+        return fake_quantize_folded(weight, for_each_row(factor_of(bn), weight), self.weight_fake_quant)
 
     def _apply_layer(self, x: Tensor, weight: Tensor) -> Tensor:
         raise NotImplementedError
+
+    def _run_float(self, input: Tensor) -> Tensor:
+        return self._apply_layer(input, self.weight)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         adapt_entries(cast("nn.Module", self), state_dict, prefix)
@@ -339,15 +348,6 @@ class LinkReLU6(ChainLink, nn.ReLU6):
 class LinkHardtanh(ChainLink, nn.Hardtanh):
     """`nn.Hardtanh` from 0 in a chain."""
 
-
-HEADS: dict[type[nn.Module], type[nn.Module]] = {
-    nn.Conv1d: ConvHead1d,
-    nn.Conv2d: ConvHead2d,
-    nn.Conv3d: ConvHead3d,
-    nn.Linear: LinearHead,
-    Projection: ProjectionHead,
-}
-"""The head of each float layer."""
 
 LINKS: dict[type[nn.Module], type[nn.Module]] = {
     nn.BatchNorm1d: LinkBatchNorm1d,

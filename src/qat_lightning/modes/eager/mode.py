@@ -32,9 +32,10 @@ from qat_lightning.modes.eager.check import check_layers, run
 from qat_lightning.modes.eager.coverage import eager_rows
 from qat_lightning.modes.eager.filling import fill, int8_layers, load_rest
 from qat_lightning.modes.eager.forwards import take_forwards_as_a_whole, with_calls
-from qat_lightning.modes.eager.int8 import make_int8
-from qat_lightning.modes.eager.layers import HEADS, LINKS, ChainHead, become, without_fast_paths
-from qat_lightning.modes.eager.observation import Observation, observe, run_apart
+from qat_lightning.modes.eager.heads import HEADS
+from qat_lightning.modes.eager.layers import LINKS, ChainHead, become, without_fast_paths
+from qat_lightning.modes.eager.make import make_int8
+from qat_lightning.modes.eager.observation import CHAIN_TYPES, HEAD_TYPES, Observation, observe, run_apart
 from qat_lightning.modes.eager.outputs import plain_outputs
 from qat_lightning.modes.eager.tables import fill_tables, make_integer, round_tables, rounded_tables
 from qat_lightning.modes.left_float import follow_checkpoints, leave_weights_float, with_reasons
@@ -73,7 +74,8 @@ class EagerMode:
         for attention in opened:
             give_layers(attention)
         try:
-            observation = observe(network, example)
+            heads = CHAIN_TYPES if "subpixel" in recipe.families else HEAD_TYPES
+            observation = observe(network, example, heads=heads)
             return self._prepare(network, float_network, observation, example, recipe, prefix)
         except Exception:
             if not is_prepared(network):
@@ -268,7 +270,7 @@ def _make_head(modules: dict[str, nn.Module], chain: Chain, recipe: Recipe) -> N
     head.weight_fake_quant = qconfig.weight()
     head.input_fake_quant = qconfig.activation()
     head.output_fake_quant = qconfig.activation()
-    head.weight_fake_quant.materialize(head.weight)
+    head.weight_fake_quant.materialize(head.kernel()[0])
     if chain.calls > 1:
         later = [Grids(number, qconfig.activation(), qconfig.activation()) for number in range(1, chain.calls)]
         head.add_module(LATER, nn.ModuleList(later))

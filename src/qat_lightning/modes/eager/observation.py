@@ -26,6 +26,8 @@ from qat_lightning.layers.transformer import Projection
 from qat_lightning.modes.without_arithmetic import nested
 
 HEAD_TYPES: tuple[type[nn.Module], ...] = (*module_types("convolution", "linear"), Projection)
+CHAIN_TYPES = (*HEAD_TYPES, *module_types("transposed"))
+"""What may begin a chain of int8 layers; transposed convolutions have their channels in another dimension."""
 ACTIVATION_TYPES = module_types("relu", "clamp")
 
 Key = tuple[int, int]
@@ -61,12 +63,21 @@ class _Call:
 
 
 class Observation(TorchFunctionMode):
-    """Everything that one run of a network calls, in order; its result, and the tensors in it."""
+    """Everything that one run of a network calls, in order; its result, and the tensors in it.
+
+    Args:
+        heads: The types of layers whose calls are seen as such, with those of what may follow them.
+
+    Attributes:
+        sized: The layers that are given the size of their output.
+    """
 
     result: Any = None
 
-    def __init__(self) -> None:
+    def __init__(self, heads: tuple[type[nn.Module], ...] = HEAD_TYPES) -> None:
         super().__init__()
+        self.heads = heads
+        self.sized: set[nn.Module] = set()
         self.calls: list[_Call] = []
         self._of: defaultdict[nn.Module, list[_Call]] = defaultdict(list)
         self._consumers: defaultdict[Key, list[_Call]] = defaultdict(list)
@@ -96,6 +107,8 @@ class Observation(TorchFunctionMode):
     def enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Forward pre-hook."""
         self._inside.append(self.keys((args, kwargs)))
+        if isinstance(module, module_types("transposed")) and _size_given(*args, **kwargs):
+            self.sized.add(module)
 
     def leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         """Forward hook. A module that works in place gives another object: who reads which shows by that."""
@@ -145,16 +158,23 @@ class Observation(TorchFunctionMode):
             self._consumers[key].append(call)
 
 
-def observe(network: nn.Module, example: Example, context: Inside = None) -> Observation:
-    """Run ``network`` once and look on, within a context; see `run_apart`.
+def _size_given(input: Tensor, output_size: Any = None) -> bool:
+    """Whether a transposed convolution is called with a size."""
+    return output_size is not None
+
+
+def observe(
+    network: nn.Module, example: Example, context: Inside = None, *, heads: tuple[type[nn.Module], ...] = HEAD_TYPES
+) -> Observation:
+    """Run ``network`` once and look on, within a context; see `run_apart` and `Observation`.
 
     Raises:
         NetworkError: The network does not run on the example.
     """
-    observation = Observation()
+    observation = Observation(heads)
     handles = []
     for module in network.modules():
-        if type(module) in (*HEAD_TYPES, *module_types("batchnorm", "table"), *ACTIVATION_TYPES):
+        if type(module) in (*heads, *module_types("batchnorm", "table"), *ACTIVATION_TYPES):
             handles.append(module.register_forward_pre_hook(observation.enter, with_kwargs=True))
             handles.append(module.register_forward_hook(observation.leave, with_kwargs=True))
     try:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from qat_lightning import load_quantized
 from qat_lightning.artifact.quantized import QuantizedNetwork
 from qat_lightning.errors import NetworkError
+from qat_lightning.export.program import int8_program
 from qat_lightning.graph.example import Example
 from qat_lightning.modes.prepared import cpu_copy, set_phase
 from qat_lightning.modes.protocol import Converted
@@ -82,6 +83,17 @@ def test_without_rounding_it_is_the_float_network(case: str) -> None:
     set_phase(network, fake_quant=False, observers=False, batchnorm_frozen=False)
     for training in (False, True):
         torch.testing.assert_close(network.train(training)(x), plain.train(training)(x))
+
+
+def test_a_program_for_other_runtimes_computes_the_same() -> None:
+    torch.manual_seed(0)
+    make, x = LAYERS["uneven"]
+    example = Example((x,))
+    quantized = QuantizedNetwork(converted_of(trained(Decoder(make()), example), example), RECIPE, example)
+    expected = quantized(x)
+    got = int8_program(quantized).module()(x)
+    got = got[0] if isinstance(got, tuple | list) else got
+    torch.testing.assert_close(got, expected, rtol=0, atol=float(expected.abs().max()) / 100)
 
 
 def test_a_checkpoint_of_the_float_network_loads() -> None:

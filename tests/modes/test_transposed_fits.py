@@ -1,4 +1,4 @@
-"""Fits of networks with transposed convolutions: resumed bit by bit, converted, saved, in every mode."""
+"""Fits of networks with transposed convolutions: resumed bit by bit, compiled, converted, saved."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
 
 from qat_lightning import load_quantized
+from qat_lightning.modes import compiling
 from tests.callbacks.lit import Lit, assert_same_state, loader, qat, state, trainer
 from tests.modes.test_fx_transposed import SmallUNet
 
-MODES = ("fx", "eager", "pt2e")
+MODES = ("eager", *(pytest.param(mode, marks=pytest.mark.slow) for mode in ("fx", "pt2e")))
 
 
 def net() -> SmallUNet:
@@ -39,3 +41,18 @@ def test_a_fit_goes_on_where_it_was(mode: str, tmp_path: Path, monkeypatch: pyte
     whole.quantized.save(tmp_path / "network.int8")
     loaded = load_quantized(tmp_path / "network.int8", network=net())
     assert torch.equal(loaded(images), again.quantized(images))
+
+
+@pytest.mark.slow
+def test_steps_are_compiled_in_eager_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch._dynamo.reset()
+    monkeypatch.setattr(compiling, "BACKEND", "aot_eager")
+    states = []
+    for compile in (False, True):
+        module, callback = Lit(net()), qat("eager", compile=compile)
+        trainer(callback, max_epochs=1).fit(module, loader(32))
+        assert callback.quantized is not None
+        states.append(state(module))
+    for key, value in states[0].items():
+        if isinstance(value, Tensor):
+            torch.testing.assert_close(states[1][key], value, rtol=1e-3, atol=1e-3)

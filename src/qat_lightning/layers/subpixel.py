@@ -116,7 +116,10 @@ class Subpixel:
         single = outputs.dim() == 1 + len(self.stride)
         outputs = outputs.unsqueeze(0) if single else outputs
         for name, arguments in self.moves():
-            outputs = outputs[arguments[0]] if name == "getitem" else getattr(outputs, name)(*arguments)
+            if name == "unflatten":
+                outputs = torch.unflatten(outputs, *arguments)  # the method is one that Dynamo cannot trace
+            else:
+                outputs = outputs[arguments[0]] if name == "getitem" else getattr(outputs, name)(*arguments)
         return outputs.squeeze(0) if single else outputs
 
 

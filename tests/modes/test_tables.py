@@ -311,7 +311,18 @@ def test_a_network_is_prepared_again(mode: str) -> None:
     assert type(again.get_submodule("words")) is nn.Embedding
 
 
+@pytest.mark.parametrize("kind", ["qat", "static"])
 @pytest.mark.parametrize("mode", MODES)
-def test_a_network_of_tables_only_is_refused_in_words(mode: str) -> None:
+def test_tables_may_be_all_that_is_quantized(mode: str, kind: Any) -> None:
+    torch.manual_seed(0)
+    recipe = Recipe(mode, "x86", kind=kind, include=("words",))
+    result = converted(trained(Words(tied=False), recipe), mode)
+    assert {name for name, (quantized, _) in rows(result).items() if quantized} == {"words"}
+    assert result.whole is not None
+    assert result.whole.sqnr_db == float("inf")
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_network_in_which_no_table_can_be_quantized_is_refused_in_words(mode: str) -> None:
     with pytest.raises(NetworkError, match="nothing to quantize"):
         get_mode(mode).prepare(Words(), Example((IDS,)), Recipe(mode, "x86", include=("words",)))

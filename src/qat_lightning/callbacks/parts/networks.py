@@ -125,7 +125,7 @@ class Networks:
         return next((why for p in self.prepared.values() if (why := prepared_state(p).recipe.simulated)), "")
 
     def know_a_range(self) -> bool:
-        """Whether a range was observed in any of them."""
+        """Whether a range was observed in any of them, or needs not be."""
         return any(map(_knows_a_range, self.prepared.values()))
 
     def never_run(self) -> list[str]:

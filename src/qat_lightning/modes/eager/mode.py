@@ -37,7 +37,7 @@ from qat_lightning.modes.eager.layers import LINKS, ChainHead, become, without_f
 from qat_lightning.modes.eager.make import make_int8
 from qat_lightning.modes.eager.observation import CHAIN_TYPES, HEAD_TYPES, Observation, observe, run_apart
 from qat_lightning.modes.eager.outputs import plain_outputs
-from qat_lightning.modes.eager.tables import fill_tables, make_integer, round_tables, rounded_tables
+from qat_lightning.modes.eager.tables import fill_tables, find_tables, make_integer, round_tables, rounded_tables
 from qat_lightning.modes.left_float import follow_checkpoints, leave_weights_float, with_reasons
 from qat_lightning.modes.other_quantization import refuse_other_quantization
 from qat_lightning.modes.precision import refuse_mixed
@@ -93,7 +93,9 @@ class EagerMode:
         prefix: str,
     ) -> nn.Module:
         chains, reasons = find_chains(network, observation, recipe, prefix)
-        if not any(chain.reached for chain in chains):
+        tables, float_tables = find_tables(network, observation, chains, recipe, prefix)
+        reasons |= float_tables
+        if not tables and not any(chain.reached for chain in chains):
             reasons |= {chain.name: "the example does not run it" for chain in chains}
             why = "; ".join(f"{name or 'itself'}: {reason}" for name, reason in list(reasons.items())[:12])
             raise NetworkError(
@@ -110,13 +112,12 @@ class EagerMode:
         for chain in chains:
             if chain.grid_of is not None:
                 modules[chain.name].__dict__["grid_of"] = (modules[chain.grid_of],)
-        if "tables" in recipe.families:
-            reasons |= round_tables(network, observation, recipe, prefix)
+        round_tables(network, tables, recipe)
         plan = {
             "chains": [chain.to_dict() for chain in chains],
             "float": reasons,
             "functions": float_functions(observation),
-            "tables": [[name, type(float_network.get_submodule(name)).__name__] for name in rounded_tables(network)],
+            "tables": [[name, type(float_network.get_submodule(name)).__name__] for name in tables],
         }
         network._quantization = PreparedState(self, recipe, float_network, prefix=prefix, plan=plan)
         follow_course(network)
@@ -136,7 +137,7 @@ class EagerMode:
         target = state.recipe.target
         heads = _heads(prepared)
         plan = _plan_of_seen(state.plan, heads, state.left_float)
-        if not plan["chains"] and not state.left_float:
+        if state.plan["chains"] and not plan["chains"] and not state.left_float:
             raise ConversionError(
                 f"No range was ever observed in {type(state.float_network).__name__}: train at least one step on "
                 "finite values before converting."

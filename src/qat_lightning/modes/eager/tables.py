@@ -12,7 +12,8 @@ from qat_lightning.checks import LayerCheck
 from qat_lightning.graph.scopes import join
 from qat_lightning.layers.integer.weight_only import WeightOnlyEmbedding
 from qat_lightning.layers.tables import TABLES, is_rounded_table, round_table, table_grid
-from qat_lightning.modes.eager.layers import ChainHead, become
+from qat_lightning.modes.eager.chains import Chain
+from qat_lightning.modes.eager.layers import become
 from qat_lightning.modes.eager.observation import Observation
 from qat_lightning.modes.judging import decibels
 from qat_lightning.modes.qconfig import table_fake_quantize
@@ -20,28 +21,34 @@ from qat_lightning.modes.tables import READ, choose_tables, integer_tables, tied
 from qat_lightning.settings.recipe import Recipe
 
 
-def round_tables(network: nn.Module, observation: Observation, recipe: Recipe, prefix: str) -> dict[str, str]:
-    """Fake-quantize the tables of embeddings.
+def find_tables(
+    network: nn.Module, observation: Observation, chains: Collection[Chain], recipe: Recipe, prefix: str
+) -> tuple[list[str], dict[str, str]]:
+    """The embeddings whose tables are to be fake-quantized, and why those of others stay float.
 
     Args:
-        network: Its other layers prepared.
-        observation: One run of it as it was before.
-        recipe: Says which and how.
+        network: The float network.
+        observation: One run of it.
+        chains: The layers that are to be int8.
+        recipe: Says which are selected.
         prefix: The network's own name, to which the recipe's globs are not relative.
-
-    Returns:
-        Why others stay float, by name.
     """
+    if "tables" not in recipe.families:
+        return [], {}
+    heads = {network.get_submodule(chain.name) for chain in chains}
     tables = {name: module for name, module in network.named_modules() if isinstance(module, TABLES)}
     read: dict[int, str] = {}
     for name, module in network.named_modules():
-        if name not in tables and not isinstance(module, ChainHead):
+        if name not in tables and module not in heads:
             read |= {id(parameter): tied_to(name) for parameter in module.parameters(recurse=False)}
     read |= {id(module.weight): READ for module in tables.values() if observation.reads(module, looked_up=True)}
-    chosen, reasons = choose_tables(tables, lambda name: recipe.selects(join(prefix, name)), read)
-    for name in chosen:
-        round_table(tables[name], table_fake_quantize(recipe))
-    return reasons
+    return choose_tables(tables, lambda name: recipe.selects(join(prefix, name)), read)
+
+
+def round_tables(network: nn.Module, names: Collection[str], recipe: Recipe) -> None:
+    """Fake-quantize the tables of embeddings."""
+    for name in names:
+        round_table(network.get_submodule(name), table_fake_quantize(recipe))
 
 
 def rounded_tables(prepared: nn.Module) -> dict[str, Any]:

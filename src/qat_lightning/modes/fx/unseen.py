@@ -27,8 +27,9 @@ def take_out_unseen(graph: fx.Graph, modules: dict[str, nn.Module]) -> list[fx.N
 
 
 def knows_no_range(network: nn.Module) -> bool:
-    """Whether nothing at all was observed."""
-    return not any(isinstance(fq, FakeQuantize) and fq.observed and fq.seen for fq in network.modules())
+    """Whether nothing at all was observed of what is to be."""
+    observed = [fq for fq in network.modules() if isinstance(fq, FakeQuantize) and fq.observed]
+    return bool(observed) and not any(fq.seen for fq in observed)
 
 
 def in_words(nodes: list[fx.Node]) -> str:

@@ -7,10 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from torch import Tensor
+from torch import Tensor, nn
 
 from qat_lightning import load_quantized
+from qat_lightning.graph.example import Example
 from qat_lightning.modes import compiling
+from qat_lightning.modes.prepared import cpu_copy
+from qat_lightning.modes.registry import get_mode
+from qat_lightning.rehearsal.calibration import calibrate
+from qat_lightning.settings.recipe import Recipe
 from tests.callbacks.lit import Lit, assert_same_state, loader, qat, state, trainer
 from tests.modes.test_fx_transposed import SmallUNet
 
@@ -41,6 +46,35 @@ def test_a_fit_goes_on_where_it_was(mode: str, tmp_path: Path, monkeypatch: pyte
     whole.quantized.save(tmp_path / "network.int8")
     loaded = load_quantized(tmp_path / "network.int8", network=net())
     assert torch.equal(loaded(images), again.quantized(images))
+
+
+class OfOneSample(nn.Module):
+    """Takes a sample out of the batch, and has a BatchNorm whose channels are another dimension's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.up = nn.Conv1d(8, 8, 1), nn.ConvTranspose1d(8, 8, 3, 2, 1, 1)
+        self.norm, self.last = nn.BatchNorm1d(8), nn.Conv1d(8, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.last(self.norm(self.up(self.first(x)[0]))[None])
+        return y
+
+
+@pytest.mark.parametrize("mode", ["eager", "fx", "pt2e"])
+def test_one_sample_without_a_batch(mode: str) -> None:
+    torch.manual_seed(0)
+    network, example, recipe = OfOneSample(), Example((torch.randn(4, 8, 4),)), Recipe(mode, "x86")
+    nn.init.uniform_(network.norm.running_mean, -1, 1)  # type: ignore[arg-type]
+    prepared = get_mode(mode).prepare(network, example, recipe)
+    calibrate(prepared, [example])
+    converted = get_mode(mode).convert(cpu_copy(prepared), example)
+    assert {row.name: row.quantized for row in converted.coverage} == {
+        "first": True,
+        "up": mode == "eager",
+        "last": True,
+    }
+    assert min(check.sqnr_db for check in converted.checks) >= 60
 
 
 @pytest.mark.slow

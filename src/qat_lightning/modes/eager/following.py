@@ -38,6 +38,9 @@ def batchnorm_behind(layer: nn.Module, observation: Observation) -> nn.Module | 
     if not folds_into(found, layer) and not folds_into_phases(found, layer):
         return None
     calls = observation.of(layer)
-    if isinstance(layer, nn.Linear) and any(call.output_dim != 2 for call in calls):
+    # BatchNorm normalizes dimension 1, which is another than that of the channels behind a linear layer that takes
+    # tokens, and behind any layer that takes one sample without a batch.
+    kernel: Any = layer.weight
+    if any(call.output_dim != kernel.dim() for call in calls):
         return None
     return found if {call.outputs for call in calls} == {call.inputs for call in observation.of(found)} else None

@@ -33,7 +33,7 @@ from qat_lightning.modes.fx.products import follow_earlier_checkpoints
 from qat_lightning.modes.fx.shapes import CONSTANT
 from qat_lightning.modes.fx.tables import put_integer_tables, round_tables, take_integer_tables
 from qat_lightning.modes.fx.train_and_eval import call_as_in_evaluation
-from qat_lightning.modes.fx.transposed import write_as_convolutions
+from qat_lightning.modes.fx.transposed import called_on_one_sample, write_as_convolutions
 from qat_lightning.modes.fx.tree import restore_children
 from qat_lightning.modes.fx.twins import use_known_names
 from qat_lightning.modes.fx.unseen import in_words, knows_no_range, put_plain_layers, take_out_unseen
@@ -109,7 +109,8 @@ class FxMode:
         if "linear" in recipe.families:
             name_linear(graph_module, scopes)
         if "transposed" in recipe.families:
-            write_as_convolutions(graph_module, selected, scopes, three=recipe.target.engine != "qnnpack")
+            chosen = selected | dict.fromkeys(called_on_one_sample(network, example), False)
+            write_as_convolutions(graph_module, chosen, scopes, three=recipe.target.engine != "qnnpack")
         hidden = Hidden(network, graph_module)
         parameters = dict(network.named_parameters(remove_duplicate=False))
         prepared = prepare_upstream(graph_module, network, example, recipe, selected, scopes)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import astuple
 from typing import Any
 
@@ -11,7 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from qat_lightning.graph.example import Example
 from qat_lightning.layers.subpixel import Subpixel, subpixel_of
+from qat_lightning.modes.eager.observation import run_apart
+from qat_lightning.modes.without_arithmetic import on_a_copy
 
 _CONVOLUTIONS: dict[type[nn.Module], Any] = {
     nn.ConvTranspose1d: F.conv1d,
@@ -28,6 +33,27 @@ def subpixel_weight(weight: Tensor, subpixel: tuple[Any, ...]) -> Tensor:
 def subpixel_bias(bias: Tensor, subpixel: tuple[Any, ...]) -> Tensor:
     """`Subpixel.bias`, as a graph calls it."""
     return Subpixel(*subpixel).bias(bias)
+
+
+def called_on_one_sample(network: nn.Module, example: Example) -> set[str]:
+    """The names of transposed convolutions that are given a sample without a batch, whose channels are elsewhere."""
+    names = [name for name, module in network.named_modules() if type(module) in _CONVOLUTIONS]
+    if not names:
+        return set()
+
+    def look(copied: nn.Module, context: AbstractContextManager[Any]) -> set[str]:
+        found = set()
+
+        def note(module: Any, args: tuple[Any, ...], name: str) -> None:
+            if args and args[0].dim() < module.weight.dim():
+                found.add(name)
+
+        for name in names:
+            copied.get_submodule(name).register_forward_pre_hook(functools.partial(note, name=name))
+        run_apart(copied, example, context)
+        return found
+
+    return on_a_copy(network, look)
 
 
 def write_as_convolutions(

@@ -291,9 +291,9 @@ def _foldable(graph: fx.Graph, shuffled: list[Shuffled]) -> list[tuple[Shuffled,
         weight = layer.args[1]
         shape = weight.meta["val"].shape if isinstance(weight, fx.Node) else ()
         channels = batchnorm.args[3].meta["val"].shape[0]
-        # Linear puts channels last and BatchNorm normalizes dimension 1; a grouped transposed convolution has fewer
-        # rows than channels.
-        if layer.target is aten.linear.default and layer.meta["val"].dim() != 2:
+        # Linear puts channels last and BatchNorm normalizes dimension 1, as it does of one sample without a batch; a
+        # grouped transposed convolution has fewer rows than channels.
+        if layer.meta["val"].dim() != len(shape):
             continue
         if not shape or shape[CHANNEL_AXIS[layer.target]] != channels * found.phases:
             continue

@@ -57,7 +57,8 @@ def write_as_convolutions(graph: fx.Graph, selects: Callable[[fx.Node], bool]) -
         selects: Whether what made a node is to be quantized.
 
     Returns:
-        What was put there. A weight that depends on the network's input has no fixed grid, and stays where it is.
+        What was put there. One sample without a batch has its channels elsewhere, and a weight that depends on the
+        network's input has no fixed grid: these stay as they are.
     """
     return [
         _write(graph, node)
@@ -66,8 +67,14 @@ def write_as_convolutions(graph: fx.Graph, selects: Callable[[fx.Node], bool]) -
         and node.target in _CONVOLUTIONS
         and not node.kwargs
         and selects(node)
+        and _is_batch(node)
         and not _depends_on_input(node.args[1])
     ]
+
+
+def _is_batch(node: fx.Node) -> bool:
+    given: Any = node.args[0]
+    return bool(given.meta["val"].dim() == 2 + _CONVOLUTIONS[node.target][1])
 
 
 def _depends_on_input(node: Any) -> bool:

@@ -232,10 +232,62 @@ def test_a_table_that_forward_reads_itself_is_what_it_was_in_training(mode: str,
     torch.manual_seed(0)
     prepared = trained(Read(READS[read]), Recipe(mode, "x86"))
     result = converted(prepared, mode)
-    packed = mode == "fx" and read in ("linear", "product")  # by an int8 kernel, beside which no float table is kept
+    # In fx by an int8 kernel, or as another call of the layer: no float table is kept beside it.
+    packed = mode == "fx" and read in ("linear", "product", "looked up")
     assert rows(result)["words"] == (packed, "" if packed else "forward reads its weight as well as calling it")
     assert result.whole is not None
     assert result.whole.sqnr_db > 50
+
+
+class Scaled(nn.Embedding):
+    """Rows times a buffer."""
+
+    def __init__(self, *args: Any, **arguments: Any) -> None:
+        super().__init__(*args, **arguments)
+        self.register_buffer("factor", torch.tensor(3.0))
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) * self.factor
+
+
+class Shifted(nn.Embedding):
+    """Looks up other rows than those that it is asked for, and adds a parameter."""
+
+    def __init__(self, *args: Any, **arguments: Any) -> None:
+        super().__init__(*args, **arguments)
+        self.bias = nn.Parameter(torch.randn(8))
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.embedding((input + 1) % 12, self.weight) + self.bias
+
+
+@pytest.mark.parametrize("cls", [Scaled, Shifted])
+def test_embeddings_of_classes_of_their_own_have_integer_tables_in_fx(cls: type[nn.Embedding], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network, recipe = Words(), Recipe("fx", "x86")
+    network.words = cls(12, 8, padding_idx=0)
+    network.head.weight = network.words.weight
+    names = [name for name, _ in network.named_parameters()]
+    keys = set(network.state_dict())
+    prepared = trained(network, recipe)
+    assert [name for name, _ in prepared.named_parameters()] == names
+    assert set(prepared.state_dict()) >= keys
+    result = converted(prepared, "fx")
+    assert all(quantized for quantized, _ in rows(result).values()), rows(result)
+    assert isinstance(result.network.get_submodule("words"), WeightOnlyEmbedding)
+    assert result.whole is not None
+    assert result.whole.sqnr_db > 50
+    quantized = QuantizedNetwork(result, recipe, Example((IDS,)))
+    quantized.save(tmp_path / "network.int8")
+    assert torch.equal(load_quantized(tmp_path / "network.int8")(IDS), quantized(IDS))
+
+
+def test_rows_of_a_table_with_max_norm_that_are_looked_up_by_a_function_stay_as_they_are() -> None:
+    torch.manual_seed(0)
+    network = Read(READS["looked up"])
+    network.words = nn.Embedding(12, 8, max_norm=0.5)
+    result = converted(trained(network, Recipe("fx", "x86")), "fx")
+    assert not rows(result)["words"][0]
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -31,7 +31,7 @@ from qat_lightning.modes.fx.other_sizes import ConvertsAgain, SharedLayers
 from qat_lightning.modes.fx.plan import FxPlan, make_plan
 from qat_lightning.modes.fx.products import follow_earlier_checkpoints
 from qat_lightning.modes.fx.shapes import CONSTANT
-from qat_lightning.modes.fx.tables import put_integer_tables, round_tables, take_integer_tables
+from qat_lightning.modes.fx.tables import call_embeddings, put_integer_tables, round_tables, take_integer_tables
 from qat_lightning.modes.fx.train_and_eval import call_as_in_evaluation
 from qat_lightning.modes.fx.transposed import called_on_one_sample, write_as_convolutions
 from qat_lightning.modes.fx.tree import restore_children
@@ -108,6 +108,8 @@ class FxMode:
         fx_pads.name_zero_pads(graph_module, selected)
         if "linear" in recipe.families:
             name_linear(graph_module, scopes)
+        if "tables" in recipe.families:
+            call_embeddings(graph_module, network, selected, scopes)
         if "transposed" in recipe.families:
             chosen = selected | dict.fromkeys(called_on_one_sample(network, example), False)
             write_as_convolutions(graph_module, chosen, scopes, three=recipe.target.engine != "qnnpack")

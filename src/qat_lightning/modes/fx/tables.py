@@ -3,18 +3,72 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch.nn.functional as F
 from torch import fx, nn
 
 from qat_lightning.layers.integer.weight_only import WeightOnlyEmbedding
-from qat_lightning.layers.tables import TABLES, is_rounded_table, make_tables_plain, round_table
+from qat_lightning.layers.tables import TABLES, is_rounded_table, make_tables_plain, round_table, why_float
 from qat_lightning.modes.left_float import layer_of
 from qat_lightning.modes.qconfig import table_fake_quantize
 from qat_lightning.modes.tables import READ, choose_tables, integer_tables, tied_to
 from qat_lightning.numerics.fake_quantize import FakeQuantize
 from qat_lightning.settings.recipe import Recipe
+
+_ARGUMENTS = ("input", "weight", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse")
+
+
+def call_embeddings(
+    graph_module: fx.GraphModule, network: nn.Module, selected: Mapping[str, bool], scopes: dict[str, Any]
+) -> None:
+    """Let embeddings of classes of their own, through which a trace goes, be layers where they look up their rows.
+
+    Args:
+        graph_module: The trace; changed in place.
+        network: What it is a trace of.
+        selected: Whether each layer is to be quantized, by its name.
+        scopes: The module whose ``forward`` made each node; what is made here has that of what it stands for.
+    """
+    for node in graph_module.graph.find_nodes(op="call_function", target=F.embedding):
+        given = dict(zip(_ARGUMENTS, node.args, strict=False)) | node.kwargs
+        weight = given["weight"]
+        owner, _, leaf = str(getattr(weight, "target", "")).rpartition(".")
+        renormalizes = given.get("max_norm") is not None
+        if leaf != "weight" or not selected.get(owner, False) or renormalizes or given.get("sparse"):
+            continue
+        module = network.get_submodule(owner)
+        if not isinstance(module, nn.Embedding) or module._modules:
+            continue
+        if not _hold_layer(graph_module, owner, module, given):
+            continue
+        with graph_module.graph.inserting_before(node):
+            call = graph_module.graph.call_module(owner, (given["input"],))
+        scopes[call.name] = scopes.get(node.name, (owner, type(module)))
+        node.replace_all_uses_with(call)
+        graph_module.graph.erase_node(node)
+        if not weight.users:
+            graph_module.graph.erase_node(weight)
+    graph_module.recompile()
+
+
+def _hold_layer(graph_module: fx.GraphModule, owner: str, module: nn.Embedding, given: dict[str, Any]) -> bool:
+    """Hold the lookup of an embedding as a plain one with its tensors; whether that is the one that is held."""
+    padding, by_frequency = given.get("padding_idx"), bool(given.get("scale_grad_by_freq"))
+    padding = padding if padding is None else padding % module.num_embeddings
+    held = graph_module.get_submodule(owner)
+    if type(held) is nn.Embedding:  # another lookup of the same rows
+        same = held.padding_idx == padding and held.scale_grad_by_freq == by_frequency
+        return same and not why_float(held)
+    layer = nn.Embedding(
+        module.num_embeddings, module.embedding_dim, padding, scale_grad_by_freq=by_frequency, device="meta"
+    )
+    layer._parameters.update(module._parameters)
+    layer._buffers.update(module._buffers)
+    layer._non_persistent_buffers_set.update(module._non_persistent_buffers_set)
+    graph_module.set_submodule(owner, layer.train(module.training))
+    return True
 
 
 def round_tables(prepared: fx.GraphModule, recipe: Recipe, selects: Callable[[str], bool]) -> dict[str, str]:

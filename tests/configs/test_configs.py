@@ -81,7 +81,8 @@ CHOICES = [f"{group}={option}" for group in ("data", "model", "logger", "callbac
 
 @pytest.mark.parametrize("choice", CHOICES)
 def test_every_choice_becomes_objects(choice: str, composed: Compose, images: Path) -> None:
-    extra = [*EXTRA.get(choice, []), *([f"data.datamodule.path={images}"] if choice == "data=image_folder" else [])]
+    paths = {"data=image_folder": images, "data=text_file": images / "train" / "cat" / "1.png"}  # any file is bytes
+    extra = [*EXTRA.get(choice, []), *([f"data.datamodule.path={paths[choice]}"] if choice in paths else [])]
     cfg = composed("method=float", "trainer=cpu", choice, *extra)
     app.check(cfg)
     run = app.build(cfg)

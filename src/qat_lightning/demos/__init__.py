@@ -7,19 +7,31 @@ from qat_lightning.demos.data import (
     DigitTokensDataModule,
     FashionMnistDataModule,
     ImageFolderDataModule,
+    TextFileDataModule,
 )
-from qat_lightning.demos.networks import BagOfTokens, RecurrentClassifier, ResNet20, SmallMobileNet, SmallViT
+from qat_lightning.demos.language import LanguageModule
+from qat_lightning.demos.networks import (
+    BagOfTokens,
+    CharTransformer,
+    RecurrentClassifier,
+    ResNet20,
+    SmallMobileNet,
+    SmallViT,
+)
 
 __all__ = [
     "BagOfTokens",
+    "CharTransformer",
     "Cifar10DataModule",
     "ClassificationModule",
     "DigitTokensDataModule",
     "DigitsDataModule",
     "FashionMnistDataModule",
     "ImageFolderDataModule",
+    "LanguageModule",
     "RecurrentClassifier",
     "ResNet20",
     "SmallMobileNet",
     "SmallViT",
+    "TextFileDataModule",
 ]

@@ -1,4 +1,4 @@
-"""DataModules of the demos: digits, Fashion-MNIST, CIFAR-10, and a folder of your own images."""
+"""DataModules of the demos: digits, Fashion-MNIST, CIFAR-10, a folder of your own images, and a text of your own."""
 
 from qat_lightning.demos.data.cifar10 import Cifar10DataModule
 from qat_lightning.demos.data.digit_tokens import DigitTokensDataModule
@@ -7,6 +7,7 @@ from qat_lightning.demos.data.fashion_mnist import FashionMnistDataModule
 from qat_lightning.demos.data.image_folder import ImageFolderDataModule
 from qat_lightning.demos.data.images import ImageDataModule
 from qat_lightning.demos.data.resumable import EpochSampler, resumable_loader
+from qat_lightning.demos.data.text_file import TextFileDataModule
 
 __all__ = [
     "Cifar10DataModule",
@@ -16,5 +17,6 @@ __all__ = [
     "FashionMnistDataModule",
     "ImageDataModule",
     "ImageFolderDataModule",
+    "TextFileDataModule",
     "resumable_loader",
 ]

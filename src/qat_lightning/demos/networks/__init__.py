@@ -1,8 +1,9 @@
 """Networks of the demos, small enough for a laptop."""
 
+from qat_lightning.demos.networks.char_transformer import CharTransformer
 from qat_lightning.demos.networks.resnet20 import ResNet20
 from qat_lightning.demos.networks.sequences import BagOfTokens, RecurrentClassifier
 from qat_lightning.demos.networks.small_mobilenet import SmallMobileNet
 from qat_lightning.demos.networks.vision_transformer import SmallViT
 
-__all__ = ["BagOfTokens", "RecurrentClassifier", "ResNet20", "SmallMobileNet", "SmallViT"]
+__all__ = ["BagOfTokens", "CharTransformer", "RecurrentClassifier", "ResNet20", "SmallMobileNet", "SmallViT"]

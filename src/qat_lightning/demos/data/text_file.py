@@ -1,0 +1,79 @@
+"""A text file as sequences of bytes, each with the byte that follows it."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from qat_lightning.demos.data.images import ImageDataModule, Splits
+from qat_lightning.errors import ConfigurationError
+
+
+class Windows(Dataset[tuple[Tensor, Tensor]]):
+    """Sequences of a text side by side, and the same sequences one byte later.
+
+    Args:
+        text: uint8, of shape (bytes,).
+        context: Bytes of a sequence.
+    """
+
+    def __init__(self, text: Tensor, context: int) -> None:
+        count = (len(text) - 1) // context
+        self.inputs = text[: count * context].view(count, context)
+        self.targets = text[1 : count * context + 1].view(count, context)
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.inputs[index].long(), self.targets[index].long()
+
+    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
+        """A whole batch at once."""
+        return self.inputs[indices].long(), self.targets[indices].long()
+
+
+class TextFileDataModule(ImageDataModule):
+    """Any text: the first 90 % to train, the next 5 % to validate, the last 5 % to test.
+
+    Args:
+        path: The file.
+        context: Bytes of a sequence.
+        batch_size: Sequences in a batch, of each process.
+        num_workers: Processes that load ahead; 0 loads in the training process.
+        seed: Of the order.
+        pin_memory: Copy batches to page-locked memory, for a GPU.
+
+    Raises:
+        ConfigurationError: There is no such file, or it is too short for a sequence in each set.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        context: int = 128,
+        batch_size: int = 32,
+        num_workers: int = 0,
+        seed: int = 0,
+        pin_memory: bool = False,
+    ) -> None:
+        super().__init__(batch_size=batch_size, num_workers=num_workers, seed=seed, pin_memory=pin_memory)
+        if not isinstance(context, int) or context < 1:
+            raise ConfigurationError(f"context={context!r} is not possible: give an integer of at least 1.")
+        self.path, self.context = Path(path), context
+        if not self.path.is_file():
+            raise ConfigurationError(f"path={str(path)!r} is no file. Expected a text, in any encoding.")
+
+    def load(self) -> Splits:
+        """The three sets."""
+        text = torch.frombuffer(bytearray(self.path.read_bytes()), dtype=torch.uint8)
+        ends = 9 * len(text) // 10, 19 * len(text) // 20
+        parts = text[: ends[0]], text[ends[0] : ends[1]], text[ends[1] :]
+        if min(map(len, parts)) <= self.context:
+            raise ConfigurationError(
+                f"{self.path} has {len(text)} bytes, of which 5 % are to validate: too few for a sequence of "
+                f"{self.context}. Give a longer text, or say data.datamodule.context={max(1, len(text) // 20 - 2)}."
+            )
+        return Splits(*(Windows(part, self.context) for part in parts))

@@ -14,7 +14,9 @@ from torch import nn
 from qat_lightning import load_quantized
 from qat_lightning.artifact.quantized import QuantizedNetwork
 from qat_lightning.errors import ConfigurationError, ExportError, TraceError
+from qat_lightning.export.formats import get_format
 from qat_lightning.export.program import float_program, int8_program
+from qat_lightning.export.protocol import Source
 from qat_lightning.graph.example import Example
 from qat_lightning.modes.prepared import cpu_copy
 from qat_lightning.modes.registry import get_mode
@@ -22,6 +24,7 @@ from qat_lightning.modes.uncalibrated import quantize as quantize_directly
 from qat_lightning.numerics.sqnr import sqnr_db
 from qat_lightning.settings.backends import pairs
 from qat_lightning.settings.recipe import Recipe
+from qat_lightning.settings.scheme import Scheme
 from tests.artifact.making import batch_of, case_named, quantize
 from tests.support.networks import CASES, Case
 
@@ -158,3 +161,32 @@ def test_kinds_without_calibration_have_a_program(mode: str, kind: Any) -> None:
     args, kwargs, _ = case.batch(5)
     with torch.no_grad():
         assert sqnr_db(quantized(*args), int8_program(quantized).module()(*args)) > 40
+
+
+BY_TOKEN: Any = {"weight_bits": 4, "activation_granularity": "per_token"}
+IN_GROUPS: Any = {"weight_bits": 4, "weight_granularity": "per_group", "weight_group_size": 32}
+
+
+@pytest.mark.parametrize(
+    ("mode", "scheme"),
+    [("fx", BY_TOKEN | IN_GROUPS), ("eager", IN_GROUPS), ("eager", BY_TOKEN | {"activation_symmetric": True})],
+)
+def test_grids_of_tokens_and_groups_go_into_a_program_and_into_torchscript(
+    mode: str, scheme: Any, tmp_path: Path
+) -> None:
+    recipe = Recipe(mode, "x86", Scheme(**scheme), kind="dynamic")
+    network = nn.Sequential(nn.Linear(8, 40), nn.ReLU(), nn.Linear(40, 3)).eval()
+    example, other = Example((torch.randn(8, 8),)), 7 * torch.randn(5, 8)
+    quantized = QuantizedNetwork(quantize_directly(network, example, recipe), recipe, example)
+    get_format("torchscript").write(Source(quantized, example), tmp_path / "net.pt")
+    scripted = get_format("torchscript").load(tmp_path / "net.pt")([other])[0]
+    with torch.no_grad():
+        assert sqnr_db(quantized(other), int8_program(quantized).module()(other)) > 60
+        assert sqnr_db(quantized(other), scripted) > 60
+
+
+def test_executorch_says_which_grids_xnnpack_has() -> None:
+    executorch = get_format("executorch")
+    assert "per_tensor" in executorch.refusal(Recipe("fx", "x86", Scheme(**BY_TOKEN), kind="dynamic"))
+    assert "kind='dynamic'" in executorch.refusal(Recipe("fx", "x86", kind="weight_only"))
+    assert not executorch.refusal(Recipe("pt2e", "xnnpack", kind="dynamic"))

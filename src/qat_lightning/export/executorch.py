@@ -36,6 +36,17 @@ class ExecuTorch:
 
     def refusal(self, recipe: Recipe) -> str:
         """See `Format.refusal`."""
+        if recipe.kind == "weight_only":
+            return (
+                "XNNPACK has no kernel for float inputs and integer weights: use kind='dynamic' or kind='static', with "
+                "mode='pt2e' and backend='xnnpack'."
+            )
+        if recipe.by_token_or_group:
+            return (
+                "XNNPACK's kernels are reached from mode='pt2e' with backend='xnnpack', which has one range for a "
+                "tensor and one scale for a channel: use these with a scheme of activation_granularity='per_tensor' "
+                "and weight_granularity='per_channel'."
+            )
         if recipe.backend != "xnnpack":
             return (
                 f"XNNPACK's kernels take int8 activations on grids of their own, and the network is for backend="

@@ -19,6 +19,7 @@ from qat_lightning.export.grids import Grid, QdqLayer, on_grid
 from qat_lightning.graph.example import Example
 from qat_lightning.layers.integer import IntegerLayer
 from qat_lightning.layers.integer.dynamic import DynamicLinear
+from qat_lightning.layers.integer.plain_dynamic import PlainDynamicLinear
 from qat_lightning.layers.integer.weight_only import WeightOnlyEmbedding
 from qat_lightning.modes.graph_network import GraphNetwork
 from qat_lightning.modes.verify import Recorder, example_values, is_faulty
@@ -260,7 +261,7 @@ def plain_integer_layer(module: IntegerLayer, name: str) -> nn.Module:
         return QdqDynamicLinear(module)
     if isinstance(module, WeightOnlyEmbedding) and module.mode:
         return PlainBag(module)
-    if type(module).__name__.startswith("WeightOnly"):
+    if isinstance(module, PlainDynamicLinear) or type(module).__name__.startswith("WeightOnly"):
         return module
     raise ExportError(
         f"{name!r} is a {type(module).__name__}, which does not go into an exported graph: keep it float with "

@@ -87,8 +87,8 @@ def refuse_direct(recipe: Recipe, what: str) -> str:
     )
     return (
         f"kind={recipe.kind!r} {why}, for which {what} has no form that its runtimes have int8 kernels for: use "
-        "kind='static' or 'qat', or for this network qat_lightning's own file, with save(path), or the format pt2 "
-        "with mode='pt2e'"
+        "kind='static', or for this network qat_lightning's own file, with save(path), or the format pt2 with "
+        "backend='x86'."
     )
 
 

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from qat_lightning.numerics.grid import choose_qparams, fake_quantize, smallest_and_largest
+from qat_lightning.numerics.grid import along, choose_qparams, fake_quantize, smallest_and_largest
 
 DynamicGranularity = Literal["per_tensor", "per_token"]
 """Whether all values of a call share one range, or those of each token (along the last dimension) have their own."""
@@ -43,6 +43,8 @@ def round_dynamically(x: Tensor, granularity: DynamicGranularity = "per_tensor",
     rows = x.reshape(-1, x.shape[-1]) if granularity == "per_token" and x.dim() else x
     axis = 0 if granularity == "per_token" and x.dim() else None
     scale, zero_point = _qparams(rows.detach().float(), axis, low, high, symmetric=symmetric)
+    if torch.jit.is_tracing():
+        return _in_plain_ops(rows, scale, zero_point, axis, low, high).reshape(x.shape)
     rounded = fake_quantize(
         rows, scale, 0 if symmetric else zero_point, quant_min=low, quant_max=high, axis=axis, clamps=not symmetric
     )
@@ -51,12 +53,21 @@ def round_dynamically(x: Tensor, granularity: DynamicGranularity = "per_tensor",
 
 @torch.no_grad()
 def _qparams(rows: Tensor, axis: int | None, low: int, high: int, *, symmetric: bool) -> tuple[Tensor, Tensor]:
-    if axis is None and not symmetric and rows.device.type == "cpu" and not torch.compiler.is_compiling():
+    captured = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    if axis is None and not symmetric and rows.device.type == "cpu" and not captured:
         # The kernels' own choice, whose zero point may be another one where two are as good.
         scale, zero_point = torch._choose_qparams_per_tensor(rows, False)
         return torch.tensor(scale), torch.tensor(int(zero_point) + low, dtype=torch.int32)
     ends = smallest_and_largest(rows, axis)
     return choose_qparams(*ends, quant_min=low, quant_max=high, symmetric=symmetric)
+
+
+def _in_plain_ops(rows: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None, low: int, high: int) -> Tensor:
+    """`fake_quantize` for TorchScript, which holds no function of autograd, and no range that is a number."""
+    scale, zero_point = along(scale, rows, axis), along(zero_point, rows, axis)
+    integers = torch.round(rows.float() * (1.0 / scale))
+    within = torch.minimum(torch.maximum(integers, low - zero_point), high - zero_point)
+    return (within * scale).to(rows.dtype)
 
 
 class DynamicFakeQuantize(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,9 @@ from torch import Tensor, nn
 from qat_lightning import QuantizationAwareTraining, QuantizationMonitor, Scheme, evaluate_variants, load_quantized
 from qat_lightning.demos.data.resumable import resumable_loader
 from qat_lightning.errors import CheckpointMismatchError, CombinationError, ConfigurationError, NetworkError
+from qat_lightning.graph.example import Example
+from qat_lightning.modes.uncalibrated.training import DirectMode
+from qat_lightning.settings.recipe import Recipe
 from tests.callbacks.lit import CLASSES, MODES, Lit, assert_same_state, dataset, loader, state, trainer
 
 TOKENS = Scheme(weight_bits=4, weight_granularity="per_group", weight_group_size=16, activation_granularity="per_token")
@@ -194,6 +198,26 @@ def test_tied_weights_stay_tied_and_are_rounded_alike(mode: str) -> None:
     network: Any = module.net
     assert network.table.weight is network.head.weight
     assert callback.quantized.whole.sqnr_db >= 60
+
+
+def test_averaged_weights_of_a_functional_call_are_rounded() -> None:
+    network = nn.Sequential(nn.Embedding(5, 8), nn.LSTM(8, 4))
+    tokens, recipe = torch.arange(5), Recipe("eager", "x86", Scheme(weight_bits=4), kind="weight_only", trained=True)
+    prepared = DirectMode().prepare(copy.deepcopy(network), Example((tokens,)), recipe).eval()
+    table = {"0.weight": network[0].weight.detach() * 0.5}
+    rounded = torch.func.functional_call(prepared[0], {"weight": table["0.weight"]}, (tokens,))
+    assert not torch.equal(rounded, table["0.weight"])
+    network.load_state_dict(table, strict=False)
+    expected = DirectMode().prepare(network, Example((tokens,)), recipe).eval()
+    assert torch.equal(torch.func.functional_call(prepared, table, (tokens,))[0], expected(tokens)[0])
+
+
+def test_a_layer_with_a_forward_hook_stays_float_and_says_so() -> None:
+    module = Lit(Rows())
+    module.net.embed.register_forward_hook(lambda layer, args, output: None)
+    callback = qat("eager", "weight_only")
+    trainer(callback, max_epochs=1).fit(module, loader())
+    assert "remove the hook before the fit" in next(row.reason for row in callback.coverage if row.name == "embed")
 
 
 @pytest.mark.parametrize(

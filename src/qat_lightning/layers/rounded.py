@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from operator import attrgetter
 from typing import Any, cast
 
 import torch
@@ -89,7 +90,7 @@ class _RoundedWeights(RoundedLayer):
     """Any layer whose own ``forward`` runs on rounded weights."""
 
     def parts(self) -> Mapping[str, Tensor]:
-        return {name: self.get_parameter(name) for name in weights_of(self)}
+        return {name: cast("Tensor", attrgetter(name)(self)) for name in weights_of(self)}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the float layer."""
@@ -101,7 +102,7 @@ class _RoundedWeights(RoundedLayer):
     @contextmanager
     def _in_place(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
         """The rounded weights where the layer's forward looks for its parameters."""
-        kept = [(*self._holder(name), self.get_parameter(name)) for name in weights]
+        kept = [(*self._holder(name), attrgetter(name)(self)) for name in weights]
         flat = self.__dict__.get("_flat_weights")
         try:
             for (holder, leaf, _), weight in zip(kept, weights.values(), strict=True):

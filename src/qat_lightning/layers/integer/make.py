@@ -42,6 +42,11 @@ def why_not(module: nn.Module, recipe: Recipe) -> str:
         return f"{name} is a class of its own, whose forward may do anything with its weight"
     if kind == "dynamic" and type(module) not in _DYNAMIC:
         return f"{name} has no dynamic kernel: {_instead(module)}"
+    if module._forward_hooks:
+        return (
+            "a forward hook is on it, which its integer layer would not call: remove the hook before the fit (one of "
+            "transformers' gradient checkpointing: disable_input_require_grads())"
+        )
     if _is_reparametrized(module):
         return "its weight is computed from other parameters (a parametrization or a hook)"
     if kind == "dynamic" and _projects(module):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from qat_lightning.errors import ConfigurationError
 from qat_lightning.graph.example import Example
 from qat_lightning.modes.prepared import cpu_copy
 from qat_lightning.modes.registry import get_mode
+from qat_lightning.modes.uncalibrated import quantize
 from qat_lightning.numerics.sqnr import sqnr_db
 from qat_lightning.rehearsal.calibration import calibrate
 from qat_lightning.sensitivity import Budget, Sensitivity
@@ -48,6 +51,20 @@ def data() -> list[Tensor]:
 def network() -> nn.Module:
     torch.manual_seed(0)
     return Perceptron()
+
+
+TOKENS = Scheme(weight_bits=4, activation_granularity="per_token")
+
+
+@pytest.mark.parametrize(("kind", "scheme"), [("dynamic", TOKENS), ("weight_only", COARSE)])
+def test_kinds_without_calibration_are_ranked_on_their_own_grids(kind: Any, scheme: Scheme) -> None:
+    found = sensitivity(network(), data(), mode="eager", scheme=scheme, kind=kind)
+    assert found.recipe.kind == kind
+    rows, alone = {row.name: row for row in found.rows}, network()
+    assert set(rows) == {"first", "second", "third"}
+    made = quantize(alone, Example((data()[0],)), replace(found.recipe, include=("second",)))
+    wanted = sqnr_db(*(torch.cat([net(x) for x in data()]) for net in (alone, made.network)))
+    assert rows["second"].alone == pytest.approx(wanted, abs=0.1)
 
 
 class Agreement:

@@ -23,6 +23,7 @@ from qat_lightning.rehearsal.auto import Decision, decide
 from qat_lightning.rehearsal.calibration import calibrate
 from qat_lightning.sensitivity.budget import Budget, MixedPrecision, drop_points, shown_drop, size_ratio
 from qat_lightning.sensitivity.switches import Switches, Unit
+from qat_lightning.settings.kinds import DIRECT
 from qat_lightning.settings.recipe import Recipe, check_globs
 from qat_lightning.settings.scheme import Scheme
 
@@ -221,6 +222,7 @@ def sensitivity(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     prefix: str = "",
+    kind: Literal["static", "dynamic", "weight_only"] = "static",
 ) -> Sensitivity:
     """Quantize one layer at a time, and all but one, and rank the layers by what that costs.
 
@@ -243,6 +245,7 @@ def sensitivity(
         include: Globs of what to quantize.
         exclude: Globs of what stays float in any case.
         prefix: The network's name in the LightningModule, to which globs are relative.
+        kind: ``"static"``, ``"dynamic"`` or ``"weight_only"``: whose grids to round to.
 
     Raises:
         ConfigurationError: An argument is not possible.
@@ -254,6 +257,8 @@ def sensitivity(
         >>> sorted(row.name for row in found.rows if row.excludable), found.float_metric
         (['0', '2'], 300.0)
     """
+    if kind not in ("static", *DIRECT):
+        raise ConfigurationError(f"kind={kind!r} is not possible: use 'static', 'dynamic' or 'weight_only'.")
     if rank_by not in ("alone", "without"):
         raise ConfigurationError(f"rank_by={rank_by!r} is not possible: use 'alone' or 'without'.")
     if isinstance(batches, (Tensor, Mapping, str)) or not isinstance(batches, Iterable):
@@ -266,7 +271,8 @@ def sensitivity(
     scheme, notes = _without_learning(scheme or Scheme())
 
     def recipe_of(mode: str) -> Recipe:
-        return Recipe(mode, backend, scheme, tuple(include), tuple(exclude), kind="static")
+        direct = kind in DIRECT
+        return Recipe(mode, backend, scheme, tuple(include), tuple(exclude), kind=kind, trained=direct)
 
     # What a fit would choose.
     decision = decide(mode, network, first, recipe_of, prefix=prefix) if mode == "auto" else Decision(mode)

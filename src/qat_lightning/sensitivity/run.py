@@ -126,6 +126,7 @@ def measure_run(cfg: DictConfig, checkpoint: Path, options: Options) -> Sensitiv
         include=tuple(quantization.get("include") or ()),
         exclude=tuple(quantization.get("exclude") or ()),
         prefix=validation.slot.prefix,
+        kind=quantization.get("kind", "static"),
     )
 
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from qat_lightning.modes.places import find_places
 from qat_lightning.modes.prepared import fake_quantizers, prepared_state
+from qat_lightning.numerics.dynamic_fake_quantize import DynamicFakeQuantize
 from qat_lightning.numerics.fake_quantize import FakeQuantize
 
 
@@ -53,8 +54,9 @@ class Switches:
     def __init__(self, prepared: nn.Module) -> None:
         float_network = prepared_state(prepared).float_network
         modules = dict(float_network.named_modules())
-        self._all = [fq for _, fq in fake_quantizers(prepared)]
-        self._of: dict[str, set[FakeQuantize]] = {}
+        in_calls = {n: m for n, m in prepared.named_modules() if isinstance(m, DynamicFakeQuantize)}
+        self._all = [*(fq for _, fq in fake_quantizers(prepared)), *in_calls.values()]
+        self._of: dict[str, set[FakeQuantize | DynamicFakeQuantize]] = {}
         kinds: dict[str, str] = {}
         for place in find_places(prepared):
             # In eager mode the input of a layer is rounded for that layer; a layer called twice is one module.
@@ -65,6 +67,8 @@ class Switches:
             self._of.setdefault(name, set()).add(place.fq)
             if kinds.get(name, "input") == "input":
                 kinds[name] = place.kind
+        for name, rounding in in_calls.items():  # beside the weight of its layer
+            self._of[name.rpartition(".")[0]].add(rounding)
         self.units = [
             Unit(name, kinds[name], name in modules, _weight_size(modules.get(name)))
             for name in self._in_order(modules)

@@ -100,6 +100,12 @@ def test_layers_are_ranked_by_the_noise_of_the_outputs(
     assert rows == sorted(rows, key=lambda row: -float(row["loss"]))
 
 
+def test_a_run_is_ranked_on_the_grids_of_its_kind(run: Path) -> None:
+    words = ["quantization.kind=dynamic", "quantization.scheme.activation_granularity=per_token"]
+    assert main([str(run), "--metric", "sqnr", *words, *FEW]) == 0
+    assert [row["name"] for row in layers(run)] == ["classifier"]  # convolutions have no dynamic kernel
+
+
 def test_sqnr_is_that_of_the_validation_data(run: Path) -> None:
     """Two batches of it, by hand."""
     cfg = config_of_run(run, [])

@@ -43,7 +43,7 @@ def round_dynamically(x: Tensor, granularity: DynamicGranularity = "per_tensor",
     rows = x.reshape(-1, x.shape[-1]) if granularity == "per_token" and x.dim() else x
     axis = 0 if granularity == "per_token" and x.dim() else None
     scale, zero_point = _qparams(rows.detach().float(), axis, low, high, symmetric=symmetric)
-    if torch.jit.is_tracing():
+    if _is_traced():
         return _in_plain_ops(rows, scale, zero_point, axis, low, high).reshape(x.shape)
     rounded = fake_quantize(
         rows, scale, 0 if symmetric else zero_point, quant_min=low, quant_max=high, axis=axis, clamps=not symmetric
@@ -53,13 +53,18 @@ def round_dynamically(x: Tensor, granularity: DynamicGranularity = "per_tensor",
 
 @torch.no_grad()
 def _qparams(rows: Tensor, axis: int | None, low: int, high: int, *, symmetric: bool) -> tuple[Tensor, Tensor]:
-    captured = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    captured = torch.compiler.is_compiling() or _is_traced()
     if axis is None and not symmetric and rows.device.type == "cpu" and not captured:
         # The kernels' own choice, whose zero point may be another one where two are as good.
         scale, zero_point = torch._choose_qparams_per_tensor(rows, False)
         return torch.tensor(scale), torch.tensor(int(zero_point) + low, dtype=torch.int32)
     ends = smallest_and_largest(rows, axis)
     return choose_qparams(*ends, quant_min=low, quant_max=high, symmetric=symmetric)
+
+
+def _is_traced() -> bool:
+    """Whether TorchScript records what runs."""
+    return bool(torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call]
 
 
 def _in_plain_ops(rows: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None, low: int, high: int) -> Tensor:

@@ -55,7 +55,8 @@ class Switches:
         float_network = prepared_state(prepared).float_network
         modules = dict(float_network.named_modules())
         in_calls = {n: m for n, m in prepared.named_modules() if isinstance(m, DynamicFakeQuantize)}
-        self._all = [*(fq for _, fq in fake_quantizers(prepared)), *in_calls.values()]
+        observed = [fq for _, fq in fake_quantizers(prepared)]
+        self._all: list[FakeQuantize | DynamicFakeQuantize] = [*observed, *in_calls.values()]
         self._of: dict[str, set[FakeQuantize | DynamicFakeQuantize]] = {}
         kinds: dict[str, str] = {}
         for place in find_places(prepared):

@@ -16,7 +16,7 @@ from qat_lightning.modes.prepared import cpu_copy, set_phase
 from qat_lightning.modes.registry import get_mode
 from qat_lightning.numerics.fake_quantize import FakeQuantize
 from qat_lightning.numerics.grid import fake_quantize, fake_quantize_learned
-from qat_lightning.numerics.learned_step import RATE
+from qat_lightning.numerics.learned_step import RATE, LearnedStep
 from qat_lightning.settings.recipe import Recipe
 from qat_lightning.settings.scheme import Scheme
 from tests.support.networks import CASES, train
@@ -225,3 +225,18 @@ def test_int8_equals_what_learned(mode: str, scheme: Scheme, case: object) -> No
     args, kwargs, _ = case.batch(64)  # type: ignore[attr-defined]
     converted = flow.convert(cpu_copy(prepared), Example(args, kwargs))
     assert min(check.sqnr_db for check in converted.checks) > 55
+
+
+def test_a_scale_that_shrinks_stays_finite() -> None:
+    """Divided by its own square, the gradient of a scale near 0 would be infinite."""
+    step = LearnedStep(None, quant_min=-127, quant_max=127, learn_zero_point=False)
+    step.begin(torch.tensor(0.01), torch.tensor(0))
+    optimizer = torch.optim.SGD(step.parameters(), lr=0.5, momentum=0.9)
+    x = torch.linspace(-1, 1, 64)
+    for _ in range(300):
+        optimizer.zero_grad()
+        step.round(x, axis=None, is_weight=True).abs().sum().backward()
+        optimizer.step()
+    scale, _ = step.qparams()
+    assert torch.isfinite(step.log_ratio)
+    assert 0 < float(scale) < 0.01

@@ -14,6 +14,9 @@ from qat_lightning.numerics.grid import EPS, fake_quantize_learned
 RATE = 10.0
 """How much faster than weights the parameters move: with Adam and a learning rate of 0.001, scales by 1 % a step."""
 
+SLOWER_BELOW = 0.25
+"""The share of the scale that it began with, below which plain SGD no longer moves a scale by its own size."""
+
 
 def move_only(module: nn.Module, fn: Callable[[Tensor], Tensor]) -> None:
     """Move a module's own tensors to the device that ``fn`` moves to, and leave their dtypes as they are."""
@@ -40,7 +43,7 @@ class LearnedStep(nn.Module):
     The parameters are relative, ``scale = base_scale * exp(RATE * log_ratio)`` and
     ``zero_point = base_zero_point + RATE * shift * (quant_max - quant_min)``, so that one learning rate suits scales of
     any size with optimizers that normalize the gradient (Adam), and weight decay pulls to the observed range instead of
-    0. Gradients are scaled so that plain SGD moves the scale as in the papers.
+    0. Gradients are scaled so that plain SGD moves the scale as in the papers, but never to 0: see `SLOWER_BELOW`.
 
     Args:
         channels: How many scales there are; None for one, of shape ``()``.
@@ -109,7 +112,9 @@ class LearnedStep(nn.Module):
 
     def _values(self, factor: float) -> tuple[Tensor, Tensor]:
         """Scale and zero point, whose gradients reach the parameters multiplied by what makes SGD's steps LSQ's."""
-        present = (self.base_scale * (RATE * self.log_ratio.detach()).exp()).square()
+        # From there down a scale moves the slower the smaller it is: divided by the square of what goes to 0, its
+        # gradient would become infinite.
+        present = (self.base_scale * (RATE * self.log_ratio.detach()).exp().clamp(min=SLOWER_BELOW)).square()
         scale = self.base_scale * (RATE * _scaled_gradient(self.log_ratio, factor / (present * RATE**2))).exp()
         zero_point = self.base_zero_point
         if self.shift is not None:

@@ -3,19 +3,33 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule, seed_everything
+from lightning.pytorch import Callback, LightningModule, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 
-from qat_lightning import QuantizationAwareTraining, QuantizationMonitor, Scheme, evaluate_variants, load_quantized
+from qat_lightning import (
+    QuantizationAwareTraining,
+    QuantizationMonitor,
+    QuantizedModelExport,
+    Scheme,
+    evaluate_variants,
+    load_quantized,
+)
 from qat_lightning.demos.data.resumable import resumable_loader
-from qat_lightning.errors import CheckpointMismatchError, CombinationError, ConfigurationError, NetworkError
+from qat_lightning.errors import (
+    CheckpointMismatchError,
+    CombinationError,
+    ConfigurationError,
+    ExportError,
+    NetworkError,
+)
 from qat_lightning.graph.example import Example
 from qat_lightning.modes.uncalibrated.training import DirectMode
 from qat_lightning.settings.recipe import Recipe
@@ -218,6 +232,23 @@ def test_a_layer_with_a_forward_hook_stays_float_and_says_so() -> None:
     callback = qat("eager", "weight_only")
     trainer(callback, max_epochs=1).fit(module, loader())
     assert "remove the hook before the fit" in next(row.reason for row in callback.coverage if row.name == "embed")
+
+
+def test_a_format_that_does_not_take_a_layer_is_named_before_the_first_step(tmp_path: Path) -> None:
+    class Ends(Callback):
+        def on_train_batch_start(self, *args: Any) -> None:
+            raise InterruptedError("the first step")
+
+    for on_fault, error in (("leave_float", InterruptedError), ("error", ExportError)):
+        export = QuantizedModelExport(["exported_program"], dirpath=str(tmp_path))
+        run = trainer(qat("eager", on_fault=on_fault), export, Ends())
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            with pytest.raises(error) as raised:
+                run.fit(Lit(Rows()), loader())
+        said = [*(str(warning.message) for warning in caught), str(raised.value)]
+        assert any("1 of 1 formats do not take" in text and "DynamicAttention" in text for text in said)
+        assert "formats=[]" not in str(raised.value)
 
 
 @pytest.mark.parametrize(

@@ -86,6 +86,7 @@ class QuantizedModelExport(Callback):
         self.min_agreement = min_agreement
         self.min_sqnr_db = min_sqnr_db
         self.results: dict[str, ExportResult] = {}
+        self._refused: list[str] = []  # in a rehearsal, in which every warning is silenced
 
     @property
     def fastest(self) -> ExportResult | None:
@@ -123,11 +124,15 @@ class QuantizedModelExport(Callback):
         what = f"{len(failed)} of {len(results)} formats do not take the int8 network of {slot!r}, as tried before the "
         if partner.on_fault == "error":
             rest = [name for name in self.formats if name not in failed]
-            raise ExportError(f"{what}training: {reasons}. Use formats={rest}, or on_fault='leave_float' to go on.")
-        rank_zero_warn(f"{what}training: {reasons}.")
+            use = f"Use formats={rest}" if rest else "Leave QuantizedModelExport out"
+            raise ExportError(f"{what}training: {reasons}. {use}, or on_fault='leave_float' to go on.")
+        self._refused.append(f"{what}training: {reasons}.")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """With ``mode="auto"`` the mode is known now."""
+        """With ``mode="auto"`` the mode is known now; what a rehearsal found is said before the first step."""
+        for refused in self._refused:
+            rank_zero_warn(refused)
+        self._refused = []
         for network in QuantizationCallback.of(trainer, self).prepared_networks.values():
             self._check(prepared_state(network).recipe)
 

@@ -42,7 +42,7 @@ def int8_program(network: nn.Module, example: Example | None = None) -> Exported
         TraceError: The network is no graph, which can be with ``mode="eager"``.
 
     Example:
-        >>> from qat_lightning.modes.prepared import set_phase
+        >>> from qat_lightning.modes.registry import get_mode
         >>> from qat_lightning.settings.recipe import Recipe
         >>> mode, call = get_mode("fx"), Example((torch.randn(4, 8),))
         >>> prepared = mode.prepare(

@@ -24,6 +24,36 @@ settings.register_profile("ci", deadline=None, derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "default")
 
 
+_TAKES_SECONDS = {"pt2e", "onednn", "fbgemm", "qnnpack", "tensorrt"}
+"""Parameters of tests: the mode that exports, and backends that differ from x86 in a kernel's limits."""
+
+_FOLDERS = ("callbacks", "export", "measure", "modes", "numerics", "recipes", "rehearsal", "sensitivity", "stress")
+
+_IN_EVERY_RUN = {
+    "test_every_pair.py",
+    "test_every_kind.py",
+    "test_evaluate.py",
+    "test_insert.py",
+    "test_post_training.py",
+    "test_schedule_in_trainer.py",
+    "test_trained_kinds.py",
+}
+"""Files whose tests of these are in every run: each mode and backend by one table, and a fit's life cycle in pt2e."""
+
+
+@pytest.hookimpl(tryfirst=True)  # before what is slow is deselected
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what is tried in mode eager or fx and backend x86 as well, and takes seconds elsewhere, as slow."""
+    here = Path(__file__).parent
+    for item in items:
+        folder = item.path.relative_to(here).parts[0] if item.path.is_relative_to(here) else ""
+        if (folder not in _FOLDERS and folder != "test_docs.py") or item.path.name in _IN_EVERY_RUN:
+            continue
+        values = getattr(getattr(item, "callspec", None), "params", {}).values()
+        if any(isinstance(value, str) and value in _TAKES_SECONDS for value in values):
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> Iterator[None]:
     """What a test draws is the same whatever ran before it, and a Trainer's ``deterministic=True`` ends with it."""

@@ -74,13 +74,19 @@ def qat(mode: str, kind: Any = "dynamic", scheme: Scheme | None = None, **settin
     return QuantizationAwareTraining(mode=mode, kind=kind, scheme=scheme, **settings)
 
 
-SLOW = {("pt2e", "dynamic, 4 bits"), ("fx", "dynamic"), ("eager", "weight-only"), ("pt2e", "weight-only")}
+IN_EVERY_RUN = {
+    ("eager", "dynamic"),
+    ("eager", "weight-only, 3 bits in groups"),
+    ("fx", "dynamic, 4 bits"),
+    ("fx", "dynamic by token"),
+    ("pt2e", "dynamic"),
+}
 
 
 @pytest.mark.parametrize(
     ("mode", "grid"),
     [
-        pytest.param(mode, grid, marks=pytest.mark.slow if (mode, grid) in SLOW else ())
+        pytest.param(mode, grid, marks=() if (mode, grid) in IN_EVERY_RUN else pytest.mark.slow)
         for mode in MODES
         for grid in GRIDS
         if (mode, grid) != ("pt2e", "dynamic by token")

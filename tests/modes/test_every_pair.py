@@ -21,14 +21,21 @@ from tests.support.networks import CASES, Case, train
 LEAST_DB = {"x86": 60.0, "onednn": 60.0, "xnnpack": 60.0, "tensorrt": 60.0, "fbgemm": 50.0, "qnnpack": 50.0}
 """What each layer must reach on fake-quant's own input, by backend."""
 
+
+def in_every_run(mode: str, backend: str) -> tuple[str, ...]:
+    """The networks of a pair that are not left to the slow tests."""
+    if (mode, backend) == ("pt2e", "x86"):
+        return ("plain",)  # each of them is compiled
+    return tuple(case.name for case in CASES) if backend == "x86" else ("plain", "depthwise", "attention")
+
+
 TABLE = [
     pytest.param(
         mode,
         backend,
         case,
         id=f"{mode}-{backend}-{case.name}",
-        # each of them is compiled
-        marks=pytest.mark.slow if (mode, backend) == ("pt2e", "x86") and case.name != "plain" else (),
+        marks=pytest.mark.slow if case.name not in in_every_run(mode, backend) else (),
     )
     for mode, backend in pairs()
     for case in CASES
@@ -153,9 +160,14 @@ def test_prepared_state_reloads_strictly(fitted: dict, mode: str, backend: str) 
         assert torch.equal(fresh(*args, **kwargs), prepared(*args, **kwargs))
 
 
-@pytest.mark.parametrize(
-    ("mode", "backend", "case"), [row for row in TABLE if row.values[1] == "x86" or row.values[2].name == "depthwise"]
-)
+LEAVING_FLOAT = [
+    pytest.param(*row.values, id=row.id, marks=row.marks if row.values[1] == "x86" else pytest.mark.slow)
+    for row in TABLE
+    if row.values[1] == "x86" or row.values[2].name == "depthwise"
+]
+
+
+@pytest.mark.parametrize(("mode", "backend", "case"), LEAVING_FLOAT)
 def test_any_layer_alone_may_stay_float(mode: str, backend: str, case: Case) -> None:
     """Whatever is behind it, the rest is int8, and conversion compares each layer with fake-quant as ever."""
     flow = get_mode(mode)

@@ -20,9 +20,10 @@ from qat_lightning import Distillation, QuantizationMonitor, Scheme
 from qat_lightning.callbacks.parts import between_processes, int8_networks
 from qat_lightning.errors import QuantizationError, VerificationError
 from qat_lightning.modes.prepared import fake_quantizers
-from qat_lightning.modes.registry import get_mode
+from qat_lightning.modes.registry import mode_for
 from qat_lightning.numerics.fake_quantize import FakeQuantize
 from qat_lightning.rehearsal import faults
+from qat_lightning.settings.recipe import Recipe
 from tests.callbacks.lit import CLASSES, MODES, Lit, Net, dataset, loader, qat, ranges, statistics, trainer
 from tests.callbacks.test_insert import OwnForward
 
@@ -51,13 +52,13 @@ CONVERSIONS: list[str] = []
 """The modes of the conversions that this process made."""
 
 
-def counted(mode: str) -> Any:
-    """The flow of a mode, which notes when it converts."""
-    flow = get_mode(mode)
+def counted(recipe: Recipe) -> Any:
+    """The flow of a recipe, which notes when it converts."""
+    flow = mode_for(recipe)
     convert = flow.convert
 
     def noting(*args: Any) -> Any:
-        CONVERSIONS.append(mode)
+        CONVERSIONS.append(recipe.mode)
         return convert(*args)
 
     flow.convert = noting  # type: ignore[method-assign]
@@ -127,7 +128,7 @@ def failing(where: str) -> Iterator[None]:
     """Something goes wrong in one process only."""
     if where == "first" and first():
         error = VerificationError("layer 'net.head' is at 9.0 dB")
-        with mock.patch.object(faults, "get_mode", side_effect=error):
+        with mock.patch.object(faults, "mode_for", side_effect=error):
             yield
     elif where == "second" and not first():
         with mock.patch.object(int8_networks, "unpack", side_effect=OSError("no memory")):
@@ -266,18 +267,18 @@ def run_all(folder: Path) -> None:
     halves = {mode: run_halves(mode, 2) for mode in MODES}
     halves |= {f"{mode} distilled": run_halves(mode, 2, Distillation(2.0, 0.5)) for mode in MODES}
     halves |= {f"learned {mode}": run_halves(mode, 2, scheme=LEARNED) for mode in ("fx", "pt2e")}
-    faults.get_mode = counted
+    faults.mode_for = counted
     for mode in MODES:
         for make in (Lit, OwnForward):
             results[f"{mode} {make.__name__}"] = run(mode, make())
         results[f"{mode} monitored"] = run_monitored(mode)
     results["conversions"] = list(CONVERSIONS)
-    faults.get_mode = get_mode
+    faults.mode_for = mode_for
     results["nothing"] = observe_nothing()
     results["asked in one"] = {mode: run_asked_in_one(mode) for mode in MODES}
     for where in ("first", "second"):
         results[f"fails in the {where}"] = run_failing(where)
-    faults.get_mode = counted
+    faults.mode_for = counted
     results["without file"] = run_without_file("fx")
     rank = torch.distributed.get_rank()
     (folder / f"{rank}.json").write_text(json.dumps(results))

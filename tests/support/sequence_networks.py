@@ -157,14 +157,13 @@ _RNN = {"eager": {"rnn", "head"}, "fx": {"rnn", "head"}, "pt2e": {"head"}}
 _ENCODER = {f"encoder.layers.{layer}.{part}" for layer in (0, 1) for part in ("self_attn", "linear1", "linear2")} | {
     "head"
 }
-_IN_TORCH = {"eager": _ENCODER, "fx": {"head"}, "pt2e": _ENCODER}
 _CELLS = {"lstm", "gru", "rnn", "head"}
 
 CASES = (
     SequenceCase("lstm", lambda: Recurrent(nn.LSTM), _RNN, _same("rnn", "head")),
     SequenceCase("gru", lambda: Recurrent(nn.GRU), _RNN, _same("rnn", "head")),
     SequenceCase("cells", Cells, {"eager": _CELLS, "fx": _CELLS, "pt2e": {"head"}}, _same(*_CELLS)),
-    SequenceCase("transformer", Transformer, _IN_TORCH, _IN_TORCH),
+    SequenceCase("transformer", Transformer, _same(*_ENCODER), _same(*_ENCODER)),
     SequenceCase("attention", Attention, _same("attention", "head"), _same("attention", "head")),
     SequenceCase(
         "tables",

@@ -70,9 +70,7 @@ def test_network_is_integer_close_to_float_and_travels(
 
     assert torch.equal(copy.deepcopy(quantized)(inputs), actual)
     quantized.save(tmp_path / "net.int8")
-    # mode fx calls torch's own encoder as a whole
-    needs_code = mode == "eager" or (mode, case.name) == ("fx", "transformer")
-    loaded = load_quantized(tmp_path / "net.int8", network=case.network() if needs_code else None)
+    loaded = load_quantized(tmp_path / "net.int8", network=case.network() if mode == "eager" else None)
     assert torch.equal(loaded(inputs), actual)
     assert loaded.recipe == recipe
     if case.name != "branches" and case.network.__name__ != "<lambda>":

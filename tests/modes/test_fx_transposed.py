@@ -23,7 +23,10 @@ from qat_lightning.settings.recipe import Recipe
 from tests.callbacks.lit import Lit, qat, trainer
 from tests.callbacks.lit import loader as batches
 
-IMAGES, SEQUENCES = torch.randn(4, 8, 6, 6), torch.randn(4, 8, 12)
+# The same whatever was imported before: a single step of an output this small is 58 dB.
+_GENERATOR = torch.Generator().manual_seed(0)
+IMAGES = torch.randn(4, 8, 6, 6, generator=_GENERATOR)
+SEQUENCES = torch.randn(4, 8, 12, generator=_GENERATOR)
 LAYERS: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
     "2x2": (lambda: nn.ConvTranspose2d(8, 6, 2, 2), IMAGES),
     "4x4": (lambda: nn.ConvTranspose2d(8, 6, 4, 2, 1), IMAGES),

@@ -52,11 +52,9 @@ class PlainDynamicLinear(IntegerLayer):
         made = WeightGrid(*self.grid)
         if not made.symmetric:
             raise ValueError("the weight of a dynamic linear layer is symmetric")
-        columns = made.columns(in_features)
-        dtype, width = (torch.uint8, columns // 2) if made.packs else (torch.int8, columns)
-        groups = columns // made.group if made.group > 0 else 1
-        self.register_buffer("integers", torch.zeros(out_features, width, dtype=dtype))
-        self.register_buffer("scales", torch.ones(out_features, groups))
+        integers, scales = made.empty(out_features, in_features)
+        self.register_buffer("integers", integers)
+        self.register_buffer("scales", scales)
         self.register_buffer("bias", torch.zeros(out_features) if bias else None)
 
     @classmethod

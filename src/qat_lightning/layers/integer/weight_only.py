@@ -147,12 +147,10 @@ class WeightOnlyEmbedding(IntegerLayer):
         self.num_embeddings, self.embedding_dim, self.padding_idx = num_embeddings, embedding_dim, padding_idx
         self.mode, self.include_last_offset, self.grid = mode, include_last_offset, tuple(grid)
         made = WeightGrid(*self.grid)
-        columns = made.columns(embedding_dim)
-        kind, width = (torch.uint8, columns // 2) if made.packs else (torch.int8, columns)
-        groups = columns // made.group if made.group > 0 else 1
-        self.register_buffer("integers", torch.zeros(num_embeddings, width, dtype=kind))
-        self.register_buffer("scales", torch.ones(num_embeddings, groups))
-        points = None if made.symmetric else torch.zeros(num_embeddings, groups, dtype=torch.int8)
+        integers, scales = made.empty(num_embeddings, embedding_dim)
+        self.register_buffer("integers", integers)
+        self.register_buffer("scales", scales)
+        points = None if made.symmetric else torch.zeros_like(scales, dtype=torch.int8)
         self.register_buffer("zero_points", points)
 
     @classmethod

@@ -64,6 +64,13 @@ class WeightGrid:
         step = max(self.group, 2 if self.packs else 1)
         return -(-values // step) * step
 
+    def empty(self, rows: int, values: int) -> tuple[Tensor, Tensor]:
+        """Integers, all 0, and scales, all 1, in the shapes of what `store` and `quantize_rows` give."""
+        columns = self.columns(values)
+        dtype, width = (torch.uint8, columns // 2) if self.packs else (torch.int8, columns)
+        groups = columns // self.group if self.group > 0 else 1
+        return torch.zeros(rows, width, dtype=dtype), torch.ones(rows, groups)
+
 
 def transposed_groups(layer: nn.Module) -> int:
     """The groups of a transposed convolution, whose weight has the outputs in its second dimension; 0 of other layers.

@@ -19,7 +19,6 @@ from qat_lightning.export.onnx import Onnx
 from qat_lightning.export.onnx_graph import OPSET
 from qat_lightning.export.protocol import Source
 from qat_lightning.graph.example import Example
-from qat_lightning.settings.recipe import Recipe
 from tests.artifact.making import batch_of, case_named, images, quantize
 from tests.export.files import Odd, assert_same_outputs, quantized_case
 
@@ -214,12 +213,6 @@ def test_op_that_onnx_has_not_is_named(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match=r"no translation of .*i0: write"):
         _write(Odd().eval(), Example(*images(4)), tmp_path / "model.onnx")
     assert not (tmp_path / "model.onnx").exists()
-
-
-@pytest.mark.parametrize("kind", ["dynamic", "weight_only"])
-def test_kinds_without_ranges_are_refused_with_what_to_use(kind: Any) -> None:
-    assert "kind='static'" in Onnx().refusal(Recipe("pt2e", "x86", kind=kind))
-    assert not Onnx().refusal(Recipe("pt2e", "x86", kind="static"))
 
 
 @pytest.mark.slow

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from qat_lightning.errors import ExportError
-from qat_lightning.export.fx_program import plain_integer_layer, refuse_other
+from qat_lightning.export.fx_program import refuse_other
 from qat_lightning.export.grids import Grid, QdqLayer, on_grid
+from qat_lightning.export.plain_layers import plain_integer_layer
+from qat_lightning.export.spelling import Spelling
 from qat_lightning.graph.example import Example
 from qat_lightning.layers.integer import IntegerLayer
 from qat_lightning.layers.subpixel import Subpixel
@@ -123,13 +125,16 @@ _ACTIVATIONS: dict[type[nn.Module], type[nn.Module]] = {Int8ReLU: _ReLU, Int8ReL
 
 
 @torch.no_grad()
-def eager_float_network(network: nn.Module, example: Example, target: Backend) -> nn.Module:
+def eager_float_network(
+    network: nn.Module, example: Example, target: Backend, spell: Spelling | None = None
+) -> nn.Module:
     """Write the int8 layers of a network in plain ops, and check each of them against its kernel.
 
     Args:
         network: The int8 network; left as it is.
         example: A real batch.
         target: Its backend.
+        spell: See `qat_lightning.export.program.int8_program`.
 
     Raises:
         ExportError: A layer has no translation, or one that does not compute the same.
@@ -146,7 +151,7 @@ def eager_float_network(network: nn.Module, example: Example, target: Backend) -
             become(module, _ACTIVATIONS[type(module)])
         elif isinstance(module, IntegerLayer):
             holder, _, leaf = name.rpartition(".")
-            setattr(copied.get_submodule(holder), leaf, plain_integer_layer(module, name))
+            setattr(copied.get_submodule(holder), leaf, (spell or plain_integer_layer)(module, name))
     chains = {name: module for name, module in copied.named_modules() if isinstance(module, QdqChain)}
     for name, chain in chains.items():
         chain.calls = recorded[name]

@@ -16,11 +16,10 @@ from qat_lightning.artifact.packed import is_packed, is_packed_layer
 from qat_lightning.checks import LayerCheck
 from qat_lightning.errors import ExportError
 from qat_lightning.export.grids import Grid, QdqLayer, on_grid
+from qat_lightning.export.plain_layers import plain_integer_layer
+from qat_lightning.export.spelling import Spelling
 from qat_lightning.graph.example import Example
 from qat_lightning.layers.integer import IntegerLayer
-from qat_lightning.layers.integer.dynamic import DynamicLinear
-from qat_lightning.layers.integer.plain_dynamic import PlainDynamicLinear
-from qat_lightning.layers.integer.weight_only import WeightOnlyEmbedding
 from qat_lightning.modes.graph_network import GraphNetwork
 from qat_lightning.modes.verify import Recorder, example_values, is_faulty
 from qat_lightning.numerics.sqnr import sqnr_db
@@ -83,13 +82,16 @@ _ELEMENTWISE: dict[type[nn.Module], Callable[[Any], nn.Module]] = {
 
 
 @torch.no_grad()
-def fx_float_graph(network: GraphNetwork, example: Example, target: Backend) -> fx.GraphModule:
+def fx_float_graph(
+    network: GraphNetwork, example: Example, target: Backend, spell: Spelling | None = None
+) -> fx.GraphModule:
     """Write an int8 graph in plain ops, and check each of them against the kernel that it stands for.
 
     Args:
         network: The int8 network.
         example: A real batch.
         target: Its backend.
+        spell: See `qat_lightning.export.program.int8_program`.
 
     Raises:
         ExportError: A kernel has no translation, or one that does not compute the same.
@@ -97,7 +99,7 @@ def fx_float_graph(network: GraphNetwork, example: Example, target: Backend) -> 
     with quantized_engine(target.engine):
         recorder = Recorder(network, network.graph)
         recorder.run(*example_values(network.graph, example))
-        translation = _Translation(network, recorder.values)
+        translation = _Translation(network, recorder.values, spell or plain_integer_layer)
         translated = translation.run()
     checked = _Checked(translated, translation.stands_for, recorder.values, target)
     checked.run(*example_values(network.graph, example))
@@ -107,8 +109,8 @@ def fx_float_graph(network: GraphNetwork, example: Example, target: Backend) -> 
 class _Translation:
     """One pass over an int8 graph; what yielded a quantized tensor yields the float one that it stands for."""
 
-    def __init__(self, network: GraphNetwork, values: dict[str, Any]) -> None:
-        self.network, self.values = network, values
+    def __init__(self, network: GraphNetwork, values: dict[str, Any], spell: Spelling) -> None:
+        self.network, self.values, self.spell = network, values, spell
         self.graph = fx.Graph()
         self.root: dict[str, Any] = {}
         self.made: dict[fx.Node, fx.Node] = {}
@@ -165,7 +167,7 @@ class _Translation:
         elif type(module).__module__.startswith("torch.ao.nn.quantized.modules"):
             raise _untranslated(node, type(module).__name__)
         elif isinstance(module, IntegerLayer):
-            module = plain_integer_layer(module, name)
+            module = self.spell(module, name)
         self.root[name] = module
         return self.graph.create_node("call_module", name, args, kwargs, name=node.name)
 
@@ -249,84 +251,6 @@ def refuse_other(name: str, kernel: Tensor, value: Tensor, target: Backend) -> N
             f"{check.sqnr_db:.1f} dB of SQNR, up to {steps:.0f} steps apart. Keep it float with exclude=, or use "
             "mode='pt2e', whose int8 network is such a graph."
         )
-
-
-def plain_integer_layer(module: IntegerLayer, name: str) -> nn.Module:
-    """A layer of the kinds without calibration in plain ops.
-
-    Raises:
-        ExportError: There is none for this type.
-    """
-    if isinstance(module, DynamicLinear):
-        return QdqDynamicLinear(module)
-    if isinstance(module, WeightOnlyEmbedding) and module.mode:
-        return PlainBag(module)
-    if isinstance(module, PlainDynamicLinear) or type(module).__name__.startswith("WeightOnly"):
-        return module
-    raise ExportError(
-        f"{name!r} is a {type(module).__name__}, which does not go into an exported graph: keep it float with "
-        "exclude=, or keep the network as a file of qat_lightning, with save(path)."
-    )
-
-
-class QdqDynamicLinear(nn.Module):
-    """`DynamicLinear` in plain ops: the range of the input is found in each call.
-
-    Args:
-        layer: The layer.
-    """
-
-    integers: Tensor
-    scales: Tensor
-    zero_points: Tensor
-
-    def __init__(self, layer: DynamicLinear) -> None:
-        super().__init__()
-        self.register_buffer("integers", layer.integers)
-        self.register_buffer("scales", layer.scales)
-        self.register_buffer("zero_points", torch.zeros_like(layer.scales, dtype=torch.int64))
-        self.register_buffer("bias", layer.bias)
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Any float input of shape ``(..., in_features)``."""
-        eps = float(torch.finfo(torch.float32).eps)
-        ops = torch.ops.quantized_decomposed
-        input = input.float()
-        grid = (*ops.choose_qparams.tensor(input, 0, 255, eps, torch.uint8), 0, 255, torch.uint8)
-        rounded = ops.dequantize_per_tensor.tensor(ops.quantize_per_tensor.tensor(input, *grid), *grid)
-        weight = ops.dequantize_per_channel.default(
-            self.integers, self.scales, self.zero_points, 0, -127, 127, torch.int8
-        )
-        return F.linear(rounded, weight, self.bias)  # type: ignore[arg-type]
-
-
-class PlainBag(nn.Module):
-    """`WeightOnlyEmbedding` of bags of one size in plain ops: what other runtimes have for bags takes few forms of it.
-
-    Args:
-        layer: The layer.
-    """
-
-    def __init__(self, layer: WeightOnlyEmbedding) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
-        """As the float layer; bags that offsets tell apart go to torch's own op."""
-        layer = self.layer
-        if input.dim() != 2 or layer.mode not in ("sum", "mean", "max"):
-            output: Tensor = layer(input, offsets, per_sample_weights)
-            return output
-        rows = layer.rows(input.reshape(-1)).reshape(*input.shape, layer.embedding_dim)
-        padding = -1 if layer.padding_idx is None else layer.padding_idx
-        counted = (input != padding)[..., None]
-        if layer.mode == "max":
-            largest = rows.masked_fill(~counted, -torch.inf).amax(1)
-            return torch.where(counted.any(1), largest, torch.zeros_like(largest))
-        if per_sample_weights is not None:
-            rows = rows * per_sample_weights[..., None]
-        total = (rows * counted).sum(1)
-        return total / counted.sum(1).clamp(min=1) if layer.mode == "mean" else total
 
 
 def _batchnorm(module: Any) -> nn.Module:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from qat_lightning.errors import ExportError, MissingExtraError
+from qat_lightning.export.marked import marked
 from qat_lightning.export.onnx_graph import onnx_model
 from qat_lightning.export.protocol import Runner, Source
 from qat_lightning.settings.kinds import DIRECT
@@ -55,7 +56,7 @@ class Onnx:
         import onnx
 
         self.require()
-        model = onnx_model(source.program)
+        model = onnx_model(source.spelled(marked), compressed=source.is_direct)
         self._try(model)
         onnx.save(model, path)
 
@@ -77,18 +78,12 @@ class Onnx:
 
 
 def refuse_direct(recipe: Recipe, what: str) -> str:
-    """Why a network without ranges of activations does not go into a file of quantize and dequantize ops."""
-    if recipe.kind not in DIRECT:
+    """Why an integer network of the kinds without calibration is not translated; empty if it is."""
+    if recipe.kind not in DIRECT or recipe.mode != "pt2e":
         return ""
-    why = (
-        "has its ranges found anew in each call"
-        if recipe.kind == "dynamic"
-        else "has float activations, and the file would hold float weights"
-    )
     return (
-        f"kind={recipe.kind!r} {why}, for which {what} has no form that its runtimes have int8 kernels for: use "
-        "kind='static', or for this network qat_lightning's own file, with save(path), or the format pt2 with "
-        "backend='x86'."
+        f"of kind={recipe.kind!r}, mode='pt2e' leaves a graph of single operations, in which {what} would not find the "
+        "compressed weights again: use mode='fx' or mode='eager', or the format pt2 with backend='x86'."
     )
 
 

@@ -21,20 +21,24 @@ from torch.export import ExportedProgram
 from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from qat_lightning.errors import ExportError
+from qat_lightning.export.onnx_compressed import compress, translations
 from qat_lightning.export.onnx_rewrites import rewrite
 
 OPSET = 20
-"""The opset of every file: ONNX Runtime 1.17 and later, OpenVINO 2024.0 and later, TensorRT 10."""
+"""The opset of files of static ranges: ONNX Runtime 1.17 and later, OpenVINO 2024.0 and later, TensorRT 10."""
+OPSET_OF_GROUPS = 21
+"""Of those of the kinds without calibration: the first with int4 and scales for groups; ONNX Runtime 1.20 and later."""
 _BATCH = "batch"
 
 
-def onnx_model(program: ExportedProgram, *, for_openvino: bool = False) -> Any:
+def onnx_model(program: ExportedProgram, *, for_openvino: bool = False, compressed: bool = False) -> Any:
     """Translate a program.
 
     Args:
         program: Of `qat_lightning.export.program`.
         for_openvino: Leave biases float and linear layers in their dimensions, which OpenVINO's int8 kernels take, and
             weights without a zero point, which it would subtract.
+        compressed: Whether the program has the ops of `qat_lightning.export.marked`.
 
     Returns:
         An ``onnx.ModelProto`` that the ONNX checker accepts.
@@ -53,7 +57,8 @@ def onnx_model(program: ExportedProgram, *, for_openvino: bool = False) -> Any:
                 dynamo=True,
                 optimize=True,
                 verbose=False,
-                opset_version=OPSET,
+                opset_version=OPSET_OF_GROUPS if compressed else OPSET,
+                custom_translation_table=translations() if compressed else None,
                 input_names=inputs,
                 output_names=outputs,
             )
@@ -63,6 +68,8 @@ def onnx_model(program: ExportedProgram, *, for_openvino: bool = False) -> Any:
     model = made.model
     _name_batch(model, program)
     rewrite(model.graph, for_openvino=for_openvino)
+    if compressed:
+        compress(model)
     _tidy(model)
     model.producer_name = "qat-lightning"
     proto = ir.to_proto(model)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from qat_lightning.errors import ExportError, MissingExtraError
+from qat_lightning.export.marked import marked
 from qat_lightning.export.onnx import refuse_direct
 from qat_lightning.export.onnx_graph import onnx_model
 from qat_lightning.export.protocol import Runner, Source
@@ -18,6 +19,8 @@ from qat_lightning.settings.recipe import Recipe
 
 _PRECISION = ["qat_lightning", "inference_precision"]
 """Where a file says in which precision its float ops are to run; nowhere in those of int8 networks."""
+_DYNAMIC_GROUP = ["runtime_options", "DYNAMIC_QUANTIZATION_GROUP_SIZE"]
+"""Where a file says to OpenVINO itself how many activations of a product share a range; 0 for float ones."""
 _SHAPES = 8
 """For how many shapes of inputs a loaded network is kept compiled."""
 
@@ -61,7 +64,7 @@ class OpenVino:
         self.require()
         import openvino
 
-        model = onnx_model(source.program, for_openvino=True)
+        model = onnx_model(source.spelled(marked), for_openvino=True, compressed=source.is_direct)
         try:
             # Not convert_model, which reports its use over the network.
             converted = _core().read_model(model.SerializeToString())
@@ -72,6 +75,9 @@ class OpenVino:
                 f"OpenVINO does not take the network ({type(error).__name__}: {text}). Choose another format, such as "
                 "onnx or pt2, or keep the part at fault out of the network."
             ) from error
+        if source.is_direct:
+            # OpenVINO's own default rounds what a compressed weight is multiplied with, which no one has trained for.
+            converted.set_rt_info("0", _DYNAMIC_GROUP)
         if source.quantized is None:
             converted.set_rt_info("f32", _PRECISION)
         # Weights are not to be made float16: they are int8, and what is left is to be what was trained.

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from qat_lightning.artifact.quantized import QuantizedNetwork
 from qat_lightning.errors import ConfigurationError, QuantizationError, TraceError
+from qat_lightning.export.spelling import Spelling
 from qat_lightning.graph.example import Example
 from qat_lightning.graph.signature import CallSpec, batch_size, dynamic_shapes, has_batch
 from qat_lightning.graph.training_flags import flags_kept
@@ -24,7 +25,7 @@ from qat_lightning.modes.source_lines import reason_of
 _GRAPH_MODES = "mode='fx' or mode='pt2e', which keep one way through the network"
 
 
-def int8_program(network: nn.Module, example: Example | None = None) -> ExportedProgram:
+def int8_program(network: nn.Module, example: Example | None = None, spell: Spelling | None = None) -> ExportedProgram:
     """The int8 network as a graph of aten ops between pairs of quantize and dequantize ops.
 
     Its inputs and outputs are those of the float network. Weights are int8 constants behind a dequantize op each,
@@ -35,6 +36,8 @@ def int8_program(network: nn.Module, example: Example | None = None) -> Exported
         network: A `QuantizedNetwork`, also one from `qat_lightning.load_quantized`, or a prepared network, which is
             converted first.
         example: A real call; by default the one that the int8 network was verified with.
+        spell: How integer layers of the kinds without calibration are written; by default in ops that every runtime of
+            such graphs has.
 
     Raises:
         ConfigurationError: The network is not quantized, or there is no real call.
@@ -63,10 +66,10 @@ def int8_program(network: nn.Module, example: Example | None = None) -> Exported
     if isinstance(inner, GraphNetwork):
         from qat_lightning.export.fx_program import fx_float_graph
 
-        return _export(fx_float_graph(inner, call, target), call, "the int8 network")
+        return _export(fx_float_graph(inner, call, target, spell), call, "the int8 network")
     from qat_lightning.export.eager_program import eager_float_network
 
-    return _export(eager_float_network(inner, call, target), call, type(inner).__name__)
+    return _export(eager_float_network(inner, call, target, spell), call, type(inner).__name__)
 
 
 def float_program(network: nn.Module, example: Example) -> ExportedProgram:

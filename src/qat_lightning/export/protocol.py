@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from qat_lightning.artifact.quantized import QuantizedNetwork
+from qat_lightning.export.spelling import Spelling
 from qat_lightning.graph.example import Example
+from qat_lightning.settings.kinds import DIRECT
 from qat_lightning.settings.recipe import Recipe
 
 Runner = Callable[[list[Tensor]], list[Tensor]]
@@ -33,11 +35,35 @@ class Source:
     def __init__(self, network: nn.Module, example: Example) -> None:
         self.network = network
         self.example = example
+        self._spelled: dict[Spelling, ExportedProgram] = {}
 
     @property
     def quantized(self) -> QuantizedNetwork | None:
         """The int8 network; None for a float one."""
         return self.network if isinstance(self.network, QuantizedNetwork) else None
+
+    @property
+    def is_direct(self) -> bool:
+        """Whether the network is of a kind without calibration, with integer layers in it."""
+        return self.quantized is not None and self.quantized.recipe.kind in DIRECT
+
+    def spelled(self, spell: Spelling) -> ExportedProgram:
+        """The same graph with the integer layers of the kinds without calibration written in one's own way.
+
+        Args:
+            spell: How; the graph is kept, for other formats that write them likewise.
+
+        Raises:
+            ExportError: A layer has no such form.
+            TraceError: The network is no graph.
+        """
+        from qat_lightning.export.program import int8_program
+
+        if self.quantized is None or not self.is_direct:
+            return self.program
+        if spell not in self._spelled:
+            self._spelled[spell] = int8_program(self.quantized, self.example, spell)
+        return self._spelled[spell]
 
     @cached_property
     def program(self) -> ExportedProgram:

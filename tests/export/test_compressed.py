@@ -1,0 +1,121 @@
+"""Networks of the kinds without calibration in files of other runtimes: what they compute, and how small they are."""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qat_lightning.artifact.quantized import QuantizedNetwork
+from qat_lightning.export.formats import get_format
+from qat_lightning.export.protocol import Source
+from qat_lightning.graph.example import Example
+from qat_lightning.modes.uncalibrated import quantize
+from qat_lightning.numerics.sqnr import sqnr_db
+from qat_lightning.settings.recipe import Recipe
+from qat_lightning.settings.scheme import Scheme
+
+GROUPS: Any = {"weight_granularity": "per_group", "weight_group_size": 32}
+SCHEMES: dict[str, tuple[Any, Any]] = {
+    "8 bits": ("weight_only", {}),
+    "4 bits in groups": ("weight_only", {"weight_bits": 4, **GROUPS}),
+    "4 bits, affine": ("weight_only", {"weight_bits": 4, "weight_symmetric": False}),
+    "dynamic": ("dynamic", {}),
+    "8da4w": ("dynamic", {"weight_bits": 4, "activation_granularity": "per_token", **GROUPS}),
+}
+
+
+class Characters(nn.Module):
+    """A transformer of one block, whose widths are no multiples of the groups throughout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.norm = nn.Embedding(30, 48), nn.LayerNorm(48)
+        self.qkv, self.out, self.head = nn.Linear(48, 144), nn.Linear(48, 48, bias=False), nn.Linear(48, 30)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.table(ids)
+        q, k, v = (part.unsqueeze(1) for part in self.qkv(self.norm(x)).chunk(3, -1))
+        x = x + self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).squeeze(1))
+        y: Tensor = self.head(x)
+        return y
+
+
+@functools.cache
+def characters(scheme: str, mode: str = "eager") -> QuantizedNetwork:
+    torch.manual_seed(0)
+    kind, values = SCHEMES[scheme]
+    recipe, example = Recipe(mode, "x86", Scheme(**values), kind=kind), Example((torch.randint(0, 30, (4, 8)),))
+    return QuantizedNetwork(quantize(Characters().eval(), example, recipe), recipe, example)
+
+
+def written(quantized: QuantizedNetwork, name: str, folder: Path) -> Path:
+    form = get_format(name)
+    form.write(Source(quantized, quantized.example), folder / f"net{form.suffix}")
+    return folder / f"net{form.suffix}"
+
+
+def agreement(quantized: QuantizedNetwork, name: str, path: Path) -> float:
+    """The least SQNR, over two sizes of batches."""
+    run, least = get_format(name).load(path), float("inf")
+    for size in (1, 6):
+        ids = torch.randint(0, 30, (size, 8))
+        least = min(least, sqnr_db(quantized(ids), run([ids])[0]))
+    return least
+
+
+QUICK = "4 bits in groups"
+
+
+@pytest.mark.parametrize(
+    "scheme", [pytest.param(name, marks=[] if name == QUICK else pytest.mark.slow) for name in SCHEMES]
+)
+def test_onnx_runtime_computes_what_the_integer_network_does(scheme: str, tmp_path: Path) -> None:
+    onnx = pytest.importorskip("onnx")
+    quantized = characters(scheme)
+    path = written(quantized, "onnx", tmp_path)
+    ops = Counter(node.op_type for node in onnx.load(path).graph.node)
+    assert ops["MatMulInteger" if scheme == "dynamic" else "MatMulNBits"] == 3
+    # A value may be put on the neighbouring step of a range that is found in the call, and all behind it moves.
+    assert agreement(quantized, "onnx", path) > (40 if quantized.recipe.kind == "dynamic" else 100)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_openvino_computes_what_the_integer_network_does(scheme: str, tmp_path: Path) -> None:
+    pytest.importorskip("openvino")
+    quantized = characters(scheme)
+    path = written(quantized, "openvino", tmp_path)
+    assert agreement(quantized, "openvino", path) > 35  # the attention between the layers runs in bfloat16
+    weights = 4 * sum(parameter.numel() for parameter in Characters().parameters())
+    assert path.with_suffix(".bin").stat().st_size < 0.45 * weights  # dynamic kinds leave the table float
+
+
+@pytest.mark.slow
+def test_convolutions_and_their_transposes_keep_integers_in_onnx(tmp_path: Path) -> None:
+    onnx = pytest.importorskip("onnx")
+    network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.ConvTranspose2d(8, 6, 3, groups=2)).eval()
+    example, x = Example((torch.randn(4, 3, 8, 8),)), torch.randn(2, 3, 8, 8)
+    for scheme in ("8 bits", "4 bits in groups", "4 bits, affine"):
+        kind, values = SCHEMES[scheme]
+        recipe = Recipe("fx", "x86", Scheme(**values), kind=kind)
+        quantized = QuantizedNetwork(quantize(network, example, recipe), recipe, example)
+        folder = tmp_path / scheme
+        folder.mkdir()
+        path = written(quantized, "onnx", folder)
+        assert Counter(node.op_type for node in onnx.load(path).graph.node)["DequantizeLinear"] == 2
+        assert sqnr_db(quantized(x), get_format("onnx").load(path)([x])[0]) > 100
+
+
+@pytest.mark.parametrize("name", ["onnx", "openvino"])
+def test_graphs_of_single_operations_are_refused_with_what_to_use(name: str) -> None:
+    form = get_format(name)
+    for kind in ("dynamic", "weight_only"):
+        assert "mode='fx'" in form.refusal(Recipe("pt2e", "x86", kind=kind))
+        assert not form.refusal(Recipe("fx", "x86", kind=kind))

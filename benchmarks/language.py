@@ -1,10 +1,11 @@
 """Bits a character of a small language model on the grids of language models: ``python -m benchmarks.language TEXT``.
 
 A `CharTransformer` of a million parameters trains on a text in float: its first 90 %, and 5 % each to validate and to
-test. From there, on the same batches with the same optimizer, each grid trains on with fake-quant (QAT), and float trains
-on as well, so that all had equal training. Post-training quantization (PTQ) rounds what float ended with, calibrated on 8
-batches where ranges are fixed. Measured is the integer network on the last 5 %. The peer is torchao's QAT flow for the one
-grid that both have; what is measured of it is its fake-quant network. Steps are timed afterwards, in turn.
+test. From there, on the same batches with the same optimizer, each grid trains on with fake-quant (QAT), and float
+trains on as well, so that all had equal training. Post-training quantization (PTQ) rounds what float ended with,
+calibrated on 8 batches where ranges are fixed. Measured is the integer network on the last 5 %. The peer is torchao's
+QAT flow for the one grid that both have; what is measured of it is its fake-quant network. Steps are timed
+afterwards, in turn.
 
 Every figure is a line in a folder as soon as it is there, and a run that was broken off goes on where it stopped.
 """
@@ -149,7 +150,8 @@ class Seed:
         """Bits a character of a network, made only if the folder does not have its figure."""
         keys = ("steps", "tune", "batch", "context", "lr", "tune_lr")
         settings = {key: getattr(self.options, key) for key in keys} | {"grid": grid, "is": column, "seed": self.seed}
-        return self.results.once(settings, lambda: {"bits": bits(network(), self.test_data, self.options.batch)})["bits"]
+        measured = self.results.once(settings, lambda: {"bits": bits(network(), self.test_data, self.options.batch)})
+        return measured["bits"]
 
     def run(self) -> dict[str, dict[str, float]]:
         """Bits of each grid after post-training quantization and after training."""
@@ -176,7 +178,8 @@ class Seed:
 
     def seconds(self, rounds: int) -> dict[str, float]:
         """Seconds of a step, medians of rounds in turn."""
-        networks = {"float": self.fresh()} | {grid: prepared(self.fresh(), self.example, grid) for grid in self.options.grids}
+        networks = {"float": self.fresh()}
+        networks |= {grid: prepared(self.fresh(), self.example, grid) for grid in self.options.grids}
         if PEER in self.options.grids:
             networks[f"{PEER}: torchao's QATConfig"] = peer(self.fresh())
         optimizers = {name: torch.optim.AdamW(network.train().parameters()) for name, network in networks.items()}

@@ -61,6 +61,9 @@ class PostTrainingQuantization(QuantizationCallback):
         exclude: Globs of module names that stay float.
         equalization: Make neighbouring layers share the range of their weights before anything is rounded:
             ``"exact"`` where the network stays the same, ``"replace_relu6"`` also across ReLU6, which become ReLU.
+        smoothquant: Move the outliers of activations into the weights that read them, before anything is rounded,
+            so that the network computes the same: the share of the difficulty that moves, from 0 to 1, such as 0.5;
+            None to leave it out. For transformers, with static or dynamic ranges, from trained weights.
         bias_correction: Take the mean error of rounded weights out of each layer's output, on the batches of the
             calibration.
         adaround: Learn for each weight whether it is rounded up or down, on the same batches; None to round to the
@@ -107,6 +110,7 @@ class PostTrainingQuantization(QuantizationCallback):
         rehearse: bool = True,
         on_fault: OnFault = "leave_float",
         calls: Any = None,
+        smoothquant: float | None = None,
     ) -> None:
         calibration = CalibrationSettings(
             kind, calibration_batches, calibration_dataloader, calls, bias_correction, adaround
@@ -123,6 +127,7 @@ class PostTrainingQuantization(QuantizationCallback):
             equalization,
             rehearse=rehearse,
             on_fault=on_fault,
+            smoothquant=smoothquant,
         )
         if mode != "auto":
             check_kind(settings.recipe)

@@ -101,6 +101,9 @@ class QuantizationAwareTraining(QuantizationCallback):
             training only.
         equalization: Make neighbouring layers share the range of their weights before anything is prepared:
             ``"exact"`` where the network stays the same, ``"replace_relu6"`` also across ReLU6, which become ReLU.
+        smoothquant: Move the outliers of activations into the weights that read them, before anything is prepared,
+            so that the network computes the same: the share of the difficulty that moves, from 0 to 1, such as 0.5;
+            None to leave it out. For transformers, with static or dynamic ranges, from trained weights.
         batchnorm: ``"fused"``: BatchNorm trains on, and weights are rounded as they will be with it folded in.
             ``"fold"``: it is folded into the weights before anything trains, so that steps are cheaper; for networks
             that were trained.
@@ -156,6 +159,7 @@ class QuantizationAwareTraining(QuantizationCallback):
         rehearse: bool = True,
         on_fault: OnFault = "leave_float",
         kind: TrainedKind = "static",
+        smoothquant: float | None = None,
     ) -> None:
         settings = QuantizationSettings(
             mode,
@@ -172,6 +176,7 @@ class QuantizationAwareTraining(QuantizationCallback):
             on_fault,
             convert_on_fit_end,
             trained=kind != "static",
+            smoothquant=smoothquant,
         )
         if mode != "auto":
             check_kind(settings.recipe)

@@ -44,6 +44,7 @@ class QuantizationCallback(Callback):
     exclude = Setting[tuple[str, ...]]("_networks")
     equalization = Setting[Equalization]("_networks")
     batchnorm = Setting[BatchNormHandling]("_networks")
+    smoothquant = Setting["float | None"]("_networks")
     rehearse = Setting[bool]("_networks")
     on_fault = Setting[OnFault]("_networks")
     convert_on_fit_end = Setting[bool]("_networks")

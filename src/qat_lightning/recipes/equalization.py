@@ -9,7 +9,6 @@ and beta take the scale, and the ranges are those of the weights that it is fold
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,20 +16,18 @@ from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from qat_lightning.errors import ConfigurationError, NetworkError
 from qat_lightning.graph.example import Example
 from qat_lightning.layers.batchnorm import along, factor_of, folded_weight, has_statistics
 from qat_lightning.layers.operators import module_types, names_of
-from qat_lightning.modes.eager.observation import HEAD_TYPES, Key, Observation, observe, run_apart
+from qat_lightning.modes.eager.observation import HEAD_TYPES, Key, Observation, observe
+from qat_lightning.recipes.same_outputs import SAME, distance, outputs_of
 from qat_lightning.settings.recipe import Equalization as Kind
 
 _CHANNELWISE = names_of(lambda row: row.channelwise)
 """Functions that may act on each channel by itself and let a positive factor through; pairs are tried with numbers."""
 
-_SAME = 1e-4
-"""Largest relative change of outputs that counts as none: float32 rounds other products."""
 _ENOUGH = 1e-3
 
 
@@ -129,10 +126,10 @@ def equalize(network: nn.Module, example: Example, kind: Kind = "exact") -> Equa
         return done
     names = {module: name for name, module in network.named_modules()}
     pairs = list(_find_pairs(network, observe(network, example), names, done))
-    original = _outputs(network, example)
+    original = outputs_of(network, example)
     if kind == "replace_relu6":
         _replace_clipping(network, pairs, done)
-        done.change = _distance(original, _outputs(network, example))
+        done.change = distance(original, outputs_of(network, example))
     else:
         for pair in pairs:
             if pair.clipping:
@@ -141,14 +138,14 @@ def equalize(network: nn.Module, example: Example, kind: Kind = "exact") -> Equa
         pairs = [pair for pair in pairs if not pair.clipping]
     pairs = _those_that_pass(network, example, pairs, names, done)
     weights = copy.deepcopy(network.state_dict())
-    before = _outputs(network, example)
+    before = outputs_of(network, example)
     _balance(pairs)
     done.pairs = [(names[pair.first], names[pair.second]) for pair in pairs]
-    distance = _distance(before, _outputs(network, example))
-    if not distance <= 10 * _SAME:
+    change = distance(before, outputs_of(network, example))
+    if not change <= 10 * SAME:
         network.load_state_dict(weights)
         raise NetworkError(
-            f"Equalization would change what {type(network).__name__} computes, by {distance:.1e} on the example, and "
+            f"Equalization would change what {type(network).__name__} computes, by {change:.1e} on the example, and "
             "was undone. Use equalization='none' for it."
         )
     return done
@@ -251,11 +248,11 @@ def _those_that_pass(
     network: nn.Module, example: Example, pairs: list[_Pair], names: dict[nn.Module, str], done: Equalization
 ) -> list[_Pair]:
     """The pairs between which a factor of each channel passes; tried together, and one by one if that fails."""
-    before = _outputs(network, example)
+    before = outputs_of(network, example)
 
     def passes(tried: list[_Pair]) -> bool:
         with _scaled(network, tried):
-            return _distance(before, _outputs(network, example)) <= _SAME
+            return distance(before, outputs_of(network, example)) <= SAME
 
     if passes(pairs):
         return pairs
@@ -291,16 +288,3 @@ def _by_input(layer: Any, weight: Tensor) -> Tensor:
     """A view of a weight as (groups, outputs of a group, inputs of a group, positions)."""
     groups = getattr(layer, "groups", 1)
     return weight.view(groups, weight.shape[0] // groups, weight.shape[1], -1)
-
-
-def _outputs(network: nn.Module, example: Example) -> list[Tensor]:
-    leaves = tree_leaves(run_apart(network, example))
-    return [leaf.double() for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-
-
-def _distance(one: list[Tensor], other: list[Tensor]) -> float:
-    """Largest relative difference of two results; inf if they are not finite."""
-    distances = [
-        float((left - right).norm() / left.norm().clamp(min=1e-12)) for left, right in zip(one, other, strict=True)
-    ]
-    return max((d if math.isfinite(d) else math.inf for d in distances), default=0.0)

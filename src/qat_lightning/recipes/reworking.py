@@ -11,12 +11,13 @@ from torch import nn
 from qat_lightning.graph.example import Example
 from qat_lightning.recipes.equalization import equalize
 from qat_lightning.recipes.folding import Folded, fold_batchnorm
+from qat_lightning.recipes.smoothquant import smooth
 from qat_lightning.settings.recipe import Recipe
 
 
 def reworks(recipe: Recipe) -> bool:
     """Whether a recipe changes the float network at all."""
-    return recipe.equalization != "none" or recipe.batchnorm != "fused"
+    return recipe.equalization != "none" or recipe.batchnorm != "fused" or recipe.smoothquant is not None
 
 
 class Reworking:
@@ -59,4 +60,7 @@ def _rework(network: nn.Module, example: Example, recipe: Recipe) -> tuple[list[
     if recipe.batchnorm == "fold":
         folded = fold_batchnorm(network, example)
         notes.append(f"Before it was prepared: {len(folded)} BatchNorms were folded.")
+    # Last: the activations are those of the network that is quantized.
+    if recipe.smoothquant is not None:
+        notes.append(f"Before it was prepared: {smooth(network, example, recipe.smoothquant)}")
     return notes, folded

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 from fnmatch import fnmatchcase
 from typing import Any, Literal, get_args
 
-from qat_lightning.errors import CheckpointMismatchError, ConfigurationError
+from qat_lightning.errors import CheckpointMismatchError, CombinationError, ConfigurationError
 from qat_lightning.settings.backends import Backend, get_backend
 from qat_lightning.settings.scheme import CALIBRATION_ONLY, Scheme
 
@@ -46,6 +46,7 @@ class Recipe:
             ``"qat"`` always does.
         equalization: ``"none"``, ``"exact"`` or ``"replace_relu6"``.
         batchnorm: ``"fused"`` or ``"fold"``.
+        smoothquant: How much of the outliers of activations moves into the weights, from 0 to 1; None for nothing.
         left_float: Names of layers that were found to be impossible in int8, each with the reason; no setting, and not
             compared.
         families: Which of `FAMILIES` are quantized: all, but when a checkpoint of an earlier release is resumed; no
@@ -72,6 +73,7 @@ class Recipe:
     trained: bool = False
     left_float: tuple[tuple[str, str], ...] = ()
     families: tuple[str, ...] = FAMILIES
+    smoothquant: float | None = None
 
     def __post_init__(self) -> None:
         """Check the pair, the globs, and what of the scheme the kind has."""
@@ -80,6 +82,7 @@ class Recipe:
             value: Any = getattr(self, name)
             if not isinstance(value, str) or value not in get_args(possible):
                 raise ConfigurationError(f"{name}={value!r} is unknown: use one of {', '.join(get_args(possible))}.")
+        check_smoothquant(self.smoothquant, self.kind)
         self._check_scheme()
         for name in ("include", "exclude"):
             globs = getattr(self, name)
@@ -192,6 +195,7 @@ class Recipe:
             "equalization": self.equalization,
             "batchnorm": self.batchnorm,
             "trained": self.trained,
+            "smoothquant": self.smoothquant,
             "left_float": [list(pair) for pair in self.left_float],
             "families": list(self.families),
         }
@@ -215,6 +219,7 @@ class Recipe:
             trained=bool(values.get("trained", False)),
             left_float=tuple((str(name), str(why)) for name, why in values.get("left_float", ())),
             families=tuple(str(name) for name in values.get("families", ())),
+            smoothquant=values.get("smoothquant"),
         )
 
     def differences(self, other: Recipe) -> list[str]:
@@ -229,6 +234,26 @@ def _differences(one: Any, other: Any, prefix: str = "", *, leave_out: Sequence[
         for f in fields(one)
         if f.name not in leave_out and getattr(one, f.name) != getattr(other, f.name)
     ]
+
+
+def check_smoothquant(value: Any, kind: str = "qat") -> None:
+    """Refuse what is no strength of SmoothQuant, and a kind that has no use for it.
+
+    Raises:
+        ConfigurationError: It is neither None nor a number from 0 to 1.
+        CombinationError: Activations stay float.
+    """
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if value is not None and not (number and 0 <= value <= 1):
+        raise ConfigurationError(
+            f"smoothquant={value!r} is not possible: give a number from 0 (all stays in the activations) to 1 (all "
+            "goes into the weights), such as 0.5, or None to leave it out."
+        )
+    if value is not None and kind == "weight_only":
+        raise CombinationError(
+            f"smoothquant={value!r} makes activations easier to quantize, and kind='weight_only' leaves them float: "
+            "use smoothquant=None, or kind='dynamic' or 'static'."
+        )
 
 
 def check_globs(recipe: Recipe, names: Sequence[str]) -> None:

@@ -58,9 +58,13 @@ class Preparation:
         """A call of each network, as given, or caught from a real batch."""
         for name, slot in slots.items():
             refuse_old_norms(slot.get(), name)
-        if self.given is None:
-            return catch_examples(trainer, pl_module, list(slots.values()), stage)
-        return examples_from_user(self.given, list(slots))
+        if self.given is not None:
+            return examples_from_user(self.given, list(slots))
+        found = catch_examples(trainer, pl_module, list(slots.values()), stage)
+        if self.networks.settings.smoothquant is not None and several_processes(trainer):
+            # Weights are rewritten by what activations were seen: by the same ones in every process.
+            return in_first(lambda: found)
+        return found
 
     def decide_all(
         self, trainer: Trainer, slots: Mapping[str, Slot], examples: Mapping[str, Example], stage: str
@@ -143,7 +147,7 @@ class Preparation:
             )
 
     def rework(self, network: nn.Module, slot: Slot, example: Example) -> Reworking | None:
-        """Equalize and fold a float network, in place, as the settings say; None if they say nothing."""
+        """Equalize, fold and smooth a float network, in place, as the settings say; None if they say nothing."""
         recipe = self.networks.settings.recipe
         if not reworks(recipe):
             return None

@@ -35,6 +35,7 @@ class QuantizationSettings:
         rehearse: Whether all up to the int8 file is tried on a copy before a training.
         on_fault: What becomes of what cannot be int8.
         convert_on_fit_end: Whether there is to be an int8 network.
+        smoothquant: How much of the outliers of activations moves into the weights before; None for nothing.
         trained: Whether a network of kind ``"dynamic"`` or ``"weight_only"`` trains for it.
 
     Attributes:
@@ -64,6 +65,7 @@ class QuantizationSettings:
     on_fault: OnFault = "leave_float"
     convert_on_fit_end: bool = True
     trained: bool = False
+    smoothquant: float | None = None
     recipe: Recipe = field(init=False)
 
     def __post_init__(self) -> None:
@@ -96,6 +98,7 @@ class QuantizationSettings:
             self.equalization,
             self.batchnorm,
             self.trained,
+            smoothquant=self.smoothquant,
         )
         if self.example_inputs is not None and isinstance(self.module, (str, type(None))):
             from_user(self.example_inputs)

@@ -1,0 +1,34 @@
+"""Whether a float network computes what it did, once its weights were rewritten."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from qat_lightning.graph.example import Example
+from qat_lightning.modes.eager.observation import run_apart
+
+SAME = 1e-4
+"""Largest relative change of outputs that counts as none: float32 rounds other products."""
+
+
+def outputs_of(network: nn.Module, example: Example) -> list[Tensor]:
+    """The floating tensors that a network returns, in evaluation and in float64."""
+    return floating(run_apart(network, example))
+
+
+def floating(outputs: Any) -> list[Tensor]:
+    """The floating tensors in a result, in float64."""
+    leaves = tree_leaves(outputs)
+    return [leaf.double() for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+
+def distance(one: list[Tensor], other: list[Tensor]) -> float:
+    """Largest relative difference of two results; inf if they are not finite."""
+    distances = [
+        float((left - right).norm() / left.norm().clamp(min=1e-12)) for left, right in zip(one, other, strict=True)
+    ]
+    return max((d if math.isfinite(d) else math.inf for d in distances), default=0.0)

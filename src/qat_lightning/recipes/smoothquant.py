@@ -1,0 +1,195 @@
+"""SmoothQuant: outliers of activations move into the weights that read them, and the network computes the same.
+
+Xiao et al., 2023, "SmoothQuant: accurate and efficient post-training quantization for large language models",
+https://arxiv.org/abs/2211.10438. Each input channel of a linear layer is divided by ``s = max|x|^a / max|w|^(1-a)``,
+and its weights are multiplied by it. The division goes into what makes the channel: the LayerNorm or RMSNorm in
+front, the linear layer that made the values of attention, or the linear side of a gate.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from qat_lightning.errors import NetworkError
+from qat_lightning.graph.example import Example
+from qat_lightning.recipes.channels import Channels, Follower, Source, follow_channels
+from qat_lightning.recipes.same_outputs import SAME, distance, outputs_of
+from qat_lightning.settings.recipe import check_smoothquant
+
+_LEAST_SHARE = 1e-3
+"""What a channel counts for at least, of the largest: one that was silent in the example may speak later."""
+
+
+@dataclass
+class Smoothing:
+    """What was done to a network.
+
+    Attributes:
+        smoothed: Names of the linear layers whose inputs were smoothed, each with what took the division.
+        left: Names of the other linear layers, each with what stands in the way.
+    """
+
+    smoothed: dict[str, str] = field(default_factory=dict)
+    left: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        """One sentence."""
+        text = f"the inputs of {len(self.smoothed)} linear layers were smoothed"
+        if self.left:
+            some = list(self.left.items())[:3]
+            named = ", ".join(f"{name} ({why})" for name, why in some) + (", …" if len(self.left) > 3 else "")
+            text += f"; {len(self.left)} cannot be: {named}"
+        return text + "."
+
+
+@torch.no_grad()
+def smooth(network: nn.Module, example: Example, alpha: float = 0.5) -> Smoothing:
+    """Move the outliers of activations into the weights of the linear layers that read them, in place.
+
+    Where the channels of a layer come from is seen by running the example, and whether a factor passes is tried with
+    numbers. A channel that is read by anything else as well (a residual addition behind a norm, a GELU) stays.
+
+    Args:
+        network: A float network that was trained; names and shapes of its parameters stay.
+        example: One call of it, with real data: the largest activations are those that it shows.
+        alpha: How much of the difficulty goes from activations to weights, from 0 to 1.
+
+    Returns:
+        What was done.
+
+    Raises:
+        ConfigurationError: ``alpha`` is not possible.
+        NetworkError: The network does not run on the example, or computes something else afterwards, which is undone.
+
+    Example:
+        >>> network = nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 2))
+        >>> smooth(network, Example((torch.randn(16, 4),)))
+        Smoothing(smoothed={'1': '0'}, left={'3': 'gelu'})
+    """
+    check_smoothquant(alpha)
+    channels = _follow(network, example)
+    before = outputs_of(network, example)
+    kept = copy.deepcopy(network.state_dict())
+    passing = _those_that_pass(network, example, channels, before)
+    done = _report(channels, {source.first for source in passing})
+    for source in passing:
+        _smooth(source, channels, alpha)
+    change = distance(before, outputs_of(network, example))
+    if not change <= 10 * SAME:
+        network.load_state_dict(kept)
+        raise NetworkError(
+            f"SmoothQuant would change what {type(network).__name__} computes, by {change:.1e} on the example, and was "
+            "undone. Use smoothquant=None for it."
+        )
+    return done
+
+
+def _follow(network: nn.Module, example: Example) -> Channels:
+    try:
+        return follow_channels(network, example)
+    except Exception as error:
+        raise NetworkError(
+            f"{type(network).__name__} does not run on its example inputs: {type(error).__name__}: {error}. Give "
+            "example_inputs= that its forward takes."
+        ) from error
+
+
+def _smooth(source: Source, channels: Channels, alpha: float) -> None:
+    """Equation 4 of the paper, for the channels of one source."""
+    own = slice(source.first, source.first + source.count)
+    activations, weights = torch.zeros(channels.count), torch.zeros(channels.count)
+    for follower in _followers(source, channels):
+        activations.scatter_reduce_(0, follower.channels, follower.largest, "amax")
+        weights.scatter_reduce_(0, follower.channels, follower.weight.abs().amax(0).float(), "amax")
+    x, w = activations[own], weights[own]
+    free = (x > 0) & (w > 0) & _free(channels)[own]
+    x, w = x.clamp(min=float(x.max()) * _LEAST_SHARE), w.clamp(min=float(w.max()) * _LEAST_SHARE)
+    factor = torch.ones(channels.count)
+    factor[own] = torch.where(free, x**alpha / w ** (1 - alpha), 1.0)
+    _scale([source], channels, factor)
+
+
+def _scale(sources: Iterable[Source], channels: Channels, factor: Tensor) -> None:
+    for source in sources:
+        for made in source.made:
+            made.divide(factor)
+    for follower in channels.followers:
+        follower.multiply(factor)
+
+
+def _followers(source: Source, channels: Channels) -> Iterator[Follower]:
+    last = source.first + source.count
+    for follower in channels.followers:
+        if bool(((follower.channels >= source.first) & (follower.channels < last)).any()):
+            yield follower
+
+
+def _free(channels: Channels) -> Tensor:
+    """Which channels end up in nothing but linear layers."""
+    free = torch.zeros(channels.count, dtype=torch.bool)
+    for follower in channels.followers:
+        free[follower.channels] = True
+    free[list(channels.stuck)] = False
+    return free
+
+
+def _those_that_pass(network: nn.Module, example: Example, channels: Channels, before: list[Tensor]) -> list[Source]:
+    """The sources from which a factor of each channel passes; tried together, and one by one if that fails."""
+    free = _free(channels)
+    candidates = [s for s in channels.sources if bool(free[s.first : s.first + s.count].any())]
+
+    def passes(tried: list[Source]) -> bool:
+        with _tried(network, channels, tried, free):
+            return distance(before, outputs_of(network, example)) <= SAME
+
+    if not candidates or passes(candidates):
+        return candidates
+    kept = []
+    for source in candidates:
+        if passes([source]):
+            kept.append(source)
+        else:
+            where = "a factor does not pass to it"
+            channels.stuck.update(dict.fromkeys(range(source.first, source.first + source.count), where))
+    return kept
+
+
+@contextmanager
+def _tried(network: nn.Module, channels: Channels, sources: list[Source], free: Tensor) -> Iterator[None]:
+    """Scale channels by factors of 1/2, 1 and 2, and undo it."""
+    kept = [(parameter, parameter.clone()) for parameter in network.parameters()]
+    factor = torch.ones(channels.count)
+    for source in sources:
+        own = torch.arange(source.first, source.first + source.count)
+        factor[own] = torch.where(free[own], 2.0 ** (own % 3 - 1), 1.0)
+    _scale(sources, channels, factor)
+    try:
+        yield
+    finally:
+        for parameter, value in kept:
+            parameter.copy_(value)
+
+
+def _report(channels: Channels, passing: set[int]) -> Smoothing:
+    done, free = Smoothing(), _free(channels)
+    for follower in channels.followers:
+        name = _layer(follower.name)
+        smooth_ones = [n for n in follower.channels.tolist() if free[n] and channels.source_of(n).first in passing]
+        if smooth_ones:
+            done.smoothed[name] = _layer(channels.source_of(smooth_ones[0]).name)
+        else:
+            done.left[name] = channels.stuck.get(int(follower.channels[0]), "it stays as it is")
+    for name, why in channels.unknown.items():
+        done.left.setdefault(_layer(name), why)
+    done.left = {name: why for name, why in done.left.items() if name not in done.smoothed}
+    return done
+
+
+def _layer(parameter: str) -> str:
+    return parameter.removesuffix(".weight")

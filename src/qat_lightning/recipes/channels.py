@@ -10,7 +10,7 @@ channel cannot be scaled.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,16 @@ from qat_lightning.graph.example import Example
 from qat_lightning.layers.operators import names_of
 from qat_lightning.layers.transformer import written_out
 from qat_lightning.modes.eager.observation import function_name, run_apart
+from qat_lightning.recipes.channel_numbers import (
+    Follower,
+    Made,
+    Source,
+    Where,
+    distinct,
+    of_last_dim,
+    thin,
+    where,
+)
 
 _FRESH = frozenset({"zeros_like", "ones_like", "new_zeros", "getattr", "alpha_dropout", "feature_alpha_dropout"})
 _MOVES = names_of(lambda row: row.moves) - _FRESH
@@ -37,59 +47,6 @@ _MIXES = frozenset({"matmul", "__matmul__", "bmm"})
 _ATTENTION = frozenset({"scaled_dot_product_attention", "attend"})
 _SPREADS = frozenset({"pad", "mean", "sum"})
 _NORMS = frozenset({"layer_norm", "rms_norm"})
-
-Where = tuple[int, int, int]
-
-
-@dataclass(frozen=True, eq=False)
-class Made:
-    """A parameter, or a part of one, whose first dimension makes channels: dividing it divides them."""
-
-    tensor: Tensor
-    channels: Tensor
-
-    def divide(self, factor: Tensor) -> None:
-        """Divide by the factor of each channel, out of those of all channels."""
-        own = factor[self.channels].to(self.tensor)
-        self.tensor.div_(own.reshape(-1, 1) if self.tensor.dim() == 2 else own)
-
-
-@dataclass(frozen=True, eq=False)
-class Source:
-    """What makes channels of its own.
-
-    Attributes:
-        name: Of its parameter.
-        first: The number of its first channel.
-        count: How many it has.
-        made: Its parameters.
-    """
-
-    name: str
-    first: int
-    count: int
-    made: list[Made]
-
-
-@dataclass(frozen=True, eq=False)
-class Follower:
-    """A linear layer whose input channels are known.
-
-    Attributes:
-        name: Of its weight.
-        weight: ``(outputs, inputs)``.
-        channels: The number of each input channel.
-        largest: The largest absolute value of each, in the run.
-    """
-
-    name: str
-    weight: Tensor
-    channels: Tensor
-    largest: Tensor
-
-    def multiply(self, factor: Tensor) -> None:
-        """Multiply each input channel's weights by its factor, out of those of all channels."""
-        self.weight.mul_(factor[self.channels].to(self.weight))
 
 
 @dataclass
@@ -173,7 +130,7 @@ class Channels(TorchFunctionMode):
 
     def used_once(self, tensor: Tensor) -> bool:
         """Whether one function of the network reads a parameter."""
-        return self._uses[_where(tensor)] == 1
+        return self._uses[where(tensor)] == 1
 
     def new_source(self, name: str, made: Sequence[Tensor], shape: torch.Size) -> Tensor:
         """Number the last dimension of what parameters make; the numbers, in the form of a result."""
@@ -189,7 +146,7 @@ class Channels(TorchFunctionMode):
 
     def are_stuck(self, numbers: Tensor) -> bool:
         """Whether no factor can be taken out of these channels already."""
-        return all(number in self.stuck for number in _distinct(numbers))
+        return all(number in self.stuck for number in distinct(numbers))
 
     def finish(self, result: Any) -> None:
         """Nothing can be taken out of what the network returns, nor of parameters that are read in several places."""
@@ -203,10 +160,10 @@ class Channels(TorchFunctionMode):
             if not self.used_once(follower.weight):
                 self._stick(follower.channels, "a weight that is read in several places")
 
-    def _stick(self, numbers: Tensor | None, where: str) -> None:
+    def _stick(self, numbers: Tensor | None, reader: str) -> None:
         if numbers is not None:
-            for number in _distinct(numbers):
-                self.stuck.setdefault(number, where)
+            for number in distinct(numbers):
+                self.stuck.setdefault(number, reader)
 
     def _name_parts(self, tensors: list[Tensor], result: Any) -> None:
         """A slice of a parameter is a part of it."""
@@ -219,10 +176,10 @@ class Channels(TorchFunctionMode):
                 if shared and leaf is not tensor:
                     self._names[leaf] = name
                 elif not shared:
-                    self._uses[_where(tensor)] += 1
+                    self._uses[where(tensor)] += 1
 
     def _count_uses(self, tensors: list[Tensor]) -> None:
-        seen = {_where(tensor) for tensor in tensors if self.name_of(tensor) is not None}
+        seen = {where(tensor) for tensor in tensors if self.name_of(tensor) is not None}
         self._uses.update(seen)
 
     def _note(self, result: Any, numbers: Any, name: str, tensors: list[Tensor]) -> None:
@@ -230,7 +187,7 @@ class Channels(TorchFunctionMode):
         found = [leaf for leaf in tree_leaves(numbers) if isinstance(leaf, Tensor)] if numbers is not None else []
         for index, leaf in enumerate(leaves):
             own = found[index] if len(found) == len(leaves) and found[index].shape == leaf.shape else None
-            if own is not None and not bool((_thin(own) >= 0).any()):
+            if own is not None and not bool((thin(own) >= 0).any()):
                 own = None
             if own is None and any(leaf is tensor for tensor in tensors) and name in _SAME:
                 continue
@@ -242,32 +199,6 @@ class Channels(TorchFunctionMode):
 def dict_of(pairs: list[tuple[Tensor, Tensor | None]]) -> dict[int, Tensor]:
     """Numbers by the identity of their tensors."""
     return {id(tensor): numbers for tensor, numbers in pairs if numbers is not None}
-
-
-def _where(tensor: Tensor) -> Where:
-    return tensor.untyped_storage().data_ptr(), int(tensor.storage_offset()), tensor.numel()
-
-
-def _thin(numbers: Tensor) -> Tensor:
-    """Without the copies that an expanded dimension has."""
-    for dim in range(numbers.dim()):
-        if numbers.stride(dim) == 0 and numbers.shape[dim] > 1:
-            numbers = numbers.narrow(dim, 0, 1)
-    return numbers
-
-
-def _distinct(numbers: Tensor) -> Iterator[int]:
-    found: list[int] = _thin(numbers).unique().tolist()
-    return (number for number in found if number >= 0)
-
-
-def of_last_dim(numbers: Tensor) -> Tensor | None:
-    """The numbers of the last dimension, if they are the same everywhere else."""
-    if not numbers.dim():
-        return None
-    thin = _thin(numbers).expand(*_thin(numbers).shape[:-1], numbers.shape[-1])
-    rows = thin.reshape(-1, numbers.shape[-1])
-    return rows[0].long() if bool((rows == rows[0]).all()) else None
 
 
 Handed = list[Tensor]

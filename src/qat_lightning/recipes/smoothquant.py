@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from qat_lightning.errors import NetworkError
 from qat_lightning.graph.example import Example
-from qat_lightning.recipes.channels import Channels, Follower, Source, follow_channels
+from qat_lightning.recipes.channel_numbers import Follower, Source
+from qat_lightning.recipes.channels import Channels, follow_channels
 from qat_lightning.recipes.same_outputs import SAME, distance, outputs_of
 from qat_lightning.settings.recipe import check_smoothquant
 

@@ -84,6 +84,6 @@ def of_last_dim(numbers: Tensor) -> Tensor | None:
     """The numbers of the last dimension, if they are the same everywhere else."""
     if not numbers.dim():
         return None
-    thin = thin(numbers).expand(*thin(numbers).shape[:-1], numbers.shape[-1])
-    rows = thin.reshape(-1, numbers.shape[-1])
+    once = thin(numbers)
+    rows = once.expand(*once.shape[:-1], numbers.shape[-1]).reshape(-1, numbers.shape[-1])
     return rows[0].long() if bool((rows == rows[0]).all()) else None

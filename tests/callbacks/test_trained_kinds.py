@@ -31,6 +31,7 @@ from qat_lightning.errors import (
     NetworkError,
 )
 from qat_lightning.graph.example import Example
+from qat_lightning.layers.integer import why_not
 from qat_lightning.modes.uncalibrated.training import DirectMode
 from qat_lightning.settings.recipe import Recipe
 from tests.callbacks.lit import CLASSES, MODES, Lit, assert_same_state, dataset, loader, state, trainer
@@ -232,12 +233,24 @@ def test_averaged_weights_of_a_functional_call_are_rounded() -> None:
     assert torch.equal(torch.func.functional_call(prepared, table, (tokens,))[0], expected(tokens)[0])
 
 
-def test_a_layer_with_a_forward_hook_stays_float_and_says_so() -> None:
+@pytest.mark.parametrize("mode", ["eager", "fx"])
+@pytest.mark.parametrize("kind", ["dynamic", "weight_only"])
+def test_hooks_on_layers_stay_with_their_integer_layers(mode: str, kind: str) -> None:
     module = Lit(Rows())
-    module.net.embed.register_forward_hook(lambda layer, args, output: None)
-    callback = qat("eager", "weight_only")
-    trainer(callback, max_epochs=1).fit(module, loader())
-    assert "remove the hook before the fit" in next(row.reason for row in callback.coverage if row.name == "embed")
+    module.net.embed.register_forward_hook(lambda layer, args, output: 2 * output)
+    module.net.head.register_forward_pre_hook(lambda layer, args: (args[0] + 1,))
+    callback = qat(mode, kind)
+    run = trainer(callback, max_epochs=1)
+    run.fit(module, loader())
+    run.test(module, loader(), verbose=False)
+    assert {row.name for row in callback.coverage if row.quantized} >= {"embed", "head"}
+    assert callback.fidelity["sqnr_db"] > 60
+
+
+@pytest.mark.parametrize("hook", [nn.utils.weight_norm, nn.utils.spectral_norm])
+def test_a_weight_that_a_hook_computes_stays_float(hook: Any) -> None:
+    recipe = Recipe("eager", "x86", kind="weight_only", trained=True)
+    assert "computed from other parameters" in why_not(hook(nn.Linear(4, 4)), recipe)
 
 
 def test_a_format_that_does_not_take_a_layer_is_named_before_the_first_step(tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +30,8 @@ class QuantizedNetwork(nn.Module):
     """An int8 network with what is known about it; call it like the float network.
 
     It runs on the CPU, takes any batch size, and is for inference: ``train()`` and ``eval()`` change nothing in it, a
-    deep copy computes the same, and it has no parameters to optimize.
+    deep copy computes the same, and it has no parameters to optimize. In mode eager it has the public methods and
+    attributes of the float network, such as ``generate`` and ``config``; graphs have their ``forward`` only.
 
     Args:
         converted: What a mode's ``convert`` made.
@@ -66,6 +69,30 @@ class QuantizedNetwork(nn.Module):
         """Run the int8 kernels on CPU inputs of the float network's shapes and dtypes."""
         with quantized_engine(self.recipe.target.engine):
             return self.network(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        """The public attributes and methods of the network; methods run as ``forward`` does."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError as error:
+            network = self.__dict__.get("_modules", {}).get("network")
+            if network is None or name.startswith("_"):
+                raise
+            try:
+                found = getattr(network, name)
+            except AttributeError:
+                graph = traits_of(self.recipe.mode).captures
+                why = ": a graph has its forward only, mode='eager' keeps your methods" if graph else ""
+                raise AttributeError(f"{error}, and neither has its network{why}") from None
+        if not isinstance(found, types.MethodType):
+            return found
+
+        @functools.wraps(found)
+        def method(*args: Any, **kwargs: Any) -> Any:
+            with torch.no_grad(), quantized_engine(self.recipe.target.engine):
+                return found(*args, **kwargs)
+
+        return method
 
     def train(self, mode: bool = True) -> QuantizedNetwork:
         """Remember the flag only: int8 kernels do not train, and their layers stay in evaluation."""

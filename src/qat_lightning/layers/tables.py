@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qat_lightning.layers.integer import why_not
+from qat_lightning.layers.integer.integer_layer import take_over_hooks
 from qat_lightning.layers.integer.weight_only import WeightOnlyEmbedding
 from qat_lightning.layers.integer.weights import WeightGrid, store
 from qat_lightning.layers.operators import module_types
@@ -109,6 +110,7 @@ def integer_table(module: Any) -> WeightOnlyEmbedding:
     made = WeightOnlyEmbedding.empty(module, grid)
     made.scales = scales.clone()
     made.integers = store(torch.round(rounded / scales).to(torch.int8), grid)
+    take_over_hooks(made, module)
     return made
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import types
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -42,27 +44,35 @@ class Stand(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the other network."""
+        outputs = self._call(self.__dict__["_network"], args, kwargs)
+        if self.on_cpu and self.fidelity is not None:
+            self.fidelity.compare(lambda: self.__dict__["_reference"](*args, **kwargs), outputs)
+        return outputs
+
+    def _call(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         if not self.on_cpu:
-            return self.__dict__["_network"](*args, **kwargs)
+            return function(*args, **kwargs)
         look_into(args, kwargs)
         device = next(
             (leaf.device for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)), torch.device("cpu")
         )
-        outputs = self.__dict__["_network"](*tree_map(_to_cpu, args), **tree_map(_to_cpu, kwargs))
+        outputs = function(*tree_map(_to_cpu, args), **tree_map(_to_cpu, kwargs))
         look_into(outputs)
-        outputs = tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, outputs)
-        if self.fidelity is not None:
-            self.fidelity.compare(lambda: self.__dict__["_reference"](*args, **kwargs), outputs)
-        return outputs
+        return tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, outputs)
 
     def __getattr__(self, name: str) -> Any:
-        """The attributes of the network that it stands in for."""
+        """The attributes of the network that it stands in for; its methods run on the other one, where that has them."""
         try:
             return super().__getattr__(name)
         except AttributeError:
             if name.startswith("__"):
                 raise
-            return getattr(self.__dict__["_prepared"], name)
+            prepared, network = self.__dict__["_prepared"], self.__dict__["_network"]
+            found = getattr(prepared, name)
+            if not isinstance(found, types.MethodType) or found.__self__ is not prepared:
+                return found
+            instead = None if name.startswith("_") else getattr(network, name, None)
+            return found if instead is None else lambda *args, **kwargs: self._call(instead, args, kwargs)
 
 
 def _to_cpu(leaf: Any) -> Any:

@@ -54,6 +54,28 @@ class IntegerLayer(nn.Module):
         self.__dict__["_packed"] = None
 
 
+_HOOKS = (
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+)
+
+
+def take_over_hooks(integer: nn.Module, layer: nn.Module) -> None:
+    """Let an integer layer call the forward hooks that are on the float layer in whose place it comes."""
+    for name in _HOOKS:
+        integer.__dict__[name] = layer.__dict__[name].copy()
+
+
+def without_hooks(layer: nn.Module) -> nn.Module:
+    """``layer`` itself, without forward hooks."""
+    for name in _HOOKS:
+        layer.__dict__[name] = type(layer.__dict__[name])()
+    return layer
+
+
 def quantized_rows(integers: Tensor, scales: Tensor) -> Tensor:
     """Torch's quantized tensor of int8 rows, one scale each."""
     zeros = torch.zeros(scales.shape[0], dtype=torch.int64)

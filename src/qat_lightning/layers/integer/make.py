@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import Any
 
 from torch import Tensor, nn
 
 from qat_lightning.layers.integer.attention import DynamicAttention
 from qat_lightning.layers.integer.dynamic import DynamicCell, DynamicLinear
-from qat_lightning.layers.integer.integer_layer import IntegerLayer
+from qat_lightning.layers.integer.integer_layer import IntegerLayer, take_over_hooks, without_hooks
 from qat_lightning.layers.integer.plain_dynamic import PlainDynamicLinear
 from qat_lightning.layers.integer.recurrent import DynamicRecurrent
 from qat_lightning.layers.integer.weight_only import WeightOnly, WeightOnlyEmbedding, weights_of
@@ -42,13 +41,10 @@ def why_not(module: nn.Module, recipe: Recipe) -> str:
         return f"{name} is a class of its own, whose forward may do anything with its weight"
     if kind == "dynamic" and type(module) not in _DYNAMIC:
         return f"{name} has no dynamic kernel: {_instead(module)}"
-    if module._forward_hooks:
-        return (
-            "a forward hook is on it, which its integer layer would not call: remove the hook before the fit (one of "
-            "transformers' gradient checkpointing: disable_input_require_grads())"
-        )
     if _is_reparametrized(module):
         return "its weight is computed from other parameters (a parametrization or a hook)"
+    if "forward" in vars(module):
+        return "its forward is replaced by another one, which may do anything with its weight"
     if kind == "dynamic" and _projects(module):
         return "LSTM with proj_size has no dynamic kernel: kind='weight_only' quantizes its weights"
     if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None:
@@ -107,11 +103,17 @@ def integer_layer(module: nn.Module, recipe: Recipe, shares: Mapping[str, Tensor
         recipe: Its kind, scheme and backend.
         shares: Of clipped grids, the share of each range that training chose, by the names of `rounded_parts`.
     """
+    made = _made(module, recipe, shares)
+    take_over_hooks(made, module)
+    return made
+
+
+def _made(module: nn.Module, recipe: Recipe, shares: Mapping[str, Tensor] | None) -> IntegerLayer:
     grid, engine, shares = WeightGrid.of(recipe), recipe.target.engine or "onednn", shares or {}
     if recipe.kind == "weight_only":
         if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
             return WeightOnlyEmbedding.of(module, grid, shares.get("weight"))
-        return WeightOnly(copy.deepcopy(module).cpu().float(), weights_of(module), grid, shares)
+        return WeightOnly(without_hooks(copy.deepcopy(module).cpu().float()), weights_of(module), grid, shares)
     if isinstance(module, nn.Linear):
         return _linear(module, recipe, grid, engine, shares.get("weight"))
     if isinstance(module, nn.MultiheadAttention):
@@ -134,8 +136,12 @@ def _linear(module: nn.Linear, recipe: Recipe, grid: WeightGrid, engine: str, sh
 def _is_reparametrized(module: nn.Module) -> bool:
     from torch.nn.utils.parametrize import is_parametrized
 
-    hooks: Any = (module._forward_hooks, module._forward_pre_hooks)
-    return is_parametrized(module) or any(hooks) or "forward" in vars(module)
+    # A hook that computes a weight (weight_norm, spectral_norm, pruning) leaves it as a plain attribute of the layer.
+    computed = any(
+        inner._forward_pre_hooks and any(isinstance(value, Tensor) for value in vars(inner).values())
+        for inner in module.modules()
+    )
+    return is_parametrized(module) or computed
 
 
 def _adds_positions(module: nn.MultiheadAttention) -> bool:

@@ -10,6 +10,7 @@ from torch import nn
 
 from qat_lightning.checks import LayerCheck
 from qat_lightning.graph.scopes import join
+from qat_lightning.layers.integer.integer_layer import take_over_hooks
 from qat_lightning.layers.integer.weight_only import WeightOnlyEmbedding
 from qat_lightning.layers.tables import TABLES, is_rounded_table, round_table, table_grid
 from qat_lightning.modes.eager.chains import Chain
@@ -60,6 +61,7 @@ def rounded_tables(prepared: nn.Module) -> dict[str, Any]:
 def make_integer(module: Any, recipe: Recipe) -> None:
     """Turn a float embedding into an integer one whose integers are yet to be filled in; it stays the same object."""
     made = WeightOnlyEmbedding.empty(module, table_grid(table_fake_quantize(recipe)))
+    take_over_hooks(made, module)
     module.__dict__.clear()
     become(module, WeightOnlyEmbedding, **made.__dict__)
 

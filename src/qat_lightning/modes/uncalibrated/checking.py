@@ -139,7 +139,8 @@ def _recording(calls: list[Call]) -> Iterator[None]:
 
     try:
         for call in calls:
-            handles.append(call.layer.register_forward_hook(keep(call), with_kwargs=True))
+            # In front of hooks of the user's own, which may change the output.
+            handles.append(call.layer.register_forward_hook(keep(call), prepend=True, with_kwargs=True))
         yield
     finally:
         for handle in handles:
@@ -234,7 +235,7 @@ def _computing_references(calls: list[Call]) -> Iterator[None]:
 
         return hook
 
-    handles = [call.layer.register_forward_hook(replace(call.layer), with_kwargs=True) for call in calls]
+    handles = [call.layer.register_forward_hook(replace(call.layer), prepend=True, with_kwargs=True) for call in calls]
     try:
         yield
     finally:

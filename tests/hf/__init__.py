@@ -1,0 +1,1 @@
+"""Networks of transformers and adapters of peft in a Trainer."""

@@ -61,7 +61,7 @@ class Stand(nn.Module):
         return tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, outputs)
 
     def __getattr__(self, name: str) -> Any:
-        """The attributes of the network that it stands in for; its methods run on the other one, where that has them."""
+        """The attributes of the network that it stands in for; methods run on the other one, where that has them."""
         try:
             return super().__getattr__(name)
         except AttributeError:

@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from qat_lightning.errors import NetworkError
+from qat_lightning.graph.buffers import write_back
 from qat_lightning.graph.example import Example
 from qat_lightning.graph.structures import look_into
 from qat_lightning.graph.training_flags import evaluating
@@ -221,5 +222,4 @@ def _left_alone(network: nn.Module, device: torch.device) -> Iterator[None]:
         for module, name, buffer, value in buffers:
             module._buffers[name] = buffer
             if buffer is not None and value is not None:
-                with torch.no_grad():
-                    buffer.copy_(value)
+                write_back(buffer, value)

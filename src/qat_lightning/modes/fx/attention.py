@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -39,9 +39,20 @@ def attention_of(node: fx.Node, modules: Mapping[str, nn.Module]) -> dict[str, A
             k: v for k, v in given.items() if k != "dropout_p"
         }:
             return None
-    if given.get("enable_gqa") or not isinstance(given.get("dropout_p", 0.0), (int, float)):
+    if not isinstance(given.get("dropout_p", 0.0), (int, float)):
         return None
     return given if all(isinstance(given.get(part), fx.Node) for part in ("query", "key", "value")) else None
+
+
+def products_of_attention(
+    given: Mapping[str, Any], values: Mapping[str, Any], takes: Callable[[Any, Any], bool]
+) -> bool:
+    """Whether both products of attention are what ``takes`` takes; heads that share a key count as if each had one."""
+    query, key, value = (values[given[part].name] for part in ("query", "key", "value"))
+    if given.get("enable_gqa"):
+        key, value = (part.repeat_interleave(query.shape[-3] // part.shape[-3], -3) for part in (key, value))
+    scores = query[..., :1].expand(*query.shape[:-1], key.shape[-2])
+    return takes(query, key.transpose(-2, -1)) and takes(scores, value)
 
 
 def yields_weights(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
@@ -76,8 +87,16 @@ def spread(
     scale = given.get("scale")
     if scale is None:
         scale = 1 / math.sqrt(values[given["query"].name].shape[-1])
+    key, value = given["key"], given["value"]
     with graph.inserting_before(node):
-        key = add("call_method", "transpose", given["key"], -2, -1)
+        if given.get("enable_gqa"):
+            heads = values[given["query"].name].shape[-3]
+            key, value = (
+                add("call_method", "repeat_interleave", part, times, -3, name=f"{name}_of_each") if times > 1 else part
+                for name, part in (("key", key), ("value", value))
+                if (times := heads // values[part.name].shape[-3])
+            )
+        key = add("call_method", "transpose", key, -2, -1)
         scores = add("call_function", torch.matmul, given["query"], key, name="scores")
         weights, masked = add("call_function", operator.mul, scores, scale, name="scaled"), None
         mask = given.get("attn_mask")
@@ -98,7 +117,7 @@ def spread(
             name = f"_{node.name}_dropout"
             prepared.add_module(name, nn.Dropout(given["dropout_p"]))
             weights = add("call_module", name, weights, name="dropout")
-        mixed = add("call_function", torch.matmul, weights, given["value"], name="mixed")
+        mixed = add("call_function", torch.matmul, weights, value, name="mixed")
     _take_place(prepared, node, mixed, weights)
     return made, [scores, mixed]
 

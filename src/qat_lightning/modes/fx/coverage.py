@@ -16,7 +16,7 @@ from qat_lightning.modes.coverage import flops_of, is_float, macs_of, merged
 from qat_lightning.modes.fx.config import LEFT_FLOAT, backend_config
 from qat_lightning.modes.fx.layers import UNSEEN
 from qat_lightning.modes.fx.passes import CLAMPS, OWN_GRIDS
-from qat_lightning.modes.fx.products import PRODUCTS
+from qat_lightning.modes.fx.products import PRODUCT_NAMES, PRODUCTS
 from qat_lightning.modes.fx.weights import is_constant
 from qat_lightning.modes.places import op_name, rounding_of
 from qat_lightning.modes.prepared import prepared_state
@@ -163,6 +163,17 @@ class FxOperations:
                 return True
         return False
 
+    def _why_no_product(self, node: fx.Node) -> str:
+        """Why a product is not one that mode fx rounds."""
+        values = [self.values.get(source.name) for source in node.all_input_nodes]
+        if not all(isinstance(value, torch.Tensor) and value.dtype == torch.float32 for value in values):
+            return "int8 kernels multiply float32 only"
+        if "products" not in self.state.recipe.families:
+            return "the checkpoint is of a release that took no products of other than equally many matrices"
+        if node.target in PRODUCTS:
+            return "nothing is summed in an outer product, whose factors (positions, say) a grid would make equal"
+        return "it is not one product of two tensors that sums over what both have, which is what has an int8 kernel"
+
     def _why(self, node: fx.Node) -> str:
         face, name = self._kind(node), self._kind_name(node)
         if node.name in self.state.left_float:
@@ -172,10 +183,9 @@ class FxOperations:
         if face in LEFT_FLOAT:
             coarser = ": its int8 kernel rounds to the coarser grid of its input" if face in _AVERAGES else ""
             return f"{name} is not quantized in mode='fx'{coarser}"
-        if face in PRODUCTS:
+        if name in PRODUCT_NAMES:
             divides = node.name in self.plan.divisors
-            shapes = "its int8 kernel takes two matrices, or as many of them on either side"
-            return "what is divided by is not rounded" if divides else shapes
+            return "what is divided by is not rounded" if divides else self._why_no_product(node)
         if face in _WRITE_INSTEAD:
             unknown, known = _WRITE_INSTEAD[face]
             return f"mode='fx' does not know {unknown}: write {known}"

@@ -88,6 +88,8 @@ def _why_float(state: PreparedState, name: str, module: nn.Module, used: set[str
         return f"inside {whole!r}, which is called as a whole: mode='eager' and mode='pt2e' may reach it"
     if isinstance(module, (*(t for t in LEFT_FLOAT if isinstance(t, type)), nn.MultiheadAttention)):
         return f"{type(module).__name__} is not quantized in mode='fx'"
+    if name not in called and type(module).__module__.startswith("torch."):
+        return "what it yields is not read"
     return f"mode='fx' has no int8 kernel for {type(module).__name__}"
 
 

@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import fx, nn
+
+from qat_lightning.modes.fx.weights import constant_value
 
 _PRODUCTS = (torch.mm, torch.matmul, operator.matmul, "matmul", "mm")
 _SUMS = (operator.add, torch.add, "add")
@@ -35,7 +37,7 @@ def name_linear(graph_module: fx.GraphModule, scopes: dict[str, Any]) -> None:
         if not weight.users:
             graph.erase_node(weight)  # only that: a write through a view has no reader either, and is no dead code
         if not bias:
-            _take_bias(graph_module, node)
+            take_bias(graph_module, node)
     if found:
         graph_module.recompile()
 
@@ -71,7 +73,8 @@ def _turned(node: fx.Node) -> fx.Node | None:
     return source if isinstance(source, fx.Node) else None
 
 
-def _take_bias(root: fx.GraphModule, linear: fx.Node) -> None:
+@torch.no_grad()
+def take_bias(root: fx.GraphModule, linear: fx.Node) -> None:
     """Take a vector of parameters that is added to what a linear layer yields, and to nothing else, for its bias."""
     users = list(linear.users)
     if len(users) != 1 or users[0].target not in _SUMS or users[0].kwargs or len(users[0].args) != 2:
@@ -80,7 +83,7 @@ def _take_bias(root: fx.GraphModule, linear: fx.Node) -> None:
     bias = next((arg for arg in total.args if arg is not linear), None)
     if not isinstance(bias, fx.Node) or not _is_parameter(root, bias, 1):
         return
-    if _read(root, bias).shape != _read(root, linear.args[1]).shape[:1]:
+    if constant_value(root, bias).shape != constant_value(root, linear.args[1]).shape[:1]:
         return
     with root.graph.inserting_before(linear):
         first = root.graph.node_copy(bias)
@@ -92,13 +95,5 @@ def _take_bias(root: fx.GraphModule, linear: fx.Node) -> None:
 def _is_parameter(root: nn.Module, node: Any, dimensions: int) -> bool:
     if not isinstance(node, fx.Node) or node.op != "get_attr":
         return False
-    value = _read(root, node)
+    value = constant_value(root, node)
     return isinstance(value, nn.Parameter) and value.ndim == dimensions
-
-
-def _read(root: nn.Module, node: Any) -> Tensor:
-    """The tensor of an attribute; of one that is transposed likewise, turned."""
-    if node.op != "get_attr":
-        return _read(root, _turned(node)).t()
-    value: Tensor = operator.attrgetter(str(node.target))(root)
-    return value

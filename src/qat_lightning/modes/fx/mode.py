@@ -29,6 +29,7 @@ from qat_lightning.modes.fx.left_float import float_nodes, layers_and_ops, put_f
 from qat_lightning.modes.fx.linear_products import name_linear
 from qat_lightning.modes.fx.other_sizes import ConvertsAgain, SharedLayers
 from qat_lightning.modes.fx.plan import FxPlan, make_plan
+from qat_lightning.modes.fx.product_forms import write_as_products
 from qat_lightning.modes.fx.products import follow_earlier_checkpoints
 from qat_lightning.modes.fx.shapes import CONSTANT
 from qat_lightning.modes.fx.tables import call_embeddings, put_integer_tables, round_tables, take_integer_tables
@@ -106,6 +107,8 @@ class FxMode:
             use_known_names(graph_module.graph)
         passes.pass_over_identities(graph_module)
         fx_pads.name_zero_pads(graph_module, selected)
+        if "products" in recipe.families:
+            write_as_products(graph_module, network, example, scopes)
         if "linear" in recipe.families:
             name_linear(graph_module, scopes)
         if "tables" in recipe.families:

@@ -69,7 +69,8 @@ def make_plan(
     qconfig, selects = make_qconfig(recipe), selected_scopes(recipe, prefix)
     pads.observe_behind_infinite_pads(prepared)
     divisors = leave_divisors_unrounded(prepared)
-    products = quantize_products(prepared, network, example, scopes, selects, qconfig, divisors)
+    broadcast = "products" in recipe.families
+    products = quantize_products(prepared, network, example, scopes, selects, qconfig, divisors, broadcast=broadcast)
     passes.refuse_late_writes(prepared, network, example, scopes)
     plan = FxPlan(prepared.graph, prepared.meta)
     plan.products, plan.divisors = products, [node.name for node in divisors]

@@ -1,12 +1,13 @@
 """Products of two tensors that upstream's table does not have: attention as one function, the operator ``@``, ``bmm``.
 
-Each becomes ``torch.matmul`` between roundings, which has an int8 kernel. It is done behind upstream's prepare, and the
-new ranges have names of their own: the numbers of all others stay as they were in releases that left these products
-float, whose checkpoints still load, and leave them float.
+Each becomes ``torch.matmul`` between roundings, which has an int8 kernel and broadcasts. It is done behind upstream's
+prepare, and the new ranges have names of their own: the numbers of all others stay as they were in releases that left
+these products float, whose checkpoints still load, and leave them float.
 """
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -18,9 +19,10 @@ from torch.ao.quantization import QConfig
 from qat_lightning.graph.example import Example
 from qat_lightning.graph.scopes import join
 from qat_lightning.layers.operators import MOVES
-from qat_lightning.modes.fx.attention import attention_of, spread, yields_weights
+from qat_lightning.modes.fx.attention import attention_of, products_of_attention, spread, yields_weights
 from qat_lightning.modes.fx.config import shares_range
 from qat_lightning.modes.fx.passes import evaluating_with_folded, is_part
+from qat_lightning.modes.fx.product_sums import add_up, factors_of, sum_of
 from qat_lightning.modes.left_float import leave_float
 from qat_lightning.modes.places import op_name
 from qat_lightning.modes.prepared import prepared_state
@@ -30,6 +32,15 @@ from qat_lightning.settings.recipe import Recipe
 
 ROUNDING = "product_rounding"
 """What the names of the ranges begin with that are made here."""
+
+PRODUCT_NAMES = frozenset(
+    {
+        *("matmul", "mm", "bmm", "mv", "dot", "vdot", "inner", "outer", "ger", "kron", "einsum", "tensordot"),
+        *("addmm", "addmv", "addr", "addbmm", "baddbmm", "chain_matmul", "cdist", "matrix_power", "bilinear"),
+        *("linalg_multi_dot", "linalg_vecdot", "linalg_matrix_power", "scaled_dot_product_attention"),
+    }
+)
+"""What functions are called that multiply tensors and sum, whether or not mode fx has them in int8."""
 
 PRODUCTS = (operator.matmul, torch.bmm, "matmul", "bmm")
 
@@ -43,6 +54,8 @@ def quantize_products(
     selects: Callable[[str], bool],
     qconfig: QConfig,
     divisors: set[fx.Node],
+    *,
+    broadcast: bool = True,
 ) -> list[str]:
     """Let products that upstream left float be rounded, where their kernel takes them.
 
@@ -54,6 +67,8 @@ def quantize_products(
         selects: Whether what a module of this name computes is to be quantized.
         qconfig: What makes the roundings.
         divisors: What is divided by, which stays as it is.
+        broadcast: Whether those are taken too that earlier releases left float: of shapes that are broadcast, of heads
+            that share their keys, and with something that is added.
 
     Returns:
         The names of these products.
@@ -63,7 +78,7 @@ def quantize_products(
         node
         for node in prepared.graph.nodes
         if (
-            (_is_product(node) or attention_of(node, modules))
+            (_is_product(node) or _is_attention(node, modules, broadcast) or (broadcast and sum_of(node)))
             and node not in divisors
             and selects(_scope(node, scopes))
         )
@@ -76,29 +91,67 @@ def quantize_products(
         recorder.run(*example_values(prepared.graph, example))
     own = next((p.dtype for p in network.parameters() if p.is_floating_point()), torch.float32)
     roundings, products = _Roundings(prepared, recorder.values, qconfig), list[fx.Node]()
+    takes = functools.partial(_kernel_takes, own=own, broadcast=broadcast)
     for node in found:
+        chosen = node not in divisors and selects(_scope(node, scopes))
         if _is_product(node):
             sources = [recorder.values[source.name] for source in node.all_input_nodes]
-            if len(node.args) == 2 and len(sources) in (1, 2) and _kernel_takes(sources[0], sources[-1], own):
+            if len(node.args) == 2 and len(sources) in (1, 2) and takes(sources[0], sources[-1]):
                 node.op, node.target = "call_function", torch.matmul
                 products.append(node)
             continue
-        given = attention_of(node, modules)
-        assert given is not None
-        query, key, value = (recorder.values[given[part].name] for part in ("query", "key", "value"))
-        takes = _kernel_takes(query, key.transpose(-2, -1), own) and value.shape[:-2] == query.shape[:-2]
-        if takes or yields_weights(node, modules):
-            takes &= node not in divisors and selects(_scope(node, scopes))
-            made, both = spread(prepared, node, given, recorder.values)
-            products += both if takes else []
-            for new in made:
-                scopes[new.name] = scopes.get(node.name, ("", None))
-                roundings.configs[new.name] = qconfig
+        summed = sum_of(node)
+        made, inside = (
+            _with_attention(prepared, node, modules, recorder.values, takes, chosen)
+            if summed is None
+            else _with_sum(prepared.graph, node, summed, recorder.values, takes)
+        )
+        products += inside
+        for new in made:
+            scopes[new.name] = scopes.get(node.name, ("", None))
+            roundings.configs[new.name] = qconfig
     for product in products:
         roundings.around(product)
     prepared.graph.lint()
     prepared.recompile()
     return [product.name for product in products]
+
+
+def _with_attention(
+    prepared: fx.GraphModule,
+    node: fx.Node,
+    modules: Mapping[str, nn.Module],
+    values: Mapping[str, Any],
+    takes: Callable[[Any, Any], bool],
+    chosen: bool,
+) -> tuple[list[fx.Node], list[fx.Node]]:
+    """Spread attention where its products are to be int8, or no file can call it: what is made, and the products."""
+    given = attention_of(node, modules)
+    assert given is not None
+    possible = chosen and products_of_attention(given, values, takes)
+    if not possible and not yields_weights(node, modules):
+        return [], []
+    made, both = spread(prepared, node, given, values)
+    return made, both if possible else []
+
+
+def _with_sum(
+    graph: fx.Graph,
+    node: fx.Node,
+    given: Mapping[str, Any],
+    values: Mapping[str, Any],
+    takes: Callable[[Any, Any], bool],
+) -> tuple[list[fx.Node], list[fx.Node]]:
+    """Put a product and the sum around it in the place of both as one function, if the kernel takes the product."""
+    if not takes(values[given["one"].name], values[given["two"].name]):
+        return [], []
+    with graph.inserting_before(node):
+        before, one, two = factors_of(graph, node, given)
+        product = graph.create_node("call_function", torch.matmul, (one, two), {}, name=f"{node.name}_product")
+        made = [*before, product, *add_up(graph, given, product)]
+    node.replace_all_uses_with(made[-1])
+    graph.erase_node(node)
+    return made, [product]
 
 
 def selected_scopes(recipe: Recipe, prefix: str) -> Callable[[str], bool]:
@@ -114,14 +167,29 @@ def _is_product(node: fx.Node) -> bool:
     return node.op in ("call_function", "call_method") and node.target in PRODUCTS and not node.kwargs
 
 
+def _is_attention(node: fx.Node, modules: Mapping[str, nn.Module], broadcast: bool) -> bool:
+    given = attention_of(node, modules)
+    return given is not None and (broadcast or not given.get("enable_gqa"))
+
+
 def _scope(node: fx.Node, scopes: Mapping[str, Any]) -> str:
     return str(scopes[node.name][0]) if node.name in scopes else ""
 
 
-def _kernel_takes(one: Any, other: Any, own: torch.dtype) -> bool:
-    """Whether the int8 kernel takes both: matrices, or as many of them on either side, which it does not broadcast."""
+def _kernel_takes(one: Any, other: Any, *, own: torch.dtype, broadcast: bool) -> bool:
+    """Whether two values are what the int8 kernel multiplies.
+
+    Args:
+        one: A factor.
+        other: The other.
+        own: The network's precision.
+        broadcast: Whether shapes may differ in their leading dimensions, as in releases since these are int8.
+    """
     if not (isinstance(one, Tensor) and isinstance(other, Tensor) and one.dtype == other.dtype == own):
         return False
+    if broadcast:
+        # An outer product sums nothing: of positions, say, which a grid would make equal.
+        return one.ndim > 0 and other.ndim > 0 and one.shape[-1] > 1
     return one.ndim > 1 and one.ndim == other.ndim and one.shape[:-2] == other.shape[:-2]
 
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.proxy import Proxy
 
+from qat_lightning.graph.buffers import write_back
 from qat_lightning.layers.operators import WEIGHTED
 from qat_lightning.modes.structured_tracer import StructuredTracer
 from qat_lightning.numerics.recomputation import Checkpointed
@@ -277,7 +278,7 @@ def counting(network: nn.Module) -> Iterator[set[str]]:
                 for added in now.keys() - had.keys():
                     del now[added]
             for name, buffer in network.named_buffers():
-                buffer.copy_(kept[name])
+                write_back(buffer, kept[name])
 
 
 def _give_back(module: nn.Module, attributes: dict[str, Any], buffers: dict[str, Any]) -> None:

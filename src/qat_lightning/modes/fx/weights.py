@@ -118,7 +118,7 @@ def compute_weights_for_good(network: nn.Module, graph: fx.Graph) -> None:
 def materialize_weights_of_functions(root: nn.Module, graph: fx.Graph) -> None:
     """Let the FakeQuantizes of these weights make what they keep for each channel, before a training begins."""
     for node in _weights(root, graph):
-        _fake_quantize(root, node).materialize(_value(root, node.args[0]))
+        _fake_quantize(root, node).materialize(constant_value(root, node.args[0]))
 
 
 @torch.no_grad()
@@ -129,7 +129,7 @@ def round_weights_of_functions(root: nn.Module, graph: fx.Graph) -> None:
     """
     for number, node in enumerate(_weights(root, graph)):
         name = _fresh(root, f"_weight_{number}")
-        rounded = round_for_good(_value(root, node.args[0]), _fake_quantize(root, node))
+        rounded = round_for_good(constant_value(root, node.args[0]), _fake_quantize(root, node))
         root.register_parameter(name, nn.Parameter(rounded, requires_grad=False))
         with graph.inserting_before(node):
             weight = graph.get_attr(name)
@@ -149,7 +149,7 @@ def compute_biases_of_functions(root: nn.Module, graph: fx.Graph) -> None:
         if not isinstance(bias, fx.Node) or bias.op == "get_attr" or not is_constant(bias):
             continue
         name = _fresh(root, f"_bias_{number}")
-        root.register_parameter(name, nn.Parameter(_value(root, bias).detach().clone(), requires_grad=False))
+        root.register_parameter(name, nn.Parameter(constant_value(root, bias).detach().clone(), requires_grad=False))
         with graph.inserting_before(node):
             node.replace_input_with(bias, graph.get_attr(name))
         _erase_unread(graph, bias)
@@ -177,10 +177,11 @@ def is_constant(node: Any) -> bool:
     return node.op != "placeholder" and bool(node.all_input_nodes) and all(map(is_constant, node.all_input_nodes))
 
 
-def _value(root: nn.Module, node: Any) -> Any:
+def constant_value(root: nn.Module, node: Any) -> Any:
+    """The value of a node that `is_constant`."""
     if node.op == "get_attr":
         return operator.attrgetter(str(node.target))(root)
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda source: _value(root, source))
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda source: constant_value(root, source))
     if node.op == "call_module":
         return root.get_submodule(str(node.target))(*args, **kwargs)
     if node.op == "call_method":

@@ -98,6 +98,43 @@ def test_openvino_computes_what_the_integer_network_does(scheme: str, tmp_path: 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("bits", "grouped", "least"), [(4, True, 40), (4, False, 100), (8, False, 100)])
+def test_executorch_runs_tokens_in_kernels_of_xnnpack(bits: int, grouped: bool, least: float, tmp_path: Path) -> None:
+    """XNNPACK keeps the scales of groups in bfloat16, and those of channels in float32."""
+    pytest.importorskip("executorch")
+    from qat_lightning.export.executorch import not_delegated
+
+    torch.manual_seed(0)
+    scheme = Scheme(weight_bits=bits, activation_granularity="per_token", **(GROUPS if grouped else {}))
+    recipe, example = Recipe("fx", "x86", scheme, kind="dynamic"), Example((torch.randn(4, 5, 72),))
+    network = nn.Sequential(nn.Linear(72, 48), nn.ReLU(), nn.Linear(48, 10, bias=False)).eval()
+    quantized = QuantizedNetwork(quantize(network, example, recipe), recipe, example)
+    path = written(quantized, "executorch", tmp_path)
+    run, x = get_format("executorch").load(path), torch.randn(1, 5, 72)
+    assert sqnr_db(quantized(x), run([x])[0]) > least
+    # Rows of 72 are padded to whole groups in front of their kernel.
+    assert {op.partition("::")[2].partition(".")[0] for op in not_delegated(path)} <= {"constant_pad_nd"}
+
+
+@pytest.mark.parametrize(
+    ("scheme", "instead"),
+    [
+        ({}, "per_token"),
+        (GROUPS, "activation_granularity='per_token'"),
+        ({"activation_granularity": "per_token", "activation_symmetric": True}, "activation_symmetric=False"),
+        ({"activation_granularity": "per_token", **GROUPS}, "weight_bits=4"),
+        ({"activation_granularity": "per_token", "weight_bits": 4, **GROUPS, "weight_group_size": 16}, "group_size=32"),
+    ],
+)
+def test_executorch_says_which_grids_xnnpack_has(scheme: Any, instead: str) -> None:
+    executorch = get_format("executorch")
+    assert instead in executorch.refusal(Recipe("fx", "x86", Scheme(**scheme), kind="dynamic"))
+    assert "kind='dynamic'" in executorch.refusal(Recipe("fx", "x86", kind="weight_only"))
+    assert not executorch.refusal(Recipe("pt2e", "xnnpack", kind="dynamic"))
+    assert not executorch.refusal(Recipe("fx", "x86", Scheme(**SCHEMES["8da4w"][1]), kind="dynamic"))
+
+
+@pytest.mark.slow
 def test_convolutions_and_their_transposes_keep_integers_in_onnx(tmp_path: Path) -> None:
     onnx = pytest.importorskip("onnx")
     network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.ConvTranspose2d(8, 6, 3, groups=2)).eval()

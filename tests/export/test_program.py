@@ -183,10 +183,3 @@ def test_grids_of_tokens_and_groups_go_into_a_program_and_into_torchscript(
     with torch.no_grad():
         assert sqnr_db(quantized(other), int8_program(quantized).module()(other)) > 60
         assert sqnr_db(quantized(other), scripted) > 60
-
-
-def test_executorch_says_which_grids_xnnpack_has() -> None:
-    executorch = get_format("executorch")
-    assert "per_tensor" in executorch.refusal(Recipe("fx", "x86", Scheme(**BY_TOKEN), kind="dynamic"))
-    assert "kind='dynamic'" in executorch.refusal(Recipe("fx", "x86", kind="weight_only"))
-    assert not executorch.refusal(Recipe("pt2e", "xnnpack", kind="dynamic"))

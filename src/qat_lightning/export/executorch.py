@@ -12,6 +12,7 @@ from torch import Tensor
 from qat_lightning.errors import ExportError, MissingExtraError
 from qat_lightning.export.protocol import Runner, Source
 from qat_lightning.export.pt2 import as_list, flat_graph
+from qat_lightning.export.xnnpack_layers import for_xnnpack, refuse_grids
 from qat_lightning.settings.recipe import Recipe
 
 
@@ -38,14 +39,15 @@ class ExecuTorch:
         """See `Format.refusal`."""
         if recipe.kind == "weight_only":
             return (
-                "XNNPACK has no kernel for float inputs and integer weights: use kind='dynamic' or kind='static', with "
-                "mode='pt2e' and backend='xnnpack'."
+                "XNNPACK has no kernel for float inputs and integer weights: use kind='dynamic' with a scheme of "
+                "activation_granularity='per_token', or kind='static' with mode='pt2e' and backend='xnnpack'."
             )
         if recipe.by_token_or_group:
+            return refuse_grids(recipe)
+        if recipe.backend != "xnnpack" and recipe.kind == "dynamic":
             return (
-                "XNNPACK's kernels are reached from mode='pt2e' with backend='xnnpack', which has one range for a "
-                "tensor and one scale for a channel: use these with a scheme of activation_granularity='per_tensor' "
-                "and weight_granularity='per_channel'."
+                "XNNPACK finds the range of activations token by token: use a scheme of activation_granularity="
+                "'per_token', or mode='pt2e' with backend='xnnpack'."
             )
         if recipe.backend != "xnnpack":
             return (
@@ -58,7 +60,7 @@ class ExecuTorch:
         """See `Format.write`."""
         from executorch.exir import to_edge_transform_and_lower
 
-        graph_module, examples, dynamic = flat_graph(source)
+        graph_module, examples, dynamic = flat_graph(source, source.spelled(for_xnnpack))
         one = tuple(
             example[:1].contiguous() if axes and 0 in axes else example
             for example, axes in zip(examples, dynamic, strict=True)

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx
+from torch.export import ExportedProgram
 
 from qat_lightning.errors import ExportError
 from qat_lightning.export.protocol import Runner, Source
@@ -93,9 +94,16 @@ class PlainProgram:
         return run
 
 
-def flat_graph(source: Source) -> tuple[fx.GraphModule, tuple[Tensor, ...], tuple[Any, ...]]:
-    """The program of a source as a graph of flat tensors, with an example and its dynamic shapes."""
-    program = source.program
+def flat_graph(
+    source: Source, program: ExportedProgram | None = None
+) -> tuple[fx.GraphModule, tuple[Tensor, ...], tuple[Any, ...]]:
+    """The program of a source as a graph of flat tensors, with an example and its dynamic shapes.
+
+    Args:
+        source: What is exported.
+        program: Another one than `Source.program`.
+    """
+    program = source.program if program is None else program
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         inner = program.module(check_guards=False)

@@ -20,6 +20,7 @@ from qat_lightning.graph.training_flags import flags_kept
 from qat_lightning.layers.batchnorm import is_batchnorm
 from qat_lightning.modes.checkpointing import loses_checkpoints
 from qat_lightning.modes.eager.observation import run_apart
+from qat_lightning.modes.fx.autocast import noting_autocast
 from qat_lightning.modes.fx.batchnorm import name_batchnorms, plain_frozen
 from qat_lightning.modes.fx.calls import drop_unread, give_all_arguments, one_module_a_call, read_what_was_written
 from qat_lightning.modes.fx.examples import ONE, Plan
@@ -68,6 +69,9 @@ def check_names(network: nn.Module, mode: str) -> None:
             )
 
 
+MIXED = "regions of mixed precision"
+"""In the ``meta`` of a trace: those that the forward entered."""
+
 TWO_AND_MORE = "two samples and more"
 """In the ``meta`` of a trace: whether one sample was not followed, so that it has to be tried."""
 
@@ -93,9 +97,10 @@ def trace(
     """
     check_names(network, "fx")
     frozen = plain_frozen(network)
-    (traced, evaluation, whole), plan = attempts(
-        network, lambda plan: _both_ways(network, example, [*leaves, *frozen], plan), example
-    )
+    with noting_autocast() as mixed:
+        (traced, evaluation, whole), plan = attempts(
+            network, lambda plan: _both_ways(network, example, [*leaves, *frozen], plan), example
+        )
     graph_module, scopes = traced.graph_module, traced.scopes
     name_batchnorms(traced, evaluation, network, example)
     called = {str(node.target) for node in graph_module.graph.find_nodes(op="call_module")}
@@ -106,6 +111,7 @@ def trace(
     give_all_arguments(graph_module.graph)
     read_what_was_written(graph_module)
     graph_module.recompile()
+    graph_module.meta[MIXED] = sorted(mixed)
     graph_module.meta[TWO_AND_MORE] = plan is not None and ONE not in plan.samples
     sizes = given_sizes(graph_module.graph, network, example, plan, fixed=traced.fixed or evaluation.fixed)
     return graph_module, scopes, sizes

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from torch import nn
+from torch import fx, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from qat_lightning.graph.scopes import join
 from qat_lightning.layers.integer import IntegerLayer
-from qat_lightning.layers.operators import WEIGHTED
+from qat_lightning.layers.operators import WEIGHTED, module_types
 from qat_lightning.modes.fx.config import LEFT_FLOAT
+from qat_lightning.modes.left_float import layer_of
 from qat_lightning.modes.prepared import PreparedState
 from qat_lightning.modes.protocol import EXCLUDED, LayerCoverage
 from qat_lightning.settings.recipe import Recipe
@@ -83,6 +84,8 @@ def _why_float(state: PreparedState, name: str, module: nn.Module, used: set[str
         return "not used by forward"
     if why := no_kernel(module, state.recipe) or state.plan.tables.get(name, ""):
         return why
+    if name in called and isinstance(module, module_types("transposed")) and _is_given_a_size(state.plan.graph, name):
+        return "it is called with output_size=, and an int8 kernel has one size: give output_padding= instead"
     whole = next((outer for outer in called if name.startswith(f"{outer}.")), None)
     if whole is not None:
         return f"inside {whole!r}, which is called as a whole: mode='eager' and mode='pt2e' may reach it"
@@ -91,6 +94,12 @@ def _why_float(state: PreparedState, name: str, module: nn.Module, used: set[str
     if name not in called and type(module).__module__.startswith("torch."):
         return "what it yields is not read"
     return f"mode='fx' has no int8 kernel for {type(module).__name__}"
+
+
+def _is_given_a_size(graph: fx.Graph, name: str) -> bool:
+    """Whether a transposed convolution is given the size of its output."""
+    calls = [node for node in graph.find_nodes(op="call_module") if layer_of(str(node.target)) == name]
+    return any(len(node.args) > 1 or node.kwargs.get("output_size") is not None for node in calls)
 
 
 def each_once(

@@ -21,6 +21,7 @@ from qat_lightning.modes.coverage import float_run, layers_with_macs, report
 from qat_lightning.modes.fx import pads as fx_pads
 from qat_lightning.modes.fx import passes
 from qat_lightning.modes.fx.alignment import mark_origins, take_origins
+from qat_lightning.modes.fx.autocast import NOT_SEEN
 from qat_lightning.modes.fx.batchnorm import give_parameters
 from qat_lightning.modes.fx.coverage import FxOperations
 from qat_lightning.modes.fx.fused import hide_second_names, show_fused
@@ -62,6 +63,7 @@ from qat_lightning.modes.prepared import (
 )
 from qat_lightning.modes.protocol import Converted, LayerCoverage
 from qat_lightning.modes.tracing import (
+    MIXED,
     TWO_AND_MORE,
     leave_inside_float,
     outer_parts,
@@ -101,7 +103,7 @@ class FxMode:
             if name
         }
         graph_module, scopes, sizes = trace(network, example, leaves=outer_parts(network, selected))
-        two_and_more = graph_module.meta.pop(TWO_AND_MORE)
+        two_and_more, mixed = (graph_module.meta.pop(key) for key in (TWO_AND_MORE, MIXED))
         leave_inside_float(graph_module, selected)
         if "twins" in recipe.families:
             use_known_names(graph_module.graph)
@@ -139,14 +141,7 @@ class FxMode:
         follow_course(result)
         follow_checkpoints(result)
         follow_earlier_checkpoints(result)
-        refuse_other_results(
-            result,
-            float_network,
-            example,
-            f"mode='fx' traces {type(network).__name__}.forward into a graph that returns another thing than the "
-            "network on the example. Tracing cannot see a function that changes its argument with += or the like "
-            "(write y = y + …, and return it), nor what is decided by values.",
-        )
+        refuse_other_results(result, float_network, example, _why_other(float_network, mixed))
         if two_and_more:
             refuse_another_for_one(result, float_network, example)
         return result
@@ -223,6 +218,17 @@ class FxMode:
     def leave_float(self, prepared: nn.Module, names: Collection[str], example: Example | None) -> None:
         """See `Mode.leave_float`: of an op nothing changes but what conversion makes of it."""
         leave_weights_float(prepared, names)
+
+
+def _why_other(network: nn.Module, mixed: list[str]) -> str:
+    """What may be why a graph returns another thing than its network."""
+    if mixed:
+        return f"{type(network).__name__}.forward turns on {', '.join(mixed)}: {NOT_SEEN}"
+    return (
+        f"mode='fx' traces {type(network).__name__}.forward into a graph that returns another thing than the "
+        "network on the example. Tracing cannot see a function that changes its argument with += or the like "
+        "(write y = y + …, and return it), nor what is decided by values."
+    )
 
 
 def _as_network(prepared: fx.GraphModule, plan: FxPlan, unrounded: list[str], read: dict[str, str]) -> GraphNetwork:

@@ -20,6 +20,7 @@ from qat_lightning.layers.operators import faces_of, module_types, rows
 from qat_lightning.layers.qat_modules import FoldedLayer
 from qat_lightning.layers.relu_rounding import relu_limit, writes_in_place
 from qat_lightning.modes.fx.config import LEFT_FLOAT, shares_range
+from qat_lightning.modes.fx.operands import put_larger_first
 from qat_lightning.modes.graph_network import GraphNetwork
 from qat_lightning.modes.late_writes import late_write, late_write_error
 from qat_lightning.modes.places import op_name
@@ -49,6 +50,7 @@ def round_tensors_only(prepared: fx.GraphModule, network: nn.Module, example: Ex
         if _is_fake_quantize(node, modules) and node.args[0].name in numbers:
             node.replace_all_uses_with(node.args[0])
             prepared.graph.erase_node(node)
+    put_larger_first(prepared.graph, recorder.values)
     prepared.recompile()
     return [
         node.name

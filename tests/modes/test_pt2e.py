@@ -678,3 +678,22 @@ def test_xnnpack_runs_decomposed_and_says_so() -> None:
     converted = convert(prepared)
     assert converted.network.runs == "decomposed"
     assert any("xnnpack" in note for note in converted.notes)
+
+
+def test_the_file_of_a_network_with_a_region_without_autocast_loads(tmp_path: Path) -> None:
+    class Guarded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.conv(x)
+            with torch.autocast(x.device.type, enabled=False):
+                return x * x.float().mean((2, 3), keepdim=True)  # export checks the dtype of what .float() is given
+
+    example = Example((torch.randn(2, 3, 8, 8),))
+    prepared = prepare(Guarded(), example)
+    calibrate(prepared, [example.args[0]])
+    quantized = QuantizedNetwork(convert(prepared, example), Recipe("pt2e", "x86"), example)
+    quantized.save(tmp_path / "guarded.int8")
+    assert torch.equal(load_quantized(tmp_path / "guarded.int8")(*example.args), quantized(*example.args))

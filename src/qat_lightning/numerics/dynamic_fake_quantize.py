@@ -2,17 +2,38 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from qat_lightning.numerics.grid import along, choose_qparams, fake_quantize, smallest_and_largest
+from qat_lightning.numerics.grid import along, choose_qparams, round_within_half_a_step, smallest_and_largest
 
 DynamicGranularity = Literal["per_tensor", "per_token"]
 """Whether all values of a call share one range, or those of each token (along the last dimension) have their own."""
 
 _LOW, _HIGH = -128, 127
+
+
+_disturbing: list[Callable[[Any], Any]] = []
+
+
+@contextmanager
+def disturbed_roundings(disturb: Callable[[Any], Any]) -> Iterator[None]:
+    """Let what rounds dynamically round what ``disturb`` makes of its input, to see what roundings alone can do."""
+    _disturbing.append(disturb)
+    try:
+        yield
+    finally:
+        _disturbing.pop()
+
+
+def disturbed(x: Tensor) -> Tensor:
+    """``x``, or what `disturbed_roundings` makes of it."""
+    changed: Tensor = _disturbing[-1](x) if _disturbing else x
+    return changed
 
 
 def round_dynamically(x: Tensor, granularity: DynamicGranularity = "per_tensor", *, symmetric: bool = False) -> Tensor:
@@ -39,15 +60,16 @@ def round_dynamically(x: Tensor, granularity: DynamicGranularity = "per_tensor",
     """
     if not x.numel():
         return x
+    if not torch.compiler.is_compiling():
+        x = disturbed(x)
     low, high = (_LOW + 1, _HIGH) if symmetric else (_LOW, _HIGH)
     rows = x.reshape(-1, x.shape[-1]) if granularity == "per_token" and x.dim() else x
     axis = 0 if granularity == "per_token" and x.dim() else None
     scale, zero_point = _qparams(rows.detach().float(), axis, low, high, symmetric=symmetric)
     if _is_traced():
         return _in_plain_ops(rows, scale, zero_point, axis, low, high).reshape(x.shape)
-    rounded = fake_quantize(
-        rows, scale, 0 if symmetric else zero_point, quant_min=low, quant_max=high, axis=axis, clamps=not symmetric
-    )
+    zero = 0 if symmetric else zero_point
+    rounded = round_within_half_a_step(rows, scale, zero, quant_min=low, quant_max=high, axis=axis)
     return rounded.reshape(x.shape)
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from qat_lightning.numerics.dynamic_fake_quantize import disturbed
 
 
 class IntegerLayer(nn.Module):
@@ -84,25 +84,6 @@ def quantized_rows(integers: Tensor, scales: Tensor) -> Tensor:
         warnings.filterwarnings("ignore", message=".*quantized tensor creation functions.*")
         made: Tensor = torch._make_per_channel_quantized_tensor(integers.contiguous(), scales.double(), zeros, 0)
     return made
-
-
-_disturbing: list[Callable[[Any], Any]] = []
-
-
-@contextmanager
-def disturbed_roundings(disturb: Callable[[Any], Any]) -> Iterator[None]:
-    """Let `round_dynamically` round what ``disturb`` makes of its input, to see what roundings alone can do."""
-    _disturbing.append(disturb)
-    try:
-        yield
-    finally:
-        _disturbing.pop()
-
-
-def disturbed(x: Tensor) -> Tensor:
-    """``x``, or what `disturbed_roundings` makes of it."""
-    changed: Tensor = _disturbing[-1](x) if _disturbing else x
-    return changed
 
 
 def round_dynamically(x: Tensor) -> Tensor:

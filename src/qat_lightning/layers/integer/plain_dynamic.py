@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qat_lightning.layers.integer.integer_layer import IntegerLayer, disturbed
+from qat_lightning.layers.integer.integer_layer import IntegerLayer
 from qat_lightning.layers.integer.weights import WeightGrid, dequantize_rows, quantize_rows, store
 from qat_lightning.numerics.dynamic_fake_quantize import DynamicGranularity, round_dynamically
 
@@ -87,7 +87,7 @@ class PlainDynamicLinear(IntegerLayer):
 
     def reference(self, input: Tensor) -> Tensor:
         """The same in float64."""
-        x = round_dynamically(disturbed(input.float()), self.granularity, symmetric=self.symmetric)
+        x = round_dynamically(input.float(), self.granularity, symmetric=self.symmetric)
         return F.linear(x.double(), self.weight.double(), None if self.bias is None else self.bias.double())
 
     def extra_repr(self) -> str:

@@ -83,14 +83,19 @@ def capture(
     spec = CallSpec(type(network).__name__, signature, in_spec, inputs, out_spec, size or 1)
     _refuse_fixed_batch(graph_module.graph, spec)
     _inline_no_grad(graph_module)
+    for inner in _graphs(graph_module):
+        _drop_checks(inner)
     _clean(graph_module.graph, spec)
     if train:
-        _refuse_randomness(graph_module.graph, spec.name)
+        for inner in _graphs(graph_module):
+            _refuse_randomness(inner, spec.name)
     _make_functional(graph_module.graph)
     if by_numbers:
         pad_by_numbers(graph_module.graph)
-    graph_module.graph.lint()
-    graph_module.recompile()
+    for module in graph_module.modules():
+        if isinstance(module, fx.GraphModule):
+            module.graph.lint()
+            module.recompile()
     return graph_module, spec
 
 
@@ -141,9 +146,13 @@ def _refuse_fixed_batch(graph: fx.Graph, spec: CallSpec) -> None:
             )
 
 
-def _clean(graph: fx.Graph, spec: CallSpec) -> None:
-    """Leave only what computes: no guards for the example's sizes, no inputs that are constants."""
-    graph.set_codegen(CodeGen())
+def _graphs(graph_module: fx.GraphModule) -> list[fx.Graph]:
+    """The graph itself, and those of the regions in it, such as one without autocast."""
+    return [module.graph for module in graph_module.modules() if isinstance(module, fx.GraphModule)]
+
+
+def _drop_checks(graph: fx.Graph) -> None:
+    """No guards for the example's sizes and dtypes, which the file of a network does not hold."""
     for node in reversed(list(graph.nodes)):
         is_guard = node.op == "call_module" and node.target == "_guards_fn"
         is_check = node.op == "call_function" and _name(node.target).startswith(
@@ -151,6 +160,11 @@ def _clean(graph: fx.Graph, spec: CallSpec) -> None:
         )
         if (is_guard or is_check) and not node.users:
             graph.erase_node(node)
+
+
+def _clean(graph: fx.Graph, spec: CallSpec) -> None:
+    """Leave only what computes: no inputs that are constants, nothing that only checks looked at."""
+    graph.set_codegen(CodeGen())
     for node, given in zip(graph.find_nodes(op="placeholder"), spec.inputs, strict=True):
         if given.shape is None:
             graph.erase_node(node)

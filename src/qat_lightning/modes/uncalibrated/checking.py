@@ -16,10 +16,10 @@ from qat_lightning.checks import LayerCheck, WholeCheck
 from qat_lightning.errors import ConversionError, NetworkError
 from qat_lightning.graph.example import Example
 from qat_lightning.layers.integer import IntegerLayer
-from qat_lightning.layers.integer.integer_layer import disturbed_roundings
 from qat_lightning.modes.judging import Names, decibels, raise_if_faulty
 from qat_lightning.modes.protocol import LayerCoverage
 from qat_lightning.modes.whole import DRAWS, Disturbance, check_whole, is_right, raise_if_wrong
+from qat_lightning.numerics.dynamic_fake_quantize import disturbed_roundings
 from qat_lightning.numerics.sqnr import sqnr_db
 from qat_lightning.settings.backends import Backend, quantized_engine
 from qat_lightning.settings.recipe import Recipe

@@ -33,6 +33,7 @@ from qat_lightning.modes.uncalibrated.eager import cover
 from qat_lightning.modes.uncalibrated.flow import quantize
 from qat_lightning.modes.uncalibrated.macs import with_macs
 from qat_lightning.modes.whole import Disturbance, check_whole, is_right, raise_if_wrong
+from qat_lightning.numerics.dynamic_fake_quantize import disturbed_roundings
 from qat_lightning.numerics.recomputation import keep_tapes
 from qat_lightning.settings.kinds import check_kind
 from qat_lightning.settings.recipe import Recipe
@@ -83,7 +84,8 @@ class DirectMode:
     @staticmethod
     def _compare(prepared: nn.Module, converted: Converted, example: Example, names: Names) -> None:
         def trained(disturb: Disturbance) -> Any:
-            return run(prepared, Example(*tree_map(disturb, (example.args, example.kwargs))))
+            with disturbed_roundings(disturb):  # inputs may be integers, which nothing disturbs
+                return run(prepared, Example(*tree_map(disturb, (example.args, example.kwargs))))
 
         row = check_whole(run(prepared, example), run(converted.network, example), (trained,))
         if row is not None and not is_right(row):

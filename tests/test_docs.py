@@ -225,6 +225,7 @@ def test_every_row_of_the_docs_is_looked_at() -> None:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("row", FIXED, ids=lambda row: row.label.replace("`", ""))
+@pytest.mark.slow
 def test_the_docs_have_what_fixed_ranges_reach(row: Row, mode: str) -> None:
     cell = dict(zip(MODES, table()[f"`static`, `qat`: {row.label}"], strict=True))[mode]
     flow, example = get_mode(mode), Example((torch.randn(row.shape),))

@@ -116,6 +116,7 @@ def alike(one: Tensor, other: Tensor) -> bool:
 
 @pytest.mark.parametrize("what", RETURNS)
 @pytest.mark.parametrize(("mode", "kind"), [(m, k) for m in ("eager", "fx", "pt2e") for k in ("qat", "dynamic")])
+@pytest.mark.slow
 def test_the_class_stays_in_the_process_and_with_the_network(mode: str, kind: str, what: str, tmp_path: Path) -> None:
     network = Returning(what).eval()
     args, _ = images(4)
@@ -129,6 +130,7 @@ def test_the_class_stays_in_the_process_and_with_the_network(mode: str, kind: st
 
 
 @pytest.mark.parametrize("mode", ["fx", "pt2e"])
+@pytest.mark.slow
 def test_without_the_network_a_record_has_the_same_keys(mode: str, tmp_path: Path) -> None:
     for what in RETURNS:
         saved = made(mode, "qat", Returning(what), images)

@@ -130,6 +130,7 @@ def test_tensors_of_other_types_and_shapes(good: dict[str, Content], tmp_path: P
 @pytest.mark.parametrize("name", ["lstm", "attention", "weights", "tables"])
 @settings(max_examples=25)
 @given(data=st.data())
+@pytest.mark.slow
 def test_any_change_loads_or_is_an_error_of_ours(
     name: str, good: dict[str, Content], tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ) -> None:

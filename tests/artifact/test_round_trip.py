@@ -48,6 +48,7 @@ TABLE = [
 
 
 @pytest.mark.parametrize(("mode", "backend", "case"), TABLE)
+@pytest.mark.slow
 def test_loaded_network_is_equal(mode: str, backend: str, case, tmp_path: Path) -> None:
     saved = quantize(mode, backend, case.network(), batch_of(case))
     save_quantized(saved, tmp_path / "net.int8")

@@ -435,6 +435,7 @@ class Ensemble(Lit):
 
 
 @pytest.mark.parametrize("mode", MODES)
+@pytest.mark.slow
 def test_several_networks_are_tested_together(mode: str) -> None:
     module, callback = Ensemble(), qat(mode, module=["net", "other"], start=1)
     fitting = trainer(callback)

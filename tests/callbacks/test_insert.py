@@ -141,6 +141,7 @@ def test_an_unclear_network_is_an_error_that_names_the_candidates() -> None:
 
 @pytest.mark.parametrize("module", ["net", ".", ["net", "teacher"], "net.features", "net.features.0"])
 @pytest.mark.parametrize("mode", MODES)
+@pytest.mark.slow
 def test_named(mode: str, module: Any) -> None:
     lit, callback = TwoNetworks(), qat(mode, module=module)
     check_whole_run(lit, callback)
@@ -323,6 +324,7 @@ def test_a_setup_that_failed_leaves_no_trace() -> None:
 
 @pytest.mark.parametrize("given", [IMAGES, (IMAGES,), [IMAGES], {"x": IMAGES}], ids=["tensor", "tuple", "list", "dict"])
 @pytest.mark.parametrize("mode", MODES)
+@pytest.mark.slow
 def test_given_by_the_user(mode: str, given: Any) -> None:
     module, callback = Lit(), qat(mode, example_inputs=given)
     trainer(callback).fit(module, loader())

@@ -46,6 +46,7 @@ def test_arguments_are_checked_at_construction(arguments: dict[str, Any], messag
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("settings", [{}, {"precision": "bf16-mixed"}, {"accumulate_grad_batches": 2}], ids=str)
+@pytest.mark.slow
 def test_a_fit_is_the_same_with_it(mode: str, settings: dict[str, Any]) -> None:
     ended = []
     for more in ([], [QuantizationMonitor(every_n_steps=1)]):
@@ -255,6 +256,7 @@ def test_what_a_fit_calibrates_is_measured_at_its_end(mode: str, first: bool, tm
 @pytest.mark.parametrize("first", [True, False], ids=["before", "behind"])
 @pytest.mark.parametrize("stage", ["validate", "test", "predict"])
 @pytest.mark.parametrize("make", [Lit, OwnForward])
+@pytest.mark.slow
 def test_what_is_calibrated_without_a_fit_is_measured_once(
     make: type[Lit], stage: str, first: bool, tmp_path: Path
 ) -> None:

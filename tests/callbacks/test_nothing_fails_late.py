@@ -54,6 +54,7 @@ def _fit(row: Varied, mode: str) -> tuple[Squares, QuantizationAwareTraining]:
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("row", VARIED, ids=lambda row: row.name)
+@pytest.mark.slow
 def test_a_network_reaches_its_share_of_int8_or_is_refused_before_the_first_step(
     row: Varied, mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

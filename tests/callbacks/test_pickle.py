@@ -40,6 +40,7 @@ def fitted(mode: str, module: Any) -> tuple[Any, Any]:
 
 @pytest.mark.parametrize("make", [Lit, OwnForward, lambda: Lit(Pooling())], ids=["net", "own forward", "functions"])
 @pytest.mark.parametrize("mode", MODES)
+@pytest.mark.slow
 def test_pickled_together(mode: str, make: Any) -> None:
     """They test the same, and go on as the originals do, and share nothing with them."""
     callback, module = fitted(mode, make())

@@ -141,6 +141,7 @@ def test_a_checkpoint_of_the_other_setting_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["equalization", "fold"])
+@pytest.mark.slow
 def test_float_checkpoint_as_the_variant_to_compare_with(name: str, tmp_path: Path) -> None:
     best = Lit(Mobile())
     torch.save({"state_dict": best.state_dict()}, tmp_path / "float.ckpt")

@@ -39,6 +39,7 @@ def fit(folder: Path, made: Callback, at: int | None) -> tuple[int, dict[str, to
 
 
 @pytest.mark.parametrize("make", [lambda: qat(), lambda: PostTrainingQuantization("fx")], ids=["qat", "ptq"])
+@pytest.mark.slow
 def test_every_step_is_taken_once(make: Callable[[], Callback], tmp_path: Path) -> None:
     whole, wanted = fit(tmp_path / "whole", make(), None)
     assert whole == 12

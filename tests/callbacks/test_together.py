@@ -278,6 +278,7 @@ def test_the_average_is_tested_from_a_checkpoint(mode: str, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("make", [qat, PostTrainingQuantization])
+@pytest.mark.slow
 def test_a_profiler_that_hooks_every_layer(make: Callable[[], Any], tmp_path: Path) -> None:
     """In a fit and in a test; hooks can be neither copied nor traced."""
     module, callback = Lit(), make()

@@ -17,6 +17,7 @@ def runs(sweep: Path) -> list[Run]:
     return find_runs([sweep])
 
 
+@pytest.mark.slow
 def test_a_sweep_of_train_py_is_read_with_all_that_its_runs_kept(runs: list[Run]) -> None:
     plain, qat = runs
     assert [plain.status, qat.status] == ["finished", "finished"]

@@ -44,6 +44,7 @@ def test_a_file_opens_with_a_command_that_uses_it(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", [path for path in FILES if CONF in path.parents], ids=lambda path: path.stem)
+@pytest.mark.slow
 def test_the_commands_of_a_file_compose(path: Path, composed: Compose) -> None:
     for words in commands(path):
         composed(*(word for word in words if not word.startswith("-") and "," not in word))

@@ -125,6 +125,7 @@ def exported(digits: Any, trained: Any, tmp_path_factory: pytest.TempPathFactory
     return result
 
 
+@pytest.mark.slow
 def test_an_int8_network_from_a_file_is_compared_with_itself(exported: ExportResult) -> None:
     assert exported.passed
     assert exported.sqnr_db > 100
@@ -285,6 +286,7 @@ def test_executorch_keeps_constants_apart_and_takes_slices(tmp_path: Path) -> No
     assert min(result.sqnr_db_of_outputs.values()) > 35
 
 
+@pytest.mark.slow
 def test_one_wrong_output_beside_right_ones_leaves_no_file(tmp_path: Path) -> None:
     class Doubled(nn.Module):
         def __init__(self, of: nn.Module) -> None:

@@ -124,6 +124,7 @@ def prepared_pair(mode: str, network: nn.Module, *, folded: bool) -> tuple[nn.Mo
 @pytest.mark.parametrize("folded", [False, True], ids=["batchnorm", "folded"])
 @pytest.mark.parametrize("network", [Plain, Residual, Depthwise, Functional])
 @pytest.mark.parametrize("mode", MODES)
+@pytest.mark.slow
 def test_training_is_the_same_with_and_without(mode: str, network: type[nn.Module], folded: bool) -> None:
     ours, plain = prepared_pair(mode, network(), folded=folded)
     for seed in range(3):

@@ -69,6 +69,7 @@ def test_a_copy_is_prepared_from_the_same_graph_with_its_own_weights(exports: li
     assert other.conv.weight.grad is not None
 
 
+@pytest.mark.slow
 def test_what_differs_is_captured_by_itself(exports: list[Any]) -> None:
     with captured_once():
         once, twice = prepare(Shaped(), "a"), prepare(Shaped(doubled=True), "b")
@@ -81,6 +82,7 @@ def test_what_differs_is_captured_by_itself(exports: list[Any]) -> None:
     assert str(once.graph) != str(twice.graph)
 
 
+@pytest.mark.slow
 def test_a_fit_with_a_rehearsal_exports_once_and_trains_the_same(
     exports: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

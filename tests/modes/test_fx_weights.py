@@ -94,6 +94,7 @@ class Named(nn.Module):
 
 @pytest.mark.parametrize("kind", ["buffer", "parameter", "module"])
 @pytest.mark.parametrize("name", ["mean", "relu", "view", "add", "sigmoid", "flatten", "shape_of"])
+@pytest.mark.slow
 def test_names_that_methods_and_functions_have(kind: str, name: str) -> None:
     torch.manual_seed(0)
     carried_through(Named(kind, name), torch.randn(4, 3, 8, 8))

@@ -365,6 +365,7 @@ def test_nothing_to_quantize_is_an_error(backend: str) -> None:
     "scheme",
     [Scheme(), Scheme(weight_bits=4), Scheme(weight_granularity="per_tensor"), Scheme(activation_symmetric=True)],
 )
+@pytest.mark.slow
 def test_int8_equals_fake_quant(backend: str, scheme: Scheme) -> None:
     torch.manual_seed(0)
     prepared = prepare(Small(), backend=backend, scheme=scheme)

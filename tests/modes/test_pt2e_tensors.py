@@ -87,6 +87,7 @@ def trained_and_converted(network: nn.Module, x: Tensor, backend: str) -> tuple[
 @pytest.mark.parametrize(
     ("make", "shape"), [(ConstantsReadTwice, (4, 3, 6, 6)), (WeightReadTwice, (4, 16)), (IntegersAndMasks, (4, 8))]
 )
+@pytest.mark.slow
 def test_int8_equals_fake_quant_and_is_saved(make: type[nn.Module], shape: tuple[int, ...], backend: str) -> None:
     torch.manual_seed(0)
     x = torch.randn(shape)

@@ -54,6 +54,7 @@ def ops_of(converted: Converted) -> list[str]:
 
 
 @pytest.mark.parametrize("case", LAYERS)
+@pytest.mark.slow
 def test_int8_is_fake_quant(case: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     make, x = LAYERS[case]

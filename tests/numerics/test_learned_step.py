@@ -210,6 +210,7 @@ def test_a_grid_that_stands_for_a_relu6_stays_within_it() -> None:
 @pytest.mark.parametrize(
     "case", [case for case in CASES if case.name in ("depthwise", "functional")], ids=lambda c: c.name
 )
+@pytest.mark.slow
 def test_int8_equals_what_learned(mode: str, scheme: Scheme, case: object) -> None:
     torch.manual_seed(0)
     flow, network = get_mode(mode), case.network()  # type: ignore[attr-defined]

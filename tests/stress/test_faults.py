@@ -259,6 +259,7 @@ def _saving(folder: Path) -> ModelCheckpoint:
     [("train", _interrupt, SystemExit), ("train", _fail, RuntimeError), ("validation", _fail, RuntimeError)],
     ids=["interrupted", "step fails", "validation fails"],
 )
+@pytest.mark.slow
 def test_the_fit_goes_on_after_an_interruption(
     mode: str, hook: str, do: Callable[[], None], raised: type[BaseException], tmp_path: Path, caplog: Any
 ) -> None:

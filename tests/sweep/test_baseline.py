@@ -46,6 +46,7 @@ def keys(composed: Compose, tmp_path: Path) -> Callable[..., str]:  # noqa: F811
         "resume=true",
     ],
 )
+@pytest.mark.slow
 def test_what_is_done_with_a_float_run_does_not_change_it(word: str, keys: Callable[..., str]) -> None:
     assert keys(word) == keys()
 
@@ -64,6 +65,7 @@ def test_what_is_done_with_a_float_run_does_not_change_it(word: str, keys: Calla
         "+baseline.float.trainer.max_epochs=9",
     ],
 )
+@pytest.mark.slow
 def test_whatever_changes_the_float_run_changes_its_key(word: str, keys: Callable[..., str]) -> None:
     words = [word] if not word.startswith("model=") else [word, "model.module.net.width=4"]
     assert keys(*words) != keys()

@@ -150,3 +150,15 @@ def test_the_trained_network_is_saved_as_any_other(tmp_path: Path) -> None:
     loaded = type(module.network).from_pretrained(tmp_path)
     for name, value in loaded.state_dict().items():
         assert torch.equal(value, module.network.state_dict()[name]), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["dynamic", "weight_only"])
+def test_a_graph_takes_other_lengths_until_it_is_saved(kind: str, tmp_path: Path) -> None:
+    callback = _trained(Lit(MAKE["bert"]()), "bert", mode="fx", kind=kind)
+    shorter = next(iter(batches("bert", length=7)))
+    expected = callback.prepared.eval()(**shorter).logits
+    torch.testing.assert_close(callback.quantized(**shorter).logits, expected, rtol=1e-3, atol=1e-3)
+    callback.save(tmp_path / "bert.int8")
+    with pytest.raises(NetworkError, match="example_inputs="):
+        load_quantized(tmp_path / "bert.int8")(**shorter)

@@ -46,7 +46,7 @@ from qat_lightning.errors import ConfigurationError
 from qat_lightning.modes.compiling import check_compiler
 from qat_lightning.rehearsal.rehearse import OnFault
 from qat_lightning.settings.kinds import check_kind
-from qat_lightning.settings.recipe import BatchNormHandling, Equalization, Kind
+from qat_lightning.settings.recipe import Adapters, BatchNormHandling, Equalization, Kind
 from qat_lightning.settings.schedule import Phase, PointLike, QuantizationSchedule
 from qat_lightning.settings.scheme import Scheme
 
@@ -118,6 +118,9 @@ class QuantizationAwareTraining(QuantizationCallback):
         on_fault: What becomes of a layer, or of an op, that cannot be int8: ``"leave_float"`` leaves it float, says so
             in the coverage and in a warning, and converts the rest; ``"error"`` refuses the training. What only the
             trained values bring is always left float, so that it costs a layer and not the fit.
+        adapters: What becomes of LoRA of peft in kinds ``"dynamic"`` and ``"weight_only"``: ``"merged"``: the frozen
+            weight with all that its adapters add is rounded in training, and stored as one integer layer without
+            adapters; ``"float"``: the frozen weight is rounded, and the adapters stay float beside it (as in QLoRA).
 
     Attributes:
         prepared: The network with fake-quant (a dict of them by name, if ``module`` is a list of several), once the fit
@@ -160,6 +163,7 @@ class QuantizationAwareTraining(QuantizationCallback):
         on_fault: OnFault = "leave_float",
         kind: TrainedKind = "static",
         smoothquant: float | None = None,
+        adapters: Adapters = "merged",
     ) -> None:
         settings = QuantizationSettings(
             mode,
@@ -177,6 +181,7 @@ class QuantizationAwareTraining(QuantizationCallback):
             convert_on_fit_end,
             trained=kind != "static",
             smoothquant=smoothquant,
+            adapters=adapters,
         )
         if mode != "auto":
             check_kind(settings.recipe)

@@ -20,7 +20,7 @@ from qat_lightning.callbacks.parts.variant_source import VariantSource
 from qat_lightning.callbacks.parts.variant_switch import VariantSwitch
 from qat_lightning.errors import ConfigurationError
 from qat_lightning.rehearsal.rehearse import OnFault
-from qat_lightning.settings.recipe import BatchNormHandling, Equalization
+from qat_lightning.settings.recipe import Adapters, BatchNormHandling, Equalization
 from qat_lightning.settings.schedule import Phase
 from qat_lightning.settings.scheme import Scheme
 
@@ -45,6 +45,7 @@ class QuantizationCallback(Callback):
     equalization = Setting[Equalization]("_networks")
     batchnorm = Setting[BatchNormHandling]("_networks")
     smoothquant = Setting["float | None"]("_networks")
+    adapters = Setting[Adapters]("_networks")
     rehearse = Setting[bool]("_networks")
     on_fault = Setting[OnFault]("_networks")
     convert_on_fit_end = Setting[bool]("_networks")

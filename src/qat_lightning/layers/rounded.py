@@ -259,10 +259,15 @@ def round_layer(layer: nn.Module, recipe: Recipe) -> None:
         >>> type(layer).__name__, sorted(name for name, _ in layer.named_parameters())
         ('RoundedLinear', ['bias', 'weight'])
     """
-    grid = WeightGrid.of(recipe)
     if type(layer) in module_types("cell"):
         layer.__dict__["rounded_as"] = name_of_cell(cast("nn.RNNCellBase", layer))
-    layer.__class__ = (_DYNAMIC if recipe.kind == "dynamic" else _WEIGHT_ONLY)[type(layer)]
+    round_as(layer, (_DYNAMIC if recipe.kind == "dynamic" else _WEIGHT_ONLY)[type(layer)], recipe)
+
+
+def round_as(layer: nn.Module, rounded_type: type[nn.Module], recipe: Recipe) -> None:
+    """`round_layer` for a given class of rounded layers."""
+    grid = WeightGrid.of(recipe)
+    layer.__class__ = rounded_type
     rounded = cast("RoundedLayer", layer)
     rounded.__dict__["weight_grid"] = grid
     for name in rounded.parts():

@@ -7,13 +7,28 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from qat_lightning.layers.adapters import has_adapters
 from qat_lightning.modes.prepared import float_keys, prepared_state
 
 
-def float_weights(prepared: nn.Module) -> dict[str, Any]:
-    """A detached copy, on the CPU, of the part of a prepared network's ``state_dict`` that the float network has."""
-    keys = float_keys(prepared)
+def float_weights(prepared: nn.Module, leave_out: set[str] | None = None) -> dict[str, Any]:
+    """A detached copy, on the CPU, of the part of a prepared network's ``state_dict`` that the float network has.
+
+    Args:
+        prepared: The prepared network.
+        leave_out: Keys that are not wanted.
+    """
+    keys = float_keys(prepared) - (leave_out or set())
     return {key: _copied(value) for key, value in prepared.state_dict().items() if key in keys}
+
+
+def frozen_beside_adapters(prepared: nn.Module) -> set[str]:
+    """The keys of parameters that are frozen in a network with adapters: what they were they are, and need no copy."""
+    if not has_adapters(prepared):
+        return set()
+    return {
+        name for name, parameter in prepared.named_parameters(remove_duplicate=False) if not parameter.requires_grad
+    }
 
 
 def present_float(prepared: nn.Module) -> nn.Module:

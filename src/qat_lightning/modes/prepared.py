@@ -127,7 +127,8 @@ def materialize_weights(prepared: nn.Module) -> None:
         if isinstance(module, RoundedLayer):
             module.materialize()
             continue
-        fq, weight = getattr(module, "weight_fake_quant", None), getattr(module, "weight", None)
+        # A child of its own: a wrapper may show those of what it wraps.
+        fq, weight = module._modules.get("weight_fake_quant"), getattr(module, "weight", None)
         if isinstance(fq, FakeQuantize) and isinstance(weight, torch.Tensor):
             # In eager mode, of another form than the parameter may be.
             kernel: Any = getattr(module, "kernel", None)

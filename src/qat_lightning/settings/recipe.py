@@ -25,6 +25,9 @@ that upstream does not know; products with a weight, as linear layers; transpose
 convolutions of sequences without a ReLU, and those that are padded by name; transposed convolutions in modes eager and
 pt2e; the tables of embeddings; in mode fx products of shapes that are broadcast, and products by other names."""
 
+Adapters = Literal["merged", "float"]
+"""What becomes of low-rank adapters (LoRA): merged into the weights that are rounded, or float beside them."""
+
 Kind = Literal["qat", "static", "dynamic", "weight_only"]
 """How a network becomes int8: trained with fake-quant, calibrated, with ranges worked out anew for each input, or with
 integers for its weights only."""
@@ -47,6 +50,7 @@ class Recipe:
         equalization: ``"none"``, ``"exact"`` or ``"replace_relu6"``.
         batchnorm: ``"fused"`` or ``"fold"``.
         smoothquant: How much of the outliers of activations moves into the weights, from 0 to 1; None for nothing.
+        adapters: ``"merged"`` or ``"float"``.
         left_float: Names of layers that were found to be impossible in int8, each with the reason; no setting, and not
             compared.
         families: Which of `FAMILIES` are quantized: all, but when a checkpoint of an earlier release is resumed; no
@@ -74,11 +78,17 @@ class Recipe:
     left_float: tuple[tuple[str, str], ...] = ()
     families: tuple[str, ...] = FAMILIES
     smoothquant: float | None = None
+    adapters: Adapters = "merged"
 
     def __post_init__(self) -> None:
         """Check the pair, the globs, and what of the scheme the kind has."""
         get_backend(self.backend, self.mode)
-        for name, possible in (("kind", Kind), ("equalization", Equalization), ("batchnorm", BatchNormHandling)):
+        for name, possible in (
+            ("kind", Kind),
+            ("equalization", Equalization),
+            ("batchnorm", BatchNormHandling),
+            ("adapters", Adapters),
+        ):
             value: Any = getattr(self, name)
             if not isinstance(value, str) or value not in get_args(possible):
                 raise ConfigurationError(f"{name}={value!r} is unknown: use one of {', '.join(get_args(possible))}.")
@@ -196,6 +206,7 @@ class Recipe:
             "batchnorm": self.batchnorm,
             "trained": self.trained,
             "smoothquant": self.smoothquant,
+            "adapters": self.adapters,
             "left_float": [list(pair) for pair in self.left_float],
             "families": list(self.families),
         }
@@ -217,6 +228,7 @@ class Recipe:
             equalization=values.get("equalization", "none"),
             batchnorm=values.get("batchnorm", "fused"),
             trained=bool(values.get("trained", False)),
+            adapters=values.get("adapters", "merged"),
             left_float=tuple((str(name), str(why)) for name, why in values.get("left_float", ())),
             families=tuple(str(name) for name in values.get("families", ())),
             smoothquant=values.get("smoothquant"),

@@ -13,7 +13,8 @@ from qat_lightning.callbacks.parts.checkpoint_io import read_float_state
 from qat_lightning.callbacks.parts.checkpoints import read_float_weights
 from qat_lightning.callbacks.parts.network import Slot
 from qat_lightning.callbacks.parts.networks import Networks
-from qat_lightning.modes.float_state import float_weights
+from qat_lightning.errors import ConfigurationError
+from qat_lightning.modes.float_state import float_weights, frozen_beside_adapters
 from qat_lightning.modes.prepared import prepared_state
 
 
@@ -68,14 +69,25 @@ class FloatWeights:
     def keep(self, step: int) -> None:
         """Keep the present weights, unless a file has better ones, as those before a step."""
         if self.checkpoint is None:
-            self.weights = {name: float_weights(prepared) for name, prepared in self.networks.prepared.items()}
+            self.weights = {
+                name: float_weights(prepared, frozen_beside_adapters(prepared))
+                for name, prepared in self.networks.prepared.items()
+            }
             self.step = step
             self.source = f"the weights before step {step}, when rounding came on"
 
     def network(self, name: str) -> nn.Module:
         """A float network with these weights, on the CPU, in evaluation."""
-        network = copy.deepcopy(prepared_state(self.networks.prepared[name]).float_network)
-        network.load_state_dict(self.weights[name])
+        prepared = self.networks.prepared[name]
+        network: nn.Module = copy.deepcopy(prepared_state(prepared).float_network).cpu()
+        present = float_weights(prepared, set(self.weights[name]))  # of what is frozen; else there is nothing else
+        trained = sorted(present.keys() - frozen_beside_adapters(prepared))
+        if trained:
+            raise ConfigurationError(
+                f"There is no float variant of {name!r}: {trained[0]!r} was frozen when rounding came on, and trains "
+                "now. Give float_checkpoint=, or freeze it again."
+            )
+        network.load_state_dict(present | self.weights[name])
         return network.eval()
 
     def state_dict(self) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from qat_lightning.modes.compiling import refuse_compile
 from qat_lightning.modes.left_float import leave_float
 from qat_lightning.modes.prepared import prepared_state
 from qat_lightning.modes.registry import mode_for
+from qat_lightning.modes.uncalibrated.adapters import refuse_adapters
 from qat_lightning.processes import in_first, several_processes
 from qat_lightning.recipes.reworking import Reworking, reworks
 from qat_lightning.rehearsal.auto import Decision, choose_mode, decide
@@ -93,6 +94,7 @@ class Preparation:
         network = copy.deepcopy(slot.get()).cpu().float()
         check_example(network, example, name=slot.name, given=self.given is not None)
         check_globs(settings.recipe, _module_names(slot))
+        refuse_adapters(network, settings.recipe)
         with_weights(network, state or (self._floats.to_rehearse() if self._floats is not None else {}), slot.prefix)
         self.rework(network, slot, example)
 

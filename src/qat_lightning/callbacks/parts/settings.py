@@ -11,7 +11,7 @@ from qat_lightning.errors import ConfigurationError
 from qat_lightning.graph.example import from_user
 from qat_lightning.rehearsal.rehearse import OnFault
 from qat_lightning.settings.backends import get_backend, require
-from qat_lightning.settings.recipe import BatchNormHandling, Equalization, Kind, Recipe
+from qat_lightning.settings.recipe import Adapters, BatchNormHandling, Equalization, Kind, Recipe
 from qat_lightning.settings.scheme import Scheme
 
 Value = TypeVar("Value")
@@ -37,6 +37,7 @@ class QuantizationSettings:
         convert_on_fit_end: Whether there is to be an int8 network.
         smoothquant: How much of the outliers of activations moves into the weights before; None for nothing.
         trained: Whether a network of kind ``"dynamic"`` or ``"weight_only"`` trains for it.
+        adapters: What becomes of low-rank adapters.
 
     Attributes:
         scheme: As given, or the default; as ``include`` and ``exclude`` it is in the recipe.
@@ -66,6 +67,7 @@ class QuantizationSettings:
     convert_on_fit_end: bool = True
     trained: bool = False
     smoothquant: float | None = None
+    adapters: Adapters = "merged"
     recipe: Recipe = field(init=False)
 
     def __post_init__(self) -> None:
@@ -99,6 +101,7 @@ class QuantizationSettings:
             self.batchnorm,
             self.trained,
             smoothquant=self.smoothquant,
+            adapters=self.adapters,
         )
         if self.example_inputs is not None and isinstance(self.module, (str, type(None))):
             from_user(self.example_inputs)

@@ -40,7 +40,7 @@ class SharedLayers:
         Raises:
             NetworkError: It cannot be traced for them, or does something else with them.
         """
-        with _aside():
+        with aside():
             other = _prepare_again(network, args, kwargs)
             parting = _parting(network, other)
             if parting is not None:
@@ -65,9 +65,9 @@ class ConvertsAgain:
         Raises:
             NetworkError: It cannot be made for them.
         """
-        with _aside():
+        with aside():
             other = _prepare_again(self.prepared, args, kwargs)
-            example = _example(self.prepared, args, kwargs)
+            example = example_like(self.prepared, args, kwargs)
             if (parting := _parting(self.prepared, other)) is not None:
                 raise _other_way(network, args, kwargs, parting)
             other.load_state_dict(self.prepared.state_dict())
@@ -88,7 +88,7 @@ def _prepare_again(network: GraphNetwork, args: tuple[Any, ...], kwargs: dict[st
     state = prepared_state(network)
     original = copy.deepcopy(state.float_network).cpu().float()
     try:
-        other = state.mode.prepare(original, _example(network, args, kwargs), state.recipe, prefix=state.prefix)
+        other = state.mode.prepare(original, example_like(network, args, kwargs), state.recipe, prefix=state.prefix)
     except Exception as error:  # a network may fail in any way with them
         assert network.sizes is not None
         lines = [*str(error).splitlines(), type(error).__name__]
@@ -97,7 +97,7 @@ def _prepare_again(network: GraphNetwork, args: tuple[Any, ...], kwargs: dict[st
     return other
 
 
-def _example(network: GraphNetwork, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Example:
+def example_like(network: GraphNetwork, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Example:
     """A call as an example: on the CPU, and of a few samples, but of two at least, if their number is not fixed."""
     look_into(args, kwargs)
     size = batch_size(Example(args, kwargs))
@@ -176,7 +176,7 @@ def _other_way(network: GraphNetwork, args: tuple[Any, ...], kwargs: dict[str, A
 
 
 @contextmanager
-def _aside() -> Iterator[None]:
+def aside() -> Iterator[None]:
     """Random states as they were, and gradients, inference and autocast as where a network is prepared."""
     state = random.getstate()
     try:

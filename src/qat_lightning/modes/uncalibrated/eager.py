@@ -10,11 +10,13 @@ from torch import Tensor, nn
 
 from qat_lightning.errors import CheckpointMismatchError
 from qat_lightning.graph.example import Example
+from qat_lightning.layers.adapters import inner_of
 from qat_lightning.layers.integer import IntegerLayer, integer_layer, why_not
 from qat_lightning.layers.operators import WEIGHTED
 from qat_lightning.modes.eager.layers import without_fast_paths
 from qat_lightning.modes.judging import Names
 from qat_lightning.modes.protocol import EXCLUDED, Converted, LayerCoverage
+from qat_lightning.modes.uncalibrated.adapters import whole, why_beside
 from qat_lightning.modes.uncalibrated.checking import (
     check_layers,
     check_whole_of,
@@ -64,7 +66,7 @@ def skeleton(network: nn.Module, plan: Mapping[str, Any], recipe: Recipe, shares
     Raises:
         CheckpointMismatchError: The network has no such layers.
     """
-    network = float_copy(network)
+    network, _ = inner_of(whole(float_copy(network), recipe))
     without_fast_paths(network)
     modules = dict(network.named_modules(remove_duplicate=False))
     made: dict[nn.Module, IntegerLayer] = {}
@@ -101,6 +103,6 @@ def cover(network: nn.Module, recipe: Recipe, prefix: str) -> list[LayerCoverage
         if isinstance(module, nn.MultiheadAttention):
             inside.append(f"{name}." if name else "")
         full = f"{prefix}.{name}" if prefix and name else prefix or name
-        reason = EXCLUDED if not recipe.selects(full) else why_not(module, recipe)
+        reason = EXCLUDED if not recipe.selects(full) else why_beside(network, name) or why_not(module, recipe)
         rows.append(LayerCoverage(name, type(module).__name__, not reason, reason))
     return rows

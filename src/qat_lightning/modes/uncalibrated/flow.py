@@ -8,6 +8,7 @@ from qat_lightning.errors import ConfigurationError
 from qat_lightning.graph.example import Example
 from qat_lightning.modes.other_quantization import refuse_other_quantization
 from qat_lightning.modes.protocol import Converted
+from qat_lightning.modes.uncalibrated.adapters import of_inner_network, refuse_adapters, whole
 from qat_lightning.modes.uncalibrated.eager import Shares
 from qat_lightning.settings.backends import require
 from qat_lightning.settings.kinds import DIRECT, check_kind
@@ -52,15 +53,24 @@ def quantize(
     check_kind(recipe)
     require(recipe.target)
     refuse_other_quantization(network)
+    refuse_adapters(network, recipe)
+
+    def of_mode(network: nn.Module, example: Example, prefix: str, shares: Shares) -> Converted:
+        return _quantize(network, example, recipe, prefix, shares)
+
+    return of_inner_network(of_mode, whole(network, recipe), example, prefix, shares or {})
+
+
+def _quantize(network: nn.Module, example: Example, recipe: Recipe, prefix: str, shares: Shares) -> Converted:
     # Imported here, so that one mode does not pay for the imports of another.
     if recipe.mode == "eager":
         from qat_lightning.modes.uncalibrated.eager import quantize_eager
 
-        return quantize_eager(network, example, recipe, prefix=prefix, shares=shares or {})
+        return quantize_eager(network, example, recipe, prefix=prefix, shares=shares)
     if recipe.mode == "fx":
         from qat_lightning.modes.uncalibrated.fx import quantize_fx
 
-        return quantize_fx(network, example, recipe, prefix=prefix, shares=shares or {})
+        return quantize_fx(network, example, recipe, prefix=prefix, shares=shares)
     from qat_lightning.modes.uncalibrated.pt2e import quantize_pt2e
 
-    return quantize_pt2e(network, example, recipe, prefix=prefix, shares=shares or {})
+    return quantize_pt2e(network, example, recipe, prefix=prefix, shares=shares)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from qat_lightning.errors import NetworkError
 from qat_lightning.graph.example import Example
 from qat_lightning.layers.integer import integer_layer
 from qat_lightning.layers.transformer import written_out
 from qat_lightning.modes.coverage import float_run
+from qat_lightning.modes.fx.other_sizes import aside, example_like
 from qat_lightning.modes.graph_network import GraphNetwork
 from qat_lightning.modes.judging import Names
 from qat_lightning.modes.protocol import Converted, LayerCoverage
@@ -60,7 +63,8 @@ def quantize_fx(network: nn.Module, example: Example, recipe: Recipe, *, prefix:
     graph_module.recompile()
     graph_module.delete_all_unused_submodules()
     integer = GraphNetwork(graph_module).eval()
-    integer.give_sizes(sizes, None)
+    again = None if sizes is None else QuantizesAgain(float_copy(network), recipe, prefix, shares)
+    integer.give_sizes(sizes, again)
     _drop_unread(integer)
     actual, calls = run_integer(integer, example)
     named = Names(prefix, {name for name, _ in original.named_modules()})
@@ -69,6 +73,44 @@ def quantize_fx(network: nn.Module, example: Example, recipe: Recipe, *, prefix:
     functions = _flops_of_functions(calls, [f"functional_{node.name}" for node in functional])
     coverage, between = with_macs(coverage, original, example, recipe, functions)
     return Converted(integer, coverage, checks, [*notes, *end_to_end(expected, actual)], between, whole)
+
+
+class QuantizesAgain:
+    """Quantizes a float network once more, for other sizes than those that its graph is for, until it is saved.
+
+    Args:
+        network: The float network; only read.
+        recipe: What it is quantized with.
+        prefix: Its name in the LightningModule.
+        shares: What training chose of the ranges of clipped weights.
+    """
+
+    def __init__(self, network: nn.Module, recipe: Recipe, prefix: str, shares: Shares) -> None:
+        self.network, self.recipe, self.prefix, self.shares = network, recipe, prefix, shares
+
+    def __call__(self, network: GraphNetwork, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[..., Any]:
+        """What runs the integer network on inputs like these; its first argument is the network.
+
+        Raises:
+            NetworkError: It cannot be made for them.
+        """
+        assert network.sizes is not None
+        try:
+            with aside():
+                example = example_like(network, args, kwargs)
+                made = quantize_fx(self.network, example, self.recipe, prefix=self.prefix, shares=self.shares).network
+        except Exception as error:  # a network may fail in any way with them
+            lines = [*str(error).splitlines(), type(error).__name__]
+            raise NetworkError(f"{network.sizes.refusal(network.sizes.others(args, kwargs))} ({lines[0]})") from error
+        return lambda network, *args, **kwargs: made(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> QuantizesAgain:
+        """Itself: it is only read."""
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Nothing: a file holds no float network."""
+        return type(None), ()
 
 
 def _join(prefix: str, name: str) -> str:

@@ -11,8 +11,10 @@ from torch.utils._pytree import tree_map
 
 from qat_lightning.errors import NetworkError, VerificationError
 from qat_lightning.graph.example import Example, in_float32
+from qat_lightning.layers.adapters import take_over_choice
 from qat_lightning.layers.qat_modules import make_batchnorm_freezable
-from qat_lightning.layers.rounded import RoundedLayer, round_layer
+from qat_lightning.layers.rounded import RoundedLayer
+from qat_lightning.layers.rounded_adapters import round_trained
 from qat_lightning.modes.eager.layers import without_fast_paths
 from qat_lightning.modes.float_state import present_float
 from qat_lightning.modes.judging import Names
@@ -28,6 +30,7 @@ from qat_lightning.modes.prepared import (
     prepared_state,
 )
 from qat_lightning.modes.protocol import Converted, LayerCoverage
+from qat_lightning.modes.uncalibrated.adapters import refuse_adapters, stored_name, trained_layer, whole
 from qat_lightning.modes.uncalibrated.checking import refuse_nothing, run, run_float
 from qat_lightning.modes.uncalibrated.eager import cover
 from qat_lightning.modes.uncalibrated.flow import quantize
@@ -51,16 +54,17 @@ class DirectMode:
             raise NetworkError(f"{type(network).__name__} is prepared for quantization already.")
         check_kind(recipe)
         refuse_other_quantization(network)
+        refuse_adapters(network, recipe)
         refuse_mixed(network, example)
         keep_tapes()
         float_network = copy_of_modules(network)
-        rows = cover(float_network, recipe, prefix)
+        rows = cover(whole(float_network, recipe), recipe, prefix)
         refuse_nothing(float_network, rows, recipe)
         without_fast_paths(network)
         make_batchnorm_freezable(network)
         for row in rows:
             if row.quantized:
-                round_layer(network.get_submodule(row.name), recipe)
+                round_trained(trained_layer(network, row.name), recipe)
         network._quantization = PreparedState(self, recipe, float_network, prefix=prefix)
         follow_course(network)
         follow_checkpoints(network)
@@ -74,6 +78,8 @@ class DirectMode:
         shares = {name: layer.shares() for name, layer in rounded.items()}
         recipe = leaving_float(state.recipe, state.left_float, state.prefix)
         network = present_float(prepared)
+        take_over_choice(network, prepared)
+        network = whole(network, recipe)
         converted = quantize(network, example, recipe, prefix=state.prefix, shares=shares)
         names = Names(state.prefix, {name for name, _ in network.named_modules()})
         _refuse_other_layers(converted, rounded, recipe)
@@ -95,7 +101,7 @@ class DirectMode:
     def coverage(self, prepared: nn.Module, example: Example) -> list[LayerCoverage]:
         """See `Mode.coverage`."""
         state = prepared_state(prepared)
-        network = copy.deepcopy(state.float_network).cpu().float().eval()
+        network = whole(copy.deepcopy(state.float_network).cpu().float().eval(), state.recipe)
         run_float(network, example)
         rows, between = with_macs(cover(network, state.recipe, state.prefix), network, example, state.recipe)
         return [*with_reasons(rows, state.left_float), *between]
@@ -107,14 +113,18 @@ class DirectMode:
     def leave_float(self, prepared: nn.Module, names: Collection[str], example: Example | None) -> None:
         """See `Mode.leave_float`."""
         for name in names:
-            layer = prepared.get_submodule(name)
+            layer = trained_layer(prepared, name)
             assert isinstance(layer, RoundedLayer)
             layer.leave_float()
 
 
 def rounded_layers(prepared: nn.Module) -> dict[str, RoundedLayer]:
     """The layers of a prepared network that are rounded, by their names."""
-    layers = {name: module for name, module in prepared.named_modules() if isinstance(module, RoundedLayer)}
+    layers = {
+        stored_name(prepared, name): module
+        for name, module in prepared.named_modules()
+        if isinstance(module, RoundedLayer)
+    }
     return {name: layer for name, layer in layers.items() if not all(part.left_float for part in layer.roundings())}
 
 

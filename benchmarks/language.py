@@ -220,7 +220,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("text", type=Path)
     parser.add_argument("--out", type=Path, default=Path("language"), help="folder of the figures and float networks")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=1000, help="of float, before")
     parser.add_argument("--tune", type=int, default=400, help="steps of each grid, and of float, from there")
     parser.add_argument("--batch", type=int, default=32)
@@ -233,11 +233,11 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     options.out.mkdir(parents=True, exist_ok=True)
     data = TextFileDataModule(options.text, context=options.context, batch_size=options.batch)
-    seeds = [Seed(data, options, seed) for seed in range(options.seeds)]
+    seeds = [Seed(data, options, seed) for seed in options.seeds]
     runs = [seed.run() for seed in seeds]
     seconds = seeds[0].seconds(options.rounds) if options.rounds else {}
     Console(width=140).print(table(runs, seconds))
-    print(f"{options.seeds} seeds, {options.steps} + {options.tune} steps of {options.batch} x {options.context}")
+    print(f"{len(options.seeds)} seeds, {options.steps} + {options.tune} steps of {options.batch} x {options.context}")
     print(describe())
 
 

@@ -156,7 +156,7 @@ class FxOperations:
         """Whether what an op yields is rounded, behind a ReLU and what only moves values if not at once."""
         for user in node.users:
             module = self._module(user)
-            if module is not None and rounding_of(module) is not None:
+            if module is not None and rounding_of(module) is not None and user.name not in self.plan.sums:
                 return True
             follows = user.name in self.plan.dropped or _is_relu(user, module) or not self._computes(user)
             if user.op != "output" and follows and self._is_rounded(user):
@@ -174,12 +174,19 @@ class FxOperations:
             return "nothing is summed in an outer product, whose factors (positions, say) a grid would make equal"
         return "it is not one product of two tensors that sums over what both have, which is what has an int8 kernel"
 
-    def _why(self, node: fx.Node) -> str:
-        face, name = self._kind(node), self._kind_name(node)
+    def _why_chosen(self, node: fx.Node) -> str:
+        """Why an op stays float that could be int8; empty if it is not so."""
         if node.name in self.state.left_float:
             return self.state.left_float[node.name]
         if not self._selected(node):
             return EXCLUDED
+        return "only float ops read it" if node.name in self.plan.sums else ""
+
+    def _why(self, node: fx.Node) -> str:
+        face, name = self._kind(node), self._kind_name(node)
+        chosen = self._why_chosen(node)
+        if chosen:
+            return chosen
         if face in LEFT_FLOAT:
             coarser = ": its int8 kernel rounds to the coarser grid of its input" if face in _AVERAGES else ""
             return f"{name} is not quantized in mode='fx'{coarser}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -49,25 +49,34 @@ def leave_divisors_unrounded(prepared: fx.GraphModule) -> set[fx.Node]:
         The nodes that yield what is divided by, with what these are made of up to where it is computed.
     """
     divisors = _divided_by(prepared.graph, dict(prepared.named_modules(remove_duplicate=False)))
+    leave_unrounded(prepared, divisors, _only_divides)
+    return divisors
+
+
+def leave_unrounded(prepared: fx.GraphModule, values: set[fx.Node], only_reads: Callable[[fx.Node], bool]) -> None:
+    """Do not round some values; what else reads them reads what is rounded, as before.
+
+    Args:
+        prepared: As upstream's prepare made it; changed.
+        values: The nodes that yield them, roundings among them.
+        only_reads: Whether a node reads them and is not one of them.
+    """
     calls: dict[nn.Module, list[fx.Node]] = {}
     for node in prepared.graph.find_nodes(op="call_module"):
         module = prepared.get_submodule(str(node.target))
         if isinstance(module, FakeQuantize) and module.source != "present":
             calls.setdefault(module, []).append(node)
     for module, nodes in calls.items():
-        inside = [node for node in nodes if node in divisors and not _is_layer(node.args[0])]
-        if len(inside) == len(nodes) and all(
-            user in divisors or _only_divides(user) for n in nodes for user in n.users
-        ):
+        inside = [node for node in nodes if node in values and not _is_layer(node.args[0])]
+        if len(inside) == len(nodes) and all(user in values or only_reads(user) for n in nodes for user in n.users):
             assert isinstance(module, FakeQuantize)
             module.left_float = True
             continue
-        for node in inside:  # what else reads it is rounded as before
+        for node in inside:
             node.replace_all_uses_with(
-                node.all_input_nodes[0], delete_user_cb=lambda user: user in divisors or _only_divides(user)
+                node.all_input_nodes[0], delete_user_cb=lambda user: user in values or only_reads(user)
             )
     prepared.recompile()
-    return divisors
 
 
 def _divisors(node: fx.Node) -> Iterator[fx.Node]:

@@ -11,6 +11,7 @@ from qat_lightning.graph.example import Example
 from qat_lightning.graph.portable_graph import HoldsGraphs
 from qat_lightning.modes.fx import pads, passes
 from qat_lightning.modes.fx.divisors import leave_divisors_unrounded
+from qat_lightning.modes.fx.float_sums import leave_sums_unrounded
 from qat_lightning.modes.fx.grids import one_grid_where_kernels_keep_it
 from qat_lightning.modes.fx.products import quantize_products, selected_scopes
 from qat_lightning.modes.fx.weights import weights_from_inputs
@@ -31,6 +32,7 @@ class FxPlan(HoldsGraphs):
         scopes: The module whose ``forward`` made each node, by the node's name.
         products: The names of the products that upstream would leave float.
         divisors: The names of the nodes that are not rounded, because they are divided by.
+        sums: Likewise, because only float ops read them.
         tables: Why the tables of embeddings stay float that do, by the names of the layers.
     """
 
@@ -41,6 +43,7 @@ class FxPlan(HoldsGraphs):
     scopes: dict[str, str] = field(default_factory=dict)
     products: list[str] = field(default_factory=list)
     divisors: list[str] = field(default_factory=list)
+    sums: list[str] = field(default_factory=list)
     tables: dict[str, str] = field(default_factory=dict)
 
 
@@ -69,11 +72,15 @@ def make_plan(
     qconfig, selects = make_qconfig(recipe), selected_scopes(recipe, prefix)
     pads.observe_behind_infinite_pads(prepared)
     divisors = leave_divisors_unrounded(prepared)
+    sums = leave_sums_unrounded(prepared) if "sums" in recipe.families else set()
     broadcast = "products" in recipe.families
-    products = quantize_products(prepared, network, example, scopes, selects, qconfig, divisors, broadcast=broadcast)
+    products = quantize_products(
+        prepared, network, example, scopes, selects, qconfig, divisors | sums, broadcast=broadcast
+    )
     passes.refuse_late_writes(prepared, network, example, scopes)
     plan = FxPlan(prepared.graph, prepared.meta)
     plan.products, plan.divisors = products, [node.name for node in divisors]
+    plan.sums = [node.name for node in sums]
     plan.scopes = {name: scope[0] for name, scope in scopes.items()}
     plan.float_ops = passes.round_tensors_only(prepared, network, example)
     plan.float_ops += weights_from_inputs(prepared) + passes.with_own_grids(prepared)

@@ -1,0 +1,85 @@
+"""Sums that only a softmax or a normalization reads are not rounded in mode fx: these are float in every backend.
+
+Rounding them wins nothing, and may lose everything. Transformers add a mask of minus 3e38 to their scores: on a grid
+that holds it all scores are one value, and attention is the mean of what is not masked. And what BERT normalizes has
+single values that are a hundred times larger than the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import fx, nn
+
+from qat_lightning.layers.operators import MOVES
+from qat_lightning.modes.fx.divisors import leave_unrounded
+from qat_lightning.modes.places import op_name
+from qat_lightning.numerics.fake_quantize import FakeQuantize
+
+_FUNCTIONS = frozenset({"softmax", "log_softmax", "_safe_softmax", "layer_norm", "rms_norm", "group_norm"})
+_MODULES = (nn.Softmax, nn.LogSoftmax, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
+_SUMS = frozenset({"add", "iadd", "add_", "sub", "isub", "sub_", "masked_fill", "masked_fill_", "where", "clamp"})
+_CASTS = frozenset({"to", "float", "type_as", "type"})
+_PRODUCTS = frozenset({"matmul", "bmm", "baddbmm", "einsum", "linear", "conv1d", "conv2d", "conv3d"})
+
+
+def leave_sums_unrounded(prepared: fx.GraphModule) -> set[fx.Node]:
+    """Round neither sums that only float ops read nor masks in them; what layers and products yield is rounded.
+
+    Args:
+        prepared: As upstream's prepare made it; changed. Ranges stay, since checkpoints of earlier releases have them.
+
+    Returns:
+        The nodes that are not rounded.
+    """
+    modules = dict(prepared.named_modules(remove_duplicate=False))
+    computed = _computed(prepared.graph, modules)
+    found = set[fx.Node]()
+    for node in reversed(prepared.graph.nodes):
+        if not node.users or not all(user in found or _is_float(user, modules) for user in node.users):
+            continue
+        if _is_rounding(node, modules):
+            if _is_sum(_moved(node.args[0], modules)) or node.args[0] not in computed:
+                found.add(node)
+        elif _is_sum(node) or _moves(node):
+            found.add(node)
+    leave_unrounded(prepared, found, lambda user: _is_float(user, modules))
+    return found
+
+
+def _computed(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> set[fx.Node]:
+    """What layers and products yield, and all that is made of it: no mask."""
+    found = set[fx.Node]()
+    for node in graph.nodes:
+        made = any(arg in found for arg in node.all_input_nodes)
+        layer = node.op == "call_module" and not _is_rounding(node, modules)
+        product = node.op in ("call_function", "call_method") and op_name(node.target) in _PRODUCTS
+        if made or layer or product:
+            found.add(node)
+    return found
+
+
+def _is_float(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
+    if node.op == "call_module":
+        return isinstance(modules.get(str(node.target)), _MODULES)
+    return node.op in ("call_function", "call_method") and op_name(node.target) in _FUNCTIONS
+
+
+def _is_rounding(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
+    return node.op == "call_module" and isinstance(modules.get(str(node.target)), FakeQuantize)
+
+
+def _is_sum(node: Any) -> bool:
+    return node.op in ("call_function", "call_method") and op_name(node.target) in _SUMS
+
+
+def _moves(node: Any) -> bool:
+    return node.op in ("call_function", "call_method") and op_name(node.target) in MOVES | _CASTS
+
+
+def _moved(node: Any, modules: Mapping[str, nn.Module]) -> Any:
+    """What a value is that was only moved, and rounded, since it was computed."""
+    while (_moves(node) or _is_rounding(node, modules)) and node.args and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    return node

@@ -24,7 +24,7 @@ FAMILIES = ("attention", "twins", "linear", "transposed", "convolutions", "subpi
 that upstream does not know; products with a weight, as linear layers; transposed convolutions in mode fx; in mode pt2e
 convolutions of sequences without a ReLU, and those that are padded by name; transposed convolutions in modes eager and
 pt2e; the tables of embeddings; in mode fx products of shapes that are broadcast, and products by other names. The
-last is what they rounded: in mode fx sums that only float ops read."""
+last is what they rounded: sums that only float ops read, in modes fx and pt2e."""
 
 Adapters = Literal["merged", "float"]
 """What becomes of low-rank adapters (LoRA): merged into the weights that are rounded, or float beside them."""

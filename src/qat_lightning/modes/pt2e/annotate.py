@@ -28,6 +28,7 @@ from qat_lightning.layers.operators import OPERATORS, rows
 from qat_lightning.modes.late_writes import late_write, late_write_error
 from qat_lightning.modes.pt2e.capture import source_line
 from qat_lightning.modes.pt2e.dtypes import leave_other_dtypes
+from qat_lightning.modes.pt2e.float_sums import leave_sums_unrounded
 from qat_lightning.modes.pt2e.transposed import Shuffled, write_as_convolutions
 from qat_lightning.modes.qconfig import activation_qscheme, activation_settings, weight_qscheme, weight_settings
 from qat_lightning.numerics.fake_quantize import FakeQuantize
@@ -152,6 +153,8 @@ def insert_fake_quantize(
             quantizer.annotate(graph_module)
             if "convolutions" in recipe.families:
                 _annotate_conv1d(quantizer, graph_module.graph)
+            if "sums" in recipe.families:
+                leave_sums_unrounded(graph_module.graph)
             _undo_bypass(pairs, arguments)
             _annotate_after_clamp(graph_module.graph)
             leave_other_dtypes(graph_module.graph)

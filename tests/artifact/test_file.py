@@ -55,8 +55,11 @@ def test_truncated_file(path: Path, share: float) -> None:
 
 
 def test_flipped_bytes(path: Path) -> None:
+    with zipfile.ZipFile(path) as file:
+        largest = max(file.infolist(), key=lambda entry: entry.file_size)
+        content = file.read(largest)
     data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 0xFF
+    data[data.index(content) + len(content) // 2] ^= 0xFF  # in what is read, and not in what fills up the file
     path.write_bytes(data)
     with pytest.raises(ArtifactError, match="is damaged"):
         load_quantized(path)

@@ -56,10 +56,11 @@ def test_truncated_file(path: Path, share: float) -> None:
 
 def test_flipped_bytes(path: Path) -> None:
     with zipfile.ZipFile(path) as file:
-        largest = max(file.infolist(), key=lambda entry: entry.file_size)
-        content = file.read(largest)
+        largest = max(file.infolist(), key=lambda entry: entry.compress_size)
     data = bytearray(path.read_bytes())
-    data[data.index(content) + len(content) // 2] ^= 0xFF  # in what is read, and not in what fills up the file
+    header = largest.header_offset
+    begin = header + 30 + sum(int.from_bytes(data[header + at : header + at + 2], "little") for at in (26, 28))
+    data[begin + largest.compress_size // 2] ^= 0xFF  # in what is read, and not in what fills up the file
     path.write_bytes(data)
     with pytest.raises(ArtifactError, match="is damaged"):
         load_quantized(path)

@@ -35,9 +35,14 @@ from qat_lightning.recipes.channel_numbers import (
     where,
 )
 
+
+def _named(*rows: str) -> frozenset[str]:
+    return names_of(lambda row: row.name in rows)
+
+
 _FRESH = frozenset({"zeros_like", "ones_like", "new_zeros", "getattr", "alpha_dropout", "feature_alpha_dropout"})
 _MOVES = names_of(lambda row: row.moves) - _FRESH
-_SAME = names_of(lambda row: row.name in "to detach clone contiguous dropout".split())
+_SAME = _named("to", "detach", "clone", "contiguous", "dropout")
 """What yields the same values in the same places; so do, for a positive factor, ReLUs."""
 _POSITIVE = frozenset({"relu", "relu_", "leaky_relu", "leaky_relu_"})
 _JOINS = frozenset({"cat", "concat", "concatenate", "stack"})

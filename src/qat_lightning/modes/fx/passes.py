@@ -173,12 +173,28 @@ def observe_only_after_relu(prepared: fx.GraphModule) -> list[str]:
             continue
         node.replace_input_with(before, before.args[0])
         prepared.graph.erase_node(before)
+        if not _clamps_alike(prepared.graph, modules, after, largest):
+            continue
         behind.begins_at_zero(largest)
         # Without the ReLU, upstream's converter would leave out the rounding between two ops that stay float.
         if any(configs.get(other.name, "") is not None for other in (node.args[0], *after.users)):
             folded.append(node.name)
     prepared.recompile()
     return folded
+
+
+def _clamps_alike(graph: fx.Graph, modules: dict[str, nn.Module], after: fx.Node, largest: float) -> bool:
+    """Whether whatever else is put on the grid behind a ReLU, as by a concatenation, was left by one as well."""
+    behind = modules[str(after.target)]
+    others = [node for node in graph.find_nodes(op="call_module") if modules.get(str(node.target)) is behind]
+    for node in others:
+        source = node.args[0]
+        if node is after or not isinstance(source, fx.Node) or _is_within(source, behind, modules):
+            continue
+        limit = relu_limit(modules.get(str(source.target)) if source.op == "call_module" else None, source)
+        if limit is None or limit > largest:
+            return False
+    return True
 
 
 _UNKNOWN_RELUS = (torch.relu, torch.relu_, F.relu_)

@@ -11,6 +11,7 @@ from qat_lightning.graph.example import Example
 from qat_lightning.modes.prepared import cpu_copy, set_phase
 from qat_lightning.modes.registry import get_mode
 from qat_lightning.numerics.sqnr import sqnr_db
+from qat_lightning.rehearsal.calibration import calibrate
 from qat_lightning.settings.recipe import Recipe
 from qat_lightning.settings.scheme import Scheme
 from tests.support.networks import CLASSES
@@ -138,3 +139,31 @@ def test_the_range_of_all_inputs_grows_with_them(mode: str, stacked: bool) -> No
         rounded = prepared(*example.args)
         set_phase(prepared, fake_quant=False, observers=False, batchnorm_frozen=False)
         assert sqnr_db(prepared(*example.args), rounded) > 20
+
+
+class Shuffled(nn.Module):
+    """Half of the channels go through a ReLU and are joined with the other half, as in ShuffleNet."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way = way
+        self.first, self.second = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        left, right = self.first(x).chunk(2, 1)
+        parts = {
+            "one side": (right, left.relu()),
+            "both sides": (right.relu(), left.relu()),
+            "another limit": (F.relu6(right), left.relu()),
+        }
+        return self.second(torch.cat(parts[self.way], 1))
+
+
+@pytest.mark.parametrize("way", ["one side", "both sides", "another limit"])
+def test_a_relu_in_front_of_one_part_of_a_concatenation_is_not_lost(way: str) -> None:
+    example = Example((torch.randn(4, 3, 8, 8),))
+    prepared = get_mode("fx").prepare(Shuffled(way), example, Recipe("fx", "x86"))
+    calibrate(prepared, [example])
+    converted = get_mode("fx").convert(prepared.eval(), example)  # which compares int8 with fake-quant
+    assert all(row.quantized for row in converted.coverage)
+    assert converted.whole.sqnr_db > 50

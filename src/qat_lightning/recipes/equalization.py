@@ -17,12 +17,12 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from qat_lightning.errors import ConfigurationError, NetworkError
+from qat_lightning.errors import ConfigurationError
 from qat_lightning.graph.example import Example
 from qat_lightning.layers.batchnorm import along, factor_of, folded_weight, has_statistics
 from qat_lightning.layers.operators import module_types, names_of
 from qat_lightning.modes.eager.observation import HEAD_TYPES, Key, Observation, observe
-from qat_lightning.recipes.same_outputs import SAME, distance, outputs_of
+from qat_lightning.recipes.same_outputs import SAME, distance, outputs_of, undo_if_changed
 from qat_lightning.settings.recipe import Equalization as Kind
 
 _CHANNELWISE = names_of(lambda row: row.channelwise)
@@ -141,13 +141,7 @@ def equalize(network: nn.Module, example: Example, kind: Kind = "exact") -> Equa
     before = outputs_of(network, example)
     _balance(pairs)
     done.pairs = [(names[pair.first], names[pair.second]) for pair in pairs]
-    change = distance(before, outputs_of(network, example))
-    if not change <= 10 * SAME:
-        network.load_state_dict(weights)
-        raise NetworkError(
-            f"Equalization would change what {type(network).__name__} computes, by {change:.1e} on the example, and "
-            "was undone. Use equalization='none' for it."
-        )
+    undo_if_changed(network, example, before, weights, by="Equalization", remedy="equalization='none'")
     return done
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from qat_lightning.errors import NetworkError
 from qat_lightning.graph.example import Example
 from qat_lightning.modes.eager.observation import run_apart
 
@@ -32,3 +34,28 @@ def distance(one: list[Tensor], other: list[Tensor]) -> float:
         float((left - right).norm() / left.norm().clamp(min=1e-12)) for left, right in zip(one, other, strict=True)
     ]
     return max((d if math.isfinite(d) else math.inf for d in distances), default=0.0)
+
+
+def undo_if_changed(
+    network: nn.Module, example: Example, before: list[Tensor], weights: Mapping[str, Any], *, by: str, remedy: str
+) -> None:
+    """Give a network its weights back if it computes something else with the new ones, and raise.
+
+    Args:
+        network: Its weights were rewritten.
+        example: One call of it.
+        before: What `outputs_of` was before.
+        weights: Its ``state_dict`` of before.
+        by: The recipe that rewrote them, for the message.
+        remedy: The setting that leaves it out.
+
+    Raises:
+        NetworkError: It computes something else.
+    """
+    change = distance(before, outputs_of(network, example))
+    if not change <= 10 * SAME:
+        network.load_state_dict(weights)
+        raise NetworkError(
+            f"{by} would change what {type(network).__name__} computes, by {change:.1e} on the example, and was "
+            f"undone. Use {remedy} for it."
+        )

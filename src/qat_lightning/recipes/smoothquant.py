@@ -20,7 +20,7 @@ from qat_lightning.errors import NetworkError
 from qat_lightning.graph.example import Example
 from qat_lightning.recipes.channel_numbers import Follower, Source
 from qat_lightning.recipes.channels import Channels, follow_channels
-from qat_lightning.recipes.same_outputs import SAME, distance, outputs_of
+from qat_lightning.recipes.same_outputs import SAME, distance, outputs_of, undo_if_changed
 from qat_lightning.settings.recipe import check_smoothquant
 
 _LEAST_SHARE = 1e-3
@@ -81,13 +81,7 @@ def smooth(network: nn.Module, example: Example, alpha: float = 0.5) -> Smoothin
     done = _report(channels, {source.first for source in passing})
     for source in passing:
         _smooth(source, channels, alpha)
-    change = distance(before, outputs_of(network, example))
-    if not change <= 10 * SAME:
-        network.load_state_dict(kept)
-        raise NetworkError(
-            f"SmoothQuant would change what {type(network).__name__} computes, by {change:.1e} on the example, and was "
-            "undone. Use smoothquant=None for it."
-        )
+    undo_if_changed(network, example, before, kept, by="SmoothQuant", remedy="smoothquant=None")
     return done
 
 

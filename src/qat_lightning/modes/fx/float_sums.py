@@ -13,14 +13,14 @@ from typing import Any
 from torch import fx, nn
 
 from qat_lightning.layers.operators import MOVES
+from qat_lightning.modes.float_sums import FLOAT_READERS, SUMS
 from qat_lightning.modes.fx.divisors import leave_unrounded
 from qat_lightning.modes.places import op_name
 from qat_lightning.numerics.fake_quantize import FakeQuantize
 
-_FUNCTIONS = frozenset({"softmax", "log_softmax", "_safe_softmax", "layer_norm", "rms_norm", "group_norm"})
 _MODULES = (nn.Softmax, nn.LogSoftmax, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
-_SUMS = frozenset({"add", "iadd", "add_", "sub", "isub", "sub_", "masked_fill", "masked_fill_", "where", "clamp"})
-_CASTS = frozenset({"to", "float", "type_as", "type"})
+_SUMS = SUMS | {"clamp"}
+_MOVES = MOVES | {"type"}
 _PRODUCTS = frozenset({"matmul", "bmm", "baddbmm", "einsum", "linear", "conv1d", "conv2d", "conv3d"})
 
 
@@ -63,7 +63,7 @@ def _computed(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> set[fx.Node]
 def _is_float(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
     if node.op == "call_module":
         return isinstance(modules.get(str(node.target)), _MODULES)
-    return node.op in ("call_function", "call_method") and op_name(node.target) in _FUNCTIONS
+    return node.op in ("call_function", "call_method") and op_name(node.target) in FLOAT_READERS
 
 
 def _is_rounding(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
@@ -75,7 +75,7 @@ def _is_sum(node: Any) -> bool:
 
 
 def _moves(node: Any) -> bool:
-    return node.op in ("call_function", "call_method") and op_name(node.target) in MOVES | _CASTS
+    return node.op in ("call_function", "call_method") and op_name(node.target) in _MOVES
 
 
 def _moved(node: Any, modules: Mapping[str, nn.Module]) -> Any:

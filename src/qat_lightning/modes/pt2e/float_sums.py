@@ -9,14 +9,10 @@ from typing import Any
 
 import torch
 from torch import fx
+from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY
 
-ANNOTATION = "quantization_annotation"
-"""Where upstream's quantizers leave in a node's meta what is rounded."""
+from qat_lightning.modes.float_sums import FLOAT_READERS, SUMS
 
-_FLOAT = frozenset(
-    {"softmax", "_softmax", "_safe_softmax", "log_softmax", "layer_norm", "native_layer_norm", "rms_norm", "group_norm"}
-)
-_SUMS = frozenset({"add", "add_", "sub", "sub_", "masked_fill", "masked_fill_", "where"})
 _MOVES = frozenset(
     {"view", "reshape", "flatten", "unflatten", "unsqueeze", "squeeze", "transpose", "permute", "expand", "contiguous"}
     | {"clone", "to", "_to_copy", "_unsafe_view"}
@@ -31,11 +27,11 @@ def leave_sums_unrounded(graph: fx.Graph) -> None:
     """
     found = set[fx.Node]()
     for node in reversed(graph.nodes):
-        if _name(node) not in _SUMS | _MOVES or not node.users:
+        if _name(node) not in SUMS | _MOVES or not node.users:
             continue
-        if all(user in found or _name(user) in _FLOAT for user in node.users):
+        if all(user in found or _name(user) in FLOAT_READERS for user in node.users):
             found.add(node)
-            node.meta.pop(ANNOTATION, None)
+            node.meta.pop(Q_ANNOTATION_KEY, None)
 
 
 def _name(node: fx.Node) -> str:

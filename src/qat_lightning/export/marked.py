@@ -54,16 +54,7 @@ def weight(
 
 
 @weight.register_fake
-def _(
-    stored: Tensor,
-    scales: Tensor,
-    zero_points: Tensor | None,
-    shape: list[int],
-    transposed: int,
-    low: int,
-    high: int,
-    group: int,
-) -> Tensor:
+def _(stored: Tensor, scales: Tensor, zero_points: Tensor | None, shape: list[int], *others: int) -> Tensor:
     return scales.new_empty(shape)
 
 

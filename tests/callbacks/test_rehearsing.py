@@ -225,6 +225,15 @@ def test_formats_are_tried_before_the_training(tmp_path: Path) -> None:
     assert export.results["torchscript"].passed
 
 
+@pytest.mark.slow
+def test_what_a_runtime_will_run_in_float_is_said_before_the_training(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    module = Lit(net=nn.Sequential(nn.Conv2d(1, 4, 3), nn.SiLU(), nn.Flatten(), nn.Linear(4 * 36, 10)))
+    export = QuantizedModelExport(["onnx"], dirpath=str(tmp_path))
+    with pytest.warns(UserWarning, match="runs 1 of 2 layers in float.*mode='fx'"):
+        trainer(qat("pt2e"), export, max_epochs=1).fit(module, loader())
+
+
 def test_converting_again_leaves_more_float() -> None:
     module, callback = Lit(), qat("fx")
     trainer(callback, max_epochs=1).fit(module, loader())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 import time
 import warnings
@@ -14,10 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qat_lightning import Recipe, calibrate, export_quantized, prepare
 from qat_lightning.errors import ExportError
 from qat_lightning.export.onnx import Onnx
 from qat_lightning.export.onnx_graph import OPSET
-from qat_lightning.export.protocol import Source
+from qat_lightning.export.protocol import Kernels, Source
 from qat_lightning.graph.example import Example
 from tests.artifact.making import batch_of, case_named, images, quantize
 from tests.export.files import Odd, assert_same_outputs, quantized_case
@@ -66,6 +68,21 @@ def test_every_layer_is_one_int8_kernel_in_onnx_runtime(tmp_path: Path) -> None:
     assert ops["QGemm"] == 1
     assert ops["QLinearGlobalAveragePool"] == 1
     assert not {"Conv", "FusedConv", "Gemm", "MatMul", "Add", "Relu"} & ops.keys()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("mode", "int8"), [("fx", 3), ("pt2e", 2)])
+def test_it_tells_which_layers_onnx_runtime_runs_in_float(mode: str, int8: int, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.SiLU(), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(8 * 64, 4))
+    prepared = prepare(network, Example((torch.randn(4, 3, 12, 12),)), Recipe(mode, "x86"))
+    calibrate(prepared, [torch.randn(4, 3, 12, 12)])
+    (result,) = export_quantized(
+        prepared, tmp_path, ["onnx"], example=Example((torch.randn(4, 3, 12, 12),)), min_agreement=0
+    )
+    assert result.kernels == Kernels(3, int8)
+    assert ("runs 1 of 3 layers in float" in result.remark) == (mode == "pt2e")
+    assert json.loads((tmp_path / "export.json").read_text())["results"][0]["kernels"] == {"layers": 3, "int8": int8}
 
 
 def test_depthwise_network_is_int8_throughout(tmp_path: Path) -> None:

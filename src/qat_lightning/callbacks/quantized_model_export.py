@@ -86,7 +86,7 @@ class QuantizedModelExport(Callback):
         self.min_agreement = min_agreement
         self.min_sqnr_db = min_sqnr_db
         self.results: dict[str, ExportResult] = {}
-        self._refused: list[str] = []  # in a rehearsal, in which every warning is silenced
+        self._found: list[str] = []  # in a rehearsal, in which every warning is silenced
 
     @property
     def fastest(self) -> ExportResult | None:
@@ -117,6 +117,7 @@ class QuantizedModelExport(Callback):
             results = export_quantized(
                 quantized, folder, self.formats, reference=reference, min_agreement=0, min_sqnr_db=0
             )
+        self._found += [f"export={result.format}, as tried: {result.remark}" for result in results if result.remark]
         failed = {result.format: result.error for result in results if result.error}
         if not failed:
             return
@@ -126,13 +127,13 @@ class QuantizedModelExport(Callback):
             rest = [name for name in self.formats if name not in failed]
             use = f"Use formats={rest}" if rest else "Leave QuantizedModelExport out"
             raise ExportError(f"{what}training: {reasons}. {use}, or on_fault='leave_float' to go on.")
-        self._refused.append(f"{what}training: {reasons}.")
+        self._found.append(f"{what}training: {reasons}.")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """With ``mode="auto"`` the mode is known now; what a rehearsal found is said before the first step."""
-        for refused in self._refused:
-            rank_zero_warn(refused)
-        self._refused = []
+        for found in self._found:
+            rank_zero_warn(found)
+        self._found = []
         for network in QuantizationCallback.of(trainer, self).prepared_networks.values():
             self._check(prepared_state(network).recipe)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -12,9 +13,12 @@ from torch import Tensor
 from qat_lightning.errors import ExportError, MissingExtraError
 from qat_lightning.export.marked import marked
 from qat_lightning.export.onnx_graph import onnx_model
-from qat_lightning.export.protocol import Runner, Source
+from qat_lightning.export.protocol import Kernels, Runner, Source
 from qat_lightning.settings.kinds import DIRECT
 from qat_lightning.settings.recipe import Recipe
+
+_LAYERS = ("Conv", "FusedConv", "ConvTranspose", "Gemm", "MatMul")
+_INT8_KERNELS = ("QLinearConv", "QLinearMatMul", "QGemm", "MatMulIntegerToFloat", "MatMulInteger", "ConvInteger")
 
 
 class Onnx:
@@ -23,7 +27,8 @@ class Onnx:
     Activations are uint8, as ONNX Runtime likes them, or int8 with zero point 0 from ``backend="tensorrt"``. Weights
     are int8, one scale for each channel, biases int32. ONNX Runtime puts a layer into one int8 kernel where its output
     has a grid of its own: networks of ``mode="fx"`` give it one everywhere, while those of ``mode="pt2e"`` leave a
-    convolution in front of a residual add without one, and it stays float there.
+    convolution in front of a residual add, of an activation other than ReLU or of GroupNorm without one, and it stays
+    float there.
 
     Example:
         >>> Onnx().suffix, Onnx().refusal(Recipe("fx", "x86"))
@@ -65,6 +70,21 @@ class Onnx:
         self.require()
         return _runner(str(path))
 
+    def kernels(self, path: Path) -> Kernels | None:
+        """See `Format.kernels`: ONNX Runtime writes down the graph that it runs."""
+        import onnx
+        import onnxruntime
+
+        self.require()
+        with tempfile.TemporaryDirectory(prefix="qat-lightning-") as folder:
+            options = onnxruntime.SessionOptions()
+            options.log_severity_level = 4  # that the file is for this machine alone
+            options.optimized_model_filepath = str(Path(folder, "optimized.onnx"))
+            onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            optimized = onnx.load(options.optimized_model_filepath).graph
+        int8 = sum(node.op_type in _INT8_KERNELS for node in optimized.node)
+        return Kernels(int8 + _on_dequantized(optimized), int8)
+
     def _try(self, model: Any) -> None:
         """Refuse what ONNX has and its runtime has not."""
         try:
@@ -75,6 +95,15 @@ class Onnx:
                 f"ONNX Runtime does not take the file ({type(error).__name__}: {text}). Choose another format, such as "
                 "pt2, or keep the part at fault out of the network."
             ) from error
+
+
+def _on_dequantized(graph: Any) -> int:
+    """How many float layers and products read nothing but what a DequantizeLinear made of integers, and a bias."""
+    made = {name: node.op_type for node in graph.node for name in node.output}
+    return sum(
+        node.op_type in _LAYERS and all(made.get(name) == "DequantizeLinear" for name in list(node.input)[:2])
+        for node in graph.node
+    )
 
 
 def refuse_direct(recipe: Recipe, what: str) -> str:

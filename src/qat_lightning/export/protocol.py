@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import ClassVar, Protocol
@@ -18,6 +19,19 @@ from qat_lightning.settings.recipe import Recipe
 
 Runner = Callable[[list[Tensor]], list[Tensor]]
 """A loaded artifact: the tensors of a call in, flat, and the tensors that come out, in the order of the signature."""
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """How many layers a file has on integers, and how many of them its runtime runs by an int8 kernel.
+
+    Attributes:
+        layers: Convolutions, linear layers and products that read integers alone.
+        int8: How many of them are run on integers; the others on floats, which costs time and changes no result.
+    """
+
+    layers: int
+    int8: int
 
 
 class Source:
@@ -122,4 +136,8 @@ class Format(Protocol):
 
     def load(self, path: Path) -> Runner:
         """Load a file with the runtime itself, in a process that may know nothing of the network."""
+        ...
+
+    def kernels(self, path: Path) -> Kernels | None:
+        """How a loaded file's layers are run; None where its runtime does not tell, or runs all as they are written."""
         ...

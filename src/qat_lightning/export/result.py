@@ -12,6 +12,7 @@ from typing import Any
 from rich.table import Table
 
 from qat_lightning.export.call import Call
+from qat_lightning.export.protocol import Kernels
 
 
 @dataclass
@@ -33,6 +34,8 @@ class ExportResult:
         float_latency_ms: The float network in the same runtime, in the same minute; None if that has no float form.
         eager_latency_ms: The float network in PyTorch, in the same minute.
         call: How the artifact is called, for `qat_lightning.export.run.open_artifact`.
+        kernels: How many of its layers the runtime runs on integers; None where it does not tell.
+        remark: What would make it faster; empty if nothing is known.
         error: Why there is no artifact, or why it must not be used; empty if there is none.
     """
 
@@ -49,6 +52,8 @@ class ExportResult:
     latency_ms: float = math.nan
     float_latency_ms: float | None = None
     eager_latency_ms: float | None = None
+    kernels: Kernels | None = None
+    remark: str = ""
     error: str = ""
     call: Call | None = field(default=None, repr=False)
 
@@ -93,6 +98,7 @@ class ExportResult:
         """For JSON, which knows no infinity."""
         plain = {key: value for key, value in vars(self).items() if key != "call"} | {
             "files": [file.name for file in self.files],
+            "kernels": None if self.kernels is None else vars(self.kernels),
             "passed": self.passed,
         }
         return {key: _finite(value) for key, value in plain.items()}
@@ -169,6 +175,7 @@ def _cell(value: float | None, layout: str) -> str:
 def _caption(results: Sequence[ExportResult]) -> str:
     best = fastest(results)
     lines = [f"{result.format}: {result.error}" for result in results if result.error]
+    lines += [f"{result.format}: {result.remark}" for result in results if result.remark]
     if best is not None and len(results) > 1:
         lines.append(f"fastest that passes: {best.format}")
     return "\n".join(lines)

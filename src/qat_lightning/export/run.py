@@ -169,6 +169,8 @@ class _Job:
                 path = _write(chosen, self.source, Path(apart), name)
                 with Server(chosen.name) as server:
                     server.ask("load", "int8", str(path))
+                    result.kernels = server.ask("kernels", str(path))
+                    result.remark = _remark(result, self.source.quantized)
                     self._compare(server, chosen, result)
                     self._time(server, chosen, Path(elsewhere), result)
             except QuantizationError as error:
@@ -253,6 +255,16 @@ class _Job:
         result.latency_ms = medians["int8"]
         result.float_latency_ms = medians.get("float")
         result.eager_latency_ms = medians.get("eager")
+
+
+def _remark(result: ExportResult, network: QuantizedNetwork | None) -> str:
+    found = result.kernels
+    if found is None or found.int8 >= found.layers:
+        return ""
+    what = f"{result.runtime} runs {found.layers - found.int8} of {found.layers} layers in float"
+    if network is not None and network.recipe.mode == "pt2e":
+        what += ", whose outputs are on no grid in mode='pt2e'; mode='fx' puts each on one, and they run in int8"
+    return f"{what}."
 
 
 def _write(chosen: Format, source: Source, folder: Path, name: str = "float") -> Path:

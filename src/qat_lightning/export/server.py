@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from qat_lightning.errors import ExportError
 from qat_lightning.export.formats import get_format
-from qat_lightning.export.protocol import Runner
+from qat_lightning.export.protocol import Kernels, Runner
 from qat_lightning.measure.metrics import latency_interleaved
 
 
@@ -39,6 +39,10 @@ class Runtime:
     def load(self, key: str, path: str) -> None:
         """Load a file under a name."""
         self.runners[key] = self.format.load(Path(path))
+
+    def kernels(self, path: str) -> Kernels | None:
+        """How a file's layers are run; see `Format.kernels`."""
+        return self.format.kernels(Path(path))
 
     def run(
         self, key: str, tensors: list[Tensor], batched: Sequence[bool], batched_results: Sequence[bool]

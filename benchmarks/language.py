@@ -82,10 +82,10 @@ def bits(network: nn.Module, data: Windows, size: int) -> float:
     return total / data.targets.numel() / math.log(2)
 
 
-def prepared(network: nn.Module, example: Example, grid: str) -> nn.Module:
+def prepared(network: nn.Module, example: Example, grid: str, mode: str = "fx") -> nn.Module:
     """A copy with fake-quant of a grid."""
     kind, scheme = GRIDS[grid]
-    recipe = Recipe("fx", "x86", scheme, kind="qat" if kind == "static" else kind, trained=kind != "static")  # type: ignore[arg-type]
+    recipe = Recipe(mode, "x86", scheme, kind="qat" if kind == "static" else kind, trained=kind != "static")  # type: ignore[arg-type]
     return prepare(copy.deepcopy(network), example, recipe)
 
 

@@ -59,7 +59,7 @@ def worker(row: str, options: argparse.Namespace) -> dict[str, int]:
     step = step_of(network, network.parameters(), images, labels, autocast=False)
     for _ in range(3):
         step()
-    return {"peak": _peak(step, device, before), "kept": _kept(step)}
+    return {"peak": peak_of(step, device, before), "kept": kept_of(step)}
 
 
 def _small() -> Any:
@@ -78,7 +78,8 @@ def _small() -> Any:
     return Small()
 
 
-def _peak(step: Any, device: Any, before: int) -> int:
+def peak_of(step: Any, device: Any, before: int) -> int:
+    """Bytes that a step holds at its peak, of the process's memory beyond ``before`` or of the GPU's."""
     import torch
 
     gc.collect()
@@ -91,7 +92,8 @@ def _peak(step: Any, device: Any, before: int) -> int:
     return resident("VmHWM") - before
 
 
-def _kept(step: Any) -> int:
+def kept_of(step: Any) -> int:
+    """Bytes of the tensors that a step keeps for its backward pass, each counted once."""
     import torch
 
     storages: dict[int, int] = {}

@@ -11,12 +11,10 @@ import torch
 from torch import fx
 from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY
 
+from qat_lightning.layers.operators import MOVES
 from qat_lightning.modes.float_sums import FLOAT_READERS, SUMS
 
-_MOVES = frozenset(
-    {"view", "reshape", "flatten", "unflatten", "unsqueeze", "squeeze", "transpose", "permute", "expand", "contiguous"}
-    | {"clone", "to", "_to_copy", "_unsafe_view"}
-)
+_MOVES = MOVES | {"_unsafe_view"}
 
 
 def leave_sums_unrounded(graph: fx.Graph) -> None:

@@ -3,11 +3,12 @@
 Fits of a small network in the three modes are killed with SIGKILL at random points, resumed from their last checkpoint
 in another process, perhaps killed again, and compared bit by bit with the uninterrupted run: weights, ranges, BatchNorm
 statistics, optimizer, int8 outputs. The fits are of all kinds: plain, with manual optimization, with stochastic weight
-averaging, with a moving average of the weights, of two networks, and post-training quantization. And random wrong
+averaging, with a moving average of the weights, of two networks, post-training quantization, and for the grids of the
+kinds without calibration (dynamic, weight-only, 4 bits in groups with a range for each token). And random wrong
 settings, networks, data and files are tried, saved int8 files with bytes flipped, members cut and values replaced among
 them: each has to end in an error of ours that names it, with the LightningModule as it was; a saved file may also give
-the network that was saved. Both are drawn from the seed, and are what
-`tests/stress` does in CI with fewer; it exits with 1 if anything was lost or answered otherwise.
+the network that was saved. Both are drawn from the seed, and are what `tests/stress` does in CI with fewer; it exits
+with 1 if anything was lost or answered otherwise.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from rich.progress import track
 from rich.table import Table
 
 from benchmarks.machine import describe
-from tests.stress.campaign import MODES, Life, campaign, tally
+from tests.stress.campaign import Life, campaign, modes_of, tally
 from tests.stress.kinds import KINDS
 from tests.stress.malformed import Files, Malformed, complaint, malformed
 
@@ -48,7 +49,9 @@ def kill_fits(kills: int, seed_: int, kinds: Sequence[str] = KINDS, minutes: flo
         for count in track(range(kills), "killing fits", transient=True):
             while sum(len(life.kills) for life in lives) <= count and time.monotonic() < end:
                 left = kills - sum(len(life.kills) for life in lives)
-                kind, mode = kinds[len(lives) % len(kinds)], MODES[len(lives) // len(kinds) % len(MODES)]
+                kind = kinds[len(lives) % len(kinds)]
+                modes = modes_of(kind)
+                mode = modes[len(lives) // len(kinds) % len(modes)]
                 lives.append(drawn.live(mode, min(left, drawn.random.choice((1, 1, 2, 3))), kind))
     return lives
 

@@ -13,11 +13,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from tests.stress.kinds import FREEZE_BATCHNORM, FREEZE_OBSERVERS, START
+from tests.stress.kinds import FREEZE_BATCHNORM, FREEZE_OBSERVERS, MODES, MODES_OF, START
 from tests.stress.server import Outcome, Server
 from tests.stress.worker import DIGEST, STEPS, Kill, Run
 
-MODES = ("eager", "fx", "pt2e")
+
+def modes_of(kind: str) -> tuple[str, ...]:
+    """The modes in which there are fits of a kind."""
+    return MODES_OF.get(kind, MODES)
+
 
 PLACES = (
     "while preparing",

@@ -8,17 +8,35 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
-from torch import Tensor
+from torch import Tensor, nn
 
 from qat_lightning.callbacks.post_training_quantization import PostTrainingQuantization
 from qat_lightning.callbacks.quantization_aware_training import QuantizationAwareTraining
-from tests.callbacks.lit import Lit, Net, loader
+from qat_lightning.settings.scheme import Scheme
+from tests.callbacks.lit import CLASSES, Lit, Net, loader
 
 START, FREEZE_BATCHNORM, FREEZE_OBSERVERS = 3, 6, 9
 
-KINDS = ("plain", "manual", "swa", "ema", "several", "ptq")
+KINDS = ("plain", "manual", "swa", "ema", "several", "ptq", "dynamic", "weight_only", "w4a8_token")
 """Of training: as a user first would; with manual optimization; with stochastic weight averaging; with a moving average
-of the weights; of two networks; without training for the grid."""
+of the weights; of two networks; without training for the grid; of a network of tokens for the grids of
+``kind="dynamic"`` and ``kind="weight_only"``, and for 4-bit weights in groups with a range for each token."""
+
+MODES = ("eager", "fx", "pt2e")
+
+MODES_OF = {"w4a8_token": ("eager", "fx")}
+"""The modes that have a kind, where not all have it."""
+
+_UNCALIBRATED: dict[str, dict[str, Any]] = {
+    "dynamic": {"kind": "dynamic"},
+    "weight_only": {"kind": "weight_only"},
+    "w4a8_token": {
+        "kind": "dynamic",
+        "scheme": Scheme(
+            weight_bits=4, weight_granularity="per_group", weight_group_size=16, activation_granularity="per_token"
+        ),
+    },
+}
 
 MORE_STEPS = {"swa": 1}
 """Lightning counts the epoch in which stochastic weight averaging estimates statistics as a step."""
@@ -44,8 +62,8 @@ class Task(Lit):
     Lightning leaves random states to the user; a resumed run draws the same dropout only if they are restored.
     """
 
-    def __init__(self) -> None:
-        super().__init__(Net(dropout=0.3))
+    def __init__(self, net: nn.Module | None = None) -> None:
+        super().__init__(net or Net(dropout=0.3))
         self._random: Tensor | None = None
 
     def configure_optimizers(self) -> Any:
@@ -63,6 +81,21 @@ class Task(Lit):
         if self._random is not None:
             torch.set_rng_state(self._random)
             self._random = None
+
+
+class Tokens(nn.Module):
+    """A table, attention with LayerNorm and dropout, a BatchNorm, and a linear layer, on pixels as tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(17, 16)
+        self.block = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.3, batch_first=True)
+        self.norm = nn.BatchNorm1d(16)
+        self.head = nn.Linear(16, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = (4 * x.flatten(1)[:, ::4].clamp(-2, 2) + 8).long()
+        return self.head(self.norm(self.block(self.table(tokens)).mean(1)))
 
 
 class Manual(Task):
@@ -114,6 +147,9 @@ def parts(kind: str, mode: str) -> Parts:
             PostTrainingQuantization(mode, calibration_batches=2, calibration_dataloader=calibration),
             [],
         )
+    if kind in _UNCALIBRATED:
+        points = {"start": {"step": START}, "freeze_batchnorm": {"step": FREEZE_BATCHNORM}}
+        return Parts(Task(Tokens()), QuantizationAwareTraining(mode, **_UNCALIBRATED[kind], **points), [])
     module = {"manual": Manual, "swa": Averaged, "several": Several}.get(kind, Task)()
     callback = QuantizationAwareTraining(
         mode,

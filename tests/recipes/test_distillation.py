@@ -144,7 +144,7 @@ def test_a_feature_that_is_merged_away_names_what_to_take() -> None:
 def test_a_feature_that_is_no_tensor() -> None:
     class Pair(nn.Module):
         def forward(self, x: Tensor) -> Any:
-            return x, x
+            return {"x": x}
 
     class Net(nn.Module):
         def __init__(self) -> None:
@@ -152,7 +152,7 @@ def test_a_feature_that_is_no_tensor() -> None:
             self.layer, self.pair, self.head = nn.Linear(4, 4), Pair(), nn.Linear(4, 2)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.head(self.pair(self.layer(x))[0])
+            return self.head(self.pair(self.layer(x))["x"])
 
     example = Example((torch.randn(4, 4),))
     prepared = get_mode("eager").prepare(Net(), example, Recipe("eager", "x86"))

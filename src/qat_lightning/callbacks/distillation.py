@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -17,7 +18,9 @@ from qat_lightning.callbacks.parts.network import OWN_FORWARD, forward_replaced
 from qat_lightning.callbacks.parts.networks import Part
 from qat_lightning.callbacks.quantization_aware_training import QuantizationAwareTraining
 from qat_lightning.errors import ConfigurationError
-from qat_lightning.modes.float_state import float_weights
+from qat_lightning.modes.float_state import float_weights, frozen_beside_adapters
+from qat_lightning.modes.prepared import prepared_state
+from qat_lightning.recipes.blocks import repeated_blocks
 from qat_lightning.recipes.distillation import (
     LOSSES,
     DistillationSettings,
@@ -26,6 +29,8 @@ from qat_lightning.recipes.distillation import (
     check_distillation,
     make_teacher,
 )
+
+BLOCKS: Literal["blocks"] = "blocks"
 
 
 class Distillation(Callback):
@@ -44,10 +49,14 @@ class Distillation(Callback):
         weight: Of the comparison of outputs, which already has the factor ``temperature**2``; 0 leaves it out.
         task_weight: What the loss of ``training_step`` is multiplied by; 0 learns from the teacher alone.
         loss: ``"kl"`` for scores of classes; ``"mse"``, relative to the teacher's mean square, for other outputs.
-        outputs: Which outputs of the network, by key or position; None for all that the loss can compare.
-        features: Names of modules, relative to the LightningModule, whose outputs are compared as well.
+        outputs: Which outputs of the network, by key or position; None for all that the loss can compare, of a mapping
+            with scores named ``logits`` these.
+        features: Names of modules, relative to the LightningModule, whose outputs are compared as well; ``"blocks"``
+            for the repeated blocks of a transformer, see `qat_lightning.recipes.blocks.repeated_blocks`.
         feature_weight: Of the mean of these comparisons, relative to the mean square of the teacher's features.
         module: Which of the networks that are quantized, by name; None for all.
+        class_axis: The axis of the classes in the outputs; None for the last where there is a score for each token
+            that goes in, else 1.
 
     Raises:
         ConfigurationError: A setting is not possible; at construction.
@@ -64,14 +73,17 @@ class Distillation(Callback):
         task_weight: float = 1.0,
         loss: Loss = "kl",
         outputs: Sequence[str] | None = None,
-        features: Sequence[str] | None = None,
+        features: Sequence[str] | Literal["blocks"] | None = None,
         feature_weight: float = 1.0,
         module: str | list[str] | None = None,
+        class_axis: int | None = None,
     ) -> None:
         check_number("temperature", temperature, above=0)
         check_number("weight", weight, least=0)
         check_number("task_weight", task_weight, least=0)
         check_number("feature_weight", feature_weight, above=0)
+        if class_axis is not None and type(class_axis) is not int:
+            raise ConfigurationError(f"class_axis={class_axis!r} is not possible: give an int, like -1, or None.")
         check_word("loss", loss)
         if loss not in LOSSES:
             raise ConfigurationError(f"loss={loss!r} is unknown: use one of {', '.join(LOSSES)}.")
@@ -80,10 +92,12 @@ class Distillation(Callback):
             weight=float(weight),
             loss=loss,
             outputs=None if outputs is None else check_names("outputs", outputs, example="['logits']"),
-            features=check_names("features", features, example="['net.layer3']"),
+            class_axis=class_axis,
+            features=() if features == BLOCKS else check_names("features", features, example="['net.layer3']"),
             feature_weight=float(feature_weight),
         )
-        if not weight and not self.settings.features:
+        self.features: tuple[str, ...] | str = BLOCKS if features == BLOCKS else self.settings.features
+        if not weight and not self.features:
             raise ConfigurationError("weight=0 without features leaves nothing to learn from the teacher.")
         self.task_weight = float(task_weight)
         self.module = (module,) if isinstance(module, str) else check_names("module", module, example="['head']")
@@ -112,8 +126,11 @@ class Distillation(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Try what is asked for on the example, and stand around ``training_step``."""
-        for part, settings in self._chosen(QuantizationAwareTraining.of(trainer, self)).values():
+        for name, (part, settings) in self._chosen(QuantizationAwareTraining.of(trainer, self)).items():
             check_distillation(part.prepared, part.example, settings)
+            if self.features == BLOCKS:
+                names = _full(part, settings.features)
+                rank_zero_info(f"Distillation compares {len(names)} blocks of {name!r}: {names[0]} to {names[-1]}.")
         plain, had = pl_module.training_step, pl_module.__dict__.get("training_step")
 
         @functools.wraps(plain)
@@ -151,8 +168,11 @@ class Distillation(Callback):
 
     def _settings_of(self, part: Part) -> DistillationSettings:
         prefix = f"{part.slot.prefix}." if part.slot.prefix else ""
+        if self.features == BLOCKS:
+            found = repeated_blocks(prepared_state(part.prepared).float_network)
+            return dataclasses.replace(self.settings, features=found)
         inner = tuple(name.removeprefix(prefix) for name in self.settings.features if name.startswith(prefix))
-        return DistillationSettings(**self.settings.__dict__ | {"features": inner})
+        return dataclasses.replace(self.settings, features=inner)
 
     # Step
 
@@ -198,7 +218,7 @@ class Distillation(Callback):
                         f"{trainer.global_step} of one that rounded from its first step, without Distillation. Give "
                         "QuantizationAwareTraining float_checkpoint=<a checkpoint of a float run>."
                     )
-                weights = self._weights[name] = float_weights(part.prepared)
+                weights = self._weights[name] = float_weights(part.prepared, frozen_beside_adapters(part.prepared))
             self._distillers[name] = Distiller(part.prepared, make_teacher(part.prepared, weights), settings)
         source = partner.float_source or "the weights at the beginning of the fit"
         rank_zero_info(f"Distillation: the teacher is {source}.")

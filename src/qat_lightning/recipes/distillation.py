@@ -3,73 +3,37 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from qat_lightning.errors import ConfigurationError
 from qat_lightning.graph.example import Example
-from qat_lightning.measure.metrics import class_axis
+from qat_lightning.modes.float_state import frozen_beside_adapters
 from qat_lightning.modes.prepared import cpu_copy, prepared_state, set_phase
+from qat_lightning.recipes.distillation_losses import distillation_loss, feature_loss
 from qat_lightning.recipes.features import Features
+from qat_lightning.recipes.outputs import LOSSES, Loss, axis_of_classes, chosen_outputs
 
-Loss = Literal["kl", "mse"]
-LOSSES: tuple[Loss, ...] = ("kl", "mse")
+__all__ = [
+    "LOSSES",
+    "DistillationSettings",
+    "Distiller",
+    "Loss",
+    "check_distillation",
+    "chosen_outputs",
+    "distillation_loss",
+    "feature_loss",
+    "make_teacher",
+]
 
 _SAME = 1e-2
 """Relative difference up to which two features of the same weights are the same tensor."""
-
-
-def distillation_loss(student: Tensor, teacher: Tensor, temperature: float = 4.0) -> Tensor:
-    """Cross-entropy with softened targets, less their entropy: Hinton et al., 2015, https://arxiv.org/abs/1503.02531.
-
-    ``temperature**2 * KL(softmax(teacher / temperature) || softmax(student / temperature))``, the mean over all rows.
-    The factor keeps gradients of one size whatever the temperature, as in section 2 of the paper. Computed in float32
-    at least, whatever autocast says.
-
-    Args:
-        student: Scores of shape ``(N, classes, ...)``, any floating dtype.
-        teacher: Scores of the same shape, without gradient.
-        temperature: Above 0; high ones compare the scores themselves, low ones the chosen class.
-
-    Returns:
-        A scalar.
-
-    Example:
-        >>> scores = torch.tensor([[2.0, 0.0, -1.0]])
-        >>> distillation_loss(scores, scores).item()
-        0.0
-    """
-    with torch.autocast(student.device.type, enabled=False):
-        wanted, got = ((_wide(scores) / temperature).log_softmax(1) for scores in (teacher, student))
-        divergence = F.kl_div(got, wanted, reduction="none", log_target=True).sum(1).mean()
-        return divergence * temperature**2
-
-
-def feature_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """Mean squared difference, relative to the mean square of the teacher's tensor.
-
-    The hint loss of FitNets (Romero et al., 2015, https://arxiv.org/abs/1412.6550), without a regressor since the
-    shapes are equal, and relative so that one weight suits layers of any scale.
-
-    Example:
-        >>> feature_loss(torch.tensor([1.0, 3.0]), torch.tensor([1.0, 2.0])).item()
-        0.20000000298023224
-    """
-    with torch.autocast(student.device.type, enabled=False):
-        wanted = _wide(teacher)
-        tiny = torch.finfo(wanted.dtype).tiny
-        return F.mse_loss(_wide(student), wanted) / wanted.square().mean().clamp(min=tiny)
-
-
-def _wide(values: Tensor) -> Tensor:
-    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 @dataclass(frozen=True)
@@ -81,6 +45,7 @@ class DistillationSettings:
         weight: Of the comparison of outputs; 0 leaves it out.
         loss: ``"kl"`` for scores of classes, ``"mse"`` (`feature_loss`) for any outputs.
         outputs: Which outputs, by key or position; None for all that the loss can compare.
+        class_axis: Of the classes in these outputs; None to find it, see `axis_of_classes`.
         features: Modules of the network.
         feature_weight: Of the mean over the comparisons of features.
     """
@@ -89,6 +54,7 @@ class DistillationSettings:
     weight: float = 1.0
     loss: Loss = "kl"
     outputs: tuple[str, ...] | None = None
+    class_axis: int | None = None
     features: tuple[str, ...] = ()
     feature_weight: float = 1.0
 
@@ -112,6 +78,8 @@ class Distiller:
 
     def __init__(self, student: nn.Module, teacher: nn.Module, settings: DistillationSettings) -> None:
         self.settings = settings
+        own = set(student.parameters())
+        self._shared = [name for name, parameter in teacher.named_parameters() if parameter in own]
         self.teacher = teacher.eval().requires_grad_(False)
         self._of_student = Features(student, settings.features)
         self._of_teacher = Features(teacher, settings.features)
@@ -121,20 +89,51 @@ class Distiller:
         """A context within which the student's features are seen."""
         return self._of_student.open() if self.settings.features else nullcontext()
 
-    def run(self, forward: Any, *args: Any, **kwargs: Any) -> Any:
+    def run(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Call ``forward``, the student's, and note how far it is from the teacher; its outputs are returned.
 
-        Without gradient (a step's own evaluation) nothing is noted.
+        Without gradient (a step's own evaluation) nothing is noted. Where outputs are not compared, the teacher runs no
+        further than to its last feature.
         """
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
-        # The teacher first and on copies: either may change its inputs in place.
-        copies = tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, (args, kwargs))
-        with torch.no_grad():
-            wanted = self.teacher(*copies[0], **copies[1])
+        self._refuse_trained()
+        # On copies: either may change its inputs in place.
+        given = tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, (args, kwargs))
+        if self.settings.weight:
+            return self._run_whole(forward, given, *args, **kwargs)
+        self._of_student.forget()
         outputs = forward(*args, **kwargs)
-        self._losses.append(self._compare(outputs, wanted))
+        # The teacher afterwards, when it is known how often each module was called.
+        with torch.no_grad():
+            self._of_teacher.see(self._of_student.calls, *given[0], **given[1])
+        self._losses.append(self._sum(self._compare_features()))
         return outputs
+
+    def _run_whole(
+        self, forward: Callable[..., Any], given: tuple[tuple[Any, ...], dict[str, Any]], *args: Any, **kwargs: Any
+    ) -> Any:
+        # The teacher first: what it needs besides its outputs is free again before the student runs.
+        with torch.no_grad(), self._of_teacher.open():
+            wanted = self.teacher(*given[0], **given[1])
+        self._of_student.forget()
+        outputs = forward(*args, **kwargs)
+        # Weights and features may be what is returned.
+        kept = [*self.teacher.parameters(), *self.teacher.buffers(), *self._of_teacher.seen.values()]
+        features = self._compare_features()
+        self._losses.append(self._sum([self._compare_outputs(outputs, wanted, (args, kwargs), kept), *features]))
+        return outputs
+
+    def _refuse_trained(self) -> None:
+        if not self._shared:
+            return
+        parameters = dict(self.teacher.named_parameters())
+        for name in self._shared:
+            if parameters[name].requires_grad:
+                raise ConfigurationError(
+                    f"Distillation has no teacher any more: {name!r} was frozen when rounding came on, and trains now. "
+                    "Give QuantizationAwareTraining float_checkpoint=, or freeze it again."
+                )
 
     def take_loss(self) -> Tensor | None:
         """The mean over the calls since the last time, weighted as the settings say; None if there was no call."""
@@ -147,93 +146,84 @@ class Distiller:
         self._of_teacher.close()
         self._losses = []
 
-    def _compare(self, outputs: Any, wanted: Any) -> Tensor:
-        settings, parts = self.settings, []
-        if settings.weight:
-            pairs = zip(
-                chosen_outputs(outputs, settings.outputs, settings.loss),
-                chosen_outputs(wanted, settings.outputs, settings.loss),
-                strict=True,
-            )
-            losses = [
-                distillation_loss(student, teacher, settings.temperature)
-                if settings.loss == "kl"
-                else feature_loss(student, teacher)
-                for student, teacher in pairs
-            ]
-            parts.append(settings.weight * torch.stack(losses).mean())
-        if settings.features:
-            seen, known = self._of_student.seen, self._of_teacher.seen
-            distances = [feature_loss(seen[name], known[name]) for name in settings.features if name in known]
-            if distances:  # else the example's way through the network is not this call's
-                parts.append(settings.feature_weight * torch.stack(distances).mean())
-            seen.clear()
-            known.clear()
+    def _sum(self, parts: list[Tensor]) -> Tensor:
         return torch.stack(parts).sum() if parts else torch.zeros(())
 
+    def _compare_outputs(self, outputs: Any, wanted: Any, inputs: Any, kept: list[Tensor]) -> Tensor:
+        settings = self.settings
+        chosen = [
+            chosen_outputs(given, settings.outputs, settings.loss, inputs, settings.class_axis)
+            for given in (outputs, wanted)
+        ]
+        alone = _alone(chosen[1], kept)
+        losses = []
+        for student, teacher in zip(*chosen, strict=True):
+            if settings.loss == "mse":
+                losses.append(feature_loss(student, teacher))
+                continue
+            axis = axis_of_classes(student, inputs, settings.class_axis)
+            assert axis is not None  # or it would not have been chosen
+            losses.append(distillation_loss(student, teacher, settings.temperature, axis, overwrite_teacher=alone))
+        return settings.weight * torch.stack(losses).mean()
 
-def chosen_outputs(outputs: Any, chosen: Sequence[str] | None, loss: Loss) -> list[Tensor]:
-    """The tensors of a network's output to compare.
-
-    Args:
-        outputs: What the network returned: a tensor, or a mapping, sequence or object of them.
-        chosen: Keys, positions or attributes; None for every tensor that the loss can compare.
-        loss: ``"kl"`` needs a class axis, see `qat_lightning.measure.metrics.class_axis`.
-
-    Raises:
-        ConfigurationError: There is none, or one that was chosen is not there or has no classes.
-
-    Example:
-        >>> [t.shape for t in chosen_outputs({"logits": torch.zeros(2, 5), "size": torch.zeros(2)}, None, "kl")]
-        [torch.Size([2, 5])]
-    """
-    if chosen is None:
-        found = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor) and _comparable(leaf, loss)]
-        if not found:
-            raise ConfigurationError(
-                "Distillation finds no scores of classes in what the network returns (a floating tensor (N, classes, "
-                "...) of two classes or more): use loss='mse' for other outputs, or weight=0 and features=[...]."
-            )
-        return found
-    tensors = []
-    for name in chosen:
-        output = _pick(outputs, name)
-        if not isinstance(output, Tensor) or not _comparable(output, loss):
-            raise ConfigurationError(
-                f"outputs={list(chosen)} of Distillation: {name!r} is not "
-                + ("a tensor of scores (N, classes, ...)." if loss == "kl" else "a floating tensor.")
-                + f" The network returns {_describe(outputs)}."
-            )
-        tensors.append(output)
-    return tensors
+    def _compare_features(self) -> list[Tensor]:
+        names = self.settings.features
+        seen, known = self._of_student.seen, self._of_teacher.seen
+        for name in names:
+            if name in self._of_student.without_gradient:
+                raise ConfigurationError(
+                    f"The feature {name!r} is computed without gradient, so that nothing is learned from it: with "
+                    "gradient checkpointing use use_reentrant=False, else name a module outside torch.no_grad()."
+                )
+        distances = [feature_loss(seen[name], known[name]) for name in names if name in seen and name in known]
+        self._of_student.forget()
+        self._of_teacher.forget()
+        # There are none where the example's way through the network is not this call's.
+        return [self.settings.feature_weight * torch.stack(distances).mean()] if distances else []
 
 
-def _comparable(output: Tensor, loss: Loss) -> bool:
-    return class_axis(output) is not None if loss == "kl" else output.is_floating_point()
-
-
-def _pick(outputs: Any, name: str) -> Any:
-    if isinstance(outputs, Mapping):
-        return outputs.get(name)
-    if isinstance(outputs, Sequence) and name.isdecimal():
-        return outputs[int(name)] if int(name) < len(outputs) else None
-    return getattr(outputs, name, None)
-
-
-def _describe(outputs: Any) -> str:
-    if isinstance(outputs, Mapping):
-        return f"a mapping with the keys {', '.join(map(repr, outputs))}"
-    if isinstance(outputs, Sequence):
-        return f"a {type(outputs).__name__} of {len(outputs)}"
-    return f"a {type(outputs).__name__}"
+def _alone(outputs: list[Tensor], kept: list[Tensor]) -> bool:
+    """Whether outputs share their memory neither with one another nor with what is kept."""
+    storages = [output.untyped_storage().data_ptr() for output in outputs]
+    others = {tensor.untyped_storage().data_ptr() for tensor in kept}
+    return len(set(storages)) == len(storages) and not others.intersection(storages)
 
 
 def make_teacher(prepared: nn.Module, weights: Mapping[str, Any]) -> nn.Module:
-    """The float network of a prepared one, with ``weights``, where the prepared one is and in its precision."""
-    teacher = copy.deepcopy(prepared_state(prepared).float_network)
-    teacher.load_state_dict(weights)
+    """The float network of a prepared one, with ``weights``, where the prepared one is and in its precision.
+
+    Args:
+        prepared: The network with fake-quant.
+        weights: The entries of the float network's ``state_dict``. What is frozen beside adapters may be missing: it is
+            shared with the prepared network, so that a teacher costs no second copy of it.
+
+    Raises:
+        ConfigurationError: An entry is missing that is not frozen.
+    """
+    network = prepared_state(prepared).float_network
+    missing = network.state_dict().keys() - weights.keys()
+    trained = sorted(missing - frozen_beside_adapters(prepared))
+    if trained:
+        raise ConfigurationError(
+            f"Distillation has no float weights of {trained[0]!r}, which was frozen when rounding came on, and trains "
+            "now. Give QuantizationAwareTraining float_checkpoint=, or freeze it again."
+        )
+    frozen = dict(prepared.named_parameters(remove_duplicate=False))
+    own = dict(network.named_parameters(remove_duplicate=False))
+    teacher: nn.Module = copy.deepcopy(network, {id(own[name]): frozen[name] for name in missing})
+    teacher.load_state_dict(weights, strict=False)
     like = next((p for p in prepared.parameters() if p.is_floating_point()), torch.zeros(()))
-    return teacher.to(device=like.device, dtype=like.dtype)
+    shared = {id(frozen[name]) for name in missing}
+
+    def placed(tensor: Tensor) -> Tensor:
+        if id(tensor) in shared:
+            return tensor
+        # Beside a frozen base, which may be of another precision, adapters keep theirs.
+        kept = not tensor.is_floating_point() or (shared and isinstance(tensor, nn.Parameter))
+        return tensor.to(like.device, tensor.dtype if kept else like.dtype)
+
+    teacher._apply(placed)
+    return teacher
 
 
 @torch.no_grad()
@@ -253,12 +243,13 @@ def check_distillation(prepared: nn.Module, example: Example, settings: Distilla
     keys = set(prepared_state(prepared).float_network.state_dict())
     weights = {key: value for key, value in student.state_dict().items() if key in keys}
     distiller = Distiller(student, make_teacher(student, weights), settings)
-    with distiller.features(), torch.no_grad():
-        args, kwargs = copy.deepcopy((example.args, example.kwargs))
+    args, kwargs = copy.deepcopy((example.args, example.kwargs))
+    with distiller._of_teacher.open():
         wanted = distiller.teacher(*args, **kwargs)
+    with distiller.features():
         student(*example.args, **example.kwargs)
     if settings.weight:
-        chosen_outputs(wanted, settings.outputs, settings.loss)
+        chosen_outputs(wanted, settings.outputs, settings.loss, (args, kwargs), settings.class_axis)
     mode = prepared_state(prepared).recipe.mode
     for name in settings.features:
         theirs, ours = distiller._of_teacher.seen.get(name), distiller._of_student.seen.get(name)

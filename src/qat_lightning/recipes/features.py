@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -18,6 +20,10 @@ from qat_lightning.numerics.fake_quantize import FakeQuantize
 _SHOWN = 12
 
 
+class _AllSeen(Exception):
+    """No error: it ends a call whose output nobody needs."""
+
+
 class Features:
     """Keeps the tensors that named modules of a network return, in its training and for gradients.
 
@@ -26,10 +32,13 @@ class Features:
 
     Args:
         network: A float network, or a prepared one of any mode.
-        names: Modules of the float network. Of one that is called several times, the last call counts.
+        names: Modules of the float network. Of one that is called several times, the last call counts; of one that
+            returns a tuple, as blocks of transformers may, its first.
 
     Attributes:
         seen: The tensor of each name, from the last call. Of a prepared network it is rounded where that is.
+        calls: How often each was called since the last `forget`; empty for a graph, which calls none.
+        without_gradient: Those that were called where gradients are off.
 
     Raises:
         ConfigurationError: There is no such module, or the graph has merged it with its neighbours.
@@ -47,6 +56,10 @@ class Features:
 
     def __init__(self, network: nn.Module, names: Sequence[str]) -> None:
         self.seen: dict[str, Tensor] = {}
+        self.calls: Counter[str] = Counter()
+        self.without_gradient: set[str] = set()
+        self._open = False
+        self._until: Mapping[str, int] = {}
         self._network = network
         self._handles: list[RemovableHandle] = []
         self._run: Callable[..., Any] | None = None
@@ -61,29 +74,62 @@ class Features:
 
     def _hook(self, name: str) -> Callable[..., None]:
         def keep(module: nn.Module, args: Any, output: Any) -> None:
-            self.seen[name] = output
+            if not self._open:
+                return  # as where a checkpoint computes once more, in the backward pass
+            self.seen[name] = output[0] if isinstance(output, tuple) and output else output
+            self.calls[name] += 1
+            if not torch.is_grad_enabled():
+                self.without_gradient.add(name)
+            if self._until and all(self.calls[known] >= count for known, count in self._until.items()):
+                raise _AllSeen
 
         return keep
 
     @contextmanager
     def open(self) -> Iterator[None]:
         """Within the block, calls of the network fill `seen`."""
-        if self._run is None:
-            yield
-            return
-        plain = self._network.__dict__["_run"]
-        self._network.__dict__["_run"] = self._run
+        plain = self._network.__dict__.get("_run")
+        if self._run is not None:
+            self._network.__dict__["_run"] = self._run
+        self._open = True
         try:
             yield
         finally:
-            self._network.__dict__["_run"] = plain
+            self._open = False
+            if self._run is not None:
+                self._network.__dict__["_run"] = plain
+
+    def see(self, calls: Mapping[str, int], *args: Any, **kwargs: Any) -> None:
+        """Call the network for its features only, and no further than to the last of them.
+
+        Args:
+            calls: How often each of the modules is going to be called; empty if that is not known.
+            args: Of the network.
+            kwargs: Of the network.
+        """
+        self.forget()
+        # Compiled code does not stop within.
+        self._until = {} if torch.compiler.is_compiling() else calls
+        try:
+            with self.open():
+                self._network(*args, **kwargs)
+        except _AllSeen:
+            pass
+        finally:
+            self._until = {}
+
+    def forget(self) -> None:
+        """Keep no tensor of earlier calls."""
+        self.seen.clear()
+        self.calls.clear()
+        self.without_gradient.clear()
 
     def close(self) -> None:
         """Leave no hook and no tensor behind."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        self.seen.clear()
+        self.forget()
 
 
 def _run_with_features(network: GraphNetwork, names: list[str], seen: dict[str, Tensor]) -> Callable[..., Any]:

@@ -1,0 +1,132 @@
+"""Which tensors of a network's output distillation compares, and along which axis their classes are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from qat_lightning.errors import ConfigurationError
+
+Loss = Literal["kl", "mse"]
+LOSSES: tuple[Loss, ...] = ("kl", "mse")
+
+_SCORES = "logits"
+_WHOLE = (torch.int64, torch.int32, torch.int16, torch.uint8)
+
+
+def axis_of_classes(output: Tensor, inputs: Any, given: int | None = None) -> int | None:
+    """The axis along which an output has the scores of its classes.
+
+    Args:
+        output: An output of a network.
+        inputs: What the network was called with, in any structure.
+        given: The axis, where it is known.
+
+    Returns:
+        The last axis of a matrix and of scores for each token: three dimensions, of which the first two are those of
+        whole numbers among the inputs. Else axis 1, as PyTorch has it: (N, classes, ...). None where that is no axis of
+        two classes or more, and for whole numbers.
+
+    Example:
+        >>> tokens = torch.zeros(2, 5, dtype=torch.long)
+        >>> axis_of_classes(torch.zeros(2, 5, 100), (tokens,)), axis_of_classes(torch.zeros(2, 21, 8, 8), (tokens,))
+        (2, 1)
+    """
+    if output.dim() < 2 or not output.is_floating_point():
+        return None
+    axis = given
+    if axis is None:
+        axis = output.dim() - 1 if output.dim() == 2 or _for_each_token(output, inputs) else 1
+    if not -output.dim() <= axis < output.dim() or output.size(axis) < 2:
+        return None
+    return axis % output.dim()
+
+
+def _for_each_token(output: Tensor, inputs: Any) -> bool:
+    tokens = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.dtype in _WHOLE]
+    return output.dim() == 3 and any(leaf.shape == output.shape[:2] for leaf in tokens)
+
+
+def chosen_outputs(
+    outputs: Any, chosen: Sequence[str] | None, loss: Loss, inputs: Any = (), class_axis: int | None = None
+) -> list[Tensor]:
+    """The tensors of a network's output to compare.
+
+    Args:
+        outputs: What the network returned: a tensor, or a mapping, sequence or object of them.
+        chosen: Keys, positions or attributes; None for all that the loss can compare. Scores of classes of a mapping
+            (such as a ``ModelOutput`` of transformers) are then those with ``logits`` in their name, if there are any.
+        loss: ``"kl"`` needs an axis of classes, see `axis_of_classes`.
+        inputs: What the network was called with.
+        class_axis: The axis of the classes, where it is known.
+
+    Raises:
+        ConfigurationError: There is none, or one that was chosen is not there or has no classes.
+
+    Example:
+        >>> [t.shape for t in chosen_outputs({"logits": torch.zeros(2, 5), "state": torch.zeros(2, 8)}, None, "kl")]
+        [torch.Size([2, 5])]
+    """
+
+    def comparable(output: Any) -> bool:
+        if not isinstance(output, Tensor):
+            return False
+        if loss == "kl":
+            return axis_of_classes(output, inputs, class_axis) is not None
+        return output.is_floating_point()
+
+    if chosen is None:
+        found = [leaf for leaf in _candidates(outputs, loss) if comparable(leaf)]
+        if not found:
+            raise ConfigurationError(
+                "Distillation finds no scores of classes in what the network returns (a floating tensor (N, classes, "
+                "...) of two classes or more): use loss='mse' for other outputs, class_axis= where the classes are "
+                "along another axis, or weight=0 and features=[...]."
+            )
+        return found
+    tensors = []
+    for name in chosen:
+        output = _pick(outputs, name)
+        if not comparable(output):
+            raise ConfigurationError(
+                f"outputs={list(chosen)} of Distillation: {name!r} is not "
+                + ("a tensor of scores (N, classes, ...)." if loss == "kl" else "a floating tensor.")
+                + f" The network returns {_describe(outputs)}."
+            )
+        tensors.append(output)
+    return tensors
+
+
+def _candidates(outputs: Any, loss: Loss) -> list[Any]:
+    if isinstance(outputs, Mapping):
+        if loss == "kl":
+            named = [value for key, value in outputs.items() if _SCORES in str(key) and isinstance(value, Tensor)]
+            if named:
+                return named
+        outputs = {key: value for key, value in outputs.items() if not _is_loss(key, value)}
+    return tree_leaves(outputs)
+
+
+def _is_loss(key: Any, value: Any) -> bool:
+    """Whether an entry is what the network made of its outputs and labels."""
+    return key == "loss" and isinstance(value, Tensor) and value.dim() == 0
+
+
+def _pick(outputs: Any, name: str) -> Any:
+    if isinstance(outputs, Mapping):
+        return outputs.get(name)
+    if isinstance(outputs, Sequence) and name.isdecimal():
+        return outputs[int(name)] if int(name) < len(outputs) else None
+    return getattr(outputs, name, None)
+
+
+def _describe(outputs: Any) -> str:
+    if isinstance(outputs, Mapping):
+        return f"a mapping with the keys {', '.join(map(repr, outputs))}"
+    if isinstance(outputs, Sequence):
+        return f"a {type(outputs).__name__} of {len(outputs)}"
+    return f"a {type(outputs).__name__}"

@@ -218,6 +218,7 @@ def test_what_cannot_be_is_refused_before_anything_is_trained() -> None:
     refused("add qat_lightning.recipes.distillation", Distillation(), Manual())
     refused("'nte' of Distillation is not quantized", Distillation(module="nte"))
     refused("'features' is in none of the networks", Distillation(features=["features"]))
+    refused("features='blocks' finds no list of repeated blocks in Net", Distillation(features="blocks"))
     refused("no module 'featurs'", Distillation(features=["net.featurs"]))
     refused("'logits' is not a tensor of scores", Distillation(outputs=["logits"]))
     for key, value in before.items():
@@ -237,6 +238,8 @@ def test_what_cannot_be_is_refused_before_anything_is_trained() -> None:
         ({"loss": "mae"}, "one of kl, mse"),
         ({"features": "net.layer"}, "features='net.layer'"),
         ({"outputs": [1]}, "outputs="),
+        ({"class_axis": "last"}, "class_axis='last'"),
+        ({"features": "stages"}, "features='stages'"),
         ({"weight": 0}, "nothing to learn"),
     ],
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -11,11 +11,14 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from qat_lightning.errors import ConfigurationError
 from qat_lightning.graph.example import Example
 from qat_lightning.modes.prepared import prepared_state, set_phase
 from qat_lightning.modes.registry import get_mode
+from qat_lightning.recipes import distillation_losses
 from qat_lightning.recipes.distillation import (
     DistillationSettings,
     Distiller,
@@ -26,6 +29,7 @@ from qat_lightning.recipes.distillation import (
     make_teacher,
 )
 from qat_lightning.recipes.features import Features
+from qat_lightning.recipes.outputs import axis_of_classes
 from qat_lightning.settings.recipe import Recipe
 from tests.support.networks import CASES, Case
 
@@ -56,6 +60,120 @@ def test_the_loss_is_that_of_torch() -> None:
     torch.testing.assert_close(distillation_loss(student, teacher, 3.0), 9 * expected)
 
 
+_SHAPES = st.sampled_from([((5, 3), 1), ((2, 4, 3, 3), 1), ((2, 3, 7), 2), ((3, 2, 9), 1), ((1, 2, 5), -1)])
+
+
+def _plain(student: Tensor, teacher: Tensor, temperature: float, axis: int) -> Tensor:
+    """On whole tensors, in single operations of torch."""
+    wanted, got = ((scores.float() / temperature).log_softmax(axis) for scores in (teacher, student))
+    return F.kl_div(got, wanted, reduction="none", log_target=True).sum(axis).mean() * temperature**2
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    shape=_SHAPES,
+    temperature=st.floats(0.5, 10),
+    chunk=st.sampled_from([1, 4, 12, 2**20]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    overwrite=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_chunks_are_the_loss_on_whole_tensors(
+    shape: tuple[tuple[int, ...], int],
+    temperature: float,
+    chunk: int,
+    dtype: torch.dtype,
+    overwrite: bool,
+    seed: int,
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    ours, theirs = (torch.randn(shape[0], generator=generator).to(dtype) for _ in range(2))
+    grads, kept = [], theirs.clone()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(distillation_losses._CHUNK, "cpu", chunk)
+        for loss in (
+            lambda scores: _plain(scores, kept, temperature, shape[1]),
+            lambda scores: distillation_loss(scores, theirs, temperature, shape[1], overwrite_teacher=overwrite),
+        ):
+            student = ours.clone().requires_grad_()
+            found = loss(student)
+            (3.0 * found).backward()
+            grads.append((found.detach(), student.grad))
+    torch.testing.assert_close(grads[1][0], grads[0][0], rtol=1e-4, atol=1e-6)
+    assert grads[1][1].dtype == dtype
+    torch.testing.assert_close(grads[1][1], grads[0][1], **_NOISE[dtype])
+    assert overwrite or torch.equal(theirs, kept)
+
+
+_NOISE: dict[torch.dtype, dict[str, float]] = {
+    torch.float32: {"rtol": 1e-4, "atol": 1e-6},
+    torch.bfloat16: {"rtol": 2e-2, "atol": 1e-5},
+    torch.float16: {"rtol": 3e-3, "atol": 1e-5},
+}
+
+
+@pytest.mark.parametrize(("shape", "axis"), [((4, 3), 1), ((2, 3, 4), 1), ((2, 3, 4), -1)])
+def test_the_gradient_is_checked_by_differences(shape: tuple[int, ...], axis: int) -> None:
+    student, teacher = torch.randn(shape, dtype=torch.float64, requires_grad=True), torch.randn(shape).double()
+    assert torch.autograd.gradcheck(lambda scores: distillation_loss(scores, teacher, 2.0, axis), student)
+
+
+def test_a_second_backward_pass_has_the_same_gradient() -> None:
+    student = torch.randn(4, 3, requires_grad=True)
+    loss = distillation_loss(student, torch.randn(4, 3))
+    (first,) = torch.autograd.grad(loss, student, retain_graph=True)
+    (second,) = torch.autograd.grad(2 * loss, student)
+    torch.testing.assert_close(second, 2 * first)
+    with pytest.raises(RuntimeError, match="second time"):
+        loss.backward()
+
+
+def test_small_differences_in_a_large_vocabulary_reach_float16_when_the_loss_is_scaled() -> None:
+    student = torch.zeros(64, 5000, dtype=torch.float16, requires_grad=True)
+    teacher = torch.randn(64, 5000).half()
+    (2.0**16 * distillation_loss(student, teacher, 1.0)).backward()
+    assert student.grad is not None
+    expected = 2.0**16 * (1 / 5000 - teacher.float().softmax(1)) / 64
+    torch.testing.assert_close(student.grad.float(), expected, rtol=0.05, atol=2e-4)
+
+
+def test_classes_that_the_teacher_rules_out_and_empty_batches() -> None:
+    student, teacher = torch.randn(2, 3, requires_grad=True), torch.tensor([[0.0, -torch.inf, 1.0], [1.0, 2.0, 3.0]])
+    loss = distillation_loss(student, teacher, 1.0)
+    loss.backward()
+    assert torch.isfinite(loss)
+    assert student.grad is not None
+    assert student.grad.isfinite().all()
+    empty = torch.zeros(0, 3, requires_grad=True)
+    distillation_loss(empty, empty.detach()).backward()
+    assert empty.grad is not None
+    assert empty.grad.shape == (0, 3)
+    with pytest.raises(ConfigurationError, match=r"shape \(2, 3\) and the student's of \(2, 4\)"):
+        distillation_loss(torch.zeros(2, 4), teacher)
+
+
+def test_no_more_than_scores_gradient_and_a_chunk_are_alive() -> None:
+    """Whole tensors that are made in a step, forward and backward: with the teacher's scores given, none."""
+
+    class Sizes(TorchDispatchMode):
+        made: ClassVar[list[int]] = []
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = func(*args, **(kwargs or {}))
+            known = {leaf.untyped_storage().data_ptr() for leaf in tree_leaves(args) if isinstance(leaf, Tensor)}
+            for leaf in tree_leaves(result):
+                if isinstance(leaf, Tensor) and leaf.untyped_storage().data_ptr() not in known:
+                    self.made.append(leaf.numel())
+            return result
+
+    student, teacher = torch.randn(1000, 4000, requires_grad=True), torch.randn(1000, 4000)
+    with Sizes() as sizes:
+        distillation_loss(student, teacher, overwrite_teacher=True).backward()
+    assert max(sizes.made) <= distillation_losses._CHUNK["cpu"] < student.numel() / 3
+    assert student.grad is not None
+    assert student.grad.data_ptr() == teacher.data_ptr()
+
+
 def test_losses_are_in_float32_under_autocast() -> None:
     scores = torch.randn(4, 3).bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
@@ -80,6 +198,28 @@ def test_outputs_are_chosen_by_key_position_and_attribute() -> None:
         chosen_outputs({"logits": logits}, ("scores",), "kl")
     with pytest.raises(ConfigurationError, match="use loss='mse'"):
         chosen_outputs(torch.zeros(3, 1), None, "kl")
+
+
+def test_the_axis_of_the_classes() -> None:
+    tokens, mask = torch.zeros(2, 5, dtype=torch.long), torch.ones(2, 5)
+    scores = torch.zeros(2, 5, 9)
+    assert axis_of_classes(scores, {"input_ids": tokens}) == 2
+    assert axis_of_classes(scores, (mask,)) == 1
+    assert axis_of_classes(scores, (mask,), -1) == 2
+    assert axis_of_classes(torch.zeros(2, 5), (tokens,)) == 1
+    assert axis_of_classes(torch.zeros(2, 1, 9), (torch.zeros(2, 1, dtype=torch.long),)) == 2
+    assert axis_of_classes(torch.zeros(2, 1, 9), (mask,)) is None
+    assert axis_of_classes(torch.zeros(2, 3), (), 2) is None
+    assert axis_of_classes(tokens, (tokens,)) is None
+
+
+def test_scores_are_those_that_are_called_so() -> None:
+    logits, hidden = torch.zeros(2, 5), torch.zeros(2, 4, 8)
+    outputs = {"loss": torch.zeros(()), "logits": logits, "hidden_states": (hidden, hidden)}
+    assert chosen_outputs(outputs, None, "kl") == [logits]
+    assert len(chosen_outputs(outputs, None, "mse")) == 3
+    both = {"start_logits": logits, "end_logits": logits}
+    assert len(chosen_outputs(both, None, "kl")) == 2
 
 
 def prepare(mode: str, case: Case) -> tuple[nn.Module, Example]:
@@ -188,3 +328,60 @@ def test_inputs_that_are_changed_in_place_reach_the_teacher_unchanged() -> None:
     with torch.no_grad():
         distiller.run(student, torch.randn(4, 3))
     assert distiller.take_loss() is None
+
+
+def test_scores_that_are_weights_or_features_are_not_overwritten() -> None:
+    class Table(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Parameter(torch.randn(4, 3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.table
+
+    student, teacher = Table(), Table()
+    before = teacher.table.clone()
+    distiller = Distiller(student, teacher, DistillationSettings())
+    distiller.run(student, torch.zeros(1))
+    loss = distiller.take_loss()
+    assert loss is not None
+    loss.backward()
+    assert torch.equal(teacher.table, before)
+
+
+def test_a_teacher_of_features_stops_behind_as_many_calls_as_the_student_made() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.head = nn.Linear(3, 3), nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.layer(self.layer(x).relu()))
+
+    student, x, called = Twice(), torch.randn(4, 3), []
+    teacher = copy.deepcopy(student)
+    teacher.layer.register_forward_pre_hook(lambda *_: called.append("layer"))
+    teacher.head.register_forward_pre_hook(lambda *_: called.append("head"))
+    distiller = Distiller(student, teacher, DistillationSettings(weight=0.0, features=("layer",)))
+    with distiller.features():
+        distiller.run(student, x)
+    assert called == ["layer", "layer"]
+    assert distiller.take_loss() == 0
+    assert not distiller._of_teacher.seen
+
+
+def test_a_feature_without_gradient_is_refused() -> None:
+    class Frozen(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.head = nn.Linear(3, 3), nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.no_grad():
+                x = self.layer(x)
+            return self.head(x)
+
+    student = Frozen()
+    distiller = Distiller(student, copy.deepcopy(student), DistillationSettings(weight=0.0, features=("layer",)))
+    with distiller.features(), pytest.raises(ConfigurationError, match="computed without gradient"):
+        distiller.run(student, torch.randn(4, 3))

@@ -1,10 +1,10 @@
 """What distillation from the float network brings a language model, and what it costs in memory.
 
 ``python -m benchmarks.distillation bits TEXT``: a `CharTransformer` trains on a text in float as in
-`benchmarks.language`. From there it trains on with fake-quant of each grid, on the same batches, from labels alone and
-with each way to distil; the teacher is the float network it began with. Measured is the integer network on the last
-5 % of the text, in bits a character. Every figure is a line in a folder as soon as it is there, and a run that was
-broken off goes on where it stopped.
+`benchmarks.language`. The trained network is tuned with fake-quant of each grid for a few steps on a few batches, as
+one fine-tunes on little data, from labels alone and with each way to distil; the teacher is the float network it began
+with. Measured is the integer network on the last 5 % of the text, in bits a character. Every figure is a line in a
+folder as soon as it is there, and a run that was broken off goes on where it stopped.
 
 ``python -m benchmarks.distillation memory``: the peak of the resident memory in a training step of a Llama of two
 blocks with a large vocabulary, less what it was before the step. Each row is a process of its own, with an allocator
@@ -33,7 +33,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from benchmarks.language import GRIDS, Seed, batches, prepared
+from benchmarks.language import GRIDS, Seed, after_training, batches, prepared
 from benchmarks.machine import describe
 from benchmarks.memory import resident
 from qat_lightning import Scheme, convert, prepare
@@ -44,7 +44,9 @@ from qat_lightning.recipes.blocks import repeated_blocks
 from qat_lightning.recipes.distillation import DistillationSettings, Distiller, make_teacher
 from qat_lightning.settings.recipe import Recipe
 
+NOT = "no training"
 WAYS: dict[str, dict[str, float]] = {
+    NOT: {},
     "labels": {},
     "outputs": {"weight": 1.0, "task": 0.0},
     "outputs and labels": {"weight": 1.0, "task": 1.0},
@@ -68,16 +70,17 @@ def settings_of(way: dict[str, float], network: nn.Module, temperature: float) -
 
 
 def trained(seed: Seed, start: nn.Module, grid: str, way: dict[str, float]) -> nn.Module:
-    """The integer network after training with fake-quant."""
+    """The integer network after a few steps with fake-quant."""
     options = seed.options
     network = prepared(start, seed.example, grid).train()
     teaching = None
     if way:
         settings = settings_of(way, start, options.temperature)
         teaching = Distiller(network, make_teacher(network, start.state_dict()), settings)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=options.tune_lr, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, len(seed.given))
-    for tokens, targets in seed.given:
+    optimizer = torch.optim.AdamW(network.parameters(), lr=options.taught_lr, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, options.taught)
+    for index in range(options.taught):
+        tokens, targets = seed.given[index % options.few]
         optimizer.zero_grad()
         loss(network, teaching, tokens, targets, way.get("task", 1.0)).backward()
         optimizer.step()
@@ -103,18 +106,17 @@ def run_bits(options: argparse.Namespace) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     data = TextFileDataModule(options.text, context=options.context, batch_size=options.batch)
     table = Table("grid", "learns from", "bits a character", "more than float", caption=describe())
-    seeds = [Seed(data, options, seed) for seed in options.seeds]
-    floats, found = [], {}
-    for seed in seeds:
-        first = batches(seed.train_data, options.steps, options.batch, seed.seed)
-        start = seed.float_network("start", seed.fresh, first, options.lr)
-        tuned = seed.float_network("float", lambda start=start: copy.deepcopy(start), seed.given, options.tune_lr)
-        floats.append(seed.bits("float", "QAT", lambda tuned=tuned: tuned))
+    found: dict[tuple[str, str], list[float]] = {}
+    floats = []
+    for seed in [Seed(data, options, seed) for seed in options.seeds]:
+        network = float_of(seed)
+        floats.append(seed.bits("float", "QAT", lambda network=network: network))
         for grid in options.grids:
             for name in options.ways:
-                make = _maker(seed, start, grid, WAYS[name])
-                column = "QAT" if name == "labels" else f"QAT, {name}, temperature {options.temperature}"
-                found.setdefault((grid, name), []).append(seed.bits(grid, column, make))
+                column = f"{name}, {options.taught} steps on {options.few} batches, lr {options.taught_lr}"
+                column += f", temperature {options.temperature}" if "weight" in WAYS[name] else ""
+                bits = seed.bits(grid, column, _maker(seed, network, grid, name))
+                found.setdefault((grid, name), []).append(bits)
     for (grid, name), values in found.items():
         more = [value - base for value, base in zip(values, floats, strict=True)]
         spread = f" ± {statistics.stdev(more):.3f}" if len(more) > 1 else ""
@@ -122,8 +124,19 @@ def run_bits(options: argparse.Namespace) -> None:
     Console(width=120).print(f"float: {statistics.mean(floats):.3f} bits", table)
 
 
-def _maker(seed: Seed, start: nn.Module, grid: str, way: dict[str, float]) -> Callable[[], nn.Module]:
-    return lambda: trained(seed, start, grid, way)
+def float_of(seed: Seed) -> nn.Module:
+    """The trained float network, as `benchmarks.language` keeps it."""
+    options = seed.options
+    start = seed.float_network(
+        "start", seed.fresh, batches(seed.train_data, options.steps, options.batch, seed.seed), options.lr
+    )
+    return seed.float_network("float", lambda: copy.deepcopy(start), seed.given, options.tune_lr)
+
+
+def _maker(seed: Seed, start: nn.Module, grid: str, name: str) -> Callable[[], nn.Module]:
+    if name == NOT:
+        return lambda: after_training(start, seed.example, grid, seed.given)
+    return lambda: trained(seed, start, grid, WAYS[name])
 
 
 MEMORY = ("no distillation", "outputs, before", "outputs", "blocks")
@@ -207,11 +220,14 @@ def main() -> None:
     of_bits.add_argument("text", type=Path)
     of_bits.add_argument("--out", type=Path, default=Path("distillation"), help="folder of figures and float networks")
     of_bits.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    of_bits.add_argument("--grids", nargs="+", choices=GRIDS, default=["w4 in groups, a8 per token", "w3", "w2"])
+    of_bits.add_argument("--grids", nargs="+", choices=GRIDS, default=["w3", "w2"])
     of_bits.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     of_bits.add_argument("--temperature", type=float, default=2.0)
     for name, value in {"steps": 1000, "tune": 400, "batch": 32, "context": 64, "lr": 2e-3, "tune-lr": 5e-4}.items():
         of_bits.add_argument(f"--{name}", type=type(value), default=value)
+    of_bits.add_argument("--taught", type=int, default=100, help="steps with fake-quant")
+    of_bits.add_argument("--few", type=int, default=16, help="batches that these steps take in turn")
+    of_bits.add_argument("--taught-lr", type=float, default=2e-4)
     of_memory = parts.add_parser("memory", help="what it costs")
     for name, value in {"vocabulary": 50_000, "batch": 8, "length": 128, "threads": 1}.items():
         of_memory.add_argument(f"--{name}", type=int, default=value)

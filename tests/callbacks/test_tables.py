@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from qat_lightning import PostTrainingQuantization, QuantizationAwareTraining, load_quantized
+from qat_lightning import PostTrainingQuantization, QuantizationAwareTraining, Scheme, load_quantized
 from qat_lightning.numerics.state_entries import from_entry, to_tensor
 from tests.callbacks.lit import CLASSES, Lit, trainer
 
@@ -48,9 +48,19 @@ def qat(mode: str, **arguments: Any) -> QuantizationAwareTraining:
     return QuantizationAwareTraining(mode=mode, start={"epoch": 1}, freeze_observers={"epoch": 3}, **arguments)
 
 
+TRAINED: list[dict[str, Any]] = [
+    {},
+    {"kind": "dynamic"},
+    {"kind": "dynamic", "scheme": Scheme(4, activation_granularity="per_token")},
+]
+
+
+@pytest.mark.parametrize("arguments", TRAINED, ids=["static", "dynamic", "by token"])
 @pytest.mark.parametrize("mode", ["fx", "eager"])
-def test_a_fit_ends_with_integer_tables_and_resumes_to_the_same(mode: str, tmp_path: Path) -> None:
-    whole = qat(mode)
+def test_a_fit_ends_with_integer_tables_and_resumes_to_the_same(
+    mode: str, arguments: dict[str, Any], tmp_path: Path
+) -> None:
+    whole = qat(mode, **arguments)
     network = lit()
     fit = trainer(whole, max_epochs=4)
     fit.fit(network, batches())
@@ -64,28 +74,31 @@ def test_a_fit_ends_with_integer_tables_and_resumes_to_the_same(mode: str, tmp_p
     loaded = load_quantized(tmp_path / "whole.int8", network=Words())
     assert torch.equal(loaded(ids), whole.quantized(ids))
 
-    first = trainer(qat(mode), max_epochs=2)
+    first = trainer(qat(mode, **arguments), max_epochs=2)
     first.fit(lit(), batches())
     first.save_checkpoint(tmp_path / "half.ckpt")
-    again = qat(mode)
+    again = qat(mode, **arguments)
     resumed = lit()
     trainer(again, max_epochs=4).fit(resumed, batches(), ckpt_path=tmp_path / "half.ckpt")
     assert again.quantized is not None
     assert torch.equal(again.quantized(ids), whole.quantized(ids))
 
 
+@pytest.mark.parametrize(("kind", "family"), [("static", "tables"), ("dynamic", "dynamic_tables")])
 @pytest.mark.parametrize("mode", ["fx", "eager"])
-def test_a_fit_that_resumes_from_an_earlier_release_leaves_tables_float(mode: str, tmp_path: Path) -> None:
-    first = trainer(qat(mode), max_epochs=2)
+def test_a_fit_that_resumes_from_an_earlier_release_leaves_tables_float(
+    mode: str, kind: str, family: str, tmp_path: Path
+) -> None:
+    first = trainer(qat(mode, kind=kind), max_epochs=2)
     first.fit(lit(), batches())
     first.save_checkpoint(tmp_path / "half.ckpt")
     checkpoint = torch.load(tmp_path / "half.ckpt", weights_only=True)
     (key,) = [name for name in checkpoint["state_dict"] if name.endswith("_quantization._extra_state")]
     entry = from_entry(checkpoint["state_dict"][key])
-    entry["families"].remove("tables")
+    entry["families"].remove(family)
     checkpoint["state_dict"][key] = to_tensor(entry)
     torch.save(checkpoint, tmp_path / "earlier.ckpt")
-    again = qat(mode)
+    again = qat(mode, kind=kind)
     trainer(again, max_epochs=3).fit(lit(), batches(), ckpt_path=tmp_path / "earlier.ckpt")
     assert again.quantized is not None
     assert {row.name.removeprefix("net.") for row in again.quantized.coverage if not row.quantized} == {"words", "bag"}

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from qat_lightning import quantize
 from qat_lightning.artifact.quantized import QuantizedNetwork
 from qat_lightning.export.formats import get_format
 from qat_lightning.export.protocol import Source
@@ -34,8 +35,10 @@ class Tables(nn.Module):
         return y
 
 
-def quantized_tables(mode: str) -> QuantizedNetwork:
+def quantized_tables(mode: str, kind: str = "static") -> QuantizedNetwork:
     torch.manual_seed(0)
+    if kind == "dynamic":
+        return quantize(Tables(), Example((torch.randint(0, 4, (4, 6)),)), Recipe(mode, "x86", kind="dynamic"))
     recipe, example = Recipe(mode, "x86"), Example((torch.randint(0, 4, (4, 6)),))
     prepared = get_mode(mode).prepare(Tables(), example, recipe)
     prepared.train()(torch.randint(0, 50, (32, 6)))
@@ -53,10 +56,11 @@ def quantized_tables(mode: str) -> QuantizedNetwork:
         pytest.param("eager", "openvino", "openvino", marks=pytest.mark.slow),
     ],
 )
-def test_files_look_up_what_the_int8_network_does(mode: str, name: str, needs: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["static", "dynamic"])
+def test_files_look_up_what_the_int8_network_does(mode: str, name: str, needs: str, kind: str, tmp_path: Path) -> None:
     """Also with a batch in which the padding is elsewhere, or nowhere, or all that there is."""
     pytest.importorskip(needs)
-    quantized, form = quantized_tables(mode), get_format(name)
+    quantized, form = quantized_tables(mode, kind), get_format(name)
     path = tmp_path / f"model{form.suffix}"
     form.write(Source(quantized, quantized.example), path)
     run: Any = form.load(path)

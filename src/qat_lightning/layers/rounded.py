@@ -240,6 +240,7 @@ _WEIGHT_ONLY: dict[type[nn.Module], type[nn.Module]] = {
     nn.Linear: RoundedLinear,
 }
 _DYNAMIC: dict[type[nn.Module], type[nn.Module]] = {
+    **{float_type: _WEIGHT_ONLY[float_type] for float_type in module_types("table")},
     **{float_type: _of(_DynamicallyRoundedCell, float_type, "Dynamically") for float_type in module_types("cell")},
     nn.Linear: DynamicallyRoundedLinear,
     nn.MultiheadAttention: DynamicallyRoundedAttention,
@@ -272,7 +273,7 @@ def round_as(layer: nn.Module, rounded_type: type[nn.Module], recipe: Recipe) ->
     rounded.__dict__["weight_grid"] = grid
     for name in rounded.parts():
         rounded.add_module(_child(name), _weight_fake_quantize(grid))
-    if recipe.kind == "dynamic":
+    if recipe.kind == "dynamic" and not isinstance(layer, module_types("table")):  # which read indices
         scheme = recipe.scheme
         made = DynamicFakeQuantize(scheme.activation_granularity, symmetric=scheme.activation_symmetric)
         rounded.add_module(ACTIVATION, made)

@@ -19,12 +19,25 @@ Equalization = Literal["none", "exact", "replace_relu6"]
 BatchNormHandling = Literal["fused", "fold"]
 """BatchNorm stays, and the rounded weights are those it is folded into; or it is folded before anything trains."""
 
-FAMILIES = ("attention", "twins", "linear", "transposed", "convolutions", "subpixel", "tables", "products", "sums")
+FAMILIES = (
+    "attention",
+    "twins",
+    "linear",
+    "transposed",
+    "convolutions",
+    "subpixel",
+    "tables",
+    "products",
+    "sums",
+    "dynamic_tables",
+    "bounds",
+)
 """What earlier releases left float, so that their checkpoints have no ranges for it: attention; functions under names
 that upstream does not know; products with a weight, as linear layers; transposed convolutions in mode fx; in mode pt2e
 convolutions of sequences without a ReLU, and those that are padded by name; transposed convolutions in modes eager and
-pt2e; the tables of embeddings; in mode fx products of shapes that are broadcast, and products by other names. The
-last is what they rounded: sums that only float ops read, in modes fx and pt2e."""
+pt2e; the tables of embeddings, of static networks and of dynamic ones; in mode fx products of shapes that are
+broadcast, and products by other names. Two are what they rounded: sums that only float ops read, in modes fx and pt2e
+(``"sums"``), and in mode fx the limits of clamps that are tensors (``"bounds"``)."""
 
 Adapters = Literal["merged", "float"]
 """What becomes of low-rank adapters (LoRA): merged into the weights that are rounded, or float beside them."""

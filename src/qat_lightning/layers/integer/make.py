@@ -19,7 +19,8 @@ from qat_lightning.settings.recipe import Recipe
 
 TOO_SLOW = "a step in single operations takes four times as long as float's, use kind='weight_only'"
 
-_DYNAMIC = (*module_types("linear", "attention", "cell"), nn.LSTM, nn.GRU)
+_DYNAMIC = (*module_types("linear", "attention", "cell", "table"), nn.LSTM, nn.GRU)
+_TABLES = module_types("table")
 
 
 def why_not(module: nn.Module, recipe: Recipe) -> str:
@@ -47,7 +48,7 @@ def why_not(module: nn.Module, recipe: Recipe) -> str:
         return "its forward is replaced by another one, which may do anything with its weight"
     if kind == "dynamic" and _projects(module):
         return "LSTM with proj_size has no dynamic kernel: kind='weight_only' quantizes its weights"
-    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None:
+    if isinstance(module, _TABLES) and module.max_norm is not None:
         return f"{name} with max_norm rescales its rows in every call"
     if kind == "dynamic" and isinstance(module, nn.MultiheadAttention) and _adds_positions(module):
         return "MultiheadAttention with add_bias_kv or add_zero_attn: kind='weight_only' quantizes its weights"
@@ -56,15 +57,24 @@ def why_not(module: nn.Module, recipe: Recipe) -> str:
 
 def _why_not_these_grids(module: nn.Module, recipe: Recipe) -> str:
     name = type(module).__name__
+    if isinstance(module, _TABLES):
+        return _why_not_this_table(module, recipe)
     if recipe.by_token_or_group and not isinstance(module, nn.Linear):
         return (
             f"{name} has its dynamic kernel for one range a tensor and one scale a channel: use "
             "activation_granularity='per_tensor' and weight_granularity='per_channel'"
         )
-    if recipe.trained and getattr(module, "sparse", False):
-        return f"{name} with sparse=True: rounding its table makes the gradients dense"
     if recipe.kind == "dynamic" and recipe.trained and isinstance(module, nn.RNNBase):
         return f"{name} does not train for its dynamic kernel: {TOO_SLOW}"
+    return ""
+
+
+def _why_not_this_table(module: nn.Module, recipe: Recipe) -> str:
+    name = type(module).__name__
+    if recipe.kind == "dynamic" and (recipe.mode == "pt2e" or "dynamic_tables" not in recipe.families):
+        return f"{name} has no dynamic kernel: kind='weight_only' quantizes its weight"
+    if recipe.trained and getattr(module, "sparse", False):
+        return f"{name} with sparse=True: rounding its table makes the gradients dense"
     return ""
 
 
@@ -110,9 +120,9 @@ def integer_layer(module: nn.Module, recipe: Recipe, shares: Mapping[str, Tensor
 
 def _made(module: nn.Module, recipe: Recipe, shares: Mapping[str, Tensor] | None) -> IntegerLayer:
     grid, engine, shares = WeightGrid.of(recipe), recipe.target.engine or "onednn", shares or {}
+    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+        return WeightOnlyEmbedding.of(module, grid, shares.get("weight"))
     if recipe.kind == "weight_only":
-        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
-            return WeightOnlyEmbedding.of(module, grid, shares.get("weight"))
         return WeightOnly(without_hooks(copy.deepcopy(module).cpu().float()), weights_of(module), grid, shares)
     if isinstance(module, nn.Linear):
         return _linear(module, recipe, grid, engine, shares.get("weight"))

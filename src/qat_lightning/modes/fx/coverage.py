@@ -200,6 +200,8 @@ class FxOperations:
             return "a BatchNorm behind no layer, or called from several places, folds into no layer"
         if node.name in self.plan.float_ops and self.state.recipe.target.engine == "qnnpack" and face in CLAMPS:
             return "QNNPACK's clamp misplaces channels-last values"
+        if node.name in self.plan.float_ops and face in CLAMPS:
+            return "its limits are tensors, which its int8 kernel does not take"
         if node.name in self.plan.float_ops:
             return f"{'' if face in OWN_GRIDS else 'with a number, '}its int8 kernel has another grid"
         if face not in self.known:

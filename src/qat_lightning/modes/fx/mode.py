@@ -23,6 +23,7 @@ from qat_lightning.modes.fx import passes
 from qat_lightning.modes.fx.alignment import mark_origins, take_origins
 from qat_lightning.modes.fx.autocast import NOT_SEEN
 from qat_lightning.modes.fx.batchnorm import give_parameters
+from qat_lightning.modes.fx.bounds import hide_bounded
 from qat_lightning.modes.fx.coverage import FxOperations
 from qat_lightning.modes.fx.fused import hide_second_names, show_fused
 from qat_lightning.modes.fx.layers import each_once, layer_rows, no_kernel
@@ -120,7 +121,9 @@ class FxMode:
             write_as_convolutions(graph_module, chosen, scopes, three=recipe.target.engine != "qnnpack")
         hidden = Hidden(network, graph_module)
         parameters = dict(network.named_parameters(remove_duplicate=False))
+        show_bounded = hide_bounded(graph_module) if "bounds" in recipe.families else None
         prepared = prepare_upstream(graph_module, network, example, recipe, selected, scopes)
+        bounded = [] if show_bounded is None else show_bounded(prepared)
         lasting = hidden.show(prepared)
         tables = round_tables(prepared, recipe, lambda name: selected[name]) if "tables" in recipe.families else {}
         if not any(isinstance(module, FakeQuantize) for module in prepared.modules()):
@@ -129,7 +132,7 @@ class FxMode:
                 "addition. Look at include and exclude, or give another module=."
             )
         plan, unrounded = make_plan(prepared, network, example, recipe, scopes, prefix=prefix)
-        plan.float_ops += passes.calls_of(prepared, hidden.unfoldable) + lasting
+        plan.float_ops += passes.calls_of(prepared, hidden.unfoldable) + lasting + bounded
         plan.tables = tables
         result = _as_network(prepared, plan, unrounded, hidden.read)
         result.give_sizes(sizes, SharedLayers())

@@ -26,7 +26,8 @@ class FxPlan(HoldsGraphs):
     Attributes:
         graph: The graph as upstream's prepare made it, ReLU6 folded.
         meta: Upstream's notes on it.
-        float_ops: Names of nodes that upstream would lower and cannot, since they take a number that forward works out.
+        float_ops: Names of nodes that upstream would lower and cannot, since they take a number that forward works out,
+            or a tensor where kernels take numbers.
         dropped: Names of nodes that the int8 graph does without: ReLU6, which the output range of the op before stands
             for, and dropout.
         scopes: The module whose ``forward`` made each node, by the node's name.

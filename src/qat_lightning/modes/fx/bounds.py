@@ -1,0 +1,50 @@
+"""Clamps whose limits are tensors stay float in mode fx: upstream would put what is clamped and its limits on one grid.
+
+Limits are no values of the network's: a checkpoint may hold infinite ones, where nothing was clamped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import fx
+
+from qat_lightning.modes.places import op_name
+
+_CLAMPS = frozenset({"clamp", "clamp_", "clip", "clip_", "clamp_min", "clamp_min_", "clamp_max", "clamp_max_"})
+
+
+def hide_bounded(graph_module: fx.GraphModule) -> Callable[[fx.GraphModule], list[str]]:
+    """Hide clamps with limits that are tensors from upstream's prepare, which gives their arguments one range.
+
+    Args:
+        graph_module: A trace; changed.
+
+    Returns:
+        What shows them again in the prepared graph, and returns their names.
+    """
+    hidden: dict[str, tuple[str, Any]] = {}
+    for node in graph_module.graph.nodes:
+        if any(isinstance(bound, fx.Node) for bound in _bounds(node)):
+            hidden[node.name] = (node.op, node.target)
+            node.op, node.target = "call_function", _bounded
+
+    def show(prepared: fx.GraphModule) -> list[str]:
+        for node in prepared.graph.nodes:
+            if node.name in hidden:
+                node.op, node.target = hidden[node.name]
+        prepared.recompile()
+        return list(hidden)
+
+    return show
+
+
+def _bounds(node: fx.Node) -> list[Any]:
+    if node.op not in ("call_function", "call_method") or op_name(node.target) not in _CLAMPS:
+        return []
+    return [*node.args[1:], *(value for name, value in node.kwargs.items() if name in ("min", "max"))]
+
+
+def _bounded(*args: Any, **kwargs: Any) -> Any:
+    raise AssertionError("stands for a clamp while upstream prepares the graph, and is never run")

@@ -152,6 +152,14 @@ ATTENTION = Row(
     ("layer",),
 )
 
+EMBEDDINGS = Row(
+    "embeddings",
+    _looked_up,
+    8,
+    {"table": lambda: nn.Embedding(4, 8), "bag": lambda: nn.EmbeddingBag(4, 8)},
+    ("table", "bag"),
+)
+
 FIXED = [
     Row(
         "`nn.Conv2d`, `nn.Linear`",
@@ -179,13 +187,7 @@ FIXED = [
     ),
     Row("LSTM, GRU, `LSTMCell`, `GRUCell`", _recurrent, 8, _RECURRENT, tuple(_RECURRENT)),
     ATTENTION,
-    Row(
-        "embeddings",
-        _looked_up,
-        8,
-        {"table": lambda: nn.Embedding(4, 8), "bag": lambda: nn.EmbeddingBag(4, 8)},
-        ("table", "bag"),
-    ),
+    EMBEDDINGS,
     Row(
         "LayerNorm, softmax",
         lambda net, x: net.layer(x).softmax(-1),
@@ -213,6 +215,7 @@ DYNAMIC = [
         ("lstm", "gru", "lstm_cell", "gru_cell", "rnn_cell"),
     ),
     ATTENTION,
+    EMBEDDINGS,
 ]
 
 

@@ -64,6 +64,9 @@ class PostTrainingQuantization(QuantizationCallback):
         smoothquant: Move the outliers of activations into the weights that read them, before anything is rounded,
             so that the network computes the same: the share of the difficulty that moves, from 0 to 1, such as 0.5;
             None to leave it out. For transformers, with static or dynamic ranges, from trained weights.
+        rotation: Rotate the channels of the residual stream, and those of the values of attention, by matrices of
+            Hadamard's kind before anything is rounded: outliers are spread over all channels, and the network computes
+            the same. For transformers, from trained weights; worth most with 4 bits.
         bias_correction: Take the mean error of rounded weights out of each layer's output, on the batches of the
             calibration.
         adaround: Learn for each weight whether it is rounded up or down, on the same batches; None to round to the
@@ -111,6 +114,7 @@ class PostTrainingQuantization(QuantizationCallback):
         on_fault: OnFault = "leave_float",
         calls: Any = None,
         smoothquant: float | None = None,
+        rotation: bool = False,
     ) -> None:
         calibration = CalibrationSettings(
             kind, calibration_batches, calibration_dataloader, calls, bias_correction, adaround
@@ -128,6 +132,7 @@ class PostTrainingQuantization(QuantizationCallback):
             rehearse=rehearse,
             on_fault=on_fault,
             smoothquant=smoothquant,
+            rotation=rotation,
         )
         if mode != "auto":
             check_kind(settings.recipe)

@@ -104,6 +104,9 @@ class QuantizationAwareTraining(QuantizationCallback):
         smoothquant: Move the outliers of activations into the weights that read them, before anything is prepared,
             so that the network computes the same: the share of the difficulty that moves, from 0 to 1, such as 0.5;
             None to leave it out. For transformers, with static or dynamic ranges, from trained weights.
+        rotation: Rotate the channels of the residual stream, and those of the values of attention, by matrices of
+            Hadamard's kind before anything is prepared: outliers are spread over all channels, and the network computes
+            the same. For transformers, from trained weights; worth most with 4 bits.
         batchnorm: ``"fused"``: BatchNorm trains on, and weights are rounded as they will be with it folded in.
             ``"fold"``: it is folded into the weights before anything trains, so that steps are cheaper; for networks
             that were trained.
@@ -164,6 +167,7 @@ class QuantizationAwareTraining(QuantizationCallback):
         kind: TrainedKind = "static",
         smoothquant: float | None = None,
         adapters: Adapters = "merged",
+        rotation: bool = False,
     ) -> None:
         settings = QuantizationSettings(
             mode,
@@ -182,6 +186,7 @@ class QuantizationAwareTraining(QuantizationCallback):
             trained=kind != "static",
             smoothquant=smoothquant,
             adapters=adapters,
+            rotation=rotation,
         )
         if mode != "auto":
             check_kind(settings.recipe)

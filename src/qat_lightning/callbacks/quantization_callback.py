@@ -45,6 +45,7 @@ class QuantizationCallback(Callback):
     equalization = Setting[Equalization]("_networks")
     batchnorm = Setting[BatchNormHandling]("_networks")
     smoothquant = Setting["float | None"]("_networks")
+    rotation = Setting[bool]("_networks")
     adapters = Setting[Adapters]("_networks")
     rehearse = Setting[bool]("_networks")
     on_fault = Setting[OnFault]("_networks")

@@ -111,6 +111,10 @@ class NumberedRun(TorchFunctionMode):
         known: _Known | None = self._known.get(tensor)
         return known.numbers if known is not None and known.version == tensor._version else None
 
+    def know(self, tensor: Tensor, numbers: Tensor) -> None:
+        """Let a tensor that no function made have numbers."""
+        self._known[tensor] = _Known(tensor._version, numbers, "")
+
     def made_by(self, tensor: Tensor) -> str:
         """The function that made a tensor; empty if it is an input."""
         known: _Known | None = self._known.get(tensor)

@@ -11,13 +11,19 @@ from torch import nn
 from qat_lightning.graph.example import Example
 from qat_lightning.recipes.equalization import equalize
 from qat_lightning.recipes.folding import Folded, fold_batchnorm
+from qat_lightning.recipes.rotation import rotate
 from qat_lightning.recipes.smoothquant import smooth
 from qat_lightning.settings.recipe import Recipe
 
 
 def reworks(recipe: Recipe) -> bool:
     """Whether a recipe changes the float network at all."""
-    return recipe.equalization != "none" or recipe.batchnorm != "fused" or recipe.smoothquant is not None
+    return (
+        recipe.equalization != "none"
+        or recipe.batchnorm != "fused"
+        or recipe.smoothquant is not None
+        or recipe.rotation
+    )
 
 
 class Reworking:
@@ -60,6 +66,8 @@ def _rework(network: nn.Module, example: Example, recipe: Recipe) -> tuple[list[
     if recipe.batchnorm == "fold":
         folded = fold_batchnorm(network, example)
         notes.append(f"Before it was prepared: {len(folded)} BatchNorms were folded.")
+    if recipe.rotation:
+        notes.append(f"Before it was prepared: {rotate(network, example)}")
     # Last: the activations are those of the network that is quantized.
     if recipe.smoothquant is not None:
         notes.append(f"Before it was prepared: {smooth(network, example, recipe.smoothquant)}")

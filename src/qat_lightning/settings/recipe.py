@@ -64,6 +64,7 @@ class Recipe:
         equalization: ``"none"``, ``"exact"`` or ``"replace_relu6"``.
         batchnorm: ``"fused"`` or ``"fold"``.
         smoothquant: How much of the outliers of activations moves into the weights, from 0 to 1; None for nothing.
+        rotation: Whether channels are rotated so that outliers are spread over all of them.
         adapters: ``"merged"`` or ``"float"``.
         left_float: Names of layers that were found to be impossible in int8, each with the reason; no setting, and not
             compared.
@@ -93,6 +94,7 @@ class Recipe:
     families: tuple[str, ...] = FAMILIES
     smoothquant: float | None = None
     adapters: Adapters = "merged"
+    rotation: bool = False
 
     def __post_init__(self) -> None:
         """Check the pair, the globs, and what of the scheme the kind has."""
@@ -107,6 +109,8 @@ class Recipe:
             if not isinstance(value, str) or value not in get_args(possible):
                 raise ConfigurationError(f"{name}={value!r} is unknown: use one of {', '.join(get_args(possible))}.")
         check_smoothquant(self.smoothquant, self.kind)
+        if not isinstance(self.rotation, bool):
+            raise ConfigurationError(f"rotation={self.rotation!r} is not possible: use True or False.")
         self._check_scheme()
         for name in ("include", "exclude"):
             globs = getattr(self, name)
@@ -220,6 +224,7 @@ class Recipe:
             "batchnorm": self.batchnorm,
             "trained": self.trained,
             "smoothquant": self.smoothquant,
+            "rotation": self.rotation,
             "adapters": self.adapters,
             "left_float": [list(pair) for pair in self.left_float],
             "families": list(self.families),
@@ -246,6 +251,7 @@ class Recipe:
             left_float=tuple((str(name), str(why)) for name, why in values.get("left_float", ())),
             families=tuple(str(name) for name in values.get("families", ())),
             smoothquant=values.get("smoothquant"),
+            rotation=bool(values.get("rotation", False)),
         )
 
     def differences(self, other: Recipe) -> list[str]:

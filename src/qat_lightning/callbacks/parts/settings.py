@@ -36,6 +36,7 @@ class QuantizationSettings:
         on_fault: What becomes of what cannot be int8.
         convert_on_fit_end: Whether there is to be an int8 network.
         smoothquant: How much of the outliers of activations moves into the weights before; None for nothing.
+        rotation: Whether channels are rotated before.
         trained: Whether a network of kind ``"dynamic"`` or ``"weight_only"`` trains for it.
         adapters: What becomes of low-rank adapters.
 
@@ -68,6 +69,7 @@ class QuantizationSettings:
     trained: bool = False
     smoothquant: float | None = None
     adapters: Adapters = "merged"
+    rotation: bool = False
     recipe: Recipe = field(init=False)
 
     def __post_init__(self) -> None:
@@ -102,6 +104,7 @@ class QuantizationSettings:
             self.trained,
             smoothquant=self.smoothquant,
             adapters=self.adapters,
+            rotation=self.rotation,
         )
         if self.example_inputs is not None and isinstance(self.module, (str, type(None))):
             from_user(self.example_inputs)

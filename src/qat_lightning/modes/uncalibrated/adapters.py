@@ -49,10 +49,11 @@ def refuse_adapters(network: nn.Module, recipe: Recipe) -> None:
             "trains nor merges them: use kind='weight_only' or kind='dynamic', or give the network that "
             "merge_and_unload() returns."
         )
-    if recipe.smoothquant is not None or recipe.equalization != "none":
+    if recipe.smoothquant is not None or recipe.equalization != "none" or recipe.rotation:
         raise NetworkError(
             f"{type(network).__name__} has adapters of peft, and the weights beside them stay as they are: use "
-            "smoothquant=None and equalization='none', or give the network that merge_and_unload() returns."
+            "smoothquant=None, rotation=False and equalization='none', or give the network that merge_and_unload() "
+            "returns."
         )
     beside = recipe.adapters == "float"
     why_not = why_not_beside if beside else why_unmerged

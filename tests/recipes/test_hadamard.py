@@ -29,7 +29,7 @@ def test_a_rotation_is_orthogonal_and_the_same_at_each_call(size: int, keeps_one
         torch.testing.assert_close(matrix @ ones, ones, atol=1e-8, rtol=0)
 
 
-@pytest.mark.parametrize("size", [1, 2, 4, 12, 16, 20, 24, 28, 64, 128, 384, 576, 768, 1152, 2560, 4096])
+@pytest.mark.parametrize("size", [1, 2, 4, 12, 16, 20, 24, 28, 64, 128, 384, 576, 768, 1152])
 def test_hadamards_matrix_is_taken_where_it_is_known(size: int) -> None:
     torch.testing.assert_close(hadamard(size).abs() * size**0.5, torch.ones(size, size, dtype=torch.float64))
 

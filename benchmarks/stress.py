@@ -4,9 +4,9 @@ Fits of a small network in the three modes are killed with SIGKILL at random poi
 in another process, perhaps killed again, and compared bit by bit with the uninterrupted run: weights, ranges, BatchNorm
 statistics, optimizer, int8 outputs. The fits are of all kinds: plain, with manual optimization, with stochastic weight
 averaging, with a moving average of the weights, of two networks, post-training quantization, and for the grids of the
-kinds without calibration (dynamic, weight-only, 4 bits in groups with a range for each token). And random wrong
-settings, networks, data and files are tried, saved int8 files with bytes flipped, members cut and values replaced among
-them: each has to end in an error of ours that names it, with the LightningModule as it was; a saved file may also give
+kinds without calibration (dynamic, weight-only, 4 bits in groups with a range for each token; with distillation, with
+adapters of peft). And random wrong settings, networks, data and files are tried, saved int8 files with bytes flipped,
+members cut and values replaced among them: each has to end in an error of ours that names it, with the LightningModule as it was; a saved file may also give
 the network that was saved. Both are drawn from the seed, and are what `tests/stress` does in CI with fewer; it exits
 with 1 if anything was lost or answered otherwise.
 """
@@ -90,7 +90,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--malformed", type=int, default=200)
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="of the fits; by default all")
+    parser.add_argument(
+        "--kinds",
+        nargs="+",
+        choices=KINDS,
+        default=list(KINDS),
+        help="of the fits; by default all (adapters: needs peft)",
+    )
     parser.add_argument("--minutes", type=float, default=math.inf, help="of kills at most; by default no limit")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,25 @@ def table() -> dict[str, list[str]]:
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in section.splitlines() if line[:1] == "|"]
     assert rows[0] == ["", *(f"`{mode}`" for mode in MODES)]
     return {label: cells for label, *cells in rows[2:]}
+
+
+EXAMPLES = [
+    code for code in re.findall(r"```python\n(.*?)```", METHODS.read_text(), re.DOTALL) if "LightningModule" in code
+]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("code", EXAMPLES, ids=["a transformer", "adapters"])
+def test_whole_examples_run(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers")
+    if "peft" in code:
+        pytest.importorskip("peft")
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    exec(compile(code, str(METHODS), "exec"), names)
+    quantized = names["qat"].quantized  # type: ignore[attr-defined]
+    assert all(row.quantized for row in quantized.coverage)
 
 
 def of_mode(mode: str, kind: str = "static") -> list[str]:

@@ -10,6 +10,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
 from torch import Tensor, nn
 
+from qat_lightning.callbacks.distillation import Distillation
 from qat_lightning.callbacks.post_training_quantization import PostTrainingQuantization
 from qat_lightning.callbacks.quantization_aware_training import QuantizationAwareTraining
 from qat_lightning.settings.scheme import Scheme
@@ -17,10 +18,23 @@ from tests.callbacks.lit import CLASSES, Lit, Net, loader
 
 START, FREEZE_BATCHNORM, FREEZE_OBSERVERS = 3, 6, 9
 
-KINDS = ("plain", "manual", "swa", "ema", "several", "ptq", "dynamic", "weight_only", "w4a8_token")
+KINDS = (
+    "plain",
+    "manual",
+    "swa",
+    "ema",
+    "several",
+    "ptq",
+    "dynamic",
+    "weight_only",
+    "w4a8_token",
+    "taught",
+    "adapters",
+)
 """Of training: as a user first would; with manual optimization; with stochastic weight averaging; with a moving average
 of the weights; of two networks; without training for the grid; of a network of tokens for the grids of
-``kind="dynamic"`` and ``kind="weight_only"``, and for 4-bit weights in groups with a range for each token."""
+``kind="dynamic"`` and ``kind="weight_only"``, and for 4-bit weights in groups with a range for each token; with
+distillation from the float network; with adapters of peft."""
 
 MODES = ("eager", "fx", "pt2e")
 
@@ -147,9 +161,8 @@ def parts(kind: str, mode: str) -> Parts:
             PostTrainingQuantization(mode, calibration_batches=2, calibration_dataloader=calibration),
             [],
         )
-    if kind in _UNCALIBRATED:
-        points = {"start": {"step": START}, "freeze_batchnorm": {"step": FREEZE_BATCHNORM}}
-        return Parts(Task(Tokens()), QuantizationAwareTraining(mode, **_UNCALIBRATED[kind], **points), [])
+    if kind in _UNCALIBRATED or kind in ("taught", "adapters"):
+        return _of_tokens(kind, mode)
     module = {"manual": Manual, "swa": Averaged, "several": Several}.get(kind, Task)()
     callback = QuantizationAwareTraining(
         mode,
@@ -163,3 +176,16 @@ def parts(kind: str, mode: str) -> Parts:
         "ema": [EMAWeightAveraging(decay=0.9)],
     }
     return Parts(module, callback, others.get(kind, []))
+
+
+def _of_tokens(kind: str, mode: str) -> Parts:
+    """A fit of a network of tokens, for a grid without calibration."""
+    settings = _UNCALIBRATED.get(kind, _UNCALIBRATED["weight_only"])
+    points = {"start": {"step": START}, "freeze_batchnorm": {"step": FREEZE_BATCHNORM}}
+    network: nn.Module = Tokens()
+    if kind == "adapters":
+        from peft import LoraConfig, get_peft_model
+
+        network = get_peft_model(network, LoraConfig(r=2, target_modules=["head", "linear1", "linear2"]))  # type: ignore[arg-type]
+    others = [Distillation(features=["net.block"])] if kind == "taught" else []
+    return Parts(Task(network), QuantizationAwareTraining(mode, **settings, **points), others)

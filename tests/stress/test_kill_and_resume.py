@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.stress.campaign import MODES, Campaign, Life, campaign, differences
+from tests.stress.campaign import MODES, Campaign, Life, campaign, differences, modes_of
 from tests.stress.server import Server
 from tests.stress.worker import Kill, Run
 
@@ -29,11 +29,11 @@ def lives() -> Iterator[Campaign]:
         yield drawn
 
 
-def _killed_and_equal(lives: Campaign, mode: str, kills: int) -> None:
+def _killed_and_equal(lives: Campaign, mode: str, kills: int, kind: str = "plain") -> None:
     print(f"QAT_STRESS_SEED={lives.seed}")  # noqa: T201 - shown where a test fails
     found: list[Life] = []
     while sum(len(life.kills) for life in found) < kills:
-        found.append(lives.live(mode, lives.random.choice((1, 1, 2, 3))))
+        found.append(lives.live(mode, lives.random.choice((1, 1, 2, 3)), kind))
     lost = [str(life) for life in found if life.differ]
     assert not lost, f"QAT_STRESS_SEED={lives.seed}:\n" + "\n".join(lost)
 
@@ -42,6 +42,15 @@ def _killed_and_equal(lives: Campaign, mode: str, kills: int) -> None:
 @pytest.mark.parametrize("mode", MODES)
 def test_killed_anywhere(lives: Campaign, mode: str) -> None:
     _killed_and_equal(lives, mode, 8)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["dynamic", "weight_only", "w4a8_token", "taught", "adapters"])
+def test_killed_anywhere_on_grids_without_calibration(lives: Campaign, kind: str) -> None:
+    if kind == "adapters":
+        pytest.importorskip("peft")
+    for mode in modes_of(kind):
+        _killed_and_equal(lives, mode, 3, kind)
 
 
 @pytest.mark.slow

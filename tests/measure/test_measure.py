@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from qat_lightning.errors import ConfigurationError
+from qat_lightning.measure.fidelity import Fidelity
 from qat_lightning.measure.metrics import (
     Agreement,
     Latency,
@@ -260,3 +261,26 @@ def test_timing_uses_the_present_number_of_threads():
     finally:
         torch.set_num_threads(before)
     assert seen == {2}
+
+
+def test_the_axis_of_the_classes_of_tokens() -> None:
+    tokens, mask = torch.zeros(2, 5, dtype=torch.long), torch.ones(2, 5)
+    scores = torch.zeros(2, 5, 9)
+    assert class_axis(scores, {"input_ids": tokens}) == 2
+    assert class_axis(scores, (mask,)) == 1
+    assert class_axis(scores, (mask,), -1) == 2
+    assert class_axis(torch.zeros(2, 5), (tokens,)) == 1
+    assert class_axis(torch.zeros(2, 1, 9), (torch.zeros(2, 1, dtype=torch.long),)) == 2
+    assert class_axis(torch.zeros(2, 1, 9), (mask,)) is None
+    assert class_axis(torch.zeros(2, 3), (), 2) is None
+    assert class_axis(tokens, (tokens,)) is None
+
+
+def test_agreement_of_scores_of_tokens_is_over_the_words() -> None:
+    tokens = torch.zeros(2, 3, dtype=torch.long)
+    one = torch.randn(2, 3, 5)
+    other = one.clone()
+    other[0, 0] = -one[0, 0]  # another word at one of six positions
+    fidelity = Fidelity()
+    fidelity.update({"logits": one}, {"logits": other}, ((tokens,), {}))
+    assert fidelity.compute()["agreement"] == pytest.approx(5 / 6)

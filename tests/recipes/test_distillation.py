@@ -29,7 +29,6 @@ from qat_lightning.recipes.distillation import (
     make_teacher,
 )
 from qat_lightning.recipes.features import Features
-from qat_lightning.recipes.outputs import axis_of_classes
 from qat_lightning.settings.recipe import Recipe
 from tests.support.networks import CASES, Case
 
@@ -198,19 +197,6 @@ def test_outputs_are_chosen_by_key_position_and_attribute() -> None:
         chosen_outputs({"logits": logits}, ("scores",), "kl")
     with pytest.raises(ConfigurationError, match="use loss='mse'"):
         chosen_outputs(torch.zeros(3, 1), None, "kl")
-
-
-def test_the_axis_of_the_classes() -> None:
-    tokens, mask = torch.zeros(2, 5, dtype=torch.long), torch.ones(2, 5)
-    scores = torch.zeros(2, 5, 9)
-    assert axis_of_classes(scores, {"input_ids": tokens}) == 2
-    assert axis_of_classes(scores, (mask,)) == 1
-    assert axis_of_classes(scores, (mask,), -1) == 2
-    assert axis_of_classes(torch.zeros(2, 5), (tokens,)) == 1
-    assert axis_of_classes(torch.zeros(2, 1, 9), (torch.zeros(2, 1, dtype=torch.long),)) == 2
-    assert axis_of_classes(torch.zeros(2, 1, 9), (mask,)) is None
-    assert axis_of_classes(torch.zeros(2, 3), (), 2) is None
-    assert axis_of_classes(tokens, (tokens,)) is None
 
 
 def test_scores_are_those_that_are_called_so() -> None:

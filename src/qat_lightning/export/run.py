@@ -195,7 +195,7 @@ class _Job:
         for call, wanted in zip(calls, self._wanted(calls), strict=True):
             got = remote(*call.args, **call.kwargs)
             found.update(wanted, got)
-            fidelity.update(wanted, got)
+            fidelity.update(wanted, got, (call.args, call.kwargs))
             largest = max(largest, *_differences(wanted, got))
         values = fidelity.compute()
         result.agreement = values.get("agreement")

@@ -35,8 +35,8 @@ class Fidelity:
         self.sqnr = SignalToQuantizationNoiseRatio(sync_on_compute=of_all_processes)
         self._left_out: dict[str, int] = {}
 
-    def update(self, reference: Any, actual: Any) -> None:
-        """Take one pair of outputs into account: tensors, or containers of them."""
+    def update(self, reference: Any, actual: Any, inputs: Any = ()) -> None:
+        """Take one pair of outputs into account: tensors, or containers of them; ``inputs`` say which are of tokens."""
         wanted, got = outputs_by_path(reference), outputs_by_path(actual)
         predicted = False
         for path in dict.fromkeys([*wanted, *got]):
@@ -46,14 +46,15 @@ class Fidelity:
                 one, other = _on_cpu(wanted[path]), _on_cpu(got[path])
                 self.sqnr.update(one, other)
                 # The first output with a class axis is taken for the prediction.
-                if not predicted and class_axis(wanted[path]) is not None:
-                    self.agreement.update(one, other)
+                axis = None if predicted else class_axis(wanted[path], inputs)
+                if axis is not None:
+                    self.agreement.update(one.movedim(axis, 1), other.movedim(axis, 1))
                     predicted = True
 
-    def compare(self, reference: Callable[[], Any], actual: Any) -> None:
+    def compare(self, reference: Callable[[], Any], actual: Any, inputs: Any = ()) -> None:
         """Likewise, where the reference is still to be computed; what goes wrong is left out, and said at the end."""
         try:
-            self.update(reference(), actual)
+            self.update(reference(), actual, inputs)
         except Exception as error:  # noqa: BLE001 (whatever it is, the user's test goes on)
             self._leave_out(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import keystr, tree_flatten_with_path
+from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves
 from torch.utils.benchmark import Timer
 from torchmetrics import Metric
 
@@ -26,6 +26,7 @@ from qat_lightning.graph.training_flags import evaluating
 from qat_lightning.numerics.sqnr import decibel, dequantized, energies, refuse_other_shape
 
 _WARM_UP_CALLS = 3
+_WHOLE = (torch.int64, torch.int32, torch.int16, torch.uint8)
 
 
 def outputs_by_path(result: Any) -> dict[str, Tensor]:
@@ -43,23 +44,39 @@ def outputs_by_path(result: Any) -> dict[str, Tensor]:
     return {keystr(path): leaf for path, leaf in leaves if isinstance(leaf, Tensor)}
 
 
-def class_axis(output: Tensor) -> int | None:
+def class_axis(output: Tensor, inputs: Any = (), given: int | None = None) -> int | None:
     """Find the axis of an output that holds one score a class.
 
     Args:
         output: The output of a network.
+        inputs: What the network was called with, in any structure.
+        given: The axis, where it is known.
 
     Returns:
-        The last axis of a matrix (rows x classes), axis 1 of more dimensions (N, C, ... as for segmentation), and
-        ``None`` where there is none: fewer than two dimensions, whole numbers, or fewer than two classes.
+        The last axis of a matrix (rows x classes), and of scores for each token: three dimensions, of which the first
+        two are those of whole numbers among the inputs. Else axis 1 (N, C, ... as for segmentation). ``None`` where
+        there is none: fewer than two dimensions, whole numbers, or fewer than two classes.
 
     Example:
         >>> class_axis(torch.zeros(8, 10)), class_axis(torch.zeros(8, 21, 32, 32)), class_axis(torch.zeros(8, 1))
         (1, 1, None)
+        >>> class_axis(torch.zeros(8, 12, 50), {"input_ids": torch.zeros(8, 12, dtype=torch.long)})
+        2
     """
     if output.dim() < 2 or not (output.is_floating_point() or output.is_quantized):
         return None
-    return 1 if output.size(1) > 1 else None
+    axis = given
+    if axis is None:
+        axis = 2 if output.dim() == 3 and _has_tokens(inputs, output.shape[:2]) else 1
+    if not -output.dim() <= axis < output.dim() or output.size(axis) < 2:
+        return None
+    return axis % output.dim()
+
+
+def _has_tokens(inputs: Any, shape: torch.Size) -> bool:
+    look_into(inputs)
+    tensors = (leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor))
+    return any(leaf.shape == shape and leaf.dtype in _WHOLE for leaf in tensors)
 
 
 def agreement(reference: Tensor, actual: Tensor) -> float:

@@ -14,11 +14,12 @@ from torch.utils._pytree import tree_map
 
 from qat_lightning.errors import ConfigurationError
 from qat_lightning.graph.example import Example
+from qat_lightning.measure.metrics import class_axis
 from qat_lightning.modes.float_state import frozen_beside_adapters
 from qat_lightning.modes.prepared import cpu_copy, prepared_state, set_phase
 from qat_lightning.recipes.distillation_losses import distillation_loss, feature_loss
 from qat_lightning.recipes.features import Features
-from qat_lightning.recipes.outputs import LOSSES, Loss, axis_of_classes, chosen_outputs
+from qat_lightning.recipes.outputs import LOSSES, Loss, chosen_outputs
 
 __all__ = [
     "LOSSES",
@@ -45,7 +46,8 @@ class DistillationSettings:
         weight: Of the comparison of outputs; 0 leaves it out.
         loss: ``"kl"`` for scores of classes, ``"mse"`` (`feature_loss`) for any outputs.
         outputs: Which outputs, by key or position; None for all that the loss can compare.
-        class_axis: Of the classes in these outputs; None to find it, see `axis_of_classes`.
+        class_axis: Of the classes in these outputs; None to find it, see
+            `qat_lightning.measure.metrics.class_axis`.
         features: Modules of the network.
         feature_weight: Of the mean over the comparisons of features.
     """
@@ -161,7 +163,7 @@ class Distiller:
             if settings.loss == "mse":
                 losses.append(feature_loss(student, teacher))
                 continue
-            axis = axis_of_classes(student, inputs, settings.class_axis)
+            axis = class_axis(student, inputs, settings.class_axis)
             assert axis is not None  # or it would not have been chosen
             losses.append(distillation_loss(student, teacher, settings.temperature, axis, overwrite_teacher=alone))
         return settings.weight * torch.stack(losses).mean()

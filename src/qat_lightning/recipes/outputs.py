@@ -1,54 +1,20 @@
-"""Which tensors of a network's output distillation compares, and along which axis their classes are."""
+"""Which tensors of a network's output distillation compares."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from qat_lightning.errors import ConfigurationError
+from qat_lightning.measure.metrics import class_axis as find_axis
 
 Loss = Literal["kl", "mse"]
 LOSSES: tuple[Loss, ...] = ("kl", "mse")
 
 _SCORES = "logits"
-_WHOLE = (torch.int64, torch.int32, torch.int16, torch.uint8)
-
-
-def axis_of_classes(output: Tensor, inputs: Any, given: int | None = None) -> int | None:
-    """The axis along which an output has the scores of its classes.
-
-    Args:
-        output: An output of a network.
-        inputs: What the network was called with, in any structure.
-        given: The axis, where it is known.
-
-    Returns:
-        The last axis of a matrix and of scores for each token: three dimensions, of which the first two are those of
-        whole numbers among the inputs. Else axis 1, as PyTorch has it: (N, classes, ...). None where that is no axis of
-        two classes or more, and for whole numbers.
-
-    Example:
-        >>> tokens = torch.zeros(2, 5, dtype=torch.long)
-        >>> axis_of_classes(torch.zeros(2, 5, 100), (tokens,)), axis_of_classes(torch.zeros(2, 21, 8, 8), (tokens,))
-        (2, 1)
-    """
-    if output.dim() < 2 or not output.is_floating_point():
-        return None
-    axis = given
-    if axis is None:
-        axis = output.dim() - 1 if output.dim() == 2 or _for_each_token(output, inputs) else 1
-    if not -output.dim() <= axis < output.dim() or output.size(axis) < 2:
-        return None
-    return axis % output.dim()
-
-
-def _for_each_token(output: Tensor, inputs: Any) -> bool:
-    tokens = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.dtype in _WHOLE]
-    return output.dim() == 3 and any(leaf.shape == output.shape[:2] for leaf in tokens)
 
 
 def chosen_outputs(
@@ -60,7 +26,7 @@ def chosen_outputs(
         outputs: What the network returned: a tensor, or a mapping, sequence or object of them.
         chosen: Keys, positions or attributes; None for all that the loss can compare. Scores of classes of a mapping
             (such as a ``ModelOutput`` of transformers) are then those with ``logits`` in their name, if there are any.
-        loss: ``"kl"`` needs an axis of classes, see `axis_of_classes`.
+        loss: ``"kl"`` needs an axis of classes, see `qat_lightning.measure.metrics.class_axis`.
         inputs: What the network was called with.
         class_axis: The axis of the classes, where it is known.
 
@@ -68,6 +34,7 @@ def chosen_outputs(
         ConfigurationError: There is none, or one that was chosen is not there or has no classes.
 
     Example:
+        >>> import torch
         >>> [t.shape for t in chosen_outputs({"logits": torch.zeros(2, 5), "state": torch.zeros(2, 8)}, None, "kl")]
         [torch.Size([2, 5])]
     """
@@ -76,7 +43,7 @@ def chosen_outputs(
         if not isinstance(output, Tensor):
             return False
         if loss == "kl":
-            return axis_of_classes(output, inputs, class_axis) is not None
+            return find_axis(output, inputs, class_axis) is not None
         return output.is_floating_point()
 
     if chosen is None:

@@ -46,7 +46,7 @@ class Stand(nn.Module):
         """Run the other network."""
         outputs = self._call(self.__dict__["_network"], args, kwargs)
         if self.on_cpu and self.fidelity is not None:
-            self.fidelity.compare(lambda: self.__dict__["_reference"](*args, **kwargs), outputs)
+            self.fidelity.compare(lambda: self.__dict__["_reference"](*args, **kwargs), outputs, (args, kwargs))
         return outputs
 
     def _call(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:

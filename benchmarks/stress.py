@@ -6,9 +6,9 @@ statistics, optimizer, int8 outputs. The fits are of all kinds: plain, with manu
 averaging, with a moving average of the weights, of two networks, post-training quantization, and for the grids of the
 kinds without calibration (dynamic, weight-only, 4 bits in groups with a range for each token; with distillation, with
 adapters of peft). And random wrong settings, networks, data and files are tried, saved int8 files with bytes flipped,
-members cut and values replaced among them: each has to end in an error of ours that names it, with the LightningModule as it was; a saved file may also give
-the network that was saved. Both are drawn from the seed, and are what `tests/stress` does in CI with fewer; it exits
-with 1 if anything was lost or answered otherwise.
+members cut and values replaced among them: each has to end in an error of ours that names it, with the LightningModule
+as it was; a saved file may also give the network that was saved. Both are drawn from the seed, and are what
+`tests/stress` does in CI with fewer; it exits with 1 if anything was lost or answered otherwise.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from qat_lightning.errors import TraceError
 from qat_lightning.graph.example import Example
 from qat_lightning.layers.mode_layers import DropoutLike
 from qat_lightning.modes.registry import get_mode
+from qat_lightning.numerics.sqnr import sqnr_db
 from qat_lightning.settings.recipe import Recipe
 from tests.modes.carried import carried_through, prepared_as_float
 
@@ -86,6 +87,36 @@ def test_what_drops_out_costs_the_int8_network_nothing_and_keeps_its_attributes(
     converted = carried_through(Residual(DropPath), IMAGES)
     assert all(row.quantized for row in converted.operations)
     assert not any(isinstance(module, DropoutLike) for module in converted.network.modules())
+
+
+class Limited(nn.Module):
+    """Changes nothing of what is small, as the example is."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.clamp(-90, 90)
+
+
+class Decides(nn.Module):
+    """Likewise, by a look at the values."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.clamp(-90, 90) if float(x.abs().max()) > 90 else x
+
+
+@pytest.mark.parametrize("inner", [Limited, Decides])
+def test_what_changes_nothing_of_the_example_is_run_for_other_inputs(inner: Any) -> None:
+    torch.manual_seed(0)
+    network, large = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1), inner()), 200 * IMAGES
+    with torch.no_grad():
+        wanted = network(large)
+    assert wanted.abs().max() == 90
+    prepared = get_mode("fx").prepare(network, Example((IMAGES,)), Recipe("fx", "x86", exclude=("2",)))
+    prepared.train()(large)
+    prepared.eval()
+    int8 = get_mode("fx").convert(prepared, Example((IMAGES,))).network
+    with torch.no_grad():
+        assert sqnr_db(wanted, prepared(large)) > 25
+        assert sqnr_db(wanted, int8(large)) > 25
 
 
 class Attention(nn.Module):

@@ -101,6 +101,7 @@ class GraphNetwork(KeepsExtraState):
     def set_graph(self, graph: fx.Graph) -> None:
         """Run ``graph`` from now on."""
         self.__dict__["graph"] = graph
+        self.__dict__["_made_for"] = {}
         self.__dict__["_run"] = compile_graph(with_relus_in_roundings(self, graph))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -128,11 +129,11 @@ class GraphNetwork(KeepsExtraState):
         make = self.__dict__.get("_other_sizes")
         if make is None:
             raise NetworkError(sizes.refusal(others))
-        made = self.__dict__.setdefault("_made_for", {})
+        made: dict[Any, Callable[..., Any]] = self.__dict__["_made_for"]
         key = sizes.key(args, kwargs)
         if key not in made:
             made[key] = make(self, args, kwargs)
-        return made[key]  # type: ignore[no-any-return]
+        return made[key]
 
     def train(self, mode: bool = True) -> GraphNetwork:
         """Set the flags as the network it was made from would, which may keep some of its parts in evaluation."""

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch._subclasses import FakeTensorMode
 
 from qat_lightning.graph.example import Example
 from qat_lightning.graph.training_flags import evaluating
@@ -137,8 +138,21 @@ class _Compared(fx.Interpreter):
         given = args[0].clone() if len(args) == 1 and not kwargs and isinstance(args[0], Tensor) else None
         result = super().call_module(target, args, kwargs)
         same = given is not None and isinstance(result, Tensor) and torch.equal(result, given)
-        (self.same if same else self.other).add(str(target))
+        if same and _returns_what_it_is_given(self.fetch_attr(target), given):
+            self.same.add(str(target))
+        else:
+            self.other.add(str(target))
         return result
+
+
+def _returns_what_it_is_given(module: nn.Module, given: Any) -> bool:
+    """Whether a module returns the very tensor that it gets, whatever is in it: here it has no values to look at."""
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        empty = mode.from_tensor(given)
+        try:
+            return module(empty) is empty
+        except Exception:  # noqa: BLE001 - it looks at values, or does what a tensor without values cannot
+            return False
 
 
 def replace_node(traced: Traced, node: fx.Node, path: str, args: tuple[Any, ...]) -> fx.Node:

@@ -1,0 +1,170 @@
+"""Frozen traces of int8 graphs: the same bits without the Python between the kernels, and nothing that is noticed."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from qat_lightning import Example, QuantizedNetwork, Recipe, calibrate, convert, load_quantized, prepare, quantize
+from qat_lightning.artifact.frozen import CALLS_BEFORE, is_graph
+
+
+class Residual(nn.Module):
+    """Two convolutions with a sum, what stays float, and outputs by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.second, self.head = nn.Conv2d(8, 8, 3, padding=1), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> dict[str, Any]:
+        x = F.relu(self.norm(self.first(x)))
+        x = F.silu(x + self.second(x))
+        return {"scores": self.head(x.mean((2, 3))), "maps": (x, None), "size": x.shape[2]}
+
+
+def int8(network: nn.Module | None = None, kind: str = "static", size: int = 12) -> QuantizedNetwork:
+    torch.manual_seed(0)
+    network = Residual() if network is None else network
+    images = torch.randn(8, 3, size, size)
+    if kind != "static":
+        return quantize(network, Example((images,)), Recipe("fx", "x86", kind=kind))  # type: ignore[arg-type]
+    prepared = prepare(network, Example((images,)), Recipe("fx", "x86", kind="static"))
+    calibrate(prepared, [images])
+    return convert(prepared, Example((images,)))
+
+
+def traces(network: QuantizedNetwork) -> list[Any]:
+    return list(network._frozen._made.values())
+
+
+def again_and_again(network: QuantizedNetwork, *args: Any, **kwargs: Any) -> list[Any]:
+    return [network(*args, **kwargs) for _ in range(CALLS_BEFORE + 3)]
+
+
+@pytest.mark.parametrize("kind", ["static", "dynamic", "weight_only"])
+def test_the_same_bits_come_out_in_the_same_form(kind: str) -> None:
+    network = int8(kind=kind)
+    for rows in (1, 5):
+        images = torch.randn(rows, 3, 12, 12)
+        wanted = network.network(images)
+        for got in again_and_again(network, images):
+            assert torch.equal(got["scores"], wanted["scores"])
+            assert torch.equal(got["maps"][0], wanted["maps"][0])
+            assert got["maps"][1] is None
+            assert got["size"] == 12
+    # A weight-only layer calls a float layer with other weights, which TorchScript has no form for.
+    assert [trace is not None for trace in traces(network)] == [kind != "weight_only"] * 2
+    other = torch.randn(5, 3, 12, 12)
+    assert torch.equal(network(other)["scores"], network.network(other)["scores"])
+
+
+def test_who_calls_a_few_times_pays_for_no_trace() -> None:
+    network = int8()
+    for _ in range(CALLS_BEFORE):
+        network(torch.randn(2, 3, 12, 12))
+    assert traces(network) == []
+
+
+def _hooked(network: Any) -> Callable[[Tensor], Tensor]:
+    zeros: Any = network.head.register_forward_hook(lambda module, args, output: 0.0 * output.dequantize())
+    assert zeros is not None
+    return torch.zeros_like
+
+
+def _replaced(network: Any) -> Callable[[Tensor], Tensor]:
+    network.head = nn.Sequential(network.head, nn.Identity())
+    return lambda scores: scores
+
+
+def _coarser(network: Any) -> Callable[[Tensor], Tensor]:
+    network.head.scale = network.head.scale * 64
+    return lambda scores: scores
+
+
+@pytest.mark.parametrize("change", [_hooked, _replaced, _coarser])
+def test_what_is_changed_afterwards_is_seen(change: Any) -> None:
+    network, images = int8(), torch.randn(2, 3, 12, 12)
+    before = again_and_again(network, images)[-1]["scores"]
+    assert traces(network)[0] is not None
+    expected = change(network.network)(before)
+    for got in again_and_again(network, images):
+        assert torch.equal(got["scores"], network.network(images)["scores"])
+    if change is not _coarser:
+        assert torch.equal(got["scores"], expected)
+    else:
+        assert not torch.equal(got["scores"], before)
+
+
+def test_weights_that_are_loaded_are_seen() -> None:
+    network, images = int8(), torch.randn(2, 3, 12, 12)
+    again_and_again(network, images)
+    state = network.network.state_dict()
+    key = next(name for name in state if name.startswith("second") and name.endswith("bias"))
+    state[key] = state[key] + 1.0
+    network.network.load_state_dict(state)
+    assert torch.equal(network(images)["scores"], network.network(images)["scores"])
+
+
+def test_copies_and_files_compute_the_same(tmp_path: Path) -> None:
+    network, images = int8(), torch.randn(2, 3, 12, 12)
+    wanted = again_and_again(network, images)[-1]["scores"]
+    copied = copy.deepcopy(network)
+    assert traces(copied) == []
+    network.save(tmp_path / "network.int8")
+    for one in (copied, load_quantized(tmp_path / "network.int8")):
+        assert torch.equal(again_and_again(one, images)[-1]["scores"], wanted)
+
+
+def test_what_counts_operations_sees_them() -> None:
+    network, images = int8(), torch.randn(2, 3, 12, 12)
+    again_and_again(network, images)
+    with FlopCounterMode(display=False) as plain:
+        network.network(images)
+    with FlopCounterMode(display=False) as counted:
+        network(images)
+    assert counted.get_total_flops() == plain.get_total_flops()
+
+
+class Decides(nn.Module):
+    """Goes another way by what is in a tensor."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * 2 if float(x.mean()) > 0 else x
+
+
+def test_code_that_may_decide_by_values_runs_as_it_is() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4 * 36, 4), Decides())
+    torch.manual_seed(0)
+    images = torch.randn(4, 3, 8, 8)
+    prepared = prepare(network, Example((images,)), Recipe("fx", "x86", exclude=("3",), kind="static"))
+    calibrate(prepared, [images])
+    made = convert(prepared, Example((images,)))
+    assert not is_graph(made.network)
+    again_and_again(made, images)
+    assert traces(made) == []
+
+
+def test_other_sizes_run_on_the_graph_that_is_made_for_them() -> None:
+    class Sized(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Conv2d(3, 4, 3, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x) * (2 if x.shape[2] > 10 else 1)
+
+    network = int8(Sized())
+    for size in (12, 8, 12):
+        images = torch.randn(2, 3, size, size)
+        wanted = network.network(images)
+        assert all(torch.equal(got, wanted) for got in again_and_again(network, images))
+    assert [trace is not None for trace in traces(network)] == [True, False]

@@ -256,15 +256,16 @@ def test_copies_and_pickles_after_a_fit() -> None:
 
 
 @pytest.mark.slow
-def test_a_compiled_step() -> None:
+@pytest.mark.parametrize("settings", [{}, {"features": ["net.features"], "weight": 0.0}], ids=["outputs", "features"])
+def test_a_compiled_step(settings: dict[str, Any]) -> None:
     logged = Logged()
     seed_everything(0, verbose=False)
     module = Lit()
-    fit(torch.compile(module, backend="eager"), qat("fx", **START), Distillation(), logged)
+    fit(torch.compile(module, backend="eager"), qat("fx", **START), Distillation(**settings), logged)
     compiled = list(logged.losses)
     plain = Logged()
     seed_everything(0, verbose=False)
-    fit(Lit(), qat("fx", **START), Distillation(), plain)
+    fit(Lit(), qat("fx", **START), Distillation(**settings), plain)
     assert compiled[2:] == pytest.approx(plain.losses[2:], rel=1e-3, abs=1e-5)
 
 

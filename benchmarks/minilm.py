@@ -1,8 +1,9 @@
 """Sentence embeddings of a trained encoder in every kind: ``python -m benchmarks.minilm --model FOLDER --text FILE``.
 
 The folder is one that transformers loads (all-MiniLM-L6-v2), the file any text. Lines of it are drawn with a fixed
-seed: some to calibrate with, others to measure on. A figure of accuracy is the cosine of a line's embedding (mean of the
-tokens, normalized) to the float network's. Results are kept in a file as they come; what it has is not measured again.
+seed: some to calibrate with, others to measure on. A figure of accuracy is the cosine of a line's embedding (mean of
+the tokens, normalized) to the float network's. Results are kept in a file as they come; what it has is not measured
+again.
 """
 
 from __future__ import annotations

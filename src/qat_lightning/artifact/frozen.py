@@ -28,6 +28,7 @@ _OURS = frozenset({"torch", "torchao", "qat_lightning", "operator", "_operator",
 _PLAIN = (bool, int, float, str, type(None))
 
 Frozen = Callable[..., Any]
+State = tuple[list[dict[Any, Any]], list[dict[Any, Any]]]
 
 
 class FrozenCalls:
@@ -41,7 +42,7 @@ class FrozenCalls:
     def __init__(self) -> None:
         self._seen: dict[Any, int] = {}
         self._made: dict[Any, Frozen | None] = {}
-        self._state: list[tuple[dict[Any, Any], dict[Any, Any]]] = []
+        self._state: State = ([], [])
         self._changes = 0
         self._is_graph: bool | None = None
 
@@ -69,7 +70,7 @@ class FrozenCalls:
             if _is_same(self._state):
                 return frozen(*leaves)
             self._changes += 1
-            self._seen, self._made, self._state, self._is_graph = {}, {}, [], None
+            self._seen, self._made, self._state, self._is_graph = {}, {}, ([], []), None
         elif key not in self._made and len(self._made) < _FORMS:
             seen = self._seen[key] = self._seen.get(key, 0) + 1
             if seen > CALLS_BEFORE and not _has_hooks(network):
@@ -77,10 +78,10 @@ class FrozenCalls:
         return network(*args, **kwargs)
 
     def _freeze(self, network: nn.Module, key: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        given = pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, (args, kwargs))
+        given: Any = pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, (args, kwargs))
         result = network(*args, **kwargs)
-        frozen = freeze(network, *given, result)
-        if not self._state:
+        frozen = freeze(network, given[0], given[1], result)
+        if not self._state[0]:
             self._state = _state_of(network)
         self._made[key] = frozen if frozen is not None and _gives(frozen, given, result) else None
         self._seen.pop(key, None)
@@ -191,21 +192,29 @@ def _is_watched() -> bool:
     )
 
 
-def _state_of(network: nn.Module) -> list[tuple[dict[Any, Any], dict[Any, Any]]]:
-    """What the modules hold, and a copy of it: what is set, replaced or hooked into afterwards differs."""
+def _state_of(network: nn.Module) -> State:
+    """What the modules hold, and a copy of it: what is set, replaced or hooked into afterwards differs.
+
+    Of modules that the graph does not call, only what they hold for those that it calls.
+    """
     held: list[dict[Any, Any]] = [
         torch.nn.modules.module._global_forward_hooks,
         torch.nn.modules.module._global_forward_pre_hooks,
     ]
-    for module in network.modules():
-        held += [module.__dict__, module._forward_hooks, module._forward_pre_hooks]
+    graph: torch.fx.Graph = network.__dict__["graph"]
+    called = {"", *(str(node.target) for node in graph.find_nodes(op="call_module"))}
+    inside: set[nn.Module] = set()
+    for name, module in network.named_modules(remove_duplicate=False):
+        if name in called or module in inside:
+            inside |= set(module.children()) if name else set()
+            held += [module.__dict__, module._forward_hooks, module._forward_pre_hooks]
         held += [parts for parts in (module._modules, module._parameters, module._buffers) if parts]
-    return [(found, dict(found)) for found in held]
+    return held, [dict(found) for found in held]
 
 
-def _is_same(state: list[tuple[dict[Any, Any], dict[Any, Any]]]) -> bool:
+def _is_same(state: State) -> bool:
     try:
-        return all(now == then for now, then in state)
+        return state[0] == state[1]
     except Exception:  # noqa: BLE001 - one tensor in place of another, which have no one truth value
         return False
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import os
 import random
 import tempfile
@@ -57,6 +58,7 @@ def _rows() -> list[Row]:
         Row("dynamic w8a8, per token", Recipe("eager", "x86", TOKEN, kind="dynamic"), True),
     ]
     rows += [Row(f"static w8a8, {mode}", Recipe(mode, "x86", kind="static"), True) for mode in ("eager", "fx", "pt2e")]
+    rows.append(Row("static w8a8, fx, onednn", Recipe("fx", "onednn", kind="static"), True))
     for name, mode, scheme, kind in (
         ("dynamic w8a8", "eager", Scheme(), "dynamic"),
         ("static w8a8, fx", "fx", Scheme(), "static"),
@@ -127,16 +129,6 @@ def make(row: Row, network: nn.Module, calibration: list[Batch]) -> Any:
     return convert(prepared, example)
 
 
-def _accuracy(int8: Any, expected: Tensor, measured: list[Batch]) -> dict[str, float]:
-    cosines = (embed(int8, measured) * expected).sum(1)
-    return {
-        "mean": float(cosines.mean()),
-        "least": float(cosines.min()),
-        "mb": artifact_size_mb(int8),
-        "float_layers": sum(not row.quantized for row in int8.coverage),
-    }
-
-
 class _Session(nn.Module):
     """An ONNX file, called like the network."""
 
@@ -155,96 +147,122 @@ class _Session(nn.Module):
         return torch.from_numpy(self.session.run(None, given)[0])
 
 
-def float_onnx(network: nn.Module, example: Batch, folder: Path) -> Path:
+def float_onnx(network: nn.Module, example: Batch, path: Path) -> None:
     """The float network as a file of ONNX."""
-    path = folder / "float.onnx"
     shapes = ({0: torch.export.Dim.DYNAMIC}, {0: torch.export.Dim.DYNAMIC})
     program = torch.onnx.export(network, example, dynamo=True, dynamic_shapes=shapes, verbose=False)
     program.save(str(path))
-    return path
 
 
-def _peers(network: nn.Module, example: Batch, folder: Path) -> dict[str, Path]:
-    """ONNX Runtime by itself: the float file, and what its own ``quantize_dynamic`` makes of it."""
+_PEERS = {
+    "ONNX Runtime, fp32": "float",
+    "ONNX Runtime, its quantize_dynamic": "tensor",
+    "ONNX Runtime, its quantize_dynamic per channel": "channel",
+}
+
+
+def _peer(network: nn.Module, example: Batch, folder: Path, which: str) -> Path:
+    """ONNX Runtime by itself: the float file, or what its own ``quantize_dynamic`` makes of it."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    source = float_onnx(network, example, folder)
-    found = {"fp32, ONNX Runtime": source}
-    quant_pre_process(str(source), str(folder / "ready.onnx"), skip_symbolic_shape=True)
-    for per_channel in (False, True):
-        path = folder / f"peer{int(per_channel)}.onnx"
-        quantize_dynamic(str(folder / "ready.onnx"), str(path), weight_type=QuantType.QInt8, per_channel=per_channel)
-        found[f"ONNX Runtime's quantize_dynamic{', per channel' if per_channel else ''}"] = path
-    return found
-
-
-def _exported(row: Row, int8: Any, folder: Path) -> Path | str:
-    """Our file of ONNX; the reason in words if there is none."""
-    path = folder / f"{row.name.replace(' ', '_')}.onnx"
-    chosen = get_format("onnx")
-    why = chosen.refusal(row.recipe)
-    if why:
-        return why
-    chosen.write(Source(int8, int8.example), path)
+    source, ready, path = folder / "float.onnx", folder / "ready.onnx", folder / f"{which}.onnx"
+    if not source.exists():
+        float_onnx(network, example, source)
+        quant_pre_process(str(source), str(ready), skip_symbolic_shape=True)
+    if which != "float":
+        quantize_dynamic(str(ready), str(path), weight_type=QuantType.QInt8, per_channel=which == "channel")
     return path
 
 
-def measure(args: argparse.Namespace, folder: Path) -> None:
+def measure(args: argparse.Namespace, results: Results, folder: Path) -> None:
     """All that the file of results does not have yet."""
-    results, network = Results(args.results), Encoder(args.model).eval()
+    network = Encoder(args.model).eval()
     calibration, measured = batches(args.model, args.text)
-    expected = embed(network, measured)
+    job = _Job(results, network, calibration, measured, embed(network, measured), folder, args.rounds)
     for row in _rows():
         if not args.rows or any(part in row.name for part in args.rows):
-
-            def accuracy(row: Row = row) -> dict[str, float]:
-                return _accuracy(make(row, network, calibration), expected, measured)
-
-            results.once({"row": row.name, "what": "accuracy"}, accuracy)
-    if args.latency:
-        _latency(results, network, calibration, measured, expected, folder, args.rounds)
-
-
-def _latency(
-    results: Results,
-    network: nn.Module,
-    calibration: list[Batch],
-    measured: list[Batch],
-    expected: Tensor,
-    folder: Path,
-    rounds: int,
-) -> None:
-    """All networks in turn, in this process, so that what slows the machine slows them all."""
-    runs: dict[str, nn.Module] = {"fp32, torch": network}
-    for row in [row for row in _rows() if row.timed]:
-        runs[row.name] = int8 = make(row, network, calibration)
-        path = _exported(row, int8, folder)
-        print(f"{row.name} as ONNX: {path}", flush=True)
-        if isinstance(path, Path):
-            runs[f"{row.name}, our ONNX file"] = _Session(path)
-            _file(results, f"{row.name}, our ONNX file", path, expected, measured, runs)
-    for name, path in _peers(network, calibration[0], folder).items():
-        runs[name] = _Session(path)
-        _file(results, name, path, expected, measured, runs)
-    for batch in (1, 32):
-        ids, mask = (torch.cat([pair[n] for pair in measured])[:batch] for n in (0, 1))
-
-        def latency(call: Batch = (ids, mask)) -> dict[str, float]:
-            found = latency_interleaved(runs, call, rounds=rounds, block_time=0.05)
-            return {name: one.median_ms for name, one in found.items()}
-
-        results.once({"what": "latency", "batch": batch, "threads": torch.get_num_threads()}, latency)
+            made = functools.cache(functools.partial(make, row, network, calibration))
+            results.once({"row": row.name, "what": "accuracy"}, functools.partial(job.accuracy, made))
+            if args.latency and row.timed:
+                job.latency(row.name, made)
+                if not get_format("onnx").refusal(row.recipe):
+                    job.file(f"{row.name}, our ONNX file", functools.partial(job.export, row, made))
+    if args.peers:
+        for name, path in _PEERS.items():
+            job.file(name, functools.partial(_peer, network, calibration[0], folder, path))
 
 
-def _file(
-    results: Results, name: str, path: Path, expected: Tensor, measured: list[Batch], runs: dict[str, nn.Module]
-) -> None:
-    def accuracy() -> dict[str, float]:
-        cosines = (embed(runs[name], measured) * expected).sum(1)
-        return {"mean": float(cosines.mean()), "least": float(cosines.min()), "mb": path.stat().st_size / 1e6}
+@dataclass(frozen=True)
+class _Job:
+    """What every network is measured with."""
 
-    results.once({"row": name, "what": "accuracy"}, accuracy)
+    results: Results
+    network: nn.Module
+    calibration: list[Batch]
+    measured: list[Batch]
+    expected: Tensor
+    folder: Path
+    rounds: int
+
+    def accuracy(self, made: Callable[[], Any]) -> dict[str, float]:
+        """How far an int8 network is from float, and how large it is."""
+        int8 = made()
+        cosines = (embed(int8, self.measured) * self.expected).sum(1)
+        floats = sum(not row.quantized for row in int8.coverage)
+        return {**_cosines(cosines), "mb": artifact_size_mb(int8), "float_layers": floats}
+
+    def file(self, name: str, write: Callable[[], Path]) -> None:
+        """Likewise a file of ONNX, and its time."""
+        path = functools.cache(write)
+        session = functools.cache(lambda: _Session(path()))
+
+        def accuracy() -> dict[str, float]:
+            cosines = (embed(session(), self.measured) * self.expected).sum(1)
+            return {**_cosines(cosines), "mb": path().stat().st_size / 1e6}
+
+        self.results.once({"row": name, "what": "accuracy"}, accuracy)
+        self.latency(name, session)
+
+    def export(self, row: Row, made: Callable[[], Any]) -> Path:
+        """Our file of ONNX."""
+        path, int8 = self.folder / f"{row.name.replace(' ', '_')}.onnx", made()
+        get_format("onnx").write(Source(int8, int8.example), path)
+        return path
+
+    def latency(self, name: str, made: Callable[[], Any]) -> None:
+        """A network in turn with the float one, so that what slows the machine slows both."""
+        for batch in (1, 32):
+            ids, mask = (torch.cat([pair[n] for pair in self.measured])[:batch] for n in (0, 1))
+
+            def latency(call: Batch = (ids, mask)) -> dict[str, float]:
+                runs = {"fp32": self.network, "other": made()}
+                found = latency_interleaved(runs, call, rounds=self.rounds, block_time=0.05)
+                ours, spread = found["other"], max(one.spread for one in found.values())
+                return {"ms": ours.median_ms, "fp32_ms": found["fp32"].median_ms, "spread": spread}
+
+            settings = {"row": name, "what": "latency", "batch": batch, "threads": torch.get_num_threads()}
+            self.results.once(settings, latency)
+
+
+def _cosines(cosines: Tensor) -> dict[str, float]:
+    return {"mean": float(cosines.mean()), "least": float(cosines.min())}
+
+
+def table(results: Results) -> str:
+    """What the file of results has, in Markdown; speeds are multiples of the float network's in the same run."""
+    rows: dict[str, dict[str, str]] = {}
+    for row in results.rows:
+        cells, figures = rows.setdefault(row["settings"]["row"], {}), row["figures"]
+        if row["settings"]["what"] == "accuracy":
+            cells |= {key: f"{figures[key]:.4f}" for key in ("mean", "least")} | {"mb": f"{figures['mb']:.1f}"}
+        else:
+            batch = str(row["settings"]["batch"])
+            cells[batch] = f"{figures['fp32_ms'] / figures['ms']:.2f} ({figures['ms']:.0f} ms)"
+    columns = {"mean": "cosine, mean", "least": "least", "mb": "file, MB", "1": "batch 1", "32": "batch 32"}
+    lines = ["| network | " + " | ".join(columns.values()) + " |", "|---" * (len(columns) + 1) + "|"]
+    lines += [f"| {name} | " + " | ".join(cells.get(key, "") for key in columns) + " |" for name, cells in rows.items()]
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":
@@ -254,9 +272,12 @@ if __name__ == "__main__":
     parser.add_argument("--results", type=Path, default=Path("minilm.jsonl"))
     parser.add_argument("--rows", nargs="*", help="parts of names of rows; all by default")
     parser.add_argument("--latency", action="store_true", help="measure latency as well")
+    parser.add_argument("--peers", action="store_true", help="measure ONNX Runtime by itself")
     parser.add_argument("--rounds", type=int, default=15)
     given = parser.parse_args()
     print(describe(), flush=True)
     with tempfile.TemporaryDirectory() as kept, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        measure(given, Path(kept))
+        kept_results = Results(given.results)
+        measure(given, kept_results, Path(kept))
+        print(table(kept_results))

@@ -16,17 +16,20 @@ class Results:
 
     Args:
         path: The file; it is made with the first result, and read if it is there.
+
+    Attributes:
+        rows: All that the file has, in its order.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         lines = path.read_text().splitlines() if path.exists() else []
-        self._rows: list[dict[str, Any]] = [json.loads(line) for line in lines if line]
+        self.rows: list[dict[str, Any]] = [json.loads(line) for line in lines if line]
 
     def once(self, settings: Mapping[str, Any], measure: Callable[[], dict[str, float]]) -> dict[str, float]:
         """What ``measure`` returned for these settings, called only if the file does not have it yet."""
         settings = json.loads(json.dumps(settings))
-        for row in self._rows:
+        for row in self.rows:
             if row["settings"] == settings:
                 return row["figures"]
         start = time.perf_counter()
@@ -37,7 +40,7 @@ class Results:
             "seconds": round(time.perf_counter() - start, 1),
             "machine": describe(),
         }
-        self._rows.append(row)
+        self.rows.append(row)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a") as file:
             file.write(json.dumps(row) + "\n")

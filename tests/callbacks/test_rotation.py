@@ -73,6 +73,7 @@ def test_a_fit_its_resumption_and_its_file(mode: str, kind: Any, tmp_path: Path)
     assert torch.equal(loaded(IMAGES), callback.quantized(IMAGES))
 
 
+@pytest.mark.slow
 def test_the_float_network_is_the_same_function(tmp_path: Path) -> None:
     """The float variant, float checkpoints on the way in, and the float weights on the way out."""
     net = vit()

@@ -1,7 +1,8 @@
 """Doing something in one process for all of a distributed training, with errors that reach every one of them.
 
-Each function here but `process_count` and `several_processes` is a collective: every process has to call it, in the
-same order. Whatever goes wrong in one of them is raised in all, so that nobody waits for an answer that never comes.
+Each function here but `process_count`, `is_first_process` and `several_processes` is a collective: every process has to
+call it, in the same order. Whatever goes wrong in one of them is raised in all, so that nobody waits for an answer that
+never comes.
 """
 
 from __future__ import annotations
@@ -22,6 +23,11 @@ T = TypeVar("T")
 def process_count() -> int:
     """How many processes train together; 1 outside of distributed training."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def is_first_process() -> bool:
+    """Whether this is the first of the processes that train together, or the only one."""
+    return process_count() == 1 or dist.get_rank() == 0
 
 
 def several_processes(trainer: Any) -> bool:

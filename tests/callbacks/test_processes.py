@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,8 +17,7 @@ from qat_lightning import Distillation, PostTrainingQuantization
 from qat_lightning.errors import ConfigurationError
 from tests.callbacks.ddp_run import LEARNED, run_halves
 from tests.callbacks.lit import MODES, Lit, loader, qat, state, trainer
-
-ROOT = Path(__file__).parents[2]
+from tests.callbacks.two_processes import read_both, run_two
 
 
 @pytest.fixture(scope="module")
@@ -32,30 +27,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _run_two(folder: Path, *arguments: str, compile: str) -> Path:
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(("PL_", "LOCAL_", "NODE_"))}
-    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    environment |= {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "QAT_LIGHTNING_COMPILE": compile}
-    ran = subprocess.run(
-        [sys.executable, "-m", "tests.callbacks.ddp_run", str(folder), *arguments],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert ran.returncode == 0, ran.stderr[-3000:]
-    return folder
+    return run_two("tests.callbacks.ddp_run", folder, *arguments, compile=compile)
 
 
 @pytest.fixture(scope="module")
 def both(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    return _read(folder)
-
-
-def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    first, second = (json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1))
-    return first, second
+    return read_both(folder)
 
 
 @pytest.mark.slow
@@ -143,7 +120,7 @@ def test_what_no_file_can_hold_is_converted_in_every_process(both: tuple[dict[st
 
 @pytest.mark.slow
 def test_only_the_first_process_compiles(tmp_path: Path) -> None:
-    first, second = _read(_run_two(tmp_path, "compiled", compile="1"))
+    first, second = read_both(_run_two(tmp_path, "compiled", compile="1"))
     assert first.pop("compiled") == 1
     assert second.pop("compiled") == 0
     assert first["runs"] == "aotinductor"
@@ -197,7 +174,7 @@ def test_learned_scales_in_eager_mode_are_refused() -> None:
         fitting.callbacks[0].setup(fitting, Lit(), "fit")
 
 
-@pytest.mark.parametrize("name", ["FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"])
+@pytest.mark.parametrize("name", ["FSDPStrategy", "DeepSpeedStrategy"])
 def test_strategies_that_shard_are_refused(name: str) -> None:
     callback, module = qat(), Lit()
     before = state(module)

@@ -126,11 +126,13 @@ class Distillation(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Try what is asked for on the example, and stand around ``training_step``."""
-        for name, (part, settings) in self._chosen(QuantizationAwareTraining.of(trainer, self)).items():
-            check_distillation(part.prepared, part.example, settings)
-            if self.features == BLOCKS:
-                names = _full(part, settings.features)
-                rank_zero_info(f"Distillation compares {len(names)} blocks of {name!r}: {names[0]} to {names[-1]}.")
+        partner = QuantizationAwareTraining.of(trainer, self)
+        with partner.whole():
+            for name, (part, settings) in self._chosen(partner).items():
+                check_distillation(part.prepared, part.example, settings)
+                if self.features == BLOCKS:
+                    names = _full(part, settings.features)
+                    rank_zero_info(f"Distillation compares {len(names)} blocks of {name!r}: {names[0]} to {names[-1]}.")
         plain, had = pl_module.training_step, pl_module.__dict__.get("training_step")
 
         @functools.wraps(plain)
@@ -184,7 +186,7 @@ class Distillation(Callback):
         if not partner.phase.fake_quant or not torch.is_grad_enabled():
             return plain(*args, **kwargs)
         if not self._distillers:
-            self._make_teachers(trainer, partner)
+            self._make_teachers(trainer, pl_module, partner)
         with ExitStack() as stack:
             for name, distiller in self._distillers.items():
                 stack.enter_context(distiller.features())
@@ -208,20 +210,32 @@ class Distillation(Callback):
             return {**outputs, "loss": self.task_weight * outputs["loss"] + added}
         return self.task_weight * outputs + added if isinstance(outputs, Tensor) else outputs
 
-    def _make_teachers(self, trainer: Trainer, partner: QuantizationAwareTraining) -> None:
-        for name, (part, settings) in self._chosen(partner).items():
-            weights = partner.float_weights(name) or self._weights.get(name)
-            if weights is None:
-                if trainer.global_step > 0:
-                    raise ConfigurationError(
-                        f"Distillation has no float weights of {name!r} to learn from: this run goes on from step "
-                        f"{trainer.global_step} of one that rounded from its first step, without Distillation. Give "
-                        "QuantizationAwareTraining float_checkpoint=<a checkpoint of a float run>."
-                    )
-                weights = self._weights[name] = float_weights(part.prepared, frozen_beside_adapters(part.prepared))
-            self._distillers[name] = Distiller(part.prepared, make_teacher(part.prepared, weights), settings)
+    def _make_teachers(self, trainer: Trainer, pl_module: LightningModule, partner: QuantizationAwareTraining) -> None:
+        chosen = self._chosen(partner)
+        with partner.whole():
+            teachers = {
+                name: make_teacher(part.prepared, self._weights_of(trainer, partner, name, part))
+                for name, (part, _) in self._chosen(partner).items()
+            }
+        for name, (part, settings) in chosen.items():
+            self._distillers[name] = Distiller(part.prepared, teachers[name].to(pl_module.device), settings)
         source = partner.float_source or "the weights at the beginning of the fit"
         rank_zero_info(f"Distillation: the teacher is {source}.")
+
+    def _weights_of(
+        self, trainer: Trainer, partner: QuantizationAwareTraining, name: str, part: Part
+    ) -> Mapping[str, Tensor]:
+        weights = partner.float_weights(name) or self._weights.get(name)
+        if weights is not None:
+            return weights
+        if trainer.global_step > 0:
+            raise ConfigurationError(
+                f"Distillation has no float weights of {name!r} to learn from: this run goes on from step "
+                f"{trainer.global_step} of one that rounded from its first step, without Distillation. Give "
+                "QuantizationAwareTraining float_checkpoint=<a checkpoint of a float run>."
+            )
+        kept = self._weights[name] = float_weights(part.prepared, frozen_beside_adapters(part.prepared))
+        return kept
 
     @contextmanager
     def _watched(self, part: Part, distiller: Distiller) -> Iterator[None]:

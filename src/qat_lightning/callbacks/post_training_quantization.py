@@ -15,6 +15,7 @@ from qat_lightning.callbacks.parts.networks import Networks, one_or_all
 from qat_lightning.callbacks.parts.preparation import Preparation
 from qat_lightning.callbacks.parts.settings import QuantizationSettings, Setting
 from qat_lightning.callbacks.parts.settings_log import log_settings
+from qat_lightning.callbacks.parts.sharding import refuse_copying
 from qat_lightning.callbacks.parts.steps import has_trained
 from qat_lightning.callbacks.parts.together import (
     explain_launch,
@@ -159,6 +160,7 @@ class PostTrainingQuantization(QuantizationCallback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot be; the LightningModule stays as it is."""
         refuse_strategy(trainer)
+        refuse_copying(trainer)
         stop_recording_layers(trainer)
         if self._copies.forget_others(pl_module):
             self._int8.forget(asked=False)

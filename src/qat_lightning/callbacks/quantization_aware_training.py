@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from qat_lightning.callbacks.parts.arguments import check_count, check_file, check_flag, check_stages
 from qat_lightning.callbacks.parts.best import forget_best
 from qat_lightning.callbacks.parts.between_processes import (
-    merge_ranges_of_eager,
+    go_on_alike,
     reduce_ranges_while_observed,
     take_over_buffers_from_first,
 )
@@ -30,6 +30,7 @@ from qat_lightning.callbacks.parts.preparation import Preparation
 from qat_lightning.callbacks.parts.schedule_driver import ScheduleDriver, curves
 from qat_lightning.callbacks.parts.settings import QuantizationSettings
 from qat_lightning.callbacks.parts.settings_log import log_settings
+from qat_lightning.callbacks.parts.sharding import refuse_sharded, shards
 from qat_lightning.callbacks.parts.steps import estimates_batchnorm, has_trained
 from qat_lightning.callbacks.parts.together import (
     explain_launch,
@@ -247,6 +248,7 @@ class QuantizationAwareTraining(QuantizationCallback):
         if self.compile and stage == "fit":
             check_compiler(trainer.strategy.root_device, trainer.world_size)
         refuse_strategy(trainer)
+        refuse_sharded(trainer, self.settings, self.bias_correction_batches)
         stop_recording_layers(trainer)
         refuse_callbacks(trainer, self, self.mode)
         if stage == "fit":
@@ -265,6 +267,8 @@ class QuantizationAwareTraining(QuantizationCallback):
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Let the optimizer begin anew where a float checkpoint's parameters are other ones than those that train."""
         self._placement.renew_optimizer(checkpoint)
+        if shards(trainer):  # then it was loaded part by part, past what guards the LightningModule
+            self._was_loaded(f"checkpoint {trainer.ckpt_path}")
 
     # Train
 
@@ -284,8 +288,9 @@ class QuantizationAwareTraining(QuantizationCallback):
         self._driver.begin(trainer, self.phase)
         self._int8.outdate()
         reduce_ranges_while_observed(self._networks.prepared, trainer.world_size)
-        if trainer.is_global_zero:
-            report_prepared(trainer, self._networks.coverage_rows())
+        with self._networks.whole(everywhere=False):
+            if trainer.is_global_zero:
+                report_prepared(trainer, self._networks.coverage_rows())
         self._step_phase(trainer)
         if self.compile:
             self._compiled.begin(pl_module)  # last, so that nothing copies a compiled network
@@ -315,11 +320,11 @@ class QuantizationAwareTraining(QuantizationCallback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Let all processes go on with the same ranges, where they are not reduced as they are observed."""
+        """Let all processes go on with the same ranges and statistics."""
         self._driver.after_batch()
         self._networks.in_training_step(False)
-        if trainer.world_size > 1 and self.phase.observers:
-            merge_ranges_of_eager(self._networks.prepared)
+        if trainer.world_size > 1:
+            go_on_alike(self._networks.prepared, ranges=self.phase.observers)
 
     def _step_phase(self, trainer: Trainer) -> None:
         step, phase = self._driver.phase(trainer, self._networks.prepared)
@@ -337,6 +342,8 @@ class QuantizationAwareTraining(QuantizationCallback):
 
     def _rounding_comes_on(self, trainer: Trainer, step: int) -> None:
         if step > 0 or self.bias_correction_batches:  # else they are as the fit began
+            if trainer.world_size > 1:  # BatchNorm's statistics are those of each until the next step
+                take_over_buffers_from_first(self._networks.prepared)
             self._floats.keep(step)
         if self.reset_best_on_start and step > 0:
             forget_best(trainer)

@@ -122,6 +122,17 @@ class QuantizationCallback(Callback):
         """The networks by name; none before they are prepared."""
         return self._networks.parts()
 
+    def whole(self, *, everywhere: bool = True) -> AbstractContextManager[None]:
+        """Within the block, the prepared networks are whole copies on the CPU where a strategy shards them.
+
+        Then every process has to come by here at once, as for everything that is made of whole weights: `coverage`,
+        `convert`, `network`, `present_float`, `comparable`.
+
+        Args:
+            everywhere: Whether all processes get the copies; else only the first.
+        """
+        return self._networks.whole(everywhere=everywhere)
+
     @property
     def slots(self) -> dict[str, Slot]:
         """Where the networks are, by name; none before the fit has begun."""

@@ -148,8 +148,11 @@ class QuantizedModelExport(Callback):
         # In every process: a step may wait for the others.
         calls = {slot: self._calls(trainer, pl_module, partner, slot) for slot in partner.slots}
         self.results = {}
-        if not trainer.is_global_zero:
-            return
+        with partner.whole(everywhere=False):
+            if trainer.is_global_zero:
+                self._export_all(trainer, partner, calls)
+
+    def _export_all(self, trainer: Trainer, partner: QuantizationCallback, calls: Mapping[str, list[Example]]) -> None:
         networks = partner.quantized
         several = isinstance(networks, Mapping)
         for slot, network in (networks if several else {next(iter(calls)): networks}).items():

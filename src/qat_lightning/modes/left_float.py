@@ -20,7 +20,7 @@ from qat_lightning.modes.places import find_places
 from qat_lightning.modes.prepared import prepared_state
 from qat_lightning.modes.protocol import LayerCoverage
 from qat_lightning.numerics.fake_quantize import FakeQuantize
-from qat_lightning.numerics.state_entries import from_entry
+from qat_lightning.numerics.state_entries import from_entry, without_placeholders
 from qat_lightning.settings.recipe import Recipe
 
 
@@ -96,7 +96,8 @@ def follow_checkpoints(prepared: nn.Module) -> None:
     prepared.register_load_state_dict_pre_hook(_take_over)
 
 
-def _take_over(prepared: nn.Module, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+def _take_over(prepared: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    without_placeholders(state_dict)
     extra = state_dict.get(f"{prefix}_quantization._extra_state")
     if extra is not None:
         # No example: the ranges are those of the checkpoint.

@@ -36,6 +36,7 @@ class PreparedState(nn.Module):
         plan: What the mode that prepared it wants to remember for conversion.
         reworking: What was done to the float network before, and can be done to other weights; None if nothing.
         course: Whether the network trains, and where its forward passes begin.
+        form: Of a network that is sharded over processes, what it is without values: see `qat_lightning.modes.sharded`.
     """
 
     mode: Mode
@@ -44,6 +45,7 @@ class PreparedState(nn.Module):
     float_network: nn.Module
     plan: Any
     reworking: Any
+    form: nn.Module | None
 
     def __init__(
         self, mode: Mode, recipe: Recipe, float_network: nn.Module, *, prefix: str = "", plan: Any = None
@@ -58,6 +60,7 @@ class PreparedState(nn.Module):
         self.__dict__["float_network"] = float_network
         self.__dict__["plan"] = plan
         self.__dict__["reworking"] = None
+        self.__dict__["form"] = None
         self.course = Course()
 
     def forward(self, input: Any) -> Any:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -26,6 +27,26 @@ def to_tensor(values: Mapping[str, Any]) -> Tensor:
         {'bits': 8}
     """
     return torch.tensor(list(json.dumps(values).encode()), dtype=torch.int32)
+
+
+def without_placeholders(state: MutableMapping[str, Any]) -> bool:
+    """Take out of a part of a ``state_dict`` what ``torch.distributed.checkpoint`` puts in the place of entries.
+
+    Its ``set_model_state_dict``, called with some tensors of a module, loads an object without a value for each extra
+    state of that module. Such a part says nothing of how a network was quantized.
+
+    Args:
+        state: Changed in place.
+
+    Returns:
+        Whether there was one: then ``state`` is such a part.
+    """
+    # Its import takes seconds, and where nobody has imported it there is none.
+    placeholder = getattr(sys.modules.get("torch.distributed.checkpoint.state_dict"), "_EXTRA_STATE", ())
+    placeholders = [key for key, value in state.items() if isinstance(value, placeholder)]
+    for key in placeholders:
+        del state[key]
+    return bool(placeholders)
 
 
 def from_entry(entry: Any) -> dict[str, Any]:

@@ -6,16 +6,19 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info
-from torch import nn
+from torch import Tensor, nn
 
 from qat_lightning.artifact import artifact_bytes, quantized_from_bytes
 from qat_lightning.artifact.quantized import QuantizedNetwork
 from qat_lightning.errors import ArtifactError
 from qat_lightning.graph.example import Example
+from qat_lightning.layers.qat_modules import FreezableBatchNorm
 from qat_lightning.modes.prepared import merge_ranges, prepared_state, reduce_ranges
+from qat_lightning.modes.sharded import is_sharded
 from qat_lightning.processes import any_process, in_first
 from qat_lightning.settings.modes import traits_of
 
@@ -35,16 +38,38 @@ def take_over_buffers_from_first(prepared: Mapping[str, nn.Module]) -> None:
 
 
 def reduce_ranges_while_observed(prepared: Mapping[str, nn.Module], processes: int) -> None:
-    """Let observers of several processes agree at every call; not in eager mode, see `merge_ranges_of_eager`."""
+    """Let observers of several processes agree at every call; not in eager mode, see `go_on_alike`."""
     for network in prepared.values():
         reduce_ranges(network, processes > 1 and not _takes_ways(network))
 
 
-def merge_ranges_of_eager(prepared: Mapping[str, nn.Module]) -> None:
-    """After a step let all go on with the same ranges, where they are not reduced as they are observed."""
+def go_on_alike(prepared: Mapping[str, nn.Module], *, ranges: bool) -> None:
+    """After a step let all go on with the same ranges, where they are not reduced as they are observed.
+
+    Likewise with BatchNorm's statistics, those of the first process, where no DistributedDataParallel hands them on.
+
+    Args:
+        prepared: The networks.
+        ranges: Whether they move.
+    """
     for network in prepared.values():
-        if _takes_ways(network):
+        if ranges and _takes_ways(network):
             merge_ranges(network)
+        if is_sharded(network):
+            _take_over_statistics(network)
+
+
+@torch.no_grad()
+def _take_over_statistics(network: nn.Module) -> None:
+    moving = [module for module in network.modules() if isinstance(module, FreezableBatchNorm) and not module.frozen]
+    by_dtype: dict[torch.dtype, list[Tensor]] = {}
+    for buffer in (buffer for module in moving for buffer in module.buffers(recurse=False)):
+        by_dtype.setdefault(buffer.dtype, []).append(buffer)
+    for buffers in by_dtype.values():
+        together = torch.cat([buffer.flatten() for buffer in buffers])
+        dist.broadcast(together, src=0)
+        for buffer, first in zip(buffers, together.split([buffer.numel() for buffer in buffers]), strict=True):
+            buffer.copy_(first.view_as(buffer))
 
 
 def _takes_ways(network: nn.Module) -> bool:

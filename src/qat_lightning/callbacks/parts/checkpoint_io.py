@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,42 @@ def read_float_state(path: Path) -> dict[str, Any]:
     said = f"float_checkpoint={str(path)!r}"
     checkpoint = _mapping(said, lambda: torch.load(path, map_location="cpu", weights_only=True))
     return _mapping(said, lambda: checkpoint.get("state_dict", checkpoint))
+
+
+def read_sharded(folder: Path, endings: tuple[str, ...] = ("",)) -> dict[str, Any]:
+    """Tensors of the ``state_dict`` in a checkpoint that each process wrote its part of, whole and on the CPU.
+
+    Args:
+        folder: What a strategy such as ``ModelParallelStrategy`` saved.
+        endings: Of the keys that are wanted.
+
+    Raises:
+        CheckpointFileError: It is no such folder, or not all of it.
+    """
+    from torch.distributed.checkpoint.filesystem import FileSystemReader  # imports that take seconds
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+    from torch.distributed.checkpoint.state_dict_loader import load
+
+    try:
+        metadata = FileSystemReader(folder).read_metadata()
+        paths = metadata.planner_data or {}
+        found: dict[str, Any] = {
+            stored: torch.empty(entry.size, dtype=entry.properties.dtype)
+            for stored, entry in metadata.state_dict_metadata.items()
+            if isinstance(entry, TensorStorageMetadata)
+            and paths.get(stored, ())[:1] == ("state_dict",)
+            and stored.endswith(endings)
+        }
+        if found:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "torch.distributed is")  # as is asked for
+                load(found, storage_reader=FileSystemReader(folder), no_dist=True)
+    except Exception as error:  # unpickling what is no pickle may raise anything
+        reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        raise CheckpointFileError(
+            f"{str(folder)!r} is no checkpoint, or only a part of one ({reason}): give the folder that a Trainer saved."
+        ) from error
+    return {".".join(map(str, paths[stored][1:])): value for stored, value in found.items()}
 
 
 def _mapping(said: str, read: Callable[[], Any]) -> dict[str, Any]:

@@ -11,21 +11,23 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from qat_lightning.callbacks.parts.checkpoint_io import read_float_state
+from qat_lightning.callbacks.parts.checkpoint_io import read_float_state, read_sharded
 from qat_lightning.errors import CheckpointMismatchError, ConfigurationError
 from qat_lightning.graph.module_order import order_by_keys
 from qat_lightning.modes.prepared import PreparedState, check_recipe, float_keys, prepared_state
-from qat_lightning.numerics.state_entries import from_entry
+from qat_lightning.numerics.state_entries import from_entry, without_placeholders
 from qat_lightning.recipes.folding import unfold_state
 
-_STATE_KEY = "_quantization._extra_state"
+STATE_KEY = "_quantization._extra_state"
+"""What the key of a prepared network's own entry in a ``state_dict`` ends with."""
 
 
 def float_state_dict(checkpoint: Mapping[str, Any] | str | Path) -> dict[str, Any]:
     """The part of a checkpoint that the float LightningModule has: for a model without any callback of ours.
 
     Args:
-        checkpoint: A checkpoint of Lightning, its ``state_dict``, or the path of one, with or without quantization.
+        checkpoint: A checkpoint of Lightning, its ``state_dict``, or the path of one, with or without quantization; the
+            path may be the folder that ``ModelParallelStrategy`` saves.
 
     Returns:
         A ``state_dict`` that the float LightningModule loads strictly.
@@ -35,10 +37,12 @@ def float_state_dict(checkpoint: Mapping[str, Any] | str | Path) -> dict[str, An
         {'net.weight': tensor([1.])}
     """
     if isinstance(checkpoint, (str, Path)):
+        if Path(checkpoint).is_dir():
+            return float_state_dict(read_sharded(Path(checkpoint)))
         return float_state_dict(torch.load(checkpoint, map_location="cpu", weights_only=True))
     state: dict[str, Any] = dict(checkpoint.get("state_dict", checkpoint))
-    for key in [key for key in state if key.endswith(_STATE_KEY)]:
-        prefix, extra = key.removesuffix(_STATE_KEY), from_entry(state[key])
+    for key in [key for key in state if key.endswith(STATE_KEY)]:
+        prefix, extra = key.removesuffix(STATE_KEY), from_entry(state[key])
         for added in extra["added_keys"]:
             del state[prefix + added]
         unfold_state(state, extra.get("folded", {}), prefix)
@@ -52,13 +56,13 @@ def prepared_entry(state: Mapping[str, Any], prefix: str) -> dict[str, Any] | No
         state: Of a LightningModule.
         prefix: The network's dotted name in it.
     """
-    extra = state.get(f"{prefix}.{_STATE_KEY}" if prefix else _STATE_KEY)
+    extra = state.get(f"{prefix}.{STATE_KEY}" if prefix else STATE_KEY)
     return None if extra is None else from_entry(extra)
 
 
 def holds_quantization(state: Mapping[str, Any]) -> bool:
     """Whether a ``state_dict`` is of a LightningModule with a prepared network in it."""
-    return any(key.endswith(_STATE_KEY) for key in state)
+    return any(key.endswith(STATE_KEY) for key in state)
 
 
 def read_float_weights(path: Path, name: str, prefix: str, wanted: Mapping[str, Any]) -> dict[str, Any]:
@@ -159,28 +163,59 @@ def guard_loading(
     """
 
     def guard(module: nn.Module, state_dict: dict[str, Any], outer: str, *args: Any) -> None:
+        if without_placeholders(state_dict):
+            return  # Weights by and by, as they are here.
         # Another module may hold a copy of the LightningModule, hooks and all, under a prefix: averages of weights do.
-        saved = {key for key in state_dict if key.startswith(outer) and key.endswith(_STATE_KEY)}
-        inner = {name: outer + (f"{prefix}." if prefix else "") for name, prefix in prefixes.items()}
+        saved = {key for key in state_dict if key.startswith(outer) and key.endswith(STATE_KEY)}
+        inner = {name: outer + _dotted(prefix) for name, prefix in prefixes.items()}
+        _refuse_other(state_dict, prepared, inner, saved)
         for name, network in prepared.items():
             prefix = inner[name]
-            key = prefix + _STATE_KEY
-            if key in state_dict:
-                check_recipe(prepared_state(network).recipe, state_dict[key])
+            if prefix + STATE_KEY in state_dict:
                 here = network if module is pl_module else module.get_submodule(prefixes[name])
                 _take_order(here, state_dict, prefix)
             elif not saved:
                 _complete(state_dict, network, prefix)
-        expected = {prefix + _STATE_KEY for prefix in inner.values()}
-        if saved and saved != expected:
-            raise CheckpointMismatchError(
-                "The checkpoint was written by a run that quantized other modules: "
-                f"{_names(saved)} there, {_names(expected)} here. Give module= the same names."
-            )
         loaded()
 
     handle: RemovableHandle = pl_module.register_load_state_dict_pre_hook(guard)  # type: ignore[no-untyped-call]
     return handle
+
+
+def refuse_other_checkpoint(
+    state: Mapping[str, Any], prepared: Mapping[str, nn.Module], prefixes: Mapping[str, str]
+) -> None:
+    """Refuse the ``state_dict`` of a LightningModule whose networks were prepared in another way.
+
+    Args:
+        state: Of a run with quantization.
+        prepared: The networks here, by name.
+        prefixes: The prefix of each in a ``state_dict``, without the last dot.
+
+    Raises:
+        CheckpointMismatchError: With both sides.
+    """
+    saved = {key for key in state if key.endswith(STATE_KEY)}
+    _refuse_other(state, prepared, {name: _dotted(prefix) for name, prefix in prefixes.items()}, saved)
+
+
+def _refuse_other(
+    state: Mapping[str, Any], prepared: Mapping[str, nn.Module], inner: Mapping[str, str], saved: set[str]
+) -> None:
+    for name, network in prepared.items():
+        key = inner[name] + STATE_KEY
+        if key in state:
+            check_recipe(prepared_state(network).recipe, state[key])
+    expected = {prefix + STATE_KEY for prefix in inner.values()}
+    if saved and saved != expected:
+        raise CheckpointMismatchError(
+            "The checkpoint was written by a run that quantized other modules: "
+            f"{_names(saved)} there, {_names(expected)} here. Give module= the same names."
+        )
+
+
+def _dotted(prefix: str) -> str:
+    return f"{prefix}." if prefix else ""
 
 
 def _take_order(network: nn.Module, saved: Mapping[str, Any], prefix: str) -> None:
@@ -189,7 +224,7 @@ def _take_order(network: nn.Module, saved: Mapping[str, Any], prefix: str) -> No
     The optimizer of that run, and whatever else pairs parameters by their order, goes on with it. So it was in ``fx``
     before entries were tensors.
     """
-    state, entry = prepared_state(network), saved[prefix + _STATE_KEY]
+    state, entry = prepared_state(network), saved[prefix + STATE_KEY]
     if isinstance(entry, Mapping) or from_entry(entry).get("own_order", False) or state.own_order:
         order_by_keys(network, saved, prefix)
         usual = [name for name, _ in state.float_network.named_parameters()]
@@ -210,4 +245,4 @@ def _complete(state_dict: dict[str, Any], network: nn.Module, prefix: str) -> No
 
 
 def _names(keys: set[str]) -> str:
-    return ", ".join(repr(key.removesuffix(_STATE_KEY).strip(".") or ".") for key in sorted(keys))
+    return ", ".join(repr(key.removesuffix(STATE_KEY).strip(".") or ".") for key in sorted(keys))

@@ -69,15 +69,20 @@ class FloatWeights:
     def keep(self, step: int) -> None:
         """Keep the present weights, unless a file has better ones, as those before a step."""
         if self.checkpoint is None:
-            self.weights = {
-                name: float_weights(prepared, frozen_beside_adapters(prepared))
-                for name, prepared in self.networks.prepared.items()
-            }
+            with self.networks.whole():
+                self.weights = {
+                    name: float_weights(prepared, frozen_beside_adapters(prepared))
+                    for name, prepared in self.networks.prepared.items()
+                }
             self.step = step
             self.source = f"the weights before step {step}, when rounding came on"
 
     def network(self, name: str) -> nn.Module:
         """A float network with these weights, on the CPU, in evaluation."""
+        with self.networks.whole():
+            return self._network(name)
+
+    def _network(self, name: str) -> nn.Module:
         prepared = self.networks.prepared[name]
         network: nn.Module = copy.deepcopy(prepared_state(prepared).float_network).cpu()
         present = float_weights(prepared, set(self.weights[name]))  # of what is frozen; else there is nothing else

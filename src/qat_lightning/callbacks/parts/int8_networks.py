@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +130,8 @@ class Int8Networks:
                 f"{', '.join(map(repr, never_run))} stayed float: training never ran it on finite values, so that no "
                 "range was observed. Leave it out of module= if that is meant."
             )
-        self._have({name: self._convert_one(name) for name in self.networks.slots if name not in never_run})
+        with self.networks.whole():
+            self._have({name: self._convert_one(name) for name in self.networks.slots if name not in never_run})
 
     def _convert_one(self, name: str) -> QuantizedNetwork:
         # Lightning evaluates in inference mode, whose tensors can neither be saved nor copied into others.
@@ -163,10 +165,12 @@ class Int8Networks:
             return
         # Also where this one has it: one of the others may have been asked for it, and this one not.
         if any_process(self._stale or not self._made):
-            packed, left_float = in_first(self._convert_and_pack)
+            with self.networks.whole(everywhere=False):
+                packed, left_float = in_first(self._convert_and_pack)
             for name, left in left_float.items():
                 leave_float(self.networks.prepared[name], left, self.networks.examples[name])
-            in_all(lambda: self._unpack(packed))
+            with nullcontext() if all(packed.values()) else self.networks.whole():
+                in_all(lambda: self._unpack(packed))
             self._report(trainer)
         if to_run:
             compile_once(trainer, self._made)

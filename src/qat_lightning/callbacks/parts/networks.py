@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,9 +15,12 @@ from qat_lightning.callbacks.parts.network import Slot
 from qat_lightning.callbacks.parts.settings import QuantizationSettings
 from qat_lightning.errors import ConfigurationError
 from qat_lightning.graph.example import Example
+from qat_lightning.modes.left_float import leave_float
 from qat_lightning.modes.prepared import cpu_copy, fake_quantizers, in_training_step, prepared_state, set_phase
 from qat_lightning.modes.protocol import LayerCoverage
 from qat_lightning.modes.registry import mode_for
+from qat_lightning.modes.sharded import is_sharded, whole_copy
+from qat_lightning.processes import is_first_process
 from qat_lightning.rehearsal.auto import Decision
 from qat_lightning.settings.schedule import Phase
 
@@ -80,12 +85,33 @@ class Networks:
         for prepared in self.prepared.values():
             in_training_step(prepared, begins)
 
+    @contextmanager
+    def whole(self, *, everywhere: bool = True) -> Iterator[None]:
+        """Within the block, networks whose parameters are sharded over processes are whole copies on the CPU.
+
+        Where there are some, every process has to come by here at once; others are as they are. What a conversion
+        leaves float within the block stays float in the networks themselves.
+
+        Args:
+            everywhere: Whether all processes get the copies; else only the first, and the others look at none.
+        """
+        sharded = {name: network for name, network in self.prepared.items() if is_sharded(network)}
+        keep = everywhere or is_first_process()
+        copies = {name: whole_copy(network, keep=keep) for name, network in sharded.items()}
+        before, self.prepared = self.prepared, self.prepared | {n: c for n, c in copies.items() if c is not None}
+        try:
+            yield
+        finally:
+            self.prepared = before
+        for name, copied in copies.items():
+            if copied is not None:
+                leave_float(sharded[name], prepared_state(copied).left_float, self.examples[name])
+
     def coverage(self, name: str) -> list[LayerCoverage]:
         """What conversion is going to make int8 of a network, worked out anew."""
-        prepared = self.prepared[name]
-        mode = mode_for(prepared_state(prepared).recipe)
-        with isolate_rng(include_cuda=torch.cuda.is_initialized()):
-            return mode.coverage(cpu_copy(prepared), self.examples[name])
+        with self.whole(), isolate_rng(include_cuda=torch.cuda.is_initialized()):
+            prepared = self.prepared[name]
+            return mode_for(prepared_state(prepared).recipe).coverage(cpu_copy(prepared), self.examples[name])
 
     def coverage_rows(self) -> list[LayerCoverage]:
         """The rows of all networks with fake-quant."""

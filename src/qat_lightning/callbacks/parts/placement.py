@@ -19,8 +19,16 @@ from qat_lightning.callbacks.parts.learned import keep_from_ddp, learned_paramet
 from qat_lightning.callbacks.parts.network import Slot, find_networks
 from qat_lightning.callbacks.parts.networks import BEFORE, Networks
 from qat_lightning.callbacks.parts.preparation import Preparation, cpu_and_float32
+from qat_lightning.callbacks.parts.sharding import (
+    before_sharding,
+    explain_late_layers,
+    refuse_checkpoint,
+    refuse_other_weights,
+    shards,
+)
 from qat_lightning.modes.captured_once import captured_once
 from qat_lightning.modes.prepared import is_prepared, prepared_state
+from qat_lightning.modes.sharded import is_sharded, keep_form
 from qat_lightning.recipes.reworking import reworks
 
 
@@ -65,6 +73,7 @@ class Placement:
         networks = self.networks
         if networks.prepared and next(iter(networks.slots.values())).pl_module is pl_module:
             self._guard_loading(trainer, pl_module, loaded)
+            refuse_checkpoint(trainer, networks)
             return
         had = pl_module.__dict__.get("configure_model")
 
@@ -77,17 +86,32 @@ class Placement:
 
         def configure_model() -> None:
             put_back()
-            pl_module.configure_model()
-            self._prepare(trainer, pl_module, stage)
+            if shards(trainer):
+                self._prepare_to_shard(trainer, pl_module, stage)
+            else:
+                pl_module.configure_model()
+                self._prepare(trainer, pl_module, stage)
             self._guard_loading(trainer, pl_module, loaded)
             prepared()
 
         pl_module.__dict__["configure_model"] = configure_model
         self._put_back = put_back
 
+    def _prepare_to_shard(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Prepare before ``configure_model`` shards, since each process has a part of a layer only from then on."""
+        self._prepare(trainer, pl_module, stage)
+        refuse_checkpoint(trainer, self.networks)
+        for network in self.networks.prepared.values():
+            if not is_sharded(network):
+                keep_form(network)
+        with before_sharding(pl_module, self.networks.slots):
+            pl_module.configure_model()
+
     def _prepare(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         networks, preparation = self.networks, self._preparation
-        slots = {name: Slot(pl_module, name) for name in find_networks(pl_module, networks.settings.module)}
+        with explain_late_layers(trainer):
+            slots = {name: Slot(pl_module, name) for name in find_networks(pl_module, networks.settings.module)}
+        refuse_other_weights(trainer, slots, given=preparation.given is not None)
         # Lightning builds models on the device and in the precision of the training; this is before either.
         with cpu_and_float32(), captured_once(), isolate_rng(include_cuda=torch.cuda.is_initialized()):
             examples = preparation.find_examples(trainer, pl_module, slots, stage)
@@ -127,6 +151,8 @@ class Placement:
         learned = learned_parameters(self.networks.prepared.values())
         if not reworked and not learned:
             return
+        if "state_dict" not in checkpoint:
+            return  # loaded already, by a strategy that shards: `refuse_checkpoint` has looked at it
         if "optimizer_states" in checkpoint and not holds_quantization(checkpoint["state_dict"]):
             checkpoint["optimizer_states"] = []
             rank_zero_warn(

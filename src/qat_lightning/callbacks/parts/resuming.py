@@ -11,7 +11,8 @@ import torch
 from lightning.pytorch import Trainer
 from torch import nn
 
-from qat_lightning.callbacks.parts.checkpoints import prepared_entry
+from qat_lightning.callbacks.parts.checkpoint_io import read_sharded
+from qat_lightning.callbacks.parts.checkpoints import STATE_KEY, prepared_entry
 from qat_lightning.rehearsal.auto import Decision
 from qat_lightning.settings.recipe import Recipe
 
@@ -27,7 +28,7 @@ def checkpoint_to_restore(trainer: Trainer) -> Path | None:
         if frame.f_code.co_name == "_run" and frame.f_locals.get("self") is trainer:
             path = frame.f_locals.get("ckpt_path")
             found = Path(path) if path and "://" not in str(path) else None
-            return found if found is not None and found.is_file() else None
+            return found if found is not None and found.exists() else None
         frame = frame.f_back  # type: ignore[assignment]
     return None
 
@@ -35,11 +36,14 @@ def checkpoint_to_restore(trainer: Trainer) -> Path | None:
 def peek(path: Path | None) -> dict[str, Any]:
     """The ``state_dict`` in a checkpoint, its tensors still on the disk; empty if it cannot be read.
 
-    What is wrong with a file is for whoever restores it to say.
+    Of one that is sharded, a folder, it is only what prepared networks say of themselves. What is wrong with a file is
+    for whoever restores it to say.
     """
     if path is None:
         return {}
     try:
+        if path.is_dir():
+            return read_sharded(path, (STATE_KEY,))
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception:  # noqa: BLE001 - unpickling what is no pickle may raise anything, and restoring will
         return {}

@@ -11,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 
 from qat_lightning.callbacks.parts.batchnorm_freeze import BatchNormFreeze
+from qat_lightning.callbacks.parts.between_processes import take_over_buffers_from_first
 from qat_lightning.callbacks.parts.steps import (
     StepCounter,
     batches_trained,
@@ -18,6 +19,7 @@ from qat_lightning.callbacks.parts.steps import (
     share_done,
     training_plan,
 )
+from qat_lightning.processes import several_processes
 from qat_lightning.settings.schedule import Phase, QuantizationSchedule, SchedulePoint, TrainingPlan, exact, resolve
 
 
@@ -65,8 +67,10 @@ class ScheduleDriver:
             self._batchnorm.look(networks, batches_trained(trainer))
 
     def freeze_batchnorm(self, trainer: Trainer, networks: Mapping[str, nn.Module], step: int) -> None:
-        """Before BatchNorm's statistics stop."""
+        """Before BatchNorm's statistics stop; those of the first process do in all of them."""
         self._batchnorm.freeze(networks, batches_trained(trainer), step, measure=trainer.is_global_zero)
+        if several_processes(trainer):
+            take_over_buffers_from_first(networks)
 
     def after_batch(self) -> None:
         """Say what a freeze left."""

@@ -18,6 +18,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from qat_lightning.modes.sharded import reshard
 from qat_lightning.settings.schedule import TrainingPlan
 
 
@@ -58,6 +59,7 @@ class StepCounter:
         """
         if trainer.lightning_module.automatic_optimization:
             return trainer.global_step
+        reshard(trainer.lightning_module)  # else parameters are not those of the optimizer, after a validation
         theirs = {id(parameter) for network in networks for parameter in network.parameters()}
         holds = [
             any(id(parameter) in theirs for group in optimizer.param_groups for parameter in group["params"])

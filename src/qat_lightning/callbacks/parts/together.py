@@ -31,10 +31,11 @@ def refuse_strategy(trainer: Trainer) -> None:
     if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
         raise ConfigurationError(_launched(trainer))
     name = type(trainer.strategy).__name__
-    if name in ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"):
+    if name in ("FSDPStrategy", "DeepSpeedStrategy"):
         raise ConfigurationError(
             f"{name} shards the network before its ranges can be kept together, and does not go with "
-            "quantization-aware training yet: use strategy='ddp' or a single device."
+            "quantization: use strategy='ddp' or a single device, or ModelParallelStrategy (FSDP2) for "
+            "QuantizationAwareTraining."
         )
     if getattr(trainer.strategy, "_layer_sync", None) is not None:
         raise ConfigurationError(

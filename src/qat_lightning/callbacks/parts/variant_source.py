@@ -13,6 +13,7 @@ from qat_lightning.callbacks.parts.networks import Networks
 from qat_lightning.modes.float_state import present_float
 from qat_lightning.modes.left_float import leaving_float
 from qat_lightning.modes.prepared import cpu_copy, prepared_state
+from qat_lightning.modes.sharded import blank_copy, is_sharded
 from qat_lightning.rehearsal.faults import Conversion, convert_what_can_be, quantize_what_can_be
 from qat_lightning.settings.recipe import Recipe
 
@@ -115,11 +116,13 @@ class TrainedVariants:
 
     def present_float(self, name: str) -> nn.Module:
         """See `VariantSource`."""
-        return present_float(self.networks.prepared[name])
+        with self.networks.whole():
+            return present_float(self.networks.prepared[name])
 
     def comparable(self, name: str) -> nn.Module:
         """See `VariantSource`."""
-        return cpu_copy(self.networks.prepared[name])
+        with self.networks.whole():
+            return cpu_copy(self.networks.prepared[name])
 
     def reference(self, name: str) -> nn.Module | None:
         """See `VariantSource`."""
@@ -127,7 +130,9 @@ class TrainedVariants:
 
     def untrained(self, name: str) -> nn.Module:
         """See `VariantSource`."""
-        return prepared_state(self.networks.prepared[name]).float_network
+        prepared = self.networks.prepared[name]
+        network = prepared_state(prepared).float_network
+        return blank_copy(network) if is_sharded(prepared) else network
 
     def make_int8(self, name: str) -> tuple[Conversion, Recipe]:
         """See `VariantSource`."""

@@ -18,7 +18,7 @@ from qat_lightning.callbacks.parts.variant_source import VariantSource
 from qat_lightning.callbacks.parts.variants import Stand
 from qat_lightning.errors import ConfigurationError
 from qat_lightning.measure.fidelity import Fidelity
-from qat_lightning.modes.prepared import cpu_copy, observe_in_evaluation, set_phase
+from qat_lightning.modes.prepared import observe_in_evaluation, set_phase
 from qat_lightning.settings.variants import VARIANTS, check_variant
 
 
@@ -78,7 +78,7 @@ class VariantSwitch:
         if variant == "int8":
             self._int8.make()
             return self._int8[name]
-        return cpu_copy(self.networks.prepared[name])
+        return self._source.comparable(name)
 
     @contextmanager
     def running(self, network: nn.Module) -> Iterator[None]:

@@ -1,0 +1,236 @@
+"""Training with a strategy that shards parameters in ``configure_model``: what is possible, and what is refused.
+
+``ModelParallelStrategy`` leaves it to ``configure_model`` to shard a network with ``fully_shard`` (FSDP2). Layers are
+fake-quantized as a whole, so that networks are prepared before. Names stay as they are, and so do checkpoints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import nn
+
+from qat_lightning.callbacks.parts.checkpoints import holds_quantization, refuse_other_checkpoint
+from qat_lightning.callbacks.parts.network import Slot
+from qat_lightning.callbacks.parts.networks import Networks
+from qat_lightning.callbacks.parts.resuming import checkpoint_to_restore, peek
+from qat_lightning.callbacks.parts.settings import QuantizationSettings
+from qat_lightning.errors import CheckpointMismatchError, ConfigurationError, NetworkError
+from qat_lightning.layers.qat_modules import FoldedLayer
+from qat_lightning.modes.eager.layers import ChainHead
+from qat_lightning.modes.prepared import is_prepared, prepared_state
+from qat_lightning.settings.kinds import DIRECT
+from qat_lightning.settings.modes import traits_of
+
+_BUILD = (
+    "build the network in __init__ or setup, with its weights, and let configure_model only shard it, as in "
+    "`fully_shard(self.net, mesh=self.device_mesh['data_parallel'])`"
+)
+
+
+def shards(trainer: Trainer) -> bool:
+    """Whether ``configure_model`` shards networks: the strategy is ``ModelParallelStrategy``."""
+    # By name: older releases of Lightning have no such class.
+    return any(kind.__name__ == "ModelParallelStrategy" for kind in type(trainer.strategy).__mro__)
+
+
+def refuse_copying(trainer: Trainer) -> None:
+    """Refuse a strategy that shards where float networks are copied, which is what calibration does.
+
+    Raises:
+        ConfigurationError: With what to do instead.
+    """
+    if shards(trainer):
+        raise ConfigurationError(
+            f"{type(trainer.strategy).__name__} shards the network, and PostTrainingQuantization quantizes copies of "
+            "it: train without this callback, and quantize what was trained in one process, with "
+            "model.load_state_dict(qat_lightning.float_state_dict(path)) and "
+            "Trainer(devices=1, callbacks=[PostTrainingQuantization(...)]).validate(model)."
+        )
+
+
+def refuse_sharded(trainer: Trainer, settings: QuantizationSettings, bias_correction_batches: int) -> None:
+    """Refuse what cannot be trained with a strategy that shards.
+
+    Args:
+        trainer: Its processes are there already.
+        settings: Of the callback that quantizes.
+        bias_correction_batches: Likewise.
+
+    Raises:
+        ConfigurationError: With what to do instead.
+    """
+    if not shards(trainer):
+        return
+    strategy: Any = trainer.strategy
+    if strategy.device_mesh["tensor_parallel"].size() > 1:
+        raise ConfigurationError(
+            f"{type(strategy).__name__}(tensor_parallel_size={strategy.device_mesh['tensor_parallel'].size()}) lets a "
+            "layer see a part of its weight only, whose grid is not that of the whole: use data_parallel_size="
+            f"{trainer.world_size}, tensor_parallel_size=1."
+        )
+    if settings.kind not in DIRECT and traits_of(settings.mode).replaces:
+        raise ConfigurationError(
+            f"mode={settings.mode!r} with kind='static' puts a graph in the place of the layers that configure_model "
+            f"shards for {type(strategy).__name__}: use mode='eager', kind='dynamic' or 'weight_only', or "
+            "strategy='ddp'."
+        )
+    if bias_correction_batches:
+        raise ConfigurationError(
+            f"bias_correction_batches={bias_correction_batches} runs copies of a network in the fit, which "
+            f"{type(strategy).__name__} has sharded: use bias_correction_batches=0, or strategy='ddp'."
+        )
+    if settings.recipe.scheme.learned:
+        raise ConfigurationError(
+            f"learned_step trains single numbers, which {type(strategy).__name__} cannot shard: use another scheme, or "
+            "strategy='ddp'."
+        )
+
+
+@contextmanager
+def before_sharding(pl_module: LightningModule, slots: Mapping[str, Slot]) -> Iterator[None]:
+    """Around a ``configure_model`` that shards prepared networks, and leaves them in their places.
+
+    Args:
+        pl_module: Whose ``configure_model``.
+        slots: The places of the prepared networks.
+
+    Raises:
+        ConfigurationError: It puts other layers in their places.
+    """
+    before = {name: _names(slot.get()) for name, slot in slots.items()}
+    yield
+    _refuse_apart(pl_module, slots)
+    _warn_of_replicas(pl_module, slots)
+    for name, slot in slots.items():
+        changed = sorted(before[name] ^ _names(slot.get()))
+        if changed:
+            raise ConfigurationError(
+                f"configure_model of {type(pl_module).__name__} changes the layers of {name!r}, which are prepared for "
+                f"quantization already (for example {changed[0]!r}): {_BUILD}."
+            )
+
+
+def _refuse_apart(pl_module: LightningModule, slots: Mapping[str, Slot]) -> None:
+    """Refuse that a layer and the BatchNorm of its kernel, which the layer reads, are gathered one after the other."""
+    units = dict(_units(pl_module, None))
+    for slot in slots.values():
+        names = {module: f"{slot.prefix}.{name}".strip(".") for name, module in slot.get().named_modules()}
+        for module, name in names.items():
+            batchnorm = module.batchnorm if isinstance(module, (ChainHead, FoldedLayer)) else None
+            if batchnorm is not None and units[module] is not units[batchnorm]:
+                raise ConfigurationError(
+                    f"configure_model shards {name!r} and {names[batchnorm]!r} apart, which are one int8 layer: call "
+                    "fully_shard for a module around both, and for neither by itself."
+                )
+
+
+def _units(module: nn.Module, unit: Any) -> Iterator[tuple[nn.Module, Any]]:
+    """For each module, what its parameters are gathered together with."""
+    state = getattr(module, "_get_fsdp_state", None)
+    unit = unit if state is None else state()
+    yield module, unit
+    for child in module.children():
+        yield from _units(child, unit)
+
+
+def _warn_of_replicas(pl_module: LightningModule, slots: Mapping[str, Slot]) -> None:
+    """Name what trains and is not sharded: nothing adds its gradients up, so that processes come apart."""
+    from torch.distributed.tensor import DTensor
+
+    left = [
+        f"{slot.prefix}.{name}".strip(".")
+        for slot in slots.values()
+        for name, parameter in slot.get().named_parameters()
+        if parameter.requires_grad and not isinstance(parameter, DTensor)
+    ]
+    if left and pl_module.trainer.world_size > 1:
+        rank_zero_warn(
+            f"configure_model of {type(pl_module).__name__} leaves {len(left)} parameters of the quantized network out "
+            f"of fully_shard ({left[0]!r}, …): their gradients are not added up over the processes, which end with "
+            "other values each. Call fully_shard for a module around them as well."
+        )
+
+
+def _names(network: nn.Module) -> set[str]:
+    return {name for name, _ in network.named_parameters(remove_duplicate=False)}
+
+
+@contextmanager
+def explain_late_layers(trainer: Trainer) -> Iterator[None]:
+    """Say to whoever builds a network in a ``configure_model`` that shards that it has to be there before."""
+    try:
+        yield
+    except (ConfigurationError, NetworkError) as error:
+        if not shards(trainer):
+            raise
+        raise type(error)(
+            f"{error} With {type(trainer.strategy).__name__} layers have to be there before configure_model is called, "
+            f"which shards them: {_BUILD}."
+        ) from error
+
+
+def refuse_other_weights(trainer: Trainer, slots: Mapping[str, Slot], *, given: bool) -> None:
+    """Refuse networks to be sharded that are so already, or have no weights yet.
+
+    Args:
+        trainer: While it sets up.
+        slots: The places of the networks.
+        given: Whether the user gave examples of their calls. Else one is caught by breaking a step off, which leaves a
+            sharded network gathered in part: one that another callback has prepared can be taken over with them only.
+
+    Raises:
+        ConfigurationError: With what to do instead.
+    """
+    if not shards(trainer):
+        return
+    from torch.distributed.tensor import DTensor
+
+    for name, network in ((name, slot.get()) for name, slot in slots.items()):
+        if any(parameter.is_meta for parameter in network.parameters()):
+            raise ConfigurationError(f"{name!r} has no weights yet, on the device 'meta': {_BUILD}.")
+        if not any(isinstance(parameter, DTensor) for parameter in network.parameters()):
+            continue
+        if not is_prepared(network):
+            raise ConfigurationError(
+                f"{name!r} was sharded before it was prepared for quantization, as by an earlier fit without this "
+                "callback: use a new LightningModule."
+            )
+        if not given:
+            raise ConfigurationError(
+                f"{name!r} was prepared and sharded with another callback: go on with that one, or give this one "
+                "example_inputs=."
+            )
+
+
+def refuse_checkpoint(trainer: Trainer, networks: Networks) -> None:
+    """Refuse a checkpoint that does not go with prepared networks, which a strategy that shards loads unasked.
+
+    Args:
+        trainer: While it sets up.
+        networks: The prepared ones.
+
+    Raises:
+        CheckpointMismatchError: It is of other settings, or of a float run and lacks what was added.
+    """
+    path = checkpoint_to_restore(trainer) if shards(trainer) else None
+    state = peek(path)
+    if path is None or not (state or path.is_dir()):
+        return
+    prefixes = {name: slot.prefix for name, slot in networks.slots.items()}
+    if holds_quantization(state):
+        refuse_other_checkpoint(state, networks.prepared, prefixes)
+        return
+    for name, prepared in networks.prepared.items():
+        kept = prepared_state(prepared)
+        added = [key for key in kept.added_keys if not key.endswith("_extra_state")]
+        if path.is_dir() or added or kept.reworking is not None:
+            raise CheckpointMismatchError(
+                f"{str(path)!r} is a checkpoint of a float run, and {type(trainer.strategy).__name__} cannot load it "
+                f"into {name!r}, which is prepared for quantization: give the LightningModule its weights before the "
+                "fit, model.load_state_dict(qat_lightning.float_state_dict(path)), instead of ckpt_path=."
+            )

@@ -33,8 +33,14 @@ def run_two(program: str, folder: Path, *arguments: str, compile: str = "0") -> 
         timeout=300,
         check=False,
     )
-    assert ran.returncode == 0, ran.stderr[-3000:]
+    assert ran.returncode == 0, _what_went_wrong(ran.stderr)
     return folder
+
+
+def _what_went_wrong(said: str) -> str:
+    """The errors of both processes: where one fails, the other loses its connection, and says so at more length."""
+    errors = [line for line in said.splitlines() if "Error" in line]
+    return "\n".join(errors[:8]) + "\n\n" + said[-3000:]
 
 
 def read_both(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:

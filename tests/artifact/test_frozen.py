@@ -28,7 +28,7 @@ class Residual(nn.Module):
     def forward(self, x: Tensor) -> dict[str, Any]:
         x = F.relu(self.norm(self.first(x)))
         x = F.silu(x + self.second(x))
-        return {"scores": self.head(x.mean((2, 3))), "maps": (x, None), "size": x.shape[2]}
+        return {"scores": self.head(x.mean((2, 3))), "maps": (x, None)}
 
 
 def int8(network: nn.Module | None = None, kind: str = "static", size: int = 12) -> QuantizedNetwork:
@@ -60,7 +60,6 @@ def test_the_same_bits_come_out_in_the_same_form(kind: str) -> None:
             assert torch.equal(got["scores"], wanted["scores"])
             assert torch.equal(got["maps"][0], wanted["maps"][0])
             assert got["maps"][1] is None
-            assert got["size"] == 12
     # A weight-only layer calls a float layer with other weights, which TorchScript has no form for.
     assert [trace is not None for trace in traces(network)] == [kind != "weight_only"] * 2
     other = torch.randn(5, 3, 12, 12)
@@ -168,3 +167,91 @@ def test_other_sizes_run_on_the_graph_that_is_made_for_them() -> None:
         wanted = network.network(images)
         assert all(torch.equal(got, wanted) for got in again_and_again(network, images))
     assert [trace is not None for trace in traces(network)] == [True, False]
+
+
+class Reads(nn.Module):
+    """A linear layer, and something of its own."""
+
+    def __init__(self, what: Callable[[Any, Tensor], Any]) -> None:
+        super().__init__()
+        self.layer, self.what = nn.Linear(4, 4), what
+        self.gain = nn.Parameter(torch.ones(4))
+        self.register_buffer("calls", torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Any:
+        return self.what(self, self.layer(x))
+
+
+def reading(what: Callable[[Any, Tensor], Any]) -> QuantizedNetwork:
+    torch.manual_seed(0)
+    return quantize(Reads(what), Example((torch.randn(4, 4),)), Recipe("fx", "x86", kind="dynamic"))
+
+
+LOOKS: dict[str, Callable[[Any, Tensor], Any]] = {
+    "a number in a tensor": lambda net, y: y / y.abs().max().item(),
+    "where a tensor is positive": lambda net, y: y[y > 0],
+    "how many": lambda net, y: y * y[y > 0].numel(),
+    "chance": lambda net, y: y + torch.rand_like(y),
+    "dropout": lambda net, y: F.dropout(y, 0.5, True),
+    "a constant": lambda net, y: (y, net.gain * 2),
+}
+
+
+@pytest.mark.parametrize("look", list(LOOKS))
+def test_what_a_trace_would_fix_is_computed_anew(look: str) -> None:
+    network = reading(LOOKS[look])
+    for _ in range(CALLS_BEFORE + 3):
+        x = torch.randn(3, 4)
+        torch.manual_seed(1)
+        wanted = network.network(x)
+        torch.manual_seed(1)
+        got = network(x)
+        assert all(torch.equal(a, b) for a, b in zip(_tensors(got), _tensors(wanted), strict=True))
+        _tensors(got)[-1].add_(100)  # what comes out is the caller's
+
+
+def _tensors(result: Any) -> list[Tensor]:
+    return [result] if isinstance(result, Tensor) else list(result)
+
+
+def test_weights_that_are_written_to_are_seen() -> None:
+    network, x = reading(lambda net, y: y * F.softplus(net.gain)), torch.randn(3, 4)
+    again_and_again(network, x)
+    with torch.no_grad():
+        next(value for name, value in network.network.named_parameters() if name.endswith("gain")).add_(3.0)
+    assert torch.equal(network(x), network.network(x))
+
+
+def test_another_network_in_its_place_is_run() -> None:
+    network, other, x = reading(lambda net, y: y), reading(lambda net, y: y * 2), torch.randn(3, 4)
+    again_and_again(network, x)
+    network.network = other.network
+    assert torch.equal(network(x), other.network(x))
+
+
+def test_a_layer_that_is_put_back_is_run() -> None:
+    network, x, y = reading(lambda net, y: y), torch.randn(3, 4), torch.randn(5, 4)
+    again_and_again(network, x)
+    before = network.network.layer
+    network.network.layer = reading(lambda net, y: y).network.layer
+    again_and_again(network, y)
+    network.network.layer = before
+    for given in (x, y):
+        assert torch.equal(network(given), network.network(given))
+
+
+def test_what_counts_its_calls_counts_them_once() -> None:
+    network, x = reading(lambda net, y: y + net.calls.add_(1)), torch.randn(3, 4)
+    got = again_and_again(network, x)
+    assert torch.allclose(got[-1] - got[0], torch.full((3, 4), float(len(got) - 1)))
+
+
+def test_an_error_is_that_of_the_network() -> None:
+    network = reading(lambda net, y: y)
+    again_and_again(network, torch.randn(3, 4))
+    for _ in range(CALLS_BEFORE + 2):
+        with pytest.raises(RuntimeError) as wanted:
+            network.network(torch.randn(3, 5))
+        with pytest.raises(RuntimeError) as got:
+            network(torch.randn(3, 5))
+        assert str(got.value) == str(wanted.value)

@@ -9,6 +9,7 @@ nothing that forward decides by these is fixed for others.
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -16,33 +17,64 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
 CALLS_BEFORE = 4
 """How many calls of a form run as they are: who calls a few times pays for no trace."""
 _FORMS = 8
 """Of how many forms traces are kept."""
+_COUNTED = 64
+"""Of how many forms calls are counted at a time."""
 _CHANGES = 3
 """After how many changes of its modules a network is traced no more."""
-
-_OURS = frozenset({"torch", "torchao", "qat_lightning", "operator", "_operator", "math", "builtins"})
-"""Where the code comes from that decides nothing by the values of tensors, and has no state but its modules'."""
+_OURS = frozenset({"torch", "torchao", "qat_lightning", "operator", "_operator"})
+"""Where the code of layers and functions comes from that has no state but its modules'."""
+_FIXED = _words(
+    """
+    abs adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d add
+    add_relu addmm amax amin avg_pool1d avg_pool2d avg_pool3d baddbmm batch_norm bmm cat cat_relu channel_shuffle chunk
+    clamp clip clone concat contiguous conv1d conv1d_relu conv2d conv2d_relu conv3d conv3d_relu cos cumsum dequantize
+    div einsum elu embedding eq exp expand expand_as flatten flip float floordiv gather ge gelu getattr getitem
+    group_norm gt hardsigmoid hardswish hardtanh index_select instance_norm interpolate layer_norm le leaky_relu linear
+    linear_dynamic linear_relu log_softmax logical_and logical_not logical_or lt masked_fill matmul max_pool1d
+    max_pool2d max_pool3d maximum mean minimum mish mod movedim mul mul_relu narrow ne neg normalize pad permute
+    pixel_shuffle pixel_unshuffle pow quantize_per_tensor relu relu6 repeat reshape reshape_as rms_norm roll rsqrt
+    scaled_dot_product_attention select selu sigmoid silu sin size softmax softplus split sqrt squeeze stack sub sum
+    swapaxes t tanh to transpose tril triu truediv type_as unbind unflatten unsqueeze view view_as where
+    """
+)
+"""Names of functions that decide nothing by what is in a tensor, draw nothing by chance, and write into nothing."""
+_TRAINED = (
+    nn.modules.dropout._DropoutNd,
+    nn.modules.batchnorm._NormBase,
+    nn.MultiheadAttention,
+    nn.RNNBase,
+    nn.RReLU,
+    nn.FractionalMaxPool2d,
+    nn.FractionalMaxPool3d,
+)
+"""Layers that draw by chance, or keep statistics, in training."""
 _PLAIN = (bool, int, float, str, type(None))
 
 Frozen = Callable[..., Any]
-State = tuple[list[dict[Any, Any]], list[dict[Any, Any]]]
+Held = list[dict[Any, Any]]
 
 
 class FrozenCalls:
     """Decides for each call of a network whether a frozen trace runs in its place, and makes the traces.
 
     A trace is kept if it gives the same bits, three times over. It is left out wherever something looks at the network
-    or changes it: a hook on a module, an attribute that was set, another tracer or compiler, a mode of torch's,
-    autocast.
+    or changes it: a hook on a module, an attribute that was set, a weight that was written to, another network,
+    another tracer or compiler, a mode of torch's, autocast.
     """
 
     def __init__(self) -> None:
         self._seen: dict[Any, int] = {}
         self._made: dict[Any, Frozen | None] = {}
-        self._state: State = ([], [])
+        self._state: _State | None = None
         self._changes = 0
         self._is_graph: bool | None = None
 
@@ -56,40 +88,47 @@ class FrozenCalls:
 
     def run(self, network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The outputs of ``network``, from a trace where there is one."""
-        if self._changes > _CHANGES or _is_watched():
+        if self._changes > _CHANGES or self._is_graph is False or _is_watched():
+            return network(*args, **kwargs)
+        leaves, key = _form(args, kwargs)
+        if key is None:
+            return network(*args, **kwargs)
+        if self._state is not None and not self._state.holds(network):
+            self._changes += 1
+            self._seen, self._made, self._state, self._is_graph = {}, {}, None, None
+        frozen = self._made.get(key)
+        if frozen is None:
+            return self._as_it_is(network, key, args, kwargs)
+        try:
+            return frozen(*leaves)
+        except Exception:  # noqa: BLE001 - what a graph refuses is said by itself, and not by TorchScript
+            return network(*args, **kwargs)
+
+    def _as_it_is(self, network: nn.Module, key: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if key in self._made or len(self._made) >= _FORMS:
+            return network(*args, **kwargs)
+        if len(self._seen) > _COUNTED:
+            self._seen = {}
+        self._seen[key] = self._seen.get(key, 0) + 1
+        if self._seen[key] <= CALLS_BEFORE or _has_hooks(network):
             return network(*args, **kwargs)
         if self._is_graph is None:
             self._is_graph = is_graph(network)
         if not self._is_graph:
             return network(*args, **kwargs)
-        leaves, key = _form(args, kwargs)
-        if key is None:
-            return network(*args, **kwargs)
-        frozen = self._made.get(key)
-        if frozen is not None:
-            if _is_same(self._state):
-                return frozen(*leaves)
-            self._changes += 1
-            self._seen, self._made, self._state, self._is_graph = {}, {}, ([], []), None
-        elif key not in self._made and len(self._made) < _FORMS:
-            seen = self._seen[key] = self._seen.get(key, 0) + 1
-            if seen > CALLS_BEFORE and not _has_hooks(network):
-                return self._freeze(network, key, args, kwargs)
-        return network(*args, **kwargs)
-
-    def _freeze(self, network: nn.Module, key: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         given: Any = pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, (args, kwargs))
         result = network(*args, **kwargs)
-        frozen = freeze(network, given[0], given[1], result)
-        if not self._state[0]:
-            self._state = _state_of(network)
-        self._made[key] = frozen if frozen is not None and _gives(frozen, given, result) else None
-        self._seen.pop(key, None)
+        if self._state is None:
+            self._state = _State(network)
+        self._made[key] = freeze(network, given[0], given[1], result)
+        self._seen.pop(key)
         return result
 
 
 def is_graph(network: nn.Module) -> bool:
-    """Whether all that a network runs is a graph of torch's ops and layers: no code of the user's, which may decide.
+    """Whether all that a network runs is a graph of torch's layers and of functions that are known to be fixed.
+
+    Nothing of it is code of the user's, looks at what is in a tensor, draws by chance or writes into a tensor.
 
     Example:
         >>> is_graph(nn.Linear(2, 2))
@@ -98,48 +137,60 @@ def is_graph(network: nn.Module) -> bool:
     graph = network.__dict__.get("graph")
     if not isinstance(graph, torch.fx.Graph):
         return False
-    functions = (node.target for node in graph.nodes if node.op == "call_function")
-    return all(_is_ours(type(module)) for module in network.modules()) and all(map(_is_ours, functions))
+    return all(map(_is_fixed, graph.nodes)) and all(
+        type(module).__module__.partition(".")[0] in _OURS and not (module.training and isinstance(module, _TRAINED))
+        for module in network.modules()
+    )
 
 
-def _is_ours(code: Any) -> bool:
-    return (getattr(code, "__module__", None) or "torch").partition(".")[0] in _OURS
+def _is_fixed(node: torch.fx.Node) -> bool:
+    if node.op not in ("call_function", "call_method"):
+        return True
+    target: Any = node.target
+    if isinstance(target, str):
+        return target in _FIXED
+    home = (getattr(target, "__module__", None) or "torch").partition(".")[0]
+    name = target.__name__.partition(".")[0]
+    return name in _FIXED and (home in _OURS or target is getattr) and "out" not in node.kwargs
 
 
 def freeze(network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Frozen | None:
     """A frozen trace of a network for inputs of one form, called with their tensors; None if there can be none.
 
     Args:
-        network: Whose ``forward`` decides nothing by what is in a tensor.
+        network: For which `is_graph` holds.
         args: A call of it; its tensors are copied.
         kwargs: Likewise.
         result: What that call gives.
     """
     leaves, spec = pytree.tree_flatten((args, kwargs))
     results, structure = pytree.tree_flatten(result)
-    if not all(isinstance(leaf, (Tensor, *_PLAIN)) for leaf in results):
-        return None  # an object of its own, such as a cache, would be that of this one call
+    if not all(leaf is None or isinstance(leaf, Tensor) for leaf in results):
+        return None  # a number or an object would be that of this one call
     given = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
     computed = [place for place, leaf in enumerate(results) if isinstance(leaf, Tensor)]
 
     def flat(*tensors: Tensor) -> tuple[Tensor, ...]:
         args, kwargs = pytree.tree_unflatten(_put(leaves, given, tensors), spec)
-        # In a trace sizes are tensors as well: what is one is known from the result.
         found = pytree.tree_leaves(network(*args, **kwargs))
         return tuple(found[place] for place in computed)
 
-    with warnings.catch_warnings():
+    tensors = tuple(leaves[place] for place in given)
+    wanted = [results[place] for place in computed]
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore")  # TorchScript is deprecated, and constants in the trace are meant
         try:
-            tensors = tuple(leaves[place].clone() for place in given)
-            traced = torch.jit.trace(_Flat(network, flat).eval(), tensors, check_trace=False)
+            traced = torch.jit.trace(_Flat(network, flat), _copies(tensors), check_trace=False)
             # Without its numerics, which folds BatchNorm into float layers: the same bits are asked for.
             frozen = torch.jit.freeze(traced, optimize_numerics=False)
+            if not _gives(frozen, tensors, wanted):
+                return None
         except Exception:  # noqa: BLE001 - whatever TorchScript does not take runs as it is, and is none the worse
             return None
     if len(results) == 1 and structure.is_leaf():
         return lambda *tensors: frozen(*tensors)[0]
-    return lambda *tensors: pytree.tree_unflatten(_put(results, computed, frozen(*tensors)), structure)
+    empty: list[Any] = [None] * len(results)
+    return lambda *tensors: pytree.tree_unflatten(_put(empty, computed, frozen(*tensors)), structure)
 
 
 def _put(leaves: list[Any], places: list[int], tensors: tuple[Tensor, ...]) -> list[Any]:
@@ -149,6 +200,10 @@ def _put(leaves: list[Any], places: list[int], tensors: tuple[Tensor, ...]) -> l
     return filled
 
 
+def _copies(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(tensor.clone() for tensor in tensors)
+
+
 class _Flat(nn.Module):
     """Flat tensors in and out, which is what TorchScript traces."""
 
@@ -156,6 +211,7 @@ class _Flat(nn.Module):
         super().__init__()
         self.network = network
         self.__dict__["_flat"] = flat
+        self.training = False
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         result: tuple[Tensor, ...] = self.__dict__["_flat"](*tensors)
@@ -165,20 +221,28 @@ class _Flat(nn.Module):
 def _form(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Tensor], Any]:
     """The tensors of a call, and what a trace of it is for; None where it is for none."""
     if len(args) == 1 and not kwargs and type(args[0]) is Tensor:  # as most calls are, and several times quicker
-        x = args[0]
-        return [x], (x.shape, x.stride(), x.dtype) if x.device.type == "cpu" else None
+        return [args[0]], _form_of(args[0])
+    if not _is_nested(args) or not _is_nested(kwargs):
+        return [], None
     leaves, spec = pytree.tree_flatten((args, kwargs))
-    key: list[Any] = [spec]
-    tensors = []
-    for leaf in leaves:
-        if type(leaf) is Tensor and leaf.device.type == "cpu":
-            tensors.append(leaf)
-            key.append((leaf.shape, leaf.stride(), leaf.dtype))
-        elif isinstance(leaf, _PLAIN):
-            key.append((type(leaf), leaf))
-        else:
-            return [], None
-    return tensors, tuple(key) if tensors else None
+    forms = [_form_of(leaf) for leaf in leaves]
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    return tensors, (spec, *forms) if tensors and None not in forms else None
+
+
+def _form_of(leaf: Any) -> Any:
+    if isinstance(leaf, Tensor):
+        return None if leaf.device.type != "cpu" or leaf.is_quantized else (leaf.shape, leaf.stride(), leaf.dtype)
+    return type(leaf), leaf.hex() if isinstance(leaf, float) else leaf  # 0.0 is not -0.0, and NaN is NaN
+
+
+def _is_nested(value: Any) -> bool:
+    """Whether a value is of tensors and plain values, in tuples, lists and dicts."""
+    if type(value) in (tuple, list):
+        return all(map(_is_nested, value))
+    if type(value) is dict:
+        return all(map(_is_nested, value.values()))
+    return type(value) is Tensor or type(value) in _PLAIN
 
 
 def _is_watched() -> bool:
@@ -192,31 +256,37 @@ def _is_watched() -> bool:
     )
 
 
-def _state_of(network: nn.Module) -> State:
-    """What the modules hold, and a copy of it: what is set, replaced or hooked into afterwards differs.
+class _State:
+    """What the modules of a network hold, to see afterwards what was set, replaced, written to or hooked into.
 
     Of modules that the graph does not call, only what they hold for those that it calls.
     """
-    held: list[dict[Any, Any]] = [
-        torch.nn.modules.module._global_forward_hooks,
-        torch.nn.modules.module._global_forward_pre_hooks,
-    ]
-    graph: torch.fx.Graph = network.__dict__["graph"]
-    called = {"", *(str(node.target) for node in graph.find_nodes(op="call_module"))}
-    inside: set[nn.Module] = set()
-    for name, module in network.named_modules(remove_duplicate=False):
-        if name in called or module in inside:
-            inside |= set(module.children()) if name else set()
-            held += [module.__dict__, module._forward_hooks, module._forward_pre_hooks]
-        held += [parts for parts in (module._modules, module._parameters, module._buffers) if parts]
-    return held, [dict(found) for found in held]
 
+    def __init__(self, network: nn.Module) -> None:
+        self.network = weakref.ref(network)
+        hooks = torch.nn.modules.module
+        self.now: Held = [hooks._global_forward_hooks, hooks._global_forward_pre_hooks]
+        graph: torch.fx.Graph = network.__dict__["graph"]
+        called = {"", *(str(node.target) for node in graph.find_nodes(op="call_module"))}
+        inside: set[nn.Module] = set()
+        for name, module in network.named_modules(remove_duplicate=False):
+            if name in called or module in inside:
+                inside |= set(module.children()) if name else set()
+                self.now += [module.__dict__, module._forward_hooks, module._forward_pre_hooks]
+            self.now += [parts for parts in (module._modules, module._parameters, module._buffers) if parts]
+        self.then = [dict(found) for found in self.now]
+        tensors = [*network.parameters(), *network.buffers()]
+        self.tensors = [tensor for tensor in tensors if not tensor.is_inference()]
+        self.versions = [tensor._version for tensor in self.tensors]
 
-def _is_same(state: State) -> bool:
-    try:
-        return state[0] == state[1]
-    except Exception:  # noqa: BLE001 - one tensor in place of another, which have no one truth value
-        return False
+    def holds(self, network: nn.Module) -> bool:
+        """Whether it is the same network, and nothing of it has changed."""
+        if self.network() is not network or [tensor._version for tensor in self.tensors] != self.versions:
+            return False
+        try:
+            return self.now == self.then
+        except Exception:  # noqa: BLE001 - one tensor in place of another, which have no one truth value
+            return False
 
 
 def _has_hooks(network: nn.Module) -> bool:
@@ -226,26 +296,15 @@ def _has_hooks(network: nn.Module) -> bool:
     )
 
 
-def _gives(frozen: Frozen, given: Any, wanted: Any) -> bool:
-    """Whether a trace gives the same bits: as it is recorded, profiled and optimized."""
-    leaves = pytree.tree_leaves(given)
-    for _ in range(3):
-        got = frozen(*(leaf.clone() for leaf in leaves if isinstance(leaf, Tensor)))
-        if not _same_bits(wanted, got):
-            return False
-    return True
+def _gives(frozen: Any, tensors: tuple[Tensor, ...], wanted: list[Tensor]) -> bool:
+    """Whether a trace gives the same bits, in memory of their own: as it is recorded, profiled and optimized."""
+    runs = [frozen(*_copies(tensors)) for _ in range(3)]
+    if any(one.data_ptr() == other.data_ptr() != 0 for one, other in zip(runs[0], runs[1], strict=True)):
+        return False  # a constant, which whoever gets it may write to
+    return all(_same_bits(one, other) for run in runs for one, other in zip(wanted, run, strict=True))
 
 
-def _same_bits(one: Any, other: Any) -> bool:
-    ours, spec = pytree.tree_flatten(one)
-    theirs, found = pytree.tree_flatten(other)
-    if spec != found:
+def _same_bits(one: Tensor, other: Tensor) -> bool:
+    if one.dtype != other.dtype or one.shape != other.shape or one.stride() != other.stride():
         return False
-    return all(
-        torch.equal(torch.nan_to_num(a), torch.nan_to_num(b))
-        and torch.equal(a.isnan(), b.isnan())
-        and a.dtype == b.dtype
-        if isinstance(a, Tensor) and isinstance(b, Tensor)
-        else type(a) is type(b) and a == b
-        for a, b in zip(ours, theirs, strict=True)
-    )
+    return torch.equal(torch.nan_to_num(one), torch.nan_to_num(other)) and torch.equal(one.isnan(), other.isnan())

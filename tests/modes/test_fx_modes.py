@@ -119,6 +119,38 @@ def test_what_changes_nothing_of_the_example_is_run_for_other_inputs(inner: Any)
         assert sqnr_db(wanted, int8(large)) > 25
 
 
+class Remembers(DropPath):
+    """Keeps what it was given last."""
+
+    last: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.last = x
+        return super().forward(x)
+
+
+def test_a_module_that_keeps_what_it_is_given_keeps_real_tensors() -> None:
+    network = Residual(Remembers)
+    prepared_as_float(network, IMAGES)
+    assert type(network.inner.last) is Tensor
+
+
+class Crops(nn.Module):
+    """Changes nothing of what is as small as the example."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[..., :8, :8] if x.shape[-1] > 8 else x
+
+
+def test_a_module_that_decides_by_sizes_is_run_for_others() -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1), Crops())
+    prepared = get_mode("fx").prepare(network, Example((IMAGES,)), Recipe("fx", "x86", exclude=("2",)))
+    prepared.train()(IMAGES)
+    int8 = get_mode("fx").convert(prepared.eval(), Example((IMAGES,))).network
+    assert int8(torch.randn(2, 3, 12, 12)).shape == (2, 4, 8, 8)
+
+
 class Attention(nn.Module):
     """An argument that is another number in evaluation."""
 

@@ -77,7 +77,7 @@ TWO_AND_MORE = "two samples and more"
 
 
 def trace(
-    network: nn.Module, example: Example, leaves: list[str]
+    network: nn.Module, example: Example, leaves: list[str], *, by_example: bool = False
 ) -> tuple[fx.GraphModule, dict[str, Any], GivenSizes | None]:
     """Trace ``network`` as FX does, in training mode.
 
@@ -87,6 +87,7 @@ def trace(
         network: The float network.
         example: One call; parameters of ``forward`` that it does not give are fixed to their defaults.
         leaves: Names of submodules to call as they are instead of looking inside.
+        by_example: As earlier releases did, take what changes nothing of the example for something that drops out.
 
     Returns:
         The graph module, whose layers are the network's own but for what is a BatchNorm by what it does; the scope of
@@ -106,7 +107,8 @@ def trace(
     called = {str(node.target) for node in graph_module.graph.find_nodes(op="call_module")}
     for path in called & set(frozen):
         set_module(graph_module, path, frozen[path])
-    mark_dropouts(traced, network, example, [path for path in called if path in whole or path.startswith(BY_MODE)])
+    paths = [path for path in called if path in whole or path.startswith(BY_MODE)]
+    mark_dropouts(traced, network, example, paths, by_example=by_example)
     one_module_a_call(graph_module)
     give_all_arguments(graph_module.graph)
     read_what_was_written(graph_module)

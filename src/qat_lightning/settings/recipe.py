@@ -31,13 +31,15 @@ FAMILIES = (
     "sums",
     "dynamic_tables",
     "bounds",
+    "identities",
 )
 """What earlier releases left float, so that their checkpoints have no ranges for it: attention; functions under names
 that upstream does not know; products with a weight, as linear layers; transposed convolutions in mode fx; in mode pt2e
 convolutions of sequences without a ReLU, and those that are padded by name; transposed convolutions in modes eager and
 pt2e; the tables of embeddings, of static networks and of dynamic ones; in mode fx products of shapes that are
-broadcast, and products by other names. Two are what they rounded: sums that only float ops read, in modes fx and pt2e
-(``"sums"``), and in mode fx the limits of clamps that are tensors (``"bounds"``)."""
+broadcast, and products by other names. Three are what they did: they rounded sums that only float ops read, in modes
+fx and pt2e (``"sums"``), and in mode fx the limits of clamps that are tensors (``"bounds"``), and took what changes
+nothing of the example for something that drops out (``"identities"``)."""
 
 Adapters = Literal["merged", "float"]
 """What becomes of low-rank adapters (LoRA): merged into the weights that are rounded, or float beside them."""

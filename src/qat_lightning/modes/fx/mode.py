@@ -103,7 +103,9 @@ class FxMode:
             for name, module in network.named_modules()
             if name
         }
-        graph_module, scopes, sizes = trace(network, example, leaves=outer_parts(network, selected))
+        graph_module, scopes, sizes = trace(
+            network, example, outer_parts(network, selected), by_example="identities" not in recipe.families
+        )
         two_and_more, mixed = (graph_module.meta.pop(key) for key in (TWO_AND_MORE, MIXED))
         leave_inside_float(graph_module, selected)
         if "twins" in recipe.families:

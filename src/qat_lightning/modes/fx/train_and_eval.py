@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from qat_lightning.graph.example import Example
 from qat_lightning.graph.training_flags import evaluating
@@ -105,29 +106,37 @@ def _dropout(node: fx.Node, other: fx.Node) -> nn.Module | None:
 
 
 @torch.no_grad()
-def mark_dropouts(traced: Traced, network: nn.Module, example: Example, paths: list[str]) -> None:
-    """Put `DropoutLike` in the place of each module that returns what it is given in evaluation.
+def mark_dropouts(
+    traced: Traced, network: nn.Module, example: Example, paths: list[str], *, by_example: bool = False
+) -> None:
+    """Put `DropoutLike` in the place of each module that returns what it is given in evaluation, whatever that is.
 
     Args:
         traced: The graph; the modules of ``paths`` may be replaced.
         network: The float network.
         example: One call.
         paths: Modules that hold no layer; one that holds tensors stays where these have their names.
+        by_example: Whether to take the example's word for it.
     """
     root = traced.graph_module
     if not paths:
         return
     with evaluating(network, root), torch.random.fork_rng(devices=[]):
-        run = _Compared(root, garbage_collect_values=False)
+        run = _Compared(root, by_example=by_example)
         run.run(*copy.deepcopy(example_values(root.graph, example)))
     for path in paths:
         inner = root.get_submodule(path)
-        if path in run.same and path not in run.other and not inner.state_dict():
+        held = any(True for _ in inner.parameters()) or any(True for _ in inner.buffers())
+        if path in run.same and path not in run.other and not held:
             set_module(root, path, DropoutLike(inner).train(inner.training))
 
 
 class _Compared(fx.Interpreter):
     """Runs a graph, and notes which modules return the one tensor that they are given."""
+
+    def __init__(self, root: fx.GraphModule, *, by_example: bool) -> None:
+        super().__init__(root, garbage_collect_values=False)
+        self.by_example = by_example
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         self.same: set[str] = set()
@@ -138,7 +147,7 @@ class _Compared(fx.Interpreter):
         given = args[0].clone() if len(args) == 1 and not kwargs and isinstance(args[0], Tensor) else None
         result = super().call_module(target, args, kwargs)
         same = given is not None and isinstance(result, Tensor) and torch.equal(result, given)
-        if same and _returns_what_it_is_given(self.fetch_attr(target), given):
+        if same and (self.by_example or _returns_what_it_is_given(self.fetch_attr(target), given)):
             self.same.add(str(target))
         else:
             self.other.add(str(target))
@@ -146,13 +155,23 @@ class _Compared(fx.Interpreter):
 
 
 def _returns_what_it_is_given(module: nn.Module, given: Any) -> bool:
-    """Whether a module returns the very tensor that it gets, whatever is in it: here it has no values to look at."""
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        empty = mode.from_tensor(given)
-        try:
-            return module(empty) is empty
-        except Exception:  # noqa: BLE001 - it looks at values, or does what a tensor without values cannot
-            return False
+    """Whether a module returns the very tensor that it gets, whatever is in it and whatever its sizes.
+
+    A copy is asked, which may keep what it is given, with a tensor that has no values, and sizes that are noted when
+    something is decided by them.
+    """
+    sizes = ShapeEnv()
+    any_sizes: Any = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC] * given.dim())
+    try:
+        asked = copy.deepcopy(module)
+        for part in asked.modules():
+            part._forward_hooks.clear()
+            part._forward_pre_hooks.clear()
+        with FakeTensorMode(shape_env=sizes, allow_non_fake_inputs=True) as mode:
+            empty = mode.from_tensor(given, symbolic_context=any_sizes)
+            return asked(empty) is empty and not sizes.guards
+    except Exception:  # noqa: BLE001 - it looks at values, or does what a tensor without values cannot
+        return False
 
 
 def replace_node(traced: Traced, node: fx.Node, path: str, args: tuple[Any, ...]) -> fx.Node:

@@ -114,3 +114,26 @@ def test_calibration_keeps_tables_as_integers(mode: str) -> None:
     assert ptq.quantized is not None
     rows = {row.name.removeprefix("net."): row.reason for row in ptq.quantized.coverage if not row.quantized}
     assert rows == {"bag": "excluded"}
+
+
+class Scores(Words):
+    """Reads the table as the weight of a function, as many heads are tied."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = torch.relu(self.inner(self.words(ids).mean(1) + self.bag(ids)))
+        y: Tensor = (
+            self.scores(x) + 0.01 * F.adaptive_avg_pool1d(F.linear(x, self.words.weight)[:, None], CLASSES)[:, 0]
+        )
+        return y
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "weight_only"])
+@pytest.mark.parametrize("mode", ["fx", "eager"])
+def test_a_table_that_forward_reads_as_a_weight_is_float_from_the_start(mode: str, kind: str) -> None:
+    callback = qat(mode, kind=kind)
+    torch.manual_seed(0)
+    trainer(callback, max_epochs=4).fit(Lit(Scores(), lr=0.2), batches())
+    assert callback.quantized is not None
+    rows = {row.name.removeprefix("net."): row.reason for row in callback.quantized.coverage if not row.quantized}
+    assert set(rows) - {"head"} == {"words"}
+    assert "forward reads its weight itself" in rows["words"]

@@ -273,7 +273,8 @@ def round_as(layer: nn.Module, rounded_type: type[nn.Module], recipe: Recipe) ->
     rounded.__dict__["weight_grid"] = grid
     for name in rounded.parts():
         rounded.add_module(_child(name), _weight_fake_quantize(grid))
-    if recipe.kind == "dynamic" and not isinstance(layer, module_types("table")):  # which read indices
+    # A table reads indices, also behind adapters.
+    if recipe.kind == "dynamic" and not isinstance(getattr(layer, "base_layer", layer), module_types("table")):
         scheme = recipe.scheme
         made = DynamicFakeQuantize(scheme.activation_granularity, symmetric=scheme.activation_symmetric)
         rounded.add_module(ACTIVATION, made)

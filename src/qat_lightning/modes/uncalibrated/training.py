@@ -11,14 +11,16 @@ from torch.utils._pytree import tree_map
 
 from qat_lightning.errors import NetworkError, VerificationError
 from qat_lightning.graph.example import Example, in_float32
+from qat_lightning.graph.training_flags import evaluating
 from qat_lightning.layers.adapters import take_over_choice
+from qat_lightning.layers.operators import module_types
 from qat_lightning.layers.qat_modules import make_batchnorm_freezable
 from qat_lightning.layers.rounded import RoundedLayer
 from qat_lightning.layers.rounded_adapters import round_trained
 from qat_lightning.modes.eager.layers import without_fast_paths
 from qat_lightning.modes.float_state import present_float
 from qat_lightning.modes.judging import Names
-from qat_lightning.modes.left_float import follow_checkpoints, leaving_float, with_reasons
+from qat_lightning.modes.left_float import follow_checkpoints, leave_float, leaving_float, with_reasons
 from qat_lightning.modes.other_quantization import refuse_other_quantization
 from qat_lightning.modes.precision import refuse_mixed
 from qat_lightning.modes.prepared import (
@@ -35,11 +37,14 @@ from qat_lightning.modes.uncalibrated.checking import refuse_nothing, run, run_f
 from qat_lightning.modes.uncalibrated.eager import cover
 from qat_lightning.modes.uncalibrated.flow import quantize
 from qat_lightning.modes.uncalibrated.macs import with_macs
+from qat_lightning.modes.uncalibrated.reads import READ_ELSEWHERE, read_elsewhere
 from qat_lightning.modes.whole import Disturbance, check_whole, is_right, raise_if_wrong
 from qat_lightning.numerics.dynamic_fake_quantize import disturbed_roundings
 from qat_lightning.numerics.recomputation import keep_tapes
 from qat_lightning.settings.kinds import check_kind
 from qat_lightning.settings.recipe import Recipe
+
+TABLES = module_types("table")
 
 
 class DirectMode:
@@ -59,7 +64,8 @@ class DirectMode:
         keep_tapes()
         float_network = copy_of_modules(network)
         rows = cover(whole(float_network, recipe), recipe, prefix)
-        refuse_nothing(float_network, rows, recipe)
+        read = _tables_read_elsewhere(float_network, rows, example)
+        refuse_nothing(float_network, with_reasons(rows, read), recipe)
         without_fast_paths(network)
         make_batchnorm_freezable(network)
         for row in rows:
@@ -69,6 +75,7 @@ class DirectMode:
         follow_course(network)
         follow_checkpoints(network)
         materialize_weights(network)
+        leave_float(network, read, None)
         return network
 
     def convert(self, prepared: nn.Module, example: Example) -> Converted:
@@ -116,6 +123,14 @@ class DirectMode:
             layer = trained_layer(prepared, name)
             assert isinstance(layer, RoundedLayer)
             layer.leave_float()
+
+
+def _tables_read_elsewhere(network: nn.Module, rows: list[LayerCoverage], example: Example) -> dict[str, str]:
+    tables = [row.name for row in rows if row.quantized and isinstance(network.get_submodule(row.name), TABLES)]
+    if not tables:
+        return {}
+    with evaluating(network):
+        return dict.fromkeys(read_elsewhere(network, tables, example), READ_ELSEWHERE)
 
 
 def rounded_layers(prepared: nn.Module) -> dict[str, RoundedLayer]:

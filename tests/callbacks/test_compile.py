@@ -12,7 +12,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from qat_lightning import QuantizationMonitor
+from qat_lightning import Example, QuantizationMonitor, Recipe, prepare
+from qat_lightning.demos import CharTransformer
 from qat_lightning.errors import ConfigurationError
 from qat_lightning.modes import compiling
 from qat_lightning.modes.compiling import CompiledSteps
@@ -191,3 +192,20 @@ def test_generated_code_trains_alike(mode: str) -> None:
     callback, module = fitted(mode, lambda: Lit(Residual()), compile=True)
     assert_alike(expected, module)
     assert callback.quantized is not None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["dynamic", "weight_only"])
+def test_layers_that_are_rounded_where_they_are_compile_in_any_code(kind: str) -> None:
+    """A network that uses what Dynamo does not follow where a mode of torch's looks at each function."""
+    torch.manual_seed(0)
+    network, tokens = CharTransformer(context=8, dim=32, depth=1), torch.randint(0, 256, (2, 8))
+    recipe = Recipe("eager", "x86", kind=kind, trained=True)  # type: ignore[arg-type]
+    prepared = prepare(network, Example((tokens,)), recipe).train()
+    plain = copy.deepcopy(prepared)
+    CompiledSteps(prepared, prepared, "network")
+    for _ in range(3):
+        ours, wanted = prepared(tokens), plain(tokens)
+        ours.sum().backward()
+        wanted.sum().backward()
+        assert torch.allclose(ours, wanted, atol=1e-4)

@@ -20,6 +20,7 @@ from qat_lightning.modes.compile_switch import has_cpp_compiler
 from qat_lightning.modes.eager.forwards import is_foreign
 from qat_lightning.modes.eager.layers import MarksWhileTraced
 from qat_lightning.modes.prepared import fake_quantizers, prepared_state
+from qat_lightning.settings.kinds import DIRECT
 from qat_lightning.settings.modes import traits_of
 
 BACKEND = "inductor"
@@ -83,7 +84,8 @@ class CompiledSteps:
         self.plain: Callable[..., Any] = owner.forward
         self._modules = list(network.modules())
         self._unseen = [fq for _, fq in fake_quantizers(network) if fq.observed]
-        marks = prepared_state(network).recipe.mode == "eager"
+        recipe = prepared_state(network).recipe
+        marks = recipe.mode == "eager" and recipe.kind not in DIRECT  # whose layers know what they round
         self._compiled = torch.compile(_function_of_its_own(self.plain, marks=marks), backend=BACKEND, fullgraph=True)
         self._learn = any(fq.step is not None for fq in self._unseen)
         self.switched()

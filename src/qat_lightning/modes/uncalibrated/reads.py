@@ -24,6 +24,7 @@ def read_elsewhere(network: nn.Module, names: Iterable[str], example: Example) -
         example: The call.
 
     Example:
+        >>> import torch
         >>> class Tied(nn.Module):
         ...     def __init__(self):
         ...         super().__init__()

@@ -37,26 +37,30 @@ _FIXED = _words(
     abs adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d add
     add_relu addmm amax amin avg_pool1d avg_pool2d avg_pool3d baddbmm batch_norm bmm cat cat_relu channel_shuffle chunk
     clamp clip clone concat contiguous conv1d conv1d_relu conv2d conv2d_relu conv3d conv3d_relu cos cumsum dequantize
-    div einsum elu embedding eq exp expand expand_as flatten flip float floordiv gather ge gelu getattr getitem
+    div einsum elu embedding eq exp expand expand_as flatten flip float gather ge gelu getitem
     group_norm gt hardsigmoid hardswish hardtanh index_select instance_norm interpolate layer_norm le leaky_relu linear
     linear_dynamic linear_relu log_softmax logical_and logical_not logical_or lt masked_fill matmul max_pool1d
-    max_pool2d max_pool3d maximum mean minimum mish mod movedim mul mul_relu narrow ne neg normalize pad permute
+    max_pool2d max_pool3d maximum mean minimum mish movedim mul mul_relu narrow ne neg normalize pad permute
     pixel_shuffle pixel_unshuffle pow quantize_per_tensor relu relu6 repeat reshape reshape_as rms_norm roll rsqrt
-    scaled_dot_product_attention select selu sigmoid silu sin size softmax softplus split sqrt squeeze stack sub sum
+    scaled_dot_product_attention select selu sigmoid silu sin softmax softplus split sqrt squeeze stack sub sum
     swapaxes t tanh to transpose tril triu truediv type_as unbind unflatten unsqueeze view view_as where
     """
 )
-"""Names of functions that decide nothing by what is in a tensor, draw nothing by chance, and write into nothing."""
-_TRAINED = (
-    nn.modules.dropout._DropoutNd,
-    nn.modules.batchnorm._NormBase,
-    nn.MultiheadAttention,
-    nn.RNNBase,
-    nn.RReLU,
-    nn.FractionalMaxPool2d,
-    nn.FractionalMaxPool3d,
+"""Names of functions that decide nothing by what is in a tensor, draw nothing by chance, write into nothing, and are
+given no sizes of tensors: what TorchScript's tracer notes of those outlives a trace that fails."""
+_LAYERS = (
+    "torch.ao.nn.",
+    *(
+        f"torch.nn.modules.{name}"
+        for name in ("activation", "batchnorm", "conv", "dropout", "flatten", "linear", "normalization", "padding")
+    ),
+    *(f"torch.nn.modules.{name}" for name in ("container", "pixelshuffle", "pooling")),
+    "qat_lightning.modes.graph_network",
 )
+"""Where the layers are from that do nothing else either."""
+_TRAINED = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._NormBase)
 """Layers that draw by chance, or keep statistics, in training."""
+_LEFT_OUT = (nn.MultiheadAttention, nn.RReLU, nn.FractionalMaxPool2d, nn.FractionalMaxPool3d)
 _PLAIN = (bool, int, float, str, type(None))
 
 Frozen = Callable[..., Any]
@@ -135,12 +139,18 @@ def is_graph(network: nn.Module) -> bool:
         False
     """
     graph = network.__dict__.get("graph")
-    if not isinstance(graph, torch.fx.Graph):
+    if not isinstance(graph, torch.fx.Graph) or getattr(network, "sizes", None) is not None:
+        return False  # for other sizes it would make itself anew within the trace
+    return all(map(_is_fixed, graph.nodes)) and all(map(_is_fixed_layer, network.modules()))
+
+
+def _is_fixed_layer(module: nn.Module) -> bool:
+    if not type(module).__module__.startswith(_LAYERS) or (module.training and isinstance(module, _TRAINED)):
         return False
-    return all(map(_is_fixed, graph.nodes)) and all(
-        type(module).__module__.partition(".")[0] in _OURS and not (module.training and isinstance(module, _TRAINED))
-        for module in network.modules()
-    )
+    if isinstance(module, (nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d)):
+        sizes: Any = module.output_size
+        return sizes is not None and (isinstance(sizes, int) or None not in sizes)
+    return not isinstance(module, _LEFT_OUT)
 
 
 def _is_fixed(node: torch.fx.Node) -> bool:
@@ -151,7 +161,9 @@ def _is_fixed(node: torch.fx.Node) -> bool:
         return target in _FIXED
     home = (getattr(target, "__module__", None) or "torch").partition(".")[0]
     name = target.__name__.partition(".")[0]
-    return name in _FIXED and (home in _OURS or target is getattr) and "out" not in node.kwargs
+    if name == "getitem" and any(isinstance(part, torch.fx.Node) for part in pytree.tree_leaves(node.args[1])):
+        return False
+    return name in _FIXED and home in _OURS and "out" not in node.kwargs
 
 
 def freeze(network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Frozen | None:

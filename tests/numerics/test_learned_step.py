@@ -8,7 +8,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from qat_lightning.graph.example import Example
@@ -88,6 +88,7 @@ def test_values_and_gradient_of_the_input_are_those_of_fixed_scales(seed: int, p
 @given(SEEDS, st.booleans(), st.floats(-3, 18))
 @settings(max_examples=30, deadline=None)
 def test_values_and_gradients_are_those_of_torchs_kernel(seed: int, per_channel: bool, zero_point: float) -> None:
+    assume(zero_point % 1 != 0.5)  # which torch rounds up for the gradient, and to the even number for the value
     generator = torch.Generator().manual_seed(seed)
     x = (torch.randn(3, 4, 5, 6, generator=generator) * 2).to(memory_format=torch.channels_last)
     shape = (4,) if per_channel else (1,)

@@ -17,10 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-
-def _words(text: str) -> frozenset[str]:
-    return frozenset(text.split())
-
+from qat_lightning.artifact.operations import words
 
 CALLS_BEFORE = 4
 """How many calls of a form run as they are: who calls a few times pays for no trace."""
@@ -31,8 +28,8 @@ _COUNTED = 64
 _CHANGES = 3
 """After how many changes of its modules a network is traced no more."""
 _OURS = frozenset({"torch", "torchao", "qat_lightning", "operator", "_operator"})
-"""Where the code of layers and functions comes from that has no state but its modules'."""
-_FIXED = _words(
+"""Where functions come from whose names say what they do."""
+_FIXED = words(
     """
     abs adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d add
     add_relu addmm amax amin avg_pool1d avg_pool2d avg_pool3d baddbmm batch_norm bmm cat cat_relu channel_shuffle chunk
@@ -52,9 +49,10 @@ _LAYERS = (
     "torch.ao.nn.",
     *(
         f"torch.nn.modules.{name}"
-        for name in ("activation", "batchnorm", "conv", "dropout", "flatten", "linear", "normalization", "padding")
+        for name in words(
+            "activation batchnorm container conv dropout flatten linear normalization padding pixelshuffle pooling"
+        )
     ),
-    *(f"torch.nn.modules.{name}" for name in ("container", "pixelshuffle", "pooling")),
     "qat_lightning.modes.graph_network",
 )
 """Where the layers are from that do nothing else either."""

@@ -23,11 +23,12 @@ from qat_lightning.graph.assignment import assigned
 from qat_lightning.layers.padding import pad
 
 
-def _words(text: str) -> frozenset[str]:
+def words(text: str) -> frozenset[str]:
+    """The words of a text."""
     return frozenset(text.split())
 
 
-_COMPUTE = _words(
+_COMPUTE = words(
     """
     abs absolute acos acosh add addbmm addcdiv addcmul addmm addmv addr adaptive_avg_pool1d adaptive_avg_pool2d
     adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d adaptive_max_pool1d_with_indices
@@ -69,8 +70,8 @@ _COMPUTE = _words(
     """
 )
 """Computations: as functions, as methods and as aten ops, also in place (with ``_`` behind the name)."""
-_FUNCTIONS_ONLY = _words("tensor as_tensor sym_float sym_int sym_ite sym_max sym_min sym_not sym_sum _assert")
-_METHODS_ONLY = _words(
+_FUNCTIONS_ONLY = words("tensor as_tensor sym_float sym_int sym_ite sym_max sym_min sym_not sym_sum _assert")
+_METHODS_ONLY = words(
     """
     bfloat16 bool byte char contiguous copy cpu dim double element_size exponential expand expand_as fill fill_diagonal
     float half int is_contiguous is_signed item log_normal long masked_fill ndimension new_empty new_full new_ones
@@ -78,7 +79,7 @@ _METHODS_ONLY = _words(
     type_as uniform view view_as zero
     """
 )
-_ATEN_ONLY = _words(
+_ATEN_ONLY = words(
     """
     _adaptive_avg_pool2d _adaptive_avg_pool3d _local_scalar_dense _log_softmax _native_batch_norm_legit_no_training
     _safe_softmax _softmax _to_copy _unsafe_view _upsample_bicubic2d_aa _upsample_bilinear2d_aa __and__ __or__ __xor__
@@ -92,7 +93,7 @@ _ATEN_ONLY = _words(
     upsample_nearest3d upsample_trilinear3d view view_as zero
     """
 )
-_QUANTIZED = _words(
+_QUANTIZED = words(
     """
     add add_relu add_scalar add_scalar_relu batch_norm batch_norm1d batch_norm1d_relu batch_norm2d batch_norm2d_relu
     batch_norm3d batch_norm3d_relu batch_norm_relu cat cat_relu celu clamp conv1d conv1d_relu conv2d conv2d_add
@@ -101,22 +102,22 @@ _QUANTIZED = _words(
     max_pool1d max_pool2d mul mul_relu mul_scalar mul_scalar_relu prelu relu6 sigmoid softmax threshold
     """
 )
-_DECOMPOSED = _words(
+_DECOMPOSED = words(
     """
     choose_qparams convert_element_type dequantize_per_channel dequantize_per_tensor quantize_per_channel
     quantize_per_tensor
     """
 )
 _HIGHER_ORDER = frozenset({"cond", "wrap_with_autocast", "wrap_with_set_grad_enabled"})
-_OPERATORS = _words(
+_OPERATORS = words(
     """
     abs add and_ contains eq floordiv ge getitem gt iadd iand ifloordiv imul invert ior ipow isub itruediv le lt matmul
     mod mul ne neg not_ or_ pos pow rshift lshift setitem sub truediv xor
     """
 )
-_MATH = _words("ceil floor sqrt trunc log log2 exp prod")
+_MATH = words("ceil floor sqrt trunc log log2 exp prod")
 
-ATTRIBUTES = _words("H T device dtype imag is_quantized layout mH mT ndim real shape")
+ATTRIBUTES = words("H T device dtype imag is_quantized layout mH mT ndim real shape")
 """What a graph may read of a tensor with ``getattr``."""
 METHODS = frozenset(
     name

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -179,3 +180,19 @@ def _tidy(example: Example) -> Example:
         return leaf
 
     return Example(tree_map(tidy, example.args), tree_map(tidy, example.kwargs))
+
+
+@contextmanager
+def running_its_example(network: nn.Module) -> Iterator[None]:
+    """Within the block a network is called with its example; what goes wrong there is said of both.
+
+    Raises:
+        NetworkError: Anything was raised.
+    """
+    try:
+        yield
+    except Exception as error:
+        raise NetworkError(
+            f"{type(network).__name__} does not run on its example inputs: {type(error).__name__}: {error}. Give "
+            "example_inputs= that its forward takes."
+        ) from error

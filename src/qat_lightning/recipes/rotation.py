@@ -17,10 +17,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from qat_lightning.errors import NetworkError
-from qat_lightning.graph.example import Example
+from qat_lightning.graph.example import Example, running_its_example
 from qat_lightning.recipes.rotated import Plan, plan
-from qat_lightning.recipes.same_outputs import SAME, distance, outputs_of, undo_if_changed
+from qat_lightning.recipes.same_outputs import SAME, distance, named, outputs_of, undo_if_changed
 from qat_lightning.recipes.space_rules import follow_spaces
 from qat_lightning.recipes.spaces import Spaces
 
@@ -43,9 +42,7 @@ class Rotated:
         shown = " (" + ", ".join(f"{count} of {size} channels each" for size, count in sizes) + ")" if sizes else ""
         text = f"the inputs of {len(self.rotated)} linear layers were rotated{shown}"
         if self.left:
-            some = list(self.left.items())[:3]
-            named = ", ".join(f"{name} ({why})" for name, why in some) + (", …" if len(self.left) > 3 else "")
-            text += f"; {len(self.left)} cannot be: {named}"
+            text += f"; {len(self.left)} cannot be: {named(self.left)}"
         return text + "."
 
 
@@ -72,7 +69,8 @@ def rotate(network: nn.Module, example: Example) -> Rotated:
         >>> rotate(network, Example((torch.randn(16, 3),)))
         Rotated(rotated={'2': 8}, left={'0': 'an input of the network', '4': 'gelu'})
     """
-    run = _follow(network, example)
+    with running_its_example(network):
+        run = follow_spaces(network, example)
     before = outputs_of(network, example)
     kept = copy.deepcopy(network.state_dict())
     chosen = plan(run)
@@ -80,16 +78,6 @@ def rotate(network: nn.Module, example: Example) -> Rotated:
     chosen.apply()
     undo_if_changed(network, example, before, kept, by="The rotation", remedy="rotation=False")
     return _report(run, chosen)
-
-
-def _follow(network: nn.Module, example: Example) -> Spaces:
-    try:
-        return follow_spaces(network, example)
-    except Exception as error:
-        raise NetworkError(
-            f"{type(network).__name__} does not run on its example inputs: {type(error).__name__}: {error}. Give "
-            "example_inputs= that its forward takes."
-        ) from error
 
 
 def _keep_what_passes(network: nn.Module, example: Example, chosen: Plan, before: list[Tensor]) -> None:

@@ -59,3 +59,13 @@ def undo_if_changed(
             f"{by} would change what {type(network).__name__} computes, by {change:.1e} on the example, and was "
             f"undone. Use {remedy} for it."
         )
+
+
+def named(left: Mapping[str, str]) -> str:
+    """The first few layers that a recipe left as they were, each with the reason.
+
+    Example:
+        >>> named({"first": "gelu", "last": "an input of the network"})
+        'first (gelu), last (an input of the network)'
+    """
+    return ", ".join(f"{name} ({why})" for name, why in list(left.items())[:3]) + (", …" if len(left) > 3 else "")

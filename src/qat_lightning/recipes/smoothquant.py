@@ -16,11 +16,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from qat_lightning.errors import NetworkError
-from qat_lightning.graph.example import Example
+from qat_lightning.graph.example import Example, running_its_example
 from qat_lightning.recipes.channel_numbers import Follower, Source
 from qat_lightning.recipes.channels import Channels, follow_channels
-from qat_lightning.recipes.same_outputs import SAME, distance, outputs_of, undo_if_changed
+from qat_lightning.recipes.same_outputs import SAME, distance, named, outputs_of, undo_if_changed
 from qat_lightning.settings.recipe import check_smoothquant
 
 _LEAST_SHARE = 1e-3
@@ -43,9 +42,7 @@ class Smoothing:
         """One sentence."""
         text = f"the inputs of {len(self.smoothed)} linear layers were smoothed"
         if self.left:
-            some = list(self.left.items())[:3]
-            named = ", ".join(f"{name} ({why})" for name, why in some) + (", …" if len(self.left) > 3 else "")
-            text += f"; {len(self.left)} cannot be: {named}"
+            text += f"; {len(self.left)} cannot be: {named(self.left)}"
         return text + "."
 
 
@@ -74,7 +71,8 @@ def smooth(network: nn.Module, example: Example, alpha: float = 0.5) -> Smoothin
         Smoothing(smoothed={'1': '0'}, left={'3': 'gelu'})
     """
     check_smoothquant(alpha)
-    channels = _follow(network, example)
+    with running_its_example(network):
+        channels = follow_channels(network, example)
     before = outputs_of(network, example)
     kept = copy.deepcopy(network.state_dict())
     passing = _those_that_pass(network, example, channels, before)
@@ -83,16 +81,6 @@ def smooth(network: nn.Module, example: Example, alpha: float = 0.5) -> Smoothin
         _smooth(source, channels, alpha)
     undo_if_changed(network, example, before, kept, by="SmoothQuant", remedy="smoothquant=None")
     return done
-
-
-def _follow(network: nn.Module, example: Example) -> Channels:
-    try:
-        return follow_channels(network, example)
-    except Exception as error:
-        raise NetworkError(
-            f"{type(network).__name__} does not run on its example inputs: {type(error).__name__}: {error}. Give "
-            "example_inputs= that its forward takes."
-        ) from error
 
 
 def _smooth(source: Source, channels: Channels, alpha: float) -> None:

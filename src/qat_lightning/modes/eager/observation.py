@@ -17,9 +17,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from qat_lightning.errors import NetworkError
 from qat_lightning.graph.buffers import write_back
-from qat_lightning.graph.example import Example
+from qat_lightning.graph.example import Example, running_its_example
 from qat_lightning.graph.structures import look_into
 from qat_lightning.graph.training_flags import evaluating
 from qat_lightning.layers.operators import module_types
@@ -179,12 +178,8 @@ def observe(
             handles.append(module.register_forward_pre_hook(observation.enter, with_kwargs=True))
             handles.append(module.register_forward_hook(observation.leave, with_kwargs=True))
     try:
-        observation.result = run_apart(network, example, nested(context or nullcontext(), observation))
-    except Exception as error:
-        raise NetworkError(
-            f"{type(network).__name__} does not run on its example inputs: {type(error).__name__}: {error}. Give "
-            "example_inputs= that its forward takes."
-        ) from error
+        with running_its_example(network):
+            observation.result = run_apart(network, example, nested(context or nullcontext(), observation))
     finally:
         for handle in handles:
             handle.remove()

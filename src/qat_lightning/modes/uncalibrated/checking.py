@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from qat_lightning.checks import LayerCheck, WholeCheck
 from qat_lightning.errors import ConversionError, NetworkError
-from qat_lightning.graph.example import Example
+from qat_lightning.graph.example import Example, running_its_example
 from qat_lightning.layers.integer import IntegerLayer
 from qat_lightning.modes.judging import Names, decibels, raise_if_faulty
 from qat_lightning.modes.protocol import LayerCoverage
@@ -62,13 +62,8 @@ def run_float(network: nn.Module, example: Example) -> Any:
     Raises:
         NetworkError: It does not run on the example.
     """
-    try:
+    with running_its_example(network):
         return run(network, example)
-    except Exception as error:
-        raise NetworkError(
-            f"{type(network).__name__} does not run on its example inputs: {type(error).__name__}: {error}. Give "
-            "example_inputs= that its forward takes."
-        ) from error
 
 
 def run_integer(network: nn.Module, example: Example) -> tuple[Any, list[Call]]:

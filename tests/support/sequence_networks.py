@@ -168,7 +168,11 @@ CASES = (
     SequenceCase(
         "tables",
         Tables,
-        {"eager": {"head"}, "fx": {"head", "functional_linear"}, "pt2e": {"head"}},
+        {
+            "eager": {"tokens", "bag", "head"},
+            "fx": {"tokens", "bag", "head", "functional_linear"},
+            "pt2e": {"head"},
+        },
         {mode: {"tokens", "bag", "head"} | ({"functional_linear"} if mode == "fx" else set()) for mode in ALL},
         batch=_tokens,
     ),

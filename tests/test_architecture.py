@@ -10,7 +10,7 @@ import qat_lightning
 PACKAGE = Path(qat_lightning.__file__).parent
 
 ROOMS = (
-    ("errors", "checks", "processes", "json_files", "whole_files", "terminal"),
+    ("errors", "checks", "processes", "json_files", "whole_files", "storage", "terminal"),
     ("settings",),
     ("numerics",),
     ("layers",),

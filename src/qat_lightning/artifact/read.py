@@ -12,8 +12,7 @@ import io
 import json
 import os
 import zipfile
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import torch
 from torch import nn
@@ -31,6 +30,7 @@ from qat_lightning.modes.protocol import Converted, LayerCoverage
 from qat_lightning.settings.backends import quantized_engine, require
 from qat_lightning.settings.modes import traits_of
 from qat_lightning.settings.recipe import Recipe
+from qat_lightning.storage import Place, open_to_read, place
 
 _LARGEST_DESCRIPTION = 512_000_000
 _DAMAGE = (
@@ -58,7 +58,7 @@ def load_quantized(
     Nothing that is in the file runs: its graph is rebuilt from lists of known operations and layers.
 
     Args:
-        path: What `save_quantized` wrote.
+        path: What `save_quantized` wrote: a file, or a URL of fsspec's (``s3://bucket/model.int8``).
         network: The float network as its code makes it, trained or not; needed in mode eager, which keeps your Python
             code, and where a graph calls a module of your own as a whole. It is copied, not changed.
         trusted: Also import and call functions by the names that the file gives. Only a network that calls functions or
@@ -72,8 +72,9 @@ def load_quantized(
         ArtifactError: The file is missing, damaged, of a newer format, or something else; or ``network`` or ``trusted``
             is needed.
         ConfigurationError: This build of PyTorch cannot run the backend.
+        MissingExtraError: The package for the protocol of a URL is not installed.
     """
-    return _load(Path(path), path, network, trusted)
+    return _load(place(path), path, network, trusted)
 
 
 def quantized_from_bytes(data: bytes, network: nn.Module | None = None, trusted: bool = False) -> QuantizedNetwork:
@@ -81,7 +82,7 @@ def quantized_from_bytes(data: bytes, network: nn.Module | None = None, trusted:
     return _load(io.BytesIO(data), "what another process sent", network, trusted)
 
 
-def _load(source: Path | io.BytesIO, path: Any, network: nn.Module | None, trusted: bool) -> QuantizedNetwork:
+def _load(source: Place | io.BytesIO, path: Any, network: nn.Module | None, trusted: bool) -> QuantizedNetwork:
     description, data = _read(source, path)
     try:
         return _decode(description, data, network, trusted)
@@ -139,10 +140,10 @@ def _decode_recipe(data: Any) -> Recipe:
         raise ArtifactError(f"its recipe is not possible. {str(error).removesuffix('.')}") from error
 
 
-def _read(source: Path | io.BytesIO, shown: Any) -> tuple[dict[str, Any], bytes]:
+def _read(source: Place | io.BytesIO, shown: Any) -> tuple[dict[str, Any], bytes]:
     """The two entries of the file, or an error that says what the file is instead."""
     try:
-        with zipfile.ZipFile(source) as archive:
+        with _opened(source) as file, zipfile.ZipFile(file) as archive:
             names = archive.namelist()
             if sorted(names) != sorted((DESCRIPTION, TENSORS)):
                 raise ArtifactError(_what_else(archive, shown))
@@ -150,7 +151,7 @@ def _read(source: Path | io.BytesIO, shown: Any) -> tuple[dict[str, Any], bytes]
             description = json.loads(archive.read(DESCRIPTION))
             _check_format(description, shown)
             data = archive.read(TENSORS)
-    except ArtifactError:
+    except QuantizationError:
         raise
     except FileNotFoundError as error:
         raise ArtifactError(f"{shown} does not exist: give the path that the int8 network was saved to.") from error
@@ -162,6 +163,10 @@ def _read(source: Path | io.BytesIO, shown: Any) -> tuple[dict[str, Any], bytes]
     if "digest" in description and description["digest"] != digest(description, data):
         raise ArtifactError(f"{shown} is damaged: it was changed after it was written. Save the network again.")
     return description, data
+
+
+def _opened(source: Place | io.BytesIO) -> BinaryIO:
+    return io.BytesIO(source.getvalue()) if isinstance(source, io.BytesIO) else open_to_read(source)
 
 
 def _check_entries(description: zipfile.ZipInfo, tensors: zipfile.ZipInfo, shown: Any) -> None:
@@ -203,13 +208,10 @@ def _what_else(archive: zipfile.ZipFile, shown: Any) -> str:
     )
 
 
-def _what_is_no_zip(source: Path | io.BytesIO, shown: Any) -> str:
+def _what_is_no_zip(source: Place | io.BytesIO, shown: Any) -> str:
     try:
-        if isinstance(source, Path):
-            with source.open("rb") as file:
-                start = file.read(4)
-        else:
-            start = source.getvalue()[:4]
+        with _opened(source) as file:
+            start = file.read(4)
     except OSError:
         start = b""
     if start == b"PK\x03\x04":

@@ -9,7 +9,6 @@ import warnings
 import zipfile
 from collections.abc import Sequence
 from dataclasses import astuple
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -25,6 +24,7 @@ from qat_lightning.graph.example import Example
 from qat_lightning.modes.protocol import LayerCoverage
 from qat_lightning.settings.backends import quantized_engine
 from qat_lightning.settings.recipe import Recipe
+from qat_lightning.storage import is_folder, place, require_storage
 from qat_lightning.whole_files import write_whole
 
 
@@ -50,16 +50,20 @@ def save_quantized(quantized: Savable, path: str | os.PathLike[str]) -> None:
 
     Args:
         quantized: What the callback's ``quantized`` holds, or what `load_quantized` gave.
-        path: Where to; ``.int8`` is a good suffix.
+        path: Where to; ``.int8`` is a good suffix. A URL of fsspec's (``s3://bucket/model.int8``) is written in one
+            transaction.
 
     Raises:
         ArtifactError: The network holds what no file can, or the file cannot be written.
+        MissingExtraError: The package for the protocol of a URL is not installed.
     """
-    target = Path(path).resolve()
-    if target.exists() and not target.is_file():
-        raise ArtifactError(f"{path} is not a file: give the name of one to save the int8 network to.")
+    require_storage(path)
+    target = place(path)
+    target = target if isinstance(target, str) else target.resolve()
     data = artifact_bytes(quantized)
     try:
+        if is_folder(target) or (not isinstance(target, str) and target.exists() and not target.is_file()):
+            raise ArtifactError(f"{path} is not a file: give the name of one to save the int8 network to.")
         write_whole(target, data)
     except OSError as error:
         raise ArtifactError(

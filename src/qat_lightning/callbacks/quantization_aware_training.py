@@ -50,6 +50,7 @@ from qat_lightning.settings.kinds import check_kind
 from qat_lightning.settings.recipe import Adapters, BatchNormHandling, Equalization, Kind
 from qat_lightning.settings.schedule import Phase, PointLike, QuantizationSchedule
 from qat_lightning.settings.scheme import Scheme
+from qat_lightning.storage import Place
 
 TrainedKind = Literal["static", "dynamic", "weight_only"]
 """What a network can be trained for."""
@@ -225,7 +226,7 @@ class QuantizationAwareTraining(QuantizationCallback):
         return self._driver.schedule
 
     @property
-    def float_checkpoint(self) -> Path | None:
+    def float_checkpoint(self) -> Place | None:
         """Where the weights of the ``"float"`` variant are read from, if not kept in the fit."""
         return self._floats.checkpoint
 

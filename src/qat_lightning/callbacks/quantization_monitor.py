@@ -7,7 +7,6 @@ import csv
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ from qat_lightning.callbacks.quantization_callback import QuantizationCallback
 from qat_lightning.errors import ConfigurationError
 from qat_lightning.measure.layer_figures import LayerFigures
 from qat_lightning.measure.monitoring import COLUMNS, FIGURES, Probe, totals
+from qat_lightning.storage import Place, is_file, join, open_to_append, place
 
 FILE = "quantization_layers.csv"
 CURVES = ("scale", "zero_point", "low", "high", "clipped_share", "weight_sqnr_db", "activation_sqnr_db")
@@ -223,7 +223,7 @@ class QuantizationMonitor(Callback):
             # Not trainer.log_dir, for which all processes have to ask together.
             folder = trainer.loggers[0].log_dir or trainer.loggers[0].save_dir
         if folder is not None:
-            _append(Path(folder) / FILE, step, self.layers)
+            _append(join(place(folder), FILE), step, self.layers)
 
     def _log_table(self, trainer: Trainer) -> None:
         for logger in trainer.loggers if self.layers else ():
@@ -291,11 +291,10 @@ def _is_last(trainer: Trainer) -> bool:
     return last_epoch and trainer.is_last_batch
 
 
-def _append(path: Path, step: int, rows: Sequence[LayerFigures]) -> None:
+def _append(path: Place, step: int, rows: Sequence[LayerFigures]) -> None:
     """Add the rows of a step to a CSV file, which begins with the names of its columns."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    begins = not path.exists()
-    with path.open("a", newline="") as file:
+    begins = not is_file(path)
+    with open_to_append(path) as file:
         writer = csv.writer(file)
         if begins:
             writer.writerow(("step", *COLUMNS))

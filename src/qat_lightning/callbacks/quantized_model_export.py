@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +25,7 @@ from qat_lightning.graph.example import Example
 from qat_lightning.measure.wandb_views import log_artifact
 from qat_lightning.modes.prepared import prepared_state
 from qat_lightning.settings.recipe import Recipe
+from qat_lightning.storage import Place, join, place, require_storage
 from qat_lightning.terminal import console
 
 
@@ -40,7 +40,8 @@ class QuantizedModelExport(Callback):
 
     Args:
         formats: Some of `qat_lightning.export.FORMATS`; docs/export.md says which mode and backend each takes.
-        dirpath: Where the files go; by default ``export`` in the Trainer's ``default_root_dir``.
+        dirpath: Where the files go; by default ``export`` in the Trainer's ``default_root_dir``. Both take URLs of
+            fsspec's (``s3://bucket/run``), as the Trainer does.
         batches: Real batches to compare on.
         dataloader: Where they come from; by default the validation's loader, else the training's.
         min_agreement: Least share of outputs whose top-1 must be fake-quant's.
@@ -53,7 +54,7 @@ class QuantizedModelExport(Callback):
     Raises:
         ConfigurationError: A setting is not possible; at construction.
         CombinationError: A format does not take what the mode and the backend make; before the training.
-        MissingExtraError: The package of a format is not installed; before the training.
+        MissingExtraError: The package of a format, or for the protocol of a URL, is not installed; before the training.
 
     Example:
         >>> QuantizedModelExport(["pt2", "torchscript"], batches=4).formats
@@ -100,6 +101,7 @@ class QuantizedModelExport(Callback):
             raise CombinationError(
                 "QuantizedModelExport needs an int8 network, and convert_on_fit_end=False makes none: leave one out."
             )
+        require_storage(self._folder(trainer))
         if partner.mode != "auto":
             self._check(partner.settings.recipe)
 
@@ -212,8 +214,8 @@ class QuantizedModelExport(Callback):
             )
         check_formats(self.formats, recipe)
 
-    def _folder(self, trainer: Trainer) -> Path:
-        return Path(self.dirpath) if self.dirpath is not None else Path(trainer.default_root_dir, "export")
+    def _folder(self, trainer: Trainer) -> Place:
+        return place(self.dirpath) if self.dirpath is not None else join(place(trainer.default_root_dir), "export")
 
 
 def exported(trainer: Trainer) -> Iterator[tuple[str, nn.Module, dict[str, float]]]:

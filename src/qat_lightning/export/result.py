@@ -6,13 +6,14 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
 from qat_lightning.export.call import Call
 from qat_lightning.export.protocol import Kernels
+from qat_lightning.storage import Place, name_of
+from qat_lightning.whole_files import write_whole
 
 
 @dataclass
@@ -22,7 +23,8 @@ class ExportResult:
     Attributes:
         format: The format's name.
         runtime: What runs it.
-        files: The artifact's files, the one to load first; empty if it was not written.
+        files: The artifact's files, the one to load first; empty if it was not written. A `Path` each, and a ``str``
+            with the URL in other storage than this machine's.
         size_mb: Their size, in 10^6 bytes.
         size_ratio: How many times smaller they are than the float ``state_dict``.
         agreement: Share of outputs whose top-1 is that of fake-quant, over the real batches; None without classes.
@@ -41,7 +43,7 @@ class ExportResult:
 
     format: str
     runtime: str
-    files: list[Path] = field(default_factory=list)
+    files: list[Place] = field(default_factory=list)
     size_mb: float = math.nan
     size_ratio: float = math.nan
     agreement: float | None = None
@@ -58,7 +60,7 @@ class ExportResult:
     call: Call | None = field(default=None, repr=False)
 
     @property
-    def path(self) -> Path | None:
+    def path(self) -> Place | None:
         """The file to load; None if there is none."""
         return self.files[0] if self.files else None
 
@@ -97,7 +99,7 @@ class ExportResult:
     def to_dict(self) -> dict[str, Any]:
         """For JSON, which knows no infinity."""
         plain = {key: value for key, value in vars(self).items() if key != "call"} | {
-            "files": [file.name for file in self.files],
+            "files": [name_of(file) for file in self.files],
             "kernels": None if self.kernels is None else vars(self.kernels),
             "passed": self.passed,
         }
@@ -114,6 +116,7 @@ def fastest(results: Sequence[ExportResult]) -> ExportResult | None:
     """The artifact with the least latency of those that passed; None if none did.
 
     Example:
+        >>> from pathlib import Path
         >>> slow = ExportResult("onnx", "ONNX Runtime", [Path("a.onnx")], latency_ms=2.0)
         >>> fast = ExportResult("pt2", "AOTInductor", [Path("a.pt2")], latency_ms=1.0)
         >>> wrong = ExportResult("openvino", "OpenVINO", [Path("a.xml")], latency_ms=0.5, error="agreement 80 %")
@@ -142,7 +145,7 @@ def export_table(results: Sequence[ExportResult]) -> Table:
     for result in results:
         cells = [
             result.format,
-            result.path.name if result.path is not None else "–",
+            name_of(result.path) if result.path is not None else "–",
             _cell(result.size_mb, "{:.2f} MB"),
             _cell(result.agreement, "{:.2%}"),
             "equal" if result.sqnr_db == math.inf else _cell(result.sqnr_db, "{:.1f} dB"),
@@ -158,14 +161,14 @@ def export_table(results: Sequence[ExportResult]) -> Table:
     return table
 
 
-def write_json(results: Sequence[ExportResult], path: Path) -> None:
+def write_json(results: Sequence[ExportResult], path: Place) -> None:
     """Keep the figures beside the artifacts, with the name of the fastest that passed."""
     best = fastest(results)
     content = {
         "fastest": None if best is None else best.format,
         "results": [result.to_dict() for result in results],
     }
-    path.write_text(json.dumps(content, indent=2) + "\n")
+    write_whole(path, (json.dumps(content, indent=2) + "\n").encode())
 
 
 def _cell(value: float | None, layout: str) -> str:

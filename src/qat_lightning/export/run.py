@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import statistics
 import tempfile
 import warnings
@@ -30,6 +29,8 @@ from qat_lightning.measure.fidelity import Fidelity
 from qat_lightning.measure.metrics import latency_interleaved, outputs_by_path, size_mb
 from qat_lightning.modes.float_state import present_float
 from qat_lightning.modes.prepared import cpu_copy, is_prepared, prepared_state
+from qat_lightning.storage import Place, copied_here, join, place, require_storage
+from qat_lightning.whole_files import move_whole
 
 FIGURES = "export.json"
 """The file beside the artifacts that holds the figures."""
@@ -59,7 +60,8 @@ def export_quantized(
 
     Args:
         network: A prepared network, which is converted first, or an int8 one (`QuantizedNetwork`).
-        folder: Where the files go; made if need be.
+        folder: Where the files go; made if need be. A URL of fsspec's (``s3://bucket/run``) gets what was written and
+            checked on this machine, the files of a format in one transaction.
         formats: Some of `FORMATS`.
         example: A call of the network with a batch of 2 or more; by default the one it was verified with.
         batches: Real calls to compare on; by default the example.
@@ -80,7 +82,7 @@ def export_quantized(
     Raises:
         ConfigurationError: A format is unknown, the network is not quantized, or there is no real call.
         CombinationError: A format does not take networks of this mode and backend.
-        MissingExtraError: The package of a format is not installed.
+        MissingExtraError: The package of a format, or for the protocol of a URL, is not installed.
         ConversionError: A prepared network cannot be converted.
 
     Example:
@@ -99,6 +101,7 @@ def export_quantized(
         raise ConfigurationError(f"min_agreement={min_agreement!r} is not possible: give a share from 0 to 1.")
     if not min_sqnr_db >= 0:
         raise ConfigurationError(f"min_sqnr_db={min_sqnr_db!r} is not possible: give 0 or more, in dB.")
+    require_storage(folder)
     if is_prepared(network):
         check_formats(formats, prepared_state(network).recipe)  # before the work of converting
         reference = cpu_copy(network) if reference is None else reference
@@ -108,10 +111,14 @@ def export_quantized(
     example = int8.example if example is None else example
     limits = _Limits(min_agreement, min_sqnr_db)
     job = _Job(int8, example, list(batches) or [example], reference or int8, float_network, metric, limits)
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    results = [job.export(get_format(chosen), folder, name) for chosen in formats]
-    write_json(results, folder / FIGURES)
+    where = place(folder)
+    if isinstance(where, Path):
+        where.mkdir(parents=True, exist_ok=True)
+    results = [job.export(get_format(chosen), where, name) for chosen in formats]
+    try:
+        write_json(results, join(where, FIGURES))
+    except OSError as error:
+        warnings.warn(f"The figures of the export are not kept in {FIGURES}: {error}", stacklevel=2)
     return results
 
 
@@ -124,11 +131,12 @@ def open_artifact(result: ExportResult) -> Iterator[nn.Module]:
 
     Raises:
         ExportError: There is no artifact, or its runtime does not load it.
+        OSError: It is in other storage, and cannot be copied from there.
     """
     if result.path is None or result.call is None:
         raise ExportError(f"There is no artifact of {result.format!r} to open: {result.error}")
-    with Server(result.format) as server:
-        server.ask("load", "int8", str(result.path))
+    with copied_here(result.files) as files, Server(result.format) as server:
+        server.ask("load", "int8", str(files[0]))
         yield RemoteNetwork(server, "int8", result.call)
 
 
@@ -160,11 +168,12 @@ class _Job:
         self.limits = limits
         self.call = Call.of(self.source)
 
-    def export(self, chosen: Format, folder: Path, name: str) -> ExportResult:
+    def export(self, chosen: Format, folder: Place, name: str) -> ExportResult:
         """Write, load in a fresh process, compare and time one format."""
         result = ExportResult(chosen.name, chosen.runtime, call=self.call)
-        # Beside the place where the files go, so that they only have to be renamed.
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".") as apart, tempfile.TemporaryDirectory() as elsewhere:
+        # Beside the place where the files go, if that is on this machine, so that they only have to be renamed.
+        beside = folder if isinstance(folder, Path) else None
+        with tempfile.TemporaryDirectory(dir=beside, prefix=".") as apart, tempfile.TemporaryDirectory() as elsewhere:
             try:
                 path = _write(chosen, self.source, Path(apart), name)
                 with Server(chosen.name) as server:
@@ -173,15 +182,16 @@ class _Job:
                     result.remark = _remark(result, self.source.quantized)
                     self._compare(server, chosen, result)
                     self._time(server, chosen, Path(elsewhere), result)
+                made = [path, *(other for other in sorted(Path(apart).iterdir()) if other != path)]
+                megabytes = sum(_size(file) for file in made) / 1e6
+                result.files = move_whole(made, folder)
             except QuantizationError as error:
                 result.error = str(error)
                 return result
             except Exception as error:  # noqa: BLE001 (whatever it is, it costs neither the fit nor other formats)
                 result.error = f"{chosen.runtime}: {type(error).__name__}: {error}"
                 return result
-            made = [path, *(other for other in sorted(Path(apart).iterdir()) if other != path)]
-            result.files = [_move(file, folder) for file in made]
-        result.size_mb = sum(file.stat().st_size for file in result.files) / 1e6
+        result.size_mb = megabytes
         if self.float_network is not None:
             result.size_ratio = size_mb(self.float_network) / result.size_mb
         return result
@@ -278,12 +288,12 @@ def _write(chosen: Format, source: Source, folder: Path, name: str = "float") ->
     return path
 
 
-def _move(file: Path, folder: Path) -> Path:
-    target = folder / file.name
-    if file.is_dir():
-        shutil.rmtree(target, ignore_errors=True)
-    file.replace(target)
-    return target
+def _size(made: Path) -> int:
+    return (
+        made.stat().st_size
+        if made.is_file()
+        else sum(part.stat().st_size for part in made.rglob("*") if part.is_file())
+    )
 
 
 def _differences(wanted: Any, got: Any) -> list[float]:

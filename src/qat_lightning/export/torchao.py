@@ -8,6 +8,7 @@ weight, also at 4 bits: that is torchao's format for export and for transformers
 from __future__ import annotations
 
 import copy
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from qat_lightning.layers.integer.weights import restore
 from qat_lightning.settings.kinds import DIRECT
 from qat_lightning.settings.modes import traits_of
 from qat_lightning.settings.recipe import Recipe
+from qat_lightning.storage import Place, place, require_storage
+from qat_lightning.whole_files import move_whole
 
 FILE = "model.safetensors"
 """The weights in the folder that `save_torchao` writes."""
@@ -174,7 +177,7 @@ def _tensor(parts: Any, grid: WeightGrid, values: int, bits: int, name: str, *, 
     return made
 
 
-def save_torchao(network: QuantizedNetwork, folder: str | Path) -> Path:
+def save_torchao(network: QuantizedNetwork, folder: str | Path) -> Place:
     """Write a network as safetensors in torchao's layout, load them again, and compare.
 
     A ``PreTrainedModel`` of ``mode="eager"`` becomes a folder that transformers' ``from_pretrained`` reads, with a
@@ -190,7 +193,7 @@ def save_torchao(network: QuantizedNetwork, folder: str | Path) -> Path:
 
     Args:
         network: As of `to_torchao`.
-        folder: Where the files go; made if need be.
+        folder: Where the files go, when they are complete; made if need be. Or a URL of fsspec's (``s3://bucket/run``).
 
     Returns:
         The folder.
@@ -198,22 +201,27 @@ def save_torchao(network: QuantizedNetwork, folder: str | Path) -> Path:
     Raises:
         CombinationError: No config of torchao's has these grids.
         ExportError: A layer does not go into torchao's tensors, or what was loaded again computes something else.
-        MissingExtraError: safetensors is not installed.
+        MissingExtraError: safetensors, or the package for the protocol of a URL, is not installed.
     """
+    require_storage(folder)
     try:
         import safetensors.torch  # noqa: F401
     except ImportError as error:
         raise MissingExtraError("save_torchao needs safetensors: pip install 'qat-lightning[hf]'.") from error
-    made, folder = to_torchao(network), Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    loaded = _save_pretrained(made, network.recipe, folder) if _is_pretrained(made) else _save_plain(made, folder)
-    found, call = Comparison(), network.example
-    with torch.no_grad():
-        found.update(network(*call.args, **call.kwargs), loaded(*call.args, **call.kwargs))
-    wrong = problem(found, network, [call], min_sqnr_db=20.0, min_equal=0.995)
-    if wrong:
-        raise ExportError(f"What was loaded again from {folder} computes something else: {wrong}.")
-    return folder
+    made, where = to_torchao(network), place(folder)
+    if isinstance(where, Path):
+        where.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=where if isinstance(where, Path) else None, prefix=".") as apart:
+        here = Path(apart)
+        loaded = _save_pretrained(made, network.recipe, here) if _is_pretrained(made) else _save_plain(made, here)
+        found, call = Comparison(), network.example
+        with torch.no_grad():
+            found.update(network(*call.args, **call.kwargs), loaded(*call.args, **call.kwargs))
+        wrong = problem(found, network, [call], min_sqnr_db=20.0, min_equal=0.995)
+        if wrong:
+            raise ExportError(f"What was written for {folder} and loaded again computes something else: {wrong}.")
+        move_whole(sorted(here.iterdir()), where)
+    return where
 
 
 def _is_pretrained(network: nn.Module) -> bool:

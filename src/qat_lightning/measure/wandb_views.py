@@ -6,7 +6,6 @@ import importlib
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback
@@ -15,6 +14,7 @@ from lightning.pytorch.loggers import WandbLogger
 
 from qat_lightning.errors import ConfigurationError, MissingExtraError
 from qat_lightning.settings.variants import VARIANTS
+from qat_lightning.storage import Place
 
 if TYPE_CHECKING:
     from wandb_workspaces.reports.v2.interface import Report
@@ -69,7 +69,7 @@ def log_variants(logger: WandbLogger, summary: Mapping[str, float], step: int) -
     run.summary.update(dict(summary))
 
 
-def log_int8(logger: WandbLogger, path: Path, summary: Mapping[str, float], aliases: Sequence[str] = ()) -> None:
+def log_int8(logger: WandbLogger, path: Place, summary: Mapping[str, float], aliases: Sequence[str] = ()) -> None:
     """Log the file of an int8 network as an artifact, with its figures.
 
     The file is not copied: it is uploaded from where it is, offline when the run is synced.
@@ -85,14 +85,14 @@ def log_int8(logger: WandbLogger, path: Path, summary: Mapping[str, float], alia
 
 
 def log_artifact(
-    logger: WandbLogger, kind: str, files: Sequence[Path], figures: Mapping[str, float], aliases: Sequence[str] = ()
+    logger: WandbLogger, kind: str, files: Sequence[Place], figures: Mapping[str, float], aliases: Sequence[str] = ()
 ) -> None:
     """Log files as one artifact of W&B, named after the run; they are uploaded from where they are.
 
     Args:
         logger: The logger.
         kind: What they are: ``int8-network``, ``onnx-network``.
-        files: The files.
+        files: The files; those of other storage than this machine's are referred to by their URLs.
         figures: Those that are finite, which JSON has, become its metadata.
         aliases: By what it is found again, besides ``latest``.
     """
@@ -104,7 +104,10 @@ def log_artifact(
     finite = {key: value for key, value in figures.items() if math.isfinite(value)}
     artifact = wandb.Artifact(name[-128:], type=kind, metadata=finite)
     for file in files:
-        artifact.add_file(str(file), policy="immutable")
+        if isinstance(file, str):
+            artifact.add_reference(file, checksum=False)
+        else:
+            artifact.add_file(str(file), policy="immutable")
     run.log_artifact(artifact, aliases=["latest", *aliases])
 
 

@@ -5,7 +5,6 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from hydra.utils import instantiate
@@ -24,6 +23,7 @@ from qat_lightning.measure.wandb_views import define_summaries, log_int8
 from qat_lightning.run.mistakes import in_one_panel
 from qat_lightning.settings.backends import get_backend, require
 from qat_lightning.settings.recipe import Recipe
+from qat_lightning.storage import is_file, join, place, require_storage
 
 INT8_FILE = "model.int8"
 """The int8 network in the folder of a run."""
@@ -72,12 +72,20 @@ def check(cfg: DictConfig) -> None:
             f"method={cfg.method.name} makes none: leave it out, or choose method=qat."
         )
     _check_export(cfg)
+    require_storage(cfg.paths.output_dir)
     for key in ("ckpt_path", "float_checkpoint"):
-        if cfg[key] is not None and not Path(cfg[key]).is_file():
+        if cfg[key] is not None and not _is_file(key, cfg[key]):
             raise ConfigurationError(
                 f"{key}={cfg[key]} does not exist. Expected a checkpoint of Lightning, as train.py leaves them in "
                 "outputs/<date>/<time>/checkpoints/last.ckpt"
             )
+
+
+def _is_file(key: str, path: str) -> bool:
+    try:
+        return is_file(place(path))
+    except OSError as error:
+        raise ConfigurationError(f"{key}={path} cannot be looked up: {error}") from error
 
 
 def _check_export(cfg: DictConfig) -> None:
@@ -148,7 +156,7 @@ def keep_int8(cfg: DictConfig, run: Objects, metrics: Mapping[str, float]) -> No
     networks = callback.quantized
     named = networks if isinstance(networks, dict) else {"": networks} if networks is not None else {}
     for name, network in named.items():
-        path = Path(cfg.paths.output_dir) / (f"model-{name}.int8" if name else INT8_FILE)
+        path = join(place(cfg.paths.output_dir), f"model-{name}.int8" if name else INT8_FILE)
         try:
             network.save(path)
         except ArtifactError as error:

@@ -24,6 +24,7 @@ from qat_lightning.callbacks.parts.checkpoint_io import read_float_state
 from qat_lightning.errors import ConfigurationError
 from qat_lightning.json_files import read_json, write_json
 from qat_lightning.run import app
+from qat_lightning.storage import place
 
 USES = ("none", "compare", "start")
 _APART = (  # what cannot change a float run: what is done with it, how it is called, and where it is kept
@@ -143,7 +144,7 @@ def fit(cfg: DictConfig, run: app.Objects) -> None:
     else:
         post_training = cfg.method.get("post_training", False)
         if cfg.ckpt_path is None and (post_training or cfg.baseline.use == "start"):
-            run.model.load_state_dict(read_float_state(Path(cfg.float_checkpoint)))
+            run.model.load_state_dict(read_float_state(place(cfg.float_checkpoint)))
         if post_training:
             run.trainer.validate(run.model, datamodule=run.datamodule, verbose=False)
             app.keep_metrics(run)

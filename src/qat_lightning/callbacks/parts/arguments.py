@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from qat_lightning.errors import ConfigurationError
+from qat_lightning.storage import Place, is_file, place
 
 STAGES = ("train", "validate", "test", "predict")
 
@@ -104,23 +104,28 @@ def check_stages(name: str, value: Any) -> tuple[str, ...]:
     return stages
 
 
-def check_file(name: str, value: Any) -> Path | None:
-    """The path of a file that exists; None for None.
+def check_file(name: str, value: Any) -> Place | None:
+    """The path of a file that exists, or its URL in other storage; None for None.
 
     Raises:
         ConfigurationError: With the argument's name.
+        MissingExtraError: The package for the protocol of a URL is not installed.
     """
     if value is None:
         return None
     if not isinstance(value, (str, os.PathLike)) or not str(value):
         raise ConfigurationError(f"{name}={value!r} is not possible: give the path of a file.")
     try:
-        found = Path(value).is_file()
+        found = is_file(place(value))
+    except OSError as error:
+        raise ConfigurationError(f"{name}={str(value)!r} cannot be looked up: {error}.") from error
+    except ConfigurationError:
+        raise
     except ValueError:  # a path with a null character
         found = False
     if not found:
         raise ConfigurationError(f"{name}={str(value)!r} is not a file.")
-    return Path(value)
+    return place(value)
 
 
 def _is_name(value: Any) -> bool:

@@ -13,6 +13,7 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import Trainer
 
 from qat_lightning.errors import CheckpointFileError
+from qat_lightning.storage import Place, copied_here, open_to_read
 from qat_lightning.whole_files import write_whole
 
 
@@ -68,18 +69,35 @@ class WholeFileCheckpointIO(TorchCheckpointIO):
             ) from error
 
 
-def read_float_state(path: Path) -> dict[str, Any]:
+def read_float_state(path: Place) -> dict[str, Any]:
     """The ``state_dict`` of ``float_checkpoint=``: a checkpoint of Lightning's, or the state by itself.
 
     Raises:
         CheckpointFileError: There is none at ``path``, or not all of it.
     """
     said = f"float_checkpoint={str(path)!r}"
-    checkpoint = _mapping(said, lambda: torch.load(path, map_location="cpu", weights_only=True))
+    checkpoint = _mapping(said, lambda: read_checkpoint(path))
     return _mapping(said, lambda: checkpoint.get("state_dict", checkpoint))
 
 
-def read_sharded(folder: Path, endings: tuple[str, ...] = ("",)) -> dict[str, Any]:
+def read_checkpoint(path: Place, *, mmap: bool = False) -> Any:
+    """What ``torch.save`` wrote, its tensors on the CPU.
+
+    Args:
+        path: On this machine or in other storage.
+        mmap: Whether tensors may stay on the disk of this machine until they are used.
+
+    Raises:
+        OSError: It cannot be read.
+        Exception: Whatever unpickling raises of what is no checkpoint.
+    """
+    if isinstance(path, Path):
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    with open_to_read(path) as file:
+        return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def read_sharded(folder: Place, endings: tuple[str, ...] = ("",)) -> dict[str, Any]:
     """Tensors of the ``state_dict`` in a checkpoint that each process wrote its part of, whole and on the CPU.
 
     Args:
@@ -88,7 +106,13 @@ def read_sharded(folder: Path, endings: tuple[str, ...] = ("",)) -> dict[str, An
 
     Raises:
         CheckpointFileError: It is no such folder, or not all of it.
+        OSError: It is in other storage, and cannot be copied from there.
     """
+    with copied_here([folder]) as (here,):
+        return _read_sharded(here, str(folder), endings)
+
+
+def _read_sharded(folder: Path, shown: str, endings: tuple[str, ...]) -> dict[str, Any]:
     from torch.distributed.checkpoint.filesystem import FileSystemReader  # imports that take seconds
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
     from torch.distributed.checkpoint.state_dict_loader import load
@@ -110,7 +134,7 @@ def read_sharded(folder: Path, endings: tuple[str, ...] = ("",)) -> dict[str, An
     except Exception as error:  # unpickling what is no pickle may raise anything
         reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
         raise CheckpointFileError(
-            f"{str(folder)!r} is no checkpoint, or only a part of one ({reason}): give the folder that a Trainer saved."
+            f"{shown!r} is no checkpoint, or only a part of one ({reason}): give the folder that a Trainer saved."
         ) from error
     return {".".join(map(str, paths[stored][1:])): value for stored, value in found.items()}
 

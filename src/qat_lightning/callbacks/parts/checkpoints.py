@@ -6,17 +6,17 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from qat_lightning.callbacks.parts.checkpoint_io import read_float_state, read_sharded
+from qat_lightning.callbacks.parts.checkpoint_io import read_checkpoint, read_float_state, read_sharded
 from qat_lightning.errors import CheckpointMismatchError, ConfigurationError
 from qat_lightning.graph.module_order import order_by_keys
 from qat_lightning.modes.prepared import PreparedState, check_recipe, float_keys, prepared_state
 from qat_lightning.numerics.state_entries import from_entry, without_placeholders
 from qat_lightning.recipes.folding import unfold_state
+from qat_lightning.storage import Place, is_folder, place
 
 STATE_KEY = "_quantization._extra_state"
 """What the key of a prepared network's own entry in a ``state_dict`` ends with."""
@@ -27,7 +27,7 @@ def float_state_dict(checkpoint: Mapping[str, Any] | str | Path) -> dict[str, An
 
     Args:
         checkpoint: A checkpoint of Lightning, its ``state_dict``, or the path of one, with or without quantization; the
-            path may be the folder that ``ModelParallelStrategy`` saves.
+            path may be the folder that ``ModelParallelStrategy`` saves, or a URL of fsspec's (``s3://bucket/last.ckpt``).
 
     Returns:
         A ``state_dict`` that the float LightningModule loads strictly.
@@ -37,9 +37,8 @@ def float_state_dict(checkpoint: Mapping[str, Any] | str | Path) -> dict[str, An
         {'net.weight': tensor([1.])}
     """
     if isinstance(checkpoint, (str, Path)):
-        if Path(checkpoint).is_dir():
-            return float_state_dict(read_sharded(Path(checkpoint)))
-        return float_state_dict(torch.load(checkpoint, map_location="cpu", weights_only=True))
+        where = place(checkpoint)
+        return float_state_dict(read_sharded(where) if is_folder(where) else read_checkpoint(where))
     state: dict[str, Any] = dict(checkpoint.get("state_dict", checkpoint))
     for key in [key for key in state if key.endswith(STATE_KEY)]:
         prefix, extra = key.removesuffix(STATE_KEY), from_entry(state[key])
@@ -65,7 +64,7 @@ def holds_quantization(state: Mapping[str, Any]) -> bool:
     return any(key.endswith(STATE_KEY) for key in state)
 
 
-def read_float_weights(path: Path, name: str, prefix: str, wanted: Mapping[str, Any]) -> dict[str, Any]:
+def read_float_weights(path: Place, name: str, prefix: str, wanted: Mapping[str, Any]) -> dict[str, Any]:
     """The weights of one network from the file ``float_checkpoint=``.
 
     Args:

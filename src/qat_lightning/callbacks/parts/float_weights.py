@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,6 +15,7 @@ from qat_lightning.callbacks.parts.networks import Networks
 from qat_lightning.errors import ConfigurationError
 from qat_lightning.modes.float_state import float_weights, frozen_beside_adapters
 from qat_lightning.modes.prepared import prepared_state
+from qat_lightning.storage import Place
 
 
 class FloatWeights:
@@ -32,7 +32,7 @@ class FloatWeights:
         step: The step before which they were taken; None if from elsewhere.
     """
 
-    def __init__(self, networks: Networks, checkpoint: Path | None = None) -> None:
+    def __init__(self, networks: Networks, checkpoint: Place | None = None) -> None:
         self.networks = networks
         self.checkpoint = checkpoint
         self.weights: dict[str, dict[str, Tensor]] = {}

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
 from torch import nn
 
-from qat_lightning.callbacks.parts.checkpoint_io import read_sharded
+from qat_lightning.callbacks.parts.checkpoint_io import read_checkpoint, read_sharded
 from qat_lightning.callbacks.parts.checkpoints import STATE_KEY, prepared_entry
 from qat_lightning.rehearsal.auto import Decision
 from qat_lightning.settings.recipe import Recipe
+from qat_lightning.storage import Place, is_file, is_folder, place
 
 
-def checkpoint_to_restore(trainer: Trainer) -> Path | None:
-    """The checkpoint that a Trainer is going to restore, while it sets up; None if there is none, or it is not local.
+def checkpoint_to_restore(trainer: Trainer) -> Place | None:
+    """The checkpoint that a Trainer is going to restore, while it sets up; None if there is none.
 
     Lightning tells nobody before it restores it, when networks have to be prepared already: ``trainer.ckpt_path`` is
     that of the run before. So it is looked up in the call of the Trainer that is under way.
@@ -27,14 +27,14 @@ def checkpoint_to_restore(trainer: Trainer) -> Path | None:
     while frame is not None:
         if frame.f_code.co_name == "_run" and frame.f_locals.get("self") is trainer:
             path = frame.f_locals.get("ckpt_path")
-            found = Path(path) if path and "://" not in str(path) else None
-            return found if found is not None and found.exists() else None
+            found = place(path) if path else None
+            return found if found is not None and (is_file(found) or is_folder(found)) else None
         frame = frame.f_back  # type: ignore[assignment]
     return None
 
 
-def peek(path: Path | None) -> dict[str, Any]:
-    """The ``state_dict`` in a checkpoint, its tensors still on the disk; empty if it cannot be read.
+def peek(path: Place | None) -> dict[str, Any]:
+    """The ``state_dict`` in a checkpoint, its tensors still on the disk of this machine; empty if it cannot be read.
 
     Of one that is sharded, a folder, it is only what prepared networks say of themselves. What is wrong with a file is
     for whoever restores it to say.
@@ -42,9 +42,9 @@ def peek(path: Path | None) -> dict[str, Any]:
     if path is None:
         return {}
     try:
-        if path.is_dir():
+        if is_folder(path):
             return read_sharded(path, (STATE_KEY,))
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        checkpoint = read_checkpoint(path, mmap=True)
     except Exception:  # noqa: BLE001 - unpickling what is no pickle may raise anything, and restoring will
         return {}
     state = checkpoint.get("state_dict", checkpoint) if isinstance(checkpoint, Mapping) else {}

@@ -25,6 +25,7 @@ from qat_lightning.modes.eager.layers import ChainHead
 from qat_lightning.modes.prepared import is_prepared, prepared_state
 from qat_lightning.settings.kinds import DIRECT
 from qat_lightning.settings.modes import traits_of
+from qat_lightning.storage import is_folder
 
 _BUILD = (
     "build the network in __init__ or setup, with its weights, and let configure_model only shard it, as in "
@@ -219,7 +220,7 @@ def refuse_checkpoint(trainer: Trainer, networks: Networks) -> None:
     """
     path = checkpoint_to_restore(trainer) if shards(trainer) else None
     state = peek(path)
-    if path is None or not (state or path.is_dir()):
+    if path is None or not (state or is_folder(path)):
         return
     prefixes = {name: slot.prefix for name, slot in networks.slots.items()}
     if holds_quantization(state):
@@ -228,7 +229,7 @@ def refuse_checkpoint(trainer: Trainer, networks: Networks) -> None:
     for name, prepared in networks.prepared.items():
         kept = prepared_state(prepared)
         added = [key for key in kept.added_keys if not key.endswith("_extra_state")]
-        if path.is_dir() or added or kept.reworking is not None:
+        if is_folder(path) or added or kept.reworking is not None:
             raise CheckpointMismatchError(
                 f"{str(path)!r} is a checkpoint of a float run, and {type(trainer.strategy).__name__} cannot load it "
                 f"into {name!r}, which is prepared for quantization: give the LightningModule its weights before the "

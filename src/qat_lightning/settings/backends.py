@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import torch
 
 from qat_lightning.errors import CombinationError, ConfigurationError, MissingExtraError
+from qat_lightning.settings.quantizers import FORMS, is_path
 
 MODES = ("eager", "fx", "pt2e")
 """The modes that take a network as a whole."""
@@ -45,6 +46,8 @@ class Backend:
         tolerance_db: SQNR, in dB, that every layer of a converted network must reach against fake-quant. Right
             kernels give 50 dB and more, broken ones 6 to 27 dB.
         extra: The optional dependency it needs, as ``pip install qat-lightning[extra]`` names it.
+        own_grids: Whether its quantizer says on which grids tensors are, as one of the user's does; the scheme can then
+            make them coarser only.
     """
 
     name: str
@@ -56,6 +59,7 @@ class Backend:
     weight_limit: int = 127
     tolerance_db: float = 45.0
     extra: str | None = None
+    own_grids: bool = False
 
     @property
     def activation_dtype(self) -> torch.dtype:
@@ -95,6 +99,8 @@ _TABLE = (
     ),
 )
 
+_OTHER_FORMS = FORMS.removeprefix("a built-in name, ")
+
 BACKENDS: dict[str, Backend] = {backend.name: backend for backend in _TABLE}
 
 
@@ -112,7 +118,7 @@ def get_backend(name: str, mode: str) -> Backend:
     """The row of ``name``, if it goes with ``mode``.
 
     Args:
-        name: A backend's name.
+        name: A backend's name, or the dotted path of a PT2E quantizer.
         mode: ``"eager"``, ``"fx"``, ``"pt2e"``, ``"parts"``, or ``"auto"``, which goes with every backend.
 
     Raises:
@@ -125,9 +131,14 @@ def get_backend(name: str, mode: str) -> Backend:
     """
     if mode not in NAMES:
         raise ConfigurationError(f"mode={mode!r} is unknown: use one of {', '.join(NAMES)}.")
-    if name not in BACKENDS:
-        raise ConfigurationError(f"backend={name!r} is unknown: use one of {', '.join(BACKENDS)}.")
-    backend = BACKENDS[name]
+    if is_path(name):
+        backend = Backend(name, ("pt2e",), f"what {name} is for", None, activations="int8", own_grids=True)
+    elif name in BACKENDS:
+        backend = BACKENDS[name]
+    else:
+        raise ConfigurationError(
+            f"backend={name!r} is unknown: use one of {', '.join(BACKENDS)}; in mode='pt2e' also {_OTHER_FORMS}."
+        )
     if mode != "auto" and mode not in backend.modes:
         for_mode = ", ".join(row.name for row in _TABLE if mode in row.modes)
         raise CombinationError(

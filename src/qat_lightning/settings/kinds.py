@@ -18,6 +18,11 @@ _XNNPACK_WEIGHTS = (
 
 _TENSORRT_RANGES = "TensorRT's int8 kernels take ranges that are known beforehand: use kind='static', or backend='x86'"
 
+_OWN_GRIDS = (
+    "its quantizer says which grids activations have in a static network: use kind='qat' (in QuantizationAwareTraining "
+    "kind='static') or kind='static', or backend='x86'"
+)
+
 _BY_PARTS = "this kind needs no graph to be captured: use mode='eager', which reaches every layer of Python code"
 
 UNSUPPORTED: dict[tuple[str, str, str], str] = {
@@ -36,7 +41,14 @@ def supported(kind: str) -> list[tuple[str, str]]:
         >>> ("pt2e", "xnnpack") in supported("dynamic"), ("pt2e", "xnnpack") in supported("weight_only")
         (True, False)
     """
-    return [pair for pair in pairs() if (kind, *pair) not in UNSUPPORTED]
+    return [pair for pair in pairs() if not _why_not(kind, *pair)]
+
+
+def _why_not(kind: str, mode: str, backend: str) -> str:
+    """Why a kind is not there for a mode and a backend that go together; empty if it is."""
+    if kind in DIRECT and get_backend(backend, mode).own_grids:
+        return _OWN_GRIDS
+    return UNSUPPORTED.get((kind, mode, backend), "")
 
 
 def check_kind(recipe: Recipe) -> None:
@@ -57,7 +69,7 @@ def check_kind(recipe: Recipe) -> None:
         ...     str(error)[:77]
         "kind='weight_only' is not there for mode='pt2e' and backend='xnnpack': XNNPAC"
     """
-    reason = UNSUPPORTED.get((recipe.kind, recipe.mode, recipe.backend))
+    reason = _why_not(recipe.kind, recipe.mode, recipe.backend)
     if reason:
         raise CombinationError(
             f"kind={recipe.kind!r} is not there for mode={recipe.mode!r} and backend={recipe.backend!r}: {reason}."
@@ -118,5 +130,5 @@ def table() -> dict[tuple[str, str, str], str]:
                 except ConfigurationError as error:
                     rows[kind, mode, backend] = str(error)
                 else:
-                    rows[kind, mode, backend] = UNSUPPORTED.get((kind, mode, backend), "")
+                    rows[kind, mode, backend] = _why_not(kind, mode, backend)
     return rows

@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 
 from qat_lightning.errors import CheckpointMismatchError, CombinationError, ConfigurationError
 from qat_lightning.settings.backends import Backend, get_backend
+from qat_lightning.settings.quantizers import QuantizerSource, backend_and_source
 from qat_lightning.settings.scheme import CALIBRATION_ONLY, Scheme
 
 FORMAT = 1
@@ -55,7 +56,8 @@ class Recipe:
 
     Args:
         mode: ``"eager"``, ``"fx"``, ``"pt2e"`` or ``"parts"``.
-        backend: A name in `qat_lightning.settings.backends.BACKENDS`.
+        backend: A name in `qat_lightning.settings.backends.BACKENDS`; in mode pt2e also a PT2E quantizer in any of the
+            forms of `qat_lightning.settings.quantizers.FORMS`, of which the path is kept.
         scheme: Bits and granularity.
         include: Globs of module names; empty for all.
         exclude: Globs of module names that stay float, with all that is inside them.
@@ -72,6 +74,7 @@ class Recipe:
             compared.
         families: Which of `FAMILIES` are quantized: all, but when a checkpoint of an earlier release is resumed; no
             setting, and not compared.
+        quantizer: Where the quantizer of a backend that is not built in comes from; found from ``backend``.
 
     Raises:
         ConfigurationError: The mode and the backend do not go together, a glob is not a string, or the scheme has what
@@ -97,9 +100,14 @@ class Recipe:
     smoothquant: float | None = None
     adapters: Adapters = "merged"
     rotation: bool = False
+    quantizer: QuantizerSource | None = None
 
     def __post_init__(self) -> None:
         """Check the pair, the globs, and what of the scheme the kind has."""
+        if self.quantizer is None or self.quantizer.path != self.backend:
+            backend, source = backend_and_source(self.backend)
+            object.__setattr__(self, "backend", backend)
+            object.__setattr__(self, "quantizer", source)
         get_backend(self.backend, self.mode)
         for name, possible in (
             ("kind", Kind),
@@ -230,6 +238,7 @@ class Recipe:
             "adapters": self.adapters,
             "left_float": [list(pair) for pair in self.left_float],
             "families": list(self.families),
+            "quantizer": None if self.quantizer is None else self.quantizer.to_dict(),
         }
 
     @classmethod
@@ -254,6 +263,7 @@ class Recipe:
             families=tuple(str(name) for name in values.get("families", ())),
             smoothquant=values.get("smoothquant"),
             rotation=bool(values.get("rotation", False)),
+            quantizer=QuantizerSource.from_dict(values["quantizer"]) if values.get("quantizer") else None,
         )
 
     def differences(self, other: Recipe) -> list[str]:

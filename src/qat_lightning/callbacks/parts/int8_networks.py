@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,6 @@ from qat_lightning.modes.prepared import prepared_state
 from qat_lightning.modes.registry import mode_for
 from qat_lightning.processes import any_process, in_all, in_first, several_processes
 from qat_lightning.rehearsal.faults import Conversion
-from qat_lightning.settings.recipe import Recipe
 
 
 class Int8Networks:
@@ -103,7 +103,7 @@ class Int8Networks:
 
     def _matching(self, slot: str, glob: str) -> dict[str, str]:
         prefix = self.networks.slots[slot].prefix
-        wanted = Recipe(self.networks.settings.recipe.mode, self.networks.settings.backend, exclude=(glob,))
+        wanted = replace(self.networks.settings.recipe, include=(), exclude=(glob,), left_float=())
         state = prepared_state(self.networks.prepared[slot])
         layers = dict(state.float_network.named_modules())
         names = [name for name in mode_for(state.recipe).parts(self.networks.prepared[slot]) if name in layers]

@@ -11,6 +11,7 @@ from qat_lightning.errors import ConfigurationError
 from qat_lightning.graph.example import from_user
 from qat_lightning.rehearsal.rehearse import OnFault
 from qat_lightning.settings.backends import get_backend, require
+from qat_lightning.settings.quantizers import backend_and_source
 from qat_lightning.settings.recipe import Adapters, BatchNormHandling, Equalization, Kind, Recipe
 from qat_lightning.settings.scheme import Scheme
 
@@ -23,7 +24,7 @@ class QuantizationSettings:
 
     Args:
         mode: The mode, or ``"auto"``.
-        backend: The target.
+        backend: The target: a name, or a PT2E quantizer in any of `qat_lightning.settings.quantizers.FORMS`.
         kind: How the network becomes int8.
         module: Which networks.
         example_inputs: One call.
@@ -54,7 +55,7 @@ class QuantizationSettings:
     """
 
     mode: str
-    backend: str
+    backend: Any
     kind: Kind = "qat"
     module: str | list[str] | None = None
     example_inputs: Any = None
@@ -75,8 +76,9 @@ class QuantizationSettings:
     def __post_init__(self) -> None:
         """Check everything that can be known without a network."""
         check_word("mode", self.mode)
-        check_word("backend", self.backend)
-        target = get_backend(self.backend, self.mode)
+        backend, source = backend_and_source(self.backend)
+        check_word("backend", backend)
+        target = get_backend(backend, self.mode)
         require(target)
         # Which names there are is known at the fit only.
         if self.module is not None and not isinstance(self.module, str):
@@ -94,7 +96,7 @@ class QuantizationSettings:
         mode = target.modes[0] if self.mode == "auto" else self.mode
         recipe = Recipe(
             mode,
-            self.backend,
+            backend,
             scheme,
             include,
             exclude,
@@ -105,7 +107,13 @@ class QuantizationSettings:
             smoothquant=self.smoothquant,
             adapters=self.adapters,
             rotation=self.rotation,
+            quantizer=source,
         )
+        if source is not None:
+            # Imported here, so that other backends do not pay for torchao.
+            from qat_lightning.modes.pt2e.quantizers import own_quantizer
+
+            own_quantizer(source)
         if self.example_inputs is not None and isinstance(self.module, (str, type(None))):
             from_user(self.example_inputs)
         check_flag("convert_on_fit_end", self.convert_on_fit_end)

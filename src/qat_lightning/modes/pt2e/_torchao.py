@@ -1,4 +1,4 @@
-"""The first import of torchao, to which our FakeQuantize is made known as one of its own.
+"""The first import of torchao, to which our FakeQuantizes are made known as some of its own.
 
 It warns about CUDA extensions that a CPU machine neither has nor needs.
 """
@@ -7,6 +7,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from qat_lightning.numerics.derived import DerivedFakeQuantize
 from qat_lightning.numerics.fake_quantize import FakeQuantize
 
 
@@ -27,3 +28,4 @@ with _errors_only("torchao", "torch.utils._pytree"):
     from torchao.quantization.pt2e.fake_quantize import FakeQuantizeBase
 
 FakeQuantizeBase.register(FakeQuantize)
+FakeQuantizeBase.register(DerivedFakeQuantize)

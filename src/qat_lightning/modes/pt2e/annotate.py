@@ -8,10 +8,8 @@ https://github.com/pytorch/ao/blob/main/torchao/quantization/pt2e/qat_utils.py).
 
 from __future__ import annotations
 
-import functools
 import operator
 import warnings
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,103 +17,33 @@ from torch import fx, nn
 from torchao.quantization.pt2e.prepare import prepare as upstream_prepare
 from torchao.quantization.pt2e.quantizer import QuantizationSpec, Quantizer, SharedQuantizationSpec
 from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY, QuantizationAnnotation
-from torchao.quantization.pt2e.quantizer.utils import QuantizationConfig
 from torchao.quantization.pt2e.utils import _get_node_name_to_scope
 
-from qat_lightning.errors import NetworkError, TraceError
+from qat_lightning.errors import ConfigurationError, NetworkError, TraceError
 from qat_lightning.graph.scopes import join, scope_of
-from qat_lightning.layers.operators import OPERATORS, rows
+from qat_lightning.layers.operators import rows
 from qat_lightning.modes.late_writes import late_write, late_write_error
 from qat_lightning.modes.pt2e.capture import source_line
 from qat_lightning.modes.pt2e.dtypes import leave_other_dtypes
 from qat_lightning.modes.pt2e.float_sums import leave_sums_unrounded
+from qat_lightning.modes.pt2e.folding import (
+    Folded,
+    bypass,
+    foldable,
+    folded_pairs,
+    give_biases,
+    rename_in_annotations,
+    undo_bypass,
+)
+from qat_lightning.modes.pt2e.own_grids import own_modules, take_over
+from qat_lightning.modes.pt2e.quantizers import known_rules, make_quantizer
 from qat_lightning.modes.pt2e.transposed import Shuffled, write_as_convolutions
-from qat_lightning.modes.qconfig import activation_qscheme, activation_settings, weight_qscheme, weight_settings
 from qat_lightning.numerics.fake_quantize import FakeQuantize
 from qat_lightning.settings.recipe import Recipe
 
 aten = torch.ops.aten
 
-CHANNEL_AXIS: dict[Any, int] = {
-    overload: row.channel_axis for row in OPERATORS if row.channel_axis is not None for overload in row.overloads
-}
-"""The ops with a weight, and the dimension of that weight that counts output channels."""
-
 _CLAMPS = tuple(overload for row in rows("clamp") for overload in row.overloads)
-
-
-@dataclass(frozen=True)
-class Folded:
-    """A layer and the BatchNorm that will be folded into it, by the names of their nodes.
-
-    Attributes:
-        layer: The layer.
-        batchnorm: The BatchNorm.
-        moves: What brings the layer's outputs to their places before BatchNorm reads them, in order.
-    """
-
-    layer: str
-    batchnorm: str
-    moves: tuple[str, ...] = ()
-
-
-def make_quantizer(recipe: Recipe) -> Quantizer:
-    """The quantizer of the recipe's backend, set to the recipe's scheme."""
-    if recipe.backend == "xnnpack":
-        from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import XNNPACKQuantizer
-
-        xnnpack = XNNPACKQuantizer()
-        # The patterns with BatchNorm never match here, and to build them is an export each.
-        xnnpack.SUPPORTED_PATTERNS = [p for p in xnnpack.SUPPORTED_PATTERNS if "_bn" not in p.name]
-        xnnpack.set_global(make_config(recipe))
-        return xnnpack
-    from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import X86InductorQuantizer
-
-    # Also for TensorRT, whose kernels as well take a residual add and an activation with a convolution.
-    return X86InductorQuantizer().set_global(make_config(recipe))
-
-
-def make_config(recipe: Recipe) -> QuantizationConfig:
-    """The recipe as upstream's quantizers want it, with our FakeQuantize."""
-    scheme = recipe.scheme
-    activation_low, activation_high = recipe.activation_limits
-    weight_low, weight_high = recipe.weight_limits
-    activation = QuantizationSpec(
-        dtype=recipe.target.activation_dtype,
-        quant_min=activation_low,
-        quant_max=activation_high,
-        qscheme=activation_qscheme(recipe),
-        observer_or_fake_quant_ctr=_Constructor("FakeQuantize", **activation_settings(recipe)),
-    )
-    weight = QuantizationSpec(
-        dtype=torch.int8,
-        quant_min=weight_low,
-        quant_max=weight_high,
-        # The quantizers refuse affine weights, which are simulated only and never reach their converter.
-        qscheme=torch.per_channel_symmetric if scheme.per_channel else torch.per_tensor_symmetric,
-        ch_axis=0 if scheme.per_channel else None,
-        observer_or_fake_quant_ctr=_Constructor(
-            "PerChannelFakeQuantize" if scheme.per_channel else "FakeQuantize",
-            qscheme=weight_qscheme(scheme),
-            **weight_settings(recipe),
-        ),
-    )
-    # Not is_qat: that asks for the patterns with BatchNorm, which is not there when the quantizer looks.
-    return QuantizationConfig(activation, activation, weight, None, is_qat=False)
-
-
-class _Constructor:
-    """Makes a FakeQuantize from a QuantizationSpec, as upstream's ``Observer.with_args`` does.
-
-    Upstream passes ``ch_axis`` only to what has "PerChannel" in its name.
-    """
-
-    def __init__(self, name: str, **fixed: Any) -> None:
-        self.__name__ = name
-        self.fixed = fixed
-
-    def with_args(self, **given: Any) -> functools.partial[FakeQuantize]:
-        return functools.partial(FakeQuantize, **(given | self.fixed))
 
 
 def insert_fake_quantize(
@@ -141,26 +69,11 @@ def insert_fake_quantize(
         with warnings.catch_warnings():
             # "The input of maxpool2d is not quantized": then it runs in float, as the coverage says.
             warnings.filterwarnings("ignore", message=".*maxpool2d.*")
-            graph_module = quantizer.transform_for_annotation(graph_module)
-            shuffled: list[Shuffled] = []
-            if "subpixel" in recipe.families and recipe.backend == "x86":
-                shuffled = write_as_convolutions(graph_module.graph, lambda node: selects(recipe, prefix, node))
-            _separate_weights(graph_module.graph)
-            _name_sources(graph_module.graph)
-            pairs = _foldable(graph_module.graph, shuffled)
-            _leave_float(graph_module.graph, recipe, prefix)
-            arguments = _bypass(pairs)
-            quantizer.annotate(graph_module)
-            if "convolutions" in recipe.families:
-                _annotate_conv1d(quantizer, graph_module.graph)
-            if "sums" in recipe.families:
-                leave_sums_unrounded(graph_module.graph)
-            _undo_bypass(pairs, arguments)
-            _annotate_after_clamp(graph_module.graph)
-            leave_other_dtypes(graph_module.graph)
-            quantizer.validate(graph_module)
-            folded = _folded(pairs)
-            prepared = upstream_prepare(graph_module, scopes, is_qat=False)
+            graph_module, folded = _annotate(graph_module, quantizer, recipe, prefix)
+            prepared = upstream_prepare(graph_module, scopes, False, quantizer.prepare_obs_or_fq_callback)
+            own_modules(prepared, recipe)
+    except ConfigurationError:
+        raise
     except (AssertionError, ValueError, RuntimeError, NotImplementedError, AttributeError, KeyError) as error:
         raise NetworkError(
             f"{type(quantizer).__name__} fails on {name}: {type(error).__name__}: {error}. Use exclude= for the part "
@@ -168,12 +81,50 @@ def insert_fake_quantize(
         ) from error
     if not any(isinstance(module, FakeQuantize) for module in prepared.children()):
         raise NetworkError(
-            f"There is nothing to quantize in {name} for backend {recipe.backend!r}: {type(quantizer).__name__} knows "
-            f"{_KNOWN[recipe.backend]}, and of these no selected module has any. Look at include and exclude, or give "
-            "another module=."
+            f"There is nothing to quantize in {name} for backend {recipe.backend!r}: {known_rules(recipe, quantizer)}, "
+            "and of these no selected module has any. Look at include and exclude, or give another module=."
         )
     _refuse_late_writes(prepared, name)
     return prepared, folded
+
+
+def _annotate(
+    graph_module: fx.GraphModule, quantizer: Quantizer, recipe: Recipe, prefix: str
+) -> tuple[fx.GraphModule, list[Folded]]:
+    """Let the quantizer annotate the graph without its BatchNorms, and put these back."""
+    graph_module = quantizer.transform_for_annotation(graph_module)
+    graph = graph_module.graph
+    shuffled: list[Shuffled] = []
+    if "subpixel" in recipe.families and recipe.backend == "x86":
+        shuffled = write_as_convolutions(graph, lambda node: selects(recipe, prefix, node))
+    _separate_weights(graph)
+    _name_sources(graph)
+    pairs = foldable(graph, shuffled)
+    own_grids = recipe.target.own_grids
+    if own_grids:
+        give_biases(graph_module, pairs)
+    else:
+        _leave_float(graph, recipe, prefix)
+    taken = bypass(pairs)
+    quantizer.annotate(graph_module)
+    if own_grids:
+        take_over(graph, recipe, lambda node: selects(recipe, prefix, node))
+    else:
+        _amend(quantizer, graph, recipe)
+    undo_bypass(pairs, taken)
+    if not own_grids:
+        _annotate_after_clamp(graph)
+    leave_other_dtypes(graph)
+    quantizer.validate(graph_module)
+    return graph_module, folded_pairs(pairs)
+
+
+def _amend(quantizer: Quantizer, graph: fx.Graph, recipe: Recipe) -> None:
+    """What built-in quantizers annotate too little, and too much."""
+    if "convolutions" in recipe.families:
+        _annotate_conv1d(quantizer, graph)
+    if "sums" in recipe.families:
+        leave_sums_unrounded(graph)
 
 
 def _annotate_conv1d(quantizer: Any, graph: fx.Graph) -> None:
@@ -206,15 +157,6 @@ def _refuse_late_writes(prepared: fx.GraphModule, name: str) -> None:
     if found is not None:
         rounded, write = found
         raise TraceError(late_write_error("pt2e", name, rounded.name, f"{write.name!r}{source_line(write)}"))
-
-
-_KNOWN_TO_X86 = "Conv1d, Conv2d, {}Linear, products of equal shapes, and pooling, cat and flatten between them"
-_KNOWN = {
-    "x86": _KNOWN_TO_X86.format("ConvTranspose1d, ConvTranspose2d, "),
-    "tensorrt": _KNOWN_TO_X86.format(""),
-    "xnnpack": "Conv1d, Conv2d, ConvTranspose, Linear, add, mul, cat, adaptive_avg_pool2d and reshaping between them",
-}
-"""What each quantizer has rules for, in words."""
 
 
 _SOURCE: dict[Any, Any] = {
@@ -279,63 +221,6 @@ def selects(recipe: Recipe, prefix: str, node: fx.Node) -> bool:
     return recipe.selects(name) if name else not recipe.include
 
 
-def _foldable(graph: fx.Graph, shuffled: list[Shuffled]) -> list[tuple[Shuffled, fx.Node]]:
-    """Layers whose output goes to one BatchNorm with running statistics, and nowhere else."""
-    by_last = {one.last: one for one in shuffled}
-    pairs = []
-    for batchnorm in graph.find_nodes(op="call_function", target=aten.batch_norm.default):
-        source, mean = batchnorm.args[0], batchnorm.args[3]
-        if not isinstance(source, fx.Node) or mean is None or len(source.users) > 1:
-            continue
-        found = by_last.get(source, Shuffled(source, (), 1))
-        layer = found.convolution
-        if layer.target not in CHANNEL_AXIS:
-            continue
-        weight = layer.args[1]
-        shape = weight.meta["val"].shape if isinstance(weight, fx.Node) else ()
-        channels = batchnorm.args[3].meta["val"].shape[0]
-        # Linear puts channels last and BatchNorm normalizes dimension 1, as it does of one sample without a batch; a
-        # grouped transposed convolution has fewer rows than channels.
-        if layer.meta["val"].dim() != len(shape):
-            continue
-        if not shape or shape[CHANNEL_AXIS[layer.target]] != channels * found.phases:
-            continue
-        pairs.append((found, batchnorm))
-    return pairs
-
-
-def _folded(pairs: list[tuple[Shuffled, fx.Node]]) -> list[Folded]:
-    return [
-        Folded(found.convolution.name, batchnorm.name, tuple(move.name for move in found.moves))
-        for found, batchnorm in pairs
-    ]
-
-
-def _bypass(pairs: list[tuple[Shuffled, fx.Node]]) -> list[tuple[Any, ...]]:
-    """Connect each layer to what follows its BatchNorm, for as long as the quantizer looks."""
-    arguments = []
-    for found, batchnorm in pairs:
-        arguments.append(batchnorm.args)
-        batchnorm.args = (None, *batchnorm.args[1:])
-        batchnorm.replace_all_uses_with(found.last)
-    return arguments
-
-
-def _undo_bypass(pairs: list[tuple[Shuffled, fx.Node]], arguments: list[tuple[Any, ...]]) -> None:
-    """Put BatchNorm back, and move what was annotated for the layer's output to BatchNorm's."""
-    for (found, batchnorm), args in zip(pairs, arguments, strict=True):
-        last = found.last
-        last.replace_all_uses_with(batchnorm)
-        batchnorm.args = args
-        annotation = last.meta.get(Q_ANNOTATION_KEY)
-        if annotation is not None and annotation.output_qspec is not None:
-            batchnorm.meta[Q_ANNOTATION_KEY] = QuantizationAnnotation(
-                output_qspec=annotation.output_qspec, _annotated=True
-            )
-            annotation.output_qspec = None
-        _rename_in_annotations(last.graph, last, batchnorm)
-
-
 def _annotate_after_clamp(graph: fx.Graph) -> None:
     """Observe only after a ReLU6: its range is the finer grid, and the clamp is then what the grid ends at."""
     for node in graph.nodes:
@@ -351,7 +236,7 @@ def _annotate_after_clamp(graph: fx.Graph) -> None:
             continue
         annotation.output_qspec, before.output_qspec = before.output_qspec, None
         annotation.input_qspec_map = {}
-        _rename_in_annotations(graph, source, node, of_users=False)
+        rename_in_annotations(graph, source, node, of_users=False)
 
 
 def _starts_at_zero(node: fx.Node) -> bool:
@@ -359,27 +244,3 @@ def _starts_at_zero(node: fx.Node) -> bool:
         return True
     low = node.args[1] if len(node.args) > 1 else node.kwargs.get("min_val", node.kwargs.get("min", -1.0))
     return isinstance(low, (int, float)) and low == 0
-
-
-def _rename_in_annotations(graph: fx.Graph, old: fx.Node, new: fx.Node, *, of_users: bool = True) -> None:
-    """Make annotations that speak of the output of ``old`` speak of that of ``new``."""
-
-    def renamed(spec: Any) -> Any:
-        if not isinstance(spec, SharedQuantizationSpec):
-            return spec
-        where = spec.edge_or_node
-        if where is old:
-            return SharedQuantizationSpec(new)
-        if of_users and isinstance(where, tuple) and where[0] is old and where[1] is not new:
-            return SharedQuantizationSpec((new, where[1]))
-        return spec
-
-    for node in graph.nodes:
-        annotation = node.meta.get(Q_ANNOTATION_KEY)
-        if annotation is None or node is new:
-            continue
-        annotation.output_qspec = renamed(annotation.output_qspec)
-        annotation.input_qspec_map = {
-            (new if of_users and source is old else source): renamed(spec)
-            for source, spec in annotation.input_qspec_map.items()
-        }

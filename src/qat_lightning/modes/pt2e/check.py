@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, fx, nn
 
@@ -9,10 +11,11 @@ from qat_lightning.graph.scopes import join, scope_of
 from qat_lightning.layers.operators import WEIGHTED, module_types
 from qat_lightning.modes.prepared import PreparedState
 from qat_lightning.modes.protocol import EXCLUDED, LayerCoverage
-from qat_lightning.modes.pt2e.annotate import CHANNEL_AXIS, selects
+from qat_lightning.modes.pt2e.annotate import selects
 from qat_lightning.modes.pt2e.convert import Decomposed
 from qat_lightning.modes.pt2e.coverage import IN_BRANCH
 from qat_lightning.modes.pt2e.dtypes import other_dtype
+from qat_lightning.modes.pt2e.folding import CHANNEL_AXIS
 from qat_lightning.modes.pt2e.network import ExportedNetwork
 from qat_lightning.modes.pt2e.training import Plan
 
@@ -63,7 +66,7 @@ def coverage(state: PreparedState, prepared: ExportedNetwork, result: Decomposed
         floats = [
             node
             for node in calls
-            if not (node.name in plan.weights if result is None else _is_int8(converted.get(node.name)))
+            if not (node.name in plan.weights if result is None else _is_int8(converted.get(node.name), node))
         ]
         reason = "" if calls and not floats else _why_float(state, name, floats, unseen)
         rows.append(LayerCoverage(name, type(module).__name__, not reason, reason))
@@ -98,10 +101,16 @@ def _weights_of(node: fx.Node, plan: Plan, prepared: nn.Module, tensors: dict[in
     return names
 
 
-def _is_int8(node: fx.Node | None) -> bool:
+def _is_int8(node: fx.Node | None, planned: fx.Node) -> bool:
+    """Whether an op of the decomposed graph reads integers, where its quantizer planned that."""
     if node is None or node.target not in CHANNEL_AXIS:
         return False
-    return all(isinstance(arg, fx.Node) and arg.target in DEQUANTIZE for arg in node.args[:2])
+    wanted = [arg for arg, plan in zip(node.args[:2], planned.args[:2], strict=True) if _is_rounded(plan)]
+    return bool(wanted) and all(isinstance(arg, fx.Node) and arg.target in DEQUANTIZE for arg in wanted)
+
+
+def _is_rounded(node: Any) -> bool:
+    return isinstance(node, fx.Node) and node.op == "call_module"
 
 
 def _why_float(state: PreparedState, name: str, floats: list[fx.Node], unseen: list[str]) -> str:

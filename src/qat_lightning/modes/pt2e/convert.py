@@ -19,9 +19,10 @@ from qat_lightning.errors import ConversionError
 from qat_lightning.graph.scopes import scope_of
 from qat_lightning.layers.batchnorm import fold_factor, folded_bias, folded_weight, for_each_row
 from qat_lightning.layers.qat_modules import round_for_good
-from qat_lightning.modes.pt2e.annotate import CHANNEL_AXIS
 from qat_lightning.modes.pt2e.capture import TRAINING_FLAG
+from qat_lightning.modes.pt2e.folding import CHANNEL_AXIS
 from qat_lightning.modes.pt2e.training import Plan, weight_quantizer
+from qat_lightning.numerics.derived import DerivedFakeQuantize
 from qat_lightning.numerics.fake_quantize import FakeQuantize
 
 aten = torch.ops.aten
@@ -95,7 +96,9 @@ def _fold_batchnorm(graph_module: fx.GraphModule, plan: Plan) -> None:
         assert mean is not None
         assert var is not None
         factor = fold_factor(gamma, var, float(batchnorm.args[7]))
-        bias = _fixed(graph_module, layer.args[2] if len(layer.args) > 2 else None)
+        bias_node: Any = layer.args[2] if len(layer.args) > 2 else None
+        derived = _is_derived(graph_module, bias_node)
+        bias = _fixed(graph_module, bias_node.args[0] if derived else bias_node)
         multiplied = folded_weight(weight, factor, axis=axis)
         new_weight = _constant(graph_module, weight_node, f"{pair.layer}_weight", multiplied)
         shifted = folded_bias(bias, mean, factor, beta)
@@ -105,6 +108,10 @@ def _fold_batchnorm(graph_module: fx.GraphModule, plan: Plan) -> None:
         else:
             quantizer.update_arg(0, new_weight)
             new_weight.append(quantizer)
+        if derived:
+            new_bias.append(bias_node)
+            bias_node.update_arg(0, new_bias)
+            new_bias = bias_node
         layer.args = (*layer.args[:2], new_bias, *layer.args[3:])
         batchnorm.replace_all_uses_with(batchnorm.args[0])
         graph.erase_node(batchnorm)
@@ -171,24 +178,42 @@ def _quantizer(module: nn.Module, node: fx.Node) -> FakeQuantize | None:
     return fq if isinstance(fq, FakeQuantize) else None
 
 
+def _is_derived(module: nn.Module, node: Any) -> bool:
+    """Whether a node rounds to a grid that is derived from those of others."""
+    if not isinstance(node, fx.Node) or node.op != "call_module":
+        return False
+    return isinstance(module.get_submodule(str(node.target)), DerivedFakeQuantize)
+
+
+def _lacks_range(derived: Any) -> bool:
+    """Whether a grid that another depends on was never known; a weight is looked at before it is converted."""
+    return any(source.left_float or (source.source != "present" and not source.seen) for source in derived.sources)
+
+
+def _take_out(node: fx.Node) -> None:
+    node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
+    node.graph.erase_node(node)
+
+
 def _leave_unseen_float(graph_module: fx.GraphModule) -> list[str]:
     """Take out the FakeQuantizes that never round or know no range, and those of weights whose input is then float."""
     graph = graph_module.graph
     unseen = []
+    without_input = set[fx.Node]()
     for node in list(graph.nodes):
         fq = _quantizer(graph_module, node)
-        if fq is not None and fq.left_float:
-            node.replace_all_uses_with(node.args[0])
-            graph.erase_node(node)
+        if fq is None or not (fq.left_float or (fq.source != "present" and not fq.seen)):
             continue
-        if fq is None or fq.source == "present" or fq.seen:
-            continue
-        unseen.append(node.args[0].name)
-        node.replace_all_uses_with(node.args[0])
-        graph.erase_node(node)
+        if not fq.left_float:
+            unseen.append(node.args[0].name)
+        without_input |= {user for user in node.users if user.args[:1] == (node,)}
+        _take_out(node)
     for node in list(graph.nodes):
+        if _is_derived(graph_module, node) and _lacks_range(graph_module.get_submodule(str(node.target))):
+            _take_out(node)
+    for node in without_input:
         weight = weight_quantizer(graph_module, node)
-        if weight is None or _quantizer(graph_module, node.args[0]) is not None:
+        if weight is None:
             continue
         # As in training, on its grid: what is float here is its input.
         fq, value = _quantizer(graph_module, weight), _tensor(graph_module, weight.args[0])

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torchao.quantization.pt2e.quantizer import SharedQuantizationSpec
+from torchao.quantization.pt2e.quantizer import DerivedQuantizationSpec, SharedQuantizationSpec
 from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY
 
 _OTHER = "qat_lightning_other_dtype"
@@ -25,10 +26,25 @@ def leave_other_dtypes(graph: fx.Graph) -> None:
     left = {node for node in graph.nodes if _is_annotated(node) and not _all_float(node)}
     for node in left:
         node.meta[_OTHER] = next(_dtype(tensor) for tensor in [*node.all_input_nodes, node] if not _is_float(tensor))
+    _take_all_back(graph, left)
+
+
+def leave_unselected(graph: fx.Graph, selects: Callable[[fx.Node], bool]) -> None:
+    """Take back the annotation of every op that is not to be quantized, and what shares or derives a range from it.
+
+    Args:
+        graph: Annotated by a quantizer.
+        selects: Whether what made a node is to be quantized.
+    """
+    _take_all_back(graph, {node for node in graph.nodes if node.op == "call_function" and not selects(node)})
+
+
+def _take_all_back(graph: fx.Graph, left: set[fx.Node]) -> None:
+    left = {node for node in left if _is_annotated(node)}
     while left:
         for node in left:
             _take_back(node)
-        left = {node for node in graph.nodes if _is_annotated(node) and _shares_with_nothing(node)}
+        left = {node for node in graph.nodes if _is_annotated(node) and _depends_on_nothing(node)}
 
 
 def _is_annotated(node: fx.Node) -> bool:
@@ -66,13 +82,20 @@ def _take_back(node: fx.Node) -> None:
         annotation._is_output_of_quantized_pattern = False
 
 
-def _shares_with_nothing(node: fx.Node) -> bool:
+def _depends_on_nothing(node: fx.Node) -> bool:
     """Whether an annotation wants the range of a tensor that has none any more."""
     annotation = node.meta[Q_ANNOTATION_KEY]
     return any(
-        isinstance(spec, SharedQuantizationSpec) and _spec_at(spec.edge_or_node) is None
+        _spec_at(where) is None
         for spec in [*annotation.input_qspec_map.values(), annotation.output_qspec]
+        for where in _wanted(spec)
     )
+
+
+def _wanted(spec: Any) -> list[Any]:
+    if isinstance(spec, SharedQuantizationSpec):
+        return [spec.edge_or_node]
+    return list(spec.derived_from) if isinstance(spec, DerivedQuantizationSpec) else []
 
 
 def _spec_at(where: Any) -> Any:

@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from qat_lightning.graph.signature import CallSpec
 from qat_lightning.modes.compile_switch import compiling_allowed, has_cpp_compiler
 from qat_lightning.modes.pt2e.compiling import compile_library, difference, load_library
-from qat_lightning.settings.backends import BACKENDS
+from qat_lightning.settings.backends import get_backend
 
 Runs = Literal["not compiled yet", "aotinductor", "decomposed"]
 
@@ -57,7 +57,7 @@ class Int8Network(nn.Module):
         self.__dict__["_lock"] = threading.Lock()
         if self.backend != "x86":
             self.runs = "decomposed"
-            self.why_decomposed = f"backend {self.backend!r} runs elsewhere ({BACKENDS[self.backend].about})"
+            self.why_decomposed = f"backend {self.backend!r} runs elsewhere ({get_backend(self.backend, 'pt2e').about})"
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the int8 network on the inputs of the float network."""
@@ -99,7 +99,7 @@ class Int8Network(nn.Module):
             tensors = [_prepare(tensor) for tensor in self.spec.flatten(args, kwargs)]
             try:
                 library = load_library(package, self.decomposed, self.spec, tensors)
-                problem = difference(self.decomposed, library, self.spec, tensors, BACKENDS[self.backend])
+                problem = difference(self.decomposed, library, self.spec, tensors, get_backend(self.backend, "pt2e"))
             except Exception as error:  # noqa: BLE001 (loading may fail in any way; it is compiled here instead)
                 problem = f"it cannot be loaded ({type(error).__name__}: {_first_line(error)})"
             if problem:
@@ -116,7 +116,7 @@ class Int8Network(nn.Module):
                 return
             try:
                 compiled = compile_library(self.decomposed, self.spec, tensors)
-                problem = difference(self.decomposed, compiled, self.spec, tensors, BACKENDS[self.backend])
+                problem = difference(self.decomposed, compiled, self.spec, tensors, get_backend(self.backend, "pt2e"))
             except Exception as error:  # noqa: BLE001 (a compiler may fail in any way; the graph runs instead)
                 problem = f"it cannot be compiled ({type(error).__name__}: {_first_line(error)})"
                 if not has_cpp_compiler():

@@ -40,9 +40,12 @@ _ELSEWHERE = {
 }
 """The backends whose kernels are on another machine: whose these are, and how the network gets there."""
 
+_OTHERS = ("the target's kernels", "; hand qat.quantized's graph, or export='exported_program', to its toolchain")
+"""Likewise for a quantizer of the user's."""
+
 
 class Pt2eMode:
-    """Mode pt2e, for the backends x86, xnnpack and tensorrt."""
+    """Mode pt2e, for its built-in backends and for any PT2E quantizer."""
 
     @nothing_remembered()
     def prepare(self, network: nn.Module, example: Example, recipe: Recipe, *, prefix: str = "") -> nn.Module:
@@ -95,8 +98,8 @@ class Pt2eMode:
         found = check_layers(prepared, result.graph_module, plan, example, state.recipe.target)
         network = Int8Network(result.graph_module, plan.spec, state.recipe.backend)
         notes = []
-        if state.recipe.backend in _ELSEWHERE:
-            kernels, how = _ELSEWHERE[state.recipe.backend]
+        if state.recipe.backend != "x86":
+            kernels, how = _ELSEWHERE.get(state.recipe.backend, _OTHERS)
             notes.append(
                 f"backend={state.recipe.backend!r}: on this machine the int8 network runs as a decomposed graph, with "
                 f"the values of {kernels} and not their speed{how}."

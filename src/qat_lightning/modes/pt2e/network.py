@@ -9,6 +9,7 @@ from torch import fx, nn
 from qat_lightning.graph.signature import CallSpec
 from qat_lightning.layers.relu_rounding import with_relus_in_roundings
 from qat_lightning.modes.graph_network import GraphNetwork, GraphPart, compile_graph
+from qat_lightning.numerics.derived import DerivedFakeQuantize
 from qat_lightning.numerics.fake_quantize import FakeQuantize
 
 
@@ -36,7 +37,11 @@ class ExportedNetwork(GraphNetwork):
         inside = {id(part) for module in self.modules() if id(module) in called for part in module.modules()}
         for name, module in self.named_modules():
             # Parametrizations are called by whoever looks at the weight that they compute.
-            ours = module is self or isinstance(module, (GraphPart, FakeQuantize)) or "parametrizations" in name
+            ours = (
+                module is self
+                or isinstance(module, (GraphPart, FakeQuantize, DerivedFakeQuantize))
+                or "parametrizations" in name
+            )
             if not ours and id(module) not in inside:
                 # On the instance: the class is still the user's, for whoever asks which layers are there.
                 module.__dict__["forward"] = refuse_call

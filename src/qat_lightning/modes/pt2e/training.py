@@ -24,12 +24,17 @@ from qat_lightning.layers.qat_modules import (
     FunctionalBatchNorm,
     make_batchnorm_freezable,
 )
-from qat_lightning.modes.pt2e.annotate import CHANNEL_AXIS, Folded
 from qat_lightning.modes.pt2e.capture import TRAINING_FLAG
+from qat_lightning.modes.pt2e.folding import CHANNEL_AXIS, Folded
 from qat_lightning.modes.pt2e.shared_ranges import observe_once
+from qat_lightning.numerics.derived import DerivedFakeQuantize
 from qat_lightning.numerics.fake_quantize import FakeQuantize
 
 aten = torch.ops.aten
+
+
+_ROUNDS = (FakeQuantize, DerivedFakeQuantize)
+"""What preparation puts into a graph."""
 
 
 class FoldedWeight(nn.Module):
@@ -118,7 +123,7 @@ def adopt(network: nn.Module, prepared: fx.GraphModule) -> nn.Module:
     root.add_module(child, holder)
     names: dict[int, str] = {}
     for node in prepared.graph.nodes:
-        if node.op == "call_module" and isinstance(fq := prepared.get_submodule(node.target), FakeQuantize):
+        if node.op == "call_module" and isinstance(fq := prepared.get_submodule(node.target), _ROUNDS):
             if id(fq) not in names:
                 leaf = node.args[0].name
                 while hasattr(holder, leaf):
@@ -219,6 +224,11 @@ def _fold_weight(root: nn.Module, graph: fx.Graph, layer: fx.Node, batchnorm: fx
     layer.replace_input_with(quantizer, rounded)
     if not quantizer.users:
         graph.erase_node(quantizer)
+    bias: Any = layer.args[2] if len(layer.args) > 2 else None
+    if bias is not None and bias.op == "call_module":
+        # What kernels add is BatchNorm's shift, which is rounded when it is folded in.
+        layer.replace_input_with(bias, bias.args[0])
+        graph.erase_node(bias)
 
 
 def _own_batchnorm(root: nn.Module, node: fx.Node) -> None:

@@ -1,0 +1,206 @@
+"""A PT2E quantizer that is given instead of a backend's name: by which path and arguments it is made.
+
+What is kept of it is text, so that a checkpoint and a file can hold it. Nothing is imported here but what a callable
+or an instance already is; `qat_lightning.modes.pt2e.quantizers` makes the quantizer.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from qat_lightning.errors import ConfigurationError
+
+_DOTTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
+
+FORMS = (
+    "a built-in name, a dotted path such as 'package.module.Class', a mapping such as {'_target_': "
+    "'package.module.Class', 'bits': 8}, a class, a function that returns a quantizer, or a quantizer"
+)
+"""What ``backend=`` may be, in words."""
+
+
+@dataclass(frozen=True)
+class QuantizerSource:
+    """Where a quantizer comes from.
+
+    Attributes:
+        path: ``"package.module.Class"``, or that of a function that returns a quantizer. Of an instance: its class.
+        arguments: Keyword arguments as a JSON object; None where they are not known, as those of an instance.
+        made: The instance that was given, of which each preparation takes a copy; not saved and not compared.
+
+    Example:
+        >>> source = QuantizerSource.of({"_target_": "my_package.MyQuantizer", "bits": 8})
+        >>> source.path, source.arguments
+        ('my_package.MyQuantizer', '{"bits": 8}')
+    """
+
+    path: str
+    arguments: str | None = "{}"
+    made: Any = field(default=None, compare=False, repr=False)
+
+    @classmethod
+    def of(cls, given: Any) -> QuantizerSource:
+        """Describe what a user gave as ``backend=``.
+
+        Args:
+            given: See `FORMS`; not a built-in name.
+
+        Raises:
+            ConfigurationError: It is none of these, or a mapping holds what is no plain value.
+        """
+        if isinstance(given, str):
+            return cls(given)
+        if isinstance(given, Mapping):
+            path, arguments = _of_mapping(given)
+            return cls(path, _encoded(arguments, path))
+        if isinstance(given, functools.partial) and not given.args and _is_plain(given.keywords):
+            path = _path_of(given.func)
+            if path:
+                return cls(path, _encoded(given.keywords, path))
+        if callable(given) and not _quantizes(given):
+            path = _path_of(given)
+            return cls(path) if path else cls.of(_called(given))
+        if isinstance(given, type) or not _quantizes(given):
+            raise ConfigurationError(f"backend={given!r} is not possible: give {FORMS}.")
+        return cls(f"{type(given).__module__}.{type(given).__qualname__}", None, given)
+
+    @property
+    def keywords(self) -> dict[str, Any]:
+        """The keyword arguments; mappings with ``_target_`` among them are objects that are still to be made."""
+        return dict(json.loads(self.arguments or "{}"))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for a checkpoint."""
+        return {"path": self.path, "arguments": self.arguments}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> QuantizerSource:
+        """Undo `to_dict`; an instance does not come back."""
+        arguments = values["arguments"]
+        return cls(str(values["path"]), None if arguments is None else str(arguments))
+
+
+def is_path(name: str) -> bool:
+    """Whether a name is a dotted path, and so no built-in one.
+
+    Example:
+        >>> is_path("my_package.MyQuantizer"), is_path("x86")
+        (True, False)
+    """
+    return _DOTTED.fullmatch(name) is not None
+
+
+def backend_and_source(given: Any) -> tuple[Any, QuantizerSource | None]:
+    """The name by which a backend is known, and where its quantizer comes from; None for a built-in one.
+
+    Args:
+        given: See `FORMS`.
+
+    Raises:
+        ConfigurationError: It is none of these.
+    """
+    if isinstance(given, str) and not is_path(given):
+        return given, None
+    source = QuantizerSource.of(given)
+    return source.path, source
+
+
+def _of_mapping(given: Mapping[Any, Any]) -> tuple[str, dict[str, Any]]:
+    path = given.get("_target_")
+    words = [key for key in given if not isinstance(key, str) or (key.startswith("_") and key != "_target_")]
+    if not isinstance(path, str) or not is_path(path) or words:
+        which = f"the key {words[0]!r} is not possible" if words else "it has no '_target_' with a dotted path"
+        raise ConfigurationError(
+            f"backend={dict(given)!r} is not possible: {which}. Give {{'_target_': 'package.module.Class'}} and "
+            "keyword arguments besides."
+        )
+    return path, {key: value for key, value in given.items() if key != "_target_"}
+
+
+def _encoded(arguments: Mapping[str, Any], path: str) -> str:
+    if not _is_plain(arguments):
+        raise ConfigurationError(
+            f"backend={path!r}: its arguments {dict(arguments)!r} hold what no checkpoint can. Give numbers, strings, "
+            "lists and mappings (one with '_target_' is made into an object), or the quantizer itself as backend=."
+        )
+    return json.dumps(_plain(arguments), sort_keys=True)
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return all(isinstance(key, str) and _is_plain(inner) for key, inner in value.items())
+    if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
+        return all(_is_plain(inner) for inner in value)
+    return value is None or type(value) in (bool, int, float, str)
+
+
+def _plain(value: Any) -> Any:
+    """Without the containers of configuration libraries."""
+    if isinstance(value, Mapping):
+        return {key: _plain(inner) for key, inner in value.items()}
+    return [_plain(inner) for inner in value] if isinstance(value, Sequence) and not isinstance(value, str) else value
+
+
+def _path_of(given: Any) -> str:
+    """The path by which another process imports it; empty for lambdas and what is made inside of functions."""
+    path = f"{getattr(given, '__module__', '')}.{getattr(given, '__qualname__', '<unknown>')}"
+    if not is_path(path):
+        return ""
+    try:
+        return path if imported(path) is given else ""
+    except ConfigurationError:
+        return ""
+
+
+def _quantizes(given: Any) -> bool:
+    """Whether it has what an instance of PT2E's ``Quantizer`` has; whether it is one is seen when it is used."""
+    return not isinstance(given, type) and callable(getattr(given, "annotate", None))
+
+
+def _called(factory: Any) -> Any:
+    try:
+        made = factory()
+    except Exception as error:
+        raise ConfigurationError(
+            f"backend={factory!r} cannot be called without arguments ({type(error).__name__}: {error}): give {FORMS}."
+        ) from error
+    if not _quantizes(made):
+        raise ConfigurationError(f"backend={factory!r} returns {made!r}, which is no PT2E quantizer: give {FORMS}.")
+    return made
+
+
+def imported(path: str) -> Any:
+    """What a dotted path names, its module imported.
+
+    Raises:
+        ConfigurationError: There is no such thing; the message says what is missing.
+
+    Example:
+        >>> imported("json.loads")("[1]")
+        [1]
+    """
+    module, names, cause = path, list[str](), ""
+    while module:
+        try:
+            found = importlib.import_module(module)
+        except ImportError as error:
+            cause = cause or str(error)
+            module, _, name = module.rpartition(".")
+            names.insert(0, name)
+            continue
+        for name in names:
+            if not hasattr(found, name):
+                why = f"{found.__name__} has no {name!r}" + (f" ({cause})" if found.__name__ != module else "")
+                raise ConfigurationError(f"{path!r} cannot be imported: {why}. Give the path of a class or a function.")
+            found = getattr(found, name)
+        return found
+    raise ConfigurationError(
+        f"{path!r} cannot be imported: {cause}. Give the path of a class or a function in a module that is "
+        "installed, or on sys.path (PYTHONPATH=...)."
+    )

@@ -13,6 +13,7 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
+from qat_lightning import load_quantized
 from qat_lightning.errors import ConfigurationError
 from qat_lightning.run import app
 
@@ -89,6 +90,20 @@ def test_a_qat_run_leaves_the_whole_comparison_in_wandb(pair: str, tmp_path: Pat
 
 
 @pytest.mark.slow
+def test_a_run_takes_a_quantizer_of_the_users(tmp_path: Path) -> None:
+    path = "tests.support.quantizers.OwnQuantizer"
+    words = ["mode=pt2e", "backend=custom", "logger=csv", *FAST]
+    done = train(tmp_path, *words, f"backend.quantizer={{_target_: {path}, dtype: int16}}", "export=exported_program")
+    assert done.returncode == 0, done.stderr
+    recipe = load_quantized(tmp_path / "out" / "model.int8").recipe
+    assert (recipe.backend, recipe.quantizer.keywords) == (path, {"dtype": "int16"})  # type: ignore[union-attr]
+    checkpoint = tmp_path / "out" / "checkpoints" / "last.ckpt"
+    other = train(tmp_path, *words, f"backend.quantizer={path}", "hydra.run.dir=other", f"ckpt_path={checkpoint}")
+    assert other.returncode == 1
+    assert "other settings of quantization" in " ".join(other.stderr.replace("│", " ").split())
+
+
+@pytest.mark.slow
 def test_a_run_with_the_csv_logger_keeps_metrics_and_configuration(tmp_path: Path) -> None:
     done = train(tmp_path, "method=float", "logger=csv", *FAST)
     assert done.returncode == 0, done.stderr
@@ -121,6 +136,8 @@ def test_a_resumed_run_ends_where_the_uninterrupted_one_ends(tmp_path: Path) -> 
     [
         (["mode=pt2e", "backend=qnnpack"], ["mode=eager", "mode=fx", "x86, xnnpack"]),
         (["mode=fxx"], ["auto", "eager", "fx", "pt2e"]),
+        (["mode=fx", "backend=custom", "backend.quantizer=a.B"], ["use mode=pt2e for a.B"]),
+        (["mode=pt2e", "backend=custom"], ["give backend.quantizer=..."]),
     ],
 )
 def test_a_wrong_option_is_one_message_that_lists_the_possible_ones(

@@ -162,7 +162,7 @@ def test_the_packaged_group_has_every_pair() -> None:
 def test_the_groups_have_every_mode_and_backend(composed: Compose) -> None:
     by_parts = [("parts", backend) for mode, backend in pairs() if mode == "fx"]
     assert options("mode") == sorted({"auto", "parts", *(mode for mode, _ in pairs())})
-    assert options("backend") == sorted(BACKENDS)
+    assert options("backend") == sorted({"custom", *BACKENDS})
     for mode, backend in [*pairs(), *by_parts]:
         cfg = composed(f"mode={mode}", f"backend={backend}")
         assert (cfg.quantization.mode, cfg.quantization.backend) == (mode, backend)

@@ -99,7 +99,7 @@ class PostTrainingQuantization(QuantizationCallback):
     def __init__(
         self,
         mode: str = "fx",
-        backend: str = "x86",
+        backend: Any = "x86",
         module: str | list[str] | None = None,
         example_inputs: Any = None,
         scheme: Scheme | None = None,

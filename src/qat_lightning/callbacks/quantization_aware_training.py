@@ -78,7 +78,9 @@ class QuantizationAwareTraining(QuantizationCallback):
     Args:
         mode: ``"fx"``, ``"eager"``, ``"pt2e"``, ``"parts"``, or ``"auto"`` for the best that works for this network.
         backend: ``"x86"``, ``"fbgemm"``, ``"onednn"`` or ``"qnnpack"`` in eager, fx and parts; ``"x86"``, ``"xnnpack"``
-            or ``"tensorrt"`` in pt2e.
+            or ``"tensorrt"`` in pt2e. In pt2e also any PT2E ``Quantizer``: a dotted path (``"package.module.Class"``,
+            or that of a function that returns one), a class or a function, a mapping (``{"_target_":
+            "package.module.Class", "bits": 8}``), or an instance, of which only the class is kept in checkpoints.
         module: Dotted name of the network in the LightningModule, or a list of them, or ``"."`` for the
             LightningModule's own ``forward``; found by itself where it is clear.
         example_inputs: A tensor, a tuple of positional inputs or a dict of keyword inputs of the network's ``forward``,
@@ -147,7 +149,7 @@ class QuantizationAwareTraining(QuantizationCallback):
     def __init__(
         self,
         mode: str = "fx",
-        backend: str = "x86",
+        backend: Any = "x86",
         module: str | list[str] | None = None,
         example_inputs: Any = None,
         scheme: Scheme | None = None,

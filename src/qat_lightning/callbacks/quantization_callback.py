@@ -37,7 +37,7 @@ class QuantizationCallback(Callback):
     """
 
     mode = Setting[str]("_networks")
-    backend = Setting[str]("_networks")
+    backend = Setting[Any]("_networks")
     module = Setting[Any]("_networks")
     scheme = Setting[Scheme]("_networks")
     include = Setting[tuple[str, ...]]("_networks")

@@ -33,6 +33,8 @@ class PreparedState(nn.Module):
         own_order: Whether the parameters come in another order than the float network's, as in a checkpoint that was
             loaded.
         left_float: What was found to be impossible in int8, by name, and why: see `qat_lightning.modes.left_float`.
+        grids: The grid of each FakeQuantize in words, where a quantizer of the user's decided on it; no entry where the
+            recipe says which they are.
         plan: What the mode that prepared it wants to remember for conversion.
         reworking: What was done to the float network before, and can be done to other weights; None if nothing.
         course: Whether the network trains, and where its forward passes begin.
@@ -56,6 +58,7 @@ class PreparedState(nn.Module):
         self.added_keys: list[str] = []
         self.own_order = False
         self.left_float: dict[str, str] = {}
+        self.grids: dict[str, str] = {}
         self.__dict__["mode"] = mode
         self.__dict__["float_network"] = float_network
         self.__dict__["plan"] = plan
@@ -76,11 +79,19 @@ class PreparedState(nn.Module):
             "own_order": self.own_order,
             "left_float": [list(pair) for pair in self.left_float.items()],
         }
-        return to_tensor(self.recipe.to_dict() | values)
+        return to_tensor(self.recipe.to_dict() | values | ({"grids": self.grids} if self.grids else {}))
 
     def set_extra_state(self, state: Any) -> None:
-        """Refuse the ranges of another recipe."""
+        """Refuse the ranges of another recipe, and those of other grids."""
         check_recipe(self.recipe, state)
+        grids = from_entry(state).get("grids", {})
+        wrong = [name for name in sorted(self.grids.keys() | grids) if self.grids.get(name) != grids.get(name)]
+        if wrong:
+            name, quantizer = wrong[0], self.recipe.backend
+            raise CheckpointMismatchError(
+                f"The checkpoint was written by a run whose {quantizer} asked for other grids ('there'), {name} first: "
+                f"{self.grids.get(name, 'none')} here, {grids.get(name, 'none')} there. Give the same quantizer."
+            )
 
 
 def check_recipe(recipe: Recipe, entry: Any) -> None:

@@ -3,7 +3,7 @@
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
@@ -12,7 +12,7 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from qat_lightning.callbacks.parts.checkpoint_io import WholeFileCheckpointIO
 from qat_lightning.callbacks.parts.fit_metrics import FitMetrics
@@ -22,6 +22,7 @@ from qat_lightning.export.formats import check_formats
 from qat_lightning.measure.wandb_views import define_summaries, log_int8
 from qat_lightning.run.mistakes import in_one_panel
 from qat_lightning.settings.backends import get_backend, require
+from qat_lightning.settings.quantizers import backend_and_source
 from qat_lightning.settings.recipe import Recipe
 from qat_lightning.storage import is_file, join, place, require_storage
 
@@ -60,7 +61,7 @@ def check(cfg: DictConfig) -> None:
             "method=qat or method=ptq."
         )
     if quantization is not None:
-        require(get_backend(quantization.backend, quantization.mode))
+        require(get_backend(backend_and_source(quantization.backend)[0], quantization.mode))
         if OmegaConf.select(cfg, "model.fused"):
             raise CombinationError(
                 f"model.fused=true measures a float network with BatchNorm folded, and method={cfg.method.name} "
@@ -116,12 +117,24 @@ def build(cfg: DictConfig) -> Objects:
     """
     callbacks = [FitMetrics(), *(instantiate(part) for part in _parts(cfg, "callbacks"))]
     if cfg.get("quantization") is not None:
-        callbacks.append(instantiate(cfg.quantization))
+        callbacks.append(_quantization(cfg.quantization))
     datamodule = instantiate(cfg.data.datamodule)
     model = instantiate(cfg.model.module)
     loggers = [instantiate(part) for part in _parts(cfg, "logger")]
     trainer = instantiate(cfg.trainer, callbacks=callbacks, logger=loggers, plugins=_plugins())
     return Objects(trainer, model, datamodule, callbacks, loggers, {})
+
+
+def _quantization(part: DictConfig) -> Callback:
+    """The quantizing callback; a quantizer given by ``_target_`` stays a mapping, which a checkpoint can hold."""
+    backend, rest = part.get("backend"), part.copy()
+    given: dict[str, Any] = {}
+    if isinstance(backend, DictConfig):
+        given["backend"] = OmegaConf.to_container(backend, resolve=True)
+        with open_dict(rest):
+            del rest["backend"]
+    make: Callable[..., Callback] = instantiate(rest, _partial_=True)
+    return make(**given)
 
 
 def fit(cfg: DictConfig, run: Objects) -> None:

@@ -68,12 +68,19 @@ class QuantizerSource:
             return cls(path) if path else cls.of(_called(given))
         if isinstance(given, type) or not _quantizes(given):
             raise ConfigurationError(f"backend={given!r} is not possible: give {FORMS}.")
-        return cls(f"{type(given).__module__}.{type(given).__qualname__}", None, given)
+        return cls(f"{type(given).__module__}.{type(given).__qualname__.replace('<locals>.', '')}", None, given)
 
     @property
     def keywords(self) -> dict[str, Any]:
         """The keyword arguments; mappings with ``_target_`` among them are objects that are still to be made."""
         return dict(json.loads(self.arguments or "{}"))
+
+    @property
+    def shortest(self) -> Any:
+        """What ``backend=`` may be to mean this one: the path, a mapping of plain values, or the instance."""
+        if self.made is not None:
+            return self.made
+        return {"_target_": self.path, **self.keywords} if self.keywords else self.path
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for a checkpoint."""

@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from qat_lightning.errors import QuantizationError
 from qat_lightning.run.mistakes import explained, in_one_panel
 from qat_lightning.settings.backends import get_backend
+from qat_lightning.settings.quantizers import backend_and_source
 from qat_lightning.sweep.result import FILE, TrialResult, identity, written
 
 
@@ -27,11 +28,11 @@ def refuse_impossible_pair(cfg: DictConfig) -> None:
     """
     hydra = HydraConfig.get()
     mode, backend = (OmegaConf.select(cfg, f"quantization.{name}") for name in ("mode", "backend"))
-    if hydra.mode != RunMode.RUN or mode is None or backend is None:
+    if hydra.mode != RunMode.RUN or mode is None or backend is None or OmegaConf.is_missing(cfg.backend, "quantizer"):
         return
     with in_one_panel():
         try:
-            get_backend(backend, mode)
+            get_backend(backend_and_source(backend)[0], mode)
         except QuantizationError as error:
             folder = Path(hydra.runtime.output_dir)
             if not (folder / FILE).exists():

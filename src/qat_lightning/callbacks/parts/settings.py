@@ -43,6 +43,7 @@ class QuantizationSettings:
 
     Attributes:
         scheme: As given, or the default; as ``include`` and ``exclude`` it is in the recipe.
+        backend: As given, a class or a function as its path.
         recipe: What prepares the networks; with ``mode="auto"`` for the first mode that the backend has.
 
     Raises:
@@ -117,7 +118,14 @@ class QuantizationSettings:
         if self.example_inputs is not None and isinstance(self.module, (str, type(None))):
             from_user(self.example_inputs)
         check_flag("convert_on_fit_end", self.convert_on_fit_end)
-        for name, value in (("scheme", scheme), ("include", include), ("exclude", exclude), ("recipe", recipe)):
+        given = backend if source is None else source.shortest
+        for name, value in (
+            ("backend", given),
+            ("scheme", scheme),
+            ("include", include),
+            ("exclude", exclude),
+            ("recipe", recipe),
+        ):
             object.__setattr__(self, name, value)
 
     def recipe_for(self, mode: str) -> Recipe:

@@ -105,8 +105,9 @@ def _is_int8(node: fx.Node | None, planned: fx.Node) -> bool:
     """Whether an op of the decomposed graph reads integers, where its quantizer planned that."""
     if node is None or node.target not in CHANNEL_AXIS:
         return False
-    wanted = [arg for arg, plan in zip(node.args[:2], planned.args[:2], strict=True) if _is_rounded(plan)]
-    return bool(wanted) and all(isinstance(arg, fx.Node) and arg.target in DEQUANTIZE for arg in wanted)
+    input_planned, weight_planned = (_is_rounded(arg) for arg in planned.args[:2])
+    input_is, weight_is = (isinstance(arg, fx.Node) and arg.target in DEQUANTIZE for arg in node.args[:2])
+    return weight_planned and weight_is and (input_is or not input_planned)
 
 
 def _is_rounded(node: Any) -> bool:

@@ -16,7 +16,14 @@ from qat_lightning.modes.coverage import float_run, layers_with_macs, report
 from qat_lightning.modes.left_float import follow_checkpoints, leave_weights_float, weighted_layers, with_reasons
 from qat_lightning.modes.other_quantization import refuse_other_quantization
 from qat_lightning.modes.precision import refuse_mixed, refuse_other_precision
-from qat_lightning.modes.prepared import PreparedState, copy_of_modules, follow_course, prepared_state, refuse_simulated
+from qat_lightning.modes.prepared import (
+    PreparedState,
+    copy_of_modules,
+    fake_quantizers,
+    follow_course,
+    prepared_state,
+    refuse_simulated,
+)
 from qat_lightning.modes.protocol import Converted, LayerCoverage
 from qat_lightning.modes.pt2e.annotate import insert_fake_quantize
 from qat_lightning.modes.pt2e.capture import capture
@@ -72,6 +79,8 @@ class Pt2eMode:
         visit_weights(fx.GraphModule(root, copy.deepcopy(plan.graph)), FakeQuantize.materialize)
         result = ExportedNetwork(root, training_graph(root, plan), spec)
         result._quantization = PreparedState(self, recipe, float_network, prefix=prefix, plan=plan)
+        if recipe.quantizer is not None:
+            result._quantization.grids = {name: str(fq.grid) for name, fq in fake_quantizers(result)}
         follow_course(result)
         follow_checkpoints(result)
         result.keep_extra_state_of(float_network)

@@ -12,6 +12,8 @@ from qat_lightning.modes.graph_network import GraphNetwork, GraphPart, compile_g
 from qat_lightning.numerics.derived import DerivedFakeQuantize
 from qat_lightning.numerics.fake_quantize import FakeQuantize
 
+_OURS = (GraphPart, FakeQuantize, DerivedFakeQuantize)
+
 
 class ExportedNetwork(GraphNetwork):
     """A captured network with fake-quant, which trains and evaluates as the float network does.

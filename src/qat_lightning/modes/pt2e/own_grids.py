@@ -142,10 +142,8 @@ def _check_observed(spec: QuantizationSpec, place: Place, constant: bool, recipe
             place, recipe, "asks for one scale a channel of an activation", "use a scheme per tensor for activations"
         )
     made_by = spec.observer_or_fake_quant_ctr
-    observer = getattr(getattr(getattr(made_by, "p", None), "func", None), "__mro__", None) or getattr(
-        made_by, "__mro__", ()
-    )
-    if any(base.__name__ == "AffineQuantizedObserverBase" for base in observer):
+    observer = getattr(getattr(made_by, "p", None), "func", made_by)
+    if any(base.__name__ == "AffineQuantizedObserverBase" for base in getattr(observer, "__mro__", ())):
         raise _impossible(
             place, recipe, "asks for one scale a block or a group", "use an observer per tensor or per channel"
         )

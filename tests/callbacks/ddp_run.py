@@ -6,7 +6,7 @@ import contextlib
 import json
 import pickle
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -249,17 +249,52 @@ class LitHalves(Lit):
         return DataLoader(dataset(), batch_sampler=Halves(self.trainer.global_rank, self.trainer.world_size))
 
 
-def run_halves(mode: str, devices: int, *others: Callback, **settings_of_callback: Any) -> dict[str, Tensor]:
+class Normalized(nn.Module):
+    """BatchNorm in a convolution, behind a linear layer, and by itself, there with another momentum."""
+
+    def __init__(self, momentum: float | None = 0.1) -> None:
+        super().__init__()
+        self.features = nn.Sequential(nn.Conv2d(1, 8, 3, stride=2, bias=False), nn.BatchNorm2d(8), nn.ReLU())
+        self.alone = nn.BatchNorm1d(72, momentum=momentum)
+        self.hidden, self.norm = nn.Linear(72, 8), nn.BatchNorm1d(8)
+        self.head = nn.Linear(8, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.alone(self.features(x).flatten(1))
+        return self.head(self.norm(self.hidden(x)).relu())
+
+
+def run_halves(
+    mode: str,
+    devices: int,
+    *others: Callback,
+    network: Callable[[], nn.Module] = Plain,
+    of_trainer: dict[str, Any] | None = None,
+    ckpt_path: str | None = None,
+    **settings_of_callback: Any,
+) -> dict[str, Tensor]:
     """A fit whose steps see the same samples for any number of processes; with what it ends."""
     torch.manual_seed(0)
-    module = LitHalves(Plain())
+    module = LitHalves(network())
     # The example is given, since it would be caught from a half.
     schedule = {"start": {"step": 2}, "freeze_observers": {"step": 6}}
-    callback = qat(mode, **schedule, example_inputs=IMAGES, **settings_of_callback)
+    callback = qat(mode, example_inputs=IMAGES, **schedule | settings_of_callback)
     settings: dict[str, Any] = {"strategy": "ddp", "devices": devices} if devices > 1 else {}
-    trainer(callback, *others, **settings, use_distributed_sampler=False).fit(module)
+    settings |= {"use_distributed_sampler": False} | (of_trainer or {})
+    trainer(callback, *others, **settings).fit(module, ckpt_path=ckpt_path)
     tensors = {key: value for key, value in module.state_dict().items() if isinstance(value, Tensor)}
     return tensors | {"int8": callback.quantized(IMAGES)}
+
+
+def run_synchronized(mode: str, devices: int, *, sync_batchnorm: bool = True) -> dict[str, Tensor]:
+    """BatchNorm over all processes until it freezes."""
+    return run_halves(
+        mode,
+        devices,
+        network=lambda: Normalized(0.1 if mode == "pt2e" else None),  # which pt2e refuses
+        of_trainer={"sync_batchnorm": sync_batchnorm, "max_epochs": 3},
+        freeze_batchnorm={"step": 9},
+    )
 
 
 def run_all(folder: Path) -> None:
@@ -291,6 +326,9 @@ if __name__ == "__main__":
         Path(sys.argv[1], f"{torch.distributed.get_rank()}.json").write_text(json.dumps(found))
     elif sys.argv[2:] == ["halves"]:
         ended = {"fx": run_halves("fx", 2)}
+        torch.save(ended, Path(sys.argv[1], f"{torch.distributed.get_rank()}.pt"))
+    elif sys.argv[2:3] == ["synchronized"]:
+        ended = {mode: run_synchronized(mode, 2) for mode in sys.argv[3:]}
         torch.save(ended, Path(sys.argv[1], f"{torch.distributed.get_rank()}.pt"))
     else:
         run_all(Path(sys.argv[1]))

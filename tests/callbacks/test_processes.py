@@ -9,13 +9,16 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback
-from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
-from torch import Tensor
+from lightning.pytorch.plugins.layer_sync import LayerSync
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
+from torch import Tensor, nn
 from torch.multiprocessing import ProcessRaisedException
 
 from qat_lightning import Distillation, PostTrainingQuantization
+from qat_lightning.callbacks.parts.layer_sync import BatchNormSync
 from qat_lightning.errors import ConfigurationError
-from tests.callbacks.ddp_run import LEARNED, run_halves
+from qat_lightning.layers.qat_modules import FreezableBatchNorm1d, FreezableBatchNorm2d, make_batchnorm_freezable
+from tests.callbacks.ddp_run import LEARNED, run_halves, run_synchronized
 from tests.callbacks.lit import MODES, Lit, loader, qat, state, trainer
 from tests.callbacks.two_processes import read_both, run_two
 
@@ -210,10 +213,51 @@ def test_another_error_in_started_processes_stays_what_it_is() -> None:
         trainer(Broken(), qat(), strategy="ddp_notebook", devices=1).fit(Lit(), loader())
 
 
-def test_sync_batchnorm_is_refused() -> None:
-    fitting = trainer(qat(), strategy="ddp", sync_batchnorm=True)
-    with pytest.raises(ConfigurationError, match="use sync_batchnorm=False"):
+@pytest.mark.slow
+def test_synchronized_batchnorm_is_that_of_one_process_with_the_doubled_batch(tmp_path: Path) -> None:
+    assert_one_fit(_run_two(tmp_path, "synchronized", "fx", compile="0"), "fx", run_synchronized("fx", 1))
+
+
+@pytest.mark.slow
+def test_synchronized_batchnorm_in_the_other_modes(tmp_path: Path) -> None:
+    _run_two(tmp_path, "synchronized", "eager", "pt2e", compile="0")
+    assert_one_fit(tmp_path, "pt2e", run_synchronized("pt2e", 1))
+    assert_one_fit(tmp_path, "eager", run_synchronized("eager", 1), near=True)
+
+
+class OwnBatchNorm(nn.BatchNorm1d):
+    """Computes something of its own."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input).relu()
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"plugins": type("OwnSync", (LayerSync,), {"apply": None, "revert": None})()}, "OwnSync replaces layers"),
+        ({"strategy": ModelParallelStrategy()}, "ModelParallelStrategy synchronizes no BatchNorm"),
+    ],
+)
+def test_what_synchronizes_otherwise_is_refused(settings: dict[str, Any], match: str) -> None:
+    more = {"strategy": "ddp"} | ({} if "plugins" in settings else {"sync_batchnorm": True})
+    fitting = trainer(qat(), **more | settings)
+    with pytest.raises(ConfigurationError, match=match):
         fitting.callbacks[0].setup(fitting, Lit(), "fit")
+
+
+def test_synchronizing_leaves_every_layer_the_one_it_is_and_refuses_those_of_other_classes() -> None:
+    network = nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2), nn.BatchNorm1d(2))
+    make_batchnorm_freezable(network[1])
+    before = [(type(module), id(module), dict(module.__dict__)) for module in network]
+    sync = BatchNormSync()
+    assert sync.apply(network) is network
+    assert [type(module) for module in network[1:]] == [FreezableBatchNorm2d, FreezableBatchNorm1d]
+    assert all(module.synchronized for module in network[1:])
+    sync.revert(network)
+    assert [(type(module), id(module), dict(module.__dict__)) for module in network] == before
+    with pytest.raises(ConfigurationError, match="cannot synchronize '3', a BatchNorm of the class OwnBatchNorm"):
+        sync.apply(network.append(OwnBatchNorm(2)))
 
 
 def test_observing_evaluations_is_refused() -> None:

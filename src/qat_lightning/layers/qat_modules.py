@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from qat_lightning.layers.batchnorm import factor_of, fake_quantize_folded, folded_parameters
+from qat_lightning.layers.synchronized import batch_norm_over_all
 from qat_lightning.numerics.fake_quantize import FakeQuantize
 
 
@@ -35,21 +36,36 @@ class FreezableBatchNorm(_BatchNorm):
         frozen: The flag.
         fixed: Whether it is frozen whatever the flag says, as the module in whose place it is.
         counts: Whether it counts batches in training; the module in whose place it is may not.
+        synchronized: Whether the statistics of a batch are those of all processes.
     """
 
     frozen: bool = False
     fixed: bool = False
     counts: bool = True
+    synchronized: bool = False
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalize over the channels of ``input``, shape ``(N, C, ...)``."""
         learns = self.training and not (self.frozen or self.fixed)
+        if self.synchronized and (learns or (self.training and self.running_mean is None)):
+            return self._over_all(input)
         if self.running_mean is None or (learns and self.counts):
             return super().forward(input)
         self._check_input_dim(input)  # type: ignore[no-untyped-call]
         mean, variance, momentum = self.running_mean, self.running_var, self.momentum
         return F.batch_norm(
             input, mean, variance, self.weight, self.bias, training=learns, momentum=momentum or 0.0, eps=self.eps
+        )
+
+    def _over_all(self, input: Tensor) -> Tensor:
+        self._check_input_dim(input)  # type: ignore[no-untyped-call]
+        momentum = self.momentum
+        if self.num_batches_tracked is not None and self.counts:
+            self.num_batches_tracked.add_(1)
+            if momentum is None:
+                momentum = 1.0 / float(self.num_batches_tracked)
+        return batch_norm_over_all(
+            input, self.running_mean, self.running_var, self.weight, self.bias, momentum or 0.0, self.eps
         )
 
 
@@ -85,6 +101,8 @@ class FunctionalBatchNorm(FreezableBatchNorm):
         momentum = 0.0 if self.momentum is None else self.momentum
         if count is not None and training:
             count.add_(1)
+        if self.synchronized and self.training and training:
+            return batch_norm_over_all(input, running_mean, running_var, weight, bias, momentum, self.eps)
         return F.batch_norm(
             input, running_mean, running_var, weight, bias, training=training, momentum=momentum, eps=self.eps
         )
@@ -96,6 +114,9 @@ _FREEZABLE: dict[type[nn.Module], type[FreezableBatchNorm]] = {
     nn.BatchNorm3d: FreezableBatchNorm3d,
 }
 _PLAIN: dict[type[nn.Module], type[nn.Module]] = {freezable: plain for plain, freezable in _FREEZABLE.items()}
+
+_WAS_PLAIN = "_plain_without_synchronizing"
+"""Marks a BatchNorm that is freezable only as long as it is synchronized."""
 
 
 def make_batchnorm_freezable(network: nn.Module) -> None:
@@ -109,8 +130,30 @@ def make_batchnorm_plain(network: nn.Module) -> None:
     """Undo `make_batchnorm_freezable`, for converters that match exact types."""
     for module in network.modules():
         if type(module) in _PLAIN:
-            module.__dict__.pop("frozen", None)
+            for name in ("frozen", "synchronized", _WAS_PLAIN):
+                module.__dict__.pop(name, None)
             module.__class__ = _PLAIN[type(module)]
+
+
+def synchronize_batchnorm(network: nn.Module, on: bool) -> None:
+    """Let every BatchNorm of torch's own classes take its statistics of all processes, or of its own alone again.
+
+    Modules, parameters, names and hooks stay. What is made freezable for it is plain again afterwards.
+
+    Args:
+        network: With fake-quant or without.
+        on: Which of both.
+    """
+    for module in network.modules():
+        if on and type(module) in _FREEZABLE:
+            module.__class__ = _FREEZABLE[type(module)]
+            module.__dict__[_WAS_PLAIN] = True
+        if isinstance(module, FreezableBatchNorm) and on:
+            module.synchronized = True
+        elif isinstance(module, FreezableBatchNorm):
+            module.__dict__.pop("synchronized", None)
+            if module.__dict__.pop(_WAS_PLAIN, False):
+                module.__class__ = _PLAIN[type(module)]  # type: ignore[assignment]
 
 
 class FoldedLayer(nn.Module):

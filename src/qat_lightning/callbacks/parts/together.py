@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 from torch.multiprocessing.spawn import ProcessRaisedException
 
+from qat_lightning.callbacks.parts.layer_sync import synchronize_in_place
 from qat_lightning.callbacks.parts.settings import QuantizationSettings
 from qat_lightning.errors import ConfigurationError, NetworkError
 from qat_lightning.settings.modes import traits_of
@@ -37,11 +38,7 @@ def refuse_strategy(trainer: Trainer) -> None:
             "quantization: use strategy='ddp' or a single device, or ModelParallelStrategy (FSDP2) for "
             "QuantizationAwareTraining."
         )
-    if getattr(trainer.strategy, "_layer_sync", None) is not None:
-        raise ConfigurationError(
-            "sync_batchnorm=True replaces the BatchNorm layers that quantization has fused with their convolutions: "
-            "use sync_batchnorm=False."
-        )
+    synchronize_in_place(trainer)
 
 
 def _launched(trainer: Trainer) -> str:

@@ -1,8 +1,11 @@
-"""Frozen traces of int8 graphs: the same bits without the Python between the kernels, and nothing that is noticed."""
+"""Recordings of int8 networks: the same bits without the Python between the kernels, and nothing that is noticed."""
 
 from __future__ import annotations
 
 import copy
+import logging
+import random
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from qat_lightning import Example, QuantizedNetwork, Recipe, calibrate, convert, load_quantized, prepare, quantize
-from qat_lightning.artifact.frozen import CALLS_BEFORE, is_graph
+from qat_lightning.artifact.frozen import CALLS_BEFORE
 
 
 class Residual(nn.Module):
@@ -42,7 +45,7 @@ def int8(network: nn.Module | None = None, kind: str = "static", size: int = 12)
     return convert(prepared, Example((images,)))
 
 
-def traces(network: QuantizedNetwork) -> list[Any]:
+def recordings(network: QuantizedNetwork) -> list[Any]:
     return list(network._frozen._made.values())
 
 
@@ -60,17 +63,16 @@ def test_the_same_bits_come_out_in_the_same_form(kind: str) -> None:
             assert torch.equal(got["scores"], wanted["scores"])
             assert torch.equal(got["maps"][0], wanted["maps"][0])
             assert got["maps"][1] is None
-    # Integer layers of our own are code, which runs as it is.
-    assert [trace is not None for trace in traces(network)] == [True] * (2 if kind == "static" else 0)
+    assert [made is not None for made in recordings(network)] == [True, True]
     other = torch.randn(5, 3, 12, 12)
     assert torch.equal(network(other)["scores"], network.network(other)["scores"])
 
 
-def test_who_calls_a_few_times_pays_for_no_trace() -> None:
+def test_who_calls_a_few_times_pays_for_no_recording() -> None:
     network = int8()
     for _ in range(CALLS_BEFORE):
         network(torch.randn(2, 3, 12, 12))
-    assert traces(network) == []
+    assert recordings(network) == []
 
 
 def _hooked(network: Any) -> Callable[[Tensor], Tensor]:
@@ -93,7 +95,7 @@ def _coarser(network: Any) -> Callable[[Tensor], Tensor]:
 def test_what_is_changed_afterwards_is_seen(change: Any) -> None:
     network, images = int8(), torch.randn(2, 3, 12, 12)
     before = again_and_again(network, images)[-1]["scores"]
-    assert traces(network)[0] is not None
+    assert recordings(network)[0] is not None
     expected = change(network.network)(before)
     for got in again_and_again(network, images):
         assert torch.equal(got["scores"], network.network(images)["scores"])
@@ -117,7 +119,7 @@ def test_copies_and_files_compute_the_same(tmp_path: Path) -> None:
     network, images = int8(), torch.randn(2, 3, 12, 12)
     wanted = again_and_again(network, images)[-1]["scores"]
     copied = copy.deepcopy(network)
-    assert traces(copied) == []
+    assert recordings(copied) == []
     network.save(tmp_path / "network.int8")
     for one in (copied, load_quantized(tmp_path / "network.int8")):
         assert torch.equal(again_and_again(one, images)[-1]["scores"], wanted)
@@ -147,9 +149,8 @@ def test_code_that_may_decide_by_values_runs_as_it_is() -> None:
     prepared = prepare(network, Example((images,)), Recipe("fx", "x86", exclude=("3",), kind="static"))
     calibrate(prepared, [images])
     made = convert(prepared, Example((images,)))
-    assert not is_graph(made.network)
     again_and_again(made, images)
-    assert traces(made) == []
+    assert recordings(made) == [None]
 
 
 def test_other_sizes_run_on_the_graph_that_is_made_for_them() -> None:
@@ -166,7 +167,7 @@ def test_other_sizes_run_on_the_graph_that_is_made_for_them() -> None:
         images = torch.randn(2, 3, size, size)
         wanted = network.network(images)
         assert all(torch.equal(got, wanted) for got in again_and_again(network, images))
-    assert traces(network) == []
+    assert [made is not None for made in recordings(network)] == [True, True]
 
 
 class Reads(nn.Module):
@@ -201,7 +202,7 @@ LOOKS: dict[str, Callable[[Any, Tensor], Any]] = {
 
 
 @pytest.mark.parametrize("look", list(LOOKS))
-def test_what_a_trace_would_fix_is_computed_anew(look: str) -> None:
+def test_what_a_recording_would_fix_is_computed_anew(look: str) -> None:
     network = reading(LOOKS[look])
     for _ in range(CALLS_BEFORE + 3):
         x = torch.randn(3, 4)
@@ -260,3 +261,158 @@ def test_an_error_is_that_of_the_network() -> None:
         with pytest.raises(RuntimeError) as got:
             network(torch.randn(3, 5))
         assert str(got.value) == str(wanted.value)
+
+
+FLAG = 1.0
+
+
+class Settings:
+    """An object that a network holds, as a configuration of transformers is."""
+
+    def __init__(self) -> None:
+        self.gain, self.inner = 2.0, {"factor": 1.0}
+
+
+class Habits(nn.Module):
+    """Layers of an eager network, and what Python code may do between them."""
+
+    def __init__(self, habit: Callable[[Any, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.conv, self.norm, self.relu = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(inplace=True)
+        self.head, self.habit, self.settings = nn.Linear(8, 4), habit, Settings()
+        self.calls, self.seen, self.cache = 0, [], {}  # type: ignore[var-annotated]
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.habit(self, self.relu(self.norm(self.conv(x))))
+        result: Tensor = self.head(x.mean((2, 3)))
+        return result
+
+
+def eager(habit: Callable[[Any, Tensor], Tensor], kind: str = "static") -> Any:
+    torch.manual_seed(0)
+    images = torch.randn(4, 3, 8, 8)
+    if kind != "static":
+        return quantize(Habits(habit), Example((images,)), Recipe("eager", "x86", kind=kind))  # type: ignore[arg-type]
+    prepared = prepare(Habits(habit), Example((images,)), Recipe("eager", "x86", kind="static"))
+    calibrate(prepared, [images])
+    return convert(prepared, Example((images,)))
+
+
+def _halves(net: Any, x: Tensor) -> Tensor:
+    total = sum((F.relu(part) for part in x.chunk(2, 1)), torch.zeros(()))
+    return torch.cat([total, total], 1)
+
+
+def _cached(net: Any, x: Tensor) -> Tensor:
+    if x.shape not in net.cache:
+        net.cache[x.shape] = torch.linspace(0, 1, x.shape[-1])
+    return x * net.cache[x.shape]
+
+
+def _counting(net: Any, x: Tensor) -> Tensor:
+    net.calls += 1
+    return x
+
+
+def _remembering(net: Any, x: Tensor) -> Tensor:
+    net.seen.append(x.shape[0])
+    return x
+
+
+def _logging(net: Any, x: Tensor) -> Tensor:
+    logging.getLogger("habits").debug("%s", x.shape)
+    return x
+
+
+def _printing(net: Any, x: Tensor) -> Tensor:
+    print(end="")  # noqa: T201
+    return x
+
+
+COMPUTES: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "nothing": lambda net, x: x,
+    "a loop over parts": _halves,
+    "an object's attribute": lambda net, x: x * net.settings.gain * net.settings.inner["factor"],
+    "a global variable": lambda net, x: x * FLAG,
+    "a table that was kept": _cached,
+    "in place": lambda net, x: x.add_(1),
+    "a shape as text": lambda net, x: x if f"{x.shape}" else x * 2,
+}
+DOES_MORE: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "counting": _counting,
+    "remembering": _remembering,
+    "logging": _logging,
+    "printing": _printing,
+    "a clock": lambda net, x: x * (1 if time.time() > 0 else 2),
+    "chance": lambda net, x: x * random.choice([1.0, 2.0]),
+}
+READS: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "a comparison": lambda net, x: x if x.sum() > 1e9 else x * 2,
+    "a list": lambda net, x: x * (1 if max(x.flatten().tolist()) < 2 else 2),
+    "numpy": lambda net, x: x * float(x.numpy().max() < 2),
+    "numpy's memory": lambda net, x: x + torch.from_numpy(x.numpy() * 0.5),
+}
+
+
+@pytest.mark.parametrize("kind", ["static", "dynamic", "weight_only"])
+@pytest.mark.parametrize("habit", list(COMPUTES))
+def test_python_code_that_only_computes_is_recorded(habit: str, kind: str) -> None:
+    network = eager(COMPUTES[habit], kind)
+    for _ in range(CALLS_BEFORE + 3):
+        images = torch.randn(2, 3, 8, 8)
+        assert torch.equal(network(images), network.network(images))
+    assert [made is not None for made in recordings(network)] == [True]
+
+
+@pytest.mark.parametrize("habit", list(DOES_MORE))
+def test_python_code_that_does_more_runs_in_every_call(habit: str) -> None:
+    network, images = eager(DOES_MORE[habit]), torch.randn(2, 3, 8, 8)
+    calls, seen = network.network.calls, len(network.network.seen)
+    again_and_again(network, images)
+    assert recordings(network) == []
+    if habit == "counting":
+        assert network.network.calls == calls + CALLS_BEFORE + 3
+    if habit == "remembering":
+        assert len(network.network.seen) == seen + CALLS_BEFORE + 3
+
+
+@pytest.mark.parametrize("habit", list(READS))
+def test_python_code_that_reads_values_decides_in_every_call(habit: str) -> None:
+    network = eager(READS[habit])
+    for _ in range(CALLS_BEFORE + 3):
+        images = 3 * torch.randn(2, 3, 8, 8)
+        assert torch.equal(network(images), network.network(images))
+    assert not any(recordings(network))
+
+
+def test_what_python_code_reads_is_followed(monkeypatch: pytest.MonkeyPatch) -> None:
+    images = torch.randn(2, 3, 8, 8)
+    network = eager(COMPUTES["an object's attribute"])
+    before = again_and_again(network, images)[-1]
+    network.network.settings.gain = 3.0
+    assert not torch.equal(network(images), before)
+    before = again_and_again(network, images)[-1]
+    network.network.settings.inner["factor"] = 5.0
+    assert not torch.equal(network(images), before)
+    network = eager(COMPUTES["a global variable"])
+    before = again_and_again(network, images)[-1]
+    monkeypatch.setitem(globals(), "FLAG", 7.0)
+    assert torch.equal(network(images), network.network(images))
+    assert not torch.equal(network(images), before)
+    network = eager(COMPUTES["a table that was kept"])
+    before = again_and_again(network, images)[-1]
+    network.network.cache[torch.Size((2, 8, 8, 8))].mul_(2)
+    assert not torch.equal(network(images), before)
+
+
+def test_a_profiler_of_python_sees_every_call() -> None:
+    import sys
+
+    network, images, seen = eager(COMPUTES["nothing"]), torch.randn(2, 3, 8, 8), []
+    sys.setprofile(lambda frame, event, arg: seen.append(frame.f_code.co_name))
+    try:
+        again_and_again(network, images)
+    finally:
+        sys.setprofile(None)
+    assert recordings(network) == []
+    assert "forward" in seen

@@ -34,9 +34,8 @@ class QuantizedNetwork(nn.Module):
     deep copy computes the same, and it has no parameters to optimize. In mode eager it has the public methods and
     attributes of the float network, such as ``generate`` and ``config``; graphs have their ``forward`` only.
 
-    In mode fx it makes a frozen trace of itself when inputs of one form are given again and again, which computes the
-    same bits in a fraction of the time, since there is no Python between the kernels; hooks and changes are seen, and
-    it runs as it is then.
+    Called again and again with inputs of one form it records its kernels, and runs them without the Python between
+    them: the same bits in a fraction of the time. Hooks and changes are seen, and it runs as it is then.
 
     Args:
         converted: What a mode's ``convert`` made.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from qat_lightning.errors import ExportError, MissingExtraError
-from qat_lightning.export.protocol import Kernels, Runner, Source
+from qat_lightning.export.protocol import Kernels, Port, Runner, Source
 from qat_lightning.export.pt2 import as_list, flat_graph
 from qat_lightning.export.xnnpack_layers import for_xnnpack, refuse_grids
 from qat_lightning.settings.recipe import Recipe
@@ -75,6 +75,10 @@ class ExecuTorch:
                 raise ExportError(_explain(error)) from error
         with path.open("wb") as file:
             written.write_to_file(file)
+
+    def ports(self, path: Path) -> tuple[Port, ...]:
+        """See `Format.ports`."""
+        return ()
 
     def kernels(self, path: Path) -> Kernels | None:
         """See `Format.kernels`."""

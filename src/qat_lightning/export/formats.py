@@ -15,6 +15,8 @@ _TABLE = {
     "exported_program": "pt2:PlainProgram",
     "torchscript": "torchscript:TorchScript",
     "executorch": "executorch:ExecuTorch",
+    "tflite": "tflite:Tflite",
+    "tflite_int8": "tflite:TfliteInt8",
     "onnx": "onnx:Onnx",
     "openvino": "openvino:OpenVino",
 }

@@ -13,7 +13,7 @@ from torch import Tensor
 from qat_lightning.errors import ExportError, MissingExtraError
 from qat_lightning.export.marked import marked
 from qat_lightning.export.onnx_graph import onnx_model
-from qat_lightning.export.protocol import Kernels, Runner, Source
+from qat_lightning.export.protocol import Kernels, Port, Runner, Source
 from qat_lightning.settings.kinds import DIRECT
 from qat_lightning.settings.recipe import Recipe
 
@@ -69,6 +69,10 @@ class Onnx:
         """See `Format.load`. It takes as many threads as torch has."""
         self.require()
         return _runner(str(path))
+
+    def ports(self, path: Path) -> tuple[Port, ...]:
+        """See `Format.ports`."""
+        return ()
 
     def kernels(self, path: Path) -> Kernels | None:
         """See `Format.kernels`: ONNX Runtime writes down the graph that it runs."""

@@ -14,7 +14,7 @@ from qat_lightning.errors import ExportError, MissingExtraError
 from qat_lightning.export.marked import marked
 from qat_lightning.export.onnx import refuse_direct
 from qat_lightning.export.onnx_graph import onnx_model
-from qat_lightning.export.protocol import Kernels, Runner, Source
+from qat_lightning.export.protocol import Kernels, Port, Runner, Source
 from qat_lightning.settings.recipe import Recipe
 
 _PRECISION = ["qat_lightning", "inference_precision"]
@@ -82,6 +82,10 @@ class OpenVino:
             converted.set_rt_info("f32", _PRECISION)
         # Weights are not to be made float16: they are int8, and what is left is to be what was trained.
         openvino.save_model(converted, str(path), compress_to_fp16=False)
+
+    def ports(self, path: Path) -> tuple[Port, ...]:
+        """See `Format.ports`."""
+        return ()
 
     def kernels(self, path: Path) -> Kernels | None:
         """See `Format.kernels`."""

@@ -34,6 +34,28 @@ class Kernels:
     int8: int
 
 
+@dataclass(frozen=True)
+class Port:
+    """An input or an output of a file that takes or returns integers where the network has floats.
+
+    Attributes:
+        kind: ``"input"`` or ``"output"``.
+        place: Its place among the tensors of the call, from 0.
+        dtype: Of the integers, such as ``"int8"``.
+        scale: The size of a step; a float is ``scale * (integer - zero_point)``.
+        zero_point: The integer that stands for 0.
+    """
+
+    kind: str
+    place: int
+    dtype: str
+    scale: float
+    zero_point: int
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.place}: {self.dtype}, scale {self.scale:.6g}, zero point {self.zero_point}"
+
+
 class Source:
     """What is exported: an int8 network, or the float one that it is compared with in the same runtime.
 
@@ -136,6 +158,13 @@ class Format(Protocol):
 
     def load(self, path: Path) -> Runner:
         """Load a file with the runtime itself, in a process that may know nothing of the network."""
+        ...
+
+    def ports(self, path: Path) -> tuple[Port, ...]:
+        """The inputs and outputs of a file that are integers where the network has floats; empty for most formats.
+
+        What `load` returns takes and gives floats all the same, and rounds and restores them itself.
+        """
         ...
 
     def kernels(self, path: Path) -> Kernels | None:

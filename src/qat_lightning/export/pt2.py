@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from torch.export import ExportedProgram
 
 from qat_lightning.errors import ExportError
-from qat_lightning.export.protocol import Kernels, Runner, Source
+from qat_lightning.export.protocol import Kernels, Port, Runner, Source
 from qat_lightning.modes.pt2e.compiling import compile_package
 from qat_lightning.settings.recipe import Recipe
 
@@ -49,6 +49,10 @@ class AotInductor:
             raise ExportError(f"AOTInductor cannot compile it: {type(error).__name__}: {error}") from error
         path.write_bytes(package)
 
+    def ports(self, path: Path) -> tuple[Port, ...]:
+        """See `Format.ports`."""
+        return ()
+
     def kernels(self, path: Path) -> Kernels | None:
         """See `Format.kernels`."""
         return None
@@ -83,6 +87,10 @@ class PlainProgram:
         """See `Format.write`."""
         graph_module, examples, dynamic = flat_graph(source)
         torch.export.save(torch.export.export(graph_module, examples, dynamic_shapes=dynamic), str(path))
+
+    def ports(self, path: Path) -> tuple[Port, ...]:
+        """See `Format.ports`."""
+        return ()
 
     def kernels(self, path: Path) -> Kernels | None:
         """See `Format.kernels`."""

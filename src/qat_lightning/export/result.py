@@ -11,7 +11,7 @@ from typing import Any
 from rich.table import Table
 
 from qat_lightning.export.call import Call
-from qat_lightning.export.protocol import Kernels
+from qat_lightning.export.protocol import Kernels, Port
 from qat_lightning.storage import Place, name_of
 from qat_lightning.whole_files import write_whole
 
@@ -37,6 +37,8 @@ class ExportResult:
         eager_latency_ms: The float network in PyTorch, in the same minute.
         call: How the artifact is called, for `qat_lightning.export.run.open_artifact`.
         kernels: How many of its layers the runtime runs on integers; None where it does not tell.
+        ports: The inputs and outputs of its files that are integers, with their grids; empty where all are as the
+            network's.
         remark: What would make it faster; empty if nothing is known.
         error: Why there is no artifact, or why it must not be used; empty if there is none.
     """
@@ -55,6 +57,7 @@ class ExportResult:
     float_latency_ms: float | None = None
     eager_latency_ms: float | None = None
     kernels: Kernels | None = None
+    ports: tuple[Port, ...] = ()
     remark: str = ""
     error: str = ""
     call: Call | None = field(default=None, repr=False)
@@ -101,6 +104,7 @@ class ExportResult:
         plain = {key: value for key, value in vars(self).items() if key != "call"} | {
             "files": [name_of(file) for file in self.files],
             "kernels": None if self.kernels is None else vars(self.kernels),
+            "ports": [vars(port) for port in self.ports],
             "passed": self.passed,
         }
         return {key: _finite(value) for key, value in plain.items()}
@@ -179,6 +183,7 @@ def _caption(results: Sequence[ExportResult]) -> str:
     best = fastest(results)
     lines = [f"{result.format}: {result.error}" for result in results if result.error]
     lines += [f"{result.format}: {result.remark}" for result in results if result.remark]
+    lines += [f"{result.format}: {port}" for result in results if result.passed for port in result.ports]
     if best is not None and len(results) > 1:
         lines.append(f"fastest that passes: {best.format}")
     return "\n".join(lines)

@@ -179,6 +179,7 @@ class _Job:
                 with Server(chosen.name) as server:
                     server.ask("load", "int8", str(path))
                     result.kernels = server.ask("kernels", str(path))
+                    result.ports = server.ask("ports", str(path))
                     result.remark = _remark(result, self.source.quantized)
                     self._compare(server, chosen, result)
                     self._time(server, chosen, Path(elsewhere), result)

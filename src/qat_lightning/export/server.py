@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from qat_lightning.errors import ExportError
 from qat_lightning.export.formats import get_format
-from qat_lightning.export.protocol import Kernels, Runner
+from qat_lightning.export.protocol import Kernels, Port, Runner
 from qat_lightning.measure.metrics import latency_interleaved
 
 
@@ -43,6 +43,10 @@ class Runtime:
     def kernels(self, path: str) -> Kernels | None:
         """How a file's layers are run; see `Format.kernels`."""
         return self.format.kernels(Path(path))
+
+    def ports(self, path: str) -> tuple[Port, ...]:
+        """Which inputs and outputs of a file are integers; see `Format.ports`."""
+        return self.format.ports(Path(path))
 
     def run(
         self, key: str, tensors: list[Tensor], batched: Sequence[bool], batched_results: Sequence[bool]

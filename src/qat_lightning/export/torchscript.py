@@ -12,7 +12,7 @@ from torch.jit._trace import TracerWarning
 
 from qat_lightning.errors import ExportError
 from qat_lightning.export.call import Call
-from qat_lightning.export.protocol import Kernels, Runner, Source
+from qat_lightning.export.protocol import Kernels, Port, Runner, Source
 from qat_lightning.settings.backends import quantized_engine
 from qat_lightning.settings.modes import traits_of
 from qat_lightning.settings.recipe import Recipe
@@ -64,6 +64,10 @@ class TorchScript:
                 )
                 raise ExportError(f"TorchScript cannot trace the network: {why}.") from error
             torch.jit.save(frozen, str(path), _extra_files={_ENGINE: engine or ""})
+
+    def ports(self, path: Path) -> tuple[Port, ...]:
+        """See `Format.ports`."""
+        return ()
 
     def kernels(self, path: Path) -> Kernels | None:
         """See `Format.kernels`."""

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 import torch.ao.quantization.fx._decomposed
 
-from qat_lightning.export import tflite_file
+from qat_lightning.export.tflite_rewrites import finished
 
 SAID = "LiteRT said: "
 """Stands in front of why there is no file, at the end of what the process writes to its standard error."""
@@ -43,7 +43,7 @@ def translate(program: Path, path: Path, ports: str) -> None:
     args, _ = exported.example_inputs
     made = litert_torch.convert(exported.module(check_guards=False), args, quant_config=config)
     content = made.model_content()
-    path.write_bytes(tflite_file.with_float_ports(content) if ports == "quantized" else content)
+    path.write_bytes(content if ports == "float" else finished(content, float_ports=ports == "quantized"))
 
 
 if __name__ == "__main__":

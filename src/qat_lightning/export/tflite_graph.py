@@ -15,6 +15,16 @@ _QUANTIZE_OF = {
     _OPS.dequantize_per_tensor.default: _OPS.quantize_per_tensor.default,
     _OPS.dequantize_per_channel.default: _OPS.quantize_per_channel.default,
 }
+_ATEN = torch.ops.aten
+_KEEPS = {
+    getattr(_ATEN, name).default for name in ("alias", "clone", "contiguous", "detach", "dropout", "lift_fresh_copy")
+}
+_NEUTRAL = {_ATEN.mul.Tensor: 1, _ATEN.div.Tensor: 1, _ATEN.add.Tensor: 0, _ATEN.sub.Tensor: 0}
+_AVERAGES = (_ATEN.avg_pool2d.default, _ATEN.upsample_bilinear2d.vec)
+_CHOICES = {_ATEN.cat.default, _ATEN.where.self}
+"""Ops that return some of the values that they read, from several tensors."""
+
+_LEAST = -3.0e38
 _PAIR = (_OPS.quantize_per_tensor.default, _OPS.dequantize_per_tensor.default)
 _FULL = {torch.uint8: (0, 255), torch.int8: (-128, 127)}
 _SHIFT = 128
@@ -24,9 +34,9 @@ def for_litert(graph_module: fx.GraphModule) -> None:
     """Rewrite a graph of flat tensors in place.
 
     LiteRT's kernels take int8 activations and weights from -127 to 127 with zero point 0. A uint8 grid and the int8
-    grid whose zero point is 128 less have the same values, so that nothing is rounded anew. An integer weight behind a
-    dequantize op becomes the float weight that it stands for, behind a quantize and a dequantize op: the converter
-    finds the integers in such a pair only.
+    grid whose zero point is 128 less have the same values, so that nothing is rounded anew. Constant integers behind a
+    dequantize op become the floats that they stand for, behind a quantize and a dequantize op: the converter finds the
+    integers in such a pair only.
 
     Args:
         graph_module: As `qat_lightning.export.pt2.flat_graph` gives it.
@@ -51,9 +61,56 @@ def for_litert(graph_module: fx.GraphModule) -> None:
             _as_pair(graph_module, node)
         elif node.target in _PAIR:
             _as_int8(node)
+    for node in list(graph.find_nodes(op="call_function", target=_PAIR[0])):
+        apart(node)
     graph.eliminate_dead_code()
     graph_module.delete_all_unused_submodules()
     graph_module.recompile()
+
+
+def apart(quantize: fx.Node) -> None:
+    """Keep the grid of a quantize op from being taken for that of what it reads.
+
+    The converter drops a quantize op that follows a dequantize op, with grids that differ or not, and leaves the layer
+    behind it with a bias for the wrong one. A maximum with the least number there is holds the two apart;
+    `qat_lightning.export.tflite_rewrites` takes it out again. Averages get one as well. What chooses among the values
+    of several tensors has one grid for all of them: they are rounded to it before, which is the same.
+
+    Args:
+        quantize: A ``quantize_per_tensor`` node.
+    """
+    source = quantize.args[0]
+    while isinstance(source, fx.Node) and _changes_nothing(source):
+        source = source.args[0]
+    assert isinstance(source, fx.Node)
+    if source.target is _PAIR[1] or source.target in _AVERAGES:
+        _hold_apart(quantize)
+    elif source.target in _CHOICES:
+        read = [
+            node for node in source.all_input_nodes if node.target is _PAIR[1] and node.args[1:] != quantize.args[1:]
+        ]
+        for node in read:
+            with quantize.graph.inserting_before(source):
+                rounded = quantize.graph.call_function(_PAIR[0], (node, *quantize.args[1:]))
+                restored = quantize.graph.call_function(_PAIR[1], (rounded, *quantize.args[1:]))
+            source.replace_input_with(node, restored)
+            _hold_apart(rounded)
+
+
+def _hold_apart(quantize: fx.Node) -> None:
+    graph = quantize.graph
+    # Another number each time: where two share one, the converter looks for a grid that suits both.
+    least = _LEAST * (1 - len(graph.find_nodes(op="call_function", target=_ATEN.clamp.default)) * 2**-20)
+    with graph.inserting_before(quantize):
+        given = graph.call_function(_ATEN.clamp.default, (quantize.args[0], least))
+    quantize.args = (given, *quantize.args[1:])
+
+
+def _changes_nothing(node: fx.Node) -> bool:
+    for target, neutral in _NEUTRAL.items():
+        if node.target is target:
+            return not isinstance(node.args[1], fx.Node) and node.args[1] == neutral
+    return node.target in _KEEPS
 
 
 def _as_int8(node: fx.Node) -> None:
@@ -69,21 +126,23 @@ def _as_int8(node: fx.Node) -> None:
 
 def _as_pair(graph_module: fx.GraphModule, node: fx.Node) -> None:
     integers, *grid = (_value(graph_module, argument) for argument in node.args)
-    if integers.dtype != torch.int8 or int(integers.min()) < -127:
-        raise ExportError(f"LiteRT's weights are int8 from -127 to 127, and {node.name!r} is {integers.dtype}.")
-    if bool(torch.as_tensor(grid[1]).count_nonzero()):
-        raise ExportError(
-            f"LiteRT's int8 kernels take weights with zero point 0, and {node.name!r} has others: use a scheme of "
-            "weight_symmetric=True."
-        )
     name = f"_float_{node.name}"
     graph_module.register_buffer(name, node.target(integers, *grid))  # type: ignore[operator]
-    *where, _, _, dtype = node.args[1:]
-    limits = (*where, -127, 127, dtype)
+    zero_points = torch.as_tensor(grid[1])
+    if integers.dtype == torch.int8 and not zero_points.any() and int(integers.min()) >= -127:
+        where = node.args[1:-3]  # a weight, whose kernels count on no -128
+        node.args = (node.args[0], *where, -127, 127, torch.int8)
+    elif zero_points.dim() == 0:
+        _as_int8(node)  # a tensor that the network has of its own, as an activation
+    else:
+        raise ExportError(
+            f"LiteRT's int8 kernels take weights from -127 to 127 with zero point 0, and {node.name!r} has others: use "
+            "a scheme of weight_symmetric=True."
+        )
     with graph_module.graph.inserting_before(node):
-        weight = graph_module.graph.get_attr(name)
+        constant = graph_module.graph.get_attr(name)
         quantize: Any = _QUANTIZE_OF[node.target]  # type: ignore[index]
-        node.args = (graph_module.graph.call_function(quantize, (weight, *limits)), *limits)
+        node.args = (graph_module.graph.call_function(quantize, (constant, *node.args[1:])), *node.args[1:])
 
 
 def _is_constant(value: Any) -> bool:

@@ -73,8 +73,8 @@ def apart(quantize: fx.Node) -> None:
 
     The converter drops a quantize op that follows a dequantize op, with grids that differ or not, and leaves the layer
     behind it with a bias for the wrong one. A maximum with the least number there is holds the two apart;
-    `qat_lightning.export.tflite_rewrites` takes it out again. Averages get one as well. What chooses among the values
-    of several tensors has one grid for all of them: they are rounded to it before, which is the same.
+    `qat_lightning.export.tflite_rewrites` takes it out again. So with averages, and with what chooses among the
+    values of several tensors.
 
     Args:
         quantize: A ``quantize_per_tensor`` node.
@@ -86,15 +86,24 @@ def apart(quantize: fx.Node) -> None:
     if source.target is _PAIR[1] or source.target in _AVERAGES:
         _hold_apart(quantize)
     elif source.target in _CHOICES:
-        read = [
-            node for node in source.all_input_nodes if node.target is _PAIR[1] and node.args[1:] != quantize.args[1:]
-        ]
-        for node in read:
-            with quantize.graph.inserting_before(source):
-                rounded = quantize.graph.call_function(_PAIR[0], (node, *quantize.args[1:]))
-                restored = quantize.graph.call_function(_PAIR[1], (rounded, *quantize.args[1:]))
-            source.replace_input_with(node, restored)
-            _hold_apart(rounded)
+        grids = {node.args[1:] if node.target is _PAIR[1] else None for node in _chosen(source)}
+        if len(grids) == 1 and None not in grids and quantize.args[1:] not in grids:
+            _on_grid(source, grids.pop())
+            _hold_apart(quantize)
+
+
+def _chosen(node: fx.Node) -> list[fx.Node]:
+    """The tensors whose values one of `_CHOICES` returns."""
+    return list(node.args[0]) if node.target is _ATEN.cat.default else list(node.args[1:])  # type: ignore[arg-type]
+
+
+def _on_grid(node: fx.Node, grid: Any) -> None:
+    """Say that the values of a node are on a grid."""
+    with node.graph.inserting_after(node):
+        integers = node.graph.call_function(_PAIR[0], (node, *grid))
+    with node.graph.inserting_after(integers):
+        restored = node.graph.call_function(_PAIR[1], (integers, *grid))
+    node.replace_all_uses_with(restored, lambda user: user is not integers)
 
 
 def _hold_apart(quantize: fx.Node) -> None:
@@ -109,7 +118,7 @@ def _hold_apart(quantize: fx.Node) -> None:
 def _changes_nothing(node: fx.Node) -> bool:
     for target, neutral in _NEUTRAL.items():
         if node.target is target:
-            return not isinstance(node.args[1], fx.Node) and node.args[1] == neutral
+            return isinstance(node.args[1], (int, float)) and node.args[1] == neutral
     return node.target in _KEEPS
 
 

@@ -233,6 +233,8 @@ ENGINES = {
     "int8 pt2e (pt2)": Engine(int8_module("pt2e"), "ours"),
     "torchscript (fx)": Engine(artifact("torchscript", "fx"), "ours"),
     "executorch (pt2e, xnnpack)": Engine(artifact("executorch", "pt2e", "xnnpack"), "ours", needs="executorch"),
+    "tflite (fx)": Engine(artifact("tflite", "fx"), "ours", needs="litert-torch"),
+    "tflite (pt2e, xnnpack)": Engine(artifact("tflite", "pt2e", "xnnpack"), "ours", needs="litert-torch"),
     "onnx (fx)": Engine(artifact("onnx", "fx"), "ours", needs="onnx onnxscript onnxruntime"),
     "onnx (pt2e)": Engine(artifact("onnx", "pt2e"), "ours", needs="onnx onnxscript onnxruntime"),
     "openvino (fx)": Engine(artifact("openvino", "fx"), "ours", needs="openvino onnx onnxscript"),

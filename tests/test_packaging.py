@@ -22,8 +22,9 @@ LOCK = {
     )
 }
 EXTRAS = PROJECT["optional-dependencies"]
-# Ray's launcher wants cloudpickle 2.2.1, and joblib of the lock wants 3; the benchmarks' weights are of no use to tests
-APART = {"ray", "benchmarks"}
+# Ray's launcher wants cloudpickle 2.2.1, and joblib of the lock wants 3; the benchmarks' weights are no use to tests;
+# LiteRT's converter and the jaxlib that it needs are 0.9 GB
+APART = {"ray", "benchmarks", "litert"}
 REQUIREMENTS = [
     requirement
     for text in chain(PROJECT["dependencies"], *(EXTRAS[name] for name in EXTRAS if name not in APART))

@@ -64,6 +64,7 @@ def test_post_training_quantization_is_exported_as_well(tmp_path: Path) -> None:
     [
         (QuantizationAwareTraining("fx", "x86"), ["executorch"], "int8 activations"),
         (QuantizationAwareTraining("pt2e", "x86"), ["torchscript"], "mode='fx'"),
+        (QuantizationAwareTraining("fx", "x86", kind="dynamic"), ["tflite"], "static ranges"),
         (QuantizationAwareTraining("fx", "x86", convert_on_fit_end=False), ["pt2"], "convert_on_fit_end"),
         (QuantizationAwareTraining("fx", "x86", scheme=Scheme(activation_bits=4)), ["pt2"], "there is none"),
         (QuantizationAwareTraining("auto", "x86"), ["executorch"], "int8 activations"),

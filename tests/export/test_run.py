@@ -79,6 +79,8 @@ def prepared(cache: dict[tuple[str, str], nn.Module], digits: Any, mode: str, ba
 def test_an_artifact_chooses_the_classes_of_fake_quant(
     digits: Any, trained: Any, mode: str, backend: str, name: str, tmp_path: Path
 ) -> None:
+    if get_format(name).extra == "litert":
+        pytest.importorskip("litert_torch")
     images, labels = digits[1]
     network = prepared(trained, digits, mode, backend)
     accuracy = (cpu_copy(network)(images).argmax(1) == labels).float().mean().item()

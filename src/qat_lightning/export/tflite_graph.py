@@ -63,6 +63,8 @@ def for_litert(graph_module: fx.GraphModule) -> None:
             _as_int8(node)
     for node in list(graph.find_nodes(op="call_function", target=_PAIR[0])):
         apart(node)
+    for node in list(graph.find_nodes(op="call_function", target=_PAIR[1])):
+        _one_each(node)
     graph.eliminate_dead_code()
     graph_module.delete_all_unused_submodules()
     graph_module.recompile()
@@ -113,6 +115,13 @@ def _hold_apart(quantize: fx.Node) -> None:
     with graph.inserting_before(quantize):
         given = graph.call_function(_ATEN.clamp.default, (quantize.args[0], least))
     quantize.args = (given, *quantize.args[1:])
+
+
+def _one_each(dequantize: fx.Node) -> None:
+    """Give each reader a dequantize op of its own: where two share one, the converter may lose track of the axes."""
+    for reader in list(dequantize.users)[1:]:
+        with dequantize.graph.inserting_after(dequantize):
+            reader.replace_input_with(dequantize, dequantize.graph.node_copy(dequantize))
 
 
 def _changes_nothing(node: fx.Node) -> bool:

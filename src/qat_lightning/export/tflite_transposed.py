@@ -53,16 +53,21 @@ def crop_transposed(graph_module: fx.GraphModule, examples: tuple[Tensor, ...]) 
         return
     with torch.no_grad():
         ShapeProp(graph_module).propagate(*examples)
-    for node, dims in found:
-        _crop(node, dims)
+    sizes = [(_size(node, dims), _size(node.all_input_nodes[0], dims)) for node, dims in found]
+    for (node, dims), (size, before) in zip(found, sizes, strict=True):
+        _crop(node, dims, size, before)
     graph_module.recompile()
 
 
-def _crop(node: fx.Node, dims: int) -> None:
+def _size(node: fx.Node, dims: int) -> tuple[int, ...]:
+    shape: tuple[int, ...] = node.meta["tensor_meta"].shape[-dims:]
+    return shape
+
+
+def _crop(node: fx.Node, dims: int, sizes: tuple[int, ...], before: tuple[int, ...]) -> None:
     given = [*node.args[1:], *_DEFAULTS[len(node.args) - 2 :]]
     weight, bias, groups = given[0], given[1], given[5]
     stride, padding, extra, dilation = (_of_each(given[place], dims) for place in (2, 3, 4, 6))
-    sizes, before = (of.meta["tensor_meta"].shape[-dims:] for of in (node, node.args[0]))
     taken = True
     for size, other, step, pad, more in zip(sizes, before, stride, padding, extra, strict=True):
         kernel = size - (other - 1) * step + 2 * pad - more

@@ -21,7 +21,7 @@ from qat_lightning.export.protocol import Kernels, Port, Runner, Source
 from qat_lightning.export.pt2 import flat_graph
 from qat_lightning.export.tflite_convert import SAID
 from qat_lightning.export.tflite_graph import for_litert
-from qat_lightning.export.tflite_transposed import crop_transposed
+from qat_lightning.export.tflite_transposed import without_transposed
 from qat_lightning.settings.kinds import DIRECT
 from qat_lightning.settings.recipe import Recipe
 
@@ -74,7 +74,7 @@ class Tflite:
             example[:1].contiguous() if axes and 0 in axes else example
             for example, axes in zip(examples, dynamic, strict=True)
         )
-        crop_transposed(graph_module, one)
+        without_transposed(graph_module)
         if source.quantized is not None:
             for_litert(graph_module)
         with tempfile.TemporaryDirectory(prefix="qat-lightning-") as folder, warnings.catch_warnings():

@@ -1,16 +1,21 @@
-"""Transposed convolutions in the form that LiteRT has: without padding of the output, and cropped."""
+"""Transposed convolutions as convolutions and a shuffle: LiteRT's converter takes few of them, and none on integers."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.ao.quantization.fx._decomposed  # registers quantized_decomposed
 from torch import Tensor, fx
-from torch.fx.passes.shape_prop import ShapeProp
 
-_ATEN = torch.ops.aten
-_TRANSPOSED = {_ATEN.conv_transpose1d.default: 1, _ATEN.conv_transpose2d.input: 2}
+from qat_lightning.layers.subpixel import Subpixel
+
+_ATEN, _OPS = torch.ops.aten, torch.ops.quantized_decomposed
+_TRANSPOSED = {
+    _ATEN.conv_transpose1d.default: _ATEN.conv1d.default,
+    _ATEN.conv_transpose2d.input: _ATEN.conv2d.default,
+}
 _POINTWISE = {
     _ATEN.relu.default,
     _ATEN.relu_.default,
@@ -18,71 +23,107 @@ _POINTWISE = {
     _ATEN.hardtanh.default,
     _ATEN.hardtanh_.default,
 }
-"""What a layer takes with it, so that its output is cropped behind them."""
+"""What a layer takes with it: the outputs come to their places behind them."""
 
-_QUANTIZE = torch.ops.quantized_decomposed.quantize_per_tensor.default
+_PAIR = (_OPS.quantize_per_tensor.default, _OPS.dequantize_per_tensor.default)
+_DEQUANTIZES = (_PAIR[1], _OPS.dequantize_per_channel.default)
 _DEFAULTS = (None, 1, 0, 0, 1, 1)
 
 
-def crop_transposed(graph_module: fx.GraphModule, examples: tuple[Tensor, ...]) -> None:
-    """Rewrite transposed convolutions in place that LiteRT's converter does not take.
+def without_transposed(graph_module: fx.GraphModule) -> None:
+    """Rewrite transposed convolutions in place, in the way of `qat_lightning.layers.subpixel`.
 
-    It takes those whose padding is that of the same convolution the other way round, ``kernel - stride == 2 * padding``
-    without ``output_padding``. Any other one is a transposed convolution without padding whose output is cropped, where
-    the ``output_padding`` is not larger than the padding; the rest is left as it is.
+    Weights keep their integers and scales; what is rounded behind the layer is rounded as before, and moved then.
 
     Args:
         graph_module: As `qat_lightning.export.pt2.flat_graph` gives it.
-        examples: What it is called with.
 
     Example:
         >>> layer, x = torch.nn.ConvTranspose2d(2, 3, 3, 2, 1, 1), torch.randn(1, 2, 4, 4)
         >>> graph_module = torch.export.export(layer, (x,)).module(check_guards=False)
-        >>> crop_transposed(graph_module, (x,))
-        >>> graph_module.graph.find_nodes(op="call_function", target=_ATEN.conv_transpose2d.input)[0].args[3:6]
-        ((2, 2), (0, 0), (0, 0))
+        >>> without_transposed(graph_module)
+        >>> graph_module.graph.find_nodes(op="call_function", target=_ATEN.conv_transpose2d.input)
+        []
         >>> torch.allclose(graph_module(x), layer(x), atol=1e-6)
         True
     """
-    found = [
-        (node, dims)
-        for target, dims in _TRANSPOSED.items()
-        for node in graph_module.graph.find_nodes(op="call_function", target=target)
-    ]
-    if not found:
-        return
-    with torch.no_grad():
-        ShapeProp(graph_module).propagate(*examples)
-    sizes = [(_size(node, dims), _size(node.all_input_nodes[0], dims)) for node, dims in found]
-    for (node, dims), (size, before) in zip(found, sizes, strict=True):
-        _crop(node, dims, size, before)
+    for target in _TRANSPOSED:
+        for node in graph_module.graph.find_nodes(op="call_function", target=target):
+            _rewrite(graph_module, node)
     graph_module.recompile()
 
 
-def _size(node: fx.Node, dims: int) -> tuple[int, ...]:
-    shape: tuple[int, ...] = node.meta["tensor_meta"].shape[-dims:]
-    return shape
-
-
-def _crop(node: fx.Node, dims: int, sizes: tuple[int, ...], before: tuple[int, ...]) -> None:
-    given = [*node.args[1:], *_DEFAULTS[len(node.args) - 2 :]]
-    weight, bias, groups = given[0], given[1], given[5]
-    stride, padding, extra, dilation = (_of_each(given[place], dims) for place in (2, 3, 4, 6))
-    taken = True
-    for size, other, step, pad, more in zip(sizes, before, stride, padding, extra, strict=True):
-        kernel = size - (other - 1) * step + 2 * pad - more
-        taken &= not more and (not pad or step == 1 or kernel - step == 2 * pad)
-    if taken or any(more > pad for more, pad in zip(extra, padding, strict=True)):
+def _rewrite(graph_module: fx.GraphModule, node: fx.Node) -> None:
+    arguments: list[Any] = list(node.args)
+    x, weight, *rest = arguments
+    bias, stride, padding, extra, groups, dilation = (*rest, *_DEFAULTS[len(rest) :])
+    held = weight.args[0] if weight.target in _DEQUANTIZES else weight
+    constants = [argument for argument in (held, bias) if argument is not None]
+    if any(argument.op != "get_attr" for argument in constants):
         return
-    none = (0,) * dims
-    node.args = (node.args[0], weight, bias, stride, none, none, groups, dilation)
-    for end in _ends(node):
-        readers, cropped = list(end.users), end
-        for axis, (pad, size) in enumerate(zip(padding, sizes, strict=True), start=-dims):
-            with node.graph.inserting_after(cropped):
-                cropped = node.graph.call_function(_ATEN.slice.Tensor, (cropped, axis, pad, pad + size))
-        for reader in readers:
-            reader.replace_input_with(end, cropped)
+    values = [_value(graph_module, argument) for argument in constants]
+    dims = values[0].dim() - 2
+    steps, around, more, spread = (_of_each(value, dims) for value in (stride, padding, extra, dilation))
+    subpixel = Subpixel.of(tuple(values[0].shape[2:]), steps, around, more, spread, groups)
+    with node.graph.inserting_before(node):
+        made = _constant(graph_module, f"_moved_{node.name}", subpixel.weight(values[0]))
+        if held is not weight:
+            made = _dequantized(graph_module, weight, made, subpixel)
+        added = None if bias is None else _constant(graph_module, f"_bias_{node.name}", subpixel.bias(values[1]))
+        ones = (1,) * dims
+        given = (x, made, added, ones, subpixel.padding, ones, groups)
+        convolution = node.graph.call_function(_TRANSPOSED[node.target], given)  # type: ignore[index]
+    node.replace_all_uses_with(convolution)
+    node.graph.erase_node(node)
+    for end in _ends(convolution):
+        _move(end, subpixel)
+
+
+def _dequantized(graph_module: fx.GraphModule, before: Any, integers: fx.Node, subpixel: Subpixel) -> fx.Node:
+    """The dequantize op of a weight for its integers in another order."""
+    graph = graph_module.graph
+    if before.target is _PAIR[1]:
+        return graph.call_function(_PAIR[1], (integers, *before.args[1:]))
+    grid = [
+        _constant(
+            graph_module,
+            f"_moved_{argument.name}",
+            subpixel.bias(_value(graph_module, argument).repeat(subpixel.groups)),
+        )
+        for argument in before.args[1:3]
+    ]
+    return graph.call_function(before.target, (integers, *grid, 0, *before.args[4:]))
+
+
+def _move(end: fx.Node, subpixel: Subpixel) -> None:
+    """Bring the outputs to their places behind a node; where it is on a grid, what comes out is said to be on it."""
+    readers, moved = list(end.users), end
+    for name, arguments in subpixel.moves():
+        for target, given in _calls(name, arguments):
+            with end.graph.inserting_after(moved):
+                moved = end.graph.call_function(target, (moved, *given))
+    if end.target is _PAIR[1]:
+        for target in _PAIR:
+            with end.graph.inserting_after(moved):
+                moved = end.graph.call_function(target, (moved, *end.args[1:]))
+    for reader in readers:
+        reader.replace_input_with(end, moved)
+
+
+def _calls(name: str, arguments: Sequence[Any]) -> list[tuple[Any, tuple[Any, ...]]]:
+    """A move of `Subpixel.moves` as ops and what they take behind the tensor."""
+    if name == "unflatten":
+        return [(_ATEN.unflatten.int, tuple(arguments))]
+    if name == "permute":
+        return [(_ATEN.permute.default, (arguments,))]
+    if name == "flatten":
+        return [(_ATEN.flatten.using_ints, tuple(arguments))]
+    (slices,) = arguments
+    return [
+        (_ATEN.slice.Tensor, (axis, part.start or 0, part.stop))
+        for axis, part in enumerate(slices)
+        if part != slice(None)
+    ]
 
 
 def _ends(node: fx.Node) -> list[fx.Node]:
@@ -90,7 +131,20 @@ def _ends(node: fx.Node) -> list[fx.Node]:
     while len(node.users) == 1 and (reader := next(iter(node.users))).target in _POINTWISE:
         node = reader
     readers = list(node.users)
-    return list(readers[0].users) if len(readers) == 1 and readers[0].target is _QUANTIZE else [node]
+    return list(readers[0].users) if len(readers) == 1 and readers[0].target is _PAIR[0] else [node]
+
+
+def _value(graph_module: fx.GraphModule, node: Any) -> Tensor:
+    found: Any = graph_module
+    for name in node.target.split("."):
+        found = getattr(found, name)
+    value: Tensor = found.detach()
+    return value
+
+
+def _constant(graph_module: fx.GraphModule, name: str, value: Tensor) -> fx.Node:
+    graph_module.register_buffer(name, value.contiguous())
+    return graph_module.graph.get_attr(name)
 
 
 def _of_each(value: Any, dims: int) -> tuple[int, ...]:

@@ -54,9 +54,8 @@ def without_transposed(graph_module: fx.GraphModule) -> None:
 
 
 def _rewrite(graph_module: fx.GraphModule, node: fx.Node) -> None:
-    arguments: list[Any] = list(node.args)
-    x, weight, *rest = arguments
-    bias, stride, padding, extra, groups, dilation = (*rest, *_DEFAULTS[len(rest) :])
+    arguments: list[Any] = [*node.args, *_DEFAULTS[len(node.args) - 2 :]]
+    x, weight, bias, stride, padding, extra, groups, dilation = arguments
     held = weight.args[0] if weight.target in _DEQUANTIZES else weight
     constants = [argument for argument in (held, bias) if argument is not None]
     if any(argument.op != "get_attr" for argument in constants):

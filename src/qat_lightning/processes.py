@@ -7,6 +7,7 @@ never comes.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -46,6 +47,21 @@ def range_over_all(low: Tensor, high: Tensor, finite: Tensor) -> tuple[Tensor, T
 def any_process(flag: bool) -> bool:
     """Whether ``flag`` is true in one process at least."""
     return any(_gather(flag))
+
+
+def all_alike(flag: bool, what: str, device: torch.device) -> bool:
+    """Whether ``flag`` is true in every process, and ``what`` is the same; in one small reduction.
+
+    Args:
+        flag: Of this process.
+        what: Compared by its checksum.
+        device: That of the training, whose processes may only talk through tensors on it.
+    """
+    checksum = zlib.crc32(what.encode())
+    found = torch.tensor([float(not flag), checksum, -checksum], dtype=torch.float64, device=device)
+    dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    some, most, least = found.tolist()
+    return not some and most == -least
 
 
 def in_first(do: Callable[[], T]) -> T:

@@ -13,12 +13,14 @@ from unittest import mock
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 
 from qat_lightning import Distillation, QuantizationMonitor, Scheme
 from qat_lightning.callbacks.parts import between_processes, int8_networks
 from qat_lightning.errors import QuantizationError, VerificationError
+from qat_lightning.modes.compiling import CompiledSteps
 from qat_lightning.modes.prepared import fake_quantizers
 from qat_lightning.modes.registry import mode_for
 from qat_lightning.numerics.fake_quantize import FakeQuantize
@@ -297,6 +299,64 @@ def run_synchronized(mode: str, devices: int, *, sync_batchnorm: bool = True) ->
     )
 
 
+class CountCompiled(Callback):
+    """How many steps ran compiled."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        forward = pl_module.net.forward
+        if isinstance(forward, CompiledSteps) and not hasattr(forward, "counted"):
+            run = forward._compiled
+            forward.counted = True  # type: ignore[attr-defined]
+
+            def counting(*args: Any, **kwargs: Any) -> Any:
+                self.steps += 1
+                return run(*args, **kwargs)
+
+            forward._compiled = counting
+
+
+def run_compiled_steps(folder: Path, mode: str, sync_batchnorm: str) -> None:
+    """The same fit as it is and compiled; and resumed in the middle of it."""
+    sync = bool(int(sync_batchnorm))
+
+    def fit(*others: Callback, compile: bool, ckpt_path: str | None = None, **of_trainer: Any) -> dict[str, Tensor]:
+        return run_halves(
+            mode,
+            2,
+            *others,
+            network=Normalized,
+            of_trainer={"sync_batchnorm": sync, "max_epochs": 4} | of_trainer,
+            ckpt_path=ckpt_path,
+            freeze_batchnorm={"step": 11},
+            compile=compile,
+        )
+
+    counter = CountCompiled()
+    results = {"plain": fit(compile=False)}
+    checkpoints = ModelCheckpoint(folder / "checkpoints", filename="{epoch}", save_top_k=-1)
+    results["compiled"] = fit(counter, checkpoints, compile=True, enable_checkpointing=True)
+    results["resumed"] = fit(compile=True, ckpt_path=str(folder / "checkpoints" / "epoch=1.ckpt"))
+    # One process looks at a layer: then neither runs compiled, and both wait for the same.
+    seen = CountCompiled()
+    results["looked at"] = fit(seen, *([Looking()] if first() else []), compile=True)
+    rank = torch.distributed.get_rank()
+    (folder / f"{rank}.json").write_text(json.dumps({"compiled": counter.steps, "looked at": seen.steps}))
+    torch.save(results, folder / f"{rank}.pt")
+
+
+class Looking(Callback):
+    """Has a hook on a layer."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.handle = pl_module.net.register_forward_hook(lambda module, args, output: None)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.handle.remove()
+
+
 def run_all(folder: Path) -> None:
     results: dict[str, Any] = {"different ways": run_different_ways()}
     halves = {mode: run_halves(mode, 2) for mode in MODES}
@@ -330,5 +390,7 @@ if __name__ == "__main__":
     elif sys.argv[2:3] == ["synchronized"]:
         ended = {mode: run_synchronized(mode, 2) for mode in sys.argv[3:]}
         torch.save(ended, Path(sys.argv[1], f"{torch.distributed.get_rank()}.pt"))
+    elif sys.argv[2:3] == ["compiled steps"]:
+        run_compiled_steps(Path(sys.argv[1]), *sys.argv[3:])
     else:
         run_all(Path(sys.argv[1]))

@@ -174,11 +174,6 @@ def test_without_a_compiler_the_error_says_what_to_install() -> None:
         trainer(qat(compile=True)).fit(Lit(), loader())
 
 
-def test_several_processes_are_refused() -> None:
-    with pytest.raises(ConfigurationError, match="compile=False, or one process"):
-        compiling.check_compiler(torch.device("cpu"), 2)
-
-
 def test_a_word_is_no_flag() -> None:
     with pytest.raises(ConfigurationError, match="compile='yes' is not possible"):
         qat(compile="yes")

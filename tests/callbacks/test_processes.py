@@ -171,6 +171,24 @@ def test_learned_scales_are_those_of_one_process_with_the_doubled_batch(mode: st
         torch.testing.assert_close(first[key], expected, rtol=1e-3, atol=1e-2 if key == "int8" else 1e-4, msg=key)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("sync_batchnorm", [False, True], ids=["", "synchronized"])
+@pytest.mark.parametrize("mode", MODES)
+def test_compiled_steps_of_two_processes_train_alike(mode: str, sync_batchnorm: bool, tmp_path: Path) -> None:
+    """As without compiling, up to what the compiler rounds otherwise; a resumed fit ends as the whole one."""
+    _run_two(tmp_path, "compiled steps", mode, str(int(sync_batchnorm)), compile="0")
+    assert [found["compiled"] for found in read_both(tmp_path)] == [12, 12]
+    # In eager mode nothing is reduced within the network, unless BatchNorm is.
+    alone = mode == "eager" and not sync_batchnorm
+    assert [found["looked at"] for found in read_both(tmp_path)] == [0, 12 if alone else 0]
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    plain = first["plain"]
+    for name in ("compiled", "resumed", "looked at"):
+        for key, expected in plain.items():
+            assert torch.equal(first[name][key], second[name][key]), (name, key)
+            torch.testing.assert_close(first[name][key], expected, rtol=2e-3, atol=1e-2 if key == "int8" else 2e-3)
+
+
 def test_learned_scales_in_eager_mode_are_refused() -> None:
     fitting = trainer(qat("eager", scheme=LEARNED), strategy="ddp", devices=2)
     with pytest.raises(ConfigurationError, match="use mode='fx' or mode='pt2e'"):

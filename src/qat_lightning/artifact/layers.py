@@ -216,13 +216,21 @@ def _arguments(module: nn.Module) -> dict[str, Any]:
     return arguments
 
 
+def _empty_prelu(output_scale: float, output_zero_point: int, num_parameters: int = 1) -> nn.Module:
+    """Without its constructor, whose random weight torch 2.9 cannot quantize where no memory is taken."""
+    module: Any = nnq.PReLU.__new__(nnq.PReLU)
+    nn.Module.__init__(module)
+    module.scale, module.zero_point, module.num_parameters = output_scale, output_zero_point, num_parameters
+    return module  # type: ignore[no-any-return]
+
+
 def _construct(layer: type[nn.Module], arguments: dict[str, Any], state: dict[str, Any]) -> nn.Module:
     unknown = arguments.keys() - set(_argument_names(_NAMES[layer]))
     if unknown:
         raise ArtifactError(f"{layer.__name__} is not made with {', '.join(map(str, unknown))[:80]}")
     # On meta no memory is taken for tensors that the state replaces, and no random numbers are drawn.
     with torch.device("meta"):
-        module = layer(**arguments)
+        module = _empty_prelu(**arguments) if layer is nnq.PReLU else layer(**arguments)
     if isinstance(module, nnq.PReLU):
         module.set_weight(state.pop("weight"))
     module.load_state_dict(state, assign=True)

@@ -249,7 +249,7 @@ class QuantizationAwareTraining(QuantizationCallback):
         if trainer.world_size > 1:
             refuse_in_processes(self.settings, self.observe_stages)
         if self.compile and stage == "fit":
-            check_compiler(trainer.strategy.root_device, trainer.world_size)
+            check_compiler(trainer.strategy.root_device)
         refuse_strategy(trainer)
         refuse_sharded(trainer, self.settings, self.bias_correction_batches)
         stop_recording_layers(trainer)

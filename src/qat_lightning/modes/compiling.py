@@ -3,23 +3,29 @@
 What is on is in plain attributes of the modules, on which Dynamo guards, so that a switch of the schedule is a
 recompilation and all that lies between two of them runs the same graph. Only steps with gradient are compiled:
 evaluation, conversion and whatever looks at the network through hooks run it as it is.
+
+Of several processes that reduce ranges or BatchNorm's statistics within the network, all run a step compiled, with
+inputs of one form, or none does: reductions of a graph and of Python are in another order.
 """
 
 from __future__ import annotations
 
 import types
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from lightning.pytorch.utilities import rank_zero_info
-from torch import nn
+from torch import Tensor, nn
 
 from qat_lightning.errors import CombinationError, ConfigurationError
 from qat_lightning.modes.compile_switch import has_cpp_compiler
 from qat_lightning.modes.eager.forwards import is_foreign
 from qat_lightning.modes.eager.layers import MarksWhileTraced
 from qat_lightning.modes.prepared import fake_quantizers, prepared_state
+from qat_lightning.processes import all_alike, process_count
 from qat_lightning.settings.kinds import DIRECT
 from qat_lightning.settings.modes import traits_of
 
@@ -27,21 +33,15 @@ BACKEND = "inductor"
 """Of ``torch.compile``."""
 
 
-def check_compiler(device: torch.device, processes: int) -> None:
-    """Refuse to compile where there is nothing to compile with, or ranges are reduced between processes.
+def check_compiler(device: torch.device) -> None:
+    """Refuse to compile where there is nothing to compile with.
 
     Args:
         device: Where the network trains; for a CPU the code is C++.
-        processes: How many train together.
 
     Raises:
         ConfigurationError: With what to install, or what to set instead.
     """
-    if processes > 1:
-        raise ConfigurationError(
-            "compile=True is not possible in several processes, which reduce the ranges of every batch inside of the "
-            "network: use compile=False, or one process."
-        )
     if device.type != "cpu":
         return
     if not has_cpp_compiler():
@@ -112,20 +112,39 @@ class CompiledSteps:
         """Run the network."""
         if not self.network.training or not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return self.plain(*args, **kwargs)
+        may = self._may_run_compiled(args, kwargs)
+        if self._talks and process_count() > 1:
+            may = all_alike(may, _form(args, kwargs), self._device())
+        if not may:
+            return self.plain(*args, **kwargs)
+        # What DistributedDataParallel would have split for its buckets has parts that cannot be split.
+        with torch._dynamo.config.patch(optimize_ddp=False) if process_count() > 1 else nullcontext():
+            return self._compiled(*args, **kwargs)
+
+    def _may_run_compiled(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         if self._as_it_is:
             self._as_it_is -= 1
-            return self.plain(*args, **kwargs)
+            return False
         sizes = getattr(self.network, "sizes", None)
         if sizes is not None and sizes.others(args, kwargs):
-            return self.plain(*args, **kwargs)
+            return False
         if any(is_foreign(hook) for module in self._modules for hook in _hooks(module)):
             self._say_hooks()
-            return self.plain(*args, **kwargs)
+            return False
         # Whether a range is known is a constant of the graph, and found out outside of it.
         self._unseen = [fq for fq in self._unseen if not fq.seen]
-        if any(fq.step is not None for fq in self._unseen):  # what it would begin to learn is no part of a graph
-            return self.plain(*args, **kwargs)
-        return self._compiled(*args, **kwargs)
+        # What a scale would begin to learn is no part of a graph.
+        return not any(fq.step is not None for fq in self._unseen)
+
+    @property
+    def _talks(self) -> bool:
+        """Whether processes talk to each other within the network, which they have to do in one order."""
+        return any(getattr(module, "synchronized", False) for module in self._modules) or any(
+            fq.reduce_across_processes for _, fq in fake_quantizers(self.network)
+        )
+
+    def _device(self) -> torch.device:
+        return next((tensor.device for tensor in self.network.parameters()), torch.device("cpu"))
 
     def _say_hooks(self) -> None:
         if not self._said:
@@ -139,6 +158,12 @@ class CompiledSteps:
         """In a copy of the network its plain forward, of the copy."""
         owner = memo.get(id(self.owner), self.owner)
         return types.MethodType(self.plain.__func__, memo.get(id(self.__self__), owner))  # type: ignore[attr-defined]
+
+
+def _form(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    """What a graph is made for: the sizes and types of the tensors of a call, and all that is no tensor."""
+    leaves = pytree.tree_leaves((args, kwargs))
+    return repr([(tuple(x.shape), x.dtype) if isinstance(x, Tensor) else type(x).__name__ for x in leaves])
 
 
 def _hooks(module: nn.Module) -> Iterator[Any]:

@@ -97,20 +97,25 @@ class _Both:
         self.outer.__exit__(*exception)
 
 
-_non_reentrant = upstream._checkpoint_without_reentrant_generator
+_OLD, _NEW = "_checkpoint_without_reentrant_generator", "_checkpoint_without_reentrant_generator_impl"
+_NAME = _NEW if hasattr(upstream, _NEW) else _OLD
+"""What ``checkpoint`` calls: `_OLD` before torch 2.15, with the contexts third; `_NEW` with them by name."""
+
+_non_reentrant: Callable[..., Any] = getattr(upstream, _NAME)
 _Reentrant = upstream.CheckpointFunction
 
 
-def _with_tape(
-    fn: Any, preserve: Any = True, context_fn: Any = upstream.noop_context_fn, *args: Any, **more: Any
-) -> Any:
+def _with_tape(*args: Any, **settings: Any) -> Any:
     tape = _Tape()
+    context_fn = settings["context_fn"] if _NAME == _NEW else args[2]
 
     def contexts() -> tuple[Any, Any]:
         forward, again = context_fn()
         return _Both(forward, tape), _Both(again, tape)
 
-    return _non_reentrant(fn, preserve, contexts, *args, **more)
+    if _NAME == _NEW:
+        return _non_reentrant(*args, **settings | {"context_fn": contexts})
+    return _non_reentrant(*args[:2], contexts, *args[3:], **settings)
 
 
 class _ReentrantWithTape(_Reentrant):
@@ -130,7 +135,7 @@ class _ReentrantWithTape(_Reentrant):
 
 def keep_tapes() -> None:
     """Let every part that is checkpointed from now on keep a tape; for networks without fake-quant nothing changes."""
-    upstream._checkpoint_without_reentrant_generator = _with_tape  # type: ignore[assignment]
+    setattr(upstream, _NAME, _with_tape)
     upstream.CheckpointFunction = _ReentrantWithTape  # type: ignore[misc]
 
 
@@ -151,10 +156,11 @@ def no_checkpoints() -> Iterator[None]:
     class Refusing(_Reentrant):
         apply = staticmethod(refuse)
 
-    before = upstream._checkpoint_without_reentrant_generator, upstream.CheckpointFunction
-    upstream._checkpoint_without_reentrant_generator = refuse
+    before = getattr(upstream, _NAME), upstream.CheckpointFunction
+    setattr(upstream, _NAME, refuse)
     upstream.CheckpointFunction = Refusing  # type: ignore[misc]
     try:
         yield
     finally:
-        upstream._checkpoint_without_reentrant_generator, upstream.CheckpointFunction = before  # type: ignore[misc]
+        setattr(upstream, _NAME, before[0])
+        upstream.CheckpointFunction = before[1]  # type: ignore[misc]

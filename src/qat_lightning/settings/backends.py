@@ -12,6 +12,7 @@ The table is read without torch, which takes seconds to import: train.py refuses
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -48,6 +49,9 @@ class Backend:
         extra: The optional dependency it needs, as ``pip install qat-lightning[extra]`` names it.
         own_grids: Whether its quantizer says on which grids tensors are, as one of the user's does; the scheme can then
             make them coarser only.
+        activation_bits: What its kernels have of 8 and 16; fewer than 8, and what is not there, are simulated.
+        needs: The modules that ``extra`` installs, tried before anything is prepared.
+        channels_last: Whether its kernels, and so its quantizer, take images with channels last in memory only.
     """
 
     name: str
@@ -60,6 +64,9 @@ class Backend:
     tolerance_db: float = 45.0
     extra: str | None = None
     own_grids: bool = False
+    activation_bits: tuple[int, ...] = (8,)
+    needs: tuple[str, ...] = ()
+    channels_last: bool = False
 
     @property
     def activation_dtype(self) -> torch.dtype:
@@ -72,6 +79,21 @@ class Backend:
     def activation_limits(self) -> tuple[int, int]:
         """Smallest and largest integer of an activation."""
         return (0, 255) if self.activations == "uint8" else (-128, 127)
+
+
+def _arm(name: str, about: str, *needs: str) -> Backend:
+    """A target of Arm's, whose quantizers are one, with 8-bit or 16-bit activations."""
+    return Backend(
+        name,
+        ("pt2e",),
+        about,
+        None,
+        activations="int8",
+        extra="arm",
+        own_grids=True,
+        activation_bits=(8, 16),
+        needs=("tosa_serializer", "executorch.backends.arm.quantizer.arm_quantizer", *needs),
+    )
 
 
 _TABLE = (
@@ -88,6 +110,7 @@ _TABLE = (
         None,
         activations="int8",
         extra="xnnpack",
+        needs=("executorch.backends.xnnpack.quantizer.xnnpack_quantizer",),
     ),
     Backend(
         "tensorrt",
@@ -96,6 +119,39 @@ _TABLE = (
         None,
         activations="int8",
         symmetric=True,
+    ),
+    Backend(
+        "openvino",
+        ("pt2e",),
+        "Intel CPUs, GPUs and NPUs, through ExecuTorch and OpenVINO",
+        None,
+        extra="executorch-openvino",
+        own_grids=True,
+        needs=("executorch.backends.openvino.quantizer",),
+    ),
+    _arm("tosa", "whatever runs TOSA, through ExecuTorch"),
+    _arm("ethosu", "Arm's Ethos-U NPUs, through ExecuTorch and Vela", "ethosu.vela"),
+    _arm("vgf", "GPUs with Arm's ML extensions for Vulkan, through ExecuTorch and VGF", "model_converter"),
+    Backend(
+        "cortex_m",
+        ("pt2e",),
+        "Arm Cortex-M microcontrollers, through ExecuTorch and CMSIS-NN",
+        None,
+        activations="int8",
+        extra="arm",
+        own_grids=True,
+        needs=("tosa_serializer", "executorch.backends.cortex_m.quantizer.quantizer"),
+        channels_last=True,
+    ),
+    Backend(
+        "vulkan",
+        ("pt2e",),
+        "GPUs of phones, through ExecuTorch and Vulkan: the weights of linear layers",
+        None,
+        activations="int8",
+        extra="xnnpack",
+        own_grids=True,
+        needs=("executorch.backends.vulkan.quantizer.vulkan_quantizer",),
     ),
 )
 
@@ -132,7 +188,9 @@ def get_backend(name: str, mode: str) -> Backend:
     if mode not in NAMES:
         raise ConfigurationError(f"mode={mode!r} is unknown: use one of {', '.join(NAMES)}.")
     if is_path(name):
-        backend = Backend(name, ("pt2e",), f"what {name} is for", None, activations="int8", own_grids=True)
+        backend = Backend(
+            name, ("pt2e",), f"what {name} is for", None, activations="int8", own_grids=True, activation_bits=(8, 16)
+        )
     elif name in BACKENDS:
         backend = BACKENDS[name]
     else:
@@ -157,12 +215,13 @@ def require(backend: Backend) -> None:
     """
     import torch
 
-    if backend.name == "xnnpack":
+    for module in backend.needs:
         try:
-            import executorch.backends.xnnpack.quantizer.xnnpack_quantizer  # noqa: F401
+            importlib.import_module(module)
         except ImportError as error:
             raise MissingExtraError(
-                "backend='xnnpack' needs ExecuTorch: pip install 'qat-lightning[xnnpack]'."
+                f"backend={backend.name!r} needs {module.partition('.')[0]}: pip install "
+                f"'qat-lightning[{backend.extra}]' ({error})."
             ) from error
     if backend.engine is not None and backend.engine not in torch.backends.quantized.supported_engines:
         have = ", ".join(engine for engine in torch.backends.quantized.supported_engines if engine != "none")

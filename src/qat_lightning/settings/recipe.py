@@ -141,6 +141,11 @@ class Recipe:
                 "scheme.activation_granularity='per_token' finds a range in each call, which is kind='dynamic', and "
                 f"this is kind={self.kind!r}: use kind='dynamic', or 'per_tensor'."
             )
+        if self.quantizer is not None and scheme.activation_bits == 16:
+            raise ConfigurationError(
+                f"scheme.activation_bits=16 is not possible with backend={self.backend!r}, whose quantizer says how "
+                "many bits activations have: leave it out, and give the quantizer the argument for torch.int16."
+            )
         if self.kind == "qat" and scheme.activation_observer in CALIBRATION_ONLY:
             raise ConfigurationError(
                 f"scheme.activation_observer={scheme.activation_observer!r} chooses a range from a whole histogram, "
@@ -166,6 +171,8 @@ class Recipe:
             return ""
         if self.scheme.activation_bits < 8:
             return f"int8 kernels clamp activations at 8 bits, and these have {self.scheme.activation_bits}"
+        if self.scheme.activation_bits not in self.target.activation_bits:
+            return f"the kernels of backend {self.target.name!r} have activations of 8 bits, and these have 16"
         if not self.scheme.weight_symmetric:
             return f"the int8 kernels of backend {self.target.name!r} take symmetric weights only"
         return ""

@@ -24,8 +24,8 @@ class Scheme:
 
     Symmetric weights (zero point 0) are on ``[-(2**(bits-1) - 1), 2**(bits-1) - 1]``, which is what the int8 kernels of
     every backend take. Weights of fewer than 8 bits are stored as int8, on a coarser grid. What no kernel of the
-    backend can hold (activations of fewer than 8 bits, affine weights) is simulated: it trains and evaluates as
-    fake-quant, and there is no int8 network of it. `Recipe.simulated` says why.
+    backend can hold (activations of fewer than 8 bits, or of 16 where the backend has none, affine weights) is
+    simulated: it trains and evaluates as fake-quant, and there is no int8 network of it. `Recipe.simulated` says why.
 
     Args:
         weight_bits: 2 to 8.
@@ -35,7 +35,7 @@ class Scheme:
         weight_group_size: 0, or the size of a group: a power of two from 16 to 1024.
         weight_observer: ``"min_max"``: the grid reaches to the largest weight; ``"mse"``: to where the mean squared
             error is least; ``"auto"``: ``"min_max"`` for 8 bits and ``"mse"`` for fewer.
-        activation_bits: 2 to 8.
+        activation_bits: 2 to 8, or 16.
         activation_symmetric: put the zero point in the middle of the range instead of where the data needs it.
         activation_granularity: one range for all values of a call, or one for each token, which is what lies along the
             last dimension (kind ``"dynamic"``).
@@ -79,8 +79,8 @@ class Scheme:
         # By type first: arrays and tensors have no answer to a comparison.
         for bits in ("weight_bits", "activation_bits"):
             value = getattr(self, bits)
-            if type(value) is not int or value not in range(2, 9):
-                _refuse(bits, value, "an int from 2 to 8")
+            if type(value) is not int or value not in (*range(2, 9), *((16,) if bits == "activation_bits" else ())):
+                _refuse(bits, value, "an int from 2 to 8" + (", or 16" if bits == "activation_bits" else ""))
         for flag in ("weight_symmetric", "activation_symmetric"):
             if not isinstance(getattr(self, flag), bool):
                 _refuse(flag, getattr(self, flag), "true or false")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import operator
 import warnings
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -37,6 +38,7 @@ from qat_lightning.modes.pt2e.folding import (
 )
 from qat_lightning.modes.pt2e.own_grids import own_modules, take_over
 from qat_lightning.modes.pt2e.quantizers import known_rules, make_quantizer
+from qat_lightning.modes.pt2e.retraced import restore, shown_channels_last, tensors_by_identity
 from qat_lightning.modes.pt2e.transposed import Shuffled, write_as_convolutions
 from qat_lightning.numerics.fake_quantize import FakeQuantize
 from qat_lightning.settings.recipe import Recipe
@@ -64,12 +66,12 @@ def insert_fake_quantize(
         NetworkError: There is nothing to quantize, or the quantizer fails on this graph.
     """
     quantizer = make_quantizer(recipe)
-    scopes = _get_node_name_to_scope(graph_module)
     try:
         with warnings.catch_warnings():
             # "The input of maxpool2d is not quantized": then it runs in float, as the coverage says.
             warnings.filterwarnings("ignore", message=".*maxpool2d.*")
             graph_module, folded = _annotate(graph_module, quantizer, recipe, prefix)
+            scopes = _get_node_name_to_scope(graph_module)
             prepared = upstream_prepare(graph_module, scopes, False, quantizer.prepare_obs_or_fq_callback)
             own_modules(prepared, recipe)
     except ConfigurationError:
@@ -92,7 +94,10 @@ def _annotate(
     graph_module: fx.GraphModule, quantizer: Quantizer, recipe: Recipe, prefix: str
 ) -> tuple[fx.GraphModule, list[Folded]]:
     """Let the quantizer annotate the graph without its BatchNorms, and put these back."""
+    known, own_grids = tensors_by_identity(graph_module), recipe.target.own_grids
     graph_module = quantizer.transform_for_annotation(graph_module)
+    if own_grids:
+        restore(graph_module, known)
     graph = graph_module.graph
     shuffled: list[Shuffled] = []
     if "subpixel" in recipe.families and recipe.backend == "x86":
@@ -100,13 +105,13 @@ def _annotate(
     _separate_weights(graph)
     _name_sources(graph)
     pairs = foldable(graph, shuffled)
-    own_grids = recipe.target.own_grids
     if own_grids:
         give_biases(graph_module, pairs)
     else:
         _leave_float(graph, recipe, prefix)
     taken = bypass(pairs)
-    quantizer.annotate(graph_module)
+    with shown_channels_last(graph) if recipe.target.channels_last else nullcontext():
+        quantizer.annotate(graph_module)
     if own_grids:
         take_over(graph, recipe, lambda node: selects(recipe, prefix, node))
     else:

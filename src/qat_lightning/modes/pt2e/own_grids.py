@@ -190,7 +190,7 @@ def own_modules(prepared: fx.GraphModule, recipe: Recipe) -> None:
         ConfigurationError: The quantizer put in an observer of its own, besides its annotations.
     """
     ours: dict[int, FakeQuantize] = {}
-    observers = {name: module for name, module in prepared.named_children() if isinstance(module, ObserverBase)}
+    observers = {name: module for name, module in prepared._modules.items() if isinstance(module, ObserverBase)}
     for name, module in observers.items():
         if isinstance(module, FixedQParamsObserver):
             ours.setdefault(id(module), _fixed(module))

@@ -12,6 +12,7 @@ from torchao.quantization.pt2e.quantizer import QuantizationSpec, Quantizer
 from torchao.quantization.pt2e.quantizer.utils import QuantizationConfig
 
 from qat_lightning.errors import ConfigurationError
+from qat_lightning.modes.pt2e.executorch_quantizers import MAKERS
 from qat_lightning.modes.qconfig import activation_qscheme, activation_settings, weight_qscheme, weight_settings
 from qat_lightning.numerics.fake_quantize import FakeQuantize
 from qat_lightning.settings.quantizers import QuantizerSource, imported
@@ -26,6 +27,8 @@ def make_quantizer(recipe: Recipe) -> Quantizer:
     """
     if recipe.quantizer is not None:
         return own_quantizer(recipe.quantizer)
+    if recipe.backend in MAKERS:
+        return MAKERS[recipe.backend](recipe)
     if recipe.backend == "xnnpack":
         from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import XNNPACKQuantizer
 

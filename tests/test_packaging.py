@@ -23,8 +23,8 @@ LOCK = {
 }
 EXTRAS = PROJECT["optional-dependencies"]
 # Ray's launcher wants cloudpickle 2.2.1, and joblib of the lock wants 3; the benchmarks' weights are no use to tests;
-# LiteRT's converter and the jaxlib that it needs are 0.9 GB
-APART = {"ray", "benchmarks", "litert"}
+# LiteRT's converter and the jaxlib that it needs are 0.9 GB; tosa-tools wants numpy below 2.2, and NNCF is for one target
+APART = {"ray", "benchmarks", "litert", "arm", "executorch-openvino"}
 REQUIREMENTS = [
     requirement
     for text in chain(PROJECT["dependencies"], *(EXTRAS[name] for name in EXTRAS if name not in APART))

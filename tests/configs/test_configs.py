@@ -17,6 +17,7 @@ from PIL import Image
 from qat_lightning import PostTrainingQuantization, QuantizationAwareTraining, Scheme
 from qat_lightning.run import app
 from qat_lightning.settings.backends import BACKENDS, pairs
+from tests.support.targets import missing
 
 ROOT = Path(__file__).parents[2]
 CONF = ROOT / "conf"
@@ -167,7 +168,8 @@ def test_the_groups_have_every_mode_and_backend(composed: Compose) -> None:
         cfg = composed(f"mode={mode}", f"backend={backend}")
         assert (cfg.quantization.mode, cfg.quantization.backend) == (mode, backend)
         assert cfg.run.tags == ["qat", mode, backend, "small_mobilenet"]
-        assert isinstance(instantiate(cfg.quantization), QuantizationAwareTraining)
+        if not missing(backend):
+            assert isinstance(instantiate(cfg.quantization), QuantizationAwareTraining)
 
 
 @pytest.mark.parametrize("point", ["3", "0.5", "{epoch:3}", "{step:1200}", "{fraction:0.5}"])

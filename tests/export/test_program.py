@@ -27,9 +27,10 @@ from qat_lightning.settings.recipe import Recipe
 from qat_lightning.settings.scheme import Scheme
 from tests.artifact.making import batch_of, case_named, quantize
 from tests.support.networks import CASES, Case
+from tests.support.targets import skipped_without
 
 TABLE = [
-    pytest.param(mode, backend, case, id=f"{mode}-{backend}-{case.name}")
+    pytest.param(mode, backend, case, id=f"{mode}-{backend}-{case.name}", marks=skipped_without(backend))
     for mode, backend in pairs()
     for case in CASES
     if mode in case.modes and case.name != "control_flow"

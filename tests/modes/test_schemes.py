@@ -11,11 +11,12 @@ from qat_lightning.errors import ConversionError
 from qat_lightning.graph.example import Example
 from qat_lightning.modes.prepared import cpu_copy, fake_quantizers, set_phase
 from qat_lightning.modes.registry import get_mode
-from qat_lightning.settings.backends import pairs
+from qat_lightning.settings.backends import BACKENDS
 from qat_lightning.settings.recipe import Recipe
 from qat_lightning.settings.scheme import Scheme
-from tests.modes.test_every_pair import LEAST_DB
+from tests.modes.test_every_pair import LEAST_DB, PAIRS, layers_of
 from tests.support.networks import CASES, train
+from tests.support.targets import skipped_without
 
 SCHEMES = {
     "w4": Scheme(weight_bits=4),
@@ -26,6 +27,8 @@ SCHEMES = {
 }
 SIMULATED = {
     "a4": Scheme(activation_bits=4),
+    "a16": Scheme(activation_bits=16),
+    "w4a16 lsq+": Scheme(weight_bits=4, activation_bits=16, learned_step="lsq+"),
     "w4a4 lsq+": Scheme(weight_bits=4, activation_bits=4, learned_step="lsq+"),
     "affine weights": Scheme(weight_symmetric=False),
     "affine weights per tensor": Scheme(weight_symmetric=False, weight_granularity="per_tensor", weight_bits=6),
@@ -46,13 +49,13 @@ def fit(mode: str, backend: str, scheme: Scheme) -> Any:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES.keys())
-@pytest.mark.parametrize(("mode", "backend"), pairs())
+@pytest.mark.parametrize(("mode", "backend"), PAIRS)
 def test_int8_is_what_fake_quant_was(mode: str, backend: str, scheme: Scheme, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QAT_LIGHTNING_COMPILE", "0")  # the graph is what is looked at; others test it compiled
     prepared = fit(mode, backend, scheme)
     args, kwargs, _ = DEPTHWISE.batch(64)
     converted = get_mode(mode).convert(cpu_copy(prepared), Example(args, kwargs))
-    assert sum(row.quantized for row in converted.coverage) == 4
+    assert sum(row.quantized for row in converted.coverage) == layers_of(DEPTHWISE, backend)
     # On a coarse grid a single rounding costs more decibels.
     below = [check for check in converted.checks if check.sqnr_db < LEAST_DB[backend] and not check.max_steps <= 1.01]
     assert not below, below
@@ -63,6 +66,24 @@ def test_int8_is_what_fake_quant_was(mode: str, backend: str, scheme: Scheme, mo
     for weight in _integers(converted.network):
         assert weight.abs().max() <= largest
         assert weight.unique().numel() <= 2 * largest + 1
+
+
+WITH_16_BITS = [
+    pytest.param(backend.name, marks=skipped_without(backend.name))
+    for backend in BACKENDS.values()
+    if 16 in backend.activation_bits
+]
+
+
+@pytest.mark.parametrize("backend", WITH_16_BITS)
+def test_targets_that_have_them_take_16_bit_activations(backend: str) -> None:
+    prepared = fit("pt2e", backend, Scheme(activation_bits=16))
+    grids = {str(fq.dtype) for _, fq in fake_quantizers(prepared)}
+    assert grids == {"torch.int16", "torch.int8"}
+    args, kwargs, _ = DEPTHWISE.batch(64)
+    converted = get_mode("pt2e").convert(cpu_copy(prepared), Example(args, kwargs))
+    assert all(row.quantized for row in converted.coverage)
+    assert min(check.sqnr_db for check in converted.checks) >= LEAST_DB[backend]
 
 
 def _integers(network: Any) -> list[torch.Tensor]:

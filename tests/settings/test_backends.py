@@ -7,11 +7,15 @@ import torch
 
 from qat_lightning.errors import ConfigurationError
 from qat_lightning.settings.backends import BACKENDS, MODES, get_backend, pairs, quantized_engine, require
+from tests.support.targets import missing
 
 
 def test_every_pair_is_found_and_can_be_made_here() -> None:
     for mode, name in pairs():
         backend = get_backend(name, mode)
+        if why := missing(name):
+            assert f"pip install 'qat-lightning[{backend.extra}]'" in why
+            continue
         require(backend)
         assert backend.engine is None or backend.engine in torch.backends.quantized.supported_engines
 

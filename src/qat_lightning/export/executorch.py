@@ -1,15 +1,17 @@
-"""ExecuTorch: a ``.pte`` for phones, lowered to XNNPACK's int8 kernels and run by ExecuTorch's own runtime."""
+"""ExecuTorch: a ``.pte``, lowered to the backend that the network was trained for, and run by its own runtime."""
 
 from __future__ import annotations
 
+import io
 import warnings
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from qat_lightning.errors import ExportError, MissingExtraError
+from qat_lightning.export.executorch_targets import LOWERINGS, find_openvino, lower
 from qat_lightning.export.protocol import Kernels, Port, Runner, Source
 from qat_lightning.export.pt2 import as_list, flat_graph
 from qat_lightning.export.xnnpack_layers import for_xnnpack, refuse_grids
@@ -17,11 +19,11 @@ from qat_lightning.settings.recipe import Recipe
 
 
 class ExecuTorch:
-    """`Format` of ExecuTorch with XNNPACK. A file takes one sample at a time, for which its memory is planned."""
+    """`Format` of ExecuTorch. A file takes one sample at a time, for which its memory is planned."""
 
     name: ClassVar[str] = "executorch"
     suffix: ClassVar[str] = ".pte"
-    runtime: ClassVar[str] = "ExecuTorch XNNPACK"
+    runtime: ClassVar[str] = "ExecuTorch"
     extra: ClassVar[str | None] = "xnnpack"
     batch: ClassVar[int | None] = 1
 
@@ -49,30 +51,31 @@ class ExecuTorch:
                 "XNNPACK finds the range of activations token by token: use a scheme of activation_granularity="
                 "'per_token', or mode='pt2e' with backend='xnnpack'."
             )
-        if recipe.backend != "xnnpack":
+        if recipe.backend not in LOWERINGS:
             return (
                 f"XNNPACK's kernels take int8 activations on grids of their own, and the network is for backend="
-                f"{recipe.backend!r}: use mode='pt2e' with backend='xnnpack'."
+                f"{recipe.backend!r}: use mode='pt2e' with backend='xnnpack', or another one of ExecuTorch's "
+                f"({', '.join(name for name in LOWERINGS if name != 'xnnpack')})."
             )
         return ""
 
     def write(self, source: Source, path: Path) -> None:
         """See `Format.write`."""
-        from executorch.exir import to_edge_transform_and_lower
-
         graph_module, examples, dynamic = flat_graph(source, source.spelled(for_xnnpack))
         one = tuple(
             example[:1].contiguous() if axes and 0 in axes else example
             for example, axes in zip(examples, dynamic, strict=True)
         )
-        with warnings.catch_warnings():
+        recipe = source.recipe
+        # Kinds without calibration are XNNPACK's, whatever backend their layers are for here.
+        backend = recipe.backend if recipe is not None and recipe.backend in LOWERINGS else "xnnpack"
+        bits = 8 if recipe is None else recipe.scheme.activation_bits
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):  # Vela prints what it plans
             warnings.simplefilter("ignore")
             try:
-                program = torch.export.export(graph_module, one, strict=True)
-                lowered = to_edge_transform_and_lower(program, partitioner=[_partitioner()])
-                written = lowered.to_executorch()
+                written = lower(backend, bits, graph_module, one)
             except Exception as error:
-                raise ExportError(_explain(error)) from error
+                raise ExportError(_explain(error, backend)) from error
         with path.open("wb") as file:
             written.write_to_file(file)
 
@@ -86,6 +89,7 @@ class ExecuTorch:
 
     def load(self, path: Path) -> Runner:
         """See `Format.load`."""
+        find_openvino()
         from executorch.runtime import Runtime
 
         program = Runtime.get().load_program(path)
@@ -98,32 +102,19 @@ class ExecuTorch:
         return run
 
 
-def _partitioner() -> Any:
-    """XNNPACK's, without slices.
-
-    A file with its kernel of a slice does not load where the two sides have grids of their own, and two slices of one
-    convolution come out wrong. ExecuTorch's own kernel copies what is there.
-    """
-    from executorch.backends.xnnpack.partition.config import ALL_PARTITIONER_CONFIGS
-    from executorch.backends.xnnpack.partition.config.generic_node_configs import SliceCopyConfig
-    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
-
-    return XnnpackPartitioner(configs=[config for config in ALL_PARTITIONER_CONFIGS if config is not SliceCopyConfig])
-
-
-def _explain(error: BaseException) -> str:
+def _explain(error: BaseException, backend: str) -> str:
     """What the pass at fault said, which its caller wraps in where it was."""
     while error.__cause__ is not None:
         error = error.__cause__
     text = " ".join(str(error).split())[:300]
     return (
-        f"ExecuTorch cannot lower the network to XNNPACK ({type(error).__name__}: {text}). Write that part of it with "
-        "other ops, or choose another format, such as onnx or pt2."
+        f"ExecuTorch cannot lower the network to {backend} ({type(error).__name__}: {text}). Write that part of it "
+        "with other ops, or choose another format, such as onnx or pt2."
     )
 
 
 def not_delegated(path: Path) -> list[str]:
-    """The ops of a file that run outside of XNNPACK, by ExecuTorch's portable kernels."""
+    """The ops of a file that run outside of its delegate, by ExecuTorch's portable kernels."""
     from executorch.exir._serialize import _deserialize_pte_binary
 
     plan: Any = _deserialize_pte_binary(path.read_bytes()).program.execution_plan[0]

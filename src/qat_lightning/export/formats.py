@@ -25,6 +25,22 @@ FORMATS = tuple(_TABLE)
 """What ``formats=`` takes."""
 
 
+_STAND_INS = {
+    ("executorch", backend): "exported_program" for backend in ("tosa", "ethosu", "vgf", "cortex_m", "vulkan")
+}
+"""Formats and backends whose files nothing runs that a package index has, and what is compared in their place."""
+
+
+def stand_in(name: str, recipe: Recipe | None) -> str:
+    """The format whose file is compared in the place of one that nothing runs here; empty if the file itself is.
+
+    Example:
+        >>> stand_in("executorch", Recipe("pt2e", "vulkan")), stand_in("executorch", Recipe("pt2e", "xnnpack"))
+        ('exported_program', '')
+    """
+    return "" if recipe is None else _STAND_INS.get((name, recipe.backend), "")
+
+
 def get_format(name: str) -> Format:
     """The format of this name.
 

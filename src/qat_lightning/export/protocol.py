@@ -62,15 +62,18 @@ class Source:
     Args:
         network: The network, on the CPU.
         example: One real call, with a batch of 2 or more.
+        recipe: Of the int8 network that a float one is compared with; by default the network's own.
 
     Attributes:
         network: As given.
         example: As given.
+        recipe: As given, or the network's own; None for a float network by itself.
     """
 
-    def __init__(self, network: nn.Module, example: Example) -> None:
+    def __init__(self, network: nn.Module, example: Example, recipe: Recipe | None = None) -> None:
         self.network = network
         self.example = example
+        self.recipe = recipe if self.quantized is None else self.quantized.recipe
         self._spelled: dict[Spelling, ExportedProgram] = {}
 
     @property

@@ -33,9 +33,9 @@ class AotInductor:
 
     def refusal(self, recipe: Recipe) -> str:
         """See `Format.refusal`."""
-        if recipe.target.activation_dtype is not torch.uint8:
+        if recipe.target.own_grids or recipe.target.activation_dtype is not torch.uint8:
             return (
-                f"AOTInductor's int8 kernels take uint8 activations, and backend={recipe.backend!r} has int8 ones: "
+                f"AOTInductor's int8 kernels take uint8 activations, and backend={recipe.backend!r} has others: "
                 "use backend='x86', or a format of that backend."
             )
         return ""

@@ -18,7 +18,7 @@ from qat_lightning.artifact.quantized import QuantizedNetwork
 from qat_lightning.errors import ConfigurationError, ExportError, QuantizationError
 from qat_lightning.export.call import Call
 from qat_lightning.export.comparison import Comparison, problem
-from qat_lightning.export.formats import FORMATS, check_formats, get_format
+from qat_lightning.export.formats import FORMATS, check_formats, get_format, stand_in
 from qat_lightning.export.program import int8_network
 from qat_lightning.export.protocol import Format, Source
 from qat_lightning.export.remote import RemoteNetwork, Server
@@ -176,13 +176,10 @@ class _Job:
         with tempfile.TemporaryDirectory(dir=beside, prefix=".") as apart, tempfile.TemporaryDirectory() as elsewhere:
             try:
                 path = _write(chosen, self.source, Path(apart), name)
-                with Server(chosen.name) as server:
-                    server.ask("load", "int8", str(path))
-                    result.kernels = server.ask("kernels", str(path))
-                    result.ports = server.ask("ports", str(path))
-                    result.remark = _remark(result, self.source.quantized)
-                    self._compare(server, chosen, result)
-                    self._time(server, chosen, Path(elsewhere), result)
+                if instead := stand_in(chosen.name, self.source.recipe):
+                    self._compare_instead(get_format(instead), Path(elsewhere), result)
+                else:
+                    self._run(chosen, path, Path(elsewhere), result)
                 made = [path, *(other for other in sorted(Path(apart).iterdir()) if other != path)]
                 megabytes = sum(_size(file) for file in made) / 1e6
                 result.files = move_whole(made, folder)
@@ -196,6 +193,27 @@ class _Job:
         if self.float_network is not None:
             result.size_ratio = size_mb(self.float_network) / result.size_mb
         return result
+
+    def _run(self, chosen: Format, path: Path, folder: Path, result: ExportResult) -> None:
+        """Load the file in a process of its runtime, compare it and time it."""
+        with Server(chosen.name) as server:
+            server.ask("load", "int8", str(path))
+            result.kernels = server.ask("kernels", str(path))
+            result.ports = server.ask("ports", str(path))
+            result.remark = _remark(result, self.source.quantized)
+            self._compare(server, chosen, result)
+            self._time(server, chosen, folder, result)
+
+    def _compare_instead(self, other: Format, folder: Path, result: ExportResult) -> None:
+        """Compare the program that a file was made from, where nothing here can run the file."""
+        assert self.source.recipe is not None
+        with Server(other.name) as server:
+            server.ask("load", "int8", str(_write(other, self.source, folder)))
+            self._compare(server, other, result)
+        result.remark = (
+            f"nothing here runs files for backend={self.source.recipe.backend!r}: what was compared is the "
+            f"{other.runtime} that this one was made from"
+        )
 
     def _compare(self, server: Server, chosen: Format, result: ExportResult) -> None:
         remote = RemoteNetwork(server, "int8", self.call)
@@ -248,9 +266,8 @@ class _Job:
         """One sample, in turn: the float network here, and both networks in the runtime."""
         if self.float_network is not None:
             try:
-                server.ask(
-                    "load", "float", str(_write(chosen, Source(self.float_network, self.source.example), folder))
-                )
+                floats = Source(self.float_network, self.source.example, self.source.recipe)
+                server.ask("load", "float", str(_write(chosen, floats, folder)))
             except QuantizationError as error:
                 warnings.warn(f"The float network is not timed in {chosen.runtime}: {error}", stacklevel=4)
         one = one_sample(self.source.example)

@@ -30,8 +30,8 @@ def tensors_by_identity(graph_module: fx.GraphModule) -> dict[int, tuple[str, Te
 def restore(graph_module: fx.GraphModule, known: dict[int, tuple[str, Tensor]]) -> None:
     """Give the tensors their names back, read them before all else, and take sizes from the inputs.
 
-    Quantizers may trace the graph anew. That calls the parameters ``_param_constant0`` and so on, and writes the symbol of
-    the batch where the size of a tensor stood. Some refuse graphs in which a size is looked up.
+    Quantizers may trace the graph anew. That calls the parameters ``_param_constant0`` and so on, and writes the symbol
+    of the batch where the size of a tensor stood. Some refuse graphs in which a size is looked up.
 
     Args:
         graph_module: What the quantizer's ``transform_for_annotation`` returned; changed in place.

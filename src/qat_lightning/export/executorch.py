@@ -92,8 +92,10 @@ class ExecuTorch:
         find_openvino()
         from executorch.runtime import Runtime
 
-        program = Runtime.get().load_program(path)
-        methods = [program.load_method("forward"), program]  # a method does not keep its program alive
+        # From memory: OpenVINO's delegate reads what a loaded file has let go of.
+        data = path.read_bytes()
+        program = Runtime.get().load_program(data)
+        methods = [program.load_method("forward"), program, data]  # a method does not keep its program alive
 
         def run(tensors: list[Tensor]) -> list[Tensor]:
             # The outputs lie in memory that the next call writes over.

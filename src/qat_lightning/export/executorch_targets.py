@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import sys
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
@@ -64,6 +66,8 @@ def _arm_partitioner(backend: str) -> Any:
 
         return EthosUPartitioner
     if backend == "vgf":
+        if shutil.which("model-converter") is None:  # as where the environment is not activated
+            os.environ["PATH"] = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))
         from executorch.backends.arm.vgf import VgfPartitioner
 
         return VgfPartitioner

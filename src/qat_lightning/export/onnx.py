@@ -111,7 +111,9 @@ def _on_dequantized(graph: Any) -> int:
 
 
 def refuse_direct(recipe: Recipe, what: str) -> str:
-    """Why an integer network of the kinds without calibration is not translated; empty if it is."""
+    """Why a network is not translated: of the kinds without calibration, or with 16-bit activations; empty if it is."""
+    if recipe.kind not in DIRECT and recipe.scheme.activation_bits == 16:
+        return f"{what} files have activations of 8 bits here, and these have 16: use executorch or exported_program."
     if recipe.kind not in DIRECT or recipe.mode != "pt2e":
         return ""
     return (

@@ -57,6 +57,8 @@ class OpenVino:
 
     def refusal(self, recipe: Recipe) -> str:
         """See `Format.refusal`."""
+        if recipe.backend in ("tosa", "ethosu", "vgf"):
+            return "OpenVINO computes something else of Arm's int32 biases: use onnx, or train for backend='openvino'."
         return refuse_direct(recipe, "OpenVINO")
 
     def write(self, source: Source, path: Path) -> None:

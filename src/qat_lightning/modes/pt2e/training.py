@@ -17,7 +17,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from qat_lightning.errors import NetworkError
 from qat_lightning.graph.portable_graph import HoldsGraphs
 from qat_lightning.graph.scopes import scope_of
-from qat_lightning.layers.batchnorm import fake_quantize_folded, fold_factor, for_each_row
+from qat_lightning.layers.batchnorm import fake_quantize_folded, fold_factor, folded_bias, for_each_row
 from qat_lightning.layers.qat_modules import (
     Counter,
     FreezableBatchNorm,
@@ -56,6 +56,33 @@ class FoldedWeight(nn.Module):
         """The rounded weight, unfolded again."""
         factor = for_each_row(fold_factor(gamma, running_var, self.eps), weight, self.axis)
         return fake_quantize_folded(weight, factor, self.__dict__["fq"], axis=self.axis)
+
+
+class FoldedBias(nn.Module):
+    """Rounds the bias of a layer as it will be with BatchNorm folded in.
+
+    In training BatchNorm takes the mean of the batch away again, and with it what rounding adds to all of a channel.
+
+    Args:
+        derived: Of the bias, which sees the folded one.
+        eps: BatchNorm's.
+    """
+
+    def __init__(self, derived: DerivedFakeQuantize, eps: float) -> None:
+        super().__init__()
+        self.__dict__["derived"] = derived  # not a child: it is registered under the bias's name
+        self.eps = eps
+
+    def forward(
+        self, bias: Tensor, gamma: Tensor | None, beta: Tensor | None, running_mean: Tensor, running_var: Tensor
+    ) -> Tensor:
+        """The bias that BatchNorm turns into the rounded one; it has the gradient of the bias."""
+        with torch.no_grad():
+            factor = fold_factor(gamma, running_var, self.eps)
+            shifted = folded_bias(bias, running_mean, factor, beta)
+            change = self.__dict__["derived"](shifted) - shifted
+            change = torch.where(factor == 0, 0.0, change / torch.where(factor == 0, 1.0, factor))
+        return bias + change
 
 
 class TrainingOnly(nn.Module):
@@ -226,9 +253,18 @@ def _fold_weight(root: nn.Module, graph: fx.Graph, layer: fx.Node, batchnorm: fx
         graph.erase_node(quantizer)
     bias: Any = layer.args[2] if len(layer.args) > 2 else None
     if bias is not None and bias.op == "call_module":
-        # What kernels add is BatchNorm's shift, which is rounded when it is folded in.
-        layer.replace_input_with(bias, bias.args[0])
-        graph.erase_node(bias)
+        _fold_bias(root, layer, bias, batchnorm)
+
+
+def _fold_bias(root: nn.Module, layer: fx.Node, bias: fx.Node, batchnorm: fx.Node) -> None:
+    """What kernels add is the bias with BatchNorm's shift folded in, and that is what is rounded."""
+    derived: Any = root.get_submodule(str(bias.target))
+    name = f"{bias.target}_folded"
+    _put(root, name, FoldedBias(derived, float(batchnorm.args[7])))  # type: ignore[arg-type]
+    with layer.graph.inserting_before(layer):
+        rounded = layer.graph.call_module(name, (bias.args[0], *batchnorm.args[1:5]))
+    layer.replace_input_with(bias, rounded)
+    layer.graph.erase_node(bias)
 
 
 def _own_batchnorm(root: nn.Module, node: fx.Node) -> None:

@@ -62,6 +62,11 @@ class Tflite:
                 f"LiteRT's files are made of networks with static ranges, and kind={recipe.kind!r} has none: use "
                 "kind='static', or QuantizationAwareTraining(kind='qat')."
             )
+        if recipe.target.own_grids:
+            return (
+                f"LiteRT's files were tried with grids that the scheme decides on, and backend={recipe.backend!r} has "
+                "grids of its own: use backend='xnnpack'."
+            )
         if not recipe.scheme.weight_symmetric:
             return "LiteRT's int8 kernels take weights with zero point 0: use a scheme of weight_symmetric=True."
         return ""

@@ -23,7 +23,7 @@ LOCK = {
 }
 EXTRAS = PROJECT["optional-dependencies"]
 # Ray's launcher wants cloudpickle 2.2.1, and joblib of the lock wants 3; the benchmarks' weights are no use to tests;
-# LiteRT's converter and the jaxlib that it needs are 0.9 GB; tosa-tools wants numpy below 2.2, and NNCF is for one target
+# LiteRT's converter and the jaxlib that it needs are 0.9 GB; tosa-tools wants numpy below 2.2; NNCF is for one target
 APART = {"ray", "benchmarks", "litert", "arm", "executorch-openvino"}
 REQUIREMENTS = [
     requirement

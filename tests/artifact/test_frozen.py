@@ -344,7 +344,7 @@ DOES_MORE: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "logging": _logging,
     "printing": _printing,
     "a clock": lambda net, x: x * (1 if time.time() > 0 else 2),
-    "chance": lambda net, x: x * random.choice([1.0, 2.0]),
+    "chance": lambda net, x: x * random.choice([1.0, 1.0]),
 }
 READS: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "a comparison": lambda net, x: x if x.sum() > 1e9 else x * 2,

@@ -9,17 +9,20 @@ from __future__ import annotations
 
 import copy
 import sys
+import threading
 import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from qat_lightning.artifact.effects import Surroundings, Watched
+from qat_lightning.artifact.effects import Watched
 from qat_lightning.artifact.packed import is_packed
 from qat_lightning.artifact.recording import Recording
+from qat_lightning.artifact.surroundings import Surroundings
 
 CALLS_BEFORE = 4
 """How many calls of a form run as they are: who calls a few times pays for no recording."""
@@ -27,11 +30,23 @@ _FORMS = 4
 """Of how many forms recordings are kept; each but the first has packed weights of its own."""
 _COUNTED = 64
 """Of how many forms calls are counted at a time."""
-_CHANGES = 3
+_CHANGES = 8
 """After how many changes of what it depends on a network is recorded no more."""
 _PLAIN = (bool, int, float, str, type(None))
 
 Frozen = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """A recording, and what it holds for."""
+
+    frozen: Frozen
+    network: Callable[[], nn.Module | None]
+    around: Surroundings
+
+    def holds_for(self, network: nn.Module) -> bool:
+        return self.network() is network and self.around.are_as_they_were()
 
 
 class FrozenCalls:
@@ -39,19 +54,18 @@ class FrozenCalls:
 
     A recording is kept if it gives the same bits, on the inputs of the call and on others. It is left out wherever
     something looks at the network or changes it: a hook on a module, an attribute that was set, a weight that was
-    written to, another network, a tracer or compiler, a profiler of Python, a mode of torch's, autocast.
+    written to, another network, a tracer or compiler, a debugger or profiler of Python, a mode of torch's, autocast.
     """
 
     def __init__(self) -> None:
         self._forget()
         self._changes = 0
         self._can = True
+        self._recording = threading.Lock()
 
     def _forget(self) -> None:
         self._seen: dict[Any, int] = {}
-        self._made: dict[Any, Frozen | None] = {}
-        self._around: Surroundings | None = None
-        self._network: Callable[[], nn.Module | None] = lambda: None
+        self._made: dict[Any, _Kept | None] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FrozenCalls:
         """A copy makes its own recordings."""
@@ -66,45 +80,55 @@ class FrozenCalls:
         if not self._can or self._changes > _CHANGES or _is_watched():
             return network(*args, **kwargs)
         leaves, key = _form(args, kwargs)
-        if key is None or self._made.get(key, key) is None:
+        if key is None:
             return network(*args, **kwargs)
-        if self._around is not None and not (self._network() is network and self._around.are_as_they_were()):
+        kept = self._made.get(key)
+        if kept is None:
+            can = key not in self._made and len(self._made) < _FORMS and self._is_due(key)
+            return self._recorded(network, key, args, kwargs) if can else network(*args, **kwargs)
+        if not kept.holds_for(network):
             self._changes += 1
-            self._forget()
-        frozen = self._made.get(key)
-        if frozen is None:
-            return self._as_it_is(network, key, args, kwargs)
+            self._made.pop(key, None)
+            return network(*args, **kwargs)
         try:
-            return frozen(*leaves)
+            return kept.frozen(*leaves)
         except Exception:  # noqa: BLE001 - what a network refuses is said by itself, and not by TorchScript
             return network(*args, **kwargs)
 
-    def _as_it_is(self, network: nn.Module, key: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if len(self._made) >= _FORMS:
-            return network(*args, **kwargs)
+    def _is_due(self, key: Any) -> bool:
         if len(self._seen) > _COUNTED:
             self._seen = {}
-        self._seen[key] = self._seen.get(key, 0) + 1
-        if self._seen[key] <= CALLS_BEFORE or sys.getprofile() is not None:
+        calls = self._seen[key] = self._seen.get(key, 0) + 1
+        return calls > CALLS_BEFORE
+
+    def _recorded(self, network: nn.Module, key: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The outputs of a call, which is recorded unless another thread is at it."""
+        if not self._recording.acquire(blocking=False):
             return network(*args, **kwargs)
+        try:
+            return self._record(network, key, args, kwargs)
+        finally:
+            self._recording.release()
+
+    def _record(self, network: nn.Module, key: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         given = _tensors_copied(args, kwargs)
-        if self._around is None:
+        first = not any(self._made.values())
+        if first:
             _pack_anew(network)
         around = Surroundings(network)
-        with Watched() as watched:
+        leaves = list(map(id, pytree.tree_leaves((args, kwargs))))
+        with Watched(around) as watched:
             result = network(*args, **kwargs)
-        self._seen.pop(key)
+        self._seen.pop(key, None)
+        writes = leaves != list(map(id, pytree.tree_leaves((args, kwargs)))) or not around.are_as_they_were()
         if not around.complete:  # a hook may be gone some day
             self._changes += 1
-            return result
-        if watched.acts or not around.are_as_they_were():
+        elif watched.acts or writes:
             self._can = False
-            return result
-        found = freeze(network, *given, result, around, shares=self._around is None)
-        self._made[key] = None if found is None else found[0]
-        constants = [] if found is None else found[1]
-        self._around = Surroundings(network, constants, watched.names.values())
-        self._network = weakref.ref(network)
+            self._forget()
+        else:
+            frozen = freeze(network, *given, result, around, shares=first)
+            self._made[key] = None if frozen is None else _Kept(frozen, weakref.ref(network), around)
         return result
 
 
@@ -116,7 +140,7 @@ def freeze(
     around: Surroundings,
     *,
     shares: bool = True,
-) -> tuple[Frozen, list[Tensor]] | None:
+) -> Frozen | None:
     """A recording of a network for inputs of one form, called with their tensors; None if there can be none.
 
     Args:
@@ -124,12 +148,12 @@ def freeze(
         args: A call of it.
         kwargs: Likewise.
         result: What that call gives.
-        around: What the network holds.
+        around: What the network holds; it comes to hold the tensors that the recording reads.
         shares: Whether it runs on the network's own packed weights, and not on copies. oneDNN prepares a kernel for the
             shape that packed weights are first used with, and takes longer for every other.
 
     Returns:
-        The recording, and the tensors that it reads.
+        The recording.
     """
     leaves, spec = pytree.tree_flatten((args, kwargs))
     results, structure = pytree.tree_flatten(result)
@@ -145,23 +169,34 @@ def freeze(
 
     tensors = tuple(leaves[place] for place in given)
     try:
-        with torch.random.fork_rng(devices=[]):
-            recording = Recording(flat, list(_copies(tensors)), around.holds)
-            if not shares:
-                recording.constants = [copy.deepcopy(one) if is_packed(one) else one for one in recording.constants]
-            frozen = recording.compiled()
-            others = _others(tensors)
-            if not _gives(frozen, tensors, [results[place] for place in computed]) or not _gives(
-                frozen, others, flat(*_copies(others))
-            ):
-                return None
+        recording = Recording(flat, list(_copies(tensors)), around.holds)
+        if not shares:
+            recording.constants = [copy.deepcopy(one) if is_packed(one) else one for one in recording.constants]
+        frozen = recording.compiled()
+        if torch.is_inference_mode_enabled() and not any(results[place].is_inference() for place in computed):
+            frozen = _outside_of_inference_mode(frozen)
+        others = _others(tensors)
+        if not _gives(frozen, tensors, [results[place] for place in computed]) or not _gives(
+            frozen, others, flat(*_copies(others))
+        ):
+            return None
     except Exception:  # noqa: BLE001 - whatever cannot be recorded runs as it is, and is none the worse
         return None
-    constants = [value for value in recording.constants if isinstance(value, Tensor)]
+    around.follow(value for value in recording.constants if isinstance(value, Tensor))
     if len(results) == 1 and structure.is_leaf():
-        return lambda *tensors: frozen(*tensors)[0], constants
+        return lambda *tensors: frozen(*tensors)[0]
     empty: list[Any] = [None] * len(results)
-    return lambda *tensors: pytree.tree_unflatten(_put(empty, computed, frozen(*tensors)), structure), constants
+    return lambda *tensors: pytree.tree_unflatten(_put(empty, computed, frozen(*tensors)), structure)
+
+
+def _outside_of_inference_mode(frozen: Callable[..., list[Tensor]]) -> Callable[..., list[Tensor]]:
+    """A recording whose tensors autograd can use, as those that the wrappers of eager int8 layers give always can."""
+
+    def replay(*tensors: Tensor) -> list[Tensor]:
+        with torch.inference_mode(False), torch.no_grad():
+            return frozen(*tensors)
+
+    return replay
 
 
 def _pack_anew(network: nn.Module) -> None:
@@ -183,11 +218,17 @@ def _put(leaves: list[Any], places: list[int], tensors: Any) -> list[Any]:
 
 
 def _copies(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return tuple(tensor.clone() for tensor in tensors)
+    return tuple(map(_copy, tensors))
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    """The same values in the same strides, also where memory is left out between them."""
+    copied = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype).copy_(tensor)
+    return copied.requires_grad_(tensor.requires_grad)
 
 
 def _tensors_copied(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    given: Any = pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, (args, kwargs))
+    given: Any = pytree.tree_map(lambda leaf: _copy(leaf) if isinstance(leaf, Tensor) else leaf, (args, kwargs))
     copied: tuple[tuple[Any, ...], dict[str, Any]] = given
     return copied
 
@@ -204,19 +245,35 @@ def _shuffled(tensor: Tensor) -> Tensor:
 
 def _form(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Tensor], Any]:
     """The tensors of a call, and what a recording of it is for; None where it is for none."""
+    modes = torch.is_inference_mode_enabled(), torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled()
     if len(args) == 1 and not kwargs and type(args[0]) is Tensor:  # as most calls are, and several times quicker
-        return [args[0]], _form_of(args[0])
+        return [args[0]], (modes, _form_of(args[0])) if _is_ordinary(args[0]) else None
     if not _is_nested(args) or not _is_nested(kwargs):
         return [], None
     leaves, spec = pytree.tree_flatten((args, kwargs))
-    forms = [_form_of(leaf) for leaf in leaves]
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-    return tensors, (spec, *forms) if tensors and None not in forms else None
+    if not tensors or not all(map(_is_ordinary, tensors)) or len(set(map(id, tensors))) < len(tensors):
+        return [], None  # code can ask whether two arguments are one
+    return tensors, (modes, spec, *map(_form_of, leaves))
+
+
+def _is_ordinary(tensor: Tensor) -> bool:
+    """Whether a tensor is values in memory of the CPU, each in a place of its own."""
+    return not (
+        tensor.device.type != "cpu"
+        or tensor.layout is not torch.strided
+        or tensor.is_quantized
+        or tensor.is_nested
+        or tensor.is_neg()
+        or tensor.is_conj()
+        or torch._debug_has_internal_overlap(tensor) == 1
+        or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    )
 
 
 def _form_of(leaf: Any) -> Any:
     if isinstance(leaf, Tensor):
-        return None if leaf.device.type != "cpu" or leaf.is_quantized else (leaf.shape, leaf.stride(), leaf.dtype)
+        return leaf.shape, leaf.stride(), leaf.dtype, leaf.requires_grad
     return type(leaf), leaf.hex() if isinstance(leaf, float) else leaf  # 0.0 is not -0.0, and NaN is NaN
 
 
@@ -237,6 +294,8 @@ def _is_watched() -> bool:
         or torch._C._len_torch_dispatch_stack()
         or torch.is_autocast_enabled("cpu")
         or torch.compiler.is_compiling()
+        or sys.gettrace()
+        or sys.getprofile()
     )
 
 
@@ -249,6 +308,11 @@ def _gives(frozen: Callable[..., list[Tensor]], tensors: tuple[Tensor, ...], wan
 
 
 def _same_bits(one: Tensor, other: Tensor) -> bool:
-    if one.dtype != other.dtype or one.shape != other.shape or one.stride() != other.stride():
+    if (
+        one.is_inference() != other.is_inference()
+        or one.dtype != other.dtype
+        or one.shape != other.shape
+        or one.stride() != other.stride()
+    ):
         return False
     return torch.equal(torch.nan_to_num(one), torch.nan_to_num(other)) and torch.equal(one.isnan(), other.isnan())

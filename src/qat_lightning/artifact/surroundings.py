@@ -1,0 +1,239 @@
+"""What a call of a network can depend on or change beside its inputs, and whether it is as it was.
+
+Python code reaches its network's modules and what they hold, their classes, the global variables that it names, what
+these lead to, and the variables that its functions close over. All of it is looked at once and compared from then on:
+after the call, to see what it has changed, and before later ones, to see whether they would go the same way.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextvars
+import functools
+import operator
+import sys
+import types
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+_MOST_OBJECTS = 400
+PLAIN = (bool, int, float, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
+_MUTABLE = (list, dict, set, collections.deque, bytearray)
+_NESTED = (*_MUTABLE, tuple, frozenset)
+_PARTS: dict[type, tuple[str, ...]] = {
+    types.MethodType: ("__func__", "__self__"),
+    staticmethod: ("__func__",),
+    classmethod: ("__func__",),
+    property: ("fget",),
+    functools.partial: ("func", "args", "keywords"),
+    functools.cached_property: ("func",),
+    type(functools.lru_cache(int)): ("__wrapped__",),
+}
+"""Objects that call functions, by where they hold them."""
+_OF_MODULES = frozenset(vars(nn.Module()))
+"""What every module holds."""
+_TRUSTED = ("torch", "qat_lightning")
+
+
+def is_trusted(module: str) -> bool:
+    """Whether a module is of a package whose own code is not looked into."""
+    return module.partition(".")[0] in _TRUSTED
+
+
+def is_standard(module: str) -> bool:
+    """Whether a module is of Python's standard library."""
+    return module.partition(".")[0] in sys.stdlib_module_names
+
+
+class Surroundings:
+    """What a call of a network can depend on beside its inputs, as it is now.
+
+    Args:
+        network: The network.
+
+    Attributes:
+        complete: Whether all of it could be looked at, and no module has a hook that is not ours.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        self.complete = True
+        self._held: list[Any] = []
+        self._copied: list[Any] = []
+        self._seen: set[int] = set()
+        self._classes: set[type] = set()
+        self._tensors: dict[int, Tensor] = {}
+        self._counted: list[Tensor] = []
+        self._versions: list[int] = []
+        self._asked: list[tuple[Callable[[], Any], Any]] = []
+        self._functions: dict[types.CodeType, list[types.FunctionType]] = {}
+        self._names: dict[int, tuple[dict[str, Any], dict[str, Any]]] = {}
+        self._handles = _hook_handles()
+        self._hooks: list[Any] = []
+        self._hooked = 0
+        everywhere = torch.nn.modules.module
+        self._hook(everywhere._global_forward_hooks)
+        self._hook(everywhere._global_forward_pre_hooks)
+        self._look(network)
+
+    def holds(self, tensor: Tensor) -> bool:
+        """Whether a tensor is among what was looked at."""
+        return id(tensor) in self._tensors
+
+    def entered(self, code: types.CodeType, space: dict[str, Any]) -> None:
+        """Look at what a function reaches, before it runs: its global variables, and those that it closes over."""
+        for function in self._functions.pop(code, ()):
+            self._hold(vars(function))
+            for value in (function.__defaults__, function.__kwdefaults__):
+                self._look(value)
+            for cell in function.__closure__ or ():
+                self._ask(functools.partial(_content, cell))
+        self._read(code.co_names, space, set())
+
+    def follow(self, tensors: Iterable[Tensor]) -> None:
+        """Look at further tensors, whose values a recording reads."""
+        for tensor in tensors:
+            if id(tensor) not in self._tensors:
+                self._tensors[id(tensor)] = tensor
+                if not tensor.is_inference():
+                    self._counted.append(tensor)
+                    self._versions.append(tensor._version)
+
+    def are_as_they_were(self) -> bool:
+        """Whether nothing of it has changed since."""
+        if self._handles != _hook_handles():
+            if sum(map(len, self._hooks)) != self._hooked:
+                return False
+            self._handles = _hook_handles()
+        if [tensor._version for tensor in self._counted] != self._versions:
+            return False
+        for space, known in self._names.values():
+            if not all(map(operator.is_, map(space.get, known), known.values())):
+                return False
+        if not all(ask() is value for ask, value in self._asked):
+            return False
+        try:
+            return self._held == self._copied
+        except Exception:  # noqa: BLE001 - one tensor in place of another, which have no one truth value
+            return False
+
+    def _read(self, names: tuple[str, ...], space: dict[str, Any], done: set[int]) -> None:
+        done.add(id(space))
+        known = self._names.setdefault(id(space), (space, {}))[1]
+        for name in names:
+            if name not in space:
+                continue
+            value = known.setdefault(name, space[name])
+            if isinstance(value, types.ModuleType):
+                if id(vars(value)) not in done:
+                    self._read(names, vars(value), done)
+            else:
+                self._look(value)
+
+    def _look(self, value: Any) -> None:
+        if isinstance(value, PLAIN) or id(value) in self._seen or not self.complete:
+            return
+        self._seen.add(id(value))
+        if isinstance(value, Tensor):
+            self.follow((value,))
+        elif isinstance(value, nn.Module):
+            self._module(value)
+        elif isinstance(value, _NESTED):
+            self._container(value)
+        elif isinstance(value, type):
+            if not is_trusted(value.__module__):
+                self._class(value)
+        elif isinstance(value, types.FunctionType):
+            if not is_trusted(value.__module__ or ""):
+                self._functions.setdefault(value.__code__, []).append(value)
+        else:
+            self._object(value)
+
+    def _container(self, value: Any) -> None:
+        if isinstance(value, _MUTABLE):
+            self._hold(value)
+        for inner in list(value.values() if isinstance(value, dict) else value):
+            self._look(inner)
+
+    def _module(self, module: nn.Module) -> None:
+        self._hold(vars(module))
+        self._hook(module._forward_hooks)
+        self._hook(module._forward_pre_hooks)
+        for found in (module._modules, module._parameters, module._buffers):
+            if found:
+                self._hold(found)
+                for inner in list(found.values()):
+                    self._look(inner)
+        self._class(type(module))
+        for name, value in list(vars(module).items()):
+            if name not in _OF_MODULES:
+                self._look(value)
+
+    def _hook(self, hooks: dict[int, Any]) -> None:
+        self._hooks.append(hooks)
+        self._hooked += len(hooks)
+        if hooks:
+            self._hold(hooks)
+        self.complete = self.complete and _are_ours(hooks)
+
+    def _class(self, kind: type) -> None:
+        """A class and those that it derives from, whose functions can be replaced, and what they hold."""
+        for one in kind.__mro__:
+            if one in self._classes or is_standard(one.__module__):
+                continue
+            self._classes.add(one)
+            self._hold(vars(one))
+            for name, value in list(vars(one).items()):
+                if not is_trusted(one.__module__) and (isinstance(value, types.FunctionType) or name[:2] != "__"):
+                    self._look(value)
+
+    def _object(self, value: Any) -> None:
+        """An object of somebody's class; what keeps to itself what it holds, such as an array, ends a recording."""
+        home = type(value).__module__
+        if type(value) in _PARTS:
+            for name in _PARTS[type(value)]:
+                self._look(getattr(value, name))
+        elif isinstance(value, contextvars.ContextVar):
+            self._ask(functools.partial(value.get, None))
+        elif isinstance(value, types.ModuleType) or is_trusted(home) or home == "logging":
+            return
+        elif hasattr(type(value), "__next__"):
+            self.complete = False
+        elif hasattr(value, "__dict__"):
+            self._hold(vars(value))
+            self._look(type(value))
+            for inner in list(vars(value).values()):
+                self._look(inner)
+        elif not is_standard(home) or home == "array":
+            self.complete = False
+
+    def _ask(self, ask: Callable[[], Any]) -> None:
+        value = ask()
+        self._asked.append((ask, value))
+        self._look(value)
+
+    def _hold(self, found: Any) -> None:
+        self._held.append(found)
+        self._copied.append(next((kind for kind in _MUTABLE if isinstance(found, kind)), dict)(found))
+        if len(self._held) > _MOST_OBJECTS + 4 * len(self._hooks):
+            self.complete = False
+
+
+def _content(cell: types.CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # of a variable that has no value yet
+        return None
+
+
+def _are_ours(hooks: dict[int, Any]) -> bool:
+    """Whether hooks are part of an int8 network, as those are that quantize what a layer is given."""
+    return all((getattr(hook, "__module__", None) or "").startswith("qat_lightning.") for hook in hooks.values())
+
+
+def _hook_handles() -> int:
+    """How many hooks there have been in this process: while it is the same, no module has got one."""
+    return RemovableHandle.next_id

@@ -214,6 +214,7 @@ def test_threads_that_call_a_network_at_once_get_the_same() -> None:
     with torch.no_grad():
         wanted = [network.network(given) for given in images]
     wrong: list[Any] = []
+    engine = torch.backends.quantized.engine
 
     def call() -> None:
         try:
@@ -228,6 +229,15 @@ def test_threads_that_call_a_network_at_once_get_the_same() -> None:
     for thread in threads:
         thread.join()
     assert wrong == []
+    assert torch.backends.quantized.engine == engine
+
+
+def test_a_recorded_network_is_mapped_over_a_dimension() -> None:
+    network, images = eager(lambda net, x: x, "weight_only"), torch.randn(4, 2, 3, 8, 8)
+    again_and_again(network, images[0])
+    with torch.no_grad():
+        wanted = torch.vmap(network.network)(images)
+    assert torch.equal(torch.vmap(network)(images), wanted)
 
 
 def test_a_debugger_sees_every_call_from_then_on() -> None:

@@ -266,8 +266,8 @@ def _is_ordinary(tensor: Tensor) -> bool:
         or tensor.is_nested
         or tensor.is_neg()
         or tensor.is_conj()
-        or torch._debug_has_internal_overlap(tensor) == 1
         or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+        or torch._debug_has_internal_overlap(tensor) == 1
     )
 
 

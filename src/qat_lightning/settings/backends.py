@@ -13,6 +13,7 @@ The table is read without torch, which takes seconds to import: train.py refuses
 from __future__ import annotations
 
 import importlib
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -231,21 +232,41 @@ def require(backend: Backend) -> None:
         )
 
 
+@dataclass(eq=False)
+class _Engine:
+    """An engine that a block asked for; the first in `_ENGINES` is what was there before all of them."""
+
+    name: str
+
+
+_ENGINES: list[_Engine] = []
+_ENGINES_LOCK = threading.Lock()
+
+
 @contextmanager
 def quantized_engine(name: str | None) -> Iterator[None]:
     """Make ``name`` the engine that packs and runs quantized weights, for the length of a ``with`` block.
 
     Packed weights keep the kernel they were packed with, but a copy or a load packs them anew for the engine of that
-    moment, so each of these has to happen inside such a block.
+    moment, so each of these has to happen inside such a block. The engine is one for the whole process: it stays while
+    any thread is inside a block, and the last to leave puts back what was there before the first.
     """
     if name is None:
         yield
         return
     import torch
 
-    before = torch.backends.quantized.engine
-    torch.backends.quantized.engine = name
+    mine = _Engine(name)
+    with _ENGINES_LOCK:
+        if not _ENGINES:
+            _ENGINES.append(_Engine(torch.backends.quantized.engine))
+        _ENGINES.append(mine)
+        torch.backends.quantized.engine = name
     try:
         yield
     finally:
-        torch.backends.quantized.engine = before
+        with _ENGINES_LOCK:
+            _ENGINES.remove(mine)
+            torch.backends.quantized.engine = _ENGINES[-1].name
+            if len(_ENGINES) == 1:
+                _ENGINES.clear()

@@ -4,6 +4,8 @@
 #   make test ARGS="-k schedule"
 #   make test WORKERS=0                          # in one process, where a debugger works
 #   make env PYTHON=python3.12 TORCH_INDEX=https://download.pytorch.org/whl/cpu    # torch without CUDA
+#   make test-torch TORCH=2.15.0                 # another torch, in an environment of its own
+#   make test-torch TORCH=2.9.1 PYTHON=python3.10
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -19,13 +21,20 @@ PACKAGE_STAMP := $(VENV)/.package-$(firstword $(shell cksum < pyproject.toml))
 
 # The tests of a file share what they made once, so that a file stays in one process. A process that dies ends the run
 # and names its test: started again, it would leave the other one waiting.
-PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --max-worker-restart 0
+PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 
-.PHONY: help env train test slow lint format types browser clean
+# Another torch, and with it the releases of its companions: those in requirements-torch/TORCH.txt, where it was tried.
+TORCH ?=
+TORCH_PYTHON := $(shell $(PYTHON) -c 'import sys; print("py%d.%d" % sys.version_info[:2])' 2>/dev/null)
+TORCH_VENV := .venv-torch-$(TORCH)-$(TORCH_PYTHON)
+TORCH_PINS := requirements-torch/$(TORCH).txt
+TORCH_STAMP := $(TORCH_VENV)/.made-$(firstword $(shell cat pyproject.toml $(wildcard $(TORCH_PINS)) | cksum))
+
+.PHONY: help env train test test-torch slow lint format types browser clean
 
 help:
-	@echo "make train | test | slow | lint | format | types | browser | env | clean"
-	@echo "options: ARGS, WORKERS, PYTHON, VENV, TORCH_INDEX"
+	@echo "make train | test | test-torch | slow | lint | format | types | browser | env | clean"
+	@echo "options: ARGS, WORKERS, PYTHON, VENV, TORCH_INDEX, TORCH"
 
 env: $(PACKAGE_STAMP)
 
@@ -48,6 +57,22 @@ train: env
 	$(BIN)/python train.py $(ARGS)
 
 test: env
+	$(PYTEST) $(ARGS)
+
+# By the ranges of pyproject.toml and not by the lock, which is for one torch; torch itself may be outside of its range.
+$(TORCH_STAMP):
+	@test -n "$(TORCH)" || { echo "say which torch: make test-torch TORCH=2.15.0"; exit 1; }
+	rm -rf $(TORCH_VENV)
+	$(PYTHON) -m venv $(TORCH_VENV)
+	$(TORCH_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	$(TORCH_VENV)/bin/python requirements-torch/others.py $(wildcard $(TORCH_PINS)) > $(TORCH_VENV)/others.txt
+	$(TORCH_VENV)/bin/python -m pip install --quiet --disable-pip-version-check \
+		$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) "torch==$(TORCH)" \
+		$(if $(wildcard $(TORCH_PINS)),--requirement $(TORCH_PINS)) --requirement $(TORCH_VENV)/others.txt
+	@touch $@
+
+test-torch: BIN := $(TORCH_VENV)/bin
+test-torch: $(TORCH_STAMP)
 	$(PYTEST) $(ARGS)
 
 slow: env
@@ -74,4 +99,4 @@ browser:
 		{ echo "there is no Chromium: install it and its chromedriver, and put both on the PATH"; exit 1; }
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-torch-* build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

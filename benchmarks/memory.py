@@ -4,6 +4,9 @@ Each row is a process of its own. Two figures: what the step holds at its peak (
 process at its highest in one step, less what it was before the network was made, with an allocator that gives freed
 memory back at once; on a GPU ``torch.cuda.max_memory_allocated``), and the tensors that are kept for the backward pass,
 each counted once.
+
+``python -m benchmarks.memory inference`` measures int8 and float inference instead, in each runtime: see
+`benchmarks.inference_memory`.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import ctypes
 import gc
 import json
 import os
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -20,6 +24,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks import inference_memory
 from benchmarks.machine import describe
 from benchmarks.qat_step import OURS, PEERS, add_arguments, ask_worker, prepare, step_of
 
@@ -112,6 +117,9 @@ def kept_of(step: Any) -> int:
 
 def main() -> None:
     """Measure and print the table."""
+    if sys.argv[1:2] == ["inference"]:
+        inference_memory.main(sys.argv[2:])
+        return
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_arguments(parser, ROWS)
     options = parser.parse_args()

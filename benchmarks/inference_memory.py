@@ -1,0 +1,199 @@
+"""The memory of int8 inference against float's: ``python -m benchmarks.memory inference``.
+
+Each row is a process of its own, which loads a file and calls it: this library's own file and a ``state_dict`` in
+PyTorch, and each format in its runtime, with a float file of the same format beside it. Figures are the resident memory
+of the process at its highest, less what it was when everything was imported and a network of one convolution had run in
+the same runtime: in loading and the first calls, and in the calls after it, the network's weights included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.machine import describe
+
+IN_PROCESS = ("eager", "fx", "pt2e")
+FILES = {"torchscript": "fx", "pt2": "pt2e", "onnx": "fx", "openvino": "fx", "executorch": "pt2e"}
+"""Formats, and the mode that the int8 file is made from."""
+PAIRS = [("PyTorch", mode) for mode in IN_PROCESS] + list(FILES.items())
+SIDE = 224
+
+Run = Callable[[Any], Any]
+
+
+def build(network: str, folder: Path) -> None:
+    """Write all files of a network, and those of a small one; what fails leaves a text that says why."""
+    import torch
+
+    from benchmarks.networks import NETWORKS
+    from qat_lightning import Example, Recipe, convert, prepare
+    from qat_lightning.export import get_format
+    from qat_lightning.export.protocol import Source
+
+    warnings.filterwarnings("ignore")
+    for which, make, side in (("whole", NETWORKS[network], SIDE), ("small", _small, 32)):
+        torch.manual_seed(0)
+        example = Example((torch.randn(2, 3, side, side),))
+        plain = make().eval()
+        torch.save(plain.state_dict(), folder / f"{which}-float.pt")
+        made: dict[tuple[str, str], Any] = {}
+        for mode, backend in ((mode, "x86") for mode in IN_PROCESS):
+            prepared = prepare(make().train(), example, Recipe(mode, backend))
+            prepared(*example.args)
+            made[mode, backend] = convert(prepared.eval(), example)
+            made[mode, backend].save(folder / f"{which}-{mode}.int8")
+        prepared = prepare(make().train(), example, Recipe("pt2e", "xnnpack"))
+        prepared(*example.args)
+        made["pt2e", "xnnpack"] = convert(prepared.eval(), example)
+        for name, mode in FILES.items():
+            form = get_format(name)
+            for kind in ("float", "int8"):
+                source = plain if kind == "float" else made[mode, "xnnpack" if name == "executorch" else "x86"]
+                (folder / f"{which}-{name}-{kind}").mkdir()
+                try:
+                    form.write(Source(source, example), folder / f"{which}-{name}-{kind}" / f"model{form.suffix}")
+                except Exception as error:  # noqa: BLE001 (a row of the table says it)
+                    (folder / f"{which}-{name}-{kind}.txt").write_text(f"{type(error).__name__}: {error}")
+
+
+def _small() -> Any:
+    import torch
+
+    layers = {
+        "conv": torch.nn.Conv2d(3, 8, 3),
+        "norm": torch.nn.BatchNorm2d(8),
+        "relu": torch.nn.ReLU(),
+        "flat": torch.nn.Flatten(),
+        "head": torch.nn.Linear(7200, 8),
+    }
+    return torch.nn.Sequential(OrderedDict(layers))  # ExecuTorch folds no BatchNorm whose name begins with a digit
+
+
+def load(what: str, mode: str, kind: str, which: str, folder: Path, network: str) -> Run:
+    """What runs a file of one row."""
+    import torch
+
+    if what == "PyTorch":
+        from benchmarks.networks import NETWORKS
+
+        make = NETWORKS[network] if which == "whole" else _small
+        if kind == "float":
+            plain: Any = make().eval()
+            plain.load_state_dict(torch.load(folder / f"{which}-float.pt", weights_only=True))
+        else:
+            from qat_lightning import load_quantized
+
+            given = make() if mode == "eager" else None
+            plain = load_quantized(folder / f"{which}-{mode}.int8", network=given)
+        return plain  # type: ignore[no-any-return]
+    from qat_lightning.export import get_format
+
+    form = get_format(what)
+    run = form.load(folder / f"{which}-{what}-{kind}" / f"model{form.suffix}")
+    return lambda images: run([images])
+
+
+def worker(row: list[str], folder: Path, network: str) -> dict[str, int]:
+    """Measure one file with one size of the batch."""
+    import torch
+
+    from benchmarks.memory import resident
+
+    what, mode, kind, batch = row[0], row[1], row[2], int(row[3])
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    with torch.inference_mode():
+        small = load(what, mode, kind, "small", folder, network)
+        for _ in range(4):
+            small(torch.randn(batch, 3, 32, 32))
+        del small
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)
+        images = torch.randn(batch, 3, SIDE, SIDE)
+        before = resident("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")  # begins the highest anew
+        run = load(what, mode, kind, "whole", folder, network)
+        for _ in range(10):  # by then frozen traces and plans are made
+            run(images)
+        loading = resident("VmHWM") - before
+        gc.collect()
+        Path("/proc/self/clear_refs").write_text("5")
+        for _ in range(3):
+            run(images)
+    return {"loading": loading, "calls": resident("VmHWM") - before}
+
+
+def ask(network: str, folder: Path, row: list[str]) -> dict[str, int] | str:
+    """What a row's own process measures; or why it does not."""
+    environment = os.environ | {
+        "MALLOC_TRIM_THRESHOLD_": "0",
+        "MALLOC_MMAP_THRESHOLD_": "65536",
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.inference_memory", network, str(folder), *row]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    found = [line for line in done.stdout.splitlines() if line.startswith("result ")]
+    if found:
+        measured: dict[str, int] = json.loads(found[0].removeprefix("result "))
+        return measured
+    return (done.stderr.strip().splitlines() or ["no message"])[-1][:90]
+
+
+def main(arguments: list[str]) -> None:
+    """Measure and print a table for each network and batch."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--networks", nargs="+", default=["resnet18", "mobilenetv2"])
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 32])
+    options = parser.parse_args(arguments)
+    for network in options.networks:
+        with tempfile.TemporaryDirectory() as folder:
+            command = [sys.executable, "-W", "ignore", "-m", "benchmarks.inference_memory", network, folder]
+            # Conversions need not compile: the format pt2 does, and the process that measures.
+            subprocess.run(command, check=True, env=os.environ | {"QAT_LIGHTNING_COMPILE": "0"})
+            for batch in options.batches:
+                Console(width=120).print(_table(network, Path(folder), batch))
+
+
+def _table(network: str, folder: Path, batch: int) -> Table:
+    table = Table(title=f"{network}, batch {batch}, {SIDE}x{SIDE}", caption=describe())
+    for column in ("runtime", "int8 from", "calls: float MB", "int8 MB", "times less", "loading: float MB", "int8 MB"):
+        table.add_column(column, justify="left" if column in ("runtime", "int8 from") else "right")
+    plain: dict[str, Any] = {}
+    for what, mode in PAIRS:
+        if what not in plain:
+            plain[what] = ask(network, folder, [what, mode, "float", str(batch)])
+        float_, int8 = plain[what], ask(network, folder, [what, mode, "int8", str(batch)])
+        wrong = [found for found in (float_, int8) if isinstance(found, str)]
+        if wrong:
+            table.add_row(what, mode, wrong[0])
+            continue
+        assert not isinstance(float_, str)
+        assert not isinstance(int8, str)
+        calls, loading = [[found[key] / 1e6 for found in (float_, int8)] for key in ("calls", "loading")]
+        table.add_row(
+            what, mode, *(f"{x:.1f}" for x in calls), f"{calls[0] / calls[1]:.2f}", *(f"{x:.1f}" for x in loading)
+        )
+    return table
+
+
+if __name__ == "__main__":
+    network, folder, *row = sys.argv[1:]
+    if row:
+        print("result", json.dumps(worker(row, Path(folder), network)), flush=True)
+    else:
+        build(network, Path(folder))

@@ -147,6 +147,14 @@ def test_what_is_changed_anywhere_is_seen(where: str, monkeypatch: pytest.Monkey
         torch.use_deterministic_algorithms(False)
 
 
+def test_a_variable_named_as_an_attribute_is_not_what_code_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    network, images = eager(lambda net, x: x + x.mean() * len(net.settings.inner)), torch.randn(2, 3, 8, 8)
+    for value in range(CALLS_BEFORE + 3):
+        monkeypatch.setitem(globals(), "inner", value)
+        network(images)
+    assert [made is not None for made in recordings(network)] == [True]
+
+
 def test_a_hook_of_any_origin_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
     network, images, seen = eager(lambda net, x: x), torch.randn(2, 3, 8, 8), []
     again_and_again(network, images)

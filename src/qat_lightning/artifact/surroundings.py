@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import contextvars
+import dis
 import functools
 import operator
 import sys
@@ -91,7 +92,8 @@ class Surroundings:
                 self._look(value)
             for cell in function.__closure__ or ():
                 self._ask(functools.partial(_content, cell))
-        self._read(code.co_names, space, set())
+        own = {one.argval for one in dis.get_instructions(code) if one.opname.endswith(("_GLOBAL", "_NAME"))}
+        self._read(own, code.co_names, space, set())
 
     def follow(self, tensors: Iterable[Tensor]) -> None:
         """Look at further tensors, whose values a recording reads."""
@@ -120,7 +122,8 @@ class Surroundings:
         except Exception:  # noqa: BLE001 - one tensor in place of another, which have no one truth value
             return False
 
-    def _read(self, names: tuple[str, ...], space: dict[str, Any], done: set[int]) -> None:
+    def _read(self, names: Iterable[str], inner: Iterable[str], space: dict[str, Any], done: set[int]) -> None:
+        """Look at the variables of a module, and at those with an ``inner`` name of the modules that they are."""
         done.add(id(space))
         known = self._names.setdefault(id(space), (space, {}))[1]
         for name in names:
@@ -129,7 +132,7 @@ class Surroundings:
             value = known.setdefault(name, space[name])
             if isinstance(value, types.ModuleType):
                 if id(vars(value)) not in done:
-                    self._read(names, vars(value), done)
+                    self._read(inner, inner, vars(value), done)
             else:
                 self._look(value)
 

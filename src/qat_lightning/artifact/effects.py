@@ -21,18 +21,32 @@ _HARMLESS = frozenset(
         """
         _abc _bisect _collections _collections_abc _contextvars _frozen_importlib _functools _heapq _operator _thread
         _typing _weakref _weakrefset abc bisect builtins cmath collections contextlib copy dataclasses decimal enum
-        fractions functools heapq importlib inspect itertools math numbers operator re string textwrap types typing
+        fractions functools heapq importlib inspect itertools math numbers operator re string sys textwrap types typing
         weakref
         """
     )
 )
 """Modules whose functions only compute, or change what `Surroundings` compares."""
-_ACTS = frozenset({"print", "input", "open", "exec", "eval", "compile", "breakpoint", "setattr", "delattr", "id"})
-"""Functions among the builtins that do more, or give something else in each process."""
+_ACTS = frozenset({"print", "input", "open", "exec", "eval", "compile", "breakpoint", "setattr", "delattr"})
+"""Functions among the builtins that do more."""
 _CHANCE = "torch.random"
 """The module that sets and forks the state of chance."""
 _ITERATORS: tuple[Any, ...] = (types.GeneratorType, type(iter([])), type(iter(())), type(iter({})), zip, enumerate)
-_VALUES = (*PLAIN, ContextVar, list, dict, set, frozenset, tuple, range, slice, type, types.ModuleType, *_ITERATORS)
+_VALUES = (
+    *PLAIN,
+    ContextVar,
+    list,
+    dict,
+    set,
+    frozenset,
+    tuple,
+    range,
+    slice,
+    type,
+    types.ModuleType,
+    types.MappingProxyType,
+    *_ITERATORS,
+)
 """Types whose methods change nothing but the value itself, which `Surroundings` compares where it outlives the call."""
 
 
@@ -98,7 +112,7 @@ def _is_act(function: Any, caller: str) -> bool:
     if home is None and isinstance(owner, (type, types.ModuleType)):
         home = owner.__module__ if isinstance(owner, type) else owner.__name__
     if home == "builtins":
-        return function.__name__ in _ACTS and not (is_trusted(caller) and function.__name__ in ("id", "setattr"))
+        return function.__name__ in _ACTS and not (is_trusted(caller) and function.__name__ == "setattr")
     if is_trusted(caller):
         return False
     if home is not None:

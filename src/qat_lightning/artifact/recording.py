@@ -117,7 +117,7 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        _refuse(func, args)
+        _refuse(func, args, kwargs)
         name = func.name().partition(".")[0]
         if len(self.lines) > _MOST_OPERATORS:
             raise CannotRecordError("it has too many operators")
@@ -207,17 +207,25 @@ class _Recorder(TorchDispatchMode):
         return name
 
 
-def _refuse(func: Any, args: Any) -> None:
+def _refuse(func: Any, args: Any, kwargs: Any) -> None:
     """Raise for what gives something else in each call, or in a shape that depends on values."""
     name = func.name().partition(".")[0]
     if name.partition("::")[0] not in _NAMESPACES or name in _FOUND_GRIDS:
         raise CannotRecordError(f"{name} may do what is not known")
-    if torch.Tag.nondeterministic_seeded in func.tags:
+    if torch.Tag.nondeterministic_seeded in func.tags and not _drops_nothing(func, args, kwargs):
         raise CannotRecordError(f"{name} draws by chance")
     if torch.Tag.dynamic_output_shape in func.tags:
         indices = [leaf for leaf in _leaves(args[1:]) if isinstance(leaf, Tensor)]
         if name != "aten::index" or any(leaf.dtype in (torch.bool, torch.uint8) for leaf in indices):
             raise CannotRecordError(f"{name} gives a shape that depends on values")
+
+
+def _drops_nothing(func: Any, args: Any, kwargs: Any) -> bool:
+    """Whether an operator draws for a dropout only, and that with probability 0, as attention does in evaluation."""
+    for place, argument in enumerate(func._schema.arguments):
+        if argument.name == "dropout_p":
+            return bool((args[place] if place < len(args) else kwargs.get("dropout_p", 0.0)) == 0.0)
+    return False
 
 
 def _leaves(values: Iterable[Any]) -> Iterable[Any]:
@@ -229,6 +237,8 @@ def _leaves(values: Iterable[Any]) -> Iterable[Any]:
 
 
 def _memory(tensor: Tensor) -> int:
+    if tensor.is_mkldnn:  # a weight in a layout of oneDNN's, which nothing is a view of
+        return -1
     try:
         return int(tensor.untyped_storage()._cdata)
     except (NotImplementedError, RuntimeError):  # sparse and opaque tensors have none

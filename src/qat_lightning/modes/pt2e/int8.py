@@ -16,9 +16,10 @@ from torch import Tensor, fx, nn
 from qat_lightning.graph.signature import CallSpec
 from qat_lightning.modes.compile_switch import compiling_allowed, has_cpp_compiler
 from qat_lightning.modes.pt2e.compiling import compile_library, difference, load_library
+from qat_lightning.modes.pt2e.plain import PlainLayer, on_plain_kernels
 from qat_lightning.settings.backends import get_backend
 
-Runs = Literal["not compiled yet", "aotinductor", "decomposed"]
+Runs = Literal["not compiled yet", "aotinductor", "onednn", "decomposed"]
 
 
 class Int8Network(nn.Module):
@@ -26,8 +27,9 @@ class Int8Network(nn.Module):
 
     Compiling takes seconds (`compile` does it at a moment of your choice) and needs a C++ compiler. The result is
     compared with the decomposed graph on the inputs of that first call. Where it cannot be compiled, or computes
-    something else, the decomposed graph runs instead, slower than the float network, and a warning says why. The
-    environment variable ``QAT_LIGHTNING_COMPILE=0`` turns compiling off.
+    something else, oneDNN's int8 kernels run one by one instead, each of them compared; where none of them can, the
+    decomposed graph, slower than the float network. A warning says why. The environment variable
+    ``QAT_LIGHTNING_COMPILE=0`` turns compiling off: the decomposed graph runs.
 
     Args:
         decomposed: A graph of quantize, dequantize and plain ops with int8 weights: tensors in, a flat tuple out.
@@ -81,8 +83,7 @@ class Int8Network(nn.Module):
         """
         if compiling_enabled():
             self.compile(*args, **kwargs)
-        library = self.__dict__["_compiled"]
-        return b"" if library is None else bytes(library.package)
+        return bytes(self.__dict__["_compiled"].package) if self.runs == "aotinductor" else b""
 
     def use_package(self, package: bytes, *args: Any, **kwargs: Any) -> None:
         """Run what another process on this machine has compiled of the same network, instead of compiling it again.
@@ -122,15 +123,25 @@ class Int8Network(nn.Module):
                 if not has_cpp_compiler():
                     problem = "there is no C++ compiler: install one (apt install g++), or name it in CXX"
             if problem:
-                self.runs, self.why_decomposed = "decomposed", problem
-                warnings.warn(
-                    "The int8 network runs as a decomposed graph, slower than the float network, because "
-                    f"{problem}. QAT_LIGHTNING_COMPILE=0 in the environment stops the attempt.",
-                    stacklevel=3,
-                )
+                self._run_without_compiler(tensors, problem)
             else:
                 self.runs = "aotinductor"
                 self.__dict__["_compiled"] = compiled
+
+    def _run_without_compiler(self, tensors: list[Tensor], problem: str) -> None:
+        """Take oneDNN's kernels one by one, or the decomposed graph where there are none."""
+        kernels = on_plain_kernels(self.decomposed, tensors, get_backend(self.backend, "pt2e"))
+        if any(isinstance(module, PlainLayer) for module in kernels.modules()):
+            self.runs, how = "onednn", "one int8 kernel at a time"
+            self.__dict__["_compiled"] = kernels
+        else:
+            self.runs, how = "decomposed", "as a decomposed graph, slower than the float network"
+        self.why_decomposed = problem
+        warnings.warn(
+            f"The int8 network is not compiled. It runs {how}, because {problem}. "
+            "QAT_LIGHTNING_COMPILE=0 in the environment stops the attempt.",
+            stacklevel=4,
+        )
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)

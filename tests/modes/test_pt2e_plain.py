@@ -1,0 +1,126 @@
+"""Mode pt2e without a compiler: oneDNN's int8 kernels for plain tensors in the place of the decomposed layers."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qat_lightning import Example, Recipe, Scheme, calibrate, convert, prepare
+from qat_lightning.artifact.frozen import CALLS_BEFORE
+from qat_lightning.modes.pt2e import int8
+from qat_lightning.modes.pt2e.plain import PlainLayer, on_plain_kernels
+from qat_lightning.numerics.sqnr import sqnr_db
+from qat_lightning.settings.backends import get_backend
+
+
+class Residual(nn.Module):
+    """A sum whose first operand has no grid of its own, pooling, and a linear layer on three dimensions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.second, self.head = nn.Conv2d(8, 8, 3, padding=1), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.max_pool2d(F.relu(self.norm(self.first(x))), 2)
+        x = F.relu(x + self.second(x))
+        result: Tensor = self.head(x.flatten(2).transpose(1, 2))
+        return result
+
+
+CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
+    "residual": (Residual, (3, 8, 8), 3),
+    "strides and dilations": (
+        lambda: nn.Sequential(nn.Conv2d(3, 4, (3, 1), (2, 1), (1, 0)), nn.Conv2d(4, 4, 3, dilation=2), nn.ReLU()),
+        (3, 12, 12),
+        2,
+    ),
+    "depthwise": (lambda: nn.Sequential(nn.Conv2d(8, 8, 3, groups=8), nn.ReLU(), nn.Conv2d(8, 4, 1)), (8, 8, 8), 2),
+    "one dimension": (lambda: nn.Sequential(nn.Conv1d(3, 8, 3), nn.ReLU(), nn.Conv1d(8, 4, 3)), (3, 12), 2),
+    "perceptron": (lambda: nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4, bias=False)), (8,), 2),
+    "ReLU6": (lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU6(), nn.Conv2d(8, 4, 1)), (3, 8, 8), 2),
+}
+
+
+def made(case: str, scheme: Scheme | None = None) -> tuple[Any, Tensor]:
+    torch.manual_seed(0)
+    build, shape, _ = CASES[case]
+    x = torch.randn(6, *shape)
+    prepared = prepare(build(), Example((x,)), Recipe("pt2e", "x86", scheme or Scheme(), kind="static"))
+    calibrate(prepared, [x])
+    return convert(prepared, Example((x,))), x
+
+
+@pytest.fixture(autouse=True)
+def _no_compiling(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QAT_LIGHTNING_COMPILE", "0")
+
+
+@pytest.mark.parametrize("granularity", ["per_channel", "per_tensor"])
+@pytest.mark.parametrize("case", list(CASES))
+def test_layers_compute_what_the_decomposed_graph_computes(case: str, granularity: Any) -> None:
+    network, x = made(case, Scheme(weight_granularity=granularity))
+    decomposed = network.network.decomposed
+    kernels = on_plain_kernels(decomposed, [x], get_backend("x86", "pt2e"))
+    layers = [module for module in kernels.modules() if isinstance(module, PlainLayer)]
+    assert len(layers) == CASES[case][2]
+    for rows in (1, 5):
+        other = torch.randn(rows, *x.shape[1:])
+        assert sqnr_db(decomposed(other)[0], kernels(other)[0]) > 50
+
+
+def test_no_tensor_has_a_dtype_that_torch_deprecates() -> None:
+    network, x = made("residual")
+    kernels = on_plain_kernels(network.network.decomposed, [x], get_backend("x86", "pt2e"))
+    dtypes = set()
+
+    class Dtypes(torch.fx.Interpreter):
+        def run_node(self, n: torch.fx.Node) -> Any:
+            value = super().run_node(n)
+            dtypes.update(leaf.dtype for leaf in (value,) if isinstance(leaf, Tensor))
+            return value
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Dtypes(kernels).run(x)
+    assert torch.uint8 in dtypes
+    assert not dtypes & {torch.quint8, torch.qint8, torch.qint32}
+
+
+def test_a_layer_that_computes_something_else_stays_decomposed(monkeypatch: pytest.MonkeyPatch) -> None:
+    network, x = made("perceptron")
+    decomposed = network.network.decomposed
+    right = PlainLayer.forward
+
+    def wrong(self: PlainLayer, input: Tensor) -> Tensor:
+        output = right(self, input)
+        return output if self.output is None else output + 7
+
+    monkeypatch.setattr(PlainLayer, "forward", wrong)
+    kernels = on_plain_kernels(decomposed, [x], get_backend("x86", "pt2e"))
+    assert sum(isinstance(module, PlainLayer) for module in kernels.modules()) == 1
+    assert sqnr_db(decomposed(x)[0], kernels(x)[0]) > 50
+
+
+def test_without_a_compiler_they_run_and_are_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    network, x = made("residual")
+    expected = network(x)
+    monkeypatch.setenv("QAT_LIGHTNING_COMPILE", "1")
+
+    def fails(*given: Any) -> Any:
+        raise RuntimeError("no g++")
+
+    monkeypatch.setattr(int8, "compile_library", fails)
+    with pytest.warns(UserWarning, match=r"not compiled\. It runs one int8 kernel at a time, because .*no g\+\+"):
+        first = network(x)
+    assert network.network.runs == "onednn"
+    assert sqnr_db(expected, first) > 50
+    for _ in range(CALLS_BEFORE + 3):
+        assert torch.equal(network(x), first)
+    assert [found is not None for found in network._frozen._made.values()] == [True]

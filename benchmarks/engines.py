@@ -230,8 +230,10 @@ class Engine:
 ENGINES = {
     "fp32 eager": Engine(fp32_eager, "base", int8=False),
     "int8 fx": Engine(int8_module("fx"), "ours"),
+    "int8 eager": Engine(int8_module("eager"), "ours"),
     "int8 pt2e (pt2)": Engine(int8_module("pt2e"), "ours"),
     "torchscript (fx)": Engine(artifact("torchscript", "fx"), "ours"),
+    "torchscript (eager)": Engine(artifact("torchscript", "eager"), "ours"),
     "executorch (pt2e, xnnpack)": Engine(artifact("executorch", "pt2e", "xnnpack"), "ours", needs="executorch"),
     "tflite (fx)": Engine(artifact("tflite", "fx"), "ours", needs="litert-torch"),
     "tflite (pt2e, xnnpack)": Engine(artifact("tflite", "pt2e", "xnnpack"), "ours", needs="litert-torch"),

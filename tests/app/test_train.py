@@ -158,6 +158,7 @@ CONFIG = {
     "float_checkpoint": None,
     "method": {"name": "qat"},
     "quantization": {"mode": "fx", "backend": "x86"},
+    "paths": {"output_dir": "runs"},
 }
 
 

@@ -8,6 +8,7 @@ import torch
 import torch.ao.quantization.fx._decomposed  # registers quantized_decomposed
 from torch import fx
 
+from qat_lightning.artifact.operations import words
 from qat_lightning.errors import ExportError
 
 _OPS = torch.ops.quantized_decomposed
@@ -16,9 +17,8 @@ _QUANTIZE_OF = {
     _OPS.dequantize_per_channel.default: _OPS.quantize_per_channel.default,
 }
 _ATEN = torch.ops.aten
-_KEEPS = {
-    getattr(_ATEN, name).default for name in ("alias", "clone", "contiguous", "detach", "dropout", "lift_fresh_copy")
-}
+_KEEPS = {getattr(_ATEN, name).default for name in words("alias clone contiguous detach dropout lift_fresh_copy")}
+"""Ops of exported programs that yield what they are given."""
 _NEUTRAL = {_ATEN.mul.Tensor: 1, _ATEN.div.Tensor: 1, _ATEN.add.Tensor: 0, _ATEN.sub.Tensor: 0}
 _AVERAGES = (_ATEN.avg_pool2d.default, _ATEN.upsample_bilinear2d.vec)
 _CHOICES = {_ATEN.cat.default, _ATEN.where.self}

@@ -17,7 +17,7 @@ from qat_lightning.graph.example import Example
 from qat_lightning.modes.protocol import Converted
 from qat_lightning.modes.uncalibrated import quantize
 from qat_lightning.numerics.sqnr import sqnr_db
-from qat_lightning.settings.backends import pairs
+from qat_lightning.settings.backends import BACKENDS, pairs
 from qat_lightning.settings.kinds import DIRECT, supported, table
 from qat_lightning.settings.recipe import Recipe
 from tests.support.sequence_networks import CASES, SequenceCase
@@ -128,8 +128,10 @@ def test_what_is_not_there_is_an_error_that_says_what_to_type(key: tuple[str, st
         quantize(nn.Linear(2, 2), Example((torch.randn(2, 2),)), Recipe(mode, backend, kind=kind))
 
 
-def test_every_pair_but_tensorrt_has_a_kind_without_calibration() -> None:
-    assert {pair for kind in DIRECT for pair in supported(kind)} == set(pairs()) - {("pt2e", "tensorrt")}
+def test_every_pair_but_those_of_other_runtimes_has_a_kind_without_calibration() -> None:
+    without = {("pt2e", name) for name, backend in BACKENDS.items() if backend.own_grids or name == "tensorrt"}
+    assert {pair for kind in DIRECT for pair in supported(kind)} == set(pairs()) - without
+    assert len(without) == 7
 
 
 def test_graph_modes_refuse_control_flow() -> None:

@@ -33,6 +33,7 @@ def float_state_dict(checkpoint: Mapping[str, Any] | str | Path) -> dict[str, An
         A ``state_dict`` that the float LightningModule loads strictly.
 
     Example:
+        >>> import torch
         >>> float_state_dict({"state_dict": {"net.weight": torch.ones(1)}})
         {'net.weight': tensor([1.])}
     """

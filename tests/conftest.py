@@ -18,6 +18,9 @@ import pytest
 import torch
 from hypothesis import settings
 
+from qat_lightning.settings.backends import BACKENDS
+from tests.support.targets import missing
+
 # a busy machine is no failure; and CI tries the same examples each time
 settings.register_profile("default", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True)
@@ -43,9 +46,15 @@ _IN_EVERY_RUN = {
 
 @pytest.hookimpl(tryfirst=True)  # before what is slow is deselected
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what is tried in mode eager or fx and backend x86 as well, and takes seconds elsewhere, as slow."""
+    """Skip what needs a backend that is not installed.
+
+    Mark what is tried in mode eager or fx and backend x86 as well, and takes seconds elsewhere, as slow.
+    """
     here = Path(__file__).parent
     for item in items:
+        backend = getattr(getattr(item, "callspec", None), "params", {}).get("backend")
+        if isinstance(backend, str) and backend in BACKENDS and (why := missing(backend)):
+            item.add_marker(pytest.mark.skip(reason=why))
         folder = item.path.relative_to(here).parts[0] if item.path.is_relative_to(here) else ""
         if (folder not in _FOLDERS and folder != "test_docs.py") or item.path.name in _IN_EVERY_RUN:
             continue

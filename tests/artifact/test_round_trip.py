@@ -29,6 +29,7 @@ from tests.artifact.making import (
 )
 from tests.artifact.networks import Convolutions, FunctionalWeights, Large, Structures, WithOwnBlock, Zoo
 from tests.support.networks import CASES
+from tests.support.targets import missing
 
 ROOT = Path(__file__).parents[2]
 
@@ -60,7 +61,8 @@ def test_loaded_network_is_equal(mode: str, backend: str, case, tmp_path: Path) 
 @pytest.mark.slow
 def test_fresh_process_without_trainer_and_data(tmp_path: Path) -> None:
     case = case_named("depthwise")
-    for mode, backend in pairs():
+    here = [(mode, backend) for mode, backend in pairs() if not missing(backend)]
+    for mode, backend in here:
         saved = quantize(mode, backend, case.network(), batch_of(case))
         save_quantized(saved, tmp_path / f"{mode}-{backend}.int8")
         (x,), _ = batch_of(case)(5)
@@ -89,7 +91,7 @@ def test_fresh_process_without_trainer_and_data(tmp_path: Path) -> None:
         check=False,
     )
     assert result.returncode == 0, result.stderr
-    assert result.stdout.split() == sorted(f"{mode}-{backend}" for mode, backend in pairs())
+    assert result.stdout.split() == sorted(f"{mode}-{backend}" for mode, backend in here)
 
 
 @pytest.mark.parametrize("mode", ["eager", "fx", "pt2e"])

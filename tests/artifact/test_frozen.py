@@ -336,6 +336,7 @@ COMPUTES: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "a global variable": lambda net, x: x * FLAG,
     "a table that was kept": _cached,
     "in place": lambda net, x: x.add_(1),
+    "a dropout that does not train": lambda net, x: F.dropout(x, 0.5, net.norm.training and x.shape[0] < 0),
     "a shape as text": lambda net, x: x if f"{x.shape}" else x * 2,
 }
 DOES_MORE: dict[str, Callable[[Any, Tensor], Tensor]] = {
@@ -416,3 +417,14 @@ def test_a_profiler_of_python_sees_every_call() -> None:
         sys.setprofile(None)
     assert recordings(network) == []
     assert "forward" in seen
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_networks_are_recorded_in_each_mode_of_gradients(mode: Any) -> None:
+    """In inference mode dropout is an operator of its own, which draws by chance in training."""
+    network, images = eager(COMPUTES["a dropout that does not train"]), torch.randn(2, 3, 8, 8)
+    with mode():
+        wanted = network.network(images)
+        for got in again_and_again(network, images):
+            assert torch.equal(got, wanted)
+    assert [made is not None for made in recordings(network)] == [True]

@@ -221,11 +221,12 @@ def _refuse(func: Any, args: Any, kwargs: Any) -> None:
 
 
 def _drops_nothing(func: Any, args: Any, kwargs: Any) -> bool:
-    """Whether an operator draws for a dropout only, and that with probability 0, as attention does in evaluation."""
-    for place, argument in enumerate(func._schema.arguments):
-        if argument.name == "dropout_p":
-            return bool((args[place] if place < len(args) else kwargs.get("dropout_p", 0.0)) == 0.0)
-    return False
+    """Whether an operator draws for a dropout only, and is not training or drops with probability 0."""
+    names = [argument.name for argument in func._schema.arguments]
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    if "dropout_p" in names:
+        return bool(given.get("dropout_p", 0.0) == 0.0)
+    return any(given.get(name) is False for name in ("train", "training"))
 
 
 def _leaves(values: Iterable[Any]) -> Iterable[Any]:

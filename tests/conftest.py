@@ -14,6 +14,7 @@ os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(
     Path(tempfile.gettempdir(), f"qat_lightning_inductor_{os.environ.get('PYTEST_XDIST_WORKER', 'alone')}")
 )
 
+import fsspec
 import pytest
 import torch
 from hypothesis import settings
@@ -69,3 +70,12 @@ def _seeded() -> Iterator[None]:
     torch.manual_seed(0)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def bucket() -> Iterator[str]:
+    """A place in fsspec's memory, empty again afterwards."""
+    system = fsspec.filesystem("memory")
+    yield "memory://bucket"
+    if system.exists("/bucket"):
+        system.rm("/bucket", recursive=True)

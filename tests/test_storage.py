@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +22,6 @@ from qat_lightning.storage import copied_here, is_file, is_folder, name_of, open
 from qat_lightning.whole_files import move_whole, write_whole
 
 CALL = Example((torch.randn(4, 8, generator=torch.Generator().manual_seed(0)),))
-
-
-@pytest.fixture
-def bucket() -> Iterator[str]:
-    system = fsspec.filesystem("memory")
-    yield "memory://bucket"
-    if system.exists("/bucket"):
-        system.rm("/bucket", recursive=True)
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +14,6 @@ from lightning.pytorch.loggers import CSVLogger
 from qat_lightning import QuantizationMonitor, QuantizedModelExport, float_state_dict, load_quantized
 from qat_lightning.errors import ConfigurationError, MissingExtraError
 from tests.callbacks.lit import Lit, assert_same_state, dataset, loader, qat, state, trainer
-
-
-@pytest.fixture
-def bucket() -> Iterator[str]:
-    system = fsspec.filesystem("memory")
-    yield "memory://bucket"
-    if system.exists("/bucket"):
-        system.rm("/bucket", recursive=True)
 
 
 def find(folder: str) -> list[str]:

@@ -30,7 +30,7 @@ from qat_lightning.numerics.sqnr import sqnr_db
 from qat_lightning.settings.recipe import Recipe
 from qat_lightning.settings.scheme import Scheme
 from tests.artifact.making import quantize
-from tests.export.files import quantized_case
+from tests.export.files import Odd, quantized_case
 
 FULL = (-128, 127, torch.int8)
 A, B, C = (0.04, 5, *FULL), (0.03, -20, *FULL), (0.02, -3, *FULL)
@@ -275,14 +275,6 @@ def test_ops_are_right_to_a_step_where_grids_differ(
 @pytest.mark.slow
 def test_what_litert_does_not_take_is_said_with_its_own_words(tmp_path: Path) -> None:
     pytest.importorskip("litert_torch")
-
-    class Odd(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv = nn.Conv2d(3, 4, 3)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return torch.special.i0(F.relu(self.conv(x)))
 
     quantized = quantize("fx", "x86", Odd())
     with pytest.raises(ExportError, match=r"LiteRT does not take the network \(.*i0.*choose another format"):

@@ -16,15 +16,13 @@ from torch import Tensor
 from qat_lightning.artifact.operations import words
 from qat_lightning.artifact.surroundings import PLAIN, Surroundings, is_standard, is_trusted
 
-_HARMLESS = frozenset(
-    words(
-        """
-        _abc _bisect _collections _collections_abc _contextvars _frozen_importlib _functools _heapq _operator _thread
-        _typing _weakref _weakrefset abc bisect builtins cmath collections contextlib copy dataclasses decimal enum
-        fractions functools heapq importlib inspect itertools math numbers operator re string sys textwrap types typing
-        weakref
-        """
-    )
+_HARMLESS = words(
+    """
+    _abc _bisect _collections _collections_abc _contextvars _frozen_importlib _functools _heapq _operator _thread
+    _typing _weakref _weakrefset abc bisect builtins cmath collections contextlib copy dataclasses decimal enum
+    fractions functools heapq importlib inspect itertools math numbers operator re string sys textwrap types typing
+    weakref
+    """
 )
 """Modules whose functions only compute, or change what `Surroundings` compares."""
 _ACTS = frozenset({"print", "input", "open", "exec", "eval", "compile", "breakpoint", "setattr", "delattr"})

@@ -7,6 +7,7 @@ ReLU goes into it. What is between the layers stays as the graph has it, in floa
 from __future__ import annotations
 
 import copy
+import operator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,13 +15,13 @@ import torch
 from torch import Tensor, fx, nn
 
 from qat_lightning.checks import LayerCheck
+from qat_lightning.modes.pt2e.check import DEQUANTIZE, QUANTIZE
 from qat_lightning.modes.verify import is_faulty
 from qat_lightning.numerics.sqnr import sqnr_db
 from qat_lightning.settings.backends import Backend
 
-_aten, _grids = torch.ops.aten, torch.ops.quantized_decomposed
-_QUANTIZE, _DEQUANTIZE = _grids.quantize_per_tensor.default, _grids.dequantize_per_tensor.default
-_OF_WEIGHTS = (_DEQUANTIZE, _grids.dequantize_per_channel.default)
+_aten = torch.ops.aten
+_QUANTIZE, _DEQUANTIZE = QUANTIZE[0], DEQUANTIZE[0]
 _CONVOLUTIONS = (_aten.conv1d.default, _aten.conv2d.default, _aten.conv3d.default)
 _RELU = (_aten.relu.default, _aten.relu_.default)
 _INTEGERS = (torch.uint8, torch.int8)
@@ -196,7 +197,7 @@ def _sizes(node: fx.Node) -> tuple[Any, ...]:
 
 def _weight(node: Any, root: fx.GraphModule) -> tuple[Tensor, Tensor] | None:
     """The integers and scales of a weight that is symmetric; None for any other."""
-    if not isinstance(node, fx.Node) or node.target not in _OF_WEIGHTS:
+    if not isinstance(node, fx.Node) or node.target not in DEQUANTIZE:
         return None
     integers = _constant(node.args[0], root)
     if integers is None or integers.dtype is not torch.int8:
@@ -213,9 +214,7 @@ def _weight(node: Any, root: fx.GraphModule) -> tuple[Tensor, Tensor] | None:
 def _constant(node: Any, root: fx.GraphModule) -> Tensor | None:
     if not isinstance(node, fx.Node) or node.op != "get_attr":
         return None
-    value: Any = root
-    for part in str(node.target).split("."):
-        value = getattr(value, part)
+    value = operator.attrgetter(str(node.target))(root)
     return value if isinstance(value, Tensor) else None
 
 

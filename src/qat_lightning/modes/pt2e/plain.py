@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 
 from qat_lightning.checks import LayerCheck
 from qat_lightning.modes.pt2e.check import DEQUANTIZE, QUANTIZE
+from qat_lightning.modes.recording import Recorder
 from qat_lightning.modes.verify import is_faulty
 from qat_lightning.numerics.sqnr import sqnr_db
 from qat_lightning.settings.backends import Backend
@@ -119,8 +120,8 @@ def on_plain_kernels(decomposed: fx.GraphModule, tensors: list[Tensor], target: 
         tensors: Its inputs in a real call.
         target: The backend, for its tolerance.
     """
-    values = _Values(decomposed)
-    values.run(*tensors)
+    recorder = Recorder(decomposed, decomposed.graph)
+    recorder.run(*tensors)
     graph = copy.deepcopy(decomposed.graph)
     lowered = fx.GraphModule(decomposed, graph)
     count = 0
@@ -129,14 +130,14 @@ def on_plain_kernels(decomposed: fx.GraphModule, tensors: list[Tensor], target: 
         if found is None:
             continue
         layer, end = found
-        if layer is None or not _computes(layer, node, end, values.found, target):
+        if layer is None or not _computes(layer, node, end, recorder.values, target):
             continue
         name = f"_plain_{count}"
         count += 1
         lowered.add_module(name, layer)
         with graph.inserting_before(end):
             made = graph.call_module(name, (node.args[0].args[0],))
-        values.found[made.name] = values.found[end.name]
+        recorder.values[made.name] = recorder.values[end.name]
         end.replace_all_uses_with(made)
     graph.eliminate_dead_code()
     for node in list(graph.nodes):
@@ -145,19 +146,6 @@ def on_plain_kernels(decomposed: fx.GraphModule, tensors: list[Tensor], target: 
     lowered.delete_all_unused_submodules()
     lowered.recompile()
     return lowered
-
-
-class _Values(fx.Interpreter):
-    """What each node of a graph yields."""
-
-    def __init__(self, graph_module: fx.GraphModule) -> None:
-        super().__init__(graph_module)
-        self.found: dict[str, Any] = {}
-
-    def run_node(self, n: fx.Node) -> Any:
-        """Run one node."""
-        value = self.found[n.name] = super().run_node(n)
-        return value
 
 
 def _layer(node: fx.Node, root: fx.GraphModule) -> tuple[PlainLayer | None, fx.Node] | None:

@@ -17,6 +17,7 @@ from qat_lightning.graph.example import Example
 from qat_lightning.modes.prepared import cpu_copy
 from qat_lightning.modes.registry import get_mode
 from qat_lightning.settings.recipe import Recipe
+from qat_lightning.settings.scheme import Scheme
 from tests.support.networks import CASES, Case
 
 Batch = Callable[[int], tuple[tuple[Any, ...], dict[str, Any]]]
@@ -35,9 +36,14 @@ def batch_of(case: Case) -> Batch:
 
 
 def quantize(
-    mode: str, backend: str, network: nn.Module, batch: Batch = images, exclude: tuple[str, ...] = ()
+    mode: str,
+    backend: str,
+    network: nn.Module,
+    batch: Batch = images,
+    exclude: tuple[str, ...] = (),
+    scheme: Scheme | None = None,
 ) -> QuantizedNetwork:
-    recipe = Recipe(mode, backend, exclude=exclude)
+    recipe = Recipe(mode, backend, scheme or Scheme(), exclude=exclude)
     example = Example(*batch(4))
     flow = get_mode(mode)
     prepared = flow.prepare(network, example, recipe)

@@ -95,8 +95,8 @@ def test_lightning_checkpoint(path: Path) -> None:
 def test_newer_format(path: Path) -> None:
     description, data = read(path)
     # A newer release may write everything else otherwise.
-    write(path, {"format": 2, "qat_lightning": "9.9.9"}, data)
-    with pytest.raises(ArtifactError, match=r"format 2, written by qat-lightning 9\.9\.9.*pip install -U"):
+    write(path, {"format": 3, "qat_lightning": "9.9.9"}, data)
+    with pytest.raises(ArtifactError, match=r"format 3, written by qat-lightning 9\.9\.9.*pip install -U"):
         load_quantized(path)
     for wrong in (0, "1", None, True, 1.0):
         write(path, {**description, "format": wrong}, data)

@@ -7,7 +7,12 @@ import json
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-FORMAT = 1
+FORMAT = 2
+"""The newest that this release reads: 2 has tensors with two values in a byte (`tensors.TensorWriter.packs`)."""
+
+PLAIN_FORMAT = 1
+"""What a file without such tensors is written as, which every release reads."""
+
 DESCRIPTION = "network.json"
 TENSORS = "tensors.bin"
 

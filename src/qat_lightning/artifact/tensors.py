@@ -12,16 +12,18 @@ from torch import Tensor
 
 from qat_lightning.artifact.values import decode, encode, no_tag
 from qat_lightning.errors import ArtifactError
+from qat_lightning.layers.integer.weights import HALF_BYTES, restore, store
 
 _ALIGNMENT = 64
 _INTEGERS = {"quint8": torch.uint8, "qint8": torch.int8, "qint32": torch.int32}
 
 
 class TensorWriter:
-    """Collects tensors; equal ones are held once.
+    """Collects tensors; equal ones are held once, and int8 values of up to 4 bits two to a byte.
 
     Attributes:
-        table: For each tensor its dtype, shape, order of dimensions in memory, and place.
+        table: For each tensor its dtype, shape, order of dimensions in memory, and place; ``"packed"`` says of one that
+            its values are two to a byte.
         data: The bytes of all.
     """
 
@@ -29,6 +31,11 @@ class TensorWriter:
         self.table: list[dict[str, Any]] = []
         self.data = bytearray()
         self._known: dict[Any, int] = {}
+
+    @property
+    def packs(self) -> bool:
+        """Whether a tensor has two values in a byte, which releases of format 1 cannot read."""
+        return any("packed" in entry for entry in self.table)
 
     def encode(self, value: Any) -> Any:
         """`values.Special` for tensors."""
@@ -61,8 +68,10 @@ class TensorWriter:
         strides = value.stride()
         order = sorted(range(value.dim()), key=lambda dim: (-strides[dim], dim))
         flat = value.permute(order).contiguous().reshape(-1)
+        entry: dict[str, Any] = {"dtype": encode(value.dtype)["dtype"], "shape": list(value.shape), "order": order}
+        if _fits_half_bytes(flat):
+            flat, entry = store(flat[None], HALF_BYTES)[0], {**entry, "packed": True}
         raw = flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
-        entry = {"dtype": encode(value.dtype)["dtype"], "shape": list(value.shape), "order": order}
         key = (hashlib.sha256(raw).digest(), str(entry))
         if key not in self._known:
             self.data.extend(b"\0" * (-len(self.data) % _ALIGNMENT))
@@ -125,15 +134,28 @@ class TensorReader:
             raise ArtifactError("the shape of a tensor is impossible")
         if str(dtype).removeprefix("torch.") in _INTEGERS:
             raise ArtifactError(f"{dtype} has no tensors by itself")
-        count = math.prod(shape)
-        if start + count * dtype.itemsize > len(self._data):
+        count, packed = math.prod(shape), entry.get("packed", False)
+        if packed not in (False, True) or (packed and dtype is not torch.int8):
+            raise ArtifactError(f"a tensor of {dtype} has two values in a byte, and only those of torch.int8 can")
+        size = -(-count // 2) if packed else count * dtype.itemsize
+        if start + size > len(self._data):
             raise ArtifactError("a tensor reaches past the end of the data")
         ordered = [shape[dim] for dim in order]
         if not count:
             return torch.empty(ordered, dtype=dtype).permute(_inverse(order))
-        raw = bytearray(self._data[start : start + count * dtype.itemsize])
-        flat: Tensor = torch.frombuffer(raw, dtype=dtype)
+        raw = bytearray(self._data[start : start + size])
+        flat: Tensor = torch.frombuffer(raw, dtype=torch.uint8 if packed else dtype)
+        if packed:
+            flat = restore(flat[None], count, HALF_BYTES)[0, :count]
         return flat.reshape(ordered).permute(_inverse(order)).clone()
+
+
+def _fits_half_bytes(flat: Tensor) -> bool:
+    """Whether 4 bits hold each value: of a weight of up to 4 bits they do, and of one of 8 bits some reach further."""
+    if flat.dtype is not torch.int8 or flat.numel() < 2:
+        return False
+    low, high = (int(end) for end in torch.aminmax(flat))
+    return HALF_BYTES.quant_min <= low and high <= HALF_BYTES.quant_max
 
 
 def check_grid(scale: float | Tensor, zero_point: int | Tensor, integers: torch.dtype) -> None:

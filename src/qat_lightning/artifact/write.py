@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from qat_lightning.artifact.container import DESCRIPTION, FORMAT, TENSORS, digest, own_version
+from qat_lightning.artifact.container import DESCRIPTION, FORMAT, PLAIN_FORMAT, TENSORS, digest, own_version
 from qat_lightning.artifact.network import encode_network
 from qat_lightning.artifact.progress import Writing
 from qat_lightning.artifact.values import encode
@@ -100,7 +100,7 @@ def artifact_bytes(quantized: Savable) -> bytes:
             stacklevel=3,
         )
     description = {
-        "format": FORMAT,
+        "format": FORMAT if writing.tensors.packs else PLAIN_FORMAT,
         "qat_lightning": own_version(),
         "torch": str(torch.__version__),
         "recipe": quantized.recipe.to_dict(),

@@ -57,7 +57,7 @@ class MixedPrecision:
         metric: Of a network that was prepared with ``exclude`` and calibrated.
         float_metric: Of the float network.
         quantized_metric: With everything quantized.
-        size_ratio: How many times smaller the weights are, at the scheme's bits.
+        size_ratio: How many times smaller the weights are in the file.
     """
 
     exclude: tuple[str, ...]

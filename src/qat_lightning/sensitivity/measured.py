@@ -25,7 +25,7 @@ from qat_lightning.sensitivity.budget import Budget, MixedPrecision, drop_points
 from qat_lightning.sensitivity.switches import Switches, Unit
 from qat_lightning.settings.kinds import DIRECT
 from qat_lightning.settings.recipe import Recipe, check_globs
-from qat_lightning.settings.scheme import Scheme
+from qat_lightning.settings.scheme import Scheme, stored_bits
 
 Metric = Callable[[nn.Module], float]
 Calibrate = Callable[[nn.Module], Any]
@@ -180,7 +180,7 @@ class Sensitivity:
     def _ratio(self, names: Sequence[str]) -> float:
         quantized = [row.parameters for row in self.rows if row.name not in names]
         total = sum(parameter.numel() for parameter in self._network.parameters())
-        return size_ratio(total, sum(quantized), self.recipe.scheme.weight_bits)
+        return size_ratio(total, sum(quantized), stored_bits(self.recipe.scheme.weight_bits))
 
     def _plan(self, names: Sequence[str], budget: Budget, value: float) -> MixedPrecision:
         globs = tuple(f"{self.prefix}.{name}".strip(".") for name in names)

@@ -18,14 +18,25 @@ CALIBRATION_ONLY = ("histogram_mse", "histogram_kl", "percentile")
 """Observers that choose a range from a whole histogram: for calibration, too slow for every step of a training."""
 
 
+def stored_bits(weight_bits: int) -> int:
+    """How many bits a weight takes in the file of an int8 network.
+
+    Example:
+        >>> stored_bits(3), stored_bits(5)
+        (4, 8)
+    """
+    return 4 if weight_bits <= 4 else 8
+
+
 @dataclass(frozen=True)
 class Scheme:
     """How weights and activations are put on an integer grid.
 
     Symmetric weights (zero point 0) are on ``[-(2**(bits-1) - 1), 2**(bits-1) - 1]``, which is what the int8 kernels of
-    every backend take. Weights of fewer than 8 bits are stored as int8, on a coarser grid. What no kernel of the
-    backend can hold (activations of fewer than 8 bits, or of 16 where the backend has none, affine weights) is
-    simulated: it trains and evaluates as fake-quant, and there is no int8 network of it. `Recipe.simulated` says why.
+    every backend take. Weights of fewer than 8 bits are int8 to the kernels, on a coarser grid, and those of up to 4
+    bits two to a byte in the file. What no kernel of the backend can hold (activations of fewer than 8 bits, or of 16
+    where the backend has none, affine weights) is simulated: it trains and evaluates as fake-quant, and there is no
+    int8 network of it. `Recipe.simulated` says why.
 
     Args:
         weight_bits: 2 to 8.

@@ -57,7 +57,7 @@ class WeightGrid:
     @property
     def packs(self) -> bool:
         """Whether 4 bits hold a value."""
-        return self.quant_min >= -8 and self.quant_max <= 7
+        return self.quant_min >= HALF_BYTES.quant_min and self.quant_max <= HALF_BYTES.quant_max
 
     def columns(self, values: int) -> int:
         """How many values of a row are stored: whole groups, and whole bytes."""
@@ -70,6 +70,10 @@ class WeightGrid:
         dtype, width = (torch.uint8, columns // 2) if self.packs else (torch.int8, columns)
         groups = columns // self.group if self.group > 0 else 1
         return torch.zeros(rows, width, dtype=dtype), torch.ones(rows, groups)
+
+
+HALF_BYTES = WeightGrid(-8, 7)
+"""The widest grid whose values `store` puts two to a byte."""
 
 
 def transposed_groups(layer: nn.Module) -> int:

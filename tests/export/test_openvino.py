@@ -60,6 +60,18 @@ def test_linear_layers_of_tokens_are_int8(mode: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_values_that_only_move_are_rounded_once(tmp_path: Path) -> None:
+    """Between a linear layer and the product of its heads are moves, and one grid: a kernel can write its integers."""
+    quantized, batch = quantized_case("attention", "fx")
+    OpenVino().write(Source(quantized, quantized.example), tmp_path / "model.xml")
+    ops = openvino.Core().read_model(str(tmp_path / "model.xml")).get_ordered_ops()
+    rounded = [op.input_value(0).get_node().get_type_name() for op in ops if op.get_type_name() == "FakeQuantize"]
+    assert "MatMul" in rounded or "Add" in rounded
+    assert not {"Reshape", "Transpose"} & set(rounded)
+    assert_same_outputs(quantized, OpenVino().load(tmp_path / "model.xml"), batch, least=25.0)
+
+
+@pytest.mark.slow
 def test_several_inputs_keep_their_names(tmp_path: Path) -> None:
     quantized, batch = quantized_case("several_inputs", "fx")
     OpenVino().write(Source(quantized, quantized.example), tmp_path / "model.xml")

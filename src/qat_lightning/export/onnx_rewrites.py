@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 
 _INT32 = 2**31 - 1
+_MOVES = ("Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Slice", "Expand", "Identity")
+"""Ops whose output holds values of their first input and no others."""
 
 
 def rewrite(graph: Any, *, for_openvino: bool) -> None:
@@ -17,13 +19,15 @@ def rewrite(graph: Any, *, for_openvino: bool) -> None:
 
     Args:
         graph: Of an ``onnx_ir.Model``, changed in place.
-        for_openvino: Leave biases float and linear layers in their dimensions, and weights without a zero point.
+        for_openvino: Leave biases float and linear layers in their dimensions, weights without a zero point, and one
+            grid where ONNX Runtime wants one on both sides of what moves values.
     """
     _round_constants(graph)
     _transpose_weights(graph)
     _pools(graph)
     _fold_zeros(graph)
     if for_openvino:
+        _round_once(graph)
         _drop_zero_points(graph)
     else:
         _matrices(graph)
@@ -79,6 +83,34 @@ def _round_constants(graph: Any) -> None:
         limits = np.iinfo(zero.dtype)
         rounded = np.clip(np.rint(value / scale) + zero.astype(np.float32), limits.min, limits.max).astype(zero.dtype)
         _replace(node.outputs[0], _constant(graph, f"{node.inputs[0].name}_integers", rounded))
+
+
+def _round_once(graph: Any) -> None:
+    """Drop a grid that values are already on: rounding them once more changes none.
+
+    The grid stays in front of what only moves values (the heads of attention), where a kernel can write its integers.
+    """
+    for node in list(graph):
+        if node.op_type != "QuantizeLinear" or _array(node.inputs[1]) is None or _array(node.inputs[1]).ndim:
+            continue
+        source = node.inputs[0]
+        while (moved := source.producer()) is not None and moved.op_type in _MOVES:
+            source = moved.inputs[0]
+        grid = _producer(source, "DequantizeLinear")
+        if grid is None or not _same_grid(grid, node):
+            continue
+        for use in list(node.outputs[0].uses()):
+            if use.node.op_type == "DequantizeLinear" and use.idx == 0 and _same_grid(use.node, node):
+                _replace(use.node.outputs[0], node.inputs[0])
+
+
+def _same_grid(one: Any, other: Any) -> bool:
+    """Whether two nodes have the same scale and zero point."""
+    grids = [[_array(value) for value in node.inputs[1:]] for node in (one, other)]
+    return len(grids[0]) == len(grids[1]) and all(
+        mine is not None and its is not None and mine.dtype == its.dtype and np.array_equal(mine, its)
+        for mine, its in zip(*grids, strict=True)
+    )
 
 
 def _transpose_weights(graph: Any) -> None:

@@ -30,10 +30,15 @@ TORCH_VENV := .venv-torch-$(TORCH)-$(TORCH_PYTHON)
 TORCH_PINS := requirements-torch/$(TORCH).txt
 TORCH_STAMP := $(TORCH_VENV)/.made-$(firstword $(shell cat pyproject.toml $(wildcard $(TORCH_PINS)) | cksum))
 
-.PHONY: help env train test test-torch slow lint format types browser clean
+# The site is built in an environment of its own, without torch: the reference is read from the sources, and the outputs of
+# the tutorials are stored in them (make tutorials).
+DOCS_VENV := .venv-docs
+DOCS_STAMP := $(DOCS_VENV)/.lock-$(firstword $(shell cksum < requirements-docs.lock))
+
+.PHONY: help env train test test-torch slow lint format types browser docs tutorials package clean
 
 help:
-	@echo "make train | test | test-torch | slow | lint | format | types | browser | env | clean"
+	@echo "make train | test | test-torch | slow | lint | format | types | browser | docs | tutorials | package | env | clean"
 	@echo "options: ARGS, WORKERS, PYTHON, VENV, TORCH_INDEX, TORCH"
 
 env: $(PACKAGE_STAMP)
@@ -98,5 +103,19 @@ browser:
 	@command -v chromedriver >/dev/null || \
 		{ echo "there is no Chromium: install it and its chromedriver, and put both on the PATH"; exit 1; }
 
+$(DOCS_STAMP):
+	rm -rf $(DOCS_VENV)
+	$(PYTHON) -m venv $(DOCS_VENV)
+	$(DOCS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --requirement requirements-docs.lock
+	@touch $@
+
+# Into site/. Warnings, such as broken links, are errors.
+docs: $(DOCS_STAMP)
+	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --quiet --strict $(ARGS)
+
+# Runs the notebooks and stores their outputs.
+tutorials: env
+	$(BIN)/python docs/tutorials/execute.py $(if $(ARGS),$(ARGS),docs/tutorials/*.ipynb)
+
 clean:
-	rm -rf $(VENV) .venv-torch-* build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-torch-* $(DOCS_VENV) build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -23,8 +23,9 @@ LOCK = {
 }
 EXTRAS = PROJECT["optional-dependencies"]
 # Ray's launcher wants cloudpickle 2.2.1, and joblib of the lock wants 3; the benchmarks' weights are no use to tests;
-# LiteRT's converter and the jaxlib that it needs are 0.9 GB; tosa-tools wants numpy below 2.2; NNCF is for one target
-APART = {"ray", "benchmarks", "litert", "arm", "executorch-openvino"}
+# LiteRT's converter and the jaxlib that it needs are 0.9 GB; tosa-tools wants numpy below 2.2; NNCF is for one target;
+# the site and the release have a lock of their own
+APART = {"ray", "benchmarks", "litert", "arm", "executorch-openvino", "docs", "release"}
 REQUIREMENTS = [
     requirement
     for text in chain(PROJECT["dependencies"], *(EXTRAS[name] for name in EXTRAS if name not in APART))

@@ -1,4 +1,4 @@
-"""The table of what there is where in the docs is what the code does."""
+"""The support matrix of the docs is what the code does."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ METHODS = Path(__file__).parents[1] / "docs" / "methods.md"
 
 def table() -> dict[str, list[str]]:
     """The rows of the docs: what each is about, and a cell for each mode."""
-    section = METHODS.read_text().split("## What there is where\n")[1].split("\n## ")[0]
+    section = METHODS.read_text().split("## Support matrix\n")[1].split("\n## ")[0]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in section.splitlines() if line[:1] == "|"]
     assert rows[0] == ["", *(f"`{mode}`" for mode in MODES)]
     return {label: cells for label, *cells in rows[2:]}

@@ -6,6 +6,7 @@ from torch import nn
 
 from qat_lightning.artifact.quantized import QuantizedNetwork
 from qat_lightning.graph.example import Example
+from qat_lightning.modes.layer_schemes import check_overrides_of
 from qat_lightning.modes.left_float import leaving_float
 from qat_lightning.modes.prepared import prepared_state
 from qat_lightning.modes.registry import mode_for
@@ -26,6 +27,7 @@ def prepare(network: nn.Module, example: Example, recipe: Recipe) -> nn.Module:
         A module that is called, trained, moved and saved like ``network``, and whose parameters are the same.
 
     Raises:
+        ConfigurationError: A pattern of the scheme's overrides matches no layer.
         TraceError: The network cannot be captured in this mode.
         NetworkError: There is nothing in it to quantize.
 
@@ -42,6 +44,7 @@ def prepare(network: nn.Module, example: Example, recipe: Recipe) -> nn.Module:
         >>> convert(prepared, Example((x,)))(x).shape
         torch.Size([16, 4])
     """
+    check_overrides_of({"": network}, recipe)
     return mode_for(recipe).prepare(network, example, recipe)
 
 
@@ -86,6 +89,7 @@ def quantize(network: nn.Module, example: Example, recipe: Recipe) -> QuantizedN
         >>> [row.quantized for row in quantize(network, call, Recipe("eager", "x86", kind="dynamic")).coverage]
         [True, True]
     """
+    check_overrides_of({"": network}, recipe)
     conversion = quantize_what_can_be(network, example, recipe)
     return QuantizedNetwork(
         conversion.converted, leaving_float(recipe, conversion.left_float, ""), example, source="the float network"

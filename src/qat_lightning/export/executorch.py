@@ -44,7 +44,7 @@ class ExecuTorch:
                 "XNNPACK has no kernel for float inputs and integer weights: use kind='dynamic' with a scheme of "
                 "activation_granularity='per_token', or kind='static' with mode='pt2e' and backend='xnnpack'."
             )
-        if recipe.by_token_or_group:
+        if any(own.by_token_or_group for own in recipe.each):
             return refuse_grids(recipe)
         if recipe.backend != "xnnpack" and recipe.kind == "dynamic":
             return (

@@ -74,6 +74,8 @@ def _refusal(recipe: Recipe) -> str:
         return f"kind={recipe.kind!r} has fixed ranges of activations: use kind='dynamic' or kind='weight_only'."
     if not traits_of(recipe.mode).packs:
         return f"mode={recipe.mode!r} leaves no layers that could hold its tensors: use mode='eager' or mode='fx'."
+    if len(recipe.each) > 1:
+        return "it has one config for the network, and layers here have bits of their own: use scheme.overrides=null."
     if recipe.kind == "dynamic" and scheme.activation_granularity != "per_token":
         return "its activations have a range for each token: use a scheme of activation_granularity='per_token'."
     if recipe.kind == "dynamic" and scheme.activation_symmetric:

@@ -16,6 +16,7 @@ from qat_lightning.layers.integer import IntegerLayer, WeightGrid
 from qat_lightning.layers.integer.plain_dynamic import PlainDynamicLinear
 from qat_lightning.layers.integer.weights import restore
 from qat_lightning.settings.recipe import Recipe
+from qat_lightning.settings.scheme import Scheme
 
 SMALLEST_GROUP = 32
 """Of the weights that share a scale in XNNPACK's kernels."""
@@ -86,7 +87,10 @@ def for_xnnpack(layer: IntegerLayer, name: str) -> nn.Module:
 
 def refuse_grids(recipe: Recipe) -> str:
     """Why XNNPACK has no kernel for a dynamic scheme by token or group, and what to use; empty if it has one."""
-    scheme = recipe.scheme
+    return next((why for own in recipe.each if (why := _refuse_grids(own.scheme))), "")
+
+
+def _refuse_grids(scheme: Scheme) -> str:
     if scheme.activation_granularity != "per_token":
         return (
             "XNNPACK finds the range of activations token by token: use a scheme of activation_granularity='per_token'."

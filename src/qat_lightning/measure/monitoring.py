@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from qat_lightning.graph.scopes import join
 from qat_lightning.measure.layer_figures import LayerFigures, activation_row, weight_row
+from qat_lightning.modes.left_float import layer_of
 from qat_lightning.modes.places import Place, find_places
 from qat_lightning.modes.prepared import prepared_state
 from qat_lightning.numerics.grid import along
@@ -101,10 +103,12 @@ class Probe:
         self.keep = histograms
         self._places: list[tuple[str, str, int, Place]] = []
         for name, network in networks.items():
-            recipe = prepared_state(network).recipe
+            state = prepared_state(network)
+            recipe = state.recipe
             prefix = f"{name}." if len(networks) > 1 else ""
             for place in find_places(network):
-                self._places.append((prefix + place.layer, recipe.mode, recipe.scheme.weight_bits, place))
+                bits = recipe.of(join(state.prefix, layer_of(place.layer))).scheme.weight_bits
+                self._places.append((prefix + place.layer, recipe.mode, bits, place))
         self._tallies: dict[int, _Tally] = {}
         self._calls: dict[nn.Module, int] = {}
         self._handles: list[RemovableHandle] = []

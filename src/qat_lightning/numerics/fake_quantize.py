@@ -182,6 +182,24 @@ class FakeQuantize(_TorchFakeQuantizeBase):
         if self.learned != "none" and self.step is None:
             self.step = self._learned_step(channels).to(weight.device)
 
+    def take_grid(self, grid: IntegerGrid, *, clipped: bool) -> None:
+        """Round to another grid from now on, before anything was observed; weights are to be materialized after it.
+
+        Args:
+            grid: The integers, of the same dtype.
+            clipped: Whether a weight's range is the share with the least mean squared error.
+        """
+        self.grid, self.clipped = grid, clipped
+        self.qscheme, self.ch_axis = grid.qscheme, grid.ch_axis
+        self.quant_min, self.quant_max = grid.quant_min, grid.quant_max
+        constant, percentile = self.averaging_constant, self.percentile
+        self.origin = range_of(self.source, constant=constant, percentile=percentile, grid=grid)
+        self._buffers.pop("clip", None)
+        if self.source == "present":
+            self.step = None
+        elif self.step is not None:
+            self.step.take_limits(grid.quant_min, grid.quant_max)
+
     def _learned_step(self, channels: int | None) -> LearnedStep:
         moves = self.learned == "lsq+" and self.observed and not self.symmetric
         return LearnedStep(channels, quant_min=self.quant_min, quant_max=self.quant_max, learn_zero_point=moves)

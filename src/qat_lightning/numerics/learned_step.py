@@ -82,6 +82,12 @@ class LearnedStep(nn.Module):
         self.shift = None
         self.largest_scale = largest / (self.quant_max - self.quant_min) if math.isfinite(largest) else None
 
+    def take_limits(self, quant_min: int, quant_max: int) -> None:
+        """Have another grid from now on, before it begins to learn."""
+        if self.largest_scale is not None:
+            self.largest_scale *= (self.quant_max - self.quant_min) / (quant_max - quant_min)
+        self.quant_min, self.quant_max = quant_min, quant_max
+
     @property
     def learns(self) -> bool:
         """Whether scale and zero point are the parameters' now, and not the observed range's."""

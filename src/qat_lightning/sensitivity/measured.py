@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 from qat_lightning.errors import ConfigurationError
 from qat_lightning.graph.example import Example, from_user
 from qat_lightning.measure.layer_figures import decibel
+from qat_lightning.modes.layer_schemes import check_overrides_of
 from qat_lightning.modes.registry import mode_for
 from qat_lightning.numerics.sqnr import EQUAL_DB
 from qat_lightning.rehearsal.auto import Decision, decide
@@ -278,6 +279,7 @@ def sensitivity(
     decision = decide(mode, network, first, recipe_of, prefix=prefix) if mode == "auto" else Decision(mode)
     notes += [f"{decision.why}."] if decision.why else []
     recipe = recipe_of(decision.mode)
+    check_overrides_of({prefix: network}, recipe)
     check_globs(recipe, [f"{prefix}.{name}".strip(".") for name, _ in network.named_modules() if name])
     return Sensitivity(
         network,

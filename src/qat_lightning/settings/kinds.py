@@ -74,10 +74,11 @@ def check_kind(recipe: Recipe) -> None:
         raise CombinationError(
             f"kind={recipe.kind!r} is not there for mode={recipe.mode!r} and backend={recipe.backend!r}: {reason}."
         )
-    if recipe.kind == "dynamic":
-        _check_dynamic(recipe)
-    if recipe.kind in DIRECT:
-        _warn_of_unused(recipe)
+    for own in recipe.each:
+        if recipe.kind == "dynamic":
+            _check_dynamic(own)
+        if recipe.kind in DIRECT:
+            _warn_of_unused(own)
 
 
 def _check_dynamic(recipe: Recipe) -> None:

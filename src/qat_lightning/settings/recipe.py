@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from fnmatch import fnmatchcase
 from typing import Any, Literal, get_args
 
 from qat_lightning.errors import CheckpointMismatchError, CombinationError, ConfigurationError
 from qat_lightning.settings.backends import Backend, get_backend
+from qat_lightning.settings.overrides import lineage, matches
 from qat_lightning.settings.quantizers import QuantizerSource, backend_and_source
 from qat_lightning.settings.scheme import CALIBRATION_ONLY, Scheme
 
@@ -122,6 +123,7 @@ class Recipe:
         if not isinstance(self.rotation, bool):
             raise ConfigurationError(f"rotation={self.rotation!r} is not possible: use True or False.")
         self._check_scheme()
+        self._check_overrides()
         for name in ("include", "exclude"):
             globs = getattr(self, name)
             if isinstance(globs, str) or not all(isinstance(glob, str) and glob for glob in globs):
@@ -157,6 +159,46 @@ class Recipe:
                 "'none', or QuantizationAwareTraining."
             )
 
+    def _check_overrides(self) -> None:
+        """Check what layers have of their own as if all had it, and what only overrides can get wrong."""
+        for pattern, scheme in self.scheme.own():
+            try:
+                replace(self, scheme=scheme)
+                self._check_override(scheme)
+            except ConfigurationError as error:
+                raise type(error)(f"In scheme.overrides[{pattern!r}]: {error}") from error
+
+    def _check_override(self, own: Scheme) -> None:
+        whole = self.scheme
+        finer = own.weight_bits > whole.weight_bits or own.activation_bits > whole.activation_bits
+        if self.target.own_grids and finer:
+            raise ConfigurationError(
+                f"backend={self.backend!r} says itself which grids there are, and overrides can make one coarser than "
+                "the scheme does: give the scheme the most bits, and overrides fewer."
+            )
+        if self.mode == "pt2e" and own.weight_granularity == "per_channel" != whole.weight_granularity:
+            raise ConfigurationError(
+                "in mode='pt2e' the quantizer decides which channels have scales: use "
+                "scheme.weight_granularity='per_channel', and 'per_tensor' in overrides."
+            )
+
+    def of(self, name: str) -> Recipe:
+        """The recipe of one layer: with the scheme that it has, and no overrides.
+
+        Args:
+            name: Of the layer in the LightningModule.
+
+        Example:
+            >>> Recipe("fx", "x86", Scheme(overrides={"net.head": {"weight_bits": 4}})).of("net.head").weight_limits
+            (-7, 7)
+        """
+        return replace(self, scheme=self.scheme.of(name)) if self.scheme.overrides else self
+
+    @property
+    def each(self) -> tuple[Recipe, ...]:
+        """The recipe itself, and those of the layers that ``scheme.overrides`` quantizes otherwise."""
+        return self, *(replace(self, scheme=scheme) for _, scheme in self.scheme.own())
+
     @property
     def simulated(self) -> str:
         """Why no kernel of the backend can run this scheme; empty if one can.
@@ -169,6 +211,10 @@ class Recipe:
         """
         if self.kind not in ("qat", "static"):
             return ""
+        for pattern, scheme in self.scheme.own():
+            reason = replace(self, scheme=scheme).simulated
+            if reason:
+                return f"{reason} (scheme.overrides[{pattern!r}])"
         if self.scheme.activation_bits < 8:
             return f"int8 kernels clamp activations at 8 bits, and these have {self.scheme.activation_bits}"
         if self.scheme.activation_bits not in self.target.activation_bits:
@@ -218,14 +264,19 @@ class Recipe:
         return min(self.scheme.weight_quant_max, self.target.weight_limit)
 
     def selects(self, name: str) -> bool:
-        """Whether the module ``name`` is to be quantized: it or a parent of it is included, and none is excluded."""
-        parts = name.split(".")
-        lineage = [".".join(parts[: n + 1]) for n in range(len(parts))]
-        if any(left in lineage for left, _ in self.left_float):
+        """Whether the module ``name`` is to be quantized.
+
+        It or a parent of it is included, none is excluded, and the scheme's overrides do not leave it float.
+        """
+        if any(left in lineage(name) for left, _ in self.left_float) or self.scheme.leaves_float(name):
             return False
-        if any(fnmatchcase(part, glob) for glob in self.exclude for part in lineage):
+        return self.chooses(name)
+
+    def chooses(self, name: str) -> bool:
+        """Whether ``include`` and ``exclude`` select a module."""
+        if any(matches(glob, name) for glob in self.exclude):
             return False
-        return not self.include or any(fnmatchcase(part, glob) for glob in self.include for part in lineage)
+        return not self.include or any(matches(glob, name) for glob in self.include)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for a checkpoint."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal, cast, get_args
 
 from qat_lightning.errors import ConfigurationError
+from qat_lightning.settings.overrides import FLOAT, Overrides
 
 Granularity = Literal["per_channel", "per_tensor", "per_group"]
 ActivationGranularity = Literal["per_tensor", "per_token"]
@@ -59,6 +61,11 @@ class Scheme:
         learned_step: ``"lsq"``: scales are parameters that learn with the weights, once rounding is on
             (Esser et al., 2020, https://arxiv.org/abs/1902.08153); ``"lsq+"``: the zero points of affine activations
             as well (Bhalgat et al., 2020, https://arxiv.org/abs/2004.09576).
+        overrides: Layers with a scheme of their own: for each pattern of names, relative to the LightningModule as
+            ``exclude`` is, a mapping of `qat_lightning.settings.overrides.OF_A_LAYER`, or the word ``"float"``. A
+            pattern matches a layer by its name or by that of a module that it is in. The last pattern that matches
+            decides, alone: fields that it leaves out are those above. ``activation_bits`` are those of the layer's
+            output. None, as in a configuration, is none; the attribute is a mapping in any case.
 
     Raises:
         ConfigurationError: A value is outside what is listed here.
@@ -70,6 +77,9 @@ class Scheme:
         Traceback (most recent call last):
             ...
         qat_lightning.errors.ConfigurationError: scheme.weight_bits=1 is not possible: use an int from 2 to 8.
+        >>> scheme = Scheme(weight_bits=4, overrides={"net.head": {"weight_bits": 8}, "net.stem": "float"})
+        >>> scheme.of("net.head").weight_bits, scheme.of("net.blocks.0").weight_bits
+        (8, 4)
     """
 
     weight_bits: int = 8
@@ -84,6 +94,7 @@ class Scheme:
     averaging_constant: float = 0.01
     learned_step: LearnedStep = "none"
     activation_granularity: ActivationGranularity = "per_tensor"
+    overrides: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         """Refuse what cannot be."""
@@ -95,19 +106,52 @@ class Scheme:
         for flag in ("weight_symmetric", "activation_symmetric"):
             if not isinstance(getattr(self, flag), bool):
                 _refuse(flag, getattr(self, flag), "true or false")
-        for field, kind in _WORDS.items():
-            value, words = getattr(self, field), get_args(kind)
+        for name, kind in _WORDS.items():
+            value, words = getattr(self, name), get_args(kind)
             if not isinstance(value, str) or value not in words:
-                _refuse(field, value, " or ".join(map(repr, words)))
-        for field, highest, possible in (
+                _refuse(name, value, " or ".join(map(repr, words)))
+        for name, highest, possible in (
             ("averaging_constant", 1.0, "a number in (0, 1]"),
             ("activation_percentile", 100.0, "a number in (50, 100]"),
         ):
-            value = getattr(self, field)
+            value = getattr(self, name)
             lowest = 50.0 if highest == 100.0 else 0.0
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not lowest < value <= highest:
-                _refuse(field, value, possible)
+                _refuse(name, value, possible)
         self._check_group()
+        object.__setattr__(self, "overrides", Overrides.checked(self.overrides))
+        list(self.own())  # each is checked as it is made
+
+    def of(self, name: str) -> Scheme:
+        """The scheme of one layer: this one with the fields that ``overrides`` has for it, and without overrides.
+
+        Args:
+            name: Of the layer in the LightningModule; one that stays float has the scheme of those without overrides.
+        """
+        fields = self._overrides.of(name)
+        return replace(self, overrides=None, **({} if fields == FLOAT else fields))
+
+    def own(self) -> Iterator[tuple[str, Scheme]]:
+        """The patterns of layers that are quantized otherwise, each with the scheme that they have.
+
+        Raises:
+            ConfigurationError: A field has no such value; the message names the pattern.
+        """
+        for pattern, fields in self._overrides.items():
+            if fields == FLOAT:
+                continue
+            try:
+                yield pattern, replace(self, overrides=None, **fields)
+            except ConfigurationError as error:
+                raise ConfigurationError(f"In scheme.overrides[{pattern!r}]: {error}") from error
+
+    def leaves_float(self, name: str) -> bool:
+        """Whether ``overrides`` leaves a layer float, by its name in the LightningModule."""
+        return bool(self._overrides.of(name) == FLOAT)
+
+    @property
+    def _overrides(self) -> Overrides:
+        return cast("Overrides", self.overrides)
 
     def _check_group(self) -> None:
         size = self.weight_group_size
@@ -142,8 +186,10 @@ class Scheme:
         return self.weight_observer
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as plain values, as a checkpoint holds them."""
-        return asdict(self)
+        """The fields as plain values, as a checkpoint holds them; without overrides as before there were any."""
+        values = asdict(self)
+        overrides = dict(values.pop("overrides"))
+        return values | ({"overrides": overrides} if overrides else {})
 
 
 _WORDS: dict[str, Any] = {

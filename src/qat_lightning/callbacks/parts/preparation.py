@@ -26,6 +26,7 @@ from qat_lightning.errors import ConfigurationError, NetworkError
 from qat_lightning.graph.example import Example, check_example, examples_from_user, refuse_old_norms
 from qat_lightning.graph.training_flags import parts_keep_training
 from qat_lightning.modes.compiling import refuse_compile
+from qat_lightning.modes.layer_schemes import check_overrides_of
 from qat_lightning.modes.left_float import leave_float
 from qat_lightning.modes.prepared import prepared_state
 from qat_lightning.modes.registry import mode_for
@@ -72,6 +73,7 @@ class Preparation:
     ) -> dict[str, Decision]:
         """What is decided of each network: by the checkpoint, else by the first process for all of them."""
         settings = self.networks.settings
+        check_overrides_of({slot.prefix: slot.get() for slot in slots.values()}, settings.recipe)
         state = peek(checkpoint_to_restore(trainer))
         kept = {name: decision_in(state, slot.prefix) for name, slot in slots.items()}
         found = {name: d for name, d in kept.items() if d is not None and settings.mode in ("auto", d.mode)}

@@ -38,6 +38,7 @@ from qat_lightning.modes.eager.make import make_int8
 from qat_lightning.modes.eager.observation import CHAIN_TYPES, HEAD_TYPES, Observation, observe, run_apart
 from qat_lightning.modes.eager.outputs import plain_outputs
 from qat_lightning.modes.eager.tables import fill_tables, find_tables, make_integer, round_tables, rounded_tables
+from qat_lightning.modes.layer_schemes import give_layers_their_grids
 from qat_lightning.modes.left_float import follow_checkpoints, leave_weights_float, with_reasons
 from qat_lightning.modes.other_quantization import refuse_other_quantization
 from qat_lightning.modes.precision import refuse_mixed
@@ -47,6 +48,7 @@ from qat_lightning.modes.prepared import (
     cpu_copy,
     follow_course,
     is_prepared,
+    materialize_weights,
     prepared_state,
     refuse_simulated,
     set_phase,
@@ -117,9 +119,12 @@ class EagerMode:
             "chains": [chain.to_dict() for chain in chains],
             "float": reasons,
             "functions": float_functions(observation),
+            "prefix": prefix,
             "tables": [[name, type(float_network.get_submodule(name)).__name__] for name in tables],
         }
         network._quantization = PreparedState(self, recipe, float_network, prefix=prefix, plan=plan)
+        give_layers_their_grids(network)
+        materialize_weights(network)
         follow_course(network)
         take_forwards_as_a_whole(network, observation)
         follow_checkpoints(network)
@@ -204,7 +209,7 @@ class EagerMode:
         for name, kind in plan.get("tables", ()):
             if type(modules.get(name)).__name__ != kind or why_float(modules[name]):
                 raise _other_network(network, f"an {kind} at {name!r}")
-            make_integer(modules[name], recipe)
+            make_integer(modules[name], recipe.of(join(plan.get("prefix", ""), name)))
         for attention in opened:
             attention.drop_parameters()
         for parameter in network.parameters():
@@ -271,7 +276,6 @@ def _make_head(modules: dict[str, nn.Module], chain: Chain, recipe: Recipe) -> N
     head.weight_fake_quant = qconfig.weight()
     head.input_fake_quant = qconfig.activation()
     head.output_fake_quant = qconfig.activation()
-    head.weight_fake_quant.materialize(head.kernel()[0])
     if chain.calls > 1:
         later = [Grids(number, qconfig.activation(), qconfig.activation()) for number in range(1, chain.calls)]
         head.add_module(LATER, nn.ModuleList(later))

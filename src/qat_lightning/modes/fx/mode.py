@@ -51,6 +51,7 @@ from qat_lightning.modes.fx.weights import (
     set_aside,
 )
 from qat_lightning.modes.graph_network import GraphNetwork
+from qat_lightning.modes.layer_schemes import give_layers_their_grids
 from qat_lightning.modes.left_float import follow_checkpoints, leave_weights_float, with_reasons
 from qat_lightning.modes.other_quantization import forget_qconfigs, refuse_other_quantization
 from qat_lightning.modes.precision import refuse_mixed
@@ -140,9 +141,10 @@ class FxMode:
         result.give_sizes(sizes, SharedLayers())
         restore_children(result, hidden.originals, parameters, float_network)
         make_batchnorm_freezable(result)
+        result._quantization = PreparedState(self, recipe, float_network, prefix=prefix, plan=plan)
+        give_layers_their_grids(result)
         materialize_weights(result)
         materialize_weights_of_functions(result, result.graph)
-        result._quantization = PreparedState(self, recipe, float_network, prefix=prefix, plan=plan)
         follow_course(result)
         follow_checkpoints(result)
         follow_earlier_checkpoints(result)

@@ -13,6 +13,7 @@ from qat_lightning.graph.example import Example, in_float32
 from qat_lightning.modes.captured_once import captured
 from qat_lightning.modes.checkpointing import refuse_checkpoints
 from qat_lightning.modes.coverage import float_run, layers_with_macs, report
+from qat_lightning.modes.layer_schemes import give_layers_their_grids
 from qat_lightning.modes.left_float import follow_checkpoints, leave_weights_float, weighted_layers, with_reasons
 from qat_lightning.modes.other_quantization import refuse_other_quantization
 from qat_lightning.modes.precision import refuse_mixed, refuse_other_precision
@@ -76,9 +77,10 @@ class Pt2eMode:
         root = adopt(network, prepared)
         plan = Plan(copy.deepcopy(prepared.graph), dict(prepared.meta), folded, {}, spec)
         plan.weights = weight_quantizers(root, plan.graph)
-        visit_weights(fx.GraphModule(root, copy.deepcopy(plan.graph)), FakeQuantize.materialize)
         result = ExportedNetwork(root, training_graph(root, plan), spec)
         result._quantization = PreparedState(self, recipe, float_network, prefix=prefix, plan=plan)
+        give_layers_their_grids(result)
+        visit_weights(fx.GraphModule(result, copy.deepcopy(plan.graph)), FakeQuantize.materialize)
         if recipe.quantizer is not None:
             result._quantization.grids = {name: str(fq.grid) for name, fq in fake_quantizers(result)}
         follow_course(result)

@@ -26,6 +26,7 @@ from torchao.quantization.pt2e.quantizer import (
 from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY
 
 from qat_lightning.errors import ConfigurationError
+from qat_lightning.modes.layer_schemes import coarser
 from qat_lightning.modes.pt2e.dtypes import leave_unselected
 from qat_lightning.modes.pt2e.quantizers import Constructor
 from qat_lightning.modes.qconfig import activation_settings, weight_settings
@@ -163,10 +164,8 @@ def _narrowed(spec: QuantizationSpec, constant: bool, recipe: Recipe) -> Quantiz
     scheme, limits = recipe.scheme, _limits(spec)
     qscheme = spec.qscheme if spec.qscheme is not None else torch.per_tensor_affine
     bits = scheme.weight_bits if constant else scheme.activation_bits
-    if bits < 8:
-        half = 2 ** (bits - 1)
-        low, high = (0, 2 * half - 1) if limits["quant_min"] == 0 else (1 - half if constant else -half, half - 1)
-        limits = {"quant_min": max(limits["quant_min"], low), "quant_max": min(limits["quant_max"], high)}
+    low, high = coarser(limits["quant_min"], limits["quant_max"], bits, is_weight=constant)
+    limits = {"quant_min": low, "quant_max": high}
     if constant and not scheme.per_channel and qscheme in _PER_CHANNEL:
         symmetric = qscheme is torch.per_channel_symmetric
         qscheme = torch.per_tensor_symmetric if symmetric else torch.per_tensor_affine

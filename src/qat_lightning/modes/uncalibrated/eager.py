@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from qat_lightning.errors import CheckpointMismatchError
 from qat_lightning.graph.example import Example
+from qat_lightning.graph.scopes import join
 from qat_lightning.layers.adapters import inner_of
 from qat_lightning.layers.integer import IntegerLayer, integer_layer, why_not
 from qat_lightning.layers.operators import WEIGHTED
@@ -41,7 +42,7 @@ def quantize_eager(
     coverage = cover(original, recipe, prefix)
     refuse_nothing(original, coverage, recipe)
     chosen = [row.name for row in coverage if row.quantized]
-    plan = {"layers": [[name, type(original.get_submodule(name)).__name__] for name in chosen]}
+    plan = {"layers": [[name, type(original.get_submodule(name)).__name__] for name in chosen], "prefix": prefix}
     integer = skeleton(original, plan, recipe, shares)
     actual, calls = run_integer(integer, example)
     names = Names(prefix, {name for name, _ in original.named_modules()})
@@ -70,20 +71,22 @@ def skeleton(network: nn.Module, plan: Mapping[str, Any], recipe: Recipe, shares
     without_fast_paths(network)
     modules = dict(network.named_modules(remove_duplicate=False))
     made: dict[nn.Module, IntegerLayer] = {}
+    prefix = plan.get("prefix", "")
     for name, kind in plan["layers"]:
-        if name not in modules or type(modules[name]).__name__ != kind or why_not(modules[name], recipe):
+        own = recipe.of(join(prefix, name))
+        if name not in modules or type(modules[name]).__name__ != kind or why_not(modules[name], own):
             raise CheckpointMismatchError(
                 f"{type(network).__name__} is not the network that was quantized: it should have a {kind} at {name!r}. "
                 "Give the float network as its code makes it, with the arguments of then."
             )
-        made[modules[name]] = integer_layer(modules[name], recipe, (shares or {}).get(name))
+        made[modules[name]] = integer_layer(modules[name], own, (shares or {}).get(name))
     for name, module in modules.items():
         # A layer under several names becomes one layer under the same names.
         if module in made and name:
             parent, _, leaf = name.rpartition(".")
             modules[parent]._modules[leaf] = made[module]
     network = made.get(network, network)
-    network.__dict__["quantization_plan"] = {"layers": [list(row) for row in plan["layers"]]}
+    network.__dict__["quantization_plan"] = {"layers": [list(row) for row in plan["layers"]], "prefix": prefix}
     return network
 
 
@@ -102,7 +105,8 @@ def cover(network: nn.Module, recipe: Recipe, prefix: str) -> list[LayerCoverage
             continue
         if isinstance(module, nn.MultiheadAttention):
             inside.append(f"{name}." if name else "")
-        full = f"{prefix}.{name}" if prefix and name else prefix or name
-        reason = EXCLUDED if not recipe.selects(full) else why_beside(network, name) or why_not(module, recipe)
+        full = join(prefix, name)
+        own = recipe.of(full)
+        reason = EXCLUDED if not recipe.selects(full) else why_beside(network, name) or why_not(module, own)
         rows.append(LayerCoverage(name, type(module).__name__, not reason, reason))
     return rows

@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 
 from qat_lightning.errors import NetworkError
 from qat_lightning.graph.example import Example
+from qat_lightning.graph.scopes import join
 from qat_lightning.layers.integer import integer_layer
 from qat_lightning.layers.transformer import written_out
 from qat_lightning.modes.coverage import float_run
@@ -37,7 +38,7 @@ def quantize_fx(network: nn.Module, example: Example, recipe: Recipe, *, prefix:
     """See `qat_lightning.modes.uncalibrated.quantize`."""
     original = float_copy(network)
     expected = run_float(original, example)
-    selected = {name: recipe.selects(_join(prefix, name)) for name, _ in original.named_modules() if name}
+    selected = {name: recipe.selects(join(prefix, name)) for name, _ in original.named_modules() if name}
     with written_out(original, lambda name: False):  # attention is one integer layer
         graph_module, sizes = trace_evaluation(original, example, outer_parts(original, selected))
     used = float_run(original, example).used
@@ -50,10 +51,12 @@ def quantize_fx(network: nn.Module, example: Example, recipe: Recipe, *, prefix:
         refuse_nothing(original, coverage, recipe)
     for row in coverage:
         if row.quantized:
-            _put(graph_module, row.name, integer_layer(original.get_submodule(row.name), recipe, shares.get(row.name)))
+            own = recipe.of(join(prefix, row.name))
+            _put(graph_module, row.name, integer_layer(original.get_submodule(row.name), own, shares.get(row.name)))
     for node in functional:
         traced = _traced_through(node, graph_module.graph)
-        made = _replace_function(graph_module, node, recipe)
+        weight = str(_linear_arguments(node)["weight"].target)
+        made = _replace_function(graph_module, node, recipe.of(join(prefix, weight)))
         rows = [row.name for row in coverage]
         if traced in rows:
             coverage[rows.index(traced)] = replace(coverage[rows.index(traced)], quantized=True, reason="")
@@ -113,10 +116,6 @@ class QuantizesAgain:
         return type(None), ()
 
 
-def _join(prefix: str, name: str) -> str:
-    return f"{prefix}.{name}" if prefix and name else prefix or name
-
-
 def _in_graph(row: LayerCoverage, graph: fx.Graph, used: set[str]) -> LayerCoverage:
     """Keep a layer float that the graph does not call, or whose weight it reads itself."""
     called = [str(node.target) for node in graph.find_nodes(op="call_module")]
@@ -151,7 +150,7 @@ def _linear_functions(graph_module: fx.GraphModule, recipe: Recipe, prefix: str)
         attributes = [part for part in (weight, bias) if part is not None]
         if not all(isinstance(part, fx.Node) and part.op == "get_attr" for part in attributes) or weight is None:
             continue
-        if recipe.selects(_join(prefix, str(weight.target))):
+        if recipe.selects(join(prefix, str(weight.target))):
             found.append(node)
     return found
 

@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 from qat_lightning.checks import LayerCheck, WholeCheck
 from qat_lightning.errors import ConversionError
 from qat_lightning.graph.example import Example
-from qat_lightning.graph.scopes import scope_of
+from qat_lightning.graph.scopes import join, scope_of
 from qat_lightning.graph.signature import CallSpec
 from qat_lightning.layers.integer import lacks_kernel
 from qat_lightning.layers.integer.weight_only import weights_of
@@ -73,10 +73,14 @@ def quantize_pt2e(
     evaluate(graph_module.graph)
     uses = _uses(original, graph_module, coverage, recipe)
     chosen = {f"{layer}.{name}" if layer else name: share for layer, of in shares.items() for name, share in of.items()}
+
+    def grid_of(use: _Use) -> WeightGrid:
+        return WeightGrid.of(recipe.of(join(prefix, use.layer)))
+
     if recipe.kind == "dynamic":
-        done = _make_dynamic(graph_module, uses, recipe, chosen)
+        done = _make_dynamic(graph_module, uses, recipe.target, grid_of, chosen)
     else:
-        done = _make_weight_only(graph_module, uses, WeightGrid.of(recipe), chosen)
+        done = _make_weight_only(graph_module, uses, grid_of, chosen)
     used = {use.name for found in uses.values() for use in found}
     coverage = [_after(row, original, used, done, recipe) for row in coverage]
     refuse_nothing(original, coverage, recipe)
@@ -129,6 +133,9 @@ class _Use:
 Uses = dict[fx.Node, list[_Use]]
 """For each node that reads a weight what computes with it."""
 
+GridOf = Callable[[_Use], WeightGrid]
+"""The grid that the weight of a layer is put on."""
+
 
 def _uses(network: nn.Module, graph_module: fx.GraphModule, coverage: list[LayerCoverage], recipe: Recipe) -> Uses:
     owners: dict[int, list[tuple[LayerCoverage, str]]] = {}
@@ -176,16 +183,17 @@ Done = dict[str, list[tuple[fx.Node, Any]]]
 """For each full name of a weight the nodes to check, and what their values are compared with."""
 
 
-def _make_dynamic(graph_module: fx.GraphModule, uses: Uses, recipe: Recipe, shares: Mapping[str, Tensor]) -> Done:
-    grid = WeightGrid.of(recipe)
-    low, high = recipe.target.activation_limits
-    limits = (low, high, recipe.target.activation_dtype)
+def _make_dynamic(
+    graph_module: fx.GraphModule, uses: Uses, target: Backend, grid_of: GridOf, shares: Mapping[str, Tensor]
+) -> Done:
+    limits = (*target.activation_limits, target.activation_dtype)
     done: Done = {}
     for node, found in uses.items():
         for linear in dict.fromkeys(use.node for use in found if use.wanted):
             if linear.target is not aten.linear.default or linear.args[1] is not node or _value_dims(linear) == 1:
                 continue
-            names = [use.name for use in found if use.node is linear and use.wanted]
+            of_linear = [use for use in found if use.node is linear and use.wanted]
+            names, grid = [use.name for use in of_linear], grid_of(of_linear[0])
             integers, scales, _ = quantize_rows(_value(graph_module, node), grid, shares.get(names[0]))
             quantized = (integers, scales[:, 0].clone())
             with graph_module.graph.inserting_before(linear):
@@ -226,14 +234,14 @@ def _rounded(graph: fx.Graph, source: Any, limits: tuple[int, int, torch.dtype])
     return graph.call_function(ops.dequantize_per_tensor.tensor, (integers, *grid))
 
 
-def _make_weight_only(graph_module: fx.GraphModule, uses: Uses, grid: WeightGrid, shares: Mapping[str, Tensor]) -> Done:
+def _make_weight_only(graph_module: fx.GraphModule, uses: Uses, grid_of: GridOf, shares: Mapping[str, Tensor]) -> Done:
     done: Done = {}
     for node, found in uses.items():
         chosen = [use for use in found if use.wanted]
         if not chosen:
             continue
         weight: Tensor = _value(graph_module, node)
-        groups = chosen[0].transposed_groups
+        groups, grid = chosen[0].transposed_groups, grid_of(chosen[0])
         rows = weight_rows(weight, groups)
         integers, scales, zero_points = quantize_rows(rows, grid, shares.get(chosen[0].name))
         stored = store(integers, grid)

@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_map
 
 from qat_lightning.errors import NetworkError, VerificationError
 from qat_lightning.graph.example import Example, in_float32
+from qat_lightning.graph.scopes import join
 from qat_lightning.graph.training_flags import evaluating
 from qat_lightning.layers.adapters import take_over_choice
 from qat_lightning.layers.operators import module_types
@@ -70,7 +71,7 @@ class DirectMode:
         make_batchnorm_freezable(network)
         for row in rows:
             if row.quantized:
-                round_trained(trained_layer(network, row.name), recipe)
+                round_trained(trained_layer(network, row.name), recipe.of(join(prefix, row.name)))
         network._quantization = PreparedState(self, recipe, float_network, prefix=prefix)
         follow_course(network)
         follow_checkpoints(network)

@@ -1,0 +1,132 @@
+"""Layers with a scheme of their own, by patterns of their names: pure values, checked when they are made."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+from qat_lightning.errors import ConfigurationError
+
+FLOAT = "float"
+"""What stands in the place of fields for layers that stay float."""
+
+OF_A_LAYER = (
+    "weight_bits",
+    "weight_symmetric",
+    "weight_granularity",
+    "weight_group_size",
+    "weight_observer",
+    "activation_bits",
+)
+"""The fields of a `Scheme` that a single layer can have otherwise than the network."""
+
+_POSSIBLE = (
+    "a mapping of patterns of layers' names to fields of a Scheme or to the word 'float', such as "
+    "{'net.head': {'weight_bits': 8}, 'net.stem': 'float'}"
+)
+
+
+class Overrides(dict[str, Any]):
+    """For each pattern the fields that layers of such names have otherwise, or `FLOAT`.
+
+    The last pattern that matches a layer decides, alone. So the order is part of what this is: two with the same
+    patterns in another order differ.
+
+    Example:
+        >>> overrides = Overrides.checked({"net.blocks.*": {"weight_bits": 4}, "net.blocks.0": "float"})
+        >>> overrides.of("net.blocks.0.conv"), overrides.of("net.blocks.1"), overrides.of("net.head")
+        ('float', {'weight_bits': 4}, {})
+    """
+
+    @classmethod
+    def checked(cls, value: Any) -> Overrides:
+        """A mapping of any kind, such as OmegaConf's, as plain values; None is an empty one, as in a configuration.
+
+        Raises:
+            ConfigurationError: It is no such mapping, or a field is none that a layer can have of its own.
+        """
+        value = {} if value is None else value
+        if not isinstance(value, Mapping):
+            raise ConfigurationError(f"scheme.overrides={value!r} is not possible: use {_POSSIBLE}.")
+        found = cls()
+        for pattern, fields in value.items():
+            if not isinstance(pattern, str) or not pattern:
+                raise ConfigurationError(
+                    f"scheme.overrides has the pattern {pattern!r}, which is no name: use {_POSSIBLE}."
+                )
+            found[pattern] = _fields(pattern, fields)
+        return found
+
+    def of(self, name: str) -> Any:
+        """The fields that a layer has of its own, perhaps none, or `FLOAT`: those of the last pattern that matches."""
+        found: Any = {}
+        for pattern, fields in self.items():
+            if matches(pattern, name):
+                found = fields
+        return found
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Mapping) and list(self.items()) == list(other.items())
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(repr(self))
+
+
+def _fields(pattern: str, fields: Any) -> Any:
+    if fields == FLOAT:
+        return FLOAT
+    if not isinstance(fields, Mapping) or not fields:
+        raise ConfigurationError(
+            f"scheme.overrides[{pattern!r}]={fields!r} is not possible: use the word 'float', or a mapping of "
+            f"{', '.join(OF_A_LAYER)}."
+        )
+    for field in fields:
+        if field in OF_A_LAYER:
+            continue
+        near = difflib.get_close_matches(str(field), OF_A_LAYER, 1)
+        instead = f"did you mean {near[0]!r}?" if near else "or set it for the whole network, outside of overrides."
+        raise ConfigurationError(
+            f"scheme.overrides[{pattern!r}] has {field!r}, which a single layer cannot have of its own: use "
+            f"{', '.join(OF_A_LAYER)}; {instead}"
+        )
+    return dict(fields)
+
+
+def lineage(name: str) -> list[str]:
+    """A module and what it is in, by their names, the outermost first.
+
+    Example:
+        >>> lineage("net.head.fc")
+        ['net', 'net.head', 'net.head.fc']
+    """
+    parts = name.split(".")
+    return [".".join(parts[: n + 1]) for n in range(len(parts))]
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether a glob matches a module or something that it is in.
+
+    Example:
+        >>> matches("net.he*", "net.head.fc"), matches("fc", "net.head.fc")
+        (True, False)
+    """
+    return any(fnmatchcase(part, pattern) for part in lineage(name))
+
+
+def unmatched(overrides: Mapping[str, Any], layers: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
+    """The patterns that match none of some layers, each with the names of layers that are near it.
+
+    Example:
+        >>> list(unmatched({"net.haed": "float", "net.*": "float"}, ["net.stem", "net.head"]))
+        [('net.haed', ['net.head'])]
+    """
+    for pattern in overrides:
+        if not any(matches(pattern, layer) for layer in layers):
+            ends = [layer for layer in layers if fnmatchcase(layer, f"*.{pattern}")]
+            known = [*layers, *{outer for layer in layers for outer in lineage(layer)[:-1]}]
+            yield pattern, (ends or difflib.get_close_matches(pattern, known, 3, 0.75))[:3]

@@ -117,5 +117,12 @@ docs: $(DOCS_STAMP)
 tutorials: env
 	$(BIN)/python docs/tutorials/execute.py $(if $(ARGS),$(ARGS),docs/tutorials/*.ipynb)
 
+# Wheel and sdist in dist/, checked as an index checks them, and installed and tried in an environment without the checkout.
+package: env $(DOCS_STAMP)
+	rm -rf dist
+	$(DOCS_VENV)/bin/python -m build --outdir dist
+	$(DOCS_VENV)/bin/twine check --strict dist/*
+	$(BIN)/python -m pytest -n 0 -m "slow or not slow" tests/test_packaging.py
+
 clean:
 	rm -rf $(VENV) .venv-torch-* $(DOCS_VENV) build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -29,7 +29,7 @@ ROOMS = (
     ("sweep",),
     ("sensitivity",),
     ("compare",),
-    ("_moved", "conf", ""),
+    ("_moved", "conf", "__main__", ""),
 )
 """From the ground up: a room imports from those before it, and from itself."""
 

@@ -1,7 +1,13 @@
 """The lock, the ranges and the wheel go together."""
 
+import os
+import re
+import shutil
 import subprocess
 import sys
+import sysconfig
+import tarfile
+import venv
 import zipfile
 from itertools import chain
 from pathlib import Path
@@ -55,23 +61,144 @@ def test_all_names_every_extra():
     assert everything.extras == EXTRAS.keys() - {"all"} - APART
 
 
-@pytest.mark.slow
-def test_the_wheel_holds_the_package_and_its_data_and_nothing_else(tmp_path):
-    sources = tmp_path / "sources"
-    # a build writes next to its sources, so it is given a copy
+def built(folder: Path, kind: str) -> Path:
+    """The wheel or the sdist, made from a copy of what is tracked, since a build writes next to its sources."""
+    sources = folder / "sources"
     tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
     for name in filter(None, tracked.split("\0")):
         (sources / name).parent.mkdir(parents=True, exist_ok=True)
         (sources / name).write_bytes((ROOT / name).read_bytes())
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
-    subprocess.run([*command, "--wheel-dir", str(tmp_path), str(sources)], check=True)
-    (wheel,) = tmp_path.glob("*.whl")
+    program = f"import setuptools.build_meta as b; print(b.build_{kind}(r'{folder}'))"
+    made = subprocess.run([sys.executable, "-c", program], cwd=sources, check=True, capture_output=True, text=True)
+    return folder / made.stdout.splitlines()[-1]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return built(tmp_path_factory.mktemp("wheel"), "wheel")
+
+
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return built(tmp_path_factory.mktemp("sdist"), "sdist")
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An environment with the wheel: the dependencies are those of this one, this package is not."""
+    folder = tmp_path_factory.mktemp("installed")
+    venv.create(folder / "venv")
+    python = folder / "venv" / "bin" / "python"
+    (site,) = (folder / "venv" / "lib").glob("python*/site-packages")
+    (site / "dependencies.pth").write_text(sysconfig.get_path("purelib"))  # not its .pth files: no editable install
+    pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-deps", "--no-index"]
+    subprocess.run([*pip, str(wheel)], check=True)
+    return folder
+
+
+def in_it(installed: Path, *command: str) -> str:
+    """What a command of that environment prints, outside of the checkout."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    program = [str(installed / "venv" / "bin" / command[0]), *command[1:]]
+    done = subprocess.run(program, cwd=installed, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_the_package_and_its_data_and_nothing_else(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         packed = {name for name in archive.namelist() if ".dist-info/" not in name}
-    package = sources / "src"
+    package = wheel.parent / "sources" / "src"
     expected = {
         path.relative_to(package).as_posix()
         for path in (package / "qat_lightning").rglob("*")
         if path.suffix in {".py", ".yaml", ".html", ".css", ".js"} or path.name == "py.typed"
     }
     assert packed == expected
+
+
+@pytest.mark.slow
+def test_the_sdist_holds_what_the_wheel_is_built_from(sdist: Path) -> None:
+    with tarfile.open(sdist) as archive:
+        packed = {name.partition("/")[2] for name in archive.getnames()}
+    assert {
+        "pyproject.toml",
+        "README.md",
+        "LICENSE",
+        "CHANGELOG.md",
+        "src/qat_lightning/conf/quantization/qat.yaml",
+    } <= packed
+    assert not {name for name in packed if name.startswith(("tests", "benchmarks", "docs"))}
+
+
+TWINE = shutil.which("twine", path=f"{ROOT / '.venv-docs' / 'bin'}{os.pathsep}{os.environ['PATH']}")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(TWINE is None, reason="make docs installs twine")
+def test_an_index_accepts_wheel_and_sdist(wheel: Path, sdist: Path) -> None:
+    done = subprocess.run([str(TWINE), "check", "--strict", str(wheel), str(sdist)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.slow
+def test_the_installed_package_is_imported_from_where_it_is_installed(installed: Path) -> None:
+    shown = in_it(installed, "python", "-c", "import qat_lightning; print(qat_lightning.__file__)")
+    assert Path(shown.strip()).is_relative_to(installed)
+
+
+@pytest.mark.slow
+def test_the_installed_command_lists_every_packaged_configuration(installed: Path) -> None:
+    shown = in_it(installed, "qat-lightning", "configs")
+    options = {path.stem for path in (ROOT / "src/qat_lightning/conf/quantization").glob("*.yaml")}
+    assert options <= set(re.findall(r"^ (\w+) ", shown, re.MULTILINE))
+    assert "--max-drop" in in_it(installed, "qat-lightning", "compare", "--help")
+    assert "--max-drop" in in_it(installed, "qat-lightning", "sensitivity", "--help")
+
+
+APP = """
+import hydra
+import torch
+from lightning import LightningModule, Trainer
+from lightning.pytorch.loggers import CSVLogger
+from torch import nn
+from qat_lightning import load_quantized
+
+class Net(LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2))
+    def training_step(self, batch, batch_idx):
+        return self.net(batch).pow(2).mean()
+    def test_step(self, batch, batch_idx):
+        self.log("test/loss", self.net(batch).pow(2).mean())
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+@hydra.main(version_base="1.3", config_path=".", config_name="app")
+def main(cfg):
+    torch.manual_seed(cfg.seed)
+    qat = hydra.utils.instantiate(cfg.quantization)
+    data, folder = torch.randn(16, 8).split(4), hydra.core.hydra_config.HydraConfig.get().runtime.output_dir
+    trainer = Trainer(max_epochs=2, callbacks=[qat], logger=CSVLogger(folder), enable_checkpointing=False)
+    model = Net()
+    trainer.fit(model, data)
+    trainer.test(model, data)
+    qat.save(f"{folder}/model.int8")
+    print(load_quantized(f"{folder}/model.int8")(torch.randn(3, 8)).shape)
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+@pytest.mark.slow
+def test_an_app_uses_the_installed_group_and_its_runs_are_compared(installed: Path) -> None:
+    (installed / "app.yaml").write_text("hydra:\n  searchpath: [pkg://qat_lightning.conf]\nseed: 0\n")
+    (installed / "app.py").write_text(APP)
+    shown = in_it(installed, "python", "app.py", "-m", "+quantization=fx_x86,eager_x86", "hydra.sweep.dir=multirun/one")
+    assert shown.count("torch.Size([3, 2])") == 2
+    table = in_it(installed, "qat-lightning", "compare", "multirun/one", "--metric", "test/loss")
+    assert "eager" in table
+    assert "fx" in table

@@ -1,7 +1,7 @@
 """Runs notebooks and stores what their cells print: python docs/tutorials/execute.py docs/tutorials/*.ipynb.
 
-It needs no Jupyter. Each notebook runs in its own process, in an empty folder. Standard output and the value of a cell's
-last expression are stored; warnings and logs, which go to standard error, are not.
+It needs no Jupyter. Each notebook runs in its own process, in an empty folder. Standard output and the value of a
+cell's last expression are stored; warnings and logs, which go to standard error, are not.
 """
 
 from __future__ import annotations

@@ -180,7 +180,8 @@ class Net(LightningModule):
 def main(cfg):
     torch.manual_seed(cfg.seed)
     qat = hydra.utils.instantiate(cfg.quantization)
-    data, folder = torch.randn(16, 8).split(4), hydra.core.hydra_config.HydraConfig.get().runtime.output_dir
+    data = torch.utils.data.DataLoader(torch.randn(16, 8), batch_size=4)
+    folder = hydra.core.hydra_config.HydraConfig.get().runtime.output_dir
     trainer = Trainer(max_epochs=2, callbacks=[qat], logger=CSVLogger(folder), enable_checkpointing=False)
     model = Net()
     trainer.fit(model, data)

@@ -223,7 +223,7 @@ def run_resumed(kind: str, folder: Path) -> dict[str, Any]:
         ckpt = folder / kind / saved / f"step={step}.ckpt"
         _, module, callback = fit(make, strategy(), ckpt=ckpt, seed=3, **settings)
         found[f"{saved} to {way}, {step}"] = same(module, callback)
-        assert callback.float_source == "the weights before step 2, when rounding came on"
+        assert callback.float_source == "the weights before step 2, when fake-quantization was enabled"
     torch.manual_seed(5)
     module, callback = ShardedLanguage(), qat(**settings)
     ckpt = folder / kind / "sharded" / "step=8.ckpt"

@@ -63,7 +63,7 @@ class Fitted:
         self.snapshot = Snapshot()
         self.module = Lit()
         self.callback = qat(mode, **{"start": {"step": 5}, "freeze_observers": {"step": 7}} | settings)
-        # The snapshot first: it sees the step before rounding comes on.
+        # The snapshot first: it sees the step before fake-quantization is enabled.
         self.trainer = trainer(self.snapshot, self.callback)
         self.trainer.fit(self.module, loader(), loader())
 
@@ -359,7 +359,7 @@ def test_without_conversion_tests_run_fake_quant() -> None:
 
 def test_testing_what_was_never_fitted_says_so() -> None:
     module, callback = Lit(), qat()
-    with pytest.warns(UserWarning, match="no range was ever observed"):
+    with pytest.warns(UserWarning, match="no range was observed"):
         trainer(callback).test(module, loader(), verbose=False)
 
 

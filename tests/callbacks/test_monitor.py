@@ -342,14 +342,14 @@ def test_of_kinds_without_fake_quant_it_says_so_once(kind: str) -> None:
 def test_data_that_can_be_gone_through_only_once_is_said_to_be() -> None:
     monitor = QuantizationMonitor()
     ptq = PostTrainingQuantization(calibration_dataloader=iter(list(loader())))
-    with pytest.warns(UserWarning, match="gave no batch a second time"):
+    with pytest.warns(UserWarning, match="could not be read a second time"):
         trainer(ptq, monitor).test(Lit(), loader(), verbose=False)
     assert monitor.layers == []
 
 
 def test_without_a_quantized_network_it_says_so() -> None:
     monitor = QuantizationMonitor()
-    with pytest.warns(UserWarning, match="QuantizationMonitor has nothing to look at"):
+    with pytest.warns(UserWarning, match="QuantizationMonitor has nothing to measure"):
         trainer(monitor).fit(Lit(), loader())
     assert monitor.layers == []
 

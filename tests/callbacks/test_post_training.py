@@ -194,7 +194,7 @@ def test_every_observer_reaches_the_accuracy(observer: Any) -> None:
 
 
 def test_a_simulated_scheme_tests_fake_quant_and_says_so() -> None:
-    with pytest.warns(UserWarning, match="No int8 network is made: int8 kernels clamp activations at 8 bits"):
+    with pytest.warns(UserWarning, match="There is no int8 network: int8 kernels clamp activations at 8 bits"):
         module, ptq, run = _fit("fx", scheme=Scheme(activation_bits=6))
     assert ptq.variants == ("float", "fake_quant")
     assert run.test(module, loader(), verbose=False)[0]["test/acc"] > 0.8

@@ -239,7 +239,7 @@ def test_a_checkpoint_of_another_network_is_refused_by_its_keys(tmp_path: Path) 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_the_ranges_of_a_checkpoint_are_the_ones_in_use(mode: str, tmp_path: Path) -> None:
-    """Loaded strictly, and rounding is on at once: no first step with ranges of nothing."""
+    """Loaded strictly, and fake-quantization is enabled at once: no first step with ranges of nothing."""
     _, module, _ = fit(mode, every_step(tmp_path), enable_checkpointing=True, max_steps=5)
     again = Decaying()
     trainer(qat(mode)).validate(again, loader(), ckpt_path=str(tmp_path / "step=5.ckpt"), verbose=False)

@@ -94,7 +94,7 @@ def test_the_last_word_is_the_module_own() -> None:
 def test_a_logger_that_refuses_costs_a_warning_and_no_training() -> None:
     loggers = [Kept(ValueError("no slashes")), Kept()]
     qat = QuantizationAwareTraining()
-    with pytest.warns(UserWarning, match=r"Kept did not take the settings .*ValueError: no slashes"):
+    with pytest.warns(UserWarning, match=r"Kept did not accept the settings .*ValueError: no slashes"):
         trainer(qat, logger=loggers).fit(Lit(), loader())
     assert qat.quantized is not None
     assert loggers[1].params["quantization/mode"] == "fx"

@@ -58,6 +58,6 @@ class Refuses(Kept):
 def test_a_logger_that_refuses_costs_a_warning_and_not_the_test() -> None:
     model = Lit()
     ptq = PostTrainingQuantization(calibration_batches=1, calibration_dataloader=loader())
-    with pytest.warns(UserWarning, match=r"Refuses did not take int8/test.*no slashes"):
+    with pytest.warns(UserWarning, match=r"Refuses did not accept int8/test.*no slashes"):
         (result,) = trainer(ptq, logger=Refuses()).test(model, loader())
     assert "test/acc" in result

@@ -144,7 +144,7 @@ def test_the_float_variant_has_the_adapters_of_before() -> None:
     callback.use_variant("float")
     assert run.test(module, batches(), verbose=False) == expected
     module.network.base_model.model.get_submodule(QUERY).base_layer.weight.requires_grad_(True)
-    with pytest.raises(ConfigurationError, match="was frozen when rounding came on"):
+    with pytest.raises(ConfigurationError, match="was frozen when fake-quantization was enabled"):
         run.test(module, batches(), verbose=False)
 
 

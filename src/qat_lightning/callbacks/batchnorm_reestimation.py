@@ -71,4 +71,4 @@ class BatchNormReestimation(Callback):
         # Outside: what ran in steps puts every buffer back.
         for statistics in found.values():
             statistics.apply()
-        rank_zero_info(f"BatchNorm statistics were estimated anew on {count} batches.")
+        rank_zero_info(f"BatchNorm statistics were re-estimated on {count} batches.")

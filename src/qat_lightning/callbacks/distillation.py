@@ -34,29 +34,29 @@ BLOCKS: Literal["blocks"] = "blocks"
 
 
 class Distillation(Callback):
-    """Lets the network with fake-quant learn from the float network, while rounding is on.
+    """Lets the quantized network learn from the float network while fake-quantization is enabled.
 
-    Goes with `QuantizationAwareTraining`, before or after it in the Trainer's callbacks. The teacher is the network's
-    ``"float"`` variant: that of ``float_checkpoint=``, else the weights as they were when rounding came on. It runs in
-    evaluation, without gradient, on the inputs that ``training_step`` calls the network with; nothing in the
-    LightningModule has to change. What is added to the loss is logged as ``quant/distillation_loss``.
+    Use it with `QuantizationAwareTraining`, before or after it in the Trainer's callbacks. The teacher is the network's
+    ``"float"`` variant: the weights of ``float_checkpoint=``, otherwise those from when fake-quantization was enabled.
+    It runs in evaluation mode, without gradients, on the inputs that ``training_step`` passes to the network; the
+    LightningModule needs no change. The added loss is logged as ``quant/distillation_loss``.
 
     Sources: Hinton et al., 2015, https://arxiv.org/abs/1503.02531; for features Romero et al., 2015,
     https://arxiv.org/abs/1412.6550; for quantization Mishra and Marr, 2017, https://arxiv.org/abs/1711.05852.
 
     Args:
-        temperature: Softens the scores of both, above 0.
-        weight: Of the comparison of outputs, which already has the factor ``temperature**2``; 0 leaves it out.
-        task_weight: What the loss of ``training_step`` is multiplied by; 0 learns from the teacher alone.
-        loss: ``"kl"`` for scores of classes; ``"mse"``, relative to the teacher's mean square, for other outputs.
-        outputs: Which outputs of the network, by key or position; None for all that the loss can compare, of a mapping
-            with scores named ``logits`` these.
+        temperature: Softens both scores; above 0.
+        weight: Weight of the loss on outputs, which includes the factor ``temperature**2``; 0 leaves it out.
+        task_weight: Factor of the loss of ``training_step``; 0 learns from the teacher alone.
+        loss: ``"kl"`` for class scores; ``"mse"``, relative to the teacher's mean square, for other outputs.
+        outputs: Outputs of the network to compare, by key or position. None compares all that the loss supports, and
+            in a mapping with entries named ``logits`` only these.
         features: Names of modules, relative to the LightningModule, whose outputs are compared as well; ``"blocks"``
             for the repeated blocks of a transformer, see `qat_lightning.recipes.blocks.repeated_blocks`.
-        feature_weight: Of the mean of these comparisons, relative to the mean square of the teacher's features.
-        module: Which of the networks that are quantized, by name; None for all.
-        class_axis: The axis of the classes in the outputs; None for the last where there is a score for each token
-            that goes in, else 1.
+        feature_weight: Weight of the mean of these losses, relative to the mean square of the teacher's features.
+        module: Names of the quantized networks to teach; None for all.
+        class_axis: The axis of the classes in the outputs. None for the last where there is a score for each input
+            token, else 1.
 
     Raises:
         ConfigurationError: A setting is not possible; at construction.
@@ -251,8 +251,8 @@ class Distillation(Callback):
         if not self._warned:
             self._warned = True
             rank_zero_warn(
-                f"training_step did not call {', '.join(map(repr, self._distillers))} with gradient, so that there was "
-                "nothing to distil in this batch. This is said once."
+                f"training_step did not call {', '.join(map(repr, self._distillers))} with gradients, so there was "
+                "nothing to distil in this batch. This is reported once."
             )
 
     # End

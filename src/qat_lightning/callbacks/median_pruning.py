@@ -26,8 +26,9 @@ class MedianPruning(Callback):
     files. A trial that is worse ends its fit, is converted and measured as it is, and counts as pruned; a sweeper gets
     its figures like any other's.
 
-    With `QuantizationAwareTraining` the median of trials with another schedule says little before rounding is on: give
-    ``warmup_epochs`` that lie behind ``start``. A trial by itself, without a sweep's folder, is never ended.
+    With `QuantizationAwareTraining` the median of trials with another schedule says little before
+    fake-quantization is enabled: give ``warmup_epochs`` after ``start``. A trial
+    without a sweep's folder is never ended.
 
     Args:
         folder: The trial's own folder; its siblings are the numbered folders beside it.

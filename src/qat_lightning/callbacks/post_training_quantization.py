@@ -37,13 +37,13 @@ _ROUNDING = Phase(fake_quant=True, observers=False, batchnorm_frozen=True)
 
 
 class PostTrainingQuantization(QuantizationCallback):
-    """Quantizes the network of a LightningModule without training it for the grid.
+    """Quantizes the network of a LightningModule without training.
 
-    The LightningModule keeps its float network, and its checkpoints are those of a float run. After a fit, or before
-    ``validate``, ``test`` or ``predict`` of a Trainer that fitted nothing, a copy of the network is calibrated and
-    converted. It is made anew whenever the weights are others, so ``ckpt_path=`` of any float run works.
-    ``trainer.validate`` then runs fake-quant, ``trainer.test`` and ``trainer.predict`` int8; a validation during a fit
-    runs float.
+    The LightningModule keeps its float network, and checkpoints are those of a float run. After a fit, or before
+    ``validate``, ``test`` or ``predict`` of a Trainer that did not fit, a copy of the network is calibrated and
+    converted. This is repeated whenever the weights have changed, so ``ckpt_path=`` of any float run works.
+    ``trainer.validate`` then runs fake-quantization, ``trainer.test`` and ``trainer.predict`` int8; validation during a
+    fit runs float.
 
     Args:
         mode: ``"fx"``, ``"eager"``, ``"pt2e"``, ``"parts"``, or ``"auto"``.
@@ -51,38 +51,32 @@ class PostTrainingQuantization(QuantizationCallback):
         module: As for `QuantizationAwareTraining`.
         example_inputs: As for `QuantizationAwareTraining`.
         scheme: Bits, granularity and observers.
-        kind: ``"static"``: ranges of activations from ``calibration_batches``; ``"dynamic"``: ranges worked out for
-            each input; ``"weight_only"``: integers for weights, activations in float.
-        calibration_batches: Batches to calibrate with, for ``kind="static"``.
-        calibration_dataloader: Where they come from; by default the training's loader. They go through
-            ``training_step`` in evaluation, or through ``validation_step`` where that does not call the network.
-        calls: Calls of the network to calibrate with instead, a tensor, a tuple or a dict each (a dict of such lists by
-            name for several networks): for a LightningModule whose steps do not call it in evaluation.
+        kind: ``"static"``: ranges of activations from ``calibration_batches``; ``"dynamic"``: ranges are found in each
+            call; ``"weight_only"``: integer weights, float activations.
+        calibration_batches: Number of calibration batches, for ``kind="static"``.
+        calibration_dataloader: Where they come from; by default the training loader. They go through ``training_step``
+            in evaluation mode, or through ``validation_step`` where that does not call the network.
+        calls: Inputs of the network to calibrate with instead, each a tensor, a tuple or a dict (for several networks a
+            dict of such lists by name): for a LightningModule whose steps do not call the network in evaluation mode.
         include: Globs of module names, relative to the LightningModule; only these are quantized.
         exclude: Globs of module names that stay float.
-        equalization: Make neighbouring layers share the range of their weights before anything is rounded:
-            ``"exact"`` where the network stays the same, ``"replace_relu6"`` also across ReLU6, which become ReLU.
-        smoothquant: Move the outliers of activations into the weights that read them, before anything is rounded,
-            so that the network computes the same: the share of the difficulty that moves, from 0 to 1, such as 0.5;
-            None to leave it out. For transformers, with static or dynamic ranges, from trained weights.
-        rotation: Rotate the channels of the residual stream, and those of the values of attention, by matrices of
-            Hadamard's kind before anything is rounded: outliers are spread over all channels, and the network computes
-            the same. For transformers, from trained weights; worth most with 4 bits.
-        bias_correction: Take the mean error of rounded weights out of each layer's output, on the batches of the
-            calibration.
-        adaround: Learn for each weight whether it is rounded up or down, on the same batches; None to round to the
+        equalization: As for `QuantizationAwareTraining`.
+        smoothquant: As for `QuantizationAwareTraining`.
+        rotation: As for `QuantizationAwareTraining`.
+        bias_correction: Correct the biases for the mean error of rounded weights, on the calibration batches.
+        adaround: Learn for each weight whether it is rounded up or down, on the same batches; None for rounding to
             nearest.
-        rehearse: As for `QuantizationAwareTraining`; it is rehearsed when a fit begins.
+        rehearse: As for `QuantizationAwareTraining`; the rehearsal runs when a fit begins.
         on_fault: As for `QuantizationAwareTraining`.
 
     Attributes:
-        prepared: The calibrated network with fake-quant, for ``kind="static"``, once there is one.
+        prepared: The calibrated network with fake-quantization, for ``kind="static"``, once there is one.
         quantized: The int8 network, once there is one (a dict of them by name for several).
-        fidelity: After a test of int8, its closeness to fake-quant, or to float where there is no fake-quant.
-        float_source: Where the weights of the ``"float"`` variant come from, in words.
+        fidelity: After a test of int8, its agreement with fake-quant, or with float where there is no fake-quant.
+        float_source: Where the weights of the ``"float"`` variant come from.
 
     Raises:
-        ConfigurationError: A setting, or a pair of mode and backend, is not possible; at construction.
+        ConfigurationError: A setting, or a combination of mode and backend, is not supported; at construction.
 
     Example:
         >>> ptq = PostTrainingQuantization(mode="fx", backend="x86", calibration_batches=16)
@@ -184,7 +178,9 @@ class PostTrainingQuantization(QuantizationCallback):
         if not self._copies.made_of:
             return
         if self._networks.simulated:
-            rank_zero_warn(f"No int8 network is made: {self._networks.simulated}. trainer.test runs fake-quant.")
+            rank_zero_warn(
+                f"There is no int8 network: {self._networks.simulated}. trainer.test runs fake-quantization."
+            )
             return
         self._int8.convert_or_say(trainer, to_run=False)
 

@@ -68,77 +68,74 @@ def kind_of_training(kind: str) -> Kind:
 
 
 class QuantizationAwareTraining(QuantizationCallback):
-    """Trains the network of a LightningModule with fake-quant and converts it to int8.
+    """Trains the network of a LightningModule with fake-quantization and converts it to int8.
 
-    When the fit begins, fake-quantize modules go into the network (observers run from the first step), at ``start``
-    rounding comes on, at the two freezes ranges and BatchNorm statistics stop, and at the end of the fit a copy on the
-    CPU becomes int8. ``trainer.validate`` then runs fake-quant, ``trainer.test`` and ``trainer.predict`` the int8
-    network.
+    When the fit begins, observers and fake-quantization are inserted. Observers run from the first step; at ``start``
+    fake-quantization is enabled; at the two freezes ranges and BatchNorm statistics stop moving. When the fit ends, a
+    copy on the CPU is converted to int8. ``trainer.validate`` runs fake-quantization, ``trainer.test`` and
+    ``trainer.predict`` the int8 network.
 
     Args:
-        mode: ``"fx"``, ``"eager"``, ``"pt2e"``, ``"parts"``, or ``"auto"`` for the best that works for this network.
+        mode: ``"fx"``, ``"eager"``, ``"pt2e"``, ``"parts"``, or ``"auto"`` for the best that supports this network.
         backend: ``"x86"``, ``"fbgemm"``, ``"onednn"`` or ``"qnnpack"`` in eager, fx and parts; ``"x86"``, ``"xnnpack"``
             or ``"tensorrt"`` in pt2e. In pt2e also any PT2E ``Quantizer``: a dotted path (``"package.module.Class"``,
-            or that of a function that returns one), a class or a function, a mapping (``{"_target_":
-            "package.module.Class", "bits": 8}``), or an instance, of which only the class is kept in checkpoints.
-        module: Dotted name of the network in the LightningModule, or a list of them, or ``"."`` for the
-            LightningModule's own ``forward``; found by itself where it is clear.
+            or a function that returns one), a class or a function, a mapping (``{"_target_":
+            "package.module.Class", "bits": 8}``), or an instance, of which checkpoints store only the class.
+        module: Dotted name of the network in the LightningModule, or a list of names, or ``"."`` for the
+            LightningModule's own ``forward``. None finds it if there is only one candidate.
         example_inputs: A tensor, a tuple of positional inputs or a dict of keyword inputs of the network's ``forward``,
-            with a batch dimension; by default ``example_input_array``, or caught from a real batch.
+            with a batch dimension. By default ``example_input_array``, or taken from a real batch.
         scheme: Bits and granularity.
-        kind: What it is trained for: ``"static"``: fixed ranges of activations; ``"dynamic"``: ranges that are found in
-            each call, for the tensor or for each token; ``"weight_only"``: integers for weights, activations in float.
-            The user's own ``forward`` trains in the last two, whatever the mode, which decides on the int8 network.
-        start: When rounding comes on: an epoch (int), a share of the planned training (float), or
+        kind: ``"static"``: fixed ranges of activations; ``"dynamic"``: ranges are found in each call, per tensor or per
+            token; ``"weight_only"``: integer weights, float activations. With the last two your own ``forward`` trains
+            in every mode; the mode only affects the int8 network.
+        start: When to enable fake-quantization: an epoch (int), a share of the planned training (float), or
             ``{"epoch": n}``, ``{"step": n}``, ``{"fraction": f}``.
-        freeze_observers: When activation ranges stop; None for never.
-        freeze_batchnorm: When BatchNorm statistics stop; None for never.
+        freeze_observers: When activation ranges stop moving; None for never.
+        freeze_batchnorm: When BatchNorm statistics stop moving; None for never.
         include: Globs of module names, relative to the LightningModule; only these are quantized.
         exclude: Globs of module names that stay float.
-        convert_on_fit_end: Make the int8 network at the end of the fit. If False, tests run fake-quant.
-        float_checkpoint: A checkpoint of a float run, whose weights are the ``"float"`` variant to compare with,
-            instead of the weights as they were when rounding came on.
-        reset_best_on_start: Let ``ModelCheckpoint`` and ``EarlyStopping`` begin anew when rounding comes on, so that a
-            checkpoint of the float phase is not called the best.
-        observe_stages: The stages in which ranges move until they freeze: ``"train"``, and if they are named
-            ``"validate"``, and ``"test"`` and ``"predict"`` where these run fake-quant. BatchNorm statistics move in
-            training only.
-        equalization: Make neighbouring layers share the range of their weights before anything is prepared:
-            ``"exact"`` where the network stays the same, ``"replace_relu6"`` also across ReLU6, which become ReLU.
-        smoothquant: Move the outliers of activations into the weights that read them, before anything is prepared,
-            so that the network computes the same: the share of the difficulty that moves, from 0 to 1, such as 0.5;
-            None to leave it out. For transformers, with static or dynamic ranges, from trained weights.
-        rotation: Rotate the channels of the residual stream, and those of the values of attention, by matrices of
-            Hadamard's kind before anything is prepared: outliers are spread over all channels, and the network computes
-            the same. For transformers, from trained weights; worth most with 4 bits.
-        batchnorm: ``"fused"``: BatchNorm trains on, and weights are rounded as they will be with it folded in.
-            ``"fold"``: it is folded into the weights before anything trains, so that steps are cheaper; for networks
-            that were trained.
-        bias_correction_batches: When rounding comes on, take the shift of the mean that rounded weights cause out of
-            the biases, measured on as many batches of the training's loader; 0 leaves the biases to the training. For
-            short trainings of networks that were trained, with one scale for the tensor or few bits.
+        convert_on_fit_end: Convert to int8 when the fit ends. If False, tests run fake-quantization.
+        float_checkpoint: A checkpoint of a float run, whose weights become the ``"float"`` variant to compare
+            with, instead of the weights from when fake-quantization was enabled.
+        reset_best_on_start: Reset ``ModelCheckpoint`` and ``EarlyStopping`` when fake-quantization is enabled, so that
+            a checkpoint of the float phase is not the best.
+        observe_stages: Stages in which ranges move until they freeze: ``"train"``, and optionally ``"validate"``, and
+            ``"test"`` and ``"predict"`` where these run fake-quantization. BatchNorm statistics move in training only.
+        equalization: Equalize the weight ranges of neighbouring layers before preparing: ``"exact"`` where the outputs
+            stay the same, ``"replace_relu6"`` also across ReLU6, which is replaced by ReLU.
+        smoothquant: Move the outliers of activations into the weights that read them, before preparing; the outputs
+            stay the same. The share that moves, from 0 to 1, such as 0.5; None for off. For transformers, with static
+            or dynamic ranges, from trained weights.
+        rotation: Rotate the channels of the residual stream and of attention values by Hadamard matrices before
+            preparing: outliers are spread over all channels, and the outputs stay the same. For transformers, from
+            trained weights; most useful at 4 bits.
+        batchnorm: ``"fused"``: BatchNorm continues to train, and weights are rounded as they will be with it folded in.
+            ``"fold"``: it is folded into the weights before training, which makes steps cheaper; for trained networks.
+        bias_correction_batches: When fake-quantization is enabled, correct the biases for the shift of the mean that
+            rounded weights cause, measured on this many batches of the training loader; 0 for off. For short
+            fine-tuning of trained networks, with one scale per tensor or few bits.
         compile: Compile the training steps with ``torch.compile``, in one graph between two switches of the schedule.
-            Evaluation and conversion run the network as it is.
-        rehearse: Try all that happens to the network up to its int8 file on a copy before the first step: prepare,
-            calibrate on one batch, convert, verify, save and load. It takes two to five times as long as preparing,
-            and nothing fails after the training that could have been known before it.
-        on_fault: What becomes of a layer, or of an op, that cannot be int8: ``"leave_float"`` leaves it float, says so
-            in the coverage and in a warning, and converts the rest; ``"error"`` refuses the training. What only the
-            trained values bring is always left float, so that it costs a layer and not the fit.
-        adapters: What becomes of LoRA of peft in kinds ``"dynamic"`` and ``"weight_only"``: ``"merged"``: the frozen
-            weight with all that its adapters add is rounded in training, and stored as one integer layer without
-            adapters; ``"float"``: the frozen weight is rounded, and the adapters stay float beside it (as in QLoRA).
+            Evaluation and conversion run uncompiled.
+        rehearse: Before the first step, try the whole path to the int8 file on a copy: prepare, calibrate on one batch,
+            convert, verify, save and load. It takes two to five times as long as preparing, and raises errors before
+            training that would otherwise come after it.
+        on_fault: What to do with a layer or op that cannot be int8: ``"leave_float"`` leaves it float, reports it in
+            the coverage and a warning, and converts the rest; ``"error"`` refuses the training. A fault that appears
+            only with trained weights always leaves the layer float.
+        adapters: How to treat peft's LoRA in kinds ``"dynamic"`` and ``"weight_only"``. ``"merged"``: the frozen weight
+            plus its adapters is rounded in training, and stored as one integer layer without adapters. ``"float"``:
+            the frozen weight is rounded, and the adapters stay float beside it, as in QLoRA.
 
     Attributes:
-        prepared: The network with fake-quant (a dict of them by name, if ``module`` is a list of several), once the fit
-            has begun.
+        prepared: The prepared network (a dict by name, if ``module`` lists several), once the fit has begun.
         quantized: The int8 network (likewise), once there is one.
-        float_source: Where the weights of the ``"float"`` variant come from, in words; empty if there is none.
-        float_step: The step before which they were taken; None if from elsewhere.
-        fidelity: After a test of the int8 network, its closeness to fake-quant: ``agreement`` and ``sqnr_db``.
+        float_source: Where the weights of the ``"float"`` variant come from; empty if there is none.
+        float_step: The step before which they were taken; None if they come from elsewhere.
+        fidelity: After a test of the int8 network, its agreement with fake-quant: ``agreement`` and ``sqnr_db``.
 
     Raises:
-        ConfigurationError: A setting, or a pair of mode and backend, is not possible; at construction.
+        ConfigurationError: A setting, or a combination of mode and backend, is not supported; at construction.
 
     Example:
         >>> qat = QuantizationAwareTraining(mode="fx", backend="x86", start=0.3, freeze_observers=0.7)
@@ -224,7 +221,7 @@ class QuantizationAwareTraining(QuantizationCallback):
 
     @property
     def schedule(self) -> QuantizationSchedule:
-        """When rounding comes on, and when ranges and statistics stop."""
+        """When fake-quantization is enabled, and when ranges and statistics stop."""
         return self._driver.schedule
 
     @property
@@ -376,20 +373,21 @@ class QuantizationAwareTraining(QuantizationCallback):
             return
         if not self._networks.know_a_range():
             rank_zero_warn(
-                "The fit trained nothing, so that no range was ever observed, and there is no int8 network: ckpt_path= "
-                "is of a run that was as long already. Give the Trainer more max_epochs or max_steps than that."
+                "The fit trained nothing, so no range was observed and there is no int8 network: ckpt_path= is from a "
+                "run of the same length. Increase max_epochs or max_steps of the Trainer."
             )
             return
         if self._networks.simulated:
             rank_zero_warn(
-                f"No int8 network is made: {self._networks.simulated}. The scheme is simulated: trainer.test runs "
-                "fake-quant."
+                f"There is no int8 network: {self._networks.simulated}. The scheme is simulated: trainer.test runs "
+                "fake-quantization."
             )
             return
         if not self.phase.fake_quant:
             rank_zero_warn(
-                f"The fit ended at step {trainer.global_step} before rounding came on (start={self.schedule.start}): "
-                "the int8 network was not trained for its grid. Train longer, or give an earlier start."
+                f"The fit ended at step {trainer.global_step} before fake-quantization was enabled "
+                f"(start={self.schedule.start}), so the int8 network was not trained for its grid. Train longer, or "
+                "use an earlier start."
             )
         self._int8.convert_or_say(trainer, to_run=False)
 

@@ -34,13 +34,12 @@ CURVES = ("scale", "zero_point", "low", "high", "clipped_share", "weight_sqnr_db
 class QuantizationMonitor(Callback):
     """Logs scale, range, clipping, dead channels and SQNR of every layer that a quantization callback prepared.
 
-    One training step in ``every_n_steps`` is measured, and the last of the fit: the first batch of it, in the first
-    process. Training goes on as without the monitor, bit by bit. Before rounding comes on, the figures of activations
-    are those that rounding would give; weights are measured once it is on.
+    One training step in ``every_n_steps`` is measured, and the last of the fit: its first batch, in the first process.
+    Training is bit-equal with and without the monitor. Before fake-quantization is enabled, figures of activations are
+    those that rounding would give; weights are measured once it is enabled.
 
-    With `PostTrainingQuantization` the calibrated network is measured, once for each calibration: at the end of a fit,
-    or in front of ``validate``, ``test`` or ``predict``, on the first batch of the data for calibration and without
-    gradients.
+    With `PostTrainingQuantization` the calibrated network is measured once per calibration: at the end of a fit, or
+    before ``validate``, ``test`` or ``predict``, on the first calibration batch and without gradients.
 
     In W&B: curves of the whole network (``quant/least_weight_sqnr_db``, ``quant/least_activation_sqnr_db``,
     ``quant/most_clipped_share``, ``quant/most_gradient_cut_share``, ``quant/most_weight_gradient_cut_share``,
@@ -97,8 +96,8 @@ class QuantizationMonitor(Callback):
         if kinds and not self._said_why_not:
             self._said_why_not = True
             rank_zero_warn(
-                f"QuantizationMonitor has nothing to look at: kind={kinds[0]!r} makes the int8 network without "
-                "fake-quant, which is what it measures. Use kind='static', or leave the monitor out."
+                f"QuantizationMonitor has nothing to measure: kind={kinds[0]!r} makes the int8 network without "
+                "fake-quantization. Use kind='static', or leave the monitor out."
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -116,7 +115,7 @@ class QuantizationMonitor(Callback):
             self._probe = self._new_probe(trainer, networks)
         elif not networks and not calibrated:
             rank_zero_warn(
-                "QuantizationMonitor has nothing to look at: no callback of this Trainer quantizes a network. Add "
+                "QuantizationMonitor has nothing to measure: no callback of this Trainer quantizes a network. Add "
                 "QuantizationAwareTraining or PostTrainingQuantization, or leave the monitor out."
             )
 
@@ -187,8 +186,8 @@ class QuantizationMonitor(Callback):
             self._log_table(trainer)
         elif trainer.is_global_zero:
             rank_zero_warn(
-                "QuantizationMonitor measured nothing: the data for calibration gave no batch a second time. Give "
-                "calibration_dataloader= something that can be gone through again, such as a DataLoader."
+                "QuantizationMonitor measured nothing: the calibration data could not be read a second time. Pass a "
+                "calibration_dataloader= that can be iterated again, such as a DataLoader."
             )
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

@@ -30,16 +30,16 @@ from qat_lightning.terminal import console
 
 
 class QuantizedModelExport(Callback):
-    """Writes the int8 network in several formats when the fit ends, and shows what each is worth.
+    """Exports the int8 network in several formats when the fit ends; verifies and times each file.
 
-    Goes with `QuantizationAwareTraining` or `PostTrainingQuantization`. Each artifact is loaded again in a fresh
+    Use it with `QuantizationAwareTraining` or `PostTrainingQuantization`. Each artifact is loaded again in a fresh
     process by its own runtime, compared with fake-quant on real batches, and timed against fp32 in the same runtime and
     in PyTorch. The figures go to the loggers as ``<format>/latency_ms``, ``<format>/agreement`` and so on, to
     ``export.json`` beside the files, and to W&B with each file as an artifact; `qat_lightning.evaluate_variants` adds
     the LightningModule's own metrics. A format that fails costs neither the run nor the others: it is reported.
 
     Args:
-        formats: Some of `qat_lightning.export.FORMATS`; docs/export.md says which mode and backend each takes.
+        formats: Names in `qat_lightning.export.FORMATS`; docs/export.md lists which mode and backend each supports.
         dirpath: Where the files go; by default ``export`` in the Trainer's ``default_root_dir``. Both take URLs of
             fsspec's (``s3://bucket/run``), as the Trainer does.
         batches: Real batches to compare on.
@@ -145,7 +145,7 @@ class QuantizedModelExport(Callback):
             return
         partner = QuantizationCallback.of(trainer, self)
         if "int8" not in partner.variants:
-            rank_zero_warn("Nothing is exported: there is no int8 network, because no range was ever observed.")
+            rank_zero_warn("Nothing is exported: there is no int8 network, because no range was observed.")
             return
         # In every process: a step may wait for the others.
         calls = {slot: self._calls(trainer, pl_module, partner, slot) for slot in partner.slots}
@@ -203,7 +203,7 @@ class QuantizedModelExport(Callback):
             with torch.inference_mode(False):
                 found = calls_in_steps(pl_module, {slot: partner.slots[slot]}, {slot: network}, loader, self.batches)
         except QuantizationError as error:
-            rank_zero_warn(f"Artifacts are compared on the example inputs alone, as no batch could be run: {error}")
+            rank_zero_warn(f"Artifacts are compared on the example inputs only, because no batch could be run: {error}")
             return []
         return [Example(*move_data_to_device((call.args, call.kwargs), "cpu")) for call in found[slot]]
 

@@ -94,7 +94,7 @@ def compare(
 
     A run is compared with the float run of the same data, network, training and seed, if there is one among the runs;
     else with the ``float`` variant that it has itself, which unless it came from a checkpoint is the network as it was
-    when rounding came on.
+    when fake-quantization was enabled.
 
     Args:
         runs: The runs, from `qat_lightning.compare.find_runs`.

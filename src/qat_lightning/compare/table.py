@@ -181,7 +181,7 @@ def _caption(comparison: Comparison) -> str:
         lines.append(f"Drop against float, paired by seed: {', '.join(baselines)}.")
     if any(c.baseline == "float of the same run" for c in comparison.configurations):
         lines.append(
-            "Float of the same run: with QAT the network as it was when rounding came on, trained for a shorter time."
+            "Float of the same run: with QAT the network when fake-quantization was enabled, trained for less time."
         )
     return "\n".join(lines)
 

@@ -153,7 +153,7 @@ class Probe:
     def _look(self, index: int, x: Tensor, output: Tensor, factor: Tensor | None = None, channels: int = 0) -> None:
         place = self._places[index][-1]
         fq, is_weight = place.fq, place.what == "weight"
-        # A weight's range is that of the weight at hand, and there is none before rounding is on.
+        # A weight's range is that of the weight at hand, and there is none before fake-quantization is enabled.
         if not fq.seen or x.numel() == 0 or (is_weight and not fq.fake_quant_enabled):
             return
         tally = self._tallies.setdefault(index, _Tally())

@@ -49,7 +49,7 @@ class FakeQuantize(_TorchFakeQuantizeBase):
         averaging_constant: Weight of the newest batch, once there were many; see `ObservedRange`.
         percentile: Share of the values, in percent, that ``source="percentile"`` keeps on each side.
         clipped: Whether ``source="present"`` takes the share of the range with the least mean squared error, which is
-            chosen when rounding first comes on, and kept in the buffer ``clip``.
+            chosen when fake-quantization is first enabled, and kept in the buffer ``clip``.
         learned: ``"none"``, ``"lsq"`` or ``"lsq+"``: see `LearnedStep`.
         fixed_range: Smallest and largest value for ``source="fixed"``.
         is_dynamic: Accepted because upstream's converters pass it; only False is possible.
@@ -291,7 +291,7 @@ class FakeQuantize(_TorchFakeQuantizeBase):
         self.origin.widen(self, low, high, other.batches.to(self.batches.device))
 
     def forward(self, x: Tensor, factor: Tensor | None = None, axis: int = 0, *, relu: float | None = None) -> Tensor:
-        """``x`` itself before rounding is on; afterwards ``x`` on the grid, in the shape and dtype of ``x``.
+        """``x`` before fake-quantization is enabled; afterwards ``x`` on the grid, in the same shape and dtype.
 
         Args:
             x: Values of any shape and floating dtype.

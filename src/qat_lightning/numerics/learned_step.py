@@ -38,7 +38,7 @@ class LearnedStep(nn.Module):
     """Scale, and perhaps zero point, of one grid as parameters.
 
     Esser et al., 2020, https://arxiv.org/abs/1902.08153 (scale), and Bhalgat et al., 2020,
-    https://arxiv.org/abs/2004.09576 (zero point). They begin at the observed range when rounding comes on.
+    https://arxiv.org/abs/2004.09576 (zero point). They begin at the observed range when fake-quantization is enabled.
 
     The parameters are relative, ``scale = base_scale * exp(RATE * log_ratio)`` and
     ``zero_point = base_zero_point + RATE * shift * (quant_max - quant_min)``, so that one learning rate suits scales of

@@ -48,7 +48,7 @@ def correct_biases(
     is folded into a layer, its beta takes the correction. Weights and ranges of activations stay.
 
     Args:
-        prepared: The network with fake-quant, calibrated or not; rounding is on.
+        prepared: The network with fake-quant, calibrated or not; fake-quantization is enabled.
         batches: Calls of the network, as for `qat_lightning.calibrate`, on its device.
         reference: The float network's ``state_dict``, where the weights were moved since; by default the present ones.
 

@@ -133,8 +133,8 @@ class Distiller:
         for name in self._shared:
             if parameters[name].requires_grad:
                 raise ConfigurationError(
-                    f"Distillation has no teacher any more: {name!r} was frozen when rounding came on, and trains now. "
-                    "Give QuantizationAwareTraining float_checkpoint=, or freeze it again."
+                    f"Distillation has no teacher any more: {name!r} was frozen when fake-quantization was enabled, "
+                    "and trains now. Give QuantizationAwareTraining float_checkpoint=, or freeze it again."
                 )
 
     def take_loss(self) -> Tensor | None:
@@ -207,8 +207,8 @@ def make_teacher(prepared: nn.Module, weights: Mapping[str, Any]) -> nn.Module:
     trained = sorted(missing - frozen_beside_adapters(prepared))
     if trained:
         raise ConfigurationError(
-            f"Distillation has no float weights of {trained[0]!r}, which was frozen when rounding came on, and trains "
-            "now. Give QuantizationAwareTraining float_checkpoint=, or freeze it again."
+            f"Distillation has no float weights of {trained[0]!r}, which was frozen when fake-quantization was "
+            "enabled, and trains now. Give QuantizationAwareTraining float_checkpoint=, or freeze it again."
         )
     frozen = dict(prepared.named_parameters(remove_duplicate=False))
     own = dict(network.named_parameters(remove_duplicate=False))

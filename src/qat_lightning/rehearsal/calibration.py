@@ -16,10 +16,10 @@ from qat_lightning.modes.prepared import fake_quantizers, observe_in_evaluation,
 
 @contextmanager
 def calibrating(prepared: nn.Module) -> Iterator[None]:
-    """Let a prepared network take its ranges from all that it is called with, anew.
+    """Let a prepared network find its ranges afresh, from everything that it is called with.
 
-    Inside, it computes as the float network does in evaluation. Afterwards the ranges are chosen, rounding is on, and
-    ranges and BatchNorm statistics are frozen; it stays in evaluation.
+    Inside, it computes like the float network in evaluation mode. Afterwards the ranges are chosen, fake-quantization
+    is enabled, and ranges and BatchNorm statistics are frozen; it stays in evaluation mode.
 
     Args:
         prepared: What a mode's ``prepare`` made.

@@ -1,4 +1,4 @@
-"""When fake-quant comes on and ranges and BatchNorm freeze: pure functions of step, epoch and plan.
+"""When fake-quantization is enabled and ranges and BatchNorm freeze: pure functions of step, epoch and plan.
 
 Nothing here looks at a Trainer or remembers an event, so a resumed run finds the same answer as one that was never
 interrupted.
@@ -293,10 +293,10 @@ class Phase:
 class QuantizationSchedule:
     """The three points of quantization-aware training.
 
-    Observers run from the first step, whatever ``start`` is, so ranges are there when rounding comes on.
+    Observers run from the first step, whatever ``start`` is, so ranges are there when fake-quantization is enabled.
 
     Args:
-        start: When fake-quant comes on. ``None``: never.
+        start: When fake-quantization is enabled. ``None``: never.
         freeze_observers: When the ranges of activations stop. ``None``: never.
         freeze_batchnorm: When BatchNorm's statistics stop. ``None``: never; 0 keeps a pretrained network's.
 

@@ -58,7 +58,7 @@ class Scheme:
             ``"moving_average"`` in training and ``"histogram_mse"`` in calibration.
         activation_percentile: share of the values, in percent, that ``"percentile"`` keeps on each side.
         averaging_constant: weight of the newest batch in the moving average of activation ranges, in (0, 1].
-        learned_step: ``"lsq"``: scales are parameters that learn with the weights, once rounding is on
+        learned_step: ``"lsq"``: scales are parameters that learn with the weights, once fake-quantization is enabled
             (Esser et al., 2020, https://arxiv.org/abs/1902.08153); ``"lsq+"``: the zero points of affine activations
             as well (Bhalgat et al., 2020, https://arxiv.org/abs/2004.09576).
         overrides: Layers with a scheme of their own: for each pattern of names, relative to the LightningModule as

@@ -66,7 +66,7 @@ def test_what_is_not_there_is_refused_with_the_reason() -> None:
     _, networks = placed(observed=False)
     switch, _ = switch_of(networks)
     assert switch.variants == ("fake_quant",)
-    for variant, why in (("float", "no float training"), ("int8", "no range was ever observed")):
+    for variant, why in (("float", "no float training"), ("int8", "no range was observed")):
         with pytest.raises(ConfigurationError, match=why):
             switch.choose(variant)
     switch, _ = switch_of(placed(convert_on_fit_end=False)[1])

@@ -72,8 +72,8 @@ class BatchNormFreeze:
                 if changed:
                     rank_zero_info(
                         f"{name!r}: BatchNorm freezes before step {step}, and the running statistics of {len(changed)} "
-                        f"of its layers had not settled (in standard deviations: {_worst(changed)}): they are those of "
-                        f"the last {batches - since} batches now."
+                        f"of its layers had not settled (in standard deviations: {_worst(changed)}). They were "
+                        f"replaced by those of the last {batches - since} batches."
                     )
         self._taken = []
         self._found = {}
@@ -88,8 +88,8 @@ class BatchNormFreeze:
         if still:
             rank_zero_warn(
                 f"BatchNorm was frozen before step {self._step}, and {len(still)} of {len(self._found)} layers compute "
-                f"other statistics than those they are frozen with (in standard deviations: {_worst(still)}). Freeze "
-                "it later (freeze_batchnorm=), or let the training be longer."
+                f"different statistics from those they are frozen with (in standard deviations: {_worst(still)}). "
+                "Freeze it later (freeze_batchnorm=), or train longer."
             )
         self._found = {}
 

@@ -1,4 +1,4 @@
-"""What was best before rounding came on, which is another network's score."""
+"""What was best before fake-quantization was enabled, which is another network's score."""
 
 from __future__ import annotations
 

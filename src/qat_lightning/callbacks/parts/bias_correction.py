@@ -1,4 +1,4 @@
-"""Biases corrected in the middle of a fit, when rounding comes on."""
+"""Biases corrected in the middle of a fit, when fake-quantization is enabled."""
 
 from __future__ import annotations
 

@@ -207,6 +207,6 @@ def _has(network: nn.Module, weights: dict[str, Tensor]) -> bool:
 
 def _say_progress(number: int, layers: int, name: str, result: Reconstruction) -> None:
     rank_zero_info(
-        f"AdaRound, layer {number} of {layers}, {name}: error {result.nearest:.2e} with the nearest points, "
+        f"AdaRound, layer {number} of {layers}, {name}: error {result.nearest:.2e} with rounding to nearest, "
         f"{result.learned:.2e} now."
     )

@@ -181,8 +181,8 @@ def try_steps(trainer: Trainer, pl_module: LightningModule, slots: Mapping[str, 
     batch, once = one_batch(trainer, pl_module, "fit")
     if once:
         rank_zero_warn(
-            "The training's loader gives each batch only once, and after the training there may be none to calibrate "
-            "with: give PostTrainingQuantization(calibration_dataloader=) or (calls=)."
+            "The training loader yields each batch only once, and after training there may be none left to calibrate "
+            "with: pass PostTrainingQuantization(calibration_dataloader=) or (calls=)."
         )
     if batch is None:
         return

@@ -23,7 +23,7 @@ class FloatWeights:
 
     Args:
         networks: Whose weights.
-        checkpoint: A file of a float run to take them from, instead of the weights as they were when rounding came on.
+        checkpoint: A file of a float run to take them from, instead of the weights when fake-quantization was enabled.
 
     Attributes:
         checkpoint: As given.
@@ -75,7 +75,7 @@ class FloatWeights:
                     for name, prepared in self.networks.prepared.items()
                 }
             self.step = step
-            self.source = f"the weights before step {step}, when rounding came on"
+            self.source = f"the weights before step {step}, when fake-quantization was enabled"
 
     def network(self, name: str) -> nn.Module:
         """A float network with these weights, on the CPU, in evaluation."""
@@ -89,8 +89,8 @@ class FloatWeights:
         trained = sorted(present.keys() - frozen_beside_adapters(prepared))
         if trained:
             raise ConfigurationError(
-                f"There is no float variant of {name!r}: {trained[0]!r} was frozen when rounding came on, and trains "
-                "now. Give float_checkpoint=, or freeze it again."
+                f"There is no float variant of {name!r}: {trained[0]!r} was frozen when fake-quantization was "
+                "enabled, and trains now. Give float_checkpoint=, or freeze it again."
             )
         network.load_state_dict(present | self.weights[name])
         return network.eval()

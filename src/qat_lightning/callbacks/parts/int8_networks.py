@@ -127,8 +127,8 @@ class Int8Networks:
         never_run = self.networks.never_run()
         if never_run:
             rank_zero_warn(
-                f"{', '.join(map(repr, never_run))} stayed float: training never ran it on finite values, so that no "
-                "range was observed. Leave it out of module= if that is meant."
+                f"{', '.join(map(repr, never_run))} stayed float: training never ran it on finite values, so no "
+                "range was observed. Leave it out of module= if this is intended."
             )
         with self.networks.whole():
             self._have({name: self._convert_one(name) for name in self.networks.slots if name not in never_run})
@@ -183,8 +183,8 @@ class Int8Networks:
             lines = str(error).strip().splitlines()
             self.impossible = f"{type(error).__name__}: {lines[0] if lines else ''}"
             rank_zero_warn(
-                f"There is no int8 network of {self.made_from}: {error} The network with fake-quant is as it was "
-                "trained, and so are its checkpoints. convert(exclude=[...]) tries again with more left float."
+                f"There is no int8 network of {self.made_from}: {error} The trained network with fake-quant "
+                "and its checkpoints are unaffected. convert(exclude=[...]) tries again with more layers left float."
             )
             return False
         self.impossible = ""

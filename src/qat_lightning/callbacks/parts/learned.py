@@ -23,7 +23,7 @@ def learned_parameters(networks: Iterable[nn.Module]) -> list[nn.Parameter]:
 def keep_from_ddp(pl_module: LightningModule, networks: Mapping[str, nn.Module]) -> None:
     """Let DistributedDataParallel leave the learned parameters to `reduce_gradients`.
 
-    It waits for a gradient of every parameter in every step, and these have none before rounding is on.
+    It waits for a gradient of every parameter in every step, and these have none before fake-quantization is enabled.
     """
     ours = {id(parameter) for parameter in learned_parameters(networks.values())}
     if ours:
@@ -65,5 +65,5 @@ def check_optimized(trainer: Trainer, networks: Mapping[str, nn.Module]) -> None
         )
     if left_out:
         rank_zero_warn(
-            f"{left_out} of {len(ours)} learned scales and zero points are in no optimizer, and stay where they begin."
+            f"{left_out} of {len(ours)} learned scales and zero points are in no optimizer, and do not learn."
         )

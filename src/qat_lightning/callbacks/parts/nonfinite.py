@@ -45,8 +45,8 @@ class NonFiniteReport:
             more = f" and {len(places) - _SHOWN} more" if len(places) > _SHOWN else ""
             rank_zero_warn(
                 f"NaN or infinite activations in {max(places.values())} batch(es), in "
-                f"{', '.join(list(places)[:_SHOWN])}{more}. The ranges are those of the other batches. Look at the "
-                "data and the loss of this epoch; this is said once for each place."
+                f"{', '.join(list(places)[:_SHOWN])}{more}. The ranges ignore these batches. Check the data "
+                "and the loss of this epoch. This is reported once for each place."
             )
 
 

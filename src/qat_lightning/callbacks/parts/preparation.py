@@ -146,8 +146,8 @@ class Preparation:
             rank_zero_info(f"mode='auto', {name!r}: {decision.why}")
         if decision.rehearsal is not None and decision.rehearsal.unsaved:
             rank_zero_warn(
-                f"No file will hold the int8 network of {name!r}: {decision.rehearsal.unsaved} It can be run in this "
-                "process."
+                f"The int8 network of {name!r} cannot be saved to a file: {decision.rehearsal.unsaved} It runs in "
+                "this process only."
             )
 
     def rework(self, network: nn.Module, slot: Slot, example: Example) -> Reworking | None:

@@ -43,8 +43,8 @@ def log_settings(trainer: Trainer, callback: Callback, modes: Sequence[str]) -> 
             _log(logger, trainer.lightning_module, found)
         except Exception as error:  # noqa: BLE001 - a logger may be anybody's
             rank_zero_warn(
-                f"{type(logger).__name__} did not take the settings of {type(callback).__name__} "
-                f"({type(error).__name__}: {error}), so that runs cannot be told apart by them there."
+                f"{type(logger).__name__} did not accept the settings of {type(callback).__name__} "
+                f"({type(error).__name__}: {error}), so runs cannot be told apart by them there."
             )
 
 

@@ -152,8 +152,8 @@ def _warn_of_replicas(pl_module: LightningModule, slots: Mapping[str, Slot]) -> 
     if left and pl_module.trainer.world_size > 1:
         rank_zero_warn(
             f"configure_model of {type(pl_module).__name__} leaves {len(left)} parameters of the quantized network out "
-            f"of fully_shard ({left[0]!r}, …): their gradients are not added up over the processes, which end with "
-            "other values each. Call fully_shard for a module around them as well."
+            f"of fully_shard ({left[0]!r}, …): their gradients are not reduced over the processes, which end with "
+            "different values. Call fully_shard for a module around them as well."
         )
 
 

@@ -30,5 +30,5 @@ def log_tested(trainer: Trainer, variant: str) -> None:
             logger.save()
         except Exception as error:  # noqa: BLE001 - a logger may be anybody's
             rank_zero_warn(
-                f"{type(logger).__name__} did not take {', '.join(metrics)} ({type(error).__name__}: {error})."
+                f"{type(logger).__name__} did not accept {', '.join(metrics)} ({type(error).__name__}: {error})."
             )

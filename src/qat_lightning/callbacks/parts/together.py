@@ -81,8 +81,8 @@ def stop_recording_layers(trainer: Trainer) -> None:
     if recorder is not None and recorder._handles:
         recorder.__exit__(None, None, None)
         rank_zero_info(
-            "PyTorchProfiler records no layers by name in a network that is quantized, whose layers are other ones: "
-            "steps, hooks and operators are recorded as ever."
+            "PyTorchProfiler does not record the layers of a quantized network by name, because they are replaced; "
+            "steps, hooks and operators are recorded as usual."
         )
 
 
@@ -180,7 +180,7 @@ def mend_resume(trainer: Trainer) -> None:
 def say_broken_off(trainer: Trainer, exception: BaseException) -> None:
     """Say how things stand when a fit does not come to its end."""
     rank_zero_info(
-        f"The fit was broken off at step {trainer.global_step} by {type(exception).__name__}. The network is as "
-        "trained so far, with fake-quant, and was not converted; another fit goes on from its last checkpoint with "
+        f"The fit was interrupted at step {trainer.global_step} by {type(exception).__name__}. The network keeps what "
+        "it was trained so far, with fake-quant, and was not converted. Resume from the last checkpoint with "
         "ckpt_path='last'."
     )

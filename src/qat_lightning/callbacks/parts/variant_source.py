@@ -91,12 +91,12 @@ class TrainedVariants:
             return "nothing was fitted or tested with this callback yet."
         if variant == "float":
             return (
-                "rounding came on with the first step, so there was no float training to compare with; give "
-                "float_checkpoint=, or a later start."
+                "fake-quantization was enabled from the first step, so there was no float training to compare with; "
+                "give float_checkpoint=, or a later start."
             )
         if not self.networks.settings.convert_on_fit_end:
             return "convert_on_fit_end=False."
-        return "no range was ever observed; fit first, or give ckpt_path= of a fit with this callback."
+        return "no range was observed; fit first, or pass ckpt_path= of a fit with this callback."
 
     def default(self, stage: str) -> str:
         """See `VariantSource`."""

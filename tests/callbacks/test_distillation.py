@@ -214,7 +214,7 @@ def test_what_cannot_be_is_refused_before_anything_is_trained() -> None:
             fit(module, *(callbacks or (qat("fx"),)), distillation)
         assert "training_step" not in module.__dict__
 
-    refused("goes with one QuantizationAwareTraining, and the Trainer has 0", Distillation(), Lit(), Logged())
+    refused("needs exactly one QuantizationAwareTraining, and the Trainer has 0", Distillation(), Lit(), Logged())
     refused("add qat_lightning.recipes.distillation", Distillation(), Manual())
     refused("'nte' of Distillation is not quantized", Distillation(module="nte"))
     refused("'features' is in none of the networks", Distillation(features=["features"]))

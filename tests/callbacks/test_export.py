@@ -84,7 +84,7 @@ def test_settings_are_checked_at_construction(settings: dict[str, Any]) -> None:
 
 
 def test_it_goes_with_a_quantization_callback() -> None:
-    with pytest.raises(ConfigurationError, match="goes with one QuantizationAwareTraining"):
+    with pytest.raises(ConfigurationError, match="needs exactly one QuantizationAwareTraining"):
         trainer(QuantizedModelExport(), max_epochs=1).fit(Lit(), loader())
 
 

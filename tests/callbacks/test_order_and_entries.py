@@ -156,7 +156,7 @@ def test_a_float_optimizer_begins_anew_where_scales_learn(tmp_path: Path) -> Non
     fitting.fit(Adam(), loader())
     fitting.save_checkpoint(tmp_path / "float.ckpt")
     run = trainer(qat("fx", scheme=Scheme(learned_step="lsq")), max_steps=2)
-    with pytest.warns(UserWarning, match="the optimizer begins anew"):
+    with pytest.warns(UserWarning, match="the optimizer starts afresh"):
         run.fit(Adam(), loader(), ckpt_path=str(tmp_path / "float.ckpt"))
     assert run.global_step == 2
 

@@ -181,7 +181,7 @@ ROWS = [
     Row(
         "ModelPruning",
         callbacks=lambda: [ModelPruning("l1_unstructured", amount=0.2)],
-        refused=dict.fromkeys(GRAPH_MODES, "ModelPruning does not go with .* use mode='eager'"),
+        refused=dict.fromkeys(GRAPH_MODES, "ModelPruning does not support .* use mode='eager'"),
     ),
     Row("gradient_clip_val", trainer={"gradient_clip_val": 0.5}),
     Row("accumulate_grad_batches", trainer={"accumulate_grad_batches": 2, "max_epochs": 5}),

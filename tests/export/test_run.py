@@ -224,7 +224,7 @@ def test_settings_that_cannot_be_are_refused_before_anything_is_written(tmp_path
         export_quantized(nn.Linear(2, 2), tmp_path, ["pt2"])
     with pytest.raises(ConfigurationError, match="'pt3' is unknown"):
         check_formats(["pt3"], Recipe("fx", "x86"))
-    with pytest.raises(CombinationError, match="What goes with them: "):
+    with pytest.raises(CombinationError, match="Supported formats: "):
         check_formats(["executorch"], Recipe("fx", "x86"))
     with pytest.raises(ConfigurationError, match="give a list"):
         export_quantized(nn.Linear(2, 2), tmp_path, "pt2")

@@ -117,7 +117,7 @@ def test_after_distillation_and_before() -> None:
 def test_what_cannot_be_is_refused() -> None:
     with pytest.raises(ConfigurationError, match="batches=0 is not possible"):
         BatchNormReestimation(batches=0)
-    with pytest.raises(ConfigurationError, match="goes with one QuantizationAwareTraining"):
+    with pytest.raises(ConfigurationError, match="needs exactly one QuantizationAwareTraining"):
         trainer(BatchNormReestimation()).fit(Lit(), loader())
     plain = nn.Sequential(nn.Flatten(), nn.Linear(64, 4))
     with pytest.raises(ConfigurationError, match="'net' holds no BatchNorm"):

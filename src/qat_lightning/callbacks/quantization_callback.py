@@ -72,7 +72,7 @@ class QuantizationCallback(Callback):
             if cls is QuantizationCallback:
                 wanted = "QuantizationAwareTraining or PostTrainingQuantization"
             raise ConfigurationError(
-                f"{name} goes with one {wanted}, and the Trainer has {len(found)}: "
+                f"{name} needs exactly one {wanted}, and the Trainer has {len(found)}: "
                 f"callbacks=[{wanted.split()[0]}(...), {name}(...)]."
             )
         return found[0]

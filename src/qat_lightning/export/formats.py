@@ -70,14 +70,14 @@ def check_formats(names: Sequence[str], recipe: Recipe) -> None:
         chosen = get_format(name)
         if not traits_of(recipe.mode).exports:
             raise CombinationError(
-                f"export={name} does not go with mode={recipe.mode!r}, which keeps Python code between its graphs: "
+                f"export={name} does not support mode={recipe.mode!r}, which keeps Python code between its graphs: "
                 "write the int8 network with save(path), or use a mode that takes the whole network."
             )
         why = chosen.refusal(recipe)
         if why:
             possible = [other for other in FORMATS if not get_format(other).refusal(recipe)]
             raise CombinationError(
-                f"export={name} does not go with mode={recipe.mode!r}, backend={recipe.backend!r}: {why} "
-                f"What goes with them: {', '.join(possible)}."
+                f"export={name} does not support mode={recipe.mode!r}, backend={recipe.backend!r}: {why} "
+                f"Supported formats: {', '.join(possible)}."
             )
         chosen.require()

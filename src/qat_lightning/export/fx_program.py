@@ -276,6 +276,6 @@ def _blaming(node: fx.Node, make: Callable[[], QdqLayer]) -> QdqLayer:
 
 def _untranslated(node: fx.Node, what: str) -> ExportError:
     return ExportError(
-        f"{node.name!r} is {what}, which does not go into an exported graph: keep it float with exclude=, or use "
+        f"{node.name!r} is {what}, which cannot be exported: keep it float with exclude=, or use "
         "mode='pt2e', whose int8 network is such a graph."
     )

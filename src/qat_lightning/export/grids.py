@@ -51,7 +51,7 @@ class Grid(NamedTuple):
             ExportError: It has one for each channel.
         """
         if quantized.qscheme() not in (torch.per_tensor_affine, torch.per_tensor_symmetric):
-            raise ExportError("An activation with a scale for each channel does not go into an exported graph.")
+            raise ExportError("An activation with a scale for each channel cannot be exported.")
         return cls(quantized.q_scale(), quantized.q_zero_point(), _PLAIN[quantized.dtype])
 
     def arguments(self) -> tuple[Any, ...]:
@@ -111,7 +111,7 @@ class QdqLayer(nn.Module):
             ExportError: There is none for this type.
         """
         if type(module) not in _LAYERS:
-            raise ExportError(f"{type(module).__name__} does not go into an exported graph.")
+            raise ExportError(f"{type(module).__name__} cannot be exported.")
         dims, relu = _LAYERS[type(module)]
         sizes = (module.stride, module.padding, module.dilation, module.groups) if dims else ()
         grid = Grid(float(module.scale), int(module.zero_point), torch.uint8)

@@ -32,7 +32,7 @@ def plain_integer_layer(module: IntegerLayer, name: str) -> nn.Module:
     if isinstance(module, PlainDynamicLinear) or type(module).__name__.startswith("WeightOnly"):
         return module
     raise ExportError(
-        f"{name!r} is a {type(module).__name__}, which does not go into an exported graph: keep it float with "
+        f"{name!r} is a {type(module).__name__}, which cannot be exported: keep it float with "
         "exclude=, or keep the network as a file of qat_lightning, with save(path)."
     )
 

@@ -22,7 +22,7 @@ def loses_checkpoints(network: nn.Module, mode: str, where: str) -> TraceError:
         where: The line that begins such a part, if it is known.
     """
     return TraceError(
-        f"{type(network).__name__} computes a part of it anew in the backward pass (torch.utils.checkpoint"
+        f"{type(network).__name__} recomputes a part of it in the backward pass (torch.utils.checkpoint"
         f"{f' at {where}' if where else ''}), which the graph of mode={mode!r} would not do: it would need the memory "
         "that this saves. What to do: use mode='eager', which keeps it, or switch it off, if there is memory enough "
         "(gradient_checkpointing_disable() in transformers, set_grad_checkpointing(False) in timm)."

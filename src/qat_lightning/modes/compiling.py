@@ -59,8 +59,8 @@ def refuse_compile(mode: str) -> None:
     """
     if not traits_of(mode).compiles:
         raise CombinationError(
-            f"compile=True does not go with mode={mode!r}, where code that no graph can be made of runs between the "
-            "parts: use compile=False."
+            f"compile=True does not support mode={mode!r}, where plain Python code runs between the parts: "
+            "use compile=False."
         )
 
 

@@ -103,7 +103,7 @@ class BatchNormStatistics:
         self._modules: list[Any] = [module for module in network.modules() if _normalizes(module)]
         if not self._modules:
             raise ConfigurationError(
-                f"{type(network).__name__} has no BatchNorm with running statistics to estimate anew."
+                f"{type(network).__name__} has no BatchNorm with running statistics to re-estimate."
             )
         self._pools: dict[int, _Pool] = {
             id(module.running_mean): _Pool.empty((module.running_mean, module.running_var))

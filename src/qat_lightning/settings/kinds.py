@@ -66,13 +66,13 @@ def check_kind(recipe: Recipe) -> None:
         >>> try:
         ...     check_kind(Recipe("pt2e", "xnnpack", kind="weight_only"))
         ... except ConfigurationError as error:
-        ...     str(error)[:77]
-        "kind='weight_only' is not there for mode='pt2e' and backend='xnnpack': XNNPAC"
+        ...     str(error)[:82]
+        "kind='weight_only' is not supported for mode='pt2e' and backend='xnnpack': XNNPACK"
     """
     reason = _why_not(recipe.kind, recipe.mode, recipe.backend)
     if reason:
         raise CombinationError(
-            f"kind={recipe.kind!r} is not there for mode={recipe.mode!r} and backend={recipe.backend!r}: {reason}."
+            f"kind={recipe.kind!r} is not supported for mode={recipe.mode!r} and backend={recipe.backend!r}: {reason}."
         )
     for own in recipe.each:
         if recipe.kind == "dynamic":
@@ -86,8 +86,8 @@ def _check_dynamic(recipe: Recipe) -> None:
     if recipe.by_token_or_group and recipe.mode == "pt2e":
         field = "activation_granularity" if scheme.activation_granularity == "per_token" else "weight_granularity"
         raise CombinationError(
-            f"scheme.{field}={getattr(scheme, field)!r} is not there for kind='dynamic' in mode='pt2e', whose kernels "
-            "take one range for a tensor of activations and one scale for an output channel: use mode='fx' or 'eager'."
+            f"scheme.{field}={getattr(scheme, field)!r} is not supported for kind='dynamic' in mode='pt2e': its "
+            "kernels have one range per tensor of activations and one scale per output channel. Use mode='fx' or 'eager'."
         )
     for field, value, usual in (
         ("weight_symmetric", scheme.weight_symmetric, True),

@@ -128,13 +128,13 @@ def check_run_folder(folder: Path, overrides: list[str], *, resume: bool) -> Non
         result = TrialResult.read(folder)
         state = result.status if result else "not finished"
         raise ConfigurationError(
-            f"{folder} holds a run already ({state}): resume=true goes on with it; another hydra.run.dir= starts anew."
+            f"{folder} holds a run already ({state}): resume=true continues it, another hydra.run.dir= starts one."
         )
     was = read_json(begun)["overrides"] if begun.is_file() else []
     if was != overrides:
         raise ConfigurationError(
             f"The run in {folder} was started with {' '.join(was) or 'no settings'}, and this one with "
-            f"{' '.join(overrides) or 'none'}: resume=true wants the same command that began it; for another run give "
+            f"{' '.join(overrides) or 'none'}: resume=true needs the same command; for another run give "
             "another hydra.run.dir=."
         )
 

@@ -102,7 +102,7 @@ def check_folder(folder: Path, plan: Plan, *, resume: bool) -> None:
     if left and not resume:
         raise ConfigurationError(
             f"{folder} holds {len(left)} trials already: resume=true goes on with them and runs only what is missing; "
-            "another hydra.sweep.dir= starts anew."
+            "another hydra.sweep.dir= starts a new sweep."
         )
     for number, path in left:
         was = read_json(path)["overrides"]

@@ -66,7 +66,7 @@ def run_trial(train: Train, cfg: DictConfig) -> Objective:
     earlier = TrialResult.read(trial.folder)
     if not trial.of_sweep:
         if earlier is not None and earlier.done and trial.owns_folder:
-            text = f"{trial.folder} is {earlier.status}, so nothing is left to do: another hydra.run.dir= starts anew."
+            text = f"{trial.folder} is {earlier.status}, so nothing is left to do. Another hydra.run.dir= starts one."
             console().print(text, highlight=False)
             return _for_sweeper(earlier.objective)
         with app.readable_errors():

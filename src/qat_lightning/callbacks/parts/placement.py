@@ -162,7 +162,7 @@ class Placement:
                     if reworked
                     else "without learned scales"
                 )
-                + ": the optimizer begins anew."
+                + ": the optimizer starts afresh."
             )
 
     def leave_nothing(self) -> None:

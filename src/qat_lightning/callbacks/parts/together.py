@@ -34,8 +34,8 @@ def refuse_strategy(trainer: Trainer) -> None:
     name = type(trainer.strategy).__name__
     if name in ("FSDPStrategy", "DeepSpeedStrategy"):
         raise ConfigurationError(
-            f"{name} shards the network before its ranges can be kept together, and does not go with "
-            "quantization: use strategy='ddp' or a single device, or ModelParallelStrategy (FSDP2) for "
+            f"{name} shards the network before its ranges can be synchronized, and is not "
+            "supported: use strategy='ddp' or a single device, or ModelParallelStrategy (FSDP2) for "
             "QuantizationAwareTraining."
         )
     synchronize_in_place(trainer)
@@ -107,7 +107,7 @@ def refuse_callbacks(trainer: Trainer, quantization: Callback, mode: str) -> Non
             )
     if traits_of(mode).replaces and any(isinstance(callback, ModelPruning) for callback in callbacks):
         raise ConfigurationError(
-            f"ModelPruning does not go with mode={mode!r}, which puts other layers in the place of those it prunes: "
+            f"ModelPruning does not support mode={mode!r}, which replaces the layers that it prunes: "
             "use mode='eager', or prune before."
         )
 

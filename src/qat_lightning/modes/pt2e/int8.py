@@ -105,7 +105,7 @@ class Int8Network(nn.Module):
                 problem = f"it cannot be loaded ({type(error).__name__}: {_first_line(error)})"
             if problem:
                 warnings.warn(
-                    f"What another process compiled is not used: {problem}. It is compiled anew.", stacklevel=2
+                    f"What another process compiled is not used: {problem}. It is compiled again.", stacklevel=2
                 )
             else:
                 self.runs = "aotinductor"

@@ -132,7 +132,7 @@ class _Inputs:
         symbol = str(size.node.expr)
         if symbol not in self.sizes:
             raise NetworkError(
-                f"The quantizer traced the network anew, and a size in it is now {symbol}, which is not that of an "
+                f"The quantizer traced the network again, and a size in it is now {symbol}, which is not that of an "
                 "input: keep the part that reshapes out of the network (module=...)."
             )
         if symbol not in self.made:

@@ -87,7 +87,7 @@ def _check_dynamic(recipe: Recipe) -> None:
         field = "activation_granularity" if scheme.activation_granularity == "per_token" else "weight_granularity"
         raise CombinationError(
             f"scheme.{field}={getattr(scheme, field)!r} is not supported for kind='dynamic' in mode='pt2e': its "
-            "kernels have one range per tensor of activations and one scale per output channel. Use mode='fx' or 'eager'."
+            "kernels have one range per activation tensor and one scale per output channel: use mode='fx' or 'eager'."
         )
     for field, value, usual in (
         ("weight_symmetric", scheme.weight_symmetric, True),

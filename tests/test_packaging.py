@@ -187,7 +187,7 @@ def main(cfg):
     trainer.fit(model, data)
     trainer.test(model, data)
     qat.save(f"{folder}/model.int8")
-    print(load_quantized(f"{folder}/model.int8")(torch.randn(3, 8)).shape)
+    print(load_quantized(f"{folder}/model.int8", network=Net().net)(torch.randn(3, 8)).shape)
 
 if __name__ == "__main__":
     main()

@@ -1,4 +1,4 @@
-"""The errors of qat-lightning: each says what was wrong, where, and what to type instead."""
+"""The errors of qat-lightning. Each message says what was wrong, where, and what to do instead."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ class QuantizationError(Exception):
 
 
 class ConfigurationError(QuantizationError, ValueError):
-    """A setting, or a combination of settings, is not possible."""
+    """A setting is invalid."""
 
 
 class CombinationError(ConfigurationError):
-    """Settings that are possible by themselves do not go together; a sweep skips such a trial and lists it."""
+    """Settings that are valid alone cannot be combined. A sweep skips such a trial and lists it."""
 
 
 class NetworkError(QuantizationError):
@@ -28,7 +28,7 @@ class TraceError(QuantizationError):
 
 
 class ConversionError(QuantizationError):
-    """A prepared network cannot be turned into an int8 network."""
+    """A prepared network cannot be converted to int8."""
 
 
 class VerificationError(ConversionError):
@@ -36,13 +36,13 @@ class VerificationError(ConversionError):
 
     Args:
         message: What was found, and what to do.
-        layers: See below.
-        checks: See below.
+        layers: Names of the layers at fault.
+        checks: The comparison of each layer.
 
     Attributes:
-        layers: Names in the float network, as ``named_modules`` has them, worst first: the layers at fault; of an op in
-            a graph its name, then those of the nearest layers that feed it; if only the network as a whole is at fault,
-            the layers where the difference begins.
+        layers: Names of the layers at fault as in ``named_modules`` of the float network, worst first. For an op in a
+            graph its name, then those of the nearest layers before it. If only the network as a whole is at fault, the
+            layers where the difference begins.
         checks: A `LayerCheck` for each layer that was compared.
     """
 
@@ -61,16 +61,16 @@ class MissingExtraError(QuantizationError, ImportError):
 
 
 class ArtifactError(QuantizationError):
-    """A file of an int8 network cannot be written, or is not one that this release reads."""
+    """An int8 file cannot be written, or cannot be read by this release."""
 
 
 class ExportError(QuantizationError):
-    """An int8 network does not go into a format, or its runtime does not take what was written."""
+    """An int8 network cannot be exported to a format, or its runtime rejects the file."""
 
 
 class CheckpointFileError(QuantizationError, OSError):
-    """The file of a checkpoint cannot be read, or is none."""
+    """A checkpoint file cannot be read, or is not a checkpoint."""
 
 
 class RunFileError(QuantizationError, OSError):
-    """What a run left behind cannot be found or read."""
+    """The files of a run cannot be found or read."""

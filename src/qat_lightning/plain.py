@@ -15,16 +15,16 @@ from qat_lightning.settings.recipe import Recipe
 
 
 def prepare(network: nn.Module, example: Example, recipe: Recipe) -> nn.Module:
-    """Put fake-quant into a network, to train it or to calibrate it.
+    """Insert fake-quantization into a network, to train or calibrate it.
 
     Args:
-        network: The float network, on the CPU; used up in some modes, so go on with what is returned.
-        example: One call of it, with a batch of 2 or more.
+        network: The float network, on the CPU. Some modes change it, so continue with the returned module.
+        example: One call of it, with a batch of 2 or more samples.
         recipe: Mode, backend, scheme, kind and choice of layers: ``"qat"`` to train, ``"static"`` to calibrate, and the
             other kinds, with ``trained=True``, to train.
 
     Returns:
-        A module that is called, trained, moved and saved like ``network``, and whose parameters are the same.
+        A module that is called, trained, moved and saved like ``network``, with the same parameters.
 
     Raises:
         ConfigurationError: A pattern of the scheme's overrides matches no layer.
@@ -49,18 +49,18 @@ def prepare(network: nn.Module, example: Example, recipe: Recipe) -> nn.Module:
 
 
 def convert(prepared: nn.Module, example: Example) -> QuantizedNetwork:
-    """Make the int8 network of a prepared one, and verify it; what cannot be int8 is left float in both.
+    """Convert a prepared network to int8 and verify it. Layers that cannot be int8 are left float in both.
 
     Args:
-        prepared: What `prepare` made, trained or calibrated.
-        example: A real call, with which it is verified.
+        prepared: A network from `prepare`, trained or calibrated.
+        example: A real call, on which it is verified.
 
     Returns:
-        The int8 network on the CPU; its ``coverage`` says what is int8, and why the rest is not.
+        The int8 network on the CPU; its ``coverage`` lists what is int8, and why the rest is not.
 
     Raises:
-        ConversionError: No range was ever observed, or it fails with everything float as well.
-        NetworkError: Nothing of it can be int8.
+        ConversionError: No range was observed, or conversion fails even with all layers float.
+        NetworkError: No layer can be int8.
     """
     conversion = convert_what_can_be(prepared, example)
     state = prepared_state(prepared)
@@ -70,15 +70,15 @@ def convert(prepared: nn.Module, example: Example) -> QuantizedNetwork:
 
 
 def quantize(network: nn.Module, example: Example, recipe: Recipe) -> QuantizedNetwork:
-    """Make the integer network of a float one, without training and without calibration.
+    """Quantize a float network without training or calibration.
 
     Args:
-        network: The float network; stays as it is.
+        network: The float network; not changed.
         example: One call of it.
-        recipe: Of kind ``"dynamic"`` or ``"weight_only"``.
+        recipe: A recipe of kind ``"dynamic"`` or ``"weight_only"``.
 
     Raises:
-        ConfigurationError: The recipe is of another kind, or the mode and the backend do not have it.
+        ConfigurationError: The recipe is of another kind, or the mode and backend do not support it.
         NetworkError: There is nothing to quantize.
         TraceError: The network cannot be captured in this mode.
 

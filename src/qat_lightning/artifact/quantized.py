@@ -28,29 +28,29 @@ if TYPE_CHECKING:
 
 
 class QuantizedNetwork(nn.Module):
-    """An int8 network with what is known about it; call it like the float network.
+    """An int8 network; call it like the float network.
 
-    It runs on the CPU, takes any batch size, and is for inference: ``train()`` and ``eval()`` change nothing in it, a
-    deep copy computes the same, and it has no parameters to optimize. In mode eager it has the public methods and
-    attributes of the float network, such as ``generate`` and ``config``; graphs have their ``forward`` only.
+    It runs on the CPU, supports any batch size, and is for inference only: ``train()`` and ``eval()`` have no effect,
+    and it has no parameters to optimize. In mode eager it has the public methods and attributes of the float network,
+    such as ``generate`` and ``config``; graphs only have ``forward``.
 
-    Called again and again with inputs of one form it records its kernels, and runs them without the Python between
-    them: the same bits in a fraction of the time. Hooks and changes are seen, and it runs as it is then.
+    When called repeatedly with inputs of one form, it records its kernels and runs them without Python between them:
+    the same bits in less time. Hooks and changes are detected, and then it runs unrecorded.
 
     Args:
         converted: What a mode's ``convert`` made.
         recipe: What the network was prepared with.
         example: The call it was verified with.
-        source: Which weights it holds, in words.
+        source: Which weights it holds.
 
     Attributes:
         recipe: Mode, backend and scheme.
         coverage: Which layers are int8, and why others are not.
-        operations: Likewise for the ops between the layers.
-        checks: Each int8 layer against fake-quant.
-        whole: The network as a whole against fake-quant; None where that is not known.
-        notes: What a user should know, such as a fallback taken.
-        source: Which weights it holds, in words.
+        operations: The same for the ops between layers.
+        checks: The comparison of each int8 layer with fake-quant.
+        whole: The comparison of the whole network with fake-quant; None if unknown.
+        notes: Messages for the user, such as a fallback that was used.
+        source: Which weights it holds.
     """
 
     recipe: Recipe

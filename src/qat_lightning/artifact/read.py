@@ -55,15 +55,15 @@ def load_quantized(
 ) -> QuantizedNetwork:
     """Read an int8 network from its file, without a Trainer and without data.
 
-    Nothing that is in the file runs: its graph is rebuilt from lists of known operations and layers.
+    Nothing in the file is executed: the network is rebuilt from allow-lists of operations and layers.
 
     Args:
         path: What `save_quantized` wrote: a file, or a URL of fsspec's (``s3://bucket/model.int8``).
-        network: The float network as its code makes it, trained or not; needed in mode eager, which keeps your Python
-            code, and where a graph calls a module of your own as a whole. It is copied, not changed.
-        trusted: Also import and call functions by the names that the file gives. Only a network that calls functions or
-            custom operators from outside of PyTorch needs it (saving says so), and only a file from someone you would
-            take code from should get it.
+        network: An instance of the float network, trained or not. Required in mode eager, which runs your Python code,
+            and where a graph calls one of your modules as a whole. It is copied, not changed.
+        trusted: Also import and call functions that the file names. Needed only for a network that calls functions or
+            custom operators from outside PyTorch (saving reports this). Use it only for files from people whose code
+            you would run.
 
     Returns:
         The network as it was saved, bit for bit, with the weights packed for its backend.

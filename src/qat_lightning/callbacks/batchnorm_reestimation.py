@@ -18,18 +18,18 @@ from qat_lightning.recipes.batchnorm import BatchNormStatistics, has_batchnorm
 class BatchNormReestimation(Callback):
     """Replaces BatchNorm's running statistics by those of the trained network, when training ends.
 
-    Goes with `QuantizationAwareTraining`. With the weights as they are in the end and rounding on, batches go through
+    Use it with `QuantizationAwareTraining`. With the final weights and fake-quantization enabled, batches go through
     ``training_step`` without gradients; each BatchNorm normalizes with the batch's statistics, and the mean and
-    variance of all that it saw become its running statistics. Then the network is converted.
+    variance of all values become its running statistics. Then the network is converted.
 
     Source: Nagel et al., 2022, https://arxiv.org/abs/2203.11086, after Sun et al., 2019.
 
     Args:
-        batches: How many at most; more are better, and cost a forward each.
-        dataloader: Where they come from; by default the training's loader.
+        batches: Largest number of batches; more are better, and cost one forward each.
+        dataloader: Where they come from; by default the training loader.
 
     Raises:
-        ConfigurationError: A setting is not possible; at construction.
+        ConfigurationError: A setting is invalid; at construction.
 
     Example:
         >>> BatchNormReestimation(batches=100).batches

@@ -65,10 +65,10 @@ class Comparison:
     """Configurations side by side.
 
     Args:
-        metric: What is compared by.
-        settings: What the configurations differ in.
+        metric: The metric.
+        settings: The settings in which configurations differ.
         configurations: Best score first.
-        left_out: Runs that are not compared: failed, skipped, unfinished, unreadable, or without the metric.
+        left_out: Runs that were not compared: failed, skipped, unfinished, unreadable, or without the metric.
     """
 
     metric: Metric

@@ -15,18 +15,18 @@ Goal = Literal["score", "latency", "size"]
 
 @dataclass(frozen=True)
 class Limits:
-    """What has to be kept, by the mean over seeds.
+    """Limits for the mean over seeds.
 
     Args:
-        max_drop: How much worse than float at most: percentage points for scores within 0 and 1, else in the metric's
-            own unit.
-        max_latency: Milliseconds at most.
-        max_size: MB at most.
-        prefer: What decides between those that keep the limits: ``score``, ``latency`` or ``size``. By default the
+        max_drop: Largest drop relative to float: percentage points for scores between 0 and 1, otherwise in the
+            metric's unit.
+        max_latency: Largest latency in milliseconds.
+        max_size: Largest size in MB.
+        prefer: What decides within the limits: ``score``, ``latency`` or ``size``. By default the
             latency if the drop is limited, else the score.
 
     Raises:
-        ConfigurationError: A limit is no number, or a latency or size is not above zero.
+        ConfigurationError: A limit is not a number, or a latency or size is not above zero.
 
     Example:
         >>> Limits(max_drop=0.5).goal, Limits(max_latency=5).goal
@@ -64,12 +64,12 @@ class Limits:
 
 @dataclass(frozen=True)
 class Decision:
-    """What to ship, and why.
+    """Which configuration to ship, and why.
 
     Args:
-        winner: The choice, None if nothing qualifies or nothing was asked for.
+        winner: The choice; None if nothing qualifies or no limit was given.
         runner_up: The next best.
-        reason: In a sentence or two.
+        reason: The reason, in a sentence or two.
     """
 
     winner: Configuration | None
@@ -78,18 +78,19 @@ class Decision:
 
 
 def decide(comparison: Comparison, limits: Limits) -> Decision:
-    """Choose the int8 network that keeps the limits best.
+    """Choose the best int8 network within the limits.
 
-    A float run is no candidate: it is what int8 is compared with, and where it beats what is chosen, the reason says
-    so. A configuration without a figure that is limited does not qualify, and latencies that were measured beside other
-    work decide nothing. Ties go to the better score, then to the lower latency, then to the smaller size.
+    Float runs are not candidates: they are the reference, and if one beats the choice, the reason says so. A
+    configuration without a limited figure does not qualify. Latencies that were disturbed by other work are ignored.
+    Ties go to the better score, then to the lower latency, then to the smaller size.
 
     Args:
         comparison: The configurations.
-        limits: What has to be kept, and what decides.
+        limits: The limits, and what decides within them.
 
     Returns:
-        The choice with its reason. If nothing qualifies, the reason names what came closest and what it misses.
+        The choice with its reason. If nothing qualifies, the reason names the closest configuration and the
+        limit it misses.
     """
     if not limits.given:
         front, total = len(comparison.front), len(comparison.configurations)

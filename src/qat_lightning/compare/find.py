@@ -39,15 +39,14 @@ class _Place:
 def find_runs(paths: Iterable[str | Path]) -> list[Run]:
     """Read every run below the paths.
 
-    A folder with ``.hydra`` or ``result.json`` is one run, whatever its loggers left in it. What W&B or a CSVLogger
-    left elsewhere is a run of its own. A run that cannot be read is returned as ``unreadable`` with the reason, so
-    that it does not cost the others.
+    A folder with ``.hydra`` or ``result.json`` is one run, including the logs in it. W&B runs and CSV logs elsewhere
+    are runs of their own. A run that cannot be read is returned as ``unreadable`` with the reason.
 
     Args:
         paths: Multirun folders, folders of single runs, W&B folders, folders of CSV logs.
 
     Returns:
-        The runs in the order of their folders (trial 2 before trial 10), none of them twice.
+        The runs in the order of their folders (trial 2 before trial 10), without duplicates.
 
     Raises:
         RunFileError: A path does not exist, or there is no run at all below it.

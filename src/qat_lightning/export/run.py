@@ -54,34 +54,33 @@ def export_quantized(
 ) -> list[ExportResult]:
     """Write a quantized network in several formats; each is loaded again by its own runtime, compared and timed.
 
-    Each format has a fresh process, so that the threads of one runtime do not disturb another, and that nothing of this
-    process helps it. A format that fails costs the others nothing: its result says why. Files appear whole or not at
-    all; ``export.json`` beside them has the figures.
+    Each format runs in a fresh process, so runtimes do not disturb each other. A format that fails does not affect the
+    others: its result gives the reason. Files appear completely or not at all; ``export.json`` has the figures.
 
     Args:
         network: A prepared network, which is converted first, or an int8 one (`QuantizedNetwork`).
-        folder: Where the files go; made if need be. A URL of fsspec's (``s3://bucket/run``) gets what was written and
-            checked on this machine, the files of a format in one transaction.
-        formats: Some of `FORMATS`.
+        folder: Where the files go; created if needed. A URL that fsspec supports (``s3://bucket/run``) receives files
+            that were written and checked locally, those of a format in one transaction.
+        formats: Names in `FORMATS`.
         example: A call of the network with a batch of 2 or more; by default the one it was verified with.
         batches: Real calls to compare on; by default the example.
-        reference: What the artifacts are compared with on them; by default the prepared network itself (fake-quant),
-            and the int8 network where there is no prepared one.
-        float_network: To time the float network in PyTorch and in each runtime, in turn with the int8 one; by default
-            that of the prepared network, and else none.
+        reference: The network that artifacts are compared with; by default the prepared network (fake-quant), or the
+            int8 network if there is no prepared one.
+        float_network: The float network to time in PyTorch and in each runtime, in turn with the int8 one; by default
+            that of the prepared network, otherwise none.
         metric: Called with the artifact as a module that takes CPU tensors like the float network, returns the metric.
-        min_agreement: Least share of the outputs whose top-1 must be the reference's; an artifact below it fails.
-            An output of whole numbers has to be the reference's in this share of its elements, about.
-        min_sqnr_db: Least SQNR of each float output, in dB; less where the network itself is farther than that from
-            itself when its inputs are changed by a thousandth. An artifact with an output below it fails.
-        name: Of the files, before the suffix of their format.
+        min_agreement: Smallest share of outputs with the reference's top-1; an artifact below it fails. Outputs of
+            integers must agree in about this share of their elements.
+        min_sqnr_db: Smallest SQNR of each float output, in dB; lower where the network itself differs more when its
+            inputs change by a thousandth. An artifact with an output below it fails.
+        name: Name of the files, before the suffix of their format.
 
     Returns:
         A result for each format, in their order.
 
     Raises:
         ConfigurationError: A format is unknown, the network is not quantized, or there is no real call.
-        CombinationError: A format does not take networks of this mode and backend.
+        CombinationError: A format does not support networks of this mode and backend.
         MissingExtraError: The package of a format, or for the protocol of a URL, is not installed.
         ConversionError: A prepared network cannot be converted.
 

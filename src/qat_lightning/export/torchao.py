@@ -87,19 +87,20 @@ def _refusal(recipe: Recipe) -> str:
 
 
 def to_torchao(network: QuantizedNetwork) -> nn.Module:
-    """The float network with torchao's tensors in its linear layers and embeddings.
+    """Convert an integer network to torchao's tensors in linear layers and embeddings.
 
-    Other layers that hold integers, such as convolutions and LSTMs, get the float weights that these stand for.
+    Other layers with integers, such as convolutions and LSTMs, get the float weights that these stand for.
 
     Args:
-        network: Of ``kind="weight_only"``, or ``"dynamic"`` by token, from ``mode="eager"`` or ``"fx"``; left as it is.
+        network: Of ``kind="weight_only"``, or ``"dynamic"`` by token, from ``mode="eager"`` or ``"fx"``; not changed.
 
     Returns:
-        The network in evaluation, equal to fake-quant; of a user's own class in ``mode="eager"``.
+        The float network in evaluation mode with these tensors, equal to fake-quant; of your own class in
+        ``mode="eager"``.
 
     Raises:
-        CombinationError: No config of torchao's has these grids.
-        ExportError: A layer's size is no multiple of the groups.
+        CombinationError: No torchao config has these grids.
+        ExportError: A layer's size is not a multiple of the group size.
 
     Example:
         >>> from qat_lightning.graph.example import Example

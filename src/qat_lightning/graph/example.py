@@ -23,7 +23,7 @@ MAX_BATCH = 32
 
 @dataclass(frozen=True)
 class Example:
-    """One real call of the network: what it is traced, prepared and verified with.
+    """One real call of the network, used to trace, prepare and verify it.
 
     Attributes:
         args: Positional inputs, tensors on the CPU with a batch dimension of 2 or more.

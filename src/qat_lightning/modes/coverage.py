@@ -196,11 +196,11 @@ def int8_share(rows: Iterable[LayerCoverage]) -> float | None:
 
 
 def coverage_table(rows: Iterable[LayerCoverage], *, title: str = "") -> Table:
-    """Lay out coverage: what is int8 by kind, and what stayed float by kind and reason, with the names.
+    """Format coverage as a table: what is int8, and what stayed float with the reason.
 
     Args:
         rows: ``qat.coverage``, or ``[*quantized.coverage, *quantized.operations]``.
-        title: For above the table.
+        title: Title of the table.
 
     Returns:
         A table for `rich.print`.

@@ -142,19 +142,19 @@ def unfold_state(state: dict[str, Any], folded: Mapping[str, Mapping[str, Any]],
 def fuse(network: nn.Module, example_inputs: Any) -> tuple[nn.Module, int]:
     """Fold each BatchNorm that follows a convolution or a linear layer into it, for inference in float.
 
-    Which follows which is found by running the network once on the example, as conversion in eager mode does: a
-    BatchNorm is folded only where it takes the output of one layer, and nothing else does. The result computes what the
-    network computes in evaluation mode, which is checked on the example; it is not for training on.
+    Pairs are found by running the network once on the example, as in eager mode: a BatchNorm is folded only if it is
+    the only consumer of one layer's output. The result equals the network in evaluation mode, which is checked on the
+    example; it is not for further training.
 
-    Where ``forward`` takes different ways for different inputs, the example must take the one that counts.
+    Where ``forward`` depends on its inputs, the example must take the path that matters.
 
     Args:
-        network: A float network; it is left as it is.
+        network: A float network; not changed.
         example_inputs: A tensor, a tuple of positional inputs or a dict of keyword inputs of its ``forward``, with a
             batch dimension; or a `qat_lightning.graph.example.Example`.
 
     Returns:
-        A folded copy in evaluation mode, an `nn.Identity` in the place of each folded BatchNorm; and how many were
+        A folded copy in evaluation mode, with an `nn.Identity` in place of each folded BatchNorm; and how many were
         folded.
 
     Raises:

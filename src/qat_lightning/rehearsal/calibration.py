@@ -49,18 +49,18 @@ def calibrating(prepared: nn.Module) -> Iterator[None]:
 
 
 def calibrate(prepared: nn.Module, batches: Iterable[Any]) -> int:
-    """Take the ranges of a prepared network from batches.
+    """Find the ranges of a prepared network from batches.
 
     Args:
-        prepared: What a mode's ``prepare`` made; changed in place, and in evaluation afterwards.
-        batches: Calls of the network: an `Example`, a tuple of positional inputs, a mapping of keyword inputs, or one
-            tensor each, on the device of the network.
+        prepared: A network from `prepare`; changed in place, and in evaluation mode afterwards.
+        batches: Inputs of the network, each an `Example`, a tuple of positional inputs, a mapping of keyword inputs, or
+            one tensor, on the device of the network.
 
     Returns:
-        How many batches there were.
+        The number of batches.
 
     Raises:
-        ConversionError: There was no batch, or nothing finite in any.
+        ConversionError: There was no batch, or none with finite values.
 
     Example:
         >>> from qat_lightning.modes.registry import get_mode

@@ -46,16 +46,16 @@ Inspect = Callable[[QuantizedNetwork, nn.Module], None]
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """What is known of a network before it is trained.
+    """The result of a rehearsal.
 
     Attributes:
         recipe: Mode, backend, scheme and choice of layers that were rehearsed.
-        left_float: What cannot be int8, by its name in the network, and why; the rest was converted and verified.
+        left_float: Layers that cannot be int8, by name, with the reason; the rest was converted and verified.
         coverage: What became int8, and why the rest did not: layers, then the ops between them.
-        int8_macs: The share of the multiply-accumulates that is in int8, from 0 to 1; of the layers where none were
+        int8_macs: The share of the multiply-accumulates in int8, from 0 to 1; the share of layers where none were
             counted.
-        unsaved: Why no file can hold the int8 network; empty if one can.
-        parts: The submodules that are int8, where the network is quantized by parts.
+        unsaved: Why the int8 network cannot be saved; empty if it can.
+        parts: The submodules that are int8, in mode parts.
     """
 
     recipe: Recipe
@@ -75,26 +75,26 @@ def rehearse(
     on_fault: OnFault = "leave_float",
     inspect: Inspect | None = None,
 ) -> Rehearsal:
-    """Prepare, calibrate, convert, verify, save and load a copy of a network, and say what cannot be int8.
+    """Prepare, calibrate, convert, verify, save and load a copy of a network, and report what cannot be int8.
 
-    Nothing is compiled: in mode pt2e the decomposed graph runs. Random states stay as they are.
+    Nothing is compiled: in mode pt2e the decomposed graph runs. Random states are not changed.
 
     Args:
-        network: The float network, with the weights that the training begins with; stays as it is.
-        example: One call of it, with which the copy is also calibrated.
+        network: The float network with its initial weights; not changed.
+        example: One call of it, which also calibrates the copy.
         recipe: Mode, backend, scheme, kind and choice of layers.
         prefix: The network's dotted name in the LightningModule, to which the recipe's globs are relative.
-        on_fault: ``"leave_float"``: what is at fault stays float; ``"error"``: it is refused.
+        on_fault: ``"leave_float"`` leaves faulty layers float; ``"error"`` raises an error.
         inspect: Called at the end with the int8 network and the prepared one (the float one for kinds without
             calibration).
 
     Returns:
-        What was found; the copy's memory is given back.
+        The result; the copy's memory is released.
 
     Raises:
         TraceError: The network cannot be captured in this mode.
         NetworkError: It cannot be prepared, or nothing of it can be int8.
-        ConversionError: It cannot be converted, whatever stays float; or something is at fault and
+        ConversionError: It cannot be converted even with layers left float; or there is a fault and
             ``on_fault="error"``.
 
     Example:

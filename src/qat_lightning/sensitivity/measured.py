@@ -225,28 +225,28 @@ def sensitivity(
     prefix: str = "",
     kind: Literal["static", "dynamic", "weight_only"] = "static",
 ) -> Sensitivity:
-    """Quantize one layer at a time, and all but one, and rank the layers by what that costs.
+    """Rank layers by the accuracy that quantizing them costs.
 
-    The network is prepared and calibrated once; then rounding is switched layer by layer. One layer at a time shows
-    what a layer costs by itself, all but one what leaving it float wins back (Wu et al., 2020, section 5.2,
+    The network is prepared and calibrated once; then fake-quantization is switched layer by layer. Quantizing one layer
+    alone shows its cost; quantizing all but one shows what leaving it float wins back (Wu et al., 2020, section 5.2,
     https://arxiv.org/abs/2004.09602).
 
     Args:
-        network: A trained float network; it is left as it is.
-        batches: Calls of it, to calibrate with and for the default metric: a tensor, a tuple of positional inputs or a
-            dict of keyword inputs each. Each is used often, so a few.
-        mode: ``"eager"``, ``"fx"`` or ``"pt2e"``, or ``"auto"`` for the best that works, which is in the notes.
-        backend: The target.
-        scheme: Bits and granularity. Steps that would learn are calibrated, which `Sensitivity.notes` says.
-        metric: Called with a network in evaluation; larger is better. By default the SQNR of its outputs on
+        network: A trained float network; not changed.
+        batches: Inputs to calibrate with and for the default metric, each a tensor, a tuple of positional inputs or a
+            dict of keyword inputs. Each is used many times, so pass a few.
+        mode: ``"eager"``, ``"fx"`` or ``"pt2e"``, or ``"auto"`` for the best supported one, which is in the notes.
+        backend: The backend.
+        scheme: Bits and granularity. Learned steps are calibrated instead, which `Sensitivity.notes` reports.
+        metric: Called with a network in evaluation mode; larger is better. By default the SQNR of its outputs on
             ``batches`` against the float network's, in dB.
         metric_name: For tables.
         calibrate_on: Called with the prepared network instead of calibrating on ``batches``.
         rank_by: ``"alone"`` or ``"without"``.
-        include: Globs of what to quantize.
-        exclude: Globs of what stays float in any case.
+        include: Globs of layers to quantize.
+        exclude: Globs of layers that always stay float.
         prefix: The network's name in the LightningModule, to which globs are relative.
-        kind: ``"static"``, ``"dynamic"`` or ``"weight_only"``: whose grids to round to.
+        kind: ``"static"``, ``"dynamic"`` or ``"weight_only"``: the grids to round to.
 
     Raises:
         ConfigurationError: An argument is not possible.

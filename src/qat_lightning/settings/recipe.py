@@ -53,7 +53,7 @@ integers for its weights only."""
 
 @dataclass(frozen=True)
 class Recipe:
-    """Mode, backend, scheme and choice of layers: all that decides what prepare makes of a network.
+    """Mode, backend, scheme and choice of layers: everything that `prepare` needs to know.
 
     Args:
         mode: ``"eager"``, ``"fx"``, ``"pt2e"`` or ``"parts"``.

@@ -32,7 +32,7 @@ def stored_bits(weight_bits: int) -> int:
 
 @dataclass(frozen=True)
 class Scheme:
-    """How weights and activations are put on an integer grid.
+    """How weights and activations are quantized.
 
     Symmetric weights (zero point 0) are on ``[-(2**(bits-1) - 1), 2**(bits-1) - 1]``, which is what the int8 kernels of
     every backend take. Weights of fewer than 8 bits are int8 to the kernels, on a coarser grid, and those of up to 4

@@ -23,11 +23,11 @@ STATE_KEY = "_quantization._extra_state"
 
 
 def float_state_dict(checkpoint: Mapping[str, Any] | str | Path) -> dict[str, Any]:
-    """The part of a checkpoint that the float LightningModule has: for a model without any callback of ours.
+    """Extract the float weights of a checkpoint, for a LightningModule without quantization.
 
     Args:
-        checkpoint: A checkpoint of Lightning, its ``state_dict``, or the path of one, with or without quantization; the
-            path may be the folder that ``ModelParallelStrategy`` saves, or a URL of fsspec's (``s3://bucket/last.ckpt``).
+        checkpoint: A Lightning checkpoint, its ``state_dict``, or a path, with or without quantization. The path may be
+            a folder that ``ModelParallelStrategy`` saved, or a URL that fsspec supports (``s3://bucket/last.ckpt``).
 
     Returns:
         A ``state_dict`` that the float LightningModule loads strictly.
@@ -124,9 +124,9 @@ if "load_state_dict" not in LightningModule.__dict__:
 
 
 class LoadsQuantizedCheckpoints:
-    """Mixin that lets a LightningModule's ``load_from_checkpoint`` take a checkpoint of a quantization-aware run.
+    """Mixin that lets ``load_from_checkpoint`` load the float weights of a quantization-aware run.
 
-    The LightningModule gets its float weights. Name it before LightningModule among the bases.
+    List it before LightningModule among the base classes.
 
     Example:
         >>> class Model(LoadsQuantizedCheckpoints, LightningModule):

@@ -112,11 +112,9 @@ def test_a_tutorial_runs_and_its_stored_outputs_are_of_this_code(notebook: Path,
     assert printing == [bool(cell["outputs"]) for cell in cells(notebook)], "run make tutorials"
 
 
-def test_every_tutorial_has_its_outputs_and_a_place_in_the_navigation() -> None:
+def test_every_tutorial_is_in_the_navigation() -> None:
     navigation = (ROOT / "mkdocs.yml").read_text()
-    for notebook in NOTEBOOKS:
-        assert f"tutorials/{notebook.name}" in navigation
-        assert any(cell["outputs"] for cell in cells(notebook)), f"{notebook.name}: run make tutorials"
+    assert [path.name for path in NOTEBOOKS if f"tutorials/{path.name}" not in navigation] == []
 
 
 @pytest.mark.slow

@@ -154,7 +154,7 @@ class Distillation(Callback):
         unknown = [name for name in self.module if name not in parts]
         if unknown:
             raise ConfigurationError(
-                f"module={unknown[0]!r} of Distillation is not quantized: choose of {', '.join(map(repr, parts))}."
+                f"module={unknown[0]!r} of Distillation is not quantized: choose from {', '.join(map(repr, parts))}."
             )
         chosen = {name: part for name, part in parts.items() if not self.module or name in self.module}
         found = {name: (part, self._settings_of(part)) for name, part in chosen.items()}
@@ -230,7 +230,7 @@ class Distillation(Callback):
             return weights
         if trainer.global_step > 0:
             raise ConfigurationError(
-                f"Distillation has no float weights of {name!r} to learn from: this run goes on from step "
+                f"Distillation has no float weights of {name!r} to learn from: this run resumes from step "
                 f"{trainer.global_step} of one that rounded from its first step, without Distillation. Give "
                 "QuantizationAwareTraining float_checkpoint=<a checkpoint of a float run>."
             )

@@ -39,8 +39,8 @@ class WholeFileCheckpointIO(TorchCheckpointIO):
         lacking = [key for key in ("state_dict", "pytorch-lightning_version") if key not in checkpoint]
         if lacking:
             raise CheckpointFileError(
-                f"ckpt_path={str(path)!r} is no checkpoint of Lightning's: it has no {' and no '.join(lacking)}. "
-                "Weights by themselves are loaded into the LightningModule with load_state_dict, before the fit."
+                f"ckpt_path={str(path)!r} is not a Lightning checkpoint: it has no {' and no '.join(lacking)}. "
+                "Load plain weights into the LightningModule with load_state_dict, before the fit."
             )
         return checkpoint
 
@@ -134,7 +134,7 @@ def _read_sharded(folder: Path, shown: str, endings: tuple[str, ...]) -> dict[st
     except Exception as error:  # unpickling what is no pickle may raise anything
         reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
         raise CheckpointFileError(
-            f"{shown!r} is no checkpoint, or only a part of one ({reason}): give the folder that a Trainer saved."
+            f"{shown!r} is not a checkpoint, or only a part of one ({reason}): give the folder that a Trainer saved."
         ) from error
     return {".".join(map(str, paths[stored][1:])): value for stored, value in found.items()}
 
@@ -147,10 +147,10 @@ def _mapping(said: str, read: Callable[[], Any]) -> dict[str, Any]:
     except Exception as error:  # unpickling what is no pickle may raise anything
         reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
         raise CheckpointFileError(
-            f"{said} cannot be read: it is no checkpoint, or only a part of one ({reason})."
+            f"{said} cannot be read: it is not a checkpoint, or only a part of one ({reason})."
         ) from error
     if not isinstance(found, dict):
-        raise CheckpointFileError(f"{said} is no checkpoint: it holds a {type(found).__name__}.")
+        raise CheckpointFileError(f"{said} is not a checkpoint: it holds a {type(found).__name__}.")
     return found
 
 

@@ -112,8 +112,8 @@ def _begin_with(loader: Any, kept: list[Any], rest: Iterable[Any]) -> Any:
             loader.__class__ = type(cls.__name__, (cls,), functions | {"__module__": cls.__module__})
         except TypeError as error:
             raise NetworkError(
-                f"The loader ({cls.__name__}) gives each batch once, and the first cannot be given back to it: give "
-                "example_inputs=, so that none is looked at."
+                f"The loader ({cls.__name__}) yields each batch once, and the first cannot be put back: give "
+                "example_inputs=, so that none is read."
             ) from error
     replay.kept.extendleft(reversed(kept))
     return loader

@@ -18,7 +18,7 @@ import qat_lightning
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
-READ = [*PAGES, ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+READ = [*PAGES, *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md"))]
 CODE = re.compile(r"^( *)``` ?([^\n]*)\n(.*?)^\1```$", re.DOTALL | re.MULTILINE)
 LONGEST_CELL = 300
 

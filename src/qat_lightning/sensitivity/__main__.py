@@ -10,14 +10,17 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from lightning.pytorch import seed_everything
 from rich.text import Text
 
 from qat_lightning.errors import ConfigurationError
 from qat_lightning.run.app import quiet
+from qat_lightning.sensitivity.bit_choice import BitLimits, Candidate
+from qat_lightning.sensitivity.bits import bits_within
 from qat_lightning.sensitivity.budget import Budget
-from qat_lightning.sensitivity.draw import draw
+from qat_lightning.sensitivity.draw import draw, draw_bits
 from qat_lightning.sensitivity.measured import Sensitivity
 from qat_lightning.sensitivity.run import SQNR_BATCHES, Options, composed, config_of_run, measure_run
 from qat_lightning.terminal import console, status_of
@@ -39,9 +42,7 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    wants = options.max_drop is not None or options.min_size_ratio is not None
-    if wants:
-        Budget(options.max_drop, options.min_size_ratio)  # what is not possible is refused before anything is measured
+    _check(options)  # what is not possible is refused before anything is measured
     folders = [word for word in options.words if "=" not in word]
     overrides = [word for word in options.words if "=" in word]
     if len(folders) > 1:
@@ -75,11 +76,13 @@ def _run(options: argparse.Namespace) -> int:
         shown.print(Text(note), soft_wrap=True)
     out = options.out or (run / "sensitivity" if run else Path("sensitivity"))
     out.mkdir(parents=True, exist_ok=True)
-    _write_csv(found, out / "layers.csv")
+    _write_csv([asdict(row) for row in found.rows], out / "layers.csv")
     if not options.no_plot:
         draw(found, out / "layers.png")
     shown.print(f"Written: {out}", soft_wrap=True)
-    if not wants:
+    if options.bits:
+        return _choose_bits(found, options, out)
+    if options.max_drop is None and options.min_size_ratio is None:
         return 0
     limit = None if options.max_drop is None else options.max_drop / found.points
     plan = found.within(Budget(limit, options.min_size_ratio))
@@ -89,9 +92,35 @@ def _run(options: argparse.Namespace) -> int:
     return 0 if plan.reached else NOT_REACHED
 
 
-def _write_csv(found: Sensitivity, path: Path) -> None:
+def _check(options: argparse.Namespace) -> None:
+    if options.bits:
+        if options.min_size_ratio is not None:
+            raise ConfigurationError("--min-size-ratio is for layers left float: with --bits give --max-size-mb.")
+        BitLimits(options.max_drop, options.max_size_mb, options.max_latency_ms)
+        return
+    for name in ("max_size_mb", "max_latency_ms"):
+        if getattr(options, name) is not None:
+            raise ConfigurationError(f"--{name.replace('_', '-')} is for --bits: give it too, as --bits 4 8 float.")
+    if options.max_drop is not None or options.min_size_ratio is not None:
+        Budget(options.max_drop, options.min_size_ratio)
+
+
+def _choose_bits(found: Sensitivity, options: argparse.Namespace, out: Path) -> int:
+    shown = console()
+    limit = None if options.max_drop is None else options.max_drop / found.points
+    choice = bits_within(found, options.bits, BitLimits(limit, options.max_size_mb, options.max_latency_ms))
+    shown.print(choice.table())
+    _write_csv(choice.rows(), out / "bits.csv")
+    choice.write(out / "mixed_bits.yaml")
+    if not options.no_plot:
+        draw_bits(choice, out / "bits.png")
+    shown.print(Text(choice.summary(), style="" if choice.reached else "red"), soft_wrap=True)
+    shown.print(Text(f"python train.py '{choice.override()}'"), soft_wrap=True)
+    return 0 if choice.reached else NOT_REACHED
+
+
+def _write_csv(rows: list[dict[str, Any]], path: Path) -> None:
     with path.open("w", newline="") as file:
-        rows = [asdict(row) for row in found.rows]
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
@@ -108,11 +137,22 @@ def _parser() -> argparse.ArgumentParser:
     add("--rank-by", choices=["alone", "without"], default="alone", help="quantized alone, or all but it")
     add("--max-drop", type=float, help="in percentage points of a score within 0 and 1, as compare has it")
     add("--min-size-ratio", type=float, help="how many times smaller the weights have to be")
+    add("--bits", type=_candidate, nargs="+", metavar="BITS", help="choose for each layer, as in --bits 4 8 float")
+    add("--max-size-mb", type=float, help="with --bits: of the int8 file, in 10^6 bytes")
+    add("--max-latency-ms", type=float, help="with --bits: of one sample on this machine")
     add("--calibration-batches", type=_positive, default=8, help="of the training data (default: 8)")
     add("--validation-batches", type=_positive, help=f"by default all; {SQNR_BATCHES} for sqnr")
     add("--out", type=Path, help="folder of what is written (default: sensitivity, in the run's folder)")
     add("--no-plot", action="store_true", help="leave out the picture, which needs matplotlib (the extra plots)")
     return parser
+
+
+def _candidate(word: str) -> Candidate:
+    if word == "float":
+        return "float"
+    if not word.isdigit() or not 2 <= int(word) <= 8:
+        raise argparse.ArgumentTypeError(f"{word!r} is neither a number of bits from 2 to 8 nor float")
+    return int(word)
 
 
 def _positive(word: str) -> int:

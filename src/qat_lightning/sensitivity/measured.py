@@ -67,6 +67,8 @@ class Sensitivity:
         rank_by: What the order is by.
         recipe: What was quantized how.
         prefix: The network's name in the LightningModule, for overrides.
+        network: The float network.
+        example: One call of it.
         notes: What was measured otherwise than asked, a sentence each.
     """
 
@@ -78,10 +80,10 @@ class Sensitivity:
         self.rank_by: RankBy = told["rank_by"]
         self.prefix: str = told["prefix"]
         self.notes: Sequence[str] = told["notes"]
-        self._network, self._example = network, example
+        self.network, self.example = network, example
         self._metric, self._calibrate = metric, calibrate_on
         self.float_metric = _finite(metric(copy.deepcopy(network).eval()))
-        self._prepared = self._prepare(recipe)
+        self._prepared = self.prepare(recipe)
         self._switches = Switches(self._prepared)
         self.quantized_metric = self._measure_without([])
         self.rows = self._ranked()
@@ -91,16 +93,30 @@ class Sensitivity:
         """What a drop is shown with: 100, in percentage points, for a score within 0 and 1; 1 for any other metric."""
         return drop_points((self.float_metric, self.quantized_metric))
 
-    def _prepare(self, recipe: Recipe) -> nn.Module:
-        prepared = mode_for(recipe).prepare(copy.deepcopy(self._network), self._example, recipe, prefix=self.prefix)
-        device = next((p.device for p in self._network.parameters()), torch.device("cpu"))
+    def prepare(self, recipe: Recipe) -> nn.Module:
+        """A copy of the network, prepared by a recipe and calibrated."""
+        prepared = mode_for(recipe).prepare(copy.deepcopy(self.network), self.example, recipe, prefix=self.prefix)
+        device = next((p.device for p in self.network.parameters()), torch.device("cpu"))
         prepared.to(device)
         self._calibrate(prepared)
         return prepared
 
+    def measure(self, network: nn.Module) -> float:
+        """The metric of a network in evaluation; larger is better."""
+        return _finite(self._metric(network))
+
+    @property
+    def in_decibel(self) -> bool:
+        """Whether the metric is the SQNR of the outputs."""
+        return isinstance(self._metric, _OutputSqnr)
+
+    def full_name(self, name: str) -> str:
+        """The name of a layer in the LightningModule."""
+        return f"{self.prefix}.{name}".strip(".")
+
     def _measure_without(self, names: Sequence[str]) -> float:
         self._switches.all_but(names)
-        return _finite(self._metric(self._prepared))
+        return self.measure(self._prepared)
 
     def _ranked(self) -> list[LayerSensitivity]:
         rows = [self._row(unit) for unit in self._switches.units]
@@ -108,7 +124,7 @@ class Sensitivity:
 
     def _row(self, unit: Unit) -> LayerSensitivity:
         self._switches.only([unit.name])
-        alone = _finite(self._metric(self._prepared))
+        alone = self.measure(self._prepared)
         without = self._measure_without([unit.name])
         loss = self.float_metric - alone if self.rank_by == "alone" else without - self.quantized_metric
         return LayerSensitivity(unit.name, unit.kind, unit.parameters, unit.module, alone, without, loss)
@@ -175,16 +191,16 @@ class Sensitivity:
         """The metric of a network that is prepared with these excluded."""
         if len(names) == len([row for row in self.rows if row.excludable]):
             return self.float_metric  # nothing is left to quantize
-        globs = tuple(f"{self.prefix}.{name}".strip(".") for name in names)
-        return _finite(self._metric(self._prepare(replace(self.recipe, exclude=(*self.recipe.exclude, *globs)))))
+        globs = tuple(map(self.full_name, names))
+        return self.measure(self.prepare(replace(self.recipe, exclude=(*self.recipe.exclude, *globs))))
 
     def _ratio(self, names: Sequence[str]) -> float:
         quantized = [row.parameters for row in self.rows if row.name not in names]
-        total = sum(parameter.numel() for parameter in self._network.parameters())
+        total = sum(parameter.numel() for parameter in self.network.parameters())
         return size_ratio(total, sum(quantized), stored_bits(self.recipe.scheme.weight_bits))
 
     def _plan(self, names: Sequence[str], budget: Budget, value: float) -> MixedPrecision:
-        globs = tuple(f"{self.prefix}.{name}".strip(".") for name in names)
+        globs = tuple(map(self.full_name, names))
         return MixedPrecision(
             exclude=(*self.recipe.exclude, *globs),
             budget=budget,

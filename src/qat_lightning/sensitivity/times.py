@@ -1,0 +1,47 @@
+"""What a layer that is left float adds to the latency of an int8 network: the difference of two that are made."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from torch import nn
+
+from qat_lightning.artifact.quantized import QuantizedNetwork
+from qat_lightning.graph.example import Example
+from qat_lightning.graph.signature import one_sample
+from qat_lightning.measure.metrics import latency_interleaved
+from qat_lightning.modes.left_float import leave_float
+from qat_lightning.modes.prepared import cpu_copy, prepared_state
+from qat_lightning.rehearsal.faults import convert_what_can_be
+
+
+def float_times(
+    prepared: nn.Module, reference: QuantizedNetwork, names: Collection[str], example: Example
+) -> dict[str, float]:
+    """Convert a network once more for each layer, with that layer float, and time both in turn.
+
+    What a layer takes by itself would not say it: around a float layer values are made float and integer again, and
+    kernels that are one in int8, such as a layer and its activation function, are two.
+
+    Args:
+        prepared: The network, prepared and calibrated; copies of it are converted.
+        reference: Its int8 network.
+        names: Layers.
+        example: One call; a single sample of it is timed.
+
+    Returns:
+        For each layer the milliseconds that it adds when it is float, less than 0 where float is faster; 0 for a layer
+        that is float in both.
+    """
+    one = one_sample(example)
+    found = {}
+    for name in names:
+        copied = cpu_copy(prepared)
+        if not leave_float(copied, {name: "timed in float"}, example):
+            found[name] = 0.0
+            continue
+        converted = convert_what_can_be(copied, example).converted
+        other = QuantizedNetwork(converted, prepared_state(prepared).recipe, example)
+        latencies = latency_interleaved({"int8": reference, "float": other}, one.args, one.kwargs)
+        found[name] = latencies["float"].median_ms - latencies["int8"].median_ms
+    return found

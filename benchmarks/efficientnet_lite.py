@@ -115,17 +115,19 @@ class Student(ClassificationModule):
 
     def configure_optimizers(self) -> Any:
         """Adam, with rates that fall to zero."""
-        optimizer = torch.optim.Adam([{"params": [p], "lr": self._rate(p.detach())} for p in self.parameters()])
+        rates = [(p, self._rate(name, p.detach())) for name, p in self.named_parameters()]
+        optimizer = torch.optim.Adam([{"params": [p], "lr": rate} for p, rate in rates])
         steps = int(self.trainer.estimated_stepping_batches)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    def _rate(self, parameter: Tensor) -> float:
+    def _rate(self, name: str, parameter: Tensor) -> float:
         if parameter.ndim < 2:  # learned steps begin at 0 and are relative by themselves
             return self.vector_lr * (parameter.square().mean().sqrt().item() or 1.0)
         largest = parameter.flatten(1).abs().amax(1)
-        largest = largest.mean() if self.scheme.per_channel else largest.max()
-        return self.lr * largest.item() / self.scheme.weight_quant_max
+        own = self.scheme.of(name.rpartition(".")[0])
+        largest = largest.mean() if own.per_channel else largest.max()
+        return self.lr * largest.item() / own.weight_quant_max
 
 
 def accuracy(row: Row, split: int, photos: tuple[Tensor, Tensor]) -> dict[str, float]:

@@ -26,7 +26,7 @@ class Results:
         lines = path.read_text().splitlines() if path.exists() else []
         self.rows: list[dict[str, Any]] = [json.loads(line) for line in lines if line]
 
-    def once(self, settings: Mapping[str, Any], measure: Callable[[], dict[str, float]]) -> dict[str, float]:
+    def once(self, settings: Mapping[str, Any], measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """What ``measure`` returned for these settings, called only if the file does not have it yet."""
         settings = json.loads(json.dumps(settings))
         for row in self.rows:

@@ -157,11 +157,16 @@ def _word(name: str) -> str:
     return name if re.fullmatch(r"[A-Za-z_*?][\w.*?]*", name) else json.dumps(name)
 
 
-def size_ratio(total: int, quantized: int, bits: int) -> float:
-    """How many times smaller a network's parameters are, if some of them have fewer bits than 32.
+def size_ratio(total: int, quantized: int, stored: int) -> float:
+    """How many times smaller a network's parameters are, if some of them take fewer bits than 32.
+
+    Args:
+        total: How many parameters there are.
+        quantized: How many of them are integers.
+        stored: How many bits all of these take in the file.
 
     Example:
-        >>> size_ratio(100, 100, 8), size_ratio(100, 50, 8)
+        >>> size_ratio(100, 100, 800), size_ratio(100, 50, 400)
         (4.0, 1.6)
     """
-    return 32 * total / (32 * (total - quantized) + bits * quantized) if total else 1.0
+    return 32 * total / (32 * (total - quantized) + stored) if total else 1.0

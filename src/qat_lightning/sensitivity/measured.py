@@ -195,9 +195,11 @@ class Sensitivity:
         return self.measure(self.prepare(replace(self.recipe, exclude=(*self.recipe.exclude, *globs))))
 
     def _ratio(self, names: Sequence[str]) -> float:
-        quantized = [row.parameters for row in self.rows if row.name not in names]
+        kept = [row for row in self.rows if row.name not in names]
         total = sum(parameter.numel() for parameter in self.network.parameters())
-        return size_ratio(total, sum(quantized), stored_bits(self.recipe.scheme.weight_bits))
+        bits = [stored_bits(self.recipe.of(self.full_name(row.name)).scheme.weight_bits) for row in kept]
+        stored = sum(row.parameters * each for row, each in zip(kept, bits, strict=True))
+        return size_ratio(total, sum(row.parameters for row in kept), stored)
 
     def _plan(self, names: Sequence[str], budget: Budget, value: float) -> MixedPrecision:
         globs = tuple(map(self.full_name, names))

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from qat_lightning.callbacks.quantization_aware_training import QuantizationAwareTraining
     from qat_lightning.callbacks.quantization_monitor import QuantizationMonitor
     from qat_lightning.callbacks.quantized_model_export import QuantizedModelExport
+    from qat_lightning.export.plain_tensors import to_plain_tensors
     from qat_lightning.export.run import export_quantized
     from qat_lightning.graph.example import Example
     from qat_lightning.modes.coverage import coverage_table
@@ -56,6 +57,7 @@ _HOMES = {
     "prepare": "qat_lightning.plain",
     "quantize": "qat_lightning.plain",
     "rehearse": "qat_lightning.rehearsal.rehearse",
+    "to_plain_tensors": "qat_lightning.export.plain_tensors",
 }
 
 install()
@@ -101,4 +103,5 @@ __all__ = [
     "quantize",
     "rehearse",
     "sensitivity",
+    "to_plain_tensors",
 ]

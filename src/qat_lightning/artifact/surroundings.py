@@ -37,6 +37,10 @@ _PARTS: dict[type, tuple[str, ...]] = {
 """Objects that call functions, by where they hold them."""
 _OF_MODULES = frozenset(vars(nn.Module()))
 """What every module holds."""
+_COMPARED = ("training", "_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks")
+"""What of it can change what a module of somebody's class computes."""
+_OF_KERNELS = ("_packed_params", "scale", "zero_point")
+"""What torch's quantized layers read when they are called; their other attributes say what was packed."""
 _TRUSTED = ("torch", "qat_lightning")
 
 
@@ -62,6 +66,8 @@ class Surroundings:
 
     def __init__(self, network: nn.Module) -> None:
         self.complete = True
+        self._sized: list[tuple[dict[str, Any], int]] = []
+        self._attributes: list[tuple[dict[str, Any], Callable[[Any], Any], Any]] = []
         self._held: list[Any] = []
         self._copied: list[Any] = []
         self._seen: set[int] = set()
@@ -118,9 +124,15 @@ class Surroundings:
         if not all(ask() is value for ask, value in self._asked):
             return False
         try:
-            return self._held == self._copied
+            return self._attributes_are() and self._held == self._copied
         except Exception:  # noqa: BLE001 - one tensor in place of another, which have no one truth value
             return False
+
+    def _attributes_are(self) -> bool:
+        for found, size in self._sized:
+            if len(found) != size:
+                return False
+        return all(get(found) == values for found, get, values in self._attributes)
 
     def _read(self, names: Iterable[str], inner: Iterable[str], space: dict[str, Any], done: set[int]) -> None:
         """Look at the variables of a module, and at those with an ``inner`` name of the modules that they are."""
@@ -162,18 +174,23 @@ class Surroundings:
             self._look(inner)
 
     def _module(self, module: nn.Module) -> None:
-        self._hold(vars(module))
+        found = vars(module)
+        own = [name for name in found if name not in _OF_MODULES]
+        # As few as can be, and no copy of the whole: memory that is read between kernels is memory that they lose.
+        self._sized.append((found, len(found)))
+        if compared := _compared(type(module), own):
+            get = operator.itemgetter(*compared, compared[0])  # a tuple of any number, compared by identity first
+            self._attributes.append((found, get, get(found)))
         self._hook(module._forward_hooks)
         self._hook(module._forward_pre_hooks)
-        for found in (module._modules, module._parameters, module._buffers):
-            if found:
-                self._hold(found)
-                for inner in list(found.values()):
+        for held in (module._modules, module._parameters, module._buffers):
+            if held:
+                self._hold(held)
+                for inner in list(held.values()):
                     self._look(inner)
         self._class(type(module))
-        for name, value in list(vars(module).items()):
-            if name not in _OF_MODULES:
-                self._look(value)
+        for name in own:
+            self._look(found[name])
 
     def _hook(self, hooks: dict[int, Any]) -> None:
         self._hooks.append(hooks)
@@ -221,8 +238,18 @@ class Surroundings:
     def _hold(self, found: Any) -> None:
         self._held.append(found)
         self._copied.append(next((kind for kind in _MUTABLE if isinstance(found, kind)), dict)(found))
-        if len(self._held) > _MOST_OBJECTS + 4 * len(self._hooks):
+        if len(self._held) + len(self._sized) > _MOST_OBJECTS + 4 * len(self._hooks):
             self.complete = False
+
+
+def _compared(kind: type, own: list[str]) -> list[str]:
+    """The attributes of a module that its call may depend on, of a class and with its own attributes."""
+    home = kind.__module__
+    if not is_trusted(home):
+        return [*_COMPARED, *own]
+    if home.startswith("torch.ao."):
+        return [name for name in own if name in _OF_KERNELS] or own
+    return own if home.startswith("qat_lightning.") or not own else ["training", *own]
 
 
 def _content(cell: types.CellType) -> Any:

@@ -60,16 +60,31 @@ def int8_program(network: nn.Module, example: Example | None = None, spell: Spel
     call = quantized.example if example is None else example
     call = Example(*tree_map(_to_float32, (call.args, call.kwargs)))
     inner: Any = quantized.network
-    target = quantized.recipe.target
     if hasattr(inner, "decomposed"):
         return _export(_Called(inner.decomposed, inner.spec), call, inner.spec.name)
+    name = "the int8 network" if isinstance(inner, GraphNetwork) else type(inner).__name__
+    return _export(in_plain_ops(quantized, call, spell), call, name)
+
+
+def in_plain_ops(quantized: QuantizedNetwork, call: Example, spell: Spelling | None = None) -> nn.Module:
+    """The network of mode eager or fx with ops between quantize and dequantize in the place of its packed kernels.
+
+    Args:
+        quantized: The int8 network, which is left as it is.
+        call: A real call, on which each op is compared with its kernel.
+        spell: See `int8_program`.
+
+    Raises:
+        ExportError: A kernel has no counterpart; the message names it.
+    """
+    inner, target = quantized.network, quantized.recipe.target
     if isinstance(inner, GraphNetwork):
         from qat_lightning.export.fx_program import fx_float_graph
 
-        return _export(fx_float_graph(inner, call, target, spell), call, "the int8 network")
+        return fx_float_graph(inner, call, target, spell)
     from qat_lightning.export.eager_program import eager_float_network
 
-    return _export(eager_float_network(inner, call, target, spell), call, type(inner).__name__)
+    return eager_float_network(inner, call, target, spell)
 
 
 def float_program(network: nn.Module, example: Example) -> ExportedProgram:
@@ -137,7 +152,7 @@ class _Called(nn.Module):
 
 @torch.no_grad()
 def _export(network: nn.Module, example: Example, name: str) -> ExportedProgram:
-    args, kwargs = _of_two(example)
+    args, kwargs = of_two(example)
     size = batch_size(Example(args, kwargs))
     signature = inspect.signature(network.forward)
     shapes = dynamic_shapes(signature, args, kwargs, size)
@@ -156,8 +171,8 @@ def _export(network: nn.Module, example: Example, name: str) -> ExportedProgram:
     return program
 
 
-def _of_two(example: Example) -> tuple[Any, Any]:
-    """The arguments of a call; a batch of one twice, since export takes a size of 1 for a constant."""
+def of_two(example: Example) -> tuple[Any, Any]:
+    """Both kinds of arguments of a call; a batch of one twice, since export takes a size of 1 for a constant."""
 
     def twice(leaf: Any) -> Any:
         return torch.cat([leaf, leaf]) if has_batch(leaf, 1) else leaf

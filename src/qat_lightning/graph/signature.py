@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import reprlib
 from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any
@@ -213,7 +214,11 @@ def _shape(shape: tuple[int, ...]) -> str:
 
 
 def _describe(leaf: Any) -> str:
-    return f"a tensor of shape {tuple(leaf.shape)}" if isinstance(leaf, Tensor) else repr(leaf)
+    if isinstance(leaf, Tensor):
+        return f"a tensor of shape {tuple(leaf.shape)}"
+    if isinstance(leaf, (list, tuple, dict)):
+        return f"a {type(leaf).__name__} of {len(leaf)}"  # which may be of tensors, with all their values
+    return reprlib.repr(leaf)
 
 
 def _refuse(name: str, path: str, expected: str, got: str) -> None:

@@ -1,0 +1,76 @@
+"""The int8 network of eager or fx on plain tensors: no packed weights, and no dtype that torch deprecates."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from qat_lightning.artifact.quantized import QuantizedNetwork
+from qat_lightning.errors import ConfigurationError, ExportError
+from qat_lightning.export.comparison import Comparison, problem
+from qat_lightning.export.program import in_plain_ops, of_two
+from qat_lightning.graph.example import Example
+from qat_lightning.modes.protocol import Converted
+from qat_lightning.settings.kinds import DIRECT
+
+_BACKEND = "x86"
+_LEAST_DB = 30.0
+_LEAST_EQUAL = 0.98
+
+
+@torch.no_grad()
+def to_plain_tensors(network: QuantizedNetwork, example: Example | None = None) -> QuantizedNetwork:
+    """The same int8 network, run by the stack that replaces torch's packed kernels.
+
+    Its integers, scales and zero points are those of ``network``. It is an int8 network of mode ``pt2e``: compiled by
+    AOTInductor at its first call or, without a C++ compiler, run by oneDNN's int8 kernels for plain uint8 and int8
+    tensors. Neither it nor its file needs ``quint8``, ``qint8`` or ``qint32``, which torch deprecates since 2.13, and
+    its file holds the graph, so that eager networks load without their code.
+
+    Args:
+        network: Static ranges, mode ``eager`` or ``fx``. It stays as it is. A network of mode ``pt2e`` is returned.
+        example: A real call; by default the one that ``network`` was verified with.
+
+    Raises:
+        ConfigurationError: The network is of a kind or mode that has no such form.
+        ExportError: A kernel has no counterpart, or the result computes something else.
+        TraceError: The network is no graph, which can be with ``mode="eager"``.
+
+    Example:
+        >>> from qat_lightning import Recipe, calibrate, convert, prepare
+        >>> call = Example((torch.randn(8, 4),))
+        >>> prepared = prepare(torch.nn.Sequential(torch.nn.Linear(4, 2)), call, Recipe("fx", "x86", kind="static"))
+        >>> _ = calibrate(prepared, [call.args[0]])
+        >>> to_plain_tensors(convert(prepared, call)).recipe.mode
+        'pt2e'
+    """
+    recipe = network.recipe
+    if recipe.mode == "pt2e":
+        return network
+    if recipe.mode not in ("eager", "fx") or recipe.kind in DIRECT:
+        raise ConfigurationError(
+            f"to_plain_tensors takes static networks of mode 'eager' or 'fx', and this one is of mode {recipe.mode!r} "
+            f"and kind {recipe.kind!r}: quantize with one of these two, or with mode='pt2e', which needs no such step."
+        )
+    from qat_lightning.modes.pt2e.capture import capture
+    from qat_lightning.modes.pt2e.int8 import Int8Network
+
+    call = Example(*of_two(network.example if example is None else example))
+    graph, spec = capture(in_plain_ops(network, call), call, train=False)
+    made = dataclasses.replace(recipe, mode="pt2e", backend=_BACKEND)
+    converted = Converted(
+        Int8Network(graph, spec, _BACKEND),
+        list(network.coverage),
+        list(network.checks),
+        [*network.notes, f"on plain tensors, from mode {recipe.mode!r} and backend {recipe.backend!r}"],
+        list(network.operations),
+        network.whole,
+    )
+    plain = QuantizedNetwork(converted, made, call, source=network.source)
+    found = Comparison()
+    found.update(network(*call.args, **call.kwargs), plain(*call.args, **call.kwargs))
+    wrong = problem(found, network, [call], min_sqnr_db=_LEAST_DB, min_equal=_LEAST_EQUAL)
+    if wrong:
+        raise ExportError(f"On plain tensors the network computes something else: {wrong}.")
+    return plain

@@ -47,7 +47,7 @@ class Limits:
             is_number = isinstance(limit, int | float) and not isinstance(limit, bool)
             if limit is not None and not (is_number and least < limit < math.inf):
                 above = "a number" if least < 0 else "a number above 0"
-                raise ConfigurationError(f"{name}={limit!r} is no limit: use {above}.")
+                raise ConfigurationError(f"{name}={limit!r} is not a limit: use {above}.")
         if self.prefer is not None and self.prefer not in get_args(Goal):
             raise ConfigurationError(f"prefer={self.prefer!r} is unknown: use one of {', '.join(get_args(Goal))}.")
 
@@ -96,7 +96,7 @@ def decide(comparison: Comparison, limits: Limits) -> Decision:
         front, total = len(comparison.front), len(comparison.configurations)
         asked = f"{front} of {_count(total)} {'is' if front == 1 else 'are'} on the Pareto front"
         if not front:
-            asked = "there is no Pareto front either, for no configuration has both a latency and a size"
+            asked = "there is no Pareto front, because no configuration has both a latency and a size"
         return Decision(None, None, f"Nothing is chosen, because no limit was given: {asked}.")
     shippable = [c for c in comparison.configurations if c.variant == "int8"]
     if not shippable:

@@ -86,6 +86,8 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     assert (tmp_path / "site" / "index.html").is_file()
+    pages = (page.read_text() for page in (tmp_path / "site").rglob("*.html"))
+    assert [link for html in pages for link in re.findall(r'href="[^":]+\.(?:md|ipynb)[#"]', html)] == []
     assert "QuantizationAwareTraining" in (tmp_path / "site" / "reference" / "callbacks.html").read_text()
 
 
@@ -110,6 +112,15 @@ def test_a_tutorial_runs_and_its_stored_outputs_are_of_this_code(notebook: Path,
     assert done.returncode == 0, done.stderr[-3000:]
     printing = [bool(cell["outputs"]) for cell in cells(copy)]
     assert printing == [bool(cell["outputs"]) for cell in cells(notebook)], "run make tutorials"
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=name_of)
+def test_links_of_a_tutorial_lead_to_files_and_headings(notebook: Path) -> None:
+    text = "".join("".join(cell["source"]) for cell in json.loads(notebook.read_text())["cells"])
+    for path, anchor in re.findall(r"\]\(([^)#:]+\.(?:md|ipynb))#?([^)]*)\)", text):
+        found = (notebook.parent / path).resolve()
+        assert found.exists(), path
+        assert not anchor or anchor in anchors(found), anchor
 
 
 def test_every_tutorial_is_in_the_navigation() -> None:

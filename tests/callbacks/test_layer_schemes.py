@@ -100,6 +100,13 @@ def test_both_of_several_networks_are_named_from_the_module() -> None:
     assert bits == {255, 15, 3}
 
 
+def test_a_mode_that_is_chosen_has_them() -> None:
+    callback = qat("auto", scheme=Scheme(overrides=MIXED))
+    module = Lit()
+    trainer(callback).fit(module, loader(), loader())
+    assert {p.fq.quant_max for p in find_places(module.net) if p.what == "weight"} == {31, 7}
+
+
 def test_they_are_in_the_log_of_settings() -> None:
     found = settings_of_callback(qat(scheme=Scheme(overrides=MIXED | {"net.norm": "float"})))
     assert found["quantization/scheme.overrides.net.head.weight_bits"] == 4

@@ -93,36 +93,36 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--wandb", action="append", default=[], metavar="ENTITY/PROJECT[/GROUP]", help="runs on W&B's server"
     )
-    what = parser.add_argument_group("what is compared")
-    what.add_argument("--metric", help="behind the variant's name, as test/acc; an accuracy by default")
+    what = parser.add_argument_group("what to compare")
+    what.add_argument("--metric", help="metric without its variant, such as test/acc (default: an accuracy)")
     what.add_argument(
-        "--goal", choices=["max", "min"], help="which way the metric is better; by default as its name says"
+        "--goal", choices=["max", "min"], help="direction of the metric (default: from its name)"
     )
     what.add_argument(
-        "--ignore", action="append", default=[], metavar="GLOB", help="settings that do not count, as 'trainer.*'"
+        "--ignore", action="append", default=[], metavar="GLOB", help="settings to ignore, such as 'trainer.*'"
     )
     what.add_argument(
         "--remeasure",
         action="store_true",
-        help="time the int8 files and float again, in turn, alone; runs the code that the configurations name",
+        help="time the int8 files and float again, in turn; runs the code that the configurations name",
     )
-    limits = parser.add_argument_group("limits, for the mean over seeds")
+    limits = parser.add_argument_group("limits for the mean over seeds")
     limits.add_argument(
-        "--max-drop", type=float, metavar="POINTS", help="worse than float by at most so many percentage points"
+        "--max-drop", type=float, metavar="POINTS", help="largest drop relative to float, in percentage points"
     )
-    limits.add_argument("--max-latency", type=float, metavar="MS", help="of one sample on the CPU")
-    limits.add_argument("--max-size", type=float, metavar="MB", help="of what is shipped")
+    limits.add_argument("--max-latency", type=float, metavar="MS", help="largest latency of one sample on the CPU")
+    limits.add_argument("--max-size", type=float, metavar="MB", help="largest size of the int8 file")
     limits.add_argument(
         "--prefer",
         choices=["score", "latency", "size"],
-        help="what decides; by default latency where the drop is limited, else the score",
+        help="what decides (default: latency if the drop is limited, else the score)",
     )
-    limits.add_argument("--fail-if-none", action="store_true", help="exit with 1 where nothing keeps the limits")
-    out = parser.add_argument_group("output besides the table; - for stdout, in place of the table")
+    limits.add_argument("--fail-if-none", action="store_true", help="exit with status 1 if nothing is within the limits")
+    out = parser.add_argument_group("output in addition to the table; - for stdout instead of the table")
     for kind, text in (("json", "all figures"), ("csv", "a row for each configuration"), ("markdown", "for a comment")):
         out.add_argument(f"--{kind}", nargs="?", const="-", metavar="FILE", help=text)
-    out.add_argument("--html", metavar="FILE", help="one page with everything in it, that needs no network")
-    out.add_argument("--title", default="Comparison of runs", help="of the page")
+    out.add_argument("--html", metavar="FILE", help="one self-contained page")
+    out.add_argument("--title", default="Comparison of runs", help="title of the page")
     return parser
 
 

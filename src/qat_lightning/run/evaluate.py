@@ -207,7 +207,8 @@ def _caption(summary: Mapping[str, float], float_source: str) -> str:
         sqnr = summary["int8/sqnr_db"]
         lines.append(f"int8 equals {other}" if math.isinf(sqnr) else f"int8 is {sqnr:.1f} dB from {other}")
     if any(key.endswith("/latency_ms") for key in summary):
-        lines.append(f"latency: one sample on the CPU, {torch.get_num_threads()} threads")
+        threads = torch.get_num_threads()
+        lines.append(f"latency: one sample on the CPU, {threads} thread{'' if threads == 1 else 's'}")
     return "\n".join(lines)
 
 

@@ -95,9 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     what = parser.add_argument_group("what to compare")
     what.add_argument("--metric", help="metric without its variant, such as test/acc (default: an accuracy)")
-    what.add_argument(
-        "--goal", choices=["max", "min"], help="direction of the metric (default: from its name)"
-    )
+    what.add_argument("--goal", choices=["max", "min"], help="direction of the metric (default: from its name)")
     what.add_argument(
         "--ignore", action="append", default=[], metavar="GLOB", help="settings to ignore, such as 'trainer.*'"
     )
@@ -117,7 +115,9 @@ def _parser() -> argparse.ArgumentParser:
         choices=["score", "latency", "size"],
         help="what decides (default: latency if the drop is limited, else the score)",
     )
-    limits.add_argument("--fail-if-none", action="store_true", help="exit with status 1 if nothing is within the limits")
+    limits.add_argument(
+        "--fail-if-none", action="store_true", help="exit with status 1 if nothing is within the limits"
+    )
     out = parser.add_argument_group("output in addition to the table; - for stdout instead of the table")
     for kind, text in (("json", "all figures"), ("csv", "a row for each configuration"), ("markdown", "for a comment")):
         out.add_argument(f"--{kind}", nargs="?", const="-", metavar="FILE", help=text)

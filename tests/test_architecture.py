@@ -29,6 +29,7 @@ ROOMS = (
     ("sweep",),
     ("sensitivity",),
     ("compare",),
+    ("ladder",),
     ("_moved", "conf", "__main__", ""),
 )
 """From the ground up: a room imports from those before it, and from itself."""

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from qat_lightning.export.plain_tensors import to_plain_tensors
     from qat_lightning.export.run import export_quantized
     from qat_lightning.graph.example import Example
+    from qat_lightning.ladder.search import reach
+    from qat_lightning.ladder.target import Target
     from qat_lightning.modes.coverage import coverage_table
     from qat_lightning.plain import convert, prepare, quantize
     from qat_lightning.recipes.adaround import AdaRound
@@ -46,6 +48,7 @@ _HOMES = {
     "Recipe": "qat_lightning.settings.recipe",
     "Rehearsal": "qat_lightning.rehearsal.rehearse",
     "Scheme": "qat_lightning.settings.scheme",
+    "Target": "qat_lightning.ladder.target",
     "calibrate": "qat_lightning.rehearsal.calibration",
     "convert": "qat_lightning.plain",
     "coverage_table": "qat_lightning.modes.coverage",
@@ -56,6 +59,7 @@ _HOMES = {
     "load_quantized": "qat_lightning.artifact",
     "prepare": "qat_lightning.plain",
     "quantize": "qat_lightning.plain",
+    "reach": "qat_lightning.ladder.search",
     "rehearse": "qat_lightning.rehearsal.rehearse",
     "to_plain_tensors": "qat_lightning.export.plain_tensors",
 }
@@ -91,6 +95,7 @@ __all__ = [
     "Recipe",
     "Rehearsal",
     "Scheme",
+    "Target",
     "calibrate",
     "convert",
     "coverage_table",
@@ -101,6 +106,7 @@ __all__ = [
     "load_quantized",
     "prepare",
     "quantize",
+    "reach",
     "rehearse",
     "sensitivity",
     "to_plain_tensors",

@@ -106,7 +106,7 @@ def evaluate_variants(
     """
 
     def test(name: str) -> dict[str, float]:
-        with _logged_behind(name, trainer.loggers):
+        with logged_behind(name, trainer.loggers):
             results = trainer.test(model, datamodule=datamodule, dataloaders=dataloaders, verbose=False)
         return {f"{name}/{key}": value for result in results for key, value in result.items()}
 
@@ -131,13 +131,13 @@ def evaluate_variants(
         networks = {name: source.network(name) for name in source.variants if name in TIMED}
         calls = [source.example_inputs_]
     if trainer.is_global_zero:
-        summary |= _measure(networks, calls)
+        summary |= measure_networks(networks, calls)
         int8 = networks.get("int8")
         rows = [*int8.coverage, *int8.operations] if isinstance(int8, QuantizedNetwork) else []
         share = int8_share(rows)
         if share is not None:
             summary["int8/mac_share"] = share
-        _write(trainer.loggers, summary, trainer.global_step)
+        write_summary(trainer.loggers, summary, trainer.global_step)
         origin = getattr(source, "float_source", "") if "float" in networks else ""
         console().print(variants_table(summary, float_source=origin))
         if rows:
@@ -264,7 +264,7 @@ def _fused(model: LightningModule, calls: Sequence[Call]) -> Iterator[tuple[nn.M
 
 
 @contextmanager
-def _logged_behind(name: str, loggers: Sequence[Logger]) -> Iterator[None]:
+def logged_behind(name: str, loggers: Sequence[Logger]) -> Iterator[None]:
     """Put the variant's name before whatever the loggers are given, except Lightning's own count of epochs.
 
     The loggers stay where they are, so that a LightningModule which uses `self.logger.experiment` still can.
@@ -287,7 +287,7 @@ def _logged_behind(name: str, loggers: Sequence[Logger]) -> Iterator[None]:
             del vars(logger)["log_metrics"]
 
 
-def _measure(networks: Mapping[str, nn.Module], calls: Sequence[Call]) -> dict[str, float]:
+def measure_networks(networks: Mapping[str, nn.Module], calls: Sequence[Call]) -> dict[str, float]:
     """Size and latency of each network, and their ratios."""
     return _sizes(networks) | (_latencies(networks, calls[0]) if networks and calls else {})
 
@@ -324,7 +324,7 @@ def _size_mb(network: nn.Module) -> float:
     return artifact_size_mb(network) if isinstance(network, QuantizedNetwork) else size_mb(network)
 
 
-def _write(loggers: Sequence[Logger], summary: Mapping[str, float], step: int) -> None:
+def write_summary(loggers: Sequence[Logger], summary: Mapping[str, float], step: int) -> None:
     """Into W&B's summary, where runs are compared; other loggers know metrics only.
 
     Equal outputs have no noise, and W&B shows infinity as a word that no plot takes: `EQUAL_DB` stands for it.

@@ -1,0 +1,292 @@
+"""The search itself: what is next is tried, kept on disk, judged, until the target is reached or nothing is left."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers import Logger
+from rich.text import Text
+
+from qat_lightning.artifact.quantized import QuantizedNetwork
+from qat_lightning.compare.ladder import FILE
+from qat_lightning.compare.metric import Metric
+from qat_lightning.errors import QuantizationError
+from qat_lightning.ladder.choice import Attempt, Step, expected_minutes, next_step
+from qat_lightning.ladder.clock import Clock, OutOfTime, ends_after
+from qat_lightning.ladder.judgement import paired_drop
+from qat_lightning.ladder.parts import Parts
+from qat_lightning.ladder.plan import Plan
+from qat_lightning.ladder.ranking import rank_layers
+from qat_lightning.ladder.reached import Reached
+from qat_lightning.ladder.rungs import Known
+from qat_lightning.ladder.store import Store
+from qat_lightning.ladder.target import Target
+from qat_lightning.ladder.workshop import Standing, Workshop
+from qat_lightning.run.app import close
+from qat_lightning.run.evaluate import evaluate_variants, logged_behind, write_summary
+from qat_lightning.terminal import console
+
+Loggers = Callable[[str], Sequence[Logger]]
+
+RESERVE = 1.5
+"""How many times the measurement of the first rung is kept for that of a rung that trains."""
+
+
+@dataclass(frozen=True)
+class Floor:
+    """What was measured of the float network.
+
+    Attributes:
+        metric: What is judged.
+        parts: Of the validation data.
+        metrics: All of the validation, under the keys of the loggers.
+        epoch: Minutes that an epoch of quantization-aware training will take, about.
+        minutes: That measuring took.
+    """
+
+    metric: Metric
+    parts: Parts
+    metrics: dict[str, float]
+    epoch: float
+    minutes: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        epoch = self.epoch if math.isfinite(self.epoch) else None
+        return dict(vars(self)) | {"metric": vars(self.metric), "parts": vars(self.parts), "epoch": epoch}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Floor:
+        """Undo `to_dict`."""
+        parts = Parts(tuple(values["parts"]["values"]), tuple(values["parts"]["samples"]))
+        epoch = math.nan if values["epoch"] is None else values["epoch"]
+        return cls(**{**values, "metric": Metric(**values["metric"]), "parts": parts, "epoch": epoch})
+
+
+class Climb:
+    """One search.
+
+    Args:
+        workshop: What makes networks and evaluates them.
+        store: What keeps what was measured.
+        floor: The float network's figures.
+        target: What has to be reached.
+        known: What rungs may ask.
+        start: The plan of the first rung.
+        loggers: Makes the loggers of a rung, by its name.
+    """
+
+    def __init__(
+        self,
+        workshop: Workshop,
+        store: Store,
+        floor: Floor,
+        target: Target,
+        known: Known,
+        start: Plan,
+        loggers: Loggers,
+    ) -> None:
+        self.workshop, self.store, self.floor, self.target = workshop, store, floor, target
+        self.known, self.start, self.loggers = known, start, loggers
+        self.attempts: list[Attempt] = []
+        self._why_ended = "Nothing is left to try."
+
+    def go(self) -> Reached:
+        """Try what is next until the target is reached, the time is over or nothing is left.
+
+        Returns:
+            What was found, without a test.
+        """
+        clock = Clock(self.target.max_minutes, self._spent())
+        while (step := next_step(self.attempts, self.start, self.target, self.known)) is not None:
+            if step.unranked:
+                if not self._rank(step, clock):
+                    break
+                continue
+            attempt = self._stored(step)
+            if attempt is None and clock.left <= 0:
+                self._out_of_time()
+                break
+            attempt = attempt or self._tried(step, clock)
+            self.attempts.append(attempt)
+            self._report()
+        return self._report()
+
+    def _spent(self) -> float:
+        """Minutes of earlier launches, of what they finished."""
+        found = [self.store.read("float"), self.store.read("ranking")]
+        found += [self.store.read(f"rungs/{path.name}/measured") for path in (self.store.folder / "rungs").glob("*")]
+        return sum(float(one["minutes"]) for one in found if one is not None)
+
+    def _report(self) -> Reached:
+        reached = Reached(
+            self.target,
+            self.floor.metric,
+            tuple(self.attempts),
+            self._why_ended,
+            self.store.folder,
+            self.floor.metrics,
+        )
+        self.store.write(FILE.removesuffix(".json"), reached.ladder().to_dict())
+        return reached
+
+    # The ranking of layers, once
+
+    def _rank(self, step: Step, clock: Clock) -> bool:
+        """Rank the layers for all rungs that need it, unless the time is over."""
+        kept = self.store.read("ranking")
+        if kept is None:
+            if clock.left <= 0:
+                self._out_of_time()
+                return False
+            began = time.monotonic()
+            try:
+                with ends_after(clock.left):
+                    layers, why = rank_layers(self.workshop, step.plan)
+            except OutOfTime:
+                layers, why = (), "there was no time to rank the layers"
+            kept = {"layers": list(layers), "why": why, "minutes": Clock.since(began)}
+            if why:
+                _say(f"No layers are left float one by one: {why}")
+            if clock.left > 0:
+                self.store.write("ranking", kept)
+        self.known = replace(self.known, ranking=tuple(kept["layers"]))
+        return True
+
+    def _out_of_time(self) -> None:
+        self._why_ended = f"The {self.target.max_minutes:g} minutes are over."
+
+    # A rung
+
+    def _stored(self, step: Step) -> Attempt | None:
+        kept = self.store.read(f"rungs/{step.rung.name}/measured")
+        return None if kept is None else Attempt.from_dict(kept)
+
+    def _tried(self, step: Step, clock: Clock) -> Attempt:
+        """Try a rung, unless it does not fit in what is left of the time."""
+        name, left = step.rung.name, clock.left
+        needs = expected_minutes(step.plan, self.attempts, self.floor.epoch)
+        if needs > left:
+            self._why_ended = f"What is left does not fit in the {self.target.max_minutes:g} minutes."
+            why = f"not started: it takes about {needs:.1f} minutes, and {left:.1f} are left"
+            return Attempt(name, step.plan, started=False, error=why)
+        _say(f"{name}: {step.plan.words()}")
+        began = time.monotonic()
+        try:
+            with ends_after(left):
+                attempt = self._made_and_measured(step, began, left)
+        except OutOfTime:
+            self._out_of_time()
+            return Attempt(name, step.plan, minutes=Clock.since(began), error="its time was over before it was done")
+        self.store.write(f"rungs/{name}/measured", attempt.to_dict())
+        return attempt
+
+    def _made_and_measured(self, step: Step, began: float, left: float) -> Attempt:
+        name = step.rung.name
+        loggers = list(self.loggers(name))
+        for logger in loggers:
+            logger.log_hyperparams({"rung": name, "plan": step.plan.to_dict()})
+        try:
+            attempt = self._attempt(step, loggers, began, left)
+        except QuantizationError as error:
+            attempt = Attempt(name, step.plan, minutes=Clock.since(began), error=f"{type(error).__name__}: {error}")
+        finally:
+            close(loggers)
+        return attempt
+
+    def _attempt(self, step: Step, loggers: Sequence[Logger], began: float, left: float) -> Attempt:
+        name, workshop = step.rung.name, self.workshop
+        folder, earlier = self.store.rung(name), 0.0
+        made = self.store.read(f"rungs/{name}/made")
+        if made is None:
+            folder.mkdir(parents=True, exist_ok=True)
+            reserve = RESERVE * max((a.minutes for a in self.attempts if not a.plan.epochs), default=0.0)
+            plan, cut_short = workshop.make(step.plan, folder, loggers, left - min(reserve, left / 2))
+            made = {"plan": plan.to_dict(), "cut_short": cut_short, "minutes": Clock.since(began)}
+            self.store.write(f"rungs/{name}/made", made)
+        else:
+            earlier = float(made["minutes"])
+        plan = Plan.from_dict(made["plan"])
+        found = workshop.measure(workshop.load(folder), plan, folder, loggers, self.floor.metric.name)
+        drop = paired_drop(
+            self.floor.parts.values,
+            found.parts.values,
+            found.parts.samples,
+            larger_is_better=self.floor.metric.larger_is_better,
+        )
+        attempt = Attempt(
+            name,
+            plan,
+            drop,
+            found.speedup,
+            found.size_mb,
+            found.metrics,
+            earlier + Clock.since(began),
+            bool(made["cut_short"]),
+        )
+        self._log(attempt, loggers)
+        return attempt
+
+    def _log(self, attempt: Attempt, loggers: Sequence[Logger]) -> None:
+        """All figures into the run of a rung."""
+        assert attempt.drop is not None
+        figures = {
+            "ladder/drop": attempt.drop.mean,
+            "ladder/drop_low": attempt.drop.low,
+            "ladder/drop_high": attempt.drop.high,
+            "ladder/speedup": attempt.speedup,
+            "ladder/size_mb": attempt.size_mb,
+            "ladder/minutes": attempt.minutes,
+        }
+        known = {key: value for key, value in figures.items() if value is not None and math.isfinite(value)}
+        write_summary(loggers, self.floor.metrics | attempt.metrics | known, 0)
+
+    # The test, once
+
+    def test(self, reached: Reached) -> dict[str, float]:
+        """Test float and what was chosen, unless that was done: the only time that test data is looked at.
+
+        Returns:
+            What `qat_lightning.evaluate_variants` returns; empty where there is no network.
+        """
+        kept = self.store.read("test")
+        best = reached.best
+        if best is None:
+            return {}
+        if kept is not None and kept["rung"] == best.rung:
+            return dict(kept["metrics"])
+        folder, loggers = self.store.rung(best.rung), list(self.loggers("test"))
+        network = self.workshop.load(folder)
+        try:
+            trainer, callback, model, datamodule = self.workshop.standing(loggers, network, network.example)
+            metrics = evaluate_variants(trainer, model, datamodule=datamodule)
+            if best.plan.file:
+                metrics |= self._test_file(best, folder, network, (trainer, callback, model, datamodule))
+                write_summary(trainer.loggers, metrics, 0)
+        finally:
+            close(loggers)
+        finite = {key: value for key, value in metrics.items() if math.isfinite(value)}
+        self.store.write("test", {"rung": best.rung, "metrics": finite})
+        return finite
+
+    def _test_file(
+        self, best: Attempt, folder: Path, network: QuantizedNetwork, standing: Standing
+    ) -> dict[str, float]:
+        """Test the file that is shipped, in its own runtime."""
+        trainer, callback, model, datamodule = standing
+        name = best.plan.file
+        with self.workshop.shipped(network, best.plan, folder) as (artifact, result), callback.running(artifact):
+            with logged_behind(name, trainer.loggers):
+                results = trainer.test(model, datamodule=datamodule, verbose=False)
+            figures = {} if result is None else result.figures()
+        found = {key: float(value) for one in results for key, value in one.items()} | figures
+        return {f"{name}/{key}": value for key, value in found.items()}
+
+
+def _say(words: str) -> None:
+    console().print(Text(words), soft_wrap=True)

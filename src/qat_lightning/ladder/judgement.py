@@ -1,0 +1,108 @@
+"""How much of a metric is lost, and how sure that is: a paired bootstrap over parts of the validation data.
+
+The user's own metric is worked out for each part of the validation data by itself, with the float network and with the
+int8 one. What is judged is the mean of the differences, each part weighted by its samples: for a metric that is a mean
+over samples, as an accuracy or a loss, that is the difference of the metric itself. For one that is not, as F1 or a
+perplexity, it is the mean of the differences within the parts, which is near it where parts are large.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from qat_lightning.errors import ConfigurationError
+
+CONFIDENCE = 0.95
+DRAWS = 2000
+
+
+@dataclass(frozen=True)
+class Drop:
+    """How much worse than float, in the metric's own unit; negative where it is better.
+
+    Attributes:
+        mean: Over the validation data.
+        low: Of the interval; minus infinity where there is one part alone, which says nothing of another.
+        high: Likewise.
+        parts: Of how many parts of the validation data.
+    """
+
+    mean: float
+    low: float
+    high: float
+    parts: int
+
+    def undecided(self, most: float | None) -> bool:
+        """Whether a limit is inside of the interval, so that other validation data could say otherwise.
+
+        Example:
+            >>> Drop(0.002, 0.001, 0.005, 20).undecided(0.003), Drop(0.002, 0.001, 0.0025, 20).undecided(0.003)
+            (True, False)
+        """
+        return most is not None and self.low <= most < self.high
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON, which knows no infinity."""
+        ends = {name: value if math.isfinite(value) else None for name, value in vars(self).items()}
+        return ends | {"parts": self.parts}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Drop:
+        """Undo `to_dict`."""
+        low, high = values["low"], values["high"]
+        return cls(
+            values["mean"], -math.inf if low is None else low, math.inf if high is None else high, values["parts"]
+        )
+
+
+def paired_drop(
+    base: Sequence[float],
+    other: Sequence[float],
+    samples: Sequence[int],
+    *,
+    larger_is_better: bool = True,
+    confidence: float = CONFIDENCE,
+    draws: int = DRAWS,
+) -> Drop:
+    """Compare two networks on the same parts of the validation data.
+
+    Parts are drawn with replacement, and both networks are compared on those that were drawn: what is hard for both
+    does not widen the interval. The percentile interval of Efron and Tibshirani, 1993, "An Introduction to the
+    Bootstrap", chapter 13, widened to hold the mean where it does not.
+
+    Args:
+        base: The metric of the float network on each part.
+        other: That of the network to judge, in the same order.
+        samples: How many samples each part has.
+        larger_is_better: Which way the metric is better.
+        confidence: Of the interval, in (0, 1).
+        draws: How many times parts are drawn. The same numbers are drawn each time.
+
+    Raises:
+        ConfigurationError: There are no parts, they are not pairs, or a metric is not finite.
+
+    Example:
+        >>> paired_drop([1.0, 0.5], [0.5, 0.5], [1, 1]).mean
+        0.25
+    """
+    if not base or not len(base) == len(other) == len(samples):
+        raise ConfigurationError(f"There are no pairs: {len(base)} values, {len(other)} values, {len(samples)} sizes.")
+    if not all(math.isfinite(value) for value in (*base, *other)):
+        raise ConfigurationError(
+            "A metric of a part of the validation data is not finite: nothing can be judged by it."
+        )
+    losses = np.asarray(base, np.float64) - np.asarray(other, np.float64)
+    losses = losses if larger_is_better else -losses
+    weights = np.asarray(samples, np.float64)
+    mean = float((weights * losses).sum() / weights.sum())
+    if len(base) == 1:
+        return Drop(mean, -math.inf, math.inf, 1)
+    chosen = np.random.default_rng(0).integers(len(base), size=(draws, len(base)))
+    means = (weights * losses)[chosen].sum(1) / weights[chosen].sum(1)
+    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return Drop(mean, min(float(low), mean), max(float(high), mean), len(base))

@@ -1,0 +1,93 @@
+"""What is quantized how, as a value that a rung changes and a file holds."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal
+
+from qat_lightning.settings.recipe import Equalization
+from qat_lightning.settings.scheme import CALIBRATION_ONLY, Scheme
+
+PostTrainingKind = Literal["static", "dynamic", "weight_only"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one int8 network is made.
+
+    Attributes:
+        mode: As for `qat_lightning.PostTrainingQuantization`, as everything down to ``adaround``.
+        backend: See there.
+        kind: See there.
+        scheme: See there.
+        include: See there.
+        exclude: See there.
+        equalization: See there.
+        bias_correction: See there.
+        adaround: Iterations for each layer; 0 to round to the nearest.
+        epochs: Of quantization-aware training; 0 for none.
+        distillation: Whether it learns from the float network as well.
+        file: The format of what is shipped, one of `qat_lightning.export.formats.FORMATS`; empty for the int8 network
+            in PyTorch.
+
+    Example:
+        >>> Plan.from_dict(Plan(epochs=2, exclude=("net.head",)).to_dict()) == Plan(epochs=2, exclude=("net.head",))
+        True
+    """
+
+    mode: str = "fx"
+    backend: str = "x86"
+    kind: PostTrainingKind = "static"
+    scheme: Scheme = field(default_factory=Scheme)
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    equalization: Equalization = "none"
+    bias_correction: bool = False
+    adaround: int = 0
+    epochs: int = 0
+    distillation: bool = False
+    file: str = ""
+
+    def trained(self, epochs: int, *, distillation: bool = True) -> Plan:
+        """The same with quantization-aware training in the place of what only calibration has."""
+        scheme = self.scheme
+        if scheme.activation_observer in CALIBRATION_ONLY:
+            scheme = replace(scheme, activation_observer="auto")
+        return replace(self, scheme=scheme, bias_correction=False, adaround=0, epochs=epochs, distillation=distillation)
+
+    def words(self) -> str:
+        """What it does, in a line.
+
+        Example:
+            >>> Plan(bias_correction=True, file="onnx").words()
+            'fx x86, static, bias correction, as onnx'
+        """
+        scheme = self.scheme
+        bits = f"{scheme.weight_bits}-bit weights" if scheme.weight_bits != Scheme().weight_bits else ""
+        observer = scheme.activation_observer
+        taught = " from the float network" if self.distillation else ""
+        epochs = f"trained {self.epochs} epoch{'' if self.epochs == 1 else 's'}{taught}" if self.epochs else ""
+        count = len(self.exclude)
+        parts = (
+            f"{self.mode} {self.backend}",
+            self.kind,
+            bits,
+            f"observer {observer}" if observer != "auto" else "",
+            f"equalization {self.equalization}" if self.equalization != "none" else "",
+            "bias correction" if self.bias_correction else "",
+            f"AdaRound {self.adaround} iterations" if self.adaround else "",
+            f"{count} layer{'' if count == 1 else 's'} float" if count else "",
+            epochs,
+            f"as {self.file}" if self.file else "",
+        )
+        return ", ".join(part for part in parts if part)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values."""
+        return asdict(self) | {"include": list(self.include), "exclude": list(self.exclude)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Plan:
+        """Undo `to_dict`."""
+        globs = {name: tuple(values[name]) for name in ("include", "exclude")}
+        return cls(**{**values, **globs, "scheme": Scheme(**values["scheme"])})

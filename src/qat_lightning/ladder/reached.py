@@ -1,0 +1,159 @@
+"""What a ladder came to: the choice, the table, and the file that the page of a comparison reads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rich.table import Table
+from torch import nn
+
+from qat_lightning.artifact import load_quantized
+from qat_lightning.artifact.quantized import QuantizedNetwork
+from qat_lightning.compare.ladder import Ladder, LadderRow
+from qat_lightning.compare.metric import Metric
+from qat_lightning.ladder.choice import Attempt, nearest
+from qat_lightning.ladder.target import Target
+
+
+@dataclass(frozen=True)
+class Reached:
+    """What was found.
+
+    Attributes:
+        target: What was asked for.
+        metric: Of the validation, that the drop is of.
+        attempts: All that was tried, in its order.
+        why_ended: Why nothing more was tried.
+        folder: Where the networks are.
+        float_metrics: Of the float network on the validation data.
+        metrics: What `qat_lightning.evaluate_variants` returned on the test data; empty without a test.
+    """
+
+    target: Target
+    metric: Metric
+    attempts: tuple[Attempt, ...]
+    why_ended: str
+    folder: Path
+    float_metrics: Mapping[str, float]
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def best(self) -> Attempt | None:
+        """The first that keeps the target, else the nearest; None where there is no network at all."""
+        return nearest(self.attempts, self.target)
+
+    @property
+    def kept(self) -> bool:
+        """Whether the target is reached."""
+        return self.best is not None and not self.best.missed(self.target)
+
+    @property
+    def files(self) -> list[Path]:
+        """What is shipped: the int8 network's file, or those of another format."""
+        if self.best is None:
+            return []
+        rung = self.folder / "rungs" / self.best.rung
+        exported = sorted(path for path in (rung / "export").glob("*") if path.suffix != ".json")
+        return exported if self.best.plan.file else [rung / "model.int8"]
+
+    def load(self, network: nn.Module | None = None) -> QuantizedNetwork:
+        """The chosen int8 network in PyTorch.
+
+        Args:
+            network: As for `qat_lightning.load_quantized`.
+
+        Raises:
+            ArtifactError: There is none.
+        """
+        name = "" if self.best is None else self.best.rung
+        return load_quantized(self.folder / "rungs" / name / "model.int8", network=network)
+
+    def conclusion(self) -> str:
+        """What came of it, in a sentence or two."""
+        best, asked = self.best, self.target.words()
+        if best is None:
+            return f"Nothing was found for {asked}: there is no int8 network at all. {self.why_ended}"
+        doubt = ""
+        if best.drop is not None and best.drop.undecided(self.target.max_drop):
+            doubt = f" The drop is undecided: its interval is {self._interval(best)}, on both sides of the target."
+        if self.kept:
+            return f"{best.rung} keeps the target ({asked}): {best.plan.words()}.{doubt}"
+        return (
+            f"The target ({asked}) is not reached. {self.why_ended} Nearest is {best.rung}, which "
+            f"{best.verdict(self.target)}: {best.plan.words()}.{doubt}"
+        )
+
+    def _interval(self, attempt: Attempt) -> str:
+        assert attempt.drop is not None
+        unit = f" {self.metric.drop_unit}".rstrip()
+        return f"{_points(self.metric, attempt.drop.low)} to {_points(self.metric, attempt.drop.high)}{unit}"
+
+    def ladder(self) -> Ladder:
+        """What the page of a comparison shows."""
+        rows = tuple(self._row(attempt) for attempt in self.attempts)
+        return Ladder(self.target.words(), self.metric.name, self.metric.drop_unit, rows, self.conclusion())
+
+    def _row(self, attempt: Attempt) -> LadderRow:
+        shown = self.metric.shown
+        ends = {} if attempt.drop is None else attempt.drop.to_dict()
+        mean, low, high = (None if (v := ends.get(key)) is None else shown(v) for key in ("mean", "low", "high"))
+        return LadderRow(
+            attempt.rung,
+            attempt.plan.words(),
+            mean,
+            low,
+            high,
+            attempt.speedup,
+            attempt.size_mb,
+            attempt.minutes,
+            attempt.verdict(self.target),
+            attempt is self.best,
+        )
+
+    def table(self) -> Table:
+        """What was tried, for `rich.print`."""
+        return ladder_table(self.ladder())
+
+
+def ladder_table(ladder: Ladder) -> Table:
+    """A ladder for the terminal.
+
+    Args:
+        ladder: What to show.
+
+    Returns:
+        A table for `rich.print`, a row for each rung; what is kept is bold.
+    """
+    table = Table(title=f"Target: {ladder.target}", title_justify="left", caption_justify="left")
+    table.caption = (
+        f"Drop of {ladder.metric} against float on the validation data; interval: 95 % of a paired bootstrap."
+    )
+    unit = f" ({ladder.drop_unit})" if ladder.drop_unit else ""
+    for name in ("rung", "tried", f"drop{unit}", "interval", "speed-up", "size (MB)", "minutes", "verdict"):
+        words = name in ("rung", "tried", "verdict")
+        table.add_column(name, justify="left" if words else "right", overflow="fold")
+    digits = 2 if ladder.drop_unit else 4
+    for row in ladder.rows:
+        ends = [row.low, row.high]
+        table.add_row(
+            row.rung,
+            row.tried,
+            _cell(row.drop, f"+.{digits}f"),
+            "–" if row.drop is None else " to ".join("∞" if e is None else f"{e:+.{digits}f}" for e in ends),
+            _cell(row.speedup, ".2f"),
+            _cell(row.size_mb, ".3f"),
+            _cell(row.minutes, ".1f"),
+            row.verdict,
+            style="bold green" if row.chosen else "",
+        )
+    return table
+
+
+def _cell(value: float | None, layout: str) -> str:
+    return "–" if value is None else format(value, layout)
+
+
+def _points(metric: Metric, value: float) -> str:
+    return f"{metric.shown(value):+.2f}" if metric.is_share else f"{value:+.4f}"

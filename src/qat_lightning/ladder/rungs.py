@@ -1,0 +1,168 @@
+"""The rungs, as a table: which limit each is for, and what it changes of the best plan so far.
+
+A new one is one more entry. A rung is a pure function of a plan and of what is known; it returns None where it has
+nothing to change, and is then passed over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+from qat_lightning.errors import ConfigurationError, MissingExtraError
+from qat_lightning.export.formats import FORMATS, check_formats
+from qat_lightning.ladder.plan import Plan
+from qat_lightning.ladder.target import LIMITS, Limit
+from qat_lightning.settings.recipe import Kind, Recipe
+from qat_lightning.settings.scheme import ActivationObserver
+
+ADAROUND_ITERATIONS = 1000
+
+
+@dataclass(frozen=True)
+class Known:
+    """What a rung may ask besides the plan.
+
+    Attributes:
+        epochs: Of the short and of the long training; 0 for a training that is not wanted.
+        files: The formats that may be shipped.
+        ranking: Globs of the layers that quantization hurts most, worst first; None while it is not measured.
+        distillation: Whether trainings learn from the float network; False once a rung found that they cannot.
+    """
+
+    epochs: tuple[int, int] = (2, 8)
+    files: tuple[str, ...] = FORMATS
+    ranking: tuple[str, ...] | None = None
+    distillation: bool = True
+
+
+Change = Callable[[Plan, Known], "Plan | None"]
+
+
+@dataclass(frozen=True)
+class Rung:
+    """Something to try.
+
+    Attributes:
+        name: In tables, in the names of runs, and of its folder.
+        limit: The limit that it is for; None for the first of all.
+        change: What it makes of the best plan so far.
+        ranked: Whether it needs the ranking of layers.
+    """
+
+    name: str
+    limit: Limit | None
+    change: Change
+    ranked: bool = False
+
+
+def _first(plan: Plan, known: Known) -> Plan | None:
+    return plan
+
+
+def _other_mode(plan: Plan, known: Known) -> Plan | None:
+    """Where the first has failed: the best mode that this network goes through."""
+    return None if plan.mode == "auto" else replace(plan, mode="auto")
+
+
+def _calibrated(change: Callable[..., Plan | None], **settings: Any) -> Change:
+    """A change that is for static ranges without training."""
+
+    def changed(plan: Plan, known: Known) -> Plan | None:
+        if plan.kind != "static" or plan.epochs:
+            return None
+        return change(plan, **settings)
+
+    return changed
+
+
+def _observer(plan: Plan, *, name: ActivationObserver) -> Plan | None:
+    taken = {"auto": "histogram_mse"}.get(plan.scheme.activation_observer, plan.scheme.activation_observer)
+    return None if taken == name else replace(plan, scheme=replace(plan.scheme, activation_observer=name))
+
+
+def _recipe(plan: Plan, **settings: Any) -> Plan | None:
+    changed = replace(plan, **settings)
+    return None if changed == plan else changed
+
+
+def _left_float(plan: Plan, known: Known, *, count: int) -> Plan | None:
+    """The worst layers, as long as they are less than half of all."""
+    ranking = known.ranking
+    if plan.epochs or ranking is None or 2 * count > len(ranking):
+        return None
+    added = [name for name in ranking[:count] if name not in plan.exclude]
+    return replace(plan, exclude=(*plan.exclude, *added)) if added else None
+
+
+def _training(plan: Plan, known: Known, *, which: int, distillation: bool = True) -> Plan | None:
+    epochs = known.epochs[which]
+    if epochs <= plan.epochs or distillation != known.distillation:
+        return None
+    return plan.trained(epochs, distillation=distillation)
+
+
+def _bits(plan: Plan, known: Known, *, bits: int) -> Plan | None:
+    if plan.scheme.weight_bits <= bits:
+        return None
+    return replace(plan, scheme=replace(plan.scheme, weight_bits=bits))
+
+
+def _weight_only(plan: Plan, known: Known, *, bits: int) -> Plan | None:
+    if plan.kind == "weight_only" and plan.scheme.weight_bits <= bits:
+        return None
+    fewer = replace(plan.scheme, weight_bits=min(bits, plan.scheme.weight_bits), activation_observer="auto")
+    return replace(plan, kind="weight_only", scheme=fewer, bias_correction=False, adaround=0)
+
+
+def _kernels(plan: Plan, known: Known, *, mode: str, backend: str) -> Plan | None:
+    """Other kernels of the same machine."""
+    if plan.epochs or plan.backend not in ("x86", "fbgemm", "onednn") or (plan.mode, plan.backend) == (mode, backend):
+        return None
+    return replace(plan, mode=mode, backend=backend, file="")
+
+
+def _file(plan: Plan, known: Known, *, name: str) -> Plan | None:
+    """Another runtime, where its package is installed and it takes such networks."""
+    if plan.file == name or name not in known.files:
+        return None
+    kind: Kind = "qat" if plan.epochs and plan.kind == "static" else plan.kind
+    try:
+        check_formats([name], Recipe(plan.mode, plan.backend, plan.scheme, kind=kind))
+    except (ConfigurationError, MissingExtraError):
+        return None
+    return replace(plan, file=name)
+
+
+STATIC = Rung("static", None, _first)
+OTHER_MODE = Rung("mode_auto", None, _other_mode)
+
+_FASTER_IN = ("torchscript", "onnx", "openvino", "pt2", "executorch")
+"""The formats that speed is looked for in, cheapest first."""
+
+RUNGS: tuple[Rung, ...] = (
+    STATIC,
+    OTHER_MODE,
+    Rung("weights_4bit", "size", partial(_bits, bits=4)),
+    Rung("weight_only_4bit", "size", partial(_weight_only, bits=4)),
+    Rung("weights_2bit", "size", partial(_bits, bits=2)),
+    Rung("backend_onednn", "speedup", partial(_kernels, mode="fx", backend="onednn")),
+    *(Rung(f"file_{name}", "speedup", partial(_file, name=name)) for name in _FASTER_IN),
+    Rung("mode_pt2e", "speedup", partial(_kernels, mode="pt2e", backend="x86")),
+    Rung("observer_min_max", "drop", _calibrated(_observer, name="min_max")),
+    Rung("observer_percentile", "drop", _calibrated(_observer, name="percentile")),
+    Rung("observer_histogram_kl", "drop", _calibrated(_observer, name="histogram_kl")),
+    Rung("bias_correction", "drop", _calibrated(_recipe, bias_correction=True)),
+    Rung("equalization", "drop", _calibrated(_recipe, equalization="exact")),
+    Rung("adaround", "drop", _calibrated(_recipe, adaround=ADAROUND_ITERATIONS)),
+    *(Rung(f"float_{n}_layers", "drop", partial(_left_float, count=n), ranked=True) for n in (1, 2, 4, 8)),
+    Rung("qat_short", "drop", partial(_training, which=0)),
+    Rung("qat_short_plain", "drop", partial(_training, which=0, distillation=False)),
+    Rung("qat_long", "drop", partial(_training, which=1)),
+    Rung("qat_long_plain", "drop", partial(_training, which=1, distillation=False)),
+)
+"""All there are, in the order in which those of one limit are tried: cheap ones first."""
+
+assert {rung.limit for rung in RUNGS} == {None, *LIMITS}

@@ -1,0 +1,234 @@
+"""`reach`: from a trained float network and a target to the int8 network that keeps it."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from rich.text import Text
+
+from qat_lightning.compare.metric import Metric, choose_metric
+from qat_lightning.compare.run import Run
+from qat_lightning.errors import ConfigurationError
+from qat_lightning.export.formats import FORMATS
+from qat_lightning.ladder.choice import TRAINING_TO_VALIDATION
+from qat_lightning.ladder.climb import Climb, Floor, Loggers
+from qat_lightning.ladder.clock import Clock
+from qat_lightning.ladder.parts import validate_parts, validate_whole
+from qat_lightning.ladder.plan import Plan, PostTrainingKind
+from qat_lightning.ladder.reached import Reached
+from qat_lightning.ladder.rungs import Known
+from qat_lightning.ladder.store import FLOAT_WEIGHTS, Store, digest_of
+from qat_lightning.ladder.target import Target
+from qat_lightning.ladder.workshop import Making, TrainerFactory, Workshop
+from qat_lightning.rehearsal.rehearse import OnFault
+from qat_lightning.run.app import close
+from qat_lightning.run.evaluate import logged_behind, write_summary
+from qat_lightning.settings.recipe import Recipe
+from qat_lightning.settings.scheme import Scheme
+from qat_lightning.terminal import console
+
+
+def reach(
+    trainer_factory: TrainerFactory,
+    model: LightningModule,
+    datamodule: LightningDataModule,
+    target: Target,
+    *,
+    folder: str | Path = "ladder",
+    resume: bool = False,
+    metric: str | None = None,
+    larger_is_better: bool | None = None,
+    mode: str = "fx",
+    backend: str = "x86",
+    kind: PostTrainingKind = "static",
+    scheme: Scheme | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    module: str | None = None,
+    example_inputs: Any = None,
+    calibration_batches: int = 32,
+    on_fault: OnFault = "leave_float",
+    short_epochs: int = 2,
+    long_epochs: int = 8,
+    distillation: bool = True,
+    files: Sequence[str] = FORMATS,
+    loggers: Loggers | None = None,
+    seed: int = 0,
+    test: bool = True,
+) -> Reached:
+    """Find the int8 network that keeps a target, from the cheapest way to the dearest.
+
+    Static ranges from a few batches come first. Then the limit that is missed says what is next: fewer bits for the
+    size, other kernels and other runtimes for the speed, and for accuracy observers, corrected biases, equalization and
+    AdaRound, the most sensitive layers left float, a short and a long quantization-aware training that learns from the
+    float network. What helped is kept in what comes next, and the first that keeps all limits ends the search.
+
+    Each network is judged as it is shipped: saved, loaded again and validated by the LightningModule's own metric, in
+    parts of the validation data and paired with the float network (`qat_lightning.ladder.judgement`). Test data is
+    looked at once, when the choice is made.
+
+    Args:
+        trainer_factory: Called with keyword arguments of `lightning.pytorch.Trainer`, which it passes on: the class
+            itself, or ``lambda **settings: Trainer(accelerator="cpu", **settings)``. A training gets ``max_epochs`` and
+            ``max_time`` from here.
+        model: Trained, without quantization. It is copied for each rung. Its ``configure_optimizers`` is what trainings
+            run with, so give it the learning rate of a fine-tuning.
+        datamodule: With loaders to train, validate and test. It is copied for each rung.
+        target: What has to be reached.
+        folder: Where everything is kept that was measured or made. With what is in it a search that was broken off goes
+            on, whatever ended it.
+        resume: Go on with what is in the folder; else it has to be a new one.
+        metric: The key that ``validation_step`` logs; by default an accuracy, as in `qat_lightning.compare`.
+        larger_is_better: Which way; by default as the name says.
+        mode: Of the first rung, as for `qat_lightning.PostTrainingQuantization`, like all that follows to ``on_fault``.
+        backend: See there.
+        kind: See there.
+        scheme: See there.
+        include: See there.
+        exclude: See there; more layers may be left float.
+        module: See there; one network only.
+        example_inputs: See there.
+        calibration_batches: See there.
+        on_fault: See there.
+        short_epochs: Of the short training; 0 for none.
+        long_epochs: Of the long training; 0 for none.
+        distillation: Let trainings learn from the float network.
+        files: The formats that may be shipped, of `qat_lightning.export.formats.FORMATS`; those whose packages are
+            installed are tried where speed is missed.
+        loggers: Makes the loggers of a rung by its name, so that each is a run of its own: for W&B ``lambda rung:
+            [WandbLogger(name=rung, group="my-ladder")]``. The float network's is ``"float"``, the final one ``"test"``.
+        seed: Each rung begins with it, so that it comes out the same in whatever launch it runs.
+        test: Test what was chosen, with `qat_lightning.evaluate_variants`.
+
+    Returns:
+        What was tried and what is chosen, whether or not the target is reached. A table is printed.
+
+    Raises:
+        ConfigurationError: The target cannot be reached by construction, the metric is not clear, an argument is not
+            possible, or the folder is of something else; before anything is measured, as far as it can be known.
+
+    Example:
+        After ``trainer.fit(model, datamodule=dm)``::
+
+            found = reach(Trainer, model, dm, Target(max_drop=0.003, min_speedup=2), folder="outputs/ladder")
+            found.kept, found.files
+    """
+    _check(target, short_epochs, long_epochs, files)
+    start = Plan(mode, backend, kind, scheme or Scheme(), tuple(include), tuple(exclude))
+    if mode != "auto":
+        Recipe(mode, backend, start.scheme, start.include, start.exclude, kind=kind)  # what is not possible is refused
+    store = Store(Path(folder))
+    making = Making(module, example_inputs, calibration_batches, on_fault, seed)
+    weights = (store.folder / FLOAT_WEIGHTS).absolute()
+    workshop = Workshop(trainer_factory, model, datamodule, making, weights)
+    target.check_size(sum(parameter.numel() for parameter in workshop.network.parameters()))
+    known = Known((short_epochs, long_epochs), tuple(files), distillation=distillation)
+    identity = {
+        "weights": digest_of(model),
+        "plan": start.to_dict(),
+        "making": {key: repr(value) for key, value in vars(making).items()},
+        "metric": [metric, larger_is_better],
+        "limits": {k: v for k, v in dataclasses.asdict(target).items() if k != "max_minutes"},
+        "known": {"epochs": list(known.epochs), "files": list(known.files), "distillation": distillation},
+    }
+    store.begin(identity, resume=resume)
+    make_loggers: Loggers = loggers or (lambda rung: [])
+    with _without_banners():
+        floor = _floor(workshop, store, make_loggers, (metric, larger_is_better))
+        climb = Climb(workshop, store, floor, target, known, start, make_loggers)
+        reached = climb.go()
+        console().print(reached.table())
+        console().print(Text(reached.conclusion(), style="bold" if reached.kept else "red"), soft_wrap=True)
+        return dataclasses.replace(reached, metrics=climb.test(reached)) if test else reached
+
+
+_BANNERS = ("GPU available", "TPU available", "HPU available", "💡 Tip", "`Trainer(limit_val_batches=1)`")
+
+
+@contextmanager
+def _without_banners() -> Iterator[None]:
+    """Leave out what each Trainer says when it is made: there are two for each rung."""
+    log = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+
+    def other(record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith(_BANNERS)
+
+    log.addFilter(other)
+    try:
+        yield
+    finally:
+        log.removeFilter(other)
+
+
+def _check(target: Target, short_epochs: int, long_epochs: int, files: Sequence[str]) -> None:
+    if not isinstance(target, Target):
+        raise ConfigurationError(f"target={target!r} is not possible: give a qat_lightning.Target.")
+    for name, value in (("short_epochs", short_epochs), ("long_epochs", long_epochs)):
+        if type(value) is not int or value < 0:
+            raise ConfigurationError(f"{name}={value!r} is not possible: give an int from 0.")
+    if isinstance(files, str) or (unknown := [one for one in files if one not in FORMATS]):
+        given = files if isinstance(files, str) else unknown
+        raise ConfigurationError(f"files: {given!r} is not possible: give a list of some of {', '.join(FORMATS)}.")
+
+
+def _floor(workshop: Workshop, store: Store, loggers: Loggers, asked: tuple[str | None, bool | None]) -> Floor:
+    """The float network's figures, measured once."""
+    kept = store.read("float")
+    if kept is not None:
+        return Floor.from_dict(kept)
+    began = time.monotonic()
+    made = list(loggers("float"))
+    try:
+        trainer, _, model, datamodule = workshop.standing(made, None, None)
+        with logged_behind("float", trainer.loggers):
+            found = validate_whole(trainer, model, datamodule)
+        seconds = time.monotonic() - began
+        metric = _metric(found, *asked)
+        parts = validate_parts(trainer, model, datamodule, metric.name, workshop.making.seed)
+        trainer.save_checkpoint(store.folder / FLOAT_WEIGHTS, weights_only=True)
+        metrics = {f"float/{key}": value for key, value in found.items()}
+        write_summary(made, metrics, 0)
+        epoch = TRAINING_TO_VALIDATION * seconds / 60 * _epoch_share(trainer, datamodule)
+    finally:
+        close(made)
+    floor = Floor(metric, parts, metrics, epoch, Clock.since(began))
+    store.write("float", floor.to_dict())
+    return floor
+
+
+def _metric(found: dict[str, float], name: str | None, larger_is_better: bool | None) -> Metric:
+    if name is not None and name not in found:
+        raise ConfigurationError(
+            f"metric={name!r}: the validation logs {', '.join(found) or 'nothing'}. Use one of these."
+        )
+    if not found:
+        raise ConfigurationError("The validation logs nothing: a target is judged by what validation_step logs.")
+    run = Run("float", "float", metrics={f"float/{key}": value for key, value in found.items()})
+    try:
+        metric = choose_metric([run], name, larger_is_better)
+    except ConfigurationError as error:
+        raise ConfigurationError(f"Which metric is judged? Give metric= with one of {', '.join(found)}.") from error
+    if not math.isfinite(found[metric.name]):
+        raise ConfigurationError(f"{metric.name} of the float network is {found[metric.name]}: nothing can be judged.")
+    return metric
+
+
+def _epoch_share(trainer: Trainer, datamodule: LightningDataModule) -> float:
+    """How many times more batches an epoch has than the validation, about; NaN where loaders have no length."""
+    (validated,) = trainer.num_val_batches
+    try:
+        datamodule.setup("fit")
+        batches = len(datamodule.train_dataloader())
+    except TypeError:
+        return math.nan
+    limit = trainer.limit_train_batches
+    batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+    return batches / validated if validated and math.isfinite(validated) else math.nan

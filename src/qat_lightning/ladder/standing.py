@@ -1,0 +1,110 @@
+"""The callback that lets a Trainer evaluate an integer network, read from its file, in the place of the float one."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import nn
+
+from qat_lightning.callbacks.parts.network import OWN_FORWARD, OwnForward, Slot
+from qat_lightning.callbacks.parts.variants import Stand
+from qat_lightning.errors import ConfigurationError
+from qat_lightning.graph.example import Example
+from qat_lightning.measure.fidelity import Fidelity
+
+
+class StandingIn(Callback):
+    """Evaluates a network of the float LightningModule's as it is, or an integer network in its place.
+
+    It offers what `qat_lightning.evaluate_variants` asks of a callback, so that what is compared at the end is what was
+    saved.
+
+    Args:
+        slot: Where the float network is.
+        network: What stands in for it, on the CPU; None for float alone.
+        example: A call of it, on the CPU; None for float alone.
+
+    Attributes:
+        variants: ``"float"``, and ``"int8"`` where there is a network.
+        chosen_variant: What runs; None for int8 where there is one.
+        fidelity: After a test of int8, its closeness to float.
+        float_source: Where the float weights come from, in words.
+    """
+
+    def __init__(self, slot: Slot, network: nn.Module | None, example: Example | None) -> None:
+        self.slot = slot
+        self.variants: tuple[str, ...] = ("float",) if network is None else ("float", "int8")
+        self.chosen_variant: str | None = None
+        self.fidelity: dict[str, float] = {}
+        self.float_source = "the weights that were quantized"
+        self.example_inputs_ = ((), {}) if example is None else (example.args, example.kwargs)
+        self._network = network
+        self._guest: nn.Module | None = None
+        self._before: list[Any] = []
+        self._compared: Fidelity | None = None
+
+    def use_variant(self, name: str | None) -> None:
+        """Choose what runs.
+
+        Raises:
+            ConfigurationError: There is no such variant.
+        """
+        if name is not None and name not in self.variants:
+            raise ConfigurationError(f"There is no variant {name!r}: use {' or '.join(map(repr, self.variants))}.")
+        self.chosen_variant = name
+
+    def network(self, name: str) -> nn.Module:
+        """A variant, on the CPU, in evaluation."""
+        if name == "int8" and self._network is not None:
+            return self._network
+        return copy.deepcopy(self.slot.get()).cpu().eval()
+
+    @contextmanager
+    def running(self, network: nn.Module) -> Iterator[None]:
+        """Within the block, another network stands in."""
+        self._guest = network
+        try:
+            yield
+        finally:
+            self._guest = None
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stand in."""
+        self._stand_in(compared=False)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Put the float network back."""
+        self._stand_back()
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stand in, and compare with float."""
+        self._stand_in(compared=self._guest is None)
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Put the float network back, and keep how close int8 was."""
+        if self._compared is not None:
+            self.fidelity = self._compared.compute()
+        self._stand_back()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Put the float network back, whatever happened."""
+        self._stand_back()
+
+    def _stand_in(self, *, compared: bool) -> None:
+        other = self._guest or (None if self.chosen_variant == "float" else self._network)
+        if other is None:
+            return
+        own = self.slot.name == OWN_FORWARD
+        plain = OwnForward(self.slot.pl_module) if own else self.slot.get()
+        self._compared = Fidelity() if compared else None
+        stand = Stand(other, plain, on_cpu=True, fidelity=self._compared, reference=plain)
+        self._before.append(self.slot.run_instead(stand.eval()))
+
+    def _stand_back(self) -> None:
+        while self._before:
+            self.slot.run_again(self._before.pop())
+        self._compared = None

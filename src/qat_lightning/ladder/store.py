@@ -1,0 +1,83 @@
+"""What a ladder keeps on disk, so that nothing is measured twice: one whole file for each thing that was measured."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningModule
+from torch import Tensor
+
+from qat_lightning.errors import ConfigurationError
+from qat_lightning.json_files import read_json, write_json
+
+IDENTITY = "identity.json"
+NETWORK = "model.int8"
+FLOAT_WEIGHTS = "float.ckpt"
+
+
+class Store:
+    """The folder of a ladder.
+
+    ``identity.json`` says what it is about, ``float.json`` and ``ranking.json`` what was measured of the float network,
+    ``rungs/<name>/made.json`` and ``measured.json`` how far each rung has got, ``test.json`` what the test said.
+    Each is written beside its place and renamed: what is there is complete.
+
+    Args:
+        folder: It is made if need be.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def begin(self, identity: Mapping[str, Any], *, resume: bool) -> None:
+        """Say what the folder is about, or check that it is about that.
+
+        Raises:
+            ConfigurationError: A ladder is in it and ``resume`` was not asked for, or it is about something else.
+        """
+        path = self.folder / IDENTITY
+        if not path.is_file():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_json(path, dict(identity))
+            return
+        if not resume:
+            raise ConfigurationError(
+                f"{self.folder} holds a ladder already: resume=True goes on with it; another folder= starts anew."
+            )
+        was = read_json(path)
+        others = sorted(key for key in {*was, *identity} if was.get(key) != identity.get(key))
+        if others:
+            raise ConfigurationError(
+                f"The ladder in {self.folder} is about something else ({', '.join(others)} differ): resume=True wants "
+                "the same network, data and settings; for others give another folder=."
+            )
+
+    def read(self, name: str) -> dict[str, Any] | None:
+        """What is known under a name; None if it is not."""
+        path = self.folder / f"{name}.json"
+        return read_json(path) if path.is_file() else None
+
+    def write(self, name: str, content: Mapping[str, Any]) -> None:
+        """Keep something, whole or not at all."""
+        path = self.folder / f"{name}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, dict(content))
+
+    def rung(self, name: str) -> Path:
+        """The folder of a rung."""
+        return self.folder / "rungs" / name
+
+
+def digest_of(model: LightningModule) -> str:
+    """A digest of everything in the ``state_dict``."""
+    digest = hashlib.sha256()
+    for key, value in model.state_dict().items():
+        digest.update(key.encode())
+        if isinstance(value, Tensor):
+            flat = value.detach().cpu().contiguous().flatten()
+            digest.update(str((value.dtype, tuple(value.shape))).encode())
+            digest.update(bytes(flat.untyped_storage()) if flat.numel() else b"")
+    return digest.hexdigest()

@@ -1,0 +1,271 @@
+"""Makes the network of a plan, and evaluates it: each time on fresh copies, from the same seed."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
+from lightning.pytorch.loggers import Logger
+from torch import nn
+
+from qat_lightning.artifact import load_quantized
+from qat_lightning.artifact.quantized import QuantizedNetwork
+from qat_lightning.callbacks.distillation import Distillation
+from qat_lightning.callbacks.parts.network import Slot, find_networks
+from qat_lightning.callbacks.post_training_quantization import PostTrainingQuantization
+from qat_lightning.callbacks.quantization_aware_training import QuantizationAwareTraining
+from qat_lightning.callbacks.quantization_callback import QuantizationCallback
+from qat_lightning.errors import ConfigurationError, ExportError, NetworkError
+from qat_lightning.export.result import ExportResult
+from qat_lightning.export.run import export_quantized, open_artifact
+from qat_lightning.ladder.parts import Parts, validate_parts, validate_whole
+from qat_lightning.ladder.plan import Plan
+from qat_lightning.ladder.standing import StandingIn
+from qat_lightning.ladder.store import NETWORK
+from qat_lightning.recipes.adaround import AdaRound
+from qat_lightning.rehearsal.rehearse import OnFault
+from qat_lightning.run.evaluate import logged_behind, measure_networks
+
+TrainerFactory = Callable[..., Trainer]
+Standing = tuple[Trainer, StandingIn, LightningModule, LightningDataModule]
+FREEZE = 0.7
+"""After which share of a training ranges and BatchNorm's statistics freeze, as in ``method=qat`` of train.py."""
+
+
+@dataclass(frozen=True)
+class Making:
+    """What all rungs have in common.
+
+    Attributes:
+        module: As for `qat_lightning.PostTrainingQuantization`, one network only.
+        example_inputs: See there.
+        calibration_batches: See there.
+        on_fault: See there.
+        seed: Of each rung.
+    """
+
+    module: str | None = None
+    example_inputs: Any = None
+    calibration_batches: int = 32
+    on_fault: OnFault = "leave_float"
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was measured of a network.
+
+    Attributes:
+        parts: The metric on each part of the validation data; empty while the metric is not chosen.
+        metrics: Under the keys of the loggers.
+        speedup: Times faster than float.
+        size_mb: Of what is shipped.
+    """
+
+    parts: Parts
+    metrics: dict[str, float]
+    speedup: float | None
+    size_mb: float | None
+
+
+class Workshop:
+    """Makes networks and evaluates them.
+
+    Args:
+        trainer_factory: Makes a Trainer of keyword arguments.
+        model: The float LightningModule; it is copied, and stays as it is.
+        datamodule: Likewise.
+        making: What all rungs have in common.
+        float_checkpoint: Where the float weights are, to be compared with and learned from.
+
+    Raises:
+        ConfigurationError: Several networks could be meant, or the data cannot be copied.
+    """
+
+    def __init__(
+        self,
+        trainer_factory: TrainerFactory,
+        model: LightningModule,
+        datamodule: LightningDataModule,
+        making: Making,
+        float_checkpoint: Path,
+    ) -> None:
+        names = find_networks(model, making.module)
+        if len(names) > 1:
+            raise ConfigurationError(
+                f"Several networks could be meant: {', '.join(names)}. A target is for one: give module= with its name."
+            )
+        (self.name,) = names
+        self.trainer_factory, self.making, self.float_checkpoint = trainer_factory, making, float_checkpoint
+        self._model = untied(model)
+        self._datamodule = untied(datamodule)
+
+    def copies(self) -> tuple[LightningModule, LightningDataModule]:
+        """The float LightningModule and the data as they were, and everything that is drawn from the same seed."""
+        seed_everything(self.making.seed, workers=True, verbose=False)
+        return copy.deepcopy(self._model), copy.deepcopy(self._datamodule)
+
+    @property
+    def network(self) -> nn.Module:
+        """A copy of the float network, on the CPU, in evaluation."""
+        return copy.deepcopy(Slot(self._model, self.name).get()).cpu().eval()
+
+    def trainer(self, callbacks: Sequence[Callback], loggers: Sequence[Logger], **settings: Any) -> Trainer:
+        """A Trainer of the user's, with what a rung needs."""
+        return self.trainer_factory(
+            callbacks=list(callbacks),
+            logger=list(loggers) or False,
+            enable_checkpointing=False,
+            enable_model_summary=False,
+            **settings,
+        )
+
+    # Make
+
+    def make(self, plan: Plan, folder: Path, loggers: Sequence[Logger], minutes: float) -> tuple[Plan, bool]:
+        """Make the int8 network of a plan and write it into a folder.
+
+        Args:
+            plan: What to make.
+            folder: Gets ``model.int8``.
+            loggers: Of the rung.
+            minutes: How long a training may take.
+
+        Returns:
+            The plan with the mode that ``"auto"`` left open, and whether a training was cut short.
+
+        Raises:
+            QuantizationError: It cannot be made, with the reason.
+        """
+        model, datamodule = self.copies()
+        callback = self._training(plan) if plan.epochs else self._calibration(plan)
+        cut_short = False
+        if plan.epochs:
+            more = [Distillation()] if plan.distillation else []
+            longest = None if math.isinf(minutes) else timedelta(minutes=max(minutes, 1e-3))
+            trainer = self.trainer([callback, *more], loggers, max_epochs=plan.epochs, max_time=longest)
+            trainer.fit(model, datamodule=datamodule)
+            cut_short = trainer.current_epoch < plan.epochs
+        else:
+            trainer = self.trainer([callback], loggers, enable_progress_bar=False, limit_val_batches=1)
+            with logged_behind("calibration", trainer.loggers):
+                trainer.validate(model, datamodule=datamodule, verbose=False)
+        network = callback.network("int8")
+        if not isinstance(network, QuantizedNetwork):
+            raise NetworkError(f"{self.name!r} became no int8 network, but a {type(network).__name__}.")
+        network.save(folder / NETWORK)
+        return replace(plan, mode=callback.chosen_modes.get(self.name, plan.mode)), cut_short
+
+    def _common(self, plan: Plan) -> dict[str, Any]:
+        return {
+            "mode": plan.mode,
+            "backend": plan.backend,
+            "module": self.name,
+            "example_inputs": self.making.example_inputs,
+            "scheme": plan.scheme,
+            "kind": plan.kind,
+            "include": list(plan.include) or None,
+            "exclude": list(plan.exclude) or None,
+            "equalization": plan.equalization,
+            "on_fault": self.making.on_fault,
+        }
+
+    def _calibration(self, plan: Plan) -> QuantizationCallback:
+        return PostTrainingQuantization(
+            **self._common(plan),
+            calibration_batches=self.making.calibration_batches,
+            bias_correction=plan.bias_correction,
+            adaround=AdaRound(iterations=plan.adaround) if plan.adaround else None,
+        )
+
+    def _training(self, plan: Plan) -> QuantizationCallback:
+        frozen = FREEZE if plan.kind == "static" else None
+        return QuantizationAwareTraining(
+            **self._common(plan),
+            start=0,
+            freeze_observers=frozen,
+            freeze_batchnorm=FREEZE,
+            float_checkpoint=self.float_checkpoint,
+        )
+
+    # Evaluate
+
+    def load(self, folder: Path) -> QuantizedNetwork:
+        """The int8 network that a rung made."""
+        return load_quantized(folder / NETWORK, network=self.network)
+
+    def standing(self, loggers: Sequence[Logger], network: nn.Module | None, call: Any) -> Standing:
+        """A Trainer that evaluates a network in the place of the float one, and fresh copies to give to it."""
+        model, datamodule = self.copies()
+        callback = StandingIn(Slot(model, self.name), network, call)
+        return self.trainer([callback], loggers, enable_progress_bar=False), callback, model, datamodule
+
+    def measure(
+        self, network: QuantizedNetwork, plan: Plan, folder: Path, loggers: Sequence[Logger], metric: str
+    ) -> Measured:
+        """Evaluate what is shipped on the validation data, whole and in parts, weigh it and time it.
+
+        Raises:
+            ExportError: The file of another runtime cannot be made.
+        """
+        with self.shipped(network, plan, folder) as (standing_in, result):
+            trainer, _, model, datamodule = self.standing(loggers, standing_in, network.example)
+            with logged_behind("int8", trainer.loggers):
+                whole = validate_whole(trainer, model, datamodule)
+            parts = validate_parts(trainer, model, datamodule, metric, self.making.seed)
+        metrics = {f"int8/{key}": value for key, value in whole.items()}
+        call = (network.example.args, network.example.kwargs)
+        if result is None:
+            metrics |= measure_networks({"float": self.network, "int8": network}, [call])
+            return Measured(parts, metrics, metrics.get("speedup"), metrics.get("int8/size_mb"))
+        figures = result.figures()
+        metrics |= {f"{plan.file}/{key}": value for key, value in figures.items()}
+        return Measured(parts, metrics, figures.get("speedup"), figures.get("size_mb"))
+
+    @contextmanager
+    def shipped(
+        self, network: QuantizedNetwork, plan: Plan, folder: Path
+    ) -> Iterator[tuple[nn.Module, ExportResult | None]]:
+        """What is shipped, to be called: the int8 network, or its file in the runtime of another format.
+
+        Raises:
+            ExportError: The file cannot be made, or its runtime does not take it.
+        """
+        if not plan.file:
+            yield network, None
+            return
+        # What it computes is judged by the user's metric.
+        float_network = self.network
+        (result,) = export_quantized(
+            network, folder / "export", [plan.file], float_network=float_network, min_agreement=0, min_sqnr_db=0
+        )
+        if not result.passed:
+            raise ExportError(result.error)
+        with open_artifact(result) as artifact:
+            yield artifact, result
+
+
+def untied(thing: Any) -> Any:
+    """A copy of a LightningModule or a LightningDataModule, without the Trainer that it may be tied to.
+
+    Raises:
+        ConfigurationError: It cannot be copied.
+    """
+    before = thing.__dict__.get("_trainer"), thing.__dict__.get("trainer")
+    thing.trainer = None
+    try:
+        return copy.deepcopy(thing)
+    except (TypeError, RuntimeError, NotImplementedError) as error:
+        raise ConfigurationError(
+            f"{type(thing).__name__} cannot be copied ({error}), and each rung begins with a copy of it as it is now: "
+            "make what it holds in setup()."
+        ) from error
+    finally:
+        thing.trainer = before[0] or before[1]

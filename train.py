@@ -33,6 +33,10 @@ def train(cfg: DictConfig) -> tuple[dict[str, float], Objects]:
     from qat_lightning.sweep.baseline import fit, with_baseline
 
     app.check(cfg)
+    if cfg.method.name == "auto":
+        from qat_lightning.ladder.app import climb
+
+        return climb(cfg)
     cfg = with_baseline(cfg)
     seed_everything(cfg.seed, workers=True, verbose=False)
     run = app.build(cfg)

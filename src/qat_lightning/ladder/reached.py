@@ -13,7 +13,9 @@ from qat_lightning.artifact import load_quantized
 from qat_lightning.artifact.quantized import QuantizedNetwork
 from qat_lightning.compare.ladder import Ladder, LadderRow
 from qat_lightning.compare.metric import Metric
+from qat_lightning.errors import ConversionError
 from qat_lightning.ladder.choice import Attempt, nearest
+from qat_lightning.ladder.store import NETWORK
 from qat_lightning.ladder.target import Target
 
 
@@ -50,13 +52,24 @@ class Reached:
         return self.best is not None and not self.best.missed(self.target)
 
     @property
+    def network_file(self) -> Path:
+        """The chosen int8 network in PyTorch, also where a file of another format is shipped.
+
+        Raises:
+            ConversionError: There is none.
+        """
+        if self.best is None:
+            raise ConversionError(f"There is no int8 network: {self.conclusion()}")
+        return self.folder / "rungs" / self.best.rung / NETWORK
+
+    @property
     def files(self) -> list[Path]:
         """What is shipped: the int8 network's file, or those of another format."""
         if self.best is None:
             return []
-        rung = self.folder / "rungs" / self.best.rung
-        exported = sorted(path for path in (rung / "export").glob("*") if path.suffix != ".json")
-        return exported if self.best.plan.file else [rung / "model.int8"]
+        exported = self.network_file.parent / "export"
+        written = sorted(path for path in exported.glob("*") if path.suffix != ".json")
+        return written if self.best.plan.file else [self.network_file]
 
     def load(self, network: nn.Module | None = None) -> QuantizedNetwork:
         """The chosen int8 network in PyTorch.
@@ -65,10 +78,9 @@ class Reached:
             network: As for `qat_lightning.load_quantized`.
 
         Raises:
-            ArtifactError: There is none.
+            ConversionError: There is none.
         """
-        name = "" if self.best is None else self.best.rung
-        return load_quantized(self.folder / "rungs" / name / "model.int8", network=network)
+        return load_quantized(self.network_file, network=network)
 
     def conclusion(self) -> str:
         """What came of it, in a sentence or two."""

@@ -120,9 +120,14 @@ def build(cfg: DictConfig) -> Objects:
         callbacks.append(_quantization(cfg.quantization))
     datamodule = instantiate(cfg.data.datamodule)
     model = instantiate(cfg.model.module)
-    loggers = [instantiate(part) for part in _parts(cfg, "logger")]
-    trainer = instantiate(cfg.trainer, callbacks=callbacks, logger=loggers, plugins=_plugins())
+    loggers = make_loggers(cfg)
+    trainer = instantiate(cfg.trainer, callbacks=callbacks, logger=loggers, plugins=plugins())
     return Objects(trainer, model, datamodule, callbacks, loggers, {})
+
+
+def make_loggers(cfg: DictConfig) -> list[Logger]:
+    """Make the loggers of a run."""
+    return [instantiate(part) for part in _parts(cfg, "logger")]
 
 
 def _quantization(part: DictConfig) -> Callback:
@@ -231,12 +236,12 @@ def _missing(node: Any, path: str = "") -> Iterator[str]:
             yield from _missing(node[key], full)
 
 
-def _plugins() -> list[Any]:
+def plugins() -> list[Any]:
     """Whole checkpoints only; and no requeueing of Lightning's own in a job of Slurm's that submitit queues again."""
-    plugins: list[Any] = [WholeFileCheckpointIO()]
+    found: list[Any] = [WholeFileCheckpointIO()]
     if SLURMEnvironment.detect() and "SUBMITIT_EXECUTOR" in os.environ:
-        plugins.append(SLURMEnvironment(auto_requeue=False))
-    return plugins
+        found.append(SLURMEnvironment(auto_requeue=False))
+    return found
 
 
 def _parts(cfg: DictConfig, group: str) -> list[DictConfig]:

@@ -1,0 +1,150 @@
+"""What ``method=auto`` of train.py is: the float run, and the ladder from it, each rung a run in one group."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra.utils import instantiate
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.loggers import Logger
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from qat_lightning.callbacks.parts.checkpoint_io import read_float_state
+from qat_lightning.compare.ladder import FOLDER
+from qat_lightning.errors import CombinationError
+from qat_lightning.ladder.reached import Reached
+from qat_lightning.ladder.search import reach
+from qat_lightning.ladder.target import Target
+from qat_lightning.run import app
+from qat_lightning.storage import place
+from qat_lightning.sweep.baseline import with_baseline
+from qat_lightning.whole_files import write_whole
+
+AUTO = "auto"
+"""The name of the method."""
+
+_CHOSEN_BY_ITSELF = ("distillation", "batchnorm_reestimation")
+
+
+def climb(cfg: DictConfig) -> tuple[dict[str, float], app.Objects]:
+    """Train the float network if there is none, and look for the int8 network that keeps the target.
+
+    Args:
+        cfg: The composed configuration of train.py, of ``method=auto``.
+
+    Returns:
+        What the test at the end said, and the objects of the run.
+
+    Raises:
+        ConfigurationError: The target or another setting is not possible; before anything is trained.
+    """
+    target = Target(**OmegaConf.to_container(cfg.target, resolve=True))  # type: ignore[arg-type]
+    _check(cfg)
+    fine = OmegaConf.merge(cfg, cfg.ladder.training)
+    model: LightningModule = instantiate(fine.model.module)
+    target.check_size(sum(parameter.numel() for parameter in model.parameters()))
+    checkpoint = _float_checkpoint(cfg)
+    model.load_state_dict(read_float_state(place(checkpoint)))
+    datamodule = instantiate(cfg.data.datamodule)
+    runs = _Runs(cfg)
+    trainers = _Trainers(cfg)
+    folder = Path(cfg.paths.output_dir) / FOLDER
+    part = cfg.quantization
+    start = {key: part.get(key) for key in ("mode", "kind", "module", "calibration_batches", "on_fault")}
+    ladder = {key: cfg.ladder[key] for key in cfg.ladder if key not in ("training", "files")}
+    found = reach(
+        trainers,
+        model,
+        datamodule,
+        target,
+        folder=folder,
+        resume=True,  # whether there may be one is settled by the folder of the run
+        backend=part.backend,
+        scheme=instantiate(part.scheme),
+        include=tuple(part.include or ()),
+        exclude=tuple(part.exclude or ()),
+        example_inputs=instantiate(part.example_inputs),
+        files=list(cfg.ladder.files),
+        loggers=runs,
+        seed=cfg.seed,
+        **start,
+        **ladder,
+    )
+    _keep(cfg, found)
+    objects = app.Objects(trainers(callbacks=[], logger=False), model, datamodule, [], runs.of_test, {})
+    if found.best is not None:
+        int8 = {key.removeprefix("int8/"): value for key, value in found.best.metrics.items() if key.startswith("int8/")}
+        objects.fit_metrics.update(int8)
+    return dict(found.metrics), objects
+
+
+def _check(cfg: DictConfig) -> None:
+    """Refuse what a ladder chooses by itself, and several processes."""
+    if formats := list(cfg.get("export_formats") or {}):
+        raise CombinationError(
+            f"export={','.join(formats)} does not go with method=auto, which chooses what is shipped: use "
+            f"ladder.files=[{','.join(formats)}]."
+        )
+    if named := [name for name in _CHOSEN_BY_ITSELF if (cfg.get("callbacks") or {}).get(name) is not None]:
+        raise CombinationError(f"recipe={named[0]} does not go with method=auto, which chooses recipes: leave it out.")
+    if OmegaConf.is_config(cfg.quantization.backend):
+        raise CombinationError(
+            "A quantizer given by a mapping does not go with method=auto: give backend.quantizer=package.module.Class."
+        )
+
+
+def _float_checkpoint(cfg: DictConfig) -> str:
+    """The float run's, which is trained now if it is not there yet."""
+    if cfg.float_checkpoint is not None:
+        return str(cfg.float_checkpoint)
+    shared = cfg.copy()
+    with open_dict(shared):
+        shared.baseline.use = "compare" if shared.baseline.use == "none" else shared.baseline.use
+    return str(with_baseline(shared).float_checkpoint)
+
+
+class _Trainers:
+    """Makes the Trainer of a rung, as the configuration says it."""
+
+    def __init__(self, cfg: DictConfig) -> None:
+        self._cfg = cfg
+
+    def __call__(self, **settings: Any) -> Trainer:
+        callbacks = list(settings.pop("callbacks"))
+        bar = (self._cfg.get("callbacks") or {}).get("rich_progress_bar")
+        if bar is not None and settings.get("enable_progress_bar", True):
+            callbacks.append(instantiate(bar))
+        made = {"enable_progress_bar": bar is not None, "plugins": app.plugins(), **settings}
+        trainer: Trainer = instantiate(self._cfg.trainer, _partial_=True)(callbacks=callbacks, **made)
+        return trainer
+
+
+class _Runs:
+    """Makes the loggers of a rung: a run of its own, in one group with the others and with the ladder's own."""
+
+    def __init__(self, cfg: DictConfig) -> None:
+        self._cfg = cfg
+        self.of_test: list[Logger] = []
+
+    def __call__(self, rung: str) -> Sequence[Logger]:
+        cfg = self._cfg.copy()
+        with open_dict(cfg):
+            cfg.run.group = f"{cfg.run.group}-{cfg.run.id}"
+            if rung != "test":
+                cfg.run.name, cfg.run.id, cfg.run.job_type = f"{cfg.run.name}-{rung}", f"{cfg.run.id}-{rung}", "rung"
+                cfg.paths.output_dir = str(Path(cfg.paths.output_dir) / FOLDER / "rungs" / rung)
+                Path(cfg.paths.output_dir).mkdir(parents=True, exist_ok=True)
+        loggers = app.make_loggers(cfg)
+        if rung == "test":
+            self.of_test = loggers
+            app.log_configuration(cfg, loggers)
+        return loggers
+
+
+def _keep(cfg: DictConfig, found: Reached) -> None:
+    """The int8 network that was chosen, where every method leaves it."""
+    if cfg.save_int8 and found.best is not None:
+        chosen = found.network_file
+        write_whole(Path(cfg.paths.output_dir) / app.INT8_FILE, chosen.read_bytes())

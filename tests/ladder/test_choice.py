@@ -1,0 +1,177 @@
+"""What is tried next: a function of what was measured."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qat_lightning import Scheme, Target
+from qat_lightning.ladder.choice import Attempt, Step, expected_minutes, nearest, next_step, to_go_on_from
+from qat_lightning.ladder.judgement import Drop
+from qat_lightning.ladder.plan import Plan
+from qat_lightning.ladder.rungs import RUNGS, Known
+
+KNOWN = Known(files=("torchscript",), ranking=tuple(f"net.{i}" for i in range(20)))
+
+
+def measured(step: Step, drop: float, speedup: float = 2.0, size: float = 1.0) -> Attempt:
+    return Attempt(step.rung.name, step.plan, Drop(drop, drop - 0.01, drop + 0.01, 9), speedup, size, minutes=1.0)
+
+
+def climbed(target: Target, outcome: Callable[[Step], Attempt], known: Known = KNOWN) -> list[Attempt]:
+    """The attempts of a whole ladder."""
+    attempts: list[Attempt] = []
+    while (step := next_step(attempts, Plan(), target, known)) is not None:
+        assert not step.unranked
+        attempts.append(outcome(step))
+    return attempts
+
+
+def names(attempts: list[Attempt]) -> list[str]:
+    return [attempt.rung for attempt in attempts]
+
+
+def test_what_keeps_the_target_at_once_ends_it() -> None:
+    assert names(climbed(Target(max_drop=0.1), lambda step: measured(step, 0.05))) == ["static"]
+
+
+def test_for_accuracy_observers_recipes_layers_and_trainings_are_tried_in_this_order() -> None:
+    found = names(climbed(Target(max_drop=0.01), lambda step: measured(step, 0.5)))
+    assert found == [
+        "static", "observer_min_max", "observer_percentile", "observer_histogram_kl", "bias_correction",
+        "equalization", "adaround", "float_1_layers", "float_2_layers", "float_4_layers", "float_8_layers",
+        "qat_short", "qat_long",
+    ]  # fmt: skip
+
+
+def test_for_size_bits_are_tried_and_for_speed_files_and_kernels() -> None:
+    small = names(climbed(Target(max_size_mb=0.1), lambda step: measured(step, 0.5)))
+    assert small == ["static", "weights_4bit", "weight_only_4bit", "weights_2bit"]
+    fast = names(climbed(Target(min_speedup=9), lambda step: measured(step, 0.5)))
+    assert fast == ["static", "backend_onednn", "file_torchscript", "mode_pt2e"]
+
+
+def test_a_rung_begins_with_what_helped() -> None:
+    helps = {"static": 0.5, "observer_percentile": 0.3, "bias_correction": 0.2, "float_2_layers": 0.1}
+    found = {a.rung: a.plan for a in climbed(Target(max_drop=0.01), lambda s: measured(s, helps.get(s.rung.name, 0.6)))}
+    assert found["adaround"].scheme.activation_observer == "percentile"
+    assert found["adaround"].bias_correction
+    assert found["float_1_layers"].adaround == 0, "it did not help"
+    assert found["qat_short"].exclude == ("net.0", "net.1")
+    trained = found["qat_short"]
+    assert (trained.scheme.activation_observer, trained.bias_correction) == ("auto", False), "of calibration alone"
+    assert trained.distillation
+
+
+def test_accuracy_is_won_back_for_what_keeps_size_and_speed() -> None:
+    def outcome(step: Step) -> Attempt:
+        small = step.plan.scheme.weight_bits == 4
+        fast = step.plan.file == "torchscript"
+        return measured(step, 0.4 if small else 0.0, 4.0 if fast else 2.0, 0.5 if small else 1.0)
+
+    attempts = climbed(Target(max_drop=0.01, min_speedup=3, max_size_mb=0.6), outcome)
+    assert names(attempts)[:4] == ["static", "weights_4bit", "backend_onednn", "file_torchscript"]
+    assert all(a.plan.scheme.weight_bits == 4 and a.plan.file == "torchscript" for a in attempts[4:])
+    assert names(attempts)[-1] == "qat_long"
+
+
+def test_speeds_that_are_alike_do_not_decide_what_is_gone_on_with() -> None:
+    step = Step(RUNGS[0], Plan())
+    slow, worse = measured(step, 0.1, 1.80), measured(step, 0.5, 1.83)
+    target = Target(max_drop=0.01, min_speedup=2)
+    assert to_go_on_from([slow, worse], target) is slow
+
+
+def test_a_rung_that_has_nothing_to_change_is_passed_over() -> None:
+    known = Known(epochs=(0, 0), ranking=())
+    found = names(climbed(Target(max_drop=0.01), lambda step: measured(step, 0.5), known))
+    assert found[-1] == "adaround"
+
+
+def test_layers_are_ranked_before_the_first_rung_that_needs_it() -> None:
+    attempts: list[Attempt] = []
+    known = Known()
+    while not (step := next_step(attempts, Plan(), Target(max_drop=0.01), known)).unranked:  # type: ignore[union-attr]
+        attempts.append(measured(step, 0.5))
+    assert names(attempts)[-1] == "adaround"
+    assert step is not None and step.rung.name == "float_1_layers"
+
+
+def test_what_fails_is_tried_in_another_mode_and_a_training_without_its_teacher() -> None:
+    def outcome(step: Step) -> Attempt:
+        if step.plan.mode == "fx":
+            return Attempt(step.rung.name, step.plan, error="TraceError: control flow")
+        if step.plan.distillation:
+            return Attempt(step.rung.name, step.plan, error="ConfigurationError: manual optimization")
+        return measured(step, 0.5)
+
+    attempts = climbed(Target(max_drop=0.01), outcome)
+    assert names(attempts)[:2] == ["static", "mode_auto"]
+    assert names(attempts)[-3:] == ["qat_short", "qat_short_plain", "qat_long_plain"]
+    everything = climbed(Target(max_drop=0.01), lambda s: Attempt(s.rung.name, s.plan, error="NetworkError: none"))
+    assert names(everything) == ["static", "mode_auto"]
+    assert nearest(everything, Target(max_drop=0.01)) is None
+
+
+def test_a_training_that_was_not_started_says_nothing_of_its_teacher() -> None:
+    def outcome(step: Step) -> Attempt:
+        if step.plan.epochs:
+            return Attempt(step.rung.name, step.plan, started=False, error="not started")
+        return measured(step, 0.5)
+
+    assert names(climbed(Target(max_drop=0.01), outcome))[-2:] == ["qat_short", "qat_long"]
+
+
+@given(st.data())
+def test_a_ladder_ends_and_tries_nothing_twice(data: st.DataObject) -> None:
+    number = st.sampled_from([0.0, 0.5, 1.0, 2.0, 4.0])
+    target = Target(max_drop=data.draw(number), min_speedup=data.draw(number) or None, max_size_mb=data.draw(number) or 1)
+
+    def outcome(step: Step) -> Attempt:
+        if data.draw(st.booleans()) and data.draw(st.booleans()):
+            return Attempt(step.rung.name, step.plan, error="ConversionError: no")
+        return measured(step, data.draw(number), data.draw(number), data.draw(number))
+
+    attempts = climbed(target, outcome)
+    assert len(set(names(attempts))) == len(attempts) <= len(RUNGS)
+    assert not any(attempt.missed(target) == {} for attempt in attempts[:-1] if not attempt.error)
+
+
+@given(st.integers(0, 12))
+def test_a_ladder_that_is_broken_off_goes_on_as_it_was(at: int) -> None:
+    target = Target(max_drop=0.01)
+    whole = climbed(target, lambda step: measured(step, 0.5))
+    stored = [Attempt.from_dict(json.loads(json.dumps(attempt.to_dict()))) for attempt in whole]
+    assert stored == whole
+    step = next_step(stored[:at], Plan(), target, KNOWN)
+    assert step is not None and (step.rung.name, step.plan) == (whole[at].rung, whole[at].plan)
+
+
+def test_the_nearest_misses_the_fewest_limits_by_the_least() -> None:
+    step = Step(RUNGS[0], Plan())
+    target = Target(max_drop=0.1, max_size_mb=1)
+    both, far, near = measured(step, 0.11, size=1.1), measured(step, 9.0, size=0.5), measured(step, 0.0, size=1.2)
+    assert nearest([both, far, near], target) is near
+    assert near.verdict(target) == "misses size"
+    assert measured(step, 0.095, size=1.0).verdict(target) == "keeps the target, the drop is undecided"
+    assert measured(step, 0.105, size=1.0).verdict(target) == "misses drop, the drop is undecided"
+
+
+def test_what_a_training_will_take_is_told_by_another_or_guessed() -> None:
+    short = Attempt("qat_short", Plan(epochs=2), minutes=6.0)
+    static = Attempt("static", Plan(), minutes=0.5)
+    assert expected_minutes(Plan(epochs=8), [static, short], epoch=1.0) == pytest.approx(24.0)
+    assert expected_minutes(Plan(epochs=8), [static], epoch=1.0) == pytest.approx(8.0)
+    assert expected_minutes(Plan(bias_correction=True), [static, short], epoch=1.0) == pytest.approx(0.5)
+
+
+def test_a_plan_is_a_file_and_words() -> None:
+    plan = Plan("pt2e", "x86", scheme=Scheme(weight_bits=4), exclude=("a", "b")).trained(8)
+    assert Plan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
+    assert plan.words() == (
+        "pt2e x86, static, 4-bit weights, 2 layers float, trained 8 epochs from the float network"
+    )

@@ -15,6 +15,7 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.wait import WebDriverWait
 
 from qat_lightning.compare import Curve, Limits, Run, compare, decide, page
+from qat_lightning.compare.ladder import Ladder, LadderRow
 from tests.compare.making import plain, qat
 
 EVIL = "</script><script>window.broken=1</script><img src=https://example.org/x onerror=window.broken=1>"
@@ -44,6 +45,17 @@ RUNS = [
     qat("fx", 9, status="failed", reason="it broke"),
 ]
 LIMITS = Limits(max_drop=1.5)
+LADDER = Ladder(
+    "a drop of at most 0.01",
+    "val/acc",
+    "pp",
+    (
+        LadderRow("static", "fx x86, static", 5.0, 4.0, 6.0, 2.0, 1.25, 0.1, "misses drop", False),
+        LadderRow("adaround", "fx x86, static, AdaRound", 0.5, None, None, 2.0, 1.25, 3.0, "keeps the target", True),
+        LadderRow("qat_short", "trained", None, None, None, None, None, 0.0, f"not started {EVIL}", False),
+    ),
+    f"adaround keeps the target. {EVIL}",
+)
 
 
 def write(folder: Path, runs: list[Run], limits: Limits = LIMITS) -> str:
@@ -256,6 +268,19 @@ def test_only_differences_are_listed_and_failures_with_their_reason(opened: Any)
     assert "quantization.mode" in differences
     assert "trainer.max_epochs" not in differences
     assert "it broke" in browser.find_element(By.ID, "left-out").text
+
+
+def test_a_ladder_is_shown_with_what_it_tried(opened: Any) -> None:
+    page = opened([plain(0), dataclasses.replace(qat("fx"), ladder=LADDER)])
+    card = page.find_element(By.ID, "ladders-card")
+    rows = [row.text for row in card.find_elements(By.CSS_SELECTOR, "tbody tr")]
+    assert "a drop of at most 0.01" in card.text
+    assert "adaround keeps the target" in card.text
+    assert rows[0].startswith("static fx x86, static 5.00 4.00 to 6.00 2.00 1.250 0.1")
+    assert "∞" in rows[1]
+    assert "–" in rows[2]
+    assert card.find_element(By.CSS_SELECTOR, "tr.chosen").text.startswith("adaround")
+    assert not opened([plain(0)]).find_element(By.ID, "ladders-card").is_displayed()
 
 
 def test_hostile_names_are_text(opened: Any) -> None:

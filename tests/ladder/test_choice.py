@@ -98,7 +98,8 @@ def test_layers_are_ranked_before_the_first_rung_that_needs_it() -> None:
     while not (step := next_step(attempts, Plan(), Target(max_drop=0.01), known)).unranked:  # type: ignore[union-attr]
         attempts.append(measured(step, 0.5))
     assert names(attempts)[-1] == "adaround"
-    assert step is not None and step.rung.name == "float_1_layers"
+    assert step is not None
+    assert step.rung.name == "float_1_layers"
 
 
 def test_what_fails_is_tried_in_another_mode_and_a_training_without_its_teacher() -> None:
@@ -129,7 +130,9 @@ def test_a_training_that_was_not_started_says_nothing_of_its_teacher() -> None:
 @given(st.data())
 def test_a_ladder_ends_and_tries_nothing_twice(data: st.DataObject) -> None:
     number = st.sampled_from([0.0, 0.5, 1.0, 2.0, 4.0])
-    target = Target(max_drop=data.draw(number), min_speedup=data.draw(number) or None, max_size_mb=data.draw(number) or 1)
+    target = Target(
+        max_drop=data.draw(number), min_speedup=data.draw(number) or None, max_size_mb=data.draw(number) or 1
+    )
 
     def outcome(step: Step) -> Attempt:
         if data.draw(st.booleans()) and data.draw(st.booleans()):
@@ -148,7 +151,8 @@ def test_a_ladder_that_is_broken_off_goes_on_as_it_was(at: int) -> None:
     stored = [Attempt.from_dict(json.loads(json.dumps(attempt.to_dict()))) for attempt in whole]
     assert stored == whole
     step = next_step(stored[:at], Plan(), target, KNOWN)
-    assert step is not None and (step.rung.name, step.plan) == (whole[at].rung, whole[at].plan)
+    assert step is not None
+    assert (step.rung.name, step.plan) == (whole[at].rung, whole[at].plan)
 
 
 def test_the_nearest_misses_the_fewest_limits_by_the_least() -> None:
@@ -172,6 +176,4 @@ def test_what_a_training_will_take_is_told_by_another_or_guessed() -> None:
 def test_a_plan_is_a_file_and_words() -> None:
     plan = Plan("pt2e", "x86", scheme=Scheme(weight_bits=4), exclude=("a", "b")).trained(8)
     assert Plan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
-    assert plan.words() == (
-        "pt2e x86, static, 4-bit weights, 2 layers float, trained 8 epochs from the float network"
-    )
+    assert plan.words() == ("pt2e x86, static, 4-bit weights, 2 layers float, trained 8 epochs from the float network")

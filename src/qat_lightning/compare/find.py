@@ -15,6 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from qat_lightning.callbacks.parts.settings_log import PREFIX as QUANTIZATION
 from qat_lightning.compare.csv_run import METRICS, read_csv, read_yaml
+from qat_lightning.compare.ladder import holds_ladder, read_ladder
 from qat_lightning.compare.offline import join, read_offline
 from qat_lightning.compare.run import Run, Status, numbers
 from qat_lightning.errors import RunFileError
@@ -79,8 +80,13 @@ def _places(top: Path) -> list[_Place]:
             (trial or places.setdefault(folder, _Place(folder, is_trial=False))).wandb.append(folder)
         elif METRICS in files:
             (trial or places.setdefault(folder, _Place(folder, is_trial=False))).csv.append(folder)
-        folders[:] = sorted((f for f in folders if f not in _NOT_RUNS and not f.startswith("earlier-")), key=_natural)
+        folders[:] = sorted((f for f in folders if _may_hold_runs(folder / f)), key=_natural)
     return [place for place in places.values() if place.is_trial or place.wandb or place.csv]
+
+
+def _may_hold_runs(folder: Path) -> bool:
+    """Not what a run keeps for itself, the rungs of a ladder among it, which are shown as one table."""
+    return folder.name not in _NOT_RUNS and not folder.name.startswith("earlier-") and not holds_ladder(folder)
 
 
 def _natural(name: str) -> tuple[int, int, str]:
@@ -113,6 +119,7 @@ def _read(place: _Place) -> Run:
         config=_of_both(run.config, _config(hydra / "config.yaml")),
         overrides=tuple(str(word) for word in overrides),
     )
+    run = replace(run, ladder=read_ladder(place.folder))
     return _with_file(_with_result(run, result) if result else run, place.folder / INT8_FILE)
 
 

@@ -73,6 +73,11 @@ class Ladder:
         return cls(**{**values, "rows": tuple(LadderRow(**row) for row in values["rows"])})
 
 
+def holds_ladder(folder: Path) -> bool:
+    """Whether a folder is that of a ladder."""
+    return (folder / FILE).is_file()
+
+
 def read_ladder(folder: Path) -> Ladder | None:
     """The ladder of a run's folder; None where there is none.
 
@@ -80,7 +85,7 @@ def read_ladder(folder: Path) -> Ladder | None:
         RunFileError: The file is of something else.
     """
     path = folder / FOLDER / FILE
-    if not path.is_file():
+    if not holds_ladder(path.parent):
         return None
     try:
         return Ladder.from_dict(json.loads(path.read_text(encoding="utf-8")))

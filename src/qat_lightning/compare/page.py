@@ -22,7 +22,7 @@ from qat_lightning.compare.spread import Spread, spread
 from qat_lightning.compare.table import markdown, shipped
 from qat_lightning.settings.variants import VARIANTS
 
-_SCRIPTS = ("core.js", "columns.js", "table.js", "scatter.js", "curves.js", "layers.js", "main.js")
+_SCRIPTS = ("core.js", "columns.js", "table.js", "scatter.js", "curves.js", "layers.js", "ladder.js", "main.js")
 _POINTS = 240  # of a curve: more than a screen shows apart
 _EVENTS = (
     ("rounding on", "quant/fake_quant_enabled", 1.0),
@@ -90,6 +90,12 @@ def page_data(comparison: Comparison, decision: Decision, limits: Limits, title:
             for setting in differing(firsts, every=True)
         ],
         "same": _same(firsts),
+        "ladders": [
+            {"label": configuration.label, "seed": seed_of(run), **run.ladder.to_dict()}
+            for configuration in configurations
+            for run in configuration.runs
+            if run.ladder is not None
+        ],
         "leftOut": [
             {"name": " ".join(run.overrides) or run.name, "status": run.status, "reason": run.reason}
             for run in comparison.left_out

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
+from qat_lightning.compare.ladder import Ladder
+
 Status = Literal["finished", "unfinished", "pruned", "failed", "skipped", "unreadable"]
 
 
@@ -35,6 +37,7 @@ class Run:
         reason: Why it is not ``finished``.
         wandb_id: Its id in W&B.
         model_file: The int8 network that it saved.
+        ladder: What was tried to reach its target, with ``method=auto``.
     """
 
     name: str
@@ -49,6 +52,7 @@ class Run:
     reason: str = ""
     wandb_id: str = ""
     model_file: str = ""
+    ladder: Ladder | None = None
 
 
 def numbers(values: Mapping[str, Any]) -> dict[str, float]:

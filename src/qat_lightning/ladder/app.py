@@ -15,7 +15,7 @@ from qat_lightning.callbacks.parts.checkpoint_io import read_float_state
 from qat_lightning.compare.ladder import FOLDER
 from qat_lightning.errors import CombinationError
 from qat_lightning.ladder.reached import Reached
-from qat_lightning.ladder.search import reach
+from qat_lightning.ladder.search import reach, without_banners
 from qat_lightning.ladder.target import Target
 from qat_lightning.run import app
 from qat_lightning.storage import place
@@ -73,9 +73,13 @@ def climb(cfg: DictConfig) -> tuple[dict[str, float], app.Objects]:
         **ladder,
     )
     _keep(cfg, found)
-    objects = app.Objects(trainers(callbacks=[], logger=False), model, datamodule, [], runs.of_test, {})
+    with without_banners():
+        trainer = trainers(callbacks=[], logger=False)
+    objects = app.Objects(trainer, model, datamodule, [], runs.of_test, {})
     if found.best is not None:
-        int8 = {key.removeprefix("int8/"): value for key, value in found.best.metrics.items() if key.startswith("int8/")}
+        int8 = {
+            key.removeprefix("int8/"): value for key, value in found.best.metrics.items() if key.startswith("int8/")
+        }
         objects.fit_metrics.update(int8)
     return dict(found.metrics), objects
 

@@ -55,13 +55,22 @@ class Plan:
             scheme = replace(scheme, activation_observer="auto")
         return replace(self, scheme=scheme, bias_correction=False, adaround=0, epochs=epochs, distillation=distillation)
 
-    def words(self) -> str:
+    def words(self, start: Plan | None = None) -> str:
         """What it does, in a line.
+
+        Args:
+            start: Leave out what this one does as well.
 
         Example:
             >>> Plan(bias_correction=True, file="onnx").words()
             'fx x86, static, bias correction, as onnx'
+            >>> Plan(bias_correction=True, file="onnx").words(Plan())
+            'bias correction, as onnx'
         """
+        common = () if start is None or start == self else start._parts()
+        return ", ".join(part for part in self._parts() if part not in common)
+
+    def _parts(self) -> tuple[str, ...]:
         scheme = self.scheme
         bits = f"{scheme.weight_bits}-bit weights" if scheme.weight_bits != Scheme().weight_bits else ""
         observer = scheme.activation_observer
@@ -80,7 +89,7 @@ class Plan:
             epochs,
             f"as {self.file}" if self.file else "",
         )
-        return ", ".join(part for part in parts if part)
+        return tuple(part for part in parts if part)
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values."""

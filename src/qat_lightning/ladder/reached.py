@@ -113,7 +113,7 @@ class Reached:
         mean, low, high = (None if (v := ends.get(key)) is None else shown(v) for key in ("mean", "low", "high"))
         return LadderRow(
             attempt.rung,
-            attempt.plan.words(),
+            attempt.plan.words(self.attempts[0].plan),
             mean,
             low,
             high,

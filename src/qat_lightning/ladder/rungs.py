@@ -18,8 +18,6 @@ from qat_lightning.ladder.target import LIMITS, Limit
 from qat_lightning.settings.recipe import Kind, Recipe
 from qat_lightning.settings.scheme import ActivationObserver
 
-ADAROUND_ITERATIONS = 1000
-
 
 @dataclass(frozen=True)
 class Known:
@@ -30,12 +28,14 @@ class Known:
         files: The formats that may be shipped.
         ranking: Globs of the layers that quantization hurts most, worst first; None while it is not measured.
         distillation: Whether trainings learn from the float network; False once a rung found that they cannot.
+        adaround: Iterations for each layer; 0 to leave AdaRound out.
     """
 
     epochs: tuple[int, int] = (2, 8)
     files: tuple[str, ...] = FORMATS
     ranking: tuple[str, ...] | None = None
     distillation: bool = True
+    adaround: int = 1000
 
 
 Change = Callable[[Plan, Known], "Plan | None"]
@@ -73,19 +73,23 @@ def _calibrated(change: Callable[..., Plan | None], **settings: Any) -> Change:
     def changed(plan: Plan, known: Known) -> Plan | None:
         if plan.kind != "static" or plan.epochs:
             return None
-        return change(plan, **settings)
+        return change(plan, known, **settings)
 
     return changed
 
 
-def _observer(plan: Plan, *, name: ActivationObserver) -> Plan | None:
+def _observer(plan: Plan, known: Known, *, name: ActivationObserver) -> Plan | None:
     taken = {"auto": "histogram_mse"}.get(plan.scheme.activation_observer, plan.scheme.activation_observer)
     return None if taken == name else replace(plan, scheme=replace(plan.scheme, activation_observer=name))
 
 
-def _recipe(plan: Plan, **settings: Any) -> Plan | None:
+def _recipe(plan: Plan, known: Known, **settings: Any) -> Plan | None:
     changed = replace(plan, **settings)
     return None if changed == plan else changed
+
+
+def _adaround(plan: Plan, known: Known) -> Plan | None:
+    return _recipe(plan, known, adaround=known.adaround)
 
 
 def _left_float(plan: Plan, known: Known, *, count: int) -> Plan | None:
@@ -156,7 +160,7 @@ RUNGS: tuple[Rung, ...] = (
     Rung("observer_histogram_kl", "drop", _calibrated(_observer, name="histogram_kl")),
     Rung("bias_correction", "drop", _calibrated(_recipe, bias_correction=True)),
     Rung("equalization", "drop", _calibrated(_recipe, equalization="exact")),
-    Rung("adaround", "drop", _calibrated(_recipe, adaround=ADAROUND_ITERATIONS)),
+    Rung("adaround", "drop", _calibrated(_adaround)),
     *(Rung(f"float_{n}_layers", "drop", partial(_left_float, count=n), ranked=True) for n in (1, 2, 4, 8)),
     Rung("qat_short", "drop", partial(_training, which=0)),
     Rung("qat_short_plain", "drop", partial(_training, which=0, distillation=False)),

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,7 @@ def reach(
     short_epochs: int = 2,
     long_epochs: int = 8,
     distillation: bool = True,
+    adaround_iterations: int = 1000,
     files: Sequence[str] = FORMATS,
     loggers: Loggers | None = None,
     seed: int = 0,
@@ -101,6 +103,7 @@ def reach(
         short_epochs: Of the short training; 0 for none.
         long_epochs: Of the long training; 0 for none.
         distillation: Let trainings learn from the float network.
+        adaround_iterations: For each layer; 0 to leave AdaRound out. Of what needs no training it takes longest.
         files: The formats that may be shipped, of `qat_lightning.export.formats.FORMATS`; those whose packages are
             installed are tried where speed is missed.
         loggers: Makes the loggers of a rung by its name, so that each is a run of its own: for W&B ``lambda rung:
@@ -121,7 +124,8 @@ def reach(
             found = reach(Trainer, model, dm, Target(max_drop=0.003, min_speedup=2), folder="outputs/ladder")
             found.kept, found.files
     """
-    _check(target, short_epochs, long_epochs, files)
+    counts = {"short_epochs": short_epochs, "long_epochs": long_epochs, "adaround_iterations": adaround_iterations}
+    _check(target, counts, files)
     start = Plan(mode, backend, kind, scheme or Scheme(), tuple(include), tuple(exclude))
     if mode != "auto":
         Recipe(mode, backend, start.scheme, start.include, start.exclude, kind=kind)  # what is not possible is refused
@@ -130,18 +134,18 @@ def reach(
     weights = (store.folder / FLOAT_WEIGHTS).absolute()
     workshop = Workshop(trainer_factory, model, datamodule, making, weights)
     target.check_size(sum(parameter.numel() for parameter in workshop.network.parameters()))
-    known = Known((short_epochs, long_epochs), tuple(files), distillation=distillation)
+    known = Known((short_epochs, long_epochs), tuple(files), distillation=distillation, adaround=adaround_iterations)
     identity = {
         "weights": digest_of(model),
         "plan": start.to_dict(),
         "making": {key: repr(value) for key, value in vars(making).items()},
         "metric": [metric, larger_is_better],
         "limits": {k: v for k, v in dataclasses.asdict(target).items() if k != "max_minutes"},
-        "known": {"epochs": list(known.epochs), "files": list(known.files), "distillation": distillation},
+        "known": json.loads(json.dumps(vars(known))),
     }
     store.begin(identity, resume=resume)
     make_loggers: Loggers = loggers or (lambda rung: [])
-    with _without_banners():
+    with without_banners():
         floor = _floor(workshop, store, make_loggers, (metric, larger_is_better))
         climb = Climb(workshop, store, floor, target, known, start, make_loggers)
         reached = climb.go()
@@ -154,7 +158,7 @@ _BANNERS = ("GPU available", "TPU available", "HPU available", "💡 Tip", "`Tra
 
 
 @contextmanager
-def _without_banners() -> Iterator[None]:
+def without_banners() -> Iterator[None]:
     """Leave out what each Trainer says when it is made: there are two for each rung."""
     log = logging.getLogger("lightning.pytorch.utilities.rank_zero")
 
@@ -168,10 +172,10 @@ def _without_banners() -> Iterator[None]:
         log.removeFilter(other)
 
 
-def _check(target: Target, short_epochs: int, long_epochs: int, files: Sequence[str]) -> None:
+def _check(target: Target, counts: Mapping[str, int], files: Sequence[str]) -> None:
     if not isinstance(target, Target):
         raise ConfigurationError(f"target={target!r} is not possible: give a qat_lightning.Target.")
-    for name, value in (("short_epochs", short_epochs), ("long_epochs", long_epochs)):
+    for name, value in counts.items():
         if type(value) is not int or value < 0:
             raise ConfigurationError(f"{name}={value!r} is not possible: give an int from 0.")
     if isinstance(files, str) or (unknown := [one for one in files if one not in FORMATS]):

@@ -66,6 +66,7 @@ function start() {
   buildCurves();
   buildLayers();
   buildDifferences();
+  buildLadders();
   buildLeftOut();
   filter();
   leaveOutWhatDoesNotFit();

@@ -1,0 +1,89 @@
+"""Searches that are killed: python -m tests.ladder.killing FOLDER KILLS SEED, in a process that forks each of them.
+
+Importing takes longer than the search, so it is done once. A child has its own memory, nothing of a search existed when
+it was forked, and SIGKILL leaves it no time: whoever goes on knows nothing but the files.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import sys
+import time
+import traceback
+from pathlib import Path
+
+import torch
+
+from qat_lightning import Scheme, Target, reach
+from tests.ladder.lit import CPU, Data, Lit
+
+
+def search(folder: Path) -> None:
+    """Begin, or go on, with the network that is in the folder."""
+    model = Lit()
+    model.load_state_dict(torch.load(folder.parent / "float.pt"))
+    settings = {"short_epochs": 1, "long_epochs": 2, "adaround_iterations": 20, "calibration_batches": 4}
+    reach(
+        CPU,
+        model,
+        Data(),
+        Target(max_drop=0.0),
+        folder=folder,
+        resume=True,
+        scheme=Scheme(weight_bits=2, weight_granularity="per_tensor"),
+        **settings,  # type: ignore[arg-type]
+    )
+
+
+def forked(folder: Path) -> int:
+    """A child that searches."""
+    pid = os.fork()
+    if pid:
+        return pid
+    try:
+        log = os.open(folder.parent / f"{folder.name}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        search(folder)
+        os._exit(0)
+    except BaseException:  # noqa: BLE001 (whatever it is, the child must not go on as its parent)
+        traceback.print_exc()
+        os._exit(1)
+
+
+def main(top: Path, kills: int, seed: int) -> dict[str, object]:
+    """One search that is left alone, and one that is killed so many times.
+
+    Returns:
+        How each ended: what is in its ``ladder.json``, and how often the other was killed.
+    """
+    top.mkdir(parents=True, exist_ok=True)
+    pid = os.fork()
+    if not pid:  # training has threads, which a fork would not bring along
+        from tests.ladder.lit import trained
+
+        torch.save(trained()[0].state_dict(), top / "float.pt")
+        os._exit(0)
+    assert os.waitpid(pid, 0)[1] == 0
+    began = time.monotonic()
+    assert os.waitpid(forked(top / "whole"), 0)[1] == 0, (top / "whole.log").read_text()
+    seconds = time.monotonic() - began
+    draw, killed, ended = random.Random(seed), 0, False
+    while killed < kills and not ended:
+        pid = forked(top / "killed")
+        time.sleep(draw.uniform(0.02, 2.0 * seconds / kills))
+        os.kill(pid, signal.SIGKILL)
+        status = os.waitpid(pid, 0)[1]
+        ended = os.WIFEXITED(status)
+        assert not ended or os.WEXITSTATUS(status) == 0, (top / "killed.log").read_text()
+        killed += not ended
+    assert os.waitpid(forked(top / "killed"), 0)[1] == 0, (top / "killed.log").read_text()
+    ladders = {name: json.loads((top / name / "ladder.json").read_text()) for name in ("whole", "killed")}
+    return ladders | {"kills": killed, "seconds": seconds}
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))))  # noqa: T201

@@ -1,0 +1,170 @@
+"""`reach` with a real Trainer, on a network that learns in a second."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.loggers import Logger, WandbLogger
+
+from qat_lightning import Scheme, Target, load_quantized, reach
+from qat_lightning.errors import ConfigurationError
+from qat_lightning.ladder.reached import Reached
+from tests.ladder.lit import CPU, Data, Lit, trained
+from tests.sweep.running import offline_runs
+
+COARSE = Scheme(weight_bits=2, weight_granularity="per_tensor")
+QUICK: dict[str, Any] = {"short_epochs": 1, "long_epochs": 0, "adaround_iterations": 0, "calibration_batches": 4}
+
+
+@pytest.fixture(scope="module")
+def float_run() -> tuple[Lit, Data]:
+    return trained()
+
+
+def search(float_run: tuple[Lit, Data], target: Target, folder: Path, **settings: Any) -> Reached:
+    return reach(CPU, *float_run, target, folder=folder, **{**QUICK, **settings})
+
+
+def test_the_first_rung_that_keeps_the_target_ends_it(
+    float_run: tuple[Lit, Data], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, data = float_run
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    found = search(float_run, Target(max_drop=0.2, max_size_mb=1), tmp_path / "ladder")
+    assert found.kept
+    assert [attempt.rung for attempt in found.attempts] == ["static"]
+    assert found.metric.name == "val/acc"
+    assert {"float/test/acc", "int8/test/acc", "speedup", "int8/agreement"} <= found.metrics.keys()
+    assert found.float_metrics.keys() == {"float/val/acc", "float/val/loss"}
+    (file,) = found.files
+    x = torch.randn(3, 1, 8, 8)
+    assert torch.equal(load_quantized(file)(x), found.load()(x))
+    shown = capsys.readouterr().out
+    assert "static keeps the target" in shown
+    assert "Target: a drop of at most 0.2, at most 1 MB" in shown
+    ladder = json.loads((tmp_path / "ladder" / "ladder.json").read_text())
+    assert [row["chosen"] for row in ladder["rows"]] == [True]
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items()), "it stays as it is"
+    assert model.tests == data.moved == 0
+
+
+@pytest.mark.slow
+def test_a_hard_target_is_climbed_for_and_what_is_nearest_is_kept(float_run: tuple[Lit, Data], tmp_path: Path) -> None:
+    runs: list[str] = []
+
+    def loggers(rung: str) -> list[Logger]:
+        runs.append(rung)
+        made = WandbLogger(name=rung, group="one-ladder", save_dir=tmp_path / rung, offline=True)
+        (tmp_path / rung).mkdir()
+        return [made]
+
+    target = Target(max_drop=0.0)
+    settings = {"scheme": COARSE, "loggers": loggers, "adaround_iterations": 10}
+    found = search(float_run, target, tmp_path / "ladder", **settings)
+    rungs = [attempt.rung for attempt in found.attempts]
+    assert rungs[:2] == ["static", "observer_min_max"]
+    assert not [attempt for attempt in found.attempts if attempt.error]
+    assert runs == ["float", *rungs, "test"], "each is a run of its own, and the test is the last"
+    best = found.best
+    assert best is not None
+    if not found.kept:
+        assert rungs[-1] == "qat_short"
+        assert best.missed(target)["drop"] == min(attempt.missed(target)["drop"] for attempt in found.attempts)
+        assert "is not reached" in found.conclusion()
+    kept = {run["name"]: run for run in offline_runs(tmp_path)}
+    assert kept.keys() == {*runs}
+    for attempt in found.attempts:
+        summary = kept[attempt.rung]["summary"]
+        assert attempt.drop is not None
+        assert summary["ladder/drop"] == pytest.approx(attempt.drop.mean)
+        assert summary["int8/val/acc"] == pytest.approx(summary["float/val/acc"] - attempt.drop.mean, abs=1e-5), (
+            "the drop of an accuracy is that of the whole validation"
+        )
+        assert not [key for key in summary if "test/" in key], "test data is looked at once"
+    assert kept["test"]["summary"]["int8/test/acc"] == found.metrics["int8/test/acc"]
+
+    again = search(float_run, target, tmp_path / "ladder", scheme=COARSE, adaround_iterations=10, resume=True)
+    assert again.attempts == found.attempts, "nothing is measured twice"
+    assert again.metrics == found.metrics
+    assert float_run[0].tests == 0
+
+
+@pytest.mark.slow
+def test_a_speed_that_pytorch_has_not_is_looked_for_in_files(float_run: tuple[Lit, Data], tmp_path: Path) -> None:
+    target = Target(max_drop=1.0, min_speedup=1000)
+    found = search(float_run, target, tmp_path, files=["torchscript", "executorch"])
+    rungs = {attempt.rung: attempt for attempt in found.attempts}
+    assert list(rungs) == ["static", "backend_onednn", "file_torchscript", "mode_pt2e"], (
+        "executorch takes no fx network"
+    )
+    file = rungs["file_torchscript"]
+    assert not file.error
+    assert file.metrics["torchscript/size_mb"] == file.size_mb
+    assert file.drop is not None
+    assert "Nothing is left to try" in found.conclusion()
+    if found.best is file:
+        assert found.files[0].name == "model.torchscript.pt"
+        assert "torchscript/test/acc" in found.metrics
+
+
+@pytest.mark.slow
+def test_a_loss_is_judged_upwards_and_a_size_by_fewer_bits(float_run: tuple[Lit, Data], tmp_path: Path) -> None:
+    least = search(float_run, Target(max_drop=9.0), tmp_path / "first", metric="val/loss", test=False)
+    assert (least.metric.larger_is_better, least.metrics) == (False, {})
+    (static,) = least.attempts
+    assert static.drop is not None
+    assert static.drop.mean == pytest.approx(
+        static.metrics["int8/val/loss"] - least.float_metrics["float/val/loss"], abs=1e-5
+    )
+    assert static.size_mb is not None
+    smaller = Target(max_size_mb=static.size_mb - 0.0002)
+    found = search(float_run, smaller, tmp_path / "second", metric="val/loss", test=False)
+    assert [attempt.rung for attempt in found.attempts][:2] == ["static", "weights_4bit"]
+    assert found.attempts[1].size_mb < static.size_mb  # type: ignore[operator]
+
+
+@pytest.mark.slow
+def test_the_clock_ends_it_and_says_so(float_run: tuple[Lit, Data], tmp_path: Path) -> None:
+    found = search(float_run, Target(max_drop=0.0, max_minutes=1e-6), tmp_path / "none", scheme=COARSE)
+    assert found.attempts == ()
+    assert "minutes are over" in found.conclusion()
+    slow = Target(max_drop=0.0, max_minutes=0.5)
+    found = search(float_run, slow, tmp_path / "few", scheme=COARSE, short_epochs=100_000, test=False)
+    last = found.attempts[-1]
+    assert last.rung == "qat_short" or "minutes" in found.why_ended
+    assert sum(attempt.minutes for attempt in found.attempts) < 0.6
+    if last.rung == "qat_short":
+        assert not last.started
+        assert last.error.startswith("not started: it takes about")
+
+
+def test_what_cannot_be_is_refused_before_anything_runs(float_run: tuple[Lit, Data], tmp_path: Path) -> None:
+    folder = tmp_path / "ladder"
+    for target, settings, says in (
+        (Target(max_size_mb=1e-5), {}, "cannot be reached: 1,5"),
+        (Target(max_drop=0.1), {"short_epochs": -1}, "short_epochs=-1"),
+        (Target(max_drop=0.1), {"files": ["nothing"]}, "files: ['nothing']"),
+        (Target(max_drop=0.1), {"mode": "pt2e", "backend": "qnnpack"}, "mode="),
+        ({"max_drop": 0.1}, {}, "give a qat_lightning.Target"),
+    ):
+        with pytest.raises(ConfigurationError) as caught:
+            search(float_run, target, folder, **settings)  # type: ignore[arg-type]
+        assert says in str(caught.value)
+        assert not folder.exists()
+    with pytest.raises(ConfigurationError, match="the validation logs val/loss, val/acc"):
+        search(float_run, Target(max_drop=0.1), folder, metric="val/f1")
+
+
+def test_a_folder_is_of_one_ladder(float_run: tuple[Lit, Data], tmp_path: Path) -> None:
+    target = Target(max_drop=0.5)
+    search(float_run, target, tmp_path, test=False)
+    with pytest.raises(ConfigurationError, match="resume=True goes on with it"):
+        search(float_run, target, tmp_path, test=False)
+    with pytest.raises(ConfigurationError, match=r"about something else \(limits differ\)"):
+        search(float_run, Target(max_drop=0.1), tmp_path, resume=True)
+    with pytest.raises(ConfigurationError, match=r"\(weights differ\)"):
+        reach(CPU, Lit(), Data(), target, folder=tmp_path, resume=True, **QUICK)

@@ -33,6 +33,7 @@ def search(folder: Path) -> None:
         Target(max_drop=0.0),
         folder=folder,
         resume=True,
+        metric="val/loss",
         scheme=Scheme(weight_bits=2, weight_granularity="per_tensor"),
         **settings,  # type: ignore[arg-type]
     )

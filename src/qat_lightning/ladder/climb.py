@@ -26,7 +26,7 @@ from qat_lightning.ladder.reached import Reached
 from qat_lightning.ladder.rungs import Known
 from qat_lightning.ladder.store import Store
 from qat_lightning.ladder.target import Target
-from qat_lightning.ladder.workshop import Standing, Workshop
+from qat_lightning.ladder.workshop import Standing, Workshop, finite
 from qat_lightning.run.app import close
 from qat_lightning.run.evaluate import evaluate_variants, logged_behind, write_summary
 from qat_lightning.terminal import console
@@ -270,9 +270,9 @@ class Climb:
                 write_summary(trainer.loggers, metrics, 0)
         finally:
             close(loggers)
-        finite = {key: value for key, value in metrics.items() if math.isfinite(value)}
-        self.store.write("test", {"rung": best.rung, "metrics": finite})
-        return finite
+        metrics = finite(metrics)
+        self.store.write("test", {"rung": best.rung, "metrics": metrics})
+        return metrics
 
     def _test_file(
         self, best: Attempt, folder: Path, network: QuantizedNetwork, standing: Standing

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -29,6 +29,7 @@ from qat_lightning.ladder.parts import Parts, validate_parts, validate_whole
 from qat_lightning.ladder.plan import Plan
 from qat_lightning.ladder.standing import StandingIn
 from qat_lightning.ladder.store import NETWORK
+from qat_lightning.numerics.sqnr import EQUAL_DB
 from qat_lightning.recipes.adaround import AdaRound
 from qat_lightning.rehearsal.rehearse import OnFault
 from qat_lightning.run.evaluate import logged_behind, measure_networks
@@ -224,10 +225,10 @@ class Workshop:
         call = (network.example.args, network.example.kwargs)
         if result is None:
             metrics |= measure_networks({"float": self.network, "int8": network}, [call])
-            return Measured(parts, metrics, metrics.get("speedup"), metrics.get("int8/size_mb"))
+            return Measured(parts, finite(metrics), metrics.get("speedup"), metrics.get("int8/size_mb"))
         figures = result.figures()
         metrics |= {f"{plan.file}/{key}": value for key, value in figures.items()}
-        return Measured(parts, metrics, figures.get("speedup"), figures.get("size_mb"))
+        return Measured(parts, finite(metrics), figures.get("speedup"), figures.get("size_mb"))
 
     @contextmanager
     def shipped(
@@ -250,6 +251,17 @@ class Workshop:
             raise ExportError(result.error)
         with open_artifact(result) as artifact:
             yield artifact, result
+
+
+def finite(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Metrics as JSON takes them: `EQUAL_DB` for infinity, as in the loggers, and without what is no number.
+
+    Example:
+        >>> finite({"int8/sqnr_db": math.inf, "val/f1": math.nan, "val/acc": 0.5})
+        {'int8/sqnr_db': 300.0, 'val/acc': 0.5}
+    """
+    numbers = {key: value for key, value in metrics.items() if not math.isnan(value)}
+    return {k: v if math.isfinite(v) else math.copysign(EQUAL_DB, v) for k, v in numbers.items()}
 
 
 def untied(thing: Any) -> Any:

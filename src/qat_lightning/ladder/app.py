@@ -25,6 +25,11 @@ from qat_lightning.whole_files import write_whole
 AUTO = "auto"
 """The name of the method."""
 
+_OF_THE_START = (
+    "mode", "kind", "module", "calibration_batches", "on_fault", "equalization", "smoothquant", "rotation",
+    "bias_correction",
+)  # fmt: skip
+_NOT_ON_A_LADDER = {"calibration_dataloader": None, "calls": None, "adaround": None, "rehearse": True}
 _CHOSEN_BY_ITSELF = ("distillation", "batchnorm_reestimation")
 
 
@@ -52,7 +57,7 @@ def climb(cfg: DictConfig) -> tuple[dict[str, float], app.Objects]:
     trainers = _Trainers(cfg)
     folder = Path(cfg.paths.output_dir) / FOLDER
     part = cfg.quantization
-    start = {key: part.get(key) for key in ("mode", "kind", "module", "calibration_batches", "on_fault")}
+    start = {key: part[key] for key in _OF_THE_START}
     ladder = {key: cfg.ladder[key] for key in cfg.ladder if key not in ("training", "files")}
     found = reach(
         trainers,
@@ -93,6 +98,11 @@ def _check(cfg: DictConfig) -> None:
         )
     if named := [name for name in _CHOSEN_BY_ITSELF if (cfg.get("callbacks") or {}).get(name) is not None]:
         raise CombinationError(f"recipe={named[0]} does not go with method=auto, which chooses recipes: leave it out.")
+    if others := [key for key, usual in _NOT_ON_A_LADDER.items() if cfg.quantization[key] != usual]:
+        raise CombinationError(
+            f"quantization.{others[0]}={cfg.quantization[others[0]]} does not go with method=auto: leave it out, "
+            "or use method=ptq."
+        )
     if OmegaConf.is_config(cfg.quantization.backend):
         raise CombinationError(
             "A quantizer given by a mapping does not go with method=auto: give backend.quantizer=package.module.Class."

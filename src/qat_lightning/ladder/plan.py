@@ -23,6 +23,8 @@ class Plan:
         include: See there.
         exclude: See there.
         equalization: See there.
+        smoothquant: See there.
+        rotation: See there.
         bias_correction: See there.
         adaround: Iterations for each layer; 0 to round to the nearest.
         epochs: Of quantization-aware training; 0 for none.
@@ -42,6 +44,8 @@ class Plan:
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     equalization: Equalization = "none"
+    smoothquant: float | None = None
+    rotation: bool = False
     bias_correction: bool = False
     adaround: int = 0
     epochs: int = 0
@@ -83,6 +87,8 @@ class Plan:
             bits,
             f"observer {observer}" if observer != "auto" else "",
             f"equalization {self.equalization}" if self.equalization != "none" else "",
+            f"SmoothQuant {self.smoothquant:g}" if self.smoothquant is not None else "",
+            "rotation" if self.rotation else "",
             "bias correction" if self.bias_correction else "",
             f"AdaRound {self.adaround} iterations" if self.adaround else "",
             f"{count} layer{'' if count == 1 else 's'} float" if count else "",

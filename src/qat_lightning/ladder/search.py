@@ -32,7 +32,7 @@ from qat_lightning.ladder.workshop import Making, TrainerFactory, Workshop
 from qat_lightning.rehearsal.rehearse import OnFault
 from qat_lightning.run.app import close
 from qat_lightning.run.evaluate import logged_behind, write_summary
-from qat_lightning.settings.recipe import Recipe
+from qat_lightning.settings.recipe import Equalization, Recipe
 from qat_lightning.settings.scheme import Scheme
 from qat_lightning.terminal import console
 
@@ -53,6 +53,10 @@ def reach(
     scheme: Scheme | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    equalization: Equalization = "none",
+    smoothquant: float | None = None,
+    rotation: bool = False,
+    bias_correction: bool = False,
     module: str | None = None,
     example_inputs: Any = None,
     calibration_batches: int = 32,
@@ -96,6 +100,10 @@ def reach(
         scheme: See there.
         include: See there.
         exclude: See there; more layers may be left float.
+        equalization: See there.
+        smoothquant: See there; in trainings too, as ``rotation``.
+        rotation: See there.
+        bias_correction: See there.
         module: See there; one network only.
         example_inputs: See there.
         calibration_batches: See there.
@@ -126,9 +134,30 @@ def reach(
     """
     counts = {"short_epochs": short_epochs, "long_epochs": long_epochs, "adaround_iterations": adaround_iterations}
     _check(target, counts, files)
-    start = Plan(mode, backend, kind, scheme or Scheme(), tuple(include), tuple(exclude))
+    start = Plan(
+        mode,
+        backend,
+        kind,
+        scheme or Scheme(),
+        tuple(include),
+        tuple(exclude),
+        equalization,
+        smoothquant,
+        rotation,
+        bias_correction,
+    )
     if mode != "auto":
-        Recipe(mode, backend, start.scheme, start.include, start.exclude, kind=kind)  # what is not possible is refused
+        Recipe(  # what is not possible is refused
+            mode,
+            backend,
+            start.scheme,
+            start.include,
+            start.exclude,
+            kind=kind,
+            equalization=equalization,
+            smoothquant=smoothquant,
+            rotation=rotation,
+        )
     store = Store(Path(folder))
     making = Making(module, example_inputs, calibration_batches, on_fault, seed)
     weights = (store.folder / FLOAT_WEIGHTS).absolute()

@@ -175,6 +175,8 @@ class Workshop:
             "include": list(plan.include) or None,
             "exclude": list(plan.exclude) or None,
             "equalization": plan.equalization,
+            "smoothquant": plan.smoothquant,
+            "rotation": plan.rotation,
             "on_fault": self.making.on_fault,
         }
 

@@ -66,11 +66,10 @@ def ours(photos: tuple[Tensor, Tensor], options: argparse.Namespace) -> dict[str
     seed_everything(options.split, verbose=False)
     scheme = Scheme(weight_granularity=options.granularity)
     model = Student(scheme, *RATES)
-    trainer = partial(Trainer, accelerator="cpu", logger=False)
     target = Target(options.max_drop, options.min_speedup, max_minutes=options.minutes)
     began = time.perf_counter()
     found = reach(
-        lambda **settings: trainer(**{**settings, "logger": False, "enable_progress_bar": False}),
+        partial(Trainer, accelerator="cpu"),
         model,
         LadderPhotos(*photos, options.split),
         target,

@@ -34,7 +34,7 @@ from qat_lightning.terminal import console
 Loggers = Callable[[str], Sequence[Logger]]
 
 RESERVE = 1.5
-"""How many times the measurement of the first rung is kept for that of a rung that trains."""
+"""How many times what the first rung took is left for measuring what a training brought."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,8 @@ class Climb:
     def _spent(self) -> float:
         """Minutes of earlier launches, of what they finished."""
         found = [self.store.read("float"), self.store.read("ranking")]
-        found += [self.store.read(f"rungs/{path.name}/measured") for path in (self.store.folder / "rungs").glob("*")]
+        for path in (self.store.folder / "rungs").glob("*"):
+            found.append(self.store.read(f"rungs/{path.name}/measured") or self.store.read(f"rungs/{path.name}/made"))
         return sum(float(one["minutes"]) for one in found if one is not None)
 
     def _report(self) -> Reached:
@@ -205,7 +206,7 @@ class Climb:
         made = self.store.read(f"rungs/{name}/made")
         if made is None:
             folder.mkdir(parents=True, exist_ok=True)
-            reserve = RESERVE * max((a.minutes for a in self.attempts if not a.plan.epochs), default=0.0)
+            reserve = RESERVE * self.attempts[0].minutes if self.attempts else 0.0
             plan, cut_short = workshop.make(step.plan, folder, loggers, left - min(reserve, left / 2))
             made = {"plan": plan.to_dict(), "cut_short": cut_short, "minutes": Clock.since(began)}
             self.store.write(f"rungs/{name}/made", made)

@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from types import FrameType
 
 
-class OutOfTime(Exception):
-    """The time of a ladder is over in the middle of a rung."""
+class OutOfTime(BaseException):
+    """The time of a ladder is over in the middle of a rung; no ``except Exception`` on the way takes it for a fault."""
 
 
 class Clock:
@@ -58,10 +58,13 @@ def ends_after(minutes: float) -> Iterator[None]:
     def end(number: int, frame: FrameType | None) -> None:
         raise OutOfTime
 
+    began = time.monotonic()
     before = signal.signal(signal.SIGALRM, end)
-    signal.setitimer(signal.ITIMER_REAL, max(minutes * 60, 0.001))
+    rest, interval = signal.setitimer(signal.ITIMER_REAL, max(minutes * 60, 0.001))
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+        if rest:  # somebody else's timer goes on
+            signal.setitimer(signal.ITIMER_REAL, max(rest - (time.monotonic() - began), 0.001), interval)

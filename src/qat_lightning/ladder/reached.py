@@ -120,7 +120,7 @@ class Reached:
             attempt.speedup,
             attempt.size_mb,
             attempt.minutes,
-            attempt.verdict(self.target),
+            _short(attempt.verdict(self.target)),
             attempt is self.best,
         )
 
@@ -161,6 +161,14 @@ def ladder_table(ladder: Ladder) -> Table:
             style="bold green" if row.chosen else "",
         )
     return table
+
+
+def _short(text: str) -> str:
+    """As much of a reason as a table has room for; all of it is in the rung's ``measured.json``."""
+    return text if len(text) <= _ROOM else f"{text[: _ROOM - 1].rstrip()}…"
+
+
+_ROOM = 240
 
 
 def _cell(value: float | None, layout: str) -> str:

@@ -82,8 +82,8 @@ def reach(
     looked at once, when the choice is made.
 
     Args:
-        trainer_factory: Called with keyword arguments of `lightning.pytorch.Trainer`, which it passes on: the class
-            itself, or ``lambda **settings: Trainer(accelerator="cpu", **settings)``. A training gets ``max_epochs`` and
+        trainer_factory: Called with keyword arguments of `lightning.pytorch.Trainer`, which go before its own: the
+            class itself, or ``functools.partial(Trainer, accelerator="cpu")``. A training gets ``max_epochs`` and
             ``max_time`` from here.
         model: Trained, without quantization. It is copied for each rung. Its ``configure_optimizers`` is what trainings
             run with, so give it the learning rate of a fine-tuning.
@@ -110,7 +110,7 @@ def reach(
         on_fault: See there.
         short_epochs: Of the short training; 0 for none.
         long_epochs: Of the long training; 0 for none.
-        distillation: Let trainings learn from the float network.
+        distillation: Let trainings learn from the float network's scores of classes; False for other outputs.
         adaround_iterations: For each layer; 0 to leave AdaRound out. Of what needs no training it takes longest.
         files: The formats that may be shipped, of `qat_lightning.export.formats.FORMATS`; those whose packages are
             installed are tried where speed is missed.
@@ -221,6 +221,10 @@ def _floor(workshop: Workshop, store: Store, loggers: Loggers, asked: tuple[str 
     made = list(loggers("float"))
     try:
         trainer, _, model, datamodule = workshop.standing(made, None, None)
+        if trainer.world_size > 1:
+            raise ConfigurationError(
+                f"The Trainer has {trainer.world_size} processes, and a ladder runs in one: use devices=1."
+            )
         with logged_behind("float", trainer.loggers):
             found = validate_whole(trainer, model, datamodule)
         seconds = time.monotonic() - began

@@ -79,6 +79,21 @@ def test_accuracy_is_won_back_for_what_keeps_size_and_speed() -> None:
     assert names(attempts)[-1] == "qat_long"
 
 
+def test_where_weights_have_few_bits_the_worst_layers_get_more() -> None:
+    helps = {"static": 0.5, "wide_2_layers": 0.1}
+    attempts: list[Attempt] = []
+    start = Plan(scheme=Scheme(weight_bits=4))
+    while (step := next_step(attempts, start, Target(max_drop=0.01), KNOWN)) is not None:
+        attempts.append(measured(step, helps.get(step.rung.name, 0.6)))
+    found = {attempt.rung: attempt.plan for attempt in attempts}
+    wide = found["wide_2_layers"]
+    assert wide.scheme.overrides == {"net.0": {"weight_bits": 8}, "net.1": {"weight_bits": 8}}
+    assert wide.words(start) == "2 layers otherwise"
+    assert Plan.from_dict(json.loads(json.dumps(wide.to_dict()))) == wide
+    assert found["qat_short"].scheme.overrides == wide.scheme.overrides
+    assert names(attempts).index("wide_8_layers") < names(attempts).index("float_1_layers")
+
+
 def test_speeds_that_are_alike_do_not_decide_what_is_gone_on_with() -> None:
     step = Step(RUNGS[0], Plan())
     slow, worse = measured(step, 0.1, 1.80), measured(step, 0.5, 1.83)
@@ -99,7 +114,7 @@ def test_layers_are_ranked_before_the_first_rung_that_needs_it() -> None:
         attempts.append(measured(step, 0.5))
     assert names(attempts)[-1] == "adaround"
     assert step is not None
-    assert step.rung.name == "float_1_layers"
+    assert step.rung.ranked
 
 
 def test_what_fails_is_tried_in_another_mode_and_a_training_without_its_teacher() -> None:

@@ -77,6 +77,7 @@ class Plan:
     def _parts(self) -> tuple[str, ...]:
         scheme = self.scheme
         bits = f"{scheme.weight_bits}-bit weights" if scheme.weight_bits != Scheme().weight_bits else ""
+        own = len(scheme.overrides or {})
         observer = scheme.activation_observer
         taught = " from the float network" if self.distillation else ""
         epochs = f"trained {self.epochs} epoch{'' if self.epochs == 1 else 's'}{taught}" if self.epochs else ""
@@ -85,6 +86,7 @@ class Plan:
             f"{self.mode} {self.backend}",
             self.kind,
             bits,
+            f"{own} layer{'' if own == 1 else 's'} otherwise" if own else "",
             f"observer {observer}" if observer != "auto" else "",
             f"equalization {self.equalization}" if self.equalization != "none" else "",
             f"SmoothQuant {self.smoothquant:g}" if self.smoothquant is not None else "",

@@ -92,6 +92,19 @@ def _adaround(plan: Plan, known: Known) -> Plan | None:
     return _recipe(plan, known, adaround=known.adaround)
 
 
+def _wide(plan: Plan, known: Known, *, count: int) -> Plan | None:
+    """8 bits for the worst layers, where weights have fewer, as long as they are less than half of all."""
+    scheme, ranking = plan.scheme, known.ranking
+    if plan.epochs or ranking is None or 2 * count > len(ranking) or scheme.weight_bits == _WIDE["weight_bits"]:
+        return None
+    overrides = {**(scheme.overrides or {}), **dict.fromkeys(ranking[:count], _WIDE)}
+    wide = replace(plan, scheme=replace(scheme, overrides=overrides))
+    return None if wide == plan else wide
+
+
+_WIDE = {"weight_bits": 8}
+
+
 def _left_float(plan: Plan, known: Known, *, count: int) -> Plan | None:
     """The worst layers, as long as they are less than half of all."""
     ranking = known.ranking
@@ -161,6 +174,7 @@ RUNGS: tuple[Rung, ...] = (
     Rung("bias_correction", "drop", _calibrated(_recipe, bias_correction=True)),
     Rung("equalization", "drop", _calibrated(_recipe, equalization="exact")),
     Rung("adaround", "drop", _calibrated(_adaround)),
+    *(Rung(f"wide_{n}_layers", "drop", partial(_wide, count=n), ranked=True) for n in (1, 2, 4, 8)),
     *(Rung(f"float_{n}_layers", "drop", partial(_left_float, count=n), ranked=True) for n in (1, 2, 4, 8)),
     Rung("qat_short", "drop", partial(_training, which=0)),
     Rung("qat_short_plain", "drop", partial(_training, which=0, distillation=False)),

@@ -17,7 +17,7 @@ from benchmarks.efficientnet_lite import FEATURES, FOUR_BITS, PER_TENSOR, Row, d
 from benchmarks.machine import describe
 from benchmarks.photos import read_photos
 from benchmarks.training import silent
-from qat_lightning import AdaRound, BatchNormReestimation, Distillation, Scheme
+from qat_lightning import AdaRound, BatchNormReestimation, Distillation, Scheme, WeightOscillations
 
 PTQ_8 = "PTQ, 8 bit, per tensor"
 PTQ_4 = "PTQ, 4-bit weights, per channel"
@@ -55,6 +55,8 @@ ROWS |= {
     "equalization before training": _qat(equalization="exact"),
     "learned step size": _qat(scheme=Scheme(weight_bits=4, learned_step="lsq")),
     "learned step size and zero point": _qat(scheme=Scheme(weight_bits=4, learned_step="lsq+")),
+    "oscillating weights frozen": _qat(WeightOscillations),
+    "oscillating weights dampened": _qat(lambda: WeightOscillations(freezing=None, dampening=(0.0, 0.1))),
     "BatchNorm not folded, and frozen": _qat(batchnorm="fused", freeze_batchnorm=0),
     "BatchNorm re-estimation": _qat(BatchNormReestimation, batchnorm="fused", freeze_batchnorm=0),
 }

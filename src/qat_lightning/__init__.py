@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from qat_lightning.callbacks.quantization_aware_training import QuantizationAwareTraining
     from qat_lightning.callbacks.quantization_monitor import QuantizationMonitor
     from qat_lightning.callbacks.quantized_model_export import QuantizedModelExport
+    from qat_lightning.callbacks.weight_oscillations import WeightOscillations
     from qat_lightning.export.plain_tensors import to_plain_tensors
     from qat_lightning.export.run import export_quantized
     from qat_lightning.graph.example import Example
@@ -49,6 +50,7 @@ _HOMES = {
     "Rehearsal": "qat_lightning.rehearsal.rehearse",
     "Scheme": "qat_lightning.settings.scheme",
     "Target": "qat_lightning.ladder.target",
+    "WeightOscillations": "qat_lightning.callbacks.weight_oscillations",
     "calibrate": "qat_lightning.rehearsal.calibration",
     "convert": "qat_lightning.plain",
     "coverage_table": "qat_lightning.modes.coverage",
@@ -96,6 +98,7 @@ __all__ = [
     "Rehearsal",
     "Scheme",
     "Target",
+    "WeightOscillations",
     "calibrate",
     "convert",
     "coverage_table",

@@ -17,7 +17,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 
-from qat_lightning import Distillation, QuantizationMonitor, Scheme
+from qat_lightning import Distillation, QuantizationMonitor, Scheme, WeightOscillations
 from qat_lightning.callbacks.parts import between_processes, int8_networks
 from qat_lightning.errors import QuantizationError, VerificationError
 from qat_lightning.modes.compiling import CompiledSteps
@@ -299,6 +299,21 @@ def run_synchronized(mode: str, devices: int, *, sync_batchnorm: bool = True) ->
     )
 
 
+def run_oscillating(mode: str) -> dict[str, Tensor]:
+    """Oscillating weights are frozen and dampened, with BatchNorm whose statistics are those of each process."""
+    oscillations = WeightOscillations(freezing=0.05, dampening=(0.0, 0.5), momentum=0.1)
+    ended = run_halves(
+        mode,
+        2,
+        oscillations,
+        network=Normalized,
+        of_trainer={"max_epochs": 5},
+        scheme=Scheme(weight_bits=3, weight_granularity="per_tensor"),
+    )
+    states = oscillations.state_dict()["weights"]
+    return ended | {f"{name} {key}": tensor for name, of in states.items() for key, tensor in of.items()}
+
+
 class CountCompiled(Callback):
     """How many steps ran compiled."""
 
@@ -386,6 +401,9 @@ if __name__ == "__main__":
         Path(sys.argv[1], f"{torch.distributed.get_rank()}.json").write_text(json.dumps(found))
     elif sys.argv[2:] == ["halves"]:
         ended = {"fx": run_halves("fx", 2)}
+        torch.save(ended, Path(sys.argv[1], f"{torch.distributed.get_rank()}.pt"))
+    elif sys.argv[2:] == ["oscillating"]:
+        ended = {mode: run_oscillating(mode) for mode in MODES}
         torch.save(ended, Path(sys.argv[1], f"{torch.distributed.get_rank()}.pt"))
     elif sys.argv[2:3] == ["synchronized"]:
         ended = {mode: run_synchronized(mode, 2) for mode in sys.argv[3:]}

@@ -189,6 +189,18 @@ def test_compiled_steps_of_two_processes_train_alike(mode: str, sync_batchnorm: 
             torch.testing.assert_close(first[name][key], expected, rtol=2e-3, atol=1e-2 if key == "int8" else 2e-3)
 
 
+@pytest.mark.slow
+def test_both_freeze_the_same_weights(tmp_path: Path) -> None:
+    """And end with the same weights, though each has BatchNorm statistics of its own between two forward passes."""
+    _run_two(tmp_path, "oscillating", compile="0")
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    for mode in MODES:
+        assert first[mode].keys() == second[mode].keys()
+        assert sum(int(tensor.sum()) for key, tensor in first[mode].items() if key.endswith(" frozen")) > 0
+        for key, tensor in first[mode].items():
+            assert torch.equal(tensor, second[mode][key]), (mode, key)
+
+
 def test_learned_scales_in_eager_mode_are_refused() -> None:
     fitting = trainer(qat("eager", scheme=LEARNED), strategy="ddp", devices=2)
     with pytest.raises(ConfigurationError, match="use mode='fx' or mode='pt2e'"):

@@ -6,7 +6,7 @@ import copy
 import csv
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -21,13 +21,23 @@ from qat_lightning.callbacks.parts.arguments import check_flag, check_names
 from qat_lightning.callbacks.parts.calibration_data import calibration_loader, run_in_steps
 from qat_lightning.callbacks.post_training_quantization import PostTrainingQuantization
 from qat_lightning.callbacks.quantization_callback import QuantizationCallback
+from qat_lightning.callbacks.weight_oscillations import WeightOscillations
 from qat_lightning.errors import ConfigurationError
 from qat_lightning.measure.layer_figures import LayerFigures
 from qat_lightning.measure.monitoring import COLUMNS, FIGURES, Probe, totals
 from qat_lightning.storage import Place, is_file, join, open_to_append, place
 
 FILE = "quantization_layers.csv"
-CURVES = ("scale", "zero_point", "low", "high", "clipped_share", "weight_sqnr_db", "activation_sqnr_db")
+CURVES = (
+    "scale",
+    "zero_point",
+    "low",
+    "high",
+    "clipped_share",
+    "weight_sqnr_db",
+    "activation_sqnr_db",
+    "oscillating_share",
+)
 """The figures that are curves of each layer by default."""
 
 
@@ -43,10 +53,11 @@ class QuantizationMonitor(Callback):
 
     In W&B: curves of the whole network (``quant/least_weight_sqnr_db``, ``quant/least_activation_sqnr_db``,
     ``quant/most_clipped_share``, ``quant/most_gradient_cut_share``, ``quant/most_weight_gradient_cut_share``,
-    ``quant/dead_channels``), the chosen ``curves`` of each layer (``quant/<curve>/<layer>``), histograms
-    (``quant/activations/<layer>`` of values, ``quant/weight_integers/<layer>``), and in the end the table
-    ``quant/layers`` with all figures of the last measured step. Other loggers get the curves of the whole network, and
-    the figures of each layer go to ``quantization_layers.csv`` in the logger's folder.
+    ``quant/dead_channels``, and with `WeightOscillations` ``quant/most_oscillating_share``), the chosen ``curves`` of
+    each layer (``quant/<curve>/<layer>``), histograms (``quant/activations/<layer>`` of values,
+    ``quant/weight_integers/<layer>``), and in the end the table ``quant/layers`` with all figures of the last
+    measured step. Other loggers get the curves of the whole network, and the figures of each layer go to
+    ``quantization_layers.csv`` in the logger's folder.
 
     Args:
         every_n_steps: Optimizer steps from one measured step to the next.
@@ -54,7 +65,7 @@ class QuantizationMonitor(Callback):
         curves: Which figures are curves of each layer in W&B: ``scale``, ``zero_point``, ``low``, ``high``,
             ``clipped_share``, ``dead_channels``, ``weight_sqnr_db``, ``activation_sqnr_db``, ``gradient_cut_share``,
             ``weight_clipped_share``, ``weight_gradient_cut_share``, ``weight_scale_min``, ``weight_scale_max``,
-            ``weight_low``, ``weight_high``. All are in the table.
+            ``weight_low``, ``weight_high``, ``oscillating_share``, ``frozen_share``. All are in the table.
         histograms: Whether W&B gets histograms.
 
     Attributes:
@@ -135,7 +146,7 @@ class QuantizationMonitor(Callback):
             return
         self._probe.detach()
         self._measured, self._measuring = self._measuring, None
-        self.layers = self._probe.figures()
+        self.layers = _with_oscillations(trainer, self._probe.figures())
         if self.layers:
             self._log(trainer, self._measured, self._probe)
 
@@ -261,6 +272,18 @@ def _check_count(name: str, value: Any) -> int:
 def _post_training(trainer: Trainer) -> list[PostTrainingQuantization]:
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
     return [callback for callback in callbacks if isinstance(callback, PostTrainingQuantization)]
+
+
+def _with_oscillations(trainer: Trainer, layers: list[LayerFigures]) -> list[LayerFigures]:
+    """The figures with the shares of weights that another callback follows from step to step."""
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    shares: dict[str, dict[str, Any]] = {
+        layer: {"oscillating_share": oscillating, "frozen_share": frozen}
+        for callback in callbacks
+        if isinstance(callback, WeightOscillations)
+        for layer, (oscillating, frozen) in callback.shares().items()
+    }
+    return [replace(row, **shares.get(row.layer, {})) for row in layers]
 
 
 def _on(network: nn.Module, device: torch.device) -> nn.Module:

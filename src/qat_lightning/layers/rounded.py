@@ -52,25 +52,31 @@ class RoundedLayer(nn.Module):
 
     def rounded(self, name: str, weight: Tensor) -> Tensor:
         """A weight with the values that its integers stand for; itself before fake-quantization is enabled."""
-        fq = self._fake_quantize(name)
+        fq = self.fake_quantize(name)
         if not fq.fake_quant_enabled or fq.left_float:
             return weight
+        return self.of_ranges(fq(self.in_ranges(weight)), weight)
+
+    def in_ranges(self, weight: Tensor) -> Tensor:
+        """A weight as its grid sees it: one row for each range, the last one of a row filled up with zeros."""
+        return self._ranges(weight_rows(weight, transposed_groups(self)))
+
+    def of_ranges(self, ranges: Tensor, weight: Tensor) -> Tensor:
+        """Undo `in_ranges`, in the shape of a weight."""
         groups = transposed_groups(self)
-        rows = weight_rows(weight, groups)
-        values = rows.shape[1]
-        ranges = self._ranges(rows)
-        result = fq(ranges).reshape(rows.shape[0], -1)[:, :values]
-        return weight_of_rows(result, weight.shape, groups)
+        rows, *_ = weight_rows(weight, groups).shape
+        values = weight.numel() // rows
+        return weight_of_rows(ranges.reshape(rows, -1)[:, :values], weight.shape, groups)
 
     @torch.no_grad()
     def materialize(self) -> None:
         """Make what clipped grids keep for each range, before a training begins."""
         for name, weight in self.parts().items():
-            self._fake_quantize(name).materialize(self._ranges(weight_rows(weight, transposed_groups(self))))
+            self.fake_quantize(name).materialize(self.in_ranges(weight))
 
     def shares(self) -> dict[str, Tensor]:
         """The shares of their ranges that clipped grids represent, as far as they are chosen."""
-        found = {name: self._fake_quantize(name)._buffers.get("clip") for name in self.parts()}
+        found = {name: self.fake_quantize(name)._buffers.get("clip") for name in self.parts()}
         return {name: share for name, share in found.items() if share is not None and bool(share.all())}
 
     def _ranges(self, rows: Tensor) -> Tensor:
@@ -78,7 +84,8 @@ class RoundedLayer(nn.Module):
         group = self.weight_grid.group
         return F.pad(rows, (0, -rows.shape[1] % group)).reshape(-1, group) if group > 0 else rows
 
-    def _fake_quantize(self, name: str) -> FakeQuantize:
+    def fake_quantize(self, name: str) -> FakeQuantize:
+        """What rounds one of its `parts`."""
         return cast("FakeQuantize", self._modules[_child(name)])
 
 

@@ -34,6 +34,9 @@ class LayerFigures:
         weight_scale_max: Largest scale.
         weight_low: Smallest value that the grid of the weight holds in any channel.
         weight_high: Largest value.
+        oscillating_share: Share of the weights that oscillate between two integers, where
+            `qat_lightning.WeightOscillations` follows them.
+        frozen_share: Share of the weights that it has frozen.
     """
 
     layer: str
@@ -55,6 +58,8 @@ class LayerFigures:
     weight_scale_max: float | None = None
     weight_low: float | None = None
     weight_high: float | None = None
+    oscillating_share: float | None = None
+    frozen_share: float | None = None
 
 
 def decibel(signal: float, noise: float) -> float | None:

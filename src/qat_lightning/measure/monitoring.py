@@ -260,6 +260,7 @@ def totals(rows: Iterable[LayerFigures]) -> dict[str, float]:
         ("clipped_share", "most_", max),
         ("gradient_cut_share", "most_", max),
         ("weight_gradient_cut_share", "most_", max),
+        ("oscillating_share", "most_", max),
         ("dead_channels", "", sum),
     ):
         values = [value for row in rows if (value := getattr(row, name)) is not None]

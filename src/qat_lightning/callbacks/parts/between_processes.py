@@ -56,11 +56,12 @@ def go_on_alike(prepared: Mapping[str, nn.Module], *, ranges: bool) -> None:
         if ranges and _takes_ways(network):
             merge_ranges(network)
         if is_sharded(network):
-            _take_over_statistics(network)
+            take_over_statistics(network)
 
 
 @torch.no_grad()
-def _take_over_statistics(network: nn.Module) -> None:
+def take_over_statistics(network: nn.Module) -> None:
+    """Let all processes have the BatchNorm statistics of the first, as long as these move; one collective a dtype."""
     moving = [module for module in network.modules() if isinstance(module, FreezableBatchNorm) and not module.frozen]
     by_dtype: dict[torch.dtype, list[Tensor]] = {}
     for buffer in (buffer for module in moving for buffer in module.buffers(recurse=False)):

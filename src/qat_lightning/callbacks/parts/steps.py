@@ -111,6 +111,22 @@ def share_done(trainer: Trainer) -> Fraction | None:
     return max(shares, default=None)
 
 
+def training_done(trainer: Trainer, plan: TrainingPlan) -> float | None:
+    """The share of the planned training that is done, in steps or, under manual optimization, as `share_done` has it.
+
+    Args:
+        trainer: While it fits.
+        plan: Of `training_plan`.
+
+    Returns:
+        None where the plan has no end.
+    """
+    if not trainer.lightning_module.automatic_optimization:
+        share = share_done(trainer)
+        return None if share is None else float(share)
+    return None if plan.total_steps is None else trainer.global_step / max(1, plan.total_steps)
+
+
 def planned_batches(trainer: Trainer) -> int | None:
     """All batches up to ``max_epochs``; None if that cannot be told."""
     epochs, batches = _max_epochs(trainer), trainer.num_training_batches

@@ -105,7 +105,7 @@ class QuantizedNetwork(nn.Module):
         return self
 
     def save(self, path: str | Path) -> None:
-        """Write the network to one file, whole or not at all; `qat_lightning.load_quantized` reads it."""
+        """Write the network to one file, completely or not at all; `qat_lightning.load_quantized` reads it."""
         save_quantized(self, path)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> QuantizedNetwork:

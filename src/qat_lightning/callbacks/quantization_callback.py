@@ -26,7 +26,7 @@ from qat_lightning.settings.scheme import Scheme
 
 
 class QuantizationCallback(Callback):
-    """The public surface that `QuantizationAwareTraining` and `PostTrainingQuantization` have in common.
+    """The public API that `QuantizationAwareTraining` and `PostTrainingQuantization` share.
 
     It has none of Lightning's hooks: it answers from the parts that each of them is put together from.
 
@@ -79,27 +79,27 @@ class QuantizationCallback(Callback):
 
     @property
     def settings(self) -> QuantizationSettings:
-        """What the callback was told, with the recipe that is made of it."""
+        """The settings of the callback, with the recipe made from them."""
         return self._networks.settings
 
     # The networks with fake-quant
 
     @property
     def prepared(self) -> Any:
-        """The network with fake-quant, a dict of them for several, or None before there is one."""
+        """The prepared network, a dict by name for several, or None before there is one."""
         return one_or_all(self._networks.prepared)
 
     @property
     def prepared_networks(self) -> dict[str, nn.Module]:
-        """The networks with fake-quant by their names; empty before there are some."""
+        """The prepared networks by name; empty before there are any."""
         return dict(self._networks.prepared)
 
     @property
     def coverage(self) -> Any:
-        """What conversion is going to make int8, and why it leaves the rest: a list of `LayerCoverage` rows.
+        """What conversion will make int8, and why the rest stays float: a list of `LayerCoverage` rows.
 
-        Worked out anew from the prepared network; a dict of lists for several networks, None before there is one. What
-        conversion did is in ``quantized.coverage`` (layers) and ``quantized.operations``.
+        Computed from the prepared network; a dict of lists for several networks, None before there is one. The result
+        of conversion is in ``quantized.coverage`` (layers) and ``quantized.operations``.
         """
         return one_or_all({name: self._networks.coverage(name) for name in self._networks.prepared})
 
@@ -110,12 +110,12 @@ class QuantizationCallback(Callback):
 
     @property
     def phase(self) -> Phase:
-        """What is on now."""
+        """What is enabled now: fake-quantization, observers, BatchNorm freezing."""
         return self._networks.phase
 
     @property
     def chosen_modes(self) -> dict[str, str]:
-        """The mode of each network, which ``mode="auto"`` leaves open; empty before it is chosen."""
+        """The mode of each network, as chosen by ``mode="auto"``; empty before the choice."""
         return self._networks.modes
 
     def parts(self) -> dict[str, Part]:
@@ -142,24 +142,24 @@ class QuantizationCallback(Callback):
 
     @property
     def quantized(self) -> Any:
-        """The int8 network, a dict of them for several, or None before there is one."""
+        """The int8 network, a dict by name for several, or None before there is one."""
         return self._int8.quantized
 
     def convert(self, exclude: Sequence[str] = ()) -> Any:
-        """Convert the present weights and ranges now, and again whenever it is called.
+        """Convert the current weights and ranges to int8.
 
-        A fit, a test and `quantized` do it by themselves; this is for weights that were changed by hand, and for
-        leaving more of a trained network float.
+        A fit, a test and `quantized` do this automatically. Call it after you changed weights by hand, or to leave more
+        layers of a trained network float.
 
         Args:
             exclude: Globs of module names, relative to the LightningModule, that stay float from now on, in the
-                network with fake-quant too.
+                prepared network too.
 
         Returns:
             `quantized`.
 
         Raises:
-            ConversionError: There is nothing to convert yet, or it fails with everything float as well.
+            ConversionError: There is nothing to convert yet, or conversion fails even with all layers float.
             ConfigurationError: A glob matches nothing that is int8.
 
         Example:
@@ -190,7 +190,7 @@ class QuantizationCallback(Callback):
 
     @property
     def fidelity(self) -> dict[str, float]:
-        """How close int8 was to fake-quant, or to float where there is no fake-quant, in the last test of it."""
+        """Agreement of int8 with fake-quant (or float, where there is no fake-quant) in its last test."""
         return self._switch.fidelity
 
     @fidelity.setter
@@ -204,15 +204,15 @@ class QuantizationCallback(Callback):
 
     @property
     def chosen_variant(self) -> str | None:
-        """What `use_variant` chose; None for the default."""
+        """The variant that `use_variant` chose; None for the default."""
         return self._switch.chosen
 
     def use_variant(self, name: str | None) -> None:
         """Choose what ``validate``, ``test`` and ``predict`` run.
 
         Args:
-            name: ``"float"``, ``"fake_quant"``, ``"int8"``, or None for the default: fake-quant to validate, int8 to
-                test and predict.
+            name: ``"float"``, ``"fake_quant"``, ``"int8"``, or None for the default: fake-quant in ``validate``,
+                int8 in ``test`` and ``predict``.
 
         Raises:
             ConfigurationError: The name is unknown, or there is no such variant, with the reason.
@@ -220,7 +220,7 @@ class QuantizationCallback(Callback):
         self._switch.choose(name)
 
     def network(self, name: str) -> nn.Module:
-        """A variant as a plain module on the CPU, in evaluation, for measuring it or for exporting it.
+        """A variant as a plain module on the CPU, in evaluation mode, to measure or export it.
 
         Raises:
             ConfigurationError: There is no such variant.

@@ -27,22 +27,22 @@ _OF_QUANTIZATION = tuple(
 
 @dataclass(frozen=True)
 class Configuration:
-    """Runs that differ in nothing but the seed, as one.
+    """Runs that differ only in the seed.
 
     Args:
-        label: What tells it from the others, in few words.
+        label: What distinguishes it from the others.
         values: The settings that differ, by label.
         runs: The runs, in the order in which they were given.
-        variant: What is compared: ``int8`` where there is one, else ``fake_quant``, else ``float``.
+        variant: The compared variant: ``int8`` if there is one, else ``fake_quant``, else ``float``.
         score: The metric.
-        drop: How much worse than float, paired by seed, in the unit that is shown. Negative where it is better.
-        latency_ms: Of one sample on the CPU.
-        size_mb: Of what is shipped.
-        speedup: Times faster than float on the same machine, in the same run.
-        agreement: Share of outputs for which int8 chooses the class that fake-quant chooses.
-        baseline: What ``drop`` is against.
-        noise: Why its latency is none to decide by, in words; empty where nothing speaks against it.
-        on_front: Whether no other configuration beats it in score, latency and size, by more than a tolerance.
+        drop: Difference to float, paired by seed, in the displayed unit. Negative if it is better than float.
+        latency_ms: Latency of one sample on the CPU.
+        size_mb: Size of the file.
+        speedup: Speed relative to float on the same machine, in the same run.
+        agreement: Share of outputs with the same class as fake-quant.
+        baseline: What ``drop`` is relative to.
+        noise: Why its latency is unreliable; empty if it is reliable.
+        on_front: Whether no other configuration beats it in score, latency and size by more than a tolerance.
     """
 
     label: str

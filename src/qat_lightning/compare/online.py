@@ -17,14 +17,14 @@ def find_online(address: str, api: Any = None) -> list[Run]:
 
     Args:
         address: ``entity/project`` or ``entity/project/group``.
-        api: A `wandb.Api`; by default one made here, which wants `wandb login` first.
+        api: A `wandb.Api`; by default a new one, which needs `wandb login` first.
 
     Returns:
         The runs, oldest first. Per-layer tables stay on the server.
 
     Raises:
         ConfigurationError: The address has another form.
-        RunFileError: W&B does not answer, or refuses.
+        RunFileError: W&B does not answer, or denies access.
     """
     entity, _, rest = address.strip("/").partition("/")
     project, _, group = rest.partition("/")

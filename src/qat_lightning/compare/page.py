@@ -35,16 +35,16 @@ _VARIANTS = tuple(f"{variant}/" for variant in VARIANTS)
 def page(
     comparison: Comparison, decision: Decision, limits: Limits | None = None, *, title: str = "Comparison of runs"
 ) -> str:
-    """Draw a comparison as one HTML page.
+    """Render a comparison as one HTML page.
 
     Script, style and data are in the page, and its content security policy forbids everything else. Names and settings
-    are data to it, never markup.
+    are treated as data, never as markup.
 
     Args:
-        comparison: What to show.
-        decision: What was chosen.
-        limits: What it was chosen under; the page's filters begin with them.
-        title: Of the page.
+        comparison: The comparison.
+        decision: The decision.
+        limits: Its limits, which are the initial filters of the page.
+        title: Title of the page.
 
     Returns:
         The page, to be written as UTF-8.

@@ -21,17 +21,17 @@ class Curve(NamedTuple):
 
 @dataclass(frozen=True)
 class Run:
-    """What a comparison knows of a run.
+    """A run, as a comparison reads it.
 
     Args:
-        name: As the logger shows it, else the name of its folder.
-        folder: Where it was read from, or its address in W&B.
+        name: Name in the logger, else the name of its folder.
+        folder: Its folder, or its address in W&B.
         status: ``unfinished`` is a run that still goes on or was killed, ``pruned`` one that was not worth
             finishing.
         config: The whole configuration, nested.
         metrics: What `qat_lightning.run.evaluate.evaluate_variants` returned, or as much of it as was logged.
-        overrides: What was said on the command line, as ``key=value``.
-        curves: What was logged while training, by metric.
+        overrides: Overrides of the command line, as ``key=value``.
+        curves: Metrics logged during training, by name.
         layers: The per-layer table, a mapping for each layer.
         seconds: How long the run took.
         reason: Why it is not ``finished``.

@@ -22,25 +22,24 @@ class ExportResult:
 
     Attributes:
         format: The format's name.
-        runtime: What runs it.
+        runtime: The runtime.
         files: The artifact's files, the one to load first; empty if it was not written. A `Path` each, and a ``str``
             with the URL in other storage than this machine's.
         size_mb: Their size, in 10^6 bytes.
         size_ratio: How many times smaller they are than the float ``state_dict``.
         agreement: Share of outputs whose top-1 is that of fake-quant, over the real batches; None without classes.
         sqnr_db: Signal to quantization noise ratio against fake-quant's outputs, in dB.
-        sqnr_db_of_outputs: Likewise for each output, by where it is in the result.
+        sqnr_db_of_outputs: The same for each output, by its place in the result.
         max_difference: Largest absolute difference from fake-quant's outputs.
-        metric: What the metric that was given says of it; None without one.
+        metric: The value of the given metric; None without one.
         latency_ms: Median time of one sample in its runtime.
-        float_latency_ms: The float network in the same runtime, in the same minute; None if that has no float form.
-        eager_latency_ms: The float network in PyTorch, in the same minute.
+        float_latency_ms: Latency of the float network in the same runtime, timed in turn; None if it has no float form.
+        eager_latency_ms: Latency of the float network in PyTorch, timed in turn.
         call: How the artifact is called, for `qat_lightning.export.run.open_artifact`.
-        kernels: How many of its layers the runtime runs on integers; None where it does not tell.
-        ports: The inputs and outputs of its files that are integers, with their grids; empty where all are as the
-            network's.
+        kernels: How many of its layers the runtime runs in int8; None if unknown.
+        ports: Integer inputs and outputs of the file, with their grids; empty if all are those of the network.
         remark: What would make it faster; empty if nothing is known.
-        error: Why there is no artifact, or why it must not be used; empty if there is none.
+        error: Why there is no artifact, or why it must not be used; empty if it passed.
     """
 
     format: str
@@ -117,7 +116,7 @@ def _finite(value: Any) -> Any:
 
 
 def fastest(results: Sequence[ExportResult]) -> ExportResult | None:
-    """The artifact with the least latency of those that passed; None if none did.
+    """The fastest artifact that passed; None if none did.
 
     Example:
         >>> from pathlib import Path
@@ -132,7 +131,7 @@ def fastest(results: Sequence[ExportResult]) -> ExportResult | None:
 
 
 def export_table(results: Sequence[ExportResult]) -> Table:
-    """Lay out results: a row for each format, the fastest that passed in bold, and below it why others did not.
+    """Format results as a table: a row for each format, the fastest that passed in bold, and errors below.
 
     Example:
         >>> export_table([ExportResult("onnx", "ONNX Runtime", error="no such op")]).row_count

@@ -16,15 +16,15 @@ from qat_lightning.errors import ConfigurationError
 
 @dataclass(frozen=True)
 class Budget:
-    """Limits: "at most 0.3 points", "at least 3 times smaller".
+    """Limits such as "at most 0.3 points" or "at least 3 times smaller".
 
     Args:
-        max_drop: How much of the float network's metric may be lost, in its own unit: 0.003 for 0.3 points of an
+        max_drop: Largest loss of the float network's metric, in its own unit: 0.003 for 0.3 points of an
             accuracy between 0 and 1.
-        min_size_ratio: How many times smaller the weights have to be.
+        min_size_ratio: Smallest factor by which the weights must shrink.
 
     Raises:
-        ConfigurationError: Neither is given, or one is not possible.
+        ConfigurationError: Neither is given, or one is invalid.
 
     Example:
         >>> Budget(max_drop=0.003)
@@ -48,15 +48,15 @@ class Budget:
 
 @dataclass(frozen=True)
 class MixedPrecision:
-    """Which layers stay float, and what that gives.
+    """Which layers stay float, and the result.
 
     Attributes:
         exclude: Globs of the layers, for ``exclude=``.
-        budget: What was asked for.
-        metric_name: What was measured.
-        metric: Of a network that was prepared with ``exclude`` and calibrated.
-        float_metric: Of the float network.
-        quantized_metric: With everything quantized.
+        budget: The limits.
+        metric_name: The metric.
+        metric: The metric of a network prepared with ``exclude`` and calibrated.
+        float_metric: The metric of the float network.
+        quantized_metric: The metric with all layers quantized.
         size_ratio: How many times smaller the weights are in the file.
     """
 

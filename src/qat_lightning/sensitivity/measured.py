@@ -35,16 +35,16 @@ RankBy = Literal["alone", "without"]
 
 @dataclass(frozen=True)
 class LayerSensitivity:
-    """What quantizing one layer costs.
+    """The cost of quantizing one layer.
 
     Attributes:
         name: The layer, relative to the network; or an op.
         kind: Its type.
-        parameters: How many numbers its weight has.
+        parameters: Number of values in its weight.
         excludable: Whether it is a module, which ``exclude`` can name.
-        alone: The metric with this layer quantized and no other.
-        without: The metric with all but this layer quantized.
-        loss: What it costs: by ``alone``, the float metric minus that; by ``without``, that minus the metric with all.
+        alone: The metric with only this layer quantized.
+        without: The metric with all layers but this one quantized.
+        loss: Its cost: by ``alone``, the float metric minus that; by ``without``, that minus the metric with all.
     """
 
     name: str
@@ -57,19 +57,19 @@ class LayerSensitivity:
 
 
 class Sensitivity:
-    """The layers of a network, the one that quantization hurts most first.
+    """Layers of a network, ranked by the cost of quantizing them.
 
     Attributes:
-        rows: A `LayerSensitivity` each.
-        metric_name: What was measured; larger is better.
-        float_metric: Of the float network.
-        quantized_metric: With everything quantized.
-        rank_by: What the order is by.
-        recipe: What was quantized how.
+        rows: A `LayerSensitivity` for each layer, the most costly first.
+        metric_name: The metric; larger is better.
+        float_metric: The metric of the float network.
+        quantized_metric: The metric with all layers quantized.
+        rank_by: The order.
+        recipe: The recipe that was measured.
         prefix: The network's name in the LightningModule, for overrides.
         network: The float network.
         example: One call of it.
-        notes: What was measured otherwise than asked, a sentence each.
+        notes: Deviations from the request, one sentence each.
     """
 
     def __init__(

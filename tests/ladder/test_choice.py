@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -15,7 +16,7 @@ from qat_lightning.ladder.judgement import Drop
 from qat_lightning.ladder.plan import Plan
 from qat_lightning.ladder.rungs import RUNGS, Known
 
-KNOWN = Known(files=("torchscript",), ranking=tuple(f"net.{i}" for i in range(20)))
+KNOWN = Known(files=("torchscript",), ranking=tuple(f"net.{i}" for i in range(20)), bits={})
 
 
 def measured(step: Step, drop: float, speedup: float = 2.0, size: float = 1.0) -> Attempt:
@@ -26,7 +27,7 @@ def climbed(target: Target, outcome: Callable[[Step], Attempt], known: Known = K
     """The attempts of a whole ladder."""
     attempts: list[Attempt] = []
     while (step := next_step(attempts, Plan(), target, known)) is not None:
-        assert not step.unranked
+        assert not step.first
         attempts.append(outcome(step))
     return attempts
 
@@ -94,6 +95,18 @@ def test_where_weights_have_few_bits_the_worst_layers_get_more() -> None:
     assert names(attempts).index("wide_8_layers") < names(attempts).index("float_1_layers")
 
 
+def test_bits_of_each_layer_are_chosen_before_all_layers_get_few() -> None:
+    known = replace(KNOWN, bits={"net.0": {"weight_bits": 3}})
+    found = climbed(Target(max_size_mb=0.1), lambda step: measured(step, 0.5), known)
+    assert names(found)[1:3] == ["bits_by_layer", "weights_4bit"]
+    assert found[1].plan.scheme.overrides == known.bits
+    assert not found[2].plan.scheme.overrides, "all layers alike"
+    static = Step(RUNGS[0], Plan())
+    step = next_step([measured(static, 0.0)], Plan(), Target(max_size_mb=0.1), replace(KNOWN, bits=None))
+    assert step is not None
+    assert (step.rung.name, step.first) == ("bits_by_layer", "bits")
+
+
 def test_speeds_that_are_alike_do_not_decide_what_is_gone_on_with() -> None:
     step = Step(RUNGS[0], Plan())
     slow, worse = measured(step, 0.1, 1.80), measured(step, 0.5, 1.83)
@@ -102,7 +115,7 @@ def test_speeds_that_are_alike_do_not_decide_what_is_gone_on_with() -> None:
 
 
 def test_a_rung_that_has_nothing_to_change_is_passed_over() -> None:
-    known = Known(epochs=(0, 0), ranking=())
+    known = Known(epochs=(0, 0), ranking=(), bits={})
     found = names(climbed(Target(max_drop=0.01), lambda step: measured(step, 0.5), known))
     assert found[-1] == "adaround"
 
@@ -110,11 +123,11 @@ def test_a_rung_that_has_nothing_to_change_is_passed_over() -> None:
 def test_layers_are_ranked_before_the_first_rung_that_needs_it() -> None:
     attempts: list[Attempt] = []
     known = Known()
-    while not (step := next_step(attempts, Plan(), Target(max_drop=0.01), known)).unranked:  # type: ignore[union-attr]
+    while not (step := next_step(attempts, Plan(), Target(max_drop=0.01), known)).first:  # type: ignore[union-attr]
         attempts.append(measured(step, 0.5))
     assert names(attempts)[-1] == "adaround"
     assert step is not None
-    assert step.rung.ranked
+    assert step.first == "ranking"
 
 
 def test_what_fails_is_tried_in_another_mode_and_a_training_without_its_teacher() -> None:

@@ -114,6 +114,7 @@ def test_a_speed_that_pytorch_has_not_is_looked_for_in_files(float_run: tuple[Li
 
 @pytest.mark.slow
 def test_a_loss_is_judged_upwards_and_a_size_by_fewer_bits(float_run: tuple[Lit, Data], tmp_path: Path) -> None:
+    pytest.importorskip("scipy")
     least = search(float_run, Target(max_drop=9.0), tmp_path / "first", metric="val/loss", test=False)
     assert (least.metric.larger_is_better, least.metrics) == (False, {})
     (static,) = least.attempts
@@ -124,8 +125,11 @@ def test_a_loss_is_judged_upwards_and_a_size_by_fewer_bits(float_run: tuple[Lit,
     assert static.size_mb is not None
     smaller = Target(max_size_mb=static.size_mb - 0.0002)
     found = search(float_run, smaller, tmp_path / "second", metric="val/loss", test=False)
-    assert [attempt.rung for attempt in found.attempts][:2] == ["static", "weights_4bit"]
-    assert found.attempts[1].size_mb < static.size_mb  # type: ignore[operator]
+    chosen = found.attempts[1]
+    assert (found.attempts[0].rung, chosen.rung) == ("static", "bits_by_layer")
+    assert {fields["weight_bits"] for fields in (chosen.plan.scheme.overrides or {}).values()} <= {2, 3, 4, 6, 8}
+    assert chosen.size_mb < static.size_mb  # type: ignore[operator]
+    assert json.loads((tmp_path / "second" / "bits.json").read_text())["found"] == chosen.plan.scheme.overrides
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ from typing import Any
 
 from qat_lightning.ladder.judgement import Drop
 from qat_lightning.ladder.plan import Plan
-from qat_lightning.ladder.rungs import OTHER_MODE, RUNGS, STATIC, Known, Rung
+from qat_lightning.ladder.rungs import OTHER_MODE, RUNGS, STATIC, Known, Need, Rung
 from qat_lightning.ladder.target import LIMITS, Limit, Target
 
 
@@ -75,13 +75,13 @@ class Step:
 
     Attributes:
         rung: The rung.
-        plan: What it tries; for a rung that needs a ranking which is not there yet, the plan to rank the layers of.
-        unranked: Whether the layers are to be ranked first.
+        plan: What it tries; where something is to be measured first, the plan to measure the layers of.
+        first: What is to be measured of the layers first; empty for nothing.
     """
 
     rung: Rung
     plan: Plan
-    unranked: bool = False
+    first: Need = ""
 
 
 def nearest(attempts: Sequence[Attempt], target: Target) -> Attempt | None:
@@ -162,8 +162,8 @@ def next_step(
     for rung in (rung for limit in LIMITS if limit in missed for rung in rungs if rung.limit == limit):
         if rung.name in tried:
             continue
-        if rung.ranked and known.ranking is None:
-            return Step(rung, best.plan, unranked=True)
+        if rung.needs and getattr(known, rung.needs) is None:
+            return Step(rung, best.plan, rung.needs)
         plan = rung.change(best.plan, known)
         if plan is not None and plan not in [attempt.plan for attempt in attempts]:
             return Step(rung, plan)

@@ -21,7 +21,7 @@ from qat_lightning.ladder.clock import Clock, OutOfTime, ends_after
 from qat_lightning.ladder.judgement import paired_drop
 from qat_lightning.ladder.parts import Parts
 from qat_lightning.ladder.plan import Plan
-from qat_lightning.ladder.ranking import rank_layers
+from qat_lightning.ladder.ranking import choose_bits, rank_layers
 from qat_lightning.ladder.reached import Reached
 from qat_lightning.ladder.rungs import Known
 from qat_lightning.ladder.store import Store
@@ -104,8 +104,8 @@ class Climb:
         """
         clock = Clock(self.target.max_minutes, self._spent())
         while (step := next_step(self.attempts, self.start, self.target, self.known)) is not None:
-            if step.unranked:
-                if not self._rank(step, clock):
+            if step.first:
+                if not self._learn(step, clock):
                     break
                 continue
             attempt = self._stored(step)
@@ -119,7 +119,7 @@ class Climb:
 
     def _spent(self) -> float:
         """Minutes of earlier launches, of what they finished."""
-        found = [self.store.read("float"), self.store.read("ranking")]
+        found = [self.store.read(name) for name in ("float", "ranking", "bits")]
         for path in (self.store.folder / "rungs").glob("*"):
             found.append(self.store.read(f"rungs/{path.name}/measured") or self.store.read(f"rungs/{path.name}/made"))
         return sum(float(one["minutes"]) for one in found if one is not None)
@@ -136,11 +136,11 @@ class Climb:
         self.store.write(FILE.removesuffix(".json"), reached.ladder().to_dict())
         return reached
 
-    # The ranking of layers, once
+    # What is to be known of the layers, once
 
-    def _rank(self, step: Step, clock: Clock) -> bool:
-        """Rank the layers for all rungs that need it, unless the time is over."""
-        kept = self.store.read("ranking")
+    def _learn(self, step: Step, clock: Clock) -> bool:
+        """Measure the layers for all rungs that need it, unless the time is over."""
+        kept = self.store.read(step.first)
         if kept is None:
             if clock.left <= 0:
                 self._out_of_time()
@@ -148,16 +148,27 @@ class Climb:
             began = time.monotonic()
             try:
                 with ends_after(clock.left):
-                    layers, why = rank_layers(self.workshop, step.plan)
+                    found, why = self._measure_layers(step)
             except OutOfTime:
-                layers, why = (), "there was no time to rank the layers"
-            kept = {"layers": list(layers), "why": why, "minutes": Clock.since(began)}
+                found, why = {}, "there was no time to measure the layers"
+            kept = {"found": found, "why": why, "minutes": Clock.since(began)}
             if why:
-                _say(f"No layers are left float one by one: {why}")
+                _say(f"{step.rung.name} and its like are left out: {why}")
             if clock.left > 0:
-                self.store.write("ranking", kept)
-        self.known = replace(self.known, ranking=tuple(kept["layers"]))
+                self.store.write(step.first, kept)
+        known = {"ranking": tuple(kept["found"])} if step.first == "ranking" else {"bits": dict(kept["found"])}
+        self.known = replace(self.known, **known)
         return True
+
+    def _measure_layers(self, step: Step) -> tuple[Any, str]:
+        """What a step wants to know, as JSON has it, and why it is empty, in words."""
+        try:
+            if step.first == "ranking":
+                return list(rank_layers(self.workshop, step.plan)), ""
+            assert self.target.max_size_mb is not None, "bits are chosen where a size is missed"
+            return choose_bits(self.workshop, step.plan, self.target.max_size_mb), ""
+        except QuantizationError as error:
+            return {}, f"{type(error).__name__}: {error}"
 
     def _out_of_time(self) -> None:
         self._why_ended = f"The {self.target.max_minutes:g} minutes are over."

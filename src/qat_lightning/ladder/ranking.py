@@ -1,21 +1,26 @@
-"""Which layers quantization hurts most, for the rungs that leave some of them float."""
+"""What is measured of the layers: which quantization hurts most, and how many bits each is worth within a size."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 
 from qat_lightning.callbacks.parts.calibration_data import calls_in_steps
 from qat_lightning.callbacks.parts.network import Slot
-from qat_lightning.errors import QuantizationError
 from qat_lightning.ladder.plan import Plan
 from qat_lightning.ladder.workshop import Workshop
-from qat_lightning.sensitivity.measured import sensitivity
+from qat_lightning.sensitivity import BitLimits, bits_within
+from qat_lightning.sensitivity.measured import Sensitivity, sensitivity
 
 BATCHES = 4
 """Of the training data. Each is run twice for every layer."""
 
+CANDIDATES = (2, 3, 4, 6, 8)
+"""Numbers of bits that a layer may get."""
 
-def rank_layers(workshop: Workshop, plan: Plan) -> tuple[tuple[str, ...], str]:
+
+def rank_layers(workshop: Workshop, plan: Plan) -> tuple[str, ...]:
     """Rank layers by the SQNR of the outputs with one of them quantized alone; see `qat_lightning.sensitivity`.
 
     Args:
@@ -23,8 +28,35 @@ def rank_layers(workshop: Workshop, plan: Plan) -> tuple[tuple[str, ...], str]:
         plan: How layers are quantized.
 
     Returns:
-        Globs of the layers, worst first, and why there are none, in words.
+        Globs of the layers, worst first.
+
+    Raises:
+        QuantizationError: They cannot be ranked, with the reason.
     """
+    found = _measured(workshop, plan)
+    layers = [row.name for row in found.rows if row.excludable and row.parameters]
+    return tuple(f"{found.prefix}.{name}".strip(".") for name in layers)
+
+
+def choose_bits(workshop: Workshop, plan: Plan, max_size_mb: float) -> dict[str, Any]:
+    """Choose the bits of each layer within a size; see `qat_lightning.sensitivity.bits_within`.
+
+    Args:
+        workshop: What has the network and the data.
+        plan: How layers are quantized otherwise.
+        max_size_mb: Of the int8 network's file.
+
+    Returns:
+        For ``Scheme(overrides=)``.
+
+    Raises:
+        QuantizationError: They cannot be chosen, with the reason; a package may be missing.
+    """
+    return dict(bits_within(_measured(workshop, plan), CANDIDATES, BitLimits(max_size_mb=max_size_mb)).overrides)
+
+
+def _measured(workshop: Workshop, plan: Plan) -> Sensitivity:
+    """The layers of the float network, on a few batches of the training data."""
     model, datamodule = workshop.copies()
     trainer = workshop.trainer([], [], enable_progress_bar=False, limit_val_batches=1)
     trainer.validate(model, datamodule=datamodule, verbose=False)  # ties them to a Trainer, whose hooks they then have
@@ -32,23 +64,16 @@ def rank_layers(workshop: Workshop, plan: Plan) -> tuple[tuple[str, ...], str]:
     model.cpu()
     slot = Slot(model, workshop.name)
     network = workshop.network
-    try:
-        with torch.inference_mode(False):
-            calls = calls_in_steps(
-                model, {slot.name: slot}, {slot.name: network}, datamodule.train_dataloader(), BATCHES
-            )
-        found = sensitivity(
-            network,
-            calls[slot.name],
-            mode=plan.mode,
-            backend=plan.backend,
-            scheme=plan.scheme,
-            include=plan.include,
-            exclude=plan.exclude,
-            prefix=slot.prefix,
-            kind=plan.kind,
-        )
-    except QuantizationError as error:
-        return (), f"{type(error).__name__}: {error}"
-    layers = [row.name for row in found.rows if row.excludable and row.parameters]
-    return tuple(f"{slot.prefix}.{name}".strip(".") for name in layers), ""
+    with torch.inference_mode(False):
+        calls = calls_in_steps(model, {slot.name: slot}, {slot.name: network}, datamodule.train_dataloader(), BATCHES)
+    return sensitivity(
+        network,
+        calls[slot.name],
+        mode=plan.mode,
+        backend=plan.backend,
+        scheme=plan.scheme,
+        include=plan.include,
+        exclude=plan.exclude,
+        prefix=slot.prefix,
+        kind=plan.kind,
+    )

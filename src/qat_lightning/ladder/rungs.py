@@ -6,10 +6,10 @@ nothing to change, and is then passed over.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 from qat_lightning.errors import ConfigurationError, MissingExtraError
 from qat_lightning.export.formats import FORMATS, check_formats
@@ -27,6 +27,8 @@ class Known:
         epochs: Of the short and of the long training; 0 for a training that is not wanted.
         files: The formats that may be shipped.
         ranking: Globs of the layers that quantization hurts most, worst first; None while it is not measured.
+        bits: Overrides of the scheme that give each layer its bits within the size; None while they are not chosen,
+            empty where they cannot be.
         distillation: Whether trainings learn from the float network; False once a rung found that they cannot.
         adaround: Iterations for each layer; 0 to leave AdaRound out.
     """
@@ -34,9 +36,12 @@ class Known:
     epochs: tuple[int, int] = (2, 8)
     files: tuple[str, ...] = FORMATS
     ranking: tuple[str, ...] | None = None
+    bits: Mapping[str, Any] | None = None
     distillation: bool = True
     adaround: int = 1000
 
+
+Need = Literal["", "ranking", "bits"]
 
 Change = Callable[[Plan, Known], "Plan | None"]
 
@@ -49,13 +54,13 @@ class Rung:
         name: In tables, in the names of runs, and of its folder.
         limit: The limit that it is for; None for the first of all.
         change: What it makes of the best plan so far.
-        ranked: Whether it needs the ranking of layers.
+        needs: What has to be measured of the layers before it, a field of `Known`; empty for nothing.
     """
 
     name: str
     limit: Limit | None
     change: Change
-    ranked: bool = False
+    needs: Need = ""
 
 
 def _first(plan: Plan, known: Known) -> Plan | None:
@@ -124,13 +129,22 @@ def _training(plan: Plan, known: Known, *, which: int, distillation: bool = True
 def _bits(plan: Plan, known: Known, *, bits: int) -> Plan | None:
     if plan.scheme.weight_bits <= bits:
         return None
-    return replace(plan, scheme=replace(plan.scheme, weight_bits=bits))
+    return replace(plan, scheme=replace(plan.scheme, weight_bits=bits, overrides=None))
+
+
+def _bits_by_layer(plan: Plan, known: Known) -> Plan | None:
+    """As many bits for each layer as the size has room for, most where they are worth most."""
+    if plan.kind != "static" or plan.epochs or not known.bits or plan.scheme.overrides:
+        return None
+    return replace(plan, scheme=replace(plan.scheme, overrides=dict(known.bits)))
 
 
 def _weight_only(plan: Plan, known: Known, *, bits: int) -> Plan | None:
     if plan.kind == "weight_only" and plan.scheme.weight_bits <= bits:
         return None
-    fewer = replace(plan.scheme, weight_bits=min(bits, plan.scheme.weight_bits), activation_observer="auto")
+    fewer = replace(
+        plan.scheme, weight_bits=min(bits, plan.scheme.weight_bits), activation_observer="auto", overrides=None
+    )
     return replace(plan, kind="weight_only", scheme=fewer, bias_correction=False, adaround=0)
 
 
@@ -162,6 +176,7 @@ _FASTER_IN = ("torchscript", "onnx", "openvino", "pt2", "executorch")
 RUNGS: tuple[Rung, ...] = (
     STATIC,
     OTHER_MODE,
+    Rung("bits_by_layer", "size", _bits_by_layer, needs="bits"),
     Rung("weights_4bit", "size", partial(_bits, bits=4)),
     Rung("weight_only_4bit", "size", partial(_weight_only, bits=4)),
     Rung("weights_2bit", "size", partial(_bits, bits=2)),
@@ -174,8 +189,8 @@ RUNGS: tuple[Rung, ...] = (
     Rung("bias_correction", "drop", _calibrated(_recipe, bias_correction=True)),
     Rung("equalization", "drop", _calibrated(_recipe, equalization="exact")),
     Rung("adaround", "drop", _calibrated(_adaround)),
-    *(Rung(f"wide_{n}_layers", "drop", partial(_wide, count=n), ranked=True) for n in (1, 2, 4, 8)),
-    *(Rung(f"float_{n}_layers", "drop", partial(_left_float, count=n), ranked=True) for n in (1, 2, 4, 8)),
+    *(Rung(f"wide_{n}_layers", "drop", partial(_wide, count=n), needs="ranking") for n in (1, 2, 4, 8)),
+    *(Rung(f"float_{n}_layers", "drop", partial(_left_float, count=n), needs="ranking") for n in (1, 2, 4, 8)),
     Rung("qat_short", "drop", partial(_training, which=0)),
     Rung("qat_short_plain", "drop", partial(_training, which=0, distillation=False)),
     Rung("qat_long", "drop", partial(_training, which=1)),

@@ -54,7 +54,13 @@ ROWS |= {
     "bias correction before training": _qat(bias_correction_batches=8),
     "equalization before training": _qat(equalization="exact"),
     "learned step size": _qat(scheme=Scheme(weight_bits=4, learned_step="lsq")),
-    "learned step size and zero point": _qat(scheme=Scheme(weight_bits=4, learned_step="lsq+")),
+    "learned step size, from a tenth on": _qat(scheme=Scheme(weight_bits=4, learned_step="lsq"), learn_scales=0.1),
+    "learned step size, slower": _qat(
+        scheme=Scheme(weight_bits=4, learned_step="lsq", learned_rate=0.1), learn_scales=0.1
+    ),
+    "learned step size and zero point": _qat(
+        scheme=Scheme(weight_bits=4, learned_step="lsq+", learned_rate=0.1), learn_scales=0.1
+    ),
     "oscillating weights frozen": _qat(WeightOscillations),
     "oscillating weights dampened": _qat(lambda: WeightOscillations(freezing=None, dampening=(0.0, 0.1))),
     "BatchNorm not folded, and frozen": _qat(batchnorm="fused", freeze_batchnorm=0),

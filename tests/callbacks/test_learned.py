@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 
 from qat_lightning import Scheme
 from qat_lightning.errors import CheckpointMismatchError, ConfigurationError
+from qat_lightning.modes.prepared import fake_quantizers
 from tests.callbacks.lit import MODES, Lit, assert_same_state, loader, qat, state, trainer
 
 LSQ = Scheme(weight_bits=4, learned_step="lsq+")
@@ -50,6 +51,41 @@ def test_a_run_resumes_where_it_was(mode: str, at: int, tmp_path: Path) -> None:
     _, saved = fit(at)
     resumed, _ = fit(8, saved.last_model_path)
     assert_same_state(state(whole), state(resumed))
+
+
+@pytest.mark.parametrize("mode", [pytest.param(mode, marks=[] if mode == "fx" else pytest.mark.slow) for mode in MODES])
+def test_scales_learn_from_their_own_point_on_also_in_a_run_that_is_resumed(mode: str, tmp_path: Path) -> None:
+    def fit(steps: int, path: str | None = None) -> tuple[Lit, ModelCheckpoint]:
+        torch.manual_seed(0)
+        module, saved = Lit(), ModelCheckpoint(tmp_path / str(steps), save_last=True)
+        callback = qat(mode, scheme=LSQ, start={"step": 2}, learn_scales={"step": 5})
+        run = trainer(callback, saved, max_epochs=steps // 2, enable_checkpointing=True)
+        run.fit(module, loader(32), ckpt_path=path)
+        return module, saved
+
+    early, saved = fit(4)
+    assert not any(bool(value) for key, value in state(early).items() if key.endswith("learning"))
+    whole, _ = fit(8)
+    assert any(bool(value.any()) for value in ratios(whole).values())
+    resumed, _ = fit(8, saved.last_model_path)
+    assert_same_state(state(whole), state(resumed))
+
+
+def test_a_point_for_scales_that_do_not_learn_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match=r"learn_scales=0.1 says when scales begin to learn, and none do"):
+        qat("fx", learn_scales=0.1)
+
+
+def test_large_rates_of_plain_sgd_leave_the_network_alive() -> None:
+    torch.manual_seed(0)
+    module, callback = Lit(lr=2.0), qat("fx", scheme=LSQ)
+    trainer(callback, max_epochs=6).fit(module, loader())
+    scales = [fq.calculate_qparams()[0] for _, fq in fake_quantizers(callback.prepared)]
+    assert all(bool(torch.isfinite(scale).all()) for scale in scales)
+    for _, fq in fake_quantizers(callback.prepared):
+        assert fq.step is not None
+        ratio = fq.calculate_qparams()[0] / fq.step.base_scale
+        assert float(ratio.max()) <= (fq.quant_max - fq.quant_min) // 2 + 1e-3
 
 
 def test_weights_are_averaged_with_their_scales() -> None:

@@ -210,6 +210,7 @@ def test_latching_keeps_all_that_was_reached(now, earlier):
     assert latched.fake_quant >= earlier.fake_quant
     assert latched.observers <= earlier.observers
     assert latched.batchnorm_frozen >= earlier.batchnorm_frozen
+    assert latched.scales_learn >= earlier.scales_learn
 
 
 def test_a_longer_second_fit_does_not_undo_a_latched_point():
@@ -231,6 +232,12 @@ def test_batchnorm_can_be_frozen_from_the_first_step():
     assert phase == Phase(fake_quant=True, observers=True, batchnorm_frozen=True)
 
 
+def test_scales_learn_from_their_point_on_and_without_one_at_once():
+    schedule, plan = QuantizationSchedule(learn_scales={"step": 5}), TrainingPlan(max_steps=10)
+    assert [schedule.phase(step, 0, plan).scales_learn for step in (0, 4, 5, 9)] == [False, False, True, True]
+    assert QuantizationSchedule().phase(0, 0, plan).scales_learn
+
+
 def test_without_a_start_fake_quant_never_comes_on():
     assert not QuantizationSchedule(start=None).phase(step=10**9, epoch=10**6, plan=TrainingPlan()).fake_quant
 
@@ -241,4 +248,5 @@ def test_schedules_are_values():
     assert QuantizationSchedule(2) != QuantizationSchedule(3)
     with pytest.raises(FrozenInstanceError):
         QuantizationSchedule(2).start = None
-    assert asdict(Phase(True, False, True)) == {"fake_quant": True, "observers": False, "batchnorm_frozen": True}
+    on = {"fake_quant": True, "observers": False, "batchnorm_frozen": True, "scales_learn": True}
+    assert asdict(Phase(True, False, True)) == on

@@ -126,6 +126,8 @@ class QuantizationAwareTraining(QuantizationCallback):
         adapters: How to treat peft's LoRA in kinds ``"dynamic"`` and ``"weight_only"``. ``"merged"``: the frozen weight
             plus its adapters is rounded in training, and stored as one integer layer without adapters. ``"float"``:
             the frozen weight is rounded, and the adapters stay float beside it, as in QLoRA.
+        learn_scales: The point at which learned scales (``Scheme(learned_step=…)``) start to learn, like ``start``. Until
+            then they follow weights and batches, as fixed scales do. None: when fake-quantization is enabled.
 
     Attributes:
         prepared: The prepared network (a dict by name, if ``module`` lists several), once the fit has begun.
@@ -169,6 +171,7 @@ class QuantizationAwareTraining(QuantizationCallback):
         smoothquant: float | None = None,
         adapters: Adapters = "merged",
         rotation: bool = False,
+        learn_scales: PointLike = None,
     ) -> None:
         settings = QuantizationSettings(
             mode,
@@ -196,8 +199,14 @@ class QuantizationAwareTraining(QuantizationCallback):
                 f"bias_correction_batches={bias_correction_batches!r} corrects biases where activations have fixed "
                 f"ranges, and this is kind={kind!r}: use 0."
             )
+        if learn_scales is not None and not settings.recipe.scheme.learned:
+            raise ConfigurationError(
+                f"learn_scales={learn_scales!r} says when scales begin to learn, and none do: give "
+                "scheme=Scheme(learned_step='lsq'), or leave it out."
+            )
         networks = Networks(settings)
-        self._driver = ScheduleDriver(QuantizationSchedule(start, freeze_observers, freeze_batchnorm))
+        schedule = QuantizationSchedule(start, freeze_observers, freeze_batchnorm, learn_scales)
+        self._driver = ScheduleDriver(schedule)
         floats = FloatWeights(networks, check_file("float_checkpoint", float_checkpoint))
         check_flag("reset_best_on_start", reset_best_on_start)
         self.reset_best_on_start = reset_best_on_start

@@ -162,12 +162,15 @@ def refuse_simulated(recipe: Recipe) -> None:
         )
 
 
-def set_phase(network: nn.Module, *, fake_quant: bool, observers: bool, batchnorm_frozen: bool) -> None:
-    """Switch rounding, the moving of ranges and the freezing of BatchNorm, in any prepared network."""
+def set_phase(
+    network: nn.Module, *, fake_quant: bool, observers: bool, batchnorm_frozen: bool, scales_learn: bool = True
+) -> None:
+    """Switch rounding, the moving of ranges, the freezing of BatchNorm and the beginning to learn of scales."""
     for module in network.modules():
         if isinstance(module, FakeQuantize):
             module.fake_quant_enabled = fake_quant
             module.observer_enabled = observers
+            module.may_learn = scales_learn
         elif isinstance(module, DynamicFakeQuantize):
             module.fake_quant_enabled = fake_quant
         elif isinstance(module, FreezableBatchNorm):

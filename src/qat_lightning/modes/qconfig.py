@@ -67,6 +67,7 @@ def activation_settings(recipe: Recipe) -> dict[str, Any]:
         "averaging_constant": recipe.scheme.averaging_constant,
         "percentile": recipe.scheme.activation_percentile,
         "learned": recipe.scheme.learned_step,
+        "learned_rate": recipe.scheme.learned_rate,
     }
 
 
@@ -76,4 +77,5 @@ def weight_settings(recipe: Recipe) -> dict[str, Any]:
         "source": "present",
         "clipped": recipe.scheme.chosen_weight_observer == "mse",
         "learned": recipe.scheme.learned_step,
+        "learned_rate": recipe.scheme.learned_rate,
     }

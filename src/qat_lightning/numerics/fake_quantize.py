@@ -24,6 +24,7 @@ from qat_lightning.numerics.ranges import (
     ObservedRange,
     PresentRange,
     RangeSource,
+    least_squares_of_batch,
     range_of,
 )
 from qat_lightning.numerics.recomputation import decided_once, recomputes
@@ -51,6 +52,7 @@ class FakeQuantize(_TorchFakeQuantizeBase):
         clipped: Whether ``source="present"`` takes the share of the range with the least mean squared error, which is
             chosen when fake-quantization is first enabled, and kept in the buffer ``clip``.
         learned: ``"none"``, ``"lsq"`` or ``"lsq+"``: see `LearnedStep`.
+        learned_rate: How many times as fast they learn as the optimizer's learning rate says.
         fixed_range: Smallest and largest value for ``source="fixed"``.
         is_dynamic: Accepted because upstream's converters pass it; only False is possible.
         factory_kwargs: The device that upstream's QAT layers pass, on which the buffers are made.
@@ -59,6 +61,7 @@ class FakeQuantize(_TorchFakeQuantizeBase):
         fake_quant_enabled: Whether `forward` rounds.
         observer_enabled: Whether `forward` moves the range (in training).
         observe_in_evaluation: Whether it does in evaluation as well.
+        may_learn: Whether a scale that learns begins to, once `forward` rounds in training.
         left_float: Whether it never rounds, because what it belongs to cannot be int8.
         is_shared: Whether it comes by several times in a forward pass of the example.
         course: What it knows of the network as a whole; None outside of a prepared network.
@@ -99,6 +102,7 @@ class FakeQuantize(_TorchFakeQuantizeBase):
         percentile: float = 99.99,
         clipped: bool = False,
         learned: Literal["none", "lsq", "lsq+"] = "none",
+        learned_rate: float = 1.0,
         fixed_range: tuple[float, float] | None = None,
         is_dynamic: bool = False,
         factory_kwargs: dict[str, Any] | None = None,
@@ -114,11 +118,12 @@ class FakeQuantize(_TorchFakeQuantizeBase):
         self.averaging_constant = averaging_constant
         self.percentile = percentile
         self.clipped = clipped
-        self.learned = learned
+        self.learned, self.learned_rate = learned, learned_rate
         self.is_dynamic = False
         self.fake_quant_enabled = True
         self.observer_enabled = True
         self.observe_in_evaluation = False
+        self.may_learn = True
         self.reduce_across_processes = False
         self.left_float = False
         self.is_shared = False
@@ -202,7 +207,8 @@ class FakeQuantize(_TorchFakeQuantizeBase):
 
     def _learned_step(self, channels: int | None) -> LearnedStep:
         moves = self.learned == "lsq+" and self.observed and not self.symmetric
-        return LearnedStep(channels, quant_min=self.quant_min, quant_max=self.quant_max, learn_zero_point=moves)
+        grid = {"quant_min": self.quant_min, "quant_max": self.quant_max}
+        return LearnedStep(channels, **grid, learn_zero_point=moves, rate=self.learned_rate)
 
     def range(self) -> tuple[Tensor, Tensor]:
         """Smallest and largest value that is represented, float32, shape ``()`` or ``(channels,)``."""
@@ -350,14 +356,16 @@ class FakeQuantize(_TorchFakeQuantizeBase):
         """Whether what comes by belongs to the training, also of a part that is kept in evaluation."""
         return self.training or (self.course is not None and self.course.trains)
 
-    def _beginning(self) -> tuple[Tensor, Tensor] | None:
+    def _beginning(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
         """Scale and zero point with which the step begins to learn now; None if it does not."""
-        if self.step is None or self.step.learns or not self._trains:
+        if self.step is None or self.step.learns or not (self._trains and self.may_learn):
             return None
         if self.is_shared and isinstance(self.origin, ObservedRange) and self.origin.passed is not None:
             # What this forward pass has shown so far is a part of the batch.
             (low, high, batches), *_ = self.origin.passed
             return self.grid.qparams(low, high) if bool(batches) else None
+        if isinstance(self.origin, ObservedRange) and self.quant_max - self.quant_min < 127:
+            return self.grid.qparams(*least_squares_of_batch(x, *self.range(), self.grid))
         return self.calculate_qparams()
 
     def round(self, x: Tensor) -> Tensor:
@@ -372,7 +380,7 @@ class FakeQuantize(_TorchFakeQuantizeBase):
             known = self.min_val <= self.max_val if torch.compiler.is_compiling() and self.observed else None
             return x if known is None else torch.where(known, self._on_grid(x, clamps=clamps), x)
         if self.step is not None:
-            beginning = self._beginning()
+            beginning = self._beginning(x)
             if beginning is not None:
                 self.step.begin(*beginning)
             if self.step.learns:

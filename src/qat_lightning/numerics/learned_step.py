@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from qat_lightning.numerics.grid import EPS, fake_quantize_learned
 
-RATE = 10.0
-"""How much faster than weights the parameters move: with Adam and a learning rate of 0.001, scales by 1 % a step."""
+_FIRST_FORM, _FORM = 1, 2
+"""How ``log_ratio`` stands for a scale: in the first form, which older checkpoints have, as ``exp(10 * log_ratio)``."""
 
 SLOWER_BELOW = 0.25
 """The share of the scale that it began with, below which plain SGD no longer moves a scale by its own size."""
@@ -40,23 +40,27 @@ class LearnedStep(nn.Module):
     Esser et al., 2020, https://arxiv.org/abs/1902.08153 (scale), and Bhalgat et al., 2020,
     https://arxiv.org/abs/2004.09576 (zero point). They begin at the observed range when fake-quantization is enabled.
 
-    The parameters are relative, ``scale = base_scale * exp(RATE * log_ratio)`` and
-    ``zero_point = base_zero_point + RATE * shift * (quant_max - quant_min)``, so that one learning rate suits scales of
-    any size with optimizers that normalize the gradient (Adam), and weight decay pulls to the observed range instead of
-    0. Gradients are scaled so that plain SGD moves the scale as in the papers, but never to 0: see `SLOWER_BELOW`.
+    The parameters are relative to the values that they begin with, so that one learning rate suits scales of any size
+    with optimizers that normalize the gradient (Adam), and weight decay pulls to the observed range instead of 0. With
+    ``u = rate * log_ratio`` a scale is ``base_scale * exp(u)`` where it shrinks and ``base_scale * (1 + u)`` where it
+    grows: it reaches 0 never, and no step of an optimizer makes it grow faster than in the paper. A zero point is
+    ``base_zero_point + rate * shift * (quant_max - quant_min)``. Gradients are scaled so that plain SGD moves the scale
+    ``rate`` times as fast as in the papers, but never to 0: see `SLOWER_BELOW`. A scale grows no further than to
+    where the largest value that the grid held in the beginning is still rounded to an integer other than 0.
 
     Args:
         channels: How many scales there are; None for one, of shape ``()``.
         quant_min: Smallest integer of the grid.
         quant_max: Largest integer.
         learn_zero_point: Whether the zero point is a parameter as well.
+        rate: How many times as fast they learn as the optimizer's learning rate says.
 
     Attributes:
         log_ratio: float32 parameter of shape ``()`` or ``(channels,)``, 0 in the beginning.
         shift: float32 parameter of the same shape, 0 in the beginning; None if only the scale learns.
         base_scale: float32 buffer.
         base_zero_point: float32 buffer.
-        learning: int64 buffer, 1 once they learn.
+        learning: int64 buffer, other than 0 once they learn.
     """
 
     log_ratio: nn.Parameter
@@ -65,10 +69,12 @@ class LearnedStep(nn.Module):
     base_zero_point: Tensor
     learning: Tensor
 
-    def __init__(self, channels: int | None, *, quant_min: int, quant_max: int, learn_zero_point: bool) -> None:
+    def __init__(
+        self, channels: int | None, *, quant_min: int, quant_max: int, learn_zero_point: bool, rate: float = 1.0
+    ) -> None:
         super().__init__()
         shape = () if channels is None else (channels,)
-        self.quant_min, self.quant_max = quant_min, quant_max
+        self.quant_min, self.quant_max, self.rate = quant_min, quant_max, rate
         self.largest_scale: float | None = None
         self.log_ratio = nn.Parameter(torch.zeros(shape))
         self.shift = nn.Parameter(torch.zeros(shape)) if learn_zero_point else None
@@ -100,7 +106,7 @@ class LearnedStep(nn.Module):
         """From now on the values are the optimizer's, beginning with these."""
         self.base_scale.copy_(scale)
         self.base_zero_point.copy_(zero_point)
-        self.learning.fill_(1)
+        self.learning.fill_(_FORM)
         self._learns = True
 
     def qparams(self) -> tuple[Tensor, Tensor]:
@@ -118,37 +124,61 @@ class LearnedStep(nn.Module):
 
     def _values(self, factor: float) -> tuple[Tensor, Tensor]:
         """Scale and zero point, whose gradients reach the parameters multiplied by what makes SGD's steps LSQ's."""
-        # From there down a scale moves the slower the smaller it is: divided by the square of what goes to 0, its
-        # gradient would become infinite.
-        present = (self.base_scale * (RATE * self.log_ratio.detach()).exp().clamp(min=SLOWER_BELOW)).square()
-        scale = self.base_scale * (RATE * _scaled_gradient(self.log_ratio, factor / (present * RATE**2))).exp()
+        u = self.rate * _limited(
+            self.log_ratio, factor / (self._slope().square() * self.rate), self._most() / self.rate
+        )
+        scale = self.base_scale * torch.where(u < 0, u.clamp(max=0.0).exp(), 1.0 + u)
         zero_point = self.base_zero_point
         if self.shift is not None:
-            steps = RATE * float(self.quant_max - self.quant_min)
-            zero_point = zero_point + steps * _scaled_gradient(self.shift, factor / (present * steps**2))
-        return scale.clamp(min=EPS, max=self.largest_scale), zero_point.clamp(self.quant_min, self.quant_max)
+            steps = self.rate * float(self.quant_max - self.quant_min)
+            scaled = factor * self.rate / (self._slope().square() * steps**2)
+            zero_point = zero_point + steps * _limited(self.shift, scaled, torch.full_like(self.shift, torch.inf))
+        return scale.clamp(min=EPS), zero_point.clamp(self.quant_min, self.quant_max)
+
+    def _slope(self) -> Tensor:
+        """What a scale changes by with ``u``; from `SLOWER_BELOW` down it moves the slower the smaller it is.
+
+        Divided by the square of what goes to 0, its gradient would become infinite.
+        """
+        return self.base_scale * (self.rate * self.log_ratio.detach()).clamp(max=0.0).exp().clamp(min=SLOWER_BELOW)
+
+    def _most(self) -> Tensor:
+        """The largest ``u``."""
+        ratio = torch.full_like(self.base_scale, max(1.0, (self.quant_max - self.quant_min) // 2))
+        if self.largest_scale is not None:
+            ratio = torch.minimum(ratio, self.largest_scale / self.base_scale)
+        return torch.where(ratio < 1, ratio.log(), ratio - 1)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LearnedStep:
         move_only(self, fn)
         return self
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self._learns = None
+        if f"{prefix}learning" in state_dict and int(self.learning) == _FIRST_FORM:
+            with torch.no_grad():
+                logarithm = 10.0 * self.log_ratio
+                self.log_ratio.copy_(torch.where(logarithm < 0, logarithm, logarithm.expm1()) / self.rate)
+                if self.shift is not None:
+                    self.shift.mul_(10.0 / self.rate)
+                self.learning.fill_(_FORM)
 
 
-def _scaled_gradient(x: Tensor, factor: Tensor) -> Tensor:
-    result: Tensor = _ScaledGradient.apply(x, factor)  # type: ignore[no-untyped-call]
+def _limited(x: Tensor, factor: Tensor, most: Tensor) -> Tensor:
+    result: Tensor = _Limited.apply(x, factor, most)  # type: ignore[no-untyped-call]
     return result
 
 
-class _ScaledGradient(torch.autograd.Function):
+class _Limited(torch.autograd.Function):
+    """A parameter up to its largest value, with a scaled gradient; at that value none that would have it grow."""
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, factor: Tensor) -> Tensor:
-        ctx.save_for_backward(factor)
-        return x.clone()
+    def forward(ctx: Any, x: Tensor, factor: Tensor, most: Tensor) -> Tensor:
+        ctx.save_for_backward(x, factor, most)
+        return torch.minimum(x, most)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        (factor,) = ctx.saved_tensors
-        return gradient * factor, None
+        x, factor, most = ctx.saved_tensors
+        return torch.where((x >= most) & (gradient < 0), 0.0, gradient * factor), None, None

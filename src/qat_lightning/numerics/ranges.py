@@ -21,6 +21,7 @@ from qat_lightning.numerics.observers import (
     least_squares_range,
     percentile_range,
 )
+from qat_lightning.processes import process_count
 
 RangeSource = Literal["moving_average", "min_max", "histogram_mse", "histogram_kl", "percentile", "present", "fixed"]
 
@@ -239,6 +240,39 @@ def range_of(
     if source == "present":
         return PresentRange()
     return ObservedRange(constant if source == "moving_average" else None, choose.get(source))
+
+
+@torch.no_grad()
+def least_squares_of_batch(x: Tensor, low: Tensor, high: Tensor, grid: IntegerGrid) -> tuple[Tensor, Tensor]:
+    """The part of an observed range whose grid has the least mean squared error on the values of one batch.
+
+    Args:
+        x: The values, of any shape and floating dtype; what is not finite is left out.
+        low: Smallest value observed, float32, shape ``()``.
+        high: Largest.
+        grid: What is rounded to.
+
+    Returns:
+        Smallest and largest value to represent, float32, shape ``()``; in several processes those of the first.
+
+    Example:
+        >>> grid = IntegerGrid(torch.uint8, 0, 15, torch.per_tensor_affine)
+        >>> x = torch.cat([torch.linspace(0, 1, 1000), torch.tensor([9.0])])
+        >>> low, high = least_squares_of_batch(x, x.min(), x.max(), grid)
+        >>> float(low), bool(high < 4)
+        (0.0, True)
+    """
+    values, histogram = x.detach().float().flatten(), Histogram()
+    histogram.observe(values[torch.isfinite(values)])
+    ends = (float(low), float(high))
+    if float(histogram.limit):
+        ends = least_squares_range(
+            histogram, *ends, quant_min=grid.quant_min, quant_max=grid.quant_max, symmetric=grid.symmetric
+        )
+    found = torch.tensor(ends, dtype=torch.float32, device=low.device)
+    if process_count() > 1:
+        torch.distributed.broadcast(found, src=0)
+    return found[0], found[1]
 
 
 def _within_percentile(histogram: Histogram, low: float, high: float, percentile: float) -> tuple[float, float]:

@@ -7,9 +7,9 @@ Example:
     >>> schedule = QuantizationSchedule(start=0.3, freeze_observers={"step": 70}, freeze_batchnorm=8)
     >>> plan = TrainingPlan(steps_per_epoch=10, max_epochs=10)
     >>> schedule.phase(step=29, epoch=2, plan=plan)
-    Phase(fake_quant=False, observers=True, batchnorm_frozen=False)
+    Phase(fake_quant=False, observers=True, batchnorm_frozen=False, scales_learn=True)
     >>> schedule.phase(step=80, epoch=8, plan=plan)
-    Phase(fake_quant=True, observers=False, batchnorm_frozen=True)
+    Phase(fake_quant=True, observers=False, batchnorm_frozen=True, scales_learn=True)
 """
 
 from __future__ import annotations
@@ -262,11 +262,13 @@ class Phase:
         fake_quant: Whether weights and activations are rounded.
         observers: Whether the ranges of activations still move.
         batchnorm_frozen: Whether BatchNorm's running statistics stand still and are used for normalizing.
+        scales_learn: Whether scales that learn begin to, once there is rounding.
     """
 
     fake_quant: bool
     observers: bool
     batchnorm_frozen: bool
+    scales_learn: bool = True
 
     def latched(self, earlier: Phase) -> Phase:
         """Keep what an earlier phase had reached, so that a longer plan does not undo it.
@@ -280,18 +282,19 @@ class Phase:
         Example:
             >>> now = Phase(fake_quant=False, observers=True, batchnorm_frozen=False)
             >>> now.latched(Phase(fake_quant=True, observers=False, batchnorm_frozen=False))
-            Phase(fake_quant=True, observers=False, batchnorm_frozen=False)
+            Phase(fake_quant=True, observers=False, batchnorm_frozen=False, scales_learn=True)
         """
         return Phase(
             fake_quant=self.fake_quant or earlier.fake_quant,
             observers=self.observers and earlier.observers,
             batchnorm_frozen=self.batchnorm_frozen or earlier.batchnorm_frozen,
+            scales_learn=self.scales_learn or earlier.scales_learn,
         )
 
 
 @dataclass(frozen=True, init=False)
 class QuantizationSchedule:
-    """The three points of quantization-aware training.
+    """The points of quantization-aware training.
 
     Observers run from the first step, whatever ``start`` is, so ranges are there when fake-quantization is enabled.
 
@@ -299,6 +302,7 @@ class QuantizationSchedule:
         start: When fake-quantization is enabled. ``None``: never.
         freeze_observers: When the ranges of activations stop. ``None``: never.
         freeze_batchnorm: When BatchNorm's statistics stop. ``None``: never; 0 keeps a pretrained network's.
+        learn_scales: When scales that learn begin to, not before ``start``. ``None``: with it.
 
     Raises:
         ConfigurationError: If one of them is no schedule point, or the ranges would freeze before any data was seen.
@@ -311,11 +315,17 @@ class QuantizationSchedule:
     start: SchedulePoint | None
     freeze_observers: SchedulePoint | None
     freeze_batchnorm: SchedulePoint | None
+    learn_scales: SchedulePoint | None
 
     def __init__(
-        self, start: PointLike = 0, freeze_observers: PointLike = None, freeze_batchnorm: PointLike = None
+        self,
+        start: PointLike = 0,
+        freeze_observers: PointLike = None,
+        freeze_batchnorm: PointLike = None,
+        learn_scales: PointLike = None,
     ) -> None:
         points = {"start": start, "freeze_observers": freeze_observers, "freeze_batchnorm": freeze_batchnorm}
+        points["learn_scales"] = learn_scales
         for name, value in points.items():
             object.__setattr__(self, name, SchedulePoint.parse(value, name=name))
         if self.freeze_observers is not None and self.freeze_observers.at == 0:
@@ -343,14 +353,17 @@ class QuantizationSchedule:
         Example:
             >>> plan = TrainingPlan(steps_per_epoch=10, max_epochs=2)
             >>> QuantizationSchedule(start=1).phase(step=10, epoch=1, plan=plan)
-            Phase(fake_quant=True, observers=True, batchnorm_frozen=False)
+            Phase(fake_quant=True, observers=True, batchnorm_frozen=False, scales_learn=True)
         """
 
         def on(name: str) -> bool:
             return reached(getattr(self, name), step=step, epoch=epoch, plan=plan, done=done, name=name)
 
         return Phase(
-            fake_quant=on("start"), observers=not on("freeze_observers"), batchnorm_frozen=on("freeze_batchnorm")
+            fake_quant=on("start"),
+            observers=not on("freeze_observers"),
+            batchnorm_frozen=on("freeze_batchnorm"),
+            scales_learn=self.learn_scales is None or on("learn_scales"),
         )
 
 

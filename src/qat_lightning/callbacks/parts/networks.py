@@ -24,7 +24,7 @@ from qat_lightning.processes import is_first_process
 from qat_lightning.rehearsal.auto import Decision
 from qat_lightning.settings.schedule import Phase
 
-BEFORE = Phase(fake_quant=False, observers=True, batchnorm_frozen=False)
+BEFORE = Phase(fake_quant=False, observers=True, batchnorm_frozen=False, scales_learn=False)
 """The phase in which every fit begins."""
 
 

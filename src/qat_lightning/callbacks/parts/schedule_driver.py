@@ -108,6 +108,7 @@ _LEFT = {
     "start": "the int8 network would not be trained for its grid",
     "freeze_observers": "the ranges of activations would move until the end",
     "freeze_batchnorm": "BatchNorm's statistics would move until the end",
+    "learn_scales": "no scale would learn",
 }
 
 
@@ -129,6 +130,7 @@ def unreached(
         "start": phase.fake_quant,
         "freeze_observers": not phase.observers,
         "freeze_batchnorm": phase.batchnorm_frozen,
+        "learn_scales": phase.scales_learn,
     }
     stoppers = _stoppers(trainer)
     for name, left in _LEFT.items():

@@ -126,7 +126,7 @@ class QuantizationAwareTraining(QuantizationCallback):
         adapters: How to treat peft's LoRA in kinds ``"dynamic"`` and ``"weight_only"``. ``"merged"``: the frozen weight
             plus its adapters is rounded in training, and stored as one integer layer without adapters. ``"float"``:
             the frozen weight is rounded, and the adapters stay float beside it, as in QLoRA.
-        learn_scales: The point at which learned scales (``Scheme(learned_step=…)``) start to learn, like ``start``. Until
+        learn_scales: When learned scales (``Scheme(learned_step=…)``) start to learn, a point like ``start``. Until
             then they follow weights and batches, as fixed scales do. None: when fake-quantization is enabled.
 
     Attributes:

@@ -260,5 +260,5 @@ def test_a_curve_needs_a_plan_with_an_end_before_the_first_step() -> None:
 
 
 def test_without_quantization_it_is_refused() -> None:
-    with pytest.raises(ConfigurationError, match="WeightOscillations goes with one QuantizationAwareTraining"):
+    with pytest.raises(ConfigurationError, match="WeightOscillations needs exactly one QuantizationAwareTraining"):
         trainer(WeightOscillations()).fit(Lit(), loader())

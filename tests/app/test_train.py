@@ -104,6 +104,19 @@ def test_a_run_takes_a_quantizer_of_the_users(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_run_takes_bits_for_single_layers(tmp_path: Path) -> None:
+    overrides = "quantization.scheme.overrides={net.head:{weight_bits:4},net.stages.*:{weight_bits:4},net.stem:float}"
+    done = train(tmp_path, "method=qat", "logger=csv", *FAST, overrides)
+    assert done.returncode == 0, done.stderr
+    path = tmp_path / "out" / "model.int8"
+    loaded = load_quantized(path)
+    assert loaded.recipe.scheme.of("net.stages.0.expand.0").weight_bits == 4
+    assert not next(row for row in loaded.coverage if row.name == "stem.0").quantized
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert result["metrics"]["int8/size_mb"] == path.stat().st_size / 1e6
+
+
+@pytest.mark.slow
 def test_a_run_with_the_csv_logger_keeps_metrics_and_configuration(tmp_path: Path) -> None:
     done = train(tmp_path, "method=float", "logger=csv", *FAST)
     assert done.returncode == 0, done.stderr

@@ -6,7 +6,6 @@ Dynamic linear layers have the ops that X86InductorQuantizer and XNNPACKQuantize
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -49,6 +48,7 @@ from qat_lightning.modes.uncalibrated.checking import (
 )
 from qat_lightning.modes.uncalibrated.eager import Shares, cover, float_copy
 from qat_lightning.modes.uncalibrated.macs import with_macs
+from qat_lightning.modes.uncalibrated.pt2e_nodes import EPS, dequantized, integer_weight, rounded_dynamically
 from qat_lightning.modes.verify import Recorder
 from qat_lightning.modes.whole import check_whole, is_right, raise_if_wrong
 from qat_lightning.settings.backends import Backend
@@ -56,8 +56,6 @@ from qat_lightning.settings.recipe import Recipe
 
 aten = torch.ops.aten
 ops = torch.ops.quantized_decomposed
-
-_EPS = float(torch.finfo(torch.float32).eps)
 
 
 def quantize_pt2e(
@@ -171,14 +169,6 @@ def _value(graph_module: fx.GraphModule, node: fx.Node) -> Any:
     return getattr(graph_module.get_submodule(holder), leaf)
 
 
-def _constant(graph_module: fx.GraphModule, name: str, value: Tensor) -> fx.Node:
-    name = name.replace(".", "_")
-    while hasattr(graph_module, name):
-        name += "_"
-    graph_module.register_buffer(name, value)
-    return graph_module.graph.get_attr(name)
-
-
 Done = dict[str, list[tuple[fx.Node, Any]]]
 """For each full name of a weight the nodes to check, and what their values are compared with."""
 
@@ -197,8 +187,8 @@ def _make_dynamic(
             integers, scales, _ = quantize_rows(_value(graph_module, node), grid, shares.get(names[0]))
             quantized = (integers, scales[:, 0].clone())
             with graph_module.graph.inserting_before(linear):
-                weight = _integer_weight(graph_module, names[0], quantized, grid)
-                rounded = _rounded(graph_module.graph, linear.args[0], limits)
+                weight = integer_weight(graph_module, names[0], quantized, grid)
+                rounded = rounded_dynamically(graph_module.graph, linear.args[0], limits)
             linear.args = (rounded, weight, *linear.args[2:])
             for name in names:
                 done.setdefault(name, []).append((linear, quantized))
@@ -208,30 +198,6 @@ def _make_dynamic(
 def _value_dims(node: fx.Node) -> int:
     value = node.meta.get("val")
     return value.dim() if isinstance(value, Tensor) else 2
-
-
-def _integer_weight(
-    graph_module: fx.GraphModule, name: str, quantized: tuple[Tensor, Tensor], grid: WeightGrid
-) -> fx.Node:
-    integers, scales = quantized
-    parts = [
-        _constant(graph_module, f"{name}_integers", integers),
-        _constant(graph_module, f"{name}_scales", scales),
-        _constant(graph_module, f"{name}_zero_points", torch.zeros_like(scales, dtype=torch.int64)),
-    ]
-    return graph_module.graph.call_function(
-        ops.dequantize_per_channel.default, (*parts, 0, grid.quant_min, grid.quant_max, torch.int8)
-    )
-
-
-def _rounded(graph: fx.Graph, source: Any, limits: tuple[int, int, torch.dtype]) -> fx.Node:
-    low, high, dtype = limits
-    qparams = graph.call_function(ops.choose_qparams.tensor, (source, low, high, _EPS, dtype))
-    scale = graph.call_function(operator.getitem, (qparams, 0))
-    zero_point = graph.call_function(operator.getitem, (qparams, 1))
-    grid = (scale, zero_point, low, high, dtype)
-    integers = graph.call_function(ops.quantize_per_tensor.tensor, (source, *grid))
-    return graph.call_function(ops.dequantize_per_tensor.tensor, (integers, *grid))
 
 
 def _make_weight_only(graph_module: fx.GraphModule, uses: Uses, grid_of: GridOf, shares: Mapping[str, Tensor]) -> Done:
@@ -247,50 +213,13 @@ def _make_weight_only(graph_module: fx.GraphModule, uses: Uses, grid_of: GridOf,
         stored = store(integers, grid)
         points = None if grid.symmetric else zero_points
         with graph_module.graph.inserting_before(node):
-            made = _dequantized(graph_module, chosen[0].name, (stored, scales, points), weight.shape, groups, grid)
+            made = dequantized(graph_module, chosen[0].name, (stored, scales, points), weight.shape, groups, grid)
         for use in chosen:
             use.node.replace_input_with(node, made)
         rows = dequantize_rows(stored, scales, points, integers.shape[1], grid)
         for name in dict.fromkeys(use.name for use in chosen):
             done.setdefault(name, []).append((made, weight_of_rows(rows, weight.shape, groups)))
     return done
-
-
-def _dequantized(
-    graph_module: fx.GraphModule,
-    name: str,
-    parts: tuple[Tensor, Tensor, Tensor | None],
-    shape: torch.Size,
-    groups: int,
-    grid: WeightGrid,
-) -> fx.Node:
-    """`dequantize_rows` and `weight_of_rows` as nodes."""
-    stored, scales, points = parts
-    graph, rows = graph_module.graph, stored.shape[0]
-    call = graph.call_function
-    node = _constant(graph_module, f"{name}_integers", stored)
-    if grid.packs:
-        low = call(aten.bitwise_and.Scalar, (node, 15))
-        high = call(aten.bitwise_right_shift.Tensor_Scalar, (node, 4))
-        both = call(aten.stack.default, ([low, high], -1))
-        node = call(aten.sub.Scalar, (_float(graph, both), 8.0))
-    else:
-        node = _float(graph, node)
-    node = call(aten.reshape.default, (node, [rows, scales.shape[1], -1]))
-    if points is not None:
-        offset = _float(graph, _constant(graph_module, f"{name}_zero_points", points[..., None]))
-        node = call(aten.sub.Tensor, (node, offset))
-    node = call(aten.mul.Tensor, (node, _constant(graph_module, f"{name}_scales", scales[..., None])))
-    node = call(aten.reshape.default, (node, [rows, -1]))
-    node = call(aten.slice.Tensor, (node, 1, 0, shape.numel() // rows))
-    if groups:
-        node = call(aten.reshape.default, (node, [groups, shape[1], shape[0] // groups, -1]))
-        node = call(aten.transpose.int, (node, 1, 2))
-    return call(aten.reshape.default, (node, list(shape)))
-
-
-def _float(graph: fx.Graph, node: fx.Node) -> fx.Node:
-    return graph.call_function(aten._to_copy.default, (node,), {"dtype": torch.float32})
 
 
 def _after(row: LayerCoverage, network: nn.Module, used: set[str], done: Done, recipe: Recipe) -> LayerCoverage:
@@ -388,7 +317,7 @@ def _linear_in_float64(
     x = disturb(recorder.values[rounded.args[0].args[0].name])
     low, high = target.activation_limits
     scale, zero_point = (
-        part.double() for part in ops.choose_qparams.tensor(x, low, high, _EPS, target.activation_dtype)
+        part.double() for part in ops.choose_qparams.tensor(x, low, high, EPS, target.activation_dtype)
     )
     integers = (torch.round(x.double() / scale) + zero_point).clamp(low, high)
     bias: Any = node.args[2] if len(node.args) > 2 else None

@@ -1,0 +1,102 @@
+"""Integer weights and their rounding as nodes of an exported graph."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+import torch.ao.quantization.fx._decomposed  # registers quantized_decomposed
+from torch import Tensor, fx
+
+from qat_lightning.layers.integer.weights import WeightGrid
+
+aten = torch.ops.aten
+ops = torch.ops.quantized_decomposed
+
+EPS = float(torch.finfo(torch.float32).eps)
+"""The smallest scale that upstream finds for a range."""
+
+
+def _constant(graph_module: fx.GraphModule, name: str, value: Tensor) -> fx.Node:
+    name = name.replace(".", "_")
+    while hasattr(graph_module, name):
+        name += "_"
+    graph_module.register_buffer(name, value)
+    return graph_module.graph.get_attr(name)
+
+
+def integer_weight(
+    graph_module: fx.GraphModule, name: str, quantized: tuple[Tensor, Tensor], grid: WeightGrid
+) -> fx.Node:
+    """A weight as int8 constants with a scale for each output, made float where a kernel takes it.
+
+    Args:
+        graph_module: Gets the constants; nodes go where its graph inserts.
+        name: Of the weight.
+        quantized: Its integers and its scales.
+        grid: What they are on.
+    """
+    integers, scales = quantized
+    parts = [
+        _constant(graph_module, f"{name}_integers", integers),
+        _constant(graph_module, f"{name}_scales", scales),
+        _constant(graph_module, f"{name}_zero_points", torch.zeros_like(scales, dtype=torch.int64)),
+    ]
+    return graph_module.graph.call_function(
+        ops.dequantize_per_channel.default, (*parts, 0, grid.quant_min, grid.quant_max, torch.int8)
+    )
+
+
+def rounded_dynamically(graph: fx.Graph, source: Any, limits: tuple[int, int, torch.dtype]) -> fx.Node:
+    """A value rounded to the range that it has in each call.
+
+    Args:
+        graph: Gets the nodes.
+        source: The value.
+        limits: Smallest and largest integer, and their dtype.
+    """
+    low, high, dtype = limits
+    qparams = graph.call_function(ops.choose_qparams.tensor, (source, low, high, EPS, dtype))
+    scale = graph.call_function(operator.getitem, (qparams, 0))
+    zero_point = graph.call_function(operator.getitem, (qparams, 1))
+    grid = (scale, zero_point, low, high, dtype)
+    integers = graph.call_function(ops.quantize_per_tensor.tensor, (source, *grid))
+    return graph.call_function(ops.dequantize_per_tensor.tensor, (integers, *grid))
+
+
+def dequantized(
+    graph_module: fx.GraphModule,
+    name: str,
+    parts: tuple[Tensor, Tensor, Tensor | None],
+    shape: torch.Size,
+    groups: int,
+    grid: WeightGrid,
+) -> fx.Node:
+    """`dequantize_rows` and `weight_of_rows` as nodes."""
+    stored, scales, points = parts
+    graph, rows = graph_module.graph, stored.shape[0]
+    call = graph.call_function
+    node = _constant(graph_module, f"{name}_integers", stored)
+    if grid.packs:
+        low = call(aten.bitwise_and.Scalar, (node, 15))
+        high = call(aten.bitwise_right_shift.Tensor_Scalar, (node, 4))
+        both = call(aten.stack.default, ([low, high], -1))
+        node = call(aten.sub.Scalar, (_float(graph, both), 8.0))
+    else:
+        node = _float(graph, node)
+    node = call(aten.reshape.default, (node, [rows, scales.shape[1], -1]))
+    if points is not None:
+        offset = _float(graph, _constant(graph_module, f"{name}_zero_points", points[..., None]))
+        node = call(aten.sub.Tensor, (node, offset))
+    node = call(aten.mul.Tensor, (node, _constant(graph_module, f"{name}_scales", scales[..., None])))
+    node = call(aten.reshape.default, (node, [rows, -1]))
+    node = call(aten.slice.Tensor, (node, 1, 0, shape.numel() // rows))
+    if groups:
+        node = call(aten.reshape.default, (node, [groups, shape[1], shape[0] // groups, -1]))
+        node = call(aten.transpose.int, (node, 1, 2))
+    return call(aten.reshape.default, (node, list(shape)))
+
+
+def _float(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    return graph.call_function(aten._to_copy.default, (node,), {"dtype": torch.float32})

@@ -314,6 +314,16 @@ def run_oscillating(mode: str) -> dict[str, Tensor]:
     return ended | {f"{name} {key}": tensor for name, of in states.items() for key, tensor in of.items()}
 
 
+def run_few_bits() -> dict[str, Tensor]:
+    """Scales of 4-bit activations begin at the least squared error on the first process's part of a batch."""
+    torch.manual_seed(0)
+    module = LitHalves(Plain())
+    scheme = Scheme(weight_bits=4, activation_bits=4, learned_step="lsq")
+    callback = qat("fx", example_inputs=IMAGES, scheme=scheme, learn_scales={"step": 3})
+    trainer(callback, strategy="ddp", devices=2, use_distributed_sampler=False).fit(module)
+    return {key: value for key, value in module.state_dict().items() if isinstance(value, Tensor)}
+
+
 class CountCompiled(Callback):
     """How many steps ran compiled."""
 
@@ -404,6 +414,7 @@ if __name__ == "__main__":
         torch.save(ended, Path(sys.argv[1], f"{torch.distributed.get_rank()}.pt"))
     elif sys.argv[2:] == ["oscillating"]:
         ended = {mode: run_oscillating(mode) for mode in MODES}
+        ended["few bits"] = run_few_bits()
         torch.save(ended, Path(sys.argv[1], f"{torch.distributed.get_rank()}.pt"))
     elif sys.argv[2:3] == ["synchronized"]:
         ended = {mode: run_synchronized(mode, 2) for mode in sys.argv[3:]}

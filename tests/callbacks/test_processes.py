@@ -195,10 +195,18 @@ def test_both_freeze_the_same_weights(tmp_path: Path) -> None:
     _run_two(tmp_path, "oscillating", compile="0")
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     for mode in MODES:
-        assert first[mode].keys() == second[mode].keys()
         assert sum(int(tensor.sum()) for key, tensor in first[mode].items() if key.endswith(" frozen")) > 0
-        for key, tensor in first[mode].items():
-            assert torch.equal(tensor, second[mode][key]), (mode, key)
+    assert_alike(first, second)
+    learning = [bool(tensor) for key, tensor in first["few bits"].items() if key.endswith("step.learning")]
+    assert learning
+    assert all(learning), "and scales of few bits begin alike"
+
+
+def assert_alike(first: dict[str, Any], second: dict[str, Any]) -> None:
+    for name, tensors in first.items():
+        assert tensors.keys() == second[name].keys()
+        for key, tensor in tensors.items():
+            assert torch.equal(tensor, second[name][key]), (name, key)
 
 
 def test_learned_scales_in_eager_mode_are_refused() -> None:

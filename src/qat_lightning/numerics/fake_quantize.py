@@ -365,7 +365,9 @@ class FakeQuantize(_TorchFakeQuantizeBase):
             (low, high, batches), *_ = self.origin.passed
             return self.grid.qparams(low, high) if bool(batches) else None
         if isinstance(self.origin, ObservedRange) and self.quant_max - self.quant_min < 127:
-            return self.grid.qparams(*least_squares_of_batch(x, *self.range(), self.grid))
+            # What runs in one process by itself, such as a rehearsal, must not wait for the others.
+            alike = self.reduce_across_processes and process_count() > 1
+            return self.grid.qparams(*least_squares_of_batch(x, *self.range(), self.grid, of_first=alike))
         return self.calculate_qparams()
 
     def round(self, x: Tensor) -> Tensor:

@@ -21,7 +21,6 @@ from qat_lightning.numerics.observers import (
     least_squares_range,
     percentile_range,
 )
-from qat_lightning.processes import process_count
 
 RangeSource = Literal["moving_average", "min_max", "histogram_mse", "histogram_kl", "percentile", "present", "fixed"]
 
@@ -243,7 +242,9 @@ def range_of(
 
 
 @torch.no_grad()
-def least_squares_of_batch(x: Tensor, low: Tensor, high: Tensor, grid: IntegerGrid) -> tuple[Tensor, Tensor]:
+def least_squares_of_batch(
+    x: Tensor, low: Tensor, high: Tensor, grid: IntegerGrid, *, of_first: bool = False
+) -> tuple[Tensor, Tensor]:
     """The part of an observed range whose grid has the least mean squared error on the values of one batch.
 
     Args:
@@ -251,13 +252,14 @@ def least_squares_of_batch(x: Tensor, low: Tensor, high: Tensor, grid: IntegerGr
         low: Smallest value observed, float32, shape ``()``.
         high: Largest.
         grid: What is rounded to.
+        of_first: Whether to take the result of the first process, which all processes then have to ask for.
 
     Returns:
-        Smallest and largest value to represent, float32, shape ``()``; in several processes those of the first.
+        Smallest and largest value to represent, float32, shape ``()``.
 
     Example:
         >>> grid = IntegerGrid(torch.uint8, 0, 15, torch.per_tensor_affine)
-        >>> x = torch.cat([torch.linspace(0, 1, 1000), torch.tensor([9.0])])
+        >>> x = torch.cat([torch.linspace(0, 1, 10000), torch.tensor([9.0])])
         >>> low, high = least_squares_of_batch(x, x.min(), x.max(), grid)
         >>> float(low), bool(high < 4)
         (0.0, True)
@@ -270,7 +272,7 @@ def least_squares_of_batch(x: Tensor, low: Tensor, high: Tensor, grid: IntegerGr
             histogram, *ends, quant_min=grid.quant_min, quant_max=grid.quant_max, symmetric=grid.symmetric
         )
     found = torch.tensor(ends, dtype=torch.float32, device=low.device)
-    if process_count() > 1:
+    if of_first:
         torch.distributed.broadcast(found, src=0)
     return found[0], found[1]
 

@@ -15,6 +15,8 @@ from qat_lightning.ladder.choice import Attempt, Step, expected_minutes, nearest
 from qat_lightning.ladder.judgement import Drop
 from qat_lightning.ladder.plan import Plan
 from qat_lightning.ladder.rungs import RUNGS, Known
+from qat_lightning.ladder.timing import quietest
+from qat_lightning.run.evaluate import SPREAD
 
 KNOWN = Known(files=("torchscript",), ranking=tuple(f"net.{i}" for i in range(20)), bits={})
 
@@ -205,3 +207,20 @@ def test_a_plan_is_a_file_and_words() -> None:
     plan = Plan("pt2e", "x86", scheme=Scheme(weight_bits=4), exclude=("a", "b")).trained(8)
     assert Plan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
     assert plan.words() == ("pt2e x86, static, 4-bit weights, 2 layers float, trained 8 epochs from the float network")
+
+
+def test_a_speed_that_was_measured_on_a_busy_machine_is_called_uncertain() -> None:
+    step = next_step([], Plan(), Target(min_speedup=2), KNOWN)
+    assert step is not None
+    quiet = replace(measured(step, 0.0, speedup=3.0), metrics={SPREAD: 0.05})
+    busy = replace(quiet, metrics={SPREAD: 0.8})
+    assert quiet.verdict(Target(min_speedup=2)) == "keeps the target"
+    assert busy.verdict(Target(min_speedup=2)) == "keeps the target, the speed-up is uncertain on this busy machine"
+    assert "uncertain" not in busy.verdict(Target(max_drop=0.1))
+
+
+def test_noisy_speeds_are_measured_again_and_the_quietest_is_kept() -> None:
+    spreads = iter([0.9, 0.4, 0.6, 0.0])
+    assert quietest(lambda: {SPREAD: next(spreads)}) == {SPREAD: 0.4}
+    assert next(spreads) == 0.0
+    assert quietest(lambda: {"speedup": 2.0}) == {"speedup": 2.0}

@@ -11,6 +11,7 @@ from qat_lightning.ladder.judgement import Drop
 from qat_lightning.ladder.plan import Plan
 from qat_lightning.ladder.rungs import OTHER_MODE, RUNGS, STATIC, Known, Need, Rung
 from qat_lightning.ladder.target import LIMITS, Limit, Target
+from qat_lightning.ladder.timing import is_noisy
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,17 @@ class Attempt:
         words = "keeps the target" if not missed else f"misses {' and '.join(missed)}"
         open_ = "drop" in missed or not missed
         doubt = self.drop is not None and self.drop.undecided(target.max_drop) and open_
-        cut = ", its training was cut short" if self.cut_short else ""
-        return f"{words}{', the drop is undecided' if doubt else ''}{cut}"
+        said = [
+            words,
+            *(["the drop is undecided"] if doubt else []),
+            *(
+                ["the speed-up is uncertain on this busy machine"]
+                if target.min_speedup and is_noisy(self.metrics)
+                else []
+            ),
+            *(["its training was cut short"] if self.cut_short else []),
+        ]
+        return ", ".join(said)
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""

@@ -29,6 +29,7 @@ from qat_lightning.ladder.parts import Parts, validate_parts, validate_whole
 from qat_lightning.ladder.plan import Plan
 from qat_lightning.ladder.standing import StandingIn
 from qat_lightning.ladder.store import NETWORK
+from qat_lightning.ladder.timing import quietest
 from qat_lightning.numerics.sqnr import EQUAL_DB
 from qat_lightning.recipes.adaround import AdaRound
 from qat_lightning.rehearsal.rehearse import OnFault
@@ -226,7 +227,7 @@ class Workshop:
         metrics = {f"int8/{key}": value for key, value in whole.items()}
         call = (network.example.args, network.example.kwargs)
         if result is None:
-            metrics |= measure_networks({"float": self.network, "int8": network}, [call])
+            metrics |= quietest(lambda: measure_networks({"float": self.network, "int8": network}, [call]))
             return Measured(parts, finite(metrics), metrics.get("speedup"), metrics.get("int8/size_mb"))
         figures = result.figures()
         metrics |= {f"{plan.file}/{key}": value for key, value in figures.items()}

@@ -1,0 +1,33 @@
+"""Speeds that are measured again where something else ran on the machine meanwhile."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from qat_lightning.compare.noise import LARGEST_SPREAD
+from qat_lightning.run.evaluate import SPREAD
+
+_TIMES = 3
+
+
+def quietest(measure: Callable[[], dict[str, float]], times: int = _TIMES) -> dict[str, float]:
+    """The first measurement whose latencies vary little, or the one in which they vary least.
+
+    Args:
+        measure: Returns metrics, among them `SPREAD`: the interquartile range of latencies as a share of their median.
+        times: How often at most.
+
+    Example:
+        >>> spreads = iter([0.9, 0.1, 0.0])
+        >>> quietest(lambda: {SPREAD: next(spreads)})[SPREAD]
+        0.1
+    """
+    found = [measure()]
+    while is_noisy(found[-1]) and len(found) < times:
+        found.append(measure())
+    return min(found, key=lambda metrics: metrics.get(SPREAD, 0.0))
+
+
+def is_noisy(metrics: dict[str, float]) -> bool:
+    """Whether latencies varied so much while they were measured that they say little."""
+    return metrics.get(SPREAD, 0.0) > LARGEST_SPREAD

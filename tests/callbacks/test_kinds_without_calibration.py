@@ -142,7 +142,7 @@ def test_globs_are_relative_to_the_lightning_module() -> None:
 
 
 def test_what_cannot_be_is_an_error_before_a_step_is_trained() -> None:
-    with pytest.raises(ConfigurationError, match=r"kind='weight_only' is not there.*use kind="):
+    with pytest.raises(ConfigurationError, match=r"kind='weight_only' is not supported for .*use kind="):
         PostTrainingQuantization(mode="pt2e", backend="xnnpack", kind="weight_only")
     with pytest.raises(ConfigurationError, match=r"use scheme\.weight_symmetric=True"):
         PostTrainingQuantization(kind="dynamic", scheme=Scheme(weight_symmetric=False))

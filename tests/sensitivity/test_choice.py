@@ -8,7 +8,7 @@ import sys
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from qat_lightning.errors import MissingExtraError
@@ -41,6 +41,7 @@ def every_choice(costs: Any, limits: Limits) -> list[tuple[int, ...]]:
 
 
 @settings(max_examples=150, deadline=None)
+@example([[Cost()], [Cost(size=1), Cost(loss=0.001)]], math.inf, 0.9999999999999999, math.inf, "loss")
 @given(COSTS, LIMIT, LIMIT, LIMIT, st.sampled_from(["loss", "size", "time"]))
 def test_no_choice_is_better(costs: Any, loss: float, size: float, time: float, goal: Any) -> None:
     shares = {"loss": loss, "size": size, "time": time}

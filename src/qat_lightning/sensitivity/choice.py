@@ -12,7 +12,9 @@ import numpy as np
 from qat_lightning.errors import MissingExtraError
 
 _TRIES = 20
-"""How often a limit is drawn in by what the solver's tolerance let through."""
+"""How many choices that only the solver's tolerance let through are forbidden one by one."""
+_TOLERANCE = 1e-5
+"""By how much of its largest cost a limit is drawn in after that; the solver's own tolerance is 1e-6."""
 
 
 @dataclass(frozen=True)
@@ -92,40 +94,44 @@ def _held(limits: Limits, goal: Goal, reached: float) -> Limits:
 
 
 def _solve(costs: Sequence[Sequence[Cost]], limits: Limits, goal: Goal) -> tuple[int, ...] | None:
-    """`choose` without a second goal; a choice is checked without the solver's tolerance."""
+    """`choose` without a second goal; a choice is checked without the solver's tolerance.
+
+    One that is past a limit by less than that is forbidden, and the solver asked again. Where there are many such, all
+    that come as near to the limit are given up.
+    """
     names: tuple[Goal, ...] = ("loss", "size", "time")
-    kept = [name for name in names if math.isfinite(getattr(limits, name))]
-    drawn_in = dict.fromkeys(kept, 0.0)
+    at_most = {name: getattr(limits, name) for name in names if math.isfinite(getattr(limits, name))}
+    forbidden: list[tuple[int, ...]] = []
     for _ in range(_TRIES):
-        found = _milp(costs, {name: getattr(limits, name) - drawn_in[name] for name in kept}, goal)
-        if found is None:
-            return None
-        over = {name: total(costs, found, name) - getattr(limits, name) for name in kept}
-        past = {name: excess for name, excess in over.items() if excess > 0}
-        if not past:
+        found = _milp(costs, at_most, goal, forbidden)
+        if found is None or all(total(costs, found, name) <= most for name, most in at_most.items()):
             return found
-        for name, excess in past.items():
-            drawn_in[name] = max(2 * drawn_in[name], 2 * excess)
-    return None
+        forbidden.append(found)
+    return _milp(costs, {name: most - _TOLERANCE * _scale(costs, name) for name, most in at_most.items()}, goal, [])
 
 
-def _milp(costs: Sequence[Sequence[Cost]], at_most: dict[Goal, float], goal: Goal) -> tuple[int, ...] | None:
+def _milp(
+    costs: Sequence[Sequence[Cost]], at_most: dict[Goal, float], goal: Goal, forbidden: Sequence[tuple[int, ...]]
+) -> tuple[int, ...] | None:
     try:
         from scipy.optimize import Bounds, LinearConstraint, milp
     except ImportError as error:
         raise MissingExtraError("Choosing bits needs scipy: pip install 'qat-lightning[sensitivity]'.") from error
     counts = [len(row) for row in costs]
+    ends = np.cumsum(counts)
     one_each = np.zeros((len(costs), sum(counts)))
-    for layer, (count, end) in enumerate(zip(counts, np.cumsum(counts), strict=True)):
+    for layer, (count, end) in enumerate(zip(counts, ends, strict=True)):
         one_each[layer, end - count : end] = 1
     constraints = [LinearConstraint(one_each, 1, 1)]
     for name, most in at_most.items():
-        values = _column(costs, name)
-        scale = float(np.abs(values).max()) or 1.0
-        constraints.append(LinearConstraint(values[None] / scale, -np.inf, most / scale))
-    objective = _column(costs, goal)
+        scale = _scale(costs, name)
+        constraints.append(LinearConstraint(_column(costs, name)[None] / scale, -np.inf, most / scale))
+    for choice in forbidden:
+        chosen = np.zeros((1, sum(counts)))
+        chosen[0, ends - counts + np.array(choice)] = 1
+        constraints.append(LinearConstraint(chosen, -np.inf, len(costs) - 1))
     result = milp(
-        objective / (float(np.abs(objective).max()) or 1.0),
+        _column(costs, goal) / _scale(costs, goal),
         integrality=np.ones(sum(counts)),
         bounds=Bounds(0, 1),
         constraints=constraints,
@@ -133,8 +139,11 @@ def _milp(costs: Sequence[Sequence[Cost]], at_most: dict[Goal, float], goal: Goa
     )
     if result.x is None:
         return None
-    ends = np.cumsum(counts)
     return tuple(int(np.argmax(result.x[end - count : end])) for count, end in zip(counts, ends, strict=True))
+
+
+def _scale(costs: Sequence[Sequence[Cost]], name: Goal) -> float:
+    return float(np.abs(_column(costs, name)).max()) or 1.0
 
 
 def _column(costs: Sequence[Sequence[Cost]], name: Goal) -> np.ndarray[tuple[int], np.dtype[np.float64]]:

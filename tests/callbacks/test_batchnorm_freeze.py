@@ -74,7 +74,7 @@ def test_statistics_are_those_of_the_recent_batches(mode: str, make: Any, caplog
     torch.testing.assert_close(frozen, own, rtol=0.1, atol=0)
     assert torch.equal(frozen, last)
     assert "had not settled (in standard deviations: 'features.1' by" in caplog.text
-    assert "those of the last 6 batches now" in caplog.text
+    assert "replaced by those of the last 6 batches" in caplog.text
 
 
 def test_what_has_settled_is_left_as_it_is_bit_by_bit() -> None:

@@ -167,8 +167,8 @@ def test_learned_scales_are_those_of_one_process_with_the_doubled_batch(mode: st
     assert any(key.endswith("log_ratio") and bool(value.any()) for key, value in one.items())
     for key, expected in one.items():
         assert torch.equal(first[key], second[key]), key
-        # A value between two points of a grid, which the last bit of a float decides, is a step in the int8 outputs, and
-        # moves a scale that learns fast.
+        # A value between two points of a grid, which the last bit of a float decides, is a step in the int8 outputs and
+        # for a scale that learns fast.
         near = {"rtol": 1e-2 if key.endswith("log_ratio") else 1e-3, "atol": 3e-2 if key == "int8" else 1e-4}
         torch.testing.assert_close(first[key], expected, **near, msg=key)
 

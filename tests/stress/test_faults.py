@@ -269,7 +269,7 @@ def test_the_fit_goes_on_after_an_interruption(
     caplog.set_level("INFO", "lightning.pytorch")
     with pytest.raises(raised):
         trainer(callback, at, _saving(tmp_path), enable_checkpointing=True).fit(module, loader(), loader())
-    assert "broken off at step 4" in caplog.text
+    assert "interrupted at step 4" in caplog.text
     assert is_prepared(module.net)
     assert callback.prepared is module.net
     assert not {"forward", "configure_model", "log", "log_dict"} & set(module.__dict__)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 _INT32 = 2**31 - 1
-_MOVES = ("Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Slice", "Expand", "Identity")
+_MOVES = ("Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Slice", "Gather", "Split", "Expand", "Identity")
 """Ops whose output holds values of their first input and no others."""
 
 

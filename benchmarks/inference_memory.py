@@ -25,7 +25,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.machine import describe
+from benchmarks.machine import describe, resident
 
 IN_PROCESS = ("eager", "fx", "pt2e")
 FILES = {"torchscript": "fx", "pt2": "pt2e", "onnx": "fx", "openvino": "fx", "executorch": "pt2e"}
@@ -111,8 +111,6 @@ def load(what: str, mode: str, kind: str, which: str, folder: Path, network: str
 def worker(row: list[str], folder: Path, network: str) -> dict[str, int]:
     """Measure one file with one size of the batch."""
     import torch
-
-    from benchmarks.memory import resident
 
     what, mode, kind, batch = row[0], row[1], row[2], int(row[3])
     warnings.filterwarnings("ignore")

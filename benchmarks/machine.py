@@ -19,3 +19,9 @@ def describe() -> str:
         f"{name or platform.processor() or platform.machine()} ({', '.join(sets) or 'no int8 instructions known'}), "
         f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}"
     )
+
+
+def resident(key: str) -> int:
+    """Bytes of this process: ``VmRSS`` now, ``VmHWM`` at the highest."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith(f"{key}:")).split()[1])

@@ -25,16 +25,10 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import inference_memory
-from benchmarks.machine import describe
+from benchmarks.machine import describe, resident
 from benchmarks.qat_step import OURS, PEERS, add_arguments, ask_worker, prepare, step_of
 
 ROWS = ["float", *(row for row in OURS if "compile" not in row), "fx, compile", *PEERS]
-
-
-def resident(key: str) -> int:
-    """Bytes of this process: ``VmRSS`` now, ``VmHWM`` at the highest."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * int(next(line for line in lines if line.startswith(f"{key}:")).split()[1])
 
 
 def worker(row: str, options: argparse.Namespace) -> dict[str, int]:

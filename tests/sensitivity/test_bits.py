@@ -27,6 +27,7 @@ from qat_lightning.sensitivity.bits import bits_within, bytes_in_file
 from qat_lightning.sensitivity.draw import draw_bits
 from tests.configs.conftest import composed  # noqa: F401 (a fixture)
 from tests.sensitivity.test_command import FEW, run  # noqa: F401 (a fixture)
+from tests.sensitivity.test_measured import data
 
 pytest.importorskip("scipy")
 
@@ -44,11 +45,6 @@ class Perceptron(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = torch.relu(self.second(torch.relu(self.first(x))))
         return self.head(torch.relu(self.third(x)))
-
-
-def data() -> list[Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    return [torch.randn(32, 16, generator=generator) for _ in range(2)]
 
 
 def network() -> nn.Module:

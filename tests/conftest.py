@@ -72,6 +72,16 @@ def _seeded() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture(autouse=True)
+def _wandb_of_its_own() -> None:
+    """A process that a test starts has a W&B service of its own.
+
+    W&B hands its running service to child processes by an environment variable, and that service takes a relative
+    folder from the folder of whoever started it, not from the child's.
+    """
+    os.environ.pop("WANDB_SERVICE", None)
+
+
 @pytest.fixture
 def bucket() -> Iterator[str]:
     """A place in fsspec's memory, empty again afterwards."""

@@ -1,19 +1,15 @@
 """The LightningModule of the demos: image classification with any network."""
 
-from typing import Any, Literal
+from typing import Literal
 
-import torch
-from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torchmetrics.classification import MulticlassAccuracy
 
-from qat_lightning.errors import ConfigurationError
-
-SCHEDULERS = ("cosine", "constant")
+from qat_lightning.demos.optimization import AdamWModule
 
 
-class ClassificationModule(LightningModule):
+class ClassificationModule(AdamWModule):
     """Trains a network to classify, with AdamW and cross-entropy.
 
     Logs `train/loss`, `train/acc`, `val/loss`, `val/acc`, `test/loss` and `test/acc`.
@@ -30,6 +26,7 @@ class ClassificationModule(LightningModule):
         ConfigurationError: `scheduler` is not one of these.
 
     Example:
+        >>> import torch
         >>> module = ClassificationModule(nn.Sequential(nn.Flatten(), nn.Linear(4, 3)), num_classes=3)
         >>> module(torch.zeros(5, 1, 2, 2)).shape
         torch.Size([5, 3])
@@ -44,15 +41,10 @@ class ClassificationModule(LightningModule):
         scheduler: Literal["cosine", "constant"] = "cosine",
         label_smoothing: float = 0.0,
     ) -> None:
-        super().__init__()
-        if scheduler not in SCHEDULERS:
-            raise ConfigurationError(f"scheduler={scheduler!r} is not possible: use one of {', '.join(SCHEDULERS)}.")
+        super().__init__(lr, weight_decay, scheduler)
         # not into the logger: train.py logs the whole configuration there
         self.save_hyperparameters(ignore=["net"], logger=False)
         self.net = net
-        self.lr = lr
-        self.weight_decay = weight_decay
-        self.scheduler = scheduler
         self.label_smoothing = label_smoothing
         self.train_acc = MulticlassAccuracy(num_classes, average="micro")
         self.val_acc = MulticlassAccuracy(num_classes, average="micro")
@@ -92,22 +84,3 @@ class ClassificationModule(LightningModule):
         accuracy(scores, labels)
         self.log(f"{stage}/loss", cross_entropy(scores, labels), batch_size=len(labels), sync_dist=True)
         self.log(f"{stage}/acc", accuracy, batch_size=len(labels), prog_bar=stage == "val")
-
-    def configure_optimizers(self) -> Any:
-        """AdamW, and the schedule of its learning rate."""
-        trained = [p for p in self.parameters() if p.requires_grad]
-        groups = [
-            {"params": [p for p in trained if p.ndim > 1], "weight_decay": self.weight_decay},
-            {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
-        ]
-        optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=self.lr)
-        if self.scheduler == "constant":
-            return optimizer
-        steps = self.trainer.estimated_stepping_batches
-        if steps == float("inf"):
-            raise ConfigurationError(
-                "scheduler='cosine' needs to know when training ends: set trainer.max_epochs or trainer.max_steps, or "
-                "say model.module.scheduler=constant."
-            )
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=int(steps))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -189,11 +189,22 @@ class ImageDataModule(LightningDataModule, ABC):
         if self.trainer is None or not self.trainer.training:
             return batch
         self._resume_from = None  # a training loader that is made from now on is for a later epoch
+        place = _epochs_done(self.trainer), self.trainer.fit_loop.epoch_loop.batch_idx + 1
+        return self.augment(batch, batch_generator(self.seed, *place, self.trainer.global_rank))
+
+    def augment(self, batch: Any, generator: torch.Generator) -> Any:
+        """Crop and mirror the images of a training batch; to override where labels have a place in the image.
+
+        Args:
+            batch: On its device.
+            generator: A CPU generator of this batch alone, from which everything is to be drawn.
+
+        Returns:
+            The new batch.
+        """
         if not (self.crop_padding or self.flip):
             return batch
         images, labels = batch
-        place = _epochs_done(self.trainer), self.trainer.fit_loop.epoch_loop.batch_idx + 1
-        generator = batch_generator(self.seed, *place, self.trainer.global_rank)
         return augment(images, generator, crop_padding=self.crop_padding, flip=self.flip), labels
 
 

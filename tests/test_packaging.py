@@ -2,6 +2,7 @@
 
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import sysconfig
 import tarfile
 import venv
 import zipfile
+from email import message_from_string
 from itertools import chain
 from pathlib import Path
 
@@ -59,6 +61,40 @@ def test_the_lock_holds_no_cuda_no_torchvision_and_no_local_versions():
 def test_all_names_every_extra():
     (everything,) = map(Requirement, EXTRAS["all"])
     assert everything.extras == EXTRAS.keys() - {"all"} - APART
+
+
+def test_the_changelog_begins_with_this_version():
+    headings = re.findall(
+        r"^## \[(\S+)\] - (unreleased|\d{4}-\d\d-\d\d)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE
+    )
+    assert headings[0][0] == PROJECT["version"]
+
+
+REPOSITORY = "https://git.example.org/some/where"
+README = (ROOT / "README.md").read_text()
+readme = runpy.run_path(str(ROOT / "setup.py"))["readme"]
+
+
+def test_links_of_the_readme_lead_to_the_tag_in_the_repository():
+    shown = readme(README, REPOSITORY, "1.2.3")
+    assert f"[Get started in five minutes]({REPOSITORY}/blob/v1.2.3/docs/start.md)" in shown
+    assert not re.findall(r"\]\((?!https://|#)", shown)
+
+
+def test_links_that_are_absolute_already_stay():
+    text = "[a](https://example.org/a) [b](#limits) [c](docs/c.md#part)"
+    assert readme(text, REPOSITORY + "/", "1") == text.replace("docs/", f"{REPOSITORY}/blob/v1/docs/")
+
+
+def test_without_a_repository_links_of_the_readme_are_plain_text():
+    shown = readme(README, None, "1.2.3")
+    assert "**Get started in five minutes** · **Tutorials**" in shown
+    assert not re.findall(r"\]\((?!https://|#)", shown)
+
+
+def test_the_site_and_the_package_name_one_repository():
+    declared = re.search(r"^repo_url: (\S+)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+    assert (declared and declared[1]) == PROJECT.get("urls", {}).get("Repository")
 
 
 def built(folder: Path, kind: str) -> Path:
@@ -119,11 +155,23 @@ def test_the_wheel_holds_the_package_and_its_data_and_nothing_else(wheel: Path) 
 
 
 @pytest.mark.slow
+def test_the_wheel_shows_the_readme_with_links_that_work_there(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        metadata = message_from_string(archive.read(name).decode())
+    assert metadata["Version"] == PROJECT["version"]
+    assert metadata["Description-Content-Type"] == "text/markdown"
+    repository = PROJECT.get("urls", {}).get("Repository")
+    assert str(metadata.get_payload()).strip() == readme(README, repository, PROJECT["version"]).strip()
+
+
+@pytest.mark.slow
 def test_the_sdist_holds_what_the_wheel_is_built_from(sdist: Path) -> None:
     with tarfile.open(sdist) as archive:
         packed = {name.partition("/")[2] for name in archive.getnames()}
     assert {
         "pyproject.toml",
+        "setup.py",
         "README.md",
         "LICENSE",
         "CHANGELOG.md",
@@ -144,8 +192,11 @@ def test_an_index_accepts_wheel_and_sdist(wheel: Path, sdist: Path) -> None:
 
 @pytest.mark.slow
 def test_the_installed_package_is_imported_from_where_it_is_installed(installed: Path) -> None:
-    shown = in_it(installed, "python", "-c", "import qat_lightning; print(qat_lightning.__file__)")
-    assert Path(shown.strip()).is_relative_to(installed)
+    shown = in_it(installed, "python", "-c", "import qat_lightning as q; print(q.__file__, q.__version__)")
+    file, version = shown.split()
+    assert Path(file).is_relative_to(installed)
+    assert version == PROJECT["version"]
+    assert in_it(installed, "qat-lightning", "--version").strip() == version
 
 
 @pytest.mark.slow

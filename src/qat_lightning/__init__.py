@@ -72,6 +72,8 @@ install()
 def __getattr__(name: str) -> Any:
     if name == "sensitivity":  # a package that can be called, under which the function would be lost to it
         return import_module("qat_lightning.sensitivity")
+    if name == "__version__":
+        return import_module("importlib.metadata").version("qat-lightning")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(_HOMES[name]), name)

@@ -25,6 +25,26 @@ def test_the_metric_is_found_with_its_direction(names, chosen, larger):
     assert (metric.name, metric.larger_is_better) == (chosen, larger)
 
 
+def of_models(*metrics, **logged):
+    return [Run("a", "a", config={"model": {"metric": metric}}, metrics=logged) for metric in metrics]
+
+
+def test_the_metric_of_the_models_is_compared():
+    logged = {"int8/test/acc": 0.5, "int8/test/perplexity": 4.0, "int8/test/wealth": 3.0}
+    by_name, either = {"name": "perplexity", "mode": "min"}, {"name": "wealth", "mode": "min"}
+    for stated, name in ((by_name, "test/perplexity"), (either, "test/wealth")):
+        metric = choose_metric(of_models(stated, None, **logged))
+        assert (metric.name, metric.larger_is_better, metric.is_share) == (name, False, False)
+    assert choose_metric(of_models(by_name, either, **logged)).name == "test/acc"
+    assert choose_metric(of_models({"name": "miou", "mode": "max"}, **logged)).name == "test/acc"
+    assert choose_metric(of_models(either, **logged), "test/perplexity").larger_is_better is False
+
+
+@pytest.mark.parametrize("model", ["resnet", {"metric": "acc"}, {"metric": {"name": "x"}}, None])
+def test_the_configuration_of_another_program_states_no_metric(model):
+    assert choose_metric([Run("a", "a", config={"model": model}, metrics={"int8/test/acc": 0.5})]).name == "test/acc"
+
+
 def test_only_scores_within_0_and_1_are_shares():
     assert choose_metric(runs("int8/test/acc")).is_share
     assert not choose_metric(runs("int8/test/acc", value=97.0)).is_share

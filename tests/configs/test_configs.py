@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hydra import compose
 from hydra.utils import get_object, instantiate
 from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from lightning.pytorch.loggers import Logger
@@ -93,6 +94,24 @@ def test_every_choice_becomes_objects(choice: str, composed: Compose, images: Pa
     assert all(isinstance(callback, Callback) for callback in run.callbacks)
     assert all(isinstance(logger, Logger) for logger in run.loggers)
     assert bool(run.loggers) == (choice != "logger=none")
+
+
+@pytest.mark.parametrize(
+    ("model", "metric", "mode"), [("vit", "acc", "max"), ("char_transformer", "perplexity", "min")]
+)
+def test_all_that_decides_goes_by_the_metric_of_the_model(
+    model: str, metric: str, mode: str, composed: Compose
+) -> None:
+    for callbacks, name in (("default", "model_checkpoint"), ("early_stopping",) * 2, ("pruning",) * 2):
+        part = composed(f"model={model}", f"callbacks={callbacks}").callbacks[name]
+        assert (part.monitor, part.mode) == (f"val/{metric}", mode)
+    assert composed(f"model={model}", "method=auto").ladder.metric == f"val/{metric}"
+    for search in options("hparams_search"):
+        pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+        cfg = compose("config", [f"model={model}", f"hparams_search={search}"], return_hydra_config=True)
+        objective, direction = (OmegaConf.select(cfg, key) for key in ("objective", "hydra.sweeper.direction"))
+        first = (objective, direction) if isinstance(objective, str) else (objective[0], direction[0])
+        assert first == (f"val/{metric}", f"{mode}imize")
 
 
 def targets(node: Any, path: str = "") -> Iterator[tuple[str, DictConfig]]:

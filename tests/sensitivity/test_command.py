@@ -84,6 +84,17 @@ def layers(run: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def test_the_metric_is_the_one_that_the_model_states(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for words, shown in (
+        ([], "val/acc: float"),
+        (["model.metric.name=loss", "model.metric.mode=min"], "-val/loss: float"),
+    ):
+        assert main([str(run), *words, *FEW]) == 0
+        assert f" {shown}" in " ".join(["", *capsys.readouterr().out.split()])
+    early = OmegaConf.create({"model": {"name": "of an earlier release"}})
+    assert Options().with_metric_of(early) == Options("val/acc")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["eager", "fx", "pt2e"])
 def test_layers_are_ranked_by_the_noise_of_the_outputs(

@@ -94,8 +94,10 @@ def _parser() -> argparse.ArgumentParser:
         "--wandb", action="append", default=[], metavar="ENTITY/PROJECT[/GROUP]", help="runs on W&B's server"
     )
     what = parser.add_argument_group("what to compare")
-    what.add_argument("--metric", help="metric without its variant, such as test/acc (default: an accuracy)")
-    what.add_argument("--goal", choices=["max", "min"], help="direction of the metric (default: from its name)")
+    what.add_argument("--metric", help="metric without its variant, such as test/acc (default: the models' own)")
+    what.add_argument(
+        "--goal", choices=["max", "min"], help="direction of the metric (default: from the model, else its name)"
+    )
     what.add_argument(
         "--ignore", action="append", default=[], metavar="GLOB", help="settings to ignore, such as 'trainer.*'"
     )

@@ -98,8 +98,8 @@ def compare(
 
     Args:
         runs: The runs, from `qat_lightning.compare.find_runs`.
-        metric: The metric behind the variant's name; by default an accuracy.
-        larger_is_better: Which way it is better; by default as its name says.
+        metric: The metric behind the variant's name; by default that of the models, else an accuracy.
+        larger_is_better: Which way it is better; by default as the models or its name say.
         ignore: Globs of settings that do not count as a difference.
 
     Returns:

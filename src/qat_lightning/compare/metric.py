@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from qat_lightning.compare.run import Run
 from qat_lightning.errors import ConfigurationError
 from qat_lightning.run.evaluate import MEASURED
+from qat_lightning.run.metric import ModelMetric
 from qat_lightning.settings.variants import VARIANTS
 
 _BEST_FIRST = ("acc", "accuracy", "top1", "f1", "auroc", "map", "iou", "miou", "dice", "r2", "psnr")
@@ -62,9 +63,9 @@ def choose_metric(runs: Sequence[Run], name: str | None = None, larger_is_better
 
     Args:
         runs: The runs.
-        name: Its name behind the variant's; by default an accuracy if there is one, or else another known score, a
-            loss, or the only metric that there is.
-        larger_is_better: Which way; by default as the name says.
+        name: Its name behind the variant's; by default what the models of the runs are judged by (``model.metric``), or
+            else an accuracy if there is one, another known score, a loss, or the only metric that there is.
+        larger_is_better: Which way; by default as the models say of their metric, and of another one as its name says.
 
     Returns:
         The metric. A score within 0 and 1 in every run is shown in percent.
@@ -77,17 +78,26 @@ def choose_metric(runs: Sequence[Run], name: str | None = None, larger_is_better
         Metric(name='test/acc', larger_is_better=True, is_share=True)
     """
     names = list(dict.fromkeys(key for run in runs for key in _own(run.metrics)))
+    stated = _stated(runs)
     if name is None:
-        name = _best(names)
+        name = stated.logged("test") if stated and stated.logged("test") in names else _best(names)
     elif name not in names:
         raise ConfigurationError(
             f"No run has the metric {name!r} of a variant. There are: {', '.join(names) or 'none'}."
         )
-    if larger_is_better is None:
+    if larger_is_better is None and stated is not None and name.rpartition("/")[2] == stated.name:
+        larger_is_better = stated.larger_is_better
+    elif larger_is_better is None:
         larger_is_better = not _is_called(name, _SMALLER_IS_BETTER)
     values = [value for run in runs for key, value in run.metrics.items() if key.partition("/")[2] == name]
     share = larger_is_better and all(0 <= value <= 1 for value in values)
     return Metric(name, larger_is_better, share)
+
+
+def _stated(runs: Sequence[Run]) -> ModelMetric | None:
+    """What all models are judged by that say it; None where they differ."""
+    metrics = {metric for run in runs if (metric := ModelMetric.of(run.config)) is not None}
+    return metrics.pop() if len(metrics) == 1 else None
 
 
 def _own(keys: Iterable[str]) -> list[str]:

@@ -18,6 +18,7 @@ from qat_lightning.ladder.reached import Reached
 from qat_lightning.ladder.search import reach, without_banners
 from qat_lightning.ladder.target import Target
 from qat_lightning.run import app
+from qat_lightning.run.metric import ModelMetric
 from qat_lightning.storage import place
 from qat_lightning.sweep.baseline import with_baseline
 from qat_lightning.whole_files import write_whole
@@ -58,7 +59,7 @@ def climb(cfg: DictConfig) -> tuple[dict[str, float], app.Objects]:
     folder = Path(cfg.paths.output_dir) / FOLDER
     part = cfg.quantization
     start = {key: part[key] for key in _OF_THE_START}
-    ladder = {key: cfg.ladder[key] for key in cfg.ladder if key not in ("training", "files")}
+    ladder = {key: cfg.ladder[key] for key in cfg.ladder if key not in ("training", "files", "larger_is_better")}
     found = reach(
         trainers,
         model,
@@ -74,6 +75,7 @@ def climb(cfg: DictConfig) -> tuple[dict[str, float], app.Objects]:
         files=list(cfg.ladder.files),
         loggers=runs,
         seed=cfg.seed,
+        larger_is_better=_larger_is_better(cfg),
         **start,
         **ladder,
     )
@@ -107,6 +109,15 @@ def _check(cfg: DictConfig) -> None:
         raise CombinationError(
             "A quantizer given by a mapping does not go with method=auto: give backend.quantizer=package.module.Class."
         )
+
+
+def _larger_is_better(cfg: DictConfig) -> bool | None:
+    """Which way the metric of the ladder is better; None where its name has to say it."""
+    own = ModelMetric.of(cfg)
+    if cfg.ladder.larger_is_better is None and own is not None and cfg.ladder.metric == own.logged("val"):
+        return own.larger_is_better
+    given: bool | None = cfg.ladder.larger_is_better
+    return given
 
 
 def _float_checkpoint(cfg: DictConfig) -> str:

@@ -132,7 +132,7 @@ def _parser() -> argparse.ArgumentParser:
     add("words", nargs="*", metavar="RUN or KEY=VALUE", help="a run's folder, and overrides of its configuration")
     add("--config-dir", type=Path, default=Path("conf"), help="without a run's folder: train.py's configurations")
     add("--checkpoint", type=Path, help="by default the run's checkpoints/last.ckpt")
-    add("--metric", default="val/acc", help="what validation_step logs, or sqnr of the outputs (default: val/acc)")
+    add("--metric", help="what validation_step logs, or sqnr of the outputs (default: the model's own metric)")
     add("--smaller-is-better", action="store_true", help="the metric is a loss")
     add("--rank-by", choices=["alone", "without"], default="alone", help="quantized alone, or all but it")
     add("--max-drop", type=float, help="in percentage points of a score within 0 and 1, as compare has it")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from qat_lightning.callbacks.parts.checkpoints import float_state_dict
 from qat_lightning.callbacks.parts.network import Slot, find_networks
 from qat_lightning.errors import ConfigurationError
 from qat_lightning.graph.example import Example
+from qat_lightning.run.metric import ModelMetric
 from qat_lightning.sensitivity.measured import RankBy, Sensitivity, sensitivity
 from qat_lightning.settings.scheme import Scheme
 
@@ -37,8 +38,8 @@ class Options:
     """What is measured, besides the configuration.
 
     Attributes:
-        metric: The key that ``validation_step`` logs, or `SQNR`.
-        smaller_is_better: Whether that metric is a loss.
+        metric: The key that ``validation_step`` logs, or `SQNR`; None for the model's own (``model.metric``).
+        smaller_is_better: Whether that metric is a loss. Of the model's own metric ``model.metric`` says it.
         calibration_batches: Batches of the training data for the ranges.
         validation_batches: Batches of the validation data; None for all, and for `SQNR_BATCHES` of them with `SQNR`.
         rank_by: See `qat_lightning.sensitivity`.
@@ -47,7 +48,7 @@ class Options:
         ConfigurationError: A smaller SQNR is asked for.
     """
 
-    metric: str = "val/acc"
+    metric: str | None = None
     smaller_is_better: bool = False
     calibration_batches: int = 8
     validation_batches: int | None = None
@@ -62,6 +63,16 @@ class Options:
     def sqnr(self) -> bool:
         """Whether the outputs are compared with the float network's."""
         return self.metric == SQNR
+
+    def with_metric_of(self, cfg: DictConfig) -> Options:
+        """The same with the model's own metric where none is given, and its direction.
+
+        A configuration of an earlier release states no metric; models were judged by ``val/acc`` then.
+        """
+        own = ModelMetric.of(cfg) or ModelMetric("acc")
+        metric = self.metric or own.logged("val")
+        smaller = self.smaller_is_better or (metric == own.logged("val") and not own.larger_is_better)
+        return replace(self, metric=metric, smaller_is_better=smaller)
 
 
 def config_of_run(folder: Path, overrides: Sequence[str]) -> DictConfig:
@@ -105,6 +116,7 @@ def measure_run(cfg: DictConfig, checkpoint: Path, options: Options) -> Sensitiv
     """
     if not checkpoint.is_file():
         raise ConfigurationError(f"{checkpoint} is not a file: give --checkpoint, a checkpoint of this model.")
+    options = options.with_metric_of(cfg)
     model: LightningModule = instantiate(cfg.model.module)
     _load(model, checkpoint)
     quantization: Any = cfg.get("quantization") or OmegaConf.create({})

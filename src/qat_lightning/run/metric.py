@@ -1,0 +1,59 @@
+"""The metric that stands for how good a network is: ``model.metric`` of a configuration states it once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+MODES = ("max", "min")
+
+
+@dataclass(frozen=True)
+class ModelMetric:
+    """What a model is judged by, in validation and in the test.
+
+    Checkpoints, early stopping, pruning and searches read it in the configuration; `qat_lightning.sensitivity`,
+    `qat_lightning.compare` and ``method=auto`` read it here.
+
+    Args:
+        name: Its name behind the stage: ``acc`` of ``val/acc`` and ``test/acc``.
+        mode: ``max`` where larger is better, else ``min``.
+    """
+
+    name: str
+    mode: Literal["max", "min"] = "max"
+
+    @classmethod
+    def of(cls, config: Mapping[Any, Any]) -> ModelMetric | None:
+        """What a configuration states.
+
+        Args:
+            config: Of a run, nested.
+
+        Returns:
+            The metric; None where the configuration is that of another program, or of an earlier release.
+
+        Example:
+            >>> ModelMetric.of({"model": {"name": "unet", "metric": {"name": "miou", "mode": "max"}}})
+            ModelMetric(name='miou', mode='max')
+        """
+        model = config.get("model")
+        stated = model.get("metric") if isinstance(model, Mapping) else None
+        if not isinstance(stated, Mapping) or stated.get("mode") not in MODES or not stated.get("name"):
+            return None
+        return cls(str(stated["name"]), cast("Literal['max', 'min']", stated["mode"]))
+
+    @property
+    def larger_is_better(self) -> bool:
+        """Which way."""
+        return self.mode == "max"
+
+    def logged(self, stage: str) -> str:
+        """The key under which a stage logs it.
+
+        Example:
+            >>> ModelMetric("miou").logged("val")
+            'val/miou'
+        """
+        return f"{stage}/{self.name}"

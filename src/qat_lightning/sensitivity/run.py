@@ -174,12 +174,12 @@ class _Validation:
             found = self._validate()
         finally:
             self.slot.run_again(before)
-        if self.options.metric not in found:
+        metric = self.options.metric
+        if metric is None or metric not in found:
             raise ConfigurationError(
-                f"--metric {self.options.metric}: validation_step logs {', '.join(found) or 'nothing'}. Use one of "
-                f"these, or {SQNR}."
+                f"--metric {metric}: validation_step logs {', '.join(found) or 'nothing'}. Use one of these, or {SQNR}."
             )
-        value = float(found[self.options.metric])
+        value = float(found[metric])
         return -value if self.options.smaller_is_better else value
 
     def _validate(self) -> Mapping[str, float]:

@@ -5,6 +5,7 @@
 #   make test WORKERS=0                          # in one process, where a debugger works
 #   make env PYTHON=python3.12 TORCH_INDEX=https://download.pytorch.org/whl/cpu    # torch without CUDA
 #   make test-torch TORCH=2.15.0                 # another torch, in an environment of its own
+#   make gpu ARGS="--parts tests step"
 #   make test-torch TORCH=2.9.1 PYTHON=python3.10
 
 PYTHON ?= python3
@@ -35,10 +36,10 @@ TORCH_STAMP := $(TORCH_VENV)/.made-$(firstword $(shell cat pyproject.toml $(wild
 DOCS_VENV := .venv-docs
 DOCS_STAMP := $(DOCS_VENV)/.lock-$(firstword $(shell cksum < requirements-docs.lock))
 
-.PHONY: help env train test test-torch slow lint format types browser docs tutorials package clean
+.PHONY: help env train test test-torch slow gpu lint format types browser docs tutorials package clean
 
 help:
-	@echo "make train | test | test-torch | slow | lint | format | types | browser | docs | tutorials | package | env | clean"
+	@echo "make train | test | test-torch | slow | gpu | lint | format | types | browser | docs | tutorials | package | env | clean"
 	@echo "options: ARGS, WORKERS, PYTHON, VENV, TORCH_INDEX, TORCH"
 
 env: $(PACKAGE_STAMP)
@@ -82,6 +83,10 @@ test-torch: $(TORCH_STAMP)
 
 slow: env
 	$(PYTEST) -m slow $(ARGS)
+
+# On a machine with an NVIDIA GPU: tests, training steps, memory and TensorRT, in 15 minutes; writes gpu.md and gpu.json.
+gpu: env
+	$(BIN)/python -m benchmarks.gpu $(ARGS)
 
 lint: env
 	$(BIN)/ruff check .

@@ -56,7 +56,8 @@ def network(name: str) -> nn.Module:
 # Ours
 
 
-def _int8(name: str, mode: str, backend: str) -> Any:
+def int8_network(name: str, mode: str, backend: str) -> Any:
+    """Our int8 network, calibrated."""
     from qat_lightning.artifact.quantized import QuantizedNetwork
     from qat_lightning.graph.example import Example
     from qat_lightning.modes.prepared import cpu_copy, observe_in_evaluation, set_phase
@@ -82,7 +83,7 @@ def int8_module(mode: str) -> Callable[[str], Run]:
     """Our int8 module, as `trainer.test` runs it."""
 
     def make(name: str) -> Run:
-        int8 = _int8(name, mode, "x86")
+        int8 = int8_network(name, mode, "x86")
         int8(images(2))
         return int8
 
@@ -97,7 +98,7 @@ def artifact(format_name: str, mode: str, backend: str = "x86") -> Callable[[str
         from qat_lightning.export.protocol import Source
 
         chosen, path = get_format(format_name), FOLDER / f"int8{get_format(format_name).suffix}"
-        int8 = _int8(name, mode, backend)
+        int8 = int8_network(name, mode, backend)
         chosen.write(Source(int8, int8.example), path)
         run = chosen.load(path)
         if chosen.batch is None:

@@ -109,6 +109,11 @@ def kept_of(step: Any) -> int:
     return sum(storages.values())
 
 
+def environment() -> dict[str, str]:
+    """For a row's process: its allocator gives freed memory back at once."""
+    return os.environ | {"MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_MMAP_THRESHOLD_": "65536"}
+
+
 def main() -> None:
     """Measure and print the table."""
     if sys.argv[1:2] == ["inference"]:
@@ -120,13 +125,12 @@ def main() -> None:
     if options.worker:
         print("result", json.dumps(worker(options.worker, options)), flush=True)
         return
-    environment = os.environ | {"MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_MMAP_THRESHOLD_": "65536"}
     table = Table(title=f"{options.network}, batch {options.batch}, {options.size}x{options.size}", caption=describe())
     for column in ("step", "peak MB", "ratio", "kept for backward MB", "ratio"):
         table.add_column(column, justify="left" if column == "step" else "right")
     plain: dict[str, int] | None = None
     for row in ["float", *(row for row in options.rows if row != "float")]:
-        found = ask_worker("benchmarks.memory", row, options, environment)
+        found = ask_worker("benchmarks.memory", row, options, environment())
         if isinstance(found, str):
             table.add_row(row, found[:60])
             continue

@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.machine import describe
+from benchmarks.within import run_within
 
 OURS = {
     f"{mode}{f', {what}' if what else ''}{', compile' if compiled else ''}": (mode, what, compiled)
@@ -171,7 +172,9 @@ def add_arguments(parser: argparse.ArgumentParser, rows: Sequence[str]) -> None:
     parser.add_argument("--worker", metavar="ROW", help=argparse.SUPPRESS)
 
 
-def ask_worker(module: str, row: str, options: argparse.Namespace, environment: Any = None) -> dict[str, Any] | str:
+def ask_worker(
+    module: str, row: str, options: argparse.Namespace, environment: Any = None, seconds: float | None = None
+) -> dict[str, Any] | str:
     """What a row's own process measures; or why it does not.
 
     Args:
@@ -179,6 +182,7 @@ def ask_worker(module: str, row: str, options: argparse.Namespace, environment: 
         row: The row.
         options: Those of the command, which the worker gets as well.
         environment: Of the process; by default this one's.
+        seconds: How long it may take; None for no limit.
     """
     given: list[str] = []
     for name, value in vars(options).items():
@@ -186,7 +190,10 @@ def ask_worker(module: str, row: str, options: argparse.Namespace, environment: 
             given += [f"--{name}"] if value is True else [f"--{name}", str(value)]
     python = options.python if row in PEERS else sys.executable
     command = [python, "-W", "ignore", "-m", module, *given, "--worker", row]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    try:
+        done = run_within(command, seconds, environment)
+    except subprocess.TimeoutExpired:
+        return f"stopped after {seconds:.0f} s"
     found = [line for line in done.stdout.splitlines() if line.startswith("result ")]
     if found:
         measured: dict[str, Any] = json.loads(found[0].removeprefix("result "))

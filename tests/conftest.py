@@ -45,14 +45,22 @@ _IN_EVERY_RUN = {
 """Files whose tests of these are in every run: each mode and backend by one table, and a fit's life cycle in pt2e."""
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Let ``--device cpu`` run the tests marked ``gpu`` where there is no GPU."""
+    parser.addoption("--device", default="cuda", choices=["cuda", "cpu"], help="of the tests marked gpu")
+
+
 @pytest.hookimpl(tryfirst=True)  # before what is slow is deselected
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what needs a backend that is not installed.
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip what needs a backend that is not installed, or a GPU where there is none.
 
     Mark what is tried in mode eager or fx and backend x86 as well, and takes seconds elsewhere, as slow.
     """
     here = Path(__file__).parent
+    no_gpu = config.getoption("--device") == "cuda" and not torch.cuda.is_available()
     for item in items:
+        if no_gpu and item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="torch sees no CUDA device"))
         backend = getattr(getattr(item, "callspec", None), "params", {}).get("backend")
         if isinstance(backend, str) and backend in BACKENDS and (why := missing(backend)):
             item.add_marker(pytest.mark.skip(reason=why))

@@ -26,9 +26,16 @@ from rich.table import Table
 from benchmarks.machine import describe
 from benchmarks.within import run_within
 
+SCHEMES = {
+    "lsq": {"learned_step": "lsq"},
+    "percentile": {"activation_observer": "percentile"},
+    "least error": {"activation_observer": "histogram_mse"},
+}
+"""Rows with another scheme than the default, by name."""
+
 OURS = {
     f"{mode}{f', {what}' if what else ''}{', compile' if compiled else ''}": (mode, what, compiled)
-    for what in ("", "folded", "lsq")
+    for what in ("", "folded", *SCHEMES)
     for mode in ("eager", "fx", "pt2e")
     for compiled in (False, True)
 }
@@ -68,7 +75,7 @@ def _ours(mode: str, what: str, compiled: bool, network: Any, images: Any) -> An
     example = Example((images[:2].clone(),))
     if what == "folded":
         fold_batchnorm(network, example)
-    scheme = Scheme(learned_step="lsq") if what == "lsq" else Scheme()
+    scheme = Scheme(**SCHEMES.get(what, {}))  # type: ignore[arg-type]
     prepared = get_mode(mode).prepare(network, example, Recipe(mode, "x86", scheme))
     prepared.to(images.device).train()
     set_phase(prepared, fake_quant=True, observers=True, batchnorm_frozen=False)

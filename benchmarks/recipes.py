@@ -7,6 +7,7 @@ post-training quantization to 8 bits per tensor or to 4-bit weights, or training
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from lightning.pytorch import Callback
@@ -18,24 +19,36 @@ from benchmarks.machine import describe
 from benchmarks.photos import read_photos
 from benchmarks.training import silent
 from qat_lightning import AdaRound, BatchNormReestimation, Distillation, Scheme, WeightOscillations
+from qat_lightning.settings.scheme import ActivationObserver
 
 PTQ_8 = "PTQ, 8 bit, per tensor"
 PTQ_4 = "PTQ, 4-bit weights, per channel"
 QAT_4 = "QAT, 4-bit weights, on labels"
+QAT_44 = "QAT, 4-bit weights and activations, on features"
+ALL_FOUR = Scheme(weight_bits=4, activation_bits=4)
 
 
 def _ptq(against: str, **arguments: Any) -> Row:
     return Row("ptq", ROWS[against].scheme, against, arguments=arguments)
 
 
-def _qat(*callbacks: Callable[[], Callback], scheme: Scheme = FOUR_BITS, **arguments: Any) -> Row:
-    return Row("qat", scheme, QAT_4, arguments=arguments, callbacks=lambda: [make() for make in callbacks])
+def _qat(*callbacks: Callable[[], Callback], scheme: Scheme = FOUR_BITS, against: str = QAT_4, **arguments: Any) -> Row:
+    return Row("qat", scheme, against, arguments=arguments, callbacks=lambda: [make() for make in callbacks])
+
+
+def _features() -> Distillation:
+    return Distillation(task_weight=0.0, weight=0.0, features=FEATURES, feature_weight=30.0)
+
+
+def _observed(observer: ActivationObserver, scheme: Scheme = FOUR_BITS) -> dict[str, Scheme]:
+    return {"scheme": replace(scheme, activation_observer=observer, activation_percentile=99.9)}
 
 
 ROWS = {
     PTQ_8: Row("ptq", PER_TENSOR),
     PTQ_4: Row("ptq", FOUR_BITS),
     QAT_4: Row("qat", FOUR_BITS, callbacks=list),
+    QAT_44: Row("qat", ALL_FOUR, callbacks=lambda: [_features()]),
 }
 ROWS |= {
     "equalization, exact": _ptq(PTQ_8, equalization="exact"),
@@ -47,9 +60,7 @@ ROWS |= {
     "distillation of outputs and features": Row(
         "qat", FOUR_BITS, QAT_4, callbacks=lambda: distillation(feature_weight=30.0)
     ),
-    "distillation of features alone": _qat(
-        lambda: Distillation(task_weight=0.0, weight=0.0, features=FEATURES, feature_weight=30.0)
-    ),
+    "distillation of features alone": _qat(_features),
     "distillation and labels": _qat(lambda: Distillation(temperature=2.0)),
     "bias correction before training": _qat(bias_correction_batches=8),
     "equalization before training": _qat(equalization="exact"),
@@ -61,6 +72,10 @@ ROWS |= {
     "learned step size and zero point": _qat(
         scheme=Scheme(weight_bits=4, learned_step="lsq+", learned_rate=0.1), learn_scales=0.1
     ),
+    "ranges of least error": _qat(**_observed("histogram_mse")),
+    "ranges by percentile": _qat(**_observed("percentile")),
+    "ranges of least error, 4 bit": _qat(_features, against=QAT_44, **_observed("histogram_mse", ALL_FOUR)),
+    "ranges by percentile, 4 bit": _qat(_features, against=QAT_44, **_observed("percentile", ALL_FOUR)),
     "oscillating weights frozen": _qat(WeightOscillations),
     "oscillating weights dampened": _qat(lambda: WeightOscillations(freezing=None, dampening=(0.0, 0.1))),
     "BatchNorm not folded, and frozen": _qat(batchnorm="fused", freeze_batchnorm=0),

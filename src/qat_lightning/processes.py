@@ -44,6 +44,12 @@ def range_over_all(low: Tensor, high: Tensor, finite: Tensor) -> tuple[Tensor, T
     return -bounds[0], bounds[1], torch.isfinite(bounds).all()
 
 
+def sum_over_all(counts: Tensor) -> Tensor:
+    """The sum of the counts of all processes, in place."""
+    dist.all_reduce(counts)
+    return counts
+
+
 def any_process(flag: bool) -> bool:
     """Whether ``flag`` is true in one process at least."""
     return any(_gather(flag))

@@ -66,7 +66,9 @@ def test_a_rung_begins_with_what_helped() -> None:
     assert found["float_1_layers"].adaround == 0, "it did not help"
     assert found["qat_short"].exclude == ("net.0", "net.1")
     trained = found["qat_short"]
-    assert (trained.scheme.activation_observer, trained.bias_correction) == ("auto", False), "of calibration alone"
+    assert (trained.scheme.activation_observer, trained.bias_correction) == ("percentile", False)
+    of_calibration_alone = replace(trained, scheme=Scheme(activation_observer="histogram_kl"))
+    assert of_calibration_alone.trained(2).scheme.activation_observer == "auto"
     assert trained.distillation
 
 

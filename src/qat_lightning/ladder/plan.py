@@ -53,7 +53,10 @@ class Plan:
     file: str = ""
 
     def trained(self, epochs: int, *, distillation: bool = True) -> Plan:
-        """The same with quantization-aware training in the place of what only calibration has."""
+        """The same with quantization-aware training in the place of what only calibration has.
+
+        An observer that helped calibration also finds the ranges of the training, if training has it.
+        """
         scheme = self.scheme
         if scheme.activation_observer in CALIBRATION_ONLY:
             scheme = replace(scheme, activation_observer="auto")

@@ -17,6 +17,7 @@ from qat_lightning.numerics.course import Course
 from qat_lightning.numerics.dynamic_fake_quantize import DynamicFakeQuantize
 from qat_lightning.numerics.fake_quantize import FakeQuantize
 from qat_lightning.numerics.state_entries import from_entry, to_tensor
+from qat_lightning.processes import sum_over_all
 from qat_lightning.settings.recipe import Recipe
 
 
@@ -206,16 +207,32 @@ def reduce_ranges(network: nn.Module, reduce: bool) -> None:
 
 @torch.no_grad()
 def merge_ranges(network: nn.Module) -> None:
-    """Give all processes the least of their lows and the greatest of their highs, in one collective."""
+    """Give all processes the same ranges: the least of their lows and the greatest of their highs, in one collective.
+
+    Of ranges that are chosen from each batch the mean, in another: the widest would be that of the process whose choice
+    was the worst.
+    """
     moving = [fq for _, fq in fake_quantizers(network) if fq.observed]
     if not moving:
         return
     bounds = torch.stack([torch.stack([-fq.min_val, fq.max_val, fq.batches.to(fq.max_val)]) for fq in moving])
+    of_batch = [fq for fq in moving if fq.of_batch]
+    means = _means_over_all(of_batch) if of_batch else []
     torch.distributed.all_reduce(bounds, op=torch.distributed.ReduceOp.MAX)
     for fq, (low, high, batches) in zip(moving, bounds, strict=True):
         fq.min_val.copy_(-low)
         fq.max_val.copy_(high)
         fq.batches.copy_(batches)
+    for fq, (low, high, known) in zip(of_batch, means, strict=True):
+        fq.min_val.copy_(torch.where(known > 0, low / known, fq.min_val))
+        fq.max_val.copy_(torch.where(known > 0, high / known, fq.max_val))
+
+
+def _means_over_all(moving: list[FakeQuantize]) -> Iterable[Tensor]:
+    """Sums of lows and highs over the processes that know a range, and how many these are."""
+    ranges = torch.stack([torch.stack([fq.min_val, fq.max_val, torch.ones_like(fq.max_val)]) for fq in moving])
+    known = ranges[:, :1] <= ranges[:, 1:2]
+    return sum_over_all(torch.where(known, ranges, 0.0))
 
 
 def copy_of_modules(network: nn.Module) -> nn.Module:

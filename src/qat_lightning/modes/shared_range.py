@@ -50,7 +50,7 @@ class UnionObserver(nn.Module):
         fq: FakeQuantize = self.__dict__["fq"]
         if fq.observes:
             there = [tensor.detach().float().flatten() for tensor in tensors if tensor.numel()]
-            if fq.histogram is None:
+            if fq.ends_suffice:
                 there = [torch.stack(torch.aminmax(values)) for values in there]
             if there:
                 fq.observe(torch.cat(there))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.ao.quantization.fake_quantize import FakeQuantizeBase as _TorchFakeQuantizeBase
 
+from qat_lightning.numerics.batch_ranges import batch_histogram
 from qat_lightning.numerics.course import Course
 from qat_lightning.numerics.grid import (
     along,
@@ -28,7 +29,7 @@ from qat_lightning.numerics.ranges import (
     range_of,
 )
 from qat_lightning.numerics.recomputation import decided_once, recomputes
-from qat_lightning.processes import process_count, range_over_all
+from qat_lightning.processes import process_count, range_over_all, sum_over_all
 
 
 class FakeQuantize(_TorchFakeQuantizeBase):
@@ -46,9 +47,10 @@ class FakeQuantize(_TorchFakeQuantizeBase):
         ch_axis: Channel dimension of a per-channel scheme, else -1.
         source: Of the range. ``"moving_average"`` of the batches' ranges, moved only in training; ``"min_max"`` of all
             batches; ``"histogram_mse"``, ``"histogram_kl"``, ``"percentile"``: what `settle` chooses from all batches;
+            ``"batch_mse"``, ``"batch_percentile"``: moving average of what is chosen from each batch, in training only;
             ``"present"``: of the tensor at hand, for weights; ``"fixed"``: given as ``fixed_range``.
         averaging_constant: Weight of the newest batch, once there were many; see `ObservedRange`.
-        percentile: Share of the values, in percent, that ``source="percentile"`` keeps on each side.
+        percentile: Share of the values, in percent, that the two percentiles keep on each side.
         clipped: Whether ``source="present"`` takes the share of the range with the least mean squared error, which is
             chosen when fake-quantization is first enabled, and kept in the buffer ``clip``.
         learned: ``"none"``, ``"lsq"`` or ``"lsq+"``: see `LearnedStep`.
@@ -157,6 +159,16 @@ class FakeQuantize(_TorchFakeQuantizeBase):
         return isinstance(self.origin, ObservedRange)
 
     @property
+    def of_batch(self) -> bool:
+        """Whether the range is the average of what is chosen from each batch."""
+        return isinstance(self.origin, ObservedRange) and self.origin.choose_of_batch is not None
+
+    @property
+    def ends_suffice(self) -> bool:
+        """Whether a range moves by the smallest and the largest of several values as it does by all of them."""
+        return self.histogram is None and not self.of_batch
+
+    @property
     def seen(self) -> bool:
         """Whether a range is known; without one nothing is rounded, and what needs it stays float."""
         # To look at it breaks a compiled graph, which `_round` does without unless something has to begin to learn.
@@ -246,12 +258,15 @@ class FakeQuantize(_TorchFakeQuantizeBase):
         low, high = smallest_and_largest(values.new_full((1,), torch.nan) if empty else values)
         if relu is not None:
             low, high = low.clamp(0.0, relu), high.clamp(0.0, relu)
-        finite = torch.isfinite(low) & torch.isfinite(high)
+        finite = here = torch.isfinite(low) & torch.isfinite(high)
         self.nonfinite_batches.add_(~finite & (not empty))
         if reduce:
             low, high, finite = range_over_all(low, high, finite)
         if self.histogram is not None and bool(finite):
             self.histogram.observe(values)
+        if origin.choose_of_batch is not None:
+            counts = batch_histogram(values, low, high, relu) * here
+            low, high = origin.choose_of_batch(sum_over_all(counts) if reduce else counts, low, high)
         in_forward = self.course is not None and self.course.in_forward
         origin.move(self, low, high, finite, in_forward=in_forward)
 

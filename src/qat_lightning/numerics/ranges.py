@@ -13,6 +13,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from qat_lightning.numerics.batch_ranges import ChooseOfBatch, least_squares_of_histogram, percentile_of_batch
 from qat_lightning.numerics.integer_grid import IntegerGrid
 from qat_lightning.numerics.observers import (
     Histogram,
@@ -22,7 +23,17 @@ from qat_lightning.numerics.observers import (
     percentile_range,
 )
 
-RangeSource = Literal["moving_average", "min_max", "histogram_mse", "histogram_kl", "percentile", "present", "fixed"]
+RangeSource = Literal[
+    "moving_average",
+    "min_max",
+    "histogram_mse",
+    "histogram_kl",
+    "percentile",
+    "batch_mse",
+    "batch_percentile",
+    "present",
+    "fixed",
+]
 
 Choose = Callable[[Histogram, float, float], tuple[float, float]]
 """Chooses a range from the histogram of all values, and the smallest and the largest of them."""
@@ -115,6 +126,7 @@ class ObservedRange:
             9 / (10 + batches seen), as in ``tf.train.ExponentialMovingAverage(num_updates=…)``, so that ranges follow a
             network that still grows. None for the smallest and the largest value of all batches.
         choose: What chooses the range from a histogram of all batches and its ends; None if these are the range.
+        choose_of_batch: What chooses the range of each batch from a histogram of it and its ends; None if these are it.
 
     Attributes:
         known: Whether the buffers were seen to hold a range, which is looked at only once: that stops a GPU.
@@ -133,8 +145,10 @@ class ObservedRange:
         (1.818, True)
     """
 
-    def __init__(self, constant: float | None, choose: Choose | None = None) -> None:
-        self.constant, self.choose = constant, choose
+    def __init__(
+        self, constant: float | None, choose: Choose | None = None, choose_of_batch: ChooseOfBatch | None = None
+    ) -> None:
+        self.constant, self.choose, self.choose_of_batch = constant, choose, choose_of_batch
         self.known = False
         self.passed: tuple[tuple[Tensor, Tensor, Tensor], Tensor, Tensor] | None = None
 
@@ -223,7 +237,7 @@ def range_of(
     Args:
         source: Where the range comes from.
         constant: Of a moving average; see `ObservedRange`.
-        percentile: Share of the values, in percent, that ``"percentile"`` keeps on each side.
+        percentile: Share of the values, in percent, that ``"percentile"`` and ``"batch_percentile"`` keep on each side.
         grid: What is rounded to.
     """
     least, most = grid.quant_min, grid.quant_max
@@ -238,7 +252,12 @@ def range_of(
         return FixedRange()
     if source == "present":
         return PresentRange()
-    return ObservedRange(constant if source == "moving_average" else None, choose.get(source))
+    of_batch: dict[RangeSource, ChooseOfBatch] = {
+        "batch_percentile": partial(percentile_of_batch, percentile=percentile),
+        "batch_mse": partial(least_squares_of_histogram, grid=grid),
+    }
+    averages = source == "moving_average" or source in of_batch
+    return ObservedRange(constant if averages else None, choose.get(source), of_batch.get(source))
 
 
 @torch.no_grad()

@@ -150,8 +150,9 @@ class Recipe:
             )
         if self.kind == "qat" and scheme.activation_observer in CALIBRATION_ONLY:
             raise ConfigurationError(
-                f"scheme.activation_observer={scheme.activation_observer!r} chooses a range from a whole histogram, "
-                "which is for calibration (PostTrainingQuantization): use 'moving_average' or 'min_max' to train."
+                f"scheme.activation_observer={scheme.activation_observer!r} takes too long for every step of a "
+                "training, and is for calibration (PostTrainingQuantization): use 'histogram_mse', 'percentile', "
+                "'moving_average' or 'min_max' to train."
             )
         if self.kind != "qat" and scheme.learned:
             raise ConfigurationError(
@@ -233,10 +234,11 @@ class Recipe:
 
     @property
     def activation_observer(self) -> str:
-        """What observes activations; ``"auto"`` resolved."""
-        if self.scheme.activation_observer != "auto":
-            return self.scheme.activation_observer
-        return "moving_average" if self.kind == "qat" else "histogram_mse"
+        """What observes activations: ``"auto"`` resolved, and in training what chooses from each batch."""
+        name, trains = self.scheme.activation_observer, self.kind == "qat"
+        if name == "auto":
+            return "moving_average" if trains else "histogram_mse"
+        return _OF_BATCHES.get(name, name) if trains else name
 
     @property
     def activation_limits(self) -> tuple[int, int]:
@@ -328,6 +330,10 @@ class Recipe:
         """The fields in which two recipes differ, both sides named."""
         ours = _differences(self, other, leave_out=("scheme", "left_float", "families"))
         return [*ours, *_differences(self.scheme, other.scheme, "scheme.")]
+
+
+_OF_BATCHES = {"histogram_mse": "batch_mse", "percentile": "batch_percentile"}
+"""Where ranges come from in training, in the place of a histogram of all batches."""
 
 
 def _differences(one: Any, other: Any, prefix: str = "", *, leave_out: Sequence[str] = ()) -> list[str]:

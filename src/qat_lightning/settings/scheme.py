@@ -16,8 +16,8 @@ WeightObserver = Literal["auto", "min_max", "mse"]
 ActivationObserver = Literal["auto", "moving_average", "min_max", "histogram_mse", "histogram_kl", "percentile"]
 LearnedStep = Literal["none", "lsq", "lsq+"]
 
-CALIBRATION_ONLY = ("histogram_mse", "histogram_kl", "percentile")
-"""Observers that choose a range from a whole histogram: for calibration, too slow for every step of a training."""
+CALIBRATION_ONLY = ("histogram_kl",)
+"""Observers for calibration alone: thousands of divergences to a range are too slow for every step of a training."""
 
 
 def stored_bits(weight_bits: int) -> int:
@@ -52,12 +52,13 @@ class Scheme:
         activation_symmetric: put the zero point in the middle of the range instead of where the data needs it.
         activation_granularity: one range for all values of a call, or one for each token, which is what lies along the
             last dimension (kind ``"dynamic"``).
-        activation_observer: ``"moving_average"`` of the batches' ranges, ``"min_max"`` of all batches; in calibration
-            also the range of a histogram with the least mean squared error (``"histogram_mse"``) or the least
-            Kullback-Leibler divergence (``"histogram_kl"``), or without its tails (``"percentile"``). ``"auto"``:
-            ``"moving_average"`` in training and ``"histogram_mse"`` in calibration.
+        activation_observer: ``"moving_average"`` of the batches' ranges, ``"min_max"`` of all batches, or the range of
+            a histogram with the least mean squared error (``"histogram_mse"``), without its tails (``"percentile"``),
+            or in calibration with the least Kullback-Leibler divergence (``"histogram_kl"``). In calibration it is the
+            histogram of all batches; in training each batch has its own, and the ranges are averaged as they move.
+            ``"auto"``: ``"moving_average"`` in training and ``"histogram_mse"`` in calibration.
         activation_percentile: share of the values, in percent, that ``"percentile"`` keeps on each side.
-        averaging_constant: weight of the newest batch in the moving average of activation ranges, in (0, 1].
+        averaging_constant: weight of the newest batch in a moving average of activation ranges, in (0, 1].
         learned_step: ``"lsq"``: scales are parameters that learn with the weights, once fake-quantization is enabled
             (Esser et al., 2020, https://arxiv.org/abs/1902.08153); ``"lsq+"``: the zero points of affine activations
             as well (Bhalgat et al., 2020, https://arxiv.org/abs/2004.09576).

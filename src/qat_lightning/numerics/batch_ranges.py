@@ -1,0 +1,158 @@
+"""A range for each batch of a training, out of a histogram of that batch.
+
+Calibration keeps one histogram of all batches, whose network stands still. In training the network moves, so that old
+batches say little, and a histogram that forgets would be state for every checkpoint and every process. Here each batch
+has a histogram of its own, the range is chosen from it, and what is kept is the moving average of these ranges: two
+numbers, as for ``"moving_average"``, which resume, freeze and are reduced over processes alike. Nothing here reads a
+value of the device back, so that no step waits for it and a compiled graph holds all of it.
+
+The average of each batch's percentiles is what NNCF calls ``mean_percentile`` and Brevitas collects for its learned
+scales; the least squared error is that of `qat_lightning.numerics.observers.least_squares_range`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from qat_lightning.numerics.integer_grid import IntegerGrid
+
+BINS = 2048
+"""Of a batch's histogram, as wide as its range."""
+
+SAMPLED = 2**16
+"""About as many values of a batch are counted, at equal distances; its smallest and largest are those of all."""
+
+_RATIO, _TRIED = 0.93, 40
+"""The least error is searched in shares of a range, each 7 % less: down to 6 %; the average then lies between them."""
+
+ChooseOfBatch = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+"""Chooses a range from the histogram of a batch, and the smallest and the largest of its values."""
+
+
+def sample(values: Tensor) -> Tensor:
+    """About `SAMPLED` of the values, at equal distances in memory.
+
+    The distance has no divisor in common with the number of values: columns or channels are not left out.
+
+    Args:
+        values: Of any shape and memory format.
+
+    Returns:
+        In one dimension; all of them where there are no more.
+
+    Example:
+        >>> sample(torch.zeros(8, 64, 32, 32)).shape, sample(torch.zeros(3, 4)).shape
+        (torch.Size([63551]), torch.Size([12]))
+    """
+    count = values.numel()
+    distance = max(1, count // SAMPLED)
+    while math.gcd(distance, count) != 1:
+        distance += 1
+    order = sorted(range(values.dim()), key=lambda dim: -values.stride(dim))
+    return values.permute(order).reshape(-1)[::distance]
+
+
+def batch_histogram(values: Tensor, low: Tensor, high: Tensor, relu: float | None = None) -> Tensor:
+    """How many of a sample of the values are in each of `BINS` equal bins from ``low`` to ``high``.
+
+    Args:
+        values: float32, of any shape.
+        low: Smallest value, float32, shape ``()``; with a ReLU, of what it leaves.
+        high: Largest.
+        relu: The largest value that a ReLU leaves, through which the values are still to go; None for no ReLU.
+
+    Returns:
+        float32, shape ``(BINS,)``, on the device of the values.
+
+    Example:
+        >>> counts = batch_histogram(torch.tensor([0.0, 1.0, 1.0]), torch.tensor(0.0), torch.tensor(1.0))
+        >>> int(counts[0]), int(counts[-1])
+        (1, 2)
+    """
+    seen = sample(values)
+    if relu is not None:
+        seen = seen.clamp(0.0, relu)
+    bins = ((seen - low) * (BINS / (high - low))).nan_to_num(0.0).clamp(0, BINS - 1).long()
+    # Whole numbers of float32: the sum is the same in any order.
+    counts = torch.zeros(BINS, dtype=torch.float32, device=values.device)
+    return counts.scatter_add_(0, bins, torch.ones_like(seen))
+
+
+def percentile_of_batch(counts: Tensor, low: Tensor, high: Tensor, *, percentile: float) -> tuple[Tensor, Tensor]:
+    """The range that leaves ``100 - percentile`` percent of a batch out on each side.
+
+    Args:
+        counts: See `batch_histogram`.
+        low: Smallest value of the batch.
+        high: Largest.
+        percentile: In percent, above 50.
+
+    Returns:
+        Smallest and largest value to represent, float32, shape ``()``.
+
+    Example:
+        >>> values = torch.cat([torch.linspace(0, 1, 10000), torch.tensor([9.0])])
+        >>> counts = batch_histogram(values, values.min(), values.max())
+        >>> low, high = percentile_of_batch(counts, values.min(), values.max(), percentile=99.9)
+        >>> bool(high < 1.01)
+        True
+    """
+    total = counts.cumsum(0)
+    width = (high - low) / BINS
+    ends = []
+    for share, is_low in ((1.0 - percentile / 100.0, True), (percentile / 100.0, False)):
+        wanted = (share * total[-1:]).contiguous()
+        index = torch.searchsorted(total, wanted, right=is_low).clamp(max=BINS - 1)
+        inside = 1.0 - (total[index] - wanted) / counts[index].clamp(min=1.0)
+        ends.append((low + (index + inside.clamp(0.0, 1.0)) * width).squeeze(0))
+    return torch.maximum(ends[0], low), torch.minimum(ends[1], high)
+
+
+def least_squares_of_histogram(
+    counts: Tensor, low: Tensor, high: Tensor, *, grid: IntegerGrid
+) -> tuple[Tensor, Tensor]:
+    """The part of a batch's range whose grid has the least mean squared error on it.
+
+    Both ends are tried together, and then each alone.
+
+    Args:
+        counts: See `batch_histogram`.
+        low: Smallest value of the batch.
+        high: Largest.
+        grid: What is rounded to.
+
+    Returns:
+        Smallest and largest value to represent, float32, shape ``()``.
+
+    Example:
+        >>> grid = IntegerGrid(torch.uint8, 0, 15, torch.per_tensor_affine)
+        >>> values = torch.cat([torch.linspace(0, 1, 10000), torch.tensor([9.0])])
+        >>> counts = batch_histogram(values, values.min(), values.max())
+        >>> low, high = least_squares_of_histogram(counts, values.min(), values.max(), grid=grid)
+        >>> float(low), bool(high < 4)
+        (0.0, True)
+    """
+    middles = low + (torch.arange(BINS, device=counts.device) + 0.5) * ((high - low) / BINS)
+    shares = _RATIO ** torch.arange(_TRIED, device=counts.device)
+
+    def best(lows: Tensor, highs: Tensor) -> tuple[Tensor, Tensor]:
+        scale, zero_point = (found[:, None] for found in grid.qparams(lows, highs))
+        least, most = grid.quant_min - zero_point, grid.quant_max - zero_point
+        rounded = torch.clamp(torch.round(middles / scale), least, most) * scale
+        # In one dimension: a tensor without any, as an index, is read back from the device.
+        chosen = ((rounded - middles).square() * counts).sum(1).argmin(0, keepdim=True)
+        return lows[chosen].squeeze(0), highs[chosen].squeeze(0)
+
+    if grid.symmetric:
+        largest = torch.maximum(-low, high).clamp(min=0.0)
+        _, largest = best(-largest * shares, largest * shares)
+        return torch.maximum(low, -largest), torch.minimum(high, largest)
+    low, high = low.clamp(max=0.0), high.clamp(min=0.0)
+    at_low, at_high = best(low * shares, high * shares)
+    _, at_high = best(at_low.expand_as(shares), high * shares)
+    at_low, _ = best(low * shares, at_high.expand_as(shares))
+    return at_low, at_high

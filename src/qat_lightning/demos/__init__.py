@@ -3,18 +3,21 @@
 from qat_lightning.demos.classification import ClassificationModule
 from qat_lightning.demos.data import (
     Cifar10DataModule,
+    DetectionCsvDataModule,
     DigitsDataModule,
     DigitTokensDataModule,
     FashionMnistDataModule,
     ImageFolderDataModule,
     TextFileDataModule,
 )
+from qat_lightning.demos.detection import DetectionModule
 from qat_lightning.demos.language import LanguageModule
 from qat_lightning.demos.networks import (
     BagOfTokens,
     CharTransformer,
     RecurrentClassifier,
     ResNet20,
+    SingleShot,
     SmallMobileNet,
     SmallViT,
 )
@@ -24,6 +27,8 @@ __all__ = [
     "CharTransformer",
     "Cifar10DataModule",
     "ClassificationModule",
+    "DetectionCsvDataModule",
+    "DetectionModule",
     "DigitTokensDataModule",
     "DigitsDataModule",
     "FashionMnistDataModule",
@@ -31,6 +36,7 @@ __all__ = [
     "LanguageModule",
     "RecurrentClassifier",
     "ResNet20",
+    "SingleShot",
     "SmallMobileNet",
     "SmallViT",
     "TextFileDataModule",

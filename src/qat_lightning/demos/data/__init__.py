@@ -1,6 +1,7 @@
-"""DataModules of the demos: digits, Fashion-MNIST, CIFAR-10, a folder of your own images, and a text of your own."""
+"""DataModules of the demos: known data sets, and images, images with boxes, and a text of your own."""
 
 from qat_lightning.demos.data.cifar10 import Cifar10DataModule
+from qat_lightning.demos.data.detection_csv import DetectionCsvDataModule
 from qat_lightning.demos.data.digit_tokens import DigitTokensDataModule
 from qat_lightning.demos.data.digits import DigitsDataModule
 from qat_lightning.demos.data.fashion_mnist import FashionMnistDataModule
@@ -11,6 +12,7 @@ from qat_lightning.demos.data.text_file import TextFileDataModule
 
 __all__ = [
     "Cifar10DataModule",
+    "DetectionCsvDataModule",
     "DigitTokensDataModule",
     "DigitsDataModule",
     "EpochSampler",

@@ -1,8 +1,8 @@
-"""Random crops and flips of whole batches, drawn from a generator that is made anew for every batch."""
+"""Random crops, scales and flips of whole batches, drawn from a generator that is made anew for every batch."""
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
+from torch.nn.functional import affine_grid, grid_sample, pad
 
 
 def batch_generator(*key: int) -> torch.Generator:
@@ -56,3 +56,71 @@ def augment(images: Tensor, generator: torch.Generator, *, crop_padding: int = 0
         mirrored = torch.rand(count, generator=generator).to(images.device) < 0.5
         images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
     return images
+
+
+KEPT = 0.25
+"""The share of a box that has to stay within the image for the box to stay."""
+
+
+def augment_boxes(
+    images: Tensor,
+    boxes: Tensor,
+    labels: Tensor,
+    generator: torch.Generator,
+    *,
+    scale_jitter: float = 0.0,
+    flip: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Scale and mirror each image at random, and its boxes with it; the shapes stay.
+
+    Args:
+        images: Of shape (N, C, H, W), on any device.
+        boxes: Left, upper, right and lower edges in pixels, of shape (N, M, 4).
+        labels: int64 of shape (N, M); -1 where there is no box.
+        generator: A CPU generator, so that the device does not change what is drawn.
+        scale_jitter: Each image becomes larger or smaller by up to this share, and moves at random as far as it is cut
+            off, or as there is room. What lies outside is 0.
+        flip: Mirror each image with probability one half.
+
+    Returns:
+        The new images, boxes and labels. Boxes end at the edge of the image; one of which less than `KEPT` is left
+        becomes no box.
+
+    Example:
+        >>> images, boxes, labels = torch.zeros(1, 3, 8, 8), torch.tensor([[[0.0, 0, 4, 4]]]), torch.tensor([[1]])
+        >>> images, boxes, labels = augment_boxes(images, boxes, labels, batch_generator(2), flip=True)
+        >>> boxes.tolist()
+        [[[4.0, 0.0, 8.0, 4.0]]]
+    """
+    count, _, height, width = images.shape
+    sides = torch.tensor([width, height], dtype=boxes.dtype, device=boxes.device)
+    if scale_jitter:
+        drawn = torch.rand(count, 3, generator=generator).to(images.device)
+        scale = 1 + scale_jitter * (2 * drawn[:, :1] - 1)
+        corner = (1 - scale) * drawn[:, 1:]  # of the image's upper left, as a share of its sides
+        images = _scaled(images, scale, corner)
+        boxes = boxes * scale[..., None] + (corner * sides).repeat(1, 2)[:, None]
+        boxes, labels = _cut_off(boxes, labels, sides)
+    if flip:
+        mirrored = (torch.rand(count, generator=generator) < 0.5).to(images.device)
+        images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
+        left, upper, right, lower = boxes.unbind(-1)
+        turned = torch.stack([width - right, upper, width - left, lower], -1)
+        boxes = torch.where(mirrored[:, None, None] & (labels >= 0)[..., None], turned, boxes)
+    return images, boxes, labels
+
+
+def _scaled(images: Tensor, scale: Tensor, corner: Tensor) -> Tensor:
+    """Each image larger by its scale, from a corner in shares of the sides on; bilinear."""
+    matrices = torch.zeros(len(images), 2, 3, dtype=images.dtype, device=images.device)
+    matrices[:, 0, 0] = matrices[:, 1, 1] = 1 / scale[:, 0]
+    matrices[:, :, 2] = (1 - 2 * corner) / scale - 1  # from -1 to 1 across the image, as torch counts
+    grid = affine_grid(matrices, list(images.shape), align_corners=False)
+    return grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+
+
+def _cut_off(boxes: Tensor, labels: Tensor, sides: Tensor) -> tuple[Tensor, Tensor]:
+    inside = torch.minimum(boxes.clamp(min=0), sides.repeat(2))
+    before, after = ((each[..., 2:] - each[..., :2]).prod(-1) for each in (boxes, inside))
+    kept = (labels >= 0) & (after >= KEPT * before) & (after > 0)
+    return inside * kept[..., None], labels.masked_fill(~kept, -1)

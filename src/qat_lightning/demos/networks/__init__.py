@@ -3,7 +3,16 @@
 from qat_lightning.demos.networks.char_transformer import CharTransformer
 from qat_lightning.demos.networks.resnet20 import ResNet20
 from qat_lightning.demos.networks.sequences import BagOfTokens, RecurrentClassifier
+from qat_lightning.demos.networks.single_shot import SingleShot
 from qat_lightning.demos.networks.small_mobilenet import SmallMobileNet
 from qat_lightning.demos.networks.vision_transformer import SmallViT
 
-__all__ = ["BagOfTokens", "CharTransformer", "RecurrentClassifier", "ResNet20", "SmallMobileNet", "SmallViT"]
+__all__ = [
+    "BagOfTokens",
+    "CharTransformer",
+    "RecurrentClassifier",
+    "ResNet20",
+    "SingleShot",
+    "SmallMobileNet",
+    "SmallViT",
+]

@@ -1,0 +1,195 @@
+"""Your own images with boxes: a folder of images, and a CSV file with a row for each box."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from qat_lightning.demos.data.augment import augment_boxes
+from qat_lightning.demos.data.box_table import SPLITS, Row, check_images, read_boxes
+from qat_lightning.demos.data.images import ImageDataModule, Splits
+from qat_lightning.demos.extras import require
+from qat_lightning.errors import ConfigurationError
+
+Sample = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+class BoxedImages(Dataset[Sample]):
+    """Images with boxes, fitted into one size: scaled as a whole, in the upper left corner, the mean colour around.
+
+    A batch is images (N, C, H, W), boxes (N, M, 4) in pixels of these images, labels (N, M), int64 and -1 where an
+    image has fewer boxes than another one, and the numbers of the images in the data set (N,).
+
+    Args:
+        files: Of the images.
+        boxes: Of each image, float of shape (m, 4), in pixels of its file.
+        labels: Of each image, int64 of shape (m,).
+        size: Height and width that the images get.
+        mean: Of each channel, on the scale 0 to 1. One number: images are read as grey.
+        std: Of each channel, on the same scale.
+    """
+
+    def __init__(
+        self,
+        files: Sequence[Path],
+        boxes: Sequence[Tensor],
+        labels: Sequence[Tensor],
+        size: tuple[int, int],
+        mean: Sequence[float],
+        std: Sequence[float],
+    ) -> None:
+        self.files, self.boxes, self.labels, self.size = files, boxes, labels, size
+        self.mean = torch.tensor(mean).view(-1, 1, 1)
+        self.std = torch.tensor(std).view(-1, 1, 1)
+        self._image = require("PIL.Image", needed_for="data=detection_csv")
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> Sample:
+        image, scale = self._read(self.files[index])
+        return image, self.boxes[index] * scale, self.labels[index], torch.tensor(index)
+
+    def __getitems__(self, indices: list[int]) -> Sample:
+        """A whole batch, as torch's fetcher asks for it."""
+        images, boxes, labels, numbers = zip(*(self[index] for index in indices), strict=True)
+        most = max(len(each) for each in labels)
+        padded = torch.zeros(len(indices), most, 4)
+        classes = torch.full((len(indices), most), -1)
+        for row, (some, named) in enumerate(zip(boxes, labels, strict=True)):
+            padded[row, : len(some)], classes[row, : len(named)] = some, named
+        return torch.stack(images), padded, classes, torch.stack(numbers)
+
+    def _read(self, path: Path) -> tuple[Tensor, float]:
+        with self._image.open(path) as file:
+            image = file.convert("L" if len(self.mean) == 1 else "RGB")
+        height, width = self.size
+        scale = min(width / image.width, height / image.height)
+        fitted = max(1, round(image.width * scale)), max(1, round(image.height * scale))
+        image = image.resize(fitted, self._image.Resampling.BILINEAR)
+        pixels = torch.from_numpy(np.asarray(image).copy()).view(fitted[1], fitted[0], -1).permute(2, 0, 1)
+        canvas = torch.zeros(len(self.mean), height, width)
+        canvas[:, : fitted[1], : fitted[0]] = (pixels / 255 - self.mean) / self.std
+        return canvas, scale
+
+
+class DetectionCsvDataModule(ImageDataModule):
+    """A folder of images, and a CSV file of boxes: split, image, label, xmin, ymin, xmax and ymax.
+
+    What is wrong with the table or the images is said before training (`qat_lightning.demos.data.box_table`).
+
+    Args:
+        path: The folder that has both.
+        num_classes: How many labels there are; checked against the table. Their order is that of the alphabet.
+        boxes: The table, relative to `path`.
+        images: The folder of the images, relative to `path`.
+        suffix: What is to be put behind the names of images in the table, such as ``.jpg``.
+        columns: The names that the table has for split, image, label, xmin, ymin, xmax and ymax, where others.
+        skip_empty: Leave out boxes without an area; otherwise they are an error.
+        image_size: Side of the squares that images are fitted into, or height and width, in pixels.
+        multiple: What the sides are a multiple of, as a network needs that halves them several times.
+        mean: Of each channel, on the scale 0 to 1. One number: images are read as grey.
+        std: Of each channel, on the same scale.
+        batch_size: As in `ImageDataModule`.
+        num_workers: As in `ImageDataModule`.
+        seed: As in `ImageDataModule`.
+        scale_jitter: Training images become larger or smaller by up to this share, at a random place; 0 for not.
+        flip: Mirror half of the training images.
+        pin_memory: As in `ImageDataModule`.
+
+    Raises:
+        ConfigurationError: A file is missing, the table or a number is faulty, or the number of classes is another.
+    """
+
+    needs = (*ImageDataModule.needs, "PIL.Image")
+
+    def __init__(
+        self,
+        *,
+        path: str,
+        num_classes: int,
+        boxes: str = "boxes.csv",
+        images: str = "images",
+        suffix: str = "",
+        columns: Mapping[str, str] | None = None,
+        skip_empty: bool = False,
+        image_size: int | Sequence[int] = 320,
+        multiple: int = 32,
+        mean: Sequence[float] = (0.485, 0.456, 0.406),
+        std: Sequence[float] = (0.229, 0.224, 0.225),
+        batch_size: int = 16,
+        num_workers: int = 0,
+        seed: int = 0,
+        scale_jitter: float = 0.25,
+        flip: bool = True,
+        pin_memory: bool = False,
+    ) -> None:
+        super().__init__(batch_size=batch_size, num_workers=num_workers, seed=seed, flip=flip, pin_memory=pin_memory)
+        if not 0 <= scale_jitter < 1:
+            raise ConfigurationError(f"scale_jitter={scale_jitter!r} is not possible: give a number from 0 to below 1.")
+        self.scale_jitter = scale_jitter
+        self.size = _height_and_width(image_size, multiple)
+        self.mean, self.std = tuple(mean), tuple(std)
+        self.table, self.images, self.suffix = Path(path) / boxes, Path(path) / images, suffix
+        self.rows = read_boxes(self.table, columns, skip_empty=skip_empty)
+        self.classes = tuple(sorted({row.label for row in self.rows}))
+        if len(self.classes) != num_classes:
+            raise ConfigurationError(
+                f"{self.table} has {len(self.classes)} classes ({', '.join(self.classes)}), not {num_classes}: say "
+                f"data.num_classes={len(self.classes)}."
+            )
+
+    def load(self) -> Splits:
+        """The three sets."""
+        check_images(self.table, self.rows, self._size_of)
+        return Splits(*(self._of([row for row in self.rows if row.split == split]) for split in SPLITS))
+
+    def augment(self, batch: Any, generator: torch.Generator) -> Any:
+        """Scale and mirror the images of a training batch, and their boxes with them."""
+        images, boxes, labels, numbers = batch
+        images, boxes, labels = augment_boxes(
+            images, boxes, labels, generator, scale_jitter=self.scale_jitter, flip=self.flip
+        )
+        return images, boxes, labels, numbers
+
+    def _of(self, rows: Sequence[Row]) -> BoxedImages:
+        by_image: dict[str, list[Row]] = {}
+        for row in rows:
+            by_image.setdefault(row.image, []).append(row)
+        return BoxedImages(
+            [self._file(name) for name in by_image],
+            [torch.tensor([row.box for row in each]) for each in by_image.values()],
+            [torch.tensor([self.classes.index(row.label) for row in each]) for each in by_image.values()],
+            self.size,
+            self.mean,
+            self.std,
+        )
+
+    def _file(self, name: str) -> Path:
+        return self.images / f"{name}{self.suffix}"
+
+    def _size_of(self, name: str) -> tuple[int, int] | None:
+        """From the head of the file alone."""
+        path = self._file(name)
+        if not path.is_file():
+            return None
+        image = require("PIL.Image", needed_for="data=detection_csv")
+        try:
+            with image.open(path) as file:
+                return int(file.width), int(file.height)
+        except image.UnidentifiedImageError as error:
+            raise ConfigurationError(f"{path} is no image: {error}. Expected a JPEG, a PNG or the like.") from error
+
+
+def _height_and_width(image_size: int | Sequence[int], multiple: int) -> tuple[int, int]:
+    sides = [image_size, image_size] if isinstance(image_size, int) else list(image_size)
+    if len(sides) != 2 or not all(isinstance(side, int) and side >= 1 and side % multiple == 0 for side in sides):
+        raise ConfigurationError(
+            f"image_size={image_size!r} is not possible: give one number or height and width, multiples of {multiple}, "
+            f"like data.image_size={8 * multiple} or data.image_size=[{6 * multiple},{8 * multiple}]."
+        )
+    return sides[0], sides[1]

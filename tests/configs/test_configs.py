@@ -18,6 +18,7 @@ from PIL import Image
 from qat_lightning import PostTrainingQuantization, QuantizationAwareTraining, Scheme
 from qat_lightning.run import app
 from qat_lightning.settings.backends import BACKENDS, pairs
+from tests.support.boxed_images import make_boxed_images
 from tests.support.targets import missing
 
 ROOT = Path(__file__).parents[2]
@@ -72,10 +73,11 @@ def images(tmp_path: Path) -> Path:
             folder = tmp_path / "photos" / split / label
             folder.mkdir(parents=True)
             Image.new("RGB", (9, 12)).save(folder / "1.png")
-    return tmp_path / "photos"
+    return make_boxed_images(tmp_path / "photos", train=1, val=1, test=1)  # in images/, with a table
 
 
 EXTRA = {
+    "data=detection_csv": ["data.num_classes=2", "data.datamodule.suffix=.png"],
     "data=image_folder": ["data.num_classes=3"],
     "model=custom": ["model.module.net._target_=qat_lightning.demos.ResNet20"],
 }
@@ -84,7 +86,11 @@ CHOICES = [f"{group}={option}" for group in ("data", "model", "logger", "callbac
 
 @pytest.mark.parametrize("choice", CHOICES)
 def test_every_choice_becomes_objects(choice: str, composed: Compose, images: Path) -> None:
-    paths = {"data=image_folder": images, "data=text_file": images / "train" / "cat" / "1.png"}  # any file is bytes
+    paths = {
+        "data=detection_csv": images,
+        "data=image_folder": images,
+        "data=text_file": images / "train" / "cat" / "1.png",
+    }  # any file is bytes
     extra = [*EXTRA.get(choice, []), *([f"data.datamodule.path={paths[choice]}"] if choice in paths else [])]
     cfg = composed("method=float", "trainer=cpu", choice, *extra)
     app.check(cfg)
@@ -97,7 +103,8 @@ def test_every_choice_becomes_objects(choice: str, composed: Compose, images: Pa
 
 
 @pytest.mark.parametrize(
-    ("model", "metric", "mode"), [("vit", "acc", "max"), ("char_transformer", "perplexity", "min")]
+    ("model", "metric", "mode"),
+    [("vit", "acc", "max"), ("char_transformer", "perplexity", "min"), ("single_shot", "map", "max")],
 )
 def test_all_that_decides_goes_by_the_metric_of_the_model(
     model: str, metric: str, mode: str, composed: Compose

@@ -171,7 +171,7 @@ def assign(where: Places, boxes: Tensor, labels: Tensor) -> Tensor:
 
     Args:
         where: P places.
-        boxes: Of shape (N, M, 4).
+        boxes: Of shape (N, M, 4), M at least 1.
         labels: int64 of shape (N, M); -1 where there is no box.
 
     Returns:

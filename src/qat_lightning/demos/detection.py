@@ -24,7 +24,7 @@ ALPHA, GAMMA = 0.25, 2.0
 """Of the focal loss, as in its paper."""
 
 Batch = tuple[Tensor, Tensor, Tensor, Tensor]
-"""Images (N, C, H, W), boxes (N, M, 4), labels (N, M) with -1 where there is no box, and numbers of the images (N,)."""
+"""Images (N, C, H, W), boxes (N, M, 4), M at least 1, labels (N, M), -1 where there is none, and image numbers (N,)."""
 
 
 class Found(NamedTuple):

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from qat_lightning.demos.data.augment import augment_boxes
@@ -21,8 +22,8 @@ Sample = tuple[Tensor, Tensor, Tensor, Tensor]
 class BoxedImages(Dataset[Sample]):
     """Images with boxes, fitted into one size: scaled as a whole, in the upper left corner, the mean colour around.
 
-    A batch is images (N, C, H, W), boxes (N, M, 4) in pixels of these images, labels (N, M), int64 and -1 where an
-    image has fewer boxes than another one, and the numbers of the images in the data set (N,).
+    A sample is the image (C, H, W), its boxes (m, 4) in pixels of that image, their labels (m,), int64, and the number
+    of the image in the data set. `pad_boxes` makes batches of them.
 
     Args:
         files: Of the images.
@@ -54,16 +55,6 @@ class BoxedImages(Dataset[Sample]):
         image, scale = self._read(self.files[index])
         return image, self.boxes[index] * scale, self.labels[index], torch.tensor(index)
 
-    def __getitems__(self, indices: list[int]) -> Sample:
-        """A whole batch, as torch's fetcher asks for it."""
-        images, boxes, labels, numbers = zip(*(self[index] for index in indices), strict=True)
-        most = max(len(each) for each in labels)
-        padded = torch.zeros(len(indices), most, 4)
-        classes = torch.full((len(indices), most), -1)
-        for row, (some, named) in enumerate(zip(boxes, labels, strict=True)):
-            padded[row, : len(some)], classes[row, : len(named)] = some, named
-        return torch.stack(images), padded, classes, torch.stack(numbers)
-
     def _read(self, path: Path) -> tuple[Tensor, float]:
         with self._image.open(path) as file:
             image = file.convert("L" if len(self.mean) == 1 else "RGB")
@@ -75,6 +66,27 @@ class BoxedImages(Dataset[Sample]):
         canvas = torch.zeros(len(self.mean), height, width)
         canvas[:, : fitted[1], : fitted[0]] = (pixels / 255 - self.mean) / self.std
         return canvas, scale
+
+
+def pad_boxes(samples: Sequence[Sample]) -> Sample:
+    """Put images with boxes together.
+
+    Args:
+        samples: N samples of `BoxedImages`.
+
+    Returns:
+        Images (N, C, H, W), boxes (N, M, 4), labels (N, M) and numbers (N,), M being the most boxes of an image; labels
+        are -1 where an image has fewer.
+
+    Example:
+        >>> one, two = ((torch.zeros(3, 8, 8), torch.ones(m, 4), torch.ones(m).long(), torch.tensor(m)) for m in (1, 2))
+        >>> pad_boxes([one, two])[2].tolist()
+        [[1, -1], [1, 1]]
+    """
+    images, boxes, labels, numbers = zip(*samples, strict=True)
+    padded = pad_sequence(list(boxes), batch_first=True)
+    classes = pad_sequence(list(labels), batch_first=True, padding_value=-1)
+    return torch.stack(images), padded, classes, torch.stack(numbers)
 
 
 class DetectionCsvDataModule(ImageDataModule):
@@ -106,6 +118,7 @@ class DetectionCsvDataModule(ImageDataModule):
     """
 
     needs = (*ImageDataModule.needs, "PIL.Image")
+    collate = staticmethod(pad_boxes)
 
     def __init__(
         self,

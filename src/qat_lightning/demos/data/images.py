@@ -49,6 +49,11 @@ class ImageTensors(Dataset[tuple[Tensor, Tensor]]):
         return self.images[indices] * self._scale + self._shift, self.labels[indices]
 
 
+def as_batch(samples: Any) -> Any:
+    """Put samples together; `ImageTensors` makes whole batches itself."""
+    return samples if isinstance(samples, tuple) else default_collate(samples)
+
+
 class Splits(NamedTuple):
     """The three sets of a DataModule."""
 
@@ -79,6 +84,8 @@ class ImageDataModule(LightningDataModule, ABC):
 
     needs: ClassVar[tuple[str, ...]] = ("torchdata.stateful_dataloader",)
     """Modules of the extra `demos`, without which nothing can be loaded."""
+    collate = staticmethod(as_batch)
+    """Makes a batch of a list of samples. A function at the top of a module, since workers pickle it."""
 
     def __init__(
         self,
@@ -180,7 +187,7 @@ class ImageDataModule(LightningDataModule, ABC):
             shuffle=shuffle,
             num_workers=self.num_workers,
             pin_memory=self.pin_memory,
-            collate_fn=_collate,
+            collate_fn=self.collate,
             **where,
         )
 
@@ -211,11 +218,6 @@ class ImageDataModule(LightningDataModule, ABC):
 def _epochs_done(trainer: Trainer) -> int:
     """What Lightning gives to samplers as the epoch. `trainer.current_epoch` lags behind while a fit is resumed."""
     return int(trainer.fit_loop.epoch_progress.current.processed)  # type: ignore[attr-defined]
-
-
-def _collate(samples: Any) -> Any:
-    """`ImageTensors` makes whole batches itself. A function at the top of a module, since workers pickle it."""
-    return samples if isinstance(samples, tuple) else default_collate(samples)
 
 
 def hold_out(labels: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -126,7 +126,7 @@ def targets(node: Any, path: str = "") -> Iterator[tuple[str, DictConfig]]:
         if node.get("_target_"):
             yield path, node
         for key in node:
-            if not OmegaConf.is_missing(node, key):
+            if not (OmegaConf.is_missing(node, key) or OmegaConf.is_interpolation(node, key)):
                 yield from targets(node[key], f"{path}.{key}".strip("."))
 
 

@@ -1,0 +1,54 @@
+"""A small U-Net: an encoder that halves the image, a decoder that doubles it, and what each size had seen carried over."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import interpolate
+
+
+class UNet(nn.Module):
+    """The U-Net of Ronneberger et al. (2015), with BatchNorm, a stem of stride 2 and nearest upsampling.
+
+    Images may have any size of at least ``2 ** (depth + 1)`` pixels a side.
+
+    Args:
+        num_classes: Outputs of each pixel.
+        in_channels: 1 for grey images, 3 for colour.
+        width: Channels of the first stage; each further stage has twice as many.
+        depth: How often the encoder halves the image after the stem.
+
+    Example:
+        >>> UNet(num_classes=5, width=4, depth=2)(torch.zeros(2, 3, 18, 24)).shape
+        torch.Size([2, 5, 18, 24])
+    """
+
+    def __init__(self, num_classes: int = 11, in_channels: int = 3, width: int = 16, depth: int = 4) -> None:
+        super().__init__()
+        widths = [width * 2**level for level in range(depth + 1)]
+        self.stem = _conv_bn_relu(in_channels, width, stride=2)
+        self.encoder = nn.ModuleList(
+            _pair(before, after) for before, after in zip([width, *widths[:-1]], widths, strict=True)
+        )
+        self.pool = nn.MaxPool2d(2)
+        self.decoder = nn.ModuleList(_pair(3 * after, after) for after in reversed(widths[:-1]))
+        self.classifier = nn.Conv2d(width, num_classes, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images of shape (N, C, H, W) in, scores of shape (N, num_classes, H, W) out."""
+        size = x.shape[-2:]
+        x = self.stem(x)
+        seen: list[Tensor] = []
+        for level, stage in enumerate(self.encoder):
+            x = stage(x if level == 0 else self.pool(x))
+            seen.append(x)
+        for skip, stage in zip(reversed(seen[:-1]), self.decoder, strict=True):
+            x = stage(torch.cat([skip, interpolate(x, size=skip.shape[-2:], mode="nearest")], dim=1))
+        return interpolate(self.classifier(x), size=size, mode="nearest")
+
+
+def _pair(inputs: int, outputs: int) -> nn.Sequential:
+    return nn.Sequential(_conv_bn_relu(inputs, outputs), _conv_bn_relu(outputs, outputs))
+
+
+def _conv_bn_relu(inputs: int, outputs: int, *, stride: int = 1) -> nn.Sequential:
+    conv = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(outputs), nn.ReLU())

@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
 from qat_lightning import PostTrainingQuantization, QuantizationAwareTraining, Scheme
+from qat_lightning.errors import CombinationError
 from qat_lightning.run import app
 from qat_lightning.settings.backends import BACKENDS, pairs
 from tests.support.boxed_images import make_boxed_images
@@ -73,12 +74,21 @@ def images(tmp_path: Path) -> Path:
             folder = tmp_path / "photos" / split / label
             folder.mkdir(parents=True)
             Image.new("RGB", (9, 12)).save(folder / "1.png")
+        for kind, mode in (("images", "RGB"), ("masks", "L")):
+            (tmp_path / "scenes" / split / kind).mkdir(parents=True)
+            Image.new(mode, (9, 12)).save(tmp_path / "scenes" / split / kind / "1.png")
     return make_boxed_images(tmp_path / "photos", train=1, val=1, test=1)  # in images/, with a table
 
 
 EXTRA = {
     "data=detection_csv": ["data.num_classes=2", "data.datamodule.suffix=.png"],
     "data=image_folder": ["data.num_classes=3"],
+    "data=segmentation_folder": ["data.num_classes=3", "model=unet"],
+    "data=digit_masks": ["model=deeplab_mobilenet"],
+    "data=text_file": ["model=char_transformer"],
+    "model=char_transformer": ["data=text_file"],
+    "model=unet": ["data=digit_masks"],
+    "model=deeplab_mobilenet": ["data=digit_masks"],
     "model=custom": ["model.module.net._target_=qat_lightning.demos.ResNet20"],
 }
 CHOICES = [f"{group}={option}" for group in ("data", "model", "logger", "callbacks") for option in options(group)]
@@ -86,12 +96,15 @@ CHOICES = [f"{group}={option}" for group in ("data", "model", "logger", "callbac
 
 @pytest.mark.parametrize("choice", CHOICES)
 def test_every_choice_becomes_objects(choice: str, composed: Compose, images: Path) -> None:
+    text = images / "train" / "cat" / "1.png"  # any file is bytes
     paths = {
         "data=detection_csv": images,
         "data=image_folder": images,
-        "data=text_file": images / "train" / "cat" / "1.png",
-    }  # any file is bytes
-    extra = [*EXTRA.get(choice, []), *([f"data.datamodule.path={paths[choice]}"] if choice in paths else [])]
+        "data=segmentation_folder": images.parent / "scenes",
+        "data=text_file": text,
+    }
+    extra = EXTRA.get(choice, [])
+    extra = [*extra, *(f"data.datamodule.path={paths[word]}" for word in (choice, *extra) if word in paths)]
     cfg = composed("method=float", "trainer=cpu", choice, *extra)
     app.check(cfg)
     run = app.build(cfg)
@@ -119,6 +132,17 @@ def test_all_that_decides_goes_by_the_metric_of_the_model(
         objective, direction = (OmegaConf.select(cfg, key) for key in ("objective", "hydra.sweeper.direction"))
         first = (objective, direction) if isinstance(objective, str) else (objective[0], direction[0])
         assert first == (f"val/{metric}", f"{mode}imize")
+
+
+def test_data_of_another_task_is_refused_before_anything_is_built(composed: Compose) -> None:
+    for words, says in (
+        (["model=unet"], "learns a label for each pixel, and data=digits has one for each sample"),
+        (["data=digit_masks"], "has one for each pixel: choose another data= or model="),
+        (["model=char_transformer"], "model=char_transformer learns a label for each token"),
+    ):
+        with pytest.raises(CombinationError, match=re.escape(says)):
+            app.check(composed(*words))
+    app.check(composed("data=digit_masks", "model.labels=pixel"))
 
 
 def targets(node: Any, path: str = "") -> Iterator[tuple[str, DictConfig]]:

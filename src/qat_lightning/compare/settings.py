@@ -17,7 +17,7 @@ ABSENT = "–"
 # Where and under which name a run is kept, from where it went on, and what only watches: no result depends on these.
 _NO_SETTINGS = (
     *("paths.*", "run.*", "logger.*", "hydra.*", "ckpt_path", "*float_checkpoint"),
-    *("resume", "isolate", "objective", "save_int8", "baseline.folder", "model.metric.*"),
+    *("resume", "isolate", "objective", "save_int8", "baseline.folder", "model.metric.*", "*.labels"),
     *("callbacks.*monitor.*", "callbacks.*progress_bar.*"),
 )
 _PLACES = ("dirpath", "save_dir", "output_dir", "default_root_dir", "root_dir", "log_dir", "cache_dir", "data_dir")

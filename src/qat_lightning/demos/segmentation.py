@@ -4,53 +4,89 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torchmetrics.classification import MulticlassJaccardIndex
+from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
 
-from qat_lightning.demos.classification import ClassificationModule
+from qat_lightning.demos.optimization import AdamWModule
 
 
-class SegmentationModule(ClassificationModule):
+class SegmentationModule(AdamWModule):
     """Trains a network to say what each pixel shows, with AdamW and cross-entropy.
 
-    Logs `train/loss`, and the loss and the mean intersection over union (`miou`) of `val/` and `test/`.
+    Logs `train/loss`, and of `val/` and `test/` the loss, the mean intersection over union of the classes (`miou`) and
+    the share of pixels that are right (`acc`).
 
     Args:
         net: Images of shape (N, C, H, W) in, scores of shape (N, num_classes, H, W) out.
         num_classes: How many classes there are, without void.
-        ignore_index: The class of pixels that count nowhere.
-        settings: Those of `ClassificationModule`.
+        ignore_index: The label of pixels that count nowhere: in no loss and in no metric.
+        label_smoothing: Share of the target that is spread over all classes, in training.
+        optimization: `lr`, `weight_decay` and `scheduler` of `AdamWModule`.
+
+    Example:
+        >>> import torch
+        >>> module = SegmentationModule(nn.Conv2d(1, 3, 1), num_classes=3)
+        >>> module(torch.zeros(5, 1, 6, 8)).shape
+        torch.Size([5, 3, 6, 8])
     """
 
-    def __init__(self, net: nn.Module, num_classes: int, ignore_index: int = 255, **settings: Any) -> None:
-        super().__init__(net, num_classes, **settings)
+    def __init__(
+        self,
+        net: nn.Module,
+        num_classes: int,
+        ignore_index: int = 255,
+        label_smoothing: float = 0.0,
+        **optimization: Any,
+    ) -> None:
+        super().__init__(**optimization)
+        self.save_hyperparameters(ignore=["net"], logger=False)
+        self.net = net
         self.ignore_index = ignore_index
-        self.val_miou = MulticlassJaccardIndex(num_classes, ignore_index=ignore_index)
-        self.test_miou = MulticlassJaccardIndex(num_classes, ignore_index=ignore_index)
+        self.label_smoothing = label_smoothing
+        self.val_miou, self.test_miou = (MulticlassJaccardIndex(num_classes, ignore_index=ignore_index) for _ in "12")
+        self.val_acc, self.test_acc = (
+            MulticlassAccuracy(num_classes, average="micro", ignore_index=ignore_index) for _ in "12"
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images in, one score for each class and pixel out."""
+        scores: Tensor = self.net(x)
+        return scores
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """One batch of training."""
-        loss = cross_entropy(
-            self(batch[0]), batch[1], ignore_index=self.ignore_index, label_smoothing=self.label_smoothing
-        )
+        images, masks = batch
+        loss = self._loss(self(images), masks, self.label_smoothing)
         self.log("train/loss", loss, on_step=True, on_epoch=False, prog_bar=True)
         return loss
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """One batch of validation."""
-        self._measure("val", self.val_miou, batch)
+        self._evaluate("val", self.val_miou, self.val_acc, batch)
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """One batch of the test."""
-        self._measure("test", self.test_miou, batch)
+        self._evaluate("test", self.test_miou, self.test_acc, batch)
 
     def predict_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """The most likely class of each pixel, of shape (N, H, W)."""
         most_likely: Tensor = self(batch[0]).argmax(1)
         return most_likely
 
-    def _measure(self, stage: str, miou: MulticlassJaccardIndex, batch: tuple[Tensor, Tensor]) -> None:
-        scores, masks = self(batch[0]), batch[1]
-        miou(scores, masks)
-        loss = cross_entropy(scores, masks, ignore_index=self.ignore_index)
-        self.log(f"{stage}/loss", loss, batch_size=len(masks), sync_dist=True)
+    def _evaluate(
+        self, stage: str, miou: MulticlassJaccardIndex, accuracy: MulticlassAccuracy, batch: tuple[Tensor, Tensor]
+    ) -> None:
+        images, masks = batch
+        scores = self(images)
+        classes = scores.argmax(1)
+        miou(classes, masks)
+        accuracy(classes, masks)
+        self.log(f"{stage}/loss", self._loss(scores, masks), batch_size=len(masks), sync_dist=True)
         self.log(f"{stage}/miou", miou, batch_size=len(masks), prog_bar=stage == "val")
+        self.log(f"{stage}/acc", accuracy, batch_size=len(masks))
+
+    def _loss(self, scores: Tensor, masks: Tensor, label_smoothing: float = 0.0) -> Tensor:
+        """The mean over the pixels that count; 0 where none does."""
+        summed = cross_entropy(
+            scores, masks, ignore_index=self.ignore_index, label_smoothing=label_smoothing, reduction="sum"
+        )
+        return summed / (masks != self.ignore_index).sum().clamp_min(1)

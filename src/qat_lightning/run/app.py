@@ -54,6 +54,7 @@ def check(cfg: DictConfig) -> None:
     """
     if missing := list(_missing(cfg)):
         raise ConfigurationError(f"Values are missing: give {' '.join(f'{key}=...' for key in missing)}")
+    _check_labels(cfg)
     quantization = cfg.get("quantization")
     if quantization is not None and list(quantization) == ["scheme"]:
         raise CombinationError(
@@ -80,6 +81,17 @@ def check(cfg: DictConfig) -> None:
                 f"{key}={cfg[key]} does not exist. Expected a checkpoint of Lightning, as train.py leaves them in "
                 "outputs/<date>/<time>/checkpoints/last.ckpt"
             )
+
+
+def _check_labels(cfg: DictConfig) -> None:
+    """Data of another task than the model's; what does not say what has a label is not looked at."""
+    learned, given = (OmegaConf.select(cfg, f"{part}.labels") for part in ("model", "data"))
+    if learned is not None and given is not None and learned != given:
+        raise CombinationError(
+            f"model={cfg.model.name} learns a label for each {learned}, and data={cfg.data.name} has one for each "
+            f"{given}: choose another data= or model= (docs/tasks.md), or for a network of your own "
+            f"model.labels={given}."
+        )
 
 
 def _is_file(key: str, path: str) -> bool:

@@ -26,14 +26,19 @@ def batch_generator(*key: int) -> torch.Generator:
     return torch.Generator().manual_seed(mixed >> 1)
 
 
-def augment(images: Tensor, generator: torch.Generator, *, crop_padding: int = 0, flip: bool = False) -> Tensor:
+def augment(
+    images: Tensor, generator: torch.Generator, *, crop_padding: int = 0, flip: bool = False, fill: float = 0.0
+) -> Tensor:
     """Crop and mirror each image at random; the shape stays.
+
+    Generators in the same state crop and mirror alike, so that a mask follows its image.
 
     Args:
         images: Of shape (N, C, H, W), on any device.
         generator: A CPU generator, so that the device does not change what is drawn.
-        crop_padding: Pad each side by so many zeros, then crop to the old size at a random place.
+        crop_padding: Pad each side by so many pixels, then crop to the old size at a random place.
         flip: Mirror each image with probability one half.
+        fill: What images are padded with.
 
     Returns:
         The new images.
@@ -48,7 +53,7 @@ def augment(images: Tensor, generator: torch.Generator, *, crop_padding: int = 0
         top, left = torch.randint(2 * crop_padding + 1, (2, count, 1), generator=generator).to(images.device)
         rows = top + torch.arange(height, device=images.device)
         columns = left + torch.arange(width, device=images.device)
-        padded = pad(images, [crop_padding] * 4)
+        padded = pad(images, [crop_padding] * 4, value=fill)
         which = torch.arange(count, device=images.device)
         # indexing around the channels puts them last
         images = padded[which[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()

@@ -13,13 +13,14 @@ class InvertedResidual(nn.Module):
         outputs: Channels out.
         stride: Of the depthwise convolution.
         expansion: How many times wider the middle is.
+        dilation: Of the depthwise convolution.
     """
 
-    def __init__(self, inputs: int, outputs: int, stride: int, expansion: int) -> None:
+    def __init__(self, inputs: int, outputs: int, stride: int, expansion: int, dilation: int = 1) -> None:
         super().__init__()
         middle = inputs * expansion
-        self.expand = _conv_bn_relu6(inputs, middle, kernel=1)
-        self.depthwise = _conv_bn_relu6(middle, middle, kernel=3, stride=stride, groups=middle)
+        self.expand = conv_bn_relu6(inputs, middle, kernel=1)
+        self.depthwise = conv_bn_relu6(middle, middle, kernel=3, stride=stride, groups=middle, dilation=dilation)
         self.project = nn.Sequential(nn.Conv2d(middle, outputs, 1, bias=False), nn.BatchNorm2d(outputs))
         self.residual = stride == 1 and inputs == outputs
 
@@ -56,7 +57,7 @@ class SmallMobileNet(nn.Module):
         expansion: int = 3,
     ) -> None:
         super().__init__()
-        self.stem = _conv_bn_relu6(in_channels, width, kernel=3)
+        self.stem = conv_bn_relu6(in_channels, width, kernel=3)
         stages: list[nn.Module] = []
         channels = width
         for index, stride in enumerate(strides):
@@ -65,7 +66,7 @@ class SmallMobileNet(nn.Module):
                 stages.append(InvertedResidual(channels, outputs, stride if block == 0 else 1, expansion))
                 channels = outputs
         self.stages = nn.Sequential(*stages)
-        self.head = _conv_bn_relu6(channels, 4 * channels, kernel=1)
+        self.head = conv_bn_relu6(channels, 4 * channels, kernel=1)
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.flatten = nn.Flatten()
         self.classifier = nn.Linear(4 * channels, num_classes)
@@ -77,6 +78,10 @@ class SmallMobileNet(nn.Module):
         return scores
 
 
-def _conv_bn_relu6(inputs: int, outputs: int, *, kernel: int, stride: int = 1, groups: int = 1) -> nn.Sequential:
-    conv = nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, groups=groups, bias=False)
+def conv_bn_relu6(
+    inputs: int, outputs: int, *, kernel: int, stride: int = 1, groups: int = 1, dilation: int = 1
+) -> nn.Sequential:
+    """A convolution that keeps the size, up to its stride, with BatchNorm and ReLU6."""
+    padding = dilation * (kernel // 2)
+    conv = nn.Conv2d(inputs, outputs, kernel, stride, padding, dilation, groups, bias=False)
     return nn.Sequential(conv, nn.BatchNorm2d(outputs), nn.ReLU6())

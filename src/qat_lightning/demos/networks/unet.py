@@ -1,4 +1,4 @@
-"""A small U-Net: an encoder that halves the image, a decoder that doubles it, and what each size had seen carried over."""
+"""A small U-Net: an encoder that halves the image, and a decoder that doubles it and sees what the encoder saw."""
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ class UNet(nn.Module):
     def __init__(self, num_classes: int = 11, in_channels: int = 3, width: int = 16, depth: int = 4) -> None:
         super().__init__()
         widths = [width * 2**level for level in range(depth + 1)]
-        self.stem = _conv_bn_relu(in_channels, width, stride=2)
+        self.stem = conv_bn_relu(in_channels, width, stride=2)
         self.encoder = nn.ModuleList(
             _pair(before, after) for before, after in zip([width, *widths[:-1]], widths, strict=True)
         )
@@ -46,9 +46,10 @@ class UNet(nn.Module):
 
 
 def _pair(inputs: int, outputs: int) -> nn.Sequential:
-    return nn.Sequential(_conv_bn_relu(inputs, outputs), _conv_bn_relu(outputs, outputs))
+    return nn.Sequential(conv_bn_relu(inputs, outputs), conv_bn_relu(outputs, outputs))
 
 
-def _conv_bn_relu(inputs: int, outputs: int, *, stride: int = 1) -> nn.Sequential:
-    conv = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
+def conv_bn_relu(inputs: int, outputs: int, *, kernel: int = 3, stride: int = 1, dilation: int = 1) -> nn.Sequential:
+    """A convolution that keeps the size, up to its stride, with BatchNorm and ReLU."""
+    conv = nn.Conv2d(inputs, outputs, kernel, stride, padding=dilation * (kernel // 2), dilation=dilation, bias=False)
     return nn.Sequential(conv, nn.BatchNorm2d(outputs), nn.ReLU())

@@ -84,6 +84,7 @@ EXTRA = {
     "data=detection_csv": ["data.num_classes=2", "data.datamodule.suffix=.png"],
     "data=image_folder": ["data.num_classes=3"],
     "data=segmentation_folder": ["data.num_classes=3", "model=unet"],
+    "experiment=segmentation_unet": ["data.num_classes=3"],
     "data=digit_masks": ["model=deeplab_mobilenet"],
     "data=text_file": ["model=char_transformer"],
     "model=char_transformer": ["data=text_file"],
@@ -161,7 +162,7 @@ CHOICES_BY_SIGNATURE = [
 
 @pytest.mark.parametrize("choice", [*CHOICES_BY_SIGNATURE, *(f"experiment={name}" for name in options("experiment"))])
 def test_every_key_is_a_parameter_of_what_reads_it(choice: str, composed: Compose) -> None:
-    for path, node in targets(composed(choice)):
+    for path, node in targets(composed(choice, *EXTRA.get(choice, []))):
         parameters = inspect.signature(get_object(node._target_)).parameters
         if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
             unknown = {key for key in node if not str(key).startswith("_")} - parameters.keys()

@@ -81,13 +81,14 @@ def images(tmp_path: Path) -> Path:
 
 
 EXTRA = {
-    "data=detection_csv": ["data.num_classes=2", "data.datamodule.suffix=.png"],
+    "data=detection_csv": ["data.num_classes=2", "data.datamodule.suffix=.png", "model=single_shot"],
     "data=image_folder": ["data.num_classes=3"],
     "data=segmentation_folder": ["data.num_classes=3", "model=unet"],
-    "experiment=segmentation_unet": ["data.num_classes=3"],
+    "experiment=segmentation": ["data.num_classes=3"],
     "data=digit_masks": ["model=deeplab_mobilenet"],
     "data=text_file": ["model=char_transformer"],
     "model=char_transformer": ["data=text_file"],
+    "model=single_shot": ["data=detection_csv", "data.num_classes=2", "data.datamodule.suffix=.png"],
     "model=unet": ["data=digit_masks"],
     "model=deeplab_mobilenet": ["data=digit_masks"],
     "model=custom": ["model.module.net._target_=qat_lightning.demos.ResNet20"],
@@ -118,7 +119,12 @@ def test_every_choice_becomes_objects(choice: str, composed: Compose, images: Pa
 
 @pytest.mark.parametrize(
     ("model", "metric", "mode"),
-    [("vit", "acc", "max"), ("char_transformer", "perplexity", "min"), ("single_shot", "map", "max")],
+    [
+        ("vit", "acc", "max"),
+        ("char_transformer", "perplexity", "min"),
+        ("single_shot", "map", "max"),
+        ("unet", "miou", "max"),
+    ],
 )
 def test_all_that_decides_goes_by_the_metric_of_the_model(
     model: str, metric: str, mode: str, composed: Compose

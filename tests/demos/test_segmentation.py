@@ -257,7 +257,7 @@ def test_a_run_resumed_within_an_epoch_ends_where_the_uninterrupted_one_ends(fol
 
 @pytest.mark.slow
 def test_the_experiment_runs_and_the_best_is_chosen_by_miou(folder: Path, tmp_path: Path) -> None:
-    words = ["experiment=segmentation_unet", f"data.datamodule.path={folder}", "data.num_classes=3"]
+    words = ["experiment=segmentation", f"data.datamodule.path={folder}", "data.num_classes=3"]
     small_net = ["model.module.net.width=4", "model.module.net.depth=1", "data.datamodule.crop_padding=2"]
     done = train(tmp_path, *words, *small_net, f"data.ignore_index={VOID}", "export=onnx", "logger=none", *FAST)
     assert done.returncode == 0, done.stderr

@@ -2,8 +2,9 @@
 
 Each row is a process of its own, which loads a file and calls it: this library's own file and a ``state_dict`` in
 PyTorch, and each format in its runtime, with a float file of the same format beside it. Figures are the resident memory
-of the process at its highest, less what it was when everything was imported and a network of one convolution had run in
-the same runtime: in loading and the first calls, and in the calls after it, the network's weights included.
+of the process at its highest, in loading and the first calls, and in the calls after it, the network's weights
+included: of the whole process (``--whole``), with all that it imports, or less what it was when everything was imported
+and a network of one convolution had run in the same runtime.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
-
-from rich.console import Console
-from rich.table import Table
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.machine import describe, resident
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 IN_PROCESS = ("eager", "fx", "pt2e")
 FILES = {"torchscript": "fx", "pt2": "pt2e", "onnx": "fx", "openvino": "fx", "executorch": "pt2e"}
@@ -36,8 +37,8 @@ SIDE = 224
 Run = Callable[[Any], Any]
 
 
-def build(network: str, folder: Path) -> None:
-    """Write all files of a network, and those of a small one; what fails leaves a text that says why."""
+def build(network: str, folder: Path, rows: list[str]) -> None:
+    """Write the files of a network for some rows, and those of a small one; what fails leaves a text that says why."""
     import torch
 
     from benchmarks.networks import NETWORKS
@@ -52,23 +53,29 @@ def build(network: str, folder: Path) -> None:
         plain = make().eval()
         torch.save(plain.state_dict(), folder / f"{which}-float.pt")
         made: dict[tuple[str, str], Any] = {}
-        for mode, backend in ((mode, "x86") for mode in IN_PROCESS):
+        wanted = {(mode, "x86") for mode in IN_PROCESS if mode in rows}
+        wanted |= {(mode, _backend(name)) for name, mode in FILES.items() if name in rows}
+        for mode, backend in sorted(wanted):
             prepared = prepare(make().train(), example, Recipe(mode, backend))
             prepared(*example.args)
             made[mode, backend] = convert(prepared.eval(), example)
-            made[mode, backend].save(folder / f"{which}-{mode}.int8")
-        prepared = prepare(make().train(), example, Recipe("pt2e", "xnnpack"))
-        prepared(*example.args)
-        made["pt2e", "xnnpack"] = convert(prepared.eval(), example)
+            if backend == "x86":
+                made[mode, backend].save(folder / f"{which}-{mode}.int8")
         for name, mode in FILES.items():
+            if name not in rows:
+                continue
             form = get_format(name)
             for kind in ("float", "int8"):
-                source = plain if kind == "float" else made[mode, "xnnpack" if name == "executorch" else "x86"]
+                source = plain if kind == "float" else made[mode, _backend(name)]
                 (folder / f"{which}-{name}-{kind}").mkdir()
                 try:
                     form.write(Source(source, example), folder / f"{which}-{name}-{kind}" / f"model{form.suffix}")
                 except Exception as error:  # noqa: BLE001 (a row of the table says it)
                     (folder / f"{which}-{name}-{kind}.txt").write_text(f"{type(error).__name__}: {error}")
+
+
+def _backend(name: str) -> str:
+    return "xnnpack" if name == "executorch" else "x86"
 
 
 def _small() -> Any:
@@ -116,14 +123,16 @@ def worker(row: list[str], folder: Path, network: str) -> dict[str, int]:
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     with torch.inference_mode():
-        small = load(what, mode, kind, "small", folder, network)
-        for _ in range(4):
-            small(torch.randn(batch, 3, 32, 32))
-        del small
-        gc.collect()
-        ctypes.CDLL(None).malloc_trim(0)
         images = torch.randn(batch, 3, SIDE, SIDE)
-        before = resident("VmRSS")
+        before = 0
+        if row[4:] != ["whole"]:
+            small = load(what, mode, kind, "small", folder, network)
+            for _ in range(6):  # by then it is recorded
+                small(torch.randn(batch, 3, 32, 32))
+            del small
+            gc.collect()
+            ctypes.CDLL(None).malloc_trim(0)
+            before = resident("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")  # begins the highest anew
         run = load(what, mode, kind, "whole", folder, network)
         for _ in range(10):  # by then frozen traces and plans are made
@@ -154,28 +163,38 @@ def ask(network: str, folder: Path, row: list[str]) -> dict[str, int] | str:
 
 def main(arguments: list[str]) -> None:
     """Measure and print a table for each network and batch."""
+    from rich.console import Console  # not before: workers do not need it
+
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--networks", nargs="+", default=["resnet18", "mobilenetv2"])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 32])
+    parser.add_argument("--rows", nargs="+", default=[*IN_PROCESS, *FILES], help="modes in PyTorch, and formats")
+    parser.add_argument("--whole", action="store_true", help="of the whole process, with all that it imports")
     options = parser.parse_args(arguments)
     for network in options.networks:
         with tempfile.TemporaryDirectory() as folder:
-            command = [sys.executable, "-W", "ignore", "-m", "benchmarks.inference_memory", network, folder]
+            command = [sys.executable, "-W", "ignore", "-m", "benchmarks.inference_memory", network, folder, "build"]
             # Conversions need not compile: the format pt2 does, and the process that measures.
-            subprocess.run(command, check=True, env=os.environ | {"QAT_LIGHTNING_COMPILE": "0"})
+            subprocess.run([*command, *options.rows], check=True, env=os.environ | {"QAT_LIGHTNING_COMPILE": "0"})
             for batch in options.batches:
-                Console(width=120).print(_table(network, Path(folder), batch))
+                Console(width=120).print(_table(network, Path(folder), batch, options))
 
 
-def _table(network: str, folder: Path, batch: int) -> Table:
-    table = Table(title=f"{network}, batch {batch}, {SIDE}x{SIDE}", caption=describe())
+def _table(network: str, folder: Path, batch: int, options: argparse.Namespace) -> Table:
+    from rich.table import Table
+
+    whole = ", whole process" if options.whole else ""
+    table = Table(title=f"{network}, batch {batch}, {SIDE}x{SIDE}{whole}", caption=describe())
     for column in ("runtime", "int8 from", "calls: float MB", "int8 MB", "times less", "loading: float MB", "int8 MB"):
         table.add_column(column, justify="left" if column in ("runtime", "int8 from") else "right")
     plain: dict[str, Any] = {}
+    end = [str(batch), *(["whole"] if options.whole else [])]
     for what, mode in PAIRS:
+        if (mode if what == "PyTorch" else what) not in options.rows:
+            continue
         if what not in plain:
-            plain[what] = ask(network, folder, [what, mode, "float", str(batch)])
-        float_, int8 = plain[what], ask(network, folder, [what, mode, "int8", str(batch)])
+            plain[what] = ask(network, folder, [what, mode, "float", *end])
+        float_, int8 = plain[what], ask(network, folder, [what, mode, "int8", *end])
         wrong = [found for found in (float_, int8) if isinstance(found, str)]
         if wrong:
             table.add_row(what, mode, wrong[0])
@@ -191,7 +210,7 @@ def _table(network: str, folder: Path, batch: int) -> Table:
 
 if __name__ == "__main__":
     network, folder, *row = sys.argv[1:]
-    if row:
-        print("result", json.dumps(worker(row, Path(folder), network)), flush=True)
+    if row[0] == "build":
+        build(network, Path(folder), row[1:])
     else:
-        build(network, Path(folder))
+        print("result", json.dumps(worker(row, Path(folder), network)), flush=True)

@@ -7,9 +7,6 @@ import itertools
 import torch
 from torch import Tensor, nn
 
-from benchmarks.photos import SIDE, efficientnet_lite0
-from qat_lightning.demos import SmallViT
-
 
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions and a shortcut (He et al., 2016)."""
@@ -128,7 +125,16 @@ def _conv(inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int =
 
 def vit_tiny() -> nn.Module:
     """The vision transformer of DeiT-Tiny's size (Touvron et al., 2021): 12 blocks of width 192, 5.7 M parameters."""
-    return SmallViT(1000, image_size=SIDE, patch_size=16, dim=192, depth=12, heads=3, mlp_ratio=4)
+    from qat_lightning.demos import SmallViT  # not before: it imports Lightning, whose memory would be measured
+
+    return SmallViT(1000, image_size=224, patch_size=16, dim=192, depth=12, heads=3, mlp_ratio=4)
+
+
+def efficientnet_lite0() -> nn.Module:
+    """EfficientNet-Lite0 with its ImageNet weights: 4.7 M parameters."""
+    from benchmarks import photos
+
+    return photos.efficientnet_lite0()
 
 
 NETWORKS = {

@@ -12,8 +12,8 @@ from torch.utils._pytree import tree_leaves
 
 from qat_lightning import Example, Recipe, load_quantized, quantize, to_plain_tensors
 from qat_lightning.errors import ConfigurationError
-from qat_lightning.modes.pt2e import int8
-from qat_lightning.modes.pt2e.plain import PlainLayer
+from qat_lightning.modes.decomposed import int8
+from qat_lightning.modes.decomposed.plain import PlainLayer
 from qat_lightning.numerics.sqnr import sqnr_db
 from tests.export.files import quantized_case
 

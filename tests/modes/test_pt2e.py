@@ -18,9 +18,10 @@ from qat_lightning.artifact.quantized import QuantizedNetwork
 from qat_lightning.checks import LayerCheck
 from qat_lightning.errors import ConversionError, NetworkError, TraceError, VerificationError
 from qat_lightning.graph.example import Example
+from qat_lightning.modes.decomposed import compiling, int8
 from qat_lightning.modes.prepared import cpu_copy, fake_quantizers, set_phase
 from qat_lightning.modes.protocol import Converted
-from qat_lightning.modes.pt2e import Pt2eMode, compiling, int8
+from qat_lightning.modes.pt2e import Pt2eMode
 from qat_lightning.modes.pt2e.network import ExportedNetwork
 from qat_lightning.modes.registry import get_mode
 from qat_lightning.numerics.sqnr import sqnr_db
@@ -480,7 +481,11 @@ def test_int8_is_an_ordinary_module() -> None:
     assert torch.equal(copy.deepcopy(network)(x)["logits"], expected)
     network.load_state_dict(network.state_dict())
     assert not network(x)["logits"].requires_grad
-    assert torch.equal(pickle.loads(pickle.dumps(network.decomposed))(x)[0], expected)
+    unpickled = pickle.loads(pickle.dumps(network))
+    assert torch.equal(unpickled(x)["logits"], expected)
+    integers = [value.dtype for value in network.state_dict().values()]
+    assert [value.dtype for value in unpickled.state_dict().values()] == integers
+    assert torch.int8 in integers
 
 
 # Recurrent layers

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 from qat_lightning.graph.example import Example
+from qat_lightning.modes.decomposed import int8
+from qat_lightning.modes.decomposed.compiling import compile_library
+from qat_lightning.modes.decomposed.int8 import Int8Network
 from qat_lightning.modes.prepared import cpu_copy, set_phase
-from qat_lightning.modes.pt2e import Pt2eMode, int8
-from qat_lightning.modes.pt2e.compiling import compile_library
-from qat_lightning.modes.pt2e.int8 import Int8Network
+from qat_lightning.modes.pt2e import Pt2eMode
 from qat_lightning.numerics.sqnr import sqnr_db
 from qat_lightning.settings.recipe import Recipe
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from qat_lightning import Example, Recipe, Scheme, calibrate, convert, prepare
 from qat_lightning.artifact.frozen import CALLS_BEFORE
-from qat_lightning.modes.pt2e import int8
-from qat_lightning.modes.pt2e.plain import PlainLayer, on_plain_kernels
+from qat_lightning.modes.decomposed import int8
+from qat_lightning.modes.decomposed.plain import PlainLayer, on_plain_kernels
 from qat_lightning.numerics.sqnr import sqnr_db
 from qat_lightning.settings.backends import get_backend
 

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from qat_lightning.modes.pt2e.progress import said_while_it_lasts
+from qat_lightning.modes.decomposed.progress import said_while_it_lasts
 
 
 def test_the_begin_the_time_so_far_and_the_end_are_said(caplog: pytest.LogCaptureFixture) -> None:

@@ -90,7 +90,7 @@ def _decode_pt2e(data: dict[str, Any], recipe: Recipe, reading: Reading) -> nn.M
     from torch.fx import GraphModule
 
     from qat_lightning.graph.signature import CallSpec, Input
-    from qat_lightning.modes.pt2e.int8 import Int8Network
+    from qat_lightning.modes.decomposed.int8 import Int8Network
 
     spec = CallSpec(
         name=str(data["name"]),

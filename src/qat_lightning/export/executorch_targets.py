@@ -14,7 +14,7 @@ import torch.ao.quantization.fx._decomposed  # registers quantized_decomposed
 from torch import Tensor, fx
 from torch.export import ExportedProgram
 
-from qat_lightning.modes.pt2e.check import DEQUANTIZE, QUANTIZE
+from qat_lightning.modes.decomposed.ops import DEQUANTIZE, QUANTIZE
 from qat_lightning.modes.pt2e.executorch_quantizers import arm_compile_spec
 
 aten = torch.ops.aten

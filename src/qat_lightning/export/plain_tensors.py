@@ -53,8 +53,8 @@ def to_plain_tensors(network: QuantizedNetwork, example: Example | None = None) 
             f"to_plain_tensors takes static networks of mode 'eager' or 'fx', and this one is of mode {recipe.mode!r} "
             f"and kind {recipe.kind!r}: quantize with one of these two, or with mode='pt2e', which needs no such step."
         )
+    from qat_lightning.modes.decomposed.int8 import Int8Network
     from qat_lightning.modes.pt2e.capture import capture
-    from qat_lightning.modes.pt2e.int8 import Int8Network
 
     call = Example(*of_two(network.example if example is None else example))
     graph, spec = capture(in_plain_ops(network, call), call, train=False)

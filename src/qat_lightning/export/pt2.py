@@ -12,7 +12,7 @@ from torch.export import ExportedProgram
 
 from qat_lightning.errors import ExportError
 from qat_lightning.export.protocol import Kernels, Port, Runner, Source
-from qat_lightning.modes.pt2e.compiling import compile_package
+from qat_lightning.modes.decomposed.compiling import compile_package
 from qat_lightning.settings.recipe import Recipe
 
 

@@ -17,8 +17,8 @@ from qat_lightning.checks import LayerCheck
 from qat_lightning.export.protocol import Source
 from qat_lightning.export.pt2 import AotInductor
 from qat_lightning.graph.example import Example
-from qat_lightning.modes.pt2e import compiling
-from qat_lightning.modes.pt2e.int8 import Int8Network
+from qat_lightning.modes.decomposed import compiling
+from qat_lightning.modes.decomposed.int8 import Int8Network
 from qat_lightning.modes.uncalibrated import quantize
 from qat_lightning.settings.backends import BACKENDS
 from qat_lightning.settings.recipe import Recipe

@@ -9,37 +9,18 @@ from torch import Tensor, fx, nn
 
 from qat_lightning.graph.scopes import join, scope_of
 from qat_lightning.layers.operators import WEIGHTED, module_types
+from qat_lightning.modes.decomposed.ops import CHANNEL_AXIS, DEQUANTIZE
 from qat_lightning.modes.prepared import PreparedState
 from qat_lightning.modes.protocol import EXCLUDED, LayerCoverage
 from qat_lightning.modes.pt2e.annotate import selects
 from qat_lightning.modes.pt2e.convert import Decomposed
 from qat_lightning.modes.pt2e.coverage import IN_BRANCH
 from qat_lightning.modes.pt2e.dtypes import other_dtype
-from qat_lightning.modes.pt2e.folding import CHANNEL_AXIS
 from qat_lightning.modes.pt2e.network import ExportedNetwork
 from qat_lightning.modes.pt2e.training import Plan
 
-quantized_decomposed = torch.ops.quantized_decomposed
-
-QUANTIZE = (quantized_decomposed.quantize_per_tensor.default, quantized_decomposed.quantize_per_channel.default)
-DEQUANTIZE = (quantized_decomposed.dequantize_per_tensor.default, quantized_decomposed.dequantize_per_channel.default)
-
 _WEIGHTED = tuple(kind for kind in WEIGHTED if kind not in module_types("attention"))
 """Attention is exported as products, and as the linear layer in it, which has a row."""
-
-
-def main_op(node: fx.Node) -> fx.Node:
-    """The op with a weight among those that run as one with ``node``, else ``node``."""
-    seen, waiting = set[fx.Node](), [node]
-    while waiting:
-        candidate = waiting.pop(0)
-        if candidate in seen or candidate.op != "call_function" or candidate.target in DEQUANTIZE:
-            continue
-        if candidate.target in CHANNEL_AXIS:
-            return candidate
-        seen.add(candidate)
-        waiting += candidate.all_input_nodes
-    return node
 
 
 def coverage(state: PreparedState, prepared: ExportedNetwork, result: Decomposed | None) -> list[LayerCoverage]:

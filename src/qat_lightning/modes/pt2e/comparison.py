@@ -11,11 +11,10 @@ from qat_lightning.checks import LayerCheck
 from qat_lightning.graph.example import Example
 from qat_lightning.graph.scopes import scope_of
 from qat_lightning.layers.relu_rounding import writes_in_place
+from qat_lightning.modes.decomposed.ops import CHANNEL_AXIS, DEQUANTIZE, QUANTIZE, main_op
 from qat_lightning.modes.fx.alignment import Alignment
 from qat_lightning.modes.judging import MIDDLE, Grid, Names, beyond_rounding, decibels, raise_if_faulty
 from qat_lightning.modes.prepared import prepared_state
-from qat_lightning.modes.pt2e.check import DEQUANTIZE, QUANTIZE, main_op
-from qat_lightning.modes.pt2e.folding import CHANNEL_AXIS
 from qat_lightning.modes.pt2e.network import ExportedNetwork
 from qat_lightning.modes.pt2e.training import Plan
 from qat_lightning.modes.recording import Again, SeededRecorder, copies, copy_of, feeding, same_random_numbers, seed

@@ -19,8 +19,8 @@ from qat_lightning.errors import ConversionError
 from qat_lightning.graph.scopes import scope_of
 from qat_lightning.layers.batchnorm import fold_factor, folded_bias, folded_weight, for_each_row
 from qat_lightning.layers.qat_modules import round_for_good
+from qat_lightning.modes.decomposed.ops import CHANNEL_AXIS
 from qat_lightning.modes.pt2e.capture import TRAINING_FLAG
-from qat_lightning.modes.pt2e.folding import CHANNEL_AXIS
 from qat_lightning.modes.pt2e.training import Plan, weight_quantizer
 from qat_lightning.numerics.derived import DerivedFakeQuantize
 from qat_lightning.numerics.fake_quantize import FakeQuantize

@@ -13,12 +13,12 @@ from qat_lightning.graph.example import Example
 from qat_lightning.graph.scopes import scope_of
 from qat_lightning.layers.operators import MOVES
 from qat_lightning.modes.coverage import flops_of, is_float, macs_of, merged
+from qat_lightning.modes.decomposed.ops import CHANNEL_AXIS
 from qat_lightning.modes.places import op_name, rounding_of
 from qat_lightning.modes.prepared import PreparedState
 from qat_lightning.modes.protocol import EXCLUDED, LayerCoverage
 from qat_lightning.modes.pt2e.annotate import selects
 from qat_lightning.modes.pt2e.dtypes import other_dtype
-from qat_lightning.modes.pt2e.folding import CHANNEL_AXIS
 from qat_lightning.modes.pt2e.network import ExportedNetwork
 from qat_lightning.modes.pt2e.training import Plan
 from qat_lightning.modes.recording import run_of

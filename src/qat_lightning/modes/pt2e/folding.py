@@ -10,15 +10,10 @@ from torch import fx
 from torchao.quantization.pt2e.quantizer import DerivedQuantizationSpec, SharedQuantizationSpec
 from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY, QuantizationAnnotation
 
-from qat_lightning.layers.operators import OPERATORS
+from qat_lightning.modes.decomposed.ops import CHANNEL_AXIS
 from qat_lightning.modes.pt2e.transposed import Shuffled
 
 aten = torch.ops.aten
-
-CHANNEL_AXIS: dict[Any, int] = {
-    overload: row.channel_axis for row in OPERATORS if row.channel_axis is not None for overload in row.overloads
-}
-"""The ops with a weight, and the dimension of that weight that counts output channels."""
 
 
 @dataclass(frozen=True)

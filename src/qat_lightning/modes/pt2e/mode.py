@@ -13,6 +13,7 @@ from qat_lightning.graph.example import Example, in_float32
 from qat_lightning.modes.captured_once import captured
 from qat_lightning.modes.checkpointing import refuse_checkpoints
 from qat_lightning.modes.coverage import float_run, layers_with_macs, report
+from qat_lightning.modes.decomposed.int8 import Int8Network
 from qat_lightning.modes.layer_schemes import give_layers_their_grids
 from qat_lightning.modes.left_float import follow_checkpoints, leave_weights_float, weighted_layers, with_reasons
 from qat_lightning.modes.other_quantization import refuse_other_quantization
@@ -32,7 +33,6 @@ from qat_lightning.modes.pt2e.check import coverage
 from qat_lightning.modes.pt2e.comparison import check_layers
 from qat_lightning.modes.pt2e.convert import decompose, visit_weights
 from qat_lightning.modes.pt2e.coverage import pt2e_operations
-from qat_lightning.modes.pt2e.int8 import Int8Network
 from qat_lightning.modes.pt2e.network import ExportedNetwork
 from qat_lightning.modes.pt2e.training import Plan, adopt, training_graph, weight_quantizers
 from qat_lightning.modes.tracing import refuse_other_results

@@ -24,8 +24,9 @@ from qat_lightning.layers.qat_modules import (
     FunctionalBatchNorm,
     make_batchnorm_freezable,
 )
+from qat_lightning.modes.decomposed.ops import CHANNEL_AXIS
 from qat_lightning.modes.pt2e.capture import TRAINING_FLAG
-from qat_lightning.modes.pt2e.folding import CHANNEL_AXIS, Folded
+from qat_lightning.modes.pt2e.folding import Folded
 from qat_lightning.modes.pt2e.shared_ranges import observe_once
 from qat_lightning.numerics.derived import DerivedFakeQuantize
 from qat_lightning.numerics.fake_quantize import FakeQuantize

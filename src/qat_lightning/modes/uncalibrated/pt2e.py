@@ -31,12 +31,12 @@ from qat_lightning.layers.integer.weights import (
     weight_of_rows,
     weight_rows,
 )
+from qat_lightning.modes.decomposed.int8 import Int8Network
 from qat_lightning.modes.eager.layers import without_fast_paths
 from qat_lightning.modes.judging import Names, raise_if_faulty
 from qat_lightning.modes.protocol import Converted, LayerCoverage
 from qat_lightning.modes.pt2e.capture import capture
 from qat_lightning.modes.pt2e.convert import evaluate, tidy
-from qat_lightning.modes.pt2e.int8 import Int8Network
 from qat_lightning.modes.uncalibrated.checking import (
     EXACT,
     end_to_end,

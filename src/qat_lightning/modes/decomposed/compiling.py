@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
+import pickle
+import sys
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -17,9 +19,10 @@ from torch import Tensor, fx
 from qat_lightning.checks import LayerCheck
 from qat_lightning.graph.scopes import scope_of
 from qat_lightning.graph.signature import BATCH, CallSpec
-from qat_lightning.modes.pt2e.check import DEQUANTIZE, QUANTIZE, main_op
-from qat_lightning.modes.pt2e.progress import said_while_it_lasts
-from qat_lightning.modes.verify import is_faulty
+from qat_lightning.modes.decomposed.compile_apart import can_compile_apart, compile_apart
+from qat_lightning.modes.decomposed.ops import DEQUANTIZE, QUANTIZE, main_op
+from qat_lightning.modes.decomposed.progress import said_while_it_lasts
+from qat_lightning.modes.judging import is_faulty
 from qat_lightning.numerics.sqnr import sqnr_db
 from qat_lightning.settings.backends import Backend
 
@@ -35,7 +38,8 @@ def compile_library(decomposed: fx.GraphModule, spec: CallSpec, tensors: list[Te
     computed.graph.output_node().args = (
         tuple(value for value in computed.graph.output_node().args[0] if isinstance(value, fx.Node)),  # type: ignore[union-attr]
     )
-    compiled = compile_package(computed, tuple(_zeros(spec, tensors)), dynamic)
+    make = compile_apart if can_compile_apart(computed) else compile_package
+    compiled = make(computed, tuple(_zeros(spec, tensors)), dynamic)
     return load_library(compiled, decomposed, spec, tensors)
 
 
@@ -48,9 +52,7 @@ def compile_package(graph_module: fx.GraphModule, examples: tuple[Tensor, ...], 
         examples: Its inputs.
         dynamic: The dynamic shapes of each.
     """
-    # Registers the passes that turn dequantize, op, quantize into oneDNN's int8 ops.
-    import torchao.quantization.pt2e.quantizer.x86_inductor_quantizer  # noqa: F401
-
+    _register_int8_passes()
     _choose_grids_that_hold_zero(graph_module.graph)
     _make_linear_inputs_contiguous(graph_module.graph)
     _part_additions_from_activations(graph_module.graph)
@@ -67,15 +69,30 @@ def compile_package(graph_module: fx.GraphModule, examples: tuple[Tensor, ...], 
         return Path(package).read_bytes()
 
 
+def answer_process() -> None:
+    """Compile what `compile_apart` wrote to the file named first, into the one named second."""
+    asked, answer = map(Path, sys.argv[1:])
+    portable, examples, dynamic, threads = pickle.loads(asked.read_bytes())
+    torch.set_num_threads(threads)  # the compiler writes it into the code
+    answer.write_bytes(compile_package(portable.module, examples, dynamic))
+
+
+def _register_int8_passes() -> None:
+    """The passes that turn dequantize, op, quantize into oneDNN's int8 ops."""
+    from qat_lightning.modes import _torchao  # noqa: F401, I001 - before anything else imports torchao
+    import torchao.quantization.pt2e.quantizer.x86_inductor_quantizer  # noqa: F401
+
+
 def load_library(package: bytes, decomposed: fx.GraphModule, spec: CallSpec, tensors: list[Tensor]) -> Library:
     """Load what was compiled, here or in another process on this machine, from a folder that is gone afterwards."""
     with tempfile.TemporaryDirectory(prefix="qat-lightning-") as folder:
         path = Path(folder, "int8.pt2")
         path.write_bytes(package)
-        runner = torch._inductor.aoti_load_package(str(path))
+        # What `torch._inductor.aoti_load_package` calls, without the import of the compiler.
+        loader = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", False, 1, -1)  # type: ignore[attr-defined]
     outputs = list(decomposed.graph.output_node().args[0])  # type: ignore[arg-type]
     is_tensor = [isinstance(value, Tensor) for value in decomposed(*_zeros(spec, tensors))]
-    return Library(package, runner, outputs, is_tensor)
+    return Library(package, loader.boxed_run, outputs, is_tensor)
 
 
 def _shapes(spec: CallSpec) -> list[Any]:
@@ -218,7 +235,7 @@ class Library:
 
     Args:
         package: What the compiler made, to load in other processes.
-        runner: It, loaded.
+        runner: It, loaded; takes a list of inputs, which it empties.
         outputs: Of the graph: nodes and constants.
         is_tensor: Which of them are tensors.
     """
@@ -232,8 +249,7 @@ class Library:
 
     def __call__(self, *tensors: Tensor) -> list[Any]:
         """Run it; a flat list, as the graph returns it."""
-        computed = self.runner(*tensors)
-        rest = iter(computed if isinstance(computed, (list, tuple)) else [computed])
+        rest = iter(self.runner(list(tensors)))
         outputs = []
         for constant, is_computed, is_tensor in zip(self.constants, self.is_computed, self.is_tensor, strict=True):
             value = next(rest) if is_computed else constant

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from lightning.pytorch.utilities import rank_zero_info
-
 EVERY = 20.0
 """Seconds between two messages."""
+
+
+def _say(text: str) -> None:
+    """In Lightning's log where Lightning is in use; who only runs a file does not import it."""
+    if "lightning.pytorch" not in sys.modules:
+        sys.stderr.write(f"{text}\n")
+        return
+    from lightning.pytorch.utilities import rank_zero_info
+
+    rank_zero_info(text)
 
 
 @contextmanager
@@ -21,12 +30,12 @@ def said_while_it_lasts(what: str, *, every: float = EVERY) -> Iterator[None]:
         what: A clause in the present tense, such as "Inductor compiles the network".
         every: Seconds between two messages.
     """
-    rank_zero_info(f"{what} …")
+    _say(f"{what} …")
     began, ended = time.monotonic(), threading.Event()
 
     def go_on_saying() -> None:
         while not ended.wait(every):
-            rank_zero_info(f"{what}: {time.monotonic() - began:.0f} s so far.")
+            _say(f"{what}: {time.monotonic() - began:.0f} s so far.")
 
     speaker = threading.Thread(target=go_on_saying, daemon=True, name="qat-lightning-progress")
     speaker.start()
@@ -35,4 +44,4 @@ def said_while_it_lasts(what: str, *, every: float = EVERY) -> Iterator[None]:
     finally:
         ended.set()
         speaker.join()
-        rank_zero_info(f"{what}: done after {time.monotonic() - began:.0f} s.")
+        _say(f"{what}: done after {time.monotonic() - began:.0f} s.")

@@ -13,10 +13,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx, nn
 
+from qat_lightning.graph.portable_graph import PortableModule
 from qat_lightning.graph.signature import CallSpec
 from qat_lightning.modes.compile_switch import compiling_allowed, has_cpp_compiler
-from qat_lightning.modes.pt2e.compiling import compile_library, difference, load_library
-from qat_lightning.modes.pt2e.plain import PlainLayer, on_plain_kernels
+from qat_lightning.modes.decomposed.compiling import compile_library, difference, load_library
+from qat_lightning.modes.decomposed.plain import PlainLayer, on_plain_kernels
 from qat_lightning.settings.backends import get_backend
 
 Runs = Literal["not compiled yet", "aotinductor", "onednn", "decomposed"]
@@ -52,6 +53,11 @@ class Int8Network(nn.Module):
         self.backend = backend
         self.why_decomposed = ""
         self._reset()
+
+    @property
+    def is_one_kernel(self) -> bool:
+        """Whether a compiled library runs, between whose kernels there is no Python."""
+        return self.runs == "aotinductor"
 
     def _reset(self) -> None:
         self.runs = "not compiled yet"
@@ -157,9 +163,11 @@ class Int8Network(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what is compiled."""
-        return {name: value for name, value in self.__dict__.items() if name not in ("_compiled", "_lock")}
+        state = {name: value for name, value in self.__dict__.items() if name not in ("_compiled", "_lock")}
+        return state | {"_modules": {"decomposed": PortableModule(self.decomposed)}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        state = state | {"_modules": {"decomposed": state["_modules"]["decomposed"].module}}
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._reset()
 

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from qat_lightning.checks import LayerCheck
-from qat_lightning.modes.pt2e.check import DEQUANTIZE, QUANTIZE
+from qat_lightning.modes.decomposed.ops import DEQUANTIZE, QUANTIZE
+from qat_lightning.modes.judging import is_faulty
 from qat_lightning.modes.recording import Recorder
-from qat_lightning.modes.verify import is_faulty
 from qat_lightning.numerics.sqnr import sqnr_db
 from qat_lightning.settings.backends import Backend
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from qat_lightning.artifact.quantized import QuantizedNetwork
+from qat_lightning.export.plain_tensors import in_its_runtime
 from qat_lightning.graph.example import Example
 from qat_lightning.modes.layer_schemes import check_overrides_of
 from qat_lightning.modes.left_float import leaving_float
@@ -64,9 +65,8 @@ def convert(prepared: nn.Module, example: Example) -> QuantizedNetwork:
     """
     conversion = convert_what_can_be(prepared, example)
     state = prepared_state(prepared)
-    return QuantizedNetwork(
-        conversion.converted, leaving_float(state.recipe, state.left_float, state.prefix), example, source="convert"
-    )
+    recipe = leaving_float(state.recipe, state.left_float, state.prefix)
+    return in_its_runtime(QuantizedNetwork(conversion.converted, recipe, example, source="convert"))
 
 
 def quantize(network: nn.Module, example: Example, recipe: Recipe) -> QuantizedNetwork:

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from qat_lightning import Example, Recipe, Scheme, calibrate, convert, prepare
 from qat_lightning.artifact.frozen import CALLS_BEFORE
 from qat_lightning.modes.decomposed import int8
-from qat_lightning.modes.decomposed.plain import PlainLayer, on_plain_kernels
+from qat_lightning.modes.decomposed.lowering import on_plain_kernels
+from qat_lightning.modes.decomposed.plain import PlainLayer
 from qat_lightning.numerics.sqnr import sqnr_db
 from qat_lightning.settings.backends import get_backend
 
@@ -44,6 +45,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
     "depthwise": (lambda: nn.Sequential(nn.Conv2d(8, 8, 3, groups=8), nn.ReLU(), nn.Conv2d(8, 4, 1)), (8, 8, 8), 2),
     "one dimension": (lambda: nn.Sequential(nn.Conv1d(3, 8, 3), nn.ReLU(), nn.Conv1d(8, 4, 3)), (3, 12), 2),
     "perceptron": (lambda: nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4, bias=False)), (8,), 2),
+    "sums": (lambda: Sums(), (3, 8, 8), 5),
     "ReLU6": (lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU6(), nn.Conv2d(8, 4, 1)), (3, 8, 8), 2),
 }
 
@@ -99,13 +101,71 @@ def test_a_layer_that_computes_something_else_stays_decomposed(monkeypatch: pyte
     right = PlainLayer.forward
 
     def wrong(self: PlainLayer, input: Tensor) -> Tensor:
-        output = right(self, input)
-        return output if self.output is None else output + 7
+        return right(self, input) + (7 if len(self.scales) == 16 else 0)
 
     monkeypatch.setattr(PlainLayer, "forward", wrong)
     kernels = on_plain_kernels(decomposed, [x], get_backend("x86", "pt2e"))
     assert sum(isinstance(module, PlainLayer) for module in kernels.modules()) == 1
     assert sqnr_db(decomposed(x)[0], kernels(x)[0]) > 50
+
+
+def test_what_an_op_gets_wrong_behind_a_layer_runs_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    network, x = made("perceptron")
+    decomposed = network.network.decomposed
+    right = PlainLayer.forward
+
+    def wrong(self: PlainLayer, input: Tensor) -> Tensor:
+        return right(self, input) + (7 if self.output is not None else 0)
+
+    monkeypatch.setattr(PlainLayer, "forward", wrong)
+    kernels = on_plain_kernels(decomposed, [x], get_backend("x86", "pt2e"))
+    behind = [module.behind for module in kernels.modules() if isinstance(module, PlainLayer)]
+    assert [(one.activation, one.output) for one in behind] == [("relu", None), ("none", None)]
+    assert sqnr_db(decomposed(x)[0], kernels(x)[0]) > 50
+
+
+class Sums(nn.Module):
+    """The tensor that the first sum adds is read again later, and that of the second is not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.one = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.two, self.three, self.last = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1), nn.Conv2d(16, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.stem(x))
+        y = F.relu(x + self.one(x))
+        y = F.relu(self.three(F.relu(self.two(y))) + y)
+        result: Tensor = self.last(torch.cat([x, y], 1))
+        return result
+
+
+def test_sums_are_part_of_convolutions_and_write_over_nothing_that_is_read() -> None:
+    network, x = made("sums")
+    kernels = on_plain_kernels(network.network.decomposed, [x], get_backend("x86", "pt2e"))
+    behind = [module.behind for module in kernels.modules() if isinstance(module, PlainLayer)]
+    assert [(one.activation, one.added is not None) for one in behind] == [
+        ("relu", False),
+        ("relu", True),
+        ("relu", False),
+        ("relu", True),
+        ("none", False),
+    ]
+    assert [one.copies for one in behind if one.added is not None] == [True, False]
+    first = kernels(x)[0]
+    assert torch.equal(kernels(x)[0], first)
+    assert sqnr_db(network.network.decomposed(x)[0], first) > 50
+
+
+def test_an_activation_of_two_limits_is_part_of_its_layer() -> None:
+    network, x = made("ReLU6")
+    kernels = on_plain_kernels(network.network.decomposed, [x], get_backend("x86", "pt2e"))
+    layers = [module for module in kernels.modules() if isinstance(module, PlainLayer)]
+    assert [(layer.behind.activation, layer.output is None) for layer in layers] == [
+        ("hardtanh", False),
+        ("none", True),
+    ]
+    assert not kernels.graph.find_nodes(op="call_function", target=torch.ops.aten.hardtanh.default)
 
 
 def test_without_a_compiler_they_run_and_are_recorded(monkeypatch: pytest.MonkeyPatch) -> None:

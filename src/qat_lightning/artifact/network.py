@@ -103,7 +103,7 @@ def _decode_pt2e(data: dict[str, Any], recipe: Recipe, reading: Reading) -> nn.M
     if spec.in_spec.num_leaves != len(spec.inputs):
         raise ArtifactError("its inputs are not those of its graph")
     rebuilt = decode_graph(data["graph"], reading)
-    return Int8Network(GraphModule(rebuilt, rebuilt.graph).eval(), spec, recipe.backend)
+    return Int8Network(GraphModule(rebuilt, rebuilt.graph).eval(), spec, recipe.backend, recipe.runtime)
 
 
 def _encode_eager(network: nn.Module, writing: Writing) -> dict[str, Any]:

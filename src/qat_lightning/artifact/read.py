@@ -12,6 +12,7 @@ import io
 import json
 import os
 import zipfile
+from dataclasses import replace
 from typing import Any, BinaryIO, Literal
 
 import torch
@@ -24,12 +25,13 @@ from qat_lightning.artifact.quantized import QuantizedNetwork
 from qat_lightning.artifact.tensors import TensorReader
 from qat_lightning.artifact.values import decode, no_tag
 from qat_lightning.checks import LayerCheck, WholeCheck
-from qat_lightning.errors import ArtifactError, QuantizationError
+from qat_lightning.errors import ArtifactError, ConfigurationError, QuantizationError
 from qat_lightning.graph.example import Example
 from qat_lightning.modes.protocol import Converted, LayerCoverage
 from qat_lightning.settings.backends import quantized_engine, require
 from qat_lightning.settings.modes import traits_of
 from qat_lightning.settings.recipe import Recipe
+from qat_lightning.settings.runtimes import Runtime
 from qat_lightning.storage import Place, open_to_read, place
 
 _LARGEST_DESCRIPTION = 512_000_000
@@ -51,7 +53,10 @@ _DAMAGE = (
 
 
 def load_quantized(
-    path: str | os.PathLike[str], network: nn.Module | None = None, trusted: bool = False
+    path: str | os.PathLike[str],
+    network: nn.Module | None = None,
+    trusted: bool = False,
+    runtime: Runtime | None = None,
 ) -> QuantizedNetwork:
     """Read an int8 network from its file, without a Trainer and without data.
 
@@ -64,6 +69,8 @@ def load_quantized(
         trusted: Also import and call functions that the file names. Needed only for a network that calls functions or
             custom operators from outside PyTorch (saving reports this). Use it only for files from people whose code
             you would run.
+        runtime: ``"plain"`` runs a network of mode pt2e by oneDNN's ops on plain tensors, and compiles nothing; by
+            default what it was saved with.
 
     Returns:
         The network as it was saved, bit for bit, with the weights packed for its backend.
@@ -71,21 +78,25 @@ def load_quantized(
     Raises:
         ArtifactError: The file is missing, damaged, of a newer format, or something else; or ``network`` or ``trusted``
             is needed.
-        ConfigurationError: This build of PyTorch cannot run the backend.
+        ConfigurationError: This build of PyTorch cannot run the backend, or the network has no such runtime.
         MissingExtraError: The package for the protocol of a URL is not installed.
     """
-    return _load(place(path), path, network, trusted)
+    return _load(place(path), path, network, trusted, runtime)
 
 
 def quantized_from_bytes(data: bytes, network: nn.Module | None = None, trusted: bool = False) -> QuantizedNetwork:
     """Undo `artifact_bytes`; arguments and errors are those of `load_quantized`."""
-    return _load(io.BytesIO(data), "what another process sent", network, trusted)
+    return _load(io.BytesIO(data), "what another process sent", network, trusted, None)
 
 
-def _load(source: Place | io.BytesIO, path: Any, network: nn.Module | None, trusted: bool) -> QuantizedNetwork:
+def _load(
+    source: Place | io.BytesIO, path: Any, network: nn.Module | None, trusted: bool, runtime: Runtime | None
+) -> QuantizedNetwork:
     description, data = _read(source, path)
     try:
-        return _decode(description, data, network, trusted)
+        recipe = _with_runtime(_decode_recipe(description["recipe"]), runtime)
+        reading = Reading(TensorReader(description["tensors"], data), network, trusted)
+        return _decode(description, recipe, reading)
     except ArtifactError as error:
         raise ArtifactError(f"{path} cannot be loaded: {error}.") from error
     except QuantizationError:
@@ -106,13 +117,23 @@ def _decode_coverage(
     return LayerCoverage(str(name), str(kind), bool(quantized), str(reason), of_layer, int(calls), counted)
 
 
-def _decode(description: dict[str, Any], data: bytes, network: nn.Module | None, trusted: bool) -> QuantizedNetwork:
-    recipe = _decode_recipe(description["recipe"])
+def _with_runtime(recipe: Recipe, runtime: Runtime | None) -> Recipe:
+    if runtime is None:
+        return recipe
+    chosen = replace(recipe, runtime=runtime)
+    if recipe.mode != "pt2e":
+        raise ConfigurationError(
+            f"runtime={runtime!r} is for files of mode 'pt2e', and this is of mode {recipe.mode!r}: load it without "
+            "runtime=, and qat_lightning.to_plain_tensors(network) makes one of mode 'pt2e' of it."
+        )
+    return chosen
+
+
+def _decode(description: dict[str, Any], recipe: Recipe, reading: Reading) -> QuantizedNetwork:
     if traits_of(recipe.mode).packs:
         require(recipe.target)
-    tensors = TensorReader(description["tensors"], data)
     with quantized_engine(recipe.target.engine), torch.no_grad():
-        module = decode_network(description["network"], recipe, Reading(tensors, network, trusted))
+        module = decode_network(description["network"], recipe, reading)
     converted = Converted(
         network=module,
         coverage=[_decode_coverage(*values) for values in description["coverage"]],

@@ -30,6 +30,7 @@ from qat_lightning.rehearsal.auto import Decision
 from qat_lightning.rehearsal.rehearse import OnFault
 from qat_lightning.settings.kinds import check_kind
 from qat_lightning.settings.recipe import Equalization
+from qat_lightning.settings.runtimes import Runtime
 from qat_lightning.settings.schedule import Phase
 from qat_lightning.settings.scheme import Scheme
 
@@ -63,6 +64,7 @@ class PostTrainingQuantization(QuantizationCallback):
         equalization: As for `QuantizationAwareTraining`.
         smoothquant: As for `QuantizationAwareTraining`.
         rotation: As for `QuantizationAwareTraining`.
+        runtime: As for `QuantizationAwareTraining`.
         bias_correction: Correct the biases for the mean error of rounded weights, on the calibration batches.
         adaround: Learn for each weight whether it is rounded up or down, on the same batches; None for rounding to
             nearest.
@@ -110,6 +112,7 @@ class PostTrainingQuantization(QuantizationCallback):
         calls: Any = None,
         smoothquant: float | None = None,
         rotation: bool = False,
+        runtime: Runtime | None = None,
     ) -> None:
         calibration = CalibrationSettings(
             kind, calibration_batches, calibration_dataloader, calls, bias_correction, adaround
@@ -128,6 +131,7 @@ class PostTrainingQuantization(QuantizationCallback):
             on_fault=on_fault,
             smoothquant=smoothquant,
             rotation=rotation,
+            runtime=runtime,
         )
         if mode != "auto":
             check_kind(settings.recipe)

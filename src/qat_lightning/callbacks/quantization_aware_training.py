@@ -48,6 +48,7 @@ from qat_lightning.modes.compiling import check_compiler
 from qat_lightning.rehearsal.rehearse import OnFault
 from qat_lightning.settings.kinds import check_kind
 from qat_lightning.settings.recipe import Adapters, BatchNormHandling, Equalization, Kind
+from qat_lightning.settings.runtimes import Runtime
 from qat_lightning.settings.schedule import Phase, PointLike, QuantizationSchedule
 from qat_lightning.settings.scheme import Scheme
 from qat_lightning.storage import Place
@@ -128,6 +129,10 @@ class QuantizationAwareTraining(QuantizationCallback):
             the frozen weight is rounded, and the adapters stay float beside it, as in QLoRA.
         learn_scales: When learned scales (``Scheme(learned_step=…)``) start to learn, a point like ``start``. Until
             then they follow weights and batches, as fixed scales do. None: when fake-quantization is enabled.
+        runtime: What runs the int8 network in this process. None: the fastest there is for the mode. ``"plain"``:
+            oneDNN's ops on plain uint8 and int8 tensors, without a compiler and without the dtypes that torch
+            deprecates (``quint8``, ``qint8``, ``qint32``); for backends ``"x86"`` and ``"onednn"``. The int8 network
+            and its file are then of mode ``"pt2e"``.
 
     Attributes:
         prepared: The prepared network (a dict by name, if ``module`` lists several), once the fit has begun.
@@ -172,6 +177,7 @@ class QuantizationAwareTraining(QuantizationCallback):
         adapters: Adapters = "merged",
         rotation: bool = False,
         learn_scales: PointLike = None,
+        runtime: Runtime | None = None,
     ) -> None:
         settings = QuantizationSettings(
             mode,
@@ -191,6 +197,7 @@ class QuantizationAwareTraining(QuantizationCallback):
             smoothquant=smoothquant,
             adapters=adapters,
             rotation=rotation,
+            runtime=runtime,
         )
         if mode != "auto":
             check_kind(settings.recipe)

@@ -21,6 +21,7 @@ from qat_lightning.callbacks.parts.variant_switch import VariantSwitch
 from qat_lightning.errors import ConfigurationError
 from qat_lightning.rehearsal.rehearse import OnFault
 from qat_lightning.settings.recipe import Adapters, BatchNormHandling, Equalization
+from qat_lightning.settings.runtimes import Runtime
 from qat_lightning.settings.schedule import Phase
 from qat_lightning.settings.scheme import Scheme
 
@@ -46,6 +47,7 @@ class QuantizationCallback(Callback):
     batchnorm = Setting[BatchNormHandling]("_networks")
     smoothquant = Setting["float | None"]("_networks")
     rotation = Setting[bool]("_networks")
+    runtime = Setting[Runtime | None]("_networks")
     adapters = Setting[Adapters]("_networks")
     rehearse = Setting[bool]("_networks")
     on_fault = Setting[OnFault]("_networks")

@@ -19,13 +19,13 @@ _LEAST_DB = 30.0
 _LEAST_EQUAL = 0.98
 
 
-@torch.no_grad()
 def to_plain_tensors(network: QuantizedNetwork, example: Example | None = None) -> QuantizedNetwork:
     """The same int8 network, run by the stack that replaces torch's packed kernels.
 
     Its integers, scales and zero points are those of ``network``. It is an int8 network of mode ``pt2e``: compiled by
     AOTInductor at its first call or, without a C++ compiler, run by oneDNN's int8 kernels for plain uint8 and int8
-    tensors. Neither it nor its file needs ``quint8``, ``qint8`` or ``qint32``, which torch deprecates since 2.13, and
+    tensors. With ``runtime="plain"``, an argument of the callbacks and of `Recipe`, networks are converted so and never
+    compiled. Neither it nor its file needs ``quint8``, ``qint8`` or ``qint32``, which torch deprecates since 2.13, and
     its file holds the graph, so that eager networks load without their code.
 
     Args:
@@ -53,14 +53,35 @@ def to_plain_tensors(network: QuantizedNetwork, example: Example | None = None) 
             f"to_plain_tensors takes static networks of mode 'eager' or 'fx', and this one is of mode {recipe.mode!r} "
             f"and kind {recipe.kind!r}: quantize with one of these two, or with mode='pt2e', which needs no such step."
         )
+    return _of_mode_pt2e(network, Example(*of_two(network.example if example is None else example)))
+
+
+def in_its_runtime(network: QuantizedNetwork) -> QuantizedNetwork:
+    """An int8 network as its recipe's ``runtime`` wants it: itself, or with ``"plain"`` its form on plain tensors.
+
+    Args:
+        network: As its mode converted it; it stays as it is.
+
+    Raises:
+        ExportError: A kernel has no counterpart, or the result computes something else.
+        TraceError: The network is no graph, which can be with ``mode="eager"``.
+    """
+    if network.recipe.runtime != "plain" or network.recipe.mode == "pt2e":
+        return network
+    return _of_mode_pt2e(network, Example(*of_two(network.example)))
+
+
+@torch.no_grad()
+def _of_mode_pt2e(network: QuantizedNetwork, call: Example) -> QuantizedNetwork:
+    # Imported here, so that other runtimes do not pay for it.
     from qat_lightning.modes.decomposed.int8 import Int8Network
     from qat_lightning.modes.pt2e.capture import capture
 
-    call = Example(*of_two(network.example if example is None else example))
+    recipe = network.recipe
     graph, spec = capture(in_plain_ops(network, call), call, train=False)
     made = dataclasses.replace(recipe, mode="pt2e", backend=_BACKEND)
     converted = Converted(
-        Int8Network(graph, spec, _BACKEND),
+        Int8Network(graph, spec, _BACKEND, recipe.runtime),
         list(network.coverage),
         list(network.checks),
         [*network.notes, f"on plain tensors, from mode {recipe.mode!r} and backend {recipe.backend!r}"],

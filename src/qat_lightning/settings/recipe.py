@@ -11,6 +11,7 @@ from qat_lightning.errors import CheckpointMismatchError, CombinationError, Conf
 from qat_lightning.settings.backends import Backend, get_backend
 from qat_lightning.settings.overrides import lineage, matches
 from qat_lightning.settings.quantizers import QuantizerSource, backend_and_source
+from qat_lightning.settings.runtimes import Runtime, check_runtime
 from qat_lightning.settings.scheme import CALIBRATION_ONLY, Scheme
 
 FORMAT = 1
@@ -71,6 +72,8 @@ class Recipe:
         smoothquant: How much of the outliers of activations moves into the weights, from 0 to 1; None for nothing.
         rotation: Whether channels are rotated so that outliers are spread over all of them.
         adapters: ``"merged"`` or ``"float"``.
+        runtime: None for what is fastest, or ``"plain"`` for oneDNN's ops on plain tensors; not compared, since it says
+            nothing about training.
         left_float: Names of layers that were found to be impossible in int8, each with the reason; no setting, and not
             compared.
         families: Which of `FAMILIES` are quantized: all, but when a checkpoint of an earlier release is resumed; no
@@ -102,6 +105,7 @@ class Recipe:
     adapters: Adapters = "merged"
     rotation: bool = False
     quantizer: QuantizerSource | None = None
+    runtime: Runtime | None = None
 
     def __post_init__(self) -> None:
         """Check the pair, the globs, and what of the scheme the kind has."""
@@ -122,6 +126,7 @@ class Recipe:
         check_smoothquant(self.smoothquant, self.kind)
         if not isinstance(self.rotation, bool):
             raise ConfigurationError(f"rotation={self.rotation!r} is not possible: use True or False.")
+        check_runtime(self.runtime, self.mode, self.backend, self.kind)
         self._check_scheme()
         self._check_overrides()
         for name in ("include", "exclude"):
@@ -298,6 +303,7 @@ class Recipe:
             "adapters": self.adapters,
             "left_float": [list(pair) for pair in self.left_float],
             "families": list(self.families),
+            "runtime": self.runtime,
             "quantizer": None if self.quantizer is None else self.quantizer.to_dict(),
         }
 
@@ -323,12 +329,13 @@ class Recipe:
             families=tuple(str(name) for name in values.get("families", ())),
             smoothquant=values.get("smoothquant"),
             rotation=bool(values.get("rotation", False)),
+            runtime=values.get("runtime"),
             quantizer=QuantizerSource.from_dict(values["quantizer"]) if values.get("quantizer") else None,
         )
 
     def differences(self, other: Recipe) -> list[str]:
         """The fields in which two recipes differ, both sides named."""
-        ours = _differences(self, other, leave_out=("scheme", "left_float", "families"))
+        ours = _differences(self, other, leave_out=("scheme", "left_float", "families", "runtime"))
         return [*ours, *_differences(self.scheme, other.scheme, "scheme.")]
 
 

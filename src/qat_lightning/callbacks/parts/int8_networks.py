@@ -20,6 +20,7 @@ from qat_lightning.callbacks.parts.coverage_report import log_coverage, warn_of_
 from qat_lightning.callbacks.parts.networks import Networks, one_or_all
 from qat_lightning.callbacks.parts.variant_source import VariantSource
 from qat_lightning.errors import ConfigurationError, ConversionError
+from qat_lightning.export.plain_tensors import in_its_runtime
 from qat_lightning.graph.scopes import join
 from qat_lightning.modes.left_float import leave_float
 from qat_lightning.modes.prepared import prepared_state
@@ -142,7 +143,8 @@ class Int8Networks:
         converted = QuantizedNetwork(conversion.converted, recipe, self.networks.examples[name], source=self.made_from)
         warn_of_float(converted.coverage, "stayed float")
         self._warn_of_ops(conversion, converted)
-        return converted
+        with torch.inference_mode(False), isolate_rng(include_cuda=torch.cuda.is_initialized()):
+            return in_its_runtime(converted)
 
     @staticmethod
     def _warn_of_ops(conversion: Conversion, converted: QuantizedNetwork) -> None:

@@ -23,6 +23,7 @@ from qat_lightning.callbacks.parts.networks import Networks
 from qat_lightning.callbacks.parts.resuming import checkpoint_to_restore, decision_in, peek, with_weights
 from qat_lightning.callbacks.parts.together import refuse_compiled
 from qat_lightning.errors import ConfigurationError, NetworkError
+from qat_lightning.export.plain_tensors import in_its_runtime
 from qat_lightning.graph.example import Example, check_example, examples_from_user, refuse_old_norms
 from qat_lightning.graph.training_flags import parts_keep_training
 from qat_lightning.modes.compiling import refuse_compile
@@ -128,14 +129,15 @@ class Preparation:
         settings = self.networks.settings
         return settings.rehearse and (settings.mode == "auto" or (stage == "fit" and settings.convert_on_fit_end))
 
-    @staticmethod
-    def _inspecting(trainer: Trainer, slot: Slot) -> Inspect | None:
-        """Callbacks that try something with the int8 network of a rehearsal have a method ``on_rehearsal``."""
+    def _inspecting(self, trainer: Trainer, slot: Slot) -> Inspect | None:
+        """What tries something with the int8 network of a rehearsal: callbacks with a method ``on_rehearsal``."""
         callbacks = [c for c in trainer.callbacks if hasattr(c, "on_rehearsal")]  # type: ignore[attr-defined]
-        if not callbacks:
+        runtime = self.networks.settings.runtime
+        if not callbacks and runtime is None:
             return None
 
         def inspect(quantized: QuantizedNetwork, reference: nn.Module) -> None:
+            quantized = in_its_runtime(quantized)
             for callback in callbacks:
                 callback.on_rehearsal(trainer, slot.name, quantized, reference)
 

@@ -13,6 +13,7 @@ from qat_lightning.rehearsal.rehearse import OnFault
 from qat_lightning.settings.backends import get_backend, require
 from qat_lightning.settings.quantizers import backend_and_source
 from qat_lightning.settings.recipe import Adapters, BatchNormHandling, Equalization, Kind, Recipe
+from qat_lightning.settings.runtimes import Runtime
 from qat_lightning.settings.scheme import Scheme
 
 Value = TypeVar("Value")
@@ -38,6 +39,7 @@ class QuantizationSettings:
         convert_on_fit_end: Whether there is to be an int8 network.
         smoothquant: How much of the outliers of activations moves into the weights before; None for nothing.
         rotation: Whether channels are rotated before.
+        runtime: What runs the int8 network; None for the fastest.
         trained: Whether a network of kind ``"dynamic"`` or ``"weight_only"`` trains for it.
         adapters: What becomes of low-rank adapters.
 
@@ -72,6 +74,7 @@ class QuantizationSettings:
     smoothquant: float | None = None
     adapters: Adapters = "merged"
     rotation: bool = False
+    runtime: Runtime | None = None
     recipe: Recipe = field(init=False)
 
     def __post_init__(self) -> None:
@@ -108,6 +111,7 @@ class QuantizationSettings:
             smoothquant=self.smoothquant,
             adapters=self.adapters,
             rotation=self.rotation,
+            runtime=self.runtime,
             quantizer=source,
         )
         if source is not None:

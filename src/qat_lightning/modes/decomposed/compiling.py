@@ -89,7 +89,7 @@ def load_library(package: bytes, decomposed: fx.GraphModule, spec: CallSpec, ten
         path = Path(folder, "int8.pt2")
         path.write_bytes(package)
         # What `torch._inductor.aoti_load_package` calls, without the import of the compiler.
-        loader = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", False, 1, -1)  # type: ignore[attr-defined]
+        loader = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", False, 1, -1)
     outputs = list(decomposed.graph.output_node().args[0])  # type: ignore[arg-type]
     is_tensor = [isinstance(value, Tensor) for value in decomposed(*_zeros(spec, tensors))]
     return Library(package, loader.boxed_run, outputs, is_tensor)

@@ -14,11 +14,16 @@ import torch
 from torch import Tensor, fx, nn
 
 from qat_lightning.graph.portable_graph import PortableModule
-from qat_lightning.graph.signature import CallSpec
+from qat_lightning.graph.signature import BATCH, CallSpec
 from qat_lightning.modes.compile_switch import compiling_allowed, has_cpp_compiler
 from qat_lightning.modes.decomposed.compiling import compile_library, difference, load_library
-from qat_lightning.modes.decomposed.plain import PlainLayer, on_plain_kernels
+from qat_lightning.modes.decomposed.lowering import on_plain_kernels
+from qat_lightning.modes.decomposed.plain import PlainLayer
 from qat_lightning.settings.backends import get_backend
+from qat_lightning.settings.runtimes import Runtime
+
+_ROWS = 2
+"""Of a batch, on which layers are compared: what lies between them is in memory while they are."""
 
 Runs = Literal["not compiled yet", "aotinductor", "onednn", "decomposed"]
 
@@ -36,6 +41,7 @@ class Int8Network(nn.Module):
         decomposed: A graph of quantize, dequantize and plain ops with int8 weights: tensors in, a flat tuple out.
         spec: How it is called.
         backend: The name of its backend; only x86 is compiled.
+        runtime: ``"plain"`` runs oneDNN's kernels one by one in any case, and compiles nothing.
 
     Attributes:
         decomposed: As given: what is saved, exported, or looked at.
@@ -45,12 +51,16 @@ class Int8Network(nn.Module):
 
     decomposed: fx.GraphModule
     runs: Runs
+    runtime: Runtime | None = None
 
-    def __init__(self, decomposed: fx.GraphModule, spec: CallSpec, backend: str) -> None:
+    def __init__(
+        self, decomposed: fx.GraphModule, spec: CallSpec, backend: str, runtime: Runtime | None = None
+    ) -> None:
         super().__init__()
         self.decomposed = decomposed
         self.spec = spec
         self.backend = backend
+        self.runtime = runtime
         self.why_decomposed = ""
         self._reset()
 
@@ -71,7 +81,7 @@ class Int8Network(nn.Module):
         """Run the int8 network on the inputs of the float network."""
         with torch.no_grad():
             tensors = [_prepare(tensor) for tensor in self.spec.flatten(args, kwargs)]
-            if self.runs == "not compiled yet" and compiling_enabled():
+            if self.runs == "not compiled yet" and (self.runtime == "plain" or compiling_enabled()):
                 self._compile_on(tensors)
             run = self.__dict__["_compiled"] or self.decomposed
             return self.spec.unflatten(run(*tensors))
@@ -121,6 +131,10 @@ class Int8Network(nn.Module):
         with self.__dict__["_lock"]:
             if self.runs != "not compiled yet":
                 return
+            if self.runtime == "plain":
+                if not self._run_kernels(tensors):
+                    warnings.warn(f"int8 is slower than float here, because {self.why_decomposed}.", stacklevel=3)
+                return
             try:
                 compiled = compile_library(self.decomposed, self.spec, tensors)
                 problem = difference(self.decomposed, compiled, self.spec, tensors, get_backend(self.backend, "pt2e"))
@@ -135,13 +149,8 @@ class Int8Network(nn.Module):
                 self.__dict__["_compiled"] = compiled
 
     def _run_without_compiler(self, tensors: list[Tensor], problem: str) -> None:
-        """Take oneDNN's kernels one by one, or the decomposed graph where there are none."""
-        kernels = on_plain_kernels(self.decomposed, tensors, get_backend(self.backend, "pt2e"))
-        if any(isinstance(module, PlainLayer) for module in kernels.modules()):
-            self.runs, how = "onednn", "one int8 kernel at a time"
-            self.__dict__["_compiled"] = kernels
-        else:
-            self.runs, how = "decomposed", "as a decomposed graph, slower than the float network"
+        slow = "as a decomposed graph, slower than the float network"
+        how = "one int8 kernel at a time" if self._run_kernels(tensors) else slow
         self.why_decomposed = problem
         warnings.warn(
             f"The int8 network is not compiled. It runs {how}, because {problem}. "
@@ -149,13 +158,25 @@ class Int8Network(nn.Module):
             stacklevel=4,
         )
 
+    def _run_kernels(self, tensors: list[Tensor]) -> bool:
+        """Take oneDNN's kernels one by one, or the decomposed graph where there are none; whether there are."""
+        batched = [given.shape[:1] == (BATCH,) for given in self.spec.inputs if given.shape is not None]
+        few = [tensor[:_ROWS] if first else tensor for tensor, first in zip(tensors, batched, strict=True)]
+        kernels = on_plain_kernels(self.decomposed, few, get_backend(self.backend, "pt2e"))
+        has_any = any(isinstance(module, PlainLayer) for module in kernels.modules())
+        self.runs = "onednn" if has_any else "decomposed"
+        self.__dict__["_compiled"] = kernels if has_any else None
+        if not has_any:
+            self.why_decomposed = "oneDNN has no kernel for any of its layers"
+        return has_any
+
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self._reset()  # what is compiled holds the old weights
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Int8Network:
         """A copy with its own graph; compiled code holds no state and is shared."""
-        copied = type(self)(copy.deepcopy(self.decomposed, memo), self.spec, self.backend)
+        copied = type(self)(copy.deepcopy(self.decomposed, memo), self.spec, self.backend, self.runtime)
         copied.training = self.training
         copied.runs, copied.why_decomposed = self.runs, self.why_decomposed
         copied.__dict__["_compiled"] = self.__dict__["_compiled"]

@@ -107,7 +107,7 @@ class Pt2eMode:
         plan: Plan = state.plan
         result = decompose(copy.deepcopy(prepared), plan, plan.spec.name)
         found = check_layers(prepared, result.graph_module, plan, example, state.recipe.target)
-        network = Int8Network(result.graph_module, plan.spec, state.recipe.backend)
+        network = Int8Network(result.graph_module, plan.spec, state.recipe.backend, state.recipe.runtime)
         notes = []
         if state.recipe.backend != "x86":
             kernels, how = _ELSEWHERE.get(state.recipe.backend, _OTHERS)

@@ -56,22 +56,23 @@ def network(name: str) -> nn.Module:
 # Ours
 
 
-def int8_network(name: str, mode: str, backend: str) -> Any:
+def int8_network(name: str, mode: str, backend: str, runtime: Any = None) -> Any:
     """Our int8 network, calibrated."""
     from qat_lightning.artifact.quantized import QuantizedNetwork
+    from qat_lightning.export.plain_tensors import in_its_runtime
     from qat_lightning.graph.example import Example
     from qat_lightning.modes.prepared import cpu_copy, observe_in_evaluation, set_phase
     from qat_lightning.modes.registry import get_mode
     from qat_lightning.settings.recipe import Recipe
 
-    flow, recipe, example = get_mode(mode), Recipe(mode, backend), Example((images(4),))
+    flow, recipe, example = get_mode(mode), Recipe(mode, backend, runtime=runtime), Example((images(4),))
     prepared = flow.prepare(network(name), example, recipe).eval()
     set_phase(prepared, fake_quant=False, observers=True, batchnorm_frozen=True)
     observe_in_evaluation(prepared, True)
     with torch.no_grad():
         for batch in calibration():
             prepared(batch)
-    return QuantizedNetwork(flow.convert(cpu_copy(prepared), example), recipe, example)
+    return in_its_runtime(QuantizedNetwork(flow.convert(cpu_copy(prepared), example), recipe, example))
 
 
 def fp32_eager(name: str) -> Run:
@@ -79,11 +80,11 @@ def fp32_eager(name: str) -> Run:
     return network(name)
 
 
-def int8_module(mode: str) -> Callable[[str], Run]:
+def int8_module(mode: str, runtime: Any = None) -> Callable[[str], Run]:
     """Our int8 module, as `trainer.test` runs it."""
 
     def make(name: str) -> Run:
-        int8 = int8_network(name, mode, "x86")
+        int8 = int8_network(name, mode, "x86", runtime)
         int8(images(2))
         return int8
 
@@ -233,6 +234,8 @@ ENGINES = {
     "int8 fx": Engine(int8_module("fx"), "ours"),
     "int8 eager": Engine(int8_module("eager"), "ours"),
     "int8 pt2e (pt2)": Engine(int8_module("pt2e"), "ours"),
+    "int8 fx, plain": Engine(int8_module("fx", "plain"), "ours"),
+    "int8 pt2e, plain": Engine(int8_module("pt2e", "plain"), "ours"),
     "torchscript (fx)": Engine(artifact("torchscript", "fx"), "ours"),
     "torchscript (eager)": Engine(artifact("torchscript", "eager"), "ours"),
     "executorch (pt2e, xnnpack)": Engine(artifact("executorch", "pt2e", "xnnpack"), "ours", needs="executorch"),

@@ -28,7 +28,8 @@ from benchmarks.machine import describe, resident
 if TYPE_CHECKING:
     from rich.table import Table
 
-IN_PROCESS = ("eager", "fx", "pt2e")
+IN_PROCESS = ("eager", "fx", "pt2e", "pt2e, plain")
+_PLAIN = ", plain"
 FILES = {"torchscript": "fx", "pt2": "pt2e", "onnx": "fx", "openvino": "fx", "executorch": "pt2e"}
 """Formats, and the mode that the int8 file is made from."""
 PAIRS = [("PyTorch", mode) for mode in IN_PROCESS] + list(FILES.items())
@@ -53,7 +54,7 @@ def build(network: str, folder: Path, rows: list[str]) -> None:
         plain = make().eval()
         torch.save(plain.state_dict(), folder / f"{which}-float.pt")
         made: dict[tuple[str, str], Any] = {}
-        wanted = {(mode, "x86") for mode in IN_PROCESS if mode in rows}
+        wanted = {(_mode(row), "x86") for row in IN_PROCESS if row in rows}
         wanted |= {(mode, _backend(name)) for name, mode in FILES.items() if name in rows}
         for mode, backend in sorted(wanted):
             prepared = prepare(make().train(), example, Recipe(mode, backend))
@@ -72,6 +73,10 @@ def build(network: str, folder: Path, rows: list[str]) -> None:
                     form.write(Source(source, example), folder / f"{which}-{name}-{kind}" / f"model{form.suffix}")
                 except Exception as error:  # noqa: BLE001 (a row of the table says it)
                     (folder / f"{which}-{name}-{kind}.txt").write_text(f"{type(error).__name__}: {error}")
+
+
+def _mode(row: str) -> str:
+    return row.removesuffix(_PLAIN)
 
 
 def _backend(name: str) -> str:
@@ -106,7 +111,8 @@ def load(what: str, mode: str, kind: str, which: str, folder: Path, network: str
             from qat_lightning import load_quantized
 
             given = make() if mode == "eager" else None
-            plain = load_quantized(folder / f"{which}-{mode}.int8", network=given)
+            runtime: Any = "plain" if mode.endswith(_PLAIN) else None
+            plain = load_quantized(folder / f"{which}-{_mode(mode)}.int8", network=given, runtime=runtime)
         return plain  # type: ignore[no-any-return]
     from qat_lightning.export import get_format
 

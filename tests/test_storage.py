@@ -134,7 +134,7 @@ def test_every_format_goes_to_other_storage_and_runs_from_there(bucket: str, for
 
 @pytest.mark.slow
 def test_an_upload_that_fails_is_the_result_of_its_format(bucket: str, breaks: None) -> None:
-    with pytest.warns(UserWarning, match="figures of the export are not kept.*Lost"):
+    with pytest.warns(UserWarning, match="results of the export could not be written.*Lost"):
         (result,) = export_quantized(prepared(), f"{bucket}/export", ["torchscript"], example=CALL)
     assert not result.passed
     assert "Lost" in result.error
@@ -148,7 +148,7 @@ def test_a_missing_file_is_named(bucket: str) -> None:
 
 def test_what_is_no_network_is_told_from_one_that_is_damaged(bucket: str) -> None:
     write_whole(f"{bucket}/text.int8", b"text")
-    with pytest.raises(ArtifactError, match="is not the file of an int8 network"):
+    with pytest.raises(ArtifactError, match="is not an int8 network"):
         load_quantized(f"{bucket}/text.int8")
     write_whole(f"{bucket}/cut.int8", b"PK\x03\x04")
     with pytest.raises(ArtifactError, match="is damaged"):

@@ -69,7 +69,7 @@ def test_flipped_bytes(path: Path) -> None:
 @pytest.mark.parametrize("content", [b"", b"accuracy 0.98\n", b"\x80\x02}q\x00."])
 def test_something_else(path: Path, content: bytes) -> None:
     path.write_bytes(content)
-    with pytest.raises(ArtifactError, match="not the file of an int8 network"):
+    with pytest.raises(ArtifactError, match="not an int8 network"):
         load_quantized(path)
 
 

@@ -91,19 +91,19 @@ INJECTIONS = [
 @pytest.mark.parametrize("text", INJECTIONS)
 def test_code_in_names(good: dict, text: str) -> None:
     for op, target in (("call_function", "torch.rand"), ("placeholder", "more")):
-        refused(changed(good["fx"], add_node(op, target, name=text)), "no plain name")
+        refused(changed(good["fx"], add_node(op, target, name=text)), "not a plain name")
 
 
 @pytest.mark.parametrize("text", INJECTIONS)
 def test_code_in_names_of_inputs(good: dict, text: str) -> None:
-    refused(changed(good["fx"], add_node("placeholder", text)), "no plain name")
+    refused(changed(good["fx"], add_node("placeholder", text)), "not a plain name")
     if text:
-        refused(changed(good["fx"], add_node("placeholder", f"**{text}")), "no plain name")
+        refused(changed(good["fx"], add_node("placeholder", f"**{text}")), "not a plain name")
 
 
 @pytest.mark.parametrize("text", INJECTIONS)
 def test_code_in_keywords(good: dict, text: str) -> None:
-    refused(changed(good["fx"], add_node("call_function", "torch.rand", [2], {text: 1})), "no plain name")
+    refused(changed(good["fx"], add_node("call_function", "torch.rand", [2], {text: 1})), "not a plain name")
 
 
 @pytest.mark.parametrize("text", INJECTIONS)
@@ -123,7 +123,7 @@ def test_code_in_targets(good: dict, op: str, text: str) -> None:
 def test_code_in_methods_functions_and_operations(good: dict, text: str) -> None:
     node = [{"node": "x"}]
     refused(changed(good["fx"], add_node("call_method", text, node)), "method")
-    refused(changed(good["fx"], add_node("call_function", text, node)), "not among the operations")
+    refused(changed(good["fx"], add_node("call_function", text, node)), "not allowed to call")
     refused(changed(good["fx"], add_node(text, "x", node)), "no operation")
     refused(changed(good["fx"], add_node("call_function", "getattr", [*node, text])), "attribute")
 
@@ -220,7 +220,7 @@ def test_getattr_takes_nothing_but_a_listed_name_of_a_value(good: dict) -> None:
 
 def test_methods_of_anything_but_values(good: dict) -> None:
     for args in (["text"], [], [{"dtype": "float32"}]):
-        refused(changed(good["fx"], add_node("call_method", "split", args)), "not computed")
+        refused(changed(good["fx"], add_node("call_method", "split", args)), "not the result of a node")
 
 
 @pytest.mark.parametrize(

@@ -76,11 +76,11 @@ def test_a_changed_number_is_noticed_and_an_old_file_has_no_digest(good: dict[st
 @pytest.mark.parametrize(
     ("name", "value", "says"),
     [
-        ("scale", {"float": "nan"}, "scale that is negative, infinite or no number"),
-        ("scale", {"float": "inf"}, "scale that is negative, infinite or no number"),
-        ("scale", -0.1, "scale that is negative, infinite or no number"),
-        ("zero_point", 256, "zero point that is none of them"),
-        ("zero_point", -1, "zero point that is none of them"),
+        ("scale", {"float": "nan"}, "scale that is negative, infinite or NaN"),
+        ("scale", {"float": "inf"}, "scale that is negative, infinite or NaN"),
+        ("scale", -0.1, "scale that is negative, infinite or NaN"),
+        ("zero_point", 256, "zero point outside of their range"),
+        ("zero_point", -1, "zero point outside of their range"),
     ],
 )
 def test_a_layer_with_an_impossible_grid(
@@ -102,7 +102,7 @@ def test_weights_with_an_impossible_grid(good: dict[str, Any], content: float, t
     scales = torch.full(entry["shape"], content, dtype=getattr(torch, entry["dtype"])).numpy().tobytes()
     spoilt = tensors[: entry["start"]] + scales + tensors[entry["start"] + len(scales) :]
     write(tmp_path / "net.int8", description, spoilt)
-    with pytest.raises(ArtifactError, match="scale that is negative, infinite or no number"):
+    with pytest.raises(ArtifactError, match="scale that is negative, infinite or NaN"):
         load_quantized(tmp_path / "net.int8")
 
 
@@ -129,5 +129,5 @@ def test_a_recipe_that_is_not_possible_is_the_fault_of_the_file(good: dict[str, 
     description, tensors = members(good["fx"][0])
     description["recipe"]["scheme"]["weight_bits"] = 99
     write(tmp_path / "net.int8", description, tensors)
-    with pytest.raises(ArtifactError, match=r"its recipe is not possible. scheme.weight_bits=99"):
+    with pytest.raises(ArtifactError, match=r"its recipe is invalid. scheme.weight_bits=99"):
         load_quantized(tmp_path / "net.int8")

@@ -78,7 +78,7 @@ def test_auto_quantizes_the_parts_and_says_which(
     keys, order = list(module.state_dict()), [name for name, _ in module.named_parameters()]
     with caplog.at_level("INFO"):
         trainer(callback, max_epochs=2).fit(module, loader(*shape))
-    assert f"its parts {', '.join(map(repr, parts))}, while the code around them stays Python" in caplog.text
+    assert f"its parts {', '.join(map(repr, parts))}, and the code around them stays Python" in caplog.text
     assert callback.quantized.recipe.mode == "parts"
     assert {row.name: row.quantized for row in callback.coverage if row.what == "layer"} == layers
     assert [name for name, _ in module.named_parameters()] == order

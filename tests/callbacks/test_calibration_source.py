@@ -119,5 +119,5 @@ def test_calls_that_are_not_possible(settings: dict[str, Any]) -> None:
 
 
 def test_no_calls_are_refused() -> None:
-    with pytest.raises(ConfigurationError, match="holds no call of 'net'"):
+    with pytest.raises(ConfigurationError, match="has no call of 'net'"):
         trainer(PostTrainingQuantization(calls=[])).fit(Lit(), loader())

@@ -121,7 +121,7 @@ def test_a_float_checkpoint_is_tested_and_fitted(mode: str, tmp_path: Path) -> N
     module = Lit()
     callback = qat(mode)
     # The epochs of the checkpoint count: there is nothing left to do.
-    with pytest.warns(UserWarning, match="The fit trained nothing"):
+    with pytest.warns(UserWarning, match="The fit ran no training step"):
         trainer(callback, max_epochs=1).fit(module, loader(), ckpt_path=str(tmp_path / "float.ckpt"))
     assert callback.quantized is None
     now = state(module)

@@ -72,7 +72,9 @@ def test_scales_learn_from_their_own_point_on_also_in_a_run_that_is_resumed(mode
 
 
 def test_a_point_for_scales_that_do_not_learn_is_refused() -> None:
-    with pytest.raises(ConfigurationError, match=r"learn_scales=0.1 says when scales begin to learn, and none do"):
+    with pytest.raises(
+        ConfigurationError, match=r"learn_scales=0.1 sets when scales start to learn, and no scale is learned"
+    ):
         qat("fx", learn_scales=0.1)
 
 
@@ -113,7 +115,7 @@ def test_optimizers_without_the_scales_are_refused_before_the_first_step() -> No
             return torch.optim.SGD([self.net.head.weight], lr=0.1)
 
     run = trainer(qat("fx", scheme=LSQ))
-    with pytest.raises(ConfigurationError, match=r"Give it self.parameters\(\)"):
+    with pytest.raises(ConfigurationError, match=r"Pass self.parameters\(\)"):
         run.fit(Without(), loader())
     assert run.global_step == 0
 

@@ -90,7 +90,7 @@ def test_adam_of_a_float_run_goes_on(mode: str, tmp_path: Path) -> None:
         if p.grad is not None
     }
     module, run = Adam(Mixed()), trainer(qat(mode), max_steps=2)
-    with pytest.warns(UserWarning, match="trained nothing"):
+    with pytest.warns(UserWarning, match="ran no training step"):
         run.fit(module, loader(), ckpt_path=str(tmp_path / "float.ckpt"))
     parameters = dict(module.named_parameters())
     for name, wanted in moments.items():

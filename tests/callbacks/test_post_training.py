@@ -194,11 +194,11 @@ def test_every_observer_reaches_the_accuracy(observer: Any) -> None:
 
 
 def test_a_simulated_scheme_tests_fake_quant_and_says_so() -> None:
-    with pytest.warns(UserWarning, match="There is no int8 network: int8 kernels clamp activations at 8 bits"):
+    with pytest.warns(UserWarning, match="There is no int8 network: int8 kernels support activations of 8 bits"):
         module, ptq, run = _fit("fx", scheme=Scheme(activation_bits=6))
     assert ptq.variants == ("float", "fake_quant")
     assert run.test(module, loader(), verbose=False)[0]["test/acc"] > 0.8
-    with pytest.raises(ConfigurationError, match="clamp activations at 8 bits"):
+    with pytest.raises(ConfigurationError, match="support activations of 8 bits"):
         ptq.use_variant("int8")
 
 
@@ -247,7 +247,7 @@ def test_a_network_that_cannot_be_quantized_does_not_cost_a_training() -> None:
 def test_after_quantization_aware_training_it_is_refused() -> None:
     module = Lit()
     trainer(QuantizationAwareTraining()).fit(module, loader())
-    with pytest.raises(ConfigurationError, match="holds fake-quant already"):
+    with pytest.raises(ConfigurationError, match="already has fake-quantization"):
         trainer(PostTrainingQuantization(calibration_dataloader=loader())).test(module, loader(), verbose=False)
 
 

@@ -241,7 +241,7 @@ def test_converting_again_leaves_more_float() -> None:
     assert callback.convert(exclude=["net.features*"]) is callback.quantized
     assert _float(callback) == ["features.0"]
     assert callback.quantized.recipe.left_float == (("net.features.0", "excluded"),)
-    with pytest.raises(ConfigurationError, match="matches nothing that is int8"):
+    with pytest.raises(ConfigurationError, match="matches no int8 layer"):
         callback.convert(exclude=["net.features*"])
 
 

@@ -205,7 +205,7 @@ def test_an_evaluation_before_the_fit_reaches_nothing(before: str) -> None:
 
 def test_a_fraction_of_an_endless_plan_is_refused_before_training() -> None:
     module, watch = Lit(), Watch()
-    with pytest.raises(ConfigurationError, match=r"start=\{fraction: 0\.5\} is a share of the planned training"):
+    with pytest.raises(ConfigurationError, match=r"start=\{fraction: 0\.5\} is a fraction of the planned training"):
         trainer(qat(start=0.5), watch, max_epochs=-1).fit(module, loader())
     assert watch.seen == []
 

@@ -104,7 +104,7 @@ REFUSED = {
     "late, named": BUILD,
     "meta": BUILD,
     "replacing": BUILD,
-    "apart": "call fully_shard for a module around both",
+    "apart": "call fully_shard on a module that contains both",
     "taken over": "go on with that one, or give this one example_inputs=",
     "sharded before": "use a new LightningModule",
     "other kind, sharded": "kind: 'dynamic' here, 'weight_only' there",

@@ -136,4 +136,4 @@ def test_a_table_that_forward_reads_as_a_weight_is_float_from_the_start(mode: st
     assert callback.quantized is not None
     rows = {row.name.removeprefix("net."): row.reason for row in callback.quantized.coverage if not row.quantized}
     assert set(rows) - {"head"} == {"words"}
-    assert "forward reads its weight itself" in rows["words"]
+    assert "forward also reads its weight directly" in rows["words"]

@@ -254,7 +254,7 @@ def test_what_cannot_be_is_refused_at_construction(settings: dict[str, Any], mes
 
 def test_a_curve_needs_a_plan_with_an_end_before_the_first_step() -> None:
     fitting = trainer(qat("fx"), WeightOscillations(), max_epochs=-1)
-    with pytest.raises(ConfigurationError, match=r"freezing=\(0.1, 0.01\) goes over the planned training"):
+    with pytest.raises(ConfigurationError, match=r"freezing=\(0.1, 0.01\) spans the planned training"):
         fitting.fit(Lit(), loader())
     assert fitting.global_step == 0
 

@@ -277,6 +277,6 @@ def test_what_litert_does_not_take_is_said_with_its_own_words(tmp_path: Path) ->
     pytest.importorskip("litert_torch")
 
     quantized = quantize("fx", "x86", Odd())
-    with pytest.raises(ExportError, match=r"LiteRT does not take the network \(.*i0.*choose another format"):
+    with pytest.raises(ExportError, match=r"LiteRT cannot convert the network \(.*i0.*choose another format"):
         get_format("tflite").write(Source(quantized, quantized.example), tmp_path / "model.tflite")
     assert not any(tmp_path.iterdir())

@@ -164,7 +164,7 @@ def test_a_base_that_trains_while_its_teacher_shares_it_is_refused() -> None:
                 pl_module.network.requires_grad_(True)
 
     qat = QuantizationAwareTraining(mode="eager", kind="weight_only", scheme=W4)
-    with pytest.raises(ConfigurationError, match="was frozen when fake-quantization was enabled, and trains now"):
+    with pytest.raises(ConfigurationError, match="was frozen when fake-quantization was enabled, and is trained now"):
         trainer(qat, Distillation(), Unfreeze()).fit(Lit(_adapted()), batches())
 
 

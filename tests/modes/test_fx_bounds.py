@@ -69,4 +69,4 @@ def test_limits_that_are_learned_keep_their_gradients() -> None:
     rows = convert(prepared.eval(), Example((x,))).operations
     clamps = [row for row in rows if row.kind == "clamp"]
     assert clamps
-    assert {row.reason for row in clamps} == {"its limits are tensors, which its int8 kernel does not take"}
+    assert {row.reason for row in clamps} == {"its limits are tensors, which its int8 kernel does not support"}

@@ -64,4 +64,4 @@ def test_a_product_that_is_divided_by_is_named_with_the_reason() -> None:
     torch.manual_seed(0)
     found = rehearse(Divides("product"), Example((torch.randn(4, 16, 8),)), RECIPE)
     reasons = {row.reason for row in found.coverage if row.kind == "matmul" and not row.quantized}
-    assert reasons == {"what is divided by is not rounded"}
+    assert reasons == {"divisors are not rounded"}

@@ -86,7 +86,7 @@ def test_what_is_written_is_what_the_next_layer_reads(mode: str, write: str) -> 
 def test_a_write_through_a_view_is_rounded_or_refused(write: str) -> None:
     """A graph that has rounded the tensor already cannot know; eager rounds when the next layer is called."""
     for mode in ("fx", "pt2e"):
-        with pytest.raises(TraceError, match=r"writes over it later.*mode='eager'"):
+        with pytest.raises(TraceError, match=r"overwrites it later.*mode='eager'"):
             _rounded(mode, Network(THROUGH_VIEWS[write]))
     network = Network(THROUGH_VIEWS[write]).eval()
     wanted = network(IMAGES).detach()
@@ -95,7 +95,7 @@ def test_a_write_through_a_view_is_rounded_or_refused(write: str) -> None:
 
 
 def test_an_assignment_that_tracing_cannot_see_is_refused() -> None:
-    with pytest.raises(TraceError, match=r"another thing than the network on the example.*\+="):
+    with pytest.raises(TraceError, match=r"something different from the network on the example.*\+="):
         _rounded("fx", Network(WRITES["assignment"]))
 
 

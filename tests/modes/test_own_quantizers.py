@@ -209,7 +209,7 @@ class Nothing(OwnQuantizer):
 
 
 def test_a_quantizer_that_annotates_nothing_is_an_error() -> None:
-    with pytest.raises(NetworkError, match="Nothing annotated none of its ops"):
+    with pytest.raises(NetworkError, match="Nothing annotated none of its operations"):
         get_mode("pt2e").prepare(network(), EXAMPLE, Recipe("pt2e", Nothing()))
 
 
@@ -226,7 +226,7 @@ def test_an_instance_is_copied_and_one_from_a_checkpoint_is_asked_for_again() ->
     prepared = get_mode("pt2e").prepare(network(), EXAMPLE, recipe)
     assert quantizer.calls == 0
     kept = Recipe.from_dict(prepared_state(prepared).recipe.to_dict())
-    with pytest.raises(ConfigurationError, match="was given as an instance, which no checkpoint and no file holds"):
+    with pytest.raises(ConfigurationError, match="was given as an instance, which checkpoints and files cannot store"):
         get_mode("pt2e").prepare(network(), EXAMPLE, kept)
 
 

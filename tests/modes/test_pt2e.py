@@ -336,7 +336,7 @@ class TwoWays(Branch):
         (Branch, r"test_pt2e\.py:\d+ in forward: if float\(x\.mean\(\)\) > 0.*mode='eager'"),
         (FixedBatch, "only for the batch size 4"),
         (Random, r"draws random numbers.*test_pt2e\.py:\d+"),
-        (TwoWays, r"another thing in evaluation"),
+        (TwoWays, r"different values in evaluation"),
     ],
 )
 def test_what_cannot_be_captured_is_refused(network: type[nn.Module], message: str) -> None:

@@ -172,7 +172,7 @@ def test_the_file_is_smaller_and_tied_tables_are_in_it_once(mode: str, case: str
     ("network", "exclude", "float_tables"),
     [
         (lambda: Words(), ("words",), {"words": "excluded"}),
-        (lambda: Words(), ("head",), {"words": "its weight is also that of 'head', which stays float"}),
+        (lambda: Words(), ("head",), {"words": "its weight is shared with 'head', which stays float"}),
         (lambda: Words(tied=False), ("head",), {}),
         (
             lambda: Words(tied=False, max_norm=1.0),
@@ -184,7 +184,7 @@ def test_the_file_is_smaller_and_tied_tables_are_in_it_once(mode: str, case: str
             (),
             {"words": "Embedding with sparse=True: rounding its table makes the gradients dense"},
         ),
-        (lambda: Encoders(), ("decoder.words",), {"decoder.words": "excluded", "shared": "its weight is also that of"}),
+        (lambda: Encoders(), ("decoder.words",), {"decoder.words": "excluded", "shared": "its weight is shared with"}),
     ],
     ids=["excluded", "tied to a float head", "not tied", "max_norm", "sparse", "tied to an excluded table"],
 )
@@ -234,7 +234,7 @@ def test_a_table_that_forward_reads_itself_is_what_it_was_in_training(mode: str,
     result = converted(prepared, mode)
     # In fx by an int8 kernel, or as another call of the layer: no float table is kept beside it.
     packed = mode == "fx" and read in ("linear", "product", "looked up")
-    assert rows(result)["words"] == (packed, "" if packed else "forward reads its weight as well as calling it")
+    assert rows(result)["words"] == (packed, "" if packed else "forward reads its weight directly, besides calling it")
     assert result.whole is not None
     assert result.whole.sqnr_db > 50
 

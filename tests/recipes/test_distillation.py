@@ -147,7 +147,7 @@ def test_classes_that_the_teacher_rules_out_and_empty_batches() -> None:
     distillation_loss(empty, empty.detach()).backward()
     assert empty.grad is not None
     assert empty.grad.shape == (0, 3)
-    with pytest.raises(ConfigurationError, match=r"shape \(2, 3\) and the student's of \(2, 4\)"):
+    with pytest.raises(ConfigurationError, match=r"shape \(2, 3\) and the student's \(2, 4\)"):
         distillation_loss(torch.zeros(2, 4), teacher)
 
 
@@ -261,7 +261,7 @@ def test_features_that_are_not_there(mode: str) -> None:
 
 def test_a_feature_that_is_merged_away_names_what_to_take() -> None:
     prepared, example = prepare("fx", CASE["depthwise"])
-    with pytest.raises(ConfigurationError, match="another tensor in mode='fx'"):
+    with pytest.raises(ConfigurationError, match="a different tensor in mode='fx'"):
         check_distillation(prepared, example, DistillationSettings(features=("expand.0",)))
     with pytest.raises(ConfigurationError, match=r"merged with its neighbours .* 'expand'"):
         check_distillation(prepared, example, DistillationSettings(features=("expand.1",)))
@@ -282,7 +282,7 @@ def test_a_feature_that_is_no_tensor() -> None:
 
     example = Example((torch.randn(4, 4),))
     prepared = get_mode("eager").prepare(Net(), example, Recipe("eager", "x86"))
-    with pytest.raises(ConfigurationError, match="not one floating tensor"):
+    with pytest.raises(ConfigurationError, match="not a floating-point tensor"):
         check_distillation(prepared, example, DistillationSettings(features=("pair",)))
 
 

@@ -68,7 +68,7 @@ class Peeks(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("attribute", "message"), [("eps", "does not run once 1 BatchNorm"), ("", "computes something else once 1")]
+    ("attribute", "message"), [("eps", "does not run once 1 BatchNorm"), ("", "computes different values once 1")]
 )
 def test_what_computes_something_else_is_refused(attribute: str, message: str) -> None:
     with pytest.raises(NetworkError, match=message):

@@ -58,12 +58,12 @@ def test_it_is_what_a_loop_over_the_patterns_finds(patterns: list[str], name: st
     [
         ("net", "use a mapping of patterns"),
         ([["net", FLOAT]], "use a mapping of patterns"),
-        ({1: FLOAT}, "the pattern 1, which is no name"),
+        ({1: FLOAT}, "the pattern 1, which is not a name"),
         ({"net": {}}, "use the word 'float', or a mapping of weight_bits"),
         ({"net": "int4"}, "use the word 'float', or a mapping of weight_bits"),
         ({"net": {"weight_bit": 4}}, "did you mean 'weight_bits'"),
         ({"net": {"learned_step": "lsq"}}, "or set it for the whole network"),
-        ({"net": {"activation_observer": "min_max"}}, "a single layer cannot have of its own"),
+        ({"net": {"activation_observer": "min_max"}}, "cannot be set for a single layer"),
         ({"net": {"weight_bits": 9}}, r"In scheme.overrides\['net'\]: scheme.weight_bits=9 is not possible"),
     ],
 )

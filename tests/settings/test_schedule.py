@@ -69,7 +69,7 @@ def test_none_is_never_and_a_point_stays_itself():
         (np.bool_(True), "bool"),
         ("0.5", "str"),
         ([1], "list"),
-        (-1, "whole number from 0 on"),
+        (-1, "whole number of 0 or more"),
         (-0.1, "0.0 to 1.0"),
         (1.5, "0.0 to 1.0"),
         (math.nan, "nan"),
@@ -102,7 +102,7 @@ def test_an_impossible_point_is_refused_with_its_name_and_what_is_possible(writt
 
 
 def test_an_unknown_unit_is_refused():
-    with pytest.raises(ConfigurationError, match="'batch' is no unit"):
+    with pytest.raises(ConfigurationError, match="'batch' is not a unit"):
         SchedulePoint("batch", 3)
 
 

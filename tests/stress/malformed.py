@@ -603,7 +603,7 @@ def saved_files(draw: st.DrawFn) -> Malformed:
         if not torch.equal(loaded(images), network(images)):
             raise AssertionError("what was loaded is another network")
 
-    names = ("cannot be", "damaged", "not the file", "reads formats")
+    names = ("cannot be", "damaged", "not an int8 network", "reads formats")
     return Malformed("saved files", f"{mode}, spoil(good, {seed})", names, provoke, harmless=True)
 
 

@@ -54,7 +54,7 @@ def maker_of(data: Any, network: nn.Module | None) -> Callable[..., Any]:
     module, name, form = data["module"], data["name"], data["form"]
     fields = tuple(identifier(field) for field in data["fields"])
     if type(module) is not str or type(name) is not str or form not in ("fields", "tuple", "mapping"):
-        raise ArtifactError("it holds a class that is none")
+        raise ArtifactError("it names something as a class that is not a class")
     plain: dict[str, Callable[..., Any]] = {"OrderedDict": OrderedDict, "defaultdict": MakesMapping(defaultdict)}
     if (module, form) == ("collections", "mapping") and name in plain:
         return plain[name]

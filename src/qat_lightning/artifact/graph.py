@@ -133,7 +133,7 @@ def _decode_nodes(records: list[dict[str, Any]], used: dict[str, Any], reading: 
             raise ArtifactError(f"there are two nodes {name!r}")
         done[name] = graph.create_node(op, target, args, kwargs, name=name)
     if [record["op"] for record in records].index("output") != len(records) - 1:
-        raise ArtifactError("its graph goes on behind its output")
+        raise ArtifactError("its graph has nodes after its output")
     graph.lint()
     return graph
 
@@ -146,7 +146,7 @@ def _decode_target(op: Any, target: Any, args: tuple[Any, ...], used: dict[str, 
         name, fields = target["namedtuple"]
         return namedtuple_type(name, tuple(fields))
     if type(target) is not str:
-        raise ArtifactError("the target of a node is no text")
+        raise ArtifactError("the target of a node is not a string")
     if op == "call_function":
         return _decode_function(target, args, reading.trusted)
     if op == "placeholder":
@@ -163,7 +163,7 @@ def _decode_target(op: Any, target: Any, args: tuple[Any, ...], used: dict[str, 
 def _decode_function(target: str, args: tuple[Any, ...], trusted: bool) -> Any:
     if target == "getattr" and not _is_plain_getattr(args, trusted):
         raise ArtifactError(
-            "it reads an attribute that is not among those that a file may read. If you trust the file, say "
+            "it reads an attribute that files are not allowed to read. If you trust the file, use "
             "load_quantized(path, trusted=True)"
         )
     return operations.function_of(target, trusted=trusted)
@@ -173,16 +173,16 @@ def _check_used(op: str, target: str, used: dict[str, Any]) -> None:
     if target not in used:
         raise ArtifactError(f"it has no {target[:80]!r}, which its graph uses")
     if op == "call_module" and not ({"module", "graph", "inside"} & used[target].keys()):
-        raise ArtifactError(f"it calls {target[:80]!r}, which is no module")
+        raise ArtifactError(f"it calls {target[:80]!r}, which is not a module")
 
 
 def _check_method(target: str, args: tuple[Any, ...], trusted: bool) -> None:
     if not args or not isinstance(args[0], fx.Node):
-        raise ArtifactError("a method is called on something that is not computed")
+        raise ArtifactError("a method is called on something that is not the result of a node")
     if target not in operations.METHODS and not (trusted and identifier(target)):
         raise ArtifactError(
-            f"it calls the method {target[:80]!r}, which is not among those that a file may call. If you trust the "
-            "file, say load_quantized(path, trusted=True)"
+            f"it calls the method {target[:80]!r}, which files are not allowed to call. If you trust the file, use "
+            "load_quantized(path, trusted=True)"
         )
 
 
@@ -230,14 +230,14 @@ def _decode_attribute(data: dict[str, Any], reading: Reading) -> Any:
     if tag == "parameter":
         return nn.Parameter(value, requires_grad=False)
     if tag not in ("buffer", "value") or isinstance(value, Tensor) != (tag == "buffer"):
-        raise ArtifactError(f"it holds a {str(tag)[:80]!r}, which is not known")
+        raise ArtifactError(f"it holds a {str(tag)[:80]!r}, which is unknown")
     return value
 
 
 def _put(holder: nn.Module, leaf: str, value: Any, loose: dict[str, Any], path: str) -> None:
     """Register under a name that nothing has yet: neither another part of the file, nor `nn.Module` itself."""
     if hasattr(holder, leaf) or hasattr(GraphNetwork, leaf) or leaf in ("graph", "_run"):
-        raise ArtifactError(f"it has a part named {path[:80]!r}, which is the name of something else")
+        raise ArtifactError(f"it has a part named {path[:80]!r}, but that name is taken")
     if isinstance(value, nn.Parameter):
         holder.register_parameter(leaf, value)
     elif isinstance(value, nn.Module):
@@ -271,7 +271,7 @@ def _holder(root: nn.Module, path: str) -> nn.Module:
 def _check_path(path: Any) -> None:
     if type(path) is not str or not all(_PATH_PART.fullmatch(part) for part in path.split(".")):
         raise ArtifactError(
-            f"it has a part named {str(path)[:80]!r}: only A to Z, a to z, digits, _ and - can be in one"
+            f"it has a part named {str(path)[:80]!r}: only A to Z, a to z, digits, _ and - are allowed in names"
         )
 
 
@@ -330,7 +330,7 @@ def _one_level(value: Any) -> list[tuple[Any, Any]]:
     named = value.items() if isinstance(value, dict) else given_fields(value).items()
     items = [(key, one) for part in inner for key, one in named if one is part]
     if len(items) != len(inner):
-        raise ArtifactError(f"holds a {type(value).__qualname__}, which is made of other things than its fields")
+        raise ArtifactError(f"holds a {type(value).__qualname__}, which is not constructed from its fields")
     return items
 
 

@@ -156,7 +156,7 @@ def _decode_integer_layer(data: dict[str, Any], reading: Reading) -> nn.Module:
     state = _decode_state(data["state"], reading)
     # Each layer in a layer has tensors of its own in the file: no more are made than there are tensors for.
     if type(arguments.get("num_layers", 1)) is not int or arguments.get("num_layers", 1) > len(state):
-        raise ArtifactError("it holds a layer with more layers in it than tensors")
+        raise ArtifactError("it holds a layer that contains other layers where tensors are expected")
     with torch.device("meta"):
         if data["class"] == WeightOnly.__name__:
             if data["layer"] not in _CLASSES:
@@ -314,6 +314,6 @@ def _decode_foreign(data: dict[str, Any], reading: Reading) -> nn.Module:
         module.load_state_dict(_decode_state(data["state"], reading))
     except RuntimeError as error:
         raise ArtifactError(
-            f"the {class_name} at {path!r} of the network given ({name}) is of another shape: {error}"
+            f"the {class_name} at {path!r} of the network given ({name}) has another shape: {error}"
         ) from error
     return module.requires_grad_(False)

@@ -72,7 +72,7 @@ def _encode_pt2e(network: Any, writing: Writing) -> dict[str, Any]:
         outputs = encode_structure(spec.out_spec)
     except ArtifactError as error:
         raise ArtifactError(
-            f"what its forward returns {error}, whose class no file can hold: return a tuple or a dict"
+            f"what its forward returns {error}, whose class a file cannot hold: return a tuple or a dict"
         ) from error
     return {
         "graph": encode_graph(network.decomposed, network.decomposed.graph, writing),
@@ -101,7 +101,7 @@ def _decode_pt2e(data: dict[str, Any], recipe: Recipe, reading: Reading) -> nn.M
         batch=int(data["batch"]),
     )
     if spec.in_spec.num_leaves != len(spec.inputs):
-        raise ArtifactError("its inputs are not those of its graph")
+        raise ArtifactError("its inputs do not match its graph")
     rebuilt = decode_graph(data["graph"], reading)
     return Int8Network(GraphModule(rebuilt, rebuilt.graph).eval(), spec, recipe.backend, recipe.runtime)
 
@@ -151,7 +151,7 @@ def _decode_eager(data: dict[str, Any], recipe: Recipe, reading: Reading) -> nn.
         network = make(float_network, decode(data["plan"]), recipe)
     except CheckpointMismatchError as error:
         raise ArtifactError(
-            f"it was saved from a {kind}, and the network given does not go with it. {str(error).removesuffix('.')}"
+            f"it was saved from a {kind}, and the network given does not match it. {str(error).removesuffix('.')}"
         ) from error
     saved: Mapping[str, Any] = {name: decode(value, reading.tensors.decode) for name, value in data["state"]}
     # The network's own dictionary: its versions say how packed weights are laid out.

@@ -235,14 +235,14 @@ def function_of(name: str, *, trusted: bool = False) -> Callable[..., Any]:
         return _functions()[name]
     if not is_allowed(name) and not trusted:
         raise ArtifactError(
-            f"it calls {name[:80]!r}, which is not among the operations that a file may call. If you trust the file, "
-            "and have the code that this is from, say load_quantized(path, trusted=True)"
+            f"it calls {name[:80]!r}, which files are not allowed to call. If you trust the file, and have the code "
+            "that defines it, use load_quantized(path, trusted=True)"
         )
     try:
         found = _operator_of(name) if name.startswith("torch.ops.") else _imported(name)
     except (ImportError, AttributeError, ValueError) as error:
         raise ArtifactError(
-            f"it calls {name[:80]!r}, which is not there with torch {torch.__version__}: {error}"
+            f"it calls {name[:80]!r}, which does not exist in torch {torch.__version__}: {error}"
         ) from error
     if not callable(found):
         raise ArtifactError(f"it calls {name[:80]!r}, which cannot be called")

@@ -74,7 +74,7 @@ def decode_packed_layer(data: dict[str, Any], tensors: TensorReader) -> nn.Modul
     """Undo `encode_packed_layer`."""
     kind = data["class"]
     if kind not in _CLASSES:
-        raise ArtifactError(f"it holds a {str(kind)[:80]!r}, which is no layer with a packed weight")
+        raise ArtifactError(f"it holds a {str(kind)[:80]!r}, which is not a layer with a packed weight")
     numbers = {name: decode(value) for name, value in data["numbers"].items()}
     weight, bias = decode(data["weight"], tensors.decode), decode(data["bias"], tensors.decode)
     scale, zero_point = float(numbers.pop("scale")), int(numbers.pop("zero_point"))
@@ -113,13 +113,13 @@ def _convolution(kind: str, numbers: dict[str, Any], weight: Any) -> Any:
 def _check_tensors(weight: Any, bias: Any, dims: int, *, transposed: bool = False) -> None:
     """Raise unless a kernel can read these: it does not look itself."""
     if not isinstance(weight, Tensor) or weight.dtype is not torch.qint8 or weight.dim() != dims or not weight.numel():
-        raise ArtifactError("it holds a layer without an int8 weight of its dimensions")
+        raise ArtifactError("it holds a layer whose int8 weight is missing or has the wrong dimensions")
     if bias is None:
         return
     if not isinstance(bias, Tensor) or bias.dtype is not torch.float32 or bias.dim() != 1:
         raise ArtifactError("it holds a layer whose bias is not a row of float32")
     if not transposed and bias.shape[0] != weight.shape[0]:
-        raise ArtifactError("it holds a layer with another number of biases than of outputs")
+        raise ArtifactError("it holds a layer whose number of biases differs from its number of outputs")
 
 
 def _groups(value: Any, weight: Tensor) -> int:
@@ -132,7 +132,9 @@ def _size(value: Any, weight: Tensor, least: int) -> tuple[int, ...]:
     if not isinstance(value, tuple) or not all(type(part) is int and least <= part < 2**31 for part in value):
         raise ArtifactError("it holds a convolution with an impossible stride, padding or dilation")
     if len(value) != weight.dim() - 2:
-        raise ArtifactError("it holds a convolution with a stride, padding or dilation of other dimensions")
+        raise ArtifactError(
+            "it holds a convolution whose stride, padding or dilation has the wrong number of dimensions"
+        )
     return value
 
 
@@ -158,7 +160,7 @@ def encode_packed(value: Any, tensors: TensorWriter) -> dict[str, Any]:
         weight, bias = value.unpack()
         numbers = {name: tuple(getattr(value, name)()) for name in _SIZES} | {"groups": int(value.groups())}
         if value.transpose():
-            raise ArtifactError("holds a packed weight of a transposed convolution, which is not held")
+            raise ArtifactError("holds a packed weight of a transposed convolution, which is not supported")
     return {
         "kind": kind,
         "numbers": {name: encode(number) for name, number in numbers.items()},
@@ -172,7 +174,7 @@ def decode_packed(data: dict[str, Any], tensors: TensorReader) -> Any:
     weight, bias = decode(data["weight"], tensors.decode), decode(data["bias"], tensors.decode)
     kind = data["kind"]
     if kind not in _PACKED:
-        raise ArtifactError(f"it holds a {str(kind)[:80]!r}, which is no packed weight")
+        raise ArtifactError(f"it holds a {str(kind)[:80]!r}, which is not a packed weight")
     _check_tensors(weight, bias, 2 if kind == "LinearPackedParamsBase" else int(kind[4]) + 2)
     if kind == "LinearPackedParamsBase":
         return torch.ops.quantized.linear_prepack(weight, bias)

@@ -87,7 +87,7 @@ class QuantizedNetwork(nn.Module):
                 found = getattr(network, name)
             except AttributeError:
                 graph = traits_of(self.recipe.mode).captures
-                why = ": a graph has its forward only, mode='eager' keeps your methods" if graph else ""
+                why = ": a graph only has forward; mode='eager' keeps your methods" if graph else ""
                 raise AttributeError(f"{error}, and neither has its network{why}") from None
         if not isinstance(found, types.MethodType):
             return found
@@ -121,8 +121,8 @@ class QuantizedNetwork(nn.Module):
         """All of it; the packed layers of static kernels in modes eager and fx come out of a pickle as ruins."""
         if traits_of(self.recipe.mode).packs and self.recipe.kind not in DIRECT:
             raise QuantizationError(
-                f"An int8 network of mode={self.recipe.mode!r} does not pickle, since its packed layers do not: "
-                "write it with save(path), and read it with qat_lightning.load_quantized(path)."
+                f"An int8 network of mode={self.recipe.mode!r} cannot be pickled, because its packed layers cannot: "
+                "save it with save(path), and load it with qat_lightning.load_quantized(path)."
             )
         return self.__dict__
 

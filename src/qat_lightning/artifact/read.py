@@ -158,7 +158,7 @@ def _decode_recipe(data: Any) -> Recipe:
     try:
         return Recipe.from_dict(data)
     except QuantizationError as error:
-        raise ArtifactError(f"its recipe is not possible. {str(error).removesuffix('.')}") from error
+        raise ArtifactError(f"its recipe is invalid. {str(error).removesuffix('.')}") from error
 
 
 def _read(source: Place | io.BytesIO, shown: Any) -> tuple[dict[str, Any], bytes]:
@@ -217,15 +217,15 @@ def _what_else(archive: zipfile.ZipFile, shown: Any) -> str:
     """What a zip that is not ours holds, found without unpickling it."""
     pickles = [name for name in archive.namelist() if name.endswith("data.pkl")]
     if not pickles:
-        return f"{shown} is a zip, and not the file of an int8 network: give what qat.save(path) wrote."
+        return f"{shown} is a zip file, but not an int8 network: give what qat.save(path) wrote."
     if any(b"pytorch-lightning_version" in archive.read(name) for name in pickles):
         return (
             f"{shown} is a Lightning checkpoint, which holds the network in training: restore it with "
             "trainer.test(model, ckpt_path=...), then qat.save(path) writes the int8 network."
         )
     return (
-        f"{shown} was written by torch.save or torch.jit.save (a state_dict, perhaps), and is not the file of an int8 "
-        "network: give what qat.save(path) wrote."
+        f"{shown} was written by torch.save or torch.jit.save (perhaps a state_dict), and is not an int8 network: "
+        "give what qat.save(path) wrote."
     )
 
 
@@ -237,7 +237,7 @@ def _what_is_no_zip(source: Place | io.BytesIO, shown: Any) -> str:
         start = b""
     if start == b"PK\x03\x04":
         return f"{shown} is damaged: it was cut off or changed after it was written. Copy it or save the network again."
-    return f"{shown} is not the file of an int8 network: give what qat.save(path) wrote."
+    return f"{shown} is not an int8 network: give a file that qat.save(path) wrote."
 
 
 def _decode_example(data: Any) -> Example:

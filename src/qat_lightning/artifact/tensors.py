@@ -43,7 +43,7 @@ class TensorWriter:
             return None
         if value.layout is not torch.strided or value.device.type != "cpu":
             raise ArtifactError(
-                f"holds a {value.layout} tensor on {value.device}: only dense ones on the CPU can be held"
+                f"holds a {value.layout} tensor on {value.device}: only dense tensors on the CPU can be saved"
             )
         value = value.detach()
         return self._quantized(value) if value.is_quantized else {"tensor": self._add(value)}
@@ -60,7 +60,7 @@ class TensorWriter:
         elif value.qscheme() in (torch.per_tensor_affine, torch.per_tensor_symmetric):
             parts["scale"], parts["zero_point"] = value.q_scale(), value.q_zero_point()
         else:
-            raise ArtifactError(f"holds a quantized tensor with {value.qscheme()}, which is not held")
+            raise ArtifactError(f"holds a quantized tensor with {value.qscheme()}, which cannot be saved")
         return {"quantized": parts}
 
     def _add(self, value: Tensor) -> int:
@@ -114,16 +114,16 @@ class TensorReader:
             return whole
         scales, zero_points, axis = self._get(parts["scales"]), self._get(parts["zero_points"]), parts["axis"]
         if type(axis) is not int or not 0 <= axis < integers.dim():
-            raise ArtifactError("the axis of a quantized tensor is none of its dimensions")
+            raise ArtifactError("the axis of a quantized tensor is not one of its dimensions")
         if not scales.shape == zero_points.shape == (integers.shape[axis],):
-            raise ArtifactError("a quantized tensor has another number of channels than of scales")
+            raise ArtifactError("a quantized tensor has a different number of channels and scales")
         check_grid(scales, zero_points, integers.dtype)
         made: Tensor = torch._make_per_channel_quantized_tensor(integers, scales, zero_points, axis)
         return made
 
     def _get(self, index: Any) -> Tensor:
         if type(index) is not int or not 0 <= index < len(self._table):
-            raise ArtifactError("there is no tensor of such a number")
+            raise ArtifactError("there is no tensor with that number")
         return self._make(self._table[index])
 
     def _make(self, entry: dict[str, Any]) -> Tensor:
@@ -133,7 +133,7 @@ class TensorReader:
         if any(type(number) is not int or number < 0 for number in numbers) or sorted(order) != list(range(len(shape))):
             raise ArtifactError("the shape of a tensor is impossible")
         if str(dtype).removeprefix("torch.") in _INTEGERS:
-            raise ArtifactError(f"{dtype} has no tensors by itself")
+            raise ArtifactError(f"{dtype} cannot be stored without a grid")
         count, packed = math.prod(shape), entry.get("packed", False)
         if packed not in (False, True) or (packed and dtype is not torch.int8):
             raise ArtifactError(f"a tensor of {dtype} has two values in a byte, and only those of torch.int8 can")
@@ -171,14 +171,14 @@ def check_grid(scale: float | Tensor, zero_point: int | Tensor, integers: torch.
     """
     scales, zero_points = torch.as_tensor(scale, dtype=torch.float64), torch.as_tensor(zero_point)
     if not bool(((scales >= 0) & scales.isfinite()).all()):
-        raise ArtifactError("it holds integers with a scale that is negative, infinite or no number")
+        raise ArtifactError("it holds integers with a scale that is negative, infinite or NaN")
     if zero_points.dtype.is_floating_point:
         possible = zero_points.isfinite()
     else:
         limits = torch.iinfo(integers)
         possible = (zero_points >= limits.min) & (zero_points <= limits.max)
     if not bool(possible.all()):
-        raise ArtifactError("it holds integers with a zero point that is none of them")
+        raise ArtifactError("it holds integers with a zero point outside of their range")
 
 
 def _inverse(order: Sequence[int]) -> list[int]:

@@ -123,7 +123,7 @@ def decode(data: Any, special: SpecialTag = no_tag) -> Any:
     if type(data) is list:
         return [decode(item, special) for item in data]
     if type(data) is not dict or len(data) != 1:
-        raise ArtifactError("it holds a value of no known form")
+        raise ArtifactError("it holds a value of unknown form")
     ((tag, content),) = data.items()
     if tag in _CONSTANTS:
         return _CONSTANTS[tag][content]
@@ -190,5 +190,5 @@ def identifier(name: Any) -> str:
         ArtifactError: It is anything else.
     """
     if type(name) is not str or not name.isascii() or not name.isidentifier() or keyword.iskeyword(name):
-        raise ArtifactError(f"it holds the name {str(name)[:80]!r}, which is no plain name")
+        raise ArtifactError(f"it holds the name {str(name)[:80]!r}, which is not a plain name")
     return name

@@ -68,7 +68,7 @@ def save_quantized(quantized: Savable, path: str | os.PathLike[str]) -> None:
     except OSError as error:
         raise ArtifactError(
             f"{path} cannot be written ({error.strerror or error}): the int8 network takes {len(data) / 1e6:.2f} MB. "
-            "What was there is as it was; give another path, or make room."
+            "The previous file is unchanged. Give another path, or free space."
         ) from error
 
 
@@ -95,8 +95,8 @@ def artifact_bytes(quantized: Savable) -> bytes:
         raise ArtifactError(f"The int8 network cannot be saved: {error}.") from error
     if writing.needs_trust:
         warnings.warn(
-            f"The int8 network calls {', '.join(sorted(set(writing.needs_trust)))}, which not every file may call: "
-            "loading it needs load_quantized(path, trusted=True).",
+            f"The int8 network calls {', '.join(sorted(set(writing.needs_trust)))}, which files are not allowed to "
+            "call by default: loading it needs load_quantized(path, trusted=True).",
             stacklevel=3,
         )
     description = {

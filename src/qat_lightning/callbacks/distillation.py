@@ -231,8 +231,8 @@ class Distillation(Callback):
         if trainer.global_step > 0:
             raise ConfigurationError(
                 f"Distillation has no float weights of {name!r} to learn from: this run resumes from step "
-                f"{trainer.global_step} of one that rounded from its first step, without Distillation. Give "
-                "QuantizationAwareTraining float_checkpoint=<a checkpoint of a float run>."
+                f"{trainer.global_step} of a run that was fake-quantized from its first step, without Distillation. "
+                "Give QuantizationAwareTraining float_checkpoint=<a checkpoint of a float run>."
             )
         kept = self._weights[name] = float_weights(part.prepared, frozen_beside_adapters(part.prepared))
         return kept

@@ -203,12 +203,12 @@ class QuantizationAwareTraining(QuantizationCallback):
             check_kind(settings.recipe)
         if kind != "static" and bias_correction_batches:
             raise ConfigurationError(
-                f"bias_correction_batches={bias_correction_batches!r} corrects biases where activations have fixed "
-                f"ranges, and this is kind={kind!r}: use 0."
+                f"bias_correction_batches={bias_correction_batches!r} needs activations with fixed ranges, which "
+                f"kind={kind!r} does not have: use 0."
             )
         if learn_scales is not None and not settings.recipe.scheme.learned:
             raise ConfigurationError(
-                f"learn_scales={learn_scales!r} says when scales begin to learn, and none do: give "
+                f"learn_scales={learn_scales!r} sets when scales start to learn, and no scale is learned: give "
                 "scheme=Scheme(learned_step='lsq'), or leave it out."
             )
         networks = Networks(settings)
@@ -389,8 +389,8 @@ class QuantizationAwareTraining(QuantizationCallback):
             return
         if not self._networks.know_a_range():
             rank_zero_warn(
-                "The fit trained nothing, so no range was observed and there is no int8 network: ckpt_path= is from a "
-                "run of the same length. Increase max_epochs or max_steps of the Trainer."
+                "The fit ran no training step, so no range was observed and there is no int8 network: the run of "
+                "ckpt_path= had already ended. Increase max_epochs or max_steps of the Trainer."
             )
             return
         if self._networks.simulated:

@@ -119,7 +119,9 @@ class QuantizedModelExport(Callback):
             results = export_quantized(
                 quantized, folder, self.formats, reference=reference, min_agreement=0, min_sqnr_db=0
             )
-        self._found += [f"export={result.format}, as tried: {result.remark}" for result in results if result.remark]
+        self._found += [
+            f"export={result.format}, in the rehearsal: {result.remark}" for result in results if result.remark
+        ]
         failed = {result.format: result.error for result in results if result.error}
         if not failed:
             return

@@ -80,7 +80,7 @@ class WeightOscillations(Callback):
         QuantizationAwareTraining.of(trainer, self)
         if shards(trainer):
             raise ConfigurationError(
-                f"WeightOscillations looks at whole weights, which {type(trainer.strategy).__name__} has sharded: use "
+                f"WeightOscillations needs whole weights, which {type(trainer.strategy).__name__} shards: use "
                 "strategy='ddp', or leave the callback out."
             )
         if not batches_trained(trainer):
@@ -92,8 +92,8 @@ class WeightOscillations(Callback):
         for name, curve in (("freezing", self.freezing), ("dampening", self.dampening)):
             if curve is not None and curve.changes and training_done(trainer, self._plan) is None:
                 raise ConfigurationError(
-                    f"{name}=({curve.begin:g}, {curve.end:g}) goes over the planned training, which has no end that "
-                    f"can be told ({self._plan}): give the Trainer max_steps, or one number, {name}={curve.end:g}."
+                    f"{name}=({curve.begin:g}, {curve.end:g}) spans the planned training, whose length is unknown "
+                    f"({self._plan}): give the Trainer max_steps, or one number, {name}={curve.end:g}."
                 )
         self._looked = False
         for optimizer in trainer.optimizers:
@@ -133,9 +133,9 @@ class WeightOscillations(Callback):
             if others:
                 more = f" and {len(others) - _NAMED} more" if len(others) > _NAMED else ""
                 rank_zero_info(
-                    f"WeightOscillations looks at {len(self._tracker.weights)} weights, and not at those of "
-                    f"{', '.join(map(repr, others[:_NAMED]))}{more}, which are no plain parameters of a convolution or "
-                    "linear layer, or do not train."
+                    f"WeightOscillations tracks {len(self._tracker.weights)} weights, and not those of "
+                    f"{', '.join(map(repr, others[:_NAMED]))}{more}, which are not plain parameters of a convolution "
+                    "or linear layer, or are frozen."
                 )
         if trainer.world_size > 1:
             for network in networks.values():

@@ -93,8 +93,8 @@ def problem(
         return ""
     itself = "; ".join(f"{path or 'the output'}: {how}" for path, how in far.items())
     return (
-        f"{itself}. The same network with its inputs changed by a thousandth is closer than that to itself, so this is "
-        "no matter of rounding (min_sqnr_db)"
+        f"{itself}. Changing the inputs by a thousandth moves the network itself less than that, so rounding does not "
+        "explain it (min_sqnr_db)"
     )
 
 
@@ -112,7 +112,7 @@ def _far(found: Comparison, draws: Sequence[Comparison], min_sqnr_db: float, min
     for path, share in found.equal.items():
         least = min([min_equal, *(draw.equal.get(path, 1.0) for draw in draws)]) - MARGIN_SHARE
         if share < least:
-            far[path] = f"{share:.1%} of the whole numbers are equal, where at least {least:.1%} are asked for"
+            far[path] = f"{share:.1%} of the integers are equal, where at least {least:.1%} are asked for"
     return far
 
 

@@ -55,7 +55,7 @@ class QdqChain(CountsCalls, nn.Module):
         if hasattr(input, _MARK):
             self._refuse_pending(getattr(input, _MARK))
         elif input_grid is None:
-            raise ExportError(f"{self.where!r} has no grid for a float input, and gets one.")
+            raise ExportError(f"{self.where!r} has no grid for its float input.")
         else:
             input = on_grid(input.float(), input_grid)
         output: Tensor = self.kernel(input)
@@ -70,7 +70,7 @@ class QdqChain(CountsCalls, nn.Module):
 
     def _refuse_pending(self, pending: tuple[str, ...]) -> None:
         if pending:
-            raise ExportError(f"{self.where!r} gets a tensor to which {pending[0]!r} is yet to be applied.")
+            raise ExportError(f"{self.where!r} got a tensor to which {pending[0]!r} has not been applied yet.")
 
     @property
     def weight(self) -> Tensor:
@@ -87,9 +87,7 @@ class _Passed(nn.Module):
         """``input`` itself."""
         pending = getattr(input, _MARK, ())
         if pending[:1] != (self.link,):
-            raise ExportError(
-                f"The BatchNorm {self.link!r} is folded into a layer, and gets the output of another one."
-            )
+            raise ExportError(f"The BatchNorm {self.link!r} is folded into one layer but got the output of another.")
         setattr(input, _MARK, pending[1:])
         return input
 

@@ -48,13 +48,13 @@ class ExecuTorch:
             return refuse_grids(recipe)
         if recipe.backend != "xnnpack" and recipe.kind == "dynamic":
             return (
-                "XNNPACK finds the range of activations token by token: use a scheme of activation_granularity="
-                "'per_token', or mode='pt2e' with backend='xnnpack'."
+                "XNNPACK computes the range of activations for each token: use a scheme of "
+                "activation_granularity='per_token', or mode='pt2e' with backend='xnnpack'."
             )
         if recipe.backend not in LOWERINGS:
             return (
-                f"XNNPACK's kernels take int8 activations on grids of their own, and the network is for backend="
-                f"{recipe.backend!r}: use mode='pt2e' with backend='xnnpack', or another one of ExecuTorch's "
+                "XNNPACK's kernels need int8 activations on its own grids, and the network is for "
+                f"backend={recipe.backend!r}: use mode='pt2e' with backend='xnnpack', or another one of ExecuTorch's "
                 f"({', '.join(name for name in LOWERINGS if name != 'xnnpack')})."
             )
         return ""
@@ -110,8 +110,8 @@ def _explain(error: BaseException, backend: str) -> str:
         error = error.__cause__
     text = " ".join(str(error).split())[:300]
     return (
-        f"ExecuTorch cannot lower the network to {backend} ({type(error).__name__}: {text}). Write that part of it "
-        "with other ops, or choose another format, such as onnx or pt2."
+        f"ExecuTorch cannot lower the network to {backend} ({type(error).__name__}: {text}). Rewrite that part with "
+        "other ops, or choose another format, such as onnx or pt2."
     )
 
 

@@ -71,7 +71,7 @@ def check_formats(names: Sequence[str], recipe: Recipe) -> None:
         if not traits_of(recipe.mode).exports:
             raise CombinationError(
                 f"export={name} does not support mode={recipe.mode!r}, which keeps Python code between its graphs: "
-                "write the int8 network with save(path), or use a mode that takes the whole network."
+                "save the int8 network with save(path), or use a mode that captures the whole network."
             )
         why = chosen.refusal(recipe)
         if why:

@@ -247,7 +247,7 @@ def refuse_other(name: str, kernel: Tensor, value: Tensor, target: Backend) -> N
     check = LayerCheck(name, "", sqnr_db(wanted, value), steps)
     if is_faulty(check, target):
         raise ExportError(
-            f"{name!r} does not compute in an exported graph what its kernel of backend {target.name!r} computes: "
+            f"{name!r} computes different values in an exported graph than in its kernel of backend {target.name!r}: "
             f"{check.sqnr_db:.1f} dB of SQNR, up to {steps:.0f} steps apart. Keep it float with exclude=, or use "
             "mode='pt2e', whose int8 network is such a graph."
         )

@@ -96,8 +96,8 @@ class Onnx:
         except Exception as error:
             text = " ".join(str(error).split())[:300]
             raise ExportError(
-                f"ONNX Runtime does not take the file ({type(error).__name__}: {text}). Choose another format, such as "
-                "pt2, or keep the part at fault out of the network."
+                f"ONNX Runtime cannot load the file ({type(error).__name__}: {text}). Choose another format, such as "
+                "pt2, or leave the part that fails out of the network."
             ) from error
 
 
@@ -113,12 +113,14 @@ def _on_dequantized(graph: Any) -> int:
 def refuse_direct(recipe: Recipe, what: str) -> str:
     """Why a network is not translated: of the kinds without calibration, or with 16-bit activations; empty if it is."""
     if recipe.kind not in DIRECT and recipe.scheme.activation_bits == 16:
-        return f"{what} files have activations of 8 bits here, and these have 16: use executorch or exported_program."
+        return (
+            f"{what} files support activations of 8 bits here, and these have 16: use executorch or exported_program."
+        )
     if recipe.kind not in DIRECT or recipe.mode != "pt2e":
         return ""
     return (
-        f"of kind={recipe.kind!r}, mode='pt2e' leaves a graph of single operations, in which {what} would not find the "
-        "compressed weights again: use mode='fx' or mode='eager', or the format pt2 with backend='x86'."
+        f"of kind={recipe.kind!r}, mode='pt2e' leaves a graph of single operations, in which {what} would not "
+        "recognize the compressed weights: use mode='fx' or mode='eager', or the format pt2 with backend='x86'."
     )
 
 

@@ -100,8 +100,8 @@ def _explain(error: BaseException) -> str:
         cause = cause.__cause__
     if found:
         return (
-            f"ONNX has no translation of {found[1]}: write that part of the network with other ops, or choose a format "
-            "that runs PyTorch's own ops, such as pt2."
+            f"ONNX has no translation of {found[1]}: rewrite that part of the network with other ops, or choose a "
+            "format that runs PyTorch's own ops, such as pt2."
         )
     text = " ".join(str(error).split())[:300]
     return f"torch.onnx.export failed ({type(error).__name__}: {text}). Choose another format, such as pt2."

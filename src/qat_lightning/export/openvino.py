@@ -58,7 +58,9 @@ class OpenVino:
     def refusal(self, recipe: Recipe) -> str:
         """See `Format.refusal`."""
         if recipe.backend in ("tosa", "ethosu", "vgf"):
-            return "OpenVINO computes something else of Arm's int32 biases: use onnx, or train for backend='openvino'."
+            return (
+                "OpenVINO computes different values from Arm's int32 biases: use onnx, or train for backend='openvino'."
+            )
         return refuse_direct(recipe, "OpenVINO")
 
     def write(self, source: Source, path: Path) -> None:
@@ -74,8 +76,8 @@ class OpenVino:
         except Exception as error:
             text = " ".join(str(error).split())[:300]
             raise ExportError(
-                f"OpenVINO does not take the network ({type(error).__name__}: {text}). Choose another format, such as "
-                "onnx or pt2, or keep the part at fault out of the network."
+                f"OpenVINO cannot load the network ({type(error).__name__}: {text}). Choose another format, such as "
+                "onnx or pt2, or leave the part that fails out of the network."
             ) from error
         if source.is_direct:
             # OpenVINO's own default rounds what a compressed weight is multiplied with, which no one has trained for.

@@ -32,8 +32,8 @@ def plain_integer_layer(module: IntegerLayer, name: str) -> nn.Module:
     if isinstance(module, PlainDynamicLinear) or type(module).__name__.startswith("WeightOnly"):
         return module
     raise ExportError(
-        f"{name!r} is a {type(module).__name__}, which cannot be exported: keep it float with "
-        "exclude=, or keep the network as a file of qat_lightning, with save(path)."
+        f"{name!r} is a {type(module).__name__}, which cannot be exported: keep it float with exclude=, or save the "
+        "network with save(path)."
     )
 
 

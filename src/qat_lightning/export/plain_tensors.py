@@ -51,7 +51,7 @@ def to_plain_tensors(network: QuantizedNetwork, example: Example | None = None) 
     if recipe.mode not in ("eager", "fx") or recipe.kind in DIRECT:
         raise ConfigurationError(
             f"to_plain_tensors takes static networks of mode 'eager' or 'fx', and this one is of mode {recipe.mode!r} "
-            f"and kind {recipe.kind!r}: quantize with one of these two, or with mode='pt2e', which needs no such step."
+            f"and kind {recipe.kind!r}: use one of these two, or mode='pt2e', which does not need this step."
         )
     return _of_mode_pt2e(network, Example(*of_two(network.example if example is None else example)))
 
@@ -93,5 +93,5 @@ def _of_mode_pt2e(network: QuantizedNetwork, call: Example) -> QuantizedNetwork:
     found.update(network(*call.args, **call.kwargs), plain(*call.args, **call.kwargs))
     wrong = problem(found, network, [call], min_sqnr_db=_LEAST_DB, min_equal=_LEAST_EQUAL)
     if wrong:
-        raise ExportError(f"On plain tensors the network computes something else: {wrong}.")
+        raise ExportError(f"On plain tensors the network computes different values: {wrong}.")
     return plain

@@ -22,7 +22,7 @@ from qat_lightning.modes.prepared import cpu_copy, is_prepared, prepared_state
 from qat_lightning.modes.registry import mode_for
 from qat_lightning.modes.source_lines import reason_of
 
-_GRAPH_MODES = "mode='fx' or mode='pt2e', which keep one way through the network"
+_GRAPH_MODES = "mode='fx' or mode='pt2e', which capture one path through the network"
 
 
 def int8_program(network: nn.Module, example: Example | None = None, spell: Spelling | None = None) -> ExportedProgram:
@@ -126,7 +126,7 @@ def int8_network(network: nn.Module, example: Example | None) -> QuantizedNetwor
             "qat_lightning.load_quantized(path) returns) nor one that was prepared for quantization."
         )
     if example is None:
-        raise ConfigurationError("A prepared network is converted first, which takes a real call: give example=.")
+        raise ConfigurationError("A prepared network is converted first, which needs an example call: give example=.")
     recipe = prepared_state(network).recipe
     converted = mode_for(recipe).convert(cpu_copy(network), example)
     return QuantizedNetwork(converted, recipe, example)
@@ -164,8 +164,8 @@ def _export(network: nn.Module, example: Example, name: str) -> ExportedProgram:
             raise
         except Exception as error:
             raise TraceError(
-                f"{name} cannot be exported as one graph {reason_of(error)}. What to do: {_GRAPH_MODES}, or keep it as "
-                "a file of qat_lightning, with save(path)."
+                f"{name} cannot be exported as one graph {reason_of(error)}. What to do: {_GRAPH_MODES}, or save the "
+                "network with save(path)."
             ) from error
     _refuse_fixed_batch(program, (args, kwargs), size, name)
     return program
@@ -190,6 +190,6 @@ def _refuse_fixed_batch(program: ExportedProgram, arguments: Any, size: int | No
         found = values[given].shape[0]
         if not isinstance(found, torch.SymInt) or found.node.maybe_as_int() is not None:
             raise TraceError(
-                f"{name} can be exported only for the batch size {size} of the example, because its forward takes the "
-                f"size of {given} for a constant (such as int(x.shape[0]), or a reshape to a fixed first dimension)."
+                f"{name} can be exported only for the batch size {size} of the example, because its forward uses the "
+                f"size of {given} as a constant (such as int(x.shape[0]), or a reshape to a fixed first dimension)."
             )

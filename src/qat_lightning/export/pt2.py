@@ -35,8 +35,8 @@ class AotInductor:
         """See `Format.refusal`."""
         if recipe.target.own_grids or recipe.target.activation_dtype is not torch.uint8:
             return (
-                f"AOTInductor's int8 kernels take uint8 activations, and backend={recipe.backend!r} has others: "
-                "use backend='x86', or a format of that backend."
+                f"AOTInductor's int8 kernels need uint8 activations, and those of backend={recipe.backend!r} are "
+                "different: use backend='x86', or a format of that backend."
             )
         return ""
 
@@ -46,7 +46,7 @@ class AotInductor:
         try:
             package = compile_package(graph_module, examples, dynamic)
         except Exception as error:
-            raise ExportError(f"AOTInductor cannot compile it: {type(error).__name__}: {error}") from error
+            raise ExportError(f"AOTInductor cannot compile the network: {type(error).__name__}: {error}") from error
         path.write_bytes(package)
 
     def ports(self, path: Path) -> tuple[Port, ...]:

@@ -117,7 +117,7 @@ def export_quantized(
     try:
         write_json(results, join(where, FIGURES))
     except OSError as error:
-        warnings.warn(f"The figures of the export are not kept in {FIGURES}: {error}", stacklevel=2)
+        warnings.warn(f"The results of the export could not be written to {FIGURES}: {error}", stacklevel=2)
     return results
 
 
@@ -210,8 +210,8 @@ class _Job:
             server.ask("load", "int8", str(_write(other, self.source, folder)))
             self._compare(server, other, result)
         result.remark = (
-            f"nothing here runs files for backend={self.source.recipe.backend!r}: what was compared is the "
-            f"{other.runtime} that this one was made from"
+            f"no runtime for backend={self.source.recipe.backend!r} files is available here: the {other.runtime} that "
+            "this file was made from was compared instead"
         )
 
     def _compare(self, server: Server, chosen: Format, result: ExportResult) -> None:
@@ -254,12 +254,12 @@ class _Job:
         limits = self.limits
         if result.agreement is not None and result.agreement < limits.agreement:
             raise ExportError(
-                f"{result.runtime} computes something else: the top-1 of {result.agreement:.2%} of the outputs is that "
-                f"of fake-quant, and at least {limits.agreement:.2%} were asked for (min_agreement)."
+                f"{result.runtime} computes different values: the top-1 of {result.agreement:.2%} of the outputs "
+                f"equals that of fake-quant, and at least {limits.agreement:.2%} is required (min_agreement)."
             )
         wrong = problem(found, self.reference, calls, min_sqnr_db=limits.sqnr_db, min_equal=limits.agreement)
         if wrong:
-            raise ExportError(f"{result.runtime} computes something else than fake-quant: {wrong}.")
+            raise ExportError(f"{result.runtime} computes different values than fake-quant: {wrong}.")
 
     def _time(self, server: Server, chosen: Format, folder: Path, result: ExportResult) -> None:
         """One sample, in turn: the float network here, and both networks in the runtime."""
@@ -301,7 +301,7 @@ def _write(chosen: Format, source: Source, folder: Path, name: str = "float") ->
     except QuantizationError:
         raise
     except Exception as error:
-        raise ExportError(f"{chosen.runtime} does not take the network: {type(error).__name__}: {error}") from error
+        raise ExportError(f"{chosen.runtime} cannot run the network: {type(error).__name__}: {error}") from error
     return path
 
 

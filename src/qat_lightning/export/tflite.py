@@ -59,16 +59,16 @@ class Tflite:
         """See `Format.refusal`."""
         if recipe.kind in DIRECT:
             return (
-                f"LiteRT's files are made of networks with static ranges, and kind={recipe.kind!r} has none: use "
+                f"LiteRT files need networks with static ranges, which kind={recipe.kind!r} does not have: use "
                 "kind='static', or QuantizationAwareTraining(kind='qat')."
             )
         if recipe.target.own_grids:
             return (
-                f"LiteRT's files were tried with grids that the scheme decides on, and backend={recipe.backend!r} has "
-                "grids of its own: use backend='xnnpack'."
+                f"LiteRT files support grids defined by the scheme, and backend={recipe.backend!r} defines its own: "
+                "use backend='xnnpack'."
             )
         if not recipe.scheme.weight_symmetric:
-            return "LiteRT's int8 kernels take weights with zero point 0: use a scheme of weight_symmetric=True."
+            return "LiteRT's int8 kernels need weights with zero point 0: use a scheme of weight_symmetric=True."
         return ""
 
     def write(self, source: Source, path: Path) -> None:
@@ -167,8 +167,8 @@ def _translate(program: Path, path: Path, ports: str) -> None:
     _, said, text = done.stderr.rpartition(SAID)
     how = text if said else f"its process ended with exit code {done.returncode}: {done.stderr[-_LENGTH:]}"
     raise ExportError(
-        f"LiteRT does not take the network ({' '.join(how.split())[:_LENGTH]}). Write that part of it with other ops, "
-        "or choose another format, such as executorch, onnx or pt2."
+        f"LiteRT cannot convert the network ({' '.join(how.split())[:_LENGTH]}). Rewrite that part with other ops, or "
+        "choose another format, such as executorch, onnx or pt2."
     )
 
 

@@ -154,8 +154,8 @@ def _as_pair(graph_module: fx.GraphModule, node: fx.Node) -> None:
         _as_int8(node)  # a tensor that the network has of its own, as an activation
     else:
         raise ExportError(
-            f"LiteRT's int8 kernels take weights from -127 to 127 with zero point 0, and {node.name!r} has others: use "
-            "a scheme of weight_symmetric=True."
+            f"LiteRT's int8 kernels need weights from -127 to 127 with zero point 0, which those of {node.name!r} are "
+            "not: use a scheme of weight_symmetric=True."
         )
     with graph_module.graph.inserting_before(node):
         constant = graph_module.graph.get_attr(name)

@@ -52,7 +52,7 @@ def torchao_config(recipe: Recipe) -> Any:
     """
     why = _refusal(recipe)
     if why:
-        raise CombinationError(f"No config of torchao's has the grids of this network: {why}")
+        raise CombinationError(f"No torchao config has the grids of this network: {why}")
     from torchao.quantization import Int8DynamicActivationIntxWeightConfig, IntxWeightOnlyConfig, PerAxis, PerGroup
     from torchao.quantization.quant_primitives import MappingType
 
@@ -73,9 +73,12 @@ def _refusal(recipe: Recipe) -> str:
     if recipe.kind not in DIRECT:
         return f"kind={recipe.kind!r} has fixed ranges of activations: use kind='dynamic' or kind='weight_only'."
     if not traits_of(recipe.mode).packs:
-        return f"mode={recipe.mode!r} leaves no layers that could hold its tensors: use mode='eager' or mode='fx'."
+        return f"mode={recipe.mode!r} keeps no layers that could hold torchao's tensors: use mode='eager' or mode='fx'."
     if len(recipe.each) > 1:
-        return "it has one config for the network, and layers here have bits of their own: use scheme.overrides=null."
+        return (
+            "torchao has one config for the whole network, and layers here have their own bits: use "
+            "scheme.overrides=null."
+        )
     if recipe.kind == "dynamic" and scheme.activation_granularity != "per_token":
         return "its activations have a range for each token: use a scheme of activation_granularity='per_token'."
     if recipe.kind == "dynamic" and scheme.activation_symmetric:
@@ -164,8 +167,8 @@ def _tensor(parts: Any, grid: WeightGrid, values: int, bits: int, name: str, *, 
     stored, scales, zero_points = parts
     if grid.group > 0 and values % grid.group:
         raise ExportError(
-            f"{name!r} has rows of {values} weights, which are no whole groups of {grid.group}, as torchao's are: use "
-            "a weight_group_size that divides it, or keep the layer float with exclude=."
+            f"{name!r} has rows of {values} weights, which do not divide into groups of {grid.group}, as torchao "
+            "needs: use a weight_group_size that divides it, or keep the layer float with exclude=."
         )
     block = (1, grid.group if grid.group > 0 else values)
     made: Tensor = IntxUnpackedToInt8Tensor(
@@ -222,7 +225,7 @@ def save_torchao(network: QuantizedNetwork, folder: str | Path) -> Place:
             found.update(network(*call.args, **call.kwargs), loaded(*call.args, **call.kwargs))
         wrong = problem(found, network, [call], min_sqnr_db=20.0, min_equal=0.995)
         if wrong:
-            raise ExportError(f"What was written for {folder} and loaded again computes something else: {wrong}.")
+            raise ExportError(f"The network written to {folder} computes different values after loading: {wrong}.")
         move_whole(sorted(here.iterdir()), where)
     return where
 

@@ -39,7 +39,7 @@ class TorchScript:
     def refusal(self, recipe: Recipe) -> str:
         """See `Format.refusal`."""
         if not traits_of(recipe.mode).packs:
-            return "TorchScript holds packed kernels, which mode='pt2e' does not make: use 'pt2', or mode='fx'."
+            return "TorchScript files hold packed kernels, which mode='pt2e' does not create: use 'pt2', or mode='fx'."
         return ""
 
     def write(self, source: Source, path: Path) -> None:
@@ -58,7 +58,7 @@ class TorchScript:
                 frozen = torch.jit.freeze(traced.eval())
             except Exception as error:
                 why = (
-                    "its forward decides by what is in a tensor"
+                    "its forward branches on the values of a tensor"
                     if _is_branch(error)
                     else f"{type(error).__name__}: {error}"
                 )

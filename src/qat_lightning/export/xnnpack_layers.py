@@ -93,16 +93,17 @@ def refuse_grids(recipe: Recipe) -> str:
 def _refuse_grids(scheme: Scheme) -> str:
     if scheme.activation_granularity != "per_token":
         return (
-            "XNNPACK finds the range of activations token by token: use a scheme of activation_granularity='per_token'."
+            "XNNPACK computes the range of activations for each token: use a scheme of "
+            "activation_granularity='per_token'."
         )
     if scheme.activation_symmetric:
         return "XNNPACK's ranges of tokens are affine: use a scheme of activation_symmetric=False."
     grouped = scheme.weight_granularity == "per_group"
     if grouped and scheme.weight_bits > 4:
         return (
-            "XNNPACK has scales for groups of weights at 4 bits only: use a scheme of weight_bits=4, or "
+            "XNNPACK supports scales for groups of weights at 4 bits only: use a scheme of weight_bits=4, or "
             "weight_granularity='per_channel'."
         )
     if grouped and scheme.weight_group_size < SMALLEST_GROUP:
-        return f"XNNPACK's groups of weights have {SMALLEST_GROUP} or more: use weight_group_size={SMALLEST_GROUP}."
+        return f"XNNPACK needs groups of {SMALLEST_GROUP} weights or more: use weight_group_size={SMALLEST_GROUP}."
     return ""

@@ -22,10 +22,10 @@ def loses_checkpoints(network: nn.Module, mode: str, where: str) -> TraceError:
         where: The line that begins such a part, if it is known.
     """
     return TraceError(
-        f"{type(network).__name__} recomputes a part of it in the backward pass (torch.utils.checkpoint"
-        f"{f' at {where}' if where else ''}), which the graph of mode={mode!r} would not do: it would need the memory "
-        "that this saves. What to do: use mode='eager', which keeps it, or switch it off, if there is memory enough "
-        "(gradient_checkpointing_disable() in transformers, set_grad_checkpointing(False) in timm)."
+        f"{type(network).__name__} recomputes activations in the backward pass "
+        f"(torch.utils.checkpoint{f' at {where}' if where else ''}), which the graph of mode={mode!r} would not do, "
+        "so that the memory would not be saved. What to do: use mode='eager', which keeps it, or turn it off if there "
+        "is enough memory (gradient_checkpointing_disable() in transformers, set_grad_checkpointing(False) in timm)."
     )
 
 

@@ -150,8 +150,8 @@ class CompiledSteps:
         if not self._said:
             self._said = True
             rank_zero_info(
-                f"compile=True: a forward hook is on a layer of {self.name!r}, which a graph would pass by. Steps with "
-                "hooks run as they are, without being compiled. This is said once."
+                f"compile=True: a layer of {self.name!r} has a forward hook, which a compiled graph would skip. Steps "
+                "with hooks run without being compiled. This is reported once."
             )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:

@@ -170,8 +170,8 @@ class GraphPart(KeepsExtraState):
         """Say what to do instead."""
         raise NetworkError(
             "This part of the network was merged into one graph when it was prepared for quantization, and cannot be "
-            "called by itself. Call the whole network, give module='<the part that is called>' to the callback, or use "
-            "mode='eager', which keeps every submodule callable."
+            "called by itself. Call the whole network, give module='<the part that is called>' to the callback, or "
+            "use mode='eager', in which every submodule stays callable."
         )
 
 
@@ -192,7 +192,7 @@ def _borrow(network: nn.Module, original: nn.Module, name: str) -> Any:
         return types.MethodType(value.__func__, network)
     if isinstance(value, (nn.Module, Tensor, torch.nn.Parameter)):
         raise NetworkError(
-            f"{type(original).__name__}.{name} is not part of the network that was prepared for quantization, because "
-            "its forward does not use it. Call it on the float network, or use mode='eager', which keeps them all."
+            f"{type(original).__name__}.{name} is not part of the prepared network, because its forward does not use "
+            "it. Use it on the float network, or use mode='eager', which keeps all attributes."
         )
     return value

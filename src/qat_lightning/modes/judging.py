@@ -218,7 +218,7 @@ def raise_if_faulty(
         remedy += ", the layers around it"
     raise VerificationError(
         f"Layer {worst.name!r} does not compute in int8 what {wanted}: {found}{least}. Its kernel is {worst.op}. "
-        f"{len(faulty)} of {len(checks)} layers are past the tolerance. What to do: "
+        f"{len(faulty)} of {len(checks)} layers exceed the tolerance. What to do: "
         f"{f'{remedy}, or another backend' if remedy else 'another backend, or another mode'}.",
         layers,
         checks,

@@ -49,7 +49,7 @@ def late_write_error(mode: str, network: str, tensor: str, write: str) -> str:
         write: What writes, and where.
     """
     return (
-        f"mode={mode!r} cannot round {tensor!r} in {network}: {write} writes over it later, under another name (a "
-        "view of it), and it is read again after that. What to do: compute the new value with an operation that is not "
-        "in place and read that, or use mode='eager' or mode='auto'."
+        f"mode={mode!r} cannot round {tensor!r} in {network}: {write} overwrites it later through a view, and it is "
+        "read again after that. What to do: compute the new value out of place and read that one, or use mode='eager' "
+        "or mode='auto'."
     )

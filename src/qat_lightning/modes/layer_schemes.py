@@ -96,8 +96,8 @@ def check_overrides(recipe: Recipe, layers: Sequence[str]) -> None:
     for pattern, near in unmatched(recipe.scheme.overrides or {}, possible):
         if any(matches(pattern, layer) for layer in layers):
             raise ConfigurationError(
-                f"scheme.overrides[{pattern!r}] matches only layers that include= and exclude= leave float: take it "
-                "out, or let them be quantized."
+                f"scheme.overrides[{pattern!r}] matches only layers that include= and exclude= leave float: remove "
+                "it, or let them be quantized."
             )
         some = ", ".join(possible[:12]) + (", …" if len(possible) > 12 else "")
         hint = f"Did you mean {' or '.join(map(repr, near))}?" if near else f"There are {some}."

@@ -35,9 +35,10 @@ def refuse_mixed(network: nn.Module, example: Example) -> None:
         }
         named = ", ".join(f"{layer!r} ({dtype})" for layer, dtype in list(layers.items())[:8])
         raise NetworkError(
-            f"{type(network).__name__} has layers of several precisions, {named}, and does not run with all of them in "
-            f"float32, as an int8 network is made ({type(error).__name__}: {error}). What to do: let its forward cast "
-            "to the dtype of the layer (x.to(self.layer.weight.dtype)), or quantize a part of it with module=."
+            f"{type(network).__name__} has layers of several precisions, {named}, and does not run with all of them "
+            f"in float32, which is what an int8 network is made from ({type(error).__name__}: {error}). What to do: "
+            "let its forward cast to the dtype of the layer (x.to(self.layer.weight.dtype)), or quantize a part of it "
+            "with module=."
         ) from error
 
 

@@ -90,8 +90,8 @@ class PreparedState(nn.Module):
         if wrong:
             name, quantizer = wrong[0], self.recipe.backend
             raise CheckpointMismatchError(
-                f"The checkpoint was written by a run whose {quantizer} asked for other grids ('there'), {name} first: "
-                f"{self.grids.get(name, 'none')} here, {grids.get(name, 'none')} there. Give the same quantizer."
+                f"The checkpoint was written by a run whose {quantizer} defined other grids ('there'), {name} first: "
+                f"{self.grids.get(name, 'none')} here, {grids.get(name, 'none')} there. Use the same quantizer."
             )
 
 
@@ -108,8 +108,7 @@ def check_recipe(recipe: Recipe, entry: Any) -> None:
     differences = recipe.differences(Recipe.from_dict(from_entry(entry)))
     if differences:
         raise CheckpointMismatchError(
-            "The checkpoint was written by a run with other settings of quantization ('there'): "
-            + "; ".join(differences)
+            "The checkpoint was written by a run with other quantization settings ('there'): " + "; ".join(differences)
         )
 
 

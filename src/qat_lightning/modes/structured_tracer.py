@@ -62,8 +62,8 @@ class StructuredTracer(QuantizationTracer):
             if not str(error).startswith("argument of type"):
                 raise  # of a part of it
             raise NotImplementedError(
-                f"a graph holds tensors, numbers and containers of them, and here is a {type(a).__name__}: leave it "
-                "out of what forward is given and returns (a cache of transformers with use_cache=False)"
+                f"a graph can hold tensors, numbers and containers of them, but not a {type(a).__name__}: remove it "
+                "from the inputs and outputs of forward (a cache of transformers with use_cache=False)"
             ) from error
 
 

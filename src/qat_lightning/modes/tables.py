@@ -45,10 +45,10 @@ def _weight(table: nn.Module) -> Any:
 
 def tied_to(layer: str) -> str:
     """Why a table stays float whose weight a float layer has as well."""
-    return f"its weight is also that of {layer!r}, which stays float"
+    return f"its weight is shared with {layer!r}, which stays float"
 
 
-READ = "forward reads its weight as well as calling it"
+READ = "forward reads its weight directly, besides calling it"
 """Why a table stays float whose weight a float function takes."""
 
 

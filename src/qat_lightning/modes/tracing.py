@@ -49,7 +49,7 @@ from qat_lightning.numerics.recomputation import Checkpointed, no_checkpoints
 
 WHAT_TO_DO = (
     "What to do: give module='<a submodule that can be>' to quantize a part, or use mode='eager', which needs no "
-    "graph, or mode='auto', which takes the best mode that works."
+    "graph, or mode='auto', which chooses the best mode that works."
 )
 
 
@@ -254,8 +254,8 @@ def refuse_another_for_one(prepared: nn.Module, network: nn.Module, example: Exa
     except Exception:  # noqa: BLE001 - a network that takes no single sample has none to agree on
         return
     reason = (
-        f"{type(network).__name__}.forward decides something by the number of samples, and for one sample it returns "
-        "another thing than the graph of mode='fx', which is that for two and more."
+        f"{type(network).__name__}.forward depends on the batch size: for one sample it returns something different "
+        "from the graph of mode='fx', which is traced for two or more."
     )
     try:
         refuse_other_results(prepared, network, one, reason)
@@ -345,9 +345,9 @@ def _graph(
 def _no_trace(network: nn.Module, error: Exception) -> TraceError:
     if isinstance(error, DecidesByChance):
         return TraceError(
-            f"mode='fx' keeps one way through {type(network).__name__}.forward, and {str(error) or 'forward'!r} draws "
-            "random numbers outside of the graph, to decide which way to go, or as a constant: put what is random into "
-            f"a module without layers, or draw it for a tensor (torch.rand_like). {WHAT_TO_DO}"
+            f"mode='fx' keeps one path through {type(network).__name__}.forward, and {str(error) or 'forward'!r} draws "
+            "random numbers outside of the graph, as a constant or to choose a path: move the random part to a module "
+            f"without layers, or draw the numbers as a tensor (torch.rand_like). {WHAT_TO_DO}"
         )
     where = line_at_fault(error)
     return TraceError(
@@ -393,8 +393,8 @@ def _drop_defaults(graph_module: fx.GraphModule) -> None:
 
 
 def _other_way(network: nn.Module, parts: tuple[fx.Node | None, fx.Node | None]) -> TraceError:
-    part = f"; they part before {parts[0].name!r}" if parts[0] is not None else ""
+    part = f"; they diverge before {parts[0].name!r}" if parts[0] is not None else ""
     return TraceError(
-        f"mode='fx' keeps one way through {type(network).__name__}.forward, and it takes another way in training than "
-        f"in evaluation (it looks at self.training{part}). {WHAT_TO_DO}"
+        f"mode='fx' keeps one path through {type(network).__name__}.forward, which differs between training and "
+        f"evaluation (it depends on self.training{part}). {WHAT_TO_DO}"
     )

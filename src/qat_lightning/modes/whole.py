@@ -171,14 +171,14 @@ def raise_if_wrong(
     found, *drawn = (f"{1 - 10 ** (-db / 10):.1%}" if classes else f"{db:.1f}" for db in (row.sqnr_db, *row.draws))
     unit = " equal values" if classes else " dB"
     draws = ", ".join(drawn)
-    itself = f"disturbing that by a millionth leaves it at {draws}{unit}" if draws else "its outputs are others"
+    itself = f"a disturbance of a millionth gives {draws}{unit}" if draws else "its outputs are others"
     where = f" in its output {row.output}" if row.output else ""
     begins = f" The difference begins at {', '.join(map(repr, suspects))}." if suspects else ""
     remedy = names.excluding(suspects)
     raise VerificationError(
-        f"The int8 network as a whole does not compute what {wanted}, though each of its layers does: "
-        f"{found}{unit if classes else ' dB of SQNR'}{where}, where {itself}. So something between the layers is "
-        f"wrong, such as two grids for one tensor.{begins} What to do: "
+        f"The int8 network does not compute what {wanted}, although each of its layers does: "
+        f"{found}{unit if classes else ' dB of SQNR'}{where}, where {itself}. The fault is between the layers, for "
+        f"example two grids for one tensor.{begins} What to do: "
         f"{f'{remedy}, or another mode' if remedy else 'another mode'}.",
         suspects,
         checks,

@@ -119,7 +119,7 @@ def adaround(
         True
     """
     if not batches:
-        raise ConversionError("AdaRound learns from data: give at least one batch.")
+        raise ConversionError("AdaRound needs data: give at least one batch.")
     settings = settings or AdaRound()
     plain, rounded = _float_copy(prepared), _float_copy(prepared)
     layers = rounded_layers(prepared)

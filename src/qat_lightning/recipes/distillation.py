@@ -133,8 +133,8 @@ class Distiller:
         for name in self._shared:
             if parameters[name].requires_grad:
                 raise ConfigurationError(
-                    f"Distillation has no teacher any more: {name!r} was frozen when fake-quantization was enabled, "
-                    "and trains now. Give QuantizationAwareTraining float_checkpoint=, or freeze it again."
+                    f"Distillation has lost its teacher: {name!r} was frozen when fake-quantization was enabled, and "
+                    "is trained now. Give QuantizationAwareTraining float_checkpoint=, or freeze it again."
                 )
 
     def take_loss(self) -> Tensor | None:
@@ -174,7 +174,7 @@ class Distiller:
         for name in names:
             if name in self._of_student.without_gradient:
                 raise ConfigurationError(
-                    f"The feature {name!r} is computed without gradient, so that nothing is learned from it: with "
+                    f"The feature {name!r} is computed without gradients, so nothing can be learned from it: with "
                     "gradient checkpointing use use_reentrant=False, else name a module outside torch.no_grad()."
                 )
         distances = [feature_loss(seen[name], known[name]) for name in names if name in seen and name in known]
@@ -208,7 +208,7 @@ def make_teacher(prepared: nn.Module, weights: Mapping[str, Any]) -> nn.Module:
     if trained:
         raise ConfigurationError(
             f"Distillation has no float weights of {trained[0]!r}, which was frozen when fake-quantization was "
-            "enabled, and trains now. Give QuantizationAwareTraining float_checkpoint=, or freeze it again."
+            "enabled, and is trained now. Give QuantizationAwareTraining float_checkpoint=, or freeze it again."
         )
     frozen = dict(prepared.named_parameters(remove_duplicate=False))
     own = dict(network.named_parameters(remove_duplicate=False))
@@ -257,13 +257,13 @@ def check_distillation(prepared: nn.Module, example: Example, settings: Distilla
         theirs, ours = distiller._of_teacher.seen.get(name), distiller._of_student.seen.get(name)
         if not isinstance(theirs, Tensor) or not theirs.is_floating_point():
             raise ConfigurationError(
-                f"The feature {name!r} is not one floating tensor ({type(theirs).__name__}): name a module that is "
-                "called, and returns one."
+                f"The feature {name!r} is not a floating-point tensor ({type(theirs).__name__}): name a module that "
+                "is called and returns one."
             )
         if ours is None or ours.shape != theirs.shape or not _same(ours, theirs):
             raise ConfigurationError(
-                f"The feature {name!r} is another tensor in mode={mode!r}, where a layer is merged with the BatchNorm "
-                "and activation behind it: name the last of them, or the module around them."
+                f"The feature {name!r} is a different tensor in mode={mode!r}, where a layer is merged with the "
+                "BatchNorm and activation that follow it: name the last of them, or the module that contains them."
             )
     distiller.close()
 

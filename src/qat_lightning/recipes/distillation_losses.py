@@ -53,8 +53,8 @@ def distillation_loss(
     """
     if student.shape != teacher.shape:
         raise ConfigurationError(
-            f"The teacher's scores are of shape {tuple(teacher.shape)} and the student's of {tuple(student.shape)}: "
-            "both have to come from the same inputs."
+            f"The teacher's scores have the shape {tuple(teacher.shape)} and the student's {tuple(student.shape)}: "
+            "both must come from the same inputs."
         )
     beside = _Beside(teacher.detach(), float(temperature), class_axis % student.dim(), overwrite_teacher)
     return cast("Tensor", _SoftTargets.apply(student, beside))  # type: ignore[no-untyped-call]

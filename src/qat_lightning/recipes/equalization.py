@@ -66,7 +66,9 @@ class Equalization:
         if self.replaced:
             text += f", {len(self.replaced)} ReLU6 became ReLU (outputs changed by {100 * self.change:.2g} %)"
         if self.clipped:
-            text += f"; {self.clipped} pairs have a ReLU6 between them and were left (equalization='replace_relu6')"
+            text += (
+                f"; {self.clipped} pairs have a ReLU6 between them and were skipped (see equalization='replace_relu6')"
+            )
         return text + "."
 
 
@@ -134,7 +136,7 @@ def equalize(network: nn.Module, example: Example, kind: Kind = "exact") -> Equa
         for pair in pairs:
             if pair.clipping:
                 done.clipped += 1
-                done.left[names[pair.first]] = f"ReLU6 at {names[pair.clipping[0]]!r} lets no factor through"
+                done.left[names[pair.first]] = f"ReLU6 at {names[pair.clipping[0]]!r} does not let a factor pass"
         pairs = [pair for pair in pairs if not pair.clipping]
     pairs = _those_that_pass(network, example, pairs, names, done)
     weights = copy.deepcopy(network.state_dict())
@@ -177,7 +179,7 @@ def _find_pairs(
         elif any(id(parameter) in shared for layer in layers for parameter in layer._parameters.values()):
             done.left[name] = "a parameter is shared with another layer"
         elif found.second.weight.shape[1] * getattr(found.second, "groups", 1) != found.first.weight.shape[0]:
-            done.left[name] = "the next layer takes its channels in another form"
+            done.left[name] = "the next layer reads its channels in another layout"
         else:
             yield found
 
@@ -206,7 +208,7 @@ def _follow(first: Any, observation: Observation) -> _Pair | str:
         if type(module) in module_types("batchnorm"):
             only = batchnorm is None and not clipping and call is observation.consumers(calls[0].outputs[0])[0]
             if not only or not _folds(module, observation):
-                return "a BatchNorm is between it and the next layer, which does not fold into it"
+                return "a BatchNorm between it and the next layer is not folded into it"
             batchnorm = module
         elif isinstance(module, module_types("clamp")):
             clipping.append(module)

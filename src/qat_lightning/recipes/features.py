@@ -165,8 +165,8 @@ def _output_of(network: GraphNetwork, name: str) -> fx.Node:
         if name not in dict(state.float_network.named_modules()):
             raise _unknown(name, [known for known, _ in state.float_network.named_modules()])
         raise ConfigurationError(
-            f"The feature {name!r} is no tensor of its own in mode={state.recipe.mode!r}, where it is merged with its "
-            f"neighbours or not called: name the module around it, or one of {_some(_scopes(network))}."
+            f"The feature {name!r} is not a separate tensor in mode={state.recipe.mode!r}, because it is merged with "
+            f"its neighbours or not called: name the module that contains it, or one of {_some(_scopes(network))}."
         )
     last = leaving[-1]
     return next((user for user in last.users if is_rounding(user)), last)
@@ -186,7 +186,7 @@ def _scopes(network: GraphNetwork) -> list[str]:
 
 
 def _unknown(name: str, names: list[str]) -> ConfigurationError:
-    return ConfigurationError(f"There is no module {name!r} to take a feature of: there are {_some(names)}.")
+    return ConfigurationError(f"There is no module {name!r} to take a feature from: there are {_some(names)}.")
 
 
 def _some(names: list[str]) -> str:

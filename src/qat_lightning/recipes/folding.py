@@ -170,8 +170,8 @@ def fuse(network: nn.Module, example_inputs: Any) -> tuple[nn.Module, int]:
     """
     if is_prepared(network):
         raise NetworkError(
-            f"{type(network).__name__} is prepared for quantization, and folds BatchNorm itself when it is converted: "
-            "give the float network."
+            f"{type(network).__name__} is prepared for quantization, and its BatchNorm is folded at conversion: give "
+            "the float network."
         )
     example = example_inputs if isinstance(example_inputs, Example) else from_user(example_inputs)
     fused = copy.deepcopy(network).eval()
@@ -185,16 +185,16 @@ def fuse(network: nn.Module, example_inputs: Any) -> tuple[nn.Module, int]:
         result = run_apart(fused, example)
     except Exception as error:
         raise NetworkError(
-            f"{type(network).__name__} does not run once {len(folded)} BatchNorm layers are folded, which its forward "
-            f"looks at: {type(error).__name__}: {error}"
+            f"{type(network).__name__} does not run once {len(folded)} BatchNorm layers are folded, because its "
+            f"forward uses them: {type(error).__name__}: {error}"
         ) from error
     expected, actual = _tensors(observation.result), _tensors(result)
     worst = min((sqnr_db(one, other) for one, other in zip(expected, actual, strict=True)), default=LEAST_DB)
     if not worst >= LEAST_DB:
         raise NetworkError(
-            f"{type(network).__name__} computes something else once {len(folded)} BatchNorm layers are folded "
-            f"({worst:.1f} dB from the network itself, where {LEAST_DB:.0f} is the least): its forward reads what was "
-            "folded, or does not compute the same twice."
+            f"{type(network).__name__} computes different values once {len(folded)} BatchNorm layers are folded "
+            f"({worst:.1f} dB from the network itself, where {LEAST_DB:.0f} is the least): its forward reads the "
+            "folded layers, or is not deterministic."
         )
     return fused, len(folded)
 

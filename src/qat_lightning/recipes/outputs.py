@@ -50,9 +50,9 @@ def chosen_outputs(
         found = [leaf for leaf in _candidates(outputs, loss) if comparable(leaf)]
         if not found:
             raise ConfigurationError(
-                "Distillation finds no scores of classes in what the network returns (a floating tensor (N, classes, "
-                "...) of two classes or more): use loss='mse' for other outputs, class_axis= where the classes are "
-                "along another axis, or weight=0 and features=[...]."
+                "Distillation finds no class scores in the output of the network (a floating-point tensor (N, "
+                "classes, ...) with two classes or more): use loss='mse' for other outputs, class_axis= where the "
+                "classes are along another axis, or weight=0 and features=[...]."
             )
         return found
     tensors = []

@@ -178,9 +178,9 @@ def _why(chosen: str, tried: Mapping[str, Rehearsal], failed: Mapping[str, str])
 
     others = [f"{mode}: {share(mode)}" for mode in tried if mode != chosen]
     others += [f"{mode}: {_short(reason)}" for mode, reason in failed.items()]
-    first = f"{chosen} is the best that works for this network ({share(chosen)})"
+    first = f"{chosen} is the best mode for this network ({share(chosen)})"
     if tried[chosen].parts:
-        first += f": its parts {', '.join(map(repr, tried[chosen].parts))}, while the code around them stays Python"
+        first += f": its parts {', '.join(map(repr, tried[chosen].parts))}, and the code around them stays Python"
     return f"{first}\n{'; '.join(others)}" if others else first
 
 

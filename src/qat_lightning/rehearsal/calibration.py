@@ -41,8 +41,8 @@ def calibrating(prepared: nn.Module) -> Iterator[None]:
     observed = [fq for _, fq in fake_quantizers(prepared) if fq.observed]
     if observed and not any(fq.seen for fq in observed):
         raise ConversionError(
-            "Calibration saw no finite activation: give it at least one batch of real data, and look for NaN in the "
-            "data and the weights."
+            "Calibration saw no finite activation: give it at least one batch of real data, and check the data and "
+            "the weights for NaN."
         )
     for fq in observed:
         fq.settle()

@@ -107,7 +107,7 @@ def reason_of(error: Exception, name: str = "") -> str:
     if isinstance(error, VerificationError):
         wrong = [row for row in error.checks if layer_of(row.name) == name and (row.fault or row.sqnr_db < _NEAR_DB)]
         if not wrong:
-            return "in int8 what comes of it differs from fake-quant"
+            return "its int8 output differs from fake-quant"
         figure = f"{wrong[0].sqnr_db:.1f} dB of SQNR on the same input"
         return f"in int8 it differs from fake-quant ({wrong[0].fault or figure})"
     lines = str(error).strip().splitlines()
@@ -192,7 +192,7 @@ def first_that(holds: Callable[[int], bool], end: int) -> int:
 def _nothing_left(network: nn.Module, recipe: Recipe, left: Mapping[str, str]) -> NetworkError:
     why = "; ".join(f"{name or 'itself'}: {reason}" for name, reason in list(left.items())[:8])
     return NetworkError(
-        f"Nothing of {type(network).__name__} can be int8 with mode={recipe.mode!r}, backend={recipe.backend!r} and "
+        f"No layer of {type(network).__name__} can be int8 with mode={recipe.mode!r}, backend={recipe.backend!r} and "
         f"kind={recipe.kind!r} ({why})."
     )
 

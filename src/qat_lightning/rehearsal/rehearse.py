@@ -170,7 +170,7 @@ def _refusal(
         rehearse(network, example, excluding, prefix=prefix, on_fault="error")
         remedy += f"; or exclude={list(excluding.exclude)}"
     return ConversionError(
-        f"{len(names)} of what {type(network).__name__} is made of cannot be int8 with mode={recipe.mode!r} and "
+        f"{len(names)} parts of {type(network).__name__} cannot be int8 with mode={recipe.mode!r} and "
         f"backend={recipe.backend!r}: {faults}. What to do (tried on this network): {remedy}."
     )
 
@@ -189,7 +189,7 @@ def _why_unsaved(quantized: QuantizedNetwork, float_network: nn.Module) -> str:
     same = len(outputs[0]) == len(outputs[1]) and all(
         torch.equal(torch.nan_to_num(one), torch.nan_to_num(other)) for one, other in zip(*outputs, strict=True)
     )
-    return "" if same else "loaded again, it computes something else"
+    return "" if same else "after loading, it computes different values"
 
 
 def _tensors(network: nn.Module, example: Example) -> list[torch.Tensor]:

@@ -16,10 +16,10 @@ _XNNPACK_WEIGHTS = (
     "XNNPACK has no kernel for float inputs and integer weights: use kind='dynamic' or kind='static', or backend='x86'"
 )
 
-_TENSORRT_RANGES = "TensorRT's int8 kernels take ranges that are known beforehand: use kind='static', or backend='x86'"
+_TENSORRT_RANGES = "TensorRT's int8 kernels need fixed ranges: use kind='static', or backend='x86'"
 
 _OWN_GRIDS = (
-    "its quantizer says which grids activations have in a static network: use kind='qat' (in QuantizationAwareTraining "
+    "its quantizer defines grids for static networks only: use kind='qat' (in QuantizationAwareTraining "
     "kind='static') or kind='static', or backend='x86'"
 )
 
@@ -96,8 +96,8 @@ def _check_dynamic(recipe: Recipe) -> None:
     ):
         if value != usual:
             raise ConfigurationError(
-                f"scheme.{field}={value!r} is not possible with kind='dynamic', whose kernels take symmetric weights "
-                f"and find an affine 8-bit range in each call: use scheme.{field}={usual!r}."
+                f"scheme.{field}={value!r} is not possible with kind='dynamic', whose kernels support symmetric "
+                f"weights and compute an affine 8-bit range in each call: use scheme.{field}={usual!r}."
             )
 
 
@@ -115,7 +115,7 @@ def _warn_of_unused(recipe: Recipe) -> None:
     ]
     if not unused:
         return
-    why = "finds the range of activations in each call" if recipe.kind == "dynamic" else "leaves activations float"
+    why = "computes the range of activations in each call" if recipe.kind == "dynamic" else "leaves activations float"
     # From here whoever asks, so that one recipe is warned of once.
     warnings.warn(f"kind={recipe.kind!r} {why}, and does not use {', '.join(unused)}.", stacklevel=1)
 

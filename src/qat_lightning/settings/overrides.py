@@ -54,7 +54,7 @@ class Overrides(dict[str, Any]):
         for pattern, fields in value.items():
             if not isinstance(pattern, str) or not pattern:
                 raise ConfigurationError(
-                    f"scheme.overrides has the pattern {pattern!r}, which is no name: use {_POSSIBLE}."
+                    f"scheme.overrides has the pattern {pattern!r}, which is not a name: use {_POSSIBLE}."
                 )
             found[pattern] = _fields(pattern, fields)
         return found
@@ -91,7 +91,7 @@ def _fields(pattern: str, fields: Any) -> Any:
         near = difflib.get_close_matches(str(field), OF_A_LAYER, 1)
         instead = f"did you mean {near[0]!r}?" if near else "or set it for the whole network, outside of overrides."
         raise ConfigurationError(
-            f"scheme.overrides[{pattern!r}] has {field!r}, which a single layer cannot have of its own: use "
+            f"scheme.overrides[{pattern!r}] has {field!r}, which cannot be set for a single layer: use "
             f"{', '.join(OF_A_LAYER)}; {instead}"
         )
     return dict(fields)

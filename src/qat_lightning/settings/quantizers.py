@@ -133,8 +133,9 @@ def _of_mapping(given: Mapping[Any, Any]) -> tuple[str, dict[str, Any]]:
 def _encoded(arguments: Mapping[str, Any], path: str) -> str:
     if not _is_plain(arguments):
         raise ConfigurationError(
-            f"backend={path!r}: its arguments {dict(arguments)!r} hold what no checkpoint can. Give numbers, strings, "
-            "lists and mappings (one with '_target_' is made into an object), or the quantizer itself as backend=."
+            f"backend={path!r}: its arguments {dict(arguments)!r} cannot be stored in a checkpoint. Give numbers, "
+            "strings, lists and mappings (one with '_target_' is made into an object), or the quantizer itself as "
+            "backend=."
         )
     return json.dumps(_plain(arguments), sort_keys=True)
 
@@ -178,7 +179,7 @@ def _called(factory: Any) -> Any:
             f"backend={factory!r} cannot be called without arguments ({type(error).__name__}: {error}): give {FORMS}."
         ) from error
     if not _quantizes(made):
-        raise ConfigurationError(f"backend={factory!r} returns {made!r}, which is no PT2E quantizer: give {FORMS}.")
+        raise ConfigurationError(f"backend={factory!r} returns {made!r}, which is not a PT2E quantizer: give {FORMS}.")
     return made
 
 

@@ -140,18 +140,18 @@ class Recipe:
         scheme = self.scheme
         if scheme.weight_granularity == "per_group" and self.kind not in ("weight_only", "dynamic"):
             raise ConfigurationError(
-                f"scheme.weight_granularity='per_group' is for kind='weight_only' and kind='dynamic', and this is "
+                "scheme.weight_granularity='per_group' needs kind='weight_only' or kind='dynamic', and this is "
                 f"kind={self.kind!r}: use 'per_channel' or 'per_tensor'."
             )
         if scheme.activation_granularity == "per_token" and self.kind in ("qat", "static"):
             raise ConfigurationError(
-                "scheme.activation_granularity='per_token' finds a range in each call, which is kind='dynamic', and "
-                f"this is kind={self.kind!r}: use kind='dynamic', or 'per_tensor'."
+                "scheme.activation_granularity='per_token' computes ranges in each call, which needs kind='dynamic', "
+                f"and this is kind={self.kind!r}: use kind='dynamic', or 'per_tensor'."
             )
         if self.quantizer is not None and scheme.activation_bits == 16:
             raise ConfigurationError(
-                f"scheme.activation_bits=16 is not possible with backend={self.backend!r}, whose quantizer says how "
-                "many bits activations have: leave it out, and give the quantizer the argument for torch.int16."
+                f"scheme.activation_bits=16 is not possible with backend={self.backend!r}, whose quantizer sets the "
+                "bits of activations: leave it out, and configure the quantizer for torch.int16."
             )
         if self.kind == "qat" and scheme.activation_observer in CALIBRATION_ONLY:
             raise ConfigurationError(
@@ -179,8 +179,8 @@ class Recipe:
         finer = own.weight_bits > whole.weight_bits or own.activation_bits > whole.activation_bits
         if self.target.own_grids and finer:
             raise ConfigurationError(
-                f"backend={self.backend!r} says itself which grids there are, and overrides can make one coarser than "
-                "the scheme does: give the scheme the most bits, and overrides fewer."
+                f"backend={self.backend!r} defines its own grids, and overrides can only make them coarser than the "
+                "scheme: give the scheme more bits, and overrides fewer."
             )
         if self.mode == "pt2e" and own.weight_granularity == "per_channel" != whole.weight_granularity:
             raise ConfigurationError(
@@ -213,7 +213,7 @@ class Recipe:
 
         Example:
             >>> Recipe("fx", "x86", Scheme(activation_bits=4)).simulated
-            'int8 kernels clamp activations at 8 bits, and these have 4'
+            'int8 kernels support activations of 8 bits, and these have 4'
         """
         if self.kind not in ("qat", "static"):
             return ""
@@ -222,11 +222,11 @@ class Recipe:
             if reason:
                 return f"{reason} (scheme.overrides[{pattern!r}])"
         if self.scheme.activation_bits < 8:
-            return f"int8 kernels clamp activations at 8 bits, and these have {self.scheme.activation_bits}"
+            return f"int8 kernels support activations of 8 bits, and these have {self.scheme.activation_bits}"
         if self.scheme.activation_bits not in self.target.activation_bits:
-            return f"the kernels of backend {self.target.name!r} have activations of 8 bits, and these have 16"
+            return f"the kernels of backend {self.target.name!r} support activations of 8 bits, and these have 16"
         if not self.scheme.weight_symmetric:
-            return f"the int8 kernels of backend {self.target.name!r} take symmetric weights only"
+            return f"the int8 kernels of backend {self.target.name!r} support symmetric weights only"
         return ""
 
     @property

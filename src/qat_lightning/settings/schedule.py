@@ -66,7 +66,7 @@ class SchedulePoint:
         elif self.unit in ("epoch", "step"):
             object.__setattr__(self, "at", _count(self.at, self.unit))
         else:
-            raise ConfigurationError(f"{self.unit!r} is no unit of a schedule point. {_HOW_TO_WRITE}")
+            raise ConfigurationError(f"{self.unit!r} is not a unit of a schedule point. {_HOW_TO_WRITE}")
 
     @classmethod
     def parse(cls, value: PointLike, *, name: str = "schedule point") -> SchedulePoint | None:
@@ -103,7 +103,7 @@ class SchedulePoint:
         except ConfigurationError as error:
             raise ConfigurationError(f"{name}={_shown(value)}: {error}") from None
         raise ConfigurationError(
-            f"{name}={_shown(value)}: a {type(value).__name__} is no point of a training. {_HOW_TO_WRITE}"
+            f"{name}={_shown(value)}: a {type(value).__name__} is not a schedule point. {_HOW_TO_WRITE}"
         )
 
     @classmethod
@@ -111,7 +111,7 @@ class SchedulePoint:
         if len(value) != 1:
             keys = ", ".join(map(str, value)) or "none"
             raise ConfigurationError(
-                f"a point has exactly one key, and here are {len(value)} ({keys}). {_HOW_TO_WRITE}"
+                f"a schedule point has exactly one key, and this one has {len(value)} ({keys}). {_HOW_TO_WRITE}"
             )
         ((unit, at),) = value.items()
         if unit not in ("epoch", "step", "fraction"):
@@ -197,9 +197,9 @@ def resolve(point: SchedulePoint | None, plan: TrainingPlan, *, name: str = "sch
     total = plan.total_steps
     if total is None:
         raise ConfigurationError(
-            f"{name}={point} is a share of the planned training, and this plan has no end that can be told in steps "
-            f"({plan}). Give the Trainer max_steps, or max_epochs with a loader that has a length, "
-            "or write the point as {step: n} or {epoch: n}."
+            f"{name}={point} is a fraction of the planned training, whose length in steps is unknown ({plan}). Give "
+            "the Trainer max_steps, or max_epochs with a loader that has a length, or write the point as {step: n} or "
+            "{epoch: n}."
         )
     return math.ceil(exact(point.at) * total)
 
@@ -370,7 +370,7 @@ class QuantizationSchedule:
 def _count(value: Any, unit: str) -> int:
     if isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 0:
         return int(value)
-    raise ConfigurationError(f"{{{unit}: n}} needs a whole number from 0 on, not {value!r}. {_HOW_TO_WRITE}")
+    raise ConfigurationError(f"{{{unit}: n}} needs a whole number of 0 or more, not {value!r}. {_HOW_TO_WRITE}")
 
 
 def _share(value: Any) -> float:
@@ -386,7 +386,7 @@ def _limit(value: Any, name: str) -> int | None:
     if isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 0:
         return int(value)
     raise ConfigurationError(
-        f"{name}={value!r} is no length of a training: give a whole number from 0 on, or None or -1 for no limit."
+        f"{name}={value!r} is not a length of a training: give a whole number of 0 or more, or None or -1 for no limit."
     )
 
 

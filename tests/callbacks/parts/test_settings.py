@@ -43,7 +43,7 @@ def test_an_attribute_that_is_set_is_in_the_recipe_and_is_checked() -> None:
         qat.backend = "nowhere"
     assert qat.backend == qat.settings.recipe.backend == "x86"
     ptq = PostTrainingQuantization(kind="dynamic")
-    with pytest.raises(ConfigurationError, match="needs data"):
+    with pytest.raises(ConfigurationError, match="needs calibration data"):
         ptq.bias_correction = True
     assert ptq.bias_correction is False
 

@@ -74,7 +74,7 @@ def test_layers_outside_of_the_parts_say_why_they_are_float() -> None:
     found = rehearse(Weighted(), CALL, Recipe("parts", "x86", exclude=("body*",)))
     reasons = {row.name: row.reason for row in found.coverage if row.what == "layer" and not row.quantized}
     assert reasons["body.0"] == "excluded"
-    assert reasons["spare"].startswith("outside of the parts 'head': code outside of it needs more of it than its")
+    assert reasons["spare"].startswith("outside of the parts 'head': code outside of it uses more of it than its")
 
 
 def test_a_file_needs_the_network_that_was_quantized(tmp_path: Path) -> None:
@@ -136,7 +136,7 @@ def test_an_int8_network_that_is_wrong_as_a_whole_is_refused(monkeypatch: pytest
         return result if prepared_parts(network) else result + torch.randn_like(result)
 
     monkeypatch.setattr(check, "run", run)
-    with pytest.raises(VerificationError, match="as a whole does not compute"):
+    with pytest.raises(VerificationError, match="int8 network does not compute"):
         PartsMode().convert(cpu_copy(prepared), STEPS)
 
 

@@ -145,7 +145,7 @@ class Spare(nn.Module):
 
 
 def test_eager_refuses_a_network_whose_only_layers_the_example_does_not_run() -> None:
-    with pytest.raises(NetworkError, match="spare: the example does not run it"):
+    with pytest.raises(NetworkError, match="spare: the example does not call it"):
         get_mode("eager").prepare(Spare(), Example((torch.randn(4, 6),)), Recipe("eager", "x86"))
 
 

@@ -99,7 +99,7 @@ def check_stages(name: str, value: Any) -> tuple[str, ...]:
     if unknown or "train" not in stages:
         raise ConfigurationError(
             f"{name}={value!r} is not possible: "
-            + (f"{unknown[0]!r} is none of {', '.join(STAGES)}." if unknown else "'train' has to be one of them.")
+            + (f"{unknown[0]!r} is not one of {', '.join(STAGES)}." if unknown else "'train' must be one of them.")
         )
     return stages
 
@@ -118,7 +118,7 @@ def check_file(name: str, value: Any) -> Place | None:
     try:
         found = is_file(place(value))
     except OSError as error:
-        raise ConfigurationError(f"{name}={str(value)!r} cannot be looked up: {error}.") from error
+        raise ConfigurationError(f"{name}={str(value)!r} cannot be accessed: {error}.") from error
     except ConfigurationError:
         raise
     except ValueError:  # a path with a null character

@@ -86,7 +86,7 @@ def pack(quantized: QuantizedNetwork) -> bytes:
             warnings.simplefilter("ignore")
             return artifact_bytes(quantized)
     except ArtifactError as error:
-        rank_zero_info(f"{error} It is not sent to the other processes: each of them converts for itself.")
+        rank_zero_info(f"{error} It cannot be sent to the other processes, so each of them converts its own network.")
         return b""
 
 

@@ -61,12 +61,14 @@ class CalibrationSettings:
             return
         if self.bias_correction:
             raise ConfigurationError(
-                f"bias_correction=True needs data, which kind={kind!r} does without: use 'static'."
+                f"bias_correction=True needs calibration data, which kind={kind!r} does not use: use kind='static'."
             )
         if self.adaround is not None:
-            raise ConfigurationError(f"adaround= needs data, which kind={kind!r} does without: use 'static'.")
+            raise ConfigurationError(
+                f"adaround= needs calibration data, which kind={kind!r} does not use: use kind='static'."
+            )
         if self.calls is not None:
-            raise ConfigurationError(f"calls= are for kind='static'; kind={kind!r} calibrates nothing.")
+            raise ConfigurationError(f"calls= needs kind='static': kind={kind!r} is not calibrated.")
 
 
 class CalibratedCopies:
@@ -119,7 +121,8 @@ class CalibratedCopies:
         trained = [name for name, slot in slots.items() if is_prepared(slot.get())]
         if trained:
             raise ConfigurationError(
-                f"{trained[0]!r} holds fake-quant already, from QuantizationAwareTraining: use one of the two."
+                f"{trained[0]!r} already has fake-quantization from QuantizationAwareTraining: use only one of the "
+                "two callbacks."
             )
         with isolate_rng(include_cuda=torch.cuda.is_initialized()):
             if self.preparation.given is None and self._data.has_calls:

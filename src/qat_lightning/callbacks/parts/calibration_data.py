@@ -51,8 +51,8 @@ def calibration_loader(trainer: Trainer, pl_module: LightningModule, given: Any)
     if is_overridden("train_dataloader", pl_module):
         return pl_module.train_dataloader()
     raise ConfigurationError(
-        f"Static quantization takes its ranges from data, and trainer.{_called(trainer)} was given no training data: "
-        "give PostTrainingQuantization(calibration_dataloader=<a DataLoader>), pass datamodule= to the Trainer, or use "
+        f"Static quantization needs calibration data, and trainer.{_called(trainer)} was given no training data: give "
+        "PostTrainingQuantization(calibration_dataloader=<a DataLoader>), pass datamodule= to the Trainer, or use "
         "kind='dynamic' or 'weight_only', which need none."
     )
 
@@ -156,9 +156,9 @@ def run_in_steps(
 
 def _no_step(pl_module: LightningModule, failed: list[str]) -> NetworkError:
     return NetworkError(
-        f"No step of {type(pl_module).__name__} calls its networks in evaluation and without gradients, as it has to "
-        f"for a calibration: {'; '.join(failed)}. Give PostTrainingQuantization(calls=<a list of calls of the network: "
-        "a tensor, a tuple or a dict each>), or calibrate by hand: qat_lightning.calibrate(prepared, calls)."
+        f"No step of {type(pl_module).__name__} can be used for calibration, which runs it in evaluation mode and "
+        f"without gradients: {'; '.join(failed)}. Give PostTrainingQuantization(calls=<a list of calls of the "
+        "network: a tensor, a tuple or a dict each>), or calibrate by hand: qat_lightning.calibrate(prepared, calls)."
     )
 
 

@@ -38,7 +38,7 @@ class CalibrationSource:
     def __init__(self, batches: int, loader: Any, calls: Any) -> None:
         if loader is not None and calls is not None:
             raise ConfigurationError(
-                "calibration_dataloader= and calls= are not possible together: batches for training_step, or calls of "
+                "calibration_dataloader= and calls= cannot be combined: give batches for training_step, or calls of "
                 "the network."
             )
         if calls is not None and (isinstance(calls, (Tensor, str)) or not hasattr(calls, "__iter__")):
@@ -108,11 +108,13 @@ class CalibrationSource:
         given: Any = self._given
         if networks > 1:
             if not isinstance(given, Mapping) or name not in given:
-                raise ConfigurationError(f"calls= is for several networks: give a dict with the key {name!r} as well.")
+                raise ConfigurationError(
+                    f"calls= must have an entry for each network: give a dict with the key {name!r} as well."
+                )
             given = given[name]
         taken = [_example(call) for call in islice(given, self.batches)]
         if not taken:
-            raise ConfigurationError(f"calls= holds no call of {name!r}: give one at least.")
+            raise ConfigurationError(f"calls= has no call of {name!r}: give at least one.")
         self._calls[name] = taken
         return taken
 

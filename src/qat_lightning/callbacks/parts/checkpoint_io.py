@@ -63,8 +63,8 @@ class WholeFileCheckpointIO(TorchCheckpointIO):
             size = buffer.getbuffer().nbytes / 1e6
             raise OSError(
                 error.errno,
-                f"{error.strerror or error}: a checkpoint of {size:.2f} MB was not written, and what was in its place "
-                "is as it was",
+                f"{error.strerror or error}: a checkpoint of {size:.2f} MB was not written, and the previous file is "
+                "unchanged",
                 str(path),
             ) from error
 

@@ -90,7 +90,7 @@ class FloatWeights:
         if trained:
             raise ConfigurationError(
                 f"There is no float variant of {name!r}: {trained[0]!r} was frozen when fake-quantization was "
-                "enabled, and trains now. Give float_checkpoint=, or freeze it again."
+                "enabled, and is trained now. Give float_checkpoint=, or freeze it again."
             )
         network.load_state_dict(present | self.weights[name])
         return network.eval()

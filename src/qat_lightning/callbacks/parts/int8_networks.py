@@ -98,9 +98,7 @@ class Int8Networks:
                 for name in leave_float(prepared, self._matching(slot, glob), self.networks.examples[slot])
             ]
             if not left:
-                raise ConfigurationError(
-                    f"exclude={glob!r} matches nothing that is int8 now: qat.coverage names what is."
-                )
+                raise ConfigurationError(f"exclude={glob!r} matches no int8 layer: qat.coverage lists them.")
 
     def _matching(self, slot: str, glob: str) -> dict[str, str]:
         prefix = self.networks.slots[slot].prefix

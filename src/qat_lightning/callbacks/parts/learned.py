@@ -60,10 +60,11 @@ def check_optimized(trainer: Trainer, networks: Mapping[str, nn.Module]) -> None
     left_out = sum(id(parameter) not in optimized for parameter in ours)
     if ours and left_out == len(ours):
         raise ConfigurationError(
-            "learned_step: configure_optimizers gives none of the learned scales to an optimizer, so they would not "
-            "learn. Give it self.parameters() (when it is called, the scales are there), or use learned_step='none'."
+            "learned_step: configure_optimizers passes none of the learned scales to an optimizer, so they would not "
+            "be trained. Pass self.parameters(), which contains them when configure_optimizers is called, or use "
+            "learned_step='none'."
         )
     if left_out:
         rank_zero_warn(
-            f"{left_out} of {len(ours)} learned scales and zero points are in no optimizer, and do not learn."
+            f"{left_out} of {len(ours)} learned scales and zero points are not in any optimizer, and are not trained."
         )

@@ -74,8 +74,8 @@ def _check_named(pl_module: LightningModule, name: str) -> None:
         parts = list(_callable_parts(found, f"{name}."))
         own = f"or module={OWN_FORWARD!r} for {type(pl_module).__name__}'s own forward" if parts else "which has none"
         raise ConfigurationError(
-            f"module={name!r} is a {type(found).__name__}, which is never called itself and is no network: name the "
-            f"parts of it that are, module={parts!r}, {own}."
+            f"module={name!r} is a {type(found).__name__}, which is never called itself: name the networks in it, "
+            f"module={parts!r}, {own}."
         )
     if found is None:
         have = ", ".join(child for child, _ in pl_module.named_children())

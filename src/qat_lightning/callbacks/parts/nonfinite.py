@@ -55,6 +55,6 @@ def _in_words(place: Place | None, key: str) -> str:
     if place is None:
         return f"the shared range {key!r}"
     if place.kind != "input":
-        return f"what comes out of layer {place.layer!r}"
+        return f"the output of layer {place.layer!r}"
     layer = place.layer.removesuffix(".input")
     return f"the input {layer!r}" if layer == place.layer else f"the input of layer {layer!r}"

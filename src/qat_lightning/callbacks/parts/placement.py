@@ -156,9 +156,9 @@ class Placement:
         if "optimizer_states" in checkpoint and not holds_quantization(checkpoint["state_dict"]):
             checkpoint["optimizer_states"] = []
             rank_zero_warn(
-                "The checkpoint is of a float run, "
+                "The checkpoint is from a float run, "
                 + (
-                    "whose weights were equalized or folded as they were loaded"
+                    "whose weights were equalized or folded when they were loaded"
                     if reworked
                     else "without learned scales"
                 )

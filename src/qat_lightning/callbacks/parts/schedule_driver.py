@@ -139,13 +139,13 @@ def unreached(
             continue
         if _beyond(trainer, name, point, plan):
             message = (
-                f"{name}={point} is never reached: this training ends before ({_length(trainer, plan)}), and {left}. "
-                "Write an earlier point, train longer, or write null (None) if never is meant."
+                f"{name}={point} is never reached: training ends earlier ({_length(trainer, plan)}), and {left}. Use "
+                "an earlier point, train longer, or use null (None) to disable it."
             )
         elif stoppers and not _ensured(trainer, point, plan):
             message = (
-                f"{name}={point} may never be reached: {' and '.join(stoppers)} may end this training before, and "
-                f"{left}. Trainer(min_epochs=) or (min_steps=) keeps it going; or write an earlier point."
+                f"{name}={point} may never be reached: {' and '.join(stoppers)} may end training earlier, and {left}. "
+                "Trainer(min_epochs=) or (min_steps=) prevents that; or use an earlier point."
             )
         else:
             continue

@@ -70,15 +70,15 @@ def refuse_sharded(trainer: Trainer, settings: QuantizationSettings, bias_correc
     strategy: Any = trainer.strategy
     if strategy.device_mesh["tensor_parallel"].size() > 1:
         raise ConfigurationError(
-            f"{type(strategy).__name__}(tensor_parallel_size={strategy.device_mesh['tensor_parallel'].size()}) lets a "
-            "layer see a part of its weight only, whose grid is not that of the whole: use data_parallel_size="
-            f"{trainer.world_size}, tensor_parallel_size=1."
+            f"{type(strategy).__name__}(tensor_parallel_size={strategy.device_mesh['tensor_parallel'].size()}) splits "
+            "the weights of layers, and a part of a weight would get another grid than the whole: use "
+            f"data_parallel_size={trainer.world_size}, tensor_parallel_size=1."
         )
     if settings.kind not in DIRECT and traits_of(settings.mode).replaces:
         raise ConfigurationError(
-            f"mode={settings.mode!r} with kind='static' puts a graph in the place of the layers that configure_model "
-            f"shards for {type(strategy).__name__}: use mode='eager', kind='dynamic' or 'weight_only', or "
-            "strategy='ddp'."
+            f"mode={settings.mode!r} with kind='static' puts a graph in place of layers that configure_model shards, "
+            f"which is not supported with {type(strategy).__name__}: use mode='eager', kind='dynamic' or "
+            "'weight_only', or strategy='ddp'."
         )
     if bias_correction_batches:
         raise ConfigurationError(
@@ -87,8 +87,8 @@ def refuse_sharded(trainer: Trainer, settings: QuantizationSettings, bias_correc
         )
     if settings.recipe.scheme.learned:
         raise ConfigurationError(
-            f"learned_step trains single numbers, which {type(strategy).__name__} cannot shard: use another scheme, or "
-            "strategy='ddp'."
+            f"learned_step trains scalar parameters, which {type(strategy).__name__} cannot shard: use another "
+            "scheme, or strategy='ddp'."
         )
 
 
@@ -125,8 +125,8 @@ def _refuse_apart(pl_module: LightningModule, slots: Mapping[str, Slot]) -> None
             batchnorm = module.batchnorm if isinstance(module, (ChainHead, FoldedLayer)) else None
             if batchnorm is not None and units[module] is not units[batchnorm]:
                 raise ConfigurationError(
-                    f"configure_model shards {name!r} and {names[batchnorm]!r} apart, which are one int8 layer: call "
-                    "fully_shard for a module around both, and for neither by itself."
+                    f"configure_model shards {name!r} and {names[batchnorm]!r} separately, and they become one int8 "
+                    "layer: call fully_shard on a module that contains both, and not on either of them."
                 )
 
 

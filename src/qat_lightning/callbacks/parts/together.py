@@ -26,8 +26,8 @@ def refuse_strategy(trainer: Trainer) -> None:
     """
     if not isinstance(trainer, Trainer):
         raise ConfigurationError(
-            f"This Trainer is {type(trainer).__module__.partition('.')[0]}'s, and qat_lightning's callbacks are for "
-            "lightning's: write `import lightning.pytorch as pl`."
+            f"This Trainer is {type(trainer).__module__.partition('.')[0]}'s, and qat_lightning's callbacks need the "
+            "one of lightning: use `import lightning.pytorch as pl`."
         )
     if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
         raise ConfigurationError(_launched(trainer))
@@ -44,8 +44,8 @@ def refuse_strategy(trainer: Trainer) -> None:
 def _launched(trainer: Trainer) -> str:
     method = getattr(trainer.strategy.launcher, "_start_method", "spawn")
     return (
-        f"{type(trainer.strategy).__name__}(start_method={method!r}) trains in processes that it starts from this one "
-        "and brings only a state_dict back, no int8 network: use strategy='ddp' in a script, or devices=1 with "
+        f"{type(trainer.strategy).__name__}(start_method={method!r}) trains in child processes and returns only a "
+        "state_dict from them, not the int8 network: use strategy='ddp' in a script, or devices=1 with "
         "strategy='auto' in a notebook."
     )
 
@@ -102,8 +102,8 @@ def refuse_callbacks(trainer: Trainer, quantization: Callback, mode: str) -> Non
         # By name: older releases of Lightning have no such class.
         if any(kind.__name__ == "WeightAveraging" for kind in type(callback).__mro__):
             raise ConfigurationError(
-                f"{type(callback).__name__} comes before {type(quantization).__name__} in the Trainer's callbacks, and "
-                "would average the network as it was before its preparation: list it after."
+                f"{type(callback).__name__} comes before {type(quantization).__name__} in the Trainer's callbacks, "
+                "and would average the network before it is prepared for quantization: list it after."
             )
     if traits_of(mode).replaces and any(isinstance(callback, ModelPruning) for callback in callbacks):
         raise ConfigurationError(
@@ -120,13 +120,13 @@ def refuse_in_processes(settings: QuantizationSettings, observe_stages: Sequence
     """
     if settings.recipe.scheme.learned and not traits_of(settings.mode).captures:
         raise ConfigurationError(
-            f"learned_step in mode={settings.mode!r} is not possible in several processes, which may take different "
-            "ways through the network and then begin to learn from different ranges: use mode='fx' or mode='pt2e'."
+            f"learned_step in mode={settings.mode!r} does not support several processes, which may run different "
+            "branches and then start from different scales: use mode='fx' or mode='pt2e'."
         )
     if len(observe_stages) > 1:
         raise ConfigurationError(
-            f"observe_stages={list(observe_stages)} is not possible in several processes, which need not "
-            "evaluate the same number of batches: use observe_stages=['train']."
+            f"observe_stages={list(observe_stages)} does not support several processes, which may evaluate different "
+            "numbers of batches: use observe_stages=['train']."
         )
 
 
@@ -180,7 +180,7 @@ def mend_resume(trainer: Trainer) -> None:
 def say_broken_off(trainer: Trainer, exception: BaseException) -> None:
     """Say how things stand when a fit does not come to its end."""
     rank_zero_info(
-        f"The fit was interrupted at step {trainer.global_step} by {type(exception).__name__}. The network keeps what "
-        "it was trained so far, with fake-quant, and was not converted. Resume from the last checkpoint with "
-        "ckpt_path='last'."
+        f"The fit was interrupted at step {trainer.global_step} by {type(exception).__name__}. The network keeps its "
+        "fake-quantization and what it has learned so far, and was not converted. Resume from the last checkpoint "
+        "with ckpt_path='last'."
     )

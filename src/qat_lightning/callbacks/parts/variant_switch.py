@@ -143,8 +143,8 @@ class VariantSwitch:
             rank_zero_info(f"trainer.{stage} runs {instead}: {self.networks.simulated or self._int8.impossible}.")
         elif self.networks.settings.convert_on_fit_end:
             rank_zero_warn(
-                f"trainer.{stage} runs fake-quant, which rounds nothing yet: no range was observed. Fit first, or pass "
-                "ckpt_path= of a fit with this callback."
+                f"trainer.{stage} runs the fake-quant network without quantizing anything, because no range was "
+                "observed yet. Fit first, or pass ckpt_path= of a fit with this callback."
             )
         return instead
 

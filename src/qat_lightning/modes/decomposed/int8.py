@@ -121,7 +121,8 @@ class Int8Network(nn.Module):
                 problem = f"it cannot be loaded ({type(error).__name__}: {_first_line(error)})"
             if problem:
                 warnings.warn(
-                    f"What another process compiled is not used: {problem}. It is compiled again.", stacklevel=2
+                    f"The package compiled by another process cannot be used: {problem}. It is compiled again.",
+                    stacklevel=2,
                 )
             else:
                 self.runs = "aotinductor"
@@ -153,8 +154,8 @@ class Int8Network(nn.Module):
         how = "one int8 kernel at a time" if self._run_kernels(tensors) else slow
         self.why_decomposed = problem
         warnings.warn(
-            f"The int8 network is not compiled. It runs {how}, because {problem}. "
-            "QAT_LIGHTNING_COMPILE=0 in the environment stops the attempt.",
+            f"The int8 network is not compiled. It runs {how}, because {problem}. QAT_LIGHTNING_COMPILE=0 in the "
+            "environment turns compilation off.",
             stacklevel=4,
         )
 

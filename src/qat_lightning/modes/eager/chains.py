@@ -78,7 +78,7 @@ def find_chains(
         elif not reason and observation.reads(module):
             reason = "its parameters are used by a function, and not by calling the layer"
         elif not reason and module in observation.sized:
-            reason = "it is called with output_size=, and an int8 kernel has one size: give output_padding= instead"
+            reason = "it is called with output_size=, which int8 kernels do not support: use output_padding= instead"
         if reason:
             reasons[name] = reason
             continue
@@ -96,10 +96,10 @@ def why_not(module: nn.Module, target: Backend) -> str:
         return why
     if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         if module.padding_mode != "zeros":
-            return f"int8 kernels do not have padding_mode={module.padding_mode!r}"
+            return f"int8 kernels do not support padding_mode={module.padding_mode!r}"
         pads = module._reversed_padding_repeated_twice
         if any(left != right for left, right in zip(pads[::2], pads[1::2], strict=True)):
-            return "padding='same' is not the same on both sides here, which int8 kernels do not have"
+            return "padding='same' is asymmetric here, which int8 kernels do not support"
     return ""
 
 
@@ -111,7 +111,7 @@ def kind_of(head: nn.Module) -> str:
 def _why_no_weight(module: nn.Module) -> str:
     weight = module.weight if isinstance(module, Projection) else module._parameters.get("weight")
     if weight is None:
-        return "its weight is computed (parametrized), and is no parameter"
+        return "its weight is computed (parametrized) and is not a parameter"
     return "" if weight.is_floating_point() else f"its weight is {weight.dtype}"
 
 

@@ -141,7 +141,7 @@ class _Comparison:
         difference = got.dequantize() - wanted.dequantize()
         self.errors.setdefault(head.grids[tap.number].input_fake_quant, []).append(difference)
         beyond = beyond_rounding(tap.source, wanted.int_repr().int(), got.int_repr().int(), grid)
-        return f"its input is rounded {beyond:.1f} steps farther than to the nearest one" if beyond > MIDDLE else ""
+        return f"its input is rounded {beyond:.1f} steps beyond the nearest one" if beyond > MIDDLE else ""
 
     def _doubt(self, head: ChainHead, tap: Tap) -> float:
         """How far fake-quant's own float arithmetic can be off, as where large numbers cancel out."""

@@ -31,7 +31,7 @@ from qat_lightning.modes.without_arithmetic import nested, on_a_copy
 _LAYERS = (*CHAIN_TYPES, *module_types("table"))
 """What an observation watches that has a row as a layer."""
 _FUNCTION = "functions stay float in mode='eager'"
-_ALONE = "it does not follow one int8 layer directly, whose kernel would do it"
+_ALONE = "it does not directly follow a single int8 layer whose kernel could include it"
 
 
 class _BetweenLayers(TorchFunctionMode):

@@ -43,7 +43,7 @@ class TransposedHead(ChainHead):
             return self._run_float(input, output_size)
         raise NetworkError(
             f"A {self._FLOAT.__name__} was called without output_size= when the network was prepared, and now it is "
-            "given one, which an int8 kernel cannot follow. Give example_inputs= for which the forward takes this "
+            "given one, which int8 kernels do not support. Give example_inputs= for which the forward takes this "
             "branch, or keep the layer float with exclude=."
         )
 

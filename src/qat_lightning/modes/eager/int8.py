@@ -127,7 +127,7 @@ class Int8Tensor(Tensor):
         """Turn float for callers in C++ that know no torch functions, such as TorchScript."""
         if func._schema.is_mutable:
             raise NetworkError(
-                f"{func} changes the output of an int8 layer in place from TorchScript or C++: copy it before."
+                f"{func} changes the output of an int8 layer in place from TorchScript or C++: clone the output first."
             )
         return func(*_floating(args, str(func)), **_floating(kwargs or {}, str(func)))
 
@@ -211,9 +211,9 @@ class Int8Layer(CountsCalls, nn.Module):
         """Run the kernel; what comes out looks like a float tensor."""
         if self.chain.kind == "Linear" and self.chain.batchnorm is not None and input.dim() != 2:
             raise NetworkError(
-                f"The linear layer {self.chain.name!r} has the BatchNorm {self.chain.batchnorm!r} folded in, which is "
-                f"possible for matrices only, and now its input has {input.dim()} dimensions: keep the BatchNorm apart "
-                f"with exclude=['{self.chain.batchnorm}']."
+                f"The linear layer {self.chain.name!r} has the BatchNorm {self.chain.batchnorm!r} folded in, which "
+                f"needs a 2-d input, and now its input has {input.dim()} dimensions: keep the BatchNorm apart with "
+                f"exclude=['{self.chain.batchnorm}']."
             )
         call = self.next_call(self.chain.calls)
         output = self.run(self._on_grid(input, call), call)
@@ -270,8 +270,8 @@ class Int8Layer(CountsCalls, nn.Module):
             input = input.floating(repr(self.chain.name))
         if not scale > 0:
             raise NetworkError(
-                f"The int8 layer {self.chain.name!r} got a float input, and in training it only ever got the output "
-                "of another quantized layer, so that there is no range for it. Train with data for which the forward "
+                f"The int8 layer {self.chain.name!r} got a float input, but in training it only got outputs of other "
+                "quantized layers, so no range was observed for its input. Train with data for which the forward "
                 f"takes this branch, or keep the layer float with exclude=['{self.chain.name}']."
             )
         return torch.quantize_per_tensor(input.float(), scale, zero_point, self.activation_dtype)

@@ -98,12 +98,12 @@ class EagerMode:
         tables, float_tables = find_tables(network, observation, chains, recipe, prefix)
         reasons |= float_tables
         if not tables and not any(chain.reached for chain in chains):
-            reasons |= {chain.name: "the example does not run it" for chain in chains}
+            reasons |= {chain.name: "the example does not call it" for chain in chains}
             why = "; ".join(f"{name or 'itself'}: {reason}" for name, reason in list(reasons.items())[:12])
             raise NetworkError(
                 f"There is nothing to quantize in {type(network).__name__}: "
-                f"{why or 'it has no convolution and no linear layer'}. Look at include and exclude, or give "
-                "example_inputs= with which its forward runs such a layer, or another module=."
+                f"{why or 'it has no convolution and no linear layer'}. Check include and exclude, give "
+                "example_inputs= for which forward calls such a layer, or use another module=."
             )
         without_fast_paths(network)
         make_batchnorm_freezable(network)
@@ -231,8 +231,8 @@ def _quiet() -> Iterator[None]:
 
 def _other_network(network: nn.Module, wanted: str) -> CheckpointMismatchError:
     return CheckpointMismatchError(
-        f"{type(network).__name__} is not the network that was quantized: it should have {wanted}. Give the float "
-        "network as its code makes it, with the arguments of then."
+        f"{type(network).__name__} is not the network that was quantized: it should have {wanted}. Give a float "
+        "network built by the same code with the same arguments."
     )
 
 
@@ -295,9 +295,9 @@ def _check_same(network: nn.Module, example: Example, expected: Any) -> None:
     for one, other in zip(_tensors(expected), actual, strict=True):
         if one.shape != other.shape or not torch.allclose(one, other, rtol=1e-3, atol=1e-4, equal_nan=True):
             raise NetworkError(
-                f"{type(network).__name__}.forward computes something else once its layers are prepared for "
-                "quantization: it looks at the types or the number of its children (as self[-1] in an nn.Sequential "
-                "does: name the parts with module= instead), or it does not compute the same twice."
+                f"{type(network).__name__}.forward computes different values once its layers are prepared for "
+                "quantization: it depends on the types or the number of its children (as self[-1] in an nn.Sequential "
+                "does: name the parts with module= instead), or it is not deterministic."
             )
 
 
@@ -311,7 +311,7 @@ def _plan_of_seen(
         if heads[chain["name"]].output_fake_quant.seen and not heads[chain["name"]].left_float
     ]
     unseen = {
-        chain["name"]: left_float.get(chain["name"], "its range was never observed, because training did not run it")
+        chain["name"]: left_float.get(chain["name"], "its range was never observed, because training did not call it")
         for chain in plan["chains"]
         if chain not in chains
     }
@@ -323,7 +323,7 @@ def _plan_of_seen(
 def _in_words(whole: WholeCheck | None) -> list[str]:
     if whole is None:
         return []
-    return [f"On the example, the int8 network as a whole is {whole.sqnr_db:.1f} dB from fake-quant."]
+    return [f"On the example, the whole int8 network is {whole.sqnr_db:.1f} dB from fake-quant."]
 
 
 def _tensors(outputs: Any) -> list[Tensor]:
@@ -335,7 +335,7 @@ def _notes(plan: Mapping[str, Any], checks: list[LayerCheck]) -> list[str]:
     checked = {check.name for check in checks}
     unchecked = [chain["name"] for chain in plan["chains"] if chain["name"] not in checked]
     if unchecked:
-        notes.append(f"Not compared with fake-quant, because the example does not run them: {', '.join(unchecked)}.")
+        notes.append(f"Not compared with fake-quant, because the example does not call them: {', '.join(unchecked)}.")
     if plan["functions"]:
         ran = ", ".join(f"{name} ({count})" for name, count in plan["functions"].items())
         notes.append(f"Functions stay float in mode='eager': {ran}.")

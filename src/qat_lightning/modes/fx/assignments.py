@@ -47,7 +47,7 @@ class Assignments:
                 if order[user] > order[made] and user.target not in _LOOKS:
                     raise TraceError(
                         f"an assignment changes what {user.name!r} reads afterwards through another tensor: assign to "
-                        "a clone, or read the one that was assigned to"
+                        "a clone, or read the tensor that was assigned to"
                     )
 
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 NOT_SEEN = (
-    "a trace does not see it, and the graph computes in float32 what the network computes in another precision. "
-    "Leave the region out, or write enabled=False in it, and give Trainer(precision='bf16-mixed') instead."
+    "tracing does not capture it, so the graph would compute in float32 what the network computes in another "
+    "precision. Remove the region, or set enabled=False in it, and use Trainer(precision='bf16-mixed') instead."
 )
 
 

@@ -169,10 +169,13 @@ class FxOperations:
         if not all(isinstance(value, torch.Tensor) and value.dtype == torch.float32 for value in values):
             return "int8 kernels multiply float32 only"
         if "products" not in self.state.recipe.families:
-            return "the checkpoint is of a release that took no products of other than equally many matrices"
+            return "the checkpoint is from a release that did not quantize products with broadcast shapes"
         if node.target in PRODUCTS:
-            return "nothing is summed in an outer product, whose factors (positions, say) a grid would make equal"
-        return "it is not one product of two tensors that sums over what both have, which is what has an int8 kernel"
+            return "an outer product sums nothing, and rounding could make different factors (such as positions) equal"
+        return (
+            "it is not a single product of two tensors that sums over their shared dimensions, and only those have an "
+            "int8 kernel"
+        )
 
     def _why_chosen(self, node: fx.Node) -> str:
         """Why an op stays float that could be int8; empty if it is not so."""
@@ -192,21 +195,21 @@ class FxOperations:
             return f"{name} is not quantized in mode='fx'{coarser}"
         if name in PRODUCT_NAMES:
             divides = node.name in self.plan.divisors
-            return "what is divided by is not rounded" if divides else self._why_no_product(node)
+            return "divisors are not rounded" if divides else self._why_no_product(node)
         if face in _WRITE_INSTEAD:
             unknown, known = _WRITE_INSTEAD[face]
             return f"mode='fx' does not know {unknown}: write {known}"
         if is_batchnorm(self._module(node)):
-            return "a BatchNorm behind no layer, or called from several places, folds into no layer"
+            return "a BatchNorm that follows no layer, or is called from several places, cannot be folded"
         if node.name in self.plan.float_ops and self.state.recipe.target.engine == "qnnpack" and face in CLAMPS:
             return "QNNPACK's clamp misplaces channels-last values"
         if node.name in self.plan.float_ops and face in CLAMPS:
-            return "its limits are tensors, which its int8 kernel does not take"
+            return "its limits are tensors, which its int8 kernel does not support"
         if node.name in self.plan.float_ops:
             return f"{'' if face in OWN_GRIDS else 'with a number, '}its int8 kernel has another grid"
         if face not in self.known:
             return f"mode='fx' has no int8 kernel for {name}"
-        return "what it takes, or what it yields, is not rounded"
+        return "its input or its output is not quantized"
 
 
 def _is_relu(node: fx.Node, module: nn.Module | None) -> bool:

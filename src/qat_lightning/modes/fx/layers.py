@@ -17,14 +17,14 @@ from qat_lightning.modes.prepared import PreparedState
 from qat_lightning.modes.protocol import EXCLUDED, LayerCoverage
 from qat_lightning.settings.recipe import Recipe
 
-UNSEEN = "no finite range was ever observed for its input or its output"
+UNSEEN = "no finite range was observed for its input or its output"
 
 
 def no_kernel(module: nn.Module, recipe: Recipe) -> str:
     """Why a layer's type is quantized and this one cannot be; empty if it can."""
     if is_parametrized(module):
         return (
-            "its weight is computed (parametrized), and is no parameter; "
+            "its weight is computed (parametrized) and is not a parameter; "
             "torch.nn.utils.parametrize.remove_parametrizations makes it one"
         )
     if isinstance(module, nn.Conv3d) and recipe.target.engine == "qnnpack":
@@ -85,14 +85,14 @@ def _why_float(state: PreparedState, name: str, module: nn.Module, used: set[str
     if why := no_kernel(module, state.recipe) or state.plan.tables.get(name, ""):
         return why
     if name in called and isinstance(module, module_types("transposed")) and _is_given_a_size(state.plan.graph, name):
-        return "it is called with output_size=, and an int8 kernel has one size: give output_padding= instead"
+        return "it is called with output_size=, which int8 kernels do not support: use output_padding= instead"
     whole = next((outer for outer in called if name.startswith(f"{outer}.")), None)
     if whole is not None:
         return f"inside {whole!r}, which is called as a whole: mode='eager' and mode='pt2e' may reach it"
     if isinstance(module, (*(t for t in LEFT_FLOAT if isinstance(t, type)), nn.MultiheadAttention)):
         return f"{type(module).__name__} is not quantized in mode='fx'"
     if name not in called and type(module).__module__.startswith("torch."):
-        return "what it yields is not read"
+        return "its output is not used"
     return f"mode='fx' has no int8 kernel for {type(module).__name__}"
 
 

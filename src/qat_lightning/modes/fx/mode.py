@@ -132,7 +132,7 @@ class FxMode:
         if not any(isinstance(module, FakeQuantize) for module in prepared.modules()):
             raise NetworkError(
                 f"There is nothing to quantize in {type(network).__name__}: no selected convolution, linear layer or "
-                "addition. Look at include and exclude, or give another module=."
+                "addition. Check include and exclude, or use another module=."
             )
         plan, unrounded = make_plan(prepared, network, example, recipe, scopes, prefix=prefix)
         plan.float_ops += passes.calls_of(prepared, hidden.unfoldable) + lasting + bounded
@@ -166,7 +166,7 @@ class FxMode:
         if knows_no_range(prepared):
             raise ConversionError(
                 f"No finite range was ever observed in {type(state.float_network).__name__}: train at least one step "
-                "on finite values before it is converted."
+                "on finite values before converting it."
             )
         graph = copy.deepcopy(plan.graph)
         tables = take_integer_tables(prepared)
@@ -205,9 +205,7 @@ class FxMode:
             lambda names: FxOperations(recording, example, names, found.values).rows(found.integers, without_range),
         )
         call_as_in_evaluation(network)
-        notes = (
-            [f"No finite range was ever observed for {in_words(unseen)}: what is there stays float."] if unseen else []
-        )
+        notes = [f"No finite range was ever observed for {in_words(unseen)}: they stay float."] if unseen else []
         return Converted(network, rows, found.checks, notes, operations, found.whole)
 
     def coverage(self, prepared: nn.Module, example: Example) -> list[LayerCoverage]:
@@ -232,9 +230,9 @@ def _why_other(network: nn.Module, mixed: list[str]) -> str:
     if mixed:
         return f"{type(network).__name__}.forward turns on {', '.join(mixed)}: {NOT_SEEN}"
     return (
-        f"mode='fx' traces {type(network).__name__}.forward into a graph that returns another thing than the "
-        "network on the example. Tracing cannot see a function that changes its argument with += or the like "
-        "(write y = y + …, and return it), nor what is decided by values."
+        f"mode='fx' traces {type(network).__name__}.forward into a graph that returns something different from the "
+        "network on the example. Tracing does not capture functions that change an argument in place, for example "
+        "with += (write y = y + … and return it), or decisions that depend on values."
     )
 
 

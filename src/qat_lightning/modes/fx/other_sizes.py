@@ -169,9 +169,9 @@ def _fresh(network: nn.Module, name: str) -> str:
 def _other_way(network: GraphNetwork, args: tuple[Any, ...], kwargs: dict[str, Any], node: str) -> TraceError:
     assert network.sizes is not None
     return TraceError(
-        f"{network.sizes.refusal(network.sizes.others(args, kwargs))} Layers and ranges can be shared between sizes "
-        f"that go the same way through forward, and these part before {node!r}. Or use mode='eager', which needs no "
-        "graph."
+        f"{network.sizes.refusal(network.sizes.others(args, kwargs))} Layers and ranges can only be shared between "
+        f"sizes that take the same path through forward, and these diverge before {node!r}. Or use mode='eager', "
+        "which needs no graph."
     )
 
 

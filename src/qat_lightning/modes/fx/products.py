@@ -298,4 +298,4 @@ def _without_products(prepared: nn.Module, state_dict: dict[str, Any], prefix: s
                 state_dict.update(module.state_dict(prefix=f"{prefix}{name}."))
 
 
-_EARLIER = "the checkpoint is of a release that left this product float"
+_EARLIER = "the checkpoint is from a release that left this product float"

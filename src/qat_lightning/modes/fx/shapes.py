@@ -187,7 +187,7 @@ class ShapesTracer(NetworkTracer):
         if others == [ONE] and MORE in self._calls.names:
             raise CallFails(ONE)  # what is decided for two and more is taken, and tried with one
         if others:
-            raise FxTraceError("what is decided here depends on the number of samples, which may be any")
+            raise FxTraceError("this decision depends on the batch size, which is not fixed")
         return first
 
     def _wrap(self, node: fx.Node, values: tuple[Any, ...], proxy: Proxy) -> Any:

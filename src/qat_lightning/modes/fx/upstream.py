@@ -120,7 +120,8 @@ def prepare_upstream(
             where = line_at_fault(error)
             raise NetworkError(
                 f"mode='fx' cannot prepare {type(network).__name__}{f' at {where}' if where else ''}: "
-                f"{type(error).__name__}: {error}. Try mode='pt2e' or mode='eager', or exclude the part at fault."
+                f"{type(error).__name__}: {error}. Try mode='pt2e' or mode='eager', or use exclude= for the part that "
+                "fails."
             ) from error
 
 
@@ -143,7 +144,7 @@ def convert_upstream(graph_module: fx.GraphModule, target: Backend, name: str) -
             return convert_fx(graph_module, backend_config=backend_config())
         except Exception as error:
             raise ConversionError(
-                f"Upstream's converter failed on {name} for backend {target.name!r}: {type(error).__name__}: {error}"
+                f"PyTorch's converter failed on {name} for backend {target.name!r}: {type(error).__name__}: {error}"
             ) from error
 
 

@@ -88,7 +88,7 @@ class _Whole:
         if name not in self.run.used:
             return "not used by forward"
         above = [name[:end] for end in range(len(name), 0, -1) if end == len(name) or name[end] == "."]
-        why = next((refused[outer] for outer in above if outer in refused), "its code is that of the whole")
+        why = next((refused[outer] for outer in above if outer in refused), "it belongs to the code around the parts")
         line = why.strip().splitlines()[0]
         short = line if len(line) <= 160 else f"{line[:159]}…"
         return f"outside of the parts {', '.join(map(repr, parts))}: {short}"

@@ -141,9 +141,9 @@ def _needed_beside_forward(network: nn.Module, name: str, count: int, example: E
         got = run_apart(copied, example)
     except Exception as error:  # noqa: BLE001 - code that does not find what it needs may fail in any way
         lines = str(error).strip().splitlines()
-        return f"code outside of it needs more of it than its forward ({lines[0] if lines else type(error).__name__})"
+        return f"code outside of it uses more of it than its forward ({lines[0] if lines else type(error).__name__})"
     if sealed.__dict__["_count"] != count or not same_results(wanted, got):
-        return "code outside of it reaches it in another way than by its name and its forward"
+        return "code outside of it does not reach it by its name and call its forward"
     return ""
 
 
@@ -162,5 +162,5 @@ def _shared(module: nn.Module, names: Mapping[nn.Module, list[str]]) -> str:
             continue
         other = next((name for name in names[inner] if not f"{name}.".startswith(own)), None)
         if other is not None:
-            return f"it holds {names[inner][0]!r}, which is {other!r} outside of it as well"
+            return f"it holds {names[inner][0]!r}, which is {other!r} outside of it too"
     return ""

@@ -46,7 +46,7 @@ def with_parts(network: nn.Module, parts: Mapping[str, nn.Module], rest: Mapping
     found = network.load_state_dict(dict(rest), strict=False)
     missing = [key for key in found.missing_keys if not key.startswith(inside)]
     if missing or found.unexpected_keys:
-        raise RuntimeError(f"its tensors are others: {', '.join([*missing, *found.unexpected_keys][:8])}")
+        raise RuntimeError(f"its tensors differ: {', '.join([*missing, *found.unexpected_keys][:8])}")
     replace_modules(network, {network.get_submodule(name): part for name, part in parts.items()})
     for parameter in network.parameters():
         parameter.requires_grad_(False)

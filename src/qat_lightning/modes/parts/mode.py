@@ -44,7 +44,7 @@ from qat_lightning.modes.protocol import Converted, LayerCoverage
 from qat_lightning.modes.tracing import refuse_other_results
 from qat_lightning.settings.recipe import Recipe
 
-UNSEEN = "no finite range was ever observed in this part, because training did not run it"
+UNSEEN = "no finite range was observed in this part, because training did not call it"
 
 
 class _PartState(PreparedState):
@@ -105,8 +105,8 @@ class PartsMode:
             network,
             float_network,
             example,
-            f"{type(network).__name__}.forward computes something else once {_quoted(prepared)} are graphs: it looks "
-            "at their types, or it does not compute the same twice.",
+            f"{type(network).__name__}.forward computes different values once {_quoted(prepared)} are graphs: it "
+            "depends on their types, or it is not deterministic.",
         )
         return network
 
@@ -122,7 +122,7 @@ class PartsMode:
         if len(unseen) == len(parts):
             raise ConversionError(
                 f"No finite range was ever observed in {type(state.float_network).__name__}: train at least one step "
-                "on finite values before it is converted."
+                "on finite values before converting it."
             )
         for name in unseen:
             for fq in _fake_quantizers_of(recording, name):
@@ -183,8 +183,8 @@ def _attempt(module: nn.Module, calls: list[Example], recipe: Recipe, prefix: st
     float_module = prepared_state(prepared).float_network
     for call in _others(calls):
         if prepared.sizes is not None and prepared.sizes.others(call.args, call.kwargs):
-            raise TraceError("it is called with several sizes, and what it does depends on them")
-        refuse_other_results(prepared, float_module, call, "its calls do not all go the way of the first one.")
+            raise TraceError("it is called with several sizes, and its computation depends on them")
+        refuse_other_results(prepared, float_module, call, "its calls do not all take the same path.")
 
 
 def _others(calls: list[Example]) -> list[Example]:
@@ -206,9 +206,9 @@ def _no_parts(network: nn.Module, found: Found) -> NetworkError:
     why = "; ".join(f"{name}: {reason.splitlines()[0][:160]}" for name, reason in refused[:6])
     single = f"only single layers can ({_quoted(list(found.parts)[:6])})" if found.parts else "nor any single layer"
     return NetworkError(
-        f"No submodule of {type(network).__name__} with several layers can be quantized by itself, {single}"
-        f"{f' ({why})' if why else ''}. Look at include and exclude, or use mode='eager', which quantizes single "
-        "layers whatever the code around them does."
+        f"No submodule of {type(network).__name__} with several layers can be quantized on its own, "
+        f"{single}{f' ({why})' if why else ''}. Check include and exclude, or use mode='eager', which quantizes "
+        "single layers whatever the code around them does."
     )
 
 

@@ -79,12 +79,13 @@ def insert_fake_quantize(
     except (AssertionError, ValueError, RuntimeError, NotImplementedError, AttributeError, KeyError) as error:
         raise NetworkError(
             f"{type(quantizer).__name__} fails on {name}: {type(error).__name__}: {error}. Use exclude= for the part "
-            "at fault, or mode='fx' or mode='eager'."
+            "that fails, or mode='fx' or mode='eager'."
         ) from error
     if not any(isinstance(module, FakeQuantize) for module in prepared.children()):
         raise NetworkError(
-            f"There is nothing to quantize in {name} for backend {recipe.backend!r}: {known_rules(recipe, quantizer)}, "
-            "and of these no selected module has any. Look at include and exclude, or give another module=."
+            f"There is nothing to quantize in {name} for backend {recipe.backend!r}: "
+            f"{known_rules(recipe, quantizer)}, and no selected module has any of these. Check include and exclude, "
+            "or use another module=."
         )
     _refuse_late_writes(prepared, name)
     return prepared, folded

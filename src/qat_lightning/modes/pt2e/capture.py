@@ -140,9 +140,9 @@ def _refuse_fixed_batch(graph: fx.Graph, spec: CallSpec) -> None:
         # Export makes of AUTO a symbol that is known to be a constant.
         if not isinstance(size, torch.SymInt) or size.node.maybe_as_int() is not None:
             raise TraceError(
-                f"mode='pt2e' can export {spec.name} only for the batch size {size} of the example, "
-                f"because its forward takes the size of {given.path} for a constant (such as int(x.shape[0]), "
-                f"a reshape to a fixed first dimension, or an assertion). {WHAT_TO_DO}"
+                f"mode='pt2e' can export {spec.name} only for the batch size {size} of the example, because its "
+                f"forward uses the size of {given.path} as a constant (such as int(x.shape[0]), a reshape to a fixed "
+                f"first dimension, or an assertion). {WHAT_TO_DO}"
             )
 
 
@@ -229,7 +229,7 @@ def _refuse_randomness(graph: fx.Graph, name: str) -> None:
             continue
         raise TraceError(
             f"mode='pt2e' keeps one graph for training and evaluation, and {name} draws random numbers "
-            f"({target}){source_line(node)}, which would go on in evaluation. Use nn.Dropout or F.dropout, or "
+            f"({target}){source_line(node)}, and would do so in evaluation too. Use nn.Dropout or F.dropout, or "
             f"mode='eager'. {WHAT_TO_DO}"
         )
 
@@ -240,10 +240,10 @@ def _refuse_dropout_inside(node: fx.Node, name: str) -> None:
     if dropout == 0 or _argument(node, "num_layers") == 1:
         return
     raise TraceError(
-        f"mode='pt2e' keeps one graph for training and evaluation, and {name} has {node.target} with dropout={dropout} "
-        f"between its layers{source_line(node)}: whether it trains is fixed in the graph, so that it would go on "
-        "dropping values in evaluation. Use mode='fx' or mode='eager', or dropout=0 and nn.Dropout between recurrent "
-        "layers of one layer each."
+        f"mode='pt2e' keeps one graph for training and evaluation, and {name} has {node.target} with "
+        f"dropout={dropout} between its layers{source_line(node)}: its training flag is fixed in the graph, so it "
+        "would drop values in evaluation too. Use mode='fx' or mode='eager', or dropout=0 and nn.Dropout between "
+        "recurrent layers of one layer each."
     )
 
 

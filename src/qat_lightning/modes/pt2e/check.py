@@ -106,7 +106,7 @@ def _why_float(state: PreparedState, name: str, floats: list[fx.Node], unseen: l
     if node.target is torch.ops.higher_order.cond:
         return IN_BRANCH
     if node.name in state.plan.weights and unseen:
-        return "no finite range was ever observed for its input"
+        return "no finite range was observed for its input"
     if dtype := other_dtype(node):
         return f"one of its tensors is {dtype}, and only float32 can be on an int8 grid"
-    return f"the quantizer of backend {state.recipe.backend!r} has no rule for {node.target} here"
+    return f"the quantizer of backend {state.recipe.backend!r} has no rule for {node.target} in this place"

@@ -154,7 +154,7 @@ class _Comparison(fx.Interpreter):
         if wanted.shape != got.shape:
             fault = f"its shape is {tuple(got.shape)}, not {tuple(wanted.shape)}"
         elif ratio == -torch.inf and wanted.any():
-            fault = "it holds other NaNs or infinities"
+            fault = "its NaNs or infinities differ"
         elif got.numel() and ratio < torch.inf:
             difference = (wanted - got).nan_to_num().abs().max()
             grids = [float(user.args[1]) for user in quantizing]  # type: ignore[arg-type]

@@ -63,7 +63,7 @@ def decompose(root: nn.Module, plan: Plan, name: str) -> Decomposed:
     quantizers = [node for node in graph.nodes if _quantizer(graph_module, node) is not None]
     if not quantizers:
         raise ConversionError(
-            f"No finite range was ever observed in {name}: train at least one step before it is converted."
+            f"No finite range was ever observed in {name}: train at least one step before converting it."
         )
     visit_weights(graph_module, FakeQuantize.observe)
     graph.lint()
@@ -72,8 +72,8 @@ def decompose(root: nn.Module, plan: Plan, name: str) -> Decomposed:
         converted = _upstream_convert(graph_module)
     except Exception as error:
         raise ConversionError(
-            f"Upstream's converter failed on {name} ({type(error).__name__}: {error}). Use exclude= for the part at "
-            "fault, or mode='fx' or mode='eager'."
+            f"torchao's converter failed on {name} ({type(error).__name__}: {error}). Use exclude= for the part that "
+            "fails, or mode='fx' or mode='eager'."
         ) from error
     return Decomposed(tidy(converted), unseen)
 

@@ -25,7 +25,7 @@ from qat_lightning.modes.recording import run_of
 
 aten = torch.ops.aten
 
-IN_BRANCH = "in a branch of torch.cond, into which the quantizer does not look"
+IN_BRANCH = "in a branch of torch.cond, which the quantizer does not process"
 
 
 def pt2e_operations(
@@ -102,12 +102,12 @@ def _why(state: PreparedState, node: fx.Node, *, lost: bool) -> str:
     if not selects(state.recipe, state.prefix, node):
         return EXCLUDED
     if lost:
-        return "no finite range was ever observed for its input"
+        return "no finite range was observed for its input"
     if node.target is aten.batch_norm.default:
-        return "a BatchNorm that does not follow one layer directly folds into none"
+        return "a BatchNorm that does not directly follow a single layer cannot be folded"
     if dtype := other_dtype(node):
         return f"one of its tensors is {dtype}, and only float32 can be on an int8 grid"
-    return f"the quantizer of backend {state.recipe.backend!r} has no rule for {node.target} here"
+    return f"the quantizer of backend {state.recipe.backend!r} has no rule for {node.target} in this place"
 
 
 def _branches(prepared: nn.Module, node: fx.Node) -> Iterator[LayerCoverage]:

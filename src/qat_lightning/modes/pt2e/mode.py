@@ -92,8 +92,8 @@ class Pt2eMode:
             result,
             float_network,
             example,
-            f"mode='pt2e' keeps one graph for training and evaluation, and {spec.name}.forward returns another thing "
-            "in evaluation than its graph of training (it looks at self.training).",
+            f"mode='pt2e' keeps one graph for training and evaluation, and {spec.name}.forward returns different "
+            "values in evaluation from its training graph (it depends on self.training).",
         )
         return result
 
@@ -117,7 +117,7 @@ class Pt2eMode:
             )
         if result.unseen:
             names = ", ".join(result.unseen)
-            notes.append(f"No finite range was ever observed for {names}: what reads them stays float.")
+            notes.append(f"No finite range was ever observed for {names}: layers that read them stay float.")
         rows = with_reasons(coverage(state, prepared, result), state.left_float)
         rows = layers_with_macs(rows, float_run(state.float_network, example), example)
         layers = {row.name for row in rows}
@@ -161,7 +161,7 @@ def _refuse_spectral_norm(network: nn.Module) -> None:
     if layers:
         raise TraceError(
             f"mode='pt2e' keeps one graph for training and evaluation, and {', '.join(map(repr, layers))} in "
-            f"{type(network).__name__} has spectral_norm, which does another thing in training. What to do: use "
-            "mode='fx' or mode='eager', which leave such a layer float, or, to have it int8, take the norm away once "
-            "it is trained: torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight')."
+            f"{type(network).__name__} has spectral_norm, which behaves differently in training. What to do: use "
+            "mode='fx' or mode='eager', which leave such a layer float, or, to get an int8 layer, remove the norm "
+            "after training it: torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight')."
         )

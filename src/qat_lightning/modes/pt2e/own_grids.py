@@ -106,7 +106,9 @@ def _ours(spec: Any, place: Place, constant: bool, recipe: Recipe) -> Any:
         return spec
     if isinstance(spec, DerivedQuantizationSpec):
         if not constant:
-            raise _impossible(place, recipe, "derives the grid of an activation from others", "give it one of its own")
+            raise _impossible(
+                place, recipe, ("derives the grid of an activation from other grids"), "give it one of its own"
+            )
         return spec
     _check_grid(spec, place, recipe)
     if isinstance(spec, FixedQParamsQuantizationSpec):
@@ -123,7 +125,7 @@ def _check_grid(spec: Any, place: Place, recipe: Recipe) -> None:
         raise _impossible(
             place,
             recipe,
-            "asks for ranges that are found in each call (is_dynamic=True)",
+            "requests ranges that are computed in each call (is_dynamic=True)",
             "use is_dynamic=False, or backend='x86' with kind='dynamic'",
         )
     if spec.dtype not in INTEGERS:
@@ -140,13 +142,13 @@ def _check_grid(spec: Any, place: Place, recipe: Recipe) -> None:
 def _check_observed(spec: QuantizationSpec, place: Place, constant: bool, recipe: Recipe) -> None:
     if spec.qscheme in _PER_CHANNEL and not constant:
         raise _impossible(
-            place, recipe, "asks for one scale a channel of an activation", "use a scheme per tensor for activations"
+            place, recipe, "requests one scale per channel of an activation", "use a scheme per tensor for activations"
         )
     made_by = spec.observer_or_fake_quant_ctr
     observer = getattr(getattr(made_by, "p", None), "func", made_by)
     if any(base.__name__ == "AffineQuantizedObserverBase" for base in getattr(observer, "__mro__", ())):
         raise _impossible(
-            place, recipe, "asks for one scale a block or a group", "use an observer per tensor or per channel"
+            place, recipe, "requests one scale per block or group", "use an observer per tensor or per channel"
         )
 
 
@@ -196,8 +198,8 @@ def own_modules(prepared: fx.GraphModule, recipe: Recipe) -> None:
             setattr(prepared, name, ours[id(module)])
         elif not isinstance(module, DerivedObserverOrFakeQuantize):
             raise ConfigurationError(
-                f"backend={recipe.backend!r} put a {type(module).__name__} of its own into the network in "
-                "prepare_obs_or_fq_callback, whose range nothing would train: let it annotate the place instead."
+                f"backend={recipe.backend!r} inserted its own {type(module).__name__} in prepare_obs_or_fq_callback, "
+                "whose range would not be trained: let it annotate the place instead."
             )
     for name, module in observers.items():
         if isinstance(module, DerivedObserverOrFakeQuantize):

@@ -53,8 +53,8 @@ def own_quantizer(source: QuantizerSource) -> Quantizer:
         made = _copy_of(source)
     elif source.arguments is None:
         raise ConfigurationError(
-            f"backend={source.path!r} was given as an instance, which no checkpoint and no file holds: give backend= "
-            "again, as the instance, or as {'_target_': 'package.module.Class', ...}, which is kept."
+            f"backend={source.path!r} was given as an instance, which checkpoints and files cannot store: give "
+            "backend= again, as the instance, or as {'_target_': 'package.module.Class', ...}, which is stored."
         )
     else:
         made = _build(source.path, source.keywords)
@@ -158,4 +158,8 @@ _KNOWN = {
 def known_rules(recipe: Recipe, quantizer: Quantizer) -> str:
     """What a quantizer has rules for, in words."""
     name = type(quantizer).__name__
-    return f"{name} knows {_KNOWN[recipe.backend]}" if recipe.backend in _KNOWN else f"{name} annotated none of its ops"
+    return (
+        f"{name} knows {_KNOWN[recipe.backend]}"
+        if recipe.backend in _KNOWN
+        else (f"{name} annotated none of its operations")
+    )

@@ -132,8 +132,8 @@ class _Inputs:
         symbol = str(size.node.expr)
         if symbol not in self.sizes:
             raise NetworkError(
-                f"The quantizer traced the network again, and a size in it is now {symbol}, which is not that of an "
-                "input: keep the part that reshapes out of the network (module=...)."
+                f"The quantizer traced the network again, and a size in it is now {symbol}, which is not the size of "
+                "an input: leave the part that reshapes out of the network (module=...)."
             )
         if symbol not in self.made:
             with self.graph.inserting_after(self.last):

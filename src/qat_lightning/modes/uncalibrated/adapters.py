@@ -45,15 +45,14 @@ def refuse_adapters(network: nn.Module, recipe: Recipe) -> None:
         return
     if recipe.kind in ("qat", "static"):
         raise NetworkError(
-            f"{type(network).__name__} has adapters of peft, at {next(iter(found))!r} first, and kind='static' neither "
-            "trains nor merges them: use kind='weight_only' or kind='dynamic', or give the network that "
+            f"{type(network).__name__} has peft adapters (the first is {next(iter(found))!r}), which kind='static' "
+            "neither trains nor merges: use kind='weight_only' or kind='dynamic', or give the network that "
             "merge_and_unload() returns."
         )
     if recipe.smoothquant is not None or recipe.equalization != "none" or recipe.rotation:
         raise NetworkError(
-            f"{type(network).__name__} has adapters of peft, and the weights beside them stay as they are: use "
-            "smoothquant=None, rotation=False and equalization='none', or give the network that merge_and_unload() "
-            "returns."
+            f"{type(network).__name__} has peft adapters, whose base weights must not change: use smoothquant=None, "
+            "rotation=False and equalization='none', or give the network that merge_and_unload() returns."
         )
     beside = recipe.adapters == "float"
     why_not = why_not_beside if beside else why_unmerged

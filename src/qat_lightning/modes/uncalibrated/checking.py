@@ -51,8 +51,9 @@ def refuse_nothing(network: nn.Module, coverage: list[LayerCoverage], recipe: Re
         return
     why = "; ".join(f"{row.name or 'itself'}: {row.reason}" for row in coverage[:12])
     raise NetworkError(
-        f"There is nothing to quantize in {type(network).__name__} with kind={recipe.kind!r} and mode={recipe.mode!r}: "
-        f"{why or 'it has no layer with a weight'}. Look at include and exclude, or choose another kind= or mode=."
+        f"There is nothing to quantize in {type(network).__name__} with kind={recipe.kind!r} and "
+        f"mode={recipe.mode!r}: {why or 'it has no layer with a weight'}. Check include and exclude, or choose "
+        "another kind= or mode=."
     )
 
 
@@ -79,7 +80,7 @@ def run_integer(network: nn.Module, example: Example) -> tuple[Any, list[Call]]:
     except Exception as error:
         raise ConversionError(
             f"{type(network).__name__} does not run once its layers hold integers: {type(error).__name__}: {error}. "
-            "Use exclude= for the part at fault."
+            "Use exclude= for the part that fails."
         ) from error
     return outputs, calls
 
@@ -171,7 +172,7 @@ def check_layers(calls: list[Call], target: Backend, names: Names) -> tuple[list
     raise_if_faulty(checks, target, names, EXACT)
     notes = []
     if unchecked:
-        notes.append(f"Not compared, because the example does not run them with tensors: {', '.join(unchecked)}.")
+        notes.append(f"Not compared, because the example does not call them with tensors: {', '.join(unchecked)}.")
     return checks, notes
 
 
@@ -244,7 +245,7 @@ def end_to_end(expected: Any, actual: Any) -> list[str]:
     if any(one.shape != other.shape for one, other in pairs):
         return ["On the example, the integer network takes another branch than the float one."]
     worst = min((sqnr_db(one, other) for one, other in pairs if one.numel()), default=math.inf)
-    return [f"On the example, the integer network as a whole is {worst:.1f} dB from the float one."]
+    return [f"On the example, the whole integer network is {worst:.1f} dB from the float one."]
 
 
 def _floats(outputs: Any) -> list[Tensor]:

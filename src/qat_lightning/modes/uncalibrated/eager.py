@@ -76,8 +76,8 @@ def skeleton(network: nn.Module, plan: Mapping[str, Any], recipe: Recipe, shares
         own = recipe.of(join(prefix, name))
         if name not in modules or type(modules[name]).__name__ != kind or why_not(modules[name], own):
             raise CheckpointMismatchError(
-                f"{type(network).__name__} is not the network that was quantized: it should have a {kind} at {name!r}. "
-                "Give the float network as its code makes it, with the arguments of then."
+                f"{type(network).__name__} is not the network that was quantized: it should have a {kind} at "
+                f"{name!r}. Give a float network built by the same code with the same arguments."
             )
         made[modules[name]] = integer_layer(modules[name], own, (shares or {}).get(name))
     for name, module in modules.items():

@@ -126,9 +126,9 @@ def _in_graph(row: LayerCoverage, graph: fx.Graph, used: set[str]) -> LayerCover
     if row.name not in called:
         whole = next((outer for outer in called if row.name.startswith(f"{outer}.")), None)
         reason = f"inside {whole!r}, which is called as a whole: mode='eager' and mode='pt2e' reach it"
-        return LayerCoverage(row.name, row.kind, False, reason if whole else "only its weight is read by forward")
+        return LayerCoverage(row.name, row.kind, False, reason if whole else "forward only reads its weight")
     if any(str(node.target).startswith(f"{row.name}.") for node in graph.find_nodes(op="get_attr")):
-        return LayerCoverage(row.name, row.kind, False, "forward reads its weight as well as calling it")
+        return LayerCoverage(row.name, row.kind, False, "forward reads its weight directly, besides calling it")
     return row
 
 

@@ -56,7 +56,7 @@ def with_macs(
     found = {row.name: counts.get(row.name or root, 0) for row in rows}
     rows = [replace(row, macs=macs_of(found[row.name], example)) for row in rows]
     left = macs_of(max(0, counted.get_total_flops() - sum(found.values())), example)
-    reason = "kind='dynamic' quantizes layers, and not what is between them"
+    reason = "kind='dynamic' quantizes layers, not the operations between them"
     return rows, [LayerCoverage("", "functions", False, reason, "op", macs=left)] if left else []
 
 

@@ -95,7 +95,7 @@ def quantize_pt2e(
         whole = _check_whole(decomposed, tensors, done, spec, actual, (recipe.target, checks, names))
     except RuntimeError as error:
         raise ConversionError(
-            f"{spec.name} does not run once its weights are integers: {error}. Use exclude= for the part at fault."
+            f"{spec.name} does not run once its weights are integers: {error}. Use exclude= for the part that fails."
         ) from error
     coverage, between = with_macs(coverage, original, example, recipe)
     return Converted(integer, coverage, checks, [*_notes(recipe), *end_to_end(expected, actual)], between, whole)

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 from qat_lightning.graph.example import Example
 from qat_lightning.modes.uncalibrated.checking import run_float
 
-READ_ELSEWHERE = "forward reads its weight itself as well, where training would not round it"
+READ_ELSEWHERE = "forward also reads its weight directly, where training would not quantize it"
 
 
 def read_elsewhere(network: nn.Module, names: Iterable[str], example: Example) -> set[str]:

@@ -174,7 +174,7 @@ def test_a_missing_package_is_named_before_anything_is_done(absent: str) -> None
 
 
 def test_an_unknown_protocol_and_a_url_that_was_made_a_path_are_refused() -> None:
-    with pytest.raises(ConfigurationError, match="no protocol 'quatsch'"):
+    with pytest.raises(ConfigurationError, match="does not know the protocol 'quatsch'"):
         require_storage("quatsch://bucket/model.int8")
     with pytest.raises(ConfigurationError, match="as a str"):
         place(Path("s3://bucket/model.int8"))

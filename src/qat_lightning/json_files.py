@@ -21,7 +21,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ConfigurationError(f"{path} cannot be read ({error}): remove it.") from error
     if not isinstance(content, dict):
-        raise ConfigurationError(f"{path} is of something else: remove it.")
+        raise ConfigurationError(f"{path} has other content: remove it.")
     return content
 
 

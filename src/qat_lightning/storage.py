@@ -43,7 +43,9 @@ def place(path: str | os.PathLike[str]) -> Place:
         return Path(rest) if protocol in ("file", "local") else text
     was = re.match(r"([a-z0-9]+):/", text)
     if was and was[1] in known_implementations:
-        raise ConfigurationError(f"{text!r} is no path: give {was[1]}://... as a str, since a Path leaves out a slash.")
+        raise ConfigurationError(
+            f"{text!r} is not a path: give {was[1]}://... as a str, since a Path leaves out a slash."
+        )
     return Path(text)
 
 
@@ -67,8 +69,8 @@ def require_storage(path: str | os.PathLike[str]) -> None:
             ) from error
         except ValueError as error:
             raise ConfigurationError(
-                f"{where!r} is not possible: fsspec knows no protocol {protocol!r}. What it knows are s3, gs, abfs and "
-                "others (fsspec.available_protocols())."
+                f"{where!r} is not possible: fsspec does not know the protocol {protocol!r}. It knows s3, gs, abfs "
+                "and others (fsspec.available_protocols())."
             ) from error
 
 

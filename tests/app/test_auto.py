@@ -37,7 +37,7 @@ def test_a_target_is_looked_for_and_shown(tmp_path: Path) -> None:
     assert "a drop of at most 0.5, at most 2 MB" in page.read_text()
     again = train(tmp_path, *words, "resume=true")
     assert again.returncode == 0
-    assert "nothing is left to do" in " ".join(again.stdout.split())
+    assert "there is nothing to do" in " ".join(again.stdout.split())
 
 
 @pytest.mark.parametrize(

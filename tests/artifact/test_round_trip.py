@@ -245,7 +245,7 @@ def test_own_module_comes_from_the_network_given(tmp_path: Path) -> None:
         load_quantized(path)
     with pytest.raises(ArtifactError, match=r"OwnBlock at 'block', where the network given \(Large\) has nothing"):
         load_quantized(path, network=Large())
-    with pytest.raises(ArtifactError, match="of another shape"):
+    with pytest.raises(ArtifactError, match="has another shape"):
         load_quantized(path, network=WithOwnBlock(width=16))
     given = WithOwnBlock()
     before = copy.deepcopy(given.state_dict())

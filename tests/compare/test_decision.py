@@ -74,7 +74,7 @@ def test_latencies_measured_beside_other_work_decide_nothing():
     assert decide(comparison, Limits(max_drop=0.5, prefer="latency")).winner is None
     fallen_back = decide(comparison, Limits(max_drop=100))
     assert fallen_back.winner.label == "fx"
-    assert "Latency decides nothing" in fallen_back.reason
+    assert "Latency is ignored" in fallen_back.reason
     assert "--remeasure" in fallen_back.reason
     limited = decide(comparison, Limits(max_latency=100, prefer="score"))
     assert limited.winner.label == "pt2e"

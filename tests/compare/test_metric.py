@@ -60,7 +60,7 @@ def test_what_is_said_wins():
     ("names", "said", "message"),
     [
         (["int8/test/a", "int8/test/b"], None, "--metric with one of test/a, test/b"),
-        (["int8/test/acc"], "test/accc", "There are: test/acc"),
+        (["int8/test/acc"], "test/accc", "Available: test/acc"),
         (["train/loss", "int8/size_mb"], None, "evaluate_variants"),
     ],
 )

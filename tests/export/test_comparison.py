@@ -36,7 +36,7 @@ def test_a_wrong_output_is_seen_beside_a_larger_one_that_is_right() -> None:
 
 
 def test_whole_numbers_and_masks_are_compared_by_what_is_equal() -> None:
-    assert "['count']: 0.0% of the whole numbers" in judge(
+    assert "['count']: 0.0% of the integers" in judge(
         lambda x: {"count": (x > 0).sum(1)}, lambda x: {"count": (x > 0).sum(1) + 1}
     )
     assert not judge(lambda x: x > 0, lambda x: x > 0)

@@ -173,7 +173,7 @@ def test_other_adapters_and_merged_ones_are_refused() -> None:
     with pytest.raises(NetworkError, match="unmerge_adapter"):
         trainer(_qat()).fit(Lit(merged), batches())
     other = get_peft_model(llama(), IA3Config(target_modules=["q_proj"], feedforward_modules=[]))
-    with pytest.raises(NetworkError, match="no layer of LoRA"):
+    with pytest.raises(NetworkError, match="is not a LoRA layer"):
         trainer(_qat()).fit(Lit(other), batches())
     with pytest.raises(ConfigurationError, match="merged, float"):
         _qat(adapters="both")

@@ -136,7 +136,7 @@ def test_a_loss_is_judged_upwards_and_a_size_by_fewer_bits(float_run: tuple[Lit,
 def test_the_clock_ends_it_and_says_so(float_run: tuple[Lit, Data], tmp_path: Path) -> None:
     found = search(float_run, Target(max_drop=0.0, max_minutes=1e-6), tmp_path / "none", scheme=COARSE)
     assert found.attempts == ()
-    assert "minutes are over" in found.conclusion()
+    assert "minutes are used up" in found.conclusion()
     slow = Target(max_drop=0.0, max_minutes=0.5)
     found = search(float_run, slow, tmp_path / "few", scheme=COARSE, short_epochs=100_000, test=False)
     last = found.attempts[-1]
@@ -167,9 +167,9 @@ def test_what_cannot_be_is_refused_before_anything_runs(float_run: tuple[Lit, Da
 def test_a_folder_is_of_one_ladder(float_run: tuple[Lit, Data], tmp_path: Path) -> None:
     target = Target(max_drop=0.5)
     search(float_run, target, tmp_path, test=False)
-    with pytest.raises(ConfigurationError, match="resume=True goes on with it"):
+    with pytest.raises(ConfigurationError, match="resume=True continues it"):
         search(float_run, target, tmp_path, test=False)
-    with pytest.raises(ConfigurationError, match=r"about something else \(limits differ\)"):
+    with pytest.raises(ConfigurationError, match=r"has other settings \(limits differ\)"):
         search(float_run, Target(max_drop=0.1), tmp_path, resume=True)
     with pytest.raises(ConfigurationError, match=r"\(weights differ\)"):
         reach(CPU, Lit(), Data(), target, folder=tmp_path, resume=True, **QUICK)

@@ -257,7 +257,7 @@ class ReturnsACache(Base):
 
 
 def test_what_no_graph_holds_is_refused_with_what_to_do() -> None:
-    with pytest.raises(TraceError, match=r"here is a Cache: leave it out of .*use_cache=False"):
+    with pytest.raises(TraceError, match=r"but not a Cache: remove it from .*use_cache=False"):
         trace(ReturnsACache(), Example((IMAGES,)), [])
 
 

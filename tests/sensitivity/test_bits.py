@@ -135,7 +135,7 @@ def test_what_no_choice_keeps_is_said_with_the_nearest() -> None:
         ([8], {"max_drop": 1.0}, "give two or more"),
         ([4, 16], {"max_drop": 1.0}, "give two or more"),
         (["float"], {"max_drop": 1.0}, "give two or more"),
-        ([4, 8], {}, "There is nothing to keep"),
+        ([4, 8], {}, "There is no limit"),
         ([4, 8], {"max_size_mb": -1.0}, "max_size_mb=-1.0 is not possible"),
     ],
 )
@@ -193,7 +193,7 @@ def test_a_run_gets_bits_a_picture_and_an_override_that_makes_them(
 def test_options_that_do_not_go_together_are_said(run: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
     for words, says in (
         (["--max-size-mb", "1"], "is for --bits"),
-        (["--bits", "4", "8"], "There is nothing to keep"),
+        (["--bits", "4", "8"], "There is no limit"),
         (["--bits", "4", "8", "--min-size-ratio", "3"], "give --max-size-mb"),
     ):
         assert main([str(run), *words, *FEW]) == 2

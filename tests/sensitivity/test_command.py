@@ -56,10 +56,10 @@ def test_a_run_is_ranked_drawn_and_given_a_budget(run: Path, capsys: pytest.Capt
 def test_what_is_wrong_with_the_input_is_said(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for words, says in (
         ([], "There is nothing to measure"),
-        ([str(CONF)], "is no run of train.py"),
+        ([str(CONF)], "is not a run of train.py"),
         ([str(run), "--metric", "val/f1"], "validation_step logs val/"),
         ([str(run), "--checkpoint", str(run / "none.ckpt")], "is not a file"),
-        ([str(run), "model.module.net.width=8"], "is not of this model"),
+        ([str(run), "model.module.net.width=8"], "does not match this model"),
         ([str(run), "--max-drop", "-1"], "max_drop=-1.0 is not possible"),
         ([str(run), "--metric", "sqnr", "--smaller-is-better"], "leave out --smaller-is-better"),
     ):

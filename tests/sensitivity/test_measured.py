@@ -134,7 +134,7 @@ def test_a_budget_that_cannot_be_kept_is_said_to_be() -> None:
     assert not plan.reached
     assert plan.size_ratio >= 6.0
     assert "where at most 0 pp is allowed" in plan.why_not
-    assert plan.summary().startswith("No choice was found that keeps the budget")
+    assert plan.summary().startswith("No choice of layers keeps the budget")
     impossible = found("fx")[0].within(Budget(min_size_ratio=9.0))
     assert "times smaller, where 9 is the least" in impossible.why_not
 

@@ -75,7 +75,7 @@ def test_a_folder_with_a_run_is_refused_without_resume(status: str | None, tmp_p
     if status:
         TrialResult(status, ["mode=fx"]).write(tmp_path)
     said = status or "not finished"
-    with pytest.raises(ConfigurationError, match=rf"holds a run already \({said}\): resume=true continues"):
+    with pytest.raises(ConfigurationError, match=rf"already holds a run \({said}\): resume=true continues"):
         check_run_folder(tmp_path, ["mode=fx"], resume=False)
     check_run_folder(tmp_path, ["mode=fx"], resume=True)
     with pytest.raises(ConfigurationError, match="was started with mode=fx, and this one with mode=pt2e"):

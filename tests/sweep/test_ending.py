@@ -81,7 +81,10 @@ def test_a_run_that_is_ended_says_so_and_does_not_end_with_zero(
     assert ended.value.code == code
     result = json.loads((tmp_path / "result.json").read_text())
     assert (result["status"], result["error"]["type"]) == ("failed", kind)
-    assert result["error"]["message"] == f"{says}: the same command with hydra.run.dir={tmp_path} resume=true goes on."
+    assert (
+        result["error"]["message"]
+        == f"{says}: the same command with hydra.run.dir={tmp_path} resume=true continues it."
+    )
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
@@ -159,5 +162,5 @@ def test_sigterm_ends_train_py_with_143_and_it_goes_on_where_it_was(words: list[
         written = (place / "result.json").stat().st_mtime_ns
         finished = again()
         assert finished.returncode == 0, finished.stderr
-        assert "nothing is left to do" in finished.stdout
+        assert "there is nothing to do" in finished.stdout
         assert (place / "result.json").stat().st_mtime_ns == written

@@ -27,5 +27,5 @@ def test_combinations_are_skipped_and_the_float_run_is_trained_once(tmp_path: Pa
 
     other = sweep(tmp_path, "method=qat,float", "backend=x86", "baseline=shared", "logger=csv", "resume=true")
     assert other.returncode == 1
-    assert "which it is not in this sweep" in " ".join(other.stderr.replace("│", " ").split())
+    assert "which differs from this sweep" in " ".join(other.stderr.replace("│", " ").split())
     assert results(tmp_path) == found

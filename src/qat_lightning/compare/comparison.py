@@ -196,7 +196,7 @@ def _configuration(
         return spread((seed_of(run), number) for run in runs if (number := value(run)) is not None)
 
     score = over_seeds(lambda run: run.metrics.get(f"{variant}/{metric.name}"))
-    assert score is not None, "only runs with the metric are folded"
+    assert score is not None, "only runs with the metric are grouped"
     drop, baseline = _drop(runs, variant, metric, floats, ignore)
     return Configuration(
         label="",

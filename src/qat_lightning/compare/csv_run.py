@@ -41,7 +41,7 @@ def read_csv(folder: Path) -> Run:
         metrics=metrics,
         curves=curves_of(rows, "step"),
         layers=_last(list(_table(folder / LAYERS))),
-        reason="" if tested else "it was not tested: it was stopped, or still goes on",
+        reason="" if tested else "it was not tested: it was stopped, or is still running",
     )
 
 
@@ -56,7 +56,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise RunFileError(f"{path} cannot be read: {error}") from error
     if content is not None and not isinstance(content, dict):
-        raise RunFileError(f"{path} holds no mapping of settings.")
+        raise RunFileError(f"{path} is not a mapping of settings.")
     return content or {}
 
 

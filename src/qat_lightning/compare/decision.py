@@ -97,13 +97,13 @@ def decide(comparison: Comparison, limits: Limits) -> Decision:
         asked = f"{front} of {_count(total)} {'is' if front == 1 else 'are'} on the Pareto front"
         if not front:
             asked = "there is no Pareto front, because no configuration has both a latency and a size"
-        return Decision(None, None, f"Nothing is chosen, because no limit was given: {asked}.")
+        return Decision(None, None, f"No run is chosen, because no limit was given: {asked}.")
     shippable = [c for c in comparison.configurations if c.variant == "int8"]
     if not shippable:
         return Decision(None, None, "Nothing can be shipped: there is no int8 network with the metric.")
     goal, fallen_back = _goal(comparison, limits)
     if goal is None:
-        return Decision(None, None, f"Nothing is chosen by latency: {_noise(comparison)}")
+        return Decision(None, None, f"No run is chosen by latency: {_noise(comparison)}")
     judged = [(configuration, _missed(configuration, comparison, limits)) for configuration in shippable]
     ranked = sorted((c for c, missed in judged if not missed), key=lambda c: _rank(c, comparison, goal))
     if not ranked:
@@ -115,7 +115,7 @@ def decide(comparison: Comparison, limits: Limits) -> Decision:
     best = f"{winner.label} {_among(goal, len(ranked), len(shippable), comparison, limits)}"
     reason = f"{best}: {_figure(winner, comparison, goal)}." + _against(winner, runner_up, comparison, goal)
     if fallen_back:
-        reason += f" Latency decides nothing: {_noise(comparison)}"
+        reason += f" Latency is ignored: {_noise(comparison)}"
     return Decision(winner, runner_up, reason + _float_is_better(winner, comparison, goal))
 
 
@@ -130,8 +130,8 @@ def _noise(comparison: Comparison) -> str:
     """Why, and what to do."""
     noisy = next(c for c in comparison.configurations if c.noise)
     return (
-        f"some were measured beside other work ({noisy.label}: {noisy.noise}). --remeasure times the int8 files and "
-        "float again, in turn: where nothing else runs."
+        f"some were measured while other work was running ({noisy.label}: {noisy.noise}). Use --remeasure on an idle "
+        "machine: it times the int8 files and float again, in turn."
     )
 
 
@@ -216,7 +216,9 @@ def _missed(configuration: Configuration, comparison: Comparison, limits: Limits
         if limit is None or (value is not None and value <= limit and not busy):
             continue
         if busy:
-            missed.append((f"latency was measured beside other work ({busy}): use --remeasure", _WORSE_THAN_ANY))
+            missed.append(
+                (f"latency was measured while other work was running ({busy}): use --remeasure", _WORSE_THAN_ANY)
+            )
         elif value is None:
             missed.append((f"{name} is not known", _WORSE_THAN_ANY))
         else:

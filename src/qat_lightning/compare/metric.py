@@ -83,7 +83,7 @@ def choose_metric(runs: Sequence[Run], name: str | None = None, larger_is_better
         name = stated.logged("test") if stated and stated.logged("test") in names else _best(names)
     elif name not in names:
         raise ConfigurationError(
-            f"No run has the metric {name!r} of a variant. There are: {', '.join(names) or 'none'}."
+            f"No run has the metric {name!r} of a variant. Available: {', '.join(names) or 'none'}."
         )
     if larger_is_better is None and stated is not None and name.rpartition("/")[2] == stated.name:
         larger_is_better = stated.larger_is_better
@@ -113,7 +113,7 @@ def _best(names: Sequence[str]) -> str:
     if len(names) == 1:
         return names[0]
     raise ConfigurationError(
-        f"Which metric is compared? Say --metric with one of {', '.join(names)}."
+        f"Which metric is compared? Use --metric with one of {', '.join(names)}."
         if names
         else "No run has a metric of a variant, such as int8/test/acc. evaluate_variants(trainer, model) logs them."
     )

@@ -51,7 +51,7 @@ def why_noisy(
         return f"it varied by {within:.0%} while it was measured"
     ratio = max((_ratio(run, fastest) for run in runs), default=1.0)
     if ratio > LARGEST_RATIO:
-        return f"float took {ratio:.1f} times as long in the same run as in another"
+        return f"float took {ratio:.1f} times as long in one run as in another"
     return ""
 
 

@@ -59,7 +59,7 @@ def read_offline(folder: Path) -> Run:
         curves=curves_of([{k: v for k, v in row.items() if not k.startswith(media)} for row in rows], STEP),
         layers=read_layers(folder / "files", logged),
         seconds=ends[-1].get("runtime") if ends else None,
-        reason="" if code == 0 else f"it ended with code {code}" if code else "it was stopped, or still goes on",
+        reason="" if code == 0 else f"it ended with code {code}" if code else "it was stopped, or is still running",
         wandb_id=run["run_id"],
     )
 
@@ -102,7 +102,7 @@ def read_layers(files: Path, logged: Mapping[str, Any]) -> tuple[Mapping[str, An
         table = json.loads(path.read_text(encoding="utf-8"))
         return tuple(dict(zip(table["columns"], row, strict=True)) for row in table["data"])
     except (ValueError, KeyError, TypeError) as error:
-        warnings.warn(f"{path} is no table of W&B, so the layers of this run are not shown: {error}", stacklevel=2)
+        warnings.warn(f"{path} is not a W&B table, so the layers of this run are not shown: {error}", stacklevel=2)
         return ()
 
 

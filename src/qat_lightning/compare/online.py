@@ -29,7 +29,9 @@ def find_online(address: str, api: Any = None) -> list[Run]:
     entity, _, rest = address.strip("/").partition("/")
     project, _, group = rest.partition("/")
     if not entity or not project:
-        raise ConfigurationError(f"--wandb {address!r} names no project: give entity/project or entity/project/group.")
+        raise ConfigurationError(
+            f"--wandb {address!r} does not name a project: give entity/project or entity/project/group."
+        )
     import wandb  # here, because offline comparisons need none of it
 
     try:
@@ -37,7 +39,7 @@ def find_online(address: str, api: Any = None) -> list[Run]:
         found = api.runs(f"{entity}/{project}", filters={"group": group} if group else None, order="+created_at")
         return [_run(run) for run in found]
     except (wandb.Error, ValueError, OSError) as error:
-        raise RunFileError(f"W&B gives no runs of {address}: {error}") from error
+        raise RunFileError(f"W&B returned no runs of {address}: {error}") from error
 
 
 def _run(run: Any) -> Run:

@@ -60,7 +60,7 @@ def remeasure(runs: Sequence[Run], say: Callable[[str], None], *, rounds: int = 
     """
     load = os.getloadavg()[0] / (os.cpu_count() or 1) if hasattr(os, "getloadavg") else 0.0
     if load > BUSY:
-        say(f"The machine is busy: a load of {load:.0%} of its processors. What is timed now varies with it.")
+        say(f"The machine is busy ({load:.0%} of its processors are in use), so timings will vary.")
     groups: dict[str, list[_Timed]] = {}
     faults: dict[str, list[str]] = {}
     for place, run in enumerate(runs):
@@ -93,8 +93,8 @@ def _load(place: int, run: Run) -> tuple[_Timed | None, list[str]]:
     except Exception as error:  # noqa: BLE001 - code of the user's own is made from a configuration
         why, *_ = str(error).splitlines() or [""]
         faults.append(
-            f"the float network cannot be made ({type(error).__name__}: {why}), so it is not timed. If it is the code "
-            "that is not found: start this in the folder of the program, or put that folder into PYTHONPATH."
+            f"the float network cannot be made ({type(error).__name__}: {why}), so it is not timed. If its code is "
+            "not found: run this in the folder of the program, or add that folder to PYTHONPATH."
         )
     try:
         with warnings.catch_warnings():
@@ -104,7 +104,7 @@ def _load(place: int, run: Run) -> tuple[_Timed | None, list[str]]:
         faults.append(f"{Path(run.model_file).name} is not timed: {str(error).replace(run.model_file, 'it')}")
         return None, faults
     if not tree_leaves((int8.example.args, int8.example.kwargs)):
-        faults.append(f"{Path(run.model_file).name} is not timed: it holds no shapes of inputs.")
+        faults.append(f"{Path(run.model_file).name} is not timed: it does not contain the shapes of its inputs.")
         return None, faults
     return _Timed(place, int8, floating), faults
 

@@ -171,11 +171,11 @@ def _caption(comparison: Comparison) -> str:
         lines.append(f"{FRONT} Pareto front of {axes}.")
     for configuration in comparison.configurations:
         if configuration.noise:
-            lines.append(f"{NOISY} {configuration.label}: measured beside other work, {configuration.noise}.")
+            lines.append(
+                f"{NOISY} {configuration.label}: measured while other work was running, {configuration.noise}."
+            )
     if comparison.noisy:
-        lines.append(
-            "Latency decides nothing here: --remeasure times the int8 files and float again, where nothing else runs."
-        )
+        lines.append("Latency is ignored: --remeasure on an idle machine times the int8 files and float again.")
     baselines = list(dict.fromkeys(c.baseline for c in comparison.configurations if c.baseline))
     if baselines:
         lines.append(f"Drop against float, paired by seed: {', '.join(baselines)}.")

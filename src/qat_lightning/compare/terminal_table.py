@@ -63,7 +63,7 @@ class TerminalTable:
         return found
 
     def _table(self, header: Sequence[str], rows: Sequence[Sequence[str]], names: int, gone: Sequence[str]) -> Table:
-        said = f"\nNo room for: {', '.join(gone)}. --csv and --html have all." if gone else ""
+        said = f"\nNo room for: {', '.join(gone)}. --csv and --html have all columns." if gone else ""
         table = Table(box=box.SIMPLE_HEAD, caption=self.caption + said, caption_justify="left")
         for place, name in enumerate(header):
             is_broken = name == CONFIGURATION and place == 1

@@ -108,11 +108,11 @@ def _far(found: Comparison, draws: Sequence[Comparison], min_sqnr_db: float, min
     for path, ratio in found.sqnr_db.items():
         least = min([min_sqnr_db, *(draw.sqnr_db.get(path, math.inf) - MARGIN_DB for draw in draws)])
         if ratio < least:
-            far[path] = f"{ratio:.1f} dB of SQNR, where at least {least:.1f} dB are asked for"
+            far[path] = f"{ratio:.1f} dB of SQNR, where at least {least:.1f} dB are required"
     for path, share in found.equal.items():
         least = min([min_equal, *(draw.equal.get(path, 1.0) for draw in draws)]) - MARGIN_SHARE
         if share < least:
-            far[path] = f"{share:.1%} of the integers are equal, where at least {least:.1%} are asked for"
+            far[path] = f"{share:.1%} of the integers are equal, where at least {least:.1%} is required"
     return far
 
 

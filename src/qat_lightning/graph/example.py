@@ -70,7 +70,7 @@ def from_user(example_inputs: Any) -> Example:
     for tensor in tensors:
         if tensor.layout != torch.strided or tensor.is_meta or not tensors[0].numel():
             raise NetworkError(
-                f"example_inputs holds {describe(tensor)}, which no network can be prepared on: give dense tensors "
+                f"example_inputs holds {describe(tensor)}, on which a network cannot be prepared: give dense tensors "
                 "with values, of two samples or more."
             )
     return _tidy(example)
@@ -114,7 +114,7 @@ def check_example(network: nn.Module, example: Example, *, name: str, given: boo
         raise NetworkError(
             f"{name!r} ({type(network).__name__}) fails when it is called with {source}, "
             f"{describe((example.args, example.kwargs))} ({reason}). "
-            + ("Give" if given else "If the training calls it otherwise, give")
+            + ("Give" if given else "If training calls it differently, give")
             + " example_inputs=<a tensor, a tuple of the positional inputs, or a dict of the keyword inputs of its "
             "forward>."
         ) from error
@@ -140,8 +140,8 @@ def refuse_old_norms(network: nn.Module, name: str) -> None:
         where = ", ".join(f"{function} on {layer!r}" for layer, function in layers.items())
         instead = " and ".join(f"torch.nn.utils.parametrizations.{function}" for function in sorted({*layers.values()}))
         raise NetworkError(
-            f"{name!r} ({type(network).__name__}) has hooks of torch.nn.utils ({where}), whose weight is no parameter "
-            f"and can be neither copied nor quantized. Use {instead} instead, with the same arguments."
+            f"{name!r} ({type(network).__name__}) has hooks of torch.nn.utils ({where}), whose weight is not a "
+            f"parameter and cannot be copied or quantized. Use {instead} instead, with the same arguments."
         )
 
 
@@ -194,5 +194,5 @@ def running_its_example(network: nn.Module) -> Iterator[None]:
     except Exception as error:
         raise NetworkError(
             f"{type(network).__name__} does not run on its example inputs: {type(error).__name__}: {error}. Give "
-            "example_inputs= that its forward takes."
+            "example_inputs= that its forward accepts."
         ) from error

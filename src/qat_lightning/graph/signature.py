@@ -67,7 +67,7 @@ class CallSpec:
         except (TypeError, ValueError) as error:
             raise NetworkError(
                 f"{self.name} was captured with the inputs {self.describe()}, and called with others: {error} Call it "
-                "with the same arguments, or give example_inputs= that have them."
+                "with the same arguments, or give example_inputs= that contain these."
             ) from error
         tensors = []
         for leaf, expected in zip(leaves, self.inputs, strict=True):
@@ -223,9 +223,9 @@ def _describe(leaf: Any) -> str:
 
 def _refuse(name: str, path: str, expected: str, got: str) -> None:
     raise NetworkError(
-        f"{name} was captured for {path} = {expected} and is called with {got}. PT2 export keeps every dimension but "
-        "the batch and every value that is not a tensor: give example_inputs= like the ones it is used with, or use "
-        "mode='fx' or mode='eager'."
+        f"{name} was captured for {path} = {expected} and is called with {got}. PT2 export fixes every dimension "
+        "except the batch, and every value that is not a tensor: give example_inputs= like those it is used with, or "
+        "use mode='fx' or mode='eager'."
     )
 
 

@@ -95,19 +95,22 @@ def _check(cfg: DictConfig) -> None:
     """Refuse what a ladder chooses by itself, and several processes."""
     if formats := list(cfg.get("export_formats") or {}):
         raise CombinationError(
-            f"export={','.join(formats)} does not go with method=auto, which chooses what is shipped: use "
+            f"export={','.join(formats)} cannot be combined with method=auto, which chooses the file itself: use "
             f"ladder.files=[{','.join(formats)}]."
         )
     if named := [name for name in _CHOSEN_BY_ITSELF if (cfg.get("callbacks") or {}).get(name) is not None]:
-        raise CombinationError(f"recipe={named[0]} does not go with method=auto, which chooses recipes: leave it out.")
+        raise CombinationError(
+            f"recipe={named[0]} cannot be combined with method=auto, which chooses recipes itself: leave it out."
+        )
     if others := [key for key, usual in _NOT_ON_A_LADDER.items() if cfg.quantization[key] != usual]:
         raise CombinationError(
-            f"quantization.{others[0]}={cfg.quantization[others[0]]} does not go with method=auto: leave it out, "
-            "or use method=ptq."
+            f"quantization.{others[0]}={cfg.quantization[others[0]]} cannot be combined with method=auto: leave it "
+            "out, or use method=ptq."
         )
     if OmegaConf.is_config(cfg.quantization.backend):
         raise CombinationError(
-            "A quantizer given by a mapping does not go with method=auto: give backend.quantizer=package.module.Class."
+            "A quantizer given as a mapping cannot be combined with method=auto: give "
+            "backend.quantizer=package.module.Class."
         )
 
 

@@ -153,7 +153,7 @@ class Climb:
                 found, why = {}, "there was no time to measure the layers"
             kept = {"found": found, "why": why, "minutes": Clock.since(began)}
             if why:
-                _say(f"{step.rung.name} and its like are left out: {why}")
+                _say(f"{step.rung.name} and similar rungs are skipped: {why}")
             if clock.left > 0:
                 self.store.write(step.first, kept)
         known = {"ranking": tuple(kept["found"])} if step.first == "ranking" else {"bits": dict(kept["found"])}
@@ -165,13 +165,13 @@ class Climb:
         try:
             if step.first == "ranking":
                 return list(rank_layers(self.workshop, step.plan)), ""
-            assert self.target.max_size_mb is not None, "bits are chosen where a size is missed"
+            assert self.target.max_size_mb is not None, "bits are only chosen if the size limit is missed"
             return choose_bits(self.workshop, step.plan, self.target.max_size_mb), ""
         except QuantizationError as error:
             return {}, f"{type(error).__name__}: {error}"
 
     def _out_of_time(self) -> None:
-        self._why_ended = f"The {self.target.max_minutes:g} minutes are over."
+        self._why_ended = f"The {self.target.max_minutes:g} minutes are used up."
 
     # A rung
 
@@ -184,7 +184,7 @@ class Climb:
         name, left = step.rung.name, clock.left
         needs = expected_minutes(step.plan, self.attempts, self.floor.epoch)
         if needs > left:
-            self._why_ended = f"What is left does not fit in the {self.target.max_minutes:g} minutes."
+            self._why_ended = f"The remaining rungs do not fit in the {self.target.max_minutes:g} minutes."
             why = f"not started: it takes about {needs:.1f} minutes, and {left:.1f} are left"
             return Attempt(name, step.plan, started=False, error=why)
         _say(f"{name}: {step.plan.words()}")
@@ -194,7 +194,7 @@ class Climb:
                 attempt = self._made_and_measured(step, began, left)
         except OutOfTime:
             self._out_of_time()
-            return Attempt(name, step.plan, minutes=Clock.since(began), error="its time was over before it was done")
+            return Attempt(name, step.plan, minutes=Clock.since(began), error="its time was used up before it finished")
         self.store.write(f"rungs/{name}/measured", attempt.to_dict())
         return attempt
 

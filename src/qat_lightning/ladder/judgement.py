@@ -94,7 +94,7 @@ def paired_drop(
         raise ConfigurationError(f"There are no pairs: {len(base)} values, {len(other)} values, {len(samples)} sizes.")
     if not all(math.isfinite(value) for value in (*base, *other)):
         raise ConfigurationError(
-            "A metric of a part of the validation data is not finite: nothing can be judged by it."
+            "The metric is not finite on a part of the validation data, so networks cannot be judged by it."
         )
     losses = np.asarray(base, np.float64) - np.asarray(other, np.float64)
     losses = losses if larger_is_better else -losses

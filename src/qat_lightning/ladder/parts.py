@@ -47,7 +47,7 @@ def validate_whole(trainer: Trainer, model: LightningModule, datamodule: Lightni
     results = trainer.validate(model, datamodule=datamodule, verbose=False)
     if len(results) > 1:
         raise ConfigurationError(
-            f"The validation has {len(results)} loaders: a target is judged on one. Give a datamodule whose "
+            f"Validation has {len(results)} loaders, and a target is judged on one. Give a datamodule whose "
             "val_dataloader returns one loader."
         )
     return {key: float(value) for result in results for key, value in result.items()}
@@ -77,7 +77,7 @@ def validate_parts(
         while part := list(itertools.islice(batches, size)):
             (found,) = trainer.validate(model, datamodule=_Part(datamodule, model, part), verbose=False)
             if metric not in found:
-                raise ConfigurationError(f"A validation of {len(part)} batches alone does not log {metric!r}.")
+                raise ConfigurationError(f"A validation of only {len(part)} batches does not log {metric!r}.")
             values.append(float(found[metric]))
             samples.append(sum(map(_samples, part)))
     return Parts(tuple(values), tuple(samples))

@@ -86,10 +86,10 @@ class Reached:
         """What came of it, in a sentence or two."""
         best, asked = self.best, self.target.words()
         if best is None:
-            return f"Nothing was found for {asked}: there is no int8 network at all. {self.why_ended}"
+            return f"The target ({asked}) is not reached: there is no int8 network. {self.why_ended}"
         doubt = ""
         if best.drop is not None and best.drop.undecided(self.target.max_drop):
-            doubt = f" The drop is undecided: its interval is {self._interval(best)}, on both sides of the target."
+            doubt = f" The drop is uncertain: its interval is {self._interval(best)}, on both sides of the target."
         if self.kept:
             return f"{best.rung} keeps the target ({asked}): {best.plan.words()}.{doubt}"
         return (

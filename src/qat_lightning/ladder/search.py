@@ -223,7 +223,7 @@ def _floor(workshop: Workshop, store: Store, loggers: Loggers, asked: tuple[str 
         trainer, _, model, datamodule = workshop.standing(made, None, None)
         if trainer.world_size > 1:
             raise ConfigurationError(
-                f"The Trainer has {trainer.world_size} processes, and a ladder runs in one: use devices=1."
+                f"The Trainer has {trainer.world_size} processes, and a search runs in one: use devices=1."
             )
         with logged_behind("float", trainer.loggers):
             found = validate_whole(trainer, model, datamodule)
@@ -243,18 +243,18 @@ def _floor(workshop: Workshop, store: Store, loggers: Loggers, asked: tuple[str 
 
 def _metric(found: dict[str, float], name: str | None, larger_is_better: bool | None) -> Metric:
     if name is not None and name not in found:
-        raise ConfigurationError(
-            f"metric={name!r}: the validation logs {', '.join(found) or 'nothing'}. Use one of these."
-        )
+        raise ConfigurationError(f"metric={name!r}: validation logs {', '.join(found) or 'nothing'}. Use one of these.")
     if not found:
-        raise ConfigurationError("The validation logs nothing: a target is judged by what validation_step logs.")
+        raise ConfigurationError("Validation logs nothing, and a target is judged by what validation_step logs.")
     run = Run("float", "float", metrics={f"float/{key}": value for key, value in found.items()})
     try:
         metric = choose_metric([run], name, larger_is_better)
     except ConfigurationError as error:
         raise ConfigurationError(f"Which metric is judged? Give metric= with one of {', '.join(found)}.") from error
     if not math.isfinite(found[metric.name]):
-        raise ConfigurationError(f"{metric.name} of the float network is {found[metric.name]}: nothing can be judged.")
+        raise ConfigurationError(
+            f"{metric.name} of the float network is {found[metric.name]}, so networks cannot be judged by it."
+        )
     return metric
 
 

@@ -45,14 +45,14 @@ class Store:
             return
         if not resume:
             raise ConfigurationError(
-                f"{self.folder} holds a ladder already: resume=True goes on with it; another folder= starts anew."
+                f"{self.folder} already holds a search: resume=True continues it, and another folder= starts a new one."
             )
         was = read_json(path)
         others = sorted(key for key in {*was, *identity} if was.get(key) != identity.get(key))
         if others:
             raise ConfigurationError(
-                f"The ladder in {self.folder} is about something else ({', '.join(others)} differ): resume=True wants "
-                "the same network, data and settings; for others give another folder=."
+                f"The search in {self.folder} has other settings ({', '.join(others)} differ): resume=True needs the "
+                "same network, data and settings; otherwise give another folder=."
             )
 
     def read(self, name: str) -> dict[str, Any] | None:

@@ -48,7 +48,7 @@ class Target:
     def __post_init__(self) -> None:
         """Refuse what limits nothing, and what nothing can keep."""
         if self.max_drop is None and self.min_speedup is None and self.max_size_mb is None:
-            raise ConfigurationError("A target has a limit: give max_drop, min_speedup or max_size_mb.")
+            raise ConfigurationError("A target needs a limit: give max_drop, min_speedup or max_size_mb.")
         for name in ("max_drop", "min_speedup", "max_size_mb", "max_minutes"):
             value = getattr(self, name)
             if value is None:
@@ -74,8 +74,7 @@ class Target:
         if self.max_size_mb is not None and self.max_size_mb < least:
             raise ConfigurationError(
                 f"target.max_size_mb={self.max_size_mb:g} cannot be reached: {parameters:,} parameters take "
-                f"{least:.3g} MB with {LEAST_BITS} bits each, the least that there is. Give more than that, or a "
-                "smaller network."
+                f"{least:.3g} MB with {LEAST_BITS} bits each, the minimum. Give a larger limit, or a smaller network."
             )
 
     def missed(self, drop: float | None, speedup: float | None, size_mb: float | None) -> dict[Limit, float]:

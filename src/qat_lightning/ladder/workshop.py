@@ -102,7 +102,8 @@ class Workshop:
         names = find_networks(model, making.module)
         if len(names) > 1:
             raise ConfigurationError(
-                f"Several networks could be meant: {', '.join(names)}. A target is for one: give module= with its name."
+                f"Several networks could be meant: {', '.join(names)}. A target applies to one: give module= with its "
+                "name."
             )
         (self.name,) = names
         self.trainer_factory, self.making, self.float_checkpoint = trainer_factory, making, float_checkpoint
@@ -161,7 +162,9 @@ class Workshop:
                 trainer.validate(model, datamodule=datamodule, verbose=False)
         network = callback.network("int8")
         if not isinstance(network, QuantizedNetwork):
-            raise NetworkError(f"{self.name!r} became no int8 network, but a {type(network).__name__}.")
+            raise NetworkError(
+                f"{self.name!r} was not converted to an int8 network, but to a {type(network).__name__}."
+            )
         network.save(folder / NETWORK)
         return replace(plan, mode=callback.chosen_modes.get(self.name, plan.mode)), cut_short
 
@@ -279,8 +282,8 @@ def untied(thing: Any) -> Any:
         return copy.deepcopy(thing)
     except (TypeError, RuntimeError, NotImplementedError) as error:
         raise ConfigurationError(
-            f"{type(thing).__name__} cannot be copied ({error}), and each rung begins with a copy of it as it is now: "
-            "make what it holds in setup()."
+            f"{type(thing).__name__} cannot be copied ({error}), and each rung starts from a copy of it: create what "
+            "it holds in setup()."
         ) from error
     finally:
         thing.trainer = before[0] or before[1]

@@ -75,7 +75,7 @@ def why_unmerged(module: nn.Module) -> str:
     if is_copy_in_training(module):
         return "" if layer.active_adapters else "its adapter is not active: call set_adapter(...)"
     if not is_lora(module):
-        return f"{name} of peft is no layer of LoRA: {_MERGED_BY_OTHERS}"
+        return f"{name} of peft is not a LoRA layer: {_MERGED_BY_OTHERS}"
     if layer.merged:
         return "its adapters are merged already: call unmerge_adapter()"
     if layer.disable_adapters:
@@ -90,23 +90,24 @@ def why_not_beside(module: nn.Module) -> str:
         return ""
     names = ", ".join(sorted({type(variant).__name__ for variant in variants.values()}))
     return (
-        f"{names} computes with the weight itself, which is rounded where it runs: use plain LoRA, or adapters='merged'"
+        f"{names} computes with the weight directly, which is quantized only where its layer runs: use plain LoRA, or "
+        "adapters='merged'"
     )
 
 
 def _why_not_this_lora(layer: Any, name: str) -> str:
     if not isinstance(layer, (_of_peft("tuners.lora.layer", "Linear"), _of_peft("tuners.lora.layer", "Embedding"))):
-        return f"LoRA of {type(base_of(layer)).__name__} is not merged in training, which that of linear layers is"
+        return f"LoRA of {type(base_of(layer)).__name__} cannot be merged in training; only that of linear layers can"
     adapters = _active(layer)
     variants = {type(layer.lora_variant[adapter]).__name__ for adapter in adapters if adapter in layer.lora_variant}
     if variants - {"DoraLinearVariant"}:
-        return f"{', '.join(sorted(variants))} is no plain LoRA"
+        return f"{', '.join(sorted(variants))} is not plain LoRA"
     if variants and len(adapters) > 1:
-        return "several adapters are active, and one of them is of DoRA: set_adapter(...) to one of them"
+        return "several adapters are active, and one of them uses DoRA: call set_adapter(...) with one of them"
     if variants and any(_drops(layer, adapter) for adapter in adapters):
         return "DoRA with lora_dropout: use lora_dropout=0"
     if any(layer.lora_bias.get(adapter) for adapter in adapters) and base_of(layer).bias is None:
-        return "lora_bias=True beside a layer without bias: use lora_bias=False"
+        return "lora_bias=True on a layer without bias: use lora_bias=False"
     return ""
 
 

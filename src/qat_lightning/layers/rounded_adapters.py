@@ -33,7 +33,7 @@ class _RoundedLora(RoundedLayer):
             return super().forward(x, *args, **kwargs)
         if kwargs.get("adapter_names") is not None:
             raise NetworkError(
-                "adapter_names= chooses an adapter for each sample, and one merged weight is rounded for all: call "
+                "adapter_names= chooses an adapter for each sample, but one merged weight is quantized for all: call "
                 "set_adapter(...), or use adapters='float'."
             )
         parameters = merged_parameters(self)

@@ -41,7 +41,7 @@ class Fidelity:
         predicted = False
         for path in dict.fromkeys([*wanted, *got]):
             if path not in wanted or path not in got or wanted[path].shape != got[path].shape:
-                self._leave_out("an output has another shape than fake-quant's, or only one of them has it")
+                self._leave_out("an output has a different shape from fake-quant's, or exists in only one of the two")
             elif wanted[path].numel() and (wanted[path].is_floating_point() or wanted[path].is_complex()):
                 one, other = _on_cpu(wanted[path]), _on_cpu(got[path])
                 self.sqnr.update(one, other)
@@ -61,7 +61,7 @@ class Fidelity:
     def compute(self) -> dict[str, float]:
         """The values there are: no agreement without an output that has classes."""
         for reason, times in self._left_out.items():
-            warnings.warn(f"Not in the agreement and SQNR of int8, {times} times: {reason}.", stacklevel=2)
+            warnings.warn(f"Not included in the agreement and SQNR of int8, {times} times: {reason}.", stacklevel=2)
         values = {}
         for name, metric in (("agreement", self.agreement), ("sqnr_db", self.sqnr)):
             seen = metric.update_called

@@ -292,9 +292,7 @@ def latency_interleaved(
         ['a', 'b']
     """
     if rounds < 1:
-        raise ConfigurationError(
-            f"rounds={rounds}: there is no median without a round. Give 1 or more, 15 for example."
-        )
+        raise ConfigurationError(f"rounds={rounds} is not possible: give 1 or more rounds, for example 15.")
     timers = {name: _timer(module, args, kwargs) for name, module in modules.items()}
     times: dict[str, list[float]] = {name: [] for name in modules}
     with ExitStack() as stack:
@@ -318,9 +316,9 @@ def _same_choices(reference: Tensor, actual: Tensor) -> tuple[Tensor, int]:
     axis = class_axis(reference)
     if axis is None:
         raise ConfigurationError(
-            f"an output of shape {tuple(reference.shape)} and type {reference.dtype} has no class axis to compare the "
-            "choices of. Agreement needs float scores of shape (rows, classes) or (N, classes, ...) with two classes "
-            "or more; for other outputs use sqnr_db or SignalToQuantizationNoiseRatio."
+            f"an output of shape {tuple(reference.shape)} and type {reference.dtype} has no class axis. Agreement "
+            "needs float scores of shape (rows, classes) or (N, classes, ...) with two classes or more; for other "
+            "outputs use sqnr_db or SignalToQuantizationNoiseRatio."
         )
     same = dequantized(reference).argmax(axis) == dequantized(actual).argmax(axis)
     return same.sum(), same.numel()

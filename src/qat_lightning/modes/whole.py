@@ -176,7 +176,7 @@ def raise_if_wrong(
     begins = f" The difference begins at {', '.join(map(repr, suspects))}." if suspects else ""
     remedy = names.excluding(suspects)
     raise VerificationError(
-        f"The int8 network does not compute what {wanted}, although each of its layers does: "
+        f"The int8 network as a whole does not compute what {wanted}, although each of its layers does: "
         f"{found}{unit if classes else ' dB of SQNR'}{where}, where {itself}. The fault is between the layers, for "
         f"example two grids for one tensor.{begins} What to do: "
         f"{f'{remedy}, or another mode' if remedy else 'another mode'}.",

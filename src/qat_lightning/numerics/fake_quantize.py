@@ -229,7 +229,7 @@ class FakeQuantize(_TorchFakeQuantizeBase):
             return (self.quant_min - zero_point) * scale, (self.quant_max - zero_point) * scale
         if isinstance(self.origin, PresentRange):
             if self.origin.ends is None:
-                raise RuntimeError("A weight's FakeQuantize has a range only after it was given the weight.")
+                raise RuntimeError("A weight's FakeQuantize has a range only after it has seen the weight.")
             return self.origin.ends
         return self.min_val, self.max_val
 

@@ -107,7 +107,7 @@ class Oscillation:
         for name in self.NAMES:
             own, given = getattr(self, name), state.get(name)
             if given is None or given.shape != own.shape:
-                raise ValueError(f"{name!r} has the shape {tuple(own.shape)} here and is of another weight there")
+                raise ValueError(f"{name!r} has the shape {tuple(own.shape)} here and belongs to another weight there")
         for name in self.NAMES:
             own = getattr(self, name)
             setattr(self, name, state[name].to(device=own.device, dtype=own.dtype).clone())

@@ -61,8 +61,8 @@ def refuse_other_shape(reference: Tensor, actual: Tensor) -> None:
     """
     if reference.shape != actual.shape:
         raise ConfigurationError(
-            f"the reference has shape {tuple(reference.shape)} and the actual output {tuple(actual.shape)}: give two "
-            "outputs of the same shape, for the same batch."
+            f"the reference has the shape {tuple(reference.shape)} and the actual output {tuple(actual.shape)}: give "
+            "two outputs of the same shape, for the same batch."
         )
 
 

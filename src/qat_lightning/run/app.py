@@ -58,7 +58,7 @@ def check(cfg: DictConfig) -> None:
     quantization = cfg.get("quantization")
     if quantization is not None and list(quantization) == ["scheme"]:
         raise CombinationError(
-            f"scheme= is about quantization, and method={cfg.method.name} makes none: leave it out, or choose "
+            f"scheme= needs quantization, and method={cfg.method.name} does not quantize: leave it out, or choose "
             "method=qat or method=ptq."
         )
     if quantization is not None:
@@ -71,7 +71,7 @@ def check(cfg: DictConfig) -> None:
     elif cfg.float_checkpoint is not None:
         raise CombinationError(
             f"float_checkpoint={cfg.float_checkpoint} is what an int8 network is compared with, and "
-            f"method={cfg.method.name} makes none: leave it out, or choose method=qat."
+            f"method={cfg.method.name} creates none: leave it out, or choose method=qat."
         )
     _check_export(cfg)
     require_storage(cfg.paths.output_dir)
@@ -98,7 +98,7 @@ def _is_file(key: str, path: str) -> bool:
     try:
         return is_file(place(path))
     except OSError as error:
-        raise ConfigurationError(f"{key}={path} cannot be looked up: {error}") from error
+        raise ConfigurationError(f"{key}={path} cannot be accessed: {error}") from error
 
 
 def _check_export(cfg: DictConfig) -> None:
@@ -107,7 +107,7 @@ def _check_export(cfg: DictConfig) -> None:
     quantization = cfg.get("quantization")
     if formats and quantization is None:
         raise CombinationError(
-            f"export={','.join(formats)} writes an int8 network, and method={cfg.method.name} makes none: leave it "
+            f"export={','.join(formats)} writes an int8 network, and method={cfg.method.name} creates none: leave it "
             "out, or choose method=qat or method=ptq."
         )
     if formats and quantization.mode != "auto":
@@ -190,7 +190,7 @@ def keep_int8(cfg: DictConfig, run: Objects, metrics: Mapping[str, float]) -> No
         try:
             network.save(path)
         except ArtifactError as error:
-            warnings.warn(f"The int8 network is not kept as a file: {error}", stacklevel=2)
+            warnings.warn(f"The int8 network could not be saved: {error}", stacklevel=2)
             continue
         for logger in run.loggers:
             if isinstance(logger, WandbLogger):

@@ -46,11 +46,11 @@ def _run(options: argparse.Namespace) -> int:
     folders = [word for word in options.words if "=" not in word]
     overrides = [word for word in options.words if "=" in word]
     if len(folders) > 1:
-        raise ConfigurationError(f"Give one run's folder, and not {', '.join(folders)}.")
+        raise ConfigurationError(f"Give the folder of one run, not {', '.join(folders)}.")
     if not folders and options.checkpoint is None:
         raise ConfigurationError(
-            "There is nothing to measure: give a run's folder (outputs/2026-01-31/12-00-00), or --checkpoint with "
-            "--config-dir conf and the overrides that it was trained with."
+            "There is nothing to measure: give the folder of a run (outputs/2026-01-31/12-00-00), or --checkpoint "
+            "with --config-dir conf and the overrides that it was trained with."
         )
     run = Path(folders[0]) if folders else None
     cfg = config_of_run(run, overrides) if run else composed(options.config_dir, overrides)

@@ -47,7 +47,7 @@ class BitLimits:
         """Refuse what limits nothing."""
         given = {name: value for name, value in vars(self).items() if value is not None}
         if not given:
-            raise ConfigurationError("There is nothing to keep: give max_drop, max_size_mb or max_latency_ms.")
+            raise ConfigurationError("There is no limit: give max_drop, max_size_mb or max_latency_ms.")
         for name, value in given.items():
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
                 raise ConfigurationError(f"{name}={value!r} is not possible: give a number of 0 or more.")
@@ -164,9 +164,7 @@ class BitChoice:
             f"{parts}: {self.metric_name} {self.measured.metric:.4f} (float {self.float_metric:.4f}), "
             f"{self.measured.size_mb:.4f} MB{time}."
         )
-        return (
-            found if self.reached else f"No choice was found that keeps the limits: {self.why_not}. The best: {found}"
-        )
+        return found if self.reached else f"No choice of bits keeps the limits: {self.why_not}. The best: {found}"
 
     @property
     def why_not(self) -> str:

@@ -252,13 +252,13 @@ def _checked(recipe: Recipe, candidates: Sequence[Candidate], limits: BitLimits)
     possible = [c for c in unique if c == FLOAT or (type(c) is int and 2 <= c <= 8)]
     if list(unique) != possible or len(unique) < 2 or set(unique) == {FLOAT}:
         raise ConfigurationError(
-            f"bits={list(candidates)!r} is no choice: give two or more of 2 to 8 and 'float', such as 4 8 float."
+            f"bits={list(candidates)!r} leaves no choice: give two or more of 2 to 8 and 'float', such as 4 8 float."
         )
     if recipe.simulated:
         raise ConfigurationError(f"There is no int8 network to choose bits for: {recipe.simulated}.")
     if limits.max_latency_ms is not None and recipe.mode == "pt2e":
         raise ConfigurationError(
-            "A limit on latency needs the time of each layer, and mode='pt2e' compiles all of them into one: use "
-            "mode='fx' or mode='eager' (quantization.mode=fx mode.name=fx), or another limit."
+            "A limit on latency needs the time of each layer, and mode='pt2e' compiles all layers into one function: "
+            "use mode='fx' or mode='eager' (quantization.mode=fx mode.name=fx), or another limit."
         )
     return unique

@@ -37,7 +37,7 @@ class Budget:
     def __post_init__(self) -> None:
         """Refuse what limits nothing."""
         if self.max_drop is None and self.min_size_ratio is None:
-            raise ConfigurationError("A budget has a limit: give max_drop, min_size_ratio, or both.")
+            raise ConfigurationError("A budget needs a limit: give max_drop, min_size_ratio, or both.")
         for name, least in (("max_drop", 0.0), ("min_size_ratio", 1.0)):
             value = getattr(self, name)
             if value is not None and (
@@ -106,9 +106,7 @@ class MixedPrecision:
             f"{layers}: {self.metric_name} {self.metric:.4f} (float {self.float_metric:.4f}, all quantized "
             f"{self.quantized_metric:.4f}), {self.size_ratio:.2f} times smaller."
         )
-        return (
-            found if self.reached else f"No choice was found that keeps the budget: {self.why_not}. The best: {found}"
-        )
+        return found if self.reached else f"No choice of layers keeps the budget: {self.why_not}. The best: {found}"
 
     def write(self, path: str | Path) -> None:
         """Write the exclude list as a file for a config group of Hydra, such as conf/experiment."""

@@ -365,7 +365,5 @@ def _prefixes(rows: Sequence[LayerSensitivity]) -> list[tuple[str, ...]]:
 def _finite(value: Any) -> float:
     number = float(value)
     if not math.isfinite(number):
-        raise ConfigurationError(
-            f"The metric is {number}: there is nothing to rank layers by. Give one that is finite."
-        )
+        raise ConfigurationError(f"The metric is {number}: there is nothing to rank layers by. Give a finite metric.")
     return number

@@ -84,7 +84,7 @@ def config_of_run(folder: Path, overrides: Sequence[str]) -> DictConfig:
     saved = folder / ".hydra" / "config.yaml"
     if not saved.is_file():
         raise ConfigurationError(
-            f"{folder} is no run of train.py: it has no .hydra/config.yaml. Give a folder like "
+            f"{folder} is not a run of train.py: it has no .hydra/config.yaml. Give a folder like "
             "outputs/2026-01-31/12-00-00, or --config-dir conf and --checkpoint."
         )
     cfg = OmegaConf.load(saved)
@@ -148,7 +148,7 @@ def _load(model: LightningModule, checkpoint: Path) -> None:
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:300]
         raise ConfigurationError(
-            f"{checkpoint} is not of this model: {reason}. Give the configuration that it was trained with."
+            f"{checkpoint} does not match this model: {reason}. Give the configuration that it was trained with."
         ) from error
 
 

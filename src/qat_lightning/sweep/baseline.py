@@ -118,8 +118,8 @@ def with_baseline(cfg: DictConfig) -> DictConfig:
         return cfg
     if cfg.trainer.devices not in (1, "1", "auto") or OmegaConf.select(cfg, "trainer.num_nodes", default=1) != 1:
         raise ConfigurationError(
-            "baseline=shared and baseline=start are for trials of one process: train the float run by itself with "
-            "method=float, and give its checkpoint with float_checkpoint=."
+            "baseline=shared and baseline=start need trials of one process: train the float run separately with "
+            "method=float, and give its checkpoint as float_checkpoint=."
         )
     shared = cfg.copy()
     with open_dict(shared):

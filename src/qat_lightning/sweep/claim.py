@@ -105,7 +105,7 @@ def hold(folder: Path, key: str) -> None:
         lock.acquire(timeout=0)
     except Timeout as error:
         raise ConfigurationError(
-            f"Another process is running in {folder}: wait until it has ended, or give another {key}=."
+            f"Another process is running in {folder}: wait until it ends, or give another {key}=."
         ) from error
     _held.append(lock)
 
@@ -128,7 +128,8 @@ def check_run_folder(folder: Path, overrides: list[str], *, resume: bool) -> Non
         result = TrialResult.read(folder)
         state = result.status if result else "not finished"
         raise ConfigurationError(
-            f"{folder} holds a run already ({state}): resume=true continues it, another hydra.run.dir= starts one."
+            f"{folder} already holds a run ({state}): resume=true continues it, and another hydra.run.dir= starts a "
+            "new one."
         )
     was = read_json(begun)["overrides"] if begun.is_file() else []
     if was != overrides:

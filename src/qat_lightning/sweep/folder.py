@@ -101,15 +101,15 @@ def check_folder(folder: Path, plan: Plan, *, resume: bool) -> None:
     left = [(number, path / IDENTITY) for number, path in numbered(folder) if (path / IDENTITY).is_file()]
     if left and not resume:
         raise ConfigurationError(
-            f"{folder} holds {len(left)} trials already: resume=true goes on with them and runs only what is missing; "
+            f"{folder} holds {len(left)} trials already: resume=true keeps them and runs only what is missing, and "
             "another hydra.sweep.dir= starts a new sweep."
         )
     for number, path in left:
         was = read_json(path)["overrides"]
         if plan.trials and (number >= len(plan.trials) or list(plan.trials[number]) != was):
             raise ConfigurationError(
-                f"Trial {number} in {folder} was {' '.join(was)}, which it is not in this sweep: resume=true wants the "
-                "same command that began it; for other trials give another hydra.sweep.dir=."
+                f"Trial {number} in {folder} was {' '.join(was)}, which differs from this sweep: resume=true needs "
+                "the command that started it; for other trials give another hydra.sweep.dir=."
             )
 
 

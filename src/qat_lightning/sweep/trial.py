@@ -66,7 +66,10 @@ def run_trial(train: Train, cfg: DictConfig) -> Objective:
     earlier = TrialResult.read(trial.folder)
     if not trial.of_sweep:
         if earlier is not None and earlier.done and trial.owns_folder:
-            text = f"{trial.folder} is {earlier.status}, so nothing is left to do. Another hydra.run.dir= starts one."
+            text = (
+                f"{trial.folder} is {earlier.status}, so there is nothing to do. Another hydra.run.dir= starts a new "
+                "one."
+            )
             console().print(text, highlight=False)
             return _for_sweeper(earlier.objective)
         with app.readable_errors():
@@ -185,7 +188,7 @@ class Trial:
             message = f"it ended with the status {error.code} before it was done"
         place = "hydra.sweep.dir" if self.of_sweep else "hydra.run.dir"
         folder = self.folder.parent if self.of_sweep else self.folder
-        return {"type": kind, "message": f"{message}: the same command with {place}={folder} resume=true goes on."}
+        return {"type": kind, "message": f"{message}: the same command with {place}={folder} resume=true continues it."}
 
     def begun(self, cfg: DictConfig) -> DictConfig:
         """The configuration with what this launch adds: the id of its W&B run, and the checkpoint to go on from."""
@@ -253,7 +256,8 @@ def _objective(names: Any, metrics: dict[str, float]) -> list[float] | None:
     wanted = [names] if isinstance(names, str) else list(names)
     if lacking := [name for name in wanted if name not in metrics]:
         raise ConfigurationError(
-            f"objective={lacking[0]} is no metric of this run: use {', '.join(sorted(metrics)) or 'none, it has none'}."
+            f"objective={lacking[0]} is not a metric of this run: use "
+            f"{', '.join(sorted(metrics)) or 'none, it has none'}."
         )
     return [float(metrics[name]) for name in wanted]
 

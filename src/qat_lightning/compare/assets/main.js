@@ -55,7 +55,7 @@ function start() {
   const baselines = [...new Set(all.map((c) => c.baseline).filter(Boolean))];
   const note = `${data.metric.name}: ${better} is better. ± sample standard deviation over n seeds.`
     + (baselines.length ? ` Drop against float, paired by seed: ${baselines.join(", ")}.` : "")
-    + (data.noisy ? " ?: measured beside other work; no latency decides anything here, and --remeasure times the int8 files and float again, where nothing else runs." : "");
+    + (data.noisy ? " ?: measured while other work was running, so latency is ignored; --remeasure on an idle machine times the int8 files and float again." : "");
   byId("table-note").append(...wrapped(note));
   const first = [data.winner, data.runnerUp, ...[...all.keys()].filter((i) => all[i].front), ...all.keys()].filter((i) => i !== null);
   state.picked = new Set([...new Set(first)].slice(0, MAX_DRAWN));

@@ -3,7 +3,7 @@
 function drawScatter(id, key, cheap) {
   const place = byId(id);
   const points = [...all.keys()].filter((i) => all[i][key]);
-  byId(`${id}-title`).textContent = `${data.metric.name} against ${key}${key === "latency" && data.noisy ? ", measured beside other work" : ""}`;
+  byId(`${id}-title`).textContent = `${data.metric.name} against ${key}${key === "latency" && data.noisy ? ", measured while other work was running" : ""}`;
   if (!points.length) {
     place.replaceChildren(el("p", { class: "muted" }, `No run has a ${key}.`));
     return;

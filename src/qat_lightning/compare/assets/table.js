@@ -146,7 +146,7 @@ function row(i, shown) {
     if (column.metric) return el("td", { class: "num" }, column.number(c) === null ? "–" : short(column.number(c)), el("small", {}, column.spread(c) === null ? "" : `± ${short(column.spread(c))}`));
     const spread = column.figure ? deviation(c, column.key) : null;
     const text = column.figure ? digits(column.number(c), column.figure.digits) : column.number(c);
-    const doubt = doubted(c, column.key) ? el("span", { class: "doubt", title: `Measured beside other work: ${c.noise}` }, "?") : null;
+    const doubt = doubted(c, column.key) ? el("span", { class: "doubt", title: `Measured while other work was running: ${c.noise}` }, "?") : null;
     const aside = column.figure ? el("small", {}, spread === null ? "" : `± ${digits(spread, column.figure.digits)}`, doubt) : null;
     return el("td", { class: "num" }, String(text), aside);
   });

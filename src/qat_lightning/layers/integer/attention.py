@@ -42,7 +42,7 @@ class DynamicAttention(IntegerLayer):
     ) -> None:
         super().__init__()
         if num_heads < 1 or embed_dim % num_heads:
-            raise ValueError(f"{embed_dim} features do not make {num_heads} heads")
+            raise ValueError(f"{embed_dim} features cannot be split into {num_heads} heads")
         self.embed_dim, self.num_heads, self.kdim, self.vdim = embed_dim, num_heads, kdim, vdim
         self.bias, self.batch_first, self.engine = bias, batch_first, engine
         self.query = DynamicLinear(embed_dim, embed_dim, bias, engine)

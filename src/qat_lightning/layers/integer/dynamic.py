@@ -40,7 +40,7 @@ class DynamicLinear(IntegerLayer):
     def __init__(self, in_features: int, out_features: int, bias: bool = True, engine: str = "onednn") -> None:
         super().__init__()
         if engine not in torch.backends.quantized.supported_engines:
-            raise ValueError(f"{engine!r} is no quantized engine of this build of PyTorch")
+            raise ValueError(f"{engine!r} is not a quantized engine of this build of PyTorch")
         self.in_features, self.out_features, self.engine = in_features, out_features, engine
         self.register_buffer("integers", torch.zeros(out_features, in_features, dtype=torch.int8))
         self.register_buffer("scales", torch.ones(out_features))

@@ -17,7 +17,7 @@ from qat_lightning.layers.integer.weights import WeightGrid
 from qat_lightning.layers.operators import WEIGHTED, module_types
 from qat_lightning.settings.recipe import Recipe
 
-TOO_SLOW = "a step in single operations takes four times as long as float's, use kind='weight_only'"
+TOO_SLOW = "a training step in single operations takes four times as long as a float step, use kind='weight_only'"
 
 _DYNAMIC = (*module_types("linear", "attention", "cell", "table"), nn.LSTM, nn.GRU)
 _TABLES = module_types("table")
@@ -39,13 +39,13 @@ def why_not(module: nn.Module, recipe: Recipe) -> str:
     """
     name, kind = type(module).__name__, recipe.kind
     if type(module) not in WEIGHTED:
-        return f"{name} is a class of its own, whose forward may do anything with its weight"
+        return f"{name} is a custom class, whose forward may use its weight in any way"
     if kind == "dynamic" and type(module) not in _DYNAMIC:
         return f"{name} has no dynamic kernel: {_instead(module)}"
     if _is_reparametrized(module):
         return "its weight is computed from other parameters (a parametrization or a hook)"
     if "forward" in vars(module):
-        return "its forward is replaced by another one, which may do anything with its weight"
+        return "its forward was replaced by another one, which may use its weight in any way"
     if kind == "dynamic" and _projects(module):
         return "LSTM with proj_size has no dynamic kernel: kind='weight_only' quantizes its weights"
     if isinstance(module, _TABLES) and module.max_norm is not None:
@@ -61,11 +61,11 @@ def _why_not_these_grids(module: nn.Module, recipe: Recipe) -> str:
         return _why_not_this_table(module, recipe)
     if recipe.by_token_or_group and not isinstance(module, nn.Linear):
         return (
-            f"{name} has its dynamic kernel for one range a tensor and one scale a channel: use "
+            f"{name} has a dynamic kernel for one range per tensor and one scale per channel only: use "
             "activation_granularity='per_tensor' and weight_granularity='per_channel'"
         )
     if recipe.kind == "dynamic" and recipe.trained and isinstance(module, nn.RNNBase):
-        return f"{name} does not train for its dynamic kernel: {TOO_SLOW}"
+        return f"{name} cannot be trained for its dynamic kernel: {TOO_SLOW}"
     return ""
 
 
@@ -74,7 +74,7 @@ def _why_not_this_table(module: nn.Module, recipe: Recipe) -> str:
     if recipe.kind == "dynamic" and (recipe.mode == "pt2e" or "dynamic_tables" not in recipe.families):
         return f"{name} has no dynamic kernel: kind='weight_only' quantizes its weight"
     if recipe.trained and getattr(module, "sparse", False):
-        return f"{name} with sparse=True: rounding its table makes the gradients dense"
+        return f"{name} with sparse=True: quantizing its table would make the gradients dense"
     return ""
 
 

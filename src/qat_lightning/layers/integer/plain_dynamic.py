@@ -45,7 +45,7 @@ class PlainDynamicLinear(IntegerLayer):
     ) -> None:
         super().__init__()
         if granularity not in ("per_tensor", "per_token"):
-            raise ValueError(f"{granularity!r} is no granularity of activations")
+            raise ValueError(f"{granularity!r} is not a granularity of activations")
         self.in_features, self.out_features, self.grid = in_features, out_features, grid
         self.granularity: DynamicGranularity = granularity
         self.symmetric = symmetric

@@ -41,7 +41,7 @@ class DynamicRecurrent(IntegerLayer):
     ) -> None:
         super().__init__()
         if num_layers < 1:
-            raise ValueError(f"{num_layers} layers are none")
+            raise ValueError(f"{num_layers} is not a number of layers")
         self.cell, self.input_size, self.hidden_size, self.num_layers = cell, input_size, hidden_size, num_layers
         self.bias, self.batch_first, self.bidirectional, self.engine = bias, batch_first, bidirectional, engine
         rows = GATES[cell] * hidden_size

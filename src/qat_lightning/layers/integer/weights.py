@@ -37,7 +37,7 @@ class WeightGrid:
         size = self.group
         group = type(size) is int and (size in (-1, 0) or (2 <= size <= 1024 and size & (size - 1) == 0))
         if not (limits and group and type(self.symmetric) is type(self.clipped) is bool):
-            raise ValueError(f"{self} is no grid of int8 weights")
+            raise ValueError(f"{self} is not a grid of int8 weights")
 
     @classmethod
     def of(cls, recipe: Recipe) -> WeightGrid:

@@ -323,7 +323,7 @@ def _plan_of_seen(
 def _in_words(whole: WholeCheck | None) -> list[str]:
     if whole is None:
         return []
-    return [f"On the example, the whole int8 network is {whole.sqnr_db:.1f} dB from fake-quant."]
+    return [f"On the example, the int8 network as a whole is {whole.sqnr_db:.1f} dB from fake-quant."]
 
 
 def _tensors(outputs: Any) -> list[Tensor]:

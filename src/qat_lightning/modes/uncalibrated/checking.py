@@ -245,7 +245,7 @@ def end_to_end(expected: Any, actual: Any) -> list[str]:
     if any(one.shape != other.shape for one, other in pairs):
         return ["On the example, the integer network takes another branch than the float one."]
     worst = min((sqnr_db(one, other) for one, other in pairs if one.numel()), default=math.inf)
-    return [f"On the example, the whole integer network is {worst:.1f} dB from the float one."]
+    return [f"On the example, the integer network as a whole is {worst:.1f} dB from the float one."]
 
 
 def _floats(outputs: Any) -> list[Tensor]:

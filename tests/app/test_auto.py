@@ -47,7 +47,7 @@ def test_a_target_is_looked_for_and_shown(tmp_path: Path) -> None:
         (["target.max_drop=-1"], "give a number of 0 or more"),
         (["target.max_size_mb=0.0001"], "cannot be reached"),
         (["target.max_drop=0.1", "recipe=distillation"], "chooses recipes"),
-        (["target.max_drop=0.1", "quantization.rehearse=false"], "quantization.rehearse=False does not go with"),
+        (["target.max_drop=0.1", "quantization.rehearse=false"], "quantization.rehearse=False cannot be combined with"),
         (["target.max_drop=0.1", "export=torchscript"], "ladder.files=[torchscript]"),
     ],
 )

@@ -276,7 +276,7 @@ def test_a_format_that_does_not_take_a_layer_is_named_before_the_first_step(tmp_
         (ConfigurationError, "kind='int8' is unknown: use one of static", {"kind": "int8"}),
         (CombinationError, "mode='pt2e'.*use mode='fx' or 'eager'", {"mode": "pt2e", "scheme": TOKENS}),
         (CombinationError, "use kind=", {"mode": "pt2e", "backend": "xnnpack", "kind": "weight_only"}),
-        (ConfigurationError, "kind='weight_only' and kind='dynamic'", {"kind": "static", "scheme": TOKENS}),
+        (ConfigurationError, "kind='weight_only' or kind='dynamic'", {"kind": "static", "scheme": TOKENS}),
         (ConfigurationError, "learned_step", {"scheme": Scheme(learned_step="lsq")}),
         (ConfigurationError, "bias_correction_batches", {"bias_correction_batches": 2}),
         (ConfigurationError, "weight_symmetric", {"scheme": Scheme(weight_symmetric=False)}),

@@ -20,7 +20,7 @@ def test_outputs_that_cannot_be_compared_are_left_out_and_counted() -> None:
     fidelity.update([torch.zeros(1, 4)] * 3, [torch.zeros(1, 4)] * 2)
     fidelity.update(torch.tensor([1, 2]), torch.tensor([1, 3]))
     fidelity.update({"count": 3, "none": None, "empty": torch.zeros(0, 4)}, {"count": 2, "none": None})
-    with pytest.warns(UserWarning, match="3 times: an output has another shape"):
+    with pytest.warns(UserWarning, match="3 times: an output has a different shape"):
         values = fidelity.compute()
     assert values == {"agreement": 1.0, "sqnr_db": float("inf")}
 

@@ -225,7 +225,7 @@ def test_latencies_measured_beside_other_work_are_marked(opened: Any) -> None:
     browser = opened([*runs, qat("pt2e", 0)], Limits(max_drop=100))
     assert len(browser.find_elements(By.CSS_SELECTOR, "#table .doubt")) == 2
     assert not browser.find_elements(By.CSS_SELECTOR, "#latency .front-line")
-    assert "no latency decides anything here" in browser.find_element(By.ID, "table-note").text
+    assert "latency is ignored" in browser.find_element(By.ID, "table-note").text
 
 
 def test_points_are_drawn_with_their_front_and_explained_on_focus(opened: Any) -> None:

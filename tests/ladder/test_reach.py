@@ -160,7 +160,7 @@ def test_what_cannot_be_is_refused_before_anything_runs(float_run: tuple[Lit, Da
             search(float_run, target, folder, **settings)  # type: ignore[arg-type]
         assert says in str(caught.value)
         assert not folder.exists()
-    with pytest.raises(ConfigurationError, match="the validation logs val/loss, val/acc"):
+    with pytest.raises(ConfigurationError, match="validation logs val/loss, val/acc"):
         search(float_run, Target(max_drop=0.1), folder, metric="val/f1")
 
 

@@ -182,7 +182,7 @@ def test_the_file_is_smaller_and_tied_tables_are_in_it_once(mode: str, case: str
         (
             lambda: Words(tied=False, sparse=True),
             (),
-            {"words": "Embedding with sparse=True: rounding its table makes the gradients dense"},
+            {"words": "Embedding with sparse=True: quantizing its table would make the gradients dense"},
         ),
         (lambda: Encoders(), ("decoder.words",), {"decoder.words": "excluded", "shared": "its weight is shared with"}),
     ],

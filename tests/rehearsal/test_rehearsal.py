@@ -112,7 +112,7 @@ def test_a_fault_is_refused_where_that_is_asked_for_with_remedies_that_work_when
 
 @pytest.mark.usefixtures("saturating_kernel")
 def test_a_network_with_nothing_left_to_quantize_is_refused() -> None:
-    with pytest.raises(NetworkError, match="Nothing of Sequential can be int8"):
+    with pytest.raises(NetworkError, match="No layer of Sequential can be int8"):
         rehearse(nn.Sequential(nn.Linear(6, 7), nn.ReLU()), CALL, Recipe("fx", "x86"))
 
 

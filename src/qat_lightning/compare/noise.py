@@ -41,7 +41,7 @@ def why_noisy(
         ...     Run(n, n, metrics={"float/latency_ms": t, "float/size_mb": 4.0}) for n, t in (("a", 2.0), ("b", 9.0))
         ... ]
         >>> why_noisy(runs[1:], None, None, fastest_floats(runs))
-        'float took 4.5 times as long in the same run as in another'
+        'float took 4.5 times as long in one run as in another'
     """
     for name, figure in (("the latency", latency), ("the speed-up", speedup)):
         if figure is not None and figure.deviation is not None and figure.deviation > LARGEST_SPREAD * figure.mean:

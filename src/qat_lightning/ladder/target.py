@@ -37,7 +37,7 @@ class Target:
         >>> Target(max_minutes=5)
         Traceback (most recent call last):
             ...
-        qat_lightning.errors.ConfigurationError: A target has a limit: give max_drop, min_speedup or max_size_mb.
+        qat_lightning.errors.ConfigurationError: A target needs a limit: give max_drop, min_speedup or max_size_mb.
     """
 
     max_drop: float | None = None

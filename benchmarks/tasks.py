@@ -159,6 +159,8 @@ class Runs:
             done = run_within(command, left, {**os.environ, "PYTHONPATH": paths, "COLUMNS": "200"})
         except subprocess.TimeoutExpired:
             raise TimeIsUpError from None
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "printed.log").write_text(done.stdout + done.stderr)  # also warnings, as of a file that is not as exact
         result = json.loads((out / "result.json").read_text()) if (out / "result.json").is_file() else {}
         if result.get("status") != "completed":
             said = result.get("error") or {"message": " ".join(done.stderr.split())[-300:]}

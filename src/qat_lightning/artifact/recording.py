@@ -73,17 +73,22 @@ class Recording:
         self.source = recorder.source(result)
 
     def compiled(self) -> Callable[..., list[Tensor]]:
-        """A function of the input tensors that yields those of the result, in one call of TorchScript's interpreter."""
+        """A function of the input tensors that yields those of the result, in one call of TorchScript's interpreter.
+
+        What the kernels read are attributes of a scripted module: as arguments they would be looked through at each
+        call. `torch.jit.script` would keep the code of every module for as long as the process lives; this one has a
+        compilation unit of its own, which ends with it.
+        """
+        bindings: Any = torch._C
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # TorchScript is deprecated
-            run = torch.jit.CompilationUnit(self.source).replay
-        constants = tuple(self.constants)
-
-        def replay(*tensors: Tensor) -> list[Tensor]:
-            result: list[Tensor] = run(*tensors, *constants)
-            return result
-
-        return replay
+            module = bindings.ScriptModule("__torch__.Replay", bindings.CompilationUnit(), False)
+            for place, constant in enumerate(self.constants):
+                kind = bindings._jit_try_infer_type(constant).type()
+                module._register_attribute(f"c{place}", kind, constant)
+            module._define(bindings.ConcreteModuleType.from_jit_type(module._type()), self.source, {"torch": torch}.get)
+        run: Callable[..., list[Tensor]] = module._get_method("replay")
+        return run
 
 
 class _Watch(TorchFunctionMode):
@@ -103,7 +108,6 @@ class _Recorder(TorchDispatchMode):
         self._holds = holds
         self.lines: list[str] = []
         self.constants: list[Any] = []
-        self._types = ["Tensor"] * len(tensors)
         self._names: Any = WeakIdKeyDictionary()
         self._objects: dict[int, str] = {}
         self._computed: Any = WeakIdKeyDictionary()
@@ -139,8 +143,7 @@ class _Recorder(TorchDispatchMode):
     def source(self, result: list[Tensor]) -> str:
         """The recording as TorchScript."""
         returned = ", ".join(map(self._spell, result))
-        given = [*self._inputs, *(f"c{place}" for place in range(len(self.constants)))]
-        head = ", ".join(f"{name}: {of}" for name, of in zip(given, self._types, strict=True))
+        head = ", ".join(["self", *(f"{name}: Tensor" for name in self._inputs)])
         body = "\n".join(f"    {line}" for line in [*self.lines, f"return [{returned}]"])
         return f"def replay({head}) -> List[Tensor]:\n{body}\n"
 
@@ -175,7 +178,7 @@ class _Recorder(TorchDispatchMode):
         if isinstance(value, Tensor):
             return self._name(value)
         if isinstance(value, torch.ScriptObject):
-            return self._constant(value, str(value._type()))
+            return self._constant(value)
         if isinstance(value, (list, tuple)):
             return f"[{', '.join(map(self._spell, value))}]"
         if isinstance(value, (torch.dtype, torch.memory_format, torch.layout)):
@@ -194,16 +197,15 @@ class _Recorder(TorchDispatchMode):
             if tensor.numel() > _LITERAL and not self._holds(tensor):
                 raise CannotRecordError("a tensor was made without an operator")
             self._outer.add(_memory(tensor))
-            name = self._constant(tensor, "Tensor")
+            name = self._constant(tensor)
             self._names[tensor] = name
         return name
 
-    def _constant(self, value: Any, of: str) -> str:
+    def _constant(self, value: Any) -> str:
         name = self._objects.get(id(value))
         if name is None:
-            name = self._objects[id(value)] = f"c{len(self.constants)}"
+            name = self._objects[id(value)] = f"self.c{len(self.constants)}"
             self.constants.append(value)
-            self._types.append(of)
         return name
 
 

@@ -54,6 +54,28 @@ def is_standard(module: str) -> bool:
     return module.partition(".")[0] in sys.stdlib_module_names
 
 
+class _Attributes:
+    """Attributes of the modules that have those of the same names.
+
+    Args:
+        names: Theirs.
+    """
+
+    def __init__(self, names: list[str]) -> None:
+        self._get = operator.itemgetter(*names, names[0])  # a tuple of any number, compared by identity first
+        self._found: list[dict[str, Any]] = []
+        self._values: list[tuple[Any, ...]] = []
+
+    def hold(self, found: dict[str, Any]) -> None:
+        """Hold those of a module, by all that it has."""
+        self._found.append(found)
+        self._values.append(self._get(found))
+
+    def are_as_they_were(self) -> bool:
+        """Whether no module has got another."""
+        return list(map(self._get, self._found)) == self._values
+
+
 class Surroundings:
     """What a call of a network can depend on beside its inputs, as it is now.
 
@@ -66,8 +88,9 @@ class Surroundings:
 
     def __init__(self, network: nn.Module) -> None:
         self.complete = True
-        self._sized: list[tuple[dict[str, Any], int]] = []
-        self._attributes: list[tuple[dict[str, Any], Callable[[Any], Any], Any]] = []
+        self._sized: list[dict[str, Any]] = []
+        self._sizes: list[int] = []
+        self._attributes: dict[tuple[str, ...], _Attributes] = {}
         self._held: list[Any] = []
         self._copied: list[Any] = []
         self._seen: set[int] = set()
@@ -124,15 +147,14 @@ class Surroundings:
         if not all(ask() is value for ask, value in self._asked):
             return False
         try:
-            return self._attributes_are() and self._held == self._copied
+            # Through lists of the same length, which are compared without a line of Python: between kernels each costs
+            return (
+                list(map(len, self._sized)) == self._sizes
+                and all(attributes.are_as_they_were() for attributes in self._attributes.values())
+                and self._held == self._copied
+            )
         except Exception:  # noqa: BLE001 - one tensor in place of another, which have no one truth value
             return False
-
-    def _attributes_are(self) -> bool:
-        for found, size in self._sized:
-            if len(found) != size:
-                return False
-        return all(get(found) == values for found, get, values in self._attributes)
 
     def _read(self, names: Iterable[str], inner: Iterable[str], space: dict[str, Any], done: set[int]) -> None:
         """Look at the variables of a module, and at those with an ``inner`` name of the modules that they are."""
@@ -177,10 +199,10 @@ class Surroundings:
         found = vars(module)
         own = [name for name in found if name not in _OF_MODULES]
         # As few as can be, and no copy of the whole: memory that is read between kernels is memory that they lose.
-        self._sized.append((found, len(found)))
+        self._sized.append(found)
+        self._sizes.append(len(found))
         if compared := _compared(type(module), own):
-            get = operator.itemgetter(*compared, compared[0])  # a tuple of any number, compared by identity first
-            self._attributes.append((found, get, get(found)))
+            self._attributes.setdefault(tuple(compared), _Attributes(compared)).hold(found)
         self._hook(module._forward_hooks)
         self._hook(module._forward_pre_hooks)
         for held in (module._modules, module._parameters, module._buffers):

@@ -74,7 +74,7 @@ class MeanAveragePrecision(Metric):
 
     def compute(self) -> dict[str, Tensor]:
         """``map`` and ``map_50`` from 0 to 1; NaN where no image has a box."""
-        if not self.images:
+        if len(self.images) == 0:  # lists, or tensors where processes are put together
             return {name: torch.tensor(math.nan) for name in ("map", "map_50")}
         states = (self.images, self.found, self.found_labels, self.true, self.true_labels)
         images, found, found_labels, true, true_labels = (dim_zero_cat(state).cpu() for state in states)

@@ -103,6 +103,11 @@ class _Watch(TorchFunctionMode):
 class _Recorder(TorchDispatchMode):
     """Writes a line for each operator, and holds constants only: other memory is freed as the call itself frees it."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """No: torch would import its compiler (80 MB and two seconds) to keep it from compiling what is recorded."""
+        return False
+
     def __init__(self, tensors: list[Tensor], holds: Callable[[Tensor], bool]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._holds = holds

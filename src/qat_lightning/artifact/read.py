@@ -76,8 +76,8 @@ def load_quantized(
         The network as it was saved, bit for bit, with the weights packed for its backend.
 
     Raises:
-        ArtifactError: The file is missing, damaged, of a newer format, or something else; or ``network`` or ``trusted``
-            is needed.
+        ArtifactError: The file is missing, damaged, of a newer format, or not an int8 network; or ``network`` or
+            ``trusted`` is needed.
         ConfigurationError: This build of PyTorch cannot run the backend, or the network has no such runtime.
         MissingExtraError: The package for the protocol of a URL is not installed.
     """

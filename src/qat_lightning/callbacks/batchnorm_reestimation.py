@@ -1,4 +1,4 @@
-"""The callback that estimates BatchNorm statistics anew when training ends, before the network becomes int8."""
+"""The callback that re-estimates BatchNorm statistics when training ends, before the network becomes int8."""
 
 from __future__ import annotations
 

@@ -52,8 +52,8 @@ class PostTrainingQuantization(QuantizationCallback):
         module: As for `QuantizationAwareTraining`.
         example_inputs: As for `QuantizationAwareTraining`.
         scheme: Bits, granularity and observers.
-        kind: ``"static"``: ranges of activations from ``calibration_batches``; ``"dynamic"``: ranges are found in each
-            call; ``"weight_only"``: integer weights, float activations.
+        kind: ``"static"``: ranges of activations from ``calibration_batches``; ``"dynamic"``: ranges are computed in
+            each call; ``"weight_only"``: integer weights, float activations.
         calibration_batches: Number of calibration batches, for ``kind="static"``.
         calibration_dataloader: Where they come from; by default the training loader. They go through ``training_step``
             in evaluation mode, or through ``validation_step`` where that does not call the network.

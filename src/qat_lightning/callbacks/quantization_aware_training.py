@@ -87,9 +87,9 @@ class QuantizationAwareTraining(QuantizationCallback):
         example_inputs: A tensor, a tuple of positional inputs or a dict of keyword inputs of the network's ``forward``,
             with a batch dimension. By default ``example_input_array``, or taken from a real batch.
         scheme: Bits and granularity.
-        kind: ``"static"``: fixed ranges of activations; ``"dynamic"``: ranges are found in each call, per tensor or per
-            token; ``"weight_only"``: integer weights, float activations. With the last two your own ``forward`` trains
-            in every mode; the mode only affects the int8 network.
+        kind: ``"static"``: fixed ranges of activations; ``"dynamic"``: ranges are computed in each call, per tensor or
+            per token; ``"weight_only"``: integer weights, float activations. With the last two your own ``forward``
+            trains in every mode; the mode only affects the int8 network.
         start: When to enable fake-quantization: an epoch (int), a share of the planned training (float), or
             ``{"epoch": n}``, ``{"step": n}``, ``{"fraction": f}``.
         freeze_observers: When activation ranges stop moving; None for never.

@@ -162,7 +162,7 @@ class QuantizationCallback(Callback):
 
         Raises:
             ConversionError: There is nothing to convert yet, or conversion fails even with all layers float.
-            ConfigurationError: A glob matches nothing that is int8.
+            ConfigurationError: A glob matches no int8 layer.
 
         Example:
             After a fit::

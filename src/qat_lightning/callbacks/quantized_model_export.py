@@ -44,17 +44,17 @@ class QuantizedModelExport(Callback):
             fsspec's (``s3://bucket/run``), as the Trainer does.
         batches: Real batches to compare on.
         dataloader: Where they come from; by default the validation's loader, else the training's.
-        min_agreement: Least share of outputs whose top-1 must be fake-quant's.
+        min_agreement: Smallest share of outputs whose top-1 must equal fake-quant's.
         min_sqnr_db: Least SQNR of each float output against fake-quant's, in dB; less where the network itself makes
             more than that of a change of its inputs by a thousandth.
 
     Attributes:
-        results: By format, what became of it; for several networks in the LightningModule by ``format-network``.
+        results: The result of each format; for several networks in the LightningModule by ``format-network``.
 
     Raises:
         ConfigurationError: A setting is not possible; at construction.
-        CombinationError: A format does not take what the mode and the backend make; before the training.
-        MissingExtraError: The package of a format, or for the protocol of a URL, is not installed; before the training.
+        CombinationError: A format does not support this mode and backend; before training.
+        MissingExtraError: The package of a format, or for the protocol of a URL, is not installed; before training.
 
     Example:
         >>> QuantizedModelExport(["pt2", "torchscript"], batches=4).formats

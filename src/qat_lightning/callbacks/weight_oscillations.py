@@ -28,15 +28,15 @@ _NAMED = 3
 class WeightOscillations(Callback):
     """Freezes weights that oscillate between two integers of their grid, dampens them, or only counts them.
 
-    Goes with `QuantizationAwareTraining`, before or after it in the Trainer's callbacks, and behind
-    `BatchNormReestimation`. From the first step with rounding on, the integers of all weights are followed from one
-    optimizer step to the next. A weight whose changes reverse each other more often than ``freezing`` says stays for
+    Use it with `QuantizationAwareTraining`, before or after it in the Trainer's callbacks, and after
+    `BatchNormReestimation`. From the first step with fake-quantization, the integers of all weights are followed from
+    one optimizer step to the next. A weight whose changes reverse each other more often than ``freezing`` says stays for
     good at the integer that it was at on average; no optimizer moves it any more. With ``dampening`` a loss is added
     that pulls each weight to the middle of its integer.
 
     Logged are ``quant/oscillating_share`` and ``quant/frozen_share`` of all weights, and ``quant/dampening_loss``;
-    `QuantizationMonitor` shows the shares of each layer. The state is in the checkpoint, and a run that is resumed goes
-    on bit by bit. Nothing is added to the network or to its forward pass.
+    `QuantizationMonitor` shows the shares of each layer. The state is in the checkpoint, and a resumed run continues
+    bit by bit. Nothing is added to the network or to its forward pass.
 
     Source: Nagel et al., 2022, https://arxiv.org/abs/2203.11086.
 

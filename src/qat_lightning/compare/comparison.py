@@ -78,7 +78,7 @@ class Comparison:
 
     @property
     def noisy(self) -> bool:
-        """Whether a latency was measured beside other work, so that none of them decides anything."""
+        """Whether a latency was measured while other work was running, so that latency is ignored."""
         return any(configuration.noise for configuration in self.configurations)
 
     @property

@@ -26,7 +26,7 @@ class Run:
     Args:
         name: Name in the logger, else the name of its folder.
         folder: Its folder, or its address in W&B.
-        status: ``unfinished`` is a run that still goes on or was killed, ``pruned`` one that was not worth
+        status: ``unfinished`` is a run that is still running or was killed, ``pruned`` one that was not worth
             finishing.
         config: The whole configuration, nested.
         metrics: What `qat_lightning.run.evaluate.evaluate_variants` returned, or as much of it as was logged.

@@ -34,8 +34,8 @@ def to_plain_tensors(network: QuantizedNetwork, example: Example | None = None) 
 
     Raises:
         ConfigurationError: The network is of a kind or mode that has no such form.
-        ExportError: A kernel has no counterpart, or the result computes something else.
-        TraceError: The network is no graph, which can be with ``mode="eager"``.
+        ExportError: A kernel has no counterpart, or the result computes different values.
+        TraceError: The network cannot be captured as a graph, for example with ``mode="eager"``.
 
     Example:
         >>> from qat_lightning import Recipe, calibrate, convert, prepare
@@ -63,8 +63,8 @@ def in_its_runtime(network: QuantizedNetwork) -> QuantizedNetwork:
         network: As its mode converted it; it stays as it is.
 
     Raises:
-        ExportError: A kernel has no counterpart, or the result computes something else.
-        TraceError: The network is no graph, which can be with ``mode="eager"``.
+        ExportError: A kernel has no counterpart, or the result computes different values.
+        TraceError: The network cannot be captured as a graph, for example with ``mode="eager"``.
     """
     if network.recipe.runtime != "plain" or network.recipe.mode == "pt2e":
         return network

@@ -42,7 +42,7 @@ def int8_program(network: nn.Module, example: Example | None = None, spell: Spel
     Raises:
         ConfigurationError: The network is not quantized, or there is no real call.
         ExportError: A kernel has no counterpart in such a graph; the message names it.
-        TraceError: The network is no graph, which can be with ``mode="eager"``.
+        TraceError: The network cannot be captured as a graph, for example with ``mode="eager"``.
 
     Example:
         >>> from qat_lightning.modes.registry import get_mode

@@ -94,7 +94,7 @@ class Source:
 
         Raises:
             ExportError: A layer has no such form.
-            TraceError: The network is no graph.
+            TraceError: The network cannot be captured as a graph.
         """
         from qat_lightning.export.program import int8_program
 
@@ -113,7 +113,7 @@ class Source:
 
         Raises:
             ExportError: A kernel has no counterpart in such a graph.
-            TraceError: The network is no graph.
+            TraceError: The network cannot be captured as a graph.
         """
         from qat_lightning.export.program import float_program, int8_program
 

@@ -37,7 +37,7 @@ class AdaRound:
         batch_size: Samples of a step.
         learning_rate: Of Adam.
         regularization: Weight of the term that pushes each weight to one of its two points.
-        warm_up: Share of the iterations before that term comes on.
+        warm_up: Share of the iterations before that term is enabled.
 
     Raises:
         ConfigurationError: A value is not possible.

@@ -115,7 +115,7 @@ def equalize(network: nn.Module, example: Example, kind: Kind = "exact") -> Equa
 
     Raises:
         ConfigurationError: The kind is unknown.
-        NetworkError: The network does not run on the example, or computes something else afterwards, which is undone.
+        NetworkError: The network does not run on the example, or computes different values afterwards, which is undone.
 
     Example:
         >>> network = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))

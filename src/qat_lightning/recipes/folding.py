@@ -158,8 +158,8 @@ def fuse(network: nn.Module, example_inputs: Any) -> tuple[nn.Module, int]:
         folded.
 
     Raises:
-        NetworkError: The network does not run on the example, is prepared for quantization, or computes something else
-            once it is folded.
+        NetworkError: The network does not run on the example, is prepared for quantization, or computes different
+            values once it is folded.
 
     Example:
         >>> import torch

@@ -39,7 +39,7 @@ class Reworking:
         folded: The BatchNorms that were folded, by name.
 
     Raises:
-        NetworkError: The network would compute something else afterwards.
+        NetworkError: The network would compute different values afterwards.
         ConfigurationError: There is nothing to fold.
     """
 

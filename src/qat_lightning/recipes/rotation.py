@@ -62,7 +62,7 @@ def rotate(network: nn.Module, example: Example) -> Rotated:
         What was done.
 
     Raises:
-        NetworkError: The network does not run on the example, or computes something else afterwards, which is undone.
+        NetworkError: The network does not run on the example, or computes different values afterwards, which is undone.
 
     Example:
         >>> network = nn.Sequential(nn.Linear(3, 8), nn.RMSNorm(8), nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 2))

@@ -39,7 +39,7 @@ def distance(one: list[Tensor], other: list[Tensor]) -> float:
 def undo_if_changed(
     network: nn.Module, example: Example, before: list[Tensor], weights: Mapping[str, Any], *, by: str, remedy: str
 ) -> None:
-    """Give a network its weights back if it computes something else with the new ones, and raise.
+    """Give a network its weights back if it computes different values with the new ones, and raise.
 
     Args:
         network: Its weights were rewritten.
@@ -50,7 +50,7 @@ def undo_if_changed(
         remedy: The setting that leaves it out.
 
     Raises:
-        NetworkError: It computes something else.
+        NetworkError: It computes different values.
     """
     change = distance(before, outputs_of(network, example))
     if not change <= 10 * SAME:

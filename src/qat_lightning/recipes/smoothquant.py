@@ -63,7 +63,7 @@ def smooth(network: nn.Module, example: Example, alpha: float = 0.5) -> Smoothin
 
     Raises:
         ConfigurationError: ``alpha`` is not possible.
-        NetworkError: The network does not run on the example, or computes something else afterwards, which is undone.
+        NetworkError: The network does not run on the example, or computes different values afterwards, which is undone.
 
     Example:
         >>> network = nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 2))

@@ -118,13 +118,13 @@ class BitChoice:
     """The bits of each layer, and what that gives.
 
     Attributes:
-        limits: What was asked for.
+        limits: The limits that were given.
         metric_name: What was measured.
         float_metric: Of the float network.
         layers: What each candidate costs in each layer.
         overrides: For ``Scheme(overrides=)``.
         bits: The candidate that was chosen, by the layer's name.
-        measured: The choice, prepared anew, calibrated, converted and saved.
+        measured: The choice, prepared again, calibrated, converted and saved.
         uniform: Likewise all layers with the same bits.
         curve: Sizes in MB, and the metric that the sum of single layers' losses predicts for the best choice of each.
     """

@@ -55,7 +55,7 @@ def bits_within(found: Sensitivity, candidates: Sequence[Candidate], limits: Bit
         The choice that keeps the limits, or the one that came nearest, with what was measured.
 
     Raises:
-        ConfigurationError: Candidates that are none, a scheme without an int8 network, or a limit on latency in a mode
+        ConfigurationError: Invalid candidates, a scheme without an int8 network, or a limit on latency in a mode
             that compiles for long.
         MissingExtraError: scipy is not installed.
     """

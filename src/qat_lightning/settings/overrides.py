@@ -45,7 +45,7 @@ class Overrides(dict[str, Any]):
         """A mapping of any kind, such as OmegaConf's, as plain values; None is an empty one, as in a configuration.
 
         Raises:
-            ConfigurationError: It is no such mapping, or a field is none that a layer can have of its own.
+            ConfigurationError: It is not such a mapping, or a field cannot be set for a single layer.
         """
         value = {} if value is None else value
         if not isinstance(value, Mapping):

@@ -81,8 +81,8 @@ class Recipe:
         quantizer: Where the quantizer of a backend that is not built in comes from; found from ``backend``.
 
     Raises:
-        ConfigurationError: The mode and the backend do not go together, a glob is not a string, or the scheme has what
-            this kind has not.
+        ConfigurationError: The mode does not support the backend, a glob is not a string, or the scheme has
+            settings that this kind does not support.
 
     Example:
         >>> recipe = Recipe("fx", "x86", exclude=("head*",))

@@ -46,7 +46,7 @@ class SchedulePoint:
 
     Args:
         unit: ``"epoch"``, ``"step"`` or ``"fraction"``.
-        at: A whole number from 0 on; for a fraction a number from 0 to 1.
+        at: A whole number of 0 or more; for a fraction a number from 0 to 1.
 
     Raises:
         ConfigurationError: If the unit is unknown, or the number is not possible for it.
@@ -137,7 +137,7 @@ class TrainingPlan:
         max_epochs: The limit on epochs.
 
     Raises:
-        ConfigurationError: If one of them is no whole number from 0 on and does not mean "no limit" either.
+        ConfigurationError: If one of them is neither a whole number of 0 or more nor "no limit".
 
     Example:
         >>> TrainingPlan(steps_per_epoch=10, max_steps=-1, max_epochs=3).total_steps
@@ -305,7 +305,7 @@ class QuantizationSchedule:
         learn_scales: When scales that learn begin to, not before ``start``. ``None``: with it.
 
     Raises:
-        ConfigurationError: If one of them is no schedule point, or the ranges would freeze before any data was seen.
+        ConfigurationError: If one of them is not a schedule point, or the ranges would freeze before any data was seen.
 
     Example:
         >>> QuantizationSchedule(start={"epoch": 2}, freeze_observers=0.7).freeze_observers

@@ -66,8 +66,8 @@ class Scheme:
             ``exclude`` is, a mapping of `qat_lightning.settings.overrides.OF_A_LAYER`, or the word ``"float"``. A
             pattern matches a layer by its name or by that of a module that it is in. The last pattern that matches
             decides, alone: fields that it leaves out are those above. ``activation_bits`` are those of the layer's
-            output. None, as in a configuration, is none; the attribute is a mapping in any case.
-        learned_rate: how many times as fast they learn as the optimizer's learning rate says, above 0: with Adam and a
+            output. None, as in a configuration, stands for no overrides; the attribute is always a mapping.
+        learned_rate: factor of the optimizer's learning rate for learned scales, above 0: with Adam and a
             learning rate of 0.001, 1.0 lets a scale move by 0.1 % a step.
 
     Raises:

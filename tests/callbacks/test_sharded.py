@@ -105,7 +105,7 @@ REFUSED = {
     "meta": BUILD,
     "replacing": BUILD,
     "apart": "call fully_shard on a module that contains both",
-    "taken over": "go on with that one, or give this one example_inputs=",
+    "taken over": "continue with that one, or give this one example_inputs=",
     "sharded before": "use a new LightningModule",
     "other kind, sharded": "kind: 'dynamic' here, 'weight_only' there",
     "other kind, whole": "kind: 'dynamic' here, 'weight_only' there",

@@ -126,12 +126,12 @@ class QuantizedModelExport(Callback):
         if not failed:
             return
         reasons = "; ".join(f"{name}: {why}" for name, why in failed.items())
-        what = f"{len(failed)} of {len(results)} formats do not take the int8 network of {slot!r}, as tried before the "
+        what = f"{len(failed)} of {len(results)} formats cannot hold the int8 network of {slot!r}, as the rehearsal before "
         if partner.on_fault == "error":
             rest = [name for name in self.formats if name not in failed]
             use = f"Use formats={rest}" if rest else "Leave QuantizedModelExport out"
-            raise ExportError(f"{what}training: {reasons}. {use}, or on_fault='leave_float' to go on.")
-        self._found.append(f"{what}training: {reasons}.")
+            raise ExportError(f"{what}training found: {reasons}. {use}, or on_fault='leave_float' to continue.")
+        self._found.append(f"{what}training found: {reasons}.")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """With ``mode="auto"`` the mode is known now; what a rehearsal found is said before the first step."""

@@ -30,9 +30,9 @@ class WeightOscillations(Callback):
 
     Use it with `QuantizationAwareTraining`, before or after it in the Trainer's callbacks, and after
     `BatchNormReestimation`. From the first step with fake-quantization, the integers of all weights are followed from
-    one optimizer step to the next. A weight whose changes reverse each other more often than ``freezing`` says stays for
-    good at the integer that it was at on average; no optimizer moves it any more. With ``dampening`` a loss is added
-    that pulls each weight to the middle of its integer.
+    one optimizer step to the next. A weight whose changes reverse each other more often than ``freezing`` is frozen at
+    its average integer, and no optimizer moves it any more. With ``dampening`` a loss is added that pulls each weight
+    to the middle of its integer.
 
     Logged are ``quant/oscillating_share`` and ``quant/frozen_share`` of all weights, and ``quant/dampening_loss``;
     `QuantizationMonitor` shows the shares of each layer. The state is in the checkpoint, and a resumed run continues

@@ -110,9 +110,9 @@ def _load_state_dict(self: LightningModule, state_dict: Mapping[str, Any], stric
     if strict and holds_quantization(state_dict) and not any(isinstance(m, PreparedState) for m in self.modules()):
         name = type(self).__name__
         raise CheckpointMismatchError(
-            f"This checkpoint is of a run with quantization, and {name} is float: for its float weights write "
+            f"This checkpoint is from a run with quantization, and {name} is float. To load its float weights, write "
             f"`class {name}(LoadsQuantizedCheckpoints, LightningModule)`, or load "
-            "qat_lightning.float_state_dict(path) with load_state_dict; to go on with its quantization give the "
+            "qat_lightning.float_state_dict(path) with load_state_dict. To continue with quantization, give the "
             "Trainer the callback of that run."
         )
     return nn.Module.load_state_dict(self, state_dict, strict=strict, **kwargs)

@@ -203,7 +203,7 @@ def refuse_other_weights(trainer: Trainer, slots: Mapping[str, Slot], *, given: 
             )
         if not given:
             raise ConfigurationError(
-                f"{name!r} was prepared and sharded with another callback: go on with that one, or give this one "
+                f"{name!r} was prepared and sharded with another callback: continue with that one, or give this one "
                 "example_inputs=."
             )
 

@@ -62,8 +62,8 @@ def refuse_adapters(network: nn.Module, recipe: Recipe) -> None:
         possible = not beside and not any(map(why_not_beside, found.values()))
         raise NetworkError(
             f"{len(reasons)} of the adapters of {type(network).__name__} cannot be "
-            f"{'float beside' if beside else 'merged into'} weights that are rounded, {name!r} first: {why}."
-            + (" Or use adapters='float', which rounds the weights beside them only." if possible else "")
+            f"{'float beside' if beside else 'merged into'} quantized weights (the first is {name!r}): {why}."
+            + (" Or use adapters='float', which quantizes only the base weights." if possible else "")
         )
 
 

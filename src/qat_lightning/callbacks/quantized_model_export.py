@@ -126,7 +126,9 @@ class QuantizedModelExport(Callback):
         if not failed:
             return
         reasons = "; ".join(f"{name}: {why}" for name, why in failed.items())
-        what = f"{len(failed)} of {len(results)} formats cannot hold the int8 network of {slot!r}, as the rehearsal before "
+        what = (
+            f"{len(failed)} of {len(results)} formats cannot hold the int8 network of {slot!r}, the rehearsal before "
+        )
         if partner.on_fault == "error":
             rest = [name for name in self.formats if name not in failed]
             use = f"Use formats={rest}" if rest else "Leave QuantizedModelExport out"

@@ -152,6 +152,13 @@ def test_data_of_another_task_is_refused_before_anything_is_built(composed: Comp
     app.check(composed("data=digit_masks", "model.labels=pixel"))
 
 
+def test_files_are_held_to_the_agreement_that_a_model_states(composed: Compose) -> None:
+    for model, least in (("unet", 0.995), ("single_shot", 0.98)):
+        for name in options("export"):
+            cfg = composed(f"model={model}", f"export={name}", "method=qat")
+            assert cfg.callbacks.export.min_agreement == least
+
+
 def targets(node: Any, path: str = "") -> Iterator[tuple[str, DictConfig]]:
     if OmegaConf.is_dict(node) and not node._is_none():
         if node.get("_target_"):

@@ -266,7 +266,7 @@ def test_a_format_that_does_not_take_a_layer_is_named_before_the_first_step(tmp_
             with pytest.raises(error) as raised:
                 run.fit(Lit(Rows()), loader())
         said = [*(str(warning.message) for warning in caught), str(raised.value)]
-        assert any("1 of 1 formats do not take" in text and "DynamicAttention" in text for text in said)
+        assert any("1 of 1 formats cannot hold" in text and "DynamicAttention" in text for text in said)
         assert "formats=[]" not in str(raised.value)
 
 

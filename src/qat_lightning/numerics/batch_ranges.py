@@ -26,8 +26,8 @@ BINS = 2048
 SAMPLED = 2**16
 """About as many values of a batch are counted, at equal distances; its smallest and largest are those of all."""
 
-_RATIO, _TRIED = 0.93, 40
-"""The least error is searched in shares of a range, each 7 % less: down to 6 %; the average then lies between them."""
+_RATIO, _TRIED = 0.87, 20
+"""The least error is searched in shares of a range, each 13 % less, down to 7 %, and then around the best of them."""
 
 ChooseOfBatch = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 """Chooses a range from the histogram of a batch, and the smallest and the largest of its values."""
@@ -46,13 +46,13 @@ def sample(values: Tensor) -> Tensor:
 
     Example:
         >>> sample(torch.zeros(8, 64, 32, 32)).shape, sample(torch.zeros(3, 4)).shape
-        (torch.Size([63551]), torch.Size([12]))
+        (torch.Size([58255]), torch.Size([12]))
     """
     count = values.numel()
     distance = max(1, count // SAMPLED)
     while math.gcd(distance, count) != 1:
         distance += 1
-    order = sorted(range(values.dim()), key=lambda dim: -values.stride(dim))
+    order = sorted(range(values.dim()), key=lambda dim: -values.stride()[dim])
     return values.permute(order).reshape(-1)[::distance]
 
 
@@ -117,7 +117,7 @@ def least_squares_of_histogram(
 ) -> tuple[Tensor, Tensor]:
     """The part of a batch's range whose grid has the least mean squared error on it.
 
-    Both ends are tried together, and then each alone.
+    Both ends are tried together, then each alone, and at last both a little nearer and farther.
 
     Args:
         counts: See `batch_histogram`.
@@ -136,8 +136,11 @@ def least_squares_of_histogram(
         >>> float(low), bool(high < 4)
         (0.0, True)
     """
-    middles = low + (torch.arange(BINS, device=counts.device) + 0.5) * ((high - low) / BINS)
+    # Two bins to one: errors need fewer than percentiles do.
+    counts = counts.reshape(-1, 2).sum(1)
+    middles = low + (torch.arange(BINS // 2, device=counts.device) + 0.5) * ((high - low) / (BINS // 2))
     shares = _RATIO ** torch.arange(_TRIED, device=counts.device)
+    nearby = torch.linspace(0.94, 1.06, 5, device=counts.device)
 
     def best(lows: Tensor, highs: Tensor) -> tuple[Tensor, Tensor]:
         scale, zero_point = (found[:, None] for found in grid.qparams(lows, highs))
@@ -149,10 +152,11 @@ def least_squares_of_histogram(
 
     if grid.symmetric:
         largest = torch.maximum(-low, high).clamp(min=0.0)
-        _, largest = best(-largest * shares, largest * shares)
-        return torch.maximum(low, -largest), torch.minimum(high, largest)
+        _, found = best(-largest * shares, largest * shares)
+        _, found = best(-found * nearby, found * nearby)
+        return torch.maximum(low, -found), torch.minimum(high, found)
     low, high = low.clamp(max=0.0), high.clamp(min=0.0)
     at_low, at_high = best(low * shares, high * shares)
     _, at_high = best(at_low.expand_as(shares), high * shares)
     at_low, _ = best(low * shares, at_high.expand_as(shares))
-    return at_low, at_high
+    return best((at_low * nearby).clamp(min=low), (at_high * nearby).clamp(max=high))

@@ -55,7 +55,11 @@ ROWS |= {
     "equalization, replace_relu6": _ptq(PTQ_8, equalization="replace_relu6"),
     "bias correction": _ptq(PTQ_8, bias_correction=True),
     "bias correction, 4 bit": _ptq(PTQ_4, bias_correction=True),
+    "sequential MSE": _ptq(PTQ_8, sequential_mse=True),
+    "sequential MSE, 4 bit": _ptq(PTQ_4, sequential_mse=True),
     "AdaRound": _ptq(PTQ_4, adaround=AdaRound(iterations=200)),
+    "AdaRound by blocks": _ptq(PTQ_4, adaround=AdaRound(iterations=200, blocks="auto")),
+    "sequential MSE before training": _qat(sequential_mse_batches=8),
     "distillation instead of labels": _qat(lambda: Distillation(temperature=2.0, task_weight=0.0)),
     "distillation of outputs and features": Row(
         "qat", FOUR_BITS, QAT_4, callbacks=lambda: distillation(feature_weight=30.0)

@@ -26,6 +26,7 @@ from qat_lightning.callbacks.parts.together import (
 from qat_lightning.callbacks.parts.variant_source import CalibratedVariants
 from qat_lightning.callbacks.quantization_callback import QuantizationCallback
 from qat_lightning.recipes.adaround import AdaRound
+from qat_lightning.recipes.sequential_mse import clipping
 from qat_lightning.rehearsal.auto import Decision
 from qat_lightning.rehearsal.rehearse import OnFault
 from qat_lightning.settings.kinds import check_kind
@@ -68,6 +69,8 @@ class PostTrainingQuantization(QuantizationCallback):
         bias_correction: Correct the biases for the mean error of rounded weights, on the calibration batches.
         adaround: Learn for each weight whether it is rounded up or down, on the same batches; None for rounding to
             nearest.
+        sequential_mse: Choose the range of each weight by the error of its layer's output on the same batches, layer by
+            layer, before anything else of these.
         rehearse: As for `QuantizationAwareTraining`; the rehearsal runs when a fit begins.
         on_fault: As for `QuantizationAwareTraining`.
 
@@ -91,6 +94,7 @@ class PostTrainingQuantization(QuantizationCallback):
     calls = Setting[Any]("_copies")
     bias_correction = Setting[bool]("_copies")
     adaround = Setting[AdaRound | None]("_copies")
+    sequential_mse = Setting[bool]("_copies")
 
     def __init__(
         self,
@@ -113,10 +117,13 @@ class PostTrainingQuantization(QuantizationCallback):
         smoothquant: float | None = None,
         rotation: bool = False,
         runtime: Runtime | None = None,
+        sequential_mse: bool = False,
     ) -> None:
         calibration = CalibrationSettings(
-            kind, calibration_batches, calibration_dataloader, calls, bias_correction, adaround
+            kind, calibration_batches, calibration_dataloader, calls, bias_correction, adaround, sequential_mse
         )
+        if sequential_mse:
+            scheme = clipping(scheme)
         settings = QuantizationSettings(
             mode,
             backend,

@@ -11,14 +11,13 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim import Optimizer
 
-from qat_lightning.callbacks.parts.arguments import check_count, check_file, check_flag, check_stages
+from qat_lightning.callbacks.parts.arguments import check_file, check_flag, check_stages
 from qat_lightning.callbacks.parts.best import forget_best
 from qat_lightning.callbacks.parts.between_processes import (
     go_on_alike,
     reduce_ranges_while_observed,
     take_over_buffers_from_first,
 )
-from qat_lightning.callbacks.parts.bias_correction import correct_biases_in_fit
 from qat_lightning.callbacks.parts.compiled_training import CompiledTraining
 from qat_lightning.callbacks.parts.coverage_report import report_prepared
 from qat_lightning.callbacks.parts.float_weights import FloatWeights
@@ -27,6 +26,7 @@ from qat_lightning.callbacks.parts.networks import Networks
 from qat_lightning.callbacks.parts.nonfinite import NonFiniteReport
 from qat_lightning.callbacks.parts.placement import Placement
 from qat_lightning.callbacks.parts.preparation import Preparation
+from qat_lightning.callbacks.parts.recipes_in_fit import counts_of_recipes, refuse_without_ranges, win_back_in_fit
 from qat_lightning.callbacks.parts.schedule_driver import ScheduleDriver, curves
 from qat_lightning.callbacks.parts.settings import QuantizationSettings
 from qat_lightning.callbacks.parts.settings_log import log_settings
@@ -45,6 +45,7 @@ from qat_lightning.callbacks.parts.variant_source import TrainedVariants
 from qat_lightning.callbacks.quantization_callback import QuantizationCallback
 from qat_lightning.errors import ConfigurationError
 from qat_lightning.modes.compiling import check_compiler
+from qat_lightning.recipes.sequential_mse import clipping
 from qat_lightning.rehearsal.rehearse import OnFault
 from qat_lightning.settings.kinds import check_kind
 from qat_lightning.settings.recipe import Adapters, BatchNormHandling, Equalization, Kind
@@ -178,7 +179,13 @@ class QuantizationAwareTraining(QuantizationCallback):
         rotation: bool = False,
         learn_scales: PointLike = None,
         runtime: Runtime | None = None,
+        sequential_mse_batches: int = 0,
     ) -> None:
+        self._in_fit = counts_of_recipes(
+            sequential_mse_batches=sequential_mse_batches, bias_correction_batches=bias_correction_batches
+        )
+        if sequential_mse_batches:
+            scheme = clipping(scheme)
         settings = QuantizationSettings(
             mode,
             backend,
@@ -201,11 +208,7 @@ class QuantizationAwareTraining(QuantizationCallback):
         )
         if mode != "auto":
             check_kind(settings.recipe)
-        if kind != "static" and bias_correction_batches:
-            raise ConfigurationError(
-                f"bias_correction_batches={bias_correction_batches!r} needs activations with fixed ranges, which "
-                f"kind={kind!r} does not have: use 0."
-            )
+        refuse_without_ranges(kind, self._in_fit)
         if learn_scales is not None and not settings.recipe.scheme.learned:
             raise ConfigurationError(
                 f"learn_scales={learn_scales!r} sets when scales start to learn, and no scale is learned: give "
@@ -217,9 +220,8 @@ class QuantizationAwareTraining(QuantizationCallback):
         floats = FloatWeights(networks, check_file("float_checkpoint", float_checkpoint))
         check_flag("reset_best_on_start", reset_best_on_start)
         self.reset_best_on_start = reset_best_on_start
-        if bias_correction_batches != 0 or type(bias_correction_batches) is not int:
-            check_count("bias_correction_batches", bias_correction_batches)
         self.bias_correction_batches = bias_correction_batches
+        self.sequential_mse_batches = sequential_mse_batches
         check_flag("compile", compile)
         self.compile = compile
         super().__init__(networks, TrainedVariants(networks, floats), floats)
@@ -264,7 +266,7 @@ class QuantizationAwareTraining(QuantizationCallback):
         if self.compile and stage == "fit":
             check_compiler(trainer.strategy.root_device)
         refuse_strategy(trainer)
-        refuse_sharded(trainer, self.settings, self.bias_correction_batches)
+        refuse_sharded(trainer, self.settings, self._in_fit)
         stop_recording_layers(trainer)
         refuse_callbacks(trainer, self, self.mode)
         if stage == "fit":
@@ -352,12 +354,12 @@ class QuantizationAwareTraining(QuantizationCallback):
             self._driver.freeze_batchnorm(trainer, self._networks.prepared, step)
         if phase != self.phase:
             self._apply(phase)
-        if comes_on and self.bias_correction_batches:
+        if comes_on and self._in_fit:
             with self._compiled.paused(trainer.lightning_module):
-                correct_biases_in_fit(trainer, self._networks, self.bias_correction_batches)
+                win_back_in_fit(trainer, self._networks, self._in_fit)
 
     def _rounding_comes_on(self, trainer: Trainer, step: int) -> None:
-        if step > 0 or self.bias_correction_batches:  # else they are as the fit began
+        if step > 0 or self._in_fit:  # else they are as the fit began
             if trainer.world_size > 1:  # BatchNorm's statistics are those of each until the next step
                 take_over_buffers_from_first(self._networks.prepared)
             self._floats.keep(step)

@@ -30,7 +30,13 @@ _OF_THE_START = (
     "mode", "kind", "module", "calibration_batches", "on_fault", "equalization", "smoothquant", "rotation",
     "bias_correction",
 )  # fmt: skip
-_NOT_ON_A_LADDER = {"calibration_dataloader": None, "calls": None, "adaround": None, "rehearse": True}
+_NOT_ON_A_LADDER = {
+    "calibration_dataloader": None,
+    "calls": None,
+    "adaround": None,
+    "sequential_mse": False,
+    "rehearse": True,
+}
 _CHOSEN_BY_ITSELF = ("distillation", "batchnorm_reestimation")
 
 

@@ -270,6 +270,17 @@ class FakeQuantize(_TorchFakeQuantizeBase):
         in_forward = self.course is not None and self.course.in_forward
         origin.move(self, low, high, finite, in_forward=in_forward)
 
+    @torch.no_grad()
+    def take_share(self, share: Tensor) -> None:
+        """Represent this share of a weight's range from now on, where the weight has been seen.
+
+        Args:
+            share: In (0, 1], float32, of the shape of the buffer ``clip``.
+        """
+        assert isinstance(self.origin, PresentRange)
+        self.clip.copy_(share)
+        self.origin.share_known = True
+
     def begin_forward(self) -> None:
         """From here on, what comes by belongs to another forward pass."""
         if isinstance(self.origin, ObservedRange):

@@ -1,31 +1,26 @@
 """AdaRound: for each weight, whether to round up or down is learned, so that each layer gives what it gave before.
 
 Nagel et al., 2020, "Up or down? Adaptive rounding for post-training quantization", https://arxiv.org/abs/2004.10568:
-layer-wise reconstruction with the rectified sigmoid (equations 21 to 25), on the inputs that a layer gets when those
-before it are rounded already.
+reconstruction with the rectified sigmoid (equations 21 to 25), on the inputs that a layer gets when those before it are
+rounded already. By blocks, as BRECQ has it (Li et al., 2021, https://arxiv.org/abs/2102.05426), the layers of a block
+learn together so that the block gives what it gave; errors in its output count alike, without the Fisher information.
 """
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from qat_lightning.errors import ConfigurationError, ConversionError
-from qat_lightning.modes.float_state import float_weights
 from qat_lightning.modes.prepared import prepared_state
-from qat_lightning.numerics.fake_quantize import FakeQuantize
-from qat_lightning.recipes.bias_correction import apply_layer
-from qat_lightning.recipes.layers import RoundedLayer, rounded_layers
-from qat_lightning.rehearsal.calibration import call
-
-_LOW, _HIGH = -0.1, 1.1
-"""The sigmoid is stretched to this interval and clipped to [0, 1], so that it reaches both ends."""
+from qat_lightning.recipes.blocks import blocks_of
+from qat_lightning.recipes.rounding import Rounding
+from qat_lightning.recipes.sequence import Unit, float_copy, unfolded, units
 
 
 @dataclass(frozen=True)
@@ -33,11 +28,15 @@ class AdaRound:
     """Settings of `adaround`.
 
     Args:
-        iterations: Steps for each layer.
+        iterations: Steps for each layer, or block.
         batch_size: Samples of a step.
         learning_rate: Of Adam.
         regularization: Weight of the term that pushes each weight to one of its two points.
         warm_up: Share of the iterations before that term is enabled.
+        blocks: ``"none"``: each layer is learned by itself. ``"auto"``: the layers of each residual block, or of each
+            other submodule that is repeated, are learned together; see `qat_lightning.recipes.blocks.found_blocks`. Or
+            the names of such submodules, relative to the LightningModule. A step of a block takes one calibration batch
+            instead of ``batch_size`` samples.
 
     Raises:
         ConfigurationError: A value is not possible.
@@ -52,6 +51,7 @@ class AdaRound:
     learning_rate: float = 0.01
     regularization: float = 0.01
     warm_up: float = 0.2
+    blocks: Literal["none", "auto"] | Sequence[str] = "none"
 
     def __post_init__(self) -> None:
         """Refuse what is not possible."""
@@ -66,11 +66,26 @@ class AdaRound:
                 raise ConfigurationError(f"adaround.{name}={value!r} is not possible: give a number above 0.")
         if self.warm_up >= 1:
             raise ConfigurationError(f"adaround.warm_up={self.warm_up!r} is not possible: give a share below 1.")
+        self._check_blocks()
+
+    def _check_blocks(self) -> None:
+        given = self.blocks
+        if given in ("none", "auto"):
+            return
+        names = tuple(given) if isinstance(given, Sequence) and not isinstance(given, str) else ()
+        if not names or not all(isinstance(name, str) and name for name in names):
+            raise ConfigurationError(
+                f"adaround.blocks={given!r} is not possible: use 'none', 'auto', or a list of names of submodules, "
+                "like ['net.layer1.0', 'net.layer1.1']."
+            )
+        object.__setattr__(self, "blocks", names)
 
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """How far a layer's output is from the float network's, on the calibration data, relative to its mean square.
+    """How far the output of a layer or block is from the float network's, on the calibration data.
+
+    Both errors are mean squares, relative to the mean square of the float network's output.
 
     Attributes:
         nearest: With weights rounded to the nearest point.
@@ -90,23 +105,24 @@ def adaround(
     *,
     progress: Callable[[int, int, str, Reconstruction], None] | None = None,
 ) -> dict[str, Reconstruction]:
-    """Learn for each weight whether it is rounded up or down, layer by layer, in place.
+    """Learn for each weight whether it is rounded up or down, layer by layer or block by block, in place.
 
     The weights are moved to the points that were learned, so that rounding to the nearest, in the network and in its
-    conversion, gives these points; the grid stays. Where nothing is won, a layer is left as it was.
+    conversion, gives these points; the grid stays. Where nothing is won, a layer or block is left as it was.
 
     Args:
         prepared: The network with fake-quant, calibrated or not.
-        batches: Calls of the network, as for `qat_lightning.calibrate`, on its device. The inputs of one layer at a
-            time are kept for all of them.
+        batches: Calls of the network, as for `qat_lightning.calibrate`, on its device. The inputs of one layer or block
+            at a time are kept for all of them.
         settings: See `AdaRound`.
-        progress: Called after each layer with its number from 1, how many there are, its name and the result.
+        progress: Called after each layer or block with its number from 1, how many there are, its name and the result.
 
     Returns:
-        By the names of the layers, what was won.
+        By the names of the layers and blocks, what was won.
 
     Raises:
         ConversionError: There is no batch.
+        ConfigurationError: A block that is named is not one; before anything is learned.
 
     Example:
         >>> from qat_lightning.graph.example import Example
@@ -121,167 +137,57 @@ def adaround(
     if not batches:
         raise ConversionError("AdaRound needs data: give at least one batch.")
     settings = settings or AdaRound()
-    plain, rounded = _float_copy(prepared), _float_copy(prepared)
-    layers = rounded_layers(prepared)
     results: dict[str, Reconstruction] = {}
-    for number, layer in enumerate(layers, start=1):
-        wanted, given = (_inputs(network, layer.name, batches) for network in (plain, rounded))
-        if given:
-            results[layer.name] = _learn(layer, torch.cat(wanted), torch.cat(given), settings)
-            # What the layers behind it get from now on.
-            _use(rounded.get_submodule(layer.name), layer)
-            if progress is not None:
-                progress(number, len(layers), layer.name, results[layer.name])
+    prefix = prepared_state(prepared).prefix
+    blocks = blocks_of(float_copy(prepared), batches[0], settings.blocks, prefix)
+    for unit in units(prepared, batches, blocks):
+        results[unit.name] = _learn(unit, settings)
+        if progress is not None:
+            progress(unit.number, unit.of, unit.name, results[unit.name])
     return results
 
 
-def _float_copy(prepared: nn.Module) -> nn.Module:
-    network = copy.deepcopy(prepared_state(prepared).float_network)
-    network.load_state_dict(float_weights(prepared))
-    device = next((parameter.device for parameter in prepared.parameters()), torch.device("cpu"))
-    return network.to(device).float().eval().requires_grad_(False)
-
-
-class _Reached(Exception):
-    """The layer was called: what is behind it need not run."""
-
-
-@torch.no_grad()
-def _inputs(network: nn.Module, name: str, batches: Sequence[Any]) -> list[Tensor]:
-    """What a layer is called with; empty if the network does not call it."""
-    kept: list[Tensor] = []
-
-    def keep(module: nn.Module, args: tuple[Any, ...]) -> None:
-        kept.append(args[0].detach().float().clone())
-        raise _Reached
-
-    handle = network.get_submodule(name).register_forward_pre_hook(keep)
-    try:
-        for batch in batches:
-            try:
-                call(network, batch)
-            except _Reached:
-                continue
-    finally:
-        handle.remove()
-    return kept
-
-
-class _Rounding:
-    """The weights of one layer between the two points of the grid around each.
-
-    Args:
-        layer: Its weight is looked at.
-    """
-
-    def __init__(self, layer: RoundedLayer) -> None:
-        self.folded = layer.folded()
-        self.nearest = layer.rounded()
-        fq = layer.fq
-        shape = [1] * self.folded.dim()
-        if fq.per_channel:
-            shape[fq.ch_axis] = -1
-        scale, zero_point = fq.calculate_qparams()
-        self.scale = scale.reshape(shape)
-        position = self.folded / self.scale
-        self.floor = position.floor()
-        low, high = fq.quant_min - zero_point.reshape(shape), fq.quant_max - zero_point.reshape(shape)
-        self.low, self.high = low, high
-        # At the ends the weights decide the range, and so the grid; they stay, and so does what would go past them.
-        least, most = self._ends(fq)
-        past = (self.floor * self.scale < least - 1e-5 * most.abs()) | (
-            (self.floor + 1) * self.scale > most + 1e-5 * most.abs()
-        )
-        self.fixed = past | (position >= high - 0.5) | (position <= low + 0.5)
-        self.fixed |= (self.folded == least) | (self.folded == most)
-        share = (position - self.floor).clamp(1e-4, 1 - 1e-4)
-        self.variable = -torch.log((_HIGH - _LOW) / (share - _LOW) - 1)
-
-    def _ends(self, fq: FakeQuantize) -> tuple[Tensor, Tensor]:
-        """The least and the greatest weight of each grid, by which its range is known."""
-        channel = fq.ch_axis % self.folded.dim() if fq.per_channel else None
-        axes = [axis for axis in range(self.folded.dim()) if axis != channel]
-        least, most = self.folded.amin(axes, keepdim=True), self.folded.amax(axes, keepdim=True)
-        if fq.symmetric:
-            most = torch.maximum(-least, most)
-            return -most, most
-        return least.clamp(max=0.0), most.clamp(min=0.0)
-
-    def share(self, variable: Tensor) -> Tensor:
-        """The rectified sigmoid, equation 23: 0 for down, 1 for up."""
-        return (torch.sigmoid(variable) * (_HIGH - _LOW) + _LOW).clamp(0, 1)
-
-    def weight(self, share: Tensor) -> Tensor:
-        """The weight with each value between its two points."""
-        values = (self.floor + share).clamp(self.low, self.high) * self.scale
-        return torch.where(self.fixed, self.nearest, values)
-
-    def final(self, variable: Tensor) -> Tensor:
-        """What to store: points of the grid, and the values at the ends as they were."""
-        values = self.weight((self.share(variable) >= 0.5).to(self.folded.dtype))
-        return torch.where(self.fixed, self.folded, values)
-
-
-def _learn(layer: RoundedLayer, wanted: Tensor, given: Tensor, settings: AdaRound) -> Reconstruction:
+def _learn(unit: Unit, settings: AdaRound) -> Reconstruction:
     """Optimize equation 25 of the paper, and keep the result where it is better than the nearest points."""
-    rounding = _Rounding(layer)
-    float_layer: Any = prepared_state(layer.network).float_network.get_submodule(layer.name)
-    channel = -1 if isinstance(float_layer, nn.Linear) else 1
-    with torch.no_grad():
-        target = torch.cat([apply_layer(float_layer, part, rounding.folded) for part in wanted.split(256)])
-    variable = rounding.variable.clone().requires_grad_()
-    optimizer = torch.optim.Adam([variable], lr=settings.learning_rate)
+    roundings = [Rounding(layer) for layer in unit.layers]
+    variables = [rounding.variable.clone().requires_grad_() for rounding in roundings]
+    optimizer = torch.optim.Adam(variables, lr=settings.learning_rate)
     generator = torch.Generator().manual_seed(0)
     warm = int(settings.warm_up * settings.iterations)
     with torch.enable_grad():
         for step in range(settings.iterations):
-            chosen = torch.randint(len(given), (min(settings.batch_size, len(given)),), generator=generator)
-            chosen = chosen.to(given.device)
-            share = rounding.share(variable)
-            output = apply_layer(float_layer, given[chosen], rounding.weight(share))
-            loss = (output - target[chosen]).square().sum(channel).mean()
+            inputs, targets = unit.draw(settings.batch_size, generator)
+            shares = [rounding.share(variable) for rounding, variable in zip(roundings, variables, strict=True)]
+            weights = [rounding.weight(share) for rounding, share in zip(roundings, shares, strict=True)]
+            loss = unit.distance(unit.outputs(inputs, weights), targets)
             if step >= warm:
                 done = (step - warm) / max(1, settings.iterations - warm)
                 beta = 2 + (20 - 2) * 0.5 * (1 + math.cos(math.pi * done))
-                decided = 1 - (2 * share - 1).abs().pow(beta)
-                loss = loss + settings.regularization * torch.where(rounding.fixed, 0.0, decided).sum()
+                for rounding, share in zip(roundings, shares, strict=True):
+                    decided = 1 - (2 * share - 1).abs().pow(beta)
+                    loss = loss + settings.regularization * torch.where(rounding.fixed, 0.0, decided).sum()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-    return _keep_if_better(layer, rounding, variable.detach(), float_layer, given, target)
+    return _keep_if_better(unit, roundings, [variable.detach() for variable in variables])
 
 
 @torch.no_grad()
-def _keep_if_better(
-    layer: RoundedLayer, rounding: _Rounding, variable: Tensor, float_layer: Any, given: Tensor, target: Tensor
-) -> Reconstruction:
-    size = target.square().mean().clamp(min=torch.finfo(torch.float32).tiny)
-
-    def error(weight: Tensor) -> float:
-        outputs = torch.cat([apply_layer(float_layer, part, weight) for part in given.split(256)])
-        return float((outputs - target).square().mean() / size)
-
-    nearest = error(rounding.nearest)
-    before = layer.module.weight.detach().clone()
-    factor = layer.factor()
-    final = rounding.final(variable)
-    plain = final if factor is None else torch.where(factor == 0, before.float(), final / factor)
-    layer.module.weight.copy_(plain)
-    # Read back: it counts what the network and its conversion will make of the stored weight.
-    stored = layer.rounded()
-    learned = error(stored)
+def _keep_if_better(unit: Unit, roundings: list[Rounding], variables: list[Tensor]) -> Reconstruction:
+    nearest = unit.error([rounding.nearest for rounding in roundings])
+    before = [layer.module.weight.detach().clone() for layer in unit.layers]
+    for layer, rounding, variable, weight in zip(unit.layers, roundings, variables, before, strict=True):
+        layer.module.weight.copy_(unfolded(rounding.final(variable), layer, weight))
+    # Read back: it counts what the network and its conversion will make of the stored weights.
+    stored = [layer.rounded() for layer in unit.layers]
+    learned = unit.error(stored)
     if not learned < nearest:
-        layer.module.weight.copy_(before)
-        layer.rounded()
+        for layer, weight in zip(unit.layers, before, strict=True):
+            layer.module.weight.copy_(weight)
+            layer.rounded()
         return Reconstruction(nearest, nearest, 0.0)
-    moved = (stored - rounding.nearest).abs() > 0.5 * rounding.scale
-    return Reconstruction(nearest, learned, float(moved.float().mean()))
-
-
-@torch.no_grad()
-def _use(module: Any, layer: RoundedLayer) -> None:
-    """Give a float layer the rounded weight, divided by what BatchNorm behind it multiplies with."""
-    rounded, factor = layer.rounded(), layer.factor()
-    if factor is not None:
-        rounded = torch.where(factor == 0, module.weight, rounded / torch.where(factor == 0, 1.0, factor))
-    module.weight.copy_(rounded)
+    moved = [
+        ((weight - rounding.nearest).abs() > 0.5 * rounding.scale).flatten()
+        for weight, rounding in zip(stored, roundings, strict=True)
+    ]
+    return Reconstruction(nearest, learned, float(torch.cat(moved).float().mean()))

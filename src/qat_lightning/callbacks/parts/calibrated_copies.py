@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -20,12 +21,16 @@ from qat_lightning.callbacks.parts.coverage_report import log_coverage, wandb_lo
 from qat_lightning.callbacks.parts.network import Slot, find_networks
 from qat_lightning.callbacks.parts.networks import Networks
 from qat_lightning.callbacks.parts.preparation import Preparation
+from qat_lightning.callbacks.parts.recipes_in_fit import say_ranges
 from qat_lightning.errors import ConfigurationError
+from qat_lightning.graph.example import Example
 from qat_lightning.modes.float_state import float_weights
 from qat_lightning.modes.prepared import is_prepared
 from qat_lightning.recipes.adaround import AdaRound, Reconstruction
 from qat_lightning.recipes.adaround import adaround as learn_rounding
 from qat_lightning.recipes.bias_correction import correct_biases
+from qat_lightning.recipes.blocks import blocks_of
+from qat_lightning.recipes.sequential_mse import sequential_mse
 
 PostTrainingKind = Literal["static", "dynamic", "weight_only"]
 
@@ -44,6 +49,7 @@ class CalibrationSettings:
     calls: Any = None
     bias_correction: bool = False
     adaround: AdaRound | None = None
+    sequential_mse: bool = False
 
     def __post_init__(self) -> None:
         """Check the values, and what needs data."""
@@ -52,23 +58,30 @@ class CalibrationSettings:
             raise ConfigurationError(f"kind={kind!r} is unknown: use one of {', '.join(get_args(PostTrainingKind))}.")
         if type(batches) is not int or batches < 1:
             raise ConfigurationError(f"calibration_batches={batches!r} is not possible: give an int from 1.")
-        check_flag("bias_correction", self.bias_correction)
+        for name in ("bias_correction", "sequential_mse"):
+            check_flag(name, getattr(self, name))
         if self.adaround is not None and not isinstance(self.adaround, AdaRound):
             raise ConfigurationError(
                 f"adaround={self.adaround!r} is not possible: give a qat_lightning.AdaRound, or None."
             )
         if kind == "static":
             return
-        if self.bias_correction:
-            raise ConfigurationError(
-                f"bias_correction=True needs calibration data, which kind={kind!r} does not use: use kind='static'."
-            )
+        for name in ("bias_correction", "sequential_mse"):
+            if getattr(self, name):
+                raise ConfigurationError(
+                    f"{name}=True needs calibration data, which kind={kind!r} does not use: use kind='static'."
+                )
         if self.adaround is not None:
             raise ConfigurationError(
                 f"adaround= needs calibration data, which kind={kind!r} does not use: use kind='static'."
             )
         if self.calls is not None:
             raise ConfigurationError(f"calls= needs kind='static': kind={kind!r} is not calibrated.")
+
+    @property
+    def wins_back(self) -> bool:
+        """Whether weights or biases are changed on the batches of the calibration."""
+        return self.bias_correction or self.sequential_mse or self.adaround is not None
 
 
 class CalibratedCopies:
@@ -128,6 +141,8 @@ class CalibratedCopies:
             if self.preparation.given is None and self._data.has_calls:
                 self.preparation.given = self._data.examples(list(slots))
             self.networks.examples = self.preparation.find_examples(trainer, pl_module, slots, stage)
+            if self.settings.adaround is not None:
+                _check_blocks(slots, self.networks.examples, self.settings.adaround.blocks)
         self.networks.slots = slots
 
     def try_before_fit(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -173,7 +188,7 @@ class CalibratedCopies:
             network.to(pl_module.device)
         count = self._data.calibrate(trainer, pl_module, self.networks.slots, prepared)
         rank_zero_info(f"Calibrated on {count} batches.")
-        if self.settings.bias_correction or self.settings.adaround is not None:
+        if self.settings.wins_back:
             self._win_back(trainer, pl_module, prepared)
         if trainer.world_size > 1:
             take_over_from_first(prepared)
@@ -184,15 +199,32 @@ class CalibratedCopies:
         return self.preparation.prepare_one(slot, copy.deepcopy(slot.get()), self.networks.examples[name])
 
     def _win_back(self, trainer: Trainer, pl_module: LightningModule, prepared: dict[str, nn.Module]) -> None:
-        """Learned rounding and corrected biases, on the batches of the calibration."""
+        """Ranges of weights, learned rounding and corrected biases, on the batches of the calibration."""
         calls = self._data.calls(trainer, pl_module, self.networks.slots, prepared)
         for name, network in prepared.items():
             before = float_weights(network)
+            if self.settings.sequential_mse:
+                say_ranges(name, sequential_mse(network, calls[name]))
             if self.settings.adaround is not None:
                 learn_rounding(network, calls[name], self.settings.adaround, progress=_say_progress)
             if self.settings.bias_correction:
                 corrected = correct_biases(network, calls[name], before)
                 rank_zero_info(f"{name!r}: the biases of {len(corrected)} layers were corrected.")
+
+
+def _check_blocks(slots: Mapping[str, Slot], examples: Mapping[str, Example], wanted: str | Sequence[str]) -> None:
+    """Refuse names of blocks that are none, before a training."""
+    if isinstance(wanted, str):
+        return
+    starts = tuple(f"{slot.prefix}." if slot.prefix else "" for slot in slots.values())
+    for name in wanted:
+        if not name.startswith(starts):
+            raise ConfigurationError(
+                f"adaround.blocks={name!r} is in no network that is quantized: give names that begin with "
+                f"{' or '.join(map(repr, starts))}."
+            )
+    for name, slot in slots.items():
+        blocks_of(copy.deepcopy(slot.get()).eval(), examples[name], wanted, slot.prefix)
 
 
 def _tensors(network: nn.Module) -> dict[str, Tensor]:
@@ -210,6 +242,6 @@ def _has(network: nn.Module, weights: dict[str, Tensor]) -> bool:
 
 def _say_progress(number: int, layers: int, name: str, result: Reconstruction) -> None:
     rank_zero_info(
-        f"AdaRound, layer {number} of {layers}, {name}: error {result.nearest:.2e} with rounding to nearest, "
+        f"AdaRound, {number} of {layers}, {name}: error {result.nearest:.2e} with rounding to nearest, "
         f"{result.learned:.2e} now."
     )

@@ -54,13 +54,13 @@ def refuse_copying(trainer: Trainer) -> None:
         )
 
 
-def refuse_sharded(trainer: Trainer, settings: QuantizationSettings, bias_correction_batches: int) -> None:
+def refuse_sharded(trainer: Trainer, settings: QuantizationSettings, in_fit: Mapping[str, int]) -> None:
     """Refuse what cannot be trained with a strategy that shards.
 
     Args:
         trainer: Its processes are there already.
         settings: Of the callback that quantizes.
-        bias_correction_batches: Likewise.
+        in_fit: How many batches recipes look at in the fit, by the names of their arguments.
 
     Raises:
         ConfigurationError: With what to do instead.
@@ -80,10 +80,10 @@ def refuse_sharded(trainer: Trainer, settings: QuantizationSettings, bias_correc
             f"which is not supported with {type(strategy).__name__}: use mode='eager', kind='dynamic' or "
             "'weight_only', or strategy='ddp'."
         )
-    if bias_correction_batches:
+    for name, count in in_fit.items():
         raise ConfigurationError(
-            f"bias_correction_batches={bias_correction_batches} runs copies of a network in the fit, which "
-            f"{type(strategy).__name__} has sharded: use bias_correction_batches=0, or strategy='ddp'."
+            f"{name}={count} runs copies of a network in the fit, which {type(strategy).__name__} has sharded: use "
+            f"{name}=0, or strategy='ddp'."
         )
     if settings.recipe.scheme.learned:
         raise ConfigurationError(

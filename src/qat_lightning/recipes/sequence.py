@@ -1,0 +1,255 @@
+"""The layers or blocks of a prepared network one after another, each with the inputs that it gets from quantized ones.
+
+What AdaRound and the search of weight ranges walk through a network with. The inputs are those of float copies: in one
+the weights are as they were, in the other those of the layers that were visited are rounded. Activations are not
+rounded in either, so that what is learned depends on weights alone.
+"""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils._pytree import tree_leaves, tree_map
+
+from qat_lightning.graph.example import Example
+from qat_lightning.modes.float_state import float_weights
+from qat_lightning.modes.prepared import prepared_state
+from qat_lightning.recipes.bias_correction import apply_layer
+from qat_lightning.recipes.layers import RoundedLayer, rounded_layers
+from qat_lightning.rehearsal.calibration import call
+
+PART = 256
+"""Samples that a layer is given at once."""
+
+
+class Unit(ABC):
+    """Layers whose weights are chosen together, while what is behind them is still to come.
+
+    Attributes:
+        name: Of the layer or block, in the float network.
+        number: From 1.
+        of: How many units there are.
+        layers: In the prepared network.
+    """
+
+    def __init__(self, name: str, number: int, of: int, layers: Sequence[RoundedLayer]) -> None:
+        self.name, self.number, self.of, self.layers = name, number, of, list(layers)
+
+    @abstractmethod
+    def draw(self, samples: int, generator: torch.Generator) -> tuple[Any, list[Tensor]]:
+        """Inputs as they come from rounded layers, and what the float network gives there.
+
+        Args:
+            samples: How many, where they can be taken one by one.
+            generator: On the CPU, says which.
+        """
+
+    @abstractmethod
+    def parts(self) -> Iterator[tuple[Any, list[Tensor]]]:
+        """All that there is, as from `draw`, in parts."""
+
+    @abstractmethod
+    def outputs(self, inputs: Any, weights: Sequence[Tensor]) -> list[Tensor]:
+        """What comes out with these weights of the layers, folded and float32."""
+
+    @abstractmethod
+    def channels(self, output: Tensor) -> int:
+        """The dimension of the channels in an output."""
+
+    def distance(self, outputs: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
+        """Squared differences, summed over channels and averaged over all else."""
+        pairs = zip(outputs, targets, strict=True)
+        return torch.stack([(one - other).square().sum(self.channels(one)).mean() for one, other in pairs]).sum()
+
+    @torch.no_grad()
+    def error(self, weights: Sequence[Tensor]) -> float:
+        """Of all that there is, the squared differences relative to the squares of the targets."""
+        differences = squares = 0.0
+        for inputs, targets in self.parts():
+            for one, other in zip(self.outputs(inputs, weights), targets, strict=True):
+                differences += float((one - other).double().square().sum())
+                squares += float(other.double().square().sum())
+        return differences / max(squares, torch.finfo(torch.float32).tiny)
+
+
+class LayerUnit(Unit):
+    """One layer, whose output is compared without bias and behind what BatchNorm multiplies it with.
+
+    Args:
+        number: From 1.
+        of: How many units there are.
+        layer: In the prepared network.
+        plain: The same layer of the float network.
+        wanted: Its inputs in the float network, float32, all samples.
+        given: Those in the network whose layers before it are rounded, of the same shape.
+    """
+
+    def __init__(self, number: int, of: int, layer: RoundedLayer, plain: Any, wanted: Tensor, given: Tensor) -> None:
+        super().__init__(layer.name, number, of, [layer])
+        self.plain, self.given = plain, given
+        folded = layer.folded()
+        with torch.no_grad():
+            self.target = torch.cat([apply_layer(plain, part, folded) for part in wanted.split(PART)])
+
+    def draw(self, samples: int, generator: torch.Generator) -> tuple[Any, list[Tensor]]:
+        """Any samples."""
+        chosen = torch.randint(len(self.given), (min(samples, len(self.given)),), generator=generator)
+        chosen = chosen.to(self.given.device)
+        return self.given[chosen], [self.target[chosen]]
+
+    def parts(self) -> Iterator[tuple[Any, list[Tensor]]]:
+        """`PART` samples at a time."""
+        for given, target in zip(self.given.split(PART), self.target.split(PART), strict=True):
+            yield given, [target]
+
+    def outputs(self, inputs: Any, weights: Sequence[Tensor]) -> list[Tensor]:
+        """One tensor."""
+        return [apply_layer(self.plain, inputs, weights[0])]
+
+    def channels(self, output: Tensor) -> int:
+        """By the kind of the layer."""
+        return -1 if isinstance(self.plain, nn.Linear) else 1
+
+
+class BlockUnit(Unit):
+    """A submodule of the float network, with the weights of its layers replaced.
+
+    Args:
+        name: Of the block.
+        number: From 1.
+        of: How many units there are.
+        layers: Of the block, in the prepared network.
+        plain: The block of the float network.
+        wanted: Its calls in the float network.
+        given: Those in the network whose layers before it are rounded.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        number: int,
+        of: int,
+        layers: Sequence[RoundedLayer],
+        plain: nn.Module,
+        wanted: Sequence[Example],
+        given: Sequence[Example],
+    ) -> None:
+        super().__init__(name, number, of, layers)
+        self.plain, self.given = plain, given
+        self.keys = [f"{layer.name[len(name) + 1 :]}.weight" for layer in layers]
+        with torch.no_grad():
+            self.targets = [self._run(call, {}) for call in wanted]
+
+    def draw(self, samples: int, generator: torch.Generator) -> tuple[Any, list[Tensor]]:
+        """One call: which part of an argument belongs to which sample is the block's own business."""
+        chosen = int(torch.randint(len(self.given), (1,), generator=generator))
+        return self.given[chosen], self.targets[chosen]
+
+    def parts(self) -> Iterator[tuple[Any, list[Tensor]]]:
+        """A call at a time."""
+        yield from zip(self.given, self.targets, strict=True)
+
+    def outputs(self, inputs: Any, weights: Sequence[Tensor]) -> list[Tensor]:
+        """All floating tensors that the block returns."""
+        present = (self.plain.get_parameter(key) for key in self.keys)
+        pairs = zip(weights, self.layers, present, strict=True)
+        plain = [unfolded(weight, layer, old) for weight, layer, old in pairs]
+        return self._run(inputs, dict(zip(self.keys, plain, strict=True)))
+
+    def channels(self, output: Tensor) -> int:
+        """The second of images, the last of tokens."""
+        return 1 if output.dim() > 3 else -1
+
+    def _run(self, call: Example, weights: dict[str, Tensor]) -> list[Tensor]:
+        # Copies of the arguments: a block may work on them in place.
+        args, kwargs = tree_map(copied, (call.args, call.kwargs))
+        found = functional_call(self.plain, weights, args, kwargs)
+        return [leaf for leaf in tree_leaves(found) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+
+def units(prepared: nn.Module, batches: Sequence[Any], blocks: Sequence[str] = ()) -> Iterator[Unit]:
+    """Go through the rounded layers of a network, in its order; those of a block together.
+
+    When the next unit is asked for, the one before counts as it is then: its weights are rounded for all that follow.
+
+    Args:
+        prepared: The network with fake-quant, calibrated or not.
+        batches: Calls of the network, on its device. The inputs of one unit at a time are kept for all of them.
+        blocks: Names of submodules of the float network, none in another.
+
+    Yields:
+        Each layer or block that the network calls.
+    """
+    plain, rounded = float_copy(prepared), float_copy(prepared)
+    together: dict[str, list[RoundedLayer]] = {}
+    for layer in rounded_layers(prepared):
+        inside = next((block for block in blocks if layer.name.startswith(f"{block}.")), layer.name)
+        together.setdefault(inside, []).append(layer)
+    for number, (name, layers) in enumerate(together.items(), start=1):
+        wanted, given = (_calls(network, name, batches) for network in (plain, rounded))
+        module: Any = plain.get_submodule(name)
+        if given and name in blocks:
+            yield BlockUnit(name, number, len(together), layers, module, wanted, given)
+        elif given:
+            inputs = (torch.cat([call.args[0].float() for call in calls]) for calls in (wanted, given))
+            yield LayerUnit(number, len(together), layers[0], module, *inputs)
+        for layer in layers if given else ():
+            use(rounded.get_submodule(layer.name), layer)
+
+
+def float_copy(prepared: nn.Module) -> nn.Module:
+    """The float network with the present weights, in evaluation and without gradients, on the same device."""
+    network = copy.deepcopy(prepared_state(prepared).float_network)
+    network.load_state_dict(float_weights(prepared))
+    device = next((parameter.device for parameter in prepared.parameters()), torch.device("cpu"))
+    return network.to(device).float().eval().requires_grad_(False)
+
+
+class Reached(Exception):
+    """What was waited for was called: what is behind it need not run."""
+
+
+@torch.no_grad()
+def _calls(network: nn.Module, name: str, batches: Sequence[Any]) -> list[Example]:
+    """What a submodule is called with first in each batch; empty if the network does not call it."""
+    kept: list[Example] = []
+
+    def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        kept.append(Example(*tree_map(copied, (args, kwargs))))
+        raise Reached
+
+    handle = network.get_submodule(name).register_forward_pre_hook(keep, with_kwargs=True)
+    try:
+        for batch in batches:
+            try:
+                call(network, batch)
+            except Reached:
+                continue
+    finally:
+        handle.remove()
+    return kept
+
+
+def copied(leaf: Any) -> Any:
+    """A tensor without what it came from; anything else as it is."""
+    return leaf.detach().clone() if isinstance(leaf, Tensor) else leaf
+
+
+@torch.no_grad()
+def use(module: Any, layer: RoundedLayer) -> None:
+    """Give a float layer the rounded weight, divided by what BatchNorm behind it multiplies with."""
+    module.weight.copy_(unfolded(layer.rounded(), layer, module.weight))
+
+
+def unfolded(weight: Tensor, layer: RoundedLayer, present: Tensor) -> Tensor:
+    """A folded weight without what BatchNorm multiplies it with; where that is 0, the present one."""
+    factor = layer.factor()
+    if factor is None:
+        return weight
+    return torch.where(factor == 0, present.float(), weight / torch.where(factor == 0, 1.0, factor))

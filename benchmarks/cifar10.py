@@ -137,8 +137,8 @@ def scheme(bits: str, learned_step: str = "none") -> Scheme:
     return Scheme(weight_bits=weights, activation_bits=activations, learned_step=learned_step)
 
 
-def main() -> None:
-    """Train what is not there yet, and print the table."""
+def parser() -> argparse.ArgumentParser:
+    """What the command line may say."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", required=True, help="folder or tar archive with CIFAR-10")
     parser.add_argument("--work", default="cifar10_runs", help="folder for results and float networks")
@@ -156,7 +156,12 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--learned-step", default="lsq", help="of Scheme, in training with fewer bits than 8/8")
     parser.add_argument("--calibration-batches", type=int, default=8)
-    options = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    """Train what is not there yet, and print the table."""
+    options = parser().parse_args()
     silent()
     benchmark = Benchmark(options)
     for network in options.networks:

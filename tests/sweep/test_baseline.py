@@ -42,6 +42,7 @@ def keys(composed: Compose, tmp_path: Path) -> Callable[..., str]:  # noqa: F811
         "logger=csv",
         "run.name=mine",
         "recipe=distillation",
+        "export=onnx",
         "callbacks=pruning",
         "resume=true",
     ],

@@ -29,7 +29,7 @@ from qat_lightning.storage import place
 USES = ("none", "compare", "start")
 _APART = (  # what cannot change a float run: what is done with it, how it is called, and where it is kept
     "method", "quantization", "mode", "backend", "logger", "run", "ckpt_path", "float_checkpoint", "resume",
-    "objective", "isolate", "baseline", "target", "ladder",
+    "objective", "isolate", "baseline", "target", "ladder", "export_formats",
 )  # fmt: skip
 _RUN = "RUN"  # stands for the folder of a run
 _LIBRARIES = ("torch", "lightning", "torchmetrics", "numpy")

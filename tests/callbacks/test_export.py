@@ -59,6 +59,19 @@ def test_post_training_quantization_is_exported_as_well(tmp_path: Path) -> None:
     assert export.results["torchscript"].passed
 
 
+@pytest.mark.slow
+def test_without_a_fit_the_first_evaluation_exports_once(tmp_path: Path) -> None:
+    model, data = Lit(), loader()
+    export = QuantizedModelExport(["torchscript"], dirpath=str(tmp_path / "export"), batches=1)
+    run = trainer(PostTrainingQuantization("fx", "x86", calibration_dataloader=data), export)
+    run.validate(model, data, verbose=False)
+    result = export.results["torchscript"]
+    assert result.passed
+    summary = evaluate_variants(run, model, dataloaders=data)
+    assert summary["torchscript/test/acc"] == pytest.approx(summary["int8/test/acc"], abs=0.02)
+    assert export.results["torchscript"] is result
+
+
 @pytest.mark.parametrize(
     ("partner", "formats", "why"),
     [

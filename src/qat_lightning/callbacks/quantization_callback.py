@@ -221,6 +221,10 @@ class QuantizationCallback(Callback):
         """
         self._switch.choose(name)
 
+    def has_converted(self, trainer: Trainer) -> bool:
+        """Make the int8 networks in every process, unless they are there; a failure is a warning and False."""
+        return self._int8.convert_or_say(trainer, to_run=False)
+
     def network(self, name: str) -> nn.Module:
         """A variant as a plain module on the CPU, in evaluation mode, to measure or export it.
 

@@ -1,4 +1,4 @@
-"""The callback that writes the int8 network in formats of real runtimes when the fit ends."""
+"""The callback that writes the int8 network in formats of real runtimes when the fit, or an evaluation, ends."""
 
 from __future__ import annotations
 
@@ -31,6 +31,8 @@ from qat_lightning.terminal import console
 
 class QuantizedModelExport(Callback):
     """Exports the int8 network in several formats when the fit ends; verifies and times each file.
+
+    Without a fit it exports after the first evaluation: `PostTrainingQuantization` quantizes what is tested.
 
     Use it with `QuantizationAwareTraining` or `PostTrainingQuantization`. Each artifact is loaded again in a fresh
     process by its own runtime, compared with fake-quant on real batches, and timed against fp32 in the same runtime and
@@ -144,12 +146,18 @@ class QuantizedModelExport(Callback):
             self._check(prepared_state(network).recipe)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Export, when all other callbacks have seen the end of the fit, and have converted."""
-        if stage != "fit" or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        """Export, when all other callbacks have seen the end of the fit, and have converted.
+
+        Without a fit, what the first evaluation quantized or read from a checkpoint is exported.
+        """
+        if trainer.fast_dev_run or (stage != "fit" and self.results):  # type: ignore[attr-defined]
             return
         partner = QuantizationCallback.of(trainer, self)
         if "int8" not in partner.variants:
-            rank_zero_warn("Nothing is exported: there is no int8 network, because no range was observed.")
+            if stage == "fit":
+                rank_zero_warn("Nothing is exported: there is no int8 network, because no range was observed.")
+            return
+        if stage != "fit" and not partner.has_converted(trainer):
             return
         # In every process: a step may wait for the others.
         calls = {slot: self._calls(trainer, pl_module, partner, slot) for slot in partner.slots}

@@ -201,6 +201,37 @@ def test_an_activation_behind_an_op_that_keeps_its_grid(between: nn.Module, acti
         assert [check.name for check in converted.checks] == ["0", "3"], "it is one kernel with the convolution"
 
 
+@pytest.mark.parametrize(
+    "others",
+    [
+        (nn.ReLU6(), nn.ReLU6()),
+        (nn.ReLU6(), nn.Identity()),
+        (nn.ReLU6(), nn.ReLU()),
+        (nn.Identity(), nn.ReLU()),
+        (nn.Hardtanh(), nn.ReLU6()),
+    ],
+    ids=str,
+)
+def test_relu6_in_front_of_a_concatenation(others: tuple[nn.Module, ...]) -> None:
+    """Where all inputs end at 6, as the grid does, the convolutions clamp; else a kernel clamps on the shared grid."""
+
+    class Branches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            activations = (nn.ReLU6(), *others)
+            self.branches = nn.ModuleList(
+                nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), activation) for activation in activations
+            )
+            self.head = nn.Conv2d(4 * len(activations), 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(torch.cat([branch(x) for branch in self.branches], 1))
+
+    converted = convert(Branches(), (4 * torch.randn(8, 3, 8, 8),))
+    assert all(row.quantized for row in converted.coverage)
+    assert all(check.sqnr_db > 60 for check in converted.checks)
+
+
 def test_a_buffer_of_an_inner_module_that_forward_does_not_read_is_kept() -> None:
     class Inner(nn.Module):
         def __init__(self) -> None:

@@ -157,8 +157,8 @@ def observe_only_after_relu(prepared: fx.GraphModule) -> list[str]:
     """
     modules = dict(prepared.named_modules(remove_duplicate=False))
     configs = prepared.meta["_observed_graph_module_attrs"].node_name_to_qconfig
-    folded = []
-    for node in list(prepared.graph.nodes):
+    found: dict[fx.Node, tuple[fx.Node, fx.Node, float]] = {}
+    for node in prepared.graph.nodes:
         largest = relu_limit(modules.get(str(node.target)) if node.op == "call_module" else None, node)
         if largest is None or node.target in _UNKNOWN_RELUS:
             continue
@@ -169,12 +169,19 @@ def observe_only_after_relu(prepared: fx.GraphModule) -> list[str]:
         behind = modules[str(after.target)]
         if len(before.users) > 1 or len(node.users) > 1 or not isinstance(behind, FakeQuantize) or behind.symmetric:
             continue
-        if _keeps_the_grid(before.all_input_nodes[0], modules[str(before.target)], modules):
-            continue
+        if not _keeps_the_grid(before.all_input_nodes[0], modules[str(before.target)], modules):
+            found[node] = before, after, largest
+    alike = _clamp_alike(prepared.graph, modules, found)
+    folded = []
+    for node, (before, after, largest) in found.items():
+        if node not in alike and modules[str(before.target)] is modules[str(after.target)]:
+            continue  # its kernel clamps on the grid that it shares
         node.replace_input_with(before, before.args[0])
         prepared.graph.erase_node(before)
-        if not _clamps_alike(prepared.graph, modules, after, largest):
+        if node not in alike:
             continue
+        behind = modules[str(after.target)]
+        assert isinstance(behind, FakeQuantize)
         behind.begins_at_zero(largest)
         # Without the ReLU, upstream's converter would leave out the rounding between two ops that stay float.
         if any(configs.get(other.name, "") is not None for other in (node.args[0], *after.users)):
@@ -183,13 +190,35 @@ def observe_only_after_relu(prepared: fx.GraphModule) -> list[str]:
     return folded
 
 
-def _clamps_alike(graph: fx.Graph, modules: dict[str, nn.Module], after: fx.Node, largest: float) -> bool:
-    """Whether whatever else is put on the grid behind a ReLU, as by a concatenation, was left by one as well."""
+def _clamp_alike(
+    graph: fx.Graph, modules: dict[str, nn.Module], found: dict[fx.Node, tuple[fx.Node, fx.Node, float]]
+) -> set[fx.Node]:
+    """The ReLUs for which whatever else is put on the grid behind them, as by a concatenation, was left by one as well.
+
+    Args:
+        graph: The prepared graph.
+        modules: By name.
+        found: The ReLUs, each with the rounding before it, the one behind, and the end of its range.
+    """
+    alike = set(found)
+    while True:
+        taken_out = {found[node][0] for node in alike}
+        no_more = {node for node in alike if not _clamps_alike(graph, modules, *found[node][1:], taken_out)}
+        if not no_more:
+            return alike
+        alike -= no_more  # what was before these stays, and may share a grid with others
+
+
+def _clamps_alike(
+    graph: fx.Graph, modules: dict[str, nn.Module], after: fx.Node, largest: float, taken_out: set[fx.Node]
+) -> bool:
     behind = modules[str(after.target)]
     others = [node for node in graph.find_nodes(op="call_module") if modules.get(str(node.target)) is behind]
     for node in others:
         source = node.args[0]
-        if node is after or not isinstance(source, fx.Node) or _is_within(source, behind, modules):
+        if node is after or node in taken_out or not isinstance(source, fx.Node):
+            continue
+        if _is_within(source, behind, modules):
             continue
         limit = relu_limit(modules.get(str(source.target)) if source.op == "call_module" else None, source)
         if limit is None or limit > largest:

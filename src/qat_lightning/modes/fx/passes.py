@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import fx, nn
 
 from qat_lightning.errors import TraceError
@@ -18,7 +17,7 @@ from qat_lightning.graph.training_flags import evaluating
 from qat_lightning.layers.mode_layers import DropoutLike
 from qat_lightning.layers.operators import faces_of, module_types, rows
 from qat_lightning.layers.qat_modules import FoldedLayer
-from qat_lightning.layers.relu_rounding import relu_limit, writes_in_place
+from qat_lightning.layers.relu_rounding import writes_in_place
 from qat_lightning.modes.fx.config import LEFT_FLOAT, shares_range
 from qat_lightning.modes.fx.operands import put_larger_first
 from qat_lightning.modes.graph_network import GraphNetwork
@@ -47,7 +46,7 @@ def round_tensors_only(prepared: fx.GraphModule, network: nn.Module, example: Ex
         name for name, value in recorder.values.items() if not (isinstance(value, torch.Tensor) and value.dtype == own)
     }
     for node in list(prepared.graph.nodes):
-        if _is_fake_quantize(node, modules) and node.args[0].name in numbers:
+        if is_fake_quantize(node, modules) and node.args[0].name in numbers:
             node.replace_all_uses_with(node.args[0])
             prepared.graph.erase_node(node)
     put_larger_first(prepared.graph, recorder.values)
@@ -149,95 +148,6 @@ def calls_of(prepared: fx.GraphModule, chosen: list[nn.Module]) -> list[str]:
     ]
 
 
-def observe_only_after_relu(prepared: fx.GraphModule) -> list[str]:
-    """Take out the FakeQuantize between an op and its ReLU or ReLU6: the one behind has a finer grid, from 0 up.
-
-    Returns:
-        The names of those ReLUs: the int8 graph does without, because a grid from 0 up to the observed clamps alike.
-    """
-    modules = dict(prepared.named_modules(remove_duplicate=False))
-    configs = prepared.meta["_observed_graph_module_attrs"].node_name_to_qconfig
-    found: dict[fx.Node, tuple[fx.Node, fx.Node, float]] = {}
-    for node in prepared.graph.nodes:
-        largest = relu_limit(modules.get(str(node.target)) if node.op == "call_module" else None, node)
-        if largest is None or node.target in _UNKNOWN_RELUS:
-            continue
-        before = node.args[0]
-        after = next((user for user in node.users if _is_fake_quantize(user, modules)), None)
-        if not (isinstance(before, fx.Node) and _is_fake_quantize(before, modules)) or after is None:
-            continue
-        behind = modules[str(after.target)]
-        if len(before.users) > 1 or len(node.users) > 1 or not isinstance(behind, FakeQuantize) or behind.symmetric:
-            continue
-        if not _keeps_the_grid(before.all_input_nodes[0], modules[str(before.target)], modules):
-            found[node] = before, after, largest
-    alike = _clamp_alike(prepared.graph, modules, found)
-    folded = []
-    for node, (before, after, largest) in found.items():
-        if node not in alike and modules[str(before.target)] is modules[str(after.target)]:
-            continue  # its kernel clamps on the grid that it shares
-        node.replace_input_with(before, before.args[0])
-        prepared.graph.erase_node(before)
-        if node not in alike:
-            continue
-        behind = modules[str(after.target)]
-        assert isinstance(behind, FakeQuantize)
-        behind.begins_at_zero(largest)
-        # Without the ReLU, upstream's converter would leave out the rounding between two ops that stay float.
-        if any(configs.get(other.name, "") is not None for other in (node.args[0], *after.users)):
-            folded.append(node.name)
-    prepared.recompile()
-    return folded
-
-
-def _clamp_alike(
-    graph: fx.Graph, modules: dict[str, nn.Module], found: dict[fx.Node, tuple[fx.Node, fx.Node, float]]
-) -> set[fx.Node]:
-    """The ReLUs for which whatever else is put on the grid behind them, as by a concatenation, was left by one as well.
-
-    Args:
-        graph: The prepared graph.
-        modules: By name.
-        found: The ReLUs, each with the rounding before it, the one behind, and the end of its range.
-    """
-    alike = set(found)
-    while True:
-        taken_out = {found[node][0] for node in alike}
-        no_more = {node for node in alike if not _clamps_alike(graph, modules, *found[node][1:], taken_out)}
-        if not no_more:
-            return alike
-        alike -= no_more  # what was before these stays, and may share a grid with others
-
-
-def _clamps_alike(
-    graph: fx.Graph, modules: dict[str, nn.Module], after: fx.Node, largest: float, taken_out: set[fx.Node]
-) -> bool:
-    behind = modules[str(after.target)]
-    others = [node for node in graph.find_nodes(op="call_module") if modules.get(str(node.target)) is behind]
-    for node in others:
-        source = node.args[0]
-        if node is after or node in taken_out or not isinstance(source, fx.Node):
-            continue
-        if _is_within(source, behind, modules):
-            continue
-        limit = relu_limit(modules.get(str(source.target)) if source.op == "call_module" else None, source)
-        if limit is None or limit > largest:
-            return False
-    return True
-
-
-_UNKNOWN_RELUS = (torch.relu, torch.relu_, F.relu_)
-"""ReLUs that upstream leaves float."""
-
-
-def _keeps_the_grid(node: fx.Node, fq: nn.Module, modules: dict[str, nn.Module]) -> bool:
-    """Whether an op's output is on the grid of its input (Identity, pooling, dropout): it cannot clamp to another."""
-    if node.op == "call_module" and isinstance(modules.get(str(node.target)), _DROPOUT_MODULES):
-        return True
-    rounded = [source for source in node.all_input_nodes if _is_fake_quantize(source, modules)]
-    return any(modules[str(source.target)] is fq for source in rounded)
-
-
 def clamps(graph: fx.Graph, modules: dict[str, nn.Module]) -> list[str]:
     """The names of the nodes that QNNPACK's clamp kernel would run, which misplaces channels-last values."""
     found = []
@@ -269,11 +179,11 @@ def observe_only_before_dropout(prepared: fx.GraphModule) -> tuple[list[str], li
     dropped: list[str] = []
     silent: list[str] = []
     for node in list(prepared.graph.nodes):
-        if node.op != "call_module" or not isinstance(modules.get(str(node.target)), _DROPOUT_MODULES):
+        if node.op != "call_module" or not isinstance(modules.get(str(node.target)), DROPOUT_MODULES):
             continue
         (before,) = node.all_input_nodes
-        behind = [user for user in node.users if _is_fake_quantize(user, modules)]
-        if not _is_fake_quantize(before, modules):
+        behind = [user for user in node.users if is_fake_quantize(user, modules)]
+        if not is_fake_quantize(before, modules):
             if len(behind) != 1 or len(node.users) != 1:
                 continue
             with prepared.graph.inserting_before(node):
@@ -287,14 +197,14 @@ def observe_only_before_dropout(prepared: fx.GraphModule) -> tuple[list[str], li
             for other in prepared.graph.nodes:
                 if other is not before and other.op == "call_module" and modules.get(str(other.target)) is replaced:
                     other.target = before.target
-                    if _is_within(other.args[0], modules[str(before.target)], modules, but=CLAMPS):
+                    if is_within(other.args[0], modules[str(before.target)], modules, but=CLAMPS):
                         silent.append(other.name)
         dropped.append(node.name)
     prepared.recompile()
     return dropped, silent
 
 
-_DROPOUT_MODULES = (*module_types("dropout"), DropoutLike)
+DROPOUT_MODULES = (*module_types("dropout"), DropoutLike)
 
 
 def observe_each_range_once(network: GraphNetwork) -> None:
@@ -306,10 +216,10 @@ def observe_each_range_once(network: GraphNetwork) -> None:
     modules = dict(network.named_modules(remove_duplicate=False))
     sharing: dict[nn.Module, list[fx.Node]] = {}
     for node in network.graph.nodes:
-        if _is_fake_quantize(node, modules):
+        if is_fake_quantize(node, modules):
             sharing.setdefault(modules[str(node.target)], []).append(node)
     source_nodes = {
-        fq: [node for node in nodes if not _is_within(node.args[0], fq, modules)] for fq, nodes in sharing.items()
+        fq: [node for node in nodes if not is_within(node.args[0], fq, modules)] for fq, nodes in sharing.items()
     }
     for fq, nodes in sharing.items():
         assert isinstance(fq, FakeQuantize)
@@ -329,7 +239,7 @@ def observe_each_range_once(network: GraphNetwork) -> None:
     network.set_graph(network.graph)
 
 
-def _is_within(value: Any, fq: nn.Module, modules: dict[str, nn.Module], *, but: tuple[Any, ...] = ()) -> bool:
+def is_within(value: Any, fq: nn.Module, modules: dict[str, nn.Module], *, but: tuple[Any, ...] = ()) -> bool:
     """Whether a value is made of what ``fq`` rounded, by ops that keep the grid, but for what dropout scales up.
 
     Args:
@@ -343,11 +253,11 @@ def _is_within(value: Any, fq: nn.Module, modules: dict[str, nn.Module], *, but:
     if value.op == "call_module" and modules.get(str(value.target)) is fq:
         return True
     face = _kind(value, modules)
-    if face in but or (not shares_range(face) and face not in _DROPOUT_MODULES and not is_part(face)):
+    if face in but or (not shares_range(face) and face not in DROPOUT_MODULES and not is_part(face)):
         return False
     first = value.args[0] if value.args else next(iter(value.kwargs.values()))
     parts = first if isinstance(first, (list, tuple)) else [first]
-    return all(_is_within(part, fq, modules, but=but) for part in parts)
+    return all(is_within(part, fq, modules, but=but) for part in parts)
 
 
 def is_part(face: Any) -> bool:
@@ -377,7 +287,8 @@ def observe_everywhere(network: nn.Module) -> None:
             network._modules[name] = module.__dict__["fq"]
 
 
-def _is_fake_quantize(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+def is_fake_quantize(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    """Whether a node calls a FakeQuantize of the prepared network, which has ``modules`` by name."""
     return node.op == "call_module" and isinstance(modules.get(str(node.target)), FakeQuantize)
 
 

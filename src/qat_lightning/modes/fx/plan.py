@@ -14,6 +14,7 @@ from qat_lightning.modes.fx.divisors import leave_divisors_unrounded
 from qat_lightning.modes.fx.float_sums import leave_sums_unrounded
 from qat_lightning.modes.fx.grids import one_grid_where_kernels_keep_it
 from qat_lightning.modes.fx.products import quantize_products, selected_scopes
+from qat_lightning.modes.fx.relus import observe_only_after_relu
 from qat_lightning.modes.fx.weights import weights_from_inputs
 from qat_lightning.modes.qconfig import make_qconfig
 from qat_lightning.settings.recipe import Recipe
@@ -86,7 +87,7 @@ def make_plan(
     plan.float_ops = passes.round_tensors_only(prepared, network, example)
     plan.float_ops += weights_from_inputs(prepared) + passes.with_own_grids(prepared)
     one_grid_where_kernels_keep_it(prepared)
-    plan.dropped = passes.observe_only_after_relu(prepared)
+    plan.dropped = observe_only_after_relu(prepared)
     if recipe.target.engine == "qnnpack":
         left = passes.clamps(prepared.graph, dict(prepared.named_modules(remove_duplicate=False)))
         plan.float_ops += [name for name in left if name not in plan.dropped]

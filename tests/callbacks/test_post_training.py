@@ -221,7 +221,7 @@ def test_what_cannot_be_is_refused_with_what_to_do() -> None:
     with pytest.raises(ConfigurationError, match="learned_step='lsq' needs training"):
         PostTrainingQuantization(scheme=Scheme(learned_step="lsq"))
     with pytest.raises(ConfigurationError, match="is for calibration"):
-        QuantizationAwareTraining(scheme=Scheme(activation_observer="percentile"))
+        QuantizationAwareTraining(scheme=Scheme(activation_observer="histogram_kl"))
     with pytest.raises(ConversionError, match="no finite activation"):
         trainer(PostTrainingQuantization(calibration_dataloader=[])).test(module, loader(), verbose=False)
 

@@ -80,7 +80,7 @@ def _found_in(module: nn.Module, name: str) -> Iterator[str]:
         inner = f"{name}.{key}" if name else key
         if _counted(child) < 2:
             continue
-        if isinstance(child, _LISTS) or any(_lists_blocks(deeper) for deeper in child.modules()):
+        if _is_list(child) or any(_lists_blocks(deeper) for deeper in child.modules()):
             yield from _found_in(child, inner)
         else:
             yield inner
@@ -88,16 +88,17 @@ def _found_in(module: nn.Module, name: str) -> Iterator[str]:
 
 def _lists_blocks(module: nn.Module) -> bool:
     """Whether it is a list of at least two submodules that could be blocks."""
-    if not isinstance(module, _LISTS):
+    if not _is_list(module):
         return False
-    return sum(_counted(child) >= 2 and not isinstance(child, _LISTS) for child in module.children()) >= 2
+    return sum(_counted(child) >= 2 and not _is_list(child) for child in module.children()) >= 2
 
 
 def _counted(module: nn.Module) -> int:
     return sum(type(inner) in RECONSTRUCTED for inner in module.modules())
 
 
-_LISTS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+def _is_list(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict))
 
 
 def blocks_of(network: nn.Module, batch: Any, wanted: str | Sequence[str], prefix: str = "") -> tuple[str, ...]:

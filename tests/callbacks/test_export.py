@@ -64,11 +64,11 @@ def test_without_a_fit_the_first_evaluation_exports_once(tmp_path: Path) -> None
     model, data = Lit(), loader()
     export = QuantizedModelExport(["torchscript"], dirpath=str(tmp_path / "export"), batches=1)
     run = trainer(PostTrainingQuantization("fx", "x86", calibration_dataloader=data), export)
-    run.validate(model, data, verbose=False)
+    summary = evaluate_variants(run, model, dataloaders=data)
     result = export.results["torchscript"]
     assert result.passed
-    summary = evaluate_variants(run, model, dataloaders=data)
     assert summary["torchscript/test/acc"] == pytest.approx(summary["int8/test/acc"], abs=0.02)
+    run.test(model, data, verbose=False)
     assert export.results["torchscript"] is result
 
 

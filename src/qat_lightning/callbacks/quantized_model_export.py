@@ -45,7 +45,7 @@ class QuantizedModelExport(Callback):
         dirpath: Where the files go; by default ``export`` in the Trainer's ``default_root_dir``. Both take URLs of
             fsspec's (``s3://bucket/run``), as the Trainer does.
         batches: Real batches to compare on.
-        dataloader: Where they come from; by default the validation's loader, else the training's.
+        dataloader: Where they come from; by default the validation's loader, else the test's or the training's.
         min_agreement: Smallest share of outputs whose top-1 must equal fake-quant's.
         min_sqnr_db: Least SQNR of each float output against fake-quant's, in dB; less where the network itself makes
             more than that of a change of its inputs by a thousandth.
@@ -89,6 +89,7 @@ class QuantizedModelExport(Callback):
         self.min_agreement = min_agreement
         self.min_sqnr_db = min_sqnr_db
         self.results: dict[str, ExportResult] = {}
+        self._has_exported = False  # in every process, of which the first one has the results
         self._found: list[str] = []  # in a rehearsal, in which every warning is silenced
 
     @property
@@ -150,7 +151,7 @@ class QuantizedModelExport(Callback):
 
         Without a fit, what the first evaluation quantized or read from a checkpoint is exported.
         """
-        if trainer.fast_dev_run or (stage != "fit" and self.results):  # type: ignore[attr-defined]
+        if trainer.fast_dev_run or (stage != "fit" and self._has_exported):  # type: ignore[attr-defined]
             return
         partner = QuantizationCallback.of(trainer, self)
         if "int8" not in partner.variants:
@@ -161,7 +162,7 @@ class QuantizedModelExport(Callback):
             return
         # In every process: a step may wait for the others.
         calls = {slot: self._calls(trainer, pl_module, partner, slot) for slot in partner.slots}
-        self.results = {}
+        self.results, self._has_exported = {}, True
         with partner.whole(everywhere=False):
             if trainer.is_global_zero:
                 self._export_all(trainer, partner, calls)
@@ -210,8 +211,9 @@ class QuantizedModelExport(Callback):
     ) -> list[Example]:
         """What the LightningModule's step calls the network with on real batches."""
         network = partner.comparable(slot).to(pl_module.device)
-        loader = self.dataloader or trainer.val_dataloaders or calibration_loader(trainer, pl_module, None)
+        given = self.dataloader or trainer.val_dataloaders or trainer.test_dataloaders
         try:
+            loader = given or calibration_loader(trainer, pl_module, None)
             with torch.inference_mode(False):
                 found = calls_in_steps(pl_module, {slot: partner.slots[slot]}, {slot: network}, loader, self.batches)
         except QuantizationError as error:

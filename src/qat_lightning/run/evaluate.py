@@ -124,6 +124,8 @@ def evaluate_variants(
                 # After a whole training, what was asked for besides must not cost its results.
                 rank_zero_warn(f"There is no fused variant: {error}")
     else:
+        if not source.variants:
+            test("calibration")  # nothing was fitted: a test quantizes what is there
         summary |= _test_variants(source, test)
         for name, network, figures in exported(trainer):
             with source.running(network):

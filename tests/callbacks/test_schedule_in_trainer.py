@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import EarlyStopping, GradientAccumulationSched
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 
+from qat_lightning import Scheme
 from qat_lightning.errors import ConfigurationError
 from qat_lightning.layers.qat_modules import FreezableBatchNorm
 from qat_lightning.modes.prepared import fake_quantizers
@@ -170,6 +171,22 @@ def test_until_it_starts_a_run_is_a_float_run(mode: str) -> None:
     plain, observed = ended
     assert all(torch.equal(left, right) for left, right in zip(*first_batches, strict=True))
     assert_same_state(plain, {key: observed[key] for key in plain})
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_shares_of_least_error_are_chosen_by_the_weights_at_the_start(mode: str) -> None:
+    seen: dict[int, list[bool]] = {}
+
+    def look(run: Trainer, *_: Any) -> None:
+        kept = [fq.clip.all().item() for _, fq in fake_quantizers(run.lightning_module) if "clip" in fq._buffers]
+        seen[run.global_step] = kept
+
+    scheme = Scheme(weight_bits=4, weight_observer="mse")
+    run = trainer(qat(mode, scheme=scheme, start={"step": 2}), LambdaCallback(on_train_batch_end=look), max_epochs=1)
+    run.fit(Lit(), loader())
+    assert seen[1]
+    assert not any(seen[1] + seen[2])
+    assert all(seen[3])
 
 
 def test_curves_are_logged_at_their_steps(tmp_path: Path) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -133,6 +134,19 @@ def fake_quantizers(network: nn.Module) -> Iterable[tuple[str, FakeQuantize]]:
     for name, module in network.named_modules():
         if isinstance(module, FakeQuantize):
             yield name, module
+
+
+@contextmanager
+def weights_unrounded(network: nn.Module) -> Iterator[None]:
+    """Within the block weights stay as they are, so that no range is chosen by them before the first step."""
+    rounding = [fq for _, fq in fake_quantizers(network) if fq.source == "present" and fq.fake_quant_enabled]
+    for fq in rounding:
+        fq.enable_fake_quant(False)
+    try:
+        yield
+    finally:
+        for fq in rounding:
+            fq.enable_fake_quant()
 
 
 def materialize_weights(prepared: nn.Module) -> None:

@@ -62,6 +62,7 @@ from qat_lightning.modes.prepared import (
     materialize_weights,
     prepared_state,
     refuse_simulated,
+    weights_unrounded,
 )
 from qat_lightning.modes.protocol import Converted, LayerCoverage
 from qat_lightning.modes.tracing import (
@@ -134,7 +135,8 @@ class FxMode:
                 f"There is nothing to quantize in {type(network).__name__}: no selected convolution, linear layer or "
                 "addition. Check include and exclude, or use another module=."
             )
-        plan, unrounded = make_plan(prepared, network, example, recipe, scopes, prefix=prefix)
+        with weights_unrounded(prepared):
+            plan, unrounded = make_plan(prepared, network, example, recipe, scopes, prefix=prefix)
         plan.float_ops += passes.calls_of(prepared, hidden.unfoldable) + lasting + bounded
         plan.tables = tables
         result = _as_network(prepared, plan, unrounded, hidden.read)

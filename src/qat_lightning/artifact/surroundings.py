@@ -42,6 +42,8 @@ _COMPARED = ("training", "_parameters", "_buffers", "_modules", "_forward_hooks"
 _OF_KERNELS = ("_packed_params", "scale", "zero_point")
 """What torch's quantized layers read when they are called; their other attributes say what was packed."""
 _TRUSTED = ("torch", "qat_lightning")
+_DESCRIBES = "quantization_plan"
+"""What describes an int8 network of eager mode to a file, and is read in no call."""
 
 
 def is_trusted(module: str) -> bool:
@@ -197,7 +199,7 @@ class Surroundings:
 
     def _module(self, module: nn.Module) -> None:
         found = vars(module)
-        own = [name for name in found if name not in _OF_MODULES]
+        own = [name for name in found if name not in _OF_MODULES and name != _DESCRIBES]
         # As few as can be, and no copy of the whole: memory that is read between kernels is memory that they lose.
         self._sized.append(found)
         self._sizes.append(len(found))
@@ -271,7 +273,9 @@ def _compared(kind: type, own: list[str]) -> list[str]:
         return [*_COMPARED, *own]
     if home.startswith("torch.ao."):
         return [name for name in own if name in _OF_KERNELS] or own
-    return own if home.startswith("qat_lightning.") or not own else ["training", *own]
+    if home.startswith("qat_lightning."):
+        return [name for name in getattr(kind, "read_in_calls", own) if name in own]
+    return ["training", *own] if own else []
 
 
 def _content(cell: types.CellType) -> Any:

@@ -8,7 +8,7 @@ error, for the float network would compute something else there.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -196,8 +196,10 @@ class Int8Layer(CountsCalls, nn.Module):
         chain: What the kernel does.
         pending: The modules that it does the work of.
         subpixel: Of a transposed convolution, for which ``op`` stands.
+        read_in_calls: Its own attributes that a call reads; the others say what was packed.
     """
 
+    read_in_calls: ClassVar[tuple[str, ...]] = ("chain", "pending", "activation_dtype", "subpixel", "calls_so_far")
     op: Any
     input_scale: Tensor
     input_zero_point: Tensor
@@ -299,6 +301,7 @@ def _memory_format_of(x: Tensor) -> torch.memory_format:
 class Int8BatchNorm(nn.Module):
     """The place of a BatchNorm that an int8 layer has folded in."""
 
+    read_in_calls: ClassVar[tuple[str, ...]] = ("link",)
     link: str
 
     def forward(self, input: Tensor) -> Tensor:

@@ -89,8 +89,8 @@ def evaluate_variants(
     in the LightningModule is meant.
 
     Args:
-        trainer: The Trainer that fitted the model.
-        model: The fitted LightningModule.
+        trainer: The Trainer that fitted the model. Without a fit, `PostTrainingQuantization` quantizes what is there.
+        model: The LightningModule.
         datamodule: As for `trainer.test`.
         dataloaders: As for `trainer.test`.
         fused: Without such a callback, also test and measure the network with BatchNorm folded into the layers before

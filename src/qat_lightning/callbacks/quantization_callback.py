@@ -221,8 +221,12 @@ class QuantizationCallback(Callback):
         """
         self._switch.choose(name)
 
-    def has_converted(self, trainer: Trainer) -> bool:
-        """Make the int8 networks in every process, unless they are there; a failure is a warning and False."""
+    def make_int8(self, trainer: Trainer) -> bool:
+        """Make the int8 networks in every process, unless they are there.
+
+        Returns:
+            Whether there are some; if not, a warning has said why.
+        """
         return self._int8.convert_or_say(trainer, to_run=False)
 
     def network(self, name: str) -> nn.Module:

@@ -158,7 +158,7 @@ class QuantizedModelExport(Callback):
             if stage == "fit":
                 rank_zero_warn("Nothing is exported: there is no int8 network, because no range was observed.")
             return
-        if stage != "fit" and not partner.has_converted(trainer):
+        if stage != "fit" and not partner.make_int8(trainer):
             return
         # In every process: a step may wait for the others.
         calls = {slot: self._calls(trainer, pl_module, partner, slot) for slot in partner.slots}

@@ -35,7 +35,7 @@ def observe_only_after_relu(prepared: fx.GraphModule) -> list[str]:
             continue
         if not _keeps_the_grid(before.all_input_nodes[0], modules[str(before.target)], modules):
             found[node] = before, after, largest
-    alike = _clamp_alike(prepared.graph, modules, found)
+    alike = _all_that_clamp_alike(prepared.graph, modules, found)
     folded = []
     for node, (before, after, largest) in found.items():
         if node not in alike and modules[str(before.target)] is modules[str(after.target)]:
@@ -54,7 +54,7 @@ def observe_only_after_relu(prepared: fx.GraphModule) -> list[str]:
     return folded
 
 
-def _clamp_alike(
+def _all_that_clamp_alike(
     graph: fx.Graph, modules: dict[str, nn.Module], found: dict[Any, tuple[fx.Node, Any, float]]
 ) -> set[fx.Node]:
     """The ReLUs for which whatever else is put on the grid behind them, as by a concatenation, was left by one as well.
@@ -67,13 +67,13 @@ def _clamp_alike(
     alike = set(found)
     while True:
         taken_out = {found[node][0] for node in alike}
-        no_more = {node for node in alike if not _clamps_alike(graph, modules, *found[node][1:], taken_out)}
+        no_more = {node for node in alike if not _clamps_like_the_others(graph, modules, *found[node][1:], taken_out)}
         if not no_more:
             return alike
         alike -= no_more  # what was before these stays, and may share a grid with others
 
 
-def _clamps_alike(
+def _clamps_like_the_others(
     graph: fx.Graph, modules: dict[str, nn.Module], after: fx.Node, largest: float, taken_out: set[fx.Node]
 ) -> bool:
     behind = modules[str(after.target)]

@@ -11,6 +11,7 @@ import collections
 import contextvars
 import dis
 import functools
+import itertools
 import operator
 import sys
 import types
@@ -42,6 +43,7 @@ _COMPARED = ("training", "_parameters", "_buffers", "_modules", "_forward_hooks"
 _OF_KERNELS = ("_packed_params", "scale", "zero_point")
 """What torch's quantized layers read when they are called; their other attributes say what was packed."""
 _TRUSTED = ("torch", "qat_lightning")
+_chained = itertools.chain.from_iterable
 _DESCRIBES = "quantization_plan"
 """What describes an int8 network of eager mode to a file, and is read in no call."""
 
@@ -57,25 +59,56 @@ def is_standard(module: str) -> bool:
 
 
 class _Attributes:
-    """Attributes of the modules that have those of the same names.
+    """Attributes with the same names, of many modules.
+
+    The check runs between kernels, whose weights have driven everything out of the cache, so it must touch little
+    memory: all values lie in one list, and are compared by identity before anything else.
 
     Args:
-        names: Theirs.
+        names: The names.
     """
 
     def __init__(self, names: list[str]) -> None:
-        self._get = operator.itemgetter(*names, names[0])  # a tuple of any number, compared by identity first
+        self._get = operator.itemgetter(*names, names[0])  # a tuple, also for a single name
         self._found: list[dict[str, Any]] = []
-        self._values: list[tuple[Any, ...]] = []
+        self._values: list[Any] = []
 
     def hold(self, found: dict[str, Any]) -> None:
-        """Hold those of a module, by all that it has."""
+        """Hold the attributes of a module, given all that it has."""
         self._found.append(found)
-        self._values.append(self._get(found))
+        self._values.extend(self._get(found))
 
     def are_as_they_were(self) -> bool:
-        """Whether no module has got another."""
-        return list(map(self._get, self._found)) == self._values
+        """Whether no module has got another value."""
+        return list(_chained(map(self._get, self._found))) == self._values
+
+
+class _Tables:
+    """Dictionaries that are compared whole, laid out in the same way."""
+
+    def __init__(self) -> None:
+        self._found: list[dict[str, Any]] = []
+        self._sizes: list[int] = []
+        self._keys: list[str] = []
+        self._values: list[Any] = []
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+    def hold(self, found: dict[str, Any]) -> None:
+        """Hold a dictionary."""
+        self._found.append(found)
+        self._sizes.append(len(found))
+        self._keys.extend(found)
+        self._values.extend(found.values())
+
+    def are_as_they_were(self) -> bool:
+        """Whether none has got, lost or moved an entry."""
+        return (
+            list(map(len, self._found)) == self._sizes
+            and list(_chained(self._found)) == self._keys
+            and list(_chained(map(dict.values, self._found))) == self._values
+        )
 
 
 class Surroundings:
@@ -93,6 +126,7 @@ class Surroundings:
         self._sized: list[dict[str, Any]] = []
         self._sizes: list[int] = []
         self._attributes: dict[tuple[str, ...], _Attributes] = {}
+        self._tables = _Tables()
         self._held: list[Any] = []
         self._copied: list[Any] = []
         self._seen: set[int] = set()
@@ -153,6 +187,7 @@ class Surroundings:
             return (
                 list(map(len, self._sized)) == self._sizes
                 and all(attributes.are_as_they_were() for attributes in self._attributes.values())
+                and self._tables.are_as_they_were()
                 and self._held == self._copied
             )
         except Exception:  # noqa: BLE001 - one tensor in place of another, which have no one truth value
@@ -209,7 +244,7 @@ class Surroundings:
         self._hook(module._forward_pre_hooks)
         for held in (module._modules, module._parameters, module._buffers):
             if held:
-                self._hold(held)
+                self._hold_table(held)
                 for inner in list(held.values()):
                     self._look(inner)
         self._class(type(module))
@@ -262,7 +297,15 @@ class Surroundings:
     def _hold(self, found: Any) -> None:
         self._held.append(found)
         self._copied.append(next((kind for kind in _MUTABLE if isinstance(found, kind)), dict)(found))
-        if len(self._held) + len(self._sized) > _MOST_OBJECTS + 4 * len(self._hooks):
+        self._count()
+
+    def _hold_table(self, found: dict[str, Any]) -> None:
+        self._tables.hold(found)
+        self._count()
+
+    def _count(self) -> None:
+        """End a recording of what has too many objects to be compared at each call."""
+        if len(self._held) + len(self._tables) + len(self._sized) > _MOST_OBJECTS + 4 * len(self._hooks):
             self.complete = False
 
 
@@ -274,7 +317,7 @@ def _compared(kind: type, own: list[str]) -> list[str]:
     if home.startswith("torch.ao."):
         return [name for name in own if name in _OF_KERNELS] or own
     if home.startswith("qat_lightning."):
-        return [name for name in getattr(kind, "read_in_calls", own) if name in own]
+        return [name for name in getattr(kind, "may_change", own) if name in own]
     return ["training", *own] if own else []
 
 

@@ -196,10 +196,10 @@ class Int8Layer(CountsCalls, nn.Module):
         chain: What the kernel does.
         pending: The modules that it does the work of.
         subpixel: Of a transposed convolution, for which ``op`` stands.
-        read_in_calls: Its own attributes that a call reads; the others say what was packed.
+        may_change: Its own attributes that may change after conversion; the others stay as they were packed.
     """
 
-    read_in_calls: ClassVar[tuple[str, ...]] = ("chain", "pending", "activation_dtype", "subpixel", "calls_so_far")
+    may_change: ClassVar[tuple[str, ...]] = ("calls_so_far",)
     op: Any
     input_scale: Tensor
     input_zero_point: Tensor
@@ -301,7 +301,7 @@ def _memory_format_of(x: Tensor) -> torch.memory_format:
 class Int8BatchNorm(nn.Module):
     """The place of a BatchNorm that an int8 layer has folded in."""
 
-    read_in_calls: ClassVar[tuple[str, ...]] = ("link",)
+    may_change: ClassVar[tuple[str, ...]] = ()
     link: str
 
     def forward(self, input: Tensor) -> Tensor:
@@ -316,6 +316,7 @@ class Int8BatchNorm(nn.Module):
 
 
 class _Int8Activation(_Layer):
+    may_change: ClassVar[tuple[str, ...]] = ("inplace",)
     link: str
     inplace: bool
 

@@ -171,6 +171,7 @@ def nncf_accuracy_control(name: str, options: argparse.Namespace) -> dict[str, A
     """NNCF's search, on the OpenVINO model of the same network."""
     import nncf
     import openvino
+    from nncf.quantization.advanced_parameters import QuantizationParameters
 
     case = CASES[name]
     seed_everything(options.seed, verbose=False)
@@ -198,6 +199,11 @@ def nncf_accuracy_control(name: str, options: argparse.Namespace) -> dict[str, A
         validation_fn=validate,
         max_drop=case.max_drop,
         drop_type=nncf.DropType.ABSOLUTE,
+        advanced_quantization_parameters=nncf.AdvancedQuantizationParameters(
+            weights_quantization_params=QuantizationParameters(
+                per_channel=case.scheme.weight_granularity == "per_channel"
+            )
+        ),
     )
     minutes = (time.perf_counter() - began) / 60
     path = options.out / f"{name.replace(',', '').replace(' ', '-')}.xml"

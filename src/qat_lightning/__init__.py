@@ -1,6 +1,6 @@
 """Quantization-aware training for PyTorch Lightning: one callback from a float model to int8.
 
-Names are imported when they are first asked for, so that nobody pays for the modes that they do not use.
+Names are imported on first use, so that a program loads only the modes that it uses.
 """
 
 from importlib import import_module

@@ -41,7 +41,7 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 def _split(words: list[str]) -> tuple[list[str], list[str]]:
-    """What is for this command, and what is for the one that it names."""
+    """Split the command line into the command's own words and those of the subcommand that it names."""
     place = next((number for number, word in enumerate(words, 1) if word in COMMANDS), len(words))
     return words[:place], words[place:]
 

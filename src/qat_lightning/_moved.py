@@ -1,4 +1,4 @@
-"""Modules that programs and configurations of earlier releases import by names that they no longer have."""
+"""Old import paths: modules of earlier releases whose contents are elsewhere now."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "variants": ("settings.variants", "measure.fidelity", "callbacks.parts.variants"),
     "wandb_views": ("measure.wandb_views",),
 }
-"""Where what was in a module is now; all names are below ``qat_lightning``."""
+"""For each old module, the modules that hold its contents now; all names are relative to ``qat_lightning``."""
 
 _RENAMED = {
     "ConvertingCallback": "QuantizationCallback",
@@ -61,21 +61,21 @@ _ROOT = f"{__package__}."
 
 
 class _Homes(Loader):
-    """Makes a module that looks its names up where they are now.
+    """Creates a module that looks up each name in the modules that hold it now.
 
     Args:
-        homes: The modules that have them.
+        homes: The modules that hold the names.
     """
 
     def __init__(self, homes: Sequence[str]) -> None:
         self.homes = homes
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        """An ordinary one."""
+        """A plain module."""
         return None
 
     def exec_module(self, module: ModuleType) -> None:
-        """Give it a lookup in place of names."""
+        """Install a ``__getattr__`` that looks names up."""
 
         def lookup(name: str) -> Any:
             for home in self.homes:
@@ -95,7 +95,7 @@ class _Homes(Loader):
 
 
 class _Finder(MetaPathFinder):
-    """Finds the modules of `MOVED`, after all that are there."""
+    """Finds the modules of `MOVED`; it comes after all other finders."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -109,5 +109,5 @@ class _Finder(MetaPathFinder):
 
 
 def install() -> None:
-    """Let the earlier names be imported."""
+    """Make the old import paths work."""
     sys.meta_path.append(_Finder())

@@ -1,4 +1,4 @@
-"""What comparing an int8 network with its fake-quantized one finds."""
+"""Results of comparing an int8 network with its fake-quantized one."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ class LayerCheck:
         sqnr_db: Signal to quantization noise ratio in dB; inf if equal.
         max_steps: Largest difference, in steps of the output's grid; nan for a float output.
         fault: What is wrong with it, in words; empty if its differences are roundings.
-        chance_db: What disturbing its inputs by a millionth does to it, where that was asked; inf where not.
+        chance_db: SQNR of the layer against itself when its inputs are disturbed by a millionth, where that was
+            measured; otherwise inf.
     """
 
     name: str
@@ -31,15 +32,15 @@ class LayerCheck:
 class WholeCheck:
     """How well the int8 network as a whole reproduces fake-quant on the example.
 
-    A deep network can turn a difference in the last bit of a float into decibels. So where the two differ, fake-quant
-    is compared with itself as well, its values disturbed by a millionth: no right network does better than that.
+    A deep network can amplify a difference in the last bit of a float to several decibels. So where the two differ,
+    fake-quant is also compared with itself, its values disturbed by a millionth: a correct network cannot do better.
 
     Attributes:
-        sqnr_db: Of int8 against fake-quant, for the output that is farthest from what the draws explain. Of an output
-            of integers, such as classes, what is in the place of noise is the share of its values that differ.
-        draws: Of fake-quant against itself, disturbed, for the same output; empty if that was not needed.
-        output: Which one that is, as Python would write it behind the result; empty if there is only one.
-        enough_db: From where on it is right, whatever the draws are.
+        sqnr_db: SQNR of int8 against fake-quant, for the output that differs most from what the draws explain. For an
+            integer output, such as classes, the share of values that differ takes the place of the noise.
+        draws: SQNR of fake-quant against its own disturbed runs, for the same output; empty if it was not needed.
+        output: Which output that is, as a Python expression appended to the result; empty if there is only one.
+        enough_db: SQNR from which on the network counts as correct, whatever the draws are.
     """
 
     sqnr_db: float

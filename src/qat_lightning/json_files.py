@@ -1,4 +1,4 @@
-"""JSON files that are there whole or not at all."""
+"""JSON files that are written completely or not at all."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """The content of a file that `write_json` wrote.
 
     Raises:
-        ConfigurationError: It is none.
+        ConfigurationError: The file is not one of these.
     """
     try:
         content = json.loads(path.read_text())
@@ -26,5 +26,5 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write a file beside its place and rename it, so that it is there whole or not at all."""
+    """Write a file under a temporary name and rename it, so that it is never incomplete."""
     write_whole(path, (json.dumps(content, indent=2, allow_nan=False) + "\n").encode())

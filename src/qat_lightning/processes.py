@@ -1,8 +1,8 @@
-"""Doing something in one process for all of a distributed training, with errors that reach every one of them.
+"""Doing something in one process on behalf of all, with errors that reach every process.
 
-Each function here but `process_count`, `is_first_process` and `several_processes` is a collective: every process has to
-call it, in the same order. Whatever goes wrong in one of them is raised in all, so that nobody waits for an answer that
-never comes.
+Every function here except `process_count`, `is_first_process` and `several_processes` is a collective: every process
+has to call it, in the same order. An error in one process is raised in all of them, so that none waits for an answer
+that never comes.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ def is_first_process() -> bool:
 
 
 def several_processes(trainer: Any) -> bool:
-    """Whether the hooks of a Trainer run in several processes that can talk to each other."""
+    """Whether the hooks of a Trainer run in several processes that can communicate."""
     return trainer.world_size > 1 and process_count() > 1
 
 
 def range_over_all(low: Tensor, high: Tensor, finite: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The least of the lows and the greatest of the highs, of the processes whose batch was finite."""
+    """The smallest low and the largest high over the processes whose batch was finite."""
     none = torch.full_like(low, -torch.inf)
     bounds = torch.stack([torch.where(finite, -low, none), torch.where(finite, high, none)])
     dist.all_reduce(bounds, op=dist.ReduceOp.MAX)
@@ -51,17 +51,17 @@ def sum_over_all(counts: Tensor) -> Tensor:
 
 
 def any_process(flag: bool) -> bool:
-    """Whether ``flag`` is true in one process at least."""
+    """Whether ``flag`` is true in at least one process."""
     return any(_gather(flag))
 
 
 def all_alike(flag: bool, what: str, device: torch.device) -> bool:
-    """Whether ``flag`` is true in every process, and ``what`` is the same; in one small reduction.
+    """Whether ``flag`` is true and ``what`` is equal in every process; in one small reduction.
 
     Args:
-        flag: Of this process.
+        flag: The value in this process.
         what: Compared by its checksum.
-        device: That of the training, whose processes may only talk through tensors on it.
+        device: The training's device; its processes may be able to exchange tensors on that device only.
     """
     checksum = zlib.crc32(what.encode())
     found = torch.tensor([float(not flag), checksum, -checksum], dtype=torch.float64, device=device)
@@ -74,13 +74,13 @@ def in_first(do: Callable[[], T]) -> T:
     """Call ``do`` in the first process only.
 
     Args:
-        do: What it returns has to pickle.
+        do: Its result has to be picklable.
 
     Returns:
-        What it returned, in every process.
+        The result of ``do``, in every process.
 
     Raises:
-        QuantizationError: It failed; in the first process the error is its own.
+        QuantizationError: It failed. The first process raises the original error.
     """
     made = in_all(lambda: do() if dist.get_rank() == 0 else None)
     box: list[Any] = [made]
@@ -93,7 +93,8 @@ def in_all(do: Callable[[], T]) -> T:
     """Call ``do`` in every process, and go on only if it succeeds in all.
 
     Raises:
-        QuantizationError: It failed in another process, which the message names; where it failed, its own error.
+        QuantizationError: It failed in another process, which the message names. A process in which it failed raises
+            its own error.
     """
     error: Exception | None = None
     try:
@@ -117,7 +118,7 @@ def _gather(value: Any) -> list[Any]:
 
 
 def _as_ours(name: str, message: str, rank: int) -> QuantizationError:
-    """The error of another process, of the same type if it is one of ours."""
+    """The error of another process; of the same type if that is a type of this package."""
     found = getattr(errors, name, None)
     if isinstance(found, type) and issubclass(found, QuantizationError):
         return found(f"Process {rank} of this training: {message}")

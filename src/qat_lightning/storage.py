@@ -1,4 +1,4 @@
-"""Paths on this machine, and paths of other storage (``s3://…``, ``gs://…``), which fsspec reaches as for Lightning."""
+"""Paths on this machine and in other storage (``s3://…``, ``gs://…``), which fsspec reads as it does for Lightning."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from fsspec.registry import known_implementations
 from qat_lightning.errors import ConfigurationError, MissingExtraError
 
 Place: TypeAlias = Path | str
-"""Where a file or a folder is: a `Path` on this machine, a ``str`` with a protocol in other storage."""
+"""The location of a file or folder: a `Path` on this machine, or a ``str`` with a protocol in other storage."""
 
 
 def place(path: str | os.PathLike[str]) -> Place:
-    """Tell a path of this machine from one of other storage.
+    """Distinguish a path on this machine from one in other storage.
 
     Args:
         path: A path, or a URL of fsspec's such as ``s3://bucket/folder``.
 
     Returns:
-        A `Path`, also for ``file://``; a URL as it was given.
+        A `Path`, also for ``file://``; a URL is returned unchanged.
 
     Raises:
-        ConfigurationError: It was a URL before it was made a `Path`.
+        ConfigurationError: It is a `Path` that was made from a URL.
 
     Example:
         >>> place("runs/model.int8"), place("s3://bucket/model.int8")
@@ -50,7 +50,7 @@ def place(path: str | os.PathLike[str]) -> Place:
 
 
 def require_storage(path: str | os.PathLike[str]) -> None:
-    """Check that a path can be reached by what is installed; nothing is opened.
+    """Check that the packages for a path's protocol are installed; nothing is opened.
 
     Raises:
         MissingExtraError: The package for its protocol is not installed; the message names it.
@@ -88,12 +88,12 @@ def filesystem_of(url: str) -> tuple[Any, str]:
 
 @contextmanager
 def told_as_os_error(url: str) -> Iterator[None]:
-    """Within the block, what the package of a protocol raises of its own becomes an OSError."""
+    """Within the block, turn exceptions of a protocol's package into OSErrors."""
     try:
         yield
     except (OSError, MissingExtraError, ConfigurationError):
         raise
-    except Exception as error:  # of boto, aiohttp, paramiko ...: no two have a base in common
+    except Exception as error:  # boto, aiohttp, paramiko and others have no base class of exceptions in common
         raise OSError(f"{url}: {type(error).__name__}: {error}") from error
 
 
@@ -118,7 +118,7 @@ def name_of(path: Place) -> str:
 
 
 def is_file(path: Place) -> bool:
-    """Whether there is a file.
+    """Whether a file exists at the path.
 
     Raises:
         OSError: The storage does not answer.
@@ -127,7 +127,7 @@ def is_file(path: Place) -> bool:
 
 
 def is_folder(path: Place) -> bool:
-    """Whether there is a folder, or a prefix of files where storage has no folders.
+    """Whether a folder exists, or a prefix of files where storage has no folders.
 
     Raises:
         OSError: The storage does not answer.
@@ -142,7 +142,7 @@ def _ask(url: str, what: str) -> bool:
 
 
 def open_to_read(path: Place) -> BinaryIO:
-    """Open a file for a ``with`` block; one of other storage is read whole before.
+    """Open a file for a ``with`` block; a file in other storage is downloaded first.
 
     Raises:
         FileNotFoundError: There is none.
@@ -158,7 +158,7 @@ def open_to_read(path: Place) -> BinaryIO:
 
 @contextmanager
 def open_to_append(path: Place) -> Iterator[TextIO]:
-    """Within the block, add lines to a text file, which is made with its folder if there is none.
+    """Within the block, append lines to a text file; the file and its folder are created if missing.
 
     Raises:
         OSError: It cannot be written.
@@ -178,7 +178,7 @@ def open_to_append(path: Place) -> Iterator[TextIO]:
 
 @contextmanager
 def copied_here(paths: Sequence[Place]) -> Iterator[list[Path]]:
-    """Within the block, files and folders are on this machine: those of other storage as copies in one folder.
+    """Within the block, have files and folders on this machine; those in other storage are copied into one folder.
 
     Raises:
         OSError: One cannot be read.
@@ -191,7 +191,7 @@ def _copy(url: str, folder: Path) -> Path:
     target = folder / name_of(url)
     with told_as_os_error(url):
         system, inner = filesystem_of(url)
-        # With the slash it is what is in the folder, on every file system.
+        # With the trailing slash it means the contents of the folder, on every file system.
         whole = f"{inner.rstrip('/')}/" if system.isdir(inner) else inner
         system.get(whole, f"{target}/" if whole != inner else str(target), recursive=whole != inner)
     return target

@@ -1,4 +1,4 @@
-"""Where tables are printed, and how a command ends that was given something wrong."""
+"""Where tables are printed, and the exit status of a command with invalid input."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from rich.text import Text
 from qat_lightning.errors import QuantizationError
 
 WIDTH = 120
-"""Columns where there is no terminal, as in a log of CI: Rich takes 80, at which tables of figures wrap."""
+"""Width without a terminal, as in a CI log. Rich's default of 80 columns would wrap tables of figures."""
 
 WRONG_INPUT = 2
-"""The exit status of a command that was given something wrong."""
+"""Exit status of a command with invalid input."""
 
 
 def status_of(run: Callable[[], int]) -> int:
-    """What ``run`` returns; where it raises an error of ours, this on stderr and `WRONG_INPUT`."""
+    """Result of ``run``; on an error of this package, print it to stderr and return `WRONG_INPUT`."""
     try:
         return run()
     except QuantizationError as error:
@@ -28,8 +28,8 @@ def status_of(run: Callable[[], int]) -> int:
 
 
 def console() -> Console:
-    """A console on stdout, as wide as the terminal, as ``COLUMNS`` says, or `WIDTH`."""
+    """A console on stdout, as wide as the terminal, ``COLUMNS`` or `WIDTH`."""
     if sys.stdout.isatty() or os.environ.get("COLUMNS"):
         return Console()
-    # With a height as well: without one, Rich takes 80 columns wherever TERM is "dumb".
+    # Pass a height as well: without one, Rich uses 80 columns wherever TERM is "dumb".
     return Console(width=WIDTH, height=25)

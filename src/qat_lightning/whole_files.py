@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Files that are written completely or not at all."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from qat_lightning.storage import Place, filesystem_of, join, told_as_os_error
 
 
 def write_whole(path: Place, data: bytes | memoryview, *, beside: str = "") -> None:
-    """Write a file beside its place and rename it, so that what was there stays until the new one is complete.
+    """Write a file under a temporary name and rename it, so that the old file stays until the new one is complete.
 
-    In other storage than this machine's, that is a transaction of fsspec's: what is not complete is discarded.
+    In other storage this is a transaction of fsspec: an incomplete upload is discarded.
 
     Args:
-        path: Where to; folders on the way are made.
-        data: All of it.
-        beside: The name of the file beside it; by default one of this process. With a fixed name, what a killed process
-            left is overwritten by the next.
+        path: The destination; missing folders are created.
+        data: The whole content.
+        beside: The temporary name; by default unique to this process. With a fixed name, the next write overwrites what
+            a killed process left.
 
     Raises:
-        OSError: It cannot be written; what was at ``path`` is as it was.
+        OSError: It cannot be written; the old file at ``path`` is unchanged.
         MissingExtraError: The package for the protocol of ``path`` is not installed.
     """
     if isinstance(path, str):
@@ -45,18 +45,18 @@ def write_whole(path: Place, data: bytes | memoryview, *, beside: str = "") -> N
 
 
 def move_whole(made: Sequence[Path], folder: Place) -> list[Place]:
-    """Move files and folders that are complete to where they belong, in the place of what has the same name there.
+    """Move complete files and folders to their destination, replacing those of the same name.
 
     Args:
-        made: On this machine; on the file system of ``folder`` where that is of this machine too.
-        folder: Exists, if it is of this machine. To other storage
-            they go in one transaction, which is committed when all are there.
+        made: Paths on this machine; if ``folder`` is on this machine too, on its file system.
+        folder: The destination; it has to exist if it is on this machine. In other storage, everything is uploaded in
+            one transaction, which is committed at the end.
 
     Returns:
-        Where they are now.
+        The new locations.
 
     Raises:
-        OSError: One cannot be written.
+        OSError: A file or folder cannot be written.
     """
     if isinstance(folder, Path):
         return [_move(one, folder) for one in made]

@@ -1,1 +1,1 @@
-"""What is chosen, as pure values: schemes, backends, schedules."""
+"""Settings as plain values: schemes, backends, schedules."""

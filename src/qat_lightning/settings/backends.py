@@ -1,13 +1,13 @@
-"""What each backend's int8 kernels need: one table, from which training and conversion both read.
+"""What the int8 kernels of each backend need: one table, read by training and by conversion.
 
-The ranges are a property of the kernel that will run, never of the CPU that trains. FBGEMM adds pairs of uint8 x int8
-products in 16 bits (``vpmaddubsw``), which saturate unless one of the two keeps to half its range; oneDNN on a CPU with
-VNNI, and QNNPACK, accumulate in 32 bits. Upstream halves the range of activations for FBGEMM, but its kernels do not
-clamp there, so that a value above the observed range still saturates. Here the weights are halved: they are packed once
-and can never exceed their range, and activations keep all of their 8 bits. The `x86` backend packs for oneDNN and so
-has the full range of both.
+The integer ranges are a property of the kernel that will run, never of the CPU that trains. FBGEMM adds pairs of uint8
+x int8 products in 16 bits (``vpmaddubsw``), which saturate unless one of the two uses only half of its range; oneDNN on
+a CPU with VNNI, and QNNPACK, accumulate in 32 bits. Upstream halves the range of activations for FBGEMM, but its
+kernels do not clamp there, so a value above the observed range still saturates. Here the range of weights is halved
+instead: weights are packed once and never exceed their range, and activations keep all 8 bits. The `x86` backend packs
+for oneDNN and so has the full range of both.
 
-The table is read without torch, which takes seconds to import: train.py refuses an impossible pair before that.
+The table is read without importing torch, which takes seconds: train.py rejects an unsupported pair before that.
 """
 
 from __future__ import annotations
@@ -26,33 +26,34 @@ from qat_lightning.errors import CombinationError, ConfigurationError, MissingEx
 from qat_lightning.settings.quantizers import FORMS, is_path
 
 MODES = ("eager", "fx", "pt2e")
-"""The modes that take a network as a whole."""
+"""The modes that quantize a network as a whole."""
 
 NAMES = (*MODES, "auto", "parts")
-"""All that ``mode=`` may be."""
+"""All values of ``mode=``."""
 
 
 @dataclass(frozen=True)
 class Backend:
-    """What one target needs and supports.
+    """What one backend needs and supports.
 
     Attributes:
         name: What the user types.
         modes: The modes that can produce networks for it.
-        about: Where it runs, for messages and docs.
+        about: The hardware and runtime, for messages and docs.
         engine: The quantized engine of PyTorch whose kernels pack and run the weights; None for PT2 export, whose
             graphs hold no packed weights.
-        activations: ``"uint8"`` or ``"int8"``; the kernels clamp at its limits.
-        symmetric: Whether its activations have zero point 0, whatever the scheme says.
+        activations: ``"uint8"`` or ``"int8"``; the kernels clamp to its limits.
+        symmetric: Whether activations always have zero point 0, whatever the scheme says.
         weight_limit: Largest absolute integer of a weight: 127, or 63 where a kernel saturates on the full range.
-        tolerance_db: SQNR, in dB, that every layer of a converted network must reach against fake-quant. Right
-            kernels give 50 dB and more, broken ones 6 to 27 dB.
+        tolerance_db: SQNR, in dB, that every layer of a converted network must reach against fake-quant. Correct
+            kernels reach 50 dB and more, broken ones 6 to 27 dB.
         extra: The optional dependency it needs, as ``pip install qat-lightning[extra]`` names it.
-        own_grids: Whether its quantizer says on which grids tensors are, as one of the user's does; the scheme can then
-            make them coarser only.
-        activation_bits: What its kernels have of 8 and 16; fewer than 8, and what is not there, are simulated.
-        needs: The modules that ``extra`` installs, tried before anything is prepared.
-        channels_last: Whether its kernels, and so its quantizer, take images with channels last in memory only.
+        own_grids: Whether its quantizer determines the grids, as a user's quantizer does; the scheme can then only make
+            them coarser.
+        activation_bits: Which of 8 and 16 bits its kernels support; fewer than 8 bits, and unsupported ones, are
+            simulated.
+        needs: The modules that ``extra`` installs; they are imported as a check before anything is prepared.
+        channels_last: Whether its kernels, and so its quantizer, require images in channels-last memory format.
     """
 
     name: str
@@ -83,7 +84,7 @@ class Backend:
 
 
 def _arm(name: str, about: str, *needs: str) -> Backend:
-    """A target of Arm's, whose quantizers are one, with 8-bit or 16-bit activations."""
+    """A backend of Arm's; they share one family of quantizers, with 8-bit or 16-bit activations."""
     return Backend(
         name,
         ("pt2e",),
@@ -162,7 +163,7 @@ BACKENDS: dict[str, Backend] = {backend.name: backend for backend in _TABLE}
 
 
 def pairs() -> list[tuple[str, str]]:
-    """Every mode and backend that go together.
+    """Every supported pair of mode and backend.
 
     Example:
         >>> ("pt2e", "xnnpack") in pairs()
@@ -172,15 +173,15 @@ def pairs() -> list[tuple[str, str]]:
 
 
 def get_backend(name: str, mode: str) -> Backend:
-    """The row of ``name``, if it goes with ``mode``.
+    """The row of ``name``, checked to support ``mode``.
 
     Args:
         name: A backend's name, or the dotted path of a PT2E quantizer.
-        mode: ``"eager"``, ``"fx"``, ``"pt2e"``, ``"parts"``, or ``"auto"``, which goes with every backend.
+        mode: ``"eager"``, ``"fx"``, ``"pt2e"``, ``"parts"``, or ``"auto"``, which is compatible with every backend.
 
     Raises:
         ConfigurationError: The mode or the backend is unknown.
-        CombinationError: They do not go together.
+        CombinationError: The mode does not support the backend.
 
     Example:
         >>> get_backend("qnnpack", "fx").engine
@@ -208,7 +209,7 @@ def get_backend(name: str, mode: str) -> Backend:
 
 
 def require(backend: Backend) -> None:
-    """Check that this machine has what ``backend`` needs.
+    """Check that the packages and the engine that ``backend`` needs are available.
 
     Raises:
         MissingExtraError: An optional dependency is not installed.
@@ -234,7 +235,7 @@ def require(backend: Backend) -> None:
 
 @dataclass(eq=False)
 class _Engine:
-    """An engine that a block asked for; the first in `_ENGINES` is what was there before all of them."""
+    """An engine that a ``with`` block requested; the first in `_ENGINES` is the one that was set before all of them."""
 
     name: str
 
@@ -245,11 +246,11 @@ _ENGINES_LOCK = threading.Lock()
 
 @contextmanager
 def quantized_engine(name: str | None) -> Iterator[None]:
-    """Make ``name`` the engine that packs and runs quantized weights, for the length of a ``with`` block.
+    """Select the engine that packs and runs quantized weights, within a ``with`` block.
 
-    Packed weights keep the kernel they were packed with, but a copy or a load packs them anew for the engine of that
-    moment, so each of these has to happen inside such a block. The engine is one for the whole process: it stays while
-    any thread is inside a block, and the last to leave puts back what was there before the first.
+    Packed weights keep the kernel they were packed for, but a copy or a load packs them again for the current engine,
+    so these have to happen inside such a block. The engine is global to the process: it stays selected while any thread
+    is inside a block, and the last block to end restores the engine that was set before the first.
     """
     if name is None:
         yield

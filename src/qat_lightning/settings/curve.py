@@ -1,4 +1,4 @@
-"""A number that changes over a training: a pure function of the share of it that is done.
+"""A number that changes during a training: a pure function of the share that is done.
 
 Example:
     >>> threshold = Cosine.parse((0.1, 0.01), name="freezing")
@@ -19,11 +19,11 @@ from qat_lightning.errors import ConfigurationError
 
 @dataclass(frozen=True)
 class Cosine:
-    """Goes from one number to another along half a cosine.
+    """Changes from one number to another along half a cosine.
 
     Args:
-        begin: Its value before the first step.
-        end: Its value when the planned training is over.
+        begin: Value before the first step.
+        end: Value at the end of the planned training.
 
     Example:
         >>> Cosine(0.0, 1.0).at(0.25) < 0.25
@@ -35,15 +35,15 @@ class Cosine:
 
     @classmethod
     def parse(cls, value: Any, *, name: str, most: float = math.inf) -> Cosine | None:
-        """Read what a person writes, in Python or in YAML.
+        """Read a value as users write it, in Python or in YAML.
 
         Args:
-            value: A number, for one that stays; a pair of them (OmegaConf's list too), begin and end; None for none.
+            value: A number for a constant; a pair of numbers (OmegaConf's list too) for begin and end; None for none.
             name: The argument's name in an error message.
-            most: The largest number that is possible; the smallest is 0.
+            most: The largest allowed number; the smallest is 0.
 
         Raises:
-            ConfigurationError: It is none of these.
+            ConfigurationError: The value has none of these forms.
 
         Example:
             >>> Cosine.parse(0.02, name="freezing")
@@ -63,14 +63,14 @@ class Cosine:
 
     @property
     def changes(self) -> bool:
-        """Whether it has to be known how much of the training is done."""
+        """Whether its value depends on how much of the training is done."""
         return self.begin != self.end
 
     def at(self, done: float) -> float:
-        """Its value when a share of the planned training is done.
+        """The value when a share of the planned training is done.
 
         Args:
-            done: From 0 to 1; more counts as 1.
+            done: From 0 to 1; larger values count as 1.
         """
         left = 0.5 * (1 + math.cos(math.pi * min(max(done, 0.0), 1.0)))
         return self.end + (self.begin - self.end) * left

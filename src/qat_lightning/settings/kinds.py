@@ -1,4 +1,4 @@
-"""Which kind of quantization there is for which mode and backend: one table, read by errors, docs and tests."""
+"""Which kinds of quantization each mode and backend supports: one table, read by errors, docs and tests."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from qat_lightning.settings.recipe import Recipe
 from qat_lightning.settings.scheme import Scheme
 
 DIRECT = ("dynamic", "weight_only")
-"""The kinds that need no range of activations: float network in, integer network out."""
+"""The kinds that need no activation ranges: a float network is converted directly."""
 
 _XNNPACK_WEIGHTS = (
     "XNNPACK has no kernel for float inputs and integer weights: use kind='dynamic' or kind='static', or backend='x86'"
@@ -31,11 +31,11 @@ UNSUPPORTED: dict[tuple[str, str, str], str] = {
     ("weight_only", "pt2e", "tensorrt"): _TENSORRT_RANGES,
     ("dynamic", "pt2e", "tensorrt"): _TENSORRT_RANGES,
 }
-"""(kind, mode, backend) of each pair of mode and backend that a kind has not, and why."""
+"""For each kind, the pairs of mode and backend that do not support it, and why."""
 
 
 def supported(kind: str) -> list[tuple[str, str]]:
-    """Every mode and backend that a kind has.
+    """Every pair of mode and backend that supports a kind.
 
     Example:
         >>> ("pt2e", "xnnpack") in supported("dynamic"), ("pt2e", "xnnpack") in supported("weight_only")
@@ -45,21 +45,21 @@ def supported(kind: str) -> list[tuple[str, str]]:
 
 
 def _why_not(kind: str, mode: str, backend: str) -> str:
-    """Why a kind is not there for a mode and a backend that go together; empty if it is."""
+    """Why a supported pair of mode and backend does not support a kind; empty if it does."""
     if kind in DIRECT and get_backend(backend, mode).own_grids:
         return _OWN_GRIDS
     return UNSUPPORTED.get((kind, mode, backend), "")
 
 
 def check_kind(recipe: Recipe) -> None:
-    """Refuse a kind that the mode and the backend have not, and what of the scheme its kernels cannot do.
+    """Reject a kind, or settings of the scheme, that the mode and backend do not support.
 
-    What of the scheme is only about activations that the kind has not is no error, so that one scheme goes through a
-    sweep over methods: a warning names it.
+    Settings of activations that the kind does not use raise no error, so that one scheme works for a sweep over
+    methods; a warning names them.
 
     Raises:
-        CombinationError: The kind is not there for this mode and backend; the message says what to type instead.
-        ConfigurationError: Likewise for a scheme that the kind cannot do.
+        CombinationError: The mode and backend do not support the kind; the message names an alternative.
+        ConfigurationError: The kind does not support the scheme; the message names an alternative.
 
     Example:
         >>> check_kind(Recipe("pt2e", "x86", Scheme(weight_symmetric=False), kind="weight_only"))
@@ -116,12 +116,12 @@ def _warn_of_unused(recipe: Recipe) -> None:
     if not unused:
         return
     why = "computes the range of activations in each call" if recipe.kind == "dynamic" else "leaves activations float"
-    # From here whoever asks, so that one recipe is warned of once.
+    # The stack level is this function for every caller, so that each recipe is warned of only once.
     warnings.warn(f"kind={recipe.kind!r} {why}, and does not use {', '.join(unused)}.", stacklevel=1)
 
 
 def table() -> dict[tuple[str, str, str], str]:
-    """For each kind without calibration, mode and backend: an empty string, or why it is not there."""
+    """For each kind without calibration, mode and backend: empty if supported, otherwise the reason why not."""
     rows = {}
     for kind in DIRECT:
         for mode in MODES:

@@ -1,4 +1,4 @@
-"""What is known of a mode without its code: one table, which everything asks that is not a mode."""
+"""Properties of modes that are needed without importing their code, in one table."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ class ModeTraits:
     """What a mode does with a network.
 
     Attributes:
-        captures: Whether it captures a graph of ``forward``, which then runs instead of the user's code: the same way
-            through the network in every process, whatever the values are.
-        replaces: Whether it puts layers of its own in the place of the user's.
-        packs: Whether its static int8 layers hold weights packed for a kernel of torch's quantized engine: they do not
-            pickle, and are part of a TorchScript file.
-        instead_of: The mode in whose place ``mode="auto"`` tries it, where that refuses the network.
-        compiles: Whether a training step can be one graph of ``torch.compile``.
-        exports: Whether its int8 networks go into the formats of `qat_lightning.export`.
+        captures: Whether it captures a graph of ``forward``, which then runs instead of the user's code: always the
+            same path through the network, in every process and for all values.
+        replaces: Whether it replaces the user's layers with its own.
+        packs: Whether its static int8 layers hold weights packed for a kernel of torch's quantized engine: they cannot
+            be pickled, and are part of a TorchScript file.
+        instead_of: The mode as whose fallback ``mode="auto"`` tries it.
+        compiles: Whether ``torch.compile`` can compile a training step to one graph.
+        exports: Whether its int8 networks can be exported to the formats of `qat_lightning.export`.
     """
 
     captures: bool
@@ -34,7 +34,7 @@ _TRAITS = {
     "eager": ModeTraits(captures=False, replaces=False, packs=True),
     "fx": ModeTraits(captures=True, replaces=True, packs=True),
     "pt2e": ModeTraits(captures=True, replaces=True, packs=False),
-    # As long as it is not decided, a graph may be captured.
+    # Until the mode is decided, a graph may be captured.
     "auto": ModeTraits(captures=True, replaces=True, packs=True),
     "parts": ModeTraits(captures=False, replaces=True, packs=True, instead_of="fx", compiles=False, exports=False),
 }

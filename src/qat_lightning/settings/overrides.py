@@ -1,4 +1,4 @@
-"""Layers with a scheme of their own, by patterns of their names: pure values, checked when they are made."""
+"""Schemes of single layers, by patterns of their names: pure values, checked when they are created."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from qat_lightning.errors import ConfigurationError
 
 FLOAT = "float"
-"""What stands in the place of fields for layers that stay float."""
+"""Used in place of fields for layers that stay float."""
 
 OF_A_LAYER = (
     "weight_bits",
@@ -20,7 +20,7 @@ OF_A_LAYER = (
     "weight_observer",
     "activation_bits",
 )
-"""The fields of a `Scheme` that a single layer can have otherwise than the network."""
+"""The fields of a `Scheme` that can be set for a single layer."""
 
 _POSSIBLE = (
     "a mapping of patterns of layers' names to fields of a Scheme or to the word 'float', such as "
@@ -29,10 +29,10 @@ _POSSIBLE = (
 
 
 class Overrides(dict[str, Any]):
-    """For each pattern the fields that layers of such names have otherwise, or `FLOAT`.
+    """For each pattern of layer names, the fields of the scheme that it changes, or `FLOAT`.
 
-    The last pattern that matches a layer decides, alone. So the order is part of what this is: two with the same
-    patterns in another order differ.
+    Only the last pattern that matches a layer applies. So the order matters: overrides with the same patterns in
+    another order are not equal.
 
     Example:
         >>> overrides = Overrides.checked({"net.blocks.*": {"weight_bits": 4}, "net.blocks.0": "float"})
@@ -42,10 +42,10 @@ class Overrides(dict[str, Any]):
 
     @classmethod
     def checked(cls, value: Any) -> Overrides:
-        """A mapping of any kind, such as OmegaConf's, as plain values; None is an empty one, as in a configuration.
+        """Convert a mapping of any kind, such as OmegaConf's, to plain values; None means no overrides.
 
         Raises:
-            ConfigurationError: It is not such a mapping, or a field cannot be set for a single layer.
+            ConfigurationError: It is not a mapping of this form, or a field cannot be set for a single layer.
         """
         value = {} if value is None else value
         if not isinstance(value, Mapping):
@@ -60,7 +60,7 @@ class Overrides(dict[str, Any]):
         return found
 
     def of(self, name: str) -> Any:
-        """The fields that a layer has of its own, perhaps none, or `FLOAT`: those of the last pattern that matches."""
+        """The fields of the last pattern that matches a layer, `FLOAT`, or an empty dict if none matches."""
         found: Any = {}
         for pattern, fields in self.items():
             if matches(pattern, name):
@@ -98,7 +98,7 @@ def _fields(pattern: str, fields: Any) -> Any:
 
 
 def lineage(name: str) -> list[str]:
-    """A module and what it is in, by their names, the outermost first.
+    """The names of a module and of all modules that contain it, the outermost first.
 
     Example:
         >>> lineage("net.head.fc")
@@ -109,7 +109,7 @@ def lineage(name: str) -> list[str]:
 
 
 def matches(pattern: str, name: str) -> bool:
-    """Whether a glob matches a module or something that it is in.
+    """Whether a glob matches a module or one that contains it.
 
     Example:
         >>> matches("net.he*", "net.head.fc"), matches("fc", "net.head.fc")
@@ -119,7 +119,7 @@ def matches(pattern: str, name: str) -> bool:
 
 
 def unmatched(overrides: Mapping[str, Any], layers: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
-    """The patterns that match none of some layers, each with the names of layers that are near it.
+    """The patterns that match none of the given layers, each with similar names of layers.
 
     Example:
         >>> list(unmatched({"net.haed": "float", "net.*": "float"}, ["net.stem", "net.head"]))

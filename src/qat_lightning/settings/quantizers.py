@@ -1,7 +1,7 @@
-"""A PT2E quantizer that is given instead of a backend's name: by which path and arguments it is made.
+"""A PT2E quantizer that is passed as ``backend=``: the path and arguments from which it is created.
 
-What is kept of it is text, so that a checkpoint and a file can hold it. Nothing is imported here but what a callable
-or an instance already is; `qat_lightning.modes.pt2e.quantizers` makes the quantizer.
+It is stored as text, so that checkpoints and files can hold it. Describing a quantizer imports nothing;
+`qat_lightning.modes.pt2e.quantizers` creates it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ FORMS = (
     "a built-in name, a dotted path such as 'package.module.Class', a mapping such as {'_target_': "
     "'package.module.Class', 'bits': 8}, a class, a function that returns a quantizer, or a quantizer"
 )
-"""What ``backend=`` may be, in words."""
+"""The forms of ``backend=``, for messages."""
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,10 @@ class QuantizerSource:
     """Where a quantizer comes from.
 
     Attributes:
-        path: ``"package.module.Class"``, or that of a function that returns a quantizer. Of an instance: its class.
-        arguments: Keyword arguments as a JSON object; None where they are not known, as those of an instance.
-        made: The instance that was given, of which each preparation takes a copy; not saved and not compared.
+        path: ``"package.module.Class"``, or the path of a function that returns a quantizer. For an instance, the path
+            of its class.
+        arguments: Keyword arguments as a JSON object; None if unknown, as for an instance.
+        made: The instance that was passed; each preparation copies it. Not saved and not compared.
 
     Example:
         >>> source = QuantizerSource.of({"_target_": "my_package.MyQuantizer", "bits": 8})
@@ -52,7 +53,7 @@ class QuantizerSource:
             given: See `FORMS`; not a built-in name.
 
         Raises:
-            ConfigurationError: It is none of these, or a mapping holds what is no plain value.
+            ConfigurationError: It has none of these forms, or a mapping contains a value that is not plain.
         """
         if isinstance(given, str):
             return cls(given)
@@ -72,12 +73,12 @@ class QuantizerSource:
 
     @property
     def keywords(self) -> dict[str, Any]:
-        """The keyword arguments; mappings with ``_target_`` among them are objects that are still to be made."""
+        """The keyword arguments; mappings with ``_target_`` among them are not instantiated yet."""
         return dict(json.loads(self.arguments or "{}"))
 
     @property
     def shortest(self) -> Any:
-        """What ``backend=`` may be to mean this one: the path, a mapping of plain values, or the instance."""
+        """The shortest form of ``backend=`` that means this quantizer: path, mapping of plain values, or instance."""
         if self.made is not None:
             return self.made
         return {"_target_": self.path, **self.keywords} if self.keywords else self.path
@@ -88,13 +89,13 @@ class QuantizerSource:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> QuantizerSource:
-        """Undo `to_dict`; an instance does not come back."""
+        """Undo `to_dict`; an instance cannot be restored."""
         arguments = values["arguments"]
         return cls(str(values["path"]), None if arguments is None else str(arguments))
 
 
 def is_path(name: str) -> bool:
-    """Whether a name is a dotted path, and so no built-in one.
+    """Whether a name is a dotted path, and not the name of a built-in backend.
 
     Example:
         >>> is_path("my_package.MyQuantizer"), is_path("x86")
@@ -104,13 +105,13 @@ def is_path(name: str) -> bool:
 
 
 def backend_and_source(given: Any) -> tuple[Any, QuantizerSource | None]:
-    """The name by which a backend is known, and where its quantizer comes from; None for a built-in one.
+    """The name of a backend, and where its quantizer comes from (None for a built-in one).
 
     Args:
         given: See `FORMS`.
 
     Raises:
-        ConfigurationError: It is none of these.
+        ConfigurationError: It has none of these forms.
     """
     if isinstance(given, str) and not is_path(given):
         return given, None
@@ -149,14 +150,14 @@ def _is_plain(value: Any) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    """Without the containers of configuration libraries."""
+    """A value without the container types of configuration libraries."""
     if isinstance(value, Mapping):
         return {key: _plain(inner) for key, inner in value.items()}
     return [_plain(inner) for inner in value] if isinstance(value, Sequence) and not isinstance(value, str) else value
 
 
 def _path_of(given: Any) -> str:
-    """The path by which another process imports it; empty for lambdas and what is made inside of functions."""
+    """The path by which other processes import an object; empty for lambdas and local objects."""
     path = f"{getattr(given, '__module__', '')}.{getattr(given, '__qualname__', '<unknown>')}"
     if not is_path(path):
         return ""
@@ -167,7 +168,7 @@ def _path_of(given: Any) -> str:
 
 
 def _quantizes(given: Any) -> bool:
-    """Whether it has what an instance of PT2E's ``Quantizer`` has; whether it is one is seen when it is used."""
+    """Whether an object has the methods of PT2E's ``Quantizer``; its type is checked when it is used."""
     return not isinstance(given, type) and callable(getattr(given, "annotate", None))
 
 
@@ -184,10 +185,10 @@ def _called(factory: Any) -> Any:
 
 
 def imported(path: str) -> Any:
-    """What a dotted path names, its module imported.
+    """The object at a dotted path, after importing its module.
 
     Raises:
-        ConfigurationError: There is no such thing; the message says what is missing.
+        ConfigurationError: There is no such object; the message says what is missing.
 
     Example:
         >>> imported("json.loads")("[1]")

@@ -38,18 +38,18 @@ FAMILIES = (
 )
 """What earlier releases left float, so that their checkpoints have no ranges for it: attention; functions under names
 that upstream does not know; products with a weight, as linear layers; transposed convolutions in mode fx; in mode pt2e
-convolutions of sequences without a ReLU, and those that are padded by name; transposed convolutions in modes eager and
-pt2e; the tables of embeddings, of static networks and of dynamic ones; in mode fx products of shapes that are
-broadcast, and products by other names. Three are what they did: they rounded sums that only float ops read, in modes
-fx and pt2e (``"sums"``), and in mode fx the limits of clamps that are tensors (``"bounds"``), and took what changes
-nothing of the example for something that drops out (``"identities"``)."""
+convolutions of sequences without a ReLU, and those with padding given by name; transposed convolutions in modes eager
+and pt2e; the tables of embeddings, of static networks (``"tables"``) and of dynamic ones; in mode fx products of shapes
+that are broadcast, and products by other names. For the last three, they did something else instead: they rounded sums
+that only float ops read, in modes fx and pt2e (``"sums"``); in mode fx they rounded limits of clamps that are tensors
+(``"bounds"``), and mistook whatever leaves the example unchanged for dropout (``"identities"``)."""
 
 Adapters = Literal["merged", "float"]
 """What becomes of low-rank adapters (LoRA): merged into the weights that are rounded, or float beside them."""
 
 Kind = Literal["qat", "static", "dynamic", "weight_only"]
-"""How a network becomes int8: trained with fake-quant, calibrated, with ranges worked out anew for each input, or with
-integers for its weights only."""
+"""How a network is quantized: trained with fake-quantization, calibrated, with ranges computed for each input, or with
+integer weights only."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What runs an int8 network in this process, where it is not what is fastest."""
+"""The runtime of an int8 network in this process, if not the fastest one."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from typing import Any, Literal, get_args
 from qat_lightning.errors import CombinationError, ConfigurationError
 
 Runtime = Literal["plain"]
-"""``"plain"``: oneDNN's ops on plain uint8 and int8 tensors, one by one."""
+"""``"plain"``: oneDNN's ops on plain uint8 and int8 tensors, called one by one."""
 
 _BACKENDS = ("x86", "onednn")
 
 
 def check_runtime(runtime: Any, mode: str, backend: str, kind: str) -> None:
-    """Refuse a runtime that there is not, or not for a mode, backend and kind.
+    """Reject an unknown runtime, and one that does not support a mode, backend and kind.
 
     Raises:
         ConfigurationError: There is no such runtime.
-        CombinationError: There is, and it does not run such networks.
+        CombinationError: The runtime does not run such networks.
 
     Example:
         >>> check_runtime("plain", "fx", "onednn", "static")

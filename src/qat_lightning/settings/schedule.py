@@ -1,7 +1,6 @@
 """When fake-quantization is enabled and ranges and BatchNorm freeze: pure functions of step, epoch and plan.
 
-Nothing here looks at a Trainer or remembers an event, so a resumed run finds the same answer as one that was never
-interrupted.
+Nothing here reads a Trainer or keeps state, so a resumed run gets the same answers as one that was never interrupted.
 
 Example:
     >>> schedule = QuantizationSchedule(start=0.3, freeze_observers={"step": 70}, freeze_batchnorm=8)
@@ -41,15 +40,15 @@ class SchedulePoint:
       optimizer steps behind it. The last step of a plan of 10 has 0.9 behind it, so ``{fraction: 1.0}`` is reached
       only when the training is over: no training step sees it.
 
-    Under manual optimization ``{step: n}`` counts what the optimizers of the quantized network really stepped, and
-    ``{fraction: f}`` is a share of the planned batches, since nobody knows how many steps they will be.
+    Under manual optimization ``{step: n}`` counts the actual steps of the optimizers of the quantized network, and
+    ``{fraction: f}`` is a share of the planned batches, since the number of steps is not known beforehand.
 
     Args:
         unit: ``"epoch"``, ``"step"`` or ``"fraction"``.
         at: A whole number of 0 or more; for a fraction a number from 0 to 1.
 
     Raises:
-        ConfigurationError: If the unit is unknown, or the number is not possible for it.
+        ConfigurationError: If the unit is unknown, or the number is not allowed for it.
 
     Example:
         >>> print(SchedulePoint("epoch", 3))
@@ -60,7 +59,7 @@ class SchedulePoint:
     at: int | float
 
     def __post_init__(self) -> None:
-        """Refuse what is no point of a training."""
+        """Reject an invalid unit or number."""
         if self.unit == "fraction":
             object.__setattr__(self, "at", _share(self.at))
         elif self.unit in ("epoch", "step"):
@@ -70,7 +69,7 @@ class SchedulePoint:
 
     @classmethod
     def parse(cls, value: PointLike, *, name: str = "schedule point") -> SchedulePoint | None:
-        """Read a schedule point as a person writes it, in Python or in YAML.
+        """Read a schedule point as users write it, in Python or in YAML.
 
         Args:
             value: ``3`` (epoch 3), ``0.5`` (half of the planned training), a mapping with one of the keys ``epoch``,
@@ -81,7 +80,7 @@ class SchedulePoint:
             The point, or ``None`` for never.
 
         Raises:
-            ConfigurationError: If the value is none of these. The message says what can be written.
+            ConfigurationError: If the value has none of these forms. The message says what can be written.
 
         Example:
             >>> SchedulePoint.parse(3)
@@ -127,9 +126,9 @@ PointLike: TypeAlias = int | float | Mapping[str, Any] | SchedulePoint | None
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """How long the training is meant to be.
+    """The planned length of the training.
 
-    ``None``, ``-1`` and infinity all mean "no limit", or for ``steps_per_epoch`` "not known".
+    ``None``, ``-1`` and infinity all mean "no limit", or for ``steps_per_epoch`` "unknown".
 
     Args:
         steps_per_epoch: Optimizer steps of an epoch, not batches: gradient accumulation makes them fewer.
@@ -149,15 +148,15 @@ class TrainingPlan:
     max_epochs: int | None = None
 
     def __post_init__(self) -> None:
-        """Bring the ways to say "no limit" to one."""
+        """Normalize the ways to say "no limit"."""
         for name in ("steps_per_epoch", "max_steps", "max_epochs"):
             object.__setattr__(self, name, _limit(getattr(self, name), name))
 
     @property
     def total_steps(self) -> int | None:
-        """The planned optimizer steps, the lesser of the two limits, or ``None`` where neither can be told in steps.
+        """The planned optimizer steps: the smaller of both limits, or ``None`` if neither is known in steps.
 
-        An epoch limit counts where ``steps_per_epoch`` is known.
+        ``max_epochs`` counts only if ``steps_per_epoch`` is known.
         """
         limits = []
         if self.max_steps is not None:
@@ -168,10 +167,10 @@ class TrainingPlan:
 
 
 def resolve(point: SchedulePoint | None, plan: TrainingPlan, *, name: str = "schedule point") -> int | None:
-    """Say before which optimizer step a point is reached.
+    """Compute before which optimizer step a point is reached.
 
-    A fraction f of N planned steps is step ceil(f x N), f taken as the decimal number that was written: 0.07 of 100
-    steps is step 7, although the nearest binary number times 100 is a little more.
+    A fraction f of N planned steps is step ceil(f x N), with f as the decimal number that was written: 0.07 of 100
+    steps is step 7, although the nearest binary number times 100 is slightly more.
 
     Args:
         point: The point, or ``None`` for never.
@@ -179,7 +178,7 @@ def resolve(point: SchedulePoint | None, plan: TrainingPlan, *, name: str = "sch
         name: What the point is called in an error message.
 
     Returns:
-        The step, or ``None`` where there is none (never) or it cannot be told beforehand (an epoch of unknown length).
+        The step, or ``None`` if it is never reached, or not known beforehand (an epoch of unknown length).
 
     Raises:
         ConfigurationError: If the point is a fraction and the plan has no end.
@@ -223,18 +222,18 @@ def reached(
     done: Fraction | None = None,
     name: str = "schedule point",
 ) -> bool:
-    """Say whether a point lies at or behind the coming optimizer step.
+    """Whether a point is reached at the coming optimizer step.
 
     Args:
         point: The point, or ``None`` for never.
         step: Optimizer steps done so far, which is the number of the coming one.
         epoch: The running epoch, counted from 0.
         plan: The planned training.
-        done: The share of the planned training that is done, where steps do not tell it.
+        done: The share of the planned training that is done, where it does not follow from the steps.
         name: What the point is called in an error message.
 
     Returns:
-        Whether it is reached. For a fixed plan this never goes back from true to false as step and epoch grow.
+        Whether it is reached. For a fixed plan this never changes from true to false as step and epoch grow.
 
     Raises:
         ConfigurationError: If the point is a fraction and the plan has no end.
@@ -256,13 +255,13 @@ def reached(
 
 @dataclass(frozen=True)
 class Phase:
-    """What is on for one optimizer step.
+    """What is enabled for one optimizer step.
 
     Args:
         fake_quant: Whether weights and activations are rounded.
-        observers: Whether the ranges of activations still move.
-        batchnorm_frozen: Whether BatchNorm's running statistics stand still and are used for normalizing.
-        scales_learn: Whether scales that learn begin to, once there is rounding.
+        observers: Whether the ranges of activations are still updated.
+        batchnorm_frozen: Whether BatchNorm normalizes with its running statistics and no longer updates them.
+        scales_learn: Whether learned scales begin to learn as soon as fake-quantization is enabled.
     """
 
     fake_quant: bool
@@ -271,13 +270,13 @@ class Phase:
     scales_learn: bool = True
 
     def latched(self, earlier: Phase) -> Phase:
-        """Keep what an earlier phase had reached, so that a longer plan does not undo it.
+        """Keep what an earlier phase had reached, even if a longer plan would postpone it.
 
         Args:
-            earlier: The phase before, for example from a checkpoint.
+            earlier: The previous phase, for example from a checkpoint.
 
         Returns:
-            A phase that has reached all that either has.
+            A phase that has reached everything that either of them has.
 
         Example:
             >>> now = Phase(fake_quant=False, observers=True, batchnorm_frozen=False)
@@ -300,9 +299,9 @@ class QuantizationSchedule:
 
     Args:
         start: When fake-quantization is enabled. ``None``: never.
-        freeze_observers: When the ranges of activations stop. ``None``: never.
-        freeze_batchnorm: When BatchNorm's statistics stop. ``None``: never; 0 keeps a pretrained network's.
-        learn_scales: When scales that learn begin to, not before ``start``. ``None``: with it.
+        freeze_observers: When the ranges of activations freeze. ``None``: never.
+        freeze_batchnorm: When BatchNorm's statistics freeze. ``None``: never; 0 keeps those of a pretrained network.
+        learn_scales: When learned scales begin to learn, at ``start`` at the earliest. ``None``: at ``start``.
 
     Raises:
         ConfigurationError: If one of them is not a schedule point, or the ranges would freeze before any data was seen.
@@ -336,16 +335,16 @@ class QuantizationSchedule:
             )
 
     def phase(self, step: int, epoch: int, plan: TrainingPlan, done: Fraction | None = None) -> Phase:
-        """Say what is on for the coming optimizer step.
+        """What is enabled for the coming optimizer step.
 
         Args:
             step: Optimizer steps done so far, which is the number of the coming one.
             epoch: The running epoch, counted from 0.
             plan: The planned training.
-            done: The share of the planned training that is done, where steps do not tell it.
+            done: The share of the planned training that is done, where it does not follow from the steps.
 
         Returns:
-            The phase, the same for the same arguments, whatever was asked before.
+            The phase; it depends on the arguments only.
 
         Raises:
             ConfigurationError: If a point is a fraction and the plan has no end.
@@ -374,7 +373,7 @@ def _count(value: Any, unit: str) -> int:
 
 
 def _share(value: Any) -> float:
-    number = value  # which keeps its type: not every Real has a float
+    number = value  # keeps its type: not every Real can be converted to float
     if isinstance(value, Real) and not isinstance(value, bool) and 0 <= number <= 1:
         return float(value)
     raise ConfigurationError(f"a fraction is a number from 0.0 to 1.0, not {value!r}. {_HOW_TO_WRITE}")

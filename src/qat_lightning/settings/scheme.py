@@ -1,4 +1,4 @@
-"""What is rounded to how many bits: a pure value, checked when it is made."""
+"""How many bits weights and activations have, and on which grids: a pure value, checked when it is created."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ActivationObserver = Literal["auto", "moving_average", "min_max", "histogram_mse
 LearnedStep = Literal["none", "lsq", "lsq+"]
 
 CALIBRATION_ONLY = ("histogram_kl",)
-"""Observers for calibration alone: thousands of divergences to a range are too slow for every step of a training."""
+"""Observers for calibration only: computing thousands of divergences per range is too slow for every training step."""
 
 
 def stored_bits(weight_bits: int) -> int:
@@ -34,41 +34,41 @@ def stored_bits(weight_bits: int) -> int:
 class Scheme:
     """How weights and activations are quantized.
 
-    Symmetric weights (zero point 0) are on ``[-(2**(bits-1) - 1), 2**(bits-1) - 1]``, which is what the int8 kernels of
-    every backend take. Weights of fewer than 8 bits are int8 to the kernels, on a coarser grid, and those of up to 4
-    bits two to a byte in the file. What no kernel of the backend can hold (activations of fewer than 8 bits, or of 16
-    where the backend has none, affine weights) is simulated: it trains and evaluates as fake-quant, and there is no
-    int8 network of it. `Recipe.simulated` says why.
+    Symmetric weights (zero point 0) are on ``[-(2**(bits-1) - 1), 2**(bits-1) - 1]``, as the int8 kernels of every
+    backend require. Kernels read weights of fewer than 8 bits as int8 on a coarser grid; in the file, two weights of up
+    to 4 bits share a byte. A scheme that no kernel of the backend supports (activations of fewer than 8 bits, or of 16
+    where the backend lacks them, affine weights) is simulated: it trains and evaluates with fake-quantization, and
+    there is no int8 network. `Recipe.simulated` says why.
 
     Args:
         weight_bits: 2 to 8.
-        weight_symmetric: zero point 0; False puts it where the weights need it.
+        weight_symmetric: zero point 0; with False, the zero point follows from the range of the weights.
         weight_granularity: one scale for each output channel, for the tensor, or for each group of
             ``weight_group_size`` input channels (kinds ``"weight_only"`` and ``"dynamic"``).
         weight_group_size: 0, or the size of a group: a power of two from 16 to 1024.
-        weight_observer: ``"min_max"``: the grid reaches to the largest weight; ``"mse"``: to where the mean squared
-            error is least; ``"auto"``: ``"min_max"`` for 8 bits and ``"mse"`` for fewer.
+        weight_observer: ``"min_max"``: the grid covers the largest weight; ``"mse"``: the range with the least mean
+            squared error; ``"auto"``: ``"min_max"`` for 8 bits and ``"mse"`` for fewer.
         activation_bits: 2 to 8, or 16.
-        activation_symmetric: put the zero point in the middle of the range instead of where the data needs it.
-        activation_granularity: one range for all values of a call, or one for each token, which is what lies along the
-            last dimension (kind ``"dynamic"``).
+        activation_symmetric: put the zero point in the middle of the integer range instead of where the data needs it.
+        activation_granularity: one range for all values of a call, or one for each token, that is, for the values along
+            the last dimension (kind ``"dynamic"``).
         activation_observer: ``"moving_average"`` of the batches' ranges, ``"min_max"`` of all batches, or the range of
             a histogram with the least mean squared error (``"histogram_mse"``), without its tails (``"percentile"``),
             or in calibration with the least Kullback-Leibler divergence (``"histogram_kl"``). In calibration it is the
             histogram of all batches; in training each batch has its own, and the ranges are averaged as they move.
             ``"auto"``: ``"moving_average"`` in training and ``"histogram_mse"`` in calibration.
-        activation_percentile: share of the values, in percent, that ``"percentile"`` keeps on each side.
+        activation_percentile: percentage of the values that ``"percentile"`` keeps on each side.
         averaging_constant: weight of the newest batch in a moving average of activation ranges, in (0, 1].
         learned_step: ``"lsq"``: scales are parameters that learn with the weights, once fake-quantization is enabled
             (Esser et al., 2020, https://arxiv.org/abs/1902.08153); ``"lsq+"``: the zero points of affine activations
             as well (Bhalgat et al., 2020, https://arxiv.org/abs/2004.09576).
         overrides: Layers with a scheme of their own: for each pattern of names, relative to the LightningModule as
             ``exclude`` is, a mapping of `qat_lightning.settings.overrides.OF_A_LAYER`, or the word ``"float"``. A
-            pattern matches a layer by its name or by that of a module that it is in. The last pattern that matches
-            decides, alone: fields that it leaves out are those above. ``activation_bits`` are those of the layer's
-            output. None, as in a configuration, stands for no overrides; the attribute is always a mapping.
-        learned_rate: factor of the optimizer's learning rate for learned scales, above 0: with Adam and a
-            learning rate of 0.001, 1.0 lets a scale move by 0.1 % a step.
+            pattern matches a layer by its name or by that of a module that contains it. Only the last pattern that
+            matches applies; fields that it omits are those of this scheme. ``activation_bits`` are those of the layer's
+            output. None, as in a configuration, means no overrides; the attribute is always a mapping.
+        learned_rate: factor on the optimizer's learning rate for learned scales, above 0: with Adam and a learning rate
+            of 0.001, 1.0 lets a scale change by 0.1 % per step.
 
     Raises:
         ConfigurationError: A value is outside what is listed here.
@@ -101,8 +101,8 @@ class Scheme:
     learned_rate: float = 1.0
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be."""
-        # By type first: arrays and tensors have no answer to a comparison.
+        """Reject invalid values."""
+        # Types first: arrays and tensors cannot be compared with a number.
         for bits in ("weight_bits", "activation_bits"):
             value = getattr(self, bits)
             if type(value) is not int or value not in (*range(2, 9), *((16,) if bits == "activation_bits" else ())):
@@ -125,22 +125,22 @@ class Scheme:
                 _refuse(name, value, possible)
         self._check_group()
         object.__setattr__(self, "overrides", Overrides.checked(self.overrides))
-        list(self.own())  # each is checked as it is made
+        list(self.own())  # each is checked when it is created
 
     def of(self, name: str) -> Scheme:
-        """The scheme of one layer: this one with the fields that ``overrides`` has for it, and without overrides.
+        """The scheme of one layer: the fields of its override applied, and without overrides.
 
         Args:
-            name: Of the layer in the LightningModule; one that stays float has the scheme of those without overrides.
+            name: Name of the layer in the LightningModule; a layer that stays float gets the scheme without overrides.
         """
         fields = self._overrides.of(name)
         return replace(self, overrides=None, **({} if fields == FLOAT else fields))
 
     def own(self) -> Iterator[tuple[str, Scheme]]:
-        """The patterns of layers that are quantized otherwise, each with the scheme that they have.
+        """The patterns that change fields of the scheme, each with the resulting scheme.
 
         Raises:
-            ConfigurationError: A field has no such value; the message names the pattern.
+            ConfigurationError: A field has an invalid value; the message names the pattern.
         """
         for pattern, fields in self._overrides.items():
             if fields == FLOAT:
@@ -185,13 +185,13 @@ class Scheme:
 
     @property
     def chosen_weight_observer(self) -> Literal["min_max", "mse"]:
-        """What ``"auto"`` stands for."""
+        """The weight observer, with ``"auto"`` resolved."""
         if self.weight_observer == "auto":
             return "min_max" if self.weight_bits == 8 else "mse"
         return self.weight_observer
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as plain values, as a checkpoint holds them; without overrides as before there were any."""
+        """The fields as plain values, for a checkpoint; ``overrides`` is omitted if empty, as in earlier releases."""
         values = asdict(self)
         overrides = dict(values.pop("overrides"))
         return values | ({"overrides": overrides} if overrides else {})

@@ -1,4 +1,4 @@
-"""The three forms of a network that a test can run."""
+"""The three variants of a network that an evaluation can run."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ VARIANTS: tuple[Variant, ...] = ("float", "fake_quant", "int8")
 
 
 def check_variant(name: str | None) -> None:
-    """Refuse a name that is no variant.
+    """Reject an unknown variant.
 
     Raises:
-        ConfigurationError: With the names that are.
+        ConfigurationError: The name is unknown; the message lists the valid ones.
     """
     if name is not None and name not in VARIANTS:
         raise ConfigurationError(f"variant {name!r} is unknown: use one of {', '.join(VARIANTS)}, or None.")

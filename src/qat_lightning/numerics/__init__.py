@@ -1,1 +1,1 @@
-"""Grids, ranges, rounding, and how far two tensors are apart."""
+"""Grids, ranges, rounding, and the difference between two tensors."""

@@ -1,10 +1,10 @@
-"""A range for each batch of a training, out of a histogram of that batch.
+"""A range for each batch of a training, chosen from a histogram of that batch.
 
-Calibration keeps one histogram of all batches, whose network stands still. In training the network moves, so that old
-batches say little, and a histogram that forgets would be state for every checkpoint and every process. Here each batch
-has a histogram of its own, the range is chosen from it, and what is kept is the moving average of these ranges: two
-numbers, as for ``"moving_average"``, which resume, freeze and are reduced over processes alike. Nothing here reads a
-value of the device back, so that no step waits for it and a compiled graph holds all of it.
+Calibration keeps one histogram of all batches, since its network does not change. In training the network changes, so
+old batches say little, and a decaying histogram would be additional state in every checkpoint and process. Here each
+batch has its own histogram, the range is chosen from it, and the moving average of these ranges is kept: two numbers,
+as for ``"moving_average"``, which are resumed, frozen and reduced over processes in the same way. No value is read back
+from the device, so a step never waits for it, and a compiled graph holds the whole computation.
 
 The average of each batch's percentiles is what NNCF calls ``mean_percentile`` and Brevitas collects for its learned
 scales; the least squared error is that of `qat_lightning.numerics.observers.least_squares_range`.
@@ -21,28 +21,28 @@ from torch import Tensor
 from qat_lightning.numerics.integer_grid import IntegerGrid
 
 BINS = 2048
-"""Of a batch's histogram, as wide as its range."""
+"""Number of bins in the histogram of a batch; the histogram is as wide as the batch's range."""
 
 SAMPLED = 2**16
-"""About as many values of a batch are counted, at equal distances; its smallest and largest are those of all."""
+"""About how many values of a batch are counted, evenly spaced; smallest and largest are those of the whole batch."""
 
 _RATIO, _TRIED = 0.87, 20
-"""The least error is searched in shares of a range, each 13 % less, down to 7 %, and then around the best of them."""
+"""The search for the least error tries shares of the range, each 13 % smaller, down to 7 %; then around the best."""
 
 ChooseOfBatch = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-"""Chooses a range from the histogram of a batch, and the smallest and the largest of its values."""
+"""Chooses a range from the histogram of a batch and its smallest and largest value."""
 
 
 def sample(values: Tensor) -> Tensor:
-    """About `SAMPLED` of the values, at equal distances in memory.
+    """About `SAMPLED` of the values, evenly spaced in memory.
 
-    The distance has no divisor in common with the number of values: columns or channels are not left out.
+    The stride has no common divisor with the number of values, so that no column or channel is skipped.
 
     Args:
         values: Of any shape and memory format.
 
     Returns:
-        In one dimension; all of them where there are no more.
+        A one-dimensional tensor; all values if there are no more than that.
 
     Example:
         >>> sample(torch.zeros(8, 64, 32, 32)).shape, sample(torch.zeros(3, 4)).shape
@@ -57,13 +57,14 @@ def sample(values: Tensor) -> Tensor:
 
 
 def batch_histogram(values: Tensor, low: Tensor, high: Tensor, relu: float | None = None) -> Tensor:
-    """How many of a sample of the values are in each of `BINS` equal bins from ``low`` to ``high``.
+    """Count a sample of the values in `BINS` equal bins from ``low`` to ``high``.
 
     Args:
         values: float32, of any shape.
-        low: Smallest value, float32, shape ``()``; with a ReLU, of what it leaves.
-        high: Largest.
-        relu: The largest value that a ReLU leaves, through which the values are still to go; None for no ReLU.
+        low: Smallest value, float32, shape ``()``; with a ReLU, after the ReLU.
+        high: Largest value, likewise.
+        relu: Upper limit of a ReLU that is still to be applied to the values (6 for ReLU6, inf for ReLU); None for no
+            ReLU.
 
     Returns:
         float32, shape ``(BINS,)``, on the device of the values.
@@ -77,7 +78,7 @@ def batch_histogram(values: Tensor, low: Tensor, high: Tensor, relu: float | Non
     if relu is not None:
         seen = seen.clamp(0.0, relu)
     bins = ((seen - low) * (BINS / (high - low))).nan_to_num(0.0).clamp(0, BINS - 1).long()
-    # Whole numbers of float32: the sum is the same in any order.
+    # Whole numbers in float32: the sum does not depend on the order.
     counts = torch.zeros(BINS, dtype=torch.float32, device=values.device)
     return counts.scatter_add_(0, bins, torch.ones_like(seen))
 
@@ -123,7 +124,7 @@ def least_squares_of_histogram(
         counts: See `batch_histogram`.
         low: Smallest value of the batch.
         high: Largest.
-        grid: What is rounded to.
+        grid: The integer grid.
 
     Returns:
         Smallest and largest value to represent, float32, shape ``()``.
@@ -136,7 +137,7 @@ def least_squares_of_histogram(
         >>> float(low), bool(high < 4)
         (0.0, True)
     """
-    # Two bins to one: errors need fewer than percentiles do.
+    # Merge pairs of bins: errors need fewer bins than percentiles do.
     counts = counts.reshape(-1, 2).sum(1)
     middles = low + (torch.arange(BINS // 2, device=counts.device) + 0.5) * ((high - low) / (BINS // 2))
     shares = _RATIO ** torch.arange(_TRIED, device=counts.device)
@@ -146,7 +147,7 @@ def least_squares_of_histogram(
         scale, zero_point = (found[:, None] for found in grid.qparams(lows, highs))
         least, most = grid.quant_min - zero_point, grid.quant_max - zero_point
         rounded = torch.clamp(torch.round(middles / scale), least, most) * scale
-        # In one dimension: a tensor without any, as an index, is read back from the device.
+        # One-dimensional: an index without dimensions would be read back from the device.
         chosen = ((rounded - middles).square() * counts).sum(1).argmin(0, keepdim=True)
         return lows[chosen].squeeze(0), highs[chosen].squeeze(0)
 

@@ -1,8 +1,8 @@
-"""What all FakeQuantizes of one prepared network know together: whether it trains, and where a forward pass begins.
+"""State shared by all FakeQuantizes of a prepared network: whether it trains, and where a forward pass begins.
 
-A layer alone knows neither. One that is kept in evaluation while the rest trains, as a backbone is in transfer
-learning, sees the batches of the training all the same; and one that is called several times in a forward pass sees a
-part of the batch each time.
+A single layer cannot know this. A part that is kept in evaluation while the rest trains, as a backbone in transfer
+learning, still sees the training's batches; and a layer that is called several times in a forward pass sees only a part
+of the batch each time.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ from torch import nn
 
 
 class Course(nn.Module):
-    """A module without tensors, whose flag follows ``train`` and ``eval`` of the network as a whole.
+    """A module without tensors, whose ``training`` flag follows that of the network as a whole.
 
     Attributes:
-        in_training_step: Whether a training step runs now, which whoever runs the steps says: then a network trains
-            whatever its flags are.
-        in_forward: Whether the network's forward runs now, in which a place that is passed several times has one range.
+        in_training_step: Whether a training step is running, set by the caller of the step: the network then counts as
+            training, whatever its flags are.
+        in_forward: Whether the network's forward is running; a FakeQuantize that is called several times within it has
+            one range.
 
     Example:
         >>> network = nn.Sequential(nn.Linear(2, 2), Course())
@@ -37,20 +38,20 @@ class Course(nn.Module):
 
     @property
     def trains(self) -> bool:
-        """Whether what the network computes now belongs to its training."""
+        """Whether the current computation belongs to training."""
         return self.training or self.in_training_step
 
     def forward(self, input: Any) -> Any:
-        """``input`` itself."""
+        """Return ``input``."""
         return input
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Course:
-        """That of a copied network, which nobody runs yet."""
+        """A copy that is not running."""
         copied = type(self)()
         copied.training = self.training
         return copied
 
     def __getstate__(self) -> dict[str, Any]:
-        """Likewise for a pickled one."""
+        """Pickle it as not running."""
         kept = {name: value for name, value in self.__dict__.items() if name != "places"}
         return kept | {"in_training_step": False, "in_forward": False}

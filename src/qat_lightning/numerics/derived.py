@@ -1,4 +1,4 @@
-"""A FakeQuantize without a range of its own: the grid of a bias, which kernels add to products of two grids."""
+"""A FakeQuantize without a range of its own, for biases: their grid follows from those of input and weight."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from qat_lightning.numerics.fake_quantize import FakeQuantize
 from qat_lightning.numerics.grid import fake_quantize
 
 Derive = Callable[[list[Any]], tuple[Tensor, Tensor]]
-"""Scale and zero point of the grids of others, which it asks for by ``calculate_qparams()``."""
+"""Computes scale and zero point from other FakeQuantizes, by their ``calculate_qparams()``."""
 
 
 class DerivedFakeQuantize(nn.Module):
-    """Rounds to a grid that is worked out from those of other FakeQuantizes, as long as these round.
+    """Rounds to a grid that is derived from other FakeQuantizes, while these round.
 
-    The arithmetic is in float32, as upstream's ``quantized_decomposed.quantize_per_channel`` has it; integers beyond
-    2**24 are those that float32 has.
+    Computes in float32, as upstream's ``quantized_decomposed.quantize_per_channel`` does; integers beyond 2**24 are
+    rounded to those that float32 represents.
 
     Args:
-        sources: The FakeQuantizes; they are no children of this one.
-        derive: Of upstream's ``DerivedQuantizationSpec``.
-        dtype: Of the integers, such as ``torch.int32``.
+        sources: The FakeQuantizes; not registered as children.
+        derive: The function of upstream's ``DerivedQuantizationSpec``.
+        dtype: Integer dtype, such as ``torch.int32``.
         quant_min: Smallest integer; None for that of the dtype.
         quant_max: Largest integer; None for that of the dtype.
         qscheme: One of torch's four; None for ``torch.per_tensor_affine``.
@@ -58,20 +58,20 @@ class DerivedFakeQuantize(nn.Module):
         self.ch_axis = -1 if ch_axis is None else ch_axis
         self.is_dynamic = False
         self.derive = derive
-        self.sources = list(sources)  # a list, so that nothing of them is saved twice
+        self.sources = list(sources)  # a list, so that they are not registered and saved twice
 
     @property
     def seen(self) -> bool:
-        """Whether the grids that it depends on are known, and are rounded to."""
+        """Whether the grids that it is derived from are known, and their FakeQuantizes round."""
         return all(source.seen and not source.left_float for source in self.sources)
 
     @torch.no_grad()
     def calculate_qparams(self, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Scale (float32) and zero point: what training rounds with and convert reads."""
+        """Scale (float32) and zero point, used by training and read by conversion."""
         return self.derive(list(self.sources))
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x`` on the grid, in its shape and dtype; as it is while a source does not round."""
+        """``x`` on the grid, in its shape and dtype; ``x`` itself while a source does not round."""
         if not self.seen or not all(source.fake_quant_enabled for source in self.sources):
             return x
         scale, zero_point = self.calculate_qparams()
@@ -79,5 +79,5 @@ class DerivedFakeQuantize(nn.Module):
         return fake_quantize(x, scale, zero_point, quant_min=self.quant_min, quant_max=self.quant_max, axis=axis)
 
     def extra_repr(self) -> str:
-        """What it rounds to, for ``print(network)``."""
+        """The grid, for ``print(network)``."""
         return f"{self.dtype}, derived from {len(self.sources)} grids"

@@ -1,4 +1,4 @@
-"""Rounding of activations to a grid whose range is found anew in each call, as dynamic kernels do it."""
+"""Rounding of activations to a grid whose range is computed in each call, as dynamic kernels do it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from qat_lightning.numerics.grid import along, choose_qparams, round_within_half_a_step, smallest_and_largest
 
 DynamicGranularity = Literal["per_tensor", "per_token"]
-"""Whether all values of a call share one range, or those of each token (along the last dimension) have their own."""
+"""Whether all values of a call share one range, or each token (along the last dimension) has its own."""
 
 _LOW, _HIGH = -128, 127
 
@@ -22,7 +22,7 @@ _disturbing: list[Callable[[Any], Any]] = []
 
 @contextmanager
 def disturbed_roundings(disturb: Callable[[Any], Any]) -> Iterator[None]:
-    """Let what rounds dynamically round what ``disturb`` makes of its input, to see what roundings alone can do."""
+    """Let dynamic rounding round ``disturb(input)``, to measure the effect of rounding alone."""
     _disturbing.append(disturb)
     try:
         yield
@@ -31,25 +31,25 @@ def disturbed_roundings(disturb: Callable[[Any], Any]) -> Iterator[None]:
 
 
 def disturbed(x: Tensor) -> Tensor:
-    """``x``, or what `disturbed_roundings` makes of it."""
+    """``x``, or within `disturbed_roundings` the disturbed ``x``."""
     changed: Tensor = _disturbing[-1](x) if _disturbing else x
     return changed
 
 
 def round_dynamically(x: Tensor, granularity: DynamicGranularity = "per_tensor", *, symmetric: bool = False) -> Tensor:
-    """Put ``x`` on the 8-bit grid of its own range and back; the gradient passes straight through.
+    """Round ``x`` to the 8-bit grid of its own range; the gradient passes straight through.
 
     Per tensor and affine, the grid is that of PyTorch's dynamic kernels, chosen by the same function. Per token, it is
     that of ExecuTorch's and torchao's ``8da4w``: affine on -128..127, or symmetric on -127..127.
 
     Args:
-        x: Values of any shape and floating dtype; a token is what lies along the last dimension.
-        granularity: What shares one range.
+        x: Values of any shape and floating dtype; a token is the values along the last dimension.
+        granularity: Which values share a range.
         symmetric: Whether the zero point is 0.
 
     Returns:
-        The rounded values, in the shape and dtype of ``x``. A range that is not finite rounds nothing sensible, as in
-        the kernels.
+        The rounded values, in the shape and dtype of ``x``. With a range that is not finite the result is meaningless,
+        as in the kernels.
 
     Example:
         >>> x = torch.tensor([[0.0, 1.0, 2.55], [0.0, 10.0, 25.5]])
@@ -77,7 +77,7 @@ def round_dynamically(x: Tensor, granularity: DynamicGranularity = "per_tensor",
 def _qparams(rows: Tensor, axis: int | None, low: int, high: int, *, symmetric: bool) -> tuple[Tensor, Tensor]:
     captured = torch.compiler.is_compiling() or _is_traced()
     if axis is None and not symmetric and rows.device.type == "cpu" and not captured:
-        # The kernels' own choice, whose zero point may be another one where two are as good.
+        # The kernels' own function, which may choose another zero point where two are equally good.
         scale, zero_point = torch._choose_qparams_per_tensor(rows, False)
         return torch.tensor(scale), torch.tensor(int(zero_point) + low, dtype=torch.int32)
     ends = smallest_and_largest(rows, axis)
@@ -85,12 +85,12 @@ def _qparams(rows: Tensor, axis: int | None, low: int, high: int, *, symmetric: 
 
 
 def _is_traced() -> bool:
-    """Whether TorchScript records what runs."""
+    """Whether TorchScript is tracing."""
     return bool(torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call]
 
 
 def _in_plain_ops(rows: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None, low: int, high: int) -> Tensor:
-    """`fake_quantize` for TorchScript, which holds no function of autograd, and no range that is a number."""
+    """`fake_quantize` for TorchScript, which supports neither autograd functions nor ranges as Python numbers."""
     scale, zero_point = along(scale, rows, axis), along(zero_point, rows, axis)
     integers = torch.round(rows.float() * (1.0 / scale))
     within = torch.minimum(torch.maximum(integers, low - zero_point), high - zero_point)
@@ -98,15 +98,15 @@ def _in_plain_ops(rows: Tensor, scale: Tensor, zero_point: Tensor, axis: int | N
 
 
 class DynamicFakeQuantize(nn.Module):
-    """`round_dynamically` as a module with a switch; it keeps nothing, so that a checkpoint has nothing of it.
+    """`round_dynamically` as a module with a switch; without state, so nothing of it is in a checkpoint.
 
     Args:
-        granularity: What shares one range.
+        granularity: Which values share a range.
         symmetric: Whether the zero point is 0.
 
     Attributes:
         fake_quant_enabled: Whether `forward` rounds.
-        left_float: Whether it never rounds, because the layer cannot be converted.
+        left_float: Whether it never rounds, because the layer cannot be converted to int8.
     """
 
     def __init__(self, granularity: DynamicGranularity = "per_tensor", *, symmetric: bool = False) -> None:
@@ -123,5 +123,5 @@ class DynamicFakeQuantize(nn.Module):
         return round_dynamically(x, self.granularity, symmetric=self.symmetric)
 
     def extra_repr(self) -> str:
-        """What shares a range, for ``print``."""
+        """Which values share a range, for ``print``."""
         return f"8 bits, {'symmetric' if self.symmetric else 'affine'}, {self.granularity}"

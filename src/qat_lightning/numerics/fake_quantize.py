@@ -35,44 +35,45 @@ from qat_lightning.processes import process_count, range_over_all, sum_over_all
 class FakeQuantize(_TorchFakeQuantizeBase):
     """Observes a range and rounds to the integer grid of that range, in every mode.
 
-    It is a `FakeQuantizeBase` to torch.ao, and to torchao once `qat_lightning.modes.pt2e` is imported, so that both
-    converters take it. Its flags are plain attributes that a schedule sets: they are not part of a checkpoint, because
-    what is on is a function of the step.
+    It is a `FakeQuantizeBase` of torch.ao, and of torchao once `qat_lightning.modes.pt2e` is imported, so that both
+    converters accept it. The schedule sets its flags, which are plain attributes and not part of a checkpoint, because
+    they follow from the step.
 
     Args:
-        dtype: The integers that are rounded to, with the next four; see `IntegerGrid`.
+        dtype: Integer dtype; it forms an `IntegerGrid` with the next four arguments.
         quant_min: Smallest integer.
         quant_max: Largest integer.
-        qscheme: One of torch's four, as upstream's converters read it.
+        qscheme: One of torch's four, read by upstream's converters.
         ch_axis: Channel dimension of a per-channel scheme, else -1.
-        source: Of the range. ``"moving_average"`` of the batches' ranges, moved only in training; ``"min_max"`` of all
-            batches; ``"histogram_mse"``, ``"histogram_kl"``, ``"percentile"``: what `settle` chooses from all batches;
-            ``"batch_mse"``, ``"batch_percentile"``: moving average of what is chosen from each batch, in training only;
-            ``"present"``: of the tensor at hand, for weights; ``"fixed"``: given as ``fixed_range``.
-        averaging_constant: Weight of the newest batch, once there were many; see `ObservedRange`.
-        percentile: Share of the values, in percent, that the two percentiles keep on each side.
-        clipped: Whether ``source="present"`` takes the share of the range with the least mean squared error, which is
+        source: Source of the range. ``"moving_average"`` of the batches' ranges, updated only in training;
+            ``"min_max"`` of all batches; ``"histogram_mse"``, ``"histogram_kl"``, ``"percentile"``: chosen by `settle`
+            from all batches; ``"batch_mse"``, ``"batch_percentile"``: moving average of a range chosen from each batch,
+            in training only; ``"present"``: of the current tensor, for weights; ``"fixed"``: given as ``fixed_range``.
+        averaging_constant: Weight of the newest batch after the first batches; see `ObservedRange`.
+        percentile: Percentage of the values that the two percentile sources keep on each side.
+        clipped: Whether ``source="present"`` uses the share of the range with the least mean squared error. It is
             chosen when fake-quantization is first enabled, and kept in the buffer ``clip``.
         learned: ``"none"``, ``"lsq"`` or ``"lsq+"``: see `LearnedStep`.
-        learned_rate: How many times as fast they learn as the optimizer's learning rate says.
+        learned_rate: Factor on the optimizer's learning rate for scale and zero point.
         fixed_range: Smallest and largest value for ``source="fixed"``.
-        is_dynamic: Accepted because upstream's converters pass it; only False is possible.
-        factory_kwargs: The device that upstream's QAT layers pass, on which the buffers are made.
+        is_dynamic: Passed by upstream's converters; only False is supported.
+        factory_kwargs: Passed by upstream's QAT layers: the device of the buffers.
 
     Attributes:
         fake_quant_enabled: Whether `forward` rounds.
-        observer_enabled: Whether `forward` moves the range (in training).
-        observe_in_evaluation: Whether it does in evaluation as well.
-        may_learn: Whether a scale that learns begins to, once `forward` rounds in training.
-        left_float: Whether it never rounds, because what it belongs to cannot be int8.
-        is_shared: Whether it comes by several times in a forward pass of the example.
-        course: What it knows of the network as a whole; None outside of a prepared network.
-        batches: Batches that the range was moved by, an int64 buffer.
-        reduce_across_processes: Whether every batch's range is taken over all processes of a distributed training. Only
-            where all of them run the same modules in the same order, or they wait for each other for ever.
-        nonfinite_batches: Batches whose range was NaN or infinite and was left out, an int64 buffer that is not saved.
-        origin: Where the range comes from.
-        step: Scale and zero point as parameters, where they learn.
+        observer_enabled: Whether `forward` updates the range (in training).
+        observe_in_evaluation: Whether it does so in evaluation as well.
+        may_learn: Whether a learned scale begins to learn as soon as `forward` rounds in training.
+        left_float: Whether it never rounds, because its layer or op cannot be int8.
+        is_shared: Whether it is called several times in a forward pass of the example.
+        course: State of the network as a whole; None outside of a prepared network.
+        batches: Number of batches in the range, an int64 buffer.
+        reduce_across_processes: Whether the range of every batch is reduced over all processes of a distributed
+            training. Possible only if all of them run the same modules in the same order; otherwise they deadlock.
+        nonfinite_batches: Number of batches that were left out because their range was NaN or infinite, an int64 buffer
+            that is not saved.
+        origin: The source of the range.
+        step: Scale and zero point as parameters, if they are learned.
 
     Example:
         >>> fq = FakeQuantize(dtype=torch.uint8, quant_min=0, quant_max=255, qscheme=torch.per_tensor_affine)
@@ -109,7 +110,7 @@ class FakeQuantize(_TorchFakeQuantizeBase):
         is_dynamic: bool = False,
         factory_kwargs: dict[str, Any] | None = None,
     ) -> None:
-        # Upstream's __init__ makes tensors of the flags, which are then averaged by EMA and saved.
+        # Upstream's __init__ stores the flags as tensors, which EMA would average and a checkpoint would save.
         nn.Module.__init__(self)
         if is_dynamic:
             raise ValueError("FakeQuantize observes static ranges only; is_dynamic=True is not possible.")
@@ -155,43 +156,43 @@ class FakeQuantize(_TorchFakeQuantizeBase):
 
     @property
     def observed(self) -> bool:
-        """Whether the range is that of batches, and not a weight's or fixed."""
+        """Whether the range is observed from batches, rather than a weight's or fixed."""
         return isinstance(self.origin, ObservedRange)
 
     @property
     def of_batch(self) -> bool:
-        """Whether the range is the average of what is chosen from each batch."""
+        """Whether the range is the average of ranges chosen from each batch."""
         return isinstance(self.origin, ObservedRange) and self.origin.choose_of_batch is not None
 
     @property
     def ends_suffice(self) -> bool:
-        """Whether a range moves by the smallest and the largest of several values as it does by all of them."""
+        """Whether smallest and largest value are enough to update the range, without all other values."""
         return self.histogram is None and not self.of_batch
 
     @property
     def seen(self) -> bool:
-        """Whether a range is known; without one nothing is rounded, and what needs it stays float."""
-        # To look at it breaks a compiled graph, which `_round` does without unless something has to begin to learn.
+        """Whether a range is known. Without one nothing is rounded, and layers that need it stay float."""
+        # Reading it breaks a compiled graph; `_round` avoids that unless a step has to begin to learn.
         if not self.origin.known and (self.learned != "none" or not torch.compiler.is_compiling()):
             self.origin.known = self.learns or self.origin.is_in(self)
         return self.origin.known
 
     @property
     def learns(self) -> bool:
-        """Whether scale and zero point are parameters now."""
+        """Whether scale and zero point are parameters by now."""
         return self.step is not None and self.step.learns
 
     @property
     def activation_post_process(self) -> FakeQuantize:
-        """Itself: upstream's converters look for the observer inside a fake-quantize."""
+        """Itself: upstream's converters expect the observer inside a fake-quantize."""
         return self
 
     @torch.no_grad()
     def materialize(self, weight: Tensor) -> None:
-        """Make what depends on the number of channels, for a FakeQuantize of weights that keeps something of its own.
+        """Create the tensors of a weight's FakeQuantize whose shape depends on the number of channels.
 
         Args:
-            weight: The weight as it will be given to `forward`.
+            weight: The weight as it will be passed to `forward`.
         """
         channels = weight.shape[self.ch_axis] if self.per_channel else None
         if self.clipped and "clip" not in self._buffers:
@@ -200,11 +201,11 @@ class FakeQuantize(_TorchFakeQuantizeBase):
             self.step = self._learned_step(channels).to(weight.device)
 
     def take_grid(self, grid: IntegerGrid, *, clipped: bool) -> None:
-        """Round to another grid from now on, before anything was observed; weights are to be materialized after it.
+        """Replace the grid, before anything was observed; weights have to be materialized afterwards.
 
         Args:
-            grid: The integers, of the same dtype.
-            clipped: Whether a weight's range is the share with the least mean squared error.
+            grid: The new grid, of the same dtype.
+            clipped: Whether the range of a weight is the share with the least mean squared error.
         """
         self.grid, self.clipped = grid, clipped
         self.qscheme, self.ch_axis = grid.qscheme, grid.ch_axis
@@ -223,7 +224,7 @@ class FakeQuantize(_TorchFakeQuantizeBase):
         return LearnedStep(channels, **grid, learn_zero_point=moves, rate=self.learned_rate)
 
     def range(self) -> tuple[Tensor, Tensor]:
-        """Smallest and largest value that is represented, float32, shape ``()`` or ``(channels,)``."""
+        """Smallest and largest representable value, float32, shape ``()`` or ``(channels,)``."""
         if self.learns:
             scale, zero_point = self.calculate_qparams()
             return (self.quant_min - zero_point) * scale, (self.quant_max - zero_point) * scale
@@ -235,11 +236,12 @@ class FakeQuantize(_TorchFakeQuantizeBase):
 
     @torch.no_grad()
     def observe(self, x: Tensor, relu: float | None = None) -> None:
-        """Take the range of ``x`` into account; a non-finite one is counted and left out.
+        """Update the range with ``x``; a non-finite range is counted and left out.
 
         Args:
             x: Values of any shape and floating dtype.
-            relu: The largest value that a ReLU leaves, through which ``x`` is still to go; None for no ReLU.
+            relu: Upper limit of a ReLU that is still to be applied to ``x`` (6 for ReLU6, inf for ReLU); None for no
+                ReLU.
         """
         values = x.detach().float()
         if isinstance(self.origin, PresentRange):
@@ -254,7 +256,7 @@ class FakeQuantize(_TorchFakeQuantizeBase):
         empty = values.numel() == 0
         if empty and not reduce:
             return
-        # A process with nothing to show takes part all the same: the others wait for it.
+        # A process without values takes part all the same, because the others wait for it.
         low, high = smallest_and_largest(values.new_full((1,), torch.nan) if empty else values)
         if relu is not None:
             low, high = low.clamp(0.0, relu), high.clamp(0.0, relu)
@@ -272,7 +274,7 @@ class FakeQuantize(_TorchFakeQuantizeBase):
 
     @torch.no_grad()
     def take_share(self, share: Tensor) -> None:
-        """Represent this share of a weight's range from now on, where the weight has been seen.
+        """Represent this share of a weight's range from now on, if the weight has been seen.
 
         Args:
             share: In (0, 1], float32, of the shape of the buffer ``clip``.
@@ -282,33 +284,33 @@ class FakeQuantize(_TorchFakeQuantizeBase):
         self.origin.share_known = True
 
     def begin_forward(self) -> None:
-        """From here on, what comes by belongs to another forward pass."""
+        """Begin a new forward pass: what was seen before does not belong to it."""
         if isinstance(self.origin, ObservedRange):
             self.origin.passed = None
 
     def begins_at_zero(self, largest: float) -> None:
-        """Keep a learned grid to what a ReLU in front leaves, which conversion drops because the grid clamps alike.
+        """Restrict a learned grid to the output of the ReLU before it, which conversion drops since the grid clamps.
 
         Args:
-            largest: The largest value that the ReLU leaves, such as 6; inf for none.
+            largest: Upper limit of the ReLU, such as 6; inf for none.
         """
         if self.step is not None:
             self.step.begins_at_zero(largest)
 
     def hold(self) -> None:
-        """Keep the range of the present weight, whatever weight comes: conversion rounds it before it packs it."""
+        """Keep the range of the present weight from now on: conversion rounds the weight before it packs it."""
         if isinstance(self.origin, PresentRange):
             self.origin.held = True
 
     @torch.no_grad()
     def settle(self) -> None:
-        """Choose the range from the histogram of all batches, where that is the source; calibration ends with it."""
+        """Choose the range from the histogram of all batches, if that is the source; ends calibration."""
         if isinstance(self.origin, ObservedRange) and self.histogram is not None and self.seen:
             self.origin.settle(self, self.histogram)
 
     @torch.no_grad()
     def forget(self) -> None:
-        """Forget the range of all batches, to observe anew."""
+        """Discard the observed range, to observe again."""
         if not isinstance(self.origin, ObservedRange):
             return
         self.origin.forget(self)
@@ -317,7 +319,7 @@ class FakeQuantize(_TorchFakeQuantizeBase):
 
     @torch.no_grad()
     def widen_to(self, other: FakeQuantize) -> None:
-        """Take the range of another place into its own, which holds both from now on."""
+        """Extend the own range by that of another FakeQuantize."""
         assert isinstance(self.origin, ObservedRange)
         low, high = (end.to(self.min_val.device) for end in other.range())
         self.origin.widen(self, low, high, other.batches.to(self.batches.device))
@@ -327,10 +329,10 @@ class FakeQuantize(_TorchFakeQuantizeBase):
 
         Args:
             x: Values of any shape and floating dtype.
-            factor: For a weight behind which BatchNorm is folded: float32, shape ``(channels,)``, without gradient.
-                What is rounded is ``x * factor``, and the result is divided by it again. Where it is 0, that is ``x``.
-            axis: The dimension of the channels that ``factor`` is for.
-            relu: The largest value that a ReLU leaves, through which ``x`` goes first; None for no ReLU.
+            factor: For a weight whose BatchNorm is folded: float32, shape ``(channels,)``, without gradient. ``x *
+                factor`` is rounded and divided by ``factor`` again; where it is 0 the result is ``x``.
+            axis: The channel dimension that ``factor`` belongs to.
+            relu: Upper limit of a ReLU that is applied to ``x`` first (6 for ReLU6, inf for ReLU); None for no ReLU.
         """
         if relu is not None and not decided_once(lambda: self._rounds_relu):
             x, relu = relu_up_to(x, relu), None
@@ -350,13 +352,13 @@ class FakeQuantize(_TorchFakeQuantizeBase):
 
     @property
     def _rounds_relu(self) -> bool:
-        """Whether a ReLU in front can now be done in the passes of rounding."""
+        """Whether a ReLU before it can be fused with the rounding now."""
         plain = self.observed and self.histogram is None and self.learned == "none"
         return plain and self.fake_quant_enabled and not self.left_float and self.seen
 
     @property
     def _holds_all(self) -> bool:
-        """Whether the grid is that of all values of the present weight, so that none of them is beyond it."""
+        """Whether the grid covers all values of the present weight, so that nothing is clamped."""
         held = not isinstance(self.origin, PresentRange) or self.origin.held
         return not held and not self.clipped and self.learned == "none" and self.symmetric
 
@@ -373,25 +375,25 @@ class FakeQuantize(_TorchFakeQuantizeBase):
 
     @property
     def observes(self) -> bool:
-        """Whether `forward` moves the range now."""
+        """Whether `forward` updates the range now."""
         here = self._trains or self.observe_in_evaluation
         return self.observer_enabled and here and self.observed and not recomputes()
 
     @property
     def _trains(self) -> bool:
-        """Whether what comes by belongs to the training, also of a part that is kept in evaluation."""
+        """Whether the input belongs to training, also in a part that is kept in evaluation."""
         return self.training or (self.course is not None and self.course.trains)
 
     def _beginning(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Scale and zero point with which the step begins to learn now; None if it does not."""
+        """Scale and zero point with which the step begins to learn now; None if it does not begin."""
         if self.step is None or self.step.learns or not (self._trains and self.may_learn):
             return None
         if self.is_shared and isinstance(self.origin, ObservedRange) and self.origin.passed is not None:
-            # What this forward pass has shown so far is a part of the batch.
+            # What was seen so far in this forward pass is only a part of the batch.
             (low, high, batches), *_ = self.origin.passed
             return self.grid.qparams(low, high) if bool(batches) else None
         if isinstance(self.origin, ObservedRange) and self.quant_max - self.quant_min < 127:
-            # What runs in one process by itself, such as a rehearsal, must not wait for the others.
+            # A run in one process alone, such as a rehearsal, must not wait for the others.
             alike = self.reduce_across_processes and process_count() > 1
             return self.grid.qparams(*least_squares_of_batch(x, *self.range(), self.grid, of_first=alike))
         return self.calculate_qparams()
@@ -404,7 +406,7 @@ class FakeQuantize(_TorchFakeQuantizeBase):
         if not self.fake_quant_enabled or self.left_float:
             return x
         if not decided_once(lambda: self.seen):
-            # While a graph is traced, whether a range is known may change: then the graph looks.
+            # While a graph is traced, whether a range is known may change: then the graph reads it.
             known = self.min_val <= self.max_val if torch.compiler.is_compiling() and self.observed else None
             return x if known is None else torch.where(known, self._on_grid(x, clamps=clamps), x)
         if self.step is not None:
@@ -420,7 +422,7 @@ class FakeQuantize(_TorchFakeQuantizeBase):
         return self.grid.round(x, scale, zero_point, clamps=clamps, relu=relu)
 
     def calculate_qparams(self, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Scale (float32) and zero point (int32) of the present range: what training rounds with and convert reads."""
+        """Scale (float32) and zero point (int32) of the present range, used by training and read by conversion."""
         if self.step is not None and self.step.learns:
             return self.step.qparams()
         return self.grid.qparams(*self.range())
@@ -430,7 +432,7 @@ class FakeQuantize(_TorchFakeQuantizeBase):
         self.fake_quant_enabled = bool(enabled)
 
     def enable_observer(self, enabled: bool = True) -> None:
-        """Switch the moving of the range on or off."""
+        """Switch updates of the range on or off."""
         self.observer_enabled = bool(enabled)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FakeQuantize:

@@ -1,7 +1,7 @@
-"""The arithmetic of quantization: scale and zero point of a range, and rounding to the grid they make.
+"""The arithmetic of quantization: scale and zero point of a range, and rounding to the resulting grid.
 
-There is one formula for scale and zero point. Training rounds with it and conversion reads it, so that the integers a
-kernel sees are the integers that training saw. (Upstream's fused fake-quantize trains on one grid and converts with
+There is one formula for scale and zero point. Training rounds with it and conversion reads it, so a kernel computes
+with the same integers as training. (Upstream's fused fake-quantize trains on one grid and converts with
 another: https://github.com/pytorch/pytorch/blob/main/torch/ao/quantization/fake_quantize.py.)
 """
 
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 EPS = float(torch.finfo(torch.float32).eps)
-"""The smallest scale of a range that is not 0."""
+"""The smallest scale of a range other than [0, 0]."""
 
 
 def choose_qparams(
@@ -26,7 +26,7 @@ def choose_qparams(
     """Scale and zero point for a range, by the affine or the symmetric formula of Jacob et al., 2018, section 2.1.
 
     Affine: ``scale = (max - min) / (quant_max - quant_min)`` with the range widened to hold 0, and
-    ``zero_point = quant_min - round(min / scale)``, so that 0 is exactly representable. Symmetric:
+    ``zero_point = quant_min - round(min / scale)``, so that 0 is represented exactly. Symmetric:
     ``scale = max(|min|, |max|) / ((quant_max - quant_min) // 2)`` and the zero point in the middle of the grid.
 
     Args:
@@ -34,7 +34,7 @@ def choose_qparams(
         max_val: Largest value, of the same shape.
         quant_min: Smallest integer.
         quant_max: Largest integer.
-        symmetric: Which of the two formulas.
+        symmetric: Which of the two formulas to use.
 
     Returns:
         Scale (float32) and zero point (int32), of the shape of ``min_val``.
@@ -53,16 +53,17 @@ def choose_qparams(
         scale = _positive(torch.maximum(-low, high) / half, half)
         middle = quant_min + (steps + 1) // 2
         return scale, torch.full_like(scale, middle, dtype=torch.int32)
-    # The quotients first: a range that reaches from one end of float32 to the other has no difference in float32.
+    # Quotients first: the difference of the ends of a range over all of float32 would overflow.
     scale = _positive(high / steps - low / steps, steps)
     zero_point = quant_min - torch.round(low / scale)
     return scale, zero_point.clamp(quant_min, quant_max).to(torch.int32)
 
 
 def _positive(scale: Tensor, steps: int) -> Tensor:
-    """A scale that kernels can divide by: at least `EPS`, and that of the range [0, 1] for a tensor of zeros.
+    """A scale that kernels can divide by: at least `EPS`, and that of the range [0, 1] for an all-zero tensor.
 
-    Any scale represents zeros; a tiny one would overflow the integers of a bias, or the ratios that QNNPACK allows.
+    Zeros can be represented with any scale, but a tiny one would overflow an int32 bias, or the ratios that QNNPACK
+    allows.
     """
     return torch.where(scale > 0, scale.clamp(min=EPS), 1.0 / steps)
 
@@ -80,22 +81,23 @@ def fake_quantize(
 ) -> Tensor:
     """Round ``x`` to the grid and back; the gradient passes straight through where ``x`` was not clamped.
 
-    Straight-through estimator of Bengio et al., 2013. Arithmetic is in float32 whatever the dtype of ``x`` and whatever
-    autocast says (it leaves the ops used here alone); the result has the dtype of ``x``. Values and gradients are those
-    of ``torch.fake_quantize_per_tensor_affine`` and ``torch.fake_quantize_per_channel_affine``, bit for bit, without
-    their mask of what was clamped: the backward pass works it out again from ``x``.
+    Straight-through estimator of Bengio et al., 2013. Computes in float32 for any dtype of ``x`` and under autocast
+    (which does not cast the ops used here); the result has the dtype of ``x``. Values and gradients are bit-equal to
+    those of ``torch.fake_quantize_per_tensor_affine`` and ``torch.fake_quantize_per_channel_affine``, but no mask of
+    clamped values is kept: the backward pass recomputes it from ``x``.
 
     Args:
         x: Values of any shape and floating dtype.
         scale: float32, shape ``()``, or ``(x.shape[axis],)``.
-        zero_point: int32, of the shape of ``scale``; or the number that it is everywhere, which spares a look at it.
+        zero_point: int32, of the shape of ``scale``; or one Python number for all, which then need not be read from the
+            tensor.
         quant_min: Smallest integer.
         quant_max: Largest integer.
         axis: The channel dimension of ``x``; None for one scale.
-        clamps: False where it is known that no value rounds to an integer beyond the grid, as none of a weight does
-            that is rounded to its own symmetric range.
-        relu: The largest value that a ReLU in front leaves, which is done in the same passes: 6 for ReLU6, inf for ReLU
-            itself. Values and gradient are those of ``fake_quantize(relu(x))``.
+        clamps: Pass False if no value can round to an integer beyond the grid, as for a weight on its own symmetric
+            range.
+        relu: Upper limit of a ReLU on ``x`` that is fused into the rounding: 6 for ReLU6, inf for ReLU. Values and
+            gradient are those of ``fake_quantize(relu(x))``.
 
     Example:
         >>> fake_quantize(
@@ -128,10 +130,10 @@ def fake_quantize(
 def round_within_half_a_step(
     x: Tensor, scale: Tensor, zero_point: Tensor | int, *, quant_min: int, quant_max: int, axis: int | None = None
 ) -> Tensor:
-    """`fake_quantize` for a grid made from the range of ``x`` itself; the gradient is that of ``x`` everywhere.
+    """`fake_quantize` for a grid made from the range of ``x`` itself, with gradient 1 everywhere.
 
-    Such a grid clamps only what rounding its zero point put beyond an end, by half a step at most, as much as rounding
-    moves any value: no value is out of range, and the backward pass needs neither ``x`` nor a look at it.
+    Such a grid clamps by at most half a step, where rounding the zero point shifted an end of the grid. That is no more
+    than rounding itself, so no value counts as out of range, and the backward pass does not need ``x``.
 
     Args:
         x: Values of any shape and floating dtype.
@@ -146,7 +148,7 @@ def round_within_half_a_step(
     if isinstance(zero_point, Tensor):
         low, high = quant_min - zero_point, quant_max - zero_point
         if axis is None and _is_near(x):
-            low, high = int(low), int(high)  # clamping to tensors takes several times as long
+            low, high = int(low), int(high)  # clamping to tensors is several times slower
         else:
             low, high = along(low, x, axis).float(), along(high, x, axis).float()
     rounded: Tensor = _RoundWithin.apply(x.float(), along(scale, x, axis), low, high)  # type: ignore[no-untyped-call]
@@ -154,7 +156,7 @@ def round_within_half_a_step(
 
 
 def relu_up_to(x: Tensor, largest: float) -> Tensor:
-    """ReLU that leaves nothing above ``largest``: 6 for ReLU6, inf for ReLU itself.
+    """ReLU with an upper limit: 6 for ReLU6, inf for plain ReLU.
 
     Example:
         >>> relu_up_to(torch.tensor([-1.0, 2.0, 9.0]), 6.0)
@@ -164,18 +166,18 @@ def relu_up_to(x: Tensor, largest: float) -> Tensor:
 
 
 def _is_near(x: Tensor) -> bool:
-    """Whether it costs nothing to look at a value: a GPU would have to finish first, and a compiled graph to end."""
+    """Whether reading a value is cheap: it would synchronize a GPU and break a compiled graph."""
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def fake_quantize_folded(weight: Tensor, factor: Tensor, scale: Tensor, *, axis: int) -> Tensor:
-    """Round ``weight * factor`` to its own symmetric range, divide by ``factor`` again; the gradient passes through.
+    """Round ``weight * factor`` to its own symmetric range and divide by ``factor``; the gradient passes through.
 
     Args:
         weight: Of any floating dtype.
-        factor: What folding a BatchNorm multiplies each output channel with, float32, shape ``(channels,)``. Where it
-            is 0 the result is the weight itself.
-        scale: Of the range of ``weight * factor``, float32, shape ``()`` or ``(channels,)``.
+        factor: The factor by which BatchNorm folding multiplies each output channel, float32, shape ``(channels,)``.
+            Where it is 0, the result is the weight itself.
+        scale: Scale of ``weight * factor``, float32, shape ``()`` or ``(channels,)``.
         axis: Dimension of the output channels.
     """
     factor, scale = along(factor, weight, axis), along(scale, weight, axis)
@@ -188,11 +190,11 @@ def fake_quantize_folded(weight: Tensor, factor: Tensor, scale: Tensor, *, axis:
 
 
 def along(values: Tensor, x: Tensor, axis: int | None) -> Tensor:
-    """Values of the channels of ``x``, shaped to go with it; what is one value for all of them as it is.
+    """Reshape per-channel values to broadcast with ``x``; a single value is returned as it is.
 
     Args:
         values: Shape ``()`` or ``(channels,)``.
-        x: Of which ``axis`` counts the channels.
+        x: The tensor; its dimension ``axis`` is the channels.
         axis: The dimension; None for one value.
     """
     if axis is None or values.dim() == 0:
@@ -203,7 +205,7 @@ def along(values: Tensor, x: Tensor, axis: int | None) -> Tensor:
 
 
 def smallest_and_largest(values: Tensor, axis: int | None = None) -> tuple[Tensor, Tensor]:
-    """Of all values, or of those of each channel; NaN where there is one.
+    """The ends of the range of all values, or of each channel; NaN where a value is NaN.
 
     Args:
         values: At least one value, in any memory format.
@@ -213,14 +215,14 @@ def smallest_and_largest(values: Tensor, axis: int | None = None) -> tuple[Tenso
     if axis is not None and not others:
         return values, values
     if values.device.type == "cpu" or axis is not None:
-        # Two vectorized passes: `torch.aminmax` takes 1.5 times as long for all values, and 30 times for channels.
+        # Two vectorized passes: `torch.aminmax` is 1.5 times slower for all values, and 30 times for channels.
         return values.amin(others), values.amax(others)
     low, high = torch.aminmax(values)
     return low, high
 
 
 class _Round(torch.autograd.Function):
-    """``torch.fake_quantize_per_{tensor,channel}_affine``, bit for bit, in vectorized passes and without their mask."""
+    """``torch.fake_quantize_per_{tensor,channel}_affine``, bit-equal, in vectorized passes and without their mask."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, low: Any, high: Any, relu: float | None) -> Tensor:
@@ -228,7 +230,7 @@ class _Round(torch.autograd.Function):
         ctx.save_for_backward(x, scale, *ends)
         ctx.ends = None if ends else (low, high)
         ctx.limits = (-math.inf, math.inf) if relu is None else (0.0, relu)
-        # The reciprocal in float32, as the kernels have it; low and high are seen from the zero point.
+        # The reciprocal in float32, as in the kernels; low and high are relative to the zero point.
         inverse = 1.0 / scale
         if relu is not None:
             low, high = _of_relu(low, high, inverse, relu)
@@ -241,7 +243,7 @@ class _Round(torch.autograd.Function):
         least, most = ctx.limits
         nothing = None, None, None, None
         if ctx.ends and scale.dim() == 0 and _is_near(x):
-            # Where the value was clamped, found without rounding again.
+            # Find clamped values without rounding again.
             first, last = first_clamped(float(scale), low, high)
             return torch.ops.aten.hardtanh_backward(gradient, x, max(first, least), min(last, most)), *nothing
         if x.device.type == "cpu" and scale.dim() == 0 and torch.compiler.is_compiling():
@@ -255,26 +257,26 @@ class _Round(torch.autograd.Function):
 
 
 def _clamp_(integers: Tensor, low: Any, high: Any) -> Tensor:
-    """Clamp in place; to tensors in two vectorized passes, where `torch.clamp` takes four times as long."""
+    """Clamp in place; clamping to tensors uses two vectorized passes, where `torch.clamp` is four times slower."""
     if not isinstance(low, Tensor) or low.dtype != integers.dtype:
         return integers.clamp_(low, high)
     return torch.minimum(torch.maximum(integers, low, out=integers), high, out=integers)
 
 
 def _of_relu(low: Any, high: Any, inverse: Tensor, largest: float) -> tuple[Any, Any]:
-    """The ends of the grid, none beyond what a ReLU's limits round to: rounding keeps order, so it may come first."""
+    """The limits of the grid, restricted to the rounded limits of the ReLU: rounding is monotonic."""
     if isinstance(low, Tensor):
         return low.clamp(min=0), torch.minimum(high, (largest * inverse).round())
     return max(low, 0), high if math.isinf(largest) else min(high, float((largest * inverse).round()))
 
 
-@functools.lru_cache(maxsize=1024)  # frozen ranges ask for the same again
+@functools.lru_cache(maxsize=1024)  # frozen ranges ask for the same values again
 def first_clamped(scale: float, low: int, high: int) -> tuple[float, float]:
-    """The greatest float32 that rounds to an integer below ``low``, and the least that rounds to one above ``high``.
+    """The largest float32 that rounds to an integer below ``low``, and the smallest that rounds to one above ``high``.
 
     Args:
         scale: A float32.
-        low: Smallest integer of the grid, seen from the zero point.
+        low: Smallest integer of the grid, relative to the zero point.
         high: Largest integer.
 
     Example:
@@ -287,7 +289,7 @@ def first_clamped(scale: float, low: int, high: int) -> tuple[float, float]:
 
 
 def _first_above(inverse: np.float32, integer: int) -> float:
-    """The least float32 whose product with ``inverse`` rounds to more than ``integer``; a tie goes to the even one."""
+    """The smallest float32 whose product with ``inverse`` rounds to more than ``integer``; ties round to even."""
     target = np.float32(integer + 0.5)
     if integer % 2 == 0:
         target = np.nextafter(target, np.float32(np.inf))
@@ -299,8 +301,8 @@ def _first_above(inverse: np.float32, integer: int) -> float:
     return float(x)
 
 
-# An op of its own in compiled graphs for CPUs: the compiler would keep the mask of what was clamped, as bytes, and the
-# code it generates for them is not vectorized, so that it takes ten times as long as all else around it.
+# A custom op in compiled graphs for CPUs: the compiler would store the mask of clamped values as bytes, and generate
+# code for it that is not vectorized and ten times slower than everything around it.
 _LIBRARY = torch.library.Library("qat_lightning", "DEF")
 _LIBRARY.define(
     "pass_unclamped(Tensor gradient, Tensor x, Tensor scale, Tensor low, Tensor high, float least, float most)"
@@ -327,7 +329,7 @@ torch.library.register_fake(
 def _round_on_gpu(
     x: Tensor, scale: Tensor, zero_point: Tensor | int, quant_min: int, quant_max: int, axis: int | None
 ) -> Tensor:
-    """One kernel, where ours are several: what counts on a GPU."""
+    """Upstream's single kernel in place of several: on a GPU the number of kernels matters."""
     if not isinstance(zero_point, Tensor):
         zero_point = torch.full_like(scale, zero_point, dtype=torch.int32)
     if axis is None:
@@ -336,7 +338,7 @@ def _round_on_gpu(
 
 
 class _RoundWithin(torch.autograd.Function):
-    """`_Round` where nothing is clamped, or by half a step, so that the gradient is what it is."""
+    """`_Round` where nothing is clamped, or by half a step at most, so the gradient passes unchanged."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, low: Any = None, high: Any = None) -> Tensor:
@@ -351,7 +353,7 @@ class _RoundWithin(torch.autograd.Function):
 
 
 class _RoundFolded(torch.autograd.Function):
-    """Fold, round within the grid and unfold: the factor of the gradient cancels."""
+    """Fold, round within the grid and unfold; the factors in the gradient cancel."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, factor: Tensor, inverse: Tensor, unfold: Tensor) -> Tensor:
@@ -371,7 +373,7 @@ def fake_quantize_learned(
     quant_max: int,
     axis: int | None = None,
 ) -> Tensor:
-    """`fake_quantize` with a gradient for scale and zero point: learned step size.
+    """`fake_quantize` with gradients for scale and zero point: learned step size.
 
     Esser et al., 2020, equation 3, and Bhalgat et al., 2020, equations 5 and 6. The values are those of `fake_quantize`
     with the zero point rounded.
@@ -413,7 +415,7 @@ class _RoundLearned(torch.autograd.Function):
             integers = (x * inverse).round_().add_(zero_point)
             passed = torch.ops.aten.hardtanh_backward(gradient, integers, low - 0.5, high + 0.5)
         cut = gradient - passed
-        # Inside of the grid a step more moves a value by what it was rounded by, beyond it by its whole distance.
+        # Gradient of the scale: inside the grid the rounding error in steps, outside the distance from the zero point.
         of_scale = (rounded - x).mul_(gradient).addcmul_(cut, x).sum_to_size(scale.shape) * inverse
         of_zero_point = cut.sum_to_size(zero_point.shape) * -scale
         return passed, of_scale, of_zero_point, None, None

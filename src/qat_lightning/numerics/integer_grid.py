@@ -1,4 +1,4 @@
-"""The grid of integers that values are rounded to, whatever the range."""
+"""The integer grid that values are rounded to, independent of the range."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _STORAGE = {torch.uint8: torch.quint8, torch.int8: torch.qint8, torch.quint8: to
 
 @dataclass(frozen=True)
 class IntegerGrid:
-    """Which integers there are, and how they lie around 0.
+    """The integers of a grid, and how they relate to 0.
 
     Attributes:
         dtype: ``torch.uint8`` or ``torch.int8``: the integers that the kernel stores.
@@ -48,7 +48,7 @@ class IntegerGrid:
 
     @property
     def axis(self) -> int | None:
-        """The dimension of the channels that have scales of their own; None if none have."""
+        """The channel dimension if scales are per channel; otherwise None."""
         return self.ch_axis if self.per_channel else None
 
     @property
@@ -57,11 +57,11 @@ class IntegerGrid:
         return _STORAGE[self.dtype]
 
     def ends(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Smallest and largest value, of each channel where these have scales of their own."""
+        """Smallest and largest value, per channel if scales are per channel."""
         return smallest_and_largest(values, self.axis)
 
     def by_channel(self, values: Tensor) -> Tensor:
-        """Values in two dimensions, one row for each scale."""
+        """Values in two dimensions, one row per scale."""
         return values.movedim(self.ch_axis, 0).flatten(1) if self.per_channel else values.reshape(1, -1)
 
     def qparams(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
@@ -86,7 +86,7 @@ class IntegerGrid:
 
     @torch.no_grad()
     def folded_ends(self, weight: Tensor, factor: Tensor, axis: int) -> tuple[Tensor, Tensor]:
-        """The range of ``weight * factor``, without that product: rounding to float32 keeps order."""
+        """The range of ``weight * factor``, without computing that product: rounding to float32 is monotonic."""
         ends = [end.float() * factor for end in smallest_and_largest(weight, axis)]
         low, high = torch.minimum(*ends), torch.maximum(*ends)
         return (low, high) if self.per_channel else (low.amin(), high.amax())

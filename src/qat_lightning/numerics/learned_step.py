@@ -1,4 +1,4 @@
-"""Scale and zero point as parameters that learn with the weights: learned step size."""
+"""Scale and zero point as trainable parameters: learned step size."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from qat_lightning.numerics.grid import EPS, fake_quantize_learned
 
 _FIRST_FORM, _FORM = 1, 2
-"""How ``log_ratio`` stands for a scale: in the first form, which older checkpoints have, as ``exp(10 * log_ratio)``."""
+"""Form of ``log_ratio``: in `_FIRST_FORM`, found in older checkpoints, a scale is ``exp(10 * log_ratio)``."""
 
 SLOWER_BELOW = 0.25
-"""The share of the scale that it began with, below which plain SGD no longer moves a scale by its own size."""
+"""Share of the initial scale below which plain SGD moves a scale by less than in the paper."""
 
 
 def move_only(module: nn.Module, fn: Callable[[Tensor], Tensor]) -> None:
-    """Move a module's own tensors to the device that ``fn`` moves to, and leave their dtypes as they are."""
+    """Move a module's own tensors to the device that ``fn`` moves to, and keep their dtypes."""
 
     def moved(tensor: Tensor) -> Tensor:
         return tensor.to(fn(torch.empty(0, device=tensor.device)).device)
@@ -38,29 +38,29 @@ class LearnedStep(nn.Module):
     """Scale, and perhaps zero point, of one grid as parameters.
 
     Esser et al., 2020, https://arxiv.org/abs/1902.08153 (scale), and Bhalgat et al., 2020,
-    https://arxiv.org/abs/2004.09576 (zero point). They begin at the observed range when fake-quantization is enabled.
+    https://arxiv.org/abs/2004.09576 (zero point). They start from the observed range when fake-quantization is enabled.
 
-    The parameters are relative to the values that they begin with, so that one learning rate suits scales of any size
-    with optimizers that normalize the gradient (Adam), and weight decay pulls to the observed range instead of 0. With
-    ``u = rate * log_ratio`` a scale is ``base_scale * exp(u)`` where it shrinks and ``base_scale * (1 + u)`` where it
-    grows: it reaches 0 never, and no step of an optimizer makes it grow faster than in the paper. A zero point is
-    ``base_zero_point + rate * shift * (quant_max - quant_min)``. Gradients are scaled so that plain SGD moves the scale
-    ``rate`` times as fast as in the papers, but never to 0: see `SLOWER_BELOW`. A scale grows no further than to
-    where the largest value that the grid held in the beginning is still rounded to an integer other than 0.
+    The parameters are relative to the initial values, so that one learning rate suits scales of any size with
+    optimizers that normalize the gradient (Adam), and weight decay pulls to the observed range instead of 0. With ``u =
+    rate * log_ratio`` a scale is ``base_scale * exp(u)`` for ``u < 0`` and ``base_scale * (1 + u)`` otherwise: it never
+    reaches 0, and never grows faster than in the paper, with any optimizer. A zero point is ``base_zero_point + rate *
+    shift * (quant_max - quant_min)``. Gradients are scaled so that plain SGD moves the scale ``rate`` times as fast as
+    in the papers, but never to 0: see `SLOWER_BELOW`. A scale is limited so that the largest value of the initial grid
+    is still rounded to an integer other than 0.
 
     Args:
-        channels: How many scales there are; None for one, of shape ``()``.
+        channels: Number of scales; None for a single one of shape ``()``.
         quant_min: Smallest integer of the grid.
         quant_max: Largest integer.
         learn_zero_point: Whether the zero point is a parameter as well.
-        rate: How many times as fast they learn as the optimizer's learning rate says.
+        rate: Factor on the optimizer's learning rate.
 
     Attributes:
-        log_ratio: float32 parameter of shape ``()`` or ``(channels,)``, 0 in the beginning.
-        shift: float32 parameter of the same shape, 0 in the beginning; None if only the scale learns.
+        log_ratio: float32 parameter of shape ``()`` or ``(channels,)``, initially 0.
+        shift: float32 parameter of the same shape, initially 0; None if only the scale is learned.
         base_scale: float32 buffer.
         base_zero_point: float32 buffer.
-        learning: int64 buffer, other than 0 once they learn.
+        learning: int64 buffer, nonzero once they learn.
     """
 
     log_ratio: nn.Parameter
@@ -84,26 +84,26 @@ class LearnedStep(nn.Module):
         self._learns: bool | None = None
 
     def begins_at_zero(self, largest: float) -> None:
-        """Keep the grid to what a ReLU leaves, from 0 to ``largest``, so that it can stand for the ReLU."""
+        """Restrict the grid to the output of a ReLU, from 0 to ``largest``, so that it can replace the ReLU."""
         self.shift = None
         self.largest_scale = largest / (self.quant_max - self.quant_min) if math.isfinite(largest) else None
 
     def take_limits(self, quant_min: int, quant_max: int) -> None:
-        """Have another grid from now on, before it begins to learn."""
+        """Use another grid, before learning begins."""
         if self.largest_scale is not None:
             self.largest_scale *= (self.quant_max - self.quant_min) / (quant_max - quant_min)
         self.quant_min, self.quant_max = quant_min, quant_max
 
     @property
     def learns(self) -> bool:
-        """Whether scale and zero point are the parameters' now, and not the observed range's."""
+        """Whether scale and zero point are learned by now, and no longer follow the observed range."""
         if self._learns is None:
             self._learns = bool(self.learning)
         return self._learns
 
     @torch.no_grad()
     def begin(self, scale: Tensor, zero_point: Tensor) -> None:
-        """From now on the values are the optimizer's, beginning with these."""
+        """Begin to learn from these values."""
         self.base_scale.copy_(scale)
         self.base_zero_point.copy_(zero_point)
         self.learning.fill_(_FORM)
@@ -123,7 +123,7 @@ class LearnedStep(nn.Module):
         return fake_quantize_learned(x, scale, zero_point, axis=axis, **grid)
 
     def _values(self, factor: float) -> tuple[Tensor, Tensor]:
-        """Scale and zero point, whose gradients reach the parameters multiplied by what makes SGD's steps LSQ's."""
+        """Scale and zero point, with gradients scaled so that steps of plain SGD are those of LSQ."""
         u = self.rate * _limited(
             self.log_ratio, factor / (self._slope().square() * self.rate), self._most() / self.rate
         )
@@ -136,14 +136,14 @@ class LearnedStep(nn.Module):
         return scale.clamp(min=EPS), zero_point.clamp(self.quant_min, self.quant_max)
 
     def _slope(self) -> Tensor:
-        """What a scale changes by with ``u``; from `SLOWER_BELOW` down it moves the slower the smaller it is.
+        """Derivative of the scale with respect to ``u``; bounded from below at `SLOWER_BELOW`.
 
-        Divided by the square of what goes to 0, its gradient would become infinite.
+        The gradient is divided by its square, and would otherwise become infinite as it goes to 0.
         """
         return self.base_scale * (self.rate * self.log_ratio.detach()).clamp(max=0.0).exp().clamp(min=SLOWER_BELOW)
 
     def _most(self) -> Tensor:
-        """The largest ``u``."""
+        """The upper limit of ``u``."""
         ratio = torch.full_like(self.base_scale, max(1.0, (self.quant_max - self.quant_min) // 2))
         if self.largest_scale is not None:
             ratio = torch.minimum(ratio, self.largest_scale / self.base_scale)
@@ -171,7 +171,7 @@ def _limited(x: Tensor, factor: Tensor, most: Tensor) -> Tensor:
 
 
 class _Limited(torch.autograd.Function):
-    """A parameter up to its largest value, with a scaled gradient; at that value none that would have it grow."""
+    """A parameter clamped to its upper limit, with a scaled gradient that never pushes it beyond the limit."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, factor: Tensor, most: Tensor) -> Tensor:

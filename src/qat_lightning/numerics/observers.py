@@ -1,8 +1,8 @@
-"""Which range to put on the grid: histograms that batches add to exactly, and the ranges that are chosen from them.
+"""Range selection for calibration: histograms that accumulate batches exactly, and ranges chosen from them.
 
-A histogram has an even number of equal bins around 0, and its limit is a power of two, which doubles when a value lies
-beyond it: pairs of bins then merge exactly. So histograms of several batches, or of several processes, add up to the
-histogram of all of their values, whatever their order.
+A histogram has an even number of equal bins around 0. Its limit is a power of two that doubles when a value exceeds it:
+pairs of bins then merge exactly. So the sum of the histograms of several batches or processes is the histogram of all
+values, in any order.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from qat_lightning.numerics.grid import choose_qparams
 from qat_lightning.numerics.learned_step import move_only
 
 BINS = 4096
-"""Half of them on each side of 0. The side with the largest value fills more than half of its bins."""
+"""Half of them on each side of 0. The side with the largest value uses more than half of its bins."""
 
 _STEPS = 100
-"""Ranges that are tried for the least error, on each side."""
+"""Number of candidate ranges in the search for the least error, on each side."""
 
 
 class Histogram(nn.Module):
@@ -28,7 +28,7 @@ class Histogram(nn.Module):
 
     Attributes:
         counts: float64 buffer of shape ``(BINS,)``.
-        limit: float32 buffer of shape ``()``: bins are on ``[-limit, limit]``; 0 before the first value.
+        limit: float32 buffer of shape ``()``: bins cover ``[-limit, limit]``; 0 before the first value.
 
     Example:
         >>> histogram = Histogram()
@@ -56,8 +56,8 @@ class Histogram(nn.Module):
                 self.counts.copy_(_coarser(self.counts, round(math.log2(wanted / present))))
             self.limit.fill_(wanted)
             present = wanted
-        # On the CPU: the count has no deterministic kernel elsewhere. The quotient by a power of two is exact, and bins
-        # hold their end that is farther from 0, so that doubling merges what a wider bin would have counted.
+        # On the CPU: elsewhere the count has no deterministic kernel. Division by a power of two is exact, and each bin
+        # includes the end farther from 0, so that merged bins equal wider ones.
         steps = values.detach().float().cpu().flatten() / (2.0 * present / BINS)
         bins = torch.where(steps < 0, steps.floor(), (steps.ceil() - 1).clamp(min=0)).long() + BINS // 2
         self.counts.add_(torch.bincount(bins, minlength=BINS).to(self.counts))
@@ -74,7 +74,7 @@ class Histogram(nn.Module):
 
 
 def power_of_two_above(value: float) -> float:
-    """The least power of two that is at least ``value``; that of 1e-30 for less.
+    """The smallest power of two that is at least ``value``; at least that of 1e-30.
 
     Example:
         >>> power_of_two_above(3.0), power_of_two_above(4.0)
@@ -95,10 +95,10 @@ def _coarser(counts: Tensor, doublings: int) -> Tensor:
 
 
 def percentile_range(histogram: Histogram, percentile: float) -> tuple[float, float]:
-    """The range that leaves ``100 - percentile`` percent of the values out on each side.
+    """The range that leaves out ``100 - percentile`` percent of the values on each side.
 
     Args:
-        histogram: Of the values.
+        histogram: Histogram of the values.
         percentile: In percent, above 50.
 
     Returns:
@@ -109,7 +109,7 @@ def percentile_range(histogram: Histogram, percentile: float) -> tuple[float, fl
     ends = []
     for share, is_low in ((1.0 - percentile / 100.0, True), (percentile / 100.0, False)):
         wanted = share * float(total[-1])
-        # From the left the first bin with something in it, also for a share of 0.
+        # side="left" finds the first bin that is not empty, also for a share of 0.
         index = int(torch.searchsorted(total, torch.tensor(wanted, dtype=total.dtype), right=is_low))
         index = min(index, BINS - 1)
         before = float(total[index - 1]) if index else 0.0
@@ -127,7 +127,7 @@ def least_squares_range(
     upstream's ``HistogramObserver`` searches for the same minimum).
 
     Args:
-        histogram: Of the values.
+        histogram: Histogram of the values.
         low: Smallest value seen.
         high: Largest value seen.
         quant_min: Smallest integer of the grid.
@@ -140,7 +140,7 @@ def least_squares_range(
     counts = histogram.counts.cpu()
     used = counts > 0
     centers, counts = histogram.centers()[used], counts[used]
-    # Bins are wider than what is in them: no value lies beyond what was seen.
+    # Bins are wider than their contents: no value lies beyond the observed range.
     centers = centers.clamp(low, high)
 
     def best(lows: Tensor, highs: Tensor) -> int:
@@ -168,18 +168,18 @@ def least_squares_range(
 
 
 def entropy_range(histogram: Histogram, low: float, high: float, *, levels: int) -> tuple[float, float]:
-    """The range whose quantized distribution is nearest to that of the values, by Kullback-Leibler divergence.
+    """The range whose quantized distribution is closest to that of the values, by Kullback-Leibler divergence.
 
-    For each threshold the values beyond it count as being at it, and the bins below it are merged into ``levels`` ones
-    (Migacz, 8-bit inference with TensorRT, GTC 2017). The threshold is one for both signs. As in NVIDIA's
-    ``pytorch-quantization``, the bin at zero counts as much as the next, or the zeros that ReLU leaves would decide,
-    and of equal thresholds the largest is taken.
+    For each threshold the values beyond it are counted at the threshold, and the bins below it are merged into
+    ``levels`` bins (Migacz, 8-bit inference with TensorRT, GTC 2017). Both signs share the threshold. As in NVIDIA's
+    ``pytorch-quantization``, the bin at zero gets the count of the next bin, because the zeros of ReLU would otherwise
+    dominate, and the largest of equally good thresholds is taken.
 
     Args:
-        histogram: Of the values.
+        histogram: Histogram of the values.
         low: Smallest value seen.
         high: Largest value seen.
-        levels: Integers of the grid.
+        levels: Number of integers of the grid.
 
     Returns:
         Smallest and largest value to represent.
@@ -206,7 +206,7 @@ def entropy_range(histogram: Histogram, low: float, high: float, *, levels: int)
 
 
 def _divergence(counts: Tensor, bins: int, levels: int) -> float:
-    """Of the first ``bins`` bins merged into ``levels``, from the same bins with what lies beyond put into the last."""
+    """Divergence of the first ``bins`` bins, outliers in the last one, from the same bins merged into ``levels``."""
     inside = counts[:bins]
     reference = inside.clone()
     reference[-1] += counts[bins:].sum()

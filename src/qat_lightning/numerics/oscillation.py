@@ -1,7 +1,7 @@
 """Weights that oscillate between two integers of their grid: how often each does, and where it is frozen.
 
 Nagel et al., 2022, https://arxiv.org/abs/2203.11086: the gradient of the straight-through estimator pushes a latent
-weight that lies near the middle between two integers over it and back, step after step, for as long as it trains.
+weight near the middle between two integers across it and back, step after step, as long as training lasts.
 """
 
 from __future__ import annotations
@@ -12,23 +12,23 @@ import torch
 from torch import Tensor
 
 OSCILLATES = 0.005
-"""The frequency from which on a weight counts as oscillating: one reversal in 200 steps (section 2.3 of the paper)."""
+"""The frequency above which a weight counts as oscillating: one reversal in 200 steps (section 2.3 of the paper)."""
 
 
 class Oscillation:
-    """What is known of the integers of one weight tensor over the steps of a training.
+    """Statistics of the integers of one weight tensor over the steps of a training.
 
-    All tensors have the shape of the weight as its grid sees it.
+    All tensors have the shape in which the grid sees the weight.
 
     Args:
-        integers: Those of now, whole numbers of any dtype. What is frozen goes by whole numbers, not by values, so that
-            a scale that moves changes no rounding.
+        integers: The current integers, whole numbers of any dtype. Weights are frozen at integers rather than values,
+            so a change of the scale does not change the rounding.
 
     Attributes:
-        integers: int16; where ``frozen``, for good.
-        direction: int8: the sign of the last change of each integer; 0 before the first.
+        integers: int16: integers of the last step; constant where ``frozen``.
+        direction: int8: sign of the last change of each integer; 0 before the first.
         frequency: float32: the moving average of how often a change reverses the one before (equation 5).
-        average: float32: the moving average of the integers, whose nearest one is frozen.
+        average: float32: the moving average of the integers; a weight freezes at the nearest integer.
         frozen: bool.
 
     Example:
@@ -41,7 +41,7 @@ class Oscillation:
     """
 
     NAMES = ("integers", "direction", "frequency", "average", "frozen")
-    """The attributes, which are all that a checkpoint needs to hold."""
+    """The attributes; together they are the state in a checkpoint."""
 
     integers: Tensor
     direction: Tensor
@@ -58,10 +58,10 @@ class Oscillation:
 
     @torch.no_grad()
     def observe(self, integers: Tensor, momentum: float) -> None:
-        """Take the integers after one more step into account (algorithm 1 of the paper).
+        """Update the statistics with the integers after one more step (algorithm 1 of the paper).
 
         Args:
-            integers: Of the present weight; those that are frozen stay what they are.
+            integers: Integers of the present weight; frozen ones keep their value.
             momentum: The weight of this step in both averages.
         """
         now = torch.where(self.frozen, self.integers, integers.to(torch.int16))
@@ -74,13 +74,13 @@ class Oscillation:
 
     @torch.no_grad()
     def freeze(self, threshold: float, inside: tuple[Tensor, Tensor] | None = None) -> None:
-        """Freeze the weights that oscillate more often than that, each at the integer that its average is nearest to.
+        """Freeze weights that oscillate more often than ``threshold``, each at the integer nearest to its average.
 
         Args:
             threshold: A frequency, from 0 to 1.
-            inside: The smallest and the largest integer between which, themselves excluded, weights may be frozen, of
-                any shape that goes with the weight's; None for all integers. A weight at an end of a grid that is made
-                from the weights themselves decides that grid.
+            inside: Smallest and largest integer; only weights strictly between them may be frozen. Of any shape that
+                broadcasts with the weight; None for no limits. If the grid is computed from the weights, those at its
+                ends determine it.
         """
         new = (self.frequency > threshold) & ~self.frozen
         wanted = self.average.round().to(torch.int16)
@@ -91,7 +91,7 @@ class Oscillation:
         self.frozen |= new
 
     def counts(self) -> tuple[Tensor, Tensor]:
-        """How many weights oscillate, and how many are frozen; the latter do not oscillate any more."""
+        """Number of oscillating weights, and of frozen ones; frozen weights no longer oscillate."""
         return ((self.frequency > OSCILLATES) & ~self.frozen).sum(), self.frozen.sum()
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -99,7 +99,7 @@ class Oscillation:
         return {name: getattr(self, name) for name in self.NAMES}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Undo `state_dict`, on the device that the tensors here are on.
+        """Undo `state_dict`, on the device of the current tensors.
 
         Raises:
             ValueError: A tensor is missing, or has another shape.

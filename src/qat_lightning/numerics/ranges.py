@@ -1,7 +1,7 @@
-"""Where the range of a FakeQuantize comes from: the weight at hand, the batches so far, or what is known beforehand.
+"""Sources of the range of a FakeQuantize: the current weight, the batches so far, or a fixed range.
 
-What a checkpoint holds of a range is in buffers of the FakeQuantize; what is here is how it moves, and what is known of
-it between two calls.
+The part of a range that a checkpoint holds is in buffers of the FakeQuantize. Here is how it is updated, and the state
+between two calls.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ RangeSource = Literal[
 ]
 
 Choose = Callable[[Histogram, float, float], tuple[float, float]]
-"""Chooses a range from the histogram of all values, and the smallest and the largest of them."""
+"""Chooses a range from the histogram of all values and their smallest and largest value."""
 
 FROM_HISTOGRAM = ("histogram_mse", "histogram_kl", "percentile")
 """The sources that choose a range from the histogram of all batches."""
 
 
 class Kept(Protocol):
-    """What an observed range is kept in: buffers of a FakeQuantize, float32 and int64, of shape ``()``."""
+    """Storage of an observed range: buffers of a FakeQuantize, float32 and int64, of shape ``()``."""
 
     min_val: Tensor
     max_val: Tensor
@@ -54,23 +54,23 @@ class FixedRange:
     """A range that is known beforehand."""
 
     known = True
-    """Whether a range is known: without one nothing is rounded."""
+    """Whether a range is known; without one nothing is rounded."""
 
     def is_in(self, kept: Kept) -> bool:
         """Whether the buffers hold a range."""
         return True
 
     def look_again(self) -> None:
-        """The buffers were loaded or changed: what was known of them is not any more."""
+        """Nothing is cached."""
 
 
 class PresentRange:
-    """The range of the weight at hand, which is never a step old, and never loaded or averaged.
+    """The range of the current weight. It is never a step old, and never loaded or averaged.
 
     Attributes:
         known: Whether a weight was seen since the last load.
-        held: Whether it stays, whatever weight comes: conversion rounds a weight before it packs it.
-        share_known: Whether the share of the range that is represented was looked up since the last load.
+        held: Whether the range is kept for all later weights: conversion rounds a weight before it packs it.
+        share_known: Whether the represented share of the range was looked up since the last load.
         ends: Smallest and largest value; None before the first weight.
     """
 
@@ -81,13 +81,13 @@ class PresentRange:
         self.ends: tuple[Tensor, Tensor] | None = None
 
     def observe(self, weight: Tensor, grid: IntegerGrid, share: Tensor | None) -> None:
-        """Look at a weight, unless the range is held.
+        """Compute the range of a weight, unless it is held.
 
         Args:
             weight: Float32.
-            grid: What it is rounded to.
-            share: The share of the range that is represented, of each channel that has a scale of its own, 0 where it
-                is yet to be chosen (by the least mean squared error of this weight); None for all of it.
+            grid: The integer grid.
+            share: The represented share of the range, for each scale; 0 where it is yet to be chosen (by the least mean
+                squared error of this weight); None for the whole range.
         """
         if self.held:
             return None
@@ -105,16 +105,16 @@ class PresentRange:
         return self.take(low * share, high * share)
 
     def take(self, low: Tensor, high: Tensor) -> None:
-        """Take these ends, as they are."""
+        """Set the range."""
         self.ends = low, high
         self.known = True
 
     def is_in(self, kept: Kept) -> bool:
-        """No buffer holds it."""
+        """Always False: no buffer holds it."""
         return False
 
     def look_again(self) -> None:
-        """A weight was loaded."""
+        """A weight was loaded: compute the range again."""
         self.known = self.share_known = False
 
 
@@ -122,16 +122,16 @@ class ObservedRange:
     """The range of the batches so far.
 
     Args:
-        constant: Weight of the newest batch in a moving average, once there were many. Before, it is
-            9 / (10 + batches seen), as in ``tf.train.ExponentialMovingAverage(num_updates=…)``, so that ranges follow a
-            network that still grows. None for the smallest and the largest value of all batches.
-        choose: What chooses the range from a histogram of all batches and its ends; None if these are the range.
-        choose_of_batch: What chooses the range of each batch from a histogram of it and its ends; None if these are it.
+        constant: Weight of the newest batch in a moving average, after the first batches. Before, the weight is 9 / (10
+            + batches seen), as in ``tf.train.ExponentialMovingAverage(num_updates=…)``, so that ranges follow a network
+            that still changes quickly. None for the smallest and largest value of all batches.
+        choose: Chooses the range from a histogram of all batches and its ends; None to use the ends.
+        choose_of_batch: Chooses the range of each batch from its histogram and ends; None to use the ends.
 
     Attributes:
-        known: Whether the buffers were seen to hold a range, which is looked at only once: that stops a GPU.
-        passed: What came by in this forward pass: the buffers before it, and the ends of all since; None before the
-            first.
+        known: Whether the buffers are known to hold a range; cached, since reading them synchronizes a GPU.
+        passed: State of the current forward pass: the buffers before it, and the ends of all inputs since; None before
+            the first.
 
     Example:
         >>> from types import SimpleNamespace
@@ -157,18 +157,18 @@ class ObservedRange:
         return bool(kept.min_val <= kept.max_val)
 
     def look_again(self) -> None:
-        """The buffers were loaded or changed."""
+        """The buffers were loaded or changed: read them again."""
         self.known = False
 
     def move(self, kept: Kept, low: Tensor, high: Tensor, finite: Tensor, *, in_forward: bool) -> None:
-        """Take a batch into account.
+        """Update the range with a batch.
 
         Args:
-            kept: The buffers.
-            low: Its smallest value.
-            high: Its largest value.
-            finite: Whether both are finite; if not, nothing moves.
-            in_forward: Whether it may be one of several parts of a forward pass.
+            kept: The buffers to update.
+            low: Smallest value of the batch.
+            high: Largest value of the batch.
+            finite: Whether both are finite; if not, nothing is updated.
+            in_forward: Whether this may be one of several parts of a forward pass.
         """
         before = kept.min_val, kept.max_val, kept.batches
         if in_forward:
@@ -184,10 +184,10 @@ class ObservedRange:
     def _of_whole_forward(
         self, kept: Kept, low: Tensor, high: Tensor, finite: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]:
-        """The range of all that came by in this forward pass, and range and count of before it.
+        """The range of all inputs of this forward pass so far, and range and count before it.
 
-        A layer that is called several times sees one batch, in parts: the average is moved once, by their union, and
-        with each part anew from where it was.
+        A layer that is called several times sees one batch in parts: the average is updated once, with their union.
+        Each part recomputes that update from the state before the pass.
         """
         low, high = torch.where(finite, low, torch.inf), torch.where(finite, high, -torch.inf)
         if self.passed is None:
@@ -215,14 +215,14 @@ class ObservedRange:
         kept.max_val.fill_(high)
 
     def forget(self, kept: Kept) -> None:
-        """Forget all batches."""
+        """Discard all batches."""
         kept.min_val.fill_(torch.inf)
         kept.max_val.fill_(-torch.inf)
         kept.batches.zero_()
         self.known = False
 
     def widen(self, kept: Kept, low: Tensor, high: Tensor, batches: Tensor) -> None:
-        """Hold another range as well."""
+        """Extend the range by another one."""
         kept.min_val.copy_(torch.minimum(kept.min_val, low))
         kept.max_val.copy_(torch.maximum(kept.max_val, high))
         kept.batches.copy_(torch.maximum(kept.batches, batches))
@@ -232,13 +232,13 @@ class ObservedRange:
 def range_of(
     source: RangeSource, *, constant: float, percentile: float, grid: IntegerGrid
 ) -> FixedRange | PresentRange | ObservedRange:
-    """What makes the range of a source.
+    """Create the object that manages the range of a source.
 
     Args:
-        source: Where the range comes from.
-        constant: Of a moving average; see `ObservedRange`.
-        percentile: Share of the values, in percent, that ``"percentile"`` and ``"batch_percentile"`` keep on each side.
-        grid: What is rounded to.
+        source: The source of the range.
+        constant: Constant of the moving average; see `ObservedRange`.
+        percentile: Percentage of the values that ``"percentile"`` and ``"batch_percentile"`` keep on each side.
+        grid: The integer grid.
     """
     least, most = grid.quant_min, grid.quant_max
     choose: dict[RangeSource, Choose] = {
@@ -267,11 +267,11 @@ def least_squares_of_batch(
     """The part of an observed range whose grid has the least mean squared error on the values of one batch.
 
     Args:
-        x: The values, of any shape and floating dtype; what is not finite is left out.
+        x: The values, of any shape and floating dtype; those that are not finite are left out.
         low: Smallest value observed, float32, shape ``()``.
         high: Largest.
-        grid: What is rounded to.
-        of_first: Whether to take the result of the first process, which all processes then have to ask for.
+        grid: The integer grid.
+        of_first: Whether to use the result of the first process in all of them; then all processes have to call this.
 
     Returns:
         Smallest and largest value to represent, float32, shape ``()``.

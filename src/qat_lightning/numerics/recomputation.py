@@ -1,9 +1,9 @@
-"""Activation checkpointing: what is computed anew in the backward pass is rounded as it was in the forward pass.
+"""Activation checkpointing: the recomputation in the backward pass rounds as the forward pass did.
 
-`torch.utils.checkpoint` drops the tensors of a part of a network, and runs that part again when the backward pass
-needs them. By then ranges have moved, BatchNorm has other statistics, and tensors are other objects. So what a part
-decides in its forward pass (whether and to which grid it rounds, by what a weight is folded, what a tensor is marked
-with) is kept in a tape of that part, in order, and read from it when the part runs again; and no range moves twice.
+`torch.utils.checkpoint` drops the tensors of a part of a network, and runs that part again when the backward pass needs
+them. By then ranges have moved, BatchNorm has other statistics, and tensors are other objects. So the decisions of a
+part in its forward pass (whether and to which grid it rounds, by which factor a weight is folded, the marks on tensors)
+are recorded on a tape, in order, and read from it when the part runs again. No range is updated twice.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _T = TypeVar("_T")
 
 
 class _Here(threading.local):
-    """The parts that run in this thread, the outermost first; a backward pass may have a thread of its own."""
+    """The parts that are running in this thread, the outermost first; a backward pass may use another thread."""
 
     def __init__(self) -> None:
         self.running: list[_Run] = []
@@ -37,18 +37,18 @@ _here = _Here()
 
 
 def recomputes() -> bool:
-    """Whether a part of a network runs a second time for the backward pass."""
+    """Whether a part of a network is being recomputed for the backward pass."""
     return not torch.compiler.is_compiling() and any(run.again for run in _here.running)
 
 
 def decided_once(decide: Callable[[], _T]) -> _T:
-    """What ``decide`` gives; in a second run of a part of a network, what it gave in the first.
+    """The result of ``decide``; when a part is recomputed, the result of its first run.
 
     Args:
-        decide: Gives something that nobody changes afterwards. In each run of a part it is asked the same questions, in
-            the same order.
+        decide: Returns a value that is not changed afterwards. Each run of a part calls this function in the same
+            order.
     """
-    # While a graph is traced, upstream's compiler has its own way to compute anew.
+    # While a graph is traced, upstream's compiler does its own recomputation.
     if torch.compiler.is_compiling() or not _here.running:
         return decide()
     running = _here.running
@@ -65,7 +65,7 @@ def decided_once(decide: Callable[[], _T]) -> _T:
 
 
 class _Tape:
-    """Lets a part of a network write its tape in its first run, and read it in all others."""
+    """Records the decisions of a part in its first run, and replays them in all others."""
 
     def __init__(self) -> None:
         self.written: list[Any] | None = None
@@ -83,7 +83,7 @@ class _Tape:
 
 
 class _Both:
-    """Two contexts as one, which can be entered again."""
+    """Two context managers as one that can be entered several times."""
 
     def __init__(self, outer: Any, inner: Any) -> None:
         self.outer, self.inner = outer, inner
@@ -99,7 +99,7 @@ class _Both:
 
 _OLD, _NEW = "_checkpoint_without_reentrant_generator", "_checkpoint_without_reentrant_generator_impl"
 _NAME = _NEW if hasattr(upstream, _NEW) else _OLD
-"""What ``checkpoint`` calls: `_OLD` before torch 2.15, with the contexts third; `_NEW` with them by name."""
+"""The function that ``checkpoint`` calls; `_OLD` (before torch 2.15) takes the contexts third, `_NEW` by keyword."""
 
 _non_reentrant: Callable[..., Any] = getattr(upstream, _NAME)
 _Reentrant = upstream.CheckpointFunction
@@ -119,7 +119,7 @@ def _with_tape(*args: Any, **settings: Any) -> Any:
 
 
 class _ReentrantWithTape(_Reentrant):
-    """Upstream's function, which calls what it is given once in the forward and once in the backward pass."""
+    """Upstream's function, which calls its argument once in the forward and once in the backward pass."""
 
     @classmethod
     def apply(cls, function: Callable[..., Any], *args: Any) -> Any:
@@ -134,20 +134,20 @@ class _ReentrantWithTape(_Reentrant):
 
 
 def keep_tapes() -> None:
-    """Let every part that is checkpointed from now on keep a tape; for networks without fake-quant nothing changes."""
+    """Give every part that is checkpointed from now on a tape; networks without fake-quant are not affected."""
     setattr(upstream, _NAME, _with_tape)
     upstream.CheckpointFunction = _ReentrantWithTape  # type: ignore[misc]
 
 
 class Checkpointed(Exception):
-    """Activation checkpointing was met, where there must be none."""
+    """Activation checkpointing was used where it is not supported."""
 
 
 @contextmanager
 def no_checkpoints() -> Iterator[None]:
-    """Raise `Checkpointed` where a network in this block begins a part that is to be computed anew.
+    """Within the block, raise `Checkpointed` where a network begins a checkpointed part.
 
-    By whatever name it was imported: what is replaced is what `torch.utils.checkpoint.checkpoint` calls.
+    Works under whatever name ``checkpoint`` was imported: the function that it calls is replaced.
     """
 
     def refuse(*args: Any, **kwargs: Any) -> Any:

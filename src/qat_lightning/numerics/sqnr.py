@@ -10,17 +10,17 @@ from torch import Tensor
 from qat_lightning.errors import ConfigurationError
 
 EQUAL_DB = 300.0
-"""What loggers get for the SQNR of equal outputs; the noise of float64 arithmetic itself is at about 310 dB."""
+"""Logged for the SQNR of equal outputs; the noise of float64 arithmetic itself is at about 310 dB."""
 
 
 def sqnr_db(reference: Tensor, actual: Tensor) -> float:
     """Compute the signal-to-quantization-noise ratio: the energy of the reference over that of the difference.
 
-    The arithmetic is float64, so that 140 dB between float32 tensors can be told from 130.
+    Computes in float64, so that 140 dB between float32 tensors can be told from 130.
 
     Args:
-        reference: What should have come out. Quantized tensors are dequantized.
-        actual: What came out, of the same shape.
+        reference: The expected output. Quantized tensors are dequantized.
+        actual: The actual output, of the same shape.
 
     Returns:
         The ratio in dB. Infinity where the two are equal (also where both are empty or zero), minus infinity where
@@ -40,7 +40,7 @@ def sqnr_db(reference: Tensor, actual: Tensor) -> float:
 
 
 def energies(reference: Tensor, actual: Tensor) -> tuple[Tensor, Tensor]:
-    """The energy of a signal and that of the difference, as float64 scalars."""
+    """The energies of a signal and of its difference, as float64 scalars."""
     refuse_other_shape(reference, actual)
     signal, other = (dequantized(tensor).to(torch.float64) for tensor in (reference, actual))
     return signal.square().sum(), (signal - other).square().sum()
@@ -48,13 +48,13 @@ def energies(reference: Tensor, actual: Tensor) -> tuple[Tensor, Tensor]:
 
 def decibel(signal: Tensor, noise: Tensor) -> Tensor:
     """Ten times the logarithm of a ratio of energies; inf where there is no noise."""
-    # 0/0 would be NaN, and equal zeros are as equal as other tensors. A NaN or infinite signal stays no answer.
+    # 0/0 would be NaN, but two all-zero tensors are equal like any others. A NaN or infinite signal stays NaN.
     ratio = torch.where((noise == 0) & signal.isfinite(), torch.full_like(signal, math.inf), signal / noise)
     return 10 * ratio.log10()
 
 
 def refuse_other_shape(reference: Tensor, actual: Tensor) -> None:
-    """Refuse to compare outputs of different shapes.
+    """Raise an error if two outputs have different shapes.
 
     Raises:
         ConfigurationError: The shapes differ.
@@ -67,5 +67,5 @@ def refuse_other_shape(reference: Tensor, actual: Tensor) -> None:
 
 
 def dequantized(tensor: Tensor) -> Tensor:
-    """A float tensor, of a quantized one too."""
+    """A float tensor; a quantized one is dequantized."""
     return tensor.dequantize() if tensor.is_quantized else tensor

@@ -1,4 +1,4 @@
-"""Plain values as one tensor, and back: entries of a ``state_dict`` whose readers expect nothing but tensors."""
+"""Plain values encoded as one tensor, and back: for entries of a ``state_dict``, whose readers expect only tensors."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from qat_lightning.errors import CheckpointMismatchError
 
 
 def to_tensor(values: Mapping[str, Any]) -> Tensor:
-    """Plain values as the bytes of their JSON, one to an int32.
+    """Encode plain values as the bytes of their JSON, one per int32.
 
     Wider than a byte, so that scripts which average checkpoints can add them up as they do BatchNorm's counters: the
-    mean of equal entries is that entry.
+    mean of equal entries is the same entry.
 
     Example:
         >>> to_tensor({"bits": 8})
@@ -30,18 +30,18 @@ def to_tensor(values: Mapping[str, Any]) -> Tensor:
 
 
 def without_placeholders(state: MutableMapping[str, Any]) -> bool:
-    """Take out of a part of a ``state_dict`` what ``torch.distributed.checkpoint`` puts in the place of entries.
+    """Remove the placeholders of ``torch.distributed.checkpoint`` from a part of a ``state_dict``.
 
-    Its ``set_model_state_dict``, called with some tensors of a module, loads an object without a value for each extra
-    state of that module. Such a part says nothing of how a network was quantized.
+    Its ``set_model_state_dict``, called with only some tensors of a module, loads an object without a value for each
+    extra state of that module. Such a part does not say how a network was quantized.
 
     Args:
         state: Changed in place.
 
     Returns:
-        Whether there was one: then ``state`` is such a part.
+        Whether there was one, so ``state`` is such a part.
     """
-    # Its import takes seconds, and where nobody has imported it there is none.
+    # Importing it takes seconds; if nobody has imported it, there are no placeholders.
     placeholder = getattr(sys.modules.get("torch.distributed.checkpoint.state_dict"), "_EXTRA_STATE", ())
     placeholders = [key for key, value in state.items() if isinstance(value, placeholder)]
     for key in placeholders:
@@ -50,10 +50,10 @@ def without_placeholders(state: MutableMapping[str, Any]) -> bool:
 
 
 def from_entry(entry: Any) -> dict[str, Any]:
-    """Undo `to_tensor`; a mapping, which releases before had in its place, is taken as it is.
+    """Undo `to_tensor`; a mapping, as earlier releases stored it, is returned unchanged.
 
     Raises:
-        CheckpointMismatchError: It is neither, or not what was saved any more.
+        CheckpointMismatchError: It is neither, or was changed since it was saved.
     """
     if isinstance(entry, Mapping):
         return dict(entry)

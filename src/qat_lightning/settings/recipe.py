@@ -1,4 +1,4 @@
-"""What decides how a network is prepared."""
+"""The recipe: all settings by which a network is prepared."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from qat_lightning.settings.scheme import CALIBRATION_ONLY, Scheme
 FORMAT = 1
 
 Equalization = Literal["none", "exact", "replace_relu6"]
-"""Whether weights of neighbouring layers are made to share their range: see `qat_lightning.recipes.equalization`."""
+"""Whether weight ranges of neighbouring layers are equalized: see `qat_lightning.recipes.equalization`."""
 
 BatchNormHandling = Literal["fused", "fold"]
-"""BatchNorm stays, and the rounded weights are those it is folded into; or it is folded before anything trains."""
+"""``"fused"``: BatchNorm trains, and rounded weights include it. ``"fold"``: it is folded before training."""
 
 FAMILIES = (
     "attention",
@@ -45,7 +45,7 @@ that only float ops read, in modes fx and pt2e (``"sums"``); in mode fx they rou
 (``"bounds"``), and mistook whatever leaves the example unchanged for dropout (``"identities"``)."""
 
 Adapters = Literal["merged", "float"]
-"""What becomes of low-rank adapters (LoRA): merged into the weights that are rounded, or float beside them."""
+"""How low-rank adapters (LoRA) are treated: merged into the rounded weights, or float beside them."""
 
 Kind = Literal["qat", "static", "dynamic", "weight_only"]
 """How a network is quantized: trained with fake-quantization, calibrated, with ranges computed for each input, or with
@@ -54,31 +54,32 @@ integer weights only."""
 
 @dataclass(frozen=True)
 class Recipe:
-    """Mode, backend, scheme and choice of layers: everything that `prepare` needs to know.
+    """Mode, backend, scheme and choice of layers: all settings that `prepare` needs.
 
     Args:
         mode: ``"eager"``, ``"fx"``, ``"pt2e"`` or ``"parts"``.
-        backend: A name in `qat_lightning.settings.backends.BACKENDS`; in mode pt2e also a PT2E quantizer in any of the
-            forms of `qat_lightning.settings.quantizers.FORMS`, of which the path is kept.
+        backend: A name in `qat_lightning.settings.backends.BACKENDS`; in mode pt2e also a PT2E quantizer in one of the
+            forms of `qat_lightning.settings.quantizers.FORMS`, which is replaced by its path.
         scheme: Bits and granularity.
         include: Globs of module names; empty for all.
-        exclude: Globs of module names that stay float, with all that is inside them.
+        exclude: Globs of module names that stay float, with all their submodules.
 
         kind: ``"qat"``, ``"static"``, ``"dynamic"`` or ``"weight_only"``.
-        trained: Whether a network of kind ``"dynamic"`` or ``"weight_only"`` trains with fake-quant of its grids;
-            ``"qat"`` always does.
+        trained: Whether a network of kind ``"dynamic"`` or ``"weight_only"`` trains with fake-quantization; ``"qat"``
+            always does.
         equalization: ``"none"``, ``"exact"`` or ``"replace_relu6"``.
         batchnorm: ``"fused"`` or ``"fold"``.
-        smoothquant: How much of the outliers of activations moves into the weights, from 0 to 1; None for nothing.
-        rotation: Whether channels are rotated so that outliers are spread over all of them.
+        smoothquant: Migration strength of SmoothQuant, from 0 (activations stay as they are) to 1; None to leave it
+            out.
+        rotation: Whether channels are rotated, which spreads outliers over all of them.
         adapters: ``"merged"`` or ``"float"``.
-        runtime: None for what is fastest, or ``"plain"`` for oneDNN's ops on plain tensors; not compared, since it says
-            nothing about training.
-        left_float: Names of layers that were found to be impossible in int8, each with the reason; no setting, and not
+        runtime: None for the fastest, or ``"plain"`` for oneDNN's ops on plain tensors; not compared, since it does not
+            affect training.
+        left_float: Names of layers that turned out to have no int8 form, each with the reason; not a setting, and not
             compared.
-        families: Which of `FAMILIES` are quantized: all, but when a checkpoint of an earlier release is resumed; no
-            setting, and not compared.
-        quantizer: Where the quantizer of a backend that is not built in comes from; found from ``backend``.
+        families: Which of `FAMILIES` are quantized: all, except when a checkpoint of an earlier release is resumed; not
+            a setting, and not compared.
+        quantizer: Where the quantizer of a custom backend comes from; derived from ``backend``.
 
     Raises:
         ConfigurationError: The mode does not support the backend, a glob is not a string, or the scheme has
@@ -108,7 +109,7 @@ class Recipe:
     runtime: Runtime | None = None
 
     def __post_init__(self) -> None:
-        """Check the pair, the globs, and what of the scheme the kind has."""
+        """Check the pair of mode and backend, the globs, and the scheme."""
         if self.quantizer is None or self.quantizer.path != self.backend:
             backend, source = backend_and_source(self.backend)
             object.__setattr__(self, "backend", backend)
@@ -166,7 +167,7 @@ class Recipe:
             )
 
     def _check_overrides(self) -> None:
-        """Check what layers have of their own as if all had it, and what only overrides can get wrong."""
+        """Check each override as if all layers had it, and what only overrides can get wrong."""
         for pattern, scheme in self.scheme.own():
             try:
                 replace(self, scheme=scheme)
@@ -189,10 +190,10 @@ class Recipe:
             )
 
     def of(self, name: str) -> Recipe:
-        """The recipe of one layer: with the scheme that it has, and no overrides.
+        """The recipe of one layer: with its own scheme, and no overrides.
 
         Args:
-            name: Of the layer in the LightningModule.
+            name: Name of the layer in the LightningModule.
 
         Example:
             >>> Recipe("fx", "x86", Scheme(overrides={"net.head": {"weight_bits": 4}})).of("net.head").weight_limits
@@ -202,14 +203,14 @@ class Recipe:
 
     @property
     def each(self) -> tuple[Recipe, ...]:
-        """The recipe itself, and those of the layers that ``scheme.overrides`` quantizes otherwise."""
+        """The recipe itself, and one for each scheme in ``scheme.overrides``."""
         return self, *(replace(self, scheme=scheme) for _, scheme in self.scheme.own())
 
     @property
     def simulated(self) -> str:
         """Why no kernel of the backend can run this scheme; empty if one can.
 
-        Dynamic and weight-only networks simulate nothing: they put no activation on the scheme's grid.
+        Always empty for dynamic and weight-only networks, whose activations are not on the scheme's grid.
 
         Example:
             >>> Recipe("fx", "x86", Scheme(activation_bits=4)).simulated
@@ -231,7 +232,7 @@ class Recipe:
 
     @property
     def by_token_or_group(self) -> bool:
-        """Whether no dynamic kernel of PyTorch's has the grids, so that layers of our own compute on plain tensors."""
+        """Whether grids are per token or per group: without a kernel in PyTorch, they run in layers of our own."""
         scheme = self.scheme
         return self.kind == "dynamic" and (
             scheme.activation_granularity == "per_token" or scheme.weight_granularity == "per_group"
@@ -239,7 +240,7 @@ class Recipe:
 
     @property
     def activation_observer(self) -> str:
-        """What observes activations: ``"auto"`` resolved, and in training what chooses from each batch."""
+        """The observer of activations: ``"auto"`` resolved, and in training histograms of single batches."""
         name, trains = self.scheme.activation_observer, self.kind == "qat"
         if name == "auto":
             return "moving_average" if trains else "histogram_mse"
@@ -262,7 +263,7 @@ class Recipe:
 
     @property
     def target(self) -> Backend:
-        """The backend's row."""
+        """The row of the backend."""
         return get_backend(self.backend, self.mode)
 
     @property
@@ -273,7 +274,7 @@ class Recipe:
     def selects(self, name: str) -> bool:
         """Whether the module ``name`` is to be quantized.
 
-        It or a parent of it is included, none is excluded, and the scheme's overrides do not leave it float.
+        True if it or a parent is included, none of them is excluded, and the scheme's overrides do not leave it float.
         """
         if any(left in lineage(name) for left, _ in self.left_float) or self.scheme.leaves_float(name):
             return False
@@ -334,13 +335,13 @@ class Recipe:
         )
 
     def differences(self, other: Recipe) -> list[str]:
-        """The fields in which two recipes differ, both sides named."""
+        """The fields in which two recipes differ, with both values."""
         ours = _differences(self, other, leave_out=("scheme", "left_float", "families", "runtime"))
         return [*ours, *_differences(self.scheme, other.scheme, "scheme.")]
 
 
 _OF_BATCHES = {"histogram_mse": "batch_mse", "percentile": "batch_percentile"}
-"""Where ranges come from in training, in the place of a histogram of all batches."""
+"""The sources of ranges that training uses in place of a histogram of all batches."""
 
 
 def _differences(one: Any, other: Any, prefix: str = "", *, leave_out: Sequence[str] = ()) -> list[str]:
@@ -352,11 +353,11 @@ def _differences(one: Any, other: Any, prefix: str = "", *, leave_out: Sequence[
 
 
 def check_smoothquant(value: Any, kind: str = "qat") -> None:
-    """Refuse what is no strength of SmoothQuant, and a kind that has no use for it.
+    """Reject a value that is not a migration strength of SmoothQuant, and a kind that does not use it.
 
     Raises:
         ConfigurationError: It is neither None nor a number from 0 to 1.
-        CombinationError: Activations stay float.
+        CombinationError: Activations stay float in this kind.
     """
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if value is not None and not (number and 0 <= value <= 1):
@@ -372,7 +373,7 @@ def check_smoothquant(value: Any, kind: str = "qat") -> None:
 
 
 def check_globs(recipe: Recipe, names: Sequence[str]) -> None:
-    """Refuse a glob that matches no module: a typing error would otherwise quantize what should stay float.
+    """Reject a glob that matches no module: with a typing error, a layer would be quantized that should stay float.
 
     Raises:
         ConfigurationError: A glob matches nothing; the message lists names that exist.

@@ -1,1 +1,1 @@
-"""What a network looks like from outside and as a graph: calls of it, what they return, its modules in order."""
+"""Calls of a network, its inputs and outputs, its modules in order, and its graph."""

@@ -1,4 +1,4 @@
-"""``x[index] = value`` as a function, for graphs that have no assignments."""
+"""``x[index] = value`` as a function, for graphs, which cannot contain assignments."""
 
 from __future__ import annotations
 

@@ -8,10 +8,10 @@ from torch import Tensor
 
 @torch.no_grad()
 def write_back(buffer: Tensor, value: Tensor) -> None:
-    """Give a buffer the values that it had.
+    """Copy values into a buffer.
 
     Args:
-        buffer: It may be an expanded view, of which torch writes no element that stands for several.
+        buffer: It may be an expanded view; torch refuses to write to elements that share memory.
         value: Of the same shape.
 
     Example:

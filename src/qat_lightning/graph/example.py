@@ -1,4 +1,4 @@
-"""One real call of a network, as a user gives it, and what must hold for it."""
+"""One real call of a network, passed by a user or caught from the data, and its checks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from qat_lightning.errors import NetworkError
 from qat_lightning.graph.structures import look_into
 
 MAX_BATCH = 32
-"""As many samples of a batch are kept: enough to verify with, and no burden to hold."""
+"""Number of samples that are kept of a batch: enough to verify with, and small in memory."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Example:
 
 
 def in_float32(example: Example) -> Example:
-    """An example for a network in float32: whatever precision its tensors had, they have that now.
+    """The example with all floating tensors in float32.
 
     Example:
         >>> in_float32(Example((torch.ones(2, dtype=torch.float64), torch.ones(2, dtype=torch.int64)))).args
@@ -49,10 +49,10 @@ def in_float32(example: Example) -> Example:
 
 
 def from_user(example_inputs: Any) -> Example:
-    """The example a user gave: a tuple or list of positional inputs, a mapping of keyword inputs, or one tensor.
+    """Create an example from ``example_inputs=``: a tensor, a tuple or list of positional inputs, or a mapping.
 
     Raises:
-        NetworkError: It is none of these, or holds no tensor, or one without values.
+        NetworkError: It has none of these forms, or contains no tensor, or one without values.
     """
     if isinstance(example_inputs, Mapping) and all(isinstance(key, str) for key in example_inputs):
         example = Example((), dict(example_inputs))
@@ -77,10 +77,10 @@ def from_user(example_inputs: Any) -> Example:
 
 
 def examples_from_user(example_inputs: Any, names: list[str]) -> dict[str, Example]:
-    """The example of each network: for one network as it is, for several a mapping by their names.
+    """The example of each network: for a single network as passed, for several from a mapping by their names.
 
     Raises:
-        NetworkError: An example holds no tensor, or the names are others.
+        NetworkError: An example contains no tensor, or the names do not match.
     """
     if len(names) == 1:
         return {names[0]: from_user(example_inputs)}
@@ -100,7 +100,7 @@ def check_example(network: nn.Module, example: Example, *, name: str, given: boo
         network: The float network.
         example: One call of it.
         name: Its name in the LightningModule.
-        given: Whether the example was the user's, or was caught from the data.
+        given: Whether the user passed the example; otherwise it was caught from the data.
 
     Raises:
         NetworkError: The call fails; the message has the reason and the shapes.
@@ -108,7 +108,7 @@ def check_example(network: nn.Module, example: Example, *, name: str, given: boo
     try:
         with torch.no_grad():
             copy.deepcopy(network)(*copy.deepcopy(example.args), **copy.deepcopy(example.kwargs))
-    except Exception as error:  # a network may fail in any way
+    except Exception as error:  # a network may raise anything
         reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
         source = "example_inputs" if given else "a batch of the data"
         raise NetworkError(
@@ -121,14 +121,14 @@ def check_example(network: nn.Module, example: Example, *, name: str, given: boo
 
 
 def refuse_old_norms(network: nn.Module, name: str) -> None:
-    """Refuse the hooks that compute a weight before each call: such a weight is no parameter and cannot be copied.
+    """Refuse hooks that compute a weight before each call: such a weight is not a parameter and cannot be copied.
 
     Args:
         network: The float network.
         name: Its name in the LightningModule.
 
     Raises:
-        NetworkError: There are some; the message names the layers, and what to use instead.
+        NetworkError: There are such hooks; the message names the layers, and what to use instead.
     """
     layers = {
         layer: "weight_norm" if isinstance(hook, WeightNorm) else "spectral_norm"
@@ -146,7 +146,7 @@ def refuse_old_norms(network: nn.Module, name: str) -> None:
 
 
 def describe(value: Any) -> str:
-    """Inputs in words: kinds, shapes and dtypes, without values.
+    """Describe inputs in words: types, shapes and dtypes, without values.
 
     Example:
         >>> describe((torch.zeros(2, 3), {"scale": 1.0}))
@@ -184,10 +184,10 @@ def _tidy(example: Example) -> Example:
 
 @contextmanager
 def running_its_example(network: nn.Module) -> Iterator[None]:
-    """Within the block a network is called with its example; what goes wrong there is said of both.
+    """Within the block a network is called with its example; an error there is raised as one about both.
 
     Raises:
-        NetworkError: Anything was raised.
+        NetworkError: An exception was raised.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""For which inputs a graph was made, where their sizes are constants of it."""
+"""The input sizes that a graph is valid for, if it contains sizes as constants."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from torch import Tensor
 from qat_lightning.graph.structures import look_into
 
 ANY = -1
-"""Stands in a shape for a dimension of any size."""
+"""Placeholder in a shape for a dimension of any size."""
 
 
 @dataclass(frozen=True)
 class GivenInput:
-    """One leaf of the inputs: a tensor, or a value that decided something.
+    """One leaf of the inputs: a tensor, or a plain value that the graph depends on.
 
     Attributes:
-        path: Where it is in the inputs, as Python would write it.
+        path: Its place in the inputs, as a Python expression.
         shape: The shape of a tensor, with `ANY`; None for a plain value.
         value: The value, if it is not a tensor.
     """
@@ -35,12 +35,12 @@ class GivenInput:
 
 @dataclass(frozen=True)
 class GivenSizes:
-    """The sizes that a graph is for.
+    """The input sizes that a graph is valid for.
 
     Attributes:
         network: The network's class, for messages.
-        names: The inputs that are given by position, in their order.
-        inputs: What of the inputs is fixed.
+        names: The names of the positional inputs, in order.
+        inputs: The inputs with fixed sizes or values.
 
     Example:
         >>> import torch
@@ -54,7 +54,7 @@ class GivenSizes:
     inputs: tuple[GivenInput, ...]
 
     def others(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
-        """What of a call is not as it was given, in words."""
+        """Describe the inputs of a call that do not match."""
         wanted = {given.path: given for given in self.inputs}
         found = []
         for path, leaf in leaves_by_path(self.names, args, kwargs):
@@ -64,7 +64,7 @@ class GivenSizes:
         return found
 
     def key(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What of a call tells for which sizes it is, the same for all calls that one graph can take."""
+        """A key for the sizes of a call; equal for all calls that the same graph can take."""
         free = {given.path: given.shape for given in self.inputs if given.shape is not None}
         found = []
         for path, leaf in leaves_by_path(self.names, args, kwargs):
@@ -78,7 +78,7 @@ class GivenSizes:
         return tuple(found)
 
     def refusal(self, others: list[str]) -> str:
-        """What to say of a call of other sizes."""
+        """The error message for a call with other sizes."""
         wanted = [str(given) for given in self.inputs if given.path in {other.partition(": ")[0] for other in others}]
         return (
             f"{self.network} was traced for {', '.join(wanted)}, since its forward computes with these sizes, and is "
@@ -94,7 +94,7 @@ def leaves_by_path(names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[s
     """The leaves of the inputs of a call, each with its path.
 
     Args:
-        names: The inputs that may be given by position.
+        names: The names of the inputs that may be positional.
         args: Positional inputs.
         kwargs: Keyword inputs.
     """

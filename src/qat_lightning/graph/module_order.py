@@ -1,4 +1,4 @@
-"""The order of children, parameters and buffers, by which optimizers and averages pair what they keep."""
+"""The order of children, parameters and buffers: optimizers and weight averages rely on it to match their entries."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _TABLES = ("_parameters", "_buffers", "_modules")
 
 
 def order_as(module: nn.Module, other: nn.Module) -> None:
-    """Give ``module``, and what is inside it, the order of ``other``; what ``other`` does not have comes behind."""
+    """Give ``module`` and its submodules the order of ``other``; what ``other`` does not have comes last."""
     for table in _TABLES:
         _arrange(module.__dict__[table], other.__dict__[table])
     for name, child in other._modules.items():
@@ -21,12 +21,12 @@ def order_as(module: nn.Module, other: nn.Module) -> None:
 
 
 def order_by_keys(module: nn.Module, keys: Iterable[str], prefix: str = "") -> None:
-    """Give ``module``, and what is inside it, the order that a ``state_dict`` was written in.
+    """Give ``module`` and its submodules the order in which a ``state_dict`` was written.
 
     Args:
-        module: What has no entry keeps its place, since a container calls its children in this order.
-        keys: Of the ``state_dict``.
-        prefix: What the keys of ``module`` begin with; others are left aside.
+        module: Children without an entry keep their places, since a container calls its children in this order.
+        keys: Keys of the ``state_dict``.
+        prefix: Prefix of the keys of ``module``; other keys are ignored.
     """
     within = [key.removeprefix(prefix) for key in keys if key.startswith(prefix)]
     names = list(dict.fromkeys(key.partition(".")[0] for key in within))
@@ -40,7 +40,7 @@ def order_by_keys(module: nn.Module, keys: Iterable[str], prefix: str = "") -> N
 
 
 def _arrange(table: dict[str, Any], names: Iterable[str]) -> None:
-    """In place, since a LightningModule and the network of its own forward may share one table."""
+    """In place, since a LightningModule quantized through its own forward may share the table with the network."""
     first = {name: table[name] for name in names if name in table}
     rest = {name: value for name, value in table.items() if name not in first}
     table.clear()

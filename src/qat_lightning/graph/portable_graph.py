@@ -1,4 +1,4 @@
-"""Graphs in pickles: as plain rows, since what upstream notes on a graph leads to things that do not pickle."""
+"""Pickling graphs as plain rows: upstream's metadata in a graph refers to objects that do not pickle."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import fx
 from torch.fx.node import map_aggregate as _map
 
 Row = tuple[str, str, Any, Any, Any, dict[str, Any]]
-"""Op, name, target, positional and keyword arguments, and notes of a node."""
+"""Op, name, target, positional and keyword arguments, and metadata of a node."""
 
 
 class _Node(str):
@@ -25,19 +25,19 @@ class _Node(str):
 
 
 class _Operator(str):
-    """The name of an operator in ``torch.ops``, which does not pickle itself."""
+    """The name of an operator in ``torch.ops``; the operator itself does not pickle."""
 
     __slots__ = ()
 
 
 class _Function(str):
-    """``module:name`` of a function whose ``__qualname__`` leads nowhere, such as that of ``F.max_pool2d``."""
+    """``module:name`` of a function that cannot be found by its ``__qualname__``, such as ``F.max_pool2d``."""
 
     __slots__ = ()
 
 
 class PortableGraph:
-    """Holds a graph while it is pickled or copied. Copies are upstream's; pickles keep no traces of the capture.
+    """Holds a graph while it is pickled or copied. Upstream makes the copies; pickles omit metadata of the capture.
 
     Args:
         graph: The graph.
@@ -60,12 +60,12 @@ class PortableGraph:
 
 
 class PortableModule:
-    """Holds a graph module while it is pickled: upstream traces it again, which computes what depends on no input.
+    """Holds a graph module while it is pickled: upstream would trace it again, and precompute what depends on no input.
 
-    Integer weights would come out of a pickle as the float weights that they stand for.
+    Integer weights would then come out of a pickle as float weights.
 
     Args:
-        module: The graph module, and those in it; its other submodules are pickled as they are.
+        module: The graph module; graph modules within it are held too, and other submodules are pickled as they are.
 
     Example:
         >>> import pickle
@@ -95,7 +95,7 @@ def _portable_module(held: dict[str, Any], graph: PortableGraph, training: bool)
 
 
 def hold_graphs(state: dict[str, Any]) -> dict[str, Any]:
-    """An object's attributes with its graphs as `PortableGraph`: for ``__getstate__``."""
+    """An object's attributes, with graphs replaced by `PortableGraph`: for ``__getstate__``."""
     return {name: PortableGraph(value) if isinstance(value, fx.Graph) else value for name, value in state.items()}
 
 
@@ -105,7 +105,7 @@ def release_graphs(state: dict[str, Any]) -> dict[str, Any]:
 
 
 class HoldsGraphs:
-    """Mixin for an object that has graphs among its attributes, and is pickled."""
+    """Mixin for objects that are pickled and have graphs among their attributes."""
 
     def __getstate__(self) -> dict[str, Any]:
         return hold_graphs(self.__dict__)
@@ -157,7 +157,7 @@ def _pack(value: Any) -> Any:
 
 
 def _notes(node: fx.Node) -> dict[str, Any]:
-    """Those that conversion reads: where the node comes from, and which of its arguments is the weight."""
+    """Metadata that conversion reads: the module that a node comes from, and which argument is the weight."""
     notes: dict[str, Any] = {}
     if stack := node.meta.get("nn_module_stack"):
         notes["nn_module_stack"] = {key: (name, _type_name(cls)) for key, (name, cls) in stack.items()}

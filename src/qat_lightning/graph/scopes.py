@@ -8,18 +8,18 @@ from torch import fx
 
 
 def scope_of(node: fx.Node) -> str:
-    """Dotted name of the innermost module whose ``forward`` made ``node``; empty for the network's own.
+    """Dotted name of the innermost module whose ``forward`` created ``node``; empty for the network itself.
 
-    A module called under several names goes by the first.
+    A module called under several names is known by the first.
     """
     stack = node.meta.get("nn_module_stack")
     if not stack:
         return ""
     name = str(list(stack.values())[-1][0]).split("@")[0].removeprefix("L['self']")
-    # A module with a __getattr__ of its own is noted as __dict__['_modules']['conv'].
+    # For a module with a custom __getattr__, export records __dict__['_modules']['conv'].
     name = re.sub(r"(?:__dict__\['_modules'\]|_modules)?\['([^']+)'\]", r".\1", name)
     name = re.sub(r"\.+", ".", name).strip(".")
-    # What export made itself, such as the size of an input, has a placeholder there.
+    # Nodes that export added itself, such as the size of an input, have a placeholder there.
     return "" if name.startswith("_empty_nn_module_stack") else name
 
 

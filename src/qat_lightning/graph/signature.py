@@ -1,4 +1,4 @@
-"""How a captured network is called: arguments flattened to the graph's inputs, and its outputs put together."""
+"""How a captured network is called: flattening arguments to the graph's inputs, and rebuilding its outputs."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from qat_lightning.graph.example import Example
 from qat_lightning.graph.structures import look_into
 
 BATCH = -1
-"""Stands in a shape for the batch dimension, which may have any size."""
+"""Placeholder in a shape for the batch dimension, which may have any size."""
 
 
 @dataclass(frozen=True)
 class Input:
-    """One leaf of the arguments: a tensor, or a value that the graph was captured with.
+    """One leaf of the arguments: a tensor, or a value that is fixed by the capture.
 
     Attributes:
-        path: Where it is in the arguments, as Python would write it.
-        shape: The shape of a tensor, with `BATCH` for the dimensions that may vary; None for a plain value.
+        path: Its place in the arguments, as a Python expression.
+        shape: The shape of a tensor, with `BATCH` for dimensions that may vary; None for a plain value.
         value: The value, if it is not a tensor.
     """
 
@@ -37,15 +37,15 @@ class Input:
 
 @dataclass(frozen=True)
 class CallSpec:
-    """The signature of a network as it was captured, with the structure of its inputs and outputs.
+    """The signature of a captured network, with the structure of its inputs and outputs.
 
     Attributes:
         name: The network's class, for messages.
-        signature: That of its ``forward``.
-        in_spec: Structure of ``(args, kwargs)`` as `canonical` gives them.
+        signature: Signature of its ``forward``.
+        in_spec: Structure of ``(args, kwargs)`` as returned by `canonical`.
         inputs: The leaves of that structure.
         out_spec: Structure of the result.
-        batch: Size of the batch it was captured with.
+        batch: Batch size of the capture.
     """
 
     name: str
@@ -59,7 +59,7 @@ class CallSpec:
         """The tensors of a call, in the order of the graph's inputs.
 
         Raises:
-            NetworkError: The call has other arguments or shapes than the one the network was captured with.
+            NetworkError: The call has other arguments or shapes than the captured one.
         """
         look_into(args, kwargs)
         try:
@@ -83,7 +83,7 @@ class CallSpec:
     def _leaves(self, arguments: Any) -> list[Any]:
         found, spec = pytree.tree_flatten(arguments)
         if spec != self.in_spec:
-            # In a file a dataclass of one's own is a record of the same fields.
+            # In a loaded file, a user's dataclass is a record of the same fields.
             names = list(self.signature.parameters)
             paths = [_path(path, names) for path, _ in pytree.tree_flatten_with_path(arguments)[0]]
             if list(map(_as_key, paths)) != [_as_key(given.path) for given in self.inputs]:
@@ -106,7 +106,7 @@ class CallSpec:
 def canonical(
     signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """One form for all ways of passing the same arguments: by position where that is possible.
+    """Normalize a call: arguments are positional where that is possible.
 
     Example:
         >>> canonical(inspect.signature(lambda x, y=1: None), (), {"y": 3, "x": 2})
@@ -117,7 +117,7 @@ def canonical(
 
 
 def batch_size(example: Example) -> int | None:
-    """Size of the batch: the commonest first dimension of the tensors of a call, the first one of several such.
+    """Batch size: the most common first dimension of the tensors of a call, and of several such the first.
 
     Example:
         >>> import torch
@@ -134,7 +134,7 @@ def has_batch(leaf: Any, size: int | None) -> bool:
 
 
 def one_sample(example: Example) -> Example:
-    """The same call for the first sample of its batch; what has no batch dimension stays.
+    """The same call with only the first sample of its batch; inputs without a batch dimension stay.
 
     Example:
         >>> import torch
@@ -151,7 +151,7 @@ def one_sample(example: Example) -> Example:
 
 
 def samples(example: Example) -> list[Example]:
-    """The same call for each sample of its batch by itself.
+    """One call for each sample of the batch.
 
     Example:
         >>> import torch
@@ -217,7 +217,7 @@ def _describe(leaf: Any) -> str:
     if isinstance(leaf, Tensor):
         return f"a tensor of shape {tuple(leaf.shape)}"
     if isinstance(leaf, (list, tuple, dict)):
-        return f"a {type(leaf).__name__} of {len(leaf)}"  # which may be of tensors, with all their values
+        return f"a {type(leaf).__name__} of {len(leaf)}"  # a container may hold tensors with all their values
     return reprlib.repr(leaf)
 
 
@@ -232,8 +232,8 @@ def _refuse(name: str, path: str, expected: str, got: str) -> None:
 def dynamic_shapes(
     signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any], size: int | None
 ) -> dict[str, Any]:
-    """Which dimensions of a call may vary, as `torch.export.export` takes it: the first, where it is the batch."""
-    # AUTO and not Dim("batch"): a network may use the batch in ways that a plain name forbids, such as size // 2.
+    """The dimensions of a call that may vary, for `torch.export.export`: the first one, where it is the batch."""
+    # AUTO rather than Dim("batch"): a network may compute with the batch size, such as size // 2.
     arguments = signature.bind(*args, **kwargs).arguments
     return {name: _dims(value, size) for name, value in arguments.items()}
 
@@ -246,5 +246,5 @@ def _dims(value: Any, size: int | None) -> Any:
         return {0: torch.export.Dim.AUTO} if has_batch(value, size) else None
     inner, context = pytree.SUPPORTED_NODES[node_type].flatten_fn(value)
     dims = [_dims(part, size) for part in inner]
-    # Those of a container of one's own are given as a list.
+    # The leaves of a custom container are given as a list.
     return pytree.SUPPORTED_NODES[node_type].unflatten_fn(dims, context) if isinstance(value, (list, tuple)) else dims

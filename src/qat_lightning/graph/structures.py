@@ -1,7 +1,7 @@
-"""What networks take and return besides tensors, lists, tuples and plain dictionaries: dataclasses and dict-likes.
+"""Containers that networks take and return besides tensors, lists, tuples and dicts: dataclasses and dict-likes.
 
-PyTorch's pytree looks into the containers that it knows, and takes all else for a leaf. Here it gets to know those that
-are met: dataclasses, and subclasses of dict such as Hugging Face's ModelOutput, which comes registered.
+PyTorch's pytree looks into the containers that it knows, and treats everything else as a leaf. This module registers
+others when they occur: dataclasses and subclasses of dict. Hugging Face's ModelOutput comes registered.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 
 
 def look_into(*values: Any) -> None:
-    """Let pytree know the containers in ``values`` that hold tensors, of whatever class.
+    """Register the containers in ``values`` that hold tensors with pytree.
 
     Example:
         >>> @dataclasses.dataclass
@@ -33,10 +33,10 @@ def look_into(*values: Any) -> None:
 
 
 def _look(value: Any) -> bool:
-    """Whether there is a tensor in a value, whose containers become known on the way."""
+    """Whether a value contains a tensor; registers the containers on the way."""
     if isinstance(value, Tensor):
         return True
-    inside = [_look(part) for part in parts(value)]  # all of them, and not only up to the first tensor
+    inside = [_look(part) for part in parts(value)]  # all of them, not just up to the first tensor
     holds = any(inside)
     if holds:
         know(type(value))
@@ -44,7 +44,7 @@ def _look(value: Any) -> bool:
 
 
 def know(cls: type) -> None:
-    """Let pytree look into objects of a class, if it is a dataclass or a subclass of dict and not known yet."""
+    """Register a class with pytree, if it is an unregistered dataclass or subclass of dict."""
     if cls in pytree.SUPPORTED_NODES:
         return
     if is_record(cls):
@@ -54,7 +54,7 @@ def know(cls: type) -> None:
 
 
 def parts(value: Any) -> Iterable[Any]:
-    """What a container holds; nothing for all else."""
+    """The contents of a container; empty for anything else."""
     if isinstance(value, Mapping):
         return value.values()
     if is_record(type(value)):
@@ -63,22 +63,22 @@ def parts(value: Any) -> Iterable[Any]:
 
 
 def is_namedtuple(cls: Any) -> bool:
-    """Whether a class is that of a named tuple."""
+    """Whether a class is a named tuple."""
     return isinstance(cls, type) and issubclass(cls, tuple) and hasattr(cls, "_fields")
 
 
 def is_record(cls: Any) -> bool:
-    """Whether a class is a dataclass, which its fields make."""
+    """Whether a class is a dataclass whose objects can be rebuilt from its fields."""
     return isinstance(cls, type) and dataclasses.is_dataclass(cls)
 
 
 def made_of(cls: type) -> list[str]:
-    """The fields that a dataclass is made with."""
+    """The fields that a dataclass is constructed with."""
     return [field.name for field in dataclasses.fields(cls) if field.init]
 
 
 def make_mapping(cls: Any, items: Iterable[tuple[Any, Any]]) -> Any:
-    """An object of a subclass of dict, without its ``__init__``, which may want anything."""
+    """Create an object of a subclass of dict without its ``__init__``, which may need other arguments."""
     made = cls.__new__(cls)
     for key, value in items:
         put_item(made, key, value)
@@ -86,12 +86,12 @@ def make_mapping(cls: Any, items: Iterable[tuple[Any, Any]]) -> Any:
 
 
 def put_item(mapping: dict[Any, Any], key: Any, value: Any) -> None:
-    """Set an item as dict does, whatever the class does besides."""
+    """Set an item as dict does, bypassing overrides of the class."""
     (OrderedDict if isinstance(mapping, OrderedDict) else dict).__setitem__(mapping, key, value)
 
 
 def given_fields(value: Any) -> dict[str, Any]:
-    """What a dataclass was made with; of a dict-like only what it has, since Hugging Face's ModelOutput drops None."""
+    """The fields of a dataclass; of a dict-like only those it has, since Hugging Face's ModelOutput drops None."""
     return _given(value, made_of(type(value)), isinstance(value, dict))
 
 
@@ -153,7 +153,7 @@ class Record(OrderedDict[str, Any]):
     """
 
     def __getattr__(self, name: str) -> Any:
-        """What is held under that name; None for a field of the class that it does not have."""
+        """Get an entry by its name; None for a field of the class that is not set."""
         if name in self:
             return self[name]
         if name in self.__dict__.get("_fields", ()):
@@ -162,20 +162,20 @@ class Record(OrderedDict[str, Any]):
 
 
 class MakesRecord:
-    """Makes records for one class; the target of a node.
+    """Creates records for one class; used as the target of a node.
 
     Args:
-        fields: The fields of the class, which a record may lack.
+        fields: The fields of the class; a record may have fewer.
     """
 
     def __init__(self, fields: Iterable[str]) -> None:
         self.fields = tuple(fields)
-        # As a function has them, for whoever generates code that calls it.
+        # Code generators read these attributes of a function.
         self.__name__ = self.__qualname__ = "make_record"
         self.__module__ = __name__
 
     def __call__(self, *items: Any, **named: Any) -> Record:
-        """A record of pairs of keys and values, or of named values."""
+        """Create a record from pairs of keys and values, or from keyword arguments."""
         record = Record(*items, **named)
         record.__dict__["_fields"] = self.fields
         return record
@@ -199,7 +199,7 @@ _add(Record, _flatten_record, _flatten_record_with_keys, _unflatten_record)
 
 
 def same(wanted: Any, got: Any, equal: Callable[[Tensor, Tensor], bool]) -> bool:
-    """Whether two values are containers of the same classes with equal values, and their tensors ``equal`` in pairs.
+    """Whether two values are containers of the same classes with equal values, and their tensors pairwise ``equal``.
 
     Example:
         >>> same({"a": [torch.ones(1), 2]}, {"a": [torch.ones(1), 2]}, torch.equal)

@@ -1,7 +1,7 @@
-"""Which parts of a network train and which evaluate, and networks that decide it themselves.
+"""Which parts of a network are in training mode, and networks that override ``train``.
 
-A network may override ``train`` to keep BatchNorm in evaluation, say. In the graph modes another network takes its
-place, which sets the flags of its layers as the float network would have set them.
+A network may override ``train``, for example to keep BatchNorm in evaluation. In the graph modes another module takes
+its place, and sets the flags of its layers as the float network would have done.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from qat_lightning.numerics.fake_quantize import FakeQuantize
 
 
 def training_flags(network: nn.Module) -> dict[str, bool]:
-    """Of each module by its name, whether it trains."""
+    """The training flag of each module, by name."""
     return {name: module.training for name, module in network.named_modules(remove_duplicate=False)}
 
 
 def set_training_flags(network: nn.Module, flags: Mapping[str, bool]) -> None:
-    """Set the flags of the modules that are named, and of those in them that are not; of fake-quant none.
+    """Set the flags of the named modules and of submodules without a name in ``flags``, except those of fake-quant.
 
     Args:
-        network: A network that has modules which the one that the flags are of does not have.
-        flags: By name; the network's own name is ``""``.
+        network: A network that may have modules without an entry in ``flags``.
+        flags: Flags by name; the network itself has the name ``""``.
     """
     for name, module in network.named_modules(remove_duplicate=False):
         if not isinstance(module, FakeQuantize):
@@ -34,10 +34,10 @@ def set_training_flags(network: nn.Module, flags: Mapping[str, bool]) -> None:
 
 @contextmanager
 def flags_kept(*roots: nn.Module) -> Iterator[list[nn.Module]]:
-    """Put every module's flag back when the block ends, one by one: a part that evaluates by itself goes on doing so.
+    """Restore every module's flag at the end of the block, so that parts which are kept in evaluation stay there.
 
     Args:
-        roots: Networks, with all that is in them.
+        roots: Networks; their submodules are included.
 
     Yields:
         The modules.
@@ -52,7 +52,7 @@ def flags_kept(*roots: nn.Module) -> Iterator[list[nn.Module]]:
 
 @contextmanager
 def evaluating(*roots: nn.Module) -> Iterator[None]:
-    """All modules in evaluation within the block, flag by flag: exported graphs refuse ``eval()``."""
+    """All modules in evaluation within the block. Sets flags one by one, since exported graphs refuse ``eval()``."""
     with flags_kept(*roots) as modules:
         for module in modules:
             module.training = False
@@ -60,24 +60,24 @@ def evaluating(*roots: nn.Module) -> Iterator[None]:
 
 
 def overrides_train(network: nn.Module) -> bool:
-    """Whether a part of a network decides itself what trains."""
+    """Whether any module of a network overrides ``train``."""
     return any(type(module).train is not nn.Module.train for module in network.modules())
 
 
 @contextmanager
 def parts_keep_training(network: nn.Module) -> Iterator[Callable[[nn.Module], nn.Module]]:
-    """Within the block, prepare a network; parts of it that evaluate while it trains go on doing so.
+    """Within the block, prepare a network so that parts which are kept in evaluation during training stay there.
 
     Args:
-        network: The float network. Modes call its ``train``, which is to reach all of its parts.
+        network: The float network. Within the block, its ``train`` reaches all of its parts.
 
     Yields:
-        What to give the prepared network to; returns it.
+        A function to call with the prepared network; it returns that network.
     """
     flags = training_flags(network)
 
     def keep(prepared: nn.Module) -> nn.Module:
-        # A network that evaluates as a whole, as it was loaded, is trained all the same.
+        # A network that is in evaluation as a whole, as after loading, is trained nevertheless.
         if flags[""] and not all(flags.values()):
             set_training_flags(prepared, flags)
         return prepared
@@ -88,7 +88,7 @@ def parts_keep_training(network: nn.Module) -> Iterator[Callable[[nn.Module], nn
 
 @contextmanager
 def plain_train(network: nn.Module) -> Iterator[None]:
-    """Within the block, ``train`` and ``eval`` of a network reach all its parts, whatever their classes override."""
+    """Within the block, ``train`` and ``eval`` of a network reach all its parts, ignoring overrides."""
     overriding = {
         cls
         for module in network.modules()
@@ -107,7 +107,7 @@ def plain_train(network: nn.Module) -> Iterator[None]:
 
 
 def _nearest(name: str, flags: Mapping[str, bool]) -> str:
-    """The innermost named module that a name is in."""
+    """The innermost module with an entry in ``flags`` that contains ``name``."""
     while name not in flags:
         name = name.rpartition(".")[0]
     return name

@@ -1,1 +1,1 @@
-"""Layers: how they are trained, folded and called in any mode."""
+"""Layers: how they train, fold BatchNorm, and are called, in every mode."""

@@ -1,6 +1,6 @@
 """Adapters of peft: low-rank updates (LoRA) that are merged into the weight beside which they train.
 
-peft is never imported here: where it was not imported, there is no adapter of it.
+peft is never imported here: if nobody has imported it, there are no adapters.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ _MERGED_BY_OTHERS = "merge_and_unload() before the fit trains all weights"
 
 
 def _of_peft(module: str, name: str) -> Any:
-    """A class of peft; a tuple of none where that part of peft was never imported."""
+    """A class of peft; an empty tuple if that part of peft was never imported."""
     return getattr(sys.modules.get(f"peft.{module}"), name, ())
 
 
 def is_adapted(module: nn.Module) -> bool:
-    """Whether a module is a layer with an adapter of peft's beside it, or one of which peft trains a copy.
+    """Whether a module is a layer with a peft adapter, or a layer that peft replaces by a trainable copy.
 
     Example:
         >>> is_adapted(nn.Linear(2, 2))
@@ -37,7 +37,7 @@ def is_lora(module: nn.Module) -> bool:
 
 
 def is_copy_in_training(module: nn.Module) -> bool:
-    """Whether a module runs a copy of a layer that trains (``modules_to_save``) in its place."""
+    """Whether a module wraps a layer and runs a trainable copy of it (``modules_to_save``)."""
     return isinstance(module, _of_peft("utils.other", "ModulesToSaveWrapper"))
 
 
@@ -47,29 +47,29 @@ def has_adapters(network: nn.Module) -> bool:
 
 
 def inner_of(network: nn.Module) -> tuple[nn.Module, str]:
-    """The network in a ``PeftModel`` without adapters, and its name there; any other network itself."""
+    """The network inside a ``PeftModel`` without adapters, and its name there; any other network is returned itself."""
     if not isinstance(network, _of_peft("peft_model", "PeftModel")) or has_adapters(network):
         return network, ""
-    if cast("Any", network).active_peft_config.is_prompt_learning:  # which puts embeddings of its own in front
+    if cast("Any", network).active_peft_config.is_prompt_learning:  # prompt learning prepends embeddings of its own
         return network, ""
     inner: nn.Module = cast("Any", network).get_base_model()
     return inner, next(name for name, module in network.named_modules() if module is inner)
 
 
 def base_of(layer: nn.Module) -> nn.Module:
-    """The layer beside which adapters train."""
+    """The layer that the adapters belong to."""
     base: nn.Module = cast("Any", layer).get_base_layer()
     return base
 
 
 def running_copy(wrapper: nn.Module) -> tuple[nn.Module, str]:
-    """The copy that runs in the place of a layer, and its name in the wrapper."""
+    """The copy that runs instead of a layer, and its name in the wrapper."""
     active = cast("Any", wrapper).active_adapters[0]
     return cast("Any", wrapper).modules_to_save[active], f"modules_to_save.{active}"
 
 
 def why_unmerged(module: nn.Module) -> str:
-    """Why an adapter cannot be merged while it trains, with what to do; empty if it can."""
+    """Why an adapter cannot be merged while it trains, and what to do; empty if it can."""
     layer = cast("Any", module)
     name = type(module).__name__
     if is_copy_in_training(module):
@@ -84,7 +84,7 @@ def why_unmerged(module: nn.Module) -> str:
 
 
 def why_not_beside(module: nn.Module) -> str:
-    """Why an adapter cannot stay float beside a rounded weight, with what to do; empty if it can."""
+    """Why an adapter cannot stay float beside a rounded weight, and what to do; empty if it can."""
     variants = getattr(module, "lora_variant", None) if is_lora(module) else None
     if not variants:
         return ""
@@ -121,9 +121,9 @@ def _drops(layer: Any, adapter: str) -> bool:
 
 
 def merged_parameters(module: nn.Module) -> dict[str, Tensor]:
-    """Weight and bias of a layer with all that its active adapters add; gradients go through.
+    """Weight and bias of a layer with its active adapters merged in; gradients pass through.
 
-    In the precision of the weight, whatever autocast says: what trains is what is stored.
+    Computed in the precision of the weight, also under autocast, so that training uses the weight that will be stored.
     """
     layer, base = cast("Any", module), cast("Any", base_of(module))
     weight, bias = base.weight, getattr(base, "bias", None)
@@ -145,7 +145,7 @@ def _with_adapter(layer: Any, adapter: str, weight: Tensor) -> Tensor:
     if adapter not in layer.lora_variant:
         return merged
     rows = merged.T if layer.fan_in_fan_out else merged
-    # A constant in the backward pass, as in the paper of DoRA and in peft.
+    # The norm is constant in the backward pass, as in the DoRA paper and in peft.
     factor = layer.lora_magnitude_vector[adapter].weight / torch.linalg.norm(rows.detach(), dim=1)
     rows = factor.to(weight.dtype)[:, None] * rows
     result: Tensor = rows.T if layer.fan_in_fan_out else rows
@@ -153,9 +153,9 @@ def _with_adapter(layer: Any, adapter: str, weight: Tensor) -> Tensor:
 
 
 def dropped(module: nn.Module, x: Tensor) -> Tensor | None:
-    """What dropout in front of adapters changes in the output of their layer, in training; None if there is none.
+    """The effect of dropout in front of the adapters on the output of their layer, in training; None without dropout.
 
-    The merged weight has no input of its own for an adapter, so that this is added: its mean is zero.
+    A merged weight has no separate input for an adapter, so this zero-mean term is added to the output.
     """
     layer = cast("Any", module)
     found: Tensor | None = None
@@ -170,10 +170,10 @@ def dropped(module: nn.Module, x: Tensor) -> Tensor | None:
 
 @torch.no_grad()
 def merge(network: nn.Module) -> nn.Module:
-    """Put plain layers with merged weights in the place of all layers that have adapters.
+    """Replace all layers with adapters by plain layers with merged weights.
 
     Args:
-        network: Changed in place; its modules must be its own, its parameters may be those of another.
+        network: Changed in place. It must own its modules; parameters may be shared with another network.
     """
     made: dict[nn.Module, nn.Module] = {}
     for name, module in list(network.named_modules(remove_duplicate=False)):
@@ -200,7 +200,7 @@ def _merged(layer: nn.Module) -> nn.Module:
 
 
 def take_over_choice(network: nn.Module, trained: nn.Module) -> None:
-    """Let the adapters be active in ``network`` that are in ``trained``, whose modules have the same names."""
+    """Activate the same adapters in ``network`` as in ``trained``, whose modules have the same names."""
     for name, module in trained.named_modules():
         if is_adapted(module):
             cast("Any", network.get_submodule(name))._active_adapter = cast("Any", module)._active_adapter

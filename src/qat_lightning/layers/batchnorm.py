@@ -1,4 +1,4 @@
-"""BatchNorm: what is one, into which layer it folds, and what folding computes, for every mode and recipe."""
+"""BatchNorm: which modules are one, which layers they fold into, and the arithmetic of folding, in all modes."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from qat_lightning.numerics.fake_quantize import FakeQuantize
 
 
 def is_batchnorm(module: object) -> TypeGuard[_BatchNorm]:
-    """Whether a module is a BatchNorm of any number of dimensions, or of a class made from one."""
+    """Whether a module is a BatchNorm of any number of dimensions, or of a subclass."""
     return isinstance(module, _BatchNorm)
 
 
 def has_statistics(module: Any) -> bool:
-    """Whether a BatchNorm normalizes with running statistics in evaluation; without, nothing can be folded.
+    """Whether a BatchNorm normalizes with running statistics in evaluation; otherwise it cannot be folded.
 
     Example:
         >>> has_statistics(nn.BatchNorm2d(3)), has_statistics(nn.BatchNorm2d(3, track_running_stats=False))
@@ -29,9 +29,9 @@ def has_statistics(module: Any) -> bool:
 
 
 def folds_into(batchnorm: nn.Module, layer: nn.Module) -> bool:
-    """Whether a BatchNorm behind a layer, and behind it alone, is part of that layer in evaluation.
+    """Whether a BatchNorm that only follows a layer can be folded into it in evaluation.
 
-    Linear layers put channels last, and BatchNorm normalizes dimension 1: there, outputs have to have two dimensions.
+    Linear layers have channels last, but BatchNorm normalizes dimension 1, so their outputs have to be two-dimensional.
 
     Example:
         >>> folds_into(nn.BatchNorm2d(3), nn.Conv2d(3, 3, 1)), folds_into(nn.BatchNorm1d(3), nn.Conv2d(3, 3, 1))
@@ -42,7 +42,7 @@ def folds_into(batchnorm: nn.Module, layer: nn.Module) -> bool:
 
 
 def folds_into_phases(batchnorm: nn.Module, layer: nn.Module) -> bool:
-    """Whether a BatchNorm behind a transposed convolution is part of the convolution that stands for that.
+    """Whether a BatchNorm after a transposed convolution can be folded into the convolution that replaces it.
 
     Example:
         >>> folds_into_phases(nn.BatchNorm2d(3), nn.ConvTranspose2d(3, 3, 2))
@@ -53,7 +53,7 @@ def folds_into_phases(batchnorm: nn.Module, layer: nn.Module) -> bool:
 
 
 def fold_factor(gamma: Tensor | None, running_var: Tensor, eps: float) -> Tensor:
-    """What folding BatchNorm multiplies each output channel of a weight by: ``gamma / sqrt(running_var + eps)``.
+    """The factor by which folding multiplies each output channel of a weight: ``gamma / sqrt(running_var + eps)``.
 
     Returns:
         float32, shape ``(channels,)``, without gradient: the straight-through gradient of the division cancels it.
@@ -63,21 +63,21 @@ def fold_factor(gamma: Tensor | None, running_var: Tensor, eps: float) -> Tensor
 
 
 def factor_of(batchnorm: Any) -> Tensor:
-    """`fold_factor` of a layer."""
+    """`fold_factor` of a BatchNorm module."""
     return fold_factor(batchnorm.weight, batchnorm.running_var, batchnorm.eps)
 
 
 def along(factor: Tensor, weight: Tensor, axis: int = 0) -> Tensor:
-    """A factor for each output channel, shaped to go with a weight that has these in dimension ``axis``."""
+    """Reshape a factor for each output channel to broadcast with a weight whose channels are dimension ``axis``."""
     shape = [1] * weight.dim()
     shape[axis] = -1
     return factor.reshape(shape)
 
 
 def for_each_row(values: Tensor, weight: Tensor, axis: int = 0) -> Tensor:
-    """A value for each channel of BatchNorm, for each output channel of a weight that has several for each of these.
+    """Repeat BatchNorm's per-channel values for the rows of a weight that has several rows per channel.
 
-    The convolution that stands for a transposed one has the phases of a channel side by side.
+    In the convolution that replaces a transposed one, the phases of a channel are adjacent.
 
     Example:
         >>> for_each_row(torch.tensor([1.0, 2.0]), torch.zeros(4, 3, 2)).tolist()
@@ -88,12 +88,12 @@ def for_each_row(values: Tensor, weight: Tensor, axis: int = 0) -> Tensor:
 
 
 def fake_quantize_folded(weight: Tensor, factor: Tensor, fq: FakeQuantize, *, axis: int = 0) -> Tensor:
-    """Round ``weight * factor`` to the grid, and divide by ``factor`` again.
+    """Round ``weight * factor`` to the grid, and divide by ``factor``.
 
     Args:
         weight: The plain weight.
-        factor: ``fold_factor`` of the BatchNorm behind it, shape ``(channels,)``.
-        fq: The weight's FakeQuantize, which sees the folded weight.
+        factor: ``fold_factor`` of the BatchNorm after it, shape ``(channels,)``.
+        fq: The weight's FakeQuantize; it gets the folded weight.
         axis: Dimension of the output channels.
 
     Returns:
@@ -104,7 +104,7 @@ def fake_quantize_folded(weight: Tensor, factor: Tensor, fq: FakeQuantize, *, ax
 
 
 def folded_weight(weight: Tensor, factor: Tensor, *, axis: int = 0) -> Tensor:
-    """A weight with BatchNorm multiplied in, in float32: what training rounds."""
+    """The weight with BatchNorm folded in, in float32; training rounds it."""
     return weight.float() * along(factor, weight, axis)
 
 
@@ -112,10 +112,10 @@ def folded_bias(bias: Tensor | None, running_mean: Tensor, factor: Tensor, beta:
     """The bias that goes with `folded_weight`, in float32.
 
     Args:
-        bias: The layer's.
-        running_mean: BatchNorm's.
-        factor: Its `fold_factor`.
-        beta: Its bias.
+        bias: Bias of the layer.
+        running_mean: Running mean of the BatchNorm.
+        factor: `fold_factor` of the BatchNorm.
+        beta: Bias of the BatchNorm.
     """
     shift = -running_mean.float() if bias is None else bias.float() - running_mean.float()
     return shift * factor if beta is None else shift * factor + beta.float()
@@ -123,13 +123,14 @@ def folded_bias(bias: Tensor | None, running_mean: Tensor, factor: Tensor, beta:
 
 @torch.no_grad()
 def folded_parameters(layer: Any, batchnorm: Any) -> tuple[nn.Parameter, nn.Parameter]:
-    """Weight and bias of a float layer that computes what ``layer`` and then ``batchnorm`` compute in evaluation.
+    """Weight and bias of a float layer that is equivalent to ``layer`` and ``batchnorm`` in evaluation.
 
-    The weight is `folded_weight`. The bias is multiplied in the order that upstream has, whose kernels it is for.
+    The weight is `folded_weight`. The bias is computed in upstream's order of operations, because it is for upstream's
+    kernels.
 
     Args:
         layer: A convolution or a linear layer.
-        batchnorm: With running statistics; weight and bias may be None.
+        batchnorm: Has running statistics; weight and bias may be None.
     """
     bn = batchnorm
     fuse = fuse_linear_bn_weights if isinstance(layer, nn.Linear) else fuse_conv_bn_weights

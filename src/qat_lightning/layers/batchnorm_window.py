@@ -1,13 +1,13 @@
-"""BatchNorm statistics of the recent batches alone, and how far others are from them.
+"""BatchNorm statistics of recent batches only, and how far they are from the running statistics.
 
-A running average of momentum 0.1 still holds 8 % of where it began after 24 batches, 0.5 % after 50: frozen before it
-has settled, it describes no network that ever ran. Recomputing it over some batches is "precise BatchNorm" (Wu and
-Johnson, 2021, "Rethinking 'Batch' in BatchNorm", https://arxiv.org/abs/2105.07576). Here nothing is recomputed: an
-average that is known at two moments tells what was averaged in between,
+A running average of momentum 0.1 still contains 8 % of its initial value after 24 batches, 0.5 % after 50. If frozen
+earlier, it describes no network that ever ran. Recomputing it over some batches is "precise BatchNorm" (Wu and Johnson,
+2021, "Rethinking 'Batch' in BatchNorm", https://arxiv.org/abs/2105.07576). Here nothing is recomputed: from the running
+average at two moments follows the average of the batches in between,
 
     now = kept x then + (1 - kept) x between,
 
-where ``kept`` is what the updates in between have left of the older value.
+where ``kept`` is the share of the older value that is left after the updates in between.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ from qat_lightning.layers.batchnorm import is_batchnorm
 from qat_lightning.layers.qat_modules import Counter, FreezableBatchNorm, FunctionalBatchNorm
 
 SETTLED = 0.1
-"""Statistics that are nearer to the recent batches' than this share of a standard deviation are left as they are."""
+"""Running statistics within this share of a standard deviation of the recent batches' are not changed."""
 
 _SHORTEST, _LONGEST = 8, 64
 
 Snapshot = dict[str, tuple[Tensor, Tensor, Tensor]]
-"""Running mean, running variance and the number of updates, by the BatchNorm's name."""
+"""Running mean, running variance and number of updates, by the name of the BatchNorm."""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """How far two statistics of a BatchNorm are from each other.
+    """The distance between two sets of statistics of a BatchNorm.
 
     Attributes:
-        name: The layer's.
-        deviations: The mean over its channels, in standard deviations.
-        samples: How many values of a channel the newer statistics are of; 0 if that is not known.
+        name: Name of the layer.
+        deviations: Mean over the channels, in standard deviations.
+        samples: Number of values per channel in the newer statistics; 0 if unknown.
     """
 
     name: str
@@ -52,7 +52,7 @@ class Difference:
 
 
 def freezable(network: nn.Module) -> dict[str, Any]:
-    """The modules that hold the running statistics that a freeze stops, by name.
+    """The modules that hold the running statistics which a freeze stops, by name.
 
     Args:
         network: A prepared network of any mode.
@@ -61,9 +61,9 @@ def freezable(network: nn.Module) -> dict[str, Any]:
 
 
 def window_length(network: nn.Module) -> int:
-    """How many batches are "recent": as many as a running average remembers, from 8 to 64.
+    """Number of batches that count as recent: the length of a running average's memory, from 8 to 64.
 
-    Fewer are noisier than what they would replace.
+    Fewer would be noisier than the statistics they replace.
     """
     momenta = [module.momentum for module in freezable(network).values()]
     slowest = min((0.0 if momentum is None else momentum for momentum in momenta), default=1.0)
@@ -71,7 +71,7 @@ def window_length(network: nn.Module) -> int:
 
 
 def snapshot(network: nn.Module) -> Snapshot:
-    """The running statistics as they are now."""
+    """The current running statistics."""
     return {
         name: (module.running_mean.clone(), module.running_var.clone(), module.num_batches_tracked.clone())
         for name, module in freezable(network).items()
@@ -80,14 +80,14 @@ def snapshot(network: nn.Module) -> Snapshot:
 
 @torch.no_grad()
 def settle(network: nn.Module, then: Snapshot) -> list[Difference]:
-    """Give BatchNorms that have not settled the statistics of the batches since ``then``.
+    """Set the statistics of BatchNorms that have not settled to those of the batches since ``then``.
 
     Args:
         network: A prepared network of any mode.
         then: Its statistics some batches ago, from `snapshot`.
 
     Returns:
-        The layers that were changed, and by how much; the others are as they were, bit by bit.
+        The layers that were changed, and by how much; the others are bit-equal to before.
 
     Example:
         >>> network = nn.Sequential(FreezableBatchNorm(2))
@@ -117,11 +117,11 @@ def settle(network: nn.Module, then: Snapshot) -> list[Difference]:
 
 @contextmanager
 def measuring(network: nn.Module, found: dict[str, Difference]) -> Iterator[None]:
-    """Within the block, compare what each BatchNorm normalizes with the statistics that it has.
+    """Within the block, compare the inputs of each BatchNorm with its running statistics.
 
     Args:
         network: A prepared network of any mode.
-        found: Takes the first comparison of each layer.
+        found: Filled with the first comparison of each layer.
     """
 
     def compare(name: str, module: Any, args: tuple[Any, ...]) -> None:
@@ -145,7 +145,7 @@ def measuring(network: nn.Module, found: dict[str, Difference]) -> Iterator[None
 
 
 def differs(difference: Difference) -> bool:
-    """Whether one batch says that statistics are other ones: more than its own noise, and three times `SETTLED`."""
+    """Whether one batch shows that statistics are wrong: by more than its own noise, and three times `SETTLED`."""
     return difference.deviations > 3 * SETTLED + 1.5 / math.sqrt(max(1, difference.samples))
 
 
@@ -156,7 +156,7 @@ def _holds_statistics(module: Any) -> bool:
 
 
 def _since(module: Any, mean: Tensor, variance: Tensor, count: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Mean and variance of what was averaged since; None if nothing was."""
+    """Mean and variance of the values averaged since a snapshot; None if there are none."""
     updates = int(module.num_batches_tracked - count)
     if updates < 1:
         return None
@@ -171,16 +171,16 @@ def _since(module: Any, mean: Tensor, variance: Tensor, count: Tensor) -> tuple[
 
 
 def _deviations(ours: Any, theirs: Any, eps: float) -> float:
-    """Difference of the means in standard deviations, and of these in their ratio; the mean over the channels."""
+    """Shift of the mean in standard deviations and log ratio of the deviations, combined; averaged over channels."""
     (mean, variance), (other_mean, other_variance) = ((a.double(), b.double()) for a, b in (ours, theirs))
-    # By the larger of the two: a channel that has died has no deviation to measure with.
+    # Relative to the larger of the two, because a dead channel has no deviation.
     shift = (mean - other_mean) / (torch.maximum(variance, other_variance) + eps).sqrt()
     spread = ((variance + eps) / (other_variance + eps)).log() / 2
     return float(torch.hypot(shift, spread).mean())
 
 
 def as_plain(taken: Mapping[str, Snapshot]) -> dict[str, dict[str, list[Tensor]]]:
-    """Snapshots of several networks as a checkpoint takes them: copies on the CPU."""
+    """Snapshots of several networks in the form of a checkpoint: copies on the CPU."""
     return {
         network: {name: [value.cpu().clone() for value in values] for name, values in statistics.items()}
         for network, statistics in taken.items()

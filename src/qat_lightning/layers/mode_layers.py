@@ -1,4 +1,4 @@
-"""Modules for what a network does in one way in training and in another in evaluation."""
+"""Modules for computations that differ between training and evaluation."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from torch import Tensor, fx, nn
 
 
 class ByMode(nn.Module):
-    """A function that is told by its arguments whether the network trains, and is told its own flag instead.
+    """Calls a function whose arguments depend on whether the network trains.
 
     Args:
-        function: What to call.
-        training: Its positional and keyword arguments in training; `GIVEN` where a tensor comes.
-        evaluation: Likewise in evaluation.
+        function: The function to call.
+        training: Its positional and keyword arguments in training, with `GIVEN` in place of tensors.
+        evaluation: Likewise for evaluation.
     """
 
     def __init__(self, function: Any, training: Any, evaluation: Any) -> None:
@@ -23,14 +23,14 @@ class ByMode(nn.Module):
         self.by_mode = {True: training, False: evaluation}
 
     def forward(self, *tensors: Any) -> Any:
-        """Call the function on the tensors, in the order in which they come among its arguments."""
+        """Call the function with the tensors, in their order among its arguments."""
         args, kwargs = self.arguments(tensors, training=self.training)
         if isinstance(self.function, str):
             return getattr(args[0], self.function)(*args[1:], **kwargs)
         return self.function(*args, **kwargs)
 
     def arguments(self, tensors: Iterable[Any], *, training: bool) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """What the function is called with, positional and by keyword."""
+        """The positional and keyword arguments of the function."""
         given = iter(tensors)
 
         def fill(leaf: Any) -> Any:
@@ -41,7 +41,7 @@ class ByMode(nn.Module):
 
 
 class _Given:
-    """The place of a tensor among the arguments of `ByMode`; there is one."""
+    """Placeholder for a tensor among the arguments of `ByMode`; a singleton."""
 
     def __reduce__(self) -> str:
         return "GIVEN"
@@ -51,10 +51,10 @@ GIVEN = _Given()
 
 
 class DropoutLike(nn.Module):
-    """What changes its input in training only, such as stochastic depth, and so is in no int8 network.
+    """Changes its input only in training, such as stochastic depth, so it is left out of int8 networks.
 
     Args:
-        inner: What it does in training.
+        inner: The module that runs in training.
     """
 
     def __init__(self, inner: nn.Module) -> None:
@@ -62,11 +62,11 @@ class DropoutLike(nn.Module):
         self.inner = inner
 
     def forward(self, input: Tensor) -> Any:
-        """What ``inner`` makes of ``input`` in training, otherwise ``input``."""
+        """``inner(input)`` in training, otherwise ``input``."""
         return self.inner(input) if self.training else input
 
     def __getattr__(self, name: str) -> Any:
-        """What is asked of the module in whose place it is, such as its probability."""
+        """Attributes of the replaced module, such as its probability."""
         try:
             return super().__getattr__(name)
         except AttributeError:

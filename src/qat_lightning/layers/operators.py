@@ -1,7 +1,7 @@
-"""The one table of operators: by which names each is called, and what is true of it in every mode.
+"""The table of operators: all names by which each is called, and its properties in every mode.
 
-What only one mode has, such as a kernel or a pattern of its upstream, stays with the mode. To add an operator is to add
-a row here, and a function in each mode that has a kernel for it.
+Properties of one mode, such as a kernel or a pattern of its upstream, are in that mode. To add an operator, add a row
+here and a function in each mode that has a kernel for it.
 """
 
 from __future__ import annotations
@@ -25,30 +25,30 @@ Family = Literal[
     "convolution", "transposed", "linear", "bilinear", "attention", "recurrent", "cell", "table", "batchnorm",
     "dropout", "clamp", "relu",
 ]  # fmt: skip
-"""Kinds of operators that are treated alike: ``"table"`` is an embedding, ``"clamp"`` has an end that is not 0."""
+"""Groups of operators that are treated alike: ``"table"`` is an embedding, ``"clamp"`` has a limit other than 0."""
 
 
 @dataclass(frozen=True)
 class Operator:
-    """One row: its faces, by which networks and graphs call it, and its traits.
+    """One row: the forms in which networks and graphs call the operator, and its traits.
 
     Attributes:
-        name: Of the row.
-        family: What it is treated alike with; None where nothing asks.
+        name: Name of the row.
+        family: Group of operators that it is treated like; None if no code depends on it.
         modules: Types of layers; subclasses may compute something else.
-        functions: Of ``torch``, ``torch.nn.functional`` and ``operator``.
+        functions: Functions of ``torch``, ``torch.nn.functional`` and ``operator``.
         methods: Names of methods and attributes of tensors.
-        overloads: Of ``torch.ops.aten``, those that make a new tensor.
-        in_place: Of ``torch.ops.aten``, those that write into their input; ``overloads[0]`` computes the same.
-        weighted: Whether it is a layer with a weight worth quantizing, on which every report has a row.
-        channel_axis: The dimension of its weight that counts output channels, if it has a static int8 kernel anywhere.
+        overloads: Overloads of ``torch.ops.aten`` that return a new tensor.
+        in_place: Overloads of ``torch.ops.aten`` that write into their input; ``overloads[0]`` computes the same.
+        weighted: Whether it is a layer with a weight worth quantizing; every report then has a row for it.
+        channel_axis: The output channel dimension of its weight, if any backend has a static int8 kernel for it.
         batchnorm: The BatchNorm that folds into it.
-        moves: Whether it computes nothing in evaluation: it moves values, or only looks at them.
-        keeps_grid: Whether it yields nothing but values that it is given, and zeros: what is on a grid stays on it.
-        within_range: Whether it yields nothing outside the range of its inputs and 0, on their grid or not, as a mean.
-        channelwise: Whether it may act on each channel by itself and let a positive factor through.
-        relu_limit: The largest value that it leaves, if all below 0 becomes 0, whatever its arguments.
-        training_flag: Which argument says whether it trains, and its value in evaluation.
+        moves: Whether it computes nothing in evaluation: it only moves values, or reads a property of them.
+        keeps_grid: Whether its output consists of values of its inputs, and zeros, so that they stay on their grid.
+        within_range: Whether its output is within the range of its inputs and 0, on their grid or not, such as a mean.
+        channelwise: Whether it may act on each channel separately and commute with a positive factor.
+        relu_limit: Upper limit of its output, if it maps everything below 0 to 0, whatever its arguments.
+        training_flag: The argument that says whether it trains, and its value in evaluation.
     """
 
     name: str
@@ -70,12 +70,12 @@ class Operator:
 
     @property
     def faces(self) -> tuple[Any, ...]:
-        """Whatever a call of it may have as its target, or as the type of its target."""
+        """All targets, or types of targets, that a call of it may have."""
         return (*self.modules, *self.functions, *self.methods, *self.overloads, *self.in_place)
 
     @property
     def names(self) -> frozenset[str]:
-        """By which its calls go in a run or a graph: ``add`` of ``operator.add`` and of ``aten.add.Tensor``."""
+        """Names of its calls in a run or a graph: ``add`` for ``operator.add`` and for ``aten.add.Tensor``."""
         operations = {overload.overloadpacket.__name__ for overload in (*self.overloads, *self.in_place)}
         return frozenset({*self.methods, *operations, *(function.__name__ for function in self.functions)})
 
@@ -136,7 +136,7 @@ _ACTIVATIONS = (
         "relu", "relu", (nn.ReLU,), (F.relu, torch.relu, torch.relu_), ("relu", "relu_"), (aten.relu.default,),
         (aten.relu_.default,), keeps_grid=True, within_range=True, channelwise=True, relu_limit=math.inf,
     ),
-    # The end of a clamp is on no step of a grid.
+    # The limit of a clamp need not be on the grid.
     Operator(
         "relu6", "clamp", (nn.ReLU6,), (F.relu6,), (), (aten.relu6.default,), (aten.relu6_.default,), relu_limit=6.0,
     ),
@@ -195,7 +195,7 @@ _COMPUTING = (
 
 
 def _chooses(name: str, **faces: Any) -> Operator:
-    """What yields some of the values that it is given, and so keeps their grid, though it computes which."""
+    """An operator that returns some of its input values, so they keep their grid, but computes which ones."""
     return Operator(name, keeps_grid=True, within_range=True, **faces)
 
 
@@ -219,12 +219,12 @@ _CHOOSING = (
 
 
 def _moves(name: str, **faces: Any) -> Operator:
-    """What yields the values that it is given, in another place or shape."""
+    """An operator that returns its input values in another order or shape."""
     return Operator(name, moves=True, keeps_grid=True, within_range=True, **faces)
 
 
 def _drops(name: str, modules: tuple[type[nn.Module], ...], *overloads: Any, **faces: Any) -> Operator:
-    """A dropout: the identity in evaluation, and in training not even within the range of its input."""
+    """A dropout: the identity in evaluation; in training its output may exceed the range of its input."""
     given = {"overloads": overloads, "training_flag": _FLAG if overloads else None} | faces
     functions = (getattr(F, name),) if hasattr(F, name) else ()
     return Operator(name, "dropout", modules, functions, moves=True, keeps_grid=True, **given)
@@ -281,17 +281,17 @@ _MOVING = (
     _drops("dropout3d", (nn.Dropout3d,), channelwise=True),
     _drops("alpha_dropout", (nn.AlphaDropout,), aten.alpha_dropout.default),
     _drops("feature_alpha_dropout", (nn.FeatureAlphaDropout,), aten.feature_alpha_dropout.default),
-    # What the dropouts of whole channels call, and what one becomes that yields its mask as well.
+    # Called by dropouts of whole channels, and the form of dropout that returns its mask as well.
     _drops("feature_dropout", (), aten.feature_dropout.default),
     _drops("native_dropout", (), aten.native_dropout.default),
-    # The same values in another type, which may hold no grid, or a way round what is tracked.
+    # Casts, whose type may not fit on a grid, and ways around autograd.
     Operator("to", methods=("to", "float", "type_as", "data"), overloads=(aten._to_copy.default,), moves=True),
     Operator("look", functions=(getattr,), methods=("size",), moves=True),
     Operator("like", functions=(torch.zeros_like, torch.ones_like), methods=("new_zeros",), moves=True),
 )  # fmt: skip
 
 OPERATORS: tuple[Operator, ...] = (*_WEIGHTED, *_NORMALIZING, *_ACTIVATIONS, *_COMPUTING, *_CHOOSING, *_MOVING)
-"""Every row; no face is in two of them."""
+"""All rows; no form is in two of them."""
 
 
 @functools.cache
@@ -300,7 +300,7 @@ def _by_face() -> dict[Any, Operator]:
 
 
 def operator_of(face: Any) -> Operator | None:
-    """The row of a type of layers, a function, the name of a method, or an overload; None if there is none.
+    """The row of a layer type, function, method name or overload; None if there is none.
 
     Example:
         >>> operator_of(nn.Conv2d).name, operator_of(torch.ops.aten.relu_.default).name, operator_of("relu").name
@@ -325,7 +325,7 @@ def module_types(*families: Family) -> tuple[type[nn.Module], ...]:
 
 
 def faces_of(*names: str) -> tuple[Any, ...]:
-    """The faces of the rows of these names.
+    """All forms of the rows with these names.
 
     Example:
         >>> faces_of("batch_norm2d")
@@ -349,10 +349,10 @@ WEIGHTED: tuple[type[nn.Module], ...] = tuple(kind for row in OPERATORS if row.w
 """Types of layers with weights worth quantizing; every report has a row for each of them."""
 
 MOVES = names_of(lambda row: row.moves)
-"""Names of what computes nothing in evaluation, and is left out of reports."""
+"""Names of operators that compute nothing in evaluation, and are omitted from reports."""
 
 MOVING_MODULES: tuple[type[nn.Module], ...] = tuple(kind for row in OPERATORS if row.moves for kind in row.modules)
 """Types of layers that compute nothing in evaluation."""
 
 KEEPS_GRID = names_of(lambda row: row.keeps_grid)
-"""Names of what only moves or chooses values, or puts in zeros: what is on a grid stays on it."""
+"""Names of operators that only move or select values, or insert zeros, so that values stay on their grid."""

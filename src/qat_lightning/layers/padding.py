@@ -1,4 +1,4 @@
-"""Zeros around a tensor, float or quantized."""
+"""Zero padding of float and quantized tensors."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch import Tensor
 
 
 def pad(input: Tensor, amounts: Sequence[int]) -> Tensor:
-    """Zeros around ``input``, on its grid if it is quantized.
+    """Pad with zeros; a quantized tensor stays on its grid.
 
-    `torch.nn.functional.pad` takes quantized tensors too, and fills all of the new one value by value first, which on
-    images takes ten times as long as all else.
+    `torch.nn.functional.pad` supports quantized tensors too, but first fills the whole new tensor value by value, which
+    on images takes ten times as long as the rest.
 
     Args:
         input: Any float tensor, or a quantized one with one scale.
-        amounts: Before and behind each dimension, the last one first, none below 0.
+        amounts: Before and after each dimension, the last dimension first; not negative.
 
     Example:
         >>> integers = torch.quantize_per_tensor(torch.ones(1, 1, 2, 2), 0.5, 3, torch.quint8)

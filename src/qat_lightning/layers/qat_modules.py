@@ -1,12 +1,12 @@
-"""Layers of a network in training: weights rounded as the kernel will see them, BatchNorm that a flag freezes.
+"""Layers for training: weights are rounded as the kernel will see them, and BatchNorm can be frozen.
 
 A convolution followed by BatchNorm runs as one int8 kernel whose weight is ``weight * gamma / sigma``. Training rounds
-that folded weight, and divides by ``gamma / sigma`` again, so that BatchNorm itself still sees the convolution's plain
-output and learns from the batch (Jacob et al., 2018, section 3.2, with running statistics in the fold as upstream has
-it). Upstream divides the output, and fails where gamma is 0; here the weight is divided, which is smaller, and a
-channel whose fold is 0 keeps its plain weight: it reaches the output only when gamma leaves 0, and must learn to.
+that folded weight and divides by ``gamma / sigma`` again, so that BatchNorm itself still sees the convolution's plain
+output and learns from the batch (Jacob et al., 2018, section 3.2; as in upstream, folding uses running statistics).
+Upstream divides the output, and fails where gamma is 0. Here the smaller weight is divided, and a channel whose factor
+is 0 keeps its plain weight: it only affects the output once gamma leaves 0, and must be able to learn that.
 
-Every parameter stays under its float name: the fused layers point to their BatchNorm, which stays where it was.
+Every parameter keeps its float name: fused layers refer to their BatchNorm, which stays where it was.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from qat_lightning.numerics.fake_quantize import FakeQuantize
 
 
 class FreezableBatchNorm(_BatchNorm):
-    """BatchNorm whose statistics a flag freezes, whatever `train` and `eval` are called with.
+    """BatchNorm whose statistics can be frozen by a flag, independent of `train` and `eval`.
 
-    Frozen, it normalizes with the running statistics, as the int8 network will, and does not move them; gamma and beta
-    go on learning.
+    When frozen, it normalizes with the running statistics, as the int8 network will, and does not update them; gamma
+    and beta continue to learn.
 
     Attributes:
         frozen: The flag.
-        fixed: Whether it is frozen whatever the flag says, as the module in whose place it is.
-        counts: Whether it counts batches in training; the module in whose place it is may not.
-        synchronized: Whether the statistics of a batch are those of all processes.
+        fixed: Whether it is always frozen, like the module that it replaces.
+        counts: Whether it counts batches in training; the module that it replaces may not.
+        synchronized: Whether batch statistics are computed over all processes.
     """
 
     frozen: bool = False
@@ -82,7 +82,7 @@ class FreezableBatchNorm3d(FreezableBatchNorm, nn.BatchNorm3d):
 
 
 class FunctionalBatchNorm(FreezableBatchNorm):
-    """``F.batch_norm`` on tensors that a network keeps where it likes; it reads its own flags."""
+    """``F.batch_norm`` on tensors that the network manages itself; the module only holds the flags."""
 
     def __init__(self, momentum: float, eps: float) -> None:
         super().__init__(0, eps=eps, momentum=momentum, affine=False, track_running_stats=False)
@@ -96,7 +96,7 @@ class FunctionalBatchNorm(FreezableBatchNorm):
         running_var: Tensor | None,
         count: Tensor | None = None,
     ) -> Tensor:
-        """Normalize over dimension 1; without running statistics always with the batch's."""
+        """Normalize over dimension 1; without running statistics always with those of the batch."""
         training = running_mean is None or (self.training and not self.frozen)
         momentum = 0.0 if self.momentum is None else self.momentum
         if count is not None and training:
@@ -116,7 +116,7 @@ _FREEZABLE: dict[type[nn.Module], type[FreezableBatchNorm]] = {
 _PLAIN: dict[type[nn.Module], type[nn.Module]] = {freezable: plain for plain, freezable in _FREEZABLE.items()}
 
 _WAS_PLAIN = "_plain_without_synchronizing"
-"""Marks a BatchNorm that is freezable only as long as it is synchronized."""
+"""Marks a BatchNorm that is freezable only while it is synchronized."""
 
 
 def make_batchnorm_freezable(network: nn.Module) -> None:
@@ -136,13 +136,13 @@ def make_batchnorm_plain(network: nn.Module) -> None:
 
 
 def synchronize_batchnorm(network: nn.Module, on: bool) -> None:
-    """Let every BatchNorm of torch's own classes take its statistics of all processes, or of its own alone again.
+    """Switch between statistics over all processes and over one process, for every BatchNorm class of torch.
 
-    Modules, parameters, names and hooks stay. What is made freezable for it is plain again afterwards.
+    Modules, parameters, names and hooks stay. Modules that were made freezable for this become plain again.
 
     Args:
-        network: With fake-quant or without.
-        on: Which of both.
+        network: With or without fake-quant.
+        on: Whether to use statistics over all processes.
     """
     for module in network.modules():
         if on and type(module) in _FREEZABLE:
@@ -157,7 +157,7 @@ def synchronize_batchnorm(network: nn.Module, on: bool) -> None:
 
 
 class FoldedLayer(nn.Module):
-    """A convolution or linear layer that rounds its BatchNorm-folded weight, and then calls that BatchNorm.
+    """A convolution or linear layer that rounds its BatchNorm-folded weight and then calls that BatchNorm.
 
     The BatchNorm is not a child: it stays registered where the float network has it.
     """
@@ -169,22 +169,22 @@ class FoldedLayer(nn.Module):
 
     @property
     def batchnorm(self) -> nn.Module:
-        """The BatchNorm behind this layer."""
+        """The BatchNorm after this layer."""
         found: nn.Module = self.__dict__["_batchnorm"]
         return found
 
     @classmethod
     def from_float(cls, mod: Any, use_precomputed_fake_quant: bool = False) -> FoldedLayer:
-        """Take over the layers of a fused float module (``nni.ConvBn2d``, …); called by upstream's prepare."""
+        """Create it from a fused float module (``nni.ConvBn2d``, …); called by upstream's prepare."""
         layer, batchnorm = mod[0], mod[1]
         relu = mod[2] if len(mod) > 2 else None
         return cls.fuse(layer, batchnorm, relu, qconfig=mod.qconfig)
 
     @classmethod
     def fuse(cls, layer: Any, batchnorm: nn.Module, relu: nn.Module | None, *, qconfig: Any) -> FoldedLayer:
-        """Make the folded layer of ``layer`` and ``batchnorm``, sharing their parameters."""
+        """Create the folded layer of ``layer`` and ``batchnorm``, sharing their parameters."""
         folded = cls.__new__(cls)
-        # The shapes and flags of the float layer, without building and throwing away a second weight.
+        # Copy shapes and flags of the float layer, without allocating a second weight.
         folded.__dict__.update(layer.__dict__)
         for name in ("_parameters", "_buffers", "_modules"):
             folded.__dict__[name] = layer.__dict__[name].copy()
@@ -195,13 +195,13 @@ class FoldedLayer(nn.Module):
         return folded
 
     def folded_weight(self) -> Tensor:
-        """The weight as the int8 kernel will have it, divided by BatchNorm's factor."""
+        """The weight as the int8 kernel will see it, divided by BatchNorm's factor."""
         bn: Any = self.batchnorm
         factor = factor_of(bn)
         return fake_quantize_folded(self.weight, factor, self.weight_fake_quant)  # type: ignore[arg-type]
 
     def to_float(self) -> nn.Module:
-        """The float layer with BatchNorm folded in, fused with ReLU if there is one; called by upstream's convert."""
+        """The float layer with BatchNorm folded in, fused with a ReLU if there is one; called by upstream's convert."""
         bn: Any = self.batchnorm
         layer = self._FLOAT.__new__(self._FLOAT)
         layer.__dict__.update(
@@ -223,12 +223,12 @@ class FoldedLayer(nn.Module):
         raise NotImplementedError
 
     def before_relu(self, input: Tensor) -> Tensor:
-        """Layer and BatchNorm."""
+        """Output of layer and BatchNorm, before the ReLU."""
         output: Tensor = self.batchnorm(self._layer(input, self.folded_weight()))
         return output
 
     def forward(self, input: Tensor) -> Tensor:
-        """Layer, BatchNorm and, if fused, ReLU."""
+        """Output of layer, BatchNorm and, if fused, ReLU."""
         output = self.before_relu(input)
         return F.relu(output) if self.__dict__["_has_relu"] else output
 
@@ -239,7 +239,7 @@ WITH_RELU: dict[type[nn.Module], type[nn.Module]] = {
     nn.Conv3d: nni.ConvReLU3d,
     nn.Linear: nni.LinearReLU,
 }
-"""What upstream calls a float layer that a ReLU ends."""
+"""Upstream's classes for a float layer followed by a ReLU."""
 
 
 class _FoldedConv(FoldedLayer):
@@ -281,16 +281,16 @@ _WITHOUT_RELU: dict[type[nn.Module], type[nn.Module]] = {
     nniqat.ConvReLU3d: nnqat.Conv3d,
     nniqat.LinearReLU: nnqat.Linear,
 }
-"""Upstream's layers with rounded weight and ReLU, and the same layers without."""
+"""Upstream's layers with rounded weight and ReLU, and the corresponding ones without ReLU."""
 
 
 def has_relu_inside(layer: nn.Module) -> bool:
-    """Whether `before_relu` knows what a layer with rounded weight computes before the ReLU that ends it."""
+    """Whether `before_relu` supports a layer with rounded weight and a ReLU at its end."""
     return type(layer) in _WITHOUT_RELU or (isinstance(layer, FoldedLayer) and bool(layer.__dict__["_has_relu"]))
 
 
 def before_relu(layer: nn.Module, input: Tensor) -> Tensor:
-    """What a layer with a ReLU of its own computes before it."""
+    """The output of a layer with a fused ReLU, before that ReLU."""
     if isinstance(layer, FoldedLayer):
         return layer.before_relu(input)
     output: Tensor = _WITHOUT_RELU[type(layer)].forward(layer, input)
@@ -314,15 +314,15 @@ FOLDED_OF_FUSED: dict[type[nn.Module], type[FoldedLayer]] = {
     nni.ConvBnReLU3d: ConvBn3d,
     nni.LinearBn1d: LinearBn1d,
 }
-"""The folded layer of each module that upstream's fusion makes."""
+"""The folded layer of each module class that upstream's fusion creates."""
 
 
 @torch.no_grad()
 def round_for_good(weight: Tensor, fq: FakeQuantize) -> Tensor:
-    """The weight on its grid, and the grid as it is from now on.
+    """Round a weight to its grid, and keep that grid from now on.
 
-    Upstream's converters pack a weight with the limits of its storage type, so a weight beyond a narrower grid (one of
-    fewer bits, or a learned one) has to be put on it before. The weight of a layer that is left float stays as it is.
+    Upstream's converters pack a weight with the limits of its storage type, so a weight beyond a narrower grid (with
+    fewer bits, or learned) has to be rounded before. The weight of a layer that is left float stays as it is.
     """
     if fq.left_float:
         return weight.float()
@@ -333,7 +333,7 @@ def round_for_good(weight: Tensor, fq: FakeQuantize) -> Tensor:
 
 
 def round_weights_for_good(network: nn.Module) -> None:
-    """Put the weights of all layers without BatchNorm on their grids; those with one are when it is folded in."""
+    """Round the weights of all layers without BatchNorm; the others are rounded when BatchNorm is folded in."""
     for module in network.modules():
         fq = getattr(module, "weight_fake_quant", None)
         if isinstance(fq, FakeQuantize) and not isinstance(module, FoldedLayer):
@@ -341,7 +341,7 @@ def round_weights_for_good(network: nn.Module) -> None:
 
 
 class Counter(FreezableBatchNorm):
-    """``num_batches_tracked += 1`` in training, and not when BatchNorm is frozen."""
+    """``num_batches_tracked += 1`` in training, unless BatchNorm is frozen."""
 
     def __init__(self) -> None:
         super().__init__(0, affine=False, track_running_stats=False)

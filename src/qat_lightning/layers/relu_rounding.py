@@ -1,8 +1,8 @@
-"""ReLU done by the rounding behind it: the same values and gradients, in fewer passes over memory and with less kept.
+"""ReLU fused into the rounding after it: the same values and gradients with fewer memory passes and less memory.
 
-Rounding clamps to its grid anyway, and keeps order, so a ReLU in front of it only moves the ends of that clamp. Only
-what runs is changed. The graph that is looked at, converted and verified keeps its ReLUs, and a module with a hook is
-called as ever.
+Rounding clamps to its grid anyway and is monotonic, so a ReLU before it only changes the limits of that clamp. Only the
+executed graph is changed. The graph that is inspected, converted and verified keeps its ReLUs, and a module with a hook
+is called as before.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ _ASSIGNMENTS = {"iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow",
 
 
 def relu_limit(module: nn.Module | None, node: fx.Node | None = None) -> float | None:
-    """The largest value that what clamps to [0, something] leaves: inf for ReLU, 6 for ReLU6; None for anything else.
+    """The upper limit of a clamp to [0, limit]: inf for ReLU, 6 for ReLU6; None for anything else.
 
     Args:
-        module: What is called; None for the function or method that ``node`` calls.
+        module: The called module; None for the function or method that ``node`` calls.
         node: The call.
 
     Example:
@@ -65,11 +65,11 @@ def is_looked_at(*modules: nn.Module) -> bool:
 
 
 def with_relus_in_roundings(network: nn.Module, graph: fx.Graph) -> fx.Graph:
-    """What to run for ``graph``: the graph itself, or a copy in which roundings do the ReLUs in front of them.
+    """The graph to execute for ``graph``: itself, or a copy with ReLUs fused into the roundings after them.
 
     Args:
         network: Holds the modules that the graph calls.
-        graph: Left as it is.
+        graph: Not changed.
     """
     modules = dict(network.named_modules(remove_duplicate=False))
     found = {node.name: fused for node in graph.nodes if (fused := _fused(node, modules)) is not None}
@@ -91,7 +91,7 @@ def with_relus_in_roundings(network: nn.Module, graph: fx.Graph) -> fx.Graph:
 
 
 def _fused(node: fx.Node, modules: dict[str, nn.Module]) -> tuple[Callable[..., Tensor], tuple[str, ...]] | None:
-    """For a rounding right behind a ReLU: what computes both, and the names of the modules that it takes as well."""
+    """For a rounding right after a ReLU: the function that computes both, and the other modules it needs."""
     if node.op != "call_module" or type(modules.get(str(node.target))) is not FakeQuantize or len(node.args) != 1:
         return None
     before = node.args[0]
@@ -104,16 +104,16 @@ def _fused(node: fx.Node, modules: dict[str, nn.Module]) -> tuple[Callable[..., 
     if largest is None or not isinstance(x, fx.Node):
         return None
     if len(x.users) > 1 and writes_in_place(before, module):
-        return None  # the others read what ReLU left in its input
+        return None  # the other readers need the output of ReLU in its input
     return (_behind_function(largest), ()) if module is None else (_behind_module(largest), (str(before.target),))
 
 
 def writes_in_place(node: fx.Node, module: nn.Module | None = None) -> bool:
-    """Whether a call changes what it is given, and returns it: by its name (``relu_``, ``+=``) or by a flag.
+    """Whether a call modifies its input in place and returns it: by its name (``relu_``, ``+=``) or by a flag.
 
     Args:
         node: The call.
-        module: What is called; None for a function or method.
+        module: The called module; None for a function or method.
 
     Example:
         >>> graph = fx.Graph()
@@ -125,17 +125,17 @@ def writes_in_place(node: fx.Node, module: nn.Module | None = None) -> bool:
     if node.op not in ("call_function", "call_method"):
         return False
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    name = name.partition(".")[0]  # of an operator's overload
+    name = name.partition(".")[0]  # without the operator's overload
     if name in _ASSIGNMENTS or (name.endswith("_") and not name.endswith("__")):
         return True
     if not isinstance(node.target, types.FunctionType):
-        return False  # no other has a flag for it
+        return False  # no other operator has a flag for it
     given = inspect.signature(node.target).bind(*node.args, **node.kwargs)
     return given.arguments.get("inplace") is True
 
 
 def _behind_layer(x: Tensor, fq: FakeQuantize, layer: nn.Module) -> Tensor:
-    """Round behind a layer with a ReLU of its own."""
+    """Round the output of a layer with a fused ReLU."""
     rounded: Tensor = fq(layer(x)) if is_looked_at(fq, layer) else fq(before_relu(layer, x), relu=math.inf)
     return rounded
 

@@ -1,7 +1,7 @@
-"""Layers that train with the very roundings of the integer layers that they become: kinds dynamic and weight_only.
+"""Layers that train with exactly the rounding of the integer layers they become: kinds dynamic and weight_only.
 
 A layer stays the same object with the same parameters; only its class changes. Its weight is rounded by the arithmetic
-of `qat_lightning.layers.integer.weights`, so that the integers of the trained layer stand for the values it trained
+of `qat_lightning.layers.integer.weights`, so that the integers of the trained layer represent the values it trained
 with.
 """
 
@@ -29,36 +29,36 @@ ACTIVATION = "activation_fake_quant"
 
 
 class RoundedLayer(nn.Module):
-    """What rounded layers have in common; they are made by `round_layer` and not by their constructor."""
+    """Base class of rounded layers; created by `round_layer` and not by the constructor."""
 
     weight_grid: WeightGrid
 
     def roundings(self) -> list[FakeQuantize | DynamicFakeQuantize]:
-        """What rounds its weights, and its activations in each call."""
+        """The modules that round its weights, and its activations in each call."""
         return [part for part in self.children() if isinstance(part, (FakeQuantize, DynamicFakeQuantize))]
 
     def rounds(self) -> bool:
-        """Whether anything of it is rounded now."""
+        """Whether anything in this layer is rounded now."""
         return any(part.fake_quant_enabled and not part.left_float for part in self.roundings())
 
     def leave_float(self) -> None:
-        """Round nothing of it, whatever the schedule says."""
+        """Never round anything in this layer."""
         for part in self.roundings():
             part.left_float = True
 
     def parts(self) -> Mapping[str, Tensor]:
-        """The weights that are rounded, by the name of each."""
+        """The rounded weights, by name."""
         raise NotImplementedError
 
     def rounded(self, name: str, weight: Tensor) -> Tensor:
-        """A weight with the values that its integers stand for; itself before fake-quantization is enabled."""
+        """A weight as its integers represent it; unchanged before fake-quantization is enabled."""
         fq = self.fake_quantize(name)
         if not fq.fake_quant_enabled or fq.left_float:
             return weight
         return self.of_ranges(fq(self.in_ranges(weight)), weight)
 
     def in_ranges(self, weight: Tensor) -> Tensor:
-        """A weight as its grid sees it: one row for each range, the last one of a row filled up with zeros."""
+        """A weight as its grid sees it: one row per range, padded with zeros."""
         return self._ranges(weight_rows(weight, transposed_groups(self)))
 
     def of_ranges(self, ranges: Tensor, weight: Tensor) -> Tensor:
@@ -70,22 +70,22 @@ class RoundedLayer(nn.Module):
 
     @torch.no_grad()
     def materialize(self) -> None:
-        """Make what clipped grids keep for each range, before a training begins."""
+        """Create the per-range state of clipped grids, before training begins."""
         for name, weight in self.parts().items():
             self.fake_quantize(name).materialize(self.in_ranges(weight))
 
     def shares(self) -> dict[str, Tensor]:
-        """The shares of their ranges that clipped grids represent, as far as they are chosen."""
+        """The shares of the ranges that clipped grids represent, as far as they are chosen."""
         found = {name: self.fake_quantize(name)._buffers.get("clip") for name in self.parts()}
         return {name: share for name, share in found.items() if share is not None and bool(share.all())}
 
     def _ranges(self, rows: Tensor) -> Tensor:
-        """One row for each range, the last one of a row filled up with zeros."""
+        """One row per range, padded with zeros."""
         group = self.weight_grid.group
         return F.pad(rows, (0, -rows.shape[1] % group)).reshape(-1, group) if group > 0 else rows
 
     def fake_quantize(self, name: str) -> FakeQuantize:
-        """What rounds one of its `parts`."""
+        """The FakeQuantize of one of its `parts`."""
         return cast("FakeQuantize", self._modules[_child(name)])
 
 
@@ -94,13 +94,13 @@ def _child(name: str) -> str:
 
 
 class _RoundedWeights(RoundedLayer):
-    """Any layer whose own ``forward`` runs on rounded weights."""
+    """Any layer whose own ``forward`` can run with rounded weights."""
 
     def parts(self) -> Mapping[str, Tensor]:
         return {name: cast("Tensor", attrgetter(name)(self)) for name in weights_of(self)}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As the float layer."""
+        """Same as the float layer."""
         if not self.rounds():
             return super().forward(*args, **kwargs)
         with self._in_place({name: self.rounded(name, weight) for name, weight in self.parts().items()}):
@@ -131,7 +131,7 @@ class _RoundedWeights(RoundedLayer):
 
 
 class _RoundedWeight(RoundedLayer):
-    """A layer with one weight, which a compiled graph takes as it is."""
+    """A layer with one weight, in a form that can be compiled."""
 
     def parts(self) -> Mapping[str, Tensor]:
         return {"weight": cast("Tensor", self.weight)}
@@ -142,7 +142,7 @@ class _RoundedWeight(RoundedLayer):
 
 class _RoundedConvolution(_RoundedWeight):
     def forward(self, input: Tensor) -> Tensor:
-        """As the float layer."""
+        """Same as the float layer."""
         result: Tensor = self._conv_forward(input, self._now(), self.bias)  # type: ignore[operator]
         return result
 
@@ -151,7 +151,7 @@ class RoundedLinear(_RoundedWeight, nn.Linear):
     """``nn.Linear`` with a rounded weight."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """As the float layer."""
+        """Same as the float layer."""
         return F.linear(input, self._now(), self.bias)
 
 
@@ -159,7 +159,7 @@ class DynamicallyRoundedLinear(_RoundedWeight, nn.Linear):
     """``nn.Linear`` with a rounded weight, and activations rounded to the range of each call."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """As the float layer."""
+        """Same as the float layer."""
         return F.linear(self._modules[ACTIVATION](input), self._now(), self.bias)  # type: ignore[misc]
 
 
@@ -171,7 +171,7 @@ class DynamicallyRoundedAttention(RoundedLayer, nn.MultiheadAttention):
         return {name: weight for name, (weight, _) in linear_maps(self).items()}
 
     def shares(self) -> dict[str, Tensor]:
-        """Also by the names of parameters, for a graph that has these and not the maps."""
+        """Also by parameter names, for graphs that contain the parameters and not the linear maps."""
         found = super().shares()
         rows = [found[name] for name in ("query", "key", "value") if name in found]
         if len(rows) == 3 and self.in_proj_weight is not None and rows[0].dim():
@@ -191,7 +191,7 @@ class DynamicallyRoundedAttention(RoundedLayer, nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """As the float layer."""
+        """Same as the float layer."""
         if not self.rounds():
             plain: tuple[Tensor, Tensor | None] = super().forward(
                 query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
@@ -218,7 +218,7 @@ class _DynamicallyRoundedCell(RoundedLayer):
         return {"weight_ih": cast("Tensor", self.weight_ih), "weight_hh": cast("Tensor", self.weight_hh)}
 
     def forward(self, input: Tensor, hx: Any = None) -> Any:
-        """As the float layer."""
+        """Same as the float layer."""
         if not self.rounds():
             return super().forward(input, hx)
         activation = cast("DynamicFakeQuantize", self._modules[ACTIVATION])
@@ -232,7 +232,7 @@ class _DynamicallyRoundedCell(RoundedLayer):
 
 
 def _of(base: type[nn.Module], float_type: type[nn.Module], prefix: str = "Rounded") -> type[nn.Module]:
-    """The class of a rounded layer, under a name of this module, so that it pickles."""
+    """Create the class of a rounded layer as an attribute of this module, so that it can be pickled."""
     name = f"{prefix}{float_type.__name__}"
     made = type(
         name, (base, float_type), {"__module__": __name__, "__doc__": f"``nn.{float_type.__name__}``, rounded."}
@@ -255,7 +255,7 @@ _DYNAMIC: dict[type[nn.Module], type[nn.Module]] = {
 
 
 def round_layer(layer: nn.Module, recipe: Recipe) -> None:
-    """Let a float layer, for which `why_not` has no reason, train with the roundings of its integer layer.
+    """Let a float layer train with the rounding of its integer layer; `why_not` has to return no reason for it.
 
     Args:
         layer: Changed in place; it keeps its parameters and their names.
@@ -273,14 +273,14 @@ def round_layer(layer: nn.Module, recipe: Recipe) -> None:
 
 
 def round_as(layer: nn.Module, rounded_type: type[nn.Module], recipe: Recipe) -> None:
-    """`round_layer` for a given class of rounded layers."""
+    """`round_layer` with a given class."""
     grid = WeightGrid.of(recipe)
     layer.__class__ = rounded_type
     rounded = cast("RoundedLayer", layer)
     rounded.__dict__["weight_grid"] = grid
     for name in rounded.parts():
         rounded.add_module(_child(name), _weight_fake_quantize(grid))
-    # A table reads indices, also behind adapters.
+    # The input of an embedding is indices, also with adapters.
     if recipe.kind == "dynamic" and not isinstance(getattr(layer, "base_layer", layer), module_types("table")):
         scheme = recipe.scheme
         made = DynamicFakeQuantize(scheme.activation_granularity, symmetric=scheme.activation_symmetric)

@@ -1,7 +1,7 @@
-"""Layers with low-rank adapters that train with the roundings of the one integer layer that they are merged into.
+"""Layers with low-rank adapters that train with the rounding of the integer layer into which both are merged.
 
-What is rounded is the weight with all that its active adapters add to it, which is what is stored; the weight itself
-stays frozen, and gradients reach the adapters through the rounding.
+The weight with its active adapters merged in is rounded, since that is what is stored. The weight itself stays frozen,
+and gradients reach the adapters through the rounding.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class _RoundedLora(RoundedLayer):
         return {"weight": merged_parameters(self)["weight"]}
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """As the float layer; with its adapters switched off it is not rounded, as what one compares with."""
+        """Same as the float layer. With adapters disabled nothing is rounded, for comparison."""
         layer = cast("Any", self)
         if not self.rounds() or layer.disable_adapters:
             return super().forward(x, *args, **kwargs)
@@ -45,7 +45,7 @@ class _RoundedLora(RoundedLayer):
 
 
 def round_trained(layer: nn.Module, recipe: Recipe) -> None:
-    """`round_layer` of a layer that may have adapters, which are merged."""
+    """`round_layer` for layers with or without adapters; adapters are merged."""
     if is_lora(layer):
         round_as(layer, _class_of(type(layer)), recipe)
     else:
@@ -64,7 +64,7 @@ def _class_of(lora_type: type[nn.Module]) -> type[nn.Module]:
 
 
 def __getattr__(name: str) -> Any:
-    """The class of a layer that is unpickled where none was rounded yet."""
+    """Create the class of a layer that is unpickled before any was rounded."""
     if not name.startswith(_PREFIX):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from peft.tuners.lora import layer

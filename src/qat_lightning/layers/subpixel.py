@@ -1,8 +1,8 @@
-"""A transposed convolution as a convolution into the pixels of a step and a shuffle, which every int8 kernel computes.
+"""A transposed convolution as a plain convolution and a pixel shuffle, for which every backend has int8 kernels.
 
-With stride ``s`` each sample of the input adds to the outputs ``s * m + r`` for ``r`` below ``s``, and each phase ``r``
-is a convolution of its own with every ``s``-th tap of the kernel (Shi et al., 2016, "Is the deconvolution layer the
-same as a convolutional layer?", arXiv 1609.07009). torch's own int8 kernels are wrong for most shapes on x86.
+With stride ``s`` each input sample adds to the outputs ``s * m + r`` for ``r`` below ``s``, and each phase ``r`` is a
+separate convolution with every ``s``-th tap of the kernel (Shi et al., 2016, "Is the deconvolution layer the same as a
+convolutional layer?", arXiv 1609.07009). torch's own int8 kernels are wrong for most shapes on x86.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ TransposedConvolution = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspo
 
 @dataclass(frozen=True)
 class Subpixel:
-    """The convolution that stands for a transposed one; each number is one a spatial dimension.
+    """The convolution that replaces a transposed one; each tuple has one number per spatial dimension.
 
     Attributes:
-        stride: Of the transposed convolution: how many outputs a step has.
-        dilation: Of its kernel.
-        taps: Of the convolution's kernel.
-        padding: Of the convolution, on both sides.
+        stride: Stride of the transposed convolution, which is the number of phases.
+        dilation: Dilation of the transposed convolution.
+        taps: Kernel size of the convolution.
+        padding: Padding of the convolution, on both sides.
         first: The first output that is kept.
-        behind: How many outputs at the end are not kept.
-        groups: Of both.
+        behind: Number of outputs at the end that are cut off.
+        groups: Groups of both convolutions.
     """
 
     stride: tuple[int, ...]
@@ -50,7 +50,7 @@ class Subpixel:
         dilation: Sequence[int],
         groups: int,
     ) -> Subpixel:
-        """For the settings of a transposed convolution.
+        """Create it from the settings of a transposed convolution.
 
         Example:
             >>> Subpixel.of((4,), (2,), (1,), (0,), (1,), 1)
@@ -61,7 +61,7 @@ class Subpixel:
             whole = spread * (size - 1) + 1
             taps = math.ceil(max(whole, whole + more - pad) / step)
             behind = step * taps + pad - whole - more
-            # Whole steps at both ends that would not be kept are not computed.
+            # Do not compute whole steps at either end that would be cut off.
             steps = min(pad // step, behind // step, taps - 1)
             found.append((taps, taps - 1 - steps, pad - steps * step, behind - steps * step))
         taps_of, padding_of, first, last = zip(*found, strict=True)
@@ -69,17 +69,17 @@ class Subpixel:
 
     @property
     def phases(self) -> int:
-        """How many channels of the convolution there are for one of the transposed one."""
+        """Number of channels of the convolution per channel of the transposed one."""
         return math.prod(self.stride)
 
     def weight(self, weight: Tensor) -> Tensor:
         """The convolution's weight.
 
         Args:
-            weight: Of the transposed convolution, of shape (input channels, output channels by groups, kernel size).
+            weight: Weight of the transposed convolution, shape (input channels, output channels / groups, kernel size).
 
         Returns:
-            Of shape (output channels by phases, input channels by groups, taps).
+            Shape (output channels * phases, input channels / groups, taps).
         """
         dims = len(self.stride)
         weight = _dilated(weight, self.dilation)
@@ -94,11 +94,11 @@ class Subpixel:
         return weight.flip([2 + dim for dim in range(dims)])
 
     def bias(self, bias: Tensor) -> Tensor:
-        """The convolution's bias: each phase has that of its channel."""
+        """The convolution's bias: all phases of a channel share its bias."""
         return bias.repeat_interleave(self.phases)
 
     def moves(self) -> list[tuple[str, tuple[Any, ...]]]:
-        """What brings the convolution's outputs to their places: methods of a tensor, and slices as ``"getitem"``."""
+        """The steps that move the convolution's outputs to their places: tensor methods, and slices (``"getitem"``)."""
         dims = len(self.stride)
         steps, sizes = [2 + dim for dim in range(dims)], [2 + dims + dim for dim in range(dims)]
         found: list[tuple[str, tuple[Any, ...]]] = []
@@ -112,20 +112,20 @@ class Subpixel:
         return found
 
     def shuffled(self, outputs: Tensor) -> Tensor:
-        """Bring the convolution's outputs, which may be integers and of one sample without a batch, to their places."""
+        """Move the convolution's outputs to their places; they may be integers, and a single sample without a batch."""
         single = outputs.dim() == 1 + len(self.stride)
         outputs = outputs.unsqueeze(0) if single else outputs
         for name, arguments in self.moves():
             if name == "unflatten":
-                outputs = torch.unflatten(outputs, *arguments)  # the method is one that Dynamo cannot trace
+                outputs = torch.unflatten(outputs, *arguments)  # Dynamo cannot trace the method
             else:
                 outputs = outputs[arguments[0]] if name == "getitem" else getattr(outputs, name)(*arguments)
         return outputs.squeeze(0) if single else outputs
 
 
 def subpixel_of(module: TransposedConvolution) -> Subpixel:
-    """What stands for a layer."""
-    padding = cast("tuple[int, ...]", module.padding)  # numbers, unlike that of a convolution
+    """The convolution that replaces a layer."""
+    padding = cast("tuple[int, ...]", module.padding)  # numbers only, unlike that of a convolution
     return Subpixel.of(
         module.kernel_size, module.stride, padding, module.output_padding, module.dilation, module.groups
     )

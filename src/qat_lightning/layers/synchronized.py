@@ -1,9 +1,10 @@
 """BatchNorm over the batches of all processes that train together, on any device.
 
-What ``nn.SyncBatchNorm`` computes, which takes no tensors of a CPU and is another class than those that quantization
-knows: mean and variance are of all samples, and gradients flow to the samples of every process (Zhang et al., 2018,
-"Context Encoding for Semantic Segmentation", section 3.3; variances are joined as by Chan et al., 1979). With the
-gradients averaged over processes, as DistributedDataParallel does, that is one process with all samples in its batch.
+Same arithmetic as ``nn.SyncBatchNorm``, which does not support CPU tensors and is not one of the classes that
+quantization knows: mean and variance are those of all samples, and gradients flow to the samples of every process
+(Zhang et al., 2018, "Context Encoding for Semantic Segmentation", section 3.3; variances are merged as by Chan et al.,
+1979). With gradients averaged over processes, as in DistributedDataParallel, this equals one process with all samples
+in its batch.
 """
 
 from __future__ import annotations
@@ -30,18 +31,18 @@ def batch_norm_over_all(
 
     Args:
         x: Shape ``(N, C, ...)``; ``N`` may differ between processes, and be 0 in some.
-        running_mean: Moved in place, shape ``(C,)``; None for none.
+        running_mean: Updated in place, shape ``(C,)``; None for none.
         running_var: Likewise, with the unbiased variance.
         weight: Shape ``(C,)``, or None.
         bias: Shape ``(C,)``, or None.
-        momentum: Of the running statistics.
+        momentum: Momentum of the running statistics.
         eps: Added to the variance.
 
     Returns:
-        Of the shape and dtype of ``x``.
+        Tensor of the shape and dtype of ``x``.
 
     Raises:
-        ValueError: There is only one value for each channel in all processes together.
+        ValueError: All processes together have only one value per channel.
 
     Example:
         In one process it is ``F.batch_norm``:
@@ -52,7 +53,7 @@ def batch_norm_over_all(
         True
     """
     normalized, mean, variance, count = _Normalize.apply(x, eps)  # type: ignore[no-untyped-call]
-    if x.numel() <= x.shape[1] and count <= 1:  # only then is the device waited for
+    if x.numel() <= x.shape[1] and count <= 1:  # only then is the device synchronized
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {tuple(x.shape)}")
     if running_mean is not None and running_var is not None:
         with torch.no_grad():
@@ -69,7 +70,7 @@ def batch_norm_over_all(
 
 
 class _Normalize(torch.autograd.Function):
-    """``(x - mean) / sqrt(variance + eps)`` over all processes, with mean, variance (biased) and count of values."""
+    """``(x - mean) / sqrt(variance + eps)`` over all processes; returns mean, biased variance and count as well."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -84,7 +85,7 @@ class _Normalize(torch.autograd.Function):
             total = _sum_over_all(torch.cat([mean * own, count]))
             count = total[-1:]
             whole = total[:-1] / count
-            # Around the mean of all: sums of squares would lose what a small variance has left of them.
+            # Deviations from the common mean: sums of squares would lose precision for a small variance.
             variance = _sum_over_all((variance + (mean - whole).square()) * own) / count
             mean = whole
         inverse = torch.rsqrt(variance + eps)

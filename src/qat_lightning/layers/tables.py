@@ -1,8 +1,8 @@
-"""Embeddings in training: a table is fake-quantized row by row, as the integer embedding will have it.
+"""Embeddings in training: the table is fake-quantized row by row, as the integer embedding will store it.
 
-What is looked up is float, in training and in the int8 network. A row is rounded on the grid of its own largest value,
-so that a row of zeros, as at ``padding_idx``, stays one. Every parameter stays under its float name, and a layer is the
-same object as before.
+Lookup results are float, in training and in the int8 network. Each row is rounded on the grid of its own largest value,
+so a row of zeros, as at ``padding_idx``, stays zero. Every parameter keeps its float name, and the layer stays the same
+object.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def is_rounded_table(module: nn.Module) -> bool:
 
 
 def why_float(module: nn.Module) -> str:
-    """Why the table of an embedding stays float; empty if it can be integers.
+    """Why the table of an embedding stays float; empty if it can be quantized.
 
     Example:
         >>> why_float(nn.Embedding(4, 2)), why_float(nn.Embedding(4, 2, max_norm=1.0))
@@ -80,16 +80,16 @@ def why_float(module: nn.Module) -> str:
 
 
 def round_table(module: nn.Module, fake_quantize: FakeQuantize) -> None:
-    """Let an embedding fake-quantize its table from now on, with a rounding of its own; it stays the same object."""
+    """Let an embedding fake-quantize its table from now on; it stays the same object."""
     weight: Any = module.weight
-    module.__dict__["_modules"] = dict(module._modules)  # which an alias of it may have as well
+    module.__dict__["_modules"] = dict(module._modules)  # an alias of the module may share the dictionary
     module.__class__ = _ROUNDED[type(module)]
     fake_quantize.materialize(weight)
     module.add_module("weight_fake_quant", fake_quantize.to(weight.device).train(module.training))
 
 
 def make_tables_plain(network: nn.Module) -> None:
-    """Undo `round_table` in all of a network."""
+    """Undo `round_table` for all embeddings of a network."""
     for module in network.modules():
         if is_rounded_table(module):
             module._modules.pop("weight_fake_quant")
@@ -98,7 +98,7 @@ def make_tables_plain(network: nn.Module) -> None:
 
 @torch.no_grad()
 def integer_table(module: Any) -> WeightOnlyEmbedding:
-    """The integer embedding of a fake-quantized one: it yields the very values that training had.
+    """The integer embedding of a fake-quantized one; its values are exactly those of training.
 
     Args:
         module: A `RoundedEmbedding` or `RoundedEmbeddingBag`, on the CPU, in float32; its range is held from now on.

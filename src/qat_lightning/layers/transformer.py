@@ -1,7 +1,8 @@
-"""Torch's attention and transformer layers written out: the same parameters and names, in ops that can be quantized.
+"""Torch's attention and transformer layers in plain ops that can be quantized, with the same parameters and names.
 
-``nn.MultiheadAttention`` is one function that reads the weights of its four linear maps, and ``nn.TransformerEncoder``
-has a fast path that is one kernel. Where a mode can do more, the modules get these classes, and stay the same objects.
+``nn.MultiheadAttention`` is a single function that reads the weights of its four linear maps, and
+``nn.TransformerEncoder`` has a fast path that is a single kernel. Where a mode can quantize more, the modules are
+switched to these classes, and stay the same objects.
 """
 
 from __future__ import annotations
@@ -21,17 +22,17 @@ from torch.overrides import handle_torch_function, has_torch_function
 def attend(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, dropout_p: float = 0.0
 ) -> tuple[Tensor, Tensor]:
-    """Attention that yields its weights as well.
+    """Attention that also returns its weights.
 
     Args:
         query: ``(…, positions, size of a head)``.
         key: Likewise.
         value: Likewise.
-        mask: Added to the scores; of a boolean one, True takes part.
-        dropout_p: Of the weights.
+        mask: Added to the scores; in a boolean mask, True means that a position takes part.
+        dropout_p: Dropout probability of the weights.
 
     Returns:
-        What is mixed, and the weights.
+        The output, and the attention weights.
     """
     if has_torch_function((query, key, value)):
         given = (query, key, value)
@@ -58,7 +59,7 @@ class WrittenAttention(nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """As ``nn.MultiheadAttention``; where a query may look at nothing its weights are 0, not NaN."""
+        """Same as ``nn.MultiheadAttention``; if all keys of a query are masked, its weights are 0, not NaN."""
         if is_causal and attn_mask is None:
             raise RuntimeError("is_causal=True needs attn_mask, as in nn.MultiheadAttention.")
         batched = query.dim() == 3
@@ -76,7 +77,7 @@ class WrittenAttention(nn.MultiheadAttention):
         return self.out_proj(self._joined(mixed, batched)), weights
 
     def projected(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The three linear maps of what goes in; one where all three are the same tensor."""
+        """Query, key and value after their linear maps; a single product where all three inputs are the same tensor."""
         size, weight, bias = self.embed_dim, self.in_proj_weight, self.in_proj_bias
         if weight is not None and query is key and key is value:
             packed = F.linear(query, weight, bias)
@@ -93,12 +94,12 @@ class WrittenAttention(nn.MultiheadAttention):
         return x.transpose(1, 2) if self.batch_first or not batched else x.permute(1, 2, 0, 3)
 
     def _joined(self, x: Tensor, batched: bool) -> Tensor:
-        """The heads side by side again, in the order of dimensions that came in."""
+        """Concatenate the heads, in the input's order of dimensions."""
         x = (x.transpose(1, 2) if self.batch_first or not batched else x.permute(2, 0, 1, 3)).flatten(2)
         return x if batched else x.squeeze(0)
 
     def _mask(self, mask: Tensor | None, padding: Tensor | None, batched: bool) -> Tensor | None:
-        """Both masks as one, as `attend` takes it: of a boolean one, True takes part."""
+        """Merge both masks into one, as `attend` takes it: in a boolean mask, True takes part."""
         parts = []
         if mask is not None:
             parts.append(mask.reshape(-1, self.num_heads, *mask.shape[1:]) if mask.dim() == 3 else mask)
@@ -112,7 +113,7 @@ class WrittenAttention(nn.MultiheadAttention):
         return added[0] if len(added) == 1 else added[0] + added[1]
 
     def _with_positions(self, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """What ``add_bias_kv`` and ``add_zero_attn`` put behind the keys and values, which everyone may look at."""
+        """Append the positions of ``add_bias_kv`` and ``add_zero_attn`` to keys and values; they are never masked."""
         added = 0
         if self.bias_k is not None and self.bias_v is not None:
             shape = 1, 1, self.num_heads, self.head_dim
@@ -131,14 +132,14 @@ class WrittenAttention(nn.MultiheadAttention):
 
 
 def _weight_of(attention: nn.MultiheadAttention, which: int) -> Tensor:
-    """Of one of the linear maps: rows of the packed parameter, or one that is for this map alone."""
+    """Weight of one of the linear maps: rows of the packed parameter, or a parameter of its own."""
     if attention.in_proj_weight is None:
         return (attention.q_proj_weight, attention.k_proj_weight, attention.v_proj_weight)[which]
     return attention.in_proj_weight[_rows_of(attention, which)]
 
 
 def _bias_of(attention: nn.MultiheadAttention, which: int) -> Tensor | None:
-    """Likewise, of the bias."""
+    """Bias of one of the linear maps."""
     return None if attention.in_proj_bias is None else attention.in_proj_bias[_rows_of(attention, which)]
 
 
@@ -147,11 +148,11 @@ def _rows_of(attention: nn.MultiheadAttention, which: int) -> slice:
 
 
 class RowsOfAttention:
-    """The weight and the bias of one of the three linear maps that an attention has in a parameter of its own.
+    """Weight and bias of one of the linear maps of queries, keys and values, read from the attention's parameters.
 
     Attributes:
-        attention: Whose parameters they are.
-        which: Which of query, key and value.
+        attention: The module that holds the parameters.
+        which: Index of query, key or value.
     """
 
     attention: tuple[nn.MultiheadAttention]
@@ -159,47 +160,47 @@ class RowsOfAttention:
 
     @property
     def weight(self) -> Tensor:
-        """Rows of the attention's parameter, or one that is for this map alone."""
+        """Rows of the packed parameter, or a parameter of its own."""
         return _weight_of(self.attention[0], self.which)
 
     @property
     def bias(self) -> Tensor | None:
-        """Rows of the attention's parameter."""
+        """Rows of the packed parameter."""
         return _bias_of(self.attention[0], self.which)
 
 
 class Projection(RowsOfAttention, nn.Linear):  # type: ignore[misc, override]
-    """A linear map of attention as a layer that has no parameters of its own.
+    """A linear map of attention as a layer without parameters of its own.
 
     Args:
-        attention: What has them.
-        which: Which of query, key and value.
+        attention: The module that holds the parameters.
+        which: Index of query, key or value.
     """
 
     def __init__(self, attention: nn.MultiheadAttention, which: int) -> None:
         nn.Module.__init__(self)
         self.in_features = (attention.embed_dim, attention.kdim, attention.vdim)[which]
         self.out_features, self.which = attention.embed_dim, which
-        self.__dict__["attention"] = (attention,)  # no child: it is the parent
+        self.__dict__["attention"] = (attention,)  # not a child: it is the parent
 
 
 class LayeredAttention(WrittenAttention):
-    """Attention that calls a layer for each of its linear maps."""
+    """Attention that calls a separate layer for each of its linear maps."""
 
     def projected(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The three linear maps of what goes in."""
+        """Query, key and value after their linear maps."""
         children: dict[str, Any] = dict(self.named_children())
         return children["query"](query), children["key"](key), children["value"](value)
 
     def drop_parameters(self) -> None:
-        """Keep none of those that `Projection` reads, if no child does any more."""
+        """Drop the parameters that `Projection` reads, once no child uses them."""
         if not any(isinstance(child, Projection) for child in self.children()):
             for name in ("in_proj_weight", "in_proj_bias", "q_proj_weight", "k_proj_weight", "v_proj_weight"):
                 self._parameters[name] = None
 
 
 def attentions(network: nn.Module, chosen: Callable[[str], bool]) -> list[Any]:
-    """The attentions of a network that can be written out and are chosen by their names."""
+    """The attention modules of a network that are chosen by name and can be written out."""
     found = []
     for name, module in network.named_modules():
         if type(module) is nn.MultiheadAttention and chosen(name):
@@ -208,7 +209,7 @@ def attentions(network: nn.Module, chosen: Callable[[str], bool]) -> list[Any]:
 
 
 def give_layers(attention: nn.MultiheadAttention) -> None:
-    """Make an attention a `LayeredAttention`, and stay the same object; `take_layers` undoes it."""
+    """Turn an attention into a `LayeredAttention`, keeping the object; `take_layers` undoes it."""
     attention.__class__ = LayeredAttention
     attention.out_proj.__class__ = nn.Linear  # type: ignore[assignment]
     for number, name in enumerate(MAPS):
@@ -224,7 +225,7 @@ def take_layers(attention: nn.MultiheadAttention) -> None:
 
 
 MAPS = ("query", "key", "value")
-"""The names of the layers that `give_layers` makes."""
+"""The names of the layers that `give_layers` creates."""
 
 
 def _additive(mask: Tensor, like: Tensor) -> Tensor:
@@ -241,7 +242,7 @@ class WrittenEncoderLayer(nn.TransformerEncoderLayer):
         src_key_padding_mask: Tensor | None = None,
         is_causal: bool = False,
     ) -> Tensor:
-        """As ``nn.TransformerEncoderLayer`` in training."""
+        """Same as ``nn.TransformerEncoderLayer`` in training."""
         masks = (src_mask, src_key_padding_mask)
         if self.norm_first:
             src = src + self._sa_block(self.norm1(src), *masks, is_causal=is_causal)
@@ -252,11 +253,11 @@ class WrittenEncoderLayer(nn.TransformerEncoderLayer):
 
 
 class WrittenDecoderLayer(nn.TransformerDecoderLayer):
-    """``nn.TransformerDecoderLayer``, to be looked into and not called as a whole."""
+    """``nn.TransformerDecoderLayer``, traced through rather than called as a whole."""
 
 
 class WrittenEncoder(nn.TransformerEncoder):
-    """``nn.TransformerEncoder`` without nested tensors, and without looking at what a mask holds."""
+    """``nn.TransformerEncoder`` without nested tensors, and without reading the values of a mask."""
 
     def forward(
         self,
@@ -265,14 +266,14 @@ class WrittenEncoder(nn.TransformerEncoder):
         src_key_padding_mask: Tensor | None = None,
         is_causal: bool | None = None,
     ) -> Tensor:
-        """As ``nn.TransformerEncoder``; whether a mask is causal only chooses a kernel there."""
+        """Same as ``nn.TransformerEncoder``, where ``is_causal`` only selects a kernel."""
         for layer in self.layers:
             src = layer(src, src_mask=mask, src_key_padding_mask=src_key_padding_mask, is_causal=is_causal is True)
         return src if self.norm is None else self.norm(src)
 
 
 class WrittenDecoder(nn.TransformerDecoder):
-    """``nn.TransformerDecoder`` without looking at what a mask holds."""
+    """``nn.TransformerDecoder`` without reading the values of a mask."""
 
     def forward(
         self,
@@ -285,7 +286,7 @@ class WrittenDecoder(nn.TransformerDecoder):
         tgt_is_causal: bool | None = None,
         memory_is_causal: bool = False,
     ) -> Tensor:
-        """As ``nn.TransformerDecoder``; whether a mask is causal only chooses a kernel there."""
+        """Same as ``nn.TransformerDecoder``, where ``is_causal`` only selects a kernel."""
         for layer in self.layers:
             tgt = layer(
                 tgt,
@@ -301,7 +302,7 @@ class WrittenDecoder(nn.TransformerDecoder):
 
 
 class WrittenTransformer(nn.Transformer):
-    """``nn.Transformer``, to be looked into and not called as a whole."""
+    """``nn.Transformer``, traced through rather than called as a whole."""
 
 
 CONTAINERS: dict[type[nn.Module], type[nn.Module]] = {
@@ -311,11 +312,11 @@ CONTAINERS: dict[type[nn.Module], type[nn.Module]] = {
     nn.TransformerDecoder: WrittenDecoder,
     nn.Transformer: WrittenTransformer,
 }
-"""What each of torch's modules around attention is, written out."""
+"""The class in plain ops for each of torch's modules around attention."""
 
 
 def _written(module: nn.Module) -> type[nn.Module] | None:
-    """The class of a module written out; of a class of somebody's own as well, if it has no ``forward`` of its own."""
+    """The class in plain ops for a module; also for a user's subclass that does not override ``forward``."""
     own: Any = type(module)
     known: dict[Any, type[nn.Module]] = {**CONTAINERS, nn.MultiheadAttention: WrittenAttention}
     for plain, written in known.items():
@@ -328,12 +329,12 @@ def _written(module: nn.Module) -> type[nn.Module] | None:
 
 @contextmanager
 def written_out(network: nn.Module, attention: Callable[[str], bool], when: bool = True) -> Iterator[None]:
-    """Within the block the network's transformer layers are written out, and those attentions that are chosen.
+    """Within the block the network's transformer layers, and the chosen attention modules, are replaced by plain ops.
 
     Args:
-        network: Its modules have their own classes again behind the block.
-        attention: Whether an attention is written out as well, by its name.
-        when: If it is not, nothing is.
+        network: Its modules get their own classes back after the block.
+        attention: Whether to replace an attention module as well, by its name.
+        when: With False, nothing is replaced.
     """
     before: list[tuple[Any, type[nn.Module]]] = []
     for name, module in network.named_modules() if when else ():

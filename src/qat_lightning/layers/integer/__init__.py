@@ -1,4 +1,4 @@
-"""Layers that hold their weights as integers and need no calibration: those of the kinds dynamic and weight_only."""
+"""Layers with integer weights that need no calibration: kinds dynamic and weight_only."""
 
 from qat_lightning.layers.integer.integer_layer import IntegerLayer
 from qat_lightning.layers.integer.make import integer_layer, lacks_kernel, why_not

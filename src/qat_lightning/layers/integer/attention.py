@@ -54,13 +54,13 @@ class DynamicAttention(IntegerLayer):
     def of(
         cls, layer: nn.MultiheadAttention, grid: WeightGrid, engine: str, shares: Mapping[str, Tensor] | None = None
     ) -> DynamicAttention:
-        """Round the weights of a layer without ``add_bias_kv`` and ``add_zero_attn``.
+        """Quantize the weights of a layer without ``add_bias_kv`` and ``add_zero_attn``.
 
         Args:
             layer: The layer.
-            grid: Of the weights.
+            grid: Grid of the weights.
             engine: The quantized engine.
-            shares: Those of `quantize_rows`, by the names of `linear_maps`.
+            shares: Shares for `quantize_rows`, by the names of `linear_maps`.
         """
         bias = layer.in_proj_bias
         made = cls(
@@ -72,7 +72,7 @@ class DynamicAttention(IntegerLayer):
 
     @property
     def in_proj_bias(self) -> Tensor | None:
-        """What torch's transformer layers look at to choose their way."""
+        """torch's transformer layers read this to select a code path."""
         return self.query.bias
 
     @property
@@ -90,7 +90,7 @@ class DynamicAttention(IntegerLayer):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """As ``nn.MultiheadAttention``."""
+        """Same as ``nn.MultiheadAttention``."""
         linear = (self.query, self.key, self.value, self.out)
         masks = (key_padding_mask, attn_mask, is_causal)
         return attend(
@@ -113,7 +113,7 @@ class DynamicAttention(IntegerLayer):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> Any:
-        """The same in float64."""
+        """The same computation in float64."""
         linear = tuple(part.reference for part in (self.query, self.key, self.value, self.out))
         masks = (key_padding_mask, attn_mask, is_causal)
         return attend((query, key, value), linear, masks, self.num_heads, batch_first=self.batch_first)[0]
@@ -124,7 +124,7 @@ class DynamicAttention(IntegerLayer):
 
 
 def linear_maps(layer: nn.MultiheadAttention) -> dict[str, tuple[Tensor, Tensor | None]]:
-    """Weight and bias of the four linear maps of attention, which are views of the layer's parameters."""
+    """Weight and bias of the four linear maps of attention, as views of the layer's parameters."""
     separate = (layer.q_proj_weight, layer.k_proj_weight, layer.v_proj_weight)
     weights = separate if layer.in_proj_weight is None else layer.in_proj_weight.chunk(3)
     biases = (None,) * 3 if layer.in_proj_bias is None else layer.in_proj_bias.chunk(3)
@@ -142,7 +142,7 @@ def attend(
     shown: Literal["none", "mean", "all"] = "none",
     dropout: float = 0.0,
 ) -> tuple[Tensor, Tensor | None]:
-    """What ``nn.MultiheadAttention`` computes, with linear maps of one's own.
+    """The computation of ``nn.MultiheadAttention``, with the given linear maps.
 
     Args:
         inputs: Query, key and value.
@@ -150,8 +150,8 @@ def attend(
         masks: ``key_padding_mask``, ``attn_mask`` and ``is_causal``.
         num_heads: Heads.
         batch_first: Whether the batch is the first dimension.
-        shown: Which weights of attention are returned beside the output.
-        dropout: The share of these that is dropped.
+        shown: Which attention weights are returned beside the output.
+        dropout: Share of the attention weights that is dropped.
     """
     batched = inputs[0].dim() == 3
     if not batched:
@@ -163,7 +163,7 @@ def attend(
     q, k, v = (part.unflatten(-1, (num_heads, -1)).transpose(1, 2) for part in projected)
     scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
     mask = _both_masks(scores, num_heads, *masks)
-    # Where a query may look at nothing the float layer gives NaN, which has no range: here it gives 0.
+    # If all keys of a query are masked, the float layer returns NaN, which has no range: here it is 0.
     weights = torch._safe_softmax(scores if mask is None else scores + mask, -1)
     weights = F.dropout(weights, dropout) if dropout else weights
     output = linear[3]((weights @ v).transpose(1, 2).flatten(2))
@@ -179,7 +179,7 @@ def attend(
 def _both_masks(
     scores: Tensor, num_heads: int, padding: Tensor | None, mask: Tensor | None, causal: bool
 ) -> Tensor | None:
-    """Both masks as one that is added to the scores."""
+    """Merge both masks into one that is added to the scores."""
     if causal and mask is None:
         raise RuntimeError("is_causal=True needs attn_mask, as in nn.MultiheadAttention.")
     parts = []

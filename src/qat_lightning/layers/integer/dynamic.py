@@ -1,7 +1,7 @@
-"""Dynamic quantization: int8 weights, and activations rounded to uint8 by the range that each call has.
+"""Dynamic quantization: int8 weights, and activations rounded to uint8 with a range computed in each call.
 
 The kernels are PyTorch's (https://docs.pytorch.org/docs/stable/quantization.html, dynamic quantization). Unlike
-upstream's layers these use all 8 bits of activations: the weights keep to the backend's limit, so no kernel saturates.
+upstream's layers these use all 8 bits of activations: weights stay within the backend's limit, so no kernel saturates.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class DynamicLinear(IntegerLayer):
     Args:
         in_features: Size of an input.
         out_features: Size of an output.
-        bias: Whether there is one.
+        bias: Whether there is a bias.
         engine: The quantized engine that packs and runs the weight.
 
     Attributes:
@@ -50,7 +50,7 @@ class DynamicLinear(IntegerLayer):
     def of(
         cls, weight: Tensor, bias: Tensor | None, grid: WeightGrid, engine: str, share: Tensor | None = None
     ) -> DynamicLinear:
-        """Round a weight of shape ``(out_features, in_features)``; ``share`` is that of `quantize_rows`."""
+        """Quantize a weight of shape ``(out_features, in_features)``; ``share`` is passed to `quantize_rows`."""
         layer = cls(weight.shape[1], weight.shape[0], bias is not None, engine)
         layer.integers, scales, _ = quantize_rows(weight, grid, share)
         layer.scales = scales[:, 0].clone()
@@ -59,11 +59,11 @@ class DynamicLinear(IntegerLayer):
 
     @property
     def weight(self) -> Tensor:
-        """The weight that the integers stand for, float32."""
+        """The weight that the integers represent, float32."""
         return self.integers.float() * self.scales[:, None]
 
     def packed(self) -> Any:
-        """The weight as the engine's kernels want it."""
+        """The weight packed for the engine's kernels."""
         if self.__dict__["_packed"] is None:
             with quantized_engine(self.engine):
                 weight = quantized_rows(self.integers, self.scales)
@@ -79,7 +79,7 @@ class DynamicLinear(IntegerLayer):
         return result
 
     def reference(self, input: Tensor) -> Tensor:
-        """The same in float64."""
+        """The same computation in float64."""
         weight = self.integers.double() * self.scales.double()[:, None]
         return F.linear(round_dynamically(input), weight, None if self.bias is None else self.bias.double())
 
@@ -91,7 +91,8 @@ class DynamicLinear(IntegerLayer):
 class DynamicCell(IntegerLayer):
     """``nn.LSTMCell``, ``nn.GRUCell`` or ``nn.RNNCell`` with int8 weights and dynamic activations.
 
-    Its two linear maps run as `DynamicLinear`: upstream's kernels for whole cells use 7 bits of the activations.
+    Its two linear maps run as `DynamicLinear`, because upstream's kernels for whole cells use only 7 bits of the
+    activations.
 
     Args:
         cell: ``"lstm"``, ``"gru"``, ``"rnn_tanh"`` or ``"rnn_relu"``.
@@ -115,7 +116,7 @@ class DynamicCell(IntegerLayer):
     def of(
         cls, cell: nn.RNNCellBase, grid: WeightGrid, engine: str, shares: Mapping[str, Tensor] | None = None
     ) -> DynamicCell:
-        """Round the weights of a cell; ``shares`` are those of `quantize_rows`, by the names of the weights."""
+        """Quantize the weights of a cell; ``shares`` are passed to `quantize_rows`, by the names of the weights."""
         made = cls(name_of_cell(cell), cell.input_size, cell.hidden_size, cell.bias, engine)
         for name in ("ih", "hh"):
             bias = getattr(cell, f"bias_{name}") if cell.bias else None
@@ -124,11 +125,11 @@ class DynamicCell(IntegerLayer):
         return made
 
     def forward(self, input: Tensor, hx: Any = None) -> Any:
-        """As the float cell: ``(batch, input_size)`` or ``(input_size,)``, and the state."""
+        """Same as the float cell: ``(batch, input_size)`` or ``(input_size,)``, and the state."""
         return step_of_cell(self.cell, self.hidden_size, input, hx, (self.ih, self.hh))
 
     def reference(self, input: Tensor, hx: Any = None) -> Any:
-        """The same in float64."""
+        """The same computation in float64."""
         return step_of_cell(self.cell, self.hidden_size, input, hx, (self.ih.reference, self.hh.reference))
 
 
@@ -138,14 +139,14 @@ def name_of_cell(cell: nn.RNNCellBase) -> str:
 
 
 def step_of_cell(cell: str, hidden_size: int, input: Tensor, hx: Any, linear: tuple[Any, Any]) -> Any:
-    """What a cell computes, with linear maps of one's own.
+    """One step of a cell, with the given linear maps.
 
     Args:
         cell: A key of `GATES`.
         hidden_size: Size of a state.
         input: ``(batch, input_size)`` or ``(input_size,)``.
         hx: The state, as the float cell takes it; None for zeros.
-        linear: Of the input, and of the state.
+        linear: The linear maps of the input and of the state.
     """
     unbatched = input.dim() == 1
     batch = input[None] if unbatched else input
@@ -161,7 +162,7 @@ def step_of_cell(cell: str, hidden_size: int, input: Tensor, hx: Any, linear: tu
 
 
 GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
-"""Rows of a weight for each unit of the state."""
+"""Number of weight rows per unit of the state."""
 
 
 def _lstm_step(ih: Tensor, hh: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -182,4 +183,4 @@ STEPS: dict[str, Any] = {
     "rnn_tanh": lambda ih, hh, state: ((ih + hh).tanh(),),
     "rnn_relu": lambda ih, hh, state: ((ih + hh).relu(),),
 }
-"""One step of each cell, from what its two linear maps gave."""
+"""One step of each cell, from the outputs of its two linear maps."""

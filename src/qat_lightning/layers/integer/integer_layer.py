@@ -1,4 +1,4 @@
-"""What the integer layers have in common."""
+"""The base class of the integer layers."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from qat_lightning.numerics.dynamic_fake_quantize import disturbed
 class IntegerLayer(nn.Module):
     """A layer for inference that holds its weights as integers, in plain tensors of its ``state_dict``.
 
-    Kernels that want packed weights get them packed on the first call, for the engine of the layer; copies, pickles and
-    loads hold the plain tensors only, and pack anew.
+    Kernels that need packed weights get them packed on the first call, for the engine of the layer; copies, pickles and
+    loads contain the plain tensors only, and pack again.
 
     Attributes:
         op: The kernel that runs, for reports.
@@ -29,7 +29,7 @@ class IntegerLayer(nn.Module):
         self.training = False
 
     def reference(self, *args: Any, **kwargs: Any) -> Any:
-        """What the layer should compute, in float64 from the same integers; None if that is not known."""
+        """The exact result, in float64 from the same integers; None if there is no reference."""
         raise NotImplementedError
 
     def train(self, mode: bool = True) -> IntegerLayer:
@@ -37,15 +37,15 @@ class IntegerLayer(nn.Module):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without what is packed."""
+        """Omit packed weights."""
         return {**self.__dict__, "_packed": None}
 
     def _apply(self, fn: Any, recurse: bool = True) -> IntegerLayer:
-        """Stay in the given integers and in float32, on the CPU."""
+        """Keep integers and float32 tensors as they are, on the CPU."""
         return self
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
-        # Before anything is taken over: kernels do not look at types themselves, and a file may hold anything.
+        # Check before anything is loaded: kernels do not check dtypes themselves, and a file may contain anything.
         for name, own in {**self._parameters, **self._buffers}.items():
             given = state_dict.get(prefix + name)
             if own is not None and isinstance(given, Tensor) and given.dtype is not own.dtype:
@@ -64,7 +64,7 @@ _HOOKS = (
 
 
 def take_over_hooks(integer: nn.Module, layer: nn.Module) -> None:
-    """Let an integer layer call the forward hooks that are on the float layer in whose place it comes."""
+    """Give an integer layer the forward hooks of the float layer that it replaces."""
     for name in _HOOKS:
         integer.__dict__[name] = layer.__dict__[name].copy()
 
@@ -77,17 +77,17 @@ def without_hooks(layer: nn.Module) -> nn.Module:
 
 
 def quantized_rows(integers: Tensor, scales: Tensor) -> Tensor:
-    """Torch's quantized tensor of int8 rows, one scale each."""
+    """Torch's quantized tensor of int8 rows, with one scale per row."""
     zeros = torch.zeros(scales.shape[0], dtype=torch.int64)
     with warnings.catch_warnings():
-        # Upstream warns on every use of its quantized tensors: pyproject's range of torch is the answer.
+        # Upstream warns on every use of its quantized tensors; the pinned range of torch versions addresses that.
         warnings.filterwarnings("ignore", message=".*quantized tensor creation functions.*")
         made: Tensor = torch._make_per_channel_quantized_tensor(integers.contiguous(), scales.double(), zeros, 0)
     return made
 
 
 def round_dynamically(x: Tensor) -> Tensor:
-    """Put ``x`` on the uint8 grid of its own range and back, as the dynamic kernels do.
+    """Round ``x`` to the uint8 grid of its own range, as the dynamic kernels do.
 
     Args:
         x: Float32 of any shape.

@@ -1,4 +1,4 @@
-"""Which layer of ``torch.nn`` becomes which integer layer, in each kind."""
+"""Which layer of ``torch.nn`` becomes which integer layer, for each kind."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def _why_not_this_table(module: nn.Module, recipe: Recipe) -> str:
 
 
 def lacks_kernel(module: nn.Module, kind: str) -> bool:
-    """Whether a layer stays float for want of a kernel only: of the ops that it is exported as, some may have one.
+    """Whether a layer stays float only because it lacks a kernel: some of the ops it is exported as may have one.
 
     Example:
         >>> lacks_kernel(nn.Bilinear(2, 2, 2), "dynamic"), lacks_kernel(nn.Linear(2, 2), "dynamic")
@@ -106,12 +106,12 @@ def _instead(module: nn.Module) -> str:
 
 
 def integer_layer(module: nn.Module, recipe: Recipe, shares: Mapping[str, Tensor] | None = None) -> IntegerLayer:
-    """The integer layer of a float one for which `why_not` has no reason; ``module`` stays as it is.
+    """The integer layer of a float one; `why_not` has to return no reason for it. ``module`` is not changed.
 
     Args:
         module: The float layer.
         recipe: Its kind, scheme and backend.
-        shares: Of clipped grids, the share of each range that training chose, by the names of `rounded_parts`.
+        shares: For clipped grids, the share of each range that training chose, by the names of `rounded_parts`.
     """
     made = _made(module, recipe, shares)
     take_over_hooks(made, module)

@@ -1,4 +1,4 @@
-"""Dynamic linear layers on grids that no kernel of PyTorch's has: ranges for tokens, scales for groups of weights."""
+"""Dynamic linear layers on grids without a kernel in PyTorch: ranges per token, scales per group of weights."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ from qat_lightning.numerics.dynamic_fake_quantize import DynamicGranularity, rou
 
 
 class PlainDynamicLinear(IntegerLayer):
-    """``nn.Linear`` with integer weights, two to a byte from 4 bits down, and activations rounded in each call.
+    """``nn.Linear`` with integer weights, packed two per byte from 4 bits down, and activations rounded in each call.
 
-    It holds integers and computes in float32 with what they stand for: small as a file and in memory, not faster.
+    It stores integers and computes in float32 with the values they represent: smaller in file and memory, but not
+    faster.
 
     Args:
         in_features: Size of an input.
         out_features: Size of an output.
-        bias: Whether there is one.
-        grid: That of the weight, as the values of a `WeightGrid`.
-        granularity: What of the activations shares a range.
-        symmetric: Whether their zero point is 0.
+        bias: Whether there is a bias.
+        grid: Grid of the weight, as the values of a `WeightGrid`.
+        granularity: Which values of the activations share a range.
+        symmetric: Whether the zero point of activations is 0.
 
     Attributes:
         integers: int8 buffer of shape ``(out_features, columns)``, or uint8 of half as many columns.
@@ -67,7 +68,7 @@ class PlainDynamicLinear(IntegerLayer):
         symmetric: bool,
         share: Tensor | None = None,
     ) -> PlainDynamicLinear:
-        """Round a weight of shape ``(out_features, in_features)``; ``share`` is that of `quantize_rows`."""
+        """Quantize a weight of shape ``(out_features, in_features)``; ``share`` is passed to `quantize_rows`."""
         values = (grid.quant_min, grid.quant_max, grid.symmetric, grid.group, grid.clipped)
         layer = cls(weight.shape[1], weight.shape[0], bias is not None, values, granularity, symmetric)
         integers, layer.scales, _ = quantize_rows(weight, grid, share)
@@ -77,7 +78,7 @@ class PlainDynamicLinear(IntegerLayer):
 
     @property
     def weight(self) -> Tensor:
-        """The weight that the integers stand for, float32."""
+        """The weight that the integers represent, float32."""
         return dequantize_rows(self.integers, self.scales, None, self.in_features, WeightGrid(*self.grid))
 
     def forward(self, input: Tensor) -> Tensor:
@@ -86,7 +87,7 @@ class PlainDynamicLinear(IntegerLayer):
         return F.linear(x, self.weight, self.bias)
 
     def reference(self, input: Tensor) -> Tensor:
-        """The same in float64."""
+        """The same computation in float64."""
         x = round_dynamically(input.float(), self.granularity, symmetric=self.symmetric)
         return F.linear(x.double(), self.weight.double(), None if self.bias is None else self.bias.double())
 

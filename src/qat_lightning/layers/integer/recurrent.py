@@ -21,10 +21,10 @@ class DynamicRecurrent(IntegerLayer):
         cell: ``"lstm"`` or ``"gru"``.
         input_size: Size of an input.
         hidden_size: Size of a state.
-        num_layers: One above the other.
+        num_layers: Number of stacked layers.
         bias: Whether there are biases.
         batch_first: Whether the batch is the first dimension of inputs and outputs.
-        bidirectional: Whether each layer has a second direction.
+        bidirectional: Whether each layer also runs in the other direction.
         engine: The quantized engine.
     """
 
@@ -53,7 +53,7 @@ class DynamicRecurrent(IntegerLayer):
 
     @classmethod
     def of(cls, layer: nn.RNNBase, grid: WeightGrid, engine: str) -> DynamicRecurrent:
-        """Round the weights of a layer."""
+        """Quantize the weights of a layer."""
         made = cls(
             "lstm" if isinstance(layer, nn.LSTM) else "gru",
             layer.input_size,
@@ -94,7 +94,7 @@ class DynamicRecurrent(IntegerLayer):
         return list(self.__dict__["_packed"])
 
     def forward(self, input: Any, hx: Any = None) -> Any:
-        """As the float layer: a tensor, batched or not, or a `PackedSequence`, and the state."""
+        """Same as the float layer: a tensor, batched or not, or a `PackedSequence`, and the state."""
         if isinstance(input, PackedSequence):
             return self._forward_packed(input, hx)
         if input.dim() == 2:
@@ -138,7 +138,7 @@ class DynamicRecurrent(IntegerLayer):
         return tuple(map(function, hx)) if self.cell == "lstm" else function(hx)
 
     def reference(self, input: Any, hx: Any = None) -> Any:
-        """The same in float64; None for a `PackedSequence`."""
+        """The same computation in float64; None for a `PackedSequence`."""
         if isinstance(input, PackedSequence):
             return None
         time_first = input if input.dim() == 3 else input.unsqueeze(0 if self.batch_first else 1)

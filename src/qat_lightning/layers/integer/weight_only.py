@@ -1,4 +1,4 @@
-"""Weight-only quantization: integers are kept, and float kernels run what they stand for."""
+"""Weight-only quantization: weights are stored as integers and dequantized for float kernels."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ from qat_lightning.layers.integer.weights import (
 
 
 class WeightOnly(IntegerLayer):
-    """A layer of ``torch.nn`` whose weights are kept as integers, and made float for the length of a call.
+    """A layer of ``torch.nn`` whose weights are stored as integers, and dequantized for each call.
 
     Args:
-        layer: The float layer; used up.
-        weights: Which of its parameters to round, by their names in it.
+        layer: The float layer; its parameters are taken out.
+        weights: Names of the parameters to round.
         grid: The grid.
-        shares: Those of `quantize_rows`, by the names of the weights.
+        shares: Shares for `quantize_rows`, by the names of the weights.
 
     Attributes:
         layer: The float layer without these parameters.
-        shapes: Of the rounded parameters.
+        shapes: Shapes of the rounded parameters.
         grid: The grid.
         transposed_groups: See the function of this name.
     """
@@ -65,7 +65,7 @@ class WeightOnly(IntegerLayer):
 
     @classmethod
     def shell(cls, layer: nn.Module, grid: WeightGrid) -> WeightOnly:
-        """The same without its tensors: of a layer on ``meta``, to load a ``state_dict`` into."""
+        """The same without tensors: for a layer on ``meta``, into which a ``state_dict`` is loaded."""
         shell = cls(layer, weights_of(layer), dataclasses.replace(grid, clipped=False))
         shell.grid = grid
         return shell
@@ -77,7 +77,7 @@ class WeightOnly(IntegerLayer):
         self.register_buffer(f"{key}_zero_points", zero_points)
 
     def _key(self, name: str) -> str:
-        # Square weights have the same shape in either order of their dimensions: the names tell the two apart.
+        # A square weight has the same shape in either order of dimensions, so the name of the buffer tells them apart.
         return name.replace(".", "_") + ("_by_output" if self.transposed_groups else "")
 
     @property
@@ -86,7 +86,7 @@ class WeightOnly(IntegerLayer):
         return f"{type(self.layer).__name__} on dequantized weights"
 
     def dequantized(self, name: str) -> Tensor:
-        """The float32 weight that the integers of a parameter stand for."""
+        """The float32 weight that the integers of a parameter represent."""
         key, shape = self._key(name), self.shapes[name]
         parts = (self._buffers[f"{key}_{part}"] for part in ("integers", "scales", "zero_points"))
         stored, scales, zero_points = parts
@@ -97,7 +97,7 @@ class WeightOnly(IntegerLayer):
         return weight_of_rows(rows, shape, self.transposed_groups)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As the float layer."""
+        """Same as the float layer."""
         weights = {name: self.dequantized(name) for name in self.shapes}
         return _call_with(self.layer, weights, args, kwargs)
 
@@ -109,7 +109,7 @@ class WeightOnly(IntegerLayer):
         return _call_with(layer, weights, args, kwargs)
 
     def __getattr__(self, name: str) -> Any:
-        """The attributes of the float layer: its sizes, and its weights as the integers have them."""
+        """The attributes of the float layer: its sizes, and its dequantized weights."""
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -119,13 +119,13 @@ class WeightOnly(IntegerLayer):
 
 
 class WeightOnlyEmbedding(IntegerLayer):
-    """``nn.Embedding`` or ``nn.EmbeddingBag`` whose table is kept as integers; only the rows looked up become float.
+    """``nn.Embedding`` or ``nn.EmbeddingBag`` whose table is stored as integers; only looked-up rows are dequantized.
 
     Args:
         num_embeddings: Rows of the table.
         embedding_dim: Size of a row.
         padding_idx: The row that a bag leaves out.
-        mode: ``""`` for ``nn.Embedding``; ``"sum"``, ``"mean"`` or ``"max"`` of a bag.
+        mode: ``""`` for ``nn.Embedding``; ``"sum"``, ``"mean"`` or ``"max"`` for a bag.
         include_last_offset: As in ``nn.EmbeddingBag``.
         grid: The grid as the values of a `WeightGrid`.
     """
@@ -155,7 +155,7 @@ class WeightOnlyEmbedding(IntegerLayer):
 
     @classmethod
     def empty(cls, table: nn.Embedding | nn.EmbeddingBag, grid: WeightGrid) -> WeightOnlyEmbedding:
-        """One of the sizes of a float table, its integers not yet filled in."""
+        """Create one with the sizes of a float table, its integers not yet set."""
         values = (grid.quant_min, grid.quant_max, grid.symmetric, grid.group, grid.clipped)
         mode, last = (table.mode, table.include_last_offset) if isinstance(table, nn.EmbeddingBag) else ("", False)
         return cls(table.num_embeddings, table.embedding_dim, table.padding_idx, mode, last, values)
@@ -164,7 +164,7 @@ class WeightOnlyEmbedding(IntegerLayer):
     def of(
         cls, table: nn.Embedding | nn.EmbeddingBag, grid: WeightGrid, share: Tensor | None = None
     ) -> WeightOnlyEmbedding:
-        """Round a table; ``share`` is that of `quantize_rows`."""
+        """Quantize a table; ``share`` is passed to `quantize_rows`."""
         made = cls.empty(table, grid)
         integers, made.scales, zero_points = quantize_rows(table.weight, grid, share)
         made.integers = store(integers, grid)
@@ -173,21 +173,21 @@ class WeightOnlyEmbedding(IntegerLayer):
 
     @property
     def op(self) -> str:  # type: ignore[override]
-        """What runs."""
+        """The kernel that runs."""
         return "embedding_bag on dequantized rows" if self.mode else "embedding on dequantized rows"
 
     @property
     def weight(self) -> Tensor:
-        """The table that the integers stand for, float32."""
+        """The table that the integers represent, float32."""
         return self.table()
 
     def table(self) -> Tensor:
-        """`weight`, as a call that a graph can have in it."""
+        """`weight` as a method, which a graph can call."""
         return dequantize_rows(self.integers, self.scales, self.zero_points, self.embedding_dim, WeightGrid(*self.grid))
 
     def rows(self, indices: Tensor) -> Tensor:
-        """The float32 rows at some indices, in one dimension."""
-        # index_select refuses what is no row; plain indexing takes negative numbers.
+        """The float32 rows at one-dimensional indices."""
+        # index_select refuses invalid rows, while plain indexing accepts negative numbers.
         parts = (self.integers, self.scales, self.zero_points)
         chosen = [None if part is None else part.index_select(0, indices) for part in parts]
         assert chosen[0] is not None
@@ -195,10 +195,10 @@ class WeightOnlyEmbedding(IntegerLayer):
         return dequantize_rows(chosen[0], chosen[1], chosen[2], self.embedding_dim, WeightGrid(*self.grid))
 
     def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
-        """As the float layer: indices of any shape, or bags."""
+        """Same as the float layer: indices of any shape, or bags."""
         if not self.mode:
             return self.rows(input.reshape(-1)).reshape(*input.shape, self.embedding_dim)
-        # A row for each index, and one for the padding, so that nothing depends on values, which a trace would fix.
+        # One row per index and one for the padding, so that no size depends on values, which a trace would fix.
         rows = self.rows(input.reshape(-1))
         places = torch.arange(rows.shape[0], device=rows.device).reshape(input.shape)
         padding = None
@@ -240,7 +240,7 @@ class WeightOnlyEmbedding(IntegerLayer):
 
 
 def weights_of(module: nn.Module) -> list[str]:
-    """The parameters of a layer that are weights: those of two and more dimensions.
+    """The parameters of a layer that are weights: those with two or more dimensions.
 
     Example:
         >>> weights_of(nn.MultiheadAttention(4, 2))

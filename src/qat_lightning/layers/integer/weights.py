@@ -1,4 +1,4 @@
-"""Weights on an integer grid: rounded, packed two to a byte where 4 bits hold them, and made float again."""
+"""Weights on an integer grid: rounding, packing two 4-bit values per byte, and dequantizing."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ from qat_lightning.settings.recipe import Recipe
 
 @dataclass(frozen=True)
 class WeightGrid:
-    """How the rows of a weight (`weight_rows`) are put on a grid.
+    """How the rows of a weight (`weight_rows`) are quantized.
 
     Attributes:
         quant_min: Smallest integer.
         quant_max: Largest integer.
         symmetric: Whether the zero point is 0.
-        group: 0 for one scale a row, -1 for one a tensor, else the values of a row that share one.
-        clipped: Whether the range is the share of the whole with the least mean squared error.
+        group: 0 for one scale per row, -1 for one per tensor, otherwise the number of values in a row that share a
+            scale.
+        clipped: Whether the range is the share of the full range with the least mean squared error.
     """
 
     quant_min: int = -127
@@ -32,7 +33,7 @@ class WeightGrid:
     clipped: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse what no byte holds: a grid may come from a file."""
+        """Reject a grid that does not fit into a byte, since a grid may come from a file."""
         limits = type(self.quant_min) is type(self.quant_max) is int and -128 <= self.quant_min < self.quant_max <= 127
         size = self.group
         group = type(size) is int and (size in (-1, 0) or (2 <= size <= 1024 and size & (size - 1) == 0))
@@ -43,7 +44,7 @@ class WeightGrid:
     def of(cls, recipe: Recipe) -> WeightGrid:
         """The grid that a recipe asks for."""
         scheme = recipe.scheme
-        # Float kernels run these layers, so that no int8 kernel's limit applies.
+        # These layers run float kernels, so no limit of an int8 kernel applies.
         on_float = recipe.kind == "weight_only" or recipe.by_token_or_group
         half = scheme.weight_quant_max if on_float else recipe.weight_quant_max
         return cls(
@@ -56,16 +57,16 @@ class WeightGrid:
 
     @property
     def packs(self) -> bool:
-        """Whether 4 bits hold a value."""
+        """Whether a value fits into 4 bits."""
         return self.quant_min >= HALF_BYTES.quant_min and self.quant_max <= HALF_BYTES.quant_max
 
     def columns(self, values: int) -> int:
-        """How many values of a row are stored: whole groups, and whole bytes."""
+        """Number of stored values per row: whole groups, and whole bytes."""
         step = max(self.group, 2 if self.packs else 1)
         return -(-values // step) * step
 
     def empty(self, rows: int, values: int) -> tuple[Tensor, Tensor]:
-        """Integers, all 0, and scales, all 1, in the shapes of what `store` and `quantize_rows` give."""
+        """Integers (all 0) and scales (all 1), in the shapes that `store` and `quantize_rows` return."""
         columns = self.columns(values)
         dtype, width = (torch.uint8, columns // 2) if self.packs else (torch.int8, columns)
         groups = columns // self.group if self.group > 0 else 1
@@ -73,11 +74,11 @@ class WeightGrid:
 
 
 HALF_BYTES = WeightGrid(-8, 7)
-"""The widest grid whose values `store` puts two to a byte."""
+"""The widest grid whose values `store` packs two per byte."""
 
 
 def transposed_groups(layer: nn.Module) -> int:
-    """The groups of a transposed convolution, whose weight has the outputs in its second dimension; 0 of other layers.
+    """The groups of a transposed convolution, whose weight has its outputs in dimension 1; 0 for other layers.
 
     Example:
         >>> transposed_groups(nn.ConvTranspose2d(4, 6, 3, groups=2)), transposed_groups(nn.Conv2d(4, 6, 3))
@@ -87,11 +88,11 @@ def transposed_groups(layer: nn.Module) -> int:
 
 
 def weight_rows(weight: Tensor, groups: int) -> Tensor:
-    """A weight as one row for each output of its layer.
+    """A weight as one row per output of its layer.
 
     Args:
         weight: Of any shape with at least one dimension.
-        groups: What `transposed_groups` gives.
+        groups: The result of `transposed_groups`.
 
     Returns:
         Shape ``(outputs, values)``.
@@ -116,12 +117,12 @@ def weight_of_rows(rows: Tensor, shape: Sequence[int], groups: int) -> Tensor:
 
 
 def quantize_rows(weight: Tensor, grid: WeightGrid, share: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Round a weight to its grid, by the arithmetic of `fake_quantize`, so that both give the same values.
+    """Round a weight to its grid with the arithmetic of `fake_quantize`, so that both give the same values.
 
     Args:
         weight: Floating, of any shape with at least one dimension.
         grid: The grid.
-        share: Of a clipped grid, the share of each range that is represented, as training chose it; None to choose it
+        share: For a clipped grid, the share of each range that is represented, as training chose it; None to choose it
             now by the least mean squared error.
 
     Returns:
@@ -158,11 +159,11 @@ def quantize_rows(weight: Tensor, grid: WeightGrid, share: Tensor | None = None)
 
 
 def store(integers: Tensor, grid: WeightGrid) -> Tensor:
-    """Pad rows to whole groups, and put two values into a byte where 4 bits hold them.
+    """Pad rows to whole groups, and pack two values per byte if they fit into 4 bits.
 
     Args:
         integers: int8, shape ``(rows, values)``.
-        grid: The grid they are on.
+        grid: Their grid.
 
     Returns:
         int8 of shape ``(rows, columns)``, or uint8 of half as many columns.
@@ -188,7 +189,7 @@ def restore(stored: Tensor, values: int, grid: WeightGrid) -> Tensor:
 def dequantize_rows(
     stored: Tensor, scales: Tensor, zero_points: Tensor | None, values: int, grid: WeightGrid
 ) -> Tensor:
-    """Float32 rows of shape ``(rows, values)`` from what `store` gave."""
+    """Dequantize the result of `store` to float32 rows of shape ``(rows, values)``."""
     rows = restore(stored, values, grid).float()
     if grid.group > 0:
         rows = rows.reshape(rows.shape[0], -1, grid.group)

@@ -72,7 +72,7 @@ class DynamicAttention(IntegerLayer):
 
     @property
     def in_proj_bias(self) -> Tensor | None:
-        """torch's transformer layers read this to select a code path."""
+        """Torch's transformer layers read this to select a code path."""
         return self.query.bias
 
     @property

@@ -1,1 +1,1 @@
-"""The three ways from a float module to int8, on plain modules."""
+"""The modes, which convert a float module to int8; on plain modules without Lightning."""

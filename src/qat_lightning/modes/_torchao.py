@@ -1,6 +1,6 @@
-"""The first import of torchao, to which our FakeQuantizes are made known as some of its own.
+"""First import of torchao, with which our FakeQuantizes are registered.
 
-It warns about CUDA extensions that a CPU machine neither has nor needs.
+Suppresses its warning about CUDA extensions, which a CPU machine does not need.
 """
 
 import logging

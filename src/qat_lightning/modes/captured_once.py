@@ -1,8 +1,7 @@
-"""A network that is rehearsed and then prepared is captured once: exporting is most of what preparing costs.
+"""Capturing a network once for rehearsal and preparation, because export is most of the cost of preparing.
 
-What is kept is the graph without the weights. It is put together again with those of a network that is like the one
-it was captured from: of the same modules, with parameters and buffers of the same names and shapes, called in the same
-way.
+The graph is kept without weights. It is combined with the weights of a network that matches the captured one: the same
+modules, parameters and buffers of the same names and shapes, called in the same way.
 """
 
 from __future__ import annotations
@@ -26,9 +25,9 @@ _kept: ContextVar[dict[Any, tuple[_Template, Any]] | None] = ContextVar("capture
 
 @contextmanager
 def captured_once() -> Iterator[None]:
-    """Within the block, a network and copies of it under the same name are captured once.
+    """Within the block, a network and its copies under the same name are captured once.
 
-    Nothing but weights may change in them within the block.
+    Only weights may change in them within the block.
     """
     token = _kept.set({})
     try:
@@ -40,13 +39,14 @@ def captured_once() -> Iterator[None]:
 def captured(
     network: nn.Module, example: Example, name: str, capture: Callable[[], tuple[fx.GraphModule, T]]
 ) -> tuple[fx.GraphModule, T]:
-    """What ``capture`` returns: from before, if this network was captured within a `captured_once`.
+    """The result of ``capture``, reused if this network was captured before within a `captured_once`.
 
     Args:
         network: The float network.
-        example: The call it is captured with.
-        name: The network's own name, since two of one class may differ in what is no module and no tensor.
-        capture: Captures it; a graph whose attributes are named as in the network.
+        example: The call that it is captured with.
+        name: The network's name, since two networks of one class may differ in attributes other than modules and
+            tensors.
+        capture: Captures the network; returns a graph whose attributes are named as in the network.
     """
     kept = _kept.get()
     if kept is None:

@@ -1,4 +1,4 @@
-"""Refusing activation checkpointing in the modes whose graph would lose it."""
+"""Refusing activation checkpointing in modes whose graph would not preserve it."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from qat_lightning.numerics.recomputation import Checkpointed, no_checkpoints
 
 
 def loses_checkpoints(network: nn.Module, mode: str, where: str) -> TraceError:
-    """The error for a network that computes parts of it anew in the backward pass.
+    """The error for a network that recomputes activations in the backward pass.
 
     Args:
         network: The float network.
-        mode: The mode that has one graph of it.
-        where: The line that begins such a part, if it is known.
+        mode: The mode that captures it as one graph.
+        where: The line that begins a checkpointed part, if known.
     """
     return TraceError(
         f"{type(network).__name__} recomputes activations in the backward pass "
@@ -30,23 +30,23 @@ def loses_checkpoints(network: nn.Module, mode: str, where: str) -> TraceError:
 
 
 def refuse_checkpoints(network: nn.Module, example: Example, mode: str) -> None:
-    """Run a copy of a network in training up to where it begins a part that is to be computed anew.
+    """Run a copy of a network in training mode until it begins a checkpointed part.
 
     Args:
         network: The float network.
         example: One call.
-        mode: For the message.
+        mode: Mode for the message.
 
     Raises:
-        TraceError: There is such a part.
+        TraceError: There is a checkpointed part.
     """
-    # Imported here: tracing refuses as well.
+    # Imported here, because tracing has the same check.
     from qat_lightning.modes.source_lines import line_at_fault
 
     cuda = [parameter.device for parameter in network.parameters() if parameter.is_cuda][:1]
     found = None
     args, kwargs = copy.deepcopy((example.args, example.kwargs))
-    # Whatever else fails here fails in the export too, which says where.
+    # Any other error here also occurs in the export, which reports the line.
     with contextlib.suppress(Exception), torch.random.fork_rng(devices=cuda), torch.enable_grad(), no_checkpoints():
         try:
             copy.deepcopy(network).train()(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""A switch that keeps int8 networks from being compiled at their first call, for as long as they are only tried."""
+"""A switch that prevents int8 networks from being compiled on their first call, while they are only tried out."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ _ALLOWED: ContextVar[bool] = ContextVar("qat_lightning_compiling_allowed", defau
 
 
 def compiling_allowed() -> bool:
-    """Whether the code around allows compiling."""
+    """Whether compiling is allowed in the current context."""
     return _ALLOWED.get()
 
 
 @contextmanager
 def without_compiling() -> Iterator[None]:
-    """Let int8 networks run as decomposed graphs, whatever could be compiled.
+    """Within the block, int8 networks run as decomposed graphs.
 
     Example:
         >>> with without_compiling():
@@ -31,7 +31,7 @@ def without_compiling() -> Iterator[None]:
 
 
 def has_cpp_compiler() -> bool:
-    """Whether there is a C++ compiler, which Inductor makes libraries for the CPU with."""
+    """Whether Inductor finds a C++ compiler, which it needs to compile for the CPU."""
     from torch._inductor.cpp_builder import get_cpp_compiler
     from torch._inductor.exc import InvalidCxxCompiler
 

@@ -1,11 +1,11 @@
-"""Compiling the training steps of a prepared network: one graph, and a new one only where the schedule switches.
+"""Compiling the training steps of a prepared network: one graph, which is recompiled only when the schedule switches.
 
-What is on is in plain attributes of the modules, on which Dynamo guards, so that a switch of the schedule is a
-recompilation and all that lies between two of them runs the same graph. Only steps with gradient are compiled:
-evaluation, conversion and whatever looks at the network through hooks run it as it is.
+The switches are plain attributes of the modules, on which Dynamo guards, so a switch of the schedule recompiles and all
+steps between two switches run the same graph. Only steps with gradients are compiled: evaluation, conversion and
+anything that uses hooks run uncompiled.
 
-Of several processes that reduce ranges or BatchNorm's statistics within the network, all run a step compiled, with
-inputs of one form, or none does: reductions of a graph and of Python are in another order.
+If several processes reduce ranges or BatchNorm statistics within the network, either all of them run a step compiled,
+with inputs of the same form, or none does: a graph and Python do their reductions in different orders.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ BACKEND = "inductor"
 
 
 def check_compiler(device: torch.device) -> None:
-    """Refuse to compile where there is nothing to compile with.
+    """Raise an error if the compiler is missing.
 
     Args:
-        device: Where the network trains; for a CPU the code is C++.
+        device: The device of the training; for a CPU, C++ is compiled.
 
     Raises:
-        ConfigurationError: With what to install, or what to set instead.
+        ConfigurationError: The compiler is missing; the message says what to install or which setting to change.
     """
     if device.type != "cpu":
         return
@@ -52,10 +52,10 @@ def check_compiler(device: torch.device) -> None:
 
 
 def refuse_compile(mode: str) -> None:
-    """Refuse to compile the training steps of a network whose own code is in the way of one graph.
+    """Raise an error if Python code of the network prevents a single graph.
 
     Raises:
-        CombinationError: With what to set instead.
+        CombinationError: The mode does not support compiling; the message says what to set instead.
     """
     if not traits_of(mode).compiles:
         raise CombinationError(
@@ -65,15 +65,15 @@ def refuse_compile(mode: str) -> None:
 
 
 class CompiledSteps:
-    """Stands in for the ``forward`` of a prepared network, and runs its training steps compiled.
+    """Replaces the ``forward`` of a prepared network, and runs its training steps compiled.
 
-    After every switch of the schedule one step runs as it is: in it ranges are first seen, and scales begin to learn,
-    which happens once and is no part of the graph.
+    After every switch of the schedule one step runs uncompiled: in it, ranges are first observed and scales begin to
+    learn, which happens only once and is not part of the graph.
 
     Args:
         network: The prepared network, whose parameters and keys stay as they are.
         owner: The module on which ``forward`` is replaced: the network, or the LightningModule for its own forward.
-        name: For messages.
+        name: Name for messages.
     """
 
     def __init__(self, network: nn.Module, owner: nn.Module, name: str) -> None:
@@ -85,7 +85,7 @@ class CompiledSteps:
         self._modules = list(network.modules())
         self._unseen = [fq for _, fq in fake_quantizers(network) if fq.observed]
         recipe = prepared_state(network).recipe
-        marks = recipe.mode == "eager" and recipe.kind not in DIRECT  # whose layers know what they round
+        marks = recipe.mode == "eager" and recipe.kind not in DIRECT  # whose layers know which values are rounded
         self._compiled = torch.compile(_function_of_its_own(self.plain, marks=marks), backend=BACKEND, fullgraph=True)
         self._learn = any(fq.step is not None for fq in self._unseen)
         self.switched()
@@ -93,11 +93,11 @@ class CompiledSteps:
         owner.__dict__["forward"] = self
 
     def switched(self) -> None:
-        """The schedule switched something: run one step as it is; two, where a scale may begin to learn only then."""
+        """The schedule has switched: run one step uncompiled, or two if a scale may begin to learn in the second."""
         self._as_it_is = 2 if self._learn else 1
 
     def remove(self) -> None:
-        """Put back what was there."""
+        """Restore the original ``forward``."""
         if self._had is None:
             self.owner.__dict__.pop("forward", None)
         else:
@@ -105,7 +105,7 @@ class CompiledSteps:
 
     @property
     def __self__(self) -> Any:
-        """As of a bound method: whose forward this is."""
+        """The module that ``forward`` belongs to, as for a bound method."""
         return self.plain.__self__  # type: ignore[attr-defined]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -117,7 +117,7 @@ class CompiledSteps:
             may = all_alike(may, _form(args, kwargs), self._device())
         if not may:
             return self.plain(*args, **kwargs)
-        # What DistributedDataParallel would have split for its buckets has parts that cannot be split.
+        # DistributedDataParallel would have graphs split into buckets, but not all of their parts can be split.
         with torch._dynamo.config.patch(optimize_ddp=False) if process_count() > 1 else nullcontext():
             return self._compiled(*args, **kwargs)
 
@@ -131,14 +131,14 @@ class CompiledSteps:
         if any(is_foreign(hook) for module in self._modules for hook in _hooks(module)):
             self._say_hooks()
             return False
-        # Whether a range is known is a constant of the graph, and found out outside of it.
+        # Whether a range is known is a constant of the graph, so it is determined outside of it.
         self._unseen = [fq for fq in self._unseen if not fq.seen]
-        # What a scale would begin to learn is no part of a graph.
+        # A scale that begins to learn cannot be part of a graph.
         return not any(fq.step is not None for fq in self._unseen)
 
     @property
     def _talks(self) -> bool:
-        """Whether processes talk to each other within the network, which they have to do in one order."""
+        """Whether the network communicates between processes, which requires the same order in all of them."""
         return any(getattr(module, "synchronized", False) for module in self._modules) or any(
             fq.reduce_across_processes for _, fq in fake_quantizers(self.network)
         )
@@ -155,13 +155,13 @@ class CompiledSteps:
             )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        """In a copy of the network its plain forward, of the copy."""
+        """In a copy of the network, the copy's own uncompiled forward."""
         owner = memo.get(id(self.owner), self.owner)
         return types.MethodType(self.plain.__func__, memo.get(id(self.__self__), owner))  # type: ignore[attr-defined]
 
 
 def _form(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-    """What a graph is made for: the sizes and types of the tensors of a call, and all that is no tensor."""
+    """What a graph is specialized for: sizes and dtypes of the tensors of a call, and types of all other values."""
     leaves = pytree.tree_leaves((args, kwargs))
     return repr([(tuple(x.shape), x.dtype) if isinstance(x, Tensor) else type(x).__name__ for x in leaves])
 
@@ -172,7 +172,7 @@ def _hooks(module: nn.Module) -> Iterator[Any]:
 
 
 def _function_of_its_own(plain: Callable[..., Any], *, marks: bool) -> Callable[..., Any]:
-    """A function that calls ``plain``, with code of its own: Dynamo counts recompilations for each piece of code."""
+    """A function that calls ``plain``, with its own code object: Dynamo counts recompilations per code object."""
 
     def run(*args: Any, **kwargs: Any) -> Any:
         return plain(*args, **kwargs)

@@ -1,6 +1,6 @@
-"""What of a network is int8, and why the rest is not: layers with weights, and the ops between them.
+"""Which layers with weights, and which ops between them, are int8, and why others are not.
 
-Each mode finds its own rows (`fx_coverage`, `eager_coverage`, `pt2e.coverage`); here is what they share.
+Each mode has its own rows (`fx_coverage`, `eager_coverage`, `pt2e.coverage`); this is their common part.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from qat_lightning.modes.without_arithmetic import nested, on_a_copy, shapes
 
 @contextmanager
 def in_single_products() -> Iterator[None]:
-    """Without the ops for a whole LSTM and for whole attention, of which nothing is counted."""
+    """Within the block, split fused LSTM and attention ops into products, because fused ones are not counted."""
     mkldnn, fast = torch._C._get_mkldnn_enabled(), torch.backends.mha.get_fastpath_enabled()
     torch._C._set_mkldnn_enabled(False)
     torch.backends.mha.set_fastpath_enabled(False)
@@ -43,17 +43,17 @@ def in_single_products() -> Iterator[None]:
 
 
 def _flops_of_bilinear(first: Any, weight: Any, second: Any, *args: Any, **kwargs: Any) -> int:
-    # Flattened to (batch, in1), (out, in1, in2) and (batch, in2), one product of three for each of them.
+    # Flattened to (batch, in1), (out, in1, in2) and (batch, in2): one product of three factors for each.
     return int(2 * first[0] * math.prod(weight))
 
 
 def counter() -> FlopCounterMode:
-    """Counts the products of matrices and tensors, by module and by op."""
+    """A counter of products of matrices and tensors, by module and by op."""
     return FlopCounterMode(display=False, custom_mapping={torch.ops.aten._trilinear: _flops_of_bilinear})
 
 
 class _Uses(TorchFunctionMode):
-    """Notes which parameters functions read."""
+    """Records which parameters are read by functions."""
 
     def __init__(self, owners: dict[int, str]) -> None:
         super().__init__()
@@ -68,11 +68,11 @@ class _Uses(TorchFunctionMode):
 
 @dataclass(frozen=True)
 class FloatRun:
-    """What one run of a float network shows.
+    """The result of one run of a float network.
 
     Attributes:
-        used: The names of the modules that it calls, or whose parameters it reads.
-        flops: The floating point operations in each module; None where they could not be counted.
+        used: Names of the modules that it calls, or whose parameters it reads.
+        flops: Floating point operations of each module; None if they could not be counted.
     """
 
     used: set[str]
@@ -80,10 +80,10 @@ class FloatRun:
 
 
 def float_run(network: nn.Module, example: Example) -> FloatRun:
-    """Run a float network and look on.
+    """Run a float network, and record what it uses.
 
     Args:
-        network: Left as it is.
+        network: Not changed.
         example: The call.
     """
     try:
@@ -108,7 +108,7 @@ def _run(
 
 
 def flops_by_module(network: nn.Module, counted: FlopCounterMode) -> dict[str, int]:
-    """What was counted in each module of a network, by its name."""
+    """The counted operations of each module of a network, by name."""
     root = type(network).__name__
     counts = {name: sum(ops.values()) for name, ops in counted.get_flop_counts().items()}
     return {"" if name == root else name.removeprefix(f"{root}."): count for name, count in counts.items()}
@@ -119,8 +119,8 @@ def flops_of(node: fx.Node, values: Mapping[str, Any], root: nn.Module) -> int:
     """The floating point operations of one node of a graph.
 
     Args:
-        node: It.
-        values: Of the nodes before it, in a run of the graph.
+        node: The node.
+        values: Values of the nodes before it, in a run of the graph.
         root: Holds the modules that the graph calls.
     """
     run = fx.Interpreter(root, graph=node.graph)
@@ -138,11 +138,11 @@ def flops_of(node: fx.Node, values: Mapping[str, Any], root: nn.Module) -> int:
 
 
 def macs_of(flops: int, example: Example) -> int | None:
-    """Multiply-accumulates of one sample; None for an op that has none.
+    """Multiply-accumulates per sample; None for an op without any.
 
     Args:
-        flops: Of the whole example, as `torch.utils.flop_counter` counts them: of convolutions and products of matrices
-            only, two for each multiply-accumulate.
+        flops: Operations of the whole example, as counted by `torch.utils.flop_counter`: only convolutions and products
+            of matrices, two per multiply-accumulate.
         example: Its first tensor has the batch dimension.
     """
     first = next((leaf for leaf in tree_leaves((example.args, example.kwargs)) if isinstance(leaf, Tensor)), None)
@@ -151,16 +151,16 @@ def macs_of(flops: int, example: Example) -> int | None:
 
 
 def is_float(value: Any) -> bool:
-    """Whether a value is what quantization is about."""
+    """Whether a value is a float or quantized tensor."""
     return isinstance(value, Tensor) and (value.is_floating_point() or value.is_quantized)
 
 
 def layers_with_macs(rows: Sequence[LayerCoverage], run: FloatRun, example: Example) -> list[LayerCoverage]:
-    """The rows of layers with the multiply-accumulates that each has in one call of the float network.
+    """Add multiply-accumulates to the rows of layers, from one call of the float network.
 
     Args:
         rows: One for each layer.
-        run: Of the float network.
+        run: Run of the float network.
         example: Its call.
     """
     if run.flops is None:
@@ -169,7 +169,7 @@ def layers_with_macs(rows: Sequence[LayerCoverage], run: FloatRun, example: Exam
 
 
 def merged(rows: Iterable[LayerCoverage]) -> list[LayerCoverage]:
-    """One row for equal ops of one place, with the count of their calls."""
+    """Merge rows of equal ops in the same module, and count their calls."""
     counted: dict[tuple[str, str, bool, str], list[LayerCoverage]] = defaultdict(list)
     for row in rows:
         counted[row.name, row.kind, row.quantized, row.reason].append(row)
@@ -180,7 +180,7 @@ def merged(rows: Iterable[LayerCoverage]) -> list[LayerCoverage]:
 
 
 def int8_share(rows: Iterable[LayerCoverage]) -> float | None:
-    """The share of a network's multiply-accumulates that is in int8, from 0 to 1; None where none were counted.
+    """The share of a network's multiply-accumulates that is in int8, from 0 to 1; None if none were counted.
 
     Example:
         >>> rows = [
@@ -196,7 +196,7 @@ def int8_share(rows: Iterable[LayerCoverage]) -> float | None:
 
 
 def coverage_table(rows: Iterable[LayerCoverage], *, title: str = "") -> Table:
-    """Format coverage as a table: what is int8, and what stayed float with the reason.
+    """Format coverage as a table: which layers and ops are int8, and which stayed float and why.
 
     Args:
         rows: ``qat.coverage``, or ``[*quantized.coverage, *quantized.operations]``.
@@ -256,7 +256,7 @@ def _caption(rows: Sequence[LayerCoverage]) -> str:
 
 
 def report(find: Callable[[], list[LayerCoverage]]) -> list[LayerCoverage]:
-    """What ``find`` finds, or nothing and a warning: a report must not cost a training or a conversion."""
+    """The result of ``find``, or an empty list and a warning: a failing report must not stop anything else."""
     try:
         return find()
     except Exception as error:  # noqa: BLE001

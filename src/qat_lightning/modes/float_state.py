@@ -1,4 +1,4 @@
-"""The float network that a prepared one holds, with its weights as they are now."""
+"""The float network inside a prepared one, with its current weights."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from qat_lightning.modes.prepared import float_keys, prepared_state
 
 
 def float_weights(prepared: nn.Module, leave_out: set[str] | None = None) -> dict[str, Any]:
-    """A detached copy, on the CPU, of the part of a prepared network's ``state_dict`` that the float network has.
+    """Detached copies, on the CPU, of the entries of a prepared network's ``state_dict`` that the float network has.
 
     Args:
         prepared: The prepared network.
-        leave_out: Keys that are not wanted.
+        leave_out: Keys to leave out.
     """
     keys = float_keys(prepared) - (leave_out or set())
     return {key: _copied(value) for key, value in prepared.state_dict().items() if key in keys}
 
 
 def frozen_beside_adapters(prepared: nn.Module) -> set[str]:
-    """The keys of parameters that are frozen in a network with adapters: what they were they are, and need no copy."""
+    """Keys of frozen parameters in a network with adapters: they never change, and need no copy."""
     if not has_adapters(prepared):
         return set()
     return {
@@ -32,12 +32,12 @@ def frozen_beside_adapters(prepared: nn.Module) -> set[str]:
 
 
 def present_float(prepared: nn.Module) -> nn.Module:
-    """The float network with the weights that a prepared network has now: on the CPU, in float32 and in evaluation."""
+    """The float network with the current weights of a prepared network: on the CPU, in float32 and in evaluation."""
     network: nn.Module = copy.deepcopy(prepared_state(prepared).float_network).cpu().float()
     network.load_state_dict(float_weights(prepared))
     return network.eval()
 
 
 def _copied(value: Any) -> Any:
-    """A tensor, detached and on the CPU, or what a network's ``get_extra_state`` gave."""
+    """A tensor, detached and on the CPU; other values (of ``get_extra_state``) unchanged."""
     return value.detach().cpu().clone() if isinstance(value, Tensor) else copy.deepcopy(value)

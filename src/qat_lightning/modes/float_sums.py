@@ -1,4 +1,4 @@
-"""Which sums are not rounded because only float ops read them, by the names of their ops in any graph."""
+"""Sums that stay unrounded because only float ops read them, by the names of their ops in any graph."""
 
 FLOAT_READERS = frozenset(
     {"softmax", "_softmax", "_safe_softmax", "log_softmax", "layer_norm", "native_layer_norm", "rms_norm", "group_norm"}
@@ -6,4 +6,4 @@ FLOAT_READERS = frozenset(
 """Softmax and normalizations, which are float in every backend."""
 
 SUMS = frozenset({"add", "iadd", "add_", "sub", "isub", "sub_", "masked_fill", "masked_fill_", "where"})
-"""Sums, and what masks values."""
+"""Additions, and ops that mask values."""

@@ -1,7 +1,7 @@
-"""A network that runs a graph, and is otherwise an ordinary module.
+"""A network that runs a graph, and otherwise is an ordinary module.
 
 Unlike `torch.fx.GraphModule` it keeps children that the graph does not call (a BatchNorm that its convolution calls),
-leaves `train` and `eval` alone, and still answers to the attributes and methods of the network it was made from.
+leaves `train` and `eval` alone, and still has the attributes and methods of the original network.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from qat_lightning.modes.prepared import PreparedState
 
 
 class KeepsExtraState(nn.Module):
-    """Saves and loads the extra state of the module whose ``forward`` was merged into a graph."""
+    """Saves and loads the extra state of a module whose ``forward`` was merged into a graph."""
 
     def keep_extra_state_of(self, original: nn.Module) -> None:
-        """Let the entry ``_extra_state`` be that of ``original``, if its class has one."""
+        """Use the ``_extra_state`` of ``original`` as the own one, if its class has one."""
         if has_extra_state(original):
             self.__dict__["_extra_state_of"] = original
 
@@ -59,7 +59,7 @@ class KeepsExtraState(nn.Module):
 
 
 def has_extra_state(module: nn.Module) -> bool:
-    """Whether a module's class has a ``get_extra_state`` of its own."""
+    """Whether a module's class defines ``get_extra_state``."""
     return type(module).get_extra_state is not nn.Module.get_extra_state
 
 
@@ -67,7 +67,7 @@ _EXTRA_STATE = "_extra_state"
 
 
 OtherSizes = Callable[["GraphNetwork", tuple[Any, ...], dict[str, Any]], Callable[..., Any]]
-"""Given a network and a call of it, makes what runs the network on such inputs."""
+"""Given a network and a call of it, creates the network that runs inputs of that size."""
 
 
 class GraphNetwork(KeepsExtraState):
@@ -79,7 +79,7 @@ class GraphNetwork(KeepsExtraState):
 
     _quantization: PreparedState
     sizes: GivenSizes | None = None
-    """The inputs that the graph is for; None if it is for any."""
+    """The inputs that the graph supports; None if it supports all sizes."""
 
     def __init__(self, source: fx.GraphModule) -> None:
         super().__init__()
@@ -99,25 +99,25 @@ class GraphNetwork(KeepsExtraState):
                 module.__class__ = GraphPart
 
     def set_graph(self, graph: fx.Graph) -> None:
-        """Run ``graph`` from now on."""
+        """Run another graph from now on."""
         self.__dict__["graph"] = graph
         self.__dict__["_made_for"] = {}
         self.__dict__["_run"] = compile_graph(with_relus_in_roundings(self, graph))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the graph on the inputs of the network it was made from.
+        """Run the graph on the inputs of the original network.
 
         Raises:
-            NetworkError: The graph is for inputs of other sizes, and none can be made for these.
+            NetworkError: The graph does not support inputs of this size, and no graph can be made for them.
         """
         run = self.__dict__["_run"]
-        # Compiled steps see to it that only inputs that fit are compiled for.
+        # Compiled steps are only used for inputs that fit.
         if self.sizes is not None and not torch.compiler.is_compiling():
             run = self._run_for(self.sizes, args, kwargs)
         return run(self, *args, **kwargs)
 
     def give_sizes(self, sizes: GivenSizes | None, other_sizes: OtherSizes | None) -> None:
-        """Say for which inputs the graph is, and what makes one for others, if anything does."""
+        """Set the supported input sizes, and the function that makes graphs for other sizes, if there is one."""
         self.__dict__["sizes"] = sizes
         self.__dict__["_other_sizes"] = other_sizes
 
@@ -136,7 +136,7 @@ class GraphNetwork(KeepsExtraState):
         return made[key]
 
     def train(self, mode: bool = True) -> GraphNetwork:
-        """Set the flags as the network it was made from would, which may keep some of its parts in evaluation."""
+        """Set the flags as the original network would, which may keep some of its parts in evaluation."""
         super().train(mode)
         state: Any = self._modules.get("_quantization")
         if state is not None and overrides_train(state.float_network):
@@ -155,7 +155,7 @@ class GraphNetwork(KeepsExtraState):
             return _borrow(self, state.float_network, name)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Everything but compiled functions, which are made from the graph, and for other sizes, again."""
+        """Everything except compiled functions, and graphs for other sizes, which are made again."""
         return hold_graphs({name: value for name, value in self.__dict__.items() if name not in ("_run", "_made_for")})
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -164,10 +164,10 @@ class GraphNetwork(KeepsExtraState):
 
 
 class GraphPart(KeepsExtraState):
-    """Holds the layers of a submodule whose own ``forward`` was merged into the network's graph."""
+    """Holds the layers of a submodule whose ``forward`` was merged into the network's graph."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Say what to do instead."""
+        """Raise an error that says what to do instead."""
         raise NetworkError(
             "This part of the network was merged into one graph when it was prepared for quantization, and cannot be "
             "called by itself. Call the whole network, give module='<the part that is called>' to the callback, or "
@@ -176,7 +176,7 @@ class GraphPart(KeepsExtraState):
 
 
 def compile_graph(graph: fx.Graph) -> Callable[..., Any]:
-    """The Python function of a graph, whose first argument is the module that holds its layers."""
+    """Compile a graph to a Python function whose first argument is the module that holds its layers."""
     code = graph.python_code(root_module="self")
     scope = dict(code.globals)
     exec(compile(code.src, "<graph of the prepared network>", "exec"), scope)

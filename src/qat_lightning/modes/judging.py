@@ -1,9 +1,9 @@
-"""When two values that should be the same are: in decibels where they are float, in steps of their grid where not.
+"""When two values count as equal: by SQNR if they are float, by steps of their grid if not.
 
-A right int8 kernel rounds to the nearest step. Where the exact value is in the middle between two steps, the last bits
-of a float decide, and both are right. So a value that is a step off is judged by how far it is from what fake-quant had
-before it rounded, and not by decibels: one such value in a small output costs more of them than a kernel that is wrong
-in one channel of a large one.
+A correct int8 kernel rounds to the nearest step. If the exact value is in the middle between two steps, the last bits
+of a float decide, and both are correct. So a value that is one step off is judged by its distance from fake-quant's
+value before rounding, and not by SQNR: one such value in a small output costs more decibels than a wrong channel in a
+large one.
 """
 
 from __future__ import annotations
@@ -22,30 +22,30 @@ from qat_lightning.numerics.sqnr import sqnr_db
 from qat_lightning.settings.backends import Backend
 
 ONE_STEP = 1.01
-"""A layer that is off by one step somewhere has rounded the other way, which is no fault; more is."""
+"""Margin in steps: a layer that is off by one step somewhere has rounded the other way, which is no fault; more is."""
 
 MARGIN_DB = 6.0
-"""How much worse than the worst of a few draws something right can be by chance."""
+"""By how much a correct result can be worse than the worst of a few draws by chance."""
 
 MIDDLE = 0.1
-"""How far from the middle between two steps, in steps, a kernel may still round the other way. Right ones of every
-engine do so within 0.004; one that is a step off, cuts off or has a scale that is a percent off does it anywhere."""
+"""How far from the middle between two steps, in steps, a kernel may still round the other way. Correct kernels of every
+engine do so within 0.004; one that is a step off, truncates, or has a scale that is 1 % off does so anywhere."""
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Where a tensor was rounded to.
+    """The grid of a tensor.
 
     Attributes:
-        scale: One step.
-        zero_point: The integer that is 0.
+        scale: Size of a step.
+        zero_point: The integer that represents 0.
     """
 
     scale: float
     zero_point: int
 
     def same(self, other: Grid) -> bool:
-        """Whether two grids are one, but for the last bit of a scale."""
+        """Whether two grids are equal, except for the last bit of a scale."""
         return self.zero_point == other.zero_point and math.isclose(self.scale, other.scale, rel_tol=1e-6)
 
 
@@ -71,24 +71,24 @@ def decibels(wanted: Tensor, got: Tensor) -> float:
 
 
 _RIGHT_IN_FLOAT32 = (1e-20, 1e30)
-"""Between them, an energy in float32 is right to six digits: nothing that counts under- or overflowed."""
+"""Between these limits, an energy in float32 has six correct digits, with no relevant under- or overflow."""
 
 
 def _in_float32(wanted: Tensor, got: Tensor) -> float:
-    """SQNR to four digits of a decibel, in an eighth of the time of `sqnr_db`; NaN where float32 is not enough."""
+    """SQNR to four digits of a decibel, in an eighth of the time of `sqnr_db`; NaN if float32 is not precise enough."""
     least, most = _RIGHT_IN_FLOAT32
     signal, noise = (float(values.square().sum()) for values in (wanted, wanted - got))
     return 10 * math.log10(signal / noise) if least < signal < most and least < noise < most else math.nan
 
 
 def beyond_rounding(exact: Tensor, wanted: Tensor, got: Tensor, grid: Grid) -> float:
-    """How many steps the worst value is farther from the exact one than rounding to the nearest step explains.
+    """By how many steps the worst value is farther from the exact one than rounding to nearest explains.
 
     Args:
-        exact: What fake-quant had before it rounded.
-        wanted: The integers that it rounded that to. At an end of the grid they stand for all that is beyond.
+        exact: Fake-quant's values before rounding.
+        wanted: Their integers after rounding. At an end of the grid they represent all values beyond it.
         got: Integers of the same shape.
-        grid: Of both.
+        grid: The grid of both.
 
     Example:
         >>> exact, wanted, got = torch.tensor([0.5, 0.75, 9.0]), torch.tensor([0, 1, 2]), torch.tensor([1, 1, 2])
@@ -107,12 +107,12 @@ def beyond_rounding(exact: Tensor, wanted: Tensor, got: Tensor, grid: Grid) -> f
 
 
 def bias_rounding(layer: Any, in_scale: float, out_scale: float, target: Backend) -> float:
-    """How far, in steps of its output, a layer may be off because QNNPACK holds its bias as a whole number.
+    """By how many steps of its output a layer may be off because QNNPACK stores its bias as an integer.
 
     Args:
         layer: Torch's quantized layer, or anything else.
-        in_scale: Of its input.
-        out_scale: Of its output.
+        in_scale: Scale of its input.
+        out_scale: Scale of its output.
         target: The backend.
     """
     if target.engine != "qnnpack" or not callable(getattr(layer, "weight", None)):
@@ -130,11 +130,11 @@ def compare_integers(
 
     Args:
         name: The layer.
-        op: What ran.
-        exact: What fake-quant had before it rounded.
-        wanted: What it rounded that to.
-        got: What the kernel gave.
-        allowed: How many steps more are no fault, asked only where there would be one.
+        op: The op that ran.
+        exact: Fake-quant's values before rounding.
+        wanted: Fake-quant's values after rounding.
+        got: The values of the kernel.
+        allowed: Number of additional steps that are no fault; called only if there would be one.
 
     Returns:
         The row, with its fault if there is one.
@@ -157,19 +157,19 @@ def compare_integers(
 
 
 def is_faulty(check: LayerCheck, target: Backend) -> bool:
-    """Whether a layer is past the tolerance, and not by single roundings of a small output only."""
+    """Whether a layer exceeds the tolerance by more than single roundings of a small output."""
     least = min(target.tolerance_db, check.chance_db - MARGIN_DB)
     return bool(check.fault) or (check.sqnr_db < least and not check.max_steps <= ONE_STEP)
 
 
 @dataclass(frozen=True)
 class Names:
-    """What the layers of a message are called, and what a user can type for them.
+    """Names of layers in messages, and in the ``exclude`` that they suggest.
 
     Attributes:
         prefix: The network's name in the LightningModule, to which ``exclude`` is relative.
         modules: The names of the float network's modules.
-        feeding: The nearest layers that feed an op, by the op's name.
+        feeding: The nearest layers before an op, by the op's name.
     """
 
     prefix: str = ""
@@ -177,11 +177,11 @@ class Names:
     feeding: Callable[[str], Sequence[str]] = lambda name: ()
 
     def layers(self, name: str) -> tuple[str, ...]:
-        """A layer; or an op, and the layers that feed it."""
+        """A layer; for an op, the op and the layers before it."""
         return (name,) if name in self.modules else (name, *self.feeding(name))
 
     def excluding(self, names: Sequence[str]) -> str:
-        """The ``exclude`` that leaves these layers float; empty if it cannot be said."""
+        """The ``exclude`` that leaves these layers float; empty if there is none."""
         paths = [".".join(filter(None, (self.prefix, name))) for name in names if name in self.modules]
         return f"exclude={paths}" if paths and all(paths) else ""
 
@@ -189,19 +189,19 @@ class Names:
 def raise_if_faulty(
     checks: Sequence[LayerCheck],
     target: Backend,
-    names: Names = Names(),  # it is frozen
+    names: Names = Names(),  # frozen
     wanted: str = "fake-quant computed in training",
 ) -> None:
-    """Raise for the worst layer that is past the tolerance of ``target`` by more than a rounding.
+    """Raise an error for the worst layer that exceeds the tolerance of ``target`` by more than a rounding.
 
     Args:
         checks: The rows.
         target: The backend.
-        names: Of the layers.
-        wanted: What the layers are compared with, for the message.
+        names: Names of the layers.
+        wanted: The reference, for the message.
 
     Raises:
-        VerificationError: There is one.
+        VerificationError: A layer exceeds the tolerance.
     """
     faulty = sorted((check for check in checks if is_faulty(check, target)), key=lambda check: check.sqnr_db)
     if not faulty:

@@ -1,4 +1,4 @@
-"""Writing over a tensor after it was rounded: what rounding made of it is another tensor, which the write misses."""
+"""In-place writes to a tensor after it was rounded: the rounded tensor is a copy, which the write does not reach."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ def late_write(
     writes: Mapping[fx.Node, fx.Node],
     memory: Mapping[fx.Node, Hashable],
 ) -> tuple[fx.Node, fx.Node] | None:
-    """The first write to the memory of a tensor between its rounding and a reader of what was rounded.
+    """Find the first write to the memory of a tensor between its rounding and a reader of the rounded tensor.
 
     Args:
-        graph: With fake-quant.
-        modules: What it calls.
-        writes: The nodes that change a tensor in place, and which.
-        memory: For each tensor what tells its memory from that of others; views have that of what they are views of.
+        graph: A graph with fake-quant.
+        modules: The modules that it calls.
+        writes: The nodes that modify a tensor in place, and the node of that tensor.
+        memory: For each tensor a key of its memory; a view has the key of its base.
 
     Returns:
-        The tensor that is rounded, and the write; None if there is none.
+        The tensor that is rounded, and the write; None if there is no such write.
     """
     order = {node: number for number, node in enumerate(graph.nodes)}
     for write, written in writes.items():
@@ -40,13 +40,13 @@ def late_write(
 
 
 def late_write_error(mode: str, network: str, tensor: str, write: str) -> str:
-    """What to say of it.
+    """The error message for a late write.
 
     Args:
-        mode: In which it was found.
-        network: Its class.
-        tensor: What is rounded.
-        write: What writes, and where.
+        mode: The mode that found it.
+        network: The network's class.
+        tensor: The tensor that is rounded.
+        write: The writing op, and its line.
     """
     return (
         f"mode={mode!r} cannot round {tensor!r} in {network}: {write} overwrites it later through a view, and it is "

@@ -1,7 +1,7 @@
-"""Layers of a prepared network that have a scheme of their own: their FakeQuantizes get its grids, in every mode.
+"""Layers of a prepared network with a scheme of their own: their FakeQuantizes get its grids, in every mode.
 
-A mode prepares with one scheme for all. What `Scheme.overrides` says of single layers is done afterwards, by the names
-that `find_places` has for what rounds, and before anything is observed.
+A mode prepares all layers with one scheme. `Scheme.overrides` is applied afterwards, by the names that `find_places`
+returns, and before anything is observed.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ _TABLES = tuple(table.__name__ for table in module_types("table"))
 
 
 def give_layers_their_grids(prepared: nn.Module) -> None:
-    """Let the layers that ``Scheme.overrides`` names round to grids of their own.
+    """Set the grids of the layers that ``Scheme.overrides`` matches.
 
-    Of an activation it is the grid of a layer's output, behind its BatchNorm and activation function. Values that share
-    a range, such as those that ``cat`` joins, have one grid: of the layers that they come from, the one with the fewest
-    bits decides.
+    For activations, this is the grid of a layer's output, after its BatchNorm and activation function. Values that
+    share a range, such as the inputs of ``cat``, share one grid: that of the layer with the fewest bits among those
+    they come from.
 
     Args:
-        prepared: A network that carries its `PreparedState`, and observed nothing yet. Its weights are to be
-            materialized (anew) after this.
+        prepared: A network that carries its `PreparedState` and has observed nothing yet. Its weights have to be
+            materialized (again) after this.
     """
     state = prepared_state(prepared)
     if not state.recipe.scheme.overrides:
@@ -52,11 +52,11 @@ def give_layers_their_grids(prepared: nn.Module) -> None:
 
 
 def check_overrides_of(networks: Mapping[str, nn.Module], recipe: Recipe) -> None:
-    """Refuse a pattern of ``Scheme.overrides`` that matches no layer of some networks.
+    """Raise an error for a pattern of ``Scheme.overrides`` that matches no layer of the given networks.
 
     Args:
-        networks: All that the recipe is for, float, by their dotted names in the LightningModule.
-        recipe: What they are about to be prepared with.
+        networks: All float networks of the recipe, by their dotted names in the LightningModule.
+        recipe: The recipe they will be prepared with.
 
     Raises:
         ConfigurationError: See `check_overrides`.
@@ -66,7 +66,7 @@ def check_overrides_of(networks: Mapping[str, nn.Module], recipe: Recipe) -> Non
 
 
 def _layers(network: nn.Module, prefix: str) -> list[str]:
-    """The modules with weights: layers, and classes of the user's own that compute with a matrix."""
+    """The modules with weights: layers, and custom classes that multiply by a matrix."""
     return [
         join(prefix, name)
         for name, module in network.named_modules()
@@ -75,14 +75,14 @@ def _layers(network: nn.Module, prefix: str) -> list[str]:
 
 
 def check_overrides(recipe: Recipe, layers: Sequence[str]) -> None:
-    """Refuse a pattern of ``scheme.overrides`` that matches no layer which could be quantized.
+    """Raise an error for a pattern of ``scheme.overrides`` that matches no layer which can be quantized.
 
     Args:
-        recipe: Of all networks.
+        recipe: The recipe of all networks.
         layers: The names of the layers with weights of all networks, in the LightningModule.
 
     Raises:
-        ConfigurationError: A pattern matches none; the message has the names of layers that are near it.
+        ConfigurationError: A pattern matches none; the message suggests similar names.
 
     Example:
         >>> from qat_lightning.settings.scheme import Scheme
@@ -117,23 +117,23 @@ def _grid(fq: FakeQuantize, place: Place, recipe: Recipe) -> tuple[IntegerGrid, 
     low, high = made.quant_min, made.quant_max
     qscheme, axis = made.qscheme, made.ch_axis
     if recipe.target.own_grids:
-        # The quantizer decided, and what it decided on gets coarser.
+        # The quantizer determined the grid; it is only made coarser.
         bits = recipe.scheme.weight_bits if place.what == "weight" else recipe.scheme.activation_bits
         low, high = coarser(fq.quant_min, fq.quant_max, bits, is_weight=place.what == "weight")
         qscheme = fq.qscheme if place.what == "activation" or recipe.scheme.per_channel else made.qscheme
     if fq.per_channel and made.per_channel:
-        axis = fq.ch_axis  # a kernel may have its channels elsewhere
+        axis = fq.ch_axis  # a kernel may have another channel dimension
     return replace(fq.grid, quant_min=low, quant_max=high, qscheme=qscheme, ch_axis=axis), made.clipped
 
 
 def coarser(low: int, high: int, bits: int, *, is_weight: bool) -> tuple[int, int]:
-    """The limits of a grid that has no more values than some bits allow.
+    """The limits of a grid, reduced to the number of values that some bits allow.
 
     Args:
-        low: Smallest integer of the grid as it is.
+        low: Smallest integer of the present grid.
         high: Largest integer.
-        bits: How many bits; from 8 on the grid stays as it is.
-        is_weight: Whether it is symmetric around 0.
+        bits: Number of bits; from 8 on the grid is not changed.
+        is_weight: Whether the grid is symmetric around 0.
 
     Example:
         >>> coarser(-127, 127, 4, is_weight=True), coarser(0, 255, 4, is_weight=False)

@@ -1,9 +1,9 @@
-"""Leaving a layer or an op of a prepared network float, without preparing it anew.
+"""Leaving a layer or an op of a prepared network float, without preparing it again.
 
-What was found to be impossible in int8, in a rehearsal before the training or when a trained network is converted, is
-left float in the prepared network itself, so that fake-quant and int8 stay equal. Every key of its ``state_dict`` stays
-too: only its weights are no longer rounded. Its name and the reason are in its `PreparedState`, and so in every
-checkpoint.
+Layers and ops that turn out to have no int8 form, in a rehearsal before training or when a trained network is
+converted, are left float in the prepared network itself, so that fake-quant and int8 stay equal. Every key of its
+``state_dict`` stays too; only the weights are no longer rounded. Names and reasons are in its `PreparedState`, and so
+in every checkpoint.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ def leave_float(prepared: nn.Module, reasons: Mapping[str, str], example: Exampl
     """Leave layers and ops of a prepared network float, in training and in conversion.
 
     Args:
-        prepared: What a mode's ``prepare`` made, changed in place.
-        reasons: For each name, as `Mode.parts` has them, why it cannot be int8. Others are ignored.
-        example: One call of the network; None if its ranges are about to be loaded.
+        prepared: The result of a mode's ``prepare``; changed in place.
+        reasons: For names from `Mode.parts`, why each cannot be int8. Other names are ignored.
+        example: One call of the network; None if its ranges will be loaded.
 
     Returns:
-        The names of those that were not float before.
+        The names that were not float before.
     """
     state = prepared_state(prepared)
     possible = set(state.mode.parts(prepared))
@@ -52,7 +52,7 @@ def leaving_float(recipe: Recipe, left: Mapping[str, str], prefix: str) -> Recip
 
 
 def leave_weights_float(prepared: nn.Module, names: Collection[str]) -> None:
-    """Never round the weights of these layers; what they take and what they yield stays on its grid."""
+    """Never round the weights of these layers; their inputs and outputs stay on their grids."""
     for place in find_places(prepared):
         if place.what == "weight" and layer_of(place.layer) in names:
             place.fq.left_float = True
@@ -62,8 +62,8 @@ def weighted_layers(prepared: nn.Module, order: Callable[[FakeQuantize], int] = 
     """The layers whose weights a prepared network rounds.
 
     Args:
-        prepared: What a mode's ``prepare`` made.
-        order: What to sort by, if not by how places are found.
+        prepared: The result of a mode's ``prepare``.
+        order: Sort key; by default the order of `find_places`.
     """
     places = [place for place in find_places(prepared) if place.what == "weight" and not place.fq.left_float]
     places.sort(key=lambda place: order(place.fq))
@@ -71,7 +71,7 @@ def weighted_layers(prepared: nn.Module, order: Callable[[FakeQuantize], int] = 
 
 
 def layer_of(name: str) -> str:
-    """The layer that a call of it belongs to, where mode fx has a module for each call.
+    """The layer that a call belongs to; mode fx has a separate module for each call.
 
     Example:
         >>> layer_of("head.fc_call_1"), layer_of("head.fc")
@@ -82,7 +82,7 @@ def layer_of(name: str) -> str:
 
 
 def with_reasons(rows: Iterable[LayerCoverage], left_float: Mapping[str, str]) -> list[LayerCoverage]:
-    """The rows of layers, those that are left float with the reason."""
+    """The rows of layers; those that are left float get their reason."""
     return [
         replace(row, quantized=False, reason=left_float[row.name])
         if row.what == "layer" and row.name in left_float
@@ -92,7 +92,7 @@ def with_reasons(rows: Iterable[LayerCoverage], left_float: Mapping[str, str]) -
 
 
 def follow_checkpoints(prepared: nn.Module) -> None:
-    """Let a prepared network leave float what a checkpoint that is loaded into it left float."""
+    """Let a prepared network leave float what was left float in a checkpoint that is loaded into it."""
     prepared.register_load_state_dict_pre_hook(_take_over)
 
 
@@ -100,5 +100,5 @@ def _take_over(prepared: nn.Module, state_dict: dict[str, Any], prefix: str, *ar
     without_placeholders(state_dict)
     extra = state_dict.get(f"{prefix}_quantization._extra_state")
     if extra is not None:
-        # No example: the ranges are those of the checkpoint.
+        # No example: the ranges come from the checkpoint.
         leave_float(prepared, dict(from_entry(extra).get("left_float", ())), None)

@@ -1,4 +1,4 @@
-"""Networks that PyTorch's own quantization has been at: what may stay of it, and what is refused."""
+"""Networks that were modified by PyTorch's own quantization: which modules may stay, and which are refused."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ _FLOAT = (FloatFunctional, FXFloatFunctional)
 
 
 def is_fused_float(module: nn.Module) -> bool:
-    """Whether a module is what ``fuse_modules`` makes of float layers."""
+    """Whether a module is a float module created by ``fuse_modules``."""
     return isinstance(module, nni.modules.fused._FusedModule) and not type(module).__module__.startswith(_ELSEWHERE)
 
 
 def refuse_other_quantization(network: nn.Module) -> None:
-    """Refuse a network with fake-quant, observers or int8 layers that are not ours.
+    """Raise an error for a network with fake-quant, observers or int8 layers of another library.
 
-    ``QuantStub``, ``DeQuantStub``, ``FloatFunctional`` and what ``fuse_modules`` makes do in float what they stand for,
-    and may stay.
+    ``QuantStub``, ``DeQuantStub``, ``FloatFunctional`` and fused modules of ``fuse_modules`` compute in float, and may
+    stay.
 
     Args:
         network: The network that is about to be prepared.
 
     Raises:
-        NetworkError: There are some; the message names them.
+        NetworkError: There are such modules; the message names them.
     """
     found = {}
     for name, module in network.named_modules():
@@ -55,12 +55,12 @@ def refuse_other_quantization(network: nn.Module) -> None:
 
 
 def _of_torchao() -> tuple[type, ...]:
-    """Torchao's own fake-quantize; where it was never imported, no network holds one."""
+    """Torchao's own fake-quantize; empty if torchao was never imported, since no network can contain one then."""
     module = sys.modules.get("torchao.quantization.pt2e.fake_quantize")
     return () if module is None else (module.FakeQuantizeBase,)
 
 
 def forget_qconfigs(network: nn.Module) -> None:
-    """Take the settings of PyTorch's own quantization off the modules, which would meddle with ours."""
+    """Remove the settings of PyTorch's own quantization from the modules, which would interfere with ours."""
     for module in network.modules():
         module.__dict__.pop("qconfig", None)

@@ -1,7 +1,7 @@
-"""Where a prepared network rounds, by the names of the float network's layers: one mapping for the three modes.
+"""Where a prepared network rounds, by the layer names of the float network: one mapping for all modes.
 
-In eager mode fake-quantize modules sit in the layers whose names they bear. In the graph modes those of activations
-are counted (fx) or named after nodes (pt2e), and what they belong to is found by walking back in the graph.
+In eager mode, fake-quantize modules are in the layers they are named after. In the graph modes those of activations are
+numbered (fx) or named after nodes (pt2e), and their layer is found by walking back in the graph.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ class Place:
     """One place where a weight or an activation is rounded.
 
     Attributes:
-        layer: The layer's name in the float network; for an op that is no layer, its name in the graph; for an input of
-            the network, the parameter's name in its ``forward``.
+        layer: The layer's name in the float network; for an op, its name in the graph; for an input of the network, the
+            parameter's name in its ``forward``.
         kind: The layer's type, the op's name, ``"input"`` or ``"parameter"``.
-        what: What is rounded here.
-        module: What is called with the values: a `FakeQuantize`, or what stands for one that is elsewhere.
-        fq: Whose grid it is.
-        turn: Of the calls of ``module`` in one run of the network, which is this place's, counted from 0; None for any.
-        turns: How many calls there are in one run.
+        what: Whether a weight or an activation is rounded.
+        module: The module that is called with the values: a `FakeQuantize`, or a module that uses one elsewhere.
+        fq: The FakeQuantize with the grid.
+        turn: Which call of ``module`` in one run of the network belongs to this place, counted from 0; None for all.
+        turns: Number of calls in one run.
     """
 
     layer: str
@@ -44,10 +44,10 @@ class Place:
 
 
 def find_places(prepared: nn.Module) -> list[Place]:
-    """Every place where a prepared network rounds, those of weights before those of activations in the graph modes.
+    """All places where a prepared network rounds; in the graph modes, weights come before activations.
 
     Args:
-        prepared: What a mode's ``prepare`` made.
+        prepared: The result of a mode's ``prepare``.
 
     Example:
         >>> import torch
@@ -87,16 +87,16 @@ def _in_layers(prepared: nn.Module) -> Iterator[Place]:
 def _kind_in(float_network: nn.Module, layer: str) -> str:
     try:
         return type(float_network.get_submodule(layer)).__name__
-    except AttributeError:  # made in preparation: a linear map of attention
+    except AttributeError:  # created by preparation: a linear map of attention
         return nn.Linear.__name__
 
 
 class _Names:
-    """Finds what the nodes of a prepared graph are in the float network.
+    """Finds the names in the float network for nodes of a prepared graph.
 
     Args:
         prepared: The network in fx or pt2e.
-        graph: What it runs.
+        graph: The graph that it runs.
     """
 
     def __init__(self, prepared: nn.Module, graph: fx.Graph) -> None:
@@ -121,7 +121,7 @@ class _Names:
                 continue
             seen.add(fq)
             layer = str(node.target) if fq is inner else _parameter_owner(node)
-            # pt2e's folded weights are rounded by the same FakeQuantize, called from another module.
+            # In pt2e, the same FakeQuantize rounds folded weights, called from another module.
             yield Place(layer, self.kind(layer), "weight", fq, fq)
 
     def activations(self) -> Iterator[Place]:
@@ -138,19 +138,19 @@ class _Names:
             assert fq is not None
             for turn, node in enumerate(nodes):
                 main = self.main_op(node.all_input_nodes[0])
-                # What shares a range mostly gets values that are on its grid already, such as those of max-pooling.
+                # Other inputs of a SharedRange are mostly on the grid already, such as outputs of max-pooling.
                 if module is fq or self.is_weighted(main):
                     layer, kind = self.described(main)
                     found.append((node, Place(layer, kind, "activation", module, fq, turn, len(nodes))))
         count: Counter[str] = Counter()
         for _, place in sorted(found, key=lambda pair: pair[0]):
-            # A layer that is called from several places has a range at each; fx names them in the same way.
+            # A layer that is called several times has a range for each call; fx names them in the same way.
             again = f"{place.layer}_call_{count[place.layer]}" if count[place.layer] else place.layer
             count[place.layer] += 1
             yield replace(place, layer=again)
 
     def is_weighted(self, node: fx.Node) -> bool:
-        """Whether a node is a layer, or an op, that has a rounded weight."""
+        """Whether a node is a layer or op with a rounded weight."""
         module = self.called(node)
         if module is not None:
             return "weight_fake_quant" in module._modules
@@ -161,7 +161,7 @@ class _Names:
         return fq is not None and fq.source == "present"
 
     def main_op(self, node: fx.Node) -> fx.Node:
-        """The op that a value comes from: a layer before its BatchNorm and ReLU, an addition before its ReLU."""
+        """The op that a value comes from: the layer before BatchNorm and ReLU, or the addition before its ReLU."""
         while not self.is_weighted(node):
             sources = [source for source in node.all_input_nodes if source.op != "get_attr" and not _is_size(source)]
             if len(sources) != 1 or sources[0].op == "placeholder" or rounding_of(self.called(sources[0])) is not None:
@@ -170,16 +170,16 @@ class _Names:
         return node
 
     def described(self, node: fx.Node) -> tuple[str, str]:
-        """Name and kind of what a node computes."""
+        """Name and kind of the computation of a node."""
         if node.op == "placeholder":
             name = str(node.target)
-            # A parameter of forward may have the name of a layer.
+            # A parameter of forward may have the same name as a layer.
             return (f"{name}_input" if name in self.modules else name), "input"
         if node.op == "get_attr":
             return str(node.target), "parameter"
         module = self.called(node)
         if module is not None:
-            op = getattr(module, "op", None)  # an op that pt2e put into a module for its flag
+            op = getattr(module, "op", None)  # an op that pt2e wrapped in a module for its training flag
             if op is not None and hasattr(op, "_schema"):
                 return str(node.target).removesuffix("_op"), op_name(op)
             return str(node.target), self.kind(str(node.target))
@@ -194,13 +194,13 @@ class _Names:
         """The type of a layer in the float network."""
         try:
             return type(self.state.float_network.get_submodule(layer)).__name__
-        except AttributeError:  # made in preparation: a layer that is called twice is two layers
+        except AttributeError:  # created by preparation: a layer that is called twice becomes two layers
             module = self.modules[layer]
             return getattr(module, "_FLOAT", type(module)).__name__
 
 
 def rounding_of(module: nn.Module | None) -> FakeQuantize | None:
-    """The FakeQuantize that a module is, or with which it rounds; None for a module that does not round."""
+    """The FakeQuantize that a module is or uses; None for a module that does not round."""
     if isinstance(module, FakeQuantize):
         return module
     held = module.__dict__.get("fq") if type(module).__name__ in _STAND_FOR else None
@@ -208,11 +208,11 @@ def rounding_of(module: nn.Module | None) -> FakeQuantize | None:
 
 
 _STAND_FOR = ("SharedRange", "Rounder", "FoldedWeight")
-"""By name, so that one mode does not import another."""
+"""By name, so that modes do not import each other."""
 
 
 def node_scope(node: fx.Node, state: PreparedState) -> str:
-    """Name of the innermost module whose ``forward`` made a node; empty if it is the network's own, or not known."""
+    """Name of the innermost module whose ``forward`` created a node; empty if it is the network itself, or unknown."""
     if hasattr(node.target, "_schema"):
         from qat_lightning.graph.scopes import scope_of
 
@@ -221,7 +221,7 @@ def node_scope(node: fx.Node, state: PreparedState) -> str:
 
 
 def op_name(target: Any) -> str:
-    """A function's name, short: ``add`` of ``operator.add``, of ``"add"`` and of ``aten.add.Tensor``."""
+    """A short name for a function: ``add`` for ``operator.add``, ``"add"`` and ``aten.add.Tensor``."""
     if isinstance(target, str):
         return target
     name: str = getattr(target, "__name__", str(target))
@@ -233,7 +233,7 @@ def _is_size(node: fx.Node) -> bool:
 
 
 def _parameter_owner(node: fx.Node) -> str:
-    """The layer whose weight a rounding node takes; for a computed weight, the layer it was computed in."""
+    """The layer of the weight that a node rounds; for a computed weight, the layer that computes it."""
     while node.op != "get_attr" and node.all_input_nodes:
         node = node.all_input_nodes[0]
     owner = str(node.target).rpartition(".")[0]

@@ -1,4 +1,4 @@
-"""Networks in other precisions than float32, which is what int8 grids are for."""
+"""Networks in precisions other than float32, which int8 grids require."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from qat_lightning.modes.eager.observation import run_apart
 
 
 def refuse_mixed(network: nn.Module, example: Example) -> None:
-    """Refuse a network with layers of several precisions that does not run in one: conversion puts all into float32.
+    """Refuse a network of mixed precision that fails in float32: conversion casts all layers to float32.
 
     Args:
         network: The float network.
@@ -43,13 +43,13 @@ def refuse_mixed(network: nn.Module, example: Example) -> None:
 
 
 def refuse_other_precision(network: nn.Module) -> None:
-    """Refuse a network none of whose tensors can be on a grid: quantizers of mode pt2e annotate what is float32.
+    """Refuse a network without float32 tensors: quantizers of mode pt2e annotate only float32.
 
     Args:
         network: The float network.
 
     Raises:
-        NetworkError: There is none in float32.
+        NetworkError: It has no float32 tensor.
     """
     dtypes = _dtypes(network)
     if dtypes and torch.float32 not in dtypes:

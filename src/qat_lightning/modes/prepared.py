@@ -1,4 +1,4 @@
-"""What a prepared network carries in any mode, and the switches that act on it."""
+"""The state that a prepared network carries in every mode, and functions that switch it."""
 
 from __future__ import annotations
 
@@ -23,24 +23,26 @@ from qat_lightning.settings.recipe import Recipe
 
 
 class PreparedState(nn.Module):
-    """The child ``_quantization`` of a prepared network: its recipe, saved as extra state, and what convert needs.
+    """The child ``_quantization`` of a prepared network: its recipe, saved as extra state, and data for conversion.
 
     Attributes:
-        mode: What prepared the network, and can convert it.
-        recipe: What the network was prepared with.
+        mode: The mode that prepared the network and can convert it.
+        recipe: The recipe of the preparation.
         prefix: The network's dotted name in the LightningModule, to which the recipe's globs are relative.
-        float_network: A copy of the network's modules before it was prepared. Its parameters are those of the prepared
-            network; it is no child, so nothing of it is saved. Copy it, and load `float_weights`, to run it.
-        added_keys: The keys of the ``state_dict`` that the float network does not have.
-        own_order: Whether the parameters come in another order than the float network's, as in a checkpoint that was
-            loaded.
-        left_float: What was found to be impossible in int8, by name, and why: see `qat_lightning.modes.left_float`.
-        grids: The grid of each FakeQuantize in words, where a quantizer of the user's decided on it; no entry where the
-            recipe says which they are.
-        plan: What the mode that prepared it wants to remember for conversion.
-        reworking: What was done to the float network before, and can be done to other weights; None if nothing.
+        float_network: A copy of the network's modules before preparation, with the parameters of the prepared network.
+            Not a child, so it is not saved. To run it, copy it and load `float_weights`.
+        added_keys: Keys of the ``state_dict`` that the float network does not have.
+        own_order: Whether the order of parameters differs from the float network's, as in a loaded checkpoint.
+        left_float: Layers and ops that turned out to have no int8 form, with the reasons: see
+            `qat_lightning.modes.left_float`.
+        grids: The grid of each FakeQuantize in words, if a user's quantizer determined it; otherwise it follows from
+            the recipe, and there is no entry.
+        plan: Data that the mode keeps for conversion.
+        reworking: The changes made to the float network before preparation, which can be applied to other weights; None
+            if there were none.
         course: Whether the network trains, and where its forward passes begin.
-        form: Of a network that is sharded over processes, what it is without values: see `qat_lightning.modes.sharded`.
+        form: For a network that is sharded over processes, its structure without values: see
+            `qat_lightning.modes.sharded`.
     """
 
     mode: Mode
@@ -69,11 +71,11 @@ class PreparedState(nn.Module):
         self.course = Course()
 
     def forward(self, input: Any) -> Any:
-        """``input`` itself: an ``nn.Sequential`` calls every child that it has."""
+        """Return ``input``: an ``nn.Sequential`` calls all of its children."""
         return input
 
     def get_extra_state(self) -> Tensor:
-        """The recipe, the added keys and the like, as a tensor."""
+        """Recipe, added keys and the rest of the state, as a tensor."""
         folded = self.reworking.folded if self.reworking is not None else {}
         values = {
             "added_keys": self.added_keys,
@@ -84,7 +86,7 @@ class PreparedState(nn.Module):
         return to_tensor(self.recipe.to_dict() | values | ({"grids": self.grids} if self.grids else {}))
 
     def set_extra_state(self, state: Any) -> None:
-        """Refuse the ranges of another recipe, and those of other grids."""
+        """Raise an error for ranges of another recipe, or of other grids."""
         check_recipe(self.recipe, state)
         grids = from_entry(state).get("grids", {})
         wrong = [name for name in sorted(self.grids.keys() | grids) if self.grids.get(name) != grids.get(name)]
@@ -97,11 +99,11 @@ class PreparedState(nn.Module):
 
 
 def check_recipe(recipe: Recipe, entry: Any) -> None:
-    """Raise unless a checkpoint's recipe is the one of the network it is loaded into.
+    """Raise an error unless a checkpoint's recipe equals that of the network.
 
     Args:
-        recipe: The network's.
-        entry: The checkpoint's entry for it.
+        recipe: Recipe of the network.
+        entry: The checkpoint's entry.
 
     Raises:
         CheckpointMismatchError: They differ; the message names both sides.
@@ -114,23 +116,23 @@ def check_recipe(recipe: Recipe, entry: Any) -> None:
 
 
 def prepared_state(prepared: nn.Module) -> PreparedState:
-    """The recipe and the float copy that a prepared network carries."""
+    """The `PreparedState` of a prepared network."""
     state: PreparedState = prepared._quantization  # type: ignore[assignment]
     return state
 
 
 def is_prepared(network: nn.Module) -> bool:
-    """Whether ``network`` came out of a mode's ``prepare``."""
+    """Whether ``network`` is the result of a mode's ``prepare``."""
     return isinstance(network._modules.get("_quantization"), PreparedState)
 
 
 def prepared_parts(prepared: nn.Module) -> dict[str, nn.Module]:
-    """The submodules that were prepared by themselves, by their first names; none where the whole was."""
+    """The separately prepared submodules in mode ``"parts"``, by their first names; empty in other modes."""
     return {name: module for name, module in prepared.named_modules() if name and is_prepared(module)}
 
 
 def fake_quantizers(network: nn.Module) -> Iterable[tuple[str, FakeQuantize]]:
-    """Every FakeQuantize and its name, each once."""
+    """All FakeQuantizes with their names, each once."""
     for name, module in network.named_modules():
         if isinstance(module, FakeQuantize):
             yield name, module
@@ -138,7 +140,7 @@ def fake_quantizers(network: nn.Module) -> Iterable[tuple[str, FakeQuantize]]:
 
 @contextmanager
 def weights_unrounded(network: nn.Module) -> Iterator[None]:
-    """Within the block weights stay as they are, so that no range is chosen by them before the first step."""
+    """Within the block weights are not rounded, so that no range is chosen from them before the first step."""
     rounding = [fq for _, fq in fake_quantizers(network) if fq.source == "present" and fq.fake_quant_enabled]
     for fq in rounding:
         fq.enable_fake_quant(False)
@@ -150,24 +152,24 @@ def weights_unrounded(network: nn.Module) -> Iterator[None]:
 
 
 def materialize_weights(prepared: nn.Module) -> None:
-    """Let the FakeQuantizes of layers' weights make what they keep for each channel, before a training begins."""
+    """Create the per-channel state of the FakeQuantizes of weights, before training begins."""
     for module in prepared.modules():
         if isinstance(module, RoundedLayer):
             module.materialize()
             continue
-        # A child of its own: a wrapper may show those of what it wraps.
+        # Its own children only: a wrapper may expose those of the wrapped layer.
         fq, weight = module._modules.get("weight_fake_quant"), getattr(module, "weight", None)
         if isinstance(fq, FakeQuantize) and isinstance(weight, torch.Tensor):
-            # In eager mode, of another form than the parameter may be.
+            # In eager mode, the rounded tensor may have another shape than the parameter.
             kernel: Any = getattr(module, "kernel", None)
             fq.materialize(weight if kernel is None else kernel()[0])
 
 
 def refuse_simulated(recipe: Recipe) -> None:
-    """Refuse to convert what no kernel can run.
+    """Refuse to convert a scheme that no kernel can run.
 
     Raises:
-        ConversionError: With the reason.
+        ConversionError: The scheme is simulated; the message says why.
     """
     if recipe.simulated:
         raise ConversionError(
@@ -179,7 +181,7 @@ def refuse_simulated(recipe: Recipe) -> None:
 def set_phase(
     network: nn.Module, *, fake_quant: bool, observers: bool, batchnorm_frozen: bool, scales_learn: bool = True
 ) -> None:
-    """Switch rounding, the moving of ranges, the freezing of BatchNorm and the beginning to learn of scales."""
+    """Set whether fake-quant is enabled, ranges are updated, BatchNorm is frozen, and scales may begin to learn."""
     for module in network.modules():
         if isinstance(module, FakeQuantize):
             module.fake_quant_enabled = fake_quant
@@ -192,38 +194,38 @@ def set_phase(
 
 
 def observe_in_evaluation(network: nn.Module, observe: bool) -> None:
-    """Let ranges move in evaluation as well while observers are on, or in training only."""
+    """Set whether enabled observers update ranges in evaluation as well, or in training only."""
     for _, fq in fake_quantizers(network):
         fq.observe_in_evaluation = observe
 
 
 def follow_course(prepared: nn.Module) -> None:
-    """Let all FakeQuantizes of a prepared network know whether it trains as a whole."""
+    """Let all FakeQuantizes of a prepared network share its `Course`."""
     course = prepared_state(prepared).course
     for _, fq in fake_quantizers(prepared):
-        fq.__dict__["course"] = course  # no child: it is one of the network already
+        fq.__dict__["course"] = course  # not a child: the network has it already
 
 
 def in_training_step(prepared: nn.Module, begins: bool) -> None:
-    """Say that a training step begins, in which ranges move also where a part is kept in evaluation, or that it ended.
+    """Mark the begin or end of a training step, in which ranges are updated even in parts that are kept in evaluation.
 
-    Between steps, and without these calls, a network trains while its own flag says so.
+    Between steps, and without these calls, the network's own flag says whether it trains.
     """
     prepared_state(prepared).course.in_training_step = begins
 
 
 def reduce_ranges(network: nn.Module, reduce: bool) -> None:
-    """Let every batch's ranges be taken over all processes of a distributed training, as they are observed, or not."""
+    """Set whether the ranges of every batch are reduced over all processes of a distributed training."""
     for _, fq in fake_quantizers(network):
         fq.reduce_across_processes = reduce
 
 
 @torch.no_grad()
 def merge_ranges(network: nn.Module) -> None:
-    """Give all processes the same ranges: the least of their lows and the greatest of their highs, in one collective.
+    """Merge the ranges of all processes, in one collective: the smallest low and the largest high.
 
-    Of ranges that are chosen from each batch the mean, in another: the widest would be that of the process whose choice
-    was the worst.
+    Ranges that are chosen from each batch are averaged instead, in a second one: the widest would be that of the
+    process with the worst choice.
     """
     moving = [fq for _, fq in fake_quantizers(network) if fq.observed]
     if not moving:
@@ -242,14 +244,14 @@ def merge_ranges(network: nn.Module) -> None:
 
 
 def _means_over_all(moving: list[FakeQuantize]) -> Iterable[Tensor]:
-    """Sums of lows and highs over the processes that know a range, and how many these are."""
+    """Sums of lows and highs over the processes that know a range, and the number of these processes."""
     ranges = torch.stack([torch.stack([fq.min_val, fq.max_val, torch.ones_like(fq.max_val)]) for fq in moving])
     known = ranges[:, :1] <= ranges[:, 1:2]
     return sum_over_all(torch.where(known, ranges, 0.0))
 
 
 def copy_of_modules(network: nn.Module) -> nn.Module:
-    """A copy of all modules that shares their parameters and buffers: what it was, at the cost of no tensor.
+    """A copy of all modules that shares their parameters and buffers, so it costs no memory for tensors.
 
     Example:
         >>> layer = nn.Linear(2, 3)
@@ -262,12 +264,12 @@ def copy_of_modules(network: nn.Module) -> nn.Module:
 
 
 def float_keys(prepared: nn.Module) -> set[str]:
-    """The keys of a prepared network's ``state_dict`` that the float network has as well."""
+    """Keys of a prepared network's ``state_dict`` that the float network has as well."""
     return set(prepared_state(prepared).float_network.state_dict())
 
 
 def cpu_copy(prepared: nn.Module) -> nn.Module:
-    """A detached copy on the CPU, in eval mode and in float32, with rounding on: what conversion starts from."""
+    """A detached copy on the CPU, in eval mode and float32, with fake-quant enabled: the input of conversion."""
     copied = copy.deepcopy(prepared).cpu().float().eval()
     for parameter in copied.parameters():
         parameter.requires_grad_(False)

@@ -1,4 +1,4 @@
-"""What the three modes have in common: one small protocol, and the values in which a mode answers."""
+"""The interface of all modes: a small protocol and its result types."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from qat_lightning.graph.example import Example
 from qat_lightning.settings.recipe import Recipe
 
 EXCLUDED = "excluded"
-"""The reason of a row that the recipe leaves out; nothing but `LayerCoverage.excluded` reads it."""
+"""Reason in rows of layers that the recipe excludes; read only by `LayerCoverage.excluded`."""
 
 
 @dataclass(frozen=True)
@@ -21,13 +21,13 @@ class LayerCoverage:
     """Whether one layer of the float network, or an op between layers, is int8, and if not, why.
 
     Attributes:
-        name: The layer; the op, behind the name of the module whose ``forward`` calls it.
+        name: The layer; for an op, its name after the name of the module whose ``forward`` calls it.
         kind: Its type.
         quantized: Whether it is int8.
         reason: Why it stayed float; empty if it did not.
-        what: A layer has weights; an op is all else that computes.
-        calls: How often it runs in one call of the network; of a layer, 1.
-        macs: Multiply-accumulates for one sample; None if it has none, or they were not counted.
+        what: ``"layer"`` for layers with weights, ``"op"`` for everything else that computes.
+        calls: Number of calls in one run of the network; 1 for a layer.
+        macs: Multiply-accumulates per sample; None if it has none, or they were not counted.
     """
 
     name: str
@@ -40,22 +40,22 @@ class LayerCoverage:
 
     @property
     def excluded(self) -> bool:
-        """Whether it is float because the recipe leaves it out."""
+        """Whether it is float because the recipe excludes it."""
         return self.reason == EXCLUDED
 
 
 @dataclass
 class Converted:
-    """What a mode makes of a prepared network.
+    """The result of converting a prepared network.
 
     Attributes:
         network: The int8 module, on the CPU.
         coverage: Which layers became int8 and which stayed float.
         checks: The comparison with fake-quant, layer by layer.
-        notes: What a user should be told, such as a fallback taken.
-        operations: Likewise for the ops between the layers.
-        whole: The comparison of the whole; None if there is no output to compare.
-        parts: The names of the submodules that were converted, where not the whole was.
+        notes: Messages for the user, such as a fallback that was used.
+        operations: Coverage of the ops between the layers.
+        whole: The comparison of the whole network; None if there is no output to compare.
+        parts: Names of the converted submodules, if the network was not converted as a whole.
     """
 
     network: nn.Module
@@ -71,9 +71,9 @@ class Mode(Protocol):
     """One mode: plain modules in, plain modules out, no Lightning."""
 
     def prepare(self, network: nn.Module, example: Example, recipe: Recipe, *, prefix: str = "") -> nn.Module:
-        """Put fake-quant into ``network``.
+        """Insert fake-quant into ``network``.
 
-        Parameters are shared with ``network`` and keep their names, so that a float ``state_dict`` is a part of the
+        Parameters are shared with ``network`` and keep their names, so a float ``state_dict`` is a subset of the
         prepared one. The result has a child ``_quantization`` of type `PreparedState`, which keeps a float copy.
 
         Raises:
@@ -83,7 +83,7 @@ class Mode(Protocol):
         ...
 
     def convert(self, prepared: nn.Module, example: Example) -> Converted:
-        """Make an int8 network of ``prepared``, a CPU copy that may be used up, and verify it on ``example``.
+        """Convert ``prepared``, a CPU copy that may be modified, to an int8 network, and verify it on ``example``.
 
         Raises:
             ConversionError: A range was never observed, or upstream's converter failed.
@@ -92,18 +92,18 @@ class Mode(Protocol):
         ...
 
     def coverage(self, prepared: nn.Module, example: Example) -> list[LayerCoverage]:
-        """What of a prepared network conversion is going to make int8: a row for each layer, then one for each op.
+        """What conversion is going to make int8: one row per layer, then one per op.
 
         Args:
-            prepared: A CPU copy in evaluation (`cpu_copy`), which may be used up.
+            prepared: A CPU copy in evaluation (`cpu_copy`), which may be modified.
             example: One call.
         """
         ...
 
     def parts(self, prepared: nn.Module) -> list[str]:
-        """What of a prepared network can be left float by itself: layers by their names, and ops, as they run."""
+        """Names of the layers and ops of a prepared network that can be left float individually, in execution order."""
         ...
 
     def leave_float(self, prepared: nn.Module, names: Collection[str], example: Example | None) -> None:
-        """Leave some of `parts` float; called by `qat_lightning.modes.left_float.leave_float`, which notes why."""
+        """Leave some of `parts` float; called by `qat_lightning.modes.left_float.leave_float`, which stores why."""
         ...

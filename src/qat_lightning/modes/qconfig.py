@@ -1,4 +1,4 @@
-"""The FakeQuantize of a recipe, as upstream's torch.ao code wants it: factories in a QConfig."""
+"""The FakeQuantizes of a recipe as a QConfig, for upstream's torch.ao code."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from qat_lightning.settings.scheme import Scheme
 
 
 def make_qconfig(recipe: Recipe) -> QConfig:
-    """Activation and weight FakeQuantize as upstream's torch.ao code wants them: factories in a QConfig."""
+    """Factories of the activation and weight FakeQuantize, as a QConfig for upstream's torch.ao code."""
     scheme = recipe.scheme
     activation_low, activation_high = recipe.activation_limits
     weight_low, weight_high = recipe.weight_limits
@@ -39,7 +39,7 @@ def make_qconfig(recipe: Recipe) -> QConfig:
 
 
 def table_fake_quantize(recipe: Recipe) -> FakeQuantize:
-    """The FakeQuantize of one embedding's table, whose integers no int8 kernel limits."""
+    """The FakeQuantize of an embedding's table, whose integers are not limited by an int8 kernel."""
     low, high = recipe.weight_limits
     if recipe.scheme.weight_symmetric:
         low, high = -recipe.scheme.weight_quant_max, recipe.scheme.weight_quant_max
@@ -61,7 +61,7 @@ def weight_qscheme(scheme: Scheme) -> torch.qscheme:
 
 
 def activation_settings(recipe: Recipe) -> dict[str, Any]:
-    """What a FakeQuantize of activations has besides its grid."""
+    """Arguments of an activation's FakeQuantize besides its grid."""
     return {
         "source": recipe.activation_observer,
         "averaging_constant": recipe.scheme.averaging_constant,
@@ -72,7 +72,7 @@ def activation_settings(recipe: Recipe) -> dict[str, Any]:
 
 
 def weight_settings(recipe: Recipe) -> dict[str, Any]:
-    """What a FakeQuantize of weights has besides its grid."""
+    """Arguments of a weight's FakeQuantize besides its grid."""
     return {
         "source": "present",
         "clipped": recipe.scheme.chosen_weight_observer == "mse",

@@ -1,4 +1,4 @@
-"""Running graphs to compare their values: what each node yields, the same once more with small differences."""
+"""Running graphs to compare their values: recording each node's value, and running again with disturbances."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from qat_lightning.modes.whole import ENOUGH_DB, Disturbance
 
 
 class Recorder(fx.Interpreter):
-    """Runs a graph against any module and keeps the value of each node, as it was before anything wrote over it."""
+    """Runs a graph with any module and records the value of each node, as it was before an in-place op changed it."""
 
     def __init__(self, module: nn.Module, graph: fx.Graph) -> None:
         super().__init__(module, garbage_collect_values=False, graph=graph)
         self.values: dict[str, Any] = {}
 
     def run_node(self, n: fx.Node) -> Any:
-        """Run one node and keep what it yields."""
+        """Run one node and record its value."""
         if writes_in_place(n, self.fetch_attr(str(n.target)) if n.op == "call_module" else None):
             self._keep(n.all_input_nodes[0])
         value = super().run_node(n)
@@ -33,7 +33,7 @@ class Recorder(fx.Interpreter):
         return value
 
     def _keep(self, written: fx.Node) -> None:
-        """Copy the values that share memory with the one that is about to be changed."""
+        """Copy recorded values that share memory with one that is about to be changed."""
         changed = self.env[written]
         if not isinstance(changed, Tensor):
             return
@@ -45,10 +45,10 @@ class Recorder(fx.Interpreter):
 
 @contextmanager
 def same_random_numbers(what: str = "") -> Iterator[None]:
-    """Let what draws random numbers draw the same ones each time, and leave the state of the generator as it was.
+    """Make random ops reproducible within the block, and restore the state of the generator.
 
     Args:
-        what: The node or the network that draws.
+        what: The node or network that draws random numbers; it determines the seed.
     """
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(zlib.crc32(what.encode()))
@@ -56,16 +56,16 @@ def same_random_numbers(what: str = "") -> Iterator[None]:
 
 
 class SeededRecorder(Recorder):
-    """Records, and lets each node draw random numbers of its own, the same ones in every graph.
+    """Records, and seeds each node separately, so that nodes draw the same random numbers in every graph.
 
     Args:
         module: Holds the modules that the graph calls.
-        graph: What to run.
-        origins: What a node was called in the graph that this one was made from, where it is called otherwise.
-        drawing: The nodes that draw, by what they were called.
+        graph: The graph to run.
+        origins: The names of nodes in the graph that this one was made from, where they differ.
+        drawing: The original names of nodes that draw random numbers.
 
     Attributes:
-        drawn: The nodes that drew random numbers in this run, by what they were called.
+        drawn: The original names of the nodes that drew random numbers in this run.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class SeededRecorder(Recorder):
         self._in_order = False
 
     def run_node(self, n: fx.Node) -> Any:
-        """Run one node with its random numbers."""
+        """Run one node with its own seed."""
         name = self.origins.get(n.name, n.name)
         self._in_order = name in self.drawing
         before = seed(name)
@@ -91,32 +91,32 @@ class SeededRecorder(Recorder):
         return value
 
     def fetch_args_kwargs_from_env(self, n: fx.Node) -> Any:
-        """The arguments of a node; of one that draws, such that equal draws come to equal places."""
+        """The arguments of a node; contiguous for one that draws random numbers, so that draws are comparable."""
         found = super().fetch_args_kwargs_from_env(n)
         return in_order(found) if self._in_order else found
 
 
 def in_order(values: Any) -> Any:
-    """The same tensors, row by row in memory: random numbers are drawn in the order in which values lie there."""
+    """The same tensors in contiguous format: random numbers are drawn in memory order."""
     return tree_map(lambda v: v.contiguous() if isinstance(v, Tensor) and not v.is_quantized else v, values)
 
 
 def seed(name: str) -> Tensor:
-    """Begin the random numbers of a node, and return the state in which they begin."""
-    # Not torch.manual_seed, which takes a traceback for each accelerator: it all runs on the CPU.
+    """Seed the random numbers of a node, and return the generator's initial state."""
+    # Not torch.manual_seed, which records a traceback for each accelerator; everything runs on the CPU here.
     torch.default_generator.manual_seed(zlib.crc32(name.encode()))
     return torch.get_rng_state()
 
 
 class Again:
-    """Runs fake-quant anew, with small differences.
+    """Runs fake-quant again, with small disturbances.
 
     Args:
         prepared: The prepared network.
         graph: Its graph.
         inputs: The values of its placeholders.
         rounds: Whether a node rounds activations.
-        errors: By how much the kernel behind a node was off, where it was; each such rounding is right.
+        errors: By how much the kernel of a node differed; each such rounding is correct.
         drawing: The nodes that draw random numbers.
 
     Attributes:
@@ -137,7 +137,7 @@ class Again:
         self.draws: list[dict[str, Any]] = []
 
     def disturbed(self, disturb: Disturbance) -> Any:
-        """With its inputs, and what is rounded, off by a millionth."""
+        """Disturb the inputs, and the tensors that are rounded, by a millionth."""
 
         def change(node: fx.Node, value: Any) -> Any:
             near = node.op == "placeholder" or any(self.rounds(user) for user in node.users)
@@ -146,7 +146,7 @@ class Again:
         return self._run(change)
 
     def replayed(self, disturb: Disturbance) -> Any:
-        """With its inputs off by a millionth, and with the roundings that the kernels had."""
+        """Disturb the inputs by a millionth, and use the roundings of the kernels."""
 
         def change(node: fx.Node, value: Any) -> Any:
             value = disturb(value) if node.op == "placeholder" else value
@@ -156,7 +156,7 @@ class Again:
 
     @property
     def ways(self) -> tuple[Callable[[Disturbance], Any], ...]:
-        """What to hand to `check_whole`."""
+        """The argument ``ways`` of `check_whole`."""
         return (self.disturbed, self.replayed) if self.errors else (self.disturbed,)
 
     def _run(self, change: Callable[[fx.Node, Any], Any]) -> Any:
@@ -166,7 +166,7 @@ class Again:
         return result
 
     def is_unlike(self, wanted: Tensor, got: Tensor, source: str) -> bool:
-        """Whether a value is farther from fake-quant's than the draws of it are."""
+        """Whether a value is farther from fake-quant's than the disturbed runs are."""
         ratio = decibels(wanted, got)
         least = min((decibels(wanted, draw[source]) for draw in self.draws if source in draw), default=ENOUGH_DB)
         return ratio < ENOUGH_DB and ratio < least - MARGIN_DB
@@ -187,11 +187,11 @@ class _Changed(SeededRecorder):
 
 
 def feeding(node: fx.Node, layer_of: Callable[[fx.Node], str]) -> list[str]:
-    """The nearest layers among those that an op's inputs come from.
+    """The nearest layers that feed an op.
 
     Args:
         node: The op.
-        layer_of: The name of the layer that a node is a call of; empty if it is none.
+        layer_of: Returns the name of the layer that a node calls; empty if it is not a layer.
     """
     found: dict[str, None] = {}
     seen, waiting = set[fx.Node](), list(node.all_input_nodes)
@@ -213,25 +213,25 @@ def example_values(graph: fx.Graph, example: Example) -> list[Any]:
     values = list(example.args)
     for node in inputs[len(values) :]:
         if str(node.target).startswith("*"):
-            continue  # *args and **kwargs, which take what is left over, and here that is nothing
-        # What the example leaves out has its default, which a placeholder holds as its argument.
+            continue  # *args and **kwargs are empty here
+        # A parameter that the example omits has its default, which is the placeholder's argument.
         values.append(example.kwargs[node.target] if node.target in example.kwargs else node.args[0])
     return values
 
 
 @torch.no_grad()
 def run_of(network: nn.Module, graph: fx.Graph, inputs: Sequence[Any]) -> dict[str, Any]:
-    """What each node of a network's graph yields on inputs, which stay as they are."""
+    """The value of each node of a network's graph; the inputs are not changed."""
     recorder = Recorder(network, graph)
     recorder.run(*copies(list(inputs)))
     return recorder.values
 
 
 def copy_of(value: Any) -> Any:
-    """A tensor that may be written over."""
+    """A copy of a tensor that may be overwritten."""
     return value.clone() if isinstance(value, Tensor) else value
 
 
 def copies(values: Any) -> Any:
-    """Inputs that a forward may change in place."""
+    """Copies of inputs that a forward may change in place."""
     return tree_map(copy_of, values)

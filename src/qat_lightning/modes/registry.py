@@ -1,4 +1,4 @@
-"""Modes by their names; it stands above them."""
+"""Modes by name."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from qat_lightning.settings.recipe import Recipe
 
 
 def mode_for(recipe: Recipe) -> Mode:
-    """What prepares and converts networks by a recipe: its mode, for the kind that it has."""
+    """The mode that prepares and converts networks for a recipe, depending on its kind."""
     if recipe.kind in DIRECT:
         from qat_lightning.modes.uncalibrated.training import DirectMode
 
@@ -23,7 +23,7 @@ def get_mode(mode: str) -> Mode:
     Raises:
         ConfigurationError: There is no such mode. For ``"auto"`` see `qat_lightning.rehearsal.auto.choose_mode`.
     """
-    # Imported here, so that one mode does not pay for the imports of another.
+    # Imported here, so that each mode is imported only if used.
     if mode == "fx":
         from qat_lightning.modes.fx.mode import FxMode
 

@@ -1,9 +1,9 @@
-"""Prepared networks whose parameters are sharded over processes: what they are as a whole, on the CPU.
+"""Prepared networks whose parameters are sharded over processes: getting whole copies of them on the CPU.
 
-While such a network runs forward its layers see whole parameters, and round them as ever. Between steps each process
-holds a part of them (``DTensor``), and the modules cannot be copied. Whatever looks at weights then gets a copy that is
-made of the network's form, kept from before it was sharded, and of parameters that the processes gather. This works
-for any way of sharding that leaves names as they are, such as ``torch.distributed.fsdp.fully_shard``.
+While such a network runs forward, its layers see whole parameters and round them as usual. Between steps each process
+holds only a part of them (``DTensor``), and the modules cannot be copied. Code that reads weights then gets a copy made
+from the network's structure, kept from before sharding, and from parameters gathered over the processes. This works for
+every kind of sharding that keeps names, such as ``torch.distributed.fsdp.fully_shard``.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from qat_lightning.modes.prepared import prepared_state
 
 
 def keep_form(prepared: nn.Module) -> None:
-    """Let a prepared network be sharded from now on: keep its form, without the values of any parameter.
+    """Keep the structure of a prepared network, without parameter values, before it is sharded.
 
     Args:
-        prepared: What a mode's ``prepare`` made. Its float network, which shares its parameters, keeps their shapes
-            only, so that no process goes on holding the whole of them.
+        prepared: The result of a mode's ``prepare``. Its float network, which shares the parameters, keeps only their
+            shapes, so that no process holds all of them.
 
     Example:
         >>> from qat_lightning import Example, Recipe, prepare
@@ -44,16 +44,16 @@ def keep_form(prepared: nn.Module) -> None:
 
 
 def is_sharded(prepared: nn.Module) -> bool:
-    """Whether a prepared network is, or is going to be, sharded: `keep_form` was called."""
+    """Whether a prepared network is sharded, or will be: `keep_form` was called."""
     return prepared_state(prepared).form is not None
 
 
 def whole_copy(prepared: nn.Module, *, keep: bool = True) -> nn.Module | None:
-    """A sharded network with whole parameters on the CPU, with fake-quant as it is now; a collective.
+    """A copy of a sharded network with whole parameters on the CPU, and fake-quant in its present state; a collective.
 
     Args:
-        prepared: `keep_form` was called before it was sharded.
-        keep: Whether this process wants it; it takes part all the same.
+        prepared: A network for which `keep_form` was called before it was sharded.
+        keep: Whether this process needs the copy; it takes part in any case.
 
     Returns:
         A network that is not sharded; None without ``keep``.
@@ -76,14 +76,14 @@ def whole_copy(prepared: nn.Module, *, keep: bool = True) -> nn.Module | None:
 
 
 def reshard(module: nn.Module) -> None:
-    """Let each process hold its part only, as between training steps.
+    """Free whole parameters, so that each process holds only its shard, as between training steps.
 
     After an evaluation the outermost sharded module keeps whole parameters, which are not those of the optimizer.
 
     Args:
-        module: With sharded modules in it, or with none, when nothing is done.
+        module: Contains sharded modules; without any, nothing is done.
     """
-    fsdp = sys.modules.get("torch.distributed.fsdp")  # its import takes a while, and whoever shards has imported it
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # importing it is slow, and sharding code has imported it
     if fsdp is None:
         return
     for inner in module.modules():
@@ -92,26 +92,26 @@ def reshard(module: nn.Module) -> None:
 
 
 def blank_copy(float_network: nn.Module) -> nn.Module:
-    """The float network of a sharded one with tensors of its shapes on the CPU, all of them zero."""
+    """The float network of a sharded one, with zero tensors of the same shapes on the CPU."""
     zeros = {id(tensor): _like(tensor, torch.zeros_like(tensor, device="cpu")) for _, tensor in _tensors(float_network)}
     return copy.deepcopy(float_network, zeros)
 
 
 def _tensors(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and buffers, under every name that they have."""
+    """Parameters and buffers, under all of their names."""
     return itertools.chain(
         network.named_parameters(remove_duplicate=False), network.named_buffers(remove_duplicate=False)
     )
 
 
 def _like(tensor: Tensor, values: Tensor) -> Tensor:
-    """Values as what a tensor is in its module: a parameter, which trains or not, or a buffer."""
+    """Wrap values as the kind of a module's tensor: a parameter, with or without gradient, or a buffer."""
     values = values.detach()
     return nn.Parameter(values, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else values
 
 
 def _gathered(tensor: Tensor, keep: bool) -> Tensor:
-    from torch.distributed.tensor import DTensor  # its import takes a while, and others need none
+    from torch.distributed.tensor import DTensor  # importing it is slow, and only needed here
 
     whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
     if not keep:
@@ -120,7 +120,7 @@ def _gathered(tensor: Tensor, keep: bool) -> Tensor:
 
 
 def _carry_over(prepared: nn.Module, copied: nn.Module) -> None:
-    """The switches, and what else changed since the form was kept."""
+    """Copy the switches, and other state that changed since the structure was kept."""
     modules = dict(copied.named_modules(remove_duplicate=False))
     for name, module in prepared.named_modules(remove_duplicate=False):
         known = modules[name].__dict__

@@ -1,4 +1,4 @@
-"""One range for several tensors: what rounds to it without observing, and what observes it without rounding."""
+"""One range for several tensors: rounding without observing, and observing without rounding."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from qat_lightning.numerics.fake_quantize import FakeQuantize
 
 
 class SharedRange(nn.Module):
-    """Rounds to the grid of a FakeQuantize elsewhere in the network, without moving its range.
+    """Rounds to the grid of a FakeQuantize elsewhere in the network, without updating its range.
 
-    For ops whose output has the grid of their input: only one place may observe a range, or a moving average would mix
+    For ops whose output is on the grid of their input. Only one place may observe a range; a moving average would mix
     the ranges of several tensors.
 
     Args:
-        fq: Whose grid; not a child, since it is one of the network already.
+        fq: The FakeQuantize; not a child, since the network has it already.
     """
 
     def __init__(self, fq: FakeQuantize) -> None:
@@ -30,14 +30,14 @@ class SharedRange(nn.Module):
         return fq.round(x)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        """Load nothing, whatever there is: a checkpoint of an earlier release may have a range of its own here."""
+        """Load nothing: a checkpoint of an earlier release may have a separate range here."""
 
 
 class UnionObserver(nn.Module):
-    """Moves the range of a FakeQuantize that is elsewhere by the union of the ranges of several tensors.
+    """Updates the range of a FakeQuantize elsewhere in the network with the union of several tensors.
 
     Args:
-        fq: Not a child: it is registered, moved and saved where it is.
+        fq: The FakeQuantize; not a child, since the network has it already.
     """
 
     def __init__(self, fq: FakeQuantize) -> None:
@@ -46,7 +46,7 @@ class UnionObserver(nn.Module):
 
     @torch.no_grad()
     def forward(self, *tensors: Tensor) -> None:
-        """Observe, where the FakeQuantize would."""
+        """Observe, if the FakeQuantize would."""
         fq: FakeQuantize = self.__dict__["fq"]
         if fq.observes:
             there = [tensor.detach().float().flatten() for tensor in tensors if tensor.numel()]

@@ -1,4 +1,4 @@
-"""Which line of a network an error comes from."""
+"""The line of a network's code that raised an error."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ def line_at_fault(error: BaseException) -> str:
 
 
 def _folders(package: str) -> list[str]:
-    """Where a package is, without importing it."""
+    """The folders of a package, without importing it."""
     spec = find_spec(package)
     return list(spec.submodule_search_locations or ()) if spec is not None else []
 
 
 def reason_of(error: Exception) -> str:
-    """Where in the network's code and why an export failed, for messages."""
+    """Where in the network's code an export failed, and why; for messages."""
     where = _line_of_export(error) or line_at_fault(error)
     text = re.split(r"\n\s*(?:from user code|Set TORCH|The above exception)", str(error))[0].strip()
     reason = " ".join(text.split())[:300]
@@ -46,7 +46,7 @@ def reason_of(error: Exception) -> str:
 
 
 def _line_of_export(error: Exception) -> str:
-    """The innermost user line that Dynamo was at: its own traceback has only its own frames."""
+    """The innermost user line that Dynamo was tracing; the traceback itself only has Dynamo's frames."""
     stack: Any = getattr(error, "real_stack", None) or []
     root = str(torch.__path__[0])
     users = [frame for frame in stack if not frame.filename.startswith(root)]

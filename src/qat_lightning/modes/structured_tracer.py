@@ -1,4 +1,4 @@
-"""Tracing networks that return dict-likes and dataclasses: the graph makes them as the network does."""
+"""Tracing networks that return dict-likes and dataclasses: the graph creates the same objects."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from qat_lightning.modes.other_quantization import is_fused_float
 
 
 class MakesMapping:
-    """Makes an object of one subclass of dict of pairs of keys and values; the target of a node.
+    """Creates an object of a subclass of dict from pairs of keys and values; used as the target of a node.
 
     Args:
         kind: The class.
-        factory: What a defaultdict makes of a key that it lacks.
+        factory: The default factory of a defaultdict.
     """
 
     def __init__(self, kind: type, factory: Any = None) -> None:
         self.kind, self.factory = kind, factory
-        # As a function has them, for whoever generates code that calls it.
+        # Code generators read these attributes of a function.
         self.__name__ = self.__qualname__ = f"make_{kind.__name__}"
         self.__module__ = __name__
 
     def __call__(self, items: Any) -> Any:
-        """The object."""
+        """Create the object."""
         made = make_mapping(self.kind, items)
         if isinstance(made, defaultdict):
             made.default_factory = self.factory
@@ -39,15 +39,15 @@ class MakesMapping:
 
 
 class StructuredTracer(QuantizationTracer):
-    """Upstream's tracer, which would make a plain dictionary of every dict-like."""
+    """Upstream's tracer, extended: upstream turns every dict-like into a plain dictionary."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        """Whether a module is called as a whole: what ``fuse_modules`` makes is traced through, as what it was."""
+        """Whether a module is called as a whole; fused modules of ``fuse_modules`` are traced through."""
         whole: bool = super().is_leaf_module(m, module_qualified_name)
         return whole and (not is_fused_float(m) or module_qualified_name in self.skipped_module_names)
 
     def create_arg(self, a: Any) -> Any:
-        """What stands for ``a`` in the graph."""
+        """The representation of ``a`` in the graph."""
         if is_record(type(a)):
             given = {name: self.create_arg(value) for name, value in given_fields(a).items()}
             return self.create_node("call_function", type(a), (), given)
@@ -60,7 +60,7 @@ class StructuredTracer(QuantizationTracer):
             return super().create_arg(a)
         except NotImplementedError as error:
             if not str(error).startswith("argument of type"):
-                raise  # of a part of it
+                raise  # raised for a value inside
             raise NotImplementedError(
                 f"a graph can hold tensors, numbers and containers of them, but not a {type(a).__name__}: remove it "
                 "from the inputs and outputs of forward (a cache of transformers with use_cache=False)"
@@ -68,6 +68,6 @@ class StructuredTracer(QuantizationTracer):
 
 
 def makes_container(node: fx.Node) -> bool:
-    """Whether a node makes a container of what others have computed."""
+    """Whether a node creates a container of values from other nodes."""
     target: Any = node.target
     return isinstance(target, MakesMapping) or target is OrderedDict or is_record(target)

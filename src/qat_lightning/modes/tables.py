@@ -18,15 +18,15 @@ def choose_tables(
 ) -> tuple[list[str], dict[str, str]]:
     """Decide which embeddings are fake-quantized.
 
-    A table that something else needs in float stays float: kept both ways it would only take more room.
+    A table that is also needed in float stays float, because storing it twice would take more memory.
 
     Args:
-        tables: Embeddings by name, several names of one each included.
-        selects: Whether the recipe selects one.
-        read: For each tensor that is read as it is, by its ``id``, what reads it in words.
+        tables: Embeddings by name, including several names of the same one.
+        selects: Whether the recipe selects a name.
+        read: For each tensor that is read directly, by its ``id``, the reader in words.
 
     Returns:
-        The names of those that are, and for the others the reason.
+        The names of the tables to quantize, and the reasons for the others.
     """
     reasons = {name: EXCLUDED if not selects(name) else why_float(module) for name, module in tables.items()}
     reasons = {name: reason for name, reason in reasons.items() if reason}
@@ -44,16 +44,16 @@ def _weight(table: nn.Module) -> Any:
 
 
 def tied_to(layer: str) -> str:
-    """Why a table stays float whose weight a float layer has as well."""
+    """The reason for a table whose weight is shared with a float layer."""
     return f"its weight is shared with {layer!r}, which stays float"
 
 
 READ = "forward reads its weight directly, besides calling it"
-"""Why a table stays float whose weight a float function takes."""
+"""The reason for a table whose weight is read by a float function."""
 
 
 def integer_tables(tables: Iterable[tuple[str, nn.Module]]) -> dict[str, WeightOnlyEmbedding]:
-    """The integer embeddings of fake-quantized ones; those with one weight have the same integers in memory.
+    """The integer embeddings of fake-quantized ones; embeddings that share a weight share its integers.
 
     Args:
         tables: Names and modules, on the CPU, in float32.

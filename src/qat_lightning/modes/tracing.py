@@ -1,4 +1,4 @@
-"""Tracing a network into a graph that trains and evaluates as the network does, or refusing with the line at fault."""
+"""Tracing a network to a graph that behaves like it in training and evaluation, or raising an error with the line."""
 
 from __future__ import annotations
 
@@ -54,10 +54,10 @@ WHAT_TO_DO = (
 
 
 def check_names(network: nn.Module, mode: str) -> None:
-    """Refuse children whose names a graph module needs for itself.
+    """Raise an error for children whose names a graph module uses itself.
 
     Raises:
-        TraceError: There is one; the message says which.
+        TraceError: There is such a child; the message names it.
     """
     reserved = (set(dir(fx.GraphModule)) - set(dir(nn.Module))) | {"meta"}
     for name in (*network._modules, *network._parameters, *network._buffers):
@@ -70,10 +70,10 @@ def check_names(network: nn.Module, mode: str) -> None:
 
 
 MIXED = "regions of mixed precision"
-"""In the ``meta`` of a trace: those that the forward entered."""
+"""Key in the ``meta`` of a trace: the mixed-precision regions that the forward entered."""
 
 TWO_AND_MORE = "two samples and more"
-"""In the ``meta`` of a trace: whether one sample was not followed, so that it has to be tried."""
+"""Key in the ``meta`` of a trace: whether a single sample could not be followed, and has to be tried."""
 
 
 def trace(
@@ -81,20 +81,20 @@ def trace(
 ) -> tuple[fx.GraphModule, dict[str, Any], GivenSizes | None]:
     """Trace ``network`` as FX does, in training mode.
 
-    If that cannot be done without the shapes of the example, it is done beside the example.
+    If that needs shapes, it is traced along with the example.
 
     Args:
         network: The float network.
-        example: One call; parameters of ``forward`` that it does not give are fixed to their defaults.
-        leaves: Names of submodules to call as they are instead of looking inside.
-        by_example: As earlier releases did, take what changes nothing of the example for something that drops out.
+        example: One call; parameters of ``forward`` that it omits are fixed to their defaults.
+        leaves: Names of submodules to call as a whole instead of tracing through them.
+        by_example: Treat ops that leave the example unchanged as dropout, as earlier releases did.
 
     Returns:
-        The graph module, whose layers are the network's own but for what is a BatchNorm by what it does; the scope of
-        each node as upstream's prepare wants it; and for which sizes it is, if not for any.
+        The graph module, with the network's own layers except for modules that act as a BatchNorm; the scope of each
+        node, as upstream's prepare needs it; and the sizes that it is valid for, None for any.
 
     Raises:
-        TraceError: It cannot be traced, or its evaluation takes another way through the code than its training.
+        TraceError: It cannot be traced, or takes different paths in training and in evaluation.
     """
     check_names(network, "fx")
     frozen = plain_frozen(network)
@@ -122,11 +122,11 @@ def trace(
 def _both_ways(
     network: nn.Module, example: Example, leaves: list[str], plan: Plan | None
 ) -> tuple[Traced, Traced, list[str]]:
-    """The ways through a network in training and in evaluation, node for node the same.
+    """Trace the paths of a network in training and in evaluation, with corresponding nodes.
 
     Returns:
-        Both, the first with flags where functions had constants of training, and the paths of the modules without
-        layers that had to be called as they are.
+        Both traces, the first with flags in place of constants of training, and the paths of the modules without layers
+        that are called as a whole.
     """
     whole: list[str] = []
     while True:
@@ -147,7 +147,7 @@ def _both_ways(
 
 
 def _alike(network: nn.Module, path: str) -> list[str]:
-    """A module, and the others of its class that hold no layer: what holds for one is found once for all."""
+    """A module, and all others of its class without layers: what is found for one holds for all."""
     cls = type(network.get_submodule(path))
     return [name for name, module in network.named_modules() if type(module) is cls and holds_no_layer(module)]
 
@@ -155,7 +155,7 @@ def _alike(network: nn.Module, path: str) -> list[str]:
 def trace_evaluation(
     network: nn.Module, example: Example, leaves: list[str]
 ) -> tuple[fx.GraphModule, GivenSizes | None]:
-    """Trace the way that ``network`` takes in evaluation, whatever it does in training; see `trace`.
+    """Trace the path that ``network`` takes in evaluation, whatever it does in training; see `trace`.
 
     Raises:
         TraceError: It cannot be traced.
@@ -176,13 +176,13 @@ def _evaluation(network: nn.Module, example: Example, leaves: list[str], plan: P
 
 
 def outer_parts(network: nn.Module, selected: dict[str, bool]) -> list[str]:
-    """Submodules that stay float as a whole are called as they are: what is inside need not be traceable.
+    """Submodules that stay float entirely: they are called as a whole, so their code need not be traceable.
 
-    But for a BatchNorm with other layers inside, which is to be frozen as others are.
+    Except for a BatchNorm that contains other layers, which has to be frozen like others.
 
     Args:
         network: The float network.
-        selected: For each name of a module whether it is to be quantized.
+        selected: For each module name, whether the module is to be quantized.
     """
     return [
         name
@@ -195,25 +195,25 @@ def outer_parts(network: nn.Module, selected: dict[str, bool]) -> list[str]:
 
 
 def leave_inside_float(graph_module: fx.GraphModule, selected: dict[str, bool]) -> None:
-    """Deselect the layers inside of what a graph calls as a whole, such as `nn.TransformerEncoderLayer`.
+    """Deselect layers inside of modules that a graph calls as a whole, such as `nn.TransformerEncoderLayer`.
 
     Args:
         graph_module: A traced network.
-        selected: For each name of a module whether it is to be quantized; changed.
+        selected: For each module name, whether the module is to be quantized; changed in place.
     """
     called = {str(node.target) for node in graph_module.graph.nodes if node.op == "call_module"}
     whole = tuple(f"{name}." for name in called)
     for name in selected:
-        # The activation of a BatchNorm is called by itself.
+        # The activation inside a BatchNorm is called separately.
         if name.startswith(whole) and name not in called:
             selected[name] = False
 
 
 def take_out_constants(graph: fx.Graph) -> Callable[[fx.Graph], None]:
-    """Put None in the place of what a graph returns as it is, such as a number, which upstream's prepare refuses.
+    """Replace constants among a graph's outputs, such as numbers, by None, because upstream's prepare refuses them.
 
     Returns:
-        What puts the constants back, into the graph that was made of this one.
+        A function that restores the constants in the graph that was made from this one.
     """
     output = graph.output_node()
     returned = output.args[0]
@@ -243,10 +243,10 @@ def _with_constants(constants: Any, made: Any) -> Any:
 
 
 def refuse_another_for_one(prepared: nn.Module, network: nn.Module, example: Example) -> None:
-    """Compare as `refuse_other_results` does for the first sample of the example, if the float network takes one.
+    """Run `refuse_other_results` on the first sample of the example, if the float network accepts a single one.
 
     Raises:
-        TraceError: They differ, or the prepared network does not take one sample.
+        TraceError: The results differ, or the prepared network does not accept a single sample.
     """
     one = one_sample(example)
     try:
@@ -267,16 +267,16 @@ def refuse_another_for_one(prepared: nn.Module, network: nn.Module, example: Exa
 
 @torch.no_grad()
 def refuse_other_results(prepared: nn.Module, network: nn.Module, example: Example, reason: str) -> None:
-    """Compare a prepared network, without rounding and in evaluation, with the float network that it was made of.
+    """Compare a prepared network, without rounding and in evaluation, with its float network.
 
     Args:
         prepared: The network with fake-quant.
         network: The float network.
         example: One call.
-        reason: What to say if they differ.
+        reason: Reason for the message.
 
     Raises:
-        TraceError: They differ.
+        TraceError: The results differ.
     """
     ours, theirs = copy.deepcopy(prepared), copy.deepcopy(network)
     for _, fq in fake_quantizers(ours):
@@ -287,7 +287,7 @@ def refuse_other_results(prepared: nn.Module, network: nn.Module, example: Examp
 
 
 def same_results(wanted: Any, got: Any) -> bool:
-    """Whether two networks that should compute the same returned the same, but for the last digits."""
+    """Whether two networks returned the same result, except for the last digits."""
     return same(wanted, got, _close)
 
 
@@ -337,7 +337,7 @@ def _graph(
         except (CallAsWhole, Checkpointed, DecidesByChance):
             raise
         except Exception:  # noqa: BLE001 - whatever it is, the second trace says it again if it is no buffer's
-            # A forward may look at what a buffer holds, which is then a constant.
+            # A forward may read the values of a buffer, which are then constants.
             second = tracer(buffers=False)
             return second, second.trace(network, concrete_args=fixed)
 
@@ -366,13 +366,13 @@ def _defaults_not_given(network: nn.Module, example: Example) -> dict[str, Any]:
         for p in parameters
         if p.name not in given
         and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
-        # Others, such as a tuple of sizes, are traced as they come.
+        # Others, such as a tuple of sizes, are traced as they are.
         and (p.default is None or isinstance(p.default, (bool, int, float, str)))
     }
 
 
 def _drop_defaults(graph_module: fx.GraphModule) -> None:
-    """Remove the checks that tracing adds for a fixed parameter; `GraphNetwork` keeps the parameter out altogether."""
+    """Remove the checks that tracing adds for a fixed parameter; `GraphNetwork` handles that parameter."""
     for node in list(graph_module.graph.nodes):
         if node.op == "call_function" and node.target is torch._assert and "specialized" in str(node.args[-1]):
             compared = node.args[0]

@@ -1,4 +1,4 @@
-"""What torch keeps of a network for good once it prepared, converted or captured it, and how it is given back."""
+"""Freeing the memory that torch keeps of a network after preparing, converting or capturing it."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ _REMEMBERING = (
     ("torch.ao.quantization.fx.utils", "assert_and_get_unique_device"),
     ("torchao.utils", "_assert_and_get_unique_device"),
 )
-"""Functions with a cache without bounds, whose keys are modules: each network that they saw, with its weights."""
+"""Functions with an unbounded cache whose keys are modules, so that every network they saw is kept with its weights."""
 
 _CAPTURING = "torch._dynamo.functional_export"
-"""Dynamo puts the graph of each capture, which holds the network, among the globals of this module."""
+"""Dynamo stores the graph of each capture, which holds the network, in the globals of this module."""
 
 _COMPILED = "__compiled_fn_"
 
 
 @contextmanager
 def nothing_remembered() -> Iterator[None]:
-    """Let torch forget the networks that it sees within the block, or in a function that this decorates."""
+    """Drop torch's references to networks that it saw within the block, or within the decorated function."""
     before = _compiled()
     try:
         yield
@@ -42,10 +42,10 @@ def _compiled() -> set[str]:
 
 @contextmanager
 def memory_given_back() -> Iterator[None]:
-    """Free, at the end of the block, what it made and what only refers to itself, as graphs do.
+    """Free objects that were created in the block and are only referenced by cycles, such as graphs.
 
-    What was there before is set aside meanwhile, so that nobody looks through it: torch and Lightning alone are a
-    million objects. What the allocator keeps is returned to the system, under glibc.
+    Older objects are frozen meanwhile, so that the garbage collector skips them: torch and Lightning alone are a
+    million objects. With glibc, free memory of the allocator is returned to the system.
 
     Example:
         >>> with memory_given_back():
@@ -55,7 +55,7 @@ def memory_given_back() -> Iterator[None]:
         >>> gc.get_freeze_count()
         0
     """
-    ours = not gc.get_freeze_count()  # Somebody else's frozen objects stay so.
+    ours = not gc.get_freeze_count()  # somebody else's frozen objects stay frozen
     if ours:
         gc.freeze()
     try:

@@ -1,6 +1,6 @@
-"""The comparison that every conversion ends with: each int8 layer, fed fake-quant's own input, and then the whole.
+"""The verification of every conversion: each int8 layer on fake-quant's own input, and then the whole network.
 
-Here for the graphs of mode fx; how values are judged is in `judging`, how the whole is in `whole`.
+This is the part for graphs of mode fx; `judging` compares values, and `whole` compares the whole network.
 """
 
 from __future__ import annotations
@@ -47,14 +47,14 @@ __all__ = ["Recorder", "check_layers", "example_values", "is_faulty"]
 
 @dataclass(frozen=True)
 class Checked:
-    """What a comparison finds.
+    """The result of a verification.
 
     Attributes:
-        checks: One row for each op that yields a quantized tensor, and for each float op in between; quantizing and
-            dequantizing are no ops of their own.
-        whole: The row of the whole; None if there is no output to compare.
-        values: What each node of the graph with fake-quant yields on the example.
-        integers: Whether each node of the int8 graph yields integers.
+        checks: One row per op with a quantized output, and per float op in between; quantize and dequantize do not
+            count as ops.
+        whole: The row of the whole network; None if there is no output to compare.
+        values: The value of each node of the fake-quant graph on the example.
+        integers: Whether each node of the int8 graph returns integers.
     """
 
     checks: list[LayerCheck]
@@ -67,21 +67,21 @@ class Checked:
 def check_layers(
     prepared: GraphNetwork, int8: GraphNetwork, example: Example, target: Backend, origins: dict[str, str]
 ) -> Checked:
-    """Compare each op of an FX int8 graph with fake-quant, and then the whole.
+    """Compare each op of an FX int8 graph with fake-quant, and then the whole network.
 
     Args:
-        prepared: The network with fake-quant, on the CPU, in eval mode, with rounding on.
-        int8: What it was converted to.
+        prepared: The network with fake-quant, on the CPU, in eval mode, with rounding enabled.
+        int8: The converted network.
         example: A real batch.
         target: The backend, for its engine and tolerance.
-        origins: Of the nodes of ``int8``; see `fx_alignment.take_origins`.
+        origins: Origins of the nodes of ``int8``; see `fx_alignment.take_origins`.
 
     Returns:
-        What was found, and seen by the way.
+        The comparison, and the recorded values.
 
     Raises:
-        VerificationError: A layer is past the tolerance; the message names it, its op and the backend. Or all are
-            right and the whole is not.
+        VerificationError: A layer exceeds the tolerance (the message names it, its op and the backend), or all layers
+            are correct and the whole network is not.
     """
     alignment = Alignment(prepared, prepared.graph, origins)
     names = _names(prepared, alignment)
@@ -108,20 +108,20 @@ def check_layers(
 
 
 class _Comparison(fx.Interpreter):
-    """Runs an int8 graph, each op on the very values that fake-quant had for it, and compares what it gives."""
+    """Runs an int8 graph, each op on exactly fake-quant's values, and compares the results."""
 
     def __init__(self, int8: GraphNetwork, alignment: Alignment, expected: SeededRecorder, target: Backend) -> None:
         super().__init__(int8, graph=int8.graph)
         self.alignment, self.expected, self.target = alignment, expected, target
         self.checks: list[LayerCheck] = []
         self.source: dict[str, str] = {}
-        """The node of fake-quant whose value each node of the int8 graph should yield."""
+        """For each node of the int8 graph, the fake-quant node whose value it should have."""
         self.errors: dict[str, Tensor] = {}
-        """By how much the kernel behind each node of fake-quant was off."""
+        """For each node of fake-quant, the difference of its kernel's result."""
         self.origin: dict[fx.Node, fx.Node] = {}
 
     def run_node(self, n: fx.Node) -> Any:
-        """Run one node, and go on with fake-quant's value."""
+        """Run one node, and continue with fake-quant's value."""
         if n.op in ("placeholder", "get_attr", "output"):
             origin = self.alignment.origin(n)
             if origin is not None:
@@ -139,11 +139,11 @@ class _Comparison(fx.Interpreter):
         seed(name)
         value = self._judged(n, getattr(self, n.op)(n.target, args, kwargs))
         if in_place and n.all_input_nodes[0] in self.env:
-            self.env[n.all_input_nodes[0]] = value  # for who reads it after it was written over
+            self.env[n.all_input_nodes[0]] = value  # for readers after the in-place op
         return value
 
     def _dequantized(self, n: fx.Node, quantized: fx.Node) -> Any:
-        """The very value that fake-quant had, and not what its integers stand for, which may be a bit off."""
+        """Fake-quant's exact value, which may differ slightly from the dequantized integers."""
         self.origin[n], self.source[n.name] = self.origin[quantized], self.source[quantized.name]
         return copy_of(self.expected.values[self.source[n.name]])
 
@@ -175,7 +175,7 @@ class _Comparison(fx.Interpreter):
         return wanted
 
     def _floats(self, n: fx.Node, origin: fx.Node, got: Any) -> Any:
-        # A float op has no ReLU in it: where the int8 network does without one, quantizing behind it clamps.
+        # A float op has no fused ReLU: if the int8 network omits one, the quantization after it clamps.
         source = self.alignment.end_of_fusion(origin) if self._has_relu(n) else origin
         wanted = self.expected.values[source.name]
         if not isinstance(got, Tensor) or not isinstance(wanted, Tensor):
@@ -187,7 +187,7 @@ class _Comparison(fx.Interpreter):
         return copy_of(wanted)
 
     def _has_relu(self, n: fx.Node) -> bool:
-        """Whether a node is a layer of upstream's with a ReLU in it."""
+        """Whether a node calls one of upstream's layers with a fused ReLU."""
         module = self.fetch_attr(str(n.target)) if n.op == "call_module" else None
         return isinstance(module, nn.Sequential) and any(isinstance(part, nn.ReLU) for part in module)
 
@@ -199,7 +199,7 @@ class _Comparison(fx.Interpreter):
         return bias_rounding(layer, source.q_scale(), got.q_scale(), self.target)
 
     def _doubt(self, first: fx.Node, last: fx.Node, scale: float) -> float:
-        """How far, in steps, fake-quant's own float arithmetic can be off, as where large numbers cancel out."""
+        """Error of fake-quant's own float arithmetic, in steps, for example from cancellation of large numbers."""
         nodes, node = [last], last
         while node is not first and node.all_input_nodes:
             node = node.all_input_nodes[0]
@@ -222,7 +222,7 @@ class _Comparison(fx.Interpreter):
 
 
 def _where_it_begins(comparison: _Comparison, actual: dict[str, Any], again: Again, names: Names) -> tuple[str, ...]:
-    """What is around the first node at which int8 is farther from fake-quant than the draws are."""
+    """The layers around the first node at which int8 is farther from fake-quant than the draws are."""
     for node in comparison.graph.nodes:
         got, source = actual.get(node.name), comparison.source.get(node.name)
         if source is None or not isinstance(got, Tensor):

@@ -1,7 +1,7 @@
-"""The comparison of the whole network, which sees what no comparison of single layers can: two grids for one tensor.
+"""Comparing the whole network, which finds faults that no single layer shows, such as two grids for one tensor.
 
-Int8 is compared with fake-quant, and fake-quant with itself, its values disturbed by a millionth. A network can be
-right and far from fake-quant, where it makes much of little: then it is as far from itself.
+Int8 is compared with fake-quant, and fake-quant with itself under disturbances of a millionth. A correct network can be
+far from fake-quant if it amplifies small differences: then fake-quant is as far from its own disturbed runs.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from qat_lightning.graph.structures import look_into
 from qat_lightning.modes.judging import MARGIN_DB, Names, decibels
 
 ENOUGH_DB = 50.0
-"""A network that is this close to fake-quant needs no further look."""
+"""SQNR from which on a network is correct without further comparison."""
 
 DRAWS = 3
 
 _MAY_DIFFER = 0.02
-"""The share of an output of integers that may differ, whatever the draws are."""
+"""Share of the values of an integer output that may differ in any case."""
 
 _DISTURBANCE = 1e-6
 
@@ -36,7 +36,7 @@ class Disturbance:
     """Random relative changes of values by a millionth.
 
     Args:
-        seed: Which draw.
+        seed: Seed of the draw.
 
     Example:
         >>> x = torch.tensor([1.0, 1000.0])
@@ -49,31 +49,31 @@ class Disturbance:
         self.generator = torch.Generator().manual_seed(seed)
 
     def __call__(self, value: Any) -> Any:
-        """``value`` if it is no float tensor, else a changed copy."""
+        """A disturbed copy of a float tensor; any other value itself."""
         if not isinstance(value, Tensor) or not value.is_floating_point():
             return value
-        # Uniform, with this standard deviation: drawn and applied in two passes over the memory.
+        # Uniform with this standard deviation: two passes over the memory.
         around = math.sqrt(3) * _DISTURBANCE
         factors = torch.empty(value.shape, dtype=value.dtype).uniform_(1 - around, 1 + around, generator=self.generator)
         return factors.mul_(value)
 
 
 Way = Callable[[Disturbance], Any]
-"""What fake-quant returns once more, disturbed in some way."""
+"""Computes the result of fake-quant again, with some disturbance."""
 
 
 def check_whole(expected: Any, actual: Any, ways: Sequence[Way]) -> WholeCheck | None:
-    """Compare the outputs of an int8 network with fake-quant's.
+    """Compare the outputs of an int8 network with those of fake-quant.
 
     Args:
-        expected: What fake-quant returns, tensors in any structure.
-        actual: What int8 returns.
-        ways: Tried in their order, draw by draw, as long as the network is not right: more draws leave nothing that
-            is right wrong.
+        expected: The result of fake-quant, tensors in any structure.
+        actual: The result of int8.
+        ways: Tried in order, draw by draw, until the network is found correct: more draws never make a correct network
+            fail.
 
     Returns:
-        The row of the output that is farthest from what the draws explain (`is_right` judges it); None if there is no
-        output to compare. One whose shape differs is right if disturbing alone changes its shape as well.
+        The row of the output that is farthest from what the draws explain (see `is_right`); None if there is no output
+        to compare. An output whose shape differs is correct if a disturbance alone changes its shape as well.
     """
     wanted, got = outputs_of(expected), outputs_of(actual)
     if wanted.keys() != got.keys():
@@ -95,19 +95,19 @@ def check_whole(expected: Any, actual: Any, ways: Sequence[Way]) -> WholeCheck |
 
 
 def is_right(row: WholeCheck) -> bool:
-    """Whether an output is close, or no farther from fake-quant than fake-quant from itself."""
+    """Whether an output is close to fake-quant, or no farther from it than fake-quant from its disturbed runs."""
     return row.sqnr_db >= row.enough_db or (bool(row.draws) and _margin(row) >= -MARGIN_DB)
 
 
 def _margin(row: WholeCheck) -> float:
-    """How much better it is than the worst draw; without draws, than what is close enough."""
+    """By how much it is better than the worst draw; without draws, than the SQNR that is enough."""
     least = min(row.draws, default=row.enough_db)
-    # A shape that changes is minus infinity on both sides.
+    # If the shape changes in both, both are minus infinity.
     return 0.0 if row.sqnr_db == least else row.sqnr_db - least
 
 
 def _ratio(wanted: Tensor, got: Tensor) -> float:
-    """Decibels of two outputs; of integers, where the share of those that differ stands for the noise.
+    """SQNR of two outputs; for integers, the share of differing values takes the place of the noise.
 
     Example:
         >>> _ratio(torch.tensor([1, 2, 3, 4]), torch.tensor([1, 2, 3, 4])), _ratio(torch.zeros(2), torch.zeros(2).int())
@@ -124,9 +124,9 @@ def _ratio(wanted: Tensor, got: Tensor) -> float:
 
 
 def _enough(wanted: Tensor) -> float:
-    """From where on an output is right; of integers, a few may differ.
+    """SQNR from which on an output is correct; for integers, a few values may differ.
 
-    Two values that are close change places in an argmax where one of them is rounded the other way.
+    In an argmax, two close values can swap places if one of them is rounded the other way.
     """
     if wanted.is_floating_point():
         return ENOUGH_DB
@@ -134,7 +134,7 @@ def _enough(wanted: Tensor) -> float:
 
 
 def outputs_of(result: Any) -> dict[str, Tensor]:
-    """The tensors of a result, by where they are in it; complex ones apart.
+    """The tensors of a result, by their paths in it, without complex ones.
 
     Example:
         >>> sorted(outputs_of({"logits": torch.zeros(2), "count": 3, "both": [torch.ones(1), torch.zeros(0)]}))
@@ -155,14 +155,14 @@ def raise_if_wrong(
     names: Names,
     wanted: str = "fake-quant computed in training",
 ) -> None:
-    """Raise for a network whose layers are right and which is not.
+    """Raise an error for a network that is wrong as a whole although its layers are correct.
 
     Args:
-        row: Of its worst output.
-        suspects: Where the difference begins.
-        checks: Of the layers.
-        names: Of the layers.
-        wanted: What it is compared with, for the message.
+        row: The row of its worst output.
+        suspects: The layers where the difference begins.
+        checks: Checks of the layers.
+        names: Names of the layers.
+        wanted: The reference, for the message.
 
     Raises:
         VerificationError: Always.

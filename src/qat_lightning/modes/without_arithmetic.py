@@ -1,4 +1,4 @@
-"""Running a network for what it calls and how much it would multiply, without the arithmetic itself."""
+"""Running a network to see what it calls and how much it multiplies, without the arithmetic."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ T = TypeVar("T")
 
 
 def on_a_copy(network: nn.Module, look: Callable[[nn.Module, AbstractContextManager[Any]], T]) -> T:
-    """What can be seen of a network while a copy of it runs: on shapes alone, or on values where it looks at these.
+    """Inspect a network while a copy of it runs, on fake tensors if possible, otherwise on real ones.
 
     Args:
-        network: Stays as it is. It has run on the same inputs before, so that whatever its code keeps of a run for the
-            next one is made of values.
-        look: Runs the copy, within the context that it is given. It is called a second time, with another copy and a
-            context that does nothing, for a network that cannot run on shapes.
+        network: Not changed. It has run on the same inputs before, so that state which its code keeps between runs
+            consists of real tensors.
+        look: Runs the copy within the given context. If the network cannot run on fake tensors, it is called again with
+            another copy and a context that does nothing.
     """
     try:
         return look(_sharing(network), shapes())
@@ -32,12 +32,12 @@ def on_a_copy(network: nn.Module, look: Callable[[nn.Module, AbstractContextMana
 
 
 def shapes() -> AbstractContextManager[Any]:
-    """Within it, tensors have shapes and types and no values."""
+    """Within it, tensors have shapes and dtypes but no values."""
     return FakeTensorMode(allow_non_fake_inputs=True)
 
 
 def _sharing(network: nn.Module) -> nn.Module:
-    """A copy on the CPU and in float32; its tensors are the network's own where these are that already."""
+    """A copy on the CPU in float32; shares the network's tensors if they are already there."""
     tensors = [*network.parameters(), *network.buffers()]
     if all(t.device.type == "cpu" and t.dtype not in (torch.float64, torch.float16, torch.bfloat16) for t in tensors):
         return copy_of_modules(network)
@@ -46,7 +46,7 @@ def _sharing(network: nn.Module) -> nn.Module:
 
 @contextmanager
 def nested(*contexts: AbstractContextManager[Any]) -> Iterator[None]:
-    """All of several contexts, the last one innermost."""
+    """Several contexts as one, the last one innermost."""
     with ExitStack() as stack:
         for context in contexts:
             stack.enter_context(context)

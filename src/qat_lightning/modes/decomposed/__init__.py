@@ -1,1 +1,1 @@
-"""What runs a decomposed graph. It imports neither torchao nor a compiler before one is used."""
+"""Execution of decomposed graphs. Importing it loads neither torchao nor a compiler."""

@@ -1,6 +1,6 @@
-"""Compiling in a process of its own, which takes the compiler and what that keeps with it when it ends.
+"""Compiling in a separate process, which frees the memory of the compiler and its caches when it ends.
 
-A process that only loads an int8 file and runs it would else hold three times the memory for as long as it lives.
+Otherwise a process that only loads an int8 file and runs it would hold three times the memory for its whole life.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ _FUNCTIONS = frozenset({"torch", "_operator", "operator", "math", "builtins"})
 
 
 def can_compile_apart(graph_module: fx.GraphModule) -> bool:
-    """Whether another process can and should compile a graph.
+    """Whether a graph can and should be compiled in another process.
 
-    It should where the compiler is not here yet; it can where torch alone knows what the graph calls, because operators
-    that a program registers are in its own process only.
+    It should if the compiler is not loaded here yet. It can if the graph only calls torch's own operators, because
+    operators that a program registers exist only in its own process.
     """
     if "torch._inductor" in sys.modules or not sys.executable:
         return False
@@ -46,10 +46,10 @@ def _is_torchs(target: Any) -> bool:
 
 
 def compile_apart(graph_module: fx.GraphModule, examples: tuple[Tensor, ...], dynamic: tuple[Any, ...]) -> bytes:
-    """`qat_lightning.modes.decomposed.compiling.compile_package` in another process; arguments and result are its own.
+    """Run `qat_lightning.modes.decomposed.compiling.compile_package` in another process, with the same arguments.
 
     Raises:
-        RuntimeError: It failed there; the message is the last line that it wrote.
+        RuntimeError: It failed there; the message is the last line of its stderr.
     """
     with tempfile.TemporaryDirectory(prefix="qat-lightning-") as folder:
         asked, answer = Path(folder, "graph.pickle"), Path(folder, "package")

@@ -1,4 +1,4 @@
-"""Compiling a decomposed graph to int8 kernels with AOTInductor, and checking what comes out."""
+"""Compiling a decomposed graph to int8 kernels with AOTInductor, and verifying the result."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _FUSED_WITH_CONVOLUTIONS = (torch.ops.aten.relu.default, torch.ops.aten.hardtanh
 
 
 def compile_library(decomposed: fx.GraphModule, spec: CallSpec, tensors: list[Tensor]) -> Library:
-    """Compile with AOTInductor: one library for every batch size."""
+    """Compile with AOTInductor: one library for all batch sizes."""
     dynamic = tuple({0: torch.export.Dim.AUTO} if shape[:1] == (BATCH,) else None for shape in _shapes(spec))
     computed = fx.GraphModule(decomposed, copy.deepcopy(decomposed.graph))
     computed.graph.output_node().args = (
@@ -43,12 +43,12 @@ def compile_library(decomposed: fx.GraphModule, spec: CallSpec, tensors: list[Te
     return load_library(compiled, decomposed, spec, tensors)
 
 
-@torch.no_grad()  # with gradients, Inductor keeps the graph as it is for them, and not one layer becomes an int8 kernel
+@torch.no_grad()  # with gradients, Inductor keeps the graph for the backward pass, without any int8 kernel
 def compile_package(graph_module: fx.GraphModule, examples: tuple[Tensor, ...], dynamic: tuple[Any, ...]) -> bytes:
-    """Compile a graph of flat tensors to int8 kernels, as the bytes of a package of AOTInductor.
+    """Compile a graph of flat tensors to int8 kernels, as the bytes of an AOTInductor package.
 
     Args:
-        graph_module: Quantize, dequantize and plain ops; used up.
+        graph_module: Quantize, dequantize and plain ops; modified.
         examples: Its inputs.
         dynamic: The dynamic shapes of each.
     """
@@ -70,25 +70,25 @@ def compile_package(graph_module: fx.GraphModule, examples: tuple[Tensor, ...], 
 
 
 def answer_process() -> None:
-    """Compile what `compile_apart` wrote to the file named first, into the one named second."""
+    """Compile the input file of `compile_apart`, named first, and write the file named second."""
     asked, answer = map(Path, sys.argv[1:])
     portable, examples, dynamic, threads = pickle.loads(asked.read_bytes())
-    torch.set_num_threads(threads)  # the compiler writes it into the code
+    torch.set_num_threads(threads)  # the compiler hard-codes the number of threads
     answer.write_bytes(compile_package(portable.module, examples, dynamic))
 
 
 def _register_int8_passes() -> None:
-    """The passes that turn dequantize, op, quantize into oneDNN's int8 ops."""
+    """Register the passes that turn dequantize, op, quantize into oneDNN's int8 ops."""
     from qat_lightning.modes import _torchao  # noqa: F401, I001 - before anything else imports torchao
     import torchao.quantization.pt2e.quantizer.x86_inductor_quantizer  # noqa: F401
 
 
 def load_library(package: bytes, decomposed: fx.GraphModule, spec: CallSpec, tensors: list[Tensor]) -> Library:
-    """Load what was compiled, here or in another process on this machine, from a folder that is gone afterwards."""
+    """Load a package, compiled here or in another process on this machine, from a temporary folder."""
     with tempfile.TemporaryDirectory(prefix="qat-lightning-") as folder:
         path = Path(folder, "int8.pt2")
         path.write_bytes(package)
-        # What `torch._inductor.aoti_load_package` calls, without the import of the compiler.
+        # Same as `torch._inductor.aoti_load_package`, without importing the compiler.
         loader = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", False, 1, -1)
     outputs = list(decomposed.graph.output_node().args[0])  # type: ignore[arg-type]
     is_tensor = [isinstance(value, Tensor) for value in decomposed(*_zeros(spec, tensors))]
@@ -100,7 +100,7 @@ def _shapes(spec: CallSpec) -> list[Any]:
 
 
 def _zeros(spec: CallSpec, tensors: list[Tensor]) -> list[Tensor]:
-    # As the network was captured, and not as it is called now: a batch of 1 would be taken for a constant.
+    # As captured, rather than as called now: a batch size of 1 would become a constant.
     return [
         tensor.new_zeros([spec.batch if size == BATCH else size for size in shape])
         for tensor, shape in zip(tensors, _shapes(spec), strict=True)
@@ -108,9 +108,9 @@ def _zeros(spec: CallSpec, tensors: list[Tensor]) -> list[Tensor]:
 
 
 def _choose_grids_that_hold_zero(graph: fx.Graph) -> None:
-    """Write out how a dynamic layer's grid is chosen, as the op does it: its range is widened to hold 0.
+    """Write out how a dynamic layer chooses its grid, as the op does: the range is widened to hold 0.
 
-    What Inductor makes of the op does not widen it, and would clamp the values of a tensor of one sign.
+    Inductor's implementation of the op does not widen it, and would clamp the values of a tensor of one sign.
     """
     aten = torch.ops.aten
     call = graph.call_function
@@ -134,7 +134,7 @@ def _choose_grids_that_hold_zero(graph: fx.Graph) -> None:
 
 
 def _make_linear_inputs_contiguous(graph: fx.Graph) -> None:
-    """Where attention hands a transposed tensor to a linear layer, oneDNN's patterns fail on a batch of any size."""
+    """Make inputs of linear layers contiguous: oneDNN's patterns miss transposed ones if the batch size is dynamic."""
     for linear in graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default):
         quantize = linear.args[0].args[0] if linear.args[0].args else None
         if isinstance(quantize, fx.Node) and quantize.args and isinstance(quantize.args[0], fx.Node):
@@ -144,10 +144,10 @@ def _make_linear_inputs_contiguous(graph: fx.Graph) -> None:
 
 
 def _part_additions_from_activations(graph: fx.Graph) -> None:
-    """Torchao's fusion fails on a linear layer with an activation that is then added to something.
+    """Work around torchao's fusion of a linear layer with an activation whose output is then added to a tensor.
 
-    It takes the activation into the layer, and then does not expect to find one when it takes the addition in. Written
-    as a difference, which gives the same numbers, the addition stays outside.
+    It fuses the activation into the layer, and then does not expect one when it fuses the addition. Rewritten as a
+    subtraction of the negative, with the same result, the addition stays outside.
     """
     aten = torch.ops.aten
     for add in graph.find_nodes(op="call_function", target=aten.add.Tensor):
@@ -168,10 +168,11 @@ def _is_quantized_linear(nodes: Any) -> bool:
 
 
 def _widen_conv1d(graph_module: fx.GraphModule) -> None:
-    """Make convolutions of sequences those of images one row high.
+    """Turn 1-d convolutions into 2-d convolutions on images one row high.
 
-    Once the weights are packed, Inductor takes the kernel to be 1 long, so that what it expects of a padded convolution
-    is longer than what the kernel returns. The row goes again behind what is fused with the convolution.
+    Once the weights are packed, Inductor assumes a kernel length of 1, and so expects a longer output of a padded
+    convolution than the kernel returns. The extra dimension is removed after the ops that are fused with the
+    convolution.
     """
     aten = torch.ops.aten
     graph = graph_module.graph
@@ -199,10 +200,11 @@ def _widen_conv1d(graph_module: fx.GraphModule) -> None:
 
 
 def _pad_single_channels(graph_module: fx.GraphModule) -> None:
-    """Give images of one channel a second one, of zeros, with weights of zero.
+    """Pad images of one channel, and the weights, with a second channel of zeros.
 
-    For a batch of any size Inductor takes the output of a convolution to be laid out as its input is, and reads it so.
-    One channel is laid out in both ways at once; the kernel returns channels last, and what follows reads nonsense.
+    With dynamic batch size, Inductor assumes that the output of a convolution has the memory format of its input. With
+    one channel the format is ambiguous; the kernel returns channels last, and the following ops would read wrong
+    values.
     """
     graph = graph_module.graph
     conv2d = torch.ops.aten.conv2d.default
@@ -231,12 +233,12 @@ def _attribute(graph_module: fx.GraphModule, node: fx.Node) -> Tensor:
 
 
 class Library:
-    """A compiled library, whose outputs are those of the graph: sizes as numbers, constants as they are.
+    """A compiled library with the outputs of the graph: sizes as numbers, and constants.
 
     Args:
-        package: What the compiler made, to load in other processes.
-        runner: It, loaded; takes a list of inputs, which it empties.
-        outputs: Of the graph: nodes and constants.
+        package: The compiled package, to load in other processes.
+        runner: The loaded package; takes a list of inputs, which it empties.
+        outputs: Outputs of the graph: nodes and constants.
         is_tensor: Which of them are tensors.
     """
 
@@ -248,7 +250,7 @@ class Library:
         self.is_tensor = is_tensor
 
     def __call__(self, *tensors: Tensor) -> list[Any]:
-        """Run it; a flat list, as the graph returns it."""
+        """Run it; returns a flat list, as the graph does."""
         rest = iter(self.runner(list(tensors)))
         outputs = []
         for constant, is_computed, is_tensor in zip(self.constants, self.is_computed, self.is_tensor, strict=True):
@@ -262,11 +264,11 @@ class Library:
 def difference(
     decomposed: fx.GraphModule, compiled: Callable[..., Any], spec: CallSpec, tensors: list[Tensor], target: Backend
 ) -> str:
-    """What is wrong with the compiled network on real inputs; empty if nothing is.
+    """Describe how the compiled network differs from the decomposed graph on real inputs; empty if it does not.
 
-    A deep network turns a difference in the last bit of a float into steps of its int8 layers, so that it can be right
-    and far from the decomposed graph. Where the outputs do not tell, it is compiled a second time, with what each layer
-    quantizes as an output, and each layer is compared on the compiled network's own inputs to it.
+    A deep network amplifies a difference in the last bit of a float to steps of its int8 layers, so a correct library
+    can be far from the decomposed graph. If the outputs do not settle it, the graph is compiled a second time, with
+    every quantized tensor as an output, and each layer is compared on the compiled network's own inputs to it.
     """
     batched = [given.shape[:1] == (BATCH,) for given in spec.inputs if given.shape is not None]
     few = [_several_rows(t) if b else t for t, b in zip(tensors, batched, strict=True)]
@@ -286,13 +288,13 @@ def difference(
 
 
 def _several_rows(tensor: Tensor) -> Tensor:
-    """As many rows as tell an error from chance; where there are fewer, the same ones shifted."""
+    """A tensor with enough rows to tell an error from chance; if there are fewer, they are repeated with shifts."""
     rows = [tensor.roll(shift, -1) if shift else tensor for shift in range(_ROWS_TO_COMPARE)]
     return torch.cat(rows)[:_ROWS_TO_COMPARE].contiguous()
 
 
 def check_kernels(decomposed: fx.GraphModule, spec: CallSpec, tensors: list[Tensor]) -> list[LayerCheck]:
-    """Compile, and compare each layer with the decomposed graph on what the compiled layers before it gave."""
+    """Compile, and compare each layer with the decomposed graph on the outputs of the compiled layers before it."""
     graph = copy.deepcopy(decomposed.graph)
     quantized = [node for node in graph.nodes if node.target is QUANTIZE[0]]
     output = graph.output_node()
@@ -309,7 +311,7 @@ def check_kernels(decomposed: fx.GraphModule, spec: CallSpec, tensors: list[Tens
 
 
 class _Kernels(fx.Interpreter):
-    """Runs a decomposed graph, and takes the integers that the compiled one has wherever something is quantized."""
+    """Runs a decomposed graph with the integers of the compiled one wherever a tensor is quantized."""
 
     def __init__(self, graph_module: fx.GraphModule, integers: dict[str, Tensor]) -> None:
         super().__init__(graph_module)

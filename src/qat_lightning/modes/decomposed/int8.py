@@ -1,4 +1,4 @@
-"""The int8 network of mode pt2e: a decomposed graph, compiled for the backend when it is first called."""
+"""The int8 network of mode pt2e: a decomposed graph that is compiled for the backend on its first call."""
 
 from __future__ import annotations
 
@@ -23,30 +23,30 @@ from qat_lightning.settings.backends import get_backend
 from qat_lightning.settings.runtimes import Runtime
 
 _ROWS = 2
-"""Of a batch, on which layers are compared: what lies between them is in memory while they are."""
+"""Number of samples on which layers are compared; all tensors between the layers are in memory meanwhile."""
 
 Runs = Literal["not compiled yet", "aotinductor", "onednn", "decomposed"]
 
 
 class Int8Network(nn.Module):
-    """A converted network. It runs int8 kernels that AOTInductor compiles at its first call, for any batch size.
+    """A converted network. It runs int8 kernels that AOTInductor compiles on the first call, for any batch size.
 
-    Compiling takes seconds (`compile` does it at a moment of your choice) and needs a C++ compiler. The result is
-    compared with the decomposed graph on the inputs of that first call. Where it cannot be compiled, or computes
-    something else, oneDNN's int8 kernels run one by one instead, each of them compared; where none of them can, the
-    decomposed graph, slower than the float network. A warning says why. The environment variable
-    ``QAT_LIGHTNING_COMPILE=0`` turns compiling off: the decomposed graph runs.
+    Compiling takes seconds (call `compile` to choose the moment) and needs a C++ compiler. The result is compared with
+    the decomposed graph on the inputs of that first call. If it cannot be compiled, or computes something else,
+    oneDNN's int8 kernels run one by one instead, each of them compared; if that fails too, the decomposed graph runs,
+    slower than the float network. A warning gives the reason. The environment variable ``QAT_LIGHTNING_COMPILE=0``
+    disables compilation: the decomposed graph runs.
 
     Args:
         decomposed: A graph of quantize, dequantize and plain ops with int8 weights: tensors in, a flat tuple out.
-        spec: How it is called.
+        spec: Its signature.
         backend: The name of its backend; only x86 is compiled.
-        runtime: ``"plain"`` runs oneDNN's kernels one by one in any case, and compiles nothing.
+        runtime: With ``"plain"``, oneDNN's kernels always run one by one, and nothing is compiled.
 
     Attributes:
-        decomposed: As given: what is saved, exported, or looked at.
-        runs: What the next call runs.
-        why_decomposed: Why it is not compiled, if it is not.
+        decomposed: The graph as given, for saving, exporting and inspection.
+        runs: What the next call executes.
+        why_decomposed: Why it is not compiled; empty if it is.
     """
 
     decomposed: fx.GraphModule
@@ -66,7 +66,7 @@ class Int8Network(nn.Module):
 
     @property
     def is_one_kernel(self) -> bool:
-        """Whether a compiled library runs, between whose kernels there is no Python."""
+        """Whether a compiled library runs, without Python between its kernels."""
         return self.runs == "aotinductor"
 
     def _reset(self) -> None:
@@ -87,30 +87,30 @@ class Int8Network(nn.Module):
             return self.spec.unflatten(run(*tensors))
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Compile now, with the inputs of a real call to compare on; later calls may have any batch size."""
+        """Compile now; the inputs of a real call are used to verify it. Later calls may have any batch size."""
         with torch.no_grad():
             self._compile_on([_prepare(tensor) for tensor in self.spec.flatten(args, kwargs)])
 
     def compiled_package(self, *args: Any, **kwargs: Any) -> bytes:
-        """What the compiler makes of it, to give to `use_package` in other processes; compiles if need be.
+        """The compiled package, for `use_package` in other processes; compiles if necessary.
 
         Returns:
-            Empty if the decomposed graph runs instead.
+            The package; empty if the decomposed graph runs instead.
         """
         if compiling_enabled():
             self.compile(*args, **kwargs)
         return bytes(self.__dict__["_compiled"].package) if self.runs == "aotinductor" else b""
 
     def use_package(self, package: bytes, *args: Any, **kwargs: Any) -> None:
-        """Run what another process on this machine has compiled of the same network, instead of compiling it again.
+        """Run the package that another process on this machine compiled of the same network.
 
-        It is compared with the decomposed graph on the inputs given, as what is compiled here would be. Where it cannot
-        be loaded or computes something else, it is not used, and the first call compiles, as it does without it.
+        It is compared with the decomposed graph on the given inputs, like a package compiled here. If it cannot be
+        loaded or computes something else, it is not used, and the first call compiles.
 
         Args:
-            package: What its `compiled_package` returned.
-            *args: A real call.
-            **kwargs: A real call.
+            package: Result of ``compiled_package`` there.
+            *args: Positional inputs of a real call.
+            **kwargs: Keyword inputs.
         """
         with torch.no_grad(), self.__dict__["_lock"]:
             tensors = [_prepare(tensor) for tensor in self.spec.flatten(args, kwargs)]
@@ -160,7 +160,7 @@ class Int8Network(nn.Module):
         )
 
     def _run_kernels(self, tensors: list[Tensor]) -> bool:
-        """Take oneDNN's kernels one by one, or the decomposed graph where there are none; whether there are."""
+        """Use oneDNN's kernels one by one, or the decomposed graph if there are none; returns whether there are."""
         batched = [given.shape[:1] == (BATCH,) for given in self.spec.inputs if given.shape is not None]
         few = [tensor[:_ROWS] if first else tensor for tensor, first in zip(tensors, batched, strict=True)]
         kernels = on_plain_kernels(self.decomposed, few, get_backend(self.backend, "pt2e"))
@@ -173,7 +173,7 @@ class Int8Network(nn.Module):
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self._reset()  # what is compiled holds the old weights
+        self._reset()  # compiled code holds the old weights
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Int8Network:
         """A copy with its own graph; compiled code holds no state and is shared."""
@@ -184,7 +184,7 @@ class Int8Network(nn.Module):
         return copied
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without what is compiled."""
+        """Omit compiled code."""
         state = {name: value for name, value in self.__dict__.items() if name not in ("_compiled", "_lock")}
         return state | {"_modules": {"decomposed": PortableModule(self.decomposed)}}
 
@@ -194,12 +194,12 @@ class Int8Network(nn.Module):
         self._reset()
 
     def extra_repr(self) -> str:
-        """Backend and what runs."""
+        """Backend and runtime."""
         return f"backend={self.backend!r}, runs={self.runs!r}"
 
 
 def compiling_enabled() -> bool:
-    """Whether int8 networks are compiled at their first call.
+    """Whether int8 networks are compiled on their first call.
 
     Example:
         >>> import unittest.mock
@@ -211,13 +211,13 @@ def compiling_enabled() -> bool:
 
 
 def _prepare(tensor: Tensor) -> Tensor:
-    # Compiled code reads memory as laid out at compile time; and bf16 training hands over bf16 batches.
+    # Compiled code depends on the memory format at compile time; and bf16 training passes bf16 batches.
     tensor = tensor.detach().contiguous()
     return tensor.float() if tensor.is_floating_point() else tensor
 
 
 def _first_line(error: Exception) -> str:
-    """Of its message or, where it has none, where it arose."""
+    """The first line of an error's message, or the place where it was raised if there is none."""
     lines = str(error).strip().splitlines()
     if lines:
         return lines[0][:200]

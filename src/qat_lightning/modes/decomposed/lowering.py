@@ -1,8 +1,8 @@
-"""A decomposed graph on oneDNN's int8 kernels for plain tensors.
+"""Lowering a decomposed graph to oneDNN's int8 kernels for plain tensors.
 
-Each convolution or linear layer between dequantize and quantize becomes one op that takes and gives uint8 tensors. An
-activation goes into it, and so does a sum that a convolution ends in. What is between the layers stays as the graph has
-it, in float.
+Each convolution or linear layer between dequantize and quantize becomes one op with uint8 inputs and outputs. An
+activation is fused into it, and so is an addition after a convolution. Ops between the layers stay in float, as in the
+graph.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _ADD = (_aten.add.Tensor, _aten.add_.Tensor)
 _INTEGERS = (torch.uint8, torch.int8)
 
 _LEAST_DB = 90.0
-"""Of a layer whose output is not rounded to a grid: what the order of sums leaves between float kernels."""
+"""Least SQNR of a layer with float output: float kernels may differ in the order of sums."""
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,9 @@ class _Candidate:
     """A way to run a layer.
 
     Attributes:
-        layer: With what is behind it.
-        given: The nodes of the integers that it reads.
-        end: The node whose value it yields.
+        layer: The layer with the ops fused into it.
+        given: Nodes of the integers that it reads.
+        end: The node whose value it computes.
     """
 
     layer: PlainLayer
@@ -52,13 +52,13 @@ class _Candidate:
 
 @torch.no_grad()
 def on_plain_kernels(decomposed: fx.GraphModule, tensors: list[Tensor], target: Backend) -> fx.GraphModule:
-    """A decomposed graph with oneDNN's int8 kernels in the place of its layers.
+    """A decomposed graph whose layers are replaced by oneDNN's int8 kernels.
 
-    Each layer is compared with the ops that it stands for, on their own inputs, with as much behind it as the op takes;
-    where it computes something else, or oneDNN refuses it, less is taken in, and in the end the ops stay.
+    Each layer is compared with the ops that it replaces, on their own inputs, with as many ops fused as possible. If it
+    computes something else, or oneDNN does not support it, fewer ops are fused, and in the end the original ops stay.
 
     Args:
-        decomposed: Quantize, dequantize and plain ops; left as it is.
+        decomposed: Quantize, dequantize and plain ops; not changed.
         tensors: Its inputs in a real call.
         target: The backend, for its tolerance.
     """
@@ -89,7 +89,7 @@ def on_plain_kernels(decomposed: fx.GraphModule, tensors: list[Tensor], target: 
 
 
 def _write_over_what_nothing_reads(lowered: fx.GraphModule) -> None:
-    """Let sums write over what they add where that has memory of its own, and nothing reads it later."""
+    """Let fused additions overwrite a summand that has memory of its own and is not read later."""
     called = [node for node in lowered.graph.nodes if node.op == "call_module"]
     modules = {node: lowered.get_submodule(str(node.target)) for node in called}
     layers = {node: module for node, module in modules.items() if isinstance(module, PlainLayer)}
@@ -104,15 +104,15 @@ def _write_over_what_nothing_reads(lowered: fx.GraphModule) -> None:
 
 
 class _Comparison(fx.Interpreter):
-    """Runs a decomposed graph, and finds which candidates give what the ops gave that they stand for.
+    """Runs a decomposed graph, and finds which candidates compute the same as the ops they replace.
 
     Args:
-        decomposed: The graph; what no candidate waits for is freed as it runs.
+        decomposed: The graph; values that no candidate needs are freed while it runs.
         candidates: Ways to run its layers.
         target: The backend, for its tolerance.
 
     Attributes:
-        right: The ids of those that compute the same but for roundings.
+        right: Ids of the candidates that compute the same except for rounding.
     """
 
     def __init__(self, decomposed: fx.GraphModule, candidates: list[_Candidate], target: Backend) -> None:
@@ -128,7 +128,7 @@ class _Comparison(fx.Interpreter):
                 self._waiting[node] += 1
 
     def run_node(self, n: fx.Node) -> Any:
-        """Run one node, and compare what ends there."""
+        """Run one node, and compare the candidates that end there."""
         value = super().run_node(n)
         if n in self._waiting:
             self._held[n] = value
@@ -148,7 +148,7 @@ class _Comparison(fx.Interpreter):
             return False
         try:
             result = layer(source, *(tensor.clone() for tensor in added))
-        except RuntimeError:  # oneDNN has no kernel for this shape, or for what is behind it
+        except RuntimeError:  # oneDNN has no kernel for this shape or this fusion
             return False
         if layer.output is None:
             return sqnr_db(wanted, result) > _LEAST_DB
@@ -159,7 +159,7 @@ class _Comparison(fx.Interpreter):
 
 
 def _candidates(node: fx.Node, root: fx.GraphModule) -> Iterator[_Candidate]:
-    """The ways to run the layer of a node, with the most behind it first; none if it is no layer."""
+    """The ways to run the layer of a node, from most to fewest fused ops; empty if the node is not a layer."""
     if node.target not in (*_CONVOLUTIONS, _aten.linear.default) or node.kwargs:
         return
     source, weight, bias = (*node.args, None)[:3]
@@ -170,7 +170,7 @@ def _candidates(node: fx.Node, root: fx.GraphModule) -> Iterator[_Candidate]:
     integers, grid = given
     try:
         layer = PlainLayer(*taken, added, grid, _sizes(node) if node.target in _CONVOLUTIONS else ())
-    except (RuntimeError, AttributeError):  # oneDNN has no kernel for it, or this torch no oneDNN
+    except (RuntimeError, AttributeError):  # oneDNN has no kernel for it, or this build of torch has no oneDNN
         return
     if node.target is _aten.conv2d.default and (summed := _summed(node)) is not None:
         behind, other, end = summed
@@ -180,7 +180,7 @@ def _candidates(node: fx.Node, root: fx.GraphModule) -> Iterator[_Candidate]:
 
 
 def _behind(node: fx.Node) -> Iterator[tuple[Behind, fx.Node]]:
-    """What a layer's op can take in without a second tensor, and the node that it ends at."""
+    """The ops that can be fused into a layer without a second tensor, and the node at which they end."""
     activation = _only_user(node)
     if activation is not None and (named := _activation(activation)) is not None:
         if (last := _only_user(activation)) is not None and (grid := _quantized(last)) is not None:
@@ -192,10 +192,10 @@ def _behind(node: fx.Node) -> Iterator[tuple[Behind, fx.Node]]:
 
 
 def _summed(node: fx.Node) -> tuple[Behind, fx.Node, fx.Node] | None:
-    """A sum of a convolution and of a tensor on a grid, a ReLU or none, and the grid behind.
+    """An addition of a convolution and a quantized tensor, an optional ReLU, and the grid after it.
 
     Returns:
-        What the op takes in, the integers that are added, and the node that it ends at.
+        The fused ops, the node of the integers that are added, and the node at which they end.
     """
     add = _only_user(node)
     if add is None or add.target not in _ADD or add.kwargs or len(add.args) != 2:
@@ -221,14 +221,14 @@ def _integers_of(node: Any) -> tuple[fx.Node, Grid] | None:
 
 
 def _quantized(node: fx.Node) -> Grid | None:
-    """The grid that a node puts a tensor on."""
+    """The grid to which a node quantizes a tensor."""
     if node.target is not _QUANTIZE or node.args[5] not in _INTEGERS:
         return None
     return Grid(*node.args[1:])  # type: ignore[arg-type]
 
 
 def _activation(node: fx.Node) -> tuple[str, tuple[float, ...]] | None:
-    """An activation by oneDNN's name, with its numbers."""
+    """An activation function by oneDNN's name, with its parameters."""
     if node.target in _RELU:
         return "relu", ()
     if node.target in _HARDTANH and not node.kwargs:
@@ -248,7 +248,7 @@ def _sizes(node: fx.Node) -> tuple[Any, ...]:
 
 
 def _weight(node: Any, root: fx.GraphModule) -> tuple[Tensor, Tensor] | None:
-    """The integers and scales of a weight that is symmetric; None for any other."""
+    """The integers and scales of a symmetric weight; None for any other."""
     if not isinstance(node, fx.Node) or node.target not in DEQUANTIZE:
         return None
     integers = _constant(node.args[0], root)

@@ -1,4 +1,4 @@
-"""The ops of a decomposed graph: those that put tensors on a grid and take them off, and those with a weight."""
+"""The ops of a decomposed graph: quantize, dequantize, and ops with a weight."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ DEQUANTIZE = (quantized_decomposed.dequantize_per_tensor.default, quantized_deco
 CHANNEL_AXIS: dict[Any, int] = {
     overload: row.channel_axis for row in OPERATORS if row.channel_axis is not None for overload in row.overloads
 }
-"""The ops with a weight, and the dimension of that weight that counts output channels."""
+"""The ops with a weight, and the output channel dimension of that weight."""
 
 
 def main_op(node: fx.Node) -> fx.Node:
-    """The op with a weight among those that run as one with ``node``, else ``node``."""
+    """The op with a weight that is fused with ``node``; if there is none, ``node``."""
     seen, waiting = set[fx.Node](), [node]
     while waiting:
         candidate = waiting.pop(0)

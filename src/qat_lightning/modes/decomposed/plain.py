@@ -1,4 +1,4 @@
-"""oneDNN's int8 layers for plain tensors: no compiler, no quantized dtype of torch's."""
+"""oneDNN's int8 layers on plain tensors, without a compiler or torch's quantized dtypes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Grid:
-    """Scale, zero point, least and greatest integer, and dtype of a tensor, as the ops of a graph have them."""
+    """Scale, zero point, smallest and largest integer, and dtype of a tensor, as arguments of ops in a graph."""
 
     scale: float
     zero_point: int
@@ -22,21 +22,21 @@ class Grid:
 
     @property
     def is_whole(self) -> bool:
-        """Whether all integers of the dtype are on it."""
+        """Whether it has all integers of the dtype."""
         limits = torch.iinfo(self.dtype)
         return (self.least, self.greatest) == (limits.min, limits.max)
 
 
 @dataclass(frozen=True)
 class Behind:
-    """What runs in a layer's op behind its products.
+    """The ops that are fused into a layer after its products.
 
     Attributes:
         output: The grid of the output; None for float.
         activation: An activation by oneDNN's name, or ``"none"``.
-        scalars: The numbers that it takes.
-        added: The grid of a tensor that is added before the activation; None where nothing is.
-        copies: Whether that tensor is read by something else too, since the op writes the output over it.
+        scalars: Parameters of the activation.
+        added: The grid of a tensor that is added before the activation; None without one.
+        copies: Whether that tensor has other readers and has to be copied, since the op overwrites it with the output.
     """
 
     output: Grid | None = None
@@ -47,7 +47,7 @@ class Behind:
 
 
 class PlainLayer(nn.Module):
-    """A convolution or linear layer on one of oneDNN's ops: integers in; integers out, or float where no grid follows.
+    """A convolution or linear layer as one oneDNN op: integers in; integers out, or float if no grid follows.
 
     Args:
         weight: int8, of shape (out channels, in channels / groups, kernel...) or (out features, in features).
@@ -72,7 +72,7 @@ class PlainLayer(nn.Module):
             self.packed = ops.qlinear_prepack(weight, None)
 
     def followed_by(self, behind: Behind) -> PlainLayer:
-        """The same layer, with the same packed weight, and something else behind its products."""
+        """The same layer with the same packed weight and other fused ops."""
         other = copy.copy(self)
         other.behind = behind
         return other
@@ -83,7 +83,7 @@ class PlainLayer(nn.Module):
         return self.behind.output
 
     def forward(self, input: Tensor, added: Tensor | None = None) -> Tensor:
-        """From the integers of the input's grid, and of the tensor that is added, to those of the output's."""
+        """Compute integers on the output's grid from integers on the grids of the input and of the added tensor."""
         given = (input, self.source.scale, self.source.zero_point, self.packed, self.scales, self.zero_points)
         out, behind = self.output, self.behind
         to = (1.0, 0, torch.float32) if out is None else (out.scale, out.zero_point, out.dtype)
@@ -100,7 +100,7 @@ class PlainLayer(nn.Module):
         return result if out is None or out.is_whole else result.clamp(out.least, out.greatest)
 
     def _summed(self, given: Any, added: Tensor, grid: Grid, to: Any, activation: Any) -> Tensor:
-        # The op writes over what it adds, which has to be laid out as it lays out its output.
+        # The op overwrites the added tensor, which needs the memory format of the output.
         over = added.contiguous(memory_format=torch.channels_last)
         if self.behind.copies and over.data_ptr() == added.data_ptr():
             over = over.clone()
@@ -112,7 +112,7 @@ class PlainLayer(nn.Module):
 
 
 def quantize(input: Tensor, scale: float, zero_point: int, least: int, greatest: int, dtype: torch.dtype) -> Tensor:
-    """``quantized_decomposed.quantize_per_tensor`` in aten's ops, which have kernels of their own."""
+    """``quantized_decomposed.quantize_per_tensor`` in aten ops, which have kernels of their own."""
     scaled = (input * (1.0 / scale)).round_()
     if zero_point:
         scaled.add_(zero_point)
@@ -120,6 +120,6 @@ def quantize(input: Tensor, scale: float, zero_point: int, least: int, greatest:
 
 
 def dequantize(input: Tensor, scale: float, zero_point: int, least: int, greatest: int, dtype: torch.dtype) -> Tensor:
-    """Undo `quantize`, up to its rounding."""
+    """Undo `quantize`, except for its rounding."""
     value = input.to(torch.float32)
     return (value.sub_(zero_point) if zero_point else value).mul_(scale)

@@ -1,4 +1,4 @@
-"""Saying that something takes long, while it does."""
+"""Messages about the progress of a long operation."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ EVERY = 20.0
 
 
 def _say(text: str) -> None:
-    """In Lightning's log where Lightning is in use; who only runs a file does not import it."""
+    """Log through Lightning if it is loaded; a program that only runs a file does not import it."""
     if "lightning.pytorch" not in sys.modules:
         sys.stderr.write(f"{text}\n")
         return
@@ -24,7 +24,7 @@ def _say(text: str) -> None:
 
 @contextmanager
 def said_while_it_lasts(what: str, *, every: float = EVERY) -> Iterator[None]:
-    """Say what begins, from time to time how long it has taken, and that it ended.
+    """Log the beginning of an operation, its duration from time to time, and its end.
 
     Args:
         what: A clause in the present tense, such as "Inductor compiles the network".

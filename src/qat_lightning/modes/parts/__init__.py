@@ -1,1 +1,1 @@
-"""Submodules of a network, each prepared by the best mode that takes it."""
+"""Submodules of a network, each prepared separately in mode fx."""

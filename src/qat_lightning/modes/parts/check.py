@@ -1,4 +1,4 @@
-"""The comparison of an int8 network by parts with fake-quant, as a whole; each part was compared layer by layer."""
+"""Comparing a whole int8 network by parts with fake-quant, after each part was compared layer by layer."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ from qat_lightning.modes.whole import Disturbance, check_whole, is_right, raise_
 from qat_lightning.settings.backends import quantized_engine
 
 Call = tuple[Any, Any]
-"""The arguments of one call of a part, and what it returned."""
+"""The arguments of one call of a part, and its result."""
 
 
 @torch.no_grad()
 def check_whole_network(
     prepared: nn.Module, int8: nn.Module, parts: Sequence[str], checks: Sequence[LayerCheck], example: Example
 ) -> WholeCheck | None:
-    """Compare what an int8 network returns with fake-quant.
+    """Compare the result of an int8 network with fake-quant.
 
     Args:
-        prepared: The network with fake-quant, on the CPU, in eval mode, with rounding on.
-        int8: What it was converted to.
-        parts: The names of the parts that are int8.
-        checks: Of their layers.
+        prepared: The network with fake-quant, on the CPU, in eval mode, with rounding enabled.
+        int8: The converted network.
+        parts: Names of the int8 parts.
+        checks: Checks of their layers.
         example: A real batch.
 
     Raises:
-        VerificationError: All layers are right and the whole is not.
+        VerificationError: All layers are correct and the whole network is not.
     """
     state = prepared_state(prepared)
     comparison = _Comparison(prepared, int8, parts, example)
@@ -51,7 +51,7 @@ def check_whole_network(
 
 
 class _Comparison:
-    """Fake-quant's run on the example, and others that are a bit off."""
+    """Fake-quant's run on the example, and runs with disturbances."""
 
     def __init__(self, prepared: nn.Module, int8: nn.Module, parts: Sequence[str], example: Example) -> None:
         self.prepared, self.int8, self.parts, self.example = prepared, int8, parts, example
@@ -64,7 +64,7 @@ class _Comparison:
     def _watching(self) -> Iterator[None]:
         with ExitStack() as hooks:
             for name, calls in self.calls.items():
-                # Before and after: what a part is given may be written over in it, and what it returns behind it.
+                # Copied before and after: a part may overwrite its inputs, and the code after it its outputs.
                 given: list[Any] = []
                 part = self.prepared.get_submodule(name)
                 before = lambda _, args, kwargs, given=given: given.append(copies((args, kwargs)))  # noqa: E731
@@ -74,7 +74,7 @@ class _Comparison:
             yield
 
     def disturbed(self, disturb: Disturbance) -> Any:
-        """Fake-quant's result with its inputs, and what is rounded, off by a millionth."""
+        """Fake-quant's result with its inputs, and the tensors that are rounded, disturbed by a millionth."""
         with ExitStack() as hooks:
             for _, fq in fake_quantizers(self.prepared):
                 if fq.observed:
@@ -83,7 +83,7 @@ class _Comparison:
             return run(self.prepared, self.example, disturb)
 
     def replayed(self, disturb: Disturbance) -> Any:
-        """With its inputs off by a millionth, and with the roundings that the kernels of each part had."""
+        """Fake-quant's result with inputs disturbed by a millionth, and with the rounding of each part's kernels."""
         if self._errors is None:
             self._errors = {name: [self._error(name, call) for call in calls] for name, calls in self.calls.items()}
         with ExitStack() as hooks:
@@ -94,7 +94,7 @@ class _Comparison:
             return run(self.prepared, self.example, disturb)
 
     def _error(self, name: str, call: Call) -> list[Any]:
-        """By how much an int8 part is off where it is given what fake-quant's was."""
+        """By how much the outputs of an int8 part differ, given fake-quant's inputs."""
         (args, kwargs), wanted = call
         got = self.int8.get_submodule(name)(*copies(args), **copies(kwargs))
         return [_difference(one, other) for one, other in zip(_leaves(got), _leaves(wanted), strict=True)]

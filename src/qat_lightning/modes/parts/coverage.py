@@ -1,4 +1,4 @@
-"""What of a network by parts is int8: the rows of each part as in the whole, and why all the rest is float."""
+"""Coverage of a network by parts: the rows of each part, and why everything else is float."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from qat_lightning.modes.protocol import EXCLUDED, LayerCoverage
 
 @dataclass(frozen=True)
 class Part:
-    """One part, as it was prepared or converted.
+    """One part, prepared or converted.
 
     Attributes:
-        float_network: What it was before.
+        float_network: The float module.
         example: Its first call.
-        layers: The rows of its layers, by their names in it.
-        operations: Likewise of its ops.
-        why: Why all of it stays float; empty if it does not.
+        layers: Rows of its layers, by their names within the part.
+        operations: Rows of its ops.
+        why: Why the whole part stays float; empty if it does not.
     """
 
     float_network: nn.Module
@@ -39,12 +39,12 @@ def rows_of_parts(
 ) -> tuple[list[LayerCoverage], list[LayerCoverage]]:
     """The rows of all layers of a network, and of the ops in its parts and between them.
 
-    Multiply-accumulates are those of one call of the whole: of a part that it calls several times, of all these calls.
+    Multiply-accumulates are those of one call of the whole network, also for parts that it calls several times.
 
     Args:
-        state: Of the prepared network.
-        refused: What else was tried, and why it was not taken.
-        parts: By their names.
+        state: State of the prepared network.
+        refused: Modules that were tried and refused, and why.
+        parts: The parts by name.
         example: One call of the network.
     """
     whole = _Whole(state, float_run(state.float_network, example), example)
@@ -65,7 +65,7 @@ def rows_of_parts(
 
 
 class _Whole:
-    """One run of the float network as a whole."""
+    """One run of the whole float network."""
 
     def __init__(self, state: PreparedState, run: FloatRun, example: Example) -> None:
         self.state, self.run, self.example = state, run, example
@@ -75,7 +75,7 @@ class _Whole:
             self.names.setdefault(module, []).append(name)
 
     def macs(self, name: str) -> int | None:
-        """Of a module, in all its calls; None if it has none, or they were not counted."""
+        """Multiply-accumulates of a module in all its calls; None if it has none, or they were not counted."""
         if self.run.flops is None:
             return None
         names = self.names[self.state.float_network.get_submodule(name)]
@@ -94,7 +94,7 @@ class _Whole:
         return f"outside of the parts {', '.join(map(repr, parts))}: {short}"
 
     def operations(self, name: str, part: Part) -> list[LayerCoverage]:
-        """The ops in a part, with what they multiply in all of its calls."""
+        """The ops of a part, with their multiply-accumulates in all of its calls."""
         rows = [replace(row, name=join(name, row.name)) for row in part.operations]
         if not any(row.macs for row in rows):
             return rows
@@ -104,7 +104,7 @@ class _Whole:
         return [replace(row, macs=row.macs and round(row.macs * factor)) for row in rows]
 
     def between(self, rows: Sequence[LayerCoverage]) -> list[LayerCoverage]:
-        """What the code around the parts multiplies by itself: all that is in none of the rows."""
+        """The multiply-accumulates of the code around the parts: everything that is in no row."""
         layers = [row for row in rows if row.what == "layer"]
         within = {row.name for row in layers if any(row.name.startswith(f"{outer.name}.") for outer in layers)}
         own = (self.macs("") or 0) - sum(row.macs or 0 for row in rows if row.name not in within)

@@ -1,4 +1,4 @@
-"""Which submodules of a network a mode takes, where it does not take the whole."""
+"""Finding the submodules that a mode can capture, if it cannot capture the whole network."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from qat_lightning.modes.prepared import copy_of_modules
 from qat_lightning.modes.tracing import same_results
 
 Attempt = Callable[[str, nn.Module, list[Example]], object]
-"""Prepares a copy of a module, given its name and its calls; raises to refuse it."""
+"""Prepares a copy of a module, given its name and its calls; raises an error to refuse it."""
 
 
 @dataclass(frozen=True)
 class Found:
-    """What a search for parts came to.
+    """The result of a search for parts.
 
     Attributes:
-        parts: The largest submodules that are taken, by their first names, with the calls that one call of the network
-            makes.
-        refused: The modules that were tried and descended into, and why.
+        parts: The largest submodules that can be captured, by their first names, with their calls in one call of the
+            network.
+        refused: The modules that were tried, refused and searched further, and why.
     """
 
     parts: dict[str, list[Example]] = field(default_factory=dict)
@@ -34,13 +34,13 @@ class Found:
 
 
 def find_parts(network: nn.Module, example: Example, attempt: Attempt) -> Found:
-    """Try the children of a network, and where one is refused its children, and so on down.
+    """Try the children of a network; if one is refused, try its children, and so on.
 
-    A module of which the code outside needs more than its ``forward`` is not taken: nothing else is left of it once it
-    is a graph.
+    A module is not taken if code outside uses more of it than its ``forward``, because nothing else is left of it in a
+    graph.
 
     Args:
-        network: Tried on copies; left as it is.
+        network: Not changed; copies are tried.
         example: One call of it.
         attempt: Prepares a module.
     """
@@ -51,7 +51,7 @@ def find_parts(network: nn.Module, example: Example, attempt: Attempt) -> Found:
 
 
 class _Search:
-    """One search for parts: a run of the network, what was seen of it, and what was found so far."""
+    """One search for parts: a recorded run of the network, and the parts found so far."""
 
     def __init__(self, network: nn.Module, example: Example, attempt: Attempt) -> None:
         self.network, self.example, self.attempt = network, example, attempt
@@ -61,7 +61,7 @@ class _Search:
         self.found, self._seen = Found(), set[nn.Module]()
 
     def visit(self, name: str, module: nn.Module) -> None:
-        """Take a module, or look at its children."""
+        """Take a module, or try its children."""
         if module in self._seen or next(module.parameters(), None) is None:
             return
         self._seen.add(module)
@@ -81,26 +81,26 @@ class _Search:
         try:
             self.attempt(name, copy.deepcopy(module), self.calls[name])
         except (ConfigurationError, MissingExtraError):
-            raise  # no fault of the module's
+            raise  # not the module's fault
         except Exception as error:  # noqa: BLE001 - upstream may fail in any way
             return str(error) or type(error).__name__
         return _needed_beside_forward(self.network, name, len(self.calls[name]), self.example, self.wanted)
 
 
 def catch_calls(network: nn.Module, example: Example, only: Collection[str] | None = None) -> dict[str, list[Example]]:
-    """The calls of modules in one run of a copy of ``network``, in evaluation, by their first names, in their order.
+    """Record the calls of modules in one run of a copy of ``network``, in evaluation, by their first names, in order.
 
     Args:
-        network: Left as it is.
+        network: Not changed.
         example: One call of it.
-        only: The names of the modules to look at; None for all of them.
+        only: Names of the modules to record; None for all.
     """
     copied = copy.deepcopy(network)
     calls: dict[str, list[Example]] = {}
     for name, module in copied.named_modules():
 
         def catch(_: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], name: str = name) -> None:
-            # Copied, because what runs behind it may write into its input.
+            # Copied, because later ops may write into the input.
             calls.setdefault(name, []).append(Example(*copy.deepcopy((args, kwargs))))
 
         if only is None or name in only:
@@ -110,7 +110,7 @@ def catch_calls(network: nn.Module, example: Example, only: Collection[str] | No
 
 
 def replace_modules(network: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
-    """Put other modules in the places of some submodules of a network, under all of their names."""
+    """Replace some submodules of a network, under all of their names."""
     for module in list(network.modules()):
         for name, child in module._modules.items():
             if child is not None and child in replacements:
@@ -118,7 +118,7 @@ def replace_modules(network: nn.Module, replacements: Mapping[nn.Module, nn.Modu
 
 
 class _Sealed(nn.Module):
-    """Stands in the place of a part, and has nothing of it but its ``forward``."""
+    """Replaces a part, and exposes only its ``forward``."""
 
     def __init__(self, part: nn.Module) -> None:
         super().__init__()
@@ -132,7 +132,7 @@ class _Sealed(nn.Module):
 
 
 def _needed_beside_forward(network: nn.Module, name: str, count: int, example: Example, wanted: Any) -> str:
-    """What the code outside of a module needs of it besides its ``forward``; empty if nothing."""
+    """What code outside of a module uses of it besides its ``forward``; empty if nothing."""
     copied = copy_of_modules(network).eval()
     part = copied.get_submodule(name)
     sealed = _Sealed(part)
@@ -155,7 +155,7 @@ def _names(network: nn.Module) -> dict[nn.Module, list[str]]:
 
 
 def _shared(module: nn.Module, names: Mapping[nn.Module, list[str]]) -> str:
-    """Which module in this one is elsewhere in the network as well; empty if none is."""
+    """The module within this one that is also used elsewhere in the network; empty if there is none."""
     own = tuple(f"{name}." for name in names[module])
     for inner in module.modules():
         if inner is module or next(inner.parameters(), None) is None:

@@ -1,4 +1,4 @@
-"""The int8 network by parts: the user's own code, with an int8 graph in the place of each part."""
+"""The int8 network by parts: the user's own code, with each part replaced by an int8 graph."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from qat_lightning.modes.parts.finding import replace_modules
 
 @torch.no_grad()
 def assemble(float_network: nn.Module, parts: Mapping[str, nn.Module], prepared: nn.Module) -> nn.Module:
-    """Put int8 parts into a copy of the float network, with the trained values of all the rest.
+    """Put int8 parts into a copy of the float network, with the trained values of everything else.
 
     Args:
-        float_network: Left as it is.
-        parts: By their first names.
+        float_network: Not changed.
+        parts: The int8 parts, by their first names.
         prepared: The network with fake-quant.
     """
     network = copy.deepcopy(float_network).float()
@@ -31,15 +31,15 @@ def assemble(float_network: nn.Module, parts: Mapping[str, nn.Module], prepared:
 
 
 def with_parts(network: nn.Module, parts: Mapping[str, nn.Module], rest: Mapping[str, Any]) -> nn.Module:
-    """Put int8 parts into a float network, under all of their names; what else it holds is in evaluation, for good.
+    """Put int8 parts into a float network, under all of their names; everything else in it is set to evaluation.
 
     Args:
         network: The float network, changed in place.
-        parts: By their first names.
-        rest: The ``state_dict`` of what is outside of them.
+        parts: The int8 parts, by their first names.
+        rest: The ``state_dict`` of everything outside of the parts.
 
     Raises:
-        RuntimeError: The rest is of another network.
+        RuntimeError: ``rest`` belongs to another network.
     """
     forms = forms_of(network)
     inside = _inside(network, parts)
@@ -55,12 +55,12 @@ def with_parts(network: nn.Module, parts: Mapping[str, nn.Module], rest: Mapping
 
 
 def forms_of(network: nn.Module) -> dict[str, list[int]]:
-    """The tensors of a float network, by which a file knows it."""
+    """The shapes of a float network's tensors, by which a file recognizes it."""
     return {key: list(value.shape) for key, value in network.state_dict().items() if isinstance(value, Tensor)}
 
 
 def rest_of(network: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The ``state_dict`` of an int8 network outside of its parts, and the buffers there that are not in it."""
+    """The ``state_dict`` of an int8 network outside of its parts, and the non-persistent buffers there."""
     inside = _inside(network, network.__dict__["quantization_parts"]["names"])
     state = network.state_dict()
     rest = {key: value for key, value in state.items() if not key.startswith(inside)}
@@ -71,6 +71,6 @@ def rest_of(network: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def _inside(network: nn.Module, parts: Iterable[str]) -> tuple[str, ...]:
-    """What the keys in the parts begin with, under each of their names."""
+    """The key prefixes of the parts, under each of their names."""
     modules = {network.get_submodule(name) for name in parts}
     return tuple(f"{name}." for name, module in network.named_modules(remove_duplicate=False) if module in modules)

@@ -1,8 +1,8 @@
-"""By parts: where no graph is made of the whole network, the largest submodules of which one can be made are quantized.
+"""Mode parts: if the network cannot be captured as a whole, its largest capturable submodules are quantized.
 
-The network stays the user's own object and its code runs between the parts, each of which is a network of mode fx. What
-is outside of the parts stays float. There is one `PreparedState` for the whole, and one entry for it in a checkpoint;
-those of the parts are made from it.
+The network stays the user's own object and its code runs between the parts, each of which is a network of mode fx.
+Everything outside of the parts stays float. A checkpoint has one `PreparedState` entry for the whole network; those of
+the parts are derived from it.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ UNSEEN = "no finite range was observed in this part, because training did not ca
 
 
 class _PartState(PreparedState):
-    """Of a part: it has no entry in a ``state_dict``, since that of the whole says everything."""
+    """State of a part: not in the ``state_dict``, because the state of the whole network contains everything."""
 
     get_extra_state = nn.Module.get_extra_state
     set_extra_state = nn.Module.set_extra_state
@@ -56,11 +56,11 @@ class _PartState(PreparedState):
 
 @dataclass(frozen=True)
 class PartsPlan:
-    """What conversion wants to know of a network by parts.
+    """Data that conversion needs about a network by parts.
 
     Attributes:
-        examples: The first call of each part in the example's.
-        refused: What else was tried, and why it was not taken.
+        examples: The first call of each part in the run of the example.
+        refused: Modules that were tried and refused, and why.
     """
 
     examples: dict[str, Example]
@@ -71,7 +71,7 @@ class PartsMode:
     """`Mode` for ``mode="parts"``."""
 
     def prepare(self, network: nn.Module, example: Example, recipe: Recipe, *, prefix: str = "") -> nn.Module:
-        """Put fake-quant into parts of ``network``, which stays the same object; see `Mode.prepare`."""
+        """Insert fake-quant into parts of ``network``, which stays the same object; see `Mode.prepare`."""
         if is_prepared(network):
             raise NetworkError(f"{type(network).__name__} is prepared for quantization already.")
         refuse_other_quantization(network)
@@ -94,7 +94,7 @@ class PartsMode:
         make_batchnorm_freezable(network)
         plan = PartsPlan({name: calls[0] for name, calls in found.parts.items()}, found.refused)
         network._quantization = PreparedState(self, recipe, float_network, prefix=prefix, plan=plan)
-        follow_course(network)  # last: the parts had a course each
+        follow_course(network)  # last, because the parts had a course each
         for name, part in prepared.items():
             for _, fq in fake_quantizers(part):
                 fq.is_shared = fq.is_shared or len(found.parts[name]) > 1
@@ -160,7 +160,7 @@ class PartsMode:
         return [*rows, *operations]
 
     def parts(self, prepared: nn.Module) -> list[str]:
-        """See `Mode.parts`: those of each part, behind its name."""
+        """See `Mode.parts`: those of each part, prefixed with its name."""
         parts = _parts_of(prepared)
         return [join(name, inner) for name, part in parts.items() for inner in FxMode().parts(part)]
 
@@ -172,11 +172,11 @@ class PartsMode:
 
 
 FX = "fx"
-"""What each part is a network of."""
+"""The mode of each part."""
 
 
 def _attempt(module: nn.Module, calls: list[Example], recipe: Recipe, prefix: str) -> None:
-    """Prepare a copy of a module, and see that it takes all of its calls."""
+    """Prepare a copy of a module, and check that it supports all of its calls."""
     if isinstance(module, WEIGHTED) and not recipe.selects(prefix):
         raise NetworkError("it is excluded")
     prepared = FxMode().prepare(module, calls[0], recipe, prefix=prefix)
@@ -188,7 +188,7 @@ def _attempt(module: nn.Module, calls: list[Example], recipe: Recipe, prefix: st
 
 
 def _others(calls: list[Example]) -> list[Example]:
-    """The calls that are of another form than the first one, one of each form."""
+    """One call of each form that differs from the first call's."""
     forms: dict[Any, Example] = {}
     for call in calls:
         leaves, spec = pytree.tree_flatten((call.args, call.kwargs))
@@ -213,7 +213,7 @@ def _no_parts(network: nn.Module, found: Found) -> NetworkError:
 
 
 def _parts_of(prepared: nn.Module) -> dict[str, nn.Module]:
-    """The parts, each told what of it is left float."""
+    """The parts, each with its share of the state ``left_float``."""
     parts = prepared_parts(prepared)
     left = prepared_state(prepared).left_float
     for name, part in parts.items():
@@ -223,7 +223,7 @@ def _parts_of(prepared: nn.Module) -> dict[str, nn.Module]:
 
 
 def _within(part: str, name: str) -> str | None:
-    """A name in the network as one in a part; None if it is not in that."""
+    """A name in the network relative to a part; None if it is outside of it."""
     if name == part:
         return ""
     return name.removeprefix(f"{part}.") if name.startswith(f"{part}.") else None
@@ -234,8 +234,8 @@ def _fake_quantizers_of(prepared: nn.Module, part: str) -> list[Any]:
 
 
 def _convert_part(name: str, part: nn.Module, example: Example) -> Converted:
-    """The int8 network of a part; what is at fault in it is named as in the whole."""
-    part._quantization.__class__ = PreparedState  # other sizes are prepared anew, and load a whole ``state_dict``
+    """Convert a part; faults in it are reported with names in the whole network."""
+    part._quantization.__class__ = PreparedState  # other sizes are prepared again, and load a whole ``state_dict``
     try:
         return FxMode().convert(part, example)
     except VerificationError as error:

@@ -1,1 +1,1 @@
-"""Mode eager: the network's own modules, replaced one by one; no graph."""
+"""Mode eager: the network's own layers are replaced one by one, without a graph."""

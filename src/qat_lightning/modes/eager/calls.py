@@ -1,7 +1,7 @@
-"""The calls of a layer that a forward pass makes several times: each has grids of its own, in order.
+"""Layers that a forward pass calls several times: each call has its own grids, in order.
 
-A detector's head sees levels of different sizes, and a grid for all of them would leave the smallest a few steps. The
-weight is one, and so is its grid; a kernel takes the grids of input and output with each call.
+The head of a detector is called on levels of different sizes, and a common grid would leave only a few steps for the
+smallest. The weight and its grid are shared; a kernel gets the grids of input and output with each call.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from torch import Tensor, nn
 from qat_lightning.numerics.fake_quantize import FakeQuantize
 
 MOST_CALLS = 8
-"""A layer that the example calls more often, such as a cell that is unrolled, has one pair of grids for all calls."""
+"""A layer that the example calls more often, such as an unrolled cell, has one pair of grids for all calls."""
 
 LATER = "later_calls"
-"""The child of a layer that has the grids of its second and later calls."""
+"""The child of a layer that holds the grids of its second and later calls."""
 
 _ROLES = ("input_fake_quant", "output_fake_quant")
 
 
 class Grids(nn.Module):
-    """What rounds input and output in one call of a layer, the second or a later one.
+    """The FakeQuantizes of input and output in the second or a later call of a layer.
 
     Args:
-        number: Which call, counted from 0.
+        number: Index of the call, from 0.
         input_fake_quant: For the input.
         output_fake_quant: For the output of the layer's chain.
     """
@@ -43,7 +43,7 @@ class Grids(nn.Module):
 
 
 def layer_of(name: str) -> tuple[str, int]:
-    """The layer that grids belong to, and the number of the call that has them, by the name of what holds them.
+    """The layer that grids belong to, and the index of the call, from the name of the module that holds them.
 
     Example:
         >>> layer_of("net.head.later_calls.0"), layer_of("net.head")
@@ -54,12 +54,12 @@ def layer_of(name: str) -> tuple[str, int]:
 
 
 def adapt_entries(head: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
-    """Let entries of a layer with another number of calls go into it: the grids of the first are those of new ones.
+    """Adapt entries of a layer to another number of calls: grids of new calls are copied from the first call.
 
     Args:
         head: The layer.
-        state_dict: What it is about to load; changed.
-        prefix: Of its entries.
+        state_dict: The ``state_dict`` to be loaded; changed in place.
+        prefix: Prefix of its entries.
     """
     grids: Any = head._modules.get(LATER, ())
     later = len(grids)
@@ -74,16 +74,16 @@ def adapt_entries(head: nn.Module, state_dict: dict[str, Any], prefix: str) -> N
 
 
 class CountsCalls:
-    """Which call of a layer it is, within a forward pass of the network as a whole; elsewhere each is the first."""
+    """Counts the calls of a layer within a forward pass of the network; outside of one, every call is the first."""
 
     calls_so_far: int | None
 
     def begin_forward(self, within: bool) -> None:
-        """Count from 0, within a forward pass; or not at all, outside of one."""
+        """Start counting at the begin of a forward pass, or stop at its end."""
         self.calls_so_far = 0 if within else None
 
     def next_call(self, known: int) -> int:
-        """The number of the call that begins, of so many that have grids; a later one is like the last of them."""
+        """The index of the coming call; calls beyond those with grids count as the last one with grids."""
         if self.calls_so_far is None or known <= 1:
             return 0
         number = min(self.calls_so_far, known - 1)
@@ -112,10 +112,10 @@ def _counting(network: nn.Module) -> Iterator[CountsCalls]:
 
 
 def grids_of(fakes: Any) -> Tensor:
-    """Scale and zero point of input and output, as an int8 layer keeps them: float64, shape ``(4,)``.
+    """Scale and zero point of input and output, in the form that an int8 layer stores: float64, shape ``(4,)``.
 
     Args:
-        fakes: What has the two FakeQuantizes; the input's scale is 0 where it was never observed.
+        fakes: Module with the two FakeQuantizes; the input's scale is 0 if it was never observed.
     """
     found = [torch.zeros((), dtype=torch.float64)] * 2
     if fakes.input_fake_quant.seen:

@@ -1,4 +1,4 @@
-"""Which layers follow one another: found by running the network once on an example and looking on."""
+"""Which layers follow each other, found by running the network once on an example."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from qat_lightning.settings.recipe import Recipe
 
 @dataclass(frozen=True)
 class Chain:
-    """A layer and what its int8 kernel does besides; plain values, as a file holds them.
+    """A layer and the modules fused with it in its int8 kernel; plain values, for storage in a file.
 
     Attributes:
         name: The convolution or linear layer.
         kind: Its type's name.
         batchnorm: The BatchNorm folded into it.
         activation: The activation fused with it.
-        limit: The upper end of that activation; None for ReLU.
-        grid_of: The chain on whose grid every input of the example was already.
-        reached: Whether the example ran it.
-        calls: How many calls of it, within a forward pass, have grids of their own.
+        limit: Upper limit of that activation; None for ReLU.
+        grid_of: The chain whose output grid every input of the example was on already.
+        reached: Whether the example called it.
+        calls: Number of calls within a forward pass that have their own grids.
     """
 
     name: str
@@ -45,7 +45,7 @@ class Chain:
 
     @property
     def links(self) -> tuple[str, ...]:
-        """The modules behind the layer, in order."""
+        """The modules after the layer, in order."""
         return tuple(name for name in (self.batchnorm, self.activation) if name is not None)
 
     def to_dict(self) -> dict[str, Any]:
@@ -56,14 +56,14 @@ class Chain:
 def find_chains(
     network: nn.Module, observation: Observation, recipe: Recipe, prefix: str, *, int8: bool = True
 ) -> tuple[list[Chain], dict[str, str]]:
-    """The chains of a network, and why its other convolutions and linear layers are in none.
+    """The chains of a network, and the reasons why its other convolutions and linear layers are in none.
 
     Args:
-        network: The float network, as it was observed.
+        network: The observed float network.
         observation: One run of it.
-        recipe: Says which layers are selected.
-        prefix: The network's own name, to which the recipe's globs are not relative.
-        int8: Whether the chains are to run as int8 kernels, which not every layer has.
+        recipe: Selects the layers.
+        prefix: The network's own name; the recipe's globs include it.
+        int8: Whether the chains are for int8 kernels, which not every layer has.
     """
     names = {module: name for name, module in network.named_modules()}
     chains: list[Chain] = []
@@ -104,7 +104,7 @@ def why_not(module: nn.Module, target: Backend) -> str:
 
 
 def kind_of(head: nn.Module) -> str:
-    """The type of a layer at the head of a chain, as its plan has it."""
+    """The type of the layer at the head of a chain, as stored in a plan."""
     return nn.Linear.__name__ if isinstance(head, Projection) else type(head).__name__
 
 
@@ -116,7 +116,7 @@ def _why_no_weight(module: nn.Module) -> str:
 
 
 class _Links:
-    """Finds what follows a layer."""
+    """Finds the modules that follow a layer."""
 
     def __init__(
         self, names: Mapping[nn.Module, str], observation: Observation, excluding: Recipe, prefix: str
@@ -150,7 +150,7 @@ class _Links:
 
 
 def _with_grids(chains: list[Chain], names: Mapping[nn.Module, str], observation: Observation) -> list[Chain]:
-    """Note for each chain whose grid its inputs were on, if they came there through functions that keep the grid."""
+    """Set for each chain whose grid its inputs are on, if they passed only through functions that keep the grid."""
     modules = {name: module for module, name in names.items()}
     source: dict[Key, str] = {}
     direct: set[Key] = set()
@@ -177,6 +177,6 @@ def _with_grids(chains: list[Chain], names: Mapping[nn.Module, str], observation
 
 
 def float_functions(observation: Observation) -> dict[str, int]:
-    """The functions that compute in float, and how often the example ran each."""
+    """The functions that compute in float, with the number of their calls in the example."""
     counts = Counter(call.function for call in observation.calls if call.module is None)
     return {name: count for name, count in sorted(counts.items()) if name not in KEEPS_GRID}

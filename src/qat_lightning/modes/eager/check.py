@@ -1,4 +1,4 @@
-"""The comparison of an eager int8 network with fake-quant: each layer on fake-quant's own input, and then the whole."""
+"""Comparing an eager int8 network with fake-quant: each layer on fake-quant's own input, and then the whole network."""
 
 from __future__ import annotations
 
@@ -41,21 +41,21 @@ def check_layers(
     example: Example,
     target: Backend,
 ) -> tuple[list[LayerCheck], WholeCheck | None]:
-    """Compare each int8 layer with fake-quant, and then the network as a whole.
+    """Compare each int8 layer with fake-quant, and then the whole network.
 
     Args:
-        prepared: The network with fake-quant, on the CPU, in eval mode, with rounding on.
-        network: What it was converted to.
+        prepared: The network with fake-quant, on the CPU, in eval mode, with rounding enabled.
+        network: The converted network.
         heads: The layers of ``prepared`` that became int8, by name.
-        layers: What they became.
+        layers: The int8 layers.
         example: A real batch.
         target: The backend, for its engine and tolerance.
 
     Returns:
-        A row for each layer that the example runs, of its worst call; and the row of the whole.
+        A row for each layer that the example calls, for its worst call; and the row of the whole network.
 
     Raises:
-        VerificationError: A layer is past the tolerance, or all are right and the whole is not.
+        VerificationError: A layer exceeds the tolerance, or all layers are correct and the whole network is not.
     """
     state = prepared_state(prepared)
     names = Names(state.prefix, {name for name, _ in state.float_network.named_modules()})
@@ -74,7 +74,7 @@ def check_layers(
 
 @torch.no_grad()
 def run(network: nn.Module, example: Example, disturb: Callable[[Any], Any] = lambda value: value) -> Any:
-    """Run on copies of the inputs, which a forward may change in place; float32, as the networks compared here are."""
+    """Run in float32 on copies of the inputs, which a forward may change in place."""
     args, kwargs = tree_map(lambda value: disturb(_float_copy(value)), (example.args, example.kwargs))
     with same_random_numbers():
         return network(*args, **kwargs)
@@ -87,13 +87,13 @@ def _float_copy(value: Any) -> Any:
 
 
 class _Comparison:
-    """Fake-quant's run on the example, and what the int8 layers make of its inputs."""
+    """Fake-quant's run on the example, and the results of the int8 layers on its inputs."""
 
     def __init__(self, prepared: nn.Module, heads: Mapping[str, ChainHead], example: Example, target: Backend) -> None:
         self.prepared, self.heads, self.example, self.target = prepared, heads, example, target
         self.checks: list[LayerCheck] = []
         self.errors: dict[FakeQuantize, list[Tensor]] = {}
-        """By how much what rounds was off, for each FakeQuantize and call."""
+        """Difference between the kernel's and fake-quant's output, for each FakeQuantize and call."""
         self.draws: list[dict[str, list[Tap]]] = []
         self.expected, self.taps = self._recorded(run, prepared, example)
 
@@ -134,7 +134,7 @@ class _Comparison:
         return check
 
     def _input_fault(self, head: ChainHead, tap: Tap, wanted: Tensor) -> str:
-        """What is wrong with the integers that a float input turns into."""
+        """Describe the fault in the integers that a float input is rounded to; empty if there is none."""
         assert tap.source is not None
         grid = Grid(wanted.q_scale(), wanted.q_zero_point())
         got = torch.quantize_per_tensor(tap.source.float(), grid.scale, grid.zero_point, wanted.dtype)
@@ -144,7 +144,7 @@ class _Comparison:
         return f"its input is rounded {beyond:.1f} steps beyond the nearest one" if beyond > MIDDLE else ""
 
     def _doubt(self, head: ChainHead, tap: Tap) -> float:
-        """How far fake-quant's own float arithmetic can be off, as where large numbers cancel out."""
+        """Error of fake-quant's own float arithmetic, for example from cancellation of large numbers."""
         off = 0.0
         assert tap.exact is not None
         for draw in range(DRAWS):
@@ -155,7 +155,7 @@ class _Comparison:
         return 2 * off
 
     def disturbed(self, disturb: Disturbance) -> Any:
-        """Fake-quant's result with its inputs, and what is rounded, off by a millionth."""
+        """Fake-quant's result with its inputs, and the tensors that are rounded, disturbed by a millionth."""
         with ExitStack() as hooks:
             for module in self.prepared.modules():
                 if isinstance(module, FakeQuantize) and module.observed:
@@ -164,7 +164,7 @@ class _Comparison:
             return self._again(disturb)
 
     def replayed(self, disturb: Disturbance) -> Any:
-        """With its inputs off by a millionth, and with the roundings that the kernels had."""
+        """Fake-quant's result with its inputs disturbed by a millionth, and with the rounding of the kernels."""
         with ExitStack() as hooks:
             for fq, errors in self.errors.items():
                 left = iter(errors)
@@ -177,7 +177,7 @@ class _Comparison:
         return result
 
     def where_it_begins(self, int8: list[tuple[str, Tensor]]) -> str:
-        """The first layer, in the order in which they ran, that is farther from fake-quant than the draws are."""
+        """The first layer, in execution order, that is farther from fake-quant than the draws are."""
         calls = dict.fromkeys(self.heads, 0)
         for name, got in int8:
             index = calls[name]
@@ -206,7 +206,7 @@ def _plus(y: Tensor, error: Tensor | None) -> Tensor:
 def _run_int8(
     network: nn.Module, layers: Mapping[str, Int8Layer], example: Example, target: Backend
 ) -> tuple[Any, list[tuple[str, Tensor]]]:
-    """The result of the int8 network, and what its layers gave in their order."""
+    """The result of the int8 network, and the outputs of its layers in order."""
     calls: list[tuple[str, Tensor]] = []
     with _watching(layers, calls), quantized_engine(target.engine):
         return run(network, example), calls

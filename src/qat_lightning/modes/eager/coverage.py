@@ -1,4 +1,4 @@
-"""Which modules and functions between the layers of an eager network are int8."""
+"""Coverage of modules and functions between the layers of an eager network."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ from qat_lightning.modes.protocol import LayerCoverage
 from qat_lightning.modes.without_arithmetic import nested, on_a_copy
 
 _LAYERS = (*CHAIN_TYPES, *module_types("table"))
-"""What an observation watches that has a row as a layer."""
+"""Modules watched by an observation that have a row as a layer."""
 _FUNCTION = "functions stay float in mode='eager'"
 _ALONE = "it does not directly follow a single int8 layer whose kernel could include it"
 
 
 class _BetweenLayers(TorchFunctionMode):
-    """Notes the functions that are called between layers, and counts the floating point operations of each.
+    """Records functions called between layers, and counts the floating point operations of each.
 
     Args:
-        network: Hooks are put into its layers.
+        network: The network; hooks are added to its layers.
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -47,7 +47,7 @@ class _BetweenLayers(TorchFunctionMode):
         self.calls: list[str] = []
         self._inside = 0
         for module in network.modules():
-            if isinstance(module, WEIGHTED):  # what they call is not reported again
+            if isinstance(module, WEIGHTED):  # functions called inside are not reported separately
                 module.register_forward_pre_hook(self._enter)
                 module.register_forward_hook(self._leave, always_call=True)
 
@@ -72,14 +72,14 @@ class _BetweenLayers(TorchFunctionMode):
 def eager_rows(
     layers: list[LayerCoverage], float_network: nn.Module, plan: Mapping[str, Any], example: Example
 ) -> tuple[list[LayerCoverage], list[LayerCoverage]]:
-    """The rows of layers, with their multiply-accumulates, and of what is between them.
+    """The rows of layers, with their multiply-accumulates, and rows of modules and functions between them.
 
-    Between them there is a row for each activation and BatchNorm that is in no chain, and one for each function.
+    Between layers there is one row for each activation and BatchNorm that is in no chain, and one for each function.
 
     Args:
-        layers: A row for each.
-        float_network: Left as it is.
-        plan: The chains that are int8.
+        layers: One row per layer.
+        float_network: Not changed.
+        plan: The int8 chains.
         example: One call.
     """
     try:
@@ -92,7 +92,7 @@ def eager_rows(
 
 @dataclass(frozen=True)
 class _Seen:
-    """What a network calls, the names of its modules, and what is between its layers and in them."""
+    """The calls of a network, the names of its modules, and the operations between and inside its layers."""
 
     observation: Observation
     names: dict[nn.Module, str]
@@ -127,7 +127,7 @@ def _look(network: nn.Module, context: AbstractContextManager[Any], example: Exa
 
 
 def _outside(rows: list[LayerCoverage], calls: Mapping[str, int]) -> Iterator[LayerCoverage]:
-    """The rows of modules, and those of functions with the calls that are in no layer."""
+    """The rows of modules, and of functions with their calls outside of layers."""
     left = Counter(calls)
     for row in rows:
         if row.name != row.kind:
@@ -143,7 +143,7 @@ def _parts(chain: Mapping[str, Any]) -> list[str]:
 
 
 def _outputs(observation: Observation, names: Mapping[nn.Module, str], plan: Mapping[str, Any]) -> set[Any]:
-    """The tensors that come out of chains."""
+    """The output tensors of chains."""
     ends = {_parts(chain)[-1] for chain in plan["chains"]}
     return {
         key

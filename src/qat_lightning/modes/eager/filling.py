@@ -1,4 +1,4 @@
-"""What an int8 network of mode eager takes over from the one that trained: packed weights, grids, and all the rest."""
+"""Copying packed weights, grids and all other values from the trained network to the int8 network of mode eager."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from qat_lightning.numerics.grid import EPS
 
 
 def int8_layers(network: nn.Module) -> dict[str, Int8Layer]:
-    """The int8 layers of a network by name, also by the second names of one."""
+    """The int8 layers of a network by name, including additional names of shared layers."""
     modules = network.named_modules(remove_duplicate=False)
     return {name: module for name, module in modules if isinstance(module, Int8Layer)}
 
 
 @torch.no_grad()
 def fill(layer: Int8Layer, head: ChainHead) -> None:
-    """Pack the present weight, rounded as training rounds it, and take over the grids."""
+    """Pack the present weight, rounded as in training, and copy the grids."""
     scale, zero_point = head.output_fake_quant.calculate_qparams()
     layer.op.scale, layer.op.zero_point = float(scale), int(zero_point)
     in_scale = None
@@ -31,7 +31,7 @@ def fill(layer: Int8Layer, head: ChainHead) -> None:
         layer.input_zero_point.copy_(in_zero_point)
     in_scales = [] if in_scale is None else [in_scale]
     for number, grids in enumerate(head.grids[1:]):
-        # What training never came to has the grids of the first call.
+        # Calls that training never made use the grids of the first call.
         layer.later_grids[number] = grids_of(grids if grids.output_fake_quant.seen else head)
         in_scales += [value for value in layer.later_grids[number, :1].float() if value > 0]
     weight, bias = head.folded()
@@ -48,10 +48,10 @@ def fill(layer: Int8Layer, head: ChainHead) -> None:
 
 
 def _holding(scales: Tensor, weight: Tensor, bias: Tensor | None, in_scale: Tensor, out_scale: Tensor) -> Tensor:
-    """Weight scales with which the bias fits into 32 bits, in units of input scale times weight scale.
+    """Adjust weight scales so that the bias fits into 32 bits, in units of input scale times weight scale.
 
-    A channel whose weight is 0, as behind a BatchNorm weight of 0, is 0 on any grid; the smallest scale would let its
-    bias overflow in QNNPACK, which holds it as an int32.
+    A channel with zero weight, as after a BatchNorm with weight 0, is 0 on any grid; with the smallest scale, its bias
+    would overflow in QNNPACK, which stores it as an int32.
     """
     largest = weight.abs().flatten(1).amax(1) if scales.dim() else weight.abs().max()
     scales = torch.where(largest == 0, out_scale, scales)
@@ -62,11 +62,11 @@ def _holding(scales: Tensor, weight: Tensor, bias: Tensor | None, in_scale: Tens
 
 
 def load_rest(network: nn.Module, prepared: nn.Module) -> None:
-    """Give the int8 network all trained values that are not in int8 layers, through a strict ``state_dict``."""
+    """Load all trained values outside of int8 layers into the int8 network, through a strict ``state_dict``."""
     layers = int8_layers(network)
     tables = [n for n, module in network.named_modules(remove_duplicate=False) if isinstance(module, IntegerLayer)]
     inside = tuple(f"{name}." if name else "" for name in (*layers, *tables))
-    packed = {layer: layer._modules.pop("op") for layer in set(layers.values())}  # which loading would pack anew
+    packed = {layer: layer._modules.pop("op") for layer in set(layers.values())}  # loading would pack them again
     try:
         trained, state = prepared.state_dict(), network.state_dict()
         state.update({key: trained[key] for key in state if not key.startswith(inside)})

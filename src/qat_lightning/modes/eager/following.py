@@ -1,4 +1,4 @@
-"""What follows a layer in a run that was observed: the module that takes all it gives, the BatchNorm that folds."""
+"""The modules that follow a layer in an observed run: the only reader of its output, and the BatchNorm that folds."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from qat_lightning.modes.eager.observation import Observation
 
 
 def follower(module: nn.Module, observation: Observation) -> nn.Module | None:
-    """The one module that takes the output of every call of ``module``, and nothing else does."""
+    """The module that reads the output of every call of ``module``, if it is the only reader."""
     found: set[nn.Module] = set()
     calls: Sequence[Any] = observation.of(module)
     for call in calls:
@@ -26,11 +26,11 @@ def follower(module: nn.Module, observation: Observation) -> nn.Module | None:
 
 
 def batchnorm_behind(layer: nn.Module, observation: Observation) -> nn.Module | None:
-    """The BatchNorm that folds into a layer: it takes all that the layer gives and nothing else, as one with it.
+    """The BatchNorm that can be folded into a layer: the only reader of its output.
 
     Args:
         layer: A convolution, transposed or not, or a linear layer.
-        observation: Of a run of the network that both are in.
+        observation: A run of the network that contains both.
     """
     found = follower(layer, observation)
     if found is None or observation.reads(found):
@@ -38,8 +38,8 @@ def batchnorm_behind(layer: nn.Module, observation: Observation) -> nn.Module | 
     if not folds_into(found, layer) and not folds_into_phases(found, layer):
         return None
     calls = observation.of(layer)
-    # BatchNorm normalizes dimension 1, which is another than that of the channels behind a linear layer that takes
-    # tokens, and behind any layer that takes one sample without a batch.
+    # BatchNorm normalizes dimension 1, which is not the channel dimension after a linear layer with token inputs, nor
+    # after a layer with a single sample without a batch dimension.
     kernel: Any = layer.weight
     if any(call.output_dim != kernel.dim() for call in calls):
         return None

@@ -1,4 +1,4 @@
-"""One forward pass is one batch: a layer that it calls several times has one range, of all that it was given in it."""
+"""One forward pass is one batch: a layer that is called several times in it has one range, over all of its inputs."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from qat_lightning.numerics.fake_quantize import FakeQuantize
 def take_forwards_as_a_whole(prepared: nn.Module, observation: Observation) -> None:
     """Tell the FakeQuantizes of a prepared network where each of its forward passes begins and ends.
 
-    Where parts of it are called from outside, each call is a pass of its own.
+    If parts of the network are called from outside, each such call is a pass of its own.
 
     Args:
         prepared: Prepared in eager mode.
-        observation: The run on the example, which shows the layers that it calls several times.
+        observation: The run on the example; it shows which layers are called several times.
     """
     times = _times(observation)
     for module in prepared.modules():
@@ -34,9 +34,9 @@ def take_forwards_as_a_whole(prepared: nn.Module, observation: Observation) -> N
 
 
 def with_calls(chains: list[Chain], observation: Observation, modules: dict[str, nn.Module]) -> list[Chain]:
-    """Give the chains that the example calls several times grids for each call.
+    """Give chains that the example calls several times a pair of grids for each call.
 
-    Their grids are nobody else's, and they are on nobody else's.
+    These grids are not shared with other chains.
     """
     times = _times(observation)
     calls = {chain.name: times[id(modules[chain.name])] for chain in chains}
@@ -52,7 +52,7 @@ def with_calls(chains: list[Chain], observation: Observation, modules: dict[str,
 
 
 def _times(observation: Observation) -> Counter[int]:
-    """How often each module was called."""
+    """Number of calls of each module."""
     return Counter(id(call.module) for call in observation.calls if call.module is not None)
 
 
@@ -62,12 +62,12 @@ def forward_begins(prepared: nn.Module, args: Any) -> None:
 
 
 def forward_ends(prepared: nn.Module, args: Any, output: Any) -> None:
-    """Forward hook of a prepared network, also where its forward raises."""
+    """Forward hook of a prepared network; also called if its forward raises."""
     _begin_anew(prepared, within=False)
 
 
 def is_foreign(hook: Any) -> bool:
-    """Whether a hook on a prepared network is somebody else's."""
+    """Whether a hook on a prepared network belongs to other code."""
     return hook not in (forward_begins, forward_ends)
 
 
@@ -76,7 +76,7 @@ def _begin_anew(prepared: nn.Module, *, within: bool) -> None:
     course.in_forward = within
     found: tuple[list[FakeQuantize], list[ChainHead]] | None = course.__dict__.get("places")
     if found is None:
-        # Found once for each network, and by a copy of it anew.
+        # Found once per network; a copy searches again.
         places = [fq for _, fq in fake_quantizers(prepared) if fq.observed]
         found = places, [head for head in prepared.modules() if isinstance(head, ChainHead)]
         course.__dict__["places"] = found

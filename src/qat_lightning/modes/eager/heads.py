@@ -1,6 +1,6 @@
-"""The head of each kind of layer; that of a transposed convolution runs as the convolution that stands for it.
+"""Chain heads for each kind of layer; a transposed convolution runs as the convolution that replaces it.
 
-The parameters stay as they are. The weight is rounded in the form in which the int8 kernel has it.
+The parameters are unchanged. The weight is rounded in the form that the int8 kernel uses.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ class TransposedHead(ChainHead):
 
     @property
     def subpixel(self) -> Subpixel:
-        """The convolution that stands for it."""
+        """The convolution that replaces it."""
         found: Subpixel | None = self.__dict__.get("_subpixel")
         if found is None:
             found = self.__dict__["_subpixel"] = subpixel_of(cast("Any", self))
         return found
 
     def kernel(self) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias of the convolution that stands for it."""
+        """Weight and bias of the convolution that replaces it."""
         subpixel = self.subpixel
         return subpixel.weight(self.weight), None if self.bias is None else subpixel.bias(self.bias)
 

@@ -1,10 +1,10 @@
-"""Layers of a network prepared in eager mode: each does its part where the user's own ``forward`` calls it.
+"""Layers of a network prepared in eager mode; each rounds where the user's own ``forward`` calls it.
 
-A chain is a convolution or linear layer (its head) and the BatchNorm and activation that follow it (its links). In
-the int8 network the head runs the whole chain as one kernel, so training rounds the head's folded weight, and rounds
-activations only behind the last link. Which tensor is inside which chain is known from a mark on the tensor itself:
-the forward may branch, loop, and call a module for several chains, and a link that gets any other tensor is just the
-module that it was. A mark holds for one version of a tensor, so an in-place operation in between undoes it.
+A chain is a convolution or linear layer (its head) and the BatchNorm and activation that follow it (its links). In the
+int8 network the head computes the whole chain as one kernel. So training rounds the head's folded weight, and rounds
+activations only after the last link. Which tensor belongs to which chain is recorded by a mark on the tensor itself:
+the forward may branch, loop, and call a module for several chains, and a link that gets any other tensor behaves like
+the original module. A mark is valid for one version of a tensor, so an in-place operation in between invalidates it.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ class Tap:
     """One call of a chain, recorded for verification.
 
     Attributes:
-        grid: What rounded the input.
+        grid: The FakeQuantize of the input.
         input: The rounded input.
-        source: What was rounded to that here; None if it was on the grid already, or on that of another chain.
-        exact: The output before it was rounded.
+        source: The input before rounding; None if it was already on this grid, or on that of another chain.
+        exact: The output before rounding.
         output: The rounded output; None if the call did not go through the whole chain.
-        number: Which call of the layer it is, of those that have grids of their own.
+        number: Index of the call, among those of the layer with grids of their own.
     """
 
     grid: FakeQuantize
@@ -56,7 +56,7 @@ class Tap:
 
 @dataclass(frozen=True)
 class _Mark:
-    """Where a tensor is: ``stage`` links of ``chain`` are behind it, in the call that has these grids."""
+    """Position of a tensor in a chain: after ``stage`` links, in the call with these grids."""
 
     chain: ChainHead
     grids: ChainHead | Grids
@@ -70,32 +70,32 @@ class _Mark:
         return self.stage == len(self.chain.links)
 
 
-# Beside the tensors and not on them: an attribute of a tensor would be copied, pickled and saved with it.
+# Stored beside the tensors and not on them: an attribute of a tensor would be copied, pickled and saved with it.
 _marks: Any = WeakTensorKeyDictionary()
 
 
-# While a graph is traced, the only thing that can be said of two tensors is whether they are the same. Within
-# `MarksWhileTraced` the list is never empty; elsewhere it always is, or marks would outlive the step they belong to.
+# While a graph is traced, tensors can only be compared by identity. Within `MarksWhileTraced` the list is never empty;
+# elsewhere it always is, because marks must not outlive their step.
 _traced: list[tuple[Tensor | None, _Mark | None]] = []
 
 
 class MarksWhileTraced(TorchFunctionMode):
-    """Keeps marks while Dynamo traces a network, where tensors show no version: it sees what is changed in place."""
+    """Keeps marks while Dynamo traces a network, where tensors have no version: it detects in-place changes itself."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Call the function, and forget the mark of a tensor that it changes."""
+        """Call the function, and drop the mark of a tensor that it changes."""
         output = func(*args, **(kwargs or {}))
         if args and (output is args[0] or func is torch.relu_ or (kwargs or {}).get("inplace") is True):
             _forget(args[0])
         return output
 
     def __enter__(self) -> MarksWhileTraced:
-        """Begin to keep marks."""
+        """Start keeping marks."""
         _traced.append((None, None))
         return cast("MarksWhileTraced", super().__enter__())  # type: ignore[no-untyped-call]
 
     def __exit__(self, *exception: Any) -> None:
-        """Forget all marks."""
+        """Drop all marks."""
         _traced.clear()
         super().__exit__(*exception)  # type: ignore[no-untyped-call]
 
@@ -127,7 +127,7 @@ def _mark_beside(x: Tensor) -> _Mark | None:
 
 
 def _versioned() -> AbstractContextManager[Any]:
-    """Leave inference mode, whose tensors count no versions; without grad all the same."""
+    """Leave inference mode, whose tensors have no version counter; gradients stay disabled."""
     if _traced or not torch.is_inference_mode_enabled():
         return nullcontext()
     stack = ExitStack()
@@ -143,14 +143,14 @@ else:
 
 
 class ChainHead(CountsCalls, _Layer):
-    """A convolution or linear layer with rounded weight and input, which its chain's output grid belongs to.
+    """A convolution or linear layer with rounded weight and input, at the head of a chain.
 
     Attributes:
-        links: The BatchNorm and the activation behind it; they stay registered where the float network has them.
+        links: The BatchNorm and the activation after it; they stay registered where the float network has them.
         grid_of: The chain from which every input came through operations that keep values on its grid, such as
             max-pooling, if there is one; rounding to a second grid would only add error.
-        later_calls: The grids of its second and later calls within a forward pass, if it has any of its own.
-        taps: Where calls are recorded, while a list.
+        later_calls: The grids of its second and later calls within a forward pass, if these have their own.
+        taps: A list in which calls are recorded, or None.
     """
 
     weight: Tensor
@@ -161,23 +161,23 @@ class ChainHead(CountsCalls, _Layer):
     links: tuple[nn.Module, ...]
     grid_of: tuple[ChainHead, ...]
     taps: list[Tap] | None
-    number = 0  # the grids of its own are those of the first call
+    number = 0  # its own grids are those of the first call
 
     @property
     def grids(self) -> tuple[ChainHead | Grids, ...]:
-        """What has the grids of each call, in order."""
+        """The holders of the grids of each call, in order."""
         later: Any = self._modules.get(LATER, ())
         return (self, *later)
 
     @property
     def batchnorm(self) -> FreezableBatchNorm | None:
-        """The BatchNorm that the int8 kernel has folded in."""
+        """The BatchNorm that is folded into the int8 kernel."""
         first = self.links[0] if self.links else None
         return first if isinstance(first, FreezableBatchNorm) else None
 
     @property
     def left_float(self) -> bool:
-        """Whether it is the plain layer that it was, with nothing rounded, because it cannot be int8."""
+        """Whether it runs as the plain layer, with nothing rounded, because it cannot be int8."""
         return self.weight_fake_quant.left_float
 
     @property
@@ -187,12 +187,12 @@ class ChainHead(CountsCalls, _Layer):
 
     @property
     def input_grid(self) -> FakeQuantize:
-        """What rounds an input that is not on a grid yet."""
+        """The FakeQuantize of inputs that are not on a grid yet."""
         return self.grid_of[0].output_fake_quant if self.shares_grid else self.input_fake_quant
 
     @torch.no_grad()
     def folded(self) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias with BatchNorm folded in, in float32: what the int8 kernel has."""
+        """Weight and bias with BatchNorm folded in, in float32, as in the int8 kernel."""
         weight, bias = (None if value is None else value.float() for value in self.kernel())
         assert weight is not None
         bn = self.batchnorm
@@ -204,13 +204,13 @@ class ChainHead(CountsCalls, _Layer):
         return folded_weight(weight, factor), folded_bias(bias, mean, factor, beta)
 
     def kernel(self) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias in the form in which the int8 kernel has them."""
+        """Weight and bias in the form that the int8 kernel uses."""
         return self.weight, self.bias
 
     def forward(self, input: Tensor) -> Tensor:
-        """Round what is not on a grid yet, and run the layer with its rounded weight."""
+        """Round an input that is not on a grid yet, and run the layer with its rounded weight."""
         if self.left_float:
-            return self._run_float(input)  # not marked: what follows is no part of a chain
+            return self._run_float(input)  # not marked, so the modules after it are not part of a chain
         with _versioned():
             grids = self.grids
             here = grids[decided_once(lambda: self.next_call(len(grids)))] if len(grids) > 1 else self
@@ -220,14 +220,14 @@ class ChainHead(CountsCalls, _Layer):
     def passed(
         self, y: Tensor, stage: int, tap: Tap | None, grids: ChainHead | Grids, *, relu: float | None = None
     ) -> Tensor:
-        """Mark the output of a module of the chain, rounded if it was the last.
+        """Mark the output of a module of the chain; round it after the last module.
 
         Args:
             y: The output.
-            stage: How many links are behind it.
+            stage: Number of links before it.
             tap: Where this call is recorded.
-            grids: What has the grids of this call.
-            relu: The largest value that the last link leaves, if ``y`` is its input.
+            grids: Holder of the grids of this call.
+            relu: Upper limit of the last link, if ``y`` is its input and the ReLU is still to be applied.
         """
         if stage == len(self.links):
             if tap is not None:
@@ -244,7 +244,7 @@ class ChainHead(CountsCalls, _Layer):
             grid, x = mark.grids.output_fake_quant, input
         elif self.shares_grid:
             grid = self.grid_of[0].output_fake_quant
-            x = grid.round(input)  # whose range must not be moved by this tensor
+            x = grid.round(input)  # this tensor must not update the range
         else:
             grid = grids.input_fake_quant
             x = grid(input)
@@ -303,10 +303,10 @@ class ProjectionHead(RowsOfAttention, LinearHead):  # type: ignore[misc, overrid
 
 
 class ChainLink(_Layer):
-    """A BatchNorm or an activation that may be part of a chain; for other tensors it is what it was."""
+    """A BatchNorm or activation that may be part of a chain; other tensors pass through the original module."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """Run the module, and let the chain that ``input`` is in go on."""
+        """Run the module, and continue the chain that ``input`` belongs to."""
         mark = _mark_of(input)
         if mark is None or mark.complete or mark.chain.links[mark.stage] is not self or not _foldable(mark, input):
             plain: Tensor = super().forward(input)
@@ -321,7 +321,7 @@ class ChainLink(_Layer):
 
 
 def _foldable(mark: _Mark, x: Tensor) -> bool:
-    """A linear layer has its channels last, BatchNorm1d has them second: the same for matrices only."""
+    """Whether BatchNorm can be folded: a linear layer has its channels last, so only if its output is a matrix."""
     return mark.stage > 0 or mark.chain.batchnorm is None or not isinstance(mark.chain, LinearHead) or x.dim() == 2
 
 
@@ -364,13 +364,13 @@ LINKS: dict[type[nn.Module], type[nn.Module]] = {
 
 
 def become(module: nn.Module, cls: type[nn.Module], **attributes: Any) -> None:
-    """Make ``module`` a ``cls``: it stays the same object, wherever the network keeps or shares it."""
+    """Change the class of ``module`` to ``cls``; it stays the same object, also where it is shared."""
     module.__class__ = cls
     module.__dict__.update(attributes)
 
 
 def without_fast_paths(network: nn.Module) -> None:
-    """Keep torch's transformer layers calling their linear layers, instead of one kernel that reads their weights."""
+    """Make torch's transformer layers call their linear layers, instead of one kernel that reads their weights."""
     for module in network.modules():
         if isinstance(module, nn.TransformerEncoderLayer):
             module.activation_relu_or_gelu = 0

@@ -1,4 +1,4 @@
-"""From the layers of a chain to its int8 layer, whose weights and grids are yet to be filled in."""
+"""Creating the int8 layer of a chain; its weights and grids are set later."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ _LINKS: dict[type[nn.Module], type[nn.Module]] = {
 
 
 def make_int8(modules: dict[str, nn.Module], chain: Chain, activation_dtype: torch.dtype) -> Int8Layer:
-    """Turn the layers of a chain, float ones, into int8 ones whose weights and grids are yet to be filled in.
+    """Turn the float layers of a chain into int8 ones, whose weights and grids are set later.
 
     Args:
         modules: Every module of the network by its name.
-        chain: Which of them.
+        chain: The chain.
         activation_dtype: ``torch.quint8`` or ``torch.qint8``.
     """
     head: Any = modules[chain.name]
@@ -67,7 +67,7 @@ def make_int8(modules: dict[str, nn.Module], chain: Chain, activation_dtype: tor
 
 def _empty_op(head: Any, chain: Chain, subpixel: Subpixel | None) -> Any:
     cls: Any = _OPS[chain.kind.replace("Transpose", ""), chain.activation is not None]
-    # The constructor packs a weight, which another one takes the place of: the smallest will do.
+    # The constructor packs a weight that is replaced later: use the smallest one.
     if chain.kind == "Linear":
         op = cls(1, 1)
         op.in_features, op.out_features = head.in_features, head.out_features
@@ -77,7 +77,7 @@ def _empty_op(head: Any, chain: Chain, subpixel: Subpixel | None) -> Any:
         op.in_channels, op.out_channels = head.in_channels, head.out_channels * subpixel.phases
         op.kernel_size, op.groups = subpixel.taps, subpixel.groups
         return op
-    # The pads of every side, which are the same on both: also what padding='same' came to.
+    # The padding of every side, which is symmetric; also resolves padding='same'.
     pads = tuple(head._reversed_padding_repeated_twice[::-2])
     op = cls(1, 1, (1,) * len(pads), stride=head.stride, padding=pads, dilation=head.dilation)
     for name in ("in_channels", "out_channels", "kernel_size", "groups"):

@@ -1,8 +1,8 @@
-"""Eager mode: the user's own ``forward`` runs in every phase, whatever its control flow; only layers are replaced.
+"""Eager mode: the user's own ``forward`` always runs, with any control flow; only layers are replaced.
 
-One run on the example shows which BatchNorm and activation follow which layer (`eager_chains`). Prepared, each of
-these layers rounds in its own place (`eager_layers`); converted, the int8 kernel of a chain sits in the place of its
-first layer, and integers go from one kernel to the next (`eager_int8`).
+One run on the example shows which BatchNorm and activation follow which layer (`chains`). In the prepared network, each
+of these layers rounds in its own place (`layers`). In the converted network, the int8 kernel of a chain replaces its
+first layer, and integers pass from one kernel to the next (`int8`).
 """
 
 from __future__ import annotations
@@ -64,13 +64,13 @@ class EagerMode:
     """`Mode` for ``mode="eager"``."""
 
     def prepare(self, network: nn.Module, example: Example, recipe: Recipe, *, prefix: str = "") -> nn.Module:
-        """Put fake-quant into the layers of ``network``, which stays the same object; see `Mode.prepare`."""
+        """Insert fake-quant into the layers of ``network``, which stays the same object; see `Mode.prepare`."""
         if is_prepared(network):
             raise NetworkError(f"{type(network).__name__} is prepared for quantization already.")
         refuse_other_quantization(network)
         refuse_mixed(network, example)
         keep_tapes()
-        make_tables_plain(network)  # of a preparation before
+        make_tables_plain(network)  # of an earlier preparation
         float_network = copy_of_modules(network)
         opened = attentions(network, lambda name: "attention" in recipe.families and recipe.selects(join(prefix, name)))
         for attention in opened:
@@ -180,16 +180,16 @@ class EagerMode:
         """Give a float network the structure of the int8 one, to load an int8 ``state_dict`` into.
 
         Args:
-            network: The float network, freshly made by its code; changed in place.
+            network: The float network, newly created by its code; changed in place.
             plan: ``quantization_plan`` of the int8 network: plain values only.
-            recipe: What it was prepared with.
+            recipe: The recipe it was prepared with.
 
         Returns:
-            ``network``, its weights and grids not yet filled in. Loading into it packs weights for the engine that is
-            current, so load inside `qat_lightning.settings.backends.quantized_engine`.
+            ``network``, its weights and grids not yet set. Loading packs weights for the current engine, so load inside
+            `qat_lightning.settings.backends.quantized_engine`.
 
         Raises:
-            CheckpointMismatchError: The network has no such layers.
+            CheckpointMismatchError: The network does not have these layers.
         """
         without_fast_paths(network)
         inside = [values["name"] for values in plan["chains"]]
@@ -222,7 +222,7 @@ class EagerMode:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Hold back what upstream says on every use of its quantized tensors: pyproject's range of torch is the answer."""
+    """Suppress upstream's warning on every use of quantized tensors; the pinned range of torch versions covers it."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*quantized tensor creation functions.*")
         warnings.filterwarnings("ignore", message=".*torch\\.ao\\.quantization.*", category=DeprecationWarning)
@@ -252,7 +252,7 @@ def _heads(prepared: nn.Module) -> dict[str, ChainHead]:
 
 @torch.no_grad()
 def _give_own_input_range(prepared: nn.Module, names: Collection[str], example: Example) -> None:
-    """Copy the output range of layers that are about to be left float to the inputs that were on its grid so far."""
+    """For layers that are about to be left float, copy their output range to the inputs that used its grid so far."""
     probe = cpu_copy(prepared)
     heads, own = _heads(probe), _heads(prepared)
     leaving = {id(grids.output_fake_quant) for name in names for grids in heads[name].grids}
@@ -272,7 +272,7 @@ def _make_head(modules: dict[str, nn.Module], chain: Chain, recipe: Recipe) -> N
         if type(modules[name]) in LINKS:
             become(modules[name], LINKS[type(modules[name])])
     become(head, HEADS[type(head)], links=tuple(modules[name] for name in chain.links), grid_of=(), taps=None)
-    # The same children whatever the example did, but for the number of its calls, which a checkpoint is adapted to.
+    # The same children for any example, except for the number of calls, to which a checkpoint is adapted.
     head.weight_fake_quant = qconfig.weight()
     head.input_fake_quant = qconfig.activation()
     head.output_fake_quant = qconfig.activation()
@@ -288,7 +288,7 @@ def _make_head(modules: dict[str, nn.Module], chain: Chain, recipe: Recipe) -> N
 
 
 def _check_same(network: nn.Module, example: Example, expected: Any) -> None:
-    """Without rounding, a prepared network has to compute what the float network did."""
+    """Check that a prepared network without rounding computes the same as the float network."""
     set_phase(network, fake_quant=False, observers=True, batchnorm_frozen=False)
     actual = _tensors(run_apart(network, example))
     set_phase(network, fake_quant=True, observers=True, batchnorm_frozen=False)
@@ -304,7 +304,7 @@ def _check_same(network: nn.Module, example: Example, expected: Any) -> None:
 def _plan_of_seen(
     plan: Mapping[str, Any], heads: Mapping[str, ChainHead], left_float: Mapping[str, str]
 ) -> dict[str, Any]:
-    """The plan without the chains that are left float, or whose output was never observed; the reason says so."""
+    """The plan without chains that are left float or whose output was never observed, and the reasons."""
     chains = [
         chain
         for chain in plan["chains"]

@@ -1,7 +1,7 @@
-"""One run of a network on an example, looked on: which modules and functions it calls, with which tensors.
+"""One observed run of a network on an example: which modules and functions it calls, with which tensors.
 
-Forward hooks see the modules, a `TorchFunctionMode` sees every function. A tensor is known by its id and its version,
-so that an in-place ReLU is a step of its own; all are kept alive, so that no id comes twice.
+Forward hooks see modules, a `TorchFunctionMode` sees functions. A tensor is identified by its id and version, so that
+an in-place ReLU is a separate step; all tensors are kept alive, so that ids are unique.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from qat_lightning.modes.without_arithmetic import nested
 
 HEAD_TYPES: tuple[type[nn.Module], ...] = (*module_types("convolution", "linear"), Projection)
 CHAIN_TYPES = (*HEAD_TYPES, *module_types("transposed"))
-"""What may begin a chain of int8 layers; transposed convolutions have their channels in another dimension."""
+"""Layers that may begin a chain of int8 layers; transposed convolutions have another channel dimension."""
 ACTIVATION_TYPES = module_types("relu", "clamp")
 
 Key = tuple[int, int]
@@ -43,7 +43,7 @@ _METADATA = frozenset(
 
 
 def function_name(function: Any) -> str | None:
-    """The name of a function that a torch-function handler gets; None if it asks for shapes and the like only."""
+    """The name of a function in a torch-function handler; None if it only queries shapes and the like."""
     name: str = getattr(function, "__name__", str(function))
     if name in ("__get__", "__set__"):
         owner: str = getattr(getattr(function, "__self__", None), "__name__", "")
@@ -63,13 +63,13 @@ class _Call:
 
 
 class Observation(TorchFunctionMode):
-    """Everything that one run of a network calls, in order; its result, and the tensors in it.
+    """All calls of one run of a network, in order; its result, and the tensors in it.
 
     Args:
-        heads: The types of layers whose calls are seen as such, with those of what may follow them.
+        heads: Types of layers that are recorded as single calls, along with the types that may follow them.
 
     Attributes:
-        sized: The layers that are given the size of their output.
+        sized: Layers that are called with an output size.
     """
 
     result: Any = None
@@ -87,13 +87,13 @@ class Observation(TorchFunctionMode):
         self._read: dict[bool, set[int]] | None = None
 
     def keys(self, values: Any) -> tuple[Key, ...]:
-        """The tensors in any structure."""
+        """The keys of all tensors in a structure."""
         tensors = [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
         self._alive.extend(tensors)
         return tuple((id(tensor), tensor._version) for tensor in tensors)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Note a function that the network calls, unless it is part of a module that is watched."""
+        """Record a function that the network calls, unless it runs inside a watched module."""
         kwargs = kwargs or {}
         name = function_name(func)
         if self._inside or name is None:
@@ -111,7 +111,7 @@ class Observation(TorchFunctionMode):
             self.sized.add(module)
 
     def leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        """Forward hook. A module that works in place gives another object: who reads which shows by that."""
+        """Forward hook. A module that works in place returns a new object, which shows its readers."""
         if isinstance(output, Tensor) and any(output is given for given in args):
             output = output.view_as(output)
         inputs = self._inside.pop()
@@ -125,11 +125,11 @@ class Observation(TorchFunctionMode):
         return self._of[module]
 
     def reads(self, module: nn.Module, *, looked_up: bool = False) -> bool:
-        """Whether a function takes a tensor of ``module``'s, or the network returns it.
+        """Whether a function takes a parameter or buffer of ``module``, or the network returns one.
 
         Args:
-            module: One of the network's.
-            looked_up: Whether looking up rows of it, as ``F.embedding`` does, counts.
+            module: A module of the network.
+            looked_up: Whether looking up rows, as ``F.embedding`` does, counts.
         """
         if self._read is None:
             self._read = {False: self._tensors_of_functions(but=("embedding",)), True: self._tensors_of_functions()}
@@ -141,13 +141,13 @@ class Observation(TorchFunctionMode):
         return {key[0] for keys in (*functions, self.returned) for key in keys}
 
     def writes_over_its_input(self, module: nn.Module) -> bool:
-        """Whether somebody reads what a call of ``module`` was given after it, and so what it left there."""
+        """Whether the input of a call of ``module`` is read afterwards, and so what the call left in it."""
         given = {key for call in self._of[module] for key in call.inputs}
         read = (*self._consumers, *self.returned)
         return any(one == other and later > earlier for one, earlier in given for other, later in read)
 
     def consumers(self, key: Key) -> list[_Call]:
-        """Every call that takes a tensor."""
+        """All calls that take a tensor."""
         return self._consumers[key]
 
     def _note(self, call: _Call) -> None:
@@ -159,14 +159,14 @@ class Observation(TorchFunctionMode):
 
 
 def _size_given(input: Tensor, output_size: Any = None) -> bool:
-    """Whether a transposed convolution is called with a size."""
+    """Whether a transposed convolution is called with an output size."""
     return output_size is not None
 
 
 def observe(
     network: nn.Module, example: Example, context: Inside = None, *, heads: tuple[type[nn.Module], ...] = HEAD_TYPES
 ) -> Observation:
-    """Run ``network`` once and look on, within a context; see `run_apart` and `Observation`.
+    """Run ``network`` once and record it, within a context; see `run_apart` and `Observation`.
 
     Raises:
         NetworkError: The network does not run on the example.
@@ -189,10 +189,10 @@ def observe(
 
 @torch.no_grad()
 def run_apart(network: nn.Module, example: Example, inside: Inside = None) -> Any:
-    """Run ``network`` in eval mode without grad, and leave it, its buffers, the example and the RNG as they were."""
+    """Run ``network`` in eval mode without grad; module, buffers, example and RNG stay unchanged."""
     device = next((p.device for p in network.parameters()), torch.device("cpu"))
     look_into(example.args, example.kwargs)
-    # Copies: an in-place operation must not reach the caller's batch, nor inference tensors, which have no version.
+    # Copies: an in-place operation must not change the caller's batch, and inference tensors have no version.
     args, kwargs = tree_map(
         lambda v: v.detach().to(device).clone() if isinstance(v, Tensor) else v, (example.args, example.kwargs)
     )
@@ -204,7 +204,7 @@ def run_apart(network: nn.Module, example: Example, inside: Inside = None) -> An
 
 @contextmanager
 def _left_alone(network: nn.Module, device: torch.device) -> Iterator[None]:
-    """Eval mode; flags, buffers and random numbers are as before when the block ends."""
+    """Eval mode; flags, buffers and random state are restored at the end of the block."""
     buffers = [
         (module, name, buffer, None if buffer is None else buffer.detach().clone())
         for module in network.modules()

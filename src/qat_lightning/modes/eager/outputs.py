@@ -1,4 +1,4 @@
-"""What leaves an int8 network of eager mode: plain tensors, in whatever containers its forward returns."""
+"""Outputs of an int8 network in eager mode: plain tensors, in the containers that its forward returns."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from qat_lightning.modes.eager.int8 import Int8Tensor
 
 
 def plain_outputs(module: nn.Module, args: Any, output: Any) -> Any:
-    """Forward hook of an int8 network: nothing but plain tensors leaves it."""
+    """Forward hook of an int8 network that replaces its special tensors by plain ones."""
     return _all_plain(output)
 
 
 def _all_plain(value: Any) -> Any:
-    # Objects of a class of one's own stay what they are, with all that their class keeps besides.
+    # Objects of custom classes stay the same, with all their attributes.
     return tree_map(_plain, value, is_leaf=_of_own_class)
 
 

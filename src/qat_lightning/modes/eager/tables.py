@@ -1,4 +1,4 @@
-"""Embeddings in mode eager: their tables are fake-quantized in the layers, which become integer ones where they are."""
+"""Embeddings in mode eager: tables are fake-quantized in the layers, which become integer layers in place."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from qat_lightning.settings.recipe import Recipe
 def find_tables(
     network: nn.Module, observation: Observation, chains: Collection[Chain], recipe: Recipe, prefix: str
 ) -> tuple[list[str], dict[str, str]]:
-    """The embeddings whose tables are to be fake-quantized, and why those of others stay float.
+    """The embeddings whose tables are to be fake-quantized, and the reasons why others stay float.
 
     Args:
         network: The float network.
         observation: One run of it.
-        chains: The layers that are to be int8.
-        recipe: Says which are selected.
-        prefix: The network's own name, to which the recipe's globs are not relative.
+        chains: The layers that will be int8.
+        recipe: Selects the layers.
+        prefix: The network's own name; the recipe's globs include it.
     """
     if "tables" not in recipe.families:
         return [], {}
@@ -53,13 +53,13 @@ def round_tables(network: nn.Module, names: Collection[str], recipe: Recipe) -> 
 
 
 def rounded_tables(prepared: nn.Module) -> dict[str, Any]:
-    """The embeddings of a prepared network whose tables are fake-quantized, by name, but for those left float."""
+    """The embeddings of a prepared network with fake-quantized tables, by name, except those left float."""
     tables: dict[str, Any] = {name: module for name, module in prepared.named_modules() if is_rounded_table(module)}
     return {name: table for name, table in tables.items() if not table.weight_fake_quant.left_float}
 
 
 def make_integer(module: Any, recipe: Recipe) -> None:
-    """Turn a float embedding into an integer one whose integers are yet to be filled in; it stays the same object."""
+    """Turn a float embedding into an integer one, with integers to be set later; it stays the same object."""
     made = WeightOnlyEmbedding.empty(module, table_grid(table_fake_quantize(recipe)))
     take_over_hooks(made, module)
     module.__dict__.clear()
@@ -68,12 +68,12 @@ def make_integer(module: Any, recipe: Recipe) -> None:
 
 @torch.no_grad()
 def fill_tables(network: nn.Module, prepared: nn.Module, names: Collection[str]) -> list[LayerCheck]:
-    """Give the embeddings of an int8 network the integers of those that trained, and compare what they yield.
+    """Copy the integers of trained embeddings to an int8 network, and compare their outputs.
 
     Args:
         network: The int8 network.
-        prepared: The network that trained, on the CPU, in float32.
-        names: Of the embeddings.
+        prepared: The trained network, on the CPU, in float32.
+        names: Names of the embeddings.
     """
     trained: Mapping[str, Any] = {name: prepared.get_submodule(name) for name in names}
     checks = []

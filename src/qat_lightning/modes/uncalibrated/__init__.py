@@ -1,4 +1,4 @@
-"""Dynamic and weight-only quantization: the float network in, the integer network out, without calibration."""
+"""Dynamic and weight-only quantization: converting a float network without calibration."""
 
 from qat_lightning.modes.uncalibrated.flow import quantize
 

@@ -1,7 +1,7 @@
-"""Networks with adapters of peft's: what is refused, what they are merged into, and by which names layers are known.
+"""Networks with peft adapters: which are refused, what they are merged into, and the names of their layers.
 
-A layer that an adapter is merged into has the name that it would have without the adapter. Integer networks are those
-inside of a ``PeftModel``, which has nothing to do any more.
+A layer with a merged adapter has the same name as without the adapter. Integer networks are made from the network
+inside a ``PeftModel``, because the wrapper is no longer needed.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ STAYS_FLOAT = "adapters stay float with adapters='float'"
 
 
 def refuse_adapters(network: nn.Module, recipe: Recipe) -> None:
-    """Refuse adapters that cannot train, or be stored, as the recipe says; a network without any is never refused.
+    """Raise an error for adapters that cannot be trained or stored as the recipe says.
 
     Raises:
-        NetworkError: With what to type instead.
+        NetworkError: There are such adapters; the message says what to use instead.
     """
     found = {name: module for name, module in network.named_modules() if is_adapted(module)}
     if not found:
@@ -68,20 +68,20 @@ def refuse_adapters(network: nn.Module, recipe: Recipe) -> None:
 
 
 def whole(network: nn.Module, recipe: Recipe) -> nn.Module:
-    """A network as it is stored: its adapters merged, where the recipe says so, in a copy of its modules."""
+    """The network as it is stored: if the recipe says so, adapters are merged in a copy of its modules."""
     if recipe.adapters != "merged" or not has_adapters(network):
         return network
     return merge(copy_of_modules(network))
 
 
 def trained_layer(network: nn.Module, name: str) -> nn.Module:
-    """What trains in the place of a layer of `whole`."""
+    """The trained module for a layer of `whole`."""
     layer = network.get_submodule(name)
     return running_copy(layer)[0] if is_copy_in_training(layer) else layer
 
 
 def stored_name(network: nn.Module, name: str) -> str:
-    """By which name `whole` has a layer that trains; undoes `trained_layer`."""
+    """The name in `whole` of a trained layer; inverse of `trained_layer`."""
     for end in range(len(parts := name.split("."))):
         outer = ".".join(parts[: end + 1])
         module = network.get_submodule(outer)
@@ -91,7 +91,7 @@ def stored_name(network: nn.Module, name: str) -> str:
 
 
 def why_beside(network: nn.Module, name: str) -> str:
-    """Why a layer stays float that is, or belongs to, an adapter; empty if it does not."""
+    """Why a layer that is, or belongs to, an adapter stays float; empty if it does not."""
     parts = name.split(".")
     for end in range(1, len(parts)):
         outer = network.get_submodule(".".join(parts[:end]))
@@ -105,14 +105,14 @@ def why_beside(network: nn.Module, name: str) -> str:
 def of_inner_network(
     quantize: Callable[..., Converted], network: nn.Module, example: Example, prefix: str, shares: Any
 ) -> Converted:
-    """Quantize the network inside of a ``PeftModel``, and give everything the names that it has in that.
+    """Quantize the network inside a ``PeftModel``, and use the names in the wrapper for the results.
 
     Args:
         quantize: Takes a network, an example, a prefix and shares.
         network: Any network.
         example: A call of it.
         prefix: Its name in the LightningModule.
-        shares: By name of the layer.
+        shares: Shares by name of the layer.
     """
     inner, path = inner_of(network)
     if not path:
@@ -129,7 +129,7 @@ def of_inner_network(
 
 
 def _by_keyword(network: nn.Module, example: Example) -> Example:
-    """An example whose inputs have the names that the outer network has for them: the inner has an order of its own."""
+    """An example with keyword inputs, named as in the outer network: the inner one may have another order."""
     parameters = inspect.signature(network.forward).parameters.values()
     names = [parameter.name for parameter in parameters if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
     named = dict(zip(names, example.args, strict=False))

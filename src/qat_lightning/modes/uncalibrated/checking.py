@@ -1,4 +1,4 @@
-"""What the modes share at the end: running both networks on the example, and comparing each layer on its own input."""
+"""Verification for kinds without calibration: each integer layer on its own input, and the whole network."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from qat_lightning.settings.backends import Backend, quantized_engine
 from qat_lightning.settings.recipe import Recipe
 
 EXACT = "its integers give in float64"
-"""What the layers are compared with."""
+"""The reference of layers, for messages."""
 
 
 @dataclass
@@ -34,9 +34,9 @@ class Call:
 
     Attributes:
         name: The layer.
-        layer: It.
+        layer: The layer.
         inputs: Positional and keyword arguments; None if it was not called.
-        output: What it gave.
+        output: Its output.
     """
 
     name: str
@@ -46,7 +46,7 @@ class Call:
 
 
 def refuse_nothing(network: nn.Module, coverage: list[LayerCoverage], recipe: Recipe) -> None:
-    """Raise if no layer becomes integer; the reasons are in the message."""
+    """Raise an error with the reasons if no layer becomes integer."""
     if any(row.quantized for row in coverage):
         return
     why = "; ".join(f"{row.name or 'itself'}: {row.reason}" for row in coverage[:12])
@@ -87,7 +87,7 @@ def run_integer(network: nn.Module, example: Example) -> tuple[Any, list[Call]]:
 
 @torch.no_grad()
 def run(network: nn.Module, example: Example) -> Any:
-    """Run on copies of the inputs, which a forward may change in place; random numbers go on as before."""
+    """Run on copies of the inputs, which a forward may change in place; the random state is unchanged."""
     args, kwargs = tree_map(_copied, (example.args, example.kwargs))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -96,7 +96,7 @@ def run(network: nn.Module, example: Example) -> Any:
 
 @contextmanager
 def plain_attention() -> Iterator[None]:
-    """Attention as products of matrices and linear maps, and not as the one op that evaluation has for it."""
+    """Within the block, attention runs as matrix products and linear maps, not as the fused op of evaluation."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -135,7 +135,7 @@ def _recording(calls: list[Call]) -> Iterator[None]:
 
     try:
         for call in calls:
-            # In front of hooks of the user's own, which may change the output.
+            # Before the user's own hooks, which may change the output.
             handles.append(call.layer.register_forward_hook(keep(call), prepend=True, with_kwargs=True))
         yield
     finally:
@@ -148,16 +148,16 @@ def check_layers(calls: list[Call], target: Backend, names: Names) -> tuple[list
     """Compare the first call of each layer with its reference.
 
     Args:
-        calls: Of the layers.
+        calls: Calls of the layers.
         target: The backend.
-        names: Of the layers.
+        names: Names of the layers.
 
     Returns:
-        One row for each layer that was called, and notes on the others.
+        One row for each layer that was called, and notes about the others.
 
     Raises:
-        VerificationError: A layer is past the tolerance of ``target``, and farther from its reference than that is from
-            itself where its inputs and roundings are disturbed: many steps in time make much of little.
+        VerificationError: A layer exceeds the tolerance of ``target``, and is farther from its reference than the
+            reference is from itself under disturbances: many time steps can amplify small differences.
     """
     checks, unchecked = [], []
     with quantized_engine(target.engine):
@@ -177,7 +177,7 @@ def check_layers(calls: list[Call], target: Backend, names: Names) -> tuple[list
 
 
 def _chance(call: Call, wanted: Any) -> float:
-    """How far the reference of a layer is from itself, disturbed: the worst of a few draws."""
+    """SQNR of a layer's reference against its own disturbed runs: the worst of a few draws."""
     assert call.inputs is not None
     draws = []
     for seed in range(DRAWS):
@@ -189,7 +189,7 @@ def _chance(call: Call, wanted: Any) -> float:
 
 
 def sqnr_of(wanted: Any, got: Any) -> float:
-    """The SQNR in dB of the floating tensors of two outputs, of the worst; a reference may know the first ones only."""
+    """The worst SQNR in dB over the float tensors of two outputs; a reference may have only the first ones."""
     return min(
         (decibels(one, other) for one, other in zip(_floats(wanted), _floats(got), strict=False)), default=math.inf
     )
@@ -199,10 +199,10 @@ def sqnr_of(wanted: Any, got: Any) -> float:
 def check_whole_of(
     network: nn.Module, actual: Any, calls: list[Call], example: Example, checks: list[LayerCheck], names: Names
 ) -> WholeCheck | None:
-    """Compare the integer network as a whole with itself, each layer computing its reference.
+    """Compare the whole integer network with itself when each layer computes its reference.
 
     Raises:
-        VerificationError: It is farther from that than roundings explain.
+        VerificationError: The difference is larger than rounding explains.
     """
 
     def exact(disturb: Callable[[Any], Any] = lambda value: value) -> Any:
@@ -219,7 +219,7 @@ def check_whole_of(
 
 @contextmanager
 def _computing_references(calls: list[Call]) -> Iterator[None]:
-    """Let layers return what their references give, as far as these know it."""
+    """Within the block, layers return the results of their references, as far as these are known."""
 
     def replace(layer: IntegerLayer) -> Any:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
@@ -240,7 +240,7 @@ def _computing_references(calls: list[Call]) -> Iterator[None]:
 
 
 def end_to_end(expected: Any, actual: Any) -> list[str]:
-    """How far the integer network is from the float one; no promise, since rounding is what the kind costs."""
+    """SQNR of the integer network against the float one; for information, since rounding is the cost of the kind."""
     pairs = list(zip(_floats(expected), _floats(actual), strict=False))
     if any(one.shape != other.shape for one, other in pairs):
         return ["On the example, the integer network takes another branch than the float one."]

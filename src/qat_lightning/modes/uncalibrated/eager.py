@@ -1,4 +1,4 @@
-"""Eager mode: layers are replaced where they are, and the user's own ``forward`` runs."""
+"""Eager mode: layers are replaced in place, and the user's own ``forward`` runs."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from qat_lightning.modes.uncalibrated.macs import with_macs
 from qat_lightning.settings.recipe import Recipe
 
 Shares = Mapping[str, Mapping[str, Tensor]]
-"""For each layer, the shares of their ranges that its clipped weights represent: see `quantize_rows`."""
+"""For each layer, the represented shares of the ranges of its clipped weights: see `quantize_rows`."""
 
 
 def quantize_eager(
@@ -58,14 +58,14 @@ def skeleton(network: nn.Module, plan: Mapping[str, Any], recipe: Recipe, shares
     Args:
         network: The float network; a copy is changed.
         plan: ``quantization_plan`` of the integer network: plain values only.
-        recipe: What it was quantized with.
-        shares: What training chose of the ranges of clipped weights.
+        recipe: The recipe it was quantized with.
+        shares: The shares of clipped ranges that training chose.
 
     Returns:
-        The copy, its layers rounded from the weights that it has.
+        The copy, its layers rounded from the present weights.
 
     Raises:
-        CheckpointMismatchError: The network has no such layers.
+        CheckpointMismatchError: The network does not have these layers.
     """
     network, _ = inner_of(whole(float_copy(network), recipe))
     without_fast_paths(network)
@@ -81,7 +81,7 @@ def skeleton(network: nn.Module, plan: Mapping[str, Any], recipe: Recipe, shares
             )
         made[modules[name]] = integer_layer(modules[name], own, (shares or {}).get(name))
     for name, module in modules.items():
-        # A layer under several names becomes one layer under the same names.
+        # A layer with several names becomes one layer with the same names.
         if module in made and name:
             parent, _, leaf = name.rpartition(".")
             modules[parent]._modules[leaf] = made[module]
@@ -91,7 +91,7 @@ def skeleton(network: nn.Module, plan: Mapping[str, Any], recipe: Recipe, shares
 
 
 def float_copy(network: nn.Module) -> nn.Module:
-    """A copy on the CPU in float32 and evaluation, to be used up."""
+    """A copy on the CPU in float32 and evaluation, which may be modified."""
     copied = copy.deepcopy(network).cpu().float().eval()
     return copied.requires_grad_(False)
 

@@ -1,4 +1,4 @@
-"""The one function that the modes share: choose what the mode has, and check what can be checked before it runs."""
+"""The entry point of all modes: checks the settings, and calls the mode's implementation."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ from qat_lightning.settings.recipe import Recipe
 def quantize(
     network: nn.Module, example: Example, recipe: Recipe, *, prefix: str = "", shares: Shares | None = None
 ) -> Converted:
-    """Quantize a float network as it is, without training and without calibration.
+    """Quantize a float network without training or calibration.
 
-    Every layer of the result is compared on ``example`` with what it should compute: a dynamic one with the same
-    rounding in float64, a weight-only one with the float layer that has the dequantized weights.
+    Every layer of the result is compared with its reference on ``example``: a dynamic one with the same rounding in
+    float64, a weight-only one with the float layer with dequantized weights.
 
     Args:
-        network: The float network; stays as it is.
-        example: One call; its batch may be any.
+        network: The float network; not changed.
+        example: One call, of any batch size.
         recipe: Kind (``"dynamic"`` or ``"weight_only"``), mode, backend and scheme.
         prefix: The network's dotted name in the LightningModule, to which the recipe's globs are relative.
-        shares: What training chose of the ranges of clipped weights; None for a network that was not trained for its
-            grids.
+        shares: The shares of clipped ranges that training chose; None for a network that was not trained with
+            fake-quant.
 
     Returns:
         The integer network on the CPU in evaluation, with coverage, checks and notes.
 
     Raises:
-        ConfigurationError: The kind is not there for this mode and backend.
+        ConfigurationError: The mode and backend do not support the kind.
         NetworkError: There is nothing to quantize, or the network does not run on the example.
         TraceError: The network cannot be captured in this mode.
         ConversionError: The network does not run once its layers are replaced.
-        VerificationError: A layer is past the backend's tolerance.
+        VerificationError: A layer exceeds the backend's tolerance.
 
     Example:
         >>> import torch
@@ -62,7 +62,7 @@ def quantize(
 
 
 def _quantize(network: nn.Module, example: Example, recipe: Recipe, prefix: str, shares: Shares) -> Converted:
-    # Imported here, so that one mode does not pay for the imports of another.
+    # Imported here, so that each mode is imported only if used.
     if recipe.mode == "eager":
         from qat_lightning.modes.uncalibrated.eager import quantize_eager
 

@@ -1,4 +1,4 @@
-"""FX graph mode: the network as a graph that a file can hold, its layers and linear functions replaced."""
+"""FX graph mode: the network as a graph that a file can store, with layers and linear functions replaced."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ def quantize_fx(network: nn.Module, example: Example, recipe: Recipe, *, prefix:
     original = float_copy(network)
     expected = run_float(original, example)
     selected = {name: recipe.selects(join(prefix, name)) for name, _ in original.named_modules() if name}
-    with written_out(original, lambda name: False):  # attention is one integer layer
+    with written_out(original, lambda name: False):  # attention becomes one integer layer
         graph_module, sizes = trace_evaluation(original, example, outer_parts(original, selected))
     used = float_run(original, example).used
     coverage = [_in_graph(row, graph_module.graph, used) for row in cover(original, recipe, prefix)]
     # Training rounds layers, and a network is converted as it was trained.
     functional = [] if recipe.trained else _linear_functions(graph_module, recipe, prefix)
-    # A layer that is the whole network is traced through: it is the function that its row is about.
+    # If the network itself is a layer, it is traced through: its row describes the function inside.
     coverage = [row for row in coverage if row.name or not functional]
     if not functional:
         refuse_nothing(original, coverage, recipe)
@@ -79,45 +79,45 @@ def quantize_fx(network: nn.Module, example: Example, recipe: Recipe, *, prefix:
 
 
 class QuantizesAgain:
-    """Quantizes a float network once more, for other sizes than those that its graph is for, until it is saved.
+    """Quantizes a float network again for other input sizes than its graph supports, until it is saved.
 
     Args:
-        network: The float network; only read.
-        recipe: What it is quantized with.
+        network: The float network; not changed.
+        recipe: The recipe it is quantized with.
         prefix: Its name in the LightningModule.
-        shares: What training chose of the ranges of clipped weights.
+        shares: The shares of clipped ranges that training chose.
     """
 
     def __init__(self, network: nn.Module, recipe: Recipe, prefix: str, shares: Shares) -> None:
         self.network, self.recipe, self.prefix, self.shares = network, recipe, prefix, shares
 
     def __call__(self, network: GraphNetwork, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[..., Any]:
-        """What runs the integer network on inputs like these; its first argument is the network.
+        """The integer network for inputs like these; its first argument is the network.
 
         Raises:
-            NetworkError: It cannot be made for them.
+            NetworkError: It cannot be quantized for them.
         """
         assert network.sizes is not None
         try:
             with aside():
                 example = example_like(network, args, kwargs)
                 made = quantize_fx(self.network, example, self.recipe, prefix=self.prefix, shares=self.shares).network
-        except Exception as error:  # a network may fail in any way with them
+        except Exception as error:  # a network may raise anything for other sizes
             lines = [*str(error).splitlines(), type(error).__name__]
             raise NetworkError(f"{network.sizes.refusal(network.sizes.others(args, kwargs))} ({lines[0]})") from error
         return lambda network, *args, **kwargs: made(*args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> QuantizesAgain:
-        """Itself: it is only read."""
+        """Itself, because it does not change."""
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Nothing: a file holds no float network."""
+        """None: a file does not store the float network."""
         return type(None), ()
 
 
 def _in_graph(row: LayerCoverage, graph: fx.Graph, used: set[str]) -> LayerCoverage:
-    """Keep a layer float that the graph does not call, or whose weight it reads itself."""
+    """Leave a layer float if the graph does not call it, or reads its weight directly."""
     called = [str(node.target) for node in graph.find_nodes(op="call_module")]
     if not row.excluded and row.name not in used:
         return LayerCoverage(row.name, row.kind, False, "not used by forward")
@@ -133,7 +133,7 @@ def _in_graph(row: LayerCoverage, graph: fx.Graph, used: set[str]) -> LayerCover
 
 
 def _traced_through(node: fx.Node, graph: fx.Graph) -> str:
-    """The layer of a class of one's own that a linear function is, which is all that reads its weight."""
+    """The layer of a custom class for a linear function, if the function is the only reader of its weight."""
     weight = _linear_arguments(node)["weight"]
     layer = str(weight.target).rpartition(".")[0]
     called = any(other.target == layer for other in graph.find_nodes(op="call_module"))
@@ -142,7 +142,7 @@ def _traced_through(node: fx.Node, graph: fx.Graph) -> str:
 
 
 def _linear_functions(graph_module: fx.GraphModule, recipe: Recipe, prefix: str) -> list[fx.Node]:
-    """Calls of ``F.linear`` with a weight of the network's own."""
+    """Calls of ``F.linear`` with a weight of the network."""
     found = []
     for node in graph_module.graph.find_nodes(op="call_function", target=F.linear):
         bound = _linear_arguments(node)
@@ -180,7 +180,7 @@ def _replace_function(graph_module: fx.GraphModule, node: fx.Node, recipe: Recip
 
 
 def _flops_of_functions(calls: list[Call], names: list[str]) -> dict[str, int]:
-    """Of the layers that functions became, each of which is called once."""
+    """Floating point operations of layers made from functions, each of which is called once."""
     found = {}
     for call in calls:
         if call.name in names and call.inputs is not None:
@@ -201,7 +201,7 @@ def _put(graph_module: fx.GraphModule, name: str, layer: nn.Module) -> None:
 
 
 def _drop_unread(network: GraphNetwork) -> None:
-    """Parameters of functions that were replaced."""
+    """Drop the parameters of functions that were replaced."""
     read = {str(node.target) for node in network.graph.find_nodes(op="get_attr")}
     called = tuple(f"{node.target}." for node in network.graph.find_nodes(op="call_module"))
     for name, _ in [*network.named_parameters(), *network.named_buffers()]:

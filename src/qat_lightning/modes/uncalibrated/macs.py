@@ -1,4 +1,4 @@
-"""How many multiply-accumulates a dynamic network does in integers, and how many in float."""
+"""Counting the multiply-accumulates of a dynamic network in integers and in float."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ def with_macs(
     recipe: Recipe,
     functions: Mapping[str, int] | None = None,
 ) -> tuple[list[LayerCoverage], list[LayerCoverage]]:
-    """Count what each layer multiplies in one call of the float network; nothing of a weight-only one is in integers.
+    """Add the multiply-accumulates of each layer in one call; a weight-only network has none in integers.
 
-    Of attention it is its linear maps, which are what becomes integer; its other products count as between layers.
+    For attention only the linear maps count, which become integer; its other products count as between layers.
 
     Args:
-        rows: One for each layer.
-        network: The float network; stays as it is.
+        rows: One row per layer.
+        network: The float network; not changed.
         example: One call.
-        recipe: What it is quantized with.
-        functions: The floating point operations of rows that are no layers of the network.
+        recipe: The recipe it is quantized with.
+        functions: Floating point operations of rows that are not layers of the network.
 
     Returns:
-        The rows, and one for the products between layers, where there are any.
+        The rows, and one for the products between layers, if there are any.
     """
     if recipe.kind != "dynamic":
         return rows, []
@@ -62,7 +62,7 @@ def with_macs(
 
 @contextmanager
 def _linear_maps(network: nn.Module) -> Iterator[dict[str, int]]:
-    """The floating point operations of the four linear maps of attention, by its names: two for each product."""
+    """The floating point operations of the four linear maps of attention, by name: two per multiply-accumulate."""
     counts: dict[str, int] = {}
 
     def count(name: str, layer: nn.MultiheadAttention) -> Any:

@@ -1,6 +1,6 @@
-"""PT2 export mode: the network as one graph of aten ops, with integer weights in it, compiled by Inductor.
+"""PT2 export mode: the network as one graph of aten ops with integer weights, compiled by Inductor.
 
-Dynamic linear layers have the ops that X86InductorQuantizer and XNNPACKQuantizer make of them
+Dynamic linear layers consist of the ops that X86InductorQuantizer and XNNPACKQuantizer produce
 (https://docs.pytorch.org/ao/stable/pt2e_quantization/index.html), which Inductor and ExecuTorch turn into int8 kernels.
 """
 
@@ -114,11 +114,11 @@ class _Use:
     """A node that computes with a weight of a layer.
 
     Attributes:
-        node: It.
-        layer: The layer whose weight it is; of several that share it, the one that the node belongs to.
+        node: The node.
+        layer: The layer with the weight; if several share it, the one that the node belongs to.
         name: The weight's full name.
         wanted: Whether it is to be quantized.
-        transposed_groups: Of the layer; see the function of this name.
+        transposed_groups: Result of the function of this name for the layer.
     """
 
     node: fx.Node
@@ -129,10 +129,10 @@ class _Use:
 
 
 Uses = dict[fx.Node, list[_Use]]
-"""For each node that reads a weight what computes with it."""
+"""For each node that reads a weight, the nodes that compute with it."""
 
 GridOf = Callable[[_Use], WeightGrid]
-"""The grid that the weight of a layer is put on."""
+"""The grid of a layer's weight."""
 
 
 def _uses(network: nn.Module, graph_module: fx.GraphModule, coverage: list[LayerCoverage], recipe: Recipe) -> Uses:
@@ -150,7 +150,7 @@ def _uses(network: nn.Module, graph_module: fx.GraphModule, coverage: list[Layer
         for user in node.users:
             for row, name in _belonging(user, owners[value.data_ptr()]):
                 layer = network.get_submodule(row.name)
-                # Without a kernel for the whole layer; training rounds whole layers only.
+                # Without a kernel for the whole layer; training rounds only whole layers.
                 in_parts = not recipe.trained and not row.excluded and lacks_kernel(layer, recipe.kind)
                 wanted = row.quantized or in_parts
                 groups = transposed_groups(layer)
@@ -159,7 +159,7 @@ def _uses(network: nn.Module, graph_module: fx.GraphModule, coverage: list[Layer
 
 
 def _belonging(user: fx.Node, owners: list[tuple[LayerCoverage, str]]) -> list[tuple[LayerCoverage, str]]:
-    """The layers in whose ``forward`` a node is; all that share the weight if it is in none of theirs."""
+    """The layers in whose ``forward`` a node is; if it is in none of them, all that share the weight."""
     scope = f"{scope_of(user)}."
     return [owner for owner in owners if scope.startswith(f"{owner[0].name}.")] or owners
 
@@ -170,7 +170,7 @@ def _value(graph_module: fx.GraphModule, node: fx.Node) -> Any:
 
 
 Done = dict[str, list[tuple[fx.Node, Any]]]
-"""For each full name of a weight the nodes to check, and what their values are compared with."""
+"""For each full name of a weight, the nodes to check, and the reference values."""
 
 
 def _make_dynamic(
@@ -223,7 +223,7 @@ def _make_weight_only(graph_module: fx.GraphModule, uses: Uses, grid_of: GridOf,
 
 
 def _after(row: LayerCoverage, network: nn.Module, used: set[str], done: Done, recipe: Recipe) -> LayerCoverage:
-    """What became of a layer."""
+    """The coverage row of a layer after conversion."""
     if not row.quantized:
         return row
     names = [f"{row.name}.{name}" if row.name else name for name in weights_of(network.get_submodule(row.name))]
@@ -247,12 +247,12 @@ def _check(
     target: Backend,
     names: Names,
 ) -> list[LayerCheck]:
-    """Compare linear layers with the same rounding in float64, and other weights with what their integers stand for."""
+    """Compare linear layers with the same rounding in float64, and other weights with their dequantized integers."""
     recorder = Recorder(decomposed, decomposed.graph)
     recorder.run(*tensors)
     checks = []
     for name, rows in done.items():
-        # The weight of attention's last linear layer is one of attention's.
+        # The weight of attention's output projection belongs to attention.
         layer = max((row.name for row in coverage if name.startswith(f"{row.name}.")), key=len, default="")
         for original, wanted in rows:
             node = next(node for node in decomposed.graph.nodes if node.name == original.name)
@@ -271,7 +271,7 @@ def _check_whole(
     actual: Any,
     checking: tuple[Backend, list[LayerCheck], Names],
 ) -> WholeCheck | None:
-    """Compare the network as a whole with the one whose integer layers compute in float64."""
+    """Compare the whole network with a run whose integer layers compute in float64."""
     target, checks, names = checking
     wanted = {original.name: value for rows in done.values() for original, value in rows}
 
@@ -287,7 +287,7 @@ def _check_whole(
 
 
 class _Exact(Recorder):
-    """Runs a graph, its integer layers in float64."""
+    """Runs a graph with its integer layers in float64."""
 
     def __init__(
         self, module: fx.GraphModule, wanted: dict[str, Any], target: Backend, disturb: Callable[[Any], Any]

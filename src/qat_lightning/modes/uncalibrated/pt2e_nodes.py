@@ -1,4 +1,4 @@
-"""Integer weights and their rounding as nodes of an exported graph."""
+"""Integer weights and dynamic rounding as nodes of an exported graph."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ aten = torch.ops.aten
 ops = torch.ops.quantized_decomposed
 
 EPS = float(torch.finfo(torch.float32).eps)
-"""The smallest scale that upstream finds for a range."""
+"""The smallest scale that upstream computes for a range."""
 
 
 def _constant(graph_module: fx.GraphModule, name: str, value: Tensor) -> fx.Node:
@@ -29,13 +29,13 @@ def _constant(graph_module: fx.GraphModule, name: str, value: Tensor) -> fx.Node
 def integer_weight(
     graph_module: fx.GraphModule, name: str, quantized: tuple[Tensor, Tensor], grid: WeightGrid
 ) -> fx.Node:
-    """A weight as int8 constants with a scale for each output, made float where a kernel takes it.
+    """A weight as int8 constants with one scale per output, dequantized before the kernel.
 
     Args:
-        graph_module: Gets the constants; nodes go where its graph inserts.
-        name: Of the weight.
-        quantized: Its integers and its scales.
-        grid: What they are on.
+        graph_module: The constants are registered here; nodes are inserted at its graph's insertion point.
+        name: Name of the weight.
+        quantized: Its integers and scales.
+        grid: Their grid.
     """
     integers, scales = quantized
     parts = [
@@ -49,10 +49,10 @@ def integer_weight(
 
 
 def rounded_dynamically(graph: fx.Graph, source: Any, limits: tuple[int, int, torch.dtype]) -> fx.Node:
-    """A value rounded to the range that it has in each call.
+    """Round a value to a range that is computed in each call.
 
     Args:
-        graph: Gets the nodes.
+        graph: The graph to insert into.
         source: The value.
         limits: Smallest and largest integer, and their dtype.
     """

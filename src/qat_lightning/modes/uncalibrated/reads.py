@@ -1,4 +1,4 @@
-"""Weights that a network's own code reads beside the layer that they are of, where training would not round them."""
+"""Weights that a network's code reads outside of their layers, where training would not round them."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ READ_ELSEWHERE = "forward also reads its weight directly, where training would n
 
 
 def read_elsewhere(network: nn.Module, names: Iterable[str], example: Example) -> set[str]:
-    """The layers whose parameters a call gives to functions outside of all layers that have them.
+    """The layers whose parameters are passed to functions outside of those layers.
 
     Args:
         network: The float network, which is called once.
-        names: Of layers of it.
+        names: Names of layers.
         example: The call.
 
     Example:

@@ -1,4 +1,4 @@
-"""Training for the kinds without calibration: the user's own ``forward`` runs, with layers rounded as they will be."""
+"""Training for the kinds without calibration: the user's own ``forward`` runs, with layers rounded as in the result."""
 
 from __future__ import annotations
 
@@ -49,13 +49,13 @@ TABLES = module_types("table")
 
 
 class DirectMode:
-    """`Mode` for ``kind="dynamic"`` and ``kind="weight_only"``, whatever the mode: that one converts.
+    """`Mode` for ``kind="dynamic"`` and ``kind="weight_only"`` in every mode; that mode converts.
 
-    Layers are rounded where they are, so that any network trains, its control flow included.
+    Layers are rounded in place, so any network can train, including its control flow.
     """
 
     def prepare(self, network: nn.Module, example: Example, recipe: Recipe, *, prefix: str = "") -> nn.Module:
-        """Let the layers of ``network``, which stays the same object, train for their grids; see `Mode.prepare`."""
+        """Let the layers of ``network``, which stays the same object, train with fake-quant; see `Mode.prepare`."""
         if is_prepared(network):
             raise NetworkError(f"{type(network).__name__} is prepared for quantization already.")
         check_kind(recipe)
@@ -80,7 +80,7 @@ class DirectMode:
         return network
 
     def convert(self, prepared: nn.Module, example: Example) -> Converted:
-        """Make the integer network of the present weights, and compare it with what was trained; see `Mode.convert`."""
+        """Create the integer network from the present weights, and compare it with the trained one."""
         state, example = prepared_state(prepared), in_float32(example)
         rounded = rounded_layers(prepared)
         shares = {name: layer.shares() for name, layer in rounded.items()}
@@ -98,7 +98,7 @@ class DirectMode:
     @staticmethod
     def _compare(prepared: nn.Module, converted: Converted, example: Example, names: Names) -> None:
         def trained(disturb: Disturbance) -> Any:
-            with disturbed_roundings(disturb):  # inputs may be integers, which nothing disturbs
+            with disturbed_roundings(disturb):  # inputs may be integers, which cannot be disturbed
                 return run(prepared, Example(*tree_map(disturb, (example.args, example.kwargs))))
 
         row = check_whole(run(prepared, example), run(converted.network, example), (trained,))
@@ -145,7 +145,7 @@ def rounded_layers(prepared: nn.Module) -> dict[str, RoundedLayer]:
 
 
 def _refuse_other_layers(converted: Converted, rounded: Collection[str], recipe: Recipe) -> None:
-    """Name what trained with rounding and stays float all the same, so that it is left float in both."""
+    """Raise an error for layers that trained with rounding but stay float, so that both networks leave them float."""
     stayed = {row.name: row.reason for row in converted.coverage if not row.quantized and row.name in rounded}
     if stayed:
         why = "; ".join(f"{name or 'itself'}: {reason}" for name, reason in stayed.items())

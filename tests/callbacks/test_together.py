@@ -272,9 +272,43 @@ def test_the_average_is_tested_from_a_checkpoint(mode: str, tmp_path: Path) -> N
     fitting.test(module, loader(), ckpt_path="best", verbose=False)
     assert saving.best_model_path in callback.quantized.source
     saved = torch.load(saving.best_model_path, weights_only=True)
+    assert not torch.equal(saved["state_dict"]["net.head.weight"], saved["current_model_state"]["net.head.weight"])
+    assert torch.equal(saved["state_dict"]["net.head.weight"], state(module)["net.head.weight"])
+    _same_weights(callback, module)
     counts = [value for key, value in saved["state_dict"].items() if key.endswith("batches")]
     assert counts
     assert {count.dtype for count in counts} == {torch.int64}
+
+
+@pytest.mark.parametrize("stage", ["validate", "test", "predict"])
+def test_every_stage_evaluates_the_average_of_a_checkpoint(stage: str, tmp_path: Path) -> None:
+    """In the Trainer of the fit as in a new one."""
+    average, saving = averaging(), ModelCheckpoint(tmp_path, monitor="val/loss")
+    callback = PostTrainingQuantization(calibration_dataloader=loader())
+    module = Lit()
+    fitting = trainer(average, callback, saving, max_epochs=2, enable_checkpointing=True)
+    fitting.fit(module, loader(), loader())
+    getattr(fitting, stage)(module, loader(), ckpt_path="best")
+    saved = torch.load(saving.best_model_path, weights_only=True)["state_dict"]
+    assert all(torch.equal(saved[name], value) for name, value in module.state_dict().items())
+
+
+@pytest.mark.parametrize("average", [averaging, lambda: StochasticWeightAveraging(0.01, swa_epoch_start=1)])
+@pytest.mark.parametrize("behind", [True, False])
+def test_what_training_ends_with_is_quantized(average: Callable[[], Any], behind: bool) -> None:
+    """Also where a callback that is called after ours writes its average into the network."""
+    torch.manual_seed(0)
+    callback, module = PostTrainingQuantization(), Lit()
+    callbacks = [callback, average()] if behind else [average(), callback]
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        trainer(*callbacks, max_epochs=3).fit(module, loader())
+    twice = behind and average is averaging  # the other one writes its average before the last epoch
+    assert twice == any("belongs before PostTrainingQuantization" in str(warning.message) for warning in said)
+    outputs = callback.quantized(IMAGES)
+    alone = PostTrainingQuantization(calibration_dataloader=loader())
+    trainer(alone).test(module, loader(), verbose=False)
+    assert torch.equal(outputs, alone.quantized(IMAGES))
 
 
 @pytest.mark.parametrize("make", [qat, PostTrainingQuantization])

@@ -18,6 +18,7 @@ from qat_lightning.callbacks.parts.settings_log import log_settings
 from qat_lightning.callbacks.parts.sharding import refuse_copying
 from qat_lightning.callbacks.parts.steps import has_trained
 from qat_lightning.callbacks.parts.together import (
+    evaluate_average,
     explain_launch,
     mend_resume,
     refuse_strategy,
@@ -167,6 +168,7 @@ class PostTrainingQuantization(QuantizationCallback):
         refuse_strategy(trainer)
         refuse_copying(trainer)
         stop_recording_layers(trainer)
+        evaluate_average(trainer, stage)
         if self._copies.forget_others(pl_module):
             self._int8.forget(asked=False)
 
@@ -188,6 +190,13 @@ class PostTrainingQuantization(QuantizationCallback):
         """Make the int8 network of what was trained."""
         if not self._copies.made_of:
             return
+        if not self._copies.are_present():
+            rank_zero_warn(
+                "The weights changed after they were quantized, when training ended, and are quantized again. A "
+                "callback that averages or changes them then belongs before PostTrainingQuantization in the Trainer's "
+                "callbacks."
+            )
+            self._quantize(trainer, pl_module, self._int8.made_from)
         if self._networks.simulated:
             rank_zero_warn(
                 f"There is no int8 network: {self._networks.simulated}. trainer.test runs fake-quantization."

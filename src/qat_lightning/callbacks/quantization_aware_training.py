@@ -33,6 +33,7 @@ from qat_lightning.callbacks.parts.settings_log import log_settings
 from qat_lightning.callbacks.parts.sharding import refuse_sharded, shards
 from qat_lightning.callbacks.parts.steps import estimates_batchnorm, has_trained
 from qat_lightning.callbacks.parts.together import (
+    evaluate_average,
     explain_launch,
     mend_resume,
     refuse_callbacks,
@@ -268,6 +269,7 @@ class QuantizationAwareTraining(QuantizationCallback):
         refuse_strategy(trainer)
         refuse_sharded(trainer, self.settings, self._in_fit)
         stop_recording_layers(trainer)
+        evaluate_average(trainer, stage)
         refuse_callbacks(trainer, self, self.mode)
         if stage == "fit":
             self._driver.new_fit(trainer)

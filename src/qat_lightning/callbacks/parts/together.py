@@ -99,8 +99,7 @@ def refuse_callbacks(trainer: Trainer, quantization: Callback, mode: str) -> Non
     """
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
     for callback in callbacks[: callbacks.index(quantization)]:
-        # By name: older releases of Lightning have no such class.
-        if any(kind.__name__ == "WeightAveraging" for kind in type(callback).__mro__):
+        if _averages(callback):
             raise ConfigurationError(
                 f"{type(callback).__name__} comes before {type(quantization).__name__} in the Trainer's callbacks, "
                 "and would average the network before it is prepared for quantization: list it after."
@@ -110,6 +109,27 @@ def refuse_callbacks(trainer: Trainer, quantization: Callback, mode: str) -> Non
             f"ModelPruning does not support mode={mode!r}, which replaces the layers that it prunes: "
             "use mode='eager', or prune before."
         )
+
+
+def _averages(callback: Callback) -> bool:
+    """Whether it is Lightning's average of weights; by name, because older releases have no such class."""
+    return any(kind.__name__ == "WeightAveraging" for kind in type(callback).__mro__)
+
+
+def evaluate_average(trainer: Trainer, stage: str) -> None:
+    """Let an evaluation of a checkpoint run the average of weights that it holds, which is what a validation scored.
+
+    Beside the average, a checkpoint of ``WeightAveraging`` has the weights that went on training. In Lightning 2.6 a
+    callback that was in a fit before loads those in every stage: after a fit, ``trainer.test(ckpt_path="best")`` tests
+    other weights than a new Trainer does.
+
+    Args:
+        trainer: Its callbacks forget the average that they kept to train on; a fit makes another.
+        stage: The stage it sets up for.
+    """
+    for callback in trainer.callbacks if stage != "fit" else ():  # type: ignore[attr-defined]
+        if _averages(callback):
+            callback._average_model = None
 
 
 def refuse_in_processes(settings: QuantizationSettings, observe_stages: Sequence[str]) -> None:

@@ -1,9 +1,9 @@
-"""Layers of an int8 network of eager mode, and the tensors that go between them.
+"""Layers of an int8 network in eager mode, and the tensors that they exchange.
 
-The user's own ``forward`` runs. What an int8 layer returns is a float tensor to it, and turns into one as soon as any
-function touches it; an int8 layer takes the integers inside. A tensor that is inside a chain, whose kernel has done
-already what the BatchNorm and the activation behind it would do, can only be given to these: any other use of it is an
-error, for the float network would compute something else there.
+The user's own ``forward`` runs. To it, the output of an int8 layer is a float tensor: any function that touches it gets
+dequantized values, while another int8 layer takes the integers inside. The output of a chain's kernel already includes
+the BatchNorm and activation after the layer, so until these were called it may only be passed to them: any other use
+raises an error, because the float network would compute something else there.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from qat_lightning.modes.eager.chains import Chain
 from qat_lightning.modes.eager.observation import function_name
 
 _ESCAPES = frozenset({"data", "numpy", "__array__", "data_ptr", "untyped_storage", "storage", "__dlpack__"})
-"""Ways to the memory of a tensor that change it without a new version."""
+"""Accesses to a tensor's memory that can change it without a new version."""
 
 
 class Int8Tensor(Tensor):
-    """A float tensor to all that look at it, holding the integers that an int8 layer computed.
+    """Behaves like a float tensor, and holds the integers that an int8 layer computed.
 
     Args:
         quantized: The integers and their grid.
-        layer: Name of the layer that made it.
-        pending: Names of the modules whose work the layer has done already, and which the forward has yet to call.
-        direct: Whether it comes from a layer, and not from a function on its output.
-        memory_format: Of the float tensor that it looks like.
+        layer: Name of the layer that computed it.
+        pending: Names of the modules that the kernel has already computed and that the forward has yet to call.
+        direct: Whether it is the output of a layer, and not of a function applied to one.
+        memory_format: Memory format of the float tensor that it behaves like.
     """
 
     quantized: Tensor
@@ -74,17 +74,17 @@ class Int8Tensor(Tensor):
         return torch.quantize_per_tensor(self._float, grid.q_scale(), grid.q_zero_point(), grid.dtype)
 
     def floating(self, user: str = "the caller") -> Tensor:
-        """The float tensor: the same one each time, so that views and in-place operations do what they do."""
+        """The float tensor: the same object each time, so that views and in-place operations work."""
         self._refuse_if_pending(user)
         if self._float is None:
-            # Outside inference mode, whose tensors count no versions.
+            # Outside inference mode, whose tensors have no version counter.
             with torch.inference_mode(False), torch.no_grad():
                 self._float = self.quantized.dequantize().contiguous(memory_format=self._memory_format)
                 self._float_version = self._float._version
         return self._float
 
     def passed(self, inplace: bool) -> Int8Tensor:
-        """The tensor behind the first pending module."""
+        """The tensor after the first pending module."""
         if inplace:
             self.pending = self.pending[1:]
             return self
@@ -101,7 +101,7 @@ class Int8Tensor(Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Turn float for every function but max-pooling, and questions of shape and type."""
+        """Dequantize for every function except max-pooling, and queries of shape and dtype."""
         kwargs = kwargs or {}
         name = function_name(func)
         first = args[0] if args and isinstance(args[0], Int8Tensor) else None
@@ -117,14 +117,14 @@ class Int8Tensor(Tensor):
         if first is not None:
             first._escaped |= name in _ESCAPES
             with torch._C.DisableTorchFunctionSubclass():
-                # An in-place function returns the object it was called on, if that can still stand for it.
+                # An in-place function returns the object it was called on, if that is still valid.
                 if first._float is not None and result is first._float and result.shape == first.shape:
                     return first
         return result
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        """Turn float for callers in C++ that know no torch functions, such as TorchScript."""
+        """Dequantize for C++ callers without torch functions, such as TorchScript."""
         if func._schema.is_mutable:
             raise NetworkError(
                 f"{func} changes the output of an int8 layer in place from TorchScript or C++: clone the output first."
@@ -153,7 +153,7 @@ def _strides(quantized: Tensor, memory_format: torch.memory_format) -> tuple[int
 
 
 def _floating(values: Any, user: str) -> Any:
-    """Every `Int8Tensor` in lists, tuples and dictionaries as a float tensor; much faster than ``tree_map``."""
+    """Replace every `Int8Tensor` in lists, tuples and dictionaries by a float tensor; much faster than ``tree_map``."""
     if isinstance(values, Int8Tensor):
         return values.floating(user)
     if type(values) in (tuple, list):
@@ -186,17 +186,17 @@ else:
 
 
 class Int8Layer(CountsCalls, nn.Module):
-    """The int8 kernel of a chain, in the place of its convolution or linear layer.
+    """The int8 kernel of a chain; replaces its convolution or linear layer.
 
     Attributes:
         op: torch's quantized module, which holds the packed weight and the grid of the output.
-        input_scale: Grid of an input that is a float tensor; 0 where there never was one.
-        input_zero_point: Its zero point.
-        later_grids: Scale and zero point of input and output, of each call after the first that has grids of its own.
-        chain: What the kernel does.
-        pending: The modules that it does the work of.
-        subpixel: Of a transposed convolution, for which ``op`` stands.
-        may_change: Its own attributes that may change after conversion; the others stay as they were packed.
+        input_scale: Scale for float inputs; 0 if there never was one.
+        input_zero_point: Zero point for float inputs.
+        later_grids: Scale and zero point of input and output, for each later call with grids of its own.
+        chain: The chain that the kernel computes.
+        pending: The modules that the kernel computes in addition to the layer.
+        subpixel: For a transposed convolution, how ``op`` replaces it.
+        may_change: Names of attributes that may change after conversion; the others describe what was packed.
     """
 
     may_change: ClassVar[tuple[str, ...]] = ("calls_so_far",)
@@ -210,7 +210,7 @@ class Int8Layer(CountsCalls, nn.Module):
     subpixel: Subpixel | None
 
     def forward(self, input: Tensor) -> Tensor:
-        """Run the kernel; what comes out looks like a float tensor."""
+        """Run the kernel; the output behaves like a float tensor."""
         if self.chain.kind == "Linear" and self.chain.batchnorm is not None and input.dim() != 2:
             raise NetworkError(
                 f"The linear layer {self.chain.name!r} has the BatchNorm {self.chain.batchnorm!r} folded in, which "
@@ -222,14 +222,14 @@ class Int8Layer(CountsCalls, nn.Module):
         return Int8Tensor(output, self.chain.name, self.pending, memory_format=_memory_format_of(input))
 
     def grids(self, call: int) -> tuple[float, int, float, int]:
-        """Scale and zero point of input and output in a call."""
+        """Scale and zero point of input and output for a call."""
         if call == 0:
             return float(self.input_scale), int(self.input_zero_point), float(self.op.scale), int(self.op.zero_point)
         in_scale, in_zero_point, scale, zero_point = self.later_grids[call - 1].tolist()
         return in_scale, int(in_zero_point), scale, int(zero_point)
 
     def run(self, quantized: Tensor, call: int = 0) -> Tensor:
-        """The kernel alone, from quantized to quantized tensor, with the output's grid of a call."""
+        """Run only the kernel, on and to a quantized tensor, with the output grid of a call."""
         if call == 0:
             return self._run(quantized)
         first = self.op.scale, self.op.zero_point
@@ -250,12 +250,12 @@ class Int8Layer(CountsCalls, nn.Module):
         return output.squeeze(0) if single else output
 
     def _limited(self, output: Tensor, limit: float) -> Tensor:
-        """Clamp at the activation's end, where the grid goes on behind it; mostly the grid ends there itself."""
+        """Clamp at the activation's limit if the grid extends beyond it; usually the grid ends there itself."""
         scale, zero_point = output.q_scale(), output.q_zero_point()
         last = round(limit / scale) + zero_point
         if last >= torch.iinfo(torch.uint8 if output.dtype is torch.quint8 else torch.int8).max:
             return output
-        # On the integers: the quantized clamp of QNNPACK misplaces the values of channels_last tensors.
+        # On the integers: QNNPACK's quantized clamp misplaces the values of channels_last tensors.
         integers = output.int_repr().clamp_(max=last)
         return torch._make_per_tensor_quantized_tensor(integers, scale, zero_point)
 
@@ -280,7 +280,7 @@ class Int8Layer(CountsCalls, nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The weight for a forward that asks for its dtype or device; one with BatchNorm folded in has no values."""
+        """The weight, for code that reads its dtype or device; with BatchNorm folded in it has no values."""
         pending = () if self.chain.batchnorm is None else self.pending
         return Int8Tensor(self.op.weight(), self.chain.name, pending)
 
@@ -299,13 +299,13 @@ def _memory_format_of(x: Tensor) -> torch.memory_format:
 
 
 class Int8BatchNorm(nn.Module):
-    """The place of a BatchNorm that an int8 layer has folded in."""
+    """Takes the place of a BatchNorm that is folded into an int8 layer."""
 
     may_change: ClassVar[tuple[str, ...]] = ()
     link: str
 
     def forward(self, input: Tensor) -> Tensor:
-        """``input`` itself, which is normalized already."""
+        """Return ``input``, which is normalized already."""
         if isinstance(input, Int8Tensor) and input.pending[:1] == (self.link,):
             return input.passed(inplace=False)
         raise NetworkError(
@@ -321,7 +321,7 @@ class _Int8Activation(_Layer):
     inplace: bool
 
     def forward(self, input: Tensor) -> Tensor:
-        """``input`` itself if an int8 layer has run this activation already."""
+        """Return ``input`` if an int8 layer has computed this activation already."""
         if isinstance(input, Int8Tensor) and input.pending[:1] == (self.link,):
             return input.passed(self.inplace)
         output: Tensor = super().forward(input)
@@ -329,12 +329,12 @@ class _Int8Activation(_Layer):
 
 
 class Int8ReLU(_Int8Activation, nn.ReLU):
-    """`nn.ReLU` that int8 layers may have fused."""
+    """`nn.ReLU` that may be fused into int8 layers."""
 
 
 class Int8ReLU6(_Int8Activation, nn.ReLU6):
-    """`nn.ReLU6` that int8 layers may have fused."""
+    """`nn.ReLU6` that may be fused into int8 layers."""
 
 
 class Int8Hardtanh(_Int8Activation, nn.Hardtanh):
-    """`nn.Hardtanh` that int8 layers may have fused."""
+    """`nn.Hardtanh` that may be fused into int8 layers."""

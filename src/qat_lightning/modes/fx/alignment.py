@@ -1,7 +1,7 @@
-"""Which value of fake-quant each node of an int8 graph should yield.
+"""Which value of fake-quant each node of an int8 graph should have.
 
-Upstream's converter drops nodes, fuses them, and makes new ones under new names. What it hands on from an old node to
-the one that takes its place is the stack trace, so each node's name is written there before it converts.
+Upstream's converter drops nodes, fuses them, and creates new ones under new names. It passes the stack trace of an old
+node on to the node that replaces it, so each node's name is stored there before conversion.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ _MARK = "fake-quant's node: "
 
 
 def mark_origins(graph: fx.Graph) -> None:
-    """Write the name of each node where upstream's converter keeps it.
+    """Store the name of each node where upstream's converter preserves it.
 
     Args:
-        graph: What is about to be converted.
+        graph: The graph that is about to be converted.
     """
     for node in graph.nodes:
         node.stack_trace = f"{_MARK}{node.name}"
 
 
 def take_origins(graph: fx.Graph) -> dict[str, str]:
-    """For each node of a converted graph the name of the node that it was; the marks are wiped.
+    """For each node of a converted graph, the name of the node it was made from; the stored names are removed.
 
     Args:
-        graph: What became of a graph with `mark_origins`.
+        graph: The result of converting a graph after `mark_origins`.
     """
     found = {}
     for node in graph.nodes:
@@ -45,11 +45,11 @@ def take_origins(graph: fx.Graph) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Rounding:
-    """Where fake-quant has the value of an op that yields integers.
+    """Where fake-quant has the value of an op that returns integers.
 
     Attributes:
-        exact: The node before it is rounded.
-        rounded: The node behind; ``exact`` itself where it is on the grid of its inputs.
+        exact: The node before rounding.
+        rounded: The node after rounding; ``exact`` itself if it is on the grid of its inputs.
     """
 
     exact: fx.Node
@@ -57,12 +57,12 @@ class Rounding:
 
 
 class Alignment:
-    """Finds the nodes of a prepared graph that an int8 graph stands for.
+    """Finds the nodes of a prepared graph that correspond to nodes of an int8 graph.
 
     Args:
         prepared: Holds the FakeQuantizes.
         graph: The graph that trains.
-        origins: What `take_origins` found in the int8 graph.
+        origins: The result of `take_origins` for the int8 graph.
     """
 
     def __init__(self, prepared: nn.Module, graph: fx.Graph, origins: dict[str, str]) -> None:
@@ -72,11 +72,11 @@ class Alignment:
         self.kept = set(origins.values())
 
     def origin(self, node: fx.Node) -> fx.Node | None:
-        """The op of fake-quant that a node of the int8 graph is; None for what is in that graph only."""
+        """The op of fake-quant for a node of the int8 graph; None for nodes that exist only in that graph."""
         return self.nodes.get(self.origins.get(node.name, ""))
 
     def fake_quantizer(self, node: fx.Node) -> FakeQuantize | None:
-        """What rounds at ``node``, if that is what it does."""
+        """The FakeQuantize that ``node`` calls; None for any other node."""
         module = self.modules.get(str(node.target)) if node.op == "call_module" else None
         if isinstance(module, SharedRange):
             module = module.__dict__["fq"]
@@ -88,9 +88,9 @@ class Alignment:
         return fq is not None and fq.observed
 
     def rounding(self, node: fx.Node, grid: Grid) -> Rounding:
-        """Where the output of an op, with what was fused into it, is put on ``grid``.
+        """Where the output of an op, with the ops fused into it, is rounded to ``grid``.
 
-        If it is put on others only, the value on the first of them, which is what int8 has to give.
+        If it is rounded to other grids only, the value on the first of them, which int8 has to match.
         """
         other: Rounding | None = None
         waiting, last = [node], node
@@ -112,13 +112,13 @@ class Alignment:
         return other or Rounding(last, last)
 
     def end_of_fusion(self, node: fx.Node) -> fx.Node:
-        """The last of the ops that int8 has in one with ``node``, and that yield float."""
+        """The last float op that is fused with ``node`` in int8."""
         while len(node.users) == 1 and self._is_gone(user := next(iter(node.users))):
             node = user
         return node
 
     def _is_gone(self, node: fx.Node) -> bool:
-        """Whether int8 does without an op, because another one does it, or because it does nothing in evaluation."""
+        """Whether int8 omits an op, because another op computes it or it does nothing in evaluation."""
         module: Any = self.modules.get(str(node.target)) if node.op == "call_module" else None
         if node.op == "output" or isinstance(module, UnionObserver) or self.fake_quantizer(node) is not None:
             return False

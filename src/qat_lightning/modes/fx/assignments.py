@@ -1,6 +1,6 @@
-"""Assignments to parts of a tensor in a trace: who reads the tensor afterwards reads a copy in which they are done.
+"""Assignments to parts of a tensor in a trace: later readers of the tensor get a copy that contains them.
 
-That is the same unless something else has the memory of the tensor, and is read afterwards.
+The result is the same unless another tensor shares the memory and is read later.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ class Assignments:
         self._others: dict[fx.Node, list[fx.Node]] = {}
 
     def note(self, written: fx.Node, made: fx.Node, values: dict[fx.Node, tuple[Any, ...]]) -> None:
-        """Note an assignment.
+        """Record an assignment.
 
         Args:
-            written: What is assigned to.
-            made: The node that yields the copy.
-            values: What is known of each node so far.
+            written: The tensor that is assigned to.
+            made: The node of the copy.
+            values: The known values of each node so far.
 
         Raises:
-            torch.fx.proxy.TraceError: It would change an input or a tensor of the network.
+            torch.fx.proxy.TraceError: It would modify an input or a tensor of the network.
         """
         sharing = [node for node, known in values.items() if _memory(known[0]) == _memory(values[written][0])]
         if any(node.op in ("placeholder", "get_attr") for node in sharing):
@@ -36,10 +36,10 @@ class Assignments:
         self._others[made] = [node for node in sharing if node is not made]
 
     def check(self, graph: fx.Graph) -> None:
-        """Look at who reads what when the trace is complete.
+        """Check the readers of modified tensors when the trace is complete.
 
         Raises:
-            torch.fx.proxy.TraceError: What an assignment changes is read through another tensor afterwards.
+            torch.fx.proxy.TraceError: A value that an assignment changes is read later through another tensor.
         """
         order = {node: number for number, node in enumerate(graph.nodes)}
         for made, others in self._others.items():

@@ -1,4 +1,4 @@
-"""Attention as one function, spread into the two products and the softmax that it stands for."""
+"""Fused attention, split into its two products and the softmax."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ _FUNCTIONS = (F.scaled_dot_product_attention, attend)
 _ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
 
 _MASKED = -65504.0
-"""What a masked score becomes: nothing is left of it after softmax, and a row of nothing else has finite gradients."""
+"""The value of a masked score: it vanishes in softmax, and a fully masked row still has finite gradients."""
 
 
 def attention_of(node: fx.Node, modules: Mapping[str, nn.Module]) -> dict[str, Any] | None:
-    """The arguments of attention, with ``dropout_p`` as in training; None if a node is something else.
+    """The arguments of attention, with ``dropout_p`` as in training; None if the node is not attention.
 
     Args:
-        node: It may call the function, or `ByMode` where dropout is another in evaluation.
-        modules: By name.
+        node: It may call the function, or `ByMode` if dropout differs in evaluation.
+        modules: Modules by name.
     """
     if node.op == "call_function" and node.target in _FUNCTIONS:
         given = _named(node.args, node.kwargs)
@@ -47,7 +47,7 @@ def attention_of(node: fx.Node, modules: Mapping[str, nn.Module]) -> dict[str, A
 def products_of_attention(
     given: Mapping[str, Any], values: Mapping[str, Any], takes: Callable[[Any, Any], bool]
 ) -> bool:
-    """Whether both products of attention are what ``takes`` takes; heads that share a key count as if each had one."""
+    """Whether ``takes`` accepts both products of attention; shared key and value heads are repeated first."""
     query, key, value = (values[given[part].name] for part in ("query", "key", "value"))
     if given.get("enable_gqa"):
         key, value = (part.repeat_interleave(query.shape[-3] // part.shape[-3], -3) for part in (key, value))
@@ -56,7 +56,7 @@ def products_of_attention(
 
 
 def yields_weights(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
-    """Whether a node is attention that yields its weights as well, which no file can call."""
+    """Whether a node is attention that also returns its weights, which a file cannot call."""
     return attend in (node.target, getattr(modules.get(str(node.target)), "function", None))
 
 
@@ -67,13 +67,13 @@ def _named(args: Any, kwargs: Any) -> dict[str, Any]:
 def spread(
     prepared: fx.GraphModule, node: fx.Node, given: Mapping[str, Any], values: Mapping[str, Any]
 ) -> tuple[list[fx.Node], list[fx.Node]]:
-    """Put the products and the softmax in the place of attention.
+    """Replace attention by its products and the softmax.
 
     Args:
-        prepared: The network; changed.
+        prepared: The network; changed in place.
         node: The call of attention; erased.
         given: Its arguments.
-        values: Of the nodes, on the example.
+        values: Values of the nodes on the example.
 
     Returns:
         The new nodes, and the two products among them.
@@ -123,7 +123,7 @@ def spread(
 
 
 def _take_place(prepared: fx.GraphModule, node: fx.Node, mixed: fx.Node, weights: fx.Node) -> None:
-    """Let what was made stand for a call of attention, and for its weights where it yields them."""
+    """Replace a call of attention, and of its weights if it returns them, by the new nodes."""
     if yields_weights(node, dict(prepared.named_modules(remove_duplicate=False))):
         for part in list(node.users):
             part.replace_all_uses_with(weights if part.args[1] else mixed)

@@ -1,4 +1,4 @@
-"""Mixed precision that a forward turns on by itself, which no trace sees: the calls in it are traced as they are."""
+"""Autocast regions inside a forward: tracing does not see them, so the calls within are traced without autocast."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NOT_SEEN = (
 
 @contextlib.contextmanager
 def noting_autocast() -> Iterator[set[str]]:
-    """Note within the block which regions of mixed precision are entered, as they are written."""
+    """Record the autocast regions that are entered within the block, in the form of source code."""
     kind: Any = torch.amp.autocast_mode.autocast
     enter, found = kind.__enter__, set[str]()
 

@@ -1,7 +1,7 @@
-"""What is a BatchNorm by what it does, and another class: traced into, and a plain layer in the graph.
+"""Modules that act as a BatchNorm but have another class: traced through, and replaced by a plain layer in the graph.
 
-So it is frozen and folded as any BatchNorm is. Its parameters and buffers stay where they were, under their names;
-what else its ``forward`` does, such as an activation, comes behind it.
+So they can be frozen and folded like any BatchNorm. Their parameters and buffers keep their names; other computations
+of their ``forward``, such as an activation, follow separately.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ _TENSORS = ("weight", "bias", "running_mean", "running_var")
 
 
 def name_batchnorms(training: Traced, evaluation: Traced, network: nn.Module, example: Example) -> None:
-    """Call a layer in the place of each ``F.batch_norm`` of a graph whose flags are the module's.
+    """Replace each ``F.batch_norm`` of a graph whose flags are the module's by a layer.
 
-    It is a plain BatchNorm in the place of the module that holds its tensors, if they have the usual names; otherwise
-    a module that is given the tensors, which can be frozen and is folded into nothing.
+    The layer is a plain BatchNorm in place of the module that holds the tensors, if these have the usual names;
+    otherwise a module that gets the tensors as arguments, which can be frozen but not folded.
 
     Args:
-        training: The way in training; changed.
-        evaluation: The way in evaluation, node for node the same.
+        training: The trace in training; changed in place.
+        evaluation: The trace in evaluation, with corresponding nodes.
         network: The float network.
         example: One call.
     """
@@ -58,9 +58,9 @@ def name_batchnorms(training: Traced, evaluation: Traced, network: nn.Module, ex
     for node, other in calls:
         arguments, in_evaluation = _arguments(node), _arguments(other)
         flags = arguments["training"], in_evaluation["training"]
-        path = _holder(in_evaluation, network) or None  # the network itself is no layer of its graph
+        path = _holder(in_evaluation, network) or None  # the network itself cannot be a layer of its graph
         if flags == (True, True) or (path is None and flags[0] == flags[1]):
-            continue  # the same function, whatever the mode
+            continue  # the same function in training and evaluation
         given = (arguments["input"],)
         if path is None:
             path = f"_functional_batchnorm_{len(layers)}"
@@ -76,7 +76,7 @@ def name_batchnorms(training: Traced, evaluation: Traced, network: nn.Module, ex
 
 
 def _counter(node: fx.Node, arguments: dict[str, Any], traced: Traced, network: nn.Module) -> tuple[fx.Node, ...]:
-    """The counter of the module whose ``running_mean`` is read, if that counted."""
+    """The counter of the module whose ``running_mean`` is read, if that module counted a batch."""
     owner = str(getattr(arguments["running_mean"], "target", "")).rpartition(".")[0]
     if owner not in traced.counted:
         return ()
@@ -91,12 +91,12 @@ def _remember(layer: Any, *, fixed: bool, counts: bool) -> None:
 
 
 def plain_frozen(network: nn.Module) -> dict[str, nn.Module]:
-    """A plain layer for each module that normalizes with the statistics it holds as buffers, in every mode.
+    """A plain layer for each module that always normalizes with statistics in its buffers.
 
-    Such as torchvision's ``FrozenBatchNorm2d``. That it does is seen by calling it.
+    An example is torchvision's ``FrozenBatchNorm2d``. Such modules are recognized by calling them.
 
     Returns:
-        By the path of each.
+        The layers, by the path of the module.
     """
     return {path: layer for path, module in network.named_modules() if (layer := _as_frozen(module)) is not None}
 
@@ -128,7 +128,7 @@ def _as_frozen(module: nn.Module) -> nn.Module | None:
 
 @contextmanager
 def as_upstream_wants(graph_module: fx.GraphModule) -> Iterator[None]:
-    """Let upstream's fusion take BatchNorms whatever parameters they have; our folded layers do."""
+    """Make upstream's fusion accept BatchNorms with any parameters, because our folded layers do."""
     layers = [module for module in graph_module.modules() if is_batchnorm(module)]
     before = [(layer.affine, layer.track_running_stats) for layer in layers]
     for layer in layers:
@@ -141,7 +141,7 @@ def as_upstream_wants(graph_module: fx.GraphModule) -> Iterator[None]:
 
 
 def give_parameters(network: nn.Module) -> None:
-    """Let BatchNorms without gamma and beta of their own have them as parameters, as int8 kernels take them."""
+    """Give BatchNorms without gamma and beta these parameters, which int8 kernels need."""
     for module in network.modules():
         if not is_batchnorm(module) or (variance := module.running_var) is None:
             continue
@@ -175,7 +175,7 @@ def _holder(arguments: dict[str, Any], network: nn.Module) -> str | None:
     if not path:
         return None
     holder: Any = network.get_submodule(path)
-    # With a weight that the call leaves out, a plain layer would take it.
+    # If the call omits the weight, a plain layer would use it.
     left_out = any(arguments[name] is None and getattr(holder, name, None) is not None for name in ("weight", "bias"))
     return None if left_out else path
 
@@ -195,7 +195,7 @@ def _plain(holder: nn.Module, arguments: dict[str, Any], rank: Callable[[], int]
             layer._parameters.setdefault(name, None)
     layer._buffers.setdefault("num_batches_tracked", None)
     layer.affine = getattr(holder, "weight", None) is not None
-    # Without a counter of its own, loading would ask for one.
+    # Without a counter of its own, loading would require one.
     layer.track_running_stats = layer.num_batches_tracked is not None
     layer.training = holder.training
     plain: nn.Module = layer
@@ -203,14 +203,14 @@ def _plain(holder: nn.Module, arguments: dict[str, Any], rank: Callable[[], int]
 
 
 class _Ranks:
-    """How many dimensions tensors have on the example, found out when it is first asked for."""
+    """The number of dimensions of tensors on the example, computed on first use."""
 
     def __init__(self, evaluation: fx.GraphModule, network: nn.Module, example: Example) -> None:
         self._of: dict[str, int] = {}
         self._asked = evaluation, network, example
 
     def of_input(self, node: fx.Node) -> int:
-        """Of what a call of ``F.batch_norm`` in evaluation is given."""
+        """Number of dimensions of the input of a call of ``F.batch_norm`` in evaluation."""
         if not self._of:
             self._record(*self._asked)
         return self._of[_arguments(node)["input"].name]
@@ -224,7 +224,7 @@ class _Ranks:
 
 
 def _drop_assertions(traced: Traced, paths: set[str]) -> None:
-    """Drop what a BatchNorm says of its input's shape: the layer in its place says it, and fusion must not see it."""
+    """Drop a BatchNorm's assertions about its input's shape, which prevent fusion; its replacement checks the shape."""
     graph = traced.graph_module.graph
     for node in list(graph.nodes):
         if node.target is torch._assert and traced.scopes.get(node.name, ("",))[0] in paths:

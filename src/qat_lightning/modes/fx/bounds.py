@@ -1,6 +1,6 @@
-"""Clamps whose limits are tensors stay float in mode fx: upstream would put what is clamped and its limits on one grid.
+"""Clamps whose limits are tensors stay float in mode fx: upstream would put input and limits on one grid.
 
-Limits are no values of the network's: a checkpoint may hold infinite ones, where nothing was clamped.
+Limits are not values of the network: a checkpoint may contain infinite ones, where nothing is clamped.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ _CLAMPS = frozenset({"clamp", "clamp_", "clip", "clip_", "clamp_min", "clamp_min
 
 
 def hide_bounded(graph_module: fx.GraphModule) -> Callable[[fx.GraphModule], list[str]]:
-    """Hide clamps with limits that are tensors from upstream's prepare, which gives their arguments one range.
+    """Hide clamps with tensor limits from upstream's prepare, which would give their arguments one range.
 
     Args:
-        graph_module: A trace; changed.
+        graph_module: A trace; changed in place.
 
     Returns:
-        What shows them again in the prepared graph, and returns their names.
+        A function that restores them in the prepared graph and returns their names.
     """
     hidden: dict[str, tuple[str, Any]] = {}
     for node in graph_module.graph.nodes:

@@ -1,4 +1,4 @@
-"""The calls of a traced graph in the form that upstream's prepare and convert take for granted."""
+"""Rewriting the calls of a traced graph to the form that upstream's prepare and convert expect."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _CONVOLUTION_DEFAULTS = (None, None, None, 1, 0, 1, 1)
 
 
 def give_all_arguments(graph: fx.Graph) -> None:
-    """Write functional layers with their arguments in order, which upstream's lowering takes for granted."""
+    """Write functional layers with all arguments in order, as upstream's lowering expects."""
     for node in graph.nodes:
         if node.op == "call_function" and node.target is F.linear and ({"input", "weight"} & node.kwargs.keys()):
             given = dict(zip(("input", "weight", "bias"), node.args, strict=False)) | node.kwargs
@@ -29,10 +29,10 @@ def give_all_arguments(graph: fx.Graph) -> None:
 
 
 def read_what_was_written(graph_module: fx.GraphModule) -> None:
-    """Let whoever reads a tensor after ``x.relu_()`` or the like read the result of that call.
+    """Let readers of a tensor after ``x.relu_()`` or the like read the result of that call.
 
-    It is the same tensor. But what is put between a tensor and its readers, such as its rounding, stands where the
-    tensor is made, and would not see what was written later.
+    It is the same tensor. But nodes inserted between a tensor and its readers, such as its rounding, come right after
+    the tensor is created, and would miss the later write.
     """
     order = {node: number for number, node in enumerate(graph_module.graph.nodes)}
     for node in graph_module.graph.nodes:
@@ -45,14 +45,14 @@ def read_what_was_written(graph_module: fx.GraphModule) -> None:
 
 
 _STATELESS = (nn.ReLU, nn.Identity, nn.modules.dropout._DropoutNd, nn.Flatten, nn.Unflatten)
-"""Layers that may be called from several places as one: they have no range of their own."""
+"""Layers without a range of their own, which can be shared by several calls."""
 
 
 def one_module_a_call(graph_module: fx.GraphModule) -> None:
-    """Give each call of a shared layer a module of its own, with the same parameters.
+    """Give each call of a shared layer its own module, with the same parameters.
 
-    Every call has its own output range, and one may be followed by a BatchNorm to fold where another is not. Layers
-    with buffers (BatchNorm) stay one, since a buffer that moves to another device would part.
+    Each call has its own output range, and one may be followed by a BatchNorm to fold while another is not. Layers with
+    buffers (BatchNorm) stay shared, because their buffers would no longer be shared after moving to another device.
     """
     calls: dict[nn.Module, list[fx.Node]] = {}
     for node in graph_module.graph.nodes:
@@ -73,7 +73,7 @@ def one_module_a_call(graph_module: fx.GraphModule) -> None:
 
 
 def unfoldable_batchnorms(graph_module: fx.GraphModule) -> list[nn.Module]:
-    """The BatchNorms that fold into no layer: called from several places, or without running statistics."""
+    """BatchNorms that cannot be folded: they are called several times, or have no running statistics."""
     calls: dict[nn.Module, int] = {}
     for node in graph_module.graph.nodes:
         if node.op == "call_module":
@@ -85,11 +85,11 @@ def unfoldable_batchnorms(graph_module: fx.GraphModule) -> list[nn.Module]:
 
 
 _LOOKS = {"size", "dim", "numel", "eq", "ne", "getattr", "getitem"}
-"""Names of functions and methods that only look at what they are given."""
+"""Names of functions and methods that only query their inputs."""
 
 
 def drop_unread(graph: fx.Graph) -> None:
-    """Drop what is looked at for nothing, such as a shape for a message: it would stand between layers to be fused."""
+    """Drop queries whose result is unused, such as a shape for a message: they would prevent fusion."""
     for node in reversed(list(graph.nodes)):
         name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
         if not node.users and (

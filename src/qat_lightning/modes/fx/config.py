@@ -1,4 +1,4 @@
-"""What FX mode quantizes: upstream's table of patterns with our folded layers, less the ops that stay float."""
+"""What FX mode quantizes: upstream's table of patterns with our folded layers, without the ops that stay float."""
 
 from __future__ import annotations
 
@@ -29,15 +29,16 @@ LEFT_FLOAT = faces_of(
     "avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d",
     "mean", "interpolate", "prelu",
 )  # fmt: skip
-"""Ops left float: the native kernels lack them for static quantization, run them on a grid fixed beforehand, or (means)
-round them to the grid of their input, coarser than what they hold, with ties that no two kernels break alike."""
+"""Ops left float: native kernels lack them for static quantization, run them on a predefined grid, or (means) round
+them to their input's grid, which is coarser than the result and has ties that kernels break differently.
+"""
 
 
 _KEEP_GRID: tuple[Any, ...] = (pad,)
-"""What upstream does not know, and has kernels that keep the grid of their input."""
+"""Ops that upstream's table lacks, with kernels that keep the grid of their input."""
 
 _BATCHNORMS = (nn.BatchNorm2d, nn.BatchNorm3d)
-"""Not fused with a ReLU behind, which would rename its parameters; the ReLU is folded into the range all the same."""
+"""Not fused with a following ReLU, which would rename the parameters; the ReLU is still folded into the range."""
 
 _REFERENCE: dict[type[nn.Module], type[nn.Module]] = {
     nn.Conv1d: nnqr.Conv1d,
@@ -49,7 +50,7 @@ _REFERENCE: dict[type[nn.Module], type[nn.Module]] = {
 
 @functools.cache
 def backend_config() -> BackendConfig:
-    """Upstream's native config, with our folded layers in the place of its own and without the ops left float."""
+    """Upstream's native config, with our folded layers in place of its own and without the ops that stay float."""
     config = BackendConfig("qat-lightning")
     weighted = moving = None
     for pattern in get_native_backend_config().configs:
@@ -60,7 +61,7 @@ def backend_config() -> BackendConfig:
         if pattern.pattern in FOLDED_OF_FUSED:
             pattern.set_qat_module(FOLDED_OF_FUSED[pattern.pattern])
         if pattern._num_tensor_args_to_observation_type:
-            # With a number, upstream gives the output the range of the input, which adding to it leaves.
+            # With a number, upstream gives the output the range of the input, which the addition exceeds.
             every = dict.fromkeys((0, 1, 2), ObservationType.OUTPUT_USE_DIFFERENT_OBSERVER_AS_INPUT)
             pattern._set_num_tensor_args_to_observation_type(every)
         if pattern.pattern is nn.Conv2d:
@@ -88,7 +89,7 @@ def backend_config() -> BackendConfig:
 
 
 def shares_range(face: Any) -> bool:
-    """Whether a function, a method or a class of modules yields values on the grid of its inputs."""
+    """Whether a function, method or module class returns values on the grid of its inputs."""
     return face in _sharing()
 
 
@@ -99,7 +100,7 @@ def _sharing() -> frozenset[Any]:
 
 
 def qconfig_mapping(recipe: Recipe, selected: dict[str, bool]) -> QConfigMapping:
-    """The recipe's QConfig for the modules that are selected, and none for the others."""
+    """The recipe's QConfig for the selected modules, and none for the others."""
     qconfig = make_qconfig(recipe)
     mapping = QConfigMapping().set_global(None if recipe.include else qconfig)
     for name, chosen in selected.items():

@@ -1,4 +1,4 @@
-"""Which ops of an FX network are int8: of the prepared network what conversion will do, of the int8 one what it did."""
+"""Coverage of ops in an FX network: for the prepared network what conversion will do, for the int8 one the result."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ _WRITE_INSTEAD: dict[Any, tuple[str, str]] = {
     torch.conv2d: ("torch.conv2d", "F.conv2d or nn.Conv2d"),
     torch.batch_norm: ("torch.batch_norm", "nn.BatchNorm2d"),
 }
-"""Functions that mode fx does not know, and what it does."""
+"""Functions that mode fx does not support, and supported alternatives."""
 
 
 _AVERAGES = faces_of("mean", *(f"{name}{dims}d" for name in ("avg_pool", "adaptive_avg_pool") for dims in (1, 2, 3)))
 
 
 class FxOperations:
-    """Finds the rows of the ops.
+    """Creates the coverage rows of ops.
 
     Args:
         prepared: The prepared network, on the CPU, in evaluation.
         example: One call of it.
         layers: The names of the layers, which have rows of their own.
-        values: Of the nodes of its graph in a call; None to run it for them.
+        values: Values of the nodes of its graph in a call; None to run it.
     """
 
     def __init__(
@@ -56,18 +56,18 @@ class FxOperations:
         self.prepared = prepared
         graph: Any = prepared.graph
         self.values = dict(run_of(prepared, graph, example_values(graph, example)) if values is None else values)
-        for node in self.plan.graph.nodes:  # roundings that training does without: their input stands for them
+        for node in self.plan.graph.nodes:  # roundings that training omits: their input takes their place
             if node.name not in self.values and node.op == "call_module" and node.args[0].name in self.values:
                 self.values[node.name] = self.values[node.args[0].name]
         self.known = {config.pattern for config in backend_config().configs}
 
     def rows(self, done: Mapping[str, bool] | None = None, unseen: Collection[str] = ()) -> list[LayerCoverage]:
-        """A row for each op; those inside a layer have its name.
+        """One row per op; ops inside a layer have its name.
 
         Args:
-            done: Whether each node that the int8 graph still has yields integers; the others went into kernels. None
-                for what conversion is going to make.
-            unseen: Names of nodes behind which no range was ever observed.
+            done: Whether each remaining node of the int8 graph returns integers; missing nodes were fused into kernels.
+                None before conversion.
+            unseen: Names of nodes before roundings that never observed a range.
         """
         found = []
         for node in self.plan.graph.nodes:
@@ -81,7 +81,7 @@ class FxOperations:
         return merged(found)
 
     def _reads(self, node: fx.Node, unseen: Collection[str]) -> bool:
-        """Whether an op takes or yields a value whose range is not known."""
+        """Whether an op reads or returns a value whose range is unknown."""
         sources = [node]
         for source in node.all_input_nodes:
             sources.append(source if rounding_of(self._module(source)) is None else source.all_input_nodes[0])
@@ -111,7 +111,7 @@ class FxOperations:
         module = self._module(node)
         if module is None:
             return node.target
-        # A BatchNorm that a flag freezes is of a class of ours.
+        # A BatchNorm that can be frozen has a class of this package.
         face = type(module)
         return next((base for base in face.__mro__ if base in self.known or base in LEFT_FLOAT), face)
 
@@ -133,7 +133,7 @@ class FxOperations:
             return False
         if face in LEFT_FLOAT or face not in self.known:
             return False
-        # Not a bias, which no rounding is for: kernels have it in float.
+        # Not a bias, which is never rounded: kernels have it in float.
         sources = [
             source
             for source in node.all_input_nodes
@@ -143,7 +143,7 @@ class FxOperations:
         return all(self._on_grid(source) for source in tensors) and self._is_rounded(node)
 
     def _on_grid(self, node: fx.Node) -> bool:
-        """Whether a value is one that was rounded, perhaps moved since, or what a ReLU takes from the op before it."""
+        """Whether a value was rounded, and perhaps moved since, or is passed from an op to its ReLU."""
         module = self._module(node)
         if module is not None and rounding_of(module) is not None:
             return True
@@ -153,7 +153,7 @@ class FxOperations:
         return bool(sources) and all(self._on_grid(source) for source in sources)
 
     def _is_rounded(self, node: fx.Node) -> bool:
-        """Whether what an op yields is rounded, behind a ReLU and what only moves values if not at once."""
+        """Whether the output of an op is rounded, directly or after a ReLU and ops that only move values."""
         for user in node.users:
             module = self._module(user)
             if module is not None and rounding_of(module) is not None and user.name not in self.plan.sums:
@@ -164,7 +164,7 @@ class FxOperations:
         return False
 
     def _why_no_product(self, node: fx.Node) -> str:
-        """Why a product is not one that mode fx rounds."""
+        """Why mode fx does not round a product."""
         values = [self.values.get(source.name) for source in node.all_input_nodes]
         if not all(isinstance(value, torch.Tensor) and value.dtype == torch.float32 for value in values):
             return "int8 kernels multiply float32 only"
@@ -178,7 +178,7 @@ class FxOperations:
         )
 
     def _why_chosen(self, node: fx.Node) -> str:
-        """Why an op stays float that could be int8; empty if it is not so."""
+        """Why an op that could be int8 stays float; empty if this does not apply."""
         if node.name in self.state.left_float:
             return self.state.left_float[node.name]
         if not self._selected(node):

@@ -1,4 +1,4 @@
-"""What is divided by is not rounded in mode fx: ``x / (y + 1e-6)`` is infinite where its divisor is rounded to zero."""
+"""Divisors are not rounded in mode fx: ``x / (y + 1e-6)`` would be infinite if the divisor were rounded to zero."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ _NOT_OF_ZERO = frozenset(
 """Functions that are infinite at zero, or have an infinite gradient there."""
 
 _STAYS_AWAY = frozenset({"add", "iadd", "add_", "clamp", "clamp_", "clamp_min", "clamp_min_", "abs", "abs_", "maximum"})
-"""Names of what keeps a divisor away from zero."""
+"""Names of ops that keep a divisor away from zero."""
 
 
 def _divided_by(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> set[fx.Node]:
-    """The nodes whose values are divided by, with what these are made of up to where they are computed."""
+    """The nodes of divisors, and the nodes that they are made of, back to where they are computed."""
     found = set[fx.Node]()
     waiting = [node for user in graph.nodes for node in _divisors(user)]
     while waiting:
@@ -40,13 +40,13 @@ def _divided_by(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> set[fx.Nod
 
 
 def leave_divisors_unrounded(prepared: fx.GraphModule) -> set[fx.Node]:
-    """Never round what is divided by; its ranges stay, since checkpoints of earlier releases have them.
+    """Never round divisors; their ranges stay, because checkpoints of earlier releases contain them.
 
     Args:
-        prepared: As upstream's prepare made it; changed.
+        prepared: The result of upstream's prepare; changed in place.
 
     Returns:
-        The nodes that yield what is divided by, with what these are made of up to where it is computed.
+        The nodes of divisors, and the nodes that they are made of, back to where they are computed.
     """
     divisors = _divided_by(prepared.graph, dict(prepared.named_modules(remove_duplicate=False)))
     leave_unrounded(prepared, divisors, _only_divides)
@@ -54,12 +54,12 @@ def leave_divisors_unrounded(prepared: fx.GraphModule) -> set[fx.Node]:
 
 
 def leave_unrounded(prepared: fx.GraphModule, values: set[fx.Node], only_reads: Callable[[fx.Node], bool]) -> None:
-    """Do not round some values; what else reads them reads what is rounded, as before.
+    """Stop rounding some values; their other readers still read the rounded values.
 
     Args:
-        prepared: As upstream's prepare made it; changed.
-        values: The nodes that yield them, roundings among them.
-        only_reads: Whether a node reads them and is not one of them.
+        prepared: The result of upstream's prepare; changed in place.
+        values: The nodes of the values, including roundings.
+        only_reads: Whether a node reads them without being one of them.
     """
     calls: dict[nn.Module, list[fx.Node]] = {}
     for node in prepared.graph.find_nodes(op="call_module"):
@@ -98,7 +98,7 @@ def _only_divides(node: fx.Node) -> bool:
 
 
 def _is_layer(node: Any) -> bool:
-    """Whether a node calls a layer, whose kernel rounds what it yields."""
+    """Whether a node calls a layer, whose kernel rounds its output."""
     return node.op == "call_module" or node.target in (F.linear, F.conv1d, F.conv2d, F.conv3d)
 
 

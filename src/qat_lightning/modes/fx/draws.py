@@ -1,4 +1,4 @@
-"""Mode fx: dropout that goes on in evaluation. It scales values beyond the grid of its input, and stays float."""
+"""Dropout that stays active in evaluation: it scales values beyond its input's grid, and stays float in mode fx."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from torch import fx
 
 
 def hide_lasting_dropouts(graph: fx.Graph) -> Callable[[fx.Graph], list[str]]:
-    """Hide calls of dropout with ``training=True`` from upstream's prepare, which takes them to keep the grid.
+    """Hide calls of dropout with ``training=True`` from upstream's prepare, which assumes that they keep the grid.
 
     Args:
-        graph: Traced, about to be prepared.
+        graph: A traced graph, about to be prepared.
 
     Returns:
-        What shows them again in the graph that was made of this one, and returns their names.
+        A function that restores them in the prepared graph and returns their names.
     """
     for node in graph.nodes:
         if node.target is F.dropout and _lasts(node):
@@ -34,7 +34,7 @@ def hide_lasting_dropouts(graph: fx.Graph) -> Callable[[fx.Graph], list[str]]:
 
 
 def _lasts(node: fx.Node) -> bool:
-    """Whether it drops in evaluation too; in a traced graph a flag that follows the mode is a node."""
+    """Whether it is active in evaluation too; in a traced graph, a flag that follows the mode is a node."""
     return (node.args[2] if len(node.args) > 2 else node.kwargs.get("training", True)) is True
 
 

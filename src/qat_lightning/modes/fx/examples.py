@@ -1,7 +1,8 @@
-"""The example as metadata, in several sizes: shapes, types and devices of each value in a trace, without the values.
+"""The example in several sizes, as metadata: shapes, dtypes and devices of each value in a trace, without the values.
 
-A size on which all calls agree is the network's own. One that is another in another call comes from that: from the
-number of samples, or from the height, width or length of the inputs.
+A size that is the same in all calls is a constant of the network. A size that differs in one call depends on what that
+call
+varies: the number of samples, or the height, width or length of the inputs.
 """
 
 from __future__ import annotations
@@ -26,18 +27,18 @@ from qat_lightning.graph.structures import look_into
 from qat_lightning.modes.prepared import copy_of_modules
 
 _LOG = logging.getLogger("torch._subclasses.fake_tensor")
-"""Upstream reports what fails there, which is expected here."""
+"""Upstream logs failures of these runs, which are expected here."""
 
 EXAMPLE, MORE, ONE = "the example", "more samples", "one sample"
 LARGER, NUMBERS = "another size", "other numbers"
-"""The calls that are followed; in the last one the numbers among the inputs are others."""
+"""The calls to follow; in the last one, the numbers among the inputs differ."""
 
 
 class CallFails(BaseException):
-    """One of the calls fails where the example does not; no `Exception`, which a ``forward`` may catch.
+    """One of the calls fails although the example works; not an `Exception`, which a ``forward`` might catch.
 
     Args:
-        call: Which one.
+        call: Name of the call.
     """
 
     def __init__(self, call: str) -> None:
@@ -47,13 +48,13 @@ class CallFails(BaseException):
 
 @dataclass(frozen=True)
 class Plan:
-    """What to follow through a network besides the example itself.
+    """Which calls to follow through a network besides the example itself.
 
     Attributes:
-        samples: Which of `MORE` and `ONE`.
-        grows: Which dimensions are others in `LARGER`: ``"image"`` for all behind the second, ``"length"`` for all
-            that are as the second of the first input; empty for no such call.
-        numbers: Whether `NUMBERS` is one.
+        samples: Those of `MORE` and `ONE` to follow.
+        grows: Which dimensions differ in `LARGER`: ``"image"`` for all after the second, ``"length"`` for all that
+            equal the second dimension of the first input; empty for no such call.
+        numbers: Whether to follow `NUMBERS`.
     """
 
     samples: tuple[str, ...] = (MORE, ONE)
@@ -62,20 +63,20 @@ class Plan:
 
     @property
     def calls(self) -> tuple[str, ...]:
-        """All of them, the example first."""
+        """The names of all calls, the example first."""
         return (EXAMPLE, *self.samples, *([LARGER] if self.grows else []), *([NUMBERS] if self.numbers else []))
 
     @property
     def is_last(self) -> bool:
-        """Whether all but the number of samples is as in the example."""
+        """Whether everything but the number of samples is as in the example."""
         return not (self.grows or self.numbers)
 
     def fixing(self, call: str) -> Plan:
-        """The plan with what is another in `LARGER` or in `NUMBERS` as it is in the example."""
+        """The plan without variation of whatever differs in ``call``, `LARGER` or `NUMBERS`."""
         return Plan(self.samples, "" if call == LARGER else self.grows, self.numbers and call != NUMBERS)
 
     def without(self, call: str, example: Example) -> Plan:
-        """The plan without a call that fails; without more samples no other number of them is tried."""
+        """The plan without a call that fails; without `MORE`, no other number of samples is tried."""
         if call == LARGER:
             return Plan(self.samples, next(_ways(example, after=self.grows), ""), self.numbers)
         if call == NUMBERS:
@@ -84,18 +85,18 @@ class Plan:
 
 
 def first_plan(example: Example) -> Plan:
-    """All calls that there are for an example."""
+    """The plan with all calls that are possible for an example."""
     leaves = pytree.tree_leaves((example.args, example.kwargs))
     return Plan(grows=next(_ways(example), ""), numbers=any(map(is_number, leaves)))
 
 
 def is_number(leaf: Any) -> bool:
-    """Whether an input is a number, and no flag."""
+    """Whether an input is a number other than a flag."""
     return isinstance(leaf, (int, float)) and not isinstance(leaf, bool)
 
 
 def _ways(example: Example, after: str = "") -> Iterator[str]:
-    """Ways in which inputs are of another size, other than the ones up to ``after``."""
+    """Ways in which the size of inputs can vary, beginning after ``after``."""
     ways = ("image", "length")
     tensors = [leaf for leaf in pytree.tree_leaves((example.args, example.kwargs)) if isinstance(leaf, Tensor)]
     for way in ways[ways.index(after) + 1 if after else 0 :]:
@@ -104,7 +105,7 @@ def _ways(example: Example, after: str = "") -> Iterator[str]:
 
 
 class Calls:
-    """Runs single operations for each call of a plan, on tensors that have no values.
+    """Runs single operations for each call of a plan, on tensors without values.
 
     Args:
         example: One call.
@@ -136,7 +137,7 @@ class Calls:
         return Example(*pytree.tree_map(fake, (example.args, example.kwargs)))
 
     def known(self, root: nn.Module, path: str) -> tuple[Any, ...] | None:
-        """A tensor of the network in each call; None if it is no tensor."""
+        """A tensor of the network in each call; None if it is not a tensor."""
         with self.aside():
             tensor = operator.attrgetter(path)(root)
         if not isinstance(tensor, Tensor):
@@ -145,10 +146,10 @@ class Calls:
         return tuple(fake for _ in self.names)
 
     def run(self, node: fx.Node, values: dict[fx.Node, tuple[Any, ...]], root: nn.Module) -> tuple[Any, ...] | None:
-        """What a node yields in each call; None if that is not known without the values of tensors.
+        """The result of a node in each call; None if it depends on values of tensors.
 
         Raises:
-            CallFails: In one of the other calls it fails.
+            CallFails: It fails in one of the other calls.
         """
         if any(source not in values for source in node.all_input_nodes):
             return None
@@ -157,7 +158,7 @@ class Calls:
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), _nth(values, number))
             try:
                 results.append(self._run(node, args, kwargs, root))
-            except Exception as error:  # whatever it is, it is not known
+            except Exception as error:  # unknown, whatever the error is
                 if number == 0:
                     return None
                 raise CallFails(name) from error
@@ -174,7 +175,7 @@ class Calls:
                 return target(*args, **kwargs)
 
     def _call(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
-        """Call a module that is no part of the trace; what it notes in itself is noted in a copy."""
+        """Call a module outside of the trace, on a copy if it may store state."""
         if not type(module).__module__.startswith("torch.nn."):
             module = self._copies.setdefault(module, copy_of_modules(module))
         try:
@@ -190,7 +191,7 @@ class Calls:
 
     @contextmanager
     def aside(self) -> Iterator[None]:
-        """What is called here is not traced, and draws from no generator of the process."""
+        """Within the block, calls are not traced, and do not change the random state of the process."""
         state, before, silenced = random.getstate(), self.running, _LOG.disabled
         self.running = _LOG.disabled = True
         try:

@@ -1,8 +1,8 @@
-"""Sums that only a softmax or a normalization reads are not rounded in mode fx: these are float in every backend.
+"""Sums that only a softmax or normalization reads are not rounded in mode fx, because these are float in every backend.
 
-Rounding them wins nothing, and may lose everything. Transformers add a mask of minus 3e38 to their scores: on a grid
-that holds it all scores are one value, and attention is the mean of what is not masked. And what BERT normalizes has
-single values that are a hundred times larger than the others.
+Rounding them gains nothing and can lose all accuracy. Transformers add a mask of minus 3e38 to their scores: on a grid
+with that range all scores are equal, and attention is the mean of the unmasked values. And the inputs of BERT's
+normalizations have single values that are a hundred times larger than the others.
 """
 
 from __future__ import annotations
@@ -25,10 +25,11 @@ _PRODUCTS = frozenset({"matmul", "bmm", "baddbmm", "einsum", "linear", "conv1d",
 
 
 def leave_sums_unrounded(prepared: fx.GraphModule) -> set[fx.Node]:
-    """Round neither sums that only float ops read nor masks in them; what layers and products yield is rounded.
+    """Do not round sums that only float ops read, nor masks in them; outputs of layers and products stay rounded.
 
     Args:
-        prepared: As upstream's prepare made it; changed. Ranges stay, since checkpoints of earlier releases have them.
+        prepared: The result of upstream's prepare; changed in place. Ranges stay, because checkpoints of earlier
+            releases contain them.
 
     Returns:
         The nodes that are not rounded.
@@ -49,7 +50,7 @@ def leave_sums_unrounded(prepared: fx.GraphModule) -> set[fx.Node]:
 
 
 def _computed(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> set[fx.Node]:
-    """What layers and products yield, and all that is made of it: no mask."""
+    """Outputs of layers and products, and all values computed from them; masks are not among them."""
     found = set[fx.Node]()
     for node in graph.nodes:
         made = any(arg in found for arg in node.all_input_nodes)
@@ -79,7 +80,7 @@ def _moves(node: Any) -> bool:
 
 
 def _moved(node: Any, modules: Mapping[str, nn.Module]) -> Any:
-    """What a value is that was only moved, and rounded, since it was computed."""
+    """The node that computed a value which was only moved and rounded since."""
     while (_moves(node) or _is_rounding(node, modules)) and node.args and isinstance(node.args[0], fx.Node):
         node = node.args[0]
     return node

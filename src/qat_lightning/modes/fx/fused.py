@@ -1,4 +1,4 @@
-"""Layers that upstream fuses with what is behind them and that stay float: under the float network's names only."""
+"""Modules fused by upstream that stay float: shown under the names of the float network only."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from qat_lightning.modes.fx.train_and_eval import set_module
 
 
 class FloatFused(nn.Module):
-    """In the place of upstream's fused module, whose children would show every tensor of theirs under a second name.
+    """Replaces upstream's fused module, whose children would show their tensors under second names.
 
     Args:
-        fused: A layer and what is behind it; the layer's tensors are those of this module, and a BatchNorm stays
+        fused: A layer and the modules after it; the layer's tensors belong to this module, and a BatchNorm stays
             registered where the float network has it.
     """
 
@@ -22,24 +22,24 @@ class FloatFused(nn.Module):
         super().__init__()
         self.__dict__["fused"] = fused
         layer: nn.Module = fused[0]
-        # The same tables: a tensor that is exchanged in one is so in the other.
+        # The same dictionaries: a tensor that is replaced in one is replaced in the other.
         for table in ("_parameters", "_buffers"):
             self.__dict__[table] = layer.__dict__[table]
         self._non_persistent_buffers_set = layer._non_persistent_buffers_set
 
     def forward(self, *args: Any) -> Any:
-        """The layer and what is behind it."""
+        """Run the layer and the modules after it."""
         return self.__dict__["fused"](*args)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # Releases before saved the second names as well.
+        # Earlier releases saved the second names as well.
         for key in [key for key in state_dict if key.startswith(prefix) and key[len(prefix)].isdigit()]:
             del state_dict[key]
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def hide_second_names(network: nn.Module) -> None:
-    """Put `FloatFused` in the place of upstream's fused modules that hold no FakeQuantize."""
+    """Replace upstream's fused modules without FakeQuantize by `FloatFused`."""
     for path, module in list(network.named_modules()):
         if isinstance(module, _FusedModule) and not hasattr(module, "weight_fake_quant") and len(module):
             set_module(network, path, FloatFused(module))

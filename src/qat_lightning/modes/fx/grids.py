@@ -1,4 +1,4 @@
-"""One grid for all that int8 kernels of mode fx leave on one grid, however the ops that keep a grid are connected."""
+"""One grid for all values that int8 kernels of mode fx keep on one grid, however these ops are connected."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from qat_lightning.numerics.fake_quantize import FakeQuantize
 
 
 def one_grid_where_kernels_keep_it(prepared: fx.GraphModule) -> None:
-    """Let every FakeQuantize around an op that keeps the grid of its input be one and the same.
+    """Let all FakeQuantizes around an op that keeps the grid of its input be the same one.
 
-    Upstream goes over the ops one by one, and gives the inputs of a concatenation the FakeQuantize of the first one. A
-    max-pool that reads another of them, and comes earlier, is left with the one that this replaces: its output would
-    be rounded to a grid that its kernel does not have.
+    Upstream processes ops one by one, and gives all inputs of a concatenation the FakeQuantize of the first one. A
+    max-pool that was processed earlier and reads another input keeps the replaced FakeQuantize: its output would be
+    rounded to a grid that its kernel does not use.
 
     Args:
-        prepared: As upstream's prepare made it; changed.
+        prepared: The result of upstream's prepare; changed in place.
     """
     modules = dict(prepared.named_modules(remove_duplicate=False))
     configs = prepared.meta["_observed_graph_module_attrs"].node_name_to_qconfig
@@ -38,7 +38,7 @@ def one_grid_where_kernels_keep_it(prepared: fx.GraphModule) -> None:
 
 
 class _Classes:
-    """Which FakeQuantizes have one grid (a union-find, in which the one that was met first stands for its class)."""
+    """Sets of FakeQuantizes that share a grid (a union-find; the first one represents its set)."""
 
     def __init__(self) -> None:
         self._before: dict[FakeQuantize, FakeQuantize] = {}

@@ -1,4 +1,4 @@
-"""Values in a trace of which shape, type and device are known, and numbers that come from sizes."""
+"""Values in a trace whose shape, dtype and device are known, and numbers that are computed from sizes."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from torch import Tensor, fx
 from torch.fx.proxy import Attribute, Proxy
 
 _NOT_KNOWN = frozenset({"requires_grad", "grad", "grad_fn", "is_leaf", "data_ptr", "_version", "item", "tolist"})
-"""What a tensor without values does not tell of the real one."""
+"""Attributes that a tensor without values cannot answer for the real one."""
 
 
 class Known(Proxy):
-    """A value of a trace that is known by example.
+    """A value of a trace whose metadata is known from the example.
 
     Args:
-        node: The node that yields it.
+        node: The node that computes it.
         tracer: A `qat_lightning.modes.fx.shapes.ShapesTracer`.
-        values: What it is in each call that is followed.
+        values: Its metadata in each call that is followed.
     """
 
     def __init__(self, node: fx.Node, tracer: Any, values: tuple[Any, ...]) -> None:
@@ -29,12 +29,12 @@ class Known(Proxy):
 
 
 class KnownTensor(Known):
-    """A tensor: what depends on its shape, type and device is a plain value, and its values are not known."""
+    """A tensor: queries of its shape, dtype and device return plain values; its own values are unknown."""
 
     def __getattr__(self, name: str) -> Any:
         if name in _NOT_KNOWN and not (name == "requires_grad" and self.node.op == "get_attr"):
             return Attribute(self, name)
-        value = getattr(self.values[0], name)  # and an AttributeError, as of a tensor
+        value = getattr(self.values[0], name)  # or raises an AttributeError, like a tensor
         if callable(value):
             return Attribute(self, name)
         return self.tracer.create_proxy("call_function", getattr, (self, name), {})
@@ -50,7 +50,7 @@ class KnownTensor(Known):
 
 
 class KnownNumber(Known):
-    """A number, or what is asked of one, that is another in other calls: its arithmetic is part of the graph."""
+    """A number, or a query of one, that differs between calls: arithmetic on it becomes part of the graph."""
 
     def __bool__(self) -> bool:
         return bool(self.tracer.decide(self))
@@ -68,16 +68,16 @@ class KnownNumber(Known):
         return round(self.tracer.decide(self), digits)
 
     def __getattr__(self, name: str) -> Any:
-        getattr(self.values[0], name)  # a number has no others
+        getattr(self.values[0], name)  # raises an AttributeError, like a number
         return Attribute(self, name)
 
 
 class KnownKind(Known):
-    """A type or a device: as of the example where it is looked at, and of the tensor whenever the graph runs."""
+    """A dtype or device: that of the example while tracing, and that of the tensor whenever the graph runs."""
 
     @property
     def value(self) -> Any:
-        """As of the example."""
+        """That of the example."""
         return self.values[0]
 
     def __eq__(self, other: object) -> bool:
@@ -100,12 +100,12 @@ class KnownKind(Known):
 
 
 class Sizes(tuple[Any, ...]):
-    """The shape of a tensor in a trace: plain numbers, and those that come from the number of samples."""
+    """The shape of a tensor in a trace: plain numbers, and numbers that depend on the number of samples."""
 
     __slots__ = ()
 
     def numel(self) -> Any:
-        """The product, as of `torch.Size`."""
+        """The product, like that of `torch.Size`."""
         product: Any = 1
         for size in self:
             product = product * size
@@ -113,12 +113,12 @@ class Sizes(tuple[Any, ...]):
 
 
 def plain(value: Any) -> Any:
-    """The type or device that stands behind a value; anything else as it is."""
+    """The dtype or device that a value stands for; anything else unchanged."""
     return value.value if isinstance(value, KnownKind) else value
 
 
 def is_instance(value: Any, kinds: Any) -> bool:
-    """As ``isinstance``, for a value of a trace by what it stands for."""
+    """``isinstance``, which checks a value of a trace by what it stands for."""
     if isinstance(value, kinds):
         return True
     if isinstance(value, Known):

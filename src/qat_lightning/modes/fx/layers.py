@@ -1,4 +1,4 @@
-"""Which layers of an FX network are int8, and why others are not."""
+"""Coverage of the layers in an FX network: which are int8, and why others are not."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ UNSEEN = "no finite range was observed for its input or its output"
 
 
 def no_kernel(module: nn.Module, recipe: Recipe) -> str:
-    """Why a layer's type is quantized and this one cannot be; empty if it can."""
+    """Why a layer of a supported type cannot be quantized; empty if it can."""
     if is_parametrized(module):
         return (
             "its weight is computed (parametrized) and is not a parameter; "
@@ -38,7 +38,7 @@ def no_kernel(module: nn.Module, recipe: Recipe) -> str:
 
 
 def _pad_with_numbers(conv: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> bool:
-    """Write ``padding="same"`` or ``"valid"`` as the same numbers of both sides, if it is any."""
+    """Replace ``padding="same"`` or ``"valid"`` by numbers, if the padding is symmetric."""
     totals = [
         0 if conv.padding == "valid" else d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)
     ]
@@ -49,13 +49,13 @@ def _pad_with_numbers(conv: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> bool:
 
 
 def layer_rows(state: PreparedState, network: nn.Module, used: set[str], unseen: set[str]) -> list[LayerCoverage]:
-    """The layers of a prepared network, or of the int8 one.
+    """The rows of layers of a prepared or an int8 network.
 
     Args:
-        state: Of the prepared network.
-        network: It, or what it was converted to.
-        used: The names of the modules that a call of the float network uses.
-        unseen: Names of layers that no finite range was ever observed for.
+        state: State of the prepared network.
+        network: The prepared network, or the converted one.
+        used: Names of the modules that a call of the float network uses.
+        unseen: Names of layers without an observed finite range.
     """
     modules = dict(network.named_modules())
     called = [str(node.target) for node in state.plan.graph.find_nodes(op="call_module")]
@@ -97,7 +97,7 @@ def _why_float(state: PreparedState, name: str, module: nn.Module, used: set[str
 
 
 def _is_given_a_size(graph: fx.Graph, name: str) -> bool:
-    """Whether a transposed convolution is given the size of its output."""
+    """Whether a transposed convolution is called with the size of its output."""
     calls = [node for node in graph.find_nodes(op="call_module") if layer_of(str(node.target)) == name]
     return any(len(node.args) > 1 or node.kwargs.get("output_size") is not None for node in calls)
 
@@ -105,10 +105,10 @@ def _is_given_a_size(graph: fx.Graph, name: str) -> bool:
 def each_once(
     layers: Sequence[LayerCoverage], operations: Sequence[LayerCoverage]
 ) -> tuple[list[LayerCoverage], list[LayerCoverage]]:
-    """Rows without anything twice.
+    """Rows without duplicates.
 
-    A layer of a subclass is traced through: the ops in it, which have its name, say whether it is int8. And what a
-    module that is called as a whole multiplies is that of the layers in it for the most part.
+    A layer of a subclass is traced through: the ops in it, which have its name, show whether it is int8. Products of a
+    module that is called as a whole are mostly those of layers in it.
 
     Args:
         layers: The rows of the layers, with their multiply-accumulates.

@@ -1,4 +1,4 @@
-"""Mode fx: a layer or an op that is left float runs between dequantizing and quantizing, on the grids around it."""
+"""Mode fx: a layer or op that is left float runs between dequantize and quantize, on the grids around it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from qat_lightning.numerics.fake_quantize import FakeQuantize
 
 
 def layers_and_ops(prepared: nn.Module) -> list[str]:
-    """What can be left float by itself, as it runs: layers by their names, ops by those of their nodes."""
+    """The layers and ops that can be left float individually, in execution order; ops by the names of their nodes."""
     modules = dict(prepared.named_modules(remove_duplicate=False))
     layers = set(weighted_layers(prepared))
     known = {config.pattern for config in backend_config().configs}
@@ -38,7 +38,7 @@ def layers_and_ops(prepared: nn.Module) -> list[str]:
 
 
 def float_nodes(prepared: nn.Module, names: Collection[str]) -> list[str]:
-    """The names of the nodes that run what is left float."""
+    """The names of the nodes that run the layers and ops left float."""
     modules = dict(prepared.named_modules(remove_duplicate=False))
     return [
         node.name
@@ -50,7 +50,7 @@ def float_nodes(prepared: nn.Module, names: Collection[str]) -> list[str]:
 
 
 def _functional_weights(node: fx.Node, modules: dict[str, nn.Module]) -> list[str]:
-    """The owners of the rounded weights that a function takes."""
+    """The layers that own the rounded weights of a function call."""
     if node.op != "call_function":
         return []
     owners = []
@@ -64,7 +64,7 @@ def _functional_weights(node: fx.Node, modules: dict[str, nn.Module]) -> list[st
 
 
 def take_out_never_rounding(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
-    """Take the FakeQuantizes of functions' weights that are left float out of a graph that is about to be converted."""
+    """Remove the FakeQuantizes of functions' weights that are left float from a graph that is about to be converted."""
     for node in list(graph.nodes):
         fq = modules.get(str(node.target)) if node.op == "call_module" else None
         if isinstance(fq, FakeQuantize) and fq.left_float:
@@ -73,7 +73,7 @@ def take_out_never_rounding(graph: fx.Graph, modules: dict[str, nn.Module]) -> N
 
 
 def put_float_layers(int8: fx.GraphModule) -> None:
-    """Put the float layer, with BatchNorm folded in, in the place of each training layer that is left float."""
+    """Replace each training layer that is left float by the float layer, with BatchNorm folded in."""
     for name, layer in list(int8.named_modules()):
         fq = layer._modules.get("weight_fake_quant")
         if isinstance(fq, FakeQuantize) and fq.left_float:

@@ -1,4 +1,4 @@
-"""Products with a weight that are linear layers in all but name, such as ``addmm(b, x, w)`` or ``x @ w.T + b``."""
+"""Products with a weight that are equivalent to linear layers, such as ``addmm(b, x, w)`` or ``x @ w.T + b``."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ _TURNS = {("t",), ("transpose", 0, 1), ("transpose", 1, 0), ("transpose", -1, -2
 
 
 def name_linear(graph_module: fx.GraphModule, scopes: dict[str, Any]) -> None:
-    """Let products with a weight be ``F.linear``, which has an int8 kernel with one scale an output channel.
+    """Replace products with a weight by ``F.linear``, which has an int8 kernel with one scale per output channel.
 
     Args:
         graph_module: A trace; changed in place.
-        scopes: Of its nodes; those that are added get the scope of the product.
+        scopes: Scopes of its nodes; new nodes get the scope of the product.
     """
     graph = graph_module.graph
     found = {node: factors for node in graph.nodes if (factors := _factors(graph_module, node)) is not None}
@@ -35,7 +35,7 @@ def name_linear(graph_module: fx.GraphModule, scopes: dict[str, Any]) -> None:
                 scopes[turned.name] = scopes[node.name]
         node.op, node.target, node.args = "call_function", F.linear, (given, turned, *bias)
         if not weight.users:
-            graph.erase_node(weight)  # only that: a write through a view has no reader either, and is no dead code
+            graph.erase_node(weight)  # only this node: a write through a view has no reader, but is not dead code
         if not bias:
             take_bias(graph_module, node)
     if found:
@@ -43,7 +43,7 @@ def name_linear(graph_module: fx.GraphModule, scopes: dict[str, Any]) -> None:
 
 
 def _factors(root: fx.GraphModule, node: fx.Node) -> tuple[fx.Node, fx.Node, list[fx.Node]] | None:
-    """What is multiplied, the weight (input by output channels) and the bias of a product; None if it has no weight."""
+    """Input, weight (input by output channels) and bias of a product; None if it has no weight."""
     if node.kwargs or node.op not in ("call_function", "call_method"):
         return None
     if node.target is torch.addmm:
@@ -63,7 +63,7 @@ def _factors(root: fx.GraphModule, node: fx.Node) -> tuple[fx.Node, fx.Node, lis
 
 
 def _turned(node: fx.Node) -> fx.Node | None:
-    """What a node is the transposed of."""
+    """The node that a node transposes."""
     if node.op == "call_method" and (node.target, *node.args[1:]) in _TURNS:
         source: Any = node.args[0]
     elif node.op == "call_function" and node.target is getattr and node.args[1] in ("T", "mT"):
@@ -75,7 +75,7 @@ def _turned(node: fx.Node) -> fx.Node | None:
 
 @torch.no_grad()
 def take_bias(root: fx.GraphModule, linear: fx.Node) -> None:
-    """Take a vector of parameters that is added to what a linear layer yields, and to nothing else, for its bias."""
+    """Use a parameter vector that is added to a linear layer's output as its bias, if nothing else reads the output."""
     users = list(linear.users)
     if len(users) != 1 or users[0].target not in _SUMS or users[0].kwargs or len(users[0].args) != 2:
         return

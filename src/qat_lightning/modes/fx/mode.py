@@ -1,7 +1,7 @@
 """FX graph mode: functional ops are quantized as well, and the int8 network is a graph of packed kernels.
 
 Upstream's prepare and convert (https://docs.pytorch.org/docs/stable/quantization.html) do the matching and lowering.
-Ours are the FakeQuantize, the layers with folded BatchNorm, the folding of ReLU6 and the verification.
+This package adds the FakeQuantize, layers with folded BatchNorm, the folding of ReLU6 and the verification.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class FxMode:
         refuse_mixed(network, example)
         forget_qconfigs(network)
         keep_tapes()
-        make_batchnorm_plain(network)  # of a preparation before
+        make_batchnorm_plain(network)  # of an earlier preparation
         make_tables_plain(network)
         float_network = copy_of_modules(network)
         with written_out(network, lambda name: recipe.selects(join(prefix, name)), "attention" in recipe.families):
@@ -173,7 +173,7 @@ class FxMode:
         graph = copy.deepcopy(plan.graph)
         tables = take_integer_tables(prepared)
         unseen = _for_good(prepared, graph)
-        # A ReLU is dropped for the range behind it, where there is one.
+        # A ReLU is only dropped if the rounding after it has a range.
         passes.drop_nodes(graph, [name for name in plan.dropped if name not in {node.name for node in unseen}])
         graph_module = fx.GraphModule(prepared, graph)
         graph_module.meta = copy.copy(plan.meta)
@@ -223,12 +223,12 @@ class FxMode:
         return [name for name in layers_and_ops(prepared) if name not in prepared_state(prepared).left_float]
 
     def leave_float(self, prepared: nn.Module, names: Collection[str], example: Example | None) -> None:
-        """See `Mode.leave_float`: of an op nothing changes but what conversion makes of it."""
+        """See `Mode.leave_float`: for an op, only its conversion changes."""
         leave_weights_float(prepared, names)
 
 
 def _why_other(network: nn.Module, mixed: list[str]) -> str:
-    """What may be why a graph returns another thing than its network."""
+    """Possible reasons why a graph returns another result than its network."""
     if mixed:
         return f"{type(network).__name__}.forward turns on {', '.join(mixed)}: {NOT_SEEN}"
     return (
@@ -239,7 +239,7 @@ def _why_other(network: nn.Module, mixed: list[str]) -> str:
 
 
 def _as_network(prepared: fx.GraphModule, plan: FxPlan, unrounded: list[str], read: dict[str, str]) -> GraphNetwork:
-    """The network that trains: the graph with what is in the plan, and each range observed in one place."""
+    """The network that trains: the graph with the changes of the plan, and each range observed in one place."""
     result = GraphNetwork(prepared)
     result.set_graph(passes.without(plan.graph, [*unrounded, *fx_pads.roundings_behind(plan.graph)]))
     passes.observe_each_range_once(result)
@@ -253,7 +253,7 @@ def _as_network(prepared: fx.GraphModule, plan: FxPlan, unrounded: list[str], re
 
 
 def _for_good(prepared: GraphNetwork, graph: fx.Graph) -> list[fx.Node]:
-    """Round and fold the weights for good, and take out of the graph to convert what never rounds.
+    """Round and fold the weights for conversion, and remove what never rounds from the graph to convert.
 
     Returns:
         The nodes whose range was never observed.
@@ -279,7 +279,7 @@ def _rows(
     left: set[str],
     operations: Callable[[set[str]], list[LayerCoverage]],
 ) -> tuple[list[LayerCoverage], list[LayerCoverage]]:
-    """What becomes of the layers, and of the ops between them, which are told the names of the layers."""
+    """The rows of the layers, and of the ops between them."""
     seen = float_run(state.float_network, example)
     rows = with_reasons(layer_rows(state, network, seen.used, left), state.left_float)
     rows = layers_with_macs(rows, seen, example)

@@ -1,4 +1,4 @@
-"""What int8 additions and products of mode fx want of their operands: the larger one first."""
+"""Operand order of int8 additions and products in mode fx: the larger one comes first."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ _COMMUTE = (operator.add, operator.mul, torch.add, torch.mul)
 
 
 def put_larger_first(graph: fx.Graph, values: Mapping[str, Any]) -> None:
-    """Let the operand that is broadcast be the second.
+    """Make the operand that is broadcast the second one.
 
-    The kernels make their result in the shape of the first and resize it, with a warning of torch's, where it is
-    smaller. Sums and products of two floats are the same either way, bit for bit.
+    The kernels allocate their result in the shape of the first operand, and resize it with a warning if that is
+    smaller. Sums and products of two floats are bit-equal in either order.
 
     Args:
-        graph: A prepared one; changed.
-        values: Of its nodes, on the example.
+        graph: A prepared graph; changed in place.
+        values: Values of its nodes on the example.
     """
     for node in graph.nodes:
         if node.op != "call_function" or node.target not in _COMMUTE or len(node.args) != 2 or node.kwargs:

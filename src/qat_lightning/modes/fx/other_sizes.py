@@ -1,7 +1,7 @@
-"""What a network that was traced for given sizes does with others: a second trace, which shares all that is learned.
+"""Support for inputs of other sizes than a network was traced for: a second trace that shares everything learned.
 
-The prepared network runs the graph of the other sizes on its own layers and ranges. The int8 network, until it is
-saved, is converted once more. Both only once for each size that comes.
+The prepared network runs the new graph on its own layers and ranges. The int8 network is converted again, until it is
+saved. Both happen once per new size.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ class SharedLayers:
     """Traces a prepared network for other sizes, with its own layers and ranges."""
 
     def __call__(self, network: GraphNetwork, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[..., Any]:
-        """What runs ``network`` on inputs like these; its first argument is the network.
+        """The function that runs ``network`` on inputs like these; its first argument is the network.
 
         Raises:
-            NetworkError: It cannot be traced for them, or does something else with them.
+            NetworkError: It cannot be traced for them, or takes another path through forward.
         """
         with aside():
             other = _prepare_again(network, args, kwargs)
@@ -50,20 +50,20 @@ class SharedLayers:
 
 
 class ConvertsAgain:
-    """Converts a prepared network once more, for other sizes than those that it was converted for.
+    """Converts a prepared network again for other input sizes.
 
     Args:
-        prepared: A copy of the prepared network, on the CPU, from before its conversion.
+        prepared: A copy of the prepared network, on the CPU, made before its conversion.
     """
 
     def __init__(self, prepared: GraphNetwork) -> None:
         self.prepared = prepared
 
     def __call__(self, network: GraphNetwork, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[..., Any]:
-        """What runs the int8 network on inputs like these; its first argument is the network.
+        """The function that runs the int8 network on inputs like these; its first argument is the network.
 
         Raises:
-            NetworkError: It cannot be made for them.
+            NetworkError: It cannot be converted for them.
         """
         with aside():
             other = _prepare_again(self.prepared, args, kwargs)
@@ -76,11 +76,11 @@ class ConvertsAgain:
         return lambda network, *args, **kwargs: converted(*args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ConvertsAgain:
-        """Itself: it is only read."""
+        """Itself, because it does not change."""
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Nothing: a file holds no network that trains."""
+        """None: a file does not store the network that trains."""
         return type(None), ()
 
 
@@ -89,7 +89,7 @@ def _prepare_again(network: GraphNetwork, args: tuple[Any, ...], kwargs: dict[st
     original = copy.deepcopy(state.float_network).cpu().float()
     try:
         other = state.mode.prepare(original, example_like(network, args, kwargs), state.recipe, prefix=state.prefix)
-    except Exception as error:  # a network may fail in any way with them
+    except Exception as error:  # a network may raise anything for other sizes
         assert network.sizes is not None
         lines = [*str(error).splitlines(), type(error).__name__]
         raise NetworkError(f"{network.sizes.refusal(network.sizes.others(args, kwargs))} ({lines[0]})") from error
@@ -98,7 +98,7 @@ def _prepare_again(network: GraphNetwork, args: tuple[Any, ...], kwargs: dict[st
 
 
 def example_like(network: GraphNetwork, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Example:
-    """A call as an example: on the CPU, and of a few samples, but of two at least, if their number is not fixed."""
+    """A call as an example: on the CPU, with a few samples, but at least two if their number is not fixed."""
     look_into(args, kwargs)
     size = batch_size(Example(args, kwargs))
     for few in (_few, lambda leaf, size: leaf):
@@ -123,7 +123,7 @@ def _few(leaf: Tensor, size: int | None) -> Tensor:
 
 
 def _parting(network: GraphNetwork, other: GraphNetwork) -> str | None:
-    """The name of the first node in which two traces differ in more than their constants; None if in none."""
+    """The name of the first node where two traces differ in more than constants; None if there is none."""
     ways = [list(each.graph.nodes) for each in (network, other)]
     places = [{node: number for number, node in enumerate(way)} for way in ways]
 
@@ -142,7 +142,7 @@ def _same_kind(node: fx.Node, *networks: nn.Module) -> bool:
 
 
 def _own_constants(network: GraphNetwork, other: GraphNetwork) -> fx.Graph:
-    """The graph of another trace, whose own constants ``network`` gets under names that it does not have yet."""
+    """The graph of another trace; its constants are stored in ``network`` under unused names."""
     graph: fx.Graph = copy.deepcopy(other.graph)
     device = next((tensor.device for tensor in network.parameters()), torch.device("cpu"))
     names: dict[str, str] = {}
@@ -177,7 +177,7 @@ def _other_way(network: GraphNetwork, args: tuple[Any, ...], kwargs: dict[str, A
 
 @contextmanager
 def aside() -> Iterator[None]:
-    """Random states as they were, and gradients, inference and autocast as where a network is prepared."""
+    """Within the block, use the gradient, inference and autocast modes of preparation; restores random states."""
     state = random.getstate()
     try:
         with (

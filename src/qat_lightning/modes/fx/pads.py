@@ -1,7 +1,7 @@
-"""Zeros around an image in mode fx, which upstream leaves float: every grid holds zero, so int8 values can be padded.
+"""Zero padding of images in mode fx, which upstream leaves float: every grid contains zero, so integers can be padded.
 
-Networks ported from TensorFlow (EfficientNet, MobileNet) pad more on one side than on the other, which no convolution
-of torch does by itself. Left float, each such pad would cost a dequantization and a quantization of the whole image.
+Networks ported from TensorFlow (EfficientNet, MobileNet) pad asymmetrically, which no convolution of torch supports. In
+float, each such pad would cost a dequantization and a quantization of the whole image.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _CONSTANT_PADS = (nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d)
 
 
 def name_zero_pads(graph_module: fx.GraphModule, selected: dict[str, bool]) -> None:
-    """Call `qat_lightning.layers.padding.pad` where zeros are put around what only convolutions that become int8 read.
+    """Use `qat_lightning.layers.padding.pad` for zero padding that is read only by convolutions that become int8.
 
     Args:
         graph_module: The traced float network.
@@ -43,7 +43,7 @@ def _is_convolution(node: fx.Node, modules: dict[str, nn.Module], selected: dict
 
 
 def _zeros_around(node: fx.Node, modules: dict[str, nn.Module]) -> tuple[fx.Node, tuple[int, ...]] | None:
-    """What a node pads with zeros, and by how much; None if it does something else."""
+    """The node that a zero padding reads, and the amounts; None if a node does something else."""
     if node.op == "call_module":
         module: Any = modules.get(str(node.target))
         zeros = isinstance(module, _ZERO_PADS) or (isinstance(module, _CONSTANT_PADS) and module.value == 0)
@@ -63,10 +63,10 @@ def _if_known(input: Any, amounts: Any) -> tuple[fx.Node, tuple[int, ...]] | Non
 
 
 def observe_behind_infinite_pads(prepared: fx.GraphModule) -> None:
-    """Observe and round behind the max-pool, and not between a pad of minus infinity and it: that has no finite range.
+    """Observe and round after the max-pool rather than before it: padding with minus infinity has no finite range.
 
     Args:
-        prepared: As upstream's prepare made it; changed. The range keeps the name that checkpoints have it under.
+        prepared: The result of upstream's prepare; changed in place. The range keeps its name in checkpoints.
     """
     modules = dict(prepared.named_modules(remove_duplicate=False))
     for node in list(prepared.graph.nodes):
@@ -93,12 +93,12 @@ def _pads_with_infinity(node: Any, modules: dict[str, nn.Module]) -> bool:
 
 
 def roundings_behind(graph: fx.Graph) -> list[str]:
-    """The names of the nodes that round what was padded, which training does without: it is on that grid already."""
+    """The names of roundings of padded values, which training omits: the values are on that grid already."""
     return [user.name for node in graph.nodes if node.target is pad for user in node.users]
 
 
 def pad_integers(int8: fx.GraphModule) -> None:
-    """Pad the integers in a converted graph, and not what they are dequantized to."""
+    """In a converted graph, pad the integers instead of their dequantized values."""
     for node in list(int8.graph.nodes):
         if node.target is not pad:
             continue

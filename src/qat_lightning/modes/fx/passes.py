@@ -1,4 +1,4 @@
-"""Rewriting the graph that upstream prepared: where ranges are observed, and what the int8 graph does without."""
+"""Rewriting the graph that upstream prepared: where ranges are observed, and which nodes the int8 graph omits."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ from qat_lightning.numerics.fake_quantize import FakeQuantize
 
 @torch.no_grad()
 def round_tensors_only(prepared: fx.GraphModule, network: nn.Module, example: Example) -> list[str]:
-    """Take out what upstream put behind numbers, shapes, integers and tensors of another precision than the network's.
+    """Remove roundings of numbers, shapes, integers and tensors whose precision differs from the network's.
 
-    A trace does not know types; kernels round float32 only, which the network's own precision becomes.
+    A trace has no types. Kernels round only float32, to which the network's own precision is converted.
 
     Returns:
-        The names of the additions and products of a tensor and a number: their int8 kernels have a grid of their own.
+        The names of additions and products of a tensor and a number, whose int8 kernels compute their own grid.
     """
     modules = dict(prepared.named_modules(remove_duplicate=False))
     own = next((p.dtype for p in network.parameters() if p.is_floating_point()), torch.float32)
@@ -63,16 +63,16 @@ def round_tensors_only(prepared: fx.GraphModule, network: nn.Module, example: Ex
 
 @torch.no_grad()
 def refuse_late_writes(prepared: fx.GraphModule, network: nn.Module, example: Example, scopes: dict[str, Any]) -> None:
-    """Refuse what `late_write` finds.
+    """Raise an error for a write found by `late_write`.
 
     Args:
-        prepared: As upstream's prepare made it.
+        prepared: The result of upstream's prepare.
         network: The float network.
         example: One call.
-        scopes: The module whose ``forward`` made each node.
+        scopes: The module whose ``forward`` created each node.
 
     Raises:
-        TraceError: It is written over what is rounded.
+        TraceError: A rounded tensor is overwritten later.
     """
     modules = dict(prepared.named_modules(remove_duplicate=False))
     writes = {
@@ -94,7 +94,7 @@ def refuse_late_writes(prepared: fx.GraphModule, network: nn.Module, example: Ex
 
 
 class _Memory(fx.Interpreter):
-    """Runs a graph and notes where the memory of each value begins."""
+    """Runs a graph and records where the memory of each value begins."""
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """Run it."""
@@ -111,7 +111,7 @@ class _Memory(fx.Interpreter):
 
 @contextmanager
 def evaluating_with_folded(*roots: nn.Module) -> Iterator[None]:
-    """All modules in evaluation, also the folded BatchNorms, which are at this point in no tree of modules."""
+    """Within the block, all modules are in evaluation, including folded BatchNorms, which are not registered here."""
     layers = [module for root in roots for module in root.modules() if isinstance(module, FoldedLayer)]
     with evaluating(*roots, *(layer.batchnorm for layer in layers)):
         yield
@@ -130,7 +130,7 @@ _BINARY = (
 
 
 def pass_over_identities(graph_module: fx.GraphModule) -> None:
-    """Connect what is before an ``nn.Identity`` with what is behind it, which can then be one kernel."""
+    """Bypass each ``nn.Identity``, so that the ops before and after it can be fused."""
     for node in list(graph_module.graph.nodes):
         if node.op == "call_module" and type(graph_module.get_submodule(str(node.target))) is nn.Identity:
             node.replace_all_uses_with(node.args[0])
@@ -149,7 +149,7 @@ def calls_of(prepared: fx.GraphModule, chosen: list[nn.Module]) -> list[str]:
 
 
 def clamps(graph: fx.Graph, modules: dict[str, nn.Module]) -> list[str]:
-    """The names of the nodes that QNNPACK's clamp kernel would run, which misplaces channels-last values."""
+    """The names of nodes that would run QNNPACK's clamp kernel, which misplaces channels-last values."""
     found = []
     for node in graph.nodes:
         if _kind(node, modules) in CLAMPS:
@@ -158,7 +158,7 @@ def clamps(graph: fx.Graph, modules: dict[str, nn.Module]) -> list[str]:
 
 
 def with_own_grids(prepared: fx.GraphModule) -> list[str]:
-    """The names of the nodes whose int8 kernel has a grid of its own, whatever fake-quant rounded to in training."""
+    """The names of nodes whose int8 kernel computes its own grid, independent of fake-quant's."""
     modules = dict(prepared.named_modules(remove_duplicate=False))
     return [node.name for node in prepared.graph.nodes if _kind(node, modules) in OWN_GRIDS]
 
@@ -169,11 +169,11 @@ CLAMPS = tuple(face for row in rows("clamp") for face in row.faces)
 
 
 def observe_only_before_dropout(prepared: fx.GraphModule) -> tuple[list[str], list[str]]:
-    """Round before dropout, not behind it: what it scales up in training never reaches the int8 network.
+    """Round before dropout instead of after it: its scaling in training never occurs in the int8 network.
 
     Returns:
-        The names of the dropouts, which the int8 graph does without, and of the roundings behind them that training
-        does without, because they share a range with the rounding before.
+        The names of dropouts, which the int8 graph omits, and of the roundings after them that training omits because
+        they share a range with the rounding before.
     """
     modules = dict(prepared.named_modules(remove_duplicate=False))
     dropped: list[str] = []
@@ -208,10 +208,10 @@ DROPOUT_MODULES = (*module_types("dropout"), DropoutLike)
 
 
 def observe_each_range_once(network: GraphNetwork) -> None:
-    """Where several roundings share a range, let it be observed once a batch.
+    """If several roundings share a range, observe it once per batch.
 
-    The inputs of a concatenation, as they are before they are rounded, are observed together: rounded to the range so
-    far, they could never widen it. Of the others the first one observes, whose values the rest has.
+    The inputs of a concatenation are observed together and before rounding, because rounded to the range so far they
+    could never widen it. For other ops, only the first rounding observes; the rest see the same values.
     """
     modules = dict(network.named_modules(remove_duplicate=False))
     sharing: dict[nn.Module, list[fx.Node]] = {}
@@ -240,13 +240,13 @@ def observe_each_range_once(network: GraphNetwork) -> None:
 
 
 def is_within(value: Any, fq: nn.Module, modules: dict[str, nn.Module], *, but: tuple[Any, ...] = ()) -> bool:
-    """Whether a value is made of what ``fq`` rounded, by ops that keep the grid, but for what dropout scales up.
+    """Whether a value consists of values rounded by ``fq``, via ops that keep the grid; dropout's scaling is ignored.
 
     Args:
         value: A node's argument.
-        fq: The rounding.
-        modules: By name.
-        but: Ops that keep the range and not the grid: the end of a clamp is on no step of it.
+        fq: The FakeQuantize.
+        modules: Modules by name.
+        but: Ops that keep the range but not the grid, because the limit of a clamp need not be on it.
     """
     if not isinstance(value, fx.Node):
         return False
@@ -261,19 +261,19 @@ def is_within(value: Any, fq: nn.Module, modules: dict[str, nn.Module], *, but: 
 
 
 def is_part(face: Any) -> bool:
-    """Whether a function or a method yields parts of what it is given, or one of several parts."""
+    """Whether a function or method returns parts of its input, or one of several parts."""
     return op_name(face) in ("getitem", "unbind", "chunk", "split", "narrow", "select", "tensor_split")
 
 
 def _kind(node: fx.Node, modules: dict[str, nn.Module]) -> Any:
-    """The class, the function or the method that is called; None for an input or a tensor, whatever its name."""
+    """The class, function or method that is called; None for an input or a tensor."""
     if node.op == "call_module":
         return type(modules[str(node.target)])
     return node.target if node.op in ("call_function", "call_method") else None
 
 
 def drop_unused(network: GraphNetwork, plan: fx.Graph) -> None:
-    """Drop the FakeQuantizes that no node calls any more: their ranges would stay empty in every checkpoint."""
+    """Drop FakeQuantizes that no node calls any more: their ranges would stay empty in every checkpoint."""
     called = {str(node.target) for graph in (network.graph, plan) for node in graph.nodes if node.op == "call_module"}
     for name, module in list(network._modules.items()):
         if isinstance(module, FakeQuantize) and name not in called:
@@ -281,26 +281,26 @@ def drop_unused(network: GraphNetwork, plan: fx.Graph) -> None:
 
 
 def observe_everywhere(network: nn.Module) -> None:
-    """Undo `observe_each_range_once`: upstream's converter looks for a FakeQuantize at every place."""
+    """Undo `observe_each_range_once`, because upstream's converter expects a FakeQuantize at every place."""
     for name, module in list(network._modules.items()):
         if isinstance(module, SharedRange):
             network._modules[name] = module.__dict__["fq"]
 
 
 def is_fake_quantize(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
-    """Whether a node calls a FakeQuantize of the prepared network, which has ``modules`` by name."""
+    """Whether a node calls a FakeQuantize among ``modules``."""
     return node.op == "call_module" and isinstance(modules.get(str(node.target)), FakeQuantize)
 
 
 def without(graph: fx.Graph, names: list[str]) -> fx.Graph:
-    """A copy of ``graph`` without some nodes, whose input stands for them."""
+    """A copy of ``graph`` without some nodes, which are replaced by their inputs."""
     graph = copy.deepcopy(graph)
     drop_nodes(graph, names)
     return graph
 
 
 def drop_nodes(graph: fx.Graph, names: list[str]) -> None:
-    """Take nodes out of ``graph``; their input stands for them."""
+    """Remove nodes from ``graph``; they are replaced by their inputs."""
     for node in list(graph.nodes):
         if node.name in names:
             node.replace_all_uses_with(node.args[0])
@@ -308,10 +308,10 @@ def drop_nodes(graph: fx.Graph, names: list[str]) -> None:
 
 
 def hide_float_ops(graph_module: fx.GraphModule, names: list[str]) -> Callable[[fx.GraphModule], None]:
-    """Hide the ops that stay float from upstream's lowering, which has a list of its own and no way to change it.
+    """Hide ops that stay float from upstream's lowering, whose list of ops cannot be changed.
 
     Returns:
-        What shows them again in the converted graph.
+        A function that restores them in the converted graph.
     """
     modules = dict(graph_module.named_modules(remove_duplicate=False))
     hidden: dict[str, tuple[str, Any]] = {}
@@ -335,7 +335,7 @@ def _stays_float(*args: Any, **kwargs: Any) -> Any:
 
 
 def reshape_views(graph: fx.Graph) -> None:
-    """Int8 convolutions return channels-last tensors, which ``view`` may refuse where float ones were contiguous."""
+    """Replace ``view``, which may not support the channels-last outputs of int8 convolutions, by ``reshape``."""
     for node in graph.nodes:
         if node.op == "call_method" and node.target == "view" and not isinstance(node.args[1], torch.dtype):
             node.target = "reshape"

@@ -1,7 +1,7 @@
-"""What Python and PyTorch answer by themselves, answered for the values of a trace while it is made.
+"""Patched Python and PyTorch functions that accept the values of a trace.
 
-``isinstance(x, Tensor)`` and ``len(x)`` are plain functions, and ``torch.zeros(n)`` takes no number that is known only
-by its node: for the time of a trace they are replaced, the first two in the modules of the network's own code.
+``isinstance(x, Tensor)`` and ``len(x)`` are plain functions, and ``torch.zeros(n)`` does not accept a number that is
+only a node. They are replaced while a trace is made; the first two only in the modules of the network's own code.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ _METHODS = (
     *("chunk", "expand", "narrow", "new_empty", "new_full", "new_ones", "new_zeros"),
     *("repeat", "reshape", "to", "type", "view"),
 )
-"""Methods of a tensor that is no value of the graph, which may be given one."""
+"""Methods of a tensor outside of the graph that may be called with a value of the graph."""
 
 
 @contextmanager
 def answering(tracer: Any, network: nn.Module) -> Iterator[None]:
-    """Within the block functions that are asked of values of ``tracer`` answer by example."""
-    is_tensor_method_or_property(Tensor.add)  # upstream remembers the methods that it finds the first time
+    """Within the block, functions that are called with values of ``tracer`` answer from the example."""
+    is_tensor_method_or_property(Tensor.add)  # upstream caches the methods that it finds the first time
     with ExitStack() as stack:
         for name in (*_FACTORIES, *_SHAPING):
             stack.enter_context(_replaced(torch, name, _recording(tracer, getattr(torch, name), "call_function")))
@@ -57,7 +57,7 @@ def _length(value: Any) -> Any:
 
 
 def _recording(tracer: Any, function: Callable[..., Any], op: str) -> Callable[..., Any]:
-    """``function``, or the node that calls it if it is given a value of the graph."""
+    """Call ``function``, or create a node for it if an argument is a value of the graph."""
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -74,7 +74,7 @@ def _recording(tracer: Any, function: Callable[..., Any], op: str) -> Callable[.
 
 
 def _leaves(value: Any) -> list[Any]:
-    """Of a shape its sizes as well, which pytree takes for one value."""
+    """The leaves of a value, including the sizes in a shape, which pytree treats as one leaf."""
     leaves = pytree.tree_leaves(value)
     return [part for leaf in leaves for part in (leaf if isinstance(leaf, Sizes) else [leaf])]
 
@@ -113,7 +113,7 @@ def _named(scope: dict[str, Any], name: str, value: Any) -> Iterator[None]:
 
 
 def _scopes(network: nn.Module) -> list[dict[str, Any]]:
-    """The global names of the code that a network is made of: of its classes' modules, and of their packages."""
+    """The global namespaces of a network's code: those of its classes' modules and of their packages."""
     classes = {cls for module in network.modules() for cls in type(module).__mro__}
     names = {cls.__module__ for cls in classes}
     packages = {name.partition(".")[0] for name in names} - {"torch", "builtins", "qat_lightning", "lightning", "abc"}

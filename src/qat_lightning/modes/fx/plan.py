@@ -1,4 +1,4 @@
-"""What mode fx decides of a prepared graph, and conversion follows."""
+"""The plan of mode fx: decisions about a prepared graph that conversion follows."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from qat_lightning.settings.recipe import Recipe
 
 @dataclass
 class FxPlan(HoldsGraphs):
-    """What conversion needs of a prepared network besides its layers.
+    """What conversion needs from a prepared network besides its layers.
 
     Attributes:
-        graph: The graph as upstream's prepare made it, ReLU6 folded.
-        meta: Upstream's notes on it.
-        float_ops: Names of nodes that upstream would lower and cannot, since they take a number that forward works out,
-            or a tensor where kernels take numbers.
-        dropped: Names of nodes that the int8 graph does without: ReLU6, which the output range of the op before stands
-            for, and dropout.
-        scopes: The module whose ``forward`` made each node, by the node's name.
-        products: The names of the products that upstream would leave float.
-        divisors: The names of the nodes that are not rounded, because they are divided by.
-        sums: Likewise, because only float ops read them.
-        tables: Why the tables of embeddings stay float that do, by the names of the layers.
+        graph: The graph from upstream's prepare, with ReLU6 folded.
+        meta: Upstream's metadata of it.
+        float_ops: Names of nodes that upstream would try to lower but cannot, because they take a number that forward
+            computes, or a tensor where kernels take numbers.
+        dropped: Names of nodes that the int8 graph omits: dropout, and ReLU6, which is replaced by the output range of
+            the op before it.
+        scopes: The module whose ``forward`` created each node, by the node's name.
+        products: Names of products that upstream would leave float.
+        divisors: Names of nodes that are not rounded because they are divisors.
+        sums: Names of nodes that are not rounded because only float ops read them.
+        tables: Why tables of embeddings stay float, by the names of the layers.
     """
 
     graph: fx.Graph
@@ -58,18 +58,18 @@ def make_plan(
     *,
     prefix: str,
 ) -> tuple[FxPlan, list[str]]:
-    """Decide which values are rounded on which grid, and what stays float.
+    """Decide which values are rounded on which grid, and which stay float.
 
     Args:
-        prepared: As upstream's prepare made it; its graph and its ranges are changed.
+        prepared: The result of upstream's prepare; graph and ranges are changed.
         network: The float network.
         example: One call of it.
-        recipe: What to quantize, and for which kernels.
-        scopes: The module whose ``forward`` made each node, as upstream has it.
+        recipe: Recipe with the selection and the backend.
+        scopes: The module whose ``forward`` created each node, in upstream's form.
         prefix: The network's name in the LightningModule.
 
     Returns:
-        The plan, and the names of the roundings that training does without, since one in front does their work.
+        The plan, and the names of roundings that training omits because an earlier one has the same effect.
     """
     qconfig, selects = make_qconfig(recipe), selected_scopes(recipe, prefix)
     pads.observe_behind_infinite_pads(prepared)

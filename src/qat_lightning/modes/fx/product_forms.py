@@ -1,8 +1,8 @@
-"""The ways to write a product: each becomes the operator ``@``, or a linear layer where a factor is a parameter.
+"""All ways to write a product: each becomes the operator ``@``, or a linear layer if a factor is a parameter.
 
-``einsum`` and ``tensordot`` of two tensors are a product of matrices once their dimensions are in the order that it
-wants them: those that both have and the result too, those of one alone, those that are summed over. Nothing is computed
-for it but views.
+``einsum`` and ``tensordot`` of two tensors are a matrix product once their dimensions are ordered: first those that
+both factors and the result have, then those of one factor, then those that are summed over. Only views are needed for
+that.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ _Factor = tuple[fx.Node, str]
 _PLAIN = (torch.matmul, torch.mm, torch.bmm, torch.mv, torch.dot, torch.linalg.matmul)
 _PLAIN_METHODS = ("matmul", "mm", "bmm", "mv", "dot", "__matmul__")
 _FACTORS = (("input", "self"), ("other", "mat2", "vec", "tensor"))
-"""The names of both factors, as these functions have them."""
+"""The names of both factors in these functions."""
 
 
 @torch.no_grad()
 def write_as_products(
     graph_module: fx.GraphModule, network: nn.Module, example: Example, scopes: dict[str, Any]
 ) -> None:
-    """Write every product as ``a @ b``, or as ``F.linear`` where ``b`` is computed of parameters.
+    """Write every product as ``a @ b``, or as ``F.linear`` if ``b`` is computed from parameters.
 
     Args:
         graph_module: A trace; changed in place.
-        network: What it is a trace of.
+        network: The traced network.
         example: One call.
-        scopes: Of its nodes; those that are added get the scope of the product.
+        scopes: Scopes of its nodes; new nodes get the scope of the product.
     """
     for node in list(graph_module.graph.nodes):
         _name_operator(node)
@@ -62,7 +62,7 @@ def write_as_products(
 
 
 def _name_operator(node: fx.Node) -> None:
-    """Call what multiplies two tensors, and does nothing else, by the operator."""
+    """Use the operator for functions that only multiply two tensors."""
     plain = _PLAIN if node.op == "call_function" else _PLAIN_METHODS if node.op == "call_method" else ()
     if node.target not in plain:
         return
@@ -74,7 +74,7 @@ def _name_operator(node: fx.Node) -> None:
 
 
 def _take_apart_linear(root: fx.GraphModule, node: fx.Node, scopes: dict[str, Any]) -> None:
-    """Write ``addmm`` with a weight as the product and the sum; `name_linear` takes what is plainly a linear layer."""
+    """Split ``addmm`` with a weight into product and sum; `name_linear` handles exact linear layers."""
     given = sum_of(node)
     if given is None or op_name(node.target) != "addmm" or not is_weight(root, given["two"]):
         return
@@ -89,7 +89,7 @@ def _take_apart_linear(root: fx.GraphModule, node: fx.Node, scopes: dict[str, An
 
 
 def is_weight(root: nn.Module, node: fx.Node) -> bool:
-    """Whether a factor is computed of parameters, which a layer packs."""
+    """Whether a factor is computed from parameters, which a layer can pack."""
     if not is_constant(node):
         return False
     if node.op == "get_attr":
@@ -98,20 +98,20 @@ def is_weight(root: nn.Module, node: fx.Node) -> bool:
 
 
 class _Writing:
-    """Puts a product in the place of one call.
+    """Replaces one call by products.
 
     Args:
         root: The trace.
         node: The call.
-        values: Of the nodes, on the example.
-        scopes: Of the nodes.
+        values: Values of the nodes on the example.
+        scopes: Scopes of the nodes.
     """
 
     def __init__(self, root: fx.GraphModule, node: fx.Node, values: Mapping[str, Any], scopes: dict[str, Any]) -> None:
         self.root, self.graph, self.node, self.values, self.scopes = root, root.graph, node, values, scopes
 
     def write(self, terms: Terms) -> None:
-        """Multiply from the left to the right."""
+        """Multiply from left to right."""
         factors, labels, result = terms
         with self.graph.inserting_before(self.node):
             made, have = factors[0], labels[0]
@@ -137,7 +137,7 @@ class _Writing:
         return self._matmul(one, other, "".join(both), left, right, summed)
 
     def _linear(self, one: _Factor, other: _Factor, left: str, right: str, summed: str) -> _Factor:
-        """A linear layer, whose weight is the parameter in another order and shape."""
+        """A linear layer whose weight is the parameter with its dimensions reordered."""
         sizes = dict(zip(other[1], self.values[other[0].name].shape, strict=True))
         x, weight = self._ordered(one, left + summed), self._ordered(other, right + summed)
         if len(summed) > 1:
@@ -150,7 +150,7 @@ class _Writing:
         return made, left + right
 
     def _matmul(self, one: _Factor, other: _Factor, both: str, left: str, right: str, summed: str) -> _Factor:
-        """The operator; what one factor has more than rows, or the other more than columns, is broadcast."""
+        """The operator; dimensions of a factor beyond its rows or columns are broadcast."""
         rows, columns = left[-1:], right[-1:]
         a = self._ordered(one, both + left[:-1] + rows + summed)
         b = self._ordered(other, both + right[:-1] + summed + columns)
@@ -169,7 +169,7 @@ class _Writing:
         return made, both + left[:-1] + right[:-1] + rows + columns
 
     def _ordered(self, factor: _Factor, want: str) -> fx.Node:
-        """A value with its dimensions in another order."""
+        """A value with its dimensions reordered."""
         node, have = factor
         order = tuple(have.index(label) for label in want)
         moved = [place for place, before in enumerate(order) if place != before]

@@ -1,4 +1,4 @@
-"""What ``einsum`` and its kin multiply, as a letter for each dimension."""
+"""The factors of ``einsum`` and similar functions, with a letter for each dimension."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ Terms = tuple[list[fx.Node], list[str], str]
 """The factors, a letter for each of their dimensions, and for each dimension of the result."""
 
 _FIRST = 0x400
-"""Letters that no equation has, for dimensions that have none."""
+"""Letters that no equation uses, for dimensions without one."""
 
 
 def written_by_labels(node: fx.Node) -> bool:
-    """Whether a node may be one that `terms_of` knows."""
+    """Whether `terms_of` may support a node."""
     return node.op in ("call_function", "call_method") and node.target in _BY_LABELS
 
 
 def terms_of(node: fx.Node, values: Mapping[str, Any]) -> Terms | None:
-    """What a node multiplies; None where it is no product that sums over something, or of other than float tensors.
+    """The factors of a node; None if it is not a product of float tensors that sums over a dimension.
 
     Args:
         node: The call.
-        values: Of the nodes, on the example.
+        values: Values of the nodes on the example.
     """
     found: Terms | None = _BY_LABELS[node.target](node, values)
     if found is None:
@@ -43,7 +43,7 @@ def terms_of(node: fx.Node, values: Mapping[str, Any]) -> Terms | None:
 
 
 def _is_product(tensors: Sequence[Tensor], labels: Sequence[str], result: str) -> bool:
-    """Whether each factor in its turn is summed with what is before it, over dimensions that both have in full."""
+    """Whether each factor shares summed dimensions, in full, with the product of the factors before it."""
     if any(max(Counter(its).values(), default=0) > 1 for its in (*labels, result)):
         return False
     sizes: dict[str, set[int]] = {}

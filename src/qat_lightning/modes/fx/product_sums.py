@@ -1,4 +1,4 @@
-"""Products that something is added to, ``addmm`` and its kin: the product is int8, what is around it stays float."""
+"""Products with an addition, such as ``addmm``: the product is int8, the addition stays float."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ _NAMES: dict[str, tuple[str, str]] = {
     "baddbmm": ("batch1", "batch2"),
     "addbmm": ("batch1", "batch2"),
 }
-"""Functions and methods, and what they call their factors."""
+"""Functions and methods, and the names of their factors."""
 
 _TARGETS: dict[Any, str] = {name: name for name in _NAMES} | {getattr(torch, name): name for name in _NAMES}
 
 
 def sum_of(node: fx.Node) -> dict[str, Any] | None:
-    """``input``, the factors ``one`` and ``two``, ``beta`` and ``alpha``; None if a node is something else."""
+    """``input``, the factors ``one`` and ``two``, ``beta`` and ``alpha``; None for other nodes."""
     name = _TARGETS.get(node.target) if node.op in ("call_function", "call_method") else None
     if name is None:
         return None
@@ -37,7 +37,7 @@ def sum_of(node: fx.Node) -> dict[str, Any] | None:
 
 
 def factors_of(graph: fx.Graph, node: fx.Node, given: Mapping[str, Any]) -> tuple[list[fx.Node], fx.Node, fx.Node]:
-    """What is made to have the factors of one product, and these; a sum of products is one of matrices side by side."""
+    """New nodes, and the factors of one product; a sum of products becomes one of concatenated matrices."""
     one, two = given["one"], given["two"]
     if _TARGETS[node.target] != "addbmm":
         return [], one, two
@@ -47,13 +47,13 @@ def factors_of(graph: fx.Graph, node: fx.Node, given: Mapping[str, Any]) -> tupl
 
 
 def add_up(graph: fx.Graph, given: Mapping[str, Any], product: fx.Node) -> list[fx.Node]:
-    """The nodes that compute ``beta * input + alpha * product``, the last of which yields it."""
+    """The nodes that compute ``beta * input + alpha * product``; the last one is the result."""
     made = [product]
     if given["alpha"] != 1:
         made.append(graph.call_function(operator.mul, (product, given["alpha"])))
     scaled, beta = made[-1], given["beta"]
     if isinstance(beta, (int, float)) and beta == 0:
-        return made[1:]  # torch does not look at the input, which may be anything
+        return made[1:]  # torch ignores the input then, which may be anything
     added = given["input"]
     if beta != 1:
         made.append(graph.call_function(operator.mul, (added, beta)))

@@ -1,7 +1,7 @@
-"""Products of two tensors that upstream's table does not have: attention as one function, the operator ``@``, ``bmm``.
+"""Products of two tensors that upstream's table lacks: fused attention, the operator ``@``, ``bmm``.
 
-Each becomes ``torch.matmul`` between roundings, which has an int8 kernel and broadcasts. It is done behind upstream's
-prepare, and the new ranges have names of their own: the numbers of all others stay as they were in releases that left
+Each becomes ``torch.matmul`` between roundings, which has an int8 kernel and supports broadcasting. This happens after
+upstream's prepare, and the new ranges have separate names: the numbers of all others stay as in releases that left
 these products float, whose checkpoints still load, and leave them float.
 """
 
@@ -31,7 +31,7 @@ from qat_lightning.numerics.fake_quantize import FakeQuantize
 from qat_lightning.settings.recipe import Recipe
 
 ROUNDING = "product_rounding"
-"""What the names of the ranges begin with that are made here."""
+"""Prefix of the names of ranges that are created here."""
 
 PRODUCT_NAMES = frozenset(
     {
@@ -40,7 +40,7 @@ PRODUCT_NAMES = frozenset(
         *("linalg_multi_dot", "linalg_vecdot", "linalg_matrix_power", "scaled_dot_product_attention"),
     }
 )
-"""What functions are called that multiply tensors and sum, whether or not mode fx has them in int8."""
+"""Names of functions that multiply tensors and sum, whether or not mode fx supports them in int8."""
 
 PRODUCTS = (operator.matmul, torch.bmm, "matmul", "bmm")
 
@@ -57,18 +57,18 @@ def quantize_products(
     *,
     broadcast: bool = True,
 ) -> list[str]:
-    """Let products that upstream left float be rounded, where their kernel takes them.
+    """Round products that upstream left float, if their kernel supports them.
 
     Args:
-        prepared: As upstream's prepare made it; changed.
+        prepared: The result of upstream's prepare; changed in place.
         network: The float network.
         example: One call.
-        scopes: The path and class of the module whose ``forward`` made each node; those of new nodes are added.
-        selects: Whether what a module of this name computes is to be quantized.
-        qconfig: What makes the roundings.
-        divisors: What is divided by, which stays as it is.
-        broadcast: Whether those are taken too that earlier releases left float: of shapes that are broadcast, of heads
-            that share their keys, and with something that is added.
+        scopes: Path and class of the module whose ``forward`` created each node; those of new nodes are added.
+        selects: Whether computations in a module of this name are to be quantized.
+        qconfig: Creates the FakeQuantizes.
+        divisors: Divisors, which stay as they are.
+        broadcast: Whether to include products that earlier releases left float: those that broadcast, with heads that
+            share their keys, and with an addition.
 
     Returns:
         The names of these products.
@@ -125,7 +125,7 @@ def _with_attention(
     takes: Callable[[Any, Any], bool],
     chosen: bool,
 ) -> tuple[list[fx.Node], list[fx.Node]]:
-    """Spread attention where its products are to be int8, or no file can call it: what is made, and the products."""
+    """Split attention if its products are to be int8, or no file can call it; returns new nodes and products."""
     given = attention_of(node, modules)
     assert given is not None
     possible = chosen and products_of_attention(given, values, takes)
@@ -142,7 +142,7 @@ def _with_sum(
     values: Mapping[str, Any],
     takes: Callable[[Any, Any], bool],
 ) -> tuple[list[fx.Node], list[fx.Node]]:
-    """Put a product and the sum around it in the place of both as one function, if the kernel takes the product."""
+    """Split a product with an addition, if the kernel supports the product."""
     if not takes(values[given["one"].name], values[given["two"].name]):
         return [], []
     with graph.inserting_before(node):
@@ -155,7 +155,7 @@ def _with_sum(
 
 
 def selected_scopes(recipe: Recipe, prefix: str) -> Callable[[str], bool]:
-    """Whether what a module computes between its layers is to be quantized, by its name in the network."""
+    """Whether a module's computations between layers are to be quantized, by its name in the network."""
 
     def selects(scope: str) -> bool:
         return recipe.selects(join(prefix, scope)) if scope else not recipe.include
@@ -177,29 +177,29 @@ def _scope(node: fx.Node, scopes: Mapping[str, Any]) -> str:
 
 
 def _kernel_takes(one: Any, other: Any, *, own: torch.dtype, broadcast: bool) -> bool:
-    """Whether two values are what the int8 kernel multiplies.
+    """Whether the int8 kernel supports two factors.
 
     Args:
         one: A factor.
-        other: The other.
+        other: The other factor.
         own: The network's precision.
-        broadcast: Whether shapes may differ in their leading dimensions, as in releases since these are int8.
+        broadcast: Whether leading dimensions may differ, as in releases that quantize such products.
     """
     if not (isinstance(one, Tensor) and isinstance(other, Tensor) and one.dtype == other.dtype == own):
         return False
     if broadcast:
-        # An outer product sums nothing: of positions, say, which a grid would make equal.
+        # An outer product sums nothing. A grid could make its factors equal, such as positions.
         return one.ndim > 0 and other.ndim > 0 and one.shape[-1] > 1
     return one.ndim > 1 and one.ndim == other.ndim and one.shape[:-2] == other.shape[:-2]
 
 
 class _Roundings:
-    """Rounds what products take and yield: on a grid that is there already where the values are on one.
+    """Rounds factors and products; values that are on a grid already keep it.
 
     Args:
-        prepared: The network; changed.
-        values: Of its nodes, on the example.
-        qconfig: What makes the roundings.
+        prepared: The network; changed in place.
+        values: Values of its nodes on the example.
+        qconfig: Creates the FakeQuantizes.
     """
 
     def __init__(self, prepared: fx.GraphModule, values: Mapping[str, Any], qconfig: QConfig) -> None:
@@ -236,7 +236,7 @@ class _Roundings:
         return self._behind(source, self._new())
 
     def _grid_behind(self, product: fx.Node) -> tuple[list[fx.Node], str]:
-        """The grid that a product comes to by ops that only move it, and these ops; else a new one, and none."""
+        """The grid that a product reaches via ops that only move it, and these ops; otherwise a new grid and no ops."""
         movers: list[fx.Node] = []
         node = product
         while len(node.users) == 1:
@@ -250,13 +250,13 @@ class _Roundings:
         return [], self._new()
 
     def _behind(self, node: fx.Node, grid: str) -> fx.Node:
-        """Round what ``node`` yields for all who read it, be it for its shape."""
+        """Round the output of ``node`` for all readers, including those of its shape."""
         rounding = next((user for user in node.users if self._is_rounding(user)), None)
         if rounding is None:
             with self.graph.inserting_after(node):
                 rounding = self.graph.call_module(grid, (node,))
         else:
-            node.append(rounding)  # it may stand behind others who read the value
+            node.append(rounding)  # it may come after other readers of the value
         node.replace_all_uses_with(rounding, delete_user_cb=lambda user: not self._is_rounding(user))
         return rounding
 
@@ -271,14 +271,14 @@ class _Roundings:
 
 
 def _moves(node: fx.Node) -> bool:
-    """Whether a node yields values that it is given, in another place."""
+    """Whether a node only moves values."""
     if node.op not in ("call_function", "call_method") or not node.args:
         return False
     return is_part(node.target) or (op_name(node.target) in MOVES and shares_range(node.target))
 
 
 def follow_earlier_checkpoints(prepared: nn.Module) -> None:
-    """Let a prepared network leave its products float if a checkpoint of an earlier release, which did, is loaded."""
+    """Leave products float if a checkpoint of an earlier release is loaded, which left them float."""
     if any(name.startswith(ROUNDING) for name in prepared._modules):
         prepared.register_load_state_dict_pre_hook(_without_products)
 

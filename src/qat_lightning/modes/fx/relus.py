@@ -1,4 +1,4 @@
-"""ReLUs that a kernel does without, because the grid behind it begins at zero and ends where they do."""
+"""ReLUs that kernels omit, because the grid after them begins at zero and ends at their limit."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from qat_lightning.numerics.fake_quantize import FakeQuantize
 
 
 def observe_only_after_relu(prepared: fx.GraphModule) -> list[str]:
-    """Take out the FakeQuantize between an op and its ReLU or ReLU6: the one behind has a finer grid, from 0 up.
+    """Remove the FakeQuantize between an op and its ReLU or ReLU6: the one after the ReLU has a finer grid, from 0 up.
 
     Returns:
-        The names of those ReLUs: the int8 graph does without, because a grid from 0 up to the observed clamps alike.
+        The names of those ReLUs, which the int8 graph omits because the grid clamps in the same way.
     """
     modules = dict(prepared.named_modules(remove_duplicate=False))
     configs = prepared.meta["_observed_graph_module_attrs"].node_name_to_qconfig
@@ -39,7 +39,7 @@ def observe_only_after_relu(prepared: fx.GraphModule) -> list[str]:
     folded = []
     for node, (before, after, largest) in found.items():
         if node not in alike and modules[str(before.target)] is modules[str(after.target)]:
-            continue  # its kernel clamps on the grid that it shares
+            continue  # its kernel clamps to the shared grid
         node.replace_input_with(before, before.args[0])
         prepared.graph.erase_node(before)
         if node not in alike:
@@ -47,7 +47,7 @@ def observe_only_after_relu(prepared: fx.GraphModule) -> list[str]:
         behind = modules[str(after.target)]
         assert isinstance(behind, FakeQuantize)
         behind.begins_at_zero(largest)
-        # Without the ReLU, upstream's converter would leave out the rounding between two ops that stay float.
+        # Without the ReLU, upstream's converter would omit the rounding between two ops that stay float.
         if any(configs.get(other.name, "") is not None for other in (node.args[0], *after.users)):
             folded.append(node.name)
     prepared.recompile()
@@ -57,12 +57,12 @@ def observe_only_after_relu(prepared: fx.GraphModule) -> list[str]:
 def _all_that_clamp_alike(
     graph: fx.Graph, modules: dict[str, nn.Module], found: dict[Any, tuple[fx.Node, Any, float]]
 ) -> set[fx.Node]:
-    """The ReLUs for which whatever else is put on the grid behind them, as by a concatenation, was left by one as well.
+    """The ReLUs whose grid is shared only by outputs of such ReLUs, for example in a concatenation.
 
     Args:
         graph: The prepared graph.
-        modules: By name.
-        found: The ReLUs, each with the rounding before it, the one behind, and the end of its range.
+        modules: Modules by name.
+        found: The ReLUs, each with the rounding before and after it, and the limit of its range.
     """
     alike = set(found)
     while True:
@@ -70,7 +70,7 @@ def _all_that_clamp_alike(
         no_more = {node for node in alike if not _clamps_like_the_others(graph, modules, *found[node][1:], taken_out)}
         if not no_more:
             return alike
-        alike -= no_more  # what was before these stays, and may share a grid with others
+        alike -= no_more  # the roundings before these stay, and may share a grid with others
 
 
 def _clamps_like_the_others(
@@ -95,7 +95,7 @@ _UNKNOWN_RELUS = (torch.relu, torch.relu_, F.relu_)
 
 
 def _keeps_the_grid(node: fx.Node, fq: nn.Module, modules: dict[str, nn.Module]) -> bool:
-    """Whether an op's output is on the grid of its input (Identity, pooling, dropout): it cannot clamp to another."""
+    """Whether an op's output is on its input's grid (Identity, pooling, dropout), so it cannot clamp to another."""
     if node.op == "call_module" and isinstance(modules.get(str(node.target)), DROPOUT_MODULES):
         return True
     rounded = [source for source in node.all_input_nodes if is_fake_quantize(source, modules)]

@@ -1,9 +1,9 @@
-"""A tracer that runs beside the example, so that what depends on shapes, types and devices is a plain value.
+"""A tracer that runs along with the example, so that shapes, dtypes and devices are plain values.
 
-How many samples there are is never fixed: such a size stays a value of the graph, and so does what is computed with it.
-What is decided by it is refused, unless it is the same for any number of samples, or for any but one: then the network
-is tried with one. Other sizes are values of the graph
-as well where nothing is decided by them, or are fixed to those of the example.
+The number of samples is never fixed: such a size stays a value of the graph, and so does everything computed from it. A
+decision that depends on it raises an error, unless the result is the same for any number of samples, or for any but
+one: then the network is tried with one. Other sizes are values of the graph as well if nothing is decided by them;
+otherwise they are fixed to those of the example.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from qat_lightning.modes.fx.patches import answering
 from qat_lightning.modes.fx.tracer import CallAsWhole, NetworkTracer, holds_no_layer
 
 CONSTANT = "_example_constant"
-"""What the names of tensors begin with that a forward has computed without its inputs."""
+"""Prefix of the names of tensors that a forward computes without its inputs."""
 
 
 class SizesDecide(BaseException):
-    """Something is decided by a size that is not the number of samples, or by a number among the inputs.
+    """A decision depends on a size other than the number of samples, or on a number among the inputs.
 
-    It is no `Exception`, which a ``forward`` may catch.
+    Not an `Exception`, which a ``forward`` might catch.
 
     Args:
         call: `LARGER` or `NUMBERS`.
@@ -45,12 +45,12 @@ class SizesDecide(BaseException):
 
 
 class ShapesTracer(NetworkTracer):
-    """Traces a network with an example beside it.
+    """Traces a network along with an example.
 
     Args:
-        leaves: Paths of modules to call as they are.
+        leaves: Paths of modules to call as a whole.
         example: One call.
-        plan: Which calls to follow.
+        plan: The calls to follow.
         buffers: See `NetworkTracer`.
 
     Attributes:
@@ -77,7 +77,7 @@ class ShapesTracer(NetworkTracer):
     def create_args_for_root(
         self, root_fn: Any, is_module: bool, concrete_args: dict[str, Any] | tuple[Any, ...] | None = None
     ) -> tuple[Any, list[Any]]:
-        """A placeholder for each input of the example, and a function that calls ``root_fn`` as the example does."""
+        """A placeholder for each input of the example, and a function that calls ``root_fn`` like the example."""
         parameters = signature(self.root.forward).parameters
         by_position = [p.name for p in parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
         rest = next((p.name for p in parameters.values() if p.kind is p.VAR_POSITIONAL), "")
@@ -88,7 +88,7 @@ class ShapesTracer(NetworkTracer):
         for key in (*range(len(args)), *sorted(kwargs, key=lambda name: order.index(name) if name in order else 999)):
             name = names[key] if isinstance(key, int) else key
             default = parameters[name].default if name in parameters else Parameter.empty
-            # One without a default may not stand behind one with.
+            # A parameter without a default must not follow one with a default.
             late = any(node.args for node in self.graph.find_nodes(op="placeholder"))
             has = (default,) if default is not Parameter.empty else (None,) if late else ()
             proxy = super().create_proxy("placeholder", name, has, {})
@@ -102,7 +102,7 @@ class ShapesTracer(NetworkTracer):
         return call, []
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Proxy]) -> Any:
-        """As of the network, while something is only tried."""
+        """The network's plain attribute while something is only tried."""
         return attr_val if self._calls.running else super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -117,7 +117,7 @@ class ShapesTracer(NetworkTracer):
             raise
 
     def create_arg(self, a: Any) -> Any:
-        """What stands for ``a`` in the graph; for a tuple that a node has yielded that node."""
+        """The representation of ``a`` in the graph; for a tuple that a node returned, that node."""
         if isinstance(a, tuple):
             whole, node = self._whole.get(id(a), (None, None))
             if whole is a and node is not None:
@@ -126,18 +126,18 @@ class ShapesTracer(NetworkTracer):
                 a = tuple(a)
         a = self.as_constant(a)
         if isinstance(a, Tensor) and not isinstance(a, nn.Parameter) and a not in self.tensor_attrs:
-            # Evaluation comes to the constants that training came to.
+            # Evaluation reuses the constants of training.
             name = next((name for kept, name in self.tensor_attrs.items() if _equal(kept, a)), None)
             if name is not None:
                 self.tensor_attrs[a] = name
         return super().create_arg(a)
 
     def get_fresh_qualname(self, prefix: str) -> str:
-        """A name for a constant that says where it comes from."""
+        """A name for a constant that shows its origin."""
         return super().get_fresh_qualname(CONSTANT if prefix == "_tensor_constant" else prefix)
 
     def create_node(self, kind: str, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        """A node; of a tensor of the network it is known what it is."""
+        """Create a node; for a tensor of the network its metadata is known."""
         node = super().create_node(kind, target, *args, **kwargs)
         if kind == "get_attr" and (values := self._calls.known(self.root, str(target))) is not None:
             self._values[node] = values
@@ -153,7 +153,7 @@ class ShapesTracer(NetworkTracer):
         type_expr: Any | None = None,
         proxy_factory_fn: Any = None,
     ) -> Any:
-        """What a node yields: its plain value if that is known, containers of such, otherwise a proxy."""
+        """The result of a node: its plain value if known, containers of such, otherwise a proxy."""
         if kind == "call_method" and (function := _operator(str(target))) is not None:
             kind, target, args = "call_function", function, args if hasattr(operator, str(target)) else args[::-1]
         proxy = super().create_proxy(kind, target, args, kwargs, name, type_expr, proxy_factory_fn)
@@ -166,7 +166,7 @@ class ShapesTracer(NetworkTracer):
         return proxy if values is None else self._wrap(node, values, proxy)
 
     def assign(self, tensor: KnownTensor, index: Any, value: Any) -> None:
-        """Let ``tensor`` be a copy of itself from now on, with ``value`` at ``index``."""
+        """Let ``tensor`` from now on be a copy of itself with ``value`` at ``index``."""
         made = self.create_proxy("call_function", assigned, (tensor, index, value), {})
         if not isinstance(made, KnownTensor):
             raise FxTraceError("an assignment by values")
@@ -174,18 +174,18 @@ class ShapesTracer(NetworkTracer):
         tensor.node, tensor.values = made.node, made.values
 
     def decide(self, number: KnownNumber) -> Any:
-        """The value of a number that something depends on.
+        """The value of a number that a decision depends on.
 
         Raises:
-            SizesDecide: It comes from another size of the inputs, or is one of them.
-            CallFails: It is another for one sample only.
-            torch.fx.proxy.TraceError: It is not the same for any number of samples.
+            SizesDecide: It depends on another size of the inputs, or is one of them.
+            CallFails: It differs for a single sample only. torch.fx.proxy.TraceError: It depends on the number of
+                samples.
         """
         self._refuse_free(number.node)
         first = number.values[0]
         others = [name for name, value in zip(self._calls.names, number.values, strict=True) if value != first]
         if others == [ONE] and MORE in self._calls.names:
-            raise CallFails(ONE)  # what is decided for two and more is taken, and tried with one
+            raise CallFails(ONE)  # use the decision for two and more samples, and try it with one
         if others:
             raise FxTraceError("this decision depends on the batch size, which is not fixed")
         return first
@@ -207,7 +207,7 @@ class ShapesTracer(NetworkTracer):
         return proxy
 
     def _note_sizes(self, node: fx.Node, values: tuple[Any, ...]) -> None:
-        """Remember numbers that come from another size than the number of samples, or from a number that is given."""
+        """Record numbers that depend on sizes other than the number of samples, or on numbers among the inputs."""
         if not isinstance(values[0], (bool, int, float)):
             return
         found = {call for source in node.all_input_nodes for call in self._sized.get(source, ())}
@@ -271,14 +271,14 @@ class ShapesTracer(NetworkTracer):
         return made
 
     def _alike(self, values: tuple[Any, ...], of: Any) -> None:
-        """Give up a call in which a value is of another kind than in the example."""
+        """Give up a call in which a value has another type than in the example."""
         for name, value in zip(self._calls.names, values, strict=True):
             if type(value) is not type(values[0]) or of(value) != of(values[0]):
                 raise CallFails(name)
 
 
 def _operator(name: str) -> Any:
-    """The function of an operator that is called as a method of a tensor which is none of the graph."""
+    """The function of an operator that is called as a method of a tensor outside of the graph."""
     if not (name.startswith("__") and name.endswith("__")):
         return None
     return getattr(operator, name, None) or getattr(operator, name.replace("__r", "__", 1), None)

@@ -1,4 +1,4 @@
-"""How a network is traced without its sizes where that can be done, and for which sizes it was where it cannot."""
+"""Tracing a network for all input sizes if possible, and recording the supported sizes if not."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ _Result = TypeVar("_Result")
 def attempts(
     network: nn.Module, trace: Callable[[Plan | None], _Result], example: Example
 ) -> tuple[_Result, Plan | None]:
-    """Trace a network without its sizes; else with those that decide nothing as values of the graph; else as given.
+    """Trace a network without its sizes; otherwise with sizes as values of the graph; otherwise with fixed sizes.
 
-    Where functions that no file may call could not be traced through without sizes, it is tried with them.
+    If functions that no file may call cannot be traced through without sizes, it is traced with them.
 
     Args:
-        network: The float network; what a trace leaves on it is taken away.
+        network: The float network; attributes that a trace leaves on it are removed.
         trace: Traces it, following the calls of a plan, or none.
         example: One call.
 
     Returns:
-        The trace, and the plan that it was made with.
+        The trace, and its plan.
 
     Raises:
         TraceError: It cannot be traced in any of these ways.
@@ -59,11 +59,11 @@ def attempts(
             assert plan is not None
             plan = plan.fixing(decided.call)
         for name in set(vars(network)) - before:
-            delattr(network, name)  # constants of a trace that is given up
+            delattr(network, name)  # constants of a discarded trace
 
 
 def _calls_foreign(result: Any) -> bool:
-    """Whether a trace, or one of the two that are returned, calls Python functions of somebody else."""
+    """Whether a trace, or one of the two that are returned, calls Python functions of other packages."""
     ways = [result] if isinstance(result, Traced) else [way for way in result if isinstance(way, Traced)]
     return any(is_foreign(node.target) for way in ways for node in way.graph_module.graph.nodes)
 
@@ -71,17 +71,17 @@ def _calls_foreign(result: Any) -> bool:
 def given_sizes(
     graph: fx.Graph, network: nn.Module, example: Example, plan: Plan | None, *, fixed: bool
 ) -> GivenSizes | None:
-    """For which inputs a graph is.
+    """The inputs that a graph supports.
 
     Args:
         graph: The graph.
-        network: What it was made of.
+        network: The network it was made from.
         example: One call.
-        plan: The calls that were followed; None for a graph that knows no sizes.
-        fixed: Whether sizes may be constants of it.
+        plan: The calls that were followed; None for a graph without sizes.
+        fixed: Whether it may contain sizes as constants.
 
     Returns:
-        None if it is for inputs of any size.
+        None if it supports inputs of any size.
     """
     if plan is None:
         return None

@@ -1,4 +1,4 @@
-"""Embeddings in mode fx: their tables are fake-quantized where the graph calls them, and become integers."""
+"""Embeddings in mode fx: tables are fake-quantized where the graph calls them, and become integers."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ _ARGUMENTS = ("input", "weight", "padding_idx", "max_norm", "norm_type", "scale_
 def call_embeddings(
     graph_module: fx.GraphModule, network: nn.Module, selected: Mapping[str, bool], scopes: dict[str, Any]
 ) -> None:
-    """Let embeddings of classes of their own, through which a trace goes, be layers where they look up their rows.
+    """Let embeddings of subclasses, which are traced through, be layers where they look up their rows.
 
     Args:
         graph_module: The trace; changed in place.
-        network: What it is a trace of.
+        network: The traced network.
         selected: Whether each layer is to be quantized, by its name.
-        scopes: The module whose ``forward`` made each node; what is made here has that of what it stands for.
+        scopes: The module whose ``forward`` created each node; new nodes get the scope of those they replace.
     """
     for node in graph_module.graph.find_nodes(op="call_function", target=F.embedding):
         given = dict(zip(_ARGUMENTS, node.args, strict=False)) | node.kwargs
@@ -54,7 +54,7 @@ def call_embeddings(
 
 
 def _hold_layer(graph_module: fx.GraphModule, owner: str, module: nn.Embedding, given: dict[str, Any]) -> bool:
-    """Hold the lookup of an embedding as a plain one with its tensors; whether that is the one that is held."""
+    """Replace an embedding by a plain one with its tensors for a lookup; returns whether that is the registered one."""
     padding, by_frequency = given.get("padding_idx"), bool(given.get("scale_grad_by_freq"))
     padding = padding if padding is None else padding % module.num_embeddings
     held = graph_module.get_submodule(owner)
@@ -75,12 +75,12 @@ def round_tables(prepared: fx.GraphModule, recipe: Recipe, selects: Callable[[st
     """Fake-quantize the tables of embeddings that the graph calls.
 
     Args:
-        prepared: As upstream's prepare made it.
-        recipe: Says how.
-        selects: Whether it selects a layer, by its name in the float network.
+        prepared: The result of upstream's prepare.
+        recipe: Recipe with the scheme.
+        selects: Whether a layer is selected, by its name in the float network.
 
     Returns:
-        Why others stay float, by name.
+        The reasons why others stay float, by name.
     """
     modules = dict(prepared.named_modules(remove_duplicate=False))
     called = dict.fromkeys(str(node.target) for node in prepared.graph.find_nodes(op="call_module"))
@@ -96,7 +96,7 @@ def round_tables(prepared: fx.GraphModule, recipe: Recipe, selects: Callable[[st
 
 
 def _read_by_functions(prepared: fx.GraphModule, modules: dict[str, nn.Module]) -> dict[int, str]:
-    """The tensors that the graph reads itself, but for weights that are rounded at once."""
+    """The tensors that the graph reads directly, except weights that are rounded right there."""
 
     def rounds(node: fx.Node) -> bool:
         module = modules.get(str(node.target)) if node.op == "call_module" else None
@@ -108,7 +108,7 @@ def _read_by_functions(prepared: fx.GraphModule, modules: dict[str, nn.Module]) 
 
 
 def _kept_float(name: str, called: nn.Module) -> dict[int, str]:
-    """The parameters in a module that is called, but for those that are rounded, and the layers that have them."""
+    """The parameters in a called module, except rounded ones, and the layers that own them."""
     found: dict[int, str] = {}
     for inner, module in called.named_modules():
         if "weight_fake_quant" not in module._modules:
@@ -118,9 +118,9 @@ def _kept_float(name: str, called: nn.Module) -> dict[int, str]:
 
 
 def take_integer_tables(prepared: nn.Module) -> dict[str, WeightOnlyEmbedding]:
-    """The integer embeddings of a network that is about to be converted, in which plain ones stand for them.
+    """Replace fake-quantized embeddings by plain ones before conversion, and return their integer embeddings.
 
-    Upstream's converter knows no fake-quantize inside of an embedding, and leaves a plain one alone.
+    Upstream's converter does not support a fake-quantize inside an embedding, and ignores a plain one.
     """
     tables: list[tuple[str, Any]] = [
         (name, module) for name, module in prepared.named_modules() if is_rounded_table(module)
@@ -131,6 +131,6 @@ def take_integer_tables(prepared: nn.Module) -> dict[str, WeightOnlyEmbedding]:
 
 
 def put_integer_tables(int8: fx.GraphModule, tables: dict[str, WeightOnlyEmbedding]) -> None:
-    """Put integer embeddings in the place of those that trained."""
+    """Replace the trained embeddings by integer ones."""
     for name, table in tables.items():
         int8.set_submodule(name, table)

@@ -1,7 +1,7 @@
-"""A tracer that sees what a network holds as it is, and calls as a whole what only touches what it is given.
+"""A tracer that records the network's tensors as they are, and calls weightless modules as a whole if necessary.
 
-Parameters and buffers know their shape, so that a forward may ask for it; their device and type are asked for whenever
-the graph runs. A module that holds no layers and cannot be traced, or draws random numbers, is called as it is.
+Parameters and buffers know their shape, which a forward may query; device and dtype are queried whenever the graph
+runs. A module without layers that cannot be traced, or draws random numbers, is called as a whole.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from qat_lightning.numerics.recomputation import Checkpointed
 _COUNTER = "num_batches_tracked"
 
 CONSTANTS = ("_example_constant", "_tensor_constant")
-"""What the names begin with under which a trace keeps tensors that a forward has made without its inputs."""
+"""Prefix of the names under which a trace stores tensors that a forward creates without its inputs."""
 
 
 class CallAsWhole(Exception):
-    """Stops a trace at a module that is to be called as it is."""
+    """Aborts a trace at a module that has to be called as a whole."""
 
     def __init__(self, path: str) -> None:
         super().__init__(path)
@@ -39,18 +39,18 @@ class CallAsWhole(Exception):
 
 
 class DecidesByChance(Exception):
-    """Stops a trace at a module that holds layers and draws random numbers while it is traced."""
+    """Aborts a trace at a module that contains layers and draws random numbers while it is traced."""
 
 
 @dataclass
 class Traced:
-    """One way through a network.
+    """One trace of a network.
 
     Attributes:
         graph_module: The graph; its layers are the network's own.
-        scopes: For the name of each node the path and the class of the module whose ``forward`` made it.
-        counted: The paths of the modules that counted a batch in their ``num_batches_tracked`` by themselves.
-        fixed: Whether sizes of the inputs may be constants of the graph.
+        scopes: For the name of each node, path and class of the module whose ``forward`` created it.
+        counted: Paths of modules that counted a batch in their ``num_batches_tracked`` themselves.
+        fixed: Whether the graph may contain sizes of the inputs as constants.
     """
 
     graph_module: fx.GraphModule
@@ -63,12 +63,12 @@ _LAYERS = (*WEIGHTED, nn.modules.batchnorm._NormBase)
 
 
 def holds_no_layer(module: nn.Module) -> bool:
-    """Whether there is nothing to quantize, fold or freeze in a module, so that it may be called as a whole."""
+    """Whether a module contains nothing to quantize, fold or freeze, so that it may be called as a whole."""
     return not any(isinstance(inner, _LAYERS) for inner in module.modules())
 
 
 def is_foreign(target: Any) -> bool:
-    """Whether a function is Python code of somebody else, which is in a graph if it was given to ``torch.fx.wrap``."""
+    """Whether a function is Python code of another package, which is in a graph only after ``torch.fx.wrap``."""
     ours = ("torch", "qat_lightning", "operator", "builtins", "math", "_operator")
     return isinstance(target, FunctionType) and target.__module__.partition(".")[0] not in ours
 
@@ -82,29 +82,29 @@ class TensorProxy(Proxy):
 
     @property
     def shape(self) -> torch.Size:
-        """As of the tensor."""
+        """Like that of the tensor."""
         return self._tensor.shape
 
     @property
     def ndim(self) -> int:
-        """As of the tensor."""
+        """Like that of the tensor."""
         return self._tensor.ndim
 
     @property
     def requires_grad(self) -> bool:
-        """As of the tensor."""
+        """Like that of the tensor."""
         return self._tensor.requires_grad
 
     def size(self, dim: int | None = None) -> Any:
-        """As of the tensor."""
+        """Like that of the tensor."""
         return self._tensor.size() if dim is None else self._tensor.size(dim)
 
     def dim(self) -> int:
-        """As of the tensor."""
+        """Like that of the tensor."""
         return self._tensor.ndim
 
     def numel(self) -> int:
-        """As of the tensor."""
+        """Like that of the tensor."""
         return self._tensor.numel()
 
     nelement = numel
@@ -117,11 +117,11 @@ class TensorProxy(Proxy):
 
 
 class NetworkTracer(StructuredTracer):
-    """Traces a network in the mode that it is in.
+    """Traces a network in its present mode, training or evaluation.
 
     Args:
-        leaves: Paths of modules to call as they are.
-        buffers: Whether buffers are values of the graph too when they are computed with, or constants of it.
+        leaves: Paths of modules to call as a whole.
+        buffers: Whether buffers that are computed with are values of the graph too; otherwise they are constants of it.
     """
 
     def __init__(self, leaves: list[str], *, buffers: bool = True) -> None:
@@ -131,7 +131,7 @@ class NetworkTracer(StructuredTracer):
         self._replaced: dict[int, tuple[Tensor, Tensor]] = {}
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Proxy]) -> Any:
-        """A value of the graph for each tensor of the network, but for counters: those count."""
+        """A value of the graph for each tensor of the network, except counters, which are updated."""
         if not isinstance(attr_val, Tensor) or attr == _COUNTER:
             return attr_val
         if not (self._buffers or isinstance(attr_val, nn.Parameter)):
@@ -146,11 +146,11 @@ class NetworkTracer(StructuredTracer):
         return parameter_proxy_cache[name]
 
     def create_arg(self, a: Any) -> Any:
-        """What stands for ``a`` in the graph."""
+        """The representation of ``a`` in the graph."""
         return super().create_arg(self.as_constant(a))
 
     def as_constant(self, a: Any) -> Any:
-        """For a tensor that a forward has put in the place of a buffer since the trace began one that is no buffer."""
+        """A tensor that a forward assigned to a buffer during the trace, turned into one that is not a buffer."""
         if not isinstance(a, Tensor) or isinstance(a, nn.Parameter) or id(a) in self._names:
             return a
         if id(a) not in self._replaced and any(a is buffer for buffer in self.root.buffers()):
@@ -167,9 +167,9 @@ class NetworkTracer(StructuredTracer):
         type_expr: Any | None = None,
         proxy_factory_fn: Any = None,
     ) -> Any:
-        """What a node yields; a function that somebody told torch.fx to call as a whole is traced through if it can be.
+        """The result of a node; a function marked with ``torch.fx.wrap`` is traced through if possible.
 
-        A file may call the functions of torch only.
+        A file may only call functions of torch.
         """
         if kind == "call_function" and is_foreign(target) and target not in self._opaque:
             found, result = self._traced_through(target, args, kwargs)
@@ -197,7 +197,7 @@ class NetworkTracer(StructuredTracer):
         """Trace ``root``; see `torch.fx.Tracer.trace`.
 
         Raises:
-            CallAsWhole: A module in it is to be called as it is.
+            CallAsWhole: A module has to be called as a whole.
             DecidesByChance: Random numbers were drawn.
         """
         self._names = {id(tensor): name for name, tensor in [*root.named_buffers(), *root.named_parameters()]}
@@ -208,17 +208,17 @@ class NetworkTracer(StructuredTracer):
         return graph
 
     def is_of_no_network(self, module: nn.Module) -> bool:
-        """Whether a module was made by a forward, such as a loss, and holds nothing: what it does is traced."""
+        """Whether a module was created by a forward, such as a loss, and is empty: it is traced through."""
         if module in (self.submodule_paths or {}):
             return False
         return next(module.parameters(), None) is None and next(module.buffers(), None) is None
 
     def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Trace what a module does, or call it.
+        """Trace through a module, or call it as a whole.
 
         Raises:
-            CallAsWhole: It cannot be traced, or draws random numbers, and holds no layer.
-            DecidesByChance: It draws random numbers, and holds layers.
+            CallAsWhole: It cannot be traced, or draws random numbers, and contains no layer.
+            DecidesByChance: It draws random numbers and contains layers.
         """
         if self.is_of_no_network(m):
             return forward(*args, **kwargs)
@@ -254,10 +254,10 @@ _HOOKS = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks", 
 
 @contextmanager
 def counting(network: nn.Module) -> Iterator[set[str]]:
-    """Note which modules count a batch within the block; all else is as before at its end, and random numbers are.
+    """Record which modules count a batch within the block; everything else, including the random state, is restored.
 
-    What a forward keeps in its module, such as a table for the size that came, is made anew by each trace; so are hooks
-    that it installs the first time, as transformers does to collect what layers yield.
+    Each trace recomputes what a forward stores in its module, such as a table for the current size, and reinstalls
+    hooks that it adds on the first call, as transformers does to collect the outputs of layers.
     """
     attributes = {module: (dict(vars(module)), dict(module._buffers)) for module in network.modules()}
     hooks = [(vars(module)[name], dict(vars(module)[name])) for module in attributes for name in _HOOKS]
@@ -282,7 +282,7 @@ def counting(network: nn.Module) -> Iterator[set[str]]:
 
 
 def _give_back(module: nn.Module, attributes: dict[str, Any], buffers: dict[str, Any]) -> None:
-    """Let a module have the attributes and buffers that it had, besides constants of the trace."""
+    """Restore a module's attributes and buffers, except constants of the trace."""
     made = {name: value for name, value in vars(module).items() if name.startswith(CONSTANTS)}
     module.__dict__.clear()
     module.__dict__.update(attributes | made)
@@ -292,7 +292,7 @@ def _give_back(module: nn.Module, attributes: dict[str, Any], buffers: dict[str,
 
 @contextmanager
 def batchnorms_take_anything() -> Iterator[None]:
-    """Let ``super().forward`` of a class derived from BatchNorm be traced, which looks at its input's dimensions."""
+    """Let ``super().forward`` of a BatchNorm subclass be traced, which checks its input's dimensions."""
     kinds: list[Any] = [nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d]
     before = [cls._check_input_dim for cls in kinds]
     for cls in kinds:

@@ -1,4 +1,4 @@
-"""One graph of a network's way in training and its way in evaluation, where they are one but for what drops out."""
+"""One graph for training and evaluation of a network, which may differ in dropout only."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ DROPOUTS: dict[Any, type[nn.Module]] = {
 
 
 BY_MODE = "_by_mode"
-"""What the names of modules begin with that stand for functions which look at a flag."""
+"""Prefix of the names of modules that replace functions which depend on the training flag."""
 
 
 def parting(training: Traced, evaluation: Traced) -> tuple[fx.Node | None, fx.Node | None] | None:
-    """Where two ways through a network part: the first node of each that the other does not have; None if nowhere."""
+    """The first nodes where two traces of a network differ; None if they do not differ."""
     ways = [list(way.graph_module.graph.nodes) for way in (training, evaluation)]
     positions = [{node: number for number, node in enumerate(way)} for way in ways]
 
@@ -49,7 +49,7 @@ def parting(training: Traced, evaluation: Traced) -> tuple[fx.Node | None, fx.No
 def owner_of_parting(
     network: nn.Module, parts: tuple[fx.Node | None, fx.Node | None], training: Traced, evaluation: Traced
 ) -> str | None:
-    """The path of a module that holds no layer and goes another way in evaluation, if that is why two ways part."""
+    """The path of a module without layers that behaves differently in evaluation, if two traces diverge there."""
     for node, way in zip(parts, (training, evaluation), strict=True):
         path = way.scopes[node.name][0] if node is not None and node.name in way.scopes else ""
         if path and not path.startswith("torch.") and holds_no_layer(network.get_submodule(path)):
@@ -58,9 +58,9 @@ def owner_of_parting(
 
 
 def flags_by_mode(training: Traced, evaluation: Traced) -> None:
-    """Let functions whose arguments are others in evaluation, such as ``training=self.training``, look at a flag.
+    """Let functions whose arguments differ in evaluation, such as ``training=self.training``, follow a flag.
 
-    ``F.batch_norm``, which has tensors to go with its flag, is left. The graphs stay node for node the same.
+    ``F.batch_norm``, which has tensors along with its flag, is not changed. Nodes of the two graphs still correspond.
     """
     traced = training
     pairs = zip(traced.graph_module.graph.nodes, evaluation.graph_module.graph.nodes, strict=True)
@@ -77,7 +77,7 @@ def flags_by_mode(training: Traced, evaluation: Traced) -> None:
 
 
 def call_as_in_evaluation(network: GraphNetwork) -> None:
-    """Call the functions that look at a flag as they are called in evaluation, in a network that never trains again."""
+    """In a network that never trains again, call functions with a flag as in evaluation."""
     for node in network.graph.find_nodes(op="call_module"):
         module = network.get_submodule(str(node.target))
         if isinstance(module, ByMode):
@@ -92,7 +92,7 @@ def call_as_in_evaluation(network: GraphNetwork) -> None:
 
 
 def _dropout(node: fx.Node, other: fx.Node) -> nn.Module | None:
-    """The layer that a function of dropout stands for; None if it is another function, or more than a flag differs."""
+    """The layer that corresponds to a dropout function; None for other functions, or if more than a flag differs."""
     function: Any = node.target
     if function not in DROPOUTS:
         return None
@@ -109,14 +109,14 @@ def _dropout(node: fx.Node, other: fx.Node) -> nn.Module | None:
 def mark_dropouts(
     traced: Traced, network: nn.Module, example: Example, paths: list[str], *, by_example: bool = False
 ) -> None:
-    """Put `DropoutLike` in the place of each module that returns what it is given in evaluation, whatever that is.
+    """Wrap each module that always returns its input in evaluation in `DropoutLike`.
 
     Args:
-        traced: The graph; the modules of ``paths`` may be replaced.
+        traced: The graph; modules of ``paths`` may be replaced.
         network: The float network.
         example: One call.
-        paths: Modules that hold no layer; one that holds tensors stays where these have their names.
-        by_example: Whether to take the example's word for it.
+        paths: Modules without layers; one that holds tensors stays where these have their names.
+        by_example: Whether to decide by the example alone.
     """
     root = traced.graph_module
     if not paths:
@@ -132,7 +132,7 @@ def mark_dropouts(
 
 
 class _Compared(fx.Interpreter):
-    """Runs a graph, and notes which modules return the one tensor that they are given."""
+    """Runs a graph, and records which modules return their single input tensor."""
 
     def __init__(self, root: fx.GraphModule, *, by_example: bool) -> None:
         super().__init__(root, garbage_collect_values=False)
@@ -155,10 +155,10 @@ class _Compared(fx.Interpreter):
 
 
 def _returns_what_it_is_given(module: nn.Module, given: Any) -> bool:
-    """Whether a module returns the very tensor that it gets, whatever is in it and whatever its sizes.
+    """Whether a module returns its input tensor, whatever its values and sizes are.
 
-    A copy is asked, which may keep what it is given, with a tensor that has no values, and sizes that are noted when
-    something is decided by them.
+    A copy is called, because it may store its input, with a tensor without values and with sizes that record whether a
+    decision depends on them.
     """
     sizes = ShapeEnv()
     any_sizes: Any = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC] * given.dim())
@@ -175,7 +175,7 @@ def _returns_what_it_is_given(module: nn.Module, given: Any) -> bool:
 
 
 def replace_node(traced: Traced, node: fx.Node, path: str, args: tuple[Any, ...]) -> fx.Node:
-    """Call the module ``path`` in the place of ``node``."""
+    """Replace ``node`` by a call of the module ``path``."""
     graph = traced.graph_module.graph
     with graph.inserting_after(node):
         made = graph.call_module(path, args)

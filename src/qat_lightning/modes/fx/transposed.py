@@ -1,4 +1,4 @@
-"""Transposed convolutions in a trace: the convolution that stands for each, of its parameters, and a shuffle."""
+"""Transposed convolutions in a trace, replaced by a convolution with the same parameters and a shuffle."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ _CONVOLUTIONS: dict[type[nn.Module], Any] = {
 
 
 def subpixel_weight(weight: Tensor, subpixel: tuple[Any, ...]) -> Tensor:
-    """`Subpixel.weight`, as a graph calls it."""
+    """`Subpixel.weight`, in a form that a graph can call."""
     return Subpixel(*subpixel).weight(weight)
 
 
 def subpixel_bias(bias: Tensor, subpixel: tuple[Any, ...]) -> Tensor:
-    """`Subpixel.bias`, as a graph calls it."""
+    """`Subpixel.bias`, in a form that a graph can call."""
     return Subpixel(*subpixel).bias(bias)
 
 
 def called_on_one_sample(network: nn.Module, example: Example) -> set[str]:
-    """The names of transposed convolutions that are given a sample without a batch, whose channels are elsewhere."""
+    """The names of transposed convolutions with an input without batch dimension, whose channel dimension differs."""
     names = [name for name, module in network.named_modules() if type(module) in _CONVOLUTIONS]
     if not names:
         return set()
@@ -59,16 +59,16 @@ def called_on_one_sample(network: nn.Module, example: Example) -> set[str]:
 def write_as_convolutions(
     graph_module: fx.GraphModule, selected: Mapping[str, bool], scopes: dict[str, Any], *, three: bool
 ) -> None:
-    """Put the convolution and the moves that stand for them in the place of transposed convolutions.
+    """Replace transposed convolutions by a convolution and ops that move its outputs.
 
-    Their weights and biases are computed of the layers' parameters, which stay theirs: the weight is rounded with one
-    scale for each output channel and phase.
+    Weights and biases are computed from the layers' parameters, which stay where they are. The weight is rounded with
+    one scale per output channel and phase.
 
     Args:
         graph_module: A trace; changed in place.
         selected: Whether a layer is to be quantized.
-        scopes: The module whose ``forward`` made each node; what is made here has that of the layer.
-        three: Whether the backend has convolutions in three dimensions.
+        scopes: The module whose ``forward`` created each node; new nodes get the scope of the layer.
+        three: Whether the backend supports 3-d convolutions.
     """
     written = False
     for node in graph_module.graph.find_nodes(op="call_module"):

@@ -1,4 +1,4 @@
-"""The tree of a prepared network: names and order of the float network, whatever upstream took out of it."""
+"""The module tree of a prepared network: names and order of the float network, restored after upstream's changes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from qat_lightning.modes.graph_network import GraphNetwork, GraphPart, KeepsExtr
 def restore_children(
     result: GraphNetwork, originals: dict[str, nn.Module], parameters: dict[str, nn.Parameter], float_network: nn.Module
 ) -> None:
-    """Put back what upstream's fusion took out of the tree, above all BatchNorm, so that every float key survives."""
+    """Restore modules that upstream's fusion removed, mainly BatchNorm, so that every float key survives."""
     for name, module in originals.items():
         if name and (any(p is not None for p in module._parameters.values()) or module._buffers):
             _restore(result, name, module)
@@ -37,7 +37,7 @@ def restore_children(
 
 
 def _keep_buffers(result: GraphNetwork, originals: dict[str, nn.Module]) -> None:
-    """What was traced through keeps its buffers too, whether or not the graph reads them."""
+    """Keep the buffers of modules that were traced through, whether or not the graph reads them."""
     for name, module in originals.items():
         for leaf, buffer in module._buffers.items():
             holder = _holder(result, name)
@@ -49,17 +49,17 @@ def _restore(result: GraphNetwork, name: str, module: nn.Module) -> None:
     parent, _, leaf = name.rpartition(".")
     holder = _holder(result, parent)
     present = holder._modules.get(leaf)
-    # Fusion leaves an Identity in the place of what it took.
+    # Fusion replaces the modules it removes by Identity.
     if present is None or isinstance(present, nn.Identity):
         holder._modules[leaf] = module
     elif is_batchnorm(module) and type(present) is GraphPart:
-        # Taken, and what else was called inside of it, such as its activation, left.
+        # Removed, while other modules called inside of it, such as its activation, were left.
         module._modules.update(present._modules)
         holder._modules[leaf] = module
 
 
 def with_batchnorms(graph_module: fx.GraphModule, modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
-    """The modules of a network by name, with the layers that a trace put in the place of what is a BatchNorm."""
+    """The modules of a network by name, including layers that a trace created for modules that act as a BatchNorm."""
     called = {str(node.target) for node in graph_module.graph.find_nodes(op="call_module")}
     layers = {path: graph_module.get_submodule(path) for path in called & modules.keys()}
     return modules | {path: layer for path, layer in layers.items() if isinstance(layer, _BatchNorm)}

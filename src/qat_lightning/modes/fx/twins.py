@@ -1,4 +1,4 @@
-"""Functions under another name: upstream knows one of each, and leaves the others float."""
+"""Functions with several names: upstream knows only one of each, and leaves the others float."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _FUNCTIONS: dict[Any, Any] = {
     torch.max_pool2d: F.max_pool2d,
     torch.max_pool3d: F.max_pool3d,
 }
-"""What takes the same arguments in the same order."""
+"""Functions with the same arguments in the same order."""
 
 _IN_PLACE: dict[Any, Any] = {
     torch.relu_: F.relu,
@@ -24,7 +24,7 @@ _IN_PLACE: dict[Any, Any] = {
     F.elu_: F.elu,
     F.hardtanh_: F.hardtanh,
 }
-"""What writes into its input, as its twin does when told to."""
+"""In-place functions; their twins have an argument for that."""
 
 _OF_TWO: dict[Any, Any] = {
     torch.multiply: torch.mul,
@@ -34,14 +34,14 @@ _OF_TWO: dict[Any, Any] = {
     "multiply": torch.mul,
     "clamp_min": torch.clamp,
 }
-"""What has a twin if it is given two things by position: others take more, such as ``alpha=``."""
+"""Functions with a twin if called with two positional arguments; others have more, such as ``alpha=``."""
 
 
 def use_known_names(graph: fx.Graph) -> None:
-    """Call functions by the names that upstream knows, where these compute the same of the same arguments.
+    """Replace functions by the equivalent ones that upstream knows.
 
     Args:
-        graph: A trace; changed.
+        graph: A trace; changed in place.
     """
     for node in graph.nodes:
         if node.op not in ("call_function", "call_method"):

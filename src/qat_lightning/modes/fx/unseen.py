@@ -1,4 +1,4 @@
-"""Where no finite range was ever observed there is no grid: in mode fx what stands there stays float, and is named."""
+"""Places without an observed finite range have no grid: in mode fx they stay float, and are reported."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from qat_lightning.numerics.fake_quantize import FakeQuantize
 
 
 def take_out_unseen(graph: fx.Graph, modules: dict[str, nn.Module]) -> list[fx.Node]:
-    """Take the FakeQuantizes that know no range out of a graph that is about to be converted.
+    """Remove FakeQuantizes without a range from a graph that is about to be converted.
 
     Returns:
-        The nodes that they stood behind.
+        The nodes before them.
     """
     sources = []
     for node in list(graph.nodes):
@@ -27,13 +27,13 @@ def take_out_unseen(graph: fx.Graph, modules: dict[str, nn.Module]) -> list[fx.N
 
 
 def knows_no_range(network: nn.Module) -> bool:
-    """Whether nothing at all was observed of what is to be."""
+    """Whether there are FakeQuantizes that observe, and none of them has a range."""
     observed = [fq for fq in network.modules() if isinstance(fq, FakeQuantize) and fq.observed]
     return bool(observed) and not any(fq.seen for fq in observed)
 
 
 def in_words(nodes: list[fx.Node]) -> str:
-    """These places, for a message."""
+    """Describe these places in a message."""
     names = dict.fromkeys(
         f"the input {node.name!r}" if node.op == "placeholder" else f"the output of {_name(node)!r}" for node in nodes
     )
@@ -45,9 +45,9 @@ def _name(node: fx.Node) -> Any:
 
 
 def put_plain_layers(int8: fx.GraphModule) -> set[str]:
-    """Put ordinary layers in the place of upstream's reference ones, which it leaves where it cannot lower to int8.
+    """Replace upstream's reference layers, which it leaves where it cannot lower to int8, by plain ones.
 
-    Their weights are on their grids, as they were in training.
+    Their weights are on their grids, as in training.
 
     Returns:
         The names of the layers.
@@ -66,7 +66,7 @@ def put_plain_layers(int8: fx.GraphModule) -> set[str]:
 
 
 def _call_one_by_one(node: fx.Node, fused: nn.Sequential) -> None:
-    """Call a layer and its ReLU by themselves, which upstream has in one module of its own."""
+    """Call a layer and its ReLU separately, which upstream has as one module."""
     value: Any = node.args[0]
     for part in fused._modules:
         with node.graph.inserting_before(node):

@@ -1,4 +1,4 @@
-"""Upstream's prepare and convert of FX graphs, and what has to be hidden from them.
+"""Upstream's prepare and convert of FX graphs, with workarounds for what they do not support.
 
 https://docs.pytorch.org/docs/stable/quantization.html
 """
@@ -30,18 +30,18 @@ from qat_lightning.settings.recipe import Recipe
 
 
 class Hidden:
-    """What upstream's prepare would refuse, fuse or take for something else, hidden from it.
+    """Nodes and modules that upstream's prepare would refuse, fuse or misinterpret, hidden from it.
 
-    Meanwhile every module is in training mode, as upstream's fusion for training wants it.
+    While they are hidden, every module is in training mode, as upstream's fusion for training requires.
 
     Args:
         network: The float network.
         graph_module: Its trace, about to be prepared; changed in place.
 
     Attributes:
-        read: What the graph reads of modules that it calls, by the names it has now; see `set_aside`.
-        originals: The modules by name, as they were before fusion.
-        unfoldable: The BatchNorms that fold into no layer.
+        read: Tensors of called modules that the graph reads directly, by their temporary names; see `set_aside`.
+        originals: The modules by name before fusion.
+        unfoldable: BatchNorms that cannot be folded.
     """
 
     def __init__(self, network: nn.Module, graph_module: fx.GraphModule) -> None:
@@ -53,19 +53,19 @@ class Hidden:
         self._flags = {module: module.training for root in (network, graph_module) for module in root.modules()}
         for module in self._flags:
             module.training = True
-        # A class that upstream's fusion does not match; the flag comes with it and stays.
+        # A class that upstream's fusion does not match, with the flag.
         self.unfoldable = unfoldable_batchnorms(graph_module)
         for batchnorm in self.unfoldable:
             make_batchnorm_freezable(batchnorm)
 
     def show(self, prepared: fx.GraphModule) -> list[str]:
-        """Put back what was hidden.
+        """Restore what was hidden.
 
         Args:
-            prepared: What upstream made of the trace; changed in place.
+            prepared: The result of upstream's prepare; changed in place.
 
         Returns:
-            The names of the dropouts that act in evaluation too.
+            The names of dropouts that are active in evaluation too.
         """
         self._show_parametrized(prepared)
         lasting = self._show_dropouts(prepared.graph)
@@ -83,26 +83,26 @@ def prepare_upstream(
     selected: dict[str, bool],
     scopes: dict[str, Any],
 ) -> fx.GraphModule:
-    """Fuse, and put in a FakeQuantize wherever the kernels of the backend have integers.
+    """Fuse modules, and insert a FakeQuantize wherever the kernels of the backend use integers.
 
     Args:
-        graph_module: The trace, with all that is to be `Hidden` hidden.
-        network: What it is a trace of.
+        graph_module: The trace, after `Hidden` was applied.
+        network: The traced network.
         example: One call of it.
-        recipe: What to quantize, and for which kernels.
+        recipe: Recipe with the selection and the backend.
         selected: Whether each module is to be quantized, by its name.
-        scopes: The module whose ``forward`` made each node.
+        scopes: The module whose ``forward`` created each node.
 
     Raises:
-        NetworkError: Upstream fails, with the line of the network at which it does.
+        NetworkError: Upstream fails; the message has the line of the network.
     """
     config = backend_config()
     custom = PrepareCustomConfig().set_non_traceable_module_names(outer_parts(network, selected))
     with warnings.catch_warnings():
-        # Upstream deprecates this API in favour of PT2 export on every call.
+        # Upstream warns on every call that this API is deprecated in favour of PT2 export.
         warnings.filterwarnings("ignore", category=DeprecationWarning)
         warnings.filterwarnings("ignore", category=FutureWarning)
-        # Hardsigmoid: its kernel has a grid of its own, whatever it is given.
+        # Hardsigmoid: its kernel always uses its own grid.
         warnings.filterwarnings("ignore", message="QConfig must specify a FixedQParams")
         try:
             with as_upstream_wants(graph_module):
@@ -129,9 +129,9 @@ def convert_upstream(graph_module: fx.GraphModule, target: Backend, name: str) -
     """Lower a prepared graph to the kernels of a backend.
 
     Args:
-        graph_module: With weights that are rounded for good.
+        graph_module: Its weights have been rounded for conversion.
         target: The backend.
-        name: Of the network, for the message.
+        name: Name of the network, for the message.
 
     Raises:
         ConversionError: Upstream fails.

@@ -1,8 +1,8 @@
-"""Parameters that a graph reads itself: weights of functions, computed weights, and what layers are read for as well.
+"""Parameters that a graph reads directly: weights of functions, computed weights, and parameters of called layers.
 
-Upstream's preparation and conversion put other modules in the place of layers, in which what the graph reads is not
-found, or is a method; and conversion rounds the weights of layers for good, which other readers do not see rounded in
-training. So what is read has a name of its own meanwhile.
+Upstream's prepare and convert replace layers by modules in which these tensors are missing, or are methods; and convert
+rounds the weights of layers, although other readers do not see them rounded in training. So such tensors get separate
+names in the meantime.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from qat_lightning.numerics.fake_quantize import FakeQuantize
 
 
 def set_aside(root: nn.Module, graph: fx.Graph) -> dict[str, str]:
-    """Give what a graph reads of modules that it calls names of its own, which ``root`` holds.
+    """Give tensors of called modules that the graph reads directly temporary names in ``root``.
 
     Returns:
-        For each name the path that was read.
+        For each temporary name, the original path.
     """
     names: dict[str, str] = {}
     for node in _inside_called(graph, "get_attr"):
@@ -43,7 +43,7 @@ def set_aside(root: nn.Module, graph: fx.Graph) -> dict[str, str]:
 
 
 def call_apart(root: nn.Module, graph: fx.Graph) -> None:
-    """Give modules inside of others that a graph calls, such as a BatchNorm's activation, names of their own."""
+    """Give modules that are called inside of other called modules, such as a BatchNorm's activation, separate names."""
     for node in _inside_called(graph, "call_module"):
         name = _fresh(root, str(node.target).replace(".", "_"))
         root.add_module(name, root.get_submodule(str(node.target)))
@@ -70,10 +70,10 @@ def put_back(root: nn.Module, graph: fx.Graph, names: dict[str, str]) -> None:
 
 
 def weights_from_inputs(prepared: fx.GraphModule) -> list[str]:
-    """Take out the rounding of weights that are computed of what a network is given, which no kernel can pack.
+    """Remove the rounding of weights that depend on the network's inputs, which no kernel can pack.
 
     Returns:
-        The names of the nodes that they are weights of, which stay float.
+        The names of the nodes with these weights, which stay float.
     """
     float_ops = []
     for node in _weights(prepared, prepared.graph):
@@ -86,10 +86,10 @@ def weights_from_inputs(prepared: fx.GraphModule) -> list[str]:
 
 
 def hide_parametrized(graph_module: fx.GraphModule) -> Callable[[fx.GraphModule], None]:
-    """Hide the layers whose weight is computed from upstream, which would fuse them with what is behind them.
+    """Hide layers with a computed weight from upstream, which would fuse them with the following modules.
 
     Returns:
-        What shows them again in the prepared graph.
+        A function that restores them in the prepared graph.
     """
     nodes = graph_module.graph.find_nodes(op="call_module")
     layers = {node.name: graph_module.get_submodule(str(node.target)) for node in nodes}
@@ -100,7 +100,7 @@ def hide_parametrized(graph_module: fx.GraphModule) -> Callable[[fx.GraphModule]
 
 
 def compute_weights_for_good(network: nn.Module, graph: fx.Graph) -> None:
-    """Make plain layers of those whose weight is computed, which a file can hold, where the graph only calls them."""
+    """Turn layers with a computed weight into plain layers, which a file can store, where the graph only calls them."""
     called = {str(node.target) for node in graph.find_nodes(op="call_module")}
     for path, module in list(network.named_modules()):
         names: Any = module._modules.get("parametrizations")
@@ -116,16 +116,16 @@ def compute_weights_for_good(network: nn.Module, graph: fx.Graph) -> None:
 
 @torch.no_grad()
 def materialize_weights_of_functions(root: nn.Module, graph: fx.Graph) -> None:
-    """Let the FakeQuantizes of these weights make what they keep for each channel, before a training begins."""
+    """Create the per-channel state of the FakeQuantizes of these weights, before training begins."""
     for node in _weights(root, graph):
         _fake_quantize(root, node).materialize(constant_value(root, node.args[0]))
 
 
 @torch.no_grad()
 def round_weights_of_functions(root: nn.Module, graph: fx.Graph) -> None:
-    """Compute each of these weights as training has it, and put it on its grid, as conversion packs it.
+    """Compute each of these weights as in training and round it, in the form that conversion packs.
 
-    Whatever else reads the parameters goes on reading them as they are.
+    Other readers of the parameters still read the original values.
     """
     for number, node in enumerate(_weights(root, graph)):
         name = _fresh(root, f"_weight_{number}")
@@ -140,9 +140,9 @@ def round_weights_of_functions(root: nn.Module, graph: fx.Graph) -> None:
 
 @torch.no_grad()
 def compute_biases_of_functions(root: nn.Module, graph: fx.Graph) -> None:
-    """Compute each bias of a function that is computed of parameters, as of a concatenation of them, once for all.
+    """Compute once each bias of a function that depends on parameters, such as a concatenation of them.
 
-    It is as training has it, on its grid where it is on one; a kernel packs a plain one only.
+    Computed as in training, and rounded if it is on a grid; a kernel can only pack a plain tensor.
     """
     for number, node in enumerate(node for node in graph.nodes if node.target in _WITH_BIAS):
         bias = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
@@ -159,7 +159,7 @@ _WITH_BIAS = tuple(function for row in rows("convolution", "linear") for functio
 
 
 def _weights(root: nn.Module, graph: fx.Graph) -> list[fx.Node]:
-    """The nodes that round weights of functions: those of layers are rounded inside of them."""
+    """The nodes that round weights of functions; weights of layers are rounded inside the layers."""
     modules = dict(root.named_modules(remove_duplicate=False))
     called = [(node, modules.get(str(node.target))) for node in graph.find_nodes(op="call_module")]
     return [node for node, module in called if isinstance(module, FakeQuantize) and module.source == "present"]
@@ -171,7 +171,7 @@ def _fake_quantize(root: nn.Module, node: fx.Node) -> FakeQuantize:
 
 
 def is_constant(node: Any) -> bool:
-    """Whether a value is computed of parameters and buffers only."""
+    """Whether a value depends on parameters and buffers only."""
     if node.op == "get_attr":
         return True
     return node.op != "placeholder" and bool(node.all_input_nodes) and all(map(is_constant, node.all_input_nodes))

@@ -1,8 +1,8 @@
-"""Where fake-quant goes in a captured graph: upstream's quantizers decide, with our FakeQuantize and our selection.
+"""Inserting fake-quant into a captured graph: placed by upstream's quantizers, with our FakeQuantize and selection.
 
-The quantizers see the graph as the int8 network will have it, without the BatchNorm that folds into the layer before
-it. So the patterns they know for inference hold, whatever kind of layer BatchNorm follows, and upstream's fusion of
-convolution and BatchNorm is not needed (it fixes eps and momentum and divides by gamma:
+The quantizers see the graph as the int8 network will have it, without BatchNorms that fold into the layer before. So
+their patterns for inference match, whatever kind of layer BatchNorm follows, and upstream's fusion of convolution and
+BatchNorm is not needed (it fixes eps and momentum and divides by gamma:
 https://github.com/pytorch/ao/blob/main/torchao/quantization/pt2e/qat_utils.py).
 """
 
@@ -51,16 +51,16 @@ _CLAMPS = tuple(overload for row in rows("clamp") for overload in row.overloads)
 def insert_fake_quantize(
     graph_module: fx.GraphModule, recipe: Recipe, *, prefix: str, name: str
 ) -> tuple[fx.GraphModule, list[Folded]]:
-    """Put a FakeQuantize wherever the backend's quantizer wants one, in the modules that the recipe selects.
+    """Insert a FakeQuantize wherever the backend's quantizer wants one, in the modules that the recipe selects.
 
     Args:
-        graph_module: A captured network; it is used up.
+        graph_module: A captured network; modified.
         recipe: Backend, scheme and selection.
         prefix: The network's name in the LightningModule, to which the selection is relative.
         name: The network's class, for messages.
 
     Returns:
-        The graph module that upstream's convert takes, and which layers have a BatchNorm to fold.
+        The graph module for upstream's convert, and the layers with a BatchNorm to fold.
 
     Raises:
         NetworkError: There is nothing to quantize, or the quantizer fails on this graph.
@@ -68,7 +68,7 @@ def insert_fake_quantize(
     quantizer = make_quantizer(recipe)
     try:
         with warnings.catch_warnings():
-            # "The input of maxpool2d is not quantized": then it runs in float, as the coverage says.
+            # "The input of maxpool2d is not quantized": it runs in float then, as the coverage reports.
             warnings.filterwarnings("ignore", message=".*maxpool2d.*")
             graph_module, folded = _annotate(graph_module, quantizer, recipe, prefix)
             scopes = _get_node_name_to_scope(graph_module)
@@ -94,7 +94,7 @@ def insert_fake_quantize(
 def _annotate(
     graph_module: fx.GraphModule, quantizer: Quantizer, recipe: Recipe, prefix: str
 ) -> tuple[fx.GraphModule, list[Folded]]:
-    """Let the quantizer annotate the graph without its BatchNorms, and put these back."""
+    """Let the quantizer annotate the graph without its BatchNorms, and restore these afterwards."""
     known, own_grids = tensors_by_identity(graph_module), recipe.target.own_grids
     graph_module = quantizer.transform_for_annotation(graph_module)
     if own_grids:
@@ -126,7 +126,7 @@ def _annotate(
 
 
 def _amend(quantizer: Quantizer, graph: fx.Graph, recipe: Recipe) -> None:
-    """What built-in quantizers annotate too little, and too much."""
+    """Correct annotations that built-in quantizers miss, or should not make."""
     if "convolutions" in recipe.families:
         _annotate_conv1d(quantizer, graph)
     if "sums" in recipe.families:
@@ -134,17 +134,17 @@ def _amend(quantizer: Quantizer, graph: fx.Graph, recipe: Recipe) -> None:
 
 
 def _annotate_conv1d(quantizer: Any, graph: fx.Graph) -> None:
-    """Quantize convolutions of sequences as those of images, for which x86's quantizer has a rule without ReLU too."""
+    """Quantize 1-d convolutions like 2-d ones, for which x86's quantizer also has a rule without ReLU."""
     annotate = getattr(quantizer, "_annotate_conv_node_helper", None)
     if annotate is None:
-        return  # XNNPACK's has one of its own
+        return  # XNNPACK's quantizer has its own rule
     for conv in graph.find_nodes(op="call_function", target=aten.conv1d.default):
         if not getattr(conv.meta.get(Q_ANNOTATION_KEY), "_annotated", False):
             annotate(conv, True, quantizer.global_config)
 
 
 def _refuse_late_writes(prepared: fx.GraphModule, name: str) -> None:
-    """Raise a TraceError for what `late_write` finds; each op's schema says what it writes to, and what is a view."""
+    """Raise a TraceError for a write found by `late_write`; ops' schemas show writes and views."""
     writes: dict[fx.Node, fx.Node] = {}
     memory: dict[fx.Node, fx.Node] = {}
     for node in prepared.graph.nodes:
@@ -180,14 +180,14 @@ _SOURCE: dict[Any, Any] = {
     aten.adaptive_avg_pool2d.default: nn.AdaptiveAvgPool2d,
     aten.add.Tensor: operator.add,
 }
-"""What x86's patterns are written in: the module or function that an op comes from."""
+"""The module or function that x86's patterns expect as the source of an op."""
 
 
 def _name_sources(graph: fx.Graph) -> None:
-    """Tell the quantizers where each op comes from, one by one.
+    """Set the source of each op separately, for the quantizers.
 
-    Export notes it from the network's code, and misses the linear layer inside attention, takes two calls of a module
-    for one, and calls ``conv(x) + 1`` a sum of two tensors, on which X86InductorQuantizer fails.
+    Export derives it from the network's code. It misses the linear layer inside attention, merges two calls of a
+    module, and treats ``conv(x) + 1`` as a sum of two tensors, on which X86InductorQuantizer fails.
     """
     for node in graph.nodes:
         source = _SOURCE.get(node.target, node.target)
@@ -200,7 +200,7 @@ def _name_sources(graph: fx.Graph) -> None:
 
 
 def _separate_weights(graph: fx.Graph) -> None:
-    """Let each call of a layer read its weight by itself: XNNPACKQuantizer annotates a weight once."""
+    """Let each call of a layer read its weight separately: XNNPACKQuantizer annotates a weight only once."""
     for weight in graph.find_nodes(op="get_attr"):
         for user in list(weight.users)[1:]:
             with graph.inserting_after(weight):
@@ -210,7 +210,7 @@ def _separate_weights(graph: fx.Graph) -> None:
 
 
 def _leave_float(graph: fx.Graph, recipe: Recipe, prefix: str) -> None:
-    """Mark what the recipe does not select as annotated with nothing, which both quantizers then leave alone."""
+    """Mark ops that the recipe does not select as annotated without quantization, so that quantizers skip them."""
     empty: type[QuantizationAnnotation] = QuantizationAnnotation
     if recipe.backend != "xnnpack":
         from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import _X86InductorQuantizationAnnotation
@@ -228,7 +228,7 @@ def selects(recipe: Recipe, prefix: str, node: fx.Node) -> bool:
 
 
 def _annotate_after_clamp(graph: fx.Graph) -> None:
-    """Observe only after a ReLU6: its range is the finer grid, and the clamp is then what the grid ends at."""
+    """Observe only after a ReLU6: the range there gives the finer grid, whose end then acts as the clamp."""
     for node in graph.nodes:
         if node.op != "call_function" or node.target not in _CLAMPS or not _starts_at_zero(node):
             continue

@@ -1,4 +1,4 @@
-"""Capturing a network with PT2 export, as one graph that holds for any batch size."""
+"""Capturing a network with PT2 export, as one graph for all batch sizes."""
 
 from __future__ import annotations
 
@@ -36,33 +36,33 @@ from qat_lightning.modes.tracing import WHAT_TO_DO, check_names
 aten = torch.ops.aten
 
 FUNCTIONAL: dict[Any, Any] = {in_place: row.overloads[0] for row in OPERATORS for in_place in row.in_place}
-"""In-place ops and what computes the same into a new tensor."""
+"""In-place ops and their functional counterparts."""
 
 TRAINING_FLAG: dict[Any, tuple[int, Any]] = {
     overload: row.training_flag for row in OPERATORS if row.training_flag is not None for overload in row.overloads
 }
-"""Ops other than BatchNorm that do something else in training: which argument says so, and its value in evaluation."""
+"""Ops other than BatchNorm that differ in training: the argument that says so, and its value in evaluation."""
 
 RECURRENT = (aten.lstm, aten.gru, aten.rnn_tanh, aten.rnn_relu)
-"""Layers in one op, of which only the dropout between layers is random."""
+"""Recurrent layers as one op, of which only the dropout between layers is random."""
 
 
 def capture(
     network: nn.Module, example: Example, *, train: bool = True, by_numbers: bool = True
 ) -> tuple[fx.GraphModule, CallSpec]:
-    """Export ``network`` in training mode, or as it is in evaluation.
+    """Export ``network`` in training mode, or in evaluation.
 
     Args:
-        network: The float network; its flags are as before when this returns.
+        network: The float network; its flags are restored.
         example: One call, with a batch of 2 or more.
-        train: Whether the graph is to be trained. One of evaluation may draw random numbers, as the network then does.
-        by_numbers: Whether convolutions that are padded by name become such that quantizers have rules for.
+        train: Whether the graph is to be trained. A graph for evaluation may draw random numbers, as the network does.
+        by_numbers: Whether convolutions padded by name are rewritten to a form that quantizers have rules for.
 
     Returns:
-        A graph whose inputs are the tensors of a call and whose output is a flat tuple, and how it is called.
+        A graph whose inputs are the tensors of a call and whose output is a flat tuple, and its signature.
 
     Raises:
-        TraceError: It cannot be exported, or only for one batch size, or it does other things in evaluation.
+        TraceError: It cannot be exported, or only for one batch size, or it behaves differently in evaluation.
     """
     look_into(example.args, example.kwargs)
     size = batch_size(example)
@@ -70,7 +70,7 @@ def capture(
     args, kwargs = canonical(signature, example.args, example.kwargs)
     in_spec, inputs = inputs_of(network, example, size)
     check_names(network, "pt2e")
-    run_apart(network, example)  # what it returns is known to pytree from now on
+    run_apart(network, example)  # registers the types that it returns with pytree
     if train:
         _refuse_plain_averages(network)
     with flags_kept(network), warnings.catch_warnings():
@@ -100,7 +100,7 @@ def capture(
 
 
 def _export(network: nn.Module, args: Any, kwargs: Any, shapes: Any) -> Any:
-    """Export, also what torch's transformers cannot: there they look at what a mask holds, to choose a kernel."""
+    """Export; prevents torch's transformer layers from reading the values of a mask to choose a kernel."""
     try:
         return torch.export.export(network, args, kwargs, dynamic_shapes=shapes, strict=True)
     except Exception as error:
@@ -137,7 +137,7 @@ def _refuse_fixed_batch(graph: fx.Graph, spec: CallSpec) -> None:
         if given.shape is None or BATCH not in given.shape:
             continue
         size = node.meta["val"].shape[0]
-        # Export makes of AUTO a symbol that is known to be a constant.
+        # Export turns AUTO into a symbol that is known to be constant.
         if not isinstance(size, torch.SymInt) or size.node.maybe_as_int() is not None:
             raise TraceError(
                 f"mode='pt2e' can export {spec.name} only for the batch size {size} of the example, because its "
@@ -147,12 +147,12 @@ def _refuse_fixed_batch(graph: fx.Graph, spec: CallSpec) -> None:
 
 
 def _graphs(graph_module: fx.GraphModule) -> list[fx.Graph]:
-    """The graph itself, and those of the regions in it, such as one without autocast."""
+    """The graph itself, and those of regions in it, such as one without autocast."""
     return [module.graph for module in graph_module.modules() if isinstance(module, fx.GraphModule)]
 
 
 def _drop_checks(graph: fx.Graph) -> None:
-    """No guards for the example's sizes and dtypes, which the file of a network does not hold."""
+    """Drop guards for the example's sizes and dtypes, which a network's file cannot store."""
     for node in reversed(list(graph.nodes)):
         is_guard = node.op == "call_module" and node.target == "_guards_fn"
         is_check = node.op == "call_function" and _name(node.target).startswith(
@@ -163,13 +163,13 @@ def _drop_checks(graph: fx.Graph) -> None:
 
 
 def _clean(graph: fx.Graph, spec: CallSpec) -> None:
-    """Leave only what computes: no inputs that are constants, nothing that only checks looked at."""
+    """Keep only nodes that compute: drop constant inputs, and nodes that only checks used."""
     graph.set_codegen(CodeGen())
     for node, given in zip(graph.find_nodes(op="placeholder"), spec.inputs, strict=True):
         if given.shape is None:
             graph.erase_node(node)
     for node in reversed(list(graph.nodes)):
-        # What is left of the checks: sizes, comparisons, and attributes that only they used.
+        # Left over from checks: sizes, comparisons, and attributes that only they used.
         computes = node.op == "call_function" and not node.is_impure() and not _mutates(node)
         if (computes or node.op == "get_attr") and not node.users:
             graph.erase_node(node)
@@ -179,7 +179,7 @@ def _clean(graph: fx.Graph, spec: CallSpec) -> None:
 
 
 def _inline_no_grad(graph_module: fx.GraphModule) -> None:
-    """Put the body of ``with torch.no_grad()`` into the graph, where it can be quantized, and detach what leaves it."""
+    """Inline the body of ``with torch.no_grad()``, so that it can be quantized, and detach its results."""
     graph = graph_module.graph
     operator = torch.ops.higher_order.wrap_with_set_grad_enabled
     while regions := graph.find_nodes(op="call_function", target=operator):
@@ -217,7 +217,7 @@ def _mutates(node: fx.Node) -> bool:
 
 
 def _refuse_randomness(graph: fx.Graph, name: str) -> None:
-    """Random ops other than dropout are there in training only as a rule, and the graph would keep them for good."""
+    """Raise an error for random ops other than dropout, which the graph would keep in evaluation."""
     for node in graph.nodes:
         target: Any = FUNCTIONAL.get(node.target, node.target)
         if not isinstance(target, torch._ops.OpOverload) or target in TRAINING_FLAG:
@@ -235,7 +235,7 @@ def _refuse_randomness(graph: fx.Graph, name: str) -> None:
 
 
 def _refuse_dropout_inside(node: fx.Node, name: str) -> None:
-    """Raise if a recurrent op drops values between its layers: its training flag is a constant of the graph."""
+    """Raise an error if a recurrent op has dropout between its layers: its training flag is a constant of the graph."""
     dropout = _argument(node, "dropout")
     if dropout == 0 or _argument(node, "num_layers") == 1:
         return
@@ -248,14 +248,14 @@ def _refuse_dropout_inside(node: fx.Node, name: str) -> None:
 
 
 def _argument(node: fx.Node, name: str) -> Any:
-    """The argument that an op's schema calls ``name``, given by position or by name."""
+    """The argument that an op's schema calls ``name``, passed by position or by name."""
     target: Any = node.target
     position = [argument.name for argument in target._schema.arguments].index(name)
     return node.args[position] if len(node.args) > position else node.kwargs.get(name)
 
 
 def source_line(node: fx.Node) -> str:
-    """`` at file:line``, where the network's code made this node."""
+    """`` at file:line`` of the network's code that created this node."""
     frames = re.findall(r'File "([^"]+)", line (\d+)', str(node.meta.get("stack_trace", "")))
     root = str(torch.__path__[0])
     users = [frame for frame in frames if not frame[0].startswith(root)]
@@ -263,9 +263,9 @@ def source_line(node: fx.Node) -> str:
 
 
 def _make_functional(graph: fx.Graph) -> None:
-    """Replace in-place activations and additions, so that a value once observed stays what it was.
+    """Replace in-place activations and additions, so that an observed value does not change later.
 
-    Only where the old value is read by nobody under another name: a view, an input or a parameter may be.
+    Only if nothing reads the old value under another name, such as a view, an input or a parameter.
     """
     for node in graph.nodes:
         if node.op != "call_function" or node.target not in FUNCTIONAL:
@@ -275,7 +275,7 @@ def _make_functional(graph: fx.Graph) -> None:
             continue
         if any(_aliases(user) and user.target not in FUNCTIONAL for user in source.users):
             continue
-        # Whoever read the old tensor after this op read the new value.
+        # Readers of the old tensor after this op read the new value.
         source.replace_all_uses_with(node, delete_user_cb=lambda user, node=node: user > node)  # type: ignore[misc]
         node.target = FUNCTIONAL[node.target]
 

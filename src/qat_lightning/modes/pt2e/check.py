@@ -1,4 +1,4 @@
-"""What conversion reports: which layers became int8, and why others did not."""
+"""Coverage of mode pt2e: which layers became int8, and why others did not."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from qat_lightning.modes.pt2e.network import ExportedNetwork
 from qat_lightning.modes.pt2e.training import Plan
 
 _WEIGHTED = tuple(kind for kind in WEIGHTED if kind not in module_types("attention"))
-"""Attention is exported as products, and as the linear layer in it, which has a row."""
+"""Attention is exported as products and a linear layer, which has a row."""
 
 
 def coverage(state: PreparedState, prepared: ExportedNetwork, result: Decomposed | None) -> list[LayerCoverage]:
-    """Whether each layer with a weight became int8 (without a result: is going to), and why not."""
+    """Whether each layer with a weight became int8 (or is going to, without a result), and why not."""
     plan: Plan = state.plan
     unseen = [] if result is None else result.unseen
     tensors = {id(parameter): name for name, parameter in prepared.named_parameters(remove_duplicate=True)}
@@ -41,8 +41,8 @@ def coverage(state: PreparedState, prepared: ExportedNetwork, result: Decomposed
         calls = users.get(weight, [])
         own = [node for node in plan.graph.nodes if node.target in CHANNEL_AXIS and scope_of(node) == name]
         if not any(node.target in CHANNEL_AXIS for node in calls) and own:
-            calls = own  # its weight is computed, such as that of a standardized convolution
-        # What else reads its weight, such as a penalty, has rows of its own.
+            calls = own  # its weight is computed, as in a standardized convolution
+        # Other readers of its weight, such as a penalty, have rows of their own.
         calls = [node for node in calls if node.target in CHANNEL_AXIS] or calls
         floats = [
             node
@@ -55,7 +55,7 @@ def coverage(state: PreparedState, prepared: ExportedNetwork, result: Decomposed
 
 
 def _weight(module: nn.Module | None) -> Tensor | None:
-    """A layer's weight; of a recurrent one, the first of its first layer."""
+    """A layer's weight; for a recurrent layer, the first weight of its first layer."""
     names = ("weight", "weight_ih_l0", "weight_ih")
     return next((getattr(module, name) for name in names if isinstance(getattr(module, name, None), Tensor)), None)
 
@@ -68,7 +68,7 @@ def _submodule(root: nn.Module, name: str) -> nn.Module | None:
 
 
 def _weights_of(node: fx.Node, plan: Plan, prepared: nn.Module, tensors: dict[int, str]) -> list[str]:
-    """The parameters that an op reads as it is or through FakeQuantize."""
+    """The parameters that an op reads directly or through FakeQuantize."""
     if node.op != "call_function":
         return []
     names = []

@@ -1,4 +1,4 @@
-"""The comparison of a decomposed graph with fake-quant: each op on fake-quant's own input, and then the whole."""
+"""Comparing a decomposed graph with fake-quant: each op on fake-quant's own input, and then the whole network."""
 
 from __future__ import annotations
 
@@ -23,32 +23,32 @@ from qat_lightning.modes.whole import DRAWS, Disturbance, check_whole, is_right,
 from qat_lightning.settings.backends import Backend
 
 _STEPS = 255
-"""Of the grid that a float output is judged on, which reaches from its smallest value to its largest."""
+"""Number of steps of the grid on which a float output is judged, from its smallest value to its largest."""
 
 
 @torch.no_grad()
 def check_layers(
     prepared: ExportedNetwork, decomposed: fx.GraphModule, plan: Plan, example: Example, target: Backend
 ) -> Checked:
-    """Compare each layer of the decomposed graph with fake-quant, and then the whole.
+    """Compare each layer of the decomposed graph with fake-quant, and then the whole network.
 
     Args:
-        prepared: The network with fake-quant, on the CPU, in eval mode, with rounding on.
-        decomposed: What it was converted to.
-        plan: Of its preparation.
+        prepared: The network with fake-quant, on the CPU, in eval mode, with rounding enabled.
+        decomposed: The converted network.
+        plan: Plan of its preparation.
         example: A real batch.
         target: The backend, for its tolerance.
 
     Returns:
-        What was found, and seen by the way: one row for each layer, which is an op with the ops that run fused with it,
-        up to where its output is quantized.
+        The comparison, and the recorded values: one row per layer, where a layer is an op with the ops fused with it,
+        up to the quantization of its output.
 
     Raises:
-        VerificationError: A layer is past the tolerance, or all are right and the whole is not.
+        VerificationError: A layer exceeds the tolerance, or all layers are correct and the whole network is not.
     """
     graph: Any = prepared.graph
     renamed = {(pair.layer, *pair.moves)[-1]: pair.batchnorm for pair in plan.folded}
-    # Between a layer and its BatchNorm, the values of fake-quant are not yet normalized.
+    # Between a layer and its BatchNorm, fake-quant's values are not normalized yet.
     before = {name for pair in plan.folded for name in (pair.layer, *pair.moves)} - set(renamed)
     there = {node.name for node in graph.nodes} - before
     origins = {node.name: renamed.get(node.name, node.name) for node in decomposed.graph.nodes}
@@ -74,7 +74,7 @@ def check_layers(
 
 
 class _Comparison(fx.Interpreter):
-    """Runs a decomposed graph, each op on the very values that fake-quant had for it, and compares what it gives."""
+    """Runs a decomposed graph, each op on exactly fake-quant's values, and compares the results."""
 
     def __init__(
         self, graph_module: fx.GraphModule, alignment: Alignment, expected: SeededRecorder, ends: set[str]
@@ -83,13 +83,13 @@ class _Comparison(fx.Interpreter):
         self.alignment, self.expected, self.ends = alignment, expected, ends
         self.checks: list[LayerCheck] = []
         self.source: dict[str, str] = {}
-        """The node of fake-quant whose value each node should yield, float."""
+        """For each node, the fake-quant node whose float value it should have."""
         self.errors: dict[str, Tensor] = {}
-        """By how much what rounds was off, by the node of fake-quant that does it."""
+        """Difference of each rounding, by the fake-quant node that rounds."""
         self.origin: dict[fx.Node, fx.Node] = {}
 
     def run_node(self, n: fx.Node) -> Any:
-        """Run one node, and go on with fake-quant's value."""
+        """Run one node, and continue with fake-quant's value."""
         origin = self.alignment.origin(n)
         if origin is not None:
             self.origin[n] = origin
@@ -107,7 +107,7 @@ class _Comparison(fx.Interpreter):
             return self._rounded(n, self.origin[n.args[0]], got)  # type: ignore[index]
         value = got if origin is None else self._judged(n, origin, got)
         if in_place and n.all_input_nodes[0] in self.env:
-            self.env[n.all_input_nodes[0]] = value  # for who reads it after it was written over
+            self.env[n.all_input_nodes[0]] = value  # for readers after the in-place op
         return value
 
     def _dequantized(self, n: fx.Node, quantized: fx.Node) -> Any:
@@ -115,7 +115,7 @@ class _Comparison(fx.Interpreter):
         return copy_of(self.expected.values[self.source[n.name]])
 
     def _rounded(self, n: fx.Node, origin: fx.Node, got: Tensor) -> Tensor:
-        """Compare the integers with what fake-quant rounds to."""
+        """Compare the integers with those that fake-quant rounds to."""
         scale, zero_point = n.args[1:3]
         grid = Grid(float(scale), int(zero_point))  # type: ignore[arg-type]
         place = self.alignment.rounding(origin, grid)
@@ -168,7 +168,7 @@ class _Comparison(fx.Interpreter):
         return LayerCheck(_name(n), str(main_op(n).target), ratio, steps, fault)
 
     def _doubt(self, n: fx.Node, got: Tensor) -> float:
-        """How far float arithmetic can be off, as where large numbers cancel out."""
+        """Error of float arithmetic, for example from cancellation of large numbers."""
         off = 0.0
         for draw in range(DRAWS):
             disturb = Disturbance(draw)
@@ -188,7 +188,7 @@ def _ends_layer(node: fx.Node, has_weight: bool) -> bool:
 
 
 def _runs_on_to_quantize(node: fx.Node) -> bool:
-    """Whether what follows, up to where it is quantized, reads nothing else that is float."""
+    """Whether all ops from here to the next quantization read no other float value."""
     while len(node.users) == 1:
         user = next(iter(node.users))
         if user.target in QUANTIZE:
@@ -201,7 +201,7 @@ def _runs_on_to_quantize(node: fx.Node) -> bool:
 
 
 def _where_it_begins(comparison: _Comparison, actual: dict[str, Any], again: Again, names: Names) -> tuple[str, ...]:
-    """What is around the first node at which int8 is farther from fake-quant than the draws are."""
+    """The layers around the first node at which int8 is farther from fake-quant than the draws are."""
     for node in comparison.graph.nodes:
         got, source = actual.get(node.name), comparison.source.get(node.name)
         if source is None or not isinstance(got, Tensor) or not got.is_floating_point():
@@ -212,7 +212,7 @@ def _where_it_begins(comparison: _Comparison, actual: dict[str, Any], again: Aga
 
 
 def _name(node: fx.Node) -> str:
-    """The layer that a node is in, or else the node."""
+    """The layer that a node belongs to, otherwise the name of the node."""
     main = main_op(node)
     return scope_of(main) or main.name
 

@@ -1,4 +1,4 @@
-"""From a trained graph to a graph of quantize, dequantize and plain ops with int8 weights: PT2E's decomposed form."""
+"""Converting a trained graph to quantize, dequantize and plain ops with int8 weights: PT2E's decomposed form."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Decomposed:
 
     Attributes:
         graph_module: The decomposed graph.
-        unseen: Names of nodes whose range was never observed, so that what reads them stayed float.
+        unseen: Names of nodes whose range was never observed, so that ops which read them stayed float.
     """
 
     graph_module: fx.GraphModule
@@ -43,11 +43,11 @@ class Decomposed:
 
 @torch.no_grad()
 def decompose(root: nn.Module, plan: Plan, name: str) -> Decomposed:
-    """Convert a prepared network, which is used up.
+    """Convert a prepared network, which is modified.
 
     Args:
         root: The prepared network, on the CPU, in eval mode.
-        plan: What was remembered when it was prepared.
+        plan: Plan of its preparation.
         name: The float network's class, for messages.
 
     Raises:
@@ -79,7 +79,7 @@ def decompose(root: nn.Module, plan: Plan, name: str) -> Decomposed:
 
 
 def _fold_batchnorm(graph_module: fx.GraphModule, plan: Plan) -> None:
-    """Multiply BatchNorm into the weight and bias of the layer before it, with the arithmetic that training rounds."""
+    """Fold BatchNorm into the weight and bias of the layer before it, with the arithmetic of training."""
     graph = graph_module.graph
     nodes = {node.name: node for node in graph.nodes}
     for pair in plan.folded:
@@ -126,7 +126,7 @@ def _tensor(module: nn.Module, node: Any) -> Tensor | None:
 
 
 def _fixed(graph_module: fx.GraphModule, node: Any) -> Tensor | None:
-    """A weight or a bias, which may be computed of parameters: of a parametrization's, or of a transposed layer's."""
+    """A weight or bias, which may be computed from parameters: by a parametrization, or for a transposed layer."""
     if node is None:
         return None
     value = _tensor(graph_module, node)
@@ -134,7 +134,7 @@ def _fixed(graph_module: fx.GraphModule, node: Any) -> Tensor | None:
 
 
 def _constant(graph_module: fx.GraphModule, before: fx.Node, name: str, value: Tensor) -> fx.Node:
-    """Add a tensor to the module, and a node that reads it."""
+    """Register a tensor in the module, and add a node that reads it."""
     while hasattr(graph_module, name):
         name += "_"
     graph_module.register_buffer(name, value)
@@ -147,7 +147,7 @@ def _constant(graph_module: fx.GraphModule, before: fx.Node, name: str, value: T
 
 
 def evaluate(graph: fx.Graph) -> None:
-    """Put what is left into its form for evaluation."""
+    """Switch the remaining nodes to evaluation."""
     for node in reversed(list(graph.nodes)):
         if node.op != "call_function":
             continue
@@ -165,7 +165,7 @@ def evaluate(graph: fx.Graph) -> None:
         elif node.target in TRAINING_FLAG and node.target is not aten.native_dropout.default:
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
-    # Attributes that only BatchNorm read; the rest of the graph is as it was captured.
+    # Attributes that only BatchNorm read; the rest of the graph is as captured.
     for node in reversed(list(graph.nodes)):
         if node.op == "get_attr" and not node.users:
             graph.erase_node(node)
@@ -179,14 +179,14 @@ def _quantizer(module: nn.Module, node: fx.Node) -> FakeQuantize | None:
 
 
 def _is_derived(module: nn.Module, node: Any) -> bool:
-    """Whether a node rounds to a grid that is derived from those of others."""
+    """Whether a node rounds to a grid derived from other grids."""
     if not isinstance(node, fx.Node) or node.op != "call_module":
         return False
     return isinstance(module.get_submodule(str(node.target)), DerivedFakeQuantize)
 
 
 def _lacks_range(derived: Any) -> bool:
-    """Whether a grid that another depends on was never known; a weight is looked at before it is converted."""
+    """Whether a grid that a derived grid depends on is unknown; weights are observed before conversion."""
     return any(source.left_float or (source.source != "present" and not source.seen) for source in derived.sources)
 
 
@@ -196,7 +196,7 @@ def _take_out(node: fx.Node) -> None:
 
 
 def _leave_unseen_float(graph_module: fx.GraphModule) -> list[str]:
-    """Take out the FakeQuantizes that never round or know no range, and those of weights whose input is then float."""
+    """Remove FakeQuantizes that never round or have no range, and those of weights whose input is then float."""
     graph = graph_module.graph
     unseen = []
     without_input = set[fx.Node]()
@@ -215,7 +215,7 @@ def _leave_unseen_float(graph_module: fx.GraphModule) -> list[str]:
         weight = weight_quantizer(graph_module, node)
         if weight is None:
             continue
-        # As in training, on its grid: what is float here is its input.
+        # The weight stays on its grid, as in training; only its input is float here.
         fq, value = _quantizer(graph_module, weight), _tensor(graph_module, weight.args[0])
         assert fq is not None
         rounded: Any = weight.args[0]
@@ -228,7 +228,7 @@ def _leave_unseen_float(graph_module: fx.GraphModule) -> list[str]:
 
 
 def visit_weights(graph_module: fx.GraphModule, visit: Callable[[FakeQuantize, Tensor], None]) -> None:
-    """Show each FakeQuantize of a weight the weight as it is now, folded if it is folded."""
+    """Call ``visit`` for each FakeQuantize of a weight, with its present weight, folded if necessary."""
     for node in graph_module.graph.nodes:
         fq = _quantizer(graph_module, node)
         if fq is not None and fq.source == "present":
@@ -238,7 +238,7 @@ def visit_weights(graph_module: fx.GraphModule, visit: Callable[[FakeQuantize, T
 
 
 def _computed(graph_module: fx.GraphModule, node: fx.Node) -> Tensor:
-    """The value of a node that depends on parameters only, such as a parametrized weight."""
+    """The value of a node that depends only on parameters, such as a parametrized weight."""
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
 
@@ -257,7 +257,7 @@ def _computed(graph_module: fx.GraphModule, node: fx.Node) -> Tensor:
 
 
 def _upstream_convert(graph_module: fx.GraphModule) -> Any:
-    """What ``convert_pt2e`` does, less its folding of upstream's own conv-bn pattern, which is not there."""
+    """Same as ``convert_pt2e``, without folding upstream's conv-bn pattern, which does not occur here."""
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.filterwarnings("ignore", category=DeprecationWarning)
         warnings.filterwarnings("ignore", category=FutureWarning)
@@ -270,7 +270,7 @@ def _upstream_convert(graph_module: fx.GraphModule) -> Any:
 
 
 def _read_once(graph: fx.Graph) -> None:
-    """Let one node read each attribute: folding deletes what a node without users read, whoever else reads it."""
+    """Read each attribute with a single node: folding deletes attributes of unused nodes, even if others read them."""
     first: dict[str, fx.Node] = {}
     for node in graph.find_nodes(op="get_attr"):
         kept = first.setdefault(str(node.target), node)
@@ -280,11 +280,11 @@ def _read_once(graph: fx.Graph) -> None:
 
 
 def tidy(converted: fx.GraphModule) -> fx.GraphModule:
-    """Only what the graph reads, as buffers, each once; upstream leaves the float weights behind."""
+    """Keep only tensors that the graph reads, as buffers, each once; upstream leaves the float weights behind."""
     root = nn.Module()
     kept: dict[str, tuple[Tensor, list[Any]]] = {}
     graph = copy.deepcopy(converted.graph)
-    graph._tracer_cls = None  # export's own, with which a graph module cannot be pickled
+    graph._tracer_cls = None  # export's own tracer, with which a graph module cannot be pickled
     names = _readable_names(graph)
     attributes = graph.find_nodes(op="get_attr")
     grids = {node: _grid_of(converted, node) for node in attributes}
@@ -295,8 +295,9 @@ def tidy(converted: fx.GraphModule) -> fx.GraphModule:
         if isinstance(value, nn.Module):
             root.add_module(name, value)
         else:
-            # A layer that is called twice has its weight rounded twice, to the same integers on the same grid. Other
-            # constants stay apart: a runtime with grids for tensors, and not for ops, would give all of them one grid.
+            # The weight of a layer that is called twice is rounded twice, to the same integers on the same grid. Other
+            # constants stay
+            # separate: a runtime with grids per tensor, rather than per op, would give all of them one grid.
             same = (other for other, known in kept.items() if _same_weight(known, (value, grids[node])))
             name = next(same, name)
             if name not in kept:
@@ -307,9 +308,9 @@ def tidy(converted: fx.GraphModule) -> fx.GraphModule:
 
 
 def _readable_names(graph: fx.Graph) -> dict[fx.Node, str]:
-    """Names for the tensors of each layer after the layer, where upstream counts.
+    """Name the tensors of each layer after the layer, where upstream numbers them.
 
-    Upstream's ``_frozen_param0`` is also what Inductor calls its own constants, and then it takes one for the other.
+    Upstream's ``_frozen_param0`` is also a name that Inductor uses for its own constants, and confuses with them.
     """
     attributes = graph.find_nodes(op="get_attr")
     names = {
@@ -342,7 +343,7 @@ def _unused(name: str, names: set[str]) -> str:
 
 
 def _grid_of(converted: fx.GraphModule, node: fx.Node) -> list[Any]:
-    """What the ops that read integers take besides them, with the tensors among it as lists."""
+    """The other arguments of ops that read integers, with tensors among them as lists."""
     integers = _tensor(converted, node)
     if integers is None or integers.dtype is not torch.int8:
         return []

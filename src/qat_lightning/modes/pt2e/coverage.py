@@ -1,4 +1,4 @@
-"""Which ops of a captured network are int8: those that the backend's quantizer annotated and whose ranges are known."""
+"""Coverage of ops in a captured network: int8 are those that the quantizer annotated and whose ranges are known."""
 
 from __future__ import annotations
 
@@ -36,20 +36,20 @@ def pt2e_operations(
     values: Mapping[str, Any] | None = None,
     unseen: Sequence[str] = (),
 ) -> list[LayerCoverage]:
-    """A row for each op that computes and is no layer.
+    """One row for each op that computes and is not a layer.
 
     Args:
-        state: Of the prepared network.
+        state: State of the prepared network.
         prepared: On the CPU, in evaluation.
         example: One call.
         layers: The names of the layers, which have rows of their own.
-        values: Of the nodes of its graph in a call; None to run it for them.
+        values: Values of the nodes of its graph in a call; None to run it.
         unseen: Names of nodes whose range was never observed.
     """
     plan: Plan = state.plan
     names = list(state.float_network.named_modules(remove_duplicate=False))
     shared = {id(module) for name, module in names if name in layers}
-    layers = {name for name, module in names if id(module) in shared}  # by any name
+    layers = {name for name, module in names if id(module) in shared}  # under any of its names
     if values is None:
         values = run_of(prepared, prepared.graph, plan.spec.flatten(example.args, example.kwargs))
     folded = {pair.batchnorm: pair.layer for pair in plan.folded}

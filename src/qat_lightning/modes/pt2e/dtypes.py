@@ -1,4 +1,4 @@
-"""Which tensors of a captured graph can be on an int8 grid: those in float32, and no integers, masks or spectra."""
+"""Which tensors of a captured graph can be on an int8 grid: those in float32, but not integers, masks or spectra."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ _OTHER = "qat_lightning_other_dtype"
 
 
 def leave_other_dtypes(graph: fx.Graph) -> None:
-    """Take back the annotation of every op that is to read or write a tensor on a grid that is not float32.
+    """Remove the annotation of every op that would read or write a tensor on a grid that is not float32.
 
-    Upstream's quantizers look at the kind of an op, and annotate a sum of integers or the concatenation of two spectra
-    like any other. Such an op stays as it is as a whole: there is no kernel for one operand on a grid and one off it.
-    What shares a range with one of its tensors is left as well.
+    Upstream's quantizers only check the kind of an op, and annotate a sum of integers or a concatenation of spectra
+    like any other. Such an op stays float entirely, because no kernel has one operand on a grid and one off it.
+    Annotations that share a range with one of its tensors are removed as well.
 
     Args:
         graph: Annotated by a quantizer; each node knows the dtype of its value.
@@ -30,11 +30,11 @@ def leave_other_dtypes(graph: fx.Graph) -> None:
 
 
 def leave_unselected(graph: fx.Graph, selects: Callable[[fx.Node], bool]) -> None:
-    """Take back the annotation of every op that is not to be quantized, and what shares or derives a range from it.
+    """Remove the annotation of every op that is not to be quantized, and of tensors that share or derive its range.
 
     Args:
         graph: Annotated by a quantizer.
-        selects: Whether what made a node is to be quantized.
+        selects: Whether the code that created a node is to be quantized.
     """
     _take_all_back(graph, {node for node in graph.nodes if node.op == "call_function" and not selects(node)})
 
@@ -66,7 +66,7 @@ def _is_float(node: fx.Node) -> bool:
 
 
 def other_dtype(node: fx.Node) -> str:
-    """The dtype of a tensor because of which `leave_other_dtypes` left an op float; empty if it did not."""
+    """The dtype of the tensor for which `leave_other_dtypes` left an op float; empty if it did not."""
     return str(node.meta.get(_OTHER, ""))
 
 
@@ -83,7 +83,7 @@ def _take_back(node: fx.Node) -> None:
 
 
 def _depends_on_nothing(node: fx.Node) -> bool:
-    """Whether an annotation wants the range of a tensor that has none any more."""
+    """Whether an annotation refers to the range of a tensor that no longer has one."""
     annotation = node.meta[Q_ANNOTATION_KEY]
     return any(
         _spec_at(where) is None

@@ -1,4 +1,4 @@
-"""The quantizers of ExecuTorch's backends, as they come, for the named targets whose grids they decide on."""
+"""The quantizers of ExecuTorch's backends, unchanged, for named targets whose grids they determine."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from qat_lightning.settings.recipe import Recipe
 
 
 def _openvino(recipe: Recipe) -> Quantizer:
-    """NNCF's, with one scale for a tensor of activations also in front of depthwise convolutions."""
+    """NNCF's quantizer, with one activation scale per tensor also before depthwise convolutions."""
     from executorch.backends.openvino.quantizer import OpenVINOQuantizer
     from nncf.quantization.advanced_parameters import QuantizationParameters
 
@@ -20,11 +20,11 @@ def _openvino(recipe: Recipe) -> Quantizer:
 
 
 def arm_compile_spec(backend: str, bits: int) -> Any:
-    """What Arm's quantizers and partitioners are told of the target.
+    """The target description for Arm's quantizers and partitioners.
 
     Args:
         backend: ``"tosa"``, ``"ethosu"`` or ``"vgf"``.
-        bits: Of activations, 8 or 16.
+        bits: Number of bits of activations, 8 or 16.
     """
     if backend == "ethosu":
         from executorch.backends.arm.ethosu import EthosUCompileSpec

@@ -1,6 +1,6 @@
-"""Sums that only a softmax or a normalization reads are not rounded in mode pt2e, as in mode fx.
+"""Sums that only a softmax or normalization reads are not rounded in mode pt2e, as in mode fx.
 
-XNNPACK's quantizer rounds every addition, the one of a mask of minus 3e38 to the scores of attention among them.
+XNNPACK's quantizer rounds every addition, including that of a mask of minus 3e38 to attention scores.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _MOVES = MOVES | {"_unsafe_view"}
 
 
 def leave_sums_unrounded(graph: fx.Graph) -> None:
-    """Take the annotations from sums that only float ops read, and from what moves these.
+    """Remove the annotations of sums that only float ops read, and of ops that move these.
 
     Args:
         graph: Annotated by a quantizer; its nodes' meta is changed.

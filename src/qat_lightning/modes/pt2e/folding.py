@@ -1,4 +1,4 @@
-"""BatchNorm that folds into the layer before it: out of the quantizer's sight, and back again."""
+"""BatchNorm that folds into the layer before it: hidden from the quantizer, and restored afterwards."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Folded:
     Attributes:
         layer: The layer.
         batchnorm: The BatchNorm.
-        moves: What brings the layer's outputs to their places before BatchNorm reads them, in order.
+        moves: Ops that move the layer's outputs to their places before BatchNorm reads them, in order.
     """
 
     layer: str
@@ -32,7 +32,7 @@ class Folded:
 
 
 def foldable(graph: fx.Graph, shuffled: list[Shuffled]) -> list[tuple[Shuffled, fx.Node]]:
-    """Layers whose output goes to one BatchNorm with running statistics, and nowhere else."""
+    """Layers whose output is read only by a BatchNorm with running statistics."""
     by_last = {one.last: one for one in shuffled}
     pairs = []
     for batchnorm in graph.find_nodes(op="call_function", target=aten.batch_norm.default):
@@ -46,8 +46,9 @@ def foldable(graph: fx.Graph, shuffled: list[Shuffled]) -> list[tuple[Shuffled, 
         weight = layer.args[1]
         shape = weight.meta["val"].shape if isinstance(weight, fx.Node) else ()
         channels = batchnorm.args[3].meta["val"].shape[0]
-        # Linear puts channels last and BatchNorm normalizes dimension 1, as it does of one sample without a batch; a
-        # grouped transposed convolution has fewer rows than channels.
+        # Linear has channels last, but BatchNorm normalizes dimension 1, also for one sample without a batch; a grouped
+        # transposed
+        # convolution has fewer weight rows than channels.
         if layer.meta["val"].dim() != len(shape):
             continue
         if not shape or shape[CHANNEL_AXIS[layer.target]] != channels * found.phases:
@@ -57,9 +58,9 @@ def foldable(graph: fx.Graph, shuffled: list[Shuffled]) -> list[tuple[Shuffled, 
 
 
 def give_biases(graph_module: fx.GraphModule, pairs: list[tuple[Shuffled, fx.Node]]) -> None:
-    """Give layers without a bias one of zeros where a BatchNorm folds into them, for the quantizer to annotate.
+    """Give layers without a bias a zero bias if a BatchNorm folds into them, for the quantizer to annotate.
 
-    A folded BatchNorm leaves a bias in every layer, which a runtime may want on a grid as well.
+    Folding a BatchNorm leaves a bias in every layer, which a runtime may need on a grid as well.
     """
     for found, batchnorm in pairs:
         layer = found.convolution
@@ -80,7 +81,7 @@ def give_biases(graph_module: fx.GraphModule, pairs: list[tuple[Shuffled, fx.Nod
 
 
 def folded_pairs(pairs: list[tuple[Shuffled, fx.Node]]) -> list[Folded]:
-    """The names of what `foldable` found, once the quantizer has made no more nodes."""
+    """The names of nodes found by `foldable`, after the quantizer has added its nodes."""
     return [
         Folded(found.convolution.name, batchnorm.name, tuple(move.name for move in found.moves))
         for found, batchnorm in pairs
@@ -88,10 +89,10 @@ def folded_pairs(pairs: list[tuple[Shuffled, fx.Node]]) -> list[Folded]:
 
 
 def bypass(pairs: list[tuple[Shuffled, fx.Node]]) -> list[tuple[Any, ...]]:
-    """Connect each layer to what follows its BatchNorm, which is not there for as long as the quantizer looks.
+    """Connect each layer to the readers of its BatchNorm, which is thus hidden from the quantizer.
 
     Returns:
-        What `undo_bypass` puts back: the arguments of each BatchNorm, and the node that it stood behind.
+        State for `undo_bypass`: the arguments of each BatchNorm, and the node before it.
     """
     taken = []
     for found, batchnorm in pairs:
@@ -104,7 +105,7 @@ def bypass(pairs: list[tuple[Shuffled, fx.Node]]) -> list[tuple[Any, ...]]:
 
 
 def undo_bypass(pairs: list[tuple[Shuffled, fx.Node]], taken: list[tuple[Any, ...]]) -> None:
-    """Put BatchNorm back, and move what was annotated for the layer's output to BatchNorm's."""
+    """Restore BatchNorm, and move annotations of the layer's output to BatchNorm's."""
     for (found, batchnorm), (args, before) in reversed(list(zip(pairs, taken, strict=True))):
         last = found.last
         before.append(batchnorm)
@@ -121,7 +122,7 @@ def undo_bypass(pairs: list[tuple[Shuffled, fx.Node]], taken: list[tuple[Any, ..
 
 
 def rename_in_annotations(graph: fx.Graph, old: fx.Node, new: fx.Node, *, of_users: bool = True) -> None:
-    """Make annotations that speak of the output of ``old`` speak of that of ``new``."""
+    """Make annotations that refer to the output of ``old`` refer to that of ``new``."""
 
     def moved(where: Any) -> Any:
         if where is old:

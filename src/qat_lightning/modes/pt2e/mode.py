@@ -1,4 +1,4 @@
-"""PT2 export mode: the whole network as one graph of aten ops, annotated by the backend's own quantizer."""
+"""PT2 export mode: the whole network as one graph of aten ops, annotated by the backend's quantizer."""
 
 from __future__ import annotations
 
@@ -46,10 +46,10 @@ _ELSEWHERE = {
     "xnnpack": ("the phone's kernels", ""),
     "tensorrt": ("the GPU's kernels", "; export it as ONNX, from which TensorRT builds its engine"),
 }
-"""The backends whose kernels are on another machine: whose these are, and how the network gets there."""
+"""Backends whose kernels run on another machine: a description of them, and how the network gets there."""
 
 _OTHERS = ("the target's kernels", "; hand qat.quantized's graph, or export='exported_program', to its toolchain")
-"""Likewise for a quantizer of the user's."""
+"""Likewise for a user's quantizer."""
 
 
 class Pt2eMode:
@@ -134,7 +134,7 @@ class Pt2eMode:
         return [*rows, *report(lambda: pt2e_operations(state, prepared, example, layers))]
 
     def parts(self, prepared: nn.Module) -> list[str]:
-        """See `Mode.parts`: layers; the ops between them are float in the decomposed graph already."""
+        """See `Mode.parts`: layers only; ops between them are float in the decomposed graph already."""
         plan: Plan = prepared_state(prepared).plan
         ran = [
             prepared.get_submodule(plan.weights[node.name]) for node in plan.graph.nodes if node.name in plan.weights
@@ -148,10 +148,10 @@ class Pt2eMode:
 
 
 def _refuse_spectral_norm(network: nn.Module) -> None:
-    """Refuse a parametrization that writes over its buffers in training only, which one graph cannot.
+    """Raise an error for a parametrization that updates its buffers in training only, which one graph cannot do.
 
     Raises:
-        TraceError: There is one; the message names the layers.
+        TraceError: There is such a parametrization; the message names the layers.
     """
     layers = [
         name.partition(".parametrizations.")[0]

@@ -1,4 +1,4 @@
-"""The prepared network of mode pt2e: a graph, called like the network that it was captured from."""
+"""The prepared network of mode pt2e: a graph that is called like the captured network."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ _OURS = (GraphPart, FakeQuantize, DerivedFakeQuantize)
 class ExportedNetwork(GraphNetwork):
     """A captured network with fake-quant, which trains and evaluates as the float network does.
 
-    Its submodules are of the float network's classes and hold its parameters, but only those that the graph calls can
-    be called.
+    Its submodules have the float network's classes and hold its parameters, but only those that the graph calls can be
+    called.
 
     Args:
-        root: The tree of modules; used up.
-        graph: What runs: tensors in, a flat tuple out.
-        spec: How it is called.
+        root: The tree of modules; modified.
+        graph: The graph to run: tensors in, a flat tuple out.
+        spec: Its signature.
     """
 
     spec: CallSpec
@@ -38,14 +38,14 @@ class ExportedNetwork(GraphNetwork):
         called = {id(module) for node in nodes if (module := self._modules_by(str(node.target))) is not None}
         inside = {id(part) for module in self.modules() if id(module) in called for part in module.modules()}
         for name, module in self.named_modules():
-            # Parametrizations are called by whoever looks at the weight that they compute.
+            # Parametrizations are called whenever the weight that they compute is read.
             ours = (
                 module is self
                 or isinstance(module, (GraphPart, FakeQuantize, DerivedFakeQuantize))
                 or "parametrizations" in name
             )
             if not ours and id(module) not in inside:
-                # On the instance: the class is still the user's, for whoever asks which layers are there.
+                # On the instance: the class stays the user's, for code that checks types of layers.
                 module.__dict__["forward"] = refuse_call
 
     def _modules_by(self, name: str) -> nn.Module | None:
@@ -55,7 +55,7 @@ class ExportedNetwork(GraphNetwork):
             return None  # a tensor
 
     def set_graph(self, graph: fx.Graph) -> None:
-        """Run ``graph``, which takes and returns flat tensors, on the inputs of the network it was captured from."""
+        """Run ``graph``, which takes and returns flat tensors, on the inputs of the captured network."""
         spec, run = self.__dict__["spec"], compile_graph(with_relus_in_roundings(self, graph))
 
         def call(holder: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -66,5 +66,5 @@ class ExportedNetwork(GraphNetwork):
 
 
 def refuse_call(*args: Any, **kwargs: Any) -> Any:
-    """Stands in for the ``forward`` of a module that was merged into the graph."""
+    """Replaces the ``forward`` of a module that was merged into the graph."""
     return GraphPart().forward(*args, **kwargs)

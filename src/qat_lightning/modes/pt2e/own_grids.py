@@ -1,9 +1,9 @@
-"""The grids that a quantizer asks for, as FakeQuantizes of ours: for quantizers that are not set to our scheme.
+"""The grids that a quantizer requests, as our FakeQuantizes: for quantizers that do not follow our scheme.
 
-A quantizer speaks in specs: integers, their limits, symmetric or affine, per tensor or per channel, shared, fixed or
-derived. All of that is kept. What observes is not: ranges of activations move, freeze and are verified as ever, ranges
-of weights are those of the present weights, and there is one formula for scale and zero point. So it does not matter
-whether a quantizer was made for QAT.
+A quantizer describes grids by specs: integers, their limits, symmetric or affine, per tensor or per channel, shared,
+fixed or derived. All of that is kept, except the observers: ranges of activations are observed, frozen and verified as
+in all modes, ranges of weights are those of the present weights, and there is one formula for scale and zero point. So
+it does not matter whether a quantizer was made for QAT.
 """
 
 from __future__ import annotations
@@ -35,25 +35,25 @@ from qat_lightning.numerics.fake_quantize import FakeQuantize
 from qat_lightning.settings.recipe import Recipe
 
 INTEGERS = (torch.int8, torch.uint8, torch.int16)
-"""What values can be rounded to in float32 arithmetic, and runtimes store."""
+"""Integers that float32 arithmetic can round to, and that runtimes store."""
 
 _PER_CHANNEL = (torch.per_channel_affine, torch.per_channel_symmetric)
 _QSCHEMES = (torch.per_tensor_affine, torch.per_tensor_symmetric, *_PER_CHANNEL)
 
 Place = Any
-"""What a spec is for: a node's output, or an edge as (source, user)."""
+"""The place of a spec: a node's output, or an edge as (source, user)."""
 
 
 def take_over(graph: fx.Graph, recipe: Recipe, selects: Callable[[fx.Node], bool]) -> None:
-    """Put our FakeQuantize into every spec of an annotated graph.
+    """Insert our FakeQuantize into every spec of an annotated graph.
 
     Args:
-        graph: As the quantizer annotated it; the annotations are changed.
-        recipe: For observers, and for what the scheme makes coarser.
-        selects: Whether what made a node is to be quantized; what is not loses its annotation.
+        graph: The graph annotated by the quantizer; the annotations are changed.
+        recipe: Recipe with the observers, and with settings that make grids coarser.
+        selects: Whether the code that created a node is to be quantized; otherwise the node loses its annotation.
 
     Raises:
-        ConfigurationError: A spec asks for what is not possible; the message names the op.
+        ConfigurationError: A spec requests something unsupported; the message names the op.
     """
     leave_unselected(graph, selects)
     observed = _observed(graph)
@@ -81,7 +81,7 @@ def _places(graph: fx.Graph) -> dict[Place, QuantizationSpecBase]:
 
 
 def _observed(graph: fx.Graph) -> set[Place]:
-    """The places whose values depend on the input, and those that share a range with one of these."""
+    """The places whose values depend on the input, and those that share a range with one of them."""
     depends = set[fx.Node]()
     for node in graph.nodes:
         if node.op == "placeholder" or any(source in depends for source in node.all_input_nodes):
@@ -101,7 +101,7 @@ def _observed(graph: fx.Graph) -> set[Place]:
 
 
 def _ours(spec: Any, place: Place, constant: bool, recipe: Recipe) -> Any:
-    """A spec with our FakeQuantize in the place of its observer."""
+    """A spec with our FakeQuantize instead of its observer."""
     if spec is None or isinstance(spec, SharedQuantizationSpec):
         return spec
     if isinstance(spec, DerivedQuantizationSpec):
@@ -153,7 +153,7 @@ def _check_observed(spec: QuantizationSpec, place: Place, constant: bool, recipe
 
 
 def _limits(spec: Any) -> dict[str, int]:
-    """The smallest and the largest integer: as given, or all of the dtype."""
+    """The smallest and largest integer: as specified, or those of the dtype."""
     info = torch.iinfo(spec.dtype)
     return {
         "quant_min": info.min if spec.quant_min is None else spec.quant_min,
@@ -162,7 +162,7 @@ def _limits(spec: Any) -> dict[str, int]:
 
 
 def _narrowed(spec: QuantizationSpec, constant: bool, recipe: Recipe) -> QuantizationSpec:
-    """With our FakeQuantize, on a grid that the scheme may make coarser and never finer."""
+    """A spec with our FakeQuantize, on a grid that the scheme can only make coarser."""
     scheme, limits = recipe.scheme, _limits(spec)
     qscheme = spec.qscheme if spec.qscheme is not None else torch.per_tensor_affine
     bits = scheme.weight_bits if constant else scheme.activation_bits
@@ -185,10 +185,10 @@ def _narrowed(spec: QuantizationSpec, constant: bool, recipe: Recipe) -> Quantiz
 
 
 def own_modules(prepared: fx.GraphModule, recipe: Recipe) -> None:
-    """Put modules of ours in the place of upstream's observers of fixed and of derived grids.
+    """Replace upstream's observers of fixed and derived grids by our modules.
 
     Raises:
-        ConfigurationError: The quantizer put in an observer of its own, besides its annotations.
+        ConfigurationError: The quantizer inserted its own observer, besides its annotations.
     """
     ours: dict[int, FakeQuantize] = {}
     observers = {name: module for name, module in prepared._modules.items() if isinstance(module, ObserverBase)}

@@ -1,4 +1,4 @@
-"""Convolutions padded by name, in an exported graph: the same with numbers, which quantizers have rules for."""
+"""Convolutions padded by name, in an exported graph: rewritten with numbers, which quantizers have rules for."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _BY_NAME = {
 
 
 def pad_by_numbers(graph: fx.Graph) -> None:
-    """Write ``padding="same"`` and ``"valid"`` as numbers; an even kernel's odd zero goes behind the input by itself.
+    """Write ``padding="same"`` and ``"valid"`` as numbers; the extra zero of an even kernel becomes a separate padding.
 
     Args:
-        graph: As exported, with the shapes of the example in its nodes; changed in place.
+        graph: An exported graph, with the example's shapes in its nodes; changed in place.
     """
     for node in list(graph.nodes):
         if node.op != "call_function" or node.target not in _BY_NAME:

@@ -1,4 +1,4 @@
-"""The quantizer of a recipe: upstream's for a built-in backend, set to the recipe's scheme, or one of the user's."""
+"""The quantizer of a recipe: upstream's for a built-in backend, configured by the scheme, or the user's own."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from qat_lightning.settings.recipe import Recipe
 
 
 def make_quantizer(recipe: Recipe) -> Quantizer:
-    """The quantizer of the recipe's backend: built in, set to the recipe's scheme, or the user's own.
+    """The quantizer of the recipe's backend: built-in and configured by the recipe's scheme, or the user's own.
 
     Raises:
-        ConfigurationError: One that is not built in cannot be made.
+        ConfigurationError: A user's quantizer cannot be created.
     """
     if recipe.quantizer is not None:
         return own_quantizer(recipe.quantizer)
@@ -33,21 +33,22 @@ def make_quantizer(recipe: Recipe) -> Quantizer:
         from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import XNNPACKQuantizer
 
         xnnpack = XNNPACKQuantizer()
-        # The patterns with BatchNorm never match here, and to build them is an export each.
+        # Patterns with BatchNorm never match here, and building each of them needs an export.
         xnnpack.SUPPORTED_PATTERNS = [p for p in xnnpack.SUPPORTED_PATTERNS if "_bn" not in p.name]
         xnnpack.set_global(make_config(recipe))
         return xnnpack
     from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import X86InductorQuantizer
 
-    # Also for TensorRT, whose kernels as well take a residual add and an activation with a convolution.
+    # Also for TensorRT, whose kernels also fuse a residual addition and an activation with a convolution.
     return X86InductorQuantizer().set_global(make_config(recipe))
 
 
 def own_quantizer(source: QuantizerSource) -> Quantizer:
-    """Make a quantizer that is not built in, anew each time: quantizers remember the graphs that they annotated.
+    """Create a user's quantizer, a new one each time: quantizers remember the graphs that they annotated.
 
     Raises:
-        ConfigurationError: It cannot be made, or is no PT2E quantizer; the message says why and what to give instead.
+        ConfigurationError: It cannot be created, or is not a PT2E quantizer; the message says why, and what to pass
+            instead.
     """
     if source.made is not None:
         made = _copy_of(source)
@@ -78,7 +79,7 @@ def _copy_of(source: QuantizerSource) -> Any:
 
 
 def _build(path: str, arguments: Mapping[str, Any]) -> Any:
-    """Call what a path names, the mappings with ``_target_`` among its arguments built first."""
+    """Call the object at a path, after instantiating mappings with ``_target_`` among its arguments."""
     factory = imported(path)
     given = {name: _built(value) for name, value in arguments.items()}
     try:
@@ -103,7 +104,7 @@ def _built(value: Any) -> Any:
 
 
 def make_config(recipe: Recipe) -> QuantizationConfig:
-    """The recipe as upstream's quantizers want it, with our FakeQuantize."""
+    """The recipe in the form of upstream's quantizers, with our FakeQuantize."""
     scheme = recipe.scheme
     activation_low, activation_high = recipe.activation_limits
     weight_low, weight_high = recipe.weight_limits
@@ -118,7 +119,7 @@ def make_config(recipe: Recipe) -> QuantizationConfig:
         dtype=torch.int8,
         quant_min=weight_low,
         quant_max=weight_high,
-        # The quantizers refuse affine weights, which are simulated only and never reach their converter.
+        # The quantizers refuse affine weights, which are only simulated and never reach their converter.
         qscheme=torch.per_channel_symmetric if scheme.per_channel else torch.per_tensor_symmetric,
         ch_axis=0 if scheme.per_channel else None,
         observer_or_fake_quant_ctr=Constructor(
@@ -127,14 +128,14 @@ def make_config(recipe: Recipe) -> QuantizationConfig:
             **weight_settings(recipe),
         ),
     )
-    # Not is_qat: that asks for the patterns with BatchNorm, which is not there when the quantizer looks.
+    # Not is_qat: it enables the patterns with BatchNorm, which is hidden from the quantizer.
     return QuantizationConfig(activation, activation, weight, None, is_qat=False)
 
 
 class Constructor:
-    """Makes a FakeQuantize from a QuantizationSpec, as upstream's ``Observer.with_args`` does.
+    """Creates a FakeQuantize from a QuantizationSpec, like upstream's ``Observer.with_args``.
 
-    Upstream passes ``ch_axis`` only to what has "PerChannel" in its name.
+    Upstream passes ``ch_axis`` only to classes with "PerChannel" in their names.
     """
 
     def __init__(self, name: str, **fixed: Any) -> None:
@@ -142,7 +143,7 @@ class Constructor:
         self.fixed = fixed
 
     def with_args(self, **given: Any) -> functools.partial[FakeQuantize]:
-        """A factory of what the spec's fields and the fixed arguments make."""
+        """A factory for the spec's fields and the fixed arguments."""
         return functools.partial(FakeQuantize, **(given | self.fixed))
 
 
@@ -152,11 +153,11 @@ _KNOWN = {
     "tensorrt": _KNOWN_TO_X86.format(""),
     "xnnpack": "Conv1d, Conv2d, ConvTranspose, Linear, add, mul, cat, adaptive_avg_pool2d and reshaping between them",
 }
-"""What each quantizer has rules for, in words."""
+"""The rules of each quantizer in words."""
 
 
 def known_rules(recipe: Recipe, quantizer: Quantizer) -> str:
-    """What a quantizer has rules for, in words."""
+    """The rules of a quantizer in words."""
     name = type(quantizer).__name__
     return (
         f"{name} knows {_KNOWN[recipe.backend]}"

@@ -1,4 +1,4 @@
-"""After a quantizer has rewritten the graph: the network's own names again, and no sizes that are looked up."""
+"""Repairing a graph that a quantizer has traced again: original names, and no symbolic sizes."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ def tensors_by_identity(graph_module: fx.GraphModule) -> dict[int, tuple[str, Te
 
 
 def restore(graph_module: fx.GraphModule, known: dict[int, tuple[str, Tensor]]) -> None:
-    """Give the tensors their names back, read them before all else, and take sizes from the inputs.
+    """Restore the names of the tensors, read them first, and take sizes from the inputs.
 
-    Quantizers may trace the graph anew. That calls the parameters ``_param_constant0`` and so on, and writes the symbol
-    of the batch where the size of a tensor stood. Some refuse graphs in which a size is looked up.
+    Quantizers may trace the graph again. That renames the parameters to ``_param_constant0`` and so on, and replaces
+    the size of a tensor by the symbol of the batch size. Some quantizers refuse graphs that query sizes.
 
     Args:
-        graph_module: What the quantizer's ``transform_for_annotation`` returned; changed in place.
-        known: `tensors_by_identity` of the graph before.
+        graph_module: The result of the quantizer's ``transform_for_annotation``; changed in place.
+        known: Result of `tensors_by_identity` for the graph before.
 
     Raises:
-        NetworkError: A size is computed in a way that the graph no longer holds.
+        NetworkError: A size is computed in a way that the graph no longer contains.
     """
     graph = graph_module.graph
     for node in graph.find_nodes(op="get_attr"):
@@ -70,7 +70,7 @@ def _attach(root: nn.Module, name: str, value: Tensor) -> None:
 
 
 def _read_first(graph: fx.Graph) -> None:
-    """Put what reads a tensor in front, where captured graphs have it."""
+    """Move nodes that read a tensor to the front, as in captured graphs."""
     first = next(iter(graph.nodes))
     for node in graph.find_nodes(op="get_attr"):
         if node is not first:
@@ -78,11 +78,11 @@ def _read_first(graph: fx.Graph) -> None:
 
 
 def _take_sizes_from_inputs(graph: fx.Graph) -> None:
-    """Write -1 for the one size that a reshape does not know, and ask an input for all others."""
+    """Write -1 for the single unknown size of a reshape, and query an input for all others."""
     inputs = _Inputs(graph)
     for node in list(graph.nodes):
         if node.target in (*_RESHAPES, aten.expand.default):
-            # As the trace found it, with numbers for all that the example decides.
+            # As traced, with numbers for all sizes that the example determines.
             shape = [_number(size) for size in node.meta["val"].shape]
             known = node.args[0].meta["val"].shape if node.target is aten.expand.default else ()
             unknown = [position for position, size in enumerate(shape) if isinstance(size, torch.SymInt)]
@@ -107,7 +107,7 @@ def _number(size: Any) -> Any:
 
 
 class _Inputs:
-    """The symbols that are sizes of inputs, and the nodes that ask for them, made when they are needed."""
+    """The symbols for sizes of inputs, and the nodes that query them, created on demand."""
 
     def __init__(self, graph: fx.Graph) -> None:
         self.graph, self.last = graph, graph.find_nodes(op="placeholder")[-1]
@@ -120,7 +120,7 @@ class _Inputs:
                     self.sizes.setdefault(str(size.node.expr), (node, dim))
 
     def asked(self, argument: Any) -> Any:
-        """An argument with a node, or a number, for each symbol in it."""
+        """An argument with each symbol replaced by a node or a number."""
         if isinstance(argument, (list, tuple)):
             return type(argument)(self.asked(inner) for inner in argument)
         if not isinstance(argument, torch.SymInt):
@@ -144,9 +144,9 @@ class _Inputs:
 
 @contextmanager
 def shown_channels_last(graph: fx.Graph) -> Iterator[None]:
-    """Within the block, images are said to have channels last in memory, as a runtime will have them.
+    """Within the block, images are marked as channels-last in memory, as a runtime will have them.
 
-    Quantizers look at the layout of what was traced, which is of no account to the values that are trained.
+    Quantizers check the memory format of the trace, which does not affect the values in training.
     """
     shown = {}
     for node in graph.nodes:

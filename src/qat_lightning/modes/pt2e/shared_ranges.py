@@ -1,9 +1,8 @@
-"""One range for several tensors, observed once a batch.
+"""One range for several tensors, observed once per batch.
 
 Upstream's quantizers let tensors share a range where a kernel needs it (the inputs of a concatenation, both sides of a
-pooling), and then every call of the shared FakeQuantize moves the average. So the narrower output of a
-pooling pulls the range of its input down, and a concatenation gets the mean of its inputs' ranges where it needs their
-union.
+pooling). Every call of the shared FakeQuantize would then update the average: the narrower output of a pooling would
+shrink the range of its input, and a concatenation would get the mean of its inputs' ranges instead of their union.
 """
 
 from __future__ import annotations
@@ -20,11 +19,11 @@ from qat_lightning.numerics.fake_quantize import FakeQuantize
 aten = torch.ops.aten
 
 _WITHIN_RANGE = frozenset(overload for row in OPERATORS if row.within_range for overload in row.overloads)
-"""Ops whose output is never outside the range of their inputs and 0."""
+"""Ops whose output is always within the range of their inputs and 0."""
 
 
 def observe_once(root: nn.Module, graph: fx.Graph) -> None:
-    """Make every shared FakeQuantize of a training graph observe once a batch; the modules are added to ``root``."""
+    """Make every shared FakeQuantize of a training graph observe once per batch; modules are added to ``root``."""
     calls: dict[str, list[fx.Node]] = {}
     for node in graph.find_nodes(op="call_module"):
         fq = root.get_submodule(str(node.target))
@@ -45,14 +44,14 @@ def observe_once(root: nn.Module, graph: fx.Graph) -> None:
 
 
 def _observe_union(root: nn.Module, graph: fx.Graph, target: str, sources: list[fx.Node]) -> None:
-    """Observe where the last of the tensors is there; those before are rounded with the range of a batch ago."""
+    """Observe after the last of the tensors; the earlier ones are rounded with the range of the batch before."""
     _add(root, f"{target}_union", UnionObserver)
     with graph.inserting_before(sources[-1]):
         graph.call_module(f"{target}_union", tuple(node.args[0] for node in sources))
 
 
 def _is_within(node: Any, target: str) -> bool:
-    """Whether a tensor is made of what this FakeQuantize rounded, and has no wider range."""
+    """Whether a tensor consists of values that this FakeQuantize rounded, and has no wider range."""
     if node.op == "call_module" and node.target == target:
         return True
     if node.op != "call_function" or node.target not in _WITHIN_RANGE:

@@ -1,7 +1,7 @@
 """The graph that trains: the prepared one, with BatchNorm, dropout and folded weights as modules with flags.
 
-Conversion needs the graph as upstream prepared it, and training one in which `train` and `eval` work as in any
-module. Both run against the same modules, parameters and buffers, under the names of the float network.
+Conversion needs the graph from upstream's prepare, and training needs one in which `train` and `eval` work as in any
+module. Both use the same modules, parameters and buffers, under the names of the float network.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ aten = torch.ops.aten
 
 
 _ROUNDS = (FakeQuantize, DerivedFakeQuantize)
-"""What preparation puts into a graph."""
+"""Ops that preparation inserts into a graph."""
 
 
 class FoldedWeight(nn.Module):
     """Rounds the weight of a layer as it will be with BatchNorm folded in.
 
     Args:
-        fq: The weight's FakeQuantize, which sees the folded weight.
-        eps: BatchNorm's.
-        axis: Dimension of the weight that counts output channels.
+        fq: The weight's FakeQuantize; it gets the folded weight.
+        eps: ``eps`` of the BatchNorm.
+        axis: Output channel dimension of the weight.
     """
 
     def __init__(self, fq: FakeQuantize, eps: float, axis: int) -> None:
@@ -54,7 +54,7 @@ class FoldedWeight(nn.Module):
         self.axis = axis
 
     def forward(self, weight: Tensor, gamma: Tensor | None, running_var: Tensor) -> Tensor:
-        """The rounded weight, unfolded again."""
+        """The rounded weight, divided by the folding factor."""
         factor = for_each_row(fold_factor(gamma, running_var, self.eps), weight, self.axis)
         return fake_quantize_folded(weight, factor, self.__dict__["fq"], axis=self.axis)
 
@@ -62,11 +62,11 @@ class FoldedWeight(nn.Module):
 class FoldedBias(nn.Module):
     """Rounds the bias of a layer as it will be with BatchNorm folded in.
 
-    In training BatchNorm takes the mean of the batch away again, and with it what rounding adds to all of a channel.
+    In training, BatchNorm subtracts the mean of the batch, and with it the rounding error that is common to a channel.
 
     Args:
-        derived: Of the bias, which sees the folded one.
-        eps: BatchNorm's.
+        derived: The FakeQuantize of the bias; it gets the folded bias.
+        eps: ``eps`` of the BatchNorm.
     """
 
     def __init__(self, derived: DerivedFakeQuantize, eps: float) -> None:
@@ -77,7 +77,7 @@ class FoldedBias(nn.Module):
     def forward(
         self, bias: Tensor, gamma: Tensor | None, beta: Tensor | None, running_mean: Tensor, running_var: Tensor
     ) -> Tensor:
-        """The bias that BatchNorm turns into the rounded one; it has the gradient of the bias."""
+        """The bias that BatchNorm maps to the rounded one; gradients are those of the bias."""
         with torch.no_grad():
             factor = fold_factor(gamma, running_var, self.eps)
             shifted = folded_bias(bias, running_mean, factor, beta)
@@ -87,10 +87,10 @@ class FoldedBias(nn.Module):
 
 
 class TrainingOnly(nn.Module):
-    """An op that is told by an argument whether it trains, and is told its module's flag.
+    """An op with an argument for training mode, which is replaced by the module's flag.
 
     Args:
-        op: Such as ``aten.dropout.default``.
+        op: An op such as ``aten.dropout.default``.
         argument: Position of the argument.
         in_eval: Its value in evaluation.
     """
@@ -117,14 +117,14 @@ class TrainingOnly(nn.Module):
 
 @dataclass
 class Plan(HoldsGraphs):
-    """What conversion needs of preparation.
+    """Data of the preparation that conversion needs.
 
     Attributes:
-        graph: The graph as upstream prepared it.
-        meta: Its graph module's ``meta``, which upstream's convert reads.
+        graph: The graph from upstream's prepare.
+        meta: Its graph module's ``meta``, read by upstream's convert.
         folded: Layers and their BatchNorms.
-        weights: The name of each weighted op's FakeQuantize for its weight.
-        spec: How the network is called.
+        weights: For each weighted op, the name of its weight's FakeQuantize.
+        spec: Signature of the network.
     """
 
     graph: fx.Graph
@@ -135,14 +135,14 @@ class Plan(HoldsGraphs):
 
 
 def adopt(network: nn.Module, prepared: fx.GraphModule) -> nn.Module:
-    """A copy of ``network``'s tree, sharing its tensors, with what was added in preparation.
+    """A copy of ``network``'s tree that shares its tensors, with the modules that preparation added.
 
-    All names of the float network survive, also of what its graph does not use. The FakeQuantizes go into a child
-    ``fake_quantize``, under the name of what they round.
+    All names of the float network stay, also of modules that the graph does not use. FakeQuantizes go into a child
+    ``fake_quantize``, under the name of the rounded tensor.
 
     Args:
         network: The float network.
-        prepared: Its captured graph with FakeQuantize; its graph is changed to the new names.
+        prepared: Its captured graph with FakeQuantize; the graph is changed to the new names.
     """
     root = share(network)
     make_batchnorm_freezable(root)
@@ -155,7 +155,7 @@ def adopt(network: nn.Module, prepared: fx.GraphModule) -> nn.Module:
             if id(fq) not in names:
                 leaf = node.args[0].name
                 while hasattr(holder, leaf):
-                    leaf += "_"  # such as the result of x.to(...), which no module can be called
+                    leaf += "_"  # such as the result of x.to(...), which is no valid name of a module
                 names[id(fq)] = f"{child}.{leaf}"
                 holder.add_module(leaf, fq)
             node.target = names[id(fq)]
@@ -165,7 +165,7 @@ def adopt(network: nn.Module, prepared: fx.GraphModule) -> nn.Module:
 
 
 def share(network: nn.Module) -> nn.Module:
-    """The same tree of modules of the same classes, with the same parameters and buffers in it."""
+    """The same tree of modules with the same classes, parameters and buffers."""
     copies: dict[int, nn.Module] = {}
 
     def twin(module: nn.Module) -> nn.Module:
@@ -185,7 +185,7 @@ def share(network: nn.Module) -> nn.Module:
 
 
 def _adopt_attribute(root: nn.Module, prepared: fx.GraphModule, target: str) -> None:
-    """Take over a constant or a subgraph that export or the quantizer made."""
+    """Take over a constant or a subgraph that export or the quantizer created."""
     holder: Any = root
     source: Any = prepared
     *path, leaf = target.split(".")
@@ -200,18 +200,18 @@ def _adopt_attribute(root: nn.Module, prepared: fx.GraphModule, target: str) -> 
     if isinstance(value, nn.Module):
         holder.add_module(leaf, value)
     else:
-        # Not a part of the state: it is made anew whenever the network is prepared.
+        # Not part of the state: it is created in every preparation.
         holder.register_buffer(leaf, value, persistent=False)
 
 
 def weight_quantizers(root: nn.Module, graph: fx.Graph) -> dict[str, str]:
-    """The name of the FakeQuantize of each weighted op's weight, by the name of its node."""
+    """For each weighted op, by node name, the name of its weight's FakeQuantize."""
     found = {node.name: weight_quantizer(root, node) for node in graph.nodes}
     return {name: str(quantizer.target) for name, quantizer in found.items() if quantizer is not None}
 
 
 def weight_quantizer(root: nn.Module, node: fx.Node) -> fx.Node | None:
-    """The node of the FakeQuantize on the weight of a weighted op, if it has one."""
+    """The node of the FakeQuantize of a weighted op's weight, if it has one."""
     if node.op != "call_function" or node.target not in CHANNEL_AXIS:
         return None
     source = node.args[1]
@@ -221,7 +221,7 @@ def weight_quantizer(root: nn.Module, node: fx.Node) -> fx.Node | None:
 
 
 def training_graph(root: nn.Module, plan: Plan) -> fx.Graph:
-    """Derive the graph that trains from the prepared one; the modules it needs are added to ``root``."""
+    """Derive the graph that trains from the prepared one; modules that it needs are added to ``root``."""
     graph = copy.deepcopy(plan.graph)
     nodes = {node.name: node for node in graph.nodes}
     for pair in plan.folded:
@@ -258,7 +258,7 @@ def _fold_weight(root: nn.Module, graph: fx.Graph, layer: fx.Node, batchnorm: fx
 
 
 def _fold_bias(root: nn.Module, layer: fx.Node, bias: fx.Node, batchnorm: fx.Node) -> None:
-    """What kernels add is the bias with BatchNorm's shift folded in, and that is what is rounded."""
+    """Round the bias with BatchNorm's shift folded in, because that is what kernels add."""
     derived: Any = root.get_submodule(str(bias.target))
     name = f"{bias.target}_folded"
     _put(root, name, FoldedBias(derived, float(batchnorm.args[7])))  # type: ignore[arg-type]
@@ -269,7 +269,7 @@ def _fold_bias(root: nn.Module, layer: fx.Node, bias: fx.Node, batchnorm: fx.Nod
 
 
 def _own_batchnorm(root: nn.Module, node: fx.Node) -> None:
-    """Call the network's own BatchNorm where it is one, else a module in the scope that calls ``F.batch_norm``."""
+    """Call the network's own BatchNorm module if there is one, otherwise a module that calls ``F.batch_norm``."""
     input, weight, bias, mean, var, _, momentum, eps, _ = node.args
     name = scope_of(node)
     module = _submodule(root, name)
@@ -290,7 +290,7 @@ def _own_training_flag(root: nn.Module, node: fx.Node) -> None:
     name = scope_of(node)
     module = _submodule(root, name)
     if isinstance(module, _DropoutNd) and type(module).__module__ == _DropoutNd.__module__:
-        module.inplace = False  # its output may go to several places now
+        module.inplace = False  # its output may have several readers now
         _call_instead(node, name, (node.args[0],))
         return
     target = _put_in_scope(root, node, TrainingOnly(node.target, argument, in_eval))
@@ -298,7 +298,7 @@ def _own_training_flag(root: nn.Module, node: fx.Node) -> None:
 
 
 def _count_batches(root: nn.Module, graph: fx.Graph) -> None:
-    """Leave the counting of batches to the BatchNorms that count themselves, and gate the rest."""
+    """Remove the counting of batches for BatchNorms that count themselves, and make the rest follow a flag."""
     called = {str(node.target) for node in graph.nodes if node.op == "call_module"}
     for node in graph.find_nodes(op="call_function", target=aten.add_.Tensor):
         counter = node.args[0]
@@ -313,7 +313,7 @@ def _count_batches(root: nn.Module, graph: fx.Graph) -> None:
 
 
 def _follow_device(graph: fx.Graph) -> None:
-    """Make what the graph creates on the device of its input, where it was traced on the CPU."""
+    """Create tensors on the device of the input instead of the CPU, where the graph was traced."""
     placeholders = graph.find_nodes(op="placeholder")
     created = [node for node in graph.nodes if node.op == "call_function" and node.kwargs.get("device") is not None]
     if not created or not placeholders:
@@ -332,7 +332,7 @@ def _submodule(root: nn.Module, name: str) -> Any:
 
 
 def _is_attribute(node: Any, root: nn.Module, module: nn.Module, key: str) -> bool:
-    """Whether ``node`` is the tensor ``module.key``, under whatever name."""
+    """Whether ``node`` reads the tensor ``module.key``, under any of its names."""
     own = getattr(module, key)
     if not isinstance(node, fx.Node):
         return own is None
@@ -348,7 +348,7 @@ def _put(root: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def _put_in_scope(root: nn.Module, node: fx.Node, module: nn.Module) -> str:
-    """Add a module to the one whose forward made ``node``, so that it follows that module's flags."""
+    """Add a module to the one whose forward created ``node``, so that it follows that module's flags."""
     scope = scope_of(node) if _submodule(root, scope_of(node)) is not None else ""
     name = f"{scope}.{node.name}_op" if scope else f"{node.name}_op"
     if _submodule(root, name) is not None:

@@ -1,4 +1,4 @@
-"""Transposed convolutions in an exported graph: the convolution that stands for each, which x86's quantizer has."""
+"""Transposed convolutions in an exported graph, replaced by plain ones, which x86's quantizer supports."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ _MOVES: dict[str, Any] = {
     "flatten": aten.flatten.using_ints,
 }
 _ANY_LAYOUT = {aten.view.default: aten.reshape.default, aten._unsafe_view.default: aten.reshape.default}
-"""What a trace with one layout of memory makes of ``reshape``, and what holds for a parameter of any layout."""
+"""What a trace in one memory format makes of ``reshape``, and an op that works for a parameter in any format."""
 
 _END = torch.iinfo(torch.int64).max
 
 
 @dataclass(frozen=True)
 class Shuffled:
-    """What was put in the place of a transposed convolution.
+    """The replacement of a transposed convolution.
 
     Attributes:
         convolution: Its channels are the phases of each channel of the transposed one, side by side.
-        moves: What brings its outputs to their places, in order; empty where they are there.
-        phases: How many channels of it there are for one of the transposed one.
+        moves: Ops that move its outputs to their places, in order; may be empty.
+        phases: Number of its channels per channel of the transposed one.
     """
 
     convolution: fx.Node
@@ -45,20 +45,20 @@ class Shuffled:
 
     @property
     def last(self) -> fx.Node:
-        """The node whose value is that of the transposed convolution."""
+        """The node with the value of the transposed convolution."""
         return (self.convolution, *self.moves)[-1]
 
 
 def write_as_convolutions(graph: fx.Graph, selects: Callable[[fx.Node], bool]) -> list[Shuffled]:
-    """Put the convolution and the moves that stand for them in the place of transposed convolutions.
+    """Replace transposed convolutions by plain ones and ops that move their outputs.
 
     Args:
-        graph: As exported, with the shapes of the example in its nodes; changed in place.
-        selects: Whether what made a node is to be quantized.
+        graph: An exported graph, with the example's shapes in its nodes; changed in place.
+        selects: Whether the code that created a node is to be quantized.
 
     Returns:
-        What was put there. One sample without a batch has its channels elsewhere, and a weight that depends on the
-        network's input has no fixed grid: these stay as they are.
+        The replacements. Layers are not replaced if their input is one sample without a batch, whose channel dimension
+        differs, or if their weight depends on the network's input and so has no fixed grid.
     """
     return [
         _write(graph, node)
@@ -116,7 +116,7 @@ def _write(graph: fx.Graph, node: fx.Node) -> Shuffled:
 
 
 def _ops(name: str, values: tuple[Any, ...]) -> list[tuple[Any, tuple[Any, ...]]]:
-    """The ops of one of `Subpixel.moves`, and what each takes besides its input."""
+    """The ops of one of `Subpixel.moves`, with their arguments besides the input."""
     if name == "getitem":
         return [
             (aten.slice.Tensor, (dim, kept.start or 0, _END if kept.stop is None else kept.stop))
@@ -128,7 +128,7 @@ def _ops(name: str, values: tuple[Any, ...]) -> list[tuple[Any, tuple[Any, ...]]
 
 
 def _computed(graph: fx.Graph, function: Callable[[Tensor], Tensor], source: fx.Node) -> fx.Node:
-    """What a function makes of a parameter, op by op; the result is named after the parameter."""
+    """Apply a function to a parameter, op by op; the result is named after the parameter."""
     value = source.meta["val"]
     traced = make_fx(lambda parameter: function(parameter))(torch.empty(value.shape, dtype=value.dtype))
     (given,) = traced.graph.find_nodes(op="placeholder")
@@ -145,7 +145,7 @@ def _computed(graph: fx.Graph, function: Callable[[Tensor], Tensor], source: fx.
 def _call(
     graph: fx.Graph, like: fx.Node, target: Any, args: Any, kwargs: Any = None, name: str | None = None
 ) -> fx.Node:
-    """Add an op, with its shape, to the module that made another node."""
+    """Add an op, with its shape, in the module that created another node."""
     new = graph.create_node("call_function", target, args, kwargs or {}, name=name)
     new.meta = {key: value for key, value in like.meta.items() if key not in ("source_fn_stack", "torch_fn", "val")}
     values = fx.node.map_arg((new.args, new.kwargs), lambda node: node.meta["val"])

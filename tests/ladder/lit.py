@@ -54,6 +54,18 @@ class Data(LightningDataModule):
         return DataLoader(self.sets["test"], self.batch_size)
 
 
+class Block(nn.Module):
+    """Two convolutions beside a shortcut."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = x + self.second(torch.relu(self.first(x)))
+        return found
+
+
 class Lit(LightningModule):
     """Convolutions, and an accuracy that is worked out when the validation ends."""
 
@@ -91,9 +103,17 @@ class Lit(LightningModule):
         return torch.optim.Adam(self.parameters(), 0.01)
 
 
-def trained(epochs: int = 2) -> tuple[Lit, Data]:
+class LitBlock(Lit):
+    """With a residual block in the middle."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net.insert(3, Block())
+
+
+def trained(epochs: int = 2, of: type[Lit] = Lit) -> tuple[Lit, Data]:
     """A float network, the same each time."""
     seed_everything(0, verbose=False)
-    model, data = Lit(), Data()
+    model, data = of(), Data()
     CPU(max_epochs=epochs, limit_val_batches=0, **QUIET).fit(model, datamodule=data)
     return model, data

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import pytest
@@ -11,10 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qat_lightning import Scheme, Target
+from qat_lightning.errors import ConfigurationError
 from qat_lightning.ladder.choice import Attempt, Step, expected_minutes, nearest, next_step, to_go_on_from
 from qat_lightning.ladder.judgement import Drop
 from qat_lightning.ladder.plan import Plan
-from qat_lightning.ladder.rungs import RUNGS, Known
+from qat_lightning.ladder.rungs import RUNGS, Known, rungs_of
 from qat_lightning.ladder.timing import quietest
 from qat_lightning.run.evaluate import SPREAD
 
@@ -46,8 +47,8 @@ def test_for_accuracy_observers_recipes_layers_and_trainings_are_tried_in_this_o
     found = names(climbed(Target(max_drop=0.01), lambda step: measured(step, 0.5)))
     assert found == [
         "static", "observer_min_max", "observer_percentile", "observer_histogram_kl", "bias_correction",
-        "equalization", "adaround", "float_1_layers", "float_2_layers", "float_4_layers", "float_8_layers",
-        "qat_short", "qat_long",
+        "equalization", "sequential_mse", "adaround", "float_1_layers", "float_2_layers", "float_4_layers",
+        "float_8_layers", "qat_short", "qat_long",
     ]  # fmt: skip
 
 
@@ -97,6 +98,57 @@ def test_where_weights_have_few_bits_the_worst_layers_get_more() -> None:
     assert Plan.from_dict(json.loads(json.dumps(wide.to_dict()))) == wide
     assert found["qat_short"].scheme.overrides == wide.scheme.overrides
     assert names(attempts).index("wide_8_layers") < names(attempts).index("float_1_layers")
+    assert found["float_1_layers"].scheme.overrides == {"net.1": {"weight_bits": 8}}, "a float layer has no bits"
+    assert not found["float_2_layers"].scheme.overrides
+
+
+def few_bits(helps: Mapping[str, float], scheme: Scheme, known: Known = KNOWN) -> dict[str, Plan]:
+    """The plans of a ladder for accuracy, whose weights have few bits and whose network has blocks."""
+    attempts: list[Attempt] = []
+    known = replace(known, blocks=True)
+    while (step := next_step(attempts, Plan(scheme=scheme), Target(max_drop=0.01), known)) is not None:
+        attempts.append(measured(step, helps.get(step.rung.name, 0.6)))
+    return {attempt.rung: attempt.plan for attempt in attempts}
+
+
+def test_with_few_bits_rounding_is_learned_by_blocks_before_by_layers() -> None:
+    found = few_bits({"static": 0.5}, Scheme(weight_bits=4))
+    order = list(found)
+    first = order.index("sequential_mse")
+    assert order[first : first + 3] == ["sequential_mse", "adaround_blocks", "adaround"]
+    assert (found["adaround_blocks"].adaround, found["adaround_blocks"].adaround_blocks) == (1000, True)
+    assert not found["adaround"].adaround_blocks
+    assert found["adaround_blocks"].words(Plan(scheme=Scheme(weight_bits=4))) == "AdaRound 1000 iterations by blocks"
+    some = few_bits({"static": 0.5}, Scheme(overrides={"net.0": {"weight_bits": 3}, "net.1": "float"}))
+    assert "adaround_blocks" in some
+    assert "adaround_blocks" not in few_bits({"static": 0.5}, Scheme(weight_bits=6))
+    assert "adaround_blocks" not in few_bits({"static": 0.5}, Scheme(weight_bits=4), replace(KNOWN, adaround=0))
+
+
+def test_what_sequential_mse_and_blocks_won_is_kept_and_layers_are_not_tried_then() -> None:
+    found = few_bits({"static": 0.5, "sequential_mse": 0.3, "adaround_blocks": 0.2}, Scheme(weight_bits=4))
+    assert "adaround" not in found
+    wide = found["wide_1_layers"]
+    assert (wide.sequential_mse, wide.adaround_blocks) == (True, True)
+    trained = found["qat_short"]
+    assert (trained.sequential_mse, trained.adaround, trained.adaround_blocks) == (False, 0, False)
+
+
+def test_ranges_of_which_all_is_asked_for_are_not_searched() -> None:
+    whole = {"net.0": {"weight_observer": "min_max"}}
+    assert "sequential_mse" not in few_bits({}, Scheme(weight_observer="min_max"))
+    assert "sequential_mse" not in few_bits({}, Scheme(weight_bits=4, overrides=whole))
+
+
+def test_a_search_keeps_the_rungs_that_it_began_with() -> None:
+    assert rungs_of([rung.name for rung in RUNGS]) == RUNGS
+    earlier = [rung.name for rung in rungs_of(None)]
+    assert [name for name in (rung.name for rung in RUNGS) if name not in earlier] == [
+        "sequential_mse",
+        "adaround_blocks",
+    ]
+    with pytest.raises(ConfigurationError, match=r"has more rungs \(magic\)"):
+        rungs_of(["static", "magic"])
 
 
 def test_bits_of_each_layer_are_chosen_before_all_layers_get_few() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from lightning.pytorch.loggers import Logger, WandbLogger
 from qat_lightning import Scheme, Target, load_quantized, reach
 from qat_lightning.errors import ConfigurationError
 from qat_lightning.ladder.reached import Reached
-from tests.ladder.lit import CPU, Data, Lit, trained
+from tests.ladder.lit import CPU, Data, Lit, LitBlock, trained
 from tests.sweep.running import offline_runs
 
 COARSE = Scheme(weight_bits=2, weight_granularity="per_tensor")
@@ -137,8 +138,8 @@ def test_the_clock_ends_it_and_says_so(float_run: tuple[Lit, Data], tmp_path: Pa
     found = search(float_run, Target(max_drop=0.0, max_minutes=1e-6), tmp_path / "none", scheme=COARSE)
     assert found.attempts == ()
     assert "minutes are used up" in found.conclusion()
-    slow = Target(max_drop=0.0, max_minutes=0.5)
-    found = search(float_run, slow, tmp_path / "few", scheme=COARSE, short_epochs=100_000, test=False)
+    slow, loss = Target(max_drop=0.0, max_minutes=0.5), {"metric": "val/loss", "test": False}
+    found = search(float_run, slow, tmp_path / "few", scheme=COARSE, short_epochs=100_000, **loss)
     last = found.attempts[-1]
     assert last.rung == "qat_short" or "minutes" in found.why_ended
     assert sum(attempt.minutes for attempt in found.attempts) < 0.6
@@ -173,3 +174,43 @@ def test_a_folder_is_of_one_ladder(float_run: tuple[Lit, Data], tmp_path: Path) 
         search(float_run, Target(max_drop=0.1), tmp_path, resume=True)
     with pytest.raises(ConfigurationError, match=r"\(weights differ\)"):
         reach(CPU, Lit(), Data(), target, folder=tmp_path, resume=True, **QUICK)
+
+
+@pytest.mark.slow
+def test_weights_of_few_bits_are_learned_by_blocks_where_there_are_some(tmp_path: Path) -> None:
+    settings = {"scheme": COARSE, "adaround_iterations": 4, "short_epochs": 0, "metric": "val/loss", "test": False}
+    found = search(trained(of=LitBlock), Target(max_drop=0.0), tmp_path, **settings)
+    rungs = {attempt.rung: attempt for attempt in found.attempts}
+    assert not [attempt.error for attempt in found.attempts if attempt.error]
+    assert list(rungs)[6:9] == ["sequential_mse", "adaround_blocks", "adaround"][: len(rungs) - 6]
+    for name in list(rungs)[6:8]:
+        drop = rungs[name].drop
+        assert drop is not None
+        assert math.isfinite(drop.mean)
+    assert len(rungs) > 6
+
+
+@pytest.mark.slow
+def test_a_search_of_an_earlier_version_goes_on_with_its_own_rungs(float_run: tuple[Lit, Data], tmp_path: Path) -> None:
+    settings = {"scheme": COARSE, "short_epochs": 0, "metric": "val/loss", "test": False}
+    target = Target(max_drop=0.0)
+    search(float_run, Target(max_drop=0.0, max_minutes=1e-6), tmp_path, **settings)
+    as_earlier_versions_wrote(tmp_path)
+    found = search(float_run, target, tmp_path, resume=True, **settings)
+    rungs = [attempt.rung for attempt in found.attempts]
+    assert "bias_correction" in rungs
+    assert not {"sequential_mse", "adaround_blocks"} & {*rungs}
+    as_earlier_versions_wrote(tmp_path)
+    again = search(float_run, target, tmp_path, resume=True, **settings)
+    assert again.attempts == found.attempts
+    assert again.best == found.best
+
+
+def as_earlier_versions_wrote(folder: Path) -> None:
+    """Take out of the files of a search what its first version did not write."""
+    for path in folder.rglob("*.json"):
+        content = json.loads(path.read_text())
+        for settings in (content, content.get("plan", {})):
+            for name in ("rungs", "adaround_blocks", "sequential_mse"):
+                settings.pop(name, None)
+        path.write_text(json.dumps(content))

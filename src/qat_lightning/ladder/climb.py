@@ -23,7 +23,7 @@ from qat_lightning.ladder.parts import Parts
 from qat_lightning.ladder.plan import Plan
 from qat_lightning.ladder.ranking import choose_bits, rank_layers
 from qat_lightning.ladder.reached import Reached
-from qat_lightning.ladder.rungs import Known
+from qat_lightning.ladder.rungs import RUNGS, Known, Rung
 from qat_lightning.ladder.store import Store
 from qat_lightning.ladder.target import Target
 from qat_lightning.ladder.workshop import Standing, Workshop, finite
@@ -79,6 +79,7 @@ class Climb:
         known: What rungs may ask.
         start: The plan of the first rung.
         loggers: Makes the loggers of a rung, by its name.
+        rungs: Those that the search has.
     """
 
     def __init__(
@@ -90,9 +91,10 @@ class Climb:
         known: Known,
         start: Plan,
         loggers: Loggers,
+        rungs: Sequence[Rung] = RUNGS,
     ) -> None:
         self.workshop, self.store, self.floor, self.target = workshop, store, floor, target
-        self.known, self.start, self.loggers = known, start, loggers
+        self.known, self.start, self.loggers, self.rungs = known, start, loggers, rungs
         self.attempts: list[Attempt] = []
         self._why_ended = "Nothing is left to try."
 
@@ -103,7 +105,7 @@ class Climb:
             What was found, without a test.
         """
         clock = Clock(self.target.max_minutes, self._spent())
-        while (step := next_step(self.attempts, self.start, self.target, self.known)) is not None:
+        while (step := self._next()) is not None:
             if step.first:
                 if not self._learn(step, clock):
                     break
@@ -116,6 +118,9 @@ class Climb:
             self.attempts.append(attempt)
             self._report()
         return self._report()
+
+    def _next(self) -> Step | None:
+        return next_step(self.attempts, self.start, self.target, self.known, self.rungs)
 
     def _spent(self) -> float:
         """Minutes of earlier launches, of what they finished."""

@@ -16,7 +16,7 @@ class Plan:
     """How one int8 network is made.
 
     Attributes:
-        mode: As for `qat_lightning.PostTrainingQuantization`, as everything down to ``adaround``.
+        mode: As for `qat_lightning.PostTrainingQuantization`, as everything down to ``sequential_mse``.
         backend: See there.
         kind: See there.
         scheme: See there.
@@ -26,7 +26,9 @@ class Plan:
         smoothquant: See there.
         rotation: See there.
         bias_correction: See there.
-        adaround: Iterations for each layer; 0 to round to the nearest.
+        adaround: Iterations for each layer or block; 0 to round to the nearest.
+        adaround_blocks: Whether AdaRound learns the layers of a block together.
+        sequential_mse: See there.
         epochs: Of quantization-aware training; 0 for none.
         distillation: Whether it learns from the float network as well.
         file: The format of what is shipped, one of `qat_lightning.export.formats.FORMATS`; empty for the int8 network
@@ -48,6 +50,8 @@ class Plan:
     rotation: bool = False
     bias_correction: bool = False
     adaround: int = 0
+    adaround_blocks: bool = False
+    sequential_mse: bool = False
     epochs: int = 0
     distillation: bool = False
     file: str = ""
@@ -60,7 +64,11 @@ class Plan:
         scheme = self.scheme
         if scheme.activation_observer in CALIBRATION_ONLY:
             scheme = replace(scheme, activation_observer="auto")
-        return replace(self, scheme=scheme, bias_correction=False, adaround=0, epochs=epochs, distillation=distillation)
+        return replace(self.without_recipes(), scheme=scheme, epochs=epochs, distillation=distillation)
+
+    def without_recipes(self) -> Plan:
+        """The same without the recipes that need the data of a calibration."""
+        return replace(self, bias_correction=False, adaround=0, adaround_blocks=False, sequential_mse=False)
 
     def words(self, start: Plan | None = None) -> str:
         """What it does, in a line.
@@ -85,6 +93,7 @@ class Plan:
         taught = " from the float network" if self.distillation else ""
         epochs = f"trained {self.epochs} epoch{'' if self.epochs == 1 else 's'}{taught}" if self.epochs else ""
         count = len(self.exclude)
+        by_blocks = " by blocks" if self.adaround_blocks else ""
         parts = (
             f"{self.mode} {self.backend}",
             self.kind,
@@ -95,7 +104,8 @@ class Plan:
             f"SmoothQuant {self.smoothquant:g}" if self.smoothquant is not None else "",
             "rotation" if self.rotation else "",
             "bias correction" if self.bias_correction else "",
-            f"AdaRound {self.adaround} iterations" if self.adaround else "",
+            "sequential MSE" if self.sequential_mse else "",
+            f"AdaRound {self.adaround} iterations{by_blocks}" if self.adaround else "",
             f"{count} layer{'' if count == 1 else 's'} float" if count else "",
             epochs,
             f"as {self.file}" if self.file else "",

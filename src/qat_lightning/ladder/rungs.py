@@ -6,7 +6,7 @@ nothing to change, and is then passed over.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
@@ -15,8 +15,9 @@ from qat_lightning.errors import ConfigurationError, MissingExtraError
 from qat_lightning.export.formats import FORMATS, check_formats
 from qat_lightning.ladder.plan import Plan
 from qat_lightning.ladder.target import LIMITS, Limit
+from qat_lightning.recipes.sequential_mse import clipping
 from qat_lightning.settings.recipe import Kind, Recipe
-from qat_lightning.settings.scheme import ActivationObserver
+from qat_lightning.settings.scheme import ActivationObserver, Scheme
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,8 @@ class Known:
         bits: Overrides of the scheme that give each layer its bits within the size; None while they are not chosen,
             empty where they cannot be.
         distillation: Whether trainings learn from the float network; False once a rung found that they cannot.
-        adaround: Iterations for each layer; 0 to leave AdaRound out.
+        adaround: Iterations for each layer or block; 0 to leave AdaRound out.
+        blocks: Whether the network has blocks whose layers AdaRound can learn together.
     """
 
     epochs: tuple[int, int] = (2, 8)
@@ -39,6 +41,7 @@ class Known:
     bits: Mapping[str, Any] | None = None
     distillation: bool = True
     adaround: int = 1000
+    blocks: bool = False
 
 
 Need = Literal["", "ranking", "bits"]
@@ -93,8 +96,32 @@ def _recipe(plan: Plan, known: Known, **settings: Any) -> Plan | None:
     return None if changed == plan else changed
 
 
+def _sequential_mse(plan: Plan, known: Known) -> Plan | None:
+    """Where the scheme does not ask for the whole range of a weight."""
+    try:
+        clipping(plan.scheme)
+    except ConfigurationError:
+        return None
+    return _recipe(plan, known, sequential_mse=True)
+
+
+def _adaround_by_blocks(plan: Plan, known: Known) -> Plan | None:
+    """Where weights have few bits: a step costs about as much for a block as for its layers one by one."""
+    if not known.adaround or not known.blocks or _fewest_bits(plan.scheme) > _FEW_BITS:
+        return None
+    return _recipe(plan, known, adaround=known.adaround, adaround_blocks=True)
+
+
 def _adaround(plan: Plan, known: Known) -> Plan | None:
-    return _recipe(plan, known, adaround=known.adaround)
+    """Unless the best is learned by blocks."""
+    return None if plan.adaround_blocks else _recipe(plan, known, adaround=known.adaround)
+
+
+def _fewest_bits(scheme: Scheme) -> int:
+    return min([scheme.weight_bits, *(own.weight_bits for _, own in scheme.own())])
+
+
+_FEW_BITS = 4
 
 
 def _wide(plan: Plan, known: Known, *, count: int) -> Plan | None:
@@ -116,7 +143,10 @@ def _left_float(plan: Plan, known: Known, *, count: int) -> Plan | None:
     if plan.epochs or ranking is None or 2 * count > len(ranking):
         return None
     added = [name for name in ranking[:count] if name not in plan.exclude]
-    return replace(plan, exclude=(*plan.exclude, *added)) if added else None
+    if not added:
+        return None
+    overrides = {name: fields for name, fields in (plan.scheme.overrides or {}).items() if name not in added}
+    return replace(plan, exclude=(*plan.exclude, *added), scheme=replace(plan.scheme, overrides=overrides))
 
 
 def _training(plan: Plan, known: Known, *, which: int, distillation: bool = True) -> Plan | None:
@@ -145,7 +175,7 @@ def _weight_only(plan: Plan, known: Known, *, bits: int) -> Plan | None:
     fewer = replace(
         plan.scheme, weight_bits=min(bits, plan.scheme.weight_bits), activation_observer="auto", overrides=None
     )
-    return replace(plan, kind="weight_only", scheme=fewer, bias_correction=False, adaround=0)
+    return replace(plan.without_recipes(), kind="weight_only", scheme=fewer)
 
 
 def _kernels(plan: Plan, known: Known, *, mode: str, backend: str) -> Plan | None:
@@ -188,6 +218,8 @@ RUNGS: tuple[Rung, ...] = (
     Rung("observer_histogram_kl", "drop", _calibrated(_observer, name="histogram_kl")),
     Rung("bias_correction", "drop", _calibrated(_recipe, bias_correction=True)),
     Rung("equalization", "drop", _calibrated(_recipe, equalization="exact")),
+    Rung("sequential_mse", "drop", _calibrated(_sequential_mse)),
+    Rung("adaround_blocks", "drop", _calibrated(_adaround_by_blocks)),
     Rung("adaround", "drop", _calibrated(_adaround)),
     *(Rung(f"wide_{n}_layers", "drop", partial(_wide, count=n), needs="ranking") for n in (1, 2, 4, 8)),
     *(Rung(f"float_{n}_layers", "drop", partial(_left_float, count=n), needs="ranking") for n in (1, 2, 4, 8)),
@@ -199,3 +231,28 @@ RUNGS: tuple[Rung, ...] = (
 """All there are, in the order in which those of one limit are tried: cheap ones first."""
 
 assert {rung.limit for rung in RUNGS} == {None, *LIMITS}
+
+_NOT_IN_EARLIER_SEARCHES = {"sequential_mse", "adaround_blocks"}
+
+
+def rungs_of(names: Collection[str] | None) -> tuple[Rung, ...]:
+    """The rungs of a search, which it keeps when a later version continues it, so that its choice stays the same.
+
+    Args:
+        names: As the folder of the search lists them; None for the folder of a version that did not list them.
+
+    Raises:
+        ConfigurationError: There is no rung of a name.
+
+    Example:
+        >>> [rung.name for rung in rungs_of(["static", "adaround"])]
+        ['static', 'adaround']
+    """
+    if names is None:
+        return tuple(rung for rung in RUNGS if rung.name not in _NOT_IN_EARLIER_SEARCHES)
+    if unknown := sorted({*names} - {rung.name for rung in RUNGS}):
+        raise ConfigurationError(
+            f"The search was started by a version of qat-lightning that has more rungs ({', '.join(unknown)}): "
+            "continue it with that version, or give another folder=."
+        )
+    return tuple(rung for rung in RUNGS if rung.name in names)

@@ -25,10 +25,11 @@ from qat_lightning.ladder.clock import Clock
 from qat_lightning.ladder.parts import validate_parts, validate_whole
 from qat_lightning.ladder.plan import Plan, PostTrainingKind
 from qat_lightning.ladder.reached import Reached
-from qat_lightning.ladder.rungs import Known
+from qat_lightning.ladder.rungs import RUNGS, Known, rungs_of
 from qat_lightning.ladder.store import FLOAT_WEIGHTS, Store, digest_of
 from qat_lightning.ladder.target import Target
 from qat_lightning.ladder.workshop import Making, TrainerFactory, Workshop
+from qat_lightning.recipes.blocks import found_blocks
 from qat_lightning.rehearsal.rehearse import OnFault
 from qat_lightning.run.app import close
 from qat_lightning.run.evaluate import logged_behind, write_summary
@@ -73,9 +74,10 @@ def reach(
     """Find the int8 network that keeps a target, from the cheapest way to the dearest.
 
     Static ranges from a few batches come first. Then the limit that is missed says what is next: fewer bits for the
-    size, other kernels and other runtimes for the speed, and for accuracy observers, corrected biases, equalization and
-    AdaRound, the most sensitive layers left float, a short and a long quantization-aware training that learns from the
-    float network. What helped is kept in what comes next, and the first that keeps all limits ends the search.
+    size, other kernels and other runtimes for the speed, and for accuracy observers, corrected biases, equalization,
+    sequential MSE and AdaRound, the most sensitive layers left float, a short and a long quantization-aware training
+    that learns from the float network. What helped is kept in what comes next, and the first that keeps all limits
+    ends the search.
 
     Each network is judged as it is shipped: saved, loaded again and validated by the LightningModule's own metric, in
     parts of the validation data and paired with the float network (`qat_lightning.ladder.judgement`). Test data is
@@ -111,7 +113,8 @@ def reach(
         short_epochs: Of the short training; 0 for none.
         long_epochs: Of the long training; 0 for none.
         distillation: Let trainings learn from the float network's scores of classes; False for other outputs.
-        adaround_iterations: For each layer; 0 to leave AdaRound out. Of what needs no training it takes longest.
+        adaround_iterations: For each layer or block; 0 to leave AdaRound out. Of what needs no training it takes
+            longest.
         files: The formats that may be shipped, of `qat_lightning.export.formats.FORMATS`; those whose packages are
             installed are tried where speed is missed.
         loggers: Makes the loggers of a rung by its name, so that each is a run of its own: for W&B ``lambda rung:
@@ -170,17 +173,26 @@ def reach(
         "making": {key: repr(value) for key, value in vars(making).items()},
         "metric": [metric, larger_is_better],
         "limits": {k: v for k, v in dataclasses.asdict(target).items() if k != "max_minutes"},
-        "known": json.loads(json.dumps(vars(known))),
+        "known": _asked(known),
     }
-    store.begin(identity, resume=resume)
+    usual = {"plan": Plan().to_dict(), "known": _asked(Known())}
+    rungs = rungs_of(store.begin(identity, [rung.name for rung in RUNGS], resume=resume, usual=usual))
+    known = dataclasses.replace(known, blocks=bool(found_blocks(workshop.network)))
     make_loggers: Loggers = loggers or (lambda rung: [])
     with without_banners():
         floor = _floor(workshop, store, make_loggers, (metric, larger_is_better))
-        climb = Climb(workshop, store, floor, target, known, start, make_loggers)
+        climb = Climb(workshop, store, floor, target, known, start, make_loggers, rungs)
         reached = climb.go()
         console().print(reached.table())
         console().print(Text(reached.conclusion(), style="bold" if reached.kept else "red"), soft_wrap=True)
         return dataclasses.replace(reached, metrics=climb.test(reached)) if test else reached
+
+
+def _asked(known: Known) -> dict[str, Any]:
+    """The settings among what rungs may ask; the rest is found in the network."""
+    values: dict[str, Any] = json.loads(json.dumps(vars(known)))
+    del values["blocks"]
+    return values
 
 
 _BANNERS = ("GPU available", "TPU available", "HPU available", "💡 Tip", "`Trainer(limit_val_batches=1)`")

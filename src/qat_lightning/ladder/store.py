@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +32,19 @@ class Store:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def begin(self, identity: Mapping[str, Any], *, resume: bool) -> None:
+    def begin(
+        self, identity: Mapping[str, Any], rungs: Sequence[str], *, resume: bool, usual: Mapping[str, Any]
+    ) -> list[str] | None:
         """Say what the folder is about, or check that it is about that.
+
+        Args:
+            identity: What it is about.
+            rungs: The names of those that a new search has.
+            resume: Whether a search may be in it already.
+            usual: Defaults of settings, laid out as in ``identity``, for a folder of a version that did not have them.
+
+        Returns:
+            The names of the rungs of the search in the folder; None where that lists none, as earlier versions did.
 
         Raises:
             ConfigurationError: A ladder is in it and ``resume`` was not asked for, or it is about something else.
@@ -41,19 +52,21 @@ class Store:
         path = self.folder / IDENTITY
         if not path.is_file():
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_json(path, dict(identity))
-            return
+            write_json(path, {**identity, "rungs": list(rungs)})
+            return list(rungs)
         if not resume:
             raise ConfigurationError(
                 f"{self.folder} already holds a search: resume=True continues it, and another folder= starts a new one."
             )
-        was = read_json(path)
+        was = _filled(read_json(path), usual)
+        listed: list[str] | None = was.pop("rungs", None)
         others = sorted(key for key in {*was, *identity} if was.get(key) != identity.get(key))
         if others:
             raise ConfigurationError(
                 f"The search in {self.folder} has other settings ({', '.join(others)} differ): resume=True needs the "
                 "same network, data and settings; otherwise give another folder=."
             )
+        return listed
 
     def read(self, name: str) -> dict[str, Any] | None:
         """What is known under a name; None if it is not."""
@@ -69,6 +82,13 @@ class Store:
     def rung(self, name: str) -> Path:
         """The folder of a rung."""
         return self.folder / "rungs" / name
+
+
+def _filled(given: Mapping[str, Any], usual: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested settings, with the usual value for each that is not given."""
+    filled = {**usual, **given}
+    inner = {key: value for key, value in usual.items() if isinstance(value, Mapping) and key in given}
+    return filled | {key: _filled(given[key], value) for key, value in inner.items()}
 
 
 def digest_of(model: LightningModule) -> str:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.loggers import Logger
@@ -185,11 +185,13 @@ class Workshop:
         }
 
     def _calibration(self, plan: Plan) -> QuantizationCallback:
+        blocks: Literal["none", "auto"] = "auto" if plan.adaround_blocks else "none"
         return PostTrainingQuantization(
             **self._common(plan),
             calibration_batches=self.making.calibration_batches,
             bias_correction=plan.bias_correction,
-            adaround=AdaRound(iterations=plan.adaround) if plan.adaround else None,
+            adaround=AdaRound(plan.adaround, blocks=blocks) if plan.adaround else None,
+            sequential_mse=plan.sequential_mse,
         )
 
     def _training(self, plan: Plan) -> QuantizationCallback:

@@ -1,4 +1,4 @@
-"""The file of an int8 network."""
+"""The file format of int8 networks."""
 
 from qat_lightning.artifact.read import load_quantized, quantized_from_bytes
 from qat_lightning.artifact.write import artifact_bytes, artifact_size_mb, save_quantized

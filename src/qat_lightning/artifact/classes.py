@@ -1,8 +1,8 @@
-"""Containers of a network's own classes in a file: by the name of the class, which is found or stood in for.
+"""Containers of custom classes in a file: stored by class name, and found or substituted when loading.
 
-A file may name any class. It is looked for where the code is that the one who loads has chosen: in the modules of the
-network that was given, and among the outputs of Hugging Face's transformers, if that is installed. Nothing else is
-imported or called; what is not found there is a `qat_lightning.graph.structures.Record`, which has the same keys.
+A file may name any class. Loading searches only code that the user has chosen: the modules of the network that was
+passed, and the outputs of Hugging Face's transformers, if that is installed. Nothing else is imported or called. A
+class that is not found is replaced by `qat_lightning.graph.structures.Record`, which has the same keys.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _TRANSFORMERS = re.compile(r"transformers\.(modeling_outputs|models\.[a-z0-9_]+\
 
 
 def is_own_container(value: Any) -> bool:
-    """Whether a value is a container of another class than Python's own."""
+    """Whether a value is a container of a class other than Python's own."""
     cls = type(value)
     return is_record(cls) or is_namedtuple(cls) or (isinstance(value, dict) and cls not in _PLAIN)
 
@@ -35,21 +35,21 @@ _PLAIN = (dict, OrderedDict, immutable_dict)
 
 
 def encode_class(cls: Any) -> dict[str, Any]:
-    """The name of a dataclass, of a named tuple or of a subclass of dict, and how it is made."""
+    """The name of a dataclass, named tuple or subclass of dict, and how it is constructed."""
     form = "fields" if is_record(cls) else "tuple" if is_namedtuple(cls) else "mapping"
     fields = made_of(cls) if form == "fields" else cls._fields if form == "tuple" else ()
     return {"module": cls.__module__, "name": cls.__qualname__, "form": form, "fields": list(fields)}
 
 
 def maker_of(data: Any, network: nn.Module | None) -> Callable[..., Any]:
-    """What makes a container: of fields by name, of all fields in order, or of pairs of keys and values.
+    """The function that constructs a container: from fields by name, from all fields in order, or from key-value pairs.
 
     Args:
-        data: What `encode_class` made.
-        network: The float network, if it was given.
+        data: Result of `encode_class`.
+        network: The float network, if it was passed.
 
     Raises:
-        ArtifactError: It is not what `encode_class` makes.
+        ArtifactError: The data is not a result of `encode_class`.
     """
     module, name, form = data["module"], data["name"], data["form"]
     fields = tuple(identifier(field) for field in data["fields"])
@@ -73,7 +73,7 @@ def encode_container(value: Any, items: Iterable[tuple[Any, Any]], special: Spec
     Args:
         value: The container.
         items: Keys, or names of fields, and values.
-        special: For what is inside, as `encode` takes it.
+        special: Encodes the values inside, as for `encode`.
     """
     pairs = [[encode(key), encode(part, special)] for key, part in items]
     return {"container": {"class": encode_class(type(value)), "items": pairs}}
@@ -83,7 +83,7 @@ def decode_container(data: dict[str, Any], special: SpecialTag, network: nn.Modu
     """Undo `encode_container`.
 
     Raises:
-        ArtifactError: It is not what `encode_container` makes.
+        ArtifactError: The data is not a result of `encode_container`.
     """
     maker = maker_of(data["class"], network)
     items = [(decode(key), decode(part, special)) for key, part in data["items"]]

@@ -1,4 +1,4 @@
-"""What the file of an int8 network is: a zip of a description in JSON and of tensors, with a digest of both."""
+"""The container of an int8 network: a zip of a JSON description and of tensors, with a digest of both."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 FORMAT = 2
-"""The newest that this release reads: 2 has tensors with two values in a byte (`tensors.TensorWriter.packs`)."""
+"""The newest format that this release reads; format 2 has tensors with two values per byte (`TensorWriter.packs`)."""
 
 PLAIN_FORMAT = 1
-"""What a file without such tensors is written as, which every release reads."""
+"""The format of a file without such tensors, which every release reads."""
 
 DESCRIPTION = "network.json"
 TENSORS = "tensors.bin"
 
 
 def digest(description: dict[str, Any], data: bytes) -> str:
-    """Of all that the file says, so that a value that was changed later is not taken for a trained one.
+    """Digest of everything in the file, which detects values that were changed later.
 
-    It keeps out damage and not an attacker, who can write it anew: what runs is on lists all the same.
+    It detects damage, but not an attacker, who can compute a new one; so loading still uses only allow-lists.
     """
     said = {key: value for key, value in description.items() if key != "digest"}
     hashed = hashlib.sha256(json.dumps(said, sort_keys=True, separators=(",", ":")).encode())
@@ -29,7 +29,7 @@ def digest(description: dict[str, Any], data: bytes) -> str:
 
 
 def own_version() -> str:
-    """The version of this package, as installed."""
+    """The installed version of this package."""
     try:
         return version("qat-lightning")
     except PackageNotFoundError:

@@ -1,7 +1,7 @@
-"""What Python code does beside computing, which is gone from a recording of its kernels.
+"""Side effects of Python code, which a recording of its kernels would omit.
 
-While a call is recorded, each function that it calls is looked at. Printing, clocks, files and chance are seen by where
-a function is from; what is written to an object by comparing its `Surroundings` before with what is there afterwards.
+While a call is recorded, each Python function that it calls is checked. Printing, clocks, files and randomness are
+detected by the module of the function; writes to objects by comparing `Surroundings` before and after the call.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ _HARMLESS = words(
     weakref
     """
 )
-"""Modules whose functions only compute, or change what `Surroundings` compares."""
+"""Modules whose functions only compute, or change only what `Surroundings` compares."""
 _ACTS = frozenset({"print", "input", "open", "exec", "eval", "compile", "breakpoint", "setattr", "delattr"})
-"""Functions among the builtins that do more."""
+"""Builtin functions that do more than compute."""
 _CHANCE = "torch.random"
-"""The module that sets and forks the state of chance."""
+"""The module that sets and forks random states."""
 _ITERATORS: tuple[Any, ...] = (types.GeneratorType, type(iter([])), type(iter(())), type(iter({})), zip, enumerate)
 _VALUES = (
     *PLAIN,
@@ -45,14 +45,14 @@ _VALUES = (
     types.MappingProxyType,
     *_ITERATORS,
 )
-"""Types whose methods change nothing but the value itself, which `Surroundings` compares where it outlives the call."""
+"""Types whose methods only change the value itself, which `Surroundings` compares if it outlives the call."""
 
 
 class Watched:
-    """Looks at each function that is called in this thread until the ``with`` ends.
+    """Checks each function that is called in this thread within a ``with`` block.
 
     Args:
-        around: What is compared afterwards; it comes to hold what the functions reach.
+        around: The surroundings that are compared afterwards; extended by what the functions reach.
 
     Attributes:
         acts: The first function that does more than compute; empty if there was none.
@@ -97,7 +97,7 @@ def _home(frame: types.FrameType) -> str:
 
 
 def _asks(frame: types.FrameType) -> str:
-    """The module that a function of the standard library works for."""
+    """The module on whose behalf a function of the standard library runs."""
     above: types.FrameType | None = frame
     while above is not None and is_standard(_home(above)):
         above = above.f_back

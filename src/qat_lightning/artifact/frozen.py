@@ -1,8 +1,8 @@
-"""An int8 network without the Python between its kernels: recordings that it makes of itself when called again.
+"""Running an int8 network without Python between its kernels, by recordings of repeated calls.
 
-Int8 kernels are so quick that what Python does between them takes longer than they do. A recording (`Recording`) runs
-the same kernels on the same packed weights without it. It is of one form of inputs (structure, shapes, strides, dtypes
-and plain values), so that nothing that forward decides by these is fixed for others.
+Int8 kernels are so fast that the Python code between them takes longer than they do. A recording (`Recording`) runs the
+same kernels on the same packed weights without it. It is valid for one form of inputs (structure, shapes, strides,
+dtypes and plain values), so decisions of forward that depend on these stay correct.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from qat_lightning.artifact.recording import Recording
 from qat_lightning.artifact.surroundings import Surroundings
 
 CALLS_BEFORE = 4
-"""How many calls of a form run as they are: who calls a few times pays for no recording."""
+"""Number of calls of a form that run unrecorded: for a few calls a recording is not worthwhile."""
 _FORMS = 4
-"""Of how many forms recordings are kept; each but the first has packed weights of its own."""
+"""Number of forms with recordings; each but the first has packed weights of its own."""
 _COUNTED = 64
-"""Of how many forms calls are counted at a time."""
+"""Number of forms whose calls are counted at a time."""
 _CHANGES = 8
-"""After how many changes of what it depends on a network is recorded no more."""
+"""Number of changes to its surroundings after which a network is no longer recorded."""
 _PLAIN = (bool, int, float, str, type(None))
 
 Frozen = Callable[..., Any]
@@ -39,7 +39,7 @@ Frozen = Callable[..., Any]
 
 @dataclass(frozen=True)
 class _Kept:
-    """A recording, and what it holds for."""
+    """A recording, and the state that it is valid for."""
 
     frozen: Frozen
     network: Callable[[], nn.Module | None]
@@ -50,11 +50,11 @@ class _Kept:
 
 
 class FrozenCalls:
-    """Decides for each call of a network whether a recording runs in its place, and makes the recordings.
+    """Decides for each call of a network whether a recording runs instead, and creates the recordings.
 
-    A recording is kept if it gives the same bits, on the inputs of the call and on others. It is left out wherever
-    something looks at the network or changes it: a hook on a module, an attribute that was set, a weight that was
-    written to, another network, a tracer or compiler, a debugger or profiler of Python, a mode of torch's, autocast.
+    A recording is kept if it returns the same bits, on the inputs of the call and on others. It is not used while
+    anything observes or changes the network: a hook on a module, an attribute that was set, a weight that was written
+    to, another network, a tracer or compiler, a Python debugger or profiler, a torch mode, autocast.
     """
 
     def __init__(self) -> None:
@@ -72,11 +72,11 @@ class FrozenCalls:
         return FrozenCalls()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Likewise what comes out of a pickle."""
+        """An unpickled copy makes its own recordings, too."""
         return FrozenCalls, ()
 
     def run(self, network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The outputs of ``network``, from a recording where there is one."""
+        """The outputs of ``network``, from a recording if there is one."""
         if not self._can or self._changes > _CHANGES or getattr(network, "is_one_kernel", False) or _is_watched():
             return network(*args, **kwargs)
         leaves, key = _form(args, kwargs)
@@ -102,7 +102,7 @@ class FrozenCalls:
         return calls > CALLS_BEFORE
 
     def _recorded(self, network: nn.Module, key: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The outputs of a call, which is recorded unless another thread is at it."""
+        """The outputs of a call, which is recorded unless another thread is recording."""
         if not self._recording.acquire(blocking=False):
             return network(*args, **kwargs)
         try:
@@ -121,7 +121,7 @@ class FrozenCalls:
             result = network(*args, **kwargs)
         self._seen.pop(key, None)
         writes = leaves != list(map(id, pytree.tree_leaves((args, kwargs)))) or not around.are_as_they_were()
-        if not around.complete:  # a hook may be gone some day
+        if not around.complete:  # a hook may be removed later
             self._changes += 1
         elif watched.acts or writes:
             self._can = False
@@ -141,16 +141,16 @@ def freeze(
     *,
     shares: bool = True,
 ) -> Frozen | None:
-    """A recording of a network for inputs of one form, called with their tensors; None if there can be none.
+    """Record a network for inputs of one form; the result is called with their tensors. None if it cannot be recorded.
 
     Args:
-        network: What it is of; a call of it does nothing but compute.
-        args: A call of it.
-        kwargs: Likewise.
-        result: What that call gives.
-        around: What the network holds; it comes to hold the tensors that the recording reads.
+        network: The network; a call of it only computes.
+        args: Positional inputs of a call.
+        kwargs: Keyword inputs of the call.
+        result: The result of that call.
+        around: The surroundings of the network; extended by the tensors that the recording reads.
         shares: Whether it runs on the network's own packed weights, and not on copies. oneDNN prepares a kernel for the
-            shape that packed weights are first used with, and takes longer for every other.
+            shape that packed weights are first used with, and is slower for every other shape.
 
     Returns:
         The recording.
@@ -158,7 +158,7 @@ def freeze(
     leaves, spec = pytree.tree_flatten((args, kwargs))
     results, structure = pytree.tree_flatten(result)
     if not all(leaf is None or isinstance(leaf, Tensor) for leaf in results):
-        return None  # a number or an object would be that of this one call
+        return None  # a number or an object would be fixed to that of this call
     given = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
     computed = [place for place, leaf in enumerate(results) if isinstance(leaf, Tensor)]
 
@@ -190,7 +190,7 @@ def freeze(
 
 
 def _outside_of_inference_mode(frozen: Callable[..., list[Tensor]]) -> Callable[..., list[Tensor]]:
-    """A recording whose tensors autograd can use, as those that the wrappers of eager int8 layers give always can."""
+    """Make a recording return tensors that autograd can use, as the wrappers of eager int8 layers always do."""
 
     def replay(*tensors: Tensor) -> list[Tensor]:
         with torch.inference_mode(False), torch.no_grad():
@@ -200,13 +200,13 @@ def _outside_of_inference_mode(frozen: Callable[..., list[Tensor]]) -> Callable[
 
 
 def _pack_anew(network: nn.Module) -> None:
-    """Give a network packed weights that no kernel was prepared for yet, in the place of its own."""
+    """Replace a network's packed weights by new ones, for which no kernel was prepared yet."""
     for module in network.modules():
         for name, value in list(vars(module).items()):
             if is_packed(value):
                 try:
                     vars(module)[name] = copy.deepcopy(value)
-                except RuntimeError:  # QNNPACK's convolutions of three dimensions do not give their weights back
+                except RuntimeError:  # QNNPACK's 3-d convolutions do not return their weights
                     continue
 
 
@@ -222,7 +222,7 @@ def _copies(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 
 def _copy(tensor: Tensor) -> Tensor:
-    """The same values in the same strides, also where memory is left out between them."""
+    """A copy with the same strides, even if they leave gaps in memory."""
     copied = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype).copy_(tensor)
     return copied.requires_grad_(tensor.requires_grad)
 
@@ -234,7 +234,7 @@ def _tensors_copied(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tupl
 
 
 def _others(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """The same values in other places, so that indices stay within what they point into."""
+    """The same values in a different order, so that indices stay valid."""
     return tuple(map(_shuffled, _copies(tensors)))
 
 
@@ -244,21 +244,21 @@ def _shuffled(tensor: Tensor) -> Tensor:
 
 
 def _form(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Tensor], Any]:
-    """The tensors of a call, and what a recording of it is for; None where it is for none."""
+    """The tensors of a call, and the key of its form; None if the call cannot be recorded."""
     modes = torch.is_inference_mode_enabled(), torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled()
-    if len(args) == 1 and not kwargs and type(args[0]) is Tensor:  # as most calls are, and several times quicker
+    if len(args) == 1 and not kwargs and type(args[0]) is Tensor:  # the most common form of call; several times faster
         return [args[0]], (modes, _form_of(args[0])) if _is_ordinary(args[0]) else None
     if not _is_nested(args) or not _is_nested(kwargs):
         return [], None
     leaves, spec = pytree.tree_flatten((args, kwargs))
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     if not tensors or not all(map(_is_ordinary, tensors)) or len(set(map(id, tensors))) < len(tensors):
-        return [], None  # code can ask whether two arguments are one
+        return [], None  # code can check whether two arguments are the same object
     return tensors, (modes, spec, *map(_form_of, leaves))
 
 
 def _is_ordinary(tensor: Tensor) -> bool:
-    """Whether a tensor is values in memory of the CPU, each in a place of its own."""
+    """Whether a tensor is a dense CPU tensor whose elements do not overlap."""
     return not (
         tensor.device.type != "cpu"
         or tensor.layout is not torch.strided
@@ -278,7 +278,7 @@ def _form_of(leaf: Any) -> Any:
 
 
 def _is_nested(value: Any) -> bool:
-    """Whether a value is of tensors and plain values, in tuples, lists and dicts."""
+    """Whether a value consists of tensors and plain values, in tuples, lists and dicts."""
     if type(value) in (tuple, list):
         return all(map(_is_nested, value))
     if type(value) is dict:
@@ -287,7 +287,7 @@ def _is_nested(value: Any) -> bool:
 
 
 def _is_watched() -> bool:
-    """Whether something follows what is computed, and must see every op."""
+    """Whether something observes the computation and has to see every op."""
     return bool(
         torch._C._get_tracing_state()
         or torch._C._len_torch_function_stack()
@@ -300,10 +300,10 @@ def _is_watched() -> bool:
 
 
 def _gives(frozen: Callable[..., list[Tensor]], tensors: tuple[Tensor, ...], wanted: list[Tensor]) -> bool:
-    """Whether a recording gives the same bits, in memory of their own: at first, profiled and optimized."""
+    """Whether a recording returns the same bits in new memory, in its profiling runs and when optimized."""
     runs = [frozen(*_copies(tensors)) for _ in range(3)]
     if any(one.data_ptr() == other.data_ptr() != 0 for one, other in zip(runs[0], runs[1], strict=True)):
-        return False  # a constant, which whoever gets it may write to
+        return False  # a constant, which the caller may write to
     return all(_same_bits(one, other) for run in runs for one, other in zip(wanted, run, strict=True))
 
 

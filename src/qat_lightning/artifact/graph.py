@@ -1,8 +1,8 @@
-"""A graph and its modules as plain data, and back: node by node, from lists of what there may be.
+"""Encoding a graph and its modules as plain data, and decoding it node by node from allow-lists.
 
-Rebuilding a graph ends in generated Python code, so nothing of a file gets into it unchecked: names are plain names,
-functions, methods and attributes are on the lists of `operations`, classes on those of `layers`, and constants are of
-the types of `values`, whose ``repr`` is theirs.
+A decoded graph becomes generated Python code, so everything from a file is checked first: names are plain names,
+functions, methods and attributes are on the lists of `operations`, classes on those of `layers`, and constants have the
+types of `values`, whose ``repr`` is safe.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ _PATH_PART = re.compile(r"[A-Za-z0-9_\-]+")
 
 
 def encode_graph(root: nn.Module, graph: fx.Graph, writing: Writing) -> dict[str, Any]:
-    """Turn a graph, and what it uses of ``root``, into plain data.
+    """Encode a graph, and the modules and tensors that it uses.
 
     Args:
-        root: The module that holds the graph's tensors and modules; what the graph does not use is left out.
-        graph: Of functions, methods, modules, tensors and constants.
-        writing: Collects tensors, and what loading will need.
+        root: The module that holds the graph's tensors and modules; those that the graph does not use are left out.
+        graph: A graph of functions, methods, modules, tensors and constants.
+        writing: Collects tensors, and requirements for loading.
 
     Raises:
-        ArtifactError: A node cannot be held; the message names it.
+        ArtifactError: A node cannot be stored; the message names it.
     """
     if type(graph._codegen) is not CodeGen:
         raise ArtifactError("its inputs are taken apart by generated code, which a file cannot hold")
@@ -72,7 +72,7 @@ def encode_graph(root: nn.Module, graph: fx.Graph, writing: Writing) -> dict[str
 
 
 def _used(root: nn.Module, graph: fx.Graph, writing: Writing) -> dict[str, Any]:
-    """Every module, tensor and constant that the graph uses, by its path."""
+    """All modules, tensors and constants that the graph uses, by path."""
     targets = {str(node.target): node for node in graph.nodes if node.op in ("get_attr", "call_module")}
     called = {path for path, node in targets.items() if node.op == "call_module"}
     used: dict[str, Any] = {}
@@ -97,7 +97,7 @@ def decode_graph(data: dict[str, Any], reading: Reading) -> GraphNetwork:
     """Undo `encode_graph`.
 
     Raises:
-        ArtifactError: The data is not what `encode_graph` makes, or asks for more than ``reading`` allows.
+        ArtifactError: The data is not a result of `encode_graph`, or needs more than ``reading`` allows.
     """
     root = nn.Module()
     loose: dict[str, Any] = {}
@@ -121,7 +121,7 @@ def _decode_nodes(records: list[dict[str, Any]], used: dict[str, Any], reading: 
     done: dict[str, fx.Node] = {}
 
     def special(tag: str, content: Any) -> Any:
-        # No tensors: generated code would hold what is printed of one, and a graph has them as nodes of their own.
+        # Not tensors: generated code would contain their printed form, and in a graph they are nodes anyway.
         return done[content] if tag == "node" else no_tag(tag, content)
 
     for record in records:
@@ -193,7 +193,7 @@ def _is_plain_getattr(args: tuple[Any, ...], trusted: bool) -> bool:
 
 
 def _may_be_read(node: fx.Node, name: str) -> bool:
-    """Whether an attribute is listed, or a field of an argument of the caller's, such as a dataclass."""
+    """Whether an attribute is on the list, or is a field of an input, such as a dataclass."""
     plain = name.isascii() and name.isidentifier() and not keyword.iskeyword(name) and not name.startswith("_")
     return name in operations.ATTRIBUTES or (node.op == "placeholder" and plain and not hasattr(torch.Tensor, name))
 
@@ -235,7 +235,7 @@ def _decode_attribute(data: dict[str, Any], reading: Reading) -> Any:
 
 
 def _put(holder: nn.Module, leaf: str, value: Any, loose: dict[str, Any], path: str) -> None:
-    """Register under a name that nothing has yet: neither another part of the file, nor `nn.Module` itself."""
+    """Register a value under a name that neither another part of the file nor `nn.Module` itself uses."""
     if hasattr(holder, leaf) or hasattr(GraphNetwork, leaf) or leaf in ("graph", "_run"):
         raise ArtifactError(f"it has a part named {path[:80]!r}, but that name is taken")
     if isinstance(value, nn.Parameter):
@@ -249,7 +249,7 @@ def _put(holder: nn.Module, leaf: str, value: Any, loose: dict[str, Any], path: 
 
 
 def _check_inside(root: nn.Module, parent: str, leaf: str) -> None:
-    """Raise unless ``leaf`` is a part of a module that was read before."""
+    """Raise an error unless the parent of ``leaf`` is a module that was read before."""
     try:
         holder = root.get_submodule(parent)
     except AttributeError:
@@ -276,7 +276,7 @@ def _check_path(path: Any) -> None:
 
 
 def encode_signature(signature: inspect.Signature) -> list[list[Any]]:
-    """The parameters of a function: name, kind, and whether one may be left out with which value."""
+    """The parameters of a function: name, kind, and whether there is a default."""
     rows = []
     for parameter in signature.parameters.values():
         row: list[Any] = [parameter.name, parameter.kind.name]
@@ -290,7 +290,7 @@ def _default(value: Any) -> Any:
     try:
         return encode(value)
     except ArtifactError:
-        # Only that there is a default matters: what was captured with it is in the graph.
+        # Only the existence of a default matters: its value was captured in the graph.
         return encode(...)
 
 
@@ -308,11 +308,11 @@ def decode_signature(rows: list[list[Any]]) -> inspect.Signature:
 
 
 class _Leaf:
-    """Stands for a leaf of a structure."""
+    """Placeholder for a leaf of a structure."""
 
 
 def encode_structure(spec: Any) -> Any:
-    """The structure that a `torch.utils._pytree.TreeSpec` describes, as plain data."""
+    """Encode the structure of a `torch.utils._pytree.TreeSpec` as plain data."""
 
     def special(value: Any) -> Any:
         if isinstance(value, _Leaf):
@@ -323,7 +323,7 @@ def encode_structure(spec: Any) -> Any:
 
 
 def _one_level(value: Any) -> list[tuple[Any, Any]]:
-    """Keys and values of a container, in the order in which pytree takes it apart."""
+    """Keys and values of a container, in pytree's order."""
     if is_namedtuple(type(value)):
         return list(zip(value._fields, value, strict=True))
     inner, _ = torch.utils._pytree.SUPPORTED_NODES[type(value)].flatten_fn(value)
@@ -335,7 +335,7 @@ def _one_level(value: Any) -> list[tuple[Any, Any]]:
 
 
 def decode_structure(data: Any, network: nn.Module | None = None) -> Any:
-    """Undo `encode_structure`; upstream's own loader would import what a file names."""
+    """Undo `encode_structure`. Upstream's own loader is not used, because it imports whatever a file names."""
 
     def special(tag: str, content: Any) -> Any:
         if tag == "leaf":

@@ -1,4 +1,4 @@
-"""A layer that a graph calls as plain data: its class by a name on a list, the constructor's arguments, its tensors."""
+"""Encoding a layer that a graph calls: its class by a listed name, the constructor's arguments, and its tensors."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ _FLOAT_FUSED: dict[str, Any] = {
         """
     )
 }
-"""Sequences of float layers in one module, as fusion leaves them where they are not quantized."""
+"""Sequences of float layers in one module, as left by fusion where they are not quantized."""
 _NAMES = {layer: name for name, layer in _CLASSES.items()}
 _INTEGER_LAYERS: dict[str, type[IntegerLayer]] = {
     layer.__name__: layer
@@ -81,7 +81,7 @@ _INTERNALS = frozenset(vars(nn.Module())) | {"training"}
 
 
 def encode_module(module: nn.Module, path: str, writing: Writing) -> dict[str, Any]:
-    """Turn a module into plain data; one whose code no file can hold into its name, its class and its tensors."""
+    """Encode a module; if no file can store its code, only its name, class and tensors are encoded."""
     if not _is_plain(module):
         return _encode_foreign(module, path, writing)
     if is_packed_layer(module):
@@ -154,7 +154,7 @@ def _encode_integer_layer(layer: IntegerLayer, writing: Writing) -> dict[str, An
 def _decode_integer_layer(data: dict[str, Any], reading: Reading) -> nn.Module:
     arguments = {name: decode(value) for name, value in data["arguments"].items()}
     state = _decode_state(data["state"], reading)
-    # Each layer in a layer has tensors of its own in the file: no more are made than there are tensors for.
+    # Layers inside layers have separate tensors in the file: no more layers are created than there are tensors for.
     if type(arguments.get("num_layers", 1)) is not int or arguments.get("num_layers", 1) > len(state):
         raise ArtifactError("it holds a layer that contains other layers where tensors are expected")
     with torch.device("meta"):
@@ -179,16 +179,16 @@ def _decode_integer_layer(data: dict[str, Any], reading: Reading) -> nn.Module:
 
 
 def _is_plain(module: nn.Module) -> bool:
-    """Whether the class alone says what the module does."""
+    """Whether the class alone determines what the module computes."""
     hooks = (module._forward_hooks, module._forward_pre_hooks)
     return not any(hooks) and "forward" not in vars(module)
 
 
 @functools.cache
 def _argument_names(name: str) -> tuple[str, ...]:
-    """The arguments of the constructor of a listed class that say what to make."""
+    """The constructor arguments of a listed class."""
     layer = _CLASSES[name]
-    # The constructors of LSTM and GRU pass on what they get.
+    # The constructors of LSTM and GRU take **kwargs, and pass them on.
     bases: list[Any] = [base for base in layer.__mro__ if issubclass(base, nn.Module)]
     signatures = [inspect.signature(base.__init__) for base in bases]
     found = next((s for s in signatures if not {"args", "kwargs"} <= s.parameters.keys()), signatures[-1])
@@ -200,7 +200,7 @@ def _argument_names(name: str) -> tuple[str, ...]:
 
 
 def _arguments(module: nn.Module) -> dict[str, Any]:
-    """What to construct an equal module with, read from its attributes."""
+    """The arguments to construct an equal module, read from its attributes."""
     arguments: dict[str, Any] = {}
     for name in _argument_names(_NAMES[type(module)]):
         attribute = _OTHER_NAMES.get(name, name)
@@ -217,7 +217,7 @@ def _arguments(module: nn.Module) -> dict[str, Any]:
 
 
 def _empty_prelu(output_scale: float, output_zero_point: int, num_parameters: int = 1) -> nn.Module:
-    """Without its constructor, whose random weight torch 2.9 cannot quantize where no memory is taken."""
+    """A PReLU made without its constructor, whose random weight torch 2.9 cannot quantize on a meta device."""
     module: Any = nnq.PReLU.__new__(nnq.PReLU)
     nn.Module.__init__(module)
     module.scale, module.zero_point, module.num_parameters = output_scale, output_zero_point, num_parameters
@@ -228,7 +228,7 @@ def _construct(layer: type[nn.Module], arguments: dict[str, Any], state: dict[st
     unknown = arguments.keys() - set(_argument_names(_NAMES[layer]))
     if unknown:
         raise ArtifactError(f"{layer.__name__} is not made with {', '.join(map(str, unknown))[:80]}")
-    # On meta no memory is taken for tensors that the state replaces, and no random numbers are drawn.
+    # On meta, no memory is allocated for tensors that the state replaces, and no random numbers are drawn.
     with torch.device("meta"):
         module = _empty_prelu(**arguments) if layer is nnq.PReLU else layer(**arguments)
     if isinstance(module, nnq.PReLU):
@@ -253,7 +253,7 @@ def _decode_layer(data: dict[str, Any], reading: Reading) -> nn.Module:
 
 def _state(module: nn.Module) -> dict[str, Any]:
     state = dict(module.state_dict())
-    # A plain attribute upstream.
+    # Upstream stores it as a plain attribute.
     return state | {"weight": module.weight} if isinstance(module, nnq.PReLU) else state
 
 
@@ -266,7 +266,7 @@ def _decode_state(data: dict[str, Any], reading: Reading) -> dict[str, Any]:
 
 
 def _rebuilds(module: nn.Module) -> bool:
-    """Whether construction gives the same module: nobody has changed an attribute that the constructor derives."""
+    """Whether the constructor creates the same module: no attribute that it derives was changed."""
     try:
         rebuilt = _construct(type(module), _arguments(module), _state(module))
         encode(_arguments(module))

@@ -1,4 +1,4 @@
-"""The network in the file of each mode: a graph for fx and pt2e, a plan and tensors for eager, both by parts."""
+"""Encoding the network of each mode: a graph for fx and pt2e, a plan and tensors for eager, both for parts."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ from qat_lightning.settings.recipe import Recipe
 
 
 def encode_network(network: nn.Module, mode: str, writing: Writing) -> dict[str, Any]:
-    """The int8 network of a mode as plain data.
+    """Encode the int8 network of a mode as plain data.
 
     Raises:
-        ArtifactError: It holds what no file can.
+        ArtifactError: It contains something that no file can store.
     """
     return _CODECS[mode][0](network, writing)
 
 
 def decode_network(data: dict[str, Any], recipe: Recipe, reading: Reading) -> nn.Module:
-    """Undo `encode_network`, inside the engine for which weights are to be packed.
+    """Undo `encode_network`, within the engine for which weights are to be packed.
 
     Raises:
-        ArtifactError: The data is damaged, or asks for more than ``reading`` gives.
+        ArtifactError: The data is damaged, or needs more than ``reading`` provides.
     """
     return _CODECS[recipe.mode][1](data, recipe, reading)
 
@@ -86,7 +86,7 @@ def _encode_pt2e(network: Any, writing: Writing) -> dict[str, Any]:
 
 
 def _decode_pt2e(data: dict[str, Any], recipe: Recipe, reading: Reading) -> nn.Module:
-    # Imported here, so that one mode does not pay for the imports of another.
+    # Imported here, so that each mode is imported only if used.
     from torch.fx import GraphModule
 
     from qat_lightning.graph.signature import CallSpec, Input
@@ -111,7 +111,7 @@ def _encode_eager(network: nn.Module, writing: Writing) -> dict[str, Any]:
     try:
         state = network.state_dict()
     except RuntimeError as error:
-        # QNNPACK packs convolutions of three dimensions, and does not give their weights back.
+        # QNNPACK packs 3-d convolutions, but does not return their weights.
         raise ArtifactError(f"its packed weights cannot be read ({error}): keep Conv3d float with exclude=") from error
     buffers = {name: buffer for name, buffer in network.named_buffers() if name not in state}
     plan = {"class": type(network).__name__, "plan": encode(network.quantization_plan)}
@@ -119,7 +119,7 @@ def _encode_eager(network: nn.Module, writing: Writing) -> dict[str, Any]:
 
 
 def _encode_state(state: Mapping[str, Any], buffers: Mapping[str, Tensor], writing: Writing) -> dict[str, Any]:
-    """The tensors of a network whose code the file does not hold."""
+    """The tensors of a network whose code is not in the file."""
     try:
         return {
             "state": [[name, encode(value, writing.tensors.encode)] for name, value in state.items()],
@@ -130,7 +130,7 @@ def _encode_state(state: Mapping[str, Any], buffers: Mapping[str, Tensor], writi
 
 
 def _given(reading: Reading, cls: str, mode: str, what: str) -> nn.Module:
-    """A copy of the float network, whose code the file does not hold."""
+    """A copy of the float network that was passed, because its code is not in the file."""
     if reading.network is None:
         raise ArtifactError(
             f"mode={mode!r} keeps your Python code{what}, which no file can hold: give the float network, a {cls} as "
@@ -154,7 +154,7 @@ def _decode_eager(data: dict[str, Any], recipe: Recipe, reading: Reading) -> nn.
             f"it was saved from a {kind}, and the network given does not match it. {str(error).removesuffix('.')}"
         ) from error
     saved: Mapping[str, Any] = {name: decode(value, reading.tensors.decode) for name, value in data["state"]}
-    # The network's own dictionary: its versions say how packed weights are laid out.
+    # The network's own dictionary: its versions describe the layout of packed weights.
     state = network.state_dict()
     if state.keys() != saved.keys():
         different = ", ".join(sorted(state.keys() ^ saved.keys())[:8])
@@ -169,7 +169,7 @@ def _decode_eager(data: dict[str, Any], recipe: Recipe, reading: Reading) -> nn.
 
 
 def _load_buffers(network: nn.Module, saved: Any, reading: Reading) -> None:
-    """The buffers that no ``state_dict`` holds."""
+    """Load the buffers that are not in a ``state_dict``."""
     buffers = dict(network.named_buffers())
     for name, value in saved:
         tensor = decode(value, reading.tensors.decode)
@@ -178,7 +178,7 @@ def _load_buffers(network: nn.Module, saved: Any, reading: Reading) -> None:
 
 
 def _encode_parts(network: nn.Module, writing: Writing) -> dict[str, Any]:
-    """The graph of each part, and the tensors of the rest, whose code is the network's own."""
+    """Encode the graph of each part, and the tensors of the rest, whose code is the network's own."""
     from qat_lightning.modes.parts.int8 import rest_of
 
     known = network.__dict__["quantization_parts"]
@@ -211,7 +211,7 @@ def _decode_parts(data: dict[str, Any], recipe: Recipe, reading: Reading) -> nn.
 
 
 def _check_forms(own: Mapping[str, list[int]], forms: Mapping[str, list[int]], kind: str, given: str) -> None:
-    """Refuse a network that has other tensors than the one that was quantized, also where graphs replace them."""
+    """Raise an error for a network with other tensors than the quantized one had, even where graphs replace them."""
     if own.keys() != forms.keys():
         different = ", ".join(sorted(own.keys() ^ forms.keys())[:8])
         raise ArtifactError(f"it was saved from a {kind} that has other tensors than the {given} given: {different}")
@@ -226,4 +226,4 @@ _CODECS: dict[str, tuple[Callable[..., dict[str, Any]], Callable[..., nn.Module]
     "parts": (_encode_parts, _decode_parts),
     "pt2e": (_encode_pt2e, _decode_pt2e),
 }
-"""What writes and what reads the int8 network of each mode."""
+"""The functions that encode and decode the int8 network of each mode."""

@@ -1,7 +1,7 @@
-"""Which operations the file of an int8 network may call: computations on tensors and numbers, by name.
+"""The operations that the file of an int8 network may call: computations on tensors and numbers, by name.
 
-A graph names functions and methods. Only names listed here are looked up, and each does nothing but compute: none
-reads or writes a file, imports, compiles, or changes a setting of the process.
+A graph names functions and methods. Only names listed here are looked up, and each of them only computes: none reads or
+writes a file, imports, compiles, or changes a setting of the process.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ _COMPUTE = words(
     zeros_like
     """
 )
-"""Computations: as functions, as methods and as aten ops, also in place (with ``_`` behind the name)."""
+"""Computations: as functions, methods and aten ops, also in place (with ``_`` appended)."""
 _FUNCTIONS_ONLY = words("tensor as_tensor sym_float sym_int sym_ite sym_max sym_min sym_not sym_sum _assert")
 _METHODS_ONLY = words(
     """
@@ -118,7 +118,7 @@ _OPERATORS = words(
 _MATH = words("ceil floor sqrt trunc log log2 exp prod")
 
 ATTRIBUTES = words("H T device dtype imag is_quantized layout mH mT ndim real shape")
-"""What a graph may read of a tensor with ``getattr``."""
+"""Attributes of a tensor that a graph may read with ``getattr``."""
 METHODS = frozenset(
     name
     for base in _COMPUTE | _METHODS_ONLY
@@ -165,13 +165,13 @@ def _names() -> dict[Callable[..., Any], str]:
 
 
 def name_of(function: Any) -> str:
-    """The name under which a file holds a function of a graph.
+    """The name under which a file stores a function of a graph.
 
     Returns:
-        A name that `function_of` looks up; with a colon in it if only a trusted file may call it.
+        A name for `function_of`; it contains a colon if only a trusted file may call the function.
 
     Raises:
-        ArtifactError: The function cannot be found again by any name.
+        ArtifactError: The function cannot be found by any name.
 
     Example:
         >>> name_of(torch.relu), name_of(torch.ops.aten.relu.default)
@@ -201,7 +201,7 @@ def name_of(function: Any) -> str:
 
 
 def is_allowed(name: str) -> bool:
-    """Whether any file may call the function of this name.
+    """Whether any file may call the function with this name.
 
     Example:
         >>> is_allowed("torch.relu"), is_allowed("os:system"), is_allowed("torch.ops.aten.from_file.default")
@@ -225,7 +225,7 @@ def function_of(name: str, *, trusted: bool = False) -> Callable[..., Any]:
     """Look a function up.
 
     Args:
-        name: As `name_of` gives it.
+        name: Result of `name_of`.
         trusted: Whether functions that are not listed may be imported.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Weights packed for a quantized engine, as plain tensors; reading packs them anew for the engine of that moment."""
+"""Encoding weights packed for a quantized engine as plain tensors; decoding packs them for the current engine."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _LINEAR: dict[str, Any] = {
 _CLASSES: dict[str, Any] = {**_CONVOLUTIONS, **_TRANSPOSED, **_LINEAR}
 _NAMES = {layer: name for name, layer in _CLASSES.items()}
 _SIZES = {"stride": 1, "padding": 0, "dilation": 1}
-"""The sizes of a convolution, and the least that each can be."""
+"""The parameters of a convolution, and the smallest valid value of each."""
 
 
 def is_packed_layer(module: nn.Module) -> bool:
@@ -46,7 +46,7 @@ def is_packed_layer(module: nn.Module) -> bool:
 
 
 def encode_packed_layer(module: Any, tensors: TensorWriter) -> dict[str, Any]:
-    """The layer as its weight, its bias and the numbers that it runs with."""
+    """Encode a layer as its weight, its bias and its numbers."""
     kind = _NAMES[type(module)]
     numbers: dict[str, Any] = {"scale": float(module.scale), "zero_point": int(module.zero_point)}
     if kind == "LinearLeakyReLU":
@@ -58,7 +58,7 @@ def encode_packed_layer(module: Any, tensors: TensorWriter) -> dict[str, Any]:
     try:
         weight, bias = module.weight(), module.bias()
     except RuntimeError as error:
-        # QNNPACK packs convolutions of three dimensions, and does not give their weights back.
+        # QNNPACK packs 3-d convolutions, but does not return their weights.
         raise ArtifactError(
             f"holds a {kind} whose packed weight cannot be read ({error}): keep it float with exclude="
         ) from error
@@ -80,7 +80,7 @@ def decode_packed_layer(data: dict[str, Any], tensors: TensorReader) -> nn.Modul
     scale, zero_point = float(numbers.pop("scale")), int(numbers.pop("zero_point"))
     check_grid(scale, zero_point, torch.uint8)
     _check_tensors(weight, bias, 2 if kind in _LINEAR else int(kind[-2]) + 2, transposed=kind in _TRANSPOSED)
-    # The constructors pack a weight of their own, for which the smallest will do.
+    # The constructors pack a weight that is replaced later: use the smallest one.
     if kind in _LINEAR:
         layer = _CLASSES[kind](1, 1, **_slope(kind, numbers))
         layer.out_features, layer.in_features = weight.shape
@@ -111,7 +111,7 @@ def _convolution(kind: str, numbers: dict[str, Any], weight: Any) -> Any:
 
 
 def _check_tensors(weight: Any, bias: Any, dims: int, *, transposed: bool = False) -> None:
-    """Raise unless a kernel can read these: it does not look itself."""
+    """Raise an error unless a kernel can safely use these tensors, because kernels do not check."""
     if not isinstance(weight, Tensor) or weight.dtype is not torch.qint8 or weight.dim() != dims or not weight.numel():
         raise ArtifactError("it holds a layer whose int8 weight is missing or has the wrong dimensions")
     if bias is None:
@@ -142,7 +142,7 @@ _PACKED = ("Conv2dPackedParamsBase", "Conv3dPackedParamsBase", "LinearPackedPara
 
 
 def is_packed(value: Any) -> bool:
-    """Whether ``value`` is a packed weight by itself, as functional layers have it."""
+    """Whether ``value`` is a separate packed weight, as functional layers have it."""
     return isinstance(value, torch.ScriptObject) and _kind(value) in _PACKED
 
 
@@ -151,7 +151,7 @@ def _kind(value: Any) -> str:
 
 
 def encode_packed(value: Any, tensors: TensorWriter) -> dict[str, Any]:
-    """A packed weight as its weight, its bias and its sizes."""
+    """Encode a packed weight as its weight, its bias and its parameters."""
     kind = _kind(value)
     numbers: dict[str, Any] = {}
     if kind == "LinearPackedParamsBase":

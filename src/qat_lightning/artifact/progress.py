@@ -1,4 +1,4 @@
-"""What goes along while a file is written or read: its tensors, and what it needs besides."""
+"""State that is passed along while a file is written or read: tensors and requirements."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from qat_lightning.artifact.tensors import TensorReader, TensorWriter
 
 @dataclass
 class Writing:
-    """What is collected while a graph is written.
+    """Collected while a graph is encoded.
 
     Attributes:
         tensors: Its tensors.
-        needs_network: Names of modules whose code the file cannot hold, and their classes.
+        needs_network: Names and classes of modules whose code the file cannot store.
         needs_trust: Functions and methods that only a trusted file may call.
     """
 
@@ -26,12 +26,12 @@ class Writing:
 
 @dataclass(frozen=True)
 class Reading:
-    """What a graph is rebuilt from besides its own data.
+    """Provided for decoding a graph besides its own data.
 
     Attributes:
         tensors: Its tensors.
-        network: The float network, for the modules whose code the file cannot hold.
-        trusted: Whether functions that are not listed may be called.
+        network: The float network, for modules whose code the file cannot store.
+        trusted: Whether functions that are not on the lists may be called.
     """
 
     tensors: TensorReader

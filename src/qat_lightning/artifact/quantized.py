@@ -1,4 +1,4 @@
-"""The int8 network that a user holds: an ordinary module, on the CPU."""
+"""The int8 network for users: an ordinary module on the CPU."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ class QuantizedNetwork(nn.Module):
     the same bits in less time. Hooks and changes are detected, and then it runs unrecorded.
 
     Args:
-        converted: What a mode's ``convert`` made.
-        recipe: What the network was prepared with.
+        converted: The result of a mode's ``convert``.
+        recipe: The recipe the network was prepared with.
         example: The call it was verified with.
-        source: Which weights it holds.
+        source: Which weights it contains.
 
     Attributes:
         recipe: Mode, backend and scheme.
@@ -50,7 +50,7 @@ class QuantizedNetwork(nn.Module):
         checks: The comparison of each int8 layer with fake-quant.
         whole: The comparison of the whole network with fake-quant; None if unknown.
         notes: Messages for the user, such as a fallback that was used.
-        source: Which weights it holds.
+        source: Which weights it contains.
     """
 
     recipe: Recipe
@@ -76,7 +76,7 @@ class QuantizedNetwork(nn.Module):
             return self._frozen.run(self.network, args, kwargs)
 
     def __getattr__(self, name: str) -> Any:
-        """The public attributes and methods of the network; methods run as ``forward`` does."""
+        """The public attributes and methods of the network; methods run like ``forward``."""
         try:
             return super().__getattr__(name)
         except AttributeError as error:
@@ -100,7 +100,7 @@ class QuantizedNetwork(nn.Module):
         return method
 
     def train(self, mode: bool = True) -> QuantizedNetwork:
-        """Remember the flag only: int8 kernels do not train, and their layers stay in evaluation."""
+        """Only store the flag: int8 kernels do not train, and their layers stay in evaluation."""
         self.training = mode
         return self
 
@@ -109,16 +109,16 @@ class QuantizedNetwork(nn.Module):
         save_quantized(self, path)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> QuantizedNetwork:
-        """Copy with the weights packed for the same kernels."""
+        """Copy with weights packed for the same kernels."""
         copied = QuantizedNetwork.__new__(QuantizedNetwork)
         memo[id(self)] = copied
-        # Packed weights are packed anew by a copy, for the engine of that moment.
+        # A copy packs weights again, for the current engine.
         with quantized_engine(self.recipe.target.engine):
             copied.__dict__.update({key: copy.deepcopy(value, memo) for key, value in self.__dict__.items()})
         return copied
 
     def __getstate__(self) -> dict[str, Any]:
-        """All of it; the packed layers of static kernels in modes eager and fx come out of a pickle as ruins."""
+        """Raise an error if the network has packed layers, which cannot be restored from a pickle."""
         if traits_of(self.recipe.mode).packs and self.recipe.kind not in DIRECT:
             raise QuantizationError(
                 f"An int8 network of mode={self.recipe.mode!r} cannot be pickled, because its packed layers cannot: "
@@ -127,7 +127,7 @@ class QuantizedNetwork(nn.Module):
         return self.__dict__
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> QuantizedNetwork:
-        """Stay on the CPU in the given integers: there is nothing to move or to cast."""
+        """Stay on the CPU with the same integers: there is nothing to move or cast."""
         if fn(torch.zeros(1)).device.type not in ("cpu", "meta"):
             raise QuantizationError(
                 f"The int8 network for backend {self.recipe.backend!r} runs on the CPU only: give it inputs on the CPU "
@@ -136,6 +136,6 @@ class QuantizedNetwork(nn.Module):
         return self
 
     def extra_repr(self) -> str:
-        """What it is, for ``print``."""
+        """Mode, backend and contents, for ``print``."""
         count = sum(row.quantized for row in self.coverage)
         return f"mode={self.recipe.mode}, backend={self.recipe.backend}, int8 layers={count}/{len(self.coverage)}"

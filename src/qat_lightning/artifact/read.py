@@ -1,9 +1,9 @@
-"""The file of an int8 network: written whole or not at all, and read without running anything that is in it.
+"""The file of an int8 network: written completely or not at all, and read without executing anything in it.
 
-The file is a zip of two entries: ``network.json``, plain values that say what the network is and what is known about
-it, and ``tensors.bin``, the bytes of its tensors. There is no pickle in it and no code. Graphs of the modes fx and pt2e
-are rebuilt node by node from lists of known operations and layers; in mode eager the network's own code runs, which the
-one who loads has to give.
+The file is a zip with two entries: ``network.json``, plain values that describe the network and its verification, and
+``tensors.bin``, the bytes of its tensors. It contains no pickle and no code. Graphs of the modes fx and pt2e are
+rebuilt node by node from lists of known operations and layers; in mode eager the network's own code runs, and has to be
+passed when loading.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ _DAMAGE = (
     TypeError,
     ValueError,
 )
-"""What reading a damaged or a hostile description may raise, deep in PyTorch."""
+"""Exceptions that a damaged or malicious description may cause inside PyTorch."""
 
 
 def load_quantized(
@@ -63,14 +63,14 @@ def load_quantized(
     Nothing in the file is executed: the network is rebuilt from allow-lists of operations and layers.
 
     Args:
-        path: What `save_quantized` wrote: a file, or a URL of fsspec's (``s3://bucket/model.int8``).
+        path: A file written by `save_quantized`, or a URL of fsspec's (``s3://bucket/model.int8``).
         network: An instance of the float network, trained or not. Required in mode eager, which runs your Python code,
             and where a graph calls one of your modules as a whole. It is copied, not changed.
         trusted: Also import and call functions that the file names. Needed only for a network that calls functions or
             custom operators from outside PyTorch (saving reports this). Use it only for files from people whose code
             you would run.
-        runtime: ``"plain"`` runs a network of mode pt2e by oneDNN's ops on plain tensors, and compiles nothing; by
-            default what it was saved with.
+        runtime: ``"plain"`` runs a network of mode pt2e on oneDNN's ops on plain tensors, without compilation; by
+            default the runtime that it was saved with.
 
     Returns:
         The network as it was saved, bit for bit, with the weights packed for its backend.
@@ -78,7 +78,7 @@ def load_quantized(
     Raises:
         ArtifactError: The file is missing, damaged, of a newer format, or not an int8 network; or ``network`` or
             ``trusted`` is needed.
-        ConfigurationError: This build of PyTorch cannot run the backend, or the network has no such runtime.
+        ConfigurationError: This build of PyTorch cannot run the backend, or the network does not support the runtime.
         MissingExtraError: The package for the protocol of a URL is not installed.
     """
     return _load(place(path), path, network, trusted, runtime)
@@ -148,7 +148,7 @@ def _decode(description: dict[str, Any], recipe: Recipe, reading: Reading) -> Qu
 
 
 def _decode_whole(data: Any) -> WholeCheck | None:
-    if data is None:  # also in files of before it was kept
+    if data is None:  # also in files of releases that did not store it
         return None
     ratio, draws, output = data
     return WholeCheck(float(decode(ratio)), tuple(float(decode(draw)) for draw in draws), str(output))
@@ -162,7 +162,7 @@ def _decode_recipe(data: Any) -> Recipe:
 
 
 def _read(source: Place | io.BytesIO, shown: Any) -> tuple[dict[str, Any], bytes]:
-    """The two entries of the file, or an error that says what the file is instead."""
+    """The two entries of the file; an error says what the file is instead."""
     try:
         with _opened(source) as file, zipfile.ZipFile(file) as archive:
             names = archive.namelist()
@@ -178,9 +178,9 @@ def _read(source: Place | io.BytesIO, shown: Any) -> tuple[dict[str, Any], bytes
         raise ArtifactError(f"{shown} does not exist: give the path that the int8 network was saved to.") from error
     except OSError as error:
         raise ArtifactError(f"{shown} cannot be read: {error.strerror or error}.") from error
-    except Exception as error:  # each way of packing has errors of its own, and so has each damage to it
+    except Exception as error:  # each compression method, and each kind of damage, raises other exceptions
         raise ArtifactError(_what_is_no_zip(source, shown)) from error
-    # Files of the first releases have none.
+    # Files of the first releases have no digest.
     if "digest" in description and description["digest"] != digest(description, data):
         raise ArtifactError(f"{shown} is damaged: it was changed after it was written. Save the network again.")
     return description, data
@@ -191,7 +191,7 @@ def _opened(source: Place | io.BytesIO) -> BinaryIO:
 
 
 def _check_entries(description: zipfile.ZipInfo, tensors: zipfile.ZipInfo, shown: Any) -> None:
-    """Raise before anything is unpacked that would not fit into memory."""
+    """Raise an error before anything is unpacked that would not fit into memory."""
     if tensors.compress_type != zipfile.ZIP_STORED:
         raise ArtifactError(f"{shown} is damaged: its tensors are compressed, which no release writes.")
     if description.file_size > _LARGEST_DESCRIPTION:
@@ -214,7 +214,7 @@ def _check_format(description: Any, shown: Any) -> None:
 
 
 def _what_else(archive: zipfile.ZipFile, shown: Any) -> str:
-    """What a zip that is not ours holds, found without unpickling it."""
+    """Describe a zip that is not an int8 network, without unpickling it."""
     pickles = [name for name in archive.namelist() if name.endswith("data.pkl")]
     if not pickles:
         return f"{shown} is a zip file, but not an int8 network: give what qat.save(path) wrote."
@@ -241,7 +241,7 @@ def _what_is_no_zip(source: Place | io.BytesIO, shown: Any) -> str:
 
 
 def _decode_example(data: Any) -> Example:
-    """Zeros of the shapes that were saved."""
+    """Zeros of the stored shapes."""
 
     def special(tag: str, content: Any) -> Any:
         if tag != "input":

@@ -1,10 +1,10 @@
-"""A call of a network as the list of its kernels, which TorchScript's interpreter runs without the Python between them.
+"""Recording a call of a network as its list of kernels, which TorchScript's interpreter runs without Python.
 
 Every operator that reaches a kernel is recorded once, at torch's dispatcher, whatever Python code calls it: a graph, a
-module with loops, a library. It is written as `TorchScript <https://docs.pytorch.org/docs/stable/jit.html>`_ source of
-one call after the other. Nothing is traced or optimized: the same kernels run in the same order on the same packed
-weights. What a recording would fix for other inputs of the same form is found while it is made, and ends it: a number
-that is read from a tensor, a shape that depends on values, chance, a write to what outlives the call.
+module with loops, a library. The recording is `TorchScript <https://docs.pytorch.org/docs/stable/jit.html>`_ source
+with one call after the other. Nothing is traced or optimized: the same kernels run in the same order on the same packed
+weights. Anything that would not be valid for other inputs of the same form is detected during recording and ends it: a
+number read from a tensor, a shape that depends on values, randomness, a write to memory that outlives the call.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from qat_lightning.artifact.operations import words
 
 _MOST_OPERATORS = 20_000
 _LITERAL = 1024
-"""The most values of a tensor that code may write out, as ``torch.tensor([...])``."""
+"""Largest number of values of a tensor that code may write out, as ``torch.tensor([...])``."""
 _NAMESPACES = frozenset({"aten", "prims", "quantized", "quantized_decomposed", "onednn", "mkldnn", "mkldnn_prepacked"})
-"""Of torch's own operators, whose schemas say what they write to; others may do what no schema says."""
+"""Namespaces of torch's own operators, whose schemas declare their writes; others may have undeclared effects."""
 _GRIDS = frozenset({"aten::q_scale", "aten::q_zero_point", "aten::q_per_channel_axis", "aten::qscheme"})
-"""What is asked of a quantized tensor: its grid, which only `_FOUND_GRIDS` take from values."""
+"""Queries of a quantized tensor's grid, which only `_FOUND_GRIDS` compute from values."""
 _FOUND_GRIDS = frozenset({"aten::quantize_per_tensor_dynamic"})
 _LOOKS = words(
     """
@@ -36,20 +36,20 @@ _LOOKS = words(
     requires_grad_ resize_ set_ share_memory_ storage tolist typed_storage untyped_storage
     """
 )
-"""Methods of a tensor that hand out or replace its memory, behind the dispatcher's back."""
+"""Methods of a tensor that expose or replace its memory without the dispatcher."""
 
 
 class CannotRecordError(Exception):
-    """A call that does what a recording of it would not do again."""
+    """The call has effects or results that a recording would not reproduce."""
 
 
 class Recording:
-    """A call of a network, as TorchScript that runs the same kernels.
+    """A call of a network as TorchScript that runs the same kernels.
 
     Args:
-        call: Runs the network on ``tensors``, and yields the tensors of its result.
+        call: Runs the network on ``tensors``, and returns the tensors of its result.
         tensors: The inputs.
-        holds: Whether a tensor is one that outlives the call, as weights do.
+        holds: Whether a tensor outlives the call, such as a weight.
 
     Raises:
         CannotRecordError: The call cannot be recorded.
@@ -73,11 +73,11 @@ class Recording:
         self.source = recorder.source(result)
 
     def compiled(self) -> Callable[..., list[Tensor]]:
-        """A function of the input tensors that yields those of the result, in one call of TorchScript's interpreter.
+        """A function from the input tensors to those of the result, in one call of TorchScript's interpreter.
 
-        What the kernels read are attributes of a scripted module: as arguments they would be looked through at each
-        call. `torch.jit.script` would keep the code of every module for as long as the process lives; this one has a
-        compilation unit of its own, which ends with it.
+        Tensors that the kernels read are attributes of a scripted module, because arguments would be checked in every
+        call. `torch.jit.script` would keep the code of every module for the lifetime of the process; this one has its
+        own compilation unit, which is freed with it.
         """
         bindings: Any = torch._C
         with warnings.catch_warnings():
@@ -92,7 +92,7 @@ class Recording:
 
 
 class _Watch(TorchFunctionMode):
-    """Ends a recording where a tensor's memory is read without an operator."""
+    """Ends a recording if a tensor's memory is read without an operator."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if getattr(func, "__name__", "") in _LOOKS:
@@ -101,11 +101,11 @@ class _Watch(TorchFunctionMode):
 
 
 class _Recorder(TorchDispatchMode):
-    """Writes a line for each operator, and holds constants only: other memory is freed as the call itself frees it."""
+    """Writes a line for each operator. Holds only constants; other memory is freed as in the call itself."""
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """No: torch would import its compiler (80 MB and two seconds) to keep it from compiling what is recorded."""
+        """No: otherwise torch would import its compiler (80 MB and two seconds), only to exclude this mode from it."""
         return False
 
     def __init__(self, tensors: list[Tensor], holds: Callable[[Tensor], bool]) -> None:
@@ -130,7 +130,7 @@ class _Recorder(TorchDispatchMode):
         name = func.name().partition(".")[0]
         if len(self.lines) > _MOST_OPERATORS:
             raise CannotRecordError("it has too many operators")
-        # What is read is named before the call, which may write to it.
+        # Name the inputs before the call, which may write to them.
         call = ", ".join([*map(self._spell, args), *(f"{key}={self._spell(value)}" for key, value in kwargs.items())])
         given = [leaf for leaf in _leaves((args, *kwargs.values())) if isinstance(leaf, Tensor)]
         computed = any(leaf in self._computed or _memory(leaf) in self._written for leaf in given)
@@ -168,7 +168,7 @@ class _Recorder(TorchDispatchMode):
             self._made(result, computed, f"{line}[{place}]")
 
     def _refuse_writes(self, func: Any, args: Any, kwargs: Any) -> None:
-        """Only what the call has made itself may be written to."""
+        """Raise an error for a write to memory that was not created by the call."""
         for place, argument in enumerate(func._schema.arguments):
             if argument.alias_info is None or not argument.alias_info.is_write:
                 continue
@@ -215,7 +215,7 @@ class _Recorder(TorchDispatchMode):
 
 
 def _refuse(func: Any, args: Any, kwargs: Any) -> None:
-    """Raise for what gives something else in each call, or in a shape that depends on values."""
+    """Raise an error for operators with other results in each call, or with shapes that depend on values."""
     name = func.name().partition(".")[0]
     if name.partition("::")[0] not in _NAMESPACES or name in _FOUND_GRIDS:
         raise CannotRecordError(f"{name} may do what is not known")
@@ -228,7 +228,7 @@ def _refuse(func: Any, args: Any, kwargs: Any) -> None:
 
 
 def _drops_nothing(func: Any, args: Any, kwargs: Any) -> bool:
-    """Whether an operator draws for a dropout only, and is not training or drops with probability 0."""
+    """Whether an operator draws random numbers only for a dropout that is inactive."""
     names = [argument.name for argument in func._schema.arguments]
     given = {**dict(zip(names, args, strict=False)), **kwargs}
     if "dropout_p" in names:
@@ -245,9 +245,9 @@ def _leaves(values: Iterable[Any]) -> Iterable[Any]:
 
 
 def _memory(tensor: Tensor) -> int:
-    if tensor.is_mkldnn:  # a weight in a layout of oneDNN's, which nothing is a view of
+    if tensor.is_mkldnn:  # a weight in a layout of oneDNN's, which has no views
         return -1
     try:
         return int(tensor.untyped_storage()._cdata)
-    except (NotImplementedError, RuntimeError):  # sparse and opaque tensors have none
+    except (NotImplementedError, RuntimeError):  # sparse and opaque tensors have no storage
         raise CannotRecordError("a tensor without memory of its own") from None

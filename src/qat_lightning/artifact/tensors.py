@@ -1,4 +1,4 @@
-"""Tensors as bytes with a table of what they are; quantized tensors as integers with their grid."""
+"""Tensors as bytes with a table that describes them; quantized tensors as integers with their grid."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _INTEGERS = {"quint8": torch.uint8, "qint8": torch.int8, "qint32": torch.int32}
 
 
 class TensorWriter:
-    """Collects tensors; equal ones are held once, and int8 values of up to 4 bits two to a byte.
+    """Collects tensors; equal ones are stored once, and int8 values of up to 4 bits two per byte.
 
     Attributes:
-        table: For each tensor its dtype, shape, order of dimensions in memory, and place; ``"packed"`` says of one that
-            its values are two to a byte.
-        data: The bytes of all.
+        table: For each tensor its dtype, shape, order of dimensions in memory, and position; ``"packed"`` marks tensors
+            with two values per byte.
+        data: The bytes of all tensors.
     """
 
     def __init__(self) -> None:
@@ -34,7 +34,7 @@ class TensorWriter:
 
     @property
     def packs(self) -> bool:
-        """Whether a tensor has two values in a byte, which releases of format 1 cannot read."""
+        """Whether a tensor has two values per byte, which releases of format 1 cannot read."""
         return any("packed" in entry for entry in self.table)
 
     def encode(self, value: Any) -> Any:
@@ -64,7 +64,7 @@ class TensorWriter:
         return {"quantized": parts}
 
     def _add(self, value: Tensor) -> int:
-        # Memory order is kept: a kernel may round otherwise on channels_last, and the copy has to be equal.
+        # Memory order is kept: a kernel may round differently on channels_last, and the result has to be equal.
         strides = value.stride()
         order = sorted(range(value.dim()), key=lambda dim: (-strides[dim], dim))
         flat = value.permute(order).contiguous().reshape(-1)
@@ -82,13 +82,13 @@ class TensorWriter:
 
 
 class TensorReader:
-    """Gives back the tensors that a `TensorWriter` collected.
+    """Returns the tensors that a `TensorWriter` collected.
 
-    Each time a new one: two equal tensors are held once, and one of them may be changed in place.
+    Returns a new tensor each time: equal tensors are stored once, and one of them may be modified in place.
 
     Args:
-        table: The writer's.
-        data: The writer's.
+        table: Table of the writer.
+        data: Data of the writer.
     """
 
     def __init__(self, table: Sequence[dict[str, Any]], data: bytes) -> None:
@@ -151,7 +151,7 @@ class TensorReader:
 
 
 def _fits_half_bytes(flat: Tensor) -> bool:
-    """Whether 4 bits hold each value: of a weight of up to 4 bits they do, and of one of 8 bits some reach further."""
+    """Whether each value fits into 4 bits: true for a weight of up to 4 bits, and false for one that uses 8 bits."""
     if flat.dtype is not torch.int8 or flat.numel() < 2:
         return False
     low, high = (int(end) for end in torch.aminmax(flat))
@@ -159,15 +159,15 @@ def _fits_half_bytes(flat: Tensor) -> bool:
 
 
 def check_grid(scale: float | Tensor, zero_point: int | Tensor, integers: torch.dtype) -> None:
-    """Raise unless these are scales and zero points of integers: kernels do not look before they run.
+    """Check that scales and zero points are valid, because kernels do not check them.
 
     Args:
-        scale: One, or one for each channel.
-        zero_point: As many; of embeddings they are floats and may have any value.
-        integers: The dtype of what is stored.
+        scale: A single one, or one per channel.
+        zero_point: As many; those of embeddings are floats, and may have any value.
+        integers: Dtype of the stored integers.
 
     Raises:
-        ArtifactError: A scale is negative, infinite or no number, or a zero point is none of the integers.
+        ArtifactError: A scale is negative, infinite or NaN, or a zero point is out of range.
     """
     scales, zero_points = torch.as_tensor(scale, dtype=torch.float64), torch.as_tensor(zero_point)
     if not bool(((scales >= 0) & scales.isfinite()).all()):

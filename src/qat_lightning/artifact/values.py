@@ -1,8 +1,8 @@
-"""Values as JSON holds them: what a graph, a signature or a structure is made of, without pickle.
+"""Encoding values as JSON: the contents of graphs, signatures and structures, without pickle.
 
-JSON's own values stand for themselves (a list for a list); everything else is a dictionary with one key, its tag. What
-is not listed here cannot be written, and a tag that is not listed here cannot be read: there is no way from a file to
-an object of a class of the file's choosing.
+JSON's own values represent themselves (a list is a list); everything else is a dictionary with one key, its tag. Types
+that are not listed here cannot be written, and tags that are not listed here cannot be read: a file cannot create an
+object of a class of its choosing.
 """
 
 from __future__ import annotations
@@ -37,18 +37,18 @@ _KINDS: dict[type, str] = {
 }
 
 Special = Callable[[Any], Any]
-"""Encodes an object of the caller's own as ``{tag: value}``, or returns None if it is none."""
+"""Encodes a custom object as ``{tag: value}``, or returns None for other values."""
 SpecialTag = Callable[[str, Any], Any]
-"""Decodes a tag of the caller's own, or raises."""
+"""Decodes a custom tag, or raises an error."""
 
 
 def no_special(value: Any) -> Any:
-    """No object beyond the plain ones."""
+    """No custom objects."""
     return None
 
 
 def no_tag(tag: str, value: Any) -> Any:
-    """No tag beyond the plain ones.
+    """No custom tags.
 
     Raises:
         ArtifactError: Always.
@@ -57,14 +57,14 @@ def no_tag(tag: str, value: Any) -> Any:
 
 
 def encode(value: Any, special: Special = no_special) -> Any:
-    """Turn a value into what `json` writes.
+    """Convert a value to a form that `json` can write.
 
     Args:
         value: Any nesting of plain values.
-        special: For objects of the caller's own.
+        special: Encodes custom objects.
 
     Raises:
-        ArtifactError: A value of another type is in it.
+        ArtifactError: It contains a value of another type.
 
     Example:
         >>> encode([1, (2.0, float("inf")), torch.float32, slice(None, 3)])
@@ -108,11 +108,11 @@ def decode(data: Any, special: SpecialTag = no_tag) -> Any:
     """Undo `encode`.
 
     Args:
-        data: What `json` read.
-        special: For tags of the caller's own.
+        data: Result of `json`.
+        special: Decodes custom tags.
 
     Raises:
-        ArtifactError: It is not what `encode` makes.
+        ArtifactError: The data is not a result of `encode`.
 
     Example:
         >>> decode({"tuple": [1, {"dtype": "int8"}]})
@@ -161,7 +161,7 @@ _MADE_OF: dict[Any, Callable[[Any, Callable[[Any], Any]], Any]] = {
     "ellipsis": lambda content, inner: ...,
     "namedtuple": _namedtuple,
 }
-"""For each tag, what makes a value of its content."""
+"""For each tag, the function that decodes its content."""
 
 
 def _key(data: Any) -> Any:
@@ -175,7 +175,7 @@ _NAMEDTUPLES: dict[tuple[str, tuple[str, ...]], Any] = {}
 
 
 def namedtuple_type(name: str, fields: tuple[str, ...]) -> Any:
-    """A namedtuple class, the same one each time; the original class is code, which no file holds."""
+    """A namedtuple class, always the same object; the original class is code, which a file does not store."""
     for part in (name, *fields):
         identifier(part)
     if (name, fields) not in _NAMEDTUPLES:
@@ -184,10 +184,10 @@ def namedtuple_type(name: str, fields: tuple[str, ...]) -> Any:
 
 
 def identifier(name: Any) -> str:
-    """``name`` itself, if it is a plain name in Python, so that generated code can hold it.
+    """Return ``name`` if it is a plain Python identifier, which is safe in generated code.
 
     Raises:
-        ArtifactError: It is anything else.
+        ArtifactError: It is not.
     """
     if type(name) is not str or not name.isascii() or not name.isidentifier() or keyword.iskeyword(name):
         raise ArtifactError(f"it holds the name {str(name)[:80]!r}, which is not a plain name")

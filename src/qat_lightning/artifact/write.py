@@ -29,7 +29,7 @@ from qat_lightning.whole_files import write_whole
 
 
 class Savable(Protocol):
-    """What a file is written from: a `QuantizedNetwork`."""
+    """Interface of networks that can be saved, implemented by `QuantizedNetwork`."""
 
     network: nn.Module
     recipe: Recipe
@@ -45,16 +45,16 @@ class Savable(Protocol):
 def save_quantized(quantized: Savable, path: str | os.PathLike[str]) -> None:
     """Write an int8 network to one file.
 
-    The file is written beside ``path`` and then renamed, so that whatever was at ``path`` stays until the new file is
-    complete. Folders on the way are made.
+    The file is written under a temporary name and then renamed, so that an existing file at ``path`` stays until the
+    new one is complete. Missing folders are created.
 
     Args:
-        quantized: What the callback's ``quantized`` holds, or what `load_quantized` gave.
-        path: Where to; ``.int8`` is a good suffix. A URL of fsspec's (``s3://bucket/model.int8``) is written in one
-            transaction.
+        quantized: The callback's ``quantized``, or a result of `load_quantized`.
+        path: The destination; ``.int8`` is a good suffix. A URL of fsspec's (``s3://bucket/model.int8``) is written in
+            one transaction.
 
     Raises:
-        ArtifactError: The network holds what no file can, or the file cannot be written.
+        ArtifactError: The network contains something that no file can store, or the file cannot be written.
         MissingExtraError: The package for the protocol of a URL is not installed.
     """
     require_storage(path)
@@ -73,7 +73,7 @@ def save_quantized(quantized: Savable, path: str | os.PathLike[str]) -> None:
 
 
 def artifact_size_mb(quantized: Savable) -> float:
-    """Size of the file that `save_quantized` writes: what a user ships.
+    """Size of the file that `save_quantized` writes.
 
     Returns:
         MB of 1,000,000 bytes.
@@ -85,7 +85,7 @@ def artifact_bytes(quantized: Savable) -> bytes:
     """The contents of the file.
 
     Raises:
-        ArtifactError: The network holds what no file can; the message names it.
+        ArtifactError: The network contains something that no file can store; the message names it.
     """
     writing = Writing()
     try:
@@ -120,7 +120,7 @@ def artifact_bytes(quantized: Savable) -> bytes:
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
         text = json.dumps(description, separators=(",", ":"), allow_nan=False)
-        # Fixed times: the same network makes the same file.
+        # Constant timestamps: the same network gives the same file.
         archive.writestr(zipfile.ZipInfo(DESCRIPTION), text, zipfile.ZIP_DEFLATED)
         archive.writestr(zipfile.ZipInfo(TENSORS), bytes(writing.tensors.data), zipfile.ZIP_STORED)
     return buffer.getvalue()
@@ -133,7 +133,7 @@ def _encode_whole(whole: WholeCheck | None) -> list[Any] | None:
 
 
 def _encode_example(example: Example) -> Any:
-    """Shapes and types of the inputs, not their values."""
+    """Shapes and dtypes of the inputs, without their values."""
 
     def special(value: Any) -> Any:
         if not isinstance(value, Tensor):
@@ -143,5 +143,5 @@ def _encode_example(example: Example) -> Any:
     try:
         return [encode(example.args, special), encode(example.kwargs, special)]
     except ArtifactError:
-        # Inputs of a class of the user's own: nothing but measuring latency wants them.
+        # Inputs of custom classes are left out: only latency measurements need them.
         return None

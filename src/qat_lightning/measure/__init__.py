@@ -1,1 +1,1 @@
-"""What an int8 network costs and how close it stays."""
+"""Measurements of an int8 network: size, speed, and agreement with fake-quant."""

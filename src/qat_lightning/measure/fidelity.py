@@ -1,4 +1,4 @@
-"""How close the int8 outputs of a test are to fake-quant."""
+"""How close the int8 outputs in a test are to those of fake-quant."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from qat_lightning.processes import any_process, process_count
 
 
 class Fidelity:
-    """How close the int8 outputs of a test are to fake-quant's: agreement of the top-1, and SQNR.
+    """How close the int8 outputs in a test are to those of fake-quant: agreement of the top-1 class, and SQNR.
 
-    It measures and never ends the test: outputs that cannot be compared, such as the rows that a detector finds in one
-    network and not in the other, are left out, which `compute` says.
+    It never fails the test: outputs that cannot be compared, such as detections that exist in only one of the networks,
+    are left out, and `compute` reports them.
 
     Args:
-        of_all_processes: Whether `compute` sums up over the processes of a distributed run, all of which then call it.
+        of_all_processes: Whether `compute` sums over the processes of a distributed run; all of them have to call it
+            then.
 
     Example:
         >>> fidelity = Fidelity()
@@ -36,7 +37,7 @@ class Fidelity:
         self._left_out: dict[str, int] = {}
 
     def update(self, reference: Any, actual: Any, inputs: Any = ()) -> None:
-        """Take one pair of outputs into account: tensors, or containers of them; ``inputs`` say which are of tokens."""
+        """Add a pair of outputs: tensors, or containers of them; ``inputs`` shows which outputs are per token."""
         wanted, got = outputs_by_path(reference), outputs_by_path(actual)
         predicted = False
         for path in dict.fromkeys([*wanted, *got]):
@@ -45,21 +46,21 @@ class Fidelity:
             elif wanted[path].numel() and (wanted[path].is_floating_point() or wanted[path].is_complex()):
                 one, other = _on_cpu(wanted[path]), _on_cpu(got[path])
                 self.sqnr.update(one, other)
-                # The first output with a class axis is taken for the prediction.
+                # The first output with a class axis counts as the prediction.
                 axis = None if predicted else class_axis(wanted[path], inputs)
                 if axis is not None:
                     self.agreement.update(one.movedim(axis, 1), other.movedim(axis, 1))
                     predicted = True
 
     def compare(self, reference: Callable[[], Any], actual: Any, inputs: Any = ()) -> None:
-        """Likewise, where the reference is still to be computed; what goes wrong is left out, and said at the end."""
+        """Compute the reference and add the pair; if that fails, the pair is left out and reported at the end."""
         try:
             self.update(reference(), actual, inputs)
         except Exception as error:  # noqa: BLE001 (whatever it is, the user's test goes on)
             self._leave_out(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
 
     def compute(self) -> dict[str, float]:
-        """The values there are: no agreement without an output that has classes."""
+        """The available values: there is no agreement without an output with classes."""
         for reason, times in self._left_out.items():
             warnings.warn(f"Not included in the agreement and SQNR of int8, {times} times: {reason}.", stacklevel=2)
         values = {}
@@ -69,7 +70,7 @@ class Fidelity:
                 seen = any_process(seen)
             if seen:
                 with warnings.catch_warnings():
-                    # Of a process that had nothing to compare, while others had.
+                    # For a process without comparisons, while others had some.
                     warnings.filterwarnings("ignore", message=".*before the ``update`` method.*")
                     values[name] = float(metric.compute())
         return values

@@ -11,31 +11,31 @@ from qat_lightning.numerics.sqnr import EQUAL_DB
 
 @dataclass(frozen=True)
 class LayerFigures:
-    """What quantization does to one layer, or to an op that is none; None where it does not apply or was not seen.
+    """How quantization affects one layer or op; None where a figure does not apply or was not measured.
 
     Attributes:
         layer: Its name in the float network.
         kind: Its type.
         mode: The mode of its network.
-        weight_bits: Of the scheme.
-        scale: Of the activation behind it.
-        zero_point: Likewise.
-        low: Smallest value that the grid of the activation holds.
+        weight_bits: Bits of the weight.
+        scale: Scale of the layer's activation.
+        zero_point: Zero point of the layer's activation.
+        low: Smallest value on the grid of the activation.
         high: Largest value.
-        clipped_share: Share of the activation's values outside of that, from 0 to 1.
-        dead_channels: Output channels whose weights all round to 0, or whose activation is the same everywhere.
+        clipped_share: Share of the activation's values outside of these limits, from 0 to 1.
+        dead_channels: Output channels whose weights all round to 0, or whose activation is constant.
         weight_sqnr_db: Weight against rounded weight, in dB.
         activation_sqnr_db: Activation against rounded activation, in dB.
         gradient_cut_share: Share of the activation's gradient, by absolute value, that the straight-through estimator
             cut off where the activation was clipped.
         weight_clipped_share: Share of the weight's values that were clipped.
         weight_gradient_cut_share: Share of the weight's gradient that was cut off where the weight was clipped.
-        weight_scale_min: Smallest scale of the weight over its channels; with one scale for all, that one.
+        weight_scale_min: Smallest scale of the weight over its channels, or its single scale.
         weight_scale_max: Largest scale.
-        weight_low: Smallest value that the grid of the weight holds in any channel.
+        weight_low: Smallest value on the grid of the weight in any channel.
         weight_high: Largest value.
-        oscillating_share: Share of the weights that oscillate between two integers, where
-            `qat_lightning.WeightOscillations` follows them.
+        oscillating_share: Share of the weights that oscillate between two integers, if
+            `qat_lightning.WeightOscillations` is used.
         frozen_share: Share of the weights that it has frozen.
     """
 
@@ -63,7 +63,7 @@ class LayerFigures:
 
 
 def decibel(signal: float, noise: float) -> float | None:
-    """A ratio of energies in dB, at most `EQUAL_DB`; None where there is no signal, or one that is not finite.
+    """A ratio of energies in dB, at most `EQUAL_DB`; None if the signal is zero or not finite.
 
     Example:
         >>> decibel(100.0, 1.0), decibel(1.0, 0.0), decibel(0.0, 0.0)
@@ -79,7 +79,7 @@ def _share(part: float, whole: float) -> float | None:
 
 
 def weight_row(numbers: list[float], bits: int) -> dict[str, Any]:
-    """The figures of a weight, from its sums in the order of the probe."""
+    """The figures of a weight, from its sums in the probe's order."""
     signal, noise, clipped, gradient, cut, elements, scale_min, scale_max, _, low, high = numbers
     return {
         "weight_bits": bits,
@@ -94,7 +94,7 @@ def weight_row(numbers: list[float], bits: int) -> dict[str, Any]:
 
 
 def activation_row(numbers: list[float]) -> dict[str, Any]:
-    """The figures of an activation, from its sums in the order of the probe."""
+    """The figures of an activation, from its sums in the probe's order."""
     signal, noise, clipped, gradient, cut, elements, scale, _, zero_point, low, high = numbers
     return {
         "scale": scale,

@@ -1,4 +1,4 @@
-"""What an int8 network costs and how close it stays: size, latency, SQNR and agreement.
+"""Measurements of an int8 network: size, latency, SQNR and agreement.
 
 The functions take plain modules and tensors. `Agreement` and `SignalToQuantizationNoiseRatio` are the same measures as
 `torchmetrics.Metric`, summed up over batches and processes.
@@ -30,7 +30,7 @@ _WHOLE = (torch.int64, torch.int32, torch.int16, torch.uint8)
 
 
 def outputs_by_path(result: Any) -> dict[str, Tensor]:
-    """The tensors of what a network returns, by where they are in it.
+    """The tensors in the result of a network, by their paths.
 
     Args:
         result: Tensors in any structure.
@@ -45,17 +45,17 @@ def outputs_by_path(result: Any) -> dict[str, Tensor]:
 
 
 def class_axis(output: Tensor, inputs: Any = (), given: int | None = None) -> int | None:
-    """Find the axis of an output that holds one score a class.
+    """Find the axis of an output that holds one score per class.
 
     Args:
         output: The output of a network.
         inputs: What the network was called with, in any structure.
-        given: The axis, where it is known.
+        given: The axis, if it is known.
 
     Returns:
-        The last axis of a matrix (rows x classes), and of scores for each token: three dimensions, of which the first
-        two are those of whole numbers among the inputs. Else axis 1 (N, C, ... as for segmentation). ``None`` where
-        there is none: fewer than two dimensions, whole numbers, or fewer than two classes.
+        The last axis of a matrix (rows x classes), and of scores per token: three dimensions, of which the first two
+        are those of integers among the inputs. Otherwise axis 1 (N, C, ... as for segmentation). ``None`` if there is
+        none: fewer than two dimensions, integers, or fewer than two classes.
 
     Example:
         >>> class_axis(torch.zeros(8, 10)), class_axis(torch.zeros(8, 21, 32, 32)), class_axis(torch.zeros(8, 1))
@@ -82,15 +82,15 @@ def _has_tokens(inputs: Any, shape: torch.Size) -> bool:
 def agreement(reference: Tensor, actual: Tensor) -> float:
     """Compute the share of rows for which both outputs choose the same class.
 
-    A row is a sample, or for outputs (N, C, ...) a position of a sample. Where scores are equal, the first class wins
-    in both.
+    A row is a sample, or for outputs (N, C, ...) a position of a sample. If several scores are equal, the first class
+    counts in both outputs.
 
     Args:
         reference: Scores with a class axis (see `class_axis`).
         actual: Scores of the same shape.
 
     Returns:
-        The share from 0 to 1, NaN where there is no row.
+        The share from 0 to 1, NaN if there is no row.
 
     Raises:
         ConfigurationError: If the shapes differ or there is no class axis.
@@ -177,8 +177,8 @@ class SignalToQuantizationNoiseRatio(Metric):
         """Add a batch.
 
         Args:
-            reference: What should have come out, on any device.
-            actual: What came out, of the same shape, on any device.
+            reference: The expected output, on any device.
+            actual: The actual output, of the same shape, on any device.
 
         Raises:
             ConfigurationError: If the shapes differ.
@@ -188,12 +188,12 @@ class SignalToQuantizationNoiseRatio(Metric):
         self.noise += noise
 
     def compute(self) -> Tensor:
-        """Compute the ratio in dB, infinity where no difference was seen."""
+        """Compute the ratio in dB, infinity if there was no difference."""
         return decibel(self.signal, self.noise)
 
 
 def size_mb(module: nn.Module) -> float:
-    """Measure how large the file of a module's weights is.
+    """Measure the file size of a module's weights.
 
     Args:
         module: Any module; packed int8 weights count as they are saved.
@@ -215,9 +215,9 @@ class Latency:
     """The time of one call of a module.
 
     Args:
-        median_ms: The median over the blocks of calls that were timed, in milliseconds.
+        median_ms: The median over the blocks of timed calls, in milliseconds.
         iqr_ms: The interquartile range over the blocks.
-        runs: How many calls were timed in all.
+        runs: Total number of timed calls.
     """
 
     median_ms: float
@@ -226,7 +226,7 @@ class Latency:
 
     @property
     def spread(self) -> float:
-        """The interquartile range as a share of the median: what else the machine did meanwhile shows in it."""
+        """The interquartile range relative to the median, which shows the influence of other load on the machine."""
         return self.iqr_ms / self.median_ms
 
 
@@ -235,19 +235,19 @@ def latency_ms(
 ) -> Latency:
     """Measure how long one call of a module takes, in evaluation and inference mode.
 
-    Each submodule's ``training`` flag is as before afterwards. Torch's present number of threads is used.
+    Each submodule's ``training`` flag is restored afterwards. Uses torch's current number of threads.
 
     Args:
         module: The module.
         args: Its positional arguments, as a tuple: ``(x,)``.
         kwargs: Its keyword arguments.
-        min_run_time: Seconds to measure for at least, after a warm-up.
+        min_run_time: Minimum measuring time in seconds, after a warm-up.
 
     Returns:
         The median time of a call, its spread and the number of calls.
 
     Raises:
-        ConfigurationError: If ``args`` is no tuple or list.
+        ConfigurationError: If ``args`` is neither a tuple nor a list.
 
     Example:
         >>> latency_ms(nn.Linear(4, 4), (torch.zeros(1, 4),), min_run_time=0.01).median_ms > 0
@@ -269,23 +269,23 @@ def latency_interleaved(
     *,
     block_time: float = 0.02,
 ) -> dict[str, Latency]:
-    """Measure several modules in turn, so that their ratios are fair on a machine that others use too.
+    """Measure several modules in turn, so that their ratios are fair even if the machine has other load.
 
-    Each round times a block of calls of every module, one module after another, every second round in reverse order.
-    What slows the machine for a while then slows all of them, and the medians over the rounds leave it out.
+    Each round times a block of calls of every module, one module after another, every second round in reverse order. A
+    temporary slowdown of the machine then affects all of them, and the medians over the rounds leave it out.
 
     Args:
         modules: The modules by name.
         args: The positional arguments of all of them, as a tuple: ``(x,)``.
         kwargs: Their keyword arguments.
-        rounds: How many rounds to time.
-        block_time: Seconds that a block of calls takes, about; a block is one call at least.
+        rounds: Number of rounds.
+        block_time: Approximate duration of a block of calls in seconds; a block is at least one call.
 
     Returns:
-        The latency of each module by its name, in the order given.
+        The latency of each module by name, in the order given.
 
     Raises:
-        ConfigurationError: If ``args`` is no tuple or list, or ``rounds`` is less than 1.
+        ConfigurationError: If ``args`` is neither a tuple nor a list, or ``rounds`` is less than 1.
 
     Example:
         >>> sorted(latency_interleaved({"a": nn.ReLU(), "b": nn.Tanh()}, (torch.zeros(4),), rounds=3, block_time=0.001))

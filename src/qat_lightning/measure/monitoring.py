@@ -1,8 +1,7 @@
-"""What quantization does to each layer of a prepared network, measured in one step and left no trace.
+"""Measuring how quantization affects each layer of a prepared network, in one step and without side effects.
 
-For that step a hook is on each place that rounds (`qat_lightning.modes.places`). It reads what goes in and comes out,
-and what gradient comes back, and changes neither. All sums stay on the device until `Probe.figures` reads them, in one
-transfer.
+During that step there is a hook on each place that rounds (`qat_lightning.modes.places`). It reads inputs, outputs and
+gradients, and changes nothing. All sums stay on the device until `Probe.figures` reads them, in one transfer.
 """
 
 from __future__ import annotations
@@ -27,14 +26,14 @@ BINS = 64
 
 COLUMNS = tuple(f.name for f in fields(LayerFigures))
 FIGURES = COLUMNS[4:]
-"""The columns that are numbers measured."""
+"""The columns with measured numbers."""
 
 
 @torch.no_grad()
 def grid_of(
     x: Tensor, scale: Tensor, zero_point: Tensor, *, quant_min: int, quant_max: int, axis: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The integers of a tensor, and where it was clipped: where the straight-through estimator lets no gradient pass.
+    """The integers of a tensor, and a mask of clipped values, where the straight-through estimator passes no gradient.
 
     Args:
         x: Values of any shape.
@@ -63,7 +62,7 @@ def grid_of(
 
 @dataclass
 class _Tally:
-    """Sums over what one place saw: kept on the device."""
+    """Sums over the values of one place; kept on the device."""
 
     elements: int = 0
     signal: Any = 0.0
@@ -78,12 +77,12 @@ class _Tally:
 
 
 class Probe:
-    """Measures every place of some prepared networks for as long as it is attached.
+    """Measures all places of some prepared networks while it is attached.
 
     Args:
         networks: Prepared networks by name; the name comes before the layers' names if there are several.
-        samples: How many samples of each batch are measured (the first ones); dead channels are looked for in all.
-        histograms: Keep values for `histograms`.
+        samples: Number of samples of each batch that are measured (the first ones); dead channels are searched in all.
+        histograms: Whether to keep values for `histograms`.
 
     Example:
         >>> from qat_lightning.graph.example import Example
@@ -121,7 +120,7 @@ class Probe:
         self.detach()
 
     def attach(self) -> None:
-        """Begin to measure; what was measured before is forgotten."""
+        """Start measuring; earlier measurements are discarded."""
         self.detach()
         self._tallies, self._calls = {}, {}
         of_module: dict[nn.Module, list[int]] = {}
@@ -131,7 +130,7 @@ class Probe:
             self._handles.append(module.register_forward_hook(self._hook(indices)))
 
     def detach(self) -> None:
-        """Take every hook off again."""
+        """Remove all hooks."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -153,13 +152,13 @@ class Probe:
     def _look(self, index: int, x: Tensor, output: Tensor, factor: Tensor | None = None, channels: int = 0) -> None:
         place = self._places[index][-1]
         fq, is_weight = place.fq, place.what == "weight"
-        # A weight's range is that of the weight at hand, and there is none before fake-quantization is enabled.
+        # A weight's range is that of the present weight, and unknown before fake-quantization is enabled.
         if not fq.seen or x.numel() == 0 or (is_weight and not fq.fake_quant_enabled):
             return
         tally = self._tallies.setdefault(index, _Tally())
         part = slice(None) if is_weight or x.dim() < 2 else slice(0, self.samples)
         seen = x.detach()[part].float()
-        if factor is not None:  # what is rounded is the weight with BatchNorm folded in
+        if factor is not None:  # the weight is rounded with BatchNorm folded in
             factor = along(factor, x, channels)
             seen = seen * factor
         scale, zero_point = fq.calculate_qparams()
@@ -181,7 +180,7 @@ class Probe:
             output.register_hook(lambda gradient: _count_gradient(tally, _unfolded(gradient, factor), part, clipped))
 
     def figures(self) -> list[LayerFigures]:
-        """What was measured, a row for each layer that ran."""
+        """The measurements, one row per layer that ran."""
         indices = [index for index, tally in self._tallies.items() if tally.calls]
         numbers = dict(zip(indices, _read([self._numbers(index) for index in indices]), strict=True))
         first: dict[str, int] = {}
@@ -219,10 +218,10 @@ class Probe:
 
     @torch.no_grad()
     def histograms(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """Counts and edges of bins on the CPU: of activations' values, and of the integers of weights.
+        """Counts and edges of histogram bins on the CPU: of activations' values, and of weights' integers.
 
         Returns:
-            By ``activations/<layer>`` and ``weight_integers/<layer>``; the latter has a bin for each integer.
+            By ``activations/<layer>`` and ``weight_integers/<layer>``; the latter has one bin per integer.
         """
         result = {}
         for index, tally in self._tallies.items():
@@ -245,7 +244,7 @@ class Probe:
 
 
 def totals(rows: Iterable[LayerFigures]) -> dict[str, float]:
-    """The figures of a whole network: the worst layer's SQNR, the largest shares, and all dead channels.
+    """The figures of a whole network: the worst layer's SQNR, the largest shares, and the number of dead channels.
 
     Example:
         >>> row = LayerFigures("conv", "Conv2d", "fx", activation_sqnr_db=31.5, clipped_share=0.25, dead_channels=2)
@@ -270,13 +269,13 @@ def totals(rows: Iterable[LayerFigures]) -> dict[str, float]:
 
 
 def _grid_figures(scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int) -> list[Tensor]:
-    """Smallest and largest scale, zero point, and the two ends; over all channels, if each has its own."""
+    """Smallest and largest scale, zero point, and ends of the range; over all channels, if scales are per channel."""
     low, high = (quant_min - zero_point) * scale, (quant_max - zero_point) * scale
     return [scale.amin(), scale.amax(), zero_point.amin(), low.amin(), high.amax()]
 
 
 def _unfolded(gradient: Tensor, factor: Tensor | None) -> Tensor:
-    """The gradient of what was rounded, a weight times a factor; where that is 0, the weight itself passed by."""
+    """The gradient for the rounded product of weight and factor; where the factor is 0, for the weight itself."""
     if factor is None:
         return gradient
     return torch.where(factor == 0, 0.0, gradient / factor)
@@ -297,7 +296,7 @@ _CHANNELS_LAST = ("Linear", "linear", "LayerNorm", "layer_norm")
 
 
 def _constant_channels(x: Tensor, kind: str) -> Tensor:
-    """Which channels have one value: second in images and series, last in tokens and behind linear layers."""
+    """Which channels are constant: dimension 1 of images and series, the last one of tokens and linear layers."""
     if x.dim() < 2:
         return torch.zeros(0, dtype=torch.bool, device=x.device)
     tokens = x.dim() == 3 and not kind.startswith(("Conv", "conv", "BatchNorm"))
@@ -307,7 +306,7 @@ def _constant_channels(x: Tensor, kind: str) -> Tensor:
 
 
 def _read(rows: list[list[Any]]) -> list[list[float]]:
-    """Numbers from the device, in one transfer."""
+    """Read numbers from the device, in one transfer."""
     flat = [value for row in rows for value in row]
     tensors = [value for value in flat if isinstance(value, Tensor)]
     values = iter(torch.stack([t.detach().double() for t in tensors]).tolist() if tensors else [])

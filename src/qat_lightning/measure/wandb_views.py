@@ -1,4 +1,4 @@
-"""What makes runs easy to compare in W&B itself: summaries, plots of the variants, the int8 file, a report."""
+"""Logging to W&B for comparing runs: summaries, plots of the variants, the int8 file, a report."""
 
 from __future__ import annotations
 
@@ -24,11 +24,12 @@ COSTS = ("size_mb", "latency_ms")
 
 
 def define_summaries(logger: WandbLogger, callbacks: Iterable[Callback]) -> None:
-    """Let W&B keep the best and the last value of what decides over checkpoints, and not the last alone.
+    """Let W&B keep the best and the last value of metrics that select checkpoints, instead of the last only.
 
     Args:
-        logger: A logger whose run has begun.
-        callbacks: The Trainer's: what a ModelCheckpoint or an EarlyStopping monitors is best where its mode says.
+        logger: A logger with an active run.
+        callbacks: The Trainer's callbacks: what a ModelCheckpoint or an EarlyStopping monitors is summarized according
+            to its mode.
     """
     for callback in callbacks:
         if isinstance(callback, ModelCheckpoint | EarlyStopping) and callback.monitor is not None:
@@ -37,14 +38,14 @@ def define_summaries(logger: WandbLogger, callbacks: Iterable[Callback]) -> None
 
 
 def log_variants(logger: WandbLogger, summary: Mapping[str, float], step: int) -> None:
-    """Log the comparison of the variants: in the summary, as a table, as bars, and each metric against its cost.
+    """Log the comparison of the variants: in the summary, as a table, as bars, and as plots of metric against cost.
 
-    Of runs that are selected together, W&B draws the plots as one.
+    If several runs are selected, W&B merges their plots.
 
     Args:
         logger: The logger.
-        summary: What `qat_lightning.run.evaluate.evaluate_variants` returns; finite.
-        step: The optimizer step that the variants are of.
+        summary: Result of `qat_lightning.run.evaluate.evaluate_variants`; finite.
+        step: The optimizer step of the variants' weights.
     """
     import wandb
 
@@ -72,13 +73,13 @@ def log_variants(logger: WandbLogger, summary: Mapping[str, float], step: int) -
 def log_int8(logger: WandbLogger, path: Place, summary: Mapping[str, float], aliases: Sequence[str] = ()) -> None:
     """Log the file of an int8 network as an artifact, with its figures.
 
-    The file is not copied: it is uploaded from where it is, offline when the run is synced.
+    The file is not copied: it is uploaded from its path; offline, when the run is synced.
 
     Args:
         logger: The logger.
-        path: The file, as ``qat.save(path)`` wrote it.
-        summary: Figures: those of int8 that are finite, which JSON has, become the artifact's metadata.
-        aliases: By what it is found again, besides ``latest``: ``seed-0``.
+        path: The file, written by ``qat.save(path)``.
+        summary: Figures; the finite ones of int8 become the artifact's metadata.
+        aliases: Aliases of the artifact besides ``latest``, such as ``seed-0``.
     """
     figures = {key: value for key, value in summary.items() if not key.startswith(("float/", "fake_quant/"))}
     log_artifact(logger, "int8-network", [path], figures, aliases)
@@ -87,14 +88,14 @@ def log_int8(logger: WandbLogger, path: Place, summary: Mapping[str, float], ali
 def log_artifact(
     logger: WandbLogger, kind: str, files: Sequence[Place], figures: Mapping[str, float], aliases: Sequence[str] = ()
 ) -> None:
-    """Log files as one artifact of W&B, named after the run; they are uploaded from where they are.
+    """Log files as one artifact of W&B, named after the run; they are uploaded from their paths.
 
     Args:
         logger: The logger.
-        kind: What they are: ``int8-network``, ``onnx-network``.
-        files: The files; those of other storage than this machine's are referred to by their URLs.
-        figures: Those that are finite, which JSON has, become its metadata.
-        aliases: By what it is found again, besides ``latest``.
+        kind: Type of the artifact: ``int8-network``, ``onnx-network``.
+        files: The files; those in other storage are stored as references to their URLs.
+        figures: Figures; the finite ones become its metadata.
+        aliases: Aliases besides ``latest``.
     """
     import wandb
 
@@ -119,12 +120,12 @@ def report(
     It has the metric against latency and against size, bars by configuration, training curves, and the table of runs.
 
     Args:
-        entity: Whose project.
-        project: Which project.
+        entity: Owner of the project.
+        project: Name of the project.
         group: The runs' group; train.py names it after data and network.
-        metric: The metric behind the variant's name.
-        title: Of the report.
-        save: Whether to write it to W&B's server, which needs a login; ``report.url`` says where it is.
+        metric: The metric, without the variant's name before it.
+        title: Title of the report.
+        save: Whether to save it on W&B's server, which requires a login; ``report.url`` is its address.
 
     Returns:
         The report.
@@ -176,7 +177,7 @@ def _axes(summary: Mapping[str, float]) -> tuple[list[str], list[str]]:
 
 
 def _place(reports: Any, column: int, width: int, row: int = 0, height: int = 8) -> Any:
-    """On W&B's grid of 24 columns."""
+    """A panel's place on W&B's grid of 24 columns."""
     return reports.Layout(x=column, y=row, w=width, h=height)
 
 

@@ -1,1 +1,1 @@
-"""Everything up to the int8 file tried on a copy, before the training; and the choice of a mode by it."""
+"""Trying all steps up to the int8 file on a copy before training, and choosing the mode by the result."""

@@ -1,4 +1,4 @@
-"""Deciding, before the training, in which mode a network is quantized and what of it stays float."""
+"""Deciding before training in which mode a network is quantized and which layers stay float."""
 
 from __future__ import annotations
 
@@ -23,26 +23,27 @@ from qat_lightning.settings.modes import traits_of
 from qat_lightning.settings.recipe import FAMILIES, Recipe
 
 Rehearsed = tuple[QuantizedNetwork, nn.Module]
-"""The int8 network of a rehearsal, and what it has to compute."""
+"""The int8 network of a rehearsal, and its reference."""
 
 AUTO_ORDER = ("fx", "parts", "eager", "pt2e")
-"""Best first, where the share of int8 is the same: fx trains fastest and quantizes functions, as do
-its parts; pt2e needs a compiler."""
+"""From best to worst, for equal shares of int8: fx trains fastest and quantizes functions, as do its parts; pt2e needs
+a compiler.
+"""
 
 WITHIN = 0.01
-"""Shares of int8 that are as close as this count as the same."""
+"""Shares of int8 that differ by less count as equal."""
 
 
 @dataclass(frozen=True)
 class Decision:
-    """What was decided of a network before it is prepared.
+    """The decision about a network before it is prepared.
 
     Attributes:
         mode: ``"eager"``, ``"fx"``, ``"pt2e"`` or ``"parts"``.
-        why: Why this mode, in two lines at most; empty if it was not for us to choose.
+        why: Why this mode, in two lines at most; empty if the user chose it.
         left_float: What stays float because it cannot be int8, by its name in the network, and why.
-        rehearsal: What the rehearsal found; None if there was none.
-        families: As of `Recipe`, of the run that decided.
+        rehearsal: Result of the rehearsal; None if there was none.
+        families: As in `Recipe`, from the run that made the decision.
     """
 
     mode: str
@@ -63,24 +64,25 @@ def decide(
     admits: Callable[[str], None] = lambda mode: None,
     inspect: Inspect | None = None,
 ) -> Decision:
-    """Rehearse a network, in every mode that may be the best if ``mode="auto"``.
+    """Rehearse a network; with ``mode="auto"`` in every mode that may be the best.
 
-    The best mode has the largest share of multiply-accumulates in int8. Within one point, one whose int8 network a file
-    can hold comes first, and then the order of `AUTO_ORDER`. Parts are tried where no graph is made of the whole. A
-    mode that none of the rest can be better than is taken without trying these.
+    The best mode has the largest share of multiply-accumulates in int8. Among modes within one point of it, those whose
+    int8 network can be saved come first, and then the order of `AUTO_ORDER` applies. Mode parts is tried if the network
+    cannot be captured as a whole. If none of the remaining modes can be better than the current one, they are not
+    tried.
 
     Args:
-        mode: What the user asked for.
-        network: Tried on copies; left as it is.
+        mode: The mode that the user asked for.
+        network: Not changed; copies are tried.
         example: One call of it.
-        recipe: Makes the recipe of a mode.
+        recipe: Returns the recipe for a mode.
         prefix: The network's name in the LightningModule.
         on_fault: See `rehearse`.
-        admits: Raises what speaks against a mode besides the network.
-        inspect: See `rehearse`; called for the mode that is chosen only.
+        admits: Raises an error if something other than the network rules out a mode.
+        inspect: See `rehearse`; called only for the chosen mode.
 
     Raises:
-        QuantizationError: The mode, or every mode, fails; the message says what was tried instead.
+        QuantizationError: The mode, or every mode, fails; the message lists what was tried instead.
 
     Example:
         >>> import torch
@@ -104,7 +106,7 @@ def decide(
     kept: dict[str, Rehearsed] = {}
 
     def keeping(candidate: str) -> Rehearsal:
-        """Rehearse, and keep the networks for a look at them, of the best mode so far only."""
+        """Rehearse, and keep the networks for inspection, of the best mode so far only."""
         if inspect is None:
             return attempt(candidate)
         return attempt(candidate, lambda *networks: kept.update({candidate: networks}))
@@ -131,18 +133,18 @@ def _keep_only(kept: dict[str, Rehearsed], mode: str) -> None:
 def _try_all(
     recipe: Callable[[str], Recipe], attempt: Callable[[str], Rehearsal], is_best: Callable[[str], None]
 ) -> tuple[dict[str, Rehearsal], dict[str, str]]:
-    """The rehearsals of the modes, until one is found that no other can be better than; and why others failed.
+    """The rehearsals of the modes, until no other can be better; and the reasons why others failed.
 
     Args:
-        recipe: Makes the recipe of a mode.
+        recipe: Returns the recipe for a mode.
         attempt: Rehearses it.
-        is_best: Told the best mode so far after each.
+        is_best: Called with the best mode so far after each rehearsal.
     """
     tried: dict[str, Rehearsal] = {}
     failed: dict[str, str] = {}
     for candidate in AUTO_ORDER:
         if traits_of(candidate).instead_of in tried or not _there(recipe, candidate):
-            continue  # It is not needed; or the backend has no such mode, which is no failure of the network.
+            continue  # It is not needed; or the backend does not support the mode, which is not the network's fault.
         try:
             found = tried[candidate] = attempt(candidate)
         except Exception as error:  # noqa: BLE001 - a mode that breaks upstream is one that does not work here
@@ -170,7 +172,7 @@ def _best(tried: Mapping[str, Rehearsal]) -> str:
 
 
 def _why(chosen: str, tried: Mapping[str, Rehearsal], failed: Mapping[str, str]) -> str:
-    """Two lines: what was chosen, and what the others came to."""
+    """Two lines: the chosen mode, and the results of the others."""
 
     def share(mode: str) -> str:
         unsaved = ", and no file can hold it" if tried[mode].unsaved else ""
@@ -190,7 +192,7 @@ def _short(reason: str) -> str:
 
 
 def _other_modes(mode: str, recipe: Callable[[str], Recipe], attempt: Callable[[str], Rehearsal]) -> str:
-    """Which other mode works, as tried; pt2e is left out, whose preparation takes long."""
+    """Which other mode works, as tried; pt2e is left out, because preparing takes long."""
     tried = []
     for candidate in ("fx", "eager"):
         if candidate == mode or not _there(recipe, candidate):
@@ -209,24 +211,24 @@ def _other_modes(mode: str, recipe: Callable[[str], Recipe], attempt: Callable[[
 def choose_mode(
     mode: str, network: nn.Module, example: Example, recipe: Callable[[str], Recipe], *, prefix: str = ""
 ) -> Decision:
-    """The mode to use without a rehearsal: the first that prepares; of kinds without calibration the most int8 layers.
+    """Choose a mode without a rehearsal: the first that prepares; for kinds without calibration the most int8 layers.
 
     Args:
-        mode: What the user asked for.
-        network: Tried on copies; left as it is.
+        mode: The mode that the user asked for.
+        network: Not changed; copies are tried.
         example: One call of it.
-        recipe: Makes the recipe of a mode.
+        recipe: Returns the recipe for a mode.
         prefix: The network's name in the LightningModule.
 
     Raises:
-        NetworkError: No mode works; the message has each one's reason.
+        NetworkError: No mode works; the message has the reason for each.
     """
     if mode != "auto":
         return Decision(mode)
     failed: dict[str, str] = {}
     layers: dict[str, int] = {}
     for candidate in AUTO_ORDER:
-        # How much of it is int8 by parts, only a rehearsal shows.
+        # Only a rehearsal shows how much of it is int8 by parts.
         if traits_of(candidate).instead_of or not _there(recipe, candidate):
             continue
         trial = recipe(candidate)

@@ -16,16 +16,16 @@ from qat_lightning.modes.prepared import fake_quantizers, observe_in_evaluation,
 
 @contextmanager
 def calibrating(prepared: nn.Module) -> Iterator[None]:
-    """Let a prepared network find its ranges afresh, from everything that it is called with.
+    """Within the block, a prepared network determines its ranges again, from all inputs that it is called with.
 
-    Inside, it computes like the float network in evaluation mode. Afterwards the ranges are chosen, fake-quantization
-    is enabled, and ranges and BatchNorm statistics are frozen; it stays in evaluation mode.
+    Within the block, it computes like the float network in evaluation mode. Afterwards the ranges are chosen,
+    fake-quantization is enabled, and ranges and BatchNorm statistics are frozen; it stays in evaluation mode.
 
     Args:
-        prepared: What a mode's ``prepare`` made.
+        prepared: The result of a mode's ``prepare``.
 
     Raises:
-        ConversionError: It was called with nothing that is finite.
+        ConversionError: No input was finite.
     """
     for _, fq in fake_quantizers(prepared):
         fq.forget()
@@ -49,7 +49,7 @@ def calibrating(prepared: nn.Module) -> Iterator[None]:
 
 
 def calibrate(prepared: nn.Module, batches: Iterable[Any]) -> int:
-    """Find the ranges of a prepared network from batches.
+    """Determine the ranges of a prepared network from batches.
 
     Args:
         prepared: A network from `prepare`; changed in place, and in evaluation mode afterwards.

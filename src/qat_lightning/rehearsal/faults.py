@@ -1,4 +1,4 @@
-"""Converting what can be converted: a layer or an op at fault stays float, and costs neither the fit nor the others."""
+"""Converting as much as possible: a faulty layer or op stays float, without failing the fit or other layers."""
 
 from __future__ import annotations
 
@@ -19,19 +19,20 @@ from qat_lightning.modes.uncalibrated import quantize
 from qat_lightning.settings.recipe import Recipe
 
 _NEAR_DB = 45.0
-"""Below it, a layer that is at fault says by how much."""
+"""SQNR below which the reason of a faulty layer includes the figure."""
 
 _ROUNDS = 12
-"""Faults that are looked for one after the other; then everything up to the last one is left float."""
+"""Number of faults that are searched one by one; after that, everything up to the last one is left float."""
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """An int8 network, and what had to stay float for it.
+    """An int8 network, and the layers and ops that stayed float for it.
 
     Attributes:
-        converted: What the mode made.
-        left_float: What was found to be impossible in int8 this time, by its name in the network, and why.
+        converted: The result of the mode's conversion.
+        left_float: Layers and ops that turned out to have no int8 form this time, by their names in the network, and
+            why.
     """
 
     converted: Converted
@@ -41,15 +42,15 @@ class Conversion:
 def convert_what_can_be(prepared: nn.Module, example: Example) -> Conversion:
     """Convert a prepared network; what cannot be int8 is left float, in the prepared network too.
 
-    What an error names is left float first. Where it names nothing, the part at fault is found by bisection: the first
-    one in the order in which they run that has to be float, with all before it, for the conversion to succeed.
+    First, what the error names is left float. If it names nothing, the faulty part is found by bisection: in execution
+    order, the first part that has to be float, along with all before it, for the conversion to succeed.
 
     Args:
-        prepared: What a mode's ``prepare`` made, with ranges; it is changed only where something is left float.
+        prepared: The result of a mode's ``prepare``, with ranges; changed only if something is left float.
         example: One call of it.
 
     Raises:
-        QuantizationError: It fails with everything float as well; then the prepared network is as it was.
+        QuantizationError: It fails with everything float as well; the prepared network is then unchanged.
         NetworkError: Nothing would be left to quantize.
 
     Example:
@@ -79,12 +80,12 @@ def convert_what_can_be(prepared: nn.Module, example: Example) -> Conversion:
 
 
 def quantize_what_can_be(network: nn.Module, example: Example, recipe: Recipe, *, prefix: str = "") -> Conversion:
-    """The same for the kinds without calibration.
+    """`convert_what_can_be` for the kinds without calibration.
 
     Args:
-        network: The float network; stays as it is.
+        network: The float network; not changed.
         example: One call of it.
-        recipe: Kind ``"dynamic"`` or ``"weight_only"``; what it leaves float already stays float.
+        recipe: Kind ``"dynamic"`` or ``"weight_only"``; layers that it leaves float stay float.
         prefix: The network's dotted name in the LightningModule.
 
     Raises:
@@ -103,7 +104,7 @@ def quantize_what_can_be(network: nn.Module, example: Example, recipe: Recipe, *
 
 
 def reason_of(error: Exception, name: str = "") -> str:
-    """Why something is left float, in a phrase for the coverage and for one warning."""
+    """Why something is left float, as a phrase for the coverage and for a warning."""
     if isinstance(error, VerificationError):
         wrong = [row for row in error.checks if layer_of(row.name) == name and (row.fault or row.sqnr_db < _NEAR_DB)]
         if not wrong:
@@ -121,14 +122,14 @@ def _search(
     network: nn.Module,
     recipe: Recipe,
 ) -> Conversion:
-    """Leave float what is at fault, until a conversion succeeds."""
+    """Leave faulty parts float, until a conversion succeeds."""
     left: dict[str, str] = {}
     first: Exception | None = None
     for turn in range(_ROUNDS):
         try:
             return Conversion(attempt(left), left)
         except (ConfigurationError, MissingExtraError):
-            raise  # no fault of a layer's
+            raise  # not the fault of a layer
         except Exception as error:  # noqa: BLE001 - upstream's converters and kernels may fail in any way
             first = first or error
             possible = [name for name in parts() if name not in left]
@@ -143,7 +144,7 @@ def _search(
 
 
 def _named(error: Exception, possible: list[str]) -> dict[str, str]:
-    """What an error says is at fault, as far as it can be left float."""
+    """The parts that an error names as faulty, if they can be left float."""
     names = dict.fromkeys(name if name in possible else layer_of(name) for name in getattr(error, "layers", ()))
     return {name: reason_of(error, name) for name in names if name in possible}
 
@@ -156,7 +157,7 @@ def _bisected(
     *,
     to_the_end: bool,
 ) -> dict[str, str]:
-    """The first part that has to be float, with all before it; nothing if none helps."""
+    """The first part that has to be float, with all before it; empty if that does not help."""
 
     def converts(count: int) -> bool:
         try:
@@ -173,7 +174,7 @@ def _bisected(
 
 
 def first_that(holds: Callable[[int], bool], end: int) -> int:
-    """The least number from 1 to ``end`` for which ``holds`` is true, where it stays true from there on.
+    """The smallest number from 1 to ``end`` for which ``holds`` is true, if it is true for all larger ones.
 
     Example:
         >>> first_that(lambda n: n >= 5, 12)

@@ -1,4 +1,4 @@
-"""A rehearsal: all that happens to a network up to its int8 file, on a copy, before the training has cost anything."""
+"""A rehearsal: all steps of a network up to its int8 file, on a copy, before training starts."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ from qat_lightning.settings.kinds import DIRECT
 from qat_lightning.settings.recipe import Recipe
 
 OnFault = Literal["leave_float", "error"]
-"""What becomes of a layer that cannot be int8: it stays float, or the training is refused."""
+"""What happens to a layer that cannot be int8: it stays float, or the training is refused."""
 
 Inspect = Callable[[QuantizedNetwork, nn.Module], None]
-"""Called with the rehearsed int8 network and what it has to compute, before both may be thrown away."""
+"""Called with the rehearsed int8 network and its reference, before both are freed."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,7 @@ class Rehearsal:
         recipe: Mode, backend, scheme and choice of layers that were rehearsed.
         left_float: Layers that cannot be int8, by name, with the reason; the rest was converted and verified.
         coverage: What became int8, and why the rest did not: layers, then the ops between them.
-        int8_macs: The share of the multiply-accumulates in int8, from 0 to 1; the share of layers where none were
-            counted.
+        int8_macs: The share of multiply-accumulates in int8, from 0 to 1; the share of layers if none were counted.
         unsaved: Why the int8 network cannot be saved; empty if it can.
         parts: The submodules that are int8, in mode parts.
     """
@@ -136,7 +135,7 @@ def _rehearse(
 
 
 def share_of(rows: tuple[LayerCoverage, ...]) -> float:
-    """The share of the multiply-accumulates that is int8, or of the layers where none were counted."""
+    """The share of multiply-accumulates in int8; if none were counted, the share of layers."""
     share = int8_share(rows)
     if share is not None:
         return share
@@ -150,7 +149,7 @@ def _prepared(network: nn.Module, example: Example, recipe: Recipe, prefix: str)
             return mode_for(recipe).prepare(network, example, recipe, prefix=prefix)
     except QuantizationError:
         raise
-    except Exception as error:  # upstream may fail in any way
+    except Exception as error:  # upstream may raise anything
         lines = str(error).strip().splitlines()
         raise NetworkError(
             f"mode={recipe.mode!r} cannot prepare {type(network).__name__} ({type(error).__name__}: "
@@ -161,7 +160,7 @@ def _prepared(network: nn.Module, example: Example, recipe: Recipe, prefix: str)
 def _refusal(
     network: nn.Module, example: Example, recipe: Recipe, conversion: Conversion, prefix: str
 ) -> QuantizationError:
-    """Why ``on_fault="error"`` refuses, with the remedies that were tried."""
+    """Why ``on_fault="error"`` refuses the network, with the remedies that were tried."""
     names = [join(prefix, name) for name in conversion.left_float]
     faults = "; ".join(f"{join(prefix, name)}: {why}" for name, why in conversion.left_float.items())
     remedy = "on_fault='leave_float', which leaves this float and converts the rest"
@@ -176,7 +175,7 @@ def _refusal(
 
 
 def _why_unsaved(quantized: QuantizedNetwork, float_network: nn.Module) -> str:
-    """Why no file can hold an int8 network, found by writing one in memory and loading it again."""
+    """Why an int8 network cannot be saved, found by writing a file in memory and loading it again."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -201,7 +200,7 @@ def _tensors(network: nn.Module, example: Example) -> list[torch.Tensor]:
 
 @contextlib.contextmanager
 def nothing_moves() -> Iterator[None]:
-    """Random states as they were, and no word of what is only tried."""
+    """Within the block, random states are kept and messages suppressed."""
     states = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng(), torch.inference_mode(False), torch.enable_grad(), warnings.catch_warnings():

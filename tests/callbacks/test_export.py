@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import WandbLogger
 
 from qat_lightning import (
@@ -19,6 +22,7 @@ from qat_lightning import (
     evaluate_variants,
 )
 from qat_lightning.errors import CombinationError, ConfigurationError
+from qat_lightning.export.run import open_artifact
 from tests.callbacks.lit import Lit, loader, trainer
 
 ROOT = Path(__file__).parents[2]
@@ -70,6 +74,34 @@ def test_without_a_fit_the_first_evaluation_exports_once(tmp_path: Path) -> None
     assert summary["torchscript/test/acc"] == pytest.approx(summary["int8/test/acc"], abs=0.02)
     run.test(model, data, verbose=False)
     assert export.results["torchscript"] is result
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "partner", [QuantizationAwareTraining, partial(PostTrainingQuantization, calibration_dataloader=loader())]
+)
+def test_the_files_hold_the_weights_that_were_tested(partner: Any, tmp_path: Path) -> None:
+    """Those of the fit, then those of an earlier checkpoint, in the comparison of the variants too."""
+    model, data = Lit(), loader()
+    export = QuantizedModelExport(["torchscript"], dirpath=str(tmp_path / "export"), batches=1)
+    saving = ModelCheckpoint(tmp_path, save_top_k=-1, filename="{epoch}")
+    callback = partner("fx", "x86")
+    run = trainer(callback, export, saving, max_epochs=3, enable_checkpointing=True)
+    run.fit(model, data, data)
+    of_fit = export.results["torchscript"]
+    assert of_fit.source == callback.quantized.source == "the fit that ended at step 12"
+    run.validate(model, data, ckpt_path=tmp_path / "epoch=0.ckpt", verbose=False)
+    assert export.results["torchscript"] is of_fit
+    run.test(model, data, ckpt_path=tmp_path / "epoch=0.ckpt", verbose=False)
+    result = export.results["torchscript"]
+    assert "epoch=0.ckpt" in result.source
+    assert json.loads((tmp_path / "export" / "export.json").read_text())["results"][0]["source"] == result.source
+    summary = evaluate_variants(run, model, dataloaders=data)
+    assert summary["torchscript/test/loss"] == pytest.approx(summary["int8/test/loss"], rel=1e-4)
+    assert export.results["torchscript"] is result
+    images = next(iter(data))[0]
+    with open_artifact(result) as network, torch.no_grad():
+        assert torch.allclose(network(images), callback.quantized(images), atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -147,6 +147,11 @@ class QuantizationCallback(Callback):
         """The int8 network, a dict by name for several, or None before there is one."""
         return self._int8.quantized
 
+    @property
+    def made_from(self) -> str:
+        """Which weights `quantized` holds, in words."""
+        return self._int8.made_from
+
     def convert(self, exclude: Sequence[str] = ()) -> Any:
         """Convert the current weights and ranges to int8.
 

@@ -10,7 +10,7 @@ import torch
 from lightning.fabric.utilities.apply_func import move_data_to_device
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 
 from qat_lightning.artifact.quantized import QuantizedNetwork
@@ -32,7 +32,8 @@ from qat_lightning.terminal import console
 class QuantizedModelExport(Callback):
     """Exports the int8 network in several formats when the fit ends; verifies and times each file.
 
-    Without a fit it exports after the first evaluation: `PostTrainingQuantization` quantizes what is tested.
+    Without a fit it exports after the first evaluation: `PostTrainingQuantization` quantizes what is tested. A test or
+    prediction with other weights (``ckpt_path="best"``) writes the files again, so that they hold what was tested.
 
     Use it with `QuantizationAwareTraining` or `PostTrainingQuantization`. Each artifact is loaded again in a fresh
     process by its own runtime, compared with fake-quant on real batches, and timed against fp32 in the same runtime and
@@ -89,7 +90,7 @@ class QuantizedModelExport(Callback):
         self.min_agreement = min_agreement
         self.min_sqnr_db = min_sqnr_db
         self.results: dict[str, ExportResult] = {}
-        self._has_exported = False  # in every process, of which the first one has the results
+        self._made_from = ""  # in every process, of which the first one has the results
         self._found: list[str] = []  # in a rehearsal, in which every warning is silenced
 
     @property
@@ -128,7 +129,7 @@ class QuantizedModelExport(Callback):
         failed = {result.format: result.error for result in results if result.error}
         if not failed:
             return
-        reasons = "; ".join(f"{name}: {why}" for name, why in failed.items())
+        reasons = "; ".join(f"{name}: {why.rstrip('.')}" for name, why in failed.items())
         what = (
             f"{len(failed)} of {len(results)} formats cannot hold the int8 network of {slot!r}, the rehearsal before "
         )
@@ -149,20 +150,25 @@ class QuantizedModelExport(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Export, when all other callbacks have seen the end of the fit, and have converted.
 
-        Without a fit, what the first evaluation quantized or read from a checkpoint is exported.
+        Without a fit, what the first evaluation quantized or read from a checkpoint is exported, and after a test or a
+        prediction with weights of another checkpoint, those are: the files hold what ``quantized`` holds.
         """
-        if trainer.fast_dev_run or (stage != "fit" and self._has_exported):  # type: ignore[attr-defined]
+        if trainer.fast_dev_run or (stage == "validate" and self._made_from):  # type: ignore[attr-defined]
             return
         partner = QuantizationCallback.of(trainer, self)
         if "int8" not in partner.variants:
             if stage == "fit":
                 rank_zero_warn("Nothing is exported: there is no int8 network, because no range was observed.")
             return
-        if stage != "fit" and not partner.make_int8(trainer):
+        if stage != "fit" and (not partner.make_int8(trainer) or partner.made_from == self._made_from):
             return
+        if stage != "fit" and self._made_from:
+            rank_zero_info(
+                f"The exported files held {self._made_from}, and are written again with {partner.made_from}."
+            )
         # In every process: a step may wait for the others.
         calls = {slot: self._calls(trainer, pl_module, partner, slot) for slot in partner.slots}
-        self.results, self._has_exported = {}, True
+        self.results, self._made_from = {}, partner.made_from
         with partner.whole(everywhere=False):
             if trainer.is_global_zero:
                 self._export_all(trainer, partner, calls)

@@ -35,6 +35,7 @@ class ExportResult:
         latency_ms: Median time of one sample in its runtime.
         float_latency_ms: Latency of the float network in the same runtime, timed in turn; None if it has no float form.
         eager_latency_ms: Latency of the float network in PyTorch, timed in turn.
+        source: Which weights it holds, in words, as `QuantizedNetwork.source`; empty if unknown.
         call: How the artifact is called, for `qat_lightning.export.run.open_artifact`.
         kernels: How many of its layers the runtime runs in int8; None if unknown.
         ports: Integer inputs and outputs of the file, with their grids; empty if all are those of the network.
@@ -59,6 +60,7 @@ class ExportResult:
     ports: tuple[Port, ...] = ()
     remark: str = ""
     error: str = ""
+    source: str = ""
     call: Call | None = field(default=None, repr=False)
 
     @property
@@ -182,6 +184,7 @@ def _caption(results: Sequence[ExportResult]) -> str:
     best = fastest(results)
     lines = [f"{result.format}: {result.error}" for result in results if result.error]
     lines += [f"{result.format}: {result.remark}" for result in results if result.remark]
+    lines += [f"weights of {source}" for source in dict.fromkeys(result.source for result in results) if source]
     lines += [f"{result.format}: {port}" for result in results if result.passed for port in result.ports]
     if best is not None and len(results) > 1:
         lines.append(f"fastest that passes: {best.format}")

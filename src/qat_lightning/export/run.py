@@ -169,7 +169,8 @@ class _Job:
 
     def export(self, chosen: Format, folder: Place, name: str) -> ExportResult:
         """Write, load in a fresh process, compare and time one format."""
-        result = ExportResult(chosen.name, chosen.runtime, call=self.call)
+        held = "" if self.source.quantized is None else self.source.quantized.source
+        result = ExportResult(chosen.name, chosen.runtime, source=held, call=self.call)
         # Beside the place where the files go, if that is on this machine, so that they only have to be renamed.
         beside = folder if isinstance(folder, Path) else None
         with tempfile.TemporaryDirectory(dir=beside, prefix=".") as apart, tempfile.TemporaryDirectory() as elsewhere:

@@ -47,7 +47,9 @@ class TorchScript:
         call = Call.of(source)
         engine = source.quantized.recipe.target.engine if source.quantized is not None else None
         tensors = call.flatten(source.example.args, source.example.kwargs)
-        with torch.no_grad(), quantized_engine(engine), warnings.catch_warnings():
+        # Within contexts like `torch.device`, what the tracer says would be said of their code: without them here.
+        plainly = torch._C.DisableTorchFunction()
+        with torch.no_grad(), quantized_engine(engine), plainly, warnings.catch_warnings():
             warnings.filterwarnings("ignore", category=DeprecationWarning)
             warnings.filterwarnings("ignore", category=UserWarning)
             warnings.filterwarnings("ignore", category=TracerWarning)

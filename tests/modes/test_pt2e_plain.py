@@ -43,6 +43,11 @@ CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
         2,
     ),
     "depthwise": (lambda: nn.Sequential(nn.Conv2d(8, 8, 3, groups=8), nn.ReLU(), nn.Conv2d(8, 4, 1)), (8, 8, 8), 2),
+    "without bias": (
+        lambda: nn.Sequential(nn.Conv2d(3, 8, 1, bias=False), nn.ReLU(), nn.Conv2d(8, 8, 3, 2, bias=False)),
+        (3, 8, 8),
+        2,
+    ),
     "one dimension": (lambda: nn.Sequential(nn.Conv1d(3, 8, 3), nn.ReLU(), nn.Conv1d(8, 4, 3)), (3, 12), 2),
     "perceptron": (lambda: nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4, bias=False)), (8,), 2),
     "sums": (lambda: Sums(), (3, 8, 8), 5),

@@ -243,7 +243,7 @@ def _only_user(node: fx.Node) -> fx.Node | None:
 
 def _sizes(node: fx.Node) -> tuple[Any, ...]:
     dims = 1 + _CONVOLUTIONS.index(node.target)
-    given: tuple[Any, ...] = (*node.args[3:], *([1], [0], [1], 1)[len(node.args) - 3 :])
+    given: tuple[Any, ...] = (*node.args[3:], *([1], [0], [1], 1)[len(node.args[3:]) :])
     return *(list(size) * (dims if len(size) == 1 else 1) for size in given[:3]), given[3]
 
 

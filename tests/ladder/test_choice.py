@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from qat_lightning import Scheme, Target
 from qat_lightning.errors import ConfigurationError
-from qat_lightning.ladder.choice import Attempt, Step, expected_minutes, nearest, next_step, to_go_on_from
+from qat_lightning.ladder.choice import Attempt, Step, nearest, next_step, to_go_on_from
 from qat_lightning.ladder.judgement import Drop
 from qat_lightning.ladder.plan import Plan
 from qat_lightning.ladder.rungs import RUNGS, Known, rungs_of
@@ -247,14 +247,6 @@ def test_the_nearest_misses_the_fewest_limits_by_the_least() -> None:
     assert near.verdict(target) == "misses size"
     assert measured(step, 0.095, size=1.0).verdict(target) == "keeps the target, the drop is undecided"
     assert measured(step, 0.105, size=1.0).verdict(target) == "misses drop, the drop is undecided"
-
-
-def test_what_a_training_will_take_is_told_by_another_or_guessed() -> None:
-    short = Attempt("qat_short", Plan(epochs=2), minutes=6.0)
-    static = Attempt("static", Plan(), minutes=0.5)
-    assert expected_minutes(Plan(epochs=8), [static, short], epoch=1.0) == pytest.approx(24.0)
-    assert expected_minutes(Plan(epochs=8), [static], epoch=1.0) == pytest.approx(8.0)
-    assert expected_minutes(Plan(bias_correction=True), [static, short], epoch=1.0) == pytest.approx(0.5)
 
 
 def test_a_plan_is_a_file_and_words() -> None:

@@ -183,33 +183,3 @@ def next_step(
 def _teacher_failed(attempts: Sequence[Attempt]) -> bool:
     """Whether a training that was to learn from the float network could not be done."""
     return any(attempt.plan.distillation and attempt.started and attempt.error for attempt in attempts)
-
-
-TRAINING_TO_VALIDATION = 8.0
-"""How many times longer a batch of quantization-aware training takes than one of float validation, about.
-
-Forward and backward are three times a forward, and fake-quantization makes a step 1.3 to 3 times as long; see
-docs/benchmarks.md."""
-
-
-def expected_minutes(plan: Plan, attempts: Sequence[Attempt], epoch: float) -> float:
-    """How long a plan will take, about, from what others took.
-
-    Args:
-        plan: What is to be tried.
-        attempts: What was.
-        epoch: Minutes of an epoch, as guessed before one was trained.
-
-    Returns:
-        0 where nothing is known.
-
-    Example:
-        >>> done = Attempt("qat_short", Plan(epochs=2), minutes=4.0)
-        >>> expected_minutes(Plan(epochs=8), [done], epoch=1.0)
-        16.0
-    """
-    trained = [a.minutes / a.plan.epochs for a in attempts if a.plan.epochs and not a.error and not a.cut_short]
-    calibrated = [a.minutes for a in attempts if not a.plan.epochs and not a.plan.adaround and not a.error]
-    if plan.epochs:
-        return plan.epochs * (trained[-1] if trained else epoch)
-    return max(calibrated, default=0.0)

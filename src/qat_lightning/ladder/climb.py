@@ -16,10 +16,12 @@ from qat_lightning.artifact.quantized import QuantizedNetwork
 from qat_lightning.compare.ladder import FILE
 from qat_lightning.compare.metric import Metric
 from qat_lightning.errors import QuantizationError
-from qat_lightning.ladder.choice import Attempt, Step, expected_minutes, next_step
+from qat_lightning.ladder.choice import Attempt, Step, next_step
 from qat_lightning.ladder.clock import Clock, OutOfTime, ends_after
+from qat_lightning.ladder.costs import PARTS, Part, expected_minutes, unknown_parts
 from qat_lightning.ladder.judgement import paired_drop
 from qat_lightning.ladder.parts import Parts
+from qat_lightning.ladder.pieces import minutes_of
 from qat_lightning.ladder.plan import Plan
 from qat_lightning.ladder.ranking import choose_bits, rank_layers
 from qat_lightning.ladder.reached import Reached
@@ -45,27 +47,23 @@ class Floor:
         metric: What is judged.
         parts: Of the validation data.
         metrics: All of the validation, under the keys of the loggers.
-        epoch: Minutes that an epoch of quantization-aware training will take, about.
         minutes: That measuring took.
     """
 
     metric: Metric
     parts: Parts
     metrics: dict[str, float]
-    epoch: float
     minutes: float
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
-        epoch = self.epoch if math.isfinite(self.epoch) else None
-        return dict(vars(self)) | {"metric": vars(self.metric), "parts": vars(self.parts), "epoch": epoch}
+        return dict(vars(self)) | {"metric": vars(self.metric), "parts": vars(self.parts)}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Floor:
         """Undo `to_dict`."""
         parts = Parts(tuple(values["parts"]["values"]), tuple(values["parts"]["samples"]))
-        epoch = math.nan if values["epoch"] is None else values["epoch"]
-        return cls(**{**values, "metric": Metric(**values["metric"]), "parts": parts, "epoch": epoch})
+        return cls(Metric(**values["metric"]), parts, values["metrics"], values["minutes"])
 
 
 class Climb:
@@ -124,7 +122,7 @@ class Climb:
 
     def _spent(self) -> float:
         """Minutes of earlier launches, of what they finished."""
-        found = [self.store.read(name) for name in ("float", "ranking", "bits")]
+        found = [self.store.read(name) for name in ("float", "ranking", "bits", *(f"cost_{part}" for part in PARTS))]
         for path in (self.store.folder / "rungs").glob("*"):
             found.append(self.store.read(f"rungs/{path.name}/measured") or self.store.read(f"rungs/{path.name}/made"))
         return sum(float(one["minutes"]) for one in found if one is not None)
@@ -186,13 +184,15 @@ class Climb:
 
     def _tried(self, step: Step, clock: Clock) -> Attempt:
         """Try a rung, unless it does not fit in what is left of the time."""
-        name, left = step.rung.name, clock.left
-        needs = expected_minutes(step.plan, self.attempts, self.floor.epoch)
+        name, limited = step.rung.name, self.target.max_minutes is not None
+        needs = self._expected(step.plan, clock) if limited else 0.0
+        left = clock.left
         if needs > left:
             self._why_ended = f"The remaining rungs do not fit in the {self.target.max_minutes:g} minutes."
-            why = f"not started: it takes about {needs:.1f} minutes, and {left:.1f} are left"
+            about = "longer" if math.isinf(needs) else f"about {needs:.1f} minutes"
+            why = f"not started: it takes {about}, and {left:.1f} minutes are left"
             return Attempt(name, step.plan, started=False, error=why)
-        _say(f"{name}: {step.plan.words()}")
+        _say(f"{name}: {step.plan.words()}" + (f", about {needs:.1f} minutes" if limited else ""))
         began = time.monotonic()
         try:
             with ends_after(left):
@@ -202,6 +202,32 @@ class Climb:
             return Attempt(name, step.plan, minutes=Clock.since(began), error="its time was used up before it finished")
         self.store.write(f"rungs/{name}/measured", attempt.to_dict())
         return attempt
+
+    def _expected(self, plan: Plan, clock: Clock) -> float:
+        """How many minutes a plan will take, about."""
+        costs = {part: self._cost(part, plan, clock.left) for part in sorted(unknown_parts(plan, self.attempts))}
+        return expected_minutes(plan, self.attempts, costs)
+
+    def _cost(self, part: Part, plan: Plan, left: float) -> float:
+        """Minutes of a part of a plan, from a piece that is measured once.
+
+        If half of the time that is left is not enough for the piece, the whole does not fit either.
+        """
+        kept = self.store.read(f"cost_{part}")
+        if kept is None:
+            _say(f"Measuring how long it takes: {part}.")
+            began = time.monotonic()
+            found, why = 0.0, ""
+            try:
+                with ends_after(left / 2):
+                    found = minutes_of(part, plan, self.workshop)
+            except OutOfTime:
+                return math.inf
+            except QuantizationError as error:  # as the rung itself will say
+                why = f"{type(error).__name__}: {error}"
+            kept = {"found": found, "why": why, "minutes": Clock.since(began)}
+            self.store.write(f"cost_{part}", kept)
+        return float(kept["found"])
 
     def _made_and_measured(self, step: Step, began: float, left: float) -> Attempt:
         name = step.rung.name

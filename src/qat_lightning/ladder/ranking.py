@@ -4,10 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
-from qat_lightning.callbacks.parts.calibration_data import calls_in_steps
-from qat_lightning.callbacks.parts.network import Slot
 from qat_lightning.ladder.plan import Plan
 from qat_lightning.ladder.workshop import Workshop
 from qat_lightning.sensitivity import BitLimits, bits_within
@@ -57,23 +53,14 @@ def choose_bits(workshop: Workshop, plan: Plan, max_size_mb: float) -> dict[str,
 
 def _measured(workshop: Workshop, plan: Plan) -> Sensitivity:
     """The layers of the float network, on a few batches of the training data."""
-    model, datamodule = workshop.copies()
-    trainer = workshop.trainer([], [], enable_progress_bar=False, limit_val_batches=1)
-    trainer.validate(model, datamodule=datamodule, verbose=False)  # ties them to a Trainer, whose hooks they then have
-    datamodule.setup("fit")
-    model.cpu()
-    slot = Slot(model, workshop.name)
-    network = workshop.network
-    with torch.inference_mode(False):
-        calls = calls_in_steps(model, {slot.name: slot}, {slot.name: network}, datamodule.train_dataloader(), BATCHES)
     return sensitivity(
-        network,
-        calls[slot.name],
+        workshop.network,
+        workshop.calls(BATCHES),
         mode=plan.mode,
         backend=plan.backend,
         scheme=plan.scheme,
         include=plan.include,
         exclude=plan.exclude,
-        prefix=slot.prefix,
+        prefix=workshop.prefix,
         kind=plan.kind,
     )

@@ -12,14 +12,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import LightningDataModule, LightningModule
 from rich.text import Text
 
 from qat_lightning.compare.metric import Metric, choose_metric
 from qat_lightning.compare.run import Run
 from qat_lightning.errors import ConfigurationError
 from qat_lightning.export.formats import FORMATS
-from qat_lightning.ladder.choice import TRAINING_TO_VALIDATION
 from qat_lightning.ladder.climb import Climb, Floor, Loggers
 from qat_lightning.ladder.clock import Clock
 from qat_lightning.ladder.parts import validate_parts, validate_whole
@@ -239,16 +238,14 @@ def _floor(workshop: Workshop, store: Store, loggers: Loggers, asked: tuple[str 
             )
         with logged_behind("float", trainer.loggers):
             found = validate_whole(trainer, model, datamodule)
-        seconds = time.monotonic() - began
         metric = _metric(found, *asked)
         parts = validate_parts(trainer, model, datamodule, metric.name, workshop.making.seed)
         trainer.save_checkpoint(store.folder / FLOAT_WEIGHTS, weights_only=True)
         metrics = {f"float/{key}": value for key, value in found.items()}
         write_summary(made, metrics, 0)
-        epoch = TRAINING_TO_VALIDATION * seconds / 60 * _epoch_share(trainer, datamodule)
     finally:
         close(made)
-    floor = Floor(metric, parts, metrics, epoch, Clock.since(began))
+    floor = Floor(metric, parts, metrics, Clock.since(began))
     store.write("float", floor.to_dict())
     return floor
 
@@ -268,16 +265,3 @@ def _metric(found: dict[str, float], name: str | None, larger_is_better: bool | 
             f"{metric.name} of the float network is {found[metric.name]}, so networks cannot be judged by it."
         )
     return metric
-
-
-def _epoch_share(trainer: Trainer, datamodule: LightningDataModule) -> float:
-    """How many times more batches an epoch has than the validation, about; NaN where loaders have no length."""
-    (validated,) = trainer.num_val_batches
-    try:
-        datamodule.setup("fit")
-        batches = len(datamodule.train_dataloader())
-    except TypeError:
-        return math.nan
-    limit = trainer.limit_train_batches
-    batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
-    return batches / validated if validated and math.isfinite(validated) else math.nan

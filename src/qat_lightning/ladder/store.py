@@ -21,9 +21,9 @@ FLOAT_WEIGHTS = "float.ckpt"
 class Store:
     """The folder of a ladder.
 
-    ``identity.json`` says what it is about, ``float.json`` and ``ranking.json`` what was measured of the float network,
-    ``rungs/<name>/made.json`` and ``measured.json`` how far each rung has got, ``test.json`` what the test said.
-    Each is written beside its place and renamed: what is there is complete.
+    ``identity.json`` says what it is about; ``float.json``, ``ranking.json``, ``bits.json`` and ``cost_<part>.json`` what
+    was measured of the float network; ``rungs/<name>/made.json`` and ``measured.json`` how far each rung has got;
+    ``test.json`` what the test said. Each is written beside its place and renamed: what is there is complete.
 
     Args:
         folder: It is made if need be.

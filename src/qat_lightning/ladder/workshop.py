@@ -11,6 +11,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.loggers import Logger
 from torch import nn
@@ -18,6 +19,7 @@ from torch import nn
 from qat_lightning.artifact import load_quantized
 from qat_lightning.artifact.quantized import QuantizedNetwork
 from qat_lightning.callbacks.distillation import Distillation
+from qat_lightning.callbacks.parts.calibration_data import calls_in_steps
 from qat_lightning.callbacks.parts.network import Slot, find_networks
 from qat_lightning.callbacks.post_training_quantization import PostTrainingQuantization
 from qat_lightning.callbacks.quantization_aware_training import QuantizationAwareTraining
@@ -25,6 +27,7 @@ from qat_lightning.callbacks.quantization_callback import QuantizationCallback
 from qat_lightning.errors import ConfigurationError, ExportError, NetworkError
 from qat_lightning.export.result import ExportResult
 from qat_lightning.export.run import export_quantized, open_artifact
+from qat_lightning.graph.example import Example
 from qat_lightning.ladder.parts import Parts, validate_parts, validate_whole
 from qat_lightning.ladder.plan import Plan
 from qat_lightning.ladder.standing import StandingIn
@@ -120,6 +123,11 @@ class Workshop:
         """A copy of the float network, on the CPU, in evaluation."""
         return copy.deepcopy(Slot(self._model, self.name).get()).cpu().eval()
 
+    @property
+    def prefix(self) -> str:
+        """What the names of its modules begin with in the LightningModule."""
+        return Slot(self._model, self.name).prefix
+
     def trainer(self, callbacks: Sequence[Callback], loggers: Sequence[Logger], **settings: Any) -> Trainer:
         """A Trainer of the user's, with what a rung needs."""
         return self.trainer_factory(
@@ -129,6 +137,19 @@ class Workshop:
             enable_model_summary=False,
             **settings,
         )
+
+    # The data
+
+    def calls(self, batches: int) -> list[Example]:
+        """What the float network is called with in some batches of the training data, on the CPU."""
+        model, datamodule = self.copies()
+        trainer = self.trainer([], [], enable_progress_bar=False, limit_val_batches=1)
+        trainer.validate(model, datamodule=datamodule, verbose=False)  # ties them to a Trainer
+        datamodule.setup("fit")
+        slot = Slot(model.cpu(), self.name)
+        with torch.inference_mode(False):
+            loader = datamodule.train_dataloader()
+            return calls_in_steps(model, {self.name: slot}, {self.name: self.network}, loader, batches)[self.name]
 
     # Make
 
@@ -147,19 +168,12 @@ class Workshop:
         Raises:
             QuantizationError: It cannot be made, with the reason.
         """
-        model, datamodule = self.copies()
-        callback = self._training(plan) if plan.epochs else self._calibration(plan)
-        cut_short = False
         if plan.epochs:
-            more = [Distillation()] if plan.distillation else []
             longest = None if math.isinf(minutes) else timedelta(minutes=max(minutes, 1e-3))
-            trainer = self.trainer([callback, *more], loggers, max_epochs=plan.epochs, max_time=longest)
-            trainer.fit(model, datamodule=datamodule)
-            cut_short = trainer.current_epoch < plan.epochs
+            trainer, callback = self.trained(plan, loggers, max_epochs=plan.epochs, max_time=longest)
         else:
-            trainer = self.trainer([callback], loggers, enable_progress_bar=False, limit_val_batches=1)
-            with logged_behind("calibration", trainer.loggers):
-                trainer.validate(model, datamodule=datamodule, verbose=False)
+            trainer, callback = self.calibrated(plan, loggers)
+        cut_short = bool(plan.epochs) and trainer.current_epoch < plan.epochs
         network = callback.network("int8")
         if not isinstance(network, QuantizedNetwork):
             raise NetworkError(
@@ -167,6 +181,26 @@ class Workshop:
             )
         network.save(folder / NETWORK)
         return replace(plan, mode=callback.chosen_modes.get(self.name, plan.mode)), cut_short
+
+    def trained(
+        self, plan: Plan, loggers: Sequence[Logger], more: Sequence[Callback] = (), **settings: Any
+    ) -> tuple[Trainer, QuantizationCallback]:
+        """Train as a plan says, with further callbacks and with these settings of the Trainer."""
+        model, datamodule = self.copies()
+        callback = self._training(plan)
+        teacher = [Distillation()] if plan.distillation else []
+        trainer = self.trainer([callback, *teacher, *more], loggers, **settings)
+        trainer.fit(model, datamodule=datamodule)
+        return trainer, callback
+
+    def calibrated(self, plan: Plan, loggers: Sequence[Logger]) -> tuple[Trainer, QuantizationCallback]:
+        """Calibrate as a plan says."""
+        model, datamodule = self.copies()
+        callback = self._calibration(plan)
+        trainer = self.trainer([callback], loggers, enable_progress_bar=False, limit_val_batches=1)
+        with logged_behind("calibration", trainer.loggers):
+            trainer.validate(model, datamodule=datamodule, verbose=False)
+        return trainer, callback
 
     def _common(self, plan: Plan) -> dict[str, Any]:
         return {

@@ -6,6 +6,7 @@ import copy
 import functools
 import types
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,11 @@ from qat_lightning.settings.recipe import Recipe
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+
+def _without_autocast() -> AbstractContextManager[object]:
+    """Let what stays float compute as it was verified: int8 kernels take float32, and autocast would give bfloat16."""
+    return torch.autocast("cpu", enabled=False) if torch.is_autocast_enabled("cpu") else nullcontext()
 
 
 class QuantizedNetwork(nn.Module):
@@ -71,8 +77,8 @@ class QuantizedNetwork(nn.Module):
 
     @torch.no_grad()
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the int8 kernels on CPU inputs of the float network's shapes and dtypes."""
-        with quantized_engine(self.recipe.target.engine):
+        """Run the int8 kernels on CPU inputs of the float network's shapes and dtypes, without autocast."""
+        with quantized_engine(self.recipe.target.engine), _without_autocast():
             return self._frozen.run(self.network, args, kwargs)
 
     def __getattr__(self, name: str) -> Any:
@@ -94,7 +100,7 @@ class QuantizedNetwork(nn.Module):
 
         @functools.wraps(found)
         def method(*args: Any, **kwargs: Any) -> Any:
-            with torch.no_grad(), quantized_engine(self.recipe.target.engine):
+            with torch.no_grad(), quantized_engine(self.recipe.target.engine), _without_autocast():
                 return found(*args, **kwargs)
 
         return method

@@ -111,6 +111,15 @@ def test_a_speed_that_pytorch_has_not_is_looked_for_in_files(float_run: tuple[Li
     if found.best is file:
         assert found.files[0].name == "model.torchscript.pt"
         assert "torchscript/test/acc" in found.metrics
+        assert found.metrics["torchscript/speedup"] == file.speedup, "the file is timed once"
+
+    written = tmp_path / "rungs" / "file_torchscript" / "export" / "model.torchscript.pt"
+    moment = written.stat().st_mtime_ns
+    (tmp_path / "rungs" / "file_torchscript" / "measured.json").unlink()  # as after a kill before it was written
+    again = search(float_run, target, tmp_path, files=["torchscript", "executorch"], resume=True)
+    (resumed,) = (attempt for attempt in again.attempts if attempt.rung == "file_torchscript")
+    assert (resumed.speedup, resumed.size_mb, resumed.drop) == (file.speedup, file.size_mb, file.drop)
+    assert written.stat().st_mtime_ns == moment
 
 
 @pytest.mark.slow

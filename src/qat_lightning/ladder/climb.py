@@ -323,10 +323,12 @@ class Climb:
         """Test the file that is shipped, in its own runtime."""
         trainer, callback, model, datamodule = standing
         name = best.plan.file
-        with self.workshop.shipped(network, best.plan, folder) as (artifact, result), callback.running(artifact):
-            with logged_behind(name, trainer.loggers):
-                results = trainer.test(model, datamodule=datamodule, verbose=False)
-            figures = {} if result is None else result.figures()
+        with (
+            self.workshop.shipped(network, best.plan, folder) as (artifact, figures),
+            callback.running(artifact),
+            logged_behind(name, trainer.loggers),
+        ):
+            results = trainer.test(model, datamodule=datamodule, verbose=False)
         found = {key: float(value) for one in results for key, value in one.items()} | figures
         return {f"{name}/{key}": value for key, value in found.items()}
 

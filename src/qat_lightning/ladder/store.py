@@ -15,15 +15,17 @@ from qat_lightning.json_files import read_json, write_json
 
 IDENTITY = "identity.json"
 NETWORK = "model.int8"
+EXPORTED = "exported.json"
 FLOAT_WEIGHTS = "float.ckpt"
 
 
 class Store:
     """The folder of a ladder.
 
-    ``identity.json`` says what it is about; ``float.json``, ``ranking.json``, ``bits.json`` and ``cost_<part>.json`` what
-    was measured of the float network; ``rungs/<name>/made.json`` and ``measured.json`` how far each rung has got;
-    ``test.json`` what the test said. Each is written beside its place and renamed: what is there is complete.
+    ``identity.json`` says what it is about; ``float.json``, ``ranking.json``, ``bits.json`` and ``cost_<part>.json``
+    what was measured of the float network; ``rungs/<name>/made.json``, ``exported.json`` and ``measured.json`` how far
+    each rung has got; ``test.json`` what the test said. Each is written beside its place and renamed: what is there is
+    complete.
 
     Args:
         folder: It is made if need be.

@@ -25,18 +25,23 @@ from qat_lightning.callbacks.post_training_quantization import PostTrainingQuant
 from qat_lightning.callbacks.quantization_aware_training import QuantizationAwareTraining
 from qat_lightning.callbacks.quantization_callback import QuantizationCallback
 from qat_lightning.errors import ConfigurationError, ExportError, NetworkError
+from qat_lightning.export.call import Call
+from qat_lightning.export.formats import get_format
+from qat_lightning.export.protocol import Source
 from qat_lightning.export.result import ExportResult
 from qat_lightning.export.run import export_quantized, open_artifact
 from qat_lightning.graph.example import Example
+from qat_lightning.json_files import read_json, write_json
 from qat_lightning.ladder.parts import Parts, validate_parts, validate_whole
 from qat_lightning.ladder.plan import Plan
 from qat_lightning.ladder.standing import StandingIn
-from qat_lightning.ladder.store import NETWORK
+from qat_lightning.ladder.store import EXPORTED, NETWORK
 from qat_lightning.ladder.timing import quietest
 from qat_lightning.numerics.sqnr import EQUAL_DB
 from qat_lightning.recipes.adaround import AdaRound
 from qat_lightning.rehearsal.rehearse import OnFault
 from qat_lightning.run.evaluate import logged_behind, measure_networks
+from qat_lightning.storage import Place
 
 TrainerFactory = Callable[..., Trainer]
 Standing = tuple[Trainer, StandingIn, LightningModule, LightningDataModule]
@@ -258,41 +263,52 @@ class Workshop:
         Raises:
             ExportError: The file of another runtime cannot be made.
         """
-        with self.shipped(network, plan, folder) as (standing_in, result):
+        with self.shipped(network, plan, folder) as (standing_in, figures):
             trainer, _, model, datamodule = self.standing(loggers, standing_in, network.example)
             with logged_behind("int8", trainer.loggers):
                 whole = validate_whole(trainer, model, datamodule)
             parts = validate_parts(trainer, model, datamodule, metric, self.making.seed)
         metrics = {f"int8/{key}": value for key, value in whole.items()}
         call = (network.example.args, network.example.kwargs)
-        if result is None:
+        if not plan.file:
             metrics |= quietest(lambda: measure_networks({"float": self.network, "int8": network}, [call]))
             return Measured(parts, finite(metrics), metrics.get("speedup"), metrics.get("int8/size_mb"))
-        figures = result.figures()
         metrics |= {f"{plan.file}/{key}": value for key, value in figures.items()}
         return Measured(parts, finite(metrics), figures.get("speedup"), figures.get("size_mb"))
 
     @contextmanager
     def shipped(
         self, network: QuantizedNetwork, plan: Plan, folder: Path
-    ) -> Iterator[tuple[nn.Module, ExportResult | None]]:
-        """What is shipped, to be called: the int8 network, or its file in the runtime of another format.
+    ) -> Iterator[tuple[nn.Module, dict[str, float]]]:
+        """What is shipped, to be called: the int8 network, or its file in another runtime with the file's figures.
 
         Raises:
             ExportError: The file cannot be made, or its runtime does not take it.
         """
         if not plan.file:
-            yield network, None
+            yield network, {}
             return
+        result, figures = self._exported(network, plan, folder)
+        with open_artifact(result) as artifact:
+            yield artifact, figures
+
+    def _exported(self, network: QuantizedNetwork, plan: Plan, folder: Path) -> tuple[ExportResult, dict[str, float]]:
+        """Write a file and time it; one that is there already keeps the figures that it got then."""
+        where, noted = folder / "export", folder / EXPORTED
+        if noted.is_file():
+            kept = read_json(noted)
+            files: list[Place] = [where / name for name in kept["files"]]
+            call = Call.of(Source(network, network.example))
+            return ExportResult(plan.file, get_format(plan.file).runtime, files, call=call), kept["figures"]
         # What it computes is judged by the user's metric.
-        float_network = self.network
         (result,) = export_quantized(
-            network, folder / "export", [plan.file], float_network=float_network, min_agreement=0, min_sqnr_db=0
+            network, where, [plan.file], float_network=self.network, min_agreement=0, min_sqnr_db=0
         )
         if not result.passed:
             raise ExportError(result.error)
-        with open_artifact(result) as artifact:
-            yield artifact, result
+        figures = finite(result.figures())
+        write_json(noted, {"files": [Path(file).name for file in result.files], "figures": figures})
+        return result, figures
 
 
 def finite(metrics: Mapping[str, float]) -> dict[str, float]:

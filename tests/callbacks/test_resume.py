@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import multiprocessing
 import warnings
 from pathlib import Path
@@ -15,8 +16,8 @@ from torch import nn
 
 from qat_lightning.callbacks.quantization_aware_training import QuantizationAwareTraining
 from qat_lightning.demos.data.resumable import resumable_loader
-from qat_lightning.errors import CheckpointMismatchError
-from tests.callbacks.lit import MODES, Lit, assert_same_state, dataset, loader, qat, ranges, state, trainer
+from qat_lightning.errors import CheckpointFileError, CheckpointMismatchError
+from tests.callbacks.lit import MODES, Lit, Net, assert_same_state, dataset, loader, qat, ranges, state, trainer
 
 STEPS = 12  # 3 epochs of 4 batches
 SCHEDULE: dict[str, Any] = {
@@ -207,6 +208,40 @@ def test_a_float_state_dict_loads_before_the_fit_and_between_fits(mode: str, flo
     module.load_state_dict(saved)
     trainer(callback, max_epochs=1).fit(module, loader())
     assert callback.quantized is not None
+
+
+class Remembering(Lit):
+    """Its hyperparameters hold a module, as those of many projects with Hydra do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.save_hyperparameters({"part": Net()})
+
+
+@pytest.fixture(scope="module")
+def with_classes(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("classes")
+    saving = ModelCheckpoint(folder, filename="first", save_on_train_epoch_end=True)
+    trainer(qat("eager"), saving, max_epochs=1, enable_checkpointing=True).fit(Remembering(), loader())
+    return str(folder / "first.ckpt")
+
+
+def test_a_checkpoint_with_classes_keeps_what_was_decided(with_classes: str) -> None:
+    """Its mode is known before the weights restore, though `torch.load` takes the file only when it is trusted."""
+    if "weights_only" not in inspect.signature(Trainer.fit).parameters:
+        pytest.skip("this release of Lightning always unpickles")
+    callback = qat("auto")
+    trainer(callback, max_epochs=2).fit(Remembering(), loader(), ckpt_path=with_classes, weights_only=False)
+    assert callback.chosen_modes == {"net": "eager"}
+
+
+def test_a_checkpoint_with_classes_is_refused_with_what_to_do(with_classes: str) -> None:
+    if "weights_only" not in inspect.signature(Trainer.fit).parameters:
+        pytest.skip("this release of Lightning always unpickles")
+    with pytest.raises(CheckpointFileError, match=r"holds tests.callbacks.lit.Net, .* pass weights_only=False beside"):
+        trainer(qat("eager"), max_epochs=2).fit(Remembering(), loader(), ckpt_path=with_classes)
+    with pytest.raises(CheckpointFileError, match=r"holds tests.callbacks.lit.Net, .* save its weights alone"):
+        trainer(qat("eager", float_checkpoint=with_classes)).fit(Remembering(), loader())
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import pickle
+import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +17,13 @@ from lightning.pytorch import Trainer
 from qat_lightning.errors import CheckpointFileError
 from qat_lightning.storage import Place, copied_here, open_to_read
 from qat_lightning.whole_files import write_whole
+
+_CLASS = re.compile(r"Unsupported (?:global|class).*?([\w.]+\.\w+)")
+"""The class in torch's message that it does not unpickle."""
+
+_TRUST_IN_TRAINER = "pass weights_only=False beside ckpt_path="
+
+_WEIGHTS_ALONE = "save its weights alone, torch.save(torch.load(path, weights_only=False)['state_dict'], 'weights.pt')"
 
 
 class WholeFileCheckpointIO(TorchCheckpointIO):
@@ -32,10 +41,11 @@ class WholeFileCheckpointIO(TorchCheckpointIO):
         """Read a checkpoint, as Lightning does.
 
         Raises:
-            CheckpointFileError: There is none at ``path``, or not all of it.
+            CheckpointFileError: There is none at ``path``, or not all of it; or it holds classes, without
+                ``weights_only=False``.
         """
         read = super().load_checkpoint
-        checkpoint = _mapping(f"ckpt_path={str(path)!r}", lambda: read(path, *args, **options))
+        checkpoint = _mapping(f"ckpt_path={str(path)!r}", lambda: read(path, *args, **options), _TRUST_IN_TRAINER)
         lacking = [key for key in ("state_dict", "pytorch-lightning_version") if key not in checkpoint]
         if lacking:
             raise CheckpointFileError(
@@ -76,25 +86,26 @@ def read_float_state(path: Place) -> dict[str, Any]:
         CheckpointFileError: There is none at ``path``, or not all of it.
     """
     said = f"float_checkpoint={str(path)!r}"
-    checkpoint = _mapping(said, lambda: read_checkpoint(path))
-    return _mapping(said, lambda: checkpoint.get("state_dict", checkpoint))
+    checkpoint = _mapping(said, lambda: read_checkpoint(path), _WEIGHTS_ALONE)
+    return _mapping(said, lambda: checkpoint.get("state_dict", checkpoint), _WEIGHTS_ALONE)
 
 
-def read_checkpoint(path: Place, *, mmap: bool = False) -> Any:
+def read_checkpoint(path: Place, *, mmap: bool = False, trusted: bool = False) -> Any:
     """What ``torch.save`` wrote, its tensors on the CPU.
 
     Args:
         path: On this machine or in other storage.
         mmap: Whether tensors may stay on the disk of this machine until they are used.
+        trusted: Whether classes in it may be unpickled, which can execute anything.
 
     Raises:
         OSError: It cannot be read.
         Exception: Whatever unpickling raises of what is no checkpoint.
     """
     if isinstance(path, Path):
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        return torch.load(path, map_location="cpu", weights_only=not trusted, mmap=mmap)
     with open_to_read(path) as file:
-        return torch.load(file, map_location="cpu", weights_only=True)
+        return torch.load(file, map_location="cpu", weights_only=not trusted)
 
 
 def read_sharded(folder: Place, endings: tuple[str, ...] = ("",)) -> dict[str, Any]:
@@ -139,11 +150,20 @@ def _read_sharded(folder: Path, shown: str, endings: tuple[str, ...]) -> dict[st
     return {".".join(map(str, paths[stored][1:])): value for stored, value in found.items()}
 
 
-def _mapping(said: str, read: Callable[[], Any]) -> dict[str, Any]:
+def _mapping(said: str, read: Callable[[], Any], trusting: str) -> dict[str, Any]:
     try:
         found = read()
     except FileNotFoundError as error:
         raise CheckpointFileError(f"{said} does not exist.") from error
+    except pickle.UnpicklingError as error:
+        held = _CLASS.search(str(error))
+        reason = (
+            f"holds {held[1]}, and torch loads only tensors and plain values by default: if you trust the file, "
+            f"{trusting}. self.save_hyperparameters(ignore=[...]) keeps modules and other objects out of checkpoints"
+            if held
+            else f"cannot be read: it is not a checkpoint, or only a part of one ({type(error).__name__}: {error})"
+        )
+        raise CheckpointFileError(f"{said} {reason}.") from error
     except Exception as error:  # unpickling what is no pickle may raise anything
         reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
         raise CheckpointFileError(

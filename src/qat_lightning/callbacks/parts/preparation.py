@@ -20,7 +20,13 @@ from qat_lightning.callbacks.parts.example import catch_examples
 from qat_lightning.callbacks.parts.float_weights import FloatWeights
 from qat_lightning.callbacks.parts.network import Slot
 from qat_lightning.callbacks.parts.networks import Networks
-from qat_lightning.callbacks.parts.resuming import checkpoint_to_restore, decision_in, peek, with_weights
+from qat_lightning.callbacks.parts.resuming import (
+    checkpoint_to_restore,
+    decision_in,
+    peek,
+    trusts_checkpoint,
+    with_weights,
+)
 from qat_lightning.callbacks.parts.together import refuse_compiled
 from qat_lightning.errors import ConfigurationError, NetworkError
 from qat_lightning.export.plain_tensors import in_its_runtime
@@ -75,7 +81,7 @@ class Preparation:
         """What is decided of each network: by the checkpoint, else by the first process for all of them."""
         settings = self.networks.settings
         check_overrides_of({slot.prefix: slot.get() for slot in slots.values()}, settings.recipe)
-        state = peek(checkpoint_to_restore(trainer))
+        state = peek(checkpoint_to_restore(trainer), trusted=trusts_checkpoint(trainer))
         kept = {name: decision_in(state, slot.prefix) for name, slot in slots.items()}
         found = {name: d for name, d in kept.items() if d is not None and settings.mode in ("auto", d.mode)}
         waiting = [name for name in slots if name not in found]

@@ -23,28 +23,42 @@ def checkpoint_to_restore(trainer: Trainer) -> Place | None:
     Lightning tells nobody before it restores it, when networks have to be prepared already: ``trainer.ckpt_path`` is
     that of the run before. So it is looked up in the call of the Trainer that is under way.
     """
+    path = _under_way(trainer).get("ckpt_path")
+    found = place(path) if path else None
+    return found if found is not None and (is_file(found) or is_folder(found)) else None
+
+
+def _under_way(trainer: Trainer) -> dict[str, Any]:
+    """What the call of a Trainer that is under way was given; empty outside of one."""
     frame = sys._getframe()
     while frame is not None:
         if frame.f_code.co_name == "_run" and frame.f_locals.get("self") is trainer:
-            path = frame.f_locals.get("ckpt_path")
-            found = place(path) if path else None
-            return found if found is not None and (is_file(found) or is_folder(found)) else None
+            return frame.f_locals
         frame = frame.f_back  # type: ignore[assignment]
-    return None
+    return {}
 
 
-def peek(path: Place | None) -> dict[str, Any]:
+def trusts_checkpoint(trainer: Trainer) -> bool:
+    """Whether Lightning is going to unpickle classes in that checkpoint: with ``weights_only=False``, or before 2.6."""
+    return _under_way(trainer).get("weights_only", False) is False
+
+
+def peek(path: Place | None, *, trusted: bool = False) -> dict[str, Any]:
     """The ``state_dict`` in a checkpoint, its tensors still on the disk of this machine; empty if it cannot be read.
 
     Of one that is sharded, a folder, it is only what prepared networks say of themselves. What is wrong with a file is
     for whoever restores it to say.
+
+    Args:
+        path: The checkpoint; None for none.
+        trusted: Whether classes in it may be unpickled.
     """
     if path is None:
         return {}
     try:
         if is_folder(path):
             return read_sharded(path, (STATE_KEY,))
-        checkpoint = read_checkpoint(path, mmap=True)
+        checkpoint = read_checkpoint(path, mmap=True, trusted=trusted)
     except Exception:  # noqa: BLE001 - unpickling what is no pickle may raise anything, and restoring will
         return {}
     state = checkpoint.get("state_dict", checkpoint) if isinstance(checkpoint, Mapping) else {}

@@ -17,7 +17,7 @@ from torch import nn
 from qat_lightning.callbacks.parts.checkpoints import holds_quantization, refuse_other_checkpoint
 from qat_lightning.callbacks.parts.network import Slot
 from qat_lightning.callbacks.parts.networks import Networks
-from qat_lightning.callbacks.parts.resuming import checkpoint_to_restore, peek
+from qat_lightning.callbacks.parts.resuming import checkpoint_to_restore, peek, trusts_checkpoint
 from qat_lightning.callbacks.parts.settings import QuantizationSettings
 from qat_lightning.errors import CheckpointMismatchError, ConfigurationError, NetworkError
 from qat_lightning.layers.qat_modules import FoldedLayer
@@ -219,7 +219,7 @@ def refuse_checkpoint(trainer: Trainer, networks: Networks) -> None:
         CheckpointMismatchError: It is of other settings, or of a float run and lacks what was added.
     """
     path = checkpoint_to_restore(trainer) if shards(trainer) else None
-    state = peek(path)
+    state = peek(path, trusted=trusts_checkpoint(trainer))
     if path is None or not (state or is_folder(path)):
         return
     prefixes = {name: slot.prefix for name, slot in networks.slots.items()}

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
 from qat_lightning.callbacks.parts.network import OWN_FORWARD, OwnForward, Slot
-from qat_lightning.callbacks.parts.variants import Stand
+from qat_lightning.callbacks.parts.variants import Guests, Stand
 from qat_lightning.errors import ConfigurationError
 from qat_lightning.graph.example import Example
 from qat_lightning.measure.fidelity import Fidelity
 
 
-class StandingIn(Callback):
+class StandingIn(Guests, Callback):
     """Evaluates a network of the float LightningModule's as it is, or an integer network in its place.
 
     It offers what `qat_lightning.evaluate_variants` asks of a callback, so that what is compared at the end is what was
@@ -43,7 +41,6 @@ class StandingIn(Callback):
         self.float_source = "the weights that were quantized"
         self.example_inputs_ = ((), {}) if example is None else (example.args, example.kwargs)
         self._network = network
-        self._guest: nn.Module | None = None
         self._before: list[Any] = []
         self._compared: Fidelity | None = None
 
@@ -62,15 +59,6 @@ class StandingIn(Callback):
         if name == "int8" and self._network is not None:
             return self._network
         return copy.deepcopy(self.slot.get()).cpu().eval()
-
-    @contextmanager
-    def running(self, network: nn.Module) -> Iterator[None]:
-        """Within the block, another network stands in."""
-        self._guest = network
-        try:
-            yield
-        finally:
-            self._guest = None
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stand in."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -15,14 +13,14 @@ from qat_lightning.callbacks.parts.network import OWN_FORWARD, Slot
 from qat_lightning.callbacks.parts.networks import Networks
 from qat_lightning.callbacks.parts.tested import log_tested
 from qat_lightning.callbacks.parts.variant_source import VariantSource
-from qat_lightning.callbacks.parts.variants import Stand
+from qat_lightning.callbacks.parts.variants import Guests, Stand
 from qat_lightning.errors import ConfigurationError
 from qat_lightning.measure.fidelity import Fidelity
 from qat_lightning.modes.prepared import observe_in_evaluation, set_phase
 from qat_lightning.settings.variants import VARIANTS, check_variant
 
 
-class VariantSwitch:
+class VariantSwitch(Guests):
     """Lets evaluations run the variant that was chosen, or the default, and puts back what was there.
 
     Args:
@@ -44,7 +42,6 @@ class VariantSwitch:
         self._int8 = int8
         self._source = source
         self._standing: dict[str, tuple[Any, Fidelity | None]] = {}
-        self._guest: nn.Module | None = None
         self._running = ""
 
     # What a user asks for
@@ -79,15 +76,6 @@ class VariantSwitch:
             self._int8.make()
             return self._int8[name]
         return self._source.comparable(name)
-
-    @contextmanager
-    def running(self, network: nn.Module) -> Iterator[None]:
-        """See `QuantizationCallback.running`."""
-        self._guest = network
-        try:
-            yield
-        finally:
-            self._guest = None
 
     # Evaluate
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,6 +13,21 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from qat_lightning.graph.structures import look_into
 from qat_lightning.measure.fidelity import Fidelity
+
+
+class Guests:
+    """Lets evaluations run a guest, another network, in the place of any variant."""
+
+    _guest: nn.Module | None = None
+
+    @contextmanager
+    def running(self, network: nn.Module) -> Iterator[None]:
+        """Within the block, this network is what evaluations run."""
+        self._guest = network
+        try:
+            yield
+        finally:
+            self._guest = None
 
 
 class Stand(nn.Module):

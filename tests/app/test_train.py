@@ -230,3 +230,30 @@ def test_a_users_own_app_can_add_the_packaged_group(tmp_path: Path) -> None:
     done = run(tmp_path, script, "+quantization=pt2e_x86", "quantization.start={epoch:3}")
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["QuantizationAwareTraining", "pt2e", "x86"]
+
+
+@pytest.mark.slow
+def test_the_packaged_group_goes_into_a_group_of_callbacks(tmp_path: Path) -> None:
+    """As of an app that instantiates whatever is there; also in a sweep over the group with other settings."""
+    (tmp_path / "callbacks").mkdir()
+    (tmp_path / "callbacks" / "default.yaml").write_text("timer:\n  _target_: lightning.pytorch.callbacks.Timer\n")
+    (tmp_path / "my_config.yaml").write_text(
+        "defaults: [callbacks: default, _self_]\nhydra:\n  searchpath: [pkg://qat_lightning.conf]\n"
+    )
+    script = tmp_path / "my_app.py"
+    script.write_text(
+        "import hydra\n"
+        '@hydra.main(version_base="1.3", config_path=".", config_name="my_config")\n'
+        "def main(cfg):\n"
+        "    callbacks = [hydra.utils.instantiate(part) for part in cfg.callbacks.values()]\n"
+        '    print("made", type(callbacks[-1]).__name__, callbacks[-1].mode, callbacks[-1].schedule.start)\n'
+        "main()\n"
+    )
+    group = "+quantization@callbacks.quantization="
+    done = run(tmp_path, script, f"{group}fx_x86", "callbacks.quantization.start=0.3")
+    assert done.returncode == 0, done.stderr
+    assert "made QuantizationAwareTraining fx {fraction: 0.3}" in done.stdout
+    done = run(tmp_path, script, "-m", f"{group}fx_x86,eager_x86", "++callbacks.quantization.start=0.3")
+    assert done.returncode == 0, done.stderr
+    assert [line.split()[2] for line in done.stdout.splitlines() if line.startswith("made")] == ["fx", "eager"]
+    assert done.stdout.count("{fraction: 0.3}") == 2

@@ -1,1 +1,1 @@
-"""Recipes that win accuracy back: one file each, functions on plain nn.Modules, without Lightning."""
+"""Recipes that recover accuracy: one per file, as functions on plain nn.Modules, without Lightning."""

@@ -1,9 +1,9 @@
-"""AdaRound: for each weight, whether to round up or down is learned, so that each layer gives what it gave before.
+"""AdaRound: learning for each weight whether to round up or down, so that each layer reproduces its float output.
 
 Nagel et al., 2020, "Up or down? Adaptive rounding for post-training quantization", https://arxiv.org/abs/2004.10568:
-reconstruction with the rectified sigmoid (equations 21 to 25), on the inputs that a layer gets when those before it are
-rounded already. By blocks, as BRECQ has it (Li et al., 2021, https://arxiv.org/abs/2102.05426), the layers of a block
-learn together so that the block gives what it gave; errors in its output count alike, without the Fisher information.
+reconstruction with the rectified sigmoid (equations 21 to 25), on inputs from layers that are already rounded. With
+blocks, as in BRECQ (Li et al., 2021, https://arxiv.org/abs/2102.05426), the layers of a block are learned together so
+that the block reproduces its output; all errors of the output count alike, without the Fisher information.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ class AdaRound:
     """Settings of `adaround`.
 
     Args:
-        iterations: Steps for each layer, or block.
-        batch_size: Samples of a step.
-        learning_rate: Of Adam.
-        regularization: Weight of the term that pushes each weight to one of its two points.
+        iterations: Steps for each layer or block.
+        batch_size: Number of samples per step.
+        learning_rate: Learning rate of Adam.
+        regularization: Weight of the term that pulls each weight to one of its two grid points.
         warm_up: Share of the iterations before that term is enabled.
         blocks: ``"none"``: each layer is learned by itself. ``"auto"``: the layers of each residual block, or of each
             other submodule that is repeated, are learned together; see `qat_lightning.recipes.blocks.found_blocks`. Or
@@ -39,7 +39,7 @@ class AdaRound:
             instead of ``batch_size`` samples.
 
     Raises:
-        ConfigurationError: A value is not possible.
+        ConfigurationError: A value is invalid.
 
     Example:
         >>> AdaRound(iterations=500).iterations
@@ -54,7 +54,7 @@ class AdaRound:
     blocks: Literal["none", "auto"] | Sequence[str] = "none"
 
     def __post_init__(self) -> None:
-        """Refuse what is not possible."""
+        """Reject invalid values."""
         for name in ("iterations", "batch_size"):
             value: Any = getattr(self, name)
             if type(value) is not int or value < 1:
@@ -83,14 +83,14 @@ class AdaRound:
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """How far the output of a layer or block is from the float network's, on the calibration data.
+    """How much the output of a layer or block differs from the float network's, on the calibration data.
 
     Both errors are mean squares, relative to the mean square of the float network's output.
 
     Attributes:
-        nearest: With weights rounded to the nearest point.
-        learned: With the rounding that is used now; never more.
-        flipped: Share of the weights that are not at the nearest point now.
+        nearest: With weights rounded to nearest.
+        learned: With the rounding that is in use now; never larger.
+        flipped: Share of the weights that are not rounded to nearest now.
     """
 
     nearest: float
@@ -107,22 +107,22 @@ def adaround(
 ) -> dict[str, Reconstruction]:
     """Learn for each weight whether it is rounded up or down, layer by layer or block by block, in place.
 
-    The weights are moved to the points that were learned, so that rounding to the nearest, in the network and in its
-    conversion, gives these points; the grid stays. Where nothing is won, a layer or block is left as it was.
+    The weights are moved to the learned grid points, so that rounding to nearest, in the network and in conversion,
+    returns these points; the grid does not change. A layer or block that does not improve is left unchanged.
 
     Args:
         prepared: The network with fake-quant, calibrated or not.
         batches: Calls of the network, as for `qat_lightning.calibrate`, on its device. The inputs of one layer or block
             at a time are kept for all of them.
         settings: See `AdaRound`.
-        progress: Called after each layer or block with its number from 1, how many there are, its name and the result.
+        progress: Called after each layer or block with its number from 1, the total number, its name and the result.
 
     Returns:
-        By the names of the layers and blocks, what was won.
+        For each layer and block by name, the errors before and after.
 
     Raises:
         ConversionError: There is no batch.
-        ConfigurationError: A block that is named is not one; before anything is learned.
+        ConfigurationError: A name in ``blocks`` is invalid; raised before anything is learned.
 
     Example:
         >>> from qat_lightning.graph.example import Example
@@ -148,7 +148,7 @@ def adaround(
 
 
 def _learn(unit: Unit, settings: AdaRound) -> Reconstruction:
-    """Optimize equation 25 of the paper, and keep the result where it is better than the nearest points."""
+    """Optimize equation 25 of the paper, and keep the result if it is better than rounding to nearest."""
     roundings = [Rounding(layer) for layer in unit.layers]
     variables = [rounding.variable.clone().requires_grad_() for rounding in roundings]
     optimizer = torch.optim.Adam(variables, lr=settings.learning_rate)
@@ -178,7 +178,7 @@ def _keep_if_better(unit: Unit, roundings: list[Rounding], variables: list[Tenso
     before = [layer.module.weight.detach().clone() for layer in unit.layers]
     for layer, rounding, variable, weight in zip(unit.layers, roundings, variables, before, strict=True):
         layer.module.weight.copy_(unfolded(rounding.final(variable), layer, weight))
-    # Read back: it counts what the network and its conversion will make of the stored weights.
+    # Read back, because the network and its conversion will use the stored weights.
     stored = [layer.rounded() for layer in unit.layers]
     learned = unit.error(stored)
     if not learned < nearest:

@@ -1,7 +1,8 @@
-"""BatchNorm statistics of the network as it is in the end: estimated anew, over many batches, with rounding on.
+"""BatchNorm statistics of the final network: re-estimated over many batches, with fake-quantization enabled.
 
-The statistics of training are averages over weights that were still moving, and with few bits the oscillating ones keep
-moving: Sun et al., 2019, https://papers.nips.cc/paper/2019/hash/65fc9fb4897a89789352e211ca2d398f-Abstract.html, and
+The statistics of training are averages over weights that were still changing, and with few bits, oscillating weights
+keep
+changing: Sun et al., 2019, https://papers.nips.cc/paper/2019/hash/65fc9fb4897a89789352e211ca2d398f-Abstract.html, and
 Nagel et al., 2022, "Overcoming oscillations in quantization-aware training", https://arxiv.org/abs/2203.11086.
 """
 
@@ -25,13 +26,13 @@ from qat_lightning.rehearsal.calibration import call
 
 @dataclass
 class _Pool:
-    """The values that one BatchNorm saw, in float64.
+    """The values that one BatchNorm received, in float64.
 
     Attributes:
         running: Its running mean and variance.
-        count: How many values of each channel.
-        mean: Of each channel.
-        squares: Sum of the squared distances from the mean.
+        count: Number of values per channel.
+        mean: Mean per channel.
+        squares: Sum of squared deviations from the mean, per channel.
     """
 
     running: tuple[Tensor, Tensor]
@@ -45,7 +46,7 @@ class _Pool:
         return cls(running, zeros.new_zeros(()), zeros, zeros.clone())
 
     def add(self, values: Tensor) -> None:
-        """Take in a batch, by the formula of Chan et al., 1979, which needs no second pass."""
+        """Add a batch, by the one-pass formula of Chan et al., 1979."""
         channels = values.detach().transpose(0, 1).flatten(1).double()
         count = channels.shape[1]
         if not count:
@@ -71,7 +72,7 @@ class _Pool:
         self.count, self.mean, self.squares = total, mean, squares
 
     def apply(self) -> bool:
-        """Make them the running statistics, the variance unbiased as in training; False if nothing was seen."""
+        """Set them as running statistics, with the unbiased variance as in training; False if there were no values."""
         if self.count < 2:
             return False
         self.running[0].copy_(self.mean)
@@ -80,13 +81,13 @@ class _Pool:
 
 
 class BatchNormStatistics:
-    """Pools what each BatchNorm of a network sees.
+    """Pools the values that each BatchNorm of a network receives.
 
     Args:
         network: A float network, or a prepared one of any mode.
 
     Raises:
-        ConfigurationError: It has no BatchNorm with running statistics.
+        ConfigurationError: The network has no BatchNorm with running statistics.
 
     Example:
         >>> network = nn.Sequential(nn.BatchNorm1d(1))
@@ -113,7 +114,7 @@ class BatchNormStatistics:
 
     @contextmanager
     def collecting(self) -> Iterator[None]:
-        """Within the block, BatchNorm normalizes with the batch's statistics, and its running ones stay.
+        """Within the block, BatchNorm normalizes with the batch's statistics, and does not update its running ones.
 
         The rest of the network is in evaluation, without gradients.
         """
@@ -139,7 +140,7 @@ class BatchNormStatistics:
                 module.num_batches_tracked.copy_(count)
 
     def _before(self, module: Any, args: tuple[Any, ...]) -> None:
-        # Here and not once for all: whoever runs the network may call eval().
+        # Before each forward, because the caller may call eval().
         module.training = True
         if hasattr(module, "frozen"):
             module.frozen = False
@@ -148,14 +149,14 @@ class BatchNormStatistics:
         self._pools.setdefault(id(mean), _Pool.empty((mean, variance))).add(args[0])
 
     def _after(self, module: Any, args: tuple[Any, ...], output: Any) -> None:
-        # Rounded weights are folded with the running variance, which must not move meanwhile.
+        # Rounded weights are folded with the running variance, which must not change meanwhile.
         for running, before in zip(_running(module, args), module.__dict__.pop("_running_before"), strict=True):
             running.copy_(before)
         module.training = False
 
     @torch.no_grad()
     def apply(self) -> None:
-        """Make what was pooled the running statistics, over all processes of a distributed training."""
+        """Set the pooled statistics as running statistics, over all processes of a distributed training."""
         several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
         for pool in self._pools.values():
             if several:
@@ -171,7 +172,7 @@ def reestimate_batchnorm(network: nn.Module, batches: Iterable[Any]) -> int:
         batches: Calls of the network, as for `qat_lightning.calibrate`, on its device.
 
     Returns:
-        How many batches there were; with none, nothing changes.
+        Number of batches; if it is 0, nothing changes.
 
     Raises:
         ConfigurationError: There is no BatchNorm with running statistics.

@@ -1,4 +1,4 @@
-"""Bias correction: rounded weights shift the mean of what a layer gives, and its bias takes the shift back.
+"""Bias correction: rounded weights shift the mean of a layer's output, and its bias is corrected by that shift.
 
 Nagel et al., 2019, https://arxiv.org/abs/1906.04721, section 4.2, with means from data (appendix D).
 """
@@ -20,7 +20,7 @@ from qat_lightning.rehearsal.calibration import call
 
 
 class _Shift:
-    """The mean, over all that a layer of the float network gives, of what rounding its weight adds."""
+    """The mean, over all outputs of a float layer, of the error from rounding its weight."""
 
     def __init__(self, error: Tensor) -> None:
         self.error = error
@@ -42,19 +42,20 @@ class _Shift:
 def correct_biases(
     prepared: nn.Module, batches: Iterable[Any], reference: Mapping[str, Any] | None = None
 ) -> dict[str, float]:
-    """Take the mean error of rounded weights out of each layer's output, channel by channel, in place.
+    """Subtract the mean error of rounded weights from each layer's output, per channel, in place.
 
-    Each layer is seen on the float network's own inputs, so that errors of other layers do not come in. Where BatchNorm
-    is folded into a layer, its beta takes the correction. Weights and ranges of activations stay.
+    Each layer is measured on the float network's own inputs, so errors of other layers have no influence. If BatchNorm
+    is folded into a layer, its beta is corrected. Weights and ranges of activations do not change.
 
     Args:
         prepared: The network with fake-quant, calibrated or not; fake-quantization is enabled.
         batches: Calls of the network, as for `qat_lightning.calibrate`, on its device.
-        reference: The float network's ``state_dict``, where the weights were moved since; by default the present ones.
+        reference: The float network's ``state_dict``, if the weights were changed since; by default the present
+            weights.
 
     Returns:
-        By the names of the layers that were corrected, the largest correction of a channel, in the units of the layer's
-        output. Layers without a bias to correct are left out.
+        For each corrected layer by name, the largest correction of a channel, in the units of the layer's output.
+        Layers without a bias to correct are left out.
 
     Example:
         >>> from qat_lightning.graph.example import Example
@@ -91,7 +92,7 @@ def correct_biases(
 
 
 def apply_layer(module: Any, input: Tensor, weight: Tensor) -> Tensor:
-    """What a convolution or linear layer gives with another weight and without a bias."""
+    """The output of a convolution or linear layer with another weight and without bias."""
     if isinstance(module, nn.Linear):
         return F.linear(input, weight)
     output: Tensor = module._conv_forward(input, weight, None)
@@ -99,7 +100,7 @@ def apply_layer(module: Any, input: Tensor, weight: Tensor) -> Tensor:
 
 
 def _bias_of(layer: RoundedLayer) -> Tensor | None:
-    """The parameter that is added to each channel of what the folded weight gives."""
+    """The parameter that is added to each channel after the product with the folded weight."""
     owner: Any = layer.module if layer.batchnorm is None else layer.network.get_submodule(layer.batchnorm)
     bias: Tensor | None = owner.bias
     return bias

@@ -1,4 +1,4 @@
-"""The blocks of a network: those that are repeated most, and those that all of it consists of."""
+"""Blocks of a network: repeated ones for distillation, and all blocks for learning by blocks."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from qat_lightning.rehearsal.calibration import call
 
 
 def repeated_blocks(network: nn.Module) -> tuple[str, ...]:
-    """The names of the blocks of which a network has the most.
+    """The names of the repeated blocks of a network.
 
-    They are the children of the ``nn.ModuleList`` (or ``nn.Sequential`` of two and more) with the most parameters whose
-    children are all of one class and have layers in them.
+    They are the children of an ``nn.ModuleList`` (or ``nn.Sequential``) of at least two modules of one class that
+    contain layers; of several such lists, the one with the most parameters.
 
     Args:
         network: A float network.
 
     Returns:
-        Names relative to the network, in their order.
+        Names relative to the network, in order.
 
     Raises:
         ConfigurationError: There is no such list.
@@ -56,16 +56,16 @@ def _has_layers(block: nn.Module) -> bool:
 
 
 def found_blocks(network: nn.Module) -> tuple[str, ...]:
-    """The submodules that a network consists of, by its structure: residual blocks, transformer layers and the like.
+    """The blocks of a network, found by its structure: residual blocks, transformer layers and the like.
 
-    A block is a submodule with at least two convolutions or linear layers that is a module of its own, no list of
-    others, and holds no list of such submodules itself. The whole network is none.
+    A block is a submodule with at least two convolutions or linear layers that is not a list of modules, and does not
+    contain a list of such submodules. The whole network is not a block.
 
     Args:
         network: A float network.
 
     Returns:
-        Names relative to the network, in their order; none is inside another.
+        Names relative to the network, in order; none is inside another.
 
     Example:
         >>> layers = nn.ModuleList(nn.TransformerEncoderLayer(8, 2) for _ in range(2))
@@ -87,7 +87,7 @@ def _found_in(module: nn.Module, name: str) -> Iterator[str]:
 
 
 def _lists_blocks(module: nn.Module) -> bool:
-    """Whether it is a list of at least two submodules that could be blocks."""
+    """Whether a module is a list of at least two submodules that could be blocks."""
     if not _is_list(module):
         return False
     return sum(_counted(child) >= 2 and not _is_list(child) for child in module.children()) >= 2
@@ -107,16 +107,16 @@ def blocks_of(network: nn.Module, batch: Any, wanted: str | Sequence[str], prefi
     Args:
         network: A float network, in evaluation mode.
         batch: A call of it.
-        wanted: ``"none"``; ``"auto"`` for those of `found_blocks` that the network calls once; or names, relative to
+        wanted: ``"none"``; ``"auto"`` for blocks of `found_blocks` that the network calls once; or names relative to
             the LightningModule.
-        prefix: The name of the network in the LightningModule. Names that are not in this network are left to others.
+        prefix: The network's name in the LightningModule. Names in other networks are ignored.
 
     Returns:
         Names relative to the network.
 
     Raises:
-        ConfigurationError: A name is no submodule, is inside another one, holds no convolution or linear layer, or is
-            not called exactly once; the message says which of these.
+        ConfigurationError: A name is not a submodule, is inside another one, contains no convolution or linear layer,
+            or is not called exactly once; the message says which.
 
     Example:
         >>> network = nn.Sequential(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)), nn.Linear(4, 2))
@@ -160,7 +160,7 @@ def _check_named(network: nn.Module, names: Sequence[str], start: str) -> None:
 
 @torch.no_grad()
 def _counts(network: nn.Module, names: Sequence[str], batch: Any) -> dict[str, int]:
-    """How often submodules are called in a call of the network."""
+    """Number of calls of submodules in one call of the network."""
     counts = dict.fromkeys(names, 0)
 
     def count(name: str) -> Callable[..., None]:

@@ -1,4 +1,4 @@
-"""Channels with numbers: what makes them, what reads them, and how the numbers of a tensor are read."""
+"""Numbered channels: their producers, their readers, and helpers for numbers of tensors."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ Where = tuple[int, int, int]
 
 @dataclass(frozen=True, eq=False)
 class Made:
-    """A parameter, or a part of one, whose first dimension makes channels: dividing it divides them."""
+    """A parameter, or a part of one, whose first dimension produces channels: dividing it divides them."""
 
     tensor: Tensor
     channels: Tensor
 
     def divide(self, factor: Tensor) -> None:
-        """Divide by the factor of each channel, out of those of all channels."""
+        """Divide by the factor of each channel, taken from those of all channels."""
         own = factor[self.channels].to(self.tensor)
         self.tensor.div_(own.reshape(-1, 1) if self.tensor.dim() == 2 else own)
 
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """What makes channels of its own.
+    """A producer of channels.
 
     Attributes:
-        name: Of its parameter.
-        first: The number of its first channel.
-        count: How many it has.
+        name: Name of its parameter.
+        first: Number of its first channel.
+        count: Number of channels.
         made: Its parameters.
     """
 
@@ -45,10 +45,10 @@ class Follower:
     """A linear layer whose input channels are known.
 
     Attributes:
-        name: Of its weight.
+        name: Name of its weight.
         weight: ``(outputs, inputs)``.
         channels: The number of each input channel.
-        largest: The largest absolute value of each, in the run.
+        largest: Largest absolute value of each channel in the run.
     """
 
     name: str
@@ -57,17 +57,17 @@ class Follower:
     largest: Tensor
 
     def multiply(self, factor: Tensor) -> None:
-        """Multiply each input channel's weights by its factor, out of those of all channels."""
+        """Multiply the weights of each input channel by its factor, taken from those of all channels."""
         self.weight.mul_(factor[self.channels].to(self.weight))
 
 
 def where(tensor: Tensor) -> Where:
-    """Which values a tensor holds: the place in memory, and how many."""
+    """A key for the values of a tensor: the address in memory, and their number."""
     return tensor.untyped_storage().data_ptr(), int(tensor.storage_offset()), tensor.numel()
 
 
 def thin(numbers: Tensor) -> Tensor:
-    """Without the copies that an expanded dimension has."""
+    """Remove the repetitions of expanded dimensions."""
     for dim in range(numbers.dim()):
         if numbers.stride(dim) == 0 and numbers.shape[dim] > 1:
             numbers = numbers.narrow(dim, 0, 1)
@@ -75,13 +75,13 @@ def thin(numbers: Tensor) -> Tensor:
 
 
 def distinct(numbers: Tensor) -> Iterator[int]:
-    """The channels that there are."""
+    """The distinct channels."""
     found: list[int] = thin(numbers).unique().tolist()
     return (number for number in found if number >= 0)
 
 
 def of_last_dim(numbers: Tensor) -> Tensor | None:
-    """The numbers of the last dimension, if they are the same everywhere else."""
+    """The numbers of the last dimension, if they are the same at all other positions."""
     if not numbers.dim():
         return None
     once = thin(numbers)

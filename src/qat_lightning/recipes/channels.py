@@ -1,10 +1,9 @@
-"""Where the channels of linear layers come from: one run of a network in which each channel carries a number.
+"""Finding where the channels of linear layers come from, by one run of a network in which each channel has a number.
 
-What makes channels (a linear layer, a LayerNorm, a scale that is multiplied in) numbers them; whatever only moves
-values, and what is linear in them, hands the numbers on by doing the same to them: reshaping, heads of attention,
-repeated keys and values, slices of packed maps, gates. So it is known of each input channel of a linear layer which
-output channel it is of what comes before, in whatever way a network is written. Where a number ends up elsewhere, its
-channel cannot be scaled.
+Producers of channels (a linear layer, a LayerNorm, a multiplied scale) number them. Ops that only move values, or are
+linear in them, pass the numbers on in the same way: reshaping, heads of attention, repeated keys and values, slices of
+packed projections, gates. So for each input channel of a linear layer it is known which output channel of an earlier
+layer it is, however the network is written. A channel whose number reaches any other op cannot be scaled.
 """
 
 from __future__ import annotations
@@ -31,19 +30,19 @@ from qat_lightning.recipes.numbered_run import (
 )
 
 _POSITIVE = frozenset({"relu", "relu_", "leaky_relu", "leaky_relu_"})
-"""What lets a positive factor through."""
+"""Ops that commute with a positive factor."""
 _SPREADS = frozenset({"pad", "mean", "sum"})
 _NORMS = frozenset({"layer_norm", "rms_norm"})
 
 
 class Channels(NumberedRun):
-    """Everything about channels that one run of a network shows; see `follow_channels`.
+    """The channels of one run of a network; see `follow_channels`.
 
     Attributes:
-        sources: What makes channels, in the order of the run.
+        sources: Producers of channels, in execution order.
         followers: Linear layers whose input channels are known.
-        stuck: Numbers of channels that end up where no factor can be taken out, and where.
-        unknown: Linear layers whose input is made by something that no factor can be taken out of, and by what.
+        stuck: Numbers of channels with a reader that does not commute with a factor, and that reader.
+        unknown: Linear layers whose input has a producer that cannot be divided, and that producer.
     """
 
     handlers: ClassVar[tuple[tuple[frozenset[str], Handler], ...]]
@@ -55,22 +54,22 @@ class Channels(NumberedRun):
         self.unknown: dict[str, str] = {}
 
     def new_source(self, name: str, made: Sequence[Tensor], shape: torch.Size) -> Tensor:
-        """Number the last dimension of what parameters make; the numbers, in the form of a result."""
+        """Number the last dimension of the output of some parameters; returns numbers in the shape of the output."""
         count = shape[-1]
         own = self.new_numbers(count)
         self.sources.append(Source(name, int(own[0]), count, [Made(tensor, own.long()) for tensor in made]))
         return own.expand(shape)
 
     def source_of(self, channel: int) -> Source:
-        """What makes a channel."""
+        """The producer of a channel."""
         return next(s for s in self.sources if s.first <= channel < s.first + s.count)
 
     def are_stuck(self, numbers: Tensor) -> bool:
-        """Whether no factor can be taken out of these channels already."""
+        """Whether these channels are known not to be scalable."""
         return all(number in self.stuck for number in distinct(numbers))
 
     def finish(self, result: Any) -> None:
-        """Nothing can be taken out of what the network returns, nor of parameters that are read in several places."""
+        """Mark outputs of the network, and parameters with several readers, as not scalable."""
         self.stick_results(result)
         for source in self.sources:
             if not all(self.used_once(made.tensor) for made in source.made):
@@ -83,7 +82,7 @@ class Channels(NumberedRun):
 def _multiply(
     run: Channels, func: Any, args: Any, kwargs: Any, known: dict[int, Tensor], result: Any, on: Handed
 ) -> Any:
-    """A gate hands on the numbers of one side; a parameter that scales channels makes them."""
+    """A gate passes on the numbers of one side; a parameter that scales channels produces them."""
     pairs = [(args[0], args[1]), (args[1], args[0])] if len(args) > 1 else []
     for one, _ in pairs:
         if id(one) in known and not run.are_stuck(known[id(one)]):
@@ -97,7 +96,7 @@ def _multiply(
 
 
 def _spread(run: Channels, func: Any, args: Any, kwargs: Any, known: dict[int, Tensor], result: Any, on: Handed) -> Any:
-    """Zeros around an image, and means over positions, are of the same channels."""
+    """Zero padding and means over positions keep the channels."""
     numbers = known.get(id(args[0])) if args else None
     channels = None if numbers is None else of_last_dim(numbers)
     if channels is None or result.shape[-1:] != channels.shape:
@@ -107,7 +106,7 @@ def _spread(run: Channels, func: Any, args: Any, kwargs: Any, known: dict[int, T
 
 
 def _add(run: Channels, func: Any, args: Any, kwargs: Any, known: dict[int, Tensor], result: Any, on: Handed) -> Any:
-    """A parameter that is added to channels is divided like what makes them."""
+    """A parameter that is added to channels is divided along with their producer."""
     for index, one in enumerate(args[:2]):
         other = args[1 - index] if len(args) > 1 else None
         if id(one) not in known or run.name_of(other) is None or not isinstance(other, Tensor):
@@ -167,7 +166,7 @@ Channels.handlers = (
 
 
 def follow_channels(network: nn.Module, example: Example) -> Channels:
-    """Run ``network`` once, in evaluation, and see where the channels of its linear layers come from.
+    """Run ``network`` once, in evaluation, and find where the channels of its linear layers come from.
 
     Raises:
         Exception: Whatever the network raises on the example.

@@ -1,4 +1,4 @@
-"""Distillation: the network with fake-quant learns what the float network makes of the same inputs."""
+"""Distillation: the network with fake-quant learns to reproduce the float network's outputs on the same inputs."""
 
 from __future__ import annotations
 
@@ -34,22 +34,21 @@ __all__ = [
 ]
 
 _SAME = 1e-2
-"""Relative difference up to which two features of the same weights are the same tensor."""
+"""Relative difference up to which two features computed with the same weights count as the same tensor."""
 
 
 @dataclass(frozen=True)
 class DistillationSettings:
-    """What is compared of one network.
+    """What is compared for one network.
 
     Args:
         temperature: See `distillation_loss`.
-        weight: Of the comparison of outputs; 0 leaves it out.
+        weight: Weight of the comparison of outputs; 0 leaves it out.
         loss: ``"kl"`` for scores of classes, ``"mse"`` (`feature_loss`) for any outputs.
         outputs: Which outputs, by key or position; None for all that the loss can compare.
-        class_axis: Of the classes in these outputs; None to find it, see
-            `qat_lightning.measure.metrics.class_axis`.
-        features: Modules of the network.
-        feature_weight: Of the mean over the comparisons of features.
+        class_axis: Class axis of these outputs; None to determine it, see `qat_lightning.measure.metrics.class_axis`.
+        features: Names of modules of the network.
+        feature_weight: Weight of the mean over the comparisons of features.
     """
 
     temperature: float = 4.0
@@ -62,7 +61,7 @@ class DistillationSettings:
 
 
 class Distiller:
-    """Runs a teacher on whatever its student is called with, and compares the two.
+    """Runs a teacher on all inputs of its student, and compares the two.
 
     Args:
         student: The prepared network.
@@ -88,25 +87,25 @@ class Distiller:
         self._losses: list[Tensor] = []
 
     def features(self) -> Any:
-        """A context within which the student's features are seen."""
+        """A context in which the student's features are recorded."""
         return self._of_student.open() if self.settings.features else nullcontext()
 
     def run(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Call ``forward``, the student's, and note how far it is from the teacher; its outputs are returned.
+        """Call ``forward``, the student's, record the distance to the teacher, and return the student's outputs.
 
-        Without gradient (a step's own evaluation) nothing is noted. Where outputs are not compared, the teacher runs no
-        further than to its last feature.
+        Without gradients (evaluation within a step) nothing is recorded. If outputs are not compared, the teacher stops
+        after its last feature.
         """
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
         self._refuse_trained()
-        # On copies: either may change its inputs in place.
+        # On copies, because either network may change its inputs in place.
         given = tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, (args, kwargs))
         if self.settings.weight:
             return self._run_whole(forward, given, *args, **kwargs)
         self._of_student.forget()
         outputs = forward(*args, **kwargs)
-        # The teacher afterwards, when it is known how often each module was called.
+        # The teacher runs afterwards, when it is known how often each module was called.
         with torch.no_grad():
             self._of_teacher.see(self._of_student.calls, *given[0], **given[1])
         self._losses.append(self._sum(self._compare_features()))
@@ -115,12 +114,12 @@ class Distiller:
     def _run_whole(
         self, forward: Callable[..., Any], given: tuple[tuple[Any, ...], dict[str, Any]], *args: Any, **kwargs: Any
     ) -> Any:
-        # The teacher first: what it needs besides its outputs is free again before the student runs.
+        # The teacher runs first, so that its temporary memory is free again before the student runs.
         with torch.no_grad(), self._of_teacher.open():
             wanted = self.teacher(*given[0], **given[1])
         self._of_student.forget()
         outputs = forward(*args, **kwargs)
-        # Weights and features may be what is returned.
+        # Weights and features may be returned as outputs.
         kept = [*self.teacher.parameters(), *self.teacher.buffers(), *self._of_teacher.seen.values()]
         features = self._compare_features()
         self._losses.append(self._sum([self._compare_outputs(outputs, wanted, (args, kwargs), kept), *features]))
@@ -138,12 +137,12 @@ class Distiller:
                 )
 
     def take_loss(self) -> Tensor | None:
-        """The mean over the calls since the last time, weighted as the settings say; None if there was no call."""
+        """The mean over the calls since the last time, weighted by the settings; None if there was no call."""
         losses, self._losses = self._losses, []
         return torch.stack(losses).mean() if losses else None
 
     def close(self) -> None:
-        """Leave no hook on the student."""
+        """Remove all hooks from the student."""
         self._of_student.close()
         self._of_teacher.close()
         self._losses = []
@@ -164,7 +163,7 @@ class Distiller:
                 losses.append(feature_loss(student, teacher))
                 continue
             axis = class_axis(student, inputs, settings.class_axis)
-            assert axis is not None  # or it would not have been chosen
+            assert axis is not None  # otherwise it would not have been chosen
             losses.append(distillation_loss(student, teacher, settings.temperature, axis, overwrite_teacher=alone))
         return settings.weight * torch.stack(losses).mean()
 
@@ -180,27 +179,27 @@ class Distiller:
         distances = [feature_loss(seen[name], known[name]) for name in names if name in seen and name in known]
         self._of_student.forget()
         self._of_teacher.forget()
-        # There are none where the example's way through the network is not this call's.
+        # Missing if this call takes another path through the network than the example.
         return [self.settings.feature_weight * torch.stack(distances).mean()] if distances else []
 
 
 def _alone(outputs: list[Tensor], kept: list[Tensor]) -> bool:
-    """Whether outputs share their memory neither with one another nor with what is kept."""
+    """Whether outputs share memory neither with each other nor with kept tensors."""
     storages = [output.untyped_storage().data_ptr() for output in outputs]
     others = {tensor.untyped_storage().data_ptr() for tensor in kept}
     return len(set(storages)) == len(storages) and not others.intersection(storages)
 
 
 def make_teacher(prepared: nn.Module, weights: Mapping[str, Any]) -> nn.Module:
-    """The float network of a prepared one, with ``weights``, where the prepared one is and in its precision.
+    """The float network of a prepared one, with ``weights``, on its device and in its precision.
 
     Args:
         prepared: The network with fake-quant.
-        weights: The entries of the float network's ``state_dict``. What is frozen beside adapters may be missing: it is
-            shared with the prepared network, so that a teacher costs no second copy of it.
+        weights: Entries of the float network's ``state_dict``. Parameters that are frozen beside adapters may be
+            missing: they are shared with the prepared network, so the teacher needs no second copy of them.
 
     Raises:
-        ConfigurationError: An entry is missing that is not frozen.
+        ConfigurationError: An entry is missing whose parameter is not frozen.
     """
     network = prepared_state(prepared).float_network
     missing = network.state_dict().keys() - weights.keys()
@@ -220,7 +219,7 @@ def make_teacher(prepared: nn.Module, weights: Mapping[str, Any]) -> nn.Module:
     def placed(tensor: Tensor) -> Tensor:
         if id(tensor) in shared:
             return tensor
-        # Beside a frozen base, which may be of another precision, adapters keep theirs.
+        # Beside a frozen base, which may have another precision, adapters keep theirs.
         kept = not tensor.is_floating_point() or (shared and isinstance(tensor, nn.Parameter))
         return tensor.to(like.device, tensor.dtype if kept else like.dtype)
 
@@ -230,15 +229,15 @@ def make_teacher(prepared: nn.Module, weights: Mapping[str, Any]) -> nn.Module:
 
 @torch.no_grad()
 def check_distillation(prepared: nn.Module, example: Example, settings: DistillationSettings) -> None:
-    """Compare a network with itself, before anything is trained: outputs and features have to be there, and the same.
+    """Compare a network with itself before training: outputs and features have to exist, and be equal.
 
     Args:
         prepared: The network with fake-quant; copies of it are called.
         example: One call of it.
-        settings: What is going to be compared.
+        settings: What will be compared.
 
     Raises:
-        ConfigurationError: An output or a feature is not there, or is another tensor in the prepared network.
+        ConfigurationError: An output or a feature does not exist, or is another tensor in the prepared network.
     """
     student = cpu_copy(prepared)
     set_phase(student, fake_quant=False, observers=False, batchnorm_frozen=True)

@@ -1,4 +1,4 @@
-"""The distances that distillation makes small, of scores of classes at the memory of one gradient and a few rows."""
+"""Losses of distillation; for class scores, memory is limited to one gradient and a few rows."""
 
 from __future__ import annotations
 
@@ -14,31 +14,32 @@ from torch.autograd.function import once_differentiable
 from qat_lightning.errors import ConfigurationError
 
 _CHUNK = {"cpu": 2**20}
-"""How many scores are looked at in one go, by type of device: on a CPU what its caches hold."""
+"""Number of scores per chunk, by type of device: on a CPU, as many as fit into its caches."""
 _CHUNK_ELSEWHERE = 2**23
 _UNIT = {torch.float16: 2.0**15}
-"""What differences of probabilities are stored times, by dtype: a loss is scaled in the backward pass only, until which
-most classes of a large vocabulary would be 0 in float16."""
+"""Factor by which differences of probabilities are stored, by dtype: a loss is only scaled in the backward pass, and
+without this most classes of a large vocabulary would be 0 in float16.
+"""
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # a compiler would write the loop over chunks out
 def distillation_loss(
     student: Tensor, teacher: Tensor, temperature: float = 4.0, class_axis: int = 1, *, overwrite_teacher: bool = False
 ) -> Tensor:
-    """Cross-entropy with softened targets, less their entropy: Hinton et al., 2015, https://arxiv.org/abs/1503.02531.
+    """Cross-entropy with softened targets, minus their entropy: Hinton et al., 2015, https://arxiv.org/abs/1503.02531.
 
     ``temperature**2 * KL(softmax(teacher / temperature) || softmax(student / temperature))``, the mean over all rows.
-    The factor keeps gradients of one size whatever the temperature, as in section 2 of the paper. Computed in float32
-    at least, whatever autocast says, a few rows at a time. The gradient is made along with the value, so that neither
-    the scores nor a softmax of them are kept for the backward pass, as in Liger Kernel (Hsu et al., 2024,
+    The factor keeps the size of gradients independent of the temperature, as in section 2 of the paper. Computed at
+    least in float32, also under autocast, a few rows at a time. The gradient is computed along with the value, so that
+    neither the scores nor their softmax are kept for the backward pass, as in Liger Kernel (Hsu et al., 2024,
     https://arxiv.org/abs/2410.10989). There is no second derivative.
 
     Args:
         student: Scores of shape ``(N, classes, ...)``, any floating dtype.
         teacher: Scores of the same shape; it gets no gradient.
-        temperature: Above 0; high ones compare the scores themselves, low ones the chosen class.
+        temperature: Above 0; high values compare the scores themselves, low ones the chosen class.
         class_axis: The axis of the classes: -1 for scores of shape ``(N, tokens, classes)``.
-        overwrite_teacher: Let the gradient take the place of the teacher's scores, where it fits there.
+        overwrite_teacher: Store the gradient in the memory of the teacher's scores, if it fits.
 
     Returns:
         A scalar.
@@ -63,8 +64,8 @@ def distillation_loss(
 def feature_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """Mean squared difference, relative to the mean square of the teacher's tensor.
 
-    The hint loss of FitNets (Romero et al., 2015, https://arxiv.org/abs/1412.6550), without a regressor since the
-    shapes are equal, and relative so that one weight suits layers of any scale.
+    The hint loss of FitNets (Romero et al., 2015, https://arxiv.org/abs/1412.6550), without a regressor because the
+    shapes are equal, and relative, so that one weight suits layers of any scale.
 
     Example:
         >>> feature_loss(torch.tensor([1.0, 3.0]), torch.tensor([1.0, 2.0])).item()
@@ -82,7 +83,7 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 @dataclass(frozen=True)
 class _Beside:
-    """What the loss needs besides the tensor that gets a gradient."""
+    """The inputs of the loss besides the tensor that gets a gradient."""
 
     teacher: Tensor
     temperature: float
@@ -93,7 +94,7 @@ class _Beside:
 class _SoftTargets(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, student: Tensor, beside: _Beside) -> Tensor:
-        """The loss; kept is the difference of the probabilities, which is the gradient but for a factor."""
+        """The loss; saves the difference of the probabilities, which is the gradient except for a factor."""
         unit = _UNIT.get(student.dtype, 1.0)
         tensors = [student.contiguous(), beside.teacher.contiguous()]
         if ctx.needs_input_grad[0]:
@@ -122,12 +123,12 @@ class _SoftTargets(torch.autograd.Function):
 def _compare(
     ours: Tensor, theirs: Tensor, difference: Tensor | None = None, *, temperature: float, unit: float
 ) -> Tensor:
-    """The divergence of a chunk, summed over its rows; the classes are along axis 1."""
+    """The divergence of a chunk, summed over its rows; the class axis is 1."""
     wide = _wide(ours.dtype)
     wanted = (theirs.to(wide) / temperature).log_softmax(1)
     got = (ours.to(wide) / temperature).log_softmax(1)
     shares = wanted.exp()
-    # A class that the teacher rules out with a score of -inf adds nothing, whatever the student makes of it.
+    # A class with a teacher score of -inf contributes nothing, whatever the student's score is.
     total = wanted.sub_(got).mul_(shares).masked_fill_(shares == 0, 0.0).sum()
     if difference is not None:
         difference.copy_(got.exp_().sub_(shares).mul_(unit))

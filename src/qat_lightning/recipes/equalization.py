@@ -1,9 +1,9 @@
-"""Cross-layer equalization: weights of neighbouring layers share their range fairly, and the network stays the same.
+"""Cross-layer equalization: balancing the weight ranges of neighbouring layers without changing the network's output.
 
 Nagel et al., 2019, "Data-free quantization through weight equalization and bias correction",
-https://arxiv.org/abs/1906.04721, section 4.1. ReLU lets a scale of a channel through, so what one layer's output
-channel is divided by, the next layer's input channel can be multiplied with. BatchNorm stays where it is: its gamma
-and beta take the scale, and the ranges are those of the weights that it is folded into.
+https://arxiv.org/abs/1906.04721, section 4.1. ReLU commutes with a positive factor, so an output channel of one layer
+can be divided by it and the corresponding input channel of the next layer multiplied. BatchNorm stays where it is: its
+gamma and beta take the factor, and the ranges are those of the folded weights.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from qat_lightning.recipes.same_outputs import SAME, distance, outputs_of, undo_
 from qat_lightning.settings.recipe import Equalization as Kind
 
 _CHANNELWISE = names_of(lambda row: row.channelwise)
-"""Functions that may act on each channel by itself and let a positive factor through; pairs are tried with numbers."""
+"""Functions that may act on each channel separately and commute with a positive factor; pairs are tested."""
 
 _ENOUGH = 1e-3
 
 
 def check_equalization(value: Any) -> None:
-    """Refuse what is no kind of equalization.
+    """Reject an unknown kind of equalization.
 
     Raises:
-        ConfigurationError: With those there are.
+        ConfigurationError: The kind is unknown; the message lists the valid ones.
     """
     if not isinstance(value, str) or value not in get_args(Kind):
         kinds = ", ".join(map(repr, get_args(Kind)))
@@ -44,14 +44,14 @@ def check_equalization(value: Any) -> None:
 
 @dataclass
 class Equalization:
-    """What was done to a network.
+    """The result of `equalize`.
 
     Attributes:
-        pairs: Names of the layers that were equalized with one another.
-        replaced: Names of the ReLU6 that became ReLU.
-        left: Of layers that another follows, why they were left alone.
-        change: Relative change of the outputs on the example, by replacing ReLU6; 0 if none was.
-        clipped: How many of those that were left have a ReLU6 behind them.
+        pairs: Names of pairs of layers that were equalized.
+        replaced: Names of ReLU6 modules that were replaced by ReLU.
+        left: For other layers with a successor, why they were not equalized.
+        change: Relative change of the outputs on the example, caused by replacing ReLU6; 0 if none was replaced.
+        clipped: Number of those other layers that are followed by a ReLU6.
     """
 
     pairs: list[tuple[str, str]] = field(default_factory=list)
@@ -74,7 +74,7 @@ class Equalization:
 
 @dataclass(frozen=True)
 class _Pair:
-    """Two layers in a row; what is between them is ``batchnorm`` and functions that let a factor through."""
+    """Two consecutive layers; between them are ``batchnorm`` and functions that commute with a factor."""
 
     first: Any
     batchnorm: Any
@@ -101,21 +101,22 @@ class _Pair:
 def equalize(network: nn.Module, example: Example, kind: Kind = "exact") -> Equalization:
     """Equalize the weights of neighbouring layers, in place.
 
-    Which layers follow one another is seen by running the example; whether a factor passes between them is tried with
-    numbers. A layer whose output goes to several places, or that is called several times, is left alone.
+    Consecutive layers are found by running the example; whether a factor passes between them is tested numerically. A
+    layer whose output has several readers, or that is called several times, is not changed.
 
     Args:
-        network: A float network; names and shapes of its parameters stay.
+        network: A float network; names and shapes of its parameters do not change.
         example: One call of it.
-        kind: ``"exact"``, or ``"replace_relu6"``: a ReLU6 between two layers becomes a ReLU, without which there is
-            nothing to equalize in a MobileNet. That changes the network where activations are above 6.
+        kind: ``"exact"``, or ``"replace_relu6"``: a ReLU6 between two layers is replaced by ReLU; otherwise a MobileNet
+            has nothing to equalize. This changes the network where activations exceed 6.
 
     Returns:
-        What was done. With ``"none"``, nothing.
+        The result. With ``"none"``, nothing is changed.
 
     Raises:
         ConfigurationError: The kind is unknown.
-        NetworkError: The network does not run on the example, or computes different values afterwards, which is undone.
+        NetworkError: The network does not run on the example, or computes different values afterwards; the change is
+            undone.
 
     Example:
         >>> network = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
@@ -148,7 +149,7 @@ def equalize(network: nn.Module, example: Example, kind: Kind = "exact") -> Equa
 
 
 def _balance(pairs: list[_Pair], rounds: int = 40) -> None:
-    """Equation 11 of the paper for each pair in turn, until no factor is far from 1."""
+    """Apply equation 11 of the paper to each pair in turn, until all factors are close to 1."""
     for _ in range(rounds):
         furthest = 0.0
         for pair in pairs:
@@ -185,7 +186,7 @@ def _find_pairs(
 
 
 def _follow(first: Any, observation: Observation) -> _Pair | str:
-    """The pair that begins with a layer; else why there is none, empty if no layer follows."""
+    """The pair that begins with a layer; otherwise the reason why there is none, empty if no layer follows."""
     calls = observation.of(first)
     if len(calls) != 1:
         return "it is called several times" if calls else ""
@@ -194,7 +195,7 @@ def _follow(first: Any, observation: Observation) -> _Pair | str:
     while True:
         if len(outputs) != 1 or outputs[0] in observation.returned:
             return ""
-        # Dropout in evaluation gives back the tensor itself.
+        # Dropout in evaluation returns its input tensor.
         consumers = [call for call in observation.consumers(outputs[0]) if call.outputs != call.inputs]
         if len(consumers) != 1:
             return "its output goes to several places"
@@ -243,7 +244,7 @@ def _replace_clipping(network: nn.Module, pairs: list[_Pair], done: Equalization
 def _those_that_pass(
     network: nn.Module, example: Example, pairs: list[_Pair], names: dict[nn.Module, str], done: Equalization
 ) -> list[_Pair]:
-    """The pairs between which a factor of each channel passes; tried together, and one by one if that fails."""
+    """The pairs between which a factor per channel passes; tested together, and individually if that fails."""
     before = outputs_of(network, example)
 
     def passes(tried: list[_Pair]) -> bool:
@@ -263,7 +264,7 @@ def _those_that_pass(
 
 @contextmanager
 def _scaled(network: nn.Module, pairs: list[_Pair]) -> Iterator[None]:
-    """Scale channels by factors of 1/2, 1 and 2, and undo it."""
+    """Within the block, channels are scaled by factors of 1/2, 1 and 2."""
     kept = [(parameter, parameter.clone()) for parameter in network.parameters()]
     for pair in pairs:
         channels = torch.arange(pair.first.weight.shape[0], device=pair.first.weight.device)
@@ -281,6 +282,6 @@ def _folded(layer: Any, batchnorm: Any) -> Tensor:
 
 
 def _by_input(layer: Any, weight: Tensor) -> Tensor:
-    """A view of a weight as (groups, outputs of a group, inputs of a group, positions)."""
+    """A view of a weight as (groups, outputs per group, inputs per group, positions)."""
     groups = getattr(layer, "groups", 1)
     return weight.view(groups, weight.shape[0] // groups, weight.shape[1], -1)

@@ -1,4 +1,4 @@
-"""What named modules of a network return: by hooks where modules are called, from the graph where there are none."""
+"""Recording the outputs of named modules: by hooks where modules are called, and from the graph in graph modes."""
 
 from __future__ import annotations
 
@@ -21,27 +21,28 @@ _SHOWN = 12
 
 
 class _AllSeen(Exception):
-    """No error: it ends a call whose output nobody needs."""
+    """Ends a call early, when its output is not needed; not an error."""
 
 
 class Features:
-    """Keeps the tensors that named modules of a network return, in its training and for gradients.
+    """Records the output tensors of named modules of a network, in training and with gradients.
 
-    A graph has no modules to hook: while `open`, the network runs a copy of its graph that returns these tensors
-    besides. The network's own graph, and so its copies and its conversion, know nothing of it.
+    In a graph there are no module calls to hook: while `open`, the network runs a copy of its graph that also returns
+    these tensors. The network's own graph, and so its copies and its conversion, are not affected.
 
     Args:
         network: A float network, or a prepared one of any mode.
-        names: Modules of the float network. Of one that is called several times, the last call counts; of one that
-            returns a tuple, as blocks of transformers may, its first.
+        names: Modules of the float network. If a module is called several times, the last call counts; if it returns a
+            tuple, as transformer blocks may, the first element.
 
     Attributes:
-        seen: The tensor of each name, from the last call. Of a prepared network it is rounded where that is.
-        calls: How often each was called since the last `forget`; empty for a graph, which calls none.
-        without_gradient: Those that were called where gradients are off.
+        seen: The tensor of each name, from the last call. For a prepared network it is rounded, if the network rounds
+            it.
+        calls: Number of calls of each since the last `forget`; empty for a graph, which calls no modules.
+        without_gradient: Names of modules that were called without gradients.
 
     Raises:
-        ConfigurationError: There is no such module, or the graph has merged it with its neighbours.
+        ConfigurationError: There is no such module, or it is merged with others in the graph.
 
     Example:
         >>> import torch
@@ -75,7 +76,7 @@ class Features:
     def _hook(self, name: str) -> Callable[..., None]:
         def keep(module: nn.Module, args: Any, output: Any) -> None:
             if not self._open:
-                return  # as where a checkpoint computes once more, in the backward pass
+                return  # as in the recomputation of a checkpoint, in the backward pass
             self.seen[name] = output[0] if isinstance(output, tuple) and output else output
             self.calls[name] += 1
             if not torch.is_grad_enabled():
@@ -100,15 +101,15 @@ class Features:
                 self._network.__dict__["_run"] = plain
 
     def see(self, calls: Mapping[str, int], *args: Any, **kwargs: Any) -> None:
-        """Call the network for its features only, and no further than to the last of them.
+        """Call the network only for its features, and stop after the last of them.
 
         Args:
-            calls: How often each of the modules is going to be called; empty if that is not known.
-            args: Of the network.
-            kwargs: Of the network.
+            calls: Number of calls of each module that will follow; empty if unknown.
+            args: Positional inputs of the network.
+            kwargs: Keyword inputs of the network.
         """
         self.forget()
-        # Compiled code does not stop within.
+        # Compiled code cannot stop early.
         self._until = {} if torch.compiler.is_compiling() else calls
         try:
             with self.open():
@@ -119,13 +120,13 @@ class Features:
             self._until = {}
 
     def forget(self) -> None:
-        """Keep no tensor of earlier calls."""
+        """Discard the tensors of earlier calls."""
         self.seen.clear()
         self.calls.clear()
         self.without_gradient.clear()
 
     def close(self) -> None:
-        """Leave no hook and no tensor behind."""
+        """Remove all hooks and tensors."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -152,7 +153,7 @@ def _run_with_features(network: GraphNetwork, names: list[str], seen: dict[str, 
 
 
 def _output_of(network: GraphNetwork, name: str) -> fx.Node:
-    """The node whose value is what the module ``name`` returns, behind its rounding if there is one."""
+    """The node with the output of the module ``name``, after its rounding if there is one."""
     inside = {node for node in network.graph.nodes if node.op.startswith("call_") and _within(scope_of(node), name)}
     modules = dict(network.named_modules(remove_duplicate=False))
 
@@ -177,7 +178,7 @@ def _within(scope: str, name: str) -> bool:
 
 
 def _scopes(network: GraphNetwork) -> list[str]:
-    """The modules, and the modules around them, that nodes of the graph come from."""
+    """The modules that nodes of the graph come from, and those that contain them."""
     found: dict[str, None] = {}
     for node in network.graph.nodes:
         parts = scope_of(node).split(".") if node.op.startswith("call_") else []

@@ -1,8 +1,8 @@
-"""BatchNorm folded into the weights of a float network: before a training, that has none then, or for inference.
+"""Folding BatchNorm into the weights of a float network, before training or for inference.
 
-Jacob et al., 2018, https://arxiv.org/abs/1712.05877, section 3.2, fold in training, with the batch's statistics. Nagel
-et al., 2021, "A white paper on neural network quantization", https://arxiv.org/abs/2106.08295, section 5.2, compare it
-with folding beforehand, with the statistics as they are: as good or better from a trained network, and cheaper.
+Jacob et al., 2018, https://arxiv.org/abs/1712.05877, section 3.2, fold during training, with the batch's statistics.
+Nagel et al., 2021, "A white paper on neural network quantization", https://arxiv.org/abs/2106.08295, section 5.2,
+compare this with folding before training, with fixed statistics: as good or better from a trained network, and cheaper.
 """
 
 from __future__ import annotations
@@ -26,30 +26,31 @@ from qat_lightning.numerics.sqnr import sqnr_db
 from qat_lightning.settings.recipe import Recipe
 
 LEAST_DB = 80.0
-"""What a folded network must reach against the network itself: float32 arithmetic in another order is at 110 dB and
-more, a BatchNorm that should not have been folded at less than 40."""
+"""Least SQNR of a folded network against the network itself: float32 arithmetic in another order gives 110 dB and more,
+a BatchNorm that should not have been folded less than 40.
+"""
 
 
 class FoldedBatchNorm(nn.Module):
-    """In the place of a BatchNorm that was folded away; not an ``nn.Identity``, which graphs would keep as an op."""
+    """Replaces a BatchNorm that was folded; not an ``nn.Identity``, which graphs would keep as an op."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """``input`` itself."""
+        """Return ``input``."""
         return input
 
 
 Folded = dict[str, dict[str, Any]]
-"""By the name of each BatchNorm that was folded: the layer it went into, whether that had a bias, and eps."""
+"""For each folded BatchNorm by name: the layer it was folded into, whether that had a bias, and eps."""
 
 
 @torch.no_grad()
 def fold_batchnorm(network: nn.Module, example: Example) -> Folded:
-    """Fold each BatchNorm into the convolution or linear layer in front, in place.
+    """Fold each BatchNorm into the convolution or linear layer before it, in place.
 
-    Which BatchNorm follows which layer is seen by running the example. Layers get a bias where they had none.
+    Which BatchNorm follows which layer is found by running the example. Layers without a bias get one.
 
     Args:
-        network: A float network, whose statistics are those of a training.
+        network: A float network with trained statistics.
         example: One call of it.
 
     Returns:
@@ -91,7 +92,7 @@ def fold_batchnorm(network: nn.Module, example: Example) -> Folded:
 
 
 def _behind(layer: nn.Module, observation: Observation) -> Any:
-    """The BatchNorm that a layer which is called once takes in; None where somebody else reads the layer's weight."""
+    """The BatchNorm to fold into a layer that is called once; None if other code reads the layer's weight."""
     once = type(layer) in HEAD_TYPES and len(observation.of(layer)) == 1 and not observation.reads(layer)
     return batchnorm_behind(layer, observation) if once else None
 
@@ -115,20 +116,20 @@ def _fold(layer: Any, bn: Any, name: str) -> dict[str, Any]:
 
 
 def unfold_state(state: dict[str, Any], folded: Mapping[str, Mapping[str, Any]], prefix: str = "") -> None:
-    """Give a ``state_dict`` the entries of the BatchNorms that were folded, which then do nothing but add the bias.
+    """Add entries for folded BatchNorms to a ``state_dict``; these then only add the bias.
 
     Args:
-        state: Of the folded network, changed in place; afterwards the float network loads it strictly, and computes in
-            evaluation what the folded one does.
-        folded: What `fold_batchnorm` returned.
-        prefix: What the network's keys begin with.
+        state: The ``state_dict`` of the folded network, changed in place; afterwards the float network can load it
+            strictly, and is equivalent to the folded one in evaluation.
+        folded: Result of `fold_batchnorm`.
+        prefix: Prefix of the network's keys.
     """
     for name, values in folded.items():
         layer = prefix + values["layer"]
         bias: Tensor = state[f"{layer}.bias"]
         if not values["bias"]:
             del state[f"{layer}.bias"]
-        # What the layer cannot add, BatchNorm does: by its beta, or without one by the mean that it takes away.
+        # The part that the layer cannot add is added by BatchNorm: by its beta, or without one by its running mean.
         added = torch.zeros_like(bias) if values["bias"] else bias
         bn = f"{prefix}{name}"
         if values["affine"]:
@@ -205,7 +206,7 @@ def _fold_away(modules: dict[str, nn.Module], chain: Chain) -> None:
     bn = modules[chain.batchnorm]
     layer.weight, layer.bias = folded_parameters(layer, bn)
     identity = nn.Identity().eval()
-    # Under every name that it has.
+    # Under all of its names.
     for name in [name for name, module in modules.items() if module is bn]:
         parent, _, leaf = name.rpartition(".")
         modules[parent]._modules[leaf] = identity

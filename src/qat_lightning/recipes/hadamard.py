@@ -1,9 +1,9 @@
-"""Orthogonal matrices whose entries are all about as large: a rotation by one spreads an outlier over all channels.
+"""Orthogonal matrices with entries of about equal size: rotating by one spreads an outlier over all channels.
 
-Where there is a Hadamard matrix of a size that is easily made, it is that one: Sylvester's for powers of two, Paley's
-(1933, "On orthogonal matrices", https://doi.org/10.1002/sapm1933121311) for a prime and one more, and all products of
-them. Whatever factor of the size is left has Hartley's matrix, cos + sin of a discrete Fourier transform, which exists
-for each size and has entries up to the square root of two times larger.
+If a Hadamard matrix of the size is easily constructed, it is used: Sylvester's for powers of two, Paley's (1933, "On
+orthogonal matrices", https://doi.org/10.1002/sapm1933121311) for a prime plus one, and products of them. The remaining
+factor of the size uses Hartley's matrix, cos + sin of a discrete Fourier transform, which exists for every size and
+whose entries are up to sqrt(2) times larger.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ _SEED = 20240400456 % 2**31
 
 
 def hadamard(size: int) -> Tensor:
-    """An orthogonal matrix with entries of at most ``sqrt(2 / size)``; ``sqrt(1 / size)`` where Hadamard's is known.
+    """An orthogonal matrix with entries of at most ``sqrt(2 / size)``; ``sqrt(1 / size)`` for a Hadamard matrix.
 
     Args:
-        size: Of the matrix, 1 or more.
+        size: Size of the matrix, 1 or more.
 
     Returns:
         ``(size, size)``, float64; its product with its transpose is the identity.
@@ -35,7 +35,7 @@ def hadamard(size: int) -> Tensor:
     powers = 0
     while (size >> powers) % 2 == 0:
         powers += 1
-    # 24 is 2 times Paley's of 12: the largest power of two that leaves a size of Paley's.
+    # 24 is 2 times Paley's of 12: try the largest power of two that leaves a size of Paley's.
     for taken in range(powers, -1, -1):
         rest = _paley(size >> taken)
         if rest is not None:
@@ -44,12 +44,12 @@ def hadamard(size: int) -> Tensor:
 
 
 def rotation(size: int, *, keeps_ones: bool = False) -> Tensor:
-    """`hadamard` with rows and columns of random signs, the same at each call.
+    """`hadamard` with random signs of rows and columns, the same in each call.
 
     Args:
-        size: Of the matrix.
-        keeps_ones: Whether it maps ones to ones, so that a vector has the same mean afterwards, as LayerNorm needs
-            it: a reflection takes them back there, which changes entries by about ``2 / size``.
+        size: Size of the matrix.
+        keeps_ones: Whether it maps ones to ones, so that the mean of a vector does not change, as LayerNorm requires: a
+            reflection maps them back, which changes entries by about ``2 / size``.
 
     Returns:
         ``(size, size)``, float64, orthogonal.
@@ -79,12 +79,12 @@ def _sylvester(power: int) -> Tensor:
 
 
 def _paley(size: int) -> Tensor | None:
-    """Paley's two constructions; None where neither gives this size."""
+    """Paley's two constructions; None if neither has this size."""
     if size == 1:
         return torch.ones(1, 1, dtype=torch.float64)
     if size % 4:
         return None
-    if _is_prime(size - 1):  # 3 modulo 4, so that the matrix of residues is skew
+    if _is_prime(size - 1):  # 3 modulo 4, where the matrix of residues is skew-symmetric
         matrix = _bordered(size - 1, -1) + torch.eye(size, dtype=torch.float64)
         return matrix / math.sqrt(size)
     half = size // 2
@@ -97,7 +97,7 @@ def _paley(size: int) -> Tensor | None:
 
 
 def _bordered(prime: int, sign: int) -> Tensor:
-    """The Jacobsthal matrix of a prime, with a row of ones above and a column of ``sign`` beside."""
+    """The Jacobsthal matrix of a prime, bordered by a row of ones and a column of ``sign``."""
     residues = -torch.ones(prime, dtype=torch.float64)
     residues[torch.arange(1, prime).pow(2) % prime] = 1
     residues[0] = 0

@@ -1,4 +1,4 @@
-"""The layers of a prepared network whose weights are rounded, in every mode."""
+"""The layers of a prepared network with rounded weights, in every mode."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ RECONSTRUCTED = module_types("convolution", "linear")
 
 @dataclass(frozen=True)
 class RoundedLayer:
-    """A convolution or linear layer of a prepared network, and what its int8 weight is made of.
+    """A convolution or linear layer of a prepared network, with the parts that form its int8 weight.
 
     Attributes:
-        name: In the float network, where the same names lead to a layer of a plain type.
-        module: In the prepared network; it holds the weight and the bias.
-        batchnorm: The name of the BatchNorm that is folded into the weight; None if there is none.
-        fq: What rounds the (folded) weight.
+        name: Name in the float network, where it belongs to a layer of a plain type.
+        module: The module in the prepared network; it holds weight and bias.
+        batchnorm: Name of the BatchNorm that is folded into the weight; None if there is none.
+        fq: The FakeQuantize of the (folded) weight.
         network: The prepared network.
     """
 
@@ -38,7 +38,7 @@ class RoundedLayer:
     network: nn.Module
 
     def factor(self) -> Tensor | None:
-        """What folding multiplies the weight with, float32, shaped to go with the weight; None without BatchNorm."""
+        """The folding factor of the weight, float32, shaped to broadcast with it; None without BatchNorm."""
         if self.batchnorm is None:
             return None
         bn: Any = self.network.get_submodule(self.batchnorm)
@@ -46,27 +46,27 @@ class RoundedLayer:
 
     @torch.no_grad()
     def folded(self, of: Any = None) -> Tensor:
-        """The weight before it is rounded, as the kernel would have it, float32; or that of another module."""
+        """The folded weight before rounding, float32; optionally that of another module."""
         factor = self.factor()
         weight: Tensor = (self.module if of is None else of).weight.detach().float()
         return weight if factor is None else weight * factor
 
     @torch.no_grad()
     def rounded(self) -> Tensor:
-        """The weight that the kernel has, float32."""
+        """The weight as the kernel has it, float32."""
         folded = self.folded()
         self.fq.observe(folded)
         return self.fq.round(folded)
 
 
 def rounded_layers(prepared: nn.Module) -> list[RoundedLayer]:
-    """The convolutions and linear layers whose weights are rounded, in the order of the network.
+    """The convolutions and linear layers with rounded weights, in the order of the network.
 
-    Layers that were made in preparation (of one that is called from several places), functional ones, and computed
-    weights are left out.
+    Layers created by preparation (for one that is called several times), functional ones, and computed weights are left
+    out.
 
     Args:
-        prepared: What a mode's ``prepare`` made.
+        prepared: The result of a mode's ``prepare``.
 
     Example:
         >>> from qat_lightning.graph.example import Example
@@ -94,13 +94,13 @@ def rounded_layers(prepared: nn.Module) -> list[RoundedLayer]:
 
 
 def _batchnorm_of(module: Any, names: dict[nn.Module, str]) -> str | None:
-    """In eager mode and fx, layers know their BatchNorm."""
+    """The BatchNorm of a layer in eager mode and fx, where the layer refers to it."""
     batchnorm = getattr(module, "batchnorm", None)
     return names.get(batchnorm) if isinstance(batchnorm, nn.Module) else None
 
 
 def _batchnorms_of_graph(prepared: GraphNetwork) -> dict[str, str]:
-    """In pt2e, a folded weight is made of the weight and BatchNorm's tensors: the layers, and their BatchNorms."""
+    """In pt2e: layers and their BatchNorms, found by the tensors from which a folded weight is computed."""
     return {
         _owner(node.args[0]): _owner(node.args[2])
         for node in _nodes(prepared)

@@ -1,8 +1,8 @@
-"""One run of a network in which channels carry numbers: what hands them on, and how they are known of tensors.
+"""One run of a network in which channels have numbers, and rules for passing these on.
 
-Whatever only moves values, and what mixes positions channel by channel, hands the numbers on by doing the same to them:
-reshaping, heads of attention, repeated keys and values, slices of packed maps. A recipe adds what makes channels and
-what it can see through; what nobody knows gets hold of the channels that it reads, and they are stuck.
+Ops that only move values, or mix positions within each channel, pass the numbers on in the same way: reshaping, heads
+of attention, repeated keys and values, slices of packed projections. A recipe adds rules for producers of channels and
+for ops that it supports. Channels that reach any other op are stuck.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from qat_lightning.recipes.channel_numbers import Where, distinct, thin, where
 
 
 def named(*rows: str) -> frozenset[str]:
-    """The names of the functions in some rows of the table of operators."""
+    """The function names of some rows of the table of operators."""
     return names_of(lambda row: row.name in rows)
 
 
 _FRESH = frozenset({"zeros_like", "ones_like", "new_zeros", "getattr", "alpha_dropout", "feature_alpha_dropout"})
 _MOVES = names_of(lambda row: row.moves) - _FRESH
 SAME = named("to", "detach", "clone", "contiguous", "dropout")
-"""What yields the same values in the same places."""
+"""Functions that return the same values in the same places."""
 _JOINS = frozenset({"cat", "concat", "concatenate", "stack"})
 MIXES = frozenset({"matmul", "__matmul__", "bmm"})
 ATTENTION = frozenset({"scaled_dot_product_attention", "attend"})
@@ -41,7 +41,7 @@ SUMS = frozenset({"add", "__add__", "__radd__", "add_", "__iadd__"})
 
 @dataclass
 class _Known:
-    """What is known of a tensor in one version of it."""
+    """What is known about one version of a tensor."""
 
     version: int
     numbers: Tensor | None
@@ -50,17 +50,18 @@ class _Known:
 
 Handed = list[Tensor]
 Handler = Callable[..., Any]
-"""Gets the run, the function, its arguments, the numbers of its tensors by their ids, its result, and a list of those
-tensors whose numbers it hands on; yields the numbers of the result."""
+"""Called with the run, the function, its arguments, the numbers of its tensors by id, its result, and a list to which
+it adds the tensors whose numbers it passes on; returns the numbers of the result.
+"""
 
 
 class NumberedRun(TorchFunctionMode):
-    """What one run of a network shows of its channels.
+    """What one run of a network shows about its channels.
 
     Attributes:
-        handlers: Names of functions, each set with what hands numbers on through them; first come, first served.
-        stuck: Numbers of channels that end up in what nobody knows, and in what.
-        count: How many numbers there are.
+        handlers: Sets of function names with their handlers; the first match is used.
+        stuck: Numbers of channels that reach an unsupported op, and that op.
+        count: Number of numbers.
     """
 
     handlers: ClassVar[tuple[tuple[frozenset[str], Handler], ...]] = ()
@@ -76,7 +77,7 @@ class NumberedRun(TorchFunctionMode):
             self._names[parameter] = name
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Do what the network does, and the same to the numbers."""
+        """Call the function, and process the numbers in the same way."""
         kwargs = kwargs or {}
         name = function_name(func)
         if name is None:
@@ -107,47 +108,47 @@ class NumberedRun(TorchFunctionMode):
     # What is known
 
     def numbers(self, tensor: Tensor) -> Tensor | None:
-        """The number of the channel that each value belongs to, -1 for none; None where nothing is known."""
+        """The number of the channel of each value, -1 for none; None if nothing is known."""
         known: _Known | None = self._known.get(tensor)
         return known.numbers if known is not None and known.version == tensor._version else None
 
     def know(self, tensor: Tensor, numbers: Tensor) -> None:
-        """Let a tensor that no function made have numbers."""
+        """Set the numbers of a tensor that was not returned by a function."""
         self._known[tensor] = _Known(tensor._version, numbers, "")
 
     def made_by(self, tensor: Tensor) -> str:
-        """The function that made a tensor; empty if it is an input."""
+        """The function that returned a tensor; empty if it is an input."""
         known: _Known | None = self._known.get(tensor)
         return known.made_by if known is not None else ""
 
     def name_of(self, tensor: Any) -> str | None:
-        """The parameter that a tensor is, or is a part of."""
+        """The name of the parameter that a tensor is or is a part of."""
         found: str | None = self._names.get(tensor) if isinstance(tensor, Tensor) else None
         return found
 
     def used_once(self, tensor: Tensor) -> bool:
-        """Whether one function of the network reads a parameter."""
+        """Whether a parameter has a single reader in the network."""
         return self._uses[where(tensor)] == 1
 
     def new_numbers(self, count: int) -> Tensor:
-        """Numbers that nobody has."""
+        """Unused numbers."""
         self.count += count
         return torch.arange(self.count - count, self.count, dtype=torch.int32)
 
     def stick(self, numbers: Tensor | None, reader: str) -> None:
-        """Let channels be read by what nobody knows."""
+        """Mark channels as stuck in an unsupported reader."""
         if numbers is not None:
             for number in distinct(numbers):
                 self.stuck.setdefault(number, reader)
 
     def stick_results(self, result: Any) -> None:
-        """What a network returns is read by the world."""
+        """Mark the channels of a network's result as stuck."""
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor) and self.numbers(leaf) is not None:
                 self.stick(self.numbers(leaf), "the network's result")
 
     def _name_parts(self, tensors: list[Tensor], result: Any) -> None:
-        """A slice of a parameter is a part of it."""
+        """Record that a slice of a parameter is a part of it."""
         for tensor in tensors:
             name = self.name_of(tensor)
             for leaf in tree_leaves(result) if name is not None else ():
@@ -172,18 +173,18 @@ class NumberedRun(TorchFunctionMode):
                 own = None
             if own is None and any(leaf is tensor for tensor in tensors) and name in SAME:
                 continue
-            # What only moves values is not what stands in the way of a factor.
+            # Functions that only move values are not the reason why a factor cannot pass.
             moved = (name in _MOVES or name in SAME) and tensors
             self._known[leaf] = _Known(leaf._version, own, (self.made_by(tensors[0]) or name) if moved else name)
 
 
 def dict_of(pairs: list[tuple[Tensor, Tensor | None]]) -> dict[int, Tensor]:
-    """Numbers by the identity of their tensors."""
+    """Numbers by the id of their tensors."""
     return {id(tensor): numbers for tensor, numbers in pairs if numbers is not None}
 
 
 def move(run: NumberedRun, func: Any, args: Any, kwargs: Any, known: dict[int, Tensor], result: Any, on: Handed) -> Any:
-    """Do the same to the numbers."""
+    """Move the numbers like the values."""
     if not known:
         return None
     fill = func.__name__ in _JOINS
@@ -199,7 +200,7 @@ def move(run: NumberedRun, func: Any, args: Any, kwargs: Any, known: dict[int, T
     args, kwargs = tree_map(number, args), tree_map(number, kwargs)
     try:
         return func(*args, **kwargs)
-    except RuntimeError:  # a view of what is expanded
+    except RuntimeError:  # a view of an expanded tensor
         args, kwargs = tree_map(_dense, args), tree_map(_dense, kwargs)
         return func(*args, **kwargs)
 
@@ -209,7 +210,7 @@ def _dense(leaf: Any) -> Any:
 
 
 def keep(run: NumberedRun, func: Any, args: Any, kwargs: Any, known: dict[int, Tensor], result: Any, on: Handed) -> Any:
-    """The same values in the same places."""
+    """Return the numbers unchanged."""
     if not args or id(args[0]) not in known or not isinstance(result, Tensor) or not result.is_floating_point():
         return None
     on.append(args[0])
@@ -219,14 +220,14 @@ def keep(run: NumberedRun, func: Any, args: Any, kwargs: Any, known: dict[int, T
 def attend(
     run: NumberedRun, func: Any, args: Any, kwargs: Any, known: dict[int, Tensor], result: Any, on: Handed
 ) -> Any:
-    """Each position of what comes out is a mean of values, channel by channel."""
+    """Attention: each output position is a mean of values, within each channel."""
     value = kwargs["value"] if "value" in kwargs else args[2]
     mixed = result[0] if isinstance(result, tuple) else result
     return _mixed(value, mixed, known, on, (None,) if isinstance(result, tuple) else ())
 
 
 def mix(run: NumberedRun, func: Any, args: Any, kwargs: Any, known: dict[int, Tensor], result: Any, on: Handed) -> Any:
-    """Likewise where a network multiplies weights of attention with values itself."""
+    """A product with attention weights, written out by the network."""
     return _mixed(args[1], result, known, on, ()) if len(args) > 1 else None
 
 
@@ -236,11 +237,11 @@ def _mixed(value: Any, mixed: Tensor, known: dict[int, Tensor], on: Handed, more
         return None
     own = numbers[..., :1, :]
     heads = own.shape[-3] if own.dim() > 2 else 1
-    if heads not in (1, mixed.shape[-3]):  # enable_gqa: heads that several queries share
+    if heads not in (1, mixed.shape[-3]):  # enable_gqa: several queries share a head
         own = own.repeat_interleave(mixed.shape[-3] // heads, -3)
     on.append(value)
     return own.expand(mixed.shape) if not more else (own.expand(mixed.shape), torch.full((1,), -1))
 
 
 MOVING: tuple[tuple[frozenset[str], Handler], ...] = ((_MOVES | _JOINS, move), (ATTENTION, attend), (MIXES, mix))
-"""What moves values, and what mixes positions."""
+"""Functions that move values, and functions that mix positions."""

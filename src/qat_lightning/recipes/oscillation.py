@@ -1,8 +1,8 @@
-"""Weights that oscillate between two integers in training: tracked, dampened, and frozen.
+"""Weights that oscillate between two integers in training: tracking, dampening and freezing them.
 
-Nagel et al., 2022, "Overcoming oscillations in quantization-aware training", https://arxiv.org/abs/2203.11086. All of
-it happens to parameters and their gradients between two steps: the forward of a network, compiled or not, knows nothing
-of it.
+Nagel et al., 2022, "Overcoming oscillations in quantization-aware training", https://arxiv.org/abs/2203.11086.
+Everything is done on parameters and their gradients between two steps: the forward of a network, compiled or not, is
+not changed.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from qat_lightning.recipes.layers import RoundedLayer, rounded_layers
 
 @dataclass(frozen=True)
 class RoundedWeight:
-    """A parameter, or a part of one, that a training rounds to a grid and moves.
+    """A parameter, or a part of one, that is rounded and trained.
 
     Attributes:
         layer: The layer's name in the float network.
-        name: Of the state in a checkpoint.
-        parameter: What the optimizer moves.
-        fq: Whose grid it is.
-        weight: Gives the part of the parameter.
-        to_grid: The part as its grid sees it, float32: with BatchNorm folded in, or in rows.
-        from_grid: The way back, in the shape of the part; where BatchNorm's factor is 0, what is given besides.
+        name: Name of its state in a checkpoint.
+        parameter: The parameter that the optimizer updates.
+        fq: The FakeQuantize with the grid.
+        weight: Returns the part of the parameter.
+        to_grid: Maps the part to the form that the grid sees, float32: with BatchNorm folded in, or in rows.
+        from_grid: The inverse, in the shape of the part; where BatchNorm's factor is 0, it returns its second argument.
     """
 
     layer: str
@@ -46,28 +46,28 @@ class RoundedWeight:
     from_grid: Callable[[Tensor, Tensor], Tensor]
 
     def on_grid(self, frozen: Tensor | None = None) -> _OnGrid:
-        """Where the present weight is on its grid.
+        """The position of the present weight on its grid.
 
         Args:
-            frozen: bool: which values have no say in the range, because they follow it; None for none.
+            frozen: bool: values that do not determine the range, because they follow it; None for none.
         """
         seen = self.to_grid(self.weight())
         deciding = seen if frozen is None else seen.masked_fill(frozen, 0.0)
         scale, zero_point = _qparams(self.fq, deciding)
         low, high = (along(end - zero_point, seen, self.fq.grid.axis) for end in (self.fq.quant_min, self.fq.quant_max))
         scale = along(scale, seen, self.fq.grid.axis)
-        # In the order of operations of `fake_quantize`, so that the integers are those of the forward pass.
+        # Same order of operations as `fake_quantize`, so that the integers equal those of the forward pass.
         integers = torch.minimum(torch.maximum((seen * (1.0 / scale)).round(), low), high)
         return _OnGrid(seen, scale, integers, low, high)
 
     def put(self, values: Tensor, where: Tensor) -> None:
-        """Write values of the grid into the parameter, where a mask in the grid's shape says so."""
+        """Write grid values into the parameter, where a mask in the grid's shape is true."""
         weight = self.weight()
         moved = self.from_grid(values, weight.float()).to(weight.dtype)
         weight.copy_(torch.where(self.mask(where), moved, weight))
 
     def mask(self, where: Tensor) -> Tensor:
-        """A mask of the grid in the shape of the weight; nothing where BatchNorm's factor is 0."""
+        """A mask of the grid in the shape of the weight; False where BatchNorm's factor is 0."""
         return self.from_grid(where.float(), torch.zeros_like(self.weight(), dtype=torch.float32)) != 0
 
     def gradient(self) -> Tensor | None:
@@ -91,13 +91,13 @@ class _OnGrid:
     high: Tensor
 
     def off_center(self) -> Tensor:
-        """How far each value is from its point of the grid; what lies beyond the grid counts as being at its end."""
+        """Distance of each value from its grid point; values beyond the grid are clamped first."""
         clipped = torch.minimum(torch.maximum(self.seen, self.low * self.scale), self.high * self.scale)
         return clipped - self.integers * self.scale
 
 
 def _qparams(fq: FakeQuantize, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Scale and zero point that a weight is rounded with; unlike `FakeQuantize.observe` it leaves no trace."""
+    """Scale and zero point of a weight; unlike `FakeQuantize.observe` this changes no state."""
     if fq.learns:
         return fq.calculate_qparams()
     low, high = fq.grid.ends(weight)
@@ -105,13 +105,13 @@ def _qparams(fq: FakeQuantize, weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def rounded_weights(prepared: nn.Module) -> Iterator[RoundedWeight]:
-    """The weights of a prepared network that can oscillate: those that are parameters, and rounded now.
+    """The weights of a prepared network that can oscillate: parameters that are rounded now.
 
-    Convolutions and linear layers of networks with fixed ranges, and every layer of kinds ``"dynamic"`` and
-    ``"weight_only"`` but for those with adapters, of which the weight itself does not move.
+    Convolutions and linear layers of networks with fixed ranges, and all layers of kinds ``"dynamic"`` and
+    ``"weight_only"`` except those with adapters, whose weight is frozen.
 
     Args:
-        prepared: What a mode's ``prepare`` made, with rounding on.
+        prepared: The result of a mode's ``prepare``, with fake-quantization enabled.
     """
     known = set[int]()
     for layer in rounded_layers(prepared):
@@ -162,14 +162,14 @@ def _of_trained(name: str, layer: TrainedLayer, known: set[int]) -> Iterator[Rou
 
 
 class OscillationTracker:
-    """Follows the integers of all weights of some prepared networks from step to step.
+    """Tracks the integers of all weights of some prepared networks from step to step.
 
-    Weights that are frozen lie exactly on the point of the grid of their integer, whatever optimizer, momentum and
-    weight decay did to them, and go with the grid where its scale moves; those that are free decide the scale. So
-    rounding, conversion and everything else that reads a weight find the frozen integer.
+    Frozen weights lie exactly on the grid point of their integer, whatever the optimizer, momentum and weight decay do,
+    and follow the grid when its scale changes; only free weights determine the scale. So rounding, conversion and all
+    other readers of a weight get the frozen integer.
 
     Args:
-        momentum: The weight of a step in the moving averages of frequencies and of integers.
+        momentum: Weight of a step in the moving averages of frequencies and of integers.
 
     Example:
         >>> from qat_lightning.graph.example import Example
@@ -196,10 +196,10 @@ class OscillationTracker:
         """Find the weights of prepared networks that are rounded now.
 
         Args:
-            networks: By name, which comes before the layers' names if there are several.
+            networks: Networks by name; the name precedes the layers' names if there are several.
 
         Raises:
-            CheckpointMismatchError: What was loaded is of weights of other shapes.
+            CheckpointMismatchError: The loaded state belongs to weights of other shapes.
         """
         self._several = len(networks) > 1
         self.weights = [(f"{name}/{w.name}", w) for name, network in networks.items() for w in rounded_weights(network)]
@@ -213,7 +213,7 @@ class OscillationTracker:
                 raise CheckpointMismatchError(f"The oscillations of {name!r} in the checkpoint: {error}.") from error
 
     def not_looked_at(self, networks: Mapping[str, nn.Module]) -> list[str]:
-        """The layers with rounded weights that are not among them."""
+        """The layers with rounded weights that are not tracked."""
         here = {weight.fq for _, weight in self.weights}
         places = [place for network in networks.values() for place in find_places(network)]
         return sorted({place.layer for place in places if place.what == "weight" and place.fq not in here})
@@ -223,11 +223,11 @@ class OscillationTracker:
 
     @torch.no_grad()
     def step(self, threshold: float | None = None, parameters: Container[int] | None = None) -> None:
-        """After a step of an optimizer: follow the integers, freeze what oscillates, and hold what is frozen.
+        """After an optimizer step: update the integers, freeze oscillating weights, and restore frozen ones.
 
         Args:
             threshold: The frequency above which a weight is frozen; None to freeze nothing more.
-            parameters: The ids of those that the optimizer moves; None for all.
+            parameters: Ids of the parameters that the optimizer updates; None for all.
         """
         for name, weight in self._of(parameters):
             state = self._states.get(name)
@@ -236,13 +236,13 @@ class OscillationTracker:
                 state = self._states[name] = Oscillation(grid.integers)
             state.observe(grid.integers, self.momentum)
             if threshold is not None:
-                # Where the weights make their grid, those at its ends are what it is made of.
+                # If the weights determine their grid, those at its ends must not be frozen.
                 state.freeze(threshold, None if weight.fq.learns else (grid.low, grid.high))
             weight.put(state.integers * grid.scale, state.frozen)
 
     @torch.no_grad()
     def hold(self) -> None:
-        """Put what is frozen on its grid again, where something other than an optimizer moved that."""
+        """Restore frozen weights on their grid, after something other than an optimizer changed it."""
         for name, weight in self.weights:
             if name in self._states:
                 state = self._states[name]
@@ -250,7 +250,7 @@ class OscillationTracker:
 
     @torch.no_grad()
     def block(self, parameters: Container[int] | None = None) -> None:
-        """Before a step: take the gradients of frozen weights away, so that no norm of gradients counts them."""
+        """Before a step: zero the gradients of frozen weights, so that they do not count in gradient norms."""
         for name, weight in self._of(parameters):
             gradient, state = weight.gradient(), self._states.get(name)
             if gradient is not None and state is not None:
@@ -258,14 +258,14 @@ class OscillationTracker:
 
     @torch.no_grad()
     def dampen(self, strength: float, parameters: Container[int] | None = None) -> Tensor | None:
-        """Before a step: add the gradient of the dampening loss, which pulls weights to their points of the grid.
+        """Before a step: add the gradient of the dampening loss, which pulls weights to their grid points.
 
-        The loss is ``strength * sum((round(w) - clip(w))**2)`` over all weights (equation 6 of the paper); no gradient
-        goes to the rounded weight, and none to what is beyond the grid.
+        The loss is ``strength * sum((round(w) - clip(w))**2)`` over all weights (equation 6 of the paper). The rounded
+        weight gets no gradient, and neither do values beyond the grid.
 
         Args:
-            strength: What the paper calls lambda.
-            parameters: The ids of those that the optimizer moves; None for all.
+            strength: The paper's lambda.
+            parameters: Ids of the parameters that the optimizer updates; None for all.
 
         Returns:
             The loss, of shape ``()``; None if no weight has a gradient.
@@ -287,7 +287,7 @@ class OscillationTracker:
         return None if not counts else torch.stack(counts).sum(0) / elements
 
     def shares(self) -> dict[str, tuple[float, float]]:
-        """By layer, the share of its weights that oscillate, and of those that are frozen."""
+        """By layer, the shares of its weights that oscillate and that are frozen."""
         layers: dict[str, list[str]] = {}
         for name, weight in self.weights:
             network = name.partition("/")[0]
@@ -306,5 +306,5 @@ class OscillationTracker:
         return dict(self._loaded) | {name: state.state_dict() for name, state in self._states.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Undo `state_dict`; what each weight had is taken over when it is next looked at."""
+        """Undo `state_dict`; the state of each weight is used when the weight is next found."""
         self._states, self._loaded = {}, dict(state)

@@ -1,4 +1,4 @@
-"""Which tensors of a network's output distillation compares."""
+"""Choosing the tensors of a network's output that distillation compares."""
 
 from __future__ import annotations
 
@@ -23,15 +23,16 @@ def chosen_outputs(
     """The tensors of a network's output to compare.
 
     Args:
-        outputs: What the network returned: a tensor, or a mapping, sequence or object of them.
-        chosen: Keys, positions or attributes; None for all that the loss can compare. Scores of classes of a mapping
-            (such as a ``ModelOutput`` of transformers) are then those with ``logits`` in their name, if there are any.
+        outputs: The network's output: a tensor, or a mapping, sequence or object of tensors.
+        chosen: Keys, positions or attributes; None for all that the loss can compare. In a mapping (such as a
+            ``ModelOutput`` of transformers), class scores are then the entries with ``logits`` in their name, if there
+            are any.
         loss: ``"kl"`` needs an axis of classes, see `qat_lightning.measure.metrics.class_axis`.
-        inputs: What the network was called with.
-        class_axis: The axis of the classes, where it is known.
+        inputs: The inputs of the network.
+        class_axis: The class axis, if it is known.
 
     Raises:
-        ConfigurationError: There is none, or one that was chosen is not there or has no classes.
+        ConfigurationError: There are none, or a chosen one does not exist or has no classes.
 
     Example:
         >>> import torch
@@ -79,7 +80,7 @@ def _candidates(outputs: Any, loss: Loss) -> list[Any]:
 
 
 def _is_loss(key: Any, value: Any) -> bool:
-    """Whether an entry is what the network made of its outputs and labels."""
+    """Whether an entry is a loss that the network computed from outputs and labels."""
     return key == "loss" and isinstance(value, Tensor) and value.dim() == 0
 
 

@@ -1,4 +1,4 @@
-"""What recipes do to a float network before it is prepared, and to float weights that are loaded afterwards."""
+"""Changes that recipes make to a float network before preparation, and to float weights that are loaded later."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from qat_lightning.settings.recipe import Recipe
 
 
 def reworks(recipe: Recipe) -> bool:
-    """Whether a recipe changes the float network at all."""
+    """Whether a recipe changes the float network."""
     return (
         recipe.equalization != "none"
         or recipe.batchnorm != "fused"
@@ -27,16 +27,16 @@ def reworks(recipe: Recipe) -> bool:
 
 
 class Reworking:
-    """The float network as it was given, and what was made of it.
+    """The original float network, and the changes made to it.
 
     Args:
-        network: The float network, changed in place; a copy of it as it is now is kept.
+        network: The float network, changed in place; a copy of its original state is kept.
         example: One call of it.
-        recipe: Says what to do.
+        recipe: The recipe that determines the changes.
 
     Attributes:
-        notes: What was done, in sentences.
-        folded: The BatchNorms that were folded, by name.
+        notes: Descriptions of the changes.
+        folded: The folded BatchNorms, by name.
 
     Raises:
         NetworkError: The network would compute different values afterwards.
@@ -50,7 +50,7 @@ class Reworking:
         self.notes, self.folded = _rework(network, example, recipe)
 
     def rework(self, weights: Mapping[str, Any]) -> dict[str, Any]:
-        """A ``state_dict`` of the network as it was given becomes one of the network that was made of it."""
+        """Convert a ``state_dict`` of the original network to one of the changed network."""
         network = copy.deepcopy(self.given)
         network.load_state_dict(weights)
         _rework(network, self.example, self.recipe)
@@ -60,7 +60,7 @@ class Reworking:
 def _rework(network: nn.Module, example: Example, recipe: Recipe) -> tuple[list[str], Folded]:
     notes: list[str] = []
     folded: Folded = {}
-    # Equalized first: BatchNorm's beta and gamma take the factors, and are folded with them.
+    # Equalize first: BatchNorm's beta and gamma take the factors, and are folded with them.
     if recipe.equalization != "none":
         notes.append(f"Before it was prepared: {equalize(network, example, recipe.equalization)}")
     if recipe.batchnorm == "fold":
@@ -68,7 +68,7 @@ def _rework(network: nn.Module, example: Example, recipe: Recipe) -> tuple[list[
         notes.append(f"Before it was prepared: {len(folded)} BatchNorms were folded.")
     if recipe.rotation:
         notes.append(f"Before it was prepared: {rotate(network, example)}")
-    # Last: the activations are those of the network that is quantized.
+    # Last, because it uses the activations of the network that is quantized.
     if recipe.smoothquant is not None:
         notes.append(f"Before it was prepared: {smooth(network, example, recipe.smoothquant)}")
     return notes, folded

@@ -1,4 +1,4 @@
-"""Which channels are rotated by which matrix, worked out of what a run showed, and the rotation of the parameters."""
+"""Deriving from a run which channels are rotated by which matrix, and rotating the parameters."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from qat_lightning.recipes.spaces import Axis, Read, Scaled, Spaces
 
 
 def labels_of(count: int, pairs: Iterable[Tensor]) -> Tensor:
-    """The smallest number that each is the same as, by pairs of those that are; ``(count,)``, int64.
+    """For each number the smallest one that is equal to it, given pairs of equal numbers; ``(count,)``, int64.
 
     Example:
         >>> labels_of(5, [torch.tensor([[1, 2], [2, 4]])]).tolist()
@@ -32,7 +32,7 @@ def labels_of(count: int, pairs: Iterable[Tensor]) -> Tensor:
 
 
 _LEAST_SCALE = 0.01
-"""The smallest scale of a norm, of its largest, that its shift may be divided by where it cannot go into a bias."""
+"""Smallest scale of a norm, relative to its largest, by which its shift may be divided if no bias can take it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +40,7 @@ class Group:
     """Channels that are rotated together.
 
     Attributes:
-        members: Their labels, in order.
+        members: Labels of the channels, in order.
         matrix: ``(channels, channels)``, orthogonal, float64.
     """
 
@@ -49,16 +49,17 @@ class Group:
 
 
 class Plan:
-    """What is rotated; `plan` makes it.
+    """The rotations of a network; created by `plan`.
 
     Args:
-        run: What was seen.
-        labels: The same number for channels that are the same.
-        stuck: Labels of the channels that stay, and why.
-        groups: Those that do not.
+        run: The recorded run.
+        labels: The same number for channels that are equal.
+        stuck: Labels of channels that are not rotated, and why.
+        groups: Groups of channels that are rotated.
 
     Attributes:
-        components: Of groups that go through the same norm, so that they are rotated all or none; a number each.
+        components: For each group a number; groups that pass through the same norm have the same one, because they can
+            only be rotated together.
     """
 
     def __init__(self, run: Spaces, labels: Tensor, stuck: dict[int, str], groups: list[Group]) -> None:
@@ -79,13 +80,13 @@ class Plan:
         return self._group_of[self._labels[numbers.long()]]
 
     def leave(self, component: int, why: str) -> None:
-        """Do not rotate these."""
+        """Do not rotate the groups of a component."""
         self.components.remove(component)
         for index in (self._component == component).nonzero().flatten().tolist():
             self._stuck.update(dict.fromkeys(self._groups[index].members.tolist(), why))
 
     def of_read(self, read: Read) -> tuple[int, str]:
-        """How many of the channels that a layer reads are rotated together, and else why none is."""
+        """How many input channels of a layer are rotated together; if none, the reason why."""
         for index in self._groups_in(read.numbers).unique().tolist():
             if index >= 0 and int(self._component[index]) in self.components:
                 return self._groups[index].members.numel(), ""
@@ -93,7 +94,7 @@ class Plan:
         return 0, self._stuck.get(label, "its channels stand alone")
 
     def apply(self, which: list[int] | None = None) -> None:
-        """Rotate the parameters, in place: all components, or these."""
+        """Rotate the parameters in place, for all components or the given ones."""
         chosen = set(self.components if which is None else which)
         rotated = [int(self._component[index]) in chosen for index in range(len(self._groups))]
         for norm in self._run.scaled:
@@ -104,9 +105,9 @@ class Plan:
             self._rotate_axis(axis, [index for index, chosen in enumerate(rotated) if chosen])
 
     def _fold(self, norm: Scaled) -> None:
-        """The scale and the shift of a norm go into the layers that read it.
+        """Fold scale and shift of a norm into the layers that read it.
 
-        Where one of them has no bias of its own the shift stays, divided by the scale, and is rotated.
+        If one of them has no bias of its own, the shift stays, divided by the scale, and is rotated.
         """
         readers = _readers(norm, self._run)
         stays = norm.shift is not None and not all(_takes_shift(read, self._run) for read, _ in readers)
@@ -132,7 +133,7 @@ class Plan:
                 self._rotate(axis, self._groups[index], groups == index)
 
     def _rotate(self, axis: Axis, group: Group, own: Tensor) -> None:
-        """Rotate one dimension of a parameter; heads that several queries share are there several times."""
+        """Rotate one dimension of a parameter; heads that several queries share occur several times."""
         places = own.nonzero().flatten()
         rank = torch.searchsorted(group.members, self._labels[axis.numbers[places].long()])
         places = places[rank.argsort(stable=True)].reshape(group.members.numel(), -1).t()
@@ -141,7 +142,7 @@ class Plan:
 
 
 def _readers(norm: Scaled, run: Spaces) -> list[tuple[Read, Tensor]]:
-    """The linear layers that read what comes out of a norm, each with the places of its input channels that do."""
+    """The linear layers that read the output of a norm, each with the positions of the input channels concerned."""
     first, count = int(norm.numbers[0]), norm.numbers.numel()
     places = [((read.numbers >= first) & (read.numbers < first + count)).nonzero().flatten() for read in run.reads]
     return [(read, at) for read, at in zip(run.reads, places, strict=True) if at.numel()]
@@ -153,10 +154,10 @@ def _takes_shift(read: Read, run: Spaces) -> bool:
 
 
 def plan(run: Spaces) -> Plan:
-    """Find the largest groups of channels that may be rotated.
+    """Find the largest groups of channels that can be rotated.
 
-    Channels go together that are held and read together everywhere. A norm whose scale cannot go into what reads it
-    keeps its channels as they are.
+    Channels belong together if they are always stored and read together. If a norm's scale cannot be folded into its
+    readers, its channels are not rotated.
     """
     labels = labels_of(run.count, run.pairs)
     stuck: dict[int, str] = {}
@@ -179,7 +180,7 @@ def plan(run: Spaces) -> Plan:
 
 
 def _together(run: Spaces, labels: Tensor, stuck: dict[int, str]) -> Iterable[list[int]]:
-    """Labels by the rows that they are in."""
+    """Labels grouped by the rows that contain them."""
     rows: dict[int, list[int]] = defaultdict(list)
     for index, row in enumerate(run.rows):
         for label in labels[row.long()].tolist():
@@ -206,7 +207,7 @@ def _stick_whole_norms(run: Spaces, labels: Tensor, stuck: dict[int, str]) -> No
 
 
 def _cannot_fold(norm: Scaled, run: Spaces) -> str:
-    """Why the scale and the shift of a norm cannot go into what reads it; empty if they can."""
+    """Why scale and shift of a norm cannot be folded into its readers; empty if they can."""
     first, count = int(norm.numbers[0]), norm.numbers.numel()
     why = next((run.elsewhere[n] for n in range(first, first + count) if n in run.elsewhere), None)
     if why is not None:
@@ -224,5 +225,5 @@ def _cannot_fold(norm: Scaled, run: Spaces) -> str:
 
 
 def _divides(scale: Tensor | None) -> bool:
-    """Whether something can be divided by each scale, and be about as large."""
+    """Whether division by every scale is numerically safe."""
     return scale is None or bool((scale.abs() > _LEAST_SCALE * scale.abs().max()).all())

@@ -1,11 +1,11 @@
-"""Rotation: outliers of activations and weights are spread over all channels, and the network computes the same.
+"""Rotation: spreading outliers of activations and weights over all channels without changing the network's output.
 
-Ashkboos et al., 2024, "QuaRot: outlier-free 4-bit inference in rotated LLMs", https://arxiv.org/abs/2404.00456: of its
-section 4 what costs nothing when the network runs, which is stage 1a and the part of stage 1c that is inside a head.
-What writes to the residual stream is multiplied by an orthogonal matrix, what reads it by its transpose, once the
-scales of the norms are in the weights that read them; and the values of each head of attention likewise. LayerNorm
-takes the mean away, so there the matrix keeps the mean, in place of the paper's way, which folds the subtraction into
-the weights and makes the norm an RMSNorm: all modules stay what they are.
+Ashkboos et al., 2024, "QuaRot: outlier-free 4-bit inference in rotated LLMs", https://arxiv.org/abs/2404.00456: the
+parts of section 4 without run-time cost, which are stage 1a and the part of stage 1c inside a head. Weights that write
+to the residual stream are multiplied by an orthogonal matrix, and those that read it by its transpose, after the scales
+of the norms have been folded into the weights that read them; likewise for the values of each attention head. LayerNorm
+subtracts the mean, so its matrix preserves the mean. The paper folds the subtraction into the weights instead, and
+turns the norm into an RMSNorm; here all modules stay the same.
 """
 
 from __future__ import annotations
@@ -26,11 +26,12 @@ from qat_lightning.recipes.spaces import Spaces
 
 @dataclass
 class Rotated:
-    """What was done to a network.
+    """The result of `rotate`.
 
     Attributes:
-        rotated: Names of the linear layers whose inputs were rotated, each with how many channels are rotated together.
-        left: Names of the other linear layers, each with what stands in the way.
+        rotated: Names of the linear layers whose inputs were rotated, each with the number of channels that are rotated
+            together.
+        left: Names of the other linear layers, each with the reason.
     """
 
     rotated: dict[str, int] = field(default_factory=dict)
@@ -48,21 +49,22 @@ class Rotated:
 
 @torch.no_grad()
 def rotate(network: nn.Module, example: Example) -> Rotated:
-    """Rotate what the linear layers of a network read, in place, by matrices of Hadamard's kind with random signs.
+    """Rotate the inputs of a network's linear layers, in place, by Hadamard-like matrices with random signs.
 
-    Which channels may be rotated together is seen by running the example: those of the residual stream of a network
-    with its norms in front, whose scales and shifts go into the weights behind them; those of the values of each head
-    of attention, in any network; and those between two linear layers. The numbers in the example do not matter.
+    Which channels can be rotated together is found by running the example: those of the residual stream of a network
+    with norms before the layers, whose scales and shifts are folded into the weights after them; those of the values of
+    each attention head, in any network; and those between two linear layers. The values in the example do not matter.
 
     Args:
-        network: A float network that was trained; names and shapes of its parameters stay.
+        network: A trained float network; names and shapes of its parameters do not change.
         example: One call of it.
 
     Returns:
-        What was done.
+        The result.
 
     Raises:
-        NetworkError: The network does not run on the example, or computes different values afterwards, which is undone.
+        NetworkError: The network does not run on the example, or computes different values afterwards; the change is
+            undone.
 
     Example:
         >>> network = nn.Sequential(nn.Linear(3, 8), nn.RMSNorm(8), nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 2))
@@ -81,7 +83,7 @@ def rotate(network: nn.Module, example: Example) -> Rotated:
 
 
 def _keep_what_passes(network: nn.Module, example: Example, chosen: Plan, before: list[Tensor]) -> None:
-    """Try all rotations together, and one by one if that fails; leave out those that change the network."""
+    """Try all rotations together, and individually if that fails; leave out those that change the network."""
 
     def passes(which: list[int]) -> bool:
         values = [(parameter, parameter.clone()) for parameter in network.parameters()]

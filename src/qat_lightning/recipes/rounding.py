@@ -1,4 +1,4 @@
-"""The weights of one layer between the two points of the grid around each: what AdaRound learns.
+"""The choice of AdaRound between the two grid points around each weight of a layer.
 
 Nagel et al., 2020, https://arxiv.org/abs/2004.10568, equations 22 and 23.
 """
@@ -16,17 +16,17 @@ _LOW, _HIGH = -0.1, 1.1
 
 
 class Rounding:
-    """The weight of one layer, with a number for each value that says how far up it is.
+    """The weight of one layer, with a variable for each value that moves it between its lower and upper grid point.
 
     Args:
-        layer: Its weight is looked at.
+        layer: The layer; its present weight is used.
 
     Attributes:
-        folded: The weight before it is rounded, as the kernel would have it, float32.
-        nearest: With each value at the nearest point of the grid.
-        scale: Of the grid, shaped to go with the weight.
-        fixed: Whether a value stays where it is: those at the ends of the grid decide it.
-        variable: What is learned, of the shape of the weight; at first it stands for the weight as it is.
+        folded: The folded weight before rounding, float32.
+        nearest: The weight rounded to nearest.
+        scale: Scale of the grid, shaped to broadcast with the weight.
+        fixed: Whether a value is not learned: values at the ends of the grid determine it.
+        variable: The variable that is learned, of the shape of the weight; initially it represents the present weight.
     """
 
     def __init__(self, layer: RoundedLayer) -> None:
@@ -42,7 +42,8 @@ class Rounding:
         self.floor = position.floor()
         low, high = fq.quant_min - zero_point.reshape(shape), fq.quant_max - zero_point.reshape(shape)
         self.low, self.high = low, high
-        # At the ends the weights decide the range, and so the grid; they stay, and so does what would go past them.
+        # Values at the ends determine the range and so the grid; they stay, and so do values that would exceed the
+        # ends.
         least, most = self._ends(fq)
         past = (self.floor * self.scale < least - 1e-5 * most.abs()) | (
             (self.floor + 1) * self.scale > most + 1e-5 * most.abs()
@@ -53,7 +54,7 @@ class Rounding:
         self.variable = -torch.log((_HIGH - _LOW) / (share - _LOW) - 1)
 
     def _ends(self, fq: FakeQuantize) -> tuple[Tensor, Tensor]:
-        """The least and the greatest weight of each grid, by which its range is known."""
+        """The smallest and largest weight of each grid, which determine its range."""
         channel = fq.ch_axis % self.folded.dim() if fq.per_channel else None
         axes = [axis for axis in range(self.folded.dim()) if axis != channel]
         least, most = self.folded.amin(axes, keepdim=True), self.folded.amax(axes, keepdim=True)
@@ -67,11 +68,11 @@ class Rounding:
         return (torch.sigmoid(variable) * (_HIGH - _LOW) + _LOW).clamp(0, 1)
 
     def weight(self, share: Tensor) -> Tensor:
-        """The weight with each value between its two points."""
+        """The weight with each value between its two grid points."""
         values = (self.floor + share).clamp(self.low, self.high) * self.scale
         return torch.where(self.fixed, self.nearest, values)
 
     def final(self, variable: Tensor) -> Tensor:
-        """What to store: points of the grid, and the values at the ends as they were."""
+        """The weight to store: grid points, and unchanged values at the ends."""
         values = self.weight((self.share(variable) >= 0.5).to(self.folded.dtype))
         return torch.where(self.fixed, self.folded, values)

@@ -1,4 +1,4 @@
-"""Whether a float network computes what it did, once its weights were rewritten."""
+"""Checking that a float network computes the same after its weights were changed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from qat_lightning.graph.example import Example
 from qat_lightning.modes.eager.observation import run_apart
 
 SAME = 1e-4
-"""Largest relative change of outputs that counts as none: float32 rounds other products."""
+"""Largest relative change of outputs that counts as equal; float32 rounding alone causes smaller ones."""
 
 
 def outputs_of(network: nn.Module, example: Example) -> list[Tensor]:
@@ -29,7 +29,7 @@ def floating(outputs: Any) -> list[Tensor]:
 
 
 def distance(one: list[Tensor], other: list[Tensor]) -> float:
-    """Largest relative difference of two results; inf if they are not finite."""
+    """Largest relative difference between two results; inf if they are not finite."""
     distances = [
         float((left - right).norm() / left.norm().clamp(min=1e-12)) for left, right in zip(one, other, strict=True)
     ]
@@ -39,15 +39,15 @@ def distance(one: list[Tensor], other: list[Tensor]) -> float:
 def undo_if_changed(
     network: nn.Module, example: Example, before: list[Tensor], weights: Mapping[str, Any], *, by: str, remedy: str
 ) -> None:
-    """Give a network its weights back if it computes different values with the new ones, and raise.
+    """Restore a network's weights and raise an error if it computes different values with the new ones.
 
     Args:
-        network: Its weights were rewritten.
+        network: The network with changed weights.
         example: One call of it.
-        before: What `outputs_of` was before.
-        weights: Its ``state_dict`` of before.
-        by: The recipe that rewrote them, for the message.
-        remedy: The setting that leaves it out.
+        before: Result of `outputs_of` before the change.
+        weights: Its ``state_dict`` before the change.
+        by: The recipe that changed them, for the message.
+        remedy: The setting that disables the recipe.
 
     Raises:
         NetworkError: It computes different values.
@@ -62,7 +62,7 @@ def undo_if_changed(
 
 
 def named(left: Mapping[str, str]) -> str:
-    """The first few layers that a recipe left as they were, each with the reason.
+    """The first few layers that a recipe did not change, each with the reason.
 
     Example:
         >>> named({"first": "gelu", "last": "an input of the network"})

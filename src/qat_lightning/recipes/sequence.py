@@ -1,8 +1,8 @@
-"""The layers or blocks of a prepared network one after another, each with the inputs that it gets from quantized ones.
+"""Visiting the layers or blocks of a prepared network in order, each with inputs from already quantized ones.
 
-What AdaRound and the search of weight ranges walk through a network with. The inputs are those of float copies: in one
-the weights are as they were, in the other those of the layers that were visited are rounded. Activations are not
-rounded in either, so that what is learned depends on weights alone.
+Used by AdaRound and by the search of weight ranges. Inputs come from two float copies: one with the original weights,
+one in which the weights of visited layers are rounded. Activations are not rounded in either, so that the result
+depends on weights only.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from qat_lightning.recipes.layers import RoundedLayer, rounded_layers
 from qat_lightning.rehearsal.calibration import call
 
 PART = 256
-"""Samples that a layer is given at once."""
+"""Number of samples per call of a layer."""
 
 
 class Unit(ABC):
-    """Layers whose weights are chosen together, while what is behind them is still to come.
+    """Layers whose weights are chosen together, given the units before them.
 
     Attributes:
-        name: Of the layer or block, in the float network.
-        number: From 1.
-        of: How many units there are.
-        layers: In the prepared network.
+        name: Name of the layer or block in the float network.
+        number: Position, from 1.
+        of: Total number of units.
+        layers: Its layers in the prepared network.
     """
 
     def __init__(self, name: str, number: int, of: int, layers: Sequence[RoundedLayer]) -> None:
@@ -43,33 +43,33 @@ class Unit(ABC):
 
     @abstractmethod
     def draw(self, samples: int, generator: torch.Generator) -> tuple[Any, list[Tensor]]:
-        """Inputs as they come from rounded layers, and what the float network gives there.
+        """Random inputs from rounded layers, and the corresponding float outputs.
 
         Args:
-            samples: How many, where they can be taken one by one.
-            generator: On the CPU, says which.
+            samples: Number of samples, if they can be drawn individually.
+            generator: Generator on the CPU.
         """
 
     @abstractmethod
     def parts(self) -> Iterator[tuple[Any, list[Tensor]]]:
-        """All that there is, as from `draw`, in parts."""
+        """All inputs and outputs, as from `draw`, in parts."""
 
     @abstractmethod
     def outputs(self, inputs: Any, weights: Sequence[Tensor]) -> list[Tensor]:
-        """What comes out with these weights of the layers, folded and float32."""
+        """The outputs with the given weights of the layers, folded and float32."""
 
     @abstractmethod
     def channels(self, output: Tensor) -> int:
-        """The dimension of the channels in an output."""
+        """The channel dimension of an output."""
 
     def distance(self, outputs: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
-        """Squared differences, summed over channels and averaged over all else."""
+        """Squared differences, summed over channels and averaged over everything else."""
         pairs = zip(outputs, targets, strict=True)
         return torch.stack([(one - other).square().sum(self.channels(one)).mean() for one, other in pairs]).sum()
 
     @torch.no_grad()
     def error(self, weights: Sequence[Tensor]) -> float:
-        """Of all that there is, the squared differences relative to the squares of the targets."""
+        """Squared differences over all data, relative to the squared targets."""
         differences = squares = 0.0
         for inputs, targets in self.parts():
             for one, other in zip(self.outputs(inputs, weights), targets, strict=True):
@@ -79,15 +79,15 @@ class Unit(ABC):
 
 
 class LayerUnit(Unit):
-    """One layer, whose output is compared without bias and behind what BatchNorm multiplies it with.
+    """One layer, whose output is compared without bias and after BatchNorm's scaling.
 
     Args:
-        number: From 1.
-        of: How many units there are.
-        layer: In the prepared network.
-        plain: The same layer of the float network.
+        number: Position, from 1.
+        of: Total number of units.
+        layer: The layer in the prepared network.
+        plain: The same layer in the float network.
         wanted: Its inputs in the float network, float32, all samples.
-        given: Those in the network whose layers before it are rounded, of the same shape.
+        given: Its inputs in the network whose earlier layers are rounded, of the same shape.
     """
 
     def __init__(self, number: int, of: int, layer: RoundedLayer, plain: Any, wanted: Tensor, given: Tensor) -> None:
@@ -98,7 +98,7 @@ class LayerUnit(Unit):
             self.target = torch.cat([apply_layer(plain, part, folded) for part in wanted.split(PART)])
 
     def draw(self, samples: int, generator: torch.Generator) -> tuple[Any, list[Tensor]]:
-        """Any samples."""
+        """Random samples."""
         chosen = torch.randint(len(self.given), (min(samples, len(self.given)),), generator=generator)
         chosen = chosen.to(self.given.device)
         return self.given[chosen], [self.target[chosen]]
@@ -113,7 +113,7 @@ class LayerUnit(Unit):
         return [apply_layer(self.plain, inputs, weights[0])]
 
     def channels(self, output: Tensor) -> int:
-        """By the kind of the layer."""
+        """The channel dimension for the type of the layer."""
         return -1 if isinstance(self.plain, nn.Linear) else 1
 
 
@@ -121,13 +121,13 @@ class BlockUnit(Unit):
     """A submodule of the float network, with the weights of its layers replaced.
 
     Args:
-        name: Of the block.
-        number: From 1.
-        of: How many units there are.
-        layers: Of the block, in the prepared network.
-        plain: The block of the float network.
+        name: Name of the block.
+        number: Position, from 1.
+        of: Total number of units.
+        layers: Its layers in the prepared network.
+        plain: The block in the float network.
         wanted: Its calls in the float network.
-        given: Those in the network whose layers before it are rounded.
+        given: Its calls in the network whose earlier layers are rounded.
     """
 
     def __init__(
@@ -147,41 +147,41 @@ class BlockUnit(Unit):
             self.targets = [self._run(call, {}) for call in wanted]
 
     def draw(self, samples: int, generator: torch.Generator) -> tuple[Any, list[Tensor]]:
-        """One call: which part of an argument belongs to which sample is the block's own business."""
+        """One call: only the block knows which part of an argument belongs to which sample."""
         chosen = int(torch.randint(len(self.given), (1,), generator=generator))
         return self.given[chosen], self.targets[chosen]
 
     def parts(self) -> Iterator[tuple[Any, list[Tensor]]]:
-        """A call at a time."""
+        """One call at a time."""
         yield from zip(self.given, self.targets, strict=True)
 
     def outputs(self, inputs: Any, weights: Sequence[Tensor]) -> list[Tensor]:
-        """All floating tensors that the block returns."""
+        """All float tensors that the block returns."""
         present = (self.plain.get_parameter(key) for key in self.keys)
         pairs = zip(weights, self.layers, present, strict=True)
         plain = [unfolded(weight, layer, old) for weight, layer, old in pairs]
         return self._run(inputs, dict(zip(self.keys, plain, strict=True)))
 
     def channels(self, output: Tensor) -> int:
-        """The second of images, the last of tokens."""
+        """Dimension 1 for images, the last for tokens."""
         return 1 if output.dim() > 3 else -1
 
     def _run(self, call: Example, weights: dict[str, Tensor]) -> list[Tensor]:
-        # Copies of the arguments: a block may work on them in place.
+        # Copies of the arguments, because a block may modify them in place.
         args, kwargs = tree_map(copied, (call.args, call.kwargs))
         found = functional_call(self.plain, weights, args, kwargs)
         return [leaf for leaf in tree_leaves(found) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
 def units(prepared: nn.Module, batches: Sequence[Any], blocks: Sequence[str] = ()) -> Iterator[Unit]:
-    """Go through the rounded layers of a network, in its order; those of a block together.
+    """Iterate over the rounded layers of a network in order; layers of a block come together.
 
-    When the next unit is asked for, the one before counts as it is then: its weights are rounded for all that follow.
+    When the next unit is requested, the weights of the previous one are rounded for all that follow.
 
     Args:
         prepared: The network with fake-quant, calibrated or not.
         batches: Calls of the network, on its device. The inputs of one unit at a time are kept for all of them.
-        blocks: Names of submodules of the float network, none in another.
+        blocks: Names of submodules of the float network, none inside another.
 
     Yields:
         Each layer or block that the network calls.
@@ -212,12 +212,12 @@ def float_copy(prepared: nn.Module) -> nn.Module:
 
 
 class Reached(Exception):
-    """What was waited for was called: what is behind it need not run."""
+    """Ends a forward when the requested module has been called: the rest need not run."""
 
 
 @torch.no_grad()
 def _calls(network: nn.Module, name: str, batches: Sequence[Any]) -> list[Example]:
-    """What a submodule is called with first in each batch; empty if the network does not call it."""
+    """The first call of a submodule in each batch; empty if the network does not call it."""
     kept: list[Example] = []
 
     def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -237,18 +237,18 @@ def _calls(network: nn.Module, name: str, batches: Sequence[Any]) -> list[Exampl
 
 
 def copied(leaf: Any) -> Any:
-    """A tensor without what it came from; anything else as it is."""
+    """A detached copy of a tensor; anything else unchanged."""
     return leaf.detach().clone() if isinstance(leaf, Tensor) else leaf
 
 
 @torch.no_grad()
 def use(module: Any, layer: RoundedLayer) -> None:
-    """Give a float layer the rounded weight, divided by what BatchNorm behind it multiplies with."""
+    """Give a float layer the rounded weight, divided by BatchNorm's folding factor."""
     module.weight.copy_(unfolded(layer.rounded(), layer, module.weight))
 
 
 def unfolded(weight: Tensor, layer: RoundedLayer, present: Tensor) -> Tensor:
-    """A folded weight without what BatchNorm multiplies it with; where that is 0, the present one."""
+    """A folded weight divided by the folding factor; where that is 0, the present weight."""
     factor = layer.factor()
     if factor is None:
         return weight

@@ -1,9 +1,9 @@
-"""Sequential MSE: the range of each layer's weight is the one with which the layer gives most nearly what it gave.
+"""Sequential MSE: choosing the range of each weight so that its layer best reproduces its float output.
 
 The search of AIMET's ``apply_seq_mse`` (Qualcomm): layer by layer, in the order of the network, candidates for the
-range of a weight are judged by the output of the layer on inputs that come from layers whose ranges were chosen before.
-What ``weight_observer="mse"`` compares is the weight itself, whose errors count alike wherever inputs are large or
-small.
+range of a weight are compared by the layer's output, on inputs from layers whose ranges were already chosen. In
+contrast, ``weight_observer="mse"`` compares the weight itself, so that all errors count alike, whether inputs are large
+or small.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from qat_lightning.recipes.sequence import Unit, units
 from qat_lightning.settings.scheme import Scheme
 
 _SHARES = torch.linspace(1.0, 0.2, 33)
-"""The shares of a range that are tried."""
+"""The candidates: shares of a range."""
 
 
 @dataclass(frozen=True)
 class RangeSearch:
-    """How far a layer's output is from the float network's, on the calibration data, relative to its mean square.
+    """How much a layer's output differs from the float network's on the calibration data, relative to its mean square.
 
     Attributes:
-        before: With the range that the weight had.
-        after: With the range that was chosen; never more.
-        share: Of the whole range of the weight, the mean over its scales.
+        before: With the previous range.
+        after: With the chosen range; never larger.
+        share: Chosen share of the weight's full range, averaged over its scales.
     """
 
     before: float
@@ -40,13 +40,14 @@ class RangeSearch:
 
 
 def clipping(scheme: Scheme | None) -> Scheme:
-    """The scheme with weights whose ranges may be a share of the whole.
+    """The scheme with a weight observer that can represent a share of the range.
 
     Args:
-        scheme: None for the default; what is no scheme is returned, to be refused where all settings are checked.
+        scheme: None for the default; anything other than a scheme is returned, and rejected where all settings are
+            checked.
 
     Raises:
-        ConfigurationError: It says that they are the whole, for all layers or some.
+        ConfigurationError: The scheme asks for the full range, for all layers or some.
 
     Example:
         >>> clipping(Scheme()).weight_observer
@@ -74,22 +75,21 @@ def sequential_mse(
 ) -> dict[str, RangeSearch]:
     """Choose the range of each weight by the error of its layer's output, layer by layer, in place.
 
-    Weights stay; what changes is the buffer ``clip`` of each weight's FakeQuantize, the share of the range that its
-    grid represents. Each output channel with a scale of its own chooses for itself, and keeps what it had where nothing
-    is better.
+    The weights do not change, only the buffer ``clip`` of each weight's FakeQuantize, which is the represented share of
+    the range. Each scale chooses separately, and keeps its share if no candidate is better.
 
     Args:
         prepared: The network with fake-quant, prepared with ``Scheme(weight_observer="mse")``; calibrated or not.
         batches: Calls of the network, as for `qat_lightning.calibrate`, on its device. The inputs of one layer at a
             time are kept for all of them.
-        progress: Called after each layer with its number from 1, how many there are, its name and the result.
+        progress: Called after each layer with its number from 1, the total number, its name and the result.
 
     Returns:
-        By the names of the layers, what was won.
+        For each layer by name, the errors before and after.
 
     Raises:
         ConversionError: There is no batch.
-        ConfigurationError: A layer was prepared for the whole range.
+        ConfigurationError: A layer was prepared for the full range.
 
     Example:
         >>> from qat_lightning.graph.example import Example
@@ -120,11 +120,11 @@ def sequential_mse(
 def _search(unit: Unit) -> RangeSearch:
     (layer,) = unit.layers
     folded = layer.folded()
-    layer.rounded()  # a first look chooses the share that is compared with
+    layer.rounded()  # the first rounding chooses the share to compare with
     before = layer.fq.clip.clone()
 
     def errors(share: Tensor) -> Tensor:
-        """Of each scale, the squared error of all outputs."""
+        """For each scale, the squared error of all outputs."""
         weight, total = _rounded(layer, folded, share), torch.zeros(len(folded), dtype=torch.float64)
         for inputs, (target,) in unit.parts():
             (output,) = unit.outputs(inputs, [weight])
@@ -150,7 +150,7 @@ def _candidates(like: Tensor) -> Iterator[Tensor]:
 
 
 def _rounded(layer: RoundedLayer, folded: Tensor, share: Tensor) -> Tensor:
-    """The folded weight on the grid of a share of its range."""
+    """The folded weight, rounded to the grid of a share of its range."""
     grid = layer.fq.grid
     low, high = grid.ends(folded)
     return grid.round(folded, *grid.qparams(low * share, high * share))

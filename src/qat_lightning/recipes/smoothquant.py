@@ -1,9 +1,9 @@
-"""SmoothQuant: outliers of activations move into the weights that read them, and the network computes the same.
+"""SmoothQuant: moving outliers of activations into the weights that read them, without changing the network's output.
 
 Xiao et al., 2023, "SmoothQuant: accurate and efficient post-training quantization for large language models",
 https://arxiv.org/abs/2211.10438. Each input channel of a linear layer is divided by ``s = max|x|^a / max|w|^(1-a)``,
-and its weights are multiplied by it. The division goes into what makes the channel: the LayerNorm or RMSNorm in
-front, the linear layer that made the values of attention, or the linear side of a gate.
+and its weights are multiplied by it. The producer of the channel absorbs the division: the LayerNorm or RMSNorm before
+it, the linear layer of the values of attention, or the linear side of a gate.
 """
 
 from __future__ import annotations
@@ -23,16 +23,17 @@ from qat_lightning.recipes.same_outputs import SAME, distance, named, outputs_of
 from qat_lightning.settings.recipe import check_smoothquant
 
 _LEAST_SHARE = 1e-3
-"""What a channel counts for at least, of the largest: one that was silent in the example may speak later."""
+"""Lower limit of a channel's maximum, relative to the largest: a channel inactive in the example may become active."""
 
 
 @dataclass
 class Smoothing:
-    """What was done to a network.
+    """The result of `smooth`.
 
     Attributes:
-        smoothed: Names of the linear layers whose inputs were smoothed, each with what took the division.
-        left: Names of the other linear layers, each with what stands in the way.
+        smoothed: Names of the linear layers whose inputs were smoothed, each with the producer that absorbed the
+            division.
+        left: Names of the other linear layers, each with the reason.
     """
 
     smoothed: dict[str, str] = field(default_factory=dict)
@@ -50,20 +51,21 @@ class Smoothing:
 def smooth(network: nn.Module, example: Example, alpha: float = 0.5) -> Smoothing:
     """Move the outliers of activations into the weights of the linear layers that read them, in place.
 
-    Where the channels of a layer come from is seen by running the example, and whether a factor passes is tried with
-    numbers. A channel that is read by anything else as well (a residual addition behind a norm, a GELU) stays.
+    Where the channels of a layer come from is found by running the example, and whether a factor passes is tested
+    numerically. A channel with other readers (a residual addition after a norm, a GELU) is not changed.
 
     Args:
-        network: A float network that was trained; names and shapes of its parameters stay.
-        example: One call of it, with real data: the largest activations are those that it shows.
-        alpha: How much of the difficulty goes from activations to weights, from 0 to 1.
+        network: A trained float network; names and shapes of its parameters do not change.
+        example: One call of it, with real data, which determines the largest activations.
+        alpha: Migration strength, from 0 (all stays in the activations) to 1 (all goes into the weights).
 
     Returns:
-        What was done.
+        The result.
 
     Raises:
-        ConfigurationError: ``alpha`` is not possible.
-        NetworkError: The network does not run on the example, or computes different values afterwards, which is undone.
+        ConfigurationError: ``alpha`` is invalid.
+        NetworkError: The network does not run on the example, or computes different values afterwards; the change is
+            undone.
 
     Example:
         >>> network = nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 2))
@@ -84,7 +86,7 @@ def smooth(network: nn.Module, example: Example, alpha: float = 0.5) -> Smoothin
 
 
 def _smooth(source: Source, channels: Channels, alpha: float) -> None:
-    """Equation 4 of the paper, for the channels of one source."""
+    """Apply equation 4 of the paper to the channels of one producer."""
     own = slice(source.first, source.first + source.count)
     activations, weights = torch.zeros(channels.count), torch.zeros(channels.count)
     for follower in _followers(source, channels):
@@ -114,7 +116,7 @@ def _followers(source: Source, channels: Channels) -> Iterator[Follower]:
 
 
 def _free(channels: Channels) -> Tensor:
-    """Which channels end up in nothing but linear layers."""
+    """Which channels are read by linear layers only."""
     free = torch.zeros(channels.count, dtype=torch.bool)
     for follower in channels.followers:
         free[follower.channels] = True
@@ -123,7 +125,7 @@ def _free(channels: Channels) -> Tensor:
 
 
 def _those_that_pass(network: nn.Module, example: Example, channels: Channels, before: list[Tensor]) -> list[Source]:
-    """The sources from which a factor of each channel passes; tried together, and one by one if that fails."""
+    """The producers from which a factor per channel passes; tested together, and individually if that fails."""
     free = _free(channels)
     candidates = [s for s in channels.sources if bool(free[s.first : s.first + s.count].any())]
 
@@ -145,7 +147,7 @@ def _those_that_pass(network: nn.Module, example: Example, channels: Channels, b
 
 @contextmanager
 def _tried(network: nn.Module, channels: Channels, sources: list[Source], free: Tensor) -> Iterator[None]:
-    """Scale channels by factors of 1/2, 1 and 2, and undo it."""
+    """Within the block, channels are scaled by factors of 1/2, 1 and 2."""
     kept = [(parameter, parameter.clone()) for parameter in network.parameters()]
     factor = torch.ones(channels.count)
     for source in sources:

@@ -1,4 +1,4 @@
-"""How each function of a network treats channels that may be rotated: see `qat_lightning.recipes.spaces`."""
+"""Rules for each function of a network and channels that may be rotated: see `qat_lightning.recipes.spaces`."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ def _linear(run: Spaces, func: Any, args: Any, kwargs: Any, known: dict[int, Ten
 
 
 def _addmm(run: Spaces, func: Any, args: Any, kwargs: Any, known: dict[int, Tensor], result: Any, on: Handed) -> Any:
-    """As GPT-2 has its linear layers."""
+    """Linear layers as written in GPT-2."""
     if len(args) != 3 or kwargs:
         return None
     return _map(run, args[1], args[2], args[0], known, result, on, transposed=True)
 
 
 def _mix(run: Spaces, func: Any, args: Any, kwargs: Any, known: dict[int, Tensor], result: Any, on: Handed) -> Any:
-    """A product with a weight is a linear layer, every other one may be attention."""
+    """A product with a weight is a linear layer; any other product may be attention."""
     if len(args) == 2 and run.name_of(args[1]) is not None:
         return _map(run, args[0], args[1], None, known, result, on, transposed=True)
     return _heads(run, mix(run, func, args, kwargs, known, result, on), known, on)
@@ -54,7 +54,7 @@ def _attend(run: Spaces, func: Any, args: Any, kwargs: Any, known: dict[int, Ten
 
 
 def _heads(run: Spaces, numbers: Any, known: dict[int, Tensor], on: Handed) -> Any:
-    """Each head of the values has weights of its own."""
+    """Each head of the values has its own attention weights."""
     for value in on:
         once = thin(known[id(value)])
         run.rows += list(once.reshape(-1, once.shape[-1]).long())
@@ -73,7 +73,7 @@ def _map(
     *,
     transposed: bool,
 ) -> Tensor | None:
-    """A linear layer reads one dimension of its weight, and makes the other."""
+    """A linear layer reads channels with one dimension of its weight, and produces channels with the other."""
     name, last = run.name_of(weight), None if id(weight) not in known else of_last_dim(known[id(weight)])
     if name is None or last is None or weight.dim() != 2 or not isinstance(input, Tensor):
         return None
@@ -93,7 +93,7 @@ def _map(
 
 
 def _made_with(run: Spaces, made: Tensor, bias: Any, known: dict[int, Tensor], on: Handed) -> None:
-    """A bias is rotated like the weights that make the channels."""
+    """A bias is rotated along with the weight that produces the channels."""
     if bias is None:
         return
     row = of_last_dim(known[id(bias)]) if id(bias) in known else None
@@ -105,7 +105,7 @@ def _made_with(run: Spaces, made: Tensor, bias: Any, known: dict[int, Tensor], o
 
 
 def _convolve(run: Spaces, func: Any, args: Any, kwargs: Any, known: dict[int, Tensor], result: Any, on: Handed) -> Any:
-    """What it makes can be rotated, such as patches of an image; what it reads cannot."""
+    """The output channels can be rotated, such as patches of an image; the input channels cannot."""
     names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
     given = dict(zip(names, args, strict=False)) | kwargs
     weight = given["weight"]
@@ -127,7 +127,7 @@ def _embed(run: Spaces, func: Any, args: Any, kwargs: Any, known: dict[int, Tens
 
 
 def _add(run: Spaces, func: Any, args: Any, kwargs: Any, known: dict[int, Tensor], result: Any, on: Handed) -> Any:
-    """The channels of both sides become the same."""
+    """The channels of both sides become equal."""
     if len(args) < 2 or id(args[0]) not in known or id(args[1]) not in known:
         return None
     if args[0].shape[-1:] != args[1].shape[-1:]:
@@ -141,7 +141,7 @@ def _add(run: Spaces, func: Any, args: Any, kwargs: Any, known: dict[int, Tensor
 
 
 def _multiply(run: Spaces, func: Any, args: Any, kwargs: Any, known: dict[int, Tensor], result: Any, on: Handed) -> Any:
-    """By one factor for all channels, by a parameter that has one for each, or by itself."""
+    """Multiplication by one factor for all channels, by a parameter per channel, or by itself."""
     if len(args) < 2:
         return None
     if args[0] is args[1]:
@@ -169,7 +169,7 @@ def _divide(run: Spaces, func: Any, args: Any, kwargs: Any, known: dict[int, Ten
 
 
 def _is_single(factor: Any, known: dict[int, Tensor]) -> bool:
-    """Whether it is the same for all channels of a position."""
+    """Whether a factor is the same for all channels of a position."""
     if not isinstance(factor, Tensor):
         return isinstance(factor, (int, float))
     return id(factor) not in known and (not factor.dim() or factor.shape[-1] == 1)
@@ -184,7 +184,7 @@ def _times_one(run: Spaces, one: Tensor, known: dict[int, Tensor], on: Handed) -
 
 
 def _square(run: Spaces, func: Any, args: Any, kwargs: Any, known: dict[int, Tensor], result: Any, on: Handed) -> Any:
-    """Their mean over all channels is no other for rotated ones: a norm that is written by hand."""
+    """Squares: their mean over all channels is invariant under rotation, as in a hand-written norm."""
     two = args[1] if len(args) > 1 else kwargs.get("exponent", 2)
     if not args or id(args[0]) not in known or not isinstance(two, (int, float)) or two != 2:
         return None
@@ -195,7 +195,7 @@ def _square(run: Spaces, func: Any, args: Any, kwargs: Any, known: dict[int, Ten
 
 
 def _mean(run: Spaces, func: Any, args: Any, kwargs: Any, known: dict[int, Tensor], result: Any, on: Handed) -> Any:
-    """Of squares over channels, or of channels over positions."""
+    """Means of squares over channels, or of channels over positions."""
     given = dict(zip(("input", "dim"), args, strict=False)) | kwargs
     input, dims = given.get("input"), given.get("dim")
     if not isinstance(input, Tensor):
@@ -259,7 +259,7 @@ Spaces.handlers = (
 
 
 def follow_spaces(network: nn.Module, example: Example) -> Spaces:
-    """Run ``network`` once, in evaluation, and see which of its channels are the same, and what reads them.
+    """Run ``network`` once, in evaluation, and find which of its channels are equal, and their readers.
 
     Raises:
         Exception: Whatever the network raises on the example.

@@ -1,9 +1,9 @@
-"""Which channels of a network may be rotated together: one run in which each channel carries a number.
+"""Finding channels that can be rotated together, by one run in which each channel has a number.
 
-A linear layer reads channels and makes others, a table makes some, a residual addition makes channels of two makers
-the same. A norm commutes with a rotation once its scale is in the weights that read it: RMSNorm with every rotation,
-LayerNorm with those that keep the mean. Attention mixes positions, so that the channels of one head may be rotated.
-What reads channels in any other way (a GELU, a gate, rotary positions) sticks them.
+A linear layer reads channels and produces others, an embedding produces some, and a residual addition makes channels of
+two producers equal. A norm commutes with a rotation once its scale is folded into the weights that read it: RMSNorm
+with every rotation, LayerNorm with those that preserve the mean. Attention mixes positions, so the channels of one head
+can be rotated. Any other reader (a GELU, a gate, rotary positions) makes channels stuck.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ MEANS = frozenset({"mean", "sum"})
 
 @dataclass(frozen=True, eq=False)
 class Axis:
-    """One dimension of a parameter, or of a part of one, that holds channels.
+    """One dimension of a parameter, or of a part of one, that corresponds to channels.
 
     Attributes:
         tensor: The parameter or the part.
-        dim: Which dimension.
-        numbers: Of its channels.
+        dim: The dimension.
+        numbers: Numbers of its channels.
     """
 
     tensor: Tensor
@@ -44,10 +44,10 @@ class Read:
     """A linear layer that reads channels.
 
     Attributes:
-        name: Of its weight.
+        name: Name of its weight.
         weight: ``(outputs, inputs)``, the parameter or a view of it.
-        bias: Or None.
-        numbers: Of its input channels.
+        bias: The bias, or None.
+        numbers: Numbers of its input channels.
     """
 
     name: str
@@ -58,14 +58,14 @@ class Read:
 
 @dataclass(frozen=True, eq=False)
 class Scaled:
-    """A norm, or a scale of each channel that a network multiplies itself.
+    """A norm, or a multiplication by a scale per channel in the network's code.
 
     Attributes:
-        name: Of its scale; of its kind if it has none.
-        scale: One for each channel; None for none.
+        name: Name of its scale; without one, the kind of norm.
+        scale: One value per channel; None for none.
         shift: Likewise.
-        numbers: Of the channels that come out; they are rotated like those that go in.
-        centred: Whether it takes the mean away.
+        numbers: Numbers of the output channels, which are rotated like the input channels.
+        centred: Whether it subtracts the mean.
     """
 
     name: str
@@ -82,16 +82,17 @@ class Scaled:
 
 
 class Spaces(NumberedRun):
-    """Everything about channels that one run of a network shows; see `qat_lightning.recipes.space_rules.follow_spaces`.
+    """The channels of one run of a network; see `qat_lightning.recipes.space_rules.follow_spaces`.
 
     Attributes:
-        axes: Where parameters hold channels.
-        reads: The linear layers, in the order of the run.
-        scaled: The norms, likewise.
-        pairs: Numbers of channels that are the same, ``(2, count)`` each.
-        rows: Numbers of channels that something holds or reads together.
-        elsewhere: Numbers of channels behind a norm that something reads which its scale cannot go into, and what.
-        unknown: Linear layers whose input is nothing that can be rotated, and what makes it.
+        axes: Dimensions of parameters that correspond to channels.
+        reads: The linear layers, in execution order.
+        scaled: The norms, in execution order.
+        pairs: Numbers of channels that are equal, ``(2, count)`` each.
+        rows: Numbers of channels that are stored or read together.
+        elsewhere: Numbers of channels after a norm with a reader into which its scale cannot be folded, and that
+            reader.
+        unknown: Linear layers whose input cannot be rotated, and its producer.
     """
 
     handlers: ClassVar[tuple[tuple[frozenset[str], Handler], ...]]
@@ -112,7 +113,7 @@ class Spaces(NumberedRun):
                 self.know(parameter, self._new_axis(parameter, -1).numbers.expand(parameter.shape))
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Squares of channels are for means of squares and nothing else."""
+        """Squares of channels may be used for means of squares only."""
         leaves = tree_leaves((args, kwargs or {}))
         squares = [self.squares[leaf] for leaf in leaves if isinstance(leaf, Tensor) and leaf in self.squares]
         result = super().__torch_function__(func, types, args, kwargs)
@@ -136,7 +137,7 @@ class Spaces(NumberedRun):
         return found[1].numbers
 
     def unify(self, one: Tensor, other: Tensor) -> None:
-        """Channels are the same, value by value."""
+        """Mark channels as equal, value by value."""
         left, right = (part.flatten().long() for part in torch.broadcast_tensors(thin(one), thin(other)))
         known = (left >= 0) & (right >= 0)
         for numbers in (left[~known], right[~known]):
@@ -145,7 +146,7 @@ class Spaces(NumberedRun):
         self.pairs.append(torch.stack([both // self.count, both % self.count]))
 
     def row(self, numbers: Tensor) -> Tensor | None:
-        """The numbers of the last dimension; what differs elsewhere (concatenated positions) becomes the same."""
+        """The numbers of the last dimension; those that differ between positions (after concatenation) become equal."""
         once = thin(numbers)
         rows = once.expand(*once.shape[:-1], numbers.shape[-1]).reshape(-1, numbers.shape[-1])
         if bool((rows < 0).any()):
@@ -157,12 +158,12 @@ class Spaces(NumberedRun):
         return rows[0].long()
 
     def read_plain(self, numbers: Tensor, reader: str) -> None:
-        """Something reads channels that no scale of a norm can go into."""
+        """Mark channels as read by something into which no scale of a norm can be folded."""
         for number in distinct(numbers):
             self.elsewhere.setdefault(number, reader)
 
     def scale(self, name: str, row: Tensor, parts: tuple[Tensor | None, Tensor | None], centred: bool) -> Tensor:
-        """Channels go through a norm; the numbers of those that come out."""
+        """Pass channels through a norm; returns the numbers of its output channels."""
         out = self.new_numbers(row.numel())
         self.unify(row, out)
         self.rows.append(row)
@@ -170,7 +171,7 @@ class Spaces(NumberedRun):
         return out
 
     def finish(self, result: Any) -> None:
-        """What the network returns stays, and so do parameters that are read as a whole and in parts."""
+        """Mark the network's result as stuck, and parameters that are read both as a whole and in parts."""
         self.stick_results(result)
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor) and leaf in self.squares:

@@ -245,6 +245,9 @@ ENGINES = {
     "onnx (pt2e)": Engine(artifact("onnx", "pt2e"), "ours", needs="onnx onnxscript onnxruntime"),
     "openvino (fx)": Engine(artifact("openvino", "fx"), "ours", needs="openvino onnx onnxscript"),
     "openvino (pt2e)": Engine(artifact("openvino", "pt2e"), "ours", needs="openvino onnx onnxscript"),
+    "openvino (pt2e, openvino)": Engine(
+        artifact("openvino", "pt2e", "openvino"), "ours", needs="openvino onnx onnxscript executorch nncf"
+    ),
     "ONNX Runtime fp32": Engine(ort_fp32, "peer", int8=False, needs="onnx onnxscript onnxruntime"),
     "ONNX Runtime static PTQ, QDQ": Engine(ort_static("QDQ"), "peer", needs="onnx onnxscript onnxruntime"),
     "ONNX Runtime static PTQ, QOperator": Engine(ort_static("QOperator"), "peer", needs="onnx onnxscript onnxruntime"),

@@ -100,3 +100,29 @@ def test_a_checkpoint_of_an_earlier_release_goes_on_with_its_roundings() -> None
     now, before = (get_mode("fx").prepare(network, example, recipe).state_dict() for recipe in (RECIPE, earlier))
     assert now.keys() == before.keys()
     assert additions(converted(network, example, earlier)[1]) == [""]
+
+
+class MovedNorm(nn.Module):
+    """A residual addition whose channels a LayerNorm reads last, as in ConvNeXt."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.block, self.down = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 2)
+        self.norm = nn.LayerNorm(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        return self.down(self.norm((x + self.block(x)).permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
+
+
+def test_a_sum_that_is_moved_before_a_float_op_lacks_no_range() -> None:
+    mode, example = get_mode("fx"), Example((torch.randn(4, 3, 8, 8),))
+    prepared = mode.prepare(MovedNorm(), example, RECIPE)
+    calibrate(prepared, [example])
+    converted = mode.convert(prepared, example)
+    assert not converted.notes
+    assert all(row.quantized for row in converted.coverage)
+    assert {row.kind: row.reason for row in converted.operations if not row.quantized} == {
+        "add": "only float ops read it",
+        "LayerNorm": "LayerNorm is not quantized in mode='fx'",
+    }

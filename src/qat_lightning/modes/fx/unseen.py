@@ -14,13 +14,14 @@ def take_out_unseen(graph: fx.Graph, modules: dict[str, nn.Module]) -> list[fx.N
     """Remove FakeQuantizes without a range from a graph that is about to be converted.
 
     Returns:
-        The nodes before them.
+        The nodes before those that were to round; a move of a sum that is left unrounded has none either.
     """
     sources = []
     for node in list(graph.nodes):
         fq = modules.get(str(node.target)) if node.op == "call_module" else None
         if isinstance(fq, FakeQuantize) and fq.observed and not fq.seen:
-            sources.append(node.args[0])
+            if not fq.left_float:
+                sources.append(node.args[0])
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
     return sources

@@ -57,7 +57,12 @@ def test_a_context_that_sees_functions_makes_no_difference(
     path, other = tmp_path / "net.pt", torch.randn(2, 8)
     with context():
         TorchScript().write(sizes, path)
-        with pytest.raises(ExportError, match="branches on the values of a tensor"):
+        with pytest.raises(ExportError, match="branches on the values or the sizes of a tensor"):
             TorchScript().write(values, tmp_path / "other.pt")
     with torch.no_grad():
         assert torch.allclose(TorchScript().load(path)([other])[0], sizes.network(other), atol=1e-6)
+
+
+def test_a_branch_on_sizes_in_python_is_refused_with_the_mode_that_takes_it(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="on sizes, networks of mode='fx' may"):
+        TorchScript().write(_source(BranchOnSizes(), "eager"), tmp_path / "net.pt")

@@ -60,7 +60,7 @@ class TorchScript:
                 frozen = torch.jit.freeze(traced.eval())
             except Exception as error:
                 why = (
-                    "its forward branches on the values of a tensor"
+                    "its forward branches on the values or the sizes of a tensor (on sizes, networks of mode='fx' may)"
                     if _is_branch(error)
                     else f"{type(error).__name__}: {error}"
                 )

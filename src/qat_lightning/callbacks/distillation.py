@@ -111,7 +111,7 @@ class Distillation(Callback):
     # Insert
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse what cannot be served, before anything is changed."""
+        """Refuse unsupported combinations, before anything is changed."""
         self._leave_nothing()
         if self._of is not pl_module:
             self._of, self._weights = pl_module, {}
@@ -125,7 +125,7 @@ class Distillation(Callback):
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Try what is asked for on the example, and stand around ``training_step``."""
+        """Check the settings on the example, and wrap ``training_step``."""
         partner = QuantizationAwareTraining.of(trainer, self)
         with partner.whole():
             for name, (part, settings) in self._chosen(partner).items():
@@ -149,7 +149,7 @@ class Distillation(Callback):
         self._put_back = put_back
 
     def _chosen(self, partner: QuantizationAwareTraining) -> dict[str, tuple[Part, DistillationSettings]]:
-        """The networks to distil, each with its settings, whose names are relative to it."""
+        """The networks to distil, each with its settings; names in these are relative to the network."""
         parts = partner.parts()
         unknown = [name for name in self.module if name not in parts]
         if unknown:
@@ -182,7 +182,7 @@ class Distillation(Callback):
         self, trainer: Trainer, pl_module: LightningModule, plain: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Any:
         partner = QuantizationAwareTraining.of(trainer, self)
-        # Without gradients there is nothing to learn: another callback looks at the data.
+        # Without gradients there is nothing to learn: another callback is inspecting the data.
         if not partner.phase.fake_quant or not torch.is_grad_enabled():
             return plain(*args, **kwargs)
         if not self._distillers:
@@ -206,7 +206,7 @@ class Distillation(Callback):
     def _with_loss(self, outputs: Any, added: Tensor) -> Any:
         if isinstance(outputs, Mapping):
             if not isinstance(outputs.get("loss"), Tensor):
-                return outputs  # Lightning says what is wrong with it.
+                return outputs  # Lightning reports what is wrong with it.
             return {**outputs, "loss": self.task_weight * outputs["loss"] + added}
         return self.task_weight * outputs + added if isinstance(outputs, Tensor) else outputs
 
@@ -239,10 +239,10 @@ class Distillation(Callback):
 
     @contextmanager
     def _watched(self, part: Part, distiller: Distiller) -> Iterator[None]:
-        """Within the block, calls of a network pass by its teacher."""
+        """Within the block, the teacher sees all calls of a network."""
         owner: Any = part.slot.pl_module if part.slot.name == OWN_FORWARD else part.prepared
         if part.slot.name not in self._forwards:
-            # One function for the whole fit: compiled steps are guarded on it.
+            # The same function for the whole fit, because compiled steps are guarded on it.
             self._forwards[part.slot.name] = functools.partial(distiller.run, owner.forward)
         with forward_replaced(owner, self._forwards[part.slot.name]):
             yield
@@ -258,15 +258,15 @@ class Distillation(Callback):
     # End
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leave nothing on the LightningModule."""
+        """Remove everything from the LightningModule."""
         self._leave_nothing()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leave nothing on the LightningModule."""
+        """Remove everything from the LightningModule."""
         self._leave_nothing()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Leave nothing on the LightningModule."""
+        """Remove everything from the LightningModule."""
         self._leave_nothing()
 
     def _leave_nothing(self) -> None:
@@ -280,7 +280,7 @@ class Distillation(Callback):
     # Checkpoint
 
     def state_dict(self) -> dict[str, Any]:
-        """The teacher's weights where the quantization callback does not keep them: with ``start=0``."""
+        """The teacher's weights if the quantization callback does not keep them, which is the case with ``start=0``."""
         return {"weights": self._weights}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -288,7 +288,7 @@ class Distillation(Callback):
         self._weights = state_dict["weights"]
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without what belongs to a fit that runs."""
+        """Omit the state of a running fit."""
         return self.__dict__ | {"_distillers": {}, "_forwards": {}, "_of": None, "_put_back": None}
 
 

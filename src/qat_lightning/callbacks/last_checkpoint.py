@@ -1,4 +1,4 @@
-"""``last.ckpt`` as the state that a fit was in last."""
+"""A ``last.ckpt`` that always holds the latest state of a fit."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 class LastCheckpoint(ModelCheckpoint):
     """Keeps one file, ``last.ckpt``, which is written again after each epoch and at the end.
 
-    The ``save_last=True`` of a ``ModelCheckpoint`` with a ``monitor`` writes ``last.ckpt`` only when it writes a best
-    checkpoint: where nothing improved any more, it is the last improvement, and a resumed run trains again what it had
-    trained. It stands beside such a callback, which then leaves ``save_last`` alone.
+    The ``save_last=True`` of a ``ModelCheckpoint`` with a ``monitor`` writes ``last.ckpt`` only together with a best
+    checkpoint: without further improvement it stays that of the last improvement, and a resumed run repeats training.
+    Use this callback in addition, and leave ``save_last`` off.
 
     Args:
         dirpath: The folder.
-        every_n_train_steps: Write it after so many optimizer steps and at the end; by default after each epoch.
-        **options: Any other of ``ModelCheckpoint``, such as ``save_on_train_epoch_end``.
+        every_n_train_steps: Write it every so many optimizer steps and at the end; by default after each epoch.
+        **options: Other arguments of ``ModelCheckpoint``, such as ``save_on_train_epoch_end``.
 
     Example:
         >>> from lightning.pytorch.callbacks import ModelCheckpoint
@@ -38,10 +38,10 @@ class LastCheckpoint(ModelCheckpoint):
 
     @property
     def state_key(self) -> str:
-        """Not that of a `ModelCheckpoint` without ``monitor``, beside which it may stand."""
+        """Differs from that of a `ModelCheckpoint` without ``monitor``, with which it may be combined."""
         return f"{type(self).__name__}{{'dirpath': {str(self.dirpath)!r}}}"
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write it where the fit went on after it was written last."""
+        """Write it if the fit continued after the last write."""
         if trainer.global_step and not self._should_skip_saving_checkpoint(trainer):
             self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))

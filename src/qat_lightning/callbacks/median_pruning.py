@@ -1,4 +1,4 @@
-"""Ends trials of a sweep that are no better than most were at the same point."""
+"""Ending trials of a sweep that are worse than the median at the same point."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ _FILE = "curve.json"
 class MedianPruning(Callback):
     """Ends the fit of a trial that is worse than the median of its siblings at the same epoch (Golovin et al., 2017).
 
-    After each validation the best value of ``monitor`` so far goes into a file in the trial's folder. From
-    ``warmup_epochs`` on it is compared with the median of what at least ``min_trials`` other trials of the sweep had
-    reached by then, whether they have ended or still run, in whatever process or machine: they are found by their
-    files. A trial that is worse ends its fit, is converted and measured as it is, and counts as pruned; a sweeper gets
-    its figures like any other's.
+    After each validation the best value of ``monitor`` so far is written to a file in the trial's folder. From
+    ``warmup_epochs`` on it is compared with the median of the values that at least ``min_trials`` other trials of the
+    sweep had reached at that epoch, whether they have ended or are still running, in any process or on any machine:
+    they are found by their files. The fit of a worse trial ends; the network is converted and measured, and the trial
+    counts as pruned. A sweeper gets its figures like any other's.
 
     With `QuantizationAwareTraining` the median of trials with another schedule says little before
     fake-quantization is enabled: give ``warmup_epochs`` after ``start``. A trial
@@ -35,14 +35,14 @@ class MedianPruning(Callback):
         monitor: A metric that is logged in validation.
         mode: ``"max"`` if larger is better, or ``"min"``.
         warmup_epochs: Epochs before the first comparison.
-        min_trials: How many other trials have to have got as far.
-        enabled: False turns it off.
+        min_trials: Number of other trials that must have reached the epoch.
+        enabled: False disables it.
 
     Attributes:
         pruned: Why the fit was ended; empty if it was not.
 
     Raises:
-        ConfigurationError: A setting is not possible; at construction.
+        ConfigurationError: A setting is invalid; at construction.
 
     Example:
         >>> MedianPruning("multirun/mine/3", warmup_epochs=2).pruned
@@ -76,7 +76,7 @@ class MedianPruning(Callback):
         self._curve: dict[str, float] = {}
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write down how far this trial is, and end its fit if most others were further."""
+        """Record the trial's progress, and end its fit if it is worse than the median."""
         if trainer.sanity_checking or trainer.state.fn != "fit" or not self.enabled:
             return
         if self.monitor not in trainer.callback_metrics:
@@ -89,7 +89,7 @@ class MedianPruning(Callback):
         if trainer.is_global_zero:
             write_json(self.folder / _FILE, self._curve)
         reason = self._hopeless(value, epoch)
-        # All processes end together, whoever read the files first.
+        # All processes end together, whichever reads the files first.
         if trainer.strategy.reduce_boolean_decision(bool(reason), all=False):
             self.pruned = reason or "another process of this trial found it worse than the median"
             trainer.should_stop = True
@@ -115,7 +115,7 @@ class MedianPruning(Callback):
         return [float(curve[epoch]) for curve in curves if epoch in curve]
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed trial had reached."""
+        """The values that this trial has reached."""
         return {"curve": json.dumps(self._curve)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

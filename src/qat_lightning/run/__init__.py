@@ -1,1 +1,1 @@
-"""What train.py is made of."""
+"""The parts of train.py."""

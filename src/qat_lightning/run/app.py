@@ -1,4 +1,4 @@
-"""What train.py is made of: check a configuration, build its objects, and say in one panel what is wrong with it."""
+"""The parts of train.py: checking a configuration, building its objects, and showing mistakes in it in one panel."""
 
 import logging
 import os
@@ -27,29 +27,29 @@ from qat_lightning.settings.recipe import Recipe
 from qat_lightning.storage import is_file, join, place, require_storage
 
 INT8_FILE = "model.int8"
-"""The int8 network in the folder of a run."""
+"""Name of the int8 network's file in the folder of a run."""
 
 
 class Objects(NamedTuple):
-    """What a run works with."""
+    """The objects of a run."""
 
     trainer: Trainer
     model: LightningModule
     datamodule: LightningDataModule
     callbacks: list[Callback]
     loggers: list[Logger]
-    fit_metrics: dict[str, float]  # what the fit had logged when it ended
+    fit_metrics: dict[str, float]  # the metrics logged at the end of the fit
 
 
 def check(cfg: DictConfig) -> None:
-    """Find what cannot work, before anything is built or trained.
+    """Check a configuration before anything is built or trained.
 
     Args:
         cfg: The composed configuration of train.py.
 
     Raises:
         ConfigurationError: A value is missing, or a file does not exist.
-        CombinationError: Settings do not go together, like a mode and a backend.
+        CombinationError: Settings are incompatible, such as a mode and a backend.
         MissingExtraError: The backend needs a package that is not installed.
     """
     if missing := list(_missing(cfg)):
@@ -84,7 +84,7 @@ def check(cfg: DictConfig) -> None:
 
 
 def _check_labels(cfg: DictConfig) -> None:
-    """Data of another task than the model's; what does not say what has a label is not looked at."""
+    """Reject data of another task than the model's; data that does not state its labels is not checked."""
     learned, given = (OmegaConf.select(cfg, f"{part}.labels") for part in ("model", "data"))
     if learned is not None and given is not None and learned != given:
         raise CombinationError(
@@ -102,7 +102,7 @@ def _is_file(key: str, path: str) -> bool:
 
 
 def _check_export(cfg: DictConfig) -> None:
-    """Formats and what they are made of, found before anything is built; with mode=auto the callback finds it."""
+    """Check formats and what they need before anything is built; with mode=auto the callback checks this."""
     formats = list(cfg.get("export_formats") or {})
     quantization = cfg.get("quantization")
     if formats and quantization is None:
@@ -116,7 +116,7 @@ def _check_export(cfg: DictConfig) -> None:
 
 
 def build(cfg: DictConfig) -> Objects:
-    """Make everything that a run works with. Nothing is loaded, downloaded, logged or trained yet.
+    """Create all objects of a run. Nothing is loaded, downloaded, logged or trained yet.
 
     Args:
         cfg: The composed configuration of train.py.
@@ -125,7 +125,7 @@ def build(cfg: DictConfig) -> Objects:
         The objects; the quantization callback, if there is one, is the last callback.
 
     Raises:
-        ConfigurationError: An object cannot be made from its part of the configuration.
+        ConfigurationError: An object cannot be created from its part of the configuration.
     """
     callbacks = [FitMetrics(), *(instantiate(part) for part in _parts(cfg, "callbacks"))]
     if cfg.get("quantization") is not None:
@@ -138,12 +138,12 @@ def build(cfg: DictConfig) -> Objects:
 
 
 def make_loggers(cfg: DictConfig) -> list[Logger]:
-    """Make the loggers of a run."""
+    """Create the loggers of a run."""
     return [instantiate(part) for part in _parts(cfg, "logger")]
 
 
 def _quantization(part: DictConfig) -> Callback:
-    """The quantizing callback; a quantizer given by ``_target_`` stays a mapping, which a checkpoint can hold."""
+    """Create the quantizing callback; a quantizer with ``_target_`` stays a mapping, which a checkpoint can store."""
     backend, rest = part.get("backend"), part.copy()
     given: dict[str, Any] = {}
     if isinstance(backend, DictConfig):
@@ -155,7 +155,7 @@ def _quantization(part: DictConfig) -> Callback:
 
 
 def fit(cfg: DictConfig, run: Objects) -> None:
-    """Train, and keep what was logged when training ended."""
+    """Train, and keep the metrics logged at the end of training."""
     for logger in run.loggers:
         if isinstance(logger, WandbLogger):
             define_summaries(logger, run.callbacks)
@@ -164,21 +164,21 @@ def fit(cfg: DictConfig, run: Objects) -> None:
 
 
 def keep_metrics(run: Objects) -> None:
-    """Keep what was logged last, by a fit that is resumed here too; a test afterwards writes over it."""
+    """Keep the last logged metrics, also those of a resumed fit; a later test would overwrite them."""
     kept = next(callback for callback in run.callbacks if isinstance(callback, FitMetrics))
     logged = {name: float(value) for name, value in run.trainer.callback_metrics.items()}
     run.fit_metrics.update(kept.metrics | logged)
 
 
 def keep_int8(cfg: DictConfig, run: Objects, metrics: Mapping[str, float]) -> None:
-    """Save the int8 network into the run's folder, and give it to W&B as an artifact with its figures.
+    """Save the int8 network in the run's folder, and log it to W&B as an artifact with its figures.
 
-    A network that cannot be saved costs nothing but its file: a warning says why.
+    If it cannot be saved, a warning gives the reason, and the run continues.
 
     Args:
         cfg: The configuration; with ``save_int8=false`` nothing is saved.
-        run: A run that was evaluated.
-        metrics: What the evaluation returned.
+        run: An evaluated run.
+        metrics: Result of the evaluation.
     """
     callback = next((c for c in run.callbacks if isinstance(c, QuantizationCallback)), None)
     if not cfg.save_int8 or callback is None or not run.trainer.is_global_zero:
@@ -198,7 +198,7 @@ def keep_int8(cfg: DictConfig, run: Objects, metrics: Mapping[str, float]) -> No
 
 
 def log_configuration(cfg: DictConfig, loggers: list[Logger]) -> None:
-    """Write the whole configuration, with every reference resolved, into each logger."""
+    """Log the whole configuration, with all references resolved, to each logger."""
     resolved = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(resolved, dict)
     for logger in loggers:
@@ -206,7 +206,7 @@ def log_configuration(cfg: DictConfig, loggers: list[Logger]) -> None:
 
 
 def quiet() -> None:
-    """Leave out warnings of one library about another, which no user can do anything about, and advertisements."""
+    """Suppress warnings of one library about another, which users cannot act on, and advertisements."""
     warnings.filterwarnings("ignore", message=".*LeafSpec.*deprecated")  # lightning about torch
     warnings.filterwarnings("ignore", message="'set_vital' is deprecated")  # torchdata about torch
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
@@ -215,7 +215,7 @@ def quiet() -> None:
 
 
 def close(loggers: list[Logger]) -> None:
-    """End the runs in the loggers, so that the next run of a sweep gets its own."""
+    """Finish the runs in the loggers, so that the next run of a sweep gets its own."""
     for logger in loggers:
         if isinstance(logger, WandbLogger):
             logger.experiment.finish()
@@ -224,7 +224,7 @@ def close(loggers: list[Logger]) -> None:
 
 
 def readable_errors() -> AbstractContextManager[None]:
-    """Show a mistake in the configuration, Lightning's complaints among them, as one panel, and exit with 1.
+    """Show a mistake in the configuration, including Lightning's errors about it, as one panel, and exit with 1.
 
     Example:
         >>> with readable_errors():
@@ -237,7 +237,7 @@ def readable_errors() -> AbstractContextManager[None]:
 
 
 def _missing(node: Any, path: str = "") -> Iterator[str]:
-    """The keys that are ``???``. OmegaConf's own search stops with an error where one refers to another."""
+    """The keys that are ``???``. OmegaConf's own search fails if one of them refers to another."""
     if not OmegaConf.is_config(node) or node._is_none():
         return
     for key in node if OmegaConf.is_dict(node) else range(len(node)):
@@ -249,7 +249,7 @@ def _missing(node: Any, path: str = "") -> Iterator[str]:
 
 
 def plugins() -> list[Any]:
-    """Whole checkpoints only; and no requeueing of Lightning's own in a job of Slurm's that submitit queues again."""
+    """Plugins that write complete checkpoints only, and leave requeueing of Slurm jobs to submitit."""
     found: list[Any] = [WholeFileCheckpointIO()]
     if SLURMEnvironment.detect() and "SUBMITIT_EXECUTOR" in os.environ:
         found.append(SLURMEnvironment(auto_requeue=False))
@@ -257,5 +257,5 @@ def plugins() -> list[Any]:
 
 
 def _parts(cfg: DictConfig, group: str) -> list[DictConfig]:
-    """The parts of a group that are not set to null."""
+    """The parts of a group that are not null."""
     return [part for part in (cfg.get(group) or {}).values() if part is not None]

@@ -1,4 +1,4 @@
-"""The metric that stands for how good a network is: ``model.metric`` of a configuration states it once."""
+"""The metric that a model is judged by, stated once in a configuration as ``model.metric``."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ MODES = ("max", "min")
 
 @dataclass(frozen=True)
 class ModelMetric:
-    """What a model is judged by, in validation and in the test.
+    """The metric that a model is judged by, in validation and test.
 
     Checkpoints, early stopping, pruning and searches read it in the configuration; `qat_lightning.sensitivity`,
     `qat_lightning.compare` and ``method=auto`` read it here.
 
     Args:
-        name: Its name behind the stage: ``acc`` of ``val/acc`` and ``test/acc``.
-        mode: ``max`` where larger is better, else ``min``.
+        name: Its name without the stage: ``acc`` for ``val/acc`` and ``test/acc``.
+        mode: ``max`` if larger is better, otherwise ``min``.
     """
 
     name: str
@@ -26,13 +26,13 @@ class ModelMetric:
 
     @classmethod
     def of(cls, config: Mapping[Any, Any]) -> ModelMetric | None:
-        """What a configuration states.
+        """The metric of a configuration.
 
         Args:
-            config: Of a run, nested.
+            config: The nested configuration of a run.
 
         Returns:
-            The metric; None where the configuration is that of another program, or of an earlier release.
+            The metric; None if the configuration is that of another program, or of an earlier release.
 
         Example:
             >>> ModelMetric.of({"model": {"name": "unet", "metric": {"name": "miou", "mode": "max"}}})
@@ -46,7 +46,7 @@ class ModelMetric:
 
     @property
     def larger_is_better(self) -> bool:
-        """Which way."""
+        """Whether larger values are better."""
         return self.mode == "max"
 
     def logged(self, stage: str) -> str:

@@ -1,4 +1,4 @@
-"""A mistake in the configuration in one panel. Without torch, which takes seconds to import."""
+"""Showing a mistake in the configuration in one panel; without torch, which takes seconds to import."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def in_one_panel(*others: type[Exception]) -> Iterator[None]:
     Other errors are bugs, and keep their traceback. With ``HYDRA_FULL_ERROR=1`` all do.
 
     Args:
-        others: Classes of errors that are mistakes as well.
+        others: Additional classes of errors that count as mistakes.
     """
     try:
         yield
@@ -39,7 +39,7 @@ def in_one_panel(*others: type[Exception]) -> Iterator[None]:
 
 
 def explain(error: BaseException) -> tuple[str, str]:
-    """A title and the message that says most: that of the mistake, not of what Hydra was doing when it met it.
+    """A title and the most informative message: that of the mistake itself, not Hydra's message around it.
 
     Example:
         >>> from qat_lightning.errors import ConfigurationError
@@ -55,6 +55,6 @@ def explain(error: BaseException) -> tuple[str, str]:
 
 
 def explained(error: BaseException) -> dict[str, str]:
-    """`explain` as ``result.json`` holds it."""
+    """`explain` in the form of ``result.json``."""
     kind, message = explain(error)
     return {"type": kind, "message": message}

@@ -1,1 +1,1 @@
-"""Sweeps: what a trial leaves, how it goes on, and how the whole ends. Hydra launches; nothing here quantizes."""
+"""Sweeps: the results of trials, resuming them, and the summary at the end. Hydra launches the trials."""

@@ -1,4 +1,4 @@
-"""The float run that trials share: trained once, found again by everything that could change it."""
+"""The float run that trials share: trained once, and identified by everything that could change it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from qat_lightning.run import app
 from qat_lightning.storage import place
 
 USES = ("none", "compare", "start")
-_APART = (  # what cannot change a float run: what is done with it, how it is called, and where it is kept
+_APART = (  # settings that cannot change a float run: its use, its name, and its location
     "method", "quantization", "mode", "backend", "logger", "run", "ckpt_path", "float_checkpoint", "resume",
     "objective", "isolate", "baseline", "target", "ladder", "export_formats",
 )  # fmt: skip
@@ -37,11 +37,11 @@ _LIBRARIES = ("torch", "lightning", "torchmetrics", "numpy")
 
 @dataclass(frozen=True)
 class Baseline:
-    """A float run in the cache.
+    """A cached float run.
 
     Attributes:
         cfg: Its configuration.
-        folder: Where it is kept; named by the digest of its fingerprint.
+        folder: Its folder, named by the digest of its fingerprint.
     """
 
     cfg: DictConfig
@@ -49,7 +49,7 @@ class Baseline:
 
     @classmethod
     def of(cls, cfg: DictConfig) -> Baseline:
-        """The float run that goes with a trial."""
+        """The float run that belongs to a trial."""
         float_cfg = float_configuration(cfg)
         words = json.dumps(fingerprint(float_cfg), sort_keys=True)
         folder = Path(cfg.baseline.folder).absolute() / hashlib.sha256(words.encode()).hexdigest()[:20]
@@ -59,37 +59,37 @@ class Baseline:
 
     @property
     def checkpoint(self) -> Path:
-        """Its last weights."""
+        """The checkpoint with its final weights."""
         return self.folder / "float.ckpt"
 
     @property
     def there(self) -> bool:
-        """Whether it was trained to the end, and its checkpoint is as it was written."""
+        """Whether it was trained to the end, and its checkpoint is unchanged."""
         about = self.folder / "baseline.json"
         if not about.is_file() or not self.checkpoint.is_file():
             return False
         return bool(read_json(about)["sha256"] == _digest([self.checkpoint]))
 
     def lock(self) -> FileLock:
-        """Held while it is trained, by one process; the system lets go of it when that process dies."""
+        """Held by the process that trains it; the system releases it when that process dies."""
         self.folder.mkdir(parents=True, exist_ok=True)
         return FileLock(self.folder / "lock")
 
     def publish(self, run: app.Objects) -> None:
-        """Keep what `run` trained, for the others."""
+        """Publish the training result of `run` for other trials."""
         run.trainer.save_checkpoint(self.checkpoint)
         about = {"sha256": _digest([self.checkpoint]), "fingerprint": fingerprint(self.cfg)}
         write_json(self.folder / "baseline.json", about)
 
     def ensure(self) -> Path:
-        """Train it, unless it is there; wait while another process does.
+        """Train it unless it exists; wait while another process trains it.
 
         Returns:
             The checkpoint.
         """
         with self.lock():
             if not self.there:
-                shutil.rmtree(self.folder / "run", ignore_errors=True)  # of a process that was killed
+                shutil.rmtree(self.folder / "run", ignore_errors=True)  # left by a process that was killed
                 seed_everything(self.cfg.seed, workers=True, verbose=False)
                 run = app.build(self.cfg)
                 app.fit(self.cfg, run)
@@ -99,18 +99,18 @@ class Baseline:
 
 
 def with_baseline(cfg: DictConfig) -> DictConfig:
-    """The configuration of a trial with the float run that it shares, which is trained now if it is not there yet.
+    """The configuration of a trial with its shared float run, which is trained now if it does not exist yet.
 
     Args:
         cfg: The composed configuration of train.py. ``baseline.use`` is ``"none"``; ``"compare"``: int8 is compared
-            with the shared run; or ``"start"``: training starts from it as well. A trial of ``method=float`` is that
-            run, and one of a method with ``post_training`` takes it over and trains nothing.
+            with the shared run; or ``"start"``: training also starts from it. A trial of ``method=float`` is that run
+            itself; a method with ``post_training`` uses it and trains nothing.
 
     Returns:
         The configuration, with ``float_checkpoint`` set.
 
     Raises:
-        ConfigurationError: The baseline's settings are not possible.
+        ConfigurationError: The baseline's settings are invalid.
     """
     if cfg.baseline.use not in USES:
         raise ConfigurationError(f"baseline.use={cfg.baseline.use} is not possible: use one of {', '.join(USES)}.")
@@ -131,10 +131,10 @@ def with_baseline(cfg: DictConfig) -> DictConfig:
 
 
 def fit(cfg: DictConfig, run: app.Objects) -> None:
-    """Train, from the shared float run or as the shared float run, if ``baseline`` says so.
+    """Train from the shared float run, or as the shared float run, if ``baseline`` says so.
 
     Args:
-        cfg: What `with_baseline` returned.
+        cfg: Result of `with_baseline`.
         run: The objects built from it.
     """
     if cfg.baseline.use == "none":
@@ -153,7 +153,7 @@ def fit(cfg: DictConfig, run: app.Objects) -> None:
 
 
 def _fit_float(cfg: DictConfig, run: app.Objects) -> None:
-    """Train the shared run, with the loggers of this trial; or restore it, which trains nothing more."""
+    """Train the shared run with the loggers of this trial, or restore it without training."""
     baseline = Baseline.of(cfg)
     with baseline.lock():
         if baseline.there:
@@ -166,9 +166,9 @@ def _fit_float(cfg: DictConfig, run: app.Objects) -> None:
 
 
 def float_configuration(cfg: DictConfig) -> DictConfig:
-    """The configuration of the float run that goes with a trial: without quantization, and with its own settings.
+    """The configuration of a trial's float run: without quantization, and with its own settings.
 
-    Callbacks of this package are left out: what they do is about quantization, or about sweeps.
+    Callbacks of this package are left out, because they are for quantization or for sweeps.
     """
     part = _merged(cfg.copy())
     with open_dict(part):
@@ -218,7 +218,7 @@ def fingerprint(cfg: DictConfig) -> dict[str, Any]:
 
 
 def _merged(cfg: DictConfig) -> DictConfig:
-    """With what ``baseline.float`` sets for the float run alone."""
+    """The configuration merged with ``baseline.float``, settings for the float run only."""
     with open_dict(cfg):
         merged = OmegaConf.merge(cfg, cfg.baseline.float)
     assert isinstance(merged, DictConfig)
@@ -230,7 +230,7 @@ def _devices() -> list[str]:
 
 
 def _values(node: Any, key: str) -> Iterator[Any]:
-    """Every value under a key, at any depth."""
+    """All values under a key, at any depth."""
     for name, value in node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ():
         if name == key:
             yield value
@@ -239,7 +239,7 @@ def _values(node: Any, key: str) -> Iterator[Any]:
 
 
 def _paths(settings: Any) -> Iterator[str]:
-    """The files and folders that the data is read from."""
+    """The files and folders from which data is read."""
     parts = [settings.get("data")] if isinstance(settings, dict) else []
     while parts:
         part = parts.pop()
@@ -252,14 +252,14 @@ def _paths(settings: Any) -> Iterator[str]:
 
 
 def _stand(path: Path) -> str:
-    """Names, sizes and times of the files there."""
+    """Names, sizes and modification times of the files in a folder."""
     files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
     words = [f"{file} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files]
     return hashlib.sha256("\n".join(words).encode()).hexdigest()
 
 
 def _code(package: str) -> str:
-    """The version of an installed package; of one that is being worked on, what its files hold."""
+    """The version of an installed package; for an editable one, a digest of its files."""
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
         return "unknown"
@@ -273,7 +273,7 @@ def _code(package: str) -> str:
 
 @functools.cache
 def _distributions() -> dict[str, list[str]]:
-    """The installed distributions that each importable package is of; reading that takes a second."""
+    """The installed distribution of each importable package; reading this takes a second."""
     return {name: sorted(set(found)) for name, found in importlib.metadata.packages_distributions().items()}
 
 

@@ -1,4 +1,4 @@
-"""A folder for each run: never shared with another one, and never written over."""
+"""Reserving a folder for each run: never shared with another run, and never overwritten."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from qat_lightning.sweep.result import FILE, IDENTITY, TrialResult, identity, wr
 
 LOCK = "running.lock"
 
-_held: list[FileLock] = []  # until the process ends, which lets go of them whatever ends it
+_held: list[FileLock] = []  # held until the process ends, however it ends
 
 
 class RunFolder(Callback):
-    """Gives each run a folder of its own, before anything is written to it.
+    """Reserves a separate folder for each run, before anything is written to it.
 
-    Two runs that begin in the same second would be given the same folder by Hydra: the second gets one that is not
-    there yet, with ``-2`` behind its name. A folder that was asked for, with ``hydra.run.dir=``, is refused where a run
-    is in it already, unless ``resume=true`` says to go on with that one.
+    Hydra gives two runs that start in the same second the same folder: the second one gets a new one, with ``-2``
+    appended. A folder requested by ``hydra.run.dir=`` is refused if it already contains a run, unless ``resume=true``
+    continues that run.
 
     Goes into ``hydra.callbacks``.
     """
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Choose the folder, or refuse it."""
-        if _follows_another_process():  # which has the folder
+        if _follows_another_process():  # which has reserved the folder
             return
         with in_one_panel():
             folder = Path(str(config.hydra.run.dir))
@@ -49,11 +49,11 @@ class RunFolder(Callback):
 
 
 def sweep_folder_of_its_own(config: DictConfig, folder: Path) -> Path:
-    """Claim the folder of a sweep, as `RunFolder` does with that of a run; its trials are looked into elsewhere.
+    """Reserve the folder of a sweep, as `RunFolder` does for a run; its trials are checked elsewhere.
 
     Args:
-        config: The sweep's composed configuration, which is changed where the folder becomes another one.
-        folder: Where Hydra would put the sweep.
+        config: The sweep's composed configuration, changed if another folder is used.
+        folder: The folder that Hydra would use.
 
     Raises:
         ConfigurationError: Another sweep is running in it.
@@ -62,25 +62,25 @@ def sweep_folder_of_its_own(config: DictConfig, folder: Path) -> Path:
         folder = unused(folder)
         with read_write(config.hydra), open_dict(config.hydra):
             config.hydra.sweep.dir = str(folder)
-            # The configuration of each trial is composed anew, from the overrides.
+            # The configuration of each trial is composed again, from the overrides.
             config.hydra.overrides.hydra.append(f"hydra.sweep.dir='{folder}'")
     hold(folder, "hydra.sweep.dir")
     return folder
 
 
 def _follows_another_process() -> bool:
-    """Whether this is a process of a distributed run, and not its first."""
+    """Whether this is a process of a distributed run other than the first."""
     if not {"RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK"} & os.environ.keys():
-        return False  # said without Lightning, which brings torch
+        return False  # determined without Lightning, which imports torch
     from lightning.pytorch.utilities import rank_zero_only
 
     return getattr(rank_zero_only, "rank", 0) > 0
 
 
 def unused(folder: Path) -> Path:
-    """Make a folder that nobody else has: ``folder``, or with the first number behind it that is free.
+    """Create a folder that does not exist yet: ``folder``, or with the first free number appended.
 
-    Making a folder is atomic, so that of several processes that want the same, one gets it.
+    Creating a folder is atomic, so only one of several processes gets it.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     for number in count(1):
@@ -97,7 +97,7 @@ def hold(folder: Path, key: str) -> None:
     """Keep other processes out of a folder until this one ends.
 
     Raises:
-        ConfigurationError: Another one is in it.
+        ConfigurationError: Another process uses it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / LOCK)
@@ -111,15 +111,15 @@ def hold(folder: Path, key: str) -> None:
 
 
 def check_run_folder(folder: Path, overrides: list[str], *, resume: bool) -> None:
-    """Refuse a folder in which a run would be written over.
+    """Refuse a folder in which a run would be overwritten.
 
     Args:
         folder: The run's folder.
-        overrides: What the run is, as `identity` says it.
-        resume: Whether to go on with what is there.
+        overrides: The overrides of the run, from `identity`.
+        resume: Whether to continue the existing run.
 
     Raises:
-        ConfigurationError: A run is in it and `resume` was not asked for, or it was another run.
+        ConfigurationError: It contains a run and `resume` was not requested, or it is another run.
     """
     begun = folder / IDENTITY
     if not begun.is_file() and not (folder / FILE).is_file():

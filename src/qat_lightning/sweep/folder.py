@@ -1,4 +1,4 @@
-"""A sweep's folder: which trials are planned, and how each stands."""
+"""A sweep's folder: its planned trials, and their state."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from qat_lightning.sweep.result import FILE, IDENTITY, TrialResult, identity, wr
 
 @dataclass(frozen=True)
 class Plan:
-    """What a sweep is going to run.
+    """The trials that a sweep is going to run.
 
     Attributes:
-        total: How many trials; None where the sweeper does not say.
-        trials: The overrides of each, where they are known beforehand: for a grid.
+        total: Number of trials; None if the sweeper does not tell.
+        trials: The overrides of each, if they are known beforehand, as for a grid.
     """
 
     total: int | None
@@ -42,12 +42,12 @@ class Plan:
 
 @dataclass(frozen=True)
 class Standing:
-    """How the trials of a sweep stand at one moment.
+    """The state of a sweep's trials at one moment.
 
     Attributes:
-        results: The trials that ended, by number.
-        running: The numbers of those that began in this launch and have not ended.
-        fresh: The numbers of those that were run, and ended, in this launch.
+        results: Results of finished trials, by number.
+        running: Numbers of trials that started in this launch and have not ended.
+        fresh: Numbers of trials that started and ended in this launch.
     """
 
     results: dict[int, TrialResult]
@@ -56,16 +56,16 @@ class Standing:
 
     @property
     def failed(self) -> int:
-        """How many failed."""
+        """Number of failed trials."""
         return sum(not result.done for result in self.results.values())
 
     @classmethod
     def of(cls, folder: Path, since: float) -> Standing:
-        """Look into a sweep's folder.
+        """Read the state from a sweep's folder.
 
         Args:
             folder: The sweep's folder.
-            since: When this launch began, as `time.time` says it; what failed before counts as not run yet.
+            since: Start of this launch, as returned by `time.time`; trials that failed earlier count as not run yet.
         """
         results: dict[int, TrialResult] = {}
         running, fresh = [], []
@@ -92,11 +92,11 @@ def check_folder(folder: Path, plan: Plan, *, resume: bool) -> None:
 
     Args:
         folder: The sweep's folder.
-        plan: What is going to run in it.
-        resume: Whether to go on with what is there.
+        plan: The trials that will run in it.
+        resume: Whether to continue the existing sweep.
 
     Raises:
-        ConfigurationError: There are trials and `resume` was not asked for, or they are of another grid.
+        ConfigurationError: It contains trials and `resume` was not requested, or they belong to another grid.
     """
     left = [(number, path / IDENTITY) for number, path in numbered(folder) if (path / IDENTITY).is_file()]
     if left and not resume:
@@ -114,7 +114,7 @@ def check_folder(folder: Path, plan: Plan, *, resume: bool) -> None:
 
 
 def varying(trials: Sequence[Sequence[str]]) -> list[str]:
-    """Each trial in words: only those overrides that not all of them have.
+    """A label for each trial: the overrides in which trials differ.
 
     Example:
         >>> varying([["mode=fx", "seed=0"], ["mode=fx", "seed=1"]])
@@ -125,7 +125,7 @@ def varying(trials: Sequence[Sequence[str]]) -> list[str]:
 
 
 def sweep_folder(config: DictConfig) -> Path:
-    """Where a sweep keeps its trials."""
+    """The folder of a sweep's trials."""
     return Path(str(OmegaConf.select(config, "hydra.sweep.dir")))
 
 

@@ -1,4 +1,4 @@
-"""A process of its own for each trial, so that one that dies takes nothing else with it."""
+"""Running each trial in its own process, so that a crash does not affect others."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from collections.abc import Callable
 from pathlib import Path
 
 DRAWING = threading.Lock()
-"""Held by a thread that writes to the terminal, and while forking: a lock must not be copied while it is taken."""
+"""Held by a thread that writes to the terminal, and while forking: a lock must not be copied while it is held."""
 
 _GRACE = 10.0  # seconds for a trial to end by itself when the sweep is stopped
 _OURS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)  # what schedulers send to the process that launched us
 
 
 def run_apart(attempt: Callable[[], bool], output: Path, *, apart: bool) -> str | None:
-    """Run a trial in a fork of this process, with what it prints in a file.
+    """Run a trial in a fork of this process, with its output in a file.
 
-    A fork, because it need not import everything again; it is sound as long as this process computes nothing itself,
-    which holds for Hydra and its launchers. A trial that is killed, for want of memory or by a kernel that crashes,
-    then ends by itself, and the launcher's own process stays.
+    A fork need not import everything again; it is safe as long as this process itself computes nothing, which holds for
+    Hydra and its launchers. If a trial is killed, for lack of memory or by a crashing kernel, the launcher's process
+    continues.
 
     Args:
-        attempt: Runs the trial; returns whether it went well.
-        output: File that gets what the trial prints, behind what is there.
-        apart: If False, run it in this process, and let it print.
+        attempt: Runs the trial; returns whether it succeeded.
+        output: File to which the trial's output is appended.
+        apart: If False, run it in this process, without capturing its output.
 
     Returns:
-        What became of the process, in words, if it died; else None.
+        If the process died, a description of how; otherwise None.
     """
-    ray = "ray" in sys.modules  # its workers have threads, which a fork would break, and are processes of their own
+    ray = "ray" in sys.modules  # its workers have threads, which a fork would break, and are separate processes already
     if not apart or ray or "fork" not in multiprocessing.get_all_start_methods():
         attempt()
         return None
@@ -42,7 +42,7 @@ def run_apart(attempt: Callable[[], bool], output: Path, *, apart: bool) -> str 
         process.start()
     try:
         process.join()
-    finally:  # the sweep was stopped, or its scheduler takes the machine away
+    finally:  # the sweep was stopped, or preempted by its scheduler
         if process.is_alive():
             process.terminate()
             process.join(_GRACE)
@@ -65,7 +65,7 @@ def _trial(attempt: Callable[[], bool], output: Path) -> None:
     descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
-    # Also where the launcher put objects of its own in the place of stdout.
+    # Also if the launcher replaced stdout by an object of its own.
     sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
     sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
     for handler in logging.getLogger().handlers:

@@ -1,4 +1,4 @@
-"""How far a sweep is, while it runs: a bar on a terminal, a line for each change elsewhere."""
+"""Progress of a running sweep: a bar on a terminal, otherwise a line for each change."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from qat_lightning.sweep.folder import Plan, Standing
 from qat_lightning.sweep.process import DRAWING
 
-_INTERVAL = 1.0  # seconds between two looks into the folder
+_INTERVAL = 1.0  # seconds between two checks of the folder
 
 
 class SweepProgress:
@@ -22,8 +22,8 @@ class SweepProgress:
 
     Args:
         folder: The sweep's folder.
-        plan: What is going to run in it.
-        console: Where to show it; by default stderr.
+        plan: The trials that will run in it.
+        console: The console to print to; by default stderr.
     """
 
     def __init__(self, folder: Path, plan: Plan, console: Console | None = None) -> None:
@@ -84,16 +84,16 @@ class SweepProgress:
 
 
 def time_left(elapsed: float, fresh: int, done: int, total: int | None) -> timedelta | None:
-    """How long the rest will take, if it goes on as it went.
+    """Estimate the remaining time from the time per trial so far.
 
     Args:
         elapsed: Seconds since this launch began.
-        fresh: Trials that were run in it.
-        done: Trials that need not be run any more, with those of earlier launches and skipped ones.
-        total: All trials.
+        fresh: Number of trials run in this launch.
+        done: Number of trials that need not run any more, including those of earlier launches and skipped ones.
+        total: Total number of trials.
 
     Returns:
-        The time, in whole seconds; None where it cannot be known yet.
+        The time, in whole seconds; None if it cannot be estimated yet.
 
     Example:
         >>> str(time_left(60.0, fresh=3, done=4, total=12))

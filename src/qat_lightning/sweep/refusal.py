@@ -1,4 +1,4 @@
-"""What is answered before torch is imported, which takes seconds."""
+"""Checks that run before torch is imported, which takes seconds."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ from qat_lightning.sweep.result import FILE, TrialResult, identity, written
 
 
 def refuse_impossible_pair(cfg: DictConfig) -> None:
-    """Answer a mode and a backend that do not go together, in a run by itself.
+    """Exit with an error for an incompatible mode and backend, in a single run.
 
-    In a sweep such a trial is skipped, and the others go on.
+    In a sweep such a trial is skipped, and the others continue.
 
     Args:
         cfg: The composed configuration of train.py.
 
     Raises:
-        SystemExit: They do not. The folder has a ``result.json`` that says so, unless a finished run has left one.
+        SystemExit: They are incompatible. The folder then has a ``result.json`` that says so, unless a finished run
+            left one.
     """
     hydra = HydraConfig.get()
     mode, backend = (OmegaConf.select(cfg, f"quantization.{name}") for name in ("mode", "backend"))

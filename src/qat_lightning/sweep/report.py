@@ -1,4 +1,4 @@
-"""The Hydra callback of a sweep: checks it before, shows it meanwhile, and says how it ended."""
+"""The Hydra callback of a sweep: checks before, progress during, and a table after it."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ _STYLES = {"completed": "green", "pruned": "cyan", "skipped": "yellow", "failed"
 class SweepReport(Callback):
     """Refuses a sweep that would overwrite another, shows its progress, and ends it with a table of its trials.
 
-    The program exits with 1 if a trial failed or was broken off. Where the sweep itself is broken off, by Ctrl-C or by
-    a launcher that gives up, the table is shown all the same.
+    The program exits with 1 if a trial failed or was interrupted. If the sweep itself is interrupted, by Ctrl-C or by a
+    launcher that gives up, the table is shown as well.
 
     Goes into ``hydra.callbacks``; everything happens in the process that launches, whatever the launcher.
     """
@@ -42,11 +42,11 @@ class SweepReport(Callback):
         self._began = 0.0
 
     def __getstate__(self) -> dict[str, Any]:
-        """Launchers pickle the callback for their workers, which have nothing to do with it."""
+        """Pickle without state: launchers pickle the callback for their workers, which do not use it."""
         return {}
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Check what is going to run, and begin to show it."""
+        """Check the planned trials, and start showing progress."""
         with in_one_panel():
             _require_plugins(config)
             self._plan = Plan.of(config)
@@ -57,7 +57,7 @@ class SweepReport(Callback):
         atexit.register(self._end)
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        """Say how it ended.
+        """Show the table.
 
         Raises:
             SystemExit: With 1, if a trial failed.
@@ -67,7 +67,7 @@ class SweepReport(Callback):
             raise SystemExit(1)
 
     def _end(self) -> bool:
-        """Show the table; whether all went well."""
+        """Show the table; returns whether all trials succeeded."""
         assert self._folder is not None
         self._open.close()
         standing = Standing.of(self._folder, self._began)
@@ -77,12 +77,12 @@ class SweepReport(Callback):
 
 
 def sweep_table(trials: dict[int, list[str]], results: dict[int, TrialResult], folder: Path) -> Table:
-    """How each trial of a sweep ended, and why.
+    """A table of how each trial of a sweep ended, and why.
 
     Args:
-        trials: The overrides of each, by number.
-        results: The results of those that have one.
-        folder: The sweep's folder, to say where to read more.
+        trials: Overrides of the trials, by number.
+        results: Results of the trials that have one.
+        folder: The sweep's folder, for the message on where to read more.
 
     Returns:
         A table for `rich.print`.
@@ -131,7 +131,7 @@ def _why(result: TrialResult | None, folder: Path) -> str:
 
 
 def _words(folder: Path, plan: Plan) -> dict[int, list[str]]:
-    """The overrides of every trial: those planned, and else those that left something."""
+    """The overrides of every trial: from the plan, otherwise from the trials' folders."""
     if plan.trials:
         return {number: list(trial) for number, trial in enumerate(plan.trials)}
     found: dict[int, list[str]] = {}
@@ -145,7 +145,7 @@ def _words(folder: Path, plan: Plan) -> dict[int, list[str]]:
 
 
 def _require_plugins(config: DictConfig) -> None:
-    """Hydra's own error for a plugin that is not installed does not say how to install it."""
+    """Check that plugins are installed, because Hydra's own error does not say how to install them."""
     for key in ("launcher", "sweeper"):
         target = str(config.hydra[key]._target_)
         try:

@@ -187,7 +187,7 @@ class PostTrainingQuantization(QuantizationCallback):
             self._quantize(trainer, pl_module, f"the fit that ended at step {trainer.global_step}")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Make the int8 network of what was trained."""
+        """Create the int8 network from the trained weights."""
         if not self._copies.made_of:
             return
         if not self._copies.are_present():
@@ -209,10 +209,10 @@ class PostTrainingQuantization(QuantizationCallback):
         self._int8.made_from, self.fidelity = made_from, {}
         self._copies.make(trainer, pl_module)
 
-    # Evaluate: quantize what is there, unless that is what there is
+    # Evaluate: quantize the present network, unless that was done already
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Outside a fit, quantize what is there, and validate the chosen variant, by default fake-quant."""
+        """Outside a fit, quantize the present network, and validate the chosen variant, by default fake-quant."""
         if trainer.state.fn == "validate":
             self._evaluate("validate", trainer, pl_module)
 
@@ -221,7 +221,7 @@ class PostTrainingQuantization(QuantizationCallback):
         self._switch.stand_back()
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Quantize what is there, and test the chosen variant, by default int8."""
+        """Quantize the present network, and test the chosen variant, by default int8."""
         self._evaluate("test", trainer, pl_module)
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -229,7 +229,7 @@ class PostTrainingQuantization(QuantizationCallback):
         self._switch.end_test(trainer)
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Quantize what is there, and predict with the chosen variant, by default int8."""
+        """Quantize the present network, and predict with the chosen variant, by default int8."""
         self._evaluate("predict", trainer, pl_module)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -252,7 +252,7 @@ class PostTrainingQuantization(QuantizationCallback):
     def _log_settings(self, trainer: Trainer) -> None:
         log_settings(trainer, self, list(self.chosen_modes.values()))
 
-    # Checkpoint: what was decided, so that a fit that goes on decides nothing anew
+    # Checkpoint: earlier decisions, so that a resumed fit does not decide again
 
     def state_dict(self) -> dict[str, Any]:
         """What was decided of each network."""
@@ -268,7 +268,7 @@ class PostTrainingQuantization(QuantizationCallback):
     # End
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leave the float network in its place, whatever happened: ``teardown`` does not follow."""
+        """Restore the float network after an exception: ``teardown`` does not follow."""
         self._switch.stand_back()
         explain_launch(trainer, exception)
 

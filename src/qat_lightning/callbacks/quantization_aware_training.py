@@ -285,7 +285,7 @@ class QuantizationAwareTraining(QuantizationCallback):
         self._int8.made_from = source
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Let the optimizer begin anew where a float checkpoint's parameters are other ones than those that train."""
+        """Reset the optimizer if a float checkpoint has other parameters than those that train."""
         self._placement.renew_optimizer(checkpoint)
         if shards(trainer):  # then it was loaded part by part, past what guards the LightningModule
             self._was_loaded(f"checkpoint {trainer.ckpt_path}")
@@ -318,7 +318,7 @@ class QuantizationAwareTraining(QuantizationCallback):
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Switch before the epoch's first batch."""
         self._step_phase(trainer)
-        # Anew, whatever else touched the flags since.
+        # Set again, in case other code changed the flags since.
         self._apply(self.phase)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -340,7 +340,7 @@ class QuantizationAwareTraining(QuantizationCallback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Let all processes go on with the same ranges and statistics."""
+        """Give all processes the same ranges and statistics."""
         self._driver.after_batch()
         self._networks.in_training_step(False)
         if trainer.world_size > 1:
@@ -384,7 +384,7 @@ class QuantizationAwareTraining(QuantizationCallback):
             take_over_buffers_from_first(self._networks.prepared)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Make the int8 network of what was trained."""
+        """Create the int8 network from the trained weights."""
         if not self._networks.prepared or not has_trained(trainer):
             return
         self._int8.made_from = f"the fit that ended at step {trainer.global_step}"

@@ -243,7 +243,7 @@ class QuantizationCallback(Callback):
         return self._switch.network(name)
 
     def running(self, network: nn.Module) -> AbstractContextManager[None]:
-        """Within the block, ``test`` and ``predict`` run another network, on the CPU, in the place of the only one."""
+        """Within the block, ``test`` and ``predict`` run another network, on the CPU, in place of the only one."""
         return self._switch.running(network)
 
     def float_weights(self, name: str) -> dict[str, Tensor] | None:

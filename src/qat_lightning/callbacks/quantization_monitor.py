@@ -112,11 +112,11 @@ class QuantizationMonitor(Callback):
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find the networks to look at."""
+        """Find the networks to measure."""
         self._probe, self._measuring, self._measured, self.layers = None, None, None, []
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
         calibrated = _post_training(trainer)
-        # Those of an earlier fit, which are to be made anew.
+        # Left from an earlier fit; they are created again.
         self._known = [network for callback in calibrated for network in callback.prepared_networks.values()]
         networks: dict[str, nn.Module] = {}
         for callback in callbacks:

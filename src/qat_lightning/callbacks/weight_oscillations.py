@@ -73,7 +73,7 @@ class WeightOscillations(Callback):
         self._looked = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse what cannot be served, and forget an earlier fit unless this one goes on with it."""
+        """Refuse unsupported settings, and discard the state of an earlier fit unless this one continues it."""
         self._leave_nothing()
         if stage != "fit":
             return
@@ -183,7 +183,7 @@ class WeightOscillations(Callback):
     # Checkpoint
 
     def state_dict(self) -> dict[str, Any]:
-        """What is known of each weight, in tensors."""
+        """The state of each weight, as tensors."""
         return {"weights": self._tracker.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

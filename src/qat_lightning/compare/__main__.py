@@ -25,7 +25,7 @@ NONE_QUALIFIES = 1
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Read runs, compare them, and print and write what was asked for.
+    """Read runs, compare them, and print and write the requested output.
 
     Args:
         words: The command line; by default that of the process.

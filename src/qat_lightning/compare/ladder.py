@@ -79,7 +79,7 @@ def holds_ladder(folder: Path) -> bool:
 
 
 def read_ladder(folder: Path) -> Ladder | None:
-    """The ladder of a run's folder; None where there is none.
+    """The ladder of a run's folder; None if there is none.
 
     Raises:
         RunFileError: The file is of something else.

@@ -1,4 +1,4 @@
-"""One self-contained HTML page of a comparison: nothing is loaded, so it opens anywhere and goes on working."""
+"""One self-contained HTML page of a comparison: it loads nothing, so it can be opened and kept anywhere."""
 
 from __future__ import annotations
 

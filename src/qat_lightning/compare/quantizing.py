@@ -16,7 +16,7 @@ _TARGET = "_target_"
 
 
 def part_of(flat: Mapping[str, str]) -> str:
-    """The part of a flat configuration that makes the callback, such as ``callbacks.qat``; empty if there is none.
+    """The section of a flat configuration that creates the callback, such as ``callbacks.qat``; empty if there is none.
 
     It makes one of ours, or the class that the callback named when it logged its settings, which may extend ours.
 

@@ -178,6 +178,6 @@ def _floats(
 
 
 def _with(run: Run, figures: Mapping[str, float] | None) -> Run:
-    """A run with new latencies in the place of its own."""
+    """A copy of a run with new latencies."""
     kept = {k: v for k, v in run.metrics.items() if not k.endswith("/latency_ms") and k not in ("speedup", SPREAD)}
     return replace(run, metrics={**kept, **(figures or {})})

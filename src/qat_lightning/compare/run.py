@@ -1,4 +1,4 @@
-"""One run as it is compared, whatever kept it: W&B, CSV logs, or the folder of a Hydra trial."""
+"""One run in a comparison, read from W&B, CSV logs, or the folder of a Hydra trial."""
 
 from __future__ import annotations
 

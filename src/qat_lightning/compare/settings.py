@@ -178,7 +178,7 @@ def _place(key: str, said: Sequence[str]) -> int:
 
 
 def _tells(key: str, values: Sequence[str]) -> tuple[int, int]:
-    """What says most comes first: names, then values, then whether a part is there at all, best by its class."""
+    """Sort key: names first, then values, then whether a section exists, represented by its class."""
     first = key.endswith(".name") or key in ("quantization.method", "quantization.mode", "quantization.backend")
     order = 2 if only_present(values) else 0 if first else 1
     return order, int(not key.endswith("_target_") if order == 2 else key.endswith("_target_"))
@@ -190,7 +190,7 @@ def only_present(values: Sequence[str]) -> bool:
 
 
 def _follows(key: str, values: Sequence[str], kept: Mapping[str, Sequence[str]], said: Sequence[str]) -> bool:
-    """Whether a setting is there because of another one, and has no value of its own choice."""
+    """Whether a setting only exists because of another one, and is not a choice of its own."""
     for other, column in kept.items():
         if len({*zip(column, values, strict=True)}) == len({*column}):
             named = other.endswith(".name") and other.partition(".")[0] == key.partition(".")[0]

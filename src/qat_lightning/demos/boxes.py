@@ -195,7 +195,7 @@ def assign(where: Places, boxes: Tensor, labels: Tensor) -> Tensor:
 
 
 def decode(where: Places, distances: Tensor) -> Tensor:
-    """Make boxes of what a network says of its places.
+    """Compute boxes from a network's outputs.
 
     Args:
         where: P places.

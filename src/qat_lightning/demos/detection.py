@@ -137,7 +137,7 @@ class DetectionModule(AdamWModule):
         self._log_precision("test", self.test_map)
 
     def predict_step(self, batch: Batch, batch_idx: int) -> list[Detections]:
-        """What is in each image, in pixels of the image that the network gets."""
+        """The objects in each image, in pixels of the network's input."""
         return self.detect(self.look(batch[0]))
 
     def look(self, images: Tensor) -> Found:

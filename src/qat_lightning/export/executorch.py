@@ -92,7 +92,7 @@ class ExecuTorch:
         find_openvino()
         from executorch.runtime import Runtime
 
-        # From memory: OpenVINO's delegate reads what a loaded file has let go of.
+        # From memory: OpenVINO's delegate reads buffers that a loaded file has released.
         data = path.read_bytes()
         program = Runtime.get().load_program(data)
         methods = [program.load_method("forward"), program, data]  # a method does not keep its program alive

@@ -32,7 +32,7 @@ _STAND_INS = {
 
 
 def stand_in(name: str, recipe: Recipe | None) -> str:
-    """The format whose file is compared in the place of one that nothing runs here; empty if the file itself is.
+    """The format whose file is compared if this one cannot run here; empty if the file itself can.
 
     Example:
         >>> stand_in("executorch", Recipe("pt2e", "vulkan")), stand_in("executorch", Recipe("pt2e", "xnnpack"))

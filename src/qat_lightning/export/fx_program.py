@@ -212,7 +212,7 @@ class _Translation:
 
 
 class _Checked(fx.Interpreter):
-    """Runs a translation, compares what stands for a quantized tensor with it, and goes on with the kernel's value."""
+    """Runs a translation, compares each value with its quantized tensor, and continues with the kernel's value."""
 
     def __init__(
         self, translated: fx.GraphModule, stands_for: dict[str, str], values: dict[str, Any], target: Backend

@@ -50,7 +50,7 @@ def weight(
     grid = WeightGrid(low, high, zero_points is None, group)
     values = torch.Size(shape).numel() // stored.shape[0]
     rows = dequantize_rows(stored, scales, zero_points, values, grid)
-    return weight_of_rows(rows, shape, transposed).clone()  # an op returns no view of what it was given
+    return weight_of_rows(rows, shape, transposed).clone()  # an op must not return a view of its input
 
 
 @weight.register_fake

@@ -69,7 +69,7 @@ def _schema() -> Any:
 
 
 def compress(model: Any) -> None:
-    """Put what runtimes have in the place of each marked weight.
+    """Replace each marked weight by the form that runtimes support.
 
     Args:
         model: An ``onnx_ir.Model``, changed in place.
@@ -95,7 +95,7 @@ def _marked(graph: Any) -> list[Any]:
 
 
 class _Weight:
-    """What is in a marked weight.
+    """The contents of a marked weight.
 
     Attributes:
         value: Its float value in the graph.
@@ -145,7 +145,7 @@ class _Weight:
 
 
 def _as_product(graph: Any, reader: Any, weight: _Weight) -> None:
-    """Put MatMulNBits in the place of a linear layer that reads a weight."""
+    """Replace a linear layer that reads a weight by MatMulNBits."""
     if len(weight.shape) != 2 or weight.transposed or 0 < weight.group < _BLOCKS[0]:
         return
     if reader.op_type == "Transpose" and not reader.outputs[0].is_graph_output():

@@ -86,7 +86,7 @@ def _round_constants(graph: Any) -> None:
 
 
 def _round_once(graph: Any) -> None:
-    """Drop a grid that values are already on: rounding them once more changes none.
+    """Drop a grid that values are on already: rounding them again changes nothing.
 
     The grid stays in front of what only moves values (the heads of attention), where a kernel can write its integers.
     """
@@ -256,7 +256,7 @@ def _zeros_around(node: Any) -> list[int] | None:
 
 
 def _convolutions_behind(value: Any) -> tuple[list[Any], list[Any]] | None:
-    """The Convs that read a value, straight or rounded, with the values on the way; None if anything else does."""
+    """The Convs that read a value, directly or rounded, with the values in between; None if anything else reads it."""
     if value.is_graph_output():
         return None
     values, convolutions = [value], []

@@ -67,7 +67,7 @@ def int8_program(network: nn.Module, example: Example | None = None, spell: Spel
 
 
 def in_plain_ops(quantized: QuantizedNetwork, call: Example, spell: Spelling | None = None) -> nn.Module:
-    """The network of mode eager or fx with ops between quantize and dequantize in the place of its packed kernels.
+    """The network of mode eager or fx with its packed kernels replaced by ops between quantize and dequantize.
 
     Args:
         quantized: The int8 network, which is left as it is.

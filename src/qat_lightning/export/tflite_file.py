@@ -1,4 +1,4 @@
-"""What is in a LiteRT file, by the schema of ai-edge-litert: inputs, outputs, and which layers are on integers."""
+"""Reading a LiteRT file by the schema of ai-edge-litert: inputs, outputs, and which layers are quantized."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ def for_litert(graph_module: fx.GraphModule) -> None:
 
 
 def apart(quantize: fx.Node) -> None:
-    """Keep the grid of a quantize op from being taken for that of what it reads.
+    """Keep the grid of a quantize op separate from that of its input.
 
     The converter drops a quantize op that follows a dequantize op, with grids that differ or not, and leaves the layer
     behind it with a bias for the wrong one. A maximum with the least number there is holds the two apart;

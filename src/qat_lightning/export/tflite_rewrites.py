@@ -1,4 +1,4 @@
-"""What is changed in a file that LiteRT's converter made of an int8 network.
+"""Corrections to the file that LiteRT's converter creates from an int8 network.
 
 The converter takes the pairs of quantize and dequantize ops in a graph for permission to compute on integers, and takes
 more than there is: some kernels do not run on the grids that a network was trained with, and some round in between.
@@ -24,7 +24,7 @@ _FIXED = {
 """The scale and zero point that LiteRT's own int8 kernels insist on for their outputs."""
 
 _AVERAGES = ("AVERAGE_POOL_2D", "RESIZE_BILINEAR")
-"""Kernels that round to the grid of their input, whatever grid the network has behind them."""
+"""Kernels that round to the grid of their input, whatever grid follows them in the network."""
 
 
 def finished(content: bytes, *, float_ports: bool) -> bytes:

@@ -98,7 +98,7 @@ def _is_branch(error: BaseException | None) -> bool:
 
 
 class _Flat(nn.Module):
-    """A network with flat tensors in and out, which is what TorchScript traces."""
+    """A network with flat tensors as inputs and outputs, for tracing by TorchScript."""
 
     def __init__(self, network: nn.Module, call: Call) -> None:
         super().__init__()

@@ -141,7 +141,7 @@ class BitChoice:
 
     @property
     def reached(self) -> bool:
-        """Whether the limits are kept by what was measured."""
+        """Whether the measured values keep the limits."""
         return not self.limits.excess(self.float_metric, self.measured)
 
     @property

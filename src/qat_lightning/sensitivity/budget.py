@@ -70,7 +70,7 @@ class MixedPrecision:
 
     @property
     def drop(self) -> float:
-        """What is lost of the float network's metric."""
+        """The loss relative to the float network's metric."""
         return self.float_metric - self.metric
 
     @property

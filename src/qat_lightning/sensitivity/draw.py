@@ -1,4 +1,4 @@
-"""The ranking as a picture: what each layer costs by itself, and what leaving it float wins back."""
+"""A plot of the ranking: the cost of each layer alone, and what leaving it float recovers."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from qat_lightning.numerics.fake_quantize import FakeQuantize
 
 @dataclass(frozen=True)
 class Unit:
-    """What is switched together: a layer's weight and the activation behind it, or the rounding of one op.
+    """The FakeQuantizes that are switched together: of a layer's weight and the activation after it, or of one op.
 
     Attributes:
         name: The layer, or the op.

@@ -18,7 +18,7 @@ from qat_lightning.rehearsal.faults import convert_what_can_be
 def float_times(
     prepared: nn.Module, reference: QuantizedNetwork, names: Collection[str], example: Example
 ) -> dict[str, float]:
-    """Convert a network once more for each layer, with that layer float, and time both in turn.
+    """For each layer, convert the network again with that layer float, and time both networks in turn.
 
     What a layer takes by itself would not say it: around a float layer values are made float and integer again, and
     kernels that are one in int8, such as a layer and its activation function, are two.

@@ -103,7 +103,7 @@ class BatchNormFreeze:
         return {"taken": [[batches, as_plain(taken)] for batches, taken in self._taken]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Undo `state_dict`; of a checkpoint that knows of none, there is none."""
+        """Undo `state_dict`; a checkpoint without such entries clears the state."""
         self._taken = [
             (
                 batches,

@@ -8,7 +8,7 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
 
 def forget_best(trainer: Trainer) -> None:
-    """Let the Trainer's ``ModelCheckpoint`` and ``EarlyStopping`` begin anew."""
+    """Reset the Trainer's ``ModelCheckpoint`` and ``EarlyStopping``."""
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         _forget_best(callback)
 

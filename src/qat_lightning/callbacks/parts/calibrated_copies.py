@@ -1,4 +1,4 @@
-"""Copies of float networks that are quantized without training: found, decided on, calibrated, and made anew."""
+"""Copies of float networks that are quantized without training: found, decided on, calibrated, and renewed."""
 
 from __future__ import annotations
 

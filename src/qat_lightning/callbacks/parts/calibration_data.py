@@ -30,7 +30,7 @@ from qat_lightning.rehearsal.calibration import calibrating
 
 
 class _Called(Exception):
-    """All the networks were called: a step with optimizers of its own must not go on."""
+    """All networks were called: a step with optimizers of its own must not continue."""
 
 
 def calibration_loader(trainer: Trainer, pl_module: LightningModule, given: Any) -> Any:
@@ -271,7 +271,7 @@ def _step(pl_module: LightningModule, step: str, batch: Any, done: Callable[[], 
     except _Called:
         return
     except Exception as error:
-        # What a step does with what it got is not asked for: in evaluation some networks return no losses.
+        # The result of a step is not checked: in evaluation some networks return no losses.
         if not done():
             raise _StepFailed(f"{step} failed ({type(error).__name__}: {error})") from error
 

@@ -29,7 +29,7 @@ _STEP_OF_STAGE = {
 
 
 class _Caught(Exception):
-    """All the networks were called: the step need not go on."""
+    """All networks were called: the step need not continue."""
 
 
 def catch_examples(

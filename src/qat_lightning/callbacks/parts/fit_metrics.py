@@ -44,5 +44,5 @@ class FitMetrics(Callback):
         return {"metrics": dict(self.metrics)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the values of the fit that goes on."""
+        """Take over the values of the resumed fit."""
         self.metrics = dict(state_dict["metrics"])

@@ -1,4 +1,4 @@
-"""The int8 networks: made when they are wanted, once for all processes, and made anew when they are stale."""
+"""The int8 networks: created on demand, once for all processes, and renewed when they are stale."""
 
 from __future__ import annotations
 
@@ -163,7 +163,7 @@ class Int8Networks:
             self.make()
             self._report(trainer)
             return
-        # Also where this one has it: one of the others may have been asked for it, and this one not.
+        # Also if this process has it: it may have been requested in only some of the processes.
         if any_process(self._stale or not self._made):
             with self.networks.whole(everywhere=False):
                 packed, left_float = in_first(self._convert_and_pack)
@@ -222,7 +222,7 @@ class Int8Networks:
         self._have(made)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without int8 networks, whose packed weights do not pickle: they are made again when they are asked for."""
+        """Omit int8 networks, whose packed weights do not pickle; they are created again on demand."""
         state = self.__dict__ | {"_made": {}, "_reported": {}, "_stale": True}
         state["_when_asked"] = self._when_asked or bool(self._made)
         return state

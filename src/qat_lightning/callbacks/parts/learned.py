@@ -49,7 +49,7 @@ def reduce_gradients(networks: Mapping[str, nn.Module]) -> None:
 
 
 def check_optimized(trainer: Trainer, networks: Mapping[str, nn.Module]) -> None:
-    """Refuse a fit in which nobody would optimize the learned parameters.
+    """Refuse a fit whose optimizers do not include the learned parameters.
 
     Raises:
         ConfigurationError: No optimizer has any; the message says how to give them.

@@ -166,7 +166,7 @@ class OwnForward(nn.Module):
         self.training = pl_module.training
 
     def __getattr__(self, name: str) -> Any:
-        """What is no layer comes from the LightningModule: its hyperparameters and constants."""
+        """Attributes other than layers come from the LightningModule: its hyperparameters and constants."""
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -227,7 +227,7 @@ class Slot:
         return "" if self.name == OWN_FORWARD else self.name
 
     def get(self) -> nn.Module:
-        """The network that is there now."""
+        """The network in the slot now."""
         if self.name != OWN_FORWARD:
             return self.pl_module.get_submodule(self.name)
         installed = getattr(self.pl_module.__dict__.get("forward"), "__self__", None)
@@ -237,7 +237,7 @@ class Slot:
         return self._share(own) if is_prepared(self.pl_module) else own
 
     def install(self, network: nn.Module) -> None:
-        """Put a prepared network in the place of the float one, for good."""
+        """Replace the float network by a prepared one, permanently."""
         if self.name != OWN_FORWARD:
             self._replace(network)
             return

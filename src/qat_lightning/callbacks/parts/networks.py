@@ -70,7 +70,7 @@ class Networks:
         self.compiled = False
 
     def apply(self, phase: Phase) -> None:
-        """Switch all networks to a phase, whatever else touched their flags."""
+        """Switch all networks to a phase, also if other code changed their flags."""
         self.phase = phase
         for prepared in self.prepared.values():
             set_phase(prepared, **dataclasses.asdict(phase))
@@ -108,7 +108,7 @@ class Networks:
                 leave_float(sharded[name], prepared_state(copied).left_float, self.examples[name])
 
     def coverage(self, name: str) -> list[LayerCoverage]:
-        """What conversion is going to make int8 of a network, worked out anew."""
+        """Determine what conversion is going to make int8 in a network."""
         with self.whole(), isolate_rng(include_cuda=torch.cuda.is_initialized()):
             prepared = self.prepared[name]
             return mode_for(prepared_state(prepared).recipe).coverage(cpu_copy(prepared), self.examples[name])

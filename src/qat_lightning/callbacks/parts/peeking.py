@@ -1,4 +1,4 @@
-"""Looking at one batch of what a Trainer is going to iterate, without taking it away."""
+"""Reading one batch ahead of a Trainer's loop, without consuming it."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def one_batch(trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) ->
 
 
 class Look:
-    """One batch of what a loop of the Trainer is going to iterate, without taking it away.
+    """One batch of a Trainer's loop, without consuming it.
 
     Args:
         source: Lightning's: loaders, or the module that makes them.
@@ -104,7 +104,7 @@ class Look:
         return self._leaves(self._later)[index]
 
     def give_back(self) -> None:
-        """Let streams that give each batch once be iterated with what was looked at in front."""
+        """Put batches that were read ahead in front of streams that give each batch only once."""
         if not self._once:
             return
         loaders = self._later if self._later is not None else self._loaders

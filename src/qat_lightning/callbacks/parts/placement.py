@@ -146,13 +146,13 @@ class Placement:
         self._guard = guard_loading(pl_module, self.networks.prepared, prefixes, loading)
 
     def renew_optimizer(self, checkpoint: dict[str, Any]) -> None:
-        """Let the optimizer begin anew where a float checkpoint's parameters are other ones than those that train."""
+        """Reset the optimizer if a float checkpoint has other parameters than those that train."""
         reworked = any(prepared_state(network).reworking is not None for network in self.networks.prepared.values())
         learned = learned_parameters(self.networks.prepared.values())
         if not reworked and not learned:
             return
         if "state_dict" not in checkpoint:
-            return  # loaded already, by a strategy that shards: `refuse_checkpoint` has looked at it
+            return  # loaded already, by a strategy that shards: `refuse_checkpoint` has checked it
         if "optimizer_states" in checkpoint and not holds_quantization(checkpoint["state_dict"]):
             checkpoint["optimizer_states"] = []
             rank_zero_warn(

@@ -1,4 +1,4 @@
-"""What is decided of each network, rehearsed on a copy, and how it gets its fake-quant."""
+"""Deciding how each network is quantized, rehearsing it on a copy, and inserting its fake-quant."""
 
 from __future__ import annotations
 
@@ -71,14 +71,14 @@ class Preparation:
             return examples_from_user(self.given, list(slots))
         found = catch_examples(trainer, pl_module, list(slots.values()), stage)
         if self.networks.settings.smoothquant is not None and several_processes(trainer):
-            # Weights are rewritten by what activations were seen: by the same ones in every process.
+            # Recipes change weights by the observed activations, which have to be the same in every process.
             return in_first(lambda: found)
         return found
 
     def decide_all(
         self, trainer: Trainer, slots: Mapping[str, Slot], examples: Mapping[str, Example], stage: str
     ) -> dict[str, Decision]:
-        """What is decided of each network: by the checkpoint, else by the first process for all of them."""
+        """The decision about each network: from the checkpoint, otherwise by the first process for all of them."""
         settings = self.networks.settings
         check_overrides_of({slot.prefix: slot.get() for slot in slots.values()}, settings.recipe)
         state = peek(checkpoint_to_restore(trainer), trusted=trusts_checkpoint(trainer))
@@ -131,7 +131,7 @@ class Preparation:
             raise self._with_globs(error) from error
 
     def _rehearses(self, stage: str) -> bool:
-        """Whether a stage is worth a rehearsal: training for int8 is, and whatever has to choose a mode."""
+        """Whether a stage needs a rehearsal: training for int8, and any stage that has to choose a mode."""
         settings = self.networks.settings
         return settings.rehearse and (settings.mode == "auto" or (stage == "fit" and settings.convert_on_fit_end))
 

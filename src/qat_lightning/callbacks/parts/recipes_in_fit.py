@@ -1,4 +1,4 @@
-"""Recipes that look at batches in the middle of a fit, when fake-quantization is enabled."""
+"""Recipes that read batches in the middle of a fit, when fake-quantization is enabled."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def _calls(trainer: Trainer, networks: Networks, batches: int) -> dict[str, list
 
 
 def counts_of_recipes(**counts: Any) -> dict[str, int]:
-    """How many batches of the training's loader a recipe looks at, by the name of its argument; without those of 0.
+    """Number of batches of the training loader that each recipe reads, by the name of its argument; without zeros.
 
     Raises:
         ConfigurationError: It is no such number.

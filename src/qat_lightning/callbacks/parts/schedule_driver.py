@@ -1,4 +1,4 @@
-"""Where a fit stands in its schedule: steps counted, the plan, and what happens when BatchNorm freezes."""
+"""The position of a fit in its schedule: counting steps, the plan, and freezing BatchNorm."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from qat_lightning.settings.schedule import Phase, QuantizationSchedule, Schedul
 
 
 class ScheduleDriver:
-    """Works out the phase of a running fit, from what its checkpoints hold.
+    """Determines the phase of a running fit, also from the state in its checkpoints.
 
     Args:
         schedule: The three points.
@@ -37,7 +37,7 @@ class ScheduleDriver:
         self._batchnorm = BatchNormFreeze()
 
     def new_fit(self, trainer: Trainer) -> None:
-        """Forget an earlier fit, unless this one goes on with it."""
+        """Discard the state of an earlier fit, unless this one continues it."""
         self.end()
         if not batches_trained(trainer):
             self._counter.forget()
@@ -96,7 +96,7 @@ class ScheduleDriver:
 
 
 def curves(phase: Phase) -> dict[str, float]:
-    """What is on, as it is logged."""
+    """The enabled parts of a phase, as they are logged."""
     return {
         "quant/fake_quant_enabled": float(phase.fake_quant),
         "quant/observers_enabled": float(phase.observers),

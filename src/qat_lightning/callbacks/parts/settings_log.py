@@ -1,4 +1,4 @@
-"""Settings of a quantizing callback in every logger, so that runs can be told apart whoever wrote the program."""
+"""Logging the settings of a quantizing callback to every logger, so that runs can be told apart in any program."""
 
 from __future__ import annotations
 

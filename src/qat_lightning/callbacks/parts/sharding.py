@@ -163,7 +163,7 @@ def _names(network: nn.Module) -> set[str]:
 
 @contextmanager
 def explain_late_layers(trainer: Trainer) -> Iterator[None]:
-    """Say to whoever builds a network in a ``configure_model`` that shards that it has to be there before."""
+    """Tell user code that builds a network in ``configure_model`` under sharding that it has to exist earlier."""
     try:
         yield
     except (ConfigurationError, NetworkError) as error:

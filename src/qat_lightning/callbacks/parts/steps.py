@@ -35,7 +35,7 @@ class StepCounter:
         self._counts = []
 
     def begin(self, trainer: Trainer) -> None:
-        """Count from here on, from what a checkpoint said or from nothing."""
+        """Count from the state in a checkpoint, or from zero."""
         self.end()
         optimizers = trainer.optimizers
         if len(self._counts) != len(optimizers):

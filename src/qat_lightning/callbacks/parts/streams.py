@@ -62,7 +62,7 @@ def first_batch(stream: Any, again: Callable[[], Any] | None = None) -> FirstBat
         return FirstBatch(first, False, later)
     if looked_again is later:
         return FirstBatch(first, True, chain(kept, kept_again, looked))
-    # Two iterators of one source of batches: which of them goes on is all the same.
+    # Two iterators over one source of batches: either may continue.
     return FirstBatch(first, True, _begin_with(later, [*kept, *kept_again], looked))
 
 

@@ -123,7 +123,7 @@ class VariantSwitch(Guests):
             set_phase(prepared, fake_quant=rounds, observers=observers, batchnorm_frozen=frozen)
 
     def _int8_or_instead(self, trainer: Trainer, stage: str) -> str:
-        """What runs where nobody chose: int8, or what there is if there can be none, with a word on why."""
+        """The default variant: int8, or the available one if there can be no int8 network, with a message why."""
         if self._source.has("int8") and self._int8.convert_or_say(trainer, to_run=True):
             return "int8"
         instead = "fake_quant" if "fake_quant" in self.variants else "float"
@@ -137,7 +137,7 @@ class VariantSwitch(Guests):
         return instead
 
     def observe(self, stage: str) -> bool:
-        """Let ranges move in an evaluation of fake-quant, if that was asked for and they are not frozen."""
+        """Let ranges move while fake-quant is evaluated, if that is enabled and they are not frozen."""
         if stage not in self.observe_stages or not self.networks.phase.observers:
             return False
         for prepared in self.networks.prepared.values():
@@ -152,7 +152,7 @@ class VariantSwitch(Guests):
             if fidelity is not None:
                 self.fidelity = fidelity.compute()
         self.stand_back()
-        if self._running and self.chosen is None:  # what was chosen is logged by whoever chose it
+        if self._running and self.chosen is None:  # code that chooses a variant logs it itself
             log_tested(trainer, self._running)
 
     def stand_back(self) -> None:
@@ -166,12 +166,12 @@ class VariantSwitch(Guests):
 
 
 def _plain(slot: Slot, pl_module: LightningModule) -> nn.Module:
-    """What stands in a slot, as a module."""
+    """The content of a slot, as a module."""
     return slot.get() if slot.name != OWN_FORWARD else _Bound(pl_module)
 
 
 class _Bound(nn.Module):
-    """The own forward of a LightningModule while another stands in for it."""
+    """The LightningModule's own forward, while it is replaced."""
 
     def __init__(self, pl_module: LightningModule) -> None:
         super().__init__()

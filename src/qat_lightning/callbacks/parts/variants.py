@@ -1,4 +1,4 @@
-"""Running another form of a network in the place of the prepared one, for the length of a test or a prediction."""
+"""Running another variant of a network in place of the prepared one, for the duration of a test or prediction."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from qat_lightning.measure.fidelity import Fidelity
 
 
 class Guests:
-    """Lets evaluations run a guest, another network, in the place of any variant."""
+    """Lets evaluations run another network, the guest, in place of any variant."""
 
     _guest: nn.Module | None = None
 
@@ -77,7 +77,7 @@ class Stand(nn.Module):
         return tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, outputs)
 
     def __getattr__(self, name: str) -> Any:
-        """The attributes of the network that it stands in for; methods run on the other one, where that has them."""
+        """The attributes of the network that it replaces; methods run on the guest, if that has them."""
         try:
             return super().__getattr__(name)
         except AttributeError:

@@ -1,4 +1,4 @@
-"""Random crops, scales and flips of whole batches, drawn from a generator that is made anew for every batch."""
+"""Random crops, scales and flips of whole batches, drawn from a generator that is seeded for every batch."""
 
 import torch
 from torch import Tensor

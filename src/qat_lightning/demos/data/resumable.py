@@ -21,7 +21,7 @@ class EpochSampler(DistributedSampler[Any]):
     several processes share the data.
 
     Args:
-        dataset: What is sampled; only its length matters.
+        dataset: The dataset to sample from; only its length matters.
         seed: Two samplers with one seed give the same order in the same epoch.
         num_replicas: How many processes share the data.
         rank: Which of them this one is.

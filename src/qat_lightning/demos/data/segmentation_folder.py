@@ -219,7 +219,7 @@ class SegmentationFolderDataModule(MaskedImages):
         self._sets = {split: images_of(split) for split in SPLITS}
 
     def load(self) -> Splits:
-        """The three sets, every mask of which was looked at."""
+        """The three sets, after every mask was checked."""
         for found in self._sets.values():
             found.check(self.num_classes, self.ignore_index)
         return Splits(**self._sets)

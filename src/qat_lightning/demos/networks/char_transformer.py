@@ -25,7 +25,7 @@ class CausalBlock(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Tokens in, tokens out, of shape (batch, tokens, dim); a token looks at itself and at those before it."""
+        """Tokens of shape (batch, tokens, dim); each token attends to itself and to earlier ones."""
         normed = self.norm1(x)
         q, k, v = (self._split(part(normed)) for part in (self.query, self.key, self.value))
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)

@@ -1,4 +1,4 @@
-"""A small DeepLabV3: inverted residuals, the last of them dilated, and a head that looks at several scales at once."""
+"""A small DeepLabV3: inverted residuals, the last of them dilated, and a head with several receptive fields."""
 
 from collections.abc import Sequence
 

@@ -15,7 +15,7 @@ PRIOR = 0.01
 
 
 class SingleShot(nn.Module):
-    """A detector that finds, at each place of three levels, what is there, how far its edges are, and how sure that is.
+    """A detector that predicts, at each position of three levels, class, distances to the box edges, and confidence.
 
     Each level halves the one before. The pyramid is that of Lin et al., 2017, "Feature Pyramid Networks for Object
     Detection", the head that of Tian et al., 2019, "FCOS: Fully Convolutional One-Stage Object Detection", which is one

@@ -76,7 +76,7 @@ class Comparison:
 def problem(
     found: Comparison, reference: nn.Module, calls: Sequence[Example], *, min_sqnr_db: float, min_equal: float
 ) -> str:
-    """Describe what is wrong with an artifact; empty if nothing is.
+    """What is wrong with an artifact; empty if nothing is.
 
     Args:
         found: Its outputs compared with those of the reference.

@@ -89,4 +89,4 @@ def test_what_shares_a_layer_with_another_part_is_descended_into() -> None:
 
     found = _found(Sharing(), torch.randn(4, 8))
     assert list(found.parts) == ["one.0", "one.2", "two.0"]
-    assert "'one.2', which is 'two.1' outside of it" in found.refused["one"]
+    assert "'one.2', which is also used outside of it, as 'two.1'" in found.refused["one"]

@@ -74,7 +74,7 @@ def test_layers_outside_of_the_parts_say_why_they_are_float() -> None:
     found = rehearse(Weighted(), CALL, Recipe("parts", "x86", exclude=("body*",)))
     reasons = {row.name: row.reason for row in found.coverage if row.what == "layer" and not row.quantized}
     assert reasons["body.0"] == "excluded"
-    assert reasons["spare"].startswith("outside of the parts 'head': code outside of it uses more of it than its")
+    assert reasons["spare"].startswith("outside of the parts 'head': code outside of it also uses attributes")
 
 
 def test_a_file_needs_the_network_that_was_quantized(tmp_path: Path) -> None:

@@ -141,7 +141,8 @@ def _needed_beside_forward(network: nn.Module, name: str, count: int, example: E
         got = run_apart(copied, example)
     except Exception as error:  # noqa: BLE001 - code that does not find what it needs may fail in any way
         lines = str(error).strip().splitlines()
-        return f"code outside of it uses more of it than its forward ({lines[0] if lines else type(error).__name__})"
+        reason = lines[0] if lines else type(error).__name__
+        return f"code outside of it also uses attributes other than its forward ({reason})"
     if sealed.__dict__["_count"] != count or not same_results(wanted, got):
         return "code outside of it does not reach it by its name and call its forward"
     return ""
@@ -162,5 +163,5 @@ def _shared(module: nn.Module, names: Mapping[nn.Module, list[str]]) -> str:
             continue
         other = next((name for name in names[inner] if not f"{name}.".startswith(own)), None)
         if other is not None:
-            return f"it holds {names[inner][0]!r}, which is {other!r} outside of it too"
+            return f"it contains {names[inner][0]!r}, which is also used outside of it, as {other!r}"
     return ""

@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from qat_lightning.export.comparison import Comparison, problem
+from qat_lightning.export.comparison import CHANCE, Comparison, problem, too_few_equal
 from qat_lightning.graph.example import Example
 
 
@@ -67,3 +70,19 @@ def test_masked_scores_and_outputs_without_rows_are_no_difference() -> None:
     found = Comparison()
     found.update(torch.tensor([1.0, torch.nan]), torch.tensor([1.0, 2.0]))
     assert found.sqnr_db == {"": -math.inf}
+
+
+@given(rows=st.integers(1, 3000), different=st.integers(0, 3000), least=st.sampled_from([0.9, 0.98, 0.995, 1.0]))
+def test_equal_rows_are_too_few_where_chance_does_not_explain_it(rows: int, different: int, least: float) -> None:
+    stats = pytest.importorskip("scipy.stats")
+    different = min(rows, different)
+    below = 1 - different / rows < least
+    likely = stats.binom.sf(different - 1, rows, 1 - least)
+    if abs(likely - CHANCE) > 1e-9:
+        assert too_few_equal(rows - different, rows, least) == (below and likely < CHANCE)
+
+
+def test_many_rows_are_judged_at_once() -> None:
+    assert too_few_equal(0, 10**9, 0.995)
+    assert not too_few_equal(10**9, 10**9, 1.0)
+    assert not too_few_equal(0, 0, 0.995)

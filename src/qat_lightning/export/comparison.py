@@ -25,6 +25,9 @@ MARGIN_DB = 6.0
 MARGIN_SHARE = 0.1
 """Likewise for the share of whole numbers that are equal."""
 
+CHANCE = 0.05
+"""How likely that many differences, or more, may be at the least share of equal rows before they count as a fault."""
+
 _DISTURBANCE = 1e-3
 _EQUAL = 1e-6  # float32 sums in another order
 
@@ -71,6 +74,40 @@ class Comparison:
     def equal(self) -> dict[str, float]:
         """The share of equal elements of each output of whole numbers or truth values."""
         return {path: equal / count for path, (equal, count) in sorted(self._counts.items()) if count}
+
+
+def too_few_equal(equal: int, rows: int, least: float) -> bool:
+    """Whether the share of equal rows is below the least one, by more than the chance of so few rows.
+
+    Two of 270 rows that differ are 99.26 % of equal rows. If 99.5 % were equal in the long run, that many would differ
+    in 40 % of all samples of this size: they are no evidence of a fault. The test is exact (binomial, one-sided).
+
+    Args:
+        equal: How many rows are equal.
+        rows: How many there are.
+        least: The least share, from 0 to 1.
+
+    Example:
+        >>> too_few_equal(268, 270, least=0.995), too_few_equal(2680, 2700, least=0.995)
+        (False, True)
+    """
+    different, rate = rows - equal, 1 - least
+    if different <= rows * rate:
+        return False
+    if rate <= 0 or different > 60 + 2 * rows * rate:  # far beyond chance: nothing to add up
+        return True
+    known = math.lgamma(rows + 1)
+    fewer = (
+        math.exp(
+            known
+            - math.lgamma(count + 1)
+            - math.lgamma(rows - count + 1)
+            + count * math.log(rate)
+            + (rows - count) * math.log1p(-rate)
+        )
+        for count in range(different)
+    )
+    return 1 - math.fsum(fewer) < CHANCE
 
 
 def problem(

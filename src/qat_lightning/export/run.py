@@ -17,7 +17,7 @@ from torch import nn
 from qat_lightning.artifact.quantized import QuantizedNetwork
 from qat_lightning.errors import ConfigurationError, ExportError, QuantizationError
 from qat_lightning.export.call import Call
-from qat_lightning.export.comparison import Comparison, problem
+from qat_lightning.export.comparison import Comparison, problem, too_few_equal
 from qat_lightning.export.formats import FORMATS, check_formats, get_format, stand_in
 from qat_lightning.export.program import int8_network
 from qat_lightning.export.protocol import Format, Source
@@ -26,7 +26,7 @@ from qat_lightning.export.result import ExportResult, write_json
 from qat_lightning.graph.example import Example
 from qat_lightning.graph.signature import one_sample, samples
 from qat_lightning.measure.fidelity import Fidelity
-from qat_lightning.measure.metrics import latency_interleaved, outputs_by_path, size_mb
+from qat_lightning.measure.metrics import Agreement, latency_interleaved, outputs_by_path, size_mb
 from qat_lightning.modes.float_state import present_float
 from qat_lightning.modes.prepared import cpu_copy, is_prepared, prepared_state
 from qat_lightning.storage import Place, copied_here, join, place, require_storage
@@ -69,8 +69,9 @@ def export_quantized(
         float_network: The float network to time in PyTorch and in each runtime, in turn with the int8 one; by default
             that of the prepared network, otherwise none.
         metric: Called with the artifact as a module that takes CPU tensors like the float network, returns the metric.
-        min_agreement: Smallest share of outputs with the reference's top-1; an artifact below it fails. Outputs of
-            integers must agree in about this share of their elements.
+        min_agreement: Smallest share of outputs with the reference's top-1. An artifact below it fails, unless so few
+            outputs were compared that the difference may be chance (a binomial test, 95 %). Outputs of integers must
+            agree in about this share of their elements.
         min_sqnr_db: Smallest SQNR of each float output, in dB; lower where the network itself differs more when its
             inputs change by a thousandth. An artifact with an output below it fails.
         name: Name of the files, before the suffix of their format.
@@ -231,7 +232,7 @@ class _Job:
         result.sqnr_db = values.get("sqnr_db", result.sqnr_db)
         result.sqnr_db_of_outputs = found.sqnr_db
         result.max_difference = largest
-        self._judge(found, calls, result)
+        self._judge(found, fidelity.agreement, calls, result)
         if self.metric is not None:
             result.metric = float(self.metric(remote))
 
@@ -251,9 +252,10 @@ class _Job:
             return self.batches
         return [sample for batch in self.batches for sample in samples(batch)]
 
-    def _judge(self, found: Comparison, calls: list[Example], result: ExportResult) -> None:
+    def _judge(self, found: Comparison, chosen: Agreement, calls: list[Example], result: ExportResult) -> None:
         limits = self.limits
-        if result.agreement is not None and result.agreement < limits.agreement:
+        if too_few_equal(int(chosen.same), int(chosen.rows), limits.agreement):
+            assert result.agreement is not None, "there are rows"
             raise ExportError(
                 f"{result.runtime} computes different values: the top-1 of {result.agreement:.2%} of the outputs "
                 f"equals that of fake-quant, and at least {limits.agreement:.2%} is required (min_agreement)."

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, nn, overrides
 from torch.jit._trace import TracerWarning
 
 from qat_lightning.errors import ExportError
@@ -47,9 +49,7 @@ class TorchScript:
         call = Call.of(source)
         engine = source.quantized.recipe.target.engine if source.quantized is not None else None
         tensors = call.flatten(source.example.args, source.example.kwargs)
-        # Within contexts like `torch.device`, what the tracer says would be said of their code: without them here.
-        plainly = torch._C.DisableTorchFunction()
-        with torch.no_grad(), quantized_engine(engine), plainly, warnings.catch_warnings():
+        with torch.no_grad(), quantized_engine(engine), _without_function_modes(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", category=DeprecationWarning)
             warnings.filterwarnings("ignore", category=UserWarning)
             warnings.filterwarnings("ignore", category=TracerWarning)
@@ -91,6 +91,18 @@ class TorchScript:
                 return list(loaded(*tensors))
 
         return run
+
+
+@contextmanager
+def _without_function_modes() -> Iterator[None]:
+    """Leave contexts such as `torch.device`, or the tracer would name their code in its warnings.
+
+    Tensors of classes with ``__torch_function__``, which int8 networks of mode eager pass on, keep it.
+    """
+    with ExitStack() as left:
+        while torch._C._len_torch_function_stack():
+            left.enter_context(overrides._pop_mode_temporarily())
+        yield
 
 
 def _is_branch(error: BaseException | None) -> bool:

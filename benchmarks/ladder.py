@@ -37,6 +37,7 @@ from torch.utils.data import DataLoader
 from benchmarks import cifar10
 from benchmarks.efficientnet_lite import Student
 from benchmarks.machine import describe
+from benchmarks.peers import OpenVINONetwork
 from benchmarks.photos import SIDE, Photos, PhotosDataModule, read_photos
 from benchmarks.training import silent
 from qat_lightning import Scheme, Target, reach
@@ -208,8 +209,7 @@ def nncf_accuracy_control(name: str, options: argparse.Namespace) -> dict[str, A
     minutes = (time.perf_counter() - began) / 60
     path = options.out / f"{name.replace(',', '').replace(' ', '-')}.xml"
     openvino.save_model(int8, str(path))
-    compiled = openvino.compile_model(int8, "CPU", {"INFERENCE_NUM_THREADS": torch.get_num_threads()})
-    floats, ints = _Called(network), _Compiled(compiled)
+    floats, ints = _Called(network), OpenVINONetwork(int8)
     timed = latency_interleaved({"float": network, "int8": ints}, (torch.randn(1, *case.image),), {})
     drops = {
         split: _accuracy(floats, loader) - _accuracy(ints, loader)
@@ -250,17 +250,6 @@ class _Called(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         scores: Tensor = self.network(images)
         return scores
-
-
-class _Compiled(nn.Module):
-    """An OpenVINO model that takes tensors."""
-
-    def __init__(self, compiled: Any) -> None:
-        super().__init__()
-        self.compiled = compiled
-
-    def forward(self, images: Tensor) -> Tensor:
-        return torch.from_numpy(self.compiled(images.numpy())[0])
 
 
 def _right(scores: Any, labels: Tensor) -> Any:

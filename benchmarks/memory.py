@@ -26,7 +26,8 @@ from rich.table import Table
 
 from benchmarks import inference_memory
 from benchmarks.machine import describe, resident
-from benchmarks.qat_step import OURS, PEERS, add_arguments, ask_worker, prepare, step_of
+from benchmarks.peers import PEERS
+from benchmarks.qat_step import OURS, add_arguments, ask_worker, prepare, step_of
 
 ROWS = ["float", *(row for row in OURS if "compile" not in row), "fx, compile", *PEERS]
 

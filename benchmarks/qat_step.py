@@ -17,13 +17,14 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks.machine import describe
+from benchmarks.peers import PEERS
 from benchmarks.within import run_within
 
 SCHEMES = {
@@ -41,14 +42,6 @@ OURS = {
 }
 """Rows of this library: mode, what is special, and whether it is compiled."""
 
-PEERS = {
-    "torch FX": "",
-    "torchao PT2E": "",
-    "ModelOpt": "pip install nvidia-modelopt",
-    "NNCF": "pip install nncf",
-}
-"""Rows of others, and how to get what they need."""
-
 ROWS = ["float, compile", *OURS, *PEERS]
 
 
@@ -60,7 +53,7 @@ def prepare(row: str, network: Any, images: Any) -> Any:
         return torch.compile(network)
     if row in OURS:
         return _ours(*OURS[row], network, images)
-    return {"torch FX": _torch_fx, "torchao PT2E": _torchao, "ModelOpt": _modelopt, "NNCF": _nncf}[row](network, images)
+    return PEERS[row].prepare(network, [images], False)
 
 
 def _ours(mode: str, what: str, compiled: bool, network: Any, images: Any) -> Any:
@@ -87,36 +80,6 @@ def _ours(mode: str, what: str, compiled: bool, network: Any, images: Any) -> An
 def row_name(mode: str, what: str) -> str:
     """How messages call the network."""
     return f"{mode} {what}".strip()
-
-
-def _torch_fx(network: Any, images: Any) -> Any:
-    from torch.ao.quantization import get_default_qat_qconfig_mapping
-    from torch.ao.quantization.quantize_fx import prepare_qat_fx
-
-    return prepare_qat_fx(network.train(), get_default_qat_qconfig_mapping("x86"), (images,))
-
-
-def _torchao(network: Any, images: Any) -> Any:
-    import torch
-    from torchao.quantization.pt2e.quantize_pt2e import prepare_qat_pt2e
-    from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
-
-    quantizer = x86.X86InductorQuantizer()
-    quantizer.set_global(x86.get_default_x86_inductor_quantization_config(is_qat=True))
-    return prepare_qat_pt2e(torch.export.export(network.train(), (images,), strict=True).module(), quantizer)
-
-
-def _modelopt(network: Any, images: Any) -> Any:
-    import modelopt.torch.quantization as mtq
-
-    return mtq.quantize(network, mtq.INT8_DEFAULT_CFG, lambda quantized: quantized(images)).train()
-
-
-def _nncf(network: Any, images: Any) -> Any:
-    import nncf
-    import nncf.torch
-
-    return nncf.quantize(network.eval(), nncf.Dataset([images]), subset_size=1).train()
 
 
 def step_of(network: Any, parameters: Any, images: Any, labels: Any, *, autocast: bool) -> Callable[[], None]:
@@ -157,12 +120,29 @@ def worker(row: str, options: argparse.Namespace) -> dict[str, Any]:
         for name, network in (("float", plain), ("row", prepared))
     }
     clock = time.process_time if options.clock == "cpu" else time.perf_counter
+    return in_turn(steps, options.rounds, options.warmup, clock)
+
+
+def in_turn(
+    steps: Mapping[str, Callable[[], None]],
+    rounds: int,
+    warmup: int,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, list[float]]:
+    """Milliseconds of each step in each round, one step after the other in every round.
+
+    Args:
+        steps: What is timed, by name.
+        rounds: Rounds that are counted.
+        warmup: Rounds before them that are not.
+        clock: Seconds.
+    """
     times: dict[str, list[float]] = {name: [] for name in steps}
-    for index in range(options.warmup + options.rounds):
+    for index in range(warmup + rounds):
         for name, step in steps.items():
             begin = clock()
             step()
-            if index >= options.warmup:
+            if index >= warmup:
                 times[name].append(1e3 * (clock() - begin))
     return times
 
@@ -194,7 +174,8 @@ def ask_worker(
     given: list[str] = []
     for name, value in vars(options).items():
         if name not in ("rows", "python", "worker") and value is not False:
-            given += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+            option = f"--{name.replace('_', '-')}"
+            given += [option] if value is True else [option, str(value)]
     python = options.python if row in PEERS else sys.executable
     command = [python, "-W", "ignore", "-m", module, *given, "--worker", row]
     try:
@@ -206,8 +187,8 @@ def ask_worker(
         measured: dict[str, Any] = json.loads(found[0].removeprefix("result "))
         return measured
     last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-    hint = f"{PEERS[row]}: " if "No module named" in last and PEERS.get(row) else ""
-    return f"{hint}{last}"
+    hint = PEERS[row].install if "No module named" in last and row in PEERS else ""
+    return f"{hint}: {last}" if hint else last
 
 
 def main() -> None:

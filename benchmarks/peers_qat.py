@@ -40,7 +40,7 @@ from torch import Tensor, nn
 
 from benchmarks import cifar10
 from benchmarks.efficientnet_lite import PER_TENSOR, Student
-from benchmarks.ladder import RATE, RATES, TRAIN
+from benchmarks.ladder import RATE, RATES, TRAIN, add_data, required
 from benchmarks.machine import describe
 from benchmarks.peers import PEERS
 from benchmarks.photos import SIDE, PhotosDataModule, read_photos
@@ -100,13 +100,13 @@ class Learner(Student):
 
 def photos(options: argparse.Namespace, seed: int) -> Task:
     """EfficientNet-Lite0 on a split of the photos."""
-    data = PhotosDataModule(*read_photos(_given(options.photos, "--photos")), seed, train=TRAIN, crop=SIDE)
+    data = PhotosDataModule(*read_photos(required(options.photos, "--photos")), seed, train=TRAIN, crop=SIDE)
     return Task(lambda: Learner(PER_TENSOR), data, "predict", PER_TENSOR, epochs=2, calibration=16, seed=seed)
 
 
 def small_images(options: argparse.Namespace, seed: int) -> Task:
     """ResNet-20, trained if the folder does not have it, on CIFAR-10."""
-    path = str(_given(options.cifar, "--cifar"))
+    path = str(required(options.cifar, "--cifar"))
     words = ["--data", path, "--work", str(options.cifar_work), "--base-precision", "bf16-mixed"]
     training = cifar10.Benchmark(cifar10.parser().parse_args(words))
 
@@ -115,12 +115,6 @@ def small_images(options: argparse.Namespace, seed: int) -> Task:
         return ClassificationModule(network, num_classes=10, lr=RATE)
 
     return Task(model, Cifar10DataModule(path=path, seed=seed), "test", share=0.5, seed=seed)
-
-
-def _given(path: Path | None, option: str) -> Path:
-    if path is None:
-        raise SystemExit(f"This task needs its data: give {option}.")
-    return path
 
 
 TASKS = {"EfficientNet-Lite0 per tensor": photos, "ResNet-20 per channel": small_images}
@@ -298,9 +292,7 @@ def make_table(name: str, figures: dict[str, dict[int, dict[str, Any] | str]]) -
 def main() -> None:
     """Train what the file of results does not have yet, and print a table for each task."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--photos", type=Path, help="folder or tar archive of NNNN_*.jpg, 256x256")
-    parser.add_argument("--cifar", type=Path, help="folder or tar archive with CIFAR-10")
-    parser.add_argument("--cifar-work", type=Path, default=Path("cifar10_runs"), help="--work of benchmarks.cifar10")
+    add_data(parser)
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
     parser.add_argument("--ways", nargs="+", default=WAYS, choices=WAYS, help=f"{FLOAT!r} is always measured")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="splits of the photos; float networks")

@@ -88,7 +88,7 @@ def too_few_equal(equal: int, rows: int, least: float) -> bool:
         least: The least share, from 0 to 1.
 
     Example:
-        >>> too_few_equal(268, 270, least=0.995), too_few_equal(2680, 2700, least=0.995)
+        >>> too_few_equal(268, 270, least=0.995), too_few_equal(26800, 27000, least=0.995)
         (False, True)
     """
     different, rate = rows - equal, 1 - least

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import qat_lightning.rehearsal.auto as decision_module
 from qat_lightning import PostTrainingQuantization, QuantizationAwareTraining, QuantizedModelExport, load_quantized
+from qat_lightning.callbacks.parts.calibration_source import CalibrationSource
 from qat_lightning.errors import ConfigurationError, ConversionError, QuantizationError
 from qat_lightning.modes.prepared import prepared_state
 from qat_lightning.modes.registry import get_mode
@@ -168,6 +169,49 @@ def test_post_training_keeps_what_was_decided_in_the_checkpoints_of_its_fit(
     assert _float(again) == _float(first) == ["head"]
 
 
+@pytest.mark.parametrize("stage", ["test", "validate", "predict"])
+def test_without_a_fit_a_network_is_rehearsed_before_it_is_calibrated(
+    stage: str, kernels: type[Kernels], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What would fail after the calibration and the recipes on it is known before them, or stays float."""
+    calibrations: list[int] = []
+    plain = CalibrationSource.calibrate
+    monkeypatch.setattr(
+        CalibrationSource, "calibrate", lambda self, *args: calibrations.append(plain(self, *args)) or calibrations[-1]
+    )
+    kernels.wrong = True
+    ptq = PostTrainingQuantization(calibration_dataloader=loader(), on_fault="error")
+    with pytest.raises(ConversionError, match="1 parts of Net cannot be int8"):
+        getattr(trainer(ptq), stage)(Lit(), loader())
+    assert calibrations == []
+    ptq = PostTrainingQuantization(calibration_dataloader=loader())
+    run = trainer(ptq)
+    getattr(run, stage)(Lit(), loader())
+    assert calibrations == [4]
+    assert ptq.convert() is ptq.quantized
+    assert _float(ptq) == ["head"]
+
+
+@pytest.mark.slow
+def test_without_a_fit_formats_are_tried_before_the_calibration(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(
+        QuantizedModelExport, "on_rehearsal", lambda *args: said.append("formats") or ["a format takes half of it"]
+    )
+    plain = CalibrationSource.calibrate
+    monkeypatch.setattr(
+        CalibrationSource, "calibrate", lambda self, *args: said.append("calibration") or plain(self, *args)
+    )
+    export = QuantizedModelExport(["torchscript"], dirpath=str(tmp_path))
+    run = trainer(PostTrainingQuantization(calibration_dataloader=loader()), export)
+    with pytest.warns(UserWarning, match="a format takes half of it"):
+        run.test(Lit(), loader(), verbose=False)
+    assert said == ["formats", "calibration"]
+    assert export.results["torchscript"].passed
+
+
 @pytest.mark.parametrize("source", ["ckpt_path", "float_checkpoint"])
 def test_a_rehearsal_has_the_weights_that_are_known(
     source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -215,9 +259,9 @@ def test_formats_are_tried_before_the_training(tmp_path: Path) -> None:
     export = QuantizedModelExport(["torchscript"], dirpath=str(tmp_path))
     plain = export.on_rehearsal
 
-    def on_rehearsal(run: Any, slot: str, quantized: Any, reference: Any) -> None:
+    def on_rehearsal(run: Any, slot: str, quantized: Any, reference: Any) -> list[str]:
         said.append(f"{slot} at step {run.global_step}")
-        plain(run, slot, quantized, reference)
+        return plain(run, slot, quantized, reference)
 
     export.on_rehearsal = on_rehearsal  # type: ignore[method-assign]
     trainer(qat("fx"), export, max_epochs=1).fit(Lit(), loader())

@@ -72,7 +72,7 @@ class PostTrainingQuantization(QuantizationCallback):
             nearest.
         sequential_mse: Choose the range of each weight by the error of its layer's output on the same batches, layer by
             layer, before anything else of these.
-        rehearse: As for `QuantizationAwareTraining`; the rehearsal runs when a fit begins.
+        rehearse: As for `QuantizationAwareTraining`; without a fit it comes before the calibration.
         on_fault: As for `QuantizationAwareTraining`.
 
     Attributes:

@@ -91,7 +91,6 @@ class QuantizedModelExport(Callback):
         self.min_sqnr_db = min_sqnr_db
         self.results: dict[str, ExportResult] = {}
         self._made_from = ""  # in every process, of which the first one has the results
-        self._found: list[str] = []  # in a rehearsal, in which every warning is silenced
 
     @property
     def fastest(self) -> ExportResult | None:
@@ -109,41 +108,39 @@ class QuantizedModelExport(Callback):
         if partner.mode != "auto":
             self._check(partner.settings.recipe)
 
-    def on_rehearsal(self, trainer: Trainer, slot: str, quantized: QuantizedNetwork, reference: nn.Module) -> None:
+    def on_rehearsal(
+        self, trainer: Trainer, slot: str, quantized: QuantizedNetwork, reference: nn.Module
+    ) -> list[str]:
         """Try every format on the int8 network of a rehearsal, each in its runtime's own process.
+
+        Returns:
+            What is to be said before the first step, since a rehearsal silences every warning.
 
         Raises:
             ExportError: A format does not take it, and the callback that quantizes has ``on_fault="error"``.
         """
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
-            return
+            return []
         partner = QuantizationCallback.of(trainer, self)
         self._check(quantized.recipe)
         with tempfile.TemporaryDirectory() as folder:
             results = export_quantized(
                 quantized, folder, self.formats, reference=reference, min_agreement=0, min_sqnr_db=0
             )
-        self._found += [
-            f"export={result.format}, in the rehearsal: {result.remark}" for result in results if result.remark
-        ]
+        found = [f"export={result.format}, in the rehearsal: {result.remark}" for result in results if result.remark]
         failed = {result.format: result.error for result in results if result.error}
         if not failed:
-            return
+            return found
         reasons = "; ".join(f"{name}: {why.rstrip('.')}" for name, why in failed.items())
-        what = (
-            f"{len(failed)} of {len(results)} formats cannot hold the int8 network of {slot!r}, the rehearsal before "
-        )
+        what = f"{len(failed)} of {len(results)} formats cannot hold the int8 network of {slot!r}, the rehearsal found"
         if partner.on_fault == "error":
             rest = [name for name in self.formats if name not in failed]
             use = f"Use formats={rest}" if rest else "Leave QuantizedModelExport out"
-            raise ExportError(f"{what}training found: {reasons}. {use}, or on_fault='leave_float' to continue.")
-        self._found.append(f"{what}training found: {reasons}.")
+            raise ExportError(f"{what}: {reasons}. {use}, or on_fault='leave_float' to continue.")
+        return [*found, f"{what}: {reasons}."]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """With ``mode="auto"`` the mode is known now; what a rehearsal found is said before the first step."""
-        for found in self._found:
-            rank_zero_warn(found)
-        self._found = []
+        """With ``mode="auto"`` the mode is known now."""
         for network in QuantizationCallback.of(trainer, self).prepared_networks.values():
             self._check(prepared_state(network).recipe)
 

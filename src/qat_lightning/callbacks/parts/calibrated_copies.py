@@ -164,6 +164,8 @@ class CalibratedCopies:
     def make(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Quantize copies of the networks as they are now."""
         self.made_of, self.networks.prepared = {}, {}
+        if self.calibrates and not self._data.has_calls:  # first, since it may be missing
+            calibration_loader(trainer, pl_module, self.settings.calibration_dataloader)
         self._ensure_decided(trainer, str(trainer.state.fn))
         if self.calibrates:
             self.networks.prepared = self._calibrated(trainer, pl_module)
@@ -180,8 +182,6 @@ class CalibratedCopies:
                 networks.decisions |= self.preparation.decide_all(trainer, new, networks.examples, stage)
 
     def _calibrated(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, nn.Module]:
-        if not self._data.has_calls:  # before anything is prepared: it may be missing
-            calibration_loader(trainer, pl_module, self.settings.calibration_dataloader)
         prepared = {name: self._prepare_copy(name) for name in self.networks.slots}
         self.preparation.say_what_was_done(prepared)
         for network in prepared.values():

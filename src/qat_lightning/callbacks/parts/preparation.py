@@ -60,6 +60,7 @@ class Preparation:
         self.networks = networks
         self.given = networks.settings.example_inputs
         self._floats = floats
+        self._remarks: list[str] = []  # of a rehearsal, in which every warning is silenced
 
     def find_examples(
         self, trainer: Trainer, pl_module: LightningModule, slots: Mapping[str, Slot], stage: str
@@ -92,13 +93,16 @@ class Preparation:
         def decide_rest() -> dict[str, Decision]:
             return {name: self._decide(trainer, slots[name], examples[name], state, stage) for name in waiting}
 
+        self._remarks = []
         found |= in_first(decide_rest) if several_processes(trainer) and waiting else decide_rest()
         for name in waiting:
             self._say_decision(name, found[name])
+        for remark in self._remarks:
+            rank_zero_warn(remark)
         return found
 
     def _decide(self, trainer: Trainer, slot: Slot, example: Example, state: Mapping[str, Any], stage: str) -> Decision:
-        """The mode of a network and what of it stays float, rehearsed on a copy if it is going to be trained."""
+        """The mode of a network and what of it stays float, rehearsed on a copy if it is going to be converted."""
         settings = self.networks.settings
         network = copy.deepcopy(slot.get()).cpu().float()
         check_example(network, example, name=slot.name, given=self.given is not None)
@@ -131,9 +135,13 @@ class Preparation:
             raise self._with_globs(error) from error
 
     def _rehearses(self, stage: str) -> bool:
-        """Whether a stage needs a rehearsal: training for int8, and any stage that has to choose a mode."""
+        """Whether a stage needs a rehearsal: any that leads to an int8 network, or has to choose a mode.
+
+        Networks that train for int8 become int8 after a fit, and others after a calibration, in whatever stage.
+        """
         settings = self.networks.settings
-        return settings.rehearse and (settings.mode == "auto" or (stage == "fit" and settings.convert_on_fit_end))
+        converts = settings.convert_on_fit_end and (stage == "fit" or not settings.trains)
+        return settings.rehearse and (settings.mode == "auto" or converts)
 
     def _inspecting(self, trainer: Trainer, slot: Slot) -> Inspect | None:
         """What tries something with the int8 network of a rehearsal: callbacks with a method ``on_rehearsal``."""
@@ -145,7 +153,7 @@ class Preparation:
         def inspect(quantized: QuantizedNetwork, reference: nn.Module) -> None:
             quantized = in_its_runtime(quantized)
             for callback in callbacks:
-                callback.on_rehearsal(trainer, slot.name, quantized, reference)
+                self._remarks += callback.on_rehearsal(trainer, slot.name, quantized, reference)
 
         return inspect
 

@@ -132,6 +132,11 @@ class QuantizationSettings:
         ):
             object.__setattr__(self, name, value)
 
+    @property
+    def trains(self) -> bool:
+        """Whether networks train for int8; otherwise they are quantized without training."""
+        return self.kind == "qat" or self.trained
+
     def recipe_for(self, mode: str) -> Recipe:
         """The recipe with a mode that ``mode="auto"`` leaves open.
 

@@ -108,9 +108,7 @@ class QuantizedModelExport(Callback):
         if partner.mode != "auto":
             self._check(partner.settings.recipe)
 
-    def on_rehearsal(
-        self, trainer: Trainer, slot: str, quantized: QuantizedNetwork, reference: nn.Module
-    ) -> list[str]:
+    def on_rehearsal(self, trainer: Trainer, slot: str, quantized: QuantizedNetwork, reference: nn.Module) -> list[str]:
         """Try every format on the int8 network of a rehearsal, each in its runtime's own process.
 
         Returns:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -57,12 +59,105 @@ def test_a_context_that_sees_functions_makes_no_difference(
     path, other = tmp_path / "net.pt", torch.randn(2, 8)
     with context():
         TorchScript().write(sizes, path)
-        with pytest.raises(ExportError, match="branches on the values or the sizes of a tensor"):
+        with pytest.raises(ExportError, match=r"branches on the values of a tensor, at test_torchscript.py:\d+"):
             TorchScript().write(values, tmp_path / "other.pt")
     with torch.no_grad():
         assert torch.allclose(TorchScript().load(path)([other])[0], sizes.network(other), atol=1e-6)
 
 
-def test_a_branch_on_sizes_in_python_is_refused_with_the_mode_that_takes_it(tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match="on sizes, networks of mode='fx' may"):
-        TorchScript().write(_source(BranchOnSizes(), "eager"), tmp_path / "net.pt")
+def _reading(read: Callable[[Tensor], Any]) -> nn.Module:
+    class Reads(BranchOnSizes):
+        def forward(self, x: Tensor) -> Tensor:
+            factor = read(x)
+            return self.layer(x) * factor
+
+    return Reads()
+
+
+SIZES = {
+    "compare": lambda x: 2.0 if x.shape[1] == 8 and x.shape[0] > 1 else 1.0,
+    "assert": lambda x: _asserted(x.shape[1] % 8 == 0),
+    "product": lambda x: 2.0 if x.shape[0] * x.size(1) >= 16 else 1.0,
+    "numel": lambda x: 2.0 if x.numel() >= 16 else 1.0,
+}
+"""What is the same for a batch of 4 and of 2, and is not for one of 1 or of another width."""
+
+
+def _asserted(holds: Any) -> float:
+    assert holds
+    return 1.0
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_a_branch_on_sizes_is_that_of_the_example_and_other_sizes_are_refused_by_the_file(
+    name: str, tmp_path: Path
+) -> None:
+    source = _source(_reading(SIZES[name]), "eager")
+    path, other = tmp_path / "net.pt", torch.randn(2, 8)
+    with pytest.warns(UserWarning, match=r"takes only inputs of sizes .* test_torchscript.py:\d+"):
+        TorchScript().write(source, path)
+    run = TorchScript().load(path)
+    assert torch.allclose(run([other])[0], source.network(other), atol=1e-6)
+    with pytest.raises(torch.jit.Error, match=r"traced for inputs of other sizes: .* at test_torchscript.py:\d+"):
+        run([torch.randn(1, 7)])
+
+
+NUMBERS = {
+    "length": lambda x: len(x),
+    "loop": lambda x: sum(1 for _ in range(x.shape[0])),
+    "int": lambda x: int(x.shape[0]),
+    "root": lambda x: math.sqrt(x.shape[0]),
+    "constant": lambda x: torch.tensor([x.shape[0], 1]).sum(),
+}
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_a_number_from_sizes_is_for_these_sizes_alone(name: str, tmp_path: Path) -> None:
+    """And never silently for others."""
+    source = _source(_reading(NUMBERS[name]), "eager")
+    path, other = tmp_path / "net.pt", torch.randn(4, 8)
+    with pytest.warns(UserWarning, match="takes only inputs of sizes"):
+        TorchScript().write(source, path)
+    run = TorchScript().load(path)
+    assert torch.allclose(run([other])[0], source.network(other), atol=1e-6)
+    with pytest.raises(torch.jit.Error, match="traced for inputs of other sizes"):
+        run([torch.randn(2, 8)])
+
+
+VALUES = {
+    "float": lambda x: 1.0 if float(x.mean()) > 0 else -1.0,
+    "item": lambda x: x.mean().item(),
+    "tolist": lambda x: x.mean().tolist(),
+    "int": lambda x: int(x.sum()),
+    "bool": lambda x: 1.0 if bool(x.sum() > 0) else -1.0,
+    "equal": lambda x: 1.0 if torch.equal(x, x.abs()) else -1.0,
+    "contains": lambda x: 1.0 if 1.0 in x else -1.0,
+    "numpy": lambda x: x.numpy().mean(),
+    "constant": lambda x: torch.tensor([x.mean(), 1.0]).sum(),
+    "index": lambda x: [1.0, 2.0][(x.sum() > 0).long()],
+    "chance": lambda x: 1.0 if torch.rand(()) > 0.5 else -1.0,
+}
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_a_number_from_values_is_not_kept_from_the_example(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=r"the values of a tensor, at test_torchscript.py:\d+.*torch.where chooses"):
+        TorchScript().write(_source(_reading(VALUES[name]), "eager"), tmp_path / "net.pt")
+    assert not (tmp_path / "net.pt").exists()
+
+
+def test_what_is_computed_with_tensors_or_from_buffers_alone_is_traced(tmp_path: Path) -> None:
+    """As the refusal says to: torch.where chooses by values."""
+
+    class Chooses(BranchOnSizes):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("factor", torch.tensor(2.0))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(torch.where(x.sum() > 0, x, -x)) * float(self.factor)
+
+    source, path = _source(Chooses(), "eager"), tmp_path / "net.pt"
+    TorchScript().write(source, path)
+    for other in (torch.rand(3, 8), -torch.rand(3, 8)):
+        assert torch.allclose(TorchScript().load(path)([other])[0], source.network(other), atol=1e-6)

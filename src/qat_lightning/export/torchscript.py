@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn, overrides
+from torch import Tensor, nn
 from torch.jit._trace import TracerWarning
 
 from qat_lightning.errors import ExportError
 from qat_lightning.export.call import Call
 from qat_lightning.export.protocol import Kernels, Port, Runner, Source
+from qat_lightning.export.traced_reads import TracedReads
 from qat_lightning.settings.backends import quantized_engine
 from qat_lightning.settings.modes import traits_of
 from qat_lightning.settings.recipe import Recipe
@@ -49,23 +48,25 @@ class TorchScript:
         call = Call.of(source)
         engine = source.quantized.recipe.target.engine if source.quantized is not None else None
         tensors = call.flatten(source.example.args, source.example.kwargs)
-        with torch.no_grad(), quantized_engine(engine), _without_function_modes(), warnings.catch_warnings():
+        with torch.no_grad(), quantized_engine(engine), warnings.catch_warnings():
             warnings.filterwarnings("ignore", category=DeprecationWarning)
             warnings.filterwarnings("ignore", category=UserWarning)
-            warnings.filterwarnings("ignore", category=TracerWarning)
-            # A branch of the network on data would be traced one way only, without a word in the file.
-            warnings.filterwarnings("error", ".*Python boolean.*", TracerWarning, module=r"(?!qat_lightning\.|torch\.)")
+            warnings.filterwarnings("ignore", category=TracerWarning)  # these say less than `TracedReads`
+            reads = TracedReads()
             try:
-                traced = torch.jit.trace(_Flat(source.network, call).eval(), tuple(tensors), check_trace=False)
+                with reads:
+                    traced = torch.jit.trace(_Flat(source.network, call).eval(), tuple(tensors), check_trace=False)
                 frozen = torch.jit.freeze(traced.eval())
             except Exception as error:
-                why = (
-                    "its forward branches on the values or the sizes of a tensor (on sizes, networks of mode='fx' may)"
-                    if _is_branch(error)
-                    else f"{type(error).__name__}: {error}"
-                )
+                why = str(error) if isinstance(error, ExportError) else f"{type(error).__name__}: {error}"
                 raise ExportError(f"TorchScript cannot trace the network: {why}.") from error
             torch.jit.save(frozen, str(path), _extra_files={_ENGINE: engine or ""})
+        if reads.sizes:
+            warnings.warn(
+                f"The TorchScript file takes only inputs of sizes that lead where the example's do, and raises an "
+                f"error for others, since the network reads sizes in Python: {', '.join(reads.sizes)}.",
+                stacklevel=2,
+            )
 
     def ports(self, path: Path) -> tuple[Port, ...]:
         """See `Format.ports`."""
@@ -91,22 +92,6 @@ class TorchScript:
                 return list(loaded(*tensors))
 
         return run
-
-
-@contextmanager
-def _without_function_modes() -> Iterator[None]:
-    """Leave contexts such as `torch.device`, or the tracer would name their code in its warnings.
-
-    Tensors of classes with ``__torch_function__``, which int8 networks of mode eager pass on, keep it.
-    """
-    with ExitStack() as left:
-        while torch._C._len_torch_function_stack():
-            left.enter_context(overrides._pop_mode_temporarily())
-        yield
-
-
-def _is_branch(error: BaseException | None) -> bool:
-    return error is not None and (isinstance(error, TracerWarning) or _is_branch(error.__cause__))
 
 
 class _Flat(nn.Module):

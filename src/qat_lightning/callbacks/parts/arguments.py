@@ -1,4 +1,4 @@
-"""Checking arguments by their type, before anything is done with them: YAML and a shell send what they like."""
+"""Type and range checks for arguments, which may come from YAML or a shell with any type."""
 
 from __future__ import annotations
 
@@ -14,36 +14,36 @@ STAGES = ("train", "validate", "test", "predict")
 
 
 def check_word(name: str, value: Any) -> None:
-    """Refuse what is no string, or an empty one.
+    """Require a non-empty string.
 
     Raises:
-        ConfigurationError: With the argument's name.
+        ConfigurationError: It is not one; the message names the argument.
     """
     if not isinstance(value, str) or not value:
         raise ConfigurationError(f"{name}={value!r} is not possible: give a name.")
 
 
 def check_flag(name: str, value: Any) -> None:
-    """Refuse what is not true or false; the string 'false', for one, would count as true.
+    """Require a bool. The string 'false', for example, would be truthy.
 
     Raises:
-        ConfigurationError: With the argument's name.
+        ConfigurationError: It is not one; the message names the argument.
     """
     if not isinstance(value, bool):
         raise ConfigurationError(f"{name}={value!r} is not possible: give true or false.")
 
 
 def check_number(name: str, value: Any, *, above: float | None = None, least: float | None = None) -> None:
-    """Refuse what is no finite number, or too small a one.
+    """Require a finite number within the given bounds.
 
     Args:
-        name: The argument.
-        value: What was given.
-        above: What it has to be greater than.
-        least: What it must not be less than.
+        name: Name of the argument, for the message.
+        value: The value to check.
+        above: Exclusive lower bound; None for no bound.
+        least: Inclusive lower bound; None for no bound.
 
     Raises:
-        ConfigurationError: With the argument's name and what is possible.
+        ConfigurationError: It is not one; the message names the argument and the bound.
 
     Example:
         >>> check_number("temperature", 0, above=0)
@@ -58,20 +58,20 @@ def check_number(name: str, value: Any, *, above: float | None = None, least: fl
 
 
 def check_count(name: str, value: Any) -> None:
-    """Refuse what is no whole number from 1.
+    """Require an int of at least 1.
 
     Raises:
-        ConfigurationError: With the argument's name.
+        ConfigurationError: It is not one; the message names the argument.
     """
     if type(value) is not int or value < 1:
         raise ConfigurationError(f"{name}={value!r} is not possible: give an int from 1.")
 
 
 def check_names(name: str, value: Any, *, example: str) -> tuple[str, ...]:
-    """A list of strings as a tuple; None as an empty one.
+    """Return a list of strings as a tuple; None becomes an empty tuple.
 
     Raises:
-        ConfigurationError: With the argument's name.
+        ConfigurationError: It is not a list of strings; the message names the argument.
 
     Example:
         >>> check_names("include", ["head.*"], example="['head.*']")
@@ -89,10 +89,10 @@ def check_names(name: str, value: Any, *, example: str) -> tuple[str, ...]:
 
 
 def check_stages(name: str, value: Any) -> tuple[str, ...]:
-    """Stages of a Trainer in which ranges move; ``"train"`` is one of them.
+    """Return the Trainer stages in which quantization ranges are updated; ``"train"`` must be one of them.
 
     Raises:
-        ConfigurationError: With the argument's name.
+        ConfigurationError: A stage is unknown, or ``"train"`` is missing; the message names the argument.
     """
     stages = check_names(name, value, example="['train', 'validate']")
     unknown = [stage for stage in stages if stage not in STAGES]
@@ -105,10 +105,10 @@ def check_stages(name: str, value: Any) -> tuple[str, ...]:
 
 
 def check_file(name: str, value: Any) -> Place | None:
-    """The path of a file that exists, or its URL in other storage; None for None.
+    """Return the path of an existing file, or its URL in remote storage; None for None.
 
     Raises:
-        ConfigurationError: With the argument's name.
+        ConfigurationError: There is no such file; the message names the argument.
         MissingExtraError: The package for the protocol of a URL is not installed.
     """
     if value is None:

@@ -1,4 +1,4 @@
-"""What happens to BatchNorm when it freezes: statistics of the recent batches, and a word where they still differ."""
+"""Freezing BatchNorm: use statistics of recent batches, and warn where they still differ from those of a batch."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from qat_lightning.layers.batchnorm_window import (
 )
 
 _NAMED = 3
-"""As many layers are named in a message."""
+"""Number of layers named in a message."""
 
 
 class BatchNormFreeze:
-    """Keeps the statistics of some batches ago, from which those of the batches since follow.
+    """Keeps snapshots of BatchNorm's statistics, to compute the statistics of only the batches since then.
 
-    Two snapshots are kept, taken when the number of trained batches is a multiple of the window's length: the older
-    one is at least one window old, and both are in the checkpoint, so that a resumed run freezes as one that was never
-    broken off.
+    Two snapshots are kept. One is taken whenever the number of trained batches is a multiple of the window's length,
+    so the older one is at least one window old. Both are stored in the checkpoint: a resumed run freezes BatchNorm with
+    the same statistics as an uninterrupted run.
     """
 
     def __init__(self) -> None:
@@ -39,16 +39,16 @@ class BatchNormFreeze:
         self._step = 0
 
     def forget(self) -> None:
-        """Begin a new training."""
+        """Reset the state for a new training."""
         self._taken = []
         self.end()
 
     def look(self, networks: Mapping[str, nn.Module], batches: int) -> None:
-        """Before each batch while statistics move: take a snapshot where one is due.
+        """Take a snapshot if one is due. Called before each batch while statistics are updated.
 
         Args:
-            networks: The prepared ones by name.
-            batches: As many were trained.
+            networks: The prepared networks by name.
+            batches: Number of batches trained so far.
         """
         due = batches % max(map(window_length, networks.values()), default=1) == 0
         if not self._taken or (due and self._taken[-1][0] != batches):
@@ -56,13 +56,13 @@ class BatchNormFreeze:
             self._taken = [*self._taken[-1:], (batches, now)]
 
     def freeze(self, networks: Mapping[str, nn.Module], batches: int, step: int, *, measure: bool) -> None:
-        """At the freeze: see that the statistics are those of the recent batches, and measure them in the next one.
+        """Replace statistics that had not settled by those of recent batches; optionally compare on the next batch.
 
         Args:
-            networks: The prepared ones by name.
-            batches: As many were trained.
-            step: The coming optimizer step.
-            measure: Whether to compare them with what the next batch shows.
+            networks: The prepared networks by name.
+            batches: Number of batches trained so far.
+            step: The next optimizer step.
+            measure: Whether to compare the frozen statistics with those of the next batch.
         """
         self._step = step
         if self._taken:
@@ -82,7 +82,7 @@ class BatchNormFreeze:
                 self._measuring.enter_context(measuring(network, self._found))
 
     def say(self) -> None:
-        """After the first batch with frozen statistics: name the layers in which they still differ from it."""
+        """After the first batch with frozen statistics, warn of layers whose batch statistics still differ."""
         self._measuring.close()
         still = [difference for difference in self._found.values() if differs(difference)]
         if still:
@@ -94,16 +94,16 @@ class BatchNormFreeze:
         self._found = {}
 
     def end(self) -> None:
-        """Leave no hook behind."""
+        """Remove all hooks."""
         self._measuring.close()
         self._found = {}
 
     def state_dict(self) -> dict[str, Any]:
-        """The snapshots, in plain values and tensors."""
+        """Return the snapshots as plain values and tensors."""
         return {"taken": [[batches, as_plain(taken)] for batches, taken in self._taken]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Undo `state_dict`; a checkpoint without such entries clears the state."""
+        """Restore what `state_dict` returned; a checkpoint without snapshots clears the state."""
         self._taken = [
             (
                 batches,

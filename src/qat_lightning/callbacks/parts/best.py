@@ -1,4 +1,4 @@
-"""What was best before fake-quantization was enabled, which is another network's score."""
+"""Resetting best scores when fake-quantization is enabled: earlier scores belong to the float network."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What several processes send each other: ranges, and what only the first has to convert and to compile."""
+"""Communication between processes: ranges, statistics, and int8 networks that the first process converts."""
 
 from __future__ import annotations
 
@@ -24,33 +24,33 @@ from qat_lightning.settings.modes import traits_of
 
 
 def take_over_from_first(prepared: Mapping[str, nn.Module]) -> None:
-    """Each process looked at its share of the data; all go on with the ranges and weights of the first."""
+    """Broadcast ranges and weights from the first process, since each process observed only its share of the data."""
     for network in prepared.values():
         for tensor in (*network.buffers(), *(parameter.data for parameter in network.parameters())):
             dist.broadcast(tensor, src=0)
 
 
 def take_over_buffers_from_first(prepared: Mapping[str, nn.Module]) -> None:
-    """All hold the ranges and statistics that checkpoints have: those of the first."""
+    """Broadcast from the first process the ranges and statistics that checkpoints store."""
     for network in prepared.values():
         for buffer in network.buffers():
             dist.broadcast(buffer, src=0)
 
 
 def reduce_ranges_while_observed(prepared: Mapping[str, nn.Module], processes: int) -> None:
-    """Let observers of several processes agree at every call; not in eager mode, see `go_on_alike`."""
+    """Make observers reduce their ranges over all processes in each call; eager mode uses `go_on_alike` instead."""
     for network in prepared.values():
         reduce_ranges(network, processes > 1 and not _takes_ways(network))
 
 
 def go_on_alike(prepared: Mapping[str, nn.Module], *, ranges: bool) -> None:
-    """After a step let all go on with the same ranges, where they are not reduced as they are observed.
+    """After a step, synchronize ranges where observers do not reduce them in each call.
 
-    Likewise with BatchNorm's statistics, those of the first process, where no DistributedDataParallel hands them on.
+    Also broadcasts the first process's BatchNorm statistics where no DistributedDataParallel does.
 
     Args:
-        prepared: The networks.
-        ranges: Whether they move.
+        prepared: The prepared networks by name.
+        ranges: Whether ranges are being updated.
     """
     for network in prepared.values():
         if ranges and _takes_ways(network):
@@ -61,7 +61,7 @@ def go_on_alike(prepared: Mapping[str, nn.Module], *, ranges: bool) -> None:
 
 @torch.no_grad()
 def take_over_statistics(network: nn.Module) -> None:
-    """Let all processes have the BatchNorm statistics of the first, as long as these move; one collective a dtype."""
+    """Broadcast BatchNorm statistics from the first process while they are updated; one collective per dtype."""
     moving = [module for module in network.modules() if isinstance(module, FreezableBatchNorm) and not module.frozen]
     by_dtype: dict[torch.dtype, list[Tensor]] = {}
     for buffer in (buffer for module in moving for buffer in module.buffers(recurse=False)):
@@ -74,15 +74,15 @@ def take_over_statistics(network: nn.Module) -> None:
 
 
 def _takes_ways(network: nn.Module) -> bool:
-    """In eager mode processes may take different ways through a network."""
+    """Whether processes may take different branches, which is possible in eager mode only."""
     return not traits_of(prepared_state(network).recipe.mode).captures
 
 
 def pack(quantized: QuantizedNetwork) -> bytes:
-    """An int8 network for the other processes, as its file holds it; empty if no file can hold it."""
+    """Serialize an int8 network for the other processes, in its file format; empty if the format cannot hold it."""
     try:
         with warnings.catch_warnings():
-            # What a file from elsewhere may not call, the code of this very training may.
+            # This network's own code is trusted; the restrictions are for files from elsewhere.
             warnings.simplefilter("ignore")
             return artifact_bytes(quantized)
     except ArtifactError as error:
@@ -91,12 +91,12 @@ def pack(quantized: QuantizedNetwork) -> bytes:
 
 
 def unpack(packed: bytes, float_network: nn.Module, example: Example) -> QuantizedNetwork:
-    """Undo `pack`.
+    """Restore the int8 network from the bytes of `pack`.
 
     Args:
-        packed: Not empty.
-        float_network: The code that runs the layers of mode eager, which every process has.
-        example: A real call, which the file does not hold.
+        packed: The bytes; not empty.
+        float_network: The float network, whose code runs mode eager; every process has it.
+        example: A real call, which the file does not contain.
     """
     quantized = quantized_from_bytes(packed, float_network, trusted=True)
     quantized.example = example
@@ -104,9 +104,9 @@ def unpack(packed: bytes, float_network: nn.Module, example: Example) -> Quantiz
 
 
 def compile_once(trainer: Trainer, networks: Mapping[str, QuantizedNetwork]) -> None:
-    """Let the first process compile what is to be compiled, and the others on its machine load it; a collective.
+    """Compile in the first process; the others on the same machine load the result. A collective operation.
 
-    Processes on other machines compile at their first call: what was compiled is for the first one's processor.
+    Processes on other machines compile at their first call, because compiled code is specific to a processor.
     """
     waiting = [name for name, quantized in networks.items() if _is_to_be_compiled(quantized)]
     if not any_process(bool(waiting)):
@@ -121,7 +121,7 @@ def compile_once(trainer: Trainer, networks: Mapping[str, QuantizedNetwork]) -> 
 
 
 def _compiling(quantized: QuantizedNetwork) -> Any:
-    """The network inside, if it is of a kind that is compiled when it is first called."""
+    """Return the inner network if it compiles at its first call, else None."""
     return quantized.network if hasattr(quantized.network, "compiled_package") else None
 
 

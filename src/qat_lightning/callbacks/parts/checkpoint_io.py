@@ -1,4 +1,4 @@
-"""Checkpoints that appear on the disk whole or not at all, and are read with a word on what is wrong with them."""
+"""Atomic checkpoint writing, and checkpoint reading with helpful error messages."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from qat_lightning.storage import Place, copied_here, open_to_read
 from qat_lightning.whole_files import write_whole
 
 _CLASS = re.compile(r"Unsupported (?:global|class).*?([\w.]+\.\w+)")
-"""The class in torch's message that it does not unpickle."""
+"""Extracts the class from torch's message about a class that it does not unpickle."""
 
 _TRUST_IN_TRAINER = "pass weights_only=False beside ckpt_path="
 
@@ -27,11 +27,11 @@ _WEIGHTS_ALONE = "save its weights alone, torch.save(torch.load(path, weights_on
 
 
 class WholeFileCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint beside its place and renames it, so that what was there stays until the new one is complete.
+    """Writes a checkpoint to a temporary file beside its path and renames it, so that the old file stays until then.
 
-    Lightning writes to Python's folder for temporary files and moves from there. Where that folder is on another file
-    system, as ``/tmp`` often is, moving is copying: a process that is killed meanwhile, or a disk that is full, leaves
-    a part of a file in the place of ``last.ckpt``, and the checkpoint that was there is lost.
+    Lightning writes to Python's folder for temporary files and moves the file from there. If that folder is on another
+    file system, as ``/tmp`` often is, moving means copying. A killed process or a full disk then leaves an incomplete
+    ``last.ckpt``, and the previous one is lost.
 
     `QuantizationAwareTraining` uses it during a fit, unless the Trainer was given a plugin of another kind. For a
     Trainer without that callback: ``Trainer(plugins=[WholeFileCheckpointIO()])``.
@@ -41,8 +41,8 @@ class WholeFileCheckpointIO(TorchCheckpointIO):
         """Read a checkpoint, as Lightning does.
 
         Raises:
-            CheckpointFileError: There is none at ``path``, or not all of it; or it holds classes, without
-                ``weights_only=False``.
+            CheckpointFileError: There is no file at ``path``, or it is incomplete, or it contains classes and
+                ``weights_only=False`` was not given.
         """
         read = super().load_checkpoint
         checkpoint = _mapping(f"ckpt_path={str(path)!r}", lambda: read(path, *args, **options), _TRUST_IN_TRAINER)
@@ -55,10 +55,10 @@ class WholeFileCheckpointIO(TorchCheckpointIO):
         return checkpoint
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        """Save to a local file; paths of other file systems, and options for them, are left to Lightning.
+        """Save to a local file; remote paths and ``storage_options`` are left to Lightning.
 
         Raises:
-            OSError: The file cannot be written; what was at ``path`` is as it was.
+            OSError: The file cannot be written; the previous file at ``path`` is unchanged.
         """
         if storage_options is not None or "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
@@ -67,7 +67,7 @@ class WholeFileCheckpointIO(TorchCheckpointIO):
         torch.save(checkpoint, buffer)
         target = Path(path)
         try:
-            # Always of the same name: what a killed process left is overwritten by the next that gets as far.
+            # A fixed name: the leftover of a killed process is overwritten by the next save.
             write_whole(target, buffer.getbuffer(), beside=f".{target.name}.part")
         except OSError as error:
             size = buffer.getbuffer().nbytes / 1e6
@@ -80,10 +80,10 @@ class WholeFileCheckpointIO(TorchCheckpointIO):
 
 
 def read_float_state(path: Place) -> dict[str, Any]:
-    """The ``state_dict`` of ``float_checkpoint=``: a checkpoint of Lightning's, or the state by itself.
+    """Read the ``state_dict`` of ``float_checkpoint=``, which is a Lightning checkpoint or a plain ``state_dict``.
 
     Raises:
-        CheckpointFileError: There is none at ``path``, or not all of it.
+        CheckpointFileError: There is no file at ``path``, or it is incomplete.
     """
     said = f"float_checkpoint={str(path)!r}"
     checkpoint = _mapping(said, lambda: read_checkpoint(path), _WEIGHTS_ALONE)
@@ -91,16 +91,16 @@ def read_float_state(path: Place) -> dict[str, Any]:
 
 
 def read_checkpoint(path: Place, *, mmap: bool = False, trusted: bool = False) -> Any:
-    """What ``torch.save`` wrote, its tensors on the CPU.
+    """Load what ``torch.save`` wrote, with tensors on the CPU.
 
     Args:
-        path: On this machine or in other storage.
-        mmap: Whether tensors may stay on the disk of this machine until they are used.
-        trusted: Whether classes in it may be unpickled, which can execute anything.
+        path: A local path, or one in remote storage.
+        mmap: Whether tensors of a local file may stay memory-mapped until they are used.
+        trusted: Whether to unpickle classes, which can execute arbitrary code.
 
     Raises:
-        OSError: It cannot be read.
-        Exception: Whatever unpickling raises of what is no checkpoint.
+        OSError: The file cannot be read.
+        Exception: Anything that unpickling raises if the file is not a checkpoint.
     """
     if isinstance(path, Path):
         return torch.load(path, map_location="cpu", weights_only=not trusted, mmap=mmap)
@@ -109,15 +109,15 @@ def read_checkpoint(path: Place, *, mmap: bool = False, trusted: bool = False) -
 
 
 def read_sharded(folder: Place, endings: tuple[str, ...] = ("",)) -> dict[str, Any]:
-    """Tensors of the ``state_dict`` in a checkpoint that each process wrote its part of, whole and on the CPU.
+    """Read whole tensors, on the CPU, from the ``state_dict`` of a checkpoint that is sharded over processes.
 
     Args:
-        folder: What a strategy such as ``ModelParallelStrategy`` saved.
-        endings: Of the keys that are wanted.
+        folder: The folder that a strategy such as ``ModelParallelStrategy`` saved.
+        endings: Suffixes of the keys to read.
 
     Raises:
-        CheckpointFileError: It is no such folder, or not all of it.
-        OSError: It is in other storage, and cannot be copied from there.
+        CheckpointFileError: It is not such a folder, or it is incomplete.
+        OSError: It is in remote storage and cannot be copied from there.
     """
     with copied_here([folder]) as (here,):
         return _read_sharded(here, str(folder), endings)
@@ -140,9 +140,9 @@ def _read_sharded(folder: Path, shown: str, endings: tuple[str, ...]) -> dict[st
         }
         if found:
             with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "torch.distributed is")  # as is asked for
+                warnings.filterwarnings("ignore", "torch.distributed is")  # reading in one process is intended
                 load(found, storage_reader=FileSystemReader(folder), no_dist=True)
-    except Exception as error:  # unpickling what is no pickle may raise anything
+    except Exception as error:  # unpickling a file that is not a pickle may raise anything
         reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
         raise CheckpointFileError(
             f"{shown!r} is not a checkpoint, or only a part of one ({reason}): give the folder that a Trainer saved."
@@ -164,7 +164,7 @@ def _mapping(said: str, read: Callable[[], Any], trusting: str) -> dict[str, Any
             else f"cannot be read: it is not a checkpoint, or only a part of one ({type(error).__name__}: {error})"
         )
         raise CheckpointFileError(f"{said} {reason}.") from error
-    except Exception as error:  # unpickling what is no pickle may raise anything
+    except Exception as error:  # unpickling a file that is not a pickle may raise anything
         reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
         raise CheckpointFileError(
             f"{said} cannot be read: it is not a checkpoint, or only a part of one ({reason})."
@@ -175,10 +175,10 @@ def _mapping(said: str, read: Callable[[], Any], trusting: str) -> dict[str, Any
 
 
 def save_whole_files(trainer: Trainer) -> Callable[[], None]:
-    """Let a Trainer save through `WholeFileCheckpointIO`, if it saves as Lightning does by itself.
+    """Make a Trainer save through `WholeFileCheckpointIO`, if it uses Lightning's default.
 
     Returns:
-        What puts the Trainer's own way of saving back.
+        A function that restores the Trainer's own CheckpointIO.
     """
     strategy = trainer.strategy
     before = strategy.checkpoint_io

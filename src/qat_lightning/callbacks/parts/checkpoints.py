@@ -1,4 +1,4 @@
-"""Weights in and out of prepared networks: float into prepared, prepared into float, and no other into either."""
+"""Loading float and prepared checkpoints into prepared networks, and float weights out of prepared checkpoints."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from qat_lightning.recipes.folding import unfold_state
 from qat_lightning.storage import Place, is_folder, place
 
 STATE_KEY = "_quantization._extra_state"
-"""What the key of a prepared network's own entry in a ``state_dict`` ends with."""
+"""Suffix of the key of a prepared network's own entry in a ``state_dict``."""
 
 
 def float_state_dict(checkpoint: Mapping[str, Any] | str | Path) -> dict[str, Any]:
@@ -50,10 +50,10 @@ def float_state_dict(checkpoint: Mapping[str, Any] | str | Path) -> dict[str, An
 
 
 def prepared_entry(state: Mapping[str, Any], prefix: str) -> dict[str, Any] | None:
-    """What a prepared network says of itself in a ``state_dict``; None if the network there is float.
+    """Return the entry that describes a prepared network in a ``state_dict``; None if that network is float.
 
     Args:
-        state: Of a LightningModule.
+        state: ``state_dict`` of a LightningModule.
         prefix: The network's dotted name in it.
     """
     extra = state.get(f"{prefix}.{STATE_KEY}" if prefix else STATE_KEY)
@@ -61,22 +61,22 @@ def prepared_entry(state: Mapping[str, Any], prefix: str) -> dict[str, Any] | No
 
 
 def holds_quantization(state: Mapping[str, Any]) -> bool:
-    """Whether a ``state_dict`` is of a LightningModule with a prepared network in it."""
+    """Whether the ``state_dict`` of a LightningModule contains a prepared network."""
     return any(key.endswith(STATE_KEY) for key in state)
 
 
 def read_float_weights(path: Place, name: str, prefix: str, wanted: Mapping[str, Any]) -> dict[str, Any]:
-    """The weights of one network from the file ``float_checkpoint=``.
+    """Read the weights of one network from the file ``float_checkpoint=``.
 
     Args:
-        path: A checkpoint of Lightning's, or a ``state_dict``.
-        name: The network's name in the LightningModule, for the message.
-        prefix: What its keys begin with, without the last dot.
+        path: A Lightning checkpoint, or a ``state_dict``.
+        name: The network's name in the LightningModule, for messages.
+        prefix: Prefix of its keys, without the last dot.
         wanted: The float network's own ``state_dict``.
 
     Raises:
         CheckpointFileError: The file cannot be read.
-        ConfigurationError: It is of another model.
+        ConfigurationError: The file belongs to another model.
     """
     found = read_float_state(path)
     prefix = f"{prefix}." if prefix else ""
@@ -97,15 +97,15 @@ def read_float_weights(path: Place, name: str, prefix: str, wanted: Mapping[str,
 
 
 def note_added_keys(prepared: nn.Module) -> None:
-    """Let a prepared network's own entry in its ``state_dict`` say which keys preparation has added."""
+    """Record in a prepared network's ``state_dict`` entry which keys preparation has added."""
     prepared_state(prepared).added_keys = sorted(set(prepared.state_dict()) - float_keys(prepared))
 
 
 def _load_state_dict(self: LightningModule, state_dict: Mapping[str, Any], strict: bool = True, **kwargs: Any) -> Any:
-    """As `nn.Module.load_state_dict`, with a word on what to do where quantization is all that is unexpected.
+    """As `nn.Module.load_state_dict`, with instructions in the error if only quantization entries are unexpected.
 
     Raises:
-        CheckpointMismatchError: A checkpoint of a quantized network is loaded strictly into one that is not.
+        CheckpointMismatchError: The checkpoint of a quantized network is loaded strictly into a float network.
     """
     if strict and holds_quantization(state_dict) and not any(isinstance(m, PreparedState) for m in self.modules()):
         name = type(self).__name__
@@ -119,7 +119,7 @@ def _load_state_dict(self: LightningModule, state_dict: Mapping[str, Any], stric
 
 
 if "load_state_dict" not in LightningModule.__dict__:
-    # `load_from_checkpoint` calls nothing else of a class that has no base of ours.
+    # For a class without our mixin, `load_from_checkpoint` calls only this method.
     LightningModule.load_state_dict = _load_state_dict  # type: ignore[method-assign, assignment]
 
 
@@ -134,7 +134,7 @@ class LoadsQuantizedCheckpoints:
     """
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leave the float part, unless the networks are prepared already."""
+        """Keep only the float entries, unless the networks are already prepared."""
         prepared = any(isinstance(module, PreparedState) for module in self.modules())  # type: ignore[attr-defined]
         if not prepared:
             checkpoint["state_dict"] = float_state_dict(checkpoint)
@@ -147,25 +147,25 @@ def guard_loading(
     prefixes: Mapping[str, str],
     loaded: Callable[[], None],
 ) -> RemovableHandle:
-    """Look at every ``state_dict`` before it is loaded into a LightningModule whose networks are prepared.
+    """Check every ``state_dict`` before it is loaded into a LightningModule with prepared networks.
 
-    A checkpoint of another recipe is refused before anything is overwritten. A float checkpoint is completed with the
+    A checkpoint with another recipe raises before anything is overwritten. A float checkpoint is completed with the
     present ranges, so that it loads strictly and starts a quantization-aware run.
 
     Args:
         pl_module: The LightningModule.
         prepared: Its prepared networks by name.
-        prefixes: The prefix of each in the ``state_dict``, without the last dot.
-        loaded: Called when a ``state_dict`` is about to be loaded.
+        prefixes: Prefix of each network in the ``state_dict``, without the last dot.
+        loaded: Called just before a ``state_dict`` is loaded.
 
     Returns:
-        A handle that removes the guard.
+        A handle that removes this check.
     """
 
     def guard(module: nn.Module, state_dict: dict[str, Any], outer: str, *args: Any) -> None:
         if without_placeholders(state_dict):
-            return  # Weights by and by, as they are here.
-        # Another module may hold a copy of the LightningModule, hooks and all, under a prefix: averages of weights do.
+            return  # a partial state_dict; missing entries keep their values
+        # Another module, such as an average of weights, may hold a copy of the LightningModule with its hooks.
         saved = {key for key in state_dict if key.startswith(outer) and key.endswith(STATE_KEY)}
         inner = {name: outer + _dotted(prefix) for name, prefix in prefixes.items()}
         _refuse_other(state_dict, prepared, inner, saved)
@@ -185,15 +185,15 @@ def guard_loading(
 def refuse_other_checkpoint(
     state: Mapping[str, Any], prepared: Mapping[str, nn.Module], prefixes: Mapping[str, str]
 ) -> None:
-    """Refuse the ``state_dict`` of a LightningModule whose networks were prepared in another way.
+    """Raise if the networks in a LightningModule's ``state_dict`` were prepared with other settings.
 
     Args:
-        state: Of a run with quantization.
-        prepared: The networks here, by name.
-        prefixes: The prefix of each in a ``state_dict``, without the last dot.
+        state: ``state_dict`` of a run with quantization.
+        prepared: The prepared networks by name.
+        prefixes: Prefix of each network in a ``state_dict``, without the last dot.
 
     Raises:
-        CheckpointMismatchError: With both sides.
+        CheckpointMismatchError: The settings differ; the message lists both.
     """
     saved = {key for key in state if key.endswith(STATE_KEY)}
     _refuse_other(state, prepared, {name: _dotted(prefix) for name, prefix in prefixes.items()}, saved)
@@ -219,10 +219,9 @@ def _dotted(prefix: str) -> str:
 
 
 def _take_order(network: nn.Module, saved: Mapping[str, Any], prefix: str) -> None:
-    """Give a network the order of a checkpoint, if that is not the float network's.
+    """Reorder a network's parameters as in the checkpoint, if that order is not the float network's.
 
-    The optimizer of that run, and whatever else pairs parameters by their order, goes on with it. So it was in ``fx``
-    before entries were tensors.
+    The restored optimizer pairs states with parameters by order. Early checkpoints of mode ``fx`` have another order.
     """
     state, entry = prepared_state(network), saved[prefix + STATE_KEY]
     if isinstance(entry, Mapping) or from_entry(entry).get("own_order", False) or state.own_order:
@@ -236,7 +235,7 @@ def _complete(state_dict: dict[str, Any], network: nn.Module, prefix: str) -> No
     reworking = prepared_state(network).reworking
     given = float_keys(network) if reworking is None else set(reworking.given.state_dict())
     if not all(prefix + key in state_dict for key in given):
-        return  # Not this network's float checkpoint: strict loading says what is missing.
+        return  # Not a float checkpoint of this network: strict loading reports what is missing.
     if reworking is not None:
         reworked = reworking.rework({key: state_dict.pop(prefix + key) for key in given})
         state_dict.update({prefix + key: value for key, value in reworked.items()})

@@ -1,4 +1,4 @@
-"""Training steps that run compiled, in one graph between two switches of the schedule."""
+"""Compiled training steps, with one graph between two switches of the schedule."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from qat_lightning.modes.prepared import prepared_state
 
 
 class CompiledTraining:
-    """Lets the training steps of networks run compiled for a while.
+    """Runs the training steps of networks compiled while it is active.
 
     Args:
         networks: The networks.
@@ -25,27 +25,27 @@ class CompiledTraining:
         self._steps: list[CompiledSteps] = []
 
     def begin(self, pl_module: LightningModule) -> None:
-        """From here on run compiled."""
+        """Start running compiled."""
         for name, slot in self.networks.slots.items():
             prepared = self.networks.prepared[name]
-            refuse_compile(prepared_state(prepared).recipe.mode)  # also of a checkpoint of a run without compiling
+            refuse_compile(prepared_state(prepared).recipe.mode)  # also if the checkpoint is of a run without compiling
             owner = pl_module if slot.name == OWN_FORWARD else prepared
             self._steps.append(CompiledSteps(prepared, owner, name))
 
     def switched(self) -> None:
-        """Something is on or off now that was otherwise: the next step has another graph."""
+        """The schedule switched something: the next step compiles a new graph."""
         for steps in self._steps:
             steps.switched()
 
     def end(self) -> None:
-        """From here on run as they are."""
+        """Stop running compiled."""
         for steps in self._steps:
             steps.remove()
         self._steps = []
 
     @contextmanager
     def paused(self, pl_module: LightningModule) -> Iterator[None]:
-        """Within the block run as they are, and compiled again after it if they did before."""
+        """Run uncompiled within the block; compiled again after it if it was before."""
         compiled = bool(self._steps)
         self.end()
         yield

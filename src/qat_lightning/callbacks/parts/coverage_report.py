@@ -1,4 +1,4 @@
-"""Logging what became int8, and why the rest did not: a table in W&B, and the share of the work that is int8."""
+"""Logging of coverage: which layers are int8 and why others are not, and the int8 share of multiply-accumulates."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from qat_lightning.modes.protocol import LayerCoverage
 
 
 def wandb_loggers(trainer: Trainer) -> list[WandbLogger]:
-    """The loggers that take tables, in the process that logs."""
+    """Return the loggers that accept tables; empty except in the process that logs."""
     return [logger for logger in trainer.loggers if isinstance(logger, WandbLogger)] if trainer.is_global_zero else []
 
 
 def warn_of_float(layers: Sequence[LayerCoverage], verb: str) -> None:
-    """Say which layers are not int8, and why.
+    """Warn of layers that are not int8, with the reasons.
 
     Args:
-        layers: Rows of layers.
+        layers: Coverage rows of layers.
         verb: ``"stayed float"`` or ``"will stay float"``.
     """
     left = [row for row in layers if not row.quantized]
@@ -33,12 +33,12 @@ def warn_of_float(layers: Sequence[LayerCoverage], verb: str) -> None:
 
 
 def log_coverage(trainer: Trainer, key: str, rows: Sequence[LayerCoverage]) -> None:
-    """Log coverage to W&B: ``key`` is the table, ``key_int8_macs`` the share of the multiply-accumulates.
+    """Log coverage to W&B: a table under ``key``, and the int8 share of multiply-accumulates as ``key_int8_macs``.
 
     Args:
-        trainer: Whose loggers.
-        key: Such as ``"quant/coverage"``.
-        rows: Layers and ops.
+        trainer: The Trainer whose loggers are used.
+        key: For example ``"quant/coverage"``.
+        rows: Coverage rows of layers and ops.
     """
     for logger in wandb_loggers(trainer):
         import wandb
@@ -53,6 +53,6 @@ def log_coverage(trainer: Trainer, key: str, rows: Sequence[LayerCoverage]) -> N
 
 
 def report_prepared(trainer: Trainer, rows: Sequence[LayerCoverage]) -> None:
-    """Before a training, in the process that logs; what is left out on purpose needs no word."""
+    """Report coverage before training, in the process that logs; layers excluded on purpose cause no warning."""
     log_coverage(trainer, "quant/coverage_prepared", rows)
     warn_of_float([row for row in rows if row.what == "layer" and not row.excluded], "will stay float")

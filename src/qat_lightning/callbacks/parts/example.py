@@ -1,4 +1,4 @@
-"""A real call of the network, caught before training: what it is prepared and verified with."""
+"""Recording a real call of a network before training, used to prepare and verify it."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ _STEP_OF_STAGE = {
 
 
 class _Caught(Exception):
-    """All networks were called: the step need not continue."""
+    """Raised to stop a step once all networks have been called."""
 
 
 def catch_examples(
     trainer: pl.Trainer, pl_module: pl.LightningModule, slots: list[Slot], stage: str
 ) -> dict[str, Example]:
-    """What each network is called with when the LightningModule takes a step on a real batch.
+    """Record the inputs with which the LightningModule's step calls each network on a real batch.
 
-    The LightningModule's ``example_input_array`` comes first; else one batch of the stage's data goes through its step,
-    which is broken off as soon as the networks were called. Buffers and training flags are left as found; random states
-    are for the caller to keep.
+    ``example_input_array`` is tried first; otherwise one batch of the stage's data goes through its step, which stops
+    as soon as all networks have been called. Buffers and training flags are restored; the caller has to restore
+    random states.
 
     Raises:
         NetworkError: The step failed before a network was called, or called none; the message says to give
@@ -59,7 +59,7 @@ def catch_examples(
             continue
         try:
             batch, _ = one_batch(trainer, pl_module, name)
-        except Exception as error:  # noqa: BLE001 - it is in the message, if nothing else gives an example
+        except Exception as error:  # noqa: BLE001 - reported in the message if no other source gives an example
             reasons.append(f"no batch from {loader} ({type(error).__name__}: {error})")
             continue
         if batch is None:
@@ -76,7 +76,7 @@ def catch_examples(
 
 
 def take_step(pl_module: pl.LightningModule, step: str, batch: Any) -> Any:
-    """Call a step as Lightning does: with ``batch_idx`` and ``dataloader_idx`` only where it takes them."""
+    """Call a step as Lightning does, with ``batch_idx`` and ``dataloader_idx`` only if its signature has them."""
     method = getattr(pl_module, step)
     indices = [0 for n, name in enumerate(("batch_idx", "dataloader_idx")) if takes(method, name, min_args=n + 2)]
     return method(batch, *indices)
@@ -92,7 +92,7 @@ def _catch(slots: list[Slot], pl_module: pl.LightningModule, run: Any, reasons: 
             run()
         except _Caught:
             pass
-        except Exception as error:  # noqa: BLE001 - it is in the message, if nothing else gives an example
+        except Exception as error:  # noqa: BLE001 - reported in the message if no other source gives an example
             reasons.append(f"{type(error).__name__} before the network was called: {error}")
         else:
             missing = [slot.name for slot in slots if slot.name not in caught]
@@ -118,7 +118,7 @@ def _forward_watched(slot: Slot, caught: dict[str, Example], wanted: int) -> Ite
 
 @contextmanager
 def nothing_moves(pl_module: pl.LightningModule) -> Iterator[None]:
-    """Silence logging, and put buffers and flags back."""
+    """Within the block, disable logging; restore buffers and training flags afterwards."""
     buffers = {name: buffer.clone() for name, buffer in pl_module.named_buffers()}
     silenced = {name: pl_module.__dict__.get(name) for name in ("log", "log_dict")}
     for name in silenced:

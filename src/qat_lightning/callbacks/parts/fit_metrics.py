@@ -1,4 +1,4 @@
-"""What a fit logged, kept with its checkpoints."""
+"""Keeping the metrics of a fit with its checkpoints."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 
 class FitMetrics(Callback):
-    """Keeps what a fit logged last, in the checkpoints too.
+    """Keeps the last logged metrics of a fit, also in checkpoints.
 
-    A fit that is resumed from its very end has nothing left to train or to validate, and logs nothing: what it had
-    logged comes from the checkpoint then.
+    A fit resumed from a checkpoint of its end trains and validates nothing, and so logs nothing. Its metrics then come
+    from the checkpoint.
 
     Attributes:
         metrics: The values by name, such as ``val/acc``.
@@ -28,21 +28,21 @@ class FitMetrics(Callback):
             self.metrics |= {name: float(value) for name, value in trainer.callback_metrics.items()}
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep what is logged by now."""
+        """Keep the metrics logged so far."""
         self._keep(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep what is logged by now."""
+        """Keep the metrics logged so far."""
         self._keep(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep what is logged by now."""
+        """Keep the metrics logged so far."""
         self._keep(trainer)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the values."""
+        """Return the metrics."""
         return {"metrics": dict(self.metrics)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over the values of the resumed fit."""
+        """Restore the metrics of the resumed fit."""
         self.metrics = dict(state_dict["metrics"])

@@ -1,4 +1,4 @@
-"""The weights of the ``"float"`` variant of a quantization-aware training: kept, or read from a file."""
+"""Weights of the ``"float"`` variant in quantization-aware training: kept during the fit, or read from a file."""
 
 from __future__ import annotations
 
@@ -19,17 +19,18 @@ from qat_lightning.storage import Place
 
 
 class FloatWeights:
-    """Keeps float weights to compare with.
+    """Stores float weights for comparison with the quantized network.
 
     Args:
-        networks: Whose weights.
-        checkpoint: A file of a float run to take them from, instead of the weights when fake-quantization was enabled.
+        networks: The networks of the callback.
+        checkpoint: Checkpoint of a float run to read the weights from. None: keep the weights from when
+            fake-quantization is enabled.
 
     Attributes:
         checkpoint: As given.
-        weights: By name of the network and of the parameter, on the CPU.
-        source: Where they come from, in words; empty if there are none.
-        step: The step before which they were taken; None if from elsewhere.
+        weights: By network name and parameter name, on the CPU.
+        source: Description of where the weights come from; empty if there are none.
+        step: The step before which the weights were kept; None if they come from a file.
     """
 
     def __init__(self, networks: Networks, checkpoint: Place | None = None) -> None:
@@ -40,22 +41,22 @@ class FloatWeights:
         self.step: int | None = None
 
     def check(self, slots: Mapping[str, Slot]) -> None:
-        """Refuse a file that is of another model, before anything is changed.
+        """Check that the checkpoint belongs to this model, before anything is changed.
 
         Raises:
-            CheckpointFileError: It cannot be read.
-            ConfigurationError: It is of another model.
+            CheckpointFileError: The file cannot be read.
+            ConfigurationError: The file belongs to another model.
         """
         if self.checkpoint is not None:
             for name, slot in slots.items():
                 read_float_weights(self.checkpoint, name, slot.prefix, slot.get().state_dict())
 
     def to_rehearse(self) -> Mapping[str, Any]:
-        """Weights that are nearer to the trained ones than those of the present network, if there are some."""
+        """Return weights closer to the trained ones than the present weights, for a rehearsal; may be empty."""
         return {} if self.checkpoint is None else read_float_state(self.checkpoint)
 
     def read(self) -> None:
-        """Take the weights from the file, if there is one, as the networks were reworked."""
+        """Read the weights from the checkpoint, if given, equalized and folded like the networks."""
         if self.checkpoint is None:
             return
         for name, prepared in self.networks.prepared.items():
@@ -67,7 +68,7 @@ class FloatWeights:
         self.source = f"checkpoint {self.checkpoint}"
 
     def keep(self, step: int) -> None:
-        """Keep the present weights, unless a file has better ones, as those before a step."""
+        """Keep the present weights, as those before ``step``, unless a checkpoint was given."""
         if self.checkpoint is None:
             with self.networks.whole():
                 self.weights = {
@@ -78,14 +79,14 @@ class FloatWeights:
             self.source = f"the weights before step {step}, when fake-quantization was enabled"
 
     def network(self, name: str) -> nn.Module:
-        """A float network with these weights, on the CPU, in evaluation."""
+        """Return a float network with these weights, on the CPU, in evaluation mode."""
         with self.networks.whole():
             return self._network(name)
 
     def _network(self, name: str) -> nn.Module:
         prepared = self.networks.prepared[name]
         network: nn.Module = copy.deepcopy(prepared_state(prepared).float_network).cpu()
-        present = float_weights(prepared, set(self.weights[name]))  # of what is frozen; else there is nothing else
+        present = float_weights(prepared, set(self.weights[name]))  # frozen parameters; not stored a second time
         trained = sorted(present.keys() - frozen_beside_adapters(prepared))
         if trained:
             raise ConfigurationError(
@@ -96,11 +97,11 @@ class FloatWeights:
         return network.eval()
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps of it."""
+        """Return what checkpoints store."""
         return {"float_weights": self.weights, "float_source": self.source, "float_step": self.step}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Undo `state_dict`; what the file has goes before."""
+        """Restore what `state_dict` returned; a given ``checkpoint`` takes precedence."""
         self.step = state["float_step"]
         if self.checkpoint is None:
             self.weights = state["float_weights"]

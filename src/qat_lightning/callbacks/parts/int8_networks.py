@@ -1,4 +1,4 @@
-"""The int8 networks: created on demand, once for all processes, and renewed when they are stale."""
+"""The int8 networks: converted on demand, once for all processes, and again when weights or ranges have changed."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ from qat_lightning.rehearsal.faults import Conversion
 
 
 class Int8Networks:
-    """Makes int8 networks of prepared ones; in several processes the first does, and the others get them.
+    """Converts prepared networks to int8. With several processes the first converts and sends the result to the others.
 
     Args:
-        networks: What the callback knows.
-        source: What an int8 network is made of.
+        networks: The networks of the callback.
+        source: Provides the network to convert.
 
     Attributes:
-        impossible: Why conversion failed last; empty if it did not.
-        made_from: Where the weights come from, in words.
+        impossible: Why the last conversion failed; empty if it did not fail.
+        made_from: Description of the weights that were converted.
     """
 
     def __init__(self, networks: Networks, source: VariantSource) -> None:
@@ -52,22 +52,22 @@ class Int8Networks:
         self._stale = True
 
     def __getitem__(self, name: str) -> QuantizedNetwork:
-        """The int8 network of a name that is there."""
+        """Return the int8 network with this name."""
         return self._made[name]
 
     def __contains__(self, name: str) -> bool:
-        """Whether there is one of a name."""
+        """Whether there is an int8 network with this name."""
         return name in self._made
 
     def named(self) -> dict[str, QuantizedNetwork]:
-        """Those that there are."""
+        """Return all int8 networks by name."""
         return dict(self._made)
 
     def forget(self, *, asked: bool = True) -> None:
-        """Nothing was made of the present networks.
+        """Discard all int8 networks.
 
         Args:
-            asked: Forget as well that a pickled callback had some, which are made when they are asked for.
+            asked: Also discard the note that an unpickled callback had int8 networks, which are created on demand.
         """
         self._made = {}
         self._when_asked = self._when_asked and not asked
@@ -75,10 +75,10 @@ class Int8Networks:
 
     @property
     def quantized(self) -> Any:
-        """The int8 network, a dict of them for several, or None before there is one."""
+        """The int8 network, a dict by name for several, or None before there is one."""
         if self._when_asked:
             self.make()
-        # Of several networks only one may have been run.
+        # Of several networks, possibly only one has been run.
         return dict(self._made) if len(self.networks.prepared) > 1 and self._made else one_or_all(self._made)
 
     def convert(self, exclude: Sequence[str] = ()) -> Any:
@@ -120,7 +120,7 @@ class Int8Networks:
         self.quantized.save(path)
 
     def make(self) -> None:
-        """Convert, unless there are int8 networks of the present weights and ranges."""
+        """Convert, unless int8 networks of the present weights and ranges exist."""
         if not self._stale and self._made:
             return
         never_run = self.networks.never_run()
@@ -146,7 +146,7 @@ class Int8Networks:
 
     @staticmethod
     def _warn_of_ops(conversion: Conversion, converted: QuantizedNetwork) -> None:
-        """Layers at fault are in the warning of all that stayed float; ops are not."""
+        """Warn of ops that stayed float; layers are in the general warning."""
         layers = {row.name for row in converted.coverage}
         ops = {name: why for name, why in conversion.left_float.items() if name not in layers}
         if ops:
@@ -158,12 +158,12 @@ class Int8Networks:
         self._stale = self._when_asked = False
 
     def convert_in_all(self, trainer: Trainer, *, to_run: bool) -> None:
-        """Convert, and compile if it is to run; in several processes only the first does, and the others get it."""
+        """Convert, and compile if ``to_run``; with several processes the first does and sends the result."""
         if not several_processes(trainer):
             self.make()
             self._report(trainer)
             return
-        # Also if this process has it: it may have been requested in only some of the processes.
+        # Even if this process has the network: it may have been requested in only some of the processes.
         if any_process(self._stale or not self._made):
             with self.networks.whole(everywhere=False):
                 packed, left_float = in_first(self._convert_and_pack)
@@ -176,10 +176,10 @@ class Int8Networks:
             compile_once(trainer, self._made)
 
     def convert_or_say(self, trainer: Trainer, *, to_run: bool) -> bool:
-        """`convert_in_all`, where a failure must not cost what is done already: a warning says why it failed."""
+        """As `convert_in_all`, but a failure is reported as a warning, so that finished training is not lost."""
         try:
             self.convert_in_all(trainer, to_run=to_run)
-        except Exception as error:  # noqa: BLE001 - whatever it is, the fit is done
+        except Exception as error:  # noqa: BLE001 - the fit has finished; any failure is only reported
             lines = str(error).strip().splitlines()
             self.impossible = f"{type(error).__name__}: {lines[0] if lines else ''}"
             rank_zero_warn(
@@ -191,11 +191,11 @@ class Int8Networks:
         return True
 
     def outdate(self) -> None:
-        """The weights or the ranges are others now: what was made of those before is stale."""
+        """Mark the int8 networks as stale, because weights or ranges have changed."""
         self._stale, self.impossible = True, ""
 
     def _report(self, trainer: Trainer) -> None:
-        """Log what became int8, once for each conversion."""
+        """Log coverage, once per conversion."""
         if self._reported is self._made or not self._made:
             return
         self._reported = self._made
@@ -203,7 +203,7 @@ class Int8Networks:
         log_coverage(trainer, "quant/coverage", rows)
 
     def _convert_and_pack(self) -> tuple[dict[str, bytes], dict[str, dict[str, str]]]:
-        """The int8 networks, and what of the prepared ones is float, which has to be so in every process."""
+        """Return the packed int8 networks, and which layers stayed float, to apply in every process."""
         self.make()
         left_float = {name: prepared_state(prepared).left_float for name, prepared in self.networks.prepared.items()}
         return {name: pack(quantized) for name, quantized in self._made.items()}, left_float
@@ -222,7 +222,7 @@ class Int8Networks:
         self._have(made)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Omit int8 networks, whose packed weights do not pickle; they are created again on demand."""
+        """Omit int8 networks, whose packed weights cannot be pickled; they are created again on demand."""
         state = self.__dict__ | {"_made": {}, "_reported": {}, "_stale": True}
         state["_when_asked"] = self._when_asked or bool(self._made)
         return state

@@ -1,4 +1,4 @@
-"""``sync_batchnorm=True`` for networks with fake-quant: BatchNorm layers stay the modules that they are."""
+"""``sync_batchnorm=True`` for prepared networks: BatchNorm is synchronized in place, without replacing modules."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from qat_lightning.layers.qat_modules import FreezableBatchNorm, synchronize_bat
 
 
 class BatchNormSync(LayerSync):
-    """Synchronizes BatchNorm where it is, so that what holds or has fused a layer goes on with the same one.
+    """Synchronizes BatchNorm modules in place, so that references to them and fused layers stay valid.
 
-    Lightning's own plugin replaces layers by ``nn.SyncBatchNorm``, and at the end by a class of its own that nothing
-    folds. Layers of other classes than torch's own and ours are left to it.
+    Lightning's plugin replaces layers by ``nn.SyncBatchNorm``, and at the end by a class of its own that cannot be
+    folded. Classes other than torch's and ours are left to Lightning's plugin.
     """
 
     def apply(self, model: nn.Module) -> nn.Module:
         """Synchronize every BatchNorm of a LightningModule.
 
         Raises:
-            ConfigurationError: One is of a class of its own, whose forward would be lost.
+            ConfigurationError: A BatchNorm has a custom class whose forward would be lost.
         """
         synchronize_batchnorm(model, True)
         for name, module in model.named_modules():
@@ -44,18 +44,18 @@ class BatchNormSync(LayerSync):
 def _is_synchronized(module: nn.Module) -> bool:
     if isinstance(module, (FreezableBatchNorm, nn.SyncBatchNorm)):
         return True
-    # A layer of its own class that was traced: a module below it computes it.
+    # A traced layer with a custom class: a module below it computes it.
     return any(isinstance(child, FreezableBatchNorm) for child in module.children())
 
 
 def synchronize_in_place(trainer: Trainer) -> None:
-    """Let a Trainer with ``sync_batchnorm=True`` synchronize BatchNorm through `BatchNormSync`.
+    """Make a Trainer with ``sync_batchnorm=True`` use `BatchNormSync`.
 
     Args:
-        trainer: Before its strategy sets up.
+        trainer: The Trainer, before its strategy is set up.
 
     Raises:
-        ConfigurationError: Its strategy synchronizes nothing, or it has a plugin of another kind.
+        ConfigurationError: Its strategy does not synchronize, or it has another layer-sync plugin.
     """
     strategy = trainer.strategy
     plugin = getattr(strategy, "_layer_sync", None)

@@ -1,4 +1,4 @@
-"""Learned scales and zero points in a Trainer: who optimizes them, and their gradients in several processes."""
+"""Learned scales and zero points in a Trainer: check that they are optimized, and reduce their gradients."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ from qat_lightning.numerics.learned_step import LearnedStep
 
 
 def learned_parameters(networks: Iterable[nn.Module]) -> list[nn.Parameter]:
-    """The scales and zero points that learn, each once."""
+    """Return the scales and zero points that are trained, without duplicates."""
     steps = [module for network in networks for module in network.modules() if isinstance(module, LearnedStep)]
     return list(dict.fromkeys(parameter for step in steps for parameter in step.parameters()))
 
 
 def keep_from_ddp(pl_module: LightningModule, networks: Mapping[str, nn.Module]) -> None:
-    """Let DistributedDataParallel leave the learned parameters to `reduce_gradients`.
+    """Exclude learned scales and zero points from DistributedDataParallel; `reduce_gradients` reduces them instead.
 
-    It waits for a gradient of every parameter in every step, and these have none before fake-quantization is enabled.
+    DistributedDataParallel waits for a gradient of every parameter in every step, and these have none before
+    fake-quantization is enabled.
     """
     ours = {id(parameter) for parameter in learned_parameters(networks.values())}
     if ours:
@@ -33,7 +34,7 @@ def keep_from_ddp(pl_module: LightningModule, networks: Mapping[str, nn.Module])
 
 
 def reduce_gradients(networks: Mapping[str, nn.Module]) -> None:
-    """Give the learned parameters the mean of all processes' gradients, in one collective."""
+    """Average the gradients of learned scales and zero points over all processes, in one collective."""
     parameters = [parameter for parameter in learned_parameters(networks.values()) if parameter.requires_grad]
     if not parameters:
         return
@@ -49,10 +50,10 @@ def reduce_gradients(networks: Mapping[str, nn.Module]) -> None:
 
 
 def check_optimized(trainer: Trainer, networks: Mapping[str, nn.Module]) -> None:
-    """Refuse a fit whose optimizers do not include the learned parameters.
+    """Raise if no optimizer of the fit has learned scales or zero points; warn if some are missing.
 
     Raises:
-        ConfigurationError: No optimizer has any; the message says how to give them.
+        ConfigurationError: No optimizer has any; the message says how to add them.
     """
     ours = learned_parameters(networks.values())
     optimizers: list[Optimizer] = trainer.optimizers

@@ -1,4 +1,4 @@
-"""Finding the network inside a LightningModule, and putting another in its place."""
+"""Finding the networks inside a LightningModule, and replacing them."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from qat_lightning.modes.graph_network import GraphNetwork, GraphPart
 from qat_lightning.modes.prepared import is_prepared
 
 OWN_FORWARD = "."
-"""The name of the LightningModule's own ``forward``, where the layers sit on the LightningModule itself."""
+"""Name that stands for the LightningModule's own ``forward``, where layers are direct attributes of it."""
 
 _QUANTIZABLE = module_types("convolution", "transposed", "linear")
 
 
 def find_networks(pl_module: LightningModule, module: str | Sequence[str] | None) -> list[str]:
-    """The dotted names of the networks to quantize; `OWN_FORWARD` for the LightningModule's own ``forward``.
+    """Return dotted names of the networks to quantize; `OWN_FORWARD` for the LightningModule's own ``forward``.
 
     Args:
         pl_module: The LightningModule.
-        module: What the user named, or None to find the network.
+        module: Names given by the user, or None to find the network.
 
     Raises:
         ConfigurationError: A named module does not exist.
-        NetworkError: None was named, and it is not clear which is meant; the message names the candidates.
+        NetworkError: No name was given and there are several candidates; the message lists them.
     """
     if module is not None:
         names = [module] if isinstance(module, str) else list(module)
@@ -44,7 +44,7 @@ def find_networks(pl_module: LightningModule, module: str | Sequence[str] | None
     candidates = _callable_parts(pl_module)
     has_forward = type(pl_module).forward is not LightningModule.forward
     own_layers = [name for name, child in candidates.items() if isinstance(child, _QUANTIZABLE)]
-    # Of a list that is called one by one, the LightningModule's own forward is the network.
+    # If candidates are members of a list, called one by one, the LightningModule's own forward is the network.
     own_layers += [name for name in candidates if len(candidates) > 1 and _in_list(pl_module, name)]
     if not candidates:
         raise NetworkError(
@@ -98,7 +98,7 @@ def _refuse_overlap(names: Sequence[str]) -> None:
 
 
 def _callable_parts(module: nn.Module, prefix: str = "") -> dict[str, nn.Module]:
-    """The parts that can be called and hold something to quantize; of lists and dicts of modules, theirs."""
+    """Return callable submodules with layers to quantize; lists and dicts of modules are replaced by their members."""
     parts: dict[str, nn.Module] = {}
     for name, child in module.named_children():
         if isinstance(child, (Metric, MetricCollection, _Loss)) or not _has_quantizable(child):
@@ -125,7 +125,7 @@ def _has_quantizable(module: nn.Module) -> bool:
 
 @contextmanager
 def forward_replaced(owner: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Let ``forward`` be called instead of a module's own, within the block; what was on the instance comes back."""
+    """Replace a module's ``forward`` within the block; restores the instance attribute afterwards."""
     had = owner.__dict__.get("forward")
     owner.__dict__["forward"] = forward
     try:
@@ -138,17 +138,17 @@ def forward_replaced(owner: nn.Module, forward: Callable[..., Any]) -> Iterator[
 
 
 class OwnForward(nn.Module):
-    """The layers of a LightningModule and its ``forward``, as a module that modes can work on.
+    """Wraps the layers and the ``forward`` of a LightningModule in a module that the modes can process.
 
-    Its class derives from the LightningModule's own, so that ``forward`` finds its signature, ``super()`` and helper
-    methods as ever, but its parts are the layers only, and a copy of it copies these only.
+    Its class derives from the LightningModule's, so ``forward`` keeps its signature, ``super()`` and helper methods.
+    Its children are only the layers, and a copy contains only these.
 
     Args:
-        pl_module: Its children, parameters and buffers are shared; metrics and losses are left out.
+        pl_module: Children, parameters and buffers are shared; metrics and losses are left out.
     """
 
     def __new__(cls, pl_module: LightningModule | None = None) -> OwnForward:
-        """Make an object of the class that belongs to the LightningModule's; a blank one where none is given."""
+        """Create an instance of the class derived from the LightningModule's; an empty one if None is given."""
         made: OwnForward = object.__new__(cls if pl_module is None else _own_forward_class(type(pl_module)))
         return made
 
@@ -166,7 +166,7 @@ class OwnForward(nn.Module):
         self.training = pl_module.training
 
     def __getattr__(self, name: str) -> Any:
-        """Attributes other than layers come from the LightningModule: its hyperparameters and constants."""
+        """Look up other attributes, such as hyperparameters and constants, in the LightningModule."""
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -175,7 +175,7 @@ class OwnForward(nn.Module):
             return getattr(self.__dict__["_lightning_module"], name)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> OwnForward:
-        """Copy the layers; the LightningModule, with its Trainer and data, is not copied along."""
+        """Copy the layers, but not the LightningModule with its Trainer and data."""
         pl_module = self.__dict__["_lightning_module"]
         alone = id(pl_module) not in memo
         if alone:
@@ -223,11 +223,11 @@ class Slot:
 
     @property
     def prefix(self) -> str:
-        """What the network's keys begin with in the LightningModule's ``state_dict``, without the last dot."""
+        """Prefix of the network's keys in the LightningModule's ``state_dict``, without the last dot."""
         return "" if self.name == OWN_FORWARD else self.name
 
     def get(self) -> nn.Module:
-        """The network in the slot now."""
+        """Return the network that is in the slot now."""
         if self.name != OWN_FORWARD:
             return self.pl_module.get_submodule(self.name)
         installed = getattr(self.pl_module.__dict__.get("forward"), "__self__", None)
@@ -237,7 +237,7 @@ class Slot:
         return self._share(own) if is_prepared(self.pl_module) else own
 
     def install(self, network: nn.Module) -> None:
-        """Replace the float network by a prepared one, permanently."""
+        """Replace the float network permanently by a prepared one."""
         if self.name != OWN_FORWARD:
             self._replace(network)
             return
@@ -249,13 +249,13 @@ class Slot:
             self.pl_module.__dict__["forward"] = network.forward
 
     def _share(self, network: nn.Module) -> nn.Module:
-        """Let a network of the own forward see tensors that are moved or cast on the LightningModule."""
+        """Share tensors of the LightningModule, so that moving or casting it also affects this network."""
         for kind in ("_parameters", "_buffers"):
             network.__dict__[kind] = self.pl_module.__dict__[kind]
         return network
 
     def run_instead(self, network: nn.Module) -> Any:
-        """Run ``network`` for a while; give the result to `run_again` afterwards."""
+        """Run ``network`` temporarily; pass the result to `run_again` to undo it."""
         if self.name == OWN_FORWARD:
             before = self.pl_module.__dict__.get("forward")
             self.pl_module.__dict__["forward"] = network.forward
@@ -276,5 +276,5 @@ class Slot:
     def _replace(self, network: nn.Module) -> None:
         parent, _, leaf = self.name.rpartition(".")
         holder = self.pl_module.get_submodule(parent)
-        # By the table of children, so that containers (Sequential, ModuleList, ModuleDict) are served as well.
+        # Through the table of children, which works for containers (Sequential, ModuleList, ModuleDict) too.
         holder._modules[leaf] = network

@@ -1,4 +1,4 @@
-"""The networks that a callback quantizes: where they are, what was decided of them, and what is on in them."""
+"""The networks that a callback quantizes: location, decisions and enabled phase."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ from qat_lightning.rehearsal.auto import Decision
 from qat_lightning.settings.schedule import Phase
 
 BEFORE = Phase(fake_quant=False, observers=True, batchnorm_frozen=False, scales_learn=False)
-"""The phase in which every fit begins."""
+"""The phase at the beginning of every fit."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """One network of a LightningModule, for callbacks that go with the one that quantizes.
+    """One network of a LightningModule, for callbacks that work together with the quantizing one.
 
     Attributes:
-        slot: Its place.
-        prepared: The network with fake-quant.
-        example: The call that it was prepared with.
+        slot: Where the network is.
+        prepared: The prepared network.
+        example: The example call that it was prepared with.
     """
 
     slot: Slot
@@ -44,20 +44,20 @@ class Part:
 
 
 class Networks:
-    """What the parts of a callback know in common: its settings, and its networks by name.
+    """State shared by the parts of a callback: its settings, and its networks by name.
 
     Args:
-        settings: What the callback was told.
-        phase: What is on in networks with fake-quant, to begin with.
+        settings: The settings of the callback.
+        phase: The initial phase.
 
     Attributes:
         settings: As given.
-        phase: What is on now.
-        slots: The places of the networks; empty before they are found.
-        examples: A call of each.
-        decisions: The mode of each, and what of it stays float.
-        prepared: The networks with fake-quant; empty before there are some.
-        compiled: Whether their training steps are going to be compiled.
+        phase: The current phase.
+        slots: Where the networks are; empty before they are found.
+        examples: An example call of each network.
+        decisions: The mode of each network, and which layers stay float.
+        prepared: The prepared networks; empty before preparation.
+        compiled: Whether their training steps will be compiled.
     """
 
     def __init__(self, settings: QuantizationSettings, phase: Phase = BEFORE) -> None:
@@ -70,30 +70,30 @@ class Networks:
         self.compiled = False
 
     def apply(self, phase: Phase) -> None:
-        """Switch all networks to a phase, also if other code changed their flags."""
+        """Switch all networks to a phase; flags are set even if they should be set already."""
         self.phase = phase
         for prepared in self.prepared.values():
             set_phase(prepared, **dataclasses.asdict(phase))
 
     def let_batchnorm_move(self) -> None:
-        """Let BatchNorm's statistics move for now, also where they are frozen."""
+        """Update BatchNorm's statistics for now, even if they are frozen."""
         for prepared in self.prepared.values():
             set_phase(prepared, **dataclasses.asdict(self.phase) | {"batchnorm_frozen": False})
 
     def in_training_step(self, begins: bool) -> None:
-        """What a step computes belongs to the training, also where a part of a network is kept in evaluation."""
+        """Mark the beginning or end of a training step, for parts of a network that stay in evaluation mode."""
         for prepared in self.prepared.values():
             in_training_step(prepared, begins)
 
     @contextmanager
     def whole(self, *, everywhere: bool = True) -> Iterator[None]:
-        """Within the block, networks whose parameters are sharded over processes are whole copies on the CPU.
+        """Within the block, replace networks with sharded parameters by whole copies on the CPU.
 
-        Where there are some, every process has to come by here at once; others are as they are. What a conversion
-        leaves float within the block stays float in the networks themselves.
+        With sharded parameters this is a collective operation; other networks are not replaced. Layers that a
+        conversion leaves float within the block stay float in the networks themselves.
 
         Args:
-            everywhere: Whether all processes get the copies; else only the first, and the others look at none.
+            everywhere: Whether all processes get the copies; otherwise only the first process does.
         """
         sharded = {name: network for name, network in self.prepared.items() if is_sharded(network)}
         keep = everywhere or is_first_process()
@@ -108,27 +108,27 @@ class Networks:
                 leave_float(sharded[name], prepared_state(copied).left_float, self.examples[name])
 
     def coverage(self, name: str) -> list[LayerCoverage]:
-        """Determine what conversion is going to make int8 in a network."""
+        """Predict which layers of a network conversion will make int8."""
         with self.whole(), isolate_rng(include_cuda=torch.cuda.is_initialized()):
             prepared = self.prepared[name]
             return mode_for(prepared_state(prepared).recipe).coverage(cpu_copy(prepared), self.examples[name])
 
     def coverage_rows(self) -> list[LayerCoverage]:
-        """The rows of all networks with fake-quant."""
+        """Return the coverage rows of all prepared networks."""
         return [row for name in self.prepared for row in self.coverage(name)]
 
     @property
     def modes(self) -> dict[str, str]:
-        """The mode of each network, once it is chosen."""
+        """Return the mode of each network, once it is chosen."""
         made = {name: prepared_state(prepared).recipe.mode for name, prepared in self.prepared.items()}
         return {name: decision.mode for name, decision in self.decisions.items()} | made
 
     @property
     def first_call(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The call that the (first) network was prepared with.
+        """Return the inputs that the (first) network was prepared with.
 
         Raises:
-            ConfigurationError: There is none yet.
+            ConfigurationError: No network has been prepared yet.
         """
         if not self.examples:
             raise ConfigurationError(
@@ -138,7 +138,7 @@ class Networks:
         return example.args, example.kwargs
 
     def parts(self) -> dict[str, Part]:
-        """The networks with their places, as far as they are prepared."""
+        """Return the prepared networks and their slots by name."""
         return {
             name: Part(slot, self.prepared[name], self.examples[name])
             for name, slot in self.slots.items()
@@ -147,27 +147,27 @@ class Networks:
 
     @property
     def simulated(self) -> str:
-        """Why there can be no int8 network; empty if there can."""
+        """Return why there can be no int8 network; empty if there can."""
         return next((why for p in self.prepared.values() if (why := prepared_state(p).recipe.simulated)), "")
 
     def know_a_range(self) -> bool:
-        """Whether a range was observed in any of them, or needs not be."""
+        """Whether some network has an observed range, or needs none."""
         return any(map(_knows_a_range, self.prepared.values()))
 
     def never_run(self) -> list[str]:
-        """Of several networks those that were never run on finite values, where others were."""
+        """Return networks that have never run on finite values, if others have."""
         seen = {name: _knows_a_range(prepared) for name, prepared in self.prepared.items()}
         return [name for name, there in seen.items() if not there and any(seen.values())]
 
 
 def _knows_a_range(prepared: nn.Module) -> bool:
-    """A network that observes none, such as one of weight-only layers, needs none."""
+    """Whether a network has observed ranges; one without observers, such as a weight-only network, needs none."""
     observed = [fq for _, fq in fake_quantizers(prepared) if fq.observed]
     return not observed or any(fq.seen for fq in observed)
 
 
 def one_or_all(networks: dict[str, Any]) -> Any:
-    """What a user gets of networks by name: the only one by itself, or None."""
+    """Return the only network by itself, several as a dict by name, and None for no network."""
     if not networks:
         return None
     return next(iter(networks.values())) if len(networks) == 1 else dict(networks)

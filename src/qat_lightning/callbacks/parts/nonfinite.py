@@ -1,4 +1,4 @@
-"""Saying, once, that batches held NaN or infinite activations, and where."""
+"""Warning, once per place, of batches with NaN or infinite activations."""
 
 from __future__ import annotations
 
@@ -15,20 +15,19 @@ _SHOWN = 8
 
 
 class NonFiniteReport:
-    """Reads the counts that fake-quantize modules keep of batches whose range was NaN or infinite.
+    """Reads the fake-quantize modules' counts of batches with NaN or infinite values.
 
-    These batches were left out of the ranges, so that training goes on with the ranges as they were, and nobody would
-    know. Each place is reported once.
+    Ranges ignore such batches, so training continues and the problem would go unnoticed. Each place is reported once.
     """
 
     def __init__(self) -> None:
         self._said: set[tuple[str, str]] = set()
 
     def look(self, networks: Mapping[str, nn.Module]) -> None:
-        """Warn of places that were not warned of yet; one transfer from the device for each network.
+        """Warn of places not reported before; one transfer from the device per network.
 
         Args:
-            networks: Prepared networks by name.
+            networks: The prepared networks by name.
         """
         places = {}
         for name, network in networks.items():
@@ -51,7 +50,7 @@ class NonFiniteReport:
 
 
 def _in_words(place: Place | None, key: str) -> str:
-    """What is in a place; of a range that several tensors share, which is in none of them, its name in the network."""
+    """Describe a place; a range shared by several tensors is described by its name in the network."""
     if place is None:
         return f"the shared range {key!r}"
     if place.kind != "input":

@@ -1,4 +1,4 @@
-"""Reading one batch ahead of a Trainer's loop, without consuming it."""
+"""Reading one batch before a Trainer's loop does, without consuming it."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ _LOADER_OF_STAGE = {
 
 
 def one_batch(trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> tuple[Any, bool]:
-    """One batch of a stage, on the LightningModule's device, without taking it from what the stage will iterate.
+    """Return one batch of a stage, on the LightningModule's device, without consuming it.
 
     Args:
-        trainer: It knows the loaders, or who makes them.
+        trainer: Provides the loaders.
         pl_module: Its hooks, or its LightningDataModule's, transfer the batch.
         stage: ``"fit"``, ``"validate"`` (in a fit: its validation), ``"test"`` or ``"predict"``.
 
     Returns:
-        The batch, None if there is none, and whether a stream that it comes from gives each batch only once.
+        The batch (None if there is none), and whether it comes from a stream that yields each batch only once.
     """
     loops: dict[str, Any] = {
         "fit": trainer.fit_loop,
@@ -44,17 +44,17 @@ def one_batch(trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) ->
     if batch is None:
         return None, look.once
     device = next((p.device for p in pl_module.parameters()), torch.device("cpu"))
-    # With the hooks of the LightningDataModule, if it has them.
+    # With the LightningDataModule's hooks, if it has them.
     batch = pl_module._on_before_batch_transfer(batch, dataloader_idx=0)
     return pl_module._apply_batch_transfer_handler(batch, device=device, dataloader_idx=0), look.once
 
 
 class Look:
-    """One batch of a Trainer's loop, without consuming it.
+    """Reads the first batch of a Trainer's loop without consuming it.
 
     Args:
-        source: Lightning's: loaders, or the module that makes them.
-        name: The method that makes them.
+        source: Lightning's data source: loaders, or the module that creates them.
+        name: The method that creates the loaders.
     """
 
     def __init__(self, source: Any, name: str) -> None:
@@ -68,7 +68,7 @@ class Look:
         return getattr(self._source.instance, self._name)() if self._source.is_module() else self._source.instance
 
     def all_batches(self) -> Any:
-        """For training: of a collection of loaders the same collection of batches, as Lightning makes it."""
+        """Return the first batch for training, as Lightning makes it: for a collection of loaders, a collection."""
         loaders = self._loaders
         if isinstance(loaders, CombinedLoader):
             if loaders._mode == "sequential":
@@ -78,7 +78,7 @@ class Look:
         return tree_unflatten([self._peek(leaf, index) for index, leaf in enumerate(leaves)], spec)
 
     def batch_of_first(self) -> Any:
-        """For evaluation, which iterates several loaders one after the other."""
+        """Return the first batch for evaluation, which iterates several loaders one after the other."""
         leaves = self._leaves(self._loaders)
         return self._peek(leaves[0], 0) if leaves else None
 
@@ -98,13 +98,13 @@ class Look:
         return found.batch
 
     def _again(self, index: int) -> Any:
-        """The loader that will be iterated: the same, or another one of the same module."""
+        """Return the loader that the loop will iterate: the same one, or a new one from the same module."""
         if self._later is None:
             self._later = self._make()
         return self._leaves(self._later)[index]
 
     def give_back(self) -> None:
-        """Put batches that were read ahead in front of streams that give each batch only once."""
+        """Prepend batches read ahead to streams that yield each batch only once."""
         if not self._once:
             return
         loaders = self._later if self._later is not None else self._loaders
@@ -122,12 +122,12 @@ class Look:
 
     @property
     def once(self) -> bool:
-        """Whether one of the streams gives each batch once."""
+        """Whether some stream yields each batch only once."""
         return bool(self._once)
 
 
 def _next_time(module: Any, name: str, result: Any) -> None:
-    """Let a method give a result the next time it is called, and be itself again."""
+    """Make a method return ``result`` at its next call, and restore it afterwards."""
     had = module.__dict__.get(name)
 
     def given() -> Any:
@@ -141,7 +141,7 @@ def _next_time(module: Any, name: str, result: Any) -> None:
 
 
 def _from_dataset(loader: DataLoader[Any]) -> Any:
-    """One batch, without moving the position of a loader over a map-style dataset."""
+    """Return one batch of a map-style dataset without moving the loader's position."""
     dataset: Any = loader.dataset
     if loader.batch_sampler is None:
         return next(iter(loader), None)
@@ -152,7 +152,7 @@ def _from_dataset(loader: DataLoader[Any]) -> Any:
         try:
             return _collate(loader, indices)
         except (LookupError, TypeError, ValueError):
-            pass  # It is not indexed by numbers: its sampler knows the keys.
+            pass  # Not indexed by integers: only its sampler knows the keys.
     return _collate(loader, next(iter(loader.batch_sampler), []))
 
 

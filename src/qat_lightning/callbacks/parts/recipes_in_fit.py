@@ -1,4 +1,4 @@
-"""Recipes that read batches in the middle of a fit, when fake-quantization is enabled."""
+"""Recipes that read training batches during a fit, when fake-quantization is enabled."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from qat_lightning.recipes.sequential_mse import RangeSearch, sequential_mse
 
 
 def win_back_in_fit(trainer: Trainer, networks: Networks, counts: Mapping[str, int]) -> None:
-    """Choose the ranges of weights by the outputs of layers, and take the shift of rounded weights out of the biases.
+    """Apply sequential MSE to the ranges of weights, and bias correction, as far as requested.
 
     Args:
-        trainer: While it fits.
-        networks: The networks, which run as they are.
-        counts: See `counts_of_recipes`.
+        trainer: The Trainer, during a fit.
+        networks: The networks, in their present phase.
+        counts: Number of batches per recipe, see `counts_of_recipes`.
     """
     if "sequential_mse_batches" in counts:
         for name, calls in _calls(trainer, networks, counts["sequential_mse_batches"]).items():
@@ -38,17 +38,17 @@ def win_back_in_fit(trainer: Trainer, networks: Networks, counts: Mapping[str, i
 
 
 def _calls(trainer: Trainer, networks: Networks, batches: int) -> dict[str, list[Example]]:
-    """What the first batches of the training's loader call the networks with."""
+    """Return the calls of the networks on the first batches of the training loader."""
     module = trainer.lightning_module
     loader = calibration_loader(trainer, module, None)
     return calls_in_steps(module, networks.slots, networks.prepared, loader, batches)
 
 
 def counts_of_recipes(**counts: Any) -> dict[str, int]:
-    """Number of batches of the training loader that each recipe reads, by the name of its argument; without zeros.
+    """Return the number of training batches that each recipe reads, by argument name; zeros are omitted.
 
     Raises:
-        ConfigurationError: It is no such number.
+        ConfigurationError: A value is not an int of at least 0.
     """
     for name, count in counts.items():
         if count != 0 or type(count) is not int:
@@ -57,10 +57,10 @@ def counts_of_recipes(**counts: Any) -> dict[str, int]:
 
 
 def refuse_without_ranges(kind: str, counts: Mapping[str, int]) -> None:
-    """Refuse recipes for fixed ranges of activations where there are none.
+    """Raise if a recipe needs fixed activation ranges and the kind has none.
 
     Raises:
-        ConfigurationError: Which it is.
+        ConfigurationError: The message names the recipe.
     """
     for name, count in counts.items():
         if kind != "static":
@@ -70,6 +70,6 @@ def refuse_without_ranges(kind: str, counts: Mapping[str, int]) -> None:
 
 
 def say_ranges(name: str, found: dict[str, RangeSearch]) -> None:
-    """Say of how many layers another range gives a better output."""
+    """Log for how many layers sequential MSE chose another range."""
     better = sum(result.after < result.before for result in found.values())
     rank_zero_info(f"{name!r}: sequential MSE chose other ranges for the weights of {better} of {len(found)} layers.")

@@ -1,4 +1,4 @@
-"""What a checkpoint says before Lightning restores it: what was decided of its networks, and their weights."""
+"""Reading a checkpoint before Lightning restores it: decisions about its networks, and their weights."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from qat_lightning.storage import Place, is_file, is_folder, place
 
 
 def checkpoint_to_restore(trainer: Trainer) -> Place | None:
-    """The checkpoint that a Trainer is going to restore, while it sets up; None if there is none.
+    """Return the checkpoint that a Trainer is about to restore, during setup; None if there is none.
 
-    Lightning tells nobody before it restores it, when networks have to be prepared already: ``trainer.ckpt_path`` is
-    that of the run before. So it is looked up in the call of the Trainer that is under way.
+    Networks have to be prepared before Lightning restores the checkpoint, and at that time ``trainer.ckpt_path`` is
+    still that of the previous run. The path is therefore read from the arguments of the Trainer method on the stack.
     """
     path = _under_way(trainer).get("ckpt_path")
     found = place(path) if path else None
@@ -29,7 +29,7 @@ def checkpoint_to_restore(trainer: Trainer) -> Place | None:
 
 
 def _under_way(trainer: Trainer) -> dict[str, Any]:
-    """What the call of a Trainer that is under way was given; empty outside of one."""
+    """Return the arguments of the Trainer method that is running; empty outside of one."""
     frame = sys._getframe()
     while frame is not None:
         if frame.f_code.co_name == "_run" and frame.f_locals.get("self") is trainer:
@@ -39,19 +39,19 @@ def _under_way(trainer: Trainer) -> dict[str, Any]:
 
 
 def trusts_checkpoint(trainer: Trainer) -> bool:
-    """Whether Lightning is going to unpickle classes in that checkpoint: with ``weights_only=False``, or before 2.6."""
+    """Whether Lightning will unpickle classes in the checkpoint: with ``weights_only=False``, or before 2.6."""
     return _under_way(trainer).get("weights_only", False) is False
 
 
 def peek(path: Place | None, *, trusted: bool = False) -> dict[str, Any]:
-    """The ``state_dict`` in a checkpoint, its tensors still on the disk of this machine; empty if it cannot be read.
+    """Return a checkpoint's ``state_dict``, memory-mapped if it is local; empty if it cannot be read.
 
-    Of one that is sharded, a folder, it is only what prepared networks say of themselves. What is wrong with a file is
-    for whoever restores it to say.
+    For a sharded checkpoint, which is a folder, only the entries that describe prepared networks are read. Errors in
+    the file are reported when Lightning restores it.
 
     Args:
         path: The checkpoint; None for none.
-        trusted: Whether classes in it may be unpickled.
+        trusted: Whether to unpickle classes in it.
     """
     if path is None:
         return {}
@@ -59,17 +59,17 @@ def peek(path: Place | None, *, trusted: bool = False) -> dict[str, Any]:
         if is_folder(path):
             return read_sharded(path, (STATE_KEY,))
         checkpoint = read_checkpoint(path, mmap=True, trusted=trusted)
-    except Exception:  # noqa: BLE001 - unpickling what is no pickle may raise anything, and restoring will
+    except Exception:  # noqa: BLE001 - a file that is not a pickle may raise anything; restoring it reports the error
         return {}
     state = checkpoint.get("state_dict", checkpoint) if isinstance(checkpoint, Mapping) else {}
     return dict(state) if isinstance(state, Mapping) else {}
 
 
 def decision_in(state: Mapping[str, Any], prefix: str) -> Decision | None:
-    """What was decided of a network in the run that wrote a ``state_dict``; None if it was float there.
+    """Return the decision about a network in the run that wrote a ``state_dict``; None if the network was float.
 
     Args:
-        state: The checkpoint's.
+        state: ``state_dict`` of the checkpoint.
         prefix: The network's dotted name in it.
     """
     entry = prepared_entry(state, prefix)
@@ -80,7 +80,7 @@ def decision_in(state: Mapping[str, Any], prefix: str) -> Decision | None:
 
 
 def with_weights(network: nn.Module, state: Mapping[str, Any], prefix: str) -> None:
-    """Give a copy of a network the weights of a ``state_dict``, if it has all of them in the same shapes."""
+    """Load the weights of a ``state_dict`` into a copy of a network, if all are present with the same shapes."""
     dotted = f"{prefix}." if prefix else ""
     own = network.state_dict()
     found = {key: state.get(dotted + key) for key in own}

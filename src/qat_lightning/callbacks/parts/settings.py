@@ -1,4 +1,4 @@
-"""What a quantizing callback was told, as one frozen value, from which the recipe is made once."""
+"""The settings of a quantizing callback, as one frozen value from which the recipe is made."""
 
 from __future__ import annotations
 
@@ -26,30 +26,30 @@ class QuantizationSettings:
     Args:
         mode: The mode, or ``"auto"``.
         backend: The target: a name, or a PT2E quantizer in any of `qat_lightning.settings.quantizers.FORMS`.
-        kind: How the network becomes int8.
+        kind: What is quantized: ``"static"``, ``"dynamic"`` or ``"weight_only"``.
         module: Which networks.
-        example_inputs: One call.
+        example_inputs: One call of the network.
         scheme: Bits and granularity; None for the default.
-        include: Globs of what to quantize; None for everything.
-        exclude: Globs of what stays float; None for nothing.
-        equalization: Whether weights are equalized before.
-        batchnorm: Whether BatchNorm stays.
-        rehearse: Whether all up to the int8 file is tried on a copy before a training.
-        on_fault: What becomes of what cannot be int8.
-        convert_on_fit_end: Whether there is to be an int8 network.
-        smoothquant: How much of the outliers of activations moves into the weights before; None for nothing.
-        rotation: Whether channels are rotated before.
+        include: Globs of modules to quantize; None for all.
+        exclude: Globs of modules that stay float; None for none.
+        equalization: Whether weight ranges are equalized before preparation.
+        batchnorm: ``"fused"`` or ``"fold"``.
+        rehearse: Whether to try the whole path to the int8 file on a copy before training.
+        on_fault: What to do with layers that cannot be int8.
+        convert_on_fit_end: Whether to create an int8 network.
+        smoothquant: Share of activation outliers that moves into the weights before preparation; None for off.
+        rotation: Whether channels are rotated before preparation.
         runtime: What runs the int8 network; None for the fastest.
-        trained: Whether a network of kind ``"dynamic"`` or ``"weight_only"`` trains for it.
-        adapters: What becomes of low-rank adapters.
+        trained: Whether a network of kind ``"dynamic"`` or ``"weight_only"`` is trained for these grids.
+        adapters: How to treat low-rank adapters.
 
     Attributes:
-        scheme: As given, or the default; as ``include`` and ``exclude`` it is in the recipe.
-        backend: As given, a class or a function as its path.
-        recipe: What prepares the networks; with ``mode="auto"`` for the first mode that the backend has.
+        scheme: As given, or the default; like ``include`` and ``exclude`` it is part of the recipe.
+        backend: As given; a class or function is replaced by its dotted path.
+        recipe: The recipe for preparation; with ``mode="auto"``, for the first mode that the backend supports.
 
     Raises:
-        ConfigurationError: A setting, or a pair of mode and backend, is not possible.
+        ConfigurationError: A setting, or a combination of mode and backend, is not supported.
 
     Example:
         >>> settings = QuantizationSettings("auto", "x86", exclude=["head"])
@@ -78,13 +78,13 @@ class QuantizationSettings:
     recipe: Recipe = field(init=False)
 
     def __post_init__(self) -> None:
-        """Check everything that can be known without a network."""
+        """Check everything that can be checked without a network."""
         check_word("mode", self.mode)
         backend, source = backend_and_source(self.backend)
         check_word("backend", backend)
         target = get_backend(backend, self.mode)
         require(target)
-        # Which names there are is known at the fit only.
+        # Which names exist is known only at the fit.
         if self.module is not None and not isinstance(self.module, str):
             check_names("module", self.module, example="['encoder', 'head']")
         scheme = self.scheme if self.scheme is not None else Scheme()
@@ -115,7 +115,7 @@ class QuantizationSettings:
             quantizer=source,
         )
         if source is not None:
-            # Imported here, so that other backends do not pay for torchao.
+            # Imported here because importing torchao takes time that other backends need not spend.
             from qat_lightning.modes.pt2e.quantizers import own_quantizer
 
             own_quantizer(source)
@@ -134,23 +134,23 @@ class QuantizationSettings:
 
     @property
     def trains(self) -> bool:
-        """Whether networks train for int8; otherwise they are quantized without training."""
+        """Whether networks are trained for int8; otherwise they are quantized without training."""
         return self.kind == "qat" or self.trained
 
     def recipe_for(self, mode: str) -> Recipe:
-        """The recipe with a mode that ``mode="auto"`` leaves open.
+        """Return the recipe for one mode, which ``mode="auto"`` leaves open.
 
         Raises:
-            ConfigurationError: The backend has no such mode.
+            ConfigurationError: The backend does not support the mode.
         """
         return self.recipe if mode == self.recipe.mode else replace(self.recipe, mode=mode)
 
 
 class Setting(Generic[Value]):
-    """An attribute of a callback that is a field of a frozen value; to set it replaces that value, checked anew.
+    """A callback attribute that is a field of a frozen dataclass; setting it replaces and re-validates that dataclass.
 
     Args:
-        holder: The callback's attribute whose ``settings`` is that value.
+        holder: The callback's attribute whose ``settings`` is the frozen dataclass.
     """
 
     def __init__(self, holder: str) -> None:

@@ -1,4 +1,4 @@
-"""Logging the settings of a quantizing callback to every logger, so that runs can be told apart in any program."""
+"""Logging the settings of a quantizing callback as hyperparameters, so that runs can be told apart."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from qat_lightning.settings.schedule import SchedulePoint
 
 PREFIX = "quantization/"
 CHOSEN_MODE = f"{PREFIX}chosen_mode"
-"""The mode itself, where ``mode="auto"`` was asked for."""
+"""Name of the chosen mode, logged if ``mode="auto"`` was given."""
 
 _DATA = ("example_inputs", "dataloader", "calibration_dataloader", "calls")
 
 
 def log_settings(trainer: Trainer, callback: Callback, modes: Sequence[str]) -> None:
-    """Log the settings of a callback as hyperparameters, under ``quantization/``, beside those that a logger has.
+    """Log the settings of a callback as hyperparameters under ``quantization/``, in addition to existing ones.
 
-    What a logger does not take costs a warning, and no training.
+    If a logger does not accept them, a warning is given and training continues.
 
     Args:
-        trainer: Whose loggers.
-        callback: The callback that quantizes; what others of this package are set to, such as `Distillation`, is
-            logged behind their names.
+        trainer: The Trainer whose loggers are used.
+        callback: The quantizing callback. Settings of other callbacks of this package, such as `Distillation`, are
+            logged with their class name as prefix.
         modes: The mode of each network, once it is chosen.
     """
     if not trainer.is_global_zero or not trainer.loggers:
@@ -41,7 +41,7 @@ def log_settings(trainer: Trainer, callback: Callback, modes: Sequence[str]) -> 
     for logger in trainer.loggers:
         try:
             _log(logger, trainer.lightning_module, found)
-        except Exception as error:  # noqa: BLE001 - a logger may be anybody's
+        except Exception as error:  # noqa: BLE001 - third-party loggers may raise anything
             rank_zero_warn(
                 f"{type(logger).__name__} did not accept the settings of {type(callback).__name__} "
                 f"({type(error).__name__}: {error}), so runs cannot be told apart by them there."
@@ -49,12 +49,12 @@ def log_settings(trainer: Trainer, callback: Callback, modes: Sequence[str]) -> 
 
 
 def settings_of_callback(callback: Callback, prefix: str = PREFIX) -> dict[str, Any]:
-    """What a callback was made with, as plain values, flat.
+    """Return the constructor arguments of a callback as a flat dict of plain values.
 
     Args:
-        callback: One whose attributes are called as the arguments of its constructor, or are in its ``schedule`` or
-            ``settings``.
-        prefix: Before each name.
+        callback: A callback whose attributes have the names of its constructor's arguments, or are in its ``schedule``
+            or ``settings``.
+        prefix: Prefix of each name.
 
     Example:
         >>> from qat_lightning import QuantizationAwareTraining
@@ -72,13 +72,13 @@ def settings_of_callback(callback: Callback, prefix: str = PREFIX) -> dict[str, 
 
 
 def _arguments(cls: type) -> list[str]:
-    """Of its constructor and of those that it extends: a subclass may pass on what it gets."""
+    """Return argument names of a constructor and of its base classes, to which a subclass may pass arguments on."""
     makers = [inspect.signature(vars(base)["__init__"]) for base in cls.__mro__ if "__init__" in vars(base)]
     return list(dict.fromkeys(name for maker in makers for name in maker.parameters))
 
 
 def _trains(callback: Callback) -> bool:
-    """Whether a result depends on it: it is of this package, and does more than watch or write."""
+    """Whether a callback of this package affects training results, rather than only observing or writing files."""
     cls = type(callback)
     watches = ("Monitor", "Export", "Checkpoint", "Pruning")
     return cls.__module__.startswith("qat_lightning.") and not cls.__name__.endswith(watches)
@@ -102,8 +102,8 @@ def _log(logger: Logger, module: LightningModule, settings: dict[str, Any]) -> N
     if not isinstance(logger, TensorBoardLogger):
         logger.log_hyperparams(settings)
         return
-    # TensorBoard shows what was written first, and nothing of a second time: this comes before the module's own.
-    if logger.hparams:  # which were written already, perhaps with their metrics; these go into hparams.yaml
+    # TensorBoard shows only the first hyperparameters written, so they are logged before the module's own.
+    if logger.hparams:  # already written, perhaps with metrics; these go into hparams.yaml
         logger.log_hyperparams(settings, {})
         return
     own = dict(module.hparams_initial) if module._log_hyperparams else {}

@@ -1,4 +1,4 @@
-"""The callback that trains nothing: int8 from a float network, with a few batches or none."""
+"""The callback for post-training quantization: int8 from a float network, with a few calibration batches or none."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class PostTrainingQuantization(QuantizationCallback):
         adaround: Learn for each weight whether it is rounded up or down, on the same batches; None for rounding to
             nearest.
         sequential_mse: Choose the range of each weight by the error of its layer's output on the same batches, layer by
-            layer, before anything else of these.
+            layer, before the other recipes.
         rehearse: As for `QuantizationAwareTraining`; without a fit it comes before the calibration.
         on_fault: As for `QuantizationAwareTraining`.
 
@@ -151,20 +151,20 @@ class PostTrainingQuantization(QuantizationCallback):
 
     @property
     def kind(self) -> PostTrainingKind:
-        """How networks become int8."""
+        """The kind of quantization."""
         return self._copies.settings.kind
 
     @property
     def coverage(self) -> Any:
-        """Of kinds that prepare nothing, what conversion made integer; otherwise what it is going to make."""
+        """Rows of what conversion makes int8; for kinds without preparation, of what it has made."""
         if self._copies.calibrates:
             return super().coverage
         return one_or_all({name: list(quantized.coverage) for name, quantized in self._int8.named().items()})
 
-    # Fit: rehearse before, quantize after
+    # Fit: rehearse before it, quantize after it
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse what cannot be; the LightningModule stays as it is."""
+        """Check the combination of settings and Trainer; the LightningModule is not changed."""
         refuse_strategy(trainer)
         refuse_copying(trainer)
         stop_recording_layers(trainer)
@@ -173,12 +173,12 @@ class PostTrainingQuantization(QuantizationCallback):
             self._int8.forget(asked=False)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Rehearse on a copy, so that a network that cannot be quantized does not cost a training."""
+        """Rehearse on a copy, so that a network that cannot be quantized is reported before training."""
         self._copies.try_before_fit(trainer, pl_module)
         self._log_settings(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Let a fit that was resumed write checkpoints that can be resumed from in turn."""
+        """Let a resumed fit write checkpoints that can be resumed from exactly."""
         mend_resume(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -209,7 +209,7 @@ class PostTrainingQuantization(QuantizationCallback):
         self._int8.made_from, self.fidelity = made_from, {}
         self._copies.make(trainer, pl_module)
 
-    # Evaluate: quantize the present network, unless that was done already
+    # Evaluate: quantize the present network first, unless that is done
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Outside a fit, quantize the present network, and validate the chosen variant, by default fake-quant."""
@@ -217,7 +217,7 @@ class PostTrainingQuantization(QuantizationCallback):
             self._evaluate("validate", trainer, pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Put the float network back."""
+        """Restore the float network."""
         self._switch.stand_back()
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -225,7 +225,7 @@ class PostTrainingQuantization(QuantizationCallback):
         self._evaluate("test", trainer, pl_module)
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Put the float network back, keep how close int8 was to fake-quant, and log what was tested."""
+        """Restore the float network, keep the agreement with fake-quant, and log the variant's metrics."""
         self._switch.end_test(trainer)
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -233,7 +233,7 @@ class PostTrainingQuantization(QuantizationCallback):
         self._evaluate("predict", trainer, pl_module)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Put the float network back."""
+        """Restore the float network."""
         self._switch.stand_back()
 
     def _evaluate(self, stage: str, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -245,7 +245,7 @@ class PostTrainingQuantization(QuantizationCallback):
                 self._quantize(trainer, pl_module, found)
                 self._unlogged = trainer.state.fn != "fit"
         self._switch.stand_in(stage, trainer, pl_module)
-        if self._unlogged:  # by a fit; now there is a network, and its mode is chosen
+        if self._unlogged:  # no fit has logged them; the mode is known now
             self._log_settings(trainer)
         self._unlogged = False
 
@@ -255,12 +255,12 @@ class PostTrainingQuantization(QuantizationCallback):
     # Checkpoint: earlier decisions, so that a resumed fit does not decide again
 
     def state_dict(self) -> dict[str, Any]:
-        """What was decided of each network."""
+        """Return the decision about each network."""
         decisions = self._networks.decisions
         return {name: {"mode": d.mode, "left_float": dict(d.left_float)} for name, d in decisions.items()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Undo `state_dict`."""
+        """Restore what `state_dict` returned."""
         self._networks.decisions = {
             name: Decision(values["mode"], left_float=values["left_float"]) for name, values in state_dict.items()
         }
@@ -268,10 +268,10 @@ class PostTrainingQuantization(QuantizationCallback):
     # End
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Restore the float network after an exception: ``teardown`` does not follow."""
+        """Restore the float network after an exception, because ``teardown`` is not called then."""
         self._switch.stand_back()
         explain_launch(trainer, exception)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Leave the float network in its place."""
+        """Restore the float network."""
         self._switch.stand_back()

@@ -1,4 +1,4 @@
-"""The callback: fake-quant in at the beginning of the fit, schedule, int8 at its end."""
+"""The callback for quantization-aware training: prepares, follows the schedule, and converts when the fit ends."""
 
 from __future__ import annotations
 
@@ -56,14 +56,14 @@ from qat_lightning.settings.scheme import Scheme
 from qat_lightning.storage import Place
 
 TrainedKind = Literal["static", "dynamic", "weight_only"]
-"""What a network can be trained for."""
+"""The kinds of quantization that a network can be trained for."""
 
 
 def kind_of_training(kind: str) -> Kind:
-    """The recipe's word for a kind that is trained.
+    """Return the recipe's name for a kind that is trained.
 
     Raises:
-        ConfigurationError: There is no such kind.
+        ConfigurationError: The kind is unknown.
     """
     if kind not in get_args(TrainedKind):
         raise ConfigurationError(f"kind={kind!r} is unknown: use one of {', '.join(get_args(TrainedKind))}.")
@@ -234,13 +234,13 @@ class QuantizationAwareTraining(QuantizationCallback):
 
     @property
     def kind(self) -> TrainedKind:
-        """What the network is trained for."""
+        """The kind of quantization that the network is trained for."""
         kind = self.settings.kind
         return "static" if kind == "qat" else kind
 
     @property
     def schedule(self) -> QuantizationSchedule:
-        """When fake-quantization is enabled, and when ranges and statistics stop."""
+        """When fake-quantization is enabled, and when ranges and statistics are frozen."""
         return self._driver.schedule
 
     @property
@@ -258,10 +258,10 @@ class QuantizationAwareTraining(QuantizationCallback):
         """The step before which they were taken; None if from elsewhere."""
         return self._floats.step
 
-    # Insert
+    # Prepare
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse what does not go together, and arrange for the preparation."""
+        """Check the combination of settings and Trainer, and schedule the preparation."""
         if trainer.world_size > 1:
             refuse_in_processes(self.settings, self.observe_stages)
         if self.compile and stage == "fit":
@@ -287,13 +287,13 @@ class QuantizationAwareTraining(QuantizationCallback):
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Reset the optimizer if a float checkpoint has other parameters than those that train."""
         self._placement.renew_optimizer(checkpoint)
-        if shards(trainer):  # then it was loaded part by part, past what guards the LightningModule
+        if shards(trainer):  # it was loaded in parts, without the LightningModule's load hooks
             self._was_loaded(f"checkpoint {trainer.ckpt_path}")
 
     # Train
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """See that learned scales are optimized, and log the settings, so that runs can be told apart."""
+        """Check that learned scales are optimized, and log the settings, so that runs can be told apart."""
         check_optimized(trainer, self._networks.prepared)
         log_settings(trainer, self, list(self.chosen_modes.values()))
 
@@ -303,7 +303,7 @@ class QuantizationAwareTraining(QuantizationCallback):
             reduce_gradients(self._networks.prepared)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Work out how long the training is planned to be."""
+        """Determine the planned length of training."""
         mend_resume(trainer)
         self._driver.begin(trainer, self.phase)
         self._int8.outdate()
@@ -322,11 +322,11 @@ class QuantizationAwareTraining(QuantizationCallback):
         self._apply(self.phase)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Switch before the optimizer step that a point names, and log what is on."""
+        """Switch before the optimizer step of a schedule point, and log what is enabled."""
         self._step_phase(trainer)
         self._driver.before_batch(trainer, self._networks.prepared, self.phase)
         if estimates_batchnorm(trainer) and self.phase.batchnorm_frozen:
-            # In the pass in which stochastic weight averaging estimates its statistics, they move all the same.
+            # Stochastic weight averaging estimates statistics in a pass of its own, where they are always updated.
             self._compiled.switched()
             self._networks.let_batchnorm_move()
         self._networks.in_training_step(True)
@@ -334,7 +334,7 @@ class QuantizationAwareTraining(QuantizationCallback):
             pl_module.log_dict(curves(self.phase), on_step=True, on_epoch=False, batch_size=1)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say where activations were not finite; once an epoch, because it waits for the device."""
+        """Warn of non-finite activations; once per epoch, because it synchronizes with the device."""
         self._nonfinite.look(self._networks.prepared)
 
     def on_train_batch_end(
@@ -351,7 +351,7 @@ class QuantizationAwareTraining(QuantizationCallback):
         phase = phase.latched(self.phase)
         comes_on = phase.fake_quant and not self.phase.fake_quant
         if comes_on:
-            self._rounding_comes_on(trainer, step)
+            self._on_fake_quantize_enabled(trainer, step)
         if phase.batchnorm_frozen and not self.phase.batchnorm_frozen:
             self._driver.freeze_batchnorm(trainer, self._networks.prepared, step)
         if phase != self.phase:
@@ -360,9 +360,9 @@ class QuantizationAwareTraining(QuantizationCallback):
             with self._compiled.paused(trainer.lightning_module):
                 win_back_in_fit(trainer, self._networks, self._in_fit)
 
-    def _rounding_comes_on(self, trainer: Trainer, step: int) -> None:
-        if step > 0 or self._in_fit:  # else they are as the fit began
-            if trainer.world_size > 1:  # BatchNorm's statistics are those of each until the next step
+    def _on_fake_quantize_enabled(self, trainer: Trainer, step: int) -> None:
+        if step > 0 or self._in_fit:  # otherwise the weights are those from the beginning of the fit
+            if trainer.world_size > 1:  # each process has its own BatchNorm statistics until the next step
                 take_over_buffers_from_first(self._networks.prepared)
             self._floats.keep(step)
         if self.reset_best_on_start and step > 0:
@@ -376,7 +376,7 @@ class QuantizationAwareTraining(QuantizationCallback):
     # Convert
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Let all processes hold the ranges and statistics that checkpoints have: those of the first."""
+        """Broadcast the first process's ranges and statistics, which checkpoints store."""
         self._compiled.end()
         self._driver.end()
         self._apply(self.phase)
@@ -421,7 +421,7 @@ class QuantizationAwareTraining(QuantizationCallback):
             self._switch.observe("validate")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Put the prepared network back."""
+        """Restore the prepared network."""
         self._switch.stand_back()
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -429,7 +429,7 @@ class QuantizationAwareTraining(QuantizationCallback):
         self._switch.stand_in("test", trainer, pl_module)
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Put the prepared network back, keep how close int8 was to fake-quant, and log what was tested."""
+        """Restore the prepared network, keep the agreement with fake-quant, and log the variant's metrics."""
         self._switch.end_test(trainer)
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -437,18 +437,18 @@ class QuantizationAwareTraining(QuantizationCallback):
         self._switch.stand_in("predict", trainer, pl_module)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Put the prepared network back."""
+        """Restore the prepared network."""
         self._switch.stand_back()
 
     # Checkpoint: tensors and plain values only, which torch.load(weights_only=True) takes
 
     def state_dict(self) -> dict[str, Any]:
-        """What was reached of the schedule, and the float weights to compare with."""
+        """Return the position in the schedule, and the float weights to compare with."""
         phase = dataclasses.asdict(self.phase)
         return {"phase": phase, **self._floats.state_dict(), "schedule": self._driver.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Undo `state_dict`."""
+        """Restore what `state_dict` returned."""
         self._driver.load_state_dict(state_dict.get("schedule", {}))
         self._floats.load_state_dict(state_dict)
         self._apply(Phase(**state_dict["phase"]))
@@ -456,7 +456,7 @@ class QuantizationAwareTraining(QuantizationCallback):
     # End
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Say how things stand, and where activations were not finite, which may be why; leave nothing behind."""
+        """Log the state of the fit and places of non-finite activations, a possible cause; clean up."""
         self._switch.stand_back()
         self._leave_nothing()
         explain_launch(trainer, exception)
@@ -466,7 +466,7 @@ class QuantizationAwareTraining(QuantizationCallback):
             say_broken_off(trainer, exception)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Leave the prepared network in its place, and no hook and no patched method behind."""
+        """Remove all hooks and patched methods; the prepared network stays."""
         self._switch.stand_back()
         self._leave_nothing()
 

@@ -1,4 +1,4 @@
-"""What both quantizing callbacks offer to users and to other callbacks; their life cycles are in their own files."""
+"""The API that both quantizing callbacks share, for users and for other callbacks."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ from qat_lightning.settings.scheme import Scheme
 class QuantizationCallback(Callback):
     """The public API that `QuantizationAwareTraining` and `PostTrainingQuantization` share.
 
-    It has none of Lightning's hooks: it answers from the parts that each of them is put together from.
+    It implements none of Lightning's hooks; each subclass does.
 
     Args:
-        networks: The settings, and the networks.
-        source: What variants are made of.
-        floats: The float weights that are kept to compare with.
+        networks: The settings and the networks.
+        source: Provides the variants.
+        floats: The float weights to compare with.
     """
 
     mode = Setting[str]("_networks")
@@ -62,10 +62,10 @@ class QuantizationCallback(Callback):
 
     @classmethod
     def of(cls, trainer: Trainer, partner: Callback) -> Self:
-        """The one of a Trainer, for a callback that goes with it.
+        """Return the Trainer's callback of this class, for another callback that needs it.
 
         Raises:
-            ConfigurationError: There is none, or there are several.
+            ConfigurationError: The Trainer has none, or several.
         """
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
         found = [callback for callback in callbacks if isinstance(callback, cls)]
@@ -84,7 +84,7 @@ class QuantizationCallback(Callback):
         """The settings of the callback, with the recipe made from them."""
         return self._networks.settings
 
-    # The networks with fake-quant
+    # The prepared networks
 
     @property
     def prepared(self) -> Any:
@@ -121,23 +121,23 @@ class QuantizationCallback(Callback):
         return self._networks.modes
 
     def parts(self) -> dict[str, Part]:
-        """The networks by name; none before they are prepared."""
+        """The prepared networks with slots and examples, by name; empty before preparation."""
         return self._networks.parts()
 
     def whole(self, *, everywhere: bool = True) -> AbstractContextManager[None]:
         """Within the block, the prepared networks are whole copies on the CPU where a strategy shards them.
 
-        Then every process has to come by here at once, as for everything that is made of whole weights: `coverage`,
+        With a sharding strategy this is a collective operation, as is everything that needs whole weights: `coverage`,
         `convert`, `network`, `present_float`, `comparable`.
 
         Args:
-            everywhere: Whether all processes get the copies; else only the first.
+            everywhere: Whether all processes get the copies; otherwise only the first does.
         """
         return self._networks.whole(everywhere=everywhere)
 
     @property
     def slots(self) -> dict[str, Slot]:
-        """Where the networks are, by name; none before the fit has begun."""
+        """The slots of the networks by name; empty before the fit has begun."""
         return dict(self._networks.slots)
 
     # The int8 networks
@@ -149,7 +149,7 @@ class QuantizationCallback(Callback):
 
     @property
     def made_from(self) -> str:
-        """Which weights `quantized` holds, in words."""
+        """Description of the weights that `quantized` holds."""
         return self._int8.made_from
 
     def convert(self, exclude: Sequence[str] = ()) -> Any:
@@ -227,10 +227,10 @@ class QuantizationCallback(Callback):
         self._switch.choose(name)
 
     def make_int8(self, trainer: Trainer) -> bool:
-        """Make the int8 networks in every process, unless they are there.
+        """Create the int8 networks in every process, unless they exist.
 
         Returns:
-            Whether there are some; if not, a warning has said why.
+            Whether they exist; if not, a warning gives the reason.
         """
         return self._int8.convert_or_say(trainer, to_run=False)
 
@@ -251,9 +251,9 @@ class QuantizationCallback(Callback):
         return self._floats.weights.get(name)
 
     def present_float(self, slot: str) -> nn.Module:
-        """The float network with the weights that int8 has, on the CPU, in evaluation."""
+        """Return the float network with the weights that int8 was converted from, on the CPU, in evaluation mode."""
         return self._source.present_float(slot)
 
     def comparable(self, slot: str) -> nn.Module:
-        """What the int8 network of a slot has to compute: fake-quant if there is one, on the CPU, in evaluation."""
+        """Return the reference for a slot's int8 network: fake-quant if it exists, on the CPU, in evaluation mode."""
         return self._source.comparable(slot)

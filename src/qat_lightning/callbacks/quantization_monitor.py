@@ -1,4 +1,4 @@
-"""The callback that shows what quantization does to each layer, while it trains or once it is calibrated."""
+"""The callback that logs per-layer quantization statistics, during training or after calibration."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ CURVES = (
     "activation_sqnr_db",
     "oscillating_share",
 )
-"""The figures that are curves of each layer by default."""
+"""The statistics that are logged as curves per layer by default."""
 
 
 class QuantizationMonitor(Callback):
@@ -102,7 +102,7 @@ class QuantizationMonitor(Callback):
         self._said_why_not = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Say which kinds of quantization there is nothing to measure of."""
+        """Warn if the kind of quantization has no fake-quantization to measure."""
         kinds = [callback.kind for callback in _post_training(trainer) if callback.kind != "static"]
         if kinds and not self._said_why_not:
             self._said_why_not = True
@@ -116,7 +116,7 @@ class QuantizationMonitor(Callback):
         self._probe, self._measuring, self._measured, self.layers = None, None, None, []
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
         calibrated = _post_training(trainer)
-        # Left from an earlier fit; they are created again.
+        # From an earlier fit; they are created again.
         self._known = [network for callback in calibrated for network in callback.prepared_networks.values()]
         networks: dict[str, nn.Module] = {}
         for callback in callbacks:
@@ -131,7 +131,7 @@ class QuantizationMonitor(Callback):
             )
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Begin to measure, if it is this step's turn."""
+        """Begin to measure, if this step is due."""
         step = _step(trainer)
         due = step % self.every_n_steps == 0 or _is_last(trainer)
         if self._probe is not None and due and step != self._measured:
@@ -188,7 +188,7 @@ class QuantizationMonitor(Callback):
         networks = {name: _on(network, pl_module.device) for name, network in callback.prepared_networks.items()}
         probe = self._new_probe(trainer, networks)
         loader = _calibration_loader(trainer, pl_module, callback.calibration_dataloader)
-        # A step may talk to other processes: all of them take it, and the first one looks.
+        # A step may contain collectives: all processes run it, and the first one measures.
         with probe if trainer.is_global_zero else nullcontext():
             run_in_steps(pl_module, callback.slots, networks, loader, 1, nullcontext)
         self.layers, self._measured = probe.figures(), _step(trainer)
@@ -202,11 +202,11 @@ class QuantizationMonitor(Callback):
             )
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leave no hook behind."""
+        """Remove all hooks."""
         self._leave_nothing()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Leave no hook behind."""
+        """Remove all hooks."""
         self._leave_nothing()
 
     def _leave_nothing(self) -> None:
@@ -230,7 +230,7 @@ class QuantizationMonitor(Callback):
                 logger.log_metrics(summary, step)
         folder = next((logger.log_dir for logger in trainer.loggers if isinstance(logger, CSVLogger)), None)
         if folder is None and trainer.loggers and not per_layer:
-            # Not trainer.log_dir, for which all processes have to ask together.
+            # Not trainer.log_dir, which is a collective operation.
             folder = trainer.loggers[0].log_dir or trainer.loggers[0].save_dir
         if folder is not None:
             _append(join(place(folder), FILE), step, self.layers)
@@ -275,7 +275,7 @@ def _post_training(trainer: Trainer) -> list[PostTrainingQuantization]:
 
 
 def _with_oscillations(trainer: Trainer, layers: list[LayerFigures]) -> list[LayerFigures]:
-    """The figures with the shares of weights that another callback follows from step to step."""
+    """Add the shares of oscillating and frozen weights, which `WeightOscillations` tracks."""
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
     shares: dict[str, dict[str, Any]] = {
         layer: {"oscillating_share": oscillating, "frozen_share": frozen}
@@ -287,13 +287,13 @@ def _with_oscillations(trainer: Trainer, layers: list[LayerFigures]) -> list[Lay
 
 
 def _on(network: nn.Module, device: torch.device) -> nn.Module:
-    """A network, or a copy of it where it is on another device: after a fit the LightningModule is on the CPU again."""
+    """Return the network, or a copy on ``device``: after a fit the LightningModule is on the CPU again."""
     here = next((tensor.device for tensor in (*network.parameters(), *network.buffers())), device)
     return network if here == device else copy.deepcopy(network).to(device)
 
 
 def _calibration_loader(trainer: Trainer, pl_module: LightningModule, given: Any) -> Any:
-    """The loader that was calibrated with, of a datamodule that calibration has set up."""
+    """Return the calibration loader; calibration has set up the datamodule."""
     datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
     if given is None and trainer.state.fn != "fit" and is_overridden("train_dataloader", datamodule):
         return datamodule.train_dataloader()
@@ -301,7 +301,7 @@ def _calibration_loader(trainer: Trainer, pl_module: LightningModule, given: Any
 
 
 def _step(trainer: Trainer) -> int:
-    """Batches after which the optimizers stepped, however many optimizers there are; what Lightning logs by."""
+    """Return the number of batches with optimizer steps, for any number of optimizers; Lightning's axis for logging."""
     return trainer.fit_loop.epoch_loop._batches_that_stepped
 
 

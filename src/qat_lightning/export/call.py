@@ -1,4 +1,4 @@
-"""How an exported network is called: flat tensors for the runtime, the float network's own arguments for the user."""
+"""Conversion between an exported network's flat tensors and the float network's own arguments and results."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from qat_lightning.export.protocol import Source
 from qat_lightning.graph.signature import batch_size, canonical, has_batch
 
 TENSOR = object()
-"""Stands for a tensor among the leaves of arguments or results."""
+"""Placeholder for a tensor among the leaves of arguments or results."""
 
 
 @dataclass(frozen=True)
 class Call:
-    """The arguments and results of a network as flat lists of tensors, and back.
+    """Flattens the arguments and results of a network into lists of tensors, and restores them.
 
     Attributes:
-        signature: That of the network's ``forward``.
-        in_spec: Structure of ``(args, kwargs)`` as `canonical` gives them.
-        values: The leaves of the arguments; `TENSOR` where there is one.
-        out_spec: Structure of the result.
-        results: Its leaves; `TENSOR` where there is one.
-        batched: Which of the input tensors have a batch dimension.
-        batched_results: Which of the tensors of the result have one.
+        signature: Signature of the network's ``forward``.
+        in_spec: Pytree structure of ``(args, kwargs)`` as returned by `canonical`.
+        values: Leaves of the arguments, with `TENSOR` in place of tensors.
+        out_spec: Pytree structure of the result.
+        results: Leaves of the result, with `TENSOR` in place of tensors.
+        batched: For each input tensor, whether it has a batch dimension.
+        batched_results: For each tensor of the result, whether it has a batch dimension.
     """
 
     signature: inspect.Signature
@@ -43,7 +43,7 @@ class Call:
 
     @classmethod
     def of(cls, source: Source) -> Call:
-        """How the network of a source is called, found by calling it with its example."""
+        """Determine this for the network of a source, by calling it with its example."""
         signature = _signature(source.network)
         args, kwargs = source.example.args, source.example.kwargs
         leaves, in_spec = pytree.tree_flatten(canonical(signature, args, kwargs))
@@ -62,10 +62,10 @@ class Call:
         )
 
     def flatten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-        """The tensors of a call, in the order of the signature.
+        """Return the tensors of a call, in the order of the signature.
 
         Raises:
-            ExportError: The call has other arguments than the one that was exported.
+            ExportError: The non-tensor arguments differ from those of the exported call.
         """
         try:
             leaves = self.in_spec.flatten_up_to(canonical(self.signature, args, kwargs))
@@ -79,24 +79,24 @@ class Call:
         return [leaf for leaf, value in zip(leaves, self.values, strict=True) if value is TENSOR]
 
     def arguments(self, tensors: list[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Undo `flatten`."""
+        """Return the arguments for the tensors that `flatten` returned."""
         rest = iter(tensors)
         leaves = [next(rest) if value is TENSOR else value for value in self.values]
         args, kwargs = pytree.tree_unflatten(leaves, self.in_spec)
         return args, kwargs
 
     def tensors_of(self, result: Any) -> list[Tensor]:
-        """The tensors of a result, in order."""
+        """Return the tensors of a result, in order."""
         return [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
 
     def result(self, tensors: list[Tensor]) -> Any:
-        """Undo `tensors_of`."""
+        """Return the result for the tensors that `tensors_of` returned."""
         rest = iter(tensors)
         return pytree.tree_unflatten([next(rest) if leaf is TENSOR else leaf for leaf in self.results], self.out_spec)
 
 
 def _signature(network: nn.Module) -> inspect.Signature:
-    inner: Any = getattr(network, "network", network)  # a QuantizedNetwork takes whatever its network takes
+    inner: Any = getattr(network, "network", network)  # a QuantizedNetwork takes any arguments and passes them on
     spec = getattr(inner, "spec", None)
     if spec is not None:
         found: inspect.Signature = spec.signature

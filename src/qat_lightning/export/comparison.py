@@ -1,8 +1,8 @@
-"""An artifact against fake-quant, output by output: a wrong one must not hide behind a right and larger one.
+"""Comparing an artifact with fake-quant, output by output, so that a small wrong output is not hidden by a large one.
 
-How close a runtime can come depends on the network, which may make much of little. So where an output is not close,
-the reference is compared with itself, its inputs changed by less than a step of an 8-bit grid: no artifact has to be
-closer than that.
+How close a runtime can be depends on the network, which may amplify small differences. If an output is not close, the
+reference is therefore compared with itself, with its inputs changed by less than a step of an 8-bit grid. An artifact
+need not be closer than that.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from qat_lightning.measure.metrics import outputs_by_path
 
 DRAWS = 2
 MARGIN_DB = 6.0
-"""How much farther than the worst draw a right artifact may be by chance."""
+"""Tolerance in dB below the worst draw, for random variation of a correct artifact."""
 
 MARGIN_SHARE = 0.1
-"""Likewise for the share of whole numbers that are equal."""
+"""The same for the share of equal integers."""
 
 CHANCE = 0.05
-"""How likely that many differences, or more, may be at the least share of equal rows before they count as a fault."""
+"""Significance level: a difference counts as a fault if so many unequal rows are less likely than this."""
 
 _DISTURBANCE = 1e-3
-_EQUAL = 1e-6  # float32 sums in another order
+_EQUAL = 1e-6  # float32 rounding differences from another order of summation
 
 
 class Comparison:
-    """How far outputs are from those of a reference, over batches.
+    """Accumulates the differences between outputs and those of a reference, over batches.
 
     Attributes:
-        others: Outputs that only one of them has, or that have another shape, by where they are in the result.
+        others: Outputs that only one side has, or whose shapes differ, by path in the result.
 
     Example:
         >>> found = Comparison()
@@ -51,7 +51,7 @@ class Comparison:
         self._counts: dict[str, tuple[int, int]] = {}
 
     def update(self, reference: Any, actual: Any) -> None:
-        """Take the results of one call into account."""
+        """Add the results of one call."""
         wanted, got = outputs_by_path(reference), outputs_by_path(actual)
         for path in wanted.keys() | got.keys():
             if path not in wanted or path not in got or wanted[path].shape != got[path].shape:
@@ -67,25 +67,26 @@ class Comparison:
 
     @property
     def sqnr_db(self) -> dict[str, float]:
-        """Of each float output that could be compared."""
+        """SQNR in dB of each float output that could be compared."""
         return {path: _decibels(*energies) for path, energies in sorted(self._energies.items())}
 
     @property
     def equal(self) -> dict[str, float]:
-        """The share of equal elements of each output of whole numbers or truth values."""
+        """Share of equal elements of each integer or bool output."""
         return {path: equal / count for path, (equal, count) in sorted(self._counts.items()) if count}
 
 
 def too_few_equal(equal: int, rows: int, least: float) -> bool:
-    """Whether the share of equal rows is below the least one, by more than the chance of so few rows.
+    """Whether the share of equal rows is significantly below ``least``.
 
-    Two of 270 rows that differ are 99.26 % of equal rows. If 99.5 % were equal in the long run, that many would differ
-    in 40 % of all samples of this size: they are no evidence of a fault. The test is exact (binomial, one-sided).
+    For example, 2 of 270 rows differ, which is 99.26 % equal rows. If 99.5 % were equal in the long run, as many would
+    differ in 40 % of all samples of this size, so this is no evidence of a fault. The test is exact (binomial,
+    one-sided).
 
     Args:
-        equal: How many rows are equal.
-        rows: How many there are.
-        least: The least share, from 0 to 1.
+        equal: Number of equal rows.
+        rows: Number of rows.
+        least: The required share, from 0 to 1.
 
     Example:
         >>> too_few_equal(268, 270, least=0.995), too_few_equal(26800, 27000, least=0.995)
@@ -94,7 +95,7 @@ def too_few_equal(equal: int, rows: int, least: float) -> bool:
     different, rate = rows - equal, 1 - least
     if different <= rows * rate:
         return False
-    if rate <= 0 or different > 60 + 2 * rows * rate:  # far beyond chance: nothing to add up
+    if rate <= 0 or different > 60 + 2 * rows * rate:  # far beyond chance: no need to compute the sum
         return True
     known = math.lgamma(rows + 1)
     fewer = (
@@ -113,14 +114,14 @@ def too_few_equal(equal: int, rows: int, least: float) -> bool:
 def problem(
     found: Comparison, reference: nn.Module, calls: Sequence[Example], *, min_sqnr_db: float, min_equal: float
 ) -> str:
-    """What is wrong with an artifact; empty if nothing is.
+    """Return what is wrong with an artifact; empty if nothing is.
 
     Args:
-        found: Its outputs compared with those of the reference.
-        reference: To compare with itself, where an output is not close enough.
-        calls: On which they were compared.
-        min_sqnr_db: What is close enough for floats.
-        min_equal: What is close enough for whole numbers, as a share.
+        found: Its outputs compared with the reference's.
+        reference: The reference, compared with itself if an output is not close enough.
+        calls: The calls on which they were compared.
+        min_sqnr_db: Required SQNR of float outputs.
+        min_equal: Required share of equal elements of integer outputs.
     """
     if not _far(found, [], min_sqnr_db, min_equal):
         return ""
@@ -136,7 +137,7 @@ def problem(
 
 
 def _far(found: Comparison, draws: Sequence[Comparison], min_sqnr_db: float, min_equal: float) -> dict[str, str]:
-    """The outputs that are too far, and how far."""
+    """Return the outputs that are not close enough, with the differences."""
     far = {
         path: "of another shape than fake-quant's"
         for path in sorted(found.others)
@@ -155,7 +156,7 @@ def _far(found: Comparison, draws: Sequence[Comparison], min_sqnr_db: float, min
 
 @torch.no_grad()
 def _disturbed(reference: nn.Module, calls: Sequence[Example], seed: int) -> Comparison:
-    """The reference compared with itself on other inputs."""
+    """Compare the reference with itself on slightly changed inputs."""
     generator = torch.Generator().manual_seed(seed)
 
     def changed(leaf: Any) -> Any:
@@ -171,7 +172,7 @@ def _disturbed(reference: nn.Module, calls: Sequence[Example], seed: int) -> Com
 
 
 def _energies(wanted: Tensor, got: Tensor) -> tuple[float, float]:
-    """Of the reference, and of the difference where there is one; equal infinities, as in masks, are no difference."""
+    """Return the energy of the reference and of the difference; equal infinities, as in masks, count as equal."""
     wanted, got = (_plain(tensor) for tensor in (wanted, got))
     same = (wanted == got) | (wanted.isnan() & got.isnan())
     same |= (wanted - got).abs() <= _EQUAL

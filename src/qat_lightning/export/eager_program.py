@@ -1,7 +1,7 @@
 """The int8 network of mode eager in plain ops, inside the user's own ``forward``.
 
-In the int8 network a tensor of a class of its own says what a kernel has done already. Here the float tensor itself is
-marked, as it goes from module to module.
+In the int8 network, a tensor subclass records which work a kernel has already done. Here, the float tensor itself is
+marked as it passes from module to module.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ class QdqChain(CountsCalls, nn.Module):
     """`Int8Layer` in plain ops.
 
     Attributes:
-        kernel: The layer, up to where its output is on its grid.
-        grids: For each call within a forward pass, the grid of an input that is not the output of another such layer
-            (None where there never was one), that of the output, and where an activation ends it.
-        pending: The modules that the kernel does the work of.
-        subpixel: Of a transposed convolution, for which the kernel stands.
-        calls: While the kernels are compared: what the int8 layer gave, call by call.
+        kernel: The layer, up to its output on its grid.
+        grids: For each call within a forward pass: the grid of an input that does not come from another such layer
+            (None if there never was one), the grid of the output, and the limit of an activation after it.
+        pending: Modules whose work the kernel includes.
+        subpixel: For a transposed convolution, the equivalent convolution that the kernel computes.
+        calls: While kernels are compared, the outputs of the int8 layer, call by call.
     """
 
     kernel: QdqLayer
@@ -50,7 +50,7 @@ class QdqChain(CountsCalls, nn.Module):
     target: Backend
 
     def forward(self, input: Tensor) -> Tensor:
-        """From float to float, on the output's grid."""
+        """Map a float tensor to a float tensor on the output's grid."""
         input_grid, self.kernel.output, self.kernel.limit = self.grids[self.next_call(len(self.grids))]
         if hasattr(input, _MARK):
             self._refuse_pending(getattr(input, _MARK))
@@ -74,17 +74,17 @@ class QdqChain(CountsCalls, nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The weight for a forward that asks for its dtype or device."""
+        """The weight, for a forward that reads its dtype or device."""
         return self.kernel.weight()
 
 
 class _Passed(nn.Module):
-    """The place of a BatchNorm that a kernel has folded in."""
+    """Replaces a BatchNorm that is folded into a kernel."""
 
     link: str
 
     def forward(self, input: Tensor) -> Tensor:
-        """``input`` itself."""
+        """Return ``input``."""
         pending = getattr(input, _MARK, ())
         if pending[:1] != (self.link,):
             raise ExportError(f"The BatchNorm {self.link!r} is folded into one layer but got the output of another.")
@@ -93,12 +93,12 @@ class _Passed(nn.Module):
 
 
 class _PassedOr(nn.Module):
-    """An activation that kernels may have in them."""
+    """An activation that a kernel may already include."""
 
     link: str
 
     def forward(self, input: Tensor) -> Tensor:
-        """``input`` itself if a kernel has run this activation already."""
+        """Return ``input`` if a kernel has already computed this activation, else compute it."""
         pending = getattr(input, _MARK, ())
         if pending[:1] == (self.link,):
             setattr(input, _MARK, pending[1:])
@@ -126,16 +126,16 @@ _ACTIVATIONS: dict[type[nn.Module], type[nn.Module]] = {Int8ReLU: _ReLU, Int8ReL
 def eager_float_network(
     network: nn.Module, example: Example, target: Backend, spell: Spelling | None = None
 ) -> nn.Module:
-    """Write the int8 layers of a network in plain ops, and check each of them against its kernel.
+    """Convert the int8 layers of a network to plain ops, and compare each with its kernel.
 
     Args:
-        network: The int8 network; left as it is.
+        network: The int8 network; not changed.
         example: A real batch.
         target: Its backend.
         spell: See `qat_lightning.export.program.int8_program`.
 
     Raises:
-        ExportError: A layer has no translation, or one that does not compute the same.
+        ExportError: A layer has no translation, or its translation computes different values.
     """
     with quantized_engine(target.engine):
         copied = copy.deepcopy(network)
@@ -189,7 +189,7 @@ def _translate(module: Int8Layer, name: str, target: Backend) -> None:
 
 
 def _grids(module: Int8Layer, call: int, target: Backend) -> tuple[Grid | None, Grid, float]:
-    """What `QdqChain` takes for a call."""
+    """Return an entry of `QdqChain.grids` for a call."""
     in_scale, in_zero_point, scale, zero_point = module.grids(call)
     limit = math.inf
     if module.chain.limit is not None:

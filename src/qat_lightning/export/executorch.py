@@ -1,4 +1,4 @@
-"""ExecuTorch: a ``.pte``, lowered to the backend that the network was trained for, and run by its own runtime."""
+"""ExecuTorch: a ``.pte`` file, lowered to the backend that the network was trained for, and run by its own runtime."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from qat_lightning.settings.recipe import Recipe
 
 
 class ExecuTorch:
-    """`Format` of ExecuTorch. A file takes one sample at a time, for which its memory is planned."""
+    """`Format` of ExecuTorch. A file has a batch size of 1, because its memory is planned ahead of time."""
 
     name: ClassVar[str] = "executorch"
     suffix: ClassVar[str] = ".pte"
@@ -67,10 +67,10 @@ class ExecuTorch:
             for example, axes in zip(examples, dynamic, strict=True)
         )
         recipe = source.recipe
-        # Kinds without calibration are XNNPACK's, whatever backend their layers are for here.
+        # Kinds without calibration always use XNNPACK, whatever backend the int8 network has in this process.
         backend = recipe.backend if recipe is not None and recipe.backend in LOWERINGS else "xnnpack"
         bits = 8 if recipe is None else recipe.scheme.activation_bits
-        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):  # Vela prints what it plans
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):  # Vela prints its plan
             warnings.simplefilter("ignore")
             try:
                 written = lower(backend, bits, graph_module, one)
@@ -92,20 +92,20 @@ class ExecuTorch:
         find_openvino()
         from executorch.runtime import Runtime
 
-        # From memory: OpenVINO's delegate reads buffers that a loaded file has released.
+        # Load from memory: OpenVINO's delegate reads buffers after a loaded file has been released.
         data = path.read_bytes()
         program = Runtime.get().load_program(data)
         methods = [program.load_method("forward"), program, data]  # a method does not keep its program alive
 
         def run(tensors: list[Tensor]) -> list[Tensor]:
-            # The outputs lie in memory that the next call writes over.
+            # The next call overwrites the outputs' memory.
             return [tensor.clone() for tensor in as_list(methods[0].execute([t.contiguous() for t in tensors]))]
 
         return run
 
 
 def _explain(error: BaseException, backend: str) -> str:
-    """What the pass at fault said, which its caller wraps in where it was."""
+    """Return the message of the failed pass, without the wrapping that ExecuTorch adds."""
     while error.__cause__ is not None:
         error = error.__cause__
     text = " ".join(str(error).split())[:300]
@@ -116,7 +116,7 @@ def _explain(error: BaseException, backend: str) -> str:
 
 
 def not_delegated(path: Path) -> list[str]:
-    """The ops of a file that run outside of its delegate, by ExecuTorch's portable kernels."""
+    """Return the ops of a file that run outside its delegate, in ExecuTorch's portable kernels."""
     from executorch.exir._serialize import _deserialize_pte_binary
 
     plan: Any = _deserialize_pte_binary(path.read_bytes()).program.execution_plan[0]

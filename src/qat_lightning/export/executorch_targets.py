@@ -1,4 +1,4 @@
-"""How each of ExecuTorch's backends takes a graph: what it wants to find in it, its partitioner, its passes."""
+"""Lowering a graph to each of ExecuTorch's backends: graph preparation, partitioner and passes."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ Inputs = tuple[Tensor, ...]
 
 
 def lower(backend: str, bits: int, graph_module: fx.GraphModule, inputs: Inputs) -> Any:
-    """An ExecuTorch program of a network, lowered to the backend that it was trained for.
+    """Lower a network to an ExecuTorch program for its backend.
 
     Args:
         backend: One of `LOWERINGS`.
-        bits: Of activations.
-        graph_module: Tensors in, a flat tuple out; used up.
-        inputs: One sample.
+        bits: Bits of activations.
+        graph_module: Takes tensors, returns a flat tuple; it is consumed.
+        inputs: Inputs with a batch size of 1.
 
     Returns:
         An ``ExecutorchProgramManager``.
@@ -38,10 +38,10 @@ def lower(backend: str, bits: int, graph_module: fx.GraphModule, inputs: Inputs)
 
 
 def _xnnpack(backend: str, bits: int, graph_module: fx.GraphModule, inputs: Inputs) -> Any:
-    """Without slices.
+    """Lower to XNNPACK, except for slices.
 
-    A file with XNNPACK's kernel of a slice does not load where the two sides have grids of their own, and two slices of
-    one convolution come out wrong. ExecuTorch's own kernel copies what is there.
+    A file with XNNPACK's slice kernel does not load if input and output have different grids, and two slices of one
+    convolution give wrong values. ExecuTorch's portable kernel copies the values.
     """
     from executorch.backends.xnnpack.partition.config import ALL_PARTITIONER_CONFIGS
     from executorch.backends.xnnpack.partition.config.generic_node_configs import SliceCopyConfig
@@ -66,7 +66,7 @@ def _arm_partitioner(backend: str) -> Any:
 
         return EthosUPartitioner
     if backend == "vgf":
-        if shutil.which("model-converter") is None:  # as where the environment is not activated
+        if shutil.which("model-converter") is None:  # for example, if the environment is not activated
             os.environ["PATH"] = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))
         from executorch.backends.arm.vgf import VgfPartitioner
 
@@ -77,7 +77,7 @@ def _arm_partitioner(backend: str) -> Any:
 
 
 def _cortex_m(backend: str, bits: int, graph_module: fx.GraphModule, inputs: Inputs) -> Any:
-    """By ExecuTorch's passes for Cortex-M, as its tests run them: there is nothing to delegate to."""
+    """Lower with ExecuTorch's passes for Cortex-M, as its tests run them; there is no delegate."""
     from executorch.backends.arm.quantizer.arm_quantizer_utils import SharedQspecQuantizer
     from executorch.backends.cortex_m.passes.cortex_m_pass_manager import CortexMPassManager
     from executorch.backends.cortex_m.quantizer.quantizer_support import CORTEX_M_QUANTIZER_SUPPORT_DICT
@@ -123,7 +123,7 @@ LOWERINGS: dict[str, Callable[[str, int, fx.GraphModule, Inputs], Any]] = {
     "cortex_m": _cortex_m,
     "vulkan": _vulkan,
 }
-"""The backends for which there are files."""
+"""The backends that files can be written for."""
 
 
 def _exported(graph_module: fx.GraphModule, inputs: Inputs) -> ExportedProgram:
@@ -137,13 +137,13 @@ def _partitioned(program: ExportedProgram, partitioner: Any, **settings: Any) ->
 
 
 def _mark_integer_ops(program: ExportedProgram, known: Collection[Any] | None = None) -> None:
-    """Tell Arm's passes which ops are on integers: those between a dequantize op and a quantize op.
+    """Mark integer ops for Arm's passes: those between a dequantize op and a quantize op.
 
-    Its quantizer marks them when it annotates, which a network that was trained, saved and loaded no longer knows.
+    Arm's quantizer sets these marks when it annotates, but a trained, saved and loaded network no longer has them.
 
     Args:
-        program: Its nodes' meta is changed.
-        known: The ops that may be; None for all.
+        program: The meta entries of its nodes are changed.
+        known: The ops that may be marked; None for all.
     """
     from executorch.backends.arm.common.annotation_meta import ArmAnnotationInfo
 
@@ -168,7 +168,7 @@ def _is_float(node: fx.Node) -> bool:
 
 
 def _quantize_weights_in_graph(graph_module: fx.GraphModule) -> None:
-    """Write each weight as float with a quantize op behind it, as OpenVINO's importer wants it; it folds them."""
+    """Store each weight as float, followed by a quantize op, as OpenVINO's importer requires; it folds them."""
     graph = graph_module.graph
     for node in list(graph.nodes):
         integers = node.args[0] if node.target in DEQUANTIZE else None
@@ -193,7 +193,7 @@ def _value(graph_module: fx.GraphModule, argument: Any) -> Any:
 
 
 def find_openvino() -> None:
-    """Tell ExecuTorch where the OpenVINO of this environment is, unless ``OPENVINO_LIB_PATH`` does already."""
+    """Set ``OPENVINO_LIB_PATH`` to the OpenVINO of this environment, unless it is set, for ExecuTorch to find it."""
     try:
         import openvino
     except ImportError:

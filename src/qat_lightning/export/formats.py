@@ -1,4 +1,4 @@
-"""Every format there is, by name: a new one is a file here and a line in this table."""
+"""The table of export formats by name: a new format is a file in this folder and a line here."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ FORMATS = tuple(_TABLE)
 _STAND_INS = {
     ("executorch", backend): "exported_program" for backend in ("tosa", "ethosu", "vgf", "cortex_m", "vulkan")
 }
-"""Formats and backends whose files nothing runs that a package index has, and what is compared in their place."""
+"""Formats and backends whose files no installable runtime can run, and the format that is compared instead."""
 
 
 def stand_in(name: str, recipe: Recipe | None) -> str:
-    """The format whose file is compared if this one cannot run here; empty if the file itself can.
+    """Return the format to compare if this one's files cannot run here; empty if they can.
 
     Example:
         >>> stand_in("executorch", Recipe("pt2e", "vulkan")), stand_in("executorch", Recipe("pt2e", "xnnpack"))
@@ -42,10 +42,10 @@ def stand_in(name: str, recipe: Recipe | None) -> str:
 
 
 def get_format(name: str) -> Format:
-    """The format of this name.
+    """Return the format with this name.
 
     Raises:
-        ConfigurationError: There is none.
+        ConfigurationError: The name is unknown.
 
     Example:
         >>> get_format("pt2").runtime
@@ -59,12 +59,12 @@ def get_format(name: str) -> Format:
 
 
 def check_formats(names: Sequence[str], recipe: Recipe) -> None:
-    """Refuse formats that networks of a recipe do not go into, or whose packages are missing.
+    """Check that formats support a recipe, and that their packages are installed.
 
     Raises:
-        ConfigurationError: There is no such format.
-        CombinationError: The format and the recipe do not go together.
-        MissingExtraError: A package is not installed; the message has the line that installs it.
+        ConfigurationError: A format is unknown.
+        CombinationError: A format does not support the recipe.
+        MissingExtraError: A package is not installed; the message has the command that installs it.
     """
     for name in names:
         chosen = get_format(name)

@@ -1,4 +1,4 @@
-"""The int8 graph of mode fx in plain ops: every packed kernel as a float op between quantize and dequantize."""
+"""The int8 graph of mode fx in plain ops: each packed kernel becomes a float op between dequantize and quantize."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ _BINARY: dict[Any, Callable[..., Any]] = {
     _Q.mul_scalar: torch.mul,
     _Q.mul_scalar_relu: _relu(torch.mul),
 }
-"""Ops of two operands; a grid behind them is dropped, since the values have it."""
+"""Ops with two operands. A quantize op after them is dropped if the values are on that grid already."""
 _UNARY: dict[Any, tuple[Callable[..., Any], int]] = {
     _Q.hardswish: (F.hardswish, 1),
     _Q.sigmoid: (torch.sigmoid, 1),
@@ -60,7 +60,7 @@ _UNARY: dict[Any, tuple[Callable[..., Any], int]] = {
     _Q.softmax: (F.softmax, 2),
     _Q.cat: (torch.cat, 2),
 }
-"""Ops of one operand, and how many of their arguments are the op's and not the grid's."""
+"""Ops with one operand, and how many of their arguments belong to the op rather than to its grid."""
 _LINEAR = {_Q.linear: False, _Q.linear_relu: True}
 _CONVOLUTIONS = {
     _Q.conv1d: False,
@@ -85,7 +85,7 @@ _ELEMENTWISE: dict[type[nn.Module], Callable[[Any], nn.Module]] = {
 def fx_float_graph(
     network: GraphNetwork, example: Example, target: Backend, spell: Spelling | None = None
 ) -> fx.GraphModule:
-    """Write an int8 graph in plain ops, and check each of them against the kernel that it stands for.
+    """Convert an int8 graph to plain ops, and compare each with its kernel.
 
     Args:
         network: The int8 network.
@@ -94,7 +94,7 @@ def fx_float_graph(
         spell: See `qat_lightning.export.program.int8_program`.
 
     Raises:
-        ExportError: A kernel has no translation, or one that does not compute the same.
+        ExportError: A kernel has no translation, or its translation computes different values.
     """
     with quantized_engine(target.engine):
         recorder = Recorder(network, network.graph)
@@ -107,7 +107,7 @@ def fx_float_graph(
 
 
 class _Translation:
-    """One pass over an int8 graph; what yielded a quantized tensor yields the float one that it stands for."""
+    """One pass over an int8 graph that replaces each quantized tensor by the float tensor of the same values."""
 
     def __init__(self, network: GraphNetwork, values: dict[str, Any], spell: Spelling) -> None:
         self.network, self.values, self.spell = network, values, spell
@@ -203,7 +203,7 @@ class _Translation:
             weight, bias = packed.unpack()
             sizes = _conv_sizes(packed)
             if target in (_Q.conv1d, _Q.conv1d_relu):
-                # Packed with a dimension of size 1 before its own.
+                # Packed with an additional leading dimension of size 1.
                 weight, sizes = weight.squeeze(2), (*((size[-1],) for size in sizes[:3]), sizes[3])
             layer = QdqLayer(weight, bias, grid, relu=_CONVOLUTIONS[target], sizes=sizes)
         name = f"_{node.name}"
@@ -231,16 +231,16 @@ class _Checked(fx.Interpreter):
 
 
 def refuse_other(name: str, kernel: Tensor, value: Tensor, target: Backend) -> None:
-    """Compare what an op gives with what its int8 kernel gave on the same input.
+    """Compare the output of an op with that of its int8 kernel on the same input.
 
     Args:
-        name: For the message.
-        kernel: Torch's quantized tensor.
-        value: What the op gives, float.
+        name: Name for the message.
+        kernel: The kernel's output, a quantized tensor of torch.
+        value: The op's output, float.
         target: The backend, for its tolerance.
 
     Raises:
-        ExportError: They differ by more than roundings.
+        ExportError: They differ by more than rounding.
     """
     wanted = kernel.dequantize()
     steps = float((wanted - value).abs().max()) / kernel.q_scale() if value.numel() else 0.0

@@ -1,4 +1,4 @@
-"""Quantize and dequantize as ops of a graph, and packed int8 layers written with them."""
+"""Quantize and dequantize ops, and packed int8 layers rewritten with them."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ _LAYERS: dict[type[nn.Module], tuple[int, bool]] = {
     nnq.Conv3d: (3, False),
     nniq.ConvReLU3d: (3, True),
 }
-"""How many dimensions the kernel slides over, and whether a ReLU is in it."""
+"""For each packed layer, the number of spatial dimensions of its kernel, and whether a ReLU is fused."""
 
 
 class Grid(NamedTuple):
-    """The grid of an activation.
+    """Scale, zero point and dtype of an activation.
 
     Attributes:
-        scale: The size of a step.
-        zero_point: The integer that stands for 0.
+        scale: The step size.
+        zero_point: The integer that represents 0.
         dtype: ``torch.uint8`` or ``torch.int8``.
     """
 
@@ -45,23 +45,23 @@ class Grid(NamedTuple):
 
     @classmethod
     def of(cls, quantized: Tensor) -> Grid:
-        """That of one of torch's quantized tensors.
+        """Return the grid of a quantized tensor of torch.
 
         Raises:
-            ExportError: It has one for each channel.
+            ExportError: The tensor is quantized per channel.
         """
         if quantized.qscheme() not in (torch.per_tensor_affine, torch.per_tensor_symmetric):
             raise ExportError("An activation with a scale for each channel cannot be exported.")
         return cls(quantized.q_scale(), quantized.q_zero_point(), _PLAIN[quantized.dtype])
 
     def arguments(self) -> tuple[Any, ...]:
-        """What the ops take behind the tensor."""
+        """Return the arguments of the quantize and dequantize ops after the tensor."""
         limits = torch.iinfo(self.dtype)
         return self.scale, self.zero_point, limits.min, limits.max, self.dtype
 
 
 def on_grid(x: Tensor, grid: Grid) -> Tensor:
-    """Quantize and dequantize.
+    """Quantize and dequantize a tensor.
 
     Example:
         >>> on_grid(torch.tensor([0.26, -9.0]), Grid(0.1, 10, torch.uint8))
@@ -73,13 +73,13 @@ def on_grid(x: Tensor, grid: Grid) -> Tensor:
 
 
 class QdqLayer(nn.Module):
-    """A packed int8 convolution or linear layer in plain ops: int8 weight, dequantized; float op; quantize, dequantize.
+    """A packed int8 convolution or linear layer in plain ops: dequantized int8 weight, float op, quantize, dequantize.
 
     Args:
-        weight: Torch's quantized int8 tensor.
+        weight: An int8 quantized tensor of torch.
         bias: float32; None for none.
         output: The grid of the output.
-        relu: Whether there is one behind it.
+        relu: Whether a ReLU follows.
         sizes: Stride, padding, dilation and groups of a convolution; empty for a linear layer.
     """
 
@@ -105,10 +105,10 @@ class QdqLayer(nn.Module):
 
     @classmethod
     def of(cls, module: Any) -> QdqLayer:
-        """The layer of one of torch's quantized modules, which has its output's grid.
+        """Create the layer from one of torch's quantized modules, which contains the grid of its output.
 
         Raises:
-            ExportError: There is none for this type.
+            ExportError: This type is not supported.
         """
         if type(module) not in _LAYERS:
             raise ExportError(f"{type(module).__name__} cannot be exported.")
@@ -118,7 +118,7 @@ class QdqLayer(nn.Module):
         return cls(module.weight(), module.bias(), grid, relu=relu, sizes=sizes)
 
     def weight(self) -> Tensor:
-        """The dequantized weight, as ops."""
+        """Return the dequantized weight, computed by ops."""
         if self.per_channel:
             made = ops.dequantize_per_channel.default(
                 self.integers, self.scales, self.zero_points, 0, -128, 127, torch.int8
@@ -130,7 +130,7 @@ class QdqLayer(nn.Module):
         return weight
 
     def forward(self, input: Tensor) -> Tensor:
-        """From dequantized to dequantized tensor."""
+        """Map a dequantized tensor to a dequantized tensor."""
         if self.sizes:
             convolution = getattr(F, f"conv{self.integers.dim() - 2}d")
             output = convolution(input, self.weight(), self.bias, *self.sizes)

@@ -1,8 +1,8 @@
-"""Integer layers of the kinds without calibration, as ops that a format translates as a whole.
+"""Integer layers of the kinds without calibration as ops that a format translates as a whole.
 
-What a runtime has for a compressed weight is one op (MatMulNBits) or one constant in groups, which could not be found
-again among the shifts and products that unpack it. So the graph that is translated has one op in that place. The ops
-run too, so that a graph can be compared with its network; no file ever has them in it.
+Runtimes represent a compressed weight as one op (MatMulNBits) or one constant in groups. That is hard to recognize
+among the shifts and products that unpack a weight, so the graph to translate contains one marked op instead. Marked ops
+also run in PyTorch, so that the graph can be compared with its network; no file contains them.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ def weight(
     high: int,
     group: int,
 ) -> Tensor:
-    """The float32 weight that integers stand for.
+    """Return the float32 weight for stored integers.
 
     Args:
-        stored: Of `qat_lightning.layers.integer.weights.store`.
-        scales: Of shape ``(rows, groups)``.
-        zero_points: Likewise; None for a symmetric grid.
-        shape: Of the weight.
-        transposed: Of `transposed_groups`.
+        stored: From `qat_lightning.layers.integer.weights.store`.
+        scales: Scales of shape ``(rows, groups)``.
+        zero_points: Zero points of the same shape; None for a symmetric grid.
+        shape: Shape of the weight.
+        transposed: From `transposed_groups`.
         low: The smallest integer.
-        high: The largest one.
-        group: As of a `WeightGrid`.
+        high: The largest integer.
+        group: Group size, see `WeightGrid`.
     """
     grid = WeightGrid(low, high, zero_points is None, group)
     values = torch.Size(shape).numel() // stored.shape[0]
@@ -64,13 +64,13 @@ def _(stored: Tensor, scales: Tensor, zero_points: Tensor | None, shape: list[in
     schema="(Tensor input, Tensor columns, Tensor scales, Tensor? bias) -> Tensor",
 )
 def dynamic_linear(input: Tensor, columns: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
-    """A linear layer with one uint8 range for all of its input, found in the call.
+    """A linear layer whose input is quantized to uint8 per tensor, with the range computed in the call.
 
     Args:
         input: Float, of shape ``(..., inputs)``.
-        columns: int8 of shape ``(inputs, outputs)``.
-        scales: One for each output.
-        bias: Likewise.
+        columns: int8 weight of shape ``(inputs, outputs)``.
+        scales: One scale per output.
+        bias: One value per output; None for none.
     """
     eps, ops = float(torch.finfo(torch.float32).eps), torch.ops.quantized_decomposed
     grid = (*ops.choose_qparams.tensor(input, 0, 255, eps, torch.uint8), 0, 255, torch.uint8)
@@ -84,7 +84,7 @@ def _(input: Tensor, columns: Tensor, scales: Tensor, bias: Tensor | None) -> Te
 
 
 class MarkedWeightOnly(WeightOnly):
-    """`WeightOnly` with `weight` in it."""
+    """`WeightOnly` that uses the marked op `weight`."""
 
     def dequantized(self, name: str) -> Tensor:
         """See `WeightOnly.dequantized`."""
@@ -98,7 +98,7 @@ class MarkedWeightOnly(WeightOnly):
 
 
 class MarkedPlainDynamicLinear(PlainDynamicLinear):
-    """`PlainDynamicLinear` with `weight` in it."""
+    """`PlainDynamicLinear` that uses the marked op `weight`."""
 
     @property
     def weight(self) -> Tensor:
@@ -111,7 +111,7 @@ class MarkedPlainDynamicLinear(PlainDynamicLinear):
 
 
 class MarkedDynamicLinear(nn.Module):
-    """`DynamicLinear` as `dynamic_linear`.
+    """`DynamicLinear` that uses the marked op `dynamic_linear`.
 
     Args:
         layer: The layer.
@@ -127,7 +127,7 @@ class MarkedDynamicLinear(nn.Module):
         self.register_buffer("bias", layer.bias)
 
     def forward(self, input: Tensor) -> Tensor:
-        """Any float input of shape ``(..., in_features)``."""
+        """Accept any float input of shape ``(..., in_features)``."""
         made: Tensor = torch.ops.qat_lightning.dynamic_linear(input.float(), self.columns, self.scales, self.bias)
         return made
 
@@ -136,7 +136,7 @@ def marked(layer: IntegerLayer, name: str) -> nn.Module:
     """The `Spelling` of formats that translate `weight` and `dynamic_linear`.
 
     Raises:
-        ExportError: There is none for this type.
+        ExportError: This type of layer is not supported.
     """
     if isinstance(layer, DynamicLinear):
         return MarkedDynamicLinear(layer)

@@ -24,11 +24,10 @@ _INT8_KERNELS = ("QLinearConv", "QLinearMatMul", "QGemm", "MatMulIntegerToFloat"
 class Onnx:
     """`Format` of ONNX files, run by ONNX Runtime's CPU kernels.
 
-    Activations are uint8, as ONNX Runtime likes them, or int8 with zero point 0 from ``backend="tensorrt"``. Weights
-    are int8, one scale for each channel, biases int32. ONNX Runtime puts a layer into one int8 kernel where its output
-    has a grid of its own: networks of ``mode="fx"`` give it one everywhere, while those of ``mode="pt2e"`` leave a
-    convolution in front of a residual add, of an activation other than ReLU or of GroupNorm without one, and it stays
-    float there.
+    Activations are uint8, which ONNX Runtime prefers, or int8 with zero point 0 from ``backend="tensorrt"``. Weights
+    are int8 per channel, biases int32. ONNX Runtime runs a layer as one int8 kernel if its output is quantized. In
+    networks of ``mode="fx"`` every output is; in those of ``mode="pt2e"`` a convolution before a residual add,
+    GroupNorm or an activation other than ReLU has no quantized output, and runs in float.
 
     Example:
         >>> Onnx().suffix, Onnx().refusal(Recipe("fx", "x86"))
@@ -66,7 +65,7 @@ class Onnx:
         onnx.save(model, path)
 
     def load(self, path: Path) -> Runner:
-        """See `Format.load`. It takes as many threads as torch has."""
+        """See `Format.load`. Uses as many threads as torch."""
         self.require()
         return _runner(str(path))
 
@@ -75,14 +74,14 @@ class Onnx:
         return ()
 
     def kernels(self, path: Path) -> Kernels | None:
-        """See `Format.kernels`: ONNX Runtime writes down the graph that it runs."""
+        """See `Format.kernels`: read from the optimized graph that ONNX Runtime writes."""
         import onnx
         import onnxruntime
 
         self.require()
         with tempfile.TemporaryDirectory(prefix="qat-lightning-") as folder:
             options = onnxruntime.SessionOptions()
-            options.log_severity_level = 4  # that the file is for this machine alone
+            options.log_severity_level = 4  # hide the warning that the file is specific to this machine
             options.optimized_model_filepath = str(Path(folder, "optimized.onnx"))
             onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
             optimized = onnx.load(options.optimized_model_filepath).graph
@@ -90,7 +89,7 @@ class Onnx:
         return Kernels(int8 + _on_dequantized(optimized), int8)
 
     def _try(self, model: Any) -> None:
-        """Refuse what ONNX has and its runtime has not."""
+        """Raise if ONNX Runtime does not support something in the model."""
         try:
             _runner(model.SerializeToString())
         except Exception as error:
@@ -102,7 +101,7 @@ class Onnx:
 
 
 def _on_dequantized(graph: Any) -> int:
-    """How many float layers and products read nothing but what a DequantizeLinear made of integers, and a bias."""
+    """Count float layers and products whose inputs are only dequantized integers, and a bias."""
     made = {name: node.op_type for node in graph.node for name in node.output}
     return sum(
         node.op_type in _LAYERS and all(made.get(name) == "DequantizeLinear" for name in list(node.input)[:2])
@@ -111,7 +110,7 @@ def _on_dequantized(graph: Any) -> int:
 
 
 def refuse_direct(recipe: Recipe, what: str) -> str:
-    """Why a network is not translated: of the kinds without calibration, or with 16-bit activations; empty if it is."""
+    """Return why a recipe is not supported (kinds without calibration, 16-bit activations); empty if it is."""
     if recipe.kind not in DIRECT and recipe.scheme.activation_bits == 16:
         return (
             f"{what} files support activations of 8 bits here, and these have 16: use executorch or exported_program."

@@ -1,8 +1,8 @@
-"""Compressed weights and dynamic linear layers in ONNX: what its runtimes have kernels for.
+"""Compressed weights and dynamic linear layers in ONNX, in forms for which runtimes have kernels.
 
-A product of matrices with a compressed weight is ``MatMulNBits``, the contrib op of ONNX Runtime that OpenVINO reads as
-well: the file itself says that activations stay float, whereas a DequantizeLinear in front of a MatMul is computed with
-activations rounded to 8 bits, by ONNX Runtime's own default. Everything else reads a DequantizeLinear of int8 or int4.
+A matrix product with a compressed weight becomes ``MatMulNBits``, a contrib op of ONNX Runtime that OpenVINO also
+reads. The file then says itself that activations stay float; ONNX Runtime computes a DequantizeLinear before a MatMul
+with activations rounded to 8 bits by default. All other ops read a DequantizeLinear of int8 or int4.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from qat_lightning.export.onnx_rewrites import _array, _constant, _node, _replac
 _DOMAIN, _WEIGHT = "qat_lightning", "Weight"
 _MICROSOFT = "com.microsoft"
 _BLOCKS = (16, 32, 64, 128, 256)
-"""The values that may share a scale in MatMulNBits."""
+"""Group sizes that MatMulNBits supports."""
 
 
 def translations() -> dict[Any, Callable[..., Any]]:
-    """How `torch.onnx.export` translates the ops of `qat_lightning.export.marked`."""
+    """Return translations of the ops of `qat_lightning.export.marked` for `torch.onnx.export`."""
     import onnxscript
     from onnxscript import opset20 as op
 
@@ -45,7 +45,7 @@ def translations() -> dict[Any, Callable[..., Any]]:
 
 
 def _schema() -> Any:
-    """Of the op that stands for a weight until `compress`."""
+    """Return the schema of the temporary op that represents a weight until `compress`."""
     from onnx.defs import OpSchema
 
     parameter, attribute = OpSchema.FormalParameter, OpSchema.Attribute
@@ -69,7 +69,7 @@ def _schema() -> Any:
 
 
 def compress(model: Any) -> None:
-    """Replace each marked weight by the form that runtimes support.
+    """Replace each marked weight by a form that runtimes support.
 
     Args:
         model: An ``onnx_ir.Model``, changed in place.
@@ -99,13 +99,13 @@ class _Weight:
 
     Attributes:
         value: Its float value in the graph.
-        name: Of its constants.
-        shape: Of the float weight.
-        transposed: As of `transposed_groups`.
-        group: As of a `WeightGrid`.
-        integers: int8 of shape ``(rows, columns)``, whole groups.
+        name: Prefix of the names of its constants.
+        shape: Shape of the float weight.
+        transposed: See `transposed_groups`.
+        group: Group size, see `WeightGrid`.
+        integers: int8 of shape ``(rows, columns)``, padded to whole groups.
         scales: float32 of shape ``(rows, groups)``.
-        zero_points: Likewise; None for 0.
+        zero_points: The same shape; None for 0.
         bits: 4 or 8.
     """
 
@@ -123,18 +123,18 @@ class _Weight:
 
     @property
     def values(self) -> int:
-        """Of a row."""
+        """Number of values per row."""
         return int(math.prod(self.shape) // len(self.integers))
 
     def blocks(self) -> tuple[int, Any, Any, Any]:
-        """The size of a block that MatMulNBits has, and the integers, scales and zero points of the blocks."""
+        """Return a block size of MatMulNBits, and the integers, scales and zero points by block."""
         rows = self.integers.shape[0]
         size = min(self.group, _BLOCKS[-1]) if self.group > 0 else min(_BLOCKS, key=self._bytes_of_row)
         count = -(-self.values // size)
         integers = np.zeros((rows, count * size), np.int8)
         taken = min(self.integers.shape[1], count * size)
         integers[:, :taken] = self.integers[:, :taken]
-        # A range of more values than a block has, or of the whole row, is that of several blocks.
+        # A group larger than a block, or a whole row, is split into several blocks with the same scale.
         groups = np.arange(count) * size // self.group if self.group > 0 else np.zeros(count, np.int64)
         zero_points = None if self.zero_points is None else self.zero_points[:, groups]
         return size, integers.reshape(rows, count, size), self.scales[:, groups], zero_points
@@ -166,7 +166,7 @@ def _is_matrix(value: Any) -> bool:
 
 
 def _is_plain(gemm: Any) -> bool:
-    """Whether a Gemm is a linear layer."""
+    """Whether a Gemm is a linear layer without scaling factors."""
     attributes = gemm.attributes
     factors = (attributes.get_float("alpha", 1.0), attributes.get_float("beta", 1.0))
     turned = (attributes.get_int("transA", 0), attributes.get_int("transB", 0))
@@ -195,7 +195,7 @@ def _product(graph: Any, before: Any, weight: _Weight) -> Any:
 
 
 def _packed(values: Any, bits: int) -> Any:
-    """Two values of 4 bits to a byte along the last dimension, padded to whole bytes."""
+    """Pack two 4-bit values per byte along the last dimension, padded to whole bytes."""
     if bits == 8:
         return values
     if values.shape[-1] % 2:
@@ -204,18 +204,18 @@ def _packed(values: Any, bits: int) -> Any:
 
 
 def _once(graph: Any, name: str, array: Any) -> Any:
-    """A constant, or the equal one that another reader of the weight has made."""
+    """Return a constant, reusing the one that another reader of the weight created."""
     found = graph.initializers.get(name)
     return found if found is not None and np.array_equal(_array(found), array) else _constant(graph, name, array)
 
 
 def _dequantized(graph: Any, before: Any, weight: _Weight) -> Any:
-    """The float weight behind a DequantizeLinear, for everything that is no product."""
+    """Return the float weight after a DequantizeLinear, for ops other than matrix products."""
     grouped, shape = weight.group > 0, weight.shape
     in_rows = grouped or bool(weight.transposed)
     integers, scales, zero_points = weight.integers, weight.scales, weight.zero_points
     if not grouped:
-        # One scale a row, also where all rows have the same.
+        # One scale per row, even if all rows have the same.
         integers, scales = integers[:, : weight.values], scales[:, 0]
         zero_points = None if zero_points is None else zero_points[:, 0]
     laid_out = _of_bits(integers if in_rows else integers.reshape(shape), weight.bits)
@@ -240,7 +240,7 @@ def _dequantized(graph: Any, before: Any, weight: _Weight) -> Any:
 
 
 def _of_bits(integers: Any, bits: int) -> Any:
-    """int8 as it is; int4 where 4 bits hold it."""
+    """Return int8 unchanged, or int4 for 4 bits."""
     import ml_dtypes
 
     return integers.astype(ml_dtypes.int4) if bits == 4 else integers.astype(np.int8)

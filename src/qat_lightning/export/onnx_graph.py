@@ -1,9 +1,9 @@
-"""An ExportedProgram as a clean ONNX model: what its runtimes look for when they put int8 kernels in.
+"""Conversion of an ExportedProgram to an ONNX model in the form from which runtimes select int8 kernels.
 
-`torch.onnx.export <https://docs.pytorch.org/docs/stable/onnx_export.html>`_ translates the ops. What is rewritten here
-is what keeps ONNX Runtime, OpenVINO and TensorRT from taking a layer as one int8 kernel: a weight that is transposed
-behind its DequantizeLinear, a bias on no grid, a linear layer of more than two dimensions, pooling as a mean: see
-`qat_lightning.export.onnx_rewrites`.
+`torch.onnx.export <https://docs.pytorch.org/docs/stable/onnx_export.html>`_ translates the ops. The rewrites here
+remove what prevents ONNX Runtime, OpenVINO and TensorRT from running a layer as one int8 kernel, such as a weight
+transposed after its DequantizeLinear, a bias that is not quantized, a linear layer with more than two dimensions, or
+pooling written as a mean: see `qat_lightning.export.onnx_rewrites`.
 """
 
 from __future__ import annotations
@@ -25,26 +25,26 @@ from qat_lightning.export.onnx_compressed import compress, translations
 from qat_lightning.export.onnx_rewrites import rewrite
 
 OPSET = 20
-"""The opset of files of static ranges: ONNX Runtime 1.17 and later, OpenVINO 2024.0 and later, TensorRT 10."""
+"""The opset of files with static ranges: ONNX Runtime 1.17, OpenVINO 2024.0 and TensorRT 10, or later."""
 OPSET_OF_GROUPS = 21
-"""Of those of the kinds without calibration: the first with int4 and scales for groups; ONNX Runtime 1.20 and later."""
+"""The opset for kinds without calibration, the first with int4 and scales per group: ONNX Runtime 1.20 or later."""
 _BATCH = "batch"
 
 
 def onnx_model(program: ExportedProgram, *, for_openvino: bool = False, compressed: bool = False) -> Any:
-    """Translate a program.
+    """Convert a program to ONNX.
 
     Args:
-        program: Of `qat_lightning.export.program`.
-        for_openvino: Leave biases float and linear layers in their dimensions, which OpenVINO's int8 kernels take, and
-            weights without a zero point, which it would subtract.
+        program: From `qat_lightning.export.program`.
+        for_openvino: Keep biases float, and linear layers in their original dimensions, as OpenVINO's int8 kernels
+            require; omit zero points of weights, which OpenVINO would subtract.
         compressed: Whether the program has the ops of `qat_lightning.export.marked`.
 
     Returns:
         An ``onnx.ModelProto`` that the ONNX checker accepts.
 
     Raises:
-        ExportError: ONNX has no such op.
+        ExportError: ONNX has no translation of an op.
     """
     import onnx
     import onnx_ir as ir
@@ -79,7 +79,7 @@ def onnx_model(program: ExportedProgram, *, for_openvino: bool = False, compress
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Hold back what upstream prints and warns of on every export."""
+    """Suppress output and warnings that upstream produces on every export."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
@@ -108,12 +108,12 @@ def _explain(error: BaseException) -> str:
 
 
 def _input_names(program: ExportedProgram) -> list[str]:
-    """The names of the tensors in the float network's signature."""
+    """Return the names of the tensors in the float network's signature."""
     return [_plain(str(name)) for name in program.graph_signature.user_inputs if isinstance(name, str)]
 
 
 def _output_names(program: ExportedProgram) -> list[str]:
-    """The keys of a dict of outputs, else ``output``, or ``output_0`` and so on."""
+    """Return the keys of a dict of outputs, otherwise ``output``, or ``output_0`` and so on."""
     spec = program.call_spec.out_spec
     assert spec is not None
     filled = torch.utils._pytree.tree_unflatten(list(range(spec.num_leaves)), spec)
@@ -135,7 +135,7 @@ def _plain(name: str) -> str:
 
 
 def _name_batch(model: Any, program: ExportedProgram) -> None:
-    """Call the one dimension that may vary by its name."""
+    """Name the dynamic batch dimension."""
     import onnx_ir as ir
 
     symbols = {

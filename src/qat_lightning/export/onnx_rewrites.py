@@ -1,6 +1,6 @@
-"""Rewriting an ONNX graph so that runtimes find the layers that they have an int8 kernel for.
+"""Rewrites of an ONNX graph so that runtimes recognize layers for which they have an int8 kernel.
 
-Each function changes one thing that keeps a layer from being one kernel, on the graph of an ``onnx_ir.Model``.
+Each function removes one obstacle, on the graph of an ``onnx_ir.Model``.
 """
 
 from __future__ import annotations
@@ -11,16 +11,16 @@ import numpy as np
 
 _INT32 = 2**31 - 1
 _MOVES = ("Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Slice", "Gather", "Split", "Expand", "Identity")
-"""Ops whose output holds values of their first input and no others."""
+"""Ops whose output contains only values of their first input."""
 
 
 def rewrite(graph: Any, *, for_openvino: bool) -> None:
-    """Bring a graph into the form that its runtimes look for.
+    """Rewrite a graph into the form that runtimes recognize.
 
     Args:
-        graph: Of an ``onnx_ir.Model``, changed in place.
-        for_openvino: Leave biases float and linear layers in their dimensions, weights without a zero point, and one
-            grid where ONNX Runtime wants one on both sides of what moves values.
+        graph: Graph of an ``onnx_ir.Model``; changed in place.
+        for_openvino: Keep biases float, linear layers in their original dimensions, weights without a zero point, and
+            one quantize op where ONNX Runtime needs the same grid on both sides of an op that only moves values.
     """
     _round_constants(graph)
     _transpose_weights(graph)
@@ -35,12 +35,12 @@ def rewrite(graph: Any, *, for_openvino: bool) -> None:
 
 
 def _array(value: Any) -> Any:
-    """The constant that a value is; None if it is none."""
+    """Return the array of a constant value; None if it is not constant."""
     return None if value is None or value.const_value is None else value.const_value.numpy()
 
 
 def _constant(graph: Any, name: str, array: Any) -> Any:
-    """A new initializer."""
+    """Create an initializer."""
     import onnx_ir as ir
 
     while name in graph.initializers:
@@ -52,7 +52,7 @@ def _constant(graph: Any, name: str, array: Any) -> Any:
 
 
 def _node(graph: Any, before: Any, op_type: str, inputs: list[Any], **attributes: Any) -> Any:
-    """A new node, and its output."""
+    """Create a node and return its output."""
     import onnx_ir as ir
 
     node = ir.node(op_type, inputs, attributes=attributes)
@@ -61,19 +61,19 @@ def _node(graph: Any, before: Any, op_type: str, inputs: list[Any], **attributes
 
 
 def _producer(value: Any, op_type: str) -> Any:
-    """The node that computes a value, if it is of this type."""
+    """Return the node that computes a value, if it has this type."""
     node = None if value is None else value.producer()
     return node if node is not None and node.op_type == op_type else None
 
 
 def _of_weight(value: Any) -> Any:
-    """The DequantizeLinear of a constant, behind which a value is; None if it is something else."""
+    """Return the DequantizeLinear of a constant that a value comes from; None if there is none."""
     node = _producer(value, "DequantizeLinear")
     return node if node is not None and _array(node.inputs[0]) is not None else None
 
 
 def _round_constants(graph: Any) -> None:
-    """Keep a constant that is rounded, such as the embedding of positions, as its integers."""
+    """Store a constant that is quantized in the graph, such as a positional embedding, as integers."""
     for node in list(graph):
         if node.op_type != "QuantizeLinear" or len(node.inputs) < 3:
             continue
@@ -86,9 +86,10 @@ def _round_constants(graph: Any) -> None:
 
 
 def _round_once(graph: Any) -> None:
-    """Drop a grid that values are on already: rounding them again changes nothing.
+    """Remove a quantize and dequantize pair if its input is already on that grid, so that it changes nothing.
 
-    The grid stays in front of what only moves values (the heads of attention), where a kernel can write its integers.
+    The pair stays before ops that only move values (such as splitting attention heads), where a kernel can write
+    integers.
     """
     for node in list(graph):
         if node.op_type != "QuantizeLinear" or _array(node.inputs[1]) is None or _array(node.inputs[1]).ndim:
@@ -114,7 +115,7 @@ def _same_grid(one: Any, other: Any) -> bool:
 
 
 def _transpose_weights(graph: Any) -> None:
-    """Transpose the integers of a weight, and not what they are dequantized to."""
+    """Transpose the integers of a weight instead of the dequantized values."""
     for node in list(graph):
         weight = _of_weight(node.inputs[0]) if node.op_type == "Transpose" else None
         if weight is None or _array(weight.inputs[0]).ndim != 2:
@@ -127,7 +128,7 @@ def _transpose_weights(graph: Any) -> None:
 
 
 def _drop_zero_points(graph: Any) -> None:
-    """Leave zero points of 0 out of weights: a DequantizeLinear has none by default."""
+    """Remove zero points of 0 from weights; 0 is the default of DequantizeLinear."""
     for node in graph:
         if node.op_type == "DequantizeLinear" and _array(node.inputs[0]) is not None and len(node.inputs) > 2:
             zero = _array(node.inputs[2])
@@ -136,7 +137,7 @@ def _drop_zero_points(graph: Any) -> None:
 
 
 def _matrices(graph: Any) -> None:
-    """Linear layers of more than two dimensions as products of matrices, for which there are int8 kernels with bias."""
+    """Rewrite linear layers with more than two dimensions as Gemm, for which int8 kernels with bias exist."""
     for node in list(graph):
         if node.op_type != "MatMul" or _of_weight(node.inputs[1]) is None:
             continue
@@ -152,7 +153,7 @@ def _matrices(graph: Any) -> None:
         outputs = _array(bias).shape[0]
         rows = _constant(graph, "rows", np.array([-1, shape[-1]], dtype=np.int64))
         back = _constant(graph, "back", np.array([-1, *shape[1:-1], outputs], dtype=np.int64))
-        # The integers are reshaped, and not the float values: the kernel reads them behind it.
+        # Reshape the integers rather than the float values, because the kernel reads them after the reshape.
         integers = _node(graph, node, "Reshape", [grid.inputs[0], rows])
         flat = _node(graph, node, "DequantizeLinear", [integers, *grid.inputs[1:]])
         product = _node(graph, node, "Gemm", [flat, weight, bias])
@@ -166,15 +167,15 @@ def _matrices(graph: Any) -> None:
 
 
 def _is_uint8(grid: Any) -> bool:
-    """Whether what is dequantized is on a known grid of uint8."""
+    """Whether a dequantized value has a known uint8 grid."""
     zero = _array(grid.inputs[2]) if len(grid.inputs) > 2 else None
     return zero is not None and zero.dtype == np.uint8 and _array(grid.inputs[1]) is not None
 
 
 def _round_biases(graph: Any) -> None:
-    """Biases as int32 with the scale of input times weight, as the accumulators of int8 kernels have it.
+    """Quantize biases to int32 with scale = input scale * weight scale, like the accumulators of int8 kernels.
 
-    Not with int8 activations, whose runtimes (TensorRT) take float biases only, and not where one does not fit.
+    Not with int8 activations, because their runtimes (TensorRT) require float biases, and not where a value overflows.
     """
     for node in list(graph):
         if node.op_type not in ("Conv", "Gemm") or len(node.inputs) < 3:
@@ -199,7 +200,7 @@ def _round_biases(graph: Any) -> None:
 
 
 def _pools(graph: Any) -> None:
-    """The mean over an image as the pooling that runtimes have an int8 kernel for."""
+    """Replace a mean over the spatial dimensions by the pooling op for which runtimes have an int8 kernel."""
     for node in list(graph):
         if node.op_type != "ReduceMean" or len(node.inputs) < 2 or _array(node.inputs[1]) is None:
             continue
@@ -212,7 +213,7 @@ def _pools(graph: Any) -> None:
             continue
         readers = [use.node for use in node.outputs[0].uses()]
         if len(readers) == 1 and readers[0].op_type == "QuantizeLinear" and not node.outputs[0].is_graph_output():
-            # Rounded at once, so that one kernel reads and writes integers.
+            # Quantized directly, so that one kernel reads and writes integers.
             integers = _node(graph, readers[0], "QuantizeLinear", [pooled, *readers[0].inputs[1:]])
             _replace(readers[0].outputs[0], _node(graph, readers[0], "Flatten", [integers], axis=1))
         else:
@@ -220,7 +221,7 @@ def _pools(graph: Any) -> None:
 
 
 def _fold_zeros(graph: Any) -> None:
-    """Zeros around an image as the padding of the convolutions that read it: every grid has zero."""
+    """Move zero padding around an image into the convolutions that read it; every grid represents zero."""
     import onnx_ir as ir
 
     for node in list(graph):
@@ -240,7 +241,7 @@ def _fold_zeros(graph: Any) -> None:
 
 
 def _zeros_around(node: Any) -> list[int] | None:
-    """How many zeros a Pad puts before and behind each dimension of an image; None if it does something else."""
+    """Return the pads that a Pad op adds before and after each spatial dimension; None if it does something else."""
     shape, amounts = node.inputs[0].shape, _array(node.inputs[1])
     fill, axes = (node.inputs[index] if index < len(node.inputs) else None for index in (2, 3))
     if shape is None or amounts is None or node.attributes.get_string("mode", "constant") != "constant":
@@ -256,7 +257,7 @@ def _zeros_around(node: Any) -> list[int] | None:
 
 
 def _convolutions_behind(value: Any) -> tuple[list[Any], list[Any]] | None:
-    """The Convs that read a value, directly or rounded, with the values in between; None if anything else reads it."""
+    """Return Convs that read a value, and the values between; None if anything else reads the value."""
     if value.is_graph_output():
         return None
     values, convolutions = [value], []
@@ -277,7 +278,7 @@ def _convolutions_behind(value: Any) -> tuple[list[Any], list[Any]] | None:
 
 
 def _replace(old: Any, new: Any) -> None:
-    """Let everything that reads one value read another one, which takes over its name, type and shape."""
+    """Make all readers of one value read another, which takes over its name, type and shape."""
     new.shape, new.dtype = old.shape, old.dtype
     graph = old.producer().graph
     for index, output in enumerate(graph.outputs):

@@ -18,20 +18,20 @@ from qat_lightning.export.protocol import Kernels, Port, Runner, Source
 from qat_lightning.settings.recipe import Recipe
 
 _PRECISION = ["qat_lightning", "inference_precision"]
-"""Where a file says in which precision its float ops are to run; nowhere in those of int8 networks."""
+"""Entry of a file that gives the precision of its float ops; absent from files of int8 networks."""
 _DYNAMIC_GROUP = ["runtime_options", "DYNAMIC_QUANTIZATION_GROUP_SIZE"]
-"""Where a file says to OpenVINO itself how many activations of a product share a range; 0 for float ones."""
+"""Entry of a file that tells OpenVINO how many activations of a product share a range; 0 for float activations."""
 _SHAPES = 8
-"""For how many shapes of inputs a loaded network is kept compiled."""
+"""Number of input shapes for which a loaded network stays compiled."""
 
 
 class OpenVino:
     """`Format` of OpenVINO's files, run by its CPU plugin.
 
-    ``path`` is the ``.xml``; the weights are in a ``.bin`` of the same name beside it, and the two stay together. The
-    grids of training are kept as FakeQuantize ops, which OpenVINO's low-precision transformations turn into int8
-    kernels; convolutions take a residual add and an activation with them. What is left float in an int8 network runs
-    in bfloat16 where the CPU has it, as is OpenVINO's own default; a float network runs in float32 throughout.
+    ``path`` is the ``.xml``; the weights are in a ``.bin`` of the same name, and both files must stay together.
+    The trained quantization parameters are stored as FakeQuantize ops, which OpenVINO's low-precision transformations
+    turn into int8 kernels; convolutions are fused with a residual add and an activation. Layers of an int8 network that
+    stay float run in bfloat16 if the CPU supports it, as is OpenVINO's default; a float network runs in float32.
 
     Example:
         >>> OpenVino().suffix, OpenVino().refusal(Recipe("pt2e", "x86"))
@@ -70,7 +70,7 @@ class OpenVino:
 
         model = onnx_model(source.spelled(marked), for_openvino=True, compressed=source.is_direct)
         try:
-            # Not convert_model, which reports its use over the network.
+            # Not convert_model, which sends telemetry.
             converted = _core().read_model(model.SerializeToString())
             _compile(converted)
         except Exception as error:
@@ -80,11 +80,11 @@ class OpenVino:
                 "onnx or pt2, or leave the part that fails out of the network."
             ) from error
         if source.is_direct:
-            # OpenVINO's own default rounds what a compressed weight is multiplied with, which no one has trained for.
+            # By default OpenVINO quantizes the activations of compressed weights, which training did not include.
             converted.set_rt_info("0", _DYNAMIC_GROUP)
         if source.quantized is None:
             converted.set_rt_info("f32", _PRECISION)
-        # Weights are not to be made float16: they are int8, and what is left is to be what was trained.
+        # Do not compress to float16: weights are int8, and the rest must keep its trained values.
         openvino.save_model(converted, str(path), compress_to_fp16=False)
 
     def ports(self, path: Path) -> tuple[Port, ...]:
@@ -96,9 +96,9 @@ class OpenVino:
         return None
 
     def load(self, path: Path) -> Runner:
-        """See `Format.load`. It takes as many threads as torch has.
+        """See `Format.load`. Uses as many threads as torch.
 
-        A network of fixed shapes is faster: it is compiled for each new shape of the inputs, at the first call.
+        A network with fixed shapes is faster, so it is compiled for each new shape of the inputs, at the first call.
         """
         self.require()
         model = _core().read_model(str(path))
@@ -114,7 +114,7 @@ class OpenVino:
             arrays = [tensor.detach().cpu().contiguous() for tensor in tensors]
             arrays = [tensor.float() if tensor.is_floating_point() else tensor for tensor in arrays]
             asked = request(tuple(tuple(tensor.shape) for tensor in arrays))
-            # The inputs are read where they are. The request keeps its outputs' buffers for the next call.
+            # Inputs are read in place. The request reuses its output buffers in the next call, so they are copied.
             asked.infer([tensor.numpy() for tensor in arrays], share_inputs=True, share_outputs=True)
             return [torch.from_numpy(np.array(output.data)) for output in asked.output_tensors]
 
@@ -123,11 +123,11 @@ class OpenVino:
 
 @functools.cache
 def _core() -> Any:
-    """The one core of the process, kept to its end.
+    """Return the process's only core, which is kept until the process ends.
 
-    The CPU plugin of each core gives the thread a signal stack of its own, and frees it with the core: with two cores
-    the thread can be left with a stack that is gone, and the next signal (a data loader's worker that ends) kills the
-    process without a word.
+    The CPU plugin of each core gives the thread a signal stack and frees it with the core. With two cores, the thread
+    can be left with a freed stack, and the next signal (such as the end of a data loader's worker) kills the process
+    without a message.
     """
     import openvino
 

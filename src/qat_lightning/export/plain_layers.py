@@ -1,4 +1,4 @@
-"""Layers of the kinds without calibration in plain ops, which every runtime of such graphs has."""
+"""Layers of the kinds without calibration in plain ops, which every runtime of exported graphs supports."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ Layer = TypeVar("Layer", bound=IntegerLayer)
 
 
 def plain_integer_layer(module: IntegerLayer, name: str) -> nn.Module:
-    """A layer of the kinds without calibration in plain ops.
+    """Convert a layer of the kinds without calibration to plain ops.
 
     Raises:
-        ExportError: There is none for this type.
+        ExportError: This type is not supported.
     """
     if isinstance(module, DynamicLinear):
         return QdqDynamicLinear(module)
@@ -38,7 +38,7 @@ def plain_integer_layer(module: IntegerLayer, name: str) -> nn.Module:
 
 
 class QdqDynamicLinear(nn.Module):
-    """`DynamicLinear` in plain ops: the range of the input is found in each call.
+    """`DynamicLinear` in plain ops: the range of the input is computed in each call.
 
     Args:
         layer: The layer.
@@ -56,7 +56,7 @@ class QdqDynamicLinear(nn.Module):
         self.register_buffer("bias", layer.bias)
 
     def forward(self, input: Tensor) -> Tensor:
-        """Any float input of shape ``(..., in_features)``."""
+        """Accept any float input of shape ``(..., in_features)``."""
         eps = float(torch.finfo(torch.float32).eps)
         ops = torch.ops.quantized_decomposed
         input = input.float()
@@ -69,7 +69,7 @@ class QdqDynamicLinear(nn.Module):
 
 
 class PlainBag(nn.Module):
-    """`WeightOnlyEmbedding` of bags of one size in plain ops: what other runtimes have for bags takes few forms of it.
+    """`WeightOnlyEmbedding` for bags of equal size in plain ops; runtimes support few forms of the embedding-bag op.
 
     Args:
         layer: The layer.
@@ -80,7 +80,7 @@ class PlainBag(nn.Module):
         self.layer = layer
 
     def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
-        """As the float layer; bags that offsets tell apart go to torch's own op."""
+        """Compute what the float layer does; bags given by offsets use torch's own op."""
         layer = self.layer
         if input.dim() != 2 or layer.mode not in ("sum", "mean", "max"):
             output: Tensor = layer(input, offsets, per_sample_weights)
@@ -98,7 +98,7 @@ class PlainBag(nn.Module):
 
 
 class PlainTable(WeightOnlyEmbedding):
-    """`WeightOnlyEmbedding` of two values to a byte, told apart by divisions: ONNX shifts signed integers only."""
+    """`WeightOnlyEmbedding` with two values per byte, unpacked by division: ONNX export shifts signed integers only."""
 
     def rows(self, indices: Tensor) -> Tensor:
         """See `WeightOnlyEmbedding.rows`."""
@@ -112,7 +112,7 @@ class PlainTable(WeightOnlyEmbedding):
 
 
 def with_class(layer: IntegerLayer, cls: type[Layer]) -> Layer:
-    """The same layer with the methods of a subclass; its tensors are shared."""
+    """Return the same layer with the methods of a subclass; tensors are shared."""
     copied: Any = copy.copy(layer)
     copied.__class__ = cls
     made: Layer = copied

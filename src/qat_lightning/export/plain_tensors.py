@@ -1,4 +1,4 @@
-"""The int8 network of eager or fx on plain tensors: no packed weights, and no dtype that torch deprecates."""
+"""Int8 networks of eager and fx on plain tensors: without packed weights and without dtypes that torch deprecates."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ _LEAST_EQUAL = 0.98
 
 
 def to_plain_tensors(network: QuantizedNetwork, example: Example | None = None) -> QuantizedNetwork:
-    """The same int8 network, run by the stack that replaces torch's packed kernels.
+    """Convert an int8 network to one that uses plain integer tensors instead of torch's packed kernels.
 
-    Its integers, scales and zero points are those of ``network``. It is an int8 network of mode ``pt2e``: compiled by
-    AOTInductor at its first call or, without a C++ compiler, run by oneDNN's int8 kernels for plain uint8 and int8
-    tensors. With ``runtime="plain"``, an argument of the callbacks and of `Recipe`, networks are converted so and never
-    compiled. Neither it nor its file needs ``quint8``, ``qint8`` or ``qint32``, which torch deprecates since 2.13, and
-    its file holds the graph, so that eager networks load without their code.
+    Integers, scales and zero points are those of ``network``. The result has mode ``pt2e``: AOTInductor compiles it at
+    its first call; without a C++ compiler it runs with oneDNN's int8 kernels for plain uint8 and int8 tensors. With
+    ``runtime="plain"``, an argument of the callbacks and of `Recipe`, networks are converted like this and never
+    compiled. Neither the network nor its file needs ``quint8``, ``qint8`` or ``qint32``, which torch deprecates since
+    2.13. The file contains the graph, so eager networks load without their code.
 
     Args:
-        network: Static ranges, mode ``eager`` or ``fx``. It stays as it is. A network of mode ``pt2e`` is returned.
+        network: Static ranges, mode ``eager`` or ``fx``; not changed. A network of mode ``pt2e`` is returned as it is.
         example: A real call; by default the one that ``network`` was verified with.
 
     Raises:
-        ConfigurationError: The network is of a kind or mode that has no such form.
-        ExportError: A kernel has no counterpart, or the result computes different values.
+        ConfigurationError: The kind or mode of the network is not supported.
+        ExportError: A kernel has no equivalent, or the result computes different values.
         TraceError: The network cannot be captured as a graph, for example with ``mode="eager"``.
 
     Example:

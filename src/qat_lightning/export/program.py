@@ -1,4 +1,4 @@
-"""A network as one graph of plain ops with a dynamic batch: what every format is made from."""
+"""A network as one graph of plain ops with a dynamic batch size, from which all formats are made."""
 
 from __future__ import annotations
 
@@ -26,22 +26,22 @@ _GRAPH_MODES = "mode='fx' or mode='pt2e', which capture one path through the net
 
 
 def int8_program(network: nn.Module, example: Example | None = None, spell: Spelling | None = None) -> ExportedProgram:
-    """The int8 network as a graph of aten ops between pairs of quantize and dequantize ops.
+    """Convert the int8 network to a graph of aten ops between pairs of quantize and dequantize ops.
 
-    Its inputs and outputs are those of the float network. Weights are int8 constants behind a dequantize op each,
-    BatchNorm is folded, and the batch may have any size. What it computes is what the int8 kernels compute, up to
-    single roundings; each op is compared with its kernel when the program is made.
+    Inputs and outputs are those of the float network. Weights are int8 constants, each followed by a dequantize op,
+    BatchNorm is folded, and the batch size is dynamic. The graph computes what the int8 kernels compute, except for
+    rounding differences of single steps; each op is compared with its kernel.
 
     Args:
-        network: A `QuantizedNetwork`, also one from `qat_lightning.load_quantized`, or a prepared network, which is
+        network: A `QuantizedNetwork`, possibly from `qat_lightning.load_quantized`, or a prepared network, which is
             converted first.
         example: A real call; by default the one that the int8 network was verified with.
-        spell: How integer layers of the kinds without calibration are written; by default in ops that every runtime of
-            such graphs has.
+        spell: How to write integer layers of the kinds without calibration; by default in ops that every runtime of
+            such graphs supports.
 
     Raises:
-        ConfigurationError: The network is not quantized, or there is no real call.
-        ExportError: A kernel has no counterpart in such a graph; the message names it.
+        ConfigurationError: The network is not quantized, or no real call is available.
+        ExportError: A kernel has no equivalent in such a graph; the message names it.
         TraceError: The network cannot be captured as a graph, for example with ``mode="eager"``.
 
     Example:
@@ -67,15 +67,15 @@ def int8_program(network: nn.Module, example: Example | None = None, spell: Spel
 
 
 def in_plain_ops(quantized: QuantizedNetwork, call: Example, spell: Spelling | None = None) -> nn.Module:
-    """The network of mode eager or fx with its packed kernels replaced by ops between quantize and dequantize.
+    """Replace the packed kernels of a network of mode eager or fx by ops between quantize and dequantize ops.
 
     Args:
-        quantized: The int8 network, which is left as it is.
+        quantized: The int8 network; not changed.
         call: A real call, on which each op is compared with its kernel.
         spell: See `int8_program`.
 
     Raises:
-        ExportError: A kernel has no counterpart; the message names it.
+        ExportError: A kernel has no equivalent; the message names it.
     """
     inner, target = quantized.network, quantized.recipe.target
     if isinstance(inner, GraphNetwork):
@@ -88,14 +88,14 @@ def in_plain_ops(quantized: QuantizedNetwork, call: Example, spell: Spelling | N
 
 
 def float_program(network: nn.Module, example: Example) -> ExportedProgram:
-    """A float network in evaluation as a graph of aten ops with a dynamic batch.
+    """Convert a float network in evaluation mode to a graph of aten ops with a dynamic batch size.
 
     Args:
-        network: The float network; left as it is.
+        network: The float network; not changed.
         example: A real call.
 
     Raises:
-        TraceError: The network cannot be exported, or only for one batch size.
+        TraceError: The network cannot be exported, or only for a fixed batch size.
 
     Example:
         >>> program = float_program(nn.Linear(8, 2), Example((torch.randn(4, 8),)))
@@ -108,15 +108,15 @@ def float_program(network: nn.Module, example: Example) -> ExportedProgram:
 
 
 def int8_network(network: nn.Module, example: Example | None) -> QuantizedNetwork:
-    """An int8 network as it is; a prepared one converted.
+    """Return an int8 network as it is; convert a prepared one.
 
     Args:
-        network: `QuantizedNetwork`, or what a mode's ``prepare`` made, which is left as it is.
+        network: A `QuantizedNetwork`, or the result of a mode's ``prepare``; not changed.
         example: A real call, with which a prepared network is verified.
 
     Raises:
-        ConfigurationError: The network is not quantized, or there is no real call.
-        ConversionError: A prepared network cannot be converted.
+        ConfigurationError: The network is not quantized, or no real call is available.
+        ConversionError: The prepared network cannot be converted.
     """
     if isinstance(network, QuantizedNetwork):
         return network
@@ -137,7 +137,7 @@ def _to_float32(value: Any) -> Any:
 
 
 class _Called(nn.Module):
-    """A graph of flat tensors, called like the network that it was captured from."""
+    """Calls a graph of flat tensors with the signature of the network that it was captured from."""
 
     def __init__(self, graph_module: fx.GraphModule, spec: CallSpec) -> None:
         super().__init__()
@@ -172,7 +172,7 @@ def _export(network: nn.Module, example: Example, name: str) -> ExportedProgram:
 
 
 def of_two(example: Example) -> tuple[Any, Any]:
-    """Both kinds of arguments of a call; a batch of one twice, since export takes a size of 1 for a constant."""
+    """Return the arguments of a call with a batch size of at least 2, since export treats a size of 1 as constant."""
 
     def twice(leaf: Any) -> Any:
         return torch.cat([leaf, leaf]) if has_batch(leaf, 1) else leaf

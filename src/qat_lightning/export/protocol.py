@@ -1,4 +1,4 @@
-"""What the formats have in common: one small protocol between them and what writes, loads, compares and times them."""
+"""The protocol between export formats and the code that writes, loads, compares and times files."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from qat_lightning.settings.kinds import DIRECT
 from qat_lightning.settings.recipe import Recipe
 
 Runner = Callable[[list[Tensor]], list[Tensor]]
-"""A loaded artifact: the tensors of a call in, flat, and the tensors that come out, in the order of the signature."""
+"""A loaded artifact: maps the flat tensors of a call to the output tensors, in the order of the signature."""
 
 
 @dataclass(frozen=True)
 class Kernels:
-    """How many layers a file has on integers, and how many of them its runtime runs by an int8 kernel.
+    """How many layers of a file have only integer inputs, and how many of them the runtime runs as int8 kernels.
 
     Attributes:
-        layers: Convolutions, linear layers and products that read integers alone.
-        int8: How many of them are run on integers; the others on floats, which costs time and changes no result.
+        layers: Number of convolutions, linear layers and products with only integer inputs.
+        int8: How many of them run on integers. The others run in float, which is slower but gives the same results.
     """
 
     layers: int
@@ -36,14 +36,14 @@ class Kernels:
 
 @dataclass(frozen=True)
 class Port:
-    """An input or an output of a file that takes or returns integers where the network has floats.
+    """An integer input or output of a file, where the network has floats.
 
     Attributes:
         kind: ``"input"`` or ``"output"``.
-        place: Its place among the tensors of the call, from 0.
-        dtype: Of the integers, such as ``"int8"``.
-        scale: The size of a step; a float is ``scale * (integer - zero_point)``.
-        zero_point: The integer that stands for 0.
+        place: Position among the tensors of the call, from 0.
+        dtype: The integer type, such as ``"int8"``.
+        scale: The step size; a float is ``scale * (integer - zero_point)``.
+        zero_point: The integer that represents 0.
     """
 
     kind: str
@@ -57,12 +57,12 @@ class Port:
 
 
 class Source:
-    """What is exported: an int8 network, or the float one that it is compared with in the same runtime.
+    """The network to export: an int8 network, or the float one that it is compared with in the same runtime.
 
     Args:
         network: The network, on the CPU.
-        example: One real call, with a batch of 2 or more.
-        recipe: Of the int8 network that a float one is compared with; by default the network's own.
+        example: One real call, with a batch size of 2 or more.
+        recipe: For a float network, the recipe of the int8 network; by default the network's own.
 
     Attributes:
         network: As given.
@@ -83,17 +83,17 @@ class Source:
 
     @property
     def is_direct(self) -> bool:
-        """Whether the network is of a kind without calibration, with integer layers in it."""
+        """Whether the network is of a kind without calibration and contains integer layers."""
         return self.quantized is not None and self.quantized.recipe.kind in DIRECT
 
     def spelled(self, spell: Spelling) -> ExportedProgram:
-        """The same graph with the integer layers of the kinds without calibration written in one's own way.
+        """Return the graph with integer layers of the kinds without calibration written in a given way.
 
         Args:
-            spell: How; the graph is kept, for other formats that write them likewise.
+            spell: How to write them; the graph is cached for other formats with the same one.
 
         Raises:
-            ExportError: A layer has no such form.
+            ExportError: A layer is not supported.
             TraceError: The network cannot be captured as a graph.
         """
         from qat_lightning.export.program import int8_program
@@ -106,13 +106,13 @@ class Source:
 
     @cached_property
     def program(self) -> ExportedProgram:
-        """The network as one graph of aten ops with a dynamic batch; made when a format first asks for it.
+        """Return the network as one graph of aten ops with a dynamic batch size; created when first needed.
 
         An int8 network has pairs of ``quantized_decomposed`` quantize and dequantize ops where its kernels read and
-        write integers, and int8 weights behind a dequantize op each.
+        write integers, and int8 weights each followed by a dequantize op.
 
         Raises:
-            ExportError: A kernel has no counterpart in such a graph.
+            ExportError: A kernel has no equivalent in such a graph.
             TraceError: The network cannot be captured as a graph.
         """
         from qat_lightning.export.program import float_program, int8_program
@@ -123,14 +123,14 @@ class Source:
 
 
 class Format(Protocol):
-    """One file format and the runtime that runs it.
+    """A file format and the runtime that runs it.
 
     Attributes:
-        name: What the user types.
-        suffix: Of the file, such as ``".onnx"``.
-        runtime: The runtime in words, such as ``"ONNX Runtime"``.
-        extra: The optional dependency it needs, as ``pip install qat-lightning[extra]`` names it.
-        batch: The only batch size that its files take; None for any.
+        name: The name that users give.
+        suffix: Suffix of the file, such as ``".onnx"``.
+        runtime: Name of the runtime, such as ``"ONNX Runtime"``.
+        extra: The optional dependency to install, as in ``pip install qat-lightning[extra]``.
+        batch: The only batch size that its files support; None for any.
     """
 
     name: ClassVar[str]
@@ -140,36 +140,36 @@ class Format(Protocol):
     batch: ClassVar[int | None]
 
     def require(self) -> None:
-        """Check that the packages it needs are installed.
+        """Check that the required packages are installed.
 
         Raises:
-            MissingExtraError: With the one line that installs them.
+            MissingExtraError: One is missing; the message has the command that installs it.
         """
         ...
 
     def refusal(self, recipe: Recipe) -> str:
-        """Why networks of this recipe do not go into this format, and what to choose instead; empty if they do."""
+        """Return why this format does not support a recipe, and what to choose instead; empty if it does."""
         ...
 
     def write(self, source: Source, path: Path) -> None:
-        """Write the file, which does not exist yet; what else it needs goes beside it.
+        """Write the file, which does not exist yet; additional files are written beside it.
 
         Raises:
-            ExportError: The format or its runtime has no such op; the message names it.
+            ExportError: The format or its runtime does not support an op; the message names it.
         """
         ...
 
     def load(self, path: Path) -> Runner:
-        """Load a file with the runtime itself, in a process that may know nothing of the network."""
+        """Load a file with its runtime, in a process without the network's code."""
         ...
 
     def ports(self, path: Path) -> tuple[Port, ...]:
-        """The inputs and outputs of a file that are integers where the network has floats; empty for most formats.
+        """Return the inputs and outputs of a file that are integers where the network has floats.
 
-        What `load` returns takes and gives floats all the same, and rounds and restores them itself.
+        Empty for most formats. The runner that `load` returns takes and returns floats, and converts them itself.
         """
         ...
 
     def kernels(self, path: Path) -> Kernels | None:
-        """How a loaded file's layers are run; None where its runtime does not tell, or runs all as they are written."""
+        """Return how layers of a file are run; None if the runtime does not report it, or runs all as written."""
         ...

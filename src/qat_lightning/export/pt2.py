@@ -1,4 +1,4 @@
-"""PyTorch's own formats: a package that AOTInductor compiled for this kind of CPU, and the plain exported program."""
+"""PyTorch's own formats: a package that AOTInductor compiled for this type of CPU, and the exported program."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class AotInductor:
 
 
 class PlainProgram:
-    """`Format` of ``torch.export.save``: what other compilers of PyTorch's world start from; it has no int8 kernels."""
+    """`Format` of ``torch.export.save``, the input of other PyTorch compilers; it contains no int8 kernels."""
 
     name: ClassVar[str] = "exported_program"
     suffix: ClassVar[str] = ".program.pt2"
@@ -97,8 +97,8 @@ class PlainProgram:
         return None
 
     def load(self, path: Path) -> Runner:
-        """See `Format.load`. Loading unpickles: only files of people whom you trust."""
-        # Registers the ops between which the integers are.
+        """See `Format.load`. Loading unpickles: load only files from sources that you trust."""
+        # Registers the quantize and dequantize ops.
         import torch.ao.quantization.fx._decomposed
 
         module = torch.export.load(str(path)).module()
@@ -113,11 +113,11 @@ class PlainProgram:
 def flat_graph(
     source: Source, program: ExportedProgram | None = None
 ) -> tuple[fx.GraphModule, tuple[Tensor, ...], tuple[Any, ...]]:
-    """The program of a source as a graph of flat tensors, with an example and its dynamic shapes.
+    """Return a source's program as a graph of flat tensors, with example inputs and dynamic shapes.
 
     Args:
-        source: What is exported.
-        program: Another one than `Source.program`.
+        source: The network to export.
+        program: Used instead of `Source.program`.
     """
     program = source.program if program is None else program
     with warnings.catch_warnings():
@@ -140,10 +140,10 @@ def flat_graph(
     results = torch.utils._pytree.tree_leaves(graph.output_node().args[0])
     graph.output_node().args = (tuple(result for result in results if isinstance(result, fx.Node)),)
     graph.set_codegen(fx.graph.CodeGen())
-    # A module of its own: that of the program checks how it is called.
+    # A new module, because the program's own checks its inputs.
     return fx.GraphModule(inner, graph), tuple(kept), tuple(dynamic)
 
 
 def as_list(result: Any) -> list[Tensor]:
-    """What a runtime returns, as a list."""
+    """Return the result of a runtime as a list."""
     return list(result) if isinstance(result, (list, tuple)) else [result]

@@ -1,4 +1,4 @@
-"""An exported network that runs in a fresh process, and is called here like the float network."""
+"""Running an exported network in a separate process, with the call signature of the float network."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _LAST_LINES = 3
 
 
 class Server:
-    """The process of `qat_lightning.export.server`; a context manager, since it ends with the block.
+    """A process of `qat_lightning.export.server`; a context manager that ends the process.
 
     Args:
-        format_name: Whose runtime it is.
+        format_name: The format whose runtime it uses.
     """
 
     def __init__(self, format_name: str) -> None:
@@ -49,7 +49,7 @@ class Server:
         self.close()
 
     def ask(self, method: str, *arguments: Any) -> Any:
-        """Call a method of `qat_lightning.export.server.Runtime` there.
+        """Call a method of `qat_lightning.export.server.Runtime` in the process.
 
         Raises:
             ExportError: The runtime raised, or its process died.
@@ -88,12 +88,12 @@ class Server:
 
 
 class RemoteNetwork(nn.Module):
-    """An artifact in its runtime's process, called like the float network, with tensors on the CPU.
+    """An artifact in its runtime's process, called like the float network with tensors on the CPU.
 
     Args:
         server: The process, which has loaded the file.
-        key: Under which name.
-        call: How the float network is called.
+        key: The name that it was loaded under.
+        call: The signature of the float network.
     """
 
     def __init__(self, server: Server, key: str, call: Call) -> None:

@@ -1,4 +1,4 @@
-"""What became of each format: figures, files, and which is the fastest that may be shipped."""
+"""Results of exporting to each format: figures, files, and the fastest artifact that passed."""
 
 from __future__ import annotations
 
@@ -23,23 +23,24 @@ class ExportResult:
     Attributes:
         format: The format's name.
         runtime: The runtime.
-        files: The artifact's files, the one to load first; empty if it was not written. A `Path` each, and a ``str``
-            with the URL in other storage than this machine's.
-        size_mb: Their size, in 10^6 bytes.
-        size_ratio: How many times smaller they are than the float ``state_dict``.
-        agreement: Share of outputs whose top-1 is that of fake-quant, over the real batches; None without classes.
-        sqnr_db: Signal to quantization noise ratio against fake-quant's outputs, in dB.
-        sqnr_db_of_outputs: The same for each output, by its place in the result.
+        files: The artifact's files, the one to load first; empty if it was not written. Each is a `Path`, or a ``str``
+            with a URL in remote storage.
+        size_mb: Total size of the files in 10^6 bytes.
+        size_ratio: Size of the float ``state_dict`` relative to the files.
+        agreement: Share of outputs with the same top-1 as fake-quant, over the real batches; None without classes.
+        sqnr_db: Signal-to-quantization-noise ratio relative to fake-quant's outputs, in dB.
+        sqnr_db_of_outputs: The same for each output, by path in the result.
         max_difference: Largest absolute difference from fake-quant's outputs.
         metric: The value of the given metric; None without one.
-        latency_ms: Median time of one sample in its runtime.
-        float_latency_ms: Latency of the float network in the same runtime, timed in turn; None if it has no float form.
-        eager_latency_ms: Latency of the float network in PyTorch, timed in turn.
-        source: Which weights it holds, in words, as `QuantizedNetwork.source`; empty if unknown.
-        call: How the artifact is called, for `qat_lightning.export.run.open_artifact`.
-        kernels: How many of its layers the runtime runs in int8; None if unknown.
-        ports: Integer inputs and outputs of the file, with their grids; empty if all are those of the network.
-        remark: What would make it faster; empty if nothing is known.
+        latency_ms: Median latency of one sample in its runtime.
+        float_latency_ms: Latency of the float network in the same runtime, in alternating measurements; None if it
+            has no float form.
+        eager_latency_ms: Latency of the float network in PyTorch, in alternating measurements.
+        source: Description of its weights, as `QuantizedNetwork.source`; empty if unknown.
+        call: The network's signature, for `qat_lightning.export.run.open_artifact`.
+        kernels: Number of layers that the runtime runs in int8; None if unknown.
+        ports: Integer inputs and outputs of the file, with scale and zero point; empty if all are the network's own.
+        remark: A suggestion for making it faster; empty if there is none.
         error: Why there is no artifact, or why it must not be used; empty if it passed.
     """
 
@@ -70,21 +71,21 @@ class ExportResult:
 
     @property
     def passed(self) -> bool:
-        """Whether it was written, loaded, and computes what fake-quant does."""
+        """Whether it was written and loaded, and its outputs agree with fake-quant's."""
         return bool(self.files) and not self.error
 
     @property
     def speedup(self) -> float | None:
-        """How many times faster than the float network in PyTorch."""
+        """Float latency in PyTorch divided by the artifact's latency."""
         return None if self.eager_latency_ms is None else self.eager_latency_ms / self.latency_ms
 
     @property
     def speedup_in_runtime(self) -> float | None:
-        """How many times faster than the float network in the same runtime."""
+        """Float latency in the same runtime divided by the artifact's latency."""
         return None if self.float_latency_ms is None else self.float_latency_ms / self.latency_ms
 
     def figures(self) -> dict[str, float]:
-        """All numbers that there are."""
+        """Return all numbers that are available."""
         found = {
             "size_mb": self.size_mb,
             "size_ratio": self.size_ratio,
@@ -101,7 +102,7 @@ class ExportResult:
         return {name: value for name, value in found.items() if value is not None and not math.isnan(value)}
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON, which knows no infinity."""
+        """Convert to values for JSON, which has no infinity."""
         plain = {key: value for key, value in vars(self).items() if key != "call"} | {
             "files": [name_of(file) for file in self.files],
             "kernels": None if self.kernels is None else vars(self.kernels),
@@ -167,7 +168,7 @@ def export_table(results: Sequence[ExportResult]) -> Table:
 
 
 def write_json(results: Sequence[ExportResult], path: Place) -> None:
-    """Keep the figures beside the artifacts, with the name of the fastest that passed."""
+    """Write the figures beside the artifacts, with the name of the fastest that passed."""
     best = fastest(results)
     content = {
         "fastest": None if best is None else best.format,

@@ -1,4 +1,4 @@
-"""Write int8 networks in formats of real runtimes, load each in a fresh process, compare it and time it."""
+"""Exporting int8 networks to several formats; each file is loaded in a fresh process, compared and timed."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from qat_lightning.storage import Place, copied_here, join, place, require_stora
 from qat_lightning.whole_files import move_whole
 
 FIGURES = "export.json"
-"""The file beside the artifacts that holds the figures."""
+"""Name of the file with the figures, beside the artifacts."""
 
 _ROUNDS = 5
 
@@ -66,8 +66,8 @@ def export_quantized(
         batches: Real calls to compare on; by default the example.
         reference: The network that artifacts are compared with; by default the prepared network (fake-quant), or the
             int8 network if there is no prepared one.
-        float_network: The float network to time in PyTorch and in each runtime, in turn with the int8 one; by default
-            that of the prepared network, otherwise none.
+        float_network: The float network, timed in PyTorch and in each runtime, alternating with the int8 one; by
+            default that of the prepared network, otherwise none.
         metric: Called with the artifact as a module that takes CPU tensors like the float network, returns the metric.
         min_agreement: Smallest share of outputs with the reference's top-1. An artifact below it fails, unless so few
             outputs were compared that the difference may be chance (a binomial test, 95 %). Outputs of integers must
@@ -103,7 +103,7 @@ def export_quantized(
         raise ConfigurationError(f"min_sqnr_db={min_sqnr_db!r} is not possible: give 0 or more, in dB.")
     require_storage(folder)
     if is_prepared(network):
-        check_formats(formats, prepared_state(network).recipe)  # before the work of converting
+        check_formats(formats, prepared_state(network).recipe)  # before the expensive conversion
         reference = cpu_copy(network) if reference is None else reference
         float_network = present_float(network) if float_network is None else float_network
     int8 = int8_network(network, example)
@@ -124,14 +124,14 @@ def export_quantized(
 
 @contextmanager
 def open_artifact(result: ExportResult) -> Iterator[nn.Module]:
-    """Load an artifact in a process of its runtime, for the length of a ``with`` block, and call it like the network.
+    """Load an artifact in a process of its runtime within a ``with`` block, and call it like the network.
 
     Args:
-        result: One that passed.
+        result: A result that passed.
 
     Raises:
-        ExportError: There is no artifact, or its runtime does not load it.
-        OSError: It is in other storage, and cannot be copied from there.
+        ExportError: There is no artifact, or its runtime cannot load it.
+        OSError: It is in remote storage and cannot be copied from there.
     """
     if result.path is None or result.call is None:
         raise ExportError(f"There is no artifact of {result.format!r} to open: {result.error}")
@@ -147,7 +147,7 @@ class _Limits:
 
 
 class _Job:
-    """What the formats of one export have in common."""
+    """The inputs and settings that all formats of one export share."""
 
     def __init__(
         self,
@@ -172,7 +172,7 @@ class _Job:
         """Write, load in a fresh process, compare and time one format."""
         held = "" if self.source.quantized is None else self.source.quantized.source
         result = ExportResult(chosen.name, chosen.runtime, source=held, call=self.call)
-        # Beside the place where the files go, if that is on this machine, so that they only have to be renamed.
+        # A folder beside the destination, if that is local, so that files only have to be renamed.
         beside = folder if isinstance(folder, Path) else None
         with tempfile.TemporaryDirectory(dir=beside, prefix=".") as apart, tempfile.TemporaryDirectory() as elsewhere:
             try:
@@ -187,7 +187,7 @@ class _Job:
             except QuantizationError as error:
                 result.error = str(error)
                 return result
-            except Exception as error:  # noqa: BLE001 (whatever it is, it costs neither the fit nor other formats)
+            except Exception as error:  # noqa: BLE001 (any failure must affect neither the fit nor other formats)
                 result.error = f"{chosen.runtime}: {type(error).__name__}: {error}"
                 return result
         result.size_mb = megabytes
@@ -196,7 +196,7 @@ class _Job:
         return result
 
     def _run(self, chosen: Format, path: Path, folder: Path, result: ExportResult) -> None:
-        """Load the file in a process of its runtime, compare it and time it."""
+        """Load the file in a process of its runtime, compare and time it."""
         with Server(chosen.name) as server:
             server.ask("load", "int8", str(path))
             result.kernels = server.ask("kernels", str(path))
@@ -206,7 +206,7 @@ class _Job:
             self._time(server, chosen, folder, result)
 
     def _compare_instead(self, other: Format, folder: Path, result: ExportResult) -> None:
-        """Compare the program that a file was made from, where nothing here can run the file."""
+        """Compare the program that a file was made from, if no runtime here can run the file."""
         assert self.source.recipe is not None
         with Server(other.name) as server:
             server.ask("load", "int8", str(_write(other, self.source, folder)))
@@ -219,7 +219,7 @@ class _Job:
     def _compare(self, server: Server, chosen: Format, result: ExportResult) -> None:
         remote = RemoteNetwork(server, "int8", self.call)
         calls = self._calls(chosen)
-        fidelity = Fidelity(of_all_processes=False)  # the others do not export
+        fidelity = Fidelity(of_all_processes=False)  # other processes do not export
         found = Comparison()
         largest = 0.0
         for call, wanted in zip(calls, self._wanted(calls), strict=True):
@@ -237,7 +237,7 @@ class _Job:
             result.metric = float(self.metric(remote))
 
     def _wanted(self, calls: list[Example]) -> list[Any]:
-        """What the reference returns; on the batches themselves it is the same for all formats."""
+        """Return the reference's outputs; they are the same for all formats that run whole batches."""
         if calls is self.batches and self._returned:
             return self._returned
         with torch.no_grad():
@@ -247,7 +247,7 @@ class _Job:
         return returned
 
     def _calls(self, chosen: Format) -> list[Example]:
-        """The batches; one by one where the file takes single samples and an output is of the whole batch."""
+        """Return the batches, split into single samples if the file needs that and an output has no batch dimension."""
         if chosen.batch is None or all(self.call.batched_results):
             return self.batches
         return [sample for batch in self.batches for sample in samples(batch)]
@@ -265,7 +265,7 @@ class _Job:
             raise ExportError(f"{result.runtime} computes different values than fake-quant: {wrong}.")
 
     def _time(self, server: Server, chosen: Format, folder: Path, result: ExportResult) -> None:
-        """One sample, in turn: the float network here, and both networks in the runtime."""
+        """Time one sample, alternating between the float network in PyTorch and both networks in the runtime."""
         if self.float_network is not None:
             try:
                 floats = Source(self.float_network, self.source.example, self.source.recipe)

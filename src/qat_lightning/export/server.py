@@ -1,7 +1,7 @@
-"""A fresh process that loads artifacts by their runtimes and runs them: ``python -m qat_lightning.export.server``.
+"""A process that loads artifacts with their runtimes and runs them: ``python -m qat_lightning.export.server``.
 
-It knows of the network what the file has, and nothing more. What it is asked for comes pickled on its standard input,
-and what it answers goes out pickled on its standard output: see `qat_lightning.export.remote`.
+It knows only the files, not the network. It reads pickled requests from its standard input and writes pickled answers
+to its standard output: see `qat_lightning.export.remote`.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from qat_lightning.measure.metrics import latency_interleaved
 
 
 class Runtime:
-    """The artifacts of one format, loaded.
+    """Loaded artifacts of one format.
 
     Args:
         format_name: The format.
-        threads: Of torch, which the runtimes follow.
+        threads: Number of torch's threads, which runtimes use too.
     """
 
     def __init__(self, format_name: str, threads: int) -> None:
@@ -41,26 +41,26 @@ class Runtime:
         self.runners[key] = self.format.load(Path(path))
 
     def kernels(self, path: str) -> Kernels | None:
-        """How a file's layers are run; see `Format.kernels`."""
+        """Return how a file's layers are run; see `Format.kernels`."""
         return self.format.kernels(Path(path))
 
     def ports(self, path: str) -> tuple[Port, ...]:
-        """Which inputs and outputs of a file are integers; see `Format.ports`."""
+        """Return the integer inputs and outputs of a file; see `Format.ports`."""
         return self.format.ports(Path(path))
 
     def run(
         self, key: str, tensors: list[Tensor], batched: Sequence[bool], batched_results: Sequence[bool]
     ) -> list[Tensor]:
-        """Outputs for a batch; of a format that takes so many samples only, call by call.
+        """Return the outputs for a batch; call by call for a format with a fixed batch size.
 
         Args:
-            key: Which of the loaded files.
+            key: Name of the loaded file.
             tensors: The inputs.
-            batched: Which of them have a batch dimension.
-            batched_results: Which of the outputs have one.
+            batched: For each input, whether it has a batch dimension.
+            batched_results: For each output, whether it has a batch dimension.
 
         Raises:
-            ExportError: The batch has to be given call by call, and an output without a batch dimension depends on it.
+            ExportError: The batch has to be split into calls, and an output without a batch dimension depends on it.
         """
         run = self.runners[key]
         size = self.format.batch
@@ -74,7 +74,7 @@ class Runtime:
         return [_of_batch(part, has) for part, has in zip(zip(*parts, strict=True), batched_results, strict=True)]
 
     def time(self, tensors: list[Tensor], rounds: int) -> dict[str, float]:
-        """Median time of a call of each loaded file, in milliseconds, measured in turn."""
+        """Return the median latency of each loaded file in milliseconds, in alternating measurements."""
         modules = {key: _Module(run) for key, run in self.runners.items()}
         found = latency_interleaved(modules, (tensors,), rounds=rounds)
         return {key: latency.median_ms for key, latency in found.items()}
@@ -100,7 +100,7 @@ class _Module(nn.Module):
 
 
 def serve(requests: BinaryIO, answers: BinaryIO) -> None:
-    """Answer until the requests end."""
+    """Answer requests until the input ends."""
     runtime = Runtime(*pickle.load(requests))
     while True:
         try:
@@ -110,7 +110,7 @@ def serve(requests: BinaryIO, answers: BinaryIO) -> None:
         answer: tuple[bool, Any]
         try:
             answer = True, getattr(runtime, method)(*arguments)
-        except Exception as error:  # noqa: BLE001 (a runtime may fail in any way; the other process raises it)
+        except Exception as error:  # noqa: BLE001 (a runtime may fail in any way; the client process raises it)
             trace = traceback.format_exc(limit=-1)
             answer = False, f"{type(error).__name__}: {error}" if str(error) else trace
         pickle.dump(answer, answers)
@@ -118,7 +118,7 @@ def serve(requests: BinaryIO, answers: BinaryIO) -> None:
 
 
 if __name__ == "__main__":
-    # What a runtime prints must not get among the answers.
+    # Keep the runtime's own output separate from the answers.
     out = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     serve(sys.stdin.buffer, out)

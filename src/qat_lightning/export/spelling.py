@@ -1,4 +1,4 @@
-"""How integer layers are written in the graph that a format is made from."""
+"""The type of functions that write integer layers in the graph that a format is made from."""
 
 from __future__ import annotations
 
@@ -9,4 +9,4 @@ from torch import nn
 from qat_lightning.layers.integer import IntegerLayer
 
 Spelling = Callable[[IntegerLayer, str], nn.Module]
-"""The layer and its name in, a module of ops out; of the kinds without calibration only."""
+"""Maps a layer of the kinds without calibration and its name to a module of ops."""

@@ -32,9 +32,9 @@ _LENGTH = 300
 class Tflite:
     """`Format` of LiteRT's files, with float inputs and outputs.
 
-    A file takes one sample at a time, of the sizes of the example, with the axes in PyTorch's order. Every static grid
-    is an int8 grid of LiteRT: uint8 ones have the zero point 128 less and the same values. Layers whose inputs and
-    output are on grids run on int8 kernels, of XNNPACK where it has them; the others run on floats.
+    A file has the input shapes of the example with a batch size of 1, and the axes in PyTorch's order. Every static
+    uint8 grid is stored as int8, with the zero point 128 less and the same values. Layers with quantized inputs and
+    output run as int8 kernels, of XNNPACK where it supports them; the others run in float.
 
     Example:
         >>> Tflite().suffix, Tflite().refusal(Recipe("pt2e", "xnnpack"))
@@ -48,7 +48,7 @@ class Tflite:
     batch: ClassVar[int | None] = 1
 
     def require(self) -> None:
-        """See `Format.require`. Nothing is imported: LiteRT's converter brings threads that do not go with forks."""
+        """See `Format.require`. Nothing is imported: LiteRT's converter starts threads, which conflict with fork."""
         missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
         if missing:
             raise MissingExtraError(
@@ -97,7 +97,7 @@ class Tflite:
         return tflite_file.kernels(path)
 
     def load(self, path: Path) -> Runner:
-        """See `Format.load`. It takes as many threads as torch has."""
+        """See `Format.load`. Uses as many threads as torch."""
         from ai_edge_litert.interpreter import Interpreter
 
         interpreter = Interpreter(model_path=str(path), num_threads=torch.get_num_threads())
@@ -118,10 +118,10 @@ class Tflite:
 
 
 class TfliteInt8(Tflite):
-    """`Format` of LiteRT's files with int8 inputs and outputs, where the network has them on grids.
+    """`Format` of LiteRT's files with int8 inputs and outputs, where the network quantizes them.
 
-    The scale and the zero point of each are in `ExportResult.ports`. Where a float tensor is given to the artifact, it
-    is rounded to the grid of the input outside of the file, and so are outputs restored, within the times measured.
+    Scale and zero point of each are in `ExportResult.ports`. If the artifact is called with float tensors, they are
+    quantized outside the file, and outputs are dequantized; measured times include this.
 
     Example:
         >>> TfliteInt8().name, TfliteInt8().suffix
@@ -135,7 +135,7 @@ class TfliteInt8(Tflite):
         """See `Format.write`.
 
         Raises:
-            ExportError: As in `Tflite`, or no input and no output is on a grid.
+            ExportError: As in `Tflite`, or no input and no output is quantized.
         """
         super().write(source, path)
         if source.quantized is not None and not tflite_file.ports(path):
@@ -150,7 +150,7 @@ class TfliteInt8(Tflite):
 
 
 def _translate(program: Path, path: Path, ports: str) -> None:
-    """Run `qat_lightning.export.tflite_convert` in a process of its own."""
+    """Run `qat_lightning.export.tflite_convert` in a separate process."""
     paths = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
     done = subprocess.run(
         [sys.executable, "-m", "qat_lightning.export.tflite_convert", str(program), str(path), ports],

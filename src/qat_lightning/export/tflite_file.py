@@ -27,7 +27,7 @@ def read(content: bytes) -> Any:
 
 
 def packed(model: Any) -> bytes:
-    """Undo `read`."""
+    """Return the bytes of a model from `read`."""
     import flatbuffers
 
     builder = flatbuffers.Builder(1 << 20)
@@ -36,7 +36,7 @@ def packed(model: Any) -> bytes:
 
 
 def ports(path: Path) -> tuple[Port, ...]:
-    """The int8 inputs and outputs of a file, with the grid that each is on."""
+    """Return the int8 inputs and outputs of a file, with scale and zero point."""
     model = read(path.read_bytes())
     graph, signature = model.subgraphs[0], model.signatureDefs[0]
     return tuple(
@@ -49,13 +49,13 @@ def ports(path: Path) -> tuple[Port, ...]:
 
 
 def tensors(path: Path) -> tuple[list[int], list[int]]:
-    """The indices of the inputs and of the outputs of a file, in the order of the call."""
+    """Return the indices of a file's inputs and outputs, in the order of the call."""
     signature = read(path.read_bytes()).signatureDefs[0]
     return [index for _, index in _in_order(signature.inputs)], [index for _, index in _in_order(signature.outputs)]
 
 
 def kernels(path: Path) -> Kernels:
-    """How many layers read integers alone, and of how many the kernel does."""
+    """Count the layers with only integer inputs, and those of them whose kernel computes on integers."""
     model = read(path.read_bytes())
     graph = model.subgraphs[0]
     int8 = dequantized = 0
@@ -70,7 +70,7 @@ def kernels(path: Path) -> Kernels:
 
 
 def operators(model: Any) -> Iterator[tuple[str, Any]]:
-    """Each operator of a model in the order in which they run, with its name."""
+    """Yield each operator of a model with its name, in execution order."""
     from ai_edge_litert import schema_py_generated as schema
 
     names = {value: key for key, value in vars(schema.BuiltinOperator).items() if not key.startswith("_")}
@@ -87,7 +87,7 @@ def is_int8(graph: Any, index: int) -> bool:
 
 
 def _in_order(maps: list[Any]) -> list[tuple[int, int]]:
-    """The number at the end of each name of a signature, which is its place in the call, and its tensor."""
+    """Return the position in the call, which ends each name of a signature, and the tensor index."""
     found = []
     for entry in maps:
         name = entry.name.decode() if isinstance(entry.name, bytes) else entry.name

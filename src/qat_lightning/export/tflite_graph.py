@@ -1,4 +1,4 @@
-"""The graph of a quantized network in the form that LiteRT's converter turns into int8 kernels."""
+"""Rewriting the graph of a quantized network for LiteRT's converter, so that it creates int8 kernels."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ _QUANTIZE_OF = {
 }
 _ATEN = torch.ops.aten
 _KEEPS = {getattr(_ATEN, name).default for name in words("alias clone contiguous detach dropout lift_fresh_copy")}
-"""Ops of exported programs that yield what they are given."""
+"""Ops of exported programs that return their input unchanged."""
 _NEUTRAL = {_ATEN.mul.Tensor: 1, _ATEN.div.Tensor: 1, _ATEN.add.Tensor: 0, _ATEN.sub.Tensor: 0}
 _AVERAGES = (_ATEN.avg_pool2d.default, _ATEN.upsample_bilinear2d.vec)
 _CHOICES = {_ATEN.cat.default, _ATEN.where.self}
-"""Ops that return some of the values that they read, from several tensors."""
+"""Ops that return values selected from several tensors."""
 
 _LEAST = -3.0e38
 _PAIR = (_OPS.quantize_per_tensor.default, _OPS.dequantize_per_tensor.default)
@@ -33,16 +33,16 @@ _SHIFT = 128
 def for_litert(graph_module: fx.GraphModule) -> None:
     """Rewrite a graph of flat tensors in place.
 
-    LiteRT's kernels take int8 activations and weights from -127 to 127 with zero point 0. A uint8 grid and the int8
-    grid whose zero point is 128 less have the same values, so that nothing is rounded anew. Constant integers behind a
-    dequantize op become the floats that they stand for, behind a quantize and a dequantize op: the converter finds the
-    integers in such a pair only.
+    LiteRT's kernels take int8 activations, and weights from -127 to 127 with zero point 0. A uint8 grid has the same
+    values as the int8 grid with the zero point 128 less, so no value is rounded again. Integer constants before a
+    dequantize op become float constants before a quantize and a dequantize op, because the converter recognizes weights
+    only in such a pair.
 
     Args:
-        graph_module: As `qat_lightning.export.pt2.flat_graph` gives it.
+        graph_module: From `qat_lightning.export.pt2.flat_graph`.
 
     Raises:
-        ExportError: An activation or a weight is on a grid that LiteRT's int8 kernels have not.
+        ExportError: LiteRT's int8 kernels do not support the grid of an activation or a weight.
 
     Example:
         >>> grid = (0.5, 128, 0, 255, torch.uint8)
@@ -71,12 +71,12 @@ def for_litert(graph_module: fx.GraphModule) -> None:
 
 
 def apart(quantize: fx.Node) -> None:
-    """Keep the grid of a quantize op separate from that of its input.
+    """Keep the converter from merging the grid of a quantize op with that of its input.
 
-    The converter drops a quantize op that follows a dequantize op, with grids that differ or not, and leaves the layer
-    behind it with a bias for the wrong one. A maximum with the least number there is holds the two apart;
-    `qat_lightning.export.tflite_rewrites` takes it out again. So with averages, and with what chooses among the
-    values of several tensors.
+    The converter drops a quantize op that follows a dequantize op, even if their grids differ, and then gives the next
+    layer a bias for the wrong grid. A maximum with the lowest number separates the two;
+    `qat_lightning.export.tflite_rewrites` removes it from the file. The same applies to averages, and to ops that
+    select values from several tensors.
 
     Args:
         quantize: A ``quantize_per_tensor`` node.
@@ -95,12 +95,12 @@ def apart(quantize: fx.Node) -> None:
 
 
 def _chosen(node: fx.Node) -> list[fx.Node]:
-    """The tensors whose values one of `_CHOICES` returns."""
+    """Return the tensors from which one of `_CHOICES` selects values."""
     return list(node.args[0]) if node.target is _ATEN.cat.default else list(node.args[1:])  # type: ignore[arg-type]
 
 
 def _on_grid(node: fx.Node, grid: Any) -> None:
-    """Say that the values of a node are on a grid."""
+    """Mark the values of a node as quantized with a grid."""
     with node.graph.inserting_after(node):
         integers = node.graph.call_function(_PAIR[0], (node, *grid))
     with node.graph.inserting_after(integers):
@@ -110,7 +110,7 @@ def _on_grid(node: fx.Node, grid: Any) -> None:
 
 def _hold_apart(quantize: fx.Node) -> None:
     graph = quantize.graph
-    # Another number each time: where two share one, the converter looks for a grid that suits both.
+    # A different number each time: if two nodes share one, the converter looks for a common grid.
     least = _LEAST * (1 - len(graph.find_nodes(op="call_function", target=_ATEN.clamp.default)) * 2**-20)
     with graph.inserting_before(quantize):
         given = graph.call_function(_ATEN.clamp.default, (quantize.args[0], least))
@@ -118,7 +118,7 @@ def _hold_apart(quantize: fx.Node) -> None:
 
 
 def _one_each(dequantize: fx.Node) -> None:
-    """Give each reader a dequantize op of its own: where two share one, the converter may lose track of the axes."""
+    """Give each reader its own dequantize op: if two share one, the converter may lose track of the axes."""
     for reader in list(dequantize.users)[1:]:
         with dequantize.graph.inserting_after(dequantize):
             reader.replace_input_with(dequantize, dequantize.graph.node_copy(dequantize))
@@ -148,10 +148,10 @@ def _as_pair(graph_module: fx.GraphModule, node: fx.Node) -> None:
     graph_module.register_buffer(name, node.target(integers, *grid))  # type: ignore[operator]
     zero_points = torch.as_tensor(grid[1])
     if integers.dtype == torch.int8 and not zero_points.any() and int(integers.min()) >= -127:
-        where = node.args[1:-3]  # a weight, whose kernels count on no -128
+        where = node.args[1:-3]  # a weight; kernels assume it contains no -128
         node.args = (node.args[0], *where, -127, 127, torch.int8)
     elif zero_points.dim() == 0:
-        _as_int8(node)  # a tensor that the network has of its own, as an activation
+        _as_int8(node)  # a tensor of the network's own, handled like an activation
     else:
         raise ExportError(
             f"LiteRT's int8 kernels need weights from -127 to 127 with zero point 0, which those of {node.name!r} are "

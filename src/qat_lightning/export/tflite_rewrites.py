@@ -1,7 +1,7 @@
 """Corrections to the file that LiteRT's converter creates from an int8 network.
 
-The converter takes the pairs of quantize and dequantize ops in a graph for permission to compute on integers, and takes
-more than there is: some kernels do not run on the grids that a network was trained with, and some round in between.
+The converter treats pairs of quantize and dequantize ops as permission to compute on integers, and does so too often:
+some kernels do not support the trained grids, and some round intermediate results.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ _FIXED = {
     "LOG_SOFTMAX": (16 * _STEP, 127),
     "L2_NORMALIZATION": (2 * _STEP, 0),
 }
-"""The scale and zero point that LiteRT's own int8 kernels insist on for their outputs."""
+"""Output scale and zero point that LiteRT's int8 kernels require."""
 
 _AVERAGES = ("AVERAGE_POOL_2D", "RESIZE_BILINEAR")
-"""Kernels that round to the grid of their input, whatever grid follows them in the network."""
+"""Kernels that round to the grid of their input, whatever grid follows in the network."""
 
 
 def finished(content: bytes, *, float_ports: bool) -> bytes:
-    """The file of an int8 network as it is to be.
+    """Return the corrected file of an int8 network.
 
-    - What holds two grids apart for the converter (`qat_lightning.export.tflite_graph.apart`) is taken out.
-    - Kernels that insist on a grid which the network has not run on floats, between a dequantize and a quantize op.
-    - So do averages whose output has a grid of its own, which otherwise are rounded twice.
-    - With float ports, a quantize or a dequantize op stands at each int8 input and output.
+    - Remove the ops that separate two grids for the converter (`qat_lightning.export.tflite_graph.apart`).
+    - Run kernels in float, between a dequantize and a quantize op, if they require another grid than the network's.
+    - The same for averages whose output has its own grid, which would be rounded twice.
+    - With float ports, add a quantize or dequantize op at each int8 input and output.
 
     Args:
-        content: What the converter wrote; its int8 inputs and outputs stand for floats.
-        float_ports: Whether inputs and outputs are to be float.
+        content: The converter's file, with int8 inputs and outputs.
+        float_ports: Whether inputs and outputs should be float.
     """
     model = read(content)
     (graph,) = model.subgraphs
@@ -51,7 +51,7 @@ def finished(content: bytes, *, float_ports: bool) -> bytes:
 
 
 def _take_out_limits(model: Any) -> None:
-    """Drop every maximum with the least integer there is, which changes nothing."""
+    """Remove every maximum with the lowest integer, which has no effect."""
     (graph,) = model.subgraphs
     for name, operator in list(operators(model)):
         if name != "MAXIMUM":
@@ -72,7 +72,7 @@ def _is_least(model: Any, index: int) -> bool:
 
 
 def _on_floats(model: Any) -> None:
-    """Let kernels compute on floats that would be wrong, or round twice, on integers."""
+    """Run kernels in float that would give wrong values, or round twice, on integers."""
     (graph,) = model.subgraphs
     for name, operator in list(operators(model)):
         (output, *_) = operator.outputs
@@ -93,7 +93,7 @@ def _on_floats(model: Any) -> None:
 
 
 def _requantized(model: Any, index: int) -> Any:
-    """The one quantize op that reads an int8 tensor; None if something else does as well."""
+    """Return the quantize op that reads an int8 tensor; None if anything else reads it too."""
     (graph,) = model.subgraphs
     readers = [(name, operator) for name, operator in operators(model) if index in list(operator.inputs)]
     if index in graph.outputs or [name for name, _ in readers] != ["QUANTIZE"]:
@@ -102,7 +102,7 @@ def _requantized(model: Any, index: int) -> Any:
 
 
 def _with_float_ports(model: Any) -> None:
-    """Put a quantize or a dequantize op at each int8 input and output."""
+    """Add a quantize or dequantize op at each int8 input and output."""
     (graph,) = model.subgraphs
     (signature,) = model.signatureDefs
     for place, index in enumerate(graph.inputs):
@@ -122,7 +122,7 @@ def _with_float_ports(model: Any) -> None:
 
 
 def _read_instead(model: Any, before: int, after: int) -> None:
-    """Let all that reads one tensor read another."""
+    """Make all readers of one tensor read another."""
     (graph,) = model.subgraphs
     for operator in graph.operators:
         operator.inputs = [after if index == before else index for index in operator.inputs]
@@ -159,7 +159,7 @@ def _operator(model: Any, name: str, source: int, target: int) -> Any:
 
 
 def _name(maps: list[Any], before: int, after: int) -> None:
-    """Let the names of a signature that stand for one tensor stand for another."""
+    """Make the names of a signature that refer to one tensor refer to another."""
     for entry in maps:
         if entry.tensorIndex == before:
             entry.tensorIndex = after

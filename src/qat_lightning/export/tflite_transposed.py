@@ -1,4 +1,4 @@
-"""Transposed convolutions as convolutions and a shuffle: LiteRT's converter takes few of them, and none on integers."""
+"""Rewriting transposed convolutions as convolutions and a shuffle: LiteRT's converter has no integer ones."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _POINTWISE = {
     _ATEN.hardtanh.default,
     _ATEN.hardtanh_.default,
 }
-"""What a layer takes with it: the outputs come to their places behind them."""
+"""Ops after a layer that stay attached to it; outputs are moved to their positions after them."""
 
 _PAIR = (_OPS.quantize_per_tensor.default, _OPS.dequantize_per_tensor.default)
 _DEQUANTIZES = (_PAIR[1], _OPS.dequantize_per_channel.default)
@@ -31,12 +31,12 @@ _DEFAULTS = (None, 1, 0, 0, 1, 1)
 
 
 def without_transposed(graph_module: fx.GraphModule) -> None:
-    """Rewrite transposed convolutions in place, in the way of `qat_lightning.layers.subpixel`.
+    """Rewrite transposed convolutions in place, as in `qat_lightning.layers.subpixel`.
 
-    Weights keep their integers and scales; what is rounded behind the layer is rounded as before, and moved then.
+    Weights keep their integers and scales. Outputs are quantized as before, and then moved to their positions.
 
     Args:
-        graph_module: As `qat_lightning.export.pt2.flat_graph` gives it.
+        graph_module: From `qat_lightning.export.pt2.flat_graph`.
 
     Example:
         >>> layer, x = torch.nn.ConvTranspose2d(2, 3, 3, 2, 1, 1), torch.randn(1, 2, 4, 4)
@@ -79,7 +79,7 @@ def _rewrite(graph_module: fx.GraphModule, node: fx.Node) -> None:
 
 
 def _dequantized(graph_module: fx.GraphModule, before: Any, integers: fx.Node, subpixel: Subpixel) -> fx.Node:
-    """The dequantize op of a weight for its integers in another order."""
+    """Return the dequantize op for a weight's integers in another order."""
     graph = graph_module.graph
     if before.target is _PAIR[1]:
         return graph.call_function(_PAIR[1], (integers, *before.args[1:]))
@@ -95,7 +95,7 @@ def _dequantized(graph_module: fx.GraphModule, before: Any, integers: fx.Node, s
 
 
 def _move(end: fx.Node, subpixel: Subpixel) -> None:
-    """Bring the outputs to their places behind a node; where it is on a grid, what comes out is said to be on it."""
+    """Move the outputs to their positions after a node; if that node is quantized, mark the result as well."""
     readers, moved = list(end.users), end
     for name, arguments in subpixel.moves():
         for target, given in _calls(name, arguments):
@@ -110,7 +110,7 @@ def _move(end: fx.Node, subpixel: Subpixel) -> None:
 
 
 def _calls(name: str, arguments: Sequence[Any]) -> list[tuple[Any, tuple[Any, ...]]]:
-    """A move of `Subpixel.moves` as ops and what they take behind the tensor."""
+    """Translate a move of `Subpixel.moves` into ops and their arguments after the tensor."""
     if name == "unflatten":
         return [(_ATEN.unflatten.int, tuple(arguments))]
     if name == "permute":
@@ -126,7 +126,7 @@ def _calls(name: str, arguments: Sequence[Any]) -> list[tuple[Any, tuple[Any, ..
 
 
 def _ends(node: fx.Node) -> list[fx.Node]:
-    """Where what the kernel of a layer computes is to be read: behind its activation and its rounding."""
+    """Return the nodes with the final outputs of a layer's kernel: after its activation and quantization."""
     while len(node.users) == 1 and (reader := next(iter(node.users))).target in _POINTWISE:
         node = reader
     readers = list(node.users)
@@ -147,6 +147,6 @@ def _constant(graph_module: fx.GraphModule, name: str, value: Tensor) -> fx.Node
 
 
 def _of_each(value: Any, dims: int) -> tuple[int, ...]:
-    """A size for each of the dimensions."""
+    """Return a size for each dimension."""
     sizes = (value,) if isinstance(value, int) else tuple(value)
     return sizes * dims if len(sizes) == 1 else sizes

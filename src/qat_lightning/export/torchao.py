@@ -1,8 +1,8 @@
-"""Integer networks as float networks with torchao's tensors in their layers, and as safetensors that its loaders read.
+"""Integer networks as float networks with torchao's tensors, and as safetensors that torchao's loaders read.
 
-A linear layer or an embedding gets a weight of torchao's ``IntxUnpackedToInt8Tensor`` that holds the network's own
-integers and scales, so that it computes with the values that were trained. In memory and in files it takes a byte for a
-weight, also at 4 bits: that is torchao's format for export and for transformers, not a kernel.
+The weight of a linear layer or an embedding becomes an ``IntxUnpackedToInt8Tensor`` with the network's own integers and
+scales, so it computes with the trained values. It takes one byte per weight in memory and in files, also at 4 bits: it
+is torchao's format for export and for transformers, not for a kernel.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ from qat_lightning.storage import Place, place, require_storage
 from qat_lightning.whole_files import move_whole
 
 FILE = "model.safetensors"
-"""The weights in the folder that `save_torchao` writes."""
+"""Name of the weights file in the folder that `save_torchao` writes."""
 
 _BY_TOKEN: Any = "int8_asym_per_token"
-"""The value of torchao's enumeration, which is a str; its loader of safetensors refuses the enumeration itself."""
+"""Value of torchao's enumeration as a str; its safetensors loader does not accept the enumeration."""
 
 
 def torchao_config(recipe: Recipe) -> Any:
-    """The config of torchao's ``quantize_`` that has the grids of a recipe.
+    """Return the config for torchao's ``quantize_`` that corresponds to a recipe.
 
     Args:
-        recipe: Of the network; it need not be made yet.
+        recipe: Recipe of the network, which need not exist yet.
 
     Raises:
-        CombinationError: There is none, with what to choose instead.
+        CombinationError: There is no such config; the message says what to choose instead.
 
     Example:
         >>> from qat_lightning.settings.scheme import Scheme
@@ -92,7 +92,7 @@ def _refusal(recipe: Recipe) -> str:
 def to_torchao(network: QuantizedNetwork) -> nn.Module:
     """Convert an integer network to torchao's tensors in linear layers and embeddings.
 
-    Other layers with integers, such as convolutions and LSTMs, get the float weights that these stand for.
+    Other integer layers, such as convolutions and LSTMs, get their dequantized float weights.
 
     Args:
         network: Of ``kind="weight_only"``, or ``"dynamic"`` by token, from ``mode="eager"`` or ``"fx"``; not changed.
@@ -113,7 +113,7 @@ def to_torchao(network: QuantizedNetwork) -> nn.Module:
         >>> type(to_torchao(int8)[0].weight).__name__
         'IntxUnpackedToInt8Tensor'
     """
-    torchao_config(network.recipe)  # refuses what has none
+    torchao_config(network.recipe)  # raises if there is no config
     bits = network.recipe.scheme.weight_bits
     made: nn.Module = copy.deepcopy(network.network)
     for name, module in list(made.named_modules()):
@@ -184,11 +184,11 @@ def _tensor(parts: Any, grid: WeightGrid, values: int, bits: int, name: str, *, 
 
 
 def save_torchao(network: QuantizedNetwork, folder: str | Path) -> Place:
-    """Write a network as safetensors in torchao's layout, load them again, and compare.
+    """Write a network as safetensors in torchao's layout, load it again, and compare outputs.
 
     A ``PreTrainedModel`` of ``mode="eager"`` becomes a folder that transformers' ``from_pretrained`` reads, with a
-    ``TorchAoConfig`` in its ``config.json``; embeddings that are tied to a head are written apart. Of any other network
-    the entries of the ``state_dict`` are written under ``network.``, and loaded into its float network by::
+    ``TorchAoConfig`` in its ``config.json``; embeddings that are tied to a head are stored separately. For any other
+    network, the entries of the ``state_dict`` are written under ``network.``; load them into its float network with::
 
         from torchao.prototype.safetensors.safetensors_support import unflatten_tensor_state_dict
 
@@ -198,15 +198,16 @@ def save_torchao(network: QuantizedNetwork, folder: str | Path) -> Place:
         nn.ModuleDict({"network": network}).load_state_dict(state, assign=True)
 
     Args:
-        network: As of `to_torchao`.
-        folder: Where the files go, when they are complete; made if need be. Or a URL of fsspec's (``s3://bucket/run``).
+        network: See `to_torchao`.
+        folder: Where the files are moved when they are complete; created if needed. A path, or a URL that fsspec
+            supports (``s3://bucket/run``).
 
     Returns:
         The folder.
 
     Raises:
-        CombinationError: No config of torchao's has these grids.
-        ExportError: A layer does not go into torchao's tensors, or what was loaded again computes something else.
+        CombinationError: No torchao config has these grids.
+        ExportError: Torchao's tensors do not support a layer, or the loaded network computes different values.
         MissingExtraError: safetensors, or the package for the protocol of a URL, is not installed.
     """
     require_storage(folder)

@@ -1,4 +1,4 @@
-"""TorchScript: the packed int8 kernels of modes eager and fx, traced and frozen, for Python and C++ without us."""
+"""TorchScript: the packed int8 kernels of modes eager and fx, traced and frozen, to run without this package."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ _ENGINE = "quantized_engine"
 
 
 class TorchScript:
-    """`Format` of TorchScript, which PyTorch keeps and no longer develops.
+    """`Format` of TorchScript, which PyTorch maintains but no longer develops.
 
-    Loading packs the weights for the quantized engine of that moment: the file says which one it is for in its extra
-    file ``quantized_engine``.
+    Loading packs the weights for the current quantized engine. The file contains the engine that it was made for in its
+    extra file ``quantized_engine``.
     """
 
     name: ClassVar[str] = "torchscript"

@@ -1,7 +1,7 @@
-"""Dynamic linear layers by token, in the ops that ExecuTorch's XNNPACK delegate takes as one kernel.
+"""Per-token dynamic linear layers in the ops that ExecuTorch's XNNPACK delegate runs as one kernel.
 
-These are torchao's (``choose_qparams_affine``, ``quantize_affine``, ``dequantize_affine``), as its
-``Int8DynamicActivationIntxWeightConfig`` exports them, around the integers and scales of the network.
+These are torchao's ops (``choose_qparams_affine``, ``quantize_affine``, ``dequantize_affine``), as its
+``Int8DynamicActivationIntxWeightConfig`` exports them, with the integers and scales of the network.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from qat_lightning.settings.recipe import Recipe
 from qat_lightning.settings.scheme import Scheme
 
 SMALLEST_GROUP = 32
-"""Of the weights that share a scale in XNNPACK's kernels."""
+"""Smallest group size of weights in XNNPACK's kernels."""
 
 
 class XnnpackLinear(nn.Module):
-    """`PlainDynamicLinear` by token.
+    """`PlainDynamicLinear` with per-token activations.
 
     Args:
-        layer: The layer; its activations are affine, by token.
+        layer: The layer; its activations are affine and per-token.
     """
 
     integers: Tensor
@@ -40,7 +40,7 @@ class XnnpackLinear(nn.Module):
 
         grid = WeightGrid(*layer.grid)
         integers = restore(layer.integers, layer.in_features, grid)
-        # The kernels tell 4 bits from 8 by the limits.
+        # The kernels distinguish 4 from 8 bits by the limits.
         self.limits = (-8, 7) if grid.packs else (-128, 127)
         self.group = grid.group if grid.group > 0 else 0
         self.padding = integers.shape[1] - layer.in_features if self.group else 0
@@ -51,7 +51,7 @@ class XnnpackLinear(nn.Module):
         self.register_buffer("bias", layer.bias)
 
     def weight(self) -> Tensor:
-        """The dequantized weight, as ops."""
+        """The dequantized weight, computed by ops."""
         kept = (self.scales, self.zero_points)
         if self.group:
             block = [1, self.group]
@@ -63,10 +63,10 @@ class XnnpackLinear(nn.Module):
         return weight
 
     def forward(self, input: Tensor) -> Tensor:
-        """Any float input of shape ``(..., in_features)``."""
+        """Accept any float input of shape ``(..., in_features)``."""
         ops, x = torch.ops.torchao, input.float()
         if self.padding:
-            x = F.pad(x, (0, self.padding))  # zeros, which every range holds
+            x = F.pad(x, (0, self.padding))  # zeros, which every range includes
         block = [1] * (x.dim() - 1) + [x.shape[-1]]
         qparams = ops.choose_qparams_affine(
             x, "ASYMMETRIC", block, torch.int8, -128, 127, torch.finfo(torch.float32).eps, torch.float32, torch.int8
@@ -80,13 +80,13 @@ def for_xnnpack(layer: IntegerLayer, name: str) -> nn.Module:
     """The `Spelling` of ExecuTorch.
 
     Raises:
-        ExportError: There is none for this type.
+        ExportError: This type of layer is not supported.
     """
     return XnnpackLinear(layer) if isinstance(layer, PlainDynamicLinear) else plain_integer_layer(layer, name)
 
 
 def refuse_grids(recipe: Recipe) -> str:
-    """Why XNNPACK has no kernel for a dynamic scheme by token or group, and what to use; empty if it has one."""
+    """Return why XNNPACK has no kernel for a dynamic scheme, and what to use; empty if it has one."""
     return next((why for own in recipe.each if (why := _refuse_grids(own.scheme))), "")
 
 

@@ -1,4 +1,4 @@
-"""Where networks with fake-quant stand in a LightningModule: put there in time, guarded, and nothing left behind."""
+"""Placing prepared networks in a LightningModule: at the right time, with checks on loading, and cleanup."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ from qat_lightning.recipes.reworking import reworks
 
 
 class Placement:
-    """Puts fake-quant into the networks of a LightningModule before anything of Lightning's has looked at them.
+    """Inserts fake-quantization into the networks of a LightningModule before Lightning uses their parameters.
 
     Args:
-        networks: What the callback knows; it learns what was found and prepared.
-        preparation: What prepares a network.
-        floats: The float weights to compare with, which go with the networks.
+        networks: The networks of the callback; found and prepared networks are stored there.
+        preparation: Prepares a network.
+        floats: The float weights to compare with.
     """
 
     def __init__(self, networks: Networks, preparation: Preparation, floats: FloatWeights) -> None:
@@ -58,16 +58,17 @@ class Placement:
         prepared: Callable[[], None],
         loaded: Callable[[str], None],
     ) -> None:
-        """Arrange for the networks to be prepared before weights restore, optimizers, DDP and the device see them.
+        """Schedule preparation for when ``configure_model`` is called.
 
-        Lightning calls ``configure_model`` next to last before it restores weights, when all layers exist.
+        Lightning calls ``configure_model`` when all layers exist, and before it restores weights, creates optimizers
+        and DDP, and moves the model to the device.
 
         Args:
-            trainer: While it sets up.
-            pl_module: Whose networks.
-            stage: The stage it sets up for.
-            prepared: Called when the networks are in their places.
-            loaded: Called when weights are about to be loaded into them, with where they come from.
+            trainer: The Trainer, during setup.
+            pl_module: The LightningModule.
+            stage: The stage it is set up for.
+            prepared: Called when the prepared networks are in place.
+            loaded: Called when weights are about to be loaded into them, with a description of the source.
         """
         self._save_as_before = save_whole_files(trainer)
         networks = self.networks
@@ -98,7 +99,7 @@ class Placement:
         self._put_back = put_back
 
     def _prepare_to_shard(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Prepare before ``configure_model`` shards, since each process has a part of a layer only from then on."""
+        """Prepare before ``configure_model`` shards: afterwards each process has only a part of each layer."""
         self._prepare(trainer, pl_module, stage)
         refuse_checkpoint(trainer, self.networks)
         for network in self.networks.prepared.values():
@@ -112,7 +113,7 @@ class Placement:
         with explain_late_layers(trainer):
             slots = {name: Slot(pl_module, name) for name in find_networks(pl_module, networks.settings.module)}
         refuse_other_weights(trainer, slots, given=preparation.given is not None)
-        # Lightning builds models on the device and in the precision of the training; this is before either.
+        # Lightning builds models on the training's device and in its precision; preparation needs the CPU and float32.
         with cpu_and_float32(), captured_once(), isolate_rng(include_cuda=torch.cuda.is_initialized()):
             examples = preparation.find_examples(trainer, pl_module, slots, stage)
             prepared = {name: slot.get() for name, slot in slots.items()}
@@ -124,7 +125,7 @@ class Placement:
                 networks.decisions = preparation.decide_all(trainer, slots, examples, stage)
                 several = len(slots) > 1 or reworks(networks.settings.recipe)
                 if several and not all(decision.rehearsal for decision in networks.decisions.values()):
-                    # Preparing may work in place: that all can be prepared is tried on copies.
+                    # Preparation may work in place; the rehearsal on copies has shown that it succeeds.
                     for name, slot in slots.items():
                         preparation.prepare_one(slot, copy.deepcopy(slot.get()), examples[name])
                 prepared = {n: preparation.prepare_one(slot, slot.get(), examples[n]) for n, slot in slots.items()}
@@ -146,13 +147,13 @@ class Placement:
         self._guard = guard_loading(pl_module, self.networks.prepared, prefixes, loading)
 
     def renew_optimizer(self, checkpoint: dict[str, Any]) -> None:
-        """Reset the optimizer if a float checkpoint has other parameters than those that train."""
+        """Reset the optimizer if parameters differ between a float checkpoint and the prepared networks."""
         reworked = any(prepared_state(network).reworking is not None for network in self.networks.prepared.values())
         learned = learned_parameters(self.networks.prepared.values())
         if not reworked and not learned:
             return
         if "state_dict" not in checkpoint:
-            return  # loaded already, by a strategy that shards: `refuse_checkpoint` has checked it
+            return  # already loaded by a sharding strategy; `refuse_checkpoint` has checked it
         if "optimizer_states" in checkpoint and not holds_quantization(checkpoint["state_dict"]):
             checkpoint["optimizer_states"] = []
             rank_zero_warn(
@@ -166,7 +167,7 @@ class Placement:
             )
 
     def leave_nothing(self) -> None:
-        """Leave no hook and no patched method behind."""
+        """Remove all hooks and patched methods."""
         if self._put_back is not None:
             self._put_back()
         if self._save_as_before is not None:

@@ -1,4 +1,4 @@
-"""The position of a fit in its schedule: counting steps, the plan, and freezing BatchNorm."""
+"""Applying a schedule to a running fit: counting steps, planning, and freezing BatchNorm."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from qat_lightning.settings.schedule import Phase, QuantizationSchedule, Schedul
 
 
 class ScheduleDriver:
-    """Determines the phase of a running fit, also from the state in its checkpoints.
+    """Determines the phase of a running fit, including after a resume from a checkpoint.
 
     Args:
-        schedule: The three points.
+        schedule: The schedule points.
     """
 
     def __init__(self, schedule: QuantizationSchedule) -> None:
@@ -37,18 +37,18 @@ class ScheduleDriver:
         self._batchnorm = BatchNormFreeze()
 
     def new_fit(self, trainer: Trainer) -> None:
-        """Discard the state of an earlier fit, unless this one continues it."""
+        """Reset the state of an earlier fit, unless this fit continues it."""
         self.end()
         if not batches_trained(trainer):
             self._counter.forget()
             self._batchnorm.forget()
 
     def begin(self, trainer: Trainer, phase: Phase) -> None:
-        """Plan the training, count from here on, and say which points it may never reach.
+        """Plan the training, start counting steps, and warn of points that may never be reached.
 
         Args:
-            trainer: At the beginning of the training, its loops restored.
-            phase: What was reached before.
+            trainer: The Trainer at the beginning of training, with its loops restored.
+            phase: The phase reached before.
         """
         self._plan = training_plan(trainer)
         self._counter.begin(trainer)
@@ -56,47 +56,47 @@ class ScheduleDriver:
             (rank_zero_warn if grave else rank_zero_info)(message)
 
     def phase(self, trainer: Trainer, networks: Mapping[str, nn.Module]) -> tuple[int, Phase]:
-        """The number of the coming step, and what is on for it by the schedule alone."""
+        """Return the number of the next step, and the phase that the schedule gives for it."""
         assert self._plan is not None
         step = self._counter.steps(trainer, networks.values())
         return step, self.schedule.phase(step, trainer.current_epoch, self._plan, share_done(trainer))
 
     def before_batch(self, trainer: Trainer, networks: Mapping[str, nn.Module], phase: Phase) -> None:
-        """Keep what a later freeze of BatchNorm needs to know."""
+        """Record BatchNorm statistics that a later freeze needs."""
         if self.schedule.freeze_batchnorm is not None and not phase.batchnorm_frozen:
             self._batchnorm.look(networks, batches_trained(trainer))
 
     def freeze_batchnorm(self, trainer: Trainer, networks: Mapping[str, nn.Module], step: int) -> None:
-        """Before BatchNorm's statistics stop; those of the first process do in all of them."""
+        """Prepare to freeze BatchNorm; all processes use the first one's statistics."""
         self._batchnorm.freeze(networks, batches_trained(trainer), step, measure=trainer.is_global_zero)
         if several_processes(trainer):
             take_over_buffers_from_first(networks)
 
     def after_batch(self) -> None:
-        """Say what a freeze left."""
+        """Report BatchNorm layers whose frozen statistics differ from those of the batch."""
         self._batchnorm.say()
 
     def end(self) -> None:
-        """Leave no hook on optimizers and networks."""
+        """Remove all hooks from optimizers and networks."""
         self._counter.end()
         self._batchnorm.end()
 
     def state_dict(self) -> dict[str, Any]:
-        """Steps counted and statistics of some batches ago."""
+        """Return the step counts and the snapshots of BatchNorm statistics."""
         return {"optimizer_steps": self._counter.state_dict(), "batchnorm": self._batchnorm.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Undo `state_dict`; checkpoints of before there was one have nothing to undo."""
+        """Restore what `state_dict` returned; older checkpoints may not contain it."""
         self._counter.load_state_dict(state.get("optimizer_steps", []))
         self._batchnorm.load_state_dict(state.get("batchnorm", {}))
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without hooks, which belong to the fit that runs."""
+        """Omit hooks, which belong to a running fit."""
         return self.__dict__ | {"_counter": StepCounter(), "_batchnorm": BatchNormFreeze()}
 
 
 def curves(phase: Phase) -> dict[str, float]:
-    """The enabled parts of a phase, as they are logged."""
+    """Return the flags of a phase as numbers for logging."""
     return {
         "quant/fake_quant_enabled": float(phase.fake_quant),
         "quant/observers_enabled": float(phase.observers),
@@ -115,13 +115,13 @@ _LEFT = {
 def unreached(
     trainer: Trainer, schedule: QuantizationSchedule, plan: TrainingPlan, phase: Phase
 ) -> Iterator[tuple[str, bool]]:
-    """What to say of the points that a training will not or may not come to.
+    """Yield warnings about schedule points that training will not reach, or may not.
 
     Args:
-        trainer: At the beginning of the training.
-        schedule: The points.
-        plan: The planned training.
-        phase: What was reached before.
+        trainer: The Trainer at the beginning of training.
+        schedule: The schedule points.
+        plan: The planned length of training.
+        phase: The phase reached before.
 
     Yields:
         The message, and whether it is about ``start``.
@@ -153,7 +153,7 @@ def unreached(
 
 
 def _beyond(trainer: Trainer, name: str, point: SchedulePoint, plan: TrainingPlan) -> bool:
-    """Whether no step of the planned training comes at or after a point."""
+    """Whether the planned training ends before a point."""
     manual = not trainer.lightning_module.automatic_optimization
     if point.unit == "fraction" and manual:
         batches = planned_batches(trainer)
@@ -161,12 +161,12 @@ def _beyond(trainer: Trainer, name: str, point: SchedulePoint, plan: TrainingPla
     if point.unit == "epoch" and plan.max_epochs is not None and point.at >= plan.max_epochs:
         return True
     at, total = resolve(point, plan, name=name), plan.total_steps
-    # How many steps batches will be is not known under manual optimization.
+    # Under manual optimization the number of steps per batch is unknown.
     return at is not None and total is not None and at >= total and not (manual and point.unit == "step")
 
 
 def _ensured(trainer: Trainer, point: SchedulePoint, plan: TrainingPlan) -> bool:
-    """Whether the least length of the training contains a point."""
+    """Whether training reaches a point even at its minimum length."""
     epochs, steps = trainer.min_epochs or 0, trainer.min_steps or 0
     if point.unit == "epoch":
         return point.at < epochs

@@ -1,7 +1,7 @@
-"""Training with a strategy that shards parameters in ``configure_model``: what is possible, and what is refused.
+"""Training with a strategy that shards parameters in ``configure_model``: support and checks.
 
-``ModelParallelStrategy`` leaves it to ``configure_model`` to shard a network with ``fully_shard`` (FSDP2). Layers are
-fake-quantized as a whole, so that networks are prepared before. Names stay as they are, and so do checkpoints.
+With ``ModelParallelStrategy``, ``configure_model`` shards a network with ``fully_shard`` (FSDP2). Fake-quantization
+needs whole layers, so networks are prepared before that. Names and checkpoints stay the same.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ _BUILD = (
 
 def shards(trainer: Trainer) -> bool:
     """Whether ``configure_model`` shards networks: the strategy is ``ModelParallelStrategy``."""
-    # By name: older releases of Lightning have no such class.
+    # By name, because older releases of Lightning do not have the class.
     return any(kind.__name__ == "ModelParallelStrategy" for kind in type(trainer.strategy).__mro__)
 
 
 def refuse_copying(trainer: Trainer) -> None:
-    """Refuse a strategy that shards where float networks are copied, which is what calibration does.
+    """Raise if a sharding strategy is used with calibration, which copies float networks.
 
     Raises:
-        ConfigurationError: With what to do instead.
+        ConfigurationError: The message says what to do instead.
     """
     if shards(trainer):
         raise ConfigurationError(
@@ -55,15 +55,15 @@ def refuse_copying(trainer: Trainer) -> None:
 
 
 def refuse_sharded(trainer: Trainer, settings: QuantizationSettings, in_fit: Mapping[str, int]) -> None:
-    """Refuse what cannot be trained with a strategy that shards.
+    """Raise for settings that a sharding strategy does not support.
 
     Args:
-        trainer: Its processes are there already.
-        settings: Of the callback that quantizes.
-        in_fit: How many batches recipes look at in the fit, by the names of their arguments.
+        trainer: The Trainer, with its processes launched.
+        settings: Settings of the quantizing callback.
+        in_fit: Number of batches that recipes read during the fit, by argument name.
 
     Raises:
-        ConfigurationError: With what to do instead.
+        ConfigurationError: The message says what to do instead.
     """
     if not shards(trainer):
         return
@@ -94,14 +94,14 @@ def refuse_sharded(trainer: Trainer, settings: QuantizationSettings, in_fit: Map
 
 @contextmanager
 def before_sharding(pl_module: LightningModule, slots: Mapping[str, Slot]) -> Iterator[None]:
-    """Around a ``configure_model`` that shards prepared networks, and leaves them in their places.
+    """Wrap the call of a ``configure_model`` that shards prepared networks, and check its result.
 
     Args:
-        pl_module: Whose ``configure_model``.
-        slots: The places of the prepared networks.
+        pl_module: The LightningModule.
+        slots: The slots of the prepared networks.
 
     Raises:
-        ConfigurationError: It puts other layers in their places.
+        ConfigurationError: ``configure_model`` replaces layers of a prepared network.
     """
     before = {name: _names(slot.get()) for name, slot in slots.items()}
     yield
@@ -117,7 +117,7 @@ def before_sharding(pl_module: LightningModule, slots: Mapping[str, Slot]) -> It
 
 
 def _refuse_apart(pl_module: LightningModule, slots: Mapping[str, Slot]) -> None:
-    """Refuse that a layer and the BatchNorm of its kernel, which the layer reads, are gathered one after the other."""
+    """Raise if a layer and the BatchNorm that is folded into its weight are sharded in separate units."""
     units = dict(_units(pl_module, None))
     for slot in slots.values():
         names = {module: f"{slot.prefix}.{name}".strip(".") for name, module in slot.get().named_modules()}
@@ -131,7 +131,7 @@ def _refuse_apart(pl_module: LightningModule, slots: Mapping[str, Slot]) -> None
 
 
 def _units(module: nn.Module, unit: Any) -> Iterator[tuple[nn.Module, Any]]:
-    """For each module, what its parameters are gathered together with."""
+    """Yield each module with the unit whose parameters are gathered together with its own."""
     state = getattr(module, "_get_fsdp_state", None)
     unit = unit if state is None else state()
     yield module, unit
@@ -140,7 +140,7 @@ def _units(module: nn.Module, unit: Any) -> Iterator[tuple[nn.Module, Any]]:
 
 
 def _warn_of_replicas(pl_module: LightningModule, slots: Mapping[str, Slot]) -> None:
-    """Name what trains and is not sharded: nothing adds its gradients up, so that processes come apart."""
+    """Warn of trainable parameters that are not sharded: their gradients are not reduced, so processes diverge."""
     from torch.distributed.tensor import DTensor
 
     left = [
@@ -163,7 +163,7 @@ def _names(network: nn.Module) -> set[str]:
 
 @contextmanager
 def explain_late_layers(trainer: Trainer) -> Iterator[None]:
-    """Tell user code that builds a network in ``configure_model`` under sharding that it has to exist earlier."""
+    """Add to errors of networks that ``configure_model`` builds that sharding needs them to exist earlier."""
     try:
         yield
     except (ConfigurationError, NetworkError) as error:
@@ -176,16 +176,16 @@ def explain_late_layers(trainer: Trainer) -> Iterator[None]:
 
 
 def refuse_other_weights(trainer: Trainer, slots: Mapping[str, Slot], *, given: bool) -> None:
-    """Refuse networks to be sharded that are so already, or have no weights yet.
+    """Raise if networks are already sharded, or have no weights yet.
 
     Args:
-        trainer: While it sets up.
-        slots: The places of the networks.
-        given: Whether the user gave examples of their calls. Else one is caught by breaking a step off, which leaves a
-            sharded network gathered in part: one that another callback has prepared can be taken over with them only.
+        trainer: The Trainer, during setup.
+        slots: The slots of the networks.
+        given: Whether the user gave example inputs. Recording them instead would interrupt a step, which leaves a
+            sharded network partly gathered; a network that another callback prepared therefore requires them.
 
     Raises:
-        ConfigurationError: With what to do instead.
+        ConfigurationError: The message says what to do instead.
     """
     if not shards(trainer):
         return
@@ -209,14 +209,14 @@ def refuse_other_weights(trainer: Trainer, slots: Mapping[str, Slot], *, given: 
 
 
 def refuse_checkpoint(trainer: Trainer, networks: Networks) -> None:
-    """Refuse a checkpoint that does not go with prepared networks, which a strategy that shards loads unasked.
+    """Raise if a checkpoint does not match the prepared networks, before a sharding strategy loads it.
 
     Args:
-        trainer: While it sets up.
-        networks: The prepared ones.
+        trainer: The Trainer, during setup.
+        networks: The prepared networks.
 
     Raises:
-        CheckpointMismatchError: It is of other settings, or of a float run and lacks what was added.
+        CheckpointMismatchError: It has other settings, or is of a float run and lacks the added entries.
     """
     path = checkpoint_to_restore(trainer) if shards(trainer) else None
     state = peek(path, trusted=trusts_checkpoint(trainer))

@@ -1,8 +1,8 @@
-"""How many optimizer steps a fit has behind it, and how many it is planned to have.
+"""Counting optimizer steps of a fit, and planning how many there will be.
 
 Under automatic optimization Lightning counts both. Under manual optimization it counts the steps of all optimizers
-together, and cannot know how many there will be: steps are counted here, for each optimizer, as it really takes them,
-and a share of the training is one of its batches.
+together and cannot know the total. Steps are then counted here per optimizer, and a fraction of the training is a
+fraction of its batches.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ from qat_lightning.settings.schedule import TrainingPlan
 
 
 class StepCounter:
-    """Counts the steps of each optimizer while a fit runs."""
+    """Counts the steps of each optimizer during a fit."""
 
     def __init__(self) -> None:
         self._counts: list[int] = []
         self._handles: list[RemovableHandle] = []
 
     def forget(self) -> None:
-        """Begin a new training."""
+        """Reset the counts for a new training."""
         self.end()
         self._counts = []
 
     def begin(self, trainer: Trainer) -> None:
-        """Count from the state in a checkpoint, or from zero."""
+        """Start counting, from the counts of a restored checkpoint or from zero."""
         self.end()
         optimizers = trainer.optimizers
         if len(self._counts) != len(optimizers):
-            # A checkpoint of before steps were counted: each had its equal share.
+            # An older checkpoint without counts: divide the steps equally among optimizers.
             self._counts = [trainer.global_step // max(1, len(optimizers))] * len(optimizers)
         for index, optimizer in enumerate(optimizers):
             self._handles.append(optimizer.register_step_post_hook(self._counting(index)))
@@ -51,15 +51,15 @@ class StepCounter:
         return count
 
     def steps(self, trainer: Trainer, networks: Iterable[nn.Module]) -> int:
-        """The steps behind the networks: under manual optimization those of their optimizer that took the most.
+        """Return the number of steps done; under manual optimization, of the networks' optimizer with the most steps.
 
         Args:
-            trainer: While it fits.
-            networks: The prepared ones; optimizers that hold none of their parameters do not count, unless all do not.
+            trainer: The Trainer, during a fit.
+            networks: The prepared networks; optimizers without any of their parameters are ignored, unless all are.
         """
         if trainer.lightning_module.automatic_optimization:
             return trainer.global_step
-        reshard(trainer.lightning_module)  # else parameters are not those of the optimizer, after a validation
+        reshard(trainer.lightning_module)  # after validation, parameters are otherwise not those of the optimizer
         theirs = {id(parameter) for network in networks for parameter in network.parameters()}
         holds = [
             any(id(parameter) in theirs for group in optimizer.param_groups for parameter in group["params"])
@@ -69,36 +69,37 @@ class StepCounter:
         return max(counted, default=0)
 
     def end(self) -> None:
-        """Leave no hook behind."""
+        """Remove all hooks."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
 
     def state_dict(self) -> list[int]:
-        """The counts, in the order of the optimizers."""
+        """Return the counts in the order of the optimizers."""
         return list(self._counts)
 
     def load_state_dict(self, counts: Iterable[int]) -> None:
-        """Undo `state_dict`."""
+        """Restore what `state_dict` returned."""
         self._counts = list(counts)
 
 
 def batches_trained(trainer: Trainer) -> int:
-    """The batches that a fit has behind it, over all epochs and resumes."""
+    """Return the number of batches trained, over all epochs and resumes."""
     progress: Any = trainer.fit_loop.epoch_loop.batch_progress.total
     return int(progress.processed)
 
 
 def has_trained(trainer: Trainer) -> bool:
-    """Whether a fit trained anything; an optimizer that Lightning does not wrap takes steps that it does not count."""
+    """Whether a fit trained anything, including steps of optimizers that Lightning does not wrap or count."""
     return bool(trainer.global_step or batches_trained(trainer))
 
 
 def share_done(trainer: Trainer) -> Fraction | None:
-    """The share of the planned training that is done, where it cannot be told in steps: under manual optimization.
+    """Return the finished fraction of the planned training under manual optimization.
 
     Returns:
-        The largest of the shares of the limits that there are; None where there is none, or steps tell it.
+        The largest finished fraction of the training's limits; None if there is no limit, or under automatic
+        optimization, where steps tell it.
     """
     if trainer.lightning_module.automatic_optimization:
         return None
@@ -112,14 +113,14 @@ def share_done(trainer: Trainer) -> Fraction | None:
 
 
 def training_done(trainer: Trainer, plan: TrainingPlan) -> float | None:
-    """The share of the planned training that is done, in steps or, under manual optimization, as `share_done` has it.
+    """Return the finished fraction of the planned training, in steps or, under manual optimization, by `share_done`.
 
     Args:
-        trainer: While it fits.
-        plan: Of `training_plan`.
+        trainer: The Trainer, during a fit.
+        plan: Result of `training_plan`.
 
     Returns:
-        None where the plan has no end.
+        The fraction; None if the planned length is unknown.
     """
     if not trainer.lightning_module.automatic_optimization:
         share = share_done(trainer)
@@ -128,13 +129,13 @@ def training_done(trainer: Trainer, plan: TrainingPlan) -> float | None:
 
 
 def planned_batches(trainer: Trainer) -> int | None:
-    """All batches up to ``max_epochs``; None if that cannot be told."""
+    """Return the number of batches up to ``max_epochs``; None if it is unknown."""
     epochs, batches = _max_epochs(trainer), trainer.num_training_batches
     return None if epochs is None or not math.isfinite(batches) else epochs * int(batches)
 
 
 def training_plan(trainer: Trainer) -> TrainingPlan:
-    """How long the training is meant to be; an epoch of manual optimization has a step for each batch, or fewer."""
+    """Return the planned length; an epoch of manual optimization has at most one step per batch."""
     manual = not trainer.lightning_module.automatic_optimization
     max_steps, max_epochs, batches = trainer.max_steps, _max_epochs(trainer), trainer.num_training_batches
     if manual and max_steps > 0:
@@ -144,7 +145,7 @@ def training_plan(trainer: Trainer) -> TrainingPlan:
     accumulation = _accumulation(trainer)
     if accumulation is None or max_epochs is None:
         return TrainingPlan(math.ceil(batches / trainer.accumulate_grad_batches), max_steps, max_epochs)
-    # Epochs of several lengths: their sum, as a limit on steps.
+    # Epochs differ in length: use their sum as a limit on steps.
     total = sum(math.ceil(batches / accumulation.get_accumulate_grad_batches(epoch)) for epoch in range(max_epochs))
     return TrainingPlan(None, total if max_steps < 0 else min(total, max_steps), max_epochs)
 
@@ -155,7 +156,7 @@ def _accumulation(trainer: Trainer) -> GradientAccumulationScheduler | None:
 
 
 def _max_epochs(trainer: Trainer) -> int | None:
-    """Without the epoch that stochastic weight averaging adds to estimate BatchNorm, which trains nothing."""
+    """Return ``max_epochs`` without the epoch that stochastic weight averaging adds to estimate BatchNorm."""
     epochs = trainer.max_epochs
     if epochs is None or epochs < 0:
         return None

@@ -1,4 +1,4 @@
-"""Looking at the first batch of loaders that may give each batch only once, and giving it back to them."""
+"""Reading the first batch of a loader ahead, and putting it back if the loader yields each batch only once."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from qat_lightning.errors import NetworkError
 
 @dataclass
 class FirstBatch:
-    """What a stream gave first.
+    """The first batch of a stream.
 
     Attributes:
-        batch: The batch; None of a stream without any.
-        once: Whether the stream gives each batch only once, as a second look has shown.
-        loader: What to iterate instead, which begins with that batch; of most streams the stream itself.
+        batch: The batch; None for an empty stream.
+        once: Whether the stream yields each batch only once, as determined by reading twice.
+        loader: The loader to iterate instead, which begins with that batch; usually the stream itself.
     """
 
     batch: Any
@@ -33,22 +33,22 @@ class FirstBatch:
 
 
 def is_stream(loader: Any) -> bool:
-    """Whether the first batch of a loader cannot be made from its dataset, but has to be taken from it."""
+    """Whether the first batch of a loader cannot be made from a dataset, and has to be read from the loader."""
     return not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset)
 
 
 def first_batch(stream: Any, again: Callable[[], Any] | None = None) -> FirstBatch:
-    """The first batch of a stream, which stays its first.
+    """Read the first batch of a stream such that iteration still begins with it.
 
-    A stream that begins with the same batch when it is iterated again begins anew. One that does not has given away the
-    batches that were looked at: they are put in front of the rest, once.
+    If a second iteration begins with the same batch, the stream restarts and nothing needs to be put back. Otherwise
+    the batches that were read are put in front of the rest, once.
 
     Args:
-        stream: Anything that can be iterated.
-        again: Gives the stream that will be iterated afterwards; by default the same.
+        stream: Any iterable.
+        again: Returns the stream that will be iterated afterwards; the same one by default.
 
     Raises:
-        NetworkError: The batches cannot be put back; the message says what to do without looking.
+        NetworkError: The batches cannot be put back; the message says how to avoid reading ahead.
     """
     looked, kept = _look(stream)
     first = kept[0] if kept else None
@@ -62,12 +62,12 @@ def first_batch(stream: Any, again: Callable[[], Any] | None = None) -> FirstBat
         return FirstBatch(first, False, later)
     if looked_again is later:
         return FirstBatch(first, True, chain(kept, kept_again, looked))
-    # Two iterators over one source of batches: either may continue.
+    # Two iterators over one underlying source: either may continue it.
     return FirstBatch(first, True, _begin_with(later, [*kept, *kept_again], looked))
 
 
 def _look(stream: Any) -> tuple[Iterator[Any], list[Any]]:
-    """An iterator and its first batch, if there is one, with random states as they are, as for a second look."""
+    """Return an iterator and its first batch, if any; random states are restored, so that a second read is alike."""
     with isolate_rng(), generators_kept(stream):
         batches = iter(stream)
         return batches, list(islice(batches, 1))
@@ -75,7 +75,7 @@ def _look(stream: Any) -> tuple[Iterator[Any], list[Any]]:
 
 @contextmanager
 def generators_kept(loader: Any) -> Iterator[None]:
-    """Put the random generators back that belong to a loader and its samplers."""
+    """Restore the random generators of a loader and its samplers after the block."""
     owners = [loader, *(getattr(loader, name, None) for name in ("sampler", "batch_sampler"))]
     owners += [getattr(owner, "sampler", None) for owner in owners]
     generators = [g for owner in owners if isinstance(g := getattr(owner, "generator", None), torch.Generator)]
@@ -88,14 +88,14 @@ def generators_kept(loader: Any) -> Iterator[None]:
 
 
 class _Replay:
-    """Batches that a loader begins with, until they are used up."""
+    """Yields batches that were read ahead, until they are used up."""
 
     def __init__(self, rest: Iterable[Any]) -> None:
         self.kept: deque[Any] = deque()
         self.rest = rest
 
     def batches(self, loader: Any, cls: type) -> Iterator[Any]:
-        # One after the other and not before: Lightning may ask for an iterator only to see that there is one.
+        # Lazily, because Lightning may request an iterator only to check that there is one.
         while self.kept:
             yield self.kept.popleft()
         loader.__class__ = cls
@@ -108,7 +108,7 @@ def _begin_with(loader: Any, kept: list[Any], rest: Iterable[Any]) -> Any:
         cls, replay = type(loader), _Replay(rest)
         functions = {"__iter__": lambda self: replay.batches(self, cls), "_replay": replay}
         try:
-            # On its class, where iter() looks, and a class of its kind: Lightning treats a DataLoader as one.
+            # Patch a subclass: iter() looks methods up on the class, and Lightning must still see a DataLoader.
             loader.__class__ = type(cls.__name__, (cls,), functions | {"__module__": cls.__module__})
         except TypeError as error:
             raise NetworkError(

@@ -1,4 +1,4 @@
-"""What a test by ``trainer.test`` alone found, behind the name of the network that it ran."""
+"""Logging the metrics of ``trainer.test`` under the name of the variant that was tested."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 
 def log_tested(trainer: Trainer, variant: str) -> None:
-    """Log the metrics of a test once more, as ``int8/test/acc``, which is how `evaluate_variants` logs them.
+    """Log the metrics of a test again, for example as ``int8/test/acc``, the name that `evaluate_variants` uses.
 
-    So runs of a program that calls ``trainer.test`` and nothing of ours can be compared, and a logger says of which
-    network the bare ``test/acc`` is. What a logger does not take costs a warning, and not the test.
+    Runs of programs that call only ``trainer.test`` can then be compared, and the logger shows which network
+    ``test/acc`` belongs to. If a logger does not accept the metrics, a warning is given.
 
     Args:
-        trainer: At the end of a test.
-        variant: What was tested.
+        trainer: The Trainer at the end of a test.
+        variant: The tested variant.
     """
     if not trainer.is_global_zero or trainer.sanity_checking:
         return
@@ -28,7 +28,7 @@ def log_tested(trainer: Trainer, variant: str) -> None:
         try:
             logger.log_metrics(metrics, step=trainer.global_step)
             logger.save()
-        except Exception as error:  # noqa: BLE001 - a logger may be anybody's
+        except Exception as error:  # noqa: BLE001 - third-party loggers may raise anything
             rank_zero_warn(
                 f"{type(logger).__name__} did not accept {', '.join(metrics)} ({type(error).__name__}: {error})."
             )

@@ -1,4 +1,4 @@
-"""What of Lightning does not go together with quantization-aware training, and what it needs to resume exactly."""
+"""Checks for Lightning features that quantization-aware training does not support, and fixes for exact resume."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from qat_lightning.settings.modes import traits_of
 
 
 def refuse_strategy(trainer: Trainer) -> None:
-    """Refuse a Trainer of the other package, and strategies that take a network apart, change or lose it.
+    """Raise for a Trainer of ``pytorch_lightning``, and for strategies that shard, change or lose the network.
 
     Raises:
-        ConfigurationError: With what to use instead.
+        ConfigurationError: The message says what to use instead.
     """
     if not isinstance(trainer, Trainer):
         raise ConfigurationError(
@@ -51,16 +51,16 @@ def _launched(trainer: Trainer) -> str:
 
 
 def explain_launch(trainer: Trainer, exception: BaseException) -> None:
-    """Say in the user's process what `refuse_strategy` refused in one that the Trainer had started.
+    """Raise again, in the user's process, an error of `refuse_strategy` in a process that the Trainer launched.
 
-    Lightning calls no hook before it starts processes, and what is raised in them arrives as text.
+    Lightning calls no hook before it launches processes, and exceptions in them arrive as text.
 
     Args:
-        trainer: In the process that started the others.
-        exception: What it was broken off by.
+        trainer: The Trainer in the process that launched the others.
+        exception: The exception that ended it.
 
     Raises:
-        ConfigurationError: The same as in the other process.
+        ConfigurationError: The same error as in the other process.
     """
     if not isinstance(exception, ProcessRaisedException) or not isinstance(
         trainer.strategy.launcher, _MultiProcessingLauncher
@@ -72,10 +72,10 @@ def explain_launch(trainer: Trainer, exception: BaseException) -> None:
 
 
 def stop_recording_layers(trainer: Trainer) -> None:
-    """Take the hooks off that ``PyTorchProfiler`` has put on every layer, which can be neither copied nor traced.
+    """Remove the hooks of ``PyTorchProfiler`` from layers, because they can be neither copied nor traced.
 
     Args:
-        trainer: It goes on recording all else.
+        trainer: The Trainer; everything else is recorded as usual.
     """
     recorder = getattr(trainer.profiler, "_register", None)  # type: ignore[attr-defined]
     if recorder is not None and recorder._handles:
@@ -87,15 +87,15 @@ def stop_recording_layers(trainer: Trainer) -> None:
 
 
 def refuse_callbacks(trainer: Trainer, quantization: Callback, mode: str) -> None:
-    """Refuse callbacks that keep hold of the network as it was before its preparation.
+    """Raise for callbacks that keep a reference to the network from before its preparation.
 
     Args:
-        trainer: Its callbacks are looked at.
-        quantization: The callback that quantizes.
+        trainer: The Trainer whose callbacks are checked.
+        quantization: The quantizing callback.
         mode: Its mode.
 
     Raises:
-        ConfigurationError: With what to do instead.
+        ConfigurationError: The message says what to do instead.
     """
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
     for callback in callbacks[: callbacks.index(quantization)]:
@@ -112,20 +112,20 @@ def refuse_callbacks(trainer: Trainer, quantization: Callback, mode: str) -> Non
 
 
 def _averages(callback: Callback) -> bool:
-    """Whether it is Lightning's average of weights; by name, because older releases have no such class."""
+    """Whether this is Lightning's ``WeightAveraging``; by name, because older releases do not have the class."""
     return any(kind.__name__ == "WeightAveraging" for kind in type(callback).__mro__)
 
 
 def evaluate_average(trainer: Trainer, stage: str) -> None:
-    """Let an evaluation of a checkpoint run the average of weights that it holds, which is what a validation scored.
+    """Make an evaluation of a checkpoint use the average of weights in it, which is what validation scored.
 
-    Beside the average, a checkpoint of ``WeightAveraging`` has the weights that went on training. In Lightning 2.6 a
-    callback that was in a fit before loads those in every stage: after a fit, ``trainer.test(ckpt_path="best")`` tests
-    other weights than a new Trainer does.
+    A checkpoint of ``WeightAveraging`` also has the weights that training continues with. In Lightning 2.6 a callback
+    that was used in a fit loads those in every stage: after a fit, ``trainer.test(ckpt_path="best")`` tests other
+    weights than a new Trainer does.
 
     Args:
-        trainer: Its callbacks forget the average that they kept to train on; a fit makes another.
-        stage: The stage it sets up for.
+        trainer: The Trainer; its callbacks discard the average from training, since a new fit creates another.
+        stage: The stage it is set up for.
     """
     for callback in trainer.callbacks if stage != "fit" else ():  # type: ignore[attr-defined]
         if _averages(callback):
@@ -133,10 +133,10 @@ def evaluate_average(trainer: Trainer, stage: str) -> None:
 
 
 def refuse_in_processes(settings: QuantizationSettings, observe_stages: Sequence[str]) -> None:
-    """Refuse what several processes cannot do together.
+    """Raise for settings that are not supported with several processes.
 
     Raises:
-        ConfigurationError: Learned scales in mode eager, or ranges that move in an evaluation.
+        ConfigurationError: Learned scales in mode eager, or ranges updated during evaluation.
     """
     if settings.recipe.scheme.learned and not traits_of(settings.mode).captures:
         raise ConfigurationError(
@@ -151,12 +151,12 @@ def refuse_in_processes(settings: QuantizationSettings, observe_stages: Sequence
 
 
 def refuse_compiled(network: nn.Module, name: str, mode: str) -> None:
-    """Refuse a network that is compiled itself, or holds a part that is, where a graph has to be captured of it.
+    """Raise if a graph has to be captured of a network that was compiled, or contains a compiled module.
 
     Raises:
-        NetworkError: With the way that works.
+        NetworkError: The message says how to compile instead.
     """
-    # By name: the class is in torch._dynamo, whose import takes seconds.
+    # By name: importing torch._dynamo, which defines the class, takes seconds.
     compiled = [inner for inner, module in network.named_modules() if type(module).__name__ == "OptimizedModule"]
     if traits_of(mode).replaces and compiled:
         raise NetworkError(
@@ -167,18 +167,21 @@ def refuse_compiled(network: nn.Module, name: str, mode: str) -> None:
 
 
 def mend_resume(trainer: Trainer) -> None:
-    """Let a run that was resumed write checkpoints that can be resumed from in turn.
+    """Let a resumed run write checkpoints that can be resumed from exactly.
 
-    Lightning 2.6 forgets something in four places, with or without quantization. Resumed from a checkpoint of the last
-    batch of an epoch, it counts the epoch as done and leaves the next one unannounced: no ``on_train_epoch_start``, and
-    its checkpoints say that it has ended, so that resuming from one of them begins it again. ``every_n_train_steps``
-    forgets which step was saved, so that under accumulation the first batch makes a checkpoint of the same step, which
-    lacks that batch's gradients. ``BackboneFinetuning`` freezes again what it had unfrozen, for good. And
-    ``StochasticWeightAveraging``, resumed within an epoch, sets its learning rate again only when the next one begins,
-    so that checkpoints in between lose it.
+    Lightning 2.6 loses state in four places, with or without quantization:
+
+    - Resumed from a checkpoint of the last batch of an epoch, it counts that epoch as finished but does not call
+      ``on_train_epoch_start`` for the next one. Its checkpoints then say that the next epoch has ended, and resuming
+      from one of them repeats that epoch.
+    - ``every_n_train_steps`` forgets which step was saved. With gradient accumulation the first batch then writes a
+      checkpoint of the same step, without that batch's gradients.
+    - ``BackboneFinetuning`` freezes permanently what it had unfrozen.
+    - ``StochasticWeightAveraging``, resumed within an epoch, sets its learning rate only when the next epoch begins, so
+      checkpoints before that do not have it.
 
     Args:
-        trainer: At the beginning of the training, its loops restored.
+        trainer: The Trainer at the beginning of training, with its loops restored.
     """
     loop = trainer.fit_loop
     epochs: Any = loop.epoch_progress.current
@@ -192,13 +195,13 @@ def mend_resume(trainer: Trainer) -> None:
         if isinstance(callback, ModelCheckpoint) and callback._every_n_train_steps >= 1 and trainer.ckpt_path:
             callback._last_global_step_saved = trainer.global_step
     for other in trainer.callbacks:  # type: ignore[attr-defined]
-        # Known once it has unfrozen.
+        # Known once it has unfrozen layers.
         if isinstance(other, BackboneFinetuning) and trainer.ckpt_path and other.previous_backbone_lr is not None:
             other.make_trainable(trainer.lightning_module.backbone)
 
 
 def say_broken_off(trainer: Trainer, exception: BaseException) -> None:
-    """Say how things stand when a fit does not come to its end."""
+    """Log the state of the network when a fit is interrupted."""
     rank_zero_info(
         f"The fit was interrupted at step {trainer.global_step} by {type(exception).__name__}. The network keeps its "
         "fake-quantization and what it has learned so far, and was not converted. Resume from the last checkpoint "

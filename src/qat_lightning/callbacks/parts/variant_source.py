@@ -1,4 +1,4 @@
-"""What the variants of networks are made of: after a training with fake-quant, and after a calibration of copies."""
+"""Where the variants of networks come from: training with fake-quantization, or calibration of copies."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _EVALUATE = {"validate": "fake_quant", "test": "int8", "predict": "int8"}
 
 
 class VariantSource(Protocol):
-    """What the parts ask of one of the two ways to have variants.
+    """Provides the variants of networks; implemented for training and for post-training quantization.
 
     Attributes:
         in_place: The variant that is in the LightningModule itself.
@@ -30,44 +30,44 @@ class VariantSource(Protocol):
     in_place: str
 
     def has(self, variant: str) -> bool:
-        """Whether there is a variant, or could be: that a conversion failed is not known here."""
+        """Whether a variant exists or could be created; a failed conversion is not considered."""
 
     def why_not(self, variant: str) -> str:
-        """Why there is no variant, in words."""
+        """Return the reason why a variant does not exist."""
 
     def default(self, stage: str) -> str:
-        """What a stage runs if the user chose nothing."""
+        """Return the variant that a stage runs if the user chose none."""
 
     def ranges_seen(self) -> bool:
-        """Whether fake-quant has ranges to round with."""
+        """Whether fake-quantization has observed ranges."""
 
     def to_stand_in(self, name: str) -> nn.Module:
-        """The network of the variant that is neither int8 nor in its place."""
+        """Return the network to run for the variant that is neither int8 nor in place."""
 
     def float_network(self, name: str) -> nn.Module:
-        """The ``"float"`` variant, on the CPU, in evaluation."""
+        """Return the ``"float"`` variant, on the CPU, in evaluation mode."""
 
     def present_float(self, name: str) -> nn.Module:
-        """The float network with the weights that int8 has."""
+        """Return the float network with the weights that the int8 network was converted from."""
 
     def comparable(self, name: str) -> nn.Module:
-        """What the int8 network has to compute."""
+        """Return the network whose outputs the int8 network has to reproduce."""
 
     def reference(self, name: str) -> nn.Module | None:
-        """What int8 is compared with in a test, if it is not in the LightningModule itself."""
+        """Return the network that int8 is compared with in a test, if it is not in the LightningModule."""
 
     def untrained(self, name: str) -> nn.Module:
-        """The float network as its code makes it, with any weights: what an int8 file of eager mode is put into."""
+        """Return the float network as its code builds it, with any weights; eager int8 files are loaded into it."""
 
     def make_int8(self, name: str) -> tuple[Conversion, Recipe]:
-        """What the mode makes of a network, and by which recipe."""
+        """Convert a network; return the conversion and its recipe."""
 
 
 class TrainedVariants:
-    """Networks with fake-quant are in the LightningModule; float is what they were, int8 what they are.
+    """Variants after quantization-aware training: the LightningModule holds the networks with fake-quantization.
 
     Args:
-        networks: What the callback knows.
+        networks: The networks of the callback.
         floats: The float weights to compare with.
     """
 
@@ -140,11 +140,11 @@ class TrainedVariants:
 
 
 class CalibratedVariants:
-    """The float network is in the LightningModule; copies of it are calibrated, or quantized without data.
+    """Variants of post-training quantization: the LightningModule holds the float network.
 
     Args:
-        networks: What the callback knows.
-        copies: What makes the copies.
+        networks: The networks of the callback.
+        copies: Creates the calibrated copies.
     """
 
     in_place = "float"
@@ -215,7 +215,7 @@ class CalibratedVariants:
 
 
 def _converted(networks: Networks, name: str) -> tuple[Conversion, Recipe]:
-    """What conversion makes of a network with fake-quant."""
+    """Convert a prepared network; return the conversion and its recipe."""
     prepared = networks.prepared[name]
     conversion = convert_what_can_be(prepared, networks.examples[name])
     state = prepared_state(prepared)

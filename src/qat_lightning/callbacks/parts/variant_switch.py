@@ -1,4 +1,4 @@
-"""Which variant of the networks an evaluation runs: stood in for it, compared, and put back."""
+"""Selecting the variant that an evaluation runs, and restoring the network afterwards."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from qat_lightning.settings.variants import VARIANTS, check_variant
 
 
 class VariantSwitch(Guests):
-    """Lets evaluations run the variant that was chosen, or the default, and puts back what was there.
+    """Runs the chosen or default variant in evaluations, and restores the network afterwards.
 
     Args:
-        networks: What the callback knows.
+        networks: The networks of the callback.
         int8: The int8 networks.
-        source: The other variants.
+        source: Provides the other variants.
 
     Attributes:
-        chosen: What the user chose; None for the default.
-        fidelity: How close int8 was to fake-quant in the last test of it.
-        observe_stages: The stages in which ranges move.
+        chosen: The variant chosen by the user; None for the default.
+        fidelity: Agreement of int8 with fake-quantization in the last test.
+        observe_stages: The stages in which ranges are updated.
     """
 
     def __init__(self, networks: Networks, int8: Int8Networks, source: VariantSource) -> None:
@@ -44,7 +44,7 @@ class VariantSwitch(Guests):
         self._standing: dict[str, tuple[Any, Fidelity | None]] = {}
         self._running = ""
 
-    # What a user asks for
+    # Requests by the user
 
     @property
     def variants(self) -> tuple[str, ...]:
@@ -52,7 +52,7 @@ class VariantSwitch(Guests):
         return tuple(v for v in VARIANTS if self._source.has(v) and not (v == "int8" and self._int8.impossible))
 
     def why_not(self, variant: str) -> str:
-        """Why a variant cannot be evaluated, in words."""
+        """Return the reason why a variant cannot be evaluated."""
         why = self.networks.simulated or self._int8.impossible
         possible = self.networks.settings.convert_on_fit_end and self.networks.slots
         return f"{why}." if variant == "int8" and why and possible else self._source.why_not(variant)
@@ -77,10 +77,10 @@ class VariantSwitch(Guests):
             return self._int8[name]
         return self._source.comparable(name)
 
-    # Evaluate
+    # Evaluation
 
     def stand_in(self, stage: str, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Let a stage run a guest, or the chosen variant, or the default."""
+        """Make a stage run the guest network, the chosen variant, or the default."""
         self._running = ""
         if self._guest is not None:
             for name, slot in self.networks.slots.items():
@@ -88,7 +88,7 @@ class VariantSwitch(Guests):
             return
         variant = self._variant_of(stage, trainer)
         self._running = variant
-        # Without ranges nothing is rounded: the weights alone neither, which know theirs.
+        # Without observed ranges nothing is rounded, not even weights, whose ranges are known.
         self._set_phase(observers=variant == "fake_quant" and self.observe(stage))
         if variant == self._source.in_place:
             return
@@ -123,7 +123,7 @@ class VariantSwitch(Guests):
             set_phase(prepared, fake_quant=rounds, observers=observers, batchnorm_frozen=frozen)
 
     def _int8_or_instead(self, trainer: Trainer, stage: str) -> str:
-        """The default variant: int8, or the available one if there can be no int8 network, with a message why."""
+        """Return int8, or an available variant if there can be no int8 network, after logging the reason."""
         if self._source.has("int8") and self._int8.convert_or_say(trainer, to_run=True):
             return "int8"
         instead = "fake_quant" if "fake_quant" in self.variants else "float"
@@ -137,7 +137,7 @@ class VariantSwitch(Guests):
         return instead
 
     def observe(self, stage: str) -> bool:
-        """Let ranges move while fake-quant is evaluated, if that is enabled and they are not frozen."""
+        """Update ranges while fake-quantization is evaluated, if enabled for this stage and not frozen."""
         if stage not in self.observe_stages or not self.networks.phase.observers:
             return False
         for prepared in self.networks.prepared.values():
@@ -146,17 +146,17 @@ class VariantSwitch(Guests):
         return True
 
     def end_test(self, trainer: Trainer) -> None:
-        """Keep how close int8 was to fake-quant, put back what was there, and log what was tested."""
-        # Several processes compute this together, so only where all of them come to.
+        """After a test: keep the agreement with fake-quantization, restore the network, and log the metrics."""
+        # A collective operation, so only where every process calls it.
         for _, fidelity in self._standing.values():
             if fidelity is not None:
                 self.fidelity = fidelity.compute()
         self.stand_back()
-        if self._running and self.chosen is None:  # code that chooses a variant logs it itself
+        if self._running and self.chosen is None:  # code that chooses a variant logs its metrics itself
             log_tested(trainer, self._running)
 
     def stand_back(self) -> None:
-        """Put back what was there, and switch it to the phase that it was in."""
+        """Restore the network and its phase."""
         for name, (before, _) in self._standing.items():
             self.networks.slots[name].run_again(before)
         self._standing = {}
@@ -166,12 +166,12 @@ class VariantSwitch(Guests):
 
 
 def _plain(slot: Slot, pl_module: LightningModule) -> nn.Module:
-    """The content of a slot, as a module."""
+    """Return the content of a slot as a module."""
     return slot.get() if slot.name != OWN_FORWARD else _Bound(pl_module)
 
 
 class _Bound(nn.Module):
-    """The LightningModule's own forward, while it is replaced."""
+    """Wraps the LightningModule's own forward while it is replaced."""
 
     def __init__(self, pl_module: LightningModule) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Running another variant of a network in place of the prepared one, for the duration of a test or prediction."""
+"""Running another network in place of the prepared one during evaluation."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from qat_lightning.measure.fidelity import Fidelity
 
 
 class Guests:
-    """Lets evaluations run another network, the guest, in place of any variant."""
+    """Lets evaluations run another network, the guest, instead of any variant."""
 
     _guest: nn.Module | None = None
 
     @contextmanager
     def running(self, network: nn.Module) -> Iterator[None]:
-        """Within the block, this network is what evaluations run."""
+        """Within the block, evaluations run this network."""
         self._guest = network
         try:
             yield
@@ -31,15 +31,15 @@ class Guests:
 
 
 class Stand(nn.Module):
-    """Stands in for a prepared network and runs another on its inputs, wherever the LightningModule is.
+    """Replaces a prepared network in the LightningModule and runs another network on its inputs.
 
     Args:
-        network: What to run; not a child, so that moving the LightningModule does not move it.
-        prepared: The network that it stands in for; its attributes stay reachable, and it is a child, so that
-            parameters and metrics keep their places.
-        on_cpu: Run on the CPU and bring the outputs back to the inputs' device.
-        fidelity: If given, ``reference`` runs as well and the outputs are compared.
-        reference: What to compare with; by default ``prepared``.
+        network: The network to run. It is not registered as a child, so moving the LightningModule does not move it.
+        prepared: The replaced network. It is registered as a child, so parameters and metrics keep their places, and
+            its attributes stay accessible.
+        on_cpu: Run on the CPU and move the outputs to the inputs' device.
+        fidelity: If given, ``reference`` is run as well and the outputs are compared.
+        reference: The network to compare with; ``prepared`` by default.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class Stand(nn.Module):
         return tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, outputs)
 
     def __getattr__(self, name: str) -> Any:
-        """The attributes of the network that it replaces; methods run on the guest, if that has them."""
+        """Look up attributes of the replaced network; methods come from the guest if it has them."""
         try:
             return super().__getattr__(name)
         except AttributeError:

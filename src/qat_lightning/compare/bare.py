@@ -1,4 +1,4 @@
-"""Metrics of a float run that nothing of ours tested: ``test/acc`` as ``trainer.test`` logs it."""
+"""Metrics of float runs without our callbacks: ``test/acc`` as ``trainer.test`` logs it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _TEST = re.compile(r"test(?![a-z])", re.IGNORECASE)
 
 
 def was_tested(metrics: Mapping[str, float]) -> bool:
-    """Whether there is a metric of a variant, or one that is called as that of a test.
+    """Whether there is a metric of a variant, or one whose name is that of a test metric.
 
     Example:
         >>> was_tested({"int8/acc": 0.9}), was_tested({"test_acc": 0.9}), was_tested({"val/acc": 0.9})
@@ -26,7 +26,7 @@ def was_tested(metrics: Mapping[str, float]) -> bool:
 
 
 def with_bare_tests(run: Run) -> Run:
-    """A run with its bare test metrics as those of float, where no callback of ours says of which network they are.
+    """Return a run with its plain test metrics added as those of float, unless one of our callbacks logged variants.
 
     Example:
         >>> with_bare_tests(Run("a", "a", metrics={"test/acc": 0.9, "val/acc": 0.8})).metrics

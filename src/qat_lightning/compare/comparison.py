@@ -1,4 +1,4 @@
-"""Fold runs into configurations, and compare these."""
+"""Grouping runs into configurations, and comparing these."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from qat_lightning.compare.spread import Spread, spread
 from qat_lightning.errors import ConfigurationError
 from qat_lightning.settings.variants import VARIANTS
 
-# What a float run has as well, but plays no part in its training
+# Settings that a float run also has, but that do not affect its training
 _OF_QUANTIZATION = tuple(
     glob
     for group in ("method", "mode", "backend", "quantization", "export", "baseline")
@@ -92,14 +92,14 @@ def compare(
 ) -> Comparison:
     """Compare runs: by configuration, over seeds, with float, and with each other.
 
-    A run is compared with the float run of the same data, network, training and seed, if there is one among the runs;
-    else with the ``float`` variant that it has itself, which unless it came from a checkpoint is the network as it was
-    when fake-quantization was enabled.
+    A run is compared with the float run that has the same data, network, training settings and seed, if there is one.
+    Otherwise it is compared with its own ``float`` variant: from ``float_checkpoint=``, or the network at the step at
+    which fake-quantization was enabled.
 
     Args:
         runs: The runs, from `qat_lightning.compare.find_runs`.
-        metric: The metric behind the variant's name; by default that of the models, else an accuracy.
-        larger_is_better: Which way it is better; by default as the models or its name say.
+        metric: The metric, without the variant's name; by default the models' own, otherwise an accuracy.
+        larger_is_better: Direction of the metric; by default as stated by the models, or guessed from its name.
         ignore: Globs of settings that do not count as a difference.
 
     Returns:
@@ -147,7 +147,7 @@ def _check_any_finished(runs: Sequence[Run]) -> None:
 
 
 def _variant(run: Run, metric: Metric) -> str | None:
-    """What of a run would be shipped."""
+    """Return the variant to compare: the one that would be deployed."""
     return next((variant for variant in reversed(VARIANTS) if f"{variant}/{metric.name}" in run.metrics), None)
 
 
@@ -156,16 +156,16 @@ def _why_left_out(run: Run, metric: Metric) -> Run:
 
 
 LATENCY, SIZE = 0.02, 0.01
-"""By which share a latency and a size have to be better to count: timers vary, and files hold names."""
+"""Relative tolerances of latency and size: timings vary, and file sizes depend on names in the file."""
 
 
 def score_tolerance(metric: Metric) -> float:
-    """By how much a score has to be better to count: 0.05 percentage points of a share, else nothing."""
+    """Return the tolerance of a score: 0.05 percentage points of a share, otherwise 0."""
     return 0.0005 if metric.is_share else 0.0
 
 
 def _front(configurations: Sequence[Configuration], metric: Metric) -> list[bool]:
-    """Score, latency and size, where latencies say something; else score and size."""
+    """Return the Pareto front of score, latency and size; without latency if latencies are unreliable."""
     noisy = any(configuration.noise for configuration in configurations)
     points = [_goals(configuration, metric, noisy) for configuration in configurations]
     tolerances = (score_tolerance(metric), *(() if noisy else (math.log1p(LATENCY),)), math.log1p(SIZE))
@@ -173,7 +173,7 @@ def _front(configurations: Sequence[Configuration], metric: Metric) -> list[bool
 
 
 def _goals(configuration: Configuration, metric: Metric, noisy: bool) -> tuple[float, ...] | None:
-    """Larger is better on each; costs by their logarithm, whose differences are shares."""
+    """Return coordinates on which larger is better; costs are negative logarithms, so differences are ratios."""
     costs = [configuration.size_mb] if noisy else [configuration.latency_ms, configuration.size_mb]
     if any(cost is None or cost.mean <= 0 for cost in costs):
         return None
@@ -189,7 +189,7 @@ def _configuration(
     floats: Mapping[tuple[str, str], float],
     ignore: Sequence[str],
 ) -> Configuration:
-    # runs of one configuration in which conversion was on and off differ in a setting, so one stands for all
+    # Conversion on or off is a setting, so runs of one configuration agree in it, and one represents all.
     variant = _variant(runs[0], metric) or "float"
 
     def over_seeds(value: Callable[[Run], float | None]) -> Spread | None:
@@ -216,7 +216,7 @@ def _configuration(
 def _drop(
     runs: Sequence[Run], variant: str, metric: Metric, floats: Mapping[tuple[str, str], float], ignore: Sequence[str]
 ) -> tuple[Spread | None, str]:
-    """How much worse than float, seed by seed, and which float that is."""
+    """Return the drop relative to float, paired by seed, and which float that is."""
     if variant == "float":
         return None, ""
     scores = _by_seed(runs, f"{variant}/{metric.name}")
@@ -224,7 +224,7 @@ def _drop(
     trained = {seed: floats[key] for seed, key in keys.items() if key in floats}
     own = _by_seed(runs, f"float/{metric.name}")
     baselines, name = (trained, "float runs") if trained else (own, _own_float(runs))
-    # differences of pairs vary less than differences of means: what a seed does to both cancels
+    # Paired differences vary less than differences of means, because effects of the seed cancel.
     drop = spread((seed, metric.loss(score, baselines[seed])) for seed, score in scores.items() if seed in baselines)
     return drop, name if drop else ""
 
@@ -244,7 +244,7 @@ def _by_seed(runs: Sequence[Run], key: str) -> dict[str, float]:
 
 
 def _float_scores(runs: Sequence[Run], metric: Metric, ignore: Sequence[str]) -> dict[tuple[str, str], float]:
-    """The score of each float run, by what it was trained with and its seed."""
+    """Return the score of each float run, by its training settings and seed."""
     floats: dict[str, list[Run]] = {}
     for run in runs:
         if _variant(run, metric) == "float" and run.config:
@@ -257,7 +257,7 @@ def _float_scores(runs: Sequence[Run], metric: Metric, ignore: Sequence[str]) ->
 
 
 def _training(run: Run, ignore: Sequence[str]) -> str:
-    """All that a float training depends on but the seed."""
+    """Return all settings that affect float training, except the seed."""
     ours = [key for key, value in flatten(run.config).items() if key.endswith("._target_") and _is_ours(value)]
     parts = [f"{key.removesuffix('_target_')}*" for key in ours if not key.startswith(("model.", "data."))]
     no_part = (*ignore, *_OF_QUANTIZATION, *parts, "callbacks.model_checkpoint.*", "callbacks.last_checkpoint.*")
@@ -269,7 +269,7 @@ def _is_ours(target: str) -> bool:
 
 
 def _labels(configurations: Sequence[Configuration]) -> list[str]:
-    """A name for each: the values that differ, with the setting's name before those that say nothing alone."""
+    """Return a label for each: the values that differ, with the setting's name where the value alone is unclear."""
     labels = []
     for configuration in configurations:
         words = [
@@ -282,7 +282,7 @@ def _labels(configurations: Sequence[Configuration]) -> list[str]:
 
 
 def _without_words(configuration: Configuration) -> str:
-    """A name for one that has none of the settings that differ: what it is, before what a logger called it."""
+    """Return a label for a configuration without any of the settings that differ: its method, or its logged name."""
     run = configuration.runs[0]
     return "float" if configuration.variant == "float" else " ".join(run.overrides) or run.name
 

@@ -1,4 +1,4 @@
-"""Read a run back from the folder of Lightning's CSVLogger."""
+"""Reading a run from the folder of Lightning's CSVLogger."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ _HPARAMS = "hparams.yaml"
 
 
 def read_csv(folder: Path) -> Run:
-    """Read what a CSVLogger wrote.
+    """Read the files of a CSVLogger.
 
     Args:
-        folder: The folder of ``metrics.csv``, and of ``hparams.yaml`` if there is one.
+        folder: The folder with ``metrics.csv``, and ``hparams.yaml`` if there is one.
 
     Returns:
-        The run. CSV does not say whether a run ended: without metrics of a test it is ``unfinished``.
+        The run. CSV files do not tell whether a run has ended: without test metrics it is ``unfinished``.
 
     Raises:
         RunFileError: A file cannot be read.
@@ -49,7 +49,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """Read a mapping of plain data from YAML.
 
     Raises:
-        RunFileError: The file is no YAML, holds no mapping, or asks for Python objects.
+        RunFileError: The file is not YAML, does not contain a mapping, or contains Python objects.
     """
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -61,7 +61,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _last(rows: list[dict[str, Any]]) -> tuple[dict[str, Any], ...]:
-    """The rows of the last measured step."""
+    """Return the rows of the last measured step."""
     return tuple(
         {k: v for k, v in row.items() if k != "step"} for row in rows if row.get("step") == rows[-1].get("step")
     )
@@ -73,7 +73,7 @@ def _rows(path: Path) -> Iterator[dict[str, float]]:
 
 
 def _table(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a CSV file, with numbers as such and without empty cells; none where there is no file."""
+    """Yield the rows of a CSV file, with numbers parsed and empty cells omitted; nothing if there is no file."""
     if not path.is_file():
         return
     try:

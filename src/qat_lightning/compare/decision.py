@@ -1,4 +1,4 @@
-"""Choose what to ship: the best that keeps within limits."""
+"""Choosing the configuration to deploy: the best one within limits."""
 
 from __future__ import annotations
 
@@ -53,23 +53,23 @@ class Limits:
 
     @property
     def given(self) -> bool:
-        """Whether anything was asked for."""
+        """Whether any limit was given."""
         return any(value is not None for value in (self.max_drop, self.max_latency, self.max_size, self.prefer))
 
     @property
     def goal(self) -> Goal:
-        """What decides between those that keep the limits."""
+        """What decides among the configurations within the limits."""
         return self.prefer or ("latency" if self.max_drop is not None else "score")
 
 
 @dataclass(frozen=True)
 class Decision:
-    """Which configuration to ship, and why.
+    """The configuration to deploy, and the reason.
 
     Args:
         winner: The choice; None if nothing qualifies or no limit was given.
         runner_up: The next best.
-        reason: The reason, in a sentence or two.
+        reason: One or two sentences.
     """
 
     winner: Configuration | None
@@ -120,14 +120,14 @@ def decide(comparison: Comparison, limits: Limits) -> Decision:
 
 
 def _goal(comparison: Comparison, limits: Limits) -> tuple[Goal | None, bool]:
-    """What decides, and whether it does in the place of latencies that say nothing; None where nothing else may."""
+    """Return what decides, and whether it replaces unreliable latencies; None if latency was asked for explicitly."""
     if limits.goal != "latency" or not comparison.noisy:
         return limits.goal, False
     return (None, False) if limits.prefer == "latency" else ("score", True)
 
 
 def _noise(comparison: Comparison) -> str:
-    """Why, and what to do."""
+    """Return why latencies are unreliable, and what to do."""
     noisy = next(c for c in comparison.configurations if c.noise)
     return (
         f"some were measured while other work was running ({noisy.label}: {noisy.noise}). Use --remeasure on an idle "
@@ -136,7 +136,7 @@ def _noise(comparison: Comparison) -> str:
 
 
 def _among(goal: Goal, kept: int, total: int, comparison: Comparison, limits: Limits) -> str:
-    """What the winner is among those that it was chosen from."""
+    """Describe the winner's rank among the candidates."""
     asked = _asked(comparison, limits)
     if not asked:
         return f"has the {_BEST[goal]} of {_count(total, 'int8 ')}"
@@ -150,7 +150,7 @@ def _among(goal: Goal, kept: int, total: int, comparison: Comparison, limits: Li
 
 
 def _float_is_better(winner: Configuration, comparison: Comparison, goal: Goal) -> str:
-    """That a float run, which is no candidate, beats every int8 network in what decides."""
+    """Say if a float run, which is not a candidate, is better than every int8 network in the goal."""
     floats = [c for c in comparison.configurations if c.variant == "float" and _of(c, goal) is not None]
     if not floats:
         return ""
@@ -191,7 +191,7 @@ def _figure(configuration: Configuration, comparison: Comparison, goal: Goal) ->
 
 
 def _rank(configuration: Configuration, comparison: Comparison, goal: Goal) -> tuple[float, ...]:
-    """What decides first, then score, latency and size; smaller is better on each."""
+    """Sort key: the goal first, then score, latency and size; smaller is better."""
 
     def cost(axis: Goal) -> float:
         figure = _of(configuration, axis)
@@ -203,7 +203,7 @@ def _rank(configuration: Configuration, comparison: Comparison, goal: Goal) -> t
 
 
 def _missed(configuration: Configuration, comparison: Comparison, limits: Limits) -> list[tuple[str, float]]:
-    """Each limit that is not kept: in words, and by which share."""
+    """Return each limit that is exceeded, in words, and by which ratio."""
     drop = configuration.drop and configuration.drop.mean
     latency, size = configuration.latency_ms, configuration.size_mb
     missed = []
@@ -238,7 +238,7 @@ def _asked(comparison: Comparison, limits: Limits) -> str:
 
 
 def _against(winner: Configuration, runner_up: Configuration | None, comparison: Comparison, goal: Goal) -> str:
-    """What the runner-up has, and whether seeds differ by more than the two do."""
+    """Describe the runner-up, and whether the difference is within the spread over seeds."""
     if runner_up is None:
         return ""
     said = f" Runner-up: {runner_up.label}, {_figure(runner_up, comparison, goal)}"

@@ -1,4 +1,4 @@
-"""Find the runs below some paths: trials of Hydra, offline W&B runs and CSV logs."""
+"""Finding runs below given paths: trials of Hydra, offline W&B runs and CSV logs."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from qat_lightning.sweep.result import FILE as RESULT
 
 HYDRA = ".hydra"
 _STATUS: dict[str, Status] = {"completed": "finished", "pruned": "pruned", "skipped": "skipped", "failed": "failed"}
-_NOT_RUNS = (HYDRA, "checkpoints", "latest-run")  # and what a trial put aside: `earlier-1`
+_NOT_RUNS = (HYDRA, "checkpoints", "latest-run")  # besides backups of a restarted trial: `earlier-1`
 
 
 @dataclass
 class _Place:
-    """A folder that is one run, and where its loggers wrote."""
+    """A folder that is one run, and the folders of its loggers."""
 
     folder: Path
     is_trial: bool
@@ -64,7 +64,7 @@ def find_runs(paths: Iterable[str | Path]) -> list[Run]:
                 f"There is no run in {path}: no {HYDRA} folder, no {RESULT}, no offline W&B run and no {METRICS} in it."
             )
         places |= {place.folder.resolve(): place for place in found}
-    # W&B's reader is a process of its own
+    # W&B's reader runs as a separate process
     with ThreadPoolExecutor(max(2, os.cpu_count() or 1)) as pool:
         return _named_apart(list(pool.map(_read_or_say_why, places.values())))
 
@@ -85,7 +85,7 @@ def _places(top: Path) -> list[_Place]:
 
 
 def _may_hold_runs(folder: Path) -> bool:
-    """Not what a run keeps for itself, the rungs of a ladder among it, which are shown as one table."""
+    """Whether to search a folder for runs; not a run's own subfolders, such as the search's rungs (one table)."""
     return folder.name not in _NOT_RUNS and not folder.name.startswith("earlier-") and not holds_ladder(folder)
 
 
@@ -124,7 +124,7 @@ def _read(place: _Place) -> Run:
 
 
 def _with_file(run: Run, path: Path) -> Run:
-    """The saved int8 network, whose size is that of int8 where no other was measured."""
+    """Add the saved int8 network, and its file size if no other int8 size was measured."""
     if not path.is_file():
         return run
     size = {"int8/size_mb": path.stat().st_size / 1e6}
@@ -133,7 +133,7 @@ def _with_file(run: Run, path: Path) -> Run:
 
 
 def _logged(place: _Place, wandb_id: str) -> Run | None:
-    """What the loggers kept: W&B, which has most, before CSV. Of several runs in one folder, the last."""
+    """Return what the loggers stored, W&B before CSV because it has more; of several runs in a folder, the last."""
     if place.wandb:
         parts = [read_offline(folder) for folder in sorted(place.wandb, key=lambda folder: folder.name)]
         wanted = wandb_id if any(part.wandb_id == wandb_id for part in parts) else parts[-1].wandb_id
@@ -174,17 +174,17 @@ def _overrides(path: Path) -> Sequence[str]:
 
 
 def _config(path: Path) -> dict[str, Any]:
-    """The configuration as Hydra kept it, with every reference resolved that means something outside of the run."""
+    """Return the configuration that Hydra saved, with references resolved where possible outside the run."""
     if not path.is_file():
         return {}
     return _resolved(OmegaConf.create(read_yaml(path)))
 
 
 def _of_both(logged: Mapping[str, Any], hydra: dict[str, Any]) -> Mapping[str, Any]:
-    """What Hydra composed, unless the logger holds all of it, as the run changed it.
+    """Return Hydra's configuration, unless the logged one contains all of it, possibly changed by the run.
 
-    A logger of somebody's own program holds hyperparameters of the LightningModule, say, which are the same in all
-    trials of a sweep over something else. What the callback said of itself is there in any case.
+    The logger of a user's own program may contain only hyperparameters of the LightningModule, which can be the same in
+    all trials of a sweep. Settings logged by the callback are included in any case.
     """
     if not hydra or hydra.keys() <= logged.keys():
         return logged
@@ -196,7 +196,7 @@ def _resolved(node: Any) -> dict[str, Any]:
     for key in node:
         try:
             value = node[key]
-        except OmegaConfBaseException:  # ${hydra:…} and ??? mean nothing here, and are no setting
+        except OmegaConfBaseException:  # ${hydra:…} and ??? cannot be resolved here, and are not settings
             continue
         plain[str(key)] = _resolved(value) if OmegaConf.is_dict(value) else _plain(value)
     return plain
@@ -212,7 +212,7 @@ def _plain(value: Any) -> Any:
 
 
 def _named_apart(runs: list[Run]) -> list[Run]:
-    """Leave out what was read twice: a run that W&B knows by the same id, from another path."""
+    """Leave out runs that were read twice: the same W&B id from another path."""
     seen: dict[str, Run] = {}
     for run in runs:
         key = run.wandb_id or str(Path(run.folder).resolve())

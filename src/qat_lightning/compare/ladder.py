@@ -1,4 +1,4 @@
-"""A ladder as its file holds it: what was tried to reach a target, what it cost and what it brought."""
+"""The log of a search for a target (`reach`) as stored in its file: steps tried, their cost and result."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from typing import Any
 from qat_lightning.errors import RunFileError
 
 FOLDER = "ladder"
-"""Where ``method=auto`` of train.py keeps a ladder, in the folder of the run."""
+"""Name of the file with the search's log, in a run's folder, as written by ``method=auto`` of train.py."""
 
 FILE = "ladder.json"
 
 
 @dataclass(frozen=True)
 class LadderRow:
-    """One rung.
+    """One step (rung) of the search.
 
     Attributes:
         rung: Its name.
-        tried: What it tried, in words.
-        drop: Mean loss against float on the validation data, in the unit that is shown; None without a network.
-        low: Of the interval; None where it has no end, or there is no network.
-        high: Likewise.
-        speedup: Times faster than float; None where it is not known.
-        size_mb: Of what is shipped; likewise.
-        minutes: That it took.
-        verdict: In few words.
-        chosen: Whether it is what is kept.
+        tried: Description of what it tried.
+        drop: Mean drop relative to float on the validation data, in the displayed unit; None without a network.
+        low: Lower end of the confidence interval; None if it is unbounded, or without a network.
+        high: Upper end, likewise.
+        speedup: Float latency divided by its latency; None if unknown.
+        size_mb: Size of the deployed file; None if unknown.
+        minutes: Duration.
+        verdict: The result in a few words.
+        chosen: Whether it was chosen.
     """
 
     rung: str
@@ -47,14 +47,14 @@ class LadderRow:
 
 @dataclass(frozen=True)
 class Ladder:
-    """What was tried, in its order.
+    """All steps of a search, in order.
 
     Attributes:
-        target: In words.
-        metric: What the drop is of.
-        drop_unit: ``pp``, or nothing.
-        rows: The rungs.
-        conclusion: What came of it.
+        target: Description of the target.
+        metric: The metric that the drop refers to.
+        drop_unit: ``pp``, or empty.
+        rows: The steps.
+        conclusion: The outcome.
     """
 
     target: str
@@ -64,25 +64,25 @@ class Ladder:
     conclusion: str
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Convert to values for JSON."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Ladder:
-        """Undo `to_dict`."""
+        """Create from the result of `to_dict`."""
         return cls(**{**values, "rows": tuple(LadderRow(**row) for row in values["rows"])})
 
 
 def holds_ladder(folder: Path) -> bool:
-    """Whether a folder is that of a ladder."""
+    """Whether a folder contains the log of a search."""
     return (folder / FILE).is_file()
 
 
 def read_ladder(folder: Path) -> Ladder | None:
-    """The ladder of a run's folder; None if there is none.
+    """Read the log of a search from a run's folder; None if there is none.
 
     Raises:
-        RunFileError: The file is of something else.
+        RunFileError: The file has other content.
     """
     path = folder / FOLDER / FILE
     if not holds_ladder(path.parent):

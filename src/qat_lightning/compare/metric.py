@@ -1,4 +1,4 @@
-"""Which metric is compared, which way it is better, and how it is shown."""
+"""The compared metric: its choice, direction and display."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _SMALLER_IS_BETTER = ("loss", "error", "err", "mse", "rmse", "mae", "perplexity"
 
 @dataclass(frozen=True)
 class Metric:
-    """The metric that stands for how good a network is.
+    """The metric by which networks are compared.
 
     Args:
-        name: Its key behind a variant's name: ``test/acc`` of ``int8/test/acc``.
-        larger_is_better: Which way.
+        name: Its key without the variant's name: ``test/acc`` for ``int8/test/acc``.
+        larger_is_better: Its direction.
         is_share: Whether it is shown in percent, and drops in percentage points.
     """
 
@@ -31,11 +31,11 @@ class Metric:
 
     @property
     def drop_unit(self) -> str:
-        """Of a drop: percentage points, or nothing."""
+        """Unit of a drop: ``pp`` (percentage points), or empty."""
         return "pp" if self.is_share else ""
 
     def text(self, value: float) -> str:
-        """A value as it is shown.
+        """Format a value.
 
         Example:
             >>> Metric("test/acc", is_share=True).text(0.9821), Metric("test/loss").text(0.1)
@@ -44,11 +44,11 @@ class Metric:
         return f"{100 * value:.2f} %" if self.is_share else f"{value:.4f}"
 
     def shown(self, value: float) -> float:
-        """A value in the unit that is shown."""
+        """Return a value in the displayed unit."""
         return 100 * value if self.is_share else value
 
     def loss(self, value: float, baseline: float) -> float:
-        """How much worse a value is than the baseline, in the unit that is shown; negative where it is better.
+        """Return how much worse a value is than the baseline, in the displayed unit; negative if it is better.
 
         Example:
             >>> round(Metric("test/acc", is_share=True).loss(0.97, 0.98), 6)
@@ -63,15 +63,15 @@ def choose_metric(runs: Sequence[Run], name: str | None = None, larger_is_better
 
     Args:
         runs: The runs.
-        name: Its name behind the variant's; by default what the models of the runs are judged by (``model.metric``), or
-            else an accuracy if there is one, another known score, a loss, or the only metric that there is.
-        larger_is_better: Which way; by default as the models say of their metric, and of another one as its name says.
+        name: Its name without the variant's; by default the models' own (``model.metric``), otherwise an accuracy,
+            another known score, a loss, or the only metric that exists.
+        larger_is_better: Its direction; by default as stated by the models, or guessed from its name.
 
     Returns:
-        The metric. A score within 0 and 1 in every run is shown in percent.
+        The metric. A score between 0 and 1 in every run is shown in percent.
 
     Raises:
-        ConfigurationError: There is no such metric, or the choice is not clear, with those that there are.
+        ConfigurationError: There is no such metric, or the choice is not clear; the message lists the metrics.
 
     Example:
         >>> choose_metric([Run("a", "a", metrics={"int8/test/loss": 0.1, "int8/test/acc": 0.9})])
@@ -95,13 +95,13 @@ def choose_metric(runs: Sequence[Run], name: str | None = None, larger_is_better
 
 
 def _stated(runs: Sequence[Run]) -> ModelMetric | None:
-    """What all models are judged by that say it; None where they differ."""
+    """Return the metric stated by the models; None if they differ."""
     metrics = {metric for run in runs if (metric := ModelMetric.of(run.config)) is not None}
     return metrics.pop() if len(metrics) == 1 else None
 
 
 def _own(keys: Iterable[str]) -> list[str]:
-    """The LightningModule's metrics among those of a variant."""
+    """Return the LightningModule's own metrics among those of a variant."""
     parted = [key.partition("/")[::2] for key in keys]
     return [rest for variant, rest in parted if variant in VARIANTS and rest and rest not in MEASURED]
 

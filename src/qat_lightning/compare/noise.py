@@ -1,4 +1,4 @@
-"""Latencies that were measured beside other work, which say more of the work than of the network."""
+"""Detecting unreliable latencies, measured while other work was running."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from qat_lightning.compare.spread import Spread
 from qat_lightning.run.evaluate import SPREAD
 
 LARGEST_SPREAD = 0.25
-"""Of a latency: the largest deviation over seeds, and interquartile range while it was measured, as shares of it."""
+"""Largest relative deviation of a latency over seeds, and largest relative interquartile range of one measurement."""
 
 LARGEST_RATIO = 1.5
-"""How many times longer than the fastest the same float network may take in another run."""
+"""Largest ratio between latencies of the same float network in different runs."""
 
 
 def fastest_floats(runs: Iterable[Run]) -> dict[float, float]:
-    """The least latency of each float network, told apart by its size: the machine was the quietest then."""
+    """Return the lowest latency of each float network, identified by its size: when the machine was least busy."""
     found: dict[float, float] = {}
     for run in runs:
         key, latency = _float_network(run), run.metrics.get("float/latency_ms")
@@ -28,13 +28,13 @@ def fastest_floats(runs: Iterable[Run]) -> dict[float, float]:
 def why_noisy(
     runs: Sequence[Run], latency: Spread | None, speedup: Spread | None, fastest: Mapping[float, float]
 ) -> str:
-    """Why the latency of a configuration is none to decide by; empty where nothing speaks against it.
+    """Return why the latency of a configuration is unreliable; empty if it is reliable.
 
     Args:
         runs: The runs of the configuration.
-        latency: Over its seeds.
-        speedup: Over its seeds.
-        fastest: What `fastest_floats` found in all runs.
+        latency: The latency over seeds.
+        speedup: The speedup over seeds.
+        fastest: Result of `fastest_floats` for all runs.
 
     Example:
         >>> runs = [

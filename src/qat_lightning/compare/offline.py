@@ -1,4 +1,4 @@
-"""Read a run back from the folder in which W&B keeps it offline, with W&B's own reader."""
+"""Reading a run from the folder of an offline W&B run, with W&B's own reader."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def read_offline(folder: Path) -> Run:
         folder: The ``offline-run-…`` folder (or ``run-…``, which W&B writes while online).
 
     Returns:
-        The run. One that did not end is ``unfinished``, with what it had logged until then.
+        The run. One that did not end is ``unfinished``, with the values logged so far.
 
     Raises:
-        RunFileError: W&B cannot read it, with W&B's reason.
+        RunFileError: W&B cannot read it; the message has W&B's reason.
     """
     records = list(_records(folder))
     run: dict[str, Any] = {}
@@ -65,13 +65,13 @@ def read_offline(folder: Path) -> Run:
 
 
 def join(parts: list[Run]) -> Run:
-    """Put together the parts of one run that was stopped and resumed under its id.
+    """Merge the parts of one run that was stopped and resumed with the same id.
 
     Args:
-        parts: The parts in order of time.
+        parts: The parts in chronological order.
 
     Returns:
-        The last part, with the curves of all: where steps were repeated, the later part counts.
+        The last part, with the curves of all parts; where steps were repeated, the later part is used.
     """
     last = parts[-1]
     curves: dict[str, Curve] = {}
@@ -87,11 +87,11 @@ def join(parts: list[Run]) -> Run:
 
 
 def read_layers(files: Path, logged: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
-    """Read the per-layer table that a run logged, if it did and the file is still there.
+    """Read the per-layer table of a run, if it logged one and the file still exists.
 
     Args:
         files: The folder ``files`` of the run.
-        logged: All that it logged; W&B writes what it knows of a table as ``quant/layers.path`` or nested.
+        logged: All logged values; W&B stores the table's path as ``quant/layers.path`` or nested.
     """
     nested = logged.get(LAYERS)
     name = nested.get("path") if isinstance(nested, Mapping) else logged.get(f"{LAYERS}.path")
@@ -115,5 +115,5 @@ def _records(folder: Path) -> Iterator[dict[str, Any]]:
         hint = " Install a wandb that has `wandb leet inspect`: pip install -U wandb." if old else ""
         raise RunFileError(f"W&B cannot read {folder}: {said[-1] if said else 'it says nothing'}.{hint}")
     for line in done.stdout.splitlines():
-        if line.startswith("{"):  # a run that was interrupted ends with a remark
+        if line.startswith("{"):  # the output for an interrupted run ends with a message
             yield json.loads(line)

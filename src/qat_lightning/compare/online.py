@@ -1,4 +1,4 @@
-"""Read runs from W&B's server, through its public API."""
+"""Reading runs from W&B's server, through its public API."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def find_online(address: str, api: Any = None) -> list[Run]:
         raise ConfigurationError(
             f"--wandb {address!r} does not name a project: give entity/project or entity/project/group."
         )
-    import wandb  # here, because offline comparisons need none of it
+    import wandb  # here, because offline comparisons do not need it
 
     try:
         api = wandb.Api() if api is None else api

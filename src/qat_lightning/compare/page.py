@@ -1,4 +1,4 @@
-"""One self-contained HTML page of a comparison: it loads nothing, so it can be opened and kept anywhere."""
+"""A comparison as one self-contained HTML page, which loads no other files."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from qat_lightning.compare.table import markdown, shipped
 from qat_lightning.settings.variants import VARIANTS
 
 _SCRIPTS = ("core.js", "columns.js", "table.js", "scatter.js", "curves.js", "layers.js", "ladder.js", "main.js")
-_POINTS = 240  # of a curve: more than a screen shows apart
+_POINTS = 240  # per curve: more cannot be distinguished on a screen
 _EVENTS = (
     ("rounding on", "quant/fake_quant_enabled", 1.0),
     ("ranges frozen", "quant/observers_enabled", 0.0),
@@ -62,7 +62,7 @@ def page(
 
 
 def page_data(comparison: Comparison, decision: Decision, limits: Limits, title: str) -> dict[str, Any]:
-    """What the page's script draws, as plain data."""
+    """Return the data for the page's script, as plain values."""
     configurations = comparison.configurations
     fronts = {axis: _front(comparison, axis) for axis in ("latency_ms", "size_mb")}
     if comparison.noisy:
@@ -112,7 +112,7 @@ def _digest(text: str) -> str:
 
 
 def _embedded(data: Any) -> str:
-    """JSON that can stand in a script element: nothing in it ends one, or begins a comment."""
+    """Return JSON that is safe in a script element: nothing in it ends the element or begins a comment."""
     text = json.dumps(_finite(data), ensure_ascii=True, separators=(",", ":"), allow_nan=False)
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
@@ -132,7 +132,7 @@ def _place(configurations: Sequence[Configuration], wanted: Configuration | None
 
 
 def _front(comparison: Comparison, axis: str) -> list[bool]:
-    """The front of the score and one other figure, which a plane can show."""
+    """Return the Pareto front of the score and one other figure, for a two-dimensional plot."""
     sign = 1 if comparison.metric.larger_is_better else -1
     figures: list[Spread | None] = [getattr(configuration, axis) for configuration in comparison.configurations]
     return pareto_front(
@@ -164,7 +164,7 @@ def _configuration(configuration: Configuration, on_latency_front: bool, on_size
 
 
 def _metric_names(comparison: Comparison) -> list[str]:
-    """Every metric that was logged, for the columns of the table."""
+    """Return all logged metrics, for the columns of the table."""
     return sorted(
         {key for configuration in comparison.configurations for run in configuration.runs for key in run.metrics}
     )
@@ -192,13 +192,13 @@ def _run(run: Run) -> dict[str, Any]:
 
 
 def _is_drawn(key: str) -> bool:
-    """All but the flags of the schedule, which are lines across, and curves of single layers, which are too many."""
+    """Whether to draw a curve; not flags of the schedule (drawn as vertical lines) and not curves per layer."""
     flags = [flag for _, flag, _ in _EVENTS]
     return key not in flags and not key.startswith(_VARIANTS) and not (key.startswith("quant/") and key.count("/") > 1)
 
 
 def _thinned(curve: Curve) -> Curve:
-    """Every n-th point and the last one."""
+    """Keep every n-th point and the last one."""
     stride = math.ceil(len(curve.steps) / _POINTS)
     last = len(curve.steps) - 1
     kept = [i for i in range(len(curve.steps)) if i % stride == 0 or i == last]
@@ -206,7 +206,7 @@ def _thinned(curve: Curve) -> Curve:
 
 
 def _events(run: Run) -> list[dict[str, Any]]:
-    """The step at which each point of the schedule was first seen in the logs, after its start."""
+    """Return the step at which each schedule point first appears in the logs, except at the start of the run."""
     events = []
     for name, key, wanted in _EVENTS:
         curve = run.curves.get(key)
@@ -217,6 +217,6 @@ def _events(run: Run) -> list[dict[str, Any]]:
 
 
 def _same(runs: Sequence[Run]) -> dict[str, str]:
-    """The settings that are the same in every configuration."""
+    """Return the settings that all configurations share."""
     flat = [settings_of(run) for run in runs]
     return {key: value for key, value in (flat[0] if flat else {}).items() if all(s.get(key) == value for s in flat)}

@@ -1,4 +1,4 @@
-"""The Pareto front: what nothing else beats in everything."""
+"""The Pareto front: points that no other point dominates."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from collections.abc import Sequence
 def pareto_front(points: Sequence[Sequence[float] | None], tolerances: Sequence[float] = ()) -> list[bool]:
     """Find the points that no other point dominates.
 
-    A point dominates another if it is not worse on any axis and better on one, by more than a tolerance. Points that
-    are equal within the tolerances do not dominate each other, so a byte less beats nobody.
+    A point dominates another if it is not worse on any axis and better on one, by more than the tolerance. Points that
+    are equal within the tolerances do not dominate each other.
 
     Args:
-        points: Coordinates, on every axis larger is better; None for what cannot be compared.
-        tolerances: For each axis the difference that is none; by default 0.
+        points: Coordinates; larger is better on every axis. None for a point that cannot be compared.
+        tolerances: For each axis, the largest difference that does not count; 0 by default.
 
     Returns:
         Whether each point is on the front; never for None.
@@ -28,7 +28,7 @@ def pareto_front(points: Sequence[Sequence[float] | None], tolerances: Sequence[
         point is not None and not any(other is not None and _dominates(other, point, tolerances) for other in points)
         for point in points
     ]
-    # With tolerances, each of some points may be beaten by the next in a circle, which leaves nobody.
+    # With tolerances, domination can be cyclic, which would leave an empty front.
     return found if not tolerances or any(found) else pareto_front(points)
 
 

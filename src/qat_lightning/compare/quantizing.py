@@ -1,4 +1,4 @@
-"""The callback that quantizes, under one name wherever a program keeps it: what its configuration and it itself say."""
+"""Settings of the quantizing callback under one name, wherever a program's configuration has them."""
 
 from __future__ import annotations
 
@@ -7,18 +7,19 @@ from collections.abc import Mapping
 from qat_lightning.callbacks.parts.settings_log import CHOSEN_MODE, PREFIX
 
 QUANTIZING = ("QuantizationAwareTraining", "PostTrainingQuantization")
-"""The classes whose settings are those of a run's quantization."""
+"""Classes whose settings are quantization settings."""
 
 NAME = "quantization"
-"""What its part of a configuration is called here."""
+"""The name used here for the callback's section of a configuration."""
 
 _TARGET = "_target_"
 
 
 def part_of(flat: Mapping[str, str]) -> str:
-    """The section of a flat configuration that creates the callback, such as ``callbacks.qat``; empty if there is none.
+    """Return the section of a flat configuration that creates the callback; empty if there is none.
 
-    It makes one of ours, or the class that the callback named when it logged its settings, which may extend ours.
+    For example ``callbacks.qat``. It creates one of our classes, or the class named in the settings that the callback
+    logged, which may be a subclass.
 
     Example:
         >>> part_of({"lr": "0.1", "callbacks.qat._target_": "qat_lightning.QuantizationAwareTraining"})
@@ -35,7 +36,7 @@ def part_of(flat: Mapping[str, str]) -> str:
 
 
 def renamed(key: str, part: str) -> str:
-    """A key of the configuration, or of the command line, with the callback's part called ``quantization``.
+    """Rename a key of the configuration or command line: the callback's section becomes ``quantization``.
 
     Example:
         >>> renamed("callbacks.qat.mode", "callbacks.qat"), renamed("callbacks.stop.patience", "callbacks.qat")
@@ -45,10 +46,10 @@ def renamed(key: str, part: str) -> str:
 
 
 def under_one_name(flat: Mapping[str, str]) -> dict[str, str]:
-    """A flat configuration in which each setting of the callback is there once, as ``quantization.mode``.
+    """Return a flat configuration with each setting of the callback once, as ``quantization.mode`` and so on.
 
-    Where the program has a group ``quantization``, only what followed from it is taken from what the callback logged;
-    else also what its part of the configuration leaves to the defaults.
+    If the program has a config group ``quantization``, only derived values are taken from what the callback logged;
+    otherwise also defaults that its section of the configuration omits.
 
     Example:
         >>> config = {"callbacks.qat._target_": "qat_lightning.QuantizationAwareTraining", "callbacks.qat.mode": "auto"}

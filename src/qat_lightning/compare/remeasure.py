@@ -1,4 +1,4 @@
-"""Latencies of saved int8 networks and their float networks, in turn, after the training: alone, and so comparable."""
+"""Timing saved int8 networks and their float networks again after training, alternating on an idle machine."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from qat_lightning.measure.metrics import latency_interleaved
 from qat_lightning.run.evaluate import SPREAD
 
 BUSY = 0.5
-"""Of the processors: a load of more than this before anything is timed is somebody else's."""
+"""Largest share of busy processors before timing; above it, other work is running."""
 
 
 @dataclass(frozen=True)
 class _Timed:
-    """What is timed of one run."""
+    """The networks of one run to time."""
 
     run: int
     int8: QuantizedNetwork
@@ -40,20 +40,20 @@ class _Timed:
 
 
 def remeasure(runs: Sequence[Run], say: Callable[[str], None], *, rounds: int = 15) -> list[Run]:
-    """Time the int8 files of runs and their float networks again, in turn, in this process.
+    """Time the int8 files of runs and their float networks again, in alternating rounds in this process.
 
-    All that take inputs of the same shapes are timed in the same rounds, so that whatever slows the machine slows all
-    of them. The float network is made from the configuration of the run, which imports the code that it names; where
-    it cannot be made, there is no new latency of float, and no speed-up.
+    Networks with the same input shapes are timed in the same rounds, so that disturbances affect all of them alike. The
+    float network is built from the run's configuration, which imports the code that it names; if that fails, the run
+    gets no float latency and no speedup.
 
     Args:
         runs: The runs.
-        say: Told what could not be timed, and how busy the machine is.
-        rounds: How often each is timed.
+        say: Called with messages about what could not be timed, and how busy the machine is.
+        rounds: Number of timings of each network.
 
     Returns:
-        The runs with the new figures; those of which nothing was timed keep none, for what was measured beside other
-        work is no figure to compare these with.
+        The runs with the new figures. Latencies of runs that could not be timed are removed, because they are not
+        comparable with the new ones.
 
     Raises:
         ConfigurationError: No run has an int8 file that can be loaded.
@@ -85,12 +85,12 @@ def remeasure(runs: Sequence[Run], say: Callable[[str], None], *, rounds: int = 
 
 
 def _load(place: int, run: Run) -> tuple[_Timed | None, list[str]]:
-    """The networks of a run, and a word on each that there is not; the same words for runs with the same fault."""
+    """Load the networks of a run; return messages about those that are missing (equal faults give equal messages)."""
     faults: list[str] = []
     floating: nn.Module | None = None
     try:
         floating = float_network(run)
-    except Exception as error:  # noqa: BLE001 - code of the user's own is made from a configuration
+    except Exception as error:  # noqa: BLE001 - the configuration runs the user's own code
         why, *_ = str(error).splitlines() or [""]
         faults.append(
             f"the float network cannot be made ({type(error).__name__}: {why}), so it is not timed. If its code is "
@@ -110,10 +110,10 @@ def _load(place: int, run: Run) -> tuple[_Timed | None, list[str]]:
 
 
 def float_network(run: Run) -> nn.Module | None:
-    """The float network of a run, untrained, from its configuration: how long it takes depends on no weight.
+    """Build the untrained float network of a run from its configuration; its latency does not depend on the weights.
 
     Returns:
-        The network; None where the configuration names no LightningModule under ``model`` or ``model.module``.
+        The network; None if the configuration has no LightningModule under ``model`` or ``model.module``.
     """
     cfg = OmegaConf.create(dict(run.config))
     parts = (OmegaConf.select(cfg, name, default=None) for name in ("model.module", "model"))
@@ -134,7 +134,7 @@ def _inputs(example: Example) -> str:
 
 
 def _time(group: Sequence[_Timed], rounds: int) -> dict[int, dict[str, float]]:
-    """The new figures of each run: of runs with the same float network, one is timed for all."""
+    """Return the new figures of each run; runs with the same float network share one timing."""
     one = one_sample(group[0].int8.example)
     networks: dict[str, nn.Module] = {f"int8 {timed.run}": timed.int8 for timed in group}
     same: dict[str, str] = {}
@@ -160,7 +160,7 @@ def _time(group: Sequence[_Timed], rounds: int) -> dict[int, dict[str, float]]:
 def _floats(
     runs: Sequence[Run], groups: Mapping[str, Sequence[_Timed]], found: Mapping[int, Mapping[str, float]]
 ) -> dict[int, dict[str, float]]:
-    """For float runs, what the same network took beside int8 networks."""
+    """Return latencies for float runs, from the same network timed beside int8 networks."""
     timed = {
         repr(part.floating): found[part.run] for group in groups.values() for part in group if part.floating is not None
     }
@@ -170,7 +170,7 @@ def _floats(
             continue
         try:
             known = timed.get(repr(float_network(run)))
-        except Exception:  # noqa: BLE001 - what cannot be made has no new figure, and says so in the table
+        except Exception:  # noqa: BLE001 - a network that cannot be built gets no new figure, which the table shows
             known = None
         if known is not None:
             figures[place] = {"float/latency_ms": known["float/latency_ms"], SPREAD: known[SPREAD]}
@@ -178,6 +178,6 @@ def _floats(
 
 
 def _with(run: Run, figures: Mapping[str, float] | None) -> Run:
-    """A copy of a run with new latencies."""
+    """Return a copy of a run with new latencies."""
     kept = {k: v for k, v in run.metrics.items() if not k.endswith("/latency_ms") and k not in ("speedup", SPREAD)}
     return replace(run, metrics={**kept, **(figures or {})})

@@ -21,23 +21,22 @@ class Curve(NamedTuple):
 
 @dataclass(frozen=True)
 class Run:
-    """A run, as a comparison reads it.
+    """A run as used in comparisons.
 
     Args:
-        name: Name in the logger, else the name of its folder.
+        name: Its name in the logger, otherwise the name of its folder.
         folder: Its folder, or its address in W&B.
-        status: ``unfinished`` is a run that is still running or was killed, ``pruned`` one that was not worth
-            finishing.
+        status: ``unfinished``: still running or killed; ``pruned``: stopped early because it was not promising.
         config: The whole configuration, nested.
-        metrics: What `qat_lightning.run.evaluate.evaluate_variants` returned, or as much of it as was logged.
-        overrides: Overrides of the command line, as ``key=value``.
+        metrics: Result of `qat_lightning.run.evaluate.evaluate_variants`, as far as it was logged.
+        overrides: Overrides on the command line, as ``key=value``.
         curves: Metrics logged during training, by name.
-        layers: The per-layer table, a mapping for each layer.
-        seconds: How long the run took.
+        layers: The per-layer table, one mapping per layer.
+        seconds: Duration of the run.
         reason: Why it is not ``finished``.
         wandb_id: Its id in W&B.
-        model_file: The int8 network that it saved.
-        ladder: What was tried to reach its target, with ``method=auto``.
+        model_file: Path of the saved int8 network.
+        ladder: Log of the search for a target, with ``method=auto``.
     """
 
     name: str
@@ -56,7 +55,7 @@ class Run:
 
 
 def numbers(values: Mapping[str, Any]) -> dict[str, float]:
-    """Keep what is a finite number, of nested mappings as ``key.inner``.
+    """Return the finite numbers of a mapping, with nested keys as ``key.inner``.
 
     Example:
         >>> numbers({"int8/test/acc": 0.98, "name": "x", "val/acc": {"max": 1}, "loss": float("nan"), "ok": True})
@@ -72,14 +71,14 @@ def numbers(values: Mapping[str, Any]) -> dict[str, float]:
 
 
 def curves_of(rows: Iterable[Mapping[str, Any]], step_key: str) -> dict[str, Curve]:
-    """Turn logged rows into a curve for each metric.
+    """Convert logged rows to one curve per metric.
 
     Args:
-        rows: What was logged together, in order. Rows without a step take that of the row before.
+        rows: Values that were logged together, in order. Rows without a step have that of the previous row.
         step_key: The key of the optimizer step.
 
     Returns:
-        Curves of the metrics that are no bookkeeping of the logger and were logged more than once.
+        Curves of metrics that were logged more than once, without the logger's internal values.
 
     Example:
         >>> curves_of([{"step": 0, "loss": 2.0}, {"loss": 1.5}, {"step": 9, "loss": 1.0, "acc": 0.5}], "step")

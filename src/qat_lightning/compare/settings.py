@@ -1,4 +1,4 @@
-"""What the configurations of some runs differ in, and how each is called for short."""
+"""Settings in which runs differ, and a short label for each."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from qat_lightning.compare.quantizing import NAME, part_of, renamed, under_one_n
 from qat_lightning.compare.run import Run
 
 ABSENT = "–"
-"""What stands for a setting that a run does not have."""
+"""Represents a setting that a run does not have."""
 
-# Where and under which name a run is kept, from where it went on, and what only watches: no result depends on these.
+# Names, folders, resume checkpoints and callbacks that only observe: no result depends on these.
 _NO_SETTINGS = (
     *("paths.*", "run.*", "logger.*", "hydra.*", "ckpt_path", "*float_checkpoint"),
     *("resume", "isolate", "objective", "save_int8", "baseline.folder", "model.metric.*", "*.labels"),
@@ -30,8 +30,8 @@ class Setting:
 
     Args:
         key: Its dotted name in the configuration.
-        label: As short as it can be told from the others.
-        values: The value in each run as text, `ABSENT` where there is none.
+        label: The shortest unambiguous name.
+        values: The value in each run as text; `ABSENT` if it has none.
     """
 
     key: str
@@ -40,7 +40,7 @@ class Setting:
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Lay a nested configuration out flat, values as text.
+    """Flatten a nested configuration; values become text.
 
     Example:
         >>> flatten({"mode": {"name": "fx"}, "start": 0.3, "strides": [1, 2], "module": None})
@@ -56,7 +56,7 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 def settings_of(run: Run, ignore: Sequence[str] = ()) -> dict[str, str]:
-    """The flat configuration of a run without its seed, its name and its places.
+    """Return the flat configuration of a run without its seed, name and paths.
 
     Args:
         run: The run.
@@ -67,7 +67,7 @@ def settings_of(run: Run, ignore: Sequence[str] = ()) -> dict[str, str]:
         {'lr': '0.1'}
     """
     flat = under_one_name(flatten(run.config))
-    # train.py's groups of these names are read by `quantization` alone, and are there without any
+    # train.py's config groups of these names are only used by `quantization`, but exist without any
     ignore = (*_NO_SETTINGS, *ignore, *(("mode.name", "backend.name") if "method.name" in flat else ()))
     return {
         key: value
@@ -77,7 +77,7 @@ def settings_of(run: Run, ignore: Sequence[str] = ()) -> dict[str, str]:
 
 
 def seed_of(run: Run) -> str:
-    """The seed of a run as text: its own setting ``seed``, else the first of that name, else empty.
+    """Return the seed of a run as text: the setting ``seed``, otherwise the first setting of that name, or empty.
 
     Example:
         >>> seed_of(Run("a", "a", config={"data": {"seed": 3}, "seed": 0})), seed_of(Run("b", "b"))
@@ -89,19 +89,19 @@ def seed_of(run: Run) -> str:
 
 
 def differing(runs: Sequence[Run], ignore: Sequence[str] = (), *, every: bool = False) -> list[Setting]:
-    """Find the settings that tell runs apart.
+    """Return the settings in which runs differ.
 
-    Of settings that follow from others only the others are given, unless both were said on the command line:
-    ``data.num_classes`` follows from ``data.name``, and all of ``quantization`` from whether there is any.
+    Settings that follow from others are omitted, unless both were given on the command line: ``data.num_classes``
+    follows from ``data.name``, and everything in ``quantization`` from whether there is quantization.
 
     Args:
         runs: The runs.
         ignore: Globs of keys to leave out.
-        every: Give also those that follow from others.
+        every: Also return settings that follow from others.
 
     Returns:
-        The settings; those said on the command line come first, in the order in which they were said. Runs that are
-        alike in the settings given are alike in all.
+        The settings, beginning with those given on the command line in their order. Runs that agree in these settings
+        agree in all.
 
     Example:
         >>> runs = [Run(m, m, config={"mode": {"name": m}, "seed": 0}) for m in ("fx", "pt2e")]
@@ -125,7 +125,7 @@ def differing(runs: Sequence[Run], ignore: Sequence[str] = (), *, every: bool = 
 
 
 def _words(runs: Sequence[Run]) -> list[dict[str, str]]:
-    """What was said on the command line of each run: settings, under the names that they have here, and values."""
+    """Return the settings on the command line of each run, with their names here and their values."""
     parts = {part_of(flatten(run.config)) for run in runs}
     found: list[dict[str, str]] = []
     for run in runs:
@@ -141,11 +141,11 @@ def _words(runs: Sequence[Run]) -> list[dict[str, str]]:
 def _choices(
     runs: Sequence[Run], words: Sequence[Mapping[str, str]], columns: Mapping[str, tuple[str, ...]]
 ) -> dict[str, tuple[str, ...]]:
-    """Choices of a config group on the command line, ``callbacks=qat``: the name of all that differs in it.
+    """Return choices of config groups on the command line, such as ``callbacks=qat``, as labels for what differs.
 
-    A group that says its name in its own part, as those of train.py do, has that one. A group without a part of its
-    own, such as ``experiment``, sets what is in others. Where runs chose different ones and are alike in all settings,
-    as where they set the seed, it names nothing.
+    If a group has a name in its own section, as those of train.py do, that name is used. A group without its own
+    section, such as ``experiment``, sets values in others. A choice is omitted if runs with different choices agree in
+    all settings, for example because they differ only in the seed.
     """
     flat = [flatten(run.config) for run in runs]
     everywhere = {key for config in flat for key in config}
@@ -172,25 +172,25 @@ def _choices(
 
 
 def _place(key: str, said: Sequence[str]) -> int:
-    """Where on the command line a setting was said; ``mode=`` is what becomes ``quantization.mode``."""
+    """Return the position of a setting on the command line; ``mode=`` stands for ``quantization.mode``."""
     names = (key, key.removesuffix(".name"), key.removeprefix("quantization."))
     return next((place for place, name in enumerate(said) if name in names), len(said))
 
 
 def _tells(key: str, values: Sequence[str]) -> tuple[int, int]:
-    """Sort key: names first, then values, then whether a section exists, represented by its class."""
+    """Sort key: names first, then values, then the class of a section."""
     first = key.endswith(".name") or key in ("quantization.method", "quantization.mode", "quantization.backend")
     order = 2 if only_present(values) else 0 if first else 1
     return order, int(not key.endswith("_target_") if order == 2 else key.endswith("_target_"))
 
 
 def only_present(values: Sequence[str]) -> bool:
-    """Whether all that have a setting have it alike, and some do not have it."""
+    """Whether some runs do not have the setting, and all others have the same value."""
     return ABSENT in values and len({*values}) == 2
 
 
 def _follows(key: str, values: Sequence[str], kept: Mapping[str, Sequence[str]], said: Sequence[str]) -> bool:
-    """Whether a setting only exists because of another one, and is not a choice of its own."""
+    """Whether a setting exists only because of another one."""
     for other, column in kept.items():
         if len({*zip(column, values, strict=True)}) == len({*column}):
             named = other.endswith(".name") and other.partition(".")[0] == key.partition(".")[0]
@@ -204,14 +204,14 @@ _CALLED = {"QuantizationAwareTraining": "qat", "PostTrainingQuantization": "ptq"
 
 
 def _shown(value: str) -> str:
-    """A class by its last name, and the two of this package as train.py calls their methods."""
+    """Return a class by its last name; our two callbacks by the names of train.py's methods."""
     parts = value.split(".")
     last = parts[-1] if len(parts) > 1 and all(part.isidentifier() for part in parts) else value
     return _CALLED.get(last, last)
 
 
 def _short(keys: Sequence[str]) -> dict[str, str]:
-    """For each key the shortest of its endings that no other key has; ``.name`` and ``._target_`` say nothing."""
+    """Return the shortest unique suffix of each key; ``.name`` and ``._target_`` alone are not informative."""
     parts = {key: key.removesuffix(".name").removesuffix("._target_").split(".") for key in keys}
     labels = {}
     for key, words in parts.items():

@@ -1,4 +1,4 @@
-"""The table of a comparison: on the terminal, and as Markdown, CSV and JSON."""
+"""The table of a comparison: for the terminal, and as Markdown, CSV and JSON."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from qat_lightning.compare.spread import Spread
 from qat_lightning.compare.terminal_table import TerminalTable
 
 FRONT = "●"  # on the Pareto front
-NOISY = "?"  # a latency that was measured beside other work
+NOISY = "?"  # a latency measured while other work was running
 _FIGURES = ("score", "drop", "latency_ms", "size_mb", "speedup", "agreement")
 
 
 def rich_table(comparison: Comparison, decision: Decision) -> RenderableType:
-    """Lay a comparison out for the terminal.
+    """Format a comparison for the terminal.
 
     Args:
-        comparison: What to show.
-        decision: What was chosen; its row is bold.
+        comparison: The comparison.
+        decision: The decision; the chosen row is bold.
 
     Returns:
-        The table, the decision, and what is not in the table with the reason. For `rich.print`.
+        The table, the decision, and runs that were left out with the reasons. For `rich.print`.
     """
     header, rows = cells(comparison)
     configurations = comparison.configurations
@@ -49,9 +49,9 @@ def rich_table(comparison: Comparison, decision: Decision) -> RenderableType:
 
 
 def cells(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
-    """The table as text: a header, and a row for each configuration.
+    """Return the table as text: a header, and a row per configuration.
 
-    The first column marks the front.
+    The first column marks the Pareto front.
     """
     metric = comparison.metric
 
@@ -88,7 +88,7 @@ def _marked(figure: str, configuration: Configuration) -> str:
 
 
 def markdown(comparison: Comparison, decision: Decision) -> str:
-    """The comparison as Markdown, for a comment on a pull request."""
+    """Return the comparison as Markdown, for example for a comment on a pull request."""
     header, rows = cells(comparison)
     header[0] = "front"
     lines = [_markdown_row(header), _markdown_row(["---"] * len(header)), *map(_markdown_row, rows)]
@@ -100,7 +100,7 @@ def markdown(comparison: Comparison, decision: Decision) -> str:
 
 
 def as_csv(comparison: Comparison) -> str:
-    """The comparison as CSV: numbers without units, mean and deviation in columns of their own."""
+    """Return the comparison as CSV: numbers without units, mean and deviation in separate columns."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     labels = [setting.label for setting in comparison.settings]
@@ -122,12 +122,12 @@ def as_csv(comparison: Comparison) -> str:
 
 
 def as_json(comparison: Comparison, decision: Decision) -> str:
-    """The comparison and the decision as JSON."""
+    """Return the comparison and the decision as JSON."""
     return json.dumps(plain(comparison, decision), indent=2) + "\n"
 
 
 def plain(comparison: Comparison, decision: Decision) -> dict[str, Any]:
-    """The comparison and the decision as plain data."""
+    """Return the comparison and the decision as plain data."""
     return {
         "metric": {
             "name": comparison.metric.name,
@@ -159,7 +159,7 @@ def plain(comparison: Comparison, decision: Decision) -> dict[str, Any]:
 
 
 def shipped(winner: Configuration) -> list[str]:
-    """Where the networks of the winner are: the saved int8 file of each run, else its folder."""
+    """Return the winner's networks: the saved int8 file of each run, otherwise its folder."""
     return [run.model_file or run.folder for run in winner.runs]
 
 
@@ -203,12 +203,12 @@ def _markdown_row(row: Sequence[str]) -> str:
 
 
 def _escaped(text: str) -> str:
-    """Text that Markdown and the HTML in it leave as it is."""
+    """Escape text for Markdown and the HTML in it."""
     for character in "\\`*_[]|#":
         text = text.replace(character, f"\\{character}")
     return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace("\n", " ")
 
 
 def _harmless(text: str) -> str:
-    """Text that no spreadsheet takes for a formula."""
+    """Escape text that a spreadsheet would treat as a formula."""
     return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text

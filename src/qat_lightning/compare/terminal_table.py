@@ -1,4 +1,4 @@
-"""The table of a comparison on a terminal, in the columns that there is room for."""
+"""The table of a comparison on a terminal, with as many columns as fit."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from rich.text import Text
 
 CONFIGURATION = "configuration"
 _LAST_TO_GO = ("speed-up", "size (MB)", "latency (ms)", "variant")
-"""What is left out where there is no room for it, the first first; the score, the drop and n never are."""
-_ANY = 10_000  # columns, for what a table would take
+"""Columns to leave out if there is no room, in this order; score, drop and n always stay."""
+_ANY = 10_000  # columns, to measure the table's natural width
 
 
 @dataclass(frozen=True)
 class TerminalTable:
-    """Rows that are laid out for the terminal that they are printed on, without breaking a word.
+    """Rows laid out for the width of the terminal, without breaking words.
 
-    Where the settings do not fit beside the figures, one column has them all, and where the figures do not fit either,
-    some are left out, which the caption says.
+    If the settings do not fit beside the figures, they share one column. If the figures do not fit either, some columns
+    are left out, which the caption reports.
 
     Args:
         header: The columns: the mark of the front, the settings, and the figures.
         rows: The cells.
-        labels: What each row is called with all its settings.
-        styles: Of each row.
-        settings: How many columns are settings.
-        caption: Below the table.
+        labels: The label of each row with all its settings.
+        styles: The style of each row.
+        settings: Number of columns with settings.
+        caption: Text below the table.
     """
 
     header: Sequence[str]
@@ -42,7 +42,7 @@ class TerminalTable:
     caption: str
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """The first of the layouts that fits, else the last."""
+        """Yield the first layout that fits, otherwise the last."""
         for table in self._layouts():
             if Measurement.get(console, options.update(max_width=_ANY), table).minimum <= options.max_width:
                 break

@@ -1,8 +1,8 @@
-"""What a call of a network can depend on or change beside its inputs, and whether it is as it was.
+"""State other than its inputs that a network's call may depend on or change, and detecting changes in it.
 
-Python code reaches its network's modules and what they hold, their classes, the global variables that it names, what
-these lead to, and the variables that its functions close over. All of it is looked at once and compared from then on:
-after the call, to see what it has changed, and before later ones, to see whether they would go the same way.
+Python code can reach the network's modules and their attributes, their classes, the global variables that it names,
+what these refer to, and closure variables. All of it is recorded once and compared afterwards: after the call, to
+detect what the call changed, and before later calls, to detect whether they would take the same path.
 """
 
 from __future__ import annotations
@@ -35,56 +35,56 @@ _PARTS: dict[type, tuple[str, ...]] = {
     functools.cached_property: ("func",),
     type(functools.lru_cache(int)): ("__wrapped__",),
 }
-"""Objects that call functions, by where they hold them."""
+"""Types of objects that call functions, and the attributes that hold these functions."""
 _OF_MODULES = frozenset(vars(nn.Module()))
-"""What every module holds."""
+"""Attributes that every module has."""
 _COMPARED = ("training", "_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks")
-"""What of it can change what a module of somebody's class computes."""
+"""Those of them that can affect what a module of a user's class computes."""
 _OF_KERNELS = ("_packed_params", "scale", "zero_point")
-"""What torch's quantized layers read when they are called; their other attributes say what was packed."""
+"""Attributes that torch's quantized layers read when called; their other attributes describe what was packed."""
 _TRUSTED = ("torch", "qat_lightning")
 _chained = itertools.chain.from_iterable
 _DESCRIBES = "quantization_plan"
-"""What describes an int8 network of eager mode to a file, and is read in no call."""
+"""Attributes that describe an int8 network of eager mode in its file; no call reads them."""
 
 
 def is_trusted(module: str) -> bool:
-    """Whether a module is of a package whose own code is not looked into."""
+    """Whether a module belongs to a package whose code is not inspected."""
     return module.partition(".")[0] in _TRUSTED
 
 
 def is_standard(module: str) -> bool:
-    """Whether a module is of Python's standard library."""
+    """Whether a module belongs to Python's standard library."""
     return module.partition(".")[0] in sys.stdlib_module_names
 
 
 class _Attributes:
-    """Attributes with the same names, of many modules.
+    """Attributes of many modules, with the same names in each.
 
-    The check runs between kernels, whose weights have driven everything out of the cache, so it must touch little
-    memory: all values lie in one list, and are compared by identity before anything else.
+    The check runs between kernels, whose weights have evicted everything else from the cache, so it must touch little
+    memory. All values are in one list, and are compared by identity first.
 
     Args:
         names: The names.
     """
 
     def __init__(self, names: list[str]) -> None:
-        self._get = operator.itemgetter(*names, names[0])  # a tuple, also for a single name
+        self._get = operator.itemgetter(*names, names[0])  # returns a tuple even for a single name
         self._found: list[dict[str, Any]] = []
         self._values: list[Any] = []
 
     def hold(self, found: dict[str, Any]) -> None:
-        """Hold the attributes of a module, given all that it has."""
+        """Record the attributes of a module, given its ``__dict__``."""
         self._found.append(found)
         self._values.extend(self._get(found))
 
     def are_as_they_were(self) -> bool:
-        """Whether no module has got another value."""
+        """Whether no module's attribute has another value."""
         return list(_chained(map(self._get, self._found))) == self._values
 
 
 class _Tables:
-    """Dictionaries that are compared whole, laid out in the same way."""
+    """Dictionaries that are compared as a whole, stored in the same way."""
 
     def __init__(self) -> None:
         self._found: list[dict[str, Any]] = []
@@ -96,14 +96,14 @@ class _Tables:
         return len(self._found)
 
     def hold(self, found: dict[str, Any]) -> None:
-        """Hold a dictionary."""
+        """Record a dictionary."""
         self._found.append(found)
         self._sizes.append(len(found))
         self._keys.extend(found)
         self._values.extend(found.values())
 
     def are_as_they_were(self) -> bool:
-        """Whether none has got, lost or moved an entry."""
+        """Whether no dictionary has gained, lost or moved an entry."""
         return (
             list(map(len, self._found)) == self._sizes
             and list(_chained(self._found)) == self._keys
@@ -112,13 +112,13 @@ class _Tables:
 
 
 class Surroundings:
-    """What a call of a network can depend on beside its inputs, as it is now.
+    """A snapshot of the state other than its inputs that a network's call may depend on.
 
     Args:
         network: The network.
 
     Attributes:
-        complete: Whether all of it could be looked at, and no module has a hook that is not ours.
+        complete: Whether everything could be recorded, and no module has a foreign hook.
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -146,11 +146,11 @@ class Surroundings:
         self._look(network)
 
     def holds(self, tensor: Tensor) -> bool:
-        """Whether a tensor is among what was looked at."""
+        """Whether a tensor is part of the snapshot."""
         return id(tensor) in self._tensors
 
     def entered(self, code: types.CodeType, space: dict[str, Any]) -> None:
-        """Look at what a function reaches, before it runs: its global variables, and those that it closes over."""
+        """Record what a function can reach, before it runs: its global variables and closure variables."""
         for function in self._functions.pop(code, ()):
             self._hold(vars(function))
             for value in (function.__defaults__, function.__kwdefaults__):
@@ -161,7 +161,7 @@ class Surroundings:
         self._read(own, code.co_names, space, set())
 
     def follow(self, tensors: Iterable[Tensor]) -> None:
-        """Look at further tensors, whose values a recording reads."""
+        """Record further tensors, whose values a recorded call reads."""
         for tensor in tensors:
             if id(tensor) not in self._tensors:
                 self._tensors[id(tensor)] = tensor
@@ -170,7 +170,7 @@ class Surroundings:
                     self._versions.append(tensor._version)
 
     def are_as_they_were(self) -> bool:
-        """Whether nothing of it has changed since."""
+        """Whether nothing has changed since."""
         if self._handles != _hook_handles():
             if sum(map(len, self._hooks)) != self._hooked:
                 return False
@@ -183,18 +183,18 @@ class Surroundings:
         if not all(ask() is value for ask, value in self._asked):
             return False
         try:
-            # Through lists of the same length, which are compared without a line of Python: between kernels each costs
+            # Lists of equal length, which are compared without running Python code between kernels.
             return (
                 list(map(len, self._sized)) == self._sizes
                 and all(attributes.are_as_they_were() for attributes in self._attributes.values())
                 and self._tables.are_as_they_were()
                 and self._held == self._copied
             )
-        except Exception:  # noqa: BLE001 - one tensor in place of another, which have no one truth value
+        except Exception:  # noqa: BLE001 - a tensor replaced another; comparing tensors gives no single truth value
             return False
 
     def _read(self, names: Iterable[str], inner: Iterable[str], space: dict[str, Any], done: set[int]) -> None:
-        """Look at the variables of a module, and at those with an ``inner`` name of the modules that they are."""
+        """Record the variables of a module; for variables that are modules, also their variables named in ``inner``."""
         done.add(id(space))
         known = self._names.setdefault(id(space), (space, {}))[1]
         for name in names:
@@ -235,7 +235,7 @@ class Surroundings:
     def _module(self, module: nn.Module) -> None:
         found = vars(module)
         own = [name for name in found if name not in _OF_MODULES and name != _DESCRIBES]
-        # As few as can be, and no copy of the whole: memory that is read between kernels is memory that they lose.
+        # As few attributes as possible and no copy: memory read between kernels evicts their data from the cache.
         self._sized.append(found)
         self._sizes.append(len(found))
         if compared := _compared(type(module), own):
@@ -259,7 +259,7 @@ class Surroundings:
         self.complete = self.complete and _are_ours(hooks)
 
     def _class(self, kind: type) -> None:
-        """A class and those that it derives from, whose functions can be replaced, and what they hold."""
+        """Record a class and its base classes: their functions, which can be replaced, and their attributes."""
         for one in kind.__mro__:
             if one in self._classes or is_standard(one.__module__):
                 continue
@@ -270,7 +270,7 @@ class Surroundings:
                     self._look(value)
 
     def _object(self, value: Any) -> None:
-        """An object of somebody's class; what keeps to itself what it holds, such as an array, ends a recording."""
+        """Record an object of a user's class; opaque objects, such as arrays, end the recording."""
         home = type(value).__module__
         if type(value) in _PARTS:
             for name in _PARTS[type(value)]:
@@ -304,13 +304,13 @@ class Surroundings:
         self._count()
 
     def _count(self) -> None:
-        """End a recording of what has too many objects to be compared at each call."""
+        """End the recording if there are too many objects to compare in each call."""
         if len(self._held) + len(self._tables) + len(self._sized) > _MOST_OBJECTS + 4 * len(self._hooks):
             self.complete = False
 
 
 def _compared(kind: type, own: list[str]) -> list[str]:
-    """The attributes of a module that its call may depend on, of a class and with its own attributes."""
+    """Return the attributes of a module, among its class's and its own, that its call may depend on."""
     home = kind.__module__
     if not is_trusted(home):
         return [*_COMPARED, *own]
@@ -324,15 +324,15 @@ def _compared(kind: type, own: list[str]) -> list[str]:
 def _content(cell: types.CellType) -> Any:
     try:
         return cell.cell_contents
-    except ValueError:  # of a variable that has no value yet
+    except ValueError:  # a variable without a value
         return None
 
 
 def _are_ours(hooks: dict[int, Any]) -> bool:
-    """Whether hooks are part of an int8 network, as those are that quantize what a layer is given."""
+    """Whether hooks are part of an int8 network, such as those that quantize a layer's input."""
     return all((getattr(hook, "__module__", None) or "").startswith("qat_lightning.") for hook in hooks.values())
 
 
 def _hook_handles() -> int:
-    """How many hooks there have been in this process: while it is the same, no module has got one."""
+    """Return the number of hooks registered so far in this process: while it is unchanged, no module got a hook."""
     return RemovableHandle.next_id

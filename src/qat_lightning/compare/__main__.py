@@ -31,8 +31,7 @@ def main(words: Sequence[str] | None = None) -> int:
         words: The command line; by default that of the process.
 
     Returns:
-        The exit status: 0; 1 with ``--fail-if-none`` where nothing keeps the limits; 2 where there is nothing to
-        compare.
+        The exit status: 0; 1 with ``--fail-if-none`` if nothing is within the limits; 2 if there is nothing to compare.
     """
     options = _parser().parse_args(words)
     return status_of(lambda: _run(options))

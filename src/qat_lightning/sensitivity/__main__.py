@@ -1,4 +1,4 @@
-"""Which layers quantization hurts: python -m qat_lightning.sensitivity outputs/2026-01-31/12-00-00 --max-drop 0.3."""
+"""Rank layers by sensitivity: python -m qat_lightning.sensitivity outputs/2026-01-31/12-00-00 --max-drop 0.3."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ NOT_REACHED = 1
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Measure, print the ranking, write it, and choose within a budget.
+    """Measure, print and write the ranking, and choose within a budget.
 
     Args:
         words: The command line; by default that of the process.
 
     Returns:
-        The exit status: 0; 1 where the budget cannot be kept; 2 where something is wrong with the input.
+        The exit status: 0; 1 if the budget cannot be kept; 2 if the input is invalid.
     """
     options = _parser().parse_intermixed_args(words)
     return status_of(lambda: _run(options))
 
 
 def _run(options: argparse.Namespace) -> int:
-    _check(options)  # what is not possible is refused before anything is measured
+    _check(options)  # invalid options raise before anything is measured
     folders = [word for word in options.words if "=" not in word]
     overrides = [word for word in options.words if "=" in word]
     if len(folders) > 1:

@@ -1,4 +1,4 @@
-"""Bits by budget as values: what is asked for, what each layer costs, and the choice with what was measured of it."""
+"""Choosing bits per layer within limits: the limits, the cost per layer, and the choice with its measured figures."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from qat_lightning.sensitivity.choice import Cost
 from qat_lightning.settings.overrides import FLOAT
 
 Candidate = int | Literal["float"]
-"""A number of bits of a layer's weight, or ``"float"``."""
+"""Bits of a layer's weight, or ``"float"``."""
 
 
 @dataclass(frozen=True)
 class BitLimits:
-    """What a choice of bits may cost.
+    """Limits for a choice of bits.
 
     Args:
-        max_drop: How much of the float network's metric may be lost, in its own unit.
-        max_size_mb: The size of the file, in MB of 1,000,000 bytes.
-        max_latency_ms: The latency of one sample on this machine's CPU.
+        max_drop: Largest drop of the float network's metric, in its own unit.
+        max_size_mb: Largest file size, in MB of 1,000,000 bytes.
+        max_latency_ms: Largest latency of one sample on this machine's CPU.
 
     Raises:
-        ConfigurationError: None is given, or one is not possible.
+        ConfigurationError: No limit is given, or one is invalid.
 
     Example:
         >>> BitLimits(max_size_mb=0.2)
@@ -44,7 +44,7 @@ class BitLimits:
     max_latency_ms: float | None = None
 
     def __post_init__(self) -> None:
-        """Refuse what limits nothing."""
+        """Check the limits."""
         given = {name: value for name, value in vars(self).items() if value is not None}
         if not given:
             raise ConfigurationError("There is no limit: give max_drop, max_size_mb or max_latency_ms.")
@@ -53,7 +53,7 @@ class BitLimits:
                 raise ConfigurationError(f"{name}={value!r} is not possible: give a number of 0 or more.")
 
     def excess(self, float_metric: float, measured: Measured) -> dict[str, float]:
-        """By how much what was measured is past each limit, in its unit; only of those that it is past."""
+        """Return each limit that is exceeded, and by how much in its unit."""
         found = {
             "drop": (float_metric - measured.metric, self.max_drop),
             "size": (measured.size_mb, self.max_size_mb),
@@ -64,7 +64,7 @@ class BitLimits:
         }
 
     def distance(self, float_metric: float, measured: Measured) -> float:
-        """By how much it is past all limits together, each as a share of itself."""
+        """Return the sum of the relative excesses over all limits."""
         limits = {"drop": self.max_drop, "size": self.max_size_mb, "latency": self.max_latency_ms}
         past = self.excess(float_metric, measured)
         return sum(excess / max(limits[name] or 0.0, 1e-9) for name, excess in past.items())
@@ -72,13 +72,13 @@ class BitLimits:
 
 @dataclass(frozen=True)
 class Measured:
-    """A network that was prepared, calibrated, measured, converted and saved.
+    """Figures of a network that was prepared, calibrated, measured, converted and saved.
 
     Attributes:
-        label: What it is, for tables.
-        metric: What was measured; larger is better.
-        size_mb: Of its file.
-        latency_ms: Of one sample; None where there is no limit on it.
+        label: Its label in tables.
+        metric: Its metric; larger is better.
+        size_mb: Size of its file.
+        latency_ms: Latency of one sample; None without a limit on latency.
     """
 
     label: str
@@ -89,16 +89,16 @@ class Measured:
 
 @dataclass(frozen=True)
 class LayerBits:
-    """What each candidate costs in one layer.
+    """Cost of each candidate in one layer.
 
     Attributes:
         name: The layer, relative to the network.
         kind: Its type.
-        parameters: How many numbers its weight has.
-        loss: For each candidate what it loses when no other layer is rounded: of the metric, or of an SQNR the noise as
-            a share of the signal; 0 at least.
-        size: The bytes of its weights in the file.
-        time: Milliseconds that it adds to the latency of the int8 network; 0 where there is no limit on it.
+        parameters: Number of values in its weight.
+        loss: For each candidate, the loss if only this layer is quantized; at least 0. For SQNR it is the noise
+            relative to the signal.
+        size: For each candidate, the size of its weights in the file, in bytes.
+        time: For each candidate, milliseconds added to the int8 network's latency; 0 without a limit on latency.
     """
 
     name: str
@@ -109,24 +109,24 @@ class LayerBits:
     time: dict[Candidate, float]
 
     def costs(self, candidates: Sequence[Candidate]) -> list[Cost]:
-        """What `choose` is given."""
+        """Return the costs for `choose`."""
         return [Cost(self.loss[c], self.size[c], self.time[c]) for c in candidates]
 
 
 @dataclass(frozen=True)
 class BitChoice:
-    """The bits of each layer, and what that gives.
+    """The bits of each layer, and the resulting figures.
 
     Attributes:
-        limits: The limits that were given.
-        metric_name: What was measured.
-        float_metric: Of the float network.
-        layers: What each candidate costs in each layer.
-        overrides: For ``Scheme(overrides=)``.
-        bits: The candidate that was chosen, by the layer's name.
+        limits: The given limits.
+        metric_name: The metric.
+        float_metric: The metric of the float network.
+        layers: Cost of each candidate in each layer.
+        overrides: The choice, for ``Scheme(overrides=)``.
+        bits: The chosen candidate by layer name.
         measured: The choice, prepared again, calibrated, converted and saved.
-        uniform: Likewise all layers with the same bits.
-        curve: Sizes in MB, and the metric that the sum of single layers' losses predicts for the best choice of each.
+        uniform: The same with equal bits in all layers.
+        curve: File sizes in MB, and the best metric for each as predicted by the sum of single layers' losses.
     """
 
     limits: BitLimits
@@ -141,12 +141,12 @@ class BitChoice:
 
     @property
     def reached(self) -> bool:
-        """Whether the measured values keep the limits."""
+        """Whether the measured figures are within the limits."""
         return not self.limits.excess(self.float_metric, self.measured)
 
     @property
     def points(self) -> float:
-        """What drops are shown with; see `drop_points`."""
+        """The factor for displayed drops; see `drop_points`."""
         return drop_points((self.float_metric, self.measured.metric, *(row.metric for row in self.uniform)))
 
     def override(self) -> str:
@@ -154,7 +154,7 @@ class BitChoice:
         return f"quantization.scheme.overrides={_words(self.overrides)}"
 
     def summary(self) -> str:
-        """What was found, in a sentence or two."""
+        """Summarize the result in one or two sentences."""
         counts: dict[Candidate, int] = {}
         for candidate in self.bits.values():
             counts[candidate] = counts.get(candidate, 0) + 1
@@ -168,7 +168,7 @@ class BitChoice:
 
     @property
     def why_not(self) -> str:
-        """Which limits are not kept, and by how much; empty if all are."""
+        """Return which limits are exceeded, and by how much; empty if none is."""
         past = self.limits.excess(self.float_metric, self.measured)
         unit = " pp" if self.points > 1 else ""
         words = {
@@ -179,7 +179,7 @@ class BitChoice:
         return "; ".join(words[name](by) for name, by in past.items())
 
     def table(self) -> Table:
-        """What each candidate costs in each layer, for `rich.print`."""
+        """Return a table of each candidate's cost in each layer, for `rich.print`."""
         rows = " · ".join(
             f"{row.label}: {row.metric:.4f}, {row.size_mb:.4f} MB" for row in (*self.uniform, self.measured)
         )
@@ -196,7 +196,7 @@ class BitChoice:
         return table
 
     def rows(self) -> list[dict[str, Any]]:
-        """The same for a CSV file, with bytes and times."""
+        """Return the same for a CSV file, with sizes and times."""
         return [
             {"layer": row.name, "kind": row.kind, "parameters": row.parameters}
             | {f"loss_{c}": row.loss[c] for c in row.loss}
@@ -207,7 +207,7 @@ class BitChoice:
         ]
 
     def write(self, path: str | Path) -> None:
-        """Write the overrides as a file for a config group of Hydra, such as conf/experiment."""
+        """Write the overrides to a file for a Hydra config group, such as conf/experiment."""
         lines = yaml.safe_dump(self.overrides, width=math.inf, sort_keys=False).splitlines()
         said = ["# @package _global_", f"# {self.summary()}", "quantization:", "  scheme:"]
         empty = ["    overrides: null # every layer has the bits of the scheme"]
@@ -220,7 +220,7 @@ def _of(candidate: Candidate) -> str:
 
 
 def _words(value: Any) -> str:
-    """A mapping as Hydra's command line takes it."""
+    """Format a mapping for Hydra's command line."""
     if isinstance(value, dict):
         return "{" + ",".join(f"{_key(key)}:{_words(inner)}" for key, inner in value.items()) + "}"
     return str(value)

@@ -1,4 +1,4 @@
-"""Bits by budget: what each number of bits costs in each layer, the best choice of all, and what that really gives."""
+"""Choosing bits per layer within limits: measure each layer's cost, solve for the best choice, and verify it."""
 
 from __future__ import annotations
 
@@ -29,34 +29,36 @@ from qat_lightning.settings.overrides import FLOAT
 from qat_lightning.settings.recipe import Recipe
 
 _ROUNDS = 6
-"""Choices that are verified, one after the other, until one keeps the limits."""
+"""Largest number of choices that are verified, until one is within the limits."""
 
 _ALIGNED = 64
 _POINTS = 24
-"""Sizes for which the picture has the best choice."""
+"""Number of file sizes for which the plot shows the best choice."""
 
 
 def bits_within(found: Sensitivity, candidates: Sequence[Candidate], limits: BitLimits) -> BitChoice:
-    """Choose the bits of each layer, or float, so that the limits are kept.
+    """Choose bits or float for each layer within limits.
 
-    For each number of bits the network is prepared and calibrated once, and its layers are rounded one at a time: that
-    is what the candidate loses there. What it takes in the file is what the file's own writer makes of the weight, and
-    what it takes of the latency is measured on networks with that layer float (`float_times`): no kernel is faster for
-    fewer bits than 8, so that latency is a question of int8 or float only. Then one integer program chooses for all
-    layers (`choose`), and the choice is prepared anew, calibrated, converted, saved and timed. If that is past a limit,
-    which sums of single layers need not show, the limit is drawn in by as much, and chosen again.
+    The steps:
+
+    1. For each number of bits, prepare and calibrate the network once and quantize its layers one at a time: this gives
+       the loss of a candidate. Its size is that of the weight in the int8 file. Its latency is measured on networks
+       with that layer float (`float_times`): no kernel is faster with fewer than 8 bits, so only int8 or float matters.
+    2. Solve one integer program over all layers (`choose`).
+    3. Verify: prepare the choice from the float network, calibrate, convert, save and time it. If a limit is exceeded,
+       which sums over single layers do not always predict, tighten that limit by the excess and repeat step 2.
 
     Args:
         found: The ranking, which has the network, its data and its metric.
-        candidates: Numbers of bits from 2 to 8, and ``"float"``; two at least, and one of them bits.
-        limits: With a largest drop the smallest file is looked for that keeps it; without one the least loss.
+        candidates: Bits from 2 to 8, and ``"float"``; at least two, including one number of bits.
+        limits: With ``max_drop``, the smallest file within the limits is searched for; otherwise the smallest loss.
 
     Returns:
-        The choice that keeps the limits, or the one that came nearest, with what was measured.
+        The choice within the limits, or the closest one, with its measured figures.
 
     Raises:
         ConfigurationError: Invalid candidates, a scheme without an int8 network, or a limit on latency in a mode
-            that compiles for long.
+            with long compile times.
         MissingExtraError: scipy is not installed.
     """
     return _Search(found, _checked(found.recipe, candidates, limits), limits).run()
@@ -98,7 +100,7 @@ class _Search:
         return replace(self.found.recipe, scheme=replace(self.found.recipe.scheme, overrides=self.overrides(choice)))
 
     def overrides(self, choice: dict[str, Candidate]) -> dict[str, Any]:
-        """What of the scheme a choice changes, behind what the scheme has of its own already."""
+        """Return the choice as overrides, after the scheme's own."""
         scheme = self.found.recipe.scheme
         made: dict[str, Any] = dict(scheme.overrides or {})
         for name, candidate in choice.items():
@@ -118,16 +120,16 @@ class _Search:
             self.losses[name][bits] = max(0.0, self.loss_of(self.found.measure(prepared)))
 
     def loss_of(self, metric: float) -> float:
-        """What a metric is short of the float network's, in a unit in which the losses of layers add up.
+        """Return the difference to the float network's metric, in a unit in which the losses of layers add up.
 
-        Of an SQNR it is the noise as a share of the signal.
+        For SQNR this is the noise relative to the signal.
         """
         if self.found.in_decibel:
             return float(10 ** (-metric / 10) - 10 ** (-EQUAL_DB / 10))
         return self.found.float_metric - metric
 
     def metric_of(self, loss: float) -> float:
-        """Undo `loss_of`."""
+        """Return the metric for a loss of `loss_of`."""
         if self.found.in_decibel:
             return -10 * math.log10(max(loss, 0.0) + 10 ** (-EQUAL_DB / 10))
         return self.found.float_metric - loss
@@ -139,7 +141,7 @@ class _Search:
         recipe = self.recipe_with(choice)
         one = one_sample(self.found.example) if self.limits.max_latency_ms is not None else None
         if set(choice.values()) == {FLOAT}:
-            # There is nothing to prepare: what is between the layers is float with them.
+            # Nothing to prepare: ops between float layers are float too.
             network = self.found.network.eval()
             time = None if one is None else latency_ms(network, one.args, one.kwargs).median_ms
             return network, Measured(label, self.found.float_metric, size_mb(network), time)
@@ -179,7 +181,7 @@ class _Search:
             slow = self.limits.max_latency_ms is not None and self.limits.max_size_mb is None
             nearest = choose(costs, Limits(), "time" if slow else "size") or ()
             tried[nearest] = self._measured("nearest", self._named(nearest))[1]
-        # Of those that keep the limits the last, else what is past them by the least.
+        # The last one within the limits, otherwise the closest.
         best = min(reversed(tried), key=lambda c: self.limits.distance(self.found.float_metric, tried[c]))
         choice = self._named(best)
         return self.overrides(choice), choice, tried[best]
@@ -188,7 +190,7 @@ class _Search:
         return {name: self.candidates[index] for name, index in zip(self.names, chosen, strict=True)}
 
     def _in_sums(self, rest: Cost) -> tuple[Limits, Goal]:
-        """The limits on what layers add up to, and what is to be least."""
+        """Return the limits on the sums over layers, and which sum to minimize."""
         most = self.limits
         size = math.inf if most.max_size_mb is None else most.max_size_mb * 1e6 - rest.size
         time = math.inf if most.max_latency_ms is None else most.max_latency_ms - rest.time
@@ -197,11 +199,11 @@ class _Search:
         return Limits(self.loss_of(self.found.float_metric - most.max_drop), size, time), "size"
 
     def _drawn_in(self, limits: Limits, chosen: tuple[int, ...], costs: list[list[Cost]], measured: Measured) -> Limits:
-        """Limits for the next choice, so that the sums leave room for what was measured beyond them."""
+        """Return tightened limits for the next choice, which account for the measured excess over the sums."""
         excess = self.limits.excess(self.found.float_metric, measured)
         loss, size, time = limits.loss, limits.size, limits.time
         if "drop" in excess:
-            # By what the layers lose together beyond the sum, and at least below this choice.
+            # By the measured excess of the loss over the sum, and at least enough to exclude this choice.
             really, added = self.loss_of(measured.metric), total(costs, chosen, "loss")
             loss = min(limits.loss * added / really if really > 0 else 0.0, added * (1 - 1e-9) - 1e-12)
         if "size" in excess:
@@ -212,7 +214,7 @@ class _Search:
 
 
 def bytes_in_file(layer: nn.Module, candidate: Candidate) -> int:
-    """What the weights of a layer take in the file of an int8 network, by the file's own writer.
+    """Return the size of a layer's weights in an int8 file, computed by the file's own writer.
 
     Args:
         layer: The float layer.
@@ -227,7 +229,7 @@ def bytes_in_file(layer: nn.Module, candidate: Candidate) -> int:
     for name in weights_of(layer):
         weight: Tensor = layer.get_parameter(name).detach().float()
         if candidate != FLOAT:
-            # The largest integer there is with so many bits, in each place.
+            # Every value is the largest integer with this number of bits.
             weight = torch.full_like(weight, 2 ** (int(candidate) - 1) - 1, dtype=torch.int8)
         writer = TensorWriter()
         writer.encode(weight.cpu())
@@ -236,7 +238,7 @@ def bytes_in_file(layer: nn.Module, candidate: Candidate) -> int:
 
 
 def _curve(search: _Search, costs: list[list[Cost]], rest: Cost) -> tuple[tuple[float, float], ...]:
-    """The best choices of all sizes, as the size in MB and the metric that the sum of the losses of layers predicts."""
+    """Return for each file size in MB the best metric, as predicted by the sum of single layers' losses."""
     smallest, largest = (total(costs, choose(costs, Limits(), goal) or (), "size") for goal in ("size", "loss"))
     points: dict[float, float] = {}
     for step in range(_POINTS + 1):

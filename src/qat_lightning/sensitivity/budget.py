@@ -1,4 +1,4 @@
-"""What may be lost, and what has to be won: the limits of mixed precision, and the choice that keeps them."""
+"""Mixed precision: the limits, and which layers stay float to keep them."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Budget:
     min_size_ratio: float | None = None
 
     def __post_init__(self) -> None:
-        """Refuse what limits nothing."""
+        """Check the limits."""
         if self.max_drop is None and self.min_size_ratio is None:
             raise ConfigurationError("A budget needs a limit: give max_drop, min_size_ratio, or both.")
         for name, least in (("max_drop", 0.0), ("min_size_ratio", 1.0)):
@@ -70,12 +70,12 @@ class MixedPrecision:
 
     @property
     def drop(self) -> float:
-        """The loss relative to the float network's metric."""
+        """The drop of the metric relative to the float network."""
         return self.float_metric - self.metric
 
     @property
     def why_not(self) -> str:
-        """Why the budget is not kept; empty if it is."""
+        """Return why the budget is not kept; empty if it is."""
         missed = []
         if self.budget.max_drop is not None and self.drop > self.budget.max_drop:
             points = drop_points((self.float_metric, self.metric))
@@ -100,7 +100,7 @@ class MixedPrecision:
         return f"quantization.exclude=[{','.join(map(_word, self.exclude))}]"
 
     def summary(self) -> str:
-        """What was found, in a sentence or two."""
+        """Summarize the result in one or two sentences."""
         layers = f"{len(self.exclude)} layer{'' if len(self.exclude) == 1 else 's'} left float"
         found = (
             f"{layers}: {self.metric_name} {self.metric:.4f} (float {self.float_metric:.4f}, all quantized "
@@ -109,7 +109,7 @@ class MixedPrecision:
         return found if self.reached else f"No choice of layers keeps the budget: {self.why_not}. The best: {found}"
 
     def write(self, path: str | Path) -> None:
-        """Write the exclude list as a file for a config group of Hydra, such as conf/experiment."""
+        """Write the exclude list to a file for a Hydra config group, such as conf/experiment."""
         lines = yaml.safe_dump(list(self.exclude), width=math.inf).splitlines() if self.exclude else []
         text = "\n".join(
             [
@@ -125,13 +125,13 @@ class MixedPrecision:
 
 
 def drop_points(metrics: Iterable[float]) -> float:
-    """What drops are multiplied by to be shown: in percentage points, as `qat_lightning.compare` has them.
+    """Return the factor for displayed drops; percentage points as in `qat_lightning.compare`.
 
     Args:
-        metrics: The metric of some networks; larger is better.
+        metrics: The metric of several networks; larger is better.
 
     Returns:
-        100 for a score within 0 and 1, and 1 for a loss (which is negated), an SQNR, or any other.
+        100 for a score between 0 and 1; 1 for a (negated) loss, an SQNR, or any other metric.
 
     Example:
         >>> drop_points([0.98, 0.97]), drop_points([300.0, 41.5]), drop_points([-0.2, -0.3])
@@ -141,7 +141,7 @@ def drop_points(metrics: Iterable[float]) -> float:
 
 
 def shown_drop(drop: float, points: float) -> str:
-    """A drop as a table has it.
+    """Format a drop for a table.
 
     Example:
         >>> shown_drop(0.0031, 100), shown_drop(1.25, 1)
@@ -151,17 +151,17 @@ def shown_drop(drop: float, points: float) -> str:
 
 
 def _word(name: str) -> str:
-    """A glob as Hydra's command line takes it for a string: in quotes where it would be a number or something else."""
+    """Format a glob as a string for Hydra's command line, quoted if it would otherwise be parsed as another type."""
     return name if re.fullmatch(r"[A-Za-z_*?][\w.*?]*", name) else json.dumps(name)
 
 
 def size_ratio(total: int, quantized: int, stored: int) -> float:
-    """How many times smaller a network's parameters are, if some of them take fewer bits than 32.
+    """Return how many times smaller a network's parameters are if some are stored with fewer than 32 bits.
 
     Args:
-        total: How many parameters there are.
-        quantized: How many of them are integers.
-        stored: How many bits all of these take in the file.
+        total: Number of parameters.
+        quantized: Number of quantized parameters.
+        stored: Number of bits of all quantized parameters in the file.
 
     Example:
         >>> size_ratio(100, 100, 800), size_ratio(100, 50, 400)

@@ -1,4 +1,4 @@
-"""One candidate for each layer, chosen exactly: a pure function of numbers that were measured."""
+"""Choosing one candidate per layer exactly, from measured costs."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ import numpy as np
 from qat_lightning.errors import MissingExtraError
 
 _TRIES = 20
-"""How many choices that only the solver's tolerance let through are forbidden one by one."""
+"""Largest number of choices to exclude one by one that exceed a limit by less than the solver's tolerance."""
 _TOLERANCE = 1e-5
-"""By how much of its largest cost a limit is drawn in after that; the solver's own tolerance is 1e-6."""
+"""After that, by how much to tighten a limit, relative to its largest cost; the solver's tolerance is 1e-6."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a candidate costs in one layer.
+    """Cost of a candidate in one layer.
 
     Attributes:
-        loss: Of the metric, 0 or more.
+        loss: Loss of the metric; at least 0.
         size: In bytes.
-        time: In milliseconds; less than 0 for what is faster than what is compared with.
+        time: In milliseconds, relative to the reference; may be negative.
     """
 
     loss: float = 0.0
@@ -37,7 +37,7 @@ Goal = Literal["loss", "size", "time"]
 
 @dataclass(frozen=True)
 class Limits:
-    """What the costs of all layers together may be at most; inf for no limit."""
+    """Upper bounds for the sums of costs over all layers; inf for none."""
 
     loss: float = math.inf
     size: float = math.inf
@@ -45,7 +45,7 @@ class Limits:
 
 
 def total(costs: Sequence[Sequence[Cost]], chosen: Sequence[int], what: Goal) -> float:
-    """The sum over all layers of one cost.
+    """Return the sum of one cost over all layers.
 
     Example:
         >>> total([[Cost(size=1), Cost(size=3)], [Cost(size=4)]], (1, 0), "size")
@@ -55,19 +55,19 @@ def total(costs: Sequence[Sequence[Cost]], chosen: Sequence[int], what: Goal) ->
 
 
 def choose(costs: Sequence[Sequence[Cost]], limits: Limits, goal: Goal) -> tuple[int, ...] | None:
-    """The candidate of each layer with which the sum of one cost is least and no other sum is past its limit.
+    """Choose a candidate per layer that minimizes the sum of one cost within limits on the others.
 
     A multiple-choice knapsack problem, solved exactly as a mixed-integer linear program, as HAWQ-V3 chooses bits
-    (Yao et al., 2021, https://arxiv.org/abs/2011.10680). Of choices with the same sum, one with the least of the other
-    costs is taken: the smallest of those that lose the same, and the one that loses least of those of the same size.
+    (Yao et al., 2021, https://arxiv.org/abs/2011.10680). Ties are broken by the other costs: among equal losses the
+    smallest size, among equal sizes the smallest loss.
 
     Args:
-        costs: For each layer what each of its candidates costs.
-        limits: For the sums.
-        goal: Which sum is to be least.
+        costs: For each layer, the cost of each candidate.
+        limits: Limits for the sums.
+        goal: The sum to minimize.
 
     Returns:
-        The number of the candidate for each layer; None where no choice keeps the limits.
+        The index of the candidate for each layer; None if no choice is within the limits.
 
     Raises:
         MissingExtraError: scipy is not installed.
@@ -94,10 +94,10 @@ def _held(limits: Limits, goal: Goal, reached: float) -> Limits:
 
 
 def _solve(costs: Sequence[Sequence[Cost]], limits: Limits, goal: Goal) -> tuple[int, ...] | None:
-    """`choose` without a second goal; a choice is checked without the solver's tolerance.
+    """As `choose`, without breaking ties; a choice is checked without the solver's tolerance.
 
-    One that is past a limit by less than that is forbidden, and the solver asked again. Where there are many such, all
-    that come as near to the limit are given up.
+    A choice that exceeds a limit by less than the tolerance is excluded and the solver runs again. After many of them,
+    the limit is tightened, which excludes all choices as close to it.
     """
     names: tuple[Goal, ...] = ("loss", "size", "time")
     at_most = {name: getattr(limits, name) for name in names if math.isfinite(getattr(limits, name))}

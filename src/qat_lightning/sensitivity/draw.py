@@ -1,4 +1,4 @@
-"""A plot of the ranking: the cost of each layer alone, and what leaving it float recovers."""
+"""Plots of the ranking (cost of quantizing each layer alone, gain of leaving it float) and of chosen bits."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ SHOWN = 40
 
 
 def draw(found: Sensitivity, path: str | Path, *, shown: int = SHOWN) -> None:
-    """Write the ranking as bars, the worst layer on top.
+    """Plot the ranking as bars, the most sensitive layer on top.
 
     Args:
-        found: What was measured.
-        path: Of an image; its ending says which kind (.png, .svg, .pdf).
-        shown: How many layers, at most.
+        found: The ranking.
+        path: Path of the image; its suffix determines the format (.png, .svg, .pdf).
+        shown: Largest number of layers.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
@@ -53,11 +53,11 @@ def draw(found: Sensitivity, path: str | Path, *, shown: int = SHOWN) -> None:
 
 
 def draw_bits(found: BitChoice, path: str | Path) -> None:
-    """Write the metric over the size of the file: what was measured, and what the sums of single layers predict.
+    """Plot the metric over the file size: measured, and predicted by the sums of single layers' losses.
 
     Args:
         found: The choice.
-        path: Of an image; its ending says which kind (.png, .svg, .pdf).
+        path: Path of the image; its suffix determines the format (.png, .svg, .pdf).
 
     Raises:
         MissingExtraError: matplotlib is not installed.
@@ -65,7 +65,7 @@ def draw_bits(found: BitChoice, path: str | Path) -> None:
     figure = _figure(8, 5)
     axes = figure.subplots()
     axes.plot(*zip(*found.curve, strict=True), "--", color="#8c8c8c", label="best of each size, predicted", zorder=1)
-    in_decibel = found.float_metric >= EQUAL_DB  # that of equal outputs, which stands for infinity
+    in_decibel = found.float_metric >= EQUAL_DB  # the finite value that stands for infinite SQNR
     if not in_decibel:
         axes.axhline(found.float_metric, color="black", linewidth=0.8, label=f"float: {found.float_metric:.4g}")
     for row in found.uniform:
@@ -97,5 +97,5 @@ def _figure(width: float, height: float) -> Any:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise MissingExtraError("A picture needs matplotlib: pip install 'qat-lightning[plots]'.") from error
-    # Not pyplot, which keeps every figure and wants a display.
+    # Not pyplot, which keeps figures in memory and needs a display.
     return Figure(figsize=(width, height), layout="constrained")

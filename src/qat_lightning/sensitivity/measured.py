@@ -1,4 +1,4 @@
-"""Quantizing one layer at a time, and all but one: what each costs."""
+"""Measuring the sensitivity of layers: quantizing one at a time, or all but one."""
 
 from __future__ import annotations
 
@@ -44,7 +44,8 @@ class LayerSensitivity:
         excludable: Whether it is a module, which ``exclude`` can name.
         alone: The metric with only this layer quantized.
         without: The metric with all layers but this one quantized.
-        loss: Its cost: by ``alone``, the float metric minus that; by ``without``, that minus the metric with all.
+        loss: Its cost. By ``alone``: the float metric minus ``alone``. By ``without``: ``without`` minus the metric
+            with all layers quantized.
     """
 
     name: str
@@ -64,7 +65,7 @@ class Sensitivity:
         metric_name: The metric; larger is better.
         float_metric: The metric of the float network.
         quantized_metric: The metric with all layers quantized.
-        rank_by: The order.
+        rank_by: What the order is based on.
         recipe: The recipe that was measured.
         prefix: The network's name in the LightningModule, for overrides.
         network: The float network.
@@ -90,11 +91,11 @@ class Sensitivity:
 
     @property
     def points(self) -> float:
-        """What a drop is shown with: 100, in percentage points, for a score within 0 and 1; 1 for any other metric."""
+        """The factor for displayed drops: 100 (percentage points) for a score between 0 and 1, otherwise 1."""
         return drop_points((self.float_metric, self.quantized_metric))
 
     def prepare(self, recipe: Recipe) -> nn.Module:
-        """A copy of the network, prepared by a recipe and calibrated."""
+        """Return a copy of the network, prepared with a recipe and calibrated."""
         prepared = mode_for(recipe).prepare(copy.deepcopy(self.network), self.example, recipe, prefix=self.prefix)
         device = next((p.device for p in self.network.parameters()), torch.device("cpu"))
         prepared.to(device)
@@ -102,7 +103,7 @@ class Sensitivity:
         return prepared
 
     def measure(self, network: nn.Module) -> float:
-        """The metric of a network in evaluation; larger is better."""
+        """Return the metric of a network in evaluation mode; larger is better."""
         return _finite(self._metric(network))
 
     @property
@@ -111,7 +112,7 @@ class Sensitivity:
         return isinstance(self._metric, _OutputSqnr)
 
     def full_name(self, name: str) -> str:
-        """The name of a layer in the LightningModule."""
+        """Return the name of a layer in the LightningModule."""
         return f"{self.prefix}.{name}".strip(".")
 
     def _measure_without(self, names: Sequence[str]) -> float:
@@ -130,18 +131,18 @@ class Sensitivity:
         return LayerSensitivity(unit.name, unit.kind, unit.parameters, unit.module, alone, without, loss)
 
     def within(self, budget: Budget) -> MixedPrecision:
-        """The layers to leave float so that a budget is kept.
+        """Choose the layers to leave float so that a budget is kept.
 
-        Layers are left float in the order of the ranking until the drop is small enough, and then each is quantized
-        again, the largest first, if the drop allows it. That is chosen with switches, and then verified: the float
-        network is prepared anew with that ``exclude``, calibrated and measured. If that does not keep the budget, more
-        layers are left float, until it does or there is none.
+        Layers are left float in the order of the ranking until the drop is small enough. Then layers are quantized
+        again, the largest first, if the drop allows it. This uses switched fake-quantization. The result is verified
+        with the float network, prepared with that ``exclude``, calibrated and measured; if it exceeds the budget, more
+        layers are left float.
 
         Args:
-            budget: A largest drop, a least ratio of sizes, or both.
+            budget: A largest drop, a smallest size ratio, or both.
 
         Returns:
-            What to exclude, what was measured with it, and whether the budget is kept; if not, why.
+            What to exclude, the measured figures, and whether the budget is kept; if not, the reason.
         """
         layers = [row for row in self.rows if row.excludable]
         if budget.min_size_ratio is not None:
@@ -150,7 +151,7 @@ class Sensitivity:
             layers = self._that_fit(layers, budget.min_size_ratio)
         candidates = _prefixes(layers)
         if budget.max_drop is None:
-            # As good as the size allows.
+            # The best metric that the size allows.
             best = max(candidates, key=lambda c: (self._measure_without(c), -len(c)))
             return self._plan(best, budget, self._verified(best))
         tried = [(c, value) for c in candidates if (value := self._measure_without(c)) is not None]
@@ -170,7 +171,7 @@ class Sensitivity:
         return self._plan(chosen, budget, value)
 
     def _that_fit(self, layers: Sequence[LayerSensitivity], least: float) -> list[LayerSensitivity]:
-        """The layers that can stay float together in the order of the ranking; one that is too large is passed over."""
+        """Return layers that can stay float together, in ranking order; layers that are too large are skipped."""
         fit: list[LayerSensitivity] = []
         for row in layers:
             if self._ratio([other.name for other in (*fit, row)]) >= least:
@@ -178,7 +179,7 @@ class Sensitivity:
         return fit
 
     def _fewer(self, names: tuple[str, ...], budget: Budget) -> tuple[str, ...]:
-        """Quantize again what need not be float, the largest layers first."""
+        """Quantize layers again that need not be float, the largest first."""
         assert budget.max_drop is not None
         sizes = {row.name: row.parameters for row in self.rows}
         for name in sorted(names, key=lambda name: sizes[name], reverse=True):
@@ -188,9 +189,9 @@ class Sensitivity:
         return names
 
     def _verified(self, names: Sequence[str]) -> float:
-        """The metric of a network that is prepared with these excluded."""
+        """Return the metric of a network that is prepared with these layers excluded."""
         if len(names) == len([row for row in self.rows if row.excludable]):
-            return self.float_metric  # nothing is left to quantize
+            return self.float_metric  # no layer is quantized
         globs = tuple(map(self.full_name, names))
         return self.measure(self.prepare(replace(self.recipe, exclude=(*self.recipe.exclude, *globs))))
 
@@ -214,7 +215,7 @@ class Sensitivity:
         )
 
     def table(self) -> Table:
-        """The ranking for `rich.print`."""
+        """Return the ranking for `rich.print`."""
         caption = f"{self.metric_name}: float {self.float_metric:.4f}, all quantized {self.quantized_metric:.4f}"
         table = Table(title="Sensitivity", title_justify="left", caption=caption, caption_justify="left")
         loss = "loss (pp)" if self.points > 1 else "loss"
@@ -251,11 +252,11 @@ def sensitivity(
 
     Args:
         network: A trained float network; not changed.
-        batches: Inputs to calibrate with and for the default metric, each a tensor, a tuple of positional inputs or a
+        batches: Inputs for calibration and for the default metric, each a tensor, a tuple of positional inputs or a
             dict of keyword inputs. Each is used many times, so pass a few.
-        mode: ``"eager"``, ``"fx"`` or ``"pt2e"``, or ``"auto"`` for the best supported one, which is in the notes.
+        mode: ``"eager"``, ``"fx"`` or ``"pt2e"``, or ``"auto"`` for the best supported one, which the notes name.
         backend: The backend.
-        scheme: Bits and granularity. Learned steps are calibrated instead, which `Sensitivity.notes` reports.
+        scheme: Bits and granularity. Learned scales are calibrated instead, which `Sensitivity.notes` reports.
         metric: Called with a network in evaluation mode; larger is better. By default the SQNR of its outputs on
             ``batches`` against the float network's, in dB.
         metric_name: For tables.
@@ -264,10 +265,10 @@ def sensitivity(
         include: Globs of layers to quantize.
         exclude: Globs of layers that always stay float.
         prefix: The network's name in the LightningModule, to which globs are relative.
-        kind: ``"static"``, ``"dynamic"`` or ``"weight_only"``: the grids to round to.
+        kind: ``"static"``, ``"dynamic"`` or ``"weight_only"``.
 
     Raises:
-        ConfigurationError: An argument is not possible.
+        ConfigurationError: An argument is invalid.
 
     Example:
         >>> torch.manual_seed(0) and None
@@ -293,7 +294,7 @@ def sensitivity(
         direct = kind in DIRECT
         return Recipe(mode, backend, scheme, tuple(include), tuple(exclude), kind=kind, trained=direct)
 
-    # What a fit would choose.
+    # The mode that a fit would choose.
     decision = decide(mode, network, first, recipe_of, prefix=prefix) if mode == "auto" else Decision(mode)
     notes += [f"{decision.why}."] if decision.why else []
     recipe = recipe_of(decision.mode)
@@ -313,7 +314,7 @@ def sensitivity(
 
 
 def _without_learning(scheme: Scheme) -> tuple[Scheme, list[str]]:
-    """The scheme as it can be calibrated, and a note if that is another one."""
+    """Return the scheme with calibrated instead of learned scales, and a note if it differs."""
     if not scheme.learned:
         return scheme, []
     note = f"Measured with calibrated steps instead of learned_step={scheme.learned_step!r}, which needs training."
@@ -357,7 +358,7 @@ def _check_call(network: nn.Module, example: Example) -> None:
 
 
 def _prefixes(rows: Sequence[LayerSensitivity]) -> list[tuple[str, ...]]:
-    """No layer, the first, the first two, and so on."""
+    """Return no layer, the first, the first two, and so on."""
     names = [row.name for row in rows]
     return [tuple(names[:count]) for count in range(len(names) + 1)]
 

@@ -1,4 +1,4 @@
-"""Sensitivity of a network that train.py trained: its configuration and checkpoint in, its own validation metric."""
+"""Sensitivity of a network that train.py trained, from its configuration and checkpoint, by its validation metric."""
 
 from __future__ import annotations
 
@@ -27,25 +27,25 @@ from qat_lightning.sensitivity.measured import RankBy, Sensitivity, sensitivity
 from qat_lightning.settings.scheme import Scheme
 
 SQNR = "sqnr"
-"""The metric that needs no label: the outputs' SQNR against the float network's."""
+"""The metric that needs no labels: SQNR of the outputs relative to the float network's."""
 
 SQNR_BATCHES = 8
-"""How many batches it is measured on where nothing else is said; their inputs are kept in memory."""
+"""Default number of batches for SQNR; their inputs are kept in memory."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """What is measured, besides the configuration.
+    """What to measure, in addition to the configuration.
 
     Attributes:
-        metric: The key that ``validation_step`` logs, or `SQNR`; None for the model's own (``model.metric``).
-        smaller_is_better: Whether that metric is a loss. Of the model's own metric ``model.metric`` says it.
-        calibration_batches: Batches of the training data for the ranges.
-        validation_batches: Batches of the validation data; None for all, and for `SQNR_BATCHES` of them with `SQNR`.
+        metric: A key that ``validation_step`` logs, or `SQNR`; None for the model's own (``model.metric``).
+        smaller_is_better: Whether that metric is a loss. For the model's own metric, ``model.metric`` says it.
+        calibration_batches: Number of training batches for calibration.
+        validation_batches: Number of validation batches; None for all (`SQNR_BATCHES` with `SQNR`).
         rank_by: See `qat_lightning.sensitivity`.
 
     Raises:
-        ConfigurationError: A smaller SQNR is asked for.
+        ConfigurationError: ``smaller_is_better`` is given with `SQNR`.
     """
 
     metric: str | None = None
@@ -55,19 +55,19 @@ class Options:
     rank_by: RankBy = "alone"
 
     def __post_init__(self) -> None:
-        """Refuse an order by the least SQNR."""
+        """Check that SQNR is not minimized."""
         if self.sqnr and self.smaller_is_better:
             raise ConfigurationError("--metric sqnr is larger for a better network: leave out --smaller-is-better.")
 
     @property
     def sqnr(self) -> bool:
-        """Whether the outputs are compared with the float network's."""
+        """Whether the metric is SQNR relative to the float network."""
         return self.metric == SQNR
 
     def with_metric_of(self, cfg: DictConfig) -> Options:
-        """The same with the model's own metric where none is given, and its direction.
+        """Return the options with the model's own metric and direction if no metric is given.
 
-        A configuration of an earlier release states no metric; models were judged by ``val/acc`` then.
+        Configurations of earlier releases contain no metric; they used ``val/acc``.
         """
         own = ModelMetric.of(cfg) or ModelMetric("acc")
         metric = self.metric or own.logged("val")
@@ -76,10 +76,10 @@ class Options:
 
 
 def config_of_run(folder: Path, overrides: Sequence[str]) -> DictConfig:
-    """The configuration that train.py left in a run's folder, with some of it changed.
+    """Return the configuration that train.py saved in a run's folder, with overrides applied.
 
     Raises:
-        ConfigurationError: There is none.
+        ConfigurationError: The folder contains none.
     """
     saved = folder / ".hydra" / "config.yaml"
     if not saved.is_file():
@@ -95,7 +95,7 @@ def config_of_run(folder: Path, overrides: Sequence[str]) -> DictConfig:
 
 
 def composed(folder: Path, overrides: Sequence[str]) -> DictConfig:
-    """What train.py would get, composed from its folder of configurations."""
+    """Compose the configuration that train.py would get from its folder of configurations."""
     if not (folder / "config.yaml").is_file():
         raise ConfigurationError(f"{folder} holds no config.yaml: give the folder conf of train.py.")
     GlobalHydra.instance().clear()
@@ -107,12 +107,13 @@ def measure_run(cfg: DictConfig, checkpoint: Path, options: Options) -> Sensitiv
     """Rank the layers of a trained LightningModule by its own validation metric, or by the SQNR of its outputs.
 
     Args:
-        cfg: Of train.py: ``model``, ``data``, and ``quantization`` for mode, backend, scheme, include and exclude.
-        checkpoint: With or without quantization: the weights are measured as float.
+        cfg: Configuration of train.py: ``model``, ``data``, and ``quantization`` for mode, backend, scheme, include
+            and exclude.
+        checkpoint: A checkpoint with or without quantization; its weights are measured as float.
         options: What to measure.
 
     Raises:
-        ConfigurationError: The checkpoint does not fit, the metric is not logged, or several networks could be meant.
+        ConfigurationError: The checkpoint does not match, the metric is not logged, or the network is ambiguous.
     """
     if not checkpoint.is_file():
         raise ConfigurationError(f"{checkpoint} is not a file: give --checkpoint, a checkpoint of this model.")
@@ -153,7 +154,7 @@ def _load(model: LightningModule, checkpoint: Path) -> None:
 
 
 class _Validation:
-    """Validates a network in its place in the LightningModule."""
+    """Validates a network in its slot in the LightningModule."""
 
     def __init__(self, model: LightningModule, datamodule: Any, slot: Slot, options: Options) -> None:
         self.model, self.datamodule, self.slot, self.options = model, datamodule, slot, options
@@ -187,12 +188,12 @@ class _Validation:
         return found
 
     def calls(self) -> list[Example]:
-        """The calls of the network in a validation, which SQNR is measured on; otherwise the first."""
+        """Return the network's calls in a validation: all for SQNR, otherwise the first."""
         calls: list[Example] = []
 
         def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if not calls or self.options.sqnr:
-                with torch.inference_mode(False):  # the copies are used outside of the validation's inference mode
+                with torch.inference_mode(False):  # the copies are used outside validation's inference mode
                     calls.append(Example(*tree_map(copy.deepcopy, (args, kwargs))))
 
         called = self.model.get_submodule(self.slot.prefix) if self.slot.prefix else self.model
@@ -206,7 +207,7 @@ class _Validation:
         return calls
 
     def calibrate(self, prepared: nn.Module) -> None:
-        """Take the ranges from the training data, through the LightningModule's own step."""
+        """Calibrate on the training data, through the LightningModule's own step."""
         self.datamodule.setup("fit")
         loader, count = self.datamodule.train_dataloader(), self.options.calibration_batches
         calibrate_in_steps(self.model, {self.slot.name: self.slot}, {self.slot.name: prepared}, loader, count)

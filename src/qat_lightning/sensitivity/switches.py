@@ -1,4 +1,4 @@
-"""Rounding in chosen layers of a prepared network only: prepared once, then switched."""
+"""Switching fake-quantization by layer in a network that is prepared once."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from qat_lightning.numerics.fake_quantize import FakeQuantize
 
 @dataclass(frozen=True)
 class Unit:
-    """The FakeQuantizes that are switched together: of a layer's weight and the activation after it, or of one op.
+    """Fake-quantize modules that are switched together: of a layer's weight and output activation, or of one op.
 
     Attributes:
         name: The layer, or the op.
         kind: Its type.
         module: Whether it is a module of the float network, which ``exclude`` can name.
-        parameters: How many numbers its weight has; 0 for an op.
+        parameters: Number of values in its weight; 0 for an op.
     """
 
     name: str
@@ -31,7 +31,7 @@ class Unit:
 
 
 class Switches:
-    """Turns rounding on and off by unit.
+    """Enables and disables fake-quantization by unit.
 
     Args:
         prepared: A calibrated network; only its flags are changed.
@@ -60,7 +60,7 @@ class Switches:
         self._of: dict[str, set[FakeQuantize | DynamicFakeQuantize]] = {}
         kinds: dict[str, str] = {}
         for place in find_places(prepared):
-            # In eager mode the input of a layer is rounded for that layer; a layer called twice is one module.
+            # In eager mode a layer quantizes its own input; a layer called twice is one module.
             name = place.layer.removesuffix(".input") if place.layer not in modules else place.layer
             name = name.partition("_call_")[0] if name.partition("_call_")[0] in modules else name
             if not place.fq.seen and place.what == "activation":
@@ -68,7 +68,7 @@ class Switches:
             self._of.setdefault(name, set()).add(place.fq)
             if kinds.get(name, "input") == "input":
                 kinds[name] = place.kind
-        for name, rounding in in_calls.items():  # beside the weight of its layer
+        for name, rounding in in_calls.items():  # together with the weight of its layer
             self._of[name.rpartition(".")[0]].add(rounding)
         self.units = [
             Unit(name, kinds[name], name in modules, _weight_size(modules.get(name)))
@@ -80,13 +80,13 @@ class Switches:
         return sorted(self._of, key=lambda name: order.get(name, len(order)))
 
     def only(self, names: Collection[str]) -> None:
-        """Round in these units and nowhere else."""
+        """Enable fake-quantization in these units only."""
         on = {fq for name in names for fq in self._of[name]}
         for fq in self._all:
             fq.fake_quant_enabled = fq in on
 
     def all_but(self, names: Collection[str]) -> None:
-        """Round everywhere but in these units."""
+        """Enable fake-quantization everywhere except in these units."""
         self.only([unit.name for unit in self.units if unit.name not in names])
 
 

@@ -1,4 +1,4 @@
-"""What a layer that is left float adds to the latency of an int8 network: the difference of two that are made."""
+"""Latency that a float layer adds to an int8 network: the difference between two converted networks."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from qat_lightning.rehearsal.faults import convert_what_can_be
 def float_times(
     prepared: nn.Module, reference: QuantizedNetwork, names: Collection[str], example: Example
 ) -> dict[str, float]:
-    """For each layer, convert the network again with that layer float, and time both networks in turn.
+    """For each layer, convert the network again with that layer float, and time both networks alternately.
 
-    What a layer takes by itself would not say it: around a float layer values are made float and integer again, and
-    kernels that are one in int8, such as a layer and its activation function, are two.
+    The layer's own latency would not be enough: around a float layer values are dequantized and quantized again, and
+    what is one int8 kernel, such as a layer with its activation function, becomes two.
 
     Args:
         prepared: The network, prepared and calibrated; copies of it are converted.
         reference: Its int8 network.
-        names: Layers.
+        names: The layers.
         example: One call; a single sample of it is timed.
 
     Returns:
-        For each layer the milliseconds that it adds when it is float, less than 0 where float is faster; 0 for a layer
-        that is float in both.
+        For each layer the milliseconds that it adds if it is float; negative if float is faster, and 0 for a layer that
+        is float in both.
     """
     one = one_sample(example)
     found = {}

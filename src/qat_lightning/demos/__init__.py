@@ -1,4 +1,4 @@
-"""The LightningModules and DataModules that train.py offers, and nothing that the library itself needs."""
+"""LightningModules and DataModules for train.py; the library itself does not need them."""
 
 from qat_lightning.demos.classification import ClassificationModule
 from qat_lightning.demos.data import (

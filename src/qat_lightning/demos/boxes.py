@@ -1,6 +1,6 @@
-"""Boxes in plain torch: overlap, suppression of duplicates, and which place of a detector learns which box.
+"""Boxes in plain torch: IoU, non-maximum suppression, and assignment of boxes to a detector's locations.
 
-A box is its left, upper, right and lower edge, in pixels.
+A box consists of its left, upper, right and lower edge, in pixels.
 """
 
 from collections.abc import Sequence
@@ -10,21 +10,21 @@ import torch
 from torch import Tensor
 
 REACH = 4.0
-"""A level finds the boxes of whose longer side half is at most so many of its strides; the last one all larger ones."""
+"""Longest half side of a box on each level, in strides of that level; the last level also takes larger boxes."""
 
 RADIUS = 1.5
-"""Places this many strides from the centre of a box learn it, on either axis."""
+"""Locations within this many strides of a box's center, on each axis, are assigned to it."""
 
 LARGEST = 5.0
-"""Logarithms of distances are held to this: 148 strides."""
+"""Upper bound for logarithms of distances: 148 strides."""
 
 
 class Detections(NamedTuple):
-    """What was found in one image.
+    """Detected objects in one image.
 
     Attributes:
         boxes: float32 of shape (K, 4), in pixels.
-        scores: float32 of shape (K,), from 0 to 1, in falling order.
+        scores: float32 of shape (K,), from 0 to 1, in descending order.
         labels: int64 of shape (K,), the classes.
     """
 
@@ -34,11 +34,11 @@ class Detections(NamedTuple):
 
 
 class Places(NamedTuple):
-    """Where a detector looks: the places of all levels, one after the other.
+    """A detector's locations, for all levels in order.
 
     Attributes:
         points: float32 of shape (P, 2), x and y in pixels.
-        strides: float32 of shape (P,), the pixels from one place to the next.
+        strides: float32 of shape (P,), the pixels between neighboring locations.
         levels: int64 of shape (P,), the level from 0.
     """
 
@@ -48,19 +48,19 @@ class Places(NamedTuple):
 
 
 def area(boxes: Tensor) -> Tensor:
-    """The area of boxes of shape (..., 4), of shape (...)."""
+    """Return the area, of shape (...), of boxes of shape (..., 4)."""
     return (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
 
 
 def overlaps(boxes: Tensor, others: Tensor) -> Tensor:
-    """The intersection over the union of each box with each other one.
+    """Return the intersection over union (IoU) of each pair of boxes.
 
     Args:
-        boxes: Of shape (A, 4).
-        others: Of shape (B, 4).
+        boxes: Boxes of shape (A, 4).
+        others: Boxes of shape (B, 4).
 
     Returns:
-        From 0 to 1, of shape (A, B); 0 where both boxes are empty.
+        IoU from 0 to 1, of shape (A, B); 0 if both boxes are empty.
 
     Example:
         >>> overlaps(torch.tensor([[0.0, 0, 2, 2]]), torch.tensor([[0.0, 0, 2, 2], [1, 0, 3, 2]]))
@@ -71,17 +71,17 @@ def overlaps(boxes: Tensor, others: Tensor) -> Tensor:
 
 
 def generalized_overlap(boxes: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
-    """The intersection over the union of pairs of boxes, and the generalized one, which also has a gradient apart.
+    """Return the IoU and the generalized IoU of pairs of boxes; the latter has a gradient even without overlap.
 
-    The second is less by the share of the smallest box around both that neither covers: Rezatofighi et al., 2019,
-    "Generalized Intersection over Union".
+    The generalized IoU subtracts the share of the smallest enclosing box that neither box covers: Rezatofighi et al.,
+    2019, "Generalized Intersection over Union".
 
     Args:
-        boxes: Of shape (..., 4).
-        others: Of the same shape.
+        boxes: Boxes of shape (..., 4).
+        others: Boxes of the same shape.
 
     Returns:
-        From 0 to 1 and from -1 to 1, both of shape (...).
+        IoU from 0 to 1 and generalized IoU from -1 to 1, both of shape (...).
 
     Example:
         >>> generalized_overlap(torch.tensor([0.0, 0, 1, 1]), torch.tensor([3.0, 0, 4, 1]))
@@ -94,7 +94,7 @@ def generalized_overlap(boxes: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _regions(boxes: Tensor, others: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The areas of the intersection, the union, and the smallest box around both."""
+    """Return the areas of the intersection, the union, and the smallest enclosing box."""
     inner = torch.cat(
         [torch.maximum(boxes[..., :2], others[..., :2]), torch.minimum(boxes[..., 2:], others[..., 2:])], -1
     )
@@ -106,21 +106,21 @@ def _regions(boxes: Tensor, others: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def suppress(boxes: Tensor, scores: Tensor, labels: Tensor, threshold: float) -> Tensor:
-    """Keep the best of boxes that overlap: greedy non-maximum suppression, for each class by itself.
+    """Greedy non-maximum suppression, per class.
 
-    A box stays unless a better one of its class stays and overlaps it by more than the threshold. All boxes are judged
-    at once by what stayed the time before, until nothing changes, as in Zheng et al., 2021, "Enhancing Geometric
-    Factors in Model Learning and Inference for Object Detection and Instance Segmentation". The k best are settled
-    after k times at the latest, so that the result is that of one box after the other.
+    A box is kept unless a kept box of its class has a higher score and overlaps it by more than the threshold. All
+    boxes are updated at once from the previous iteration until nothing changes, as in Zheng et al., 2021, "Enhancing
+    Geometric Factors in Model Learning and Inference for Object Detection and Instance Segmentation". The k best boxes
+    are final after at most k iterations, so the result equals that of the sequential algorithm.
 
     Args:
-        boxes: Of shape (K, 4).
-        scores: Of shape (K,).
-        labels: Of shape (K,).
-        threshold: Of the intersection over the union.
+        boxes: Boxes of shape (K, 4).
+        scores: Scores of shape (K,).
+        labels: Classes of shape (K,).
+        threshold: IoU threshold.
 
     Returns:
-        Indices of those that stay, int64, best first.
+        Indices of the kept boxes, int64, best first.
 
     Example:
         >>> boxes = torch.tensor([[0.0, 0, 10, 10], [1, 0, 11, 10], [2, 0, 12, 10], [0, 0, 10, 10]])
@@ -130,7 +130,7 @@ def suppress(boxes: Tensor, scores: Tensor, labels: Tensor, threshold: float) ->
     order = scores.argsort(descending=True, stable=True)
     boxes, labels = boxes[order], labels[order]
     better = (overlaps(boxes, boxes) > threshold) & (labels[:, None] == labels[None])
-    better = better.triu(1)  # [i, j]: i is better than j, and in its way
+    better = better.triu(1)  # [i, j]: i has a higher score than j, and suppresses it
     kept = torch.ones_like(order, dtype=torch.bool)
     while True:
         still = ~(better & kept[:, None]).any(0)
@@ -140,12 +140,12 @@ def suppress(boxes: Tensor, scores: Tensor, labels: Tensor, threshold: float) ->
 
 
 def places(sizes: Sequence[tuple[int, int]], strides: Sequence[int], device: torch.device | None = None) -> Places:
-    """The places of all levels: the centres of their cells.
+    """Return the locations of all levels: the centers of their cells.
 
     Args:
-        sizes: Height and width of each level, in places.
-        strides: Pixels from one place to the next, of each level.
-        device: Where the tensors are made.
+        sizes: Height and width of each level, in cells.
+        strides: Pixels between neighboring locations, for each level.
+        device: Device of the tensors.
 
     Example:
         >>> places([(1, 2), (1, 1)], (8, 16)).points.tolist()
@@ -163,19 +163,19 @@ def places(sizes: Sequence[tuple[int, int]], strides: Sequence[int], device: tor
 
 
 def assign(where: Places, boxes: Tensor, labels: Tensor) -> Tensor:
-    """Say which box each place learns, by the rules of Tian et al., 2019, "FCOS", with centre sampling.
+    """Assign boxes to locations by the rules of Tian et al., 2019, "FCOS", with center sampling.
 
-    A box belongs to one level, by its longer side (`REACH`). The places of that level within the box learn it that are
-    at most `RADIUS` strides from its centre, and in any case the one in whose cell the centre is. A place that could
-    learn several takes the smallest.
+    A box belongs to one level, by its longer side (`REACH`). It is assigned to the locations of that level that are
+    within the box and at most `RADIUS` strides from its center, and always to the one whose cell contains the center. A
+    location with several candidates gets the smallest box.
 
     Args:
-        where: P places.
-        boxes: Of shape (N, M, 4), M at least 1.
+        where: P locations.
+        boxes: Boxes of shape (N, M, 4), M at least 1.
         labels: int64 of shape (N, M); -1 where there is no box.
 
     Returns:
-        int64 of shape (N, P): the index of the box, or -1 for background.
+        Index of the box, int64 of shape (N, P); -1 for background.
 
     Example:
         >>> where = places([(2, 2), (1, 1)], (8, 16))
@@ -195,10 +195,10 @@ def assign(where: Places, boxes: Tensor, labels: Tensor) -> Tensor:
 
 
 def decode(where: Places, distances: Tensor) -> Tensor:
-    """Compute boxes from a network's outputs.
+    """Compute boxes from the network's distances.
 
     Args:
-        where: P places.
+        where: P locations.
         distances: Logarithms of the distances to the left, upper, right and lower edge in strides, of shape (N, P, 4).
 
     Returns:
@@ -221,15 +221,15 @@ def best_boxes(
     max_detections: int,
     candidates: int = 400,
 ) -> Detections:
-    """Choose what to report of one image.
+    """Return the detections of one image.
 
     Args:
-        boxes: Of shape (P, 4).
-        scores: From 0 to 1, of shape (P, C).
-        score_threshold: What is not above is left out.
-        iou_threshold: Of what overlaps more, the best is kept (`suppress`).
-        max_detections: The most to keep.
-        candidates: The most to suppress duplicates of, the best ones.
+        boxes: Boxes of shape (P, 4).
+        scores: Scores from 0 to 1, of shape (P, C).
+        score_threshold: Boxes with lower or equal scores are dropped.
+        iou_threshold: IoU threshold of `suppress`.
+        max_detections: Maximum number of detections.
+        candidates: Maximum number of boxes before suppression; the best are used.
 
     Example:
         >>> boxes, scores = torch.tensor([[0.0, 0, 9, 9], [0, 0, 9, 8]]), torch.tensor([[0.1, 0.9], [0.2, 0.7]])

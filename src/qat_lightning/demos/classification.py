@@ -15,15 +15,15 @@ class ClassificationModule(AdamWModule):
     Logs `train/loss`, `train/acc`, `val/loss`, `val/acc`, `test/loss` and `test/acc`.
 
     Args:
-        net: Images in, one score for each class out.
-        num_classes: How many classes there are.
-        lr: Learning rate, at its highest.
-        weight_decay: Of AdamW; biases and normalization have none.
-        scheduler: `cosine` falls to zero at the end of the planned training, step by step; `constant` stays.
-        label_smoothing: Share of the target that is spread over all classes, in training.
+        net: Maps images to one score per class.
+        num_classes: Number of classes.
+        lr: Peak learning rate.
+        weight_decay: Weight decay of AdamW; not applied to biases and normalization layers.
+        scheduler: `cosine` decays to zero over the steps of the planned training; `constant` does not.
+        label_smoothing: Label smoothing in training.
 
     Raises:
-        ConfigurationError: `scheduler` is not one of these.
+        ConfigurationError: `scheduler` is unknown.
 
     Example:
         >>> import torch
@@ -51,12 +51,12 @@ class ClassificationModule(AdamWModule):
         self.test_acc = MulticlassAccuracy(num_classes, average="micro")
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images in, one score for each class out."""
+        """Map images to one score per class."""
         scores: Tensor = self.net(x)
         return scores
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """One batch of training."""
+        """Compute the loss of a training batch."""
         images, labels = batch
         scores = self(images)
         loss = cross_entropy(scores, labels, label_smoothing=self.label_smoothing)
@@ -66,15 +66,15 @@ class ClassificationModule(AdamWModule):
         return loss
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """One batch of validation."""
+        """Evaluate a validation batch."""
         self._evaluate("val", self.val_acc, batch)
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """One batch of the test."""
+        """Evaluate a test batch."""
         self._evaluate("test", self.test_acc, batch)
 
     def predict_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """The most likely class of each image."""
+        """Return the most likely class of each image."""
         most_likely: Tensor = self(batch[0]).argmax(-1)
         return most_likely
 

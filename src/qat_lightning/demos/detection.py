@@ -1,4 +1,4 @@
-"""The LightningModule of detectors: assignment of boxes to places, losses, decoding, and the mean average precision."""
+"""The LightningModule for detectors: assignment of boxes to locations, losses, decoding, and mean average precision."""
 
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
@@ -21,20 +21,20 @@ from qat_lightning.demos.optimization import AdamWModule
 from qat_lightning.errors import ConfigurationError
 
 ALPHA, GAMMA = 0.25, 2.0
-"""Of the focal loss, as in its paper."""
+"""Alpha and gamma of the focal loss, as in its paper."""
 
 Batch = tuple[Tensor, Tensor, Tensor, Tensor]
-"""Images (N, C, H, W), boxes (N, M, 4), M at least 1, labels (N, M), -1 where there is none, and image numbers (N,)."""
+"""Images (N, C, H, W), boxes (N, M, 4), M at least 1, labels (N, M) with -1 for no box, and image indices (N,)."""
 
 
 class Found(NamedTuple):
-    """What a network says of all places of its levels.
+    """A network's outputs for all locations of its levels.
 
     Attributes:
-        where: The P places.
-        scores: Of the classes, before the sigmoid, of shape (N, P, C).
-        boxes: In pixels, of shape (N, P, 4).
-        quality: Before the sigmoid, of shape (N, P).
+        where: The P locations.
+        scores: Class scores before the sigmoid, of shape (N, P, C).
+        boxes: Boxes in pixels, of shape (N, P, 4).
+        quality: Predicted IoU before the sigmoid, of shape (N, P).
     """
 
     where: Places
@@ -46,27 +46,26 @@ class Found(NamedTuple):
 class DetectionModule(AdamWModule):
     """Trains a network to detect objects, with AdamW, a focal loss for classes and generalized IoU for boxes.
 
-    The network alone is what a quantizing callback takes: everything else is here and stays float. The scores of a
-    detection are the square root of the class's probability times the quality, which learns the overlap of the box with
-    the true one (Wu et al., 2020, "IoU-aware Single-stage Object Detector").
+    A quantizing callback quantizes only the network; everything else is in this class and stays float. The score of a
+    detection is the square root of class probability times quality, which is trained to predict the IoU with the true
+    box (Wu et al., 2020, "IoU-aware Single-stage Object Detector").
 
-    Logs `train/loss`, `val/loss`, `val/map`, `val/map_50`, `test/loss`, `test/map` and `test/map_50`. The first is the
-    mean average precision over overlaps from 0.5 to 0.95, as COCO has it.
+    Logs `train/loss`, `val/loss`, `val/map`, `val/map_50`, `test/loss`, `test/map` and `test/map_50`. `map` is the
+    mean average precision over IoU thresholds from 0.5 to 0.95, as defined by COCO; `map_50` uses 0.5.
 
     Args:
-        net: Images in; for each level scores, logarithms of distances and quality out, like
-            `qat_lightning.demos.SingleShot`. Its attribute ``strides`` has the pixels between places of each level.
-        num_classes: Kinds of objects.
-        lr: Learning rate, at its highest.
-        weight_decay: Of AdamW; biases and normalization have none.
-        scheduler: `cosine` falls to zero at the end of the planned training, step by step; `constant` stays.
-        score_threshold: Detections with less are left out.
-        iou_threshold: Of detections of a class that overlap more, the best is kept.
-        max_detections: The most to report of an image.
+        net: Maps images to scores, logarithms of distances and quality for each level, like
+            `qat_lightning.demos.SingleShot`. Its attribute ``strides`` has the pixels between locations of each level.
+        num_classes: Number of object classes.
+        lr: Peak learning rate.
+        weight_decay: Weight decay of AdamW; not applied to biases and normalization layers.
+        scheduler: `cosine` decays to zero over the steps of the planned training; `constant` does not.
+        score_threshold: Detections with lower scores are dropped.
+        iou_threshold: IoU threshold of non-maximum suppression.
+        max_detections: Maximum number of detections per image.
 
     Raises:
-        ConfigurationError: `scheduler` is not one of these, a threshold is not from 0 to 1, or the network has no
-            strides.
+        ConfigurationError: `scheduler` is unknown, a threshold is not from 0 to 1, or the network has no ``strides``.
         MissingExtraError: pycocotools is not installed.
 
     Example:
@@ -110,18 +109,18 @@ class DetectionModule(AdamWModule):
         self.val_map, self.test_map = MeanAveragePrecision(), MeanAveragePrecision()
 
     def forward(self, x: Tensor) -> Any:
-        """Images in, the network's own levels out."""
+        """Run the network; return its levels."""
         return self.net(x)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """One batch of training."""
+        """Compute the loss of a training batch."""
         images, boxes, labels, _ = _with_boxes(batch)
         loss = self.loss(self.look(images), boxes, labels)
         self.log("train/loss", loss, on_step=True, on_epoch=False, prog_bar=True)
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """One batch of validation."""
+        """Evaluate a validation batch."""
         self._evaluate("val", self.val_map, batch)
 
     def on_validation_epoch_end(self) -> None:
@@ -129,7 +128,7 @@ class DetectionModule(AdamWModule):
         self._log_precision("val", self.val_map)
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """One batch of the test."""
+        """Evaluate a test batch."""
         self._evaluate("test", self.test_map, batch)
 
     def on_test_epoch_end(self) -> None:
@@ -137,17 +136,17 @@ class DetectionModule(AdamWModule):
         self._log_precision("test", self.test_map)
 
     def predict_step(self, batch: Batch, batch_idx: int) -> list[Detections]:
-        """The objects in each image, in pixels of the network's input."""
+        """Detect the objects in each image, in pixels of the network's input."""
         return self.detect(self.look(batch[0]))
 
     def look(self, images: Tensor) -> Found:
         """Run the network.
 
         Args:
-            images: Of shape (N, C, H, W).
+            images: Images of shape (N, C, H, W).
 
         Returns:
-            What it says of its places, in float32.
+            Its outputs for all locations, in float32.
         """
         levels = self(images)
         sizes = [(scores.shape[-2], scores.shape[-1]) for scores, _, _ in levels]
@@ -159,19 +158,19 @@ class DetectionModule(AdamWModule):
         return Found(where, scores, decode(where, distances), quality.squeeze(2))
 
     def detect(self, found: Found) -> list[Detections]:
-        """Choose what to report of each image."""
+        """Return the detections of each image."""
         scores = (found.scores.sigmoid() * found.quality.sigmoid()[..., None]).sqrt()
         return [best_boxes(boxes, each, **self.report) for boxes, each in zip(found.boxes, scores, strict=True)]
 
     def loss(self, found: Found, boxes: Tensor, labels: Tensor) -> Tensor:
-        """The sum of the losses of classes, boxes and quality, each for one place that has a box.
+        """Return the sum of the losses for classes, boxes and quality, divided by the number of locations with a box.
 
-        The first is the focal loss of Lin et al., 2017, "Focal Loss for Dense Object Detection".
+        The class loss is the focal loss of Lin et al., 2017, "Focal Loss for Dense Object Detection".
 
         Args:
-            found: What the network says.
-            boxes: The true ones, of shape (N, M, 4).
-            labels: Their classes, of shape (N, M); -1 where there is no box.
+            found: The network's outputs.
+            boxes: The true boxes, of shape (N, M, 4).
+            labels: Their classes, of shape (N, M); -1 for no box.
 
         Returns:
             A scalar.

@@ -1,4 +1,4 @@
-"""Importing what only the demos need, with a message that says what to install."""
+"""Importing optional dependencies of the demos, with an error that says what to install."""
 
 import importlib
 from types import ModuleType
@@ -7,11 +7,11 @@ from qat_lightning.errors import MissingExtraError
 
 
 def require(module: str, *, needed_for: str, extra: str = "demos") -> ModuleType:
-    """Import an optional dependency, or say which extra brings it.
+    """Import an optional dependency, or raise an error that names the extra to install.
 
     Args:
         module: Dotted name of the module to import.
-        needed_for: What the user asked for that needs it; the message begins with it.
+        needed_for: What needs it; the message begins with this.
         extra: The extra of qat-lightning that installs it.
 
     Returns:
@@ -28,7 +28,7 @@ def require(module: str, *, needed_for: str, extra: str = "demos") -> ModuleType
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name is None or not (module == error.name or module.startswith(f"{error.name}.")):
-            raise  # installed, but something that it imports is missing: its own message is the right one
+            raise  # installed, but a package that it imports is missing: keep the original error
         raise MissingExtraError(
             f"{needed_for} needs the package {module.partition('.')[0]!r}, which is not installed. "
             f"Install it with: pip install 'qat-lightning[{extra}]'"

@@ -1,4 +1,4 @@
-"""The LightningModule of language models: the next token at each position."""
+"""The LightningModule for language models: next-token prediction."""
 
 from typing import Any
 
@@ -12,12 +12,12 @@ from qat_lightning.demos.classification import ClassificationModule
 class LanguageModule(ClassificationModule):
     """Trains a network to predict the next token, with AdamW and cross-entropy.
 
-    Logs `train/loss`, and the loss (nats a token), the perplexity and the accuracy of `val/` and `test/`.
+    Logs `train/loss`, and the loss (nats per token), the perplexity and the accuracy of `val/` and `test/`.
 
     Args:
-        net: Integers of shape (batch, tokens) in, scores of shape (batch, tokens, num_classes) out.
-        num_classes: How many tokens there are.
-        settings: Those of `ClassificationModule`.
+        net: Maps integers of shape (batch, tokens) to scores of shape (batch, tokens, num_classes).
+        num_classes: Number of different tokens.
+        settings: See `ClassificationModule`.
     """
 
     def __init__(self, net: nn.Module, num_classes: int, **settings: Any) -> None:
@@ -25,18 +25,18 @@ class LanguageModule(ClassificationModule):
         self.val_perplexity, self.test_perplexity = Perplexity(), Perplexity()
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """One batch of training."""
+        """Compute the loss of a training batch."""
         scores = self(batch[0])
         loss = cross_entropy(scores.flatten(0, 1), batch[1].flatten(), label_smoothing=self.label_smoothing)
         self.log("train/loss", loss, on_step=True, on_epoch=False, prog_bar=True)
         return loss
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """One batch of validation."""
+        """Evaluate a validation batch."""
         self._measure("val", self.val_perplexity, self.val_acc, batch)
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """One batch of the test."""
+        """Evaluate a test batch."""
         self._measure("test", self.test_perplexity, self.test_acc, batch)
 
     def _measure(self, stage: str, perplexity: Perplexity, accuracy: Any, batch: tuple[Tensor, Tensor]) -> None:

@@ -1,4 +1,4 @@
-"""The mean average precision of COCO, by its own evaluation (pycocotools), gathered over processes."""
+"""COCO's mean average precision, computed by pycocotools and synchronized over processes."""
 
 import contextlib
 import io
@@ -16,14 +16,13 @@ from qat_lightning.demos.extras import require
 
 
 class MeanAveragePrecision(Metric):
-    """Mean over classes, and overlaps from 0.5 to 0.95, of the average precision; and the same for an overlap of 0.5.
+    """Mean average precision over classes and IoU thresholds from 0.5 to 0.95, and for the threshold 0.5.
 
-    It is the figure that COCO calls AP (Lin et al., 2014, "Microsoft COCO: Common Objects in Context"), with at most
-    100 detections an image. An image that several processes saw, as a sampler shows some twice so that all have equally
-    many, counts once.
+    This is COCO's AP (Lin et al., 2014, "Microsoft COCO: Common Objects in Context"), with at most 100 detections per
+    image. Distributed samplers repeat some images to give all processes equally many; each image counts once.
 
     Args:
-        settings: Those of `torchmetrics.Metric`.
+        settings: See `torchmetrics.Metric`.
 
     Raises:
         MissingExtraError: pycocotools is not installed.
@@ -51,7 +50,7 @@ class MeanAveragePrecision(Metric):
         super().__init__(**settings)
         for module in ("pycocotools.coco", "pycocotools.cocoeval"):
             require(module, needed_for="The mean average precision", extra="detection")
-        # One row an image, and its boxes in the same order: so they stay together when processes are put together.
+        # One row per image, and its boxes in the same order, so that they match after synchronization.
         for name in ("images", "found", "found_labels", "true", "true_labels"):
             self.add_state(name, [], dist_reduce_fx="cat")
 
@@ -59,10 +58,10 @@ class MeanAveragePrecision(Metric):
         """Add a batch.
 
         Args:
-            detections: What was found in each of N images.
-            boxes: What is there, float of shape (N, M, 4).
-            labels: Its classes, int64 of shape (N, M); -1 where there is no box.
-            numbers: Which image of the data set each is, int64 of shape (N,).
+            detections: The detections in each of N images.
+            boxes: The true boxes, float of shape (N, M, 4).
+            labels: Their classes, int64 of shape (N, M); -1 for no box.
+            numbers: Index of each image in the dataset, int64 of shape (N,).
         """
         there = labels >= 0
         counts = [torch.tensor([len(each.scores) for each in detections], device=self.device), there.sum(1)]
@@ -73,19 +72,19 @@ class MeanAveragePrecision(Metric):
         self.true_labels.append(labels[there])
 
     def compute(self) -> dict[str, Tensor]:
-        """``map`` and ``map_50`` from 0 to 1; NaN where no image has a box."""
-        if len(self.images) == 0:  # lists, or tensors where processes are put together
+        """Return ``map`` and ``map_50`` from 0 to 1; NaN if no image has a box."""
+        if len(self.images) == 0:  # lists, or tensors after synchronization
             return {name: torch.tensor(math.nan) for name in ("map", "map_50")}
         states = (self.images, self.found, self.found_labels, self.true, self.true_labels)
         images, found, found_labels, true, true_labels = (dim_zero_cat(state).cpu() for state in states)
         found_in, true_in = _images_of(images, 1), _images_of(images, 2)
-        # COCO's tables number what they hold from 1: 0 is its word for nothing.
+        # COCO's tables use ids from 1; 0 means no match.
         truth = _table(true, true_labels, true_in)
         return _evaluate(truth, _table(found[:, :4], found_labels, found_in, found[:, 4]))
 
 
 def _images_of(images: Tensor, column: int) -> Tensor:
-    """The number of the image of each row, and -1 for what belongs to an image that another process saw as well."""
+    """Return the image index of each row; -1 for duplicates of an image that another process also has."""
     numbers = images[:, 0].tolist()
     first = {number: row for row, number in reversed(list(enumerate(numbers)))}
     counted = [number if first[number] == row else -1 for row, number in enumerate(numbers)]

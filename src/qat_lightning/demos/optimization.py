@@ -1,4 +1,4 @@
-"""What the LightningModules of the demos share: AdamW, and the schedule of its learning rate."""
+"""The optimizer of the demos' LightningModules: AdamW with a learning rate schedule."""
 
 from typing import Any, Literal
 
@@ -11,15 +11,15 @@ SCHEDULERS = ("cosine", "constant")
 
 
 class AdamWModule(LightningModule):
-    """Base of the LightningModules of the demos: subclasses say what is learned.
+    """Base class of the demos' LightningModules; subclasses define the loss.
 
     Args:
-        lr: Learning rate, at its highest.
-        weight_decay: Of AdamW; biases and normalization have none.
-        scheduler: `cosine` falls to zero at the end of the planned training, step by step; `constant` stays.
+        lr: Peak learning rate.
+        weight_decay: Weight decay of AdamW; not applied to biases and normalization layers.
+        scheduler: `cosine` decays to zero over the steps of the planned training; `constant` does not.
 
     Raises:
-        ConfigurationError: `scheduler` is not one of these.
+        ConfigurationError: `scheduler` is unknown.
     """
 
     def __init__(
@@ -33,7 +33,7 @@ class AdamWModule(LightningModule):
         self.scheduler = scheduler
 
     def configure_optimizers(self) -> Any:
-        """AdamW, and the schedule of its learning rate."""
+        """Return AdamW and its learning rate schedule."""
         trained = [p for p in self.parameters() if p.requires_grad]
         groups = [
             {"params": [p for p in trained if p.ndim > 1], "weight_decay": self.weight_decay},

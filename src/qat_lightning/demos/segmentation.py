@@ -1,4 +1,4 @@
-"""The LightningModule of segmentation: a class for each pixel."""
+"""The LightningModule for semantic segmentation."""
 
 from typing import Any
 
@@ -10,16 +10,16 @@ from qat_lightning.demos.optimization import AdamWModule
 
 
 class SegmentationModule(AdamWModule):
-    """Trains a network to say what each pixel shows, with AdamW and cross-entropy.
+    """Trains a network to classify each pixel, with AdamW and cross-entropy.
 
-    Logs `train/loss`, and of `val/` and `test/` the loss, the mean intersection over union of the classes (`miou`) and
-    the share of pixels that are right (`acc`).
+    Logs `train/loss`, and for `val/` and `test/` the loss, the mean intersection over union of the classes (`miou`) and
+    the pixel accuracy (`acc`).
 
     Args:
-        net: Images of shape (N, C, H, W) in, scores of shape (N, num_classes, H, W) out.
-        num_classes: How many classes there are, without void.
-        ignore_index: The label of pixels that count nowhere: in no loss and in no metric.
-        label_smoothing: Share of the target that is spread over all classes, in training.
+        net: Maps images of shape (N, C, H, W) to scores of shape (N, num_classes, H, W).
+        num_classes: Number of classes, without void.
+        ignore_index: Label of pixels that are ignored in losses and metrics.
+        label_smoothing: Label smoothing in training.
         optimization: `lr`, `weight_decay` and `scheduler` of `AdamWModule`.
 
     Example:
@@ -48,27 +48,27 @@ class SegmentationModule(AdamWModule):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images in, one score for each class and pixel out."""
+        """Map images to one score per class and pixel."""
         scores: Tensor = self.net(x)
         return scores
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """One batch of training."""
+        """Compute the loss of a training batch."""
         images, masks = batch
         loss = self._loss(self(images), masks, self.label_smoothing)
         self.log("train/loss", loss, on_step=True, on_epoch=False, prog_bar=True)
         return loss
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """One batch of validation."""
+        """Evaluate a validation batch."""
         self._evaluate("val", self.val_miou, self.val_acc, batch)
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """One batch of the test."""
+        """Evaluate a test batch."""
         self._evaluate("test", self.test_miou, self.test_acc, batch)
 
     def predict_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """The most likely class of each pixel, of shape (N, H, W)."""
+        """Return the most likely class of each pixel, of shape (N, H, W)."""
         most_likely: Tensor = self(batch[0]).argmax(1)
         return most_likely
 
@@ -85,7 +85,7 @@ class SegmentationModule(AdamWModule):
         self.log(f"{stage}/acc", accuracy, batch_size=len(masks))
 
     def _loss(self, scores: Tensor, masks: Tensor, label_smoothing: float = 0.0) -> Tensor:
-        """The mean over the pixels that count; 0 where none does."""
+        """Return the mean over pixels that are not ignored; 0 if there are none."""
         summed = cross_entropy(
             scores, masks, ignore_index=self.ignore_index, label_smoothing=label_smoothing, reduction="sum"
         )

@@ -6,7 +6,7 @@ from torch.nn.functional import affine_grid, grid_sample, pad
 
 
 def batch_generator(*key: int) -> torch.Generator:
-    """A generator that depends on the key and on nothing else, so that a resumed run draws the same numbers.
+    """Return a generator seeded by the key only, so that a resumed run draws the same numbers.
 
     Args:
         key: For example seed, epoch, index of the batch, rank.
@@ -20,7 +20,7 @@ def batch_generator(*key: int) -> torch.Generator:
         (True, False)
     """
     mixed = 0
-    for part in key:  # multiplication and xor-shift (splitmix64), so that neighbouring keys give unrelated streams
+    for part in key:  # splitmix64, so that similar keys give unrelated random numbers
         mixed = ((mixed ^ part) + 0x9E3779B97F4A7C15) * 0xBF58476D1CE4E5B9 % 2**64
         mixed ^= mixed >> 31
     return torch.Generator().manual_seed(mixed >> 1)
@@ -29,16 +29,16 @@ def batch_generator(*key: int) -> torch.Generator:
 def augment(
     images: Tensor, generator: torch.Generator, *, crop_padding: int = 0, flip: bool = False, fill: float = 0.0
 ) -> Tensor:
-    """Crop and mirror each image at random; the shape stays.
+    """Randomly crop and flip each image; the shape is kept.
 
-    Generators in the same state crop and mirror alike, so that a mask follows its image.
+    Generators in the same state give the same crops and flips, so an image and its mask can be augmented alike.
 
     Args:
-        images: Of shape (N, C, H, W), on any device.
-        generator: A CPU generator, so that the device does not change what is drawn.
-        crop_padding: Pad each side by so many pixels, then crop to the old size at a random place.
-        flip: Mirror each image with probability one half.
-        fill: What images are padded with.
+        images: Images of shape (N, C, H, W), on any device.
+        generator: A CPU generator, so that results do not depend on the device.
+        crop_padding: Pad each side by this many pixels, then crop to the original size at a random position.
+        flip: Flip each image horizontally with probability 0.5.
+        fill: Padding value.
 
     Returns:
         The new images.
@@ -64,7 +64,7 @@ def augment(
 
 
 KEPT = 0.25
-"""The share of a box that has to stay within the image for the box to stay."""
+"""Smallest share of a box that must be inside the image to keep the box."""
 
 
 def augment_boxes(
@@ -76,20 +76,20 @@ def augment_boxes(
     scale_jitter: float = 0.0,
     flip: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Scale and mirror each image at random, and its boxes with it; the shapes stay.
+    """Randomly scale and flip each image with its boxes; shapes are kept.
 
     Args:
-        images: Of shape (N, C, H, W), on any device.
+        images: Images of shape (N, C, H, W), on any device.
         boxes: Left, upper, right and lower edges in pixels, of shape (N, M, 4).
-        labels: int64 of shape (N, M); -1 where there is no box.
-        generator: A CPU generator, so that the device does not change what is drawn.
-        scale_jitter: Each image becomes larger or smaller by up to this share, and moves at random as far as it is cut
-            off, or as there is room. What lies outside is 0.
-        flip: Mirror each image with probability one half.
+        labels: int64 of shape (N, M); -1 for no box.
+        generator: A CPU generator, so that results do not depend on the device.
+        scale_jitter: Each image is scaled up or down by up to this fraction, and cropped or placed at a random
+            position. Pixels outside the image are 0.
+        flip: Flip each image horizontally with probability 0.5.
 
     Returns:
-        The new images, boxes and labels. Boxes end at the edge of the image; one of which less than `KEPT` is left
-        becomes no box.
+        The new images, boxes and labels. Boxes are clipped to the image; those with a smaller remaining share than
+        `KEPT` are removed.
 
     Example:
         >>> images, boxes, labels = torch.zeros(1, 3, 8, 8), torch.tensor([[[0.0, 0, 4, 4]]]), torch.tensor([[1]])
@@ -102,7 +102,7 @@ def augment_boxes(
     if scale_jitter:
         drawn = torch.rand(count, 3, generator=generator).to(images.device)
         scale = 1 + scale_jitter * (2 * drawn[:, :1] - 1)
-        corner = (1 - scale) * drawn[:, 1:]  # of the image's upper left, as a share of its sides
+        corner = (1 - scale) * drawn[:, 1:]  # of the image's upper left corner, relative to its size
         images = _scaled(images, scale, corner)
         boxes = boxes * scale[..., None] + (corner * sides).repeat(1, 2)[:, None]
         boxes, labels = _cut_off(boxes, labels, sides)
@@ -116,10 +116,10 @@ def augment_boxes(
 
 
 def _scaled(images: Tensor, scale: Tensor, corner: Tensor) -> Tensor:
-    """Each image larger by its scale, from a corner in shares of the sides on; bilinear."""
+    """Scale each image bilinearly, from a corner given relative to its size."""
     matrices = torch.zeros(len(images), 2, 3, dtype=images.dtype, device=images.device)
     matrices[:, 0, 0] = matrices[:, 1, 1] = 1 / scale[:, 0]
-    matrices[:, :, 2] = (1 - 2 * corner) / scale - 1  # from -1 to 1 across the image, as torch counts
+    matrices[:, :, 2] = (1 - 2 * corner) / scale - 1  # torch's coordinates are from -1 to 1 across the image
     grid = affine_grid(matrices, list(images.shape), align_corners=False)
     return grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
 

@@ -1,4 +1,4 @@
-"""A CSV file of boxes, one a row: read, and checked as a whole before anything is trained on it."""
+"""Reading and checking a CSV file with one box per row."""
 
 import csv
 import math
@@ -9,12 +9,12 @@ from pathlib import Path
 from qat_lightning.errors import ConfigurationError
 
 COLUMNS = ("split", "image", "label", "xmin", "ymin", "xmax", "ymax")
-"""What a row says; a file may have other names for it."""
+"""Default names of the columns."""
 
 SPLITS = ("train", "val", "test")
 
 SHOWN = 3
-"""How many faulty rows an error names."""
+"""Maximum number of invalid rows named in an error."""
 
 
 @dataclass(frozen=True)
@@ -22,10 +22,10 @@ class Row:
     """A box.
 
     Attributes:
-        line: Of the file, from 1, which is the header's.
+        line: Line number in the file, from 1 for the header.
         split: ``train``, ``val`` or ``test``.
-        image: The name of the image's file.
-        label: The name of the class.
+        image: Name of the image file.
+        label: Name of the class.
         box: Left, upper, right and lower edge, in pixels.
     """
 
@@ -47,16 +47,16 @@ def read_boxes(path: Path, columns: Mapping[str, str] | None = None, *, skip_emp
 
     Args:
         path: The file, with a header.
-        columns: The names of columns that are called otherwise than `COLUMNS`.
-        skip_empty: Leave out boxes without an area, which are an error otherwise.
+        columns: Names of columns that differ from `COLUMNS`.
+        skip_empty: Skip boxes without area; otherwise they are an error.
 
     Returns:
-        Its rows, in their order.
+        The rows in order.
 
     Raises:
-        ConfigurationError: There is no such file, a column is missing or unknown, or a row is faulty: its split is none
-            of `SPLITS`, a coordinate is no number, a box has no area, an image is in two splits, or a label is not in
-            the training set.
+        ConfigurationError: The file does not exist, a column is missing or unknown, or a row is invalid: its split is
+            not in `SPLITS`, a coordinate is not a number, a box has no area, an image is in two splits, or a label is
+            not in the training set.
     """
     names = _names(columns)
     if not path.is_file():
@@ -82,12 +82,12 @@ def read_boxes(path: Path, columns: Mapping[str, str] | None = None, *, skip_emp
 
 
 def check_images(path: Path, rows: Sequence[Row], size_of: Callable[[str], tuple[int, int] | None]) -> None:
-    """Hold boxes against their images.
+    """Check that images exist and contain their boxes.
 
     Args:
-        path: Of the table, for the message.
+        path: Path of the table, for messages.
         rows: Its rows.
-        size_of: Width and height of an image in pixels by its name, or None where there is none.
+        size_of: Returns width and height in pixels of the image with a name; None if it does not exist.
 
     Raises:
         ConfigurationError: An image is missing, or a box is not within its image.

@@ -18,7 +18,7 @@ from qat_lightning.errors import ConfigurationError
 URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
 ARCHIVE_CHECKSUM = "md5:c58f30108f718f92721af3b95e74349a"
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-# The batches are pickles, and unpickling runs code: nothing with another checksum is ever unpickled.
+# The batches are pickles, and unpickling runs code, so only files with the known checksum are unpickled.
 BATCHES = {
     "data_batch_1": "c99cafc152244af753f735de768cd75f",
     "data_batch_2": "d4bba439e000b95fd0a9bffe97cbabec",
@@ -40,14 +40,14 @@ class Cifar10DataModule(ImageDataModule):
         path: A folder or tar archive, of the original python batches or of `train/<class>/*.jpg` and
             `test/<class>/*.jpg` (also .png; figures on lossy copies are not CIFAR-10 figures). If not given, the
             original is downloaded into `download_dir`.
-        download_dir: Where downloads are kept.
-        validation: How many training images to hold out for validation.
-        batch_size: As in `ImageDataModule`.
-        num_workers: As in `ImageDataModule`.
-        seed: As in `ImageDataModule`.
-        crop_padding: As in `ImageDataModule`.
-        flip: As in `ImageDataModule`.
-        pin_memory: As in `ImageDataModule`.
+        download_dir: Folder for downloads.
+        validation: Number of training images to hold out for validation.
+        batch_size: See `ImageDataModule`.
+        num_workers: See `ImageDataModule`.
+        seed: See `ImageDataModule`.
+        crop_padding: See `ImageDataModule`.
+        flip: See `ImageDataModule`.
+        pin_memory: See `ImageDataModule`.
 
     Raises:
         ConfigurationError: `path` is given and does not exist.
@@ -83,14 +83,14 @@ class Cifar10DataModule(ImageDataModule):
             )
 
     def prepare_data(self) -> None:
-        """Download what is missing."""
+        """Download missing files."""
         if self.path is None:
             pooch = require("pooch", needed_for="Downloading CIFAR-10")
             name = URL.rpartition("/")[2]
             pooch.retrieve(URL, known_hash=ARCHIVE_CHECKSUM, fname=name, path=self.download_dir)
 
     def load(self) -> Splits:
-        """The three sets."""
+        """Return the training, validation and test sets."""
         images, labels, test_images, test_labels = read_cifar10(self.path or self.download_dir / URL.rpartition("/")[2])
         train, val = hold_out(labels, self.validation)
         chosen = ((images[train], labels[train]), (images[val], labels[val]), (test_images, test_labels))
@@ -98,7 +98,7 @@ class Cifar10DataModule(ImageDataModule):
 
 
 def read_cifar10(path: Path) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Read CIFAR-10 in any of the forms that `ACCEPTED` names.
+    """Read CIFAR-10 in any form listed in `ACCEPTED`.
 
     Args:
         path: A folder or a tar archive.
@@ -107,7 +107,7 @@ def read_cifar10(path: Path) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         Training images (uint8, N x 3 x 32 x 32) and labels, test images and labels.
 
     Raises:
-        ConfigurationError: It is none of these forms, is not complete, or its pickles are not the original ones.
+        ConfigurationError: The form is unknown, files are missing, or pickles are not the original ones.
     """
     batches: dict[str, tuple[Tensor, Tensor]] = {}
     pictures: dict[str, list[tuple[str, int, Tensor]]] = {"train": [], "test": []}
@@ -127,7 +127,7 @@ def read_cifar10(path: Path) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if not pictures["train"] or not pictures["test"]:
         raise ConfigurationError(f"{path} does not look like CIFAR-10. {ACCEPTED}.")
     read: list[Tensor] = []
-    for split in ("train", "test"):  # in the order of their names, whatever order the archive has
+    for split in ("train", "test"):  # sorted by name, independent of the archive's order
         _, classes, decoded = zip(*sorted(pictures[split], key=lambda picture: picture[0]), strict=True)
         read += [torch.stack(decoded), torch.tensor(classes)]
     return read[0], read[1], read[2], read[3]
@@ -141,7 +141,7 @@ def _files(path: Path) -> Iterator[tuple[PurePosixPath, bytes]]:
         return
     if not tarfile.is_tarfile(path):
         raise ConfigurationError(f"{path} is neither a folder nor a tar archive. {ACCEPTED}.")
-    with tarfile.open(path) as archive:  # read from one end to the other: nothing is unpacked to the disk
+    with tarfile.open(path) as archive:  # read sequentially; nothing is extracted to disk
         for member in archive:
             if member.isfile() and (stream := archive.extractfile(member)) is not None:
                 yield PurePosixPath(member.name), stream.read()

@@ -20,18 +20,18 @@ Sample = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 class BoxedImages(Dataset[Sample]):
-    """Images with boxes, fitted into one size: scaled as a whole, in the upper left corner, the mean colour around.
+    """Images with boxes at a fixed size: scaled with the aspect ratio kept, at the upper left, padded with the mean.
 
-    A sample is the image (C, H, W), its boxes (m, 4) in pixels of that image, their labels (m,), int64, and the number
-    of the image in the data set. `pad_boxes` makes batches of them.
+    A sample is the image (C, H, W), its boxes (m, 4) in pixels of that image, their labels (m,), int64, and the index
+    of the image in the dataset. `pad_boxes` collates samples.
 
     Args:
-        files: Of the images.
-        boxes: Of each image, float of shape (m, 4), in pixels of its file.
-        labels: Of each image, int64 of shape (m,).
-        size: Height and width that the images get.
-        mean: Of each channel, on the scale 0 to 1. One number: images are read as grey.
-        std: Of each channel, on the same scale.
+        files: Image files.
+        boxes: Boxes of each image, float of shape (m, 4), in pixels of its file.
+        labels: Labels of each image, int64 of shape (m,).
+        size: Height and width of the output images.
+        mean: Mean of each channel, on the scale 0 to 1. One number: images are read as grayscale.
+        std: Standard deviation of each channel, on the same scale.
     """
 
     def __init__(
@@ -69,14 +69,14 @@ class BoxedImages(Dataset[Sample]):
 
 
 def pad_boxes(samples: Sequence[Sample]) -> Sample:
-    """Put images with boxes together.
+    """Collate images with boxes.
 
     Args:
         samples: N samples of `BoxedImages`.
 
     Returns:
-        Images (N, C, H, W), boxes (N, M, 4), labels (N, M) and numbers (N,), M being the most boxes of an image; labels
-        are -1 where an image has fewer.
+        Images (N, C, H, W), boxes (N, M, 4), labels (N, M) and image indices (N,). M is the largest number of boxes of
+        an image; missing boxes have the label -1.
 
     Example:
         >>> one, two = ((torch.zeros(3, 8, 8), torch.ones(m, 4), torch.ones(m).long(), torch.tensor(m)) for m in (1, 2))
@@ -92,29 +92,29 @@ def pad_boxes(samples: Sequence[Sample]) -> Sample:
 class DetectionCsvDataModule(ImageDataModule):
     """A folder of images, and a CSV file of boxes: split, image, label, xmin, ymin, xmax and ymax.
 
-    What is wrong with the table or the images is said before training (`qat_lightning.demos.data.box_table`).
+    Errors in the table or the images are reported before training (`qat_lightning.demos.data.box_table`).
 
     Args:
-        path: The folder that has both.
-        num_classes: How many labels there are; checked against the table. Their order is that of the alphabet.
+        path: The folder that contains both.
+        num_classes: Number of labels; checked against the table. Their order is alphabetical.
         boxes: The table, relative to `path`.
         images: The folder of the images, relative to `path`.
-        suffix: What is to be put behind the names of images in the table, such as ``.jpg``.
-        columns: The names that the table has for split, image, label, xmin, ymin, xmax and ymax, where others.
-        skip_empty: Leave out boxes without an area; otherwise they are an error.
-        image_size: Side of the squares that images are fitted into, or height and width, in pixels.
-        multiple: What the sides are a multiple of, as a network needs that halves them several times.
-        mean: Of each channel, on the scale 0 to 1. One number: images are read as grey.
-        std: Of each channel, on the same scale.
-        batch_size: As in `ImageDataModule`.
-        num_workers: As in `ImageDataModule`.
-        seed: As in `ImageDataModule`.
-        scale_jitter: Training images become larger or smaller by up to this share, at a random place; 0 for not.
-        flip: Mirror half of the training images.
-        pin_memory: As in `ImageDataModule`.
+        suffix: Appended to image names in the table, such as ``.jpg``.
+        columns: The table's names for split, image, label, xmin, ymin, xmax and ymax, where they differ.
+        skip_empty: Skip boxes without area; otherwise they are an error.
+        image_size: Output size in pixels: side of a square, or height and width.
+        multiple: Height and width must be multiples of this, for networks that downsample several times.
+        mean: Mean of each channel, on the scale 0 to 1. One number: images are read as grayscale.
+        std: Standard deviation of each channel, on the same scale.
+        batch_size: See `ImageDataModule`.
+        num_workers: See `ImageDataModule`.
+        seed: See `ImageDataModule`.
+        scale_jitter: Training images are scaled up or down by up to this fraction, at a random position; 0 for off.
+        flip: Flip training images horizontally with probability 0.5.
+        pin_memory: See `ImageDataModule`.
 
     Raises:
-        ConfigurationError: A file is missing, the table or a number is faulty, or the number of classes is another.
+        ConfigurationError: A file is missing, the table or an argument is invalid, or the number of classes differs.
     """
 
     needs = (*ImageDataModule.needs, "PIL.Image")
@@ -157,12 +157,12 @@ class DetectionCsvDataModule(ImageDataModule):
             )
 
     def load(self) -> Splits:
-        """The three sets."""
+        """Return the training, validation and test sets."""
         check_images(self.table, self.rows, self._size_of)
         return Splits(*(self._of([row for row in self.rows if row.split == split]) for split in SPLITS))
 
     def augment(self, batch: Any, generator: torch.Generator) -> Any:
-        """Scale and mirror the images of a training batch, and their boxes with them."""
+        """Scale and flip the images of a training batch with their boxes."""
         images, boxes, labels, numbers = batch
         images, boxes, labels = augment_boxes(
             images, boxes, labels, generator, scale_jitter=self.scale_jitter, flip=self.flip
@@ -186,7 +186,7 @@ class DetectionCsvDataModule(ImageDataModule):
         return self.images / f"{name}{self.suffix}"
 
     def _size_of(self, name: str) -> tuple[int, int] | None:
-        """From the head of the file alone."""
+        """Read width and height from the file's header only."""
         path = self._file(name)
         if not path.is_file():
             return None

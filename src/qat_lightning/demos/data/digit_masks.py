@@ -8,20 +8,20 @@ from qat_lightning.demos.data.images import ImageTensors, Splits
 from qat_lightning.demos.data.segmentation_folder import MaskedImages
 
 SIDE = 32
-"""Of a scene, in pixels; a digit has 16."""
+"""Side of a scene in pixels; a digit has 16."""
 SCENES = (512, 128, 128)
 DIGITS = 3
 INK = 96
-"""Pixels of a digit that are as bright belong to it; those that are darker and not black count nowhere."""
+"""Pixels of a digit of at least this brightness belong to it; darker pixels that are not black are ignored."""
 
 
 class DigitMasksDataModule(MaskedImages):
     """Background and ten digits, 1 channel, 32x32 pixels: 512 images to train, 128 to validate, 128 to test.
 
-    The digits of each set are those of `DigitsDataModule`; where they are does not depend on the seed.
+    The digits of each set are those of `DigitsDataModule`; their positions do not depend on the seed.
 
     Args:
-        settings: Those of `ImageDataModule`.
+        settings: See `ImageDataModule`.
 
     Example:
         >>> splits = DigitMasksDataModule().splits
@@ -52,7 +52,7 @@ class DigitMasksDataModule(MaskedImages):
         )
 
     def load(self) -> Splits:
-        """The three sets."""
+        """Return the training, validation and test sets."""
         generator = torch.Generator().manual_seed(0)
         sets = []
         for digits, count in zip(DigitsDataModule().splits, SCENES, strict=True):
@@ -63,7 +63,7 @@ class DigitMasksDataModule(MaskedImages):
 
 
 def _scenes(digits: Tensor, labels: Tensor, count: int, void: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Images of shape (count, 1, side, side), uint8, and masks of shape (count, side, side), int64."""
+    """Return images of shape (count, 1, side, side), uint8, and masks of shape (count, side, side), int64."""
     large = digits.repeat_interleave(2, -1).repeat_interleave(2, -2)[:, 0]
     side = large.shape[-1]
     images = torch.randint(32, (count, SIDE, SIDE), generator=generator, dtype=torch.uint8)

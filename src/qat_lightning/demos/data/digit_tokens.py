@@ -1,4 +1,4 @@
-"""scikit-learn's digits as sequences of tokens: one for each pixel, which says where it is and how bright."""
+"""scikit-learn's digits as token sequences: one token per pixel, for its position and intensity."""
 
 import torch
 from torch import Tensor
@@ -8,7 +8,7 @@ from qat_lightning.demos.data.images import ImageDataModule, Splits, hold_out
 from qat_lightning.demos.extras import require
 
 LEVELS = 17
-"""Intensities of a pixel: 0 to 16."""
+"""Number of intensities of a pixel: 0 to 16."""
 
 
 class Tokens(Dataset[tuple[Tensor, Tensor]]):
@@ -30,17 +30,17 @@ class Tokens(Dataset[tuple[Tensor, Tensor]]):
         return self.tokens[index], self.labels[index]
 
     def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
-        """A whole batch at once."""
+        """Return a whole batch."""
         return self.tokens[indices], self.labels[indices]
 
 
 class DigitTokensDataModule(ImageDataModule):
-    """10 classes, 64 tokens out of 1,088 a sample: 1,077 to train, 270 to validate, 450 to test.
+    """10 classes, 64 tokens per sample out of 1,088: 1,077 to train, 270 to validate, 450 to test.
 
     The samples of each set are those of `DigitsDataModule`.
 
     Args:
-        settings: Those of `ImageDataModule`, without those of augmentation.
+        settings: See `ImageDataModule`; without augmentation.
 
     Example:
         >>> splits = DigitTokensDataModule().splits
@@ -55,7 +55,7 @@ class DigitTokensDataModule(ImageDataModule):
         super().__init__(batch_size=batch_size, num_workers=num_workers, seed=seed, pin_memory=pin_memory)
 
     def load(self) -> Splits:
-        """The three sets."""
+        """Return the training, validation and test sets."""
         bunch = require("sklearn.datasets", needed_for="data=digit_tokens").load_digits()
         intensities = torch.from_numpy(bunch.images).round().long().flatten(1)
         tokens = torch.arange(intensities.shape[1]) * LEVELS + intensities

@@ -1,4 +1,4 @@
-"""scikit-learn's handwritten digits: 1,797 images of 8x8, part of scikit-learn, so nothing is downloaded."""
+"""scikit-learn's handwritten digits: 1,797 images of 8x8, included in scikit-learn, so nothing is downloaded."""
 
 import torch
 
@@ -10,7 +10,7 @@ class DigitsDataModule(ImageDataModule):
     """10 classes, 1 channel, 8x8 pixels: 1,077 images to train, 270 to validate, 450 to test.
 
     Args:
-        settings: Those of `ImageDataModule`.
+        settings: See `ImageDataModule`.
 
     Example:
         >>> splits = DigitsDataModule().splits
@@ -21,9 +21,9 @@ class DigitsDataModule(ImageDataModule):
     needs = (*ImageDataModule.needs, "sklearn.datasets")
 
     def load(self) -> Splits:
-        """The three sets."""
+        """Return the training, validation and test sets."""
         bunch = require("sklearn.datasets", needed_for="data=digits").load_digits()
-        # pixels are 0..16; on 0..255 the digits look like every other image set
+        # scale pixels from 0..16 to 0..255, like other image datasets
         images = torch.from_numpy(bunch.images * 255 / 16).round().to(torch.uint8)[:, None]
         labels = torch.from_numpy(bunch.target).long()
         rest, test = hold_out(labels, 450)

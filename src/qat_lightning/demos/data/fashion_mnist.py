@@ -25,15 +25,15 @@ class FashionMnistDataModule(ImageDataModule):
     """10 classes, 1 channel, 28x28 pixels: 55,000 images to train, 5,000 to validate, 10,000 to test.
 
     Args:
-        path: A folder with the four `...-ubyte` or `...-ubyte.gz` files. If not given: that of Debian's package
-            `dataset-fashion-mnist` where it is installed, else a download into `download_dir`.
-        download_dir: Where downloads are kept.
-        batch_size: As in `ImageDataModule`.
-        num_workers: As in `ImageDataModule`.
-        seed: As in `ImageDataModule`.
-        crop_padding: As in `ImageDataModule`.
-        flip: As in `ImageDataModule`.
-        pin_memory: As in `ImageDataModule`.
+        path: A folder with the four `...-ubyte` or `...-ubyte.gz` files. By default that of Debian's package
+            `dataset-fashion-mnist` if it is installed, otherwise a download into `download_dir`.
+        download_dir: Folder for downloads.
+        batch_size: See `ImageDataModule`.
+        num_workers: See `ImageDataModule`.
+        seed: See `ImageDataModule`.
+        crop_padding: See `ImageDataModule`.
+        flip: See `ImageDataModule`.
+        pin_memory: See `ImageDataModule`.
 
     Raises:
         ConfigurationError: `path` is given and lacks one of the files.
@@ -68,14 +68,14 @@ class FashionMnistDataModule(ImageDataModule):
                 _find(self.path, name)
 
     def prepare_data(self) -> None:
-        """Download what is missing."""
+        """Download missing files."""
         if self.path is None:
             pooch = require("pooch", needed_for="Downloading Fashion-MNIST")
             for name, checksum in FILES.items():
                 pooch.retrieve(URL + name, known_hash=checksum, fname=name, path=self.download_dir)
 
     def load(self) -> Splits:
-        """The three sets."""
+        """Return the training, validation and test sets."""
         folder = self.path or self.download_dir
         images, labels, test_images, test_labels = (read_idx(_find(folder, name)) for name in FILES)
         train, val = hold_out(labels.long(), 5_000)
@@ -84,16 +84,16 @@ class FashionMnistDataModule(ImageDataModule):
 
 
 def read_idx(path: Path) -> Tensor:
-    """Read bytes in the IDX format of MNIST, also gzipped.
+    """Read a uint8 array in MNIST's IDX format, possibly gzipped.
 
     Args:
         path: The file.
 
     Returns:
-        uint8, in the shape that the file says.
+        uint8, with the shape given in the file.
 
     Raises:
-        ConfigurationError: The file is not of this format, or is cut short.
+        ConfigurationError: The file has another format, or is truncated.
     """
     content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     dimensions = content[3] if len(content) > 4 and content[:3] == b"\0\0\x08" else 0  # \x08: unsigned bytes

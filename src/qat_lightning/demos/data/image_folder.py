@@ -1,4 +1,4 @@
-"""Your own images: train/ val/ test/, each with one folder of images for each class."""
+"""Your own images: train/ val/ test/, each with one folder of images per class."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,14 +16,14 @@ SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
 
 
 class ImageFolder(Dataset[tuple[Tensor, int]]):
-    """The images below one folder, resized so that the shorter side fits, then cropped to a square at the centre.
+    """Images in class folders, resized by the shorter side and center-cropped to a square.
 
     Args:
-        folder: Has one folder for each class.
-        classes: Names of the classes; their place is the label.
+        folder: Contains one folder per class.
+        classes: Names of the classes; the index is the label.
         image_size: Side of the square, in pixels.
-        mean: Of each channel, on the scale 0 to 1. One number: images are read as grey.
-        std: Of each channel, on the same scale.
+        mean: Mean of each channel, on the scale 0 to 1. One number: images are read as grayscale.
+        std: Standard deviation of each channel, on the same scale.
 
     Raises:
         ConfigurationError: A class has no images.
@@ -63,23 +63,23 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
 
 
 class ImageFolderDataModule(ImageDataModule):
-    """Images of a folder with `train/`, `val/` and `test/`, each with one folder for each class.
+    """Images in `train/`, `val/` and `test/`, each with one folder per class.
 
     Args:
         path: The folder.
-        num_classes: How many classes there are; checked against the folders.
-        image_size: Side of the squares that the network gets, in pixels.
-        mean: Of each channel, on the scale 0 to 1. One number: images are read as grey.
-        std: Of each channel, on the same scale.
-        batch_size: As in `ImageDataModule`.
-        num_workers: As in `ImageDataModule`.
-        seed: As in `ImageDataModule`.
-        crop_padding: As in `ImageDataModule`.
-        flip: As in `ImageDataModule`.
-        pin_memory: As in `ImageDataModule`.
+        num_classes: Number of classes; checked against the folders.
+        image_size: Side of the square images for the network, in pixels.
+        mean: Mean of each channel, on the scale 0 to 1. One number: images are read as grayscale.
+        std: Standard deviation of each channel, on the same scale.
+        batch_size: See `ImageDataModule`.
+        num_workers: See `ImageDataModule`.
+        seed: See `ImageDataModule`.
+        crop_padding: See `ImageDataModule`.
+        flip: See `ImageDataModule`.
+        pin_memory: See `ImageDataModule`.
 
     Raises:
-        ConfigurationError: A folder is missing, or the number of classes is another.
+        ConfigurationError: A folder is missing, or the number of classes differs.
     """
 
     needs = (*ImageDataModule.needs, "PIL.Image")
@@ -124,7 +124,7 @@ class ImageFolderDataModule(ImageDataModule):
             )
 
     def load(self) -> Splits:
-        """The three sets."""
+        """Return the training, validation and test sets."""
         sets = (
             ImageFolder(self.path / split, self.classes, self.image_size, self.mean, self.std)
             for split in ("train", "val", "test")

@@ -1,4 +1,4 @@
-"""What the DataModules of the demos share: loaders that resume, augmentation that resumes, images held as bytes."""
+"""Base class of the demos' DataModules: resumable loaders and augmentation, images in memory as bytes."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -17,13 +17,13 @@ from qat_lightning.errors import ConfigurationError
 
 
 class ImageTensors(Dataset[tuple[Tensor, Tensor]]):
-    """Images in memory as bytes, normalized when a batch is asked for.
+    """Images in memory as bytes, normalized per batch.
 
     Args:
         images: uint8, of shape (N, C, H, W).
         labels: int64, of shape (N,).
-        mean: Of each channel, on the scale 0 to 1.
-        std: Of each channel, on the same scale.
+        mean: Mean of each channel, on the scale 0 to 1.
+        std: Standard deviation of each channel, on the same scale.
 
     Example:
         >>> data = ImageTensors(torch.full((3, 1, 2, 2), 255, dtype=torch.uint8), torch.arange(3), [0.5], [0.5])
@@ -45,17 +45,17 @@ class ImageTensors(Dataset[tuple[Tensor, Tensor]]):
         return self.images[index] * self._scale + self._shift, self.labels[index]
 
     def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
-        """A whole batch at once, as torch's fetcher asks for it; far faster than one image at a time."""
+        """Return a whole batch, as torch's fetcher supports; much faster than one image at a time."""
         return self.images[indices] * self._scale + self._shift, self.labels[indices]
 
 
 def as_batch(samples: Any) -> Any:
-    """Put samples together; `ImageTensors` makes whole batches itself."""
+    """Collate samples; `ImageTensors` returns whole batches itself."""
     return samples if isinstance(samples, tuple) else default_collate(samples)
 
 
 class Splits(NamedTuple):
-    """The three sets of a DataModule."""
+    """The training, validation and test sets of a DataModule."""
 
     train: Dataset[Any]
     val: Dataset[Any]
@@ -63,29 +63,28 @@ class Splits(NamedTuple):
 
 
 class ImageDataModule(LightningDataModule, ABC):
-    """Base of the demos' DataModules: subclasses say how to `load` the three sets.
+    """Base class of the demos' DataModules; subclasses `load` the three sets.
 
-    Training order and augmentation are pure functions of (seed, epoch, place in the epoch), so a run is reproducible
-    and one resumed in the middle of an epoch sees what the uninterrupted one saw, also with `num_workers`.
+    Training order and augmentation are pure functions of (seed, epoch, position in the epoch). A run is reproducible,
+    and a run resumed within an epoch gets the same data as an uninterrupted one, also with `num_workers`.
 
     Args:
-        batch_size: Images in a batch, of each process.
-        num_workers: Processes that load ahead; 0 loads in the training process.
-        seed: Of the order and of the augmentation. The split never depends on it.
-        crop_padding: Training images are padded by so many pixels and cropped at random to their size; 0 for not.
-        flip: Mirror half of the training images.
+        batch_size: Batch size per process.
+        num_workers: Number of processes that prefetch data; 0 loads in the training process.
+        seed: Seed of order and augmentation. The split does not depend on it.
+        crop_padding: Training images are padded by this many pixels and randomly cropped to their size; 0 for off.
+        flip: Flip training images horizontally with probability 0.5.
         pin_memory: Copy batches to page-locked memory, for a GPU.
 
     Raises:
         ConfigurationError: A number is out of range.
-        MissingExtraError: A package that is needed to load the data is not installed; at construction, so before a run
-            begins.
+        MissingExtraError: A package for loading the data is not installed; at construction, before a run begins.
     """
 
     needs: ClassVar[tuple[str, ...]] = ("torchdata.stateful_dataloader",)
-    """Modules of the extra `demos`, without which nothing can be loaded."""
+    """Modules of the extra `demos` that loading needs."""
     collate = staticmethod(as_batch)
-    """Makes a batch of a list of samples. A function at the top of a module, since workers pickle it."""
+    """Collate function; a module-level function, because workers pickle it."""
 
     def __init__(
         self,
@@ -122,33 +121,33 @@ class ImageDataModule(LightningDataModule, ABC):
 
     @property
     def splits(self) -> Splits:
-        """The three sets, loaded once."""
+        """The three sets; loaded once."""
         if self._splits is None:
             self._splits = self.load()
         return self._splits
 
     def setup(self, stage: str) -> None:
-        """Load the sets, so that what is wrong with them shows before training."""
+        """Load the sets, so that errors in them are reported before training."""
         _ = self.splits
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """The training set, in a new order each epoch."""
+        """Return the training loader, with a new order each epoch."""
         loader = self._make_train_loader()
         if self._resume_from is not None:
             loader.load_state_dict(self._resume_from)  # type: ignore[attr-defined]
         return loader
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the training loader is.
+        """Return the position of the training loader.
 
-        Lightning keeps that too, but does not give it back to a loader that was made before its loops were restored, as
-        a use of `trainer.estimated_stepping_batches` in `configure_optimizers` makes it.
+        Lightning stores it too, but does not restore it for a loader that was created before its loops were restored,
+        for example by `trainer.estimated_stepping_batches` in `configure_optimizers`.
         """
         loader: Any = None if self.trainer is None else self.trainer.train_dataloader
         return {"train_loader": loader.state_dict()} if hasattr(loader, "state_dict") else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from there with the next training loader."""
+        """Let the next training loader continue from there."""
         if self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
             self._resume_from = state_dict.get("train_loader")
 
@@ -168,15 +167,15 @@ class ImageDataModule(LightningDataModule, ABC):
         )
 
     def val_dataloader(self) -> DataLoader[Any]:
-        """The validation set, in its own order."""
+        """Return the validation loader, without shuffling."""
         return self._loader(self.splits.val, shuffle=False)
 
     def test_dataloader(self) -> DataLoader[Any]:
-        """The test set, in its own order."""
+        """Return the test loader, without shuffling."""
         return self._loader(self.splits.test, shuffle=False)
 
     def predict_dataloader(self) -> DataLoader[Any]:
-        """The test set, in its own order."""
+        """Return the test loader, without shuffling."""
         return self.test_dataloader()
 
     def _loader(self, dataset: Dataset[Any], *, shuffle: bool, **where: int) -> DataLoader[Any]:
@@ -195,16 +194,16 @@ class ImageDataModule(LightningDataModule, ABC):
         """Augment training batches, on the device."""
         if self.trainer is None or not self.trainer.training:
             return batch
-        self._resume_from = None  # a training loader that is made from now on is for a later epoch
+        self._resume_from = None  # later training loaders are for later epochs
         place = _epochs_done(self.trainer), self.trainer.fit_loop.epoch_loop.batch_idx + 1
         return self.augment(batch, batch_generator(self.seed, *place, self.trainer.global_rank))
 
     def augment(self, batch: Any, generator: torch.Generator) -> Any:
-        """Crop and mirror the images of a training batch; to override where labels have a place in the image.
+        """Crop and flip the images of a training batch; override it if labels have positions in the image.
 
         Args:
-            batch: On its device.
-            generator: A CPU generator of this batch alone, from which everything is to be drawn.
+            batch: A batch on its device.
+            generator: A CPU generator for this batch, to be used for all random numbers.
 
         Returns:
             The new batch.
@@ -216,22 +215,22 @@ class ImageDataModule(LightningDataModule, ABC):
 
 
 def _epochs_done(trainer: Trainer) -> int:
-    """What Lightning gives to samplers as the epoch. `trainer.current_epoch` lags behind while a fit is resumed."""
+    """Return the epoch that Lightning sets on samplers; `trainer.current_epoch` lags behind while a fit is resumed."""
     return int(trainer.fit_loop.epoch_progress.current.processed)  # type: ignore[attr-defined]
 
 
 def hold_out(labels: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Indices of a training set and of a validation set with equal shares of each class, always the same ones.
+    """Split indices deterministically into training and validation sets with equal class shares.
 
     Args:
         labels: The class of each sample.
-        count: How many samples to hold out for validation.
+        count: Number of samples to hold out for validation.
 
     Returns:
-        The indices to train on and those held out, each in ascending order.
+        The training and validation indices, each in ascending order.
 
     Raises:
-        ConfigurationError: There are not so many samples.
+        ConfigurationError: There are not enough samples.
 
     Example:
         >>> train, val = hold_out(torch.tensor([0, 1] * 10), 4)
@@ -244,7 +243,7 @@ def hold_out(labels: Tensor, count: int) -> tuple[Tensor, Tensor]:
         )
     shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     by_class = shuffled[torch.sort(labels[shuffled], stable=True).indices]
-    held = by_class[(torch.arange(count) * len(labels)) // count]  # evenly spaced through the classes
+    held = by_class[(torch.arange(count) * len(labels)) // count]  # evenly spaced over samples sorted by class
     kept = torch.ones(len(labels), dtype=torch.bool)
     kept[held] = False
     return kept.nonzero().flatten(), held.sort().values

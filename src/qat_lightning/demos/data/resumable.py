@@ -1,7 +1,7 @@
-"""Loaders that continue in the middle of an epoch exactly where a checkpoint left them.
+"""Loaders that resume within an epoch exactly where a checkpoint was saved.
 
-The order of an epoch is a pure function of (seed, epoch), and the place in it is part of the loader's state. Lightning
-stores that state in the checkpoint and gives it back before the first batch of the resumed run.
+The order of an epoch is a pure function of (seed, epoch), and the position in it is part of the loader's state.
+Lightning stores that state in the checkpoint and restores it before the first batch of the resumed run.
 """
 
 from collections.abc import Callable, Iterator, Sized
@@ -15,18 +15,18 @@ from qat_lightning.demos.extras import require
 
 
 class EpochSampler(DistributedSampler[Any]):
-    """The indices of a data set, in an order that depends on the seed and the epoch only.
+    """Samples the indices of a dataset in an order that depends only on seed and epoch.
 
-    It is a `DistributedSampler` also for a single process, so that Lightning sets its epoch and leaves it in place when
-    several processes share the data.
+    It is a `DistributedSampler` even for a single process, so that Lightning sets its epoch and does not replace it
+    with several processes.
 
     Args:
         dataset: The dataset to sample from; only its length matters.
-        seed: Two samplers with one seed give the same order in the same epoch.
-        num_replicas: How many processes share the data.
-        rank: Which of them this one is.
-        samples_per_epoch: How many of this process's indices an epoch uses, where the Trainer stops it earlier
-            (`limit_train_batches`). A state saved there belongs to the next epoch.
+        seed: Samplers with the same seed give the same order in the same epoch.
+        num_replicas: Number of processes that share the data.
+        rank: Index of this process.
+        samples_per_epoch: Number of this process's indices per epoch, if the Trainer ends epochs early
+            (`limit_train_batches`). A state saved at that point belongs to the next epoch.
 
     Example:
         >>> sampler = EpochSampler(range(6), seed=1)
@@ -52,7 +52,7 @@ class EpochSampler(DistributedSampler[Any]):
         return _EpochIterator(self)
 
     def order(self, epoch: int) -> list[int]:
-        """The indices of one epoch, of this process."""
+        """Return this process's indices for one epoch."""
         before, self.epoch = self.epoch, epoch
         try:
             return list(super().__iter__())
@@ -61,7 +61,7 @@ class EpochSampler(DistributedSampler[Any]):
 
 
 class _EpochIterator(Iterator[int]):
-    """Walks through one epoch, and can say, and be told, which epoch it is and how far it got."""
+    """Iterates over one epoch; its state is the epoch and the position in it."""
 
     def __init__(self, sampler: EpochSampler) -> None:
         self._sampler = sampler
@@ -86,7 +86,7 @@ class _EpochIterator(Iterator[int]):
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         end = min(len(self._order), self._sampler.samples_per_epoch or len(self._order))
-        if state["yielded"] >= end:  # saved at the very end of an epoch: what comes next is a new one
+        if state["yielded"] >= end:  # saved at the end of an epoch: continue with the next one
             self._begin(state["epoch"] + 1)
         else:
             self._begin(state["epoch"])
@@ -107,21 +107,21 @@ def resumable_loader(
     pin_memory: bool = False,
     collate_fn: Callable[[Any], Any] | None = None,
 ) -> DataLoader[Any]:
-    """A torchdata `StatefulDataLoader` that is reproducible and resumes exactly.
+    """Return a torchdata `StatefulDataLoader` that is reproducible and resumes exactly.
 
     Args:
-        dataset: A map-style data set.
-        batch_size: Samples in a batch, of each process.
-        seed: Of the order and of the workers.
-        shuffle: A new order each epoch (training), or always the data's own (evaluation).
-        num_workers: Processes that load ahead; 0 loads in the training process.
-        num_replicas: How many processes share a shuffled data set. Unshuffled ones are left to Lightning.
-        rank: Which of them this one is.
-        epoch: The epoch that comes first. A fit resumed at the end of an epoch makes its iterator, and with workers
-            begins to load, before Lightning sets the sampler's epoch.
-        batches_per_epoch: Where the Trainer ends an epoch, if before the end of the data.
+        dataset: A map-style dataset.
+        batch_size: Batch size per process.
+        seed: Seed of the order and of the workers.
+        shuffle: Whether to use a new order each epoch (training), or the dataset's own (evaluation).
+        num_workers: Number of processes that prefetch data; 0 loads in the training process.
+        num_replicas: Number of processes that share a shuffled dataset. Others are left to Lightning.
+        rank: Index of this process.
+        epoch: The first epoch. A fit resumed at the end of an epoch creates its iterator, and with workers begins to
+            load, before Lightning sets the sampler's epoch.
+        batches_per_epoch: Number of batches after which the Trainer ends an epoch, if before the end of the data.
         pin_memory: Copy batches to page-locked memory, for a GPU.
-        collate_fn: Makes a batch of a list of samples; torch's default if not given.
+        collate_fn: Collate function; by default torch's.
 
     Returns:
         The loader.
@@ -140,7 +140,7 @@ def resumable_loader(
             samples_per_epoch=batches_per_epoch and batches_per_epoch * batch_size,
         )
         sampler.set_epoch(epoch)
-    # Without a generator of its own, each loader would draw from the global one, and so change the model's dropout.
+    # Without its own generator, a loader would use the global one and so affect dropout in the model.
     generator = torch.Generator().manual_seed(seed)
     loader: DataLoader[Any] = stateful.StatefulDataLoader(
         dataset,

@@ -1,4 +1,4 @@
-"""Your own images with a mask for each: a folder of images and a folder of masks for train, val and test."""
+"""Your own images with masks: a folder of images and a folder of masks for each of train, val and test."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,11 +19,11 @@ SPLITS = ("train", "val", "test")
 
 
 class MaskedImages(ImageDataModule):
-    """Base of DataModules whose batches are images (N, C, H, W) and masks (N, H, W): a mask moves with its image.
+    """Base class of DataModules with images (N, C, H, W) and masks (N, H, W), which are augmented alike.
 
     Args:
-        ignore_index: The label of pixels that count nowhere; what padding adds to a mask.
-        settings: Those of `ImageDataModule`.
+        ignore_index: Label of ignored pixels, also used for padding of masks.
+        settings: See `ImageDataModule`.
     """
 
     def __init__(self, *, ignore_index: int = 255, **settings: Any) -> None:
@@ -31,7 +31,7 @@ class MaskedImages(ImageDataModule):
         self.ignore_index = ignore_index
 
     def augment(self, batch: tuple[Tensor, Tensor], generator: Generator) -> tuple[Tensor, Tensor]:
-        """Crop and mirror images and masks of a training batch alike."""
+        """Crop and flip images and masks of a training batch alike."""
         images, masks = batch
         how: dict[str, Any] = {"crop_padding": self.crop_padding, "flip": self.flip}
         moved = augment(masks[:, None], generator.clone_state(), fill=self.ignore_index, **how)
@@ -39,14 +39,14 @@ class MaskedImages(ImageDataModule):
 
 
 class ImagesWithMasks(Dataset[tuple[Tensor, Tensor]]):
-    """The images of one folder, normalized, each with the mask of the same name from another.
+    """Normalized images of one folder, each with the mask of the same name in another.
 
     Args:
         images: Folder of the images.
-        masks: Folder of the masks: a label in one byte a pixel, as grey or palette PNG files of their images' names.
-        image_size: Height and width to resize to: images bilinearly, masks to the nearest pixel. None: as they are.
-        mean: Of each channel, on the scale 0 to 1. One number: images are read as grey.
-        std: Of each channel, on the same scale.
+        masks: Folder of the masks: one byte per pixel, as grayscale or palette PNG files named like the images.
+        image_size: Height and width to resize to: images bilinearly, masks by nearest neighbor. None: no resizing.
+        mean: Mean of each channel, on the scale 0 to 1. One number: images are read as grayscale.
+        std: Standard deviation of each channel, on the same scale.
 
     Raises:
         ConfigurationError: A folder is missing or empty, or an image has no mask, or a mask no image.
@@ -83,15 +83,15 @@ class ImagesWithMasks(Dataset[tuple[Tensor, Tensor]]):
             return torch.from_numpy(np.asarray(image).copy())
 
     def check(self, num_classes: int, ignore_index: int) -> None:
-        """Look at every mask, before anything is trained.
+        """Check every mask before training.
 
         Args:
-            num_classes: Labels run from 0 to one less.
-            ignore_index: The label of pixels that count nowhere.
+            num_classes: Labels are from 0 to ``num_classes - 1``.
+            ignore_index: Label of ignored pixels.
 
         Raises:
-            ConfigurationError: A mask is not one byte a pixel, has not the size of its image or another label; or
-                images differ in size, and none to resize to is given.
+            ConfigurationError: A mask does not have one byte per pixel, differs from its image in size, or has an
+                invalid label; or images differ in size and ``image_size`` is not given.
         """
         sizes: dict[tuple[int, int], Path] = {}
         for image, mask in self.samples:
@@ -124,7 +124,7 @@ def _by(size: tuple[int, int]) -> str:
 
 
 def _pairs(images: Path, masks: Path) -> list[tuple[Path, Path]]:
-    """Each image with its mask."""
+    """Return each image with its mask."""
     found = []
     for folder, suffixes in ((images, SUFFIXES), (masks, (".png", ".bmp"))):
         if not folder.is_dir():
@@ -150,29 +150,29 @@ def _pairs(images: Path, masks: Path) -> list[tuple[Path, Path]]:
 
 
 class SegmentationFolderDataModule(MaskedImages):
-    """Images with a label for each pixel, in folders for train, val and test.
+    """Images with a label per pixel, in folders for train, val and test.
 
     Batches are images of shape (N, C, H, W), float32, and masks of shape (N, H, W), int64.
 
     Args:
-        path: The folder of all.
-        num_classes: How many classes there are, without void; checked against the masks.
-        images: Folder of a split's images, below `path`; ``{split}`` stands for train, val and test.
-        masks: Likewise, of its masks.
-        ignore_index: The label of pixels that count nowhere.
-        image_size: Height and width to resize to. None: all images have to have one size.
-        mean: Of each channel, on the scale 0 to 1. One number: images are read as grey.
-        std: Of each channel, on the same scale.
-        batch_size: As in `ImageDataModule`.
-        num_workers: As in `ImageDataModule`.
-        seed: As in `ImageDataModule`.
-        crop_padding: As in `ImageDataModule`; what it adds to a mask counts nowhere.
-        flip: As in `ImageDataModule`.
-        pin_memory: As in `ImageDataModule`.
+        path: The root folder.
+        num_classes: Number of classes without void; checked against the masks.
+        images: Folder of a split's images, relative to `path`; ``{split}`` stands for train, val and test.
+        masks: Folder of its masks, likewise.
+        ignore_index: Label of ignored pixels.
+        image_size: Height and width to resize to. None: all images must have the same size.
+        mean: Mean of each channel, on the scale 0 to 1. One number: images are read as grayscale.
+        std: Standard deviation of each channel, on the same scale.
+        batch_size: See `ImageDataModule`.
+        num_workers: See `ImageDataModule`.
+        seed: See `ImageDataModule`.
+        crop_padding: See `ImageDataModule`; padding of masks is ignored.
+        flip: See `ImageDataModule`.
+        pin_memory: See `ImageDataModule`.
 
     Raises:
-        ConfigurationError: A folder is missing, images and masks do not go together, or a setting is out of range; what
-            is in the masks is looked at in `setup`.
+        ConfigurationError: A folder is missing, images and masks do not match, or a setting is out of range. The
+            contents of masks are checked in `setup`.
     """
 
     needs = (*ImageDataModule.needs, "PIL.Image")
@@ -219,7 +219,7 @@ class SegmentationFolderDataModule(MaskedImages):
         self._sets = {split: images_of(split) for split in SPLITS}
 
     def load(self) -> Splits:
-        """The three sets, after every mask was checked."""
+        """Return the three sets, after checking every mask."""
         for found in self._sets.values():
             found.check(self.num_classes, self.ignore_index)
         return Splits(**self._sets)

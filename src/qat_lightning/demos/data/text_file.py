@@ -1,4 +1,4 @@
-"""A text file as sequences of bytes, each with the byte that follows it."""
+"""A text file as byte sequences for next-byte prediction."""
 
 from pathlib import Path
 
@@ -11,11 +11,11 @@ from qat_lightning.errors import ConfigurationError
 
 
 class Windows(Dataset[tuple[Tensor, Tensor]]):
-    """Sequences of a text side by side, and the same sequences one byte later.
+    """Consecutive sequences of a text, each with the same sequence shifted by one byte.
 
     Args:
         text: uint8, of shape (bytes,).
-        context: Bytes of a sequence.
+        context: Bytes per sequence.
     """
 
     def __init__(self, text: Tensor, context: int) -> None:
@@ -30,23 +30,23 @@ class Windows(Dataset[tuple[Tensor, Tensor]]):
         return self.inputs[index].long(), self.targets[index].long()
 
     def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
-        """A whole batch at once."""
+        """Return a whole batch."""
         return self.inputs[indices].long(), self.targets[indices].long()
 
 
 class TextFileDataModule(ImageDataModule):
-    """Any text: the first 90 % to train, the next 5 % to validate, the last 5 % to test.
+    """Any text: the first 90 % for training, the next 5 % for validation, the last 5 % for testing.
 
     Args:
         path: The file.
-        context: Bytes of a sequence.
-        batch_size: Sequences in a batch, of each process.
-        num_workers: Processes that load ahead; 0 loads in the training process.
-        seed: Of the order.
+        context: Bytes per sequence.
+        batch_size: Sequences per batch and process.
+        num_workers: Number of processes that prefetch data; 0 loads in the training process.
+        seed: Seed of the order.
         pin_memory: Copy batches to page-locked memory, for a GPU.
 
     Raises:
-        ConfigurationError: There is no such file, or it is too short for a sequence in each set.
+        ConfigurationError: The file does not exist, or is too short for one sequence per set.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class TextFileDataModule(ImageDataModule):
             raise ConfigurationError(f"path={str(path)!r} is no file. Expected a text, in any encoding.")
 
     def load(self) -> Splits:
-        """The three sets."""
+        """Return the training, validation and test sets."""
         text = torch.frombuffer(bytearray(self.path.read_bytes()), dtype=torch.uint8)
         ends = 9 * len(text) // 10, 19 * len(text) // 20
         parts = text[: ends[0]], text[ends[0] : ends[1]], text[ends[1] :]

@@ -1,4 +1,4 @@
-"""A small language model over bytes: a decoder that predicts the next one at each position."""
+"""A small language model over bytes: a decoder that predicts the next byte at each position."""
 
 import torch
 import torch.nn.functional as F
@@ -10,9 +10,9 @@ class CausalBlock(nn.Module):
 
     Args:
         dim: Width of a token.
-        heads: How many parts of it attend on their own.
-        mlp_ratio: How many times wider the middle of the perceptron is.
-        dropout: Share of activations that training sets to zero.
+        heads: Number of attention heads.
+        mlp_ratio: Hidden width of the perceptron relative to ``dim``.
+        dropout: Dropout probability.
     """
 
     def __init__(self, dim: int, heads: int, mlp_ratio: int, dropout: float) -> None:
@@ -39,16 +39,16 @@ class CausalBlock(nn.Module):
 
 
 class CharTransformer(nn.Module):
-    """A decoder (Vaswani et al., 2017, with the LayerNorms in front) of about a million parameters.
+    """A decoder (Vaswani et al., 2017, with LayerNorm before each sublayer) of about a million parameters.
 
     Args:
-        num_tokens: How many tokens there are: 256 bytes.
-        context: Most tokens of a sequence.
+        num_tokens: Number of different tokens; 256 for bytes.
+        context: Maximum number of tokens in a sequence.
         dim: Width of a token.
-        depth: Blocks.
-        heads: Of each attention.
-        mlp_ratio: How many times wider the middle of a perceptron is.
-        dropout: Share of activations that training sets to zero.
+        depth: Number of blocks.
+        heads: Number of attention heads per block.
+        mlp_ratio: Hidden width of a perceptron relative to ``dim``.
+        dropout: Dropout probability.
 
     Example:
         >>> CharTransformer(context=8, dim=16, depth=1, heads=2)(torch.zeros(2, 8, dtype=torch.long)).shape
@@ -73,7 +73,7 @@ class CharTransformer(nn.Module):
         self.head = nn.Linear(dim, num_tokens)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Integers of shape (batch, tokens) in, scores of each next token out: (batch, tokens, num_tokens)."""
+        """Map integers of shape (batch, tokens) to scores of the next token: (batch, tokens, num_tokens)."""
         x = self.tokens(tokens) + self.positions[: tokens.shape[1]]
         scores: Tensor = self.head(self.norm(self.blocks(x)))
         return scores

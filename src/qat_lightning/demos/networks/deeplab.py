@@ -11,18 +11,18 @@ from qat_lightning.demos.networks.unet import conv_bn_relu
 
 
 class DeepLabMobileNet(nn.Module):
-    """DeepLabV3 (Chen et al., 2017) on MobileNetV2 (Sandler et al., 2018), both made small.
+    """A small DeepLabV3 (Chen et al., 2017) on a small MobileNetV2 (Sandler et al., 2018).
 
     The encoder ends at an eighth of the image's size. Its head, atrous spatial pyramid pooling, runs convolutions of
     several dilations and a mean over the whole image side by side; scores are upsampled bilinearly.
 
     Args:
-        num_classes: Outputs of each pixel.
-        in_channels: 1 for grey images, 3 for colour.
+        num_classes: Number of outputs per pixel.
+        in_channels: 1 for grayscale images, 3 for color.
         width: Channels of the first stage; the others have 2, 3, 4 and 6 times as many.
         blocks: Inverted residuals in each stage.
-        expansion: How many times wider the middle of a block is.
-        rates: Dilations of the convolutions of the head.
+        expansion: Hidden channels of a block relative to its input.
+        rates: Dilations of the head's convolutions.
 
     Example:
         >>> DeepLabMobileNet(num_classes=5, width=8, blocks=1)(torch.zeros(2, 3, 33, 48)).shape
@@ -52,13 +52,13 @@ class DeepLabMobileNet(nn.Module):
         self.classifier = nn.Conv2d(4 * width, num_classes, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images of shape (N, C, H, W) in, scores of shape (N, num_classes, H, W) out."""
+        """Map images of shape (N, C, H, W) to scores of shape (N, num_classes, H, W)."""
         scores = self.classifier(self.head(self.stages(self.stem(x))))
         return interpolate(scores, size=x.shape[-2:], mode="bilinear", align_corners=False)
 
 
 class _Pyramid(nn.Module):
-    """Atrous spatial pyramid pooling: one size in and out, seen with several dilations and as a whole."""
+    """Atrous spatial pyramid pooling: convolutions with several dilations, and global pooling; keeps the size."""
 
     def __init__(self, inputs: int, outputs: int, rates: Sequence[int]) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ class _Pyramid(nn.Module):
                 *(conv_bn_relu(inputs, outputs, dilation=rate) for rate in rates),
             ]
         )
-        # without BatchNorm, which has nothing to take statistics of where a batch is one image
+        # without BatchNorm, which cannot compute statistics of a batch of one pooled image
         self.whole = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(inputs, outputs, 1), nn.ReLU())
         self.project = conv_bn_relu((2 + len(rates)) * outputs, outputs, kernel=1)
 

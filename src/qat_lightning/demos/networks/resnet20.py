@@ -9,7 +9,7 @@ class BasicBlock(nn.Module):
     Args:
         inputs: Channels in.
         outputs: Channels out.
-        stride: Of the first convolution; the shortcut is a 1x1 convolution where the shape changes.
+        stride: Stride of the first convolution; the shortcut is a 1x1 convolution where the shape changes.
     """
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
@@ -24,7 +24,7 @@ class BasicBlock(nn.Module):
             self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images in, images out."""
+        """Map feature maps to feature maps."""
         y = self.relu(self.bn1(self.conv1(x)))
         result: Tensor = self.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
         return result
@@ -34,8 +34,8 @@ class ResNet20(nn.Module):
     """ResNet-20 for images of 28x28 or 32x32.
 
     Args:
-        num_classes: Outputs.
-        in_channels: 1 for grey images, 3 for colour.
+        num_classes: Number of outputs.
+        in_channels: 1 for grayscale images, 3 for color.
         width: Channels of the first stage; each further stage has twice as many.
         blocks: Blocks in each of the three stages; 3 make ResNet-20, 5 ResNet-32.
 
@@ -63,7 +63,7 @@ class ResNet20(nn.Module):
         self.classifier = nn.Linear(channels, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images in, one score for each class out."""
+        """Map images to one score per class."""
         x = self.layers(self.relu(self.bn(self.conv(x))))
         scores: Tensor = self.classifier(self.flatten(self.pool(x)))
         return scores

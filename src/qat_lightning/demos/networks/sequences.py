@@ -1,4 +1,4 @@
-"""Networks of sequences and of tokens: what dynamic and weight-only quantization are for."""
+"""Networks for sequences and tokens, for dynamic and weight-only quantization."""
 
 from typing import Literal
 
@@ -6,16 +6,16 @@ from torch import Tensor, nn
 
 
 class RecurrentClassifier(nn.Module):
-    """Reads an image row by row with an LSTM or a GRU, and classifies what it holds at the end.
+    """Reads an image row by row with an LSTM or a GRU, and classifies the final state.
 
     Args:
-        num_classes: Outputs.
-        in_channels: 1 for grey images, 3 for colour.
+        num_classes: Number of outputs.
+        in_channels: 1 for grayscale images, 3 for color.
         image_size: Side of the images, in pixels.
         cell: `lstm` or `gru`.
         hidden: Size of the state.
-        layers: One above the other.
-        bidirectional: Read from both ends.
+        layers: Number of stacked layers.
+        bidirectional: Whether to read in both directions.
 
     Example:
         >>> import torch
@@ -39,7 +39,7 @@ class RecurrentClassifier(nn.Module):
         self.head = nn.Linear(hidden * (2 if bidirectional else 1), num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images in, one score for each class out."""
+        """Map images to one score per class."""
         rows = images.transpose(1, 2).flatten(2)
         scores: Tensor = self.head(self.recurrent(rows)[0][:, -1])
         return scores
@@ -49,10 +49,10 @@ class BagOfTokens(nn.Module):
     """Averages the embeddings of all tokens, and classifies the average with a perceptron.
 
     Args:
-        num_tokens: Rows of the embedding.
-        num_classes: Outputs.
+        num_tokens: Number of rows of the embedding.
+        num_classes: Number of outputs.
         dim: Size of an embedding.
-        hidden: Units of the perceptron.
+        hidden: Hidden width of the perceptron.
 
     Example:
         >>> import torch
@@ -66,6 +66,6 @@ class BagOfTokens(nn.Module):
         self.layers = nn.Sequential(nn.Linear(dim, hidden), nn.ReLU(), nn.Linear(hidden, num_classes))
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Tokens of shape `(batch, length)` in, one score for each class out."""
+        """Map tokens of shape `(batch, length)` to one score per class."""
         scores: Tensor = self.layers(self.embedding(tokens))
         return scores

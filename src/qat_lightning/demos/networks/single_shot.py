@@ -8,28 +8,28 @@ from torch.nn.functional import interpolate
 from qat_lightning.demos.networks.resnet20 import BasicBlock
 
 Level = tuple[Tensor, Tensor, Tensor]
-"""What the head finds on one level, of shapes (N, classes, H, W), (N, 4, H, W) and (N, 1, H, W)."""
+"""The head's outputs for one level, of shapes (N, classes, H, W), (N, 4, H, W) and (N, 1, H, W)."""
 
 PRIOR = 0.01
-"""The probability of a class that an untrained head gives each place, as nearly all of them are background."""
+"""Initial class probability at each location, small because nearly all locations are background."""
 
 
 class SingleShot(nn.Module):
     """A detector that predicts, at each position of three levels, class, distances to the box edges, and confidence.
 
-    Each level halves the one before. The pyramid is that of Lin et al., 2017, "Feature Pyramid Networks for Object
-    Detection", the head that of Tian et al., 2019, "FCOS: Fully Convolutional One-Stage Object Detection", which is one
-    module that is called once for each level. It has no BatchNorm, whose statistics would mix the levels. Only
-    convolutions, BatchNorm, ReLU and additions are in it; what makes boxes of its outputs is in
+    Each level has half the resolution of the previous one. The pyramid is that of Lin et al., 2017, "Feature Pyramid
+    Networks for Object Detection", the head that of Tian et al., 2019, "FCOS: Fully Convolutional One-Stage Object
+    Detection", which is one module called once per level. The head has no BatchNorm, whose statistics would mix the
+    levels. The network contains only convolutions, BatchNorm, ReLU and additions; boxes are decoded in
     `qat_lightning.demos.detection`.
 
     Args:
-        num_classes: Kinds of objects.
-        in_channels: 1 for grey images, 3 for colour.
-        width: Channels of the stem; each of the four stages has twice as many as what is before it.
-        blocks: Residual blocks of each stage.
-        channels: Of the pyramid and of the head.
-        tower: Convolutions of the head before its outputs, for the classes and for the boxes.
+        num_classes: Number of object classes.
+        in_channels: 1 for grayscale images, 3 for color.
+        width: Channels of the stem; each of the four stages doubles them.
+        blocks: Residual blocks per stage.
+        channels: Channels of the pyramid and the head.
+        tower: Number of convolutions before the head's outputs, for classes and for boxes each.
 
     Example:
         >>> import torch
@@ -39,7 +39,7 @@ class SingleShot(nn.Module):
     """
 
     strides = (8, 16, 32)
-    """Pixels of the image from one place to the next, on each level; images are a multiple of the last."""
+    """Pixels between neighboring locations on each level; image sizes must be multiples of the last."""
 
     def __init__(
         self,
@@ -61,14 +61,14 @@ class SingleShot(nn.Module):
         self.head = Head(num_classes, channels, tower)
 
     def forward(self, x: Tensor) -> tuple[Level, ...]:
-        """Find objects.
+        """Detect objects.
 
         Args:
             x: Images of shape (N, in_channels, H, W), height and width multiples of 32.
 
         Returns:
-            For each level the scores of the classes before the sigmoid, the logarithms of the distances to the left,
-            upper, right and lower edge in strides, and the quality of the box before the sigmoid.
+            For each level the class scores before the sigmoid, the logarithms of the distances to the left, upper,
+            right and lower edge in strides, and the quality (predicted IoU) before the sigmoid.
         """
         x = self.stages[0](self.stem(x))
         features = []
@@ -81,12 +81,12 @@ class SingleShot(nn.Module):
 
 
 class Head(nn.Module):
-    """Classes, distances and quality for each place of a level; called once for each level.
+    """Predicts classes, distances and quality for each location of a level; called once per level.
 
     Args:
-        num_classes: Kinds of objects.
-        channels: In, and of each convolution.
-        tower: Convolutions before the outputs, for the classes and for the boxes.
+        num_classes: Number of object classes.
+        channels: Input channels, and channels of each convolution.
+        tower: Number of convolutions before the outputs, for classes and for boxes each.
     """
 
     def __init__(self, num_classes: int, channels: int, tower: int) -> None:
@@ -102,13 +102,13 @@ class Head(nn.Module):
         nn.init.constant_(self.scores.bias, -math.log((1 - PRIOR) / PRIOR))  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Level:
-        """One level of the pyramid in, what is found there out."""
+        """Map one level of the pyramid to its outputs."""
         boxes = self.box_tower(x)
         return self.scores(self.class_tower(x)), self.distances(boxes), self.quality(boxes)
 
 
 def _stage(inputs: int, blocks: int) -> nn.Sequential:
-    """Half the size, twice the channels."""
+    """Return a stage that halves the size and doubles the channels."""
     return nn.Sequential(
         BasicBlock(inputs, 2 * inputs, 2), *(BasicBlock(2 * inputs, 2 * inputs, 1) for _ in range(blocks - 1))
     )

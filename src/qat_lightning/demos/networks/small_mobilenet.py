@@ -6,14 +6,14 @@ from torch import Tensor, nn
 
 
 class InvertedResidual(nn.Module):
-    """Widen with a 1x1 convolution, filter each channel by itself, narrow again; add the input where shapes allow.
+    """Expands with a 1x1 convolution, applies a depthwise convolution, projects back; adds the input if shapes allow.
 
     Args:
         inputs: Channels in.
         outputs: Channels out.
-        stride: Of the depthwise convolution.
-        expansion: How many times wider the middle is.
-        dilation: Of the depthwise convolution.
+        stride: Stride of the depthwise convolution.
+        expansion: Hidden channels relative to the input.
+        dilation: Dilation of the depthwise convolution.
     """
 
     def __init__(self, inputs: int, outputs: int, stride: int, expansion: int, dilation: int = 1) -> None:
@@ -25,21 +25,21 @@ class InvertedResidual(nn.Module):
         self.residual = stride == 1 and inputs == outputs
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images in, images out."""
+        """Map feature maps to feature maps."""
         y: Tensor = self.project(self.depthwise(self.expand(x)))
         return x + y if self.residual else y
 
 
 class SmallMobileNet(nn.Module):
-    """MobileNetV2 made small: for 8x8 digits as it is, by `width` and `strides` for 28x28 and 32x32 images.
+    """A small MobileNetV2, by default for 8x8 digits; with `width` and `strides` for 28x28 and 32x32 images.
 
     Args:
-        num_classes: Outputs.
-        in_channels: 1 for grey images, 3 for colour.
-        width: Channels of the first stage; each further stage has half as many again.
-        strides: One stage each; 2 halves the image.
+        num_classes: Number of outputs.
+        in_channels: 1 for grayscale images, 3 for color.
+        width: Channels of the first stage; each further stage has 1.5 times as many.
+        strides: Stride of each stage; 2 halves the image.
         blocks: Inverted residuals in each stage; those after the first have a residual add.
-        expansion: How many times wider the middle of a block is.
+        expansion: Hidden channels of a block relative to its input.
 
     Example:
         >>> import torch
@@ -72,7 +72,7 @@ class SmallMobileNet(nn.Module):
         self.classifier = nn.Linear(4 * channels, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images in, one score for each class out."""
+        """Map images to one score per class."""
         x = self.head(self.stages(self.stem(x)))
         scores: Tensor = self.classifier(self.flatten(self.pool(x)))
         return scores
@@ -81,7 +81,7 @@ class SmallMobileNet(nn.Module):
 def conv_bn_relu6(
     inputs: int, outputs: int, *, kernel: int, stride: int = 1, groups: int = 1, dilation: int = 1
 ) -> nn.Sequential:
-    """A convolution that keeps the size, up to its stride, with BatchNorm and ReLU6."""
+    """Return a convolution with padding that keeps the size (except for its stride), BatchNorm and ReLU6."""
     padding = dilation * (kernel // 2)
     conv = nn.Conv2d(inputs, outputs, kernel, stride, padding, dilation, groups, bias=False)
     return nn.Sequential(conv, nn.BatchNorm2d(outputs), nn.ReLU6())

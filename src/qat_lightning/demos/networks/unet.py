@@ -1,4 +1,4 @@
-"""A small U-Net: an encoder that halves the image, and a decoder that doubles it and sees what the encoder saw."""
+"""A small U-Net: an encoder that halves the image, and a decoder that doubles it, with skip connections."""
 
 import torch
 from torch import Tensor, nn
@@ -11,10 +11,10 @@ class UNet(nn.Module):
     Images may have any size of at least ``2 ** (depth + 1)`` pixels a side.
 
     Args:
-        num_classes: Outputs of each pixel.
-        in_channels: 1 for grey images, 3 for colour.
+        num_classes: Number of outputs per pixel.
+        in_channels: 1 for grayscale images, 3 for color.
         width: Channels of the first stage; each further stage has twice as many.
-        depth: How often the encoder halves the image after the stem.
+        depth: Number of times that the encoder halves the image after the stem.
 
     Example:
         >>> UNet(num_classes=5, width=4, depth=2)(torch.zeros(2, 3, 18, 24)).shape
@@ -33,7 +33,7 @@ class UNet(nn.Module):
         self.classifier = nn.Conv2d(width, num_classes, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images of shape (N, C, H, W) in, scores of shape (N, num_classes, H, W) out."""
+        """Map images of shape (N, C, H, W) to scores of shape (N, num_classes, H, W)."""
         size = x.shape[-2:]
         x = self.stem(x)
         seen: list[Tensor] = []
@@ -50,6 +50,6 @@ def _pair(inputs: int, outputs: int) -> nn.Sequential:
 
 
 def conv_bn_relu(inputs: int, outputs: int, *, kernel: int = 3, stride: int = 1, dilation: int = 1) -> nn.Sequential:
-    """A convolution that keeps the size, up to its stride, with BatchNorm and ReLU."""
+    """Return a convolution with padding that keeps the size (except for its stride), BatchNorm and ReLU."""
     conv = nn.Conv2d(inputs, outputs, kernel, stride, padding=dilation * (kernel // 2), dilation=dilation, bias=False)
     return nn.Sequential(conv, nn.BatchNorm2d(outputs), nn.ReLU())

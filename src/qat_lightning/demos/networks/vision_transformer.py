@@ -1,4 +1,4 @@
-"""A small vision transformer, its attention written out so that every mode can capture it."""
+"""A small vision transformer whose attention is written in basic ops, so that every mode can capture it."""
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ class Attention(nn.Module):
 
     Args:
         dim: Width of a token.
-        heads: How many parts of it attend on their own.
+        heads: Number of attention heads.
     """
 
     def __init__(self, dim: int, heads: int) -> None:
@@ -24,7 +24,7 @@ class Attention(nn.Module):
         self.out = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Tokens in, tokens out, of shape (batch, tokens, dim)."""
+        """Map tokens of shape (batch, tokens, dim) to the same shape."""
         q, k, v = self._split(self.query(x)), self._split(self.key(x)), self._split(self.value(x))
         weights = torch.softmax(torch.matmul(q * self.scale, k.transpose(-2, -1)), dim=-1)
         mixed = torch.matmul(weights, v).transpose(1, 2).flatten(2)
@@ -41,9 +41,9 @@ class Block(nn.Module):
 
     Args:
         dim: Width of a token.
-        heads: Of the attention.
-        mlp_ratio: How many times wider the middle of the perceptron is.
-        dropout: Share of activations that training sets to zero.
+        heads: Number of attention heads.
+        mlp_ratio: Hidden width of the perceptron relative to ``dim``.
+        dropout: Dropout probability.
     """
 
     def __init__(self, dim: int, heads: int, mlp_ratio: int, dropout: float) -> None:
@@ -55,28 +55,28 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Tokens in, tokens out."""
+        """Map tokens to tokens of the same shape."""
         x = x + self.dropout(self.attention(self.norm1(x)))
         result: Tensor = x + self.dropout(self.mlp(self.norm2(x)))
         return result
 
 
 class SmallViT(nn.Module):
-    """A vision transformer for small images; the class is read from the mean of the tokens.
+    """A vision transformer for small images that classifies the mean of the tokens.
 
     Args:
-        num_classes: Outputs.
-        in_channels: 1 for grey images, 3 for colour.
+        num_classes: Number of outputs.
+        in_channels: 1 for grayscale images, 3 for color.
         image_size: Side of the images, in pixels; a multiple of `patch_size`.
         patch_size: Side of the square that becomes one token.
         dim: Width of a token.
-        depth: How many blocks.
-        heads: Of each attention.
-        mlp_ratio: How many times wider the middle of a perceptron is.
-        dropout: Share of activations that training sets to zero.
+        depth: Number of blocks.
+        heads: Number of attention heads per block.
+        mlp_ratio: Hidden width of a perceptron relative to ``dim``.
+        dropout: Dropout probability.
 
     Raises:
-        ValueError: The patches do not fill the image, or the heads do not share the width.
+        ValueError: `image_size` is not a multiple of `patch_size`, or `dim` not of `heads`.
 
     Example:
         >>> SmallViT(image_size=8, patch_size=2, in_channels=1)(torch.zeros(2, 1, 8, 8)).shape
@@ -108,7 +108,7 @@ class SmallViT(nn.Module):
         self.classifier = nn.Linear(dim, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images in, one score for each class out."""
+        """Map images to one score per class."""
         tokens = self.patches(x).flatten(2).transpose(1, 2) + self.positions
         scores: Tensor = self.classifier(self.norm(self.blocks(tokens)).mean(1))
         return scores

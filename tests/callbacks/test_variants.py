@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
+from qat_lightning import QuantizedModelExport
 from qat_lightning.callbacks.parts.variants import Stand
 from qat_lightning.measure.fidelity import Fidelity
+from tests.callbacks.lit import CLASSES, Lit, Net, dataset, loader, qat, trainer
 
 
 def test_outputs_that_cannot_be_compared_are_left_out_and_counted() -> None:
@@ -22,7 +27,7 @@ def test_outputs_that_cannot_be_compared_are_left_out_and_counted() -> None:
     fidelity.update({"count": 3, "none": None, "empty": torch.zeros(0, 4)}, {"count": 2, "none": None})
     with pytest.warns(UserWarning, match="3 times: an output has a different shape"):
         values = fidelity.compute()
-    assert values == {"agreement": 1.0, "sqnr_db": float("inf")}
+    assert values == {"sqnr_db": float("inf")}
 
 
 def test_a_single_scalar_and_a_spectrum_have_an_sqnr() -> None:
@@ -43,3 +48,50 @@ def test_a_reference_that_fails_does_not_end_the_test() -> None:
     assert torch.equal(stand(torch.ones(2, 2)), torch.ones(2, 2))
     with pytest.warns(UserWarning, match="RuntimeError: not on this batch"):
         assert fidelity.compute() == {}
+
+
+class Boxes(nn.Module):
+    """A box and scores for each image, the box first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = Net()
+        self.box = nn.Linear(CLASSES, 4)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        scores = self.body(x)
+        return {"boxes": self.box(scores), "scores": scores}
+
+
+class Detector(Lit):
+    def __init__(self) -> None:
+        super().__init__(Boxes())
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        found = self.net(batch[0])
+        return F.cross_entropy(found["scores"], batch[1]) + found["boxes"].square().mean()
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val/boxes", self.net(batch[0])["boxes"].square().mean())
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("test/boxes", self.net(batch[0])["boxes"].square().mean())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("labelled", [True, False])
+def test_the_class_is_compared_of_what_the_data_labels_and_of_nothing_else(labelled: bool, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    module, callback = Detector(), qat()
+    images, labels = dataset().tensors
+    data = DataLoader(TensorDataset(images, labels if labelled else torch.rand(len(images), CLASSES)), batch_size=16)
+    export = QuantizedModelExport(["torchscript"], dirpath=str(tmp_path))
+    run = trainer(callback, export, max_epochs=1)
+    run.fit(module, loader(), data)
+    run.test(module, data, verbose=False)
+    assert ("agreement" in callback.fidelity) == labelled
+    assert callback.fidelity["sqnr_db"] > 20
+    result = export.results["torchscript"]
+    assert result.passed
+    assert (result.agreement is not None) == labelled
+    assert set(result.sqnr_db_of_outputs) == {"['boxes']", "['scores']"}

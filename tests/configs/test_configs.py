@@ -153,9 +153,9 @@ def test_data_of_another_task_is_refused_before_anything_is_built(composed: Comp
 
 
 def test_files_are_held_to_the_agreement_that_a_model_states(composed: Compose) -> None:
-    for model, least in (("unet", 0.995), ("single_shot", 0.98)):
+    for given, least in (([], 0.995), (["+model.min_agreement=0.98"], 0.98)):
         for name in options("export"):
-            cfg = composed(f"model={model}", f"export={name}", "method=qat")
+            cfg = composed("model=unet", f"export={name}", "method=qat", *given)
             assert cfg.callbacks.export.min_agreement == least
 
 

@@ -428,6 +428,12 @@ class QuantizationAwareTraining(QuantizationCallback):
         """Test the chosen variant, by default int8."""
         self._switch.stand_in("test", trainer, pl_module)
 
+    def on_test_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Take the labels of the batch into account, for the comparison with fake-quant."""
+        self._switch.see(batch)
+
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Restore the prepared network, keep the agreement with fake-quant, and log the variant's metrics."""
         self._switch.end_test(trainer)

@@ -15,7 +15,8 @@ from torch import nn
 
 from qat_lightning.artifact.quantized import QuantizedNetwork
 from qat_lightning.callbacks.parts.arguments import check_count, check_names, check_number
-from qat_lightning.callbacks.parts.calibration_data import calibration_loader, calls_in_steps
+from qat_lightning.callbacks.parts.calibration_data import calibration_loader, calls_and_batches
+from qat_lightning.callbacks.parts.variants import numbers_of_classes
 from qat_lightning.callbacks.quantization_callback import QuantizationCallback
 from qat_lightning.errors import CombinationError, ConfigurationError, ExportError, QuantizationError
 from qat_lightning.export.formats import FORMATS, check_formats
@@ -168,7 +169,9 @@ class QuantizedModelExport(Callback):
             if trainer.is_global_zero:
                 self._export_all(trainer, partner, calls)
 
-    def _export_all(self, trainer: Trainer, partner: QuantizationCallback, calls: Mapping[str, list[Example]]) -> None:
+    def _export_all(
+        self, trainer: Trainer, partner: QuantizationCallback, calls: Mapping[str, list[tuple[Example, Any]]]
+    ) -> None:
         networks = partner.quantized
         several = isinstance(networks, Mapping)
         for slot, network in (networks if several else {next(iter(calls)): networks}).items():
@@ -190,7 +193,7 @@ class QuantizedModelExport(Callback):
         partner: QuantizationCallback,
         slot: str,
         network: QuantizedNetwork,
-        calls: list[Example],
+        calls: list[tuple[Example, Any]],
         *,
         suffix: str,
     ) -> None:
@@ -198,7 +201,9 @@ class QuantizedModelExport(Callback):
             network,
             self._folder(trainer),
             self.formats,
-            batches=calls,
+            batches=[call for call, _ in calls],
+            data=[batch for _, batch in calls],
+            classes=numbers_of_classes(partner.slots[slot].pl_module),
             reference=partner.comparable(slot),
             float_network=partner.present_float(slot),
             min_agreement=self.min_agreement,
@@ -209,18 +214,19 @@ class QuantizedModelExport(Callback):
 
     def _calls(
         self, trainer: Trainer, pl_module: LightningModule, partner: QuantizationCallback, slot: str
-    ) -> list[Example]:
-        """What the LightningModule's step calls the network with on real batches."""
+    ) -> list[tuple[Example, Any]]:
+        """What the LightningModule's step calls the network with on real batches, and these batches."""
         network = partner.comparable(slot).to(pl_module.device)
         given = self.dataloader or trainer.val_dataloaders or trainer.test_dataloaders
         try:
             loader = given or calibration_loader(trainer, pl_module, None)
             with torch.inference_mode(False):
-                found = calls_in_steps(pl_module, {slot: partner.slots[slot]}, {slot: network}, loader, self.batches)
+                found = calls_and_batches(pl_module, {slot: partner.slots[slot]}, {slot: network}, loader, self.batches)
         except QuantizationError as error:
             rank_zero_warn(f"Artifacts are compared on the example inputs only, because no batch could be run: {error}")
             return []
-        return [Example(*move_data_to_device((call.args, call.kwargs), "cpu")) for call in found[slot]]
+        here = move_data_to_device([(call.args, call.kwargs, batch) for call, batch in found[slot]], "cpu")
+        return [(Example(args, kwargs), batch) for args, kwargs, batch in here]
 
     def _check(self, recipe: Recipe) -> None:
         if recipe.simulated:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import statistics
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from qat_lightning.export.remote import RemoteNetwork, Server
 from qat_lightning.export.result import ExportResult, write_json
 from qat_lightning.graph.example import Example
 from qat_lightning.graph.signature import one_sample, samples
+from qat_lightning.measure.class_scores import ClassScores
 from qat_lightning.measure.fidelity import Fidelity
 from qat_lightning.measure.metrics import Agreement, latency_interleaved, outputs_by_path, size_mb
 from qat_lightning.modes.float_state import present_float
@@ -45,6 +47,8 @@ def export_quantized(
     *,
     example: Example | None = None,
     batches: Sequence[Example] = (),
+    data: Sequence[Any] = (),
+    classes: Collection[int] = (),
     reference: nn.Module | None = None,
     float_network: nn.Module | None = None,
     metric: Callable[[nn.Module], float] | None = None,
@@ -64,14 +68,17 @@ def export_quantized(
         formats: Names in `FORMATS`.
         example: A call of the network with a batch of 2 or more; by default the one it was verified with.
         batches: Real calls to compare on; by default the example.
+        data: The batch of data that each of these calls is from, in any structure: its labels show which output is
+            scores of classes. Without it the shapes of the outputs have to do.
+        classes: Numbers of classes that are known, for data without labels of most classes.
         reference: The network that artifacts are compared with; by default the prepared network (fake-quant), or the
             int8 network if there is no prepared one.
         float_network: The float network, timed in PyTorch and in each runtime, alternating with the int8 one; by
             default that of the prepared network, otherwise none.
         metric: Called with the artifact as a module that takes CPU tensors like the float network, returns the metric.
-        min_agreement: Smallest share of outputs with the reference's top-1. An artifact below it fails, unless so few
-            outputs were compared that the difference may be chance (a binomial test, 95 %). Outputs of integers must
-            agree in about this share of their elements.
+        min_agreement: Smallest share of outputs with the reference's top-1, where one is scores of classes. An artifact
+            below it fails, unless so few outputs were compared that the difference may be chance (a binomial test,
+            95 %). Outputs of integers must agree in about this share of their elements.
         min_sqnr_db: Smallest SQNR of each float output, in dB; lower where the network itself differs more when its
             inputs change by a thousandth. An artifact with an output below it fails.
         name: Name of the files, before the suffix of their format.
@@ -101,6 +108,8 @@ def export_quantized(
         raise ConfigurationError(f"min_agreement={min_agreement!r} is not possible: give a share from 0 to 1.")
     if not min_sqnr_db >= 0:
         raise ConfigurationError(f"min_sqnr_db={min_sqnr_db!r} is not possible: give 0 or more, in dB.")
+    if data and len(data) != len(batches):
+        raise ConfigurationError(f"data= has {len(data)} batches for {len(batches)} calls: give one for each call.")
     require_storage(folder)
     if is_prepared(network):
         check_formats(formats, prepared_state(network).recipe)  # before the expensive conversion
@@ -110,7 +119,9 @@ def export_quantized(
     check_formats(formats, int8.recipe)
     example = int8.example if example is None else example
     limits = _Limits(min_agreement, min_sqnr_db)
-    job = _Job(int8, example, list(batches) or [example], reference or int8, float_network, metric, limits)
+    calls = list(batches) or [example]
+    labels = _Labels(list(data) or [None] * len(calls), classes)
+    job = _Job(int8, example, calls, labels, reference or int8, float_network, metric, limits)
     where = place(folder)
     if isinstance(where, Path):
         where.mkdir(parents=True, exist_ok=True)
@@ -146,6 +157,12 @@ class _Limits:
     sqnr_db: float
 
 
+@dataclass(frozen=True)
+class _Labels:
+    data: list[Any]
+    classes: Collection[int]
+
+
 class _Job:
     """The inputs and settings that all formats of one export share."""
 
@@ -154,6 +171,7 @@ class _Job:
         network: QuantizedNetwork,
         example: Example,
         batches: list[Example],
+        labels: _Labels,
         reference: nn.Module,
         float_network: nn.Module | None,
         metric: Callable[[nn.Module], float] | None,
@@ -161,6 +179,7 @@ class _Job:
     ) -> None:
         self.source = Source(network, example)
         self.batches = batches
+        self.labels = labels
         self.reference = reference
         self._returned: list[Any] = []
         self.float_network = float_network
@@ -219,7 +238,7 @@ class _Job:
     def _compare(self, server: Server, chosen: Format, result: ExportResult) -> None:
         remote = RemoteNetwork(server, "int8", self.call)
         calls = self._calls(chosen)
-        fidelity = Fidelity(of_all_processes=False)  # other processes do not export
+        fidelity = Fidelity(of_all_processes=False, scores=self._scores)  # other processes do not export
         found = Comparison()
         largest = 0.0
         for call, wanted in zip(calls, self._wanted(calls), strict=True):
@@ -235,6 +254,14 @@ class _Job:
         self._judge(found, fidelity.agreement, calls, result)
         if self.metric is not None:
             result.metric = float(self.metric(remote))
+
+    @cached_property
+    def _scores(self) -> ClassScores:
+        """What knows which output of the reference is scores of classes."""
+        scores = ClassScores(self.labels.classes)
+        for call, wanted, data in zip(self.batches, self._wanted(self.batches), self.labels.data, strict=True):
+            scores.update(outputs_by_path(wanted), (call.args, call.kwargs), data)
+        return scores
 
     def _wanted(self, calls: list[Example]) -> list[Any]:
         """Return the reference's outputs; they are the same for all formats that run whole batches."""

@@ -9,7 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
 from qat_lightning.callbacks.parts.network import OWN_FORWARD, OwnForward, Slot
-from qat_lightning.callbacks.parts.variants import Guests, Stand
+from qat_lightning.callbacks.parts.variants import Guests, Stand, numbers_of_classes
 from qat_lightning.errors import ConfigurationError
 from qat_lightning.graph.example import Example
 from qat_lightning.measure.fidelity import Fidelity
@@ -72,6 +72,13 @@ class StandingIn(Guests, Callback):
         """Stand in, and compare with float."""
         self._stand_in(compared=self._guest is None)
 
+    def on_test_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Take the labels of the batch into account, for the comparison."""
+        if self._compared is not None:
+            self._compared.data = batch
+
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put the float network back, and keep how close int8 was."""
         if self._compared is not None:
@@ -88,7 +95,7 @@ class StandingIn(Guests, Callback):
             return
         own = self.slot.name == OWN_FORWARD
         plain = OwnForward(self.slot.pl_module) if own else self.slot.get()
-        self._compared = Fidelity() if compared else None
+        self._compared = Fidelity(classes=numbers_of_classes(self.slot.pl_module)) if compared else None
         stand = Stand(other, plain, on_cpu=True, fidelity=self._compared, reference=plain)
         self._before.append(self.slot.run_instead(stand.eval()))
 

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -27,6 +27,8 @@ from qat_lightning.callbacks.parts.variants import Stand
 from qat_lightning.errors import ConfigurationError, NetworkError
 from qat_lightning.graph.example import Example
 from qat_lightning.rehearsal.calibration import calibrating
+
+Kept = TypeVar("Kept")
 
 
 class _Called(Exception):
@@ -85,12 +87,31 @@ def calls_in_steps(
     Returns:
         By the networks' names, the calls in their order, on the device of the LightningModule.
     """
-    calls: dict[nn.Module, list[Example]] = {network: [] for network in networks.values()}
+    return _calls_in_steps(pl_module, slots, networks, loader, batches, lambda call, batch: call)
+
+
+def calls_and_batches(
+    pl_module: LightningModule, slots: Mapping[str, Slot], networks: Mapping[str, nn.Module], loader: Any, batches: int
+) -> dict[str, list[tuple[Example, Any]]]:
+    """As `calls_in_steps`, each call with the batch that the step was given."""
+    return _calls_in_steps(pl_module, slots, networks, loader, batches, lambda call, batch: (call, batch))
+
+
+def _calls_in_steps(
+    pl_module: LightningModule,
+    slots: Mapping[str, Slot],
+    networks: Mapping[str, nn.Module],
+    loader: Any,
+    batches: int,
+    kept: Callable[[Example, Any], Kept],
+) -> dict[str, list[Kept]]:
+    calls: dict[nn.Module, list[Kept]] = {network: [] for network in networks.values()}
+    present: list[Any] = [None]
 
     @contextmanager
     def keeping(network: nn.Module) -> Iterator[None]:
         def keep(module: nn.Module, args: Any, kwargs: Any) -> None:
-            calls[network].append(Example(*tree_map(_copied, (args, kwargs))))
+            calls[network].append(kept(Example(*tree_map(_copied, (args, kwargs))), present[0]))
 
         handle = network.register_forward_pre_hook(keep, with_kwargs=True)
         try:
@@ -99,7 +120,10 @@ def calls_in_steps(
         finally:
             handle.remove()
 
-    run_in_steps(pl_module, slots, networks, loader, batches, keeping)
+    def see(batch: Any) -> None:
+        present[0] = batch
+
+    run_in_steps(pl_module, slots, networks, loader, batches, keeping, see)
     return {name: calls[network] for name, network in networks.items()}
 
 
@@ -118,6 +142,7 @@ def run_in_steps(
     loader: Any,
     batches: int,
     within: Callable[[nn.Module], AbstractContextManager[Any]],
+    see: Callable[[Any], None] = lambda batch: None,
 ) -> int:
     """Call networks as the LightningModule's training step calls its own, and leave it as it was.
 
@@ -132,6 +157,7 @@ def run_in_steps(
         loader: Of batches for ``training_step``.
         batches: As many at most.
         within: Gives the context in which each network is called.
+        see: Called with each batch before its step.
 
     Returns:
         How many batches there were.
@@ -142,7 +168,7 @@ def run_in_steps(
     """
     failed: list[str] = []
     for step, source in (("training_step", loader), *_instead(pl_module, loader)):
-        some = islice(_batches(pl_module, source), batches)
+        some = _seen(islice(_batches(pl_module, source), batches), see)
         try:
             count = _run(pl_module, slots, networks, some, step, within, source)
         except _StepFailed as failure:
@@ -152,6 +178,12 @@ def run_in_steps(
             rank_zero_info(f"{'; '.join(failed)}. Batches went through {step} instead.")
         return count
     raise _no_step(pl_module, failed)
+
+
+def _seen(batches: Iterator[Any], see: Callable[[Any], None]) -> Iterator[Any]:
+    for batch in batches:
+        see(batch)
+        yield batch
 
 
 def _no_step(pl_module: LightningModule, failed: list[str]) -> NetworkError:

@@ -13,7 +13,7 @@ from qat_lightning.callbacks.parts.network import OWN_FORWARD, Slot
 from qat_lightning.callbacks.parts.networks import Networks
 from qat_lightning.callbacks.parts.tested import log_tested
 from qat_lightning.callbacks.parts.variant_source import VariantSource
-from qat_lightning.callbacks.parts.variants import Guests, Stand
+from qat_lightning.callbacks.parts.variants import Guests, Stand, numbers_of_classes
 from qat_lightning.errors import ConfigurationError
 from qat_lightning.measure.fidelity import Fidelity
 from qat_lightning.modes.prepared import observe_in_evaluation, set_phase
@@ -41,7 +41,8 @@ class VariantSwitch(Guests):
         self.observe_stages: tuple[str, ...] = ("train",)
         self._int8 = int8
         self._source = source
-        self._standing: dict[str, tuple[Any, Fidelity | None]] = {}
+        self._standing: dict[str, Any] = {}
+        self._compared: Fidelity | None = None
         self._running = ""
 
     # Requests by the user
@@ -94,18 +95,24 @@ class VariantSwitch(Guests):
             return
         if variant == "int8":
             self._int8.convert_in_all(trainer, to_run=True)
-        fidelity = Fidelity() if variant == "int8" and stage == "test" else None
+        if variant == "int8" and stage == "test":
+            self._compared = Fidelity(classes=numbers_of_classes(pl_module))
         for name, slot in self.networks.slots.items():
             if variant == "int8" and name not in self._int8:
                 continue
             int8 = variant == "int8"
             other = self._int8[name] if int8 else self._source.to_stand_in(name).to(pl_module.device)
             plain, reference = _plain(slot, pl_module), self._source.reference(name)
-            stand = Stand(other, plain, on_cpu=int8, fidelity=fidelity, reference=reference)
-            self._run_instead(name, stand, fidelity)
+            stand = Stand(other, plain, on_cpu=int8, fidelity=self._compared, reference=reference, name=name)
+            self._run_instead(name, stand)
 
-    def _run_instead(self, name: str, stand: Stand, fidelity: Fidelity | None = None) -> None:
-        self._standing[name] = self.networks.slots[name].run_instead(stand.eval()), fidelity
+    def _run_instead(self, name: str, stand: Stand) -> None:
+        self._standing[name] = self.networks.slots[name].run_instead(stand.eval())
+
+    def see(self, batch: Any) -> None:
+        """Take the batch that is going to be tested into account: its labels show which outputs are classes."""
+        if self._compared is not None:
+            self._compared.data = batch
 
     def _variant_of(self, stage: str, trainer: Trainer) -> str:
         variant = self.chosen or self._source.default(stage)
@@ -148,18 +155,17 @@ class VariantSwitch(Guests):
     def end_test(self, trainer: Trainer) -> None:
         """After a test: keep the agreement with fake-quantization, restore the network, and log the metrics."""
         # A collective operation, so only where every process calls it.
-        for _, fidelity in self._standing.values():
-            if fidelity is not None:
-                self.fidelity = fidelity.compute()
+        if self._compared is not None:
+            self.fidelity = self._compared.compute()
         self.stand_back()
         if self._running and self.chosen is None:  # code that chooses a variant logs its metrics itself
             log_tested(trainer, self._running)
 
     def stand_back(self) -> None:
         """Restore the network and its phase."""
-        for name, (before, _) in self._standing.items():
+        for name, before in self._standing.items():
             self.networks.slots[name].run_again(before)
-        self._standing = {}
+        self._standing, self._compared = {}, None
         self.networks.apply(self.networks.phase)
         for prepared in self.networks.prepared.values():
             observe_in_evaluation(prepared, False)

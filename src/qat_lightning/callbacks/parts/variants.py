@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
+from torchmetrics import Metric
 
 from qat_lightning.graph.structures import look_into
 from qat_lightning.measure.fidelity import Fidelity
@@ -30,6 +31,12 @@ class Guests:
             self._guest = None
 
 
+def numbers_of_classes(pl_module: nn.Module) -> set[int]:
+    """The numbers of classes that the metrics of a LightningModule were given."""
+    found = {getattr(module, "num_classes", None) for module in pl_module.modules() if isinstance(module, Metric)}
+    return {number for number in found if isinstance(number, int)}
+
+
 class Stand(nn.Module):
     """Replaces a prepared network in the LightningModule and runs another network on its inputs.
 
@@ -40,6 +47,7 @@ class Stand(nn.Module):
         on_cpu: Run on the CPU and move the outputs to the inputs' device.
         fidelity: If given, ``reference`` is run as well and the outputs are compared.
         reference: The network to compare with; ``prepared`` by default.
+        name: Name of the network in the LightningModule, for the comparison.
     """
 
     def __init__(
@@ -50,6 +58,7 @@ class Stand(nn.Module):
         on_cpu: bool,
         fidelity: Fidelity | None = None,
         reference: nn.Module | None = None,
+        name: str = "",
     ) -> None:
         super().__init__()
         self.__dict__["_network"] = network
@@ -57,12 +66,14 @@ class Stand(nn.Module):
         self.__dict__["_reference"] = prepared if reference is None else reference
         self.on_cpu = on_cpu
         self.fidelity = fidelity
+        self.name = name
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the other network."""
         outputs = self._call(self.__dict__["_network"], args, kwargs)
         if self.on_cpu and self.fidelity is not None:
-            self.fidelity.compare(lambda: self.__dict__["_reference"](*args, **kwargs), outputs, (args, kwargs))
+            reference = self.__dict__["_reference"]
+            self.fidelity.compare(lambda: reference(*args, **kwargs), outputs, (args, kwargs), self.name)
         return outputs
 
     def _call(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:

@@ -55,11 +55,32 @@ def forked(folder: Path) -> int:
         os._exit(1)
 
 
+def count_files(folder: Path) -> int:
+    """How many files a search has written."""
+    return sum(len(names) for _, _, names in os.walk(folder))  # which minds no folder that vanishes
+
+
+def kill_after(pid: int, folder: Path, files: int, seconds: float) -> int:
+    """Kill a search so long after it has written so many files, which no other load on the machine changes.
+
+    Returns:
+        Its exit status: it may have ended by itself.
+    """
+    while count_files(folder) < files:
+        ended, status = os.waitpid(pid, os.WNOHANG)
+        if ended:
+            return status
+        time.sleep(0.002)
+    time.sleep(seconds)
+    os.kill(pid, signal.SIGKILL)
+    return os.waitpid(pid, 0)[1]
+
+
 def main(top: Path, kills: int, seed: int) -> dict[str, object]:
     """One search that is left alone, and one that is killed so many times.
 
     Returns:
-        How each ended: what is in its ``ladder.json``, and how often the other was killed.
+        What is in the ``ladder.json`` of each, and how often the other was killed.
     """
     top.mkdir(parents=True, exist_ok=True)
     pid = os.fork()
@@ -69,21 +90,19 @@ def main(top: Path, kills: int, seed: int) -> dict[str, object]:
         torch.save(trained()[0].state_dict(), top / "float.pt")
         os._exit(0)
     assert os.waitpid(pid, 0)[1] == 0
-    began = time.monotonic()
     assert os.waitpid(forked(top / "whole"), 0)[1] == 0, (top / "whole.log").read_text()
-    seconds = time.monotonic() - began
+    most = 2 * count_files(top / "whole") // (kills + 2)
     draw, killed, ended = random.Random(seed), 0, False
     while killed < kills and not ended:
+        before = count_files(top / "killed")
         pid = forked(top / "killed")
-        time.sleep(draw.uniform(0.02, 2.0 * seconds / kills))
-        os.kill(pid, signal.SIGKILL)
-        status = os.waitpid(pid, 0)[1]
+        status = kill_after(pid, top / "killed", before + draw.randint(0, most), draw.uniform(0.0, 0.1))
         ended = os.WIFEXITED(status)
         assert not ended or os.WEXITSTATUS(status) == 0, (top / "killed.log").read_text()
         killed += not ended
     assert os.waitpid(forked(top / "killed"), 0)[1] == 0, (top / "killed.log").read_text()
     ladders = {name: json.loads((top / name / "ladder.json").read_text()) for name in ("whole", "killed")}
-    return ladders | {"kills": killed, "seconds": seconds}
+    return ladders | {"kills": killed}
 
 
 if __name__ == "__main__":

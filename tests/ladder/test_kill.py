@@ -26,7 +26,7 @@ def test_ten_kills_change_nothing(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"QAT_STRESS_SEED={seed}:\n{done.stderr}"
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    assert found["kills"] >= 3, f"QAT_STRESS_SEED={seed}"
+    assert found["kills"] >= 5, f"QAT_STRESS_SEED={seed}"
     whole, killed = ([{key: row[key] for key in SAME} for row in found[name]["rows"]] for name in ("whole", "killed"))
     assert killed == whole, f"QAT_STRESS_SEED={seed}"
     assert len(whole) > 6

@@ -1,9 +1,9 @@
-"""The mode that ``auto`` takes for networks of several shapes: ``python -m benchmarks.auto_modes [NAMES]``.
+"""The mode that ``mode="auto"`` chooses for several networks: ``python -m benchmarks.auto_modes [NAMES]``.
 
-Four networks as people write them, with random weights: a U-Net that goes up by transposed convolutions, a stack of
-dilated one-dimensional convolutions with gates (WaveNet, van den Oord et al., 2016), a detector that keeps as many
-boxes as their scores say, and a decoder that goes on until a sample says that it is enough. Each is rehearsed in the
-modes that ``auto`` tries: prepared, calibrated, converted, verified, saved and loaded.
+Four networks with typical Python code and random weights: a U-Net with transposed convolutions, a stack of gated
+dilated one-dimensional convolutions (WaveNet, van den Oord et al., 2016), a detector whose number of boxes depends on
+the scores, and a decoder that loops until a value of the sample ends it. Each is rehearsed in the modes that ``auto``
+tries: prepared, calibrated, converted, verified, saved and loaded.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def _block(inputs: int, outputs: int) -> nn.Sequential:
 
 
 class UNet(nn.Module):
-    """Ronneberger et al., 2015: two levels down, and up again by transposed convolutions."""
+    """Ronneberger et al., 2015: two levels of downsampling, then transposed convolutions."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class UNet(nn.Module):
         self.pool = nn.MaxPool2d(2)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Scores of each pixel."""
+        """Return scores for each pixel."""
         one = self.one(x)
         two = self.two(self.pool(one))
         up = self.join_two(torch.cat([self.up_two(self.low(self.pool(two))), two], 1))
@@ -48,7 +48,7 @@ class UNet(nn.Module):
 
 
 class WaveNet(nn.Module):
-    """Dilated causal convolutions with gates, and skips that are added up."""
+    """Gated dilated causal convolutions with summed skip connections."""
 
     def __init__(self, channels: int = 32, depth: int = 6) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ class WaveNet(nn.Module):
         self.last = nn.Sequential(nn.ReLU(), nn.Conv1d(channels, channels, 1), nn.ReLU(), nn.Conv1d(channels, 16, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Scores of the next value at each position."""
+        """Return scores of the next value at each position."""
         x, total = self.first(x), torch.zeros(())
         for dilated, skip in zip(self.dilated, self.skips, strict=True):
             gates, values = dilated(nn.functional.pad(x, (dilated.dilation[0], 0))).chunk(2, 1)
@@ -69,7 +69,7 @@ class WaveNet(nn.Module):
 
 
 class Detector(nn.Module):
-    """A backbone and a head, and boxes as many as their scores say."""
+    """A backbone and a head, with a number of boxes that depends on the scores."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -79,13 +79,13 @@ class Detector(nn.Module):
         self.head = nn.Sequential(_block(24, 24), nn.Conv2d(24, 5, 1))
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """For each image the boxes whose score is above that of the mean."""
+        """Return for each image the boxes with above-average scores."""
         found = self.head(self.backbone(x)).flatten(2).transpose(1, 2)
         return [boxes[boxes[:, 4] > boxes[:, 4].mean()] for boxes in found]
 
 
 class Decoder(nn.Module):
-    """Goes on until a state is large enough, at most eight times."""
+    """Loops until a state is large enough, at most eight times."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -93,7 +93,7 @@ class Decoder(nn.Module):
         self.step = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64))
 
     def forward(self, x: Tensor) -> Tensor:
-        """The last state."""
+        """Return the last state."""
         state: Tensor = self.encoder(x)
         for _ in range(8):
             state = state + self.step(state)

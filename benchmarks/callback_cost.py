@@ -1,8 +1,8 @@
-"""What the callback itself costs: ``python -m benchmarks.callback_cost [--mode fx] [--rounds 7]``.
+"""Overhead of the callback itself: ``python -m benchmarks.callback_cost [--mode fx] [--rounds 7]``.
 
-A fit with the callback against the same Trainer fitting the same prepared network without it, in turn. The arithmetic
-of fake-quant is in both, so the ratio is what the life cycle adds. Preparation and conversion, which happen once a fit,
-are left out: only the batches are timed.
+Compares fits with the callback and fits of the same prepared network without it, alternating, with the same Trainer.
+Both compute fake-quantization, so the ratio is the overhead of the callback's hooks. Only batches are timed, not
+preparation and conversion, which happen once per fit.
 """
 
 from __future__ import annotations
@@ -39,33 +39,33 @@ class Classifier(LightningModule):
         self.net = net
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        """One step."""
+        """Compute the loss."""
         return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Plain SGD."""
+        """Return plain SGD."""
         return torch.optim.SGD(self.parameters(), 1e-3)
 
 
 class Clock(Callback):
-    """Seconds of the batches of a fit, the first few left out."""
+    """Measures the seconds of a fit's batches, without the first few."""
 
     def __init__(self, skip: int = 3) -> None:
         self.skip = skip
         self.seconds = 0.0
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Begin to count."""
+        """Start the clock."""
         if batch_idx == self.skip:
             self._begin = time.perf_counter()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """End."""
+        """Stop the clock."""
         self.seconds = time.perf_counter() - self._begin
 
 
 def fit(net: nn.Module, callbacks: list[Callback], steps: int, size: int, batch: int) -> float:
-    """Seconds of a fit's batches."""
+    """Return the seconds of a fit's batches."""
     torch.manual_seed(0)
     images = torch.randn(batch * steps, 3, size, size)
     loader = DataLoader(TensorDataset(images, torch.randint(0, 1000, (len(images),))), batch_size=batch)
@@ -74,7 +74,7 @@ def fit(net: nn.Module, callbacks: list[Callback], steps: int, size: int, batch:
         max_epochs=1,
         accelerator="cpu",
         logger=False,
-        # First and last, so that all of the other's hooks are inside.
+        # First and last callback, so that all hooks of the other are measured.
         callbacks=[clock, *callbacks],
         enable_checkpointing=False,
         enable_progress_bar=False,

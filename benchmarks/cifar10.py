@@ -1,11 +1,11 @@
 """Methods and bits on CIFAR-10: ``python -m benchmarks.cifar10 --data PATH [--networks …] [--seeds …] [--bits …]``.
 
-For each network and seed one float network is trained; from it every run branches: float training that goes on, and
-quantization-aware training with as many epochs, the same optimizer and the same order of data. Post-training
-quantization starts from the end of the float branch, so all that is compared has had the same training. Results are
-appended to a file, and float networks are kept beside it: a benchmark that was broken off goes on where it stopped.
+For each network and seed one float network is trained. From it, float training and quantization-aware training continue
+for the same number of epochs, with the same optimizer and the same order of data. Post-training quantization starts
+from the end of the float training, so all results have equal training. Results are appended to a file, and float
+networks are stored beside it: an interrupted benchmark continues where it stopped.
 
-PATH is what `Cifar10DataModule` reads. Figures on a copy re-encoded as JPEG are not CIFAR-10 figures: say so.
+PATH is anything that `Cifar10DataModule` reads. Results on a copy re-encoded as JPEG are not CIFAR-10 results: say so.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ NETWORKS = {
 
 
 class Benchmark:
-    """The runs, each trained once.
+    """Runs the trainings, each once.
 
     Args:
-        options: What the command line says.
+        options: The command-line options.
     """
 
     def __init__(self, options: argparse.Namespace) -> None:
@@ -47,7 +47,7 @@ class Benchmark:
         self.data = Cifar10DataModule(path=options.data, batch_size=options.batch_size)
 
     def float_network(self, network: str, seed: int, *, branch: bool) -> nn.Module:
-        """The base that all branch from, or the end of its float branch; trained if the folder does not have it."""
+        """Return the common float network, or with ``branch`` the end of float training; trained if not stored."""
         o = self.options
         base = f"{network}-{seed}-{o.base_epochs}x{o.base_lr:g}-{o.base_precision}"
         file = self.folder / (f"{base}+{o.epochs}x{o.lr:g}.pt" if branch else f"{base}.pt")
@@ -67,7 +67,7 @@ class Benchmark:
         return net
 
     def accuracy(self, network: str, seed: int, method: str, bits: str = "") -> float:
-        """Test accuracy of one run, from the results if it is there."""
+        """Return the test accuracy of one run, from the stored results if available."""
         o = self.options
         shared = ("base_epochs", "base_lr", "base_precision", "epochs", "lr", "batch_size")
         settings = {"network": network, "seed": seed, "method": method, **{name: getattr(o, name) for name in shared}}
@@ -108,7 +108,7 @@ class Benchmark:
 
 
 def print_table(benchmark: Benchmark, network: str) -> None:
-    """Method × bits of one network; what is not there yet is trained."""
+    """Print a table of methods and bits for one network; missing results are computed."""
     o = benchmark.options
     floats = {seed: benchmark.accuracy(network, seed, "float") for seed in o.seeds}
     title = f"{network}, {o.base_epochs}+{o.epochs} epochs, test accuracy in %, mode fx, backend x86"
@@ -117,7 +117,7 @@ def print_table(benchmark: Benchmark, network: str) -> None:
         table.add_column(column, justify="left" if column == "run" else "right")
     table.add_row("float", *(f"{100 * value:.2f}" for value in floats.values()), f"{100 * mean(floats.values()):.2f}")
     for bits in o.bits:
-        # Every seed where int8 has to equal float; one tells enough where it does not.
+        # All seeds where int8 should equal float; one seed is enough elsewhere.
         seeds = o.seeds if bits == "8/8" else o.seeds[:1]
         for method in o.methods:
             values = {seed: benchmark.accuracy(network, seed, method, bits) for seed in seeds}
@@ -131,14 +131,14 @@ def print_table(benchmark: Benchmark, network: str) -> None:
 
 
 def scheme(bits: str, learned_step: str = "none") -> Scheme:
-    """The scheme of ``"weight bits/activation bits"``; steps are learned where there are few of them."""
+    """Return the scheme for ``"weight bits/activation bits"``; scales are learned for few bits."""
     weights, activations = map(int, bits.split("/"))
     learned_step = "none" if (weights, activations) == (8, 8) else learned_step
     return Scheme(weight_bits=weights, activation_bits=activations, learned_step=learned_step)
 
 
 def parser() -> argparse.ArgumentParser:
-    """What the command line may say."""
+    """Return the command-line parser."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", required=True, help="folder or tar archive with CIFAR-10")
     parser.add_argument("--work", default="cifar10_runs", help="folder for results and float networks")
@@ -160,7 +160,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main() -> None:
-    """Train what is not there yet, and print the table."""
+    """Compute missing results, and print the table."""
     options = parser().parse_args()
     silent()
     benchmark = Benchmark(options)

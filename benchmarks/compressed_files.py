@@ -1,7 +1,7 @@
-"""How large the files of a language model without calibration are: ``python -m benchmarks.compressed_files``.
+"""File sizes of a language model with kinds that need no calibration: ``python -m benchmarks.compressed_files``.
 
-An untrained `CharTransformer` of a million parameters in ``mode="fx"``; each file is written and loaded again, and its
-SQNR against the integer network is that of one sequence. Printed is the table of ``docs/export.md``.
+An untrained `CharTransformer` with a million parameters in ``mode="fx"``. Each file is written and loaded again, and
+its SQNR relative to the integer network is measured on one sequence. Prints the table of ``docs/export.md``.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ FORMATS = ("onnx", "openvino", "executorch")
 
 
 def size_mb(folder: Path) -> float:
-    """Of all files of a folder, in 10^6 bytes."""
+    """Return the size of all files in a folder, in 10^6 bytes."""
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) / 1e6
 
 
 def cell(quantized: QuantizedNetwork, name: str) -> str:
-    """Size and SQNR of one format; a dash where it does not take the network."""
+    """Return size and SQNR of one format; a dash if it does not support the network."""
     form = get_format(name)
     if form.refusal(quantized.recipe):
         return "–"
@@ -52,7 +52,7 @@ def cell(quantized: QuantizedNetwork, name: str) -> str:
 
 
 def safetensors(quantized: QuantizedNetwork) -> str:
-    """Size of torchao's layout."""
+    """Return the file size in torchao's layout."""
     if quantized.recipe.kind == "dynamic" and quantized.recipe.scheme.activation_granularity != "per_token":
         return "–"
     with tempfile.TemporaryDirectory() as folder:

@@ -1,7 +1,7 @@
-"""Int8 accuracy against a float run of equal length: ``python -m benchmarks.digits [--seeds 0 1 2] [--modes …]``.
+"""Int8 accuracy compared with a float run of equal length: ``python -m benchmarks.digits [--seeds 0 1 2] [--modes …]``.
 
-For each seed one float run, and for each mode one quantization-aware run of the same epochs, optimizer and data order,
-on scikit-learn's digits with the network of ``python train.py``. What is compared is the accuracy on the test images.
+For each seed, one float run, and for each mode one quantization-aware run with the same epochs, optimizer and data
+order, on scikit-learn's digits with the network of ``python train.py``. Reports the accuracy on the test images.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from qat_lightning.demos import ClassificationModule, DigitsDataModule, SmallMob
 
 
 def accuracy(seed: int, epochs: int, mode: str | None, backend: str) -> tuple[float, float]:
-    """Train once.
+    """Train one network.
 
     Returns:
-        Test accuracy, of the int8 network if there is a mode, and int8's agreement with fake-quant (1 for float).
+        Test accuracy (of the int8 network if a mode is given), and int8's agreement with fake-quant (1 for float).
     """
     seed_everything(seed, verbose=False)
     data = DigitsDataModule(batch_size=64, seed=seed)

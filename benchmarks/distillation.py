@@ -1,14 +1,14 @@
-"""What distillation from the float network brings a language model, and what it costs in memory.
+"""Effect of distillation from the float network on a language model, and its memory cost.
 
-``python -m benchmarks.distillation bits TEXT``: a `CharTransformer` trains on a text in float as in
-`benchmarks.language`. The trained network is tuned with fake-quant of each grid for a few steps on a few batches, as
-one fine-tunes on little data, from labels alone and with each way to distil; the teacher is the float network it began
-with. Measured is the integer network on the last 5 % of the text, in bits a character. Every figure is a line in a
-folder as soon as it is there, and a run that was broken off goes on where it stopped.
+``python -m benchmarks.distillation bits TEXT``: a `CharTransformer` is trained on a text in float as in
+`benchmarks.language`. It is then fine-tuned with fake-quantization for each grid, for a few steps on a few batches, as
+with little data: from labels alone, and with each form of distillation. The teacher is the trained float network.
+Reports the integer network's bits per character on the last 5 % of the text. Results are stored in a folder as they are
+computed; an interrupted run continues where it stopped.
 
-``python -m benchmarks.distillation memory``: the peak of the resident memory in a training step of a Llama of two
-blocks with a large vocabulary, less what it was before the step. Each row is a process of its own, with an allocator
-that gives freed memory back at once. ``before`` is the loss in single operations on whole tensors.
+``python -m benchmarks.distillation memory``: the peak resident memory in a training step of a Llama with two blocks and
+a large vocabulary, relative to before the step. Each row runs in its own process, with an allocator that returns freed
+memory immediately. ``before`` is the loss in single operations on whole tensors.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ WAYS: dict[str, dict[str, float]] = {
 
 
 def settings_of(way: dict[str, float], network: nn.Module, temperature: float) -> DistillationSettings:
-    """What is compared."""
+    """Return the distillation settings of a row."""
     return DistillationSettings(
         temperature=temperature,
         weight=way.get("weight", 0.0),
@@ -70,7 +70,7 @@ def settings_of(way: dict[str, float], network: nn.Module, temperature: float) -
 
 
 def trained(seed: Seed, start: nn.Module, grid: str, way: dict[str, float]) -> nn.Module:
-    """The integer network after a few steps with fake-quant."""
+    """Return the integer network after a few steps with fake-quantization."""
     options = seed.options
     network = prepared(start, seed.example, grid).train()
     teaching = None
@@ -91,7 +91,7 @@ def trained(seed: Seed, start: nn.Module, grid: str, way: dict[str, float]) -> n
 
 
 def loss(network: nn.Module, teaching: Distiller | None, tokens: Tensor, targets: Tensor, task: float) -> Tensor:
-    """Of one batch."""
+    """Return the loss of one batch."""
     if teaching is None:
         return F.cross_entropy(network(tokens).flatten(0, 1), targets.flatten())
     with teaching.features():
@@ -102,7 +102,7 @@ def loss(network: nn.Module, teaching: Distiller | None, tokens: Tensor, targets
 
 
 def run_bits(options: argparse.Namespace) -> None:
-    """Measure and print the bits of each grid and way."""
+    """Measure and print bits per character for each grid and form of distillation."""
     options.out.mkdir(parents=True, exist_ok=True)
     data = TextFileDataModule(options.text, context=options.context, batch_size=options.batch)
     table = Table("grid", "learns from", "bits a character", "more than float", caption=describe())
@@ -125,7 +125,7 @@ def run_bits(options: argparse.Namespace) -> None:
 
 
 def float_of(seed: Seed) -> nn.Module:
-    """The trained float network, as `benchmarks.language` keeps it."""
+    """Return the trained float network, stored as in `benchmarks.language`."""
     options = seed.options
     start = seed.float_network(
         "start", seed.fresh, batches(seed.train_data, options.steps, options.batch, seed.seed), options.lr
@@ -143,14 +143,14 @@ MEMORY = ("no distillation", "outputs, before", "outputs", "blocks")
 
 
 def plain_loss(student: Tensor, teacher: Tensor, temperature: float, class_axis: int, **_: Any) -> Tensor:
-    """`distillation_loss` on whole tensors."""
+    """Compute `distillation_loss` with operations on whole tensors."""
     wanted, got = ((scores.float() / temperature).log_softmax(class_axis) for scores in (teacher, student))
     divergence = F.kl_div(got, wanted, reduction="none", log_target=True).sum(class_axis).mean()
     return divergence * temperature**2
 
 
 def measure(row: str, options: argparse.Namespace) -> dict[str, float]:
-    """The peak of a step and its time."""
+    """Measure a step's peak memory and time."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     warnings.filterwarnings("ignore")
@@ -189,14 +189,14 @@ def measure(row: str, options: argparse.Namespace) -> dict[str, float]:
     student.zero_grad(set_to_none=True)
     gc.collect()
     before = resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # begins the highest anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     began = time.perf_counter()
     step()
     return {"peak": resident("VmHWM") - before, "seconds": time.perf_counter() - began}
 
 
 def run_memory(options: argparse.Namespace) -> None:
-    """Measure each row in a process of its own, and print the table."""
+    """Measure each row in its own process, and print the table."""
     environment = os.environ | {"MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_MMAP_THRESHOLD_": "65536"}
     scores = options.batch * options.length * options.vocabulary * 4
     title = (
@@ -213,7 +213,7 @@ def run_memory(options: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    """Measure what is asked for."""
+    """Run the requested measurement."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parts = parser.add_subparsers(dest="part", required=True)
     of_bits = parts.add_parser("bits", help="what it brings")

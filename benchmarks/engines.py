@@ -1,7 +1,7 @@
-"""The engines of `benchmarks.latency`, ours and the peers': each makes a function of a batch of images.
+"""The engines of `benchmarks.latency`, ours and other tools': each returns a function that runs a batch of images.
 
-Every network has random weights, BatchNorm statistics of random batches, and is calibrated on the same random images:
-what a kernel costs depends on neither. Peers are called as their documentation shows for a server CPU.
+Networks have random weights and BatchNorm statistics of random batches, and are calibrated on the same random images;
+kernel times depend on neither. Other tools are used as their documentation shows for server CPUs.
 """
 
 from __future__ import annotations
@@ -20,29 +20,29 @@ from benchmarks.networks import NETWORKS
 Run = Callable[[Tensor], Any]
 _KEPT = tempfile.TemporaryDirectory()
 FOLDER = Path(_KEPT.name)
-"""Where this process keeps its files; those of int8 networks begin with ``int8``."""
+"""Folder for this process's files; those of int8 networks begin with ``int8``."""
 
 SIDE = 224
 CALIBRATION_BATCHES = 4
 
 
 def images(batch: int, seed: int = 0) -> Tensor:
-    """Random images, float32, of shape (batch, 3, `SIDE`, `SIDE`)."""
+    """Return random images, float32, of shape (batch, 3, `SIDE`, `SIDE`)."""
     return torch.randn(batch, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(seed))
 
 
 def calibration() -> list[Tensor]:
-    """The batches that every int8 engine takes its ranges from."""
+    """Return the calibration batches of all int8 engines."""
     return [images(8, seed) for seed in range(1, 1 + CALIBRATION_BATCHES)]
 
 
 def network(name: str) -> nn.Module:
-    """The float network, in evaluation, with statistics that keep its activations in a range."""
+    """Return the float network in evaluation mode, with BatchNorm statistics that keep activations in range."""
     torch.manual_seed(0)
     made = NETWORKS[name]().train()
     for module in made.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.momentum = None  # the plain average of the batches
+            module.momentum = None  # cumulative average over batches
             module.reset_running_stats()
     with torch.no_grad():
         for batch in calibration():
@@ -57,7 +57,7 @@ def network(name: str) -> nn.Module:
 
 
 def int8_network(name: str, mode: str, backend: str, runtime: Any = None) -> Any:
-    """Our int8 network, calibrated."""
+    """Return our int8 network, calibrated."""
     from qat_lightning.artifact.quantized import QuantizedNetwork
     from qat_lightning.export.plain_tensors import in_its_runtime
     from qat_lightning.graph.example import Example
@@ -76,12 +76,12 @@ def int8_network(name: str, mode: str, backend: str, runtime: Any = None) -> Any
 
 
 def fp32_eager(name: str) -> Run:
-    """PyTorch as it is: the base of every ratio."""
+    """Return PyTorch's float network, the baseline of every ratio."""
     return network(name)
 
 
 def int8_module(mode: str, runtime: Any = None) -> Callable[[str], Run]:
-    """Our int8 module, as `trainer.test` runs it."""
+    """Return our int8 module, as `trainer.test` runs it."""
 
     def make(name: str) -> Run:
         int8 = int8_network(name, mode, "x86", runtime)
@@ -92,7 +92,7 @@ def int8_module(mode: str, runtime: Any = None) -> Callable[[str], Run]:
 
 
 def artifact(format_name: str, mode: str, backend: str = "x86") -> Callable[[str], Run]:
-    """Our int8 network as a file of this format, run by its runtime."""
+    """Return our int8 network as a file of this format, run by its runtime."""
 
     def make(name: str) -> Run:
         from qat_lightning.export import get_format
@@ -133,12 +133,12 @@ def _ort(path: Path) -> Run:
 
 
 def ort_fp32(name: str) -> Run:
-    """ONNX Runtime on the float network."""
+    """Return ONNX Runtime with the float network."""
     return _ort(_onnx(name))
 
 
 def ort_static(layout: str) -> Callable[[str], Run]:
-    """ONNX Runtime's own static quantization: uint8 activations, int8 weights per channel, its pre-processing first.
+    """Return ONNX Runtime's own static quantization, after its pre-processing: uint8 activations, int8 per channel.
 
     Args:
         layout: ``"QDQ"`` or ``"QOperator"``.
@@ -180,7 +180,7 @@ def _openvino(model: Any) -> Run:
     compiled: dict[int, Any] = {}
 
     def run(batch: Tensor) -> Any:
-        if len(batch) not in compiled:  # fixed shapes are faster, and ours are measured with them as well
+        if len(batch) not in compiled:  # fixed shapes are faster, and are used for our files too
             fixed = model.clone()
             fixed.reshape([len(batch), 3, SIDE, SIDE])
             compiled[len(batch)] = core.compile_model(fixed, "CPU", settings).create_infer_request()
@@ -196,12 +196,12 @@ def _openvino_float(name: str) -> Any:
 
 
 def openvino_fp32(name: str) -> Run:
-    """OpenVINO on the float network."""
+    """Return OpenVINO with the float network."""
     return _openvino(_openvino_float(name))
 
 
 def openvino_nncf(name: str) -> Run:
-    """NNCF's post-training quantization of the OpenVINO model."""
+    """Return NNCF's post-training quantization of the OpenVINO model."""
     import nncf
     import openvino
 
@@ -214,13 +214,13 @@ def openvino_nncf(name: str) -> Run:
 
 @dataclass(frozen=True)
 class Engine:
-    """One row.
+    """One row of the table.
 
     Attributes:
-        make: Makes it for a network of this name.
+        make: Creates the engine for a network name.
         whose: ``"base"``, ``"ours"`` or ``"peer"``.
         int8: Whether it is compared with int8 engines.
-        needs: What to install for it.
+        needs: Packages to install.
     """
 
     make: Callable[[str], Run]

@@ -1,8 +1,8 @@
-"""What activations and GroupNorm cost in exported files, by mode: ``python -m benchmarks.exported_activations``.
+"""Effect of activations and GroupNorm on exported files, by mode: ``python -m benchmarks.exported_activations``.
 
-A small convolutional network with each of them is prepared, calibrated on random images, converted and written for
-ONNX Runtime and OpenVINO. Kept are how many of its layers the runtime runs on integers, where it tells, and the median
-time of one image, each loaded in a process of its runtime.
+A small convolutional network with each of them is prepared, calibrated on random images, converted, and exported for
+ONNX Runtime and OpenVINO. Reports the number of layers that the runtime runs on integers, if it tells, and the median
+latency of one image; each file is loaded in its own process.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ FORMATS = ("onnx", "openvino")
 
 
 def network(activation: str, group_norm: bool) -> nn.Module:
-    """Four convolutions and a linear layer."""
+    """Return four convolutions and a linear layer."""
     layers: list[nn.Module] = []
     width = 3
     for stride, wider in ((2, 32), (1, 64), (1, 64), (1, 64)):
@@ -42,7 +42,7 @@ def network(activation: str, group_norm: bool) -> nn.Module:
 
 
 def row(activation: str, group_norm: bool, mode: str, backend: str) -> list[str]:
-    """The figures of one network from one mode."""
+    """Return the figures of one network from one mode."""
     torch.manual_seed(0)
     images = torch.randn(8, 3, 64, 64)
     prepared = prepare(network(activation, group_norm), Example((images,)), Recipe(mode, backend))

@@ -1,8 +1,8 @@
-"""Recipes for few bits one by one, on digits: ``python -m benchmarks.few_bits [--seeds 0 1 2] [--rows …]``.
+"""Recipes for few bits, one at a time, on digits: ``python -m benchmarks.few_bits [--seeds 0 1 2] [--rows …]``.
 
-For each seed one float network is trained, and every row starts from it: post-training quantization to 2- and 3-bit
+For each seed one float network is trained. Every row starts from it: post-training quantization to 2- and 3-bit
 weights, or three epochs of training with 3-bit weights and activations. It takes minutes where `benchmarks.recipes`
-takes hours, on images that are far easier: what helps here may not elsewhere.
+takes hours, but digits are much easier than photos: results may not transfer.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class Row:
         method: ``"float"``, ``"ptq"`` or ``"qat"``.
         scheme: Bits and observers.
         against: The row that it is compared with.
-        arguments: Further arguments of the callback that quantizes.
-        callbacks: What makes further callbacks.
+        arguments: Additional arguments of the quantizing callback.
+        callbacks: Creates additional callbacks.
     """
 
     method: Literal["float", "ptq", "qat"]
@@ -74,12 +74,12 @@ ROWS |= {
 
 
 def network() -> SmallMobileNet:
-    """That of ``python train.py``."""
+    """Return the network of ``python train.py``."""
     return SmallMobileNet(num_classes=10, in_channels=1, width=16, strides=[1, 2], blocks=2, expansion=3)
 
 
 def trained(seed: int, epochs: int) -> dict[str, Any]:
-    """The weights of a float network."""
+    """Train a float network and return its weights."""
     seed_everything(seed, verbose=False)
     module = ClassificationModule(network(), num_classes=10)
     trainer(epochs).fit(module, datamodule=DigitsDataModule(batch_size=64, seed=seed))
@@ -87,7 +87,7 @@ def trained(seed: int, epochs: int) -> dict[str, Any]:
 
 
 def accuracy(row: Row, seed: int, weights: dict[str, Any]) -> dict[str, float]:
-    """The share of the test images that a row's network gets right; of a simulated scheme, that of fake-quant."""
+    """Return the test accuracy of a row's int8 network; for a simulated scheme, of fake-quant."""
     seed_everything(seed, verbose=False)
     module = ClassificationModule(network(), num_classes=10, lr=5e-4)
     module.load_state_dict(weights)
@@ -108,7 +108,7 @@ def accuracy(row: Row, seed: int, weights: dict[str, Any]) -> dict[str, float]:
 
 
 def main() -> None:
-    """Measure what is not in the file of results yet, and print the table."""
+    """Compute missing results, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, default=20, help="of the float network")

@@ -1,10 +1,10 @@
 """Tests and measurements on a machine with a GPU: ``make gpu``, or ``python -m benchmarks.gpu [--device cuda]``.
 
-Four parts, each with its share of the time: the tests marked ``gpu``, the time of a training step, its memory, and
-ONNX files in TensorRT. What cannot be measured, such as a peer that is not installed, is a row with the reason. One
-table is printed, and written as Markdown and as JSON. The exit status is 1 if a test failed or none was run.
+Four parts, each with a share of the time: the tests marked ``gpu``, the time of a training step, its memory, and ONNX
+files in TensorRT. What cannot be measured, such as a tool that is not installed, is a row with the reason. One table is
+printed, and written as Markdown and JSON. The exit status is 1 if a test failed or none was run.
 
-With ``--device cpu`` the same program runs on tiny settings on the CPU, as a check of itself.
+With ``--device cpu`` the same program runs with tiny settings on the CPU, to check the program itself.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from benchmarks.machine import describe
 from benchmarks.within import run_within
 
 SHARES = {"tests": 0.36, "step": 0.34, "memory": 0.15, "TensorRT": 0.15}
-"""The parts, and how much of the time each one may take."""
+"""The parts, and the share of the time for each."""
 
 NETWORKS = ("resnet18", "mobilenetv2")
 PEERS = ("torchao PT2E", "ModelOpt")
@@ -38,7 +38,7 @@ KEPT = ("float", "fx", "pt2e", "eager", *PEERS)
 COMPILED = ("float, compile", "fx, compile")
 
 SIZES = {"cuda": {"batch": 128, "size": 128}, "cpu": {"batch": 2, "size": 32}}
-"""Batch size, and height and width of the images, of a training step."""
+"""Batch size, and height and width of the images in a training step."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,8 @@ class Row:
     Args:
         part: Its part.
         name: What was run.
-        result: The outcome in words, or why there is none.
-        figures: The outcome in figures; empty where there is none.
+        result: The result as text, or why there is none.
+        figures: The result as numbers; empty if there is none.
         failed: Whether a test failed.
     """
 
@@ -61,22 +61,22 @@ class Row:
 
 
 class Clock:
-    """Says how much of a part's time is left.
+    """Tells how much of a part's time is left.
 
     Args:
-        seconds: How long the part may take.
+        seconds: Time limit of the part.
     """
 
     def __init__(self, seconds: float) -> None:
         self.seconds, self.began = seconds, time.monotonic()
 
     def left(self) -> float:
-        """Seconds that are left, 0 or more."""
+        """Return the seconds left, 0 or more."""
         return max(0.0, self.seconds - (time.monotonic() - self.began))
 
 
 def tests(options: argparse.Namespace, clock: Clock) -> Iterator[Row]:
-    """The tests marked ``gpu``: a row for all, and one for each that failed or was skipped."""
+    """Run the tests marked ``gpu``; yield a summary row, and a row for each that failed or was skipped."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "report.xml")
         command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-m", "gpu", "--device", options.device]
@@ -114,7 +114,7 @@ def _outcome(case: ElementTree.Element) -> tuple[str, str]:
 
 
 def step(options: argparse.Namespace, clock: Clock) -> Iterator[Row]:
-    """The time of a training step against float's, in float32 and under autocast; compiled steps last."""
+    """Time training steps relative to float, in float32 and with autocast; compiled steps last."""
     for network, row, autocast in _steps(options):
         name = f"{network}, {row}{', bfloat16 autocast' if autocast else ''}"
         settings = _settings(options, network, rounds=options.rounds, warmup=4, autocast=autocast, clock="wall")
@@ -136,7 +136,7 @@ def step(options: argparse.Namespace, clock: Clock) -> Iterator[Row]:
 
 
 def _steps(options: argparse.Namespace) -> Iterator[tuple[str, str, bool]]:
-    """Network, row, and whether under autocast; what takes longest comes last."""
+    """Yield network, row, and whether to use autocast; the slowest last."""
     first = options.networks[0]
     yield from ((network, row, False) for network in options.networks for row in options.rows or STEPS)
     yield from ((first, row, True) for row in options.rows or ("fx", *PEERS))
@@ -145,7 +145,7 @@ def _steps(options: argparse.Namespace) -> Iterator[tuple[str, str, bool]]:
 
 
 def kept(options: argparse.Namespace, clock: Clock) -> Iterator[Row]:
-    """The memory of a training step against float's: its peak, and the tensors that it keeps for its backward pass."""
+    """Measure the memory of training steps relative to float: the peak, and tensors saved for the backward pass."""
     for network in options.networks:
         plain: dict[str, Any] | None = None
         rows = ("float", *(row for row in options.rows or KEPT if row != "float"))
@@ -163,7 +163,7 @@ def kept(options: argparse.Namespace, clock: Clock) -> Iterator[Row]:
 
 
 def tensorrt(options: argparse.Namespace, clock: Clock) -> Iterator[Row]:
-    """ONNX files of backend ``tensorrt`` in TensorRT, against the float network's."""
+    """Compare ONNX files of backend ``tensorrt`` in TensorRT with the float network's."""
     for network in options.networks:
         if options.device != "cuda":
             yield Row("TensorRT", network, "not measured: TensorRT needs a GPU")
@@ -187,7 +187,7 @@ PARTS: dict[str, Callable[[argparse.Namespace, Clock], Iterator[Row]]] = {
 
 
 def _settings(options: argparse.Namespace, network: str, **more: Any) -> argparse.Namespace:
-    """What a worker of `benchmarks.qat_step` and `benchmarks.memory` is told."""
+    """Return the options for a worker of `benchmarks.qat_step` and `benchmarks.memory`."""
     shared = {"network": network, "device": options.device, "python": options.python, "threads": options.threads}
     return argparse.Namespace(**SIZES[options.device], **shared, **more)
 
@@ -199,7 +199,7 @@ def _asked(module: str, row: str, settings: argparse.Namespace, clock: Clock, en
 
 
 def _result(command: list[str], clock: Clock) -> dict[str, Any] | str:
-    """What a program prints behind ``result``, or why it did not."""
+    """Return what a program prints after ``result``, or why it did not."""
     if clock.left() == 0:
         return f"the {clock.seconds:.0f} s of this part were over"
     try:
@@ -220,7 +220,7 @@ def _one_line(text: str, limit: int = 200) -> str:
 
 
 def _device(name: str) -> str:
-    """The GPUs by name, with driver and CUDA; or the CPU."""
+    """Describe the GPUs, with driver and CUDA versions; or the CPU."""
     if name != "cuda":
         return "no GPU: a check of the program on the CPU"
     names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
@@ -228,7 +228,7 @@ def _device(name: str) -> str:
 
 
 def markdown(title: str, rows: list[Row]) -> str:
-    """The table."""
+    """Format the table as Markdown."""
     lines = [title, "", "| part | what | result |", "|---|---|---|"]
     for row in rows:
         cells = (

@@ -1,10 +1,10 @@
-"""The memory of int8 inference against float's: ``python -m benchmarks.memory inference``.
+"""Memory of int8 inference relative to float: ``python -m benchmarks.memory inference``.
 
-Each row is a process of its own, which loads a file and calls it: this library's own file and a ``state_dict`` in
-PyTorch, and each format in its runtime, with a float file of the same format beside it. Figures are the resident memory
-of the process at its highest, in loading and the first calls, and in the calls after it, the network's weights
-included: of the whole process (``--whole``), with all that it imports, or less what it was when everything was imported
-and a network of one convolution had run in the same runtime.
+Each row runs in its own process, which loads a file and calls it: this library's file and a ``state_dict`` in PyTorch,
+and each export format in its runtime, compared with a float file of the same format. Reports the peak resident memory
+during loading and the first calls, and during later calls, including weights. With ``--whole`` it is that of the whole
+process with all imports; otherwise the memory after imports and after running a network with one convolution is
+subtracted.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 IN_PROCESS = ("eager", "fx", "pt2e", "pt2e, plain")
 _PLAIN = ", plain"
 FILES = {"torchscript": "fx", "pt2": "pt2e", "onnx": "fx", "openvino": "fx", "executorch": "pt2e"}
-"""Formats, and the mode that the int8 file is made from."""
+"""Formats, and the mode of the int8 network for each."""
 PAIRS = [("PyTorch", mode) for mode in IN_PROCESS] + list(FILES.items())
 SIDE = 224
 
@@ -39,7 +39,7 @@ Run = Callable[[Any], Any]
 
 
 def build(network: str, folder: Path, rows: list[str]) -> None:
-    """Write the files of a network for some rows, and those of a small one; what fails leaves a text that says why."""
+    """Write a network's files for some rows, and those of a small network; failures are written to a text file."""
     import torch
 
     from benchmarks.networks import NETWORKS
@@ -71,7 +71,7 @@ def build(network: str, folder: Path, rows: list[str]) -> None:
                 (folder / f"{which}-{name}-{kind}").mkdir()
                 try:
                     form.write(Source(source, example), folder / f"{which}-{name}-{kind}" / f"model{form.suffix}")
-                except Exception as error:  # noqa: BLE001 (a row of the table says it)
+                except Exception as error:  # noqa: BLE001 (reported in a row of the table)
                     (folder / f"{which}-{name}-{kind}.txt").write_text(f"{type(error).__name__}: {error}")
 
 
@@ -93,11 +93,11 @@ def _small() -> Any:
         "flat": torch.nn.Flatten(),
         "head": torch.nn.Linear(7200, 8),
     }
-    return torch.nn.Sequential(OrderedDict(layers))  # ExecuTorch folds no BatchNorm whose name begins with a digit
+    return torch.nn.Sequential(OrderedDict(layers))  # ExecuTorch folds no BatchNorm named like a number
 
 
 def load(what: str, mode: str, kind: str, which: str, folder: Path, network: str) -> Run:
-    """What runs a file of one row."""
+    """Return a function that runs the file of one row."""
     import torch
 
     if what == "PyTorch":
@@ -122,7 +122,7 @@ def load(what: str, mode: str, kind: str, which: str, folder: Path, network: str
 
 
 def worker(row: list[str], folder: Path, network: str) -> dict[str, int]:
-    """Measure one file with one size of the batch."""
+    """Measure one file with one batch size."""
     import torch
 
     what, mode, kind, batch = row[0], row[1], row[2], int(row[3])
@@ -133,15 +133,15 @@ def worker(row: list[str], folder: Path, network: str) -> dict[str, int]:
         before = 0
         if row[4:] != ["whole"]:
             small = load(what, mode, kind, "small", folder, network)
-            for _ in range(6):  # by then it is recorded
+            for _ in range(6):  # until kernels are recorded
                 small(torch.randn(batch, 3, 32, 32))
             del small
             gc.collect()
             ctypes.CDLL(None).malloc_trim(0)
             before = resident("VmRSS")
-        Path("/proc/self/clear_refs").write_text("5")  # begins the highest anew
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
         run = load(what, mode, kind, "whole", folder, network)
-        for _ in range(10):  # by then frozen traces and plans are made
+        for _ in range(10):  # until frozen traces and plans exist
             run(images)
         loading = resident("VmHWM") - before
         gc.collect()
@@ -152,7 +152,7 @@ def worker(row: list[str], folder: Path, network: str) -> dict[str, int]:
 
 
 def ask(network: str, folder: Path, row: list[str]) -> dict[str, int] | str:
-    """What a row's own process measures; or why it does not."""
+    """Return the measurements of a row's process, or why there are none."""
     environment = os.environ | {
         "MALLOC_TRIM_THRESHOLD_": "0",
         "MALLOC_MMAP_THRESHOLD_": "65536",
@@ -168,8 +168,8 @@ def ask(network: str, folder: Path, row: list[str]) -> dict[str, int] | str:
 
 
 def main(arguments: list[str]) -> None:
-    """Measure and print a table for each network and batch."""
-    from rich.console import Console  # not before: workers do not need it
+    """Measure and print a table for each network and batch size."""
+    from rich.console import Console  # imported here because workers do not need it
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--networks", nargs="+", default=["resnet18", "mobilenetv2"])
@@ -180,7 +180,7 @@ def main(arguments: list[str]) -> None:
     for network in options.networks:
         with tempfile.TemporaryDirectory() as folder:
             command = [sys.executable, "-W", "ignore", "-m", "benchmarks.inference_memory", network, folder, "build"]
-            # Conversions need not compile: the format pt2 does, and the process that measures.
+            # Conversion need not compile; the format pt2 and the measuring process do.
             subprocess.run([*command, *options.rows], check=True, env=os.environ | {"QAT_LIGHTNING_COMPILE": "0"})
             for batch in options.batches:
                 Console(width=120).print(_table(network, Path(folder), batch, options))

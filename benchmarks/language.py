@@ -1,13 +1,13 @@
-"""Bits a character of a small language model on the grids of language models: ``python -m benchmarks.language TEXT``.
+"""Bits per character of a small language model, by grid: ``python -m benchmarks.language TEXT``.
 
-A `CharTransformer` of a million parameters trains on a text in float: its first 90 %, and 5 % each to validate and to
-test. From there, on the same batches with the same optimizer, each grid trains on with fake-quant (QAT), and float
-trains on as well, so that all had equal training. Post-training quantization (PTQ) rounds what float ended with,
-calibrated on 8 batches where ranges are fixed. Measured is the integer network on the last 5 %. The peer is torchao's
-QAT flow for the one grid that both have; what is measured of it is its fake-quant network. Steps are timed
-afterwards, in turn.
+A `CharTransformer` with a million parameters is trained on a text in float: the first 90 % for training, 5 % each for
+validation and testing. From there, training continues with fake-quantization for each grid (QAT) and in float, on the
+same batches with the same optimizer. Post-training quantization (PTQ) quantizes the final float network, calibrated on
+8 batches for fixed ranges. Reports bits per character of the integer network on the last 5 %. The other tool is
+torchao's QAT flow, for the one grid that both support; its fake-quantized network is measured. Steps are timed
+afterwards, alternating.
 
-Every figure is a line in a folder as soon as it is there, and a run that was broken off goes on where it stopped.
+Results are stored in a folder as they are computed; an interrupted run continues where it stopped.
 """
 
 from __future__ import annotations
@@ -49,20 +49,20 @@ Batch = tuple[Tensor, Tensor]
 
 
 def batches(data: Windows, count: int, size: int, seed: int) -> list[Batch]:
-    """As many batches in a random order, the same for whoever asks with this seed."""
+    """Return ``count`` batches in a random order given by the seed."""
     generator = torch.Generator().manual_seed(seed)
     return [data.__getitems__(torch.randint(len(data), (size,), generator=generator).tolist()) for _ in range(count)]
 
 
 def step(network: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch) -> None:
-    """One step of training."""
+    """Run one training step."""
     optimizer.zero_grad()
     cross_entropy(network(batch[0]).flatten(0, 1), batch[1].flatten()).backward()
     optimizer.step()
 
 
 def train(network: nn.Module, given: Sequence[Batch], lr: float) -> nn.Module:
-    """Train with AdamW, the rate falling to 0 along a cosine."""
+    """Train with AdamW and a cosine learning rate that decays to 0."""
     network.train()
     optimizer = torch.optim.AdamW(network.parameters(), lr=lr, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, len(given))
@@ -74,7 +74,7 @@ def train(network: nn.Module, given: Sequence[Batch], lr: float) -> nn.Module:
 
 @torch.no_grad()
 def bits(network: nn.Module, data: Windows, size: int) -> float:
-    """Bits a character over a whole set."""
+    """Return the bits per character over a whole set."""
     total = 0.0
     for start in range(0, len(data), size):
         tokens, targets = data.__getitems__(list(range(start, min(start + size, len(data)))))
@@ -83,14 +83,14 @@ def bits(network: nn.Module, data: Windows, size: int) -> float:
 
 
 def prepared(network: nn.Module, example: Example, grid: str, mode: str = "fx") -> nn.Module:
-    """A copy with fake-quant of a grid."""
+    """Return a copy with fake-quantization of a grid."""
     kind, scheme = GRIDS[grid]
     recipe = Recipe(mode, "x86", scheme, kind="qat" if kind == "static" else kind, trained=kind != "static")  # type: ignore[arg-type]
     return prepare(copy.deepcopy(network), example, recipe)
 
 
 def after_training(network: nn.Module, example: Example, grid: str, given: Sequence[Batch]) -> nn.Module:
-    """The integer network of a float one."""
+    """Return the integer network of a float one, without training."""
     kind, scheme = GRIDS[grid]
     recipe = Recipe("fx", "x86", scheme, kind=kind)  # type: ignore[arg-type]
     if kind != "static":
@@ -101,7 +101,7 @@ def after_training(network: nn.Module, example: Example, grid: str, given: Seque
 
 
 def peer(network: nn.Module) -> nn.Module:
-    """A copy with torchao's fake-quant of the same grid."""
+    """Return a copy with torchao's fake-quantization of the same grid."""
     from torchao.quantization import quantize_
     from torchao.quantization.qat import IntxFakeQuantizeConfig, QATConfig
 
@@ -113,12 +113,12 @@ def peer(network: nn.Module) -> nn.Module:
 
 
 class Seed:
-    """What one seed measures.
+    """All measurements with one seed.
 
     Args:
         data: The text.
-        options: Of the command.
-        seed: Of the weights and of the order of the batches.
+        options: The command-line options.
+        seed: Seed of the weights and of the order of batches.
     """
 
     def __init__(self, data: TextFileDataModule, options: argparse.Namespace, seed: int) -> None:
@@ -131,7 +131,7 @@ class Seed:
         self.results = Results(options.out / "results.jsonl")
 
     def float_network(self, name: str, begin: Callable[[], nn.Module], given: Sequence[Batch], lr: float) -> nn.Module:
-        """A trained float network, kept as a file."""
+        """Return a trained float network, stored in a file."""
         file = self.options.out / f"{name}-{self.seed}.pt"
         network = begin()
         if file.exists():
@@ -142,19 +142,19 @@ class Seed:
         return network
 
     def fresh(self) -> nn.Module:
-        """An untrained network."""
+        """Return an untrained network."""
         torch.manual_seed(self.seed)
         return CharTransformer(context=self.options.context)
 
     def bits(self, grid: str, column: str, network: Callable[[], nn.Module]) -> float:
-        """Bits a character of a network, made only if the folder does not have its figure."""
+        """Return the bits per character of a network, which is created only if the folder has no result for it."""
         keys = ("steps", "tune", "batch", "context", "lr", "tune_lr")
         settings = {key: getattr(self.options, key) for key in keys} | {"grid": grid, "is": column, "seed": self.seed}
         measured = self.results.once(settings, lambda: {"bits": bits(network(), self.test_data, self.options.batch)})
         return measured["bits"]
 
     def run(self) -> dict[str, dict[str, float]]:
-        """Bits of each grid after post-training quantization and after training."""
+        """Return the bits per character of each grid after PTQ and after QAT."""
         options = self.options
         first = batches(self.train_data, options.steps, options.batch, self.seed)
         start = self.float_network("start", self.fresh, first, options.lr)
@@ -173,11 +173,11 @@ class Seed:
         return found
 
     def trained(self, start: nn.Module, grid: str) -> nn.Module:
-        """The integer network after training with fake-quant."""
+        """Return the integer network after training with fake-quantization."""
         return convert(train(prepared(start, self.example, grid), self.given, self.options.tune_lr), self.example)
 
     def seconds(self, rounds: int) -> dict[str, float]:
-        """Seconds of a step, medians of rounds in turn."""
+        """Return the seconds of a step: medians of alternating rounds."""
         networks = {"float": self.fresh()}
         networks |= {grid: prepared(self.fresh(), self.example, grid) for grid in self.options.grids}
         if PEER in self.options.grids:
@@ -194,7 +194,7 @@ class Seed:
 
 
 def table(runs: list[dict[str, dict[str, float]]], seconds: dict[str, float]) -> Table:
-    """Means and standard deviations over the seeds, and what QAT wins back of what PTQ loses."""
+    """Return means and standard deviations over seeds, and the share of PTQ's loss that QAT recovers."""
     columns = ("grid", "PTQ, bits", "QAT, bits", "PTQ loses", "won back", "a step, times float's")
     made = Table(*columns)
 

@@ -1,10 +1,9 @@
-"""A step on the grid w4a8 and its memory against float's and torchao's: ``python -m benchmarks.language_step``.
+"""Time and memory of a w4a8 training step, relative to float and torchao: ``python -m benchmarks.language_step``.
 
-A transformer over characters, forward, backward and AdamW: weights of 4 bits in groups of 32, activations of 8 bits
-whose range is each token's own. Each row is a process of its own, in which its step and the plain float step take
-turns; its figure is the median of its rounds' ratios. Memory is measured in a second process, as `benchmarks.memory`
-does: the peak of the process in a step, and the tensors kept for the backward pass. Of a compiled step the peak is not
-given, since it counts what the compiler holds.
+A transformer over characters; forward, backward and AdamW, with 4-bit weights in groups of 32 and 8-bit activations per
+token. Each row runs in its own process, in which its step and the float step alternate; the result is the median of the
+rounds' ratios. Memory is measured in a second process as in `benchmarks.memory`: the peak in a step, and the tensors
+saved for the backward pass. For compiled steps the peak is not reported, since it includes the compiler's memory.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ ROWS = [
 
 
 def network_of(row: str, plain: Any, tokens: Any) -> Any:
-    """The network of a row, ready to train."""
+    """Return the network of a row, ready to train."""
     import torch
 
     from qat_lightning import Example
@@ -54,7 +53,7 @@ def network_of(row: str, plain: Any, tokens: Any) -> Any:
 
 
 def step_of(network: Any, tokens: Any, targets: Any) -> Callable[[], None]:
-    """One step of training."""
+    """Return a function that runs one training step."""
     import torch
 
     optimizer = torch.optim.AdamW(network.parameters(), 1e-4)
@@ -80,7 +79,7 @@ def _fresh(options: argparse.Namespace, *, small: bool = False) -> tuple[Any, An
 
 
 def times_of(row: str, options: argparse.Namespace) -> dict[str, list[float]]:
-    """Milliseconds of the row's step and of the float step, in turn."""
+    """Return the milliseconds of the row's step and of the float step, alternating."""
     plain, tokens, targets = _fresh(options)
     networks = {"row": network_of(row, plain, tokens), "float": plain.train()}
     steps = {name: step_of(network, tokens, targets) for name, network in networks.items()}
@@ -95,7 +94,7 @@ def times_of(row: str, options: argparse.Namespace) -> dict[str, list[float]]:
 
 
 def memory_of(row: str, options: argparse.Namespace) -> dict[str, int]:
-    """Bytes at the peak of a step, and kept for its backward pass."""
+    """Return the bytes at the peak of a step, and saved for its backward pass."""
     import torch
 
     small, tokens, targets = _fresh(options, small=True)  # the code of torch, of this library or of the peer

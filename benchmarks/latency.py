@@ -1,8 +1,8 @@
-"""Int8 against fp32 and the peers' int8: ``python -m benchmarks.latency [--networks …] [--batches 1 32] [--rounds 7]``.
+"""Latency of int8, fp32 and other tools: ``python -m benchmarks.latency [--networks …] [--batches 1 32] [--rounds 7]``.
 
-Each engine runs in a process of its own, so that no engine's threads disturb another's. The processes take turns, round
-after round, and a row's figure is the median of its rounds; a ratio is the median of the ratios within a round.
-Peers that are not installed have a row that says what installs them: ``pip install 'qat-lightning[benchmarks]'``.
+Each engine runs in its own process, so that threads of different engines do not interfere. The processes alternate, and
+a row reports the median over rounds; a ratio is the median of the ratios within a round. Tools that are not installed
+have a row with the installation command: ``pip install 'qat-lightning[benchmarks]'``.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _READY = "ready"
 
 
 def worker(engine: str, network: str) -> None:
-    """Make one engine, then measure a batch of the size in each line on standard input."""
+    """Create one engine, then measure the batch size in each line of standard input."""
     warnings.filterwarnings("ignore")
     try:
         with contextlib.redirect_stdout(io.StringIO()):
@@ -40,7 +40,7 @@ def worker(engine: str, network: str) -> None:
         needs = ENGINES[engine].needs
         print(f"not installed: pip install {needs}" if needs else f"{error}", flush=True)
         return
-    except Exception as error:  # noqa: BLE001 (an engine that cannot take a network is a row of the table)
+    except Exception as error:  # noqa: BLE001 (reported in a row of the table)
         print(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}", flush=True)
         return
     size = sum(file.stat().st_size for file in FOLDER.glob("int8*"))
@@ -68,8 +68,8 @@ class Worker:
     """The process of an engine.
 
     Args:
-        engine: Its name.
-        network: What it runs.
+        engine: Name of the engine.
+        network: The network that it runs.
     """
 
     def __init__(self, engine: str, network: str) -> None:
@@ -81,23 +81,23 @@ class Worker:
 
     @property
     def ready(self) -> bool:
-        """Whether it can measure; else `says` has the reason."""
+        """Whether it can measure; otherwise `says` is the reason."""
         return self.says.startswith(_READY)
 
     @property
     def size_mb(self) -> float:
-        """Of the files of the int8 network; 0 where it is not in files."""
+        """Size of the int8 network's files; 0 if there are none."""
         return int(self.says.partition(" ")[2]) / 1e6
 
     def measure(self, batch: int) -> float:
-        """Median time of a call in this round, in milliseconds."""
+        """Return the median time of a call in this round, in milliseconds."""
         assert self.process.stdin is not None
         self.process.stdin.write(f"{batch}\n")
         self.process.stdin.flush()
         return float(self._line())
 
     def end(self) -> None:
-        """Let the process end."""
+        """End the process."""
         self.process.communicate()
 
     def _line(self) -> str:
@@ -108,7 +108,7 @@ class Worker:
 def measure(
     network: str, options: argparse.Namespace
 ) -> tuple[dict[int, dict[str, list[float] | str]], dict[str, str]]:
-    """By batch size and engine, the medians of the rounds, or why there are none; and the files' sizes in MB."""
+    """Return, by batch size and engine, the median of each round, or why there is none; and file sizes in MB."""
     workers = {engine: Worker(engine, network) for engine in options.engines}
     sizes = {engine: f"{worker.size_mb:.1f}" for engine, worker in workers.items() if worker.ready and worker.size_mb}
     figures: dict[int, dict[str, list[float] | str]] = {}
@@ -125,7 +125,7 @@ def measure(
 
 
 def make_table(network: str, batch: int, figures: dict[str, list[float] | str], sizes: dict[str, str]) -> Table:
-    """One line an engine; the fastest int8 engine of ours and of the peers are marked."""
+    """Return one row per engine; the fastest int8 engines of ours and of others are marked."""
     table = Table(title=f"{network}, batch {batch}, 224x224", caption=describe())
     for column in ("engine", "whose", "median ms", "fastest", "slowest", "times faster than fp32 eager", "file MB"):
         table.add_column(column, justify="left" if column in ("engine", "whose") else "right")

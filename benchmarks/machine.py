@@ -1,4 +1,4 @@
-"""What a figure is worth nothing without: the machine it was measured on."""
+"""Description of the machine that figures were measured on."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 
 def describe() -> str:
-    """CPU, instruction sets that matter to int8, threads and versions, in one line."""
+    """Return CPU, instruction sets relevant for int8, threads and versions, in one line."""
     cpuinfo = Path("/proc/cpuinfo")
     text = cpuinfo.read_text() if cpuinfo.exists() else ""
     name = next((line.split(":", 1)[1].strip() for line in text.splitlines() if line.startswith("model name")), "")
@@ -22,6 +22,6 @@ def describe() -> str:
 
 
 def resident(key: str) -> int:
-    """Bytes of this process: ``VmRSS`` now, ``VmHWM`` at the highest."""
+    """Return this process's memory in bytes: ``VmRSS`` now, ``VmHWM`` at the peak."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * int(next(line for line in lines if line.startswith(f"{key}:")).split()[1])

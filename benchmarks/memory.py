@@ -1,11 +1,11 @@
-"""The memory of a step of quantization-aware training against float's: ``python -m benchmarks.memory``.
+"""Memory of a quantization-aware training step relative to float: ``python -m benchmarks.memory``.
 
-Each row is a process of its own. Two figures: what the step holds at its peak (on a CPU the resident memory of the
-process at its highest in one step, less what it was before the network was made, with an allocator that gives freed
-memory back at once; on a GPU ``torch.cuda.max_memory_allocated``), and the tensors that are kept for the backward pass,
-each counted once.
+Each row runs in its own process. Reports the step's peak memory, and the size of all tensors saved for the backward
+pass, each counted once. The peak on a CPU is the process's peak resident memory in one step minus that before the
+network was created, with an allocator that returns freed memory immediately; on a GPU it is
+``torch.cuda.max_memory_allocated``.
 
-``python -m benchmarks.memory inference`` measures int8 and float inference instead, in each runtime: see
+``python -m benchmarks.memory inference`` measures int8 and float inference in each runtime instead: see
 `benchmarks.inference_memory`.
 """
 
@@ -42,13 +42,13 @@ def worker(row: str, options: argparse.Namespace) -> dict[str, int]:
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     device = torch.device(options.device)
-    # What is there for any network: the code of torch, of this library or of the peer.
+    # Memory that any network needs: the code of torch, of this library, or of the other tool.
     small = _small().to(device).train()
     first = small if row == "float" else prepare(row, small, torch.randn(2, 3, 8, 8, device=device))
     first(torch.randn(2, 3, 8, 8, device=device)).sum().backward()
     del first, small
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # what is free in the heap would be taken for the network, and not be counted
+    ctypes.CDLL(None).malloc_trim(0)  # otherwise the network could use free heap memory, which is not counted
     before = resident("VmRSS")
     images = torch.randn(options.batch, 3, options.size, options.size, device=device)
     images = images.to(memory_format=torch.channels_last)
@@ -66,7 +66,7 @@ def _small() -> Any:
     import torch
 
     class Small(torch.nn.Module):
-        """No Sequential: NNCF adds a child to the network that it prepares, which a Sequential would call."""
+        """Not a Sequential: NNCF adds a child to the prepared network, which a Sequential would call."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -79,7 +79,7 @@ def _small() -> Any:
 
 
 def peak_of(step: Any, device: Any, before: int) -> int:
-    """Bytes that a step holds at its peak, of the process's memory beyond ``before`` or of the GPU's."""
+    """Return the peak bytes of a step: the process's memory beyond ``before``, or the GPU's."""
     import torch
 
     gc.collect()
@@ -87,13 +87,13 @@ def peak_of(step: Any, device: Any, before: int) -> int:
         torch.cuda.reset_peak_memory_stats()
         step()
         return torch.cuda.max_memory_allocated()
-    Path("/proc/self/clear_refs").write_text("5")  # begins the highest anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     step()
     return resident("VmHWM") - before
 
 
 def kept_of(step: Any) -> int:
-    """Bytes of the tensors that a step keeps for its backward pass, each counted once."""
+    """Return the bytes of the tensors that a step saves for its backward pass, each counted once."""
     import torch
 
     storages: dict[int, int] = {}
@@ -102,7 +102,7 @@ def kept_of(step: Any) -> int:
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         storages[storage.data_ptr()] = storage.nbytes()
-        alive.append(tensor)  # so that no address is given away twice
+        alive.append(tensor)  # so that no address is reused
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -111,7 +111,7 @@ def kept_of(step: Any) -> int:
 
 
 def environment() -> dict[str, str]:
-    """For a row's process: its allocator gives freed memory back at once."""
+    """Return the environment of a row's process, whose allocator returns freed memory immediately."""
     return os.environ | {"MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_MMAP_THRESHOLD_": "65536"}
 
 

@@ -1,9 +1,8 @@
 """Sentence embeddings of a trained encoder in every kind: ``python -m benchmarks.minilm --model FOLDER --text FILE``.
 
-The folder is one that transformers loads (all-MiniLM-L6-v2), the file any text. Lines of it are drawn with a fixed
-seed: some to calibrate with, others to measure on. A figure of accuracy is the cosine of a line's embedding (mean of
-the tokens, normalized) to the float network's. Results are kept in a file as they come; what it has is not measured
-again.
+The folder is one that transformers loads (all-MiniLM-L6-v2), the file any text. Lines are drawn with a fixed seed, some
+for calibration and others for measuring. Accuracy is the cosine similarity between a line's embedding (normalized mean
+over tokens) and the float network's. Results are stored in a file as they are computed, and not computed again.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ W4A8 = Scheme(weight_bits=4, weight_granularity="per_group", weight_group_size=3
 
 @dataclass(frozen=True)
 class Row:
-    """One int8 network: the recipe, and whether its speed is measured too."""
+    """One int8 network: its recipe, and whether to measure its speed."""
 
     name: str
     recipe: Recipe
@@ -74,7 +73,7 @@ def _rows() -> list[Row]:
 
 
 class Encoder(nn.Module):
-    """The network without its pooling, from tensors to a tensor."""
+    """The network without pooling, with tensor inputs and output."""
 
     def __init__(self, folder: str) -> None:
         super().__init__()
@@ -84,7 +83,7 @@ class Encoder(nn.Module):
         self.bert = BertModel.from_pretrained(folder, add_pooling_layer=False)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """The last hidden state: (lines, tokens, width)."""
+        """Return the last hidden state: (lines, tokens, width)."""
         hidden: Tensor = self.bert(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         return hidden
 
@@ -93,7 +92,7 @@ Batch = tuple[Tensor, Tensor]
 
 
 def batches(folder: str, text: Path) -> tuple[list[Batch], list[Batch]]:
-    """To calibrate with, and to measure on: ids and masks of lines, padded to one length."""
+    """Return calibration and test batches: ids and masks of lines, padded to one length."""
     from transformers import AutoTokenizer
 
     lines = sorted({line.strip() for line in text.read_text().splitlines() if len(line.strip()) >= 20})
@@ -107,7 +106,7 @@ def batches(folder: str, text: Path) -> tuple[list[Batch], list[Batch]]:
 
 
 def embed(network: Callable[..., Any], measured: Iterable[Batch]) -> Tensor:
-    """One normalized embedding a line."""
+    """Return one normalized embedding per line."""
     found = []
     with torch.no_grad():
         for ids, mask in measured:
@@ -118,7 +117,7 @@ def embed(network: Callable[..., Any], measured: Iterable[Batch]) -> Tensor:
 
 
 def make(row: Row, network: nn.Module, calibration: list[Batch]) -> Any:
-    """The int8 network, from a copy."""
+    """Return the int8 network, made from a copy."""
     network, example = copy.deepcopy(network), Example(calibration[0])
     if reworks(row.recipe):
         print(f"{row.name}. {' '.join(Reworking(network, example, row.recipe).notes)}", flush=True)
@@ -142,13 +141,13 @@ class _Session(nn.Module):
         self.names = [given.name for given in self.session.get_inputs()]
 
     def forward(self, *args: Tensor) -> Tensor:
-        """Tensors in, a tensor out."""
+        """Run the file."""
         given = dict(zip(self.names, (arg.numpy() for arg in args), strict=True))
         return torch.from_numpy(self.session.run(None, given)[0])
 
 
 def float_onnx(network: nn.Module, example: Batch, path: Path) -> None:
-    """The float network as a file of ONNX."""
+    """Write the float network to an ONNX file."""
     shapes = ({0: torch.export.Dim.DYNAMIC}, {0: torch.export.Dim.DYNAMIC})
     program = torch.onnx.export(network, example, dynamo=True, dynamic_shapes=shapes, verbose=False)
     program.save(str(path))
@@ -162,7 +161,7 @@ _PEERS = {
 
 
 def _peer(network: nn.Module, example: Batch, folder: Path, which: str) -> Path:
-    """ONNX Runtime by itself: the float file, or what its own ``quantize_dynamic`` makes of it."""
+    """Write files for ONNX Runtime without this library: float, or by its own ``quantize_dynamic``."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
@@ -176,7 +175,7 @@ def _peer(network: nn.Module, example: Batch, folder: Path, which: str) -> Path:
 
 
 def measure(args: argparse.Namespace, results: Results, folder: Path) -> None:
-    """All that the file of results does not have yet."""
+    """Compute everything that the file of results does not contain."""
     network = Encoder(args.model).eval()
     calibration, measured = batches(args.model, args.text)
     job = _Job(results, network, calibration, measured, embed(network, measured), folder, args.rounds)
@@ -195,7 +194,7 @@ def measure(args: argparse.Namespace, results: Results, folder: Path) -> None:
 
 @dataclass(frozen=True)
 class _Job:
-    """What every network is measured with."""
+    """The data and settings shared by all measurements."""
 
     results: Results
     network: nn.Module
@@ -206,14 +205,14 @@ class _Job:
     rounds: int
 
     def accuracy(self, made: Callable[[], Any]) -> dict[str, float]:
-        """How far an int8 network is from float, and how large it is."""
+        """Measure the difference of an int8 network to float, and its size."""
         int8 = made()
         cosines = (embed(int8, self.measured) * self.expected).sum(1)
         floats = sum(not row.quantized for row in int8.coverage)
         return {**_cosines(cosines), "mb": artifact_size_mb(int8), "float_layers": floats}
 
     def file(self, name: str, write: Callable[[], Path]) -> None:
-        """Likewise a file of ONNX, and its time."""
+        """Measure the same for an ONNX file, and its latency."""
         path = functools.cache(write)
         session = functools.cache(lambda: _Session(path()))
 
@@ -225,13 +224,13 @@ class _Job:
         self.latency(name, session)
 
     def export(self, row: Row, made: Callable[[], Any]) -> Path:
-        """Our file of ONNX."""
+        """Write our ONNX file."""
         path, int8 = self.folder / f"{row.name.replace(' ', '_')}.onnx", made()
         get_format("onnx").write(Source(int8, int8.example), path)
         return path
 
     def latency(self, name: str, made: Callable[[], Any]) -> None:
-        """A network in turn with the float one, so that what slows the machine slows both."""
+        """Time a network alternating with the float one, so that disturbances affect both."""
         for batch in (1, 32):
             ids, mask = (torch.cat([pair[n] for pair in self.measured])[:batch] for n in (0, 1))
 
@@ -250,7 +249,7 @@ def _cosines(cosines: Tensor) -> dict[str, float]:
 
 
 def table(results: Results) -> str:
-    """What the file of results has, in Markdown; speeds are multiples of the float network's in the same run."""
+    """Format the results as Markdown; speeds are relative to the float network in the same run."""
     rows: dict[str, dict[str, str]] = {}
     for row in results.rows:
         cells, figures = rows.setdefault(row["settings"]["row"], {}), row["figures"]

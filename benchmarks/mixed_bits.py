@@ -1,13 +1,13 @@
-"""Bits chosen layer by layer against the same bits everywhere: ``python -m benchmarks.mixed_bits``.
+"""Bits chosen per layer compared with uniform bits: ``python -m benchmarks.mixed_bits``.
 
-At an average of 5 stored bits a weight (a quarter of the way from the file with 4 bits to that with 8): what the
-integer program of `qat_lightning.sensitivity` chooses, what a greedy choice from the same measurements does, and 5 bits
+At an average of 5 stored bits per weight (a quarter of the way from the 4-bit to the 8-bit file size), compares the
+choice of the integer program of `qat_lightning.sensitivity`, a greedy choice from the same measurements, and 5 bits
 everywhere, which the file stores in 8. After calibration and, with ``--methods qat``, after equal training. Layers are
-measured by the SQNR of the outputs on a few batches, without labels. Results are appended to a file: a benchmark that
-was broken off goes on where it stopped.
+measured by the SQNR of the outputs on a few batches, without labels. Results are appended to a file; an interrupted
+benchmark continues.
 
-Data and networks are those of `benchmarks.efficientnet_lite` and `benchmarks.cifar10`, and so is what is said there of
-their figures.
+Data and networks are those of `benchmarks.efficientnet_lite` and `benchmarks.cifar10`, with the limitations stated
+there.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from qat_lightning.artifact import artifact_size_mb
 from qat_lightning.sensitivity import BitChoice, BitLimits, bits_within
 
 SHARE = 0.25
-"""Of the way from 4 to 8 bits in the file: 5 bits a weight on average."""
+"""Fraction of the way from the 4-bit to the 8-bit file size: 5 bits per weight on average."""
 
 UNIFORM = (8, 5, 4)
 
@@ -45,8 +45,8 @@ class Case:
 
     Attributes:
         network: The float network.
-        batches: Inputs to measure layers on, and to calibrate on for the size of a file.
-        accuracy: Of a method with a scheme.
+        batches: Inputs for measuring layers, and for calibration when the file size is measured.
+        accuracy: Returns the accuracy of a method with a scheme.
     """
 
     network: nn.Module
@@ -55,7 +55,7 @@ class Case:
 
 
 def photos_case(options: argparse.Namespace) -> Case:
-    """EfficientNet-Lite0, on one split of the photos."""
+    """Return EfficientNet-Lite0 with one split of the photos."""
     photos, split = read_photos(options.data), options.seed
     data = PhotosDataModule(*photos, split, batch_size=16, crop=0)
     rows = efficientnet_lite.ROWS
@@ -71,7 +71,7 @@ def photos_case(options: argparse.Namespace) -> Case:
 
 
 def cifar_case(options: argparse.Namespace) -> Case:
-    """ResNet-20, trained as `benchmarks.cifar10` trains it, and kept in the same folder."""
+    """Return ResNet-20, trained as in `benchmarks.cifar10` and stored in the same folder."""
     benchmark = cifar10.Benchmark(options)
     network = benchmark.float_network("resnet20", options.seed, branch=True).eval()
     benchmark.data.setup("fit")
@@ -92,7 +92,7 @@ CASES = {"efficientnet_lite0": photos_case, "resnet20": cifar_case}
 
 
 def choices(case: Case) -> dict[str, Any]:
-    """The overrides of the integer program and of a greedy choice, for files of the same size at most."""
+    """Return the overrides of the integer program and of a greedy choice, for at most the same file size."""
     found = sensitivity(case.network, case.batches, prefix="net")
     eight, four = (size_mb(case, Scheme(weight_bits=bits)) for bits in (8, 4))
     limit = four + SHARE * (eight - four)
@@ -101,7 +101,7 @@ def choices(case: Case) -> dict[str, Any]:
 
 
 def greedy(chosen: BitChoice, whole: float, limit: float) -> dict[str, Any]:
-    """From 8 bits, 4 bits in the layer that loses least for each byte saved, until the file is small enough."""
+    """From 8 bits, set the layer with the lowest loss per saved byte to 4 bits until the file is small enough."""
     size, overrides = whole, {}
     saves = {layer.name: layer.size[8] - layer.size[4] for layer in chosen.layers}
     for layer in sorted(chosen.layers, key=lambda row: (row.loss[4] - row.loss[8]) / max(saves[row.name], 1)):
@@ -113,7 +113,7 @@ def greedy(chosen: BitChoice, whole: float, limit: float) -> dict[str, Any]:
 
 
 def size_mb(case: Case, scheme: Scheme) -> float:
-    """The size of the file of the calibrated network."""
+    """Return the file size of the calibrated network."""
     inner = {glob.removeprefix("net."): fields for glob, fields in (scheme.overrides or {}).items()}
     recipe = Recipe("fx", "x86", replace(scheme, overrides=inner), kind="static")
     prepared = prepare(copy.deepcopy(case.network), Example((case.batches[0],)), recipe)
@@ -122,7 +122,7 @@ def size_mb(case: Case, scheme: Scheme) -> float:
 
 
 def measure(case: Case, options: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """Accuracy of each method, and the size of the file, of each choice."""
+    """Return the accuracy of each method, and the file size, for each choice."""
     results = Results(options.results)
     told = {"network": options.network, "seed": options.seed, "batches": options.batches}
     found: Mapping[str, Any] = results.once({**told, "choice": "bits", "share": SHARE}, lambda: choices(case))
@@ -144,7 +144,7 @@ def measure(case: Case, options: argparse.Namespace) -> dict[str, dict[str, floa
 
 
 def make_table(figures: Mapping[str, Mapping[str, float]], options: argparse.Namespace) -> Table:
-    """One line a choice: the file, and the accuracy after each method."""
+    """Return one row per choice: file size, and accuracy after each method."""
     fp32 = figures["fp32"]["float"]
     table = Table(title=f"{options.network}, seed {options.seed}: fp32 {100 * fp32:.2f} %", caption=describe())
     for column in ("weights", "file in MB", *(f"{method}, minus fp32" for method in options.methods)):
@@ -157,7 +157,7 @@ def make_table(figures: Mapping[str, Mapping[str, float]], options: argparse.Nam
 
 
 def main() -> None:
-    """Measure what is not in the file of results yet, and print the table."""
+    """Compute missing results, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--network", choices=list(CASES), required=True)
     parser.add_argument("--data", type=Path, required=True, help="photos, or CIFAR-10 for resnet20")

@@ -1,7 +1,7 @@
-"""What `QuantizationMonitor` costs: ``python -m benchmarks.monitor_cost [--mode fx] [--network mobilenetv2]``.
+"""Overhead of `QuantizationMonitor`: ``python -m benchmarks.monitor_cost [--mode fx] [--network mobilenetv2]``.
 
-One fit in which every second step is measured, so that measured and other steps take turns on the same machine. The
-extra time of a measured step, over the interval, is what the monitor costs.
+One fit in which every second step is measured, so that measured and other steps alternate. The extra time of a measured
+step, divided by the interval, is the monitor's overhead.
 """
 
 from __future__ import annotations
@@ -28,22 +28,22 @@ from qat_lightning import QuantizationAwareTraining, QuantizationMonitor
 
 
 class Begin(Callback):
-    """Notes when each batch begins; the first callback."""
+    """Records when each batch begins; must be the first callback."""
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Note it."""
+        """Record the time."""
         self.at = time.perf_counter()
 
 
 class End(Callback):
-    """Keeps the seconds of each batch with all callbacks; the last callback."""
+    """Records the duration of each batch with all callbacks; must be the last callback."""
 
     def __init__(self, begin: Begin) -> None:
         self.begin = begin
         self.seconds: list[float] = []
 
     def on_train_batch_end(self, *args: Any) -> None:
-        """Keep it."""
+        """Record the duration."""
         self.seconds.append(time.perf_counter() - self.begin.at)
 
 
@@ -72,7 +72,7 @@ def main() -> None:
         logger: Logger = CSVLogger(folder)
         if options.logger == "wandb":
             logger = WandbLogger(project="monitor-cost", save_dir=folder, offline=True)
-            logger.experiment  # noqa: B018 (starts the run, before the clock does)
+            logger.experiment  # noqa: B018 (starts the W&B run before timing)
         trainer = Trainer(
             max_epochs=1,
             accelerator="cpu",

@@ -1,4 +1,4 @@
-"""The networks that latency is measured on, as their papers have them."""
+"""The networks whose latency is measured, as in their papers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class BasicBlock(nn.Module):
             self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images in, feature maps out."""
+        """Map images to feature maps."""
         out = self.relu(self.bn1(self.conv1(x)))
         return self.relu(self.bn2(self.conv2(out)) + self.shortcut(x))
 
@@ -47,7 +47,7 @@ class ResNet18(nn.Module):
         self.head = nn.Linear(512, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images (N, 3, 224, 224) in, scores (N, classes) out."""
+        """Map images (N, 3, 224, 224) to scores (N, classes)."""
         return self.head(self.pool(self.stages(self.stem(x))).flatten(1))
 
 
@@ -66,7 +66,7 @@ class InvertedResidual(nn.Module):
         self.add = stride == 1 and inputs == outputs
 
     def forward(self, x: Tensor) -> Tensor:
-        """Feature maps in and out."""
+        """Map feature maps to feature maps."""
         return x + self.layers(x) if self.add else self.layers(x)
 
 
@@ -93,12 +93,12 @@ class MobileNetV2(nn.Module):
         self.head = nn.Sequential(nn.Dropout(0.2), nn.Linear(1280, num_classes))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images (N, 3, 224, 224) in, scores (N, classes) out."""
+        """Map images (N, 3, 224, 224) to scores (N, classes)."""
         return self.head(self.features(x).mean((2, 3)))
 
 
 class UNet(nn.Module):
-    """Two levels down and up again, with a skip that is pooled as well as joined."""
+    """Two levels of downsampling and upsampling, with a skip connection that is both pooled and concatenated."""
 
     def __init__(self, classes: int = 8) -> None:
         super().__init__()
@@ -106,7 +106,7 @@ class UNet(nn.Module):
         self.low, self.join, self.out = _conv(64, 64, 3), _conv(128, 32, 3), nn.Conv2d(64, classes, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Scores of each pixel."""
+        """Return scores for each pixel."""
         one = self.first(x)
         two = self.second(nn.functional.max_pool2d(one, 2))
         low = self.low(nn.functional.max_pool2d(two, 2))
@@ -124,14 +124,14 @@ def _conv(inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int =
 
 
 def vit_tiny() -> nn.Module:
-    """The vision transformer of DeiT-Tiny's size (Touvron et al., 2021): 12 blocks of width 192, 5.7 M parameters."""
-    from qat_lightning.demos import SmallViT  # not before: it imports Lightning, whose memory would be measured
+    """Return a vision transformer of the size of DeiT-Tiny (Touvron et al., 2021): 12 blocks, 5.7 M parameters."""
+    from qat_lightning.demos import SmallViT  # imported here: it imports Lightning, whose memory would be measured
 
     return SmallViT(1000, image_size=224, patch_size=16, dim=192, depth=12, heads=3, mlp_ratio=4)
 
 
 def efficientnet_lite0() -> nn.Module:
-    """EfficientNet-Lite0 with its ImageNet weights: 4.7 M parameters."""
+    """Return EfficientNet-Lite0 with its ImageNet weights: 4.7 M parameters."""
     from benchmarks import photos
 
     return photos.efficientnet_lite0()

@@ -1,4 +1,4 @@
-"""Quantization-aware training by other tools: how each prepares a network, and what it makes of a trained one."""
+"""Quantization-aware training with other tools: how each prepares a network and converts a trained one."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Peer:
-    """One tool, with the presets that it has for int8 on this CPU.
+    """One tool, with its presets for int8 on this CPU.
 
     Attributes:
-        prepare: From the float network, batches of images and whether a weight has one scale for the whole tensor: the
-            network to train. Ranges that a tool does not observe in training are calibrated on the batches.
-        convert: From the trained network and one batch of images: what is evaluated.
-        result: What that is.
-        batchnorm: What the tool makes of BatchNorm in training.
-        install: How to get it.
+        prepare: Takes the float network, batches of images, and whether weights are per-tensor; returns the network to
+            train. Ranges that a tool does not observe during training are calibrated on the batches.
+        convert: Takes the trained network and one batch of images; returns the network to evaluate.
+        result: Description of that network.
+        batchnorm: What the tool does with BatchNorm in training.
+        install: How to install it.
     """
 
     prepare: Callable[[nn.Module, Sequence[Tensor], bool], nn.Module]
@@ -122,7 +122,7 @@ def _convert_nncf(network: nn.Module, images: Tensor) -> Any:
 
 
 class OpenVINONetwork(nn.Module):
-    """An OpenVINO model on this CPU, on as many threads as torch has: tensors in, scores out.
+    """An OpenVINO model on this CPU with torch's number of threads; maps tensors to scores.
 
     Args:
         model: The model.
@@ -135,7 +135,7 @@ class OpenVINONetwork(nn.Module):
         self.compiled = openvino.compile_model(model, "CPU", {"INFERENCE_NUM_THREADS": torch.get_num_threads()})
 
     def forward(self, images: Tensor) -> Tensor:
-        """Scores of a batch of images."""
+        """Return the scores of a batch of images."""
         return torch.from_numpy(self.compiled(images.numpy())[0])
 
 

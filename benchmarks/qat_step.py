@@ -1,10 +1,10 @@
-"""A step of quantization-aware training against float's: ``python -m benchmarks.qat_step [--network mobilenetv2]``.
+"""Time of a training step relative to float: ``python -m benchmarks.qat_step [--network mobilenetv2]``.
 
-Forward, backward and SGD in channels_last. Each row is a process of its own, in which its step and the plain float step
-take turns, so that a ratio is between two steps that were measured together; a row's figure is the median of its
-rounds' ratios. With ``--clock cpu`` the processor time of the process is counted, which other work on the machine does
-not lengthen as it does the time on the wall. What a peer needs is in the extra ``benchmarks``; ``--python`` names
-the interpreter of an environment that has them, if this one has not.
+Forward, backward and SGD in channels_last. Each row runs in its own process, in which its step and the float step
+alternate, so that a ratio is between steps measured together; the result is the median of the rounds' ratios. With
+``--clock cpu`` the process's CPU time is measured, which other work on the machine affects less than wall-clock time.
+Packages for other tools are in the extra ``benchmarks``; ``--python`` is the interpreter of an environment that has
+them, if this one does not.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ SCHEMES = {
     "percentile": {"activation_observer": "percentile"},
     "least error": {"activation_observer": "histogram_mse"},
 }
-"""Rows with another scheme than the default, by name."""
+"""Schemes of rows that do not use the default, by name."""
 
 OURS = {
     f"{mode}{f', {what}' if what else ''}{', compile' if compiled else ''}": (mode, what, compiled)
@@ -40,13 +40,13 @@ OURS = {
     for mode in ("eager", "fx", "pt2e")
     for compiled in (False, True)
 }
-"""Rows of this library: mode, what is special, and whether it is compiled."""
+"""Rows of this library: mode, variation, and whether it is compiled."""
 
 ROWS = ["float, compile", *OURS, *PEERS]
 
 
 def prepare(row: str, network: Any, images: Any) -> Any:
-    """The network of a row, ready to train."""
+    """Return the network of a row, ready to train."""
     import torch
 
     if row == "float, compile":
@@ -78,12 +78,12 @@ def _ours(mode: str, what: str, compiled: bool, network: Any, images: Any) -> An
 
 
 def row_name(mode: str, what: str) -> str:
-    """How messages call the network."""
+    """Return the name of a row."""
     return f"{mode} {what}".strip()
 
 
 def step_of(network: Any, parameters: Any, images: Any, labels: Any, *, autocast: bool) -> Callable[[], None]:
-    """One step of training."""
+    """Return a function that runs one training step."""
     import torch
 
     optimizer = torch.optim.SGD(parameters, 1e-3)
@@ -101,7 +101,7 @@ def step_of(network: Any, parameters: Any, images: Any, labels: Any, *, autocast
 
 
 def worker(row: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Measure one row and the float step beside it, in turn."""
+    """Measure one row, alternating with the float step."""
     import torch
 
     from benchmarks.networks import NETWORKS
@@ -129,13 +129,13 @@ def in_turn(
     warmup: int,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
-    """Milliseconds of each step in each round, one step after the other in every round.
+    """Return the milliseconds of each step in each round; the steps alternate within a round.
 
     Args:
-        steps: What is timed, by name.
-        rounds: Rounds that are counted.
-        warmup: Rounds before them that are not.
-        clock: Seconds.
+        steps: Functions to time, by name.
+        rounds: Number of counted rounds.
+        warmup: Number of rounds before them.
+        clock: Returns seconds.
     """
     times: dict[str, list[float]] = {name: [] for name in steps}
     for index in range(warmup + rounds):
@@ -148,7 +148,7 @@ def in_turn(
 
 
 def add_arguments(parser: argparse.ArgumentParser, rows: Sequence[str]) -> None:
-    """What this benchmark and `benchmarks.memory` are told."""
+    """Return the options of this benchmark and of `benchmarks.memory`."""
     parser.add_argument("--network", default="resnet18", choices=["resnet18", "mobilenetv2"])
     parser.add_argument("--size", type=int, default=64, help="height and width of the images")
     parser.add_argument("--batch", type=int, default=32)
@@ -162,14 +162,14 @@ def add_arguments(parser: argparse.ArgumentParser, rows: Sequence[str]) -> None:
 def ask_worker(
     module: str, row: str, options: argparse.Namespace, environment: Any = None, seconds: float | None = None
 ) -> dict[str, Any] | str:
-    """What a row's own process measures; or why it does not.
+    """Return the result of a row's own process, or why there is none.
 
     Args:
         module: The benchmark, which is run with ``--worker``.
         row: The row.
-        options: Those of the command, which the worker gets as well.
-        environment: Of the process; by default this one's.
-        seconds: How long it may take; None for no limit.
+        options: The command-line options, which are passed to the worker.
+        environment: Environment of the process; by default this one's.
+        seconds: Time limit; None for none.
     """
     given: list[str] = []
     for name, value in vars(options).items():

@@ -1,6 +1,6 @@
-"""What each recipe wins by itself, or does not: ``python -m benchmarks.recipes --data PATH [--rows …]``.
+"""The effect of each recipe alone: ``python -m benchmarks.recipes --data PATH [--rows …]``.
 
-On the photos of `benchmarks.efficientnet_lite`, first split. Each recipe is added alone to the plain row of its kind:
+On the photos of `benchmarks.efficientnet_lite`, first split. Each recipe is added alone to a baseline row:
 post-training quantization to 8 bits per tensor or to 4-bit weights, or training with 4-bit weights.
 """
 
@@ -88,7 +88,7 @@ ROWS |= {
 
 
 def main() -> None:
-    """Measure what is not in the file of results yet, and print the table."""
+    """Compute missing results, and print the table."""
     options = parse(__doc__.splitlines()[0], ROWS, "recipes.jsonl", [0])
     silent()
     photos = read_photos(options.data)

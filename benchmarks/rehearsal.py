@@ -1,12 +1,13 @@
-"""What a rehearsal costs, in times of ``prepare``: ``python -m benchmarks.rehearsal [--networks …] [--modes …]``.
+"""Cost of a rehearsal relative to ``prepare``: ``python -m benchmarks.rehearsal [--networks …] [--modes …]``.
 
-For each network and mode, in turn, round after round: the preparation alone, and the whole rehearsal (prepare a copy,
-calibrate it, convert, verify, save and load in memory; nothing is compiled). The figure is the median of the ratios
-within a round. Then the preparation of a fit, which takes over what the rehearsal captured, and 20 training steps of
-the float network with batches of 32, as a measure of what both are worth. Seconds are those of the processor, with one
-thread, so that what else runs on the machine counts little. ``auto`` has a row of its own: it rehearses as many modes
-as it has to. Also printed is how much memory the process holds after a rehearsal that it did not hold before. The ViT
-takes images of its own size, whatever ``--size`` says.
+For each network and mode, alternating over rounds: preparation alone, and the whole rehearsal (prepare a copy,
+calibrate, convert, verify, save and load in memory; nothing is compiled). Reports the median of the ratios within a
+round. For
+comparison: preparation in a fit, which reuses what the rehearsal captured, and 20 training steps of the float network
+with batch size 32. Seconds are CPU time with one thread, which other work on the machine affects little. ``auto`` has
+its own
+row: it rehearses as many modes as needed. Also reported is the memory that the process keeps after a rehearsal. The ViT
+uses its own image size, whatever ``--size`` says.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ def _resident_mb() -> float:
 
 
 def measure(network: nn.Module, example: Example, mode: str, rounds: int) -> tuple[float, float, float, float, float]:
-    """Medians of the seconds of prepare, rehearse and prepare after it, of the ratios, and of the MB that stay."""
+    """Return medians of the seconds of prepare, of rehearse and of prepare after it, of ratios, and of retained MB."""
     recipe = Recipe(mode, "x86")
     pairs, held = [], []
     for _ in range(rounds + 1):
@@ -70,14 +71,14 @@ def measure(network: nn.Module, example: Example, mode: str, rounds: int) -> tup
         del copied
         gc.collect()
         held.append(_resident_mb() - before)
-    pairs, held = pairs[1:], held[1:]  # the first warms up
+    pairs, held = pairs[1:], held[1:]  # the first is a warm-up
     alone, whole, after = (statistics.median(seconds) for seconds in zip(*pairs, strict=True))
     ratio = statistics.median(rehearsed / prepared for prepared, rehearsed, _ in pairs)
     return alone, whole, after, ratio, statistics.median(held)
 
 
 def training_steps(network: nn.Module, shape: torch.Size, count: int = 20) -> float:
-    """Seconds of ``count`` steps of the float network with batches of 32, from two of them after one to warm up."""
+    """Estimate the seconds of ``count`` float steps with batch size 32, from two steps after a warm-up."""
     copied, x = copy.deepcopy(network).train(), torch.randn(32, *shape[1:])
     optimizer = torch.optim.SGD(copied.parameters(), lr=1e-4)
 

@@ -1,4 +1,4 @@
-"""Results of long benchmarks, kept as they come, so that one that was broken off goes on where it stopped."""
+"""Results of long benchmarks, stored as they are computed, so that an interrupted benchmark can continue."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from benchmarks.machine import describe
 
 
 class Results:
-    """Figures in a file of JSON lines, each under all the settings that it depends on.
+    """Figures in a JSON Lines file, each stored with all settings that it depends on.
 
     Args:
-        path: The file; it is made with the first result, and read if it is there.
+        path: The file; read if it exists, created with the first result.
 
     Attributes:
-        rows: All that the file has, in its order.
+        rows: All rows of the file in order.
     """
 
     def __init__(self, path: Path) -> None:
@@ -27,7 +27,7 @@ class Results:
         self.rows: list[dict[str, Any]] = [json.loads(line) for line in lines if line]
 
     def once(self, settings: Mapping[str, Any], measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """What ``measure`` returned for these settings, called only if the file does not have it yet."""
+        """Return the result of ``measure`` for these settings, calling it only if the file does not contain it."""
         settings = json.loads(json.dumps(settings))
         for row in self.rows:
             if row["settings"] == settings:

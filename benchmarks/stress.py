@@ -1,14 +1,16 @@
-"""Fits that are killed, and settings that are wrong: ``python -m benchmarks.stress [--kills 200] [--malformed 200]``.
+"""Killed fits and invalid settings: ``python -m benchmarks.stress [--kills 200] [--malformed 200]``.
 
 Fits of a small network in the three modes are killed with SIGKILL at random points, resumed from their last checkpoint
-in another process, perhaps killed again, and compared bit by bit with the uninterrupted run: weights, ranges, BatchNorm
-statistics, optimizer, int8 outputs. The fits are of all kinds: plain, with manual optimization, with stochastic weight
-averaging, with a moving average of the weights, of two networks, post-training quantization, and for the grids of the
-kinds without calibration (dynamic, weight-only, 4 bits in groups with a range for each token; with distillation, with
-adapters of peft). And random wrong settings, networks, data and files are tried, saved int8 files with bytes flipped,
-members cut and values replaced among them: each has to end in an error of ours that names it, with the LightningModule
-as it was; a saved file may also give the network that was saved. Both are drawn from the seed, and are what
-`tests/stress` does in CI with fewer; it exits with 1 if anything was lost or answered otherwise.
+in another process, possibly killed again, and compared bit by bit with the uninterrupted run: weights, ranges,
+BatchNorm statistics, optimizer, int8 outputs. The fits include: plain, manual optimization, stochastic weight
+averaging, weight averaging by exponential moving average, two networks, post-training quantization, and kinds without
+calibration (dynamic, weight-only, 4 bits in groups with per-token activations; with distillation, with peft's
+adapters).
+
+Random invalid settings, networks, data and files are tried too, including saved int8 files with flipped bytes,
+truncated members and replaced values. Each has to end in one of our errors that names it, with the LightningModule
+unchanged; a damaged file may also load as the saved network. Both are drawn from the seed; `tests/stress` does the same
+in CI with fewer cases. The exit status is 1 if anything was lost or handled otherwise.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-# Before torch is imported: one thread, so that equal means equal.
+# Before torch is imported: one thread, so that results are bit-equal.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("QAT_LIGHTNING_COMPILE", "0")
 
@@ -42,7 +44,7 @@ from tests.stress.malformed import Files, Malformed, complaint, malformed
 
 
 def kill_fits(kills: int, seed_: int, kinds: Sequence[str] = KINDS, minutes: float = math.inf) -> list[Life]:
-    """Kill fits until there were as many kills, or the time is up, the kinds and the modes in turn."""
+    """Kill fits until the number of kills or the time limit is reached, cycling through types of fits and modes."""
     end = time.monotonic() + 60 * minutes
     lives: list[Life] = []
     with campaign(seed_) as drawn:
@@ -57,7 +59,7 @@ def kill_fits(kills: int, seed_: int, kinds: Sequence[str] = KINDS, minutes: flo
 
 
 def try_malformed(count: int, seed_: int) -> tuple[Counter[str], list[str]]:
-    """As many malformed cases of all kinds: how many of each, and what there was to complain of."""
+    """Try malformed cases of all types; return how many of each, and the complaints."""
     tried: Counter[str] = Counter()
     complaints: list[str] = []
 
@@ -79,7 +81,7 @@ def try_malformed(count: int, seed_: int) -> tuple[Counter[str], list[str]]:
             if found:
                 complaints.append(f"{case.kind} | {case.what} | {found}")
 
-        # What Lightning and torch print along the way.
+        # Suppress what Lightning and torch print.
         with contextlib.redirect_stderr(quiet):
             check()
     return tried, complaints

@@ -1,9 +1,9 @@
-"""A sweep with joblib and a shared float run against one trial after the other: ``python -m benchmarks.sweep``.
+"""A sweep with joblib and a shared float run, compared with sequential trials: ``python -m benchmarks.sweep``.
 
-Twelve trials (method qat and ptq, modes eager and fx, three seeds) of the small MobileNet on digits, each int8 compared
-with a float run of equal length. One way, ``float_checkpoint`` of each trial is a float run of its own, trials run one
-after the other in the basic launcher; the other way they share one float run a seed and run with joblib on two cores.
-Every process computes with one thread. Both sweeps are run in turn, ``--rounds`` times.
+Twelve trials (methods qat and ptq, modes eager and fx, three seeds) of the small MobileNet on digits, each compared
+with a float run of equal length. In one setup each trial has its own float run and trials run one after the other in
+the basic launcher; in the other, trials share one float run per seed and run with joblib on two cores. Every process
+uses one thread. The sweeps alternate, ``--rounds`` times.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from benchmarks.machine import describe
 TRAIN = Path(__file__).parents[1] / "train.py"
 GRID = ["method=qat,ptq", "mode=eager,fx", "seed=0,1,2"]
 PLAIN = ["logger=csv", "trainer=cpu", "callbacks.rich_progress_bar=null"]
-# A folder for each trial: the same float run, which nothing shares.
+# A separate folder for each trial: the same float run, but not shared.
 WAYS = {
     "basic, a float run for each trial": ["baseline=shared", "baseline.folder=${paths.output_dir}/baseline"],
     "joblib on 2 cores, shared float run": ["baseline=shared", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"],
@@ -34,7 +34,7 @@ WAYS = {
 
 
 def run(words: list[str], epochs: int) -> float:
-    """Seconds that a sweep takes, from the command to its table, with nothing left of earlier ones."""
+    """Return the seconds of a sweep, from the command to its table, without caches of earlier ones."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, str(TRAIN), "-m", *GRID, *PLAIN, f"trainer.max_epochs={epochs}", *words]
@@ -47,7 +47,7 @@ def run(words: list[str], epochs: int) -> float:
 
 
 def main() -> None:
-    """Run the sweeps in turn and print the table."""
+    """Run the sweeps alternately and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=20)

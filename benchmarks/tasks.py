@@ -1,13 +1,12 @@
-"""What int8 costs each task of train.py, and what training wins back: ``python -m benchmarks.tasks [--tasks …]``.
+"""Accuracy of int8 for each task of train.py, after PTQ and QAT: ``python -m benchmarks.tasks [--tasks …]``.
 
-For each task and seed one float run of ``train.py``; from it static PTQ and QAT, with one scale for each channel of a
-weight and with one for all of it, in the mode that ``auto`` takes. A row has the model's own metric in the test, the
-size of the file, how much faster than the float network PyTorch runs it in process, one sample at a time, and the same
-of the fastest file of ``--formats``.
+For each task and seed one float run of ``train.py``; from it static PTQ and QAT, with per-channel and per-tensor
+weights, in the mode that ``auto`` chooses. A row has the model's own test metric, the file size, the speedup over float
+in process in PyTorch with one sample, and the speedup of the fastest file of ``--formats``.
 
-Tasks on data of your own need ``--data TASK=PATH``; without ``--tasks`` all are run that have their data. A finished
-run is kept in the file of results and never repeated; one that the limit of ``--minutes`` broke off goes on from its
-last checkpoint. The status is 1 while runs are missing.
+Tasks on your own data need ``--data TASK=PATH``; without ``--tasks`` all tasks with data are run. Finished runs are
+stored in the file of results and not repeated; a run interrupted by ``--minutes`` resumes from its last checkpoint. The
+exit status is 1 while runs are missing.
 """
 
 from __future__ import annotations
@@ -40,13 +39,13 @@ PATH = "data.datamodule.path="
 
 @dataclass(frozen=True)
 class Task:
-    """A task of train.py, and how long each of its trainings is.
+    """A task of train.py, and the length of its trainings.
 
     Attributes:
         words: Overrides of train.py.
-        epochs: Of the float run, and of QAT from it.
+        epochs: Epochs of the float run, and of QAT from it.
         rates: Learning rates of the two.
-        own_data: Whether ``--data`` has to say where its data is.
+        own_data: Whether ``--data`` must give the path of its data.
     """
 
     words: tuple[str, ...]
@@ -55,7 +54,7 @@ class Task:
     own_data: bool = False
 
 
-_VOID = ("data.num_classes=11", "data.ignore_index=11")  # CamVid's 11 classes and what is none of them
+_VOID = ("data.num_classes=11", "data.ignore_index=11")  # CamVid's 11 classes; other pixels are ignored
 TASKS = {
     "digits": Task(("data=digits", "model=small_mobilenet"), (20, 10)),
     "digit_masks": Task(("data=digit_masks", "model=unet"), (30, 10)),
@@ -98,11 +97,11 @@ class RunFailedError(Exception):
 
 @dataclass
 class Runs:
-    """Runs of train.py that are kept.
+    """Runs of train.py, stored in a folder.
 
     Args:
-        folder: Where they are.
-        options: The command line.
+        folder: The folder.
+        options: The command-line options.
     """
 
     folder: Path
@@ -114,18 +113,18 @@ class Runs:
         self.end = None if minutes is None else time.monotonic() + 60 * minutes
 
     def figures(self, task: str, method: str, seed: int) -> dict[str, Any]:
-        """The figures of one run, which is trained now if it is not kept.
+        """Return the figures of one run, which is trained now if it is not stored.
 
         Raises:
-            TimeIsUpError: There is no time left for it.
-            RunFailedError: It did not end well; it is tried again next time.
+            TimeIsUpError: The time limit is reached.
+            RunFailedError: The run failed; it is tried again next time.
         """
         words = self.words(task, method, seed)
         settings = {"task": task, "method": method, "seed": seed, "words": words}
         return self.results.once(settings, lambda: self._train(words, "-".join((task, *method.split(", "), str(seed)))))
 
     def words(self, task: str, method: str, seed: int) -> list[str]:
-        """The overrides of a run, without those that only say where it is kept."""
+        """Return the overrides of a run, without those that only give paths."""
         asked = TASKS[task]
         given = asked.words
         if asked.own_data:
@@ -160,7 +159,7 @@ class Runs:
         except subprocess.TimeoutExpired:
             raise TimeIsUpError from None
         out.mkdir(parents=True, exist_ok=True)
-        (out / "printed.log").write_text(done.stdout + done.stderr)  # also warnings, as of a file that is not as exact
+        (out / "printed.log").write_text(done.stdout + done.stderr)  # including warnings, such as of an inexact file
         result = json.loads((out / "result.json").read_text()) if (out / "result.json").is_file() else {}
         if result.get("status") != "completed":
             said = result.get("error") or {"message": " ".join(done.stderr.split())[-300:]}
@@ -168,7 +167,7 @@ class Runs:
         return self._summary(result["metrics"], out)
 
     def _summary(self, metrics: Mapping[str, float], out: Path) -> dict[str, Any]:
-        """What the table needs of a run."""
+        """Return the figures of a run for the table."""
         config = OmegaConf.load(out / ".hydra" / "config.yaml")
         stated = ModelMetric.of(config)  # type: ignore[arg-type]
         assert stated is not None, "every model of train.py states its metric"
@@ -197,15 +196,15 @@ class Runs:
 
 
 def summarize(task: str, by_method: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
-    """One row for each method of a task: means over seeds of the metric, medians of what was timed.
+    """Return one row per method of a task: means of the metric and medians of times over seeds.
 
     Args:
-        task: Its name.
-        by_method: What `Runs.figures` returned, a mapping for each seed, all methods with the same seeds.
+        task: Name of the task.
+        by_method: Results of `Runs.figures`, one mapping per seed; all methods have the same seeds.
 
     Returns:
-        Rows. ``won_back`` is the share of what PTQ of the same granularity loses; None where that is less than 0.1 % of
-        the float network's score, which is noise.
+        The rows. ``won_back`` is the recovered share of the loss of PTQ with the same granularity; None if that loss is
+        below 0.1 % of the float network's score, which is noise.
     """
     rows = []
     means = {method: statistics.fmean(run["score"] for run in runs) for method, runs in by_method.items()}
@@ -233,7 +232,7 @@ def _median(values: Any) -> float | None:
 
 
 def _fastest_file(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The format with the largest speed-up over the float network, in the median of the seeds."""
+    """Return the format with the largest median speedup over the float network."""
     speeds = {
         name: speed
         for name in runs[0]["files"]
@@ -246,13 +245,13 @@ def _fastest_file(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def make_table(rows: Sequence[Mapping[str, Any]], seeds: Sequence[int]) -> Table:
-    """One line a row."""
+    """Return a table with one line per row."""
     table = Table(title=f"tasks of train.py, seeds {', '.join(map(str, seeds))}", caption=describe())
     columns = ("task", "network", "mode", "metric", "minus float", "won back", "file", "in process", "fastest file")
     for column in columns:
         table.add_column(column, justify="left" if column in ("task", "network", "mode") else "right")
     for row in rows:
-        # ``drop`` is positive for a loss of the metric, whichever way it is better
+        # ``drop`` is positive for a worse metric, whatever its direction
         table.add_row(
             row["task"],
             row["method"],
@@ -272,7 +271,7 @@ def _shown(value: float | None, layout: str) -> str:
 
 
 def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line.
+    """Parse the command line.
 
     Raises:
         SystemExit: A task has no data.
@@ -301,10 +300,10 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Run what is not kept yet, and print the table of all that is.
+    """Compute missing runs, and print the table of all stored ones.
 
     Returns:
-        The exit status: 1 where runs are missing.
+        The exit status: 1 if runs are missing.
     """
     options = parse(words)
     runs = Runs(options.out, options)

@@ -1,9 +1,9 @@
 """Networks of backend ``tensorrt`` as ONNX files in TensorRT: ``python -m benchmarks.tensorrt --network resnet18``.
 
-Two engines are built from files that this library wrote: the int8 network and the float network that it was made from.
-They take turns, round after round, on batches that stay on the GPU. Needs a GPU, and ``pip install tensorrt onnx
-onnx-ir onnxscript``. What a file says about types is what the engine computes (strongly typed networks): the float
-engine runs in float32, in which TensorRT may use TF32.
+Two engines are built from files that this library wrote: the int8 network, and the float network that it was made from.
+They alternate, round after round, on batches that stay on the GPU. Needs a GPU, and ``pip install tensorrt onnx onnx-ir
+onnxscript``. Engines use the types in the file (strongly typed networks): the float engine runs in float32, for which
+TensorRT may use TF32.
 """
 
 from __future__ import annotations
@@ -53,12 +53,12 @@ class Engine:
         if plan is None:
             raise RuntimeError("TensorRT cannot build an engine of the file; its log has the reason")
         self.names = graph.get_input(0).name, graph.get_output(0).name
-        self.runtime = trt.Runtime(logger)  # has to live as long as the engine
+        self.runtime = trt.Runtime(logger)  # must live as long as the engine
         self.engine = self.runtime.deserialize_cuda_engine(plan)
         self.context = self.engine.create_execution_context()
 
     def __call__(self, batch: Tensor) -> Tensor:
-        """Outputs, float32, for a batch on the GPU."""
+        """Return float32 outputs for a batch on the GPU."""
         given, made = self.names
         self.context.set_input_shape(given, tuple(batch.shape))
         output = torch.empty(tuple(self.context.get_tensor_shape(made)), device=batch.device)
@@ -71,7 +71,7 @@ class Engine:
 
 
 def files(name: str) -> tuple[Any, Path, Path]:
-    """The int8 network of backend ``tensorrt``, its ONNX file, and that of the float network."""
+    """Return the int8 network of backend ``tensorrt``, its ONNX file, and that of the float network."""
     from qat_lightning.export import get_format
     from qat_lightning.export.protocol import Source
 
@@ -83,7 +83,7 @@ def files(name: str) -> tuple[Any, Path, Path]:
 
 
 def measure(name: str, batch: int, rounds: int) -> dict[str, Any]:
-    """Times in ms of both engines, and how near the int8 engine is to the int8 network of the library, in dB."""
+    """Return times of both engines in ms, and the int8 engine's SQNR in dB relative to the int8 network."""
     from qat_lightning.numerics.sqnr import sqnr_db
 
     int8, quantized, plain = files(name)

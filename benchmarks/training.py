@@ -1,4 +1,4 @@
-"""What the benchmarks that train have in common: a Trainer on the CPU that says and writes nothing."""
+"""A quiet Trainer on the CPU, for benchmarks that train."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from lightning.pytorch import Callback, Trainer
 
 
 def silent() -> None:
-    """Lightning's log and advice off."""
+    """Disable Lightning's log messages and tips."""
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning")
     warnings.filterwarnings("ignore", module="torch.ao")
 
 
 def trainer(epochs: int, callbacks: list[Callback] | None = None, **settings: Any) -> Trainer:
-    """A Trainer of so many epochs, without logger, checkpoints and validation."""
+    """Return a Trainer for a number of epochs, without logger, checkpoints and validation."""
     return Trainer(
         max_epochs=epochs,
         accelerator="cpu",

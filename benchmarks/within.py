@@ -1,4 +1,4 @@
-"""Commands that may not take longer than they are given."""
+"""Running commands with a time limit."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from collections.abc import Mapping, Sequence
 def run_within(
     command: Sequence[str], seconds: float | None, environment: Mapping[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Run a command and read what it prints.
+    """Run a command and return its output.
 
-    It runs in a process group of its own, and after its time the whole group is killed: processes that it started,
-    such as a compiler's, would keep its output open, and reading would wait for them.
+    It runs in its own process group, and at the time limit the whole group is killed. Otherwise processes that it
+    started, such as a compiler's, would keep its output open, and reading it would block.
 
     Args:
         command: The program and its arguments.
-        seconds: How long it may take; None for no limit.
-        environment: Its variables; by default those of this process.
+        seconds: Time limit; None for none.
+        environment: Environment variables; by default those of this process.
 
     Raises:
-        subprocess.TimeoutExpired: It took longer.
+        subprocess.TimeoutExpired: The time limit was reached.
     """
     with subprocess.Popen(
         command,
@@ -35,7 +35,7 @@ def run_within(
     ) as process:
         try:
             output, errors = process.communicate(timeout=seconds)
-        except BaseException:  # also when this program is interrupted
+        except BaseException:  # including KeyboardInterrupt
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             raise

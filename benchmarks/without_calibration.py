@@ -1,7 +1,7 @@
-"""Dynamic and weight-only networks against float: ``python -m benchmarks.without_calibration [--rounds 9]``.
+"""Dynamic and weight-only networks compared with float: ``python -m benchmarks.without_calibration [--rounds 9]``.
 
-Each network and batch is measured in one process and one thread, the variants in turn; a figure is the ratio of the
-medians of float and of the variant, above 1 where the variant is faster. Sizes are those of the files.
+Each network and batch size is measured in one process with one thread, with alternating variants. Reports median float
+latency divided by that of the variant (above 1: faster), and file sizes.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ class Recurrent(nn.Module):
         self.head = nn.Linear(hidden, 10)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Sequences in, scores out."""
+        """Map sequences to scores."""
         scores: Tensor = self.head(self.recurrent(x)[0][:, -1])
         return scores
 
 
 class Encoder(nn.Module):
-    """Two layers of torch's encoder and a head."""
+    """Two layers of torch's transformer encoder, and a head."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ class Encoder(nn.Module):
         self.head = nn.Linear(dim, 10)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Sequences in, scores out."""
+        """Map sequences to scores."""
         scores: Tensor = self.head(self.encoder(x).mean(1))
         return scores
 
@@ -80,7 +80,7 @@ def main() -> None:
     for name, (network, shape) in NETWORKS.items():
         network.eval()
         for parameter in network.parameters():
-            # torch's encoder copies its first layer, and a file holds equal weights once
+            # torch's encoder copies its first layer, and a file stores equal weights only once
             nn.init.normal_(parameter, std=0.05)
         example = Example((torch.randn(4, *shape),))
         made: dict[str, nn.Module] = {"float": network}

@@ -1,1 +1,1 @@
-"""All of timm's families through fit, int8, saved and loaded: ``python -m benchmarks.zoo``."""
+"""All of timm's model families: trained, converted, saved and loaded with ``python -m benchmarks.zoo``."""

@@ -1,18 +1,18 @@
-"""timm's families, the smallest network of each, through fit, int8, saved and loaded: ``python -m benchmarks.zoo``.
+"""The smallest network of each timm family, trained, converted, saved and loaded: ``python -m benchmarks.zoo``.
 
-In an environment of its own, since an installed torchvision that was built for another torch breaks
-``import lightning``; its two ops are declared here before it is imported:
+Use a separate environment, since a torchvision that was built for another torch breaks ``import lightning``; its two
+ops are declared here before it is imported:
 
     python -m venv zoo && zoo/bin/pip install -r requirements.lock && zoo/bin/pip install --no-deps -e .
     zoo/bin/pip install --no-deps timm==1.0.31 torchvision==0.29.1 safetensors huggingface_hub
     OMP_NUM_THREADS=1 zoo/bin/python -m benchmarks.zoo --results zoo.jsonl
     zoo/bin/python -m benchmarks.zoo --results zoo.jsonl --report > table.md
 
-Each network is trained for two steps of two random images by a Trainer with ``QuantizationAwareTraining(mode="auto")``,
-converted, verified, saved, loaded and compared. It has a process with a time limit of its own, forked from one that has
-imported everything; its line is written when it ends, and a run that was broken off goes on where it stopped. What a
-network printed is in a folder beside the results. Mode pt2e runs its decomposed graph, uncompiled, unless the
-environment says ``QAT_LIGHTNING_COMPILE=1``.
+Each network is trained for two steps on two random images by a Trainer with ``QuantizationAwareTraining(mode="auto")``,
+converted, verified, saved, loaded and compared. Each has its own process with a time limit, forked from one that has
+imported everything. Its result is written when it ends; an interrupted run continues where it stopped. Output of a
+network is stored in a folder beside the results. Mode pt2e runs its decomposed graph uncompiled, unless the environment
+has ``QAT_LIGHTNING_COMPILE=1``.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-# Before torch is imported: a process is forked only while it has a single thread.
+# Before torch is imported: a process can only be forked while it has a single thread.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from benchmarks.zoo.networks import declare_torchvision_ops, smallest_of
@@ -44,7 +44,7 @@ def _read(path: Path) -> list[dict[str, Any]]:
 
 
 def _networks(path: Path) -> dict[str, tuple[str, int]]:
-    """The smallest network of each family, from the results if they have it."""
+    """Return the smallest network of each family, from the results if available."""
     import timm
 
     found = {row["smallest of"]: (row["network"], row["parameters"]) for row in _read(path) if "smallest of" in row}
@@ -72,7 +72,7 @@ def _arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Run what has no line yet, or print the table."""
+    """Run networks without a result, or print the table."""
     options = _arguments()
     declare_torchvision_ops()
     networks = _networks(options.results)

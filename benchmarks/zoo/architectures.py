@@ -1,8 +1,9 @@
-"""Tiny networks of transformers, and two detectors, rehearsed: ``python -m benchmarks.zoo.architectures [NAMES]``.
+"""Rehearsals of tiny transformers networks and two detectors: ``python -m benchmarks.zoo.architectures [NAMES]``.
 
-Each is prepared, calibrated, converted, verified, saved and loaded in mode fx; detectors by parts. Nothing is trained
-or downloaded: weights are random. Needs transformers (and for the detectors torchvision and ultralytics) in the
-environment that ``python -m benchmarks.zoo --help`` describes; what is not installed is left out, and said to be.
+Each is prepared, calibrated, converted, verified, saved and loaded in mode fx; detectors in mode parts. Nothing is
+trained or downloaded: weights are random. Needs transformers (and for detectors torchvision and ultralytics) in the
+environment that ``python -m benchmarks.zoo --help`` describes; packages that are not installed are reported and
+skipped.
 """
 
 from __future__ import annotations
@@ -54,13 +55,13 @@ WAVES: dict[str, Any] = {"input_values": torch.randn(2, 4000)}
 
 @dataclass(frozen=True)
 class Architecture:
-    """A tiny network of transformers.
+    """A tiny network of the package transformers.
 
     Attributes:
-        network: The class, without the module.
-        config: That of its settings.
-        settings: What makes it tiny.
-        inputs: One call, by name.
+        network: The class name, without the module.
+        config: The class name of its configuration.
+        settings: Settings that make it tiny.
+        inputs: Inputs of one call, by name.
     """
 
     network: str
@@ -69,7 +70,7 @@ class Architecture:
     inputs: dict[str, Any]
 
     def make(self) -> tuple[nn.Module, Example]:
-        """The network and its call."""
+        """Create the network and its call."""
         transformers = importlib.import_module("transformers")
         settings = {
             name: getattr(transformers, value[0])(**value[1]) if isinstance(value, tuple) else value
@@ -177,14 +178,14 @@ ARCHITECTURES = (
 
 
 def fcos() -> tuple[nn.Module, Example]:
-    """Torchvision's FCOS with a ResNet-50, in evaluation, on two images."""
+    """Return torchvision's FCOS with a ResNet-50, in evaluation mode, with two images."""
     detection = importlib.import_module("torchvision.models.detection")
     network = detection.fcos_resnet50_fpn(weights=None, weights_backbone=None, num_classes=4, min_size=96, max_size=96)
     return network.eval(), Example(([torch.rand(3, 96, 96), torch.rand(3, 96, 96)],))
 
 
 def yolo11n() -> tuple[nn.Module, Example]:
-    """The smallest YOLO11 of ultralytics."""
+    """Return the smallest YOLO11 of ultralytics."""
     tasks = importlib.import_module("ultralytics.nn.tasks")
     return tasks.DetectionModel("yolo11n.yaml", ch=3, nc=80, verbose=False), Example((torch.randn(2, 3, 96, 96),))
 
@@ -209,7 +210,7 @@ def _row(name: str, mode: str, make: Callable[[], tuple[nn.Module, Example]]) ->
 
 
 def _left(found: Rehearsal) -> str:
-    """What of it has multiply-accumulates and stays float."""
+    """Return the layers with multiply-accumulates that stay float."""
     rows = [row for row in found.coverage if row.macs and not row.quantized]
     return "; ".join(f"{row.name} ({row.kind}): {row.reason[:80]}" for row in rows[:2])
 

@@ -1,4 +1,4 @@
-"""What is done with one network: fit, conversion, file, loaded again; and the same with bare upstream."""
+"""The test of one network: fit, convert, save and load; and the same with PyTorch's own tools."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from qat_lightning.modes.coverage import int8_share
 from qat_lightning.modes.protocol import LayerCoverage
 
 Note = Callable[..., None]
-"""Adds to what is known of a network; what was noted before the time ran out stays known."""
+"""Records facts about a network; they are kept even if time runs out later."""
 
 BATCH = 2
-"""The least that BatchNorm trains with."""
+"""Smallest batch size with which BatchNorm trains."""
 
 
 def _loss(output: Any) -> Tensor:
@@ -47,7 +47,7 @@ class _Lit(LightningModule):
 
 
 class _Clock(Callback):
-    """When the training began and ended, and how many steps it took."""
+    """Records when training began and ended, and the number of steps."""
 
     def __init__(self, note: Note) -> None:
         self.note, self.began = note, time.monotonic()
@@ -64,7 +64,7 @@ class _Clock(Callback):
 
 
 def _largest_float(rows: list[LayerCoverage]) -> list[list[Any]]:
-    """What stayed float with the most multiply-accumulates: kind, reason, share in %, one of the names."""
+    """Return float layers with the most multiply-accumulates: type, reason, share in %, one of the names."""
     total = sum(row.macs or 0 for row in rows) or 1
     groups: dict[tuple[str, str], tuple[int, str]] = {}
     for row in rows:
@@ -76,7 +76,7 @@ def _largest_float(rows: list[LayerCoverage]) -> list[list[Any]]:
 
 
 def ours(name: str, mode: str, small: bool, note: Note) -> None:
-    """Two steps of quantization-aware training, the int8 network, its file, and the file loaded again."""
+    """Run two steps of quantization-aware training, convert, save, and load the file."""
     silent()
     warnings.filterwarnings("ignore")
     note(stage="build")
@@ -147,7 +147,7 @@ def _upstream_pt2e(network: nn.Module, batches: list[Tensor]) -> nn.Module:
 
 
 def upstream(name: str, peer: str, small: bool, note: Note) -> None:
-    """Two steps and the int8 network with bare upstream, as its documentation has it; the int8 network runs once."""
+    """Run two steps and convert with PyTorch's own tools, as documented; the int8 network runs once."""
     silent()
     warnings.filterwarnings("ignore")
     note(stage="build")
@@ -164,6 +164,6 @@ def upstream(name: str, peer: str, small: bool, note: Note) -> None:
 
 
 def run(name: str, mode: str, small: bool, note: Note) -> None:
-    """One network in one mode, or with a peer."""
+    """Test one network in one mode, or with another tool."""
     os.environ.setdefault("QAT_LIGHTNING_COMPILE", "0")
     (upstream if mode.startswith("upstream") else ours)(name, mode, small, note)

@@ -1,4 +1,4 @@
-"""timm's families, and the smallest network of each."""
+"""timm's model families, and the smallest network of each."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from torch import nn
 
 
 def declare_torchvision_ops() -> None:
-    """The two ops whose absence keeps a torchvision that was built for another torch from being imported."""
-    importlib.util.find_spec("torchvision")  # an environment may declare them itself, when they are first looked for
+    """Declare the two ops without which a torchvision built for another torch cannot be imported."""
+    importlib.util.find_spec("torchvision")  # the environment may declare them itself at the first lookup
     library = torch.library.Library("torchvision", "FRAGMENT")
     for schema in (
         "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
@@ -26,16 +26,16 @@ def declare_torchvision_ops() -> None:
     _kept.append(library)
 
 
-_kept: list[Any] = []  # a library that is collected takes its ops along
+_kept: list[Any] = []  # garbage collection of a library removes its ops
 
 
 class _TooLarge(Exception):
-    """The network that is built has more parameters than the smallest one so far."""
+    """The network has more parameters than the smallest one so far."""
 
 
 @contextlib.contextmanager
 def _counting(limit: int) -> Iterator[list[int]]:
-    """Count parameters as they are registered, and break off above a limit."""
+    """Count parameters as they are registered; raise `_TooLarge` above a limit."""
     registered, plain = [0], nn.Module.register_parameter
 
     def register(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
@@ -56,8 +56,8 @@ class Smallest:
     """The smallest network of a family.
 
     Attributes:
-        name: As timm knows it.
-        parameters: How many it has.
+        name: Its name in timm.
+        parameters: Number of parameters.
     """
 
     name: str
@@ -65,9 +65,9 @@ class Smallest:
 
 
 def smallest_of(family: str) -> Smallest:
-    """The network with the fewest parameters of those that a module of timm defines.
+    """Return the smallest network that a module of timm defines.
 
-    Networks are built without their values, and no further than until they are larger than the smallest so far.
+    Networks are built on the meta device, and only until they are larger than the smallest so far.
     """
     import timm
 
@@ -93,11 +93,11 @@ def smallest_of(family: str) -> Smallest:
 
 
 def build(name: str, small: bool) -> tuple[nn.Module, tuple[int, ...]]:
-    """A network with random weights, and the shape of one input.
+    """Return a network with random weights, and the shape of one input.
 
     Args:
-        name: As timm knows it.
-        small: Take inputs of 96x96 where the network admits it.
+        name: Its name in timm.
+        small: Whether to use inputs of 96x96 if the network supports them.
     """
     import timm
 
@@ -112,5 +112,5 @@ def build(name: str, small: bool) -> tuple[nn.Module, tuple[int, ...]]:
                 network.eval()(torch.zeros(2, *shape))
             size = shape
         except (RuntimeError, AssertionError):
-            pass  # a network of its own size only
+            pass  # a network with a fixed input size
     return network.train(), size

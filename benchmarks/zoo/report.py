@@ -1,4 +1,4 @@
-"""The table of all networks, in Markdown."""
+"""The table of all networks as Markdown."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ def _whole(row: Row) -> str:
 
 
 def table(rows: Sequence[Row], families: Sequence[str], modes: Sequence[str], peers: Sequence[str]) -> str:
-    """One line a family, and above it how many of them got how far.
+    """Return one row per family, preceded by a summary of how many succeeded.
 
     Args:
-        rows: As they are in the file; of equal family and mode the last counts.
-        families: Which, in order.
-        modes: Of these the first that has a row.
-        peers: With a column each.
+        rows: The rows of the file; for the same family and mode the last is used.
+        families: Families in order.
+        modes: Modes in order of preference; the first with a row is used.
+        peers: Other tools, with a column each.
     """
     found = {f: next((r for m in modes if (r := _of(rows, f, m))), None) for f in families}
     done = [row for row in found.values() if row and row.get("stage") == "done"]

@@ -18,15 +18,15 @@ from typing import Any
 
 
 def apart(work: Callable[[Callable[..., None]], None], limit: float, log: Path) -> dict[str, Any]:
-    """Do a piece of work in a forked process, and return what it noted, however it ended.
+    """Run a function in a forked process, and return what it recorded, however it ended.
 
     Args:
-        work: Is given a function that notes keywords.
-        limit: Seconds, after which the process is killed.
-        log: File for what the process prints, and for where it stood when the time was up.
+        work: The function; it gets a function that records keyword arguments.
+        limit: Time limit in seconds, after which the process is killed.
+        log: File for the output of the process, and for its stack at the time limit.
 
     Returns:
-        What was noted, with ``seconds`` and, unless all went well, ``error``.
+        What was recorded, with ``seconds`` and, in case of failure, ``error``.
     """
     began = time.monotonic()
     handle, path = tempfile.mkstemp(suffix=".json")
@@ -49,14 +49,14 @@ def apart(work: Callable[[Callable[..., None]], None], limit: float, log: Path) 
 
 
 def _wait(child: int, until: float) -> int | None:
-    """The child's status; None if it had to be stopped, with what it started."""
+    """Return the child's status; None if it had to be killed with its own child processes."""
     while time.monotonic() < until:
         ended, status = os.waitpid(child, os.WNOHANG)
         if ended:
             return status
         time.sleep(0.1)
     with contextlib.suppress(ProcessLookupError):
-        os.kill(child, signal.SIGUSR1)  # says in the log where it stands
+        os.kill(child, signal.SIGUSR1)  # writes its stack to the log
         time.sleep(0.5)
         os.killpg(child, signal.SIGKILL)
     os.waitpid(child, 0)
@@ -75,7 +75,7 @@ def _in_child(work: Callable[[Callable[..., None]], None], path: Path, log: Path
     code = 1
     try:
         os.setpgid(0, 0)
-        with contextlib.suppress(AttributeError, OSError):  # where there is Linux: it dies with the one that forked it
+        with contextlib.suppress(AttributeError, OSError):  # on Linux, let it die with its parent
             ctypes.CDLL(None).prctl(1, signal.SIGKILL)
         with log.open("w") as file:
             os.dup2(file.fileno(), 1)
@@ -88,7 +88,7 @@ def _in_child(work: Callable[[Callable[..., None]], None], path: Path, log: Path
                 traceback.print_exc()
                 raise
             code = 0
-    except BaseException as error:  # noqa: BLE001 - whatever it is, it is this network's result
+    except BaseException as error:  # noqa: BLE001 - any failure is this network's result
         note(error=f"{type(error).__name__}: {error}"[:2000])
     finally:
         os._exit(code)

@@ -1,4 +1,4 @@
-"""Test every variant of a network, measure it, and write the comparison where the run's results are kept."""
+"""Testing every variant of a network, measuring it, and storing the comparison with the run's results."""
 
 from __future__ import annotations
 
@@ -45,15 +45,15 @@ MEASURED = (
     "mac_share",
 )  # what is added to the model's own metrics
 SPREAD = "latency_spread"
-"""The key of the interquartile range of a latency, as a share of the median; the largest of what was timed."""
+"""Key of the interquartile range of latencies, relative to the median; the largest of all timed networks."""
 
-TIMED = ("float", "int8")  # fake-quant is a step of training, nothing that is shipped
+TIMED = ("float", "int8")  # fake-quant is only used in training
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class HasVariants(Protocol):
-    """What a quantization callback offers for evaluation."""
+    """The interface of a quantization callback that evaluation uses."""
 
     variants: tuple[str, ...]
     chosen_variant: str | None
@@ -61,10 +61,10 @@ class HasVariants(Protocol):
     example_inputs_: Call
 
     def use_variant(self, name: str | None) -> None:
-        """Choose what the Trainer evaluates; None for the default."""
+        """Choose the variant that the Trainer evaluates; None for the default."""
 
     def network(self, name: str) -> nn.Module:
-        """The network of a variant, on the CPU."""
+        """Return the network of a variant, on the CPU."""
 
     def running(self, network: nn.Module) -> AbstractContextManager[None]:
         """Within the block, the Trainer tests this network."""
@@ -78,31 +78,32 @@ def evaluate_variants(
     *,
     fused: bool = False,
 ) -> dict[str, float]:
-    """Test the float, fake-quant and int8 variants that there are, measure float and int8, and compare.
+    """Test the available variants (float, fake-quant, int8), measure float and int8, and compare them.
 
-    Every metric of `trainer.test` is logged behind the name of its variant (``int8/test/acc``), never bare. All that is
-    returned is also in the loggers: in W&B in the run's summary, in others as metrics. A table goes to the terminal.
+    Every metric of `trainer.test` is logged with the variant as prefix (``int8/test/acc``), never without. Everything
+    that is returned is also logged: in W&B to the run's summary, in other loggers as metrics. A table is printed.
 
-    What `QuantizedModelExport` wrote is tested as well, each artifact by its own runtime, behind the format's name.
+    Files written by `QuantizedModelExport` are tested too, each in its own runtime, with the format as prefix.
 
-    Without a callback that has variants, the run is tested as ``float``, and measured where it is clear which network
-    in the LightningModule is meant.
+    Without a callback that has variants, the model is tested as ``float``, and measured if it is clear which network in
+    the LightningModule is meant.
 
     Args:
-        trainer: The Trainer that fitted the model. Without a fit, `PostTrainingQuantization` quantizes what is there.
+        trainer: The Trainer that fitted the model. Without a fit, `PostTrainingQuantization` quantizes the model as it
+        is.
         model: The LightningModule.
-        datamodule: As for `trainer.test`.
-        dataloaders: As for `trainer.test`.
-        fused: Without such a callback, also test and measure the network with BatchNorm folded into the layers before
-            it (see `qat_lightning.fuse`), as ``fused``; ``fused/chains`` is how many were folded.
+        datamodule: See `trainer.test`.
+        dataloaders: See `trainer.test`.
+        fused: Without such a callback, also test and measure the network with BatchNorm folded into the preceding
+            layers (see `qat_lightning.fuse`), as ``fused``; ``fused/chains`` is the number of folded layers.
 
     Returns:
-        The metrics of each variant, ``float/size_mb``, ``int8/size_mb``, ``size_ratio``, ``float/latency_ms``,
-        ``int8/latency_ms`` (of one sample, on the CPU), ``latency_spread`` (the larger of their interquartile ranges
-        while they were measured, as a share of the median), ``speedup``, ``int8/agreement`` and ``int8/sqnr_db``, and
-        ``int8/mac_share`` (the share of the multiply-accumulates in int8, products of two computed matrices among them,
-        for which torch's own kernel is float inside): those that exist. With several processes, sizes and latencies are
-        those of the first one, and only it has them.
+        The metrics of each variant and, as far as available: ``float/size_mb``, ``int8/size_mb``, ``size_ratio``,
+        ``float/latency_ms`` and ``int8/latency_ms`` (one sample, on the CPU), ``latency_spread`` (the larger of their
+        interquartile ranges, relative to the median), ``speedup``, ``int8/agreement``, ``int8/sqnr_db``, and
+        ``int8/mac_share`` (share of the multiply-accumulates in int8, including products of two computed matrices,
+        which torch's own kernel computes in float). With several processes, sizes and latencies are measured and
+        returned only in the first.
     """
 
     def test(name: str) -> dict[str, float]:
@@ -121,11 +122,11 @@ def evaluate_variants(
                     summary |= test("fused") | {"fused/chains": float(count)}
                 networks = networks | {"fused": network}
             except NetworkError as error:
-                # After a whole training, what was asked for besides must not cost its results.
+                # A failed extra measurement must not discard the results of a whole training.
                 rank_zero_warn(f"There is no fused variant: {error}")
     else:
         if not source.variants:
-            test("calibration")  # nothing was fitted: a test quantizes what is there
+            test("calibration")  # no fit has run: a test triggers quantization
         summary |= _test_variants(source, test)
         for name, network, figures in exported(trainer):
             with source.running(network):
@@ -148,7 +149,7 @@ def evaluate_variants(
 
 
 def _test_variants(source: HasVariants, test: Callable[[str], dict[str, float]]) -> dict[str, float]:
-    """Test what a callback can let the Trainer run, and choose what was chosen again."""
+    """Test the variants that the Trainer can run, and restore the user's choice."""
     summary: dict[str, float] = {}
     before = source.chosen_variant
     for name in source.variants:
@@ -165,11 +166,11 @@ def _test_variants(source: HasVariants, test: Callable[[str], dict[str, float]])
 
 
 def variants_table(summary: Mapping[str, float], *, float_source: str = "") -> Table:
-    """Lay out what `evaluate_variants` returns: a row for each variant.
+    """Format the result of `evaluate_variants`: a row for each variant.
 
     Args:
-        summary: Its result, or a part of it.
-        float_source: Where the float weights come from, to say below the table.
+        summary: The result, or a part of it.
+        float_source: Where the float weights come from, shown below the table.
 
     Returns:
         A table for `rich.print`.
@@ -201,7 +202,7 @@ def _caption(summary: Mapping[str, float], float_source: str) -> str:
     lines = [f"float: {float_source}"] if float_source else []
     if "fused/chains" in summary:
         lines.append(f"fused: BatchNorm folded into {summary['fused/chains']:.0f} layers")
-    # The kinds without calibration have no fake-quant to be compared with.
+    # Kinds without calibration have no fake-quant, and are compared with float.
     other = "fake_quant" if any(key.startswith("fake_quant/") for key in summary) else "float"
     if "int8/agreement" in summary:
         lines.append(f"int8 chooses the same class as {other} for {summary['int8/agreement']:.2%} of the outputs")
@@ -219,14 +220,14 @@ def _cell(value: float | None, layout: str) -> str:
 
 
 def _source(trainer: Trainer) -> HasVariants | None:
-    """The quantization callback, if there is one: any callback with a `use_variant` of its own."""
+    """Return the quantization callback: any callback with its own `use_variant`; None if there is none."""
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
     return cast("HasVariants | None", next((c for c in callbacks if hasattr(type(c), "use_variant")), None))
 
 
 @contextmanager
 def _watched(model: LightningModule) -> Iterator[tuple[dict[str, nn.Module], list[Call]]]:
-    """The float network in a LightningModule, and what it is first called with meanwhile."""
+    """Find the float network in a LightningModule, and record its first call within the block."""
     calls: list[Call] = []
 
     def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -248,7 +249,7 @@ def _watched(model: LightningModule) -> Iterator[tuple[dict[str, nn.Module], lis
 
 @contextmanager
 def _fused(model: LightningModule, calls: Sequence[Call]) -> Iterator[tuple[nn.Module, int]]:
-    """The float network of a LightningModule with BatchNorm folded, in its place meanwhile."""
+    """Replace the float network by one with BatchNorm folded, within the block."""
     names = find_networks(model, None)
     if len(names) > 1 or not calls:
         raise NetworkError(
@@ -267,9 +268,9 @@ def _fused(model: LightningModule, calls: Sequence[Call]) -> Iterator[tuple[nn.M
 
 @contextmanager
 def logged_behind(name: str, loggers: Sequence[Logger]) -> Iterator[None]:
-    """Put the variant's name before whatever the loggers are given, except Lightning's own count of epochs.
+    """Prefix everything that is logged with the variant's name, except Lightning's epoch count.
 
-    The loggers stay where they are, so that a LightningModule which uses `self.logger.experiment` still can.
+    The loggers are not replaced, so `self.logger.experiment` in a LightningModule still works.
     """
 
     def prefixed(logger: Logger) -> Any:
@@ -290,14 +291,14 @@ def logged_behind(name: str, loggers: Sequence[Logger]) -> Iterator[None]:
 
 
 def measure_networks(networks: Mapping[str, nn.Module], calls: Sequence[Call]) -> dict[str, float]:
-    """Size and latency of each network, and their ratios."""
+    """Return size and latency of each network, and their ratios."""
     return _sizes(networks) | (_latencies(networks, calls[0]) if networks and calls else {})
 
 
 def _sizes(networks: Mapping[str, nn.Module]) -> dict[str, float]:
     try:
         sizes = {f"{name}/size_mb": _size_mb(network) for name, network in networks.items()}
-    except Exception as error:  # noqa: BLE001 (a measurement does not cost what was trained and tested)
+    except Exception as error:  # noqa: BLE001 (a failed measurement must not discard trained and tested results)
         rank_zero_warn(f"Sizes are not measured: {type(error).__name__}: {error}")
         return {}
     if all(name in networks for name in TIMED):
@@ -309,7 +310,7 @@ def _latencies(networks: Mapping[str, nn.Module], call: Call) -> dict[str, float
     try:
         one = one_sample(Example(*call))
         latencies = latency_interleaved(networks, one.args, one.kwargs)
-    except Exception as error:  # noqa: BLE001 (likewise: a network need not run on a single sample)
+    except Exception as error:  # noqa: BLE001 (likewise; some networks do not run on a single sample)
         rank_zero_warn(f"The latency of one sample is not measured: {type(error).__name__}: {error}")
         return {}
     measured = {f"{name}/latency_ms": latency.median_ms for name, latency in latencies.items()}
@@ -322,14 +323,14 @@ def _latencies(networks: Mapping[str, nn.Module], call: Call) -> dict[str, float
 
 
 def _size_mb(network: nn.Module) -> float:
-    """What a user ships: the file of an int8 network, the ``state_dict`` of any other."""
+    """Return the size of the deployed file: an int8 file, or the ``state_dict`` of any other network."""
     return artifact_size_mb(network) if isinstance(network, QuantizedNetwork) else size_mb(network)
 
 
 def write_summary(loggers: Sequence[Logger], summary: Mapping[str, float], step: int) -> None:
-    """Into W&B's summary, where runs are compared; other loggers know metrics only.
+    """Write to W&B's summary, where runs are compared; other loggers only have metrics.
 
-    Equal outputs have no noise, and W&B shows infinity as a word that no plot takes: `EQUAL_DB` stands for it.
+    Equal outputs have infinite SQNR, which W&B stores as text and does not plot, so `EQUAL_DB` is written instead.
     """
     finite = {key: value if math.isfinite(value) else EQUAL_DB for key, value in summary.items()}
     for logger in loggers:

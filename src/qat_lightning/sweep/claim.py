@@ -44,7 +44,7 @@ class RunFolder(Callback):
             check_run_folder(folder, identity(written(config.hydra.overrides.task)), resume=config.resume)
         with read_write(config.hydra), open_dict(config.hydra):
             config.hydra.run.dir = str(folder)
-            if goes_on:  # what it began with is what it is: nothing of it is written over, least of all where it ended
+            if goes_on:  # a resumed run keeps its original configuration and results
                 config.hydra.output_subdir = None
 
 

@@ -1,4 +1,4 @@
-"""What a trial leaves in its folder: how it ended, and with which figures."""
+"""The record of a trial in its folder: how it ended, and its metrics."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ from qat_lightning.json_files import read_json, write_json
 
 FILE = "result.json"
 IDENTITY = "trial.json"
-"""What a trial is, and what it began with: its overrides, the id of its W&B run, the checkpoint it goes on from."""
+"""Keys that identify a trial and its start: its overrides, the id of its W&B run, and the checkpoint to resume from."""
 STATUSES = ("completed", "pruned", "skipped", "failed")
 DONE = ("completed", "pruned", "skipped")
-"""How a trial ends that needs not be run again."""
+"""Statuses of trials that need not be run again."""
 
 
 @dataclass(frozen=True)
 class TrialResult:
-    """How a trial ended. The file ``result.json`` in its folder holds just these fields.
+    """How a trial ended. The file ``result.json`` in its folder contains exactly these fields.
 
     Attributes:
-        status: ``"completed"``, ``"pruned"`` (stopped early, with figures), ``"skipped"`` (its settings do not go
-            together) or ``"failed"``.
+        status: ``"completed"``, ``"pruned"`` (stopped early, with metrics), ``"skipped"`` (incompatible settings) or
+            ``"failed"``.
         overrides: Hydra's overrides of the trial.
-        metrics: What `evaluate_variants` returned; empty if it did not get so far.
-        fit_metrics: What the fit had logged when it ended, for example ``val/acc``.
-        objective: What the sweeper is told, if it was asked for something.
-        seconds: How long the trial took.
-        error: ``type`` and ``message`` of what went wrong, or why the trial was skipped or pruned.
+        metrics: Result of `evaluate_variants`; empty if the trial ended before that.
+        fit_metrics: Metrics logged at the end of the fit, for example ``val/acc``.
+        objective: The values for the sweeper, if ``objective=`` was given.
+        seconds: Duration of the trial.
+        error: ``type`` and ``message`` of the error, or why the trial was skipped or pruned.
         wandb: ``id`` and ``dir`` of the W&B run, if there is one.
 
     Raises:
-        ConfigurationError: There is no such status.
+        ConfigurationError: The status is unknown.
 
     Example:
         >>> TrialResult("completed", ["seed=1"], {"int8/test/acc": 0.98}, seconds=12.5).status
@@ -60,13 +60,13 @@ class TrialResult:
 
     @property
     def done(self) -> bool:
-        """Whether the trial needs not be run again."""
+        """Whether the trial need not be run again."""
         return self.status in DONE
 
     def write(self, folder: Path) -> None:
-        """Write ``result.json`` into the trial's folder: whole, or not at all.
+        """Write ``result.json`` into the trial's folder, atomically.
 
-        JSON has no infinity: the SQNR of equal outputs is written as `EQUAL_DB`, as in the loggers; NaN as null.
+        JSON has no infinity: the SQNR of equal outputs is written as `EQUAL_DB`, as in the loggers, and NaN as null.
         """
         fields = dataclasses.asdict(self)
         fields |= {name: _finite(fields[name]) for name in ("metrics", "fit_metrics")}
@@ -74,10 +74,10 @@ class TrialResult:
 
     @classmethod
     def read(cls, folder: Path) -> TrialResult | None:
-        """The result in a trial's folder; None where there is none.
+        """Read the result in a trial's folder; None if there is none.
 
         Raises:
-            ConfigurationError: The file is of something else.
+            ConfigurationError: The file has other content.
         """
         path = folder / FILE
         if not path.is_file():
@@ -89,7 +89,7 @@ class TrialResult:
 
 
 def identity(overrides: Iterable[Any]) -> list[str]:
-    """The overrides that make a trial what it is: all but those that only say how it is run.
+    """Return the overrides that identify a trial, without those that only affect how it is run.
 
     Example:
         >>> identity(["mode=fx", "resume=true"])
@@ -99,7 +99,7 @@ def identity(overrides: Iterable[Any]) -> list[str]:
 
 
 def written(overrides: Any) -> list[str]:
-    """The overrides as they were written: iterating over them would resolve a reference like ``x=${seed}``."""
+    """Return the overrides as written; iterating over them would resolve references like ``x=${seed}``."""
     words = OmegaConf.to_container(overrides, resolve=False) if OmegaConf.is_config(overrides) else overrides
     assert isinstance(words, list)
     return [str(word) for word in words]
@@ -108,7 +108,7 @@ def written(overrides: Any) -> list[str]:
 def _finite(metrics: Mapping[str, float]) -> dict[str, float | None]:
     if not metrics:
         return {}
-    from qat_lightning.numerics.sqnr import EQUAL_DB  # torch comes with it
+    from qat_lightning.numerics.sqnr import EQUAL_DB  # imported here because it imports torch
 
     return {
         name: value if math.isfinite(value) else None if math.isnan(value) else math.copysign(EQUAL_DB, value)

@@ -1,4 +1,4 @@
-"""What ends a run from outside: SIGTERM as an exception, so that what the run leaves says so."""
+"""Turning SIGTERM into an exception, so that the run's record says how it ended."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from types import FrameType
 
 
 class Terminated(SystemExit):
-    """SIGTERM ended the program. Its exit status is the one that shells give: 143."""
+    """SIGTERM ended the program. The exit status is 143, as shells report it."""
 
     def __init__(self) -> None:
         super().__init__(128 + signal.SIGTERM)
@@ -22,10 +22,10 @@ class Terminated(SystemExit):
 
 @contextmanager
 def terminable() -> Iterator[None]:
-    """Raise `Terminated` in the main thread on SIGTERM, whose default ends the process where it stands.
+    """Raise `Terminated` in the main thread on SIGTERM, which by default ends the process immediately.
 
-    A second SIGTERM is ignored: ``timeout`` sends two, and what the first one has to leave has to be written. A handler
-    of somebody else's, as submitit's, stays.
+    A second SIGTERM is ignored, because ``timeout`` sends two and the first one's cleanup has to finish. An existing
+    handler, such as submitit's, is kept.
 
     Raises:
         Terminated: On SIGTERM.
@@ -37,7 +37,7 @@ def terminable() -> Iterator[None]:
     owner = os.getpid()
 
     def end(number: int, frame: FrameType | None) -> None:
-        if os.getpid() != owner:  # a worker of a DataLoader, which has nothing to leave
+        if os.getpid() != owner:  # a worker of a DataLoader, which has nothing to clean up
             os._exit(128 + number)
         signal.signal(number, signal.SIG_IGN)
         raise Terminated
@@ -50,8 +50,8 @@ def terminable() -> Iterator[None]:
 
 
 def as_failure(error: BaseException) -> BaseException:
-    """The error to end with: Lightning leaves fits that SIGTERM ended with an exit status of 0, which says success."""
-    from lightning.pytorch.utilities.exceptions import SIGTERMException  # torch comes with it
+    """Return the error to end with: Lightning ends fits after SIGTERM with exit status 0, which would mean success."""
+    from lightning.pytorch.utilities.exceptions import SIGTERMException  # imported here because it imports torch
 
     if isinstance(error, SIGTERMException):
         return Terminated()
@@ -61,5 +61,5 @@ def as_failure(error: BaseException) -> BaseException:
 
 
 def interrupted(error: BaseException) -> bool:
-    """Whether it was Ctrl-C; Lightning makes a `SystemExit` of it."""
+    """Whether the error is Ctrl-C, which Lightning turns into a `SystemExit`."""
     return isinstance(error, KeyboardInterrupt) or isinstance(error.__context__, KeyboardInterrupt)

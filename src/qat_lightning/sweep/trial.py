@@ -1,4 +1,4 @@
-"""One trial: who it is, where it goes on, and the record of how it ended."""
+"""One trial: its identity, where it resumes, and the record of how it ended."""
 
 from __future__ import annotations
 
@@ -33,29 +33,29 @@ Objective = float | tuple[float, ...] | None
 
 OUTPUT = "output.log"
 
-# conf/hydra/launcher has files of the names of the plugins' own configurations, which Hydra checks them against, and
-# warns about in each process. That is what is wanted here; and this module is what every process of a sweep imports.
+# Files in conf/hydra/launcher have the names of the plugins' own configurations. Hydra validates them against these,
+# as intended, and warns about it in each process; every process of a sweep imports this module.
 warnings.filterwarnings("ignore", message=r"\s*.*is validated against ConfigStore schema with the same name")
 
 
 def run_trial(train: Train, cfg: DictConfig) -> Objective:
-    """Run `train` once, by itself or as a trial of a sweep, and record how it ended in ``result.json``.
+    """Run `train` once, as a single run or as a trial of a sweep, and record how it ended in ``result.json``.
 
-    By itself, a mistake in the configuration is shown in one panel, and ends the program with 1. In a sweep nothing is
-    raised, so that the other trials go on: settings that do not go together are skipped, whatever else goes wrong is
-    recorded, and a process that dies takes nothing with it. What a trial prints goes to ``output.log`` in its folder.
+    In a single run, a mistake in the configuration is shown in one panel and ends the program with 1. In a sweep
+    nothing is raised, so that other trials continue: trials with incompatible settings are skipped, other errors are
+    recorded, and a crashed process does not affect others. A trial's output goes to ``output.log`` in its folder.
 
-    A trial that was broken off goes on from its last checkpoint, as the same W&B run, when it is launched again in its
-    folder: by a scheduler that requeues it, or with ``resume=true``. One that is finished is left as it is. What ends
-    the program early, as SIGTERM, is recorded as a failure, and ends it with a status that is not 0.
+    An interrupted trial resumes from its last checkpoint, as the same W&B run, when it is launched again in its folder:
+    by a scheduler that requeues it, or with ``resume=true``. A finished trial is not changed. Early termination, such
+    as by SIGTERM, is recorded as a failure with a nonzero exit status.
 
     Args:
         train: Takes the configuration; returns the metrics and the objects.
         cfg: The composed configuration of train.py.
 
     Returns:
-        What ``objective=`` names, for a sweeper: a number, or a tuple of several. None without it, and for a trial
-        that has none.
+        The metrics that ``objective=`` names, for a sweeper: a number, or a tuple of several. None without
+        ``objective=``, and for a trial without metrics.
     """
     app.quiet()
     trial = Trial.current(cfg)
@@ -81,13 +81,13 @@ def run_trial(train: Train, cfg: DictConfig) -> Objective:
 
 @dataclass(frozen=True)
 class Trial:
-    """A folder, and what runs in it.
+    """A folder and the run in it.
 
     Attributes:
         folder: Hydra's output folder.
         overrides: Hydra's overrides, without ``resume``.
-        of_sweep: Whether it is one of several.
-        resume: Whether to go on from what is in the folder.
+        of_sweep: Whether it is part of a sweep.
+        resume: Whether to continue the run in the folder.
     """
 
     folder: Path
@@ -97,22 +97,22 @@ class Trial:
 
     @classmethod
     def current(cls, cfg: DictConfig) -> Trial:
-        """The trial that Hydra runs now."""
+        """Return the trial that Hydra is running."""
         hydra = HydraConfig.get()
         of_sweep = hydra.mode == RunMode.MULTIRUN
-        # A trial of a sweep always goes on: the sweep refuses a folder with trials unless resume=true.
+        # A trial of a sweep always resumes: the sweep refuses a folder with trials unless resume=true.
         return cls(
             Path(hydra.runtime.output_dir), identity(written(hydra.overrides.task)), of_sweep, of_sweep or cfg.resume
         )
 
     @property
     def owns_folder(self) -> bool:
-        """Whether what is in the folder is from a launch of this same trial."""
+        """Whether the folder's contents are from an earlier launch of this trial."""
         path = self.folder / IDENTITY
         return path.is_file() and read_json(path)["overrides"] == self.overrides
 
     def run(self, train: Train, cfg: DictConfig) -> TrialResult:
-        """Run the trial as one of a sweep, in a process of its own where that is possible."""
+        """Run the trial as part of a sweep, in a separate process if possible."""
         began = time.monotonic()
         (self.folder / FILE).unlink(missing_ok=True)
         try:
@@ -140,8 +140,7 @@ class Trial:
         """Run `train` in this process, and record how it ended.
 
         Raises:
-            BaseException: Whatever `train` raises, after it was recorded; what would end the program with a status of 0
-                ends it with another.
+            BaseException: Any error of `train`, after it was recorded; an exit status of 0 is replaced by another.
         """
         began = time.monotonic()
         (self.folder / FILE).unlink(missing_ok=True)
@@ -158,7 +157,7 @@ class Trial:
             ended = as_failure(error)
             seconds = time.monotonic() - began
             left = TrialResult("failed", self.overrides, metrics, fit_metrics, None, seconds, self._why(ended))
-            left.write(self.folder)  # first: there may be little time
+            left.write(self.folder)  # first, because the process may be killed soon
             wandb_run = wandb_run or _end_wandb()
             replace(left, wandb=wandb_run).write(self.folder)
             if ended is error:
@@ -178,7 +177,7 @@ class Trial:
         return _for_sweeper(objective)
 
     def _why(self, error: BaseException) -> dict[str, str]:
-        """What ended it, and how it goes on."""
+        """Return the reason for the end, and how to continue."""
         if isinstance(error, Exception):
             return explained(error)
         kind, message = type(error).__name__, str(error) or "it was ended"
@@ -191,12 +190,12 @@ class Trial:
         return {"type": kind, "message": f"{message}: the same command with {place}={folder} resume=true continues it."}
 
     def begun(self, cfg: DictConfig) -> DictConfig:
-        """The configuration with what this launch adds: the id of its W&B run, and the checkpoint to go on from."""
+        """Return the configuration of this launch, with the id of its W&B run and the checkpoint to resume from."""
         goes_on = self.resume and self.owns_folder
         if self.of_sweep and not self.owns_folder:
             _put_aside(self.folder)
         begun: dict[str, Any] = read_json(self.folder / IDENTITY) if goes_on else {}
-        # An agent of W&B's own sweeps says which run it is; for the trials of a sweep of Hydra's that would be one run.
+        # W&B's own sweep agents set the run's id; in a sweep of Hydra's, that id would be the same for all trials.
         agents = os.environ.get("WANDB_RUN_ID") if "WANDB_SWEEP_ID" in os.environ and not self.of_sweep else None
         run_id = cfg.run.id or agents or begun.get("wandb_id") or secrets.token_hex(4)
         last = self.folder / "checkpoints" / "last.ckpt"
@@ -206,7 +205,7 @@ class Trial:
         return _with(cfg, run_id, group, checkpoint)
 
     def joined(self, cfg: DictConfig) -> DictConfig:
-        """What the first process of this trial begun with, for the others."""
+        """Return the configuration that this trial's first process started with, for the other processes."""
         begun = read_json(self.folder / IDENTITY)
         return _with(cfg, begun["wandb_id"], cfg.run.group, begun["ckpt_path"])
 
@@ -214,7 +213,7 @@ class Trial:
         try:
             with app.readable_errors():
                 self.attempt(train, cfg)
-        except SystemExit:  # a mistake in the configuration, which was shown
+        except SystemExit:  # a mistake in the configuration, which was already shown
             return False
         except Exception:
             logging.getLogger(__name__).exception("The trial failed.")
@@ -223,7 +222,7 @@ class Trial:
 
 
 def _sweep_name() -> str:
-    """The last two parts of a sweep's folder, which are its day and its time unless one was given."""
+    """Return the last two parts of a sweep's folder, by default its date and time."""
     return "-".join(Path(str(HydraConfig.get().sweep.dir)).resolve().parts[-2:])
 
 
@@ -237,7 +236,7 @@ def _with(cfg: DictConfig, run_id: str, group: str | None, checkpoint: str | Non
 
 
 def _put_aside(folder: Path) -> None:
-    """Move what another trial left into a folder of its own, so that nothing of it is lost or taken up."""
+    """Move files of another trial into a separate folder, so that they are neither lost nor used."""
     left = [path for path in folder.iterdir() if path.name not in (".hydra", OUTPUT) and path.suffix != ".log"]
     if not any(path.name == IDENTITY for path in left):
         return
@@ -250,7 +249,7 @@ def _put_aside(folder: Path) -> None:
 
 
 def _objective(names: Any, metrics: dict[str, float]) -> list[float] | None:
-    """The values of the metrics that ``objective=`` names."""
+    """Return the values of the metrics that ``objective=`` names."""
     if names is None:
         return None
     wanted = [names] if isinstance(names, str) else list(names)
@@ -276,7 +275,7 @@ def _wandb_run(run: app.Objects) -> dict[str, str] | None:
 
 
 def _end_wandb() -> dict[str, str] | None:
-    """End the W&B run that a failed trial left open, so that it counts as failed and no other trial goes on with it."""
+    """Finish the W&B run of a failed trial, so that it is marked as failed and no other trial continues it."""
     wandb = sys.modules.get("wandb")
     if wandb is None or wandb.run is None:
         return None

@@ -103,7 +103,7 @@ def _parser() -> argparse.ArgumentParser:
     what.add_argument(
         "--remeasure",
         action="store_true",
-        help="time the int8 files and float again, in turn; runs the code that the configurations name",
+        help="time the int8 files and float again, alternately; runs the code that the configurations name",
     )
     limits = parser.add_argument_group("limits for the mean over seeds")
     limits.add_argument(

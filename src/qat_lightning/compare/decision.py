@@ -131,7 +131,7 @@ def _noise(comparison: Comparison) -> str:
     noisy = next(c for c in comparison.configurations if c.noise)
     return (
         f"some were measured while other work was running ({noisy.label}: {noisy.noise}). Use --remeasure on an idle "
-        "machine: it times the int8 files and float again, in turn."
+        "machine: it times the int8 files and float again, alternately."
     )
 
 

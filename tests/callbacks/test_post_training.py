@@ -12,11 +12,18 @@ from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
-from qat_lightning import PostTrainingQuantization, QuantizationAwareTraining, Scheme, evaluate_variants, load_quantized
+from qat_lightning import (
+    AdaRound,
+    PostTrainingQuantization,
+    QuantizationAwareTraining,
+    Scheme,
+    evaluate_variants,
+    load_quantized,
+)
 from qat_lightning.callbacks.parts.variants import Stand
 from qat_lightning.errors import ConfigurationError, ConversionError, NetworkError
 from qat_lightning.modes.prepared import fake_quantizers
-from tests.callbacks.lit import MODES, Lit, assert_same_state, loader, state, trainer
+from tests.callbacks.lit import CLASSES, MODES, Lit, assert_same_state, loader, state, trainer
 
 
 class Data(LightningDataModule):
@@ -284,3 +291,51 @@ def test_auto_takes_a_mode_that_works(kind: Any) -> None:
 def test_a_kind_that_the_pair_has_not_is_refused_at_construction() -> None:
     with pytest.raises(ConfigurationError, match="use kind='dynamic' or kind='static', or backend='x86'"):
         PostTrainingQuantization(mode="pt2e", backend="xnnpack", kind="weight_only")
+
+
+class Surrounded(Lit):
+    """Layers before and behind the network, and tensors made in a step, in the precision of the training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before, self.behind = torch.nn.Conv2d(1, 1, 1), torch.nn.Linear(CLASSES, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.behind(self.net(self.before(x)) + torch.ones(CLASSES))
+
+
+@pytest.mark.parametrize("kind", ["static", "dynamic", "weight_only"])
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true", "64-true", "bf16-mixed"])
+def test_every_precision_of_training_is_quantized(precision: Any, kind: Any) -> None:
+    """From float32 copies, whose inputs and outputs are cast to what is around them."""
+    torch.manual_seed(0)
+    module, ptq = Surrounded(), PostTrainingQuantization(kind=kind, module="net")
+    run = trainer(ptq, precision=precision, max_epochs=6)
+    run.fit(module, loader(), loader())
+    assert run.test(module, loader(), verbose=False)[0]["test/acc"] > 0.9
+    assert ptq.fidelity["agreement"] > 0.95
+    assert run.validate(module, loader(), verbose=False)[0]["val/acc"] > 0.9
+    wanted = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "64-true": torch.float64}
+    assert {p.dtype for p in module.parameters()} == {wanted.get(precision, torch.float32)}
+    if kind == "static":
+        assert {p.dtype for p in ptq.network("fake_quant").parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("make", [PostTrainingQuantization, QuantizationAwareTraining])
+def test_int8_runs_between_layers_of_another_precision(make: Any) -> None:
+    torch.manual_seed(0)
+    module, callback = Surrounded(), make(module="net")
+    run = trainer(callback, precision="bf16-true", max_epochs=6)
+    run.fit(module, loader(), loader())
+    found = run.predict(module, loader())
+    assert {scores.dtype for scores in found} == {torch.bfloat16}
+    assert run.test(module, loader(), verbose=False)[0]["test/acc"] > 0.9
+
+
+def test_recipes_of_a_calibration_learn_in_float32() -> None:
+    torch.manual_seed(0)
+    ptq = PostTrainingQuantization(adaround=AdaRound(iterations=20), bias_correction=True, sequential_mse=True)
+    run, module = trainer(ptq, precision="bf16-true", max_epochs=6), Lit()
+    run.fit(module, loader())
+    assert run.test(module, loader(), verbose=False)[0]["test/acc"] > 0.9
+    assert ptq.fidelity["agreement"] > 0.95

@@ -197,6 +197,7 @@ ROWS = [
     Row("detect_anomaly", trainer={"detect_anomaly": True}),
     Row("precision bf16-mixed", trainer={"precision": "bf16-mixed"}),
     Row("precision bf16-true", trainer={"precision": "bf16-true", "max_epochs": 5}),
+    Row("precision 16-true", trainer={"precision": "16-true", "max_epochs": 5}),
     Row("precision 64-true", trainer={"precision": "64-true"}),
     Row("precision 64-true, configure_model", BuiltInConfigureModel, trainer={"precision": "64-true"}),
     Row("reload_dataloaders_every_n_epochs", Reloading, trainer={"reload_dataloaders_every_n_epochs": 1}),
@@ -259,7 +260,8 @@ def _tidy_state(lit: Any, precision: str | None) -> None:
         _, zero_point = fq.calculate_qparams()
         assert fq.quant_min <= zero_point <= fq.quant_max
     weights = {parameter.dtype for parameter in lit.parameters()}
-    assert weights == {{"64-true": torch.float64, "bf16-true": torch.bfloat16}.get(precision or "", torch.float32)}
+    trained = {"64-true": torch.float64, "bf16-true": torch.bfloat16, "16-true": torch.float16}
+    assert weights == {trained.get(precision or "", torch.float32)}
 
 
 @pytest.mark.parametrize("mode", MODES)

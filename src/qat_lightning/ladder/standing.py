@@ -96,7 +96,8 @@ class StandingIn(Guests, Callback):
         own = self.slot.name == OWN_FORWARD
         plain = OwnForward(self.slot.pl_module) if own else self.slot.get()
         self._compared = Fidelity(classes=numbers_of_classes(self.slot.pl_module)) if compared else None
-        stand = Stand(other, plain, on_cpu=True, fidelity=self._compared, reference=plain)
+        dtype = self.slot.dtype
+        stand = Stand(other, plain, on_cpu=True, fidelity=self._compared, reference=plain, dtype=dtype)
         self._before.append(self.slot.run_instead(stand.eval()))
 
     def _stand_back(self) -> None:

@@ -195,8 +195,9 @@ class CalibratedCopies:
         return prepared
 
     def _prepare_copy(self, name: str) -> nn.Module:
+        """A copy with fake-quant, in float32 whatever the precision of the training: it is calibrated, not trained."""
         slot = self.networks.slots[name]
-        return self.preparation.prepare_one(slot, copy.deepcopy(slot.get()), self.networks.examples[name])
+        return self.preparation.prepare_one(slot, copy.deepcopy(slot.get()).float(), self.networks.examples[name])
 
     def _win_back(self, trainer: Trainer, pl_module: LightningModule, prepared: dict[str, nn.Module]) -> None:
         """Ranges of weights, learned rounding and corrected biases, on the batches of the calibration."""

@@ -21,7 +21,7 @@ from torchmetrics import Metric
 
 from qat_lightning.callbacks.parts.example import nothing_moves, take_step
 from qat_lightning.callbacks.parts.network import OWN_FORWARD, Slot
-from qat_lightning.callbacks.parts.peeking import one_batch
+from qat_lightning.callbacks.parts.peeking import one_batch, transferred
 from qat_lightning.callbacks.parts.streams import generators_kept
 from qat_lightning.callbacks.parts.variants import Stand
 from qat_lightning.errors import ConfigurationError, NetworkError
@@ -290,11 +290,8 @@ def _run(
 
 def _batches(pl_module: LightningModule, loader: Any) -> Iterator[Any]:
     combined = loader if isinstance(loader, CombinedLoader) else CombinedLoader(loader, "max_size_cycle")
-    device = pl_module.device
     for batch, _, index in combined:
-        # With the hooks of the LightningDataModule, if it has them.
-        moved = pl_module._on_before_batch_transfer(batch, dataloader_idx=index)
-        yield pl_module._apply_batch_transfer_handler(moved, device=device, dataloader_idx=index)
+        yield transferred(pl_module.trainer, pl_module, batch, index)
 
 
 def _step(pl_module: LightningModule, step: str, batch: Any, done: Callable[[], bool]) -> None:
@@ -311,7 +308,7 @@ def _step(pl_module: LightningModule, step: str, batch: Any, done: Callable[[], 
 @contextmanager
 def _standing(slot: Slot, network: nn.Module) -> Iterator[None]:
     plain = slot.get() if slot.name != OWN_FORWARD else network
-    before = slot.run_instead(Stand(network, plain, on_cpu=False))
+    before = slot.run_instead(Stand(network, plain, on_cpu=False, dtype=slot.dtype))
     try:
         yield
     finally:

@@ -12,6 +12,7 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 
 from qat_lightning.callbacks.parts.network import OWN_FORWARD, Slot, forward_replaced
 from qat_lightning.callbacks.parts.peeking import one_batch
+from qat_lightning.callbacks.parts.precision import precision_of_new_tensors
 from qat_lightning.errors import NetworkError
 from qat_lightning.graph.example import (
     Example,
@@ -79,7 +80,8 @@ def take_step(pl_module: pl.LightningModule, step: str, batch: Any) -> Any:
     """Call a step as Lightning does, with ``batch_idx`` and ``dataloader_idx`` only if its signature has them."""
     method = getattr(pl_module, step)
     indices = [0 for n, name in enumerate(("batch_idx", "dataloader_idx")) if takes(method, name, min_args=n + 2)]
-    return method(batch, *indices)
+    with precision_of_new_tensors(pl_module):
+        return method(batch, *indices)
 
 
 def _catch(slots: list[Slot], pl_module: pl.LightningModule, run: Any, reasons: list[str]) -> dict[str, Example]:

@@ -8,11 +8,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule
 from torch import nn
 from torch.nn.modules.loss import _Loss
 from torchmetrics import Metric, MetricCollection
 
+from qat_lightning.callbacks.parts.precision import float_dtype
 from qat_lightning.errors import ConfigurationError, NetworkError
 from qat_lightning.layers.operators import module_types
 from qat_lightning.modes.graph_network import GraphNetwork, GraphPart
@@ -225,6 +227,11 @@ class Slot:
     def prefix(self) -> str:
         """Prefix of the network's keys in the LightningModule's ``state_dict``, without the last dot."""
         return "" if self.name == OWN_FORWARD else self.name
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """The precision of the network in the slot; None if it has no parameters."""
+        return float_dtype(self.pl_module if self.name == OWN_FORWARD else self.get())
 
     def get(self) -> nn.Module:
         """Return the network that is in the slot now."""

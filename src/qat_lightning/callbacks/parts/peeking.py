@@ -10,6 +10,7 @@ from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from torch.utils.data import DataLoader
 
+from qat_lightning.callbacks.parts.precision import in_precision
 from qat_lightning.callbacks.parts.streams import first_batch, generators_kept, is_stream
 from qat_lightning.graph.example import MAX_BATCH
 
@@ -43,10 +44,22 @@ def one_batch(trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) ->
     look.give_back()
     if batch is None:
         return None, look.once
+    return transferred(trainer, pl_module, batch), look.once
+
+
+def transferred(trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, index: int = 0) -> Any:
+    """A batch as the loops of the Trainer give it to a step: in their precision, and on the LightningModule's device.
+
+    Args:
+        trainer: It knows the precision.
+        pl_module: Its hooks transfer the batch, or those of its LightningDataModule, if that has them.
+        batch: From a loader.
+        index: Of the loader.
+    """
     device = next((p.device for p in pl_module.parameters()), torch.device("cpu"))
-    # With the LightningDataModule's hooks, if it has them.
-    batch = pl_module._on_before_batch_transfer(batch, dataloader_idx=0)
-    return pl_module._apply_batch_transfer_handler(batch, device=device, dataloader_idx=0), look.once
+    batch = in_precision(trainer, pl_module, batch)
+    batch = pl_module._on_before_batch_transfer(batch, dataloader_idx=index)
+    return pl_module._apply_batch_transfer_handler(batch, device=device, dataloader_idx=index)
 
 
 class Look:

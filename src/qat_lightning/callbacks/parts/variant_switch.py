@@ -85,7 +85,7 @@ class VariantSwitch(Guests):
         self._running = ""
         if self._guest is not None:
             for name, slot in self.networks.slots.items():
-                self._run_instead(name, Stand(self._guest, _plain(slot, pl_module), on_cpu=True))
+                self._run_instead(name, Stand(self._guest, _plain(slot, pl_module), on_cpu=True, dtype=slot.dtype))
             return
         variant = self._variant_of(stage, trainer)
         self._running = variant
@@ -103,7 +103,15 @@ class VariantSwitch(Guests):
             int8 = variant == "int8"
             other = self._int8[name] if int8 else self._source.to_stand_in(name).to(pl_module.device)
             plain, reference = _plain(slot, pl_module), self._source.reference(name)
-            stand = Stand(other, plain, on_cpu=int8, fidelity=self._compared, reference=reference, name=name)
+            stand = Stand(
+                other,
+                plain,
+                on_cpu=int8,
+                fidelity=self._compared,
+                reference=reference,
+                name=name,
+                dtype=slot.dtype,
+            )
             self._run_instead(name, stand)
 
     def _run_instead(self, name: str, stand: Stand) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 from torchmetrics import Metric
 
+from qat_lightning.callbacks.parts.precision import float_dtype
 from qat_lightning.graph.structures import look_into
 from qat_lightning.measure.fidelity import Fidelity
 
@@ -48,6 +49,8 @@ class Stand(nn.Module):
         fidelity: If given, ``reference`` is run as well and the outputs are compared.
         reference: The network to compare with; ``prepared`` by default.
         name: Name of the network in the LightningModule, for the comparison.
+        dtype: The precision of the code around the network; inputs are cast to that of the network that runs, and its
+            outputs back. None if both are the same.
     """
 
     def __init__(
@@ -59,6 +62,7 @@ class Stand(nn.Module):
         fidelity: Fidelity | None = None,
         reference: nn.Module | None = None,
         name: str = "",
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.__dict__["_network"] = network
@@ -67,17 +71,24 @@ class Stand(nn.Module):
         self.on_cpu = on_cpu
         self.fidelity = fidelity
         self.name = name
+        self.dtype = dtype
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the other network."""
         outputs = self._call(self.__dict__["_network"], args, kwargs)
         if self.on_cpu and self.fidelity is not None:
             reference = self.__dict__["_reference"]
-            self.fidelity.compare(lambda: reference(*args, **kwargs), outputs, (args, kwargs), self.name)
-        return outputs
+
+            def expected() -> Any:
+                own_args, own_kwargs = self._in_precision_of(reference, (args, kwargs))
+                return reference(*own_args, **own_kwargs)
+
+            self.fidelity.compare(expected, outputs, (args, kwargs), self.name)
+        return self._in_own_precision(outputs)
 
     def _call(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         if not self.on_cpu:
+            args, kwargs = self._in_precision_of(self.__dict__["_network"], (args, kwargs))
             return function(*args, **kwargs)
         look_into(args, kwargs)
         device = next(
@@ -86,6 +97,14 @@ class Stand(nn.Module):
         outputs = function(*tree_map(_to_cpu, args), **tree_map(_to_cpu, kwargs))
         look_into(outputs)
         return tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, outputs)
+
+    def _in_precision_of(self, network: nn.Module, values: Any) -> Any:
+        """Cast inputs to the precision of a network, if it is not that of the code around it."""
+        dtype = float_dtype(network)
+        return values if self.dtype is None or dtype in (None, self.dtype) else _cast(values, dtype)
+
+    def _in_own_precision(self, outputs: Any) -> Any:
+        return outputs if self.dtype in (None, torch.float32) else _cast(outputs, self.dtype)
 
     def __getattr__(self, name: str) -> Any:
         """Look up attributes of the replaced network; methods come from the guest if it has them."""
@@ -99,7 +118,16 @@ class Stand(nn.Module):
             if not isinstance(found, types.MethodType) or found.__self__ is not prepared:
                 return found
             instead = None if name.startswith("_") else getattr(network, name, None)
-            return found if instead is None else lambda *args, **kwargs: self._call(instead, args, kwargs)
+            if instead is None:
+                return found
+            return lambda *args, **kwargs: self._in_own_precision(self._call(instead, args, kwargs))
+
+
+def _cast(values: Any, dtype: torch.dtype | None) -> Any:
+    look_into(values)
+    return tree_map(
+        lambda leaf: leaf.to(dtype) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf, values
+    )
 
 
 def _to_cpu(leaf: Any) -> Any:

@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 
 def process_count() -> int:
-    """How many processes train together; 1 outside of distributed training."""
+    """Return the number of processes of the training; 1 outside of distributed training."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
@@ -90,7 +90,7 @@ def in_first(do: Callable[[], T]) -> T:
 
 
 def in_all(do: Callable[[], T]) -> T:
-    """Call ``do`` in every process, and go on only if it succeeds in all.
+    """Call ``do`` in every process, and continue only if it succeeds in all.
 
     Raises:
         QuantizationError: It failed in another process, which the message names. A process in which it failed raises

@@ -1,4 +1,4 @@
-"""Where tables are printed, and the exit status of a command with invalid input."""
+"""The console for tables, and the exit status of a command with invalid input."""
 
 from __future__ import annotations
 

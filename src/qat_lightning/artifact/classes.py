@@ -80,7 +80,7 @@ def encode_container(value: Any, items: Iterable[tuple[Any, Any]], special: Spec
 
 
 def decode_container(data: dict[str, Any], special: SpecialTag, network: nn.Module | None) -> Any:
-    """Undo `encode_container`.
+    """Inverse of `encode_container`.
 
     Raises:
         ArtifactError: The data is not a result of `encode_container`.

@@ -92,7 +92,7 @@ class FrozenCalls:
             return network(*args, **kwargs)
         try:
             return kept.frozen(*leaves)
-        except Exception:  # noqa: BLE001 - what a network refuses is said by itself, and not by TorchScript
+        except Exception:  # noqa: BLE001 - the network reports its own errors when it runs without TorchScript
             return network(*args, **kwargs)
 
     def _is_due(self, key: Any) -> bool:
@@ -180,7 +180,7 @@ def freeze(
             frozen, others, flat(*_copies(others))
         ):
             return None
-    except Exception:  # noqa: BLE001 - whatever cannot be recorded runs as it is, and is none the worse
+    except Exception:  # noqa: BLE001 - a call that cannot be recorded runs without a recording
         return None
     around.follow(value for value in recording.constants if isinstance(value, Tensor))
     if len(results) == 1 and structure.is_leaf():

@@ -94,7 +94,7 @@ def _blaming(node: fx.Node) -> Iterator[None]:
 
 
 def decode_graph(data: dict[str, Any], reading: Reading) -> GraphNetwork:
-    """Undo `encode_graph`.
+    """Inverse of `encode_graph`.
 
     Raises:
         ArtifactError: The data is not a result of `encode_graph`, or needs more than ``reading`` allows.
@@ -295,7 +295,7 @@ def _default(value: Any) -> Any:
 
 
 def decode_signature(rows: list[list[Any]]) -> inspect.Signature:
-    """Undo `encode_signature`."""
+    """Inverse of `encode_signature`."""
     one = inspect.Parameter
     kinds = (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD, one.VAR_POSITIONAL, one.KEYWORD_ONLY, one.VAR_KEYWORD)
     by_name = {kind.name: kind for kind in kinds}
@@ -335,7 +335,7 @@ def _one_level(value: Any) -> list[tuple[Any, Any]]:
 
 
 def decode_structure(data: Any, network: nn.Module | None = None) -> Any:
-    """Undo `encode_structure`. Upstream's own loader is not used, because it imports whatever a file names."""
+    """Inverse of `encode_structure`. Upstream's own loader is not used, because it imports whatever a file names."""
 
     def special(tag: str, content: Any) -> Any:
         if tag == "leaf":

@@ -105,7 +105,7 @@ def encode_module(module: nn.Module, path: str, writing: Writing) -> dict[str, A
 
 
 def decode_module(data: dict[str, Any], reading: Reading) -> nn.Module:
-    """Undo `encode_module`."""
+    """Inverse of `encode_module`."""
     ((tag, content),) = data.items()
     if tag == "packed":
         module = decode_packed_layer(content, reading.tensors)

@@ -35,7 +35,7 @@ def encode_network(network: nn.Module, mode: str, writing: Writing) -> dict[str,
 
 
 def decode_network(data: dict[str, Any], recipe: Recipe, reading: Reading) -> nn.Module:
-    """Undo `encode_network`, within the engine for which weights are to be packed.
+    """Inverse of `encode_network`, within the engine for which weights are to be packed.
 
     Raises:
         ArtifactError: The data is damaged, or needs more than ``reading`` provides.

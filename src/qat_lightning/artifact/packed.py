@@ -71,7 +71,7 @@ def encode_packed_layer(module: Any, tensors: TensorWriter) -> dict[str, Any]:
 
 
 def decode_packed_layer(data: dict[str, Any], tensors: TensorReader) -> nn.Module:
-    """Undo `encode_packed_layer`."""
+    """Inverse of `encode_packed_layer`."""
     kind = data["class"]
     if kind not in _CLASSES:
         raise ArtifactError(f"it holds a {str(kind)[:80]!r}, which is not a layer with a packed weight")
@@ -170,7 +170,7 @@ def encode_packed(value: Any, tensors: TensorWriter) -> dict[str, Any]:
 
 
 def decode_packed(data: dict[str, Any], tensors: TensorReader) -> Any:
-    """Undo `encode_packed`."""
+    """Inverse of `encode_packed`."""
     weight, bias = decode(data["weight"], tensors.decode), decode(data["bias"], tensors.decode)
     kind = data["kind"]
     if kind not in _PACKED:

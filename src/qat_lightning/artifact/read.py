@@ -85,7 +85,7 @@ def load_quantized(
 
 
 def quantized_from_bytes(data: bytes, network: nn.Module | None = None, trusted: bool = False) -> QuantizedNetwork:
-    """Undo `artifact_bytes`; arguments and errors are those of `load_quantized`."""
+    """Inverse of `artifact_bytes`; arguments and errors are those of `load_quantized`."""
     return _load(io.BytesIO(data), "what another process sent", network, trusted, None)
 
 

@@ -163,7 +163,7 @@ def check_grid(scale: float | Tensor, zero_point: int | Tensor, integers: torch.
 
     Args:
         scale: A single one, or one per channel.
-        zero_point: As many; those of embeddings are floats, and may have any value.
+        zero_point: The same number; those of embeddings are floats, and may have any value.
         integers: Dtype of the stored integers.
 
     Raises:

@@ -105,7 +105,7 @@ def _encode_rare(value: Any, special: Special) -> Any:
 
 
 def decode(data: Any, special: SpecialTag = no_tag) -> Any:
-    """Undo `encode`.
+    """Inverse of `encode`.
 
     Args:
         data: Result of `json`.

@@ -284,7 +284,7 @@ class Distillation(Callback):
         return {"weights": self._weights}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Undo `state_dict`."""
+        """Restore what `state_dict` returned."""
         self._weights = state_dict["weights"]
 
     def __getstate__(self) -> dict[str, Any]:

@@ -119,5 +119,5 @@ class MedianPruning(Callback):
         return {"curve": json.dumps(self._curve)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Undo `state_dict`."""
+        """Restore what `state_dict` returned."""
         self._curve = json.loads(state_dict["curve"])

@@ -187,7 +187,7 @@ class WeightOscillations(Callback):
         return {"weights": self._tracker.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Undo `state_dict`."""
+        """Restore what `state_dict` returned."""
         self._tracker.load_state_dict(state_dict["weights"])
 
     def __getstate__(self) -> dict[str, Any]:

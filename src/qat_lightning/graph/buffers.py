@@ -12,7 +12,7 @@ def write_back(buffer: Tensor, value: Tensor) -> None:
 
     Args:
         buffer: It may be an expanded view; torch refuses to write to elements that share memory.
-        value: Of the same shape.
+        value: A tensor of the same shape.
 
     Example:
         >>> buffer = torch.zeros(2).unsqueeze(1).expand(2, 3)

@@ -14,7 +14,7 @@ class ByMode(nn.Module):
     Args:
         function: The function to call.
         training: Its positional and keyword arguments in training, with `GIVEN` in place of tensors.
-        evaluation: Likewise for evaluation.
+        evaluation: The same for evaluation.
     """
 
     def __init__(self, function: Any, training: Any, evaluation: Any) -> None:

@@ -62,7 +62,7 @@ class RoundedLayer(nn.Module):
         return self._ranges(weight_rows(weight, transposed_groups(self)))
 
     def of_ranges(self, ranges: Tensor, weight: Tensor) -> Tensor:
-        """Undo `in_ranges`, in the shape of a weight."""
+        """Inverse of `in_ranges`, in the shape of a weight."""
         groups = transposed_groups(self)
         rows, *_ = weight_rows(weight, groups).shape
         values = weight.numel() // rows
@@ -259,7 +259,7 @@ def round_layer(layer: nn.Module, recipe: Recipe) -> None:
 
     Args:
         layer: Changed in place; it keeps its parameters and their names.
-        recipe: Of kind ``"dynamic"`` or ``"weight_only"``.
+        recipe: A recipe of kind ``"dynamic"`` or ``"weight_only"``.
 
     Example:
         >>> layer = nn.Linear(4, 2)

@@ -32,7 +32,7 @@ def batch_norm_over_all(
     Args:
         x: Shape ``(N, C, ...)``; ``N`` may differ between processes, and be 0 in some.
         running_mean: Updated in place, shape ``(C,)``; None for none.
-        running_var: Likewise, with the unbiased variance.
+        running_var: Running variance, updated with the unbiased variance.
         weight: Shape ``(C,)``, or None.
         bias: Shape ``(C,)``, or None.
         momentum: Momentum of the running statistics.

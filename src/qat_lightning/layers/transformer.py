@@ -26,8 +26,8 @@ def attend(
 
     Args:
         query: ``(…, positions, size of a head)``.
-        key: Likewise.
-        value: Likewise.
+        key: ``(…, positions of keys, size of a head)``.
+        value: ``(…, positions of keys, size of a head)``.
         mask: Added to the scores; in a boolean mask, True means that a position takes part.
         dropout_p: Dropout probability of the weights.
 

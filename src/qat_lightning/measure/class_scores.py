@@ -54,7 +54,7 @@ class ClassScores:
     `qat_lightning.measure.metrics.class_axis`), that has a row for each sample of an input, and no input's shape.
 
     Args:
-        numbers: Of classes, which metrics of the LightningModule were given.
+        numbers: Numbers of classes of the LightningModule's metrics.
 
     Example:
         >>> found, boxes = ClassScores(), torch.tensor([[0.0, 0.0, 9.0, 9.0], [2.0, 2.0, 5.0, 5.0]])
@@ -73,7 +73,7 @@ class ClassScores:
         """Take a call into account.
 
         Args:
-            outputs: Of the network, by their paths.
+            outputs: Outputs of the network, by path.
             inputs: It was called with them, in any structure.
             data: The batch that the call is from, in any structure; None if there is none.
 

@@ -96,7 +96,7 @@ class Fidelity:
         """Compute the reference and add the pair; if that fails, the pair is left out and reported at the end."""
         try:
             self.update(reference(), actual, inputs, of)
-        except Exception as error:  # noqa: BLE001 (whatever it is, the user's test goes on)
+        except Exception as error:  # noqa: BLE001 (no failure may end the user's test)
             self._leave_out(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
 
     def compute(self) -> dict[str, float]:

@@ -30,7 +30,7 @@ from qat_lightning.settings.kinds import DIRECT
 from qat_lightning.settings.modes import traits_of
 
 BACKEND = "inductor"
-"""Of ``torch.compile``."""
+"""Arguments of ``torch.compile``."""
 
 
 def check_compiler(device: torch.device) -> None:

@@ -88,7 +88,7 @@ def float_run(network: nn.Module, example: Example) -> FloatRun:
     """
     try:
         return on_a_copy(network, lambda copied, context: _run(copied, context, example, counter()))
-    except Exception as error:  # noqa: BLE001 - whatever a custom op does to a counter must not cost the conversion
+    except Exception as error:  # noqa: BLE001 - a custom op that breaks the counter must not fail the conversion
         warnings.warn(f"Multiply-accumulates were not counted: {type(error).__name__}: {error}", stacklevel=2)
         return on_a_copy(network, lambda copied, context: _run(copied, context, example, None))
 
@@ -133,7 +133,7 @@ def flops_of(node: fx.Node, values: Mapping[str, Any], root: nn.Module) -> int:
 
     try:
         return count(shapes())
-    except Exception:  # noqa: BLE001 - whatever it is, a run on values says it again if it is the network's own
+    except Exception:  # noqa: BLE001 - if the error is the network's own, the run on values raises it again
         return count(nullcontext())
 
 

@@ -336,7 +336,7 @@ def _graph(
             return first, first.trace(network, concrete_args=fixed)
         except (CallAsWhole, Checkpointed, DecidesByChance):
             raise
-        except Exception:  # noqa: BLE001 - whatever it is, the second trace says it again if it is no buffer's
+        except Exception:  # noqa: BLE001 - an error that is not about a buffer is raised again by the second trace
             # A forward may read the values of a buffer, which are then constants.
             second = tracer(buffers=False)
             return second, second.trace(network, concrete_args=fixed)

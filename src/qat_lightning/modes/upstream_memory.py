@@ -55,7 +55,7 @@ def memory_given_back() -> Iterator[None]:
         >>> gc.get_freeze_count()
         0
     """
-    ours = not gc.get_freeze_count()  # somebody else's frozen objects stay frozen
+    ours = not gc.get_freeze_count()  # objects frozen by other code stay frozen
     if ours:
         gc.freeze()
     try:

@@ -27,7 +27,7 @@ def on_a_copy(network: nn.Module, look: Callable[[nn.Module, AbstractContextMana
     """
     try:
         return look(_sharing(network), shapes())
-    except Exception:  # noqa: BLE001 - whatever it is, a run on values says it again if it is the network's own
+    except Exception:  # noqa: BLE001 - if the error is the network's own, the run on values raises it again
         return look(copy.deepcopy(network).cpu().float(), nullcontext())
 
 

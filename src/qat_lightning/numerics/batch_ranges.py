@@ -39,7 +39,7 @@ def sample(values: Tensor) -> Tensor:
     The stride has no common divisor with the number of values, so that no column or channel is skipped.
 
     Args:
-        values: Of any shape and memory format.
+        values: Values of any shape and memory format.
 
     Returns:
         A one-dimensional tensor; all values if there are no more than that.

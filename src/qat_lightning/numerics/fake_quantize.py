@@ -256,7 +256,7 @@ class FakeQuantize(_TorchFakeQuantizeBase):
         empty = values.numel() == 0
         if empty and not reduce:
             return
-        # A process without values takes part all the same, because the others wait for it.
+        # A process without values takes part too, because the others wait for it.
         low, high = smallest_and_largest(values.new_full((1,), torch.nan) if empty else values)
         if relu is not None:
             low, high = low.clamp(0.0, relu), high.clamp(0.0, relu)

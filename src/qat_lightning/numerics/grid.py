@@ -169,7 +169,7 @@ def fake_quantize_folded(weight: Tensor, factor: Tensor, scale: Tensor, *, axis:
     """Round ``weight * factor`` to its own symmetric range and divide by ``factor``; the gradient passes through.
 
     Args:
-        weight: Of any floating dtype.
+        weight: A weight of any floating dtype.
         factor: The factor by which BatchNorm folding multiplies each output channel, float32, shape ``(channels,)``.
             Where it is 0, the result is the weight itself.
         scale: Scale of ``weight * factor``, float32, shape ``()`` or ``(channels,)``.

@@ -99,7 +99,7 @@ class Oscillation:
         return {name: getattr(self, name) for name in self.NAMES}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Undo `state_dict`, on the device of the current tensors.
+        """Restore what `state_dict` returned, on the device of the current tensors.
 
         Raises:
             ValueError: A tensor is missing, or has another shape.

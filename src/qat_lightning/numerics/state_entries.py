@@ -50,7 +50,7 @@ def without_placeholders(state: MutableMapping[str, Any]) -> bool:
 
 
 def from_entry(entry: Any) -> dict[str, Any]:
-    """Undo `to_tensor`; a mapping, as earlier releases stored it, is returned unchanged.
+    """Inverse of `to_tensor`; a mapping, as earlier releases stored it, is returned unchanged.
 
     Raises:
         CheckpointMismatchError: It is neither, or was changed since it was saved.

@@ -306,5 +306,5 @@ class OscillationTracker:
         return dict(self._loaded) | {name: state.state_dict() for name, state in self._states.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Undo `state_dict`; the state of each weight is used when the weight is next found."""
+        """Restore what `state_dict` returned; the state of each weight is used when the weight is next found."""
         self._states, self._loaded = {}, dict(state)

@@ -63,7 +63,7 @@ class Scaled:
     Attributes:
         name: Name of its scale; without one, the kind of norm.
         scale: One value per channel; None for none.
-        shift: Likewise.
+        shift: One value per channel; None for none.
         numbers: Numbers of the output channels, which are rotated like the input channels.
         centred: Whether it subtracts the mean.
     """

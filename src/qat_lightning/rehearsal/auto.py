@@ -43,7 +43,7 @@ class Decision:
         why: Why this mode, in two lines at most; empty if the user chose it.
         left_float: What stays float because it cannot be int8, by its name in the network, and why.
         rehearsal: Result of the rehearsal; None if there was none.
-        families: As in `Recipe`, from the run that made the decision.
+        families: See `Recipe`; from the run that made the decision.
     """
 
     mode: str
@@ -147,7 +147,7 @@ def _try_all(
             continue  # It is not needed; or the backend does not support the mode, which is not the network's fault.
         try:
             found = tried[candidate] = attempt(candidate)
-        except Exception as error:  # noqa: BLE001 - a mode that breaks upstream is one that does not work here
+        except Exception as error:  # noqa: BLE001 - an error in upstream code means that the mode does not support the network
             ours = isinstance(error, QuantizationError)
             failed[candidate] = str(error) if ours else f"{type(error).__name__}: {error}"
             continue
@@ -241,7 +241,7 @@ def choose_mode(
                     continue
                 with plain_train(network):
                     mode_for(trial).prepare(copy.deepcopy(network), example, trial, prefix=prefix)
-        except Exception as error:  # noqa: BLE001 - a mode that breaks upstream is one that does not work here
+        except Exception as error:  # noqa: BLE001 - an error in upstream code means that the mode does not support the network
             failed[candidate] = _short(str(error))
             continue
         others = "; ".join(f"{other}: {reason}" for other, reason in failed.items())

@@ -183,7 +183,7 @@ def _why_unsaved(quantized: QuantizedNetwork, float_network: nn.Module) -> str:
         outputs = [_tensors(module, quantized.example) for module in (quantized, loaded)]
     except ArtifactError as error:
         return str(error)
-    except Exception as error:  # noqa: BLE001 - whatever it is, the network itself is right
+    except Exception as error:  # noqa: BLE001 - the network itself has been verified
         return f"{type(error).__name__}: {error}"
     same = len(outputs[0]) == len(outputs[1]) and all(
         torch.equal(torch.nan_to_num(one), torch.nan_to_num(other)) for one, other in zip(*outputs, strict=True)

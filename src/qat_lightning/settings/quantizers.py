@@ -89,7 +89,7 @@ class QuantizerSource:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> QuantizerSource:
-        """Undo `to_dict`; an instance cannot be restored."""
+        """Inverse of `to_dict`; an instance cannot be restored."""
         arguments = values["arguments"]
         return cls(str(values["path"]), None if arguments is None else str(arguments))
 

@@ -310,7 +310,7 @@ class Recipe:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Recipe:
-        """Undo `to_dict`."""
+        """Inverse of `to_dict`."""
         if values.get("format") != FORMAT:
             raise CheckpointMismatchError(
                 f"This file has format {values.get('format')!r}; this release of qat-lightning reads format {FORMAT}."

@@ -126,7 +126,7 @@ class WeightOnlyEmbedding(IntegerLayer):
         embedding_dim: Size of a row.
         padding_idx: The row that a bag leaves out.
         mode: ``""`` for ``nn.Embedding``; ``"sum"``, ``"mean"`` or ``"max"`` for a bag.
-        include_last_offset: As in ``nn.EmbeddingBag``.
+        include_last_offset: See ``nn.EmbeddingBag``.
         grid: The grid as the values of a `WeightGrid`.
     """
 

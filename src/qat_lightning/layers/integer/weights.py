@@ -91,7 +91,7 @@ def weight_rows(weight: Tensor, groups: int) -> Tensor:
     """A weight as one row per output of its layer.
 
     Args:
-        weight: Of any shape with at least one dimension.
+        weight: A weight with at least one dimension.
         groups: The result of `transposed_groups`.
 
     Returns:
@@ -109,7 +109,7 @@ def weight_rows(weight: Tensor, groups: int) -> Tensor:
 
 
 def weight_of_rows(rows: Tensor, shape: Sequence[int], groups: int) -> Tensor:
-    """Undo `weight_rows`."""
+    """Inverse of `weight_rows`."""
     if not groups:
         return rows.reshape(shape)
     parts = rows.reshape(groups, shape[1], shape[0] // groups, -1)
@@ -180,7 +180,7 @@ def store(integers: Tensor, grid: WeightGrid) -> Tensor:
 
 
 def restore(stored: Tensor, values: int, grid: WeightGrid) -> Tensor:
-    """Undo `store`: int8 of shape ``(rows, columns)`` with at least ``values`` columns."""
+    """Inverse of `store`: int8 of shape ``(rows, columns)`` with at least ``values`` columns."""
     if not grid.packs:
         return stored
     return torch.stack([stored & 15, stored >> 4], -1).reshape(stored.shape[0], -1).to(torch.int8) - 8

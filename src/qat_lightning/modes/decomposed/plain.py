@@ -120,6 +120,6 @@ def quantize(input: Tensor, scale: float, zero_point: int, least: int, greatest:
 
 
 def dequantize(input: Tensor, scale: float, zero_point: int, least: int, greatest: int, dtype: torch.dtype) -> Tensor:
-    """Undo `quantize`, except for its rounding."""
+    """Inverse of `quantize`, except for its rounding."""
     value = input.to(torch.float32)
     return (value.sub_(zero_point) if zero_point else value).mul_(scale)

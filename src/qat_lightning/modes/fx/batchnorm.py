@@ -117,7 +117,7 @@ def _as_frozen(module: nn.Module) -> nn.Module | None:
         tried = copy.deepcopy(module).cpu().float().train(train)
         try:
             got = tried(x.clone())
-        except Exception:  # noqa: BLE001 - whatever a module does with this input, it is no frozen BatchNorm
+        except Exception:  # noqa: BLE001 - a module that fails on this input is not a frozen BatchNorm
             return None
         if not isinstance(got, Tensor) or got.shape != x.shape or not torch.allclose(got, wanted, atol=1e-4, rtol=1e-3):
             return None

@@ -158,7 +158,7 @@ class Calls:
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), _nth(values, number))
             try:
                 results.append(self._run(node, args, kwargs, root))
-            except Exception as error:  # unknown, whatever the error is
+            except Exception as error:  # unknown, for any error
                 if number == 0:
                     return None
                 raise CallFails(name) from error

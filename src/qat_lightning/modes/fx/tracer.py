@@ -181,7 +181,7 @@ class NetworkTracer(StructuredTracer):
         last, before = next(iter(reversed(self.graph.nodes))), _random_state()
         try:
             result = function(*args, **kwargs)
-        except Exception:  # noqa: BLE001 - whatever it does that no trace can follow, it is called as a whole
+        except Exception:  # noqa: BLE001 - a module that cannot be traced is called as a whole
             result = None
         else:
             if _random_state() == before:

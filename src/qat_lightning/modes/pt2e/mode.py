@@ -49,7 +49,7 @@ _ELSEWHERE = {
 """Backends whose kernels run on another machine: a description of them, and how the network gets there."""
 
 _OTHERS = ("the target's kernels", "; hand qat.quantized's graph, or export='exported_program', to its toolchain")
-"""Likewise for a user's quantizer."""
+"""The same for a user's quantizer."""
 
 
 class Pt2eMode:

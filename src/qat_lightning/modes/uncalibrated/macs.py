@@ -47,7 +47,7 @@ def with_macs(
     try:
         with in_single_products(), _linear_maps(network) as attention, counter() as counted:
             run(network, example)
-    except Exception as error:  # noqa: BLE001 - whatever a custom op does to a counter must not cost the conversion
+    except Exception as error:  # noqa: BLE001 - a custom op that breaks the counter must not fail the conversion
         warnings.warn(f"Multiply-accumulates were not counted: {type(error).__name__}: {error}", stacklevel=2)
         return rows, []
     root = type(network).__name__

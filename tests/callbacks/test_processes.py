@@ -18,7 +18,7 @@ from qat_lightning import Distillation, PostTrainingQuantization
 from qat_lightning.callbacks.parts.layer_sync import BatchNormSync
 from qat_lightning.errors import ConfigurationError
 from qat_lightning.layers.qat_modules import FreezableBatchNorm1d, FreezableBatchNorm2d, make_batchnorm_freezable
-from tests.callbacks.ddp_run import LEARNED, run_halves, run_synchronized
+from tests.callbacks.ddp_run import LEARNED, Plain, run_halves, run_synchronized
 from tests.callbacks.lit import MODES, Lit, loader, qat, state, trainer
 from tests.callbacks.two_processes import read_both, run_two
 
@@ -161,16 +161,38 @@ def assert_one_fit(folder: Path, fit: str, one: dict[str, Tensor], *, near: bool
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["fx", "pt2e"])
 def test_learned_scales_are_those_of_one_process_with_the_doubled_batch(mode: str, folder: Path) -> None:
+    """Up to what the last bit of a float decides: a value between two points of a grid is rounded to either of them,
+    which moves the gradient of the scale by a whole step.
+
+    So one process, whose weights are disturbed by 1e-7 in the beginning, ends with other scales as well: in mode fx by
+    up to 7e-3 of ``log_ratio``, with values around 3. Two processes are 1e-2 away, and may be four times as far.
+    """
     one = run_halves(mode, 1, scheme=LEARNED)
     first, second = (torch.load(folder / f"{rank}.pt")[f"learned {mode}"] for rank in (0, 1))
     assert one.keys() == first.keys()
     assert any(key.endswith("log_ratio") and bool(value.any()) for key, value in one.items())
+    allowed: dict[str, float] = {}
+    for seed in (1, 2):
+        for key, value in run_halves(mode, 1, scheme=LEARNED, network=lambda seed=seed: disturbed(seed)).items():
+            kind = key.rpartition(".")[2]
+            allowed[kind] = max(allowed.get(kind, 0.0), 4 * _distance(value, one[key]))
+    assert allowed["log_ratio"] < 0.1
     for key, expected in one.items():
         assert torch.equal(first[key], second[key]), key
-        # A value between two points of a grid, which the last bit of a float decides, is a step in the int8 outputs and
-        # for a scale that learns fast.
-        near = {"rtol": 1e-2 if key.endswith("log_ratio") else 1e-3, "atol": 3e-2 if key == "int8" else 1e-4}
-        torch.testing.assert_close(first[key], expected, **near, msg=key)
+        within = allowed[key.rpartition(".")[2]] + 1e-4 * (1 + float(expected.abs().nan_to_num(posinf=0.0).max()))
+        assert _distance(first[key], expected) <= within, key
+
+
+def disturbed(seed: int) -> nn.Module:
+    """The network of these fits, with weights that are other in the last bits."""
+    network, generator = Plain(), torch.Generator().manual_seed(seed)
+    for parameter in network.parameters():
+        parameter.data *= 1 + 1e-7 * torch.randn(parameter.shape, generator=generator)
+    return network
+
+
+def _distance(one: Tensor, other: Tensor) -> float:
+    return float((one.double() - other.double()).abs().nan_to_num().max()) if one.numel() else 0.0
 
 
 @pytest.mark.slow

@@ -95,3 +95,17 @@ def test_the_class_is_compared_of_what_the_data_labels_and_of_nothing_else(label
     assert result.passed
     assert (result.agreement is not None) == labelled
     assert set(result.sqnr_db_of_outputs) == {"['boxes']", "['scores']"}
+
+
+def test_outputs_that_do_not_depend_on_the_inputs_say_nothing() -> None:
+    fidelity = Fidelity()
+    for rows in (4, 4, 2):
+        fidelity.update({"boxes": torch.ones(rows, 3)}, {"boxes": torch.ones(rows, 3)}, torch.randn(rows, 8))
+    with pytest.warns(UserWarning, match=r"are the same in all 3 calls .* train for more steps"):
+        assert fidelity.compute() == {}
+    fidelity.update({"boxes": torch.zeros(2, 3)}, {"boxes": torch.zeros(2, 3)}, torch.randn(2, 8))
+    assert fidelity.compute()["sqnr_db"] == float("inf")
+    same_input, x = Fidelity(), torch.randn(4, 8)
+    for _ in range(2):
+        same_input.update(torch.ones(4, 3), torch.ones(4, 3), x)
+    assert same_input.compute()["sqnr_db"] == float("inf")

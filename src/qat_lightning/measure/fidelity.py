@@ -48,6 +48,7 @@ class Fidelity:
         self._known = scores
         self._scores: dict[str, ClassScores] = {}
         self._choices: dict[str, dict[Axis, Agreement]] = {}
+        self._constant = _Constant()
         self._left_out: dict[str, int] = {}
 
     def update(self, reference: Any, actual: Any, inputs: Any = (), of: str = "") -> None:
@@ -67,6 +68,7 @@ class Fidelity:
             elif wanted[path].numel() and (wanted[path].is_floating_point() or wanted[path].is_complex()):
                 compared[path] = _on_cpu(wanted[path])
                 self.sqnr.update(compared[path], _on_cpu(got[path]))
+        self._constant.update(compared, inputs)
         real = {path: output for path, output in compared.items() if not wanted[path].is_complex()}
         choices = self._choices.setdefault(of, {})
         for path, axis in self._possible(of, real, inputs):
@@ -103,10 +105,20 @@ class Fidelity:
         """The available values: there is no agreement without an output that is scores of classes."""
         for reason, times in self._left_out.items():
             warnings.warn(f"Not included in the agreement and SQNR of int8, {times} times: {reason}.", stacklevel=2)
+        several = self.of_all_processes and process_count() > 1
+        if not any_process(not self._constant) if several else self._constant:
+            warnings.warn(
+                f"The outputs that int8 is compared with are the same in all {self._constant.calls} calls of the test, "
+                "whatever the inputs are: no agreement and SQNR are reported, because they would say nothing. If the "
+                "float network depends on its inputs in evaluation, train for more steps: BatchNorm statistics that "
+                "are not those of the data yet make values so small that they round to zero.",
+                stacklevel=2,
+            )
+            return {}
         values = {}
         for name, metric in (("agreement", self.agreement), ("sqnr_db", self.sqnr)):
             seen = metric.update_called
-            if self.of_all_processes and process_count() > 1:
+            if several:
                 seen = any_process(seen)
             if seen:
                 with warnings.catch_warnings():
@@ -117,6 +129,42 @@ class Fidelity:
 
     def _leave_out(self, reason: str) -> None:
         self._left_out[reason] = self._left_out.get(reason, 0) + 1
+
+
+class _Constant:
+    """Whether outputs are the same in all calls, though inputs are not."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self._first: tuple[dict[str, Tensor], list[Tensor]] | None = None
+        self._same, self._inputs_differ = True, False
+
+    def update(self, outputs: dict[str, Tensor], inputs: Any) -> None:
+        self.calls += 1
+        if not self._same or not outputs:
+            return
+        given = [leaf for leaf in outputs_by_path(inputs).values() if leaf.numel()]
+        if self._first is None:
+            self._first = outputs, [leaf.clone() for leaf in given]
+            return
+        first, before = self._first
+        self._same = outputs.keys() == first.keys() and all(
+            torch.equal(*_of_one_length(output, first[path])) for path, output in outputs.items()
+        )
+        self._inputs_differ |= any(
+            not torch.equal(*_of_one_length(one, other)) for one, other in zip(given, before, strict=False)
+        )
+
+    def __bool__(self) -> bool:
+        return self._same and self._inputs_differ
+
+
+def _of_one_length(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+    """Two tensors without the rows that only one of them has: the last batch may be smaller."""
+    if one.dim() == 0 or other.dim() == 0:
+        return one, other
+    rows = min(len(one), len(other))
+    return one[:rows], other[:rows]
 
 
 def _on_cpu(tensor: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What train.py answers about its configuration costs no import of torch."""
+"""train.py answers questions about its configuration without importing torch."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""train.py method=auto as a user runs it."""
+"""train.py method=auto, run as a user runs it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""train.py experiment=detection as a user runs it, and what comes after it: sensitivity, comparison, a target."""
+"""train.py experiment=detection, run as a user runs it, followed by sensitivity, comparison and method=auto."""
 
 from __future__ import annotations
 

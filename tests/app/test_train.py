@@ -1,4 +1,4 @@
-"""train.py as a user runs it: in a process of its own, with tiny settings."""
+"""train.py, run as a user runs it: in its own process, with tiny settings."""
 
 import csv
 import json
@@ -34,7 +34,7 @@ def train(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
 
 
 def wandb_run(folder: Path) -> dict[str, Any]:
-    """The run as W&B itself reads it back."""
+    """The run, read with W&B's own reader."""
     (found,) = (folder / "out" / "wandb").glob("offline-run-*")
     command = [sys.executable, "-m", "wandb", "leet", "inspect", "--summary", "--json", str(found)]
     result: dict[str, Any] = json.loads(subprocess.check_output(command, text=True))
@@ -234,7 +234,7 @@ def test_a_users_own_app_can_add_the_packaged_group(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_packaged_group_goes_into_a_group_of_callbacks(tmp_path: Path) -> None:
-    """As of an app that instantiates whatever is there; also in a sweep over the group with other settings."""
+    """For an app that instantiates every entry; also in a sweep over the group with other settings."""
     (tmp_path / "callbacks").mkdir()
     (tmp_path / "callbacks" / "default.yaml").write_text("timer:\n  _target_: lightning.pytorch.callbacks.Timer\n")
     (tmp_path / "my_config.yaml").write_text(

@@ -1,4 +1,4 @@
-"""Int8 networks to save, made quickly: a few forward passes in place of training."""
+"""Int8 networks for tests of files, made quickly: a few forward passes instead of training."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def read(path: Path) -> tuple[dict[str, Any], bytes]:
 
 
 def write(path: Path, description: Any, data: bytes) -> None:
-    """A file whose contents were changed on purpose: without the digest, which would give that away."""
+    """A file with deliberately changed contents, without the digest that would reveal the change."""
     if isinstance(description, dict):
         description = {key: value for key, value in description.items() if key != "digest"}
     with zipfile.ZipFile(path, "w") as archive:

@@ -1,4 +1,4 @@
-"""Networks with what is hard to hold in a file: layers that stay float, constants, structures, modules of one's own."""
+"""Networks that are difficult to store in a file: float layers, constants, nested structures, custom modules."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 class Zoo(nn.Module):
-    """Layers of many kinds, one after another."""
+    """Layers of many types in sequence."""
 
     def __init__(self, prelu: bool = True, recurrent: bool = True) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class Zoo(nn.Module):
 
 
 class Convolutions(nn.Module):
-    """Every geometry, in one dimension, two and three."""
+    """Convolutions with all settings, in one, two and three dimensions."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -73,14 +73,14 @@ class Convolutions(nn.Module):
 
 
 class Point(NamedTuple):
-    """A structure with a class of its own."""
+    """A structure of a custom class."""
 
     logits: Tensor
     hidden: Tensor
 
 
 class Structures(nn.Module):
-    """Constants, slices, infinity, types, nested inputs and outputs, a tensor used as it is beside its layer."""
+    """Constants, slices, infinity, types, nested inputs and outputs, and a tensor used directly and by its layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -99,7 +99,7 @@ class Structures(nn.Module):
 
 
 class OwnBlock(nn.Module):
-    """Python that no graph can hold."""
+    """Python code that cannot be part of a graph."""
 
     def __init__(self, width: int = 8) -> None:
         super().__init__()
@@ -113,7 +113,7 @@ class OwnBlock(nn.Module):
 
 
 class WithOwnBlock(nn.Module):
-    """A block of one's own, to be excluded as a whole."""
+    """A custom block, to be excluded as a whole."""
 
     def __init__(self, width: int = 8) -> None:
         super().__init__()
@@ -126,7 +126,7 @@ class WithOwnBlock(nn.Module):
 
 
 class FunctionalWeights(nn.Module):
-    """Layers without a module."""
+    """Functional layers without modules."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -140,7 +140,7 @@ class FunctionalWeights(nn.Module):
 
 
 class Large(nn.Module):
-    """Above 2 MB as float."""
+    """More than 2 MB in float."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Int8 networks within autocast, as Lightning tests them with ``precision="bf16-mixed"`` on a CPU."""
+"""Int8 networks with autocast, as Lightning tests them with ``precision="bf16-mixed"`` on a CPU."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.callbacks.lit import MODES, Lit, loader, qat, trainer
 
 
 class Attending(nn.Module):
-    """Float ops and a float layer between int8 layers, of the kinds that autocast computes in bfloat16."""
+    """Float ops and a float layer between int8 layers, of types that autocast computes in bfloat16."""
 
     def __init__(self) -> None:
         super().__init__()

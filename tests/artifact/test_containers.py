@@ -1,4 +1,4 @@
-"""Dict-likes, dataclasses and named tuples that a network takes and returns: run, saved and loaded."""
+"""Dict-likes, dataclasses and named tuples as inputs and outputs of networks: run, saved and loaded."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Output:
 
 @dataclass
 class DictLike(OrderedDict):
-    """As Hugging Face's ModelOutput: what is None is not in it."""
+    """Like Hugging Face's ModelOutput: entries that are None are omitted."""
 
     loss: Any = None
     logits: Any = None
@@ -168,7 +168,7 @@ def test_arguments_of_classes_of_ones_own(mode: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("mode", ["fx", "pt2e"])
 def test_a_file_chooses_no_class(mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither a class outside of the network's modules, nor one that is no container, is found or called."""
+    """A class outside the network's modules, or one that is not a container, is neither looked up nor called."""
     network = Returning("dataclass")
     path, bad = tmp_path / "good.int8", tmp_path / "bad.int8"
     save_quantized(made(mode, "qat", copy.deepcopy(network), images), path)

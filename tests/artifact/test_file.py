@@ -1,4 +1,4 @@
-"""Files that are not what they should be, and writing that fails."""
+"""Invalid files, and failures while writing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Recordings of int8 networks: the same bits without the Python between the kernels, and nothing that is noticed."""
+"""Recordings of int8 networks: bit-equal results without Python between the kernels, and no other visible effect."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from qat_lightning.artifact.frozen import CALLS_BEFORE
 
 
 class Residual(nn.Module):
-    """Two convolutions with a sum, what stays float, and outputs by name."""
+    """Two convolutions with a sum, a float layer, and named outputs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -136,7 +136,7 @@ def test_what_counts_operations_sees_them() -> None:
 
 
 class Decides(nn.Module):
-    """Goes another way by what is in a tensor."""
+    """Branches on the value of a tensor."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x * 2 if float(x.mean()) > 0 else x
@@ -171,7 +171,7 @@ def test_other_sizes_run_on_the_graph_that_is_made_for_them() -> None:
 
 
 class Reads(nn.Module):
-    """A linear layer, and something of its own."""
+    """A linear layer, and custom code."""
 
     def __init__(self, what: Callable[[Any, Tensor], Any]) -> None:
         super().__init__()
@@ -267,14 +267,14 @@ FLAG = 1.0
 
 
 class Settings:
-    """An object that a network holds, as a configuration of transformers is."""
+    """An object in a network, like a configuration of transformers."""
 
     def __init__(self) -> None:
         self.gain, self.inner = 2.0, {"factor": 1.0}
 
 
 class Habits(nn.Module):
-    """Layers of an eager network, and what Python code may do between them."""
+    """Layers of an eager network, and Python code between them."""
 
     def __init__(self, habit: Callable[[Any, Tensor], Tensor]) -> None:
         super().__init__()
@@ -421,7 +421,7 @@ def test_a_profiler_of_python_sees_every_call() -> None:
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_networks_are_recorded_in_each_mode_of_gradients(mode: Any) -> None:
-    """In inference mode dropout is an operator of its own, which draws by chance in training."""
+    """In inference mode dropout is a separate operator, which is random in training."""
     network, images = eager(COMPUTES["a dropout that does not train"]), torch.randn(2, 3, 8, 8)
     with mode():
         wanted = network.network(images)

@@ -1,4 +1,4 @@
-"""What Python code writes to and reads outside of its network, and the forms of inputs that are no ordinary ones."""
+"""State that Python code reads or writes outside its network, and unusual forms of inputs."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ NUMBERS: Iterator[int] = iter(range(1000))
 
 
 class Tally:
-    """A class that code counts on, and reads of."""
+    """A class whose attributes the code reads and changes."""
 
     count = 0
     factor = 1.0
 
 
 class Slim:
-    """An object without a dict."""
+    """An object without a ``__dict__``."""
 
     __slots__ = ("count",)
 

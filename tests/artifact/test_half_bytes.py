@@ -1,4 +1,4 @@
-"""Weights of up to 4 bits take half a byte in the file, in static networks too, and come back bit-equal."""
+"""Weights of up to 4 bits take half a byte in files, also in static networks, and are loaded bit-equal."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MODES = ("eager", "fx", "pt2e", "parts")
 
 
 class Wide(nn.Module):
-    """Weights that outweigh everything else in the file: 27,648 + 73,728 + 2,560 numbers."""
+    """Weights much larger than everything else in the file: 27,648 + 73,728 + 2,560 values."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Files made to run code when they are loaded: each is refused, and nothing of it runs."""
+"""Files made to run code when they are loaded: each raises an error, and no code runs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CODE = "__import__('pathlib').Path('canary').touch()"
 
 @pytest.fixture(autouse=True)
 def _no_canary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Whatever is run leaves a file in the folder that is current."""
+    """Executed code would leave a file in the current folder."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("QAT_LIGHTNING_COMPILE", "0")
     yield
@@ -34,7 +34,7 @@ def _no_canary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[dict[str, Any], bytes]]:
-    """The contents of good files."""
+    """The contents of valid files."""
     contents = {}
     case = case_named("several_inputs")
     for mode in ("fx", "pt2e", "eager"):
@@ -275,7 +275,7 @@ def test_values_of_unknown_kinds(good: dict, value: Any) -> None:
 
 
 def test_text_stays_text(good: dict) -> None:
-    """Whatever is in a constant comes out of the network as it is."""
+    """The value of a constant is returned by the network unchanged."""
     texts = [*INJECTIONS, '"""', "'''", "\\", "\n", "\r", "\0", "{0}", "%s", "\u2028", "\ud800", "\x1b[0m", "é"]
 
     def change(network: dict[str, Any]) -> None:
@@ -322,7 +322,7 @@ def test_fused_layers_off_the_list(good: dict, kind: Any, parts: Any) -> None:
 
 @pytest.mark.parametrize("backend", ["x86", "fbgemm", "qnnpack"])
 def test_impossible_convolutions(backend: str) -> None:
-    """Kernels divide by these numbers, and would end the process."""
+    """Kernels divide by these numbers, and 0 would crash the process."""
     network = torch.nn.Sequential(torch.nn.Conv2d(3, 6, 3, groups=3), torch.nn.Flatten(), torch.nn.Linear(216, 2))
     Path("bad.int8").write_bytes(artifact_bytes(quantize("fx", backend, network)))
     good = read(Path("bad.int8"))
@@ -368,7 +368,7 @@ def test_modules_of_unknown_kinds(good: dict) -> None:
 
 
 def test_own_modules_come_from_the_given_network_only(good: dict) -> None:
-    """A path into the network given leads to its modules, of the class named, and to nothing else."""
+    """A path into the given network can refer only to its modules, with the right class."""
 
     def change(path: str, kind: str) -> Callable[[dict[str, Any]], None]:
         def apply(network: dict[str, Any]) -> None:
@@ -485,7 +485,7 @@ def test_graphs_that_are_none(good: dict) -> None:
 
 
 def _places(data: Any) -> list[tuple[Any, Any]]:
-    """Every container in a description with each of its keys."""
+    """Yield every container in a description with each of its keys."""
     keys = list(data) if isinstance(data, dict) else range(len(data)) if isinstance(data, list) else ()
     found = [(data, key) for key in keys]
     for key in keys:
@@ -506,7 +506,7 @@ JUNK = st.one_of(
 @settings(max_examples=300)
 @given(place=st.integers(min_value=0), junk=JUNK, mode=st.sampled_from(["fx", "pt2e", "eager"]))
 def test_any_change_is_refused_or_harmless(good: dict, place: int, junk: Any, mode: str) -> None:
-    """Whatever stands in the place of whatever value: the file is loaded, or refused with an error of ours."""
+    """With any value replaced by any other, the file loads or raises one of our errors."""
     description, data = copy.deepcopy(good[mode])
     places = _places(description)
     holder, key = places[place % len(places)]

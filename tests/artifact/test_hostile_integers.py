@@ -1,4 +1,4 @@
-"""Files of dynamic and weight-only networks that were tampered with: refused, or harmless."""
+"""Manipulated files of dynamic and weight-only networks: an error, or no effect."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Content = tuple[dict[str, Any], bytes]
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Content]:
-    """The contents of good files."""
+    """The contents of valid files."""
     contents = {}
     rows, tokens = torch.randn(4, 7, 16), torch.randint(0, 50, (4, 6))
     four_bits = Scheme(weight_bits=4, weight_granularity="per_group", weight_group_size=16, weight_symmetric=False)
@@ -134,7 +134,7 @@ def test_tensors_of_other_types_and_shapes(good: dict[str, Content], tmp_path: P
 def test_any_change_loads_or_is_an_error_of_ours(
     name: str, good: dict[str, Content], tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ) -> None:
-    """One value somewhere in the description is another one: nothing but our own error comes out of it."""
+    """With one value of the description replaced, nothing but our own errors is raised."""
     description = copy.deepcopy(good[name][0])
     holder: Any = description["network"]
     while True:

@@ -1,4 +1,4 @@
-"""A process that only loads a file and runs it imports torch and what runs the network, and no other package."""
+"""A process that only loads and runs a file imports torch and the code that runs the network, and no other package."""
 
 from __future__ import annotations
 

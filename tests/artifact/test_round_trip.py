@@ -1,4 +1,4 @@
-"""What was saved is what is loaded, bit for bit."""
+"""Saved and loaded networks are bit-equal."""
 
 from __future__ import annotations
 
@@ -196,7 +196,7 @@ def test_layers_that_stay_float(tmp_path: Path) -> None:
 
 
 class Fusable(nn.Module):
-    """Layers that fusion makes one module of, whether they are quantized or not."""
+    """Layers that fusion merges into one module, quantized or not."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -272,7 +272,7 @@ def test_eager_needs_its_network(tmp_path: Path) -> None:
 
 
 def swish(x: Tensor) -> Tensor:
-    """Decides by values, so that it stays one call in a trace."""
+    """Branches on values, so that a trace keeps it as one call."""
     return x * torch.sigmoid(x) if bool(x.isfinite().all()) else x
 
 

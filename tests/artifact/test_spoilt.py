@@ -1,4 +1,4 @@
-"""Files that were damaged on their way: refused as such, or as good as they were."""
+"""Accidentally damaged files: an error, or results as before."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The parts of a file, each by itself: values, tensors, layers and graphs."""
+"""The parts of a file separately: values, tensors, layers and graphs."""
 
 from __future__ import annotations
 
@@ -290,7 +290,7 @@ def test_graphs_come_back() -> None:
 
 
 def test_branches_come_back() -> None:
-    """``torch.cond`` holds graphs in a graph."""
+    """``torch.cond`` contains graphs within a graph."""
 
     class Branch(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
@@ -360,7 +360,7 @@ NO_PLAIN_VALUE = object()
 
 def test_signatures_come_back() -> None:
     def function(a: int, /, b: Any = None, *rest: Any, c: Any = NO_PLAIN_VALUE, d: str = "d", **more: Any) -> None:
-        """Of every kind."""
+        """One constant of each type."""
 
     found = decode_signature(encode_signature(inspect.signature(function)))
     assert str(found) == "(a, /, b=None, *rest, c=Ellipsis, d='d', **more)"

@@ -1,4 +1,4 @@
-"""The program of ``make gpu``, on the CPU: everything but the device."""
+"""The program of ``make gpu``, run on the CPU: everything except the device."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_without_a_gpu_it_says_what_to_install(capsys: pytest.CaptureFixture[str
 
 
 def test_what_a_stopped_command_has_started_is_killed_with_it() -> None:
-    """The inner process holds the output open, as the workers of a compiler do."""
+    """The inner process keeps the output open, like a compiler's workers."""
     inner = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])"
     began = time.monotonic()
     with pytest.raises(subprocess.TimeoutExpired):

@@ -1,4 +1,4 @@
-"""The choices that benchmarks.mixed_bits compares: both keep the size, and the integer program loses no more."""
+"""The choices in benchmarks.mixed_bits: both keep the size, and the integer program has no larger loss."""
 
 from __future__ import annotations
 

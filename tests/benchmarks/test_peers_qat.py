@@ -1,4 +1,4 @@
-"""benchmarks.peers_qat: every way is trained on the same batches and converted; what is not installed is named."""
+"""benchmarks.peers_qat: all tools train on the same batches and convert; tools that are not installed are named."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from qat_lightning.demos import ClassificationModule
 
 
 class Stripes(LightningDataModule):
-    """Images of four classes, told by the row that is bright; shuffled by the global generator."""
+    """Images of four classes, given by the bright row; shuffled by the global generator."""
 
     def _loader(self, count: int, shuffle: bool) -> DataLoader[Any]:
         generator = torch.Generator().manual_seed(count)

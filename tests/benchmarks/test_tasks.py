@@ -1,4 +1,4 @@
-"""Tasks of train.py side by side: every run once, resumed where it was broken off, and what training wins back."""
+"""benchmarks.tasks: each run once, interrupted runs resumed, and the accuracy that training recovers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Each network of the zoo has a process and a time of its own, and whatever becomes of it is in the table."""
+"""Each network of the zoo has its own process and time limit, and every outcome is in the table."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `test_chosen_ranges` starts: fits in two processes whose ranges are chosen from each batch."""
+"""Program of `test_chosen_ranges`: fits in two processes with ranges chosen from each batch."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ BATCH[0] = 50
 
 
 def observer(source: Any) -> FakeQuantize:
-    """Of one tensor."""
+    """The range of one tensor."""
     grid: dict[str, Any] = {"dtype": torch.uint8, "quant_min": 0, "quant_max": 15, "qscheme": torch.per_tensor_affine}
     return FakeQuantize(**grid, source=source, percentile=99.0)
 
 
 def halves(source: Any) -> list[list[float]]:
-    """The range after each process has seen its half, then after the second has seen nothing, then both NaN."""
+    """The range after both processes have seen a half, after the second has seen nothing, and after NaN in both."""
     rank, fq = torch.distributed.get_rank(), observer(source)
     fq.reduce_across_processes = True
     found = []
@@ -36,7 +36,7 @@ def halves(source: Any) -> list[list[float]]:
 
 
 def main(folder: Path) -> None:
-    """Write what this process ends with."""
+    """Write the final state of this process."""
     found: dict[str, Any] = {}
     for mode in MODES:
         for name in ("histogram_mse", "percentile"):

@@ -1,4 +1,4 @@
-"""What `test_export` starts: a fit with two processes that ends with an artifact, and a test of the variants."""
+"""Program of `test_export`: a fit in two processes with an export, and a test of the variants."""
 
 import sys
 
@@ -10,7 +10,7 @@ from tests.callbacks.lit import Lit, loader, trainer
 
 
 class Waits(Lit):
-    """A step in which the processes wait for each other."""
+    """A step with a barrier between the processes."""
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         if self.trainer.world_size > 1:

@@ -1,4 +1,4 @@
-"""What `test_own_quantizer` starts: a fit and a test with a quantizer of the user's in two processes."""
+"""Program of `test_own_quantizer`: a fit and a test with a user's quantizer in two processes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.support.quantizers import OwnQuantizer
 
 
 def main(folder: Path) -> None:
-    """Write what this process ends with, for each form of ``backend=``."""
+    """Write the final state of this process, for each form of ``backend=``."""
     found = {}
     forms = {"path": "tests.support.quantizers.wide_quantizer", "instance": OwnQuantizer(symmetric=True, bias=True)}
     for name, backend in forms.items():

@@ -1,4 +1,4 @@
-"""What `test_processes` starts: fits and tests with two processes, and writes what each of them ends with."""
+"""Program of `test_processes`: fits and tests in two processes; writes the final state of each."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def digest(values: dict[str, Any]) -> str:
 
 
 class EveryStep(Callback):
-    """Notes the ranges and what is on after each batch."""
+    """Records the ranges and the phase after each batch."""
 
     def __init__(self) -> None:
         self.seen: list[str] = []
@@ -55,7 +55,7 @@ CONVERSIONS: list[str] = []
 
 
 def counted(recipe: Recipe) -> Any:
-    """The flow of a recipe, which notes when it converts."""
+    """A mode's flow that records when it converts."""
     flow = mode_for(recipe)
     convert = flow.convert
 
@@ -72,7 +72,7 @@ def first() -> bool:
 
 
 def run(mode: str, module: LightningModule) -> dict[str, Any]:
-    """A fit with all that can happen between the schedule's points, tests of every variant, and a fit after."""
+    """A fit through all schedule points, tests of every variant, and another fit."""
     torch.manual_seed(0)
     callback = qat(mode, start={"step": 1}, freeze_observers={"step": 3}, freeze_batchnorm={"step": 3})
     notes = EveryStep()
@@ -96,7 +96,7 @@ def run(mode: str, module: LightningModule) -> dict[str, Any]:
 
 
 def run_monitored(mode: str) -> dict[str, Any]:
-    """The same fit with and without the monitor; where the monitor measured."""
+    """The same fit with and without the monitor, and where the monitor measured."""
     found: dict[str, Any] = {}
     for name, more in (("alone", []), ("monitored", [QuantizationMonitor(every_n_steps=1)])):
         torch.manual_seed(0)
@@ -109,7 +109,7 @@ def run_monitored(mode: str) -> dict[str, Any]:
 
 
 def run_asked_in_one(mode: str) -> dict[str, Any]:
-    """One process is asked for the int8 network by itself; then all test it."""
+    """The int8 network is requested in one process only; then all processes test it."""
     torch.manual_seed(0)
     module, callback = Lit(), qat(mode)
     trainer(callback, strategy="ddp", devices=2, max_epochs=1).fit(module, loader(128))
@@ -127,7 +127,7 @@ def run_asked_in_one(mode: str) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def failing(where: str) -> Iterator[None]:
-    """Something goes wrong in one process only."""
+    """An error in one process only."""
     if where == "first" and first():
         error = VerificationError("layer 'net.head' is at 9.0 dB")
         with mock.patch.object(faults, "mode_for", side_effect=error):
@@ -140,7 +140,7 @@ def failing(where: str) -> Iterator[None]:
 
 
 def run_failing(where: str) -> dict[str, Any]:
-    """The conversion fails; and what comes after does not wait for anybody."""
+    """The conversion fails; nothing afterwards waits for another process."""
     torch.manual_seed(0)
     module, callback = Lit(), qat("fx", rehearse=False)
     found: dict[str, Any] = {"int8 before": callback.quantized is not None}
@@ -157,7 +157,7 @@ def run_failing(where: str) -> dict[str, Any]:
 
 
 def run_without_file(mode: str) -> dict[str, Any]:
-    """No file can hold the network: each process converts for itself."""
+    """The file format cannot hold the network: each process converts its own."""
     torch.manual_seed(0)
     module, callback, before = Lit(), qat(mode, rehearse=False), len(CONVERSIONS)
     error = between_processes.ArtifactError("The int8 network cannot be saved: it is of wood.")
@@ -167,7 +167,7 @@ def run_without_file(mode: str) -> dict[str, Any]:
 
 
 def run_compiled() -> dict[str, Any]:
-    """Both test the compiled network; which compiled it is counted."""
+    """Both processes test the compiled network; count which of them compiled it."""
     torch.manual_seed(0)
     module, callback, compiled = Lit(), qat("pt2e"), []
     really = torch._inductor.aoti_compile_and_package
@@ -186,7 +186,7 @@ def run_compiled() -> dict[str, Any]:
 
 
 class OneWayOrTheOther(Net):
-    """Which layers run depends on the data: in the first process other ones than in the second."""
+    """Which layers run depends on the data, and differs between the processes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -208,7 +208,7 @@ def run_different_ways() -> dict[str, Any]:
 
 
 def observe_nothing() -> list[float]:
-    """The second process has an empty batch; then none has a finite one."""
+    """The second process has an empty batch; then no process has a finite one."""
     rank = torch.distributed.get_rank()
     fq = FakeQuantize(dtype=torch.uint8, quant_min=0, quant_max=255, qscheme=torch.per_tensor_affine)
     fq.reduce_across_processes = True
@@ -218,7 +218,7 @@ def observe_nothing() -> list[float]:
 
 
 class Plain(nn.Module):
-    """Nothing in it depends on how samples are grouped into batches."""
+    """A network whose results do not depend on how samples are grouped into batches."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -232,7 +232,7 @@ class Plain(nn.Module):
 
 
 class Halves(Sampler[list[int]]):
-    """Of each batch of 16, the part of one process."""
+    """The part of one process of each batch of 16."""
 
     def __init__(self, rank: int, processes: int) -> None:
         self.size, self.rank, self.processes = 16 // processes, rank, processes
@@ -252,7 +252,7 @@ class LitHalves(Lit):
 
 
 class Normalized(nn.Module):
-    """BatchNorm in a convolution, behind a linear layer, and by itself, there with another momentum."""
+    """BatchNorm after a convolution, after a linear layer, and alone, there with another momentum."""
 
     def __init__(self, momentum: float | None = 0.1) -> None:
         super().__init__()
@@ -275,7 +275,7 @@ def run_halves(
     ckpt_path: str | None = None,
     **settings_of_callback: Any,
 ) -> dict[str, Tensor]:
-    """A fit whose steps see the same samples for any number of processes; with what it ends."""
+    """A fit whose steps see the same samples for any number of processes, and its final state."""
     torch.manual_seed(0)
     module = LitHalves(network())
     # The example is given, since it would be caught from a half.
@@ -289,7 +289,7 @@ def run_halves(
 
 
 def run_synchronized(mode: str, devices: int, *, sync_batchnorm: bool = True) -> dict[str, Tensor]:
-    """BatchNorm over all processes until it freezes."""
+    """BatchNorm synchronized over all processes until it freezes."""
     return run_halves(
         mode,
         devices,
@@ -300,7 +300,7 @@ def run_synchronized(mode: str, devices: int, *, sync_batchnorm: bool = True) ->
 
 
 def run_oscillating(mode: str) -> dict[str, Tensor]:
-    """Oscillating weights are frozen and dampened, with BatchNorm whose statistics are those of each process."""
+    """Oscillating weights are frozen and dampened, with separate BatchNorm statistics per process."""
     oscillations = WeightOscillations(freezing=0.05, dampening=(0.0, 0.5), momentum=0.1)
     ended = run_halves(
         mode,
@@ -315,7 +315,7 @@ def run_oscillating(mode: str) -> dict[str, Tensor]:
 
 
 def run_few_bits() -> dict[str, Tensor]:
-    """Scales of 4-bit activations begin at the least squared error on the first process's part of a batch."""
+    """Scales of 4-bit activations start from the first process's part of a batch."""
     torch.manual_seed(0)
     module = LitHalves(Plain())
     scheme = Scheme(weight_bits=4, activation_bits=4, learned_step="lsq")
@@ -325,7 +325,7 @@ def run_few_bits() -> dict[str, Tensor]:
 
 
 class CountCompiled(Callback):
-    """How many steps ran compiled."""
+    """Number of compiled steps."""
 
     def __init__(self) -> None:
         self.steps = 0
@@ -344,7 +344,7 @@ class CountCompiled(Callback):
 
 
 def run_compiled_steps(folder: Path, mode: str, sync_batchnorm: str) -> None:
-    """The same fit as it is and compiled; and resumed in the middle of it."""
+    """The same fit uncompiled and compiled, and resumed in the middle."""
     sync = bool(int(sync_batchnorm))
 
     def fit(*others: Callback, compile: bool, ckpt_path: str | None = None, **of_trainer: Any) -> dict[str, Tensor]:
@@ -373,7 +373,7 @@ def run_compiled_steps(folder: Path, mode: str, sync_batchnorm: str) -> None:
 
 
 class Looking(Callback):
-    """Has a hook on a layer."""
+    """Registers a hook on a layer."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.handle = pl_module.net.register_forward_hook(lambda module, args, output: None)

@@ -1,4 +1,4 @@
-"""What the tests of the callback share: a small network, its task, and Trainers that leave nothing on the disk."""
+"""Shared by the tests of the callback: a small network, its task, and Trainers that write no files."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CLASSES = 4
 
 
 class Net(nn.Module):
-    """A convolution with BatchNorm, dropout, a BatchNorm that stands alone, and a linear layer."""
+    """A convolution with BatchNorm, dropout, a separate BatchNorm, and a linear layer."""
 
     temperature = 2.0
 
@@ -37,7 +37,7 @@ class Net(nn.Module):
 
 
 class Lit(LightningModule):
-    """Trains a network to tell which quarter of an image is bright."""
+    """Trains a network to find the bright quarter of an image."""
 
     def __init__(self, net: nn.Module | None = None, lr: float = 0.05) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ class Lit(LightningModule):
 
 
 def dataset(count: int = 64, seed: int = 0) -> TensorDataset:
-    """Images of noise, of which one quarter is brighter."""
+    """Noise images with one brighter quarter."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(count) % CLASSES
     images = 0.5 * torch.randn(count, 1, 8, 8, generator=generator)
@@ -82,12 +82,12 @@ def dataset(count: int = 64, seed: int = 0) -> TensorDataset:
 
 
 def loader(count: int = 64, batch_size: int = 16, shuffle: bool = False, **settings: Any) -> DataLoader[Any]:
-    """By default 4 batches."""
+    """4 batches by default."""
     return DataLoader(dataset(count), batch_size=batch_size, shuffle=shuffle, **settings)
 
 
 def trainer(*callbacks: Any, **settings: Any) -> Trainer:
-    """A quiet Trainer on the CPU, of 2 epochs, without logger and checkpoints."""
+    """A quiet Trainer on the CPU: 2 epochs, no logger and no checkpoints."""
     quiet: dict[str, Any] = {
         "accelerator": "cpu",
         "devices": 1,
@@ -102,7 +102,7 @@ def trainer(*callbacks: Any, **settings: Any) -> Trainer:
 
 
 def qat(mode: str = "fx", **settings: Any) -> QuantizationAwareTraining:
-    """The callback with settings that suit a fit of a few steps."""
+    """The callback with settings for a fit of a few steps."""
     return QuantizationAwareTraining(mode=mode, **settings)
 
 
@@ -112,14 +112,14 @@ def state(module: nn.Module) -> dict[str, Any]:
 
 
 def assert_same_state(left: dict[str, Any], right: dict[str, Any]) -> None:
-    """Bit by bit, and the same keys."""
+    """Compare bit by bit, including the keys."""
     assert left.keys() == right.keys()
     moved = [k for k, v in left.items() if isinstance(v, Tensor) and not torch.equal(v, right[k])]
     assert not moved, f"differ: {moved}"
 
 
 def ranges(module: nn.Module) -> dict[str, Tensor]:
-    """The ranges of activations in a prepared network."""
+    """The activation ranges of a prepared network."""
     return {k: v.clone() for k, v in module.state_dict().items() if k.endswith(("min_val", "max_val"))}
 
 

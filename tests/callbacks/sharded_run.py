@@ -1,4 +1,4 @@
-"""What `test_sharded` starts: fits with ModelParallelStrategy in two processes, beside the same fits with DDP."""
+"""Program of `test_sharded`: fits with ModelParallelStrategy in two processes, and the same fits with DDP."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def tokens() -> Tensor:
 
 
 class Language(LightningModule):
-    """Predicts the next token; every process has its half of an epoch, from any step on."""
+    """Predicts the next token; each process has half of an epoch, from any step on."""
 
     def __init__(self, tied: bool = False) -> None:
         super().__init__()
@@ -107,7 +107,7 @@ class ShardedLanguage(Language):
 
 
 class Recomputing(ShardedLanguage):
-    """Keeps no activations of its blocks."""
+    """Uses activation checkpointing in its blocks."""
 
     def shard_block(self, block: nn.Module, **settings: Any) -> None:
         checkpoint(block)
@@ -154,7 +154,7 @@ def whole(module: nn.Module) -> dict[str, Tensor]:
 
 
 def farthest(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> float:
-    """The greatest difference of two states with the same keys."""
+    """The largest difference between two states with the same keys."""
     assert left.keys() == right.keys()
     return max((left[key].double() - right[key].double()).abs().max().item() for key in left if left[key].numel())
 
@@ -171,7 +171,7 @@ def fit(
 
 
 def losses_of(two: Any, module: Any, callback: Any) -> dict[str, Any]:
-    """The loss of each variant, and what `validate` finds."""
+    """The loss of each variant, and the result of `validate`."""
     found = {}
     for variant in callback.variants:
         callback.use_variant(variant)
@@ -195,7 +195,7 @@ def run_beside_ddp(kind: str, tied: bool) -> dict[str, Any]:
 
 
 def run_resumed(kind: str, folder: Path) -> dict[str, Any]:
-    """From checkpoints of each form, with the strategy that wrote them and with others."""
+    """Resume from checkpoints of each form, with the same strategy and with others."""
     settings, found, ended = KINDS[kind], {}, []
 
     def saving(name: str) -> ModelCheckpoint:
@@ -236,7 +236,7 @@ def run_resumed(kind: str, folder: Path) -> dict[str, Any]:
 
 
 def run_images() -> dict[str, Any]:
-    """How far other networks end from where they end with DDP."""
+    """The differences to DDP for other networks."""
 
     def end(make: Callable[[], Any], strategy: Any, *others: Any, **settings: Any) -> dict[str, Tensor]:
         torch.manual_seed(0)
@@ -266,7 +266,7 @@ def run_images() -> dict[str, Any]:
 
 
 def run_variations() -> dict[str, Any]:
-    """The language model trained in other ways."""
+    """Other ways to train the language model."""
 
     def end(make: Callable[[], Any], strategy: Any, **settings: Any) -> dict[str, Tensor]:
         _, module, callback = fit(make, strategy, **{"kind": "weight_only", **settings})
@@ -285,7 +285,7 @@ def run_variations() -> dict[str, Any]:
 
 
 def run_tools(folder: Path) -> dict[str, Any]:
-    """What looks at weights beside a fit: monitor, export, coverage, variants, conversion by hand."""
+    """Uses of weights besides training: monitor, export, coverage, variants, manual conversion."""
     torch.manual_seed(0)
     module, callback = ShardedLit(Rows()), qat(kind="dynamic")
     monitor, export = (
@@ -308,7 +308,7 @@ def run_tools(folder: Path) -> dict[str, Any]:
 
 
 class Late(Lit):
-    """Its network is built where it is sharded."""
+    """Builds its network in ``configure_model``."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -337,7 +337,7 @@ class OnMeta(ShardedLit):
 
 
 def run_refused(folder: Path) -> dict[str, str]:
-    """The message of each, and how many steps were taken before it."""
+    """The message of each error, and the number of steps before it."""
     said: dict[str, str] = {}
 
     def refuse(name: str, make: Callable[[], Any], callback: Any, strategy: Any = None, ckpt: Any = None) -> Any:
@@ -374,7 +374,7 @@ def run_refused(folder: Path) -> dict[str, str]:
 
 
 def run_from_float(folder: Path, refuse: Callable[..., Any]) -> dict[str, str]:
-    """Checkpoints of float runs; and the remedy that messages name."""
+    """Checkpoints of float runs, and the remedy in the messages."""
     found = {}
     for name, whole_files in (("sharded", False), ("whole", True)):
         saving = ModelCheckpoint(folder / "float" / name, filename="{step}", every_n_train_steps=4, save_top_k=-1)

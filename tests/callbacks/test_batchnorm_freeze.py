@@ -1,4 +1,4 @@
-"""BatchNorm that freezes before it has settled: its statistics are then those of the recent batches, in every mode."""
+"""BatchNorm that freezes early gets the statistics of recent batches, in every mode."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.callbacks.lit import MODES, Lit, Net, assert_same_state, loader, qat,
 
 
 class Scaled(Net):
-    """Its first layer computes small values, far from the variance of 1 that BatchNorm begins with."""
+    """The first layer's outputs are small, far from the initial running variance of 1."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -27,7 +27,7 @@ class Scaled(Net):
 
 
 class WrittenOut(nn.BatchNorm2d):
-    """A BatchNorm that calls the function itself."""
+    """A BatchNorm that calls ``F.batch_norm`` itself."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.training:
@@ -37,7 +37,7 @@ class WrittenOut(nn.BatchNorm2d):
 
 
 class Functional(Scaled):
-    """As timm's networks have it."""
+    """BatchNorm with an activation, as in timm."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ class Functional(Scaled):
 
 
 class Seen(Callback):
-    """The batches' own statistics behind the first layer, and the running ones, before each batch."""
+    """Record the batch statistics after the first layer, and the running ones, before each batch."""
 
     def __init__(self) -> None:
         self.variances: list[torch.Tensor] = []
@@ -64,7 +64,7 @@ class Seen(Callback):
     ("mode", "make"), [*((mode, Scaled) for mode in MODES), ("pt2e", Functional)], ids=lambda value: str(value)
 )
 def test_statistics_are_those_of_the_recent_batches(mode: str, make: Any, caplog: pytest.LogCaptureFixture) -> None:
-    """Of 6 batches, when half of them have less to say than the 1 that the variance begins with."""
+    """Statistics of 6 batches, when half of them weigh less than the initial variance of 1."""
     seen = Seen()
     with caplog.at_level(logging.INFO):
         trainer(qat(mode, start=None, freeze_batchnorm={"step": 6}), seen).fit(Lit(make(), lr=1e-4), loader())
@@ -78,7 +78,7 @@ def test_statistics_are_those_of_the_recent_batches(mode: str, make: Any, caplog
 
 
 def test_what_has_settled_is_left_as_it_is_bit_by_bit() -> None:
-    """As if nothing were known of earlier batches: an average of few of them has settled after 21."""
+    """Earlier batches do not matter: an average of few batches has settled after 21."""
     ended = []
     for known in (True, False):
         torch.manual_seed(0)
@@ -92,7 +92,7 @@ def test_what_has_settled_is_left_as_it_is_bit_by_bit() -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_resumed_fit_freezes_with_the_same_statistics(mode: str, tmp_path: Path) -> None:
-    """Broken off in the window, whose beginning is in the checkpoint."""
+    """Interrupted within the window, whose beginning is in the checkpoint."""
     ended = []
     for resumed in (False, True):
         torch.manual_seed(0)
@@ -106,7 +106,7 @@ def test_a_resumed_fit_freezes_with_the_same_statistics(mode: str, tmp_path: Pat
 
 
 def test_what_still_differs_is_said() -> None:
-    """Frozen at once, at the 0 and 1 that it begins with; after a training nothing is to be said."""
+    """Frozen at the initial 0 and 1; after training no warning is given."""
     with pytest.warns(UserWarning, match=r"BatchNorm was frozen before step 0, and . of 2 layers .*features.1"):
         trainer(qat("eager", freeze_batchnorm=0), max_epochs=1).fit(Lit(Scaled()), loader())
     with warnings.catch_warnings():
@@ -116,7 +116,7 @@ def test_what_still_differs_is_said() -> None:
 
 @pytest.mark.parametrize("mode", ["eager", "pt2e"])
 def test_weight_averaging_estimates_statistics_that_are_frozen(mode: str) -> None:
-    """In its last pass, of the averaged weights; what the schedule had reached stays reached."""
+    """In the last pass, over the averaged weights; reached schedule points stay reached."""
     torch.manual_seed(0)
     module, callback = Lit(), qat(mode, start=1, freeze_observers=0.7, freeze_batchnorm=0.7)
     fitting = trainer(callback, StochasticWeightAveraging(0.01, swa_epoch_start=2), max_epochs=4)

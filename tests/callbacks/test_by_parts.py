@@ -1,4 +1,4 @@
-"""Fits of networks of which no graph is made as a whole: a detector, and a decoder's loop."""
+"""Fits of networks that cannot be captured as a whole: a detector, and a decoder with a loop."""
 
 from __future__ import annotations
 

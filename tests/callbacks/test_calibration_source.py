@@ -1,4 +1,4 @@
-"""Data for a calibration, where training_step does not call the network in evaluation or cannot go on from there."""
+"""Calibration data if training_step does not call the network in evaluation mode, or fails after calling it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.callbacks.lit import CLASSES, Lit, Net, loader, trainer
 
 
 class Losses(Net):
-    """As a detector: losses while it trains, scores otherwise."""
+    """Like a detector: losses in training, scores otherwise."""
 
     def forward(self, x: Tensor, target: Tensor | None = None) -> Any:  # type: ignore[override]
         scores = super().forward(x)
@@ -23,7 +23,7 @@ class Losses(Net):
 
 
 class Detector(Lit):
-    """Knows what to do with losses only."""
+    """Its training_step can only process losses."""
 
     def __init__(self) -> None:
         super().__init__(Losses())
@@ -36,7 +36,7 @@ class Detector(Lit):
 
 
 class TrainsOnly(Lit):
-    """Its step does not come as far as the network in evaluation."""
+    """Its step does not reach the network in evaluation mode."""
 
     steps = 0
 
@@ -48,7 +48,7 @@ class TrainsOnly(Lit):
 
 
 class NoValidation(TrainsOnly):
-    """And there is no other step."""
+    """Like its base, without another step."""
 
     validation_step = None  # type: ignore[assignment]
 
@@ -63,7 +63,7 @@ def test_a_step_that_fails_once_the_network_was_called_has_done_its_part() -> No
 
 @pytest.mark.parametrize("bias_correction", [False, True])
 def test_batches_come_from_validation_where_the_training_step_does_not_call_the_network(bias_correction: bool) -> None:
-    """Of 7 samples each, which the training's loader does not give."""
+    """Batches of 7 samples, unlike those of the training loader."""
     module, callback = TrainsOnly(), PostTrainingQuantization(bias_correction=bias_correction)
     sizes: list[int] = []
     fitting = trainer(callback, max_epochs=1)

@@ -1,4 +1,4 @@
-"""LightningCLI: every argument of the callback from the command line and from YAML."""
+"""LightningCLI: every argument of the callback on the command line and in YAML."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ QUIET = [
 
 
 class Model(Lit):
-    """As a CLI makes it: no network to give."""
+    """A model as a CLI creates it, without a network argument."""
 
     def __init__(self, lr: float = 0.05) -> None:
         super().__init__(lr=lr)
@@ -110,7 +110,7 @@ model: {lr: 0.01}
 
 
 def test_from_yaml_and_back(tmp_path: Path) -> None:
-    """Every argument; what the CLI prints as its config makes the same callback again."""
+    """Every argument; the config that the CLI prints creates the same callback."""
     (tmp_path / "config.yaml").write_text(CONFIG)
     made = cli([f"--config={tmp_path / 'config.yaml'}"], run=False)
     (tmp_path / "again.yaml").write_text(made.parser.dump(made.config))

@@ -1,4 +1,4 @@
-"""Compiled training steps: the same training, one graph between two switches, and nothing left behind."""
+"""Compiled training steps: the same training, one graph between two switches, and no remaining state."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ IMAGES = dataset()[:32][0]
 
 
 class Residual(nn.Module):
-    """What is added in place, and a ReLU that is used twice."""
+    """In-place additions, and a ReLU module used twice."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ class Residual(nn.Module):
 
 @pytest.fixture
 def graphs(monkeypatch: pytest.MonkeyPatch) -> CompileCounterWithBackend:
-    """Counts compilations; AOTAutograd without the code generator, which takes long."""
+    """Counts compilations; runs AOTAutograd without the slow code generator."""
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     monkeypatch.setattr(compiling, "BACKEND", counter)
@@ -192,7 +192,7 @@ def test_generated_code_trains_alike(mode: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["dynamic", "weight_only"])
 def test_layers_that_are_rounded_where_they_are_compile_in_any_code(kind: str) -> None:
-    """A network that uses what Dynamo does not follow where a mode of torch's looks at each function."""
+    """A network that Dynamo cannot trace while a torch function mode is active."""
     torch.manual_seed(0)
     network, tokens = CharTransformer(context=8, dim=32, depth=1), torch.randint(0, 256, (2, 8))
     recipe = Recipe("eager", "x86", kind=kind, trained=True)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Distillation in real fits: every mode, kinds of steps, checkpoints, and nothing left behind."""
+"""Distillation in real fits: modes, types of steps, checkpoints, and no remaining state."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ START = {"start": {"step": 2}}
 
 
 class Logged(Callback):
-    """Keeps what each batch logged."""
+    """Records what each batch logged."""
 
     def __init__(self) -> None:
         self.losses: list[float | None] = []
@@ -41,7 +41,7 @@ class DictStep(Lit):
 
 
 class Skipping(Lit):
-    """Leaves out every other batch."""
+    """Skips every other batch."""
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:  # type: ignore[override]
         return super().training_step(batch, batch_idx) if batch_idx % 2 else None
@@ -74,7 +74,7 @@ def test_a_fit_learns_from_the_weights_when_rounding_came_on(mode: str, make: An
 
 @pytest.mark.parametrize("mode", MODES)
 def test_the_step_is_that_of_the_sum_of_both_losses(mode: str) -> None:
-    """One step from the same weights, against the loss written by hand."""
+    """One step from the same weights, compared with the loss written by hand."""
 
     class ByHand(Lit):
         def __init__(self, teacher: nn.Module) -> None:

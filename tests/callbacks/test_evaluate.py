@@ -1,4 +1,4 @@
-"""What validate, test and predict run, what they leave behind, and which weights the int8 network holds."""
+"""Which variant validate, test and predict run, side effects, and which weights the int8 network has."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ IMAGES = dataset()[:32][0]
 
 
 class Snapshot(Callback):
-    """Keeps the outputs of the network as they are before each step."""
+    """Records the outputs of the network before each step."""
 
     def __init__(self) -> None:
         self.outputs: dict[int, Tensor] = {}
@@ -51,7 +51,7 @@ class Snapshot(Callback):
 
 
 def quiet_loader() -> Any:
-    """A loader that does not draw from the global generator, as a plain one does each time."""
+    """A loader that does not use the global random generator."""
     return loader(generator=torch.Generator())
 
 
@@ -68,7 +68,7 @@ class Fitted:
         self.trainer.fit(self.module, loader(), loader())
 
     def outputs(self) -> Tensor:
-        """What ``trainer.predict`` gives."""
+        """Outputs of ``trainer.predict``."""
         predicted = self.trainer.predict(self.module, loader(32, batch_size=16))
         return torch.cat(predicted)  # type: ignore[arg-type]
 
@@ -136,7 +136,7 @@ def test_int8_is_close_to_fake_quant(fitted: Fitted) -> None:
 
 
 def test_evaluating_moves_nothing(fitted: Fitted) -> None:
-    """No parameter, range or statistic, no flag, no random number, in any stage and variant."""
+    """No parameter, range, statistic, flag or random state changes, in any stage and variant."""
     before, phase = state(fitted.module), fitted.callback.phase
     flags = [(fq.fake_quant_enabled, fq.observer_enabled) for _, fq in fake_quantizers(fitted.module)]
     engine, random = torch.backends.quantized.engine, torch.get_rng_state()
@@ -188,7 +188,7 @@ def test_a_test_that_fails_leaves_the_prepared_network_in_place(mode: str) -> No
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 def test_validating_and_testing_between_fits_changes_no_fit(mode: str) -> None:
-    """Two fits, with all evaluations before, between and during them, end where they end without."""
+    """Two fits with evaluations before, between and during them end like fits without."""
     ended = []
     for evaluate in (False, True):
         torch.manual_seed(0)
@@ -219,7 +219,7 @@ def widest(module: nn.Module) -> float:
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 def test_ranges_move_in_the_stages_that_are_asked_for(mode: str) -> None:
-    """Ranges only, until they freeze, and never in the sanity check."""
+    """Only ranges are updated, until they freeze, and never in the sanity check."""
     ends = {}
     for stages in (("train",), ("train", "validate")):
         torch.manual_seed(0)
@@ -381,7 +381,7 @@ def _zeroed(module: nn.Module) -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_copies_stand_on_their_own(mode: str) -> None:
-    """A copy of the LightningModule and a copy of the callback compute the same, and share nothing."""
+    """Copies of LightningModule and callback compute the same, and share nothing with the originals."""
     fitted = Fitted(mode)
     expected = fitted.callback.quantized(IMAGES)
     module, callback = copy.deepcopy(fitted.module), copy.deepcopy(fitted.callback)
@@ -408,7 +408,7 @@ def test_a_prepared_network_is_not_taken_over_with_other_settings() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 def test_one_callback_serves_one_module_after_another(mode: str) -> None:
-    """The second run is as if the callback were new: nothing is latched, and no float weights are left over."""
+    """The second run is like one with a new callback: no reached points, and no float weights remain."""
     callback = qat(mode, start=1)
     trainer(callback).fit(Lit(), loader())
     torch.manual_seed(1)
@@ -424,7 +424,7 @@ def test_one_callback_serves_one_module_after_another(mode: str) -> None:
 
 
 class Ensemble(Lit):
-    """Two networks, whose scores are added."""
+    """Two networks whose scores are added."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -450,7 +450,7 @@ def test_several_networks_are_tested_together(mode: str) -> None:
 
 
 class OnlyOneInTraining(Ensemble):
-    """The other network is there for evaluations only."""
+    """The other network is used in evaluations only."""
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         return F.cross_entropy(self.net(batch[0]), batch[1])
@@ -475,7 +475,7 @@ def test_a_network_that_training_never_runs_stays_float(mode: str) -> None:
 
 @pytest.mark.parametrize("mode", ["eager", "fx"])
 def test_the_global_engine_is_as_it_was(mode: str, tmp_path: Path) -> None:
-    """After a fit, tests, saving and loading for another one."""
+    """Tests, saving and loading after a fit, for another LightningModule."""
     engine = torch.backends.quantized.engine
     other = "qnnpack" if engine != "qnnpack" else "fbgemm"
     module, callback = Lit(), qat(mode, backend=other)

@@ -1,4 +1,4 @@
-"""Finding one call of a network; with a Trainer this is tested in `tests/callbacks/test_insert.py`."""
+"""Recording one call of a network; with a Trainer this is tested in `tests/callbacks/test_insert.py`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Exporting at the end of a real fit."""
+"""Export at the end of a real fit."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_without_a_fit_the_first_evaluation_exports_once(tmp_path: Path) -> None
     "partner", [QuantizationAwareTraining, partial(PostTrainingQuantization, calibration_dataloader=loader())]
 )
 def test_the_files_hold_the_weights_that_were_tested(partner: Any, tmp_path: Path) -> None:
-    """Those of the fit, then those of an earlier checkpoint, in the comparison of the variants too."""
+    """Files of the fit, then of an earlier checkpoint, also in the comparison of variants."""
     model, data = Lit(), loader()
     export = QuantizedModelExport(["torchscript"], dirpath=str(tmp_path / "export"), batches=1)
     saving = ModelCheckpoint(tmp_path, save_top_k=-1, filename="{epoch}")

@@ -1,4 +1,4 @@
-"""What a fit logged last is known after a resume too."""
+"""The last metrics of a fit are available after a resume."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tests.callbacks.lit import Lit, loader, qat, trainer
 
 
 class Validated(Lit):
-    """Logs a figure of its validation, which differs from epoch to epoch."""
+    """Logs a validation metric that differs between epochs."""
 
     def validation_step(self, batch: object, index: int) -> None:
         self.log("val/step", float(self.global_step))

@@ -1,4 +1,4 @@
-"""Checkpoints of a quantization-aware run in a LightningModule without the callback, and float ones in one with it."""
+"""Checkpoints with quantization in a LightningModule without the callback, and float ones in a module with it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Child(LoadsQuantizedCheckpoints, Lit):
 
 
 class Own(LoadsQuantizedCheckpoints, OwnForward):
-    """The layers are its own."""
+    """The layers are direct attributes."""
 
 
 class Both(LoadsQuantizedCheckpoints, Lit):
@@ -86,7 +86,7 @@ def _pairs(left: Any, right: Any) -> list[tuple[str, Any, Any]]:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_float_state_dict_of_whatever_was_saved(mode: str, tmp_path: Path) -> None:
-    """A path, a checkpoint, its ``state_dict``; of a float run it is all there is."""
+    """A path, a checkpoint, or its ``state_dict``; for a float run this is everything."""
     path, trained, _ = checkpoint_of(mode, Child, tmp_path)
     checkpoint = torch.load(path, weights_only=True)
     expected = float_state_dict(path)
@@ -111,7 +111,7 @@ def test_weights_only_checkpoints(mode: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_float_checkpoint_is_tested_and_fitted(mode: str, tmp_path: Path) -> None:
-    """By ``ckpt_path``: of a fit with all its state, of weights alone, and of an evaluation."""
+    """By ``ckpt_path``: of a fit with all state, of weights only, and of an evaluation."""
     torch.manual_seed(0)
     plain = Lit()
     fitting = trainer(max_epochs=1)
@@ -136,7 +136,7 @@ def test_a_float_checkpoint_is_tested_and_fitted(mode: str, tmp_path: Path) -> N
 
 
 class Counting(nn.Module):
-    """Has a state that is no tensor."""
+    """Has extra state that is not a tensor."""
 
     def __init__(self, start: int = 0) -> None:
         super().__init__()
@@ -153,7 +153,7 @@ class Counting(nn.Module):
 
 
 class OfCounting(Counting):
-    """Another one inside."""
+    """Contains another LightningModule."""
 
     def __init__(self, start: int = 0) -> None:
         super().__init__(start)

@@ -1,4 +1,4 @@
-"""Putting fake-quant into the networks of all kinds of LightningModules, before weights, optimizers and devices."""
+"""Preparing networks in all kinds of LightningModules before weights, optimizers and devices."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ IMAGES = dataset()[:8][0]
 def check_whole_run(
     module: LightningModule, callback: Any, loaders: Callable[[], Any] = loader, learnt: float = 0.9
 ) -> None:
-    """Fit, test, predict; afterwards the prepared network is there as before, and every float key and parameter too."""
+    """Fit, test, predict; afterwards the prepared network is in place with every float key and parameter."""
     keys = set(module.state_dict())
     names = [name for name, _ in module.named_parameters()]
     parameters = list(module.parameters())
@@ -60,7 +60,7 @@ def check_whole_run(
 
 
 class OwnForward(LightningModule):
-    """Its layers and its ``forward`` are its own; there is a constant, a parameter and a buffer beside the layers."""
+    """Layers and ``forward`` of its own, with a constant, a parameter and a buffer besides."""
 
     _evaluate, training_step, test_step = Lit._evaluate, Lit.training_step, Lit.test_step
     validation_step, predict_step, configure_optimizers = (
@@ -88,7 +88,7 @@ class OwnForward(LightningModule):
 
 
 class Derived(OwnForward):
-    """Goes on from its parent's ``forward``."""
+    """Extends its parent's ``forward``."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) * 0.5
@@ -122,7 +122,7 @@ def test_found_by_itself(mode: str) -> None:
 
 
 class TwoNetworks(Lit):
-    """A teacher beside the network."""
+    """A teacher besides the network."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -207,7 +207,7 @@ def test_layers_that_are_built_late(mode: str, make: type[Lit]) -> None:
 
 
 def test_the_api_of_the_network_stays() -> None:
-    """Attributes and methods of the float network; what only it can do says so."""
+    """Attributes and methods of the float network; unsupported ones raise a clear error."""
     module = Lit()
     trainer(qat("fx"), max_epochs=1).fit(module, loader())
     assert module.net.temperature == 2.0
@@ -283,7 +283,7 @@ def test_several_inputs_keywords_and_outputs(mode: str, as_dict: bool) -> None:
 
 
 class OneInput(Lit):
-    """Its step fails before the network is called."""
+    """Its step fails before calling the network."""
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         raise KeyError("no such key")
@@ -364,7 +364,7 @@ def test_a_batch_of_one_is_doubled_and_a_large_one_cut() -> None:
 
 
 class FetchesOptimizersFirst(Lit):
-    """Manual optimization as Lightning's documentation writes it."""
+    """Manual optimization as in Lightning's documentation."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -426,7 +426,7 @@ def test_loaders(make: type[Lit], loaders: Callable[[], Any]) -> None:
 
 
 class SeveralValidationLoaders(FetchesOptimizersFirst):
-    """The example comes from a validation step that takes the index of its loader."""
+    """The example comes from a validation step with ``dataloader_idx``."""
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int) -> None:  # type: ignore[override]
         super().validation_step(batch, batch_idx)
@@ -437,7 +437,7 @@ def test_several_validation_loaders() -> None:
 
 
 class Halves(LightningDataModule):
-    """Hooks of the DataModule make the batch what the step expects."""
+    """Hooks of the DataModule convert the batch for the step."""
 
     def train_dataloader(self) -> Any:
         return loader(shuffle=True)
@@ -456,7 +456,7 @@ def test_batch_hooks_of_a_data_module() -> None:
 
 
 class RandomStates(Callback):
-    """Keeps every random state before anything is prepared and when the fit begins."""
+    """Records every random state before preparation and at the beginning of the fit."""
 
     def __init__(self, generator: torch.Generator) -> None:
         self.generator = generator
@@ -474,7 +474,7 @@ class RandomStates(Callback):
 
 
 class Noisy(Lit):
-    """Draws from every generator in its step, and counts in a buffer."""
+    """Uses every random generator in its step, and counts in a buffer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -528,7 +528,7 @@ class WithRecurrence(nn.Module):
 
 
 def test_what_will_stay_float_is_said_before_the_training() -> None:
-    """What was left out on purpose is not."""
+    """Layers that are excluded on purpose cause no warning."""
     with pytest.warns(UserWarning, match=r"1 of \d layers will stay float: rows \(GRU\)"):
         trainer(qat("fx"), max_steps=1).fit(Lit(WithRecurrence()), loader())
     with warnings.catch_warnings(record=True) as caught:
@@ -538,7 +538,7 @@ def test_what_will_stay_float_is_said_before_the_training() -> None:
 
 
 class Hooked(nn.Module):
-    """Layers with the hooks that came before parametrizations."""
+    """Layers with the hooks of the old ``weight_norm``."""
 
     def __init__(self) -> None:
         super().__init__()

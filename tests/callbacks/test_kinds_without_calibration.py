@@ -1,4 +1,4 @@
-"""PostTrainingQuantization of the kinds that need no calibration, in a real Trainer."""
+"""PostTrainingQuantization with kinds that need no calibration, in a real Trainer."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_new_weights_are_quantized_anew() -> None:
 
 
 def test_coverage_is_that_of_the_conversion() -> None:
-    """There is no prepared network whose coverage it could be."""
+    """There is no prepared network with coverage."""
     ptq = PostTrainingQuantization(kind="dynamic", mode="eager", backend="fbgemm")
     assert ptq.coverage is None
     trainer(ptq).test(Lit(Rows()), loader(), verbose=False)

@@ -1,4 +1,4 @@
-"""``last.ckpt`` is the state that a fit was in last, whatever got better."""
+"""``last.ckpt`` has the latest state of a fit, whether or not the score improved."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.callbacks.lit import Lit, loader, qat, trainer
 
 
 class GetsWorse(Lit):
-    """Logs a score that only falls."""
+    """Logs a score that only decreases."""
 
     def on_train_epoch_end(self) -> None:
         self.log("score", -float(self.current_epoch))

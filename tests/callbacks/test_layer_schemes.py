@@ -1,4 +1,4 @@
-"""Layers with a scheme of their own through whole fits: trained, resumed, refused, calibrated, logged."""
+"""Per-layer overrides in whole fits: trained, resumed, refused, calibrated, logged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Learned scales in a Trainer: optimized, resumed, averaged, and refused where nobody would optimize them."""
+"""Learned scales in a Trainer: optimized, resumed, averaged, and refused if no optimizer has them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Trials that are worse than most of their siblings end early."""
+"""Trials that are worse than the median of their siblings end early."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""QuantizationMonitor under a real Trainer: what reaches the loggers, and that the fit is as without it."""
+"""QuantizationMonitor with a real Trainer: what loggers get, and that the fit is unaffected."""
 
 from __future__ import annotations
 
@@ -174,7 +174,7 @@ def test_any_figure_of_weights_can_be_a_curve(tmp_path: Path) -> None:
 
 
 class Elsewhere(Logger):
-    """A logger of another kind, with a folder."""
+    """A custom logger with a folder."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__()
@@ -200,7 +200,7 @@ class Elsewhere(Logger):
 
 
 class Alone(Callback):
-    """From the first step on, what all processes have to ask for together is refused."""
+    """From the first step on, collective operations raise an error."""
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.patch = patch
@@ -224,7 +224,7 @@ def complaints(caught: list[warnings.WarningMessage]) -> list[str]:
 @pytest.mark.parametrize("first", [True, False], ids=["before", "behind"])
 @pytest.mark.parametrize("mode", MODES)
 def test_what_a_fit_calibrates_is_measured_at_its_end(mode: str, first: bool, tmp_path: Path) -> None:
-    """Wherever the monitor is in the list; and the fit, and what comes after it, is as without the monitor."""
+    """At any position in the list of callbacks, the fit and later stages are unaffected."""
     ended, results = [], []
     for more in ([], [QuantizationMonitor(every_n_steps=2)]):
         torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""Finding networks in LightningModules, and the slots they sit in."""
+"""Finding networks in LightningModules, and their slots."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from qat_lightning.errors import ConfigurationError, NetworkError
 
 
 class Base(LightningModule):
-    """Layers of its own, and all that is no layer of the network."""
+    """Layers as attributes, and modules that are not part of the network."""
 
     scale = 3.0
 
@@ -44,7 +44,7 @@ class Derived(Base):
 
 
 class Holder(LightningModule):
-    """A LightningModule of given children, without a ``forward``."""
+    """A LightningModule with given children and no ``forward``."""
 
     def __init__(self, **children: nn.Module) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""A warning of values that are not finite, wherever a range is observed."""
+"""Warnings of non-finite values, wherever a range is observed."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from qat_lightning.settings.recipe import Recipe
 
 
 class Joined(nn.Module):
-    """A layer behind two values that share a range, and are of no layer."""
+    """A layer after two tensors that share a range and belong to no layer."""
 
     def __init__(self) -> None:
         super().__init__()
         self.linear = nn.Linear(8, 4)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Join and map."""
+        """Concatenate and apply the layer."""
         return self.linear(torch.cat([x.sin(), x.cos()], 1))
 
 

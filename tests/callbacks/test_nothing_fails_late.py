@@ -1,4 +1,4 @@
-"""No network fails after the first training step: what cannot be int8 is known before it, or stays float."""
+"""No network fails after the first training step: layers that cannot be int8 are found before it, or stay float."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ STEPS = 3
 
 
 class Squares(LightningModule):
-    """Trains any network on the squares of its outputs: what is looked at is whether it goes through."""
+    """Trains any network on the squares of its outputs, to test that everything runs."""
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()

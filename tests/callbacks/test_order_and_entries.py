@@ -1,4 +1,4 @@
-"""Order and entries of the state are those of the float network, in every mode, and in checkpoints of before."""
+"""Order and entries of the state equal the float network's, in every mode and with old checkpoints."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Block(nn.Module):
 
 
 class Mixed(nn.Module):
-    """Modules out of the order of their calls, one called twice, tied weights, parameters and buffers of its own."""
+    """Modules not in call order, one called twice, tied weights, and direct parameters and buffers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class Mixed(nn.Module):
 
 
 class Adam(Lit):
-    """Weight decay for matrices only, as is usual: two groups, each in the order of the parameters."""
+    """Weight decay for matrices only: two groups, each in the order of the parameters."""
 
     def configure_optimizers(self) -> Any:
         ours = [p for p in self.parameters() if p.requires_grad]
@@ -78,7 +78,7 @@ def test_order_is_that_of_the_float_network_and_entries_are_tensors(mode: str) -
 
 @pytest.mark.parametrize("mode", MODES)
 def test_adam_of_a_float_run_goes_on(mode: str, tmp_path: Path) -> None:
-    """Each parameter with its own moments, which are the same before rounding begins, whatever the mode."""
+    """Each parameter keeps its own moments, which are equal in all modes before fake-quantization."""
     plain = Adam(Mixed())
     fitting = trainer(max_steps=2)
     fitting.fit(plain, loader())
@@ -99,7 +99,7 @@ def test_adam_of_a_float_run_goes_on(mode: str, tmp_path: Path) -> None:
 
 
 def as_before(path: Path) -> None:
-    """Write a checkpoint of ``fx`` as releases before did: BatchNorm behind the rest, the recipe as a dict."""
+    """Write a checkpoint like earlier releases of ``fx``: BatchNorm after the rest, the recipe as a dict."""
     checkpoint = torch.load(path, weights_only=True)
     saved = checkpoint["state_dict"]
     behind = [key for key in saved if key.startswith("net.norm.")]

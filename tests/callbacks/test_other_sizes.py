@@ -1,4 +1,4 @@
-"""A network whose forward computes with sizes is fitted, resumed and tested with images of several of them."""
+"""A network whose forward computes with sizes is fitted, resumed and tested with images of several sizes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.callbacks.lit import Lit, assert_same_state, dataset, loader, qat, st
 
 
 class Sized(nn.Module):
-    """Adds a ramp that is as high as the image, and decides by the size."""
+    """Adds a ramp of the image's height, and branches on the size."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ class Sized(nn.Module):
 
 
 class SeveralSizes(Lit):
-    """Every other batch is larger; evaluation has sizes of its own."""
+    """Every other batch is larger; evaluation uses other sizes."""
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         images = batch[0] if batch_idx % 2 == 0 else nn.functional.pad(batch[0], (1, 1, 1, 1))

@@ -1,4 +1,4 @@
-"""Fits whose checkpoints, artifacts and figures are in other storage than this machine's."""
+"""Fits whose checkpoints, artifacts and figures are in remote storage."""
 
 from __future__ import annotations
 

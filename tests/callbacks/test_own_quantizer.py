@@ -1,4 +1,4 @@
-"""A quantizer of the user's through the life of a run: fit, resume, int8, file, two processes."""
+"""A user's quantizer in a whole run: fit, resume, int8, file, two processes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One batch of what a Trainer is going to iterate: loaders stay where they are, streams get their batch back."""
+"""Reading one batch ahead: loaders keep their position, streams get their batch back."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def look(loaders: Any) -> Look:
 
 
 class Keyed(TensorDataset):
-    """Takes only the keys that its sampler gives."""
+    """A dataset that accepts only the keys of its sampler."""
 
     def __getitem__(self, key: Any) -> Any:
         if not isinstance(key, str):
@@ -71,7 +71,7 @@ def test_a_collection_of_loaders_gives_a_collection_of_batches() -> None:
 
 
 class Stream(IterableDataset[Tensor]):
-    """Numbers, each once, however often it is iterated."""
+    """Numbers, each once in total, however often it is iterated."""
 
     def __init__(self) -> None:
         self.source = iter(torch.arange(6.0))
@@ -81,14 +81,14 @@ class Stream(IterableDataset[Tensor]):
 
 
 class Again(Stream):
-    """The numbers anew."""
+    """The numbers, from the beginning each time."""
 
     def __iter__(self) -> Iterator[Tensor]:
         yield from torch.arange(6.0)
 
 
 class Plain:
-    """No DataLoader; another iterator each time, of one source."""
+    """Not a DataLoader; a new iterator each time, over one source."""
 
     def __init__(self) -> None:
         self.source = iter(torch.arange(6.0))
@@ -109,7 +109,7 @@ STREAMS = {
 
 @pytest.mark.parametrize("kind", STREAMS)
 def test_a_stream_keeps_its_first_batch(kind: str) -> None:
-    """Also where it was looked at twice, and where somebody asked for an iterator and took nothing."""
+    """Also after reading ahead twice, and after requesting an unused iterator."""
     source = _DataLoaderSource(STREAMS[kind](), "train_dataloader")
     found = []
     for _ in range(2):
@@ -127,7 +127,7 @@ def test_a_stream_keeps_its_first_batch(kind: str) -> None:
 
 @pytest.mark.parametrize("shared", [True, False])
 def test_a_module_that_makes_loaders_of_one_stream(shared: bool) -> None:
-    """What was looked at is in the loader that it gives next, and no other."""
+    """The batch is put back only into the next loader."""
 
     class Making(LightningModule):
         made = 0

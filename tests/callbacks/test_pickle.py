@@ -1,4 +1,4 @@
-"""The callback and the LightningModule in pickles: for another process, for later, beside the originals."""
+"""Pickling the callback and the LightningModule, for another process or later use."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ IMAGES = dataset()[:32][0]
 
 
 class Pooling(nn.Module):
-    """With functions that do not pickle by themselves, and a weight that is no layer's."""
+    """Functions that cannot be pickled, and a weight that belongs to no layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ def fitted(mode: str, module: Any) -> tuple[Any, Any]:
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.slow
 def test_pickled_together(mode: str, make: Any) -> None:
-    """They test the same, and go on as the originals do, and share nothing with them."""
+    """They test the same, continue like the originals, and share nothing with them."""
     callback, module = fitted(mode, make())
     again, other = pickle.loads(pickle.dumps((callback, module)))
     assert_same_state(state(other), state(module))

@@ -1,1 +1,1 @@
-"""Tests of what the callbacks are put together from, most of them without a fit."""
+"""Tests of the parts of callbacks, mostly without a fit."""

@@ -1,4 +1,4 @@
-"""A network that is prepared and has ranges, as the parts of a callback see it, without a fit."""
+"""A prepared network with ranges in the state that callback parts share, without a fit."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ IMAGES = dataset()[:32][0]
 
 
 def placed(mode: str = "fx", *, observed: bool = True, **settings: Any) -> tuple[Lit, Networks]:
-    """A LightningModule with its network prepared, rounding on, and the state of it that parts share."""
+    """A LightningModule with its network prepared and fake-quantization enabled, and the state that parts share."""
     torch.manual_seed(0)
     lit, networks = Lit(), Networks(QuantizationSettings(mode, "x86", **settings))
     slot = Slot(lit, "net")

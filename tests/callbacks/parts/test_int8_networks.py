@@ -1,4 +1,4 @@
-"""Int8 networks: made when they are wanted, once, and anew when they are stale."""
+"""Int8 networks are created on demand, once, and again when they are stale."""
 
 from __future__ import annotations
 

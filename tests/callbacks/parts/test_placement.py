@@ -1,4 +1,4 @@
-"""Networks with fake-quant are in their places in time, guarded, and nothing else is left on the LightningModule."""
+"""Prepared networks are in place in time and checked on loading, and nothing else remains on the LightningModule."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a callback was told, as one value."""
+"""The settings of a callback as one value."""
 
 from __future__ import annotations
 

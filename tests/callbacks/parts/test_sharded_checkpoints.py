@@ -1,4 +1,4 @@
-"""Folders that processes write their parts of a checkpoint to, as `torch.distributed.checkpoint` makes them."""
+"""Folders of sharded checkpoints, as `torch.distributed.checkpoint` writes them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.callbacks.lit import Lit, Net
 
 @pytest.fixture
 def saved(tmp_path: Path) -> tuple[Path, Lit]:
-    """What Lightning saves of a LightningModule whose network is prepared."""
+    """What Lightning saves of a LightningModule with a prepared network."""
     module, path = Lit(Net()), tmp_path / "a.ckpt"
     recipe = Recipe("eager", "x86", kind="dynamic", trained=True)
     module.net = prepare(Net(), Example((torch.randn(2, 1, 8, 8),)), recipe)

@@ -1,4 +1,4 @@
-"""Another variant stands in for an evaluation, and what was there comes back."""
+"""An evaluation runs another variant, and the network is restored afterwards."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Settings that hold for every test."""
+"""Settings for all tests."""
 
 import os
 import tempfile
@@ -46,15 +46,15 @@ _IN_EVERY_RUN = {
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Let ``--device cpu`` run the tests marked ``gpu`` where there is no GPU."""
+    """Let ``--device cpu`` run the tests marked ``gpu`` without a GPU."""
     parser.addoption("--device", default="cuda", choices=["cuda", "cpu"], help="of the tests marked gpu")
 
 
 @pytest.hookimpl(tryfirst=True)  # before what is slow is deselected
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skip what needs a backend that is not installed, or a GPU where there is none.
+    """Skip tests that need a missing backend or GPU.
 
-    Mark what is tried in mode eager or fx and backend x86 as well, and takes seconds elsewhere, as slow.
+    Tests that take seconds and have a counterpart in mode eager or fx with backend x86 are marked as slow.
     """
     here = Path(__file__).parent
     no_gpu = config.getoption("--device") == "cuda" and not torch.cuda.is_available()
@@ -74,7 +74,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(autouse=True)
 def _seeded() -> Iterator[None]:
-    """What a test draws is the same whatever ran before it, and a Trainer's ``deterministic=True`` ends with it."""
+    """Random numbers in a test do not depend on earlier tests, and a Trainer's ``deterministic=True`` is reset."""
     torch.manual_seed(0)
     yield
     torch.use_deterministic_algorithms(False)
@@ -82,17 +82,17 @@ def _seeded() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _wandb_of_its_own() -> None:
-    """A process that a test starts has a W&B service of its own.
+    """Child processes of a test have their own W&B service.
 
-    W&B hands its running service to child processes by an environment variable, and that service takes a relative
-    folder from the folder of whoever started it, not from the child's.
+    W&B passes its running service to child processes in an environment variable, and that service resolves relative
+    folders from the folder of its own parent, not from the child's.
     """
     os.environ.pop("WANDB_SERVICE", None)
 
 
 @pytest.fixture
 def bucket() -> Iterator[str]:
-    """A place in fsspec's memory, empty again afterwards."""
+    """A folder in fsspec's memory, emptied afterwards."""
     system = fsspec.filesystem("memory")
     yield "memory://bucket"
     if system.exists("/bucket"):

@@ -1,4 +1,4 @@
-"""Quantizing without training: what it leaves alone, when it quantizes, and what it runs."""
+"""Post-training quantization: what it does not change, when it quantizes, and which variant runs."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.callbacks.lit import CLASSES, MODES, Lit, assert_same_state, loader, 
 
 
 class Data(LightningDataModule):
-    """Data that is there only after ``setup`` of its stage."""
+    """Data that is available only after ``setup`` of its stage."""
 
     def setup(self, stage: str) -> None:
         setattr(self, stage, loader())
@@ -294,7 +294,7 @@ def test_a_kind_that_the_pair_has_not_is_refused_at_construction() -> None:
 
 
 class Surrounded(Lit):
-    """Layers before and behind the network, and tensors made in a step, in the precision of the training."""
+    """Layers before and after the network, and tensors created in a step, in the training's precision."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -307,7 +307,7 @@ class Surrounded(Lit):
 @pytest.mark.parametrize("kind", ["static", "dynamic", "weight_only"])
 @pytest.mark.parametrize("precision", ["bf16-true", "16-true", "64-true", "bf16-mixed"])
 def test_every_precision_of_training_is_quantized(precision: Any, kind: Any) -> None:
-    """From float32 copies, whose inputs and outputs are cast to what is around them."""
+    """Quantizes float32 copies, whose inputs and outputs are cast to the surrounding precision."""
     torch.manual_seed(0)
     module, ptq = Surrounded(), PostTrainingQuantization(kind=kind, module="net")
     run = trainer(ptq, precision=precision, max_epochs=6)

@@ -1,4 +1,4 @@
-"""Two processes on the CPU (gloo): what one process would have done, on the same samples."""
+"""Two processes on the CPU (gloo) train like one process on the same samples."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.callbacks.two_processes import read_both, run_two
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What both processes wrote."""
+    """The results of both processes."""
     return _run_two(tmp_path_factory.mktemp("processes"), compile="0")
 
 
@@ -42,7 +42,7 @@ def both(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 @pytest.mark.parametrize("make", ["Lit", "OwnForward"])
 @pytest.mark.parametrize("mode", MODES)
 def test_both_end_alike(mode: str, make: str, both: tuple[dict[str, Any], dict[str, Any]]) -> None:
-    """Weights, statistics, ranges after every step and int8; both test every variant, and can go on."""
+    """Weights, statistics, ranges after every step and int8 are equal; both test every variant and can continue."""
     first, second = (found[f"{mode} {make}"] for found in both)
     assert first == second
     assert first["steps"] == 4
@@ -65,7 +65,7 @@ def test_the_monitor_measures_in_the_first_and_changes_nothing(mode: str, both: 
 
 @pytest.mark.slow
 def test_processes_that_go_different_ways(both: tuple[dict[str, Any], dict[str, Any]]) -> None:
-    """In eager mode they may: each layer's range is there in both, whoever ran it."""
+    """In eager mode each layer's range is known in both processes, whichever ran the layer."""
     first, second = (found["different ways"] for found in both)
     assert first == second
     for layer in ("dark", "bright"):
@@ -80,7 +80,7 @@ def test_a_process_with_nothing_to_observe_takes_part(both: tuple[dict[str, Any]
 
 @pytest.mark.slow
 def test_only_the_first_process_converts(both: tuple[dict[str, Any], dict[str, Any]]) -> None:
-    """In the rehearsal and for each of the two fits of each run; the other gets what it made, and tests it."""
+    """The first process converts, in the rehearsal and for each fit of each run; the other tests its result."""
     first, second = (found["conversions"] for found in both)
     assert first == [mode for mode in MODES for _ in range(6)]
     assert second == []
@@ -134,19 +134,19 @@ def test_only_the_first_process_compiles(tmp_path: Path) -> None:
 @pytest.mark.parametrize("distilled", [False, True], ids=["plain", "distilled"])
 @pytest.mark.parametrize("mode", MODES)
 def test_two_processes_are_one_with_the_doubled_batch(mode: str, distilled: bool, folder: Path) -> None:
-    """Weights, ranges and int8, for a network without BatchNorm, up to the rounding of sums."""
+    """Weights, ranges and int8 of a network without BatchNorm, up to the rounding of sums."""
     key = f"{mode} distilled" if distilled else mode
     one = run_halves(mode, 1, *([Distillation(2.0, 0.5)] if distilled else []))
     assert_one_fit(folder, key, one, near=mode == "eager")
 
 
 def test_two_processes_end_as_one_with_the_doubled_batch(tmp_path: Path) -> None:
-    """Quick; the slow tests have every mode, and what else two processes do."""
+    """Fast; slow tests cover every mode and other features with two processes."""
     assert_one_fit(_run_two(tmp_path, "halves", compile="0"), "fx", run_halves("fx", 1))
 
 
 def assert_one_fit(folder: Path, fit: str, one: dict[str, Tensor], *, near: bool = False) -> None:
-    """Both processes ended alike, and as one process did."""
+    """Both processes end equal, and like one process."""
     first, second = (torch.load(folder / f"{rank}.pt")[fit] for rank in (0, 1))
     assert one.keys() == first.keys()
     for key, expected in one.items():
@@ -199,7 +199,7 @@ def _distance(one: Tensor, other: Tensor) -> float:
 @pytest.mark.parametrize("sync_batchnorm", [False, True], ids=["", "synchronized"])
 @pytest.mark.parametrize("mode", MODES)
 def test_compiled_steps_of_two_processes_train_alike(mode: str, sync_batchnorm: bool, tmp_path: Path) -> None:
-    """As without compiling, up to what the compiler rounds otherwise; a resumed fit ends as the whole one."""
+    """Like uncompiled, except for the compiler's rounding; a resumed fit ends like the uninterrupted one."""
     _run_two(tmp_path, "compiled steps", mode, str(int(sync_batchnorm)), compile="0")
     assert [found["compiled"] for found in read_both(tmp_path)] == [12, 12]
     # In eager mode nothing is reduced within the network, unless BatchNorm is.
@@ -215,7 +215,7 @@ def test_compiled_steps_of_two_processes_train_alike(mode: str, sync_batchnorm: 
 
 @pytest.mark.slow
 def test_both_freeze_the_same_weights(tmp_path: Path) -> None:
-    """And end with the same weights, though each has BatchNorm statistics of its own between two forward passes."""
+    """They end with equal weights, although BatchNorm statistics differ between two forward passes."""
     _run_two(tmp_path, "oscillating", compile="0")
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     for mode in MODES:
@@ -253,7 +253,7 @@ def test_strategies_that_shard_are_refused(name: str) -> None:
 
 @pytest.mark.parametrize("make", [qat, PostTrainingQuantization])
 def test_processes_that_bring_no_network_back_are_refused(make: Callable[[], Any]) -> None:
-    """Lightning hands on what was raised in them as text: the error is ours all the same, in this process."""
+    """Lightning passes exceptions of child processes on as text; our error is raised in this process."""
     with pytest.raises(
         ConfigurationError, match=r"^DDPStrategy\(start_method='fork'\) .* use strategy='ddp' in a script"
     ):
@@ -288,7 +288,7 @@ def test_synchronized_batchnorm_in_the_other_modes(tmp_path: Path) -> None:
 
 
 class OwnBatchNorm(nn.BatchNorm1d):
-    """Computes something of its own."""
+    """A BatchNorm subclass with its own computation."""
 
     def forward(self, input: Tensor) -> Tensor:
         return super().forward(input).relu()

@@ -1,4 +1,4 @@
-"""Each recipe in each mode in a real fit: it trains, is int8 in the end, resumes, and takes float checkpoints."""
+"""Each recipe in each mode in a real fit: it trains, converts, resumes, and loads float checkpoints."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ IMAGES = dataset()[:32][0]
 
 
 class Mobile(nn.Module):
-    """An inverted residual with ReLU6 and BatchNorm, a convolution with a bias, and a BatchNorm of its own."""
+    """An inverted residual with ReLU6 and BatchNorm, a convolution with a bias, and a separate BatchNorm."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -112,7 +112,7 @@ def test_a_run_with_batchnorm_folded_goes_back_into_the_float_model(mode: str) -
 
 @pytest.mark.parametrize(("mode", "name"), rows("equalization", "fold", "all"))
 def test_a_float_checkpoint_starts_the_run(mode: str, name: str, tmp_path: Path) -> None:
-    """Its weights are reworked as those of the LightningModule are, and compute what they did."""
+    """A float checkpoint's weights are reworked like the LightningModule's, and the outputs stay the same."""
     seed_everything(0, verbose=False)
     net = Mobile()
     net(IMAGES)  # statistics
@@ -188,7 +188,7 @@ def test_what_cannot_be_is_refused_and_changes_nothing() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 def test_recipes_of_post_training_quantization(mode: str) -> None:
-    """Weights in few bits for the whole tensor: each recipe brings the outputs nearer, and the float network stays."""
+    """Few bits per tensor: each recipe reduces the error of the outputs, and the float network is unchanged."""
     seed_everything(0, verbose=False)
     module = Lit(Mobile(), lr=0.02)
     trainer(max_epochs=8).fit(module, loader())
@@ -221,7 +221,7 @@ def test_recipes_of_post_training_quantization(mode: str) -> None:
 
 
 class WithTraining(Lit):
-    """The same network, with loaders of its own."""
+    """The same network, with its own loaders."""
 
     def __init__(self, of: Lit) -> None:
         super().__init__(of.net)
@@ -234,7 +234,7 @@ class WithTraining(Lit):
 
 
 class _Biases(Callback):
-    """The bias of the layer with one, before each batch; and how many batches there were."""
+    """Record the bias of the layer with one before each batch, and the number of batches."""
 
     def __init__(self) -> None:
         self.seen: list[Tensor] = []
@@ -247,7 +247,7 @@ class _Biases(Callback):
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("start", [0, 4])
 def test_biases_are_corrected_once_when_rounding_comes_on(mode: str, start: int) -> None:
-    """With a learning rate of 0 nothing else moves them; what is float, and teaches, is what was there before."""
+    """With a learning rate of 0 only the correction changes biases; float variant and teacher keep the old ones."""
     net, biases, distillation = Mobile(), _Biases(), Distillation()
     callback = qat(
         mode, start={"step": start}, bias_correction_batches=3, scheme=Scheme(3, weight_granularity="per_tensor")
@@ -262,7 +262,7 @@ def test_biases_are_corrected_once_when_rounding_comes_on(mode: str, start: int)
 
 
 def test_correcting_biases_does_not_disturb_workers_that_persist() -> None:
-    """Their loader would begin its epoch anew."""
+    """Their loader would restart its epoch."""
     batches: list[Tensor] = []
 
     class Noting(Lit):

@@ -1,4 +1,4 @@
-"""What a rehearsal changes in the life of a fit: what is known before it, kept in checkpoints, and never costs it."""
+"""A rehearsal in a fit: what it finds before training, what checkpoints store, and that it never fails a fit."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.callbacks.lit import MODES, Lit, Net, assert_same_state, loader, qat,
 
 
 class Kernels:
-    """The kernel of the last linear layer, which can be made to halve what it computes."""
+    """The kernel of the last linear layer, optionally halving its outputs."""
 
     wrong = False
 
@@ -48,7 +48,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Kernels]]:
 
 @pytest.fixture
 def rehearsals(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The modes that were rehearsed."""
+    """The rehearsed modes."""
     seen: list[str] = []
     plain = decision_module.rehearse
 
@@ -173,7 +173,7 @@ def test_post_training_keeps_what_was_decided_in_the_checkpoints_of_its_fit(
 def test_without_a_fit_a_network_is_rehearsed_before_it_is_calibrated(
     stage: str, kernels: type[Kernels], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What would fail after the calibration and the recipes on it is known before them, or stays float."""
+    """Failures after calibration and its recipes are found before them, or the layers stay float."""
     calibrations: list[int] = []
     plain = CalibrationSource.calibrate
     monkeypatch.setattr(

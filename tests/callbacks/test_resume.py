@@ -1,4 +1,4 @@
-"""A run resumed from any of its checkpoints ends, bit by bit, where the uninterrupted run ends."""
+"""A run resumed from any checkpoint ends, bit by bit, like the uninterrupted run."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SCHEDULE: dict[str, Any] = {
 
 
 class Decaying(Lit):
-    """With a learning rate that depends on the step, so that a lost step would show."""
+    """The learning rate depends on the step, so that a lost step has an effect."""
 
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.Adam(self.parameters(), lr=0.01)
@@ -51,7 +51,7 @@ def fit(
 
 
 def end(run: tuple[Trainer, Decaying, QuantizationAwareTraining]) -> dict[str, Any]:
-    """All that a run ends with: weights, ranges, statistics, the optimizer, int8 outputs."""
+    """The final state: weights, ranges, statistics, the optimizer, int8 outputs."""
     fitting, module, callback = run
     assert fitting.global_step == STEPS
     ended = state(module)
@@ -94,7 +94,7 @@ def test_resume_with_a_plain_loader_at_the_end_of_an_epoch(mode: str, epoch: int
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_plain_loader_within_an_epoch_is_warned_of(mode: str, tmp_path: Path) -> None:
-    """By Lightning, and only there: what the loader would have to be able to."""
+    """Lightning reports it, and only there: the loader's requirements for exact resume."""
     fit(mode, every_step(tmp_path), train=loader(), enable_checkpointing=True, max_steps=5)
     with pytest.warns(UserWarning, match=r"dataloader is not resumable.*`state_dict` / `load_state_dict`"):
         fit(mode, seed=7, train=loader(), ckpt_path=tmp_path / "step=5.ckpt")
@@ -135,7 +135,7 @@ def _elsewhere(checkpoints: dict[str, Path], out: Path) -> None:
 
 @pytest.mark.slow
 def test_in_a_fresh_process(tmp_path: Path) -> None:
-    """Resumed there, and tested and validated there from the last checkpoint, all is as here."""
+    """Resumed, tested and validated in another process from the last checkpoint, with equal results."""
     expected: dict[str, Any] = {}
     for mode in MODES:
         fitting, module, callback = run = fit(mode, every_step(tmp_path / mode), enable_checkpointing=True)
@@ -166,7 +166,7 @@ def test_test_from_a_checkpoint_runs_its_int8_network(whole: tuple[str, Path, di
 
 
 def test_resume_from_weights_only(whole: tuple[str, Path, dict[str, Any]], tmp_path: Path) -> None:
-    """Without the callback's state, the schedule is worked out from the step."""
+    """Without the callback's state, the schedule follows from the step."""
     mode, _, _ = whole
     saving = ModelCheckpoint(tmp_path, filename="{epoch}", save_weights_only=True, save_on_train_epoch_end=True)
     _, module, _ = fit(mode, saving, enable_checkpointing=True, max_epochs=1)
@@ -211,7 +211,7 @@ def test_a_float_state_dict_loads_before_the_fit_and_between_fits(mode: str, flo
 
 
 class Remembering(Lit):
-    """Its hyperparameters hold a module, as those of many projects with Hydra do."""
+    """Its hyperparameters contain a module, as in many Hydra projects."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -227,7 +227,7 @@ def with_classes(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def test_a_checkpoint_with_classes_keeps_what_was_decided(with_classes: str) -> None:
-    """Its mode is known before the weights restore, though `torch.load` takes the file only when it is trusted."""
+    """The mode is known before the weights are restored, although `torch.load` reads the file only if trusted."""
     if "weights_only" not in inspect.signature(Trainer.fit).parameters:
         pytest.skip("this release of Lightning always unpickles")
     callback = qat("auto")
@@ -274,7 +274,7 @@ def test_a_checkpoint_of_another_network_is_refused_by_its_keys(tmp_path: Path) 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_the_ranges_of_a_checkpoint_are_the_ones_in_use(mode: str, tmp_path: Path) -> None:
-    """Loaded strictly, and fake-quantization is enabled at once: no first step with ranges of nothing."""
+    """Loads strictly with fake-quantization enabled: no first step without observed ranges."""
     _, module, _ = fit(mode, every_step(tmp_path), enable_checkpointing=True, max_steps=5)
     again = Decaying()
     trainer(qat(mode)).validate(again, loader(), ckpt_path=str(tmp_path / "step=5.ckpt"), verbose=False)

@@ -1,4 +1,4 @@
-"""A fit that is broken off, resumed, broken off again and resumed once more, with either callback."""
+"""A fit that is interrupted, resumed, interrupted and resumed again, with either callback."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.callbacks.lit import Lit, loader, qat, trainer
 
 
 class BreaksOff(Callback):
-    """Ends a fit as a signal would, in the middle of an epoch."""
+    """Ends a fit like a signal would, within an epoch."""
 
     def __init__(self, at: int | None) -> None:
         self.at = at
@@ -54,7 +54,7 @@ def test_every_step_is_taken_once(make: Callable[[], Callback], tmp_path: Path) 
 
 
 def averaged(folder: Path, at: int | None) -> dict[str, torch.Tensor]:
-    """The weights that a fit with stochastic weight averaging ends with."""
+    """The final weights of a fit with stochastic weight averaging."""
     seed_everything(0, verbose=False)
     averaging = StochasticWeightAveraging(0.01, swa_epoch_start=1, annealing_epochs=1)
     keeps = ModelCheckpoint(folder, every_n_train_steps=1, save_last=True)
@@ -69,7 +69,7 @@ def averaged(folder: Path, at: int | None) -> dict[str, torch.Tensor]:
 
 
 def restores_averaging() -> bool:
-    """torch 2.9 keeps in the state of `SWALR` a function that ``torch.load`` does not read again by default."""
+    """torch 2.9 stores a function in the state of `SWALR` that ``torch.load`` does not load by default."""
     scheduler = SWALR(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1), swa_lr=0.1)
     file = io.BytesIO()
     torch.save(scheduler.state_dict(), file)

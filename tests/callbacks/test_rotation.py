@@ -26,7 +26,7 @@ def fresh() -> nn.Module:
 
 
 def vit() -> nn.Module:
-    """With two channels of the residual stream that are very large, as in language models."""
+    """A transformer with two outlier channels in the residual stream, as in language models."""
     torch.manual_seed(0)
     net = fresh()
     with torch.no_grad():
@@ -75,7 +75,7 @@ def test_a_fit_its_resumption_and_its_file(mode: str, kind: Any, tmp_path: Path)
 
 @pytest.mark.slow
 def test_the_float_network_is_the_same_function(tmp_path: Path) -> None:
-    """The float variant, float checkpoints on the way in, and the float weights on the way out."""
+    """The float variant, loading float checkpoints, and extracting float weights."""
     net = vit()
     with torch.no_grad():
         expected = net.eval()(IMAGES)

@@ -1,4 +1,4 @@
-"""Points that a training never comes to, or may not, are said when the fit begins."""
+"""Schedule points that training will not or may not reach are reported when the fit begins."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.callbacks.test_steps import Accumulates
 
 
 def fit(callback: Any, *others: Any, make: Any = Lit, **settings: Any) -> None:
-    """One batch of each of the epochs that are planned is enough."""
+    """One batch for each planned epoch is enough."""
     trainer(callback, *others, **settings).fit(make(), loader(), loader())
 
 

@@ -1,4 +1,4 @@
-"""The schedule under a real Trainer: what is on at which optimizer step, and what moves when."""
+"""The schedule in a real Trainer: what is enabled at which optimizer step, and what is updated when."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from tests.callbacks.lit import MODES, Lit, assert_same_state, loader, qat, rang
 
 
 class Watch(Callback):
-    """Writes down what the layers are set to when each batch is trained, by optimizer step."""
+    """Records the layers' flags for each batch, by optimizer step."""
 
     def __init__(self) -> None:
         self.seen: list[tuple[int, int, bool, bool, bool]] = []
 
     def on_before_zero_grad(self, *args: Any) -> None:
-        """Keep Lightning from thinking that nothing is overridden."""
+        """Override a hook, so that Lightning calls the callback."""
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         fqs = [fq for _, fq in fake_quantizers(pl_module)]
@@ -39,7 +39,7 @@ class Watch(Callback):
         self.seen.append((trainer.current_epoch, trainer.fit_loop.total_batch_idx, rounding, observing, frozen))
 
     def first(self, what: int) -> int | None:
-        """The batch, counted over epochs from 0, from which on something has changed for good."""
+        """The batch, counted over epochs from 0, from which on something has changed permanently."""
         changed = [row[what] != (what == 3) for row in self.seen]
         assert changed == sorted(changed), "it went back"
         return changed.index(True) if True in changed else None
@@ -73,7 +73,7 @@ def test_points_act_before_their_step(
 
 
 def test_fractions_under_an_accumulation_that_changes() -> None:
-    """4 + 2 + 1 steps in 3 epochs: half of them are done after the first of epoch 1's."""
+    """4 + 2 + 1 steps in 3 epochs: half of them are done after the first step of epoch 1."""
     watch = Watch()
     accumulation = GradientAccumulationScheduler({0: 1, 1: 2, 2: 4})
     trainer(qat(start=0.7), accumulation, watch, max_epochs=3).fit(Lit(), loader())
@@ -81,7 +81,7 @@ def test_fractions_under_an_accumulation_that_changes() -> None:
 
 
 class TwoOptimizers(Lit):
-    """Steps twice for one batch."""
+    """Steps twice per batch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -113,7 +113,7 @@ def test_several_optimizers_step_for_one_batch(start: Any, settings: dict[str, A
 
 
 class Moves(Callback):
-    """Whether ranges and statistics moved, in each epoch of training and in each validation."""
+    """Whether ranges and statistics changed, in each training epoch and validation."""
 
     def __init__(self) -> None:
         self.moved: dict[str, list[tuple[bool, bool]]] = {"train": [], "val": []}
@@ -148,7 +148,7 @@ class Moves(Callback):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_ranges_and_statistics_move_in_training_only_and_until_they_freeze(mode: str) -> None:
-    """Validation lies between the epochs; ranges stop with epoch 2, BatchNorm, fused or alone, with epoch 3."""
+    """Validation runs between epochs; ranges freeze with epoch 2, BatchNorm, fused or not, with epoch 3."""
     moves = Moves()
     callback = qat(mode, start=1, freeze_observers=2, freeze_batchnorm=3)
     trainer(callback, moves, max_epochs=4, num_sanity_val_steps=2).fit(Lit(), loader(), loader())
@@ -158,7 +158,7 @@ def test_ranges_and_statistics_move_in_training_only_and_until_they_freeze(mode:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_until_it_starts_a_run_is_a_float_run(mode: str) -> None:
-    """Bit by bit: finding an example, preparing and observing change neither weights nor random numbers."""
+    """Recording an example, preparing and observing change neither weights nor random states, bit by bit."""
     ended, first_batches = [], []
     for callbacks in ([], [qat(mode, start=None, convert_on_fit_end=False)]):
         torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""The callback alone says in every logger what it was set to."""
+"""The callback logs its settings to every logger."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ WRITERS = [name for name in ("tensorboard", "tensorboardX") if importlib.util.fi
 
 
 class Kept(Logger):
-    """Keeps what was logged last under each name, or refuses it."""
+    """Records the last value under each name, or raises."""
 
     def __init__(self, error: Exception | None = None) -> None:
         super().__init__()
@@ -84,7 +84,7 @@ def test_quantization_without_training_says_so_too(kind: Any, fits: bool) -> Non
 
 
 def test_the_last_word_is_the_module_own() -> None:
-    """A logger that keeps the last call only keeps what it kept before."""
+    """A logger that keeps only the last call keeps its earlier values."""
     logger = Kept()
     trainer(QuantizationAwareTraining(), logger=logger).fit(Lit(), loader())
     assert "lr" in logger.calls[-1]

@@ -1,4 +1,4 @@
-"""Two processes on the CPU (gloo) whose parameters ModelParallelStrategy shards (FSDP2): as with DDP, bit by bit."""
+"""Two processes on the CPU (gloo) with parameters sharded by ModelParallelStrategy (FSDP2) are bit-equal to DDP."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ KINDS = ("dynamic", "weight-only", "weight-only, 4 bits in clipped groups", "sta
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Both]:
-    """What both processes wrote of a section, which runs once."""
+    """The results of both processes for a section, which runs once."""
     found: dict[str, Both] = {}
 
     def run(section: str) -> Both:
@@ -48,7 +48,7 @@ def test_a_sharded_fit_ends_where_ddp_ends(kind: str, tied: bool, ran: Callable[
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS[2:])
 def test_checkpoints_of_each_form_resume_bit_by_bit(kind: str, ran: Callable[[str], Both]) -> None:
-    """Sharded, whole, and those of DDP, from steps within an epoch and at its end, and with each other's strategy."""
+    """Sharded, whole and DDP checkpoints, from steps within an epoch and at its end, with either strategy."""
     first, second = (found[kind] for found in ran("resumed"))
     assert first == second
     assert first.pop("fits") == [0.0, 0.0, 0.0]
@@ -58,7 +58,7 @@ def test_checkpoints_of_each_form_resume_bit_by_bit(kind: str, ran: Callable[[st
 
 @pytest.mark.slow
 def test_other_networks_end_where_ddp_ends(ran: Callable[[str], Both]) -> None:
-    """With BatchNorm that freezes, by the LightningModule's own forward, with attention, in other modes, distilled."""
+    """BatchNorm that freezes, the LightningModule's own forward, attention, other modes, distillation."""
     first, second = ran("images")
     assert first == second
     assert len(first) == 7
@@ -84,7 +84,7 @@ def test_layers_in_bfloat16_are_as_near_to_int8_as_bfloat16_is(kind: str, ran: C
 
 @pytest.mark.slow
 def test_what_looks_at_weights_beside_a_fit(ran: Callable[[str], Both]) -> None:
-    """Monitor, export, evaluation, coverage and conversion by hand; where only the first process does, it alone."""
+    """Monitor, export, evaluation, coverage and manual conversion; some of them run in the first process only."""
     first, second = ran("tools")
     assert first["monitored"] == first["coverage"] == second["coverage"] == ["embed", "attention", "head"]
     assert first["exported"] == {"torchscript": True}

@@ -22,7 +22,7 @@ IMAGES = dataset()[:32][0]
 
 
 def vit() -> nn.Module:
-    """With channels of very different sizes behind each norm, as language models have."""
+    """A transformer with channels of very different sizes after each norm, as in language models."""
     torch.manual_seed(0)
     net = SmallViT(CLASSES, 1, 8, 4, 16, 1, 2)
     with torch.no_grad():
@@ -67,7 +67,7 @@ def test_a_fit_its_resumption_and_its_file(mode: str, kind: Any, tmp_path: Path)
 
 
 def test_the_float_network_is_the_same_function(tmp_path: Path) -> None:
-    """The float variant, float checkpoints on the way in, and the float weights on the way out."""
+    """The float variant, loading float checkpoints, and extracting float weights."""
     net = vit()
     with torch.no_grad():
         expected = net.eval()(IMAGES)

@@ -1,4 +1,4 @@
-"""Under manual optimization the schedule follows what the optimizers of the quantized network really stepped."""
+"""Under manual optimization the schedule counts the actual steps of the quantized network's optimizers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.callbacks.test_schedule_in_trainer import FROZEN, ROUNDING, Watch
 
 
 class Accumulates(Lit):
-    """Steps with every fourth batch, by hand."""
+    """Steps manually with every fourth batch."""
 
     every = 4
     wrapped = True
@@ -33,13 +33,13 @@ class Accumulates(Lit):
 
 
 class Unwrapped(Accumulates):
-    """With torch's optimizer, whose steps Lightning does not count."""
+    """Uses torch's optimizer, whose steps Lightning does not count."""
 
     wrapped = False
 
 
 class Adversaries(Lit):
-    """A network that is quantized and steps with every second batch, and one that is not and steps three times."""
+    """A quantized network that steps with every second batch, and a float one that steps three times per batch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -83,7 +83,7 @@ def test_points_follow_the_steps_of_the_network_that_is_quantized(make: Any, sch
 
 @pytest.mark.parametrize("limit", [{"max_steps": 24}, {"max_steps": 24, "max_epochs": 100}], ids=str)
 def test_a_share_of_a_training_that_is_limited_in_steps_counts_all_of_them(limit: dict[str, int]) -> None:
-    """7 steps of both networks in two batches, of which the first has 3: 24 come after 7 batches, 12 after 4."""
+    """7 steps of both networks in two batches, 3 of them in the first: 24 follow 7 batches, 12 follow 4."""
     watch = Watch()
     trainer(qat(module="net", start=0.5), watch, **{"max_epochs": -1} | limit).fit(Adversaries(), loader(), loader())
     assert watch.first(ROUNDING) == 4

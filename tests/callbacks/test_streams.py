@@ -1,4 +1,4 @@
-"""Streams that give each batch once, under a real Trainer: none of their batches is lost."""
+"""Streams that yield each batch once, in a real Trainer: no batch is lost."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Once(IterableDataset[Any]):
 
 
 class Module(LightningDataModule):
-    """Makes another loader of the same stream each time."""
+    """Creates another loader of the same stream each time."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class Module(LightningDataModule):
 
 
 class Counts(Lit):
-    """Keeps the first pixel of what it is trained on."""
+    """Records the first pixel of its training data."""
 
     def __init__(self) -> None:
         super().__init__()

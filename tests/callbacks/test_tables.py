@@ -1,4 +1,4 @@
-"""Embeddings in fits: they train, resume and are saved as integers; fits of earlier releases leave them float."""
+"""Embeddings in fits: trained, resumed and saved as integers; resumed fits of earlier releases leave them float."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.callbacks.lit import CLASSES, Lit, trainer
 
 
 class Words(nn.Module):
-    """A classifier of words, of which each class has some; also which word it was, by the table's own weight."""
+    """Classifies words by class, and identifies the word with the table's own weight."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -117,7 +117,7 @@ def test_calibration_keeps_tables_as_integers(mode: str) -> None:
 
 
 class Scores(Words):
-    """Reads the table as the weight of a function, as many heads are tied."""
+    """Uses the table as the weight of a function, like a tied head."""
 
     def forward(self, ids: Tensor) -> Tensor:
         x = torch.relu(self.inner(self.words(ids).mean(1) + self.bag(ids)))

@@ -1,4 +1,4 @@
-"""A test by ``trainer.test`` alone says in the loggers which network it was of."""
+"""A plain ``trainer.test`` logs which network was tested."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The features of Lightning in one table: every row in every mode, each works or is refused with a message."""
+"""The features of Lightning in one table: each row, in every mode, works or raises a clear error."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class CalledByName(OwnForward):
 
 
 class Manual(Lit):
-    """Steps by itself; the example comes from validation, or the step would be taken in search of it."""
+    """Steps manually; the example comes from validation, because recording it must not take a step."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ class Manual(Lit):
 
 
 class SeveralOptimizers(Manual):
-    """One for the features, another for the rest."""
+    """A network for features, and another for the rest."""
 
     def configure_optimizers(self) -> Any:
         features = set(self.net.features.parameters())
@@ -82,7 +82,7 @@ class TwoNetworks(Lit):
 
 
 class WithBackbone(OwnForward):
-    """As `BackboneFinetuning` wants it."""
+    """The structure that `BackboneFinetuning` requires."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -129,7 +129,7 @@ def compiled(module: Any) -> Any:
 
 
 class Compiled:
-    """A Lit whose network, or a part of it, was compiled."""
+    """A Lit with a compiled network, or a compiled part."""
 
     def __init__(self, part: str) -> None:
         self.part = part
@@ -150,13 +150,13 @@ class Row:
     """One feature.
 
     Attributes:
-        name: In the table of ``docs/compatibility.md``.
-        module: Makes the LightningModule.
-        callbacks: Makes the other callbacks.
+        name: Its name in the table of ``docs/compatibility.md``.
+        module: Creates the LightningModule.
+        callbacks: Creates the other callbacks.
         trainer: Settings of the Trainer.
-        qat: Settings of ours.
-        refused: The message, by mode, where it is refused.
-        accuracy: What the int8 network reaches.
+        qat: Settings of our callback.
+        refused: The expected error message, by mode.
+        accuracy: The accuracy that the int8 network has to reach.
     """
 
     name: str
@@ -215,7 +215,7 @@ ROWS = [
 )
 @pytest.mark.parametrize("mode", MODES)
 def test_row(mode: str, row: Row) -> None:
-    """It learns its task, the int8 network is that of the weights tested, and ranges are float32 and finite."""
+    """It learns its task, int8 has the tested weights, and ranges are float32 and finite."""
     torch.manual_seed(0)
     module, callback = row.module(), qat(mode, **{"start": 1} | row.qat)
     fitting = trainer(callback, *row.callbacks(), **{"max_epochs": 4} | row.trainer)
@@ -237,7 +237,7 @@ def test_row(mode: str, row: Row) -> None:
 
 
 def _same_weights(callback: QuantizationAwareTraining, lit: Any) -> None:
-    """What was converted at the end of the fit is what is in the LightningModule now."""
+    """The network converted at the end of the fit has the LightningModule's final weights."""
     quantized = callback.quantized if isinstance(callback.quantized, dict) else {"": callback.quantized}
     outputs = [network(IMAGES) for network in quantized.values()]
     callback.convert()
@@ -266,7 +266,7 @@ def _tidy_state(lit: Any, precision: str | None) -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_the_average_is_tested_from_a_checkpoint(mode: str, tmp_path: Path) -> None:
-    """The averaged network in the checkpoint is a copy, hooks and all, whose keys have another prefix."""
+    """The averaged network in the checkpoint is a copy with hooks, whose keys have another prefix."""
     average, saving = averaging(), ModelCheckpoint(tmp_path, monitor="val/loss")
     callback, module = qat(mode), Lit()
     fitting = trainer(callback, average, saving, max_epochs=2, enable_checkpointing=True)
@@ -284,7 +284,7 @@ def test_the_average_is_tested_from_a_checkpoint(mode: str, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("stage", ["validate", "test", "predict"])
 def test_every_stage_evaluates_the_average_of_a_checkpoint(stage: str, tmp_path: Path) -> None:
-    """In the Trainer of the fit as in a new one."""
+    """With the fit's Trainer and with a new one."""
     average, saving = averaging(), ModelCheckpoint(tmp_path, monitor="val/loss")
     callback = PostTrainingQuantization(calibration_dataloader=loader())
     module = Lit()
@@ -298,7 +298,7 @@ def test_every_stage_evaluates_the_average_of_a_checkpoint(stage: str, tmp_path:
 @pytest.mark.parametrize("average", [averaging, lambda: StochasticWeightAveraging(0.01, swa_epoch_start=1)])
 @pytest.mark.parametrize("behind", [True, False])
 def test_what_training_ends_with_is_quantized(average: Callable[[], Any], behind: bool) -> None:
-    """Also where a callback that is called after ours writes its average into the network."""
+    """Also if a callback after ours writes its average into the network."""
     torch.manual_seed(0)
     callback, module = PostTrainingQuantization(), Lit()
     callbacks = [callback, average()] if behind else [average(), callback]
@@ -344,7 +344,7 @@ def test_an_average_that_would_miss_the_preparation_is_refused() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 def test_compiled_training_is_training(mode: str) -> None:
-    """A compiled LightningModule follows the schedule: it ends where the plain one ends."""
+    """A compiled LightningModule follows the schedule, and ends like the uncompiled one."""
     ended = []
     for compile in (False, True):
         torch.manual_seed(0)
@@ -392,7 +392,7 @@ def test_barebones(mode: str) -> None:
 
 
 def test_auto() -> None:
-    """Under a Trainer it says what it took, and the recipe in the checkpoint is that of the mode taken."""
+    """In a Trainer it reports the chosen mode, and the recipe in the checkpoint has it."""
     torch.manual_seed(0)
     module, callback = Lit(), qat("auto", start=1)
     fitting = trainer(callback, max_epochs=3)
@@ -418,7 +418,7 @@ class Sized(LightningDataModule):
 @pytest.mark.parametrize("find", ["LearningRateFinder", "BatchSizeFinder"])
 @pytest.mark.parametrize("mode", MODES)
 def test_tuning_before_the_fit_reaches_nothing(mode: str, find: str, tmp_path: Path) -> None:
-    """Their trial steps are undone, and with them what the schedule had reached."""
+    """Their trial steps are undone, including schedule points reached in them."""
     tuner = (
         LearningRateFinder(num_training_steps=6, attr_name="lr")
         if find == "LearningRateFinder"

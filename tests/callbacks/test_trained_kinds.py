@@ -50,7 +50,7 @@ GRIDS: dict[str, tuple[Any, Scheme]] = {
 
 
 class Rows(nn.Module):
-    """Attends to the rows of an image, which go through linear layers and a convolution."""
+    """Attention over the rows of an image, with linear layers and a convolution."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -170,7 +170,7 @@ def test_auto_takes_a_mode_whose_network_a_file_holds() -> None:
 
 
 class Recurrent(nn.Module):
-    """An LSTM, and a loop over values that no graph has."""
+    """An LSTM, and a loop over values that cannot be captured."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Parts of a network that evaluate while it trains, by its own decision or by the user's, go on doing so."""
+"""Parts of a network that stay in evaluation mode during training, by override or by flag, keep doing so."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.callbacks.lit import CLASSES, MODES, Lit, loader, qat, trainer
 
 
 class KeepsStatistics(nn.Module):
-    """Its BatchNorm behind the convolution never leaves evaluation."""
+    """BatchNorm after the convolution is always in evaluation mode."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ class KeepsStatistics(nn.Module):
 
 
 class Part(nn.Module):
-    """Holds such a network, and a BatchNorm that trains."""
+    """Contains such a network, and a BatchNorm that trains."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ class Part(nn.Module):
 
 
 class OnceSet(Part):
-    """Overrides nothing: the flag was set."""
+    """Sets the flag without overriding anything."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ class OnceSet(Part):
 
 
 class Calling(Lit):
-    """Calls ``train`` before every epoch, where the network decides itself."""
+    """Calls ``train`` before every epoch on a network that overrides it."""
 
     calls = True
 
@@ -66,7 +66,7 @@ class Calling(Lit):
 @pytest.mark.parametrize("make", [Part, OnceSet])
 @pytest.mark.parametrize("mode", MODES)
 def test_statistics_that_are_kept_stay_kept(mode: str, make: Callable[[], nn.Module]) -> None:
-    """As in the float run; a validation lies between the epochs."""
+    """Like the float run, with a validation between the epochs."""
     torch.manual_seed(0)
     module, callback = Calling(make()), qat(mode)
     module.calls = make is Part

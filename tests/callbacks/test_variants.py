@@ -1,4 +1,4 @@
-"""How close int8 is to fake-quant in a test, whatever a network returns; it never ends the test."""
+"""Agreement of int8 with fake-quant in a test, for any outputs; it never ends the test."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Oscillating weights in a Trainer: frozen for good, dampened, counted, resumed, and free of charge where left out."""
+"""Oscillating weights in a Trainer: frozen, dampened, counted, resumed, and without overhead if not used."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ EAGERLY: dict[str, Any] = {"freezing": 0.05, "momentum": 0.1}
 
 
 class Restless(Lit):
-    """Trains with weight decay and momentum, on labels that change from step to step, so that weights go to and fro."""
+    """Trains with weight decay and momentum on labels that change between steps, so that weights oscillate."""
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         images, labels = batch
@@ -43,7 +43,7 @@ class Restless(Lit):
 
 
 class Integers(Callback):
-    """The integers of all weights after each batch, and which were frozen by then."""
+    """The integers of all weights after each batch, and which are frozen."""
 
     def __init__(self, oscillations: WeightOscillations, callback: Any) -> None:
         self.oscillations, self.quantization = oscillations, callback
@@ -74,7 +74,7 @@ def fit(mode: str, oscillations: WeightOscillations | None, *others: Any, net: A
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("mode", [pytest.param(mode, marks=[] if mode == "fx" else pytest.mark.slow) for mode in MODES])
 def test_a_frozen_weight_stays_at_its_integer_whatever_the_optimizer_does(mode: str, scheme: str) -> None:
-    """With Adam, weight decay, moving scales and BatchNorm folded in; the range is that of the weights as they are."""
+    """With Adam, weight decay, changing scales and BatchNorm folded in."""
     seed_everything(0, verbose=False)
     oscillations = WeightOscillations(**EAGERLY)
     _, module, callback = fit(
@@ -133,7 +133,7 @@ def test_only_counting_changes_nothing() -> None:
 
 
 def test_dampening_is_the_gradient_of_its_loss() -> None:
-    """Against autograd on the paper's equation, with BatchNorm's factor, and a clipped grid."""
+    """Compared with autograd on the paper's equation, with BatchNorm's factor and a clipped grid."""
     seed_everything(0, verbose=False)
     callback = qat("fx", scheme=THREE_BITS)
     trainer(callback, max_epochs=1, limit_train_batches=2).fit(Restless(Mobile()), loader())
@@ -184,7 +184,7 @@ def test_with_mixed_precision_and_clipping(settings: dict[str, Any]) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 def test_compiled_steps_freeze_as_plain_ones(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In as many graphs: what happens between two steps is not in them."""
+    """With the same number of graphs: code between two steps is not compiled."""
     torch._dynamo.reset()
     graphs = CompileCounterWithBackend("aot_eager")
     monkeypatch.setattr(compiling, "BACKEND", graphs)

@@ -1,4 +1,4 @@
-"""Starts a program that trains in two processes, and reads what each of them wrote."""
+"""Starts a program that trains in two processes, and reads the results of each."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ ROOT = Path(__file__).parents[2]
 
 
 def run_two(program: str, folder: Path, *arguments: str, compile: str = "0") -> Path:
-    """Run a module whose Trainers have ``devices=2``: Lightning starts it once more.
+    """Run a module whose Trainers have ``devices=2``; Lightning launches it again for the second process.
 
     Args:
         program: Its dotted name.
-        folder: Where both processes write.
-        arguments: More of them.
+        folder: Folder for the results of both processes.
+        arguments: Additional arguments.
         compile: Whether int8 networks of mode pt2e are compiled.
     """
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("PL_", "LOCAL_", "NODE_"))}
@@ -38,12 +38,12 @@ def run_two(program: str, folder: Path, *arguments: str, compile: str = "0") -> 
 
 
 def _what_went_wrong(said: str) -> str:
-    """The errors of both processes: where one fails, the other loses its connection, and says so at more length."""
+    """The errors of both processes: if one fails, the other's lost connection gives a longer message."""
     errors = [line for line in said.splitlines() if "Error" in line]
     return "\n".join(errors[:8]) + "\n\n" + said[-3000:]
 
 
 def read_both(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The JSON of the first process, and that of the second."""
+    """The JSON results of the first and the second process."""
     first, second = (json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1))
     return first, second

@@ -18,7 +18,7 @@ TINY = ["debug=fast", "trainer=cpu", "data.datamodule.batch_size=16", "model.mod
 
 @pytest.fixture(scope="session")
 def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A multirun folder of train.py: float, and QAT that gives an int8 network."""
+    """A multirun folder of train.py: float, and QAT with an int8 network."""
     folder = tmp_path_factory.mktemp("sweep")
     words = ["-m", "method=float,qat", "seed=3", "mode=eager", "hydra.sweep.dir=multirun", *TINY]
     environment = {**os.environ, "WANDB_MODE": "offline", "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}"}
@@ -30,7 +30,7 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def offline(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with one offline W&B run, to be read only."""
+    """A folder with one offline W&B run, read-only."""
     folder = tmp_path_factory.mktemp("runs")
     log_offline(folder, "aaaa", lr=0.1, seed=0)
     return folder
@@ -38,7 +38,7 @@ def offline(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chrome]:
-    """Headless Chromium that resolves no name, and logs what it asks for."""
+    """Headless Chromium that resolves no host names and logs its requests."""
     names = ("chromium", "chromium-browser", "google-chrome")
     binary = next((path for name in names if (path := shutil.which(name))), None)
     driver = shutil.which("chromedriver")

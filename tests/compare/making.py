@@ -1,4 +1,4 @@
-"""Runs as they are read, made by hand."""
+"""Runs for comparisons, created by hand."""
 
 from typing import Any
 

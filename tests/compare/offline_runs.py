@@ -1,4 +1,4 @@
-"""Offline runs, as W&B itself writes them."""
+"""Offline runs written by W&B."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import wandb
 
 
 def log_offline(folder: Path, run_id: str, *, last_step: int = 3, finish: bool = True, **config: object) -> Path:
-    """An offline run written by W&B itself."""
+    """An offline run written by W&B."""
     folder.mkdir(parents=True, exist_ok=True)
     settings = wandb.Settings(mode="offline", quiet=True, silent=True)
     run = wandb.init(project="p", dir=folder, id=run_id, name=f"run {run_id}", config=config, settings=settings)

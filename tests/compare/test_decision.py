@@ -62,7 +62,7 @@ def test_a_float_run_is_no_candidate_and_where_it_beats_all_that_is_said():
 
 
 def busy(runs):
-    """As the same runs beside other work: the second measured everything five times as long."""
+    """The same runs with other work: in the second, everything took five times as long."""
     first, *rest = runs
     slow = {k: 5 * v if k.endswith("latency_ms") else v for k, v in first.metrics.items()}
     return [dataclasses.replace(first, metrics=slow), *rest]

@@ -10,7 +10,7 @@ from qat_lightning.compare.__main__ import main
 
 @pytest.fixture
 def trials(tmp_path: Path) -> Path:
-    """Five trials that left results and no logs."""
+    """Five trials with results and no logs."""
     for place, (mode, seed, acc, latency) in enumerate(
         [("fx", 0, 0.97, 2.0), ("fx", 1, 0.98, 2.2), ("pt2e", 0, 0.96, 1.0), ("pt2e", 1, 0.96, 1.0)]
     ):

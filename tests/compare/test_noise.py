@@ -1,4 +1,4 @@
-"""Latencies that were measured beside other work are known as such, and are no figures to decide by."""
+"""Latencies measured while other work was running are detected, and not used to decide."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def seeds(mode: str, latencies: list[float]) -> list[Run]:
 
 
 def test_a_sweep_of_impossible_speed_ups_is_marked_and_not_decided_by() -> None:
-    """0.02 ± 0.01 and 16.6 ± 23, of which no network is either."""
+    """0.02 ± 0.01 and 16.6 ± 23, neither of which is plausible for a network."""
     runs = seeds("fx", [200.0, 400.0, 150.0]) + seeds("pt2e", [0.1, 0.5, 8.0])
     comparison = compare(runs)
     assert all("varies by" in c.noise for c in comparison.configurations)

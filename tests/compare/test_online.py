@@ -1,4 +1,4 @@
-"""The public API answers from a server; here an object of its shape does."""
+"""The public API needs a server; an object with the same interface replaces it here."""
 
 from types import SimpleNamespace
 from typing import Any

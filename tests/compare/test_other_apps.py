@@ -1,4 +1,4 @@
-"""Sweeps of Hydra apps that are not train.py, whose loggers hold hyperparameters of the LightningModule only."""
+"""Sweeps of Hydra apps other than train.py, whose loggers have only hyperparameters of the LightningModule."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def qat(mode: str, start: float) -> dict[str, Any]:
 
 @pytest.fixture
 def nine(tmp_path: Path) -> Path:
-    """Three modes by three starts; hyperparameters say nothing of either."""
+    """Three modes by three starts, which the hyperparameters do not contain."""
     for place, (mode, start) in enumerate(product(("eager", "fx", "pt2e"), (0.1, 0.3, 0.5))):
         words = [f"callbacks.qat.mode={mode}", f"callbacks.qat.start={start}"]
         figures = {"int8/test/acc": 0.97 - 0.001 * place, "int8/latency_ms": 1.0 + 0.1 * place}
@@ -118,7 +118,7 @@ def test_a_float_run_of_the_same_training_is_the_baseline_whatever_the_callback_
 
 
 def test_a_whole_configuration_in_the_logger_is_what_the_run_made_of_it(tmp_path: Path) -> None:
-    """As train.py does, which changes the number of epochs where trials share a float run."""
+    """Like train.py, which changes the number of epochs if trials share a float run."""
     trial(tmp_path / "0", [], {}, {}, **{"int8/test/acc": 0.9})
     whole = yaml.safe_load(CONFIG) | {"trainer": {"max_epochs": 20}, "quantization/mode": "fx"}
     (tmp_path / "0" / "csv" / "version_0" / "hparams.yaml").write_text(yaml.safe_dump(whole))

@@ -1,4 +1,4 @@
-"""The page in a real browser: it asks no host for anything, says no error, and sorts, filters and draws."""
+"""The page in a real browser: it makes no requests and logs no errors, and sorts, filters and draws."""
 
 import dataclasses
 import json
@@ -72,7 +72,7 @@ def asked_for(browser: webdriver.Chrome) -> list[str]:
 
 @pytest.fixture
 def opened(browser: webdriver.Chrome, tmp_path: Path) -> Any:
-    """Open a page, and hold it to its promise whatever the test did with it."""
+    """Open a page, and check these properties after any test."""
     browser.get_log("browser")
     browser.get_log("performance")
 
@@ -327,7 +327,7 @@ def _colour(browser: webdriver.Chrome, name: str) -> tuple[float, ...]:
 
 
 def _contrast(one: tuple[float, ...], other: tuple[float, ...]) -> float:
-    """As WCAG 2 defines it."""
+    """Contrast as defined by WCAG 2."""
 
     def luminance(colour: tuple[float, ...]) -> float:
         red, green, blue = (c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in colour)

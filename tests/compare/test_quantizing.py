@@ -1,4 +1,4 @@
-"""Settings of the callback are the same settings wherever a program keeps it."""
+"""Settings of the callback have the same names, wherever a program's configuration has them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ QAT, PTQ = "qat_lightning.QuantizationAwareTraining", "qat_lightning.PostTrainin
 
 
 def run(name: str, words: tuple[str, ...], callbacks: dict[str, Any], *, said: bool = True, **more: Any) -> Run:
-    """A run of a program that keeps its callbacks under ``callbacks``, and of ours that logged their settings."""
+    """A run of a program with callbacks under ``callbacks``; ours have logged their settings."""
     config: dict[str, Any] = {"lr": 0.1, "seed": 0, **more, "callbacks": {"stop": {"patience": 3}, **callbacks}}
     for part in callbacks.values() if said else ():
         config["quantization/method"] = part["_target_"].rpartition(".")[2]

@@ -1,4 +1,4 @@
-"""Saved int8 networks and their float networks are timed again, alternately."""
+"""Timing saved int8 networks and their float networks again, alternately."""
 
 from __future__ import annotations
 

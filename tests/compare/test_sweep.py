@@ -1,4 +1,4 @@
-"""A real sweep of train.py, read, compared and drawn. In one file, so that it is run once."""
+"""A real sweep of train.py, read, compared and drawn; in one file, so that it runs once."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from qat_lightning.demos import SmallMobileNet
 
 @pytest.fixture(scope="module")
 def runs(sweep: Path) -> list[Run]:
-    """What is read of the sweep, once: W&B's reader is a process of its own for each run."""
+    """The runs of the sweep, read once: W&B's reader is a separate process per run."""
     return find_runs([sweep])
 
 

@@ -1,4 +1,4 @@
-"""The table on a terminal breaks no word, and says what it has no room for."""
+"""The table on a terminal breaks no words, and reports columns without room."""
 
 from __future__ import annotations
 

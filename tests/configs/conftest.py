@@ -14,7 +14,7 @@ CONF = Path(__file__).parents[2] / "conf"
 
 @pytest.fixture
 def composed(tmp_path: Path) -> Iterator[Callable[..., DictConfig]]:
-    """`composed("mode=pt2e")` is what train.py would get."""
+    """`composed("mode=pt2e")` is the configuration that train.py would get."""
 
     def make(*overrides: str) -> DictConfig:
         cfg = compose("config", list(overrides), return_hydra_config=True)

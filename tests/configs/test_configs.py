@@ -1,4 +1,4 @@
-"""Every YAML file is composed, and held against the code that reads it."""
+"""Every YAML file is composed, and checked against the code that reads it."""
 
 import inspect
 import re

@@ -1,4 +1,4 @@
-"""Boxes in plain torch: overlap, suppression, assignment, decoding."""
+"""Boxes in plain torch: IoU, suppression, assignment, decoding."""
 
 from __future__ import annotations
 

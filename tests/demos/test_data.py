@@ -1,4 +1,4 @@
-"""The demos' data: splits, local files, refusals."""
+"""The demos' data: splits, local files, errors."""
 
 import gzip
 import hashlib

@@ -1,4 +1,4 @@
-"""The detector of the demos: its network in every mode, its fit, its resumption, and its comparison."""
+"""The detector of the demos: its network in every mode, its fit, resume, and comparison."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Images with boxes: what is read, what is refused before training, and how images and boxes are changed together."""
+"""Images with boxes: reading, errors before training, and joint augmentation."""
 
 from __future__ import annotations
 

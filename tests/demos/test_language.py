@@ -1,4 +1,4 @@
-"""The language model of the demos: its data, its metric, and a fit for 4 bits and ranges of each token."""
+"""The language model of the demos: data, metric, and a fit with 4-bit weights and per-token ranges."""
 
 from __future__ import annotations
 

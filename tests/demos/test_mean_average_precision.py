@@ -1,4 +1,4 @@
-"""The mean average precision: known values, and images that are counted once."""
+"""Mean average precision: known values, and each image counted once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The demos' networks: shapes, and that the graph modes can capture them."""
+"""The demos' networks: shapes, and capture by the graph modes."""
 
 from typing import Any
 

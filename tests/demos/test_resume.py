@@ -1,4 +1,4 @@
-"""A run resumed anywhere ends, bit by bit, where the uninterrupted one ends."""
+"""A run resumed anywhere ends, bit by bit, like the uninterrupted one."""
 
 from pathlib import Path
 from typing import Any

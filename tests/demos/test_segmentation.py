@@ -1,4 +1,4 @@
-"""Segmentation: images and masks that go together, mIoU without void, and int8 networks in every mode."""
+"""Segmentation: matching images and masks, mIoU without void, and int8 networks in every mode."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ CLASSES, VOID = 3, 9
 
 
 def scenes(folder: Path, count: int = 4, size: tuple[int, int] = (12, 10)) -> Path:
-    """Images whose red channel says what the mask has: 20 times the label."""
+    """Images whose red channel is 20 times the label in the mask."""
     draw = np.random.default_rng(0)
     for split in ("train", "val", "test"):
         for kind in ("images", "masks"):
@@ -165,7 +165,7 @@ def test_scenes_of_digits_have_every_class_and_void_in_each_set_whatever_the_see
 
 
 class Says(nn.Module):
-    """Scores of given classes, whatever it sees."""
+    """Returns scores of given classes for any input."""
 
     def __init__(self, classes: Tensor) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What the tests of several formats share."""
+"""Helpers for tests of several formats."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from tests.artifact.making import Batch, batch_of, case_named, quantize
 
 @functools.cache
 def quantized_case(name: str, mode: str, backend: str = "x86") -> tuple[QuantizedNetwork, Batch]:
-    """An int8 network of the table, made once, and what makes its batches."""
+    """An int8 network of the table, created once, and a function that makes its batches."""
     torch.manual_seed(0)
     case = case_named(name)
     return quantize(mode, backend, case.network(), batch_of(case)), batch_of(case)
 
 
 def assert_same_outputs(network: nn.Module, run: Any, batch: Batch, least: float = 30.0) -> None:
-    """Hold a loaded artifact to the network, at two batch sizes, by SQNR in dB."""
+    """Compare a loaded artifact with the network at two batch sizes, by SQNR in dB."""
     for size in (1, 6):
         args, kwargs = batch(size)
         with torch.no_grad():
@@ -36,7 +36,7 @@ def assert_same_outputs(network: nn.Module, run: Any, batch: Batch, least: float
 
 
 class Odd(nn.Module):
-    """Ends in a function that ONNX has not."""
+    """Ends with a function that ONNX does not support."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""When an artifact is too far from fake-quant, output by output."""
+"""When an artifact's outputs differ too much from fake-quant."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from qat_lightning.graph.example import Example
 
 
 class Returns(nn.Module):
-    """Returns what a function makes of the input."""
+    """Returns a function of the input."""
 
     def __init__(self, function: Any) -> None:
         super().__init__()
@@ -27,7 +27,7 @@ class Returns(nn.Module):
 
 
 def judge(wanted: Any, got: Any, x: Tensor | None = None) -> str:
-    """What is wrong with an artifact that computes ``got`` where ``wanted`` is right."""
+    """The fault found in an artifact that computes ``got`` instead of ``wanted``."""
     call, found = Example((torch.randn(8, 4) if x is None else x,)), Comparison()
     found.update(wanted(*call.args), got(*call.args))
     return problem(found, Returns(wanted), [call], min_sqnr_db=20.0, min_equal=0.995)

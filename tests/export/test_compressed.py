@@ -1,4 +1,4 @@
-"""Networks of the kinds without calibration in files of other runtimes: what they compute, and how small they are."""
+"""Kinds without calibration in files of other runtimes: results and sizes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SCHEMES: dict[str, tuple[Any, Any]] = {
 
 
 class Characters(nn.Module):
-    """A transformer of one block, whose widths are no multiples of the groups throughout."""
+    """A transformer with one block, whose widths are not all multiples of the group size."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ def written(quantized: QuantizedNetwork, name: str, folder: Path) -> Path:
 
 
 def agreement(quantized: QuantizedNetwork, name: str, path: Path) -> float:
-    """The least SQNR, over two sizes of batches."""
+    """The lowest SQNR over two batch sizes."""
     run, least = get_format(name).load(path), float("inf")
     for size in (1, 6):
         ids = torch.randint(0, 30, (size, 8))
@@ -100,7 +100,7 @@ def test_openvino_computes_what_the_integer_network_does(scheme: str, tmp_path: 
 @pytest.mark.slow
 @pytest.mark.parametrize(("bits", "grouped", "least"), [(4, True, 40), (4, False, 100), (8, False, 100)])
 def test_executorch_runs_tokens_in_kernels_of_xnnpack(bits: int, grouped: bool, least: float, tmp_path: Path) -> None:
-    """XNNPACK keeps the scales of groups in bfloat16, and those of channels in float32."""
+    """XNNPACK stores the scales of groups in bfloat16, and those of channels in float32."""
     pytest.importorskip("executorch")
     from qat_lightning.export.executorch import not_delegated
 

@@ -1,4 +1,4 @@
-"""The table of formats in the docs is what the code does."""
+"""The table of formats in the docs matches the code."""
 
 from pathlib import Path
 

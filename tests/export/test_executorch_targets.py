@@ -1,4 +1,4 @@
-"""Files of ExecuTorch for each target that it has a partitioner for, run where their runtime is there."""
+"""Files of ExecuTorch for each target with a partitioner, run if the runtime is installed."""
 
 from __future__ import annotations
 

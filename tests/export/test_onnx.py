@@ -1,4 +1,4 @@
-"""ONNX files: what is in them, what ONNX Runtime makes of them, and what they compute."""
+"""ONNX files: contents, int8 kernels in ONNX Runtime, and results."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_depthwise_network_is_int8_throughout(tmp_path: Path) -> None:
 
 
 class Padded(nn.Module):
-    """Zeros around the image on two sides, as TensorFlow's networks have them; and around an output."""
+    """Zero padding on two sides, as in networks of TensorFlow, and around an output."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -171,7 +171,7 @@ def test_signature_is_the_networks_own(tmp_path: Path) -> None:
 
 
 class Scaled(nn.Module):
-    """A scalar parameter, and a scalar beside the output."""
+    """A scalar parameter, and a scalar besides the output."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -234,7 +234,7 @@ def test_op_that_onnx_has_not_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_tensorrt_gets_int8_with_zero_point_0_and_float_biases(tmp_path: Path) -> None:
-    """What TensorRT's parser takes: symmetric activations and weights, and no int32 behind a DequantizeLinear."""
+    """The form that TensorRT's parser supports: symmetric activations and weights, no dequantized int32."""
     quantized, batch = quantized_case("attention", "pt2e", "tensorrt")
     model = _write(quantized, quantized.example, tmp_path / "model.onnx")
     constants = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
@@ -248,7 +248,7 @@ def test_tensorrt_gets_int8_with_zero_point_0_and_float_biases(tmp_path: Path) -
 
 
 class _Blocks(nn.Module):
-    """Large enough that the time of a call is that of its convolutions."""
+    """Large enough that convolutions dominate the time of a call."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""OpenVINO's files: what OpenVINO makes of them, and what they compute."""
+"""OpenVINO's files: kernels in OpenVINO, and results."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _precisions(path: Path) -> dict[str, Counter[str]]:
-    """In which precision OpenVINO runs the layers of each type."""
+    """The precision in which OpenVINO runs each type of layer."""
     found: dict[str, Counter[str]] = {}
     compiled = openvino.Core().compile_model(str(path), "CPU")
     for op in compiled.get_runtime_model().get_ops():
@@ -62,7 +62,7 @@ def test_linear_layers_of_tokens_are_int8(mode: str, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_values_that_only_move_are_rounded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between a linear layer and the product of its heads are moves, and one grid: a kernel can write its integers."""
+    """Only moves and one quantize op are between a linear layer and its heads' product: a kernel can write integers."""
     quantized, batch = quantized_case("attention", "fx")
 
     def grids(name: str) -> int:

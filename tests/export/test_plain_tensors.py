@@ -1,4 +1,4 @@
-"""int8 networks of eager and fx on plain tensors: what they compute, what they need, what is refused."""
+"""Int8 networks of eager and fx on plain tensors: results, requirements, errors."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CASES = [("residual", "eager"), ("residual", "fx"), ("functional", "fx"), ("atte
 
 @pytest.fixture(autouse=True)
 def _no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a machine without a C++ compiler, where oneDNN's kernels run one by one."""
+    """Run as without a C++ compiler, with oneDNN's kernels one by one."""
 
     def fails(*given: object) -> object:
         raise RuntimeError("no g++")
@@ -65,7 +65,7 @@ def test_its_file_loads_without_the_networks_code_and_without_a_deprecated_dtype
 
 
 class _Dtypes(torch.utils._python_dispatch.TorchDispatchMode):
-    """Collects the dtypes of all that operators give."""
+    """Collects the dtypes of all operators' outputs."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The graph of plain ops that every format is made from, for every mode × backend pair on every network."""
+"""The graph of plain ops from which formats are made, for every mode × backend pair on every network."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ TABLE = [
 
 @pytest.fixture(autouse=True)
 def _uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compare with the decomposed graph of mode pt2e, which takes no compiler."""
+    """Compare with the decomposed graph of mode pt2e, which needs no compiler."""
     monkeypatch.setenv("QAT_LIGHTNING_COMPILE", "0")
 
 

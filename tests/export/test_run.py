@@ -43,7 +43,7 @@ LEAST = {"openvino": 0.985}
 
 @pytest.fixture(scope="module")
 def digits() -> tuple[list[tuple[Tensor, Tensor]], tuple[Tensor, Tensor]]:
-    """Batches to train on, and all of the test's images and labels."""
+    """Training batches, and all test images and labels."""
     torch.manual_seed(0)
     data = DigitsDataModule(batch_size=64)
     data.setup("fit")
@@ -54,7 +54,7 @@ def digits() -> tuple[list[tuple[Tensor, Tensor]], tuple[Tensor, Tensor]]:
 
 @pytest.fixture(scope="module")
 def trained(digits: Any) -> dict[tuple[str, str], nn.Module]:
-    """Prepared networks that know digits, made when they are asked for."""
+    """Prepared networks trained on digits, created on demand."""
     return {}
 
 
@@ -162,7 +162,7 @@ def test_an_artifact_that_computes_something_else_fails_and_leaves_no_file(
 
 
 class Decides(nn.Module):
-    """Takes one of two ways by what is in the tensor."""
+    """Branches on the value of a tensor."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -262,7 +262,7 @@ def test_a_missing_package_is_one_line_that_installs_it() -> None:
 
 
 class ConstantsAndSlices(nn.Module):
-    """Scalars that are equal integers on grids of their own, parts of one convolution, and a sum of the batch."""
+    """Scalars that are equal integers on different grids, parts of one convolution, and a sum over the batch."""
 
     def __init__(self) -> None:
         super().__init__()

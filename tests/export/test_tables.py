@@ -1,4 +1,4 @@
-"""Embeddings in exported files: integer tables, of which the rows that are looked up become float."""
+"""Embeddings in exported files: integer tables whose rows are dequantized on lookup."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def quantized_tables(mode: str, kind: str = "static") -> QuantizedNetwork:
 )
 @pytest.mark.parametrize("kind", ["static", "dynamic"])
 def test_files_look_up_what_the_int8_network_does(mode: str, name: str, needs: str, kind: str, tmp_path: Path) -> None:
-    """Also with a batch in which the padding is elsewhere, or nowhere, or all that there is."""
+    """Also with a batch whose padding differs, is absent, or is everything."""
     pytest.importorskip(needs)
     quantized, form = quantized_tables(mode, kind), get_format(name)
     path = tmp_path / f"model{form.suffix}"

@@ -1,4 +1,4 @@
-"""LiteRT's files: what goes into them and how, and what its runtime makes of them where it is installed."""
+"""LiteRT's files: the converted graph, and its results where the runtime is installed."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ class _Module(nn.Module):
 
 
 class TwoOfEach(nn.Module):
-    """Two inputs, two outputs, and a mean whose grid is not that of the layer behind it."""
+    """Two inputs, two outputs, and a mean whose grid differs from that of the next layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -138,7 +138,7 @@ class TwoOfEach(nn.Module):
 
 
 class Tokens(nn.Module):
-    """Looks up rows by whole numbers."""
+    """Looks up rows by integers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -150,7 +150,7 @@ class Tokens(nn.Module):
 
 
 class Pooled(nn.Module):
-    """Channels last, depthwise, pools of both kinds."""
+    """Channels last, depthwise, and both kinds of pooling."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -169,7 +169,7 @@ class Pooled(nn.Module):
 
 
 class Upwards(nn.Module):
-    """Transposed convolutions, hard swish, and a sigmoid on a grid that was trained."""
+    """Transposed convolutions, hard swish, and a sigmoid with a trained grid."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -70,7 +70,7 @@ def test_torchao_computes_with_the_networks_own_integers(scheme: str, mode: str)
 
 @pytest.mark.parametrize("scheme", ["8 bits, affine", "8da4w"])
 def test_safetensors_load_into_the_float_network(scheme: str, tmp_path: Path) -> None:
-    """By the lines that the docs give, which know nothing of this package."""
+    """With the code in the docs, which does not use this package."""
     safetensors = pytest.importorskip("safetensors")
     from torchao.prototype.safetensors.safetensors_support import unflatten_tensor_state_dict
 

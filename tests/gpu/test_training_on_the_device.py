@@ -1,4 +1,4 @@
-"""Fits on a GPU whose int8 networks run on the CPU; with ``--device cpu`` all of it on the CPU."""
+"""Fits on a GPU with int8 networks on the CPU; with ``--device cpu`` everything runs on the CPU."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def trained(
 def assert_int8_on_the_cpu_is_what_was_trained(
     fitting: Any, module: Lit, callback: Any, least_db: float = 30.0
 ) -> None:
-    """int8 on the CPU has learned the task, and agrees with fake-quant on the device."""
+    """Int8 on the CPU has learned the task, and agrees with fake-quant on the device."""
     int8 = callback.quantized
     assert {tensor.device.type for tensor in int8.state_dict().values() if isinstance(tensor, Tensor)} <= {"cpu"}
     assert fitting.test(module, loader(), verbose=False)[0]["test/acc"] > 0.9
@@ -63,7 +63,7 @@ def test_int8_agrees_with_what_was_trained(mode: str, precision: str, accelerato
 def test_a_resumed_run_ends_bit_by_bit_where_the_whole_one_ends(
     mode: str, precision: str, accelerator: str, tmp_path: Path
 ) -> None:
-    """From a checkpoint within an epoch, with fake-quantization enabled and ranges that still move."""
+    """From a checkpoint within an epoch, with fake-quantization enabled and ranges not frozen."""
     settings = {"accelerator": accelerator, "precision": precision, "enable_checkpointing": True, "deterministic": True}
     whole = end(fit(mode, every_step(tmp_path), **settings))
     resumed = fit(mode, ckpt_path=tmp_path / "step=5.ckpt", seed=1, **settings | {"enable_checkpointing": False})
@@ -92,7 +92,7 @@ def test_networks_in_channels_last(mode: str, accelerator: str) -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_compiled_steps_train_as_plain_ones(mode: str, accelerator: str) -> None:
-    """By the code generator of the device, over every switch of the schedule."""
+    """With the device's code generator, over every switch of the schedule."""
     schedule = {"start": {"step": 1}, "freeze_observers": {"step": 3}, "freeze_batchnorm": {"step": 5}}
     networks = []
     for compiled in (False, True):
@@ -134,7 +134,7 @@ def test_the_monitor_measures_on_the_device(accelerator: str) -> None:
 
 
 def test_two_ranks_end_alike(accelerator: str, tmp_path: Path) -> None:
-    """On NCCL, with BatchNorm over both; with ``--device cpu`` on gloo."""
+    """With NCCL and BatchNorm over both processes; with ``--device cpu`` on gloo."""
     if accelerator == "gpu" and torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
     first, second = read_both(run_two("tests.gpu.two_ranks", tmp_path, accelerator))

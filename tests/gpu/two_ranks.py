@@ -1,4 +1,4 @@
-"""What `test_training_on_the_device` starts: a fit with two processes, and what each of them ends with."""
+"""Program of `test_training_on_the_device`: a fit in two processes, and the final state of each."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.callbacks.lit import MODES, Lit, loader, qat, trainer
 
 
 def run(mode: str, accelerator: str) -> dict[str, Any]:
-    """Weights, ranges and statistics after a fit, and what the int8 network answers."""
+    """Weights, ranges and statistics after a fit, and the outputs of the int8 network."""
     torch.manual_seed(0)
     module, callback = Lit(), qat(mode, start={"step": 1}, freeze_observers={"step": 3}, freeze_batchnorm={"step": 3})
     two = trainer(callback, accelerator=accelerator, strategy="ddp", devices=2, sync_batchnorm=True)

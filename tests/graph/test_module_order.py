@@ -1,4 +1,4 @@
-"""The order of what is in a module."""
+"""The order of a module's parameters and submodules."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Containers of classes of one's own, as pytree sees them once they were met."""
+"""Containers of custom classes, as pytree nodes after their first use."""
 
 from __future__ import annotations
 

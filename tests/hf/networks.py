@@ -1,4 +1,4 @@
-"""Tiny networks of transformers with random weights, their data, and the LightningModule that trains them."""
+"""Tiny networks of transformers with random weights, their data, and a LightningModule to train them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _SIZES: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_atten
 
 
 def llama(**settings: Any) -> PreTrainedModel:
-    """A decoder; of one layer, whose embedding and head have one weight."""
+    """A decoder with one layer and tied embedding and head."""
     settings = {"num_hidden_layers": 1, "num_key_value_heads": 2, "tie_word_embeddings": True} | settings
     special = {"bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0}
     return LlamaForCausalLM(LlamaConfig(vocab_size=WORDS, max_position_embeddings=256, **_SIZES, **special, **settings))
@@ -53,7 +53,7 @@ def t5() -> PreTrainedModel:
 
 
 def vit() -> PreTrainedModel:
-    """An encoder of images."""
+    """An image encoder."""
     return ViTForImageClassification(
         ViTConfig(image_size=16, patch_size=8, num_hidden_layers=1, num_labels=3, **_SIZES)
     )
@@ -63,7 +63,7 @@ MAKE = {"llama": llama, "bert": bert, "t5": t5, "vit": vit}
 
 
 def batches(name: str = "llama", count: int = 8, length: int = LENGTH) -> DataLoader[dict[str, Tensor]]:
-    """Batches of four as dicts, with labels; what follows a word is learned in a few steps."""
+    """Batches of four as dicts with labels; the next token is learned in a few steps."""
     generator = torch.Generator().manual_seed(0)
     rows = []
     for _ in range(count):
@@ -101,7 +101,7 @@ class Lit(LightningModule):
 
 
 def trainer(*callbacks: Any, **settings: Any) -> Trainer:
-    """On the CPU, with nothing on the disk."""
+    """A Trainer on the CPU that writes no files."""
     quiet: dict[str, Any] = {
         "accelerator": "cpu",
         "logger": False,
@@ -114,7 +114,7 @@ def trainer(*callbacks: Any, **settings: Any) -> Trainer:
 
 
 def generate(network: Any, tokens: int = 100, **settings: Any) -> list[int]:
-    """Greedy tokens after a prompt."""
+    """Greedily generated tokens after a prompt."""
     ids = torch.tensor([[5, 10, 15]])
     found = network.generate(
         input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False, **settings

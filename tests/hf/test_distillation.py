@@ -1,4 +1,4 @@
-"""Networks of transformers that learn from their float selves: from outputs, and from hidden states."""
+"""Networks of transformers that learn from their float versions: from outputs, and from hidden states."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ W4 = Scheme(weight_bits=4, weight_granularity="per_group", weight_group_size=16,
 
 
 class Watch(Callback):
-    """Keeps the losses of distillation, and what the teacher calls."""
+    """Records the distillation losses, and the teacher's calls."""
 
     def __init__(self, distillation: Distillation) -> None:
         self.distillation = distillation
@@ -53,7 +53,7 @@ def _taught(module: Lit, distillation: Distillation, name: str = "llama", **sett
 
 @pytest.mark.parametrize("name", ["llama", "bert", pytest.param("t5", marks=pytest.mark.slow)])
 def test_scores_are_found_in_a_model_output(name: str) -> None:
-    """Against the divergence by hand, over the words of each position, and without loss and cache."""
+    """Compared with the divergence by hand, over the tokens at each position, without loss and cache."""
     torch.manual_seed(0)
     student, teacher, batch = MAKE[name](), MAKE[name](), next(iter(batches(name)))
     distiller = Distiller(student, teacher, Distillation(temperature=2.0).settings)
@@ -109,7 +109,7 @@ def test_which_blocks() -> None:
 
 
 def test_hidden_states_under_gradient_checkpointing() -> None:
-    """Blocks of transformers are checkpointed within; what is in them may be computed without gradient at first."""
+    """Blocks of transformers use checkpointing internally; their first forward may run without gradients."""
 
     def losses(features: Any, **checkpointing: bool) -> list[float]:
         torch.manual_seed(0)

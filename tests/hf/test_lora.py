@@ -1,4 +1,4 @@
-"""Low-rank adapters of peft: merged into the weight that is rounded, or float beside it."""
+"""Low-rank adapters of peft: merged into the rounded weight, or float beside it."""
 
 from __future__ import annotations
 

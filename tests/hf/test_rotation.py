@@ -1,4 +1,4 @@
-"""Networks of transformers compute the same once they are rotated."""
+"""Rotated networks of transformers compute the same outputs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ IDS = torch.arange(2 * LENGTH).reshape(2, LENGTH) % WORDS
 
 
 def gpt2() -> Any:
-    """Linear layers with their weights the other way round, and a head without a bias behind a LayerNorm."""
+    """Linear layers with transposed weights, and a head without a bias after a LayerNorm."""
     special = {"bos_token_id": 0, "eos_token_id": 0}
     sizes = {"vocab_size": WORDS, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": LENGTH}
     return GPT2LMHeadModel(GPT2Config(**sizes, **special, tie_word_embeddings=False))

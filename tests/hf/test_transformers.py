@@ -1,4 +1,4 @@
-"""Networks of transformers, as they are, in a LightningModule."""
+"""Unmodified networks of transformers in a LightningModule."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""BatchNorm: what folds into what, and that a folded layer computes what both did."""
+"""BatchNorm: into which layers it folds, and that a folded layer computes the same as both."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a running average was fed in between: BatchNorm's statistics of the recent batches."""
+"""BatchNorm's statistics of recent batches, computed from two snapshots of a running average."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from qat_lightning.layers.qat_modules import make_batchnorm_freezable
 
 
 def network(**settings: object) -> nn.Module:
-    """One BatchNorm, in training."""
+    """One BatchNorm, in training mode."""
     made = nn.Sequential(nn.BatchNorm1d(3, **settings))  # type: ignore[arg-type]
     make_batchnorm_freezable(made)
     return made
@@ -23,7 +23,7 @@ def batch(seed: int, scale: float = 0.01, shift: float = 3.0) -> Tensor:
 
 @pytest.mark.parametrize("momentum", [0.1, 0.01, None])
 def test_the_statistics_are_those_of_the_batches_since(momentum: float | None) -> None:
-    """With other batches before, whose share of the average is what the window does without."""
+    """With other batches before, whose share of the average is removed."""
     made = network(momentum=momentum)
     for seed in range(5):
         made(batch(seed, scale=1.0, shift=-3.0))

@@ -1,4 +1,4 @@
-"""The table of operators: one row a face, nothing of torch left out, and no second list of the same elsewhere."""
+"""The table of operators: one row per form, nothing of torch missing, and no second list elsewhere."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_a_relu_limit_is_the_largest_value_left(row: Any) -> None:
 
 
 def _is_op(node: ast.expr, names: dict[str, Any]) -> bool:
-    """Whether an expression is a type of layers, a function of torch, an overload, or the name of a method."""
+    """Whether an expression is a type of layer, a function of torch, an overload, or the name of a method."""
     if isinstance(node, ast.Constant):
         return isinstance(node.value, str) and operator_of(node.value) is not None
     if not isinstance(node, (ast.Name, ast.Attribute)):
@@ -99,7 +99,7 @@ def _is_op(node: ast.expr, names: dict[str, Any]) -> bool:
 def _lists_of_ops(source: str) -> Iterator[str]:
     """The module-level collections of three or more layer types or ops.
 
-    Not the registry of a file's own implementations, a dict with a class or function for each.
+    Except a file's registry of its own implementations, a dict with a class or function for each.
     """
     tree = ast.parse(source)
     names: dict[str, Any] = {"torch": torch, "nn": nn, "F": F, "aten": torch.ops.aten, "operator": operator}
@@ -133,7 +133,7 @@ def test_a_second_list_would_be_found(source: str) -> None:
 
 
 def test_there_is_no_second_list() -> None:
-    """Modes keep what only they have; what a file may call is a border of its own, and never derived."""
+    """Modes may have their own lists; the list of what a file may call is a security boundary, and never derived."""
     allowed = ("modes", "artifact")
     files = [path for path in PACKAGE.rglob("*.py") if path.relative_to(PACKAGE).parts[0] not in allowed]
     files.remove(PACKAGE / "layers" / "operators.py")

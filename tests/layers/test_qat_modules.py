@@ -1,4 +1,4 @@
-"""Layers in training: the folded weight is the kernel's, every channel learns, BatchNorm freezes by a flag."""
+"""Layers in training: the folded weight equals the kernel's, every channel learns, BatchNorm freezes by a flag."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_a_channel_with_gamma_zero_is_finite_and_learns() -> None:
 
 
 def test_folding_does_not_change_a_per_channel_grid() -> None:
-    """Per channel, rounding weight * factor and dividing again is rounding the weight, whatever the factor."""
+    """Per channel, rounding weight * factor and dividing again equals rounding the weight, for any factor."""
     weight = torch.randn(4, 3, 3, 3)
     fq = make_qconfig(Recipe("fx", "x86")).weight()
     plain = fq(weight)

@@ -1,4 +1,4 @@
-"""ReLU in the rounding behind it is ReLU and then rounding, bit for bit, in every mode."""
+"""ReLU fused into the following rounding equals ReLU and then rounding, bit for bit, in every mode."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_ranges_are_those_of_what_relu_leaves(bad: float) -> None:
 
 
 def prepared_pair(mode: str, network: nn.Module, *, folded: bool) -> tuple[nn.Module, nn.Module]:
-    """A prepared network that rounds, and a copy in which a hook on every rounding keeps ReLUs by themselves."""
+    """A prepared network with rounding, and a copy whose hooks on every rounding prevent fusion of ReLUs."""
     torch.manual_seed(0)
     images = torch.randn(8, 3, 8, 8)
     example = Example((images[:2],))

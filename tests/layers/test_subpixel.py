@@ -1,4 +1,4 @@
-"""A transposed convolution is the convolution that stands for it, for every shape."""
+"""A transposed convolution equals the convolution that replaces it, for every shape."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What counts as scores of classes, of which a top-1 says something, and what only has the shape of them."""
+"""Which outputs are class scores, for which top-1 is meaningful, and which only have their shape."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_labels_of_few_classes_count_where_a_metric_knows_their_number() -> None
 
 
 def test_boxes_are_never_classes_though_once_there_are_as_many_as_labels() -> None:
-    """Also without data, where by chance there are as many boxes as colors of an image."""
+    """Also without data, if there happen to be as many boxes as color channels."""
     detections = ClassScores(), ClassScores()
     images = [torch.rand(3, 8, 8), torch.rand(3, 8, 8)]
     for boxes in (3, 5, 2):

@@ -1,4 +1,4 @@
-"""The measures agree with numpy in float64, and leave the measured modules as they were."""
+"""The measures agree with numpy in float64, and leave the measured modules unchanged."""
 
 import math
 import time
@@ -156,7 +156,7 @@ def test_size_counts_bytes_saved():
 
 
 class Sleeper(nn.Module):
-    """Takes as long as it is told, and records how it was called."""
+    """Takes a given time, and records how it was called."""
 
     def __init__(self, seconds=0.0):
         super().__init__()

@@ -1,4 +1,4 @@
-"""What the monitor measures, against the arithmetic of fake-quant and against numbers worked out by hand."""
+"""The monitor's figures, compared with the arithmetic of fake-quant and with numbers computed by hand."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def measured(prepared: nn.Module, *args: Tensor, **settings: Any) -> tuple[dict[
 
 @pytest.mark.parametrize("mode", ["eager", "fx", "pt2e"])
 def test_a_layer_by_hand(mode: str) -> None:
-    """Clipping, SQNR and scale of the convolution's output, whose range is set to be half of what comes."""
+    """Clipping, SQNR and scale of the convolution's output, with half of its actual range."""
     prepared = prepared_plain(mode)
     x = torch.randn(16, 3, 8, 8)
     prepared(x)
@@ -104,7 +104,7 @@ def test_a_layer_by_hand(mode: str) -> None:
 
 @pytest.mark.parametrize("mode", ["eager", "fx", "pt2e"])
 def test_the_gradient_cut_of_a_weight_stands_beside_that_of_its_activation(mode: str) -> None:
-    """3 bits clip the largest weights: what their gradient lacks was there in that of the rounded weight."""
+    """3 bits clip the largest weights: their gradient lacks a part that the rounded weight's gradient has."""
     prepared = prepared_plain(mode, normal=True, weight_bits=3)
     x = torch.randn(16, 3, 8, 8)
     places = {place.layer: place for *_, place in Probe({"net": prepared})._places if place.what == "weight"}
@@ -155,7 +155,7 @@ def test_scale_and_range_of_weights(mode: str, granularity: str) -> None:
 
 @pytest.mark.parametrize("mode", ["eager", "fx", "pt2e"])
 def test_dead_channels_are_counted_once(mode: str) -> None:
-    """Two channels whose BatchNorm weight is 0, and one of them has a bias below 0 besides, which ReLU makes 0."""
+    """Two channels have a BatchNorm weight of 0; one also has a negative bias, which ReLU makes 0."""
     prepared = prepared_plain(mode)
     with torch.no_grad():
         prepared.get_parameter("bn.weight")[:2] = 0.0
@@ -204,7 +204,7 @@ MODES_AND_CASES = [
 
 @pytest.mark.parametrize(("mode", "case"), MODES_AND_CASES)
 def test_measuring_changes_nothing_and_leaves_nothing(mode: str, case: Case) -> None:
-    """Bit by bit: two networks are trained alike, one of them looked at in every step."""
+    """Two networks train bit-equal, one of them measured in every step."""
     torch.manual_seed(0)
     args, kwargs, _ = case.batch(8)
     prepared = get_mode(mode).prepare(case.network(), Example(args, kwargs), Recipe(mode, "x86"))

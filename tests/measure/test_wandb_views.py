@@ -1,4 +1,4 @@
-"""What W&B keeps, read back by its own reader. Runs are offline."""
+"""What W&B stores, read with its own reader. Runs are offline."""
 
 import json
 import subprocess

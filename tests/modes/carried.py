@@ -1,4 +1,4 @@
-"""Carrying a network through a mode: it trains as the float network does, and int8 computes what it did."""
+"""Taking a network through a mode: it trains like the float network, and int8 computes what fake-quant did."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from qat_lightning.settings.recipe import Recipe
 
 
 def prepared_as_float(network: nn.Module, inputs: Tensor, mode: str = "fx", **settings: Any) -> nn.Module:
-    """Prepare a network, and see that a step of training without rounding is the float network's step."""
+    """Prepare a network, and check that a training step without fake-quantization equals the float network's."""
     plain = copy.deepcopy(network).train()
     prepared = get_mode(mode).prepare(network.train(), Example((inputs,)), Recipe(mode, "x86", **settings))
     keys = list(plain.state_dict())
@@ -38,7 +38,7 @@ def prepared_as_float(network: nn.Module, inputs: Tensor, mode: str = "fx", **se
 
 
 def carried_through(network: nn.Module, inputs: Tensor, mode: str = "fx", **settings: Any) -> Converted:
-    """Prepare, train a little and convert a network: frozen statistics stand still, and int8 is fake-quant's output."""
+    """Prepare, train briefly and convert; frozen statistics do not change, and int8 equals fake-quant's output."""
     prepared = prepared_as_float(network, inputs, mode, **settings)
     set_phase(prepared, fake_quant=True, observers=True, batchnorm_frozen=False)
     prepared(inputs)

@@ -1,4 +1,4 @@
-"""Static quantization by hand with upstream's own flow and observers gives the same scales and zero points."""
+"""Static quantization with upstream's own flow and observers gives the same scales and zero points."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ OBSERVERS: dict[str, tuple[str, dict[str, float]]] = {
 
 
 class Chain(nn.Module):
-    """What both modes quantize alike: convolutions with BatchNorm and ReLU, an addition, a linear layer."""
+    """Layers that both flows quantize alike: convolutions with BatchNorm and ReLU, an addition, a linear layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class Chain(nn.Module):
 
 
 class ChainByHand(nn.Module):
-    """The same network as upstream's eager mode wants it written."""
+    """The same network, written as upstream's eager mode requires."""
 
     def __init__(self, chain: nn.Module) -> None:
         super().__init__()
@@ -79,14 +79,14 @@ def batches() -> list[Tensor]:
 
 @dataclass
 class Grids:
-    """Of an int8 network: scale and zero point of activations, scales and integers of weights."""
+    """Parameters of an int8 network: scale and zero point of activations, scales and integers of weights."""
 
     activations: dict[str, tuple[float, int]] = field(default_factory=dict)
     weights: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     @classmethod
     def of_layers(cls, network: nn.Module) -> Grids:
-        """Those of the int8 layers of eager and fx, by the names that the layers have in `Chain`."""
+        """Those of the int8 layers of eager and fx, by layer names in `Chain`."""
         grids = cls()
         for name, layer in network.named_modules():
             if hasattr(layer, "scale") and callable(getattr(layer, "weight", None)):
@@ -100,7 +100,7 @@ class Grids:
 
     @classmethod
     def of_fx(cls, network: nn.Module) -> Grids:
-        """Those of the layers, and of what upstream's converter rounds between them, by the names it gives."""
+        """Those of the layers and of ops between them, by the names of upstream's converter."""
         grids, state = cls.of_layers(network), network.state_dict()
         for name, scale in state.items():
             if "scale_" in name:
@@ -109,7 +109,7 @@ class Grids:
 
     @classmethod
     def of_graph(cls, graph: torch.fx.GraphModule) -> Grids:
-        """Those of an exported graph, by the order of its ops."""
+        """Those of an exported graph, in the order of its ops."""
         grids = cls()
         for node in graph.graph.nodes:
             if node.target is torch.ops.quantized_decomposed.quantize_per_tensor.default:
@@ -170,7 +170,7 @@ def pt2e_by_hand(activation: Any, weight: Any, *, per_channel: bool) -> tuple[nn
 
 
 def by_hand(mode: str, observer: str, *, per_channel: bool) -> tuple[nn.Module, Grids]:
-    """Upstream's int8 network of a mode, and its grids."""
+    """Upstream's int8 network of a mode, and its quantization parameters."""
     name, settings = OBSERVERS[observer]
     kinds = pt2e_observers if mode == "pt2e" else upstream
     activation = getattr(kinds, name).with_args(**settings)
@@ -190,7 +190,7 @@ def by_hand(mode: str, observer: str, *, per_channel: bool) -> tuple[nn.Module, 
 
 
 def ours(mode: str, scheme: Scheme) -> tuple[nn.Module, Grids]:
-    """Our int8 network of a mode, and its grids under upstream's names."""
+    """Our int8 network of a mode, and its quantization parameters under upstream's names."""
     flow, example = get_mode(mode), Example((batches()[0],))
     prepared = flow.prepare(trained(), example, Recipe(mode, "x86", scheme, kind="static"))
     assert calibrate(prepared, batches()) == 4

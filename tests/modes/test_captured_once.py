@@ -19,7 +19,7 @@ EXAMPLE = Example((torch.randn(4, 3, 8, 8),))
 
 
 class Shaped(nn.Module):
-    """With a tied weight, a constant that export makes, a plain tensor, a buffer, and a branch on an attribute."""
+    """A tied weight, a constant created by export, a plain tensor, a buffer, and a branch on an attribute."""
 
     def __init__(self, doubled: bool = False) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class Shaped(nn.Module):
 
 @pytest.fixture
 def exports(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The networks that were exported."""
+    """The exported networks."""
     found: list[Any] = []
     export = torch.export.export
 

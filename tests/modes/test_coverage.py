@@ -1,4 +1,4 @@
-"""What is int8: what is said after preparing is what conversion does, for ops as for layers, and reasons are given."""
+"""Coverage: the prediction after preparing equals the result of conversion, for layers and ops, with reasons."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ TABLE = [
 def both(
     mode: str, backend: str, network: nn.Module, *args: Tensor, **settings: Any
 ) -> tuple[list[LayerCoverage], ...]:
-    """After preparing, and after conversion."""
+    """Coverage after preparing and after conversion."""
     flow, example = get_mode(mode), Example(args)
     prepared = flow.prepare(network, example, Recipe(mode, backend, **settings))
     prepared(*args)
@@ -65,7 +65,7 @@ def test_what_is_said_after_preparing_is_done(mode: str, backend: str, case: Cas
 
 
 class Mixed(nn.Module):
-    """An int8 layer, ops that one mode or the other leaves float, and a branch."""
+    """An int8 layer, ops that stay float in some mode, and a branch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -101,7 +101,7 @@ def test_reasons_in_pt2e() -> None:
 
 
 class Moves(nn.Module):
-    """Between its layers nothing is computed in evaluation."""
+    """Nothing is computed between its layers in evaluation."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -165,7 +165,7 @@ def test_multiply_accumulates_are_those_of_one_sample() -> None:
 
 @pytest.mark.parametrize("mode", ["eager", "fx", "pt2e"])
 def test_products_of_matrices_count(mode: str) -> None:
-    """Attention's two, of 16 tokens and 32 channels, are int8 in mode fx only."""
+    """The two products of attention, with 16 tokens and 32 channels, are int8 in mode fx only."""
     rows = list(rows_of(mode, Attention(), torch.randn(4, 3, 8, 8)).values())
     products = sum(row.macs or 0 for row in rows if row.kind == "matmul")
     assert products == 2 * 16 * 16 * 32

@@ -1,4 +1,4 @@
-"""Eager mode: chains found by themselves, rounding in place, int8 kernels under any forward."""
+"""Eager mode: chains found by observation, rounding in place, int8 kernels under any forward."""
 
 import copy
 import io
@@ -249,7 +249,7 @@ def test_an_input_is_rounded_once(images):
 
 
 class Branches(nn.Module):
-    """Takes a branch by its data, loops by its data, and has layers that the example does not reach."""
+    """Branches and loops on its data, and has layers that the example does not reach."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -292,7 +292,7 @@ def test_data_dependent_control_flow(backend, images):
 
 
 class Stray(nn.Module):
-    """Uses the output of a fused convolution without its BatchNorm when told so."""
+    """Uses the output of a fused convolution without its BatchNorm if a flag is set."""
 
     stray = ""
 
@@ -334,7 +334,7 @@ def test_a_batchnorm_whose_layer_did_not_run_is_an_error(images):
 
 
 class InPlace(nn.Module):
-    """Adds, reads and writes what int8 layers return, in place and through views."""
+    """Adds, reads and writes the outputs of int8 layers, in place and through views."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -387,7 +387,7 @@ def test_shared_layers_stay_shared(images):
 
 
 class Attention(nn.Module):
-    """A transformer block; torch's own encoder layer beside it has a fast path around its linear layers."""
+    """A transformer block; torch's own encoder layer has a fast path around its linear layers."""
 
     def __init__(self) -> None:
         super().__init__()

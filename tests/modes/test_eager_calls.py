@@ -1,4 +1,4 @@
-"""Layers that a forward pass calls several times in eager mode: each call has grids of its own."""
+"""Layers that one forward pass calls several times in eager mode: each call has its own grids."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ RECIPE = Recipe("eager", "x86")
 
 
 class Detector(nn.Module):
-    """One head, with BatchNorm and ReLU6, for levels of different sizes; a pool lies on the grid of its output."""
+    """One head with BatchNorm and ReLU6 for levels of different sizes; a pool shares the grid of its input."""
 
     def __init__(self, factors: tuple[float, ...] = (3.0, 1.0, 0.1)) -> None:
         super().__init__()
@@ -98,7 +98,7 @@ def test_files_have_the_grids_of_each_call(name: str, tmp_path: Path) -> None:
 
 
 class Branches(nn.Module):
-    """Calls a shared layer as often as the data say, and one of two others."""
+    """Calls a shared layer a data-dependent number of times, and one of two others."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Transposed convolutions in mode eager: fake-quant in training, int8 on every backend, in files, with their names."""
+"""Transposed convolutions in mode eager: fake-quant in training, int8 on every backend, files, names."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ RECIPE = Recipe("eager", "x86")
 
 
 def trained(network: nn.Module, example: Example, recipe: Recipe = RECIPE) -> nn.Module:
-    """Prepared, with ranges, and with a BatchNorm that does something."""
+    """Prepared and with ranges, and with a BatchNorm that is not the identity."""
     for module in network.modules():
         if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d):
             for tensor in (module.weight, module.bias, module.running_mean, module.running_var):
@@ -107,7 +107,7 @@ def test_a_checkpoint_of_the_float_network_loads() -> None:
 
 
 class OfOneSample(nn.Module):
-    """Called twice, and then without a batch, behind a max-pooling that keeps the grid."""
+    """Called twice, and then without a batch, after a max-pooling that keeps the grid."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -144,7 +144,7 @@ def test_three_dimensions(backend: str) -> None:
 
 
 class Sized(Decoder):
-    """Is told how large its output is to be."""
+    """Is given its output size."""
 
     size: Any = (13, 13)
 

@@ -1,4 +1,4 @@
-"""Of every layer with a weight, each mode has an implementation in each kind, or says in words why not."""
+"""For every layer with a weight, each mode and kind has an implementation or a reason."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ INT8 = {
 
 
 class EveryLayer(nn.Module):
-    """One layer of each weighted row."""
+    """One layer of each row with a weight."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ class EveryLayer(nn.Module):
             self.add_module(name, make())
 
     def forward(self, x: Tensor, ids: Tensor) -> list[Any]:
-        """What each gives."""
+        """Its output."""
         return [call(getattr(self, name), x, ids) for name, (_, call) in CALLS.items()]
 
 

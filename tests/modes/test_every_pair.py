@@ -1,4 +1,4 @@
-"""Every mode × backend pair on every network: one table, so that a new row is tested the moment it is there."""
+"""Every mode × backend pair on every network, in one table, so that a new row is tested automatically."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LEAST_DB = dict.fromkeys(BACKENDS, 60.0) | {"fbgemm": 50.0, "qnnpack": 50.0}
 
 
 def in_every_run(mode: str, backend: str) -> tuple[str, ...]:
-    """The networks of a pair that are not left to the slow tests."""
+    """The networks of a pair that run in the default test suite."""
     if (mode, backend) == ("pt2e", "x86"):
         return ("plain",)  # each of them is compiled
     return tuple(case.name for case in CASES) if backend == "x86" else ("plain", "depthwise", "attention")
@@ -51,7 +51,7 @@ PAIRS = [pytest.param(mode, backend, marks=skipped_without(backend)) for mode, b
 
 
 def layers_of(case: Case, backend: str) -> int:
-    """How many layers of a network are int8: Vulkan's quantizer has a rule for linear ones alone."""
+    """Number of int8 layers of a network: Vulkan's quantizer supports linear layers only."""
     if backend != "vulkan":
         return case.layers
     return sum(isinstance(layer, nn.Linear) for layer in case.network().modules())
@@ -59,7 +59,7 @@ def layers_of(case: Case, backend: str) -> int:
 
 @pytest.fixture(scope="module")
 def fitted() -> dict[tuple[str, str, str], tuple[nn.Module, nn.Module, Converted]]:
-    """Float network, prepared network and conversion of each row, made once."""
+    """Float network, prepared network and conversion of each row, created once."""
     return {}
 
 
@@ -84,7 +84,7 @@ def _fit(cache: dict, mode: str, backend: str, case: Case) -> tuple[nn.Module, n
 
 @pytest.mark.parametrize(("mode", "backend", "case"), TABLE)
 def test_int8_agrees_with_fake_quant(fitted: dict, mode: str, backend: str, case: Case) -> None:
-    """Top-1 on 512 samples, of which a network that learnt the task is sure."""
+    """Top-1 on 512 samples, of which a network that learned the task is certain."""
     _, prepared, converted = _fit(fitted, mode, backend, case)
     torch.manual_seed(1)
     args, kwargs, labels = case.batch(512)
@@ -185,7 +185,7 @@ LEAVING_FLOAT = [
 
 @pytest.mark.parametrize(("mode", "backend", "case"), LEAVING_FLOAT)
 def test_any_layer_alone_may_stay_float(mode: str, backend: str, case: Case) -> None:
-    """Whatever is behind it, the rest is int8, and conversion compares each layer with fake-quant as ever."""
+    """Whatever follows it, the rest is int8, and conversion compares each layer with fake-quant as usual."""
     flow = get_mode(mode)
     args, kwargs, _ = case.batch(8)
     example = Example(args, kwargs)
@@ -201,7 +201,7 @@ def test_any_layer_alone_may_stay_float(mode: str, backend: str, case: Case) -> 
 
 
 def test_sqnr_of_equal_layers_is_infinite() -> None:
-    """What the table above compares with is no constant."""
+    """The reference of the table above is not a constant."""
     x = torch.randn(10)
     assert math.isinf(sqnr_db(x, x))
     assert sqnr_db(x, x + 0.1) < 30

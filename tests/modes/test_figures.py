@@ -1,4 +1,4 @@
-"""Figures that are true: every layer once, with what it multiplies, whatever its class, its mode and its kind."""
+"""Coverage lists every layer once with its multiply-accumulates, in every mode and kind."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from qat_lightning.settings.recipe import Recipe
 
 
 class Convolution(nn.Conv3d):
-    """A layer by a class of its own, as video networks have it."""
+    """A layer in a custom class, as in video networks."""
 
     def __init__(self, ins: int, outs: int) -> None:
         super().__init__(ins, outs, 3, padding=1, bias=False)

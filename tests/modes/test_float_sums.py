@@ -1,4 +1,4 @@
-"""Sums that only float ops read, in modes fx and pt2e: masks of attention, and what is normalized."""
+"""Sums that only float ops read, in modes fx and pt2e: masks of attention, and inputs of normalizations."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LEAST = torch.finfo(torch.float32).min
 
 
 class Attention(nn.Module):
-    """Scores with a bias and a mask, as it is written in many ways."""
+    """Scores with a bias and a mask, written in many ways."""
 
     def __init__(self, way: str) -> None:
         super().__init__()
@@ -103,7 +103,7 @@ def test_a_checkpoint_of_an_earlier_release_goes_on_with_its_roundings() -> None
 
 
 class MovedNorm(nn.Module):
-    """A residual addition whose channels a LayerNorm reads last, as in ConvNeXt."""
+    """A residual addition that a channels-last LayerNorm reads, as in ConvNeXt."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""FX mode beyond the common table: what it refuses, and that a wrong kernel is caught."""
+"""Mode fx beyond the common table: errors, and detection of wrong kernels."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_converting_without_ranges_is_refused() -> None:
 
 
 def test_a_kernel_that_computes_something_else_is_an_error_that_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One weight of the int8 network is packed wrong, as a saturating kernel would have it."""
+    """One weight of the int8 network is packed with a wrong value, as by a saturating kernel."""
     upstream = fx_upstream.convert_fx
 
     def convert_wrong(*args: object, **kwargs: object) -> nn.Module:
@@ -122,7 +122,7 @@ def test_relu6_is_folded_into_the_range_and_no_clamp_runs(backend: str) -> None:
 
 
 def test_relu6_on_a_symmetric_grid_is_not_dropped_and_right_on_qnnpack() -> None:
-    """A symmetric grid reaches below 0, so it does not clamp there itself."""
+    """A symmetric grid includes negative values, so it does not clamp at 0 itself."""
     prepared = prepare(Depthwise(), Recipe("fx", "qnnpack", Scheme(activation_symmetric=True)))
     converted = FxMode().convert(cpu_copy(prepared), Example((IMAGES,)))
     with torch.no_grad():
@@ -246,7 +246,7 @@ def test_modes_are_found_by_their_names() -> None:
 
 
 class Padded(nn.Module):
-    """Zeros on one side, as networks that were ported from TensorFlow have them: by a module and by a function."""
+    """One-sided zero padding, as in networks ported from TensorFlow, by a module and by a function."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -328,7 +328,7 @@ def test_padding_with_anything_else_stays_float(padding) -> None:
 
 
 class Mixed(nn.Module):
-    """Returns what is no tensor as well."""
+    """Also returns values that are not tensors."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -351,7 +351,7 @@ def test_numbers_and_words_among_the_outputs(tmp_path: Path) -> None:
 
 @dataclass
 class Scores:
-    """What a network returns."""
+    """The output of a network."""
 
     scores: Tensor
     features: Tensor

@@ -1,4 +1,4 @@
-"""What is a BatchNorm by what it does is frozen and folded in mode fx as the plain one is."""
+"""Modules that act as a BatchNorm are frozen and folded in mode fx like BatchNorm itself."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ IMAGES = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
 class NormAct(nn.BatchNorm2d):
-    """With its activation, and a forward that counts by itself."""
+    """With an activation, and its own counter."""
 
     def __init__(self, channels: int, act: nn.Module | None = None, **settings: Any) -> None:
         super().__init__(channels, **settings)
@@ -42,7 +42,7 @@ class NormAct(nn.BatchNorm2d):
 
 
 class Derived(nn.BatchNorm2d):
-    """With its activation behind torch's own forward."""
+    """With an activation after torch's own forward."""
 
     def __init__(self, channels: int, act: nn.Module | None = None, **settings: Any) -> None:
         super().__init__(channels, **settings)
@@ -53,7 +53,7 @@ class Derived(nn.BatchNorm2d):
 
 
 class Alike(nn.Module):
-    """Of no class of torch's: with a counter or without, and a factor behind it."""
+    """Not a class of torch: with or without a counter, and a factor after it."""
 
     def __init__(self, channels: int, counts: bool = True) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ class Alike(nn.Module):
 
 
 class OtherNames(nn.Module):
-    """Under names of its own."""
+    """With other names for its tensors."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -89,7 +89,7 @@ class OtherNames(nn.Module):
 
 
 class Frozen(nn.Module):
-    """As torchvision's: four buffers and their arithmetic."""
+    """Like torchvision's FrozenBatchNorm2d: four buffers and arithmetic."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -155,7 +155,7 @@ def test_runs_behind_no_layer_and_behind_one_that_stays_float(make: Any, exclude
 
 
 class Gate(nn.Module):
-    """Squeezed and multiplied, as in MobileNetV3: an activation that two read."""
+    """Squeeze-and-excitation as in MobileNetV3: an activation with two readers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -198,7 +198,7 @@ def test_tracing_counts_no_batch() -> None:
 
 
 class HoldsTheTensors(nn.Module):
-    """The network itself holds what its ``F.batch_norm`` reads."""
+    """The network itself has the tensors of its ``F.batch_norm``."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Clamps whose limits are tensors, in mode fx: what is clamped is rounded, and the limits are not."""
+"""Clamps with tensors as limits, in mode fx: the clamped tensor is quantized, and the limits are not."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CLAMPS: dict[str, Clamp] = {
 
 
 class Clipped(nn.Module):
-    """A linear layer whose input and output are clipped to limits that a checkpoint holds, infinite where none are."""
+    """A linear layer with input and output clipped to limits in buffers, which may be infinite."""
 
     def __init__(self, clamp: Clamp, limit: float, *, learned: bool) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What is divided by is not rounded in mode fx."""
+"""Divisors are not quantized in mode fx."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ RECIPE = Recipe("fx", "x86")
 
 
 def linear_attention(q: Tensor, k: Tensor) -> Tensor:
-    """Its last column is what the others are divided by, far smaller than they are."""
+    """Divides by its last column, which is much smaller than the others."""
     mixed = q.relu() @ (k.relu().transpose(-2, -1) @ nn.functional.pad(k, (0, 1), value=1e-3))
     return mixed[..., :-1] / (mixed[..., -1:] + 1e-15)
 
@@ -34,7 +34,7 @@ WAYS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 class Divides(nn.Module):
-    """Two layers, of which one divides the other, and one behind."""
+    """Divides the output of one layer by another's, with a layer after it."""
 
     def __init__(self, way: str) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""One grid in mode fx for all that int8 kernels leave on one grid, in whatever order it is read."""
+"""One shared grid in mode fx for values that int8 kernels keep on one grid, in any order of reading."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from qat_lightning.settings.recipe import Recipe
 
 
 class Skips(nn.Module):
-    """Three maps of different ranges, joined in one of the ways below."""
+    """Three maps with different ranges, concatenated in one of the ways below."""
 
     def __init__(self, way: str) -> None:
         super().__init__()

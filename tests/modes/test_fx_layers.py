@@ -1,4 +1,4 @@
-"""FX mode on layers that upstream's lowering stumbles over, each alone: int8, or float with the reason."""
+"""Mode fx on single layers that upstream's lowering handles wrongly: int8, or float with the reason."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from qat_lightning.settings.recipe import Recipe
 def convert(
     network: nn.Module, example: tuple[Tensor, ...], backend: str = "x86", **recipe: tuple[str, ...]
 ) -> Converted:
-    """Prepared, shown a few batches, converted, and compared end to end."""
+    """Prepare, calibrate on a few batches, convert, and compare outputs."""
     torch.manual_seed(0)
     prepared = FxMode().prepare(network, Example(example), Recipe("fx", backend, **recipe))
     for _ in range(3):
@@ -33,7 +33,7 @@ def convert(
 
 
 class FunctionalWeights(nn.Module):
-    """Weights that are parameters, not layers."""
+    """Weights that are parameters of the network, not of layers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -75,7 +75,7 @@ class SelfAttention(nn.Module):
 
 
 class SizeByDefault(nn.Module):
-    """A tuple for a default argument."""
+    """A tuple as a default argument."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -175,7 +175,7 @@ def test_excluding_a_convolution_or_its_batchnorm_leaves_float_keys_and_values(e
 @pytest.mark.parametrize("backend", ["x86", "fbgemm", "qnnpack"])
 @pytest.mark.parametrize("activation", [nn.ReLU, nn.ReLU6])
 def test_a_part_that_is_called_twice(activation: type[nn.Module], backend: str) -> None:
-    """Its BatchNorm is not folded and stays float; the activation behind it is what quantizing clamps to."""
+    """Its BatchNorm is not folded and stays float; the following activation becomes the clamp of quantization."""
 
     class Siamese(nn.Module):
         def __init__(self) -> None:
@@ -194,7 +194,7 @@ def test_a_part_that_is_called_twice(activation: type[nn.Module], backend: str) 
 @pytest.mark.parametrize("between", [nn.Identity(), nn.MaxPool2d(2), nn.AvgPool2d(2), nn.Dropout(0.1)], ids=str)
 @pytest.mark.parametrize("activation", [nn.ReLU(), nn.ReLU6(), nn.Hardtanh(0.0, 1.0)], ids=str)
 def test_an_activation_behind_an_op_that_keeps_its_grid(between: nn.Module, activation: nn.Module) -> None:
-    """Such an op cannot clamp, so the activation is not left to the grid behind it."""
+    """Such an op cannot clamp, so the activation is not absorbed by the following grid."""
     network = nn.Sequential(nn.Conv2d(3, 8, 3), between, activation, nn.Conv2d(8, 4, 3))
     converted = convert(network, (torch.randn(8, 3, 12, 12),))
     if isinstance(between, nn.Identity):
@@ -213,7 +213,7 @@ def test_an_activation_behind_an_op_that_keeps_its_grid(between: nn.Module, acti
     ids=str,
 )
 def test_relu6_in_front_of_a_concatenation(others: tuple[nn.Module, ...]) -> None:
-    """Where all inputs end at 6, as the grid does, the convolutions clamp; else a kernel clamps on the shared grid."""
+    """If all inputs end at 6 like the grid, the convolutions clamp; otherwise a kernel clamps on the shared grid."""
 
     class Branches(nn.Module):
         def __init__(self) -> None:

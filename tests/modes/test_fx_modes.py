@@ -1,4 +1,4 @@
-"""What a network does by chance, or in training only, in mode fx."""
+"""Random and training-only behavior of networks in mode fx."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ IMAGES = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
 class DropPath(nn.Module):
-    """As timm's: whole samples, by a shape that a trace does not know."""
+    """Drops whole samples, as in timm, with a shape that a trace does not know."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
@@ -32,7 +32,7 @@ class DropPath(nn.Module):
 
 
 class Mask(nn.Module):
-    """Values, by random numbers that a trace could make a constant of; with a buffer."""
+    """Adds random numbers that a trace could turn into constants; uses a buffer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class Noise(nn.Module):
 
 
 class Halves(nn.Module):
-    """No dropout: it does something in evaluation too."""
+    """Not a dropout: it also acts in evaluation."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x * torch.rand(1) if self.training else x * 0.5
@@ -90,14 +90,14 @@ def test_what_drops_out_costs_the_int8_network_nothing_and_keeps_its_attributes(
 
 
 class Limited(nn.Module):
-    """Changes nothing of what is small, as the example is."""
+    """Does not change small inputs like the example."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x.clamp(-90, 90)
 
 
 class Decides(nn.Module):
-    """Likewise, by a look at the values."""
+    """The same, decided by inspecting the values."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x.clamp(-90, 90) if float(x.abs().max()) > 90 else x
@@ -120,7 +120,7 @@ def test_what_changes_nothing_of_the_example_is_run_for_other_inputs(inner: Any)
 
 
 class Remembers(DropPath):
-    """Keeps what it was given last."""
+    """Stores its last input."""
 
     last: Tensor | None = None
 
@@ -136,7 +136,7 @@ def test_a_module_that_keeps_what_it_is_given_keeps_real_tensors() -> None:
 
 
 class Crops(nn.Module):
-    """Changes nothing of what is as small as the example."""
+    """Does not change inputs as small as the example."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x[..., :8, :8] if x.shape[-1] > 8 else x
@@ -152,7 +152,7 @@ def test_a_module_that_decides_by_sizes_is_run_for_others() -> None:
 
 
 class Attention(nn.Module):
-    """An argument that is another number in evaluation."""
+    """An argument that differs in evaluation."""
 
     def __init__(self) -> None:
         super().__init__()

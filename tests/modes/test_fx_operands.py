@@ -1,4 +1,4 @@
-"""What mode fx makes of the operands of additions and products, of sizes that are given, and of mixed precision."""
+"""Operands of additions and products in mode fx, explicit sizes, and mixed precision."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from qat_lightning.settings.recipe import Recipe
 
 
 class Between(nn.Module):
-    """Something between two layers."""
+    """An operation between two layers."""
 
     def __init__(self, between: Callable[[Any, Tensor], Tensor]) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ def test_operands_that_are_broadcast_are_int8(way: str, backend: str) -> None:
 
 @pytest.mark.parametrize("way", ["smaller first", "smaller first, with a ReLU", "a parameter without dimensions"])
 def test_the_larger_operand_comes_first_in_the_kernel(way: str, capfd: pytest.CaptureFixture[str]) -> None:
-    """Else torch warns of a result that it resizes."""
+    """Otherwise torch warns of a resized result."""
     prepared = get_mode("fx").prepare(Between(OPERANDS[way]), EXAMPLE, Recipe("fx", "x86"))
     prepared(*EXAMPLE.args)
     converted = get_mode("fx").convert(prepared.eval(), EXAMPLE)

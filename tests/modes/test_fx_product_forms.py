@@ -1,4 +1,4 @@
-"""Mode fx has a product in int8 however it is written, and heads that share their keys."""
+"""Mode fx quantizes a product however it is written, and heads that share keys."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ RECIPE = Recipe("fx", "x86")
 
 
 class Heads(nn.Module):
-    """Four queries for each position, and as many keys and values as are asked for."""
+    """Four queries per position, and a given number of keys and values."""
 
     def __init__(self, mix: Callable[[Tensor, Tensor, Tensor], Tensor], shared: int) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class Heads(nn.Module):
 
 
 def repeated(x: Tensor, times: int) -> Tensor:
-    """As transformers repeats keys."""
+    """Repeats keys like transformers."""
     samples, heads, length, width = x.shape
     return x[:, :, None].expand(samples, heads, times, length, width).reshape(samples, heads * times, length, width)
 
@@ -60,7 +60,7 @@ def one_key(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def biased(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """As BLOOM attends."""
+    """Attention as in BLOOM."""
     bias = torch.linspace(-1, 0, 6).reshape(1, 1, 6).expand(12, 1, 6)
     weights = bias.baddbmm(batch1=q.flatten(0, 1), batch2=k.flatten(0, 1).mT, beta=0.5, alpha=0.3).softmax(-1)
     return torch.bmm(weights, v.flatten(0, 1)).unflatten(0, (3, 4))
@@ -84,7 +84,7 @@ SHARING: dict[str, tuple[Callable[[Tensor, Tensor, Tensor], Tensor], int]] = {
 
 
 def checked(network: nn.Module, example: Example) -> Rehearsal:
-    """Rehearse, and compare the graph without rounding with the network."""
+    """Rehearse, and compare the graph without fake-quantization with the network."""
     prepared = get_mode("fx").prepare(copy.deepcopy(network), example, RECIPE)
     for _, fq in fake_quantizers(prepared):
         fq.enable_fake_quant(False)
@@ -100,7 +100,7 @@ def test_heads_that_share_keys_are_int8(way: str) -> None:
 
 
 class Between(nn.Module):
-    """A layer, a product that is given, and a layer."""
+    """A layer, a given product, and a layer."""
 
     def __init__(self, product: Callable[[Any, Tensor], Tensor]) -> None:
         super().__init__()

@@ -22,7 +22,7 @@ RECIPE = Recipe("fx", "x86")
 
 
 class Attention(nn.Module):
-    """Self-attention of four heads, in the way that is asked for."""
+    """Self-attention with four heads, written in a given way."""
 
     def __init__(self, way: str, dropout: float = 0.0) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ def test_products_are_int8_however_they_are_written(way: str) -> None:
 
 
 class ReadsTheShape(nn.Module):
-    """As attention of transformers does: heads are joined by the shape of the product."""
+    """Attention as in transformers: heads are merged with the product's shape."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -96,7 +96,7 @@ def test_a_product_whose_shape_is_read_is_int8() -> None:
 
 
 class LinearInAllButName(nn.Module):
-    """As GPT-2's layers."""
+    """Linear layers as in GPT-2."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -109,7 +109,7 @@ class LinearInAllButName(nn.Module):
 
 
 class Transposed(nn.Module):
-    """As Falcon's layers, which derive from ``nn.Linear``."""
+    """Linear layers as in Falcon, which derive from ``nn.Linear``."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -144,7 +144,7 @@ def test_addmm_and_mm_with_a_weight_are_linear_layers() -> None:
 
 
 def test_a_checkpoint_from_before_they_were_linear_layers_loads() -> None:
-    """It has no ranges for them; what it says of itself tells how to prepare for it."""
+    """It has no ranges for them; its message says how to prepare for them."""
     example = Example((torch.randn(4, 8),))
     earlier = replace(RECIPE, families=tuple(set(RECIPE.families) - {"linear", "products"}))
     before = get_mode("fx").prepare(LinearInAllButName(), example, earlier)

@@ -1,4 +1,4 @@
-"""What a trace of mode fx knows of shapes, types and devices by its example; it is for any number of samples."""
+"""Shapes, types and devices in traces of mode fx, known from the example, for any number of samples."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ IMAGES = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
 class Base(nn.Module):
-    """Two layers, and between them what a subclass does."""
+    """Two layers with a subclass's code between them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class Chunks(Base):
 
 
 class Kinds(Base):
-    """What networks ask of types and devices."""
+    """Queries of types and devices as in real networks."""
 
     def between(self, x: Tensor) -> Tensor:
         assert x.ndim == len(x.shape) == 4
@@ -77,7 +77,7 @@ class Tokens(Base):
 
 
 class Zeros(Base):
-    """Made for the number of samples."""
+    """Creates a tensor for the number of samples."""
 
     def between(self, x: Tensor) -> Tensor:
         samples = len(x)
@@ -89,7 +89,7 @@ class Zeros(Base):
 
 
 class Fixed(Base):
-    """Decides by height and width."""
+    """Branches on height and width."""
 
     def between(self, x: Tensor) -> Tensor:
         if x.shape[2] != self.size or x.shape[-1] % 2:
@@ -123,7 +123,7 @@ class LoopOverSamples(Base):
 
 
 class Unlabelled(nn.Module):
-    """No layer, and its way depends on values."""
+    """Has no layers, and branches on values."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x if bool((x < 1e9).all()) else x.clamp(max=1e9)
@@ -169,7 +169,7 @@ def test_what_is_decided_by_height_and_width_is_fixed_to_them_and_not_to_the_num
 
 
 class SpreadOverSamples(Base):
-    """As decoders do with their positions: one row for all samples is spread, if there are several."""
+    """Positions as in decoders: one row for all samples is expanded if there are several."""
 
     def between(self, x: Tensor) -> Tensor:
         position = torch.arange(8, device=x.device)[None]
@@ -193,7 +193,7 @@ def test_another_result_for_one_sample_is_refused() -> None:
 
 
 class InstallsHooks(Base):
-    """As transformers does: what layers yield is collected by hooks that the first call installs, and marks."""
+    """Like transformers: hooks that the first call installs collect the outputs of layers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -218,7 +218,7 @@ def test_hooks_that_a_forward_installs_are_installed_anew_by_each_trace() -> Non
 
 
 class MakesItsLoss(Base):
-    """As networks of transformers that are given labels; and an activation by its name."""
+    """Like transformers given labels; and an activation by its name."""
 
     def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
         logits = self.head(nn.SiLU()(self.conv(x)).mean((2, 3)))
@@ -235,7 +235,7 @@ def test_modules_that_a_forward_makes_are_traced_through() -> None:
 
 
 class TakesMore(Base):
-    """As networks of transformers, whose forwards take whatever else is given by name, and do nothing with it."""
+    """Like transformers, whose forwards accept any other keyword and ignore it."""
 
     def forward(self, x: Tensor | None = None, more: bool | None = None, **kwargs: Any) -> Tensor:  # type: ignore[override]
         y: Tensor = self.head(self.conv(x).relu().mean((2, 3)))
@@ -262,7 +262,7 @@ def test_what_no_graph_holds_is_refused_with_what_to_do() -> None:
 
 
 class Factories(Base):
-    """Tensors of the shape of an input, number of samples included, on its device."""
+    """Creates tensors with the input's shape, including the number of samples, on its device."""
 
     def between(self, x: Tensor) -> Tensor:
         shape = x.size()
@@ -323,7 +323,7 @@ class Given:
 
 
 class Structured(nn.Module):
-    """Containers in, containers out, and what decides is neither a tensor nor a size."""
+    """Containers as inputs and outputs; branches on values that are neither tensors nor sizes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -369,7 +369,7 @@ def test_a_network_that_looks_at_shapes_trains_and_is_int8(kind: type[Base]) -> 
 
 
 class Positions(Base):
-    """A constant and a loop for each size, and as many steps for every one of them."""
+    """A constant and a loop that depend on the size."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -433,7 +433,7 @@ def test_a_file_is_for_the_sizes_that_were_fixed_and_says_so(tmp_path: Path) -> 
 
 
 class Attention(Base):
-    """A number that is another in evaluation is an argument of a function, and a bias that is computed."""
+    """A number that differs in evaluation, as an argument of a function and in a computed bias."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -460,7 +460,7 @@ def test_arguments_by_mode_and_computed_biases_go_into_a_file(tmp_path: Path) ->
 
 
 class ShapePlusTuple(Base):
-    """Plus is no addition of tensors here."""
+    """Here plus is not an addition of tensors."""
 
     def between(self, x: Tensor) -> Tensor:
         return F.relu(x).flatten(2).reshape(x.shape[:2] + (-1, 4))  # noqa: RUF005 - as networks have it
@@ -480,7 +480,7 @@ class Assigns(Base):
 
 
 class AssignsToView(Base):
-    """The view is read after what it looks at was written."""
+    """A view is read after its base was written."""
 
     def between(self, x: Tensor) -> Tensor:
         y = x * 2
@@ -511,7 +511,7 @@ def test_assignments_that_a_copy_would_lose_are_refused(kind: type[Base]) -> Non
 
 
 class Scaled(Base):
-    """A number is computed with."""
+    """Computes with a number among the inputs."""
 
     def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
         x = self.conv(x)
@@ -521,7 +521,7 @@ class Scaled(Base):
 
 
 class Repeated(Base):
-    """Something is decided by a number."""
+    """Branches on a number among the inputs."""
 
     def forward(self, x: Tensor, rounds: int = 1) -> Tensor:
         x = self.conv(x)
@@ -552,7 +552,7 @@ def test_where_only_one_number_of_samples_can_be_it_is_fixed() -> None:
 
 
 class KeepsTables(nn.Module):
-    """Makes a table for the size that comes, keeps it as a buffer, and counts its calls."""
+    """Creates a table for the input's size, stores it as a buffer, and counts its calls."""
 
     def __init__(self, kind: str) -> None:
         super().__init__()
@@ -584,12 +584,12 @@ def test_what_a_forward_keeps_is_made_by_each_trace_and_left_as_it_was(kind: str
 
 
 def table_of(rows: int, columns: int) -> Tensor:
-    """What a library tells torch.fx to call as a whole."""
+    """A function that a library tells torch.fx to call as a whole."""
     return torch.arange(float(rows)).unsqueeze(1) * columns + torch.arange(columns)
 
 
 def by_values(x: Tensor) -> Tensor:
-    """A function that no trace can follow."""
+    """A function that cannot be traced."""
     return x if float(x.detach().sum()) > 0 else -x
 
 
@@ -598,7 +598,7 @@ fx.wrap("by_values")
 
 
 class Wrapped(Base):
-    """Adds a table of the size that comes."""
+    """Adds a table of the input's size."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Add it."""

@@ -1,4 +1,4 @@
-"""Transposed convolutions in mode fx: fake-quant in training, int8 on every backend, in files, with their names."""
+"""Transposed convolutions in mode fx: fake-quant in training, int8 on every backend, files, names."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_a_checkpoint_of_an_earlier_release_has_no_ranges_for_them() -> None:
 
 
 class SmallUNet(nn.Module):
-    """Down, up by a transposed convolution, and the skip beside it."""
+    """Downsampling, upsampling by a transposed convolution, and a skip connection."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Mode fx: a function is int8 by whichever of its names it is called."""
+"""Mode fx quantizes a function under each of its names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Parameters and buffers that a network reads itself, in mode fx: of layers that it calls too, and under any name."""
+"""Parameters and buffers that a network reads directly, in mode fx: also of layers that it calls, under any name."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.modes.carried import carried_through
 
 
 class Twice(nn.Module):
-    """A linear layer, and ``read``, which is given what it returns, its input and the layer."""
+    """A linear layer, and ``read``, which gets its output, its input and the layer."""
 
     def __init__(self, read: Any) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ def test_the_weight_of_a_layer_is_read_as_well(read: Any, exclude: tuple[str, ..
 
 
 class Tied(nn.Module):
-    """An embedding whose weight is the classifier's."""
+    """An embedding tied to the classifier."""
 
     def __init__(self, shared: bool) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ def test_tied_embeddings(shared: bool, exclude: tuple[str, ...]) -> None:
 
 
 class Named(nn.Module):
-    """A buffer, a parameter or a layer with a name that methods and functions have too."""
+    """A buffer, a parameter or a layer named like a method or function."""
 
     def __init__(self, kind: str, name: str) -> None:
         super().__init__()
@@ -114,7 +114,7 @@ def test_an_argument_called_like_a_method() -> None:
 
 
 class Shifted(nn.Module):
-    """A buffer that is computed with before the graph begins."""
+    """A buffer that is used in a computation before the graph begins."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -126,7 +126,7 @@ class Shifted(nn.Module):
 
 
 def test_a_buffer_that_is_loaded_later_counts() -> None:
-    """It is no constant of the trace."""
+    """It is not a constant of the trace."""
     x = torch.zeros(2, 3, 4, 4)
     prepared = get_mode("fx").prepare(Shifted(), Example((x,)), Recipe("fx", "x86"))
     for module in prepared.modules():

@@ -1,4 +1,4 @@
-"""Networks that write over what a layer gave: rounding knows of it in every mode, or the network is refused."""
+"""In-place changes of layer outputs: every mode rounds the changed tensor, or raises an error."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ SEEN = [(mode, write) for mode in MODES for write in WRITES if (mode, write) != 
 
 @pytest.mark.parametrize(("mode", "write"), SEEN)
 def test_what_is_written_is_what_the_next_layer_reads(mode: str, write: str) -> None:
-    """As a statement, whose result nobody takes: both networks stay near float, and near one another."""
+    """As a statement whose result is not used: both networks stay close to float, and to each other."""
     network = Network(WRITES[write]).eval()
     wanted = network(IMAGES).detach()
     prepared = _rounded(mode, network)
@@ -84,7 +84,7 @@ def test_what_is_written_is_what_the_next_layer_reads(mode: str, write: str) -> 
 
 @pytest.mark.parametrize("write", THROUGH_VIEWS)
 def test_a_write_through_a_view_is_rounded_or_refused(write: str) -> None:
-    """A graph that has rounded the tensor already cannot know; eager rounds when the next layer is called."""
+    """A graph that has already rounded the tensor cannot know; eager rounds when the next layer is called."""
     for mode in ("fx", "pt2e"):
         with pytest.raises(TraceError, match=r"overwrites it later.*mode='eager'"):
             _rounded(mode, Network(THROUGH_VIEWS[write]))
@@ -101,7 +101,7 @@ def test_an_assignment_that_tracing_cannot_see_is_refused() -> None:
 
 @pytest.mark.parametrize(("mode", "write"), [*SEEN, *[("eager", write) for write in THROUGH_VIEWS]])
 def test_what_a_float_layer_gave_may_be_written_over(mode: str, write: str) -> None:
-    """Conversion compares each layer by what it gave, and not by what was made of it later."""
+    """Conversion compares each layer's own output, before later in-place changes."""
     network = Network((WRITES | THROUGH_VIEWS)[write]).eval()
     wanted = network(IMAGES).detach()
     prepared = _rounded(mode, network, exclude=("first",))

@@ -1,4 +1,4 @@
-"""Concatenations: one range for inputs of different ranges, some of them float, some behind dropout, in every mode."""
+"""Concatenations: one range for inputs with different ranges, partly float or after dropout, in every mode."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.support.networks import CLASSES
 
 
 class ImageAndTable(nn.Module):
-    """The mean of an image, which stays float in mode fx, beside a table: as it comes, and behind dropout."""
+    """The mean of an image, which stays float in mode fx, and a table, directly and after dropout."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -31,7 +31,7 @@ class ImageAndTable(nn.Module):
 
 
 class MapAndMean(nn.Module):
-    """What an int8 convolution yields beside its mean."""
+    """The output of an int8 convolution and its mean."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ class SmallAndLarge(nn.Module):
 
 
 class Dense(nn.Module):
-    """Joined again what was joined before; the input of a convolution, behind dropout, beside its output and a pool."""
+    """Nested concatenations; a convolution's input, after dropout, with its output and a pool."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ class Dense(nn.Module):
 
 
 def prepare(network: nn.Module, recipe: Recipe, factor: float = 1.0) -> tuple[nn.Module, Example]:
-    """Trained on one batch, and then on batches that are ``factor`` times as large, of which one is returned."""
+    """Trained on one batch, then on batches scaled by ``factor``, one of which is returned."""
     torch.manual_seed(0)
     batches = [(torch.randn(16, 3, 8, 8) + 1, torch.randn(16, 5)) for _ in range(40)]
     prepared = get_mode(recipe.mode).prepare(network, Example(batches[0]), recipe)
@@ -109,7 +109,7 @@ def test_int8_joins_what_fake_quant_joins(mode: str, network: type[nn.Module], e
 
 @pytest.mark.parametrize("network", NETWORKS)
 def test_scales_that_learn_are_joined_alike(network: type[nn.Module]) -> None:
-    """They begin at a range that was observed, here with rounding off."""
+    """They begin with an observed range, here with fake-quantization disabled."""
     torch.manual_seed(0)
     example = Example((torch.randn(16, 3, 8, 8), torch.randn(16, 5)))
     prepared = get_mode("fx").prepare(network(), example, Recipe("fx", "x86", Scheme(learned_step="lsq")))
@@ -132,7 +132,7 @@ def test_scales_that_learn_are_joined_alike(network: type[nn.Module]) -> None:
 @pytest.mark.parametrize("stacked", [False, True], ids=["cat", "stack"])
 @pytest.mark.parametrize("mode", ["fx", "pt2e"])
 def test_the_range_of_all_inputs_grows_with_them(mode: str, stacked: bool) -> None:
-    """Observed behind their rounding, they would stay within the range of the first batch."""
+    """Observed after their rounding, they would stay within the range of the first batch."""
     prepared, example = prepare(SmallAndLarge(stacked), Recipe(mode, "x86"), factor=5.0)
     prepared.eval()
     with torch.no_grad():
@@ -142,7 +142,7 @@ def test_the_range_of_all_inputs_grows_with_them(mode: str, stacked: bool) -> No
 
 
 class Shuffled(nn.Module):
-    """Half of the channels go through a ReLU and are joined with the other half, as in ShuffleNet."""
+    """Half of the channels go through a ReLU and are concatenated with the other half, as in ShuffleNet."""
 
     def __init__(self, way: str) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Layers with a scheme of their own, in every mode and kind: the int8 network has their grids, and is what trained."""
+"""Per-layer overrides, in every mode and kind: int8 has the layers' grids and equals the trained network."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ X = torch.randn(8, 3, 6, 6, generator=torch.Generator().manual_seed(0))
 
 
 class Block(nn.Module):
-    """A convolution around which its input goes."""
+    """A convolution with a residual connection."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class Block(nn.Module):
 
 
 class Blocks(nn.Module):
-    """A stem, two residual blocks and a head, large enough for weights to outweigh the rest of the file."""
+    """A stem, two residual blocks and a head; weights dominate the file."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -155,7 +155,7 @@ def test_activation_bits_are_those_of_the_output_of_the_layer(mode: str) -> None
 
 
 class Joined(nn.Module):
-    """Two layers whose outputs are joined, and so have one range."""
+    """Two layers whose outputs are concatenated, and so share a range."""
 
     def __init__(self) -> None:
         super().__init__()

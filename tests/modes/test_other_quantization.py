@@ -1,4 +1,4 @@
-"""Networks as PyTorch's own tutorials prepare them: what may stay, and what is refused in words."""
+"""Networks prepared as in PyTorch's own tutorials: what is accepted, and what raises an error."""
 
 from __future__ import annotations
 

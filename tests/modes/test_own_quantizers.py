@@ -1,4 +1,4 @@
-"""Any PT2E quantizer in mode pt2e: its grids, our FakeQuantizes, BatchNorm folded whatever it knows of BatchNorm."""
+"""Any PT2E quantizer in mode pt2e: its grids, our FakeQuantizes, BatchNorm folded in any case."""
 
 from __future__ import annotations
 
@@ -164,10 +164,10 @@ def test_what_cannot_be_trained_is_refused_before_it_is(what: str, says: str) ->
 
 
 class Callback(OwnQuantizer):
-    """Puts an observer of its own in, where upstream asks it to."""
+    """Inserts its own observer, where upstream asks it to."""
 
     def prepare_obs_or_fq_callback(self, model: fx.GraphModule, edge_or_node_to_obs_or_fq: dict[Any, Any]) -> None:
-        """Of the input."""
+        """The input's observer."""
         (input,) = model.graph.find_nodes(op="placeholder")
         edge_or_node_to_obs_or_fq[input] = MinMaxObserver(dtype=torch.int8)
 
@@ -178,13 +178,13 @@ def test_an_observer_besides_the_annotations_is_refused() -> None:
 
 
 class WeightsAlone(OwnQuantizer):
-    """As some runtimes have it: activations are float."""
+    """Activations are float, as in some runtimes."""
 
     def _annotate_weighted(self, node: fx.Node) -> None:
         node.meta[Q_ANNOTATION_KEY] = QuantizationAnnotation({node.args[1]: self.weight})
 
     def annotate(self, model: fx.GraphModule) -> fx.GraphModule:
-        """Weights of linear layers."""
+        """Annotate weights of linear layers."""
         for node in model.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default):
             self._annotate_weighted(node)
         return model
@@ -204,7 +204,7 @@ class Nothing(OwnQuantizer):
     """Annotates nothing."""
 
     def annotate(self, model: fx.GraphModule) -> fx.GraphModule:
-        """Of this graph."""
+        """Annotate this graph."""
         return model
 
 
@@ -238,7 +238,7 @@ def test_arguments_that_it_does_not_take_are_said() -> None:
 
 
 def test_an_observer_is_only_asked_for_its_grid() -> None:
-    """Also one that could not observe at all."""
+    """Also one that cannot observe."""
     quantizer = OwnQuantizer()
     quantizer.activation = QuantizationSpec(torch.int8, PlaceholderObserver, qscheme=torch.per_tensor_affine)
     prepared = get_mode("pt2e").prepare(network(), EXAMPLE, Recipe("pt2e", quantizer))

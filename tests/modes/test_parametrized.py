@@ -1,4 +1,4 @@
-"""Layers whose weight is computed from other parameters: float with the reason in fx, refused where a mode cannot."""
+"""Layers whose weight is computed from parameters: float with the reason in fx; an error in other modes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ EXAMPLE = Example((IMAGES,))
 
 
 class Normed(nn.Module):
-    """A convolution with BatchNorm and a linear layer with a computed weight, each with a ReLU behind."""
+    """A convolution with BatchNorm and a linear layer with a computed weight, each followed by a ReLU."""
 
     def __init__(self, norm: Callable[[nn.Module], nn.Module]) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class Normed(nn.Module):
 
 
 class ReadElsewhere(nn.Module):
-    """A computed weight that a function reads as well."""
+    """A computed weight that a function also reads."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ class ReadElsewhere(nn.Module):
 
 
 def train(prepared: nn.Module, inputs: Tensor) -> None:
-    """Three steps."""
+    """Train for three steps."""
     optimizer = torch.optim.SGD(prepared.parameters(), 0.01)
     for _ in range(3):
         optimizer.zero_grad()

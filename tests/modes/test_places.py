@@ -1,4 +1,4 @@
-"""Names of the places where a prepared network rounds: the float network's, in every mode."""
+"""The names of places where a prepared network rounds are the float network's, in every mode."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_a_range_that_two_layers_share_has_a_place_at_each(mode: str) -> None:
 
 
 class SameName(nn.Module):
-    """A parameter of forward is called as a layer is."""
+    """A parameter of forward has the name of a layer."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What is particular to mode pt2e; what holds in every mode is in test_every_pair."""
+"""Features of mode pt2e only; those of every mode are in test_every_pair."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ BACKENDS = ("x86", "xnnpack")
 
 @pytest.fixture(autouse=True)
 def decomposed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compiling takes seconds: the tests that are about it turn it on."""
+    """Compiling takes seconds, so only tests of it enable it."""
     monkeypatch.setenv("QAT_LIGHTNING_COMPILE", "0")
 
 
 class Small(nn.Module):
-    """BatchNorm with settings of its own, a residual add with gamma 0, depthwise with ReLU6, dropout twice."""
+    """BatchNorm with custom settings, a residual add with gamma 0, depthwise with ReLU6, dropout twice."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -103,7 +103,7 @@ def off(prepared: nn.Module) -> nn.Module:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_without_rounding_it_is_the_float_network(backend: str) -> None:
-    """In training and evaluation, with dropout and BatchNorm's settings, at any batch size, whatever the switches."""
+    """In training and evaluation, with dropout and BatchNorm's settings, at any batch size and phase."""
     torch.manual_seed(0)
     network = Small()
     reference = copy.deepcopy(network)
@@ -170,7 +170,7 @@ def test_batchnorm_moves_in_training_only_and_not_when_frozen() -> None:
 
 
 def test_batchnorm_of_any_kind_has_its_flags() -> None:
-    """A subclass, ``F.batch_norm`` on own tensors, and one without running statistics."""
+    """A subclass, ``F.batch_norm`` on the network's tensors, and one without running statistics."""
 
     class Twice(nn.BatchNorm2d):
         def forward(self, input: Tensor) -> Tensor:
@@ -492,7 +492,7 @@ def test_int8_is_an_ordinary_module() -> None:
 
 
 class Sequence(nn.Module):
-    """A recurrent layer between two linear ones; what it is made with is given."""
+    """A recurrent layer between two linear ones, with given arguments."""
 
     def __init__(self, kind: type[nn.RNNBase], **settings: Any) -> None:
         super().__init__()
@@ -598,7 +598,7 @@ def test_dropout_inside_a_recurrent_layer_is_refused(kind: type[nn.RNNBase]) -> 
 
 @pytest.mark.slow
 def test_compiled_equals_decomposed_at_any_batch_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One library for all batch sizes, which copies share."""
+    """One library for all batch sizes, shared by copies."""
     torch.manual_seed(0)
     prepared = prepare(Small())
     fit(prepared)
@@ -639,7 +639,7 @@ def test_recurrent_layers_are_compiled(monkeypatch: pytest.MonkeyPatch, kind: ty
 
 @pytest.mark.slow
 def test_compiled_layers_equal_on_images_of_one_channel() -> None:
-    """Inductor reads the output of the first convolution in the wrong layout when the batch may have any size."""
+    """Inductor reads the output of the first convolution in the wrong layout if the batch size is dynamic."""
     layers = (nn.Conv2d(1, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU6(), nn.Conv2d(16, 8, 1), nn.ReLU())
     example = Example((torch.randn(4, 1, 8, 8),))
     prepared = prepare(nn.Sequential(*layers, nn.Conv2d(8, 8, 3, groups=8), nn.ReLU()), example)

@@ -1,4 +1,4 @@
-"""What AOTInductor makes of the int8 graphs of mode pt2e, and what is said where it makes nothing."""
+"""Int8 graphs of mode pt2e compiled by AOTInductor, and messages if that fails."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def convert(network: nn.Module, example: Example) -> Int8Network:
 
 @pytest.mark.slow
 def test_sequences_run_in_int8_kernels() -> None:
-    """With residual adds, at any batch size, and where gradients are on as it is compiled."""
+    """With residual adds, at any batch size, and with gradients enabled during compilation."""
     torch.manual_seed(0)
     example = Example((torch.randn(8, 3, 40),))
     network = convert(Sequences(), example)
@@ -66,7 +66,7 @@ def test_sequences_run_in_int8_kernels() -> None:
 
 
 def test_an_error_without_words_is_named_by_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And no compiler is blamed where there is one."""
+    """And a missing compiler is not reported if there is one."""
 
     def fuse(*inputs: Any) -> Any:
         raise AssertionError

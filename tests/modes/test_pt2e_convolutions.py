@@ -1,4 +1,4 @@
-"""Convolutions that mode pt2e left float once: of sequences without a ReLU, and padded by name."""
+"""Convolutions that mode pt2e once left float: of sequences without a ReLU, and with padding by name."""
 
 from __future__ import annotations
 

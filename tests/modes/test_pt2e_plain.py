@@ -1,4 +1,4 @@
-"""Mode pt2e without a compiler: oneDNN's int8 kernels for plain tensors in the place of the decomposed layers."""
+"""Mode pt2e without a compiler: oneDNN's int8 kernels for plain tensors replace decomposed layers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from qat_lightning.settings.backends import get_backend
 
 
 class Residual(nn.Module):
-    """A sum whose first operand has no grid of its own, pooling, and a linear layer on three dimensions."""
+    """A sum whose first operand is not quantized, pooling, and a linear layer on three dimensions."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -130,7 +130,7 @@ def test_what_an_op_gets_wrong_behind_a_layer_runs_by_itself(monkeypatch: pytest
 
 
 class Sums(nn.Module):
-    """The tensor that the first sum adds is read again later, and that of the second is not."""
+    """A tensor that the first sum adds is read again later, and that of the second is not."""
 
     def __init__(self) -> None:
         super().__init__()

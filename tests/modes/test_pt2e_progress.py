@@ -1,4 +1,4 @@
-"""What takes long says so while it does."""
+"""Messages during long operations."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a graph reads besides its input: constants that are read several times, and tensors that no grid is for."""
+"""Tensors other than inputs that a graph reads: constants with several readers, and tensors that are not quantized."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class ConstantsReadTwice(nn.Module):
-    """A buffer under two names, one of them that of an op, a parameter and a view of it, and a constant made here."""
+    """A buffer under two names, one of them like an op, a parameter and its view, and a constant created in forward."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class ConstantsReadTwice(nn.Module):
 
 
 class WeightReadTwice(nn.Module):
-    """A decoder with the weight of its encoder, and a layer called twice whose bias is read besides."""
+    """A decoder with the weight of its encoder, and a layer called twice whose bias is also read directly."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class WeightReadTwice(nn.Module):
 
 
 class IntegersAndMasks(nn.Module):
-    """Integers, masks, float64 and a spectrum through ops that the quantizers know."""
+    """Integers, masks, float64 and a spectrum as inputs of ops that quantizers support."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Transposed convolutions in mode pt2e on x86: fake-quant in training, int8, in files."""
+"""Transposed convolutions in mode pt2e on x86: fake-quant in training, int8, files."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def decomposed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def trained(network: nn.Module, example: Example, recipe: Recipe = RECIPE) -> nn.Module:
-    """Prepared, with ranges, and with a BatchNorm that does something."""
+    """Prepared and with ranges, and with a BatchNorm that is not the identity."""
     for module in network.modules():
         if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
             for tensor in (module.weight, module.bias, module.running_mean, module.running_var):
@@ -115,7 +115,7 @@ def test_before_the_first_rounding_the_prepared_network_is_the_float_one() -> No
 
 
 class Functional(nn.Module):
-    """A weight of its own that two calls share, one of them without bias."""
+    """A weight of the network that two calls share, one of them without bias."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -138,7 +138,7 @@ def test_functions_and_weights_that_are_used_twice() -> None:
 
 
 class ByTheInput(nn.Module):
-    """A kernel that is computed from the input, which has no grid of its own."""
+    """A kernel computed from the input, which is not quantized."""
 
     def __init__(self) -> None:
         super().__init__()

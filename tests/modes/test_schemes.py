@@ -1,4 +1,4 @@
-"""Every mode × backend pair with other schemes than the default: int8 is what fake-quant was, on the scheme's grid."""
+"""Every mode × backend pair with other schemes than the default: int8 equals fake-quant, on the scheme's grid."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a network that is sharded is as a whole; with real shards in `tests/callbacks/test_sharded.py`."""
+"""Whole copies of sharded networks; with real shards in `tests/callbacks/test_sharded.py`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Embeddings in static networks: fake-quantized tables that train, and become integers that yield the same values."""
+"""Embeddings in static networks: fake-quantized tables that train, and integers with the same values."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ IDS = torch.tensor([[1, 2, 3, 0], [4, 5, 0, 0], [11, 6, 1, 7]])
 
 
 class Words(nn.Module):
-    """A table, one of positions, and a head that may have the weight of the first."""
+    """A table, one of positions, and a head that may be tied to the first."""
 
     def __init__(self, tied: bool = True, **arguments: Any) -> None:
         super().__init__()
@@ -108,7 +108,7 @@ def converted(prepared: nn.Module, mode: str) -> Converted:
 
 
 def as_trained(prepared: nn.Module, name: str) -> Tensor:
-    """A table as fake-quant has it."""
+    """A fake-quantized table."""
     table: Any = cpu_copy(prepared).get_submodule(name)
     rounded: Tensor = table.weight_fake_quant(table.weight)
     return rounded
@@ -206,7 +206,7 @@ def test_what_stays_float_says_why(
 
 
 class Read(nn.Module):
-    """A table whose weight ``forward`` reads as well."""
+    """A table whose weight ``forward`` also reads."""
 
     def __init__(self, read: Any) -> None:
         super().__init__()
@@ -251,7 +251,7 @@ class Scaled(nn.Embedding):
 
 
 class Shifted(nn.Embedding):
-    """Looks up other rows than those that it is asked for, and adds a parameter."""
+    """Looks up other rows than requested, and adds a parameter."""
 
     def __init__(self, *args: Any, **arguments: Any) -> None:
         super().__init__(*args, **arguments)
@@ -356,7 +356,7 @@ def test_a_table_can_be_left_float_later(mode: str) -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_network_is_prepared_again(mode: str) -> None:
-    """What a preparation before put into its embeddings is forgotten."""
+    """The state of an earlier preparation of its embeddings is discarded."""
     network = Words(tied=False)
     get_mode("fx").prepare(network, Example((IDS,)), Recipe("fx", "x86"))
     again = get_mode(mode).prepare(network, Example((IDS,)), Recipe(mode, "x86", exclude=("words",)))

@@ -1,4 +1,4 @@
-"""Torch's attention and transformer layers in every mode: what their linear maps compute is int8."""
+"""Torch's attention and transformer layers in every mode: their linear maps are int8."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def network_of(case: str) -> tuple[nn.Module, Example]:
 
 
 def train(prepared: nn.Module, example: Example) -> None:
-    """A few steps with rounding on; gradients stay."""
+    """Train a few steps with fake-quantization; return the gradients."""
     set_phase(prepared, fake_quant=True, observers=True, batchnorm_frozen=False)
     prepared.train()
     for _ in range(3):
@@ -117,7 +117,7 @@ def train(prepared: nn.Module, example: Example) -> None:
 
 
 class Own(nn.TransformerDecoderLayer):
-    """A class of one's own that changes a part of torch's."""
+    """A subclass that changes a part of torch's class."""
 
     def _ff_block(self, x: Tensor) -> Tensor:
         return 0.5 * super()._ff_block(x)

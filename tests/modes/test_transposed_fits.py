@@ -49,7 +49,7 @@ def test_a_fit_goes_on_where_it_was(mode: str, tmp_path: Path, monkeypatch: pyte
 
 
 class OfOneSample(nn.Module):
-    """Takes a sample out of the batch, and has a BatchNorm whose channels are another dimension's."""
+    """Takes a sample out of the batch, and has a BatchNorm over another dimension."""
 
     def __init__(self) -> None:
         super().__init__()

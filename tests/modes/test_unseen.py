@@ -1,4 +1,4 @@
-"""Places that training never reaches with a finite value stay float, and are named; the rest is int8 all the same."""
+"""Places without any finite value in training stay float and are named; the rest is int8."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class MaskedAttention(nn.Module):
-    """An additive mask holds -inf, and so does what it is added to, in every batch."""
+    """An additive mask contains -inf, and so does its sum with the scores, in every batch."""
 
     batch = (torch.randn(4, 6, 8), torch.full((6, 6), -math.inf).triu(1))
     layers = ("query", "key", "value", "head")

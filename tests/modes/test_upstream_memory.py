@@ -1,4 +1,4 @@
-"""Nothing of a network stays in the process once it was prepared, converted or rehearsed on a copy."""
+"""No reference to a network remains in the process after preparation, conversion or rehearsal."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _CHANNELS = 613  # which no other network here has
 
 
 def _weights() -> list[Tensor]:
-    """The weights and what was made of them, wherever they are."""
+    """The weights and copies of them, anywhere in the process."""
     shape = (_CHANNELS, 3, 3, 3)
     return [o for o in gc.get_objects() if type(o) in (Tensor, nn.Parameter) and tuple(o.shape) == shape]
 

@@ -1,4 +1,4 @@
-"""Ranges of single batches out of their histograms, and the moving average of them."""
+"""Ranges of single batches from histograms, and their moving average."""
 
 from __future__ import annotations
 

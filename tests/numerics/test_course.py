@@ -1,4 +1,4 @@
-"""When ranges move: with the network's training as a whole, and once for each of its forward passes."""
+"""When ranges are updated: with the training of the whole network, and once per forward pass."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Transfer(nn.Module):
 
 
 class Levels(nn.Module):
-    """One layer for inputs of several sizes, as a detector's head is."""
+    """One layer for inputs of several sizes, like a detector's head."""
 
     def __init__(self, factors: tuple[float, ...] = (3.0, 1.0, 0.3)) -> None:
         super().__init__()
@@ -89,7 +89,7 @@ def test_ranges_move_while_the_network_trains_and_not_in_validation(mode: str) -
 
 
 class KeptInEval(LightningModule):
-    """Puts the network, or a part of it, into evaluation in every training step, and validates on larger values."""
+    """Sets the network, or a part, to evaluation mode in every training step, and validates on larger values."""
 
     def __init__(self, part: str) -> None:
         super().__init__()

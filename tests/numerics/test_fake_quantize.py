@@ -1,4 +1,4 @@
-"""The arithmetic, against float64, against upstream's kernels, and against what the int8 kernels store."""
+"""The arithmetic, compared with float64, with upstream's kernels, and with the integers of int8 kernels."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_zero_is_exactly_representable(a: float, b: float, grid: tuple[int, int]
     st.integers(0, 255),
 )
 def test_rounding_equals_the_integers_that_kernels_store(values: list[float], scale: float, zero_point: int) -> None:
-    """Where there is no tie: there ``quantize_per_tensor`` adds the zero point first, and an odd one turns it."""
+    """Except ties: ``quantize_per_tensor`` adds the zero point before rounding, and an odd one reverses them."""
     x = torch.tensor(values)
     assume(zero_point % 2 == 0 or not (x / scale * 2 % 2 == 1).any())
     rounded = fake_quantize(
@@ -126,7 +126,7 @@ def laid_out(x: Tensor, layout: str) -> Tensor:
 
 
 def border_values(seed: int, scale: Tensor) -> Tensor:
-    """Values all over the grid and beyond, among them every tie, and the next float32 on both sides of it."""
+    """Values across the grid and beyond, including every tie and the next float32 on both sides of it."""
     generator = torch.Generator().manual_seed(seed)
     ties = torch.arange(-600, 601) / 2
     ties = torch.stack([ties * scale, ties / (1.0 / scale)]).flatten()
@@ -187,7 +187,7 @@ def test_values_and_gradients_per_channel_are_those_of_torchs_kernel(
 def test_nothing_of_a_weight_is_beyond_its_own_symmetric_range(
     seed: int, size: float, grid: tuple[int, int], per_channel: bool, layout: str
 ) -> None:
-    """So that nothing has to be clamped, and the whole gradient passes, as in torch's kernel."""
+    """Nothing has to be clamped, and the whole gradient passes, as in torch's kernel."""
     low, high = grid
     x = laid_out(torch.randn(5, 4, 3, 6, generator=torch.Generator().manual_seed(seed)) * size, layout)
     fq = FakeQuantize(

@@ -1,4 +1,4 @@
-"""Scales and zero points that learn: values and gradients of the papers, and when they are whose."""
+"""Learned scales and zero points: values and gradients of the papers, and when they start to learn."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def activation_fq(learned: str = "lsq+") -> FakeQuantize:
 @given(SEEDS, st.sampled_from([-0.5, 0.0, 0.6]), st.sampled_from([1.0, 0.25, 3.0]))
 @settings(max_examples=30)
 def test_sgd_moves_the_scale_as_lsq_does(seed: int, u: float, rate: float) -> None:
-    """Esser et al., equation 3, with the gradient scale of section 2.2; ``rate`` times as fast."""
+    """Esser et al., equation 3, with the gradient scale of section 2.2, and the learning rate multiplied by ``rate``."""
     weight = torch.randn(50, generator=torch.Generator().manual_seed(seed))
     fq = weight_fq(rate=rate)
     fq(weight)
@@ -115,7 +115,7 @@ def test_values_and_gradients_are_those_of_torchs_kernel(seed: int, per_channel:
 
 
 def error_of(fq: FakeQuantize, x: torch.Tensor, qparams: tuple[torch.Tensor, torch.Tensor]) -> float:
-    """The squared error that a scale and a zero point make."""
+    """The squared error with a given scale and zero point."""
     return float((fq.grid.round(x, *qparams) - x).square().mean())
 
 
@@ -191,7 +191,7 @@ def test_8_bits_begin_at_the_observed_range() -> None:
 @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam])
 @pytest.mark.parametrize("is_weight", [True, False])
 def test_a_scale_never_grows_until_everything_is_rounded_to_0(optimizer: Any, is_weight: bool) -> None:
-    """With a rate at which LSQ's scale leaves all values behind in one step, and a gradient that wants it to grow."""
+    """With a rate at which LSQ's scale exceeds all values in one step, and a gradient that increases it."""
     step = LearnedStep(None, quant_min=-7, quant_max=7, learn_zero_point=False)
     x = torch.linspace(-1, 1, 64)
     step.begin(torch.tensor(1 / 7), torch.tensor(0))

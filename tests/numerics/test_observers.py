@@ -1,4 +1,4 @@
-"""Histograms that add up exactly, and the ranges that are chosen from them."""
+"""Histograms that add up exactly, and the ranges chosen from them."""
 
 from __future__ import annotations
 
@@ -120,12 +120,12 @@ def test_entropy_leaves_outliers_out_and_the_bulk_in(seed: int) -> None:
 
 
 def divergences(values: np.ndarray, width: float, levels: int) -> dict[int, float]:
-    """Of each threshold, in bins: its Kullback-Leibler divergence, as Migacz's slides write it down, step by step.
+    """For each threshold, in bins: the Kullback-Leibler divergence, step by step as in Migacz's slides.
 
     Args:
-        values: Magnitudes, of one sign or of both.
-        width: Of a bin.
-        levels: What the bins below a threshold are merged into.
+        values: Magnitudes, of one sign or both.
+        width: Width of a bin.
+        levels: Number of levels that the bins below a threshold are merged into.
     """
     last = int(np.ceil(values.max() / width))
     counts, _ = np.histogram(values, bins=last, range=(0.0, last * width))

@@ -1,4 +1,4 @@
-"""Counting reversals of integers, and freezing at their average, against the definition written out for one weight."""
+"""Counting reversals of integers, and freezing at their average, compared with the definition for one weight."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ courses = st.lists(st.integers(-3, 3), min_size=2, max_size=40)
 
 
 def by_hand(course: list[int], momentum: float) -> tuple[float, float]:
-    """Frequency and average of one weight, as the paper has them in words."""
+    """Frequency and average of one weight, as described in the paper."""
     frequency, average, last, direction = 0.0, float(course[0]), course[0], 0
     for now in course[1:]:
         turned = (now > last) - (now < last)

@@ -1,4 +1,4 @@
-"""Activation checkpointing: kept in mode eager, as if there were none; refused where a graph would lose it."""
+"""Activation checkpointing: supported in mode eager; an error where a graph would lose it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ WAYS = ("plain", "reentrant", "sequential", "nested")
 
 
 class Parts(nn.Module):
-    """A part that runs three times on tensors of different ranges, and one that begins inside a chain."""
+    """A part that runs three times on tensors with different ranges, and one that begins inside a chain."""
 
     def __init__(self, way: str) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class Parts(nn.Module):
 
 
 def trained(way: str) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
-    """Gradients of three steps, each of two forward passes, and the ranges after them."""
+    """Gradients of three steps with two forward passes each, and the ranges after them."""
     torch.manual_seed(0)
     example = Example((torch.randn(4, 3, 8, 8),))
     prepared = get_mode("eager").prepare(Parts(way), example, Recipe("eager", "x86")).train()

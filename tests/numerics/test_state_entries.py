@@ -27,7 +27,7 @@ def test_what_was_changed_is_refused(entry: object) -> None:
 
 
 def test_a_part_that_torch_loads_by_itself_says_nothing_of_other_entries() -> None:
-    """``set_model_state_dict`` gives placeholders for extra states that it was not given."""
+    """``set_model_state_dict`` passes placeholders for missing extra states."""
     from torch.distributed.checkpoint.state_dict import _EXTRA_STATE
 
     whole = {"net.weight": torch.ones(1), "net._quantization._extra_state": to_tensor(VALUES)}

@@ -1,4 +1,4 @@
-"""The decomposed graph stands for PT2E's compiled network, which takes seconds to compile; `tests/modes` compiles."""
+"""PT2E networks run their decomposed graph, because compiling takes seconds; `tests/modes` compiles."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Learned rounding is never worse than the nearest points, stays on the grid, and survives conversion."""
+"""Learned rounding is never worse than rounding to nearest, stays on the grid, and survives conversion."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ def test_statistics_are_those_of_the_pooled_batches(sizes: list[int], seed: int,
 @pytest.mark.parametrize("name", ["plain", "residual", "depthwise", "shared_layers"])
 @pytest.mark.parametrize("mode", MODES)
 def test_a_prepared_network_has_those_of_its_own_layers(mode: str, name: str) -> None:
-    """The first BatchNorm sees what its convolution, rounded, gives; nothing else moves."""
+    """The first BatchNorm gets the output of its rounded convolution; nothing else changes."""
     torch.manual_seed(0)
     case = CASE[name]
     network = case.network()
@@ -91,7 +91,7 @@ def test_no_batches_and_no_batchnorm() -> None:
 @pytest.mark.parametrize("make", [Lit, OwnForward])
 @pytest.mark.parametrize("mode", MODES)
 def test_in_a_fit(mode: str, make: Any) -> None:
-    """Weights and ranges end where they end without it; the statistics do not, and int8 has them."""
+    """Weights and ranges end as without it; the statistics differ, and int8 has them."""
     ends, callbacks = [], []
     for others in ([], [BatchNormReestimation(batches=4)]):
         seed_everything(0, verbose=False)

@@ -1,4 +1,4 @@
-"""Bias correction takes the mean error of rounded weights away, in every mode."""
+"""Bias correction removes the mean error of rounded weights, in every mode."""
 
 from __future__ import annotations
 

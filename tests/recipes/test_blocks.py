@@ -1,4 +1,4 @@
-"""Layers of a block whose rounding is learned together: blocks that are found or named, and what is won."""
+"""Learning the rounding of a block's layers together: blocks found or named, and the gain."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ IMAGES = dataset()[:32][0]
 
 
 class Block(nn.Module):
-    """A residual block whose first operation works in place on what it is given."""
+    """A residual block whose first operation works in place on its input."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ def prepare(mode: str, network: nn.Module | None = None, prefix: str = "") -> tu
 
 
 def distance(prepared: nn.Module, batches: list[Example]) -> float:
-    """Of the network with its weights rounded, and all else float, from the float network."""
+    """The error of the network with rounded weights, and all else float, relative to the float network."""
     from qat_lightning.recipes.sequence import float_copy, use
 
     plain = prepared_state(prepared).float_network.eval()

@@ -63,7 +63,7 @@ _SHAPES = st.sampled_from([((5, 3), 1), ((2, 4, 3, 3), 1), ((2, 3, 7), 2), ((3, 
 
 
 def _plain(student: Tensor, teacher: Tensor, temperature: float, axis: int) -> Tensor:
-    """On whole tensors, in single operations of torch."""
+    """On whole tensors, with single operations of torch."""
     wanted, got = ((scores.float() / temperature).log_softmax(axis) for scores in (teacher, student))
     return F.kl_div(got, wanted, reduction="none", log_target=True).sum(axis).mean() * temperature**2
 
@@ -152,7 +152,7 @@ def test_classes_that_the_teacher_rules_out_and_empty_batches() -> None:
 
 
 def test_no_more_than_scores_gradient_and_a_chunk_are_alive() -> None:
-    """Whole tensors that are made in a step, forward and backward: with the teacher's scores given, none."""
+    """The whole tensors created in a step, forward and backward; with the teacher's scores given, none."""
 
     class Sizes(TorchDispatchMode):
         made: ClassVar[list[int]] = []
@@ -231,7 +231,7 @@ FEATURES = {
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", FEATURES)
 def test_features_are_those_of_the_float_network(mode: str, name: str) -> None:
-    """The check itself compares them; then they get gradients, and the network is as it was."""
+    """The check itself compares them; then they get gradients, and the network is unchanged."""
     prepared, example = prepare(mode, CASE[name])
     wanted = DistillationSettings(features=tuple(FEATURES[name]))
     check_distillation(prepared, example, wanted)

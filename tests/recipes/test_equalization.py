@@ -1,4 +1,4 @@
-"""Equalization keeps what a network computes, and makes ranges equal."""
+"""Equalization keeps the outputs of a network, and makes ranges equal."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.support.networks import CASES, Depthwise
 
 
 def unfair(network: nn.Module, seed: int = 0) -> nn.Module:
-    """Give channels and statistics of very different sizes, as MobileNets have."""
+    """Give channels and statistics very different sizes, as in MobileNets."""
     generator = torch.Generator().manual_seed(seed)
     for module in network.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -84,7 +84,7 @@ def test_relu6_is_kept_where_the_network_is_to_stay_the_same() -> None:
 
 
 class Groups(nn.Module):
-    """Grouped convolutions, a Conv1d-like chain of linears, a shared layer and tied weights."""
+    """Grouped convolutions, a Conv1d-like chain of linear layers, a shared layer and tied weights."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""BatchNorm folded away and back: the network computes the same in evaluation."""
+"""Folding BatchNorm and restoring it: the network computes the same in evaluation."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_what_does_not_fold_stays() -> None:
 
 
 class Reads(nn.Module):
-    """Also reads what folding would change."""
+    """Also reads a tensor that folding would change."""
 
     def __init__(self, what: str) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Folding BatchNorm for inference: what is folded, that the result computes the same, and what is refused."""
+"""Folding BatchNorm for inference: what is folded, that outputs stay the same, and errors."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_the_count_is_that_of_conversion(name: str) -> None:
 
 
 class Peeks(nn.Module):
-    """Looks for its BatchNorm."""
+    """Looks up its BatchNorm."""
 
     def __init__(self, attribute: str) -> None:
         super().__init__()
@@ -76,7 +76,7 @@ def test_what_computes_something_else_is_refused(attribute: str, message: str) -
 
 
 class Tapped(nn.Module):
-    """The convolution's output goes to BatchNorm and elsewhere."""
+    """BatchNorm and another op read the convolution's output."""
 
     def __init__(self) -> None:
         super().__init__()

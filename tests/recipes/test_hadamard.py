@@ -1,4 +1,4 @@
-"""Matrices for rotations: orthogonal for each size, with entries that are about as large everywhere."""
+"""Matrices for rotations: orthogonal for each size, with entries of similar magnitude."""
 
 from __future__ import annotations
 

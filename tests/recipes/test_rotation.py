@@ -1,4 +1,4 @@
-"""Rotation keeps what a network computes, and spreads the outliers of its channels over all of them."""
+"""Rotation keeps the outputs of a network, and spreads outliers over all channels."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.recipes.test_smoothquant import FEATURES, TOKENS, Gated, encoder
 
 
 def trained(network: nn.Module) -> nn.Module:
-    """With no parameter at its start."""
+    """Move every parameter away from its initial value."""
     torch.manual_seed(0)
     for parameter in network.parameters():
         if parameter.dim() == 1:
@@ -33,7 +33,7 @@ def trained(network: nn.Module) -> nn.Module:
 
 
 class Llama(nn.Module):
-    """RMSNorm by hand, two query heads to a key, a packed gate, a head of its own; 24 channels, heads of 6."""
+    """Manual RMSNorm, two query heads per key, a packed gate, a separate head; 24 channels, heads of 6."""
 
     def __init__(self, tied: bool = False) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ class Llama(nn.Module):
 
 
 class ClassToken(nn.Module):
-    """Patches of an image, a class token in front of them, positions, torch's own encoder, a head without a bias."""
+    """Image patches, a class token before them, positions, torch's own encoder, a head without a bias."""
 
     def __init__(self, width: int = 16) -> None:
         super().__init__()
@@ -112,7 +112,7 @@ def test_the_network_computes_the_same(name: str) -> None:
 
 
 def test_scales_and_shifts_of_norms_go_into_what_reads_them() -> None:
-    """But the shift of a norm stays where a layer behind it has no bias."""
+    """The shift of a norm stays if a layer after it has no bias."""
     network = trained(ClassToken())
     rotate(network, Example((IMAGES,)))
     norms = [module for module in network.modules() if isinstance(module, nn.LayerNorm)]
@@ -154,7 +154,7 @@ def test_a_tied_head_is_rotated_with_its_table_where_nothing_scales() -> None:
 
 
 class Odd(nn.Module):
-    """Two linear layers with a norm in between, and something else that reads the same channels or weights."""
+    """Two linear layers with a norm between them, and another reader of the same channels or weights."""
 
     def __init__(self, otherwise: Any) -> None:
         super().__init__()
@@ -211,7 +211,7 @@ def test_what_was_done_is_one_sentence() -> None:
 
 
 def with_outliers(where: str) -> nn.Module:
-    """Normal weights, as trained ones about are; two channels of the residual stream or of each weight are large."""
+    """Normal weights, like trained ones; two channels of the residual stream or of each weight are large."""
     network = trained(CharTransformer(20, 12, 64, 2, 4))
     with torch.no_grad():
         for name, parameter in network.named_parameters():

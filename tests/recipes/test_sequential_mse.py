@@ -1,4 +1,4 @@
-"""Ranges of weights by the error of each layer's output: never worse, in every mode, and in whole fits."""
+"""Weight ranges chosen by the error of each layer's output: never worse, in every mode, and in whole fits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SmoothQuant keeps what a network computes, and moves outliers of activations into the weights that read them."""
+"""SmoothQuant keeps the outputs of a network, and moves outliers of activations into weights."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from qat_lightning.settings.recipe import Recipe
 
 
 def with_outliers(network: nn.Module, size: float = 30.0) -> nn.Module:
-    """Let every third channel of the norms be large, as in language models, and no parameter be at its start."""
+    """Make every third channel of the norms large, as in language models, and change all initial parameters."""
     torch.manual_seed(0)
     for name, parameter in network.named_parameters():
         if parameter.dim() == 1:
@@ -33,7 +33,7 @@ def with_outliers(network: nn.Module, size: float = 30.0) -> nn.Module:
 
 
 class Gated(nn.Module):
-    """RMSNorm written by hand, two query heads to a key, a gate, a scale of each channel, and a tied head."""
+    """Manual RMSNorm, two query heads per key, a gate, a scale per channel, and a tied head."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -107,7 +107,7 @@ def test_factors_are_those_of_the_paper() -> None:
 
 
 def test_channels_that_go_elsewhere_stay() -> None:
-    """Half of the channels of one layer are returned, half of another's meet a GELU."""
+    """Half of the channels of one layer are returned, half of another's go to a GELU."""
 
     class Halves(nn.Module):
         def __init__(self) -> None:

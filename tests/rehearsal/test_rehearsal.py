@@ -1,4 +1,4 @@
-"""What is known before a training: that all goes through, or what has to stay float and why."""
+"""What a rehearsal finds before training: that everything works, or which layers stay float and why."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def _prepared(mode: str) -> nn.Module:
 
 @pytest.fixture
 def saturating_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernel of the layer with 7 outputs halves what it computes."""
+    """The kernel of the layer with 7 outputs halves its outputs."""
     plain = nniq.LinearReLU.forward
 
     def forward(self: Any, x: Tensor) -> Tensor:
@@ -62,7 +62,7 @@ def saturating_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _refuse(monkeypatch: pytest.MonkeyPatch, mode: str, *names: str) -> None:
-    """Let conversion fail, with no word on where, unless these layers are left float."""
+    """Make conversion fail without naming a layer, unless these layers are left float."""
     flow = type(get_mode(mode))
     plain = flow.convert
 

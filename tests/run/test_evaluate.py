@@ -1,4 +1,4 @@
-"""Testing every variant, and where the results go, with a callback that only says which variant runs."""
+"""Testing every variant, and where results are logged, with a callback that only selects the variant."""
 
 import csv
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Bits by budget: what was asked for is kept by networks that are really made, and what is printed makes them again."""
+"""Bits within limits: converted networks keep the limits, and the printed choice reproduces them."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ pytest.importorskip("scipy")
 
 
 class Perceptron(nn.Module):
-    """Four layers, of which the second has one weight that is far larger than the rest of its row."""
+    """Four layers; in the second, one weight is much larger than the rest of its row."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ def found(mode: str = "fx", **settings: Any) -> Sensitivity:
 
 
 def made_by_hand(result: Sensitivity, choice: BitChoice) -> tuple[float, float]:
-    """The metric and the size of a network that is prepared with the choice's overrides."""
+    """The metric and size of a network prepared with the choice's overrides."""
     recipe = replace(result.recipe, scheme=replace(result.recipe.scheme, overrides=choice.overrides))
     prepared = prepare(network(), Example((data()[0],)), recipe)
     if recipe.kind == "static":

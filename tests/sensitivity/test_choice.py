@@ -1,4 +1,4 @@
-"""The choice of a candidate for each layer is the best there is: held to trying all of them."""
+"""The choice of a candidate per layer is optimal: compared with trying all."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ LIMIT = st.one_of(st.just(math.inf), st.floats(0.0, 1.0))
 
 
 def every_choice(costs: Any, limits: Limits) -> list[tuple[int, ...]]:
-    """All that keep the limits."""
+    """All choices within the limits."""
     found = itertools.product(*(range(len(row)) for row in costs))
     names = ("loss", "size", "time")
     return [c for c in found if all(total(costs, c, name) <= getattr(limits, name) for name in names)]

@@ -118,7 +118,7 @@ def test_a_run_is_ranked_on_the_grids_of_its_kind(run: Path) -> None:
 
 
 def test_sqnr_is_that_of_the_validation_data(run: Path) -> None:
-    """Two batches of it, by hand."""
+    """Two of its batches, processed by hand."""
     cfg = config_of_run(run, [])
     found = measure_run(cfg, run / "checkpoints" / "last.ckpt", Options("sqnr", validation_batches=2))
     datamodule = instantiate(cfg.data.datamodule)

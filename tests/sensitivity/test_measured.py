@@ -1,4 +1,4 @@
-"""Which layer quantization hurts, on networks that are made so that one does; and budgets that are kept or not."""
+"""Sensitive layers are found in networks made to have one; budgets are kept, or reported as not kept."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ COARSE = Scheme(weight_bits=4, weight_granularity="per_tensor", weight_observer=
 
 
 class Perceptron(nn.Module):
-    """Three layers, of which the second has one weight that is far larger than the rest."""
+    """Three layers; in the second, one weight is much larger than the rest."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ def test_kinds_without_calibration_are_ranked_on_their_own_grids(kind: Any, sche
 
 
 class Agreement:
-    """The share of samples with the top class of a reference, as a metric."""
+    """The share of samples with a reference's top class, as a metric."""
 
     def __init__(self, reference: nn.Module) -> None:
         self.batches = data()
@@ -93,7 +93,7 @@ def found(mode: str, **settings: object) -> tuple[Sensitivity, Agreement]:
 
 
 def measured_with(mode: str, metric: Agreement, **selection: tuple[str, ...]) -> float:
-    """What a network that is prepared so, by hand, does."""
+    """The metric of a network prepared by hand in this way."""
     recipe = Recipe(mode, "x86", COARSE, kind="static", **selection)
     prepared = get_mode(mode).prepare(network(), Example((data()[0],)), recipe)
     calibrate(prepared, data())
@@ -140,7 +140,7 @@ def test_a_budget_that_cannot_be_kept_is_said_to_be() -> None:
 
 
 def test_what_need_not_be_float_is_quantized_again() -> None:
-    """The order by name of what hurts little costs nothing: only the layer that hurts is left."""
+    """An order by name among insensitive layers has no effect: only the sensitive layer is left float."""
     result, _ = found("eager")
     result.rows.sort(key=lambda row: row.name == "second")
     plan = result.within(Budget(max_drop=0.15))
@@ -218,7 +218,7 @@ def mobile() -> tuple[nn.Module, list[Tensor]]:
 
 
 def convert_without(exclude: Sequence[str]) -> None:
-    """Prepare, calibrate and convert in mode fx, and hold the result to fake-quant."""
+    """Prepare, calibrate and convert in mode fx, and compare the result with fake-quant."""
     net, images = mobile()
     recipe = Recipe("fx", "x86", Scheme(weight_bits=4), exclude=tuple(exclude), kind="static")
     prepared = get_mode("fx").prepare(net, Example((images[0],)), recipe, prefix="net")

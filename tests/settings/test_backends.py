@@ -1,4 +1,4 @@
-"""The table of backends, and the engine of the process."""
+"""The table of backends, and the quantized engine of the process."""
 
 from __future__ import annotations
 

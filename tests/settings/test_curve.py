@@ -1,4 +1,4 @@
-"""A number that goes along a cosine: its ends, its order, and what is no number."""
+"""A number that follows a cosine: its ends, its order, and invalid values."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is said of a mode without its code is what its code does."""
+"""The table of modes' traits matches their code."""
 
 import pickle
 

@@ -1,4 +1,4 @@
-"""Layers with a scheme of their own: checked when it is made, the last pattern that matches decides, and it is kept."""
+"""Per-layer overrides: validated at creation, the last matching pattern applies, and serialization."""
 
 from __future__ import annotations
 

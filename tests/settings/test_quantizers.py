@@ -1,4 +1,4 @@
-"""What ``backend=`` may be besides a name, and what a recipe keeps of it."""
+"""Forms of ``backend=`` other than a name, and what a recipe stores of them."""
 
 from __future__ import annotations
 

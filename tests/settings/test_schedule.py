@@ -1,4 +1,4 @@
-"""The schedule is a pure, monotone function, and says clearly what it cannot read."""
+"""The schedule is a pure, monotone function, and raises clear errors for invalid points."""
 
 import math
 from dataclasses import FrozenInstanceError, asdict

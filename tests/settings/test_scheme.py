@@ -1,4 +1,4 @@
-"""Schemes and recipes: values that are checked when they are made, and survive a checkpoint."""
+"""Schemes and recipes: validated at creation, and restored from checkpoints."""
 
 from __future__ import annotations
 

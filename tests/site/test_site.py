@@ -27,12 +27,12 @@ def name_of(path: Path) -> str:
 
 
 def prose(page: Path) -> str:
-    """A page without its blocks of code."""
+    """A page without its code blocks."""
     return CODE.sub("", page.read_text())
 
 
 def anchors(page: Path) -> set[str]:
-    """The anchors of the headings, as GitHub and Python-Markdown both make them."""
+    """The anchors of headings, as GitHub and Python-Markdown create them."""
     headings = re.findall(r"^#+ (.*)$", prose(page), re.MULTILINE)
     words = (re.sub(r"[^\w\s-]", "", heading.replace("`", "")).strip().lower() for heading in headings)
     return {re.sub(r"\s", "-", text) for text in words}
@@ -75,7 +75,7 @@ def test_every_public_name_is_in_the_reference(module: str) -> None:
 
 
 def mkdocs() -> str | None:
-    """The program, of the environment of ``make docs`` or of this one."""
+    """The path of a program, in the environment of ``make docs`` or in this one."""
     return shutil.which("mkdocs", path=f"{ROOT / '.venv-docs' / 'bin'}{os.pathsep}{os.environ['PATH']}")
 
 

@@ -1,4 +1,4 @@
-"""The arithmetic of the integer layers, against upstream's flow by hand and against the float layers."""
+"""The arithmetic of the integer layers, compared with upstream's flow and with the float layers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ WEIGHT_ONLY = Recipe("eager", "x86", kind="weight_only")
 
 
 def upstream(module: nn.Module) -> nn.Module:
-    """Upstream's flow by hand, with its observer of weights on the grid of -127..127."""
+    """Upstream's flow, with its weight observer on -127..127."""
     qconfig = QConfig(
         activation=PlaceholderObserver.with_args(dtype=torch.quint8, is_dynamic=True),
         weight=PerChannelMinMaxObserver.with_args(
@@ -190,7 +190,7 @@ GRIDS = st.builds(
 
 @given(grid=GRIDS, rows=st.integers(1, 4), values=st.integers(1, 37), seed=st.integers(0, 99))
 def test_grid_holds_every_weight(grid: WeightGrid, rows: int, values: int, seed: int) -> None:
-    """In float64: nothing is farther than half a step from its weight unless it was clipped, and 0 stays 0."""
+    """In float64: every value is within half a step of its weight unless it was clipped, and 0 stays 0."""
     weight = torch.randn(rows, values, generator=torch.Generator().manual_seed(seed))
     weight[0, 0] = 0.0
     integers, scales, zero_points = quantize_rows(weight, grid)

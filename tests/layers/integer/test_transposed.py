@@ -1,4 +1,4 @@
-"""Weights of transposed convolutions, whose outputs are in the second dimension."""
+"""Weights of transposed convolutions, whose output channels are the second dimension."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ def uneven(name: str) -> nn.Module:
 
 
 def rows_of(layer: nn.Module, output: int) -> tuple[slice, int]:
-    """Where in the weight that is which leads to an output."""
+    """The part of the weight that belongs to an output channel."""
     inputs, outputs = layer.in_channels // layer.groups, layer.out_channels // layer.groups
     group = output // outputs
     return slice(group * inputs, (group + 1) * inputs), output % outputs
 
 
 def rounded(layer: nn.Module, size: int = 0) -> np.ndarray:
-    """In float64, each output with a scale of its own, or one for each ``size`` values of it."""
+    """In float64, with one scale per output channel, or one per ``size`` values of it."""
     weight = layer.weight.detach().double().numpy().copy()
     for output in range(layer.out_channels):
         part = weight[rows_of(layer, output)].reshape(-1)

@@ -1,4 +1,4 @@
-"""Networks of which no graph is made as a whole: values decide, or a loop goes on until they say so."""
+"""Networks that cannot be captured as a whole, because they branch or loop on values."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 class Detector(nn.Module):
-    """A shared head on two sizes; losses in training, and in evaluation boxes that do not overlap."""
+    """A shared head for two sizes; losses in training, and non-overlapping boxes in evaluation."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -26,7 +26,7 @@ class Detector(nn.Module):
 
 
 def suppressed(row: Tensor) -> Tensor:
-    """The best boxes (first, second, …, score) of which none is near a better one."""
+    """The best boxes (first, second, …, score) without a better one near them."""
     kept: list[int] = []
     for index in row[0].argsort(descending=True)[:8].tolist():
         if all(float((row[1:, index] - row[1:, other]).abs().sum()) > 1e-3 for other in kept):
@@ -35,7 +35,7 @@ def suppressed(row: Tensor) -> Tensor:
 
 
 class Decoder(nn.Module):
-    """A cell that is called until its output says stop, behind an encoder."""
+    """A cell that is called until its output says stop, after an encoder."""
 
     def __init__(self) -> None:
         super().__init__()

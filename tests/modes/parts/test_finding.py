@@ -1,4 +1,4 @@
-"""The largest submodules that mode fx takes."""
+"""The largest submodules that mode fx supports."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_finds_the_largest_submodules_and_their_calls_and_changes_nothing() -> N
 
 
 class Encoder(nn.Module):
-    """Two layers, the first of which has a method of its own."""
+    """Two layers, the first with an additional method."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class Encoder(nn.Module):
 
 
 class Around(nn.Module):
-    """Code that reaches into a submodule in some way beside its forward."""
+    """Code that uses a submodule in other ways than by its forward."""
 
     def __init__(self, way: str) -> None:
         super().__init__()

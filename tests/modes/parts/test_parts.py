@@ -1,4 +1,4 @@
-"""Networks by parts, on plain modules."""
+"""Mode parts on plain modules."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every kind without calibration × mode × backend on every network: one table."""
+"""Every kind without calibration × mode × backend on every network, in one table."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ def test_pt2e_compiles(kind: str, case: SequenceCase, monkeypatch: pytest.Monkey
 
 
 class ActivationsAndAdditions(nn.Module):
-    """Linear layers with activations that are added to something, which torchao's own fusion fails on."""
+    """Linear layers with activations whose outputs are added, which torchao's own fusion does not support."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Compiled dynamic layers on inputs of every sign, against the documented arithmetic in float64."""
+"""Compiled dynamic layers on inputs of either sign, compared with the documented arithmetic in float64."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from qat_lightning.settings.recipe import Recipe
 
 
 def in_float64(layer: nn.Linear, x: Tensor) -> np.ndarray:
-    """Weights on -127..127, one scale an output; inputs on 0..255 of their own range, which holds 0."""
+    """Weights on -127..127 with one scale per output; inputs on 0..255 of their own range, which includes 0."""
     weight, values = (np.asarray(t.detach().numpy(), np.float64) for t in (layer.weight, x))
     scales = np.maximum(np.abs(weight).max(1, keepdims=True) / 127, 2.0**-23)
     low, high = min(values.min(), 0.0), max(values.max(), 0.0)
@@ -38,7 +38,7 @@ def in_float64(layer: nn.Linear, x: Tensor) -> np.ndarray:
 
 
 def is_within_a_step(got: Tensor, layer: nn.Linear, x: Tensor) -> bool:
-    """A value in the middle between two integers may go to either in float32: one step of one input is allowed."""
+    """A tie between two integers may round either way in float32: one step of one input is allowed."""
     wanted = in_float64(layer, x)
     x = x.detach()
     step = (max(float(x.max()), 0.0) - min(float(x.min()), 0.0)) / 255
@@ -90,7 +90,7 @@ def test_nan_stays_nan() -> None:
 
 
 class Pooled(nn.Module):
-    """The end of most convolutional networks, whose linear layer never sees a negative number."""
+    """The end of most convolutional networks, whose linear layer never gets a negative number."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What the coverage of both kinds says: layers that share a weight, and multiply-accumulates."""
+"""Coverage of both kinds: layers that share a weight, and multiply-accumulates."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def _no_compiling(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Shared(nn.Module):
-    """Two layers with one weight, an embedding with the head's, and a layer that nothing calls."""
+    """Two layers with one weight, an embedding tied to the head, and a layer that is never called."""
 
     def __init__(self) -> None:
         super().__init__()

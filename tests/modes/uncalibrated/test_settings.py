@@ -1,4 +1,4 @@
-"""What is chosen, what stays float and why, and what is refused."""
+"""Chosen layers, layers that stay float with the reason, and errors."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_network_that_does_not_run_with_integers() -> None:
 
 
 class Tied(nn.Module):
-    """A head whose weight is that of the embedding, once as a parameter and once read in ``forward``."""
+    """A head tied to the embedding, as a parameter or read in ``forward``."""
 
     def __init__(self) -> None:
         super().__init__()

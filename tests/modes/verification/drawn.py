@@ -1,4 +1,4 @@
-"""Small random networks: blocks drawn one by one, on images, with one to three outputs of different kinds."""
+"""Small random networks: random blocks on images, with one to three outputs of different kinds."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ OUTPUTS = ("map", "row", "scalar", "empty", "index", "both")
 
 @dataclass(frozen=True)
 class Drawn:
-    """What a network is made of."""
+    """The blocks of a network."""
 
     seed: int
     batch: int

@@ -1,4 +1,4 @@
-"""Faults put into right int8 networks: every one is caught, in every mode, and named."""
+"""Faults inserted into correct int8 networks are all detected and named, in every mode."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ IMAGES = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 
 
 class ThreeOutputs(nn.Module):
-    """Two layers, and three heads of one shape."""
+    """Two layers, and three heads with the same shape."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ FAULTS: dict[str, Fault] = {
 
 
 def inject(monkeypatch: pytest.MonkeyPatch, mode: str, layer: str, fault: Fault) -> None:
-    """Let the kernel of a layer be wrong from the moment it is made."""
+    """Make the kernel of a layer wrong from its creation."""
     {"fx": _inject_fx, "eager": _inject_eager, "pt2e": _inject_pt2e}[mode](monkeypatch, layer, fault)
 
 
@@ -166,7 +166,7 @@ def test_one_wrong_output_of_three_is_caught_and_named(monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("mode", MODES)
 def test_outputs_in_each_others_place_are_caught_by_the_whole(monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
-    """Each kernel is right: only a comparison of the results shows it."""
+    """Each kernel is correct: only a comparison of the results detects it."""
 
     def swap(graph: Any) -> None:
         output = graph.output_node()

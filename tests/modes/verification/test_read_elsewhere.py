@@ -1,4 +1,4 @@
-"""Tensors that a forward reads besides calling their layer, values of other types, and random numbers in evaluation."""
+"""Tensors that forward reads besides calling their layer, values of other types, and random numbers in evaluation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Right int8 networks raise no alarm, whatever they are made of."""
+"""Correct int8 networks cause no errors, whatever their structure."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_an_addition_behind_dropout_and_permute_is_known_again(mode: str, p: flo
 
 
 def test_small_values_on_a_coarse_grid_are_no_alarm() -> None:
-    """One outlier sets the grid; behind GELU almost all values are a few steps at most."""
+    """One outlier determines the grid; after GELU almost all values are a few steps at most."""
 
     class Net(nn.Module):
         def __init__(self) -> None:

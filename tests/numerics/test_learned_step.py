@@ -53,7 +53,7 @@ def activation_fq(learned: str = "lsq+") -> FakeQuantize:
 @given(SEEDS, st.sampled_from([-0.5, 0.0, 0.6]), st.sampled_from([1.0, 0.25, 3.0]))
 @settings(max_examples=30)
 def test_sgd_moves_the_scale_as_lsq_does(seed: int, u: float, rate: float) -> None:
-    """Esser et al., equation 3, with the gradient scale of section 2.2, and the learning rate multiplied by ``rate``."""
+    """Esser et al., equation 3, with the gradient scale of section 2.2, times ``rate``."""
     weight = torch.randn(50, generator=torch.Generator().manual_seed(seed))
     fq = weight_fq(rate=rate)
     fq(weight)

@@ -1,4 +1,4 @@
-"""The rooms of the package: arrows run down, in functions and for types too, and there is no circle."""
+"""The layers of the package: imports only go down, in functions and for types too, and there are no cycles."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ ROOMS = (
 
 
 def name_of(path: Path) -> str:
-    """Dotted, below the package."""
+    """The dotted name relative to the package."""
     parts = path.relative_to(PACKAGE).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
@@ -58,7 +58,7 @@ def imported(name: str) -> set[str]:
 
 
 def floor(module: str) -> int:
-    """The room that a module is in, counted from the ground."""
+    """The layer that contains a module, counted from the bottom."""
     found = [
         (len(room), number)
         for number, rooms in enumerate(ROOMS)
@@ -70,7 +70,7 @@ def floor(module: str) -> int:
 
 
 def circles(arrows: dict[str, set[str]]) -> list[str]:
-    """Modules that can be reached from themselves: what is left when all that lead nowhere are taken away."""
+    """Modules that can reach themselves: the rest after removing all modules without remaining imports."""
     left = {name: set(ends) for name, ends in arrows.items()}
     while True:
         done = {name for name, ends in left.items() if not ends & left.keys()}

@@ -1,4 +1,4 @@
-"""The support matrix of the docs is what the code does."""
+"""The support matrix in the docs matches the code."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ METHODS = Path(__file__).parents[1] / "docs" / "methods.md"
 
 
 def table() -> dict[str, list[str]]:
-    """The rows of the docs: what each is about, and a cell for each mode."""
+    """The rows of the docs: their subject, and a cell for each mode."""
     section = METHODS.read_text().split("## Support matrix\n")[1].split("\n## ")[0]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in section.splitlines() if line[:1] == "|"]
     assert rows[0] == ["", *(f"`{mode}`" for mode in MODES)]
@@ -61,7 +61,7 @@ def of_mode(mode: str, kind: str = "static") -> list[str]:
 
 
 def backends_in(cell: str, mode: str) -> list[str]:
-    """The backends that a cell names; what it says more stands behind a semicolon."""
+    """The backends that a cell names; additional text follows a semicolon."""
     named = cell.split(";")[0].strip()
     if named == "–":
         return []
@@ -76,7 +76,7 @@ def test_the_docs_have_the_backends_of_each_kind_without_calibration(label: str)
 
 
 class Between(nn.Module):
-    """Layers between two linear ones, which every mode and backend has."""
+    """Layers between two linear ones, which every mode and backend supports."""
 
     def __init__(self, forward: Callable[..., Tensor], width: int, **layers: nn.Module) -> None:
         super().__init__()
@@ -90,7 +90,7 @@ class Between(nn.Module):
 
 
 class OwnWeight(nn.Module):
-    """A function with a weight of the network's own."""
+    """A function with a weight of the network."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -135,15 +135,15 @@ _BRANCHES: dict[str, Callable[[], nn.Module]] = {
 
 @dataclass(frozen=True)
 class Row:
-    """What a row of the docs is about, as a network.
+    """The network for a row of the docs.
 
     Attributes:
-        label: As the docs have it.
-        forward: What is between the two linear layers.
-        width: Values that come out of it for each sample.
-        layers: Made anew for each network.
-        names: What of it is integer where the docs say so: modules, or ops.
-        shape: Of a batch.
+        label: The label in the docs.
+        forward: The code between the two linear layers.
+        width: Number of values per sample after it.
+        layers: Created anew for each network.
+        names: Modules or ops that are integer where the docs say so.
+        shape: Shape of a batch.
     """
 
     label: str
@@ -158,7 +158,7 @@ class Row:
         return Between(self.forward, self.width, **{name: make() for name, make in self.layers.items()})
 
     def integer(self, rows: list[LayerCoverage]) -> dict[str, bool]:
-        """Of each name, whether anything in it is integer."""
+        """For each name, whether anything in it is integer."""
         return {
             name: any(row.quantized for row in rows if f"{row.name}.".startswith(f"{name}.")) for name in self.names
         }

@@ -1,4 +1,4 @@
-"""The lock, the ranges and the wheel go together."""
+"""The lock file, the version ranges and the wheel agree."""
 
 import os
 import re
@@ -98,7 +98,7 @@ def test_the_site_and_the_package_name_one_repository():
 
 
 def built(folder: Path, kind: str) -> Path:
-    """The wheel or the sdist, made from a copy of what is tracked, since a build writes next to its sources."""
+    """The wheel or sdist, built from a copy of tracked files, since a build writes next to its sources."""
     sources = folder / "sources"
     tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
     for name in filter(None, tracked.split("\0")):
@@ -121,7 +121,7 @@ def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An environment with the wheel: the dependencies are those of this one, this package is not."""
+    """An environment with the wheel: dependencies come from this environment, the package does not."""
     folder = tmp_path_factory.mktemp("installed")
     venv.create(folder / "venv")
     python = folder / "venv" / "bin" / "python"
@@ -133,7 +133,7 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def in_it(installed: Path, *command: str) -> str:
-    """What a command of that environment prints, outside of the checkout."""
+    """The output of a command in that environment, outside the checkout."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     program = [str(installed / "venv" / "bin" / command[0]), *command[1:]]
     done = subprocess.run(program, cwd=installed, env=environment, capture_output=True, text=True, check=False)

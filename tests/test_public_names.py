@@ -1,4 +1,4 @@
-"""The package's public names, and what it costs to import them."""
+"""The package's public names, and the cost of importing them."""
 
 from __future__ import annotations
 

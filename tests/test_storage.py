@@ -1,4 +1,4 @@
-"""Files in other storage than this machine's: written whole or not at all, and read as files here are."""
+"""Files in remote storage: written atomically, and read like local files."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def breaks(monkeypatch: pytest.MonkeyPatch) -> None:
     """The connection is lost in the middle of every file."""
 
     class Lost(Exception):
-        """As boto has them, of no base of Python's own."""
+        """An exception like boto's, which derives from none of Python's own OSErrors."""
 
     def write(self: Any, data: Any) -> int:
         half = super(MemoryFile, self).write(bytes(data)[: len(data) // 2])

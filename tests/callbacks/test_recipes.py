@@ -246,7 +246,7 @@ class _Biases(Callback):
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("start", [0, 4])
-def test_biases_are_corrected_once_when_rounding_comes_on(mode: str, start: int) -> None:
+def test_biases_are_corrected_once_when_fake_quantization_is_enabled(mode: str, start: int) -> None:
     """With a learning rate of 0 only the correction changes biases; float variant and teacher keep the old ones."""
     net, biases, distillation = Mobile(), _Biases(), Distillation()
     callback = qat(

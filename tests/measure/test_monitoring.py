@@ -168,7 +168,7 @@ def test_dead_channels_are_counted_once(mode: str) -> None:
 
 
 @pytest.mark.parametrize("mode", ["eager", "fx", "pt2e"])
-def test_before_rounding_comes_on_activations_are_measured_and_weights_are_not(mode: str) -> None:
+def test_before_fake_quantization_is_enabled_activations_are_measured_and_weights_are_not(mode: str) -> None:
     prepared = prepared_plain(mode)
     set_phase(prepared, fake_quant=False, observers=True, batchnorm_frozen=False)
     prepared(torch.randn(16, 3, 8, 8))

@@ -1,4 +1,4 @@
-"""Many fits, killed where a random generator says, resumed and compared with the uninterrupted one."""
+"""Many fits, killed at random points, resumed and compared with the uninterrupted one."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.stress.worker import DIGEST, STEPS, Kill, Run
 
 
 def modes_of(kind: str) -> tuple[str, ...]:
-    """The modes in which there are fits of a kind."""
+    """The modes for a kind of fit."""
     return MODES_OF.get(kind, MODES)
 
 
@@ -50,12 +50,12 @@ batch for the whole epoch in which stochastic weight averaging estimates statist
 
 @dataclass(frozen=True)
 class Reference:
-    """The uninterrupted run: what it ends with, and what its parts are made of.
+    """The uninterrupted run: its final state, and its parts.
 
     Attributes:
-        digest: Hashes of all that it ends with.
-        calls: Calls of functions in each part.
-        seconds: Length of each part.
+        digest: Hashes of its final state.
+        calls: Number of function calls in each part.
+        seconds: Duration of each part.
     """
 
     digest: dict[str, str]
@@ -65,12 +65,12 @@ class Reference:
 
 @dataclass(frozen=True)
 class Life:
-    """A fit that was killed, once or more, and came to its end all the same, or did not.
+    """A fit that was killed one or more times, and whether it ended like the uninterrupted run.
 
     Attributes:
-        run: What was fitted.
-        kills: Each kill that hit, and where.
-        differ: What it ended with that the uninterrupted run did not; empty if nothing was lost.
+        run: The fit.
+        kills: Each effective kill, and where.
+        differ: Differences between its final state and the uninterrupted run's; empty if there are none.
     """
 
     run: Run
@@ -87,13 +87,13 @@ class Life:
 
 @dataclass
 class Campaign:
-    """Draws runs and kills, and lives them.
+    """Draws fits and kills, and runs them.
 
     Args:
-        server: Runs them.
-        seed: Of the draw.
-        folder: For checkpoints.
-        temporary: Where temporary files go, if not where they always do.
+        server: Runs the fits.
+        seed: Seed of the random draws.
+        folder: Folder for checkpoints.
+        temporary: Folder for temporary files, if not the default.
     """
 
     server: Server
@@ -107,7 +107,7 @@ class Campaign:
         self.random = random.Random(self.seed)
 
     def live(self, mode: str, kills: int, kind: str = "plain") -> Life:
-        """One fit that is killed and resumed up to ``kills`` times, and compared at its end."""
+        """Run one fit that is killed and resumed up to ``kills`` times, and compare its final state."""
         run = Run(
             mode,
             tempfile.mkdtemp(dir=self.folder),
@@ -133,7 +133,7 @@ class Campaign:
         return Life(run, hit, tuple(differences(reference, run)))
 
     def reference(self, run: Run) -> Reference:
-        """The uninterrupted run of the same settings, made once."""
+        """The uninterrupted run with the same settings, run once."""
         settings = (run.mode, run.accumulate, run.save_every, run.kind)
         if settings not in self._references:
             whole = replace(run, folder=tempfile.mkdtemp(dir=self.folder), count=True)
@@ -162,13 +162,13 @@ class Campaign:
 
 
 def differences(reference: Reference, run: Run) -> list[str]:
-    """What a fit ended with that its reference did not, and the other way round."""
+    """The differences between a fit's final state and its reference's."""
     ended = _read(run)["digest"]
     return sorted(key for key in reference.digest.keys() | ended.keys() if reference.digest.get(key) != ended.get(key))
 
 
 def place(outcome: Outcome) -> str:
-    """Which of `PLACES` a fit was in at its end."""
+    """The one of `PLACES` in which a fit ended."""
     name = outcome.where.split()[0] if outcome.where else "prepare"
     named = {"prepare": 0, "save": 5, "save_last": 5, "validate": 6, "convert": 7, "done": 7}
     if name in named:
@@ -178,7 +178,7 @@ def place(outcome: Outcome) -> str:
 
 
 def tally(lives: list[Life]) -> dict[str, Counter[str]]:
-    """For each place the kills, and how many of them were followed by an equal end."""
+    """For each place the number of kills, and how many of them led to an equal final state."""
     found = {name: Counter[str]() for name in PLACES}
     for life in lives:
         for _, where in life.kills:

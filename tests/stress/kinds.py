@@ -1,4 +1,4 @@
-"""Ways to train that a resume could get wrong, each as what `worker.fit` puts together."""
+"""Kinds of training that are difficult to resume exactly, each as the parts of `worker.fit`."""
 
 from __future__ import annotations
 
@@ -57,12 +57,12 @@ MORE_STEPS = {"swa": 1}
 
 
 class Parts(NamedTuple):
-    """What a fit is put together from.
+    """The parts of a fit.
 
     Attributes:
         module: The LightningModule.
-        callback: The one that quantizes.
-        others: Behind it in the Trainer's callbacks.
+        callback: The quantizing callback.
+        others: Callbacks after it in the Trainer's list.
     """
 
     module: Task
@@ -71,9 +71,9 @@ class Parts(NamedTuple):
 
 
 class Task(Lit):
-    """Adam, a falling learning rate, and dropout whose random state goes into the checkpoint.
+    """Adam, a decreasing learning rate, and dropout whose random state is in the checkpoint.
 
-    Lightning leaves random states to the user; a resumed run draws the same dropout only if they are restored.
+    Lightning does not store random states; a resumed run has the same dropout only if they are restored.
     """
 
     def __init__(self, net: nn.Module | None = None) -> None:
@@ -113,7 +113,7 @@ class Tokens(nn.Module):
 
 
 class Manual(Task):
-    """Steps its optimizer and its learning rate itself."""
+    """Steps its optimizer and its learning rate manually."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -131,14 +131,14 @@ class Manual(Task):
 
 
 class Averaged(Task):
-    """Without a falling learning rate, which stochastic weight averaging has one of its own for."""
+    """Without its own learning rate schedule, because stochastic weight averaging has one."""
 
     def configure_optimizers(self) -> Any:
         return torch.optim.Adam(self.parameters(), lr=0.01)
 
 
 class Several(Task):
-    """Two networks, each quantized."""
+    """Two quantized networks."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -179,7 +179,7 @@ def parts(kind: str, mode: str) -> Parts:
 
 
 def _of_tokens(kind: str, mode: str) -> Parts:
-    """A fit of a network of tokens, for a grid without calibration."""
+    """A fit of a token network with a kind without calibration."""
     settings = _UNCALIBRATED.get(kind, _UNCALIBRATED["weight_only"])
     points = {"start": {"step": START}, "freeze_batchnorm": {"step": FREEZE_BATCHNORM}}
     network: nn.Module = Tokens()

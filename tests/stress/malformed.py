@@ -1,4 +1,4 @@
-"""Settings, networks, data and files that are wrong, each with the name that a message about it must hold."""
+"""Invalid settings, networks, data and files, each with a name that the error message must contain."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ from tests.stress.spoiling import spoil
 
 @dataclass(frozen=True)
 class Malformed:
-    """Something wrong, and what becomes of it.
+    """Something invalid, and the expected reaction.
 
     Attributes:
-        kind: Which family it is of.
-        what: It, in words.
+        kind: Its family.
+        what: Description.
         names: One of these must be in the message.
-        provoke: Makes it happen; is given files to use, and returns nothing.
-        module: The LightningModule that must stay as it is, if there is one.
-        prepared: Whether the network may be prepared by then; its weights must be the same in any case.
-        harmless: Whether it may also do no harm, of which ``provoke`` makes sure.
+        provoke: Triggers it; gets files to use, and returns nothing.
+        module: The LightningModule that must not change, if there is one.
+        prepared: Whether the network may already be prepared; its weights must not change in any case.
+        harmless: Whether it may also have no effect, which ``provoke`` checks.
     """
 
     kind: str
@@ -57,7 +57,7 @@ class Malformed:
 
 
 def complaint(case: Malformed, files: Files) -> str:
-    """Provoke it, and say what is wrong with how it was answered; nothing if nothing is."""
+    """Trigger it, and return what is wrong with the reaction; empty if nothing is."""
     before = {} if case.module is None else {k: _copied(v) for k, v in case.module.state_dict().items()}
     hooks = None if case.module is None else len(case.module._load_state_dict_pre_hooks)
     try:
@@ -92,7 +92,7 @@ def _copied(value: Any) -> Any:
 
 
 class Files:
-    """Checkpoints and int8 networks, good ones and spoilt ones, made when they are first asked for."""
+    """Checkpoints and int8 networks, valid and damaged, created on demand."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -107,7 +107,7 @@ class Files:
         return (self.folder / "good.int8").read_bytes()
 
     def saved(self, mode: str) -> tuple[bytes, Any, Callable[[], Any]]:
-        """The file of an int8 network of a mode, the network, and the float network that loading it may need."""
+        """The file of an int8 network of a mode, the network, and the float network that loading may need."""
         if mode not in self._saved:
             callback = QuantizationAwareTraining(mode)
             trainer(callback, max_steps=1).fit(Lit(), loader())
@@ -115,7 +115,7 @@ class Files:
         return (*self._saved[mode], lambda: Lit().net if mode == "eager" else None)
 
     def checkpoint(self, mode: str | None, **settings: Any) -> Path:
-        """A Lightning checkpoint of a fit with these settings; of a float fit for no mode."""
+        """A Lightning checkpoint of a fit with these settings; without a mode, of a float fit."""
         # Settings in words may be too long for the name of a file.
         name = f"{mode}_{hashlib.sha256(repr(sorted(settings.items())).encode()).hexdigest()[:16]}"
         path = self.folder / f"{name}.ckpt"
@@ -126,7 +126,7 @@ class Files:
         return path
 
     def spoilt(self, content: bytes) -> Path:
-        """A file of any content."""
+        """A file with any content."""
         with tempfile.NamedTemporaryFile(dir=self.folder, suffix=".ckpt", delete=False) as file:
             file.write(content)
         return Path(file.name)
@@ -238,7 +238,7 @@ def _refused(accepted: Callable[[Any], bool]) -> Callable[[Any], bool]:
 
 @st.composite
 def settings(draw: st.DrawFn) -> Malformed:
-    """One argument of the callback is wrong."""
+    """One argument of the callback is invalid."""
     name = draw(st.sampled_from(list(_ACCEPTED)))
     values = _points if name in ("start", "freeze_observers", "freeze_batchnorm") else _things
     value = draw(values.filter(_refused(_ACCEPTED[name])))
@@ -252,7 +252,7 @@ def settings(draw: st.DrawFn) -> Malformed:
 
 @st.composite
 def schemes(draw: st.DrawFn) -> Malformed:
-    """One field of the scheme is wrong."""
+    """One field of the scheme is invalid."""
     name = draw(st.sampled_from(list(_SCHEME)))
     value = draw(_things.filter(_refused(_SCHEME[name])))
     return Malformed("scheme", f"Scheme({name}={value!r})", (f"scheme.{name}",), lambda _: Scheme(**{name: value}))
@@ -260,7 +260,7 @@ def schemes(draw: st.DrawFn) -> Malformed:
 
 @st.composite
 def pairs(draw: st.DrawFn) -> Malformed:
-    """A mode and a backend that do not go together."""
+    """An unsupported combination of mode and backend."""
     wrong = [(mode, name) for mode in MODES for name, row in BACKENDS.items() if mode not in row.modes]
     mode, backend = draw(st.sampled_from(wrong))
     return Malformed(
@@ -299,7 +299,7 @@ _NO_NETWORKS = [
 
 @st.composite
 def modules(draw: st.DrawFn) -> Malformed:
-    """``module`` names what is not there, or what holds nothing to quantize."""
+    """``module`` names something that does not exist, or contains nothing to quantize."""
     missing = _words.map(lambda word: f"{word}x")
     known = st.sampled_from(_NO_NETWORKS)
     name = draw(st.one_of(missing, known))
@@ -313,7 +313,7 @@ def modules(draw: st.DrawFn) -> Malformed:
 
 @st.composite
 def globs(draw: st.DrawFn) -> Malformed:
-    """``include`` or ``exclude`` match nothing, or leave nothing."""
+    """``include`` or ``exclude`` match nothing, or leave nothing to quantize."""
     name = draw(st.sampled_from(["include", "exclude"]))
     word = draw(_words.filter(lambda word: word.strip(".") not in ("net", "accuracy")))
     nothing = [f"{word}?", f"net.{word}x", f"*.{word}x", f"{word}[", "net.head.*"]
@@ -357,7 +357,7 @@ _EXAMPLES: list[Any] = [
 
 @st.composite
 def examples(draw: st.DrawFn) -> Malformed:
-    """``example_inputs`` that the network cannot be called with."""
+    """``example_inputs`` with which the network cannot be called."""
     value = draw(st.sampled_from(_EXAMPLES))
     module, mode = Lit(), draw(_modes)
     return Malformed(
@@ -406,7 +406,7 @@ class _Breaks(nn.Module):
 
 
 class _Two(Lit):
-    """A good network and one that fails."""
+    """A valid network and one that fails."""
 
     def __init__(self, error: Exception) -> None:
         super().__init__()
@@ -432,7 +432,7 @@ _ERRORS: list[Exception] = [
 
 @st.composite
 def networks(draw: st.DrawFn) -> Malformed:
-    """Nothing to quantize, or a step or a network that fails."""
+    """Nothing to quantize, or a failing step or network."""
     error = draw(st.sampled_from(_ERRORS))
     module: LightningModule = draw(
         st.sampled_from(
@@ -458,7 +458,7 @@ def networks(draw: st.DrawFn) -> Malformed:
 
 @st.composite
 def batches(draw: st.DrawFn) -> Malformed:
-    """The data hold what the network cannot be called with."""
+    """The network cannot be called with the data."""
     images = draw(
         st.sampled_from(
             [torch.zeros(8, 3, 8, 8), torch.zeros(8, 1, 2, 2), torch.zeros(8, 64), torch.zeros(8, 1, 8, 8).long()]
@@ -488,7 +488,7 @@ def _bytes(value: Any) -> bytes:
 
 @st.composite
 def float_checkpoints(draw: st.DrawFn) -> Malformed:
-    """``float_checkpoint`` is no checkpoint, a part of one, or that of another model."""
+    """``float_checkpoint`` is not a checkpoint, incomplete, or of another model."""
     module, mode = Lit(), draw(_modes)
     kind = draw(st.sampled_from(["any", "cut", "other", "shape", "value", "missing", "folder", "prefix"]))
     content, share = draw(_contents), draw(st.floats(0.01, 0.99))
@@ -533,7 +533,7 @@ _RECIPES: list[dict[str, Any]] = [
 
 @st.composite
 def resumes(draw: st.DrawFn) -> Malformed:
-    """The checkpoint to go on from is of another recipe, of another kind, or a part of one."""
+    """The checkpoint to resume from has another recipe or kind, or is incomplete."""
     module, mode = Lit(), draw(_modes)
     kind = draw(st.sampled_from(["recipe", "mode", "any", "cut", "missing", "state", "list"]))
     stage = draw(st.sampled_from(["fit", "test", "validate"]))
@@ -569,7 +569,7 @@ def resumes(draw: st.DrawFn) -> Malformed:
 
 @st.composite
 def artifacts(draw: st.DrawFn) -> Malformed:
-    """The file to load is not that of an int8 network, or a part of one."""
+    """The file to load is not an int8 network, or incomplete."""
     kind = draw(st.sampled_from(["any", "cut", "checkpoint", "torch", "missing", "folder"]))
     content, share = draw(_contents), draw(st.floats(0.01, 0.99))
 
@@ -592,7 +592,7 @@ def artifacts(draw: st.DrawFn) -> Malformed:
 
 @st.composite
 def saved_files(draw: st.DrawFn) -> Malformed:
-    """The file of an int8 network with bytes flipped, members cut, or values of its JSON replaced."""
+    """An int8 file with flipped bytes, truncated members, or replaced JSON values."""
     mode, seed = draw(_modes), draw(st.integers(0, 10**9))
 
     def provoke(files: Files) -> None:
@@ -609,7 +609,7 @@ def saved_files(draw: st.DrawFn) -> Malformed:
 
 @st.composite
 def variants(draw: st.DrawFn) -> Malformed:
-    """A variant that there is not."""
+    """An unknown variant."""
     name = draw(st.one_of(st.text(max_size=8), st.just("int8 ")).filter(lambda v: v not in ("float", "int8")))
     return Malformed(
         "variant", f"use_variant({name!r})", ("variant",), lambda _: QuantizationAwareTraining().use_variant(name)

@@ -1,9 +1,9 @@
-"""Fits that are killed: a warm process that forks one child for each, and the client that asks it to.
+"""Fits that are killed: a process that forks one child for each, and its client.
 
-Importing torch, torchao and Lightning takes seconds and a fit of twelve steps takes one, so the imports are done once.
-A child is a real process all the same: it has its own memory and its own files, nothing of the fit existed when it was
-forked (no network, no Trainer, no random state, no thread), it gets a SIGKILL from the kernel that it can neither catch
-nor clean up after, and whoever resumes is another process that knows nothing but the files it left.
+Importing torch, torchao and Lightning takes seconds and a fit of twelve steps takes one, so imports are done once. A
+child is still a real process: it has its own memory and files, nothing of the fit existed before the fork (no network,
+no Trainer, no random state, no thread), it gets a SIGKILL that it cannot catch or clean up after, and the process that
+resumes it knows only the files that it left.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ class Outcome:
     """How a child ended.
 
     Attributes:
-        status: ``"killed"``, ``"ended"``, ``"failed"`` (by itself, with a traceback in its log) or ``"hung"`` (the log
-            then ends with where in the code it was).
-        where: The part in which it was at the end.
-        parts: All parts it went through, with the second at which each began.
-        seconds: From fork to end.
+        status: ``"killed"``, ``"ended"``, ``"failed"`` (with a traceback in its log) or ``"hung"`` (with its stack at
+            the end of the log).
+        where: The part in which it ended.
+        parts: All its parts, with the second at which each began.
+        seconds: Time from fork to end.
     """
 
     status: str
@@ -54,7 +54,7 @@ class Outcome:
 
 
 class Server:
-    """Starts the warm process; a context manager.
+    """Starts the process that forks; a context manager.
 
     Args:
         idle: See `IDLE`.
@@ -97,7 +97,7 @@ class Server:
 
 
 def serve(idle: float) -> None:
-    """Read runs from the input, one a line, and write their outcomes."""
+    """Read runs from standard input, one per line, and write their outcomes."""
     import torch
 
     # Everything that a fit imports, so that a child need not.
@@ -142,7 +142,7 @@ def _fork(request: dict[str, Any], idle: float) -> Outcome:
 
 @dataclass
 class _Child:
-    """A child, and when it was last seen to work."""
+    """A child, and when it last made progress."""
 
     pid: int
     idle: float
@@ -159,19 +159,19 @@ class _Child:
         os.kill(self.pid, signal.SIGKILL)
 
     def kill_with_a_word(self) -> None:
-        """Let it write to its log where in the code it is, even if that is deep in C."""
+        """Make it write its stack to its log, even from C code."""
         os.kill(self.pid, signal.SIGUSR1)
         time.sleep(1.0)
         self.kill()
 
     def ended(self) -> int | None:
-        """How, if it has."""
+        """How it ended, if it has."""
         pid, status = os.waitpid(self.pid, os.WNOHANG)
         return status if pid else None
 
 
 def _processor_seconds(pid: int) -> float:
-    """What all threads of a process used; without /proc the time on the wall has to do."""
+    """The CPU time of all threads of a process; without /proc the wall-clock time."""
     stat = Path(f"/proc/{pid}/stat")
     if not stat.exists():
         return 0.0
@@ -180,9 +180,9 @@ def _processor_seconds(pid: int) -> float:
 
 
 def _watch(run: Any, child: _Child, reading: int, began: float) -> tuple[list[tuple[str, float]], int, bool]:
-    """Note the parts of a child until it ends, and kill it from outside where that is to be done, or where it hangs.
+    """Record the parts of a child until it ends; kill it from outside if requested or if it hangs.
 
-    Its end is asked for as well as read from the pipe, which a process that it started might hold open.
+    Its end is also polled, because a child process of its own might keep the pipe open.
     """
     parts: list[tuple[str, float]] = []
     kill = run.kill if run.kill is not None and run.kill.seconds is not None else None

@@ -1,4 +1,4 @@
-"""Files of int8 networks that were spoilt: bytes flipped, members cut, what is in the JSON replaced."""
+"""Damaged files of int8 networks: flipped bytes, truncated members, replaced JSON values."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ _OTHERS: tuple[Any, ...] = (
 
 
 def members(data: bytes) -> tuple[Any, bytes]:
-    """What is in a good file: its description and its tensors."""
+    """The contents of a valid file: its description and its tensors."""
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         return json.loads(archive.read(DESCRIPTION)), archive.read(TENSORS)
 
 
 def packed(description: Any, tensors: bytes, **more: bytes) -> bytes:
-    """A file with these members, which the archive itself finds whole."""
+    """A file with these members and a valid archive."""
     text = description if isinstance(description, bytes) else json.dumps(description).encode()
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
@@ -42,7 +42,7 @@ def packed(description: Any, tensors: bytes, **more: bytes) -> bytes:
 
 
 def flip(data: bytes, draw: random.Random) -> tuple[bytes, str]:
-    """Bits of the file as it is on the disk, in runs of one to eight bytes."""
+    """Flip bits anywhere in the file, in runs of one to eight bytes."""
     spoilt = bytearray(data)
     where = [draw.randrange(len(data)) for _ in range(draw.choice((1, 1, 1, 2, 8)))]
     for start in where:
@@ -52,7 +52,7 @@ def flip(data: bytes, draw: random.Random) -> tuple[bytes, str]:
 
 
 def flip_ends(data: bytes, draw: random.Random) -> tuple[bytes, str]:
-    """The same where the archive itself is described: its first hundred bytes and its last three hundred."""
+    """Flip bits in the archive's own structures: the first hundred and the last three hundred bytes."""
     head = draw.random() < 0.3
     spoilt = bytearray(data)
     place = draw.randrange(100) if head else len(data) - 1 - draw.randrange(300)
@@ -61,14 +61,14 @@ def flip_ends(data: bytes, draw: random.Random) -> tuple[bytes, str]:
 
 
 def cut(data: bytes, draw: random.Random) -> tuple[bytes, str]:
-    """A part taken out of the file: its end, its beginning, or something between."""
+    """Remove a part of the file: its end, its beginning, or a section between."""
     start = draw.randrange(len(data))
     end = draw.choice((len(data), len(data), draw.randrange(start, len(data)) + 1))
     return data[:start] + data[end:], f"bytes {start} to {end} cut out"
 
 
 def cut_member(data: bytes, draw: random.Random) -> tuple[bytes, str]:
-    """A part taken out of one member, in an archive that is whole; or a member missing, twice or too many."""
+    """Truncate a member in a valid archive; or omit, duplicate or add a member."""
     description, tensors = members(data)
     text = json.dumps(description).encode()
     kind = draw.choice(("json", "json", "tensors", "tensors", "longer", "empty", "more", "text"))
@@ -90,7 +90,7 @@ def cut_member(data: bytes, draw: random.Random) -> tuple[bytes, str]:
 
 
 def replace(data: bytes, draw: random.Random) -> tuple[bytes, str]:
-    """A value of the description replaced, by a number for a number or by anything for anything."""
+    """Replace a value of the description, a number by a number or any value by any."""
     description, tensors = members(data)
     numbers = draw.random() < 0.7
     places = [place for place in _places(description) if not numbers or _is_number(_at(description, place))]
@@ -108,7 +108,7 @@ def replace(data: bytes, draw: random.Random) -> tuple[bytes, str]:
 
 
 def remove(data: bytes, draw: random.Random) -> tuple[bytes, str]:
-    """A key or an item of the description taken out, or an item doubled."""
+    """Remove a key or an item of the description, or duplicate an item."""
     description, tensors = members(data)
     place = draw.choice(_places(description))
     holder = _at(description, place[:-1])
@@ -120,7 +120,7 @@ def remove(data: bytes, draw: random.Random) -> tuple[bytes, str]:
 
 
 def spoil_tensors(data: bytes, draw: random.Random) -> tuple[bytes, str]:
-    """Bytes of the tensors replaced, in an archive that is whole: what a scale is made of may be NaN."""
+    """Replace bytes of the tensors in a valid archive; scales may become NaN."""
     description, tensors = members(data)
     spoilt = bytearray(tensors)
     start = draw.randrange(max(1, len(spoilt) - 8)) & ~3
@@ -136,16 +136,15 @@ WAYS: tuple[Callable[[bytes, random.Random], tuple[bytes, str]], ...] = (
 
 
 def spoil(data: bytes, seed: int, *, whole_again: bool = False) -> tuple[bytes, str]:
-    """Spoil a file in one of all ways.
+    """Damage a file in a random way.
 
     Args:
-        data: A good file.
-        seed: Of the draw.
-        whole_again: Take the digest out, as whoever changes a file on purpose would, so that only what is checked
-            of each value is left.
+        data: A valid file.
+        seed: Seed of the random draw.
+        whole_again: Remove the digest, as after a deliberate change, so that only the checks of each value remain.
 
     Returns:
-        The spoilt file, and what was done to it.
+        The damaged file, and a description of the damage.
     """
     draw = random.Random(seed)
     way = draw.choice(WAYS)

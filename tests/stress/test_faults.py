@@ -1,4 +1,4 @@
-"""What goes wrong in the middle of a fit: training state and last good checkpoint survive, and something is said."""
+"""Errors during a fit: training state and the last good checkpoint survive, and there is a message."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def _no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Spoilt(Lit):
-    """One batch holds a value that is not finite; its step is left out, as a careful user would."""
+    """One batch has a non-finite value; its step is skipped, as a careful user would do."""
 
     def __init__(self, value: float, at: set[int], net: nn.Module | None = None) -> None:
         super().__init__(net)
@@ -67,7 +67,7 @@ def _said(caught: list[warnings.WarningMessage]) -> list[str]:
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=str)
 def test_a_batch_that_is_not_finite_is_left_out_of_the_ranges_and_said_once(mode: str, value: float) -> None:
     class NoStatistics(Net):
-        """Without BatchNorm, which a batch of NaN spoils in float training as well."""
+        """Without BatchNorm, which a batch with NaN breaks in float training too."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -111,7 +111,7 @@ def test_constant_activations(mode: str) -> None:
 
 
 class Spatial(nn.Module):
-    """BatchNorm has values to average even in a batch of one."""
+    """BatchNorm has several values to average, even in a batch of one."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -133,7 +133,7 @@ def test_batches_of_one(mode: str) -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_batchnorm_weights_of_exactly_zero(mode: str) -> None:
-    """As many residual networks begin; one of them never learns."""
+    """As many residual networks are initialized; one of the weights never trains."""
 
     class Zero(Spatial):
         def __init__(self) -> None:
@@ -156,7 +156,7 @@ def test_batchnorm_weights_of_exactly_zero(mode: str) -> None:
 
 
 class Skips(nn.Module):
-    """A layer that training never reaches."""
+    """A layer that training never calls."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -191,7 +191,7 @@ def _empty() -> DataLoader[Any]:
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("how", ["empty", "limit", "no validation"])
 def test_no_batches(mode: str, how: str) -> None:
-    """No step was trained: nothing is converted, nothing has moved."""
+    """No step was trained: nothing is converted, and nothing has changed."""
     module, callback = Lit(), qat(mode, example_inputs=dataset()[:4][0])
     before = state(module)
     settings = {"limit_train_batches": 0} if how == "limit" else {}
@@ -304,7 +304,7 @@ def test_an_exception_in_a_test_leaves_the_prepared_network(mode: str) -> None:
 
 
 class FullDisk:
-    """Takes a number of bytes of what is written, and then says that there is no space left."""
+    """Accepts a number of bytes, and then reports that no space is left."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.room: int | None = None

@@ -1,6 +1,6 @@
-"""A fit killed anywhere and resumed from its last checkpoint ends, bit by bit, where the uninterrupted one ends.
+"""A fit killed anywhere and resumed from its last checkpoint ends, bit by bit, like the uninterrupted one.
 
-The kill points are drawn; ``QAT_STRESS_SEED=n`` in the environment draws those of a run that failed.
+The kill points are random; ``QAT_STRESS_SEED=n`` in the environment repeats those of a failed run.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def test_killed_anywhere_many_times(lives: Campaign, mode: str) -> None:
 
 
 def _after(lives: Campaign, run: Run, *kills: Kill) -> list[str]:
-    """What differs after these kills."""
+    """The differences after these kills."""
     run = replace(run, folder=tempfile.mkdtemp(dir=lives.folder))
     reference = lives.reference(run)
     for kill in kills:
@@ -73,7 +73,7 @@ def _after(lives: Campaign, run: Run, *kills: Kill) -> list[str]:
 
 @pytest.mark.slow
 def test_a_fit_that_stops_is_found_and_says_where(tmp_path: Path) -> None:
-    """The watch itself."""
+    """The test of the watchdog itself."""
     with Server(idle=4.0) as server:
         outcome = server.run(Run("eager", str(tmp_path), kill=Kill("step", 2, stops=True)))
     assert (outcome.status, outcome.where) == ("hung", "step 2")
@@ -82,21 +82,21 @@ def test_a_fit_that_stops_is_found_and_says_where(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_resumed_at_the_end_of_an_epoch_and_killed_again(lives: Campaign) -> None:
-    """Lightning takes the checkpoints of such a run for those of an epoch that has ended."""
+    """Lightning takes the checkpoints of such a run for those of a finished epoch."""
     kills = Kill("validate", 0, calls=5), Kill("step", 6, calls=50)
     assert not _after(lives, Run("eager", ""), *kills)
 
 
 @pytest.mark.slow
 def test_resumed_under_accumulation_and_killed_again(lives: Campaign) -> None:
-    """Lightning saves the step that it was resumed from once more, in the middle of the accumulation."""
+    """Lightning saves the step that it resumed from again, within the gradient accumulation."""
     kills = Kill("step", 5, calls=50), Kill("save_last", 6, calls=50)
     assert not _after(lives, Run("eager", "", accumulate=2), *kills)
 
 
 @pytest.mark.slow
 def test_a_checkpoint_is_whole_wherever_its_writing_ends(lives: Campaign, tmp_path: Path) -> None:
-    """Also where temporary files are on another file system, from which Lightning would copy."""
+    """Also if temporary files are on another file system, from which Lightning would copy."""
     memory = "/dev/shm" if Path("/dev/shm").is_dir() else None
     with tempfile.TemporaryDirectory(dir=memory) as elsewhere:
         run = Run("eager", "", temporary=elsewhere)

@@ -1,4 +1,4 @@
-"""Whatever is wrong ends in an error of ours that names it, and leaves the LightningModule as it was."""
+"""Every invalid input raises one of our errors that names it, and leaves the LightningModule unchanged."""
 
 from __future__ import annotations
 
@@ -51,6 +51,6 @@ def test_more_of_all_kinds(files: Files) -> None:
 @given(st.data())
 @settings(max_examples=20, database=None)
 def test_what_is_right_is_not_complained_of_twice(data: st.DataObject) -> None:
-    """The check itself: no error is a complaint."""
+    """The test of the check itself: a missing error is a complaint."""
     case = Malformed("none", "nothing wrong", ("x",), lambda _: data, None)
     assert complaint(case, Files(Path())) == "no error"

@@ -1,9 +1,8 @@
-"""One real fit in a process of its own, which may be told to die in the middle of it.
+"""One real fit in its own process, which may be killed in the middle.
 
 `fit` trains a small network with everything that a resume could lose: BatchNorm statistics, dropout, ranges, Adam's
-moments, a learning rate that falls with each step, a shuffled loader, accumulated gradients. It saves all along,
-resumes from the last checkpoint in its folder if there is one, and at its end writes a digest of all that it ended
-with.
+moments, a learning rate that decreases with each step, a shuffled loader, accumulated gradients. It saves
+continually, resumes from the last checkpoint in its folder if there is one, and writes a digest of its final state.
 """
 
 from __future__ import annotations
@@ -40,14 +39,14 @@ DIGEST = "digest.json"
 
 @dataclass(frozen=True)
 class Kill:
-    """Where a fit is to be killed.
+    """Where to kill a fit.
 
     Attributes:
         part: ``"prepare"``, ``"step"``, ``"save"``, ``"save_last"``, ``"validate"`` or ``"convert"``.
         at: Which part of that kind, counted from the beginning of a fit; for steps and saves the number of steps done.
-        calls: After how many calls of functions inside of it, Python's or C's, the fit kills itself.
-        seconds: How long after the beginning of the part it is killed from outside.
-        stops: It does not go on with the part, and waits to be found.
+        calls: Number of function calls (Python or C) in the part after which the fit kills itself.
+        seconds: Time after the beginning of the part at which it is killed from outside.
+        stops: Whether it stops in the part, to test detection of hanging fits.
     """
 
     part: str
@@ -59,17 +58,17 @@ class Kill:
 
 @dataclass(frozen=True)
 class Run:
-    """What to fit.
+    """A fit.
 
     Attributes:
-        mode: Of quantization.
-        folder: Of its checkpoints and its digest.
-        accumulate: Batches to an optimizer step.
-        save_every: Optimizer steps to a checkpoint.
+        mode: Quantization mode.
+        folder: Folder of its checkpoints and its digest.
+        accumulate: Batches per optimizer step.
+        save_every: Optimizer steps per checkpoint.
         kind: One of `kinds.KINDS`.
-        kill: Where it ends early.
-        count: Count the calls in each part, for later kills.
-        temporary: Where Python makes temporary files, if elsewhere than usual.
+        kill: Where to kill it.
+        count: Whether to count the calls in each part, for later kills.
+        temporary: Python's folder for temporary files, if not the default.
     """
 
     mode: str
@@ -83,7 +82,7 @@ class Run:
 
 
 class Witness(Callback):
-    """Says where the fit is, and kills it there."""
+    """Reports the current part of the fit, and kills it there."""
 
     def __init__(self, run: Run, tell: Callable[[str], None]) -> None:
         self.run = run
@@ -105,7 +104,7 @@ class Witness(Callback):
             sys.setprofile(_Counter(self.calls, f"{part} {at}"))
 
     def next(self, part: str) -> None:
-        """Enter a part that is numbered by itself."""
+        """Enter a part with its own counter."""
         self.seen[part] = self.seen.get(part, -1) + 1
         self.say(part, self.seen[part])
 
@@ -143,7 +142,7 @@ class _Counter:
 
 @dataclass
 class Saving:
-    """The Trainer's ``save_checkpoint``, with a word before and after."""
+    """The Trainer's ``save_checkpoint``, with reports before and after."""
 
     witness: Witness
     save: Callable[..., None]
@@ -156,11 +155,11 @@ class Saving:
 
 
 def fit(run: Run, tell: Callable[[str], None]) -> None:
-    """The fit, from the last checkpoint in its folder or from the beginning, and its digest.
+    """Run the fit from the last checkpoint in its folder or from the beginning, and return its digest.
 
     Args:
-        run: What to fit.
-        tell: Told each part of the fit as it begins.
+        run: The fit.
+        tell: Called with each part of the fit when it begins.
     """
     folder = Path(run.folder)
     resumed = any(folder.glob("last*.ckpt"))
@@ -197,7 +196,7 @@ def fit(run: Run, tell: Callable[[str], None]) -> None:
 
 
 def digest(trainer: Trainer, module: LightningModule, callback: QuantizationCallback) -> dict[str, str]:
-    """A hash of every tensor that a fit ends with."""
+    """A hash of every tensor of a fit's final state."""
     ended: dict[str, Any] = dict(module.state_dict())
     for index, values in trainer.optimizers[0].state_dict()["state"].items():
         ended |= {f"optimizer.{index}.{key}": torch.as_tensor(value) for key, value in values.items()}
@@ -222,7 +221,7 @@ def _hash(value: Any) -> str:
 
 
 def write(path: Path, values: Any) -> None:
-    """Whole or not at all."""
+    """Write atomically."""
     beside = path.with_suffix(".part")
     beside.write_text(json.dumps(values))
     beside.replace(path)
@@ -230,7 +229,7 @@ def write(path: Path, values: Any) -> None:
 
 @contextlib.contextmanager
 def output_to(path: Path) -> Any:
-    """All that this process prints, and what C prints, goes to a file."""
+    """Redirect all output of this process, including C code's, to a file."""
     with path.open("ab") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)

@@ -1,4 +1,4 @@
-"""A tiny data set of boxes: red and blue rectangles on grey, in PNG files and a CSV file."""
+"""A tiny dataset of boxes: red and blue rectangles on gray, in PNG files and a CSV file."""
 
 from __future__ import annotations
 
@@ -36,6 +36,6 @@ def make_boxed_images(folder: Path, *, train: int = 8, val: int = 4, test: int =
 
 
 def write_table(path: Path, rows: list[tuple[object, ...]], header: tuple[str, ...] = HEADER) -> None:
-    """A CSV file of boxes."""
+    """Write a CSV file of boxes."""
     with path.open("w", newline="") as file:
         csv.writer(file).writerows([header, *rows])

@@ -1,4 +1,4 @@
-"""Small networks that the tests of every mode share, each with an example and a task it can learn in a few steps."""
+"""Small networks for tests of every mode, each with an example and a task that it can learn in a few steps."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Plain(nn.Module):
 
 
 class Residual(nn.Module):
-    """One ReLU module used twice, and the last BatchNorm weight initialised to 0."""
+    """One ReLU module used twice, and the last BatchNorm weight initialized to 0."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -111,7 +111,7 @@ class SeveralInputs(nn.Module):
 
 
 class SharedLayers(nn.Module):
-    """A convolution called twice, with a BatchNorm behind one call only, and a BatchNorm in front of its ReLU."""
+    """A convolution called twice, with a BatchNorm after only one call, and a BatchNorm before its ReLU."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -158,7 +158,7 @@ class Attention(nn.Module):
 
 
 class ControlFlow(nn.Module):
-    """Takes another way for bright images, which no graph can follow."""
+    """Branches on brightness, which no graph can represent."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -194,11 +194,11 @@ class Case:
     """A network of the table.
 
     Attributes:
-        name: For test names.
-        network: Makes it.
-        batch: Makes a batch of a size: positional inputs, keyword inputs, labels.
-        modes: The modes that can express it.
-        layers: Its int8 layers, at least.
+        name: Name for tests.
+        network: Creates it.
+        batch: Creates a batch of a given size: positional inputs, keyword inputs, labels.
+        modes: The modes that support it.
+        layers: Minimum number of int8 layers.
     """
 
     name: str
@@ -227,7 +227,7 @@ CASES = (
 
 
 def train(prepared: nn.Module, case: Case, steps: int = 25, lr: float = 0.02) -> None:
-    """A short training on the case's task, with whatever phase is set."""
+    """A short training on the case's task, in the current phase."""
     prepared.train()
     optimizer = torch.optim.Adam(prepared.parameters(), lr=lr)
     for _ in range(steps):

@@ -1,4 +1,4 @@
-"""PT2E quantizers as users write them: upstream's observers, and nothing of ours."""
+"""PT2E quantizers as users write them, with upstream's observers and nothing of this package."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ _FIXED = {aten.sigmoid.default: (1 / 256, -128), aten.tanh.default: (1 / 128, 0)
 
 
 class OwnQuantizer(Quantizer):
-    """Knows convolutions, linear layers, what moves values behind them, and sigmoid and tanh. There is no QAT in it.
+    """Annotates convolutions, linear layers, moves of values after them, sigmoid and tanh; knows nothing of QAT.
 
     Args:
-        dtype: Of activations: ``"int8"``, ``"uint8"`` or ``"int16"``.
+        dtype: Type of activations: ``"int8"``, ``"uint8"`` or ``"int16"``.
         symmetric: Whether activations have zero point 0.
         per_channel: Whether weights have a scale for each output channel.
         bias: Whether biases are int32 on a grid derived from those of input and weight.
@@ -83,23 +83,23 @@ class OwnQuantizer(Quantizer):
         node.meta[Q_ANNOTATION_KEY] = QuantizationAnnotation(specs, self.activation)
 
     def validate(self, model: fx.GraphModule) -> None:
-        """All is possible."""
+        """Accept everything."""
 
 
 def product_of_scales(observers: list[Any]) -> tuple[Tensor, Tensor]:
-    """The grid on which the product of input and weight is."""
+    """The grid of the product of input and weight."""
     (input, _), (weight, _) = (observer.calculate_qparams() for observer in observers)
     scale = input * weight
     return scale, torch.zeros_like(scale, dtype=torch.int32)
 
 
 def wide_quantizer() -> OwnQuantizer:
-    """Activations of 16 bits, made by a function."""
+    """A quantizer with 16-bit activations, created by a function."""
     return OwnQuantizer("int16", symmetric=True)
 
 
 class Demanding(OwnQuantizer):
-    """Asks for what cannot be trained.
+    """Requests unsupported settings.
 
     Args:
         what: ``"dynamic"``, ``"float16"``, ``"per_channel"``, ``"derived"`` or ``"int32"``.

@@ -1,4 +1,4 @@
-"""Small networks for sequences and tables, that the tests of the kinds without calibration share."""
+"""Small networks for sequences and tables, for tests of the kinds without calibration."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 class Recurrent(nn.Module):
-    """A recurrent layer of two layers and two directions, and a head on its last output."""
+    """A bidirectional recurrent layer with two layers, and a head on its last output."""
 
     def __init__(self, kind: type[nn.RNNBase]) -> None:
         super().__init__()
@@ -99,7 +99,7 @@ class Convolutions(nn.Module):
 
 
 class Perceptron(nn.Module):
-    """Linear layers, one of them used twice, with control flow that no graph can follow if ``branches``."""
+    """Linear layers, one of them used twice; with ``branches``, control flow that cannot be captured."""
 
     def __init__(self, branches: bool = False) -> None:
         super().__init__()
@@ -131,11 +131,11 @@ class SequenceCase:
     """A network of the table.
 
     Attributes:
-        name: For test names.
-        network: Makes it.
+        name: Name for tests.
+        network: Creates it.
         dynamic: The layers that become integer with kind="dynamic", by mode.
         weight_only: The same with kind="weight_only".
-        batch: Makes inputs.
+        batch: Creates inputs.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Which backends can be prepared here: the packages of some are not in the lock."""
+"""Backends that can be prepared here: the packages of some are not in the lock file."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from qat_lightning.settings.backends import BACKENDS, require
 
 @functools.cache
 def missing(backend: str) -> str:
-    """What is missing, in words; empty if nothing is."""
+    """What is missing; empty if nothing is."""
     try:
         require(BACKENDS[backend])
     except MissingExtraError as error:
@@ -21,5 +21,5 @@ def missing(backend: str) -> str:
 
 
 def skipped_without(backend: str) -> tuple[pytest.MarkDecorator, ...]:
-    """Marks of a test that needs what ``backend`` needs."""
+    """Marks for a test that needs the packages of ``backend``."""
     return (pytest.mark.skip(reason=why),) if (why := missing(backend)) else ()

@@ -1,4 +1,4 @@
-"""Networks as people build them, each with what others have not: what a fit of them has to reach in every mode."""
+"""Typical networks, each with a feature that others do not have, and what a fit of it has to reach in every mode."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ class Mixer(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention as transformers write it, sizes read from the input."""
+    """Self-attention as in transformers, with sizes read from the input."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -244,7 +244,7 @@ class NormalizesByBuffer(nn.Module):
 
 
 class NormAct(nn.BatchNorm2d):
-    """A BatchNorm that is called by hand, with its activation."""
+    """A BatchNorm that is called directly, with its activation."""
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training and self.num_batches_tracked is not None:
@@ -266,7 +266,7 @@ class IntegerMask(nn.Module):
 
 
 class SpatialSoftArgmax(nn.Module):
-    """Ends in a function of the values of an activation, divided by their sum."""
+    """Ends with a function of an activation's values, divided by their sum."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -278,7 +278,7 @@ class SpatialSoftArgmax(nn.Module):
 
 
 class Loops(nn.Module):
-    """A way through the network that depends on its values."""
+    """Branches on values."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -302,7 +302,7 @@ class Video(nn.Module):
 
 
 class Normalized(nn.Module):
-    """Unit vectors, BatchNorm of vectors and a difference between two layers that are int8."""
+    """Unit vectors, BatchNorm of vectors and a difference between two int8 layers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -330,11 +330,11 @@ class Varied:
     """One network, and what a fit of it has to reach.
 
     Attributes:
-        name: For the test.
-        make: Makes it.
-        shape: Of its input, with the batch.
-        least: The least share of its multiply-accumulates that is in int8, by mode; a mode that is not named refuses it
-            before the first step, with a remedy.
+        name: Name for tests.
+        make: Creates it.
+        shape: Shape of its input, with the batch.
+        least: Minimum share of multiply-accumulates in int8, by mode; other modes refuse it before the first step,
+            with a remedy.
     """
 
     name: str
@@ -344,7 +344,7 @@ class Varied:
 
 
 def _stack(make: Callable[[], list[nn.Module]]) -> Callable[[], nn.Module]:
-    """What makes an ``nn.Sequential`` of new layers."""
+    """A function that creates an ``nn.Sequential`` of new layers."""
     return lambda: nn.Sequential(*make())
 
 
@@ -423,6 +423,6 @@ VARIED = (
 
 
 def zero_gamma(network: nn.Sequential) -> nn.Sequential:
-    """As networks are initialized whose residual blocks are to begin as identities."""
+    """Initialized such that residual blocks begin as identities."""
     nn.init.zeros_(network[1][1].weight)
     return network

@@ -1,4 +1,4 @@
-"""Sweeps of train.py in a process of its own, with tiny settings, and their runs as W&B reads them back."""
+"""Sweeps of train.py in a separate process, with tiny settings, and their runs read with W&B's reader."""
 
 import json
 import os
@@ -32,7 +32,7 @@ def sweep(folder: Path, *words: str, script: Path = TRAIN) -> subprocess.Complet
 
 
 def results(folder: Path) -> dict[int, dict[str, Any]]:
-    """What each trial left, by its number."""
+    """The result of each trial, by its number."""
     return {int(path.parent.name): json.loads(path.read_text()) for path in (folder / "sweep").glob("*/result.json")}
 
 
@@ -41,7 +41,7 @@ def statuses(folder: Path) -> dict[int, str]:
 
 
 def offline_runs(folder: Path) -> list[dict[str, Any]]:
-    """Every offline run below a folder, as W&B itself reads it back."""
+    """Every offline run below a folder, read with W&B's own reader."""
     found = sorted(path for path in folder.rglob("offline-run-*") if path.is_dir())
     command = [sys.executable, "-m", "wandb", "leet", "inspect", "--summary", "--json"]
     return [json.loads(subprocess.check_output([*command, str(path)], text=True)) for path in found]

@@ -1,4 +1,4 @@
-"""The shared float run: what changes its key, and what becomes of a broken one."""
+"""The shared float run: what changes its key, and what happens to a broken one."""
 
 import multiprocessing
 from collections.abc import Callable

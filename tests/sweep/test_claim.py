@@ -1,4 +1,4 @@
-"""A folder for each run: none shared, none written over."""
+"""Each run has its own folder: none is shared, and none is overwritten."""
 
 from __future__ import annotations
 

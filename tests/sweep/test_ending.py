@@ -1,4 +1,4 @@
-"""How a run ends that something outside ends, and that is launched again when it is finished."""
+"""How a run ends that is stopped from outside, or launched again after it has finished."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A sweep with the basic launcher: skipped combinations, the shared float run, and what is refused."""
+"""A sweep with the basic launcher: skipped combinations, the shared float run, and errors."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Real sweeps with each launcher: each trial is one W&B run, all in one group, and a failed one loses no other."""
+"""Real sweeps with each launcher: each trial is one W&B run, all in one group; failures do not affect others."""
 
 import importlib.util
 from pathlib import Path
@@ -41,7 +41,7 @@ def test_each_trial_is_one_run_and_a_failed_one_loses_no_other(launcher: str, tm
 
 @pytest.mark.slow
 def test_a_killed_trial_loses_no_other_and_resume_finishes_it_as_the_same_run(tmp_path: Path) -> None:
-    """The second trial kills itself after its first epoch, as a machine without memory would, the first time."""
+    """The second trial kills itself after its first epoch the first time, as if out of memory."""
     script = tmp_path / "train_killed.py"
     script.write_text(
         "import os, runpy, signal, sys\n"

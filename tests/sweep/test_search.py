@@ -34,7 +34,7 @@ def test_optuna_gets_both_objectives_and_resume_repeats_the_search(tmp_path: Pat
 
 
 def agent_command() -> list[str]:
-    """The command line that W&B's agent makes of sweep.yaml, for the first of the values."""
+    """The command line that W&B's agent creates from sweep.yaml, for the first of the values."""
     sweep_file = yaml.safe_load((ROOT / "sweep.yaml").read_text())
     values = {
         name: {"value": parameter["values"][0] if "values" in parameter else parameter["min"]}

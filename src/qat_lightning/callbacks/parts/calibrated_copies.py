@@ -1,4 +1,4 @@
-"""Copies of float networks that are quantized without training: found, decided on, calibrated, and renewed."""
+"""Copies of float networks for post-training quantization: finding networks, deciding, calibrating, and updating."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ PostTrainingKind = Literal["static", "dynamic", "weight_only"]
 
 @dataclass(frozen=True, eq=False)
 class CalibrationSettings:
-    """The arguments that `PostTrainingQuantization` has for itself; see there.
+    """The arguments of `PostTrainingQuantization` only; see there.
 
     Raises:
-        ConfigurationError: One is not possible, or not with the kind.
+        ConfigurationError: One is invalid, or not supported for the kind.
     """
 
     kind: PostTrainingKind = "static"
@@ -52,7 +52,7 @@ class CalibrationSettings:
     sequential_mse: bool = False
 
     def __post_init__(self) -> None:
-        """Check the values, and what needs data."""
+        """Check the values, and that recipes have calibration data."""
         kind, batches = self.kind, self.calibration_batches
         if not isinstance(kind, str) or kind not in get_args(PostTrainingKind):
             raise ConfigurationError(f"kind={kind!r} is unknown: use one of {', '.join(get_args(PostTrainingKind))}.")
@@ -80,20 +80,20 @@ class CalibrationSettings:
 
     @property
     def wins_back(self) -> bool:
-        """Whether weights or biases are changed on the batches of the calibration."""
+        """Whether recipes change weights or biases on the calibration batches."""
         return self.bias_correction or self.sequential_mse or self.adaround is not None
 
 
 class CalibratedCopies:
-    """Quantizes copies of the networks of a LightningModule, which stays as it is.
+    """Quantizes copies of the networks of a LightningModule, which is not changed.
 
     Args:
-        networks: What the callback knows; it learns what was found, decided and calibrated.
-        preparation: What decides on a network and prepares it.
-        settings: What to calibrate with.
+        networks: The networks of the callback; results are stored there.
+        preparation: Decides how to quantize a network, and prepares it.
+        settings: The calibration settings.
 
     Attributes:
-        made_of: The float weights that the copies have, by name of the network; empty before there are some.
+        made_of: The float weights of the copies, by network name; empty before there are copies.
     """
 
     def __init__(self, networks: Networks, preparation: Preparation, settings: CalibrationSettings) -> None:
@@ -104,7 +104,7 @@ class CalibratedCopies:
 
     @property
     def settings(self) -> CalibrationSettings:
-        """What to calibrate with."""
+        """The calibration settings."""
         return self._settings
 
     @settings.setter
@@ -114,11 +114,11 @@ class CalibratedCopies:
 
     @property
     def calibrates(self) -> bool:
-        """Whether the copies get fake-quant and see data; the other kinds convert float networks."""
+        """Whether copies are prepared and calibrated; the other kinds convert float networks."""
         return self.settings.kind == "static"
 
     def forget_others(self, pl_module: LightningModule) -> bool:
-        """Forget the networks of another LightningModule; whether there were some."""
+        """Discard the networks of another LightningModule; return whether there were any."""
         networks = self.networks
         others = any(slot.pl_module is not pl_module for slot in networks.slots.values())
         if others:
@@ -127,7 +127,7 @@ class CalibratedCopies:
         return others
 
     def find(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Find the networks and a call of each, unless they are known."""
+        """Find the networks and an example call of each, unless they are known."""
         if self.networks.slots:
             return
         slots = {name: Slot(pl_module, name) for name in find_networks(pl_module, self.networks.settings.module)}
@@ -146,7 +146,7 @@ class CalibratedCopies:
         self.networks.slots = slots
 
     def try_before_fit(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find out before a training what would fail after it: preparing, converting and calibrating."""
+        """Check before training what would fail after it: preparing, converting and calibrating."""
         self.find(trainer, pl_module, "fit")
         self._ensure_decided(trainer, "fit")
         if not self.calibrates:
@@ -157,14 +157,14 @@ class CalibratedCopies:
         self._data.try_it(trainer, pl_module, self.networks.slots)
 
     def are_present(self) -> bool:
-        """Whether the copies are of the weights that the networks have now."""
+        """Whether the copies have the present weights of the networks."""
         slots = self.networks.slots
         return bool(self.made_of) and all(_has(slot.get(), self.made_of[name]) for name, slot in slots.items())
 
     def make(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Quantize copies of the networks as they are now."""
+        """Quantize copies of the networks with their present weights."""
         self.made_of, self.networks.prepared = {}, {}
-        if self.calibrates and not self._data.has_calls:  # first, since it may be missing
+        if self.calibrates and not self._data.has_calls:  # first, because it may not exist
             calibration_loader(trainer, pl_module, self.settings.calibration_dataloader)
         self._ensure_decided(trainer, str(trainer.state.fn))
         if self.calibrates:
@@ -174,7 +174,7 @@ class CalibratedCopies:
         self.made_of = {name: _weights(slot.get()) for name, slot in self.networks.slots.items()}
 
     def _ensure_decided(self, trainer: Trainer, stage: str) -> None:
-        """Decide on the networks of which nothing is decided yet, by a checkpoint or in a fit before."""
+        """Decide how to quantize networks, unless a checkpoint or an earlier fit has decided it."""
         networks = self.networks
         new = {name: slot for name, slot in networks.slots.items() if name not in networks.decisions}
         if new:
@@ -195,12 +195,12 @@ class CalibratedCopies:
         return prepared
 
     def _prepare_copy(self, name: str) -> nn.Module:
-        """A copy with fake-quant, in float32 whatever the precision of the training: it is calibrated, not trained."""
+        """Return a prepared copy in float32, for any precision of the training: it is calibrated, not trained."""
         slot = self.networks.slots[name]
         return self.preparation.prepare_one(slot, copy.deepcopy(slot.get()).float(), self.networks.examples[name])
 
     def _win_back(self, trainer: Trainer, pl_module: LightningModule, prepared: dict[str, nn.Module]) -> None:
-        """Ranges of weights, learned rounding and corrected biases, on the batches of the calibration."""
+        """Apply sequential MSE, AdaRound and bias correction on the calibration batches."""
         calls = self._data.calls(trainer, pl_module, self.networks.slots, prepared)
         for name, network in prepared.items():
             before = float_weights(network)
@@ -214,7 +214,7 @@ class CalibratedCopies:
 
 
 def _check_blocks(slots: Mapping[str, Slot], examples: Mapping[str, Example], wanted: str | Sequence[str]) -> None:
-    """Refuse names of blocks that are none, before a training."""
+    """Raise for invalid names of blocks, before training."""
     if isinstance(wanted, str):
         return
     starts = tuple(f"{slot.prefix}." if slot.prefix else "" for slot in slots.values())

@@ -1,4 +1,4 @@
-"""Batches to calibrate with, and a LightningModule's own step to send them through its networks."""
+"""Calibration batches, and calling networks on them through a LightningModule's own step."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ Kept = TypeVar("Kept")
 
 
 class _Called(Exception):
-    """All networks were called: a step with optimizers of its own must not continue."""
+    """Raised when all networks were called, because a step with manual optimization must not continue."""
 
 
 def calibration_loader(trainer: Trainer, pl_module: LightningModule, given: Any) -> Any:
-    """The loader to calibrate with: the one that was given, or the training's.
+    """Return the calibration loader: the given one, or the training loader.
 
     Raises:
-        ConfigurationError: There is none; the message says what to give.
+        ConfigurationError: There is none; the message says what to pass.
     """
     if given is not None:
         return given
@@ -60,12 +60,12 @@ def calibration_loader(trainer: Trainer, pl_module: LightningModule, given: Any)
 
 
 def _called(trainer: Trainer) -> str:
-    """The method of the Trainer that runs."""
+    """Return the name of the Trainer method that is running."""
     return "fit" if trainer.state.fn is None else str(trainer.state.fn.value)
 
 
 def _apart(loader: Any) -> Any:
-    """A loader whose iteration does not begin anew when this one's does, as that of persistent workers would."""
+    """Return a loader with its own iteration, which persistent workers would otherwise share and restart."""
     if isinstance(loader, DataLoader) and loader.persistent_workers:
         loader = copy.copy(loader)
         loader._iterator = None
@@ -75,17 +75,17 @@ def _apart(loader: Any) -> Any:
 def calibrate_in_steps(
     pl_module: LightningModule, slots: Mapping[str, Slot], prepared: Mapping[str, nn.Module], loader: Any, batches: int
 ) -> int:
-    """Calibrate networks on what the LightningModule's training step calls them with; see `run_in_steps`."""
+    """Calibrate networks on the inputs that the LightningModule's training step passes to them; see `run_in_steps`."""
     return run_in_steps(pl_module, slots, prepared, loader, batches, calibrating)
 
 
 def calls_in_steps(
     pl_module: LightningModule, slots: Mapping[str, Slot], networks: Mapping[str, nn.Module], loader: Any, batches: int
 ) -> dict[str, list[Example]]:
-    """What the LightningModule's training step calls each network with, in as many batches; see `run_in_steps`.
+    """Record the inputs that the LightningModule's training step passes to each network; see `run_in_steps`.
 
     Returns:
-        By the networks' names, the calls in their order, on the device of the LightningModule.
+        The calls in order, by network name, on the device of the LightningModule.
     """
     return _calls_in_steps(pl_module, slots, networks, loader, batches, lambda call, batch: call)
 
@@ -93,7 +93,7 @@ def calls_in_steps(
 def calls_and_batches(
     pl_module: LightningModule, slots: Mapping[str, Slot], networks: Mapping[str, nn.Module], loader: Any, batches: int
 ) -> dict[str, list[tuple[Example, Any]]]:
-    """As `calls_in_steps`, each call with the batch that the step was given."""
+    """As `calls_in_steps`, with the batch of the step for each call."""
     return _calls_in_steps(pl_module, slots, networks, loader, batches, lambda call, batch: (call, batch))
 
 
@@ -132,7 +132,7 @@ def _copied(leaf: Any) -> Any:
 
 
 class _StepFailed(Exception):
-    """A step cannot be used to call the networks."""
+    """Raised if a step cannot be used to call the networks."""
 
 
 def run_in_steps(
@@ -144,27 +144,27 @@ def run_in_steps(
     within: Callable[[nn.Module], AbstractContextManager[Any]],
     see: Callable[[Any], None] = lambda batch: None,
 ) -> int:
-    """Call networks as the LightningModule's training step calls its own, and leave it as it was.
+    """Run the LightningModule's training step with other networks in place of its own, and restore it afterwards.
 
-    A step that needs training (a detector's, which gets no losses in evaluation) does so until it has called the
-    networks; one that does not come so far leaves them to ``validation_step`` and the validation's batches.
+    A step that fails in evaluation mode after it has called the networks is sufficient (for example a detector's, which
+    gets no losses). If it does not call them, ``validation_step`` is used with validation batches.
 
     Args:
-        pl_module: Its step runs in evaluation, without gradients, and logs nothing. Its buffers, also those that
-            networks share with it, are put back in the end.
-        slots: Where the networks are.
-        networks: By the same names, what is called, on the device of the LightningModule.
-        loader: Of batches for ``training_step``.
-        batches: As many at most.
-        within: Gives the context in which each network is called.
+        pl_module: Its step runs in evaluation mode, without gradients and logging. Its buffers, including those that
+            networks share with it, are restored afterwards.
+        slots: The slots of the networks.
+        networks: The networks to call, by the same names, on the device of the LightningModule.
+        loader: Loader of batches for ``training_step``.
+        batches: Maximum number of batches.
+        within: Returns the context in which each network is called.
         see: Called with each batch before its step.
 
     Returns:
-        How many batches there were.
+        The number of batches.
 
     Raises:
-        NetworkError: The step failed, or called a network never; the message says what to do.
-        ConversionError: There was nothing finite.
+        NetworkError: The step failed, or did not call a network; the message says what to do.
+        ConversionError: No value was finite.
     """
     failed: list[str] = []
     for step, source in (("training_step", loader), *_instead(pl_module, loader)):
@@ -195,16 +195,16 @@ def _no_step(pl_module: LightningModule, failed: list[str]) -> NetworkError:
 
 
 def try_steps(trainer: Trainer, pl_module: LightningModule, slots: Mapping[str, Slot], given: Any) -> None:
-    """Try before a training, on one batch, that `run_in_steps` will be able to call the networks after it.
+    """Check before training, on one batch, that `run_in_steps` will be able to call the networks after it.
 
     Args:
-        trainer: It fits.
-        pl_module: On its device.
-        slots: Where the networks are.
-        given: The loader that batches will come from, if it is not the training's.
+        trainer: The Trainer, at the beginning of a fit.
+        pl_module: The LightningModule, on its device.
+        slots: The slots of the networks.
+        given: The calibration loader, if it is not the training loader.
 
     Raises:
-        NetworkError: It will not, with what to do.
+        NetworkError: It will not; the message says what to do.
     """
     networks = {name: slot.get() for name, slot in slots.items()}
     if given is not None:
@@ -232,7 +232,7 @@ def try_steps(trainer: Trainer, pl_module: LightningModule, slots: Mapping[str, 
 
 
 def _instead(pl_module: LightningModule, loader: Any) -> Iterator[tuple[str, Any]]:
-    """What calls the networks where ``training_step`` does not, and the batches that it is for."""
+    """Yield steps to use if ``training_step`` does not call the networks, with their loaders."""
     if is_overridden("validation_step", pl_module):
         validation = _validation_loader(pl_module)
         yield "validation_step", loader if validation is None else validation
@@ -317,7 +317,7 @@ def _standing(slot: Slot, network: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _noted(network: nn.Module, name: str, called: set[str], wanted: int, whole: bool) -> Iterator[None]:
-    """Note that a network was called; where the step steps optimizers itself, break it off when all were."""
+    """Record that a network was called; under manual optimization, interrupt the step when all were."""
 
     def note(*_: Any) -> None:
         called.add(name)
@@ -333,7 +333,7 @@ def _noted(network: nn.Module, name: str, called: set[str], wanted: int, whole: 
 
 @contextmanager
 def _metrics_kept(pl_module: LightningModule) -> Iterator[None]:
-    """Put back what metrics have counted, which are not all buffers."""
+    """Restore the states of metrics afterwards, some of which are not buffers."""
     kept = [(metric, _state(metric)) for metric in pl_module.modules() if isinstance(metric, Metric)]
     try:
         yield

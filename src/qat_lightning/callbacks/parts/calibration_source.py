@@ -1,4 +1,4 @@
-"""Where the data of a calibration comes from: the LightningModule's steps, or calls that the user gave."""
+"""The source of calibration data: the LightningModule's steps, or calls given by the user."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from qat_lightning.rehearsal.calibration import calibrate
 
 
 class CalibrationSource:
-    """Calls networks as they will be called, as often as was asked for.
+    """Calls networks on calibration data.
 
     Args:
-        batches: As many at most.
-        loader: Batches for ``training_step``; None for the training's.
-        calls: Calls of the network instead, a mapping of them by name for several; None for steps.
+        batches: Maximum number of batches.
+        loader: Batches for ``training_step``; None for the training loader.
+        calls: Calls of the network instead, for several networks a mapping by name; None to use steps.
 
     Raises:
-        ConfigurationError: Both were given, or calls that are no collection.
+        ConfigurationError: Both were given, or ``calls`` is not a collection.
     """
 
     def __init__(self, batches: int, loader: Any, calls: Any) -> None:
@@ -53,11 +53,11 @@ class CalibrationSource:
 
     @property
     def has_calls(self) -> bool:
-        """Whether the user gave calls."""
+        """Whether the user gave ``calls``."""
         return self._given is not None
 
     def examples(self, names: list[str]) -> Any:
-        """What to find the networks' examples in, as a user writes it: the first call of each."""
+        """Return the first call of each network, in the form of ``example_inputs``."""
         first = {}
         for name in names:
             example = self._of(name, len(names))[0]
@@ -65,10 +65,10 @@ class CalibrationSource:
         return first if len(names) > 1 else first[names[0]]
 
     def try_it(self, trainer: Trainer, pl_module: LightningModule, slots: Mapping[str, Slot]) -> None:
-        """Before a training, see that there will be data after it.
+        """Check before training that calibration will be possible after it.
 
         Raises:
-            NetworkError: There will be none, with what to do.
+            NetworkError: It will not; the message says what to do.
         """
         if not self.has_calls:
             try_steps(trainer, pl_module, slots, self.loader)
@@ -76,7 +76,7 @@ class CalibrationSource:
     def calibrate(
         self, trainer: Trainer, pl_module: LightningModule, slots: Mapping[str, Slot], prepared: Mapping[str, nn.Module]
     ) -> int:
-        """Take the ranges of networks, which are on the LightningModule's device; the number of batches is returned."""
+        """Calibrate networks, which are on the LightningModule's device; return the number of batches."""
         if not self.has_calls:
             loader = calibration_loader(trainer, pl_module, self.loader)
             return calibrate_in_steps(pl_module, slots, prepared, loader, self.batches)
@@ -86,7 +86,7 @@ class CalibrationSource:
     def calls(
         self, trainer: Trainer, pl_module: LightningModule, slots: Mapping[str, Slot], networks: Mapping[str, nn.Module]
     ) -> dict[str, list[Example]]:
-        """What `calibrate` calls networks with."""
+        """Return the calls that `calibrate` uses."""
         if self.has_calls:
             return self._on(pl_module.device, list(slots))
         loader = calibration_loader(trainer, pl_module, self.loader)
@@ -102,7 +102,7 @@ class CalibrationSource:
         }
 
     def _of(self, name: str, networks: int) -> list[Example]:
-        """The calls of one network; kept, because they may come from something that gives them once."""
+        """Return the calls of one network; cached, because the source may yield them only once."""
         if name in self._calls:
             return self._calls[name]
         given: Any = self._given

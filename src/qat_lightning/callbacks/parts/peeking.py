@@ -48,13 +48,13 @@ def one_batch(trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) ->
 
 
 def transferred(trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, index: int = 0) -> Any:
-    """A batch as the loops of the Trainer give it to a step: in their precision, and on the LightningModule's device.
+    """Convert a batch as the Trainer's loops do for a step: to its precision, on the LightningModule's device.
 
     Args:
-        trainer: It knows the precision.
-        pl_module: Its hooks transfer the batch, or those of its LightningDataModule, if that has them.
-        batch: From a loader.
-        index: Of the loader.
+        trainer: Provides the precision.
+        pl_module: Its hooks, or its LightningDataModule's, transfer the batch.
+        batch: A batch of a loader.
+        index: Index of the loader.
     """
     device = next((p.device for p in pl_module.parameters()), torch.device("cpu"))
     batch = in_precision(trainer, pl_module, batch)

@@ -12,22 +12,22 @@ from torch import Tensor, nn
 
 
 def float_dtype(module: nn.Module) -> torch.dtype | None:
-    """The dtype of a module's first floating-point parameter; None if there is none."""
+    """Return the dtype of a module's first floating-point parameter; None if there is none."""
     return next((p.dtype for p in module.parameters() if p.is_floating_point()), None)
 
 
 def in_precision(trainer: Trainer, pl_module: LightningModule, batch: Any) -> Any:
     """Convert a batch as the loops of the Trainer do, once the LightningModule is in the Trainer's precision.
 
-    Lightning converts modules after ``setup``; before that, batches stay as the data has them.
+    Lightning converts modules after ``setup``; before that, batches are not converted.
     """
     return trainer.precision_plugin.convert_input(batch) if _is_converted(trainer, pl_module) else batch
 
 
 def precision_of_new_tensors(pl_module: LightningModule) -> AbstractContextManager[Any]:
-    """The context of a step with ``precision="bf16-true"`` and others in which new tensors have another dtype.
+    """Return the context of a step with ``precision="bf16-true"`` and others that change the dtype of new tensors.
 
-    Autocasting is not entered: ranges are those of float32 where the weights are.
+    Autocast is not entered: with float32 weights, ranges are observed in float32.
     """
     trainer = pl_module._trainer
     if trainer is None or isinstance(trainer.precision_plugin, MixedPrecision):

@@ -1,4 +1,4 @@
-"""Deciding how each network is quantized, rehearsing it on a copy, and inserting its fake-quant."""
+"""Deciding how to quantize each network, rehearsing it on a copy, and inserting fake-quantization."""
 
 from __future__ import annotations
 
@@ -46,40 +46,40 @@ from qat_lightning.settings.recipe import check_globs
 
 
 class Preparation:
-    """Decides on networks and prepares them, one by one; places nothing.
+    """Decides how to quantize networks, and prepares them one by one; `Placement` puts them in place.
 
     Args:
-        networks: What the callback knows; decisions are read there.
-        floats: Float weights that are nearer to the trained ones than the present, if there are some.
+        networks: The networks of the callback; decisions are read there.
+        floats: Float weights that are closer to the trained ones than the present weights, if any.
 
     Attributes:
-        given: The example inputs that the user gave; None to catch them from a batch.
+        given: The example inputs given by the user; None to record them from a batch.
     """
 
     def __init__(self, networks: Networks, floats: FloatWeights | None = None) -> None:
         self.networks = networks
         self.given = networks.settings.example_inputs
         self._floats = floats
-        self._remarks: list[str] = []  # of a rehearsal, in which every warning is silenced
+        self._remarks: list[str] = []  # of a rehearsal, during which warnings are silenced
 
     def find_examples(
         self, trainer: Trainer, pl_module: LightningModule, slots: Mapping[str, Slot], stage: str
     ) -> dict[str, Example]:
-        """A call of each network, as given, or caught from a real batch."""
+        """Return an example call of each network: as given, or recorded from a real batch."""
         for name, slot in slots.items():
             refuse_old_norms(slot.get(), name)
         if self.given is not None:
             return examples_from_user(self.given, list(slots))
         found = catch_examples(trainer, pl_module, list(slots.values()), stage)
         if self.networks.settings.smoothquant is not None and several_processes(trainer):
-            # Recipes change weights by the observed activations, which have to be the same in every process.
+            # Recipes change weights according to observed activations, which must be equal in all processes.
             return in_first(lambda: found)
         return found
 
     def decide_all(
         self, trainer: Trainer, slots: Mapping[str, Slot], examples: Mapping[str, Example], stage: str
     ) -> dict[str, Decision]:
-        """The decision about each network: from the checkpoint, otherwise by the first process for all of them."""
+        """Return the decision about each network: from the checkpoint, otherwise made by the first process for all."""
         settings = self.networks.settings
         check_overrides_of({slot.prefix: slot.get() for slot in slots.values()}, settings.recipe)
         state = peek(checkpoint_to_restore(trainer), trusted=trusts_checkpoint(trainer))
@@ -102,7 +102,7 @@ class Preparation:
         return found
 
     def _decide(self, trainer: Trainer, slot: Slot, example: Example, state: Mapping[str, Any], stage: str) -> Decision:
-        """The mode of a network and what of it stays float, rehearsed on a copy if it is going to be converted."""
+        """Choose a network's mode and float layers, by a rehearsal on a copy if it will be converted."""
         settings = self.networks.settings
         network = copy.deepcopy(slot.get()).cpu().float()
         check_example(network, example, name=slot.name, given=self.given is not None)
@@ -135,16 +135,16 @@ class Preparation:
             raise self._with_globs(error) from error
 
     def _rehearses(self, stage: str) -> bool:
-        """Whether a stage needs a rehearsal: any that leads to an int8 network, or has to choose a mode.
+        """Whether a stage needs a rehearsal: if it leads to an int8 network, or has to choose a mode.
 
-        Networks that train for int8 become int8 after a fit, and others after a calibration, in whatever stage.
+        Trained networks are converted after a fit; others after calibration, in any stage.
         """
         settings = self.networks.settings
         converts = settings.convert_on_fit_end and (stage == "fit" or not settings.trains)
         return settings.rehearse and (settings.mode == "auto" or converts)
 
     def _inspecting(self, trainer: Trainer, slot: Slot) -> Inspect | None:
-        """What tries something with the int8 network of a rehearsal: callbacks with a method ``on_rehearsal``."""
+        """Return a function that passes the rehearsal's int8 network to callbacks with a method ``on_rehearsal``."""
         callbacks = [c for c in trainer.callbacks if hasattr(c, "on_rehearsal")]  # type: ignore[attr-defined]
         runtime = self.networks.settings.runtime
         if not callbacks and runtime is None:
@@ -167,16 +167,16 @@ class Preparation:
             )
 
     def rework(self, network: nn.Module, slot: Slot, example: Example) -> Reworking | None:
-        """Equalize, fold and smooth a float network, in place, as the settings say; None if they say nothing."""
+        """Equalize, fold, smooth and rotate a float network in place, as set; None if nothing is set."""
         recipe = self.networks.settings.recipe
         if not reworks(recipe):
             return None
         return Reworking(network, example, recipe)
 
     def prepare_one(self, slot: Slot, network: nn.Module, example: Example) -> nn.Module:
-        """Put fake-quant into a network, as was decided of it; perhaps in place."""
+        """Insert fake-quantization into a network according to its decision; possibly in place."""
         network.cpu()
-        # Networks are prepared in float32; one that was built in the precision of the training goes back to it.
+        # Networks are prepared in float32, and then converted back to the precision that they were built in.
         dtype = next((p.dtype for p in network.parameters() if p.is_floating_point()), torch.float32)
         if dtype != torch.float32:
             network.float()
@@ -205,7 +205,7 @@ class Preparation:
         return prepared
 
     def _with_globs(self, error: NetworkError) -> NetworkError:
-        """An error with the globs that may be why, if there are some."""
+        """Add to an error the globs that may have caused it, if any."""
         recipe = self.networks.settings.recipe
         if not (recipe.include or recipe.exclude):
             return error
@@ -213,14 +213,14 @@ class Preparation:
 
     @staticmethod
     def say_what_was_done(prepared: Mapping[str, nn.Module]) -> None:
-        """Once the networks that stay are made; those that were tried are as others."""
+        """Log what was done to networks, once the final ones are prepared; rehearsed copies are not reported."""
         for name, network in prepared.items():
             reworking = prepared_state(network).reworking
             for note in reworking.notes if reworking is not None else ():
                 rank_zero_info(f"{name!r}. {note}")
 
     def check_adopted(self, prepared: Mapping[str, nn.Module]) -> None:
-        """Take over networks that are prepared already (by a copy of this callback, say), if they are as we would."""
+        """Use networks that are already prepared (for example by a copy of this callback), if the settings agree."""
         for name, network in prepared.items():
             recipe = prepared_state(network).recipe
             settings = self.networks.settings
@@ -234,13 +234,13 @@ class Preparation:
 
 
 def _module_names(slot: Slot) -> list[str]:
-    """The names of a network's modules in the LightningModule."""
+    """Return the names of a network's modules in the LightningModule."""
     return [f"{slot.prefix}.{name}".strip(".") for name, _ in slot.get().named_modules() if name or slot.prefix]
 
 
 @contextmanager
 def cpu_and_float32() -> Iterator[None]:
-    """Make tensors as outside Lightning's contexts for building a model."""
+    """Create tensors on the CPU and in float32 within Lightning's contexts for building a model."""
     dtype = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     try:

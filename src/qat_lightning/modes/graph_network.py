@@ -108,13 +108,20 @@ class GraphNetwork(KeepsExtraState):
         """Run the graph on the inputs of the original network.
 
         Raises:
-            NetworkError: The graph does not support inputs of this size, and no graph can be made for them.
+            NetworkError: The graph does not support inputs of this size, and no graph can be made for them; or it was
+                traced with other inputs than it is called with.
         """
         run = self.__dict__["_run"]
-        # Compiled steps are only used for inputs that fit.
-        if self.sizes is not None and not torch.compiler.is_compiling():
-            run = self._run_for(self.sizes, args, kwargs)
-        return run(self, *args, **kwargs)
+        if torch.compiler.is_compiling():  # compiled steps are only used for inputs that fit
+            return run(self, *args, **kwargs)
+        try:
+            if self.sizes is not None:
+                run = self._run_for(self.sizes, args, kwargs)
+            return run(self, *args, **kwargs)
+        except Exception as error:
+            if other := _other_inputs(self.graph, args, kwargs):
+                raise NetworkError(other) from error
+            raise
 
     def give_sizes(self, sizes: GivenSizes | None, other_sizes: OtherSizes | None) -> None:
         """Set the supported input sizes, and the function that makes graphs for other sizes, if there is one."""
@@ -182,6 +189,28 @@ def compile_graph(graph: fx.Graph) -> Callable[..., Any]:
     exec(compile(code.src, "<graph of the prepared network>", "exec"), scope)
     function: Callable[..., Any] = scope["forward"]
     return function
+
+
+def _other_inputs(graph: fx.Graph, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    """Which inputs a graph was traced with, if a call has others; empty if it has these."""
+    placeholders = {str(node.target): node for node in graph.find_nodes(op="placeholder")}
+    given = dict(zip(placeholders, args, strict=False)) | kwargs
+    called_with = [name for name, value in given.items() if value is not None]
+    missing = [name for name, node in placeholders.items() if node.users and name not in called_with]
+    unknown = [name for name in called_with if name not in placeholders]
+    if len(args) <= len(placeholders) and not missing and not unknown:
+        return ""
+    return (
+        f"The network was traced with the inputs {', '.join(placeholders)}, and is called with "
+        f"{', '.join(called_with) or 'none'}"
+        f"{f' and without {_names(missing)}' if missing else ''}"
+        f"{f', of which the trace knows no {_names(unknown)}' if unknown else ''}. Call it with the inputs of the "
+        "trace in every step, give example_inputs= with these inputs, or use mode='eager', which needs no graph."
+    )
+
+
+def _names(names: list[str]) -> str:
+    return " and ".join(names)
 
 
 def _borrow(network: nn.Module, original: nn.Module, name: str) -> Any:

@@ -1,4 +1,4 @@
-"""Train a network and bring it to int8, as the configuration in conf/ says.
+"""Train a network and convert it to int8, as configured in conf/.
 
 python train.py
 python train.py mode=pt2e model=resnet20 data=cifar10
@@ -50,8 +50,8 @@ def train(cfg: DictConfig) -> tuple[dict[str, float], Objects]:
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def main(cfg: DictConfig) -> Objective:
-    """One run, or one trial of a sweep, which ends with what a sweeper optimizes."""
-    # Imported here: --help, --cfg, a misspelt group and an impossible pair are answered without torch.
+    """Run once, or as a trial of a sweep; return the objective."""
+    # Imported here, so that --help, --cfg and errors in the configuration need no import of torch.
     from qat_lightning.sweep.refusal import refuse_impossible_pair
 
     refuse_impossible_pair(cfg)

@@ -26,9 +26,9 @@ class MedianPruning(Callback):
     they are found by their files. The fit of a worse trial ends; the network is converted and measured, and the trial
     counts as pruned. A sweeper gets its figures like any other's.
 
-    With `QuantizationAwareTraining` the median of trials with another schedule says little before
-    fake-quantization is enabled: give ``warmup_epochs`` after ``start``. A trial
-    without a sweep's folder is never ended.
+    With `QuantizationAwareTraining` trials with different schedules are not comparable before
+    fake-quantization is enabled: choose ``warmup_epochs`` after ``start``. A trial outside a sweep's folder is never
+    ended.
 
     Args:
         folder: The trial's own folder; its siblings are the numbered folders beside it.

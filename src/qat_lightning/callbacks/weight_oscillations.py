@@ -1,4 +1,4 @@
-"""The callback that looks after weights that oscillate between two integers: counts them, dampens and freezes them."""
+"""The callback for weights that oscillate between two integers: counts, dampens and freezes them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from qat_lightning.settings.curve import Cosine
 from qat_lightning.settings.schedule import TrainingPlan
 
 _NAMED = 3
-"""As many layers are named in a message."""
+"""Number of layers named in a message."""
 
 
 class WeightOscillations(Callback):
@@ -87,7 +87,7 @@ class WeightOscillations(Callback):
             self._tracker = OscillationTracker(self.momentum)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """See that the planned training has an end, and follow the steps of its optimizers."""
+        """Check that the planned training has an end, and track the steps of its optimizers."""
         self._plan = training_plan(trainer)
         for name, curve in (("freezing", self.freezing), ("dampening", self.dampening)):
             if curve is not None and curve.changes and training_done(trainer, self._plan) is None:
@@ -103,7 +103,7 @@ class WeightOscillations(Callback):
     # Step
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Add the gradient of the dampening loss, and take those of frozen weights away."""
+        """Add the gradient of the dampening loss, and set those of frozen weights to 0."""
         if not self._looks(trainer):
             return
         moved = _moved_by(optimizer)
@@ -121,7 +121,7 @@ class WeightOscillations(Callback):
         self._tracker.step(threshold, _moved_by(optimizer))
 
     def _looks(self, trainer: Trainer) -> bool:
-        """Whether rounding is on; then all processes see the same folded weights, and it is known which there are."""
+        """Whether fake-quantization is enabled: from then on all processes have equal folded weights, which are known."""
         partner = QuantizationAwareTraining.of(trainer, self)
         if not partner.phase.fake_quant:
             return False
@@ -153,7 +153,7 @@ class WeightOscillations(Callback):
             pl_module.log_dict(curves, on_step=True, on_epoch=False, batch_size=1)
 
     def shares(self) -> dict[str, tuple[float, float]]:
-        """By layer, the share of its weights that oscillate now, and of those that are frozen.
+        """Return for each layer the share of its weights that oscillate now, and of those that are frozen.
 
         A weight oscillates where its changes reverse each other in more than 0.5 % of the steps, as a moving average.
         """
@@ -162,17 +162,17 @@ class WeightOscillations(Callback):
     # End
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Hold what is frozen on grids that BatchNorm's statistics may have moved since the last step."""
+        """Keep frozen weights on their grids, which BatchNorm's statistics may have changed since the last step."""
         if self._looked:
             self._tracker.hold()
         self._leave_nothing()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leave no hook on the optimizers."""
+        """Remove all hooks from the optimizers."""
         self._leave_nothing()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Leave no hook on the optimizers."""
+        """Remove all hooks from the optimizers."""
         self._leave_nothing()
 
     def _leave_nothing(self) -> None:
@@ -202,7 +202,7 @@ def _moved_by(optimizer: Optimizer) -> set[int]:
 
 
 def _loss_scale(trainer: Trainer, optimizer: Optimizer) -> float:
-    """What gradients are multiplied by now: fused optimizers take them as the scaler of mixed precision made them."""
+    """Return the factor of the gradients: fused optimizers get gradients scaled for mixed precision."""
     scaler: Any = getattr(trainer.precision_plugin, "scaler", None)
     scaled = scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False)
     return float(scaler.get_scale()) if scaled else 1.0

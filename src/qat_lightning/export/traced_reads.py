@@ -1,8 +1,8 @@
-"""What Python code reads from tensors while TorchScript traces it: a trace keeps the answer, and not the question.
+"""Detecting Python reads of tensors during TorchScript tracing, which a trace would turn into constants.
 
-``if x.shape[1] == 8``, ``float(x.mean())`` and ``range(len(x))`` leave no operator in a trace. What is read from the
-*values* of an input would be that of the example in every call: such a network has no trace. What is read from *sizes*
-only is the same in all calls of those sizes: the trace reads it again in each call, and raises an error if it differs.
+``if x.shape[1] == 8``, ``float(x.mean())`` and ``range(len(x))`` leave no operator in a trace. A network that reads
+*values* of its inputs cannot be traced, because every call would use those of the example. A network that reads only
+*sizes* can be traced: the file reads them again in each call, and raises an error if they differ.
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ from qat_lightning.artifact.operations import words
 from qat_lightning.errors import ExportError
 
 _CONVERSIONS = words("__bool__ __complex__ __float__ __index__ __int__ __len__ item tolist")
-"""Methods of a tensor whose result is its values, or its length, in Python."""
+"""Methods of a tensor that return its values, or its length, as Python objects."""
 _COMPARISONS = words("__array__ __contains__ allclose equal is_nonzero numpy")
-"""Functions of tensors that answer from their values, and never from sizes alone."""
+"""Functions of tensors whose result always depends on values, not on sizes alone."""
 _SIZES = frozenset({"aten::size", "aten::numel", "aten::dim", "aten::len"})
 _LIBRARIES = ("torch", "qat_lightning")
 _DISPATCH = frozenset({"torch.overrides", "torch._tensor", __name__})
-"""Modules between the code that reads and this one."""
+"""Modules that may be on the stack between the reading code and this module."""
 
 
 class TracedReads(TorchFunctionMode):
-    """Looks at each read of a tensor in Python within a ``with`` block around a trace.
+    """Checks each Python read of a tensor, within a ``with`` block around a trace.
 
-    Reads by torch and by this package are theirs to answer for, and are not looked at.
+    Reads by torch and by this package are not checked.
 
     Attributes:
         sizes: Where sizes were read, as ``file:line``.
 
     Raises:
-        ExportError: In the code that reads values of an input, or of what is computed from it.
+        ExportError: Code reads values of an input, or of a tensor computed from it; raised in that code.
     """
 
     def __init__(self) -> None:
@@ -48,7 +48,7 @@ class TracedReads(TorchFunctionMode):
         self.sizes: list[str] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Call the function, and look at it if it reads."""
+        """Call the function, and check it if it reads a tensor."""
         result = func(*args, **(kwargs or {}))
         name = getattr(func, "__name__", "")
         if name in _CONVERSIONS or name in _COMPARISONS or func is torch.tensor:
@@ -83,7 +83,7 @@ def _leaves(values: Any) -> Iterable[Any]:
 
 
 def _read(name: str, given: list[Tensor], result: Any) -> Iterable[tuple[Tensor, Any]]:
-    """Tensors of one number each, and what was read from them."""
+    """Yield one-element tensors, and the value read from each."""
     if name == "__len__":
         yield torch.as_tensor(given[0].shape[0]), result
     elif name == "tolist":
@@ -95,7 +95,7 @@ def _read(name: str, given: list[Tensor], result: Any) -> Iterable[tuple[Tensor,
 
 
 def _origin(tensor: Tensor) -> str:
-    """Whether a tensor of a trace is computed from ``"values"`` of its inputs, from their ``"sizes"`` or of neither."""
+    """Return whether a traced tensor depends on ``"values"`` of the inputs, only on ``"sizes"``, or on neither."""
     found = "nothing"
     bindings: Any = torch._C
     waiting, seen = [bindings._get_value_trace(tensor)], set[str]()
@@ -116,7 +116,7 @@ def _origin(tensor: Tensor) -> str:
 
 
 def _reader() -> str:
-    """The place in the user's code that reads; empty if a library does."""
+    """Return the location in the user's code that reads; empty if a library does."""
     frame: types.FrameType | None = sys._getframe(1)
     while frame is not None and frame.f_globals.get("__name__", "") in _DISPATCH:
         frame = frame.f_back

@@ -51,7 +51,7 @@ class BatchNormReestimation(Callback):
             )
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Estimate, while the LightningModule is on its device and ``on_fit_end`` has not converted."""
+        """Re-estimate while the LightningModule is on its device, before ``on_fit_end`` converts."""
         parts = QuantizationAwareTraining.of(trainer, self).parts()
         if not has_trained(trainer):
             return

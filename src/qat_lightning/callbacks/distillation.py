@@ -1,4 +1,4 @@
-"""The callback that adds distillation from the float network to whatever ``training_step`` returns."""
+"""The callback that adds a distillation loss from the float network to the loss of ``training_step``."""
 
 from __future__ import annotations
 

@@ -17,7 +17,8 @@ class LastCheckpoint(ModelCheckpoint):
 
     Args:
         dirpath: The folder.
-        every_n_train_steps: Write it every so many optimizer steps and at the end; by default after each epoch.
+        every_n_train_steps: Number of optimizer steps between writes; by default it is written after each epoch. Also
+        at the end.
         **options: Other arguments of ``ModelCheckpoint``, such as ``save_on_train_epoch_end``.
 
     Example:

@@ -91,7 +91,7 @@ class QuantizedModelExport(Callback):
         self.min_agreement = min_agreement
         self.min_sqnr_db = min_sqnr_db
         self.results: dict[str, ExportResult] = {}
-        self._made_from = ""  # in every process, of which the first one has the results
+        self._made_from = ""  # set in every process; only the first has results
 
     @property
     def fastest(self) -> ExportResult | None:
@@ -99,7 +99,7 @@ class QuantizedModelExport(Callback):
         return fastest(list(self.results.values()))
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse what cannot become an artifact, before anything is trained."""
+        """Check before training that the formats support the network's mode and backend."""
         partner = QuantizationCallback.of(trainer, self)
         if not partner.convert_on_fit_end:
             raise CombinationError(
@@ -113,7 +113,7 @@ class QuantizedModelExport(Callback):
         """Try every format on the int8 network of a rehearsal, each in its runtime's own process.
 
         Returns:
-            What is to be said before the first step, since a rehearsal silences every warning.
+            Messages to report before the first step, because warnings are silenced during a rehearsal.
 
         Raises:
             ExportError: A format does not take it, and the callback that quantizes has ``on_fault="error"``.
@@ -139,7 +139,7 @@ class QuantizedModelExport(Callback):
         return [*found, f"{what}: {reasons}."]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """With ``mode="auto"`` the mode is known now."""
+        """Check the formats again: with ``mode="auto"`` the mode is known only now."""
         for network in QuantizationCallback.of(trainer, self).prepared_networks.values():
             self._check(prepared_state(network).recipe)
 
@@ -162,7 +162,7 @@ class QuantizedModelExport(Callback):
             rank_zero_info(
                 f"The exported files held {self._made_from}, and are written again with {partner.made_from}."
             )
-        # In every process: a step may wait for the others.
+        # In every process, because a step may contain collectives.
         calls = {slot: self._calls(trainer, pl_module, partner, slot) for slot in partner.slots}
         self.results, self._made_from = {}, partner.made_from
         with partner.whole(everywhere=False):
@@ -215,7 +215,7 @@ class QuantizedModelExport(Callback):
     def _calls(
         self, trainer: Trainer, pl_module: LightningModule, partner: QuantizationCallback, slot: str
     ) -> list[tuple[Example, Any]]:
-        """What the LightningModule's step calls the network with on real batches, and these batches."""
+        """Return the network's calls in the LightningModule's step on real batches, with these batches."""
         network = partner.comparable(slot).to(pl_module.device)
         given = self.dataloader or trainer.val_dataloaders or trainer.test_dataloaders
         try:
@@ -240,10 +240,10 @@ class QuantizedModelExport(Callback):
 
 
 def exported(trainer: Trainer) -> Iterator[tuple[str, nn.Module, dict[str, float]]]:
-    """What a Trainer's `QuantizedModelExport` wrote and may be shipped: name, the artifact to call, its figures.
+    """Yield what a Trainer's `QuantizedModelExport` wrote and that passed: name, the artifact as a module, its figures.
 
-    An artifact runs in its runtime's own process, which ends when the next one is asked for. In several processes there
-    is none, since only the first has them and all test together.
+    An artifact runs in its runtime's own process, which ends when the next one is requested. With several processes
+    nothing is yielded, because only the first has artifacts and all processes test together.
     """
     if trainer.world_size > 1:
         return

@@ -121,7 +121,7 @@ class WeightOscillations(Callback):
         self._tracker.step(threshold, _moved_by(optimizer))
 
     def _looks(self, trainer: Trainer) -> bool:
-        """Whether fake-quantization is enabled: from then on all processes have equal folded weights, which are known."""
+        """Whether fake-quantization is enabled: from then on folded weights are equal in all processes."""
         partner = QuantizationAwareTraining.of(trainer, self)
         if not partner.phase.fake_quant:
             return False

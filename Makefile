@@ -1,10 +1,10 @@
-# One command a step. `make train` and `make test` make the environment themselves when it is missing or out of date.
+# One command per step. `make train` and `make test` create or update the environment if needed.
 #
 #   make train ARGS="mode=pt2e data=fashion_mnist"
 #   make test ARGS="-k schedule"
 #   make test WORKERS=0                          # in one process, where a debugger works
 #   make env PYTHON=python3.12 TORCH_INDEX=https://download.pytorch.org/whl/cpu    # torch without CUDA
-#   make test-torch TORCH=2.15.0                 # another torch, in an environment of its own
+#   make test-torch TORCH=2.15.0                 # another torch, in its own environment
 #   make gpu ARGS="--parts tests step"
 #   make test-torch TORCH=2.9.1 PYTHON=python3.10
 
@@ -15,24 +15,24 @@ ARGS ?=
 WORKERS ?= 2
 
 BIN := $(VENV)/bin
-# The environment is right when it holds the stamp of this very lock file. The stamp is written last: an install that
-# was interrupted leaves none, and is done again from the start.
+# The environment is valid if it contains the stamp of the present lock file. The stamp is written last, so an interrupted
+# installation is repeated.
 LOCK_STAMP := $(VENV)/.lock-$(firstword $(shell cksum < requirements.lock))
 PACKAGE_STAMP := $(VENV)/.package-$(firstword $(shell cksum < pyproject.toml))
 
-# The tests of a file share what they made once, so that a file stays in one process. A process that dies ends the run
-# and names its test: started again, it would leave the other one waiting.
+# Tests of a file share fixtures, so each file runs in one process. A crashed process ends the run and names its test;
+# restarting it would block the other process.
 PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 
-# Another torch, and with it the releases of its companions: those in requirements-torch/TORCH.txt, where it was tried.
+# Another torch with matching packages: those in requirements-torch/TORCH.txt, if it was tested.
 TORCH ?=
 TORCH_PYTHON := $(shell $(PYTHON) -c 'import sys; print("py%d.%d" % sys.version_info[:2])' 2>/dev/null)
 TORCH_VENV := .venv-torch-$(TORCH)-$(TORCH_PYTHON)
 TORCH_PINS := requirements-torch/$(TORCH).txt
 TORCH_STAMP := $(TORCH_VENV)/.made-$(firstword $(shell cat pyproject.toml $(wildcard $(TORCH_PINS)) | cksum))
 
-# The site is built in an environment of its own, without torch: the reference is read from the sources, and the outputs of
-# the tutorials are stored in them (make tutorials).
+# The site is built in its own environment without torch: the reference is read from the sources, and the tutorials contain
+# their outputs (make tutorials).
 DOCS_VENV := .venv-docs
 DOCS_STAMP := $(DOCS_VENV)/.lock-$(firstword $(shell cksum < requirements-docs.lock))
 
@@ -65,7 +65,7 @@ train: env
 test: env
 	$(PYTEST) $(ARGS)
 
-# By the ranges of pyproject.toml and not by the lock, which is for one torch; torch itself may be outside of its range.
+# Uses the ranges of pyproject.toml instead of the lock file, which is for one torch; torch may be outside its range.
 $(TORCH_STAMP):
 	@test -n "$(TORCH)" || { echo "say which torch: make test-torch TORCH=2.15.0"; exit 1; }
 	rm -rf $(TORCH_VENV)
@@ -99,8 +99,8 @@ format: env
 types: env
 	$(BIN)/mypy
 
-# Chromium and its driver, in which tests open the page of a comparison; without them these tests are skipped.
-# Debian's package is taken where we may install it.
+# Chromium and its driver, for tests of the comparison page, which are skipped without them.
+# Debian's package is used if it can be installed.
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo -n)
 browser:
 	@if ! command -v chromedriver >/dev/null; then \
@@ -114,7 +114,7 @@ $(DOCS_STAMP):
 	$(DOCS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --requirement requirements-docs.lock
 	@touch $@
 
-# Into site/. Warnings, such as broken links, are errors.
+# Builds site/. Warnings, such as broken links, are errors.
 docs: $(DOCS_STAMP)
 	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --quiet --strict $(ARGS)
 
@@ -122,7 +122,7 @@ docs: $(DOCS_STAMP)
 tutorials: env
 	$(BIN)/python docs/tutorials/execute.py $(if $(ARGS),$(ARGS),docs/tutorials/*.ipynb)
 
-# Wheel and sdist in dist/, checked as an index checks them, and installed and tried in an environment without the checkout.
+# Builds wheel and sdist in dist/, checks them, and tests the installed wheel in an environment without the checkout.
 package: env $(DOCS_STAMP)
 	rm -rf dist
 	$(DOCS_VENV)/bin/python -m build --outdir dist

@@ -16,7 +16,7 @@ class Tagger(nn.Module):
         self.head = nn.Linear(64, 5)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Tokens of shape (batch, length) in, scores of shape (batch, length, 5) out."""
+        """Map tokens of shape (batch, length) to scores of shape (batch, length, 5)."""
         return self.head(self.lstm(self.embedding(tokens))[0])
 
 

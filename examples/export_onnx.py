@@ -17,11 +17,11 @@ class Classifier(LightningModule):
         self.net = nn.Sequential(nn.Conv2d(1, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16 * 100, 2))
 
     def training_step(self, batch, batch_idx):
-        """Lightning's."""
+        """Compute the loss."""
         return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
 
     def configure_optimizers(self):
-        """Lightning's."""
+        """Create the optimizer."""
         return torch.optim.Adam(self.parameters(), lr=0.005)
 
 

@@ -1,4 +1,4 @@
-"""Quantization-aware training in a loop of your own, without Lightning: python plain_modules.py."""
+"""Quantization-aware training in your own training loop, without Lightning: python plain_modules.py."""
 
 import torch
 from torch import nn

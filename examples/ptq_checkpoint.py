@@ -20,24 +20,24 @@ class Classifier(LightningModule):
         self.head = nn.Linear(16 * 64, 2)
 
     def forward(self, images):
-        """Both parts; module="." quantizes all that forward runs."""
+        """Run both parts; module="." quantizes everything that forward runs."""
         return self.head(self.net(images))
 
     def training_step(self, batch, batch_idx):
-        """Lightning's."""
+        """Compute the loss."""
         return nn.functional.cross_entropy(self(batch[0]), batch[1])
 
     def test_step(self, batch, batch_idx):
-        """Lightning's."""
+        """Log the accuracy."""
         self.log("test/acc", (self(batch[0]).argmax(1) == batch[1]).float().mean())
 
     def configure_optimizers(self):
-        """Lightning's."""
+        """Create the optimizer."""
         return torch.optim.Adam(self.parameters(), lr=0.005)
 
 
 def main() -> None:
-    """Train a float checkpoint, as you have one, then calibrate and convert it."""
+    """Train a float checkpoint (in place of yours), then calibrate and convert it."""
     seed_everything(0)
     images = torch.randn(512, 1, 12, 12)
     data = DataLoader(TensorDataset(images, (images.mean((1, 2, 3)) > 0).long()), batch_size=32)

@@ -9,7 +9,7 @@ from qat_lightning import QuantizationAwareTraining, evaluate_variants, load_qua
 
 
 class Classifier(LightningModule):
-    """Replace the network and the data by yours; nothing in here knows of quantization."""
+    """Replace the network and the data by yours; this class needs no changes for quantization."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -23,17 +23,17 @@ class Classifier(LightningModule):
         )
 
     def training_step(self, batch, batch_idx):
-        """Lightning's."""
+        """Compute the loss."""
         images, labels = batch
         return nn.functional.cross_entropy(self.net(images), labels)
 
     def test_step(self, batch, batch_idx):
-        """Lightning's."""
+        """Log the accuracy."""
         images, labels = batch
         self.log("test/acc", (self.net(images).argmax(1) == labels).float().mean())
 
     def configure_optimizers(self):
-        """Lightning's."""
+        """Create the optimizer."""
         return torch.optim.Adam(self.parameters(), lr=0.01)
 
 

@@ -1,4 +1,4 @@
-"""Fine-tune a language model for 4-bit weights, taught by its float self: python weight_only_language_model.py."""
+"""Fine-tune a language model for 4-bit weights with the float network as teacher: python weight_only_language_model.py."""
 
 import torch
 from lightning import LightningModule, Trainer, seed_everything
@@ -19,13 +19,13 @@ class Language(LightningModule):
         self.net = CharTransformer(num_tokens=64, context=16, dim=64, depth=2, heads=4)
 
     def training_step(self, batch, batch_idx):
-        """Lightning's."""
+        """Compute the loss."""
         loss = nn.functional.cross_entropy(self.net(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
         self.log("train/loss", loss, prog_bar=True)
         return loss
 
     def configure_optimizers(self):
-        """Lightning's."""
+        """Create the optimizer."""
         return torch.optim.AdamW(self.parameters(), lr=1e-3)
 
 

@@ -1,4 +1,4 @@
-"""Fine-tune a language model for 4-bit weights with the float network as teacher: python weight_only_language_model.py."""
+"""Fine-tune a language model for 4-bit weights distilled from float: python weight_only_language_model.py."""
 
 import torch
 from lightning import LightningModule, Trainer, seed_everything

@@ -16,10 +16,13 @@ from qat_lightning.ladder.choice import Attempt, Step, nearest, next_step, to_go
 from qat_lightning.ladder.judgement import Drop
 from qat_lightning.ladder.plan import Plan
 from qat_lightning.ladder.rungs import RUNGS, Known, rungs_of
+from qat_lightning.ladder.sources import ErrorSources
 from qat_lightning.ladder.timing import quietest
 from qat_lightning.run.evaluate import SPREAD
 
-KNOWN = Known(files=("torchscript",), ranking=tuple(f"net.{i}" for i in range(20)), bits={})
+KNOWN = Known(
+    files=("torchscript",), ranking=tuple(f"net.{i}" for i in range(20)), bits={}, sources=ErrorSources(20.0, 20.0)
+)
 
 
 def measured(step: Step, drop: float, speedup: float = 2.0, size: float = 1.0) -> Attempt:
@@ -144,6 +147,7 @@ def test_a_search_keeps_the_rungs_that_it_began_with() -> None:
     assert rungs_of([rung.name for rung in RUNGS]) == RUNGS
     earlier = [rung.name for rung in rungs_of(None)]
     assert [name for name in (rung.name for rung in RUNGS) if name not in earlier] == [
+        "equalization_relu6",
         "sequential_mse",
         "adaround_blocks",
     ]
@@ -171,19 +175,64 @@ def test_speeds_that_are_alike_do_not_decide_what_is_gone_on_with() -> None:
 
 
 def test_a_rung_that_has_nothing_to_change_is_passed_over() -> None:
-    known = Known(epochs=(0, 0), ranking=(), bits={})
+    known = replace(KNOWN, epochs=(0, 0), ranking=())
     found = names(climbed(Target(max_drop=0.01), lambda step: measured(step, 0.5), known))
     assert found[-1] == "adaround"
 
 
 def test_layers_are_ranked_before_the_first_rung_that_needs_it() -> None:
     attempts: list[Attempt] = []
-    known = Known()
-    while not (step := next_step(attempts, Plan(), Target(max_drop=0.01), known)).first:  # type: ignore[union-attr]
+    known = replace(KNOWN, ranking=None)
+    while (step := next_step(attempts, Plan(), Target(max_drop=0.01), known)) is not None and not step.first:
         attempts.append(measured(step, 0.5))
     assert names(attempts)[-1] == "adaround"
     assert step is not None
     assert step.first == "ranking"
+
+
+def test_what_the_error_comes_from_is_measured_before_the_first_step_for_accuracy_alone() -> None:
+    known = replace(KNOWN, sources=None)
+    static = measured(Step(RUNGS[0], Plan()), 0.5)
+    step = next_step([static], Plan(), Target(max_drop=0.01), known)
+    assert step is not None
+    assert (step.rung.name, step.first) == ("observer_min_max", "sources")
+    assert next_step([static], Plan(), Target(max_drop=0.6), known) is None
+    of_size = next_step([static], Plan(), Target(max_size_mb=0.1), known)
+    assert of_size is not None
+    assert of_size.first == ""
+
+
+def test_the_steps_for_the_larger_part_of_the_error_go_first() -> None:
+    def order(weights_db: float, activations_db: float) -> list[str]:
+        known = replace(KNOWN, sources=ErrorSources(weights_db, activations_db), relu6=True)
+        return names(climbed(Target(max_drop=0.01), lambda step: measured(step, 0.5), known))
+
+    of_weights, of_activations = order(5.0, 30.0), order(30.0, 5.0)
+    observers = ["observer_min_max", "observer_percentile", "observer_histogram_kl"]
+    recipes = ["bias_correction", "equalization", "equalization_relu6", "sequential_mse", "adaround"]
+    assert of_weights[:9] == ["static", *recipes, *observers]
+    assert of_activations[:9] == ["static", *observers, *recipes]
+    assert of_weights[9:] == of_activations[9:], "layers left float and trainings stay last"
+    assert order(20.0, 21.0) == of_activations, "cheap steps go first where both are alike"
+
+
+def test_a_relu6_is_replaced_where_there_is_one() -> None:
+    found = climbed(Target(max_drop=0.01), lambda step: measured(step, 0.5), replace(KNOWN, relu6=True))
+    plans = {attempt.rung: attempt.plan for attempt in found}
+    assert plans["equalization_relu6"].equalization == "replace_relu6"
+    assert "equalization_relu6" not in names(climbed(Target(max_drop=0.01), lambda step: measured(step, 0.5)))
+
+
+def test_with_confidence_the_search_goes_on_where_the_drop_is_undecided() -> None:
+    def outcome(step: Step) -> Attempt:
+        return measured(step, -0.05 if step.rung.name == "observer_percentile" else 0.005)
+
+    assert names(climbed(Target(max_drop=0.01), outcome)) == ["static"]
+    sure = Target(max_drop=0.01, confident=True)
+    attempts = climbed(sure, outcome)
+    assert names(attempts) == ["static", "observer_min_max", "observer_percentile"]
+    assert attempts[0].verdict(sure) == "misses drop, the drop is undecided"
+    assert nearest(attempts[:2], sure) is attempts[0]
 
 
 def test_what_fails_is_tried_in_another_mode_and_a_training_without_its_teacher() -> None:

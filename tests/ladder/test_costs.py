@@ -31,6 +31,12 @@ def test_a_plan_like_one_that_was_tried_takes_as_long() -> None:
     assert expected_minutes(Plan(epochs=8), tried, {}) == pytest.approx(24.5), "epochs are scaled, and nothing else"
 
 
+def test_of_attempts_that_are_alike_the_last_tells_the_time() -> None:
+    slow = replace(STATIC, minutes=6.0)
+    assert expected_minutes(Plan(bias_correction=True), [slow, STATIC], {}) == 0.5
+    assert expected_minutes(Plan(adaround=100), [slow, STATIC], {"adaround": 3.0}) == 3.5
+
+
 def test_what_no_attempt_tells_is_added() -> None:
     by_blocks = Plan(sequential_mse=True, adaround=100, adaround_blocks=True)
     assert unknown_parts(by_blocks, [STATIC, LEARNED]) == {"sequential_mse", "adaround_blocks"}

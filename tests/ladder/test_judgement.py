@@ -42,7 +42,8 @@ def test_a_loss_is_judged_the_other_way_round(parts: list[tuple[float, float, in
     up = paired_drop(base, other, samples, draws=100)
     down = paired_drop(base, other, samples, draws=100, larger_is_better=False)
     assert down.mean == pytest.approx(-up.mean, abs=1e-9)
-    assert (down.low, down.high) == (pytest.approx(-up.high, abs=1e-6), pytest.approx(-up.low, abs=1e-6))
+    assert down.low == pytest.approx(-up.high, abs=1e-6)
+    assert down.high == pytest.approx(-up.low, abs=1e-6)
 
 
 @given(st.lists(METRIC, min_size=2, max_size=20), METRIC)
@@ -70,7 +71,8 @@ def test_the_interval_covers_as_often_as_it_says() -> None:
 
 def test_one_part_says_nothing_of_another() -> None:
     drop = paired_drop([0.9], [0.8], [100])
-    assert drop == Drop(pytest.approx(0.1), -math.inf, math.inf, 1)
+    assert drop.mean == pytest.approx(0.1)
+    assert drop == Drop(drop.mean, -math.inf, math.inf, 1)
     assert drop.undecided(0.05)
     assert drop.undecided(0.5)
     assert Drop.from_dict(json.loads(json.dumps(drop.to_dict()))) == drop

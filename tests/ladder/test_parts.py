@@ -25,7 +25,7 @@ def test_each_batch_is_validated_by_itself_and_logs_nothing(tmp_path: Path) -> N
     whole = validate_whole(trainer, model, data)
     logged = dict(logger.experiment.metrics[-1]) if logger.experiment.metrics else {}
     moved = data.moved
-    parts = validate_parts(trainer, model, data, "val/acc", 0)
+    parts = validate_parts(trainer, model, data, "val/acc", 0, 8)
     assert parts.samples == (16,) * 7 + (8,)
     assert data.moved == 2 * moved, "the hooks of the datamodule are called"
     weighted = sum(value * n for value, n in zip(parts.values, parts.samples, strict=True)) / 120
@@ -43,10 +43,11 @@ def test_many_batches_are_parts_of_several_and_limits_are_kept() -> None:
     model, data = Lit(), Data(batch_size=2)
     trainer = CPU(logger=False, **SILENT)
     validate_whole(trainer, model, data)
-    assert validate_parts(trainer, model, data, "val/loss", 0).samples == (4,) * 30
+    assert validate_parts(trainer, model, data, "val/loss", 0, 60).samples == (4,) * 30
+    assert validate_parts(trainer, model, data, "val/loss", 0, None).samples == (2,) * 60
     trainer = CPU(logger=False, limit_val_batches=3, **SILENT)
     validate_whole(trainer, model, data)
-    assert validate_parts(trainer, model, data, "val/loss", 0).samples == (2, 2, 2)
+    assert validate_parts(trainer, model, data, "val/loss", 0, 3).samples == (2, 2, 2)
     assert trainer.limit_val_batches == 3
 
 

@@ -23,6 +23,8 @@ from qat_lightning.errors import ConfigurationError
         ({"max_drop": "0.3"}, "max_drop='0.3' is not possible"),
         ({"max_drop": math.nan}, "max_drop=nan is not possible"),
         ({"max_drop": 0.1, "max_minutes": 0}, "max_minutes=0 is not possible"),
+        ({"max_drop": 0.1, "confident": 1}, "confident=1 is not possible: use True or False"),
+        ({"max_size_mb": 2, "confident": True}, "give max_drop as well"),
     ],
 )
 def test_what_is_no_target_is_refused(limits: dict[str, Any], says: str) -> None:

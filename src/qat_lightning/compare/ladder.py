@@ -55,6 +55,7 @@ class Ladder:
         drop_unit: ``pp``, or empty.
         rows: The steps.
         conclusion: The outcome.
+        sources: The source of the error, in words; empty if it was not measured.
     """
 
     target: str
@@ -62,6 +63,7 @@ class Ladder:
     drop_unit: str
     rows: tuple[LadderRow, ...]
     conclusion: str
+    sources: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Convert to values for JSON."""

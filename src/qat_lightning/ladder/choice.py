@@ -9,7 +9,8 @@ from typing import Any
 
 from qat_lightning.ladder.judgement import Drop
 from qat_lightning.ladder.plan import Plan
-from qat_lightning.ladder.rungs import OTHER_MODE, RUNGS, STATIC, Known, Need, Rung
+from qat_lightning.ladder.rungs import OTHER_MODE, RUNGS, STATIC, Known, Need, Rung, in_order
+from qat_lightning.ladder.sources import ErrorSources
 from qat_lightning.ladder.target import LIMITS, Limit, Target
 from qat_lightning.ladder.timing import is_noisy
 
@@ -44,7 +45,8 @@ class Attempt:
 
     def missed(self, target: Target) -> dict[Limit, float]:
         """By which share it misses each limit."""
-        return target.missed(None if self.drop is None else self.drop.mean, self.speedup, self.size_mb)
+        drop = None if self.drop is None else self.drop.judged(confident=target.confident)
+        return target.missed(drop, self.speedup, self.size_mb)
 
     def verdict(self, target: Target) -> str:
         """What came of it, in few words."""
@@ -140,7 +142,9 @@ def next_step(
 
     The first rung quantizes with static ranges. From then on the limits that the best attempt misses say which rungs
     are next, those of size and speed before those of accuracy, because they are cheap and accuracy has to be won back
-    for what is shipped. A rung is tried once, and changes the plan of that attempt (`to_go_on_from`).
+    for what is shipped. Before the first rung for accuracy it is measured whether the error comes from weights or from
+    activations (`ErrorSources`), and rungs for the larger part go first. A rung is tried once, and changes the plan of
+    that attempt (`to_go_on_from`).
 
     Args:
         attempts: What was tried, in its order; what could not be made among it.
@@ -157,8 +161,11 @@ def next_step(
         >>> step.rung.name
         'static'
         >>> static = Attempt("static", Plan(), Drop(0.05, 0.04, 0.06, 9), 2.0, 1.0)
-        >>> next_step([static], Plan(), Target(max_drop=0.01), Known()).rung.name
-        'observer_min_max'
+        >>> next_step([static], Plan(), Target(max_drop=0.01), Known()).first
+        'sources'
+        >>> of_weights = Known(sources=ErrorSources(weights_db=10.0, activations_db=30.0))
+        >>> next_step([static], Plan(), Target(max_drop=0.01), of_weights).rung.name
+        'bias_correction'
     """
     if not attempts:
         return Step(STATIC, start)
@@ -169,14 +176,18 @@ def next_step(
         return None if plan is None or OTHER_MODE.name in tried else Step(OTHER_MODE, plan)
     known = replace(known, distillation=known.distillation and not _teacher_failed(attempts))
     missed = best.missed(target)
-    for rung in (rung for limit in LIMITS if limit in missed for rung in rungs if rung.limit == limit):
+    ordered = in_order(rungs, known.sources or ErrorSources())
+    for rung in (rung for limit in LIMITS if limit in missed for rung in ordered if rung.limit == limit):
         if rung.name in tried:
             continue
         if rung.needs and getattr(known, rung.needs) is None:
             return Step(rung, best.plan, rung.needs)
         plan = rung.change(best.plan, known)
-        if plan is not None and plan not in [attempt.plan for attempt in attempts]:
-            return Step(rung, plan)
+        if plan is None or plan in [attempt.plan for attempt in attempts]:
+            continue
+        if rung.side and known.sources is None:
+            return Step(rung, best.plan, "sources")
+        return Step(rung, plan)
     return None
 
 

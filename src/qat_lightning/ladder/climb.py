@@ -23,12 +23,13 @@ from qat_lightning.ladder.judgement import paired_drop
 from qat_lightning.ladder.parts import Parts
 from qat_lightning.ladder.pieces import minutes_of
 from qat_lightning.ladder.plan import Plan
-from qat_lightning.ladder.ranking import choose_bits, rank_layers
+from qat_lightning.ladder.ranking import choose_bits, find_sources, rank_layers
 from qat_lightning.ladder.reached import Reached
 from qat_lightning.ladder.rungs import RUNGS, Known, Rung
+from qat_lightning.ladder.sources import ErrorSources
 from qat_lightning.ladder.store import Store
 from qat_lightning.ladder.target import Target
-from qat_lightning.ladder.workshop import Standing, Workshop, finite
+from qat_lightning.ladder.workshop import Standing, Validation, Workshop, finite
 from qat_lightning.run.app import close
 from qat_lightning.run.evaluate import evaluate_variants, logged_behind, write_summary
 from qat_lightning.terminal import console
@@ -37,6 +38,19 @@ Loggers = Callable[[str], Sequence[Logger]]
 
 RESERVE = 1.5
 """How many times what the first rung took is left for measuring what a training brought."""
+
+_AS_KNOWN: dict[str, Callable[[Any], Any]] = {
+    "ranking": tuple,
+    "bits": dict,
+    "sources": lambda found: ErrorSources(**found),
+}
+"""What is measured before a rung, from JSON to a field of `Known`."""
+
+_WITHOUT = {
+    "ranking": "{rung} and similar rungs are skipped: {why}",
+    "bits": "{rung} and similar rungs are skipped: {why}",
+    "sources": "It is not known whether the error comes from weights or activations, so cheap rungs go first: {why}",
+}
 
 
 @dataclass(frozen=True)
@@ -48,12 +62,20 @@ class Floor:
         parts: Of the validation data.
         metrics: All of the validation, under the keys of the loggers.
         minutes: That measuring took.
+        batches: Of the validation data; None for a loader without a length, and where an earlier version measured.
     """
 
     metric: Metric
     parts: Parts
     metrics: dict[str, float]
     minutes: float
+    batches: int | None = None
+
+    @property
+    def validation(self) -> Validation:
+        """How the others are validated."""
+        whole = {key.removeprefix("float/"): value for key, value in self.metrics.items()}
+        return Validation(self.metric.name, self.batches, self.parts.tell(whole))
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -62,8 +84,9 @@ class Floor:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Floor:
         """Undo `to_dict`."""
-        parts = Parts(tuple(values["parts"]["values"]), tuple(values["parts"]["samples"]))
-        return cls(Metric(**values["metric"]), parts, values["metrics"], values["minutes"])
+        found = values["parts"]
+        parts = Parts(tuple(found["values"]), tuple(found["samples"]), found.get("means", {}))
+        return cls(Metric(**values["metric"]), parts, values["metrics"], values["minutes"], values.get("batches"))
 
 
 class Climb:
@@ -122,7 +145,8 @@ class Climb:
 
     def _spent(self) -> float:
         """Minutes of earlier launches, of what they finished."""
-        found = [self.store.read(name) for name in ("float", "ranking", "bits", *(f"cost_{part}" for part in PARTS))]
+        once = ("float", "sources", "ranking", "bits", *(f"cost_{part}" for part in PARTS))
+        found = [self.store.read(name) for name in once]
         for path in (self.store.folder / "rungs").glob("*"):
             found.append(self.store.read(f"rungs/{path.name}/measured") or self.store.read(f"rungs/{path.name}/made"))
         return sum(float(one["minutes"]) for one in found if one is not None)
@@ -135,6 +159,7 @@ class Climb:
             self._why_ended,
             self.store.folder,
             self.floor.metrics,
+            sources=self.known.sources or ErrorSources(),
         )
         self.store.write(FILE.removesuffix(".json"), reached.ladder().to_dict())
         return reached
@@ -156,16 +181,19 @@ class Climb:
                 found, why = {}, "there was no time to measure the layers"
             kept = {"found": found, "why": why, "minutes": Clock.since(began)}
             if why:
-                _say(f"{step.rung.name} and similar rungs are skipped: {why}")
+                _say(_WITHOUT[step.first].format(rung=step.rung.name, why=why))
             if clock.left > 0:
                 self.store.write(step.first, kept)
-        known = {"ranking": tuple(kept["found"])} if step.first == "ranking" else {"bits": dict(kept["found"])}
-        self.known = replace(self.known, **known)
+        self.known = replace(self.known, **{step.first: _AS_KNOWN[step.first](kept["found"])})
+        if step.first == "sources" and not kept["why"]:
+            _say(ErrorSources(**kept["found"]).words())
         return True
 
     def _measure_layers(self, step: Step) -> tuple[Any, str]:
         """What a step wants to know, as JSON has it, and why it is empty, in words."""
         try:
+            if step.first == "sources":
+                return find_sources(self.workshop, step.plan), ""
             if step.first == "ranking":
                 return list(rank_layers(self.workshop, step.plan)), ""
             assert self.target.max_size_mb is not None, "bits are only chosen if the size limit is missed"
@@ -255,7 +283,14 @@ class Climb:
         else:
             earlier = float(made["minutes"])
         plan = Plan.from_dict(made["plan"])
-        found = workshop.measure(workshop.load(folder), plan, folder, loggers, self.floor.metric.name)
+        found = workshop.measure(
+            workshop.load(folder),
+            plan,
+            folder,
+            loggers,
+            self.floor.validation,
+            steady=self.target.min_speedup is not None,
+        )
         drop = paired_drop(
             self.floor.parts.values,
             found.parts.values,
@@ -285,6 +320,7 @@ class Climb:
             "ladder/speedup": attempt.speedup,
             "ladder/size_mb": attempt.size_mb,
             "ladder/minutes": attempt.minutes,
+            **{f"ladder/sqnr_{name}": value for name, value in vars(self.known.sources or ErrorSources()).items()},
         }
         known = {key: value for key, value in figures.items() if value is not None and math.isfinite(value)}
         write_summary(loggers, self.floor.metrics | attempt.metrics | known, 0)

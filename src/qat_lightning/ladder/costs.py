@@ -40,7 +40,8 @@ def expected_minutes(plan: Plan, attempts: Sequence[Attempt], costs: Mapping[Par
     """How long a plan will take, about.
 
     The attempt that has most of its parts, and no others, says how long these take together with calibrating and
-    judging. The epochs of a training are scaled, and the other parts are added.
+    judging; of several such the last, because the first one of a search also pays for what is loaded once. The epochs
+    of a training are scaled, and the other parts are added.
 
     Args:
         plan: What is to be tried.
@@ -61,17 +62,17 @@ def expected_minutes(plan: Plan, attempts: Sequence[Attempt], costs: Mapping[Par
     like = _most_alike(plan, attempts)
     known = 0.0
     if like is not None:
-        calibrated = max((a.minutes for a in _finished(attempts) if not parts_of(a.plan)), default=0.0)
+        calibrated = next((a.minutes for a in reversed(_finished(attempts)) if not parts_of(a.plan)), 0.0)
         longer = max(0.0, like.minutes - calibrated)
         known = like.minutes - longer + longer * (plan.epochs / like.plan.epochs if like.plan.epochs else 1)
     return known + sum(costs[part] * (plan.epochs or 1) for part in unknown_parts(plan, attempts))
 
 
 def _most_alike(plan: Plan, attempts: Sequence[Attempt]) -> Attempt | None:
-    """Of the attempts without other parts, the one with the most; of several such the longest."""
+    """Of the attempts without other parts, the one with the most; of several such the last."""
     wanted = parts_of(plan)
-    some = [attempt for attempt in _finished(attempts) if parts_of(attempt.plan) <= wanted]
-    return max(some, key=lambda attempt: (len(parts_of(attempt.plan)), attempt.minutes), default=None)
+    some = [attempt for attempt in reversed(_finished(attempts)) if parts_of(attempt.plan) <= wanted]
+    return max(some, key=lambda attempt: len(parts_of(attempt.plan)), default=None)
 
 
 def _finished(attempts: Sequence[Attempt]) -> list[Attempt]:

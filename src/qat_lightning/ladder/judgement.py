@@ -46,6 +46,15 @@ class Drop:
         """
         return most is not None and self.low <= most < self.high
 
+    def judged(self, *, confident: bool) -> float:
+        """What is held against the limit: the mean, or the upper end of the interval.
+
+        Example:
+            >>> Drop(0.002, 0.001, 0.005, 20).judged(confident=True)
+            0.005
+        """
+        return self.high if confident else self.mean
+
     def to_dict(self) -> dict[str, Any]:
         """For JSON, which knows no infinity."""
         ends = {name: value if math.isfinite(value) else None for name, value in vars(self).items()}

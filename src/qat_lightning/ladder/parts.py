@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -32,10 +32,38 @@ class Parts:
     Attributes:
         values: What the LightningModule logged for each.
         samples: How many samples each has.
+        means: Of everything that it logged for each part, the mean over the parts, weighted by samples.
     """
 
     values: tuple[float, ...]
     samples: tuple[int, ...]
+    means: Mapping[str, float] = field(default_factory=dict)
+
+    def tell(self, whole: Mapping[str, float]) -> bool:
+        """Whether the means are what one validation of all the data logs, as for accuracies and losses.
+
+        Example:
+            >>> parts = Parts((1.0, 0.5), (1, 1), {"val/acc": 0.75})
+            >>> parts.tell({"val/acc": 0.75}), parts.tell({"val/acc": 0.75, "val/f1": 0.7})
+            (True, False)
+        """
+        return self.means.keys() == whole.keys() and all(
+            math.isclose(self.means[key], value, rel_tol=_SAME, abs_tol=_SAME) for key, value in whole.items()
+        )
+
+
+_SAME = 1e-5
+"""The tolerance for sums of float32 in another order."""
+
+
+def set_up(trainer: Trainer, model: LightningModule, datamodule: LightningDataModule) -> None:
+    """Let the Trainer set up the model and the data as for a validation, and validate no batch."""
+    limit = trainer.limit_val_batches
+    trainer.limit_val_batches = 0
+    try:
+        trainer.validate(model, datamodule=datamodule, verbose=False)
+    finally:
+        trainer.limit_val_batches = limit
 
 
 def validate_whole(trainer: Trainer, model: LightningModule, datamodule: LightningDataModule) -> dict[str, float]:
@@ -54,33 +82,47 @@ def validate_whole(trainer: Trainer, model: LightningModule, datamodule: Lightni
 
 
 def validate_parts(
-    trainer: Trainer, model: LightningModule, datamodule: LightningDataModule, metric: str, seed: int
+    trainer: Trainer,
+    model: LightningModule,
+    datamodule: LightningDataModule,
+    metric: str,
+    seed: int,
+    count: float | None,
 ) -> Parts:
     """Validate each part by itself; nothing of it is logged.
 
     Args:
-        trainer: One that has just validated all of it (`validate_whole`).
+        trainer: One that has set up model and data, by `validate_whole` or `set_up`.
         model: The LightningModule.
         datamodule: Set up already, by that.
         metric: The key that the LightningModule logs.
         seed: Of whatever its loader or its hooks draw, so that all networks see the same parts.
+        count: The number of batches of the whole; None or infinite for a loader without a length.
 
     Raises:
         ConfigurationError: A part has no such metric.
     """
-    (count,) = trainer.num_val_batches
-    size = 1 if math.isinf(count) else max(1, math.ceil(count / MOST_PARTS))
+    endless = count is None or math.isinf(count)
+    size = 1 if endless else max(1, math.ceil(count / MOST_PARTS))
     seed_everything(seed, workers=True, verbose=False)
-    batches = itertools.islice(datamodule.val_dataloader(), None if math.isinf(count) else int(count))
-    values, samples = [], []
+    batches = itertools.islice(datamodule.val_dataloader(), None if endless else int(count))
+    found: list[dict[str, float]] = []
+    samples: list[int] = []
     with _quiet(trainer):
         while part := list(itertools.islice(batches, size)):
-            (found,) = trainer.validate(model, datamodule=_Part(datamodule, model, part), verbose=False)
-            if metric not in found:
+            (logged,) = trainer.validate(model, datamodule=_Part(datamodule, model, part), verbose=False)
+            if metric not in logged:
                 raise ConfigurationError(f"A validation of only {len(part)} batches does not log {metric!r}.")
-            values.append(float(found[metric]))
+            found.append({key: float(value) for key, value in logged.items()})
             samples.append(sum(map(_samples, part)))
-    return Parts(tuple(values), tuple(samples))
+    return Parts(tuple(one[metric] for one in found), tuple(samples), _means(found, samples))
+
+
+def _means(found: Sequence[Mapping[str, float]], samples: Sequence[int]) -> dict[str, float]:
+    """The weighted mean of each metric that every part has."""
+    everywhere = [key for key in found[0] if all(key in one for one in found)] if found else []
+    total = sum(samples)
+    return {key: sum(one[key] * n for one, n in zip(found, samples, strict=True)) / total for key in everywhere}
 
 
 @contextmanager

@@ -1,19 +1,82 @@
-"""What is measured of the layers: which quantization hurts most, and how many bits each is worth within a size."""
+"""What is measured before a step is chosen: where the error comes from, the most sensitive layers, bits per layer."""
 
 from __future__ import annotations
 
+import copy
+import math
+from dataclasses import replace
 from typing import Any
 
+from torch import nn
+
+from qat_lightning.errors import ConfigurationError
+from qat_lightning.graph.example import Example
 from qat_lightning.ladder.plan import Plan
 from qat_lightning.ladder.workshop import Workshop
+from qat_lightning.modes.registry import mode_for
+from qat_lightning.recipes.reworking import Reworking, reworks
+from qat_lightning.rehearsal.calibration import calibrate
 from qat_lightning.sensitivity import BitLimits, bits_within
-from qat_lightning.sensitivity.measured import Sensitivity, sensitivity
+from qat_lightning.sensitivity.measured import OutputSqnr, Sensitivity, sensitivity
+from qat_lightning.sensitivity.switches import Switches
+from qat_lightning.settings.recipe import Recipe
 
 BATCHES = 4
-"""Of the training data. Each is run twice for every layer."""
+"""Of the training data. For a ranking each is run twice for every layer, for the sources of the error four times."""
 
 CANDIDATES = (2, 3, 4, 6, 8)
 """Numbers of bits that a layer may get."""
+
+
+def find_sources(workshop: Workshop, plan: Plan) -> dict[str, float]:
+    """Measure how much of the error comes from weights and how much from activations.
+
+    The network is prepared and calibrated on a few batches. It then runs with only its weights and with only its
+    activations fake-quantized.
+
+    Args:
+        workshop: What has the network and the data.
+        plan: How the network is quantized; its recipes that need the data of a calibration are left out.
+
+    Returns:
+        The fields of `qat_lightning.ladder.sources.ErrorSources`.
+
+    Raises:
+        QuantizationError: It cannot be measured, with the reason.
+    """
+    calls = workshop.calls(BATCHES)
+    metric = OutputSqnr(workshop.network, calls)
+    prepared = _prepared(workshop, plan, calls)
+    switches = Switches(prepared)
+    found = {}
+    for what in ("weights", "activations"):
+        switches.only_of(what)
+        found[f"{what}_db"] = metric(prepared)
+    if not all(map(math.isfinite, found.values())):
+        raise ConfigurationError(f"the quantized network computes values that are not finite ({found})")
+    return found
+
+
+def _prepared(workshop: Workshop, plan: Plan, calls: list[Example]) -> nn.Module:
+    """The network with fake-quantization by a plan, calibrated."""
+    scheme = replace(plan.scheme, learned_step="none") if plan.scheme.learned else plan.scheme
+    recipe = Recipe(
+        plan.mode,
+        plan.backend,
+        scheme,
+        plan.include,
+        plan.exclude,
+        kind=plan.kind,
+        equalization=plan.equalization,
+        smoothquant=plan.smoothquant,
+        rotation=plan.rotation,
+    )
+    network = workshop.network
+    if reworks(recipe):
+        Reworking(network, calls[0], recipe)
+    prepared = mode_for(recipe).prepare(network, calls[0], recipe, prefix=workshop.prefix)
+    calibrate(prepared, copy.deepcopy(calls))
+    return prepared
 
 
 def rank_layers(workshop: Workshop, plan: Plan) -> tuple[str, ...]:

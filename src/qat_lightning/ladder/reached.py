@@ -15,6 +15,7 @@ from qat_lightning.compare.ladder import Ladder, LadderRow
 from qat_lightning.compare.metric import Metric
 from qat_lightning.errors import ConversionError
 from qat_lightning.ladder.choice import Attempt, nearest
+from qat_lightning.ladder.sources import ErrorSources
 from qat_lightning.ladder.store import NETWORK
 from qat_lightning.ladder.target import Target
 
@@ -31,6 +32,7 @@ class Reached:
         folder: Where the networks are.
         float_metrics: Of the float network on the validation data.
         metrics: What `qat_lightning.evaluate_variants` returned on the test data; empty without a test.
+        sources: Where the error came from, which orders the rungs for accuracy; without figures if none was tried.
     """
 
     target: Target
@@ -40,6 +42,7 @@ class Reached:
     folder: Path
     float_metrics: Mapping[str, float]
     metrics: Mapping[str, float] = field(default_factory=dict)
+    sources: ErrorSources = field(default_factory=ErrorSources)
 
     @property
     def best(self) -> Attempt | None:
@@ -105,7 +108,8 @@ class Reached:
     def ladder(self) -> Ladder:
         """What the page of a comparison shows."""
         rows = tuple(self._row(attempt) for attempt in self.attempts)
-        return Ladder(self.target.words(), self.metric.name, self.metric.drop_unit, rows, self.conclusion())
+        words = self.sources.words()
+        return Ladder(self.target.words(), self.metric.name, self.metric.drop_unit, rows, self.conclusion(), words)
 
     def _row(self, attempt: Attempt) -> LadderRow:
         shown = self.metric.shown
@@ -141,7 +145,7 @@ def ladder_table(ladder: Ladder) -> Table:
     table = Table(title=f"Target: {ladder.target}", title_justify="left", caption_justify="left")
     table.caption = (
         f"Drop of {ladder.metric} against float on the validation data; interval: 95 % of a paired bootstrap."
-    )
+    ) + (f"\n{ladder.sources}" if ladder.sources else "")
     unit = f" ({ladder.drop_unit})" if ladder.drop_unit else ""
     for name in ("rung", "tried", f"drop{unit}", "interval", "speed-up", "size (MB)", "minutes", "verdict"):
         words = name in ("rung", "tried", "verdict")

@@ -6,7 +6,7 @@ nothing to change, and is then passed over.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
@@ -14,6 +14,7 @@ from typing import Any, Literal
 from qat_lightning.errors import ConfigurationError, MissingExtraError
 from qat_lightning.export.formats import FORMATS, check_formats
 from qat_lightning.ladder.plan import Plan
+from qat_lightning.ladder.sources import ErrorSources, Side
 from qat_lightning.ladder.target import LIMITS, Limit
 from qat_lightning.recipes.sequential_mse import clipping
 from qat_lightning.settings.recipe import Kind, Recipe
@@ -33,6 +34,8 @@ class Known:
         distillation: Whether trainings learn from the float network; False once a rung found that they cannot.
         adaround: Iterations for each layer or block; 0 to leave AdaRound out.
         blocks: Whether the network has blocks whose layers AdaRound can learn together.
+        relu6: Whether the network has a ReLU6, which equalization can replace by ReLU.
+        sources: Whether the error comes from weights or from activations; None while it is not measured.
     """
 
     epochs: tuple[int, int] = (2, 8)
@@ -42,9 +45,11 @@ class Known:
     distillation: bool = True
     adaround: int = 1000
     blocks: bool = False
+    relu6: bool = False
+    sources: ErrorSources | None = None
 
 
-Need = Literal["", "ranking", "bits"]
+Need = Literal["", "ranking", "bits", "sources"]
 
 Change = Callable[[Plan, Known], "Plan | None"]
 
@@ -58,12 +63,14 @@ class Rung:
         limit: The limit that it is for; None for the first of all.
         change: What it makes of the best plan so far.
         needs: What has to be measured of the layers before it, a field of `Known`; empty for nothing.
+        side: Whether it reduces the error of weights or of activations; empty for neither or both.
     """
 
     name: str
     limit: Limit | None
     change: Change
     needs: Need = ""
+    side: Side = ""
 
 
 def _first(plan: Plan, known: Known) -> Plan | None:
@@ -94,6 +101,11 @@ def _observer(plan: Plan, known: Known, *, name: ActivationObserver) -> Plan | N
 def _recipe(plan: Plan, known: Known, **settings: Any) -> Plan | None:
     changed = replace(plan, **settings)
     return None if changed == plan else changed
+
+
+def _equalization_of_relu6(plan: Plan, known: Known) -> Plan | None:
+    """Where there is a ReLU6 to replace: the network changes, and the validation says whether that matters."""
+    return _recipe(plan, known, equalization="replace_relu6") if known.relu6 else None
 
 
 def _sequential_mse(plan: Plan, known: Known) -> Plan | None:
@@ -213,14 +225,15 @@ RUNGS: tuple[Rung, ...] = (
     Rung("backend_onednn", "speedup", partial(_kernels, mode="fx", backend="onednn")),
     *(Rung(f"file_{name}", "speedup", partial(_file, name=name)) for name in _FASTER_IN),
     Rung("mode_pt2e", "speedup", partial(_kernels, mode="pt2e", backend="x86")),
-    Rung("observer_min_max", "drop", _calibrated(_observer, name="min_max")),
-    Rung("observer_percentile", "drop", _calibrated(_observer, name="percentile")),
-    Rung("observer_histogram_kl", "drop", _calibrated(_observer, name="histogram_kl")),
-    Rung("bias_correction", "drop", _calibrated(_recipe, bias_correction=True)),
-    Rung("equalization", "drop", _calibrated(_recipe, equalization="exact")),
-    Rung("sequential_mse", "drop", _calibrated(_sequential_mse)),
-    Rung("adaround_blocks", "drop", _calibrated(_adaround_by_blocks)),
-    Rung("adaround", "drop", _calibrated(_adaround)),
+    Rung("observer_min_max", "drop", _calibrated(_observer, name="min_max"), side="activations"),
+    Rung("observer_percentile", "drop", _calibrated(_observer, name="percentile"), side="activations"),
+    Rung("observer_histogram_kl", "drop", _calibrated(_observer, name="histogram_kl"), side="activations"),
+    Rung("bias_correction", "drop", _calibrated(_recipe, bias_correction=True), side="weights"),
+    Rung("equalization", "drop", _calibrated(_recipe, equalization="exact"), side="weights"),
+    Rung("equalization_relu6", "drop", _calibrated(_equalization_of_relu6), side="weights"),
+    Rung("sequential_mse", "drop", _calibrated(_sequential_mse), side="weights"),
+    Rung("adaround_blocks", "drop", _calibrated(_adaround_by_blocks), side="weights"),
+    Rung("adaround", "drop", _calibrated(_adaround), side="weights"),
     *(Rung(f"wide_{n}_layers", "drop", partial(_wide, count=n), needs="ranking") for n in (1, 2, 4, 8)),
     *(Rung(f"float_{n}_layers", "drop", partial(_left_float, count=n), needs="ranking") for n in (1, 2, 4, 8)),
     Rung("qat_short", "drop", partial(_training, which=0)),
@@ -228,11 +241,28 @@ RUNGS: tuple[Rung, ...] = (
     Rung("qat_long", "drop", partial(_training, which=1)),
     Rung("qat_long_plain", "drop", partial(_training, which=1, distillation=False)),
 )
-"""All there are, in the order in which those of one limit are tried: cheap ones first."""
+"""All there are, in the order in which those of one limit are tried: cheap ones first. For the drop, those of the side
+that most of the error comes from go before the others; see `in_order`."""
 
 assert {rung.limit for rung in RUNGS} == {None, *LIMITS}
 
-_NOT_IN_EARLIER_SEARCHES = {"sequential_mse", "adaround_blocks"}
+_NOT_IN_EARLIER_SEARCHES = {"equalization_relu6", "sequential_mse", "adaround_blocks"}
+
+
+def in_order(rungs: Sequence[Rung], sources: ErrorSources) -> list[Rung]:
+    """Rungs in the order in which they are tried: those that reduce the larger part of the error first.
+
+    Rungs that are for neither weights nor activations alone (layers in float, more bits, training) stay last.
+
+    Example:
+        >>> [rung.name for rung in in_order(RUNGS, ErrorSources(10.0, 30.0)) if rung.side][:2]
+        ['bias_correction', 'equalization']
+        >>> [rung.name for rung in in_order(RUNGS, ErrorSources(30.0, 10.0)) if rung.side][:2]
+        ['observer_min_max', 'observer_percentile']
+    """
+    if not sources.larger:
+        return list(rungs)
+    return sorted(rungs, key=lambda rung: 0 if rung.side == sources.larger else 1 if rung.side else 2)
 
 
 def rungs_of(names: Collection[str] | None) -> tuple[Rung, ...]:

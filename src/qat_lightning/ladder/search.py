@@ -14,6 +14,7 @@ from typing import Any
 
 from lightning.pytorch import LightningDataModule, LightningModule
 from rich.text import Text
+from torch import nn
 
 from qat_lightning.compare.metric import Metric, choose_metric
 from qat_lightning.compare.run import Run
@@ -25,6 +26,7 @@ from qat_lightning.ladder.parts import validate_parts, validate_whole
 from qat_lightning.ladder.plan import Plan, PostTrainingKind
 from qat_lightning.ladder.reached import Reached
 from qat_lightning.ladder.rungs import RUNGS, Known, rungs_of
+from qat_lightning.ladder.sources import ErrorSources
 from qat_lightning.ladder.store import FLOAT_WEIGHTS, Store, digest_of
 from qat_lightning.ladder.target import Target
 from qat_lightning.ladder.workshop import Making, TrainerFactory, Workshop
@@ -35,6 +37,10 @@ from qat_lightning.run.evaluate import logged_behind, write_summary
 from qat_lightning.settings.recipe import Equalization, Recipe
 from qat_lightning.settings.scheme import Scheme
 from qat_lightning.terminal import console
+
+BY_SOURCES = "sources"
+"""How a search orders its steps for accuracy: by where the error comes from. Earlier versions always kept the order of
+the table."""
 
 
 def reach(
@@ -174,12 +180,20 @@ def reach(
         "limits": {k: v for k, v in dataclasses.asdict(target).items() if k != "max_minutes"},
         "known": _asked(known),
     }
-    usual = {"plan": Plan().to_dict(), "known": _asked(Known())}
-    rungs = rungs_of(store.begin(identity, [rung.name for rung in RUNGS], resume=resume, usual=usual))
-    known = dataclasses.replace(known, blocks=bool(found_blocks(workshop.network)))
+    usual = {"plan": Plan().to_dict(), "known": _asked(Known()), "limits": {"confident": False}}
+    steps = {"rungs": [rung.name for rung in RUNGS], "order": BY_SOURCES}
+    as_begun = store.begin(identity, steps, resume=resume, usual=usual)
+    rungs = rungs_of(as_begun["rungs"])
+    known = dataclasses.replace(
+        known,
+        blocks=bool(found_blocks(workshop.network)),
+        relu6=any(isinstance(module, nn.ReLU6) for module in workshop.network.modules()),
+        sources=None if as_begun["order"] == BY_SOURCES else ErrorSources(),
+    )
     make_loggers: Loggers = loggers or (lambda rung: [])
     with without_banners():
         floor = _floor(workshop, store, make_loggers, (metric, larger_is_better))
+        _check_confident(target, floor)
         climb = Climb(workshop, store, floor, target, known, start, make_loggers, rungs)
         reached = climb.go()
         console().print(reached.table())
@@ -189,8 +203,8 @@ def reach(
 
 def _asked(known: Known) -> dict[str, Any]:
     """The settings among what rungs may ask; the rest is found in the network."""
-    values: dict[str, Any] = json.loads(json.dumps(vars(known)))
-    del values["blocks"]
+    found = ("blocks", "relu6", "sources")
+    values: dict[str, Any] = json.loads(json.dumps({k: v for k, v in vars(known).items() if k not in found}))
     return values
 
 
@@ -232,22 +246,27 @@ def _floor(workshop: Workshop, store: Store, loggers: Loggers, asked: tuple[str 
     made = list(loggers("float"))
     try:
         trainer, _, model, datamodule = workshop.standing(made, None, None)
-        if trainer.world_size > 1:
-            raise ConfigurationError(
-                f"The Trainer has {trainer.world_size} processes, and a search runs in one: use devices=1."
-            )
         with logged_behind("float", trainer.loggers):
             found = validate_whole(trainer, model, datamodule)
         metric = _metric(found, *asked)
-        parts = validate_parts(trainer, model, datamodule, metric.name, workshop.making.seed)
+        (batches,) = trainer.num_val_batches
+        parts = validate_parts(trainer, model, datamodule, metric.name, workshop.making.seed, batches)
         trainer.save_checkpoint(store.folder / FLOAT_WEIGHTS, weights_only=True)
         metrics = {f"float/{key}": value for key, value in found.items()}
         write_summary(made, metrics, 0)
     finally:
         close(made)
-    floor = Floor(metric, parts, metrics, Clock.since(began))
+    floor = Floor(metric, parts, metrics, Clock.since(began), None if math.isinf(batches) else int(batches))
     store.write("float", floor.to_dict())
     return floor
+
+
+def _check_confident(target: Target, floor: Floor) -> None:
+    """Refuse a target that no network can reach: one part of the validation data has no interval."""
+    if target.confident and len(floor.parts.values) == 1:
+        raise ConfigurationError(
+            "target.confident=True needs several batches of validation data, and there is one: use smaller batches."
+        )
 
 
 def _metric(found: dict[str, float], name: str | None, larger_is_better: bool | None) -> Metric:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,10 @@ FLOAT_WEIGHTS = "float.ckpt"
 class Store:
     """The folder of a ladder.
 
-    ``identity.json`` says what it is about; ``float.json``, ``ranking.json``, ``bits.json`` and ``cost_<part>.json``
-    what was measured of the float network; ``rungs/<name>/made.json``, ``exported.json`` and ``measured.json`` how far
-    each rung has got; ``test.json`` what the test said. Each is written beside its place and renamed: what is there is
-    complete.
+    ``identity.json`` says what it is about; ``float.json``, ``sources.json``, ``ranking.json``, ``bits.json`` and
+    ``cost_<part>.json`` what was measured of the float network; ``rungs/<name>/made.json``, ``exported.json`` and
+    ``measured.json`` how far each rung has got; ``test.json`` what the test said. Each is written to a temporary file
+    and renamed: what is there is complete.
 
     Args:
         folder: It is made if need be.
@@ -35,18 +35,18 @@ class Store:
         self.folder = folder
 
     def begin(
-        self, identity: Mapping[str, Any], rungs: Sequence[str], *, resume: bool, usual: Mapping[str, Any]
-    ) -> list[str] | None:
+        self, identity: Mapping[str, Any], steps: Mapping[str, Any], *, resume: bool, usual: Mapping[str, Any]
+    ) -> dict[str, Any]:
         """Say what the folder is about, or check that it is about that.
 
         Args:
             identity: What it is about.
-            rungs: The names of those that a new search has.
+            steps: How a new search chooses its steps; one in the folder goes on as it began.
             resume: Whether a search may be in it already.
             usual: Defaults of settings, laid out as in ``identity``, for a folder of a version that did not have them.
 
         Returns:
-            The names of the rungs of the search in the folder; None where that lists none, as earlier versions did.
+            How the search in the folder chooses its steps, with None for what an earlier version did not write.
 
         Raises:
             ConfigurationError: A ladder is in it and ``resume`` was not asked for, or it is about something else.
@@ -54,21 +54,21 @@ class Store:
         path = self.folder / IDENTITY
         if not path.is_file():
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_json(path, {**identity, "rungs": list(rungs)})
-            return list(rungs)
+            write_json(path, {**identity, **steps})
+            return dict(steps)
         if not resume:
             raise ConfigurationError(
                 f"{self.folder} already holds a search: resume=True continues it, and another folder= starts a new one."
             )
         was = _filled(read_json(path), usual)
-        listed: list[str] | None = was.pop("rungs", None)
+        as_begun = {name: was.pop(name, None) for name in steps}
         others = sorted(key for key in {*was, *identity} if was.get(key) != identity.get(key))
         if others:
             raise ConfigurationError(
                 f"The search in {self.folder} has other settings ({', '.join(others)} differ): resume=True needs the "
                 "same network, data and settings; otherwise give another folder=."
             )
-        return listed
+        return as_begun
 
     def read(self, name: str) -> dict[str, Any] | None:
         """What is known under a name; None if it is not."""

@@ -27,6 +27,8 @@ class Target:
         min_speedup: How many times faster than the float network in PyTorch, one sample on this machine's CPU.
         max_size_mb: Of what is shipped, in 10^6 bytes.
         max_minutes: How long to look. It limits the search, and is no goal by itself.
+        confident: Whether the whole interval of the drop (95 % of a paired bootstrap) has to be within ``max_drop``,
+            not only its mean. The search then goes on where the drop is undecided.
 
     Raises:
         ConfigurationError: Nothing is limited, or a limit is not possible.
@@ -44,6 +46,7 @@ class Target:
     min_speedup: float | None = None
     max_size_mb: float | None = None
     max_minutes: float | None = None
+    confident: bool = False
 
     def __post_init__(self) -> None:
         """Refuse what limits nothing, and what nothing can keep."""
@@ -57,6 +60,10 @@ class Target:
             if not number or value < 0 or (value == 0 and name != "max_drop"):
                 least = "a number of 0 or more" if name == "max_drop" else "a number above 0"
                 raise ConfigurationError(f"target.{name}={value!r} is not possible: give {least}.")
+        if not isinstance(self.confident, bool):
+            raise ConfigurationError(f"target.confident={self.confident!r} is not possible: use True or False.")
+        if self.confident and self.max_drop is None:
+            raise ConfigurationError("target.confident=True is about the drop: give max_drop as well.")
 
     def check_size(self, parameters: int) -> None:
         """Refuse a size that no number of bits gives.
@@ -81,7 +88,7 @@ class Target:
         """By which share each limit is missed; those that are kept are left out.
 
         Args:
-            drop: Mean loss of the metric; None where it is not known.
+            drop: Loss of the metric, see `qat_lightning.ladder.judgement.Drop.judged`; None where it is not known.
             speedup: Times faster than float; likewise.
             size_mb: Likewise.
 
@@ -107,7 +114,7 @@ class Target:
         """The limits in words."""
         said = []
         if self.max_drop is not None:
-            said.append(f"a drop of at most {self.max_drop:g}")
+            said.append(f"a drop of at most {self.max_drop:g}{' with its whole interval' if self.confident else ''}")
         if self.min_speedup is not None:
             said.append(f"at least {self.min_speedup:g} times faster")
         if self.max_size_mb is not None:

@@ -32,7 +32,7 @@ from qat_lightning.export.result import ExportResult
 from qat_lightning.export.run import export_quantized, open_artifact
 from qat_lightning.graph.example import Example
 from qat_lightning.json_files import read_json, write_json
-from qat_lightning.ladder.parts import Parts, validate_parts, validate_whole
+from qat_lightning.ladder.parts import Parts, set_up, validate_parts, validate_whole
 from qat_lightning.ladder.plan import Plan
 from qat_lightning.ladder.standing import StandingIn
 from qat_lightning.ladder.store import EXPORTED, NETWORK
@@ -66,6 +66,21 @@ class Making:
     calibration_batches: int = 32
     on_fault: OnFault = "leave_float"
     seed: int = 0
+
+
+@dataclass(frozen=True)
+class Validation:
+    """How the float network was validated, and all others are.
+
+    Attributes:
+        metric: The key of what is judged.
+        batches: Of all the data; None for a loader without a length.
+        parts_tell: Whether the mean over the parts is the metric of the whole, so that the parts alone are validated.
+    """
+
+    metric: str
+    batches: int | None
+    parts_tell: bool
 
 
 @dataclass(frozen=True)
@@ -117,11 +132,38 @@ class Workshop:
         self.trainer_factory, self.making, self.float_checkpoint = trainer_factory, making, float_checkpoint
         self._model = untied(model)
         self._datamodule = untied(datamodule)
+        self._has_data = False
 
     def copies(self) -> tuple[LightningModule, LightningDataModule]:
         """The float LightningModule and the data as they were, and everything that is drawn from the same seed."""
+        if not self._has_data:
+            self._datamodule, self._has_data = self._with_data(), True
+        return self._fresh()
+
+    def _fresh(self) -> tuple[LightningModule, LightningDataModule]:
         seed_everything(self.making.seed, workers=True, verbose=False)
         return copy.deepcopy(self._model), copy.deepcopy(self._datamodule)
+
+    def _with_data(self) -> LightningDataModule:
+        """The data as ``setup`` leaves it, so that what a datamodule keeps is not read again for each rung.
+
+        Where ``setup`` creates what cannot be copied, each rung sets its own copy up.
+
+        Raises:
+            ConfigurationError: The Trainer has several processes.
+        """
+        model, datamodule = self._fresh()
+        trainer = self.trainer([], [], enable_progress_bar=False)
+        if trainer.world_size > 1:
+            raise ConfigurationError(
+                f"The Trainer has {trainer.world_size} processes, and a search runs in one: use devices=1."
+            )
+        set_up(trainer, model, datamodule)
+        try:
+            kept: LightningDataModule = untied(datamodule)
+        except ConfigurationError:
+            return self._datamodule
+        return kept
 
     @property
     def network(self) -> nn.Module:
@@ -256,22 +298,44 @@ class Workshop:
         return self.trainer([callback], loggers, enable_progress_bar=False), callback, model, datamodule
 
     def measure(
-        self, network: QuantizedNetwork, plan: Plan, folder: Path, loggers: Sequence[Logger], metric: str
+        self,
+        network: QuantizedNetwork,
+        plan: Plan,
+        folder: Path,
+        loggers: Sequence[Logger],
+        validation: Validation,
+        *,
+        steady: bool,
     ) -> Measured:
-        """Evaluate what is shipped on the validation data, whole and in parts, weigh it and time it.
+        """Evaluate what is shipped on the validation data, weigh it and time it.
+
+        Args:
+            network: The int8 network.
+            plan: How it was made.
+            folder: Of the rung.
+            loggers: Of the rung.
+            validation: How the float network was validated.
+            steady: Whether noisy latencies are measured again.
 
         Raises:
             ExportError: The file of another runtime cannot be made.
         """
         with self.shipped(network, plan, folder) as (standing_in, figures):
             trainer, _, model, datamodule = self.standing(loggers, standing_in, network.example)
-            with logged_behind("int8", trainer.loggers):
-                whole = validate_whole(trainer, model, datamodule)
-            parts = validate_parts(trainer, model, datamodule, metric, self.making.seed)
-        metrics = {f"int8/{key}": value for key, value in whole.items()}
+            whole: Mapping[str, float] = {}
+            batches: float | None = validation.batches
+            if validation.parts_tell:
+                set_up(trainer, model, datamodule)
+            else:
+                with logged_behind("int8", trainer.loggers):
+                    whole = validate_whole(trainer, model, datamodule)
+                (batches,) = trainer.num_val_batches
+            parts = validate_parts(trainer, model, datamodule, validation.metric, self.making.seed, batches)
+        metrics = {f"int8/{key}": value for key, value in (whole or parts.means).items()}
         call = (network.example.args, network.example.kwargs)
         if not plan.file:
-            metrics |= quietest(lambda: measure_networks({"float": self.network, "int8": network}, [call]))
+            networks = {"float": self.network, "int8": network}
+            metrics |= quietest(lambda: measure_networks(networks, [call]), *([] if steady else [1]))
             return Measured(parts, finite(metrics), metrics.get("speedup"), metrics.get("int8/size_mb"))
         metrics |= {f"{plan.file}/{key}": value for key, value in figures.items()}
         return Measured(parts, finite(metrics), figures.get("speedup"), figures.get("size_mb"))

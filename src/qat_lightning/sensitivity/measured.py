@@ -109,7 +109,7 @@ class Sensitivity:
     @property
     def in_decibel(self) -> bool:
         """Whether the metric is the SQNR of the outputs."""
-        return isinstance(self._metric, _OutputSqnr)
+        return isinstance(self._metric, OutputSqnr)
 
     def full_name(self, name: str) -> str:
         """Return the name of a layer in the LightningModule."""
@@ -304,7 +304,7 @@ def sensitivity(
         network,
         first,
         recipe,
-        metric or _OutputSqnr(network, examples),
+        metric or OutputSqnr(network, examples),
         calibrate_on or (lambda prepared: calibrate(prepared, examples)),
         metric_name=metric_name or ("metric" if metric else "SQNR of the outputs in dB"),
         rank_by=rank_by,
@@ -321,8 +321,13 @@ def _without_learning(scheme: Scheme) -> tuple[Scheme, list[str]]:
     return replace(scheme, learned_step="none"), [note]
 
 
-class _OutputSqnr:
-    """The default metric."""
+class OutputSqnr:
+    """The default metric: the SQNR of a network's outputs against the float network's, in dB.
+
+    Args:
+        network: The float network.
+        examples: Calls to run both on.
+    """
 
     def __init__(self, network: nn.Module, examples: Sequence[Example]) -> None:
         self.examples = examples
@@ -334,6 +339,7 @@ class _OutputSqnr:
         return [leaf for leaf in tree_leaves(results) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
     def __call__(self, network: nn.Module) -> float:
+        """The SQNR of another network's outputs; `EQUAL_DB` where they are equal."""
         pairs = list(zip(self.expected, self._outputs(network), strict=True))
         signal = sum(float(wanted.double().square().sum()) for wanted, _ in pairs)
         noise = sum(float((wanted.double() - got.double()).square().sum()) for wanted, got in pairs)

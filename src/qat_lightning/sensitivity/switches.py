@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import nn
 
@@ -58,6 +59,7 @@ class Switches:
         observed = [fq for _, fq in fake_quantizers(prepared)]
         self._all: list[FakeQuantize | DynamicFakeQuantize] = [*observed, *in_calls.values()]
         self._of: dict[str, set[FakeQuantize | DynamicFakeQuantize]] = {}
+        self._weights: set[FakeQuantize | DynamicFakeQuantize] = set()
         kinds: dict[str, str] = {}
         for place in find_places(prepared):
             # In eager mode a layer quantizes its own input; a layer called twice is one module.
@@ -66,6 +68,8 @@ class Switches:
             if not place.fq.seen and place.what == "activation":
                 continue
             self._of.setdefault(name, set()).add(place.fq)
+            if place.what == "weight":
+                self._weights.add(place.fq)
             if kinds.get(name, "input") == "input":
                 kinds[name] = place.kind
         for name, rounding in in_calls.items():  # together with the weight of its layer
@@ -81,13 +85,20 @@ class Switches:
 
     def only(self, names: Collection[str]) -> None:
         """Enable fake-quantization in these units only."""
-        on = {fq for name in names for fq in self._of[name]}
-        for fq in self._all:
-            fq.fake_quant_enabled = fq in on
+        self._enable({fq for name in names for fq in self._of[name]})
 
     def all_but(self, names: Collection[str]) -> None:
         """Enable fake-quantization everywhere except in these units."""
         self.only([unit.name for unit in self.units if unit.name not in names])
+
+    def only_of(self, what: Literal["weights", "activations"]) -> None:
+        """Fake-quantize all weights and no activation, or all activations and no weight."""
+        everything = {fq for unit in self._of.values() for fq in unit}
+        self._enable(self._weights if what == "weights" else everything - self._weights)
+
+    def _enable(self, on: Collection[FakeQuantize | DynamicFakeQuantize]) -> None:
+        for fq in self._all:
+            fq.fake_quant_enabled = fq in on
 
 
 def _weight_size(module: nn.Module | None) -> int:

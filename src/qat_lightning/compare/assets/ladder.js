@@ -17,5 +17,5 @@ function ladderOf(ladder) {
   const title = `${ladder.label}${ladder.seed ? `, seed ${ladder.seed}` : ""}: ${ladder.target}`;
   return [el("h3", {}, wrapped(title)), el("p", { class: "said" }, wrapped(ladder.conclusion)),
     el("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": title }, el("table", { class: "ladder" }, el("thead", {}, head), el("tbody", {}, rows))),
-    el("p", { class: "note" }, `Drop of ${ladder.metric} against float on the validation data, by a paired bootstrap over its parts.`)];
+    el("p", { class: "note" }, `Drop of ${ladder.metric} against float on the validation data, by a paired bootstrap over its parts. ${ladder.sources}`.trim())];
 }

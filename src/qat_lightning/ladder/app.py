@@ -1,4 +1,4 @@
-"""What ``method=auto`` of train.py is: the float run, and the ladder from it, each rung a run in one group."""
+"""``method=auto`` of train.py: trains the float network and searches from it; each rung is a run, all in one group."""
 
 from __future__ import annotations
 
@@ -41,16 +41,16 @@ _CHOSEN_BY_ITSELF = ("distillation", "batchnorm_reestimation")
 
 
 def climb(cfg: DictConfig) -> tuple[dict[str, float], app.Objects]:
-    """Train the float network if there is none, and look for the int8 network that keeps the target.
+    """Train the float network unless there is one, and search for the int8 network that meets the target.
 
     Args:
-        cfg: The composed configuration of train.py, of ``method=auto``.
+        cfg: The composed configuration of train.py with ``method=auto``.
 
     Returns:
-        What the test at the end said, and the objects of the run.
+        The metrics of the final test, and the objects of the run.
 
     Raises:
-        ConfigurationError: The target or another setting is not possible; before anything is trained.
+        ConfigurationError: The target or another setting is invalid. Raised before anything is trained.
     """
     target = Target(**OmegaConf.to_container(cfg.target, resolve=True))  # type: ignore[arg-type]
     _check(cfg)
@@ -72,7 +72,7 @@ def climb(cfg: DictConfig) -> tuple[dict[str, float], app.Objects]:
         datamodule,
         target,
         folder=folder,
-        resume=True,  # whether there may be one is settled by the folder of the run
+        resume=True,  # whether the run's folder may exist is checked elsewhere
         backend=part.backend,
         scheme=instantiate(part.scheme),
         include=tuple(part.include or ()),
@@ -98,7 +98,7 @@ def climb(cfg: DictConfig) -> tuple[dict[str, float], app.Objects]:
 
 
 def _check(cfg: DictConfig) -> None:
-    """Refuse what a ladder chooses by itself, and several processes."""
+    """Refuse settings that the search chooses itself."""
     if formats := list(cfg.get("export_formats") or {}):
         raise CombinationError(
             f"export={','.join(formats)} cannot be combined with method=auto, which chooses the file itself: use "
@@ -121,7 +121,7 @@ def _check(cfg: DictConfig) -> None:
 
 
 def _larger_is_better(cfg: DictConfig) -> bool | None:
-    """Which way the metric of the ladder is better; None where its name has to say it."""
+    """Whether larger values of the metric are better; None if its name decides."""
     own = ModelMetric.of(cfg)
     if cfg.ladder.larger_is_better is None and own is not None and cfg.ladder.metric == own.logged("val"):
         return own.larger_is_better
@@ -130,7 +130,7 @@ def _larger_is_better(cfg: DictConfig) -> bool | None:
 
 
 def _float_checkpoint(cfg: DictConfig) -> str:
-    """The float run's, which is trained now if it is not there yet."""
+    """The checkpoint of the float run, which is trained first if it does not exist."""
     if cfg.float_checkpoint is not None:
         return str(cfg.float_checkpoint)
     shared = cfg.copy()
@@ -140,7 +140,7 @@ def _float_checkpoint(cfg: DictConfig) -> str:
 
 
 class _Trainers:
-    """Makes the Trainer of a rung, as the configuration says it."""
+    """Creates the Trainer of a rung from the configuration."""
 
     def __init__(self, cfg: DictConfig) -> None:
         self._cfg = cfg
@@ -156,7 +156,7 @@ class _Trainers:
 
 
 class _Runs:
-    """Makes the loggers of a rung: a run of its own, in one group with the others and with the ladder's own."""
+    """Creates the loggers of a rung: each rung is a run of its own, in one group with the run of the search."""
 
     def __init__(self, cfg: DictConfig) -> None:
         self._cfg = cfg
@@ -178,7 +178,7 @@ class _Runs:
 
 
 def _keep(cfg: DictConfig, found: Reached) -> None:
-    """The int8 network that was chosen, where every method leaves it."""
+    """Copy the chosen int8 network to where every method saves it."""
     if cfg.save_int8 and found.best is not None:
         chosen = found.network_file
         write_whole(Path(cfg.paths.output_dir) / app.INT8_FILE, chosen.read_bytes())

@@ -1,4 +1,4 @@
-"""What was measured, which of it is nearest to the target, and what to try next: pure functions."""
+"""The attempts of a search, the one nearest to the target, and the next step: pure functions."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from qat_lightning.ladder.timing import is_noisy
 
 @dataclass(frozen=True)
 class Attempt:
-    """What came of one rung.
+    """The result of one rung.
 
     Attributes:
-        rung: Its name.
-        plan: What it tried.
-        drop: Against float, on the validation data; None where there is no network.
-        speedup: Times faster than float.
-        size_mb: Of what is shipped.
-        metrics: All that was measured, under the keys of the loggers.
-        minutes: That it took.
-        cut_short: Whether its training was ended by the clock.
-        started: Whether it was tried at all.
-        error: Why there is no network, or why it was not tried; empty if there is one.
+        rung: The name of the rung.
+        plan: The plan that was tried.
+        drop: The drop against float on the validation data; None without a network.
+        speedup: Speed relative to float.
+        size_mb: Size of the shipped files, in 10^6 bytes.
+        metrics: All measurements, under the keys of the loggers.
+        minutes: Its duration.
+        cut_short: Whether the time limit ended its training.
+        started: Whether it was started.
+        error: Why there is no network, or why it was not started; empty if there is a network.
     """
 
     rung: str
@@ -44,12 +44,12 @@ class Attempt:
     error: str = ""
 
     def missed(self, target: Target) -> dict[Limit, float]:
-        """By which share it misses each limit."""
+        """The relative excess over each limit that it misses."""
         drop = None if self.drop is None else self.drop.judged(confident=target.confident)
         return target.missed(drop, self.speedup, self.size_mb)
 
     def verdict(self, target: Target) -> str:
-        """What came of it, in few words."""
+        """The result in a few words."""
         if self.error:
             return self.error
         missed = self.missed(target)
@@ -83,12 +83,12 @@ class Attempt:
 
 @dataclass(frozen=True)
 class Step:
-    """What to try next.
+    """The next step.
 
     Attributes:
         rung: The rung.
-        plan: What it tries; where something is to be measured first, the plan to measure the layers of.
-        first: What is to be measured of the layers first; empty for nothing.
+        plan: The plan that it tries; if something must be measured first, the plan to measure it with.
+        first: The field of `Known` to measure first; empty for none.
     """
 
     rung: Rung
@@ -97,10 +97,10 @@ class Step:
 
 
 def nearest(attempts: Sequence[Attempt], target: Target) -> Attempt | None:
-    """The attempt that misses the fewest limits, and of those by the least; the first of equals.
+    """The attempt that misses the fewest limits, and among those by the least; the first of equals.
 
     Returns:
-        None where there is no network at all.
+        The attempt; None if no attempt has a network.
     """
 
     def far(attempt: Attempt) -> tuple[float, ...]:
@@ -111,13 +111,13 @@ def nearest(attempts: Sequence[Attempt], target: Target) -> Attempt | None:
 
 
 def to_go_on_from(attempts: Sequence[Attempt], target: Target) -> Attempt | None:
-    """The attempt whose plan the next rung changes: limits are settled one after the other, in the order of `LIMITS`.
+    """The attempt whose plan the next rung changes; limits are settled one after another, in the order of `LIMITS`.
 
-    Where several keep the size, the speed decides, and then the drop; a share of `_ALIKE` of a limit decides nothing
-    of size and speed, which are not measured better than that.
+    If several attempts keep the size, the speed decides, and then the drop. Differences in size and speed below
+    `_ALIKE` of the limit are within the measurement error and are ignored.
 
     Returns:
-        None where there is no network at all.
+        The attempt; None if no attempt has a network.
     """
 
     def far(attempt: Attempt) -> tuple[float, ...]:
@@ -138,23 +138,23 @@ def _rough(share: float) -> float:
 def next_step(
     attempts: Sequence[Attempt], start: Plan, target: Target, known: Known, rungs: Sequence[Rung] = RUNGS
 ) -> Step | None:
-    """What to try next: a function of what was measured, so that a ladder that was broken off goes on as it was.
+    """The next step: a function of the measurements alone, so that an interrupted search continues in the same way.
 
-    The first rung quantizes with static ranges. From then on the limits that the best attempt misses say which rungs
-    are next, those of size and speed before those of accuracy, because they are cheap and accuracy has to be won back
-    for what is shipped. Before the first rung for accuracy it is measured whether the error comes from weights or from
-    activations (`ErrorSources`), and rungs for the larger part go first. A rung is tried once, and changes the plan of
-    that attempt (`to_go_on_from`).
+    The first rung quantizes with static ranges. After it, the limits that the best attempt misses determine the next
+    rungs: size and speed before accuracy, because they are cheap to reach, and because accuracy must be recovered for
+    the network that is shipped. Before the first rung for accuracy, the source of the error is measured
+    (`ErrorSources`), and the rungs for the larger part come first. Each rung is tried once, and changes the plan of the
+    attempt to continue from (`to_go_on_from`).
 
     Args:
-        attempts: What was tried, in its order; what could not be made among it.
+        attempts: The attempts so far, in order, including failed ones.
         start: The plan of the first rung.
-        target: What has to be reached.
-        known: What rungs may ask.
-        rungs: Those that there are.
+        target: The target.
+        known: What rungs may ask besides the plan.
+        rungs: The rungs of the search.
 
     Returns:
-        The step; None where the target is reached, or nothing is left to try.
+        The step; None if the target is reached or no rung is left.
 
     Example:
         >>> step = next_step([], Plan(), Target(max_drop=0.01), Known())
@@ -192,5 +192,5 @@ def next_step(
 
 
 def _teacher_failed(attempts: Sequence[Attempt]) -> bool:
-    """Whether a training that was to learn from the float network could not be done."""
+    """Whether a training with distillation failed."""
     return any(attempt.plan.distillation and attempt.started and attempt.error for attempt in attempts)

@@ -1,4 +1,4 @@
-"""The search itself: what is next is tried, kept on disk, judged, until the target is reached or nothing is left."""
+"""The search itself: try the next rung, store and judge it, until the target is reached or no rung is left."""
 
 from __future__ import annotations
 
@@ -37,32 +37,32 @@ from qat_lightning.terminal import console
 Loggers = Callable[[str], Sequence[Logger]]
 
 RESERVE = 1.5
-"""How many times what the first rung took is left for measuring what a training brought."""
+"""The time kept for evaluating a trained network, as a multiple of the duration of the first rung."""
 
 _AS_KNOWN: dict[str, Callable[[Any], Any]] = {
     "ranking": tuple,
     "bits": dict,
     "sources": lambda found: ErrorSources(**found),
 }
-"""What is measured before a rung, from JSON to a field of `Known`."""
+"""How the JSON of each measurement becomes a field of `Known`."""
 
 _WITHOUT = {
     "ranking": "{rung} and similar rungs are skipped: {why}",
     "bits": "{rung} and similar rungs are skipped: {why}",
-    "sources": "It is not known whether the error comes from weights or activations, so cheap rungs go first: {why}",
+    "sources": "Whether the error comes from weights or activations is not known, so cheap rungs come first: {why}",
 }
 
 
 @dataclass(frozen=True)
 class Floor:
-    """What was measured of the float network.
+    """The measurements of the float network.
 
     Attributes:
-        metric: What is judged.
-        parts: Of the validation data.
-        metrics: All of the validation, under the keys of the loggers.
-        minutes: That measuring took.
-        batches: Of the validation data; None for a loader without a length, and where an earlier version measured.
+        metric: The metric that is judged.
+        parts: That metric on the parts of the validation data.
+        metrics: All metrics of the validation, under the keys of the loggers.
+        minutes: Duration of the measurement.
+        batches: The number of validation batches; None if the loader has no length, or an earlier version measured.
     """
 
     metric: Metric
@@ -73,7 +73,7 @@ class Floor:
 
     @property
     def validation(self) -> Validation:
-        """How the others are validated."""
+        """How the other networks are validated."""
         whole = {key.removeprefix("float/"): value for key, value in self.metrics.items()}
         return Validation(self.metric.name, self.batches, self.parts.tell(whole))
 
@@ -93,14 +93,14 @@ class Climb:
     """One search.
 
     Args:
-        workshop: What makes networks and evaluates them.
-        store: What keeps what was measured.
-        floor: The float network's figures.
-        target: What has to be reached.
-        known: What rungs may ask.
+        workshop: Creates and evaluates networks.
+        store: Stores the measurements.
+        floor: The measurements of the float network.
+        target: The target.
+        known: What rungs may ask besides the plan.
         start: The plan of the first rung.
-        loggers: Makes the loggers of a rung, by its name.
-        rungs: Those that the search has.
+        loggers: Creates the loggers of a rung, by its name.
+        rungs: The rungs of the search.
     """
 
     def __init__(
@@ -120,10 +120,10 @@ class Climb:
         self._why_ended = "Nothing is left to try."
 
     def go(self) -> Reached:
-        """Try what is next until the target is reached, the time is over or nothing is left.
+        """Try the next rung until the target is reached, the time is over or no rung is left.
 
         Returns:
-            What was found, without a test.
+            The result, without a test.
         """
         clock = Clock(self.target.max_minutes, self._spent())
         while (step := self._next()) is not None:
@@ -144,7 +144,7 @@ class Climb:
         return next_step(self.attempts, self.start, self.target, self.known, self.rungs)
 
     def _spent(self) -> float:
-        """Minutes of earlier launches, of what they finished."""
+        """Minutes that earlier launches spent on finished measurements."""
         once = ("float", "sources", "ranking", "bits", *(f"cost_{part}" for part in PARTS))
         found = [self.store.read(name) for name in once]
         for path in (self.store.folder / "rungs").glob("*"):
@@ -164,10 +164,10 @@ class Climb:
         self.store.write(FILE.removesuffix(".json"), reached.ladder().to_dict())
         return reached
 
-    # What is to be known of the layers, once
+    # What is measured once, before the first rung that needs it
 
     def _learn(self, step: Step, clock: Clock) -> bool:
-        """Measure the layers for all rungs that need it, unless the time is over."""
+        """Measure what the rung needs, for all rungs that need it, unless the time is over."""
         kept = self.store.read(step.first)
         if kept is None:
             if clock.left <= 0:
@@ -190,7 +190,7 @@ class Climb:
         return True
 
     def _measure_layers(self, step: Step) -> tuple[Any, str]:
-        """What a step wants to know, as JSON has it, and why it is empty, in words."""
+        """The measurement that a step needs, for JSON, and the reason if it is empty."""
         try:
             if step.first == "sources":
                 return find_sources(self.workshop, step.plan), ""
@@ -232,14 +232,14 @@ class Climb:
         return attempt
 
     def _expected(self, plan: Plan, clock: Clock) -> float:
-        """How many minutes a plan will take, about."""
+        """The expected duration of a plan in minutes."""
         costs = {part: self._cost(part, plan, clock.left) for part in sorted(unknown_parts(plan, self.attempts))}
         return expected_minutes(plan, self.attempts, costs)
 
     def _cost(self, part: Part, plan: Plan, left: float) -> float:
-        """Minutes of a part of a plan, from a piece that is measured once.
+        """Minutes of a part of a plan, extrapolated from a small piece that is measured once.
 
-        If half of the time that is left is not enough for the piece, the whole does not fit either.
+        If the piece does not fit into half of the remaining time, the whole does not fit either.
         """
         kept = self.store.read(f"cost_{part}")
         if kept is None:
@@ -311,7 +311,7 @@ class Climb:
         return attempt
 
     def _log(self, attempt: Attempt, loggers: Sequence[Logger]) -> None:
-        """All figures into the run of a rung."""
+        """Log all measurements to the run of a rung."""
         assert attempt.drop is not None
         figures = {
             "ladder/drop": attempt.drop.mean,
@@ -328,10 +328,10 @@ class Climb:
     # The test, once
 
     def test(self, reached: Reached) -> dict[str, float]:
-        """Test float and what was chosen, unless that was done: the only time that test data is looked at.
+        """Test the float network and the chosen one, unless that was done: the only use of the test data.
 
         Returns:
-            What `qat_lightning.evaluate_variants` returns; empty where there is no network.
+            The result of `qat_lightning.evaluate_variants`; empty without a network.
         """
         kept = self.store.read("test")
         best = reached.best
@@ -356,7 +356,7 @@ class Climb:
     def _test_file(
         self, best: Attempt, folder: Path, network: QuantizedNetwork, standing: Standing
     ) -> dict[str, float]:
-        """Test the file that is shipped, in its own runtime."""
+        """Test the shipped file in its own runtime."""
         trainer, callback, model, datamodule = standing
         name = best.plan.file
         with (

@@ -1,4 +1,4 @@
-"""The time that a search may take: over several launches, and inside of a rung."""
+"""The time limit of a search, over several launches and within a rung."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from types import FrameType
 
 
 class OutOfTime(BaseException):
-    """The time of a ladder is over in the middle of a rung; no ``except Exception`` on the way takes it for a fault."""
+    """The time limit passed during a rung. Not an Exception, so that no ``except Exception`` on the way handles it."""
 
 
 class Clock:
-    """Counts the minutes of what is done.
+    """Counts the minutes of a search.
 
     Args:
-        most: How many there are; None for no limit.
-        spent: Those of earlier launches, of what they finished.
+        most: The limit; None for no limit.
+        spent: Minutes that earlier launches spent on finished measurements.
     """
 
     def __init__(self, most: float | None, spent: float = 0.0) -> None:
@@ -30,7 +30,7 @@ class Clock:
 
     @property
     def left(self) -> float:
-        """Minutes; infinite without a limit."""
+        """The remaining minutes; infinite without a limit."""
         return self._most - self._spent - self.since(self._began)
 
     @staticmethod
@@ -41,10 +41,10 @@ class Clock:
 
 @contextmanager
 def ends_after(minutes: float) -> Iterator[None]:
-    """Raise `OutOfTime` in the block once so many minutes have passed.
+    """Raise `OutOfTime` in the block after this many minutes.
 
-    It takes a signal, which Python gives to the main thread only, and Windows has not: elsewhere only trainings end in
-    time, by ``max_time`` of the Trainer.
+    This uses a signal, which Python delivers to the main thread only and Windows does not have. Elsewhere only
+    trainings end in time, by ``max_time`` of the Trainer.
 
     Example:
         >>> with ends_after(math.inf):
@@ -66,5 +66,5 @@ def ends_after(minutes: float) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
-        if rest:  # somebody else's timer goes on
+        if rest:  # a timer of other code continues
             signal.setitimer(signal.ITIMER_REAL, max(rest - (time.monotonic() - began), 0.001), interval)

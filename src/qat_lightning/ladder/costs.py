@@ -1,4 +1,4 @@
-"""How long a plan will take, from what was measured in the same search: pure functions."""
+"""The expected duration of a plan, from measurements of the same search: pure functions."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from qat_lightning.ladder.choice import Attempt
 from qat_lightning.ladder.plan import Plan
 
 Part = Literal["sequential_mse", "adaround_blocks", "adaround", "epoch"]
-"""What takes longer than a calibration; an epoch is one of quantization-aware training."""
+"""The parts of a plan that take longer than a calibration; ``"epoch"`` is one epoch of quantization-aware training."""
 
 PARTS: tuple[Part, ...] = get_args(Part)
 
 
 def parts_of(plan: Plan) -> frozenset[Part]:
-    """What of a plan takes longer than a calibration.
+    """The parts of a plan that take longer than a calibration.
 
     Example:
         >>> sorted(parts_of(Plan(sequential_mse=True, adaround=500)))
@@ -31,25 +31,25 @@ def parts_of(plan: Plan) -> frozenset[Part]:
 
 
 def unknown_parts(plan: Plan, attempts: Sequence[Attempt]) -> frozenset[Part]:
-    """The parts of a plan whose cost no attempt tells, so that it has to be measured; see `expected_minutes`."""
+    """The parts of a plan whose cost no attempt shows and that must be measured; see `expected_minutes`."""
     like = _most_alike(plan, attempts)
     return parts_of(plan) - (frozenset() if like is None else parts_of(like.plan))
 
 
 def expected_minutes(plan: Plan, attempts: Sequence[Attempt], costs: Mapping[Part, float]) -> float:
-    """How long a plan will take, about.
+    """The expected duration of a plan.
 
-    The attempt that has most of its parts, and no others, says how long these take together with calibrating and
-    judging; of several such the last, because the first one of a search also pays for what is loaded once. The epochs
-    of a training are scaled, and the other parts are added.
+    The attempt with most of its parts, and no others, shows how long these take together with calibration and
+    evaluation; of several the last, because the first rung of a search also pays for what is loaded once. The epochs of
+    a training are scaled, and the other parts are added.
 
     Args:
-        plan: What is to be tried.
-        attempts: What was.
+        plan: The plan to try.
+        attempts: The attempts so far.
         costs: Minutes of each of the `unknown_parts`.
 
     Returns:
-        0 where nothing is known.
+        Minutes; 0 if nothing is known.
 
     Example:
         >>> static = Attempt("static", Plan(), minutes=0.5)
@@ -69,7 +69,7 @@ def expected_minutes(plan: Plan, attempts: Sequence[Attempt], costs: Mapping[Par
 
 
 def _most_alike(plan: Plan, attempts: Sequence[Attempt]) -> Attempt | None:
-    """Of the attempts without other parts, the one with the most; of several such the last."""
+    """The attempt with most of the plan's parts and no others; the last of several."""
     wanted = parts_of(plan)
     some = [attempt for attempt in reversed(_finished(attempts)) if parts_of(attempt.plan) <= wanted]
     return max(some, key=lambda attempt: len(parts_of(attempt.plan)), default=None)

@@ -1,9 +1,9 @@
-"""How much of a metric is lost, and how sure that is: a paired bootstrap over parts of the validation data.
+"""The drop of a metric and its confidence interval, by a paired bootstrap over parts of the validation data.
 
-The user's own metric is worked out for each part of the validation data by itself, with the float network and with the
-int8 one. What is judged is the mean of the differences, each part weighted by its samples: for a metric that is a mean
-over samples, as an accuracy or a loss, that is the difference of the metric itself. For one that is not, as F1 or a
-perplexity, it is the mean of the differences within the parts, which is near it where parts are large.
+The user's own metric is computed on each part of the validation data, with the float network and with the int8 one.
+The drop is the mean of the differences, weighted by samples. For a metric that is a mean over samples, such as an
+accuracy or a loss, this equals the difference of the metric itself. For others, such as F1 or a perplexity, it is the
+mean of the differences within the parts, which is close to it if the parts are large.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ DRAWS = 2000
 
 @dataclass(frozen=True)
 class Drop:
-    """How much worse than float, in the metric's own unit; negative where it is better.
+    """How much worse than float a network is, in the metric's own unit; negative if it is better.
 
     Attributes:
-        mean: Over the validation data.
-        low: Of the interval; minus infinity where there is one part alone, which says nothing of another.
-        high: Likewise.
-        parts: Of how many parts of the validation data.
+        mean: The drop on the validation data.
+        low: Lower end of the interval; minus infinity with a single part, which has no spread.
+        high: Upper end of the interval; infinity with a single part.
+        parts: The number of parts of the validation data.
     """
 
     mean: float
@@ -38,7 +38,7 @@ class Drop:
     parts: int
 
     def undecided(self, most: float | None) -> bool:
-        """Whether a limit is inside of the interval, so that other validation data could say otherwise.
+        """Whether a limit is within the interval, so that other validation data could change the verdict.
 
         Example:
             >>> Drop(0.002, 0.001, 0.005, 20).undecided(0.003), Drop(0.002, 0.001, 0.0025, 20).undecided(0.003)
@@ -47,7 +47,7 @@ class Drop:
         return most is not None and self.low <= most < self.high
 
     def judged(self, *, confident: bool) -> float:
-        """What is held against the limit: the mean, or the upper end of the interval.
+        """The value that is compared with the limit: the mean, or the upper end of the interval.
 
         Example:
             >>> Drop(0.002, 0.001, 0.005, 20).judged(confident=True)
@@ -56,7 +56,7 @@ class Drop:
         return self.high if confident else self.mean
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON, which knows no infinity."""
+        """For JSON, which has no infinity."""
         ends = {name: value if math.isfinite(value) else None for name, value in vars(self).items()}
         return ends | {"parts": self.parts}
 
@@ -80,20 +80,20 @@ def paired_drop(
 ) -> Drop:
     """Compare two networks on the same parts of the validation data.
 
-    Parts are drawn with replacement, and both networks are compared on those that were drawn: what is hard for both
-    does not widen the interval. The percentile interval of Efron and Tibshirani, 1993, "An Introduction to the
-    Bootstrap", chapter 13, widened to hold the mean where it does not.
+    Parts are drawn with replacement, and both networks are compared on the drawn parts, so that parts that are hard for
+    both do not widen the interval. The interval is the percentile interval of Efron and Tibshirani, 1993, "An
+    Introduction to the Bootstrap", chapter 13, extended to contain the mean if it does not.
 
     Args:
         base: The metric of the float network on each part.
-        other: That of the network to judge, in the same order.
-        samples: How many samples each part has.
-        larger_is_better: Which way the metric is better.
-        confidence: Of the interval, in (0, 1).
-        draws: How many times parts are drawn. The same numbers are drawn each time.
+        other: The metric of the network to judge, in the same order.
+        samples: The number of samples in each part.
+        larger_is_better: Whether larger values of the metric are better.
+        confidence: The confidence level of the interval, in (0, 1).
+        draws: The number of bootstrap samples; the random numbers are the same in each call.
 
     Raises:
-        ConfigurationError: There are no parts, they are not pairs, or a metric is not finite.
+        ConfigurationError: There are no parts, the lengths differ, or a metric is not finite.
 
     Example:
         >>> paired_drop([1.0, 0.5], [0.5, 0.5], [1, 1]).mean

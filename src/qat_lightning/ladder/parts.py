@@ -1,9 +1,9 @@
 """The user's own metric on each part of the validation data.
 
-The validation data is cut into parts of as many batches each, `MOST_PARTS` at most; where there are no more batches
-than that, each batch is a part. Lightning's own validation then runs once for each part, with the hooks of the
-LightningModule and of the LightningDataModule, so that the metric of a part is what the LightningModule logs for a
-validation of that part alone: no metric has to be known here, nor how it is put together from batches.
+The validation data is split into at most `MOST_PARTS` parts with the same number of batches; if there are no more
+batches than that, each batch is a part. Lightning's own validation runs once per part, with the hooks of the
+LightningModule and the LightningDataModule. The metric of a part is therefore what the LightningModule logs when it
+validates that part alone, and nothing needs to be known here about how a metric is computed from batches.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ class Parts:
     """A metric on each part of the validation data.
 
     Attributes:
-        values: What the LightningModule logged for each.
-        samples: How many samples each has.
-        means: Of everything that it logged for each part, the mean over the parts, weighted by samples.
+        values: The logged value for each part.
+        samples: The number of samples in each part.
+        means: For every key that all parts log, the mean over the parts, weighted by samples.
     """
 
     values: tuple[float, ...]
@@ -40,7 +40,7 @@ class Parts:
     means: Mapping[str, float] = field(default_factory=dict)
 
     def tell(self, whole: Mapping[str, float]) -> bool:
-        """Whether the means are what one validation of all the data logs, as for accuracies and losses.
+        """Whether the means equal what one validation of all the data logs, as for accuracies and losses.
 
         Example:
             >>> parts = Parts((1.0, 0.5), (1, 1), {"val/acc": 0.75})
@@ -53,11 +53,11 @@ class Parts:
 
 
 _SAME = 1e-5
-"""The tolerance for sums of float32 in another order."""
+"""The tolerance, since float32 sums depend on the order."""
 
 
 def set_up(trainer: Trainer, model: LightningModule, datamodule: LightningDataModule) -> None:
-    """Let the Trainer set up the model and the data as for a validation, and validate no batch."""
+    """Let the Trainer set up the model and the data as for a validation, without running any batch."""
     limit = trainer.limit_val_batches
     trainer.limit_val_batches = 0
     try:
@@ -67,10 +67,10 @@ def set_up(trainer: Trainer, model: LightningModule, datamodule: LightningDataMo
 
 
 def validate_whole(trainer: Trainer, model: LightningModule, datamodule: LightningDataModule) -> dict[str, float]:
-    """Validate once on all of it.
+    """Validate once on all of the data.
 
     Raises:
-        ConfigurationError: There are several loaders, or nothing is logged.
+        ConfigurationError: There are several loaders.
     """
     results = trainer.validate(model, datamodule=datamodule, verbose=False)
     if len(results) > 1:
@@ -89,23 +89,23 @@ def validate_parts(
     seed: int,
     count: float | None,
 ) -> Parts:
-    """Validate each part by itself; nothing of it is logged.
+    """Validate each part separately, without logging.
 
     Args:
-        trainer: One that has set up model and data, by `validate_whole` or `set_up`.
+        trainer: A Trainer that has set up the model and the data, by `validate_whole` or `set_up`.
         model: The LightningModule.
-        datamodule: Set up already, by that.
+        datamodule: The data, already set up.
         metric: The key that the LightningModule logs.
-        seed: Of whatever its loader or its hooks draw, so that all networks see the same parts.
-        count: The number of batches of the whole; None or infinite for a loader without a length.
+        seed: The seed for random numbers in loaders and hooks, so that all networks see the same parts.
+        count: The number of validation batches; None or infinite for a loader without a length.
 
     Raises:
-        ConfigurationError: A part has no such metric.
+        ConfigurationError: A part does not log the metric.
     """
-    endless = count is None or math.isinf(count)
-    size = 1 if endless else max(1, math.ceil(count / MOST_PARTS))
+    most = None if count is None or math.isinf(count) else int(count)
+    size = 1 if most is None else max(1, math.ceil(most / MOST_PARTS))
     seed_everything(seed, workers=True, verbose=False)
-    batches = itertools.islice(datamodule.val_dataloader(), None if endless else int(count))
+    batches = itertools.islice(datamodule.val_dataloader(), most)
     found: list[dict[str, float]] = []
     samples: list[int] = []
     with _quiet(trainer):
@@ -119,7 +119,7 @@ def validate_parts(
 
 
 def _means(found: Sequence[Mapping[str, float]], samples: Sequence[int]) -> dict[str, float]:
-    """The weighted mean of each metric that every part has."""
+    """The mean of each metric that every part logs, weighted by samples."""
     everywhere = [key for key in found[0] if all(key in one for one in found)] if found else []
     total = sum(samples)
     return {key: sum(one[key] * n for one, n in zip(found, samples, strict=True)) / total for key in everywhere}
@@ -127,7 +127,7 @@ def _means(found: Sequence[Mapping[str, float]], samples: Sequence[int]) -> dict
 
 @contextmanager
 def _quiet(trainer: Trainer) -> Iterator[None]:
-    """Log nothing, and take all of what a part has."""
+    """Log nothing, and validate every batch of a part."""
     loggers, limit = trainer.loggers, trainer.limit_val_batches
     trainer.loggers, trainer.limit_val_batches = [], 1.0
     try:
@@ -144,7 +144,7 @@ def _samples(batch: Any) -> int:
 
 
 class _Batches:
-    """A loader of batches that are there."""
+    """A loader of batches in memory."""
 
     def __init__(self, batches: Sequence[Any]) -> None:
         self.batches = batches
@@ -157,7 +157,7 @@ class _Batches:
 
 
 class _Part(LightningDataModule):
-    """Some batches, with the transfer hooks of a LightningDataModule that is set up, or of the LightningModule."""
+    """Some batches, with the transfer hooks of the LightningDataModule or the LightningModule."""
 
     def __init__(self, whole: LightningDataModule, model: LightningModule, batches: Sequence[Any]) -> None:
         super().__init__()
@@ -179,7 +179,7 @@ class _Part(LightningDataModule):
         return self._hook("on_after_batch_transfer")(batch, dataloader_idx)
 
     def __getattr__(self, name: str) -> Any:
-        """What a step asks of ``trainer.datamodule`` besides."""
+        """Other attributes that a step reads from ``trainer.datamodule``."""
         if name.startswith("__") or "_whole" not in self.__dict__:
             raise AttributeError(name)
         return getattr(self.__dict__["_whole"], name)

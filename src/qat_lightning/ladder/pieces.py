@@ -1,4 +1,4 @@
-"""How long recipes and epochs take, measured on a small piece of each, with this network and on this machine."""
+"""The duration of recipes and epochs, measured on a small piece of each with this network on this machine."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ from qat_lightning.recipes.adaround import AdaRound, adaround
 from qat_lightning.recipes.sequential_mse import clipping, sequential_mse
 
 STEPS = 8
-"""Of AdaRound, for each layer or block."""
+"""Measured iterations of AdaRound, for each layer or block."""
 
 BATCHES = 4
-"""Of a training, whose first one is not counted, and of its validation."""
+"""Measured batches of a training and of its validation; the first one of the training is not counted."""
 
 
 def minutes_of(part: Part, plan: Plan, workshop: Workshop) -> float:
-    """How long a part of a plan takes.
+    """The duration of a part of a plan.
 
     Args:
-        part: Which.
+        part: The part.
         plan: The plan.
-        workshop: What has the network and the data.
+        workshop: Has the network and the data.
 
     Returns:
-        Minutes, of a training those of an epoch; 0 where a loader without a length does not tell how long that is.
+        Minutes; for a training those of one epoch, or 0 if the loader has no length.
 
     Raises:
-        QuantizationError: It cannot be done, with the reason.
+        QuantizationError: The part cannot be run, with the reason.
     """
     if part == "epoch":
         return _epoch(plan, workshop) / 60
@@ -52,7 +52,7 @@ def minutes_of(part: Part, plan: Plan, workshop: Workshop) -> float:
 
 @dataclass(frozen=True)
 class _Sample:
-    """A prepared network, some calls of it, and how many times as many a calibration has."""
+    """A prepared network, some calls of it, and how many times more a calibration has."""
 
     prepared: nn.Module
     calls: list[Example]
@@ -60,7 +60,7 @@ class _Sample:
 
 
 def _sample(plan: Plan, workshop: Workshop, samples: int) -> _Sample:
-    """With as many samples as are needed, if a few batches have them."""
+    """A prepared network with the needed number of samples, or as many as a few batches have."""
     trainer, callback = workshop.calibrated(plan.without_recipes(), [])
     prepared = callback.prepared
     calls = workshop.calls(BATCHES)
@@ -82,7 +82,7 @@ def _sequential_mse(plan: Plan, workshop: Workshop) -> float:
 
 
 def _adaround(plan: Plan, workshop: Workshop) -> float:
-    """What goes through all batches, and the steps, whose number does not depend on the batches."""
+    """The passes over all batches, and the iterations, whose number does not depend on the batches."""
     blocks: Literal["none", "auto"] = "auto" if plan.adaround_blocks else "none"
     sample = _sample(plan, workshop, AdaRound().batch_size)
     _warm_up()
@@ -97,7 +97,7 @@ def _adaround(plan: Plan, workshop: Workshop) -> float:
 
 
 def _warm_up() -> None:
-    """The first optimizer of a process imports for seconds."""
+    """Import what the first optimizer of a process imports, which takes seconds."""
     parameter = torch.zeros(1, requires_grad=True)
     optimizer = torch.optim.Adam([parameter])
     parameter.sum().backward()
@@ -111,7 +111,7 @@ def _seconds(work: Callable[[], Any]) -> float:
 
 
 def _epoch(plan: Plan, workshop: Workshop) -> float:
-    """A training of a few batches with a short validation, scaled to whole loaders."""
+    """Train and validate on a few batches, and scale to whole loaders."""
     watch = _Stopwatch()
     few = {"limit_train_batches": BATCHES, "limit_val_batches": BATCHES, "num_sanity_val_steps": 0}
     whole = {"max_epochs": 1, "val_check_interval": 1.0, "check_val_every_n_epoch": 1}
@@ -125,7 +125,7 @@ def _epoch(plan: Plan, workshop: Workshop) -> float:
 
 
 def _lengths(trainer: Trainer) -> tuple[float, float]:
-    """Batches of the training data and of the validation data; infinite for a loader without a length."""
+    """The numbers of training and validation batches; infinite for a loader without a length."""
     datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
     datamodule.setup("fit")
     return _length(datamodule.train_dataloader()), _length(datamodule.val_dataloader())
@@ -143,13 +143,13 @@ def _limited(batches: float, limit: float) -> float:
 
 
 def _pace(moments: list[float]) -> float:
-    """Seconds of a batch; the first is only counted if it is the only one."""
+    """Seconds per batch; the first is counted only if it is the only one."""
     counted = moments[1:] if len(moments) > 2 else moments
     return (counted[-1] - counted[0]) / (len(counted) - 1) if counted else 0.0
 
 
 class _Stopwatch(Callback):
-    """When the first batch began, and when each ended."""
+    """Records when the first batch started and when each ended."""
 
     def __init__(self) -> None:
         self.trained: list[float] = []

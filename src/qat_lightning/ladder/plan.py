@@ -1,4 +1,4 @@
-"""What is quantized how, as a value that a rung changes and a file holds."""
+"""How a network is quantized, as a value that a rung changes and a file stores."""
 
 from __future__ import annotations
 
@@ -13,26 +13,25 @@ PostTrainingKind = Literal["static", "dynamic", "weight_only"]
 
 @dataclass(frozen=True)
 class Plan:
-    """How one int8 network is made.
+    """How one int8 network is created.
 
     Attributes:
-        mode: As for `qat_lightning.PostTrainingQuantization`, as everything down to ``sequential_mse``.
-        backend: See there.
-        kind: See there.
-        scheme: See there.
-        include: See there.
-        exclude: See there.
-        equalization: See there.
-        smoothquant: See there.
-        rotation: See there.
-        bias_correction: See there.
-        adaround: Iterations for each layer or block; 0 to round to the nearest.
+        mode: As for `qat_lightning.PostTrainingQuantization`, like everything down to ``sequential_mse``.
+        backend: As there.
+        kind: As there.
+        scheme: As there.
+        include: As there.
+        exclude: As there.
+        equalization: As there.
+        smoothquant: As there.
+        rotation: As there.
+        bias_correction: As there.
+        adaround: Iterations for each layer or block; 0 for rounding to nearest.
         adaround_blocks: Whether AdaRound learns the layers of a block together.
-        sequential_mse: See there.
-        epochs: Of quantization-aware training; 0 for none.
-        distillation: Whether it learns from the float network as well.
-        file: The format of what is shipped, one of `qat_lightning.export.formats.FORMATS`; empty for the int8 network
-            in PyTorch.
+        sequential_mse: As there.
+        epochs: Epochs of quantization-aware training; 0 for none.
+        distillation: Whether the training also learns from the float network.
+        file: The shipped format, one of `qat_lightning.export.formats.FORMATS`; empty for the int8 network in PyTorch.
 
     Example:
         >>> Plan.from_dict(Plan(epochs=2, exclude=("net.head",)).to_dict()) == Plan(epochs=2, exclude=("net.head",))
@@ -57,9 +56,9 @@ class Plan:
     file: str = ""
 
     def trained(self, epochs: int, *, distillation: bool = True) -> Plan:
-        """The same with quantization-aware training in the place of what only calibration has.
+        """The same plan with quantization-aware training instead of recipes that need calibration.
 
-        An observer that helped calibration also finds the ranges of the training, if training has it.
+        The observer of the calibration is also used in training, if training supports it.
         """
         scheme = self.scheme
         if scheme.activation_observer in CALIBRATION_ONLY:
@@ -67,14 +66,14 @@ class Plan:
         return replace(self.without_recipes(), scheme=scheme, epochs=epochs, distillation=distillation)
 
     def without_recipes(self) -> Plan:
-        """The same without the recipes that need the data of a calibration."""
+        """The same plan without the recipes that need calibration data."""
         return replace(self, bias_correction=False, adaround=0, adaround_blocks=False, sequential_mse=False)
 
     def words(self, start: Plan | None = None) -> str:
-        """What it does, in a line.
+        """The plan in one line.
 
         Args:
-            start: Leave out what this one does as well.
+            start: A plan whose settings are left out.
 
         Example:
             >>> Plan(bias_correction=True, file="onnx").words()

@@ -22,10 +22,10 @@ from qat_lightning.sensitivity.switches import Switches
 from qat_lightning.settings.recipe import Recipe
 
 BATCHES = 4
-"""Of the training data. For a ranking each is run twice for every layer, for the sources of the error four times."""
+"""Batches of the training data. A ranking runs each twice for every layer, the sources of the error four times."""
 
 CANDIDATES = (2, 3, 4, 6, 8)
-"""Numbers of bits that a layer may get."""
+"""The numbers of bits to choose from."""
 
 
 def find_sources(workshop: Workshop, plan: Plan) -> dict[str, float]:
@@ -35,8 +35,8 @@ def find_sources(workshop: Workshop, plan: Plan) -> dict[str, float]:
     activations fake-quantized.
 
     Args:
-        workshop: What has the network and the data.
-        plan: How the network is quantized; its recipes that need the data of a calibration are left out.
+        workshop: Has the network and the data.
+        plan: How the network is quantized; recipes that need calibration data are left out.
 
     Returns:
         The fields of `qat_lightning.ladder.sources.ErrorSources`.
@@ -83,14 +83,14 @@ def rank_layers(workshop: Workshop, plan: Plan) -> tuple[str, ...]:
     """Rank layers by the SQNR of the outputs with one of them quantized alone; see `qat_lightning.sensitivity`.
 
     Args:
-        workshop: What has the network and the data.
+        workshop: Has the network and the data.
         plan: How layers are quantized.
 
     Returns:
         Globs of the layers, worst first.
 
     Raises:
-        QuantizationError: They cannot be ranked, with the reason.
+        QuantizationError: Layers cannot be ranked, with the reason.
     """
     found = _measured(workshop, plan)
     layers = [row.name for row in found.rows if row.excludable and row.parameters]
@@ -101,21 +101,21 @@ def choose_bits(workshop: Workshop, plan: Plan, max_size_mb: float) -> dict[str,
     """Choose the bits of each layer within a size; see `qat_lightning.sensitivity.bits_within`.
 
     Args:
-        workshop: What has the network and the data.
+        workshop: Has the network and the data.
         plan: How layers are quantized otherwise.
-        max_size_mb: Of the int8 network's file.
+        max_size_mb: The size limit of the int8 network's file, in 10^6 bytes.
 
     Returns:
-        For ``Scheme(overrides=)``.
+        The ``overrides`` of a `qat_lightning.Scheme`.
 
     Raises:
-        QuantizationError: They cannot be chosen, with the reason; a package may be missing.
+        QuantizationError: Bits cannot be chosen, with the reason, such as a missing package.
     """
     return dict(bits_within(_measured(workshop, plan), CANDIDATES, BitLimits(max_size_mb=max_size_mb)).overrides)
 
 
 def _measured(workshop: Workshop, plan: Plan) -> Sensitivity:
-    """The layers of the float network, on a few batches of the training data."""
+    """The sensitivity of the float network's layers on a few batches of the training data."""
     return sensitivity(
         workshop.network,
         workshop.calls(BATCHES),

@@ -1,4 +1,4 @@
-"""What a ladder came to: the choice, the table, and the file that the page of a comparison reads."""
+"""The result of a search: the choice, the table, and the file for the page of a comparison."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from qat_lightning.ladder.target import Target
 
 @dataclass(frozen=True)
 class Reached:
-    """What was found.
+    """The result of a search.
 
     Attributes:
-        target: What was asked for.
-        metric: Of the validation, that the drop is of.
-        attempts: All that was tried, in its order.
-        why_ended: Why nothing more was tried.
-        folder: Where the networks are.
-        float_metrics: Of the float network on the validation data.
-        metrics: What `qat_lightning.evaluate_variants` returned on the test data; empty without a test.
-        sources: Where the error came from, which orders the rungs for accuracy; without figures if none was tried.
+        target: The target.
+        metric: The validation metric whose drop is limited.
+        attempts: All attempts, in order.
+        why_ended: Why the search ended.
+        folder: The folder with the networks.
+        float_metrics: The float network's metrics on the validation data.
+        metrics: The result of `qat_lightning.evaluate_variants` on the test data; empty without a test.
+        sources: The source of the error, which orders the rungs for accuracy; empty if it was not measured.
     """
 
     target: Target
@@ -46,7 +46,7 @@ class Reached:
 
     @property
     def best(self) -> Attempt | None:
-        """The first that keeps the target, else the nearest; None where there is no network at all."""
+        """The first attempt that meets the target, otherwise the nearest; None if no attempt has a network."""
         return nearest(self.attempts, self.target)
 
     @property
@@ -56,7 +56,7 @@ class Reached:
 
     @property
     def network_file(self) -> Path:
-        """The chosen int8 network in PyTorch, also where a file of another format is shipped.
+        """The file of the chosen int8 network in PyTorch, also if another format is shipped.
 
         Raises:
             ConversionError: There is none.
@@ -67,7 +67,7 @@ class Reached:
 
     @property
     def files(self) -> list[Path]:
-        """What is shipped: the int8 network's file, or those of another format."""
+        """The files to ship: the int8 network's file, or those of another format."""
         if self.best is None:
             return []
         exported = self.network_file.parent / "export"
@@ -86,7 +86,7 @@ class Reached:
         return load_quantized(self.network_file, network=network)
 
     def conclusion(self) -> str:
-        """What came of it, in a sentence or two."""
+        """The result in a sentence or two."""
         best, asked = self.best, self.target.words()
         if best is None:
             return f"The target ({asked}) is not reached: there is no int8 network. {self.why_ended}"
@@ -106,7 +106,7 @@ class Reached:
         return f"{_points(self.metric, attempt.drop.low)} to {_points(self.metric, attempt.drop.high)}{unit}"
 
     def ladder(self) -> Ladder:
-        """What the page of a comparison shows."""
+        """The content of the page of a comparison."""
         rows = tuple(self._row(attempt) for attempt in self.attempts)
         words = self.sources.words()
         return Ladder(self.target.words(), self.metric.name, self.metric.drop_unit, rows, self.conclusion(), words)
@@ -129,18 +129,18 @@ class Reached:
         )
 
     def table(self) -> Table:
-        """What was tried, for `rich.print`."""
+        """The attempts, for `rich.print`."""
         return ladder_table(self.ladder())
 
 
 def ladder_table(ladder: Ladder) -> Table:
-    """A ladder for the terminal.
+    """A search for the terminal.
 
     Args:
-        ladder: What to show.
+        ladder: The search.
 
     Returns:
-        A table for `rich.print`, a row for each rung; what is kept is bold.
+        A table for `rich.print` with a row for each rung; the chosen one is bold.
     """
     table = Table(title=f"Target: {ladder.target}", title_justify="left", caption_justify="left")
     table.caption = (
@@ -168,7 +168,7 @@ def ladder_table(ladder: Ladder) -> Table:
 
 
 def _short(text: str) -> str:
-    """As much of a reason as a table has room for; all of it is in the rung's ``measured.json``."""
+    """A reason, shortened for a table; the rung's ``measured.json`` has all of it."""
     return text if len(text) <= _ROOM else f"{text[: _ROOM - 1].rstrip()}…"
 
 

@@ -1,7 +1,7 @@
-"""The rungs, as a table: which limit each is for, and what it changes of the best plan so far.
+"""The rungs, as a table: the limit that each is for, and what it changes in the best plan so far.
 
-A new one is one more entry. A rung is a pure function of a plan and of what is known; it returns None where it has
-nothing to change, and is then passed over.
+A new rung is one more entry. A rung is a pure function of a plan and of what is known. It returns None if it has
+nothing to change, and is then skipped.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ class Known:
     """What a rung may ask besides the plan.
 
     Attributes:
-        epochs: Of the short and of the long training; 0 for a training that is not wanted.
+        epochs: Epochs of the short and of the long training; 0 to leave a training out.
         files: The formats that may be shipped.
-        ranking: Globs of the layers that quantization hurts most, worst first; None while it is not measured.
-        bits: Overrides of the scheme that give each layer its bits within the size; None while they are not chosen,
-            empty where they cannot be.
-        distillation: Whether trainings learn from the float network; False once a rung found that they cannot.
+        ranking: Globs of the most sensitive layers, most sensitive first; None until it is measured.
+        bits: Overrides of the scheme with each layer's bits within the size; None until they are chosen, empty if that
+            is not possible.
+        distillation: Whether trainings learn from the float network; False once such a training has failed.
         adaround: Iterations for each layer or block; 0 to leave AdaRound out.
         blocks: Whether the network has blocks whose layers AdaRound can learn together.
         relu6: Whether the network has a ReLU6, which equalization can replace by ReLU.
-        sources: Whether the error comes from weights or from activations; None while it is not measured.
+        sources: The source of the error; None until it is measured.
     """
 
     epochs: tuple[int, int] = (2, 8)
@@ -56,14 +56,14 @@ Change = Callable[[Plan, Known], "Plan | None"]
 
 @dataclass(frozen=True)
 class Rung:
-    """Something to try.
+    """One thing to try.
 
     Attributes:
-        name: In tables, in the names of runs, and of its folder.
-        limit: The limit that it is for; None for the first of all.
-        change: What it makes of the best plan so far.
-        needs: What has to be measured of the layers before it, a field of `Known`; empty for nothing.
-        side: Whether it reduces the error of weights or of activations; empty for neither or both.
+        name: Its name in tables and runs, and of its folder.
+        limit: The limit that it is for; None for the first rung.
+        change: The function that changes the best plan so far.
+        needs: The field of `Known` to measure before it; empty for none.
+        side: Whether it reduces the error of weights or of activations; empty for both or neither.
     """
 
     name: str
@@ -78,12 +78,12 @@ def _first(plan: Plan, known: Known) -> Plan | None:
 
 
 def _other_mode(plan: Plan, known: Known) -> Plan | None:
-    """Where the first has failed: the best mode that this network goes through."""
+    """After the first rung has failed: the best mode that supports the network."""
     return None if plan.mode == "auto" else replace(plan, mode="auto")
 
 
 def _calibrated(change: Callable[..., Plan | None], **settings: Any) -> Change:
-    """A change that is for static ranges without training."""
+    """A change for static quantization without training."""
 
     def changed(plan: Plan, known: Known) -> Plan | None:
         if plan.kind != "static" or plan.epochs:
@@ -104,12 +104,12 @@ def _recipe(plan: Plan, known: Known, **settings: Any) -> Plan | None:
 
 
 def _equalization_of_relu6(plan: Plan, known: Known) -> Plan | None:
-    """Where there is a ReLU6 to replace: the network changes, and the validation says whether that matters."""
+    """If there is a ReLU6 to replace: this changes the network, and the validation shows whether that matters."""
     return _recipe(plan, known, equalization="replace_relu6") if known.relu6 else None
 
 
 def _sequential_mse(plan: Plan, known: Known) -> Plan | None:
-    """Where the scheme does not ask for the whole range of a weight."""
+    """Unless the scheme requires the full range of weights."""
     try:
         clipping(plan.scheme)
     except ConfigurationError:
@@ -118,14 +118,14 @@ def _sequential_mse(plan: Plan, known: Known) -> Plan | None:
 
 
 def _adaround_by_blocks(plan: Plan, known: Known) -> Plan | None:
-    """Where weights have few bits: a step costs about as much for a block as for its layers one by one."""
+    """If weights have few bits: an iteration costs about as much for a block as for its layers one by one."""
     if not known.adaround or not known.blocks or _fewest_bits(plan.scheme) > _FEW_BITS:
         return None
     return _recipe(plan, known, adaround=known.adaround, adaround_blocks=True)
 
 
 def _adaround(plan: Plan, known: Known) -> Plan | None:
-    """Unless the best is learned by blocks."""
+    """Unless the best plan uses AdaRound by blocks."""
     return None if plan.adaround_blocks else _recipe(plan, known, adaround=known.adaround)
 
 
@@ -137,7 +137,7 @@ _FEW_BITS = 4
 
 
 def _wide(plan: Plan, known: Known, *, count: int) -> Plan | None:
-    """8 bits for the worst layers, where weights have fewer, as long as they are less than half of all."""
+    """8 bits for the most sensitive layers, if weights have fewer and these are at most half of all layers."""
     scheme, ranking = plan.scheme, known.ranking
     if plan.epochs or ranking is None or 2 * count > len(ranking) or scheme.weight_bits == _WIDE["weight_bits"]:
         return None
@@ -150,7 +150,7 @@ _WIDE = {"weight_bits": 8}
 
 
 def _left_float(plan: Plan, known: Known, *, count: int) -> Plan | None:
-    """The worst layers, as long as they are less than half of all."""
+    """The most sensitive layers, if these are at most half of all layers."""
     ranking = known.ranking
     if plan.epochs or ranking is None or 2 * count > len(ranking):
         return None
@@ -175,7 +175,7 @@ def _bits(plan: Plan, known: Known, *, bits: int) -> Plan | None:
 
 
 def _bits_by_layer(plan: Plan, known: Known) -> Plan | None:
-    """As many bits for each layer as the size has room for, most where they are worth most."""
+    """Bits for each layer within the size, most where they help most."""
     if plan.kind != "static" or plan.epochs or not known.bits or plan.scheme.overrides:
         return None
     return replace(plan, scheme=replace(plan.scheme, overrides=dict(known.bits)))
@@ -191,14 +191,14 @@ def _weight_only(plan: Plan, known: Known, *, bits: int) -> Plan | None:
 
 
 def _kernels(plan: Plan, known: Known, *, mode: str, backend: str) -> Plan | None:
-    """Other kernels of the same machine."""
+    """Other kernels for the same machine."""
     if plan.epochs or plan.backend not in ("x86", "fbgemm", "onednn") or (plan.mode, plan.backend) == (mode, backend):
         return None
     return replace(plan, mode=mode, backend=backend, file="")
 
 
 def _file(plan: Plan, known: Known, *, name: str) -> Plan | None:
-    """Another runtime, where its package is installed and it takes such networks."""
+    """Another runtime, if its package is installed and it supports such networks."""
     if plan.file == name or name not in known.files:
         return None
     kind: Kind = "qat" if plan.epochs and plan.kind == "static" else plan.kind
@@ -213,7 +213,7 @@ STATIC = Rung("static", None, _first)
 OTHER_MODE = Rung("mode_auto", None, _other_mode)
 
 _FASTER_IN = ("torchscript", "onnx", "openvino", "pt2", "executorch")
-"""The formats that speed is looked for in, cheapest first."""
+"""The formats to try for speed, cheapest first."""
 
 RUNGS: tuple[Rung, ...] = (
     STATIC,
@@ -241,8 +241,8 @@ RUNGS: tuple[Rung, ...] = (
     Rung("qat_long", "drop", partial(_training, which=1)),
     Rung("qat_long_plain", "drop", partial(_training, which=1, distillation=False)),
 )
-"""All there are, in the order in which those of one limit are tried: cheap ones first. For the drop, those of the side
-that most of the error comes from go before the others; see `in_order`."""
+"""All rungs; those for the same limit are tried in this order, cheap ones first. For the drop, those for the larger
+part of the error come first; see `in_order`."""
 
 assert {rung.limit for rung in RUNGS} == {None, *LIMITS}
 
@@ -250,9 +250,9 @@ _NOT_IN_EARLIER_SEARCHES = {"equalization_relu6", "sequential_mse", "adaround_bl
 
 
 def in_order(rungs: Sequence[Rung], sources: ErrorSources) -> list[Rung]:
-    """Rungs in the order in which they are tried: those that reduce the larger part of the error first.
+    """Rungs in the order in which they are tried: those for the larger part of the error first.
 
-    Rungs that are for neither weights nor activations alone (layers in float, more bits, training) stay last.
+    Rungs that are not for one side alone (more bits, layers left float, training) stay last.
 
     Example:
         >>> [rung.name for rung in in_order(RUNGS, ErrorSources(10.0, 30.0)) if rung.side][:2]
@@ -266,10 +266,10 @@ def in_order(rungs: Sequence[Rung], sources: ErrorSources) -> list[Rung]:
 
 
 def rungs_of(names: Collection[str] | None) -> tuple[Rung, ...]:
-    """The rungs of a search, which it keeps when a later version continues it, so that its choice stays the same.
+    """The rungs of a search; it keeps them when a later version continues it, so that the choice stays the same.
 
     Args:
-        names: As the folder of the search lists them; None for the folder of a version that did not list them.
+        names: The names that the folder of the search lists; None for a folder of a version that did not list them.
 
     Raises:
         ConfigurationError: There is no rung of a name.

@@ -1,4 +1,4 @@
-"""`reach`: from a trained float network and a target to the int8 network that keeps it."""
+"""`reach`: from a trained float network and a target to an int8 network that meets it."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ from qat_lightning.settings.scheme import Scheme
 from qat_lightning.terminal import console
 
 BY_SOURCES = "sources"
-"""How a search orders its steps for accuracy: by where the error comes from. Earlier versions always kept the order of
-the table."""
+"""The order of the steps for accuracy: by the source of the error. Earlier versions always kept the order of the
+table."""
 
 
 def reach(
@@ -76,63 +76,64 @@ def reach(
     seed: int = 0,
     test: bool = True,
 ) -> Reached:
-    """Find the int8 network that keeps a target, from the cheapest way to the dearest.
+    """Find an int8 network that meets a target, trying cheap methods first.
 
-    Static ranges from a few batches come first. Then the limit that is missed says what is next: fewer bits for the
-    size, other kernels and other runtimes for the speed, and for accuracy observers, corrected biases, equalization,
-    sequential MSE and AdaRound, the most sensitive layers left float, a short and a long quantization-aware training
-    that learns from the float network. What helped is kept in what comes next, and the first that keeps all limits
-    ends the search.
+    The search starts with static ranges from a few batches. After that, the missed limit determines the next step:
+    fewer bits for the size; other kernels and runtimes for the speed; for accuracy observers, bias correction,
+    equalization, sequential MSE and AdaRound, the most sensitive layers left float, and a short and a long
+    quantization-aware training with distillation. Whether most of the error comes from weights or from activations is
+    measured, and determines which of the steps for accuracy come first. What helped is kept in the following steps, and
+    the first network within all limits ends the search.
 
-    Each network is judged as it is shipped: saved, loaded again and validated by the LightningModule's own metric, in
-    parts of the validation data and paired with the float network (`qat_lightning.ladder.judgement`). Test data is
-    looked at once, when the choice is made.
+    Each network is judged as it is shipped: saved, loaded again and validated with the LightningModule's own metric, on
+    parts of the validation data and paired with the float network (`qat_lightning.ladder.judgement`). Test data is used
+    once, after the choice.
 
     Args:
-        trainer_factory: Called with keyword arguments of `lightning.pytorch.Trainer`, which go before its own: the
-            class itself, or ``functools.partial(Trainer, accelerator="cpu")``. A training gets ``max_epochs`` and
+        trainer_factory: Called with keyword arguments of `lightning.pytorch.Trainer`, which override its own: the class
+            itself, or ``functools.partial(Trainer, accelerator="cpu")``. A training gets ``max_epochs`` and
             ``max_time`` from here.
-        model: Trained, without quantization. It is copied for each rung. Its ``configure_optimizers`` is what trainings
-            run with, so give it the learning rate of a fine-tuning.
-        datamodule: With loaders to train, validate and test. It is copied for each rung.
-        target: What has to be reached.
-        folder: Where everything is kept that was measured or made. With what is in it a search that was broken off goes
-            on, whatever ended it.
-        resume: Go on with what is in the folder; else it has to be a new one.
-        metric: The key that ``validation_step`` logs; by default an accuracy, as in `qat_lightning.compare`.
-        larger_is_better: Which way; by default as the name says.
-        mode: Of the first rung, as for `qat_lightning.PostTrainingQuantization`, like all that follows to ``on_fault``.
-        backend: See there.
-        kind: See there.
-        scheme: See there.
-        include: See there.
-        exclude: See there; more layers may be left float.
-        equalization: See there.
-        smoothquant: See there; in trainings too, as ``rotation``.
-        rotation: See there.
-        bias_correction: See there.
-        module: See there; one network only.
-        example_inputs: See there.
-        calibration_batches: See there.
-        on_fault: See there.
-        short_epochs: Of the short training; 0 for none.
-        long_epochs: Of the long training; 0 for none.
-        distillation: Let trainings learn from the float network's scores of classes; False for other outputs.
-        adaround_iterations: For each layer or block; 0 to leave AdaRound out. Of what needs no training it takes
-            longest.
+        model: The trained LightningModule, without quantization. It is copied for each rung. Trainings use its
+            ``configure_optimizers``, so give it the learning rate of a fine-tuning.
+        datamodule: With training, validation and test loaders. It is set up once and copied for each rung.
+        target: The target.
+        folder: The folder for all measurements and networks. An interrupted search resumes from it, whatever ended it.
+        resume: Resume the search in the folder; otherwise the folder must not hold one.
+        metric: A key that ``validation_step`` logs; by default an accuracy, as in `qat_lightning.compare`.
+        larger_is_better: Whether larger values of the metric are better; by default its name decides.
+        mode: The mode of the first rung, as for `qat_lightning.PostTrainingQuantization`, like all down to
+            ``on_fault``.
+        backend: As there.
+        kind: As there.
+        scheme: As there.
+        include: As there.
+        exclude: As there; more layers may be left float.
+        equalization: As there.
+        smoothquant: As there; in trainings too, like ``rotation``.
+        rotation: As there.
+        bias_correction: As there.
+        module: As there; one network only.
+        example_inputs: As there.
+        calibration_batches: As there.
+        on_fault: As there.
+        short_epochs: Epochs of the short training; 0 to leave it out.
+        long_epochs: Epochs of the long training; 0 to leave it out.
+        distillation: Let trainings learn from the float network's class scores; False for other outputs.
+        adaround_iterations: Iterations for each layer or block; 0 to leave AdaRound out, the slowest step without
+            training.
         files: The formats that may be shipped, of `qat_lightning.export.formats.FORMATS`; those whose packages are
-            installed are tried where speed is missed.
-        loggers: Makes the loggers of a rung by its name, so that each is a run of its own: for W&B ``lambda rung:
+            installed are tried if the speed is missed.
+        loggers: Creates the loggers of a rung from its name, so that each is a run of its own: for W&B ``lambda rung:
             [WandbLogger(name=rung, group="my-ladder")]``. The float network's is ``"float"``, the final one ``"test"``.
-        seed: Each rung begins with it, so that it comes out the same in whatever launch it runs.
-        test: Test what was chosen, with `qat_lightning.evaluate_variants`.
+        seed: The seed of each rung, so that its result does not depend on the launch that runs it.
+        test: Test the chosen network with `qat_lightning.evaluate_variants`.
 
     Returns:
-        What was tried and what is chosen, whether or not the target is reached. A table is printed.
+        The attempts and the choice, whether or not the target is reached. A table is printed.
 
     Raises:
-        ConfigurationError: The target cannot be reached by construction, the metric is not clear, an argument is not
-            possible, or the folder is of something else; before anything is measured, as far as it can be known.
+        ConfigurationError: The target cannot be reached by construction, the metric is ambiguous, an argument is
+            invalid, or the folder holds another search; raised before anything is measured where possible.
 
     Example:
         After ``trainer.fit(model, datamodule=dm)``::
@@ -155,7 +156,7 @@ def reach(
         bias_correction,
     )
     if mode != "auto":
-        Recipe(  # what is not possible is refused
+        Recipe(  # raises for unsupported combinations
             mode,
             backend,
             start.scheme,
@@ -202,7 +203,7 @@ def reach(
 
 
 def _asked(known: Known) -> dict[str, Any]:
-    """The settings among what rungs may ask; the rest is found in the network."""
+    """The settings in `Known`; the other fields are found in the network."""
     found = ("blocks", "relu6", "sources")
     values: dict[str, Any] = json.loads(json.dumps({k: v for k, v in vars(known).items() if k not in found}))
     return values
@@ -213,7 +214,7 @@ _BANNERS = ("GPU available", "TPU available", "HPU available", "💡 Tip", "`Tra
 
 @contextmanager
 def without_banners() -> Iterator[None]:
-    """Leave out what each Trainer says when it is made: there are two for each rung."""
+    """Suppress what each new Trainer logs: there are two for each rung."""
     log = logging.getLogger("lightning.pytorch.utilities.rank_zero")
 
     def other(record: logging.LogRecord) -> bool:
@@ -238,7 +239,7 @@ def _check(target: Target, counts: Mapping[str, int], files: Sequence[str]) -> N
 
 
 def _floor(workshop: Workshop, store: Store, loggers: Loggers, asked: tuple[str | None, bool | None]) -> Floor:
-    """The float network's figures, measured once."""
+    """The measurements of the float network, made once."""
     kept = store.read("float")
     if kept is not None:
         return Floor.from_dict(kept)
@@ -262,7 +263,7 @@ def _floor(workshop: Workshop, store: Store, loggers: Loggers, asked: tuple[str 
 
 
 def _check_confident(target: Target, floor: Floor) -> None:
-    """Refuse a target that no network can reach: one part of the validation data has no interval."""
+    """Refuse a target that cannot be reached: with one part of the validation data there is no interval."""
     if target.confident and len(floor.parts.values) == 1:
         raise ConfigurationError(
             "target.confident=True needs several batches of validation data, and there is one: use smaller batches."

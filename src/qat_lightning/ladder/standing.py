@@ -1,4 +1,4 @@
-"""The callback that lets a Trainer evaluate an integer network, read from its file, in the place of the float one."""
+"""The callback that lets a Trainer evaluate an int8 network, loaded from its file, in place of the float one."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from qat_lightning.measure.fidelity import Fidelity
 
 
 class StandingIn(Guests, Callback):
-    """Evaluates a network of the float LightningModule's as it is, or an integer network in its place.
+    """Evaluates the float network of a LightningModule, or an int8 network in its place.
 
-    It offers what `qat_lightning.evaluate_variants` asks of a callback, so that what is compared at the end is what was
-    saved.
+    It has the interface that `qat_lightning.evaluate_variants` requires of a callback, so that the final comparison is
+    of the saved network.
 
     Args:
-        slot: Where the float network is.
-        network: What stands in for it, on the CPU; None for float alone.
-        example: A call of it, on the CPU; None for float alone.
+        slot: The place of the float network.
+        network: The network to run instead, on the CPU; None for float only.
+        example: One call of it, on the CPU; None for float only.
 
     Attributes:
-        variants: ``"float"``, and ``"int8"`` where there is a network.
-        chosen_variant: What runs; None for int8 where there is one.
-        fidelity: After a test of int8, its closeness to float.
+        variants: ``"float"``, and ``"int8"`` if there is a network.
+        chosen_variant: The variant to run; None for int8 if there is one.
+        fidelity: After a test of int8, how close it is to float.
         float_source: Where the float weights come from, in words.
     """
 
@@ -45,7 +45,7 @@ class StandingIn(Guests, Callback):
         self._compared: Fidelity | None = None
 
     def use_variant(self, name: str | None) -> None:
-        """Choose what runs.
+        """Choose the variant to run.
 
         Raises:
             ConfigurationError: There is no such variant.
@@ -55,13 +55,13 @@ class StandingIn(Guests, Callback):
         self.chosen_variant = name
 
     def network(self, name: str) -> nn.Module:
-        """A variant, on the CPU, in evaluation."""
+        """A variant, on the CPU, in evaluation mode."""
         if name == "int8" and self._network is not None:
             return self._network
         return copy.deepcopy(self.slot.get()).cpu().eval()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stand in."""
+        """Put the network in place of the float one."""
         self._stand_in(compared=False)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -69,7 +69,7 @@ class StandingIn(Guests, Callback):
         self._stand_back()
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stand in, and compare with float."""
+        """Put the network in place of the float one, and compare the two."""
         self._stand_in(compared=self._guest is None)
 
     def on_test_batch_start(
@@ -80,13 +80,13 @@ class StandingIn(Guests, Callback):
             self._compared.data = batch
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Put the float network back, and keep how close int8 was."""
+        """Put the float network back, and keep the fidelity of int8."""
         if self._compared is not None:
             self.fidelity = self._compared.compute()
         self._stand_back()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Put the float network back, whatever happened."""
+        """Put the float network back after an exception."""
         self._stand_back()
 
     def _stand_in(self, *, compared: bool) -> None:

@@ -1,4 +1,4 @@
-"""What a ladder keeps on disk, so that nothing is measured twice: one whole file for each thing that was measured."""
+"""The files of a search, so that nothing is measured twice: one file, written completely, for each measurement."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ FLOAT_WEIGHTS = "float.ckpt"
 
 
 class Store:
-    """The folder of a ladder.
+    """The folder of a search.
 
-    ``identity.json`` says what it is about; ``float.json``, ``sources.json``, ``ranking.json``, ``bits.json`` and
-    ``cost_<part>.json`` what was measured of the float network; ``rungs/<name>/made.json``, ``exported.json`` and
-    ``measured.json`` how far each rung has got; ``test.json`` what the test said. Each is written to a temporary file
-    and renamed: what is there is complete.
+    ``identity.json`` identifies the search. ``float.json``, ``sources.json``, ``ranking.json``, ``bits.json`` and
+    ``cost_<part>.json`` hold measurements of the float network; ``rungs/<name>/made.json``, ``exported.json`` and
+    ``measured.json`` the progress of each rung; ``test.json`` the result of the test. Each is written to a temporary
+    file and renamed, so a file that exists is complete.
 
     Args:
-        folder: It is made if need be.
+        folder: The folder; created if it does not exist.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -37,19 +37,19 @@ class Store:
     def begin(
         self, identity: Mapping[str, Any], steps: Mapping[str, Any], *, resume: bool, usual: Mapping[str, Any]
     ) -> dict[str, Any]:
-        """Say what the folder is about, or check that it is about that.
+        """Write the identity of a new search, or check that the folder holds the same search.
 
         Args:
-            identity: What it is about.
-            steps: How a new search chooses its steps; one in the folder goes on as it began.
-            resume: Whether a search may be in it already.
-            usual: Defaults of settings, laid out as in ``identity``, for a folder of a version that did not have them.
+            identity: The network and settings of the search.
+            steps: How a new search chooses its steps; a search in the folder continues as it began.
+            resume: Whether the folder may hold a search.
+            usual: Defaults of settings, nested as in ``identity``, for a folder of a version that did not have them.
 
         Returns:
             How the search in the folder chooses its steps, with None for what an earlier version did not write.
 
         Raises:
-            ConfigurationError: A ladder is in it and ``resume`` was not asked for, or it is about something else.
+            ConfigurationError: The folder holds a search and ``resume`` is False, or it holds another search.
         """
         path = self.folder / IDENTITY
         if not path.is_file():
@@ -71,12 +71,12 @@ class Store:
         return as_begun
 
     def read(self, name: str) -> dict[str, Any] | None:
-        """What is known under a name; None if it is not."""
+        """The content of a file by its name; None if there is no such file."""
         path = self.folder / f"{name}.json"
         return read_json(path) if path.is_file() else None
 
     def write(self, name: str, content: Mapping[str, Any]) -> None:
-        """Keep something, whole or not at all."""
+        """Write a file, completely or not at all."""
         path = self.folder / f"{name}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, dict(content))
@@ -87,14 +87,14 @@ class Store:
 
 
 def _filled(given: Mapping[str, Any], usual: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested settings, with the usual value for each that is not given."""
+    """Nested settings, with the default for each that is not given."""
     filled = {**usual, **given}
     inner = {key: value for key, value in usual.items() if isinstance(value, Mapping) and key in given}
     return filled | {key: _filled(given[key], value) for key, value in inner.items()}
 
 
 def digest_of(model: LightningModule) -> str:
-    """A digest of everything in the ``state_dict``."""
+    """A digest of the whole ``state_dict``."""
     digest = hashlib.sha256()
     for key, value in model.state_dict().items():
         digest.update(key.encode())

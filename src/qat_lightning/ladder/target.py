@@ -1,4 +1,4 @@
-"""What has to be reached, and how near a network is to it: pure values."""
+"""The target of a search, and how far a network is from it: pure values."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Literal, get_args
 from qat_lightning.errors import ConfigurationError
 
 Limit = Literal["size", "speedup", "drop"]
-"""What can be limited, in the order in which a ladder settles it: what is cheap to try first."""
+"""The limits, in the order in which a search settles them: cheap ones first."""
 
 LIMITS: tuple[Limit, ...] = get_args(Limit)
 
 LEAST_BITS = 2
-"""Of a weight: see `qat_lightning.Scheme`."""
+"""The minimum for a weight: see `qat_lightning.Scheme`."""
 
 
 @dataclass(frozen=True)
@@ -22,16 +22,16 @@ class Target:
     """Limits: "at most 0.3 points, at least 3 times faster, under 2 MB, within an hour".
 
     Args:
-        max_drop: How much of the float network's metric may be lost on the validation data, in the metric's own unit:
-            0.003 for 0.3 points of an accuracy between 0 and 1.
-        min_speedup: How many times faster than the float network in PyTorch, one sample on this machine's CPU.
-        max_size_mb: Of what is shipped, in 10^6 bytes.
-        max_minutes: How long to look. It limits the search, and is no goal by itself.
-        confident: Whether the whole interval of the drop (95 % of a paired bootstrap) has to be within ``max_drop``,
-            not only its mean. The search then goes on where the drop is undecided.
+        max_drop: Largest loss of the float network's metric on the validation data, in the metric's own unit: 0.003 for
+            0.3 points of an accuracy between 0 and 1.
+        min_speedup: Speed relative to the float network in PyTorch, one sample on this machine's CPU.
+        max_size_mb: Size of the shipped files, in 10^6 bytes.
+        max_minutes: Duration of the search; a limit, not a goal.
+        confident: Whether the whole interval of the drop (95 % of a paired bootstrap) must be within ``max_drop``, not
+            only its mean. The search then continues while the drop is undecided.
 
     Raises:
-        ConfigurationError: Nothing is limited, or a limit is not possible.
+        ConfigurationError: There is no limit, or a value is invalid.
 
     Example:
         >>> Target(max_drop=0.003, min_speedup=2).words()
@@ -49,7 +49,7 @@ class Target:
     confident: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse what limits nothing, and what nothing can keep."""
+        """Check that there is a limit, and that each is valid."""
         if self.max_drop is None and self.min_speedup is None and self.max_size_mb is None:
             raise ConfigurationError("A target needs a limit: give max_drop, min_speedup or max_size_mb.")
         for name in ("max_drop", "min_speedup", "max_size_mb", "max_minutes"):
@@ -66,13 +66,13 @@ class Target:
             raise ConfigurationError("target.confident=True is about the drop: give max_drop as well.")
 
     def check_size(self, parameters: int) -> None:
-        """Refuse a size that no number of bits gives.
+        """Refuse a size that no number of bits can reach.
 
         Args:
-            parameters: How many numbers the network to quantize has.
+            parameters: Number of parameters of the network to quantize.
 
         Raises:
-            ConfigurationError: With all of them at 2 bits it is larger.
+            ConfigurationError: The network is larger even with 2 bits per parameter.
 
         Example:
             >>> Target(max_size_mb=2).check_size(4_000_000)
@@ -85,15 +85,15 @@ class Target:
             )
 
     def missed(self, drop: float | None, speedup: float | None, size_mb: float | None) -> dict[Limit, float]:
-        """By which share each limit is missed; those that are kept are left out.
+        """The relative excess over each limit that is missed.
 
         Args:
-            drop: Loss of the metric, see `qat_lightning.ladder.judgement.Drop.judged`; None where it is not known.
-            speedup: Times faster than float; likewise.
-            size_mb: Likewise.
+            drop: Loss of the metric, see `qat_lightning.ladder.judgement.Drop.judged`; None if not known.
+            speedup: Speed relative to float; None if not known.
+            size_mb: Size of the shipped files; None if not known.
 
         Returns:
-            The shares, infinite for what is not known.
+            The relative excess by limit, infinite for unknown values; limits that are kept are left out.
 
         Example:
             >>> Target(max_drop=0.01, min_speedup=2).missed(0.02, 4.0, None)

@@ -1,4 +1,4 @@
-"""Speeds that are measured again where something else ran on the machine meanwhile."""
+"""Latencies that are measured again if other load on the machine disturbed them."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ _TIMES = 3
 
 
 def quietest(measure: Callable[[], dict[str, float]], times: int = _TIMES) -> dict[str, float]:
-    """The first measurement whose latencies vary little, or the one in which they vary least.
+    """The first measurement with steady latencies, or the steadiest one.
 
     Args:
         measure: Returns metrics, among them `SPREAD`: the interquartile range of latencies as a share of their median.
-        times: How often at most.
+        times: The largest number of measurements.
 
     Example:
         >>> spreads = iter([0.9, 0.1, 0.0])
@@ -29,5 +29,5 @@ def quietest(measure: Callable[[], dict[str, float]], times: int = _TIMES) -> di
 
 
 def is_noisy(metrics: dict[str, float]) -> bool:
-    """Whether latencies varied so much while they were measured that they say little."""
+    """Whether latencies varied too much during the measurement to be meaningful."""
     return metrics.get(SPREAD, 0.0) > LARGEST_SPREAD

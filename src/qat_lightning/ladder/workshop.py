@@ -1,4 +1,4 @@
-"""Makes the network of a plan, and evaluates it: each time on fresh copies, from the same seed."""
+"""Creates the network of a plan and evaluates it, each time on fresh copies and with the same seed."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger
 from torch import nn
 
@@ -32,6 +33,7 @@ from qat_lightning.export.result import ExportResult
 from qat_lightning.export.run import export_quantized, open_artifact
 from qat_lightning.graph.example import Example
 from qat_lightning.json_files import read_json, write_json
+from qat_lightning.ladder.copies import Copies
 from qat_lightning.ladder.parts import Parts, set_up, validate_parts, validate_whole
 from qat_lightning.ladder.plan import Plan
 from qat_lightning.ladder.standing import StandingIn
@@ -46,19 +48,19 @@ from qat_lightning.storage import Place
 TrainerFactory = Callable[..., Trainer]
 Standing = tuple[Trainer, StandingIn, LightningModule, LightningDataModule]
 FREEZE = 0.7
-"""After which share of a training ranges and BatchNorm's statistics freeze, as in ``method=qat`` of train.py."""
+"""The fraction of a training after which ranges and BatchNorm's statistics freeze, as in ``method=qat`` of train.py."""
 
 
 @dataclass(frozen=True)
 class Making:
-    """What all rungs have in common.
+    """Settings that all rungs share.
 
     Attributes:
         module: As for `qat_lightning.PostTrainingQuantization`, one network only.
-        example_inputs: See there.
-        calibration_batches: See there.
-        on_fault: See there.
-        seed: Of each rung.
+        example_inputs: As there.
+        calibration_batches: As there.
+        on_fault: As there.
+        seed: The seed of each rung.
     """
 
     module: str | None = None
@@ -70,12 +72,12 @@ class Making:
 
 @dataclass(frozen=True)
 class Validation:
-    """How the float network was validated, and all others are.
+    """How networks are validated; measured with the float network.
 
     Attributes:
-        metric: The key of what is judged.
-        batches: Of all the data; None for a loader without a length.
-        parts_tell: Whether the mean over the parts is the metric of the whole, so that the parts alone are validated.
+        metric: The key of the metric that is judged.
+        batches: The number of validation batches; None for a loader without a length.
+        parts_tell: Whether the mean over the parts equals the metric on all data, so that only parts are validated.
     """
 
     metric: str
@@ -85,13 +87,13 @@ class Validation:
 
 @dataclass(frozen=True)
 class Measured:
-    """What was measured of a network.
+    """The measurements of a network.
 
     Attributes:
-        parts: The metric on each part of the validation data; empty while the metric is not chosen.
-        metrics: Under the keys of the loggers.
-        speedup: Times faster than float.
-        size_mb: Of what is shipped.
+        parts: The metric on each part of the validation data.
+        metrics: All metrics, under the keys of the loggers.
+        speedup: Speed relative to float.
+        size_mb: Size of the shipped files, in 10^6 bytes.
     """
 
     parts: Parts
@@ -101,17 +103,17 @@ class Measured:
 
 
 class Workshop:
-    """Makes networks and evaluates them.
+    """Creates networks and evaluates them.
 
     Args:
-        trainer_factory: Makes a Trainer of keyword arguments.
-        model: The float LightningModule; it is copied, and stays as it is.
-        datamodule: Likewise.
-        making: What all rungs have in common.
-        float_checkpoint: Where the float weights are, to be compared with and learned from.
+        trainer_factory: Called with keyword arguments of a Trainer.
+        model: The float LightningModule; copied, and not changed.
+        datamodule: The data; copied, and not changed.
+        making: The settings that all rungs share.
+        float_checkpoint: A checkpoint of the float weights, for comparison and distillation.
 
     Raises:
-        ConfigurationError: Several networks could be meant, or the data cannot be copied.
+        ConfigurationError: There are several candidates for the network, or the data cannot be copied.
     """
 
     def __init__(
@@ -130,53 +132,24 @@ class Workshop:
             )
         (self.name,) = names
         self.trainer_factory, self.making, self.float_checkpoint = trainer_factory, making, float_checkpoint
-        self._model = untied(model)
-        self._datamodule = untied(datamodule)
-        self._has_data = False
+        self._copies = Copies(model, datamodule, making.seed, partial(self.trainer, [], [], enable_progress_bar=False))
 
     def copies(self) -> tuple[LightningModule, LightningDataModule]:
-        """The float LightningModule and the data as they were, and everything that is drawn from the same seed."""
-        if not self._has_data:
-            self._datamodule, self._has_data = self._with_data(), True
-        return self._fresh()
-
-    def _fresh(self) -> tuple[LightningModule, LightningDataModule]:
-        seed_everything(self.making.seed, workers=True, verbose=False)
-        return copy.deepcopy(self._model), copy.deepcopy(self._datamodule)
-
-    def _with_data(self) -> LightningDataModule:
-        """The data as ``setup`` leaves it, so that what a datamodule keeps is not read again for each rung.
-
-        Where ``setup`` creates what cannot be copied, each rung sets its own copy up.
-
-        Raises:
-            ConfigurationError: The Trainer has several processes.
-        """
-        model, datamodule = self._fresh()
-        trainer = self.trainer([], [], enable_progress_bar=False)
-        if trainer.world_size > 1:
-            raise ConfigurationError(
-                f"The Trainer has {trainer.world_size} processes, and a search runs in one: use devices=1."
-            )
-        set_up(trainer, model, datamodule)
-        try:
-            kept: LightningDataModule = untied(datamodule)
-        except ConfigurationError:
-            return self._datamodule
-        return kept
+        """Fresh copies of the float LightningModule and the data, after seeding everything."""
+        return self._copies.fresh()
 
     @property
     def network(self) -> nn.Module:
         """A copy of the float network, on the CPU, in evaluation."""
-        return copy.deepcopy(Slot(self._model, self.name).get()).cpu().eval()
+        return copy.deepcopy(Slot(self._copies.model, self.name).get()).cpu().eval()
 
     @property
     def prefix(self) -> str:
-        """What the names of its modules begin with in the LightningModule."""
-        return Slot(self._model, self.name).prefix
+        """The prefix of its module names in the LightningModule."""
+        return Slot(self._copies.model, self.name).prefix
 
     def trainer(self, callbacks: Sequence[Callback], loggers: Sequence[Logger], **settings: Any) -> Trainer:
-        """A Trainer of the user's, with what a rung needs."""
+        """A Trainer from the user's factory, with the callbacks and loggers of a rung."""
         return self.trainer_factory(
             callbacks=list(callbacks),
             logger=list(loggers) or False,
@@ -188,10 +161,10 @@ class Workshop:
     # The data
 
     def calls(self, batches: int) -> list[Example]:
-        """What the float network is called with in some batches of the training data, on the CPU."""
+        """The inputs of the float network in some batches of the training data, on the CPU."""
         model, datamodule = self.copies()
         trainer = self.trainer([], [], enable_progress_bar=False, limit_val_batches=1)
-        trainer.validate(model, datamodule=datamodule, verbose=False)  # ties them to a Trainer
+        trainer.validate(model, datamodule=datamodule, verbose=False)  # attaches them to a Trainer
         datamodule.setup("fit")
         slot = Slot(model.cpu(), self.name)
         with torch.inference_mode(False):
@@ -201,19 +174,19 @@ class Workshop:
     # Make
 
     def make(self, plan: Plan, folder: Path, loggers: Sequence[Logger], minutes: float) -> tuple[Plan, bool]:
-        """Make the int8 network of a plan and write it into a folder.
+        """Create the int8 network of a plan and write it into a folder.
 
         Args:
-            plan: What to make.
-            folder: Gets ``model.int8``.
-            loggers: Of the rung.
-            minutes: How long a training may take.
+            plan: The plan.
+            folder: The folder that gets ``model.int8``.
+            loggers: The loggers of the rung.
+            minutes: The time limit of a training.
 
         Returns:
-            The plan with the mode that ``"auto"`` left open, and whether a training was cut short.
+            The plan, with the mode that ``"auto"`` chose, and whether the time limit ended a training.
 
         Raises:
-            QuantizationError: It cannot be made, with the reason.
+            QuantizationError: The network cannot be created, with the reason.
         """
         if plan.epochs:
             longest = None if math.isinf(minutes) else timedelta(minutes=max(minutes, 1e-3))
@@ -232,7 +205,7 @@ class Workshop:
     def trained(
         self, plan: Plan, loggers: Sequence[Logger], more: Sequence[Callback] = (), **settings: Any
     ) -> tuple[Trainer, QuantizationCallback]:
-        """Train as a plan says, with further callbacks and with these settings of the Trainer."""
+        """Train by a plan, with more callbacks and settings of the Trainer."""
         model, datamodule = self.copies()
         callback = self._training(plan)
         teacher = [Distillation()] if plan.distillation else []
@@ -241,7 +214,7 @@ class Workshop:
         return trainer, callback
 
     def calibrated(self, plan: Plan, loggers: Sequence[Logger]) -> tuple[Trainer, QuantizationCallback]:
-        """Calibrate as a plan says."""
+        """Calibrate by a plan."""
         model, datamodule = self.copies()
         callback = self._calibration(plan)
         trainer = self.trainer([callback], loggers, enable_progress_bar=False, limit_val_batches=1)
@@ -288,11 +261,11 @@ class Workshop:
     # Evaluate
 
     def load(self, folder: Path) -> QuantizedNetwork:
-        """The int8 network that a rung made."""
+        """Load the int8 network of a rung."""
         return load_quantized(folder / NETWORK, network=self.network)
 
     def standing(self, loggers: Sequence[Logger], network: nn.Module | None, call: Any) -> Standing:
-        """A Trainer that evaluates a network in the place of the float one, and fresh copies to give to it."""
+        """A Trainer that evaluates a network in place of the float one, with fresh copies of the model and the data."""
         model, datamodule = self.copies()
         callback = StandingIn(Slot(model, self.name), network, call)
         return self.trainer([callback], loggers, enable_progress_bar=False), callback, model, datamodule
@@ -307,18 +280,18 @@ class Workshop:
         *,
         steady: bool,
     ) -> Measured:
-        """Evaluate what is shipped on the validation data, weigh it and time it.
+        """Validate the shipped network, and measure its size and latency.
 
         Args:
             network: The int8 network.
-            plan: How it was made.
-            folder: Of the rung.
-            loggers: Of the rung.
-            validation: How the float network was validated.
+            plan: Its plan.
+            folder: The folder of the rung.
+            loggers: The loggers of the rung.
+            validation: How networks are validated.
             steady: Whether noisy latencies are measured again.
 
         Raises:
-            ExportError: The file of another runtime cannot be made.
+            ExportError: The export to another runtime failed.
         """
         with self.shipped(network, plan, folder) as (standing_in, figures):
             trainer, _, model, datamodule = self.standing(loggers, standing_in, network.example)
@@ -344,10 +317,10 @@ class Workshop:
     def shipped(
         self, network: QuantizedNetwork, plan: Plan, folder: Path
     ) -> Iterator[tuple[nn.Module, dict[str, float]]]:
-        """What is shipped, to be called: the int8 network, or its file in another runtime with the file's figures.
+        """The shipped network: int8 in PyTorch, or its exported file in another runtime, with the file's measurements.
 
         Raises:
-            ExportError: The file cannot be made, or its runtime does not take it.
+            ExportError: The export failed, or the runtime does not load the file.
         """
         if not plan.file:
             yield network, {}
@@ -357,14 +330,14 @@ class Workshop:
             yield artifact, figures
 
     def _exported(self, network: QuantizedNetwork, plan: Plan, folder: Path) -> tuple[ExportResult, dict[str, float]]:
-        """Write a file and time it; one that is there already keeps the figures that it got then."""
+        """Export and measure a file; one that was exported before keeps its measurements."""
         where, noted = folder / "export", folder / EXPORTED
         if noted.is_file():
             kept = read_json(noted)
             files: list[Place] = [where / name for name in kept["files"]]
             call = Call.of(Source(network, network.example))
             return ExportResult(plan.file, get_format(plan.file).runtime, files, call=call), kept["figures"]
-        # What it computes is judged by the user's metric.
+        # Accuracy is judged by the user's metric.
         (result,) = export_quantized(
             network, where, [plan.file], float_network=self.network, min_agreement=0, min_sqnr_db=0
         )
@@ -376,7 +349,7 @@ class Workshop:
 
 
 def finite(metrics: Mapping[str, float]) -> dict[str, float]:
-    """Metrics as JSON takes them: `EQUAL_DB` for infinity, as in the loggers, and without what is no number.
+    """Metrics for JSON: `EQUAL_DB` for infinity, as in the loggers, and no NaN.
 
     Example:
         >>> finite({"int8/sqnr_db": math.inf, "val/f1": math.nan, "val/acc": 0.5})
@@ -384,22 +357,3 @@ def finite(metrics: Mapping[str, float]) -> dict[str, float]:
     """
     numbers = {key: value for key, value in metrics.items() if not math.isnan(value)}
     return {k: v if math.isfinite(v) else math.copysign(EQUAL_DB, v) for k, v in numbers.items()}
-
-
-def untied(thing: Any) -> Any:
-    """A copy of a LightningModule or a LightningDataModule, without the Trainer that it may be tied to.
-
-    Raises:
-        ConfigurationError: It cannot be copied.
-    """
-    before = thing.__dict__.get("_trainer"), thing.__dict__.get("trainer")
-    thing.trainer = None
-    try:
-        return copy.deepcopy(thing)
-    except (TypeError, RuntimeError, NotImplementedError) as error:
-        raise ConfigurationError(
-            f"{type(thing).__name__} cannot be copied ({error}), and each rung starts from a copy of it: create what "
-            "it holds in setup()."
-        ) from error
-    finally:
-        thing.trainer = before[0] or before[1]

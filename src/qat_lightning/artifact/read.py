@@ -179,7 +179,7 @@ def _read(source: Place | io.BytesIO, shown: Any) -> tuple[dict[str, Any], bytes
     except OSError as error:
         raise ArtifactError(f"{shown} cannot be read: {error.strerror or error}.") from error
     except Exception as error:  # each compression method, and each kind of damage, raises other exceptions
-        raise ArtifactError(_what_is_no_zip(source, shown)) from error
+        raise ArtifactError(_describe_non_zip(source, shown)) from error
     # Files of the first releases have no digest.
     if "digest" in description and description["digest"] != digest(description, data):
         raise ArtifactError(f"{shown} is damaged: it was changed after it was written. Save the network again.")
@@ -229,7 +229,7 @@ def _what_else(archive: zipfile.ZipFile, shown: Any) -> str:
     )
 
 
-def _what_is_no_zip(source: Place | io.BytesIO, shown: Any) -> str:
+def _describe_non_zip(source: Place | io.BytesIO, shown: Any) -> str:
     try:
         with _opened(source) as file:
             start = file.read(4)

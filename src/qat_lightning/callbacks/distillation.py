@@ -112,7 +112,7 @@ class Distillation(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse unsupported combinations, before anything is changed."""
-        self._leave_nothing()
+        self._clean_up()
         if self._of is not pl_module:
             self._of, self._weights = pl_module, {}
         if stage != "fit":
@@ -259,17 +259,17 @@ class Distillation(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remove everything from the LightningModule."""
-        self._leave_nothing()
+        self._clean_up()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Remove everything from the LightningModule."""
-        self._leave_nothing()
+        self._clean_up()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Remove everything from the LightningModule."""
-        self._leave_nothing()
+        self._clean_up()
 
-    def _leave_nothing(self) -> None:
+    def _clean_up(self) -> None:
         if self._put_back is not None:
             self._put_back()
             self._put_back = None

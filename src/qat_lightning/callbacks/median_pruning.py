@@ -88,14 +88,14 @@ class MedianPruning(Callback):
         self._curve[str(epoch)] = value
         if trainer.is_global_zero:
             write_json(self.folder / _FILE, self._curve)
-        reason = self._hopeless(value, epoch)
+        reason = self._reason_to_end(value, epoch)
         # All processes end together, whichever reads the files first.
         if trainer.strategy.reduce_boolean_decision(bool(reason), all=False):
             self.pruned = reason or "another process of this trial found it worse than the median"
             trainer.should_stop = True
             rank_zero_info(f"The fit ends here: {self.pruned}.")
 
-    def _hopeless(self, value: float, epoch: int) -> str:
+    def _reason_to_end(self, value: float, epoch: int) -> str:
         others = self._others(str(epoch))
         if epoch < self.warmup_epochs or len(others) < self.min_trials:
             return ""

@@ -273,7 +273,7 @@ class QuantizationAwareTraining(QuantizationCallback):
         refuse_callbacks(trainer, self, self.mode)
         if stage == "fit":
             self._driver.new_fit(trainer)
-        self._leave_nothing()
+        self._clean_up()
         self._placement.arrange(trainer, pl_module, stage, prepared=self._was_prepared, loaded=self._was_loaded)
 
     def _was_prepared(self) -> None:
@@ -464,7 +464,7 @@ class QuantizationAwareTraining(QuantizationCallback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Log the state of the fit and places of non-finite activations, a possible cause; clean up."""
         self._switch.stand_back()
-        self._leave_nothing()
+        self._clean_up()
         explain_launch(trainer, exception)
         self._networks.in_training_step(False)
         self._nonfinite.look(self._networks.prepared)
@@ -474,9 +474,9 @@ class QuantizationAwareTraining(QuantizationCallback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Remove all hooks and patched methods; the prepared network stays."""
         self._switch.stand_back()
-        self._leave_nothing()
+        self._clean_up()
 
-    def _leave_nothing(self) -> None:
+    def _clean_up(self) -> None:
         self._compiled.end()
         self._driver.end()
         self._placement.leave_nothing()

@@ -153,26 +153,26 @@ class QuantizationMonitor(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the table of the last measured step."""
         self._log_table(trainer)
-        self._look_at_calibrated(trainer, pl_module)
+        self._find_calibrated(trainer, pl_module)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure what was calibrated at the end of the training, by a callback that comes after this one."""
-        self._look_at_calibrated(trainer, pl_module)
+        self._find_calibrated(trainer, pl_module)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Outside a fit, measure what was calibrated for it."""
         if trainer.state.fn == "validate":
-            self._look_at_calibrated(trainer, pl_module)
+            self._find_calibrated(trainer, pl_module)
 
     def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure what was calibrated for the test."""
-        self._look_at_calibrated(trainer, pl_module)
+        self._find_calibrated(trainer, pl_module)
 
     def on_predict_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure what was calibrated for the prediction."""
-        self._look_at_calibrated(trainer, pl_module)
+        self._find_calibrated(trainer, pl_module)
 
-    def _look_at_calibrated(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _find_calibrated(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure the networks that a callback calibrated, unless they are known."""
         for callback in _post_training(trainer):
             networks = callback.prepared_networks
@@ -203,13 +203,13 @@ class QuantizationMonitor(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Remove all hooks."""
-        self._leave_nothing()
+        self._clean_up()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Remove all hooks."""
-        self._leave_nothing()
+        self._clean_up()
 
-    def _leave_nothing(self) -> None:
+    def _clean_up(self) -> None:
         if self._probe is not None:
             self._probe.detach()
         self._probe, self._measuring = None, None

@@ -74,7 +74,7 @@ class WeightOscillations(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse unsupported settings, and discard the state of an earlier fit unless this one continues it."""
-        self._leave_nothing()
+        self._clean_up()
         if stage != "fit":
             return
         QuantizationAwareTraining.of(trainer, self)
@@ -104,7 +104,7 @@ class WeightOscillations(Callback):
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Add the gradient of the dampening loss, and set those of frozen weights to 0."""
-        if not self._looks(trainer):
+        if not self._is_tracking(trainer):
             return
         moved = _moved_by(optimizer)
         self._tracker.block(moved)
@@ -115,12 +115,12 @@ class WeightOscillations(Callback):
             self._loss = None if loss is None else loss / scale
 
     def _after_step(self, trainer: Trainer, optimizer: Optimizer) -> None:
-        if not self._looks(trainer):
+        if not self._is_tracking(trainer):
             return
         threshold = None if self.freezing is None else self.freezing.at(training_done(trainer, self._plan) or 0.0)
         self._tracker.step(threshold, _moved_by(optimizer))
 
-    def _looks(self, trainer: Trainer) -> bool:
+    def _is_tracking(self, trainer: Trainer) -> bool:
         """Whether fake-quantization is enabled: from then on folded weights are equal in all processes."""
         partner = QuantizationAwareTraining.of(trainer, self)
         if not partner.phase.fake_quant:
@@ -165,17 +165,17 @@ class WeightOscillations(Callback):
         """Keep frozen weights on their grids, which BatchNorm's statistics may have changed since the last step."""
         if self._looked:
             self._tracker.hold()
-        self._leave_nothing()
+        self._clean_up()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Remove all hooks from the optimizers."""
-        self._leave_nothing()
+        self._clean_up()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Remove all hooks from the optimizers."""
-        self._leave_nothing()
+        self._clean_up()
 
-    def _leave_nothing(self) -> None:
+    def _clean_up(self) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles, self._loss, self._looked = [], None, False

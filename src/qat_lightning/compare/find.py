@@ -66,7 +66,7 @@ def find_runs(paths: Iterable[str | Path]) -> list[Run]:
         places |= {place.folder.resolve(): place for place in found}
     # W&B's reader runs as a separate process
     with ThreadPoolExecutor(max(2, os.cpu_count() or 1)) as pool:
-        return _named_apart(list(pool.map(_read_or_say_why, places.values())))
+        return _named_apart(list(pool.map(_read_or_report, places.values())))
 
 
 def _places(top: Path) -> list[_Place]:
@@ -93,7 +93,7 @@ def _natural(name: str) -> tuple[int, int, str]:
     return (0, int(name), "") if name.isdecimal() else (1, 0, name)
 
 
-def _read_or_say_why(place: _Place) -> Run:
+def _read_or_report(place: _Place) -> Run:
     try:
         return _read(place)
     except RunFileError as error:

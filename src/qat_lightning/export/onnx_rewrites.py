@@ -226,7 +226,7 @@ def _fold_zeros(graph: Any) -> None:
 
     for node in list(graph):
         amounts = _zeros_around(node) if node.op_type == "Pad" else None
-        behind = _convolutions_behind(node.outputs[0])
+        behind = _convolutions_after(node.outputs[0])
         if amounts is None or behind is None:
             continue
         values, convolutions = behind
@@ -256,7 +256,7 @@ def _zeros_around(node: Any) -> list[int] | None:
     return None if pairs[:, :2].any() or (pairs < 0).any() else [int(amount) for amount in pairs[:, 2:].flatten()]
 
 
-def _convolutions_behind(value: Any) -> tuple[list[Any], list[Any]] | None:
+def _convolutions_after(value: Any) -> tuple[list[Any], list[Any]] | None:
     """Return Convs that read a value, and the values between; None if anything else reads the value."""
     if value.is_graph_output():
         return None
@@ -269,7 +269,7 @@ def _convolutions_behind(value: Any) -> tuple[list[Any], list[Any]] | None:
             continue
         behind = None
         if use.node.op_type in ("QuantizeLinear", "DequantizeLinear") and use.idx == 0:
-            behind = _convolutions_behind(use.node.outputs[0])
+            behind = _convolutions_after(use.node.outputs[0])
         if behind is None:
             return None
         values += behind[0]

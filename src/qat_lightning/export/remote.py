@@ -59,7 +59,7 @@ class Server:
         try:
             well, answer = pickle.load(self._process.stdout)
         except (EOFError, pickle.UnpicklingError) as error:
-            raise ExportError(self._how_it_died()) from error
+            raise ExportError(self._describe_exit()) from error
         if not well:
             raise ExportError(answer)
         return answer
@@ -77,9 +77,9 @@ class Server:
             pickle.dump(request, self._process.stdin)
             self._process.stdin.flush()
         except BrokenPipeError as error:
-            raise ExportError(self._how_it_died()) from error
+            raise ExportError(self._describe_exit()) from error
 
-    def _how_it_died(self) -> str:
+    def _describe_exit(self) -> str:
         code = self._process.wait()
         self._said.seek(0)
         lines = self._said.read().decode(errors="replace").strip().splitlines()[-_LAST_LINES:]

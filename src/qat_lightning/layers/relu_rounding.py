@@ -99,13 +99,13 @@ def _fused(node: fx.Node, modules: dict[str, nn.Module]) -> tuple[Callable[..., 
         return None
     module = modules.get(str(before.target)) if before.op == "call_module" else None
     if module is not None and has_relu_inside(module):
-        return _behind_layer, (str(before.target),)
+        return _after_layer, (str(before.target),)
     largest, x = relu_limit(module, before), before.args[0]
     if largest is None or not isinstance(x, fx.Node):
         return None
     if len(x.users) > 1 and writes_in_place(before, module):
         return None  # the other readers need the output of ReLU in its input
-    return (_behind_function(largest), ()) if module is None else (_behind_module(largest), (str(before.target),))
+    return (_after_function(largest), ()) if module is None else (_after_module(largest), (str(before.target),))
 
 
 def writes_in_place(node: fx.Node, module: nn.Module | None = None) -> bool:
@@ -134,13 +134,13 @@ def writes_in_place(node: fx.Node, module: nn.Module | None = None) -> bool:
     return given.arguments.get("inplace") is True
 
 
-def _behind_layer(x: Tensor, fq: FakeQuantize, layer: nn.Module) -> Tensor:
+def _after_layer(x: Tensor, fq: FakeQuantize, layer: nn.Module) -> Tensor:
     """Round the output of a layer with a fused ReLU."""
     rounded: Tensor = fq(layer(x)) if is_looked_at(fq, layer) else fq(before_relu(layer, x), relu=math.inf)
     return rounded
 
 
-def _behind_module(largest: float) -> Callable[[Tensor, FakeQuantize, nn.Module], Tensor]:
+def _after_module(largest: float) -> Callable[[Tensor, FakeQuantize, nn.Module], Tensor]:
     def round_relu(x: Tensor, fq: FakeQuantize, relu: nn.Module) -> Tensor:
         rounded: Tensor = fq(relu(x)) if is_looked_at(fq, relu) else fq(x, relu=largest)
         return rounded
@@ -148,7 +148,7 @@ def _behind_module(largest: float) -> Callable[[Tensor, FakeQuantize, nn.Module]
     return round_relu
 
 
-def _behind_function(largest: float) -> Callable[[Tensor, FakeQuantize], Tensor]:
+def _after_function(largest: float) -> Callable[[Tensor, FakeQuantize], Tensor]:
     def round_relu(x: Tensor, fq: FakeQuantize) -> Tensor:
         rounded: Tensor = fq(relu_up_to(x, largest)) if is_looked_at(fq) else fq(x, relu=largest)
         return rounded

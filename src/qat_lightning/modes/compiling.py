@@ -129,7 +129,7 @@ class CompiledSteps:
         if sizes is not None and sizes.others(args, kwargs):
             return False
         if any(is_foreign(hook) for module in self._modules for hook in _hooks(module)):
-            self._say_hooks()
+            self._report_hooks()
             return False
         # Whether a range is known is a constant of the graph, so it is determined outside of it.
         self._unseen = [fq for fq in self._unseen if not fq.seen]
@@ -146,7 +146,7 @@ class CompiledSteps:
     def _device(self) -> torch.device:
         return next((tensor.device for tensor in self.network.parameters()), torch.device("cpu"))
 
-    def _say_hooks(self) -> None:
+    def _report_hooks(self) -> None:
         if not self._said:
             self._said = True
             rank_zero_info(

@@ -139,7 +139,7 @@ def equalize(network: nn.Module, example: Example, kind: Kind = "exact") -> Equa
                 done.clipped += 1
                 done.left[names[pair.first]] = f"ReLU6 at {names[pair.clipping[0]]!r} does not let a factor pass"
         pairs = [pair for pair in pairs if not pair.clipping]
-    pairs = _those_that_pass(network, example, pairs, names, done)
+    pairs = _passing(network, example, pairs, names, done)
     weights = copy.deepcopy(network.state_dict())
     before = outputs_of(network, example)
     _balance(pairs)
@@ -241,7 +241,7 @@ def _replace_clipping(network: nn.Module, pairs: list[_Pair], done: Equalization
                 parent._modules[name] = wanted[child]
 
 
-def _those_that_pass(
+def _passing(
     network: nn.Module, example: Example, pairs: list[_Pair], names: dict[nn.Module, str], done: Equalization
 ) -> list[_Pair]:
     """The pairs between which a factor per channel passes; tested together, and individually if that fails."""

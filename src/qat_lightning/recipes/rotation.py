@@ -76,13 +76,13 @@ def rotate(network: nn.Module, example: Example) -> Rotated:
     before = outputs_of(network, example)
     kept = copy.deepcopy(network.state_dict())
     chosen = plan(run)
-    _keep_what_passes(network, example, chosen, before)
+    _keep_passing(network, example, chosen, before)
     chosen.apply()
     undo_if_changed(network, example, before, kept, by="The rotation", remedy="rotation=False")
     return _report(run, chosen)
 
 
-def _keep_what_passes(network: nn.Module, example: Example, chosen: Plan, before: list[Tensor]) -> None:
+def _keep_passing(network: nn.Module, example: Example, chosen: Plan, before: list[Tensor]) -> None:
     """Try all rotations together, and individually if that fails; leave out those that change the network."""
 
     def passes(which: list[int]) -> bool:

@@ -77,7 +77,7 @@ def smooth(network: nn.Module, example: Example, alpha: float = 0.5) -> Smoothin
         channels = follow_channels(network, example)
     before = outputs_of(network, example)
     kept = copy.deepcopy(network.state_dict())
-    passing = _those_that_pass(network, example, channels, before)
+    passing = _passing(network, example, channels, before)
     done = _report(channels, {source.first for source in passing})
     for source in passing:
         _smooth(source, channels, alpha)
@@ -124,7 +124,7 @@ def _free(channels: Channels) -> Tensor:
     return free
 
 
-def _those_that_pass(network: nn.Module, example: Example, channels: Channels, before: list[Tensor]) -> list[Source]:
+def _passing(network: nn.Module, example: Example, channels: Channels, before: list[Tensor]) -> list[Source]:
     """The producers from which a factor per channel passes; tested together, and individually if that fails."""
     free = _free(channels)
     candidates = [s for s in channels.sources if bool(free[s.first : s.first + s.count].any())]

@@ -176,7 +176,7 @@ class _Search:
             excess = self.limits.excess(self.found.float_metric, measured)
             if not excess:
                 break
-            limits = self._drawn_in(limits, chosen, costs, measured)
+            limits = self._tightened(limits, chosen, costs, measured)
         if not tried:
             slow = self.limits.max_latency_ms is not None and self.limits.max_size_mb is None
             nearest = choose(costs, Limits(), "time" if slow else "size") or ()
@@ -198,7 +198,9 @@ class _Search:
             return Limits(size=size, time=time), "loss"
         return Limits(self.loss_of(self.found.float_metric - most.max_drop), size, time), "size"
 
-    def _drawn_in(self, limits: Limits, chosen: tuple[int, ...], costs: list[list[Cost]], measured: Measured) -> Limits:
+    def _tightened(
+        self, limits: Limits, chosen: tuple[int, ...], costs: list[list[Cost]], measured: Measured
+    ) -> Limits:
         """Return tightened limits for the next choice, which account for the measured excess over the sums."""
         excess = self.limits.excess(self.found.float_metric, measured)
         loss, size, time = limits.loss, limits.size, limits.time

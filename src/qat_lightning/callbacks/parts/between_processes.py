@@ -40,7 +40,7 @@ def take_over_buffers_from_first(prepared: Mapping[str, nn.Module]) -> None:
 def reduce_ranges_while_observed(prepared: Mapping[str, nn.Module], processes: int) -> None:
     """Make observers reduce their ranges over all processes in each call; eager mode uses `go_on_alike` instead."""
     for network in prepared.values():
-        reduce_ranges(network, processes > 1 and not _takes_ways(network))
+        reduce_ranges(network, processes > 1 and not _may_branch(network))
 
 
 def go_on_alike(prepared: Mapping[str, nn.Module], *, ranges: bool) -> None:
@@ -53,7 +53,7 @@ def go_on_alike(prepared: Mapping[str, nn.Module], *, ranges: bool) -> None:
         ranges: Whether ranges are being updated.
     """
     for network in prepared.values():
-        if ranges and _takes_ways(network):
+        if ranges and _may_branch(network):
             merge_ranges(network)
         if is_sharded(network):
             take_over_statistics(network)
@@ -73,7 +73,7 @@ def take_over_statistics(network: nn.Module) -> None:
             buffer.copy_(first.view_as(buffer))
 
 
-def _takes_ways(network: nn.Module) -> bool:
+def _may_branch(network: nn.Module) -> bool:
     """Whether processes may take different branches, which is possible in eager mode only."""
     return not traits_of(prepared_state(network).recipe.mode).captures
 

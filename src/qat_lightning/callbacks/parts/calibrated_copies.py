@@ -189,7 +189,7 @@ class CalibratedCopies:
         count = self._data.calibrate(trainer, pl_module, self.networks.slots, prepared)
         rank_zero_info(f"Calibrated on {count} batches.")
         if self.settings.wins_back:
-            self._win_back(trainer, pl_module, prepared)
+            self._apply_recipes(trainer, pl_module, prepared)
         if trainer.world_size > 1:
             take_over_from_first(prepared)
         return prepared
@@ -199,7 +199,7 @@ class CalibratedCopies:
         slot = self.networks.slots[name]
         return self.preparation.prepare_one(slot, copy.deepcopy(slot.get()).float(), self.networks.examples[name])
 
-    def _win_back(self, trainer: Trainer, pl_module: LightningModule, prepared: dict[str, nn.Module]) -> None:
+    def _apply_recipes(self, trainer: Trainer, pl_module: LightningModule, prepared: dict[str, nn.Module]) -> None:
         """Apply sequential MSE, AdaRound and bias correction on the calibration batches."""
         calls = self._data.calls(trainer, pl_module, self.networks.slots, prepared)
         for name, network in prepared.items():
@@ -207,7 +207,7 @@ class CalibratedCopies:
             if self.settings.sequential_mse:
                 say_ranges(name, sequential_mse(network, calls[name]))
             if self.settings.adaround is not None:
-                learn_rounding(network, calls[name], self.settings.adaround, progress=_say_progress)
+                learn_rounding(network, calls[name], self.settings.adaround, progress=_log_progress)
             if self.settings.bias_correction:
                 corrected = correct_biases(network, calls[name], before)
                 rank_zero_info(f"{name!r}: the biases of {len(corrected)} layers were corrected.")
@@ -241,7 +241,7 @@ def _has(network: nn.Module, weights: dict[str, Tensor]) -> bool:
     return now.keys() == weights.keys() and all(torch.equal(now[key].cpu(), weights[key]) for key in now)
 
 
-def _say_progress(number: int, layers: int, name: str, result: Reconstruction) -> None:
+def _log_progress(number: int, layers: int, name: str, result: Reconstruction) -> None:
     rank_zero_info(
         f"AdaRound, {number} of {layers}, {name}: error {result.nearest:.2e} with rounding to nearest, "
         f"{result.learned:.2e} now."

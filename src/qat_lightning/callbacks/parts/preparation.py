@@ -96,7 +96,7 @@ class Preparation:
         self._remarks = []
         found |= in_first(decide_rest) if several_processes(trainer) and waiting else decide_rest()
         for name in waiting:
-            self._say_decision(name, found[name])
+            self._log_decision(name, found[name])
         for remark in self._remarks:
             rank_zero_warn(remark)
         return found
@@ -157,7 +157,7 @@ class Preparation:
 
         return inspect
 
-    def _say_decision(self, name: str, decision: Decision) -> None:
+    def _log_decision(self, name: str, decision: Decision) -> None:
         if decision.why:
             rank_zero_info(f"mode='auto', {name!r}: {decision.why}")
         if decision.rehearsal is not None and decision.rehearsal.unsaved:

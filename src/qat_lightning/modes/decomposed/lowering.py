@@ -82,13 +82,13 @@ def on_plain_kernels(decomposed: fx.GraphModule, tensors: list[Tensor], target: 
     for node in graph.nodes:
         if node.target in (_QUANTIZE, _DEQUANTIZE):
             node.target = quantize if node.target is _QUANTIZE else dequantize
-    _write_over_what_nothing_reads(lowered)
+    _overwrite_unread_summands(lowered)
     lowered.delete_all_unused_submodules()
     lowered.recompile()
     return lowered
 
 
-def _write_over_what_nothing_reads(lowered: fx.GraphModule) -> None:
+def _overwrite_unread_summands(lowered: fx.GraphModule) -> None:
     """Let fused additions overwrite a summand that has memory of its own and is not read later."""
     called = [node for node in lowered.graph.nodes if node.op == "call_module"]
     modules = {node: lowered.get_submodule(str(node.target)) for node in called}

@@ -58,12 +58,12 @@ def _times(observation: Observation) -> Counter[int]:
 
 def forward_begins(prepared: nn.Module, args: Any) -> None:
     """Forward pre-hook of a prepared network."""
-    _begin_anew(prepared, within=True)
+    _restart(prepared, within=True)
 
 
 def forward_ends(prepared: nn.Module, args: Any, output: Any) -> None:
     """Forward hook of a prepared network; also called if its forward raises."""
-    _begin_anew(prepared, within=False)
+    _restart(prepared, within=False)
 
 
 def is_foreign(hook: Any) -> bool:
@@ -71,7 +71,7 @@ def is_foreign(hook: Any) -> bool:
     return hook not in (forward_begins, forward_ends)
 
 
-def _begin_anew(prepared: nn.Module, *, within: bool) -> None:
+def _restart(prepared: nn.Module, *, within: bool) -> None:
     course = prepared_state(prepared).course
     course.in_forward = within
     found: tuple[list[FakeQuantize], list[ChainHead]] | None = course.__dict__.get("places")

@@ -213,7 +213,7 @@ class _Roundings:
         self.configs[product.name] = self.qconfig
         for source in product.all_input_nodes:
             product.replace_input_with(source, self._rounded(source))
-        movers, grid = self._grid_behind(product)
+        movers, grid = self._grid_after(product)
         for node in (product, *movers):
             self._behind(node, grid)
 
@@ -235,7 +235,7 @@ class _Roundings:
             movers.append(before)
         return self._behind(source, self._new())
 
-    def _grid_behind(self, product: fx.Node) -> tuple[list[fx.Node], str]:
+    def _grid_after(self, product: fx.Node) -> tuple[list[fx.Node], str]:
         """The grid that a product reaches via ops that only move it, and these ops; otherwise a new grid and no ops."""
         movers: list[fx.Node] = []
         node = product

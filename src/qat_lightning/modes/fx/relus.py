@@ -35,7 +35,7 @@ def observe_only_after_relu(prepared: fx.GraphModule) -> list[str]:
             continue
         if not _keeps_the_grid(before.all_input_nodes[0], modules[str(before.target)], modules):
             found[node] = before, after, largest
-    alike = _all_that_clamp_alike(prepared.graph, modules, found)
+    alike = _all_with_equal_clamp(prepared.graph, modules, found)
     folded = []
     for node, (before, after, largest) in found.items():
         if node not in alike and modules[str(before.target)] is modules[str(after.target)]:
@@ -54,7 +54,7 @@ def observe_only_after_relu(prepared: fx.GraphModule) -> list[str]:
     return folded
 
 
-def _all_that_clamp_alike(
+def _all_with_equal_clamp(
     graph: fx.Graph, modules: dict[str, nn.Module], found: dict[Any, tuple[fx.Node, Any, float]]
 ) -> set[fx.Node]:
     """The ReLUs whose grid is shared only by outputs of such ReLUs, for example in a concatenation.

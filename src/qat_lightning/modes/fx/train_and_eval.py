@@ -147,14 +147,14 @@ class _Compared(fx.Interpreter):
         given = args[0].clone() if len(args) == 1 and not kwargs and isinstance(args[0], Tensor) else None
         result = super().call_module(target, args, kwargs)
         same = given is not None and isinstance(result, Tensor) and torch.equal(result, given)
-        if same and (self.by_example or _returns_what_it_is_given(self.fetch_attr(target), given)):
+        if same and (self.by_example or _is_identity(self.fetch_attr(target), given)):
             self.same.add(str(target))
         else:
             self.other.add(str(target))
         return result
 
 
-def _returns_what_it_is_given(module: nn.Module, given: Any) -> bool:
+def _is_identity(module: nn.Module, given: Any) -> bool:
     """Whether a module returns its input tensor, whatever its values and sizes are.
 
     A copy is called, because it may store its input, with a tensor without values and with sizes that record whether a

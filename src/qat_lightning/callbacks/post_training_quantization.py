@@ -20,8 +20,8 @@ from qat_lightning.callbacks.parts.steps import has_trained
 from qat_lightning.callbacks.parts.together import (
     evaluate_average,
     explain_launch,
-    mend_resume,
     refuse_strategy,
+    repair_resume,
     stop_recording_layers,
 )
 from qat_lightning.callbacks.parts.variant_source import CalibratedVariants
@@ -179,7 +179,7 @@ class PostTrainingQuantization(QuantizationCallback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Let a resumed fit write checkpoints that can be resumed from exactly."""
-        mend_resume(trainer)
+        repair_resume(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Calibrate, while the LightningModule is still on its device."""

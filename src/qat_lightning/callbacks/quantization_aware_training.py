@@ -14,9 +14,9 @@ from torch.optim import Optimizer
 from qat_lightning.callbacks.parts.arguments import check_file, check_flag, check_stages
 from qat_lightning.callbacks.parts.best import forget_best
 from qat_lightning.callbacks.parts.between_processes import (
-    go_on_alike,
+    copy_buffers_from_first_process,
     reduce_ranges_while_observed,
-    take_over_buffers_from_first,
+    synchronize_processes,
 )
 from qat_lightning.callbacks.parts.compiled_training import CompiledTraining
 from qat_lightning.callbacks.parts.coverage_report import report_prepared
@@ -26,7 +26,7 @@ from qat_lightning.callbacks.parts.networks import Networks
 from qat_lightning.callbacks.parts.nonfinite import NonFiniteReport
 from qat_lightning.callbacks.parts.placement import Placement
 from qat_lightning.callbacks.parts.preparation import Preparation
-from qat_lightning.callbacks.parts.recipes_in_fit import counts_of_recipes, refuse_without_ranges, win_back_in_fit
+from qat_lightning.callbacks.parts.recipes_in_fit import apply_recipes_in_fit, counts_of_recipes, refuse_without_ranges
 from qat_lightning.callbacks.parts.schedule_driver import ScheduleDriver, curves
 from qat_lightning.callbacks.parts.settings import QuantizationSettings
 from qat_lightning.callbacks.parts.settings_log import log_settings
@@ -35,11 +35,11 @@ from qat_lightning.callbacks.parts.steps import estimates_batchnorm, has_trained
 from qat_lightning.callbacks.parts.together import (
     evaluate_average,
     explain_launch,
-    mend_resume,
     refuse_callbacks,
     refuse_in_processes,
     refuse_strategy,
-    say_broken_off,
+    repair_resume,
+    report_interruption,
     stop_recording_layers,
 )
 from qat_lightning.callbacks.parts.variant_source import TrainedVariants
@@ -304,7 +304,7 @@ class QuantizationAwareTraining(QuantizationCallback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Determine the planned length of training."""
-        mend_resume(trainer)
+        repair_resume(trainer)
         self._driver.begin(trainer, self.phase)
         self._int8.outdate()
         reduce_ranges_while_observed(self._networks.prepared, trainer.world_size)
@@ -344,7 +344,7 @@ class QuantizationAwareTraining(QuantizationCallback):
         self._driver.after_batch()
         self._networks.in_training_step(False)
         if trainer.world_size > 1:
-            go_on_alike(self._networks.prepared, ranges=self.phase.observers)
+            synchronize_processes(self._networks.prepared, ranges=self.phase.observers)
 
     def _step_phase(self, trainer: Trainer) -> None:
         step, phase = self._driver.phase(trainer, self._networks.prepared)
@@ -358,12 +358,12 @@ class QuantizationAwareTraining(QuantizationCallback):
             self._apply(phase)
         if comes_on and self._in_fit:
             with self._compiled.paused(trainer.lightning_module):
-                win_back_in_fit(trainer, self._networks, self._in_fit)
+                apply_recipes_in_fit(trainer, self._networks, self._in_fit)
 
     def _on_fake_quantize_enabled(self, trainer: Trainer, step: int) -> None:
         if step > 0 or self._in_fit:  # otherwise the weights are those from the beginning of the fit
             if trainer.world_size > 1:  # each process has its own BatchNorm statistics until the next step
-                take_over_buffers_from_first(self._networks.prepared)
+                copy_buffers_from_first_process(self._networks.prepared)
             self._floats.keep(step)
         if self.reset_best_on_start and step > 0:
             forget_best(trainer)
@@ -381,7 +381,7 @@ class QuantizationAwareTraining(QuantizationCallback):
         self._driver.end()
         self._apply(self.phase)
         if trainer.world_size > 1:
-            take_over_buffers_from_first(self._networks.prepared)
+            copy_buffers_from_first_process(self._networks.prepared)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Create the int8 network from the trained weights."""
@@ -469,7 +469,7 @@ class QuantizationAwareTraining(QuantizationCallback):
         self._networks.in_training_step(False)
         self._nonfinite.look(self._networks.prepared)
         if trainer.state.fn == "fit" and self._networks.prepared and trainer.global_step:
-            say_broken_off(trainer, exception)
+            report_interruption(trainer, exception)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Remove all hooks and patched methods; the prepared network stays."""

@@ -37,14 +37,14 @@ class RunFolder(Callback):
             return
         with in_one_panel():
             folder = Path(str(config.hydra.run.dir))
-            goes_on = config.resume and (folder / IDENTITY).is_file()
-            if not _was_given(config, "hydra.run.dir") and not goes_on:
+            resumes = config.resume and (folder / IDENTITY).is_file()
+            if not _was_given(config, "hydra.run.dir") and not resumes:
                 folder = unused(folder)
             hold(folder, "hydra.run.dir")
             check_run_folder(folder, identity(written(config.hydra.overrides.task)), resume=config.resume)
         with read_write(config.hydra), open_dict(config.hydra):
             config.hydra.run.dir = str(folder)
-            if goes_on:  # a resumed run keeps its original configuration and results
+            if resumes:  # a resumed run keeps its original configuration and results
                 config.hydra.output_subdir = None
 
 

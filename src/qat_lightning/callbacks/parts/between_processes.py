@@ -23,14 +23,14 @@ from qat_lightning.processes import any_process, in_first
 from qat_lightning.settings.modes import traits_of
 
 
-def take_over_from_first(prepared: Mapping[str, nn.Module]) -> None:
+def copy_from_first_process(prepared: Mapping[str, nn.Module]) -> None:
     """Broadcast ranges and weights from the first process, since each process observed only its share of the data."""
     for network in prepared.values():
         for tensor in (*network.buffers(), *(parameter.data for parameter in network.parameters())):
             dist.broadcast(tensor, src=0)
 
 
-def take_over_buffers_from_first(prepared: Mapping[str, nn.Module]) -> None:
+def copy_buffers_from_first_process(prepared: Mapping[str, nn.Module]) -> None:
     """Broadcast from the first process the ranges and statistics that checkpoints store."""
     for network in prepared.values():
         for buffer in network.buffers():
@@ -38,12 +38,12 @@ def take_over_buffers_from_first(prepared: Mapping[str, nn.Module]) -> None:
 
 
 def reduce_ranges_while_observed(prepared: Mapping[str, nn.Module], processes: int) -> None:
-    """Make observers reduce their ranges over all processes in each call; eager mode uses `go_on_alike` instead."""
+    """Make observers reduce their ranges over all processes in each call; eager mode has `synchronize_processes`."""
     for network in prepared.values():
         reduce_ranges(network, processes > 1 and not _may_branch(network))
 
 
-def go_on_alike(prepared: Mapping[str, nn.Module], *, ranges: bool) -> None:
+def synchronize_processes(prepared: Mapping[str, nn.Module], *, ranges: bool) -> None:
     """After a step, synchronize ranges where observers do not reduce them in each call.
 
     Also broadcasts the first process's BatchNorm statistics where no DistributedDataParallel does.

@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
 from qat_lightning.callbacks.parts.arguments import check_flag
-from qat_lightning.callbacks.parts.between_processes import take_over_from_first
+from qat_lightning.callbacks.parts.between_processes import copy_from_first_process
 from qat_lightning.callbacks.parts.calibration_data import calibration_loader
 from qat_lightning.callbacks.parts.calibration_source import CalibrationSource
 from qat_lightning.callbacks.parts.coverage_report import log_coverage, wandb_loggers
@@ -79,7 +79,7 @@ class CalibrationSettings:
             raise ConfigurationError(f"calls= needs kind='static': kind={kind!r} is not calibrated.")
 
     @property
-    def wins_back(self) -> bool:
+    def applies_recipes(self) -> bool:
         """Whether recipes change weights or biases on the calibration batches."""
         return self.bias_correction or self.sequential_mse or self.adaround is not None
 
@@ -188,10 +188,10 @@ class CalibratedCopies:
             network.to(pl_module.device)
         count = self._data.calibrate(trainer, pl_module, self.networks.slots, prepared)
         rank_zero_info(f"Calibrated on {count} batches.")
-        if self.settings.wins_back:
+        if self.settings.applies_recipes:
             self._apply_recipes(trainer, pl_module, prepared)
         if trainer.world_size > 1:
-            take_over_from_first(prepared)
+            copy_from_first_process(prepared)
         return prepared
 
     def _prepare_copy(self, name: str) -> nn.Module:

@@ -9,7 +9,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
 from qat_lightning.callbacks.parts.arguments import check_count
-from qat_lightning.callbacks.parts.between_processes import take_over_from_first
+from qat_lightning.callbacks.parts.between_processes import copy_from_first_process
 from qat_lightning.callbacks.parts.calibration_data import calibration_loader, calls_in_steps
 from qat_lightning.callbacks.parts.networks import Networks
 from qat_lightning.errors import ConfigurationError
@@ -18,7 +18,7 @@ from qat_lightning.recipes.bias_correction import correct_biases
 from qat_lightning.recipes.sequential_mse import RangeSearch, sequential_mse
 
 
-def win_back_in_fit(trainer: Trainer, networks: Networks, counts: Mapping[str, int]) -> None:
+def apply_recipes_in_fit(trainer: Trainer, networks: Networks, counts: Mapping[str, int]) -> None:
     """Apply sequential MSE to the ranges of weights, and bias correction, as far as requested.
 
     Args:
@@ -34,7 +34,7 @@ def win_back_in_fit(trainer: Trainer, networks: Networks, counts: Mapping[str, i
             corrected = correct_biases(networks.prepared[name], calls)
             rank_zero_info(f"{name!r}: the biases of {len(corrected)} layers were corrected.")
     if trainer.world_size > 1:
-        take_over_from_first(networks.prepared)
+        copy_from_first_process(networks.prepared)
 
 
 def _calls(trainer: Trainer, networks: Networks, batches: int) -> dict[str, list[Example]]:

@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 
 from qat_lightning.callbacks.parts.batchnorm_freeze import BatchNormFreeze
-from qat_lightning.callbacks.parts.between_processes import take_over_buffers_from_first
+from qat_lightning.callbacks.parts.between_processes import copy_buffers_from_first_process
 from qat_lightning.callbacks.parts.steps import (
     StepCounter,
     batches_trained,
@@ -70,7 +70,7 @@ class ScheduleDriver:
         """Prepare to freeze BatchNorm; all processes use the first one's statistics."""
         self._batchnorm.freeze(networks, batches_trained(trainer), step, measure=trainer.is_global_zero)
         if several_processes(trainer):
-            take_over_buffers_from_first(networks)
+            copy_buffers_from_first_process(networks)
 
     def after_batch(self) -> None:
         """Report BatchNorm layers whose frozen statistics differ from those of the batch."""

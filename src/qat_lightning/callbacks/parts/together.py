@@ -166,7 +166,7 @@ def refuse_compiled(network: nn.Module, name: str, mode: str) -> None:
         )
 
 
-def mend_resume(trainer: Trainer) -> None:
+def repair_resume(trainer: Trainer) -> None:
     """Let a resumed run write checkpoints that can be resumed from exactly.
 
     Lightning 2.6 loses state in four places, with or without quantization:
@@ -200,7 +200,7 @@ def mend_resume(trainer: Trainer) -> None:
             other.make_trainable(trainer.lightning_module.backbone)
 
 
-def say_broken_off(trainer: Trainer, exception: BaseException) -> None:
+def report_interruption(trainer: Trainer, exception: BaseException) -> None:
     """Log the state of the network when a fit is interrupted."""
     rank_zero_info(
         f"The fit was interrupted at step {trainer.global_step} by {type(exception).__name__}. The network keeps its "

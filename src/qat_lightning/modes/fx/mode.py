@@ -20,6 +20,7 @@ from qat_lightning.layers.transformer import written_out
 from qat_lightning.modes.coverage import float_run, layers_with_macs, report
 from qat_lightning.modes.fx import pads as fx_pads
 from qat_lightning.modes.fx import passes
+from qat_lightning.modes.fx.aliases import use_known_names
 from qat_lightning.modes.fx.alignment import mark_origins, take_origins
 from qat_lightning.modes.fx.autocast import NOT_SEEN
 from qat_lightning.modes.fx.batchnorm import give_parameters
@@ -38,7 +39,6 @@ from qat_lightning.modes.fx.tables import call_embeddings, put_integer_tables, r
 from qat_lightning.modes.fx.train_and_eval import call_as_in_evaluation
 from qat_lightning.modes.fx.transposed import called_on_one_sample, write_as_convolutions
 from qat_lightning.modes.fx.tree import restore_children
-from qat_lightning.modes.fx.twins import use_known_names
 from qat_lightning.modes.fx.unseen import in_words, knows_no_range, put_plain_layers, take_out_unseen
 from qat_lightning.modes.fx.upstream import Hidden, convert_upstream, prepare_upstream
 from qat_lightning.modes.fx.weights import (

@@ -24,7 +24,7 @@ _IN_PLACE: dict[Any, Any] = {
     F.elu_: F.elu,
     F.hardtanh_: F.hardtanh,
 }
-"""In-place functions; their twins have an argument for that."""
+"""In-place functions; their counterparts have an argument for that."""
 
 _OF_TWO: dict[Any, Any] = {
     torch.multiply: torch.mul,

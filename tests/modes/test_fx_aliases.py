@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from qat_lightning.graph.example import Example
 from qat_lightning.layers.operators import operator_of
-from qat_lightning.modes.fx import twins
+from qat_lightning.modes.fx import aliases
 from qat_lightning.modes.prepared import cpu_copy, set_phase
 from qat_lightning.modes.registry import get_mode
 from qat_lightning.settings.recipe import Recipe
@@ -59,8 +59,8 @@ def test_each_is_int8(name: str) -> None:
     assert min(check.sqnr_db for check in converted.checks) > 50
 
 
-def test_twins_are_of_one_row() -> None:
-    for table in (twins._FUNCTIONS, twins._IN_PLACE, twins._OF_TWO):
+def test_aliases_are_of_one_row() -> None:
+    for table in (aliases._FUNCTIONS, aliases._IN_PLACE, aliases._OF_TWO):
         for name, twin in table.items():
             assert operator_of(name) is operator_of(twin) is not None, name
 

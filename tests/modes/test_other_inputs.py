@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from qat_lightning import Example, Recipe, calibrate, convert, prepare
 from qat_lightning.errors import NetworkError
+from qat_lightning.numerics.fake_quantize import FakeQuantize
 from tests.callbacks.lit import CLASSES, Lit, Net, loader, qat, trainer
 
 
@@ -54,6 +55,26 @@ def test_the_error_names_the_inputs_of_the_trace_and_those_of_the_call(
         assert "logits" in network(*example.args, **example.kwargs)
         with pytest.raises(NetworkError, match=f"{says}.*mode='eager', which needs no graph"):
             network(x, **{name: GIVEN[name] for name in called})
+
+
+@pytest.mark.parametrize("mode", ["fx", "pt2e"])
+def test_an_error_that_is_not_of_the_inputs_stays_as_it_is(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Structured(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(4, 8)
+
+        def forward(self, data: dict[str, Tensor], pair: tuple[Tensor, Tensor]) -> Tensor:
+            return self.first(data["a"]) + pair[0] * pair[1]
+
+    def fails(*args: Any, **kwargs: Any) -> Any:
+        raise MemoryError("of the device")
+
+    example = Example(({"a": torch.randn(4, 4)}, (torch.randn(4, 8), torch.randn(4, 8))))
+    prepared = prepare(Structured(), example, Recipe(mode, "x86"))
+    monkeypatch.setattr(FakeQuantize, "forward", fails)
+    with pytest.raises(MemoryError, match="of the device"):
+        prepared(*example.args)
 
 
 class Predicts(Lit):

@@ -118,10 +118,16 @@ class GraphNetwork(KeepsExtraState):
             if self.sizes is not None:
                 run = self._run_for(self.sizes, args, kwargs)
             return run(self, *args, **kwargs)
+        except NetworkError:
+            raise
         except Exception as error:
-            if other := _other_inputs(self.graph, args, kwargs):
+            if other := self._other_inputs(args, kwargs):
                 raise NetworkError(other) from error
             raise
+
+    def _other_inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+        """Which inputs the network was traced with, if a call that failed has others; empty if it has these."""
+        return _other_inputs(self.graph, args, kwargs)
 
     def give_sizes(self, sizes: GivenSizes | None, other_sizes: OtherSizes | None) -> None:
         """Set the supported input sizes, and the function that makes graphs for other sizes, if there is one."""

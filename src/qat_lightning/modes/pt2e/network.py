@@ -54,6 +54,10 @@ class ExportedNetwork(GraphNetwork):
         except AttributeError:
             return None  # a tensor
 
+    def _other_inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+        """Nothing: the signature has checked the inputs, and the graph's are the tensors inside them."""
+        return ""
+
     def set_graph(self, graph: fx.Graph) -> None:
         """Run ``graph``, which takes and returns flat tensors, on the inputs of the captured network."""
         spec, run = self.__dict__["spec"], compile_graph(with_relus_in_roundings(self, graph))

@@ -15,7 +15,7 @@ from qat_lightning.modes.registry import get_mode
 from qat_lightning.settings.recipe import Recipe
 from tests.callbacks.lit import Lit, Net, loader, qat, trainer
 
-EXAMPLE = Example((torch.randn(4, 3, 8, 8),))
+EXAMPLE = Example((torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0)),))
 
 
 class Shaped(nn.Module):

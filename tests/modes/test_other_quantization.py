@@ -21,7 +21,7 @@ from qat_lightning.numerics.sqnr import sqnr_db
 from qat_lightning.settings.recipe import Recipe
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
-EXAMPLE = Example((torch.randn(4, 3, 8, 8),))
+EXAMPLE = Example((torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0)),))
 LAYERS = [["conv", "bn", "relu"]]
 
 

@@ -31,7 +31,7 @@ QUANTIZERS: dict[str, Any] = {
     "uint8 per tensor": {"_target_": PATH, "dtype": "uint8", "per_channel": False, "bias": True},
     "int16": "tests.support.quantizers.wide_quantizer",
 }
-EXAMPLE = Example((torch.randn(4, 3, 8, 8),))
+EXAMPLE = Example((torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0)),))
 
 
 def fit(backend: Any, case: Case, *, steps: int = 15, **settings: Any) -> tuple[nn.Module, Converted]:

@@ -135,6 +135,8 @@ class QuantizationAwareTraining(QuantizationCallback):
             oneDNN's ops on plain uint8 and int8 tensors, without a compiler and without the dtypes that torch
             deprecates (``quint8``, ``qint8``, ``qint32``); for backends ``"x86"`` and ``"onednn"``. The int8 network
             and its file are then of mode ``"pt2e"``.
+        sequential_mse_batches: When fake-quantization is enabled, choose the range of each weight by the error of its
+            layer's output, layer by layer, on this many batches of the training loader; 0 for off.
 
     Attributes:
         prepared: The prepared network (a dict by name, if ``module`` lists several), once the fit has begun.

@@ -90,7 +90,7 @@ def evaluate_variants(
 
     Args:
         trainer: The Trainer that fitted the model. Without a fit, `PostTrainingQuantization` quantizes the model as it
-        is.
+            is.
         model: The LightningModule.
         datamodule: See `trainer.test`.
         dataloaders: See `trainer.test`.

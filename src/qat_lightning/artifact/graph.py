@@ -236,7 +236,7 @@ def _decode_attribute(data: dict[str, Any], reading: Reading) -> Any:
 
 def _put(holder: nn.Module, leaf: str, value: Any, loose: dict[str, Any], path: str) -> None:
     """Register a value under a name that neither another part of the file nor `nn.Module` itself uses."""
-    if hasattr(holder, leaf) or hasattr(GraphNetwork, leaf) or leaf in ("graph", "_run"):
+    if hasattr(holder, leaf) or hasattr(GraphNetwork, leaf) or leaf in ("graph", "_run", "_run_at_inference"):
         raise ArtifactError(f"it has a part named {path[:80]!r}, but that name is taken")
     if isinstance(value, nn.Parameter):
         holder.register_parameter(leaf, value)

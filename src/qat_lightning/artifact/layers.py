@@ -46,10 +46,17 @@ _FLOAT = _words(
     Unflatten Unfold Upsample UpsamplingBilinear2d UpsamplingNearest2d ZeroPad1d ZeroPad2d ZeroPad3d
     """
 )
+_LOSSES = _words(
+    """
+    BCELoss BCEWithLogitsLoss CTCLoss CosineEmbeddingLoss CrossEntropyLoss GaussianNLLLoss HingeEmbeddingLoss HuberLoss
+    KLDivLoss L1Loss MSELoss MarginRankingLoss MultiLabelMarginLoss MultiLabelSoftMarginLoss MultiMarginLoss NLLLoss
+    PoissonNLLLoss SmoothL1Loss SoftMarginLoss TripletMarginLoss
+    """
+)
 _QUANTIZED = _words("BatchNorm2d BatchNorm3d Dropout ELU Hardswish LeakyReLU PReLU ReLU6 Sigmoid Softmax")
 _FUSED = _words("BNReLU2d BNReLU3d")
 _CLASSES: dict[str, type[nn.Module]] = {
-    **{f"torch.nn.{name}": getattr(nn, name) for name in _FLOAT if hasattr(nn, name)},
+    **{f"torch.nn.{name}": getattr(nn, name) for name in [*_FLOAT, *_LOSSES] if hasattr(nn, name)},
     **{f"torch.ao.nn.quantized.{name}": getattr(nnq, name) for name in _QUANTIZED},
     **{f"torch.ao.nn.intrinsic.quantized.{name}": getattr(nniq, name) for name in _FUSED},
 }

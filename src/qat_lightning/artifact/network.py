@@ -8,18 +8,18 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from qat_lightning.artifact.graph import (
-    decode_graph,
-    decode_signature,
-    decode_structure,
-    encode_graph,
-    encode_signature,
-    encode_structure,
+from qat_lightning.artifact.calls import (
+    decode_inference,
+    decode_sizes,
+    decode_spec,
+    encode_inference,
+    encode_sizes,
+    encode_spec,
 )
+from qat_lightning.artifact.graph import decode_graph, encode_graph
 from qat_lightning.artifact.progress import Reading, Writing
 from qat_lightning.artifact.values import decode, encode
 from qat_lightning.errors import ArtifactError, CheckpointMismatchError
-from qat_lightning.graph.given_sizes import GivenInput, GivenSizes
 from qat_lightning.modes.graph_network import GraphNetwork
 from qat_lightning.settings.kinds import DIRECT
 from qat_lightning.settings.recipe import Recipe
@@ -45,65 +45,34 @@ def decode_network(data: dict[str, Any], recipe: Recipe, reading: Reading) -> nn
 
 def _encode_fx(network: nn.Module, writing: Writing) -> dict[str, Any]:
     assert isinstance(network, GraphNetwork)
-    data = encode_graph(network, network.graph, writing)
-    return data if network.sizes is None else data | {"sizes": _encode_sizes(network.sizes)}
+    data = encode_graph(network, network.graph, writing) | encode_inference(network.inference_call, writing)
+    return data if network.sizes is None else data | {"sizes": encode_sizes(network.sizes)}
 
 
 def _decode_fx(data: dict[str, Any], recipe: Recipe, reading: Reading) -> nn.Module:
     network = decode_graph(data, reading)
     if "sizes" in data:
-        network.give_sizes(_decode_sizes(data["sizes"]), None)
+        network.give_sizes(decode_sizes(data["sizes"]), None)
+    network.inference_call = decode_inference(data, network.graph, reading)
     return network
 
 
-def _encode_sizes(sizes: GivenSizes) -> dict[str, Any]:
-    inputs = [[given.path, encode(given.shape), encode(given.value)] for given in sizes.inputs]
-    return {"network": sizes.network, "names": list(sizes.names), "inputs": inputs}
-
-
-def _decode_sizes(data: dict[str, Any]) -> GivenSizes:
-    inputs = [GivenInput(str(path), decode(shape), decode(value)) for path, shape, value in data["inputs"]]
-    return GivenSizes(str(data["network"]), tuple(map(str, data["names"])), tuple(inputs))
-
-
 def _encode_pt2e(network: Any, writing: Writing) -> dict[str, Any]:
-    spec = network.spec
-    try:
-        outputs = encode_structure(spec.out_spec)
-    except ArtifactError as error:
-        raise ArtifactError(
-            f"what its forward returns {error}, whose class a file cannot hold: return a tuple or a dict"
-        ) from error
-    return {
-        "graph": encode_graph(network.decomposed, network.decomposed.graph, writing),
-        "name": spec.name,
-        "signature": encode_signature(spec.signature),
-        "inputs": [[given.path, encode(given.shape), encode(given.value)] for given in spec.inputs],
-        "in": encode_structure(spec.in_spec),
-        "out": outputs,
-        "batch": spec.batch,
-    }
+    graph = encode_graph(network.decomposed, network.decomposed.graph, writing)
+    return {"graph": graph} | encode_spec(network.spec) | encode_inference(network.inference_call, writing)
 
 
 def _decode_pt2e(data: dict[str, Any], recipe: Recipe, reading: Reading) -> nn.Module:
     # Imported here, so that each mode is imported only if used.
     from torch.fx import GraphModule
 
-    from qat_lightning.graph.signature import CallSpec, Input
     from qat_lightning.modes.decomposed.int8 import Int8Network
 
-    spec = CallSpec(
-        name=str(data["name"]),
-        signature=decode_signature(data["signature"]),
-        in_spec=decode_structure(data["in"], reading.network),
-        inputs=tuple(Input(str(path), decode(shape), decode(value)) for path, shape, value in data["inputs"]),
-        out_spec=decode_structure(data["out"], reading.network),
-        batch=int(data["batch"]),
-    )
-    if spec.in_spec.num_leaves != len(spec.inputs):
-        raise ArtifactError("its inputs do not match its graph")
+    spec = decode_spec(data, reading)
     rebuilt = decode_graph(data["graph"], reading)
-    return Int8Network(GraphModule(rebuilt, rebuilt.graph).eval(), spec, recipe.backend, recipe.runtime)
+    decomposed = GraphModule(rebuilt, rebuilt.graph).eval()
+    call = decode_inference(data, rebuilt.graph, reading)
+    return Int8Network(decomposed, spec, recipe.backend, recipe.runtime, call)
 
 
 def _encode_eager(network: nn.Module, writing: Writing) -> dict[str, Any]:

@@ -70,6 +70,16 @@ _COMPUTE = words(
     """
 )
 """Computations: as functions, methods and aten ops, also in place (with ``_`` appended)."""
+_LOSSES = words(
+    """
+    binary_cross_entropy binary_cross_entropy_with_logits cosine_embedding_loss cross_entropy cross_entropy_loss
+    ctc_loss gaussian_nll_loss hinge_embedding_loss huber_loss kl_div l1_loss margin_ranking_loss mse_loss
+    multi_margin_loss multilabel_margin_loss multilabel_margin_loss_forward multilabel_soft_margin_loss nll_loss
+    nll_loss2d nll_loss2d_forward nll_loss_forward nll_loss_nd poisson_nll_loss smooth_l1_loss soft_margin_loss
+    triplet_margin_loss
+    """
+)
+"""Losses, for networks that compute their own: functions and aten ops."""
 _FUNCTIONS_ONLY = words("tensor as_tensor sym_float sym_int sym_ite sym_max sym_min sym_not sym_sum _assert")
 _METHODS_ONLY = words(
     """
@@ -128,7 +138,7 @@ METHODS = frozenset(
 """Methods of tensors that a graph may call."""
 
 _NAMESPACES: dict[str, frozenset[str]] = {
-    "aten": _COMPUTE | _ATEN_ONLY,
+    "aten": _COMPUTE | _LOSSES | _ATEN_ONLY,
     "quantized": _QUANTIZED,
     "quantized_decomposed": _DECOMPOSED,
 }
@@ -138,7 +148,7 @@ _NAMESPACES: dict[str, frozenset[str]] = {
 def _functions() -> dict[str, Callable[..., Any]]:
     spaces: list[tuple[str, Any, frozenset[str]]] = [
         ("torch", torch, _COMPUTE | _FUNCTIONS_ONLY),
-        ("torch.nn.functional", F, _COMPUTE),
+        ("torch.nn.functional", F, _COMPUTE | _LOSSES),
         ("torch.linalg", torch.linalg, _COMPUTE),
         ("torch.fft", torch.fft, _COMPUTE),
         ("torch.special", torch.special, _COMPUTE),

@@ -18,6 +18,7 @@ from qat_lightning.artifact.write import save_quantized
 from qat_lightning.checks import LayerCheck, WholeCheck
 from qat_lightning.errors import QuantizationError
 from qat_lightning.graph.example import Example
+from qat_lightning.graph.inference_call import inference_example
 from qat_lightning.modes.protocol import Converted, LayerCoverage
 from qat_lightning.settings.backends import quantized_engine
 from qat_lightning.settings.kinds import DIRECT
@@ -104,6 +105,23 @@ class QuantizedNetwork(nn.Module):
                 return found(*args, **kwargs)
 
         return method
+
+    def at_inference(self) -> QuantizedNetwork:
+        """The network without inputs that only its loss reads, such as labels, on the same layers.
+
+        Returns:
+            The network itself if it has no such inputs, or if its mode keeps Python code, which decides at each call.
+        """
+        network: Any = self.network
+        call = getattr(network, "inference_call", None)
+        if call is None:
+            return self
+        made = QuantizedNetwork.__new__(QuantizedNetwork)
+        made.__dict__.update(self.__dict__)
+        made._modules = self._modules | {"network": network.at_inference()}
+        made._frozen = FrozenCalls()
+        made.example = inference_example(call, self.example)
+        return made
 
     def train(self, mode: bool = True) -> QuantizedNetwork:
         """Only store the flag: int8 kernels do not train, and their layers stay in evaluation."""

@@ -12,6 +12,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from qat_lightning.errors import ExportError
+from qat_lightning.export.completion import Completion
 from qat_lightning.export.protocol import Source
 from qat_lightning.graph.signature import batch_size, canonical, has_batch
 
@@ -31,6 +32,7 @@ class Call:
         results: Leaves of the result, with `TENSOR` in place of tensors.
         batched: For each input tensor, whether it has a batch dimension.
         batched_results: For each tensor of the result, whether it has a batch dimension.
+        completion: Computes the loss of a call that also gives its inputs; None if there are no such inputs.
     """
 
     signature: inspect.Signature
@@ -40,6 +42,7 @@ class Call:
     results: tuple[Any, ...]
     batched: tuple[bool, ...]
     batched_results: tuple[bool, ...] = ()
+    completion: Completion | None = None
 
     @classmethod
     def of(cls, source: Source) -> Call:
@@ -59,6 +62,7 @@ class Call:
             tuple(map(_if_no_tensor, results)),
             tuple(has_batch(leaf, size) for leaf in leaves if isinstance(leaf, Tensor)),
             tuple(has_batch(leaf, size) for leaf in results if isinstance(leaf, Tensor)),
+            source.completion,
         )
 
     def flatten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
@@ -67,6 +71,8 @@ class Call:
         Raises:
             ExportError: The non-tensor arguments differ from those of the exported call.
         """
+        if self.completion is not None:
+            args, kwargs = (), self.completion.call.arguments(args, kwargs)
         try:
             leaves = self.in_spec.flatten_up_to(canonical(self.signature, args, kwargs))
         except (TypeError, ValueError) as error:
@@ -89,8 +95,14 @@ class Call:
         """Return the tensors of a result, in order."""
         return [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
 
-    def result(self, tensors: list[Tensor]) -> Any:
-        """Return the result for the tensors that `tensors_of` returned."""
+    def result(self, tensors: list[Tensor], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        """Return the result for the tensors that `tensors_of` returned, with the loss if the call gives its inputs."""
+        result = self._restored(tensors)
+        if self.completion is None or self.completion.call.is_made_by(args, kwargs or {}):
+            return result
+        return self.completion(result, args, kwargs or {})
+
+    def _restored(self, tensors: list[Tensor]) -> Any:
         rest = iter(tensors)
         return pytree.tree_unflatten([next(rest) if leaf is TENSOR else leaf for leaf in self.results], self.out_spec)
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 
 import torch
+from torch import fx
 
 from qat_lightning.artifact.quantized import QuantizedNetwork
 from qat_lightning.errors import ConfigurationError, ExportError
 from qat_lightning.export.comparison import Comparison, problem
 from qat_lightning.export.program import in_plain_ops, of_two
 from qat_lightning.graph.example import Example
+from qat_lightning.graph.inference_call import InferenceCall, inference_call_between, inference_example
+from qat_lightning.graph.signature import CallSpec
 from qat_lightning.modes.protocol import Converted
 from qat_lightning.settings.kinds import DIRECT
 
@@ -78,10 +81,20 @@ def _of_mode_pt2e(network: QuantizedNetwork, call: Example) -> QuantizedNetwork:
     from qat_lightning.modes.pt2e.capture import capture
 
     recipe = network.recipe
-    graph, spec = capture(in_plain_ops(network, call), call, train=False)
+
+    def captured(network: QuantizedNetwork, call: Example) -> tuple[fx.GraphModule, CallSpec]:
+        return capture(in_plain_ops(network, call), call, train=False)
+
+    graph, spec = captured(network, call)
+    at_inference: InferenceCall | None = getattr(network.network, "inference_call", None)
+    if at_inference is not None:
+        lean, lean_spec = captured(network.at_inference(), inference_example(at_inference, call))
+        at_inference = inference_call_between(
+            graph.graph, lean.graph, lean_spec, at_inference.without, at_inference.parameters
+        )
     made = dataclasses.replace(recipe, mode="pt2e", backend=_BACKEND)
     converted = Converted(
-        Int8Network(graph, spec, _BACKEND, recipe.runtime),
+        Int8Network(graph, spec, _BACKEND, recipe.runtime, at_inference),
         list(network.coverage),
         list(network.checks),
         [*network.notes, f"on plain tensors, from mode {recipe.mode!r} and backend {recipe.backend!r}"],

@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from qat_lightning.artifact.quantized import QuantizedNetwork
+from qat_lightning.export.completion import Completion
 from qat_lightning.export.spelling import Spelling
 from qat_lightning.graph.example import Example
+from qat_lightning.graph.inference_call import inference_example
 from qat_lightning.settings.kinds import DIRECT
 from qat_lightning.settings.recipe import Recipe
 
@@ -59,22 +61,30 @@ class Port:
 class Source:
     """The network to export: an int8 network, or the float one that it is compared with in the same runtime.
 
+    Files are for inference: inputs that only the loss of an int8 network reads, such as labels, are left out.
+
     Args:
         network: The network, on the CPU.
         example: One real call, with a batch size of 2 or more.
         recipe: For a float network, the recipe of the int8 network; by default the network's own.
 
     Attributes:
-        network: As given.
-        example: As given.
+        network: As given, without the inputs of its loss.
+        example: As given, without them.
+        completion: Computes the loss from what the network returns; None if it has no such inputs.
         recipe: As given, or the network's own; None for a float network by itself.
     """
 
     def __init__(self, network: nn.Module, example: Example, recipe: Recipe | None = None) -> None:
-        self.network = network
-        self.example = example
+        self.completion = Completion.of(network) if isinstance(network, QuantizedNetwork) else None
+        self.network = network.at_inference() if isinstance(network, QuantizedNetwork) else network
+        self.example = self.at_inference(example)
         self.recipe = recipe if self.quantized is None else self.quantized.recipe
         self._spelled: dict[Spelling, ExportedProgram] = {}
+
+    def at_inference(self, example: Example) -> Example:
+        """A call without the inputs of the loss."""
+        return example if self.completion is None else inference_example(self.completion.call, example)
 
     @property
     def quantized(self) -> QuantizedNetwork | None:

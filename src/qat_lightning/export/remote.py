@@ -107,4 +107,5 @@ class RemoteNetwork(nn.Module):
         call: Call = self.__dict__["_call"]
         tensors = [tensor.detach().contiguous() for tensor in call.flatten(args, kwargs)]
         server: Server = self.__dict__["_server"]
-        return call.result(server.ask("run", self.key, tensors, call.batched, call.batched_results))
+        returned = server.ask("run", self.key, tensors, call.batched, call.batched_results)
+        return call.result(returned, args, kwargs)

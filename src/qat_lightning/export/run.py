@@ -178,7 +178,7 @@ class _Job:
         limits: _Limits,
     ) -> None:
         self.source = Source(network, example)
-        self.batches = batches
+        self.batches = [self.source.at_inference(call) for call in batches]
         self.labels = labels
         self.reference = reference
         self._returned: list[Any] = []

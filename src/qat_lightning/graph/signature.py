@@ -67,7 +67,8 @@ class CallSpec:
         except (TypeError, ValueError) as error:
             raise NetworkError(
                 f"{self.name} was captured with the inputs {self.describe()}, and called with others: {error} Call it "
-                "with the same arguments, or give example_inputs= that contain these."
+                "with the same arguments, give example_inputs= that contain these, or use mode='eager', which needs no "
+                "graph."
             ) from error
         tensors = []
         for leaf, expected in zip(leaves, self.inputs, strict=True):

@@ -24,6 +24,7 @@ from qat_lightning.errors import CombinationError, ConfigurationError
 from qat_lightning.modes.compile_switch import has_cpp_compiler
 from qat_lightning.modes.eager.forwards import is_foreign
 from qat_lightning.modes.eager.layers import MarksWhileTraced
+from qat_lightning.modes.graph_network import GraphNetwork
 from qat_lightning.modes.prepared import fake_quantizers, prepared_state
 from qat_lightning.processes import all_alike, process_count
 from qat_lightning.settings.kinds import DIRECT
@@ -125,8 +126,7 @@ class CompiledSteps:
         if self._as_it_is:
             self._as_it_is -= 1
             return False
-        sizes = getattr(self.network, "sizes", None)
-        if sizes is not None and sizes.others(args, kwargs):
+        if isinstance(self.network, GraphNetwork) and not self.network.takes(args, kwargs):
             return False
         if any(is_foreign(hook) for module in self._modules for hook in _hooks(module)):
             self._report_hooks()

@@ -15,10 +15,12 @@ from torch import Tensor, fx, nn
 
 from qat_lightning.errors import NetworkError
 from qat_lightning.graph.given_sizes import GivenSizes
+from qat_lightning.graph.inference_call import InferenceCall
 from qat_lightning.graph.portable_graph import hold_graphs, release_graphs
 from qat_lightning.graph.training_flags import overrides_train, set_training_flags, training_flags
 from qat_lightning.layers.relu_rounding import with_relus_in_roundings
 from qat_lightning.modes.prepared import PreparedState
+from qat_lightning.modes.structured_tracer import makes_container
 
 
 class KeepsExtraState(nn.Module):
@@ -80,6 +82,8 @@ class GraphNetwork(KeepsExtraState):
     _quantization: PreparedState
     sizes: GivenSizes | None = None
     """The inputs that the graph supports; None if it supports all sizes."""
+    inference_call: InferenceCall | None = None
+    """The call without the inputs of the loss; None if there are none."""
 
     def __init__(self, source: fx.GraphModule) -> None:
         super().__init__()
@@ -102,7 +106,11 @@ class GraphNetwork(KeepsExtraState):
         """Run another graph from now on."""
         self.__dict__["graph"] = graph
         self.__dict__["_made_for"] = {}
-        self.__dict__["_run"] = compile_graph(with_relus_in_roundings(self, graph))
+        self.__dict__["_run_at_inference"] = None
+        self.__dict__["_run"] = self._compile(graph)
+
+    def _compile(self, graph: fx.Graph) -> Callable[..., Any]:
+        return compile_graph(with_relus_in_roundings(self, graph))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the graph on the inputs of the original network.
@@ -114,9 +122,12 @@ class GraphNetwork(KeepsExtraState):
         run = self.__dict__["_run"]
         if torch.compiler.is_compiling():  # compiled steps are only used for inputs that fit
             return run(self, *args, **kwargs)
+        call = self.inference_call
+        if call is not None and call.is_made_by(args, kwargs):
+            run, args, kwargs = self._at_inference(call), (), call.arguments(args, kwargs)
         try:
             if self.sizes is not None:
-                run = self._run_for(self.sizes, args, kwargs)
+                run = self._run_for(self.sizes, run, args, kwargs)
             return run(self, *args, **kwargs)
         except NetworkError:
             raise
@@ -129,15 +140,39 @@ class GraphNetwork(KeepsExtraState):
         """Which inputs the network was traced with, if a call that failed has others; empty if it has these."""
         return _other_inputs(self.graph, args, kwargs)
 
+    def inference_graph(self) -> fx.Graph:
+        """The graph of the call without the inputs of the loss, which shares all layers with the whole one."""
+        assert self.inference_call is not None
+        return self.inference_call.graph_from(self.graph, makes_container)
+
+    def at_inference(self) -> GraphNetwork:
+        """A network of the call without the inputs of the loss, on the same layers."""
+        network = GraphNetwork(fx.GraphModule(self, self.inference_graph())).eval()
+        network.give_sizes(self.sizes, None)
+        return network
+
+    def _at_inference(self, call: InferenceCall) -> Callable[..., Any]:
+        if self.__dict__["_run_at_inference"] is None:
+            self.__dict__["_run_at_inference"] = self._compile(self.inference_graph())
+        run: Callable[..., Any] = self.__dict__["_run_at_inference"]
+        return run
+
+    def takes(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether the graph itself runs for a call, and not one of another form."""
+        if self.inference_call is not None and self.inference_call.is_made_by(args, kwargs):
+            return False
+        return self.sizes is None or not self.sizes.others(args, kwargs)
+
     def give_sizes(self, sizes: GivenSizes | None, other_sizes: OtherSizes | None) -> None:
         """Set the supported input sizes, and the function that makes graphs for other sizes, if there is one."""
         self.__dict__["sizes"] = sizes
         self.__dict__["_other_sizes"] = other_sizes
 
-    def _run_for(self, sizes: GivenSizes, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[..., Any]:
+    def _run_for(
+        self, sizes: GivenSizes, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Callable[..., Any]:
         others = sizes.others(args, kwargs)
         if not others:
-            run: Callable[..., Any] = self.__dict__["_run"]
             return run
         make = self.__dict__.get("_other_sizes")
         if make is None:
@@ -169,7 +204,8 @@ class GraphNetwork(KeepsExtraState):
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything except compiled functions, and graphs for other sizes, which are made again."""
-        return hold_graphs({name: value for name, value in self.__dict__.items() if name not in ("_run", "_made_for")})
+        made = ("_run", "_run_at_inference", "_made_for")
+        return hold_graphs({name: value for name, value in self.__dict__.items() if name not in made})
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(release_graphs(state))  # type: ignore[no-untyped-call]

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx, nn
 
+from qat_lightning.graph.inference_call import InferenceCall
 from qat_lightning.graph.portable_graph import PortableModule
 from qat_lightning.graph.signature import BATCH, CallSpec
 from qat_lightning.modes.compile_switch import compiling_allowed, has_cpp_compiler
@@ -42,6 +43,8 @@ class Int8Network(nn.Module):
         spec: Its signature.
         backend: The name of its backend; only x86 is compiled.
         runtime: With ``"plain"``, oneDNN's kernels always run one by one, and nothing is compiled.
+        inference_call: The call without the inputs of the loss, which has a network of its own on the same tensors;
+            None if there are no such inputs.
 
     Attributes:
         decomposed: The graph as given, for saving, exporting and inspection.
@@ -54,13 +57,19 @@ class Int8Network(nn.Module):
     runtime: Runtime | None = None
 
     def __init__(
-        self, decomposed: fx.GraphModule, spec: CallSpec, backend: str, runtime: Runtime | None = None
+        self,
+        decomposed: fx.GraphModule,
+        spec: CallSpec,
+        backend: str,
+        runtime: Runtime | None = None,
+        inference_call: InferenceCall | None = None,
     ) -> None:
         super().__init__()
         self.decomposed = decomposed
         self.spec = spec
         self.backend = backend
         self.runtime = runtime
+        self.inference_call = inference_call
         self.why_decomposed = ""
         self._reset()
 
@@ -73,18 +82,33 @@ class Int8Network(nn.Module):
         self.runs = "not compiled yet"
         self.__dict__["_compiled"] = None
         self.__dict__["_lock"] = threading.Lock()
+        self.__dict__["_at_inference"] = None
         if self.backend != "x86":
             self.runs = "decomposed"
             self.why_decomposed = f"backend {self.backend!r} runs elsewhere ({get_backend(self.backend, 'pt2e').about})"
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the int8 network on the inputs of the float network."""
+        call = self.inference_call
+        if call is not None and call.is_made_by(args, kwargs):
+            return self.at_inference()(**call.arguments(args, kwargs))
         with torch.no_grad():
             tensors = [_prepare(tensor) for tensor in self.spec.flatten(args, kwargs)]
             if self.runs == "not compiled yet" and (self.runtime == "plain" or compiling_enabled()):
                 self._compile_on(tensors)
             run = self.__dict__["_compiled"] or self.decomposed
             return self.spec.unflatten(run(*tensors))
+
+    def at_inference(self) -> Int8Network:
+        """The network of the call without the inputs of the loss; its tensors are the same."""
+        call = self.inference_call
+        assert call is not None
+        assert call.spec is not None
+        if self.__dict__["_at_inference"] is None:
+            graph_module = fx.GraphModule(self.decomposed, call.graph_from(self.decomposed.graph)).eval()
+            self.__dict__["_at_inference"] = Int8Network(graph_module, call.spec, self.backend, self.runtime)
+        network: Int8Network = self.__dict__["_at_inference"]
+        return network
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile now; the inputs of a real call are used to verify it. Later calls may have any batch size."""
@@ -177,7 +201,9 @@ class Int8Network(nn.Module):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Int8Network:
         """A copy with its own graph; compiled code holds no state and is shared."""
-        copied = type(self)(copy.deepcopy(self.decomposed, memo), self.spec, self.backend, self.runtime)
+        copied = type(self)(
+            copy.deepcopy(self.decomposed, memo), self.spec, self.backend, self.runtime, self.inference_call
+        )
         copied.training = self.training
         copied.runs, copied.why_decomposed = self.runs, self.why_decomposed
         copied.__dict__["_compiled"] = self.__dict__["_compiled"]
@@ -185,7 +211,9 @@ class Int8Network(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Omit compiled code."""
-        state = {name: value for name, value in self.__dict__.items() if name not in ("_compiled", "_lock")}
+        state = {
+            name: value for name, value in self.__dict__.items() if name not in ("_compiled", "_lock", "_at_inference")
+        }
         return state | {"_modules": {"decomposed": PortableModule(self.decomposed)}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

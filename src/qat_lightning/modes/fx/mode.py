@@ -13,6 +13,7 @@ from torch import fx, nn
 
 from qat_lightning.errors import ConversionError, NetworkError
 from qat_lightning.graph.example import Example, in_float32
+from qat_lightning.graph.inference_call import optional_inputs
 from qat_lightning.graph.scopes import join
 from qat_lightning.layers.qat_modules import make_batchnorm_freezable, make_batchnorm_plain, round_weights_for_good
 from qat_lightning.layers.tables import make_tables_plain
@@ -73,6 +74,7 @@ from qat_lightning.modes.tracing import (
     refuse_another_for_one,
     refuse_other_results,
     trace,
+    traced_inference,
 )
 from qat_lightning.modes.upstream_memory import nothing_remembered
 from qat_lightning.modes.verify import check_layers
@@ -105,8 +107,14 @@ class FxMode:
             for name, module in network.named_modules()
             if name
         }
-        graph_module, scopes, sizes = trace(
-            network, example, outer_parts(network, selected), by_example="identities" not in recipe.families
+        untouched = copy_of_modules(network) if optional_inputs(network, example) else network
+        whole, by_example = outer_parts(network, selected), "identities" not in recipe.families
+        graph_module, scopes, sizes = trace(network, example, whole, by_example=by_example)
+        at_inference = traced_inference(
+            untouched,
+            graph_module.graph,
+            example,
+            lambda again, lean: trace(again, lean, whole, by_example=by_example)[0].graph,
         )
         two_and_more, mixed = (graph_module.meta.pop(key) for key in (TWO_AND_MORE, MIXED))
         leave_inside_float(graph_module, selected)
@@ -141,6 +149,7 @@ class FxMode:
         plan.tables = tables
         result = _as_network(prepared, plan, unrounded, hidden.read)
         result.give_sizes(sizes, SharedLayers())
+        result.inference_call = at_inference
         restore_children(result, hidden.originals, parameters, float_network)
         make_batchnorm_freezable(result)
         result._quantization = PreparedState(self, recipe, float_network, prefix=prefix, plan=plan)
@@ -190,6 +199,7 @@ class FxMode:
         passes.reshape_views(int8.graph)
         network = GraphNetwork(int8)
         network.give_sizes(prepared.sizes, ConvertsAgain(recording) if prepared.sizes is not None else None)
+        network.inference_call = prepared.inference_call
         for parameter in network.parameters():
             parameter.requires_grad_(False)
         try:

@@ -182,8 +182,8 @@ def _attempt(module: nn.Module, calls: list[Example], recipe: Recipe, prefix: st
     prepared = FxMode().prepare(module, calls[0], recipe, prefix=prefix)
     float_module = prepared_state(prepared).float_network
     for call in _others(calls):
-        if prepared.sizes is not None and prepared.sizes.others(call.args, call.kwargs):
-            raise TraceError("it is called with several sizes, and its computation depends on them")
+        if not prepared.takes(call.args, call.kwargs):
+            raise TraceError("it is called with several sizes, on which its computation depends, or with other inputs")
         refuse_other_results(prepared, float_module, call, "its calls do not all take the same path.")
 
 

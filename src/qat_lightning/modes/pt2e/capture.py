@@ -15,6 +15,7 @@ from torch.fx.graph import CodeGen
 
 from qat_lightning.errors import TraceError
 from qat_lightning.graph.example import Example
+from qat_lightning.graph.inference_call import InferenceCall, inference_call
 from qat_lightning.graph.signature import (
     BATCH,
     CallSpec,
@@ -86,6 +87,7 @@ def capture(
     for inner in _graphs(graph_module):
         _drop_checks(inner)
     _clean(graph_module.graph, spec)
+    _ask_first_input(graph_module.graph)
     if train:
         for inner in _graphs(graph_module):
             _refuse_randomness(inner, spec.name)
@@ -97,6 +99,34 @@ def capture(
             module.graph.lint()
             module.recompile()
     return graph_module, spec
+
+
+def captured_inference(
+    graph: fx.Graph,
+    network: nn.Module,
+    example: Example,
+    capture_again: Callable[[Example], tuple[fx.GraphModule, CallSpec]],
+) -> InferenceCall | None:
+    """The call of a captured network without the inputs of its loss.
+
+    Args:
+        graph: The graph that was captured with ``example``.
+        network: The float network.
+        example: One call.
+        capture_again: Captures the network with another call.
+
+    Returns:
+        None if there is no such call.
+    """
+
+    def again(lean: Example) -> tuple[fx.Graph, CallSpec] | None:
+        try:
+            graph_module, spec = capture_again(lean)
+        except TraceError:
+            return None  # only the call with all inputs is supported, and others are refused where they are made
+        return graph_module.graph, spec
+
+    return inference_call(graph, network, example, again)
 
 
 def _export(network: nn.Module, args: Any, kwargs: Any, shapes: Any) -> Any:
@@ -176,6 +206,20 @@ def _clean(graph: fx.Graph, spec: CallSpec) -> None:
     output = graph.output_node()
     values, _ = pytree.tree_flatten(output.args[0], is_leaf=lambda value: isinstance(value, fx.Node))
     output.args = (tuple(values),)
+
+
+def _ask_first_input(graph: fx.Graph) -> None:
+    """Take each size from the first input that has it: export takes it from the last, which may be labels."""
+    first: dict[str, tuple[fx.Node, int]] = {}
+    for node in graph.find_nodes(op="placeholder"):
+        value = node.meta.get("val")
+        for dim, size in enumerate(value.shape if isinstance(value, torch.Tensor) else ()):
+            if isinstance(size, torch.SymInt):
+                first.setdefault(str(size.node.expr), (node, dim))
+    for node in graph.find_nodes(op="call_function", target=aten.sym_size.int):
+        size = node.meta.get("val")
+        if node.args[0].op == "placeholder" and isinstance(size, torch.SymInt) and str(size.node.expr) in first:
+            node.args = first[str(size.node.expr)]
 
 
 def _inline_no_grad(graph_module: fx.GraphModule) -> None:

@@ -10,6 +10,7 @@ from torch.nn.utils.parametrizations import _SpectralNorm
 
 from qat_lightning.errors import TraceError
 from qat_lightning.graph.example import Example, in_float32
+from qat_lightning.graph.signature import CallSpec
 from qat_lightning.modes.captured_once import captured
 from qat_lightning.modes.checkpointing import refuse_checkpoints
 from qat_lightning.modes.coverage import float_run, layers_with_macs, report
@@ -28,7 +29,7 @@ from qat_lightning.modes.prepared import (
 )
 from qat_lightning.modes.protocol import Converted, LayerCoverage
 from qat_lightning.modes.pt2e.annotate import insert_fake_quantize
-from qat_lightning.modes.pt2e.capture import capture
+from qat_lightning.modes.pt2e.capture import capture, captured_inference
 from qat_lightning.modes.pt2e.check import coverage
 from qat_lightning.modes.pt2e.comparison import check_layers
 from qat_lightning.modes.pt2e.convert import decompose, visit_weights
@@ -66,18 +67,20 @@ class Pt2eMode:
         refuse_checkpoints(network, example, "pt2e")
         keep_tapes()
         float_network = copy_of_modules(network)
-        graph_module, spec = captured(
-            network,
-            example,
-            prefix,
-            lambda: capture(network, example, by_numbers="convolutions" in recipe.families),
-        )
+
+        def captured_with(call: Example) -> tuple[fx.GraphModule, CallSpec]:
+            by_numbers = "convolutions" in recipe.families
+            return captured(network, call, prefix, lambda: capture(network, call, by_numbers=by_numbers))
+
+        graph_module, spec = captured_with(example)
+        at_inference = captured_inference(graph_module.graph, network, example, captured_with)
         prepared, folded = insert_fake_quantize(graph_module, recipe, prefix=prefix, name=spec.name)
         flags = {name: module.training for name, module in network.named_modules()}
         root = adopt(network, prepared)
         plan = Plan(copy.deepcopy(prepared.graph), dict(prepared.meta), folded, {}, spec)
         plan.weights = weight_quantizers(root, plan.graph)
         result = ExportedNetwork(root, training_graph(root, plan), spec)
+        result.inference_call = at_inference
         result._quantization = PreparedState(self, recipe, float_network, prefix=prefix, plan=plan)
         give_layers_their_grids(result)
         visit_weights(fx.GraphModule(result, copy.deepcopy(plan.graph)), FakeQuantize.materialize)
@@ -107,7 +110,9 @@ class Pt2eMode:
         plan: Plan = state.plan
         result = decompose(copy.deepcopy(prepared), plan, plan.spec.name)
         found = check_layers(prepared, result.graph_module, plan, example, state.recipe.target)
-        network = Int8Network(result.graph_module, plan.spec, state.recipe.backend, state.recipe.runtime)
+        network = Int8Network(
+            result.graph_module, plan.spec, state.recipe.backend, state.recipe.runtime, prepared.inference_call
+        )
         notes = []
         if state.recipe.backend != "x86":
             kernels, how = _ELSEWHERE.get(state.recipe.backend, _OTHERS)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
 from torch import fx, nn
 
+from qat_lightning.graph.inference_call import InferenceCall
 from qat_lightning.graph.signature import CallSpec
 from qat_lightning.layers.relu_rounding import with_relus_in_roundings
 from qat_lightning.modes.graph_network import GraphNetwork, GraphPart, compile_graph
@@ -58,15 +60,24 @@ class ExportedNetwork(GraphNetwork):
         """Nothing: the signature has checked the inputs, and the graph's are the tensors inside them."""
         return ""
 
-    def set_graph(self, graph: fx.Graph) -> None:
-        """Run ``graph``, which takes and returns flat tensors, on the inputs of the captured network."""
-        spec, run = self.__dict__["spec"], compile_graph(with_relus_in_roundings(self, graph))
+    def _compile(self, graph: fx.Graph) -> Callable[..., Any]:
+        """Compile ``graph``, which takes and returns flat tensors, to a function of the captured network's inputs."""
+        return self._with_spec(self.spec, graph)
+
+    def _at_inference(self, call: InferenceCall) -> Callable[..., Any]:
+        if self.__dict__["_run_at_inference"] is None:
+            assert call.spec is not None
+            self.__dict__["_run_at_inference"] = self._with_spec(call.spec, self.inference_graph())
+        run: Callable[..., Any] = self.__dict__["_run_at_inference"]
+        return run
+
+    def _with_spec(self, spec: CallSpec, graph: fx.Graph) -> Callable[..., Any]:
+        run = compile_graph(with_relus_in_roundings(self, graph))
 
         def call(holder: nn.Module, *args: Any, **kwargs: Any) -> Any:
             return spec.unflatten(run(holder, *spec.flatten(args, kwargs)))
 
-        self.__dict__["graph"] = graph
-        self.__dict__["_run"] = call
+        return call
 
 
 def refuse_call(*args: Any, **kwargs: Any) -> Any:

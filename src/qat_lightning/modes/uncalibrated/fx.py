@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 
 from qat_lightning.errors import NetworkError
 from qat_lightning.graph.example import Example
+from qat_lightning.graph.inference_call import optional_inputs
 from qat_lightning.graph.scopes import join
 from qat_lightning.layers.integer import integer_layer
 from qat_lightning.layers.transformer import written_out
@@ -18,8 +19,9 @@ from qat_lightning.modes.coverage import float_run
 from qat_lightning.modes.fx.other_sizes import aside, example_like
 from qat_lightning.modes.graph_network import GraphNetwork
 from qat_lightning.modes.judging import Names
+from qat_lightning.modes.prepared import copy_of_modules
 from qat_lightning.modes.protocol import Converted, LayerCoverage
-from qat_lightning.modes.tracing import outer_parts, trace_evaluation
+from qat_lightning.modes.tracing import outer_parts, trace_evaluation, traced_inference
 from qat_lightning.modes.uncalibrated.checking import (
     Call,
     check_layers,
@@ -39,8 +41,16 @@ def quantize_fx(network: nn.Module, example: Example, recipe: Recipe, *, prefix:
     original = float_copy(network)
     expected = run_float(original, example)
     selected = {name: recipe.selects(join(prefix, name)) for name, _ in original.named_modules() if name}
+    whole = outer_parts(original, selected)
     with written_out(original, lambda name: False):  # attention becomes one integer layer
-        graph_module, sizes = trace_evaluation(original, example, outer_parts(original, selected))
+        untouched = copy_of_modules(original) if optional_inputs(original, example) else original
+        graph_module, sizes = trace_evaluation(original, example, whole)
+        at_inference = traced_inference(
+            untouched,
+            graph_module.graph,
+            example,
+            lambda again, lean: trace_evaluation(again, lean, whole)[0].graph,
+        )
     used = float_run(original, example).used
     coverage = [_in_graph(row, graph_module.graph, used) for row in cover(original, recipe, prefix)]
     # Training rounds layers, and a network is converted as it was trained.
@@ -68,14 +78,15 @@ def quantize_fx(network: nn.Module, example: Example, recipe: Recipe, *, prefix:
     integer = GraphNetwork(graph_module).eval()
     again = None if sizes is None else QuantizesAgain(float_copy(network), recipe, prefix, shares)
     integer.give_sizes(sizes, again)
+    integer.inference_call = at_inference
     _drop_unread(integer)
     actual, calls = run_integer(integer, example)
     named = Names(prefix, {name for name, _ in original.named_modules()})
     checks, notes = check_layers(calls, recipe.target, named)
-    whole = check_whole_of(integer, actual, calls, example, checks, named)
+    checked = check_whole_of(integer, actual, calls, example, checks, named)
     functions = _flops_of_functions(calls, [f"functional_{node.name}" for node in functional])
     coverage, between = with_macs(coverage, original, example, recipe, functions)
-    return Converted(integer, coverage, checks, [*notes, *end_to_end(expected, actual)], between, whole)
+    return Converted(integer, coverage, checks, [*notes, *end_to_end(expected, actual)], between, checked)
 
 
 class QuantizesAgain:

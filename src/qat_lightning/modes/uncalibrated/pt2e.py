@@ -35,7 +35,7 @@ from qat_lightning.modes.decomposed.int8 import Int8Network
 from qat_lightning.modes.eager.layers import without_fast_paths
 from qat_lightning.modes.judging import Names, raise_if_faulty
 from qat_lightning.modes.protocol import Converted, LayerCoverage
-from qat_lightning.modes.pt2e.capture import capture
+from qat_lightning.modes.pt2e.capture import capture, captured_inference
 from qat_lightning.modes.pt2e.convert import evaluate, tidy
 from qat_lightning.modes.uncalibrated.checking import (
     EXACT,
@@ -68,6 +68,9 @@ def quantize_pt2e(
     coverage = cover(original, recipe, prefix)
     with plain_attention():
         graph_module, spec = capture(original, example, train=False)
+        at_inference = captured_inference(
+            graph_module.graph, original, example, lambda call: capture(original, call, train=False)
+        )
     evaluate(graph_module.graph)
     uses = _uses(original, graph_module, coverage, recipe)
     chosen = {f"{layer}.{name}" if layer else name: share for layer, of in shares.items() for name, share in of.items()}
@@ -86,7 +89,7 @@ def quantize_pt2e(
     graph_module.graph.lint()
     graph_module.recompile()
     decomposed = tidy(graph_module)
-    integer = Int8Network(decomposed, spec, recipe.backend)
+    integer = Int8Network(decomposed, spec, recipe.backend, inference_call=at_inference)
     tensors = spec.flatten(*_copies(example))
     try:
         names = Names(prefix, {name for name, _ in original.named_modules()})

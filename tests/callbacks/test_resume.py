@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import multiprocessing
+import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
+from qat_lightning.callbacks.parts.checkpoint_io import read_float_state
+from qat_lightning.callbacks.parts.checkpoint_weights import read_weights
 from qat_lightning.callbacks.quantization_aware_training import QuantizationAwareTraining
 from qat_lightning.demos.data.resumable import resumable_loader
 from qat_lightning.errors import CheckpointFileError, CheckpointMismatchError
@@ -240,8 +243,39 @@ def test_a_checkpoint_with_classes_is_refused_with_what_to_do(with_classes: str)
         pytest.skip("this release of Lightning always unpickles")
     with pytest.raises(CheckpointFileError, match=r"holds tests.callbacks.lit.Net, .* pass weights_only=False beside"):
         trainer(qat("eager"), max_epochs=2).fit(Remembering(), loader(), ckpt_path=with_classes)
-    with pytest.raises(CheckpointFileError, match=r"holds tests.callbacks.lit.Net, .* save its weights alone"):
-        trainer(qat("eager", float_checkpoint=with_classes)).fit(Remembering(), loader())
+
+
+def test_the_float_weights_are_read_beside_classes(with_classes: str) -> None:
+    callback = qat("eager", float_checkpoint=with_classes)
+    trainer(callback).fit(Remembering(), loader())
+    found = read_weights(Path(with_classes))
+    assert found is not None
+    before = torch.load(with_classes, weights_only=False)["state_dict"]
+    assert {name for name, _ in Remembering().named_parameters()} <= found.keys()
+    assert all(torch.equal(value, before[name]) for name, value in found.items())
+
+
+class Runs:
+    """Unpickles as a call that would be noticed."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.path),)
+
+
+def test_no_code_of_a_checkpoint_is_run_for_its_weights(tmp_path: Path) -> None:
+    noticed, file = tmp_path / "noticed", tmp_path / "some.ckpt"
+    weights = {"w": torch.arange(3.0), "half": torch.ones(2, dtype=torch.bfloat16), "p": nn.Parameter(torch.ones(1))}
+    torch.save({"state_dict": weights, "hyper_parameters": {"runs": Runs(noticed)}, "epoch": 3}, file)
+    found = read_float_state(file)
+    assert not noticed.exists()
+    assert all(torch.equal(found[name], value) for name, value in weights.items())
+    torch.save({"state_dict": weights | {"runs": Runs(noticed)}}, file)
+    with pytest.raises(CheckpointFileError, match="mkdir"):
+        read_float_state(file)
+    assert not noticed.exists()
 
 
 @pytest.mark.parametrize(

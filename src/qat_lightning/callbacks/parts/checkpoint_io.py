@@ -14,6 +14,7 @@ import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import Trainer
 
+from qat_lightning.callbacks.parts.checkpoint_weights import read_weights
 from qat_lightning.errors import CheckpointFileError
 from qat_lightning.storage import Place, copied_here, open_to_read
 from qat_lightning.whole_files import write_whole
@@ -82,11 +83,24 @@ class WholeFileCheckpointIO(TorchCheckpointIO):
 def read_float_state(path: Place) -> dict[str, Any]:
     """Read the ``state_dict`` of ``float_checkpoint=``, which is a Lightning checkpoint or a plain ``state_dict``.
 
+    Objects that it also holds, such as hyperparameters, are not created.
+
     Raises:
-        CheckpointFileError: There is no file at ``path``, or it is incomplete.
+        CheckpointFileError: There is no file at ``path``, or it is incomplete, or its weights are objects of classes.
     """
     said = f"float_checkpoint={str(path)!r}"
-    checkpoint = _mapping(said, lambda: read_checkpoint(path), _WEIGHTS_ALONE)
+
+    def read() -> Any:
+        try:
+            return read_checkpoint(path)
+        except pickle.UnpicklingError:
+            with copied_here([path]) as (here,):
+                weights = read_weights(here)
+            if weights is None:
+                raise
+            return weights
+
+    checkpoint = _mapping(said, read, _WEIGHTS_ALONE)
     return _mapping(said, lambda: checkpoint.get("state_dict", checkpoint), _WEIGHTS_ALONE)
 
 

@@ -207,13 +207,16 @@ def test_the_steps_for_the_larger_part_of_the_error_go_first() -> None:
         known = replace(KNOWN, sources=ErrorSources(weights_db, activations_db), relu6=True)
         return names(climbed(Target(max_drop=0.01), lambda step: measured(step, 0.5), known))
 
-    of_weights, of_activations = order(5.0, 30.0), order(30.0, 5.0)
+    of_weights, of_activations = order(22.0, 30.0), order(30.0, 22.0)
     observers = ["observer_min_max", "observer_percentile", "observer_histogram_kl"]
     recipes = ["bias_correction", "equalization", "equalization_relu6", "sequential_mse", "adaround"]
     assert of_weights[:9] == ["static", *recipes, *observers]
     assert of_activations[:9] == ["static", *observers, *recipes]
     assert of_weights[9:] == of_activations[9:], "layers left float and trainings stay last"
     assert order(20.0, 21.0) == of_activations, "cheap steps go first where both are alike"
+    far_apart = order(5.0, 30.0)
+    assert far_apart[:6] == ["static", *recipes]
+    assert far_apart[-3:] == observers, "what can bring next to nothing comes after the trainings"
 
 
 def test_a_relu6_is_replaced_where_there_is_one() -> None:

@@ -252,17 +252,26 @@ _NOT_IN_EARLIER_SEARCHES = {"equalization_relu6", "sequential_mse", "adaround_bl
 def in_order(rungs: Sequence[Rung], sources: ErrorSources) -> list[Rung]:
     """Rungs in the order in which they are tried: those for the larger part of the error first.
 
-    Rungs that are not for one side alone (more bits, layers left float, training) stay last.
+    Rungs that are not for one side alone (more bits, layers left float, training) come after those for one side, but
+    before those for a side whose part is negligible, which can bring next to nothing.
 
     Example:
         >>> [rung.name for rung in in_order(RUNGS, ErrorSources(10.0, 30.0)) if rung.side][:2]
         ['bias_correction', 'equalization']
         >>> [rung.name for rung in in_order(RUNGS, ErrorSources(30.0, 10.0)) if rung.side][:2]
         ['observer_min_max', 'observer_percentile']
+        >>> in_order(RUNGS, ErrorSources(10.0, 30.0))[-1].name
+        'observer_histogram_kl'
     """
     if not sources.larger:
         return list(rungs)
-    return sorted(rungs, key=lambda rung: 0 if rung.side == sources.larger else 1 if rung.side else 2)
+
+    def place(rung: Rung) -> int:
+        if not rung.side:
+            return 2
+        return 0 if rung.side == sources.larger else 3 if rung.side == sources.negligible else 1
+
+    return sorted(rungs, key=place)
 
 
 def rungs_of(names: Collection[str] | None) -> tuple[Rung, ...]:

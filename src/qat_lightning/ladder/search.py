@@ -38,7 +38,7 @@ from qat_lightning.settings.recipe import Equalization, Recipe
 from qat_lightning.settings.scheme import Scheme
 from qat_lightning.terminal import console
 
-BY_SOURCES = "sources"
+BY_SOURCES = "sources, negligible last"
 """The order of the steps for accuracy: by the source of the error. Earlier versions always kept the order of the
 table."""
 

@@ -10,6 +10,9 @@ Side = Literal["", "weights", "activations"]
 _APART_DB = 3.0
 """The difference from which one side has the larger part of the error: twice the energy of the other's."""
 
+_FAR_APART_DB = 10.0
+"""The difference from which the other side's part is negligible: a tenth of the energy."""
+
 
 @dataclass(frozen=True)
 class ErrorSources:
@@ -37,6 +40,20 @@ class ErrorSources:
             return ""
         return "weights" if self.weights_db < self.activations_db else "activations"
 
+    @property
+    def negligible(self) -> Side:
+        """The side whose part is at most a tenth of the other's; empty where there is none, or it is not known.
+
+        Example:
+            >>> ErrorSources(12.0, 30.0).negligible, ErrorSources(12.0, 18.0).negligible
+            ('activations', '')
+        """
+        if self.weights_db is None or self.activations_db is None:
+            return ""
+        if abs(self.weights_db - self.activations_db) < _FAR_APART_DB:
+            return ""
+        return "activations" if self.larger == "weights" else "weights"
+
     def words(self) -> str:
         """The measurement and what follows from it, in a sentence; empty where it is not known.
 
@@ -44,11 +61,12 @@ class ErrorSources:
             >>> ErrorSources(12.0, 30.0).words().partition("; ")[0]
             'SQNR of the outputs: 12.0 dB with only weights quantized, 30.0 dB with only activations'
             >>> ErrorSources(12.0, 30.0).words().partition("; ")[2]
-            'steps for weights first.'
+            'steps for weights first, those for activations last.'
         """
         if self.weights_db is None or self.activations_db is None:
             return ""
         first = f"steps for {self.larger} first" if self.larger else "both are alike, so the cheap steps first"
+        first += f", those for {self.negligible} last" if self.negligible else ""
         return (
             f"SQNR of the outputs: {self.weights_db:.1f} dB with only weights quantized, {self.activations_db:.1f} dB "
             f"with only activations; {first}."

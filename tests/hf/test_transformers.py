@@ -161,3 +161,20 @@ def test_a_graph_takes_other_lengths_until_it_is_saved(kind: str, tmp_path: Path
     callback.save(tmp_path / "bert.int8")
     with pytest.raises(NetworkError, match="example_inputs="):
         load_quantized(tmp_path / "bert.int8", trusted=True)(**shorter)
+
+
+@pytest.mark.parametrize("name", ["bert", "vit", pytest.param("llama", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("mode", ["fx", pytest.param("pt2e", marks=pytest.mark.slow)])
+def test_a_graph_that_is_trained_with_labels_predicts_without(name: str, mode: str, tmp_path: Path) -> None:
+    settings = {"use_cache": False} if name == "llama" else {}
+    module = Lit(MAKE[name](**settings))
+    callback = _trained(module, name, mode=mode, kind="static")
+    batch = dict(next(iter(batches(name))))
+    whole = callback.quantized(**batch)
+    del batch["labels"]
+    callback.save(tmp_path / "net.int8")
+    for network in (callback.quantized, load_quantized(tmp_path / "net.int8")):
+        found = network(**batch)
+        assert type(found) is type(whole)
+        assert found.loss is None
+        assert torch.equal(found.logits, whole.logits)

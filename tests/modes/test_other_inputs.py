@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,8 +10,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qat_lightning import Example, Recipe, calibrate, convert, prepare
-from qat_lightning.errors import NetworkError
+from qat_lightning import (
+    Example,
+    QuantizedModelExport,
+    Recipe,
+    calibrate,
+    convert,
+    evaluate_variants,
+    load_quantized,
+    prepare,
+)
+from qat_lightning.errors import ExportError, NetworkError
+from qat_lightning.export.run import export_quantized, open_artifact
 from qat_lightning.numerics.fake_quantize import FakeQuantize
 from tests.callbacks.lit import CLASSES, Lit, Net, loader, qat, trainer
 
@@ -34,11 +45,7 @@ GIVEN = {"mask": torch.ones(4, 8), "labels": torch.arange(4)}
 @pytest.mark.parametrize(
     ("traced", "called", "says"),
     [
-        (
-            ["mask", "labels"],
-            ["mask"],
-            "inputs x, mask, labels, and is called with x, mask and without labels",
-        ),
+        (["mask", "labels"], ["labels"], "inputs x, mask, labels, and is called with x, labels and without mask"),
         (["mask", "labels"], [], "is called with x and without mask and labels"),
         ([], ["mask"], "is called with x, mask, of which the trace knows no mask"),
         (["labels"], ["mask"], "is called with x, mask and without labels, of which the trace knows no mask"),
@@ -99,11 +106,57 @@ class Labelled(Net):
         return {"logits": scores} if labels is None else {"logits": scores, "loss": F.cross_entropy(scores, labels)}
 
 
-def test_a_step_with_other_inputs_says_so_and_mode_eager_takes_them() -> None:
-    module, run = Predicts(), trainer(qat("fx"), max_epochs=1)
+@pytest.mark.parametrize("mode", ["eager", "fx", pytest.param("pt2e", marks=pytest.mark.slow)])
+def test_a_step_may_leave_out_labels(mode: str, tmp_path: Path) -> None:
+    module, callback = Predicts(), qat(mode)
+    trainer(callback, max_epochs=1).fit(module, loader())
+    predicted = torch.cat(trainer(callback).predict(module, loader()))
+    int8, (batch, *_) = callback.quantized, loader()
+    assert torch.equal(predicted[: len(batch[0])], int8(batch[0], batch[1])["logits"])
+    callback.save(tmp_path / "net.int8")
+    loaded = load_quantized(tmp_path / "net.int8", network=Labelled() if mode == "eager" else None)
+    assert torch.equal(loaded(batch[0])["logits"], int8(batch[0])["logits"])
+
+
+@pytest.mark.parametrize(
+    ("mode", "form"),
+    [
+        ("fx", "torchscript"),
+        pytest.param("fx", "onnx", marks=pytest.mark.slow),
+        pytest.param("pt2e", "pt2", marks=pytest.mark.slow),
+    ],
+)
+def test_files_are_for_inference_and_a_step_that_reads_the_loss_runs_them(mode: str, form: str, tmp_path: Path) -> None:
+    module, export = Predicts(), QuantizedModelExport([form], dirpath=str(tmp_path), batches=2)
+    run = trainer(qat(mode), export, max_epochs=1)
     run.fit(module, loader())
-    with pytest.raises(NetworkError, match=r"without labels.*mode='eager'"):
-        run.predict(module, loader())
-    module, run = Predicts(), trainer(qat("eager"), max_epochs=1)
-    run.fit(module, loader())
-    assert len(run.predict(module, loader())) == 4
+    result = export.results[form]
+    assert result.passed, result.error
+    batch = next(iter(loader()))
+    with open_artifact(result) as artifact:
+        assert artifact(batch[0]).keys() == {"logits"}
+        assert artifact(*batch).keys() == {"logits", "loss"}
+    figures = evaluate_variants(run, module, dataloaders=loader())
+    assert figures[f"{form}/test/loss"] == pytest.approx(figures["int8/test/loss"], rel=1e-4)
+
+
+class NeedsMore(Labelled):
+    """Its loss reads a layer's output that is not among the results."""
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> Any:
+        scores = Net.forward(self, x)
+        logits = scores.softmax(-1)
+        return {"logits": logits} if labels is None else {"logits": logits, "loss": F.cross_entropy(scores, labels)}
+
+
+def test_a_loss_that_a_file_lacks_values_for_is_refused_in_words(tmp_path: Path) -> None:
+    x, labels = next(iter(loader()))
+    example = Example((x,), {"labels": labels})
+    prepared = prepare(NeedsMore().eval(), example, Recipe("fx", "x86", kind="static"))
+    calibrate(prepared, [example])
+    (result,) = export_quantized(prepared, tmp_path, ["torchscript"], example=example)
+    assert result.passed, result.error
+    with open_artifact(result) as artifact:
+        assert artifact(x).keys() == {"logits"}
+        with pytest.raises(ExportError, match="for inference and has no labels among its inputs"):
+            artifact(x, labels)

@@ -100,7 +100,8 @@ def _encode_nodes(graph: fx.Graph, writing: Writing) -> list[Any]:
 
 
 def _decode_nodes(nodes: list[Any], reading: Reading) -> fx.Graph:
-    return decode_graph({"nodes": nodes, "used": {}}, reading).graph
+    graph: fx.Graph = decode_graph({"nodes": nodes, "used": {}}, reading).graph
+    return graph
 
 
 def decode_inference(data: dict[str, Any], graph: fx.Graph, reading: Reading) -> InferenceCall | None:

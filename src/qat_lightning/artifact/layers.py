@@ -215,7 +215,7 @@ def _arguments(module: nn.Module) -> dict[str, Any]:
             arguments[name] = getattr(module, "bias_k", None) is not None
         elif name == "bias" and isinstance(module, nn.MultiheadAttention):
             arguments[name] = module.in_proj_bias is not None
-        elif hasattr(module, attribute):
+        elif hasattr(module, attribute) and attribute not in module._buffers:
             value = getattr(module, attribute)
             if name == "bias" and not isinstance(value, bool):
                 value = value is not None
@@ -237,6 +237,9 @@ def _construct(layer: type[nn.Module], arguments: dict[str, Any], state: dict[st
         raise ArtifactError(f"{layer.__name__} is not made with {', '.join(map(str, unknown))[:80]}")
     # On meta, no memory is allocated for tensors that the state replaces, and no random numbers are drawn.
     with torch.device("meta"):
+        # Tensors among the arguments, such as weights of classes, are in the state.
+        names = (state.keys() - arguments.keys()) & {*_argument_names(_NAMES[layer])}
+        arguments = arguments | {name: torch.empty(state[name].shape) for name in names}
         module = _empty_prelu(**arguments) if layer is nnq.PReLU else layer(**arguments)
     if isinstance(module, nnq.PReLU):
         module.set_weight(state.pop("weight"))

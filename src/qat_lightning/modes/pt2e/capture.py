@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import operator
 import re
 import warnings
 from collections.abc import Callable
@@ -86,6 +87,7 @@ def capture(
     _inline_no_grad(graph_module)
     for inner in _graphs(graph_module):
         _drop_checks(inner)
+    _pass_over_equal_broadcasts(graph_module.graph)
     _clean(graph_module.graph, spec)
     _ask_first_input(graph_module.graph)
     if train:
@@ -206,6 +208,18 @@ def _clean(graph: fx.Graph, spec: CallSpec) -> None:
     output = graph.output_node()
     values, _ = pytree.tree_flatten(output.args[0], is_leaf=lambda value: isinstance(value, fx.Node))
     output.args = (tuple(values),)
+
+
+def _pass_over_equal_broadcasts(graph: fx.Graph) -> None:
+    """Read a tensor instead of its broadcast to the shape that it has, as losses make one of outputs and labels."""
+    for node in graph.find_nodes(op="call_function", target=operator.getitem):
+        together, place = node.args
+        if together.target is not aten.broadcast_tensors.default:
+            continue
+        source = together.args[0][place]
+        shapes = [[str(size) for size in each.meta["val"].shape] for each in (source, node)]
+        if shapes[0] == shapes[1]:
+            node.replace_all_uses_with(source)
 
 
 def _ask_first_input(graph: fx.Graph) -> None:

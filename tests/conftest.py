@@ -1,6 +1,7 @@
 """Settings for all tests."""
 
 import os
+import random
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(
 )
 
 import fsspec
+import numpy as np
 import pytest
 import torch
 from hypothesis import settings
@@ -72,10 +74,23 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.slow)
 
 
+def _seed() -> None:
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_fixture_setup(fixturedef: pytest.FixtureDef[object]) -> None:
+    """Random numbers of a shared fixture do not depend on the tests that ran before it was needed."""
+    if fixturedef.scope != "function":
+        _seed()
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> Iterator[None]:
     """Random numbers in a test do not depend on earlier tests, and a Trainer's ``deterministic=True`` is reset."""
-    torch.manual_seed(0)
+    _seed()
     yield
     torch.use_deterministic_algorithms(False)
 

@@ -24,8 +24,8 @@ from qat_lightning.recipes.bias_correction import apply_layer
 from qat_lightning.recipes.layers import RoundedLayer, rounded_layers
 from qat_lightning.rehearsal.calibration import call
 
-PART = 256
-"""Number of samples per call of a layer."""
+_PART = 1 << 22
+"""Number of input or output values per call of a layer, whichever are more: as many as caches hold."""
 
 
 class Unit(ABC):
@@ -95,7 +95,9 @@ class LayerUnit(Unit):
         self.plain, self.given = plain, given
         folded = layer.folded()
         with torch.no_grad():
-            self.target = torch.cat([apply_layer(plain, part, folded) for part in wanted.split(PART)])
+            each = max(wanted[0].numel(), apply_layer(plain, wanted[:1], folded).numel())
+            self.samples = max(1, _PART // max(1, each))
+            self.target = torch.cat([apply_layer(plain, part, folded) for part in wanted.split(self.samples)])
 
     def draw(self, samples: int, generator: torch.Generator) -> tuple[Any, list[Tensor]]:
         """Random samples."""
@@ -104,8 +106,8 @@ class LayerUnit(Unit):
         return self.given[chosen], [self.target[chosen]]
 
     def parts(self) -> Iterator[tuple[Any, list[Tensor]]]:
-        """`PART` samples at a time."""
-        for given, target in zip(self.given.split(PART), self.target.split(PART), strict=True):
+        """A number of samples at a time."""
+        for given, target in zip(self.given.split(self.samples), self.target.split(self.samples), strict=True):
             yield given, [target]
 
     def outputs(self, inputs: Any, weights: Sequence[Tensor]) -> list[Tensor]:

@@ -128,8 +128,7 @@ def _search(unit: Unit) -> RangeSearch:
         weight, total = _rounded(layer, folded, share), torch.zeros(len(folded), dtype=torch.float64)
         for inputs, (target,) in unit.parts():
             (output,) = unit.outputs(inputs, [weight])
-            squares = (output - target).square().movedim(unit.channels(output), 0).flatten(1)
-            total = total.to(squares.device) + squares.sum(1, dtype=torch.float64)
+            total = total.to(output.device) + _sum_squares(output - target, unit.channels(output))
         return total if layer.fq.per_channel else total.sum()
 
     best = start = errors(before)
@@ -142,6 +141,14 @@ def _search(unit: Unit) -> RangeSearch:
     size = sum(float(target.double().square().sum()) for _, (target,) in unit.parts())
     scale = max(size, torch.finfo(torch.float32).tiny)
     return RangeSearch(float(start.sum()) / scale, float(best.sum()) / scale, float(chosen.mean()))
+
+
+def _sum_squares(difference: Tensor, channels: int) -> Tensor:
+    """The sum of squares for each channel: of each sample in float32, of all in float64. Changes the tensor."""
+    squares = difference.square_()
+    if channels == 1 and squares.dim() > 2:
+        return squares.flatten(2).sum(2).sum(0, dtype=torch.float64)
+    return squares.flatten(0, -2).sum(0, dtype=torch.float64)
 
 
 def _candidates(like: Tensor) -> Iterator[Tensor]:

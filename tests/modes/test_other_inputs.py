@@ -160,3 +160,23 @@ def test_a_loss_that_a_file_lacks_values_for_is_refused_in_words(tmp_path: Path)
         assert artifact(x).keys() == {"logits"}
         with pytest.raises(ExportError, match="for inference and has no labels among its inputs"):
             artifact(x, labels)
+
+
+class Masked(Net):
+    """An optional input adds a result for each sample, which is no loss."""
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Any:
+        scores = super().forward(x)
+        return {"logits": scores} if mask is None else {"logits": scores, "masked": scores * mask}
+
+
+def test_a_file_keeps_an_input_that_adds_results_for_each_sample(tmp_path: Path) -> None:
+    x, _ = next(iter(loader()))
+    example = Example((x,), {"mask": torch.ones(len(x), CLASSES)})
+    prepared = prepare(Masked().eval(), example, Recipe("fx", "x86", kind="static"))
+    calibrate(prepared, [example])
+    int8 = convert(prepared, example)
+    assert int8(x).keys() == {"logits"}
+    (result,) = export_quantized(int8, tmp_path, ["torchscript"], example=example)
+    with open_artifact(result) as artifact:
+        assert artifact(*example.args, **example.kwargs).keys() == {"logits", "masked"}

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from qat_lightning.artifact.quantized import QuantizedNetwork
 from qat_lightning.errors import ExportError
+from qat_lightning.graph.example import Example
 from qat_lightning.graph.inference_call import OUTPUT, InferenceCall, makes_none, output_leaves, place_of
 from qat_lightning.modes.structured_tracer import makes_container
 
@@ -33,11 +34,24 @@ class Completion:
     unflatten: Callable[[Any], Any]
 
     @classmethod
-    def of(cls, quantized: QuantizedNetwork) -> Completion | None:
-        """That of an int8 network; None if it has no inputs that only its loss reads."""
+    def of(cls, quantized: QuantizedNetwork, example: Example) -> Completion | None:
+        """That of an int8 network.
+
+        Args:
+            quantized: The network.
+            example: A call of it.
+
+        Returns:
+            None if it has no inputs that only its loss reads. A loss is a single number: where other inputs add results
+            for each sample, the file has them too.
+        """
         network: Any = quantized.network
         call: InferenceCall | None = getattr(network, "inference_call", None)
-        if call is None:
+        if call is None or call.is_made_by(example.args, example.kwargs):
+            return None
+        results = [leaf for leaf in tree_leaves(quantized(*example.args, **example.kwargs)) if isinstance(leaf, Tensor)]
+        kept = {place_of(node) for node in call.outputs.find_nodes(op="placeholder")}
+        if any(leaf.numel() != 1 for place, leaf in enumerate(results) if place not in kept):
             return None
         root, flat = (network, False) if call.spec is None else (network.decomposed, True)
         rest = None if call.rest is None or not _has_all(root, call.rest) else fx.GraphModule(root, call.rest)

@@ -76,8 +76,11 @@ class Source:
     """
 
     def __init__(self, network: nn.Module, example: Example, recipe: Recipe | None = None) -> None:
-        self.completion = Completion.of(network) if isinstance(network, QuantizedNetwork) else None
-        self.network = network.at_inference() if isinstance(network, QuantizedNetwork) else network
+        self.completion: Completion | None = None
+        if isinstance(network, QuantizedNetwork):
+            self.completion = Completion.of(network, example)
+            network = network if self.completion is None else network.at_inference()
+        self.network = network
         self.example = self.at_inference(example)
         self.recipe = recipe if self.quantized is None else self.quantized.recipe
         self._spelled: dict[Spelling, ExportedProgram] = {}

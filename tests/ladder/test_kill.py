@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -31,3 +32,34 @@ def test_ten_kills_change_nothing(tmp_path: Path) -> None:
     assert killed == whole, f"QAT_STRESS_SEED={seed}"
     assert len(whole) > 6
     assert found["killed"]["conclusion"] == found["whole"]["conclusion"]
+
+
+STOPPED = """
+import os, signal, sys
+from pathlib import Path
+import torch
+from tests.ladder.killing import search
+from tests.ladder.lit import Data, trained
+
+folder, read, calls = Path(sys.argv[1]), Data.train_dataloader, []
+torch.save(trained()[0].state_dict(), folder / "float.pt")
+
+def stopping(data):
+    calls.append(len(calls))
+    if len(calls) == 4:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return read(data)
+
+Data.train_dataloader = stopping
+search(folder / "searched")
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGTERM")
+def test_sigterm_ends_a_search_at_once_also_while_it_calibrates(tmp_path: Path) -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT}"}
+    command = [sys.executable, "-c", STOPPED, str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 128 + signal.SIGTERM, done.stderr
+    assert (tmp_path / "searched" / "float.json").is_file()
+    assert len(list((tmp_path / "searched" / "rungs").glob("*/measured.json"))) < 4

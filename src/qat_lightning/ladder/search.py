@@ -36,6 +36,7 @@ from qat_lightning.run.app import close
 from qat_lightning.run.evaluate import logged_behind, write_summary
 from qat_lightning.settings.recipe import Equalization, Recipe
 from qat_lightning.settings.scheme import Scheme
+from qat_lightning.sweep.stopping import terminable
 from qat_lightning.terminal import console
 
 BY_SOURCES = "sources, negligible last"
@@ -134,6 +135,7 @@ def reach(
     Raises:
         ConfigurationError: The target cannot be reached by construction, the metric is ambiguous, an argument is
             invalid, or the folder holds another search; raised before anything is measured where possible.
+        SystemExit: SIGTERM ended the search, at once; its status is 143.
 
     Example:
         After ``trainer.fit(model, datamodule=dm)``::
@@ -192,7 +194,8 @@ def reach(
         sources=None if as_begun["order"] == BY_SOURCES else ErrorSources(),
     )
     make_loggers: Loggers = loggers or (lambda rung: [])
-    with without_banners():
+    # Lightning's own handler of SIGTERM only ends trainings and evaluations.
+    with terminable(), without_banners():
         floor = _floor(workshop, store, make_loggers, (metric, larger_is_better))
         _check_confident(target, floor)
         climb = Climb(workshop, store, floor, target, known, start, make_loggers, rungs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,9 @@ def test_a_run_is_compared_and_its_layers_are_ranked(words: list[str], tmp_path:
     page = tmp_path / "page.html"
     assert compare([str(out), "--html", str(page)]) == 0
     assert "test/map" in page.read_text()
+    level = logging.getLogger("lightning.pytorch").level
     assert sensitivity([str(out), "--validation-batches", "1", "--calibration-batches", "1", "--no-plot"]) == 0
+    assert logging.getLogger("lightning.pytorch").level == level, "a command changes nothing for its process"
     with (out / "sensitivity" / "layers.csv").open() as file:
         assert {"head.scores", "stem.0"} <= {row["name"] for row in csv.DictReader(file)}
 

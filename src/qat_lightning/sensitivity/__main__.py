@@ -7,7 +7,8 @@ import csv
 import logging
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -55,21 +56,36 @@ def _run(options: argparse.Namespace) -> int:
     run = Path(folders[0]) if folders else None
     cfg = config_of_run(run, overrides) if run else composed(options.config_dir, overrides)
     checkpoint = options.checkpoint or (run or Path()) / "checkpoints" / "last.ckpt"
-    quiet()
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=UserWarning, module="lightning")
-    seed_everything(cfg.get("seed", 0), workers=True, verbose=False)
-    found = measure_run(
-        cfg,
-        checkpoint,
-        Options(
-            options.metric,
-            options.smaller_is_better,
-            options.calibration_batches,
-            options.validation_batches,
-            options.rank_by,
-        ),
+    asked = Options(
+        options.metric,
+        options.smaller_is_better,
+        options.calibration_batches,
+        options.validation_batches,
+        options.rank_by,
     )
+    with _errors_only():
+        seed_everything(cfg.get("seed", 0), workers=True, verbose=False)
+        found = measure_run(cfg, checkpoint, asked)
+        return _show(found, options, run)
+
+
+@contextmanager
+def _errors_only() -> Iterator[None]:
+    """Within the block, Lightning reports errors only: each layer is measured by a Trainer of its own."""
+    quiet()
+    lightning = logging.getLogger("lightning.pytorch")
+    level = lightning.level
+    lightning.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=UserWarning, module="lightning")
+            yield
+    finally:
+        lightning.setLevel(level)
+
+
+def _show(found: Sensitivity, options: argparse.Namespace, run: Path | None) -> int:
+    """Print and write the ranking, and choose within a budget."""
     shown = console()
     shown.print(found.table())
     for note in found.notes:

@@ -1,10 +1,12 @@
-"""The console for tables, and the exit status of a command with invalid input."""
+"""The console for tables, loggers of other libraries, and the exit status of a command with invalid input."""
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from rich.console import Console
 from rich.text import Text
@@ -33,3 +35,26 @@ def console() -> Console:
         return Console()
     # Pass a height as well: without one, Rich uses 80 columns wherever TERM is "dumb".
     return Console(width=WIDTH, height=25)
+
+
+@contextmanager
+def errors_only(*names: str) -> Iterator[None]:
+    """Within the block, loggers of these names report errors only.
+
+    Example:
+        >>> before = logging.getLogger("some").level
+        >>> with errors_only("some"):
+        ...     logging.getLevelName(logging.getLogger("some").level)
+        'ERROR'
+        >>> logging.getLogger("some").level == before
+        True
+    """
+    loggers = [logging.getLogger(name) for name in names]
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from qat_lightning.errors import TraceError
 from qat_lightning.graph.example import Example
 from qat_lightning.graph.portable_graph import HoldsGraphs
 from qat_lightning.graph.signature import CallSpec
@@ -101,7 +102,7 @@ def inference_call(
     graph: fx.Graph,
     network: nn.Module,
     example: Example,
-    trace: Callable[[Example], tuple[fx.Graph, CallSpec | None] | None],
+    trace: Callable[[Example], tuple[fx.Graph, CallSpec | None]],
     makes_container: MakesContainer = makes_none,
 ) -> InferenceCall | None:
     """Find the inputs of the loss in a traced graph, and what the network returns without them.
@@ -112,11 +113,12 @@ def inference_call(
         graph: The graph of the float network, traced with ``example``.
         network: The float network.
         example: One call.
-        trace: Traces a copy of the network with another call; None if that cannot be traced.
+        trace: Traces a copy of the network with another call; may raise a `TraceError`.
         makes_container: Whether a node creates a container.
 
     Returns:
-        None if there is no such input, or if the network computes something else without it.
+        None if there is no such input, or if the network computes something else without it or cannot be traced: then
+        only the call with all inputs is supported, and others are refused where they are made.
 
     Example:
         >>> import torch
@@ -138,8 +140,11 @@ def inference_call(
     """
     signature = inspect.signature(network.forward)
     names = _inputs_of_loss(graph, network, example)
-    traced = trace(_left_out(example, signature, names)) if names else None
-    if traced is None:
+    if not names:
+        return None
+    try:
+        traced = trace(_left_out(example, signature, names))
+    except TraceError:
         return None
     parameters = [name for name, one in signature.parameters.items() if one.kind is not one.KEYWORD_ONLY]
     return inference_call_between(graph, *traced, names, parameters, makes_container)
@@ -217,28 +222,31 @@ def optional_inputs(network: nn.Module, example: Example) -> list[str]:
 
 def _inputs_of_loss(graph: fx.Graph, network: nn.Module, example: Example) -> list[str]:
     optional = optional_inputs(network, example)
+    if not optional:
+        return []
     nodes = {str(node.target): node for node in graph.find_nodes(op="placeholder")}
-    return [name for name in optional if name in nodes and not _reaches_a_layer(nodes[name], network)]
-
-
-def _reaches_a_layer(source: fx.Node, network: nn.Module) -> bool:
     parameters = {name for name, _ in network.named_parameters(remove_duplicate=False)}
+    layers = {
+        name for name, module in network.named_modules(remove_duplicate=False) if any(True for _ in module.parameters())
+    }
+
+    def is_layer(node: fx.Node) -> bool:
+        """Whether a node calls a module with parameters, or reads one; a module that the trace created has none."""
+        if node.op == "call_module" and str(node.target) in layers:
+            return True
+        return any(source.op == "get_attr" and str(source.target) in parameters for source in node.all_input_nodes)
+
+    return [name for name in optional if name in nodes and not any(map(is_layer, _behind(nodes[name])))]
+
+
+def _behind(source: fx.Node) -> Iterator[fx.Node]:
+    """The nodes that depend on a node."""
     reached, waiting = {source}, [source]
     while waiting:
         for user in waiting.pop().users.keys() - reached:
-            if any(name in parameters for name in _read_by(user, network)):
-                return True
+            yield user
             reached.add(user)
             waiting.append(user)
-    return False
-
-
-def _read_by(node: fx.Node, network: nn.Module) -> list[str]:
-    """The names of the tensors that a node reads, or of those of the layer that it calls."""
-    read = [str(source.target) for source in node.all_input_nodes if source.op == "get_attr"]
-    modules = dict(network.named_modules(remove_duplicate=False)) if node.op == "call_module" else {}
-    module = modules.get(str(node.target))  # None if the trace created it
-    return read if module is None else [f"{node.target}.{name}" for name, _ in module.named_parameters()]
 
 
 def _left_out(example: Example, signature: inspect.Signature, names: Sequence[str]) -> Example:
@@ -341,7 +349,7 @@ def _outputs(full: fx.Graph, lean: fx.Graph, makes_container: MakesContainer) ->
     made = {number: outputs.placeholder(f"{OUTPUT}{places[number]}") for number in in_order}
 
     def returned(value: Any) -> Any:
-        return fx.map_arg(value, lambda node: made_from(node))
+        return fx.map_arg(value, made_from)
 
     def made_from(node: fx.Node) -> fx.Node:
         if not makes_container(node):

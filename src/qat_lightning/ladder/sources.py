@@ -34,11 +34,7 @@ class ErrorSources:
             >>> ErrorSources(12.0, 30.0).larger, ErrorSources(30.0, 29.0).larger
             ('weights', '')
         """
-        if self.weights_db is None or self.activations_db is None:
-            return ""
-        if abs(self.weights_db - self.activations_db) < _APART_DB:
-            return ""
-        return "weights" if self.weights_db < self.activations_db else "activations"
+        return self._larger_by(_APART_DB)
 
     @property
     def negligible(self) -> Side:
@@ -48,11 +44,17 @@ class ErrorSources:
             >>> ErrorSources(12.0, 30.0).negligible, ErrorSources(12.0, 18.0).negligible
             ('activations', '')
         """
+        others: dict[Side, Side] = {"weights": "activations", "activations": "weights", "": ""}
+        return others[self._larger_by(_FAR_APART_DB)]
+
+    def _larger_by(self, decibels: float) -> Side:
+        """The side whose SQNR is lower by so much; empty where there is none, or it is not known."""
         if self.weights_db is None or self.activations_db is None:
             return ""
-        if abs(self.weights_db - self.activations_db) < _FAR_APART_DB:
+        difference = self.activations_db - self.weights_db
+        if abs(difference) < decibels:
             return ""
-        return "activations" if self.larger == "weights" else "weights"
+        return "weights" if difference > 0 else "activations"
 
     def words(self) -> str:
         """The measurement and what follows from it, in a sentence; empty where it is not known.

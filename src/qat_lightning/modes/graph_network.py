@@ -109,7 +109,8 @@ class GraphNetwork(KeepsExtraState):
         self.__dict__["_run_at_inference"] = None
         self.__dict__["_run"] = self._compile(graph)
 
-    def _compile(self, graph: fx.Graph) -> Callable[..., Any]:
+    def _compile(self, graph: fx.Graph, call: InferenceCall | None = None) -> Callable[..., Any]:
+        """Compile the network's graph, or that of its call without the inputs of the loss."""
         return compile_graph(with_relus_in_roundings(self, graph))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -124,7 +125,7 @@ class GraphNetwork(KeepsExtraState):
             return run(self, *args, **kwargs)
         call = self.inference_call
         if call is not None and call.is_made_by(args, kwargs):
-            run, args, kwargs = self._at_inference(call), (), call.arguments(args, kwargs)
+            run, args, kwargs = self._run_of(call), (), call.arguments(args, kwargs)
         try:
             if self.sizes is not None:
                 run = self._run_for(self.sizes, run, args, kwargs)
@@ -140,20 +141,19 @@ class GraphNetwork(KeepsExtraState):
         """Which inputs the network was traced with, if a call that failed has others; empty if it has these."""
         return _other_inputs(self.graph, args, kwargs)
 
-    def inference_graph(self) -> fx.Graph:
-        """The graph of the call without the inputs of the loss, which shares all layers with the whole one."""
-        assert self.inference_call is not None
-        return self.inference_call.graph_from(self.graph, makes_container)
+    def _inference_graph(self, call: InferenceCall) -> fx.Graph:
+        return call.graph_from(self.graph, makes_container)
 
     def at_inference(self) -> GraphNetwork:
         """A network of the call without the inputs of the loss, on the same layers."""
-        network = GraphNetwork(fx.GraphModule(self, self.inference_graph())).eval()
+        assert self.inference_call is not None
+        network = GraphNetwork(fx.GraphModule(self, self._inference_graph(self.inference_call))).eval()
         network.give_sizes(self.sizes, None)
         return network
 
-    def _at_inference(self, call: InferenceCall) -> Callable[..., Any]:
+    def _run_of(self, call: InferenceCall) -> Callable[..., Any]:
         if self.__dict__["_run_at_inference"] is None:
-            self.__dict__["_run_at_inference"] = self._compile(self.inference_graph())
+            self.__dict__["_run_at_inference"] = self._compile(self._inference_graph(call), call)
         run: Callable[..., Any] = self.__dict__["_run_at_inference"]
         return run
 

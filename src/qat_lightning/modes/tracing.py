@@ -14,7 +14,6 @@ from torch import Tensor, fx, nn
 from qat_lightning.errors import TraceError
 from qat_lightning.graph.example import Example
 from qat_lightning.graph.given_sizes import GivenSizes
-from qat_lightning.graph.inference_call import InferenceCall, inference_call
 from qat_lightning.graph.signature import one_sample
 from qat_lightning.graph.structures import same
 from qat_lightning.graph.training_flags import flags_kept
@@ -46,7 +45,6 @@ from qat_lightning.modes.fx.train_and_eval import (
 )
 from qat_lightning.modes.prepared import fake_quantizers
 from qat_lightning.modes.source_lines import line_at_fault
-from qat_lightning.modes.structured_tracer import makes_container
 from qat_lightning.numerics.recomputation import Checkpointed, no_checkpoints
 
 WHAT_TO_DO = (
@@ -119,30 +117,6 @@ def trace(
     graph_module.meta[TWO_AND_MORE] = plan is not None and ONE not in plan.samples
     sizes = given_sizes(graph_module.graph, network, example, plan, fixed=traced.fixed or evaluation.fixed)
     return graph_module, scopes, sizes
-
-
-def traced_inference(
-    network: nn.Module, graph: fx.Graph, example: Example, trace_again: Callable[[nn.Module, Example], fx.Graph]
-) -> InferenceCall | None:
-    """The call of a traced network without the inputs of its loss.
-
-    Args:
-        network: A copy of the float network that no trace has left anything on.
-        graph: Its graph, traced with ``example``.
-        example: One call.
-        trace_again: Traces a network with another call.
-
-    Returns:
-        None if there is no such call.
-    """
-
-    def again(lean: Example) -> tuple[fx.Graph, None] | None:
-        try:
-            return trace_again(network, lean), None
-        except TraceError:
-            return None  # only the call with all inputs is supported, and others are refused where they are made
-
-    return inference_call(graph, network, example, again, makes_container)
 
 
 def _both_ways(

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import argparse
 import csv
-import logging
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,7 +22,7 @@ from qat_lightning.sensitivity.budget import Budget
 from qat_lightning.sensitivity.draw import draw, draw_bits
 from qat_lightning.sensitivity.measured import Sensitivity
 from qat_lightning.sensitivity.run import SQNR_BATCHES, Options, composed, config_of_run, measure_run
-from qat_lightning.terminal import console, status_of
+from qat_lightning.terminal import console, errors_only, status_of
 
 NOT_REACHED = 1
 
@@ -63,25 +61,13 @@ def _run(options: argparse.Namespace) -> int:
         options.validation_batches,
         options.rank_by,
     )
-    with _errors_only():
+    quiet()
+    # Each layer is measured by a Trainer of its own.
+    with errors_only("lightning.pytorch"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=UserWarning, module="lightning")
         seed_everything(cfg.get("seed", 0), workers=True, verbose=False)
         found = measure_run(cfg, checkpoint, asked)
         return _show(found, options, run)
-
-
-@contextmanager
-def _errors_only() -> Iterator[None]:
-    """Within the block, Lightning reports errors only: each layer is measured by a Trainer of its own."""
-    quiet()
-    lightning = logging.getLogger("lightning.pytorch")
-    level = lightning.level
-    lightning.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", category=UserWarning, module="lightning")
-            yield
-    finally:
-        lightning.setLevel(level)
 
 
 def _show(found: Sensitivity, options: argparse.Namespace, run: Path | None) -> int:

@@ -13,7 +13,6 @@ from torch import fx, nn
 
 from qat_lightning.errors import ConversionError, NetworkError
 from qat_lightning.graph.example import Example, in_float32
-from qat_lightning.graph.inference_call import optional_inputs
 from qat_lightning.graph.scopes import join
 from qat_lightning.layers.qat_modules import make_batchnorm_freezable, make_batchnorm_plain, round_weights_for_good
 from qat_lightning.layers.tables import make_tables_plain
@@ -28,6 +27,7 @@ from qat_lightning.modes.fx.batchnorm import give_parameters
 from qat_lightning.modes.fx.bounds import hide_bounded
 from qat_lightning.modes.fx.coverage import FxOperations
 from qat_lightning.modes.fx.fused import hide_second_names, show_fused
+from qat_lightning.modes.fx.inference import traced_with_inference
 from qat_lightning.modes.fx.layers import each_once, layer_rows, no_kernel
 from qat_lightning.modes.fx.left_float import float_nodes, layers_and_ops, put_float_layers, take_out_never_rounding
 from qat_lightning.modes.fx.linear_products import name_linear
@@ -74,7 +74,6 @@ from qat_lightning.modes.tracing import (
     refuse_another_for_one,
     refuse_other_results,
     trace,
-    traced_inference,
 )
 from qat_lightning.modes.upstream_memory import nothing_remembered
 from qat_lightning.modes.verify import check_layers
@@ -107,14 +106,9 @@ class FxMode:
             for name, module in network.named_modules()
             if name
         }
-        untouched = copy_of_modules(network) if optional_inputs(network, example) else network
         whole, by_example = outer_parts(network, selected), "identities" not in recipe.families
-        graph_module, scopes, sizes = trace(network, example, whole, by_example=by_example)
-        at_inference = traced_inference(
-            untouched,
-            graph_module.graph,
-            example,
-            lambda again, lean: trace(again, lean, whole, by_example=by_example)[0].graph,
+        (graph_module, scopes, sizes), at_inference = traced_with_inference(
+            network, example, lambda network, example: trace(network, example, whole, by_example=by_example)
         )
         two_and_more, mixed = (graph_module.meta.pop(key) for key in (TWO_AND_MORE, MIXED))
         leave_inside_float(graph_module, selected)

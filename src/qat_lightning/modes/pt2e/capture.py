@@ -121,11 +121,8 @@ def captured_inference(
         None if there is no such call.
     """
 
-    def again(lean: Example) -> tuple[fx.Graph, CallSpec] | None:
-        try:
-            graph_module, spec = capture_again(lean)
-        except TraceError:
-            return None  # only the call with all inputs is supported, and others are refused where they are made
+    def again(lean: Example) -> tuple[fx.Graph, CallSpec]:
+        graph_module, spec = capture_again(lean)
         return graph_module.graph, spec
 
     return inference_call(graph, network, example, again)

@@ -60,24 +60,16 @@ class ExportedNetwork(GraphNetwork):
         """Nothing: the signature has checked the inputs, and the graph's are the tensors inside them."""
         return ""
 
-    def _compile(self, graph: fx.Graph) -> Callable[..., Any]:
+    def _compile(self, graph: fx.Graph, call: InferenceCall | None = None) -> Callable[..., Any]:
         """Compile ``graph``, which takes and returns flat tensors, to a function of the captured network's inputs."""
-        return self._with_spec(self.spec, graph)
-
-    def _at_inference(self, call: InferenceCall) -> Callable[..., Any]:
-        if self.__dict__["_run_at_inference"] is None:
-            assert call.spec is not None
-            self.__dict__["_run_at_inference"] = self._with_spec(call.spec, self.inference_graph())
-        run: Callable[..., Any] = self.__dict__["_run_at_inference"]
-        return run
-
-    def _with_spec(self, spec: CallSpec, graph: fx.Graph) -> Callable[..., Any]:
+        spec = self.spec if call is None else call.spec
+        assert spec is not None
         run = compile_graph(with_relus_in_roundings(self, graph))
 
-        def call(holder: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        def called(holder: nn.Module, *args: Any, **kwargs: Any) -> Any:
             return spec.unflatten(run(holder, *spec.flatten(args, kwargs)))
 
-        return call
+        return called
 
 
 def refuse_call(*args: Any, **kwargs: Any) -> Any:

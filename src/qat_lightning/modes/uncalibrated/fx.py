@@ -11,17 +11,16 @@ from torch import Tensor, fx, nn
 
 from qat_lightning.errors import NetworkError
 from qat_lightning.graph.example import Example
-from qat_lightning.graph.inference_call import optional_inputs
 from qat_lightning.graph.scopes import join
 from qat_lightning.layers.integer import integer_layer
 from qat_lightning.layers.transformer import written_out
 from qat_lightning.modes.coverage import float_run
+from qat_lightning.modes.fx.inference import traced_with_inference
 from qat_lightning.modes.fx.other_sizes import aside, example_like
 from qat_lightning.modes.graph_network import GraphNetwork
 from qat_lightning.modes.judging import Names
-from qat_lightning.modes.prepared import copy_of_modules
 from qat_lightning.modes.protocol import Converted, LayerCoverage
-from qat_lightning.modes.tracing import outer_parts, trace_evaluation, traced_inference
+from qat_lightning.modes.tracing import outer_parts, trace_evaluation
 from qat_lightning.modes.uncalibrated.checking import (
     Call,
     check_layers,
@@ -43,13 +42,8 @@ def quantize_fx(network: nn.Module, example: Example, recipe: Recipe, *, prefix:
     selected = {name: recipe.selects(join(prefix, name)) for name, _ in original.named_modules() if name}
     whole = outer_parts(original, selected)
     with written_out(original, lambda name: False):  # attention becomes one integer layer
-        untouched = copy_of_modules(original) if optional_inputs(original, example) else original
-        graph_module, sizes = trace_evaluation(original, example, whole)
-        at_inference = traced_inference(
-            untouched,
-            graph_module.graph,
-            example,
-            lambda again, lean: trace_evaluation(again, lean, whole)[0].graph,
+        (graph_module, sizes), at_inference = traced_with_inference(
+            original, example, lambda network, example: trace_evaluation(network, example, whole)
         )
     used = float_run(original, example).used
     coverage = [_in_graph(row, graph_module.graph, used) for row in cover(original, recipe, prefix)]

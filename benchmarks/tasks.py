@@ -1,7 +1,7 @@
 """Accuracy of int8 for each task of train.py, after PTQ and QAT: ``python -m benchmarks.tasks [--tasks …]``.
 
 For each task and seed one float run of ``train.py``; from it static PTQ and QAT, with per-channel and per-tensor
-weights, in the mode that ``auto`` chooses. A row has the model's own test metric, the file size, the speedup over float
+weights, in the mode that ``auto`` chooses; and, as a control, more float training, as long as QAT. A row has the model's own test metric, the file size, the speedup over float
 in process in PyTorch with one sample, and the speedup of the fastest file of ``--formats``.
 
 Tasks on your own data need ``--data TASK=PATH``; without ``--tasks`` all tasks with data are run. Finished runs are
@@ -79,7 +79,8 @@ TASKS = {
     "detection": Task(("experiment=detection",), (60, 15), own_data=True),
 }
 METHODS = {
-    "float": (),
+    "float": ("method=float",),
+    "float, trained on": ("method=finetune",),
     "ptq, per channel": ("method=ptq",),
     "ptq, per tensor": ("method=ptq", "scheme=per_tensor"),
     "qat, per channel": ("method=qat", "quantization.start=0.0"),
@@ -141,8 +142,8 @@ class Runs:
         ]
         words += [f"baseline.float.trainer.max_epochs={float_epochs}", f"trainer.max_epochs={epochs}"]
         words += [f"baseline.float.model.module.lr={asked.rates[0]}", f"model.module.lr={asked.rates[1]}"]
-        words += METHODS[method] or ("method=float",)
-        if method != "float" and self.options.formats:
+        words += METHODS[method]
+        if not method.startswith("float") and self.options.formats:
             words.append(f"export=[{','.join(self.options.formats)}]")
         return [*words, *self.options.override]
 

@@ -182,6 +182,10 @@ CONFIG = {
         ({"float_checkpoint": "none.ckpt"}, "float_checkpoint=none.ckpt does not exist"),
         ({"quantization": None, "method": {"name": "float"}, "float_checkpoint": "x"}, "choose method=qat"),
         ({"model": {"fused": True}}, "or choose method=float"),
+        (
+            {"quantization": None, "method": {"name": "finetune", "continues": True}, "baseline": {"use": "none"}},
+            "add baseline=start",
+        ),
         ({"quantization": {"mode": "fx", "backend": "tpu"}}, "x86, onednn, fbgemm, qnnpack, xnnpack"),
         ({"quantization": {"mode": "dynamic", "backend": "x86"}}, "eager, fx, pt2e, auto"),
         ({"data": {"a": "???", "b": "${data.a}"}, "model": "???"}, "data.a=... model=..."),

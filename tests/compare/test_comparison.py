@@ -38,6 +38,14 @@ def test_without_a_float_run_of_the_same_training_the_runs_own_float_is_the_base
     assert found[label].drop.mean == pytest.approx(2.0)
 
 
+def test_a_run_that_continues_a_float_run_is_not_the_baseline():
+    longer = plain(acc=1.0)
+    longer.config["method"] = {"name": "finetune", "continues": True}
+    found = {c.variant: c for c in compare([plain(acc=0.9), longer, qat("fx", acc=0.95)]).configurations}
+    assert found["int8"].drop is not None
+    assert found["int8"].drop.mean == pytest.approx(-5), "points, relative to the float run that both continue"
+
+
 def test_what_only_watches_or_shares_is_no_other_training() -> None:
     run = qat("fx", 0, 0.97)
     watched = {"callbacks": {"monitor": {"every_n_steps": 10}, "model_checkpoint": {"save_top_k": 3}}}

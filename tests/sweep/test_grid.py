@@ -29,3 +29,15 @@ def test_combinations_are_skipped_and_the_float_run_is_trained_once(tmp_path: Pa
     assert other.returncode == 1
     assert "which differs from this sweep" in " ".join(other.stderr.replace("│", " ").split())
     assert results(tmp_path) == found
+
+
+def test_finetune_continues_the_shared_float_run_and_is_its_control(tmp_path: Path) -> None:
+    words = ["baseline=start", "baseline.float.trainer.max_epochs=2", "logger=none", "hydra.sweep.dir=sweep"]
+    done = sweep(tmp_path, "method=float,finetune", "trainer.max_epochs=0,1", *words)
+    assert done.returncode == 0, done.stderr
+    score = {number: found["metrics"]["float/test/loss"] for number, found in results(tmp_path).items()}
+    float_run, same, none, one = score[0], score[1], score[2], score[3]
+    assert same == float_run, "the float run has its own number of epochs"
+    assert none == float_run, "after no epoch, it is the float run's network"
+    assert one != float_run
+    assert len(list((tmp_path / "outputs" / "baselines").iterdir())) == 1

@@ -244,10 +244,11 @@ def _by_seed(runs: Sequence[Run], key: str) -> dict[str, float]:
 
 
 def _float_scores(runs: Sequence[Run], metric: Metric, ignore: Sequence[str]) -> dict[tuple[str, str], float]:
-    """Return the score of each float run, by its training settings and seed."""
+    """Return the score of each float run, by its training settings and seed; a run that only continues one is none."""
     floats: dict[str, list[Run]] = {}
     for run in runs:
-        if _variant(run, metric) == "float" and run.config:
+        continues = flatten(run.config).get("method.continues") == "true"
+        if _variant(run, metric) == "float" and run.config and not continues:
             floats.setdefault(_training(run, ignore), []).append(run)
     return {
         (training, seed): score

@@ -68,6 +68,12 @@ def check(cfg: DictConfig) -> None:
                 f"model.fused=true measures a float network with BatchNorm folded, and method={cfg.method.name} "
                 "folds it by itself: leave it out, or choose method=float."
             )
+    elif cfg.method.get("continues"):
+        if cfg.baseline.use != "start":
+            raise CombinationError(
+                f"method={cfg.method.name} trains a float run on: add baseline=start, which trains that run first if "
+                "it does not exist yet."
+            )
     elif cfg.float_checkpoint is not None:
         raise CombinationError(
             f"float_checkpoint={cfg.float_checkpoint} is what an int8 network is compared with, and "

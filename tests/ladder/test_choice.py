@@ -62,6 +62,13 @@ def test_for_size_bits_are_tried_and_for_speed_files_and_kernels() -> None:
     assert fast == ["static", "backend_onednn", "file_torchscript", "mode_pt2e"]
 
 
+def test_where_onednn_overflows_only_fbgemm_is_tried_for_speed() -> None:
+    known = replace(KNOWN, exact=False)
+    attempts = climbed(Target(min_speedup=9), lambda step: measured(step, 0.5), known)
+    assert names(attempts) == ["static", "backend_fbgemm", "file_torchscript"]
+    assert attempts[1].plan.backend == "fbgemm"
+
+
 def test_a_rung_begins_with_what_helped() -> None:
     helps = {"static": 0.5, "observer_percentile": 0.3, "bias_correction": 0.2, "float_2_layers": 0.1}
     found = {a.rung: a.plan for a in climbed(Target(max_drop=0.01), lambda s: measured(s, helps.get(s.rung.name, 0.6)))}
@@ -147,6 +154,7 @@ def test_a_search_keeps_the_rungs_that_it_began_with() -> None:
     assert rungs_of([rung.name for rung in RUNGS]) == RUNGS
     earlier = [rung.name for rung in rungs_of(None)]
     assert [name for name in (rung.name for rung in RUNGS) if name not in earlier] == [
+        "backend_fbgemm",
         "equalization_relu6",
         "sequential_mse",
         "adaround_blocks",

@@ -22,7 +22,7 @@ from qat_lightning.graph.example import Example
 from qat_lightning.modes.prepared import cpu_copy, fake_quantizers
 from qat_lightning.modes.registry import get_mode
 from qat_lightning.rehearsal.calibration import calibrate
-from qat_lightning.settings.backends import quantized_engine
+from qat_lightning.settings.engines import quantized_engine
 from qat_lightning.settings.recipe import Recipe
 from qat_lightning.settings.scheme import Scheme
 from tests.support.networks import CASES

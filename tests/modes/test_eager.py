@@ -20,7 +20,8 @@ from qat_lightning.modes.prepared import cpu_copy, fake_quantizers, float_keys, 
 from qat_lightning.modes.protocol import Converted
 from qat_lightning.modes.registry import get_mode
 from qat_lightning.numerics.sqnr import sqnr_db
-from qat_lightning.settings.backends import BACKENDS, pairs, quantized_engine
+from qat_lightning.settings.backends import BACKENDS, pairs
+from qat_lightning.settings.engines import quantized_engine
 from qat_lightning.settings.recipe import Recipe
 from qat_lightning.settings.scheme import Scheme
 

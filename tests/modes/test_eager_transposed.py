@@ -21,7 +21,7 @@ from qat_lightning.modes.protocol import Converted
 from qat_lightning.modes.registry import get_mode
 from qat_lightning.rehearsal.calibration import calibrate
 from qat_lightning.rehearsal.rehearse import rehearse
-from qat_lightning.settings.backends import quantized_engine
+from qat_lightning.settings.engines import quantized_engine
 from qat_lightning.settings.recipe import Recipe
 from tests.modes.test_fx_transposed import IMAGES, LAYERS, Decoder
 

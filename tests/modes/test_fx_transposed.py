@@ -18,7 +18,7 @@ from qat_lightning.modes.prepared import cpu_copy
 from qat_lightning.modes.registry import get_mode
 from qat_lightning.rehearsal.calibration import calibrate
 from qat_lightning.rehearsal.rehearse import rehearse
-from qat_lightning.settings.backends import quantized_engine
+from qat_lightning.settings.engines import quantized_engine
 from qat_lightning.settings.recipe import Recipe
 from tests.callbacks.lit import Lit, qat, trainer
 from tests.callbacks.lit import loader as batches

@@ -1,4 +1,4 @@
-"""The table of backends, and the quantized engine of the process."""
+"""The table of backends."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from qat_lightning.errors import ConfigurationError
-from qat_lightning.settings.backends import BACKENDS, MODES, get_backend, pairs, quantized_engine, require
+from qat_lightning.settings.backends import BACKENDS, MODES, get_backend, pairs, require
 from tests.support.targets import missing
 
 
@@ -37,16 +37,3 @@ def test_every_other_pair_is_refused_with_the_right_ones(mode: str, name: str) -
 def test_unknown_names_are_refused_with_the_known(name: str, mode: str) -> None:
     with pytest.raises(ConfigurationError, match=r"is unknown: use one of .*(x86|fx)"):
         get_backend(name, mode)
-
-
-def test_the_engine_of_the_process_is_restored_also_after_an_error() -> None:
-    before = torch.backends.quantized.engine
-
-    def fail() -> None:
-        with quantized_engine("qnnpack"):
-            assert torch.backends.quantized.engine == "qnnpack"
-            raise KeyError
-
-    with pytest.raises(KeyError):
-        fail()
-    assert torch.backends.quantized.engine == before

@@ -20,7 +20,7 @@ from qat_lightning.errors import QuantizationError
 from qat_lightning.graph.example import Example
 from qat_lightning.graph.inference_call import inference_example
 from qat_lightning.modes.protocol import Converted, LayerCoverage
-from qat_lightning.settings.backends import quantized_engine
+from qat_lightning.settings.engines import quantized_engine
 from qat_lightning.settings.kinds import DIRECT
 from qat_lightning.settings.modes import traits_of
 from qat_lightning.settings.recipe import Recipe

@@ -28,7 +28,8 @@ from qat_lightning.checks import LayerCheck, WholeCheck
 from qat_lightning.errors import ArtifactError, ConfigurationError, QuantizationError
 from qat_lightning.graph.example import Example
 from qat_lightning.modes.protocol import Converted, LayerCoverage
-from qat_lightning.settings.backends import quantized_engine, require
+from qat_lightning.settings.backends import require
+from qat_lightning.settings.engines import quantized_engine
 from qat_lightning.settings.modes import traits_of
 from qat_lightning.settings.recipe import Recipe
 from qat_lightning.settings.runtimes import Runtime

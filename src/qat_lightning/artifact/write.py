@@ -22,7 +22,7 @@ from qat_lightning.checks import LayerCheck, WholeCheck
 from qat_lightning.errors import ArtifactError
 from qat_lightning.graph.example import Example
 from qat_lightning.modes.protocol import LayerCoverage
-from qat_lightning.settings.backends import quantized_engine
+from qat_lightning.settings.engines import quantized_engine
 from qat_lightning.settings.recipe import Recipe
 from qat_lightning.storage import is_folder, place, require_storage
 from qat_lightning.whole_files import write_whole

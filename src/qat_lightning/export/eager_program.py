@@ -24,7 +24,8 @@ from qat_lightning.layers.subpixel import Subpixel
 from qat_lightning.modes.eager.calls import CountsCalls
 from qat_lightning.modes.eager.int8 import Int8BatchNorm, Int8Hardtanh, Int8Layer, Int8ReLU, Int8ReLU6, Int8Tensor
 from qat_lightning.modes.eager.layers import become
-from qat_lightning.settings.backends import Backend, quantized_engine
+from qat_lightning.settings.backends import Backend
+from qat_lightning.settings.engines import quantized_engine
 
 _MARK = "_qat_lightning_pending"
 

@@ -23,7 +23,8 @@ from qat_lightning.layers.integer import IntegerLayer
 from qat_lightning.modes.graph_network import GraphNetwork
 from qat_lightning.modes.verify import Recorder, example_values, is_faulty
 from qat_lightning.numerics.sqnr import sqnr_db
-from qat_lightning.settings.backends import Backend, quantized_engine
+from qat_lightning.settings.backends import Backend
+from qat_lightning.settings.engines import quantized_engine
 
 _Q = torch.ops.quantized
 

@@ -14,7 +14,7 @@ from qat_lightning.errors import ExportError
 from qat_lightning.export.call import Call
 from qat_lightning.export.protocol import Kernels, Port, Runner, Source
 from qat_lightning.export.traced_reads import TracedReads
-from qat_lightning.settings.backends import quantized_engine
+from qat_lightning.settings.engines import quantized_engine
 from qat_lightning.settings.modes import traits_of
 from qat_lightning.settings.recipe import Recipe
 

@@ -35,6 +35,7 @@ class Known:
         adaround: Iterations for each layer or block; 0 to leave AdaRound out.
         blocks: Whether the network has blocks whose layers AdaRound can learn together.
         relu6: Whether the network has a ReLU6, which equalization can replace by ReLU.
+        exact: Whether oneDNN's kernels are exact on this CPU. If not, only FBGEMM's can be fast.
         sources: The source of the error; None until it is measured.
     """
 
@@ -46,6 +47,7 @@ class Known:
     adaround: int = 1000
     blocks: bool = False
     relu6: bool = False
+    exact: bool = True
     sources: ErrorSources | None = None
 
 
@@ -191,8 +193,10 @@ def _weight_only(plan: Plan, known: Known, *, bits: int) -> Plan | None:
 
 
 def _kernels(plan: Plan, known: Known, *, mode: str, backend: str) -> Plan | None:
-    """Other kernels for the same machine."""
-    if plan.epochs or plan.backend not in ("x86", "fbgemm", "onednn") or (plan.mode, plan.backend) == (mode, backend):
+    """Other kernels for the same machine: FBGEMM's where oneDNN's are not exact, and only there."""
+    if known.exact == (backend == "fbgemm") or plan.epochs or plan.backend not in ("x86", "fbgemm", "onednn"):
+        return None
+    if (plan.mode, plan.backend) == (mode, backend):
         return None
     return replace(plan, mode=mode, backend=backend, file="")
 
@@ -222,6 +226,7 @@ RUNGS: tuple[Rung, ...] = (
     Rung("weights_4bit", "size", partial(_bits, bits=4)),
     Rung("weight_only_4bit", "size", partial(_weight_only, bits=4)),
     Rung("weights_2bit", "size", partial(_bits, bits=2)),
+    Rung("backend_fbgemm", "speedup", partial(_kernels, mode="fx", backend="fbgemm")),
     Rung("backend_onednn", "speedup", partial(_kernels, mode="fx", backend="onednn")),
     *(Rung(f"file_{name}", "speedup", partial(_file, name=name)) for name in _FASTER_IN),
     Rung("mode_pt2e", "speedup", partial(_kernels, mode="pt2e", backend="x86")),
@@ -246,7 +251,7 @@ part of the error come first; see `in_order`."""
 
 assert {rung.limit for rung in RUNGS} == {None, *LIMITS}
 
-_NOT_IN_EARLIER_SEARCHES = {"equalization_relu6", "sequential_mse", "adaround_blocks"}
+_NOT_IN_EARLIER_SEARCHES = {"backend_fbgemm", "equalization_relu6", "sequential_mse", "adaround_blocks"}
 
 
 def in_order(rungs: Sequence[Rung], sources: ErrorSources) -> list[Rung]:

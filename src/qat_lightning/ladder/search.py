@@ -34,6 +34,7 @@ from qat_lightning.recipes.blocks import found_blocks
 from qat_lightning.rehearsal.rehearse import OnFault
 from qat_lightning.run.app import close
 from qat_lightning.run.evaluate import logged_behind, write_summary
+from qat_lightning.settings.engines import onednn_is_exact
 from qat_lightning.settings.recipe import Equalization, Recipe
 from qat_lightning.settings.scheme import Scheme
 from qat_lightning.sweep.stopping import terminable
@@ -191,6 +192,7 @@ def reach(
         known,
         blocks=bool(found_blocks(workshop.network)),
         relu6=any(isinstance(module, nn.ReLU6) for module in workshop.network.modules()),
+        exact=onednn_is_exact(),
         sources=None if as_begun["order"] == BY_SOURCES else ErrorSources(),
     )
     make_loggers: Loggers = loggers or (lambda rung: [])
@@ -207,7 +209,7 @@ def reach(
 
 def _asked(known: Known) -> dict[str, Any]:
     """The settings in `Known`; the other fields are found in the network."""
-    found = ("blocks", "relu6", "sources")
+    found = ("blocks", "relu6", "exact", "sources")
     values: dict[str, Any] = json.loads(json.dumps({k: v for k, v in vars(known).items() if k not in found}))
     return values
 

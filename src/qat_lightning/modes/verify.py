@@ -40,7 +40,8 @@ from qat_lightning.modes.recording import (
     seed,
 )
 from qat_lightning.modes.whole import DRAWS, Disturbance, check_whole, is_right, raise_if_wrong
-from qat_lightning.settings.backends import Backend, quantized_engine
+from qat_lightning.settings.backends import Backend
+from qat_lightning.settings.engines import quantized_engine
 
 __all__ = ["Recorder", "check_layers", "example_values", "is_faulty"]
 

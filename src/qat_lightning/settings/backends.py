@@ -13,9 +13,6 @@ The table is read without importing torch, which takes seconds: train.py rejects
 from __future__ import annotations
 
 import importlib
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -231,43 +228,3 @@ def require(backend: Backend) -> None:
             f"backend={backend.name!r} needs the quantized engine {backend.engine!r}, which this build of PyTorch does "
             f"not have (it has {have}): choose another backend, or convert on another machine."
         )
-
-
-@dataclass(eq=False)
-class _Engine:
-    """An engine that a ``with`` block requested; the first in `_ENGINES` is the one that was set before all of them."""
-
-    name: str
-
-
-_ENGINES: list[_Engine] = []
-_ENGINES_LOCK = threading.Lock()
-
-
-@contextmanager
-def quantized_engine(name: str | None) -> Iterator[None]:
-    """Select the engine that packs and runs quantized weights, within a ``with`` block.
-
-    Packed weights keep the kernel they were packed for, but a copy or a load packs them again for the current engine,
-    so these have to happen inside such a block. The engine is global to the process: it stays selected while any thread
-    is inside a block, and the last block to end restores the engine that was set before the first.
-    """
-    if name is None:
-        yield
-        return
-    import torch
-
-    mine = _Engine(name)
-    with _ENGINES_LOCK:
-        if not _ENGINES:
-            _ENGINES.append(_Engine(torch.backends.quantized.engine))
-        _ENGINES.append(mine)
-        torch.backends.quantized.engine = name
-    try:
-        yield
-    finally:
-        with _ENGINES_LOCK:
-            _ENGINES.remove(mine)
-            torch.backends.quantized.engine = _ENGINES[-1].name
-            if len(_ENGINES) == 1:
-                _ENGINES.clear()

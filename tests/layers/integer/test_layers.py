@@ -19,7 +19,8 @@ from qat_lightning.layers.integer.weights import dequantize_rows, quantize_rows,
 from qat_lightning.modes.prepared import cpu_copy
 from qat_lightning.modes.registry import get_mode
 from qat_lightning.rehearsal.calibration import calibrate
-from qat_lightning.settings.backends import BACKENDS, pairs, quantized_engine
+from qat_lightning.settings.backends import BACKENDS, pairs
+from qat_lightning.settings.engines import quantized_engine
 from qat_lightning.settings.recipe import Recipe
 
 DYNAMIC = Recipe("eager", "qnnpack", kind="dynamic")

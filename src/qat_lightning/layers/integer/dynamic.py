@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from qat_lightning.layers.integer.integer_layer import IntegerLayer, quantized_rows, round_dynamically
 from qat_lightning.layers.integer.weights import WeightGrid, quantize_rows
-from qat_lightning.settings.backends import quantized_engine
+from qat_lightning.settings.engines import quantized_engine
 
 
 class DynamicLinear(IntegerLayer):

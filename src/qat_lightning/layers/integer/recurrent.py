@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import PackedSequence
 from qat_lightning.layers.integer.dynamic import GATES, STEPS, DynamicLinear
 from qat_lightning.layers.integer.integer_layer import IntegerLayer
 from qat_lightning.layers.integer.weights import WeightGrid
-from qat_lightning.settings.backends import quantized_engine
+from qat_lightning.settings.engines import quantized_engine
 
 
 class DynamicRecurrent(IntegerLayer):

@@ -18,9 +18,10 @@ from qat_lightning.graph.portable_graph import PortableModule
 from qat_lightning.graph.signature import BATCH, CallSpec
 from qat_lightning.modes.compile_switch import compiling_allowed, has_cpp_compiler
 from qat_lightning.modes.decomposed.compiling import compile_library, difference, load_library
-from qat_lightning.modes.decomposed.lowering import on_plain_kernels
+from qat_lightning.modes.decomposed.lowering import on_plain_kernels, overflowing_layer
 from qat_lightning.modes.decomposed.plain import PlainLayer
 from qat_lightning.settings.backends import get_backend
+from qat_lightning.settings.engines import NO_VNNI
 from qat_lightning.settings.runtimes import Runtime
 
 _ROWS = 2
@@ -159,6 +160,10 @@ class Int8Network(nn.Module):
             if self.runtime == "plain":
                 if not self._run_kernels(tensors):
                     warnings.warn(f"int8 is slower than float here, because {self.why_decomposed}.", stacklevel=3)
+                return
+            if layer := overflowing_layer(self.decomposed):
+                why = f"{NO_VNNI}, such as those of {layer!r}: backend='fbgemm' with mode='fx' or 'eager' is fast here"
+                self._run_without_compiler(tensors, why)
                 return
             try:
                 compiled = compile_library(self.decomposed, self.spec, tensors)

@@ -17,14 +17,17 @@ import torch
 from torch import Tensor, fx
 
 from qat_lightning.checks import LayerCheck
+from qat_lightning.graph.scopes import scope_of
 from qat_lightning.modes.decomposed.ops import DEQUANTIZE, QUANTIZE
 from qat_lightning.modes.decomposed.plain import Behind, Grid, PlainLayer, dequantize, quantize
 from qat_lightning.modes.judging import is_faulty
 from qat_lightning.numerics.sqnr import sqnr_db
 from qat_lightning.settings.backends import Backend
+from qat_lightning.settings.engines import overflows
 
 _aten = torch.ops.aten
 _QUANTIZE, _DEQUANTIZE = QUANTIZE[0], DEQUANTIZE[0]
+_DEQUANTIZE_DYNAMIC = torch.ops.quantized_decomposed.dequantize_per_tensor.tensor
 _CONVOLUTIONS = (_aten.conv1d.default, _aten.conv2d.default, _aten.conv3d.default)
 _RELU = (_aten.relu.default, _aten.relu_.default)
 _HARDTANH = (_aten.hardtanh.default, _aten.hardtanh_.default)
@@ -86,6 +89,19 @@ def on_plain_kernels(decomposed: fx.GraphModule, tensors: list[Tensor], target: 
     lowered.delete_all_unused_submodules()
     lowered.recompile()
     return lowered
+
+
+def overflowing_layer(decomposed: fx.GraphModule) -> str:
+    """The first layer whose products may overflow in oneDNN's kernels on this CPU; empty if there is none."""
+    for node in decomposed.graph.nodes:
+        if node.target not in (*_CONVOLUTIONS, _aten.linear.default):
+            continue
+        source, weight = node.args[:2]
+        reads_integers = isinstance(source, fx.Node) and source.target in (_DEQUANTIZE, _DEQUANTIZE_DYNAMIC)
+        taken = _weight(weight, decomposed) if reads_integers else None
+        if taken is not None and overflows(taken[0]):
+            return scope_of(node) or str(node.name)
+    return ""
 
 
 def _overwrite_unread_summands(lowered: fx.GraphModule) -> None:
@@ -165,7 +181,7 @@ def _candidates(node: fx.Node, root: fx.GraphModule) -> Iterator[_Candidate]:
     source, weight, bias = (*node.args, None)[:3]
     given = _integers_of(source)
     taken, added = _weight(weight, root), None if bias is None else _constant(bias, root)
-    if given is None or taken is None or (bias is not None and added is None):
+    if given is None or taken is None or (bias is not None and added is None) or overflows(taken[0]):
         return
     integers, grid = given
     try:

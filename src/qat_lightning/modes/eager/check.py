@@ -29,7 +29,8 @@ from qat_lightning.modes.prepared import prepared_state
 from qat_lightning.modes.recording import same_random_numbers
 from qat_lightning.modes.whole import DRAWS, ENOUGH_DB, Disturbance, check_whole, is_right, raise_if_wrong
 from qat_lightning.numerics.fake_quantize import FakeQuantize
-from qat_lightning.settings.backends import Backend, quantized_engine
+from qat_lightning.settings.backends import Backend
+from qat_lightning.settings.engines import quantized_engine
 
 
 @torch.no_grad()

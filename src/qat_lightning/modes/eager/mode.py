@@ -56,7 +56,7 @@ from qat_lightning.modes.prepared import (
 from qat_lightning.modes.protocol import EXCLUDED, Converted, LayerCoverage
 from qat_lightning.modes.qconfig import make_qconfig
 from qat_lightning.numerics.recomputation import keep_tapes
-from qat_lightning.settings.backends import quantized_engine
+from qat_lightning.settings.engines import quantized_engine
 from qat_lightning.settings.recipe import Recipe
 
 

@@ -25,7 +25,8 @@ from qat_lightning.modes.fx.tree import with_batchnorms
 from qat_lightning.modes.fx.weights import hide_parametrized, set_aside
 from qat_lightning.modes.source_lines import line_at_fault
 from qat_lightning.modes.tracing import outer_parts, take_out_constants
-from qat_lightning.settings.backends import Backend, quantized_engine
+from qat_lightning.settings.backends import Backend
+from qat_lightning.settings.engines import quantized_engine
 from qat_lightning.settings.recipe import Recipe
 
 

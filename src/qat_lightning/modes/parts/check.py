@@ -17,7 +17,7 @@ from qat_lightning.modes.judging import Names
 from qat_lightning.modes.prepared import fake_quantizers, prepared_state
 from qat_lightning.modes.recording import copies
 from qat_lightning.modes.whole import Disturbance, check_whole, is_right, raise_if_wrong
-from qat_lightning.settings.backends import quantized_engine
+from qat_lightning.settings.engines import quantized_engine
 
 Call = tuple[Any, Any]
 """The arguments of one call of a part, and its result."""

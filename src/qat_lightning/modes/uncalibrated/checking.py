@@ -21,7 +21,8 @@ from qat_lightning.modes.protocol import LayerCoverage
 from qat_lightning.modes.whole import DRAWS, Disturbance, check_whole, is_right, raise_if_wrong
 from qat_lightning.numerics.dynamic_fake_quantize import disturbed_roundings
 from qat_lightning.numerics.sqnr import sqnr_db
-from qat_lightning.settings.backends import Backend, quantized_engine
+from qat_lightning.settings.backends import Backend
+from qat_lightning.settings.engines import quantized_engine
 from qat_lightning.settings.recipe import Recipe
 
 EXACT = "its integers give in float64"

@@ -1,0 +1,142 @@
+"""The quantized engine of PyTorch that runs, and whether this CPU computes exactly with it."""
+
+from __future__ import annotations
+
+import functools
+import platform
+import threading
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+STAND_IN = "qnnpack"
+"""The engine that runs instead of oneDNN where oneDNN saturates: QNNPACK adds products in 32 bits on every CPU."""
+
+LARGEST_EXACT_WEIGHT = 64
+"""Two products of uint8 with such weights add up to at most 2 * 255 * 64, which 16 bits hold."""
+
+NO_VNNI = (
+    "this CPU has no VNNI, without which oneDNN's int8 kernels add pairs of products in 16 bits, which overflow with "
+    "8-bit weights"
+)
+
+
+def engine_here(name: str | None) -> str | None:
+    """The engine that runs on this CPU what was converted for an engine.
+
+    Args:
+        name: The engine of a backend; None for a backend without one.
+
+    Returns:
+        ``name``, or `STAND_IN` for oneDNN where its kernels saturate.
+
+    Example:
+        >>> engine_here("fbgemm")
+        'fbgemm'
+    """
+    return STAND_IN if name == "onednn" and not onednn_is_exact() else name
+
+
+@functools.cache
+def onednn_is_exact() -> bool:
+    """Whether oneDNN adds the products of its int8 kernels without overflow here; tried once on the largest products.
+
+    What decides is the instructions that oneDNN uses: those of the CPU, or fewer with ``ONEDNN_MAX_CPU_ISA``.
+    """
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return True
+    with ThreadPoolExecutor(1) as thread:  # the modes of a thread, such as a recording of ops, do not see it
+        return thread.submit(_adds_the_largest_products).result()
+
+
+def _adds_the_largest_products() -> bool:
+    import torch
+
+    if "onednn" not in torch.backends.quantized.supported_engines:
+        return True
+    channels = 32
+    weight = torch.full((channels, channels, 1, 1), 127, dtype=torch.int8)
+    images = torch.full((1, channels, 8, 8), 255, dtype=torch.uint8)
+    ops: Any = torch.ops.onednn
+    ones, zeros = torch.ones(channels), torch.zeros(channels, dtype=torch.int32)
+    after = (1.0, 0, torch.float32, "none", [], "")
+    with torch.no_grad():
+        sizes = ([1, 1], [0, 0], [1, 1], 1)
+        packed = ops.qconv_prepack(weight, ones, 1.0, 0, *sizes, None)
+        image = ops.qconv_pointwise.default(images, 1.0, 0, packed, ones, zeros, None, *sizes, *after)
+        packed = ops.qlinear_prepack(weight.flatten(1), None)
+        row = ops.qlinear_pointwise.default(images[..., 0, 0], 1.0, 0, packed, ones, zeros, None, *after)
+    return all(bool((result == 255 * 127 * channels).all()) for result in (image, row))
+
+
+def overflows(weight: Tensor) -> bool:
+    """Whether a layer with this int8 weight and uint8 inputs may overflow in oneDNN's kernels on this CPU.
+
+    Args:
+        weight: int8, of any shape.
+    """
+    if onednn_is_exact() or not weight.numel():
+        return False
+    least, largest = weight.aminmax()
+    return max(-int(least), int(largest)) > LARGEST_EXACT_WEIGHT
+
+
+@functools.cache
+def _say_what_runs_instead() -> None:
+    warnings.warn(
+        f"{NO_VNNI[0].upper()}{NO_VNNI[1:]}. In modes eager, fx and parts QNNPACK computes what backends x86 and onednn "
+        "would: exactly, but hardly faster than the float network. The same int8 file runs oneDNN on a CPU with VNNI. "
+        "If int8 is to be fast on CPUs like this one, choose backend='fbgemm', whose weights have 7 bits.",
+        stacklevel=5,
+    )
+
+
+@dataclass(eq=False)
+class _Engine:
+    """An engine that a ``with`` block requested; the first in `_ENGINES` is the one that was set before all of them."""
+
+    name: str
+
+
+_ENGINES: list[_Engine] = []
+_ENGINES_LOCK = threading.Lock()
+
+
+@contextmanager
+def quantized_engine(name: str | None) -> Iterator[None]:
+    """Select the engine that packs and runs quantized weights, within a ``with`` block.
+
+    On CPUs where oneDNN overflows, QNNPACK is selected instead of it, and a warning says so once.
+
+    Packed weights keep the kernel they were packed for, but a copy or a load packs them again for the current engine,
+    so these have to happen inside such a block. The engine is global to the process: it stays selected while any thread
+    is inside a block, and the last block to end restores the engine that was set before the first.
+    """
+    if name is None:
+        yield
+        return
+    import torch
+
+    runs = engine_here(name)
+    if runs != name:
+        _say_what_runs_instead()
+    mine = _Engine(str(runs))
+    with _ENGINES_LOCK:
+        if not _ENGINES:
+            _ENGINES.append(_Engine(torch.backends.quantized.engine))
+        _ENGINES.append(mine)
+        torch.backends.quantized.engine = mine.name
+    try:
+        yield
+    finally:
+        with _ENGINES_LOCK:
+            _ENGINES.remove(mine)
+            torch.backends.quantized.engine = _ENGINES[-1].name
+            if len(_ENGINES) == 1:
+                _ENGINES.clear()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +63,7 @@ def test_torchao_computes_with_the_networks_own_integers(scheme: str, mode: str)
     network, ids = to_torchao(quantized), torch.randint(0, 20, (3, 6))
     names = {type(p.data).__name__ for p in network.parameters()}
     assert "IntxUnpackedToInt8Tensor" in names
-    least = math.inf if quantized.recipe.kind == "weight_only" else 100
+    least = 140 if quantized.recipe.kind == "weight_only" else 100  # float kernels may add in another order
     assert sqnr_db(quantized(ids), network(ids)) >= least
 
 

@@ -13,6 +13,8 @@ from torch.export import ExportedProgram
 from qat_lightning.errors import ExportError
 from qat_lightning.export.protocol import Kernels, Port, Runner, Source
 from qat_lightning.modes.decomposed.compiling import compile_package
+from qat_lightning.modes.decomposed.lowering import overflowing_layer
+from qat_lightning.settings.engines import NO_VNNI
 from qat_lightning.settings.recipe import Recipe
 
 
@@ -43,6 +45,11 @@ class AotInductor:
     def write(self, source: Source, path: Path) -> None:
         """See `Format.write`."""
         graph_module, examples, dynamic = flat_graph(source)
+        if layer := overflowing_layer(graph_module):
+            raise ExportError(
+                f"{NO_VNNI[0].upper()}{NO_VNNI[1:]}, such as those of {layer!r}: export on a CPU with VNNI, or train "
+                "with backend='fbgemm', whose weights have 7 bits, if the file has to run on CPUs like this one."
+            )
         try:
             package = compile_package(graph_module, examples, dynamic)
         except Exception as error:

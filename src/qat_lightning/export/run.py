@@ -31,6 +31,7 @@ from qat_lightning.measure.fidelity import Fidelity
 from qat_lightning.measure.metrics import Agreement, latency_interleaved, outputs_by_path, size_mb
 from qat_lightning.modes.float_state import present_float
 from qat_lightning.modes.prepared import cpu_copy, is_prepared, prepared_state
+from qat_lightning.settings.engines import engine_here
 from qat_lightning.storage import Place, copied_here, join, place, require_storage
 from qat_lightning.whole_files import move_whole
 
@@ -286,10 +287,21 @@ class _Job:
             raise ExportError(
                 f"{result.runtime} computes different values: the top-1 of {result.agreement:.2%} of the outputs "
                 f"equals that of fake-quant, and at least {limits.agreement:.2%} is required (min_agreement)."
+                f"{self._overflow()}"
             )
         wrong = problem(found, self.reference, calls, min_sqnr_db=limits.sqnr_db, min_equal=limits.agreement)
         if wrong:
-            raise ExportError(f"{result.runtime} computes different values than fake-quant: {wrong}.")
+            raise ExportError(f"{result.runtime} computes different values than fake-quant: {wrong}.{self._overflow()}")
+
+    def _overflow(self) -> str:
+        """A likely cause of different values, if the kernels of runtimes overflow on this CPU."""
+        engine = None if self.source.recipe is None else self.source.recipe.target.engine
+        if engine_here(engine) == engine:
+            return ""
+        return (
+            " This CPU has no VNNI, and without it kernels of other runtimes overflow with 8-bit weights as well. "
+            "Export on a CPU with VNNI, or train with backend='fbgemm', whose weights have 7 bits."
+        )
 
     def _time(self, server: Server, chosen: Format, folder: Path, result: ExportResult) -> None:
         """Time one sample, alternating between the float network in PyTorch and both networks in the runtime."""

@@ -90,9 +90,9 @@ def overflows(weight: Tensor) -> bool:
 @functools.cache
 def _say_what_runs_instead() -> None:
     warnings.warn(
-        f"{NO_VNNI[0].upper()}{NO_VNNI[1:]}. In modes eager, fx and parts QNNPACK computes what backends x86 and onednn "
-        "would: exactly, but hardly faster than the float network. The same int8 file runs oneDNN on a CPU with VNNI. "
-        "If int8 is to be fast on CPUs like this one, choose backend='fbgemm', whose weights have 7 bits.",
+        f"{NO_VNNI[0].upper()}{NO_VNNI[1:]}. In modes eager, fx and parts QNNPACK computes what backends x86 and "
+        "onednn would: exactly, but hardly faster than the float network. The same int8 file runs oneDNN on a CPU with "
+        "VNNI. If int8 is to be fast on CPUs like this one, choose backend='fbgemm', whose weights have 7 bits.",
         stacklevel=5,
     )
 

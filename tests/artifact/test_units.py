@@ -33,7 +33,7 @@ from qat_lightning.artifact.packed import decode_packed, encode_packed, is_packe
 from qat_lightning.artifact.tensors import TensorReader, TensorWriter
 from qat_lightning.artifact.values import decode, encode
 from qat_lightning.errors import ArtifactError
-from qat_lightning.settings.engines import quantized_engine
+from qat_lightning.settings.engines import packing_engine
 
 PLAIN = st.recursive(
     st.one_of(
@@ -192,7 +192,7 @@ LAYERS = [
     "layer", LAYERS, ids=lambda layer: f"{type(layer).__module__.split('.')[1]}-{type(layer).__name__}"
 )
 def test_layers_come_back(layer: nn.Module) -> None:
-    with quantized_engine("fbgemm"):  # QNNPACK, which may run instead of oneDNN, does not return weights of Conv3d
+    with packing_engine("fbgemm"):  # QNNPACK, which may run instead of oneDNN, does not return weights of Conv3d
         writing = Writing()
         data = encode_module(layer.eval(), "layer", writing)
         assert not writing.needs_network
@@ -242,7 +242,7 @@ def test_packed_weights_of_functional_layers(engine: str) -> None:
     ops = torch.ops.quantized
     weight = torch.quantize_per_tensor(torch.randn(4, 2, 3, 3), 0.1, 0, torch.qint8)
     x = torch.quantize_per_tensor(torch.randn(2, 4, 8, 8), 0.1, 64, torch.quint8)
-    with quantized_engine(engine):
+    with packing_engine(engine):
         conv = ops.conv2d_prepack(weight, torch.randn(4), [2, 1], [1, 0], [1, 2], 2)
         linear = ops.linear_prepack(weight.reshape(8, 9), None)
         assert is_packed(conv)

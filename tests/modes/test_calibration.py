@@ -22,7 +22,7 @@ from qat_lightning.graph.example import Example
 from qat_lightning.modes.prepared import cpu_copy, fake_quantizers
 from qat_lightning.modes.registry import get_mode
 from qat_lightning.rehearsal.calibration import calibrate
-from qat_lightning.settings.engines import quantized_engine
+from qat_lightning.settings.engines import packing_engine
 from qat_lightning.settings.recipe import Recipe
 from qat_lightning.settings.scheme import Scheme
 from tests.support.networks import CASES
@@ -208,7 +208,7 @@ def ours(mode: str, scheme: Scheme) -> tuple[nn.Module, Grids]:
 @pytest.fixture
 def _as_x86_runs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("QAT_LIGHTNING_COMPILE", "0")
-    with quantized_engine("onednn"):
+    with packing_engine("onednn"):
         yield
 
 

@@ -21,7 +21,7 @@ from qat_lightning.modes.protocol import Converted
 from qat_lightning.modes.registry import get_mode
 from qat_lightning.rehearsal.calibration import calibrate
 from qat_lightning.rehearsal.rehearse import rehearse
-from qat_lightning.settings.engines import quantized_engine
+from qat_lightning.settings.engines import packing_engine
 from qat_lightning.settings.recipe import Recipe
 from tests.modes.test_fx_transposed import IMAGES, LAYERS, Decoder
 
@@ -68,7 +68,7 @@ def test_int8_is_fake_quant(case: str, backend: str, tmp_path: Path) -> None:
     assert chain["batchnorm"] == "norm", "it is folded"
     quantized = QuantizedNetwork(converted, recipe, example)
     quantized.save(tmp_path / "network.int8")
-    with quantized_engine(recipe.target.engine):
+    with packing_engine(recipe.target.engine):
         assert torch.equal(load_quantized(tmp_path / "network.int8", network=network)(x), quantized(x))
 
 

@@ -18,7 +18,7 @@ from qat_lightning.modes.prepared import cpu_copy
 from qat_lightning.modes.registry import get_mode
 from qat_lightning.rehearsal.calibration import calibrate
 from qat_lightning.rehearsal.rehearse import rehearse
-from qat_lightning.settings.engines import quantized_engine
+from qat_lightning.settings.engines import packing_engine
 from qat_lightning.settings.recipe import Recipe
 from tests.callbacks.lit import Lit, qat, trainer
 from tests.callbacks.lit import loader as batches
@@ -69,7 +69,7 @@ def test_int8_is_fake_quant(case: str, backend: str, tmp_path: Path) -> None:
     assert {row.name: row.quantized for row in converted.operations}["norm"] is (x.ndim == 4)
     quantized = QuantizedNetwork(converted, recipe, example)
     quantized.save(tmp_path / "network.int8")
-    with quantized_engine(recipe.target.engine):
+    with packing_engine(recipe.target.engine):
         assert torch.equal(load_quantized(tmp_path / "network.int8")(x), quantized(x))
 
 

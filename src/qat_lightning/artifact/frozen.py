@@ -23,6 +23,7 @@ from qat_lightning.artifact.effects import Watched
 from qat_lightning.artifact.packed import is_packed
 from qat_lightning.artifact.recording import Recording
 from qat_lightning.artifact.surroundings import Surroundings
+from qat_lightning.settings.engines import packing_engine
 
 CALLS_BEFORE = 4
 """Number of calls of a form that run unrecorded: for a few calls a recording is not worthwhile."""
@@ -171,7 +172,8 @@ def freeze(
     try:
         recording = Recording(flat, list(_copies(tensors)), around.holds)
         if not shares:
-            recording.constants = [copy.deepcopy(one) if is_packed(one) else one for one in recording.constants]
+            with packing_engine():
+                recording.constants = [copy.deepcopy(one) if is_packed(one) else one for one in recording.constants]
         frozen = recording.compiled()
         if torch.is_inference_mode_enabled() and not any(results[place].is_inference() for place in computed):
             frozen = _outside_of_inference_mode(frozen)
@@ -205,7 +207,8 @@ def _pack_anew(network: nn.Module) -> None:
         for name, value in list(vars(module).items()):
             if is_packed(value):
                 try:
-                    vars(module)[name] = copy.deepcopy(value)
+                    with packing_engine():
+                        vars(module)[name] = copy.deepcopy(value)
                 except RuntimeError:  # QNNPACK's 3-d convolutions do not return their weights
                     continue
 

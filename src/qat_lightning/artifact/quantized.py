@@ -20,7 +20,7 @@ from qat_lightning.errors import QuantizationError
 from qat_lightning.graph.example import Example
 from qat_lightning.graph.inference_call import inference_example
 from qat_lightning.modes.protocol import Converted, LayerCoverage
-from qat_lightning.settings.engines import quantized_engine
+from qat_lightning.settings.engines import packing_engine, quantized_engine
 from qat_lightning.settings.kinds import DIRECT
 from qat_lightning.settings.modes import traits_of
 from qat_lightning.settings.recipe import Recipe
@@ -137,7 +137,7 @@ class QuantizedNetwork(nn.Module):
         copied = QuantizedNetwork.__new__(QuantizedNetwork)
         memo[id(self)] = copied
         # A copy packs weights again, for the current engine.
-        with quantized_engine(self.recipe.target.engine):
+        with packing_engine(self.recipe.target.engine):
             copied.__dict__.update({key: copy.deepcopy(value, memo) for key, value in self.__dict__.items()})
         return copied
 

@@ -29,7 +29,7 @@ from qat_lightning.errors import ArtifactError, ConfigurationError, Quantization
 from qat_lightning.graph.example import Example
 from qat_lightning.modes.protocol import Converted, LayerCoverage
 from qat_lightning.settings.backends import require
-from qat_lightning.settings.engines import quantized_engine
+from qat_lightning.settings.engines import packing_engine
 from qat_lightning.settings.modes import traits_of
 from qat_lightning.settings.recipe import Recipe
 from qat_lightning.settings.runtimes import Runtime
@@ -133,7 +133,7 @@ def _with_runtime(recipe: Recipe, runtime: Runtime | None) -> Recipe:
 def _decode(description: dict[str, Any], recipe: Recipe, reading: Reading) -> QuantizedNetwork:
     if traits_of(recipe.mode).packs:
         require(recipe.target)
-    with quantized_engine(recipe.target.engine), torch.no_grad():
+    with packing_engine(recipe.target.engine), torch.no_grad():
         module = decode_network(description["network"], recipe, reading)
     converted = Converted(
         network=module,

@@ -25,7 +25,7 @@ from qat_lightning.modes.eager.calls import CountsCalls
 from qat_lightning.modes.eager.int8 import Int8BatchNorm, Int8Hardtanh, Int8Layer, Int8ReLU, Int8ReLU6, Int8Tensor
 from qat_lightning.modes.eager.layers import become
 from qat_lightning.settings.backends import Backend
-from qat_lightning.settings.engines import quantized_engine
+from qat_lightning.settings.engines import packing_engine, quantized_engine
 
 _MARK = "_qat_lightning_pending"
 
@@ -138,8 +138,9 @@ def eager_float_network(
     Raises:
         ExportError: A layer has no translation, or its translation computes different values.
     """
-    with quantized_engine(target.engine):
+    with packing_engine(target.engine):
         copied = copy.deepcopy(network)
+    with quantized_engine(target.engine):
         recorded = _record(network, example)
     for name, module in list(copied.named_modules()):
         if isinstance(module, Int8Layer):

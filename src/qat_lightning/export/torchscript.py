@@ -14,7 +14,7 @@ from qat_lightning.errors import ExportError
 from qat_lightning.export.call import Call
 from qat_lightning.export.protocol import Kernels, Port, Runner, Source
 from qat_lightning.export.traced_reads import TracedReads
-from qat_lightning.settings.engines import quantized_engine
+from qat_lightning.settings.engines import packing_engine, quantized_engine
 from qat_lightning.settings.modes import traits_of
 from qat_lightning.settings.recipe import Recipe
 
@@ -84,7 +84,7 @@ class TorchScript:
             torch.jit.load(str(path), _extra_files=said)
             engine = said[_ENGINE]
             engine = (engine.decode() if isinstance(engine, bytes) else engine) or None
-            with quantized_engine(engine):
+            with packing_engine(engine):
                 loaded = torch.jit.load(str(path))
 
         def run(tensors: list[Tensor]) -> list[Tensor]:

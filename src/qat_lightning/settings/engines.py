@@ -65,7 +65,7 @@ def _adds_the_largest_products() -> bool:
     images = torch.full((1, channels, 8, 8), 255, dtype=torch.uint8)
     ops: Any = torch.ops.onednn
     ones, zeros = torch.ones(channels), torch.zeros(channels, dtype=torch.int32)
-    after = (1.0, 0, torch.float32, "none", [], "")
+    after: tuple[Any, ...] = (1.0, 0, torch.float32, "none", [], "")
     with torch.no_grad():
         sizes = ([1, 1], [0, 0], [1, 1], 1)
         packed = ops.qconv_prepack(weight, ones, 1.0, 0, *sizes, None)
@@ -109,29 +109,54 @@ _ENGINES_LOCK = threading.Lock()
 
 
 @contextmanager
-def quantized_engine(name: str | None) -> Iterator[None]:
-    """Select the engine that packs and runs quantized weights, within a ``with`` block.
-
-    On CPUs where oneDNN overflows, QNNPACK is selected instead of it, and a warning says so once.
+def packing_engine(name: str | None = None) -> Iterator[None]:
+    """Select the engine that packs quantized weights, within a ``with`` block.
 
     Packed weights keep the kernel they were packed for, but a copy or a load packs them again for the current engine,
-    so these have to happen inside such a block. The engine is global to the process: it stays selected while any thread
-    is inside a block, and the last block to end restores the engine that was set before the first.
+    so these have to happen inside such a block. On CPUs where oneDNN overflows, QNNPACK is selected instead of it, and
+    a warning says so once.
+
+    Args:
+        name: The engine of a backend; by default the current one.
+    """
+    import torch
+
+    name = torch.backends.quantized.engine if name is None else name
+    packs = engine_here(name)
+    if packs != name:
+        _say_what_runs_instead()
+    with _selected(str(packs)):
+        yield
+
+
+@contextmanager
+def quantized_engine(name: str | None) -> Iterator[None]:
+    """Select the engine that runs ops without packed weights, such as sums and pooling, within a ``with`` block.
+
+    Layers run the kernels that they were packed for. For None, nothing is selected.
     """
     if name is None:
         yield
         return
+    with _selected(name):
+        yield
+
+
+@contextmanager
+def _selected(name: str) -> Iterator[None]:
+    """Select an engine.
+
+    It is global to the process: it stays selected while any thread is inside a block, and the last block to end
+    restores the engine that was set before the first.
+    """
     import torch
 
-    runs = engine_here(name)
-    if runs != name:
-        _say_what_runs_instead()
-    mine = _Engine(str(runs))
+    mine = _Engine(name)
     with _ENGINES_LOCK:
         if not _ENGINES:
             _ENGINES.append(_Engine(torch.backends.quantized.engine))
         _ENGINES.append(mine)
-        torch.backends.quantized.engine = mine.name
+        torch.backends.quantized.engine = name
     try:
         yield
     finally:

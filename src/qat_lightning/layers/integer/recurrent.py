@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import PackedSequence
 from qat_lightning.layers.integer.dynamic import GATES, STEPS, DynamicLinear
 from qat_lightning.layers.integer.integer_layer import IntegerLayer
 from qat_lightning.layers.integer.weights import WeightGrid
-from qat_lightning.settings.engines import quantized_engine
+from qat_lightning.settings.engines import packing_engine
 
 
 class DynamicRecurrent(IntegerLayer):
@@ -118,7 +118,7 @@ class DynamicRecurrent(IntegerLayer):
         return output, (ends[0], ends[1]) if self.cell == "lstm" else ends[0]
 
     def _run(self, data: Tensor, state: list[Tensor], batch_sizes: Tensor | None) -> Any:
-        with quantized_engine(self.engine):
+        with packing_engine(self.engine):
             weights = self._parameters_of_kernel()
             settings: list[Any] = [weights, True, self.num_layers, 0.0, False, self.bidirectional]
             inputs: list[Any] = [data] if batch_sizes is None else [data, batch_sizes]

@@ -16,6 +16,7 @@ from qat_lightning.modes.eager.following import batchnorm_behind, follower
 from qat_lightning.modes.eager.observation import ACTIVATION_TYPES, CHAIN_TYPES, Key, Observation
 from qat_lightning.modes.protocol import EXCLUDED
 from qat_lightning.settings.backends import Backend
+from qat_lightning.settings.engines import engine_here
 from qat_lightning.settings.recipe import Recipe
 
 
@@ -90,7 +91,7 @@ def why_not(module: nn.Module, target: Backend) -> str:
     """Why a convolution or linear layer has no int8 kernel in eager mode; empty if it has one."""
     if type(module) not in CHAIN_TYPES:
         return f"{type(module).__name__} is not quantized in mode='eager'"
-    if isinstance(module, nn.Conv3d | nn.ConvTranspose3d) and target.engine == "qnnpack":
+    if isinstance(module, nn.Conv3d | nn.ConvTranspose3d) and engine_here(target.engine) == "qnnpack":
         return f"QNNPACK cannot save the weight of a {type(module).__name__}"
     if why := _why_no_weight(module):
         return why

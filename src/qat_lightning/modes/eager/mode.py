@@ -56,7 +56,7 @@ from qat_lightning.modes.prepared import (
 from qat_lightning.modes.protocol import EXCLUDED, Converted, LayerCoverage
 from qat_lightning.modes.qconfig import make_qconfig
 from qat_lightning.numerics.recomputation import keep_tapes
-from qat_lightning.settings.engines import quantized_engine
+from qat_lightning.settings.engines import packing_engine
 from qat_lightning.settings.recipe import Recipe
 
 
@@ -148,7 +148,7 @@ class EagerMode:
                 "finite values before converting."
             )
         network = self.skeleton(copy.deepcopy(state.float_network).float(), plan, state.recipe)
-        with quantized_engine(target.engine):
+        with packing_engine(target.engine):
             for layer in int8_layers(network).values():
                 fill(layer, heads[layer.chain.name])
             load_rest(network, prepared)
@@ -186,7 +186,7 @@ class EagerMode:
 
         Returns:
             ``network``, its weights and grids not yet set. Loading packs weights for the current engine, so load inside
-            `qat_lightning.settings.backends.quantized_engine`.
+            `qat_lightning.settings.engines.packing_engine`.
 
         Raises:
             CheckpointMismatchError: The network does not have these layers.
@@ -198,7 +198,7 @@ class EagerMode:
             give_layers(attention)
         modules = _modules(network)
         dtype = torch.quint8 if recipe.target.activation_dtype is torch.uint8 else torch.qint8
-        with quantized_engine(recipe.target.engine), _quiet():
+        with packing_engine(recipe.target.engine), _quiet():
             for values in plan["chains"]:
                 chain = Chain(**values)
                 missing = [name for name in (chain.name, *chain.links) if name not in modules]

@@ -15,6 +15,7 @@ from qat_lightning.modes.fx.config import LEFT_FLOAT
 from qat_lightning.modes.left_float import layer_of
 from qat_lightning.modes.prepared import PreparedState
 from qat_lightning.modes.protocol import EXCLUDED, LayerCoverage
+from qat_lightning.settings.engines import engine_here
 from qat_lightning.settings.recipe import Recipe
 
 UNSEEN = "no finite range was observed for its input or its output"
@@ -27,7 +28,7 @@ def no_kernel(module: nn.Module, recipe: Recipe) -> str:
             "its weight is computed (parametrized) and is not a parameter; "
             "torch.nn.utils.parametrize.remove_parametrizations makes it one"
         )
-    if isinstance(module, nn.Conv3d) and recipe.target.engine == "qnnpack":
+    if isinstance(module, nn.Conv3d) and engine_here(recipe.target.engine) == "qnnpack":
         return "QNNPACK cannot save the weight of a Conv3d"
     if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         if module.padding_mode != "zeros":

@@ -79,6 +79,7 @@ from qat_lightning.modes.upstream_memory import nothing_remembered
 from qat_lightning.modes.verify import check_layers
 from qat_lightning.numerics.fake_quantize import FakeQuantize
 from qat_lightning.numerics.recomputation import keep_tapes
+from qat_lightning.settings.engines import engine_here
 from qat_lightning.settings.recipe import Recipe
 
 
@@ -124,7 +125,7 @@ class FxMode:
             call_embeddings(graph_module, network, selected, scopes)
         if "transposed" in recipe.families:
             chosen = selected | dict.fromkeys(called_on_one_sample(network, example), False)
-            write_as_convolutions(graph_module, chosen, scopes, three=recipe.target.engine != "qnnpack")
+            write_as_convolutions(graph_module, chosen, scopes, three=engine_here(recipe.target.engine) != "qnnpack")
         hidden = Hidden(network, graph_module)
         parameters = dict(network.named_parameters(remove_duplicate=False))
         show_bounded = hide_bounded(graph_module) if "bounds" in recipe.families else None

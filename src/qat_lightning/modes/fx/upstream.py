@@ -26,7 +26,7 @@ from qat_lightning.modes.fx.weights import hide_parametrized, set_aside
 from qat_lightning.modes.source_lines import line_at_fault
 from qat_lightning.modes.tracing import outer_parts, take_out_constants
 from qat_lightning.settings.backends import Backend
-from qat_lightning.settings.engines import quantized_engine
+from qat_lightning.settings.engines import packing_engine
 from qat_lightning.settings.recipe import Recipe
 
 
@@ -137,7 +137,7 @@ def convert_upstream(graph_module: fx.GraphModule, target: Backend, name: str) -
     Raises:
         ConversionError: Upstream fails.
     """
-    with warnings.catch_warnings(), quantized_engine(target.engine):
+    with warnings.catch_warnings(), packing_engine(target.engine):
         warnings.filterwarnings("ignore", category=DeprecationWarning)
         warnings.filterwarnings("ignore", category=FutureWarning)
         warnings.filterwarnings("ignore", message=".*quantized tensor creation functions.*")

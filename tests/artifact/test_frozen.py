@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from qat_lightning import Example, QuantizedNetwork, Recipe, calibrate, convert, load_quantized, prepare, quantize
 from qat_lightning.artifact.frozen import CALLS_BEFORE
+from tests.support.exactness import needs_onednn
 
 
 class Residual(nn.Module):
@@ -91,7 +92,7 @@ def _coarser(network: Any) -> Callable[[Tensor], Tensor]:
     return lambda scores: scores
 
 
-@pytest.mark.parametrize("change", [_hooked, _replaced, _coarser])
+@pytest.mark.parametrize("change", [_hooked, _replaced, pytest.param(_coarser, marks=needs_onednn)])
 def test_what_is_changed_afterwards_is_seen(change: Any) -> None:
     network, images = int8(), torch.randn(2, 3, 12, 12)
     before = again_and_again(network, images)[-1]["scores"]
@@ -252,6 +253,7 @@ def test_what_counts_its_calls_counts_them_once() -> None:
     assert float(counted) == before + CALLS_BEFORE + 3
 
 
+@needs_onednn  # QNNPACK does not check sizes
 def test_an_error_is_that_of_the_network() -> None:
     network = reading(lambda net, y: y)
     again_and_again(network, torch.randn(3, 4))

@@ -21,12 +21,13 @@ from qat_lightning.modes.protocol import Converted
 from qat_lightning.modes.registry import get_mode
 from qat_lightning.numerics.sqnr import sqnr_db
 from qat_lightning.settings.backends import BACKENDS, pairs
-from qat_lightning.settings.engines import quantized_engine
+from qat_lightning.settings.engines import engine_here, quantized_engine
 from qat_lightning.settings.recipe import Recipe
 from qat_lightning.settings.scheme import Scheme
+from tests.support.exactness import X86_LEAST_DB
 
 BACKEND_NAMES = [backend for mode, backend in pairs() if mode == "eager"]
-LEAST_DB = {"x86": 60.0, "onednn": 60.0, "fbgemm": 50.0, "qnnpack": 50.0}
+LEAST_DB = {"x86": X86_LEAST_DB, "onednn": X86_LEAST_DB, "fbgemm": 50.0, "qnnpack": 50.0}
 
 
 def conv_bn_relu() -> nn.Module:
@@ -477,7 +478,7 @@ def test_other_dimensions(make, shape, backend):
     bn = nn.BatchNorm1d if make is nn.Conv1d else nn.BatchNorm3d
     network = nn.Sequential(make(3, 8, 3), bn(8), nn.ReLU(), make(8, 4, 1), nn.Flatten())
     x = torch.randn(8, 3, *shape)
-    if make is nn.Conv3d and backend == "qnnpack":
+    if make is nn.Conv3d and engine_here(BACKENDS[backend].engine) == "qnnpack":
         with pytest.raises(NetworkError, match="QNNPACK cannot save the weight of a Conv3d"):
             EagerMode().prepare(network, example_of(x), Recipe("eager", backend))
         return

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from qat_lightning import Example, Recipe, convert, prepare
 from qat_lightning.numerics.sqnr import sqnr_db
+from tests.support.exactness import EXACT
 
 Clamp = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -49,7 +50,7 @@ def test_layers_between_clamps_are_int8_whatever_their_limits(how: str, limit: f
     torch.manual_seed(0)
     network = Clipped(CLAMPS[how], limit, learned=False)
     x = torch.randn(64, 8)
-    prepared = prepare(network, Example((x,)), Recipe("fx", "x86"))
+    prepared = prepare(network, Example((x,)), Recipe("fx", EXACT))
     prepared.train()(x).sum().backward()
     prepared.eval()
     int8 = convert(prepared, Example((x,)))
@@ -63,7 +64,7 @@ def test_limits_that_are_learned_keep_their_gradients() -> None:
     torch.manual_seed(0)
     network = Clipped(torch.clamp, 0.5, learned=True)
     x = torch.randn(64, 8)
-    prepared = prepare(network, Example((x,)), Recipe("fx", "x86"))
+    prepared = prepare(network, Example((x,)), Recipe("fx", EXACT))
     prepared.train()(x).sum().backward()
     assert all(parameter.grad is not None and parameter.grad.abs() > 0 for parameter in (network.low, network.high))
     rows = convert(prepared.eval(), Example((x,))).operations

@@ -14,6 +14,7 @@ from qat_lightning.modes.shared_range import SharedRange
 from qat_lightning.numerics.fake_quantize import FakeQuantize
 from qat_lightning.numerics.sqnr import sqnr_db
 from qat_lightning.settings.recipe import Recipe
+from tests.support.exactness import EXACT
 
 
 class Skips(nn.Module):
@@ -74,7 +75,7 @@ WAYS = (
 def trained(way: str) -> tuple[nn.Module, Example]:
     torch.manual_seed(0)
     example = Example((2 * torch.randn(4, 3, 8, 8),))
-    prepared = get_mode("fx").prepare(Skips(way), example, Recipe("fx", "x86"))
+    prepared = get_mode("fx").prepare(Skips(way), example, Recipe("fx", EXACT))
     prepared.train()
     for size in range(1, 5):
         prepared(torch.randn(4, 3, 8, 8) * size)

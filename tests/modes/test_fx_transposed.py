@@ -22,6 +22,7 @@ from qat_lightning.settings.engines import packing_engine
 from qat_lightning.settings.recipe import Recipe
 from tests.callbacks.lit import Lit, qat, trainer
 from tests.callbacks.lit import loader as batches
+from tests.support.exactness import X86_LEAST_DB
 
 # The same whatever was imported before: a single step of an output this small is 58 dB.
 _GENERATOR = torch.Generator().manual_seed(0)
@@ -62,7 +63,7 @@ def test_int8_is_fake_quant(case: str, backend: str, tmp_path: Path) -> None:
     prepared.train()(x).square().mean().backward()
     assert bool(prepared.get_parameter("up.weight").grad.any())  # type: ignore[union-attr]
     converted = get_mode("fx").convert(cpu_copy(prepared), example)
-    enough = 60 if backend in ("x86", "onednn") else 50
+    enough = X86_LEAST_DB if backend in ("x86", "onednn") else 50
     assert min(check.sqnr_db for check in converted.checks) >= enough
     assert {row.name: row.quantized for row in converted.coverage} == {"up": True, "head": True}
     # Its kernel is for images only.

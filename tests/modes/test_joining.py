@@ -14,6 +14,7 @@ from qat_lightning.numerics.sqnr import sqnr_db
 from qat_lightning.rehearsal.calibration import calibrate
 from qat_lightning.settings.recipe import Recipe
 from qat_lightning.settings.scheme import Scheme
+from tests.support.exactness import EXACT
 from tests.support.networks import CLASSES
 
 
@@ -100,7 +101,7 @@ NETWORKS = (ImageAndTable, MapAndMean, SmallAndLarge, Dense)
     ],
 )
 def test_int8_joins_what_fake_quant_joins(mode: str, network: type[nn.Module], exclude: tuple[str, ...]) -> None:
-    prepared, example = prepare(network(), Recipe(mode, "x86", exclude=exclude))
+    prepared, example = prepare(network(), Recipe(mode, EXACT, exclude=exclude))
     converted = get_mode(mode).convert(cpu_copy(prepared), example)
     assert all(check.sqnr_db > 60 for check in converted.checks), converted.checks
     with torch.no_grad():
@@ -112,7 +113,7 @@ def test_scales_that_learn_are_joined_alike(network: type[nn.Module]) -> None:
     """They begin with an observed range, here with fake-quantization disabled."""
     torch.manual_seed(0)
     example = Example((torch.randn(16, 3, 8, 8), torch.randn(16, 5)))
-    prepared = get_mode("fx").prepare(network(), example, Recipe("fx", "x86", Scheme(learned_step="lsq")))
+    prepared = get_mode("fx").prepare(network(), example, Recipe("fx", EXACT, Scheme(learned_step="lsq")))
     prepared.train()
     optimizer = torch.optim.Adam(prepared.parameters(), lr=1e-3)
     for step in range(6):
@@ -133,7 +134,7 @@ def test_scales_that_learn_are_joined_alike(network: type[nn.Module]) -> None:
 @pytest.mark.parametrize("mode", ["fx", "pt2e"])
 def test_the_range_of_all_inputs_grows_with_them(mode: str, stacked: bool) -> None:
     """Observed after their rounding, they would stay within the range of the first batch."""
-    prepared, example = prepare(SmallAndLarge(stacked), Recipe(mode, "x86"), factor=5.0)
+    prepared, example = prepare(SmallAndLarge(stacked), Recipe(mode, EXACT), factor=5.0)
     prepared.eval()
     with torch.no_grad():
         rounded = prepared(*example.args)
@@ -161,7 +162,7 @@ class Shuffled(nn.Module):
 @pytest.mark.parametrize("way", ["one side", "both sides", "another limit"])
 def test_a_relu_in_front_of_one_part_of_a_concatenation_is_not_lost(way: str) -> None:
     example = Example((torch.randn(4, 3, 8, 8),))
-    prepared = get_mode("fx").prepare(Shuffled(way), example, Recipe("fx", "x86"))
+    prepared = get_mode("fx").prepare(Shuffled(way), example, Recipe("fx", EXACT))
     calibrate(prepared, [example])
     converted = get_mode("fx").convert(prepared.eval(), example)  # which compares int8 with fake-quant
     assert all(row.quantized for row in converted.coverage)

@@ -18,7 +18,9 @@ from qat_lightning.modes.places import find_places
 from qat_lightning.modes.prepared import cpu_copy, prepared_state
 from qat_lightning.modes.registry import mode_for
 from qat_lightning.plain import convert, prepare, quantize
+from qat_lightning.settings.engines import onednn_is_exact
 from qat_lightning.settings.recipe import Recipe
+from tests.support.exactness import X86_LEAST_DB
 from tests.support.quantizers import OwnQuantizer
 
 MODES = ("eager", "fx", "pt2e", "parts")
@@ -104,9 +106,9 @@ def test_int8_is_what_trained_on_the_grids_of_each_layer(mode: str, tmp_path: Pa
     rows = {row.name: row for row in made.coverage if row.what == "layer"}
     assert [name for name, row in rows.items() if row.quantized] == list(LARGEST)
     assert rows["stem.0"].excluded
-    assert min(check.sqnr_db for check in made.checks) > 60
+    assert min(check.sqnr_db for check in made.checks) > X86_LEAST_DB
     with torch.no_grad():
-        torch.testing.assert_close(made(X), cpu_copy(prepared)(X), rtol=0, atol=1e-5)
+        torch.testing.assert_close(made(X), cpu_copy(prepared)(X), rtol=0, atol=1e-5 if onednn_is_exact() else 0.1)
     assert {int(weight.abs().max()) for weight in integers_of(made)} == {3, 7}
     path = tmp_path / "model.int8"
     made.save(path)
@@ -128,7 +130,7 @@ def test_more_bits_than_the_network_has(mode: str) -> None:
     prepared = trained(mode, scheme)
     assert grids(prepared, "weight") == {"stem.0": 7, "blocks.0.conv": 7, "blocks.1.conv": 7, "head": 127}
     made = convert(prepared, Example((X,)))
-    assert min(check.sqnr_db for check in made.checks) > 60
+    assert min(check.sqnr_db for check in made.checks) > X86_LEAST_DB
 
 
 @pytest.mark.parametrize("mode", ["fx", "pt2e"])
@@ -138,7 +140,7 @@ def test_learned_steps_begin_on_the_grids_of_each_layer(mode: str, learned: Any)
     assert grids(prepared, "weight") == LARGEST
     made = convert(prepared, Example((X,)))
     with torch.no_grad():
-        torch.testing.assert_close(made(X), cpu_copy(prepared)(X), rtol=0, atol=1e-4)
+        torch.testing.assert_close(made(X), cpu_copy(prepared)(X), rtol=0, atol=1e-4 if onednn_is_exact() else 0.1)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -180,7 +182,7 @@ def test_the_grids_of_an_own_quantizer_get_coarser() -> None:
     assert grids(prepared, "weight") == largest | {"blocks.0.conv": 7}
     fq = {p.layer: p.fq for p in find_places(prepared) if p.what == "weight"}
     assert not fq["stem.0"].per_channel
-    assert min(check.sqnr_db for check in convert(prepared, Example((X,))).checks) > 60
+    assert min(check.sqnr_db for check in convert(prepared, Example((X,))).checks) > X86_LEAST_DB
 
 
 GROUPS = {"weight_bits": 4, "weight_granularity": "per_group", "weight_group_size": 32}

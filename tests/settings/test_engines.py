@@ -68,7 +68,7 @@ def test_without_vnni_networks_for_x86_are_int8_and_exact(mode: str, tmp_path: A
     assert found["equal"] > 45
     assert not found["float_layers"]
     assert found["loaded"]
-    assert len([line for line in found["said"] if line.startswith("This CPU has no VNNI")]) == 1
+    assert len([line for line in found["said"] if line.startswith("This CPU has no VNNI")]) == (mode != "pt2e")
     assert any("backend='fbgemm'" in line for line in found["said"])
     if mode != "pt2e":
         assert "it differs from fake-quant" in found["with_onednn"], "oneDNN itself overflows here"

@@ -131,9 +131,10 @@ def _with_runtime(recipe: Recipe, runtime: Runtime | None) -> Recipe:
 
 
 def _decode(description: dict[str, Any], recipe: Recipe, reading: Reading) -> QuantizedNetwork:
-    if traits_of(recipe.mode).packs:
+    packs = traits_of(recipe.mode).packs
+    if packs:
         require(recipe.target)
-    with packing_engine(recipe.target.engine), torch.no_grad():
+    with packing_engine(recipe.target.engine if packs else None), torch.no_grad():
         module = decode_network(description["network"], recipe, reading)
     converted = Converted(
         network=module,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 from torch import nn
 
 from qat_lightning.artifact.quantized import QuantizedNetwork
@@ -64,6 +66,7 @@ def convert(prepared: nn.Module, example: Example) -> QuantizedNetwork:
         NetworkError: No layer can be int8.
     """
     conversion = convert_what_can_be(prepared, example)
+    _warn_of_detour(prepared_state(prepared).recipe)
     state = prepared_state(prepared)
     recipe = leaving_float(state.recipe, state.left_float, state.prefix)
     return in_its_runtime(QuantizedNetwork(conversion.converted, recipe, example, source="convert"))
@@ -90,7 +93,13 @@ def quantize(network: nn.Module, example: Example, recipe: Recipe) -> QuantizedN
         [True, True]
     """
     check_overrides_of({"": network}, recipe)
+    _warn_of_detour(recipe)
     conversion = quantize_what_can_be(network, example, recipe)
     return QuantizedNetwork(
         conversion.converted, leaving_float(recipe, conversion.left_float, ""), example, source="the float network"
     )
+
+
+def _warn_of_detour(recipe: Recipe) -> None:
+    if recipe.detour:
+        warnings.warn(recipe.detour, stacklevel=3)

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from qat_lightning import Recipe, Scheme
 from qat_lightning.settings import engines
 from qat_lightning.settings.engines import engine_here, overflows, quantized_engine
 
@@ -68,8 +69,10 @@ def test_without_vnni_networks_for_x86_are_int8_and_exact(mode: str, tmp_path: A
     assert found["equal"] > 45
     assert not found["float_layers"]
     assert found["loaded"]
-    assert len([line for line in found["said"] if line.startswith("This CPU has no VNNI")]) == (mode != "pt2e")
-    assert any("backend='fbgemm'" in line for line in found["said"])
+    how = "Float ops compute" if mode == "pt2e" else "QNNPACK computes"
+    assert found["said"][0].startswith("This CPU has no VNNI")
+    assert f"{how} the same integers here instead: exactly" in found["said"][0]
+    assert "choose backend='fbgemm'" in found["said"][0]
     if mode != "pt2e":
         assert "it differs from fake-quant" in found["with_onednn"], "oneDNN itself overflows here"
 
@@ -83,8 +86,14 @@ def test_weights_of_7_bits_never_overflow(monkeypatch: pytest.MonkeyPatch) -> No
         *(True, True),
     ]
     assert not overflows(torch.zeros(0, dtype=torch.int8))
+    assert "QNNPACK" in Recipe("fx", "x86").detour
+    assert "Float ops" in Recipe("pt2e", "x86").detour
+    exact = [("fx", "fbgemm", Scheme()), ("pt2e", "xnnpack", Scheme()), ("pt2e", "x86", Scheme(weight_bits=7))]
+    assert not any(Recipe(*settings).detour for settings in exact)
+    assert not Recipe("fx", "x86", kind="weight_only").detour, "float arithmetic"
     monkeypatch.setattr(engines, "onednn_is_exact", lambda: True)
     assert engine_here("onednn") == "onednn"
+    assert not Recipe("fx", "x86").detour
     assert not overflows(torch.tensor([127], dtype=torch.int8))
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import warnings
 import zipfile
 from dataclasses import replace
 from typing import Any, BinaryIO, Literal
@@ -96,6 +97,8 @@ def _load(
     description, data = _read(source, path)
     try:
         recipe = _with_runtime(_decode_recipe(description["recipe"]), runtime)
+        if recipe.detour:
+            warnings.warn(recipe.detour, stacklevel=3)
         reading = Reading(TensorReader(description["tensors"], data), network, trusted)
         return _decode(description, recipe, reading)
     except ArtifactError as error:

@@ -46,6 +46,7 @@ from qat_lightning.callbacks.parts.variant_source import TrainedVariants
 from qat_lightning.callbacks.quantization_callback import QuantizationCallback
 from qat_lightning.errors import ConfigurationError
 from qat_lightning.modes.compiling import check_compiler
+from qat_lightning.modes.prepared import prepared_state
 from qat_lightning.recipes.sequential_mse import clipping
 from qat_lightning.rehearsal.rehearse import OnFault
 from qat_lightning.settings.kinds import check_kind
@@ -312,7 +313,8 @@ class QuantizationAwareTraining(QuantizationCallback):
         reduce_ranges_while_observed(self._networks.prepared, trainer.world_size)
         with self._networks.whole(everywhere=False):
             if trainer.is_global_zero:
-                report_prepared(trainer, self._networks.coverage_rows())
+                recipes = [prepared_state(network).recipe for network in self._networks.prepared.values()]
+                report_prepared(trainer, self._networks.coverage_rows(), recipes)
         self._step_phase(trainer)
         if self.compile:
             self._compiled.begin(pl_module)  # last, so that nothing copies a compiled network

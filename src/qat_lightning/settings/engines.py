@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import platform
 import threading
-import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -87,13 +86,19 @@ def overflows(weight: Tensor) -> bool:
     return max(-int(least), int(largest)) > LARGEST_EXACT_WEIGHT
 
 
-@functools.cache
-def _say_what_runs_instead() -> None:
-    warnings.warn(
-        f"{NO_VNNI[0].upper()}{NO_VNNI[1:]}. In modes eager, fx and parts QNNPACK computes what backends x86 and "
-        "onednn would: exactly, but hardly faster than the float network. The same int8 file runs oneDNN on a CPU with "
-        "VNNI. If int8 is to be fast on CPUs like this one, choose backend='fbgemm', whose weights have 7 bits.",
-        stacklevel=5,
+def detour(engine: str | None, *, packs: bool) -> str:
+    """How this CPU computes what an engine's kernels would, if they overflow on it, in words; empty if they do not.
+
+    Args:
+        engine: The engine of a backend.
+        packs: Whether its layers hold packed weights, unlike those of mode pt2e.
+    """
+    if engine_here(engine) == engine:
+        return ""
+    return (
+        f"{NO_VNNI[0].upper()}{NO_VNNI[1:]}. {'QNNPACK computes' if packs else 'Float ops compute'} the same integers "
+        "here instead: exactly, but more slowly. The same int8 file runs oneDNN on a CPU with VNNI. If int8 is to be "
+        "fast on CPUs like this one, choose backend='fbgemm' with mode='fx' or 'eager': its weights have 7 bits."
     )
 
 
@@ -113,8 +118,7 @@ def packing_engine(name: str | None = None) -> Iterator[None]:
     """Select the engine that packs quantized weights, within a ``with`` block.
 
     Packed weights keep the kernel they were packed for, but a copy or a load packs them again for the current engine,
-    so these have to happen inside such a block. On CPUs where oneDNN overflows, QNNPACK is selected instead of it, and
-    a warning says so once.
+    so these have to happen inside such a block. On CPUs where oneDNN overflows, QNNPACK is selected instead of it.
 
     Args:
         name: The engine of a backend; by default the current one.
@@ -122,10 +126,7 @@ def packing_engine(name: str | None = None) -> Iterator[None]:
     import torch
 
     name = torch.backends.quantized.engine if name is None else name
-    packs = engine_here(name)
-    if packs != name:
-        _say_what_runs_instead()
-    with _selected(str(packs)):
+    with _selected(str(engine_here(name))):
         yield
 
 

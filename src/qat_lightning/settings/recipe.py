@@ -9,6 +9,8 @@ from typing import Any, Literal, get_args
 
 from qat_lightning.errors import CheckpointMismatchError, CombinationError, ConfigurationError
 from qat_lightning.settings.backends import Backend, get_backend
+from qat_lightning.settings.engines import LARGEST_EXACT_WEIGHT, detour
+from qat_lightning.settings.modes import traits_of
 from qat_lightning.settings.overrides import lineage, matches
 from qat_lightning.settings.quantizers import QuantizerSource, backend_and_source
 from qat_lightning.settings.runtimes import Runtime, check_runtime
@@ -260,6 +262,13 @@ class Recipe:
             return -self.weight_quant_max, self.weight_quant_max
         half = 2 ** (self.scheme.weight_bits - 1)
         return -half, half - 1
+
+    @property
+    def detour(self) -> str:
+        """How this CPU computes what the backend's kernels would, if they overflow on it; empty otherwise."""
+        packs = traits_of(self.mode).packs and self.runtime is None
+        fits = not packs and not self.scheme.overrides and self.weight_quant_max <= LARGEST_EXACT_WEIGHT
+        return "" if fits or self.kind == "weight_only" else detour(self.target.engine, packs=packs)
 
     @property
     def target(self) -> Backend:

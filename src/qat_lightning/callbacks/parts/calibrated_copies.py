@@ -17,7 +17,7 @@ from qat_lightning.callbacks.parts.arguments import check_flag
 from qat_lightning.callbacks.parts.between_processes import copy_from_first_process
 from qat_lightning.callbacks.parts.calibration_data import calibration_loader
 from qat_lightning.callbacks.parts.calibration_source import CalibrationSource
-from qat_lightning.callbacks.parts.coverage_report import log_coverage, wandb_loggers
+from qat_lightning.callbacks.parts.coverage_report import log_coverage, wandb_loggers, warn_of_detours
 from qat_lightning.callbacks.parts.network import Slot, find_networks
 from qat_lightning.callbacks.parts.networks import Networks
 from qat_lightning.callbacks.parts.preparation import Preparation
@@ -179,7 +179,9 @@ class CalibratedCopies:
         new = {name: slot for name, slot in networks.slots.items() if name not in networks.decisions}
         if new:
             with isolate_rng(include_cuda=torch.cuda.is_initialized()):
-                networks.decisions |= self.preparation.decide_all(trainer, new, networks.examples, stage)
+                decided = self.preparation.decide_all(trainer, new, networks.examples, stage)
+            networks.decisions |= decided
+            warn_of_detours(networks.settings.recipe_for(decision.mode) for decision in decided.values())
 
     def _calibrated(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, nn.Module]:
         prepared = {name: self._prepare_copy(name) for name in self.networks.slots}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import astuple, fields
 
 from lightning.pytorch import Trainer
@@ -11,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from qat_lightning.modes.coverage import int8_share
 from qat_lightning.modes.protocol import LayerCoverage
+from qat_lightning.settings.recipe import Recipe
 
 
 def wandb_loggers(trainer: Trainer) -> list[WandbLogger]:
@@ -30,6 +31,12 @@ def warn_of_float(layers: Sequence[LayerCoverage], verb: str) -> None:
         rows = "; ".join(f"{row.name or 'the network'} ({row.kind}): {row.reason}" for row in left[:8])
         more = f"; and {len(left) - 8} more" if len(left) > 8 else ""
         rank_zero_warn(f"{len(left)} of {len(layers)} layers {verb}: {rows}{more}.")
+
+
+def warn_of_detours(recipes: Iterable[Recipe]) -> None:
+    """Warn once for all networks if this CPU computes int8 in another way than the backend."""
+    for said in sorted({recipe.detour for recipe in recipes} - {""}):
+        rank_zero_warn(said)
 
 
 def log_coverage(trainer: Trainer, key: str, rows: Sequence[LayerCoverage]) -> None:
@@ -52,7 +59,14 @@ def log_coverage(trainer: Trainer, key: str, rows: Sequence[LayerCoverage]) -> N
         logger.log_metrics(logged, trainer.global_step)  # type: ignore[arg-type]
 
 
-def report_prepared(trainer: Trainer, rows: Sequence[LayerCoverage]) -> None:
-    """Report coverage before training, in the process that logs; layers excluded on purpose cause no warning."""
+def report_prepared(trainer: Trainer, rows: Sequence[LayerCoverage], recipes: Iterable[Recipe]) -> None:
+    """Report coverage before training, in the process that logs; layers excluded on purpose cause no warning.
+
+    Args:
+        trainer: The Trainer whose loggers are used.
+        rows: Coverage rows of layers and ops.
+        recipes: The recipes of the networks: kernels that this CPU does not have cause a warning.
+    """
+    warn_of_detours(recipes)
     log_coverage(trainer, "quant/coverage_prepared", rows)
     warn_of_float([row for row in rows if row.what == "layer" and not row.excluded], "will stay float")

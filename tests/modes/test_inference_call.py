@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -194,7 +195,11 @@ class Teacher(Base):
 def test_a_call_that_computes_something_else_is_refused(network: type[Base], mode: str) -> None:
     masks = {"mask": torch.ones(ROWS, INPUTS)} if network is Masked else {}
     example = Example((input_of(),), masks | {"labels": LABELS})
-    prepared = prepare(network().eval(), example, Recipe(mode, "x86"))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        prepared = prepare(network().eval(), example, Recipe(mode, "x86"))
+    warned = any("can only be called with labels" in str(one.message) for one in said)
+    assert warned == (network is not Masked), "known before the first step"
     with pytest.raises(NetworkError, match="mode='eager', which needs no graph"):
         prepared(input_of())
     if masks:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -118,7 +119,7 @@ def inference_call(
 
     Returns:
         None if there is no such input, or if the network computes something else without it or cannot be traced: then
-        only the call with all inputs is supported, and others are refused where they are made.
+        only the call with all inputs is supported, which a warning says, and others are refused where they are made.
 
     Example:
         >>> import torch
@@ -144,10 +145,23 @@ def inference_call(
         return None
     try:
         traced = trace(_left_out(example, signature, names))
-    except TraceError:
+    except TraceError as error:
+        _warn_that_loss_is_needed(network, names, str(error).strip().partition("\n")[0])
         return None
     parameters = [name for name, one in signature.parameters.items() if one.kind is not one.KEYWORD_ONLY]
-    return inference_call_between(graph, *traced, names, parameters, makes_container)
+    found = inference_call_between(graph, *traced, names, parameters, makes_container)
+    if found is None:
+        _warn_that_loss_is_needed(network, names, "without it, something is returned that is not returned with it")
+    return found
+
+
+def _warn_that_loss_is_needed(network: nn.Module, names: Sequence[str], why: str) -> None:
+    left = " and ".join(names)
+    warnings.warn(
+        f"Once it is quantized, {type(network).__name__} can only be called with {left}, which only its loss reads: "
+        f"{why}. To call or export it without, return the same outputs beside the loss, or use mode='eager'.",
+        stacklevel=2,
+    )
 
 
 def inference_call_between(

@@ -80,11 +80,11 @@ def fp32_eager(name: str) -> Run:
     return network(name)
 
 
-def int8_module(mode: str, runtime: Any = None) -> Callable[[str], Run]:
+def int8_module(mode: str, runtime: Any = None, backend: str = "x86") -> Callable[[str], Run]:
     """Return our int8 module, as `trainer.test` runs it."""
 
     def make(name: str) -> Run:
-        int8 = int8_network(name, mode, "x86", runtime)
+        int8 = int8_network(name, mode, backend, runtime)
         int8(images(2))
         return int8
 
@@ -233,11 +233,16 @@ ENGINES = {
     "fp32 eager": Engine(fp32_eager, "base", int8=False),
     "int8 fx": Engine(int8_module("fx"), "ours"),
     "int8 eager": Engine(int8_module("eager"), "ours"),
+    "int8 fx, fbgemm": Engine(int8_module("fx", backend="fbgemm"), "ours"),
+    "int8 eager, fbgemm": Engine(int8_module("eager", backend="fbgemm"), "ours"),
     "int8 pt2e (pt2)": Engine(int8_module("pt2e"), "ours"),
     "int8 fx, plain": Engine(int8_module("fx", "plain"), "ours"),
     "int8 pt2e, plain": Engine(int8_module("pt2e", "plain"), "ours"),
     "torchscript (fx)": Engine(artifact("torchscript", "fx"), "ours"),
     "torchscript (eager)": Engine(artifact("torchscript", "eager"), "ours"),
+    "torchscript (fx, fbgemm)": Engine(artifact("torchscript", "fx", "fbgemm"), "ours"),
+    "onnx (fx, fbgemm)": Engine(artifact("onnx", "fx", "fbgemm"), "ours", needs="onnx onnxscript onnxruntime"),
+    "openvino (fx, fbgemm)": Engine(artifact("openvino", "fx", "fbgemm"), "ours", needs="openvino onnx onnxscript"),
     "executorch (pt2e, xnnpack)": Engine(artifact("executorch", "pt2e", "xnnpack"), "ours", needs="executorch"),
     "tflite (fx)": Engine(artifact("tflite", "fx"), "ours", needs="litert-torch"),
     "tflite (pt2e, xnnpack)": Engine(artifact("tflite", "pt2e", "xnnpack"), "ours", needs="litert-torch"),

@@ -16,6 +16,7 @@ from qat_lightning.modes.protocol import LayerCoverage
 from qat_lightning.modes.registry import get_mode
 from qat_lightning.modes.uncalibrated import quantize
 from qat_lightning.settings.recipe import Recipe
+from tests.support.exactness import EXACT
 
 CALLS: dict[str, tuple[Callable[[], nn.Module], Callable[[Any, Tensor, Tensor], Any]]] = {
     "conv1d": (lambda: nn.Conv1d(2, 2, 1), lambda layer, x, ids: layer(x.reshape(-1, 2, 4))),
@@ -71,7 +72,10 @@ class EveryLayer(nn.Module):
 def rows_of(mode: str, kind: str) -> list[LayerCoverage]:
     torch.manual_seed(0)
     network = EveryLayer().eval()
-    example, recipe = Example((torch.randn(3, 8), torch.randint(5, (3, 4)))), Recipe(mode, "x86", kind=kind)
+    example, recipe = (
+        Example((torch.randn(3, 8), torch.randint(5, (3, 4)))),
+        Recipe(mode, "x86" if mode == "pt2e" else EXACT, kind=kind),
+    )
     if kind != "static":
         return quantize(network, example, recipe).coverage
     prepared = get_mode(mode).prepare(network, example, recipe)

@@ -18,6 +18,7 @@ from qat_lightning.modes.registry import get_mode
 from qat_lightning.modes.uncalibrated import quantize
 from qat_lightning.recipes.folding import fuse
 from qat_lightning.settings.recipe import Recipe
+from tests.support.exactness import EXACT
 
 
 class Convolution(nn.Conv3d):
@@ -85,7 +86,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], tuple[Tensor, ...], dict[str, in
 
 
 def coverage(mode: str, kind: str, network: nn.Module, args: tuple[Any, ...]) -> list[LayerCoverage]:
-    example, recipe = Example(args), Recipe(mode, "x86", kind=kind)
+    example, recipe = Example(args), Recipe(mode, "x86" if mode == "pt2e" else EXACT, kind=kind)
     if kind == "dynamic":
         converted = quantize(network, example, recipe)
     else:

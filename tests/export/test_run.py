@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qat_lightning import export_quantized, load_quantized
+from qat_lightning import Scheme, export_quantized, load_quantized, prepare
 from qat_lightning.artifact.quantized import QuantizedNetwork
 from qat_lightning.demos import DigitsDataModule, SmallMobileNet
 from qat_lightning.errors import CombinationError, ConfigurationError, ExportError, MissingExtraError
@@ -23,7 +23,9 @@ from qat_lightning.export.run import open_artifact
 from qat_lightning.graph.example import Example
 from qat_lightning.modes.prepared import cpu_copy, set_phase
 from qat_lightning.modes.registry import get_mode
+from qat_lightning.settings import engines
 from qat_lightning.settings.backends import pairs
+from qat_lightning.settings.engines import onednn_is_exact
 from qat_lightning.settings.recipe import Recipe
 from tests.export.files import quantized_case
 
@@ -58,11 +60,17 @@ def trained(digits: Any) -> dict[tuple[str, str], nn.Module]:
     return {}
 
 
+def recipe_of(mode: str, backend: str) -> Recipe:
+    """With weights of 7 bits, which every runtime multiplies exactly on every x86 CPU."""
+    return Recipe(mode, backend, Scheme(weight_bits=7) if backend == "x86" else Scheme())
+
+
 def prepared(cache: dict[tuple[str, str], nn.Module], digits: Any, mode: str, backend: str) -> nn.Module:
     if (mode, backend) not in cache:
         torch.manual_seed(0)
         batches, (images, _) = digits
-        network = get_mode(mode).prepare(SmallMobileNet(), Example((images[:4],)), Recipe(mode, backend)).train()
+        recipe = recipe_of(mode, backend)
+        network = get_mode(mode).prepare(SmallMobileNet(), Example((images[:4],)), recipe).train()
         optimizer = torch.optim.Adam(network.parameters(), lr=5e-3)
         for epoch in range(5):
             set_phase(network, fake_quant=epoch > 0, observers=True, batchnorm_frozen=False)
@@ -118,7 +126,7 @@ def test_an_artifact_chooses_the_classes_of_fake_quant(
 def exported(digits: Any, trained: Any, tmp_path_factory: pytest.TempPathFactory) -> ExportResult:
     """A TorchScript file of an int8 network that was saved and loaded."""
     images, _ = digits[1]
-    recipe, example = Recipe("fx", "x86"), Example((images[:4],))
+    recipe, example = recipe_of("fx", "x86"), Example((images[:4],))
     network = prepared(trained, digits, "fx", "x86")
     converted = get_mode("fx").convert(cpu_copy(network), example)
     folder = tmp_path_factory.mktemp("exported")
@@ -157,8 +165,20 @@ def test_an_artifact_that_computes_something_else_fails_and_leaves_no_file(
     )
     assert not result.passed
     assert "min_agreement" in result.error
+    assert ("This CPU has no VNNI" in result.error) == (not onednn_is_exact()), "a cause that is likely here"
     assert [path.name for path in tmp_path.iterdir()] == ["export.json"]
     assert json.loads((tmp_path / "export.json").read_text())["fastest"] is None
+
+
+def test_a_package_whose_kernels_would_overflow_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(engines, "onednn_is_exact", lambda: False)
+    for bits, error in ((8, "train with backend='fbgemm'"), (7, "")):
+        call = Example((torch.randn(8, 4),))
+        network = prepare(nn.Sequential(nn.Linear(4, 4)), call, Recipe("fx", "x86", Scheme(weight_bits=bits)))
+        network.train()(*call.args)
+        (result,) = export_quantized(network, tmp_path, ["pt2"], example=call)
+        assert error in result.error
+        assert bool(result.error) == bool(error)
 
 
 class Decides(nn.Module):

@@ -28,6 +28,7 @@ from tests.artifact.making import (
     quantize,
 )
 from tests.artifact.networks import Convolutions, FunctionalWeights, Large, Structures, WithOwnBlock, Zoo
+from tests.support.exactness import SEVEN_BITS
 from tests.support.networks import CASES
 from tests.support.targets import missing
 
@@ -309,7 +310,7 @@ def test_nothing_ordinary_needs_trust(tmp_path: Path) -> None:
 def test_loaded_pt2e_network_compiles(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("QAT_LIGHTNING_COMPILE", "1")
     case = case_named("residual")
-    saved = quantize("pt2e", "x86", case.network(), batch_of(case))
+    saved = quantize("pt2e", "x86", case.network(), batch_of(case), scheme=SEVEN_BITS)
     save_quantized(saved, tmp_path / "net.int8")
     loaded = load_quantized(tmp_path / "net.int8")
     assert_same_network(saved, loaded, batch_of(case))

@@ -21,6 +21,7 @@ from qat_lightning.layers.qat_modules import FreezableBatchNorm1d, FreezableBatc
 from tests.callbacks.ddp_run import LEARNED, Plain, run_halves, run_synchronized
 from tests.callbacks.lit import MODES, Lit, loader, qat, state, trainer
 from tests.callbacks.two_processes import read_both, run_two
+from tests.support.exactness import needs_onednn
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +123,7 @@ def test_what_no_file_can_hold_is_converted_in_every_process(both: tuple[dict[st
 
 
 @pytest.mark.slow
+@needs_onednn
 def test_only_the_first_process_compiles(tmp_path: Path) -> None:
     first, second = read_both(_run_two(tmp_path, "compiled", compile="1"))
     assert first.pop("compiled") == 1

@@ -28,6 +28,7 @@ from qat_lightning.numerics.sqnr import sqnr_db
 from qat_lightning.rehearsal.calibration import calibrate
 from qat_lightning.settings.recipe import Recipe
 from qat_lightning.settings.scheme import Scheme
+from tests.support.exactness import needs_onednn
 
 BACKENDS = ("x86", "xnnpack")
 
@@ -597,6 +598,7 @@ def test_dropout_inside_a_recurrent_layer_is_refused(kind: type[nn.RNNBase]) -> 
 
 
 @pytest.mark.slow
+@needs_onednn
 def test_compiled_equals_decomposed_at_any_batch_size(monkeypatch: pytest.MonkeyPatch) -> None:
     """One library for all batch sizes, shared by copies."""
     torch.manual_seed(0)
@@ -623,6 +625,7 @@ def test_compiled_equals_decomposed_at_any_batch_size(monkeypatch: pytest.Monkey
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+@needs_onednn
 def test_recurrent_layers_are_compiled(monkeypatch: pytest.MonkeyPatch, kind: type[nn.RNNBase]) -> None:
     torch.manual_seed(0)
     prepared = prepare(Sequence(kind, batch_first=True, bidirectional=True), ROWS)
@@ -638,6 +641,7 @@ def test_recurrent_layers_are_compiled(monkeypatch: pytest.MonkeyPatch, kind: ty
 
 
 @pytest.mark.slow
+@needs_onednn
 def test_compiled_layers_equal_on_images_of_one_channel() -> None:
     """Inductor reads the output of the first convolution in the wrong layout if the batch size is dynamic."""
     layers = (nn.Conv2d(1, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU6(), nn.Conv2d(16, 8, 1), nn.ReLU())
@@ -653,6 +657,7 @@ def test_compiled_layers_equal_on_images_of_one_channel() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("failure", ["compiler", "values"])
+@needs_onednn
 def test_falling_back_says_so_once(monkeypatch: pytest.MonkeyPatch, failure: str) -> None:
     prepared = prepare(Small())
     fit(prepared)

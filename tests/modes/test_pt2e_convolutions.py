@@ -16,6 +16,7 @@ from qat_lightning.modes.registry import get_mode
 from qat_lightning.rehearsal.calibration import calibrate
 from qat_lightning.rehearsal.rehearse import rehearse
 from qat_lightning.settings.recipe import Recipe
+from tests.support.exactness import SEVEN_BITS
 
 
 class Gated(nn.Module):
@@ -72,7 +73,7 @@ def test_it_is_compiled(make: type[nn.Module], monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("QAT_LIGHTNING_COMPILE", "1")
     shape = (4, 1, 24) if make is SmallWaveNet else (4, 3, 12, 12)
     example = Example((torch.randn(shape),))
-    prepared = get_mode("pt2e").prepare(make(), example, Recipe("pt2e", "x86"))
+    prepared = get_mode("pt2e").prepare(make(), example, Recipe("pt2e", "x86", SEVEN_BITS))
     calibrate(prepared, [example])
     int8 = get_mode("pt2e").convert(prepared, example).network
     int8(*example.args)

@@ -24,8 +24,9 @@ from qat_lightning.rehearsal.rehearse import rehearse
 from qat_lightning.settings.recipe import Recipe
 from qat_lightning.settings.scheme import Scheme
 from tests.modes.test_fx_transposed import IMAGES, LAYERS, Decoder
+from tests.support.exactness import SEVEN_BITS
 
-RECIPE = Recipe("pt2e", "x86")
+RECIPE = Recipe("pt2e", "x86", SEVEN_BITS)
 
 
 @pytest.fixture(autouse=True)

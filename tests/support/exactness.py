@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from qat_lightning import Scheme
 from qat_lightning.settings.engines import onednn_is_exact
 
 EXACT = "x86" if onednn_is_exact() else "fbgemm"
@@ -11,5 +12,8 @@ EXACT = "x86" if onednn_is_exact() else "fbgemm"
 
 X86_LEAST_DB = 60.0 if onednn_is_exact() else 40.0
 """Least SQNR of a layer for x86; a single step in a small output is more than 50 dB."""
+
+SEVEN_BITS = Scheme(weight_bits=7)
+"""Weights that every runtime multiplies exactly on every x86 CPU."""
 
 needs_onednn = pytest.mark.skipif(not onednn_is_exact(), reason="oneDNN overflows on this CPU, so QNNPACK runs instead")

@@ -20,6 +20,7 @@ from qat_lightning.numerics.sqnr import sqnr_db
 from qat_lightning.settings.backends import BACKENDS, pairs
 from qat_lightning.settings.kinds import DIRECT, supported, table
 from qat_lightning.settings.recipe import Recipe
+from tests.support.exactness import needs_onednn
 from tests.support.sequence_networks import CASES, SequenceCase
 
 LEAST_DB = {"dynamic": 30.0, "weight_only": 38.0}
@@ -144,6 +145,7 @@ def test_graph_modes_refuse_control_flow() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", DIRECT)
 @pytest.mark.parametrize("case", CASES[:-1], ids=lambda case: case.name)
+@needs_onednn
 def test_pt2e_compiles(kind: str, case: SequenceCase, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QAT_LIGHTNING_COMPILE", "1")
     _, converted, recipe, example = _quantize(kind, "pt2e", "x86", case)
@@ -168,6 +170,7 @@ class ActivationsAndAdditions(nn.Module):
 
 
 @pytest.mark.slow
+@needs_onednn
 def test_pt2e_compiles_activations_that_are_added(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QAT_LIGHTNING_COMPILE", "1")
     x = torch.randn(4, 16)

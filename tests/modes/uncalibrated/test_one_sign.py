@@ -22,6 +22,7 @@ from qat_lightning.modes.decomposed.int8 import Int8Network
 from qat_lightning.modes.uncalibrated import quantize
 from qat_lightning.settings.backends import BACKENDS
 from qat_lightning.settings.recipe import Recipe
+from tests.support.exactness import needs_onednn
 
 
 def in_float64(layer: nn.Linear, x: Tensor) -> np.ndarray:
@@ -70,6 +71,7 @@ def runs_compiled(network: QuantizedNetwork) -> bool:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("first", ["mixed", "positive", "negative"])
+@needs_onednn
 def test_every_input_is_right_whatever_the_first_was(first: str, tmp_path: Path) -> None:
     layer = nn.Linear(16, 4)
     network = quantized(layer, INPUTS[first])
@@ -82,6 +84,7 @@ def test_every_input_is_right_whatever_the_first_was(first: str, tmp_path: Path)
 
 
 @pytest.mark.slow
+@needs_onednn
 def test_nan_stays_nan() -> None:
     network = quantized(nn.Linear(16, 4), INPUTS["mixed"])
     network(INPUTS["mixed"])
@@ -104,6 +107,7 @@ class Pooled(nn.Module):
 
 
 @pytest.mark.slow
+@needs_onednn
 def test_layer_behind_a_pooled_relu_is_compiled_and_right() -> None:
     pooled = Pooled().eval()
     first, second = torch.randn(8, 3, 16, 16), torch.randn(5, 3, 16, 16)

@@ -12,6 +12,7 @@ from qat_lightning.graph.example import Example
 from qat_lightning.modes.prepared import cpu_copy, set_phase
 from qat_lightning.modes.protocol import Converted
 from qat_lightning.modes.registry import get_mode
+from qat_lightning.settings.engines import onednn_is_exact
 from qat_lightning.settings.recipe import Recipe
 
 
@@ -49,5 +50,6 @@ def carried_through(network: nn.Module, inputs: Tensor, mode: str = "fx", **sett
     fake_quant = cpu_copy(prepared)
     converted = get_mode(mode).convert(cpu_copy(prepared), Example((inputs,)))
     with torch.no_grad():
-        torch.testing.assert_close(converted.network(inputs), fake_quant(inputs), rtol=0.02, atol=0.02)
+        off = 0.02 if onednn_is_exact() else 0.1  # QNNPACK is a step off in single values
+        torch.testing.assert_close(converted.network(inputs), fake_quant(inputs), rtol=off, atol=off)
     return converted

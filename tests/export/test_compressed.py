@@ -26,7 +26,7 @@ SCHEMES: dict[str, tuple[Any, Any]] = {
     "8 bits": ("weight_only", {}),
     "4 bits in groups": ("weight_only", {"weight_bits": 4, **GROUPS}),
     "4 bits, affine": ("weight_only", {"weight_bits": 4, "weight_symmetric": False}),
-    "dynamic": ("dynamic", {}),
+    "dynamic": ("dynamic", {"weight_bits": 7}),  # which every runtime multiplies exactly on every x86 CPU
     "8da4w": ("dynamic", {"weight_bits": 4, "activation_granularity": "per_token", **GROUPS}),
 }
 

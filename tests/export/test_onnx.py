@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qat_lightning import Recipe, Scheme, calibrate, export_quantized, prepare
+from qat_lightning import Recipe, calibrate, export_quantized, prepare
 from qat_lightning.errors import ExportError
 from qat_lightning.export.onnx import Onnx
 from qat_lightning.export.onnx_graph import OPSET
@@ -23,6 +23,7 @@ from qat_lightning.export.protocol import Kernels, Source
 from qat_lightning.graph.example import Example
 from tests.artifact.making import batch_of, case_named, images, quantize
 from tests.export.files import Odd, assert_same_outputs, quantized_case
+from tests.support.exactness import SEVEN_BITS
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -112,7 +113,7 @@ class Padded(nn.Module):
 @pytest.mark.parametrize("mode", ["eager", "fx", "pt2e"])
 def test_zeros_around_an_image_are_the_padding_of_its_convolution(mode: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    quantized = quantize(mode, "x86", Padded())
+    quantized = quantize(mode, "x86", Padded(), scheme=SEVEN_BITS)
     model = _write(quantized, quantized.example, tmp_path / "model.onnx")
     ops = Counter(node.op_type for node in model.graph.node)
     assert ops["Pad"] == 1, "those around the output"
@@ -185,8 +186,7 @@ class Scaled(nn.Module):
 @pytest.mark.parametrize("mode", ["fx", "pt2e"])
 def test_scalar_parameters_and_outputs_stay_scalars(mode: str, tmp_path: Path) -> None:
     x = torch.randn(4, 4)
-    seven_bits = Scheme(weight_bits=7)  # which ONNX Runtime multiplies exactly on every CPU
-    quantized = quantize(mode, "x86", Scaled(), lambda size: ((torch.randn(size, 4),), {}), scheme=seven_bits)
+    quantized = quantize(mode, "x86", Scaled(), lambda size: ((torch.randn(size, 4),), {}), scheme=SEVEN_BITS)
     _write(quantized, quantized.example, tmp_path / "model.onnx")
     for wanted, got in zip(quantized(x), Onnx().load(tmp_path / "model.onnx")([x]), strict=True):
         assert got.shape == wanted.shape

@@ -16,4 +16,4 @@ X86_LEAST_DB = 60.0 if onednn_is_exact() else 40.0
 SEVEN_BITS = Scheme(weight_bits=7)
 """Weights that every runtime multiplies exactly on every x86 CPU."""
 
-needs_onednn = pytest.mark.skipif(not onednn_is_exact(), reason="oneDNN overflows on this CPU, so QNNPACK runs instead")
+needs_onednn = pytest.mark.skipif(not onednn_is_exact(), reason="kernels for 8-bit weights overflow on this CPU")

@@ -120,6 +120,7 @@ def test_layer_behind_a_pooled_relu_is_compiled_and_right() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["fx", "pt2e"])
+@needs_onednn
 def test_exported_package_is_right(mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QAT_LIGHTNING_COMPILE", "0")
     layer = nn.Linear(16, 4)

@@ -17,6 +17,7 @@ from qat_lightning.graph.example import Example
 from qat_lightning.modes.prepared import cpu_copy
 from qat_lightning.modes.registry import get_mode
 from qat_lightning.settings.recipe import Recipe
+from tests.support.exactness import SEVEN_BITS
 
 
 class Tables(nn.Module):
@@ -38,8 +39,10 @@ class Tables(nn.Module):
 def quantized_tables(mode: str, kind: str = "static") -> QuantizedNetwork:
     torch.manual_seed(0)
     if kind == "dynamic":
-        return quantize(Tables(), Example((torch.randint(0, 4, (4, 6)),)), Recipe(mode, "x86", kind="dynamic"))
-    recipe, example = Recipe(mode, "x86"), Example((torch.randint(0, 4, (4, 6)),))
+        return quantize(
+            Tables(), Example((torch.randint(0, 4, (4, 6)),)), Recipe(mode, "x86", SEVEN_BITS, kind="dynamic")
+        )
+    recipe, example = Recipe(mode, "x86", SEVEN_BITS), Example((torch.randint(0, 4, (4, 6)),))
     prepared = get_mode(mode).prepare(Tables(), example, recipe)
     prepared.train()(torch.randint(0, 50, (32, 6)))
     return QuantizedNetwork(get_mode(mode).convert(cpu_copy(prepared), example), recipe, example)

@@ -19,6 +19,7 @@ from qat_lightning.modes.registry import get_mode
 from qat_lightning.modes.uncalibrated import quantize
 from qat_lightning.rehearsal.calibration import calibrate
 from qat_lightning.settings.backends import BACKENDS, MODES, pairs
+from qat_lightning.settings.engines import engine_here
 from qat_lightning.settings.kinds import supported
 from qat_lightning.settings.recipe import Recipe
 
@@ -257,12 +258,15 @@ def test_the_docs_have_what_fixed_ranges_reach(row: Row, mode: str) -> None:
     cell = dict(zip(MODES, table()[f"`static`, `qat`: {row.label}"], strict=True))[mode]
     flow, example = get_mode(mode), Example((torch.randn(row.shape),))
     found: dict[str, set[str]] = {name: set() for name in row.names}
-    for backend in of_mode(mode):
+    # QNNPACK, which runs instead of oneDNN on CPUs without VNNI, does not have them.
+    lacking = {name for name, row_of in BACKENDS.items() if engine_here(row_of.engine) != row_of.engine}
+    lacking = lacking if "3d" in row.label.lower() and mode != "pt2e" else set()
+    for backend in set(of_mode(mode)) - lacking:
         prepared = flow.prepare(row.network(), example, Recipe(mode, backend, kind="static"))
         calibrate(prepared, [example])
         for name, integer in row.integer(flow.coverage(cpu_copy(prepared), example)).items():
             found[name] |= {backend} if integer else set()
-    assert found == {name: set(backends_in(cell, mode)) for name in row.names}
+    assert found == {name: set(backends_in(cell, mode)) - lacking for name in row.names}
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -66,8 +66,8 @@ def convert(prepared: nn.Module, example: Example) -> QuantizedNetwork:
         NetworkError: No layer can be int8.
     """
     conversion = convert_what_can_be(prepared, example)
-    _warn_of_detour(prepared_state(prepared).recipe)
     state = prepared_state(prepared)
+    _warn_of_detour(state.recipe)
     recipe = leaving_float(state.recipe, state.left_float, state.prefix)
     return in_its_runtime(QuantizedNetwork(conversion.converted, recipe, example, source="convert"))
 

@@ -14,7 +14,6 @@ from qat_lightning import (
     PostTrainingQuantization,
     QuantizationAwareTraining,
     Recipe,
-    Scheme,
     calibrate,
     convert,
     load_quantized,
@@ -24,6 +23,7 @@ from qat_lightning.errors import CombinationError, ConfigurationError, ExportErr
 from qat_lightning.export import plain_tensors
 from qat_lightning.modes.decomposed.plain import PlainLayer
 from tests.callbacks.lit import Lit, dataset, loader, trainer
+from tests.support.exactness import SEVEN_BITS
 
 IMAGES = dataset()[:32][0]
 PAIRS = [("fx", "x86"), ("fx", "onednn"), ("eager", "x86"), ("pt2e", "x86")]
@@ -31,8 +31,7 @@ PAIRS = [("fx", "x86"), ("fx", "onednn"), ("eager", "x86"), ("pt2e", "x86")]
 
 def fit(mode: str, backend: str, runtime: Any) -> tuple[Any, Lit, QuantizationAwareTraining]:
     seed_everything(0, verbose=False)
-    seven_bits = Scheme(weight_bits=7)  # which oneDNN multiplies exactly on every CPU
-    callback, module = QuantizationAwareTraining(mode, backend, runtime=runtime, scheme=seven_bits), Lit()
+    callback, module = QuantizationAwareTraining(mode, backend, runtime=runtime, scheme=SEVEN_BITS), Lit()
     fitting = trainer(callback, max_epochs=1)
     fitting.fit(module, loader(), loader())
     return fitting, module, callback
@@ -63,7 +62,7 @@ def test_a_checkpoint_goes_with_either_runtime() -> None:
 def made(mode: str, tmp_path: Path) -> Path:
     call = Example((torch.randn(8, 3, 8, 8),))
     network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU(), torch.nn.Conv2d(4, 4, 3))
-    prepared = prepare(network, call, Recipe(mode, "x86", Scheme(weight_bits=7), kind="static"))
+    prepared = prepare(network, call, Recipe(mode, "x86", SEVEN_BITS, kind="static"))
     calibrate(prepared, [call.args[0]])
     convert(prepared, call).save(tmp_path / "model.int8")
     return tmp_path / "model.int8"

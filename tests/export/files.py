@@ -10,21 +10,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from qat_lightning import Scheme
 from qat_lightning.artifact.quantized import QuantizedNetwork
 from qat_lightning.numerics.sqnr import sqnr_db
 from tests.artifact.making import Batch, batch_of, case_named, quantize
+from tests.support.exactness import SEVEN_BITS
 
 
 @functools.cache
 def quantized_case(name: str, mode: str, backend: str = "x86") -> tuple[QuantizedNetwork, Batch]:
-    """An int8 network of the table, created once, and a function that makes its batches.
-
-    Weights have 7 bits, which every runtime multiplies exactly on every CPU.
-    """
+    """An int8 network of the table, created once, and a function that makes its batches."""
     torch.manual_seed(0)
     case = case_named(name)
-    return quantize(mode, backend, case.network(), batch_of(case), scheme=Scheme(weight_bits=7)), batch_of(case)
+    return quantize(mode, backend, case.network(), batch_of(case), scheme=SEVEN_BITS), batch_of(case)
 
 
 def assert_same_outputs(network: nn.Module, run: Any, batch: Batch, least: float = 30.0) -> None:

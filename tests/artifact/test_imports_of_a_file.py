@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import nn
 
-from qat_lightning import Scheme
 from qat_lightning.artifact.frozen import CALLS_BEFORE
 from tests.artifact.making import quantize
+from tests.support.exactness import SEVEN_BITS
 
 NETWORK = "nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2))"
 PROGRAM = f"""
@@ -56,8 +56,7 @@ def test_a_file_is_run_without_a_compiler_and_without_lightning(mode: str, tmp_p
 @pytest.mark.slow
 def test_the_compiler_runs_in_a_process_of_its_own(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    scheme = Scheme(weight_bits=7)  # which compiled kernels multiply exactly on every x86 CPU
-    quantize("pt2e", "x86", eval(NETWORK, {"nn": nn}), scheme=scheme).save(tmp_path / "model.int8")
+    quantize("pt2e", "x86", eval(NETWORK, {"nn": nn}), scheme=SEVEN_BITS).save(tmp_path / "model.int8")
     command = [sys.executable, "-W", "ignore", "-c", COMPILES, str(tmp_path / "model.int8")]
     environment = {name: value for name, value in os.environ.items() if name != "QAT_LIGHTNING_COMPILE"}
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)

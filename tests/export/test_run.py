@@ -28,6 +28,7 @@ from qat_lightning.settings.backends import pairs
 from qat_lightning.settings.engines import onednn_is_exact
 from qat_lightning.settings.recipe import Recipe
 from tests.export.files import quantized_case
+from tests.support.exactness import SEVEN_BITS
 
 _SLOW = pytest.mark.slow
 TAKEN = [
@@ -62,7 +63,7 @@ def trained(digits: Any) -> dict[tuple[str, str], nn.Module]:
 
 def recipe_of(mode: str, backend: str) -> Recipe:
     """With weights of 7 bits, which every runtime multiplies exactly on every x86 CPU."""
-    return Recipe(mode, backend, Scheme(weight_bits=7) if backend == "x86" else Scheme())
+    return Recipe(mode, backend, SEVEN_BITS if backend == "x86" else Scheme())
 
 
 def prepared(cache: dict[tuple[str, str], nn.Module], digits: Any, mode: str, backend: str) -> nn.Module:

@@ -18,7 +18,7 @@ from qat_lightning.modes.prepared import cpu_copy, set_phase
 from qat_lightning.modes.pt2e import Pt2eMode
 from qat_lightning.numerics.sqnr import sqnr_db
 from qat_lightning.settings.recipe import Recipe
-from qat_lightning.settings.scheme import Scheme
+from tests.support.exactness import SEVEN_BITS
 
 
 class Sequences(nn.Module):
@@ -41,7 +41,7 @@ class Sequences(nn.Module):
 
 def convert(network: nn.Module, example: Example) -> Int8Network:
     # 7 bits, which oneDNN multiplies exactly on every CPU
-    prepared = Pt2eMode().prepare(network, example, Recipe("pt2e", "x86", Scheme(weight_bits=7)))
+    prepared = Pt2eMode().prepare(network, example, Recipe("pt2e", "x86", SEVEN_BITS))
     set_phase(prepared, fake_quant=True, observers=True, batchnorm_frozen=False)
     for _ in range(3):
         prepared.train()(*example.args)

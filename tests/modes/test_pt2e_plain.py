@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from qat_lightning.modes.decomposed.lowering import on_plain_kernels
 from qat_lightning.modes.decomposed.plain import PlainLayer
 from qat_lightning.numerics.sqnr import sqnr_db
 from qat_lightning.settings.backends import get_backend
+from tests.support.exactness import SEVEN_BITS
 
 
 class Residual(nn.Module):
@@ -60,7 +62,7 @@ def made(case: str, scheme: Scheme | None = None) -> tuple[Any, Tensor]:
     torch.manual_seed(0)
     build, shape, _ = CASES[case]
     x = torch.randn(6, *shape)
-    prepared = prepare(build(), Example((x,)), Recipe("pt2e", "x86", scheme or Scheme(weight_bits=7), kind="static"))
+    prepared = prepare(build(), Example((x,)), Recipe("pt2e", "x86", scheme or SEVEN_BITS, kind="static"))
     calibrate(prepared, [x])
     return convert(prepared, Example((x,))), x
 
@@ -73,7 +75,7 @@ def _no_compiling(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("granularity", ["per_channel", "per_tensor"])
 @pytest.mark.parametrize("case", list(CASES))
 def test_layers_compute_what_the_decomposed_graph_computes(case: str, granularity: Any) -> None:
-    network, x = made(case, Scheme(weight_bits=7, weight_granularity=granularity))
+    network, x = made(case, replace(SEVEN_BITS, weight_granularity=granularity))
     decomposed = network.network.decomposed
     kernels = on_plain_kernels(decomposed, [x], get_backend("x86", "pt2e"))
     layers = [module for module in kernels.modules() if isinstance(module, PlainLayer)]

@@ -15,6 +15,7 @@ import torch
 from qat_lightning import Recipe, Scheme
 from qat_lightning.settings import engines
 from qat_lightning.settings.engines import engine_here, overflows, quantized_engine
+from tests.support.exactness import SEVEN_BITS
 
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 
@@ -88,7 +89,7 @@ def test_weights_of_7_bits_never_overflow(monkeypatch: pytest.MonkeyPatch) -> No
     assert not overflows(torch.zeros(0, dtype=torch.int8))
     assert "QNNPACK" in Recipe("fx", "x86").detour
     assert "Float ops" in Recipe("pt2e", "x86").detour
-    exact = [("fx", "fbgemm", Scheme()), ("pt2e", "xnnpack", Scheme()), ("pt2e", "x86", Scheme(weight_bits=7))]
+    exact = [("fx", "fbgemm", Scheme()), ("pt2e", "xnnpack", Scheme()), ("pt2e", "x86", SEVEN_BITS)]
     assert not any(Recipe(*settings).detour for settings in exact)
     assert not Recipe("fx", "x86", kind="weight_only").detour, "float arithmetic"
     monkeypatch.setattr(engines, "onednn_is_exact", lambda: True)

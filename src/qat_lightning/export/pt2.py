@@ -47,7 +47,7 @@ class AotInductor:
         graph_module, examples, dynamic = flat_graph(source)
         if layer := overflowing_layer(graph_module):
             raise ExportError(
-                f"{NO_VNNI[0].upper()}{NO_VNNI[1:]}, such as those of {layer!r}: export on a CPU with VNNI, or train "
+                f"{NO_VNNI}, such as those of {layer!r}: export on a CPU with VNNI, or train "
                 "with backend='fbgemm', whose weights have 7 bits, if the file has to run on CPUs like this one."
             )
         try:

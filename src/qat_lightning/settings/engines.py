@@ -21,7 +21,7 @@ LARGEST_EXACT_WEIGHT = 64
 """Two products of uint8 with such weights add up to at most 2 * 255 * 64, which 16 bits hold."""
 
 NO_VNNI = (
-    "this CPU has no VNNI, without which oneDNN's int8 kernels add pairs of products in 16 bits, which overflow with "
+    "This CPU has no VNNI, without which oneDNN's int8 kernels add pairs of products in 16 bits, which overflow with "
     "8-bit weights"
 )
 
@@ -96,7 +96,7 @@ def detour(engine: str | None, *, packs: bool) -> str:
     if engine_here(engine) == engine:
         return ""
     return (
-        f"{NO_VNNI[0].upper()}{NO_VNNI[1:]}. {'QNNPACK computes' if packs else 'Float ops compute'} the same integers "
+        f"{NO_VNNI}. {'QNNPACK computes' if packs else 'Float ops compute'} the same integers "
         "here instead: exactly, but more slowly. The same int8 file runs oneDNN on a CPU with VNNI. If int8 is to be "
         "fast on CPUs like this one, choose backend='fbgemm' with mode='fx' or 'eager': its weights have 7 bits."
     )

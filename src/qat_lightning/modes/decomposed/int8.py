@@ -162,7 +162,8 @@ class Int8Network(nn.Module):
                     warnings.warn(f"int8 is slower than float here, because {self.why_decomposed}.", stacklevel=3)
                 return
             if layer := overflowing_layer(self.decomposed):
-                why = f"{NO_VNNI}, such as those of {layer!r}: backend='fbgemm' with mode='fx' or 'eager' is fast here"
+                cause = f"{NO_VNNI[0].lower()}{NO_VNNI[1:]}, such as those of {layer!r}"
+                why = f"{cause}: backend='fbgemm' with mode='fx' or 'eager' is fast here"
                 self._run_without_compiler(tensors, why)
                 return
             try:

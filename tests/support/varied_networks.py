@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qat_lightning.settings.engines import onednn_is_exact
+
 IMAGE, ROWS, TOKENS, SIGNAL = (4, 3, 16, 16), (8, 16), (4, 12, 16), (4, 8, 32)
 
 
@@ -390,7 +392,8 @@ VARIED = (
     Varied("integer mask", IntegerMask, ROWS),
     Varied("soft argmax", SpatialSoftArgmax, IMAGE, _all(0.7)),
     Varied("a branch that depends on values", Loops, ROWS, {"eager": 0.99}),
-    Varied("3-d convolution", Video, (2, 3, 4, 8, 8), _all(0.9, pt2e=0.0)),
+    # QNNPACK, which runs where oneDNN overflows, has no weights of 3-d convolutions to save
+    Varied("3-d convolution", Video, (2, 3, 4, 8, 8), _all(0.9 if onednn_is_exact() else 0.0, pt2e=0.0)),
     Varied("unit vectors and differences", Normalized, ROWS),
     Varied("dropped branches", Stochastic, IMAGE),
     Varied(

@@ -36,10 +36,10 @@ TORCH_STAMP := $(TORCH_VENV)/.made-$(firstword $(shell cat pyproject.toml $(wild
 DOCS_VENV := .venv-docs
 DOCS_STAMP := $(DOCS_VENV)/.lock-$(firstword $(shell cksum < requirements-docs.lock))
 
-.PHONY: help env train test test-torch slow gpu lint format types browser docs tutorials package clean
+.PHONY: help env train test test-torch slow nightly gpu lint format types browser docs tutorials package clean
 
 help:
-	@echo "make train | test | test-torch | slow | gpu | lint | format | types | browser | docs | tutorials | package | env | clean"
+	@echo "make train | test | test-torch | slow | nightly | gpu | lint | format | types | browser | docs | tutorials | package | env | clean"
 	@echo "options: ARGS, WORKERS, PYTHON, VENV, TORCH_INDEX, TORCH"
 
 env: $(PACKAGE_STAMP)
@@ -82,7 +82,11 @@ test-torch: $(TORCH_STAMP)
 	$(PYTEST) $(ARGS)
 
 slow: env
-	$(PYTEST) -m slow $(ARGS)
+	$(PYTEST) -m "slow and not nightly" $(ARGS)
+
+# Variations of the slow tests, which CI runs once a night.
+nightly: env
+	$(PYTEST) -m nightly $(ARGS)
 
 # On a machine with an NVIDIA GPU: tests, training steps, memory and TensorRT, in 15 minutes; writes gpu.md and gpu.json.
 gpu: env

@@ -40,20 +40,9 @@ def test_a_target_is_looked_for_and_shown(tmp_path: Path) -> None:
     assert "there is nothing to do" in " ".join(again.stdout.split())
 
 
-@pytest.mark.parametrize(
-    ("words", "says"),
-    [
-        ([], "give max_drop, min_speedup or max_size_mb"),
-        (["target.max_drop=-1"], "give a number of 0 or more"),
-        (["target.max_size_mb=0.0001"], "cannot be reached"),
-        (["target.max_drop=0.1", "recipe=distillation"], "chooses recipes"),
-        (["target.max_drop=0.1", "quantization.rehearse=false"], "quantization.rehearse=False cannot be combined with"),
-        (["target.max_drop=0.1", "export=torchscript"], "ladder.files=[torchscript]"),
-    ],
-)
 @pytest.mark.slow
-def test_what_cannot_be_is_refused_before_anything_is_trained(words: list[str], says: str, tmp_path: Path) -> None:
-    done = train(tmp_path, "method=auto", *words, *FAST)
+def test_a_target_that_cannot_be_reached_is_refused_before_anything_is_trained(tmp_path: Path) -> None:
+    done = train(tmp_path, "method=auto", "target.max_size_mb=0.0001", *FAST)
     assert done.returncode == 1
-    assert says in " ".join(done.stderr.replace("│", " ").split())
+    assert "cannot be reached" in " ".join(done.stderr.replace("│", " ").split())
     assert not (tmp_path / "outputs" / "baselines").exists()

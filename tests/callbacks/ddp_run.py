@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Sampler
 from qat_lightning import Distillation, QuantizationMonitor, Scheme, WeightOscillations
 from qat_lightning.callbacks.parts import between_processes, int8_networks
 from qat_lightning.errors import QuantizationError, VerificationError
+from qat_lightning.modes import compiling
 from qat_lightning.modes.compiling import CompiledSteps
 from qat_lightning.modes.prepared import fake_quantizers
 from qat_lightning.modes.registry import mode_for
@@ -343,8 +344,9 @@ class CountCompiled(Callback):
             forward._compiled = counting
 
 
-def run_compiled_steps(folder: Path, mode: str, sync_batchnorm: str) -> None:
+def run_compiled_steps(folder: Path, mode: str, sync_batchnorm: str, compiler: str) -> None:
     """The same fit uncompiled and compiled, and resumed in the middle."""
+    compiling.BACKEND = compiler
     sync = bool(int(sync_batchnorm))
 
     def fit(*others: Callback, compile: bool, ckpt_path: str | None = None, **of_trainer: Any) -> dict[str, Tensor]:

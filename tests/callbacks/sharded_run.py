@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -192,6 +193,10 @@ def run_beside_ddp(kind: str, tied: bool) -> dict[str, Any]:
     found["weights"] = farthest(sharded, whole(module))
     found["int8"] = (int8 - callback.quantized(tokens()[:4, :-1])).abs().max().item()
     return found | {"losses of ddp": losses_of(two, module, callback)}
+
+
+def run_all_beside_ddp(kind: str, folder: Path) -> dict[str, Any]:
+    return {str(tied): run_beside_ddp(kind, tied) for tied in (False, True)}
 
 
 def run_resumed(kind: str, folder: Path) -> dict[str, Any]:
@@ -394,13 +399,9 @@ def run_from_float(folder: Path, refuse: Callable[..., Any]) -> dict[str, str]:
     return found | {"float, whole, nothing added": str(farthest(whole(left), whole(right)))}
 
 
-def run_all_beside_ddp() -> dict[str, Any]:
-    return {f"{kind}, {tied}": run_beside_ddp(kind, tied) for kind in KINDS for tied in (False, True)}
-
-
 SECTIONS: dict[str, Callable[[Path], dict[str, Any]]] = {
-    "beside": lambda folder: run_all_beside_ddp(),
-    "resumed": lambda folder: {kind: run_resumed(kind, folder) for kind in (CLIPPED, "static")},
+    **{f"beside, {kind}": partial(run_all_beside_ddp, kind) for kind in KINDS},
+    **{f"resumed, {kind}": partial(run_resumed, kind) for kind in (CLIPPED, "static")},
     "images": lambda folder: run_images(),
     "variations": lambda folder: run_variations(),
     "tools": run_tools,

@@ -18,6 +18,7 @@ from tests.callbacks.ddp_chosen_ranges import BATCH, observer
 from tests.callbacks.lit import MODES, Lit, assert_same_state, dataset, loader, qat, ranges, state, trainer
 from tests.callbacks.test_compile import assert_alike, fitted, graphs  # noqa: F401 (a fixture)
 from tests.callbacks.two_processes import read_both, run_two
+from tests.support.nightly import nightly_except
 
 OBSERVERS = ["histogram_mse", "percentile"]
 IMAGES = dataset()[:32][0]
@@ -56,7 +57,7 @@ def test_a_fit_freezes_its_ranges_and_resumes_bit_by_bit(mode: str, observer: st
 
 @pytest.mark.slow
 @pytest.mark.parametrize("observer", OBSERVERS)
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", nightly_except(MODES, "fx"))
 def test_compiled_steps_choose_the_same_ranges(mode: str, observer: str, graphs: Any) -> None:  # noqa: F811
     _, expected = fitted(mode, Lit, compile=False, scheme=scheme(observer))
     _, module = fitted(mode, Lit, compile=True, scheme=scheme(observer))

@@ -20,6 +20,7 @@ from qat_lightning.modes.compiling import CompiledSteps
 from qat_lightning.settings.scheme import Scheme
 from tests.callbacks.lit import CLASSES, MODES, Lit, dataset, loader, qat, trainer
 from tests.callbacks.test_insert import OwnForward
+from tests.support.nightly import nightly_except
 
 IMAGES = dataset()[:32][0]
 
@@ -76,9 +77,9 @@ def assert_alike(left: nn.Module, right: nn.Module, tolerance: float = 1e-3) -> 
         pytest.param("eager", lambda: Lit(Residual()), id="eager-in place"),
         pytest.param("fx", OwnForward, id="fx-own forward"),
         pytest.param("pt2e", lambda: Lit(Residual()), id="pt2e-in place"),
-        pytest.param("eager", OwnForward, id="eager-own forward", marks=pytest.mark.slow),
-        pytest.param("fx", lambda: Lit(Residual()), id="fx-in place", marks=pytest.mark.slow),
-        pytest.param("pt2e", OwnForward, id="pt2e-own forward", marks=pytest.mark.slow),
+        pytest.param("eager", OwnForward, id="eager-own forward", marks=pytest.mark.nightly),
+        pytest.param("fx", lambda: Lit(Residual()), id="fx-in place", marks=pytest.mark.nightly),
+        pytest.param("pt2e", OwnForward, id="pt2e-own forward", marks=pytest.mark.nightly),
     ],
 )
 def test_a_compiled_fit_is_the_same_fit_in_one_graph_between_two_switches(mode: str, make: Any, graphs: Any) -> None:
@@ -107,7 +108,7 @@ def test_nothing_is_left_on_the_lightning_module(mode: str, graphs: Any) -> None
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", nightly_except(MODES, "fx"))
 def test_nothing_is_left_after_an_exception(mode: str, graphs: Any) -> None:
     class Failing(Lit):
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -123,7 +124,7 @@ def test_nothing_is_left_after_an_exception(mode: str, graphs: Any) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", nightly_except(MODES, "fx"))
 def test_a_last_batch_of_another_size_is_one_more_graph(mode: str, graphs: Any) -> None:
     callback, _ = fitted(mode, Lit, compile=True, batches=loader(70), **SOON)
     assert graphs.frame_count == 2
@@ -132,7 +133,7 @@ def test_a_last_batch_of_another_size_is_one_more_graph(mode: str, graphs: Any) 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("scheme", [Scheme(learned_step="lsq+"), Scheme(weight_bits=4)], ids=["lsq+", "4 bits"])
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", nightly_except(MODES, "fx"))
 def test_other_schemes(mode: str, scheme: Scheme, graphs: Any) -> None:
     settings = SOON | {"scheme": scheme}
     _, expected = fitted(mode, lambda: Lit(lr=0.0005), compile=False, **settings)
@@ -142,7 +143,7 @@ def test_other_schemes(mode: str, scheme: Scheme, graphs: Any) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["fx", *(pytest.param(mode, marks=pytest.mark.slow) for mode in ("eager", "pt2e"))])
+@pytest.mark.parametrize("mode", nightly_except(MODES, "fx"))
 def test_a_resumed_fit_ends_where_the_uninterrupted_one_does(mode: str, graphs: Any, tmp_path: Any) -> None:
     _, expected = fitted(mode, Lit, compile=True)
     torch.manual_seed(0)
@@ -180,7 +181,7 @@ def test_a_word_is_no_flag() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", nightly_except(MODES, "fx"))
 def test_generated_code_trains_alike(mode: str) -> None:
     torch._dynamo.reset()
     _, expected = fitted(mode, lambda: Lit(Residual()), compile=False)
@@ -190,7 +191,7 @@ def test_generated_code_trains_alike(mode: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["dynamic", "weight_only"])
+@pytest.mark.parametrize("kind", nightly_except(["dynamic", "weight_only"], "weight_only"))
 def test_layers_that_are_rounded_where_they_are_compile_in_any_code(kind: str) -> None:
     """A network that Dynamo cannot trace while a torch function mode is active."""
     torch.manual_seed(0)

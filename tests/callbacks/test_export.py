@@ -78,7 +78,11 @@ def test_without_a_fit_the_first_evaluation_exports_once(tmp_path: Path) -> None
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "partner", [QuantizationAwareTraining, partial(PostTrainingQuantization, calibration_dataloader=loader())]
+    "partner",
+    [
+        QuantizationAwareTraining,
+        pytest.param(partial(PostTrainingQuantization, calibration_dataloader=loader()), marks=pytest.mark.nightly),
+    ],
 )
 def test_the_files_hold_the_weights_that_were_tested(partner: Any, tmp_path: Path) -> None:
     """Files of the fit, then of an earlier checkpoint, also in the comparison of variants."""

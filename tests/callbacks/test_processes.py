@@ -198,11 +198,19 @@ def _distance(one: Tensor, other: Tensor) -> float:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sync_batchnorm", [False, True], ids=["", "synchronized"])
-@pytest.mark.parametrize("mode", MODES)
-def test_compiled_steps_of_two_processes_train_alike(mode: str, sync_batchnorm: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("mode", "sync_batchnorm", "compiler"),
+    [
+        ("eager", False, "aot_eager"),
+        ("fx", True, "aot_eager"),
+        *(pytest.param(mode, sync, "inductor", marks=pytest.mark.nightly) for mode in MODES for sync in (False, True)),
+    ],
+)
+def test_compiled_steps_of_two_processes_train_alike(
+    mode: str, sync_batchnorm: bool, compiler: str, tmp_path: Path
+) -> None:
     """Like uncompiled, except for the compiler's rounding; a resumed fit ends like the uninterrupted one."""
-    _run_two(tmp_path, "compiled steps", mode, str(int(sync_batchnorm)), compile="0")
+    _run_two(tmp_path, "compiled steps", mode, str(int(sync_batchnorm)), compiler, compile="0")
     assert [found["compiled"] for found in read_both(tmp_path)] == [12, 12]
     # In eager mode nothing is reduced within the network, unless BatchNorm is.
     alone = mode == "eager" and not sync_batchnorm

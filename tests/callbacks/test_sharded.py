@@ -10,7 +10,9 @@ import pytest
 
 pytest.importorskip("peft")  # which the program trains, too
 
+from qat_lightning.settings.engines import onednn_is_exact
 from tests.callbacks.two_processes import read_both, run_two
+from tests.support.nightly import nightly_except
 
 Both = tuple[dict[str, Any], dict[str, Any]]
 KINDS = ("dynamic", "weight-only", "weight-only, 4 bits in clipped groups", "static")
@@ -32,31 +34,31 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Both]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("tied", [False, True], ids=["plain", "tied"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", nightly_except(KINDS, "dynamic", "static"))
 def test_a_sharded_fit_ends_where_ddp_ends(kind: str, tied: bool, ran: Callable[[str], Both]) -> None:
     """Weights, integer network and the losses of each variant, of a small language model."""
-    first, second = (found[f"{kind}, {tied}"] for found in ran("beside"))
+    first, second = (found[str(tied)] for found in ran(f"beside, {kind}"))
     assert first == second
     assert first["sharded"]
     assert first["weights"] == first["int8"] == 0.0
     assert first["losses"] == first["losses of ddp"]
     assert first["losses"].keys() == {"float", "fake_quant", "int8", "validated"}
     assert first["losses"]["validated"] == first["losses"]["fake_quant"] < first["losses"]["float"]
-    assert first["fidelity"] >= 0.999
+    assert first["fidelity"] >= (0.999 if onednn_is_exact() else 0.995)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS[2:])
+@pytest.mark.parametrize("kind", nightly_except(KINDS[2:], "static"))
 def test_checkpoints_of_each_form_resume_bit_by_bit(kind: str, ran: Callable[[str], Both]) -> None:
     """Sharded, whole and DDP checkpoints, from steps within an epoch and at its end, with either strategy."""
-    first, second = (found[kind] for found in ran("resumed"))
+    first, second = ran(f"resumed, {kind}")
     assert first == second
     assert first.pop("fits") == [0.0, 0.0, 0.0]
     assert len(first) == 14
     assert all(first.values()), [name for name, same in first.items() if not same]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_other_networks_end_where_ddp_ends(ran: Callable[[str], Both]) -> None:
     """BatchNorm that freezes, the LightningModule's own forward, attention, other modes, distillation."""
     first, second = ran("images")
@@ -66,14 +68,14 @@ def test_other_networks_end_where_ddp_ends(ran: Callable[[str], Both]) -> None:
         assert difference <= 1e-5, name
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_recomputed_activations_and_adapters_change_nothing(ran: Callable[[str], Both]) -> None:
     first, second = ran("variations")
     for name in ("recomputing", "adapters, merged", "adapters, float"):
         assert first[name] == second[name] == 0.0
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("kind", KINDS)
 def test_layers_in_bfloat16_are_as_near_to_int8_as_bfloat16_is(kind: str, ran: Callable[[str], Both]) -> None:
     first, second = (found[f"bfloat16, {kind}"] for found in ran("variations"))

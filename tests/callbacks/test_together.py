@@ -35,6 +35,7 @@ from qat_lightning.errors import ConfigurationError, NetworkError
 from qat_lightning.modes.prepared import fake_quantizers
 from tests.callbacks.lit import CLASSES, MODES, Lit, Net, assert_same_state, dataset, loader, qat, state, trainer
 from tests.callbacks.test_insert import BuiltInConfigureModel, OwnForward
+from tests.support.nightly import nightly_except
 
 IMAGES = dataset()[:32][0]
 
@@ -209,11 +210,16 @@ ROWS = [
 ]
 
 
+def _marks(mode: str, row: Row) -> Any:
+    if "torch.compile" not in row.name:
+        return ()
+    return pytest.mark.slow if mode == "fx" else pytest.mark.nightly
+
+
 @pytest.mark.parametrize(
-    "row",
-    [pytest.param(row, id=row.name, marks=pytest.mark.slow if "torch.compile" in row.name else ()) for row in ROWS],
+    ("mode", "row"),
+    [pytest.param(mode, row, id=f"{mode}-{row.name}", marks=_marks(mode, row)) for mode in MODES for row in ROWS],
 )
-@pytest.mark.parametrize("mode", MODES)
 def test_row(mode: str, row: Row) -> None:
     """It learns its task, int8 has the tested weights, and ranges are float32 and finite."""
     torch.manual_seed(0)
@@ -342,7 +348,7 @@ def test_an_average_that_would_miss_the_preparation_is_refused() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", nightly_except(MODES, "fx"))
 def test_compiled_training_is_training(mode: str) -> None:
     """A compiled LightningModule follows the schedule, and ends like the uncompiled one."""
     ended = []
@@ -361,7 +367,7 @@ def test_compiled_training_is_training(mode: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", GRAPH_MODES)
+@pytest.mark.parametrize("mode", nightly_except(GRAPH_MODES, "pt2e"))
 def test_a_compiled_part_is_refused(mode: str) -> None:
     module = Compiled("features")()
     with pytest.raises(NetworkError, match=r"'net.features' was given to torch.compile"):

@@ -58,7 +58,7 @@ def test_a_run_is_compared_and_its_layers_are_ranked(words: list[str], tmp_path:
         assert {"head.scores", "stem.0"} <= {row["name"] for row in csv.DictReader(file)}
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_target_is_looked_for(words: list[str], tmp_path: Path) -> None:
     done = train(tmp_path, "method=auto", "target.max_drop=0.5", *words)
     assert done.returncode == 0, done.stderr
@@ -66,7 +66,7 @@ def test_a_target_is_looked_for(words: list[str], tmp_path: Path) -> None:
     assert {"float/test/map", "int8/test/map"} <= result_of(tmp_path / "out")["metrics"].keys()
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_two_processes_measure_what_one_does(words: list[str], tmp_path: Path) -> None:
     done = train(tmp_path, "method=float", *words)
     assert done.returncode == 0, done.stderr

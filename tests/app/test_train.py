@@ -16,8 +16,10 @@ from omegaconf import OmegaConf
 from qat_lightning import load_quantized
 from qat_lightning.errors import ConfigurationError
 from qat_lightning.run import app
+from tests.support.nightly import nightly_except
 
 ROOT = Path(__file__).parents[2]
+PAIRS = ["mode=fx backend=x86", "mode=eager backend=qnnpack", "mode=pt2e backend=x86"]
 FAST = ["debug=fast", "trainer=cpu", "data.datamodule.batch_size=16"]
 
 
@@ -66,7 +68,7 @@ def test_a_float_run_is_read_back_from_wandb(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("pair", ["mode=fx backend=x86", "mode=eager backend=qnnpack", "mode=pt2e backend=x86"])
+@pytest.mark.parametrize("pair", nightly_except(PAIRS, "mode=fx backend=x86"))
 def test_a_qat_run_leaves_the_whole_comparison_in_wandb(pair: str, tmp_path: Path) -> None:
     export = "mode=fx" in pair
     done = train(tmp_path, *pair.split(), *FAST, *(["export=torchscript"] if export else []))
@@ -89,7 +91,7 @@ def test_a_qat_run_leaves_the_whole_comparison_in_wandb(pair: str, tmp_path: Pat
     assert summary["quant/batchnorm_frozen"] == 1
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_run_takes_a_quantizer_of_the_users(tmp_path: Path) -> None:
     path = "tests.support.quantizers.OwnQuantizer"
     words = ["mode=pt2e", "backend=custom", "logger=csv", *FAST]

@@ -53,7 +53,7 @@ def test_a_file_is_run_without_a_compiler_and_without_lightning(mode: str, tmp_p
     assert done.stdout.splitlines()[-2:] == ["recorded 1 True", "imported []"]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_compiler_runs_in_a_process_of_its_own(tmp_path: Path) -> None:
     torch.manual_seed(0)
     quantize("pt2e", "x86", eval(NETWORK, {"nn": nn}), scheme=SEVEN_BITS).save(tmp_path / "model.int8")

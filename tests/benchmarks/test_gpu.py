@@ -17,7 +17,7 @@ from benchmarks.within import run_within
 TINY = ["--device", "cpu", "--networks", "resnet18", "--rows", "fx", "ModelOpt", "--rounds", "1"]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_every_part_gives_rows_and_what_is_missing_is_a_row_with_the_reason(tmp_path: Path) -> None:
     status = gpu.main([*TINY, "--tests", "agrees and fx and 32-true", "--out", str(tmp_path / "found")])
     found = json.loads((tmp_path / "found.json").read_text())

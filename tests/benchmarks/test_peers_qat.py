@@ -46,7 +46,7 @@ def tiny(scheme: Scheme) -> peers_qat.Task:
     return peers_qat.Task(model, Stripes(), "predict", scheme, epochs=4, calibration=2, rounds=2)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_ways_learn_the_same_batches_and_end_near_float() -> None:
     task = tiny(Scheme(weight_granularity="per_tensor"))
     ways = [peers_qat.FLOAT, peers_qat.OURS, "torch FX", "torchao PT2E"]

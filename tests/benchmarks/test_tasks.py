@@ -74,7 +74,7 @@ def test_a_task_on_data_of_your_own_needs_it(capsys: pytest.CaptureFixture[str])
     assert tasks.parse(["--data", "text=book.txt"]).tasks == ["digits", "digit_masks", "text"]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_float_ptq_and_qat_are_trained_by_train_py(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = [
         *TINY,

@@ -201,7 +201,6 @@ def _distance(one: Tensor, other: Tensor) -> float:
 @pytest.mark.parametrize(
     ("mode", "sync_batchnorm", "compiler"),
     [
-        ("eager", False, "aot_eager"),
         ("fx", True, "aot_eager"),
         *(pytest.param(mode, sync, "inductor", marks=pytest.mark.nightly) for mode in MODES for sync in (False, True)),
     ],

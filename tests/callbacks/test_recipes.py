@@ -25,6 +25,7 @@ from qat_lightning import (
 from qat_lightning.errors import CheckpointMismatchError, ConfigurationError
 from tests.callbacks.lit import CLASSES, MODES, Lit, assert_same_state, dataset, loader, qat, state, trainer
 from tests.callbacks.test_insert import OwnForward
+from tests.support.nightly import nightly_except
 
 IMAGES = dataset()[:32][0]
 
@@ -186,7 +187,7 @@ def test_what_cannot_be_is_refused_and_changes_nothing() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", nightly_except(MODES, "fx"))
 def test_recipes_of_post_training_quantization(mode: str) -> None:
     """Few bits per tensor: each recipe reduces the error of the outputs, and the float network is unchanged."""
     seed_everything(0, verbose=False)

@@ -269,7 +269,7 @@ def test_formats_are_tried_before_the_training(tmp_path: Path) -> None:
     assert export.results["torchscript"].passed
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_what_a_runtime_will_run_in_float_is_said_before_the_training(tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     module = Lit(net=nn.Sequential(nn.Conv2d(1, 4, 3), nn.SiLU(), nn.Flatten(), nn.Linear(4 * 36, 10)))

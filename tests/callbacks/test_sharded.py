@@ -34,7 +34,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Both]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("tied", [False, True], ids=["plain", "tied"])
-@pytest.mark.parametrize("kind", nightly_except(KINDS, "dynamic", "static"))
+@pytest.mark.parametrize("kind", nightly_except(KINDS, "static"))
 def test_a_sharded_fit_ends_where_ddp_ends(kind: str, tied: bool, ran: Callable[[str], Both]) -> None:
     """Weights, integer network and the losses of each variant, of a small language model."""
     first, second = (found[str(tied)] for found in ran(f"beside, {kind}"))
@@ -84,7 +84,7 @@ def test_layers_in_bfloat16_are_as_near_to_int8_as_bfloat16_is(kind: str, ran: C
     assert first["agreement"] > 0.95
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_what_looks_at_weights_beside_a_fit(ran: Callable[[str], Both]) -> None:
     """Monitor, export, evaluation, coverage and manual conversion; some of them run in the first process only."""
     first, second = ran("tools")

@@ -108,7 +108,7 @@ def test_a_detector_learns_and_stays_right_in_int8(folder: Path) -> None:
     assert summary["int8/test/map_50"] == pytest.approx(summary["fake_quant/test/map_50"], abs=0.05)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_calibration_after_training_and_an_onnx_file_run_the_same_boxes(folder: Path, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     model, ptq = module(), PostTrainingQuantization(mode="fx", calibration_batches=2)

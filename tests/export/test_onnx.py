@@ -24,6 +24,7 @@ from qat_lightning.graph.example import Example
 from tests.artifact.making import batch_of, case_named, images, quantize
 from tests.export.files import Odd, assert_same_outputs, quantized_case
 from tests.support.exactness import SEVEN_BITS
+from tests.support.nightly import nightly_except
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -72,7 +73,7 @@ def test_every_layer_is_one_int8_kernel_in_onnx_runtime(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("mode", "int8"), [("fx", 3), ("pt2e", 2)])
+@pytest.mark.parametrize(("mode", "int8"), nightly_except([("fx", 3), ("pt2e", 2)], ("fx", 3)))
 def test_it_tells_which_layers_onnx_runtime_runs_in_float(mode: str, int8: int, tmp_path: Path) -> None:
     torch.manual_seed(0)
     network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.SiLU(), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(8 * 64, 4))

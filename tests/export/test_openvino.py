@@ -131,7 +131,7 @@ print("alive")
 """
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_signal_after_several_networks_does_not_kill_the_process(tmp_path: Path) -> None:
     torch.manual_seed(0)
     paths = []

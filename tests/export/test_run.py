@@ -29,17 +29,21 @@ from qat_lightning.settings.engines import onednn_is_exact
 from qat_lightning.settings.recipe import Recipe
 from tests.export.files import quantized_case
 from tests.support.exactness import SEVEN_BITS
+from tests.support.nightly import nightly_except
 
-_SLOW = pytest.mark.slow
 TAKEN = [
-    pytest.param(mode, backend, name, id=f"{mode}-{backend}-{name}", marks=() if quick else _SLOW)
+    (mode, backend, name)
     for mode, backend in pairs()
     if backend in ("x86", "xnnpack", "tensorrt")  # the others differ from x86 in how weights are packed
     for name in FORMATS
     if not get_format(name).refusal(Recipe(mode, backend)) and (backend, name) != ("tensorrt", "openvino")
-    for quick in [(mode, backend, name) in {("fx", "x86", "torchscript"), ("pt2e", "xnnpack", "executorch")}]
 ]
 """Every format with every mode that it takes."""
+ONE_OF_EACH = [
+    *(("fx", "x86", name) for name in ("torchscript", "onnx", "openvino")),
+    ("pt2e", "x86", "pt2"),
+    *(("pt2e", "xnnpack", name) for name in ("exported_program", "executorch", "tflite")),
+]
 LEAST = {"openvino": 0.985}
 """Share of equal top-1 where it is less than 99.5 %: OpenVINO computes in bfloat16 what is left float."""
 
@@ -84,7 +88,7 @@ def prepared(cache: dict[tuple[str, str], nn.Module], digits: Any, mode: str, ba
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("mode", "backend", "name"), TAKEN)
+@pytest.mark.parametrize(("mode", "backend", "name"), nightly_except(TAKEN, *ONE_OF_EACH))
 def test_an_artifact_chooses_the_classes_of_fake_quant(
     digits: Any, trained: Any, mode: str, backend: str, name: str, tmp_path: Path
 ) -> None:

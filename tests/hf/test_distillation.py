@@ -19,6 +19,7 @@ from qat_lightning.errors import ConfigurationError
 from qat_lightning.recipes.blocks import repeated_blocks
 from qat_lightning.recipes.distillation import Distiller
 from tests.hf.networks import MAKE, Lit, batches, generate, llama, trainer
+from tests.support.nightly import nightly_except
 
 W4 = Scheme(weight_bits=4, weight_granularity="per_group", weight_group_size=16, weight_observer="min_max")
 
@@ -95,7 +96,7 @@ def test_blocks_of_other_networks(name: str, kind: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["bert", "vit"])
+@pytest.mark.parametrize("name", nightly_except(["bert", "vit"], "bert"))
 def test_blocks_in_a_graph(name: str) -> None:
     distillation = Distillation(features="blocks", weight=0.0)
     _taught(Lit(MAKE[name]()), distillation, name, mode="fx", kind="static", scheme=Scheme())

@@ -14,6 +14,7 @@ pytest.importorskip("transformers")
 from qat_lightning import PostTrainingQuantization, QuantizationAwareTraining, load_quantized
 from qat_lightning.errors import NetworkError, TraceError
 from tests.hf.networks import MAKE, Lit, batches, generate, llama, trainer
+from tests.support.nightly import nightly_except
 
 
 def _trained(module: Lit, name: str = "llama", **settings: Any) -> QuantizationAwareTraining:
@@ -152,7 +153,7 @@ def test_the_trained_network_is_saved_as_any_other(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["dynamic", "weight_only"])
+@pytest.mark.parametrize("kind", nightly_except(["dynamic", "weight_only"], "dynamic"))
 def test_a_graph_takes_other_lengths_until_it_is_saved(kind: str, tmp_path: Path) -> None:
     callback = _trained(Lit(MAKE["bert"]()), "bert", mode="fx", kind=kind)
     shorter = next(iter(batches("bert", length=7)))
@@ -163,8 +164,14 @@ def test_a_graph_takes_other_lengths_until_it_is_saved(kind: str, tmp_path: Path
         load_quantized(tmp_path / "bert.int8", trusted=True)(**shorter)
 
 
-@pytest.mark.parametrize("name", ["bert", "vit", pytest.param("llama", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("mode", ["fx", pytest.param("pt2e", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    [
+        *(("bert", "fx"), ("vit", "fx")),
+        *(pytest.param(*row, marks=pytest.mark.slow) for row in (("llama", "fx"), ("bert", "pt2e"))),
+        *(pytest.param(*row, marks=pytest.mark.nightly) for row in (("vit", "pt2e"), ("llama", "pt2e"))),
+    ],
+)
 def test_a_graph_that_is_trained_with_labels_predicts_without(name: str, mode: str, tmp_path: Path) -> None:
     settings = {"use_cache": False} if name == "llama" else {}
     module = Lit(MAKE[name](**settings))

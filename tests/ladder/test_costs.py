@@ -90,7 +90,7 @@ def made(workshop: Workshop, plan: Plan, folder: Path) -> float:
     return (time.monotonic() - began) / 60
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_recipe_that_does_not_fit_is_left_out_and_its_cost_is_measured_once(tmp_path: Path) -> None:
     settings = {
         "scheme": Scheme(weight_bits=2, weight_granularity="per_tensor"),

@@ -9,5 +9,14 @@ import pytest
 
 
 def nightly_except(values: Iterable[Any], *kept: Any) -> list[Any]:
-    """Values of a parametrized slow test, of which all but ``kept`` are marked ``nightly``."""
-    return [value if value in kept else pytest.param(value, marks=pytest.mark.nightly) for value in values]
+    """Values of a parametrized slow test, of which all but ``kept`` are marked ``nightly``.
+
+    Args:
+        values: One for each variation; tuples if several parameters have names.
+        kept: Those that run for every change.
+    """
+    return [value if value in kept else _at_night(value) for value in values]
+
+
+def _at_night(value: Any) -> Any:
+    return pytest.param(*(value if isinstance(value, tuple) else (value,)), marks=pytest.mark.nightly)

@@ -105,7 +105,7 @@ def test_a_run_takes_a_quantizer_of_the_users(tmp_path: Path) -> None:
     assert "other quantization settings" in " ".join(other.stderr.replace("│", " ").split())
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_run_takes_bits_for_single_layers(tmp_path: Path) -> None:
     overrides = "quantization.scheme.overrides={net.head:{weight_bits:4},net.stages.*:{weight_bits:4},net.stem:float}"
     done = train(tmp_path, "method=qat", "logger=csv", *FAST, overrides)
@@ -118,7 +118,7 @@ def test_a_run_takes_bits_for_single_layers(tmp_path: Path) -> None:
     assert result["metrics"]["int8/size_mb"] == path.stat().st_size / 1e6
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_run_with_the_csv_logger_keeps_metrics_and_configuration(tmp_path: Path) -> None:
     done = train(tmp_path, "method=float", "logger=csv", *FAST)
     assert done.returncode == 0, done.stderr

@@ -137,7 +137,7 @@ def test_it_goes_with_a_quantization_callback() -> None:
         trainer(QuantizedModelExport(), max_epochs=1).fit(Lit(), loader())
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_of_two_processes_the_first_exports(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tests.callbacks.ddp_export", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)

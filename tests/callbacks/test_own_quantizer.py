@@ -143,7 +143,7 @@ def test_a_recipe_of_an_instance_asks_for_it_again() -> None:
     assert ranges(run[1])
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_two_processes_end_alike(tmp_path: Path) -> None:
     first, second = read_both(run_two("tests.callbacks.ddp_own_quantizer", tmp_path))
     assert first == second

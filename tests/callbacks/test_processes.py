@@ -222,7 +222,7 @@ def test_compiled_steps_of_two_processes_train_alike(
             torch.testing.assert_close(first[name][key], expected, rtol=2e-3, atol=1e-2 if key == "int8" else 2e-3)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_both_freeze_the_same_weights(tmp_path: Path) -> None:
     """They end with equal weights, although BatchNorm statistics differ between two forward passes."""
     _run_two(tmp_path, "oscillating", compile="0")
@@ -289,7 +289,7 @@ def test_synchronized_batchnorm_is_that_of_one_process_with_the_doubled_batch(tm
     assert_one_fit(_run_two(tmp_path, "synchronized", "fx", compile="0"), "fx", run_synchronized("fx", 1))
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_synchronized_batchnorm_in_the_other_modes(tmp_path: Path) -> None:
     _run_two(tmp_path, "synchronized", "eager", "pt2e", compile="0")
     assert_one_fit(tmp_path, "pt2e", run_synchronized("pt2e", 1))

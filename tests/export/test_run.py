@@ -41,7 +41,6 @@ TAKEN = [
 """Every format with every mode that it takes."""
 ONE_OF_EACH = [
     *(("fx", "x86", name) for name in ("torchscript", "onnx", "openvino")),
-    ("pt2e", "x86", "pt2"),
     *(("pt2e", "xnnpack", name) for name in ("exported_program", "executorch", "tflite")),
 ]
 LEAST = {"openvino": 0.985}

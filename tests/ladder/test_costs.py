@@ -69,7 +69,7 @@ def test_the_time_of_learned_rounding_grows_with_its_iterations(workshop: Worksh
     assert 0 < 20 * few < many
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_measured_pieces_tell_about_how_long_the_whole_takes(workshop: Workshop, tmp_path: Path) -> None:
     static = Attempt("static", FEW_BITS, minutes=made(workshop, FEW_BITS, tmp_path))
     for plan in (

@@ -248,7 +248,7 @@ def test_a_folder_is_of_one_ladder(float_run: tuple[Lit, Data], tmp_path: Path) 
         reach(CPU, Lit(), Data(), target, folder=tmp_path, resume=True, **QUICK)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_weights_of_few_bits_are_learned_by_blocks_where_there_are_some(tmp_path: Path) -> None:
     settings = {"scheme": COARSE, "adaround_iterations": 4, "short_epochs": 0, "metric": "val/loss", "test": False}
     found = search(trained(of=LitBlock), Target(max_drop=0.0), tmp_path, **settings)

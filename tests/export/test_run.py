@@ -66,7 +66,7 @@ def trained(digits: Any) -> dict[tuple[str, str], nn.Module]:
 
 def recipe_of(mode: str, backend: str) -> Recipe:
     """With weights of 7 bits, which every runtime multiplies exactly on every x86 CPU."""
-    return Recipe(mode, backend, SEVEN_BITS if backend == "x86" else Scheme())
+    return Recipe(mode, backend, Scheme() if backend == "tensorrt" else SEVEN_BITS)
 
 
 def prepared(cache: dict[tuple[str, str], nn.Module], digits: Any, mode: str, backend: str) -> nn.Module:

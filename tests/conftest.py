@@ -30,8 +30,11 @@ settings.register_profile("ci", deadline=None, derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "default")
 
 
-_TAKES_SECONDS = {"pt2e", "onednn", "fbgemm", "qnnpack", "tensorrt"}
-"""Parameters of tests: the mode that exports, and backends that differ from x86 in a kernel's limits."""
+_TAKES_SECONDS = {"pt2e"}
+"""Parameters of slow tests: the mode that exports."""
+
+_VARIES_X86 = {"onednn", "fbgemm", "qnnpack", "tensorrt"}
+"""Parameters of nightly tests: backends that differ from x86 in a kernel's limits."""
 
 _FOLDERS = ("callbacks", "export", "measure", "modes", "numerics", "recipes", "rehearsal", "sensitivity", "stress")
 
@@ -56,7 +59,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Skip tests that need a missing backend or GPU.
 
-    Tests that take seconds and have a counterpart in mode eager or fx with backend x86 are marked as slow.
+    Tests that take seconds and have a counterpart in mode eager or fx with backend x86 are marked as slow, and as
+    nightly if they differ in the backend alone.
     """
     here = Path(__file__).parent
     no_gpu = config.getoption("--device") == "cuda" and not torch.cuda.is_available()
@@ -72,8 +76,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if (folder not in _FOLDERS and folder != "test_docs.py") or item.path.name in _IN_EVERY_RUN:
             continue
         values = getattr(getattr(item, "callspec", None), "params", {}).values()
-        if any(isinstance(value, str) and value in _TAKES_SECONDS for value in values):
+        words = {value for value in values if isinstance(value, str)}
+        if words & (_TAKES_SECONDS | _VARIES_X86):
             item.add_marker(pytest.mark.slow)
+        if words & _VARIES_X86:
+            item.add_marker(pytest.mark.nightly)
 
 
 def _seed() -> None:

@@ -20,8 +20,10 @@ from qat_lightning.modes.registry import get_mode
 from qat_lightning.settings.recipe import Recipe
 from qat_lightning.storage import copied_here, is_file, is_folder, name_of, open_to_read, place, require_storage
 from qat_lightning.whole_files import move_whole, write_whole
+from tests.support.exactness import SEVEN_BITS
 
 CALL = Example((torch.randn(4, 8, generator=torch.Generator().manual_seed(0)),))
+RECIPE = Recipe("fx", "x86", SEVEN_BITS)  # which every runtime multiplies exactly on every x86 CPU
 
 
 @pytest.fixture
@@ -54,15 +56,14 @@ def read_bytes(path: Any) -> bytes:
 
 def prepared() -> nn.Module:
     torch.manual_seed(0)
-    network = get_mode("fx").prepare(nn.Sequential(nn.Linear(8, 4)), CALL, Recipe("fx", "x86"))
+    network = get_mode("fx").prepare(nn.Sequential(nn.Linear(8, 4)), CALL, RECIPE)
     network.train()(*CALL.args)
     return network.eval()
 
 
 def int8() -> QuantizedNetwork:
     network = prepared()
-    recipe = Recipe("fx", "x86")
-    return QuantizedNetwork(get_mode("fx").convert(network, CALL), recipe, CALL)
+    return QuantizedNetwork(get_mode("fx").convert(network, CALL), RECIPE, CALL)
 
 
 def test_a_network_is_saved_and_loaded(bucket: str) -> None:

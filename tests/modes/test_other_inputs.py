@@ -124,8 +124,8 @@ def test_a_step_may_leave_out_labels(mode: str, tmp_path: Path) -> None:
     ("mode", "form"),
     [
         ("fx", "torchscript"),
-        pytest.param("fx", "onnx", marks=pytest.mark.slow),
-        pytest.param("pt2e", "pt2", marks=pytest.mark.slow),
+        pytest.param("fx", "onnx", marks=pytest.mark.nightly),
+        pytest.param("pt2e", "pt2", marks=pytest.mark.nightly),
     ],
 )
 def test_files_are_for_inference_and_a_step_that_reads_the_loss_runs_them(mode: str, form: str, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from qat_lightning.rehearsal.calibration import calibrate
 from qat_lightning.rehearsal.rehearse import rehearse
 from qat_lightning.settings.recipe import Recipe
 from tests.support.exactness import SEVEN_BITS
+from tests.support.nightly import nightly_except
 
 
 class Gated(nn.Module):
@@ -68,7 +69,7 @@ def test_all_of_it_is_int8(make: type[nn.Module], shape: tuple[int, ...], backen
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("make", [SmallWaveNet, padded_by_name])
+@pytest.mark.parametrize("make", nightly_except([SmallWaveNet, padded_by_name], padded_by_name))
 def test_it_is_compiled(make: type[nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QAT_LIGHTNING_COMPILE", "1")
     shape = (4, 1, 24) if make is SmallWaveNet else (4, 3, 12, 12)

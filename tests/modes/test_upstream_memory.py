@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from qat_lightning.graph.example import Example
 from qat_lightning.rehearsal.rehearse import rehearse
 from qat_lightning.settings.recipe import Recipe
+from tests.support.nightly import nightly_except
 
 _CHANNELS = 613  # which no other network here has
 
@@ -22,7 +23,7 @@ def _weights() -> list[Tensor]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["fx", "eager", "pt2e"])
+@pytest.mark.parametrize("mode", nightly_except(["fx", "eager", "pt2e"], "fx"))
 def test_no_weight_of_a_rehearsed_copy_stays(mode: str) -> None:
     network = nn.Sequential(
         nn.Conv2d(3, _CHANNELS, 3), nn.BatchNorm2d(_CHANNELS), nn.ReLU(), nn.Conv2d(_CHANNELS, 4, 1)

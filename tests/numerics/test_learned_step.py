@@ -18,6 +18,7 @@ from qat_lightning.modes.registry import get_mode
 from qat_lightning.numerics.fake_quantize import FakeQuantize
 from qat_lightning.numerics.grid import fake_quantize, fake_quantize_learned
 from qat_lightning.numerics.learned_step import LearnedStep
+from qat_lightning.settings.engines import onednn_is_exact
 from qat_lightning.settings.recipe import Recipe
 from qat_lightning.settings.scheme import Scheme
 from tests.support.networks import CASES, train
@@ -287,7 +288,7 @@ def test_int8_equals_what_learned(mode: str, scheme: Scheme, case: object) -> No
     assert any(bool(ratio.any()) for ratio in ratios)
     args, kwargs, _ = case.batch(64)  # type: ignore[attr-defined]
     converted = flow.convert(cpu_copy(prepared), Example(args, kwargs))
-    assert min(check.sqnr_db for check in converted.checks) > 55
+    assert min(check.sqnr_db for check in converted.checks) > (55 if onednn_is_exact() else 45)
 
 
 def test_a_scale_that_shrinks_stays_finite() -> None:

@@ -24,6 +24,7 @@ from qat_lightning.rehearsal.calibration import calibrate
 from qat_lightning.sensitivity import Budget, Sensitivity
 from qat_lightning.sensitivity.draw import draw
 from qat_lightning.sensitivity.switches import Switches
+from qat_lightning.settings.engines import onednn_is_exact
 from qat_lightning.settings.recipe import Recipe
 from tests.support.networks import Residual
 
@@ -227,7 +228,7 @@ def convert_without(exclude: Sequence[str]) -> None:
     rows = {f"net.{row.name}": row for row in converted.coverage}
     assert {name for name, row in rows.items() if not row.quantized} == set(exclude) & set(rows)
     with torch.no_grad():
-        assert sqnr_db(prepared(images[1]), converted.network(images[1])) > 40
+        assert sqnr_db(prepared(images[1]), converted.network(images[1])) > (40 if onednn_is_exact() else 35)
 
 
 @pytest.fixture(scope="module")

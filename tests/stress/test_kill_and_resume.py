@@ -18,6 +18,7 @@ import torch
 from tests.stress.campaign import MODES, Campaign, Life, campaign, differences, modes_of
 from tests.stress.server import Server
 from tests.stress.worker import Kill, Run
+from tests.support.nightly import nightly_except
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
 
@@ -39,13 +40,15 @@ def _killed_and_equal(lives: Campaign, mode: str, kills: int, kind: str = "plain
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", nightly_except(MODES, "fx"))
 def test_killed_anywhere(lives: Campaign, mode: str) -> None:
     _killed_and_equal(lives, mode, 8)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["dynamic", "weight_only", "w4a8_token", "taught", "adapters"])
+@pytest.mark.parametrize(
+    "kind", nightly_except(["dynamic", "weight_only", "w4a8_token", "taught", "adapters"], "w4a8_token")
+)
 def test_killed_anywhere_on_grids_without_calibration(lives: Campaign, kind: str) -> None:
     if kind == "adapters":
         pytest.importorskip("peft")
@@ -53,7 +56,7 @@ def test_killed_anywhere_on_grids_without_calibration(lives: Campaign, kind: str
         _killed_and_equal(lives, mode, 3, kind)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("mode", MODES)
 def test_killed_anywhere_many_times(lives: Campaign, mode: str) -> None:
     _killed_and_equal(lives, mode, 25)

@@ -133,7 +133,11 @@ def _wait_for(found: Callable[[], bool], process: subprocess.Popen[str]) -> None
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "words", [["hydra.run.dir=out"], ["-m", "hydra.sweep.dir=out", "seed=0,1"]], ids=["run", "sweep"]
+    "words",
+    [
+        pytest.param(["hydra.run.dir=out"], id="run", marks=pytest.mark.nightly),
+        pytest.param(["-m", "hydra.sweep.dir=out", "seed=0,1"], id="sweep"),
+    ],
 )
 def test_sigterm_ends_train_py_with_143_and_it_goes_on_where_it_was(words: list[str], tmp_path: Path) -> None:
     settings = [*TINY, "method=float", "logger=csv", "trainer.max_epochs=200"]

@@ -42,7 +42,7 @@ def test_no_alarm(drawn: Drawn, pair: tuple[str, str]) -> None:
     check(drawn, pair)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @settings(max_examples=200, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(drawn=networks(), pair=st.sampled_from(PAIRS))
 def test_no_alarm_in_two_hundred_networks(drawn: Drawn, pair: tuple[str, str]) -> None:

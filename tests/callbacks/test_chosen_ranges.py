@@ -78,7 +78,7 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], dict
     return read_both(run_two("tests.callbacks.ddp_chosen_ranges", tmp_path_factory.mktemp("two")))
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("observer", OBSERVERS)
 @pytest.mark.parametrize("mode", MODES)
 def test_two_processes_end_alike(mode: str, observer: str, both: tuple[dict[str, Any], dict[str, Any]]) -> None:
@@ -86,7 +86,7 @@ def test_two_processes_end_alike(mode: str, observer: str, both: tuple[dict[str,
     assert first == second
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("source", ["batch_mse", "batch_percentile"])
 def test_two_processes_choose_what_one_does_from_both_halves(source: str, both: tuple[dict[str, Any], ...]) -> None:
     first, second = (found["halves"][source] for found in both)

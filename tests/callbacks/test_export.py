@@ -76,13 +76,9 @@ def test_without_a_fit_the_first_evaluation_exports_once(tmp_path: Path) -> None
     assert export.results["torchscript"] is result
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize(
-    "partner",
-    [
-        QuantizationAwareTraining,
-        pytest.param(partial(PostTrainingQuantization, calibration_dataloader=loader()), marks=pytest.mark.nightly),
-    ],
+    "partner", [QuantizationAwareTraining, partial(PostTrainingQuantization, calibration_dataloader=loader())]
 )
 def test_the_files_hold_the_weights_that_were_tested(partner: Any, tmp_path: Path) -> None:
     """Files of the fit, then of an earlier checkpoint, also in the comparison of variants."""

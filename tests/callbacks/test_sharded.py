@@ -47,8 +47,8 @@ def test_a_sharded_fit_ends_where_ddp_ends(kind: str, tied: bool, ran: Callable[
     assert first["fidelity"] >= (0.999 if onednn_is_exact() else 0.995)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", nightly_except(KINDS[2:], "static"))
+@pytest.mark.nightly
+@pytest.mark.parametrize("kind", KINDS[2:])
 def test_checkpoints_of_each_form_resume_bit_by_bit(kind: str, ran: Callable[[str], Both]) -> None:
     """Sharded, whole and DDP checkpoints, from steps within an epoch and at its end, with either strategy."""
     first, second = ran(f"resumed, {kind}")

@@ -347,8 +347,8 @@ def test_an_average_that_would_miss_the_preparation_is_refused() -> None:
         trainer(averaging(), qat()).fit(Lit(), loader())
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("mode", nightly_except(MODES, "fx"))
+@pytest.mark.nightly
+@pytest.mark.parametrize("mode", MODES)
 def test_compiled_training_is_training(mode: str) -> None:
     """A compiled LightningModule follows the schedule, and ends like the uncompiled one."""
     ended = []

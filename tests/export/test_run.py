@@ -299,7 +299,7 @@ class ConstantsAndSlices(nn.Module):
         return {"scaled": [y * scalar for scalar in self.scalars], "parts": parts, "sum": y.sum()}
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_executorch_keeps_constants_apart_and_takes_slices(tmp_path: Path) -> None:
     pytest.importorskip("executorch.exir")
     torch.manual_seed(0)

@@ -142,8 +142,8 @@ def test_two_processes_are_one_with_the_doubled_batch(mode: str, distilled: bool
     assert_one_fit(folder, key, one, near=mode == "eager")
 
 
+@pytest.mark.slow
 def test_two_processes_end_as_one_with_the_doubled_batch(tmp_path: Path) -> None:
-    """Fast; slow tests cover every mode and other features with two processes."""
     assert_one_fit(_run_two(tmp_path, "halves", compile="0"), "fx", run_halves("fx", 1))
 
 

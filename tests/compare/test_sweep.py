@@ -33,6 +33,7 @@ def test_a_sweep_of_train_py_is_read_with_all_that_its_runs_kept(runs: list[Run]
     assert "int8/test/acc" not in plain.metrics
 
 
+@pytest.mark.slow
 def test_a_sweep_is_compared_with_its_float_run(runs: list[Run]) -> None:
     comparison = compare(runs)
     assert {c.label for c in comparison.configurations} == {"float", "qat"}

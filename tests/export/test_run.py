@@ -146,6 +146,7 @@ def test_an_int8_network_from_a_file_is_compared_with_itself(exported: ExportRes
     assert exported.float_latency_ms is None, "there is no float network to compare with"
 
 
+@pytest.mark.slow
 def test_a_damaged_file_is_refused_by_its_runtime(exported: ExportResult, tmp_path: Path) -> None:
     assert exported.path is not None
     content = bytearray(exported.path.read_bytes())
@@ -174,15 +175,21 @@ def test_an_artifact_that_computes_something_else_fails_and_leaves_no_file(
     assert json.loads((tmp_path / "export.json").read_text())["fastest"] is None
 
 
-def test_a_package_whose_kernels_would_overflow_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("scheme", "error"),
+    [(Scheme(), "train with backend='fbgemm'"), pytest.param(SEVEN_BITS, "", marks=pytest.mark.slow)],
+    ids=["8 bits", "7 bits"],
+)
+def test_a_package_whose_kernels_would_overflow_is_refused(
+    scheme: Scheme, error: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(engines, "onednn_is_exact", lambda: False)
-    for bits, error in ((8, "train with backend='fbgemm'"), (7, "")):
-        call = Example((torch.randn(8, 4),))
-        network = prepare(nn.Sequential(nn.Linear(4, 4)), call, Recipe("fx", "x86", Scheme(weight_bits=bits)))
-        network.train()(*call.args)
-        (result,) = export_quantized(network, tmp_path, ["pt2"], example=call)
-        assert error in result.error
-        assert bool(result.error) == bool(error)
+    call = Example((torch.randn(8, 4),))
+    network = prepare(nn.Sequential(nn.Linear(4, 4)), call, Recipe("fx", "x86", scheme))
+    network.train()(*call.args)
+    (result,) = export_quantized(network, tmp_path, ["pt2"], example=call)
+    assert error in result.error
+    assert bool(result.error) == bool(error)
 
 
 class Decides(nn.Module):

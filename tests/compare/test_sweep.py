@@ -10,6 +10,8 @@ from qat_lightning import load_quantized
 from qat_lightning.compare import Limits, Run, compare, decide, find_runs, page
 from qat_lightning.demos import SmallMobileNet
 
+pytestmark = pytest.mark.slow  # the sweep takes half a minute
+
 
 @pytest.fixture(scope="module")
 def runs(sweep: Path) -> list[Run]:
@@ -17,7 +19,6 @@ def runs(sweep: Path) -> list[Run]:
     return find_runs([sweep])
 
 
-@pytest.mark.slow
 def test_a_sweep_of_train_py_is_read_with_all_that_its_runs_kept(runs: list[Run]) -> None:
     plain, qat = runs
     assert [plain.status, qat.status] == ["finished", "finished"]
@@ -33,7 +34,6 @@ def test_a_sweep_of_train_py_is_read_with_all_that_its_runs_kept(runs: list[Run]
     assert "int8/test/acc" not in plain.metrics
 
 
-@pytest.mark.slow
 def test_a_sweep_is_compared_with_its_float_run(runs: list[Run]) -> None:
     comparison = compare(runs)
     assert {c.label for c in comparison.configurations} == {"float", "qat"}

@@ -120,6 +120,7 @@ def test_a_step_may_leave_out_labels(mode: str, tmp_path: Path) -> None:
     assert torch.equal(loaded(batch[0])["logits"], int8(batch[0])["logits"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mode", "form"),
     [
@@ -153,6 +154,7 @@ class NeedsMore(Labelled):
         return {"logits": logits} if labels is None else {"logits": logits, "loss": F.cross_entropy(scores, labels)}
 
 
+@pytest.mark.slow
 def test_a_loss_that_a_file_lacks_values_for_is_refused_in_words(tmp_path: Path) -> None:
     x, labels = next(iter(loader()))
     example = Example((x,), {"labels": labels})
@@ -174,6 +176,7 @@ class Masked(Net):
         return {"logits": scores} if mask is None else {"logits": scores, "masked": scores * mask}
 
 
+@pytest.mark.slow
 def test_a_file_keeps_an_input_that_adds_results_for_each_sample(tmp_path: Path) -> None:
     x, _ = next(iter(loader()))
     example = Example((x,), {"mask": torch.ones(len(x), CLASSES)})

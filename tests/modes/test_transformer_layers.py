@@ -152,7 +152,7 @@ def _pairs() -> list[Any]:
         for mode in ("fx", "eager", "pt2e"):
             for backend in ("x86", "onednn", "fbgemm", "qnnpack") if mode != "pt2e" else ("x86", "xnnpack"):
                 quick = backend == "x86" and mode != "pt2e" and case in QUICK
-                later = pytest.mark.slow if backend in ("x86", "xnnpack") else pytest.mark.nightly
+                later = pytest.mark.slow if backend == "x86" else pytest.mark.nightly
                 found.append(pytest.param(case, mode, backend, marks=() if quick else later))
     return found
 

@@ -31,6 +31,7 @@ def test_combinations_are_skipped_and_the_float_run_is_trained_once(tmp_path: Pa
     assert results(tmp_path) == found
 
 
+@pytest.mark.slow
 def test_finetune_continues_the_shared_float_run_and_is_its_control(tmp_path: Path) -> None:
     words = ["baseline=start", "baseline.float.trainer.max_epochs=2", "logger=none", "hydra.sweep.dir=sweep"]
     done = sweep(tmp_path, "method=float,finetune", "trainer.max_epochs=0,1", *words)

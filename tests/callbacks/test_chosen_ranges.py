@@ -18,7 +18,6 @@ from tests.callbacks.ddp_chosen_ranges import BATCH, observer
 from tests.callbacks.lit import MODES, Lit, assert_same_state, dataset, loader, qat, ranges, state, trainer
 from tests.callbacks.test_compile import assert_alike, fitted, graphs  # noqa: F401 (a fixture)
 from tests.callbacks.two_processes import read_both, run_two
-from tests.support.nightly import nightly_except
 
 OBSERVERS = ["histogram_mse", "percentile"]
 IMAGES = dataset()[:32][0]
@@ -55,9 +54,9 @@ def test_a_fit_freezes_its_ranges_and_resumes_bit_by_bit(mode: str, observer: st
         assert torch.equal(again.quantized(IMAGES), callback.quantized(IMAGES))
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("observer", OBSERVERS)
-@pytest.mark.parametrize("mode", nightly_except(MODES, "fx"))
+@pytest.mark.parametrize("mode", MODES)
 def test_compiled_steps_choose_the_same_ranges(mode: str, observer: str, graphs: Any) -> None:  # noqa: F811
     _, expected = fitted(mode, Lit, compile=False, scheme=scheme(observer))
     _, module = fitted(mode, Lit, compile=True, scheme=scheme(observer))

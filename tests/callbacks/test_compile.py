@@ -180,8 +180,8 @@ def test_a_word_is_no_flag() -> None:
         qat(compile="yes")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("mode", nightly_except(MODES, "fx"))
+@pytest.mark.nightly
+@pytest.mark.parametrize("mode", MODES)
 def test_generated_code_trains_alike(mode: str) -> None:
     torch._dynamo.reset()
     _, expected = fitted(mode, lambda: Lit(Residual()), compile=False)

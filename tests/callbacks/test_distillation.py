@@ -255,14 +255,8 @@ def test_copies_and_pickles_after_a_fit() -> None:
     assert copy.deepcopy(distillation)._weights.keys() == {"net"}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "settings",
-    [
-        pytest.param({}, id="outputs", marks=pytest.mark.nightly),
-        pytest.param({"features": ["net.features"], "weight": 0.0}, id="features"),
-    ],
-)
+@pytest.mark.nightly
+@pytest.mark.parametrize("settings", [{}, {"features": ["net.features"], "weight": 0.0}], ids=["outputs", "features"])
 def test_a_compiled_step(settings: dict[str, Any]) -> None:
     logged = Logged()
     seed_everything(0, verbose=False)

@@ -210,16 +210,11 @@ ROWS = [
 ]
 
 
-def _marks(mode: str, row: Row) -> Any:
-    if "torch.compile" not in row.name:
-        return ()
-    return pytest.mark.slow if mode == "fx" else pytest.mark.nightly
-
-
 @pytest.mark.parametrize(
-    ("mode", "row"),
-    [pytest.param(mode, row, id=f"{mode}-{row.name}", marks=_marks(mode, row)) for mode in MODES for row in ROWS],
+    "row",
+    [pytest.param(row, id=row.name, marks=pytest.mark.nightly if "torch.compile" in row.name else ()) for row in ROWS],
 )
+@pytest.mark.parametrize("mode", MODES)
 def test_row(mode: str, row: Row) -> None:
     """It learns its task, int8 has the tested weights, and ranges are float32 and finite."""
     torch.manual_seed(0)

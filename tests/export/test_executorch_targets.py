@@ -40,7 +40,7 @@ OUTSIDE = {
 """What runs outside of each delegate; Cortex-M has none, and kernels of its own."""
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("backend", "bits"), TARGETS)
 def test_a_file_is_written_and_compared(backend: str, bits: int, tmp_path: Path) -> None:

@@ -5,15 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.nightly import nightly_except
 from tests.sweep.running import ROOT, TRAIN, offline_runs, results, statuses, sweep
 
 LAUNCHERS = ["basic", "joblib", "submitit_local", "ray"]
 WORDS = {"joblib": ["hydra.launcher.n_jobs=2"]}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("launcher", nightly_except(LAUNCHERS, "basic"))
+@pytest.mark.nightly
+@pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_each_trial_is_one_run_and_a_failed_one_loses_no_other(launcher: str, tmp_path: Path) -> None:
     if launcher == "ray" and importlib.util.find_spec("ray") is None:
         pytest.skip(

@@ -37,6 +37,8 @@ SHARE = 0.25
 """Fraction of the way from the 4-bit to the 8-bit file size: 5 bits per weight on average."""
 
 UNIFORM = (8, 5, 4)
+CHOSEN = ("milp", "greedy")
+ROWS = (*(f"{bits} bits" for bits in UNIFORM), *CHOSEN)
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,8 @@ def measure(case: Case, options: argparse.Namespace) -> dict[str, dict[str, floa
     told = {"network": options.network, "seed": options.seed, "batches": options.batches}
     found: Mapping[str, Any] = results.once({**told, "choice": "bits", "share": SHARE}, lambda: choices(case))
     schemes = {f"{bits} bits": Scheme(weight_bits=bits) for bits in UNIFORM}
-    schemes |= {name: Scheme(overrides=found[name]) for name in ("milp", "greedy")}
+    schemes |= {name: Scheme(overrides=found[name]) for name in CHOSEN}
+    schemes = {name: scheme for name, scheme in schemes.items() if name in options.rows}
     fp32 = results.once({**told, "method": "float"}, lambda: case.accuracy("float", Scheme()))
     figures = {"fp32": {"float": fp32["accuracy"]}}
     for name, scheme in schemes.items():
@@ -163,6 +166,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="photos, or CIFAR-10 for resnet20")
     parser.add_argument("--results", type=Path, default=Path("mixed_bits.jsonl"))
     parser.add_argument("--methods", nargs="+", default=["ptq"], choices=["ptq", "qat"])
+    parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=ROWS)
     parser.add_argument("--seed", type=int, default=0, help="of the training; of the photos the split")
     parser.add_argument("--batches", type=int, default=2, help="on which layers are measured")
     parser.add_argument("--work", default="cifar10_runs", help="folder for the float networks of resnet20")

@@ -29,10 +29,11 @@ from qat_lightning.artifact.graph import (
 )
 from qat_lightning.artifact.layers import decode_module, encode_module
 from qat_lightning.artifact.operations import function_of, is_allowed, name_of
-from qat_lightning.artifact.packed import decode_packed, encode_packed, is_packed
+from qat_lightning.artifact.packed import decode_packed, encode_packed
 from qat_lightning.artifact.tensors import TensorReader, TensorWriter
 from qat_lightning.artifact.values import decode, encode
 from qat_lightning.errors import ArtifactError
+from qat_lightning.layers.kernels import is_packed
 from qat_lightning.settings.engines import packing_engine
 
 PLAIN = st.recursive(

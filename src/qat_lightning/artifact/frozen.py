@@ -7,7 +7,6 @@ dtypes and plain values), so decisions of forward that depend on these stay corr
 
 from __future__ import annotations
 
-import copy
 import sys
 import threading
 import weakref
@@ -20,10 +19,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from qat_lightning.artifact.effects import Watched
-from qat_lightning.artifact.packed import is_packed
 from qat_lightning.artifact.recording import Recording
 from qat_lightning.artifact.surroundings import Surroundings
-from qat_lightning.settings.engines import packing_engine
+from qat_lightning.layers.kernels import is_packed, packed_anew, packed_weights
 
 CALLS_BEFORE = 4
 """Number of calls of a form that run unrecorded: for a few calls a recording is not worthwhile."""
@@ -172,8 +170,8 @@ def freeze(
     try:
         recording = Recording(flat, list(_copies(tensors)), around.holds)
         if not shares:
-            with packing_engine():
-                recording.constants = [copy.deepcopy(one) if is_packed(one) else one for one in recording.constants]
+            engine = torch.backends.quantized.engine
+            recording.constants = [packed_anew(one, engine) if is_packed(one) else one for one in recording.constants]
         frozen = recording.compiled()
         if torch.is_inference_mode_enabled() and not any(results[place].is_inference() for place in computed):
             frozen = _outside_of_inference_mode(frozen)
@@ -203,14 +201,11 @@ def _outside_of_inference_mode(frozen: Callable[..., list[Tensor]]) -> Callable[
 
 def _pack_anew(network: nn.Module) -> None:
     """Replace a network's packed weights by new ones, for which no kernel was prepared yet."""
-    for module in network.modules():
-        for name, value in list(vars(module).items()):
-            if is_packed(value):
-                try:
-                    with packing_engine():
-                        vars(module)[name] = copy.deepcopy(value)
-                except RuntimeError:  # QNNPACK's 3-d convolutions do not return their weights
-                    continue
+    for _, module, attribute, value in packed_weights(network):
+        try:
+            vars(module)[attribute] = packed_anew(value, torch.backends.quantized.engine)
+        except RuntimeError:  # QNNPACK's 3-d convolutions do not return their weights
+            continue
 
 
 def _put(leaves: list[Any], places: list[int], tensors: Any) -> list[Any]:

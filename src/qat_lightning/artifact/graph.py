@@ -21,11 +21,12 @@ from torch.fx.graph import CodeGen
 from qat_lightning.artifact import operations
 from qat_lightning.artifact.classes import decode_container, encode_class, encode_container, is_own_container, maker_of
 from qat_lightning.artifact.layers import decode_module, encode_module
-from qat_lightning.artifact.packed import decode_packed, encode_packed, is_packed
+from qat_lightning.artifact.packed import decode_packed, encode_packed
 from qat_lightning.artifact.progress import Reading, Writing
 from qat_lightning.artifact.values import decode, encode, identifier, namedtuple_type, no_tag
 from qat_lightning.errors import ArtifactError
 from qat_lightning.graph.structures import given_fields, is_namedtuple, know
+from qat_lightning.layers.kernels import is_packed
 from qat_lightning.modes.graph_network import GraphNetwork, GraphPart
 from qat_lightning.modes.structured_tracer import makes_container
 

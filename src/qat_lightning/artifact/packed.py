@@ -12,6 +12,7 @@ from torch.ao.nn.intrinsic import quantized as nniq
 from qat_lightning.artifact.tensors import TensorReader, TensorWriter, check_grid
 from qat_lightning.artifact.values import decode, encode
 from qat_lightning.errors import ArtifactError
+from qat_lightning.layers.kernels import PACKED, kind_of_packed
 
 _CONVOLUTIONS: dict[str, Any] = {
     "Conv1d": nnq.Conv1d,
@@ -138,21 +139,9 @@ def _size(value: Any, weight: Tensor, least: int) -> tuple[int, ...]:
     return value
 
 
-_PACKED = ("Conv2dPackedParamsBase", "Conv3dPackedParamsBase", "LinearPackedParamsBase")
-
-
-def is_packed(value: Any) -> bool:
-    """Whether ``value`` is a separate packed weight, as functional layers have it."""
-    return isinstance(value, torch.ScriptObject) and _kind(value) in _PACKED
-
-
-def _kind(value: Any) -> str:
-    return str(value._type().qualified_name()).rpartition(".")[2]
-
-
 def encode_packed(value: Any, tensors: TensorWriter) -> dict[str, Any]:
     """Encode a packed weight as its weight, its bias and its parameters."""
-    kind = _kind(value)
+    kind = kind_of_packed(value)
     numbers: dict[str, Any] = {}
     if kind == "LinearPackedParamsBase":
         weight, bias = torch.ops.quantized.linear_unpack(value)
@@ -173,7 +162,7 @@ def decode_packed(data: dict[str, Any], tensors: TensorReader) -> Any:
     """Inverse of `encode_packed`."""
     weight, bias = decode(data["weight"], tensors.decode), decode(data["bias"], tensors.decode)
     kind = data["kind"]
-    if kind not in _PACKED:
+    if kind not in PACKED:
         raise ArtifactError(f"it holds a {str(kind)[:80]!r}, which is not a packed weight")
     _check_tensors(weight, bias, 2 if kind == "LinearPackedParamsBase" else int(kind[4]) + 2)
     if kind == "LinearPackedParamsBase":

@@ -19,6 +19,7 @@ from qat_lightning.checks import LayerCheck, WholeCheck
 from qat_lightning.errors import QuantizationError
 from qat_lightning.graph.example import Example
 from qat_lightning.graph.inference_call import inference_example
+from qat_lightning.layers.kernels import choose_kernels
 from qat_lightning.modes.protocol import Converted, LayerCoverage
 from qat_lightning.settings.engines import packing_engine, quantized_engine
 from qat_lightning.settings.kinds import DIRECT
@@ -139,6 +140,7 @@ class QuantizedNetwork(nn.Module):
         # A copy packs weights again, for the current engine.
         with packing_engine(self.recipe.target.engine):
             copied.__dict__.update({key: copy.deepcopy(value, memo) for key, value in self.__dict__.items()})
+        choose_kernels(copied, self.recipe.target.engine)
         return copied
 
     def __getstate__(self) -> dict[str, Any]:

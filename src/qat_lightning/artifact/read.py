@@ -28,6 +28,7 @@ from qat_lightning.artifact.values import decode, no_tag
 from qat_lightning.checks import LayerCheck, WholeCheck
 from qat_lightning.errors import ArtifactError, ConfigurationError, QuantizationError
 from qat_lightning.graph.example import Example
+from qat_lightning.layers.kernels import choose_kernels
 from qat_lightning.modes.protocol import Converted, LayerCoverage
 from qat_lightning.settings.backends import require
 from qat_lightning.settings.engines import packing_engine
@@ -139,6 +140,7 @@ def _decode(description: dict[str, Any], recipe: Recipe, reading: Reading) -> Qu
         require(recipe.target)
     with packing_engine(recipe.target.engine if packs else None), torch.no_grad():
         module = decode_network(description["network"], recipe, reading)
+        choose_kernels(module, recipe.target.engine if packs else None)
     converted = Converted(
         network=module,
         coverage=[_decode_coverage(*values) for values in description["coverage"]],

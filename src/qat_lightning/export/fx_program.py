@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from torch.ao.nn import quantized as nnq
 from torch.ao.nn.intrinsic import quantized as nniq
 
-from qat_lightning.artifact.packed import is_packed, is_packed_layer
+from qat_lightning.artifact.packed import is_packed_layer
 from qat_lightning.checks import LayerCheck
 from qat_lightning.errors import ExportError
 from qat_lightning.export.grids import Grid, QdqLayer, on_grid
@@ -20,6 +20,7 @@ from qat_lightning.export.plain_layers import plain_integer_layer
 from qat_lightning.export.spelling import Spelling
 from qat_lightning.graph.example import Example
 from qat_lightning.layers.integer import IntegerLayer
+from qat_lightning.layers.kernels import is_packed
 from qat_lightning.modes.graph_network import GraphNetwork
 from qat_lightning.modes.verify import Recorder, example_values, is_faulty
 from qat_lightning.numerics.sqnr import sqnr_db

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
@@ -101,5 +102,5 @@ def digest_of(model: LightningModule) -> str:
         if isinstance(value, Tensor):
             flat = value.detach().cpu().contiguous().flatten()
             digest.update(str((value.dtype, tuple(value.shape))).encode())
-            digest.update(bytes(flat.untyped_storage()) if flat.numel() else b"")
+            digest.update(flat.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -240,8 +240,10 @@ class Workshop:
 
     def _calibration(self, plan: Plan) -> QuantizationCallback:
         blocks: Literal["none", "auto"] = "auto" if plan.adaround_blocks else "none"
+        long = bool(plan.adaround or plan.sequential_mse)
         return PostTrainingQuantization(
             **self._common(plan),
+            rehearse=long or plan.mode == "auto",  # otherwise the conversion comes as soon as a rehearsal would end
             calibration_batches=self.making.calibration_batches,
             bias_correction=plan.bias_correction,
             adaround=AdaRound(plan.adaround, blocks=blocks) if plan.adaround else None,

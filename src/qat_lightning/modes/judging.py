@@ -18,9 +18,10 @@ from torch import Tensor
 
 from qat_lightning.checks import LayerCheck
 from qat_lightning.errors import VerificationError
+from qat_lightning.layers.kernels import engine_of_packed, packed_weights
 from qat_lightning.numerics.sqnr import sqnr_db
 from qat_lightning.settings.backends import Backend
-from qat_lightning.settings.engines import engine_here
+from qat_lightning.settings.engines import STAND_IN, engine_here
 
 ONE_STEP = 1.01
 """Margin in steps: a layer that is off by one step somewhere has rounded the other way, which is no fault; more is."""
@@ -116,7 +117,9 @@ def bias_rounding(layer: Any, in_scale: float, out_scale: float, target: Backend
         out_scale: Scale of its output.
         target: The backend.
     """
-    if engine_here(target.engine) != "qnnpack" or not callable(getattr(layer, "weight", None)):
+    if engine_here(target.engine) != STAND_IN or not callable(getattr(layer, "weight", None)):
+        return 0.0
+    if STAND_IN not in {engine_of_packed(packed, target.engine) for *_, packed in packed_weights(layer)}:
         return 0.0
     weight = layer.weight()
     per_channel = weight.qscheme() in (torch.per_channel_affine, torch.per_channel_symmetric)

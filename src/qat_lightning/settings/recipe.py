@@ -267,7 +267,7 @@ class Recipe:
     def detour(self) -> str:
         """How this CPU computes what the backend's kernels would, if they overflow on it; empty otherwise."""
         packs = traits_of(self.mode).packs and self.runtime is None
-        fits = not packs and not self.scheme.overrides and self.weight_quant_max <= LARGEST_EXACT_WEIGHT
+        fits = not self.scheme.overrides and self.weight_quant_max <= LARGEST_EXACT_WEIGHT
         return "" if fits or self.kind == "weight_only" else detour(self.target.engine, packs=packs)
 
     @property

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from qat_lightning.layers.integer.integer_layer import IntegerLayer, quantized_rows, round_dynamically
 from qat_lightning.layers.integer.weights import WeightGrid, quantize_rows
-from qat_lightning.settings.engines import packing_engine, quantized_engine
+from qat_lightning.layers.kernels import engine_of
+from qat_lightning.settings.engines import quantized_engine
 
 
 class DynamicLinear(IntegerLayer):
@@ -65,8 +66,8 @@ class DynamicLinear(IntegerLayer):
     def packed(self) -> Any:
         """The weight packed for the engine's kernels."""
         if self.__dict__["_packed"] is None:
-            with packing_engine(self.engine):
-                weight = quantized_rows(self.integers, self.scales)
+            weight = quantized_rows(self.integers, self.scales)
+            with quantized_engine(engine_of(weight, self.engine)):
                 self.__dict__["_packed"] = torch.ops.quantized.linear_prepack(weight, self.bias)
         return self.__dict__["_packed"]
 

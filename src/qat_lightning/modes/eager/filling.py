@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from qat_lightning.layers.integer import IntegerLayer
 from qat_lightning.layers.qat_modules import round_for_good
+from qat_lightning.modes.bias_range import holding
 from qat_lightning.modes.eager.calls import grids_of
 from qat_lightning.modes.eager.int8 import Int8Layer
 from qat_lightning.modes.eager.layers import ChainHead
-from qat_lightning.numerics.grid import EPS
 
 
 def int8_layers(network: nn.Module) -> dict[str, Int8Layer]:
@@ -38,27 +38,13 @@ def fill(layer: Int8Layer, head: ChainHead) -> None:
     fq = head.weight_fake_quant
     weight = round_for_good(weight, fq)
     scales, _ = fq.calculate_qparams()
-    scales = _holding(scales, weight, bias, min(in_scales, default=scale), scale)
+    scales = holding(scales, weight, bias, min(in_scales, default=scale), scale)
     if fq.per_channel:
         zeros = torch.zeros_like(scales, dtype=torch.int64)
         packed = torch.quantize_per_channel(weight, scales.double(), zeros, 0, torch.qint8)
     else:
         packed = torch.quantize_per_tensor(weight, float(scales), 0, torch.qint8)
     layer.op.set_weight_bias(packed, bias)
-
-
-def _holding(scales: Tensor, weight: Tensor, bias: Tensor | None, in_scale: Tensor, out_scale: Tensor) -> Tensor:
-    """Adjust weight scales so that the bias fits into 32 bits, in units of input scale times weight scale.
-
-    A channel with zero weight, as after a BatchNorm with weight 0, is 0 on any grid; with the smallest scale, its bias
-    would overflow in QNNPACK, which stores it as an int32.
-    """
-    largest = weight.abs().flatten(1).amax(1) if scales.dim() else weight.abs().max()
-    scales = torch.where(largest == 0, out_scale, scales)
-    if bias is None:
-        return scales
-    needed = bias.abs() / (in_scale * 2.0**30)
-    return torch.maximum(scales, needed if scales.dim() else needed.max()).clamp(min=EPS)
 
 
 def load_rest(network: nn.Module, prepared: nn.Module) -> None:

@@ -22,6 +22,7 @@ from qat_lightning.checks import LayerCheck, WholeCheck
 from qat_lightning.errors import CheckpointMismatchError, ConversionError, NetworkError
 from qat_lightning.graph.example import Example, in_float32
 from qat_lightning.graph.scopes import join
+from qat_lightning.layers.kernels import choose_kernels
 from qat_lightning.layers.operators import WEIGHTED
 from qat_lightning.layers.qat_modules import make_batchnorm_freezable
 from qat_lightning.layers.tables import make_tables_plain, why_float
@@ -151,6 +152,7 @@ class EagerMode:
         with packing_engine(target.engine):
             for layer in int8_layers(network).values():
                 fill(layer, heads[layer.chain.name])
+            choose_kernels(network, target.engine)
             load_rest(network, prepared)
             tables = fill_tables(network, prepared, [name for name, _ in plan["tables"]])
             checks, whole = check_layers(prepared, network, heads, int8_layers(network), example, target)

@@ -14,9 +14,11 @@ from torch import fx, nn
 from qat_lightning.errors import ConversionError, NetworkError
 from qat_lightning.graph.example import Example, in_float32
 from qat_lightning.graph.scopes import join
+from qat_lightning.layers.kernels import choose_kernels
 from qat_lightning.layers.qat_modules import make_batchnorm_freezable, make_batchnorm_plain, round_weights_for_good
 from qat_lightning.layers.tables import make_tables_plain
 from qat_lightning.layers.transformer import written_out
+from qat_lightning.modes.bias_range import hold_biases
 from qat_lightning.modes.coverage import float_run, layers_with_macs, report
 from qat_lightning.modes.fx import pads as fx_pads
 from qat_lightning.modes.fx import passes
@@ -79,7 +81,7 @@ from qat_lightning.modes.upstream_memory import nothing_remembered
 from qat_lightning.modes.verify import check_layers
 from qat_lightning.numerics.fake_quantize import FakeQuantize
 from qat_lightning.numerics.recomputation import keep_tapes
-from qat_lightning.settings.engines import engine_here
+from qat_lightning.settings.engines import engine_here, packing_engine
 from qat_lightning.settings.recipe import Recipe
 
 
@@ -198,6 +200,9 @@ class FxMode:
         for parameter in network.parameters():
             parameter.requires_grad_(False)
         try:
+            with packing_engine(target.engine):
+                hold_biases(network, example)
+            choose_kernels(network, target.engine)
             found = check_layers(recording, network, example, target, take_origins(network.graph))
         except RuntimeError as error:
             raise ConversionError(

@@ -44,10 +44,8 @@ def weight(largest: int, *, zero_point: int = 0) -> Tensor:
 
 
 def grouping(**other: Any) -> Grouping:
-    depthwise: dict[str, Any] = {
-        **{"channels": (1, 1), "groups": 16, "kernel": (3, 3)},
-        **{"stride": (1, 1), "padding": (1, 1), "dilation": (1, 1)},
-    }
+    depthwise: dict[str, Any] = dict.fromkeys(("stride", "padding", "dilation"), (1, 1))
+    depthwise |= {"channels": (1, 1), "groups": 16, "kernel": (3, 3)}
     return Grouping(**depthwise | other)
 
 

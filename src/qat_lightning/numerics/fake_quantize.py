@@ -444,7 +444,13 @@ class FakeQuantize(_TorchFakeQuantizeBase):
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
+        self.look_again()
+
+    def look_again(self) -> None:
+        """Read the buffers again, which were changed from outside: what is known of them is cached."""
         self.origin.look_again()
+        if self.step is not None:
+            self.step.look_again()
 
     def extra_repr(self) -> str:
         """Grid and range, for ``print(network)``."""

@@ -101,6 +101,10 @@ class LearnedStep(nn.Module):
             self._learns = bool(self.learning)
         return self._learns
 
+    def look_again(self) -> None:
+        """Read the buffers again, which were changed from outside."""
+        self._learns = None
+
     @torch.no_grad()
     def begin(self, scale: Tensor, zero_point: Tensor) -> None:
         """Begin to learn from these values."""
@@ -155,7 +159,7 @@ class LearnedStep(nn.Module):
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        self._learns = None
+        self.look_again()
         if f"{prefix}learning" in state_dict and int(self.learning) == _FIRST_FORM:
             with torch.no_grad():
                 logarithm = 10.0 * self.log_ratio

@@ -20,6 +20,7 @@ from qat_lightning.graph.example import (
     from_user,
 )
 from qat_lightning.graph.training_flags import flags_kept
+from qat_lightning.numerics.fake_quantize import FakeQuantize
 
 _STEP_OF_STAGE = {
     "fit": ("training_step", "train_dataloader"),
@@ -138,3 +139,6 @@ def nothing_moves(pl_module: pl.LightningModule) -> Iterator[None]:
         for name, buffer in buffers.items():
             if name in now and now[name].shape == buffer.shape:
                 now[name].copy_(buffer)
+        for module in pl_module.modules():
+            if isinstance(module, FakeQuantize):
+                module.look_again()

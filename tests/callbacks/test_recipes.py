@@ -23,6 +23,7 @@ from qat_lightning import (
     float_state_dict,
 )
 from qat_lightning.errors import CheckpointMismatchError, ConfigurationError
+from qat_lightning.recipes.layers import rounded_layers
 from tests.callbacks.lit import CLASSES, MODES, Lit, assert_same_state, dataset, loader, qat, state, trainer
 from tests.callbacks.test_insert import OwnForward
 from tests.support.nightly import nightly_except
@@ -260,6 +261,26 @@ def test_biases_are_corrected_once_when_fake_quantization_is_enabled(mode: str, 
     assert all(torch.equal(bias, biases.seen[-1]) for bias in biases.seen[start:])
     assert torch.equal(callback.float_weights("net")["head.bias"], before)
     assert "float" in callback.variants
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("scheme", [Scheme(3), Scheme(3, learned_step="lsq")], ids=["fixed", "learned"])
+def test_correcting_biases_in_a_fit_changes_no_rounded_weight(mode: str, scheme: Scheme) -> None:
+    """The range of few bits is chosen once: it stays known when the buffers of the batches read for it are restored."""
+
+    def rounded(**arguments: Any) -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        model = Lit(Mobile(), lr=0.0)
+        callback = qat(mode, scheme=scheme, rehearse=False, convert_on_fit_end=False, **arguments)
+        trainer(callback, max_epochs=1).fit(model, loader())
+        return {layer.name: layer.rounded() for layer in rounded_layers(model.net)}
+
+    plain, corrected = rounded(), rounded(bias_correction_batches=2)
+    assert plain
+    for name, weight in plain.items():
+        assert weight.any(), name
+        # BatchNorm in training sees slightly other values.
+        torch.testing.assert_close(corrected[name], weight, rtol=0.01, atol=1e-3)
 
 
 def test_correcting_biases_does_not_disturb_workers_that_persist() -> None:

@@ -54,6 +54,27 @@ def test_histograms_of_batches_add_up_in_any_order(seed: int, sizes: list[float]
     assert torch.equal(one.counts, histogram_of(torch.cat(batches)).counts)
 
 
+@settings(deadline=None)
+@given(SEEDS, st.integers(-40, 40), st.sampled_from(["contiguous", "channels_last", "strided"]))
+def test_each_bin_includes_the_end_farther_from_zero(seed: int, exponent: int, layout: str) -> None:
+    """Also for values at the ends of bins and their neighbours, in any memory format, and in more than one part."""
+    limit = 2.0**exponent
+    ends = torch.arange(-BINS // 2, BINS // 2 + 1) * (2 * limit / BINS)
+    neighbours = [torch.nextafter(ends, torch.tensor(towards)).clamp(-limit, limit) for towards in (9e30, -9e30)]
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.cat([ends, *neighbours, (2 * torch.rand(4 * 2**17, generator=generator) - 1) * limit])
+    values = values[: len(values) // 64 * 64].view(4, 4, 4, -1)
+    values[0, 0, 0, 0] = limit
+    values[values.abs() < 1e-37] = 0.0  # division by a power of two is exact except for subnormal numbers
+    if layout == "channels_last":
+        values = values.contiguous(memory_format=torch.channels_last)
+    elif layout == "strided":
+        values = values[..., ::2]
+    exact = values.double() / (2 * limit / BINS)
+    bins = torch.where(exact < 0, exact.floor(), (exact.ceil() - 1).clamp(min=0)).long() + BINS // 2
+    assert torch.equal(histogram_of(values).counts, torch.bincount(bins.flatten(), minlength=BINS).double())
+
+
 def test_the_side_of_the_largest_value_fills_more_than_half_of_its_bins() -> None:
     histogram = histogram_of(torch.tensor([0.001]), torch.tensor([-70.0]))
     assert histogram.limit == 128

@@ -48,7 +48,9 @@ class Histogram(nn.Module):
     @torch.no_grad()
     def observe(self, values: Tensor) -> None:
         """Count finite float32 values of any shape."""
-        largest = float(values.abs().max()) if values.numel() else 0.0
+        if not values.numel():
+            return
+        largest = max(float(values.max()), -float(values.min()))
         wanted = power_of_two_above(largest)
         present = float(self.limit)
         if wanted > present:
@@ -56,11 +58,9 @@ class Histogram(nn.Module):
                 self.counts.copy_(_coarser(self.counts, round(math.log2(wanted / present))))
             self.limit.fill_(wanted)
             present = wanted
-        # On the CPU: elsewhere the count has no deterministic kernel. Division by a power of two is exact, and each bin
-        # includes the end farther from 0, so that merged bins equal wider ones.
-        steps = values.detach().float().cpu().flatten() / (2.0 * present / BINS)
-        bins = torch.where(steps < 0, steps.floor(), (steps.ceil() - 1).clamp(min=0)).long() + BINS // 2
-        self.counts.add_(torch.bincount(bins, minlength=BINS).to(self.counts))
+        # On the CPU: elsewhere the count has no deterministic kernel.
+        counted = sum(_counts_of(part, present) for part in _in_order_of_memory(values).float().cpu().split(_PART))
+        self.counts.add_(counted.to(self.counts))  # type: ignore[union-attr]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Histogram:
         """Move to another device; the counts stay float64 in any precision of the network."""
@@ -71,6 +71,23 @@ class Histogram(nn.Module):
         """The middle of each bin, float64, shape ``(BINS,)``."""
         width = 2.0 * float(self.limit) / BINS
         return (torch.arange(BINS, dtype=torch.float64) - BINS / 2 + 0.5) * width
+
+
+_PART = 2**18
+"""Number of values that are counted at a time, so that they stay in the cache: several times as fast as all at once."""
+
+
+def _counts_of(values: Tensor, limit: float) -> Tensor:
+    """The number of values in each bin, int64; each bin includes the end farther from 0, so that bins merge exactly."""
+    steps = values / (2.0 * limit / BINS)  # exact for a power of two
+    # One float towards 0 for positive values: below the end of a bin, and so rounded down into it.
+    steps.sub_(steps.clamp(min=0.0).mul_(2.0**-24)).floor_().add_(BINS // 2)
+    return torch.bincount(steps.int(), minlength=BINS)
+
+
+def _in_order_of_memory(values: Tensor) -> Tensor:
+    """All values, flat, without a copy also for other memory formats such as channels_last."""
+    return values.detach().permute(sorted(range(values.dim()), key=values.stride, reverse=True)).reshape(-1)
 
 
 def power_of_two_above(value: float) -> float:

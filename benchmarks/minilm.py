@@ -12,6 +12,7 @@ import copy
 import functools
 import os
 import random
+import re
 import tempfile
 import warnings
 from collections.abc import Callable, Iterable
@@ -29,6 +30,7 @@ from qat_lightning.export import get_format
 from qat_lightning.export.protocol import Source
 from qat_lightning.graph.example import Example
 from qat_lightning.measure.metrics import latency_interleaved
+from qat_lightning.numerics.fake_quantize import FakeQuantize
 from qat_lightning.plain import convert, prepare, quantize
 from qat_lightning.recipes.reworking import Reworking, reworks
 from qat_lightning.rehearsal.calibration import calibrate
@@ -187,6 +189,8 @@ def measure(args: argparse.Namespace, results: Results, folder: Path) -> None:
                 job.latency(row.name, made)
                 if not get_format("onnx").refusal(row.recipe):
                     job.file(f"{row.name}, our ONNX file", functools.partial(job.export, row, made))
+    if args.sources:
+        job.sources(Recipe("fx", "x86", kind="static"))
     if args.peers:
         for name, path in _PEERS.items():
             job.file(name, functools.partial(_peer, network, calibration[0], folder, path))
@@ -243,6 +247,25 @@ class _Job:
             settings = {"row": name, "what": "latency", "batch": batch, "threads": torch.get_num_threads()}
             self.results.once(settings, latency)
 
+    def sources(self, recipe: Recipe) -> None:
+        """Measure fake-quantization, and the same without the rounding of the outputs of each kind of layer."""
+        prepared: Any = prepare(copy.deepcopy(self.network), Example(self.calibration[0]), recipe)
+        calibrate(prepared, self.calibration)
+        modules = dict(prepared.eval().named_modules())
+        kinds: dict[str, list[FakeQuantize]] = {"nothing": []}
+        for node in prepared.graph.find_nodes(op="call_module"):
+            rounding = modules[str(node.target)]
+            if isinstance(rounding, FakeQuantize):
+                source = str(getattr(node.args[0].target, "__name__", node.args[0].target))
+                kinds.setdefault(re.sub(r"\d+", "*", source), []).append(rounding)
+        for kind, roundings in kinds.items():
+            for rounding in roundings:
+                rounding.enable_fake_quant(False)
+            settings = {"row": f"static w8a8, fx, fake-quantized but for the outputs of {kind}", "what": "accuracy"}
+            self.results.once(settings, lambda: _cosines((embed(prepared, self.measured) * self.expected).sum(1)))
+            for rounding in roundings:
+                rounding.enable_fake_quant()
+
 
 def _cosines(cosines: Tensor) -> dict[str, float]:
     return {"mean": float(cosines.mean()), "least": float(cosines.min())}
@@ -254,7 +277,8 @@ def table(results: Results) -> str:
     for row in results.rows:
         cells, figures = rows.setdefault(row["settings"]["row"], {}), row["figures"]
         if row["settings"]["what"] == "accuracy":
-            cells |= {key: f"{figures[key]:.4f}" for key in ("mean", "least")} | {"mb": f"{figures['mb']:.1f}"}
+            cells |= {key: f"{figures[key]:.4f}" for key in ("mean", "least")}
+            cells |= {"mb": f"{figures['mb']:.1f}"} if "mb" in figures else {}
         else:
             batch = str(row["settings"]["batch"])
             cells[batch] = f"{figures['fp32_ms'] / figures['ms']:.2f} ({figures['ms']:.0f} ms)"
@@ -271,6 +295,7 @@ if __name__ == "__main__":
     parser.add_argument("--results", type=Path, default=Path("minilm.jsonl"))
     parser.add_argument("--rows", nargs="*", help="parts of names of rows; all by default")
     parser.add_argument("--latency", action="store_true", help="measure latency as well")
+    parser.add_argument("--sources", action="store_true", help="measure which outputs lose most by rounding in fx")
     parser.add_argument("--peers", action="store_true", help="measure ONNX Runtime by itself")
     parser.add_argument("--rounds", type=int, default=15)
     given = parser.parse_args()

@@ -3,7 +3,7 @@
 A weight packed for an engine runs that engine's kernels. Two engines are slow for some weights that oneDNN computes
 exactly: QNNPACK, which stands in for oneDNN on CPUs where 8-bit weights overflow
 (`qat_lightning.settings.engines.engine_here`), and FBGEMM in grouped convolutions without a kernel of their own, which
-it computes group by group (a depthwise convolution after a separate padding takes 30 to 150 times as long).
+it computes group by group (a depthwise convolution after a separate padding takes many times as long).
 """
 
 from __future__ import annotations

@@ -85,7 +85,7 @@ def _might_overflow(layer: Any) -> bool:
         weight, bias = packed.weight(), packed.bias()
     except RuntimeError:  # QNNPACK's 3-d convolutions do not return their weights
         return False
-    return bias is not None and bool((bias.abs() / _scales(weight) > _NOTICED).any())
+    return bias is not None and bool((bias.abs() / scales_of(weight).float() > _NOTICED).any())
 
 
 _NOTICED = 2.0**10
@@ -93,12 +93,10 @@ _NOTICED = 2.0**10
 
 
 def _hold(layer: Any, in_scale: float) -> bool:
-    weight, bias = layer.weight(), layer.bias()
-    scales = _scales(weight)
-    wanted = torch.maximum(scales, holding(scales, weight.dequantize(), bias, in_scale, scales))
+    bias, scales, values = layer.bias(), scales_of(layer.weight()).float(), layer.weight().dequantize()
+    wanted = torch.maximum(scales, holding(scales, values, bias, in_scale, scales))
     if torch.equal(wanted, scales):
         return False
-    values = weight.dequantize()
     if scales.dim():
         zeros = torch.zeros_like(scales, dtype=torch.int64)
         values = torch.quantize_per_channel(values, wanted.double(), zeros, 0, torch.qint8)
@@ -108,7 +106,7 @@ def _hold(layer: Any, in_scale: float) -> bool:
     return True
 
 
-def _scales(weight: Tensor) -> Tensor:
-    """float32, one for each output channel or of no dimension."""
+def scales_of(weight: Tensor) -> Tensor:
+    """The scales of one of torch's quantized weights, float64: one for each output channel, or one of no dimension."""
     per_channel = weight.qscheme() in (torch.per_channel_affine, torch.per_channel_symmetric)
-    return weight.q_per_channel_scales().float() if per_channel else torch.tensor(weight.q_scale())
+    return weight.q_per_channel_scales() if per_channel else torch.tensor(weight.q_scale(), dtype=torch.float64)

@@ -19,6 +19,7 @@ from torch import Tensor
 from qat_lightning.checks import LayerCheck
 from qat_lightning.errors import VerificationError
 from qat_lightning.layers.kernels import engine_of_packed, packed_weights
+from qat_lightning.modes.bias_range import scales_of
 from qat_lightning.numerics.sqnr import sqnr_db
 from qat_lightning.settings.backends import Backend
 from qat_lightning.settings.engines import STAND_IN, engine_here
@@ -121,10 +122,7 @@ def bias_rounding(layer: Any, in_scale: float, out_scale: float, target: Backend
         return 0.0
     if STAND_IN not in {engine_of_packed(packed, target.engine) for *_, packed in packed_weights(layer)}:
         return 0.0
-    weight = layer.weight()
-    per_channel = weight.qscheme() in (torch.per_channel_affine, torch.per_channel_symmetric)
-    scale = float(weight.q_per_channel_scales().max()) if per_channel else weight.q_scale()
-    return 0.5 * in_scale * scale / out_scale
+    return 0.5 * in_scale * float(scales_of(layer.weight()).max()) / out_scale
 
 
 def compare_integers(

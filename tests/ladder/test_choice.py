@@ -50,8 +50,8 @@ def test_for_accuracy_observers_recipes_layers_and_trainings_are_tried_in_this_o
     found = names(climbed(Target(max_drop=0.01), lambda step: measured(step, 0.5)))
     assert found == [
         "static", "observer_min_max", "observer_percentile", "observer_histogram_kl", "bias_correction",
-        "equalization", "sequential_mse", "adaround", "float_1_layers", "float_2_layers", "float_4_layers",
-        "float_8_layers", "qat_short", "qat_long",
+        "equalization", "float_1_layers", "float_2_layers", "float_4_layers", "float_8_layers", "sequential_mse",
+        "adaround", "qat_short", "qat_long",
     ]  # fmt: skip
 
 
@@ -72,9 +72,10 @@ def test_where_onednn_overflows_only_fbgemm_is_tried_for_speed() -> None:
 def test_a_rung_begins_with_what_helped() -> None:
     helps = {"static": 0.5, "observer_percentile": 0.3, "bias_correction": 0.2, "float_2_layers": 0.1}
     found = {a.rung: a.plan for a in climbed(Target(max_drop=0.01), lambda s: measured(s, helps.get(s.rung.name, 0.6)))}
-    assert found["adaround"].scheme.activation_observer == "percentile"
-    assert found["adaround"].bias_correction
-    assert found["float_1_layers"].adaround == 0, "it did not help"
+    assert found["float_1_layers"].scheme.activation_observer == "percentile"
+    assert found["float_1_layers"].bias_correction
+    assert found["float_1_layers"].equalization == "none", "it did not help"
+    assert found["adaround"].exclude == ("net.0", "net.1")
     assert found["qat_short"].exclude == ("net.0", "net.1")
     trained = found["qat_short"]
     assert (trained.scheme.activation_observer, trained.bias_correction) == ("percentile", False)
@@ -135,6 +136,13 @@ def test_with_few_bits_rounding_is_learned_by_blocks_before_by_layers() -> None:
     assert "adaround_blocks" not in few_bits({"static": 0.5}, Scheme(weight_bits=4), replace(KNOWN, adaround=0))
 
 
+def test_what_takes_long_comes_before_float_layers_for_few_bits_and_after_them_for_more() -> None:
+    for bits, first in ((3, "sequential_mse"), (4, "sequential_mse"), (6, "float_1_layers"), (8, "float_1_layers")):
+        order = list(few_bits({"static": 0.5}, Scheme(weight_bits=bits)))
+        assert min(("sequential_mse", "float_1_layers"), key=order.index) == first, bits
+        assert ("adaround" in order, order.count("sequential_mse")) == (True, 1)
+
+
 def test_what_sequential_mse_and_blocks_won_is_kept_and_layers_are_not_tried_then() -> None:
     found = few_bits({"static": 0.5, "sequential_mse": 0.3, "adaround_blocks": 0.2}, Scheme(weight_bits=4))
     assert "adaround" not in found
@@ -153,7 +161,7 @@ def test_ranges_of_which_all_is_asked_for_are_not_searched() -> None:
 def test_a_search_keeps_the_rungs_that_it_began_with() -> None:
     assert rungs_of([rung.name for rung in RUNGS]) == RUNGS
     earlier = [rung.name for rung in rungs_of(None)]
-    assert [name for name in (rung.name for rung in RUNGS) if name not in earlier] == [
+    assert [name for name in dict.fromkeys(rung.name for rung in RUNGS) if name not in earlier] == [
         "backend_fbgemm",
         "equalization_relu6",
         "sequential_mse",
@@ -193,7 +201,7 @@ def test_layers_are_ranked_before_the_first_rung_that_needs_it() -> None:
     known = replace(KNOWN, ranking=None)
     while (step := next_step(attempts, Plan(), Target(max_drop=0.01), known)) is not None and not step.first:
         attempts.append(measured(step, 0.5))
-    assert names(attempts)[-1] == "adaround"
+    assert names(attempts)[-1] == "equalization"
     assert step is not None
     assert step.first == "ranking"
 
@@ -217,13 +225,13 @@ def test_the_steps_for_the_larger_part_of_the_error_go_first() -> None:
 
     of_weights, of_activations = order(22.0, 30.0), order(30.0, 22.0)
     observers = ["observer_min_max", "observer_percentile", "observer_histogram_kl"]
-    recipes = ["bias_correction", "equalization", "equalization_relu6", "sequential_mse", "adaround"]
-    assert of_weights[:9] == ["static", *recipes, *observers]
-    assert of_activations[:9] == ["static", *observers, *recipes]
-    assert of_weights[9:] == of_activations[9:], "layers left float and trainings stay last"
+    recipes = ["bias_correction", "equalization", "equalization_relu6"]
+    assert of_weights[:7] == ["static", *recipes, *observers]
+    assert of_activations[:7] == ["static", *observers, *recipes]
+    assert of_weights[7:] == of_activations[7:], "layers left float and trainings stay last"
     assert order(20.0, 21.0) == of_activations, "cheap steps go first where both are alike"
     far_apart = order(5.0, 30.0)
-    assert far_apart[:6] == ["static", *recipes]
+    assert far_apart[:4] == ["static", *recipes]
     assert far_apart[-3:] == observers, "what can bring next to nothing comes after the trainings"
 
 

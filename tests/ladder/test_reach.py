@@ -75,17 +75,19 @@ def test_a_hard_target_is_climbed_for_and_what_is_nearest_is_kept(float_run: tup
     assert json.loads((tmp_path / "ladder" / "sources.json").read_text())["found"] == vars(found.sources)
     assert found.sources.words() in str(found.table().caption)
     assert found.sources.words() == json.loads((tmp_path / "ladder" / "ladder.json").read_text())["sources"]
-    assert not [attempt for attempt in found.attempts if attempt.error]
-    assert runs == ["float", *rungs, "test"], "each is a run of its own, and the test is the last"
+    refused = [attempt for attempt in found.attempts if attempt.error]
+    assert all(attempt.error.startswith("not validated: the SQNR of the outputs") for attempt in refused)
+    made = [attempt for attempt in found.attempts if not attempt.error]
+    assert runs == ["float", *(attempt.rung for attempt in made), "test"], "each is a run, and the test is the last"
     best = found.best
     assert best is not None
     if not found.kept:
         assert rungs[-1] == "qat_short"
-        assert best.missed(target)["drop"] == min(attempt.missed(target)["drop"] for attempt in found.attempts)
+        assert best.missed(target)["drop"] == min(attempt.missed(target)["drop"] for attempt in made)
         assert "is not reached" in found.conclusion()
     kept = {run["name"]: run for run in offline_runs(tmp_path)}
     assert kept.keys() == {*runs}
-    for attempt in found.attempts:
+    for attempt in made:
         summary = kept[attempt.rung]["summary"]
         assert attempt.drop is not None
         assert summary["ladder/drop"] == pytest.approx(attempt.drop.mean)
@@ -253,7 +255,7 @@ def test_weights_of_few_bits_are_learned_by_blocks_where_there_are_some(tmp_path
     settings = {"scheme": COARSE, "adaround_iterations": 4, "short_epochs": 0, "metric": "val/loss", "test": False}
     found = search(trained(of=LitBlock), Target(max_drop=0.0), tmp_path, **settings)
     rungs = {attempt.rung: attempt for attempt in found.attempts}
-    assert not [attempt.error for attempt in found.attempts if attempt.error]
+    assert all(not attempt.error or attempt.error.startswith("not validated") for attempt in found.attempts)
     assert list(rungs)[3:6] == ["sequential_mse", "adaround_blocks", "adaround"][: len(rungs) - 3]
     for name in list(rungs)[3:5]:
         drop = rungs[name].drop

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,15 @@ from qat_lightning.artifact.quantized import QuantizedNetwork
 from qat_lightning.compare.ladder import FILE
 from qat_lightning.compare.metric import Metric
 from qat_lightning.errors import QuantizationError
-from qat_lightning.ladder.choice import Attempt, Step, next_step
+from qat_lightning.ladder.choice import Attempt, Step, next_step, to_go_on_from
 from qat_lightning.ladder.clock import Clock, OutOfTime, ends_after
 from qat_lightning.ladder.costs import PARTS, Part, expected_minutes, unknown_parts
+from qat_lightning.ladder.estimates import Estimates
 from qat_lightning.ladder.judgement import paired_drop
 from qat_lightning.ladder.parts import Parts
 from qat_lightning.ladder.pieces import minutes_of
 from qat_lightning.ladder.plan import Plan
-from qat_lightning.ladder.ranking import choose_bits, find_sources, rank_layers
+from qat_lightning.ladder.ranking import choose_bits, find_sources, output_sqnr, rank_layers
 from qat_lightning.ladder.reached import Reached
 from qat_lightning.ladder.rungs import RUNGS, Known, Rung
 from qat_lightning.ladder.sources import ErrorSources
@@ -118,6 +120,7 @@ class Climb:
         self.known, self.start, self.loggers, self.rungs = known, start, loggers, rungs
         self.attempts: list[Attempt] = []
         self._why_ended = "Nothing is left to try."
+        self._estimates = Estimates(partial(output_sqnr, workshop))
 
     def go(self) -> Reached:
         """Try the next rung until the target is reached, the time is over or no rung is left.
@@ -224,12 +227,22 @@ class Climb:
         began = time.monotonic()
         try:
             with ends_after(left):
-                attempt = self._made_and_measured(step, began, left)
+                if why := self._no_closer(step):
+                    attempt = Attempt(name, step.plan, minutes=Clock.since(began), error=why)
+                else:
+                    attempt = self._made_and_measured(step, began, left)
         except OutOfTime:
             self._out_of_time()
             return Attempt(name, step.plan, minutes=Clock.since(began), error="its time was used up before it finished")
         self.store.write(f"rungs/{name}/measured", attempt.to_dict())
         return attempt
+
+    def _no_closer(self, step: Step) -> str:
+        """Why a recipe for accuracy is not worth a conversion and a validation; empty if it may be."""
+        best = to_go_on_from(self.attempts, self.target)
+        if not step.rung.side or best is None or self.store.read(f"rungs/{step.rung.name}/made") is not None:
+            return ""
+        return self._estimates.no_closer(step.plan, best.plan)
 
     def _expected(self, plan: Plan, clock: Clock) -> float:
         """The expected duration of a plan in minutes."""

@@ -1,4 +1,4 @@
-"""What is measured before a step is chosen: where the error comes from, the most sensitive layers, bits per layer."""
+"""What is measured on a few batches: where the error comes from, how large it is, sensitive layers, bits per layer."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ from qat_lightning.graph.example import Example
 from qat_lightning.ladder.plan import Plan
 from qat_lightning.ladder.workshop import Workshop
 from qat_lightning.modes.registry import mode_for
+from qat_lightning.recipes.bias_correction import correct_biases
 from qat_lightning.recipes.reworking import Reworking, reworks
 from qat_lightning.rehearsal.calibration import calibrate
 from qat_lightning.sensitivity import BitLimits, bits_within
-from qat_lightning.sensitivity.measured import OutputSqnr, Sensitivity, sensitivity
+from qat_lightning.sensitivity.measured import OutputSqnr, sensitivity
 from qat_lightning.sensitivity.switches import Switches
 from qat_lightning.settings.recipe import Recipe
 
 BATCHES = 4
-"""Batches of the training data. A ranking runs each twice for every layer, the sources of the error four times."""
+"""Batches of the training data. A ranking runs each once for every layer, the sources of the error four times."""
 
 CANDIDATES = (2, 3, 4, 6, 8)
 """The numbers of bits to choose from."""
@@ -57,6 +58,30 @@ def find_sources(workshop: Workshop, plan: Plan) -> dict[str, float]:
     return found
 
 
+def output_sqnr(workshop: Workshop, plan: Plan) -> float:
+    """Measure how close a plan's network comes to the float one, without converting or validating it.
+
+    The network is prepared, calibrated and corrected on a few batches, on which its fake-quantized outputs are compared
+    with the float ones.
+
+    Args:
+        workshop: Has the network and the data.
+        plan: How the network is quantized; one that is `qat_lightning.ladder.estimates.estimable`.
+
+    Returns:
+        The SQNR of the outputs in decibels.
+
+    Raises:
+        QuantizationError: It cannot be measured, with the reason.
+    """
+    calls = workshop.calls(BATCHES)
+    prepared = _prepared(workshop, plan, calls)
+    if plan.bias_correction:
+        correct_biases(prepared, copy.deepcopy(calls))
+    Switches(prepared).all_but([])
+    return OutputSqnr(workshop.network, calls)(prepared)
+
+
 def _prepared(workshop: Workshop, plan: Plan, calls: list[Example]) -> nn.Module:
     """The network with fake-quantization by a plan, calibrated."""
     scheme = replace(plan.scheme, learned_step="none") if plan.scheme.learned else plan.scheme
@@ -80,11 +105,11 @@ def _prepared(workshop: Workshop, plan: Plan, calls: list[Example]) -> nn.Module
 
 
 def rank_layers(workshop: Workshop, plan: Plan) -> tuple[str, ...]:
-    """Rank layers by the SQNR of the outputs with one of them quantized alone; see `qat_lightning.sensitivity`.
+    """Rank layers by the SQNR of the outputs with one of them quantized alone, as `qat_lightning.sensitivity` does.
 
     Args:
         workshop: Has the network and the data.
-        plan: How layers are quantized.
+        plan: How layers are quantized; recipes that need calibration data are left out.
 
     Returns:
         Globs of the layers, worst first.
@@ -92,9 +117,15 @@ def rank_layers(workshop: Workshop, plan: Plan) -> tuple[str, ...]:
     Raises:
         QuantizationError: Layers cannot be ranked, with the reason.
     """
-    found = _measured(workshop, plan)
-    layers = [row.name for row in found.rows if row.excludable and row.parameters]
-    return tuple(f"{found.prefix}.{name}".strip(".") for name in layers)
+    calls = workshop.calls(BATCHES)
+    metric = OutputSqnr(workshop.network, calls)
+    prepared = _prepared(workshop, plan, calls)
+    switches, found = Switches(prepared), {}
+    for unit in switches.units:
+        if unit.module and unit.parameters:
+            switches.only([unit.name])
+            found[unit.name] = metric(prepared)
+    return tuple(f"{workshop.prefix}.{name}".strip(".") for name in sorted(found, key=found.__getitem__))
 
 
 def choose_bits(workshop: Workshop, plan: Plan, max_size_mb: float) -> dict[str, Any]:
@@ -111,12 +142,7 @@ def choose_bits(workshop: Workshop, plan: Plan, max_size_mb: float) -> dict[str,
     Raises:
         QuantizationError: Bits cannot be chosen, with the reason, such as a missing package.
     """
-    return dict(bits_within(_measured(workshop, plan), CANDIDATES, BitLimits(max_size_mb=max_size_mb)).overrides)
-
-
-def _measured(workshop: Workshop, plan: Plan) -> Sensitivity:
-    """The sensitivity of the float network's layers on a few batches of the training data."""
-    return sensitivity(
+    measured = sensitivity(
         workshop.network,
         workshop.calls(BATCHES),
         mode=plan.mode,
@@ -127,3 +153,4 @@ def _measured(workshop: Workshop, plan: Plan) -> Sensitivity:
         prefix=workshop.prefix,
         kind=plan.kind,
     )
+    return dict(bits_within(measured, CANDIDATES, BitLimits(max_size_mb=max_size_mb)).overrides)

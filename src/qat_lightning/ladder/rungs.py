@@ -110,6 +110,15 @@ def _equalization_of_relu6(plan: Plan, known: Known) -> Plan | None:
     return _recipe(plan, known, equalization="replace_relu6") if known.relu6 else None
 
 
+def _for_few_bits(change: Change) -> Change:
+    """Where weights have few bits, for which what takes long comes before float layers, and otherwise after them."""
+
+    def changed(plan: Plan, known: Known) -> Plan | None:
+        return change(plan, known) if _fewest_bits(plan.scheme) <= _FEW_BITS else None
+
+    return changed
+
+
 def _sequential_mse(plan: Plan, known: Known) -> Plan | None:
     """Unless the scheme requires the full range of weights."""
     try:
@@ -120,8 +129,8 @@ def _sequential_mse(plan: Plan, known: Known) -> Plan | None:
 
 
 def _adaround_by_blocks(plan: Plan, known: Known) -> Plan | None:
-    """If weights have few bits: an iteration costs about as much for a block as for its layers one by one."""
-    if not known.adaround or not known.blocks or _fewest_bits(plan.scheme) > _FEW_BITS:
+    """If there are blocks: an iteration costs about as much for a block as for its layers one by one."""
+    if not known.adaround or not known.blocks:
         return None
     return _recipe(plan, known, adaround=known.adaround, adaround_blocks=True)
 
@@ -236,18 +245,21 @@ RUNGS: tuple[Rung, ...] = (
     Rung("bias_correction", "drop", _calibrated(_recipe, bias_correction=True), side="weights"),
     Rung("equalization", "drop", _calibrated(_recipe, equalization="exact"), side="weights"),
     Rung("equalization_relu6", "drop", _calibrated(_equalization_of_relu6), side="weights"),
-    Rung("sequential_mse", "drop", _calibrated(_sequential_mse), side="weights"),
-    Rung("adaround_blocks", "drop", _calibrated(_adaround_by_blocks), side="weights"),
-    Rung("adaround", "drop", _calibrated(_adaround), side="weights"),
+    Rung("sequential_mse", "drop", _for_few_bits(_calibrated(_sequential_mse)), side="weights"),
+    Rung("adaround_blocks", "drop", _for_few_bits(_calibrated(_adaround_by_blocks)), side="weights"),
+    Rung("adaround", "drop", _for_few_bits(_calibrated(_adaround)), side="weights"),
     *(Rung(f"wide_{n}_layers", "drop", partial(_wide, count=n), needs="ranking") for n in (1, 2, 4, 8)),
     *(Rung(f"float_{n}_layers", "drop", partial(_left_float, count=n), needs="ranking") for n in (1, 2, 4, 8)),
+    Rung("sequential_mse", "drop", _calibrated(_sequential_mse)),
+    Rung("adaround", "drop", _calibrated(_adaround)),
     Rung("qat_short", "drop", partial(_training, which=0)),
     Rung("qat_short_plain", "drop", partial(_training, which=0, distillation=False)),
     Rung("qat_long", "drop", partial(_training, which=1)),
     Rung("qat_long_plain", "drop", partial(_training, which=1, distillation=False)),
 )
 """All rungs; those for the same limit are tried in this order, cheap ones first. For the drop, those for the larger
-part of the error come first; see `in_order`."""
+part of the error come first; see `in_order`. A name that is there twice has two places, of which the first that applies
+is taken."""
 
 assert {rung.limit for rung in RUNGS} == {None, *LIMITS}
 

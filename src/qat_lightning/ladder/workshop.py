@@ -132,6 +132,7 @@ class Workshop:
             )
         (self.name,) = names
         self.trainer_factory, self.making, self.float_checkpoint = trainer_factory, making, float_checkpoint
+        self._calls: dict[int, list[Example]] = {}
         self._copies = Copies(model, datamodule, making.seed, partial(self.trainer, [], [], enable_progress_bar=False))
 
     def copies(self) -> tuple[LightningModule, LightningDataModule]:
@@ -161,7 +162,12 @@ class Workshop:
     # The data
 
     def calls(self, batches: int) -> list[Example]:
-        """The inputs of the float network in some batches of the training data, on the CPU."""
+        """The inputs of the float network in some batches of the training data, on the CPU; read once."""
+        if batches not in self._calls:
+            self._calls[batches] = self._read_calls(batches)
+        return self._calls[batches]
+
+    def _read_calls(self, batches: int) -> list[Example]:
         model, datamodule = self.copies()
         trainer = self.trainer([], [], enable_progress_bar=False, limit_val_batches=1)
         trainer.validate(model, datamodule=datamodule, verbose=False)  # attaches them to a Trainer

@@ -115,7 +115,7 @@ class Student(ClassificationModule):
 
     def configure_optimizers(self) -> Any:
         """Return Adam, with rates that decay to zero."""
-        rates = [(p, self._rate(name, p.detach())) for name, p in self.named_parameters()]
+        rates = [(p, self._rate(name, p.detach())) for name, p in self.named_parameters() if p.requires_grad]
         optimizer = torch.optim.Adam([{"params": [p], "lr": rate} for p, rate in rates])
         steps = int(self.trainer.estimated_stepping_batches)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)

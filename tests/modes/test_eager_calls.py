@@ -143,3 +143,14 @@ def test_a_checkpoint_with_another_number_of_calls_loads() -> None:
         float(first.output_fake_quant.max_val)
     ] * 2
     once.load_state_dict(often.state_dict())
+
+
+def test_a_network_that_reads_its_own_output_rounds_it_to_the_grid_of_its_input() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(16, 4)
+    prepared = trained(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4)), x, 3 * x).eval()
+    network = converted(prepared, x).network
+    with torch.no_grad():
+        once, twice = prepared(x), prepared(prepared(x))
+        assert torch.equal(prepared(once.clone()), twice), "whichever tensor holds the values"
+        assert sqnr_db(network(network(x)), twice) > 30

@@ -20,6 +20,8 @@ class Course(nn.Module):
             training, whatever its flags are.
         in_forward: Whether the network's forward is running; a FakeQuantize that is called several times within it has
             one range.
+        passes: Number of forward passes that have ended. What is known of a tensor within one, such as its grid, does
+            not hold after it: the network's caller gets plain values, also from the int8 network.
 
     Example:
         >>> network = nn.Sequential(nn.Linear(2, 2), Course())
@@ -35,6 +37,7 @@ class Course(nn.Module):
         super().__init__()
         self.in_training_step = False
         self.in_forward = False
+        self.passes = 0
 
     @property
     def trains(self) -> bool:

@@ -10,7 +10,7 @@ from torch import nn
 
 from qat_lightning.modes.eager.calls import MOST_CALLS
 from qat_lightning.modes.eager.chains import Chain
-from qat_lightning.modes.eager.layers import ChainHead
+from qat_lightning.modes.eager.layers import ChainHead, end_pass
 from qat_lightning.modes.eager.observation import Observation
 from qat_lightning.modes.prepared import fake_quantizers, prepared_state
 from qat_lightning.numerics.fake_quantize import FakeQuantize
@@ -64,6 +64,7 @@ def forward_begins(prepared: nn.Module, args: Any) -> None:
 def forward_ends(prepared: nn.Module, args: Any, output: Any) -> None:
     """Forward hook of a prepared network; also called if its forward raises."""
     _restart(prepared, within=False)
+    end_pass(prepared_state(prepared).course)
 
 
 def is_foreign(hook: Any) -> bool:

@@ -4,7 +4,8 @@ A chain is a convolution or linear layer (its head) and the BatchNorm and activa
 int8 network the head computes the whole chain as one kernel. So training rounds the head's folded weight, and rounds
 activations only after the last link. Which tensor belongs to which chain is recorded by a mark on the tensor itself:
 the forward may branch, loop, and call a module for several chains, and a link that gets any other tensor behaves like
-the original module. A mark is valid for one version of a tensor, so an in-place operation in between invalidates it.
+the original module. A mark is valid for one version of a tensor, so an in-place operation in between invalidates it;
+within one network, because another one gets plain values; and until the end of the forward pass, for the same reason.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from qat_lightning.layers.qat_modules import (
 from qat_lightning.layers.relu_rounding import is_looked_at, relu_limit
 from qat_lightning.layers.transformer import RowsOfAttention
 from qat_lightning.modes.eager.calls import LATER, CountsCalls, Grids, adapt_entries
+from qat_lightning.numerics.course import Course
 from qat_lightning.numerics.fake_quantize import FakeQuantize
 from qat_lightning.numerics.recomputation import decided_once
 
@@ -56,13 +58,14 @@ class Tap:
 
 @dataclass(frozen=True)
 class _Mark:
-    """Position of a tensor in a chain: after ``stage`` links, in the call with these grids."""
+    """Position of a tensor in a chain: after ``stage`` links, in the call with these grids and in this forward pass."""
 
     chain: ChainHead
     grids: ChainHead | Grids
     stage: int
     version: int
     tap: Tap | None
+    passes: int = 0
 
     @property
     def complete(self) -> bool:
@@ -112,7 +115,7 @@ def _set_mark(x: Tensor, chain: ChainHead, grids: ChainHead | Grids, stage: int,
         _forget(x)
         _traced.append((x, _Mark(chain, grids, stage, 0, None)))
     else:
-        _marks[x] = _Mark(chain, grids, stage, x._version, tap)
+        _marks[x] = _Mark(chain, grids, stage, x._version, tap, chain.course.passes)
 
 
 def _mark_of(x: Tensor) -> _Mark | None:
@@ -123,7 +126,19 @@ def _mark_of(x: Tensor) -> _Mark | None:
 
 def _mark_beside(x: Tensor) -> _Mark | None:
     mark: _Mark | None = _marks.get(x)
-    return mark if mark is not None and mark.version == x._version else None
+    if mark is None or (mark.version, mark.passes) != (x._version, mark.chain.course.passes):
+        return None
+    return mark
+
+
+def end_pass(course: Course) -> None:
+    """Invalidate the marks of a network, whose forward pass has ended."""
+    if _traced:
+        kept = [(tensor, mark) for tensor, mark in _traced if mark is None or mark.chain.course is not course]
+        _traced.clear()
+        _traced.extend(kept)
+    else:
+        course.passes += 1
 
 
 def _versioned() -> AbstractContextManager[Any]:
@@ -162,6 +177,13 @@ class ChainHead(CountsCalls, _Layer):
     grid_of: tuple[ChainHead, ...]
     taps: list[Tap] | None
     number = 0  # its own grids are those of the first call
+
+    @property
+    def course(self) -> Course:
+        """The state that all layers of the prepared network share."""
+        course = self.output_fake_quant.course
+        assert course is not None
+        return course
 
     @property
     def grids(self) -> tuple[ChainHead | Grids, ...]:
@@ -240,7 +262,7 @@ class ChainHead(CountsCalls, _Layer):
 
     def _on_grid(self, input: Tensor, grids: ChainHead | Grids) -> tuple[Tensor, Tap | None]:
         mark = _mark_of(input)
-        if mark is not None and mark.complete:
+        if mark is not None and mark.complete and mark.chain.course is self.course:
             grid, x = mark.grids.output_fake_quant, input
         elif self.shares_grid:
             grid = self.grid_of[0].output_fake_quant

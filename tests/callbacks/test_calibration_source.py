@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qat_lightning import PostTrainingQuantization
+from qat_lightning.callbacks.parts import calibrated_copies
 from qat_lightning.errors import ConfigurationError, NetworkError
+from qat_lightning.recipes.bias_correction import correct_biases
 from tests.callbacks.lit import CLASSES, Lit, Net, loader, trainer
 
 
@@ -47,6 +49,17 @@ class TrainsOnly(Lit):
         return super().training_step(batch, batch_idx)
 
 
+class Two(Lit):
+    """Two networks, one after the other."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(64, 3))
+        self.other = nn.Linear(3, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.other(self.net(x.flatten(1)))
+
+
 class NoValidation(TrainsOnly):
     """Like its base, without another step."""
 
@@ -76,6 +89,43 @@ def test_batches_come_from_validation_where_the_training_step_does_not_call_the_
     assert callback.quantized is not None
 
 
+@pytest.mark.parametrize("recipes", [{}, {"bias_correction": True}, {"sequential_mse": True, "bias_correction": True}])
+def test_recipes_use_the_batches_of_the_calibration_and_read_none_again(recipes: dict[str, bool]) -> None:
+    class Reads(Lit):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            seen.append(batch[0])
+            return super().training_step(batch, batch_idx)
+
+    seen: list[Tensor] = []
+    torch.manual_seed(0)
+    module, batches = Reads(), loader()
+    given = PostTrainingQuantization("eager", calibration_batches=3, calibration_dataloader=iter(batches), **recipes)
+    trainer(given).test(module, loader(), verbose=False)
+    assert len(seen) == 3
+    called = PostTrainingQuantization("eager", calls=seen, **recipes)
+    trainer(called).test(module, loader(), verbose=False)
+    x = next(iter(batches))[0]
+    assert torch.equal(given.quantized(x), called.quantized(x))
+
+
+def test_only_the_step_that_calls_all_networks_gives_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    class FirstAlone(Two):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return self.net(batch[0].flatten(1)).square().mean()
+
+    counts: list[int] = []
+
+    def counted(prepared: nn.Module, calls: list[Any], reference: Any) -> dict[str, float]:
+        counts.append(len(calls))
+        return correct_biases(prepared, calls, reference)
+
+    monkeypatch.setattr(calibrated_copies, "correct_biases", counted)
+    callback = PostTrainingQuantization("eager", module=["net", "other"], bias_correction=True)
+    fitting = trainer(callback, max_epochs=1)
+    fitting.fit(FirstAlone(), loader(), loader(7, batch_size=7))
+    assert counts == [1, 1], "one batch of validation for each network, and none of training for the first"
+
+
 def test_what_will_not_calibrate_is_refused_before_the_training_and_the_remedy_works() -> None:
     module = NoValidation()
     with pytest.raises(NetworkError, match=r"training_step failed \(LookupError.*PostTrainingQuantization\(calls="):
@@ -88,14 +138,6 @@ def test_what_will_not_calibrate_is_refused_before_the_training_and_the_remedy_w
 
 
 def test_calls_of_several_networks() -> None:
-    class Two(Lit):
-        def __init__(self) -> None:
-            super().__init__(nn.Linear(64, 3))
-            self.other = nn.Linear(3, CLASSES)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.other(self.net(x.flatten(1)))
-
     inputs = torch.randn(8, 3)
     calls = {"net": (torch.randn(8, 64) for _ in range(3)), "other": [{"input": inputs}, (inputs,)]}
     callback = PostTrainingQuantization(module=["net", "other"], calls=calls)

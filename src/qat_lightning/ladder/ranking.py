@@ -11,6 +11,7 @@ from torch import nn
 
 from qat_lightning.errors import ConfigurationError
 from qat_lightning.graph.example import Example
+from qat_lightning.graph.signature import batch_size
 from qat_lightning.ladder.plan import Plan
 from qat_lightning.ladder.workshop import Workshop
 from qat_lightning.modes.registry import mode_for
@@ -23,7 +24,10 @@ from qat_lightning.sensitivity.switches import Switches
 from qat_lightning.settings.recipe import Recipe
 
 BATCHES = 4
-"""Batches of the training data. A ranking runs each once for every layer, the sources of the error four times."""
+"""Batches of the training data to calibrate on; the sources of the error and estimates are measured on all of them."""
+
+SAMPLES = 16
+"""Samples on which each layer is ranked, at least, in whole batches."""
 
 CANDIDATES = (2, 3, 4, 6, 8)
 """The numbers of bits to choose from."""
@@ -118,7 +122,7 @@ def rank_layers(workshop: Workshop, plan: Plan) -> tuple[str, ...]:
         QuantizationError: Layers cannot be ranked, with the reason.
     """
     calls = workshop.calls(BATCHES)
-    metric = OutputSqnr(workshop.network, calls)
+    metric = OutputSqnr(workshop.network, calls[: math.ceil(SAMPLES / (batch_size(calls[0]) or 1))])
     prepared = _prepared(workshop, plan, calls)
     switches, found = Switches(prepared), {}
     for unit in switches.units:

@@ -188,10 +188,14 @@ class CalibratedCopies:
         self.preparation.say_what_was_done(prepared)
         for network in prepared.values():
             network.to(pl_module.device)
-        count = self._data.calibrate(trainer, pl_module, self.networks.slots, prepared)
+        given = (trainer, pl_module, self.networks.slots, prepared)
+        if self.settings.applies_recipes:
+            count, calls = self._data.calibrated_calls(*given)
+        else:
+            count, calls = self._data.calibrate(*given), {}
         rank_zero_info(f"Calibrated on {count} batches.")
         if self.settings.applies_recipes:
-            self._apply_recipes(trainer, pl_module, prepared)
+            self._apply_recipes(prepared, calls)
         if trainer.world_size > 1:
             copy_from_first_process(prepared)
         return prepared
@@ -201,9 +205,8 @@ class CalibratedCopies:
         slot = self.networks.slots[name]
         return self.preparation.prepare_one(slot, copy.deepcopy(slot.get()).float(), self.networks.examples[name])
 
-    def _apply_recipes(self, trainer: Trainer, pl_module: LightningModule, prepared: dict[str, nn.Module]) -> None:
+    def _apply_recipes(self, prepared: dict[str, nn.Module], calls: Mapping[str, list[Example]]) -> None:
         """Apply sequential MSE, AdaRound and bias correction on the calibration batches."""
-        calls = self._data.calls(trainer, pl_module, self.networks.slots, prepared)
         for name, network in prepared.items():
             before = float_weights(network)
             if self.settings.sequential_mse:

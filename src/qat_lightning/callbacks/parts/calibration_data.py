@@ -79,6 +79,17 @@ def calibrate_in_steps(
     return run_in_steps(pl_module, slots, prepared, loader, batches, calibrating)
 
 
+def calibrated_calls(
+    pl_module: LightningModule, slots: Mapping[str, Slot], prepared: Mapping[str, nn.Module], loader: Any, batches: int
+) -> tuple[int, dict[str, list[Example]]]:
+    """As `calibrate_in_steps`, and record the inputs in the same pass.
+
+    Returns:
+        The number of batches, and the calls as `calls_in_steps` returns them.
+    """
+    return _calls_in_steps(pl_module, slots, prepared, loader, batches, _call_alone, calibrating)
+
+
 def calls_in_steps(
     pl_module: LightningModule, slots: Mapping[str, Slot], networks: Mapping[str, nn.Module], loader: Any, batches: int
 ) -> dict[str, list[Example]]:
@@ -87,14 +98,18 @@ def calls_in_steps(
     Returns:
         The calls in order, by network name, on the device of the LightningModule.
     """
-    return _calls_in_steps(pl_module, slots, networks, loader, batches, lambda call, batch: call)
+    return _calls_in_steps(pl_module, slots, networks, loader, batches, _call_alone, _as_it_is)[1]
 
 
 def calls_and_batches(
     pl_module: LightningModule, slots: Mapping[str, Slot], networks: Mapping[str, nn.Module], loader: Any, batches: int
 ) -> dict[str, list[tuple[Example, Any]]]:
     """As `calls_in_steps`, with the batch of the step for each call."""
-    return _calls_in_steps(pl_module, slots, networks, loader, batches, lambda call, batch: (call, batch))
+    return _calls_in_steps(pl_module, slots, networks, loader, batches, lambda call, batch: (call, batch), _as_it_is)[1]
+
+
+def _call_alone(call: Example, batch: Any) -> Example:
+    return call
 
 
 def _calls_in_steps(
@@ -104,7 +119,8 @@ def _calls_in_steps(
     loader: Any,
     batches: int,
     kept: Callable[[Example, Any], Kept],
-) -> dict[str, list[Kept]]:
+    within: Callable[[nn.Module], AbstractContextManager[Any]],
+) -> tuple[int, dict[str, list[Kept]]]:
     calls: dict[nn.Module, list[Kept]] = {network: [] for network in networks.values()}
     present: list[Any] = [None]
 
@@ -113,9 +129,10 @@ def _calls_in_steps(
         def keep(module: nn.Module, args: Any, kwargs: Any) -> None:
             calls[network].append(kept(Example(*tree_map(_copied, (args, kwargs))), present[0]))
 
+        calls[network].clear()  # of a step that did not call all networks
         handle = network.register_forward_pre_hook(keep, with_kwargs=True)
         try:
-            with torch.no_grad():
+            with within(network):
                 yield
         finally:
             handle.remove()
@@ -123,8 +140,8 @@ def _calls_in_steps(
     def see(batch: Any) -> None:
         present[0] = batch
 
-    run_in_steps(pl_module, slots, networks, loader, batches, keeping, see)
-    return {name: calls[network] for name, network in networks.items()}
+    count = run_in_steps(pl_module, slots, networks, loader, batches, keeping, see)
+    return count, {name: calls[network] for name, network in networks.items()}
 
 
 def _copied(leaf: Any) -> Any:

@@ -13,8 +13,8 @@ from torch.utils._pytree import tree_map
 
 from qat_lightning.callbacks.parts.calibration_data import (
     calibrate_in_steps,
+    calibrated_calls,
     calibration_loader,
-    calls_in_steps,
     try_steps,
 )
 from qat_lightning.callbacks.parts.network import Slot
@@ -77,20 +77,24 @@ class CalibrationSource:
         self, trainer: Trainer, pl_module: LightningModule, slots: Mapping[str, Slot], prepared: Mapping[str, nn.Module]
     ) -> int:
         """Calibrate networks, which are on the LightningModule's device; return the number of batches."""
-        if not self.has_calls:
-            loader = calibration_loader(trainer, pl_module, self.loader)
-            return calibrate_in_steps(pl_module, slots, prepared, loader, self.batches)
-        calls = self._on(pl_module.device, list(slots))
-        return max(calibrate(network, calls[name]) for name, network in prepared.items())
-
-    def calls(
-        self, trainer: Trainer, pl_module: LightningModule, slots: Mapping[str, Slot], networks: Mapping[str, nn.Module]
-    ) -> dict[str, list[Example]]:
-        """Return the calls that `calibrate` uses."""
         if self.has_calls:
-            return self._on(pl_module.device, list(slots))
+            return self._calibrate_on(self._on(pl_module.device, list(slots)), prepared)
         loader = calibration_loader(trainer, pl_module, self.loader)
-        return calls_in_steps(pl_module, slots, networks, loader, self.batches)
+        return calibrate_in_steps(pl_module, slots, prepared, loader, self.batches)
+
+    def calibrated_calls(
+        self, trainer: Trainer, pl_module: LightningModule, slots: Mapping[str, Slot], prepared: Mapping[str, nn.Module]
+    ) -> tuple[int, dict[str, list[Example]]]:
+        """As `calibrate`, and return the calls of each network as well; the data is read once."""
+        if self.has_calls:
+            calls = self._on(pl_module.device, list(slots))
+            return self._calibrate_on(calls, prepared), calls
+        loader = calibration_loader(trainer, pl_module, self.loader)
+        return calibrated_calls(pl_module, slots, prepared, loader, self.batches)
+
+    @staticmethod
+    def _calibrate_on(calls: Mapping[str, list[Example]], prepared: Mapping[str, nn.Module]) -> int:
+        return max(calibrate(network, calls[name]) for name, network in prepared.items())
 
     def _on(self, device: torch.device, names: list[str]) -> dict[str, list[Example]]:
         def moved(leaf: Any) -> Any:

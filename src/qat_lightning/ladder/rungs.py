@@ -301,8 +301,8 @@ def rungs_of(names: Collection[str] | None) -> tuple[Rung, ...]:
         ConfigurationError: There is no rung of a name.
 
     Example:
-        >>> [rung.name for rung in rungs_of(["static", "adaround"])]
-        ['static', 'adaround']
+        >>> [rung.name for rung in rungs_of(["static", "equalization"])]
+        ['static', 'equalization']
     """
     if names is None:
         return tuple(rung for rung in RUNGS if rung.name not in _NOT_IN_EARLIER_SEARCHES)

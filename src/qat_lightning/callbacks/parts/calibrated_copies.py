@@ -188,13 +188,11 @@ class CalibratedCopies:
         self.preparation.say_what_was_done(prepared)
         for network in prepared.values():
             network.to(pl_module.device)
-        given = (trainer, pl_module, self.networks.slots, prepared)
-        if self.settings.applies_recipes:
-            count, calls = self._data.calibrated_calls(*given)
-        else:
-            count, calls = self._data.calibrate(*given), {}
+        recipes = self.settings.applies_recipes
+        slots = self.networks.slots
+        count, calls = self._data.calibrate(trainer, pl_module, slots, prepared, keep_calls=recipes)
         rank_zero_info(f"Calibrated on {count} batches.")
-        if self.settings.applies_recipes:
+        if recipes:
             self._apply_recipes(prepared, calls)
         if trainer.world_size > 1:
             copy_from_first_process(prepared)

@@ -74,27 +74,26 @@ class CalibrationSource:
             try_steps(trainer, pl_module, slots, self.loader)
 
     def calibrate(
-        self, trainer: Trainer, pl_module: LightningModule, slots: Mapping[str, Slot], prepared: Mapping[str, nn.Module]
-    ) -> int:
-        """Calibrate networks, which are on the LightningModule's device; return the number of batches."""
-        if self.has_calls:
-            return self._calibrate_on(self._on(pl_module.device, list(slots)), prepared)
-        loader = calibration_loader(trainer, pl_module, self.loader)
-        return calibrate_in_steps(pl_module, slots, prepared, loader, self.batches)
-
-    def calibrated_calls(
-        self, trainer: Trainer, pl_module: LightningModule, slots: Mapping[str, Slot], prepared: Mapping[str, nn.Module]
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        slots: Mapping[str, Slot],
+        prepared: Mapping[str, nn.Module],
+        *,
+        keep_calls: bool,
     ) -> tuple[int, dict[str, list[Example]]]:
-        """As `calibrate`, and return the calls of each network as well; the data is read once."""
+        """Calibrate networks, which are on the LightningModule's device.
+
+        Returns:
+            The number of batches, and the calls of each network; none with ``keep_calls=False`` where steps make them.
+        """
         if self.has_calls:
             calls = self._on(pl_module.device, list(slots))
-            return self._calibrate_on(calls, prepared), calls
+            return max(calibrate(network, calls[name]) for name, network in prepared.items()), calls
         loader = calibration_loader(trainer, pl_module, self.loader)
-        return calibrated_calls(pl_module, slots, prepared, loader, self.batches)
-
-    @staticmethod
-    def _calibrate_on(calls: Mapping[str, list[Example]], prepared: Mapping[str, nn.Module]) -> int:
-        return max(calibrate(network, calls[name]) for name, network in prepared.items())
+        if keep_calls:
+            return calibrated_calls(pl_module, slots, prepared, loader, self.batches)
+        return calibrate_in_steps(pl_module, slots, prepared, loader, self.batches), {}
 
     def _on(self, device: torch.device, names: list[str]) -> dict[str, list[Example]]:
         def moved(leaf: Any) -> Any:

@@ -104,7 +104,10 @@ class MarksWhileTraced(TorchFunctionMode):
 
 
 def _forget(x: Any) -> None:
-    kept = [(tensor, mark) for tensor, mark in _traced if tensor is not x]
+    _keep([(tensor, mark) for tensor, mark in _traced if tensor is not x])
+
+
+def _keep(kept: list[tuple[Tensor | None, _Mark | None]]) -> None:
     if len(kept) < len(_traced):
         _traced.clear()
         _traced.extend(kept)
@@ -134,9 +137,7 @@ def _mark_beside(x: Tensor) -> _Mark | None:
 def end_pass(course: Course) -> None:
     """Invalidate the marks of a network, whose forward pass has ended."""
     if _traced:
-        kept = [(tensor, mark) for tensor, mark in _traced if mark is None or mark.chain.course is not course]
-        _traced.clear()
-        _traced.extend(kept)
+        _keep([(tensor, mark) for tensor, mark in _traced if mark is None or mark.chain.course is not course])
     else:
         course.passes += 1
 

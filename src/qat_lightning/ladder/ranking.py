@@ -82,7 +82,6 @@ def output_sqnr(workshop: Workshop, plan: Plan) -> float:
     prepared = _prepared(workshop, plan, calls)
     if plan.bias_correction:
         correct_biases(prepared, copy.deepcopy(calls))
-    Switches(prepared).all_but([])
     return OutputSqnr(workshop.network, calls)(prepared)
 
 

@@ -174,10 +174,12 @@ def test_without_a_fit_a_network_is_rehearsed_before_it_is_calibrated(
     stage: str, kernels: type[Kernels], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Failures after calibration and its recipes are found before them, or the layers stay float."""
-    calibrations: list[int] = []
+    calibrations: list[tuple[int, Any]] = []
     plain = CalibrationSource.calibrate
     monkeypatch.setattr(
-        CalibrationSource, "calibrate", lambda self, *args: calibrations.append(plain(self, *args)) or calibrations[-1]
+        CalibrationSource,
+        "calibrate",
+        lambda self, *args, **kwargs: calibrations.append(plain(self, *args, **kwargs)) or calibrations[-1],
     )
     kernels.wrong = True
     ptq = PostTrainingQuantization(calibration_dataloader=loader(), on_fault="error")
@@ -187,7 +189,7 @@ def test_without_a_fit_a_network_is_rehearsed_before_it_is_calibrated(
     ptq = PostTrainingQuantization(calibration_dataloader=loader())
     run = trainer(ptq)
     getattr(run, stage)(Lit(), loader())
-    assert calibrations == [4]
+    assert [batches for batches, _ in calibrations] == [4]
     assert ptq.convert() is ptq.quantized
     assert _float(ptq) == ["head"]
 
@@ -202,7 +204,9 @@ def test_without_a_fit_formats_are_tried_before_the_calibration(
     )
     plain = CalibrationSource.calibrate
     monkeypatch.setattr(
-        CalibrationSource, "calibrate", lambda self, *args: said.append("calibration") or plain(self, *args)
+        CalibrationSource,
+        "calibrate",
+        lambda self, *args, **kwargs: said.append("calibration") or plain(self, *args, **kwargs),
     )
     export = QuantizedModelExport(["torchscript"], dirpath=str(tmp_path))
     run = trainer(PostTrainingQuantization(calibration_dataloader=loader()), export)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from qat_lightning.errors import NetworkError
-from qat_lightning.graph.example import MAX_BATCH, examples_from_user, from_user
+from qat_lightning.graph.example import ENOUGH, MAX_BATCH, examples_from_user, from_user
 
 X = torch.arange(12.0).reshape(4, 3)
 
@@ -34,6 +34,14 @@ def test_an_example_is_a_detached_copy_in_float32_of_2_to_32_samples() -> None:
     assert (tidy.shape, tidy.dtype, tidy.requires_grad) == ((2, 3), torch.float32, False)
     (labels,) = from_user(torch.zeros(50, dtype=torch.int64)).args
     assert (labels.shape, labels.dtype) == ((MAX_BATCH,), torch.int64)
+
+
+@pytest.mark.parametrize(("side", "kept"), [(32, MAX_BATCH), (160, 13), (224, ENOUGH), (640, ENOUGH)])
+def test_fewer_samples_are_kept_of_large_images(side: int, kept: int) -> None:
+    images, labels = from_user((torch.zeros(40, 3, side, side), torch.zeros(40))).args
+    assert len(images) == len(labels) == kept
+    small, _ = from_user((torch.zeros(4, 3, side, side), torch.zeros(4))).args
+    assert len(small) == 4
 
 
 def test_for_several_networks() -> None:

@@ -20,6 +20,12 @@ from qat_lightning.graph.structures import look_into
 MAX_BATCH = 32
 """Number of samples that are kept of a batch: enough to verify with, and small in memory."""
 
+ENOUGH = 8
+"""Number of samples that are kept in any case, however large they are."""
+
+MAX_VALUES = 2**20
+"""Number of values of an input, beyond which fewer than `MAX_BATCH` samples are kept: large images take long."""
+
 
 @dataclass(frozen=True)
 class Example:
@@ -32,6 +38,21 @@ class Example:
 
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+def samples_kept(values: int) -> int:
+    """The number of samples that are kept of a larger batch.
+
+    Args:
+        values: Number of values of one sample in the largest input.
+
+    Example:
+        >>> samples_kept(3 * 32 * 32), samples_kept(3 * 224 * 224), samples_kept(3 * 1024 * 1024)
+        (32, 8, 8)
+        >>> samples_kept(3 * 160 * 160)
+        13
+    """
+    return max(ENOUGH, min(MAX_BATCH, MAX_VALUES // max(1, values)))
 
 
 def in_float32(example: Example) -> Example:
@@ -163,11 +184,13 @@ def describe(value: Any) -> str:
 
 
 def _tidy(example: Example) -> Example:
-    """Detached copies on the CPU, of at most `MAX_BATCH` and at least 2 samples (a batch of 1 is doubled)."""
+    """Detached copies on the CPU: `samples_kept`, spread over the batch, and at least 2 (a batch of 1 is doubled)."""
     look_into(example.args, example.kwargs)
     tensors = [leaf for leaf in tree_leaves((example.args, example.kwargs)) if isinstance(leaf, Tensor) and leaf.dim()]
     sizes = {tensor.shape[0] for tensor in tensors}
     batch = tensors[0].shape[0] if tensors else 0
+    kept = samples_kept(max((tensor[:1].numel() for tensor in tensors if tensor.shape[0] == batch), default=1))
+    spread = [index * batch // kept for index in range(kept)] if batch > kept else list(range(batch))
 
     def tidy(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):
@@ -176,7 +199,7 @@ def _tidy(example: Example) -> Example:
         if leaf.is_floating_point():
             leaf = leaf.float()
         if leaf.dim() and leaf.shape[0] == batch and (len(sizes) == 1 or batch > 1):
-            leaf = torch.cat([leaf, leaf]) if batch == 1 else leaf[:MAX_BATCH].clone()
+            leaf = torch.cat([leaf, leaf]) if batch == 1 else leaf[spread]
         return leaf
 
     return Example(tree_map(tidy, example.args), tree_map(tidy, example.kwargs))

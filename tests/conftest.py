@@ -36,18 +36,19 @@ _TAKES_SECONDS = {"pt2e"}
 _VARIES_X86 = {"onednn", "fbgemm", "qnnpack", "tensorrt"}
 """Parameters of nightly tests: backends that differ from x86 in a kernel's limits."""
 
-_FOLDERS = ("callbacks", "export", "measure", "modes", "numerics", "recipes", "rehearsal", "sensitivity", "stress")
+_FOLDERS = (
+    *("artifact", "callbacks", "export", "layers", "measure", "modes", "numerics", "recipes", "rehearsal"),
+    *("sensitivity", "settings", "stress"),
+)
 
 _IN_EVERY_RUN = {
     "test_every_pair.py",
     "test_every_kind.py",
     "test_evaluate.py",
-    "test_insert.py",
-    "test_post_training.py",
+    "test_round_trip.py",
     "test_schedule_in_trainer.py",
-    "test_trained_kinds.py",
 }
-"""Files whose tests of these are in every run: each mode and backend by one table, and a fit's life cycle in pt2e."""
+"""Files whose tests of these are in every run: each mode and backend by one table, and a fit and its file in pt2e."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

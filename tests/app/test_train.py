@@ -43,6 +43,7 @@ def wandb_run(folder: Path) -> dict[str, Any]:
     return result
 
 
+@pytest.mark.slow
 def test_a_float_run_is_read_back_from_wandb(tmp_path: Path) -> None:
     done = train(tmp_path, "method=float", "seed=3", *FAST)
     assert done.returncode == 0, done.stderr

@@ -12,6 +12,7 @@ from qat_lightning import Scheme
 pytest.importorskip("scipy")
 
 
+@pytest.mark.slow
 def test_both_choices_keep_the_size_of_five_bits_on_average() -> None:
     torch.manual_seed(0)
     network = nn.Sequential(*(layer for _ in range(4) for layer in (nn.Linear(64, 64), nn.ReLU())), nn.Linear(64, 8))

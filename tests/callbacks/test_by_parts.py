@@ -90,9 +90,8 @@ def test_auto_quantizes_the_parts_and_says_which(
         assert torch.equal(one, other)
 
 
-@pytest.mark.parametrize(
-    ("lit", "shape"), [pytest.param(Detects, (3, 16, 16), marks=pytest.mark.slow), (Decodes, (6,))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("lit", "shape"), [(Detects, (3, 16, 16)), (Decodes, (6,))])
 def test_a_resumed_fit_ends_as_one_that_was_not_stopped(
     lit: type[LightningModule], shape: tuple[int, ...], tmp_path: Path
 ) -> None:

@@ -111,6 +111,7 @@ def as_before(path: Path) -> None:
     torch.save(checkpoint, path)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_before_goes_on_in_its_own_order_and_so_do_those_that_follow(tmp_path: Path) -> None:
     def fit(epochs: int, start: str | None, end: str) -> Adam:
         torch.manual_seed(0)

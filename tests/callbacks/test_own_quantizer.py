@@ -56,7 +56,7 @@ def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return backend, folder, fit(backend, saving, enable_checkpointing=True)
 
 
-@pytest.mark.parametrize("step", [1, 5, 8])
+@pytest.mark.parametrize("step", [pytest.param(1, marks=pytest.mark.slow), 5, pytest.param(8, marks=pytest.mark.slow)])
 def test_resume_is_bit_equal(whole: tuple[Any, Path, Any], step: int) -> None:
     backend, folder, run = whole
     assert_same_state(end(fit(backend, seed=7, ckpt_path=folder / f"step={step}.ckpt")), end(run))

@@ -305,7 +305,10 @@ class Surrounded(Lit):
 
 
 @pytest.mark.parametrize("kind", ["static", "dynamic", "weight_only"])
-@pytest.mark.parametrize("precision", ["bf16-true", "16-true", "64-true", "bf16-mixed"])
+@pytest.mark.parametrize(
+    "precision",
+    ["bf16-true", "bf16-mixed", *(pytest.param(one, marks=pytest.mark.slow) for one in ("16-true", "64-true"))],
+)
 def test_every_precision_of_training_is_quantized(precision: Any, kind: Any) -> None:
     """Quantizes float32 copies, whose inputs and outputs are cast to the surrounding precision."""
     torch.manual_seed(0)

@@ -169,7 +169,9 @@ def test_post_training_keeps_what_was_decided_in_the_checkpoints_of_its_fit(
     assert _float(again) == _float(first) == ["head"]
 
 
-@pytest.mark.parametrize("stage", ["test", "validate", "predict"])
+@pytest.mark.parametrize(
+    "stage", ["test", *(pytest.param(stage, marks=pytest.mark.slow) for stage in ("validate", "predict"))]
+)
 def test_without_a_fit_a_network_is_rehearsed_before_it_is_calibrated(
     stage: str, kernels: type[Kernels], monkeypatch: pytest.MonkeyPatch
 ) -> None:

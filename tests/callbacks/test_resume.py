@@ -80,7 +80,7 @@ def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 # start at 3, ranges stop at 6, BatchNorm at 9; epochs end at 4 and 8
-@pytest.mark.parametrize("step", [1, 3, 4, 5, 6, 8, 9, 11])
+@pytest.mark.parametrize("step", [1, 4, 6, 9, *(pytest.param(step, marks=pytest.mark.slow) for step in (3, 5, 8, 11))])
 def test_resume_at_any_step(whole: tuple[str, Path, dict[str, Any]], step: int) -> None:
     mode, folder, expected = whole
     assert_same_state(end(fit(mode, seed=7, ckpt_path=folder / f"step={step}.ckpt")), expected)

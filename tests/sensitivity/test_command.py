@@ -84,6 +84,7 @@ def layers(run: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+@pytest.mark.slow
 def test_the_metric_is_the_one_that_the_model_states(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for words, shown in (
         ([], "val/acc: float"),

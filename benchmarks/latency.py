@@ -2,7 +2,7 @@
 
 Each engine runs in its own process, so that threads of different engines do not interfere. The processes alternate, and
 a row reports the median over rounds; a ratio is the median of the ratios within a round. Tools that are not installed
-have a row with the installation command: ``pip install 'qat-lightning[benchmarks]'``.
+have a row with the installation command: ``pip install 'qat-lightning[benchmarks,onnx,openvino]'``.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ from qat_lightning.artifact import load_quantized
 from qat_lightning.artifact.quantized import QuantizedNetwork
 from qat_lightning.callbacks.parts.variants import Stand
 from qat_lightning.errors import ConfigurationError, ConversionError
+from qat_lightning.modes.eager.mode import EagerMode
 from qat_lightning.modes.prepared import fake_quantizers
 from qat_lightning.settings.engines import onednn_is_exact
 from tests.callbacks.lit import (
@@ -486,3 +487,37 @@ def test_the_global_engine_is_as_it_was(mode: str, tmp_path: Path) -> None:
     callback.save(tmp_path / "network.int8")
     assert torch.equal(load_quantized(tmp_path / "network.int8", Net())(IMAGES), callback.quantized(IMAGES))
     assert torch.backends.quantized.engine == engine
+
+
+def test_the_int8_network_is_of_the_weights_that_were_loaded_last(tmp_path: Path) -> None:
+    saving = ModelCheckpoint(tmp_path, save_top_k=-1, every_n_epochs=1, filename="{epoch}")
+    callback, module = qat("eager"), Lit()
+    run = trainer(callback, saving, max_epochs=3, enable_checkpointing=True)
+    run.fit(module, loader(), loader())
+    last = callback.quantized(IMAGES)
+    run.validate(module, loader(), ckpt_path=str(tmp_path / "epoch=1.ckpt"), verbose=False)
+    found = callback.quantized
+    assert found.source == f"checkpoint {tmp_path / 'epoch=1.ckpt'}"
+    assert not torch.equal(found(IMAGES), last)
+    assert torch.equal(found(IMAGES), callback.convert()(IMAGES))
+
+
+def test_a_conversion_that_fails_leaves_no_network_of_other_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    callback, module = qat("eager"), Lit()
+    run = trainer(callback, max_epochs=2)
+    run.fit(module, loader(), loader())
+    assert callback.quantized is not None
+
+    def fails(*args: Any, **kwargs: Any) -> Any:
+        raise ConversionError("no kernel on this day")
+
+    monkeypatch.setattr(EagerMode, "convert", fails)
+    run.fit_loop.max_epochs = 3
+    with pytest.warns(UserWarning, match="no kernel on this day"):
+        run.fit(module, loader(), loader())
+    assert callback.quantized is None
+    with pytest.raises(ConversionError, match=r"to save: ConversionError: .*no kernel on this day"):
+        callback.save(tmp_path / "a.int8")
+    assert not (tmp_path / "a.int8").exists()

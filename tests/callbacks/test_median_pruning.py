@@ -79,3 +79,13 @@ def test_a_metric_that_is_not_logged_is_an_error_that_lists_those_that_are(tmp_p
 def test_wrong_settings_are_refused_at_construction(wrong: dict[str, object], tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match=next(iter(wrong))):
         MedianPruning(tmp_path, **wrong)
+
+
+def test_a_trial_that_has_diverged_ends_and_counts_for_no_other(tmp_path: Path) -> None:
+    for index, value in enumerate((0.8, 0.9)):
+        fitted(tmp_path / str(index), value)
+    trainer, pruning = fitted(tmp_path / "2", float("nan"))
+    assert trainer.current_epoch == 2
+    assert pruning.pruned == "val/acc had no finite value until epoch 2"
+    assert json.loads((tmp_path / "2" / "curve.json").read_text()) == {}
+    assert fitted(tmp_path / "3", 0.85)[1].pruned == "", "the median is that of the two others"

@@ -342,3 +342,28 @@ def test_recipes_of_a_calibration_learn_in_float32() -> None:
     run.fit(module, loader())
     assert run.test(module, loader(), verbose=False)[0]["test/acc"] > 0.9
     assert ptq.fidelity["agreement"] > 0.95
+
+
+@pytest.mark.parametrize(
+    ("other", "holds"),
+    [({}, True), ({"backend": "fbgemm"}, False), ({"scheme": Scheme(weight_bits=4)}, False), ({"mode": "fx"}, False)],
+    ids=["the same settings", "another backend", "another scheme", "another mode"],
+)
+def test_a_decision_of_a_checkpoint_holds_for_the_same_settings_only(
+    other: dict[str, Any], holds: bool, tmp_path: Path
+) -> None:
+    """What the rehearsal of other settings left float, and the mode that it chose, are of these settings."""
+    settings = {"mode": "eager", "backend": "onednn", "calibration_batches": 2}
+    saved = ModelCheckpoint(tmp_path)
+    first = PostTrainingQuantization(**settings)
+    run = trainer(first, saved, enable_checkpointing=True)
+    run.fit(Lit(), loader(), loader())
+    path = saved.best_model_path
+    checkpoint = torch.load(path, weights_only=True)
+    (state_key,) = [key for key in checkpoint["callbacks"] if "PostTraining" in key]
+    checkpoint["callbacks"][state_key]["net"]["left_float"] = {"head": "it could not be int8"}
+    torch.save(checkpoint, path)
+    ptq = PostTrainingQuantization(**settings | other)
+    trainer(ptq).test(Lit(), datamodule=Data(), ckpt_path=path, verbose=False)
+    assert ptq.chosen_modes == {"net": other.get("mode", "eager")}
+    assert [row.name for row in ptq.quantized.coverage if not row.quantized] == (["head"] if holds else [])

@@ -11,10 +11,16 @@ from pathlib import Path
 import pytest
 
 from qat_lightning import Scheme, Target, reach
+from qat_lightning.compare.metric import Metric
+from qat_lightning.ladder import climb
 from qat_lightning.ladder.choice import Attempt
+from qat_lightning.ladder.clock import Clock, OutOfTime
 from qat_lightning.ladder.costs import expected_minutes, unknown_parts
+from qat_lightning.ladder.parts import Parts
 from qat_lightning.ladder.pieces import minutes_of
 from qat_lightning.ladder.plan import Plan
+from qat_lightning.ladder.rungs import Known
+from qat_lightning.ladder.store import Store
 from qat_lightning.ladder.workshop import Making, Workshop
 from tests.ladder.lit import CPU, LitBlock, trained
 
@@ -115,3 +121,22 @@ def test_a_recipe_that_does_not_fit_is_left_out_and_its_cost_is_measured_once(tm
     again = reach(CPU, *float_run, target, folder=tmp_path, resume=True, **settings)  # type: ignore[arg-type]
     assert [attempt.rung for attempt in again.attempts] == list(rungs)
     assert cost.stat().st_mtime_ns == written
+
+
+def test_a_piece_that_does_not_fit_is_measured_once(
+    workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise each training of a search takes half of the time that is left, to find that it takes too long."""
+    measured: list[str] = []
+
+    def too_long(part: str, *_: object) -> float:
+        measured.append(part)
+        raise OutOfTime
+
+    monkeypatch.setattr(climb, "minutes_of", too_long)
+    store = Store(tmp_path)
+    floor = climb.Floor(Metric("val/acc", True), Parts((1.0,), (1,)), {}, 0.1)
+    search = climb.Climb(workshop, store, floor, Target(max_drop=0.0, max_minutes=1), Known(), Plan(), lambda _: [])
+    for epochs in (2, 8):
+        assert search._expected(Plan(epochs=epochs), Clock(1, 0.0)) == math.inf
+    assert measured == ["epoch"]

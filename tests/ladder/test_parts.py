@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -62,3 +63,33 @@ def test_several_loaders_are_refused() -> None:
 
     with pytest.raises(ConfigurationError, match="2 loaders"):
         validate_whole(CPU(logger=False, **SILENT), Steps(), Two())
+
+
+def test_one_loader_in_a_list_is_that_loader() -> None:
+    class Listed(Data):
+        def val_dataloader(self) -> Any:
+            return [super().val_dataloader()]
+
+    found = []
+    for of in (Data, Listed):
+        torch.manual_seed(0)
+        model, data = Lit(), of()
+        trainer = CPU(logger=False, **SILENT)
+        validate_whole(trainer, model, data)
+        found.append(validate_parts(trainer, model, data, "val/acc", 0, 8))
+    assert found[0] == found[1]
+
+
+def test_a_metric_that_is_not_finite_on_a_part_has_no_mean() -> None:
+    class Sometimes(Lit):
+        def on_validation_epoch_end(self) -> None:
+            if not self.trainer.sanity_checking:
+                self.log("val/f1", float("nan") if len(self.right[-1]) == 8 else 1.0)
+            super().on_validation_epoch_end()
+
+    model, data = Sometimes(), Data()
+    trainer = CPU(logger=False, **SILENT)
+    validate_whole(trainer, model, data)
+    parts = validate_parts(trainer, model, data, "val/acc", 0, 8)
+    assert parts.means.keys() == {"val/acc", "val/loss"}
+    assert math.isnan(validate_parts(trainer, model, data, "val/f1", 0, 8).values[-1])

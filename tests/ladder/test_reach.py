@@ -186,6 +186,25 @@ def test_what_cannot_be_is_refused_before_anything_runs(float_run: tuple[Lit, Da
         search(float_run, Target(max_drop=0.1), folder, metric="val/f1")
 
 
+def test_other_metrics_that_are_not_finite_cost_nothing(float_run: tuple[Lit, Data], tmp_path: Path) -> None:
+    class Sparse(Lit):
+        """Logs a metric that no value exists of, as that of a class without samples, and one that is infinite."""
+
+        def on_validation_epoch_end(self) -> None:
+            self.log("val/f1", float("nan"))
+            self.log("val/perplexity", float("inf"))
+            super().on_validation_epoch_end()
+
+    model = Sparse()
+    model.load_state_dict(float_run[0].state_dict())
+    run, target = (model, float_run[1]), Target(max_drop=0.5)
+    found = search(run, target, tmp_path / "found", metric="val/acc", test=False)
+    assert found.kept
+    assert found.float_metrics.keys() == {"float/val/acc", "float/val/loss"}
+    with pytest.raises(ConfigurationError, match="is nan, so networks cannot be judged"):
+        search(run, target, tmp_path / "refused", metric="val/f1")
+
+
 def test_data_is_set_up_once_where_it_can_be_copied(float_run: tuple[Lit, Data], tmp_path: Path) -> None:
     class Kept(Data):
         def setup(self, stage: str) -> None:

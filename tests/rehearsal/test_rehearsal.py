@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -21,10 +22,12 @@ from qat_lightning.modes.left_float import leave_float
 from qat_lightning.modes.prepared import cpu_copy, prepared_state
 from qat_lightning.modes.registry import get_mode
 from qat_lightning.numerics.sqnr import sqnr_db
+from qat_lightning.rehearsal import auto
 from qat_lightning.rehearsal.auto import Decision, decide
 from qat_lightning.rehearsal.faults import convert_what_can_be, first_that
 from qat_lightning.rehearsal.rehearse import rehearse
 from qat_lightning.settings.recipe import Recipe
+from qat_lightning.settings.scheme import Scheme
 from tests.support.networks import Residual
 
 MODES = ("eager", "fx", "pt2e")
@@ -241,3 +244,31 @@ def test_auto_rehearses_each_mode_once_and_shows_the_chosen_networks_only(monkey
     )
     assert (found.mode, len(prepared)) == ("eager", 1)
     assert [network.recipe.mode for network in seen] == ["eager"]
+
+
+def test_auto_inspects_nothing_where_no_kernel_runs_the_scheme() -> None:
+    seen: list[QuantizedNetwork] = []
+    simulated = Scheme(activation_bits=4)
+    found = decide(
+        "auto", _network(), CALL, lambda mode: Recipe(mode, "x86", simulated), inspect=lambda int8, _: seen.append(int8)
+    )
+    assert found.mode == "fx"
+    assert seen == []
+
+
+def test_auto_shows_networks_of_a_mode_that_another_one_surpassed_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mode that is close to the best comes first in the order, also if the best was tried after it."""
+    shares = {"fx": 0.900, "eager": 0.905, "pt2e": 0.912}
+    plain = auto.rehearse
+
+    def rehearse(network: nn.Module, example: Any, recipe: Recipe, **settings: Any) -> Any:
+        found = plain(network, example, replace(recipe, mode="eager"), **settings)
+        return replace(found, int8_macs=shares[recipe.mode])
+
+    monkeypatch.setattr(auto, "rehearse", rehearse)
+    seen: list[QuantizedNetwork] = []
+    found = decide(
+        "auto", _network(), CALL, lambda mode: Recipe(mode, "x86"), inspect=lambda int8, _: seen.append(int8)
+    )
+    assert found.mode == "eager"
+    assert len(seen) == 1

@@ -18,6 +18,7 @@ from qat_lightning.callbacks.parts.network import OWN_FORWARD, forward_replaced
 from qat_lightning.callbacks.parts.networks import Part
 from qat_lightning.callbacks.quantization_aware_training import QuantizationAwareTraining
 from qat_lightning.errors import ConfigurationError
+from qat_lightning.graph.scopes import dotted, join
 from qat_lightning.modes.float_state import float_weights, frozen_beside_adapters
 from qat_lightning.modes.prepared import prepared_state
 from qat_lightning.recipes.blocks import repeated_blocks
@@ -169,7 +170,7 @@ class Distillation(Callback):
         return found
 
     def _settings_of(self, part: Part) -> DistillationSettings:
-        prefix = f"{part.slot.prefix}." if part.slot.prefix else ""
+        prefix = dotted(part.slot.prefix)
         if self.features == BLOCKS:
             found = repeated_blocks(prepared_state(part.prepared).float_network)
             return dataclasses.replace(self.settings, features=found)
@@ -293,7 +294,7 @@ class Distillation(Callback):
 
 
 def _full(part: Part, names: Sequence[str]) -> list[str]:
-    return [f"{part.slot.prefix}.{name}" if part.slot.prefix else name for name in names]
+    return [join(part.slot.prefix, name) for name in names]
 
 
 def _an_example(part: Part) -> str:

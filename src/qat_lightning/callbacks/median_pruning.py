@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
-from qat_lightning.callbacks.parts.arguments import check_flag, check_word
+from qat_lightning.callbacks.parts.arguments import check_count, check_flag, check_word
 from qat_lightning.errors import ConfigurationError
 from qat_lightning.json_files import read_json, write_json
 
@@ -64,8 +65,7 @@ class MedianPruning(Callback):
         if mode not in ("min", "max"):
             raise ConfigurationError(f"mode={mode!r} is not possible: use max or min.")
         for name, value in (("warmup_epochs", warmup_epochs), ("min_trials", min_trials)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ConfigurationError(f"{name}={value!r} is not possible: use a whole number of at least 1.")
+            check_count(name, value)
         self.folder = Path(folder)
         self.monitor = monitor
         self.mode = mode
@@ -83,9 +83,11 @@ class MedianPruning(Callback):
             known = ", ".join(sorted(trainer.callback_metrics)) or "nothing"
             raise ConfigurationError(f"monitor={self.monitor!r} was not logged in validation; {known} was.")
         best = max if self.mode == "max" else min
-        value = best([float(trainer.callback_metrics[self.monitor]), *self._curve.values()])
+        seen = [float(trainer.callback_metrics[self.monitor]), *self._curve.values()]
+        value = best(filter(math.isfinite, seen), default=None)
         epoch = trainer.current_epoch + 1
-        self._curve[str(epoch)] = value
+        if value is not None:
+            self._curve[str(epoch)] = value
         if trainer.is_global_zero:
             write_json(self.folder / _FILE, self._curve)
         reason = self._reason_to_end(value, epoch)
@@ -95,10 +97,12 @@ class MedianPruning(Callback):
             trainer.should_stop = True
             rank_zero_info(f"The fit ends here: {self.pruned}.")
 
-    def _reason_to_end(self, value: float, epoch: int) -> str:
+    def _reason_to_end(self, value: float | None, epoch: int) -> str:
         others = self._others(str(epoch))
         if epoch < self.warmup_epochs or len(others) < self.min_trials:
             return ""
+        if value is None:
+            return f"{self.monitor} had no finite value until epoch {epoch}"
         middle = median(others)
         if value >= middle if self.mode == "max" else value <= middle:
             return ""

@@ -262,13 +262,19 @@ class PostTrainingQuantization(QuantizationCallback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the decision about each network."""
-        decisions = self._networks.decisions
-        return {name: {"mode": d.mode, "left_float": dict(d.left_float)} for name, d in decisions.items()}
+        settings, decisions = self._networks.settings, self._networks.decisions
+        return {
+            name: {"mode": d.mode, "left_float": dict(d.left_float), "recipe": settings.recipe_for(d.mode).to_dict()}
+            for name, d in decisions.items()
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned."""
+        """Restore the decisions that `state_dict` returned, if they were made for the same settings."""
+        settings = self._networks.settings
         self._networks.decisions = {
-            name: Decision(values["mode"], left_float=values["left_float"]) for name, values in state_dict.items()
+            name: Decision(values["mode"], left_float=values["left_float"])
+            for name, values in state_dict.items()
+            if settings.decides_like(values["mode"], values.get("recipe"))
         }
 
     # End

@@ -310,6 +310,7 @@ class QuantizationAwareTraining(QuantizationCallback):
         repair_resume(trainer)
         self._driver.begin(trainer, self.phase)
         self._int8.outdate()
+        self._int8.made_from = "the present weights"
         reduce_ranges_while_observed(self._networks.prepared, trainer.world_size)
         with self._networks.whole(everywhere=False):
             if trainer.is_global_zero:

@@ -26,3 +26,8 @@ def scope_of(node: fx.Node) -> str:
 def join(prefix: str, name: str) -> str:
     """``prefix.name``, or the one that is not empty."""
     return f"{prefix}.{name}" if prefix and name else prefix or name
+
+
+def dotted(prefix: str) -> str:
+    """What names below a prefix begin with: ``prefix.``, or nothing without a prefix."""
+    return f"{prefix}." if prefix else ""

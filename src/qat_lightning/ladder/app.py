@@ -12,6 +12,7 @@ from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from qat_lightning.callbacks.parts.checkpoint_io import read_float_state
+from qat_lightning.callbacks.parts.network import Slot, find_networks
 from qat_lightning.compare.ladder import FOLDER
 from qat_lightning.errors import CombinationError
 from qat_lightning.ladder.reached import Reached
@@ -56,7 +57,8 @@ def climb(cfg: DictConfig) -> tuple[dict[str, float], app.Objects]:
     _check(cfg)
     fine = OmegaConf.merge(cfg, cfg.ladder.training)
     model: LightningModule = instantiate(fine.model.module)
-    target.check_size(sum(parameter.numel() for parameter in model.parameters()))
+    networks = [Slot(model, name).get() for name in find_networks(model, cfg.quantization.module)]
+    target.check_size(sum(parameter.numel() for network in networks for parameter in network.parameters()))
     checkpoint = _float_checkpoint(cfg)
     model.load_state_dict(read_float_state(place(checkpoint)))
     datamodule = instantiate(cfg.data.datamodule)

@@ -27,7 +27,7 @@ class Attempt:
         size_mb: Size of the shipped files, in 10^6 bytes.
         metrics: All measurements, under the keys of the loggers.
         minutes: Its duration.
-        cut_short: Whether the time limit ended its training.
+        cut_short: Whether its training ended before its last epoch, as at a time limit.
         started: Whether it was started.
         error: Why there is no network, or why it was not started; empty if there is a network.
     """

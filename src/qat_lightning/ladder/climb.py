@@ -31,7 +31,8 @@ from qat_lightning.ladder.rungs import RUNGS, Known, Rung
 from qat_lightning.ladder.sources import ErrorSources
 from qat_lightning.ladder.store import Store
 from qat_lightning.ladder.target import Target
-from qat_lightning.ladder.workshop import Standing, Validation, Workshop, finite
+from qat_lightning.ladder.workshop import Standing, Validation, Workshop
+from qat_lightning.numerics.sqnr import finite
 from qat_lightning.run.app import close
 from qat_lightning.run.evaluate import evaluate_variants, logged_behind, write_summary
 from qat_lightning.terminal import console
@@ -121,6 +122,7 @@ class Climb:
         self.attempts: list[Attempt] = []
         self._why_ended = "Nothing is left to try."
         self._estimates = Estimates(partial(output_sqnr, workshop))
+        self._too_long: set[Part] = set()
 
     def go(self) -> Reached:
         """Try the next rung until the target is reached, the time is over or no rung is left.
@@ -255,6 +257,8 @@ class Climb:
         If the piece does not fit into half of the remaining time, the whole does not fit either.
         """
         kept = self.store.read(f"cost_{part}")
+        if kept is None and part in self._too_long:
+            return math.inf
         if kept is None:
             _say(f"Measuring how long it takes: {part}.")
             began = time.monotonic()
@@ -263,6 +267,7 @@ class Climb:
                 with ends_after(left / 2):
                     found = minutes_of(part, plan, self.workshop)
             except OutOfTime:
+                self._too_long.add(part)
                 return math.inf
             except QuantizationError as error:  # as the rung itself will say
                 why = f"{type(error).__name__}: {error}"

@@ -69,6 +69,19 @@ class Drop:
         )
 
 
+def check_finite(values: Sequence[float]) -> None:
+    """Refuse a metric that is not finite on a part of the validation data.
+
+    Raises:
+        ConfigurationError: It is not.
+    """
+    if not all(map(math.isfinite, values)):
+        raise ConfigurationError(
+            "The metric is not finite on a part of the validation data, so networks cannot be judged by it: give "
+            "another metric=, or use larger validation batches."
+        )
+
+
 def paired_drop(
     base: Sequence[float],
     other: Sequence[float],
@@ -101,10 +114,7 @@ def paired_drop(
     """
     if not base or not len(base) == len(other) == len(samples):
         raise ConfigurationError(f"There are no pairs: {len(base)} values, {len(other)} values, {len(samples)} sizes.")
-    if not all(math.isfinite(value) for value in (*base, *other)):
-        raise ConfigurationError(
-            "The metric is not finite on a part of the validation data, so networks cannot be judged by it."
-        )
+    check_finite((*base, *other))
     losses = np.asarray(base, np.float64) - np.asarray(other, np.float64)
     losses = losses if larger_is_better else -losses
     weights = np.asarray(samples, np.float64)

@@ -19,8 +19,10 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.utilities.data import extract_batch_size
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch.utils._pytree import tree_leaves
 
 from qat_lightning.errors import ConfigurationError
+from qat_lightning.numerics.sqnr import finite
 
 MOST_PARTS = 40
 
@@ -105,7 +107,7 @@ def validate_parts(
     most = None if count is None or math.isinf(count) else int(count)
     size = 1 if most is None else max(1, math.ceil(most / MOST_PARTS))
     seed_everything(seed, workers=True, verbose=False)
-    batches = itertools.islice(datamodule.val_dataloader(), most)
+    batches = itertools.islice(only_loader(datamodule.val_dataloader()), most)
     found: list[dict[str, float]] = []
     samples: list[int] = []
     with _quiet(trainer):
@@ -119,10 +121,21 @@ def validate_parts(
 
 
 def _means(found: Sequence[Mapping[str, float]], samples: Sequence[int]) -> dict[str, float]:
-    """The mean of each metric that every part logs, weighted by samples."""
+    """The mean of each metric that every part logs, weighted by samples, where it is finite."""
     everywhere = [key for key in found[0] if all(key in one for one in found)] if found else []
     total = sum(samples)
-    return {key: sum(one[key] * n for one, n in zip(found, samples, strict=True)) / total for key in everywhere}
+    return finite({key: sum(one[key] * n for one, n in zip(found, samples, strict=True)) / total for key in everywhere})
+
+
+def only_loader(loaders: Any) -> Any:
+    """The loader in a collection of one, as ``val_dataloader`` may return it; anything else as it is.
+
+    Example:
+        >>> only_loader(["loader"]), only_loader("loader"), only_loader(["one", "two"])
+        ('loader', 'loader', ['one', 'two'])
+    """
+    leaves = tree_leaves(loaders)
+    return leaves[0] if len(leaves) == 1 else loaders
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_map
 from qat_lightning.graph.example import Example
 from qat_lightning.graph.signature import batch_size
 from qat_lightning.ladder.costs import Part
+from qat_lightning.ladder.parts import only_loader
 from qat_lightning.ladder.plan import Plan
 from qat_lightning.ladder.workshop import Workshop
 from qat_lightning.recipes.adaround import AdaRound, adaround
@@ -128,7 +129,7 @@ def _lengths(trainer: Trainer) -> tuple[float, float]:
     """The numbers of training and validation batches; infinite for a loader without a length."""
     datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
     datamodule.setup("fit")
-    return _length(datamodule.train_dataloader()), _length(datamodule.val_dataloader())
+    return _length(only_loader(datamodule.train_dataloader())), _length(only_loader(datamodule.val_dataloader()))
 
 
 def _length(loader: Any) -> float:

@@ -11,6 +11,7 @@ from torch import nn
 
 from qat_lightning.errors import ConfigurationError
 from qat_lightning.graph.example import Example
+from qat_lightning.graph.scopes import join
 from qat_lightning.graph.signature import batch_size
 from qat_lightning.ladder.plan import Plan
 from qat_lightning.ladder.workshop import Workshop
@@ -128,7 +129,7 @@ def rank_layers(workshop: Workshop, plan: Plan) -> tuple[str, ...]:
         if unit.module and unit.parameters:
             switches.only([unit.name])
             found[unit.name] = metric(prepared)
-    return tuple(f"{workshop.prefix}.{name}".strip(".") for name in sorted(found, key=found.__getitem__))
+    return tuple(join(workshop.prefix, name) for name in sorted(found, key=found.__getitem__))
 
 
 def choose_bits(workshop: Workshop, plan: Plan, max_size_mb: float) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from qat_lightning.errors import ConfigurationError
 from qat_lightning.export.formats import FORMATS
 from qat_lightning.ladder.climb import Climb, Floor, Loggers
 from qat_lightning.ladder.clock import Clock
+from qat_lightning.ladder.judgement import check_finite
 from qat_lightning.ladder.parts import validate_parts, validate_whole
 from qat_lightning.ladder.plan import Plan, PostTrainingKind
 from qat_lightning.ladder.reached import Reached
@@ -30,6 +31,7 @@ from qat_lightning.ladder.sources import ErrorSources
 from qat_lightning.ladder.store import FLOAT_WEIGHTS, Store, digest_of
 from qat_lightning.ladder.target import Target
 from qat_lightning.ladder.workshop import Making, TrainerFactory, Workshop
+from qat_lightning.numerics.sqnr import finite
 from qat_lightning.recipes.blocks import found_blocks
 from qat_lightning.rehearsal.rehearse import OnFault
 from qat_lightning.run.app import close
@@ -257,8 +259,9 @@ def _floor(workshop: Workshop, store: Store, loggers: Loggers, asked: tuple[str 
         metric = _metric(found, *asked)
         (batches,) = trainer.num_val_batches
         parts = validate_parts(trainer, model, datamodule, metric.name, workshop.making.seed, batches)
+        check_finite(parts.values)
         trainer.save_checkpoint(store.folder / FLOAT_WEIGHTS, weights_only=True)
-        metrics = {f"float/{key}": value for key, value in found.items()}
+        metrics = finite({f"float/{key}": value for key, value in found.items()})
         write_summary(made, metrics, 0)
     finally:
         close(made)

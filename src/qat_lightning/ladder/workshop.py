@@ -39,7 +39,7 @@ from qat_lightning.ladder.plan import Plan
 from qat_lightning.ladder.standing import StandingIn
 from qat_lightning.ladder.store import EXPORTED, NETWORK
 from qat_lightning.ladder.timing import quietest
-from qat_lightning.numerics.sqnr import EQUAL_DB
+from qat_lightning.numerics.sqnr import finite
 from qat_lightning.recipes.adaround import AdaRound
 from qat_lightning.rehearsal.rehearse import OnFault
 from qat_lightning.run.evaluate import logged_behind, measure_networks
@@ -189,7 +189,7 @@ class Workshop:
             minutes: The time limit of a training.
 
         Returns:
-            The plan, with the mode that ``"auto"`` chose, and whether the time limit ended a training.
+            The plan, with the mode that ``"auto"`` chose, and whether its training ended before its last epoch.
 
         Raises:
             QuantizationError: The network cannot be created, with the reason.
@@ -354,14 +354,3 @@ class Workshop:
         figures = finite(result.figures())
         write_json(noted, {"files": [Path(file).name for file in result.files], "figures": figures})
         return result, figures
-
-
-def finite(metrics: Mapping[str, float]) -> dict[str, float]:
-    """Metrics for JSON: `EQUAL_DB` for infinity, as in the loggers, and no NaN.
-
-    Example:
-        >>> finite({"int8/sqnr_db": math.inf, "val/f1": math.nan, "val/acc": 0.5})
-        {'int8/sqnr_db': 300.0, 'val/acc': 0.5}
-    """
-    numbers = {key: value for key, value in metrics.items() if not math.isnan(value)}
-    return {k: v if math.isfinite(v) else math.copysign(EQUAL_DB, v) for k, v in numbers.items()}

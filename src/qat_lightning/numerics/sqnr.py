@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -11,6 +12,20 @@ from qat_lightning.errors import ConfigurationError
 
 EQUAL_DB = 300.0
 """Logged for the SQNR of equal outputs; the noise of float64 arithmetic itself is at about 310 dB."""
+
+
+def finite(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Metrics for loggers and JSON: infinite SQNR becomes `EQUAL_DB`; what else is not finite is left out.
+
+    Example:
+        >>> finite({"int8/sqnr_db": math.inf, "val/f1": math.nan, "val/perplexity": math.inf, "val/acc": 0.5})
+        {'int8/sqnr_db': 300.0, 'val/acc': 0.5}
+    """
+    known = {
+        key: math.copysign(EQUAL_DB, value) if "sqnr" in key and math.isinf(value) else value
+        for key, value in metrics.items()
+    }
+    return {key: value for key, value in known.items() if math.isfinite(value)}
 
 
 def sqnr_db(reference: Tensor, actual: Tensor) -> float:

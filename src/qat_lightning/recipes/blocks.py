@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from qat_lightning.errors import ConfigurationError
+from qat_lightning.graph.scopes import dotted
 from qat_lightning.recipes.layers import RECONSTRUCTED
 from qat_lightning.rehearsal.calibration import call
 
@@ -16,7 +17,7 @@ from qat_lightning.rehearsal.calibration import call
 def repeated_blocks(network: nn.Module) -> tuple[str, ...]:
     """The names of the repeated blocks of a network.
 
-    They are the children of an ``nn.ModuleList`` (or ``nn.Sequential``) of at least two modules of one class that
+    They are the children of an ``nn.ModuleList`` (or an ``nn.Sequential`` of at least two) of modules of one class that
     contain layers; of several such lists, the one with the most parameters.
 
     Args:
@@ -129,7 +130,7 @@ def blocks_of(network: nn.Module, batch: Any, wanted: str | Sequence[str], prefi
         found = found_blocks(network)
         counts = _counts(network, found, batch)
         return tuple(name for name in found if counts[name] == 1)
-    start = f"{prefix}." if prefix else ""
+    start = dotted(prefix)
     names = tuple(name.removeprefix(start) for name in wanted if name.startswith(start))
     _check_named(network, names, start)
     counts = _counts(network, names, batch)

@@ -29,6 +29,7 @@ _CHANNELWISE = names_of(lambda row: row.channelwise)
 """Functions that may act on each channel separately and commute with a positive factor; pairs are tested."""
 
 _ENOUGH = 1e-3
+_ROUNDS = 40
 
 
 def check_equalization(value: Any) -> None:
@@ -115,8 +116,8 @@ def equalize(network: nn.Module, example: Example, kind: Kind = "exact") -> Equa
 
     Raises:
         ConfigurationError: The kind is unknown.
-        NetworkError: The network does not run on the example, or computes different values afterwards; the change is
-            undone.
+        NetworkError: The network does not run on the example, or computes different values afterwards; the weights
+            are as before.
 
     Example:
         >>> network = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
@@ -148,9 +149,9 @@ def equalize(network: nn.Module, example: Example, kind: Kind = "exact") -> Equa
     return done
 
 
-def _balance(pairs: list[_Pair], rounds: int = 40) -> None:
+def _balance(pairs: list[_Pair]) -> None:
     """Apply equation 11 of the paper to each pair in turn, until all factors are close to 1."""
-    for _ in range(rounds):
+    for _ in range(_ROUNDS):
         furthest = 0.0
         for pair in pairs:
             first, second = pair.ranges()

@@ -118,9 +118,11 @@ def decide(
             + " | ".join(f"{candidate}: {reason}" for candidate, reason in failed.items())
         )
     chosen = _best(tried)
-    if inspect is not None:
+    if inspect is not None and chosen in kept:
         with nothing_moves(), without_compiling():
             inspect(*kept.pop(chosen))
+    elif inspect is not None:  # its networks were dropped for a mode that was better for a while, or were not made
+        attempt(chosen, inspect)
     found = tried[chosen]
     return Decision(chosen, _why(chosen, tried, failed), found.left_float, found)
 

@@ -25,7 +25,7 @@ from qat_lightning.graph.signature import one_sample
 from qat_lightning.measure.metrics import latency_interleaved, size_mb
 from qat_lightning.measure.wandb_views import log_variants
 from qat_lightning.modes.coverage import coverage_table, int8_share
-from qat_lightning.numerics.sqnr import EQUAL_DB
+from qat_lightning.numerics.sqnr import finite
 from qat_lightning.recipes.folding import fuse
 from qat_lightning.terminal import console
 
@@ -330,12 +330,12 @@ def _size_mb(network: nn.Module) -> float:
 def write_summary(loggers: Sequence[Logger], summary: Mapping[str, float], step: int) -> None:
     """Write to W&B's summary, where runs are compared; other loggers only have metrics.
 
-    Equal outputs have infinite SQNR, which W&B stores as text and does not plot, so `EQUAL_DB` is written instead.
+    W&B stores infinity as text and does not plot it, so only `finite` values are written.
     """
-    finite = {key: value if math.isfinite(value) else EQUAL_DB for key, value in summary.items()}
+    metrics = finite(summary)
     for logger in loggers:
         if isinstance(logger, WandbLogger):
-            log_variants(logger, finite, step)
+            log_variants(logger, metrics, step)
         else:
-            logger.log_metrics(finite, step)
+            logger.log_metrics(metrics, step)
             logger.save()

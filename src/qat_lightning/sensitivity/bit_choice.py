@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +12,7 @@ import yaml
 from rich.table import Table
 
 from qat_lightning.errors import ConfigurationError
-from qat_lightning.sensitivity.budget import drop_points
+from qat_lightning.sensitivity.budget import drop_points, hydra_word
 from qat_lightning.sensitivity.choice import Cost
 from qat_lightning.settings.overrides import FLOAT
 
@@ -222,9 +220,5 @@ def _of(candidate: Candidate) -> str:
 def _words(value: Any) -> str:
     """Format a mapping for Hydra's command line."""
     if isinstance(value, dict):
-        return "{" + ",".join(f"{_key(key)}:{_words(inner)}" for key, inner in value.items()) + "}"
+        return "{" + ",".join(f"{hydra_word(key)}:{_words(inner)}" for key, inner in value.items()) + "}"
     return str(value)
-
-
-def _key(name: str) -> str:
-    return name if re.fullmatch(r"[A-Za-z_*?][\w.*?]*", name) else json.dumps(name)

@@ -97,7 +97,7 @@ class MixedPrecision:
 
     def override(self) -> str:
         """The exclude list for the command line of train.py."""
-        return f"quantization.exclude=[{','.join(map(_word, self.exclude))}]"
+        return f"quantization.exclude=[{','.join(map(hydra_word, self.exclude))}]"
 
     def summary(self) -> str:
         """Summarize the result in one or two sentences."""
@@ -150,7 +150,7 @@ def shown_drop(drop: float, points: float) -> str:
     return f"{drop * points:+.2f}" if points > 1 else f"{drop:+.4f}"
 
 
-def _word(name: str) -> str:
+def hydra_word(name: str) -> str:
     """Format a glob as a string for Hydra's command line, quoted if it would otherwise be parsed as another type."""
     return name if re.fullmatch(r"[A-Za-z_*?][\w.*?]*", name) else json.dumps(name)
 

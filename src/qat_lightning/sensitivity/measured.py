@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from qat_lightning.errors import ConfigurationError
 from qat_lightning.graph.example import Example, from_user
+from qat_lightning.graph.scopes import join
 from qat_lightning.measure.layer_figures import decibel
 from qat_lightning.modes.layer_schemes import check_overrides_of
 from qat_lightning.modes.registry import mode_for
@@ -113,7 +114,7 @@ class Sensitivity:
 
     def full_name(self, name: str) -> str:
         """Return the name of a layer in the LightningModule."""
-        return f"{self.prefix}.{name}".strip(".")
+        return join(self.prefix, name)
 
     def _measure_without(self, names: Sequence[str]) -> float:
         self._switches.all_but(names)
@@ -154,7 +155,7 @@ class Sensitivity:
             # The best metric that the size allows.
             best = max(candidates, key=lambda c: (self._measure_without(c), -len(c)))
             return self._plan(best, budget, self._verified(best))
-        tried = [(c, value) for c in candidates if (value := self._measure_without(c)) is not None]
+        tried = [(c, self._measure_without(c)) for c in candidates]
         enough = [c for c, value in tried if self.float_metric - value <= budget.max_drop]
         rest = candidates[candidates.index(enough[0]) :] if enough else []
         rest = [self._fewer(rest[0], budget), *rest] if rest else []
@@ -299,7 +300,7 @@ def sensitivity(
     notes += [f"{decision.why}."] if decision.why else []
     recipe = recipe_of(decision.mode)
     check_overrides_of({prefix: network}, recipe)
-    check_globs(recipe, [f"{prefix}.{name}".strip(".") for name, _ in network.named_modules() if name])
+    check_globs(recipe, [join(prefix, name) for name, _ in network.named_modules() if name])
     return Sensitivity(
         network,
         first,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -108,9 +107,6 @@ def written(overrides: Any) -> list[str]:
 def _finite(metrics: Mapping[str, float]) -> dict[str, float | None]:
     if not metrics:
         return {}
-    from qat_lightning.numerics.sqnr import EQUAL_DB  # imported here because it imports torch
+    from qat_lightning.numerics.sqnr import finite  # imported here because it imports torch
 
-    return {
-        name: value if math.isfinite(value) else None if math.isnan(value) else math.copysign(EQUAL_DB, value)
-        for name, value in metrics.items()
-    }
+    return dict.fromkeys(metrics) | finite(metrics)

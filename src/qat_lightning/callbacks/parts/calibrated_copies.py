@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
-from qat_lightning.callbacks.parts.arguments import check_flag
+from qat_lightning.callbacks.parts.arguments import check_count, check_flag
 from qat_lightning.callbacks.parts.between_processes import copy_from_first_process
 from qat_lightning.callbacks.parts.calibration_data import calibration_loader
 from qat_lightning.callbacks.parts.calibration_source import CalibrationSource
@@ -24,6 +24,7 @@ from qat_lightning.callbacks.parts.preparation import Preparation
 from qat_lightning.callbacks.parts.recipes_in_fit import say_ranges
 from qat_lightning.errors import ConfigurationError
 from qat_lightning.graph.example import Example
+from qat_lightning.graph.scopes import dotted
 from qat_lightning.modes.float_state import float_weights
 from qat_lightning.modes.prepared import is_prepared
 from qat_lightning.recipes.adaround import AdaRound, Reconstruction
@@ -56,8 +57,7 @@ class CalibrationSettings:
         kind, batches = self.kind, self.calibration_batches
         if not isinstance(kind, str) or kind not in get_args(PostTrainingKind):
             raise ConfigurationError(f"kind={kind!r} is unknown: use one of {', '.join(get_args(PostTrainingKind))}.")
-        if type(batches) is not int or batches < 1:
-            raise ConfigurationError(f"calibration_batches={batches!r} is not possible: give an int from 1.")
+        check_count("calibration_batches", batches)
         for name in ("bias_correction", "sequential_mse"):
             check_flag(name, getattr(self, name))
         if self.adaround is not None and not isinstance(self.adaround, AdaRound):
@@ -220,7 +220,7 @@ def _check_blocks(slots: Mapping[str, Slot], examples: Mapping[str, Example], wa
     """Raise for invalid names of blocks, before training."""
     if isinstance(wanted, str):
         return
-    starts = tuple(f"{slot.prefix}." if slot.prefix else "" for slot in slots.values())
+    starts = tuple(dotted(slot.prefix) for slot in slots.values())
     for name in wanted:
         if not name.startswith(starts):
             raise ConfigurationError(

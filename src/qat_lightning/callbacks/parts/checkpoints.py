@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from qat_lightning.callbacks.parts.checkpoint_io import read_checkpoint, read_float_state, read_sharded
 from qat_lightning.errors import CheckpointMismatchError, ConfigurationError
 from qat_lightning.graph.module_order import order_by_keys
+from qat_lightning.graph.scopes import dotted
 from qat_lightning.modes.prepared import PreparedState, check_recipe, float_keys, prepared_state
 from qat_lightning.numerics.state_entries import from_entry, without_placeholders
 from qat_lightning.recipes.folding import unfold_state
@@ -79,7 +80,7 @@ def read_float_weights(path: Place, name: str, prefix: str, wanted: Mapping[str,
         ConfigurationError: The file belongs to another model.
     """
     found = read_float_state(path)
-    prefix = f"{prefix}." if prefix else ""
+    prefix = dotted(prefix)
 
     def fits(key: str) -> bool:
         if prefix + key not in found:
@@ -167,7 +168,7 @@ def guard_loading(
             return  # a partial state_dict; missing entries keep their values
         # Another module, such as an average of weights, may hold a copy of the LightningModule with its hooks.
         saved = {key for key in state_dict if key.startswith(outer) and key.endswith(STATE_KEY)}
-        inner = {name: outer + _dotted(prefix) for name, prefix in prefixes.items()}
+        inner = {name: outer + dotted(prefix) for name, prefix in prefixes.items()}
         _refuse_other(state_dict, prepared, inner, saved)
         for name, network in prepared.items():
             prefix = inner[name]
@@ -196,7 +197,7 @@ def refuse_other_checkpoint(
         CheckpointMismatchError: The settings differ; the message lists both.
     """
     saved = {key for key in state if key.endswith(STATE_KEY)}
-    _refuse_other(state, prepared, {name: _dotted(prefix) for name, prefix in prefixes.items()}, saved)
+    _refuse_other(state, prepared, {name: dotted(prefix) for name, prefix in prefixes.items()}, saved)
 
 
 def _refuse_other(
@@ -212,10 +213,6 @@ def _refuse_other(
             "The checkpoint was written by a run that quantized other modules: "
             f"{_names(saved)} there, {_names(expected)} here. Give module= the same names."
         )
-
-
-def _dotted(prefix: str) -> str:
-    return f"{prefix}." if prefix else ""
 
 
 def _take_order(network: nn.Module, saved: Mapping[str, Any], prefix: str) -> None:

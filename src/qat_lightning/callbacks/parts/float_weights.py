@@ -40,6 +40,10 @@ class FloatWeights:
         self.source = ""
         self.step: int | None = None
 
+    def forget(self) -> None:
+        """Discard them: they are of another network."""
+        self.weights, self.source, self.step = {}, "", None
+
     def check(self, slots: Mapping[str, Slot]) -> None:
         """Check that the checkpoint belongs to this model, before anything is changed.
 

@@ -25,7 +25,7 @@ from qat_lightning.rehearsal.auto import Decision
 from qat_lightning.settings.schedule import Phase
 
 BEFORE = Phase(fake_quant=False, observers=True, batchnorm_frozen=False, scales_learn=False)
-"""The phase at the beginning of every fit."""
+"""The phase of a network that was just prepared."""
 
 
 @dataclasses.dataclass(frozen=True)

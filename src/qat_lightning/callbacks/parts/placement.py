@@ -133,7 +133,7 @@ class Placement:
                     slot.install(prepared[name])
                 preparation.say_what_was_done(prepared)
         if not (adopted and networks.prepared):
-            self._floats.weights = {}
+            self._floats.forget()
         networks.slots, networks.examples, networks.prepared = slots, examples, prepared
         networks.apply(networks.phase if adopted else BEFORE)
         keep_from_ddp(pl_module, prepared)

@@ -31,6 +31,7 @@ from qat_lightning.callbacks.parts.together import refuse_compiled
 from qat_lightning.errors import ConfigurationError, NetworkError
 from qat_lightning.export.plain_tensors import in_its_runtime
 from qat_lightning.graph.example import Example, check_example, examples_from_user, refuse_old_norms
+from qat_lightning.graph.scopes import join
 from qat_lightning.graph.training_flags import parts_keep_training
 from qat_lightning.modes.compiling import refuse_compile
 from qat_lightning.modes.layer_schemes import check_overrides_of
@@ -235,7 +236,7 @@ class Preparation:
 
 def _module_names(slot: Slot) -> list[str]:
     """Return the names of a network's modules in the LightningModule."""
-    return [f"{slot.prefix}.{name}".strip(".") for name, _ in slot.get().named_modules() if name or slot.prefix]
+    return [join(slot.prefix, name) for name, _ in slot.get().named_modules() if name or slot.prefix]
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from torch import nn
 
 from qat_lightning.callbacks.parts.checkpoint_io import read_checkpoint, read_sharded
 from qat_lightning.callbacks.parts.checkpoints import STATE_KEY, prepared_entry
+from qat_lightning.graph.scopes import dotted
 from qat_lightning.rehearsal.auto import Decision
 from qat_lightning.settings.recipe import Recipe
 from qat_lightning.storage import Place, is_file, is_folder, place
@@ -81,9 +82,9 @@ def decision_in(state: Mapping[str, Any], prefix: str) -> Decision | None:
 
 def with_weights(network: nn.Module, state: Mapping[str, Any], prefix: str) -> None:
     """Load the weights of a ``state_dict`` into a copy of a network, if all are present with the same shapes."""
-    dotted = f"{prefix}." if prefix else ""
+    start = dotted(prefix)
     own = network.state_dict()
-    found = {key: state.get(dotted + key) for key in own}
+    found = {key: state.get(start + key) for key in own}
     if all(_fits(found[key], value) for key, value in own.items()):
         network.load_state_dict(found)
 

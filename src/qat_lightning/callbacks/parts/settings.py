@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Generic, TypeVar, get_args
 
@@ -136,6 +136,17 @@ class QuantizationSettings:
     def trains(self) -> bool:
         """Whether networks are trained for int8; otherwise they are quantized without training."""
         return self.kind == "qat" or self.trained
+
+    def decides_like(self, mode: str, recipe: Mapping[str, Any] | None) -> bool:
+        """Whether a decision from a checkpoint holds for these settings.
+
+        Args:
+            mode: The mode that it chose.
+            recipe: `Recipe.to_dict` of the recipe that it was made for; None in checkpoints of earlier versions.
+        """
+        if self.mode not in ("auto", mode) or mode not in self.recipe.target.modes:
+            return False
+        return recipe is None or not self.recipe_for(mode).differences(Recipe.from_dict(recipe))
 
     def recipe_for(self, mode: str) -> Recipe:
         """Return the recipe for one mode, which ``mode="auto"`` leaves open.

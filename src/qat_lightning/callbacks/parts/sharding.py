@@ -20,6 +20,7 @@ from qat_lightning.callbacks.parts.networks import Networks
 from qat_lightning.callbacks.parts.resuming import checkpoint_to_restore, peek, trusts_checkpoint
 from qat_lightning.callbacks.parts.settings import QuantizationSettings
 from qat_lightning.errors import CheckpointMismatchError, ConfigurationError, NetworkError
+from qat_lightning.graph.scopes import join
 from qat_lightning.layers.qat_modules import FoldedLayer
 from qat_lightning.modes.eager.layers import ChainHead
 from qat_lightning.modes.prepared import is_prepared, prepared_state
@@ -120,7 +121,7 @@ def _refuse_apart(pl_module: LightningModule, slots: Mapping[str, Slot]) -> None
     """Raise if a layer and the BatchNorm that is folded into its weight are sharded in separate units."""
     units = dict(_units(pl_module, None))
     for slot in slots.values():
-        names = {module: f"{slot.prefix}.{name}".strip(".") for name, module in slot.get().named_modules()}
+        names = {module: join(slot.prefix, name) for name, module in slot.get().named_modules()}
         for module, name in names.items():
             batchnorm = module.batchnorm if isinstance(module, (ChainHead, FoldedLayer)) else None
             if batchnorm is not None and units[module] is not units[batchnorm]:
@@ -144,7 +145,7 @@ def _warn_of_replicas(pl_module: LightningModule, slots: Mapping[str, Slot]) -> 
     from torch.distributed.tensor import DTensor
 
     left = [
-        f"{slot.prefix}.{name}".strip(".")
+        join(slot.prefix, name)
         for slot in slots.values()
         for name, parameter in slot.get().named_parameters()
         if parameter.requires_grad and not isinstance(parameter, DTensor)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
-
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
+
+from qat_lightning.numerics.sqnr import finite
 
 
 def log_tested(trainer: Trainer, variant: str) -> None:
@@ -20,8 +20,7 @@ def log_tested(trainer: Trainer, variant: str) -> None:
     """
     if not trainer.is_global_zero or trainer.sanity_checking:
         return
-    metrics = {f"{variant}/{key}": float(value) for key, value in trainer.logged_metrics.items()}
-    metrics = {key: value for key, value in metrics.items() if math.isfinite(value)}
+    metrics = finite({f"{variant}/{key}": float(value) for key, value in trainer.logged_metrics.items()})
     if not metrics:
         return
     for logger in trainer.loggers:

@@ -349,7 +349,7 @@ def _coverage(state: PreparedState, plan: Mapping[str, Any]) -> list[LayerCovera
     rows = []
     for name, module in state.float_network.named_modules():
         if isinstance(module, WEIGHTED):
-            parts = [f"{name}.{part}".strip(".") for part in MAPS] if type(module) is nn.MultiheadAttention else [name]
+            parts = [join(name, part) for part in MAPS] if type(module) is nn.MultiheadAttention else [name]
             missing = [part for part in parts if part not in int8]
             reason = _why_float(state, plan, missing[0], module) if missing else ""
             rows.append(LayerCoverage(name, type(module).__name__, not missing, reason))

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from qat_lightning.graph.example import Example
+from qat_lightning.graph.scopes import join
 from qat_lightning.layers.batchnorm import is_batchnorm
 from qat_lightning.layers.operators import MOVES, MOVING_MODULES, faces_of
 from qat_lightning.modes.coverage import flops_of, is_float, macs_of, merged
@@ -122,7 +123,7 @@ class FxOperations:
     def _selected(self, node: fx.Node) -> bool:
         scope = str(node.target) if node.op == "call_module" else self.plan.scopes.get(node.name, "")
         recipe, prefix = self.state.recipe, self.state.prefix
-        name = ".".join(part for part in (prefix, scope) if part)
+        name = join(prefix, scope)
         return recipe.selects(name) if scope else not recipe.include
 
     def _will_be(self, node: fx.Node) -> bool:

@@ -22,7 +22,7 @@ UNSEEN = "no finite range was observed for its input or its output"
 
 
 def no_kernel(module: nn.Module, recipe: Recipe) -> str:
-    """Why a layer of a supported type cannot be quantized; empty if it can."""
+    """Why a layer of a supported type cannot be quantized; empty if it can. Padding given by name becomes numbers."""
     if is_parametrized(module):
         return (
             "its weight is computed (parametrized) and is not a parameter; "

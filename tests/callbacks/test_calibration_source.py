@@ -7,13 +7,15 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning.pytorch import Callback
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch import Tensor, nn
 
 from qat_lightning import PostTrainingQuantization
 from qat_lightning.callbacks.parts import calibrated_copies
 from qat_lightning.errors import ConfigurationError, NetworkError
 from qat_lightning.recipes.bias_correction import correct_biases
-from tests.callbacks.lit import CLASSES, Lit, Net, loader, trainer
+from tests.callbacks.lit import CLASSES, Lit, Net, loader, qat, trainer
 
 
 class Losses(Net):
@@ -87,6 +89,75 @@ def test_batches_come_from_validation_where_the_training_step_does_not_call_the_
     fitting.fit(module, loader(), loader(7, batch_size=7))
     assert set(sizes) == {7}
     assert callback.quantized is not None
+
+
+class Indexed(TrainsOnly):
+    """Validates on several loaders; notes the size of each batch and the index of its loader."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[int, int]] = []
+
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int) -> None:  # type: ignore[override]
+        self.seen.append((len(batch[0]), dataloader_idx))
+        super().validation_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize("collect", [list, lambda loaders: dict(zip("ab", loaders, strict=True))], ids=["list", "dict"])
+def test_several_validation_loaders_calibrate_one_after_the_other_as_they_validate(collect: Any) -> None:
+    module, callback = Indexed(), PostTrainingQuantization()
+    validation = collect([loader(7, batch_size=7), loader(5, batch_size=5)])
+    trainer(callback, max_epochs=1, limit_val_batches=0).fit(module, loader(), validation)
+    assert callback.quantized is not None
+    assert module.seen[-2:] == [(7, 0), (5, 1)]
+
+
+def test_without_a_validation_loader_the_validation_step_gets_the_training_batches() -> None:
+    module, callback = TrainsOnly(), PostTrainingQuantization()
+    trainer(callback, max_epochs=1).fit(module, loader(), [])
+    assert callback.quantized is not None
+
+
+class Pairs(Lit):
+    """Trains on a batch of each of two loaders at once."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return super().training_step(batch["a"], batch_idx) + super().training_step(batch["b"], batch_idx)
+
+
+class Takes(Callback):
+    """Notes the batches of the fit."""
+
+    def __init__(self) -> None:
+        self.batches: list[Tensor] = []
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.batches.append(batch["a"][0])
+
+
+@pytest.mark.parametrize("combine", [dict, CombinedLoader], ids=lambda combine: combine.__name__)
+def test_what_several_training_loaders_give_together_calibrates_and_is_not_taken_from_the_training(
+    combine: Any,
+) -> None:
+    """Bias correction reads batches in the middle of an epoch, calibration at the end."""
+    loaders = combine({"a": loader(batch_size=8), "b": loader(batch_size=8)})
+    takes, callback = Takes(), qat(start={"step": 2}, bias_correction_batches=3)
+    trainer(callback, takes, max_epochs=1).fit(Pairs(), loaders)
+    assert torch.equal(torch.cat(takes.batches), torch.cat([images for images, _ in loader()]))
+    assert callback.quantized is not None
+    calibrated = PostTrainingQuantization()
+    trainer(calibrated, max_epochs=1).fit(Pairs(), loaders)
+    assert calibrated.quantized is not None
+
+
+def test_calibration_draws_from_no_generator_of_several_loaders() -> None:
+    states = []
+    for more in ([], [PostTrainingQuantization()]):
+        generators = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
+        first, second = (loader(shuffle=True, generator=generator) for generator in generators)
+        trainer(*more, max_epochs=1).fit(Pairs(), {"a": first, "b": second})
+        states.append([generator.get_state() for generator in generators])
+    assert all(map(torch.equal, *states))
 
 
 @pytest.mark.parametrize("recipes", [{}, {"bias_correction": True}, {"sequential_mse": True, "bias_correction": True}])

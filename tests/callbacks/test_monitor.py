@@ -19,9 +19,11 @@ from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 
 from qat_lightning import AdaRound, PostTrainingQuantization, QuantizationMonitor, Scheme
 from qat_lightning.errors import ConfigurationError
+from qat_lightning.graph.example import Example
 from qat_lightning.measure.monitoring import COLUMNS
 from qat_lightning.modes.prepared import fake_quantizers
 from tests.callbacks.lit import MODES, Lit, assert_same_state, loader, qat, state, trainer
+from tests.callbacks.test_calibration_source import NoValidation, Two
 from tests.callbacks.test_insert import OwnForward
 from tests.callbacks.test_post_training import Data
 
@@ -345,6 +347,62 @@ def test_data_that_can_be_gone_through_only_once_is_said_to_be() -> None:
     with pytest.warns(UserWarning, match="could not be read a second time"):
         trainer(ptq, monitor).test(Lit(), loader(), verbose=False)
     assert monitor.layers == []
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["before", "behind"])
+@pytest.mark.parametrize("method", ["fit", "test"])
+def test_of_a_calibration_with_calls_the_first_is_measured(method: str, first: bool) -> None:
+    """No step of the module can be used, and a test has no training data."""
+    module, monitor = NoValidation(), QuantizationMonitor()
+    ptq = PostTrainingQuantization(calls=[batch[0] for batch in loader()])
+    run = trainer(*([monitor, ptq] if first else [ptq, monitor]), max_epochs=1)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        getattr(run, method)(module, loader())
+    assert not complaints(caught)
+    assert ptq.quantized is not None
+    measured = {row.layer: row for row in monitor.layers}
+    assert measured["features.0"].activation_sqnr_db > 20
+    assert measured["head"].weight_sqnr_db > 30
+    assert not any(fq._forward_hooks for _, fq in fake_quantizers(ptq.prepared))
+
+
+def test_of_a_calibration_with_calls_of_several_networks_the_first_of_each_is_measured() -> None:
+    monitor, call = QuantizationMonitor(), Example((torch.randn(8, 64),))
+    calls = {"net": [call], "other": [{"input": torch.randn(8, 3)}]}
+    trainer(PostTrainingQuantization(module=["net", "other"], calls=calls), monitor).test(Two(), loader())
+    assert {row.layer.partition(".")[0] for row in monitor.layers if row.weight_sqnr_db} == {"net", "other"}
+
+
+def test_calls_that_can_be_gone_through_only_once_are_said_to_be() -> None:
+    monitor, ptq = QuantizationMonitor(), PostTrainingQuantization(calls=iter([batch[0] for batch in loader()]))
+    with pytest.warns(UserWarning, match="could not be read a second time"):
+        trainer(ptq, monitor, max_epochs=1).fit(NoValidation(), loader())
+    assert monitor.layers == []
+    assert ptq.quantized is not None
+
+
+class SpoiledLater:
+    """Gives the batches of a loader once, and something else afterwards."""
+
+    def __init__(self) -> None:
+        self.spoiled = False
+
+    def __iter__(self) -> Any:
+        yield from [torch.zeros(3)] if self.spoiled else loader()
+        self.spoiled = True
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["before", "behind"])
+@pytest.mark.parametrize("method", ["fit", "test"])
+def test_what_cannot_be_measured_costs_no_int8_network(method: str, first: bool) -> None:
+    monitor, ptq = QuantizationMonitor(), PostTrainingQuantization(calibration_dataloader=SpoiledLater())
+    run = trainer(*([monitor, ptq] if first else [ptq, monitor]), max_epochs=1)
+    with pytest.warns(UserWarning, match="QuantizationMonitor measured nothing.*training_step failed"):
+        getattr(run, method)(Lit(), loader())
+    assert monitor.layers == []
+    assert ptq.quantized is not None
+    assert not any(fq._forward_hooks for _, fq in fake_quantizers(ptq.prepared))
 
 
 def test_without_a_quantized_network_it_says_so() -> None:

@@ -113,6 +113,29 @@ def test_where_weights_have_few_bits_the_worst_layers_get_more() -> None:
     assert not found["float_2_layers"].scheme.overrides
 
 
+@pytest.mark.parametrize(
+    ("overrides", "wide"),
+    [
+        ({"net.0": {"weight_bits": 8}, "net.*": {"weight_bits": 3}}, {"weight_bits": 8}),
+        ({"net.?": {"weight_bits": 3, "weight_observer": "mse"}}, {"weight_bits": 8, "weight_observer": "mse"}),
+    ],
+)
+def test_wide_layers_are_wide_whatever_other_patterns_match_them(
+    overrides: dict[str, dict[str, object]], wide: dict[str, object]
+) -> None:
+    found = few_bits({"static": 0.5}, Scheme(weight_bits=4, overrides=overrides))["wide_1_layers"].scheme
+    assert found.overrides is not None
+    assert list(found.overrides.items())[-1] == ("net.0", wide)
+    assert (found.of("net.0").weight_bits, found.of("net.1").weight_bits) == (8, 3)
+
+
+def test_layers_that_are_wide_already_are_no_step() -> None:
+    wide = {"net.1": {"weight_bits": 8}, "net.0": {"weight_bits": 8}}
+    found = few_bits({"static": 0.5}, Scheme(weight_bits=4, overrides=wide))
+    assert "wide_2_layers" not in found
+    assert "wide_4_layers" in found
+
+
 def few_bits(helps: Mapping[str, float], scheme: Scheme, known: Known = KNOWN) -> dict[str, Plan]:
     """The plans of a ladder for accuracy, whose weights have few bits and whose network has blocks."""
     attempts: list[Attempt] = []

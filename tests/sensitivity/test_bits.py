@@ -84,6 +84,64 @@ def test_a_size_is_kept_by_the_file_and_loses_less_than_the_same_bits_everywhere
     assert size == pytest.approx(choice.measured.size_mb, rel=0.01)
 
 
+class Around(nn.Module):
+    """A product with an own weight, and a linear layer inside of the same module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.fc = nn.Parameter(torch.randn(64, 16)), nn.Linear(64, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(torch.relu(nn.functional.linear(x, self.weight)))
+
+
+class Nested(nn.Module):
+    """A layer that contains another one, and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.around, self.head = Around(), nn.Linear(32, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.relu(self.around(x)))
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"net.second": {"weight_bits": 8}, "net.*": {"weight_bits": 4}},
+        {"net.*": {"weight_bits": 4, "weight_granularity": "per_tensor"}},
+        {"net.third": {"weight_observer": "mse"}, "net.*d": {"weight_bits": 6, "weight_symmetric": False}},
+    ],
+)
+def test_each_layer_has_the_bits_of_the_choice_and_the_other_fields_of_its_override(overrides: dict[str, Any]) -> None:
+    scheme = Scheme(weight_observer="min_max", overrides=overrides)
+    result = sensitivity(network(), data(), mode="fx", scheme=scheme, prefix="net")
+    four, eight = bits_within(result, [4, 8], BitLimits(max_size_mb=1.0)).uniform
+    assert four.size_mb < eight.size_mb
+    assert four.metric < eight.metric
+    choice = bits_within(result, [4, 8], BitLimits(max_size_mb=(four.size_mb + eight.size_mb) / 2))
+    assert choice.reached
+    assert set(choice.bits.values()) == {4, 8}
+    after = replace(scheme, overrides=choice.overrides)
+    for name, bits in choice.bits.items():
+        assert after.of(f"net.{name}") == replace(scheme.of(f"net.{name}"), weight_bits=bits)
+    yaml.safe_dump(choice.overrides)
+
+
+def test_a_layer_inside_of_another_has_its_own_bits() -> None:
+    result = sensitivity(Nested(), data(), mode="fx", scheme=Scheme(weight_observer="min_max"))
+    assert {"around", "around.fc"} <= {row.name for row in result.rows}
+    four, eight = bits_within(result, [4, 8], BitLimits(max_size_mb=1.0)).uniform
+    for share in (0.2, 0.4, 0.6, 0.8):
+        limit = four.size_mb + share * (eight.size_mb - four.size_mb)
+        choice = bits_within(result, [4, 8, "float"], BitLimits(max_size_mb=limit))
+        after = replace(result.recipe.scheme, overrides=choice.overrides)
+        found = {name: "float" if after.leaves_float(name) else after.of(name).weight_bits for name in choice.bits}
+        assert found == choice.bits
+
+
 def test_a_drop_is_kept_by_the_smallest_file() -> None:
     result = found()
     choice = bits_within(result, [2, 4, 8, "float"], BitLimits(max_drop=276.0))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -136,3 +137,58 @@ def test_it_is_a_value() -> None:
     assert type(other.overrides["net.head"]) is dict
     assert isinstance(one.overrides, Overrides)
     assert one.overrides == {"net.head": OF_4_BITS, "net.stem": FLOAT}
+
+
+NESTED = ["net.a", "net.a.b", "net.a.b.c", "net.d"]
+FIELDS = st.sampled_from(
+    [
+        FLOAT,
+        {"weight_bits": 8},
+        {"weight_bits": 3},
+        {"weight_bits": 4, "weight_observer": "mse"},
+        {"activation_bits": 4},
+    ]
+)
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from([*NESTED, "net.*", "net.a*", "*.b"]), FIELDS), max_size=4),
+    st.dictionaries(st.sampled_from(NESTED), st.sampled_from([FLOAT, {"weight_bits": 8}, {"weight_bits": 6}])),
+)
+def test_layers_get_the_fields_that_are_changed_and_keep_the_others(patterns: Any, changes: dict[str, Any]) -> None:
+    before = Scheme(weight_bits=6, overrides=dict(patterns))
+    of_all = {"weight_bits": 6}
+    overrides = Overrides.checked(before.overrides).with_layers(changes, of_all)
+    after = Scheme(weight_bits=6, overrides=overrides)
+    for name in NESTED:
+        if name in changes:
+            assert after.leaves_float(name) == (changes[name] == FLOAT)
+            if changes[name] != FLOAT:
+                assert after.of(name) == replace(before.of(name), **changes[name])
+        elif not any(matches(changed, name) for changed in changes):
+            assert (after.of(name), after.leaves_float(name)) == (before.of(name), before.leaves_float(name))
+    assert overrides.with_layers(changes, of_all) == overrides
+    assert before.overrides == dict(patterns), "the overrides that were changed stay"
+
+
+def test_a_pattern_of_the_same_name_gives_way_and_a_wildcard_keeps_its_other_fields() -> None:
+    first = Overrides.checked({"net.0": {"weight_bits": 8}, "net.*": OF_4_BITS})
+    assert list(first.with_layers({"net.0": {"weight_bits": 8}}, {}).items()) == [
+        ("net.*", OF_4_BITS),
+        ("net.0", {"weight_bits": 8}),
+    ]
+    fields = {"weight_bits": 4, "weight_granularity": "per_tensor"}
+    of_some = Overrides.checked({"net.b*": fields}).with_layers({"net.b0": {"weight_bits": 8}}, {})
+    assert of_some.of("net.b0") == {"weight_bits": 8, "weight_granularity": "per_tensor"}
+    assert of_some.of("net.b1") == fields
+
+
+def test_layers_inside_of_others_keep_theirs_in_whatever_order_they_are_changed() -> None:
+    overrides = Overrides.checked({"net.a": {"weight_bits": 4, "weight_observer": "mse"}})
+    for names in (["net.a.b", "net.a"], ["net.a", "net.a.b"]):
+        found = overrides.with_layers({name: {"weight_bits": 8 if name == "net.a.b" else 3} for name in names}, {})
+        assert found.of("net.a") == {"weight_bits": 3, "weight_observer": "mse"}
+        assert found.of("net.a.b") == {"weight_bits": 8, "weight_observer": "mse"}
+    inside = Overrides().with_layers({"net.a": OF_4_BITS, "net.a.b": {"weight_bits": 6}}, {"weight_bits": 6})
+    assert inside.of("net.a.b") == {"weight_bits": 6}, "the scheme's, but not its container's"
+    assert Overrides().with_layers({"net.a": {"weight_bits": 6}}, {"weight_bits": 6}) == {}

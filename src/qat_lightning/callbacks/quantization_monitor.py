@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import csv
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
+from itertools import islice
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.apply_func import move_data_to_device
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_warn
@@ -19,10 +21,11 @@ from torch import nn
 
 from qat_lightning.callbacks.parts.arguments import check_flag, check_names
 from qat_lightning.callbacks.parts.calibration_data import calibration_loader, run_in_steps
+from qat_lightning.callbacks.parts.calibration_source import _example
 from qat_lightning.callbacks.post_training_quantization import PostTrainingQuantization
 from qat_lightning.callbacks.quantization_callback import QuantizationCallback
 from qat_lightning.callbacks.weight_oscillations import WeightOscillations
-from qat_lightning.errors import ConfigurationError
+from qat_lightning.errors import ConfigurationError, QuantizationError
 from qat_lightning.measure.layer_figures import LayerFigures
 from qat_lightning.measure.monitoring import COLUMNS, FIGURES, Probe, totals
 from qat_lightning.storage import Place, is_file, join, open_to_append, place
@@ -187,10 +190,14 @@ class QuantizationMonitor(Callback):
     ) -> None:
         networks = {name: _on(network, pl_module.device) for name, network in callback.prepared_networks.items()}
         probe = self._new_probe(trainer, networks)
-        loader = _calibration_loader(trainer, pl_module, callback.calibration_dataloader)
-        # A step may contain collectives: all processes run it, and the first one measures.
-        with probe if trainer.is_global_zero else nullcontext():
-            run_in_steps(pl_module, callback.slots, networks, loader, 1, nullcontext)
+        try:
+            # A step may contain collectives: all processes run it, and the first one measures.
+            with probe if trainer.is_global_zero else nullcontext():
+                _run_first_batch(trainer, pl_module, callback, networks)
+        except QuantizationError as error:
+            self.layers = []
+            rank_zero_warn(f"QuantizationMonitor measured nothing, because no batch could be run: {error}")
+            return
         self.layers, self._measured = probe.figures(), _step(trainer)
         if self.layers:
             self._log(trainer, self._measured, probe)
@@ -198,7 +205,7 @@ class QuantizationMonitor(Callback):
         elif trainer.is_global_zero:
             rank_zero_warn(
                 "QuantizationMonitor measured nothing: the calibration data could not be read a second time. Pass a "
-                "calibration_dataloader= that can be iterated again, such as a DataLoader."
+                "calibration_dataloader= that can be iterated again, such as a DataLoader, or calls= as a list."
             )
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -290,6 +297,26 @@ def _on(network: nn.Module, device: torch.device) -> nn.Module:
     """Return the network, or a copy on ``device``: after a fit the LightningModule is on the CPU again."""
     here = next((tensor.device for tensor in (*network.parameters(), *network.buffers())), device)
     return network if here == device else copy.deepcopy(network).to(device)
+
+
+def _run_first_batch(
+    trainer: Trainer,
+    pl_module: LightningModule,
+    callback: PostTrainingQuantization,
+    networks: Mapping[str, nn.Module],
+) -> None:
+    """Call networks on the first of the data that they were calibrated with."""
+    if callback.calls is None:
+        loader = _calibration_loader(trainer, pl_module, callback.calibration_dataloader)
+        run_in_steps(pl_module, callback.slots, networks, loader, 1, nullcontext)
+        return
+    with torch.no_grad():
+        for name, network in networks.items():
+            calls = callback.calls[name] if len(networks) > 1 else callback.calls
+            for given in islice(calls, 1):
+                call = _example(given)
+                args, kwargs = move_data_to_device((call.args, call.kwargs), pl_module.device)
+                network(*args, **kwargs)
 
 
 def _calibration_loader(trainer: Trainer, pl_module: LightningModule, given: Any) -> Any:

@@ -15,7 +15,12 @@ from torch import nn
 
 from qat_lightning.artifact.quantized import QuantizedNetwork
 from qat_lightning.callbacks.parts.arguments import check_count, check_names, check_number
-from qat_lightning.callbacks.parts.calibration_data import calibration_loader, calls_and_batches
+from qat_lightning.callbacks.parts.calibration_data import (
+    calibration_loader,
+    calls_and_batches,
+    evaluation_loaders,
+    holds_loader,
+)
 from qat_lightning.callbacks.parts.variants import numbers_of_classes
 from qat_lightning.callbacks.quantization_callback import QuantizationCallback
 from qat_lightning.errors import CombinationError, ConfigurationError, ExportError, QuantizationError
@@ -25,6 +30,7 @@ from qat_lightning.export.run import export_quantized, open_artifact
 from qat_lightning.graph.example import Example
 from qat_lightning.measure.wandb_views import log_artifact
 from qat_lightning.modes.prepared import prepared_state
+from qat_lightning.processes import any_process, several_processes
 from qat_lightning.settings.recipe import Recipe
 from qat_lightning.storage import Place, join, place, require_storage
 from qat_lightning.terminal import console
@@ -34,7 +40,8 @@ class QuantizedModelExport(Callback):
     """Exports the int8 network in several formats when the fit ends; verifies and times each file.
 
     Without a fit it exports after the first evaluation: `PostTrainingQuantization` quantizes what is tested. A test or
-    prediction with other weights (``ckpt_path="best"``) writes the files again, so that they hold what was tested.
+    prediction for which the int8 network was converted again, because weights (``ckpt_path="best"``) or the layers left
+    float have changed, writes the files again, so that they hold what was tested.
 
     Use it with `QuantizationAwareTraining` or `PostTrainingQuantization`. Each artifact is loaded again in a fresh
     process by its own runtime, compared with fake-quant on real batches, and timed against fp32 in the same runtime and
@@ -47,7 +54,7 @@ class QuantizedModelExport(Callback):
         dirpath: Where the files go; by default ``export`` in the Trainer's ``default_root_dir``. Both take URLs of
             fsspec's (``s3://bucket/run``), as the Trainer does.
         batches: Real batches to compare on.
-        dataloader: Where they come from; by default the validation's loader, else the test's or the training's.
+        dataloader: Where they come from; by default the validation's loaders, else the test's or the training's.
         min_agreement: Smallest share of outputs whose top-1 must equal fake-quant's.
         min_sqnr_db: Least SQNR of each float output against fake-quant's, in dB; less where the network itself makes
             more than that of a change of its inputs by a thousandth.
@@ -91,7 +98,7 @@ class QuantizedModelExport(Callback):
         self.min_agreement = min_agreement
         self.min_sqnr_db = min_sqnr_db
         self.results: dict[str, ExportResult] = {}
-        self._made_from = ""  # set in every process; only the first has results
+        self._exported = 0  # number of the conversion, in every process; only the first has results
 
     @property
     def fastest(self) -> ExportResult | None:
@@ -146,28 +153,35 @@ class QuantizedModelExport(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Export, when all other callbacks have seen the end of the fit, and have converted.
 
-        Without a fit, what the first evaluation quantized or read from a checkpoint is exported, and after a test or a
-        prediction with weights of another checkpoint, those are: the files hold what ``quantized`` holds.
+        Without a fit, what the first evaluation quantized or read from a checkpoint is exported, and whenever a test or
+        a prediction finds it converted again, it is exported again: the files hold what ``quantized`` holds.
         """
-        if trainer.fast_dev_run or (stage == "validate" and self._made_from):  # type: ignore[attr-defined]
+        if trainer.fast_dev_run or (stage == "validate" and self._exported):  # type: ignore[attr-defined]
             return
         partner = QuantizationCallback.of(trainer, self)
         if "int8" not in partner.variants:
             if stage == "fit":
-                rank_zero_warn("Nothing is exported: there is no int8 network, because no range was observed.")
+                rank_zero_warn(
+                    f"Nothing is exported, because there is no int8 network: {partner._switch.why_not('int8')}"
+                )
             return
-        if stage != "fit" and (not partner.make_int8(trainer) or partner.made_from == self._made_from):
+        if not partner.make_int8(trainer) or not self._is_new(trainer, partner):
             return
-        if stage != "fit" and self._made_from:
+        if stage != "fit" and self._exported:
             rank_zero_info(
-                f"The exported files held {self._made_from}, and are written again with {partner.made_from}."
+                f"The int8 network was converted again, from {partner.made_from}: the exported files are written again."
             )
         # In every process, because a step may contain collectives.
         calls = {slot: self._calls(trainer, pl_module, partner, slot) for slot in partner.slots}
-        self.results, self._made_from = {}, partner.made_from
+        self.results, self._exported = {}, partner._int8.conversion
         with partner.whole(everywhere=False):
             if trainer.is_global_zero:
                 self._export_all(trainer, partner, calls)
+
+    def _is_new(self, trainer: Trainer, partner: QuantizationCallback) -> bool:
+        """Whether the int8 networks were converted since the last export, in any process: all of them export."""
+        new = partner._int8.conversion != self._exported
+        return any_process(new) if several_processes(trainer) else new
 
     def _export_all(
         self, trainer: Trainer, partner: QuantizationCallback, calls: Mapping[str, list[tuple[Example, Any]]]
@@ -217,9 +231,9 @@ class QuantizedModelExport(Callback):
     ) -> list[tuple[Example, Any]]:
         """Return the network's calls in the LightningModule's step on real batches, with these batches."""
         network = partner.comparable(slot).to(pl_module.device)
-        given = self.dataloader or trainer.val_dataloaders or trainer.test_dataloaders
+        given = self.dataloader if holds_loader(self.dataloader) else evaluation_loaders(trainer)
         try:
-            loader = given or calibration_loader(trainer, pl_module, None)
+            loader = calibration_loader(trainer, pl_module, given)
             with torch.inference_mode(False):
                 found = calls_and_batches(pl_module, {slot: partner.slots[slot]}, {slot: network}, loader, self.batches)
         except QuantizationError as error:

@@ -17,6 +17,7 @@ from qat_lightning.ladder.plan import Plan
 from qat_lightning.ladder.sources import ErrorSources, Side
 from qat_lightning.ladder.target import LIMITS, Limit
 from qat_lightning.recipes.sequential_mse import clipping
+from qat_lightning.settings.overrides import Overrides
 from qat_lightning.settings.recipe import Kind, Recipe
 from qat_lightning.settings.scheme import ActivationObserver, Scheme
 
@@ -152,7 +153,8 @@ def _wide(plan: Plan, known: Known, *, count: int) -> Plan | None:
     scheme, ranking = plan.scheme, known.ranking
     if plan.epochs or ranking is None or 2 * count > len(ranking) or scheme.weight_bits == _WIDE["weight_bits"]:
         return None
-    overrides = {**(scheme.overrides or {}), **dict.fromkeys(ranking[:count], _WIDE)}
+    changes = dict.fromkeys(ranking[:count], _WIDE)
+    overrides = Overrides.checked(scheme.overrides).with_layers(changes, {"weight_bits": scheme.weight_bits})
     wide = replace(plan, scheme=replace(scheme, overrides=overrides))
     return None if wide == plan else wide
 

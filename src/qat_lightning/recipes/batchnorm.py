@@ -21,6 +21,7 @@ from qat_lightning.errors import ConfigurationError
 from qat_lightning.graph.training_flags import flags_kept
 from qat_lightning.layers.batchnorm import has_statistics, is_batchnorm
 from qat_lightning.layers.qat_modules import Counter, FunctionalBatchNorm
+from qat_lightning.recipes.inputs import input_of
 from qat_lightning.rehearsal.calibration import call
 
 
@@ -118,7 +119,7 @@ class BatchNormStatistics:
 
         The rest of the network is in evaluation, without gradients.
         """
-        handles = [module.register_forward_pre_hook(self._before) for module in self._modules]
+        handles = [module.register_forward_pre_hook(self._before, with_kwargs=True) for module in self._modules]
         handles += [module.register_forward_hook(self._after) for module in self._modules]
         counts = {
             module: module.num_batches_tracked.clone()
@@ -139,14 +140,14 @@ class BatchNormStatistics:
             for module, count in counts.items():
                 module.num_batches_tracked.copy_(count)
 
-    def _before(self, module: Any, args: tuple[Any, ...]) -> None:
+    def _before(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # Before each forward, because the caller may call eval().
         module.training = True
         if hasattr(module, "frozen"):
             module.frozen = False
         mean, variance = _running(module, args)
         module.__dict__["_running_before"] = mean.clone(), variance.clone()
-        self._pools.setdefault(id(mean), _Pool.empty((mean, variance))).add(args[0])
+        self._pools.setdefault(id(mean), _Pool.empty((mean, variance))).add(input_of(args, kwargs))
 
     def _after(self, module: Any, args: tuple[Any, ...], output: Any) -> None:
         # Rounded weights are folded with the running variance, which must not change meanwhile.

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from qat_lightning.modes.float_state import float_weights
 from qat_lightning.modes.prepared import prepared_state
+from qat_lightning.recipes.inputs import samples_of
 from qat_lightning.recipes.layers import RoundedLayer, rounded_layers
 from qat_lightning.rehearsal.calibration import call
 
@@ -27,9 +28,9 @@ class _Shift:
         self.sum = torch.zeros(error.shape[0], dtype=torch.float64, device=error.device)
         self.count = 0
 
-    def see(self, module: Any, args: tuple[Any, ...], output: Any) -> None:
+    def see(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Forward hook on the float layer."""
-        added = apply_layer(module, args[0].float(), self.error)
+        added = apply_layer(module, samples_of(module, args, kwargs), self.error)
         channels = added.movedim(-1 if isinstance(module, nn.Linear) else 1, 0).flatten(1)
         self.sum += channels.double().sum(1)
         self.count += channels.shape[1]
@@ -73,7 +74,7 @@ def correct_biases(
     layers = [(layer, bias) for layer in rounded_layers(prepared) if (bias := _bias_of(layer)) is not None]
     shifts = [_Shift(layer.rounded() - layer.folded(network.get_submodule(layer.name))) for layer, _ in layers]
     handles = [
-        network.get_submodule(layer.name).register_forward_hook(shift.see)
+        network.get_submodule(layer.name).register_forward_hook(shift.see, with_kwargs=True)
         for (layer, _), shift in zip(layers, shifts, strict=True)
     ]
     try:

@@ -21,6 +21,7 @@ from qat_lightning.graph.example import Example
 from qat_lightning.modes.float_state import float_weights
 from qat_lightning.modes.prepared import prepared_state
 from qat_lightning.recipes.bias_correction import apply_layer
+from qat_lightning.recipes.inputs import samples_of
 from qat_lightning.recipes.layers import RoundedLayer, rounded_layers
 from qat_lightning.rehearsal.calibration import call
 
@@ -65,7 +66,10 @@ class Unit(ABC):
     def distance(self, outputs: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
         """Squared differences, summed over channels and averaged over everything else."""
         pairs = zip(outputs, targets, strict=True)
-        return torch.stack([(one - other).square().sum(self.channels(one)).mean() for one, other in pairs]).sum()
+        return torch.stack([self._distance(one, other) for one, other in pairs]).sum()
+
+    def _distance(self, output: Tensor, target: Tensor) -> Tensor:
+        return (output - target).square().sum(self.channels(output)).mean()
 
     @torch.no_grad()
     def error(self, weights: Sequence[Tensor]) -> float:
@@ -86,33 +90,57 @@ class LayerUnit(Unit):
         of: Total number of units.
         layer: The layer in the prepared network.
         plain: The same layer in the float network.
-        wanted: Its inputs in the float network, float32, all samples.
-        given: Its inputs in the network whose earlier layers are rounded, of the same shape.
+        wanted: Its inputs in the float network, float32: one tensor with all samples for each size of a sample.
+        given: Its inputs in the network whose earlier layers are rounded, of the same shapes.
     """
 
-    def __init__(self, number: int, of: int, layer: RoundedLayer, plain: Any, wanted: Tensor, given: Tensor) -> None:
+    def __init__(
+        self, number: int, of: int, layer: RoundedLayer, plain: Any, wanted: Sequence[Tensor], given: Sequence[Tensor]
+    ) -> None:
         super().__init__(layer.name, number, of, [layer])
         self.plain, self.given = plain, given
         folded = layer.folded()
         with torch.no_grad():
-            each = max(wanted[0].numel(), apply_layer(plain, wanted[:1], folded).numel())
-            self.samples = max(1, _PART // max(1, each))
-            self.target = torch.cat([apply_layer(plain, part, folded) for part in wanted.split(self.samples)])
+            self.at_once = [self._at_once(inputs, folded) for inputs in wanted]
+            self.targets = [
+                torch.cat([apply_layer(plain, part, folded) for part in inputs.split(count)])
+                for inputs, count in zip(wanted, self.at_once, strict=True)
+            ]
+
+    def _at_once(self, inputs: Tensor, weight: Tensor) -> int:
+        """Number of samples per call of the layer."""
+        each = max(inputs[0].numel(), apply_layer(self.plain, inputs[:1], weight).numel())
+        return max(1, _PART // max(1, each))
 
     def draw(self, samples: int, generator: torch.Generator) -> tuple[Any, list[Tensor]]:
-        """Random samples."""
-        chosen = torch.randint(len(self.given), (min(samples, len(self.given)),), generator=generator)
-        chosen = chosen.to(self.given.device)
-        return self.given[chosen], [self.target[chosen]]
+        """Random samples: one tensor for each size that was drawn."""
+        number = sum(len(given) for given in self.given)
+        chosen = torch.randint(number, (min(samples, number),), generator=generator)
+        inputs, targets, first = [], [], 0
+        for given, target in zip(self.given, self.targets, strict=True):
+            own = chosen[(chosen >= first) & (chosen < first + len(given))] - first
+            first += len(given)
+            if len(own):
+                own = own.to(given.device)
+                inputs.append(given[own])
+                targets.append(target[own])
+        return inputs, targets
 
     def parts(self) -> Iterator[tuple[Any, list[Tensor]]]:
-        """A number of samples at a time."""
-        for given, target in zip(self.given.split(self.samples), self.target.split(self.samples), strict=True):
-            yield given, [target]
+        """A number of samples of one size at a time."""
+        for given, target, count in zip(self.given, self.targets, self.at_once, strict=True):
+            for inputs, wanted in zip(given.split(count), target.split(count), strict=True):
+                yield [inputs], [wanted]
 
     def outputs(self, inputs: Any, weights: Sequence[Tensor]) -> list[Tensor]:
-        """One tensor."""
-        return [apply_layer(self.plain, inputs, weights[0])]
+        """One tensor for each tensor of inputs."""
+        return [apply_layer(self.plain, each, weights[0]) for each in inputs]
+
+    def distance(self, outputs: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
+        """Squared differences, summed over channels and averaged over everything else in outputs of all sizes."""
+        number = sum(target.numel() for target in targets)
+        pairs = zip(outputs, targets, strict=True)
+        return torch.stack([self._distance(one, other) * (other.numel() / number) for one, other in pairs]).sum()
 
     def channels(self, output: Tensor) -> int:
         """The channel dimension for the type of the layer."""
@@ -199,8 +227,9 @@ def units(prepared: nn.Module, batches: Sequence[Any], blocks: Sequence[str] = (
         if given and name in blocks:
             yield BlockUnit(name, number, len(together), layers, module, wanted, given)
         elif given:
-            inputs = (torch.cat([call.args[0].float() for call in calls]) for calls in (wanted, given))
-            yield LayerUnit(number, len(together), layers[0], module, *inputs)
+            inputs = [_by_size(module, calls) for calls in (wanted, given)]
+            if inputs[0]:
+                yield LayerUnit(number, len(together), layers[0], module, *inputs)
         for layer in layers if given else ():
             use(rounded.get_submodule(layer.name), layer)
 
@@ -236,6 +265,16 @@ def _calls(network: nn.Module, name: str, batches: Sequence[Any]) -> list[Exampl
     finally:
         handle.remove()
     return kept
+
+
+def _by_size(layer: Any, calls: Sequence[Example]) -> list[Tensor]:
+    """The inputs of a layer, float32: one tensor with all samples for each size of a sample; without empty ones."""
+    found: dict[torch.Size, list[Tensor]] = {}
+    for each in calls:
+        samples = samples_of(layer, each.args, each.kwargs)
+        if samples.numel():
+            found.setdefault(samples.shape[1:], []).append(samples)
+    return [torch.cat(samples) for samples in found.values()]
 
 
 def copied(leaf: Any) -> Any:

@@ -25,7 +25,7 @@ from qat_lightning.sensitivity.choice import Cost, Goal, Limits, choose, total
 from qat_lightning.sensitivity.measured import Sensitivity
 from qat_lightning.sensitivity.switches import Switches
 from qat_lightning.sensitivity.times import float_times
-from qat_lightning.settings.overrides import FLOAT
+from qat_lightning.settings.overrides import FLOAT, Overrides
 from qat_lightning.settings.recipe import Recipe
 
 _ROUNDS = 6
@@ -102,16 +102,12 @@ class _Search:
     def overrides(self, choice: dict[str, Candidate]) -> dict[str, Any]:
         """Return the choice as overrides, after the scheme's own."""
         scheme = self.found.recipe.scheme
-        made: dict[str, Any] = dict(scheme.overrides or {})
-        for name, candidate in choice.items():
-            full = self.found.full_name(name)
-            if candidate == FLOAT:
-                made[full] = FLOAT
-                continue
-            fields: dict[str, Any] = next((f for p, f in reversed(made.items()) if f != FLOAT and p == full), {})
-            if scheme.of(full).weight_bits != candidate or fields:
-                made[full] = {**fields, "weight_bits": candidate}
-        return made
+        changes = {
+            self.found.full_name(name): FLOAT if candidate == FLOAT else {"weight_bits": candidate}
+            for name, candidate in choice.items()
+        }
+        made = Overrides.checked(scheme.overrides).with_layers(changes, {"weight_bits": scheme.weight_bits})
+        return dict(made)  # YAML writes no subclass
 
     def _measure_layers(self, prepared: nn.Module, bits: Candidate) -> None:
         switches = Switches(prepared)

@@ -67,6 +67,30 @@ class Overrides(dict[str, Any]):
                 found = fields
         return found
 
+    def with_layers(self, changes: Mapping[str, Any], scheme: Mapping[str, Any]) -> Overrides:
+        """Overrides in which single layers have other fields, and keep all else that applies to them.
+
+        The names of these layers become the last patterns, the outermost first, because a name also matches the layers
+        inside. A layer that has its fields already gets no pattern.
+
+        Args:
+            changes: For each layer by its name, the fields to change, or `FLOAT`.
+            scheme: The fields that apply where no pattern sets them.
+
+        Example:
+            >>> overrides = Overrides.checked({"net.*": {"weight_bits": 4, "weight_observer": "mse"}})
+            >>> changed = overrides.with_layers({"net.a": {"weight_bits": 8}, "net.b": {"weight_bits": 4}}, {})
+            >>> list(changed), changed.of("net.a")
+            (['net.*', 'net.a'], {'weight_bits': 8, 'weight_observer': 'mse'})
+        """
+        found = Overrides(self)
+        for name in sorted(changes, key=lambda name: name.count(".")):
+            wanted = _changed(self.of(name), changes[name])
+            if _changed(scheme, wanted) != _changed(scheme, found.of(name)):
+                found.pop(name, None)
+                found[name] = wanted
+        return found
+
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Mapping) and list(self.items()) == list(other.items())
 
@@ -75,6 +99,11 @@ class Overrides(dict[str, Any]):
 
     def __hash__(self) -> int:  # type: ignore[override]
         return hash(repr(self))
+
+
+def _changed(fields: Any, by: Any) -> Any:
+    """The fields of a layer, changed by others; a layer that was float has had none."""
+    return FLOAT if by == FLOAT else {**({} if fields == FLOAT else fields), **by}
 
 
 def _fields(pattern: str, fields: Any) -> Any:

@@ -37,6 +37,21 @@ def test_they_are_made_once_until_they_are_stale() -> None:
     assert not torch.equal(int8.quantized(IMAGES), first(IMAGES))
 
 
+def test_each_conversion_has_a_number_of_its_own() -> None:
+    """Also among the conversions of other callbacks, whose descriptions of the weights may be the same."""
+    _, networks = placed()
+    int8, other = int8_of(networks), int8_of(networks)
+    assert int8.conversion == other.conversion == 0
+    numbers = []
+    for one in (int8, other, int8):
+        one.outdate()
+        one.make()
+        numbers.append(one.conversion)
+        one.make()
+        assert one.conversion == numbers[-1], "nothing was converted"
+    assert len({0, *numbers}) == 4
+
+
 def test_a_pickle_makes_them_again_when_they_are_asked_for() -> None:
     _, networks = placed()
     int8 = int8_of(networks)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from itertools import islice
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -14,14 +14,16 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.seed import isolate_rng
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature as takes
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import DataLoader
 from torchmetrics import Metric
 
-from qat_lightning.callbacks.parts.example import nothing_moves, take_step
+from qat_lightning.callbacks.parts.example import nothing_moves
 from qat_lightning.callbacks.parts.network import OWN_FORWARD, Slot
 from qat_lightning.callbacks.parts.peeking import one_batch, transferred
+from qat_lightning.callbacks.parts.precision import precision_of_new_tensors
 from qat_lightning.callbacks.parts.streams import generators_kept
 from qat_lightning.callbacks.parts.variants import Stand
 from qat_lightning.errors import ConfigurationError, NetworkError
@@ -46,7 +48,7 @@ def calibration_loader(trainer: Trainer, pl_module: LightningModule, given: Any)
     datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
     if trainer.state.fn == "fit":
         source: Any = trainer.fit_loop._data_source
-        return _apart(source.instance.train_dataloader() if source.is_module() else source.instance)
+        return source.instance.train_dataloader() if source.is_module() else source.instance
     if datamodule is not None and is_overridden("train_dataloader", datamodule):
         datamodule.setup("fit")
         return datamodule.train_dataloader()
@@ -59,9 +61,37 @@ def calibration_loader(trainer: Trainer, pl_module: LightningModule, given: Any)
     )
 
 
+def evaluation_loaders(trainer: Trainer) -> CombinedLoader | None:
+    """Return the loaders of the last validation, or else test, as the Trainer iterates them; None if it had none."""
+    loops = (trainer.fit_loop.epoch_loop.val_loop, trainer.validate_loop, trainer.test_loop)
+    return next((loop._combined_loader for loop in loops if holds_loader(loop._combined_loader)), None)
+
+
+def holds_loader(loaders: Any) -> bool:
+    """Whether there is a loader: neither None nor an empty collection.
+
+    Not the truth value of a loader, which is that of its length: some have none, and raise.
+    """
+    loaders = loaders.iterables if isinstance(loaders, CombinedLoader) else loaders
+    return any(loader is not None for loader in tree_leaves(loaders))
+
+
 def _called(trainer: Trainer) -> str:
     """Return the name of the Trainer method that is running."""
     return "fit" if trainer.state.fn is None else str(trainer.state.fn.value)
+
+
+def _combined(loaders: Any, mode: Literal["max_size_cycle", "sequential"]) -> CombinedLoader:
+    """Return loaders as Lightning iterates them, with an iteration of their own.
+
+    Args:
+        loaders: One loader, a collection of them, or a CombinedLoader, which keeps its mode.
+        mode: Lightning's default: ``"max_size_cycle"`` in training, ``"sequential"`` in evaluation.
+    """
+    combined = copy.copy(loaders) if isinstance(loaders, CombinedLoader) else CombinedLoader(loaders, mode)
+    combined.flattened = [_apart(loader) for loader in combined.flattened]
+    combined.limits = None  # of the Trainer's loop
+    return combined
 
 
 def _apart(loader: Any) -> Any:
@@ -171,7 +201,7 @@ def run_in_steps(
             networks share with it, are restored afterwards.
         slots: The slots of the networks.
         networks: The networks to call, by the same names, on the device of the LightningModule.
-        loader: Loader of batches for ``training_step``.
+        loader: Loader of batches for ``training_step``; a collection of loaders is iterated as Lightning trains on it.
         batches: Maximum number of batches.
         within: Returns the context in which each network is called.
         see: Called with each batch before its step.
@@ -185,9 +215,10 @@ def run_in_steps(
     """
     failed: list[str] = []
     for step, source in (("training_step", loader), *_instead(pl_module, loader)):
-        some = _seen(islice(_batches(pl_module, source), batches), see)
+        combined = _combined(source, "max_size_cycle")
+        some = _seen(islice(_batches(pl_module, combined), batches), see)
         try:
-            count = _run(pl_module, slots, networks, some, step, within, source)
+            count = _run(pl_module, slots, networks, some, step, within, combined.flattened)
         except _StepFailed as failure:
             failed.append(str(failure))
             continue
@@ -197,10 +228,10 @@ def run_in_steps(
     raise _no_step(pl_module, failed)
 
 
-def _seen(batches: Iterator[Any], see: Callable[[Any], None]) -> Iterator[Any]:
-    for batch in batches:
+def _seen(batches: Iterator[tuple[Any, int]], see: Callable[[Any], None]) -> Iterator[tuple[Any, int]]:
+    for batch, index in batches:
         see(batch)
-        yield batch
+        yield batch, index
 
 
 def _no_step(pl_module: LightningModule, failed: list[str]) -> NetworkError:
@@ -237,10 +268,10 @@ def try_steps(trainer: Trainer, pl_module: LightningModule, slots: Mapping[str, 
         return
     failed: list[str] = []
     for step in ("training_step", *(step for step, _ in _instead(pl_module, None))):
-        if step == "validation_step":
-            batch = one_batch(trainer, pl_module, "validate")[0] if _validation_loader(pl_module) is not None else batch
+        if step == "validation_step" and _validation_loaders(pl_module) is not None:
+            batch, _ = one_batch(trainer, pl_module, "validate")
         try:
-            _run(pl_module, slots, networks, iter([batch]), step, _as_it_is, None)
+            _run(pl_module, slots, networks, iter([(batch, 0)]), step, _as_it_is, ())
         except _StepFailed as failure:
             failed.append(str(failure))
             continue
@@ -251,19 +282,20 @@ def try_steps(trainer: Trainer, pl_module: LightningModule, slots: Mapping[str, 
 def _instead(pl_module: LightningModule, loader: Any) -> Iterator[tuple[str, Any]]:
     """Yield steps to use if ``training_step`` does not call the networks, with their loaders."""
     if is_overridden("validation_step", pl_module):
-        validation = _validation_loader(pl_module)
+        validation = _validation_loaders(pl_module)
         yield "validation_step", loader if validation is None else validation
 
 
-def _validation_loader(pl_module: LightningModule) -> Any:
+def _validation_loaders(pl_module: LightningModule) -> CombinedLoader | None:
     trainer = pl_module._trainer
     if trainer is None:
         return None
     fits = trainer.state.fn == "fit"
     source: Any = (trainer.fit_loop.epoch_loop.val_loop if fits else trainer.validate_loop)._data_source
-    if not source.is_module():
-        return source.instance
-    return _apart(source.instance.val_dataloader()) if source.is_defined() else None
+    if not source.is_defined():
+        return None
+    loaders = source.instance.val_dataloader() if source.is_module() else source.instance
+    return _combined(loaders, "sequential") if holds_loader(loaders) else None
 
 
 @contextmanager
@@ -276,17 +308,18 @@ def _run(
     pl_module: LightningModule,
     slots: Mapping[str, Slot],
     networks: Mapping[str, nn.Module],
-    batches: Iterator[Any],
+    batches: Iterator[tuple[Any, int]],
     step: str,
     within: Callable[[nn.Module], AbstractContextManager[Any]],
-    loader: Any,
+    loaders: Sequence[Any],
 ) -> int:
     called: set[str] = set()
     ever: set[str] = set()
     count = 0
     with ExitStack() as stack:
         stack.enter_context(isolate_rng(include_cuda=torch.cuda.is_initialized()))
-        stack.enter_context(generators_kept(loader))
+        for loader in loaders:
+            stack.enter_context(generators_kept(loader))
         stack.enter_context(nothing_moves(pl_module))
         stack.enter_context(_metrics_kept(pl_module))
         for name, network in networks.items():
@@ -294,9 +327,9 @@ def _run(
             stack.enter_context(_standing(slots[name], network))
             stack.enter_context(_noted(network, name, called, len(slots), pl_module.automatic_optimization))
         pl_module.eval()
-        for batch in batches:
+        for batch, index in batches:
             called.clear()
-            _step(pl_module, step, batch, lambda: len(called) == len(networks))
+            _step(pl_module, step, batch, index, lambda: len(called) == len(networks))
             ever |= called
             count += 1
         missing = [name for name in networks if name not in ever]
@@ -305,15 +338,19 @@ def _run(
     return count
 
 
-def _batches(pl_module: LightningModule, loader: Any) -> Iterator[Any]:
-    combined = loader if isinstance(loader, CombinedLoader) else CombinedLoader(loader, "max_size_cycle")
-    for batch, _, index in combined:
-        yield transferred(pl_module.trainer, pl_module, batch, index)
+def _batches(pl_module: LightningModule, loaders: CombinedLoader) -> Iterator[tuple[Any, int]]:
+    """Yield the batches as a step gets them, with the index of their loader."""
+    for batch, _, index in loaders:
+        yield transferred(pl_module.trainer, pl_module, batch, index), index
 
 
-def _step(pl_module: LightningModule, step: str, batch: Any, done: Callable[[], bool]) -> None:
+def _step(pl_module: LightningModule, step: str, batch: Any, dataloader_idx: int, done: Callable[[], bool]) -> None:
+    method = getattr(pl_module, step)
+    given = {"batch_idx": 0, "dataloader_idx": dataloader_idx}
+    indices = [index for n, (name, index) in enumerate(given.items()) if takes(method, name, min_args=n + 2)]
     try:
-        take_step(pl_module, step, batch)
+        with precision_of_new_tensors(pl_module):
+            method(batch, *indices)
     except _Called:
         return
     except Exception as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ from qat_lightning.modes.registry import mode_for
 from qat_lightning.processes import any_process, in_all, in_first, several_processes
 from qat_lightning.rehearsal.faults import Conversion
 
+_NUMBERS = count(1)
+
 
 class Int8Networks:
     """Converts prepared networks to int8. With several processes the first converts and sends the result to the others.
@@ -39,12 +42,14 @@ class Int8Networks:
     Attributes:
         impossible: Why the last conversion failed; empty if it did not fail.
         made_from: Description of the weights that were converted.
+        conversion: Number of the last conversion, which no other callback of this process has; 0 before there is one.
     """
 
     def __init__(self, networks: Networks, source: VariantSource) -> None:
         self.networks = networks
         self.impossible = ""
         self.made_from = "the present weights"
+        self.conversion = 0
         self._source = source
         self._made: dict[str, QuantizedNetwork] = {}
         self._when_asked = False
@@ -75,8 +80,8 @@ class Int8Networks:
 
     @property
     def quantized(self) -> Any:
-        """The int8 network, a dict by name for several, or None before there is one."""
-        if self._when_asked:
+        """The int8 network of the present weights, a dict by name for several, or None before there is one."""
+        if self._when_asked or (self._stale and self._made):
             self.make()
         # Of several networks, possibly only one has been run.
         return dict(self._made) if len(self.networks.prepared) > 1 and self._made else one_or_all(self._made)
@@ -110,14 +115,20 @@ class Int8Networks:
 
     def save(self, path: str | Path) -> None:
         """See `QuantizationCallback.save`."""
-        if not isinstance(self.quantized, QuantizedNetwork):
-            raise ConversionError(
-                "There is no int8 network to save: run trainer.fit with this callback first"
-                + ("." if self.networks.settings.convert_on_fit_end else ", and with convert_on_fit_end=True.")
-                if not self._made
-                else "There are several int8 networks: save each, qat.quantized['name'].save(path)."
-            )
-        self.quantized.save(path)
+        found = self.quantized
+        if not isinstance(found, QuantizedNetwork):
+            raise ConversionError(self._why_not_one())
+        found.save(path)
+
+    def _why_not_one(self) -> str:
+        if self._made:
+            return "There are several int8 networks: save each, qat.quantized['name'].save(path)."
+        if self.impossible:
+            return f"There is no int8 network of {self.made_from} to save: {self.impossible}"
+        settings = self.networks.settings
+        return "There is no int8 network to save: run trainer.fit with this callback first" + (
+            "." if settings.convert_on_fit_end else ", and with convert_on_fit_end=True."
+        )
 
     def make(self) -> None:
         """Convert, unless int8 networks of the present weights and ranges exist."""
@@ -156,6 +167,7 @@ class Int8Networks:
     def _have(self, converted: dict[str, QuantizedNetwork]) -> None:
         self._made = converted
         self._stale = self._when_asked = False
+        self.conversion = next(_NUMBERS)
 
     def convert_in_all(self, trainer: Trainer, *, to_run: bool) -> None:
         """Convert, and compile if ``to_run``; with several processes the first does and sends the result."""
@@ -182,6 +194,7 @@ class Int8Networks:
         except Exception as error:  # noqa: BLE001 - the fit has finished; any failure is only reported
             lines = str(error).strip().splitlines()
             self.impossible = f"{type(error).__name__}: {lines[0] if lines else ''}"
+            self._made = {}  # those of other weights
             rank_zero_warn(
                 f"There is no int8 network of {self.made_from}: {error} The trained network with fake-quant "
                 "and its checkpoints are unaffected. convert(exclude=[...]) tries again with more layers left float."

@@ -141,7 +141,7 @@ def test_what_several_training_loaders_give_together_calibrates_and_is_not_taken
 ) -> None:
     """Bias correction reads batches in the middle of an epoch, calibration at the end."""
     loaders = combine({"a": loader(batch_size=8), "b": loader(batch_size=8)})
-    takes, callback = Takes(), qat(start={"step": 2}, bias_correction_batches=3)
+    takes, callback = Takes(), qat(start={"step": 4}, bias_correction_batches=2)
     trainer(callback, takes, max_epochs=1).fit(Pairs(), loaders)
     assert torch.equal(torch.cat(takes.batches), torch.cat([images for images, _ in loader()]))
     assert callback.quantized is not None

@@ -152,6 +152,15 @@ class QuantizationCallback(Callback):
         """Description of the weights that `quantized` holds."""
         return self._int8.made_from
 
+    @property
+    def conversion(self) -> int:
+        """The number of the conversion that `quantized` is from; no two conversions of a process have the same."""
+        return self._int8.conversion
+
+    def why_not(self, variant: str) -> str:
+        """Why there is no such variant, in a sentence."""
+        return self._switch.why_not(variant)
+
     def convert(self, exclude: Sequence[str] = ()) -> Any:
         """Convert the current weights and ranges to int8.
 

@@ -161,9 +161,7 @@ class QuantizedModelExport(Callback):
         partner = QuantizationCallback.of(trainer, self)
         if "int8" not in partner.variants:
             if stage == "fit":
-                rank_zero_warn(
-                    f"Nothing is exported, because there is no int8 network: {partner._switch.why_not('int8')}"
-                )
+                rank_zero_warn(f"Nothing is exported, because there is no int8 network: {partner.why_not('int8')}")
             return
         if not partner.make_int8(trainer) or not self._is_new(trainer, partner):
             return
@@ -173,14 +171,14 @@ class QuantizedModelExport(Callback):
             )
         # In every process, because a step may contain collectives.
         calls = {slot: self._calls(trainer, pl_module, partner, slot) for slot in partner.slots}
-        self.results, self._exported = {}, partner._int8.conversion
+        self.results, self._exported = {}, partner.conversion
         with partner.whole(everywhere=False):
             if trainer.is_global_zero:
                 self._export_all(trainer, partner, calls)
 
     def _is_new(self, trainer: Trainer, partner: QuantizationCallback) -> bool:
         """Whether the int8 networks were converted since the last export, in any process: all of them export."""
-        new = partner._int8.conversion != self._exported
+        new = partner.conversion != self._exported
         return any_process(new) if several_processes(trainer) else new
 
     def _export_all(

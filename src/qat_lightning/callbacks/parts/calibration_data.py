@@ -14,16 +14,14 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.seed import isolate_rng
-from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature as takes
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import DataLoader
 from torchmetrics import Metric
 
-from qat_lightning.callbacks.parts.example import nothing_moves
+from qat_lightning.callbacks.parts.example import nothing_moves, take_step
 from qat_lightning.callbacks.parts.network import OWN_FORWARD, Slot
 from qat_lightning.callbacks.parts.peeking import one_batch, transferred
-from qat_lightning.callbacks.parts.precision import precision_of_new_tensors
 from qat_lightning.callbacks.parts.streams import generators_kept
 from qat_lightning.callbacks.parts.variants import Stand
 from qat_lightning.errors import ConfigurationError, NetworkError
@@ -345,12 +343,8 @@ def _batches(pl_module: LightningModule, loaders: CombinedLoader) -> Iterator[tu
 
 
 def _step(pl_module: LightningModule, step: str, batch: Any, dataloader_idx: int, done: Callable[[], bool]) -> None:
-    method = getattr(pl_module, step)
-    given = {"batch_idx": 0, "dataloader_idx": dataloader_idx}
-    indices = [index for n, (name, index) in enumerate(given.items()) if takes(method, name, min_args=n + 2)]
     try:
-        with precision_of_new_tensors(pl_module):
-            method(batch, *indices)
+        take_step(pl_module, step, batch, dataloader_idx)
     except _Called:
         return
     except Exception as error:

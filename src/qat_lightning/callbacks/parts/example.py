@@ -77,10 +77,11 @@ def catch_examples(
     )
 
 
-def take_step(pl_module: pl.LightningModule, step: str, batch: Any) -> Any:
+def take_step(pl_module: pl.LightningModule, step: str, batch: Any, dataloader_idx: int = 0) -> Any:
     """Call a step as Lightning does, with ``batch_idx`` and ``dataloader_idx`` only if its signature has them."""
     method = getattr(pl_module, step)
-    indices = [0 for n, name in enumerate(("batch_idx", "dataloader_idx")) if takes(method, name, min_args=n + 2)]
+    given = {"batch_idx": 0, "dataloader_idx": dataloader_idx}
+    indices = [index for n, (name, index) in enumerate(given.items()) if takes(method, name, min_args=n + 2)]
     with precision_of_new_tensors(pl_module):
         return method(batch, *indices)
 

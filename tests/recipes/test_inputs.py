@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from qat_lightning.graph.example import Example
+from qat_lightning.layers.inputs import input_of
 from qat_lightning.modes.registry import get_mode
 from qat_lightning.recipes.adaround import AdaRound, adaround
 from qat_lightning.recipes.batchnorm import reestimate_batchnorm
 from qat_lightning.recipes.bias_correction import correct_biases
-from qat_lightning.recipes.inputs import input_of
 from qat_lightning.recipes.sequential_mse import sequential_mse
 from qat_lightning.rehearsal.calibration import calibrate
 from qat_lightning.settings.recipe import Recipe

@@ -16,12 +16,14 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from qat_lightning.layers.batchnorm import is_batchnorm
+from qat_lightning.layers.inputs import input_of
 from qat_lightning.layers.qat_modules import Counter, FreezableBatchNorm, FunctionalBatchNorm
 
 SETTLED = 0.1
@@ -124,16 +126,16 @@ def measuring(network: nn.Module, found: dict[str, Difference]) -> Iterator[None
         found: Filled with the first comparison of each layer.
     """
 
-    def compare(name: str, module: Any, args: tuple[Any, ...]) -> None:
+    def compare(name: str, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         running = args[3:5] if isinstance(module, FunctionalBatchNorm) else (module.running_mean, module.running_var)
-        values = args[0].detach().transpose(0, 1).flatten(1).double()
+        values = input_of(args, kwargs).detach().transpose(0, 1).flatten(1).double()
         if name in found or running[0] is None or values.shape[1] < 2:
             return
         variance, mean = torch.var_mean(values, 1)
         found[name] = Difference(name, _deviations(running, (mean, variance), module.eps), values.shape[1])
 
     handles = [
-        module.register_forward_pre_hook(lambda module, args, name=name: compare(name, module, args))
+        module.register_forward_pre_hook(partial(compare, name), with_kwargs=True)
         for name, module in network.named_modules()
         if isinstance(module, FreezableBatchNorm) and not isinstance(module, Counter)
     ]

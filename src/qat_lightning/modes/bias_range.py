@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.ao.nn.quantized.modules.utils import WeightedQuantizedModule
 
 from qat_lightning.graph.example import Example
+from qat_lightning.layers.inputs import input_of
 from qat_lightning.numerics.grid import EPS
 
 _LARGEST = 2.0**30
@@ -64,10 +65,10 @@ def hold_biases(network: nn.Module, example: Example) -> list[str]:
         return []
     seen: dict[str, list[float]] = {name: [] for name in layers}
 
-    def note(name: str, module: nn.Module, args: Any) -> None:
-        seen[name].append(args[0].q_scale())
+    def note(name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        seen[name].append(input_of(args, kwargs).q_scale())
 
-    hooks = [layer.register_forward_pre_hook(partial(note, name)) for name, layer in layers.items()]
+    hooks = [layer.register_forward_pre_hook(partial(note, name), with_kwargs=True) for name, layer in layers.items()]
     try:
         network(*example.args, **example.kwargs)
     finally:

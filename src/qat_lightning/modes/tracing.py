@@ -22,7 +22,13 @@ from qat_lightning.modes.checkpointing import loses_checkpoints
 from qat_lightning.modes.eager.observation import run_apart
 from qat_lightning.modes.fx.autocast import noting_autocast
 from qat_lightning.modes.fx.batchnorm import name_batchnorms, plain_frozen
-from qat_lightning.modes.fx.calls import drop_unread, give_all_arguments, one_module_a_call, read_what_was_written
+from qat_lightning.modes.fx.calls import (
+    drop_unread,
+    give_all_arguments,
+    give_operands_by_position,
+    one_module_a_call,
+    read_what_was_written,
+)
 from qat_lightning.modes.fx.examples import ONE, Plan
 from qat_lightning.modes.fx.shapes import ShapesTracer
 from qat_lightning.modes.fx.sizes import attempts, given_sizes
@@ -316,6 +322,7 @@ def _trace_once(network: nn.Module, example: Example, leaves: list[str], plan: P
             raise _no_trace(network, error) from error
     graph_module = fx.GraphModule(network, graph)
     _drop_defaults(graph_module)
+    give_operands_by_position(graph_module)
     drop_unread(graph_module.graph)
     return Traced(graph_module, tracer.node_name_to_scope, counted, fixed=getattr(tracer, "fixed", False))
 

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from qat_lightning.errors import ConfigurationError
 from qat_lightning.graph.training_flags import flags_kept
 from qat_lightning.layers.batchnorm import has_statistics, is_batchnorm
+from qat_lightning.layers.inputs import input_of
 from qat_lightning.layers.qat_modules import Counter, FunctionalBatchNorm
-from qat_lightning.recipes.inputs import input_of
 from qat_lightning.rehearsal.calibration import call
 
 

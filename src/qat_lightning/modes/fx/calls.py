@@ -2,14 +2,53 @@
 
 from __future__ import annotations
 
+import inspect
+from typing import Any
+
+import torch
 import torch.nn.functional as F
 from torch import fx, nn
+from torch.fx.operator_schemas import get_signature_for_torch_op
+from torch.utils._pytree import tree_leaves
 
 from qat_lightning.layers.batchnorm import has_statistics, is_batchnorm
 from qat_lightning.layers.relu_rounding import writes_in_place
 
 _CONVOLUTION_ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 _CONVOLUTION_DEFAULTS = (None, None, None, 1, 0, 1, 1)
+
+
+def give_operands_by_position(graph_module: fx.GraphModule) -> None:
+    """Write tensors that are given by keyword, as in ``layer(input=x)``, in their places: upstream looks only there."""
+    for node in graph_module.graph.nodes:
+        if not node.kwargs or node.op not in ("call_module", "call_function", "call_method"):
+            continue
+        for name in _names_in_order(node, graph_module):
+            if not any(isinstance(leaf, fx.Node) for leaf in tree_leaves(node.kwargs.get(name))):
+                break
+            node.args = (*node.args, node.kwargs[name])
+            node.kwargs = {other: value for other, value in node.kwargs.items() if other != name}
+
+
+def _names_in_order(node: fx.Node, graph_module: fx.GraphModule) -> list[str]:
+    """The names of the parameters that may come next by position."""
+    called: Any = node.target
+    if node.op == "call_module":
+        called = graph_module.get_submodule(str(node.target)).forward
+    elif node.op == "call_method":
+        called = getattr(torch, str(node.target), None)
+    try:
+        signatures = [inspect.signature(called)]
+    except (TypeError, ValueError):  # a builtin function
+        signatures = get_signature_for_torch_op(called) or [] if called is not None else []
+    for signature in signatures:
+        given = signature.parameters.values()
+        if any(parameter.kind is parameter.VAR_KEYWORD for parameter in given):  # F.max_pool2d and the like
+            return [] if node.args else ["input"]
+        if node.kwargs.keys() <= {*[parameter.name for parameter in given][len(node.args) :]}:
+            by_position = [parameter.name for parameter in given if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
+            return by_position[len(node.args) :]
+    return []
 
 
 def give_all_arguments(graph: fx.Graph) -> None:

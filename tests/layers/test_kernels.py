@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 CHANNELS = 96
-IMAGES = torch.rand(1, CHANNELS, 57, 57)
+IMAGES = torch.rand(1, CHANNELS, 57, 57, generator=torch.Generator().manual_seed(0))
 
 
 class TensorFlowPadding(nn.Module):
@@ -99,9 +99,11 @@ def test_a_depthwise_convolution_after_a_pad_is_fast_with_fbgemm(mode: str, tmp_
     slow = copy.deepcopy(made.network)
     with engines.packing_engine("fbgemm"):  # a plain copy packs for the engine of the backend
         slow = copy.deepcopy(slow)
-    expected = seconds(slow)
+    expected, step = seconds(slow), slow(IMAGES).unique().diff().min()
     for network in (made, loaded, copy.deepcopy(made)):
-        torch.testing.assert_close(network(IMAGES), slow(IMAGES), rtol=0, atol=0)
+        off = (network(IMAGES) - slow(IMAGES)).abs()
+        assert off.max() <= 1.01 * step, "oneDNN and FBGEMM multiply by scales in another order, so ties may differ"
+        assert off.count_nonzero() <= 1e-4 * off.numel()
         assert seconds(network) < expected / 4
 
 

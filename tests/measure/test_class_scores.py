@@ -13,7 +13,7 @@ from qat_lightning.measure.fidelity import Fidelity
 from qat_lightning.measure.metrics import outputs_by_path
 
 N = 6
-IMAGES = torch.rand(N, 3, 8, 8)
+IMAGES = torch.rand(N, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
 def _axis(outputs: Any, data: Any, inputs: Any = IMAGES, calls: int = 2, classes: tuple[int, ...] = ()) -> Any:

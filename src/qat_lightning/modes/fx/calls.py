@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from types import BuiltinFunctionType
 from typing import Any
 
 import torch
@@ -31,12 +32,14 @@ def give_operands_by_position(graph_module: fx.GraphModule) -> None:
 
 
 def _names_in_order(node: fx.Node, graph_module: fx.GraphModule) -> list[str]:
-    """The names of the parameters that may come next by position."""
+    """The names of the parameters that may come next by position, of a layer or a function of torch."""
     called: Any = node.target
     if node.op == "call_module":
         called = graph_module.get_submodule(str(node.target)).forward
     elif node.op == "call_method":
         called = getattr(torch, str(node.target), None)
+    elif not isinstance(called, BuiltinFunctionType) and not str(called.__module__).startswith("torch"):
+        return []  # a container, for example, whose fields have names
     try:
         signatures = [inspect.signature(called)]
     except (TypeError, ValueError):  # a builtin function
